@@ -1,0 +1,1 @@
+"""What the framework composes when nothing is said: config.yaml and the experiments."""

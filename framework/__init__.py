@@ -1,0 +1,70 @@
+"""Named parts, composed into experiments, trained on PyTorch. Importing this registers nothing."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from .discovery import discover as discover
+from .errors import FrameworkError as FrameworkError
+from .kinds import (
+    Activation as Activation,
+    Block as Block,
+    Dropout as Dropout,
+    Head as Head,
+    Initializer as Initializer,
+    Loss as Loss,
+    Norm as Norm,
+    Shape as Shape,
+    activations as activations,
+    blocks as blocks,
+    callbacks as callbacks,
+    datasets as datasets,
+    dropouts as dropouts,
+    heads as heads,
+    initializers as initializers,
+    loggers as loggers,
+    losses as losses,
+    metrics as metrics,
+    models as models,
+    norms as norms,
+    optimizers as optimizers,
+    schedulers as schedulers,
+    tasks as tasks,
+)
+from .schema import (
+    Fraction as Fraction,
+    NonNegativeFloat as NonNegativeFloat,
+    NonNegativeInt as NonNegativeInt,
+    PositiveFloat as PositiveFloat,
+    PositiveInt as PositiveInt,
+    Range as Range,
+    Rate as Rate,
+)
+
+if TYPE_CHECKING:
+    from .callback import Callback as Callback
+    from .data import Data as Data, TensorSplit as TensorSplit
+    from .logger import Logger as Logger
+    from .metric import Metric as Metric
+    from .scheduler import Schedule as Schedule
+    from .state import Every as Every
+    from .task import Step as Step, Task as Task
+    from .trainer import Trainer as Trainer
+
+_LATER = {  # these import torch, which a person who only lists parts need not wait for
+    "Callback": "callback",
+    "Data": "data",
+    "Every": "state",
+    "Logger": "logger",
+    "Metric": "metric",
+    "Schedule": "scheduler",
+    "Step": "task",
+    "Task": "task",
+    "TensorSplit": "data",
+    "Trainer": "trainer",
+}
+
+
+def __getattr__(name: str):
+    if name not in _LATER:
+        raise AttributeError(f"module 'framework' has no attribute {name!r}")
+    return getattr(import_module(f".{_LATER[name]}", __name__), name)

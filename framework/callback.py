@@ -1,0 +1,68 @@
+"""The events of training, listed once, beside the loop that emits them.
+
+    fit_start
+    for each epoch:
+        epoch_start
+        for each step:
+            step_start                  # before the first forward pass of the step
+            forward, backward           # of each micro-batch
+            gradients                   # they are complete and unscaled: look, clip, change
+            optimizer, schedule, count
+            step_end
+            log                         # at the trainer's cadence: trainer.state.metrics has fresh train/... values
+            validation_start
+            validation_end              # trainer.state.metrics has fresh val/... values
+        epoch_end
+    fit_end                             # the last step is done, also after a stop
+    exception                           # instead of fit_end
+    close                               # always the last one
+
+A callback overrides what it listens to; what nobody overrides costs nothing. Callbacks are called in the order listed.
+To end a run: `trainer.state.stop = "reason"`; the step under way is finished first.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+EVENTS = (
+    "fit_start",
+    "epoch_start",
+    "step_start",
+    "gradients",
+    "step_end",
+    "log",
+    "validation_start",
+    "validation_end",
+    "epoch_end",
+    "fit_end",
+    "exception",
+    "close",
+)
+
+
+class Callback:
+    """Base of all callbacks; each `on_...` takes the trainer, with its `state`, `model`, `optimizer` and `log`."""
+
+    def on_fit_start(self, trainer: Trainer) -> None: ...
+    def on_epoch_start(self, trainer: Trainer) -> None: ...
+    def on_step_start(self, trainer: Trainer) -> None: ...
+    def on_gradients(self, trainer: Trainer) -> None: ...
+    def on_step_end(self, trainer: Trainer) -> None: ...
+    def on_log(self, trainer: Trainer) -> None: ...
+    def on_validation_start(self, trainer: Trainer) -> None: ...
+    def on_validation_end(self, trainer: Trainer) -> None: ...
+    def on_epoch_end(self, trainer: Trainer) -> None: ...
+    def on_fit_end(self, trainer: Trainer) -> None: ...
+    def on_exception(self, trainer: Trainer) -> None: ...
+    def on_close(self, trainer: Trainer) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint must keep, in plain types."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""

@@ -1,0 +1,70 @@
+"""What a person did that cannot be done, in words for the person at the terminal."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class FrameworkError(Exception):
+    """A mistake that its maker can mend; the command line prints it without a traceback and exits with 2."""
+
+    exit_status = 2
+
+
+class UnknownName(FrameworkError):
+    """No part of that kind has this name."""
+
+
+class DuplicateName(FrameworkError):
+    """Two files registered a part of one kind under one name."""
+
+
+class ContractError(FrameworkError):
+    """A part does not keep the contract of its kind (a wrong signature, a wrong base class)."""
+
+
+class SettingError(FrameworkError):
+    """A setting has a value that its type, range or choices forbid, or no part has such a setting."""
+
+
+class ConfigError(FrameworkError):
+    """The composed experiment has problems; `problems` holds all of them, one text each."""
+
+    def __init__(self, problems: Iterable[str]):
+        self.problems = list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class PluginError(FrameworkError):
+    """A plugin file or package could not be loaded."""
+
+
+class DataError(FrameworkError):
+    """Data is missing, empty, unreadable or does not fit the task or the model."""
+
+
+class BuildError(FrameworkError):
+    """A part refused the settings or the shapes that it was given."""
+
+
+class RunError(FrameworkError):
+    """A run folder is missing, taken, unwritable or not what it should be."""
+
+
+class CheckpointError(FrameworkError):
+    """A checkpoint cannot be written, or does not verify."""
+
+
+def nearest(word: str, options: Iterable[str]) -> str | None:
+    """Return the option that looks most like `word`, or None when none is close."""
+    close = difflib.get_close_matches(str(word), [str(option) for option in options], n=1, cutoff=0.55)
+    return close[0] if close else None
+
+
+def did_you_mean(word: str, options: Iterable[str], most: int = 12) -> str:
+    """Return "did you mean 'x'?" when one option is close, else the list of options."""
+    options = sorted(options)
+    close = nearest(word, options)
+    if close is not None:
+        return f"did you mean {close!r}?"
+    listed = ", ".join(options[:most]) + (", ..." if len(options) > most else "")
+    return f"there is: {listed}" if options else "there is none"

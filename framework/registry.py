@@ -1,0 +1,296 @@
+"""Parts with names. A registry holds the parts of one kind; a maker builds one part again and again.
+
+    activations = Registry(Kind("activation"))
+
+    @activations.register("snake")                                  # a part of your own
+    class Snake(nn.Module): ...
+
+    activations.register("silu", nn.SiLU, aliases=["swish"])        # somebody else's class, as it is
+    activations.build("snake", alpha=0.5)
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeVar, overload
+
+from .errors import BuildError, ContractError, DuplicateName, FrameworkError, SettingError, UnknownName, did_you_mean
+from .schema import REQUIRED, Setting, name_of, read_settings, signature
+
+P = TypeVar("P", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What parts of one kind have in common.
+
+    Attributes:
+        name: singular, the word in error messages and of the annotation.
+        given: parameters that the framework passes, by name, to the parts that ask for them.
+        needs: those of `given` that every part must ask for.
+        base: the class that a part, or what it builds, must be an instance of, as "module.Class".
+        many: whether an experiment has several of them (`callbacks=[...]`), so that its config key is the plural.
+        doc: a line on what the kind is.
+    """
+
+    name: str
+    given: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    base: str | None = None
+    many: bool = False
+    doc: str = ""
+
+    @property
+    def key(self) -> str:
+        """The Hydra group and config key."""
+        return self.name + "s" if self.many else self.name
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where a part comes from."""
+
+    file: str
+    line: int
+    module: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered part: its name, what builds it, its settings and where it was registered."""
+
+    kind: Kind
+    name: str
+    part: Callable[..., Any]
+    registered: Where
+    aliases: tuple[str, ...] = ()
+    hide: tuple[str, ...] = ()
+    types: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.kind.name}/{self.name}"
+
+    @cached_property
+    def settings(self) -> dict[str, Setting]:
+        return read_settings(self.part, self.kind.given, self.hide, self.types)
+
+    @cached_property
+    def asks_for(self) -> tuple[str, ...]:
+        """Those of the kind's given parameters that this part takes."""
+        parameters = signature(self.part).parameters
+        return tuple(name for name in self.kind.given if name in parameters)
+
+    @property
+    def doc(self) -> str:
+        return inspect.getdoc(self.part) or ""
+
+    @property
+    def summary(self) -> str:
+        """The first sentence of the docstring."""
+        paragraph = " ".join(self.doc.split("\n\n")[0].split())
+        return paragraph.split(". ")[0].rstrip(".")
+
+    @cached_property
+    def source(self) -> Where:
+        """Where the part itself is written; falls back to where it was registered (for C functions)."""
+        try:
+            file = inspect.getsourcefile(self.part) or self.registered.file
+            return Where(file, inspect.getsourcelines(self.part)[1], self.part.__module__)
+        except (TypeError, OSError):
+            return self.registered
+
+    def bind(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return settings with checked types, and every nested part as a maker. Raises SettingError."""
+        for name in settings:
+            if name not in self.settings:
+                raise SettingError(f"{self} has no setting {name!r}; {did_you_mean(name, self.settings)}")
+        bound = {}
+        for name, setting in self.settings.items():
+            value = settings.get(name, setting.default)
+            if value is REQUIRED:
+                continue
+            try:
+                value = value if name not in settings else setting.convert(value)
+                bound[name] = as_makers(setting, value) if setting.part else value
+            except FrameworkError as error:
+                raise type(error)(f"{self}: {name}: {error}") from None
+        return {name: value for name, value in bound.items() if name in settings or self.settings[name].part}
+
+    def build(self, given: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
+        """Call the part with what it asks for of `given`, and its settings. Raises BuildError naming the part."""
+        arguments = self.bind(settings)
+        missing = [n for n, s in self.settings.items() if s.required and n not in arguments]
+        if missing:
+            raise SettingError(f"{self} needs a value for {', '.join(missing)}")
+        arguments |= {name: given[name] for name in self.asks_for if name in given}
+        try:
+            built = self.part(**arguments)
+        except FrameworkError:
+            raise
+        except Exception as error:
+            raise BuildError(f"{self} ({self.registered}) cannot be built: {error}") from error
+        check_base(self.kind, type(built), f"{self} ({self.registered}) builds a {type(built).__qualname__}, which")
+        return built
+
+
+class Maker:
+    """A named part with its settings, from which a layer gets a fresh one: `activation()`, `norm(in_shape)`."""
+
+    def __init__(self, entry: Entry, settings: Mapping[str, Any] | None = None):
+        self.entry = entry
+        self.settings = dict(settings or {})
+
+    def __call__(self, *given: Any, **more: Any) -> Any:
+        """Build the part; positional arguments are the kind's given parameters in their order."""
+        named = dict(zip(self.entry.kind.given, given, strict=False))
+        settings = self.settings | {k: v for k, v in more.items() if k not in self.entry.kind.given}
+        return self.entry.build(named | {k: v for k, v in more.items() if k in self.entry.kind.given}, settings)
+
+    def __repr__(self) -> str:
+        return f"{self.entry}({', '.join(f'{k}={v!r}' for k, v in self.settings.items())})"
+
+
+class Registry:
+    """The parts of one kind, by name."""
+
+    every: dict[str, "Registry"] = {}  # by kind; the only mutable state of the core
+
+    def __init__(self, kind: Kind):
+        self.kind = kind
+        self._entries: dict[str, Entry] = {}
+        self._aliases: dict[str, str] = {}
+        Registry.every[kind.name] = self
+
+    @overload
+    def register(self, name: str, *, aliases: Iterable[str] = ...) -> Callable[[P], P]: ...
+    @overload
+    def register(
+        self,
+        name: str,
+        part: P,
+        *,
+        aliases: Iterable[str] = ...,
+        hide: Iterable[str] = ...,
+        types: Mapping[str, Any] | None = ...,
+    ) -> P: ...
+    def register(self, name, part=None, *, aliases=(), hide=(), types=None):
+        """Give a part a name; a decorator when `part` is left out.
+
+        Args:
+            name: lower-case letters, digits and underscores.
+            part: a class or function whose signature holds its settings.
+            aliases: other names that people use.
+            hide: parameters that are no settings.
+            types: annotations that replace those of a class that is not ours, e.g. to add a `Range`.
+
+        Raises DuplicateName when the name is taken, ContractError when the signature does not fit the kind.
+        """
+        caller = sys._getframe(1)
+        where = Where(caller.f_code.co_filename, caller.f_lineno, caller.f_globals.get("__name__", ""))
+
+        def add(part: P) -> P:
+            entry = Entry(self.kind, name, part, where, tuple(aliases), tuple(hide), types or {})
+            self._check(entry)
+            self._entries[name] = entry
+            self._aliases |= dict.fromkeys(entry.aliases, name)
+            return part
+
+        return add if part is None else add(part)
+
+    def _check(self, entry: Entry) -> None:
+        for name in (entry.name, *entry.aliases):
+            if not name.isidentifier() or name != name.lower():
+                raise ContractError(
+                    f"{name!r} ({entry.registered}) is no name for a part: use lower-case letters, digits and _"
+                )
+            if name in self:
+                other = self.get(name).registered
+                raise DuplicateName(
+                    f"two parts are called {self.kind.name}/{name}: {other} and {entry.registered}. Rename one of them."
+                )
+        if not callable(entry.part):
+            raise ContractError(f"{entry} ({entry.registered}) is a {type(entry.part).__name__}, not a class or function")
+        try:
+            lacking = [name for name in self.kind.needs if name not in entry.asks_for]
+            _ = entry.settings
+        except ContractError as error:
+            raise ContractError(f"{entry} ({entry.registered}): {error}") from error
+        if lacking:
+            raise ContractError(
+                f"{entry} ({entry.registered}) must have a parameter {' and '.join(map(repr, lacking))}: "
+                f"the framework passes it to every {self.kind.name}"
+            )
+        if isinstance(entry.part, type):
+            check_base(self.kind, entry.part, f"{entry} ({entry.registered})")
+
+    def get(self, name: str) -> Entry:
+        """Return the entry of that name or alias. Raises UnknownName with the nearest name, also of other kinds."""
+        entry = self._entries.get(self._aliases.get(name, name))
+        if entry is None:
+            raise UnknownName(self.unknown(name))
+        return entry
+
+    def unknown(self, name: str) -> str:
+        """Say that there is no such part, and what was probably meant."""
+        elsewhere = [kind for kind, registry in Registry.every.items() if registry is not self and name in registry]
+        said = f"there is no {self.kind.name} {name!r}"
+        if elsewhere:
+            return f"{said}; {name!r} is {with_article(elsewhere[0])}"
+        return f"{said}; {did_you_mean(name, [*self._entries, *self._aliases])}"
+
+    def build(self, name: str, *given: Any, **arguments: Any) -> Any:
+        """Build the part of that name; positional arguments are the kind's given parameters in their order."""
+        return Maker(self.get(name))(*given, **arguments)
+
+    def maker(self, name: str, **settings: Any) -> Maker:
+        """Return a maker of the part of that name, with these settings. Raises UnknownName or SettingError."""
+        entry = self.get(name)
+        entry.bind(settings)
+        return Maker(entry, settings)
+
+    def names(self) -> list[str]:
+        return sorted(self._entries)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._entries[name] for name in self.names())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries or name in self._aliases
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+def as_makers(setting: Setting, value: Any) -> Any:
+    """Turn the value of a part's setting into makers: a name, {"name": ..., settings}, a list of them, None."""
+    assert setting.part is not None
+    if isinstance(value, list | tuple):
+        return [as_makers(setting, item) for item in value]
+    if value is None or callable(value):
+        return value
+    registry = Registry.every[setting.part]
+    if isinstance(value, str):
+        return registry.maker(value)
+    if isinstance(value, Mapping):
+        settings = {key: item for key, item in value.items() if key != "name"}
+        name = value.get("name", setting.default)
+        if isinstance(name, str):
+            return registry.maker(name, **settings)
+        raise SettingError(f"should have a `name` of a {setting.part}, not {dict(value)!r}")
+    raise SettingError(f"should be {setting.type_text}, not {value!r}")
+
+
+def with_article(noun: str) -> str:
+    return ("an " if noun[0] in "aeiou" else "a ") + noun
+
+
+def check_base(kind: Kind, built: type, who: str) -> None:
+    """Raise ContractError unless a class has the kind's base among its ancestors (compared by name: no import)."""
+    ancestors = {f"{c.__module__}.{c.__qualname__}" for c in built.__mro__}
+    if kind.base is not None and kind.base not in ancestors:
+        raise ContractError(f"{who} is not a {kind.base}, as every {kind.name} must be")

@@ -1,0 +1,307 @@
+"""A part's settings, read from its signature: the one place where a type, a range or a default is written.
+
+Supported types: int, float, bool, str, Path, None, Any, Literal, unions, list, tuple, dict[str, T], `Annotated` with a
+`Range`, and parts (`Activation`, `Norm`, ... in `kinds.py`), also in lists.
+"""
+
+import inspect
+import math
+import re
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from .errors import ContractError, SettingError
+
+REQUIRED: Any = inspect.Parameter.empty  # the default of a setting that has none
+SCALARS = (bool, int, float, str, Path)
+
+
+@dataclass(frozen=True)
+class Range:
+    """An interval in mathematical notation, as a mark of a number: `Annotated[float, Range("[0, 1)")]`."""
+
+    interval: str
+
+    def __contains__(self, number: float) -> bool:
+        low, high = (float(end) for end in self.interval[1:-1].split(","))
+        above = number >= low if self.interval[0] == "[" else number > low
+        below = number <= high if self.interval[-1] == "]" else number < high
+        return above and below
+
+    def __str__(self) -> str:
+        return self.interval
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Marks a text that must match a regular expression; `form` says in words what is right."""
+
+    regex: str
+    form: str
+
+    def __contains__(self, text: str) -> bool:
+        return re.fullmatch(self.regex, text) is not None
+
+
+@dataclass(frozen=True)
+class PartOf:
+    """Marks a parameter that receives a maker of parts of one kind."""
+
+    kind: str
+
+
+PositiveInt = Annotated[int, Range("[1, inf)")]
+NonNegativeInt = Annotated[int, Range("[0, inf)")]
+PositiveFloat = Annotated[float, Range("(0, inf)")]
+NonNegativeFloat = Annotated[float, Range("[0, inf)")]
+Fraction = Annotated[float, Range("[0, 1]")]
+Rate = Annotated[float, Range("[0, 1)")]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting of a part: what may be overridden, with its type, default and a line of text."""
+
+    name: str
+    annotation: Any
+    default: Any
+    doc: str = ""
+
+    @property
+    def required(self) -> bool:
+        return self.default is REQUIRED
+
+    @property
+    def part(self) -> str | None:
+        """The kind of the part that this setting names, if it names one (or a list of them)."""
+        return next((mark.kind for mark in marks(self.annotation) if isinstance(mark, PartOf)), None)
+
+    @property
+    def many(self) -> bool:
+        """Whether the setting is a list of parts."""
+        if self.part is None:
+            return False
+        return any(get_origin(strip(member)) is list for member in members(self.annotation))
+
+    @property
+    def type_text(self) -> str:
+        return describe(self.annotation)
+
+    def convert(self, value: Any) -> Any:
+        """Return `value` as the setting's type. Raises SettingError that says what was expected."""
+        return convert(value, self.annotation)
+
+
+def strip(annotation: Any) -> Any:
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+
+
+def members(annotation: Any) -> tuple[Any, ...]:
+    """The alternatives of a union; of anything else, itself."""
+    if get_origin(strip(annotation)) in (Union, types.UnionType):
+        return get_args(strip(annotation))
+    return (annotation,)
+
+
+def marks(annotation: Any) -> list[Any]:
+    """Every mark (`Range`, `Pattern`, `PartOf`) in an annotation, at any depth."""
+    own = list(annotation.__metadata__) if get_origin(annotation) is Annotated else []
+    arguments = get_args(annotation)[:1] if own else get_args(annotation)
+    inner = [] if get_origin(annotation) is Literal else [m for a in arguments for m in marks(a)]
+    return own + inner
+
+
+def read_settings(
+    part: Callable, given: Iterable[str] = (), hide: Iterable[str] = (), types: Mapping[str, Any] | None = None
+) -> dict[str, Setting]:
+    """Return the settings of a part by name: each parameter that is not given by the framework and can be configured.
+
+    `types` replaces annotations (for classes that are not ours); `hide` leaves parameters out.
+    Raises ContractError when a required parameter has a type that no config can express.
+    """
+    left_out = {*given, *hide}
+    documented = parameter_docs(part)
+    found = {}
+    for parameter in signature(part).parameters.values():
+        if parameter.name in left_out or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        annotation = (types or {}).get(parameter.name, infer(parameter))
+        if not expressible(annotation):
+            if parameter.default is REQUIRED:
+                raise ContractError(
+                    f"parameter {parameter.name!r} of {name_of(part)} has type {annotation!r}, which no config can "
+                    f"express, and no default. Give it a default, or one of the types int, float, bool, str, list ..."
+                )
+            continue
+        doc = documented.get(parameter.name, "")
+        found[parameter.name] = Setting(parameter.name, annotation, parameter.default, doc)
+    return found
+
+
+def signature(part: Callable) -> inspect.Signature:
+    """Return the signature with its annotations evaluated, also under `from __future__ import annotations`."""
+    try:
+        return inspect.signature(part, eval_str=True)
+    except (NameError, SyntaxError) as error:
+        raise ContractError(f"the annotations of {name_of(part)} cannot be read: {error}") from error
+    except (ValueError, TypeError) as error:
+        raise ContractError(f"{name_of(part)} has no signature that Python can read: {error}") from error
+
+
+def name_of(part: Any) -> str:
+    return getattr(part, "__qualname__", None) or repr(part)
+
+
+def infer(parameter: inspect.Parameter) -> Any:
+    """The annotation, or for a bare parameter (as in much of torch) the type of its default."""
+    if parameter.annotation is not parameter.empty:
+        if parameter.default is None and type(None) not in get_args(strip(parameter.annotation)):
+            return parameter.annotation | None if parameter.annotation is not Any else Any
+        return parameter.annotation
+    return type(parameter.default) if isinstance(parameter.default, SCALARS) else Any
+
+
+def parameter_docs(part: Callable) -> dict[str, str]:
+    """Return the first line of text on each parameter in an `Args:` section (Google style, as torch's)."""
+    lines = iter((inspect.getdoc(part) or "").split("\n"))
+    found: dict[str, str] = {}
+    for line in lines:
+        if line.strip() in ("Args:", "Arguments:"):
+            break
+    for line in lines:
+        if line and not line[0].isspace():
+            break
+        match = re.match(r"\s{1,8}\**(\w+)\s*(?:\([^)]*\))?\s*:\s*(.+)", line)
+        if match:
+            found[match[1]] = re.sub(r"\s*\(default:.*", "", match[2])
+    return found
+
+
+def expressible(annotation: Any) -> bool:
+    """Whether a value of this type can be written in a config."""
+    if get_origin(annotation) is Annotated:
+        if any(isinstance(mark, PartOf) for mark in annotation.__metadata__):
+            return True
+        return expressible(get_args(annotation)[0])
+    origin = get_origin(annotation)
+    if origin in (Union, types.UnionType):  # float | Tensor: the float can be written
+        return any(expressible(a) for a in get_args(annotation) if a is not type(None))
+    if origin in (list, tuple, dict, Sequence, Iterable):
+        return all(expressible(a) for a in get_args(annotation) if a is not Ellipsis)
+    if origin is Literal:
+        return True
+    return annotation in (*SCALARS, None, type(None), Any, list, tuple, dict)
+
+
+def describe(annotation: Any) -> str:
+    """Return a type in words: "float in (0, 1]", "one of mean, sum", "int or list of int"."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        kind = next((m.kind for m in annotation.__metadata__ if isinstance(m, PartOf)), None)
+        if kind:
+            return f"name of {'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+        form = next((m.form for m in annotation.__metadata__ if isinstance(m, Pattern)), None)
+        if form:
+            return form
+        ranges = [f" in {m}" for m in annotation.__metadata__ if isinstance(m, Range)]
+        return describe(arguments[0]) + "".join(ranges)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(describe(a) for a in arguments if expressible(a)))
+    if origin is Literal:
+        return "one of " + ", ".join(str(a) for a in arguments)
+    if origin is tuple and Ellipsis not in arguments:
+        return "[" + ", ".join(describe(a) for a in arguments) + "]"
+    if origin in (list, tuple, Sequence, Iterable):
+        return f"list of {describe(arguments[0])}"
+    if origin is dict:
+        return f"dict of {describe(arguments[1])}"
+    if annotation in (None, type(None)):
+        return "null"
+    return "path" if annotation is Path else getattr(annotation, "__name__", str(annotation)).replace("Any", "any")
+
+
+def convert(value: Any, annotation: Any) -> Any:
+    """Return `value` as the annotated type: 3.0 as int 3, 1 as float 1.0, a list as tuple.
+
+    Raises SettingError: "should be float in (0, 1], not 'fast'".
+    """
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if annotation is Any or annotation is REQUIRED:
+        return value
+    if origin is Annotated:
+        if any(isinstance(mark, PartOf) for mark in annotation.__metadata__):
+            return value  # a part is checked by its registry
+        number = convert_inner(value, arguments[0], annotation)
+        for mark in annotation.__metadata__:
+            if isinstance(mark, Range | Pattern) and number not in mark:
+                raise mismatch(value, annotation)
+        return number
+    if origin in (Union, types.UnionType):
+        return convert_union(value, annotation)
+    if origin is Literal:
+        if not any(value == choice and type(value) is type(choice) for choice in arguments):
+            raise mismatch(value, annotation)
+        return value
+    if origin in (list, tuple, dict, Sequence, Iterable) or annotation in (list, tuple, dict):
+        return convert_container(value, annotation)
+    return convert_scalar(value, annotation)
+
+
+def convert_inner(value: Any, annotation: Any, whole: Any) -> Any:
+    try:
+        return convert(value, annotation)
+    except SettingError:
+        raise mismatch(value, whole) from None
+
+
+def convert_union(value: Any, annotation: Any) -> Any:
+    alternatives = [a for a in get_args(annotation) if expressible(a) or a is type(None)]
+    exact = sorted(alternatives, key=lambda a: strip(a) is not type(value))
+    for alternative in exact:
+        try:
+            return convert(value, alternative)
+        except SettingError:
+            continue
+    raise mismatch(value, annotation)
+
+
+def convert_container(value: Any, annotation: Any) -> Any:
+    origin, arguments = get_origin(annotation) or annotation, get_args(annotation)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise mismatch(value, annotation)
+        return {str(k): convert_inner(v, arguments[1], annotation) if arguments else v for k, v in value.items()}
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise mismatch(value, annotation)
+    if origin is tuple and arguments and Ellipsis not in arguments:
+        if len(value) != len(arguments):
+            raise mismatch(value, annotation)
+        return tuple(convert_inner(v, a, annotation) for v, a in zip(value, arguments, strict=True))
+    items = [convert_inner(v, arguments[0], annotation) if arguments else v for v in value]
+    return tuple(items) if origin is tuple else items
+
+
+def convert_scalar(value: Any, annotation: Any) -> Any:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if annotation is None or annotation is type(None):
+        accepted = value is None
+    elif annotation is bool:
+        accepted = isinstance(value, bool)
+    elif annotation is int:
+        accepted = number and math.isfinite(value) and value == int(value)  # 1e3 is an int, in words
+    elif annotation is float:
+        accepted = number
+    elif annotation in (str, Path):
+        accepted = isinstance(value, str | Path) or (number and isinstance(value, int))
+    else:
+        return value
+    if not accepted:
+        raise mismatch(value, annotation)
+    return None if value is None else annotation(value)
+
+
+def mismatch(value: Any, annotation: Any) -> SettingError:
+    return SettingError(f"should be {describe(annotation)}, not {value!r}")

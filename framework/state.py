@@ -1,0 +1,73 @@
+"""Where a run stands, and cadences: `every: 10steps | 1epoch | 5min`."""
+
+import re
+import time
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from .errors import SettingError
+from .schema import Pattern
+
+EVERY = r"\s*(\d+(?:\.\d+)?)\s*(steps?|epochs?|s|sec|min|h)\s*"
+Every = Annotated[str, Pattern(EVERY, "a cadence like 10steps, 1epoch or 5min")]
+SECONDS = {"s": 1.0, "sec": 1.0, "min": 60.0, "h": 3600.0}
+
+
+@dataclass
+class State:
+    """Counters of a run; they change only in the Trainer's loop.
+
+    Attributes:
+        step: optimizer steps done.
+        epoch: epochs done.
+        batch: micro-batches done in the epoch under way.
+        samples: training samples seen.
+        total_steps: optimizer steps of the whole run.
+        steps_per_epoch: optimizer steps of an epoch.
+        metrics: the last value of every logged scalar, e.g. {"val/accuracy": 0.97}.
+        stop: why the run ends before its last step, or None; a callback sets it.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    samples: int = 0
+    total_steps: int = 0
+    steps_per_epoch: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    stop: str | None = None
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def wall_seconds(self) -> float:
+        return time.monotonic() - self.started
+
+
+class Cadence:
+    """Says when something is due: after every n steps, epochs or minutes (of a clock that never jumps).
+
+    Raises SettingError for a text that is no cadence.
+    """
+
+    def __init__(self, every: str):
+        match = re.fullmatch(EVERY, every)
+        if match is None or float(match[1]) <= 0:
+            raise SettingError(f"should be a cadence like 10steps, 1epoch or 5min, not {every!r}")
+        self.every = every
+        self.unit = match[2].rstrip("s") if match[2] != "s" else "s"
+        self.number = float(match[1])
+        if self.unit in ("step", "epoch") and self.number != int(self.number):
+            raise SettingError(f"should be a whole number of {self.unit}s, not {every!r}")
+        self._last = time.monotonic()
+
+    def due(self, state: State, *, epoch_end: bool = False) -> bool:
+        """Whether it is time, asked once after each step (`epoch_end`: the step was the last of its epoch)."""
+        if self.unit == "step":
+            return state.step % int(self.number) == 0
+        if self.unit == "epoch":
+            return epoch_end and state.epoch % int(self.number) == 0
+        now = time.monotonic()
+        if now - self._last < self.number * SECONDS[self.unit]:
+            return False
+        self._last = now
+        return True
