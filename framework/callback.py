@@ -8,10 +8,10 @@
             forward, backward           # of each micro-batch
             gradients                   # they are complete and unscaled: look, clip, change
             optimizer, schedule, count
-            step_end
             log                         # at the trainer's cadence: trainer.state.metrics has fresh train/... values
             validation_start
             validation_end              # trainer.state.metrics has fresh val/... values
+            step_end                    # all of the step is done; state.batch is 0 when it ended its epoch
         epoch_end
     fit_end                             # the last step is done, also after a stop
     exception                           # instead of fit_end
@@ -33,10 +33,10 @@ EVENTS = (
     "epoch_start",
     "step_start",
     "gradients",
-    "step_end",
     "log",
     "validation_start",
     "validation_end",
+    "step_end",
     "epoch_end",
     "fit_end",
     "exception",

@@ -3,14 +3,19 @@
 import hashlib
 import importlib
 import importlib.util
+import os
 import pkgutil
 import sys
-from collections.abc import Iterable
+import traceback
+from collections.abc import Callable, Iterable
+from functools import partial
+from importlib.machinery import ModuleSpec
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 
 from .errors import FrameworkError, PluginError
+from .registry import Registry
 
 GROUP = "framework.plugins"
 
@@ -43,51 +48,80 @@ def load(plugin: str) -> None:
 
 def load_module(name: str, reached_by: str) -> None:
     """Import a module; of a package, each of its modules."""
-    module = attempt(name, lambda: importlib.import_module(name), reached_by)
+    module = attempt(name, partial(import_once, name), reached_by)
     for found in pkgutil.iter_modules(getattr(module, "__path__", ())):
         full = f"{name}.{found.name}"
-        attempt(full, lambda full=full: importlib.import_module(full), reached_by)
+        attempt(full, partial(import_once, full), reached_by)
+
+
+def import_once(name: str) -> ModuleType:
+    """Import a module, unless its file is loaded already under another name (by its path)."""
+    if name not in sys.modules:
+        spec = importlib.util.find_spec(name)
+        loaded = loaded_from(Path(spec.origin)) if spec is not None and spec.has_location and spec.origin else None
+        if loaded is not None:
+            return loaded
+    return importlib.import_module(name)
+
+
+def loaded_from(file: Path) -> ModuleType | None:
+    """Return the module that was loaded from a file, if there is one."""
+    real = file.resolve()
+    for module in list(sys.modules.values()):
+        loaded = getattr(module, "__dict__", {}).get("__file__")  # a plain getattr would wake lazy modules
+        if loaded and os.path.basename(loaded) == real.name and Path(loaded).resolve() == real:
+            return module
+    return None
 
 
 def load_file(file: Path) -> None:
     """Import a file under a module name of its own, unless it is loaded already under another."""
     real = file.resolve()
-    loaded = {Path(m.__file__).resolve() for m in list(sys.modules.values()) if getattr(m, "__file__", None)}
-    if real in loaded:
+    if loaded_from(real) is not None:
         return
     name = f"framework_plugin_{real.stem}_{hashlib.blake2b(str(real).encode(), digest_size=4).hexdigest()}"
     spec = importlib.util.spec_from_file_location(name, real)
     if spec is None or spec.loader is None:
         raise PluginError(f"plugin {file} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
+    attempt(str(file), partial(execute, module, spec), "its path")
+
+
+def execute(module: ModuleType, spec: ModuleSpec) -> ModuleType:
+    sys.modules[module.__name__] = module
     try:
-        attempt(str(file), lambda: spec.loader.exec_module(module), "its path")
-    except PluginError:
-        del sys.modules[name]
+        spec.loader.exec_module(module)  # type: ignore[union-attr]
+    except BaseException:
+        del sys.modules[module.__name__]
         raise
+    return module
 
 
-def attempt(what: str, load, reached_by: str) -> ModuleType:
+def attempt(what: str, load: Callable[[], ModuleType], reached_by: str) -> ModuleType:
+    """Load, or raise PluginError and leave no part of what failed behind."""
     try:
         return load()
-    except FrameworkError as error:
-        raise PluginError(f"plugin {what} cannot be loaded: {error}") from error
     except Exception as error:
-        line = innermost_line(error)
-        raise PluginError(
-            f"plugin {what} (reached by {reached_by}) cannot be loaded: {type(error).__name__}: {error}{line}"
-        ) from error
+        for registry in Registry.every.values():
+            registry.forget_unloaded()
+        raise failure(what, reached_by, error) from error
+
+
+def failure(what: str, reached_by: str, error: Exception) -> PluginError:
+    if isinstance(error, FrameworkError):
+        return PluginError(f"plugin {what} cannot be loaded: {error}")
+    reason = f"{type(error).__name__}: {error}{innermost_line(error)}"
+    return PluginError(f"plugin {what} (reached by {reached_by}) cannot be loaded: {reason}")
 
 
 def innermost_line(error: Exception) -> str:
-    """Return " at file:line" of the plugin's own code where the error arose."""
+    """Return " at file:line" of the plugin's own code where the error arose, rather than of a library that it calls."""
     if isinstance(error, SyntaxError):
         return f" at {error.filename}:{error.lineno}"
-    trace, found = error.__traceback__, ""
-    while trace is not None:
-        file = trace.tb_frame.f_code.co_filename
-        if "importlib" not in file and file != __file__ and not file.startswith("<"):
-            found = f" at {file}:{trace.tb_lineno}"
-        trace = trace.tb_next
-    return found
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if "importlib" not in frame.filename and not frame.filename.startswith((str(Path(__file__).parent), "<"))
+    ]
+    own = [frame for frame in frames if "site-packages" not in frame.filename] or frames
+    return f" at {own[-1].filename}:{own[-1].lineno}" if own else ""

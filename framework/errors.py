@@ -55,9 +55,14 @@ class CheckpointError(FrameworkError):
 
 
 def nearest(word: str, options: Iterable[str]) -> str | None:
-    """Return the option that looks most like `word`, or None when none is close."""
-    close = difflib.get_close_matches(str(word), [str(option) for option in options], n=1, cutoff=0.55)
-    return close[0] if close else None
+    """Return the option that looks most like `word` ("LeakyReLU" like "leaky_relu"), or None when none is close."""
+    by_letters = {plain(option): str(option) for option in options}
+    close = difflib.get_close_matches(plain(word), by_letters, n=1, cutoff=0.55)
+    return by_letters[close[0]] if close else None
+
+
+def plain(word: object) -> str:
+    return str(word).lower().replace("-", "").replace("_", "")
 
 
 def did_you_mean(word: str, options: Iterable[str], most: int = 12) -> str:

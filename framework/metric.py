@@ -1,7 +1,9 @@
 """The contract of a metric: sums that add over batches, and a formula over the sums."""
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 
@@ -27,3 +29,40 @@ class Metric:
     def compute(self, sums: Tensor) -> float:
         """Return the value from the sums over all batches (a float64 tensor on the CPU)."""
         raise NotImplementedError
+
+
+class Measures:
+    """The mean loss and some metrics over the batches added since the last reading, as sums on the device."""
+
+    def __init__(self, metrics: Sequence[Metric], device: torch.device):
+        self.metrics = list(metrics)
+        self.dtype = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
+        self.loss = torch.zeros(2, dtype=self.dtype, device=device)
+        self.sums: list[Tensor] = []
+
+    @torch.no_grad()
+    def add(self, loss: Tensor, outputs: Tensor, targets: Tensor, count: int | Tensor) -> None:
+        """Add a batch: its mean loss over `count` items, its outputs and targets. Reads nothing off the device."""
+        if isinstance(count, Tensor):
+            self.loss += torch.stack([loss.detach().to(self.dtype) * count, count.to(self.dtype)])
+        else:
+            self.loss[0].add_(loss.detach(), alpha=count)
+            self.loss[1].add_(count)
+        fresh = [metric.sums(outputs.detach(), targets).to(self.dtype) for metric in self.metrics]
+        if self.sums:
+            for total, part in zip(self.sums, fresh, strict=True):
+                total += part
+        else:
+            self.sums = fresh
+
+    def read(self) -> dict[str, float]:
+        """Return {"loss": ..., "accuracy": ...} over what was added, in one transfer, and begin anew."""
+        sizes = [2, *(total.numel() for total in self.sums)]
+        flat = torch.cat([self.loss, *(total.reshape(-1) for total in self.sums)]).to("cpu", torch.float64)
+        parts = flat.split(sizes)
+        values = {"loss": float(parts[0][0] / parts[0][1])}
+        for metric, total, part in zip(self.metrics, self.sums, parts[1:], strict=False):
+            values[metric.name] = metric.compute(part.reshape(total.shape))
+        self.loss.zero_()
+        self.sums = []
+        return values

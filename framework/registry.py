@@ -7,6 +7,8 @@
 
     activations.register("silu", nn.SiLU, aliases=["swish"])        # somebody else's class, as it is
     activations.build("snake", alpha=0.5)
+
+A name is given once: a second part of that name is an error that names both files.
 """
 
 import inspect
@@ -14,10 +16,10 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar, overload
+from typing import Any, ClassVar, TypeVar, overload
 
 from .errors import BuildError, ContractError, DuplicateName, FrameworkError, SettingError, UnknownName, did_you_mean
-from .schema import REQUIRED, Setting, name_of, read_settings, signature
+from .schema import REQUIRED, Setting, first_sentence, read_settings, signature
 
 P = TypeVar("P", bound=Callable[..., Any])
 
@@ -87,13 +89,12 @@ class Entry:
 
     @property
     def doc(self) -> str:
-        return inspect.getdoc(self.part) or ""
+        return inspect.cleandoc(self.part.__doc__ or "")  # its own: not what a base class says of itself
 
     @property
     def summary(self) -> str:
         """The first sentence of the docstring."""
-        paragraph = " ".join(self.doc.split("\n\n")[0].split())
-        return paragraph.split(". ")[0].rstrip(".")
+        return first_sentence(self.doc.split("\n\n")[0])
 
     @cached_property
     def source(self) -> Where:
@@ -133,7 +134,8 @@ class Entry:
         except FrameworkError:
             raise
         except Exception as error:
-            raise BuildError(f"{self} ({self.registered}) cannot be built: {error}") from error
+            reason = str(error) or type(error).__name__
+            raise BuildError(f"{self} ({self.registered}) cannot be built: {reason}") from error
         check_base(self.kind, type(built), f"{self} ({self.registered}) builds a {type(built).__qualname__}, which")
         return built
 
@@ -147,6 +149,11 @@ class Maker:
 
     def __call__(self, *given: Any, **more: Any) -> Any:
         """Build the part; positional arguments are the kind's given parameters in their order."""
+        if len(given) > len(self.entry.kind.given):
+            expected = f"only {', '.join(self.entry.kind.given)}" if self.entry.kind.given else "nothing"
+            raise SettingError(
+                f"{self.entry} takes {expected} by position, not {len(given)} arguments; give settings by name"
+            )
         named = dict(zip(self.entry.kind.given, given, strict=False))
         settings = self.settings | {k: v for k, v in more.items() if k not in self.entry.kind.given}
         return self.entry.build(named | {k: v for k, v in more.items() if k in self.entry.kind.given}, settings)
@@ -158,7 +165,7 @@ class Maker:
 class Registry:
     """The parts of one kind, by name."""
 
-    every: dict[str, "Registry"] = {}  # by kind; the only mutable state of the core
+    every: ClassVar[dict[str, "Registry"]] = {}  # by kind; the only mutable state of the core
 
     def __init__(self, kind: Kind):
         self.kind = kind
@@ -214,10 +221,13 @@ class Registry:
                     f"two parts are called {self.kind.name}/{name}: {other} and {entry.registered}. Rename one of them."
                 )
         if not callable(entry.part):
-            raise ContractError(f"{entry} ({entry.registered}) is a {type(entry.part).__name__}, not a class or function")
+            raise ContractError(
+                f"{entry} ({entry.registered}) is a {type(entry.part).__name__}, not a class or function"
+            )
         try:
             lacking = [name for name in self.kind.needs if name not in entry.asks_for]
-            _ = entry.settings
+            if "name" in entry.settings:
+                raise ContractError("no setting may be called 'name': a config names the part itself by it")
         except ContractError as error:
             raise ContractError(f"{entry} ({entry.registered}): {error}") from error
         if lacking:
@@ -241,6 +251,8 @@ class Registry:
         said = f"there is no {self.kind.name} {name!r}"
         if elsewhere:
             return f"{said}; {name!r} is {with_article(elsewhere[0])}"
+        if not self._entries:
+            return f"{said}: none is registered. Call framework.discover() first"
         return f"{said}; {did_you_mean(name, [*self._entries, *self._aliases])}"
 
     def build(self, name: str, *given: Any, **arguments: Any) -> Any:
@@ -252,6 +264,12 @@ class Registry:
         entry = self.get(name)
         entry.bind(settings)
         return Maker(entry, settings)
+
+    def forget_unloaded(self) -> None:
+        """Remove the parts of modules that are not loaded, so that a plugin that failed half-way can be mended."""
+        gone = {name for name, entry in self._entries.items() if entry.registered.module not in sys.modules}
+        self._entries = {name: entry for name, entry in self._entries.items() if name not in gone}
+        self._aliases = {alias: name for alias, name in self._aliases.items() if name not in gone}
 
     def names(self) -> list[str]:
         return sorted(self._entries)
@@ -281,7 +299,7 @@ def as_makers(setting: Setting, value: Any) -> Any:
         name = value.get("name", setting.default)
         if isinstance(name, str):
             return registry.maker(name, **settings)
-        raise SettingError(f"should have a `name` of a {setting.part}, not {dict(value)!r}")
+        raise SettingError(f"should have the `name` of {with_article(setting.part)}, not {dict(value)!r}")
     raise SettingError(f"should be {setting.type_text}, not {value!r}")
 
 

@@ -25,6 +25,11 @@ class Range:
 
     interval: str
 
+    def __post_init__(self):
+        number = r"\s*[-+]?(inf|\d+(\.\d*)?(e[-+]?\d+)?)\s*"
+        if re.fullmatch(rf"[\[(]{number},{number}[\])]", self.interval) is None:
+            raise ContractError(f"{self.interval!r} is no interval; write it like [0, 1) or (0, inf)")
+
     def __contains__(self, number: float) -> bool:
         low, high = (float(end) for end in self.interval[1:-1].split(","))
         above = number >= low if self.interval[0] == "[" else number > low
@@ -63,7 +68,7 @@ Rate = Annotated[float, Range("[0, 1)")]
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting of a part: what may be overridden, with its type, default and a line of text."""
+    """One setting of a part: what may be overridden, with its type, default and a sentence."""
 
     name: str
     annotation: Any
@@ -124,8 +129,12 @@ def read_settings(
     """
     left_out = {*given, *hide}
     documented = parameter_docs(part)
+    parameters = signature(part).parameters
+    for name in types or {}:
+        if name not in parameters:
+            raise ContractError(f"`types` names {name!r}; {name_of(part)} has no such parameter")
     found = {}
-    for parameter in signature(part).parameters.values():
+    for parameter in parameters.values():
         if parameter.name in left_out or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         annotation = (types or {}).get(parameter.name, infer(parameter))
@@ -165,19 +174,43 @@ def infer(parameter: inspect.Parameter) -> Any:
 
 
 def parameter_docs(part: Callable) -> dict[str, str]:
-    """Return the first line of text on each parameter in an `Args:` section (Google style, as torch's)."""
-    lines = iter((inspect.getdoc(part) or "").split("\n"))
+    """Return the first sentence on each parameter in an `Args:` section (Google style, as torch's).
+
+    Of a class, that of the class itself, of its `__init__`, and of the class that it inherits `__init__` from.
+    """
+    if not isinstance(part, type):
+        return documented_args(inspect.getdoc(part) or "")
+    owner = next(ancestor for ancestor in part.__mro__ if "__init__" in vars(ancestor))
+    docs = (owner.__doc__, vars(owner)["__init__"].__doc__, part.__doc__)
+    return {name: line for doc in docs for name, line in documented_args(inspect.cleandoc(doc or "")).items()}
+
+
+def documented_args(doc: str) -> dict[str, str]:
+    lines = iter(doc.split("\n"))
     found: dict[str, str] = {}
     for line in lines:
         if line.strip() in ("Args:", "Arguments:"):
             break
+    name, indent = "", 0
     for line in lines:
         if line and not line[0].isspace():
             break
-        match = re.match(r"\s{1,8}\**(\w+)\s*(?:\([^)]*\))?\s*:\s*(.+)", line)
-        if match:
-            found[match[1]] = re.sub(r"\s*\(default:.*", "", match[2])
-    return found
+        depth = len(line) - len(line.lstrip())
+        match = re.match(r"\s{1,8}\**(\w+)\s*(?:\([^)]*\))?\s*:(?:\s+(.*))?$", line)
+        if match and (depth <= indent or not indent):
+            name, indent = match[1], depth
+            found[name] = match[2] or ""
+        elif name and depth > indent:
+            found[name] += " " + line.strip()
+    return {name: first_sentence(text) for name, text in found.items()}
+
+
+def first_sentence(text: str) -> str:
+    """Return the first sentence of a paragraph, without the marks of reStructuredText and what it says of defaults."""
+    sentence = re.split(r"(?<!e\.g|i\.e| al| cf| vs)\. (?=[^a-z0-9])", " ".join(text.split()))[0]
+    sentence = re.sub(r"\s*\([Dd]efaults?\b[^)]*\)", "", sentence)
+    sentence = re.sub(r":\w+:`([^`]*)`", lambda match: match[1].replace("\\", ""), sentence)
+    return sentence.replace("``", "`").strip().rstrip(".:")
 
 
 def expressible(annotation: Any) -> bool:
@@ -236,15 +269,18 @@ def convert(value: Any, annotation: Any) -> Any:
             return value  # a part is checked by its registry
         number = convert_inner(value, arguments[0], annotation)
         for mark in annotation.__metadata__:
-            if isinstance(mark, Range | Pattern) and number not in mark:
+            if isinstance(mark, Range | Pattern) and number is not None and number not in mark:
                 raise mismatch(value, annotation)
         return number
     if origin in (Union, types.UnionType):
         return convert_union(value, annotation)
     if origin is Literal:
-        if not any(value == choice and type(value) is type(choice) for choice in arguments):
+        matching = [choice for choice in arguments if value == choice and type(value) is type(choice)]
+        if type(value) is int:  # `precision=16` where the choices are texts
+            matching += [choice for choice in arguments if choice == str(value)]
+        if not matching:
             raise mismatch(value, annotation)
-        return value
+        return matching[0]
     if origin in (list, tuple, dict, Sequence, Iterable) or annotation in (list, tuple, dict):
         return convert_container(value, annotation)
     return convert_scalar(value, annotation)
@@ -259,7 +295,7 @@ def convert_inner(value: Any, annotation: Any, whole: Any) -> Any:
 
 def convert_union(value: Any, annotation: Any) -> Any:
     alternatives = [a for a in get_args(annotation) if expressible(a) or a is type(None)]
-    exact = sorted(alternatives, key=lambda a: strip(a) is not type(value))
+    exact = sorted(alternatives, key=lambda a: (strip(a) is not type(value), strip(a) in (str, Path)))  # 3 is no text
     for alternative in exact:
         try:
             return convert(value, alternative)

@@ -2,6 +2,9 @@
 
 import hashlib
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -29,3 +32,42 @@ def seed_everything(seed: int) -> None:
 def order(seed: int, epoch: int, size: int) -> torch.Tensor:
     """Return the order of an epoch, a permutation of `size` indices: a pure function of (seed, epoch, size)."""
     return torch.randperm(size, generator=generator(seed, "order", epoch))
+
+
+def capture() -> dict[str, Any]:
+    """Return the state of every global generator in plain types (Python's, NumPy's, torch's, each CUDA device's)."""
+    import numpy
+
+    kind, keys, position, has_gauss, cached = numpy.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": [kind, torch.from_numpy(keys.astype("int64")), int(position), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore(state: dict[str, Any]) -> None:
+    """Take back what `capture` gave."""
+    import numpy
+
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = state["numpy"]
+    numpy.random.set_state((kind, keys.numpy().astype("uint32"), *rest))
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([each.cpu() for each in state["cuda"]])
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Run something (a validation) that must not move the generators of training."""
+    cpu = torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    try:
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)

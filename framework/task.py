@@ -1,5 +1,6 @@
 """The contract of a task: what one training step means, from a batch to a loss and to what metrics see."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -34,3 +35,16 @@ class Task:
 
     def check(self, data: Data) -> None:
         """Raise DataError when the data has not the targets that this task needs."""
+
+
+class LossTask(Task):
+    """The simplest task: a loss of (outputs, targets), as `nn.CrossEntropyLoss()` or any function."""
+
+    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor]):
+        self.loss = loss
+        self.criterion = loss if isinstance(loss, nn.Module) else None
+
+    def step(self, model: nn.Module, batch: Batch) -> Step:
+        inputs, targets = batch
+        outputs = model(inputs)
+        return Step(self.loss(outputs, targets), outputs, targets)

@@ -1,0 +1,5 @@
+"""`python -m framework` is `framework`."""
+
+from .cli import main
+
+main()

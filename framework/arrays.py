@@ -1,0 +1,205 @@
+"""Arrays as a data set needs them: numbers read and checked, targets numbered, rows split, inputs standardised."""
+
+import math
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import seeds
+from .errors import DataError, SettingError
+from .kinds import Shape
+
+Target = Literal["class", "labels", "value", "none"]
+
+MOST_CLASSES = 20  # integers with more different values than this are taken for amounts, not for classes
+
+
+class Targets(NamedTuple):
+    """Targets as a tensor (see `Data.target`), their kind and the names of the classes."""
+
+    tensor: Tensor
+    kind: Target
+    classes: list[str]
+
+    @property
+    def out_shape(self) -> Shape:
+        return (len(self.classes),) if self.kind == "class" else tuple(self.tensor.shape[1:])
+
+
+def as_targets(values: Any, kind: Target | None = None, classes: Sequence[str] = (), name: str = "the data") -> Targets:
+    """Return targets of the given kind.
+
+    Without a kind, a text, a truth value or one of at most 20 different integers a row is a class; other numbers are
+    values. Classes are numbered in the sorted order of their labels, or as in `classes`, where the labels are 0, 1, ...
+
+    Raises DataError for NaN, for targets that cannot be of that kind, and for fewer than two classes.
+    """
+    import numpy
+
+    values = numpy.asarray(values)
+    if values.ndim == 2 and values.shape[1] == 1:
+        values = values[:, 0]
+    if values.dtype.kind == "f" and not numpy.isfinite(values).all():
+        row = int(numpy.argwhere(~numpy.isfinite(values))[0, 0])
+        raise DataError(f"{name}: the target of row {row + 1} is {values[row]}; drop the row or fill it in")
+    if kind is None:
+        kind = "class" if looks_like_classes(values) else "value"
+    if kind == "class":
+        return class_targets(values, classes, name)
+    tensor = numbers(values, f"{name}: the targets").float()
+    tensor = tensor if tensor.ndim > 1 else tensor[:, None]
+    if kind == "labels" and not ((tensor == 0) | (tensor == 1)).all():
+        raise DataError(f"{name}: targets that are labels must be 0 or 1, one column a label")
+    names = list(classes) or [str(column) for column in range(tensor.shape[1])] if kind == "labels" else []
+    return Targets(tensor, kind, names)
+
+
+def looks_like_classes(values: Any) -> bool:
+    if values.ndim != 1 or values.dtype.kind == "f":
+        return False
+    return values.dtype.kind not in "iu" or len(set(values.tolist())) <= MOST_CLASSES
+
+
+def class_targets(labels: Any, classes: Sequence[str], name: str) -> Targets:
+    import numpy
+
+    if labels.ndim != 1 or labels.dtype.kind not in "USbiuf":
+        raise DataError(f"{name}: a class is one number or text a row, not {labels.dtype} of shape {labels.shape[1:]}")
+    found, indices = numpy.unique(labels, return_inverse=True)
+    if len(found) < 2:
+        raise DataError(f"{name}: every target is {''.join(map(str, found))!r}; classes to tell apart are two or more")
+    if not classes:
+        whole = found.dtype.kind == "f" and (found == found.round()).all()
+        names = [str(label) for label in (found.astype(int) if whole else found).tolist()]
+        return Targets(torch.from_numpy(indices.reshape(-1)), "class", names)
+    if found.dtype.kind not in "iu" or found[0] < 0 or found[-1] >= len(classes):
+        raise DataError(f"{name}: labels go from {found[0]} to {found[-1]}, but {len(classes)} classes are named")
+    return Targets(torch.from_numpy(labels.astype(numpy.int64)), "class", list(classes))
+
+
+def split_rows(strata: Tensor, val_fraction: float, test_fraction: float, seed: int = 0) -> dict[str, Tensor]:
+    """Return row numbers of train, val and test (left out when its fraction is 0), each ascending.
+
+    strata: the class of each row, shape (rows,); every class has its share in each part, to within a row, and at least
+    one row in train. A pure function of its arguments. Raises SettingError when nothing is left to train on.
+    """
+    if val_fraction + test_fraction >= 1:
+        raise SettingError(
+            f"val_fraction {val_fraction} and test_fraction {test_fraction} leave nothing to train on; "
+            "together they must be less than 1"
+        )
+    shuffled = torch.randperm(len(strata), generator=seeds.generator(seed, "split"))
+    rows = shuffled[strata[shuffled].argsort(stable=True)]  # class by class, at random within each
+    first = torch.ones(len(rows), dtype=torch.bool)
+    first[1:] = strata[rows][1:] != strata[rows][:-1]
+    kept, rest = rows[first], rows[~first]
+    parts = {}
+    for part, fraction in (("test", test_fraction), ("val", val_fraction)):
+        if fraction > 0:
+            taken = evenly(len(rest), max(1, round(fraction * len(rows))))
+            parts[part], rest = rest[taken].sort().values, rest[~taken]
+    if parts and min(map(len, parts.values())) == 0:
+        raise DataError(f"{len(rows)} rows are too few for a validation and a test split")
+    return {"train": torch.cat([kept, rest]).sort().values, **parts}
+
+
+def evenly(size: int, count: int) -> Tensor:
+    """Return a mask of `size` with `count` set, at even distances."""
+    position = torch.arange(size + 1) * count // max(size, 1)
+    return position[1:] > position[:-1]
+
+
+def moments(inputs: Tensor, per: Literal["feature", "all"] = "feature") -> tuple[Any, Any]:
+    """Return mean and standard deviation as numbers or nested lists; 1 in place of the deviation of a constant.
+
+    Per feature: of (rows, features) and (rows, time, features) over all but the last axis; of (rows, channels, ...)
+    with two or more further axes for each channel.
+    """
+    inputs = inputs.float()
+    if per == "all":
+        axes, keep = list(range(inputs.ndim)), False
+    elif inputs.ndim > 3:
+        axes, keep = [0, *range(2, inputs.ndim)], True
+    else:
+        axes, keep = list(range(inputs.ndim - 1)), False
+    variance, mean = torch.var_mean(inputs, axes, correction=0, keepdim=keep)
+    mean, std = (mean[0], variance[0].sqrt()) if keep else (mean, variance.sqrt())
+    constant = std <= 1e-6 * mean.abs()  # what is left of a constant after rounding
+    return mean.tolist(), std.masked_fill(constant, 1.0).tolist()
+
+
+def numbers(array: Any, where: str) -> Tensor:
+    """Return an array as a tensor of uint8, bool, int64 or finite float32, at least (rows, 1). Raises DataError."""
+    import numpy
+
+    if isinstance(array, Tensor):
+        array = array.detach().cpu().numpy()
+    array = numpy.asarray(array)
+    if array.dtype.kind not in "biuf":
+        raise DataError(f"{where}: {array.dtype} is no type of numbers; store an array of integers or floats")
+    if array.ndim == 0 or len(array) == 0:
+        raise DataError(f"{where}: the array is empty")
+    kept = array.dtype.kind == "b" or array.dtype == numpy.uint8
+    wanted = array.dtype if kept else numpy.float32 if array.dtype.kind == "f" else numpy.int64
+    with numpy.errstate(over="ignore"):  # what does not fit float32 becomes infinite, and is reported below
+        tensor = torch.from_numpy(numpy.array(array, dtype=wanted, order="C"))
+    if tensor.is_floating_point() and not tensor.isfinite().all():
+        row = int((~tensor.isfinite()).nonzero()[0, 0])
+        raise DataError(f"{where}: row {row + 1} holds NaN or infinity; fill it in or drop the row")
+    return tensor if tensor.ndim > 1 else tensor[:, None]
+
+
+def load_arrays(path: Path) -> dict[str, Any]:
+    """Return the arrays of a `.npy` file (under the name "") or a `.npz` file. Raises DataError; never unpickles."""
+    import numpy
+
+    if path.suffix not in (".npy", ".npz"):
+        raise DataError(
+            f"{path}: this data set reads .npy and .npz files, not {path.suffix or 'a file without suffix'}"
+        )
+    if not path.is_file():
+        raise DataError(f"{path}: there is no such file (looked from {Path.cwd()})")
+    try:
+        loaded = numpy.load(path, allow_pickle=False)
+        if isinstance(loaded, numpy.ndarray):
+            return {"": loaded}
+        with loaded:
+            return {name: loaded[name] for name in loaded.files}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        reason = str(error).replace(" when allow_pickle=False", "")
+        raise DataError(f"{path} cannot be read as an array ({reason}); save it anew, as numbers") from error
+
+
+def read_array(path: Path, name: str | None = None) -> Tensor:
+    """Read numbers from `.npy`, or from `.npz` the array called `name`, `x` or `inputs`, or else its first one."""
+    arrays = load_arrays(path)
+    if not arrays:
+        raise DataError(f"{path} holds no array")
+    chosen = next((n for n in (name, "x", "inputs") if n in arrays), next(iter(arrays)))
+    return numbers(arrays[chosen], f"{path}" + (f", array {chosen!r}" if chosen else ""))
+
+
+def as_batch_of(inputs: Tensor, in_shape: Sequence[int], path: Path) -> Tensor:
+    """Return inputs as (rows, *in_shape): as they are, one sample alone, or rows of another shape and the same size."""
+    shape = tuple(in_shape)
+    if tuple(inputs.shape[1:]) == shape:
+        return inputs
+    if math.prod(inputs.shape[1:]) == math.prod(shape):
+        return inputs.reshape(-1, *shape)
+    if inputs.numel() == math.prod(shape):
+        return inputs.reshape(1, *shape)
+    raise DataError(f"{path}: a row has shape {tuple(inputs.shape[1:])}, but the model takes {shape}")
+
+
+def standardise(inputs: Tensor, facts: dict[str, Any]) -> Tensor:
+    """Return (inputs - mean) / std as new float32, with the facts' "mean" and "std" (numbers or nested lists)."""
+    floats = inputs.to(torch.float32, copy=True)
+    if "mean" not in facts:
+        return floats
+    mean, std = (torch.as_tensor(facts[name], dtype=torch.float32) for name in ("mean", "std"))
+    return floats.sub_(mean).div_(std)  # in place: a large set is held once

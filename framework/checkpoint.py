@@ -1,0 +1,365 @@
+"""Checkpoints: folders that are whole or not there.
+
+    checkpoints/step-00001234/
+        model.safetensors    the model's tensors by name; of tied ones one, the other names in the file's metadata
+        training.pt          everything else that it takes to go on, in plain types
+        MANIFEST.json        written last: step, versions, size and sha256 of each file
+
+It is written in a hidden folder beside, every file is fsynced, and a rename makes it visible: a kill at any moment
+leaves the earlier ones as they were. Reading verifies first, and never unpickles anything but tensors and plain types.
+Checksums find accidents, not attackers. One process at a time may write to a folder of checkpoints.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import CheckpointError
+
+MODEL, TRAINING, MANIFEST = FILES = ("model.safetensors", "training.pt", "MANIFEST.json")
+SCHEMA = 1
+VISIBLE = re.compile(r"step-(\d{8,})")
+HIDDEN = re.compile(r"\.(step-\d{8,})-[0-9a-f]{8}(\.replaced|\.removed)?")
+PLAIN = (str, int, float, bool, type(None), bytes)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+UNWRITABLE = (OSError, RuntimeError, SafetensorError)  # torch wraps the OSError, safetensors names only its number
+
+
+def save(folder: Path, model_state: Mapping[str, Tensor], training_state: dict[str, Any], step: int) -> Path:
+    """Write the checkpoint of a step and return its folder; one of the same step is replaced.
+
+    Raises CheckpointError when a value is not plain (named by its path, "callbacks.early_stop.best"), and when the
+    files cannot be written (named, with the bytes needed and free if the disk is full); nothing is left behind then.
+    """
+    tensors, tied = without_copies(model_state)
+    training = plain(training_state)
+    needed = bytes_of(tensors) + bytes_of(training)
+    beside = folder / f".{folder_name(step)}-{uuid4().hex[:8]}"
+    try:
+        make(folder)
+        if needed > shutil.disk_usage(folder).free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        beside.mkdir()
+        write(beside, tensors, tied, training, step)
+        return publish(beside, folder / folder_name(step))
+    except UNWRITABLE as error:
+        raise CheckpointError(f"step {step} cannot be saved in {folder}: {cause(error, folder, needed)}") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)  # after a success it is no longer there
+
+
+def load(checkpoint: Path, map_location: str | torch.device = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Verify a checkpoint and return (model state on that device, training state on the CPU).
+
+    The training state stays on the CPU because generator states must, and optimizers move theirs by themselves.
+    Raises CheckpointError naming the file that is missing, damaged or not to be trusted.
+    """
+    verify(checkpoint)
+    try:
+        with safe_open(checkpoint / MODEL, "pt", device=str(map_location)) as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            tied = json.loads((file.metadata() or {}).get("tied", "{}"))
+        tensors |= {name: tensors[first] for name, first in tied.items()}
+        return tensors, torch.load(checkpoint / TRAINING, map_location="cpu", weights_only=True)
+    except Exception as error:  # the files are what was written, so whatever it is, it is not for this program
+        raise CheckpointError(f"{checkpoint} cannot be read: {first_line(error)}") from error
+
+
+def newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """Return the newest checkpoint that verifies and holds no NaN, and for each newer one why it was skipped."""
+    skipped: list[str] = []
+    for checkpoint in reversed(listed(folder)):
+        try:
+            if not (spoiled := verify(checkpoint)["nan"]):
+                return checkpoint, skipped
+            skipped.append(f"{checkpoint}: {spoiled[0]} holds NaN")
+        except CheckpointError as error:
+            skipped.append(str(error))
+    return None, skipped
+
+
+def listed(folder: Path) -> list[Path]:
+    """Return the checkpoints in a folder, good or not, by step."""
+    if not folder.is_dir():
+        return []
+    return sorted((path for path in folder.iterdir() if VISIBLE.fullmatch(path.name)), key=step_of)
+
+
+def folder_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step in a checkpoint's name."""
+    return int(checkpoint.name.partition("-")[2])
+
+
+def verify(checkpoint: Path) -> dict[str, Any]:
+    """Return the manifest when every file is as it was written. Raises CheckpointError naming the first that is not."""
+    manifest = read_manifest(checkpoint)
+    for name, wanted in manifest["files"].items():
+        path = checkpoint / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing")
+        size = path.stat().st_size
+        if size != wanted["bytes"]:
+            raise CheckpointError(f"{path} has {size} bytes instead of {wanted['bytes']}")
+        if sha256(path) != wanted["sha256"]:
+            raise CheckpointError(f"{path} is damaged: its sha256 is not the one in {MANIFEST}")
+    return manifest
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """Return the manifest, checked against its own sha256. Raises CheckpointError."""
+    path = checkpoint / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(f"{checkpoint} is no complete checkpoint: it has no {MANIFEST}")
+    try:
+        manifest = json.loads(path.read_bytes())
+        if manifest["schema"] > SCHEMA:
+            raise CheckpointError(
+                f"{checkpoint} was written by framework {manifest['framework']} (format {manifest['schema']}); "
+                f"this version reads formats up to {SCHEMA}"
+            )
+        if manifest.pop("sha256") != own_sha256(manifest) or not {MODEL, TRAINING} <= set(manifest["files"]):
+            raise CheckpointError(f"{path} is damaged: it does not match its own sha256")
+        return manifest
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged: {first_line(error)}") from error
+
+
+def remove(checkpoint: Path) -> None:
+    """Delete a checkpoint: the files that its manifest lists, the manifest, and the folder if nothing else is in it.
+
+    Raises CheckpointError when the folder or one of the files is a symbolic link, or a name leads elsewhere.
+    """
+    names = [*read_manifest(checkpoint)["files"], MANIFEST]
+    for name in names:
+        if Path(name).name != name:
+            raise CheckpointError(f"{checkpoint / MANIFEST} lists {name!r}, which is not a file of this folder")
+    refuse_links(checkpoint, *(checkpoint / name for name in names))
+    try:
+        aside = checkpoint.with_name(f".{checkpoint.name}-{uuid4().hex[:8]}.removed")
+        os.rename(checkpoint, aside)  # so that a kill in the middle leaves no half checkpoint
+        if not discard(aside, names):
+            os.rename(aside, checkpoint)
+    except OSError as error:
+        raise CheckpointError(f"{checkpoint} cannot be removed: {first_line(error)}") from error
+
+
+def clean(folder: Path) -> None:
+    """Undo what a killed process left half done. Call it with the run's lock held, before `newest`."""
+    if not folder.is_dir():
+        return
+    for path in sorted(folder.iterdir()):
+        match = HIDDEN.fullmatch(path.name)
+        if match is None or path.is_symlink():
+            continue
+        if match[2] == ".replaced" and not (folder / match[1]).exists():
+            os.rename(path, folder / match[1])
+        else:
+            discard(path, FILES)
+
+
+def discard(folder: Path, names: Iterable[str]) -> bool:
+    """Delete those files and then the folder; return False when something else is in it, which stays."""
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+    if any(folder.iterdir()):
+        return False
+    folder.rmdir()
+    return True
+
+
+def refuse_links(*paths: Path) -> None:
+    for path in paths:
+        if path.is_symlink():
+            raise CheckpointError(f"{path} is a symbolic link; a checkpoint is only removed where it really is")
+
+
+# writing
+
+
+def write(folder: Path, tensors: dict[str, Tensor], tied: dict[str, str], training: Any, step: int) -> None:
+    """Fill a folder: the model, the training state, then the manifest; each is on the disk when this returns."""
+    try:
+        save_file(tensors, folder / MODEL, metadata={"tied": json.dumps(tied)})
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"step {step} cannot be saved: the model's state: {first_line(error)}") from error
+    with (folder / TRAINING).open("xb") as file:
+        torch.save(training, file)
+    manifest = {
+        "schema": SCHEMA,
+        "step": step,
+        "files": {name: measured(folder / name) for name in (MODEL, TRAINING)},
+        "nan": [name for name, tensor in tensors.items() if holds_nan(tensor)],
+        "torch": torch.__version__,
+        "framework": framework_version(),
+        "threads": torch.get_num_threads(),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    manifest["sha256"] = own_sha256(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
+    sync(folder / MANIFEST)
+    sync(folder)
+
+
+def holds_nan(tensor: Tensor) -> bool:
+    """Whether a tensor has a NaN; infinity is no fault, a mask has it."""
+    if not tensor.is_floating_point():
+        return False
+    values = tensor if tensor.element_size() > 1 else tensor.float()  # there is no arithmetic on float8
+    return bool(values.sum().isnan()) and bool(values.isnan().any())  # the sum is quick, but ∞ - ∞ is NaN too
+
+
+def publish(written: Path, final: Path) -> Path:
+    """Give a written folder its name, durably. A checkpoint of that name goes, once the new one is in its place."""
+    refuse_links(final)
+    replaced = written.with_name(written.name + ".replaced")
+    if final.exists():
+        os.rename(final, replaced)
+    os.rename(written, final)
+    sync(final.parent)
+    if replaced.exists():
+        discard(replaced, FILES)
+    return final
+
+
+def make(folder: Path) -> None:
+    if not folder.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        sync(folder.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def measured(path: Path) -> dict[str, Any]:
+    sync(path)
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def own_sha256(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def framework_version() -> str:
+    try:
+        return version("framework")
+    except PackageNotFoundError:  # read from a folder, not installed
+        return "unknown"
+
+
+# what may be written
+
+
+def without_copies(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return each distinct tensor once, whole and on the CPU, and for every further name of it the first one."""
+    stored: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    first_of: dict[Any, str] = {}
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(f"{name} of the model's state is a {type(tensor).__qualname__}, not a tensor")
+        first = first_of.setdefault(place_of(tensor), name) if tensor.numel() else name
+        if first != name:
+            tied[name] = first
+        else:
+            stored[name] = own_memory(tensor)
+    return stored, tied
+
+
+def place_of(tensor: Tensor) -> Any:
+    """Equal for two tensors only when they are the same numbers in the same memory."""
+    if tensor.layout is not torch.strided:
+        return id(tensor)
+    where = (tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset())
+    return *where, tensor.dtype, tensor.shape, tensor.stride()
+
+
+def own_memory(tensor: Tensor) -> Tensor:
+    """Return a tensor on the CPU that fills its storage, so that no file holds more than it shows."""
+    tensor = tensor.detach().cpu()
+    if tensor.layout is not torch.strided:
+        return tensor
+    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def plain(value: Any, path: str = "") -> Any:
+    """Return a value made of plain types only. Raises CheckpointError naming the path of anything else.
+
+    Subclasses are refused too: a numpy.float64 is a float, but is pickled as code that makes one.
+    """
+    kind = type(value)
+    if kind in PLAIN:
+        return value
+    if kind in (Tensor, torch.nn.Parameter):
+        return own_memory(value)
+    if kind in (dict, OrderedDict):
+        return {plain(key, f"{path} (a key)"): plain(item, f"{path}.{key}".lstrip(".")) for key, item in value.items()}
+    if kind in (list, tuple):
+        return kind(plain(item, f"{path}.{index}".lstrip(".")) for index, item in enumerate(value))
+    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    raise CheckpointError(
+        f"{path or 'the training state'} is a {name}, which no checkpoint may hold; state_dict must give "
+        f"dict, list, tuple, str, int, float, bool, None, bytes or tensors"
+    )
+
+
+def bytes_of(value: Any) -> int:
+    """The bytes of all tensors in a plain value."""
+    if isinstance(value, Tensor):
+        return value.nbytes if value.layout is torch.strided else 0
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return sum(map(bytes_of, items))
+
+
+# errors in words
+
+
+def cause(error: BaseException, folder: Path, needed: int) -> str:
+    """Say why writing failed, with the bytes needed and free when there was no room."""
+    numbers = [e.errno for e in chain(error) if isinstance(e, OSError) and e.errno]
+    numbers += [int(found) for found in re.findall(r"\(os error (\d+)\)", str(error))]
+    if not numbers:
+        return first_line(error)
+    place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    room = f" (needs {needed:,} bytes, free are {shutil.disk_usage(place).free:,})" if numbers[0] in FULL else ""
+    return os.strerror(numbers[0]) + room
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,316 @@
+"""The command line: verbs, their arguments and help, exit statuses. What they do is said elsewhere."""
+
+import argparse
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .errors import FrameworkError, did_you_mean
+
+STARTED = time.monotonic()
+
+HELP = """\
+Named parts, composed into experiments, trained on PyTorch.
+
+usage: framework VERB ...
+
+  train      compose an experiment and train it       framework train optimizer=sgd optimizer.lr=0.1
+  plan       the same, shown instead of trained       framework plan model=cnn data=fashion_mnist
+  eval       measure a trained run                    framework eval runs/default/NAME
+  predict    run a trained model on a file            framework predict RUN --input x.npz --output y.csv
+  list       the kinds of parts, or the parts of one  framework list optimizer
+  show       a part: settings, defaults, source       framework show optimizer/adamw
+  board      TensorBoard on the runs                  framework board
+  completion a script for TAB                         source <(framework completion bash)
+
+`framework VERB --help` shows each with examples. Exit status: 0, 2 for a mistake in what was asked for,
+1 for a fault of the program (--traceback shows where), 130 or 143 when stopped by a signal."""
+
+TRAIN = """\
+examples:
+  framework train                                            digits, an MLP: seconds
+  framework train model.width=256 model.depth=3 activation=gelu
+  framework train optimizer=sgd optimizer.lr=0.1 optimizer.momentum=0.9 scheduler=one_cycle
+  framework train +callbacks=early_stop callbacks.early_stop.patience=5
+  framework train model.activation=leaky_relu model.activation.negative_slope=0.2
+  framework train experiment=fashion_mnist_cnn               a file of conf/experiment, or of --config-dir
+  framework train -m optimizer.lr=1e-4,1e-3 'seed=range(3)'  every combination, one after the other
+  framework train --plugins my_parts.py activation=mine      parts of your own
+
+`framework list` names the parts, `framework show optimizer/sgd` the settings of one.
+Hydra's own flags work too: --cfg job prints the composed config, --info defaults where it comes from."""
+
+PLAN = """\
+examples:
+  framework plan experiment=fashion_mnist_cnn
+  framework plan model=resnet data=fashion_mnist --json
+prints layers with shapes, parameters and FLOPs, steps, the schedule as a curve, memory; trains nothing."""
+
+EVAL = """\
+examples:
+  framework eval runs/default/first
+  framework eval runs/default/first --split val --checkpoint last --json"""
+
+PREDICT = """\
+examples:
+  framework predict runs/default/first --input new.npz --output labels.csv
+  framework predict runs/table/first --input new.csv --output -          to the terminal
+The input is read as the run's data set reads its own files; the output is .csv, .jsonl or .npz."""
+
+LIST = """\
+examples:
+  framework list               the kinds, with how many parts each has
+  framework list optimizer     the parts of a kind
+  framework list --json        everything, for programs"""
+
+SHOW = """\
+examples:
+  framework show optimizer/adamw
+  framework show gelu --json"""
+
+BOARD = """\
+examples:
+  framework board
+  framework board --root runs/default --port 6007"""
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    traceback = "--traceback" in arguments
+    arguments = [argument for argument in arguments if argument != "--traceback"]
+    try:
+        status = run(arguments)
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
+    except BrokenPipeError:
+        status = 128 + signal.SIGPIPE
+    except FrameworkError as error:
+        if traceback:
+            raise
+        for line in str(error).splitlines():
+            print(f"framework: {line}", file=sys.stderr)
+        status = error.exit_status
+    except Exception as error:
+        if traceback:
+            raise
+        print(f"framework: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"framework: a fault at {place(error)}; --traceback shows how it came to it", file=sys.stderr)
+        status = 1
+    sys.exit(status)
+
+
+def place(error: BaseException) -> str:
+    """Return file:line where an error arose."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return "?" if trace is None else f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
+
+
+def run(arguments: list[str]) -> int:
+    """Run a verb and return the exit status."""
+    verb, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if verb in ("-h", "--help", "help"):
+        print(HELP)
+        return 0
+    if verb in ("-V", "--version", "version"):
+        from importlib.metadata import version
+
+        print(version("framework"))
+        return 0
+    if verb not in VERBS:
+        raise FrameworkError(f"there is no verb {verb!r}; {did_you_mean(verb, VERBS)}")
+    return VERBS[verb](rest) or 0
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are ours."""
+
+    def __init__(self, verb: str, does: str, epilog: str):
+        super().__init__(
+            prog=f"framework {verb}",
+            description=does,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.add_argument("--plugins", action="append", default=[], metavar="PATH_OR_MODULE", help="load parts of your own")
+        self.add_argument("--traceback", action="store_true", help="show where an error arose")
+
+    def error(self, message: str) -> NoReturn:
+        raise FrameworkError(f"{message} (`{self.prog} --help` shows how)")
+
+
+def composing(verb: str, does: str, epilog: str) -> Parser:
+    parser = Parser(verb, does, epilog)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="what differs from the default experiment")
+    parser.add_argument("--config-dir", action="append", default=[], type=Path, help="a folder with your experiment/*.yaml")
+    parser.add_argument("--cfg", choices=["job", "hydra", "all"], help="print the composed config and stop")
+    parser.add_argument("--resolve", action="store_true", help="with --cfg: fill in the references")
+    parser.add_argument("--info", nargs="?", const="all", help="print how the config is composed and stop")
+    return parser
+
+
+def command_line(given: argparse.Namespace) -> Any:
+    from .compose import CommandLine
+
+    flags = [f"--cfg={given.cfg}"] if given.cfg else []
+    flags += ["--resolve"] if given.resolve else []
+    flags += [f"--info={given.info}"] if given.info else []
+    flags += ["--multirun"] if getattr(given, "multirun", False) else []
+    return CommandLine(given.overrides, flags, given.plugins, given.config_dir)
+
+
+def train(arguments: list[str]) -> int:
+    parser = composing("train", "Compose an experiment and train it.", TRAIN)
+    parser.add_argument("-m", "--multirun", action="store_true", help="sweep: values with commas, range(...), choice(...)")
+    given = parser.parse_intermixed_args(arguments)
+    from .compose import Job, run as compose
+
+    status = 0
+
+    def job(composed: Job) -> Any:
+        from .experiment import train as train_experiment
+        from .report import print_result
+
+        nonlocal status
+        result = train_experiment(composed.spec, composed.experiment, composed.overrides, STARTED)
+        print_result(result, composed.overrides if composed.number is not None else None)
+        status = max(status, 0 if result.signal is None else 128 + result.signal)
+        return result
+
+    compose(command_line(given), job)
+    return status
+
+
+def plan(arguments: list[str]) -> None:
+    parser = composing("plan", "Show what an experiment would be, without training.", PLAN)
+    parser.add_argument("--json", action="store_true", help="for programs")
+    given = parser.parse_intermixed_args(arguments)
+    from .compose import Job, run as compose
+
+    def job(composed: Job) -> None:
+        from .describe import console
+        from .experiment import Experiment
+        from .plan import render
+
+        made = Experiment(composed.spec).plan()
+        if given.json:
+            print(json.dumps(made.as_dict(), indent=2))
+        else:
+            console().print(render(made))
+
+    compose(command_line(given), job)
+
+
+def evaluate(arguments: list[str]) -> None:
+    parser = Parser("eval", "Measure a trained run on a split of its data.", EVAL)
+    parser.add_argument("run", type=Path, help="the folder of a run")
+    parser.add_argument("--split", choices=["train", "val", "test"], default="test")
+    parser.add_argument("--checkpoint", default="best", help="best (default), last, or the folder of a checkpoint")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    given = parser.parse_args(arguments)
+    trained = opened(given)
+    values = trained.evaluate(given.split)
+    if given.json:
+        print(json.dumps(values))
+    else:
+        from .report import print_values
+
+        print_values(values, trained.checkpoint)
+
+
+def predict(arguments: list[str]) -> None:
+    parser = Parser("predict", "Run a trained model on a file.", PREDICT)
+    parser.add_argument("run", type=Path, help="the folder of a run")
+    parser.add_argument("--input", type=Path, required=True, help="a file like those that the run's data set reads")
+    parser.add_argument("--output", required=True, help=".csv, .jsonl, .npz, or - for the terminal")
+    parser.add_argument("--checkpoint", default="best", help="best (default), last, or the folder of a checkpoint")
+    given = parser.parse_args(arguments)
+    from .report import write_predictions
+
+    trained = opened(given)
+    columns = trained.predict(trained.read_inputs(given.input))
+    rows = write_predictions(columns, trained.facts["classes"], given.output)
+    if given.output != "-":
+        print(f"{rows} predictions in {given.output}")
+
+
+def opened(given: argparse.Namespace) -> Any:
+    from .discovery import discover
+    from .experiment import open_run
+
+    discover(given.plugins)
+    return open_run(given.run, given.checkpoint)
+
+
+def list_parts(arguments: list[str]) -> None:
+    parser = Parser("list", "List the kinds of parts, or the parts of one kind.", LIST)
+    parser.add_argument("kind", nargs="?")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    given = parser.parse_args(arguments)
+    from . import describe
+    from .discovery import discover
+
+    discover(given.plugins)
+    if given.json:
+        kinds = [describe.registry_of(given.kind)] if given.kind else list(describe.Registry.every.values())
+        print(json.dumps({r.kind.name: [describe.as_dict(entry) for entry in r] for r in kinds}, indent=2))
+    elif given.kind:
+        describe.console().print(describe.list_parts(describe.registry_of(given.kind)))
+    else:
+        describe.console().print(describe.list_kinds())
+
+
+def show(arguments: list[str]) -> None:
+    parser = Parser("show", "Show a part: what it does, its settings, where it is written.", SHOW)
+    parser.add_argument("part", metavar="KIND/NAME")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    given = parser.parse_args(arguments)
+    from . import describe
+    from .discovery import discover
+
+    discover(given.plugins)
+    entry = describe.find(given.part)
+    if given.json:
+        print(json.dumps(describe.as_dict(entry), indent=2))
+    else:
+        describe.console().print(describe.show(entry))
+
+
+def board(arguments: list[str]) -> int:
+    parser = Parser("board", "Start TensorBoard on the runs, on this machine alone, until Ctrl-C.", BOARD)
+    parser.add_argument("--root", type=Path, default=Path("runs"), help="the folder of runs (default: runs)")
+    parser.add_argument("--port", type=int, default=6006, help="0 takes any free one")
+    given = parser.parse_args(arguments)
+    from .board import serve
+
+    return serve(given.root, given.port)
+
+
+def completion(arguments: list[str]) -> None:
+    parser = Parser("completion", "Print a script that completes words with TAB.", "source <(framework completion bash)")
+    parser.add_argument("shell", choices=["bash", "zsh", "fish"])
+    from .completion import script
+
+    print(script(parser.parse_args(arguments).shell))
+
+
+VERBS: dict[str, Callable[[list[str]], int | None]] = {
+    "train": train,
+    "plan": plan,
+    "eval": evaluate,
+    "predict": predict,
+    "list": list_parts,
+    "show": show,
+    "board": board,
+    "completion": completion,
+}
+
+if __name__ == "__main__":
+    main()

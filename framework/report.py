@@ -1,0 +1,98 @@
+"""What a person sees at the end: results in the terminal, predictions in a file."""
+
+import csv
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from .errors import FrameworkError
+from .experiment import Result
+
+
+def print_result(result: Result, overrides: Sequence[str] | None = None) -> None:
+    """Print the final metrics as a table of splits, where the run lies, and what to do next."""
+    if overrides is not None:
+        print(" ".join(overrides) or "(no overrides)")
+    for line in metric_table(result.metrics):
+        print(line)
+    seconds = f"{result.seconds:.1f} s" if result.seconds < 120 else f"{result.seconds / 60:.1f} min"
+    print(f"\n{result.steps:,} steps in {seconds}" + (f", stopped: {result.stopped}" if result.stopped else ""))
+    if overrides is None:
+        print(f"run      {result.folder}\nmeasure  framework eval {result.folder}\nwatch    framework board")
+
+
+def metric_table(metrics: Mapping[str, float]) -> Iterator[str]:
+    """Yield lines: a row for each split, a column for each of its measures; only what several splits share or test has."""
+    splits = [s for s in ("train", "val", "test") if any(name.startswith(f"{s}/") for name in metrics)]
+    measured = [name.partition("/")[2] for name in metrics if name.startswith(("val/", "test/"))]
+    names = list(dict.fromkeys(measured or [n.partition("/")[2] for n in metrics]))
+    widths = [max(len(name), 9) for name in names]
+    yield " " * 6 + "".join(f"  {name:>{width}}" for name, width in zip(names, widths, strict=True))
+    for split in splits:
+        values = [metrics.get(f"{split}/{name}") for name in names]
+        cells = ["" if value is None else f"{value:.4g}" for value in values]
+        yield f"{split:<6}" + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+
+
+def print_values(values: Mapping[str, float], checkpoint: Path) -> None:
+    """Print the values of an evaluation, a line each."""
+    width = max(map(len, values))
+    for name, value in values.items():
+        print(f"{name:<{width}}  {value:.6g}")
+    print(f"{'from':<{width}}  {checkpoint}")
+
+
+def write_predictions(columns: Mapping[str, Any], classes: Sequence[str], output: str) -> int:
+    """Write predictions as .csv, .jsonl or .npz ("-": CSV to the terminal); returns the number of rows.
+
+    A class index gets its name beside it, and columns of probabilities are named after the classes.
+    Raises FrameworkError for another suffix, or when the file cannot be written.
+    """
+    suffix = Path(output).suffix if output != "-" else ".csv"
+    named = flatten(columns, classes)
+    rows = len(next(iter(named.values())))
+    try:
+        if output == "-":
+            write_csv(named, sys.stdout)
+        elif suffix == ".npz":
+            import numpy
+
+            numpy.savez(output, **{name: numpy.asarray(values) for name, values in named.items()})
+        elif suffix in (".csv", ".jsonl"):
+            with Path(output).open("w", newline="") as file:
+                (write_csv if suffix == ".csv" else write_jsonl)(named, file)
+        else:
+            raise FrameworkError(f"--output {output}: the suffix should be .csv, .jsonl or .npz")
+    except OSError as error:
+        raise FrameworkError(f"--output {output}: {error.strerror}") from error
+    return rows
+
+
+def flatten(columns: Mapping[str, Any], classes: Sequence[str]) -> dict[str, list[Any]]:
+    """Return columns of single values: a matrix becomes a column for each class or number."""
+    flat: dict[str, list[Any]] = {}
+    for name, values in columns.items():
+        listed = values.tolist() if hasattr(values, "tolist") else list(values)
+        if name == "class" and classes:
+            flat["class"] = [classes[index] for index in listed]
+            flat["index"] = listed
+        elif listed and isinstance(listed[0], list):
+            width = len(listed[0])
+            names = list(classes) if len(classes) == width else [str(number) for number in range(width)]
+            flat |= {f"{name}:{label}": [row[i] for row in listed] for i, label in enumerate(names)}
+        else:
+            flat[name] = listed
+    return flat
+
+
+def write_csv(columns: Mapping[str, list[Any]], file: TextIO) -> None:
+    writer = csv.writer(file)
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))
+
+
+def write_jsonl(columns: Mapping[str, list[Any]], file: TextIO) -> None:
+    for row in zip(*columns.values(), strict=True):
+        file.write(json.dumps(dict(zip(columns, row, strict=True))) + "\n")

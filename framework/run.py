@@ -1,0 +1,121 @@
+"""A run on disk: its folder and the files that tell what it was. Who reads JSON can watch it.
+
+    runs/<experiment>/<name or time>/
+        config.yaml  overrides.yaml  provenance.json  facts.json   what was composed, by whom, from which code and data
+        status.json  metrics.jsonl  events.out.tfevents.*          where it stands, every number
+        checkpoints/step-00001234/                                 see checkpoint.py
+"""
+
+import json
+import os
+import platform
+import re
+import subprocess
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from .errors import RunError
+
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
+
+
+class RunFolder:
+    """Claims a new folder for a run, under `root`."""
+
+    def __init__(self, root: Path = Path("runs"), name: str | None = None, *, experiment: str = "default"):
+        """Create the folder root/experiment/name.
+
+        Args:
+            root: where all runs go.
+            name: of the run's folder (letters, digits, '.', '_', '-'); without one, the date and time.
+
+        Raises RunError when the name is not allowed or taken, or the folder cannot be written.
+        """
+        for part in (experiment, *([] if name is None else [name])):
+            if not re.fullmatch(NAME, part) or ".." in part:
+                raise RunError(f"run.name should be letters, digits, '.', '_' and '-' (at most 128), not {part!r}")
+        self.path = claim(Path(root) / experiment, name)
+
+    def write(self, file: str, content: Any) -> None:
+        """Write a JSON or YAML file, whole or not at all."""
+        target = self.path / file
+        beside = target.with_suffix(target.suffix + ".tmp")
+        beside.write_text(dump(file, content))
+        os.replace(beside, target)
+
+
+def claim(parent: Path, name: str | None) -> Path:
+    """Make a folder that did not exist before, so that no two runs share one."""
+    wanted = name or time.strftime("%Y-%m-%d_%H-%M-%S")
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for attempt in range(1, 1000):
+            path = parent / (wanted if attempt == 1 else f"{wanted}_{attempt}")
+            try:
+                path.mkdir()
+            except FileExistsError:
+                if name is not None:
+                    raise RunError(f"{path} exists already: choose another run.name, or remove it") from None
+            else:
+                return path
+    except OSError as error:
+        raise RunError(f"the run folder {parent / wanted} cannot be made: {error.strerror} (run.root={parent.parent})") from None
+    raise RunError(f"{parent} has too many runs named {wanted}")
+
+
+def dump(file: str, content: Any) -> str:
+    if file.endswith(".json"):
+        return json.dumps(content, indent=2, default=str) + "\n"
+    import yaml
+
+    return yaml.safe_dump(content, sort_keys=False)
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """Return the composed config of a run folder. Raises RunError when it is none."""
+    import yaml
+
+    file = run / "config.yaml"
+    if not run.is_dir():
+        raise RunError(f"there is no run folder {run}")
+    if not file.is_file():
+        raise RunError(f"{run} is not the folder of a run: it has no config.yaml")
+    try:
+        config = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RunError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict):
+        raise RunError(f"{file} holds no config")
+    return config
+
+
+def provenance(parts: dict[str, str]) -> dict[str, Any]:
+    """Return what the run was made of: versions, machine, git commit and diff of the working folder, parts' sources."""
+    packages = ("framework", "torch", "hydra-core", "numpy", "scikit-learn", "tensorboard")
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: package_version(name) for name in packages},
+        "git_commit": git("rev-parse", "HEAD"),
+        "git_diff": git("diff", "HEAD"),
+        "parts": parts,
+    }
+
+
+def package_version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def git(*arguments: str) -> str | None:
+    """Return what git says in the working folder, or None outside a repository or without git."""
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

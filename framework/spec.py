@@ -1,0 +1,261 @@
+"""From a composed tree of plain values to a checked specification: one pass that finds every problem at once."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .data import Loader
+from .errors import ConfigError, FrameworkError, SettingError, did_you_mean, nearest
+from .registry import Entry, Kind, Maker, Registry
+from .run import RunFolder
+from .schema import Setting, read_settings
+from .trainer import Trainer
+
+DIRECT = ("model", "data", "task", "optimizer", "scheduler", "metric", "callback", "logger", "initializer")
+"""Kinds that an experiment builds itself; a choice of any other kind is for the parts that ask for one."""
+
+SECTIONS: dict[str, Callable] = {"trainer": Trainer, "loader": Loader, "run": RunFolder}
+GIVEN = ("seed", "callbacks", "loggers", "folder", "split", "shuffle", "experiment")
+PLAIN = {"seed": Setting("seed", int, 0), "plugins": Setting("plugins", list[str], [])}
+
+
+def section_settings(name: str) -> dict[str, Setting]:
+    """The settings of `trainer`, `loader` or `run`, from the signature of the class behind it."""
+    return read_settings(SECTIONS[name], GIVEN)
+
+
+@dataclass
+class Spec:
+    """A checked experiment: which parts, with which settings.
+
+    `parts` holds a Maker for each direct kind, a list of them where there may be several, or None.
+    `tree` is the same in plain values, complete: what `config.yaml` in the run folder keeps.
+    """
+
+    parts: dict[str, Any] = field(default_factory=dict)
+    sections: dict[str, dict[str, Any]] = field(default_factory=dict)
+    seed: int = 0
+    plugins: list[str] = field(default_factory=list)
+    tree: dict[str, Any] = field(default_factory=dict)
+
+
+def read_spec(tree: Mapping[str, Any], source: Callable[[str], str] = lambda path: "") -> Spec:
+    """Check a composed tree and return the specification. Raises ConfigError with all problems.
+
+    source: says where the value at a path such as "optimizer.lr" was written, for the messages.
+    """
+    return Reader(tree, source).read()
+
+
+class Reader:
+    """Walks a tree once, gathering problems and the parts that follow the experiment's choice."""
+
+    def __init__(self, tree: Mapping[str, Any], source: Callable[[str], str]):
+        self.tree, self.source = tree, source
+        self.problems: list[str] = []
+        self.followed: set[str] = set()
+
+    def read(self) -> Spec:
+        spec = Spec()
+        known = {registry.kind.key for registry in Registry.every.values()} | SECTIONS.keys() | PLAIN.keys()
+        for key in self.tree:
+            if key not in known:
+                self.unknown_key(str(key), self.tree[key], known)
+        for kind_name in DIRECT:
+            kind = Registry.every[kind_name].kind
+            spec.parts[kind_name] = self.many(kind) if kind.many else self.part(kind, kind.key, self.tree.get(kind.key))
+        for name in SECTIONS:
+            spec.sections[name] = self.settings(name, section_settings(name), self.tree.get(name) or {}, name)
+        for name, setting in PLAIN.items():
+            setattr(spec, name, self.value(setting, self.tree.get(name, setting.default), name))
+        self.check_choices_reach()
+        for kind_name in ("model", "data", "task", "optimizer"):
+            if spec.parts[kind_name] is None and not self.problems:
+                self.problem(kind_name, None, f"an experiment needs a {kind_name}: choose one with {kind_name}=NAME")
+        if self.problems:
+            raise ConfigError(dict.fromkeys(self.problems))
+        spec.tree = self.complete(spec)
+        return spec
+
+    def part(self, kind: Kind, path: str, value: Any, default: Any = None) -> Maker | None:
+        """Return the maker for a value of a part's setting: a name, or a mapping with `name` and settings."""
+        if isinstance(value, str):
+            value = {"name": value}
+        if value is None:
+            return None
+        if not isinstance(value, Mapping):
+            self.problem(path, value, f"should be the name of a {kind.name}, or a mapping with its `name` and settings")
+            return None
+        name = value.get("name", default)
+        if name not in Registry.every[kind.name]:
+            self.problem(path, name, Registry.every[kind.name].unknown(str(name)))
+            return None
+        entry = Registry.every[kind.name].get(str(name))
+        given = {key: item for key, item in value.items() if key != "name"}
+        return Maker(entry, self.settings(path, entry.settings, given, entry))
+
+    def many(self, kind: Kind) -> list[Maker]:
+        """Read `callbacks: {early_stop: {patience: 3}}`: parts by name."""
+        value = self.tree.get(kind.key) or {}
+        if isinstance(value, list):
+            value = {name: {} for name in value}
+        if not isinstance(value, Mapping):
+            self.problem(kind.key, value, f"should be a list of {kind.key}, or a mapping from name to settings")
+            return []
+        makers = [
+            self.part(kind, f"{kind.key}.{name}", {"name": name, **(settings or {})})
+            if isinstance(settings, Mapping | None)
+            else self.problem(f"{kind.key}.{name}", settings, "should be a mapping of settings")
+            for name, settings in value.items()
+        ]
+        return [maker for maker in makers if maker is not None]
+
+    def settings(
+        self, path: str, settings: Mapping[str, Setting], given: Mapping[str, Any], owner: Entry | str
+    ) -> dict[str, Any]:
+        """Return the checked settings of a part or section."""
+        if not isinstance(given, Mapping):
+            self.problem(path, given, "should be a mapping of settings")
+            return {}
+        for key, value in given.items():
+            if key not in settings:
+                self.unknown_setting(f"{path}.{key}", key, value, settings, owner)
+        found = {}
+        for key, setting in settings.items():
+            where = f"{path}.{key}"
+            if setting.part is not None:
+                found[key] = self.nested(where, setting, given.get(key, follow(setting.part)))
+            elif key in given and given[key] != "???":
+                found[key] = self.value(setting, given[key], where)
+            elif setting.required:
+                self.problem(where, None, f"is needed: give it with {where}=... ({setting.type_text})")
+        return found
+
+    def nested(self, path: str, setting: Setting, value: Any) -> Any:
+        """Return the part that a setting names; without a choice there it is the experiment's, else the default."""
+        assert setting.part is not None
+        registry = Registry.every[setting.part]
+        if setting.many:
+            if value == follow(setting.part):
+                value = setting.default
+            if not isinstance(value, list | tuple):
+                self.problem(path, value, f"should be a {setting.type_text}")
+                return []
+            return [self.part(registry.kind, f"{path}.{number}", item) for number, item in enumerate(value)]
+        chosen = self.tree.get(registry.kind.key)
+        if value == follow(setting.part):
+            self.followed.add(setting.part)
+            if chosen is None and setting.required:
+                self.problem(path, None, f"needs a {setting.part}: choose one with {path}=NAME or {setting.part}=NAME")
+                return None
+            return self.part(registry.kind, path if chosen is None else registry.kind.key, chosen or setting.default)
+        default = setting.default if isinstance(setting.default, str) else None
+        if isinstance(value, Mapping) and "name" not in value:
+            default = (chosen if isinstance(chosen, str) else (chosen or {}).get("name")) or default
+        if value is None and not accepts_none(setting):
+            self.problem(path, None, f"should be a {setting.type_text}, not null")
+        return self.part(registry.kind, path, value, default)
+
+    def value(self, setting: Setting, value: Any, path: str) -> Any:
+        try:
+            return setting.convert(value)
+        except SettingError as error:
+            self.problem(path, value, str(error))
+            return setting.default
+
+    def check_choices_reach(self) -> None:
+        """An experiment's choice of a kind that no part asks for would be a silent no-op."""
+        for name, registry in Registry.every.items():
+            key = registry.kind.key
+            if name in DIRECT or self.tree.get(key) is None or name in self.followed:
+                continue
+            chosen = self.tree[key] if isinstance(self.tree[key], str) else self.tree[key].get("name")
+            parts = [str(self.tree.get(k, {}).get("name")) for k in ("model", "task") if isinstance(self.tree.get(k), dict)]
+            self.problem(key, chosen, f"reaches nothing: neither {' nor '.join(parts)} asks for a {name}")
+
+    def unknown_key(self, key: str, value: Any, known: set[str]) -> None:
+        owners = [section for section in SECTIONS if key in section_settings(section)]
+        owners += [kind.kind.key for kind in Registry.every.values() if kind.kind.key in self.tree and self.has(kind, key)]
+        close = nearest(key, known)
+        if key in ("_target_", "_partial_", "_args_"):
+            self.problem(key, value, TARGET)
+        elif owners:
+            self.problem(key, value, f"is a setting of {owners[0]}: write {owners[0]}.{key}={value}")
+        elif close or not owners:
+            self.problem(key, value, f"there is no key {key!r} in an experiment; {did_you_mean(key, known, most=30)}")
+
+    def has(self, registry: Registry, key: str) -> bool:
+        value = self.tree[registry.kind.key]
+        name = value.get("name") if isinstance(value, Mapping) else value
+        return isinstance(name, str) and name in registry and key in registry.get(name).settings
+
+    def unknown_setting(self, path: str, key: Any, value: Any, settings: Mapping, owner: Entry | str) -> None:
+        """Say whose setting it is, when it is one of another part: momentum is a setting of sgd, not of adam."""
+        if str(key) in ("_target_", "_partial_", "_args_"):
+            return self.problem(path, value, TARGET)
+        name = owner if isinstance(owner, str) else owner.name
+        close = nearest(key, settings)
+        others = []
+        if isinstance(owner, Entry):
+            others = [e.name for e in Registry.every[owner.kind.name] if key in e.settings]
+        others += [section for section in SECTIONS if section != name and key in section_settings(section)]
+        if others and (close is None or others):
+            said = ", ".join(others[:4]) + (" ..." if len(others) > 4 else "")
+            return self.problem(path, value, f"{key} is a setting of {said}, not of {name}")
+        listed = did_you_mean(str(key), settings, most=20)
+        return self.problem(path, value, f"{name} has no setting {key!r}; {listed}")
+
+    def problem(self, path: str, value: Any, message: str) -> None:
+        source = self.source(path)
+        shown = path if value is None else f"{path}={shorten(value)}"
+        self.problems.append(f"{shown}: {message}" + (f" ({source})" if source else ""))
+
+    def complete(self, spec: Spec) -> dict[str, Any]:
+        """Return the whole experiment in plain values, every default written out."""
+        tree: dict[str, Any] = {}
+        for kind_name, made in spec.parts.items():
+            key = Registry.every[kind_name].kind.key
+            if isinstance(made, list):
+                tree[key] = {maker.entry.name: without_name(plain(maker)) for maker in made}
+            else:
+                tree[key] = plain(made)
+        for name, settings in spec.sections.items():
+            tree[name] = {key: plain(settings.get(key, s.default)) for key, s in section_settings(name).items()}
+        return tree | {"seed": spec.seed, "plugins": spec.plugins}
+
+
+TARGET = "is refused: a config names registered parts (`name: ...`), never something to import"
+
+
+def follow(kind: str) -> str:
+    """What a config shows where a part follows the experiment's choice of a kind."""
+    return f"${{{Registry.every[kind].kind.key}}}"
+
+
+def accepts_none(setting: Setting) -> bool:
+    try:
+        setting.convert(None)
+    except FrameworkError:
+        return False
+    return "null" in setting.type_text
+
+
+def plain(value: Any) -> Any:
+    """Return makers, tuples and paths as plain values, with every default of a part written out."""
+    if isinstance(value, Maker):
+        settings = {k: plain(value.settings.get(k, s.default)) for k, s in value.entry.settings.items()}
+        return {"name": value.entry.name} | settings
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    return value if isinstance(value, int | float | str | None) else str(value)
+
+
+def without_name(tree: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in tree.items() if key != "name"}
+
+
+def shorten(value: Any, width: int = 60) -> str:
+    text = str(value)
+    return text if len(text) <= width else text[: width - 3] + "..."

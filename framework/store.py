@@ -1,0 +1,74 @@
+"""The registries as Hydra config groups. Options are built when they are chosen, not before.
+
+Hydra copies its whole ConfigStore for each composition, and a schema for every part would cost half a second a run.
+"""
+
+from typing import Any
+
+from hydra.core.config_store import ConfigNode, ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from .registry import Entry, Registry
+from .schema import REQUIRED
+from .spec import PLAIN, SECTIONS, follow, plain, section_settings
+
+ALSO = "also"  # the group in which `+callbacks=NAME` adds to the list of the group `callbacks`
+
+
+class LazyNode(ConfigNode):
+    """An option of a group, made from a registered part when Hydra asks for it."""
+
+    def __init__(self, name: str, group: str | None, package: str | None, content: Any):
+        self.name, self.group, self.package, self.provider = f"{name}.yaml", group, package, "framework"
+        self.content = content
+
+    @property
+    def node(self) -> DictConfig:  # type: ignore[override]
+        return OmegaConf.create(self.content())
+
+    @node.setter
+    def node(self, value: DictConfig) -> None:
+        """Hydra puts a deep copy back; each reading is fresh anyway."""
+
+
+def fill_store() -> None:
+    """Put every registered part, and the sections, into Hydra's ConfigStore."""
+    store = ConfigStore.instance()
+    ConfigStore.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]  # see above
+    add(store.repo, "sections", None, None, sections)
+    for registry in Registry.every.values():
+        key = registry.kind.key
+        for entry in registry:
+            for name in (entry.name, *entry.aliases):
+                if registry.kind.many:
+                    content = lambda entry=entry: {entry.name: option(entry)}  # noqa: E731
+                    for group in (key, f"{ALSO}/{key}"):
+                        add(store.repo, name, group, key, content)
+                else:
+                    content = lambda entry=entry: {"name": entry.name, **option(entry)}  # noqa: E731
+                add(store.repo, name, key, key, content)
+
+
+def add(repo: dict[str, Any], name: str, group: str | None, package: str | None, content: Any) -> None:
+    for part in group.split("/") if group else ():
+        repo = repo.setdefault(part, {})
+    repo[f"{name}.yaml"] = LazyNode(name, group, package, content)
+
+
+def option(entry: Entry) -> dict[str, Any]:
+    """Return what a part's config group option holds: each setting with its default, as a person would write it."""
+    return {name: default(setting) for name, setting in entry.settings.items()}
+
+
+def default(setting: Any) -> Any:
+    if setting.part is not None and not setting.many:
+        return follow(setting.part)
+    return "???" if setting.default is REQUIRED else plain(setting.default)
+
+
+def sections() -> dict[str, Any]:
+    tree: dict[str, Any] = {registry.kind.key: None for registry in Registry.every.values() if not registry.kind.many}
+    tree |= {name: setting.default for name, setting in PLAIN.items()}
+    for name in SECTIONS:
+        tree[name] = {key: default(setting) for key, setting in section_settings(name).items()}
+    return tree

@@ -1,0 +1,384 @@
+"""The Trainer: takes objects, runs steps. It knows no names and no config.
+
+    trainer = Trainer(max_epochs=10)
+    trainer.fit(model, loader, task=nn.CrossEntropyLoss(), optimizer=torch.optim.AdamW(model.parameters()))
+
+The loop and its events are drawn in `callback.py`; `_step` is the training step, whole.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import seeds
+from .batches import Batches, Source, as_batches, count_steps, count_total, steps
+from .callback import EVENTS, Callback
+from .data import Batch, Data, TensorSplit, check_data
+from .device import Format, Precision, find_device
+from .errors import DataError, SettingError
+from .logger import Logger
+from .metric import Measures, Metric
+from .scheduler import Schedule
+from .schema import PositiveInt
+from .state import Cadence, Every, State
+from .task import LossTask, Task
+
+
+class Trainer:
+    """Fits, evaluates and predicts with a model, some data, a task and an optimizer."""
+
+    def __init__(
+        self,
+        max_epochs: PositiveInt | None = None,
+        max_steps: PositiveInt | None = None,
+        validate_every: Every = "1epoch",
+        log_every: Every = "50steps",
+        accumulate: PositiveInt = 1,
+        precision: Format = "fp32",
+        device: str = "auto",
+        deterministic: bool = False,
+        *,
+        seed: int = 0,
+        callbacks: Sequence[Callback] = (),
+        loggers: Sequence[Logger] = (),
+        folder: Path | None = None,
+    ):
+        """Set the limits and the manner of a run.
+
+        Args:
+            max_epochs: passes over the training data, at most.
+            max_steps: optimizer steps, at most; the run ends at whichever limit comes first.
+            validate_every: when the validation split is measured; always at the end too.
+            log_every: when training values are read off the device and logged; also at the end of each epoch.
+            accumulate: micro-batches whose gradients make one step; the same step as one batch of them all.
+            precision: fp32, or autocast to bf16 or fp16 (fp16 with a gradient scaler).
+            device: auto (cuda, else mps, else cpu) or a torch device such as cuda:1.
+            deterministic: only deterministic algorithms; slower, and an error where torch has none.
+            seed: of everything random while training (dropout), and of the order of samples.
+            callbacks: called in this order at the events of `callback.py`.
+            loggers: get every scalar, text and picture.
+            folder: of the run, for callbacks and loggers that write files.
+
+        Raises SettingError for a device that is not there, or a cadence that is none.
+        """
+        if max_epochs is None and max_steps is None:
+            raise SettingError("a Trainer needs max_epochs or max_steps")
+        self.max_epochs, self.max_steps = max_epochs, max_steps
+        self.validate_every, self.log_every = Cadence(validate_every), Cadence(log_every)
+        self.accumulate, self.deterministic = accumulate, deterministic
+        self.device = find_device(device)
+        self.precision = Precision(precision, self.device)
+        self.seed, self.folder = seed, folder
+        self.callbacks, self.loggers = list(callbacks), list(loggers)
+        self.state = State()
+        self.schedule: Callable[[int], float] | None = None
+        self._listeners = {event: self._listening(event) for event in EVENTS}
+        self._record: dict[str, float | Tensor] = {}
+        self._open = 0
+
+    def fit(
+        self,
+        model: nn.Module,
+        data: Source,
+        *,
+        task: Task | Callable[[Tensor, Tensor], Tensor],
+        optimizer: torch.optim.Optimizer,
+        val: Source | None = None,
+        schedule: Callable[[int], float] | None = None,
+        metrics: Sequence[Metric] = (),
+        batch_size: int = 32,
+        resume: dict[str, Any] | None = None,
+    ) -> State:
+        """Train a model until a limit, or until a callback sets `state.stop`; return the final state.
+
+        Args:
+            model: any module; it is moved to the device, and left in eval mode.
+            data: a `Data` (its val split is validated on), a split, or an iterable of batches such as a DataLoader.
+            task: a `Task`, or a loss of (outputs, targets).
+            optimizer: a torch optimizer over the model's parameters.
+            val: what to validate on, if not the data's own val split.
+            schedule: step -> factor on each group's learning rate.
+            metrics: measured on training batches and on validation.
+            batch_size: for a `Data` or a split.
+            resume: what `state_dict` gave, to go on from there.
+
+        Raises DataError when the data is empty or does not fit the task.
+        """
+        self.model, self.optimizer, self.schedule = model.to(self.device), optimizer, schedule
+        self.task = task if isinstance(task, Task) else LossTask(task)
+        if self.task.criterion is not None:
+            self.task.criterion.to(self.device)
+        if isinstance(data, Data):
+            check_data(data)
+            self.task.check(data)
+            val = data.val if val is None else val
+        self.train_batches = self._batches(data, batch_size, shuffle=True)
+        self.val_batches = None if val is None else self._batches(val, batch_size)
+        self.metrics = list(metrics)
+        self._prepare(resume)
+        with self:
+            try:
+                self._emit("fit_start")
+                while not self._done:
+                    self._epoch()
+                self._finish()
+                self._emit("fit_end")
+                self._flush()
+            except BaseException:
+                self._emit("exception")
+                raise
+            finally:
+                self.model.eval()
+        return self.state
+
+    def _prepare(self, resume: dict[str, Any] | None) -> None:
+        """Make everything that the first step needs: counters, scaler, sums, seeds, open loggers."""
+        seeds.seed_everything(seeds.derive(self.seed, "train"))
+        if self.deterministic:
+            torch.use_deterministic_algorithms(True)
+        self.state = State(steps_per_epoch=count_steps(self.train_batches, self.accumulate))
+        self.state.total_steps = count_total(self.state.steps_per_epoch, self.max_epochs, self.max_steps)
+        for group in self.optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        self.measures = Measures(self.metrics, self.device)
+        self.loss = torch.zeros((), device=self.device)
+        self._validated = -1
+        if resume is not None:
+            self.load_state_dict(resume)
+        self._rate_from = (time.perf_counter(), self.state.samples)
+
+    @property
+    def _done(self) -> bool:
+        state = self.state
+        out_of_steps = self.max_steps is not None and state.step >= self.max_steps
+        out_of_epochs = self.max_epochs is not None and state.epoch >= self.max_epochs
+        return state.stop is not None or out_of_steps or out_of_epochs
+
+    def _epoch(self) -> None:
+        """Run one epoch, from the batch where the run stands."""
+        state = self.state
+        if state.batch == 0:
+            self._emit("epoch_start")
+        self.model.train()
+        batches = self.train_batches.epoch(state.epoch, state.batch)
+        steps_left = state.steps_per_epoch - state.batch // self.accumulate if state.steps_per_epoch else 0
+        began = state.step
+        for window, last in steps(batches, self.accumulate, steps_left):
+            self._step(window)
+            if last:
+                state.epoch, state.batch = state.epoch + 1, 0
+            if self.log_every.due(state, epoch_end=last) or last:
+                self._log()
+            if self.val_batches is not None and self.validate_every.due(state, epoch_end=last):
+                self._validate()
+            self._emit("step_end")
+            if last:
+                self._emit("epoch_end")
+                self._flush()
+            if self._done:
+                return
+        if state.step == began:
+            raise DataError(f"the training data gave no batch in epoch {state.epoch + 1}")
+
+    def _step(self, window: list[Batch]) -> None:
+        """The training step: forward and backward for each micro-batch, then one update."""
+        self._emit("step_start")
+        batches = [self._place(batch) for batch in window]
+        counts = [self.task.count(batch) for batch in batches]
+        total = sum(counts)
+        for batch, count in zip(batches, counts, strict=True):
+            with self.precision.autocast():
+                loss, outputs, targets = self.task.step(self.model, batch)
+            share = loss if len(batches) == 1 else loss * (count / total)  # so that the sum is the big batch's mean
+            self.precision.backward(share)
+            self.measures.add(loss, outputs, targets, count)
+            self.loss = share.detach() if batch is batches[0] else self.loss + share.detach()
+        self.precision.unscale(self.optimizer)
+        self._emit("gradients")
+        self._set_learning_rate()
+        self.precision.step(self.optimizer)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.state.step += 1
+        self.state.batch += len(batches)
+        self.state.samples += sum(len(batch[0]) for batch in batches)
+
+    def _set_learning_rate(self) -> None:
+        if self.schedule is None:
+            return
+        factor = self.schedule(self.state.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+
+    def _log(self) -> None:
+        """Read the training sums since the last time, and give them to the callbacks and loggers."""
+        now, samples = time.perf_counter(), self.state.samples
+        since, before = self._rate_from
+        self._rate_from = (now, samples)
+        self.log({f"train/{name}": value for name, value in self.measures.read().items()})
+        self.log({"train/learning_rate": float(self.optimizer.param_groups[0]["lr"])})
+        self.log({"train/samples_per_second": (samples - before) / max(now - since, 1e-9)})
+        self._emit("log")
+        self._flush()
+
+    def _validate(self) -> None:
+        """Measure the validation split; training's randomness is not touched."""
+        assert self.val_batches is not None
+        self._emit("validation_start")
+        began = time.perf_counter()
+        values = self._measure(self.val_batches)
+        self._validated = self.state.step
+        self.log({f"val/{name}": value for name, value in values.items()})
+        if isinstance(self.schedule, Schedule):
+            self.schedule.observe(self.state.metrics)  # type: ignore[arg-type]
+        self._emit("validation_end")
+        self._flush()
+        self._rate_from = (self._rate_from[0] + time.perf_counter() - began, self._rate_from[1])
+
+    def _finish(self) -> None:
+        """After the last step: what the cadences left unlogged and unmeasured."""
+        if self.measures.loss[1] > 0:
+            self._log()
+        if self.val_batches is not None and self._validated != self.state.step:
+            self._validate()
+
+    def _measure(self, batches: Batches) -> dict[str, float]:
+        """Return the loss and metrics of a model over all batches, in eval mode."""
+        measures, training = Measures(self.metrics, self.device), self.model.training
+        self.model.eval()
+        with seeds.undisturbed(), torch.no_grad(), self.precision.autocast():
+            for batch in batches.epoch():
+                batch = self._place(batch)
+                measures.add(*self.task.step(self.model, batch), self.task.count(batch))
+        self.model.train(training)
+        return measures.read()
+
+    def evaluate(
+        self,
+        data: Source,
+        *,
+        model: nn.Module | None = None,
+        task: Task | Callable[[Tensor, Tensor], Tensor] | None = None,
+        metrics: Sequence[Metric] | None = None,
+        batch_size: int = 256,
+        name: str = "test",
+    ) -> dict[str, float]:
+        """Return {"test/loss": ..., "test/accuracy": ...} of the fitted (or given) model on a split or loader.
+
+        While the trainer is open (`with trainer:`), the values go to the loggers too.
+        """
+        self._use(model, task)
+        if metrics is not None or not hasattr(self, "metrics"):
+            self.metrics = list(metrics or ())
+        values = self._measure(self._batches(data, batch_size))
+        named = {f"{name}/{key}": value for key, value in values.items()}
+        self.log(named)
+        self._flush()
+        return named
+
+    def predict(
+        self,
+        data: Source | Tensor,
+        *,
+        model: nn.Module | None = None,
+        task: Task | Callable[[Tensor, Tensor], Tensor] | None = None,
+        batch_size: int = 256,
+    ) -> Tensor:
+        """Return the model's outputs for inputs (rows, *in_shape), or for every sample of a split, on the CPU."""
+        self._use(model, task)
+        batches = self._batches(TensorSplit(data) if isinstance(data, Tensor) else data, batch_size)
+        self.model.eval()
+        with seeds.undisturbed(), torch.no_grad(), self.precision.autocast():
+            outputs = [self.model(self._place(batch)[0]).float().cpu() for batch in batches.epoch()]
+        return torch.cat(outputs)
+
+    def _use(self, model: nn.Module | None, task: Task | Callable | None) -> None:
+        if model is not None:
+            self.model = model.to(self.device)
+        if task is not None:
+            self.task = task if isinstance(task, Task) else LossTask(task)
+        if not hasattr(self, "model"):
+            raise SettingError("nothing was fitted yet: pass `model=` and `task=`")
+        criterion = getattr(getattr(self, "task", None), "criterion", None)
+        if criterion is not None:
+            criterion.to(self.device)
+
+    def log(self, values: Mapping[str, float | Tensor]) -> None:
+        """Add values to the record of this step; loggers get the whole record at once."""
+        self._record.update(values)
+        self.state.metrics.update({name: v for name, v in values.items() if not isinstance(v, Tensor)})
+
+    def _flush(self) -> None:
+        """Hand the record of this step to the loggers."""
+        if not self._record:
+            return
+        values = {name: float(value) for name, value in self._record.items()}
+        self._record = {}
+        self.state.metrics.update(values)
+        if self._open:
+            state = self.state
+            for logger in self.loggers:
+                logger.scalars(values, step=state.step, epoch=state.epoch, wall_seconds=state.wall_seconds)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that a run needs to go on from here, in plain types and tensors."""
+        state = self.state
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict() if isinstance(self.schedule, Schedule) else {},
+            "scaler": self.precision.state_dict(),
+            "callbacks": {type(c).__name__: c.state_dict() for c in self.callbacks},
+            "counters": {name: getattr(state, name) for name in ("step", "epoch", "batch", "samples")},
+            "metrics": dict(state.metrics),
+            "validated": self._validated,
+            "random": seeds.capture(),
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if isinstance(self.schedule, Schedule):
+            self.schedule.load_state_dict(saved["schedule"])
+        self.precision.load_state_dict(saved["scaler"])
+        for callback in self.callbacks:
+            callback.load_state_dict(saved["callbacks"].get(type(callback).__name__, {}))
+        for name, value in saved["counters"].items():
+            setattr(self.state, name, value)
+        self.state.metrics = dict(saved["metrics"])
+        self._validated = saved["validated"]
+        seeds.restore(saved["random"])
+
+    def __enter__(self) -> "Trainer":
+        """Keep loggers open until the end of the `with`, so that `evaluate` after `fit` is logged too."""
+        self._open += 1
+        if self._open == 1:
+            names = ["loss", *(metric.name for metric in getattr(self, "metrics", ()))]
+            for logger in self.loggers:
+                logger.open(self.folder, self.state.step, names)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open -= 1
+        if self._open == 0:
+            self._emit("close")
+            for logger in self.loggers:
+                logger.close()
+
+    def _listening(self, event: str) -> list[Callable[["Trainer"], None]]:
+        name = f"on_{event}"
+        return [getattr(c, name) for c in self.callbacks if getattr(type(c), name) is not getattr(Callback, name)]
+
+    def _emit(self, event: str) -> None:
+        for listener in self._listeners[event]:
+            listener(self)
+
+    def _batches(self, source: Source, batch_size: int, *, shuffle: bool = False) -> Batches:
+        return as_batches(source, batch_size, shuffle=shuffle, seed=self.seed, device=self.device)
+
+    def _place(self, batch: Batch) -> Batch:
+        return tuple(tensor.to(self.device, non_blocking=True) for tensor in batch)

@@ -1,0 +1,280 @@
+"""Blocks for signals (C, L) and images (C, H, W): convolutions, residual blocks, channel attention, pooling."""
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from framework import Activation, NonNegativeInt, Norm, PositiveInt, Shape, blocks
+from framework.errors import BuildError
+from framework.shapes import expect, output_shape
+
+Padding = Literal["same"] | NonNegativeInt
+SIGNALS = "(C, L) or (C, H, W)"
+
+
+@blocks.register("conv1d")
+def conv1d(
+    in_shape: Shape,
+    channels: PositiveInt = 32,
+    kernel_size: PositiveInt = 3,
+    stride: PositiveInt = 1,
+    padding: Padding = "same",
+    dilation: PositiveInt = 1,
+    groups: PositiveInt = 1,
+    activation: Activation | None = "relu",
+    norm: Norm | None = None,
+    bias: bool = True,
+) -> nn.Sequential:
+    """1-d convolution, then norm and activation: (C, L) -> (channels, L').
+
+    Args:
+        channels: output channels.
+        kernel_size: taps.
+        stride: step between outputs.
+        padding: zeros at each end; same: L' is L / stride, rounded up for an odd kernel_size.
+        dilation: distance of the taps.
+        groups: groups of channels that do not see each other; must divide both numbers of channels.
+        activation: what follows the norm; null for none.
+        norm: what follows the convolution; null for none.
+        bias: whether the convolution has one.
+    """
+    in_channels, _ = expect(in_shape, "(C, L)", "conv1d")
+    check_groups("conv1d", in_channels, channels, groups)
+    padding = same(kernel_size, stride, dilation) if padding == "same" else padding
+    layer = nn.Conv1d(in_channels, channels, kernel_size, stride, padding, dilation, groups, bias)
+    return convolution(layer, in_shape, activation, norm)
+
+
+@blocks.register("conv2d", aliases=["conv"])
+def conv2d(
+    in_shape: Shape,
+    channels: PositiveInt = 32,
+    kernel_size: PositiveInt = 3,
+    stride: PositiveInt = 1,
+    padding: Padding = "same",
+    dilation: PositiveInt = 1,
+    groups: PositiveInt = 1,
+    activation: Activation | None = "relu",
+    norm: Norm | None = None,
+    bias: bool = True,
+) -> nn.Sequential:
+    """2-d convolution, then norm and activation: (C, H, W) -> (channels, H', W').
+
+    Args:
+        channels: output channels.
+        kernel_size: height and width of the kernel.
+        stride: step between outputs.
+        padding: zeros at each side; same: H' is H / stride, rounded up for an odd kernel_size.
+        dilation: distance of the kernel's points.
+        groups: groups of channels that do not see each other; must divide both numbers of channels.
+        activation: what follows the norm; null for none.
+        norm: what follows the convolution; null for none.
+        bias: whether the convolution has one.
+    """
+    in_channels, _, _ = expect(in_shape, "(C, H, W)", "conv2d")
+    check_groups("conv2d", in_channels, channels, groups)
+    padding = same(kernel_size, stride, dilation) if padding == "same" else padding
+    layer = nn.Conv2d(in_channels, channels, kernel_size, stride, padding, dilation, groups, bias)
+    return convolution(layer, in_shape, activation, norm)
+
+
+def check_groups(who: str, in_channels: int, channels: int, groups: int) -> None:
+    if in_channels % groups or channels % groups:
+        raise BuildError(f"{who} cannot split {in_channels} input and {channels} output channels into {groups} groups")
+
+
+def same(kernel_size: int, stride: int, dilation: int) -> int | str:
+    """Return torch's padding; its "same", which can pad unevenly, is for an even kernel and knows no stride."""
+    total = dilation * (kernel_size - 1)
+    return "same" if stride == 1 and total % 2 else total // 2
+
+
+def convolution(layer: nn.Module, in_shape: Shape, activation: Activation | None, norm: Norm | None) -> nn.Sequential:
+    layers = nn.Sequential()
+    layers.add_module("conv", layer)
+    if norm is not None:
+        layers.add_module("norm", norm(output_shape(layer, in_shape)))
+    if activation is not None:
+        layers.add_module("activation", activation())
+    return layers
+
+
+@blocks.register("basic_block")
+def basic_block(
+    in_shape: Shape,
+    channels: PositiveInt = 64,
+    stride: PositiveInt = 1,
+    activation: Activation = "relu",
+    norm: Norm | None = "batch",
+) -> nn.Module:
+    """Two 3x3 convolutions with a skip connection (He et al. 2016, arXiv:1512.03385, figure 2).
+
+    (C, H, W) -> (channels, H / stride, W / stride), rounded up.
+
+    Args:
+        channels: output channels.
+        stride: of the first convolution, and of the projection.
+        activation: after the first convolution, and after the sum.
+        norm: after each convolution; null for none.
+    """
+    expect(in_shape, "(C, H, W)", "basic_block")
+    rest = {"norm": norm, "bias": norm is None}
+    first = blocks.maker("conv2d", channels=channels, stride=stride, activation=activation, **rest)
+    second = blocks.maker("conv2d", channels=channels, activation=None, **rest)
+    return blocks.build("residual", in_shape, blocks=[first, second], activation=activation, norm=norm)
+
+
+@blocks.register("bottleneck")
+def bottleneck(
+    in_shape: Shape,
+    channels: PositiveInt = 64,
+    stride: PositiveInt = 1,
+    expansion: PositiveInt = 4,
+    activation: Activation = "relu",
+    norm: Norm | None = "batch",
+) -> nn.Module:
+    """1x1, 3x3 and 1x1 convolutions with a skip connection (He et al. 2016, arXiv:1512.03385, figure 5).
+
+    (C, H, W) -> (expansion * channels, H / stride, W / stride), rounded up. The stride is that of the 3x3 convolution,
+    which loses less than a strided 1x1.
+
+    Args:
+        channels: channels of the 3x3 convolution.
+        stride: of the 3x3 convolution, and of the projection.
+        expansion: output channels per channel of the 3x3 convolution.
+        activation: after the first two convolutions, and after the sum.
+        norm: after each convolution; null for none.
+    """
+    expect(in_shape, "(C, H, W)", "bottleneck")
+    rest = {"norm": norm, "bias": norm is None}
+    branch = [
+        blocks.maker("conv2d", channels=channels, kernel_size=1, activation=activation, **rest),
+        blocks.maker("conv2d", channels=channels, stride=stride, activation=activation, **rest),
+        blocks.maker("conv2d", channels=expansion * channels, kernel_size=1, activation=None, **rest),
+    ]
+    return blocks.build("residual", in_shape, blocks=branch, activation=activation, norm=norm)
+
+
+@blocks.register("depthwise_separable")
+def depthwise_separable(
+    in_shape: Shape,
+    channels: PositiveInt = 64,
+    kernel_size: PositiveInt = 3,
+    stride: PositiveInt = 1,
+    activation: Activation = "relu",
+    norm: Norm | None = "batch",
+) -> nn.Module:
+    """A convolution of each channel by itself, then one of size 1 (Howard et al. 2017, arXiv:1704.04861, section 3.1).
+
+    Args:
+        channels: output channels.
+        kernel_size: height and width of the first kernel.
+        stride: of the first convolution.
+        activation: after each convolution.
+        norm: after each convolution; null for none.
+    """
+    in_channels, _, _ = expect(in_shape, "(C, H, W)", "depthwise_separable")
+    rest = {"activation": activation, "norm": norm, "bias": norm is None}
+    depthwise = {"channels": in_channels, "groups": in_channels, "kernel_size": kernel_size, "stride": stride}
+    first = blocks.build("conv2d", in_shape, **depthwise, **rest)
+    second = blocks.build("conv2d", output_shape(first, in_shape), channels=channels, kernel_size=1, **rest)
+    return nn.Sequential(first, second)
+
+
+@blocks.register("squeeze_excite")
+class SqueezeExcite(nn.Module):
+    """x · sigmoid(W₂ activation(W₁ mean(x))), a gate for each channel (Hu et al. 2018, arXiv:1709.01507, section 3)."""
+
+    def __init__(self, in_shape: Shape, reduction: PositiveInt = 16, activation: Activation = "relu"):
+        """Build the two linear layers.
+
+        Args:
+            reduction: channels per hidden feature.
+            activation: between the two linear layers.
+        """
+        super().__init__()
+        channels = expect(in_shape, SIGNALS, "squeeze_excite")[0]
+        hidden = max(1, channels // reduction)
+        self.squeeze = nn.Linear(channels, hidden)
+        self.activation = activation()
+        self.excite = nn.Linear(hidden, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.activation(self.squeeze(x.flatten(2).mean(2)))
+        gate = self.excite(hidden).sigmoid()
+        return x * gate.reshape(*gate.shape, *[1] * (x.ndim - 2))
+
+
+@blocks.register("max_pool")
+def max_pool(
+    in_shape: Shape,
+    kernel_size: PositiveInt = 2,
+    stride: PositiveInt | None = None,
+    padding: NonNegativeInt = 0,
+) -> nn.Module:
+    """The largest value of each window: (C, L) or (C, H, W), smaller by the stride.
+
+    Args:
+        kernel_size: length, or height and width, of the window.
+        stride: step between windows; null: kernel_size, so that they do not overlap.
+        padding: cells added at each side, at most half of kernel_size.
+    """
+    layer = {2: nn.MaxPool1d, 3: nn.MaxPool2d}[check_window("max_pool", in_shape, kernel_size, padding)]
+    return layer(kernel_size, stride, padding)
+
+
+@blocks.register("avg_pool")
+def avg_pool(
+    in_shape: Shape,
+    kernel_size: PositiveInt = 2,
+    stride: PositiveInt | None = None,
+    padding: NonNegativeInt = 0,
+) -> nn.Module:
+    """The mean of each window: (C, L) or (C, H, W), smaller by the stride. Cells of padding count as zeros.
+
+    Args:
+        kernel_size: length, or height and width, of the window.
+        stride: step between windows; null: kernel_size, so that they do not overlap.
+        padding: cells added at each side, at most half of kernel_size.
+    """
+    layer = {2: nn.AvgPool1d, 3: nn.AvgPool2d}[check_window("avg_pool", in_shape, kernel_size, padding)]
+    return layer(kernel_size, stride, padding)
+
+
+def check_window(who: str, in_shape: Shape, kernel_size: int, padding: int) -> int:
+    """Return the number of axes. Raises BuildError when a window does not fit."""
+    if kernel_size > min(expect(in_shape, SIGNALS, who)[1:]) + 2 * padding:
+        raise BuildError(f"{who} cannot fit a window of {kernel_size} into {tuple(in_shape)}")
+    return len(in_shape)
+
+
+@blocks.register("adaptive_avg_pool")
+def adaptive_avg_pool(in_shape: Shape, size: PositiveInt = 1) -> nn.Module:
+    """Means of windows chosen so that the output has the given size: (C, L) or (C, H, W).
+
+    Args:
+        size: output length, or height and width.
+    """
+    return {2: nn.AdaptiveAvgPool1d, 3: nn.AdaptiveAvgPool2d}[len(expect(in_shape, SIGNALS, "adaptive_avg_pool"))](size)
+
+
+@blocks.register("adaptive_max_pool")
+def adaptive_max_pool(in_shape: Shape, size: PositiveInt = 1) -> nn.Module:
+    """Largest values of windows chosen so that the output has the given size: (C, L) or (C, H, W).
+
+    Args:
+        size: output length, or height and width.
+    """
+    return {2: nn.AdaptiveMaxPool1d, 3: nn.AdaptiveMaxPool2d}[len(expect(in_shape, SIGNALS, "adaptive_max_pool"))](size)
+
+
+@blocks.register("global_avg_pool")
+class GlobalAvgPool(nn.Module):
+    """The mean of each channel: (C, L) or (C, H, W) -> (C,)."""
+
+    def __init__(self, in_shape: Shape):
+        super().__init__()
+        expect(in_shape, SIGNALS, "global_avg_pool")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(2).mean(2)

@@ -1,0 +1,232 @@
+"""Losses: loss(outputs, targets) -> mean, a scalar. Outputs are logits of classes or labels, or values.
+
+Targets are class indices (batch,), labels of 0 and 1 (batch, labels) or values (batch, values). torch's own come by
+table; a loss of your own is an `nn.Module` with a decorator. A mean over anything but the samples must be made known to
+the task's `count`, or unequal batches are weighted wrongly.
+"""
+
+import math
+from typing import Annotated, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from framework import Fraction, NonNegativeFloat, PositiveFloat, Range, losses
+from framework.errors import DataError
+
+REDUCTION = ("reduction", "size_average", "reduce")  # a loss is a mean: the trainer relies on it
+NEVER = -(2**63)  # the index that no target has
+
+losses.register("mse", nn.MSELoss, aliases=["l2"], hide=REDUCTION)
+losses.register("l1", nn.L1Loss, aliases=["mae"], hide=REDUCTION)
+losses.register("smooth_l1", nn.SmoothL1Loss, hide=REDUCTION, types={"beta": NonNegativeFloat})
+losses.register("huber", nn.HuberLoss, hide=REDUCTION, types={"delta": PositiveFloat})
+losses.register("poisson_nll", nn.PoissonNLLLoss, hide=REDUCTION, types={"eps": PositiveFloat})
+losses.register("multi_margin", nn.MultiMarginLoss, hide=(*REDUCTION, "weight"), types={"p": Literal[1, 2]})
+losses.register("multilabel_soft_margin", nn.MultiLabelSoftMarginLoss, hide=(*REDUCTION, "weight"))
+
+
+def at_least_single(outputs: Tensor) -> Tensor:
+    """Return half-precision outputs as float32, and others as they are."""
+    return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+
+
+def tensor_or_none(numbers: list[float] | None) -> Tensor | None:
+    return None if numbers is None else torch.tensor(numbers)
+
+
+def zero_of_none(loss: Tensor, targets: Tensor, ignored: int | None) -> Tensor:
+    """Return the loss, or 0 when every target is ignored: the mean of none is no number."""
+    return loss if ignored is None else torch.where((targets != ignored).any(), loss, 0.0)
+
+
+@losses.register("cross_entropy", aliases=["ce"])
+class CrossEntropy(nn.CrossEntropyLoss):
+    """Cross entropy of class logits (batch, classes, ...) with class indices, or with class probabilities.
+
+    Args:
+        weight: one factor a class; the mean is over the weights of the targets.
+        ignore_index: targets with this value count for nothing.
+        label_smoothing: share of each target that is spread evenly over all classes (Szegedy et al. 2016, section 7).
+    """
+
+    def __init__(
+        self, weight: list[float] | None = None, ignore_index: int | None = None, label_smoothing: Fraction = 0.0
+    ):
+        super().__init__(tensor_or_none(weight), label_smoothing=label_smoothing)
+        self.ignore_index = ignore_index
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        ignored = NEVER if self.ignore_index is None else self.ignore_index
+        smoothing = self.label_smoothing
+        loss = F.cross_entropy(outputs, targets, self.weight, ignore_index=ignored, label_smoothing=smoothing)
+        return zero_of_none(loss, targets, self.ignore_index)
+
+
+@losses.register("label_smoothing")
+class LabelSmoothing(CrossEntropy):
+    """Cross entropy whose targets keep 1 - smoothing and spread the rest over all classes (Szegedy et al. 2016).
+
+    Args:
+        smoothing: share of each target that is spread evenly over all classes.
+        weight: one factor a class.
+        ignore_index: targets with this value count for nothing.
+    """
+
+    def __init__(self, smoothing: Fraction = 0.1, weight: list[float] | None = None, ignore_index: int | None = None):
+        super().__init__(weight, ignore_index, smoothing)
+
+
+@losses.register("nll")
+class NegativeLogLikelihood(nn.NLLLoss):
+    """Negative log likelihood of class indices, for a model whose outputs are log-probabilities.
+
+    Args:
+        weight: one factor a class; the mean is over the weights of the targets.
+        ignore_index: targets with this value count for nothing.
+    """
+
+    def __init__(self, weight: list[float] | None = None, ignore_index: int | None = None):
+        super().__init__(tensor_or_none(weight))
+        self.ignore_index = ignore_index
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        ignored = NEVER if self.ignore_index is None else self.ignore_index
+        loss = F.nll_loss(outputs, targets, self.weight, ignore_index=ignored)
+        return zero_of_none(loss, targets, self.ignore_index)
+
+
+@losses.register("bce_with_logits", aliases=["bce"])
+class BinaryCrossEntropy(nn.BCEWithLogitsLoss):
+    """Binary cross entropy of label logits with labels of 0 and 1, a mean over samples and labels.
+
+    Args:
+        pos_weight: one factor a label on its positive targets, against their rarity.
+    """
+
+    def __init__(self, pos_weight: list[float] | None = None):
+        super().__init__(pos_weight=tensor_or_none(pos_weight))
+
+
+@losses.register("kl_div", aliases=["kl"])
+class KLDivergence(nn.Module):
+    """KL(targets || softmax(outputs)), a mean over samples; targets are class probabilities (batch, classes)."""
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.kl_div(F.log_softmax(outputs, dim=1), targets, reduction="batchmean")
+
+
+@losses.register("focal")
+class Focal(nn.Module):
+    """-alpha_t (1 - p_t)^gamma log(p_t): the easy samples count less (Lin et al. 2017, section 3, arXiv:1708.02002).
+
+    Integer targets are classes (softmax); floating ones are labels (sigmoid; a mean over samples and labels).
+    Raises DataError when `alpha` is one number but the targets are classes.
+
+    Args:
+        gamma: how much the easy samples count less; 0 is cross entropy.
+        alpha: weight of the positive labels (1 - alpha is that of the negative), or one weight a class or label.
+    """
+
+    def __init__(self, gamma: NonNegativeFloat = 2.0, alpha: Fraction | list[Fraction] | None = None):
+        super().__init__()
+        self.gamma = gamma
+        self.alpha: Tensor | None
+        self.register_buffer("alpha", None if alpha is None else torch.tensor(alpha))
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self.of_labels(outputs, targets) if targets.is_floating_point() else self.of_classes(outputs, targets)
+
+    def of_classes(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        loss = F.cross_entropy(outputs, targets, reduction="none", ignore_index=NEVER)
+        loss = self.focus(loss) * loss
+        if self.alpha is None:
+            return loss.mean()
+        if self.alpha.ndim == 0:
+            raise DataError(
+                "focal: one number as `alpha` is for labels; for classes give one a class: alpha=[0.2, 0.8]"
+            )
+        return (self.alpha[targets] * loss).mean()
+
+    def of_labels(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        loss = F.binary_cross_entropy_with_logits(outputs, targets, reduction="none")
+        loss = self.focus(loss) * loss
+        if self.alpha is not None:
+            loss = (self.alpha * targets + (1 - self.alpha) * (1 - targets)) * loss
+        return loss.mean()
+
+    def focus(self, loss: Tensor) -> Tensor:
+        """(1 - p_t)^gamma. The clamp keeps the slope of a fractional power finite where p_t rounds to 1."""
+        tiny = torch.finfo(loss.dtype).tiny
+        return (-torch.expm1(-loss)).clamp_min(tiny) ** self.gamma
+
+
+@losses.register("dice")
+class Dice(nn.Module):
+    """1 - (2 sum(p t) + smooth) / (sum(p^2) + sum(t^2) + smooth) of probabilities p (Milletari et al. 2016).
+
+    The sums are over all but the batch axis, and the loss is their mean over samples. Integer targets are classes
+    (softmax over axis 1); floating ones are labels (sigmoid), of the outputs' shape.
+
+    Args:
+        smooth: keeps the gradient of a sample without any label.
+    """
+
+    def __init__(self, smooth: PositiveFloat = 1.0):
+        super().__init__()
+        self.smooth = smooth
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        outputs = at_least_single(outputs)
+        if targets.is_floating_point():
+            probabilities = outputs.sigmoid()
+        else:
+            probabilities = outputs.softmax(1)
+            targets = F.one_hot(targets, outputs.shape[1]).movedim(-1, 1).to(outputs.dtype)
+        p, t = probabilities.flatten(1), targets.flatten(1)
+        overlap = 2 * (p * t).sum(1) + self.smooth
+        return (1 - overlap / (p.square().sum(1) + t.square().sum(1) + self.smooth)).mean()
+
+
+@losses.register("hinge")
+class Hinge(nn.Module):
+    """max(0, margin - s outputs), s = 2 targets - 1, for labels of 0 and 1; a mean over samples and labels.
+
+    Args:
+        margin: beyond it an output on the right side costs nothing.
+        squared: take the square.
+    """
+
+    def __init__(self, margin: PositiveFloat = 1.0, squared: bool = False):
+        super().__init__()
+        self.margin, self.power = margin, 2 if squared else 1
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return (self.margin - (2 * targets - 1) * outputs).relu().pow(self.power).mean()
+
+
+@losses.register("quantile", aliases=["pinball"])
+class Quantile(nn.Module):
+    """max(q e, (q - 1) e), e = targets - outputs: its minimum is the q-quantile (Koenker and Bassett 1978).
+
+    Args:
+        q: the quantile; 0.5 is the median.
+    """
+
+    def __init__(self, q: Annotated[float, Range("(0, 1)")] = 0.5):
+        super().__init__()
+        self.q = q
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        error = targets - outputs
+        return torch.maximum(self.q * error, (self.q - 1) * error).mean()
+
+
+@losses.register("log_cosh")
+class LogCosh(nn.Module):
+    """log(cosh(outputs - targets)): quadratic near 0, linear far off, smooth everywhere."""
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        size = (outputs - targets).abs()
+        return (size + F.softplus(-2 * size) - math.log(2)).mean()  # cosh itself overflows

@@ -1,0 +1,84 @@
+"""Callbacks that only look: gradient norms, learning rates, histograms."""
+
+from torch import Tensor, nn
+
+from framework import Callback, Every, Trainer, callbacks
+from framework.state import Cadence
+
+
+@callbacks.register("gradient_norm")
+class GradientNorm(Callback):
+    """Logs the 2-norm of all gradients together as train/gradient_norm, of the steps that are logged."""
+
+    def __init__(self) -> None:
+        self.measured: Tensor | None = None
+
+    def on_gradients(self, trainer: Trainer) -> None:
+        self.measured = None
+        if will_log(trainer):
+            groups = trainer.optimizer.param_groups
+            gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+            self.measured = nn.utils.get_total_norm(gradients)
+
+    def on_log(self, trainer: Trainer) -> None:
+        if self.measured is not None:
+            trainer.log({"train/gradient_norm": self.measured})
+
+
+@callbacks.register("learning_rate")
+class LearningRate(Callback):
+    """Logs the learning rate of every further group of parameters; the first group's is always logged.
+
+    Keys are train/learning_rate/<the group's "name", or its number>.
+    """
+
+    def on_log(self, trainer: Trainer) -> None:
+        for number, group in enumerate(trainer.optimizer.param_groups[1:], 1):
+            trainer.log({f"train/learning_rate/{group.get('name', number)}": float(group["lr"])})
+
+
+def will_log(trainer: Trainer) -> bool:
+    """Whether the step under way ends with a log point, or may (by the clock, or in epochs of unknown length)."""
+    state, cadence = trainer.state, trainer.log_every
+    step = state.step + 1
+    if state.steps_per_epoch == 0 or cadence.unit not in ("step", "epoch"):
+        return True
+    by_steps = cadence.unit == "step" and step % int(cadence.number) == 0
+    return by_steps or step % state.steps_per_epoch == 0 or step == state.total_steps
+
+
+@callbacks.register("histograms", aliases=["histogram"])
+class Histograms(Callback):
+    """Gives every logger the distribution of each parameter and its gradient, from before the first update on.
+
+    Tags are weights/<parameter> and gradients/<parameter>. Values that are not finite are left out.
+    """
+
+    def __init__(self, every: Every = "1epoch"):
+        """Say how often.
+
+        Args:
+            every: how often; each time reads the whole model off the device.
+        """
+        self.cadence = Cadence(every)
+
+    def on_gradients(self, trainer: Trainer) -> None:
+        if self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0):
+            self._show(trainer, "weights", dict(trainer.model.named_parameters()))
+            self._show(trainer, "gradients", {name: p.grad for name, p in trainer.model.named_parameters()})
+
+    def on_fit_end(self, trainer: Trainer) -> None:
+        self._show(trainer, "weights", dict(trainer.model.named_parameters()))
+
+    def _show(self, trainer: Trainer, what: str, tensors: dict[str, Tensor | None]) -> None:
+        for name, tensor in tensors.items():
+            if tensor is None or not len(values := finite(tensor)):
+                continue
+            for logger in trainer.loggers:
+                logger.histogram(f"{what}/{name}", values, trainer.state.step)
+
+
+def finite(tensor: Tensor) -> Tensor:
+    """Return the finite values, flat, as float32 on the CPU."""
+    values = tensor.detach().flatten().float().cpu()
+    return values[values.isfinite()]

@@ -1,0 +1,137 @@
+"""The progress of a run at the terminal: a live bar, or plain lines where nobody looks."""
+
+import os
+import sys
+import time
+from typing import TYPE_CHECKING, Any, Literal, TextIO
+
+from framework import Callback, PositiveFloat, Trainer, callbacks
+from framework.state import State
+
+if TYPE_CHECKING:
+    from rich.live import Live
+    from rich.table import Table
+
+APART = ("train/samples_per_second", "train/seconds_per_epoch", "train/learning_rate")  # has its place, or is no result
+
+
+@callbacks.register("progress")
+class Progress(Callback):
+    """Shows epoch, step, losses, metrics, samples/s and the time that remains, on stderr.
+
+    In a terminal a live bar; elsewhere a line for each validation and each epoch. It reads what was logged, never the
+    device, and between two drawings a step costs it one look at the clock.
+    """
+
+    def __init__(self, style: Literal["auto", "bar", "lines"] = "auto", per_second: PositiveFloat = 5.0):
+        """Say how to show it.
+
+        Args:
+            style: a live bar, plain lines, or whichever suits where stderr goes.
+            per_second: how often the bar is drawn, at most.
+        """
+        self.style, self.interval = style, 1 / per_second
+        self.live: Live | None = None
+        self.next_drawing = 0.0
+        self.printed: Any = None
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        self.trainer, self.stream = trainer, sys.stderr
+        self.began, self.steps_before = time.monotonic(), trainer.state.step
+        if self.style == "bar" or (self.style == "auto" and is_terminal(self.stream)):
+            self.live = open_live(self.stream)
+            self._draw("")
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        if self.live is not None and time.monotonic() >= self.next_drawing:
+            self._draw("")
+
+    def on_validation_start(self, trainer: Trainer) -> None:
+        if self.live is not None:
+            self._draw("validating")
+
+    def on_validation_end(self, trainer: Trainer) -> None:
+        self._print(trainer.state)
+
+    def on_epoch_end(self, trainer: Trainer) -> None:
+        self._print(trainer.state)
+
+    def on_fit_end(self, trainer: Trainer) -> None:
+        self._print(trainer.state)
+
+    def on_close(self, trainer: Trainer) -> None:
+        """Leave the bar as it is at the end, and the cursor visible; also after an exception."""
+        if self.live is not None:
+            self._draw("")
+            self.live.stop()
+            self.live = None
+
+    def _draw(self, doing: str) -> None:
+        assert self.live is not None
+        self.next_drawing = time.monotonic() + self.interval
+        self.live.update(self._bar(doing), refresh=True)
+
+    def _bar(self, doing: str) -> "Table":
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        state = self.trainer.state
+        total = state.total_steps or None
+        bar = ProgressBar(total=total, completed=min(state.step, total or 0), width=20, pulse=total is None)
+        row = Table.grid(padding=(0, 1))
+        for _ in range(3):
+            row.add_column(no_wrap=True, overflow="ellipsis")
+        row.add_row(Text(self._counts(state)), bar, Text("  ".join(filter(None, (self._values(state), doing)))))
+        return row
+
+    def _print(self, state: State) -> None:
+        """Print a line for this step, unless there is one."""
+        if self.live is None and self.printed != state.step:
+            self.printed = state.step
+            print(f"{self._counts(state)}  {self._values(state)}", file=self.stream, flush=True)
+
+    def _counts(self, state: State) -> str:
+        """The epoch under way (of how many) and the steps done."""
+        epochs = self.trainer.max_epochs
+        epoch = state.epoch + (state.batch > 0 or state.step == 0)
+        return f"epoch {epoch}{of(epochs)}  step {state.step}{of(state.total_steps)}"
+
+    def _values(self, state: State) -> str:
+        shown = [
+            f"{name} {value:.4g}"
+            for name, value in state.metrics.items()
+            if name.startswith(("train/", "val/")) and not name.startswith(APART)
+        ]
+        speed = state.metrics.get("train/samples_per_second")
+        if speed is not None:
+            shown.append(f"{speed:,.0f} samples/s")
+        done, left = state.step - self.steps_before, state.total_steps - state.step
+        if done > 0 and left > 0 and state.stop is None:
+            shown.append(f"ETA {clock((time.monotonic() - self.began) / done * left)}")
+        return "  ".join(shown)
+
+
+def is_terminal(stream: TextIO) -> bool:
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def open_live(stream: TextIO) -> "Live":
+    """Start a live display without a thread of its own, so that forked workers inherit no lock that one holds."""
+    from rich.console import Console
+    from rich.live import Live
+
+    live = Live(console=Console(file=stream), auto_refresh=False)
+    live.start()
+    return live
+
+
+def of(total: int | None) -> str:
+    return f"/{total}" if total else ""
+
+
+def clock(seconds: float) -> str:
+    """Return 75 seconds as 1:15, an hour as 1:00:00."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,82 @@
+"""Recurrent blocks over sequences (T, D)."""
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from framework import PositiveInt, Rate, Shape, blocks
+from framework.shapes import expect
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer of torch's that returns a tensor alone: every step's output, or the last hidden state."""
+
+    def __init__(self, layer: nn.LSTM | nn.GRU, outputs: str):
+        super().__init__()
+        self.layer, self.outputs = layer, outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        every, state = self.layer(x)
+        if self.outputs == "all":
+            return every
+        hidden = state[0] if isinstance(state, tuple) else state  # of an LSTM, (hidden, cell)
+        directions = 1 + self.layer.bidirectional
+        return hidden[-directions:].transpose(0, 1).flatten(1)
+
+
+@blocks.register("lstm")
+def lstm(
+    in_shape: Shape,
+    width: PositiveInt = 128,
+    depth: PositiveInt = 1,
+    bidirectional: bool = False,
+    outputs: Literal["all", "last"] = "all",
+    dropout: Rate = 0.0,
+) -> nn.Module:
+    """Long short-term memory: (T, D) -> (T, width), or (width,) of the last step (Hochreiter & Schmidhuber 1997).
+
+    Args:
+        width: features of the hidden state; the output has twice as many where bidirectional.
+        depth: layers on top of each other.
+        bidirectional: read the sequence in both directions.
+        outputs: all steps, or the last of the direction (reading backwards: the first).
+        dropout: probability of zeroing an output between layers.
+    """
+    return recurrent(nn.LSTM, "lstm", in_shape, width, depth, bidirectional, outputs, dropout)
+
+
+@blocks.register("gru")
+def gru(
+    in_shape: Shape,
+    width: PositiveInt = 128,
+    depth: PositiveInt = 1,
+    bidirectional: bool = False,
+    outputs: Literal["all", "last"] = "all",
+    dropout: Rate = 0.0,
+) -> nn.Module:
+    """Gated recurrent unit: (T, D) -> (T, width), or (width,) of the last step (Cho et al. 2014, arXiv:1406.1078).
+
+    Args:
+        width: features of the hidden state; the output has twice as many where bidirectional.
+        depth: layers on top of each other.
+        bidirectional: read the sequence in both directions.
+        outputs: all steps, or the last of the direction (reading backwards: the first).
+        dropout: probability of zeroing an output between layers.
+    """
+    return recurrent(nn.GRU, "gru", in_shape, width, depth, bidirectional, outputs, dropout)
+
+
+def recurrent(
+    layer: type[nn.LSTM | nn.GRU],
+    who: str,
+    in_shape: Shape,
+    width: int,
+    depth: int,
+    bidirectional: bool,
+    outputs: str,
+    dropout: float,
+) -> Recurrent:
+    _, features = expect(in_shape, "(T, D)", who)
+    between = dropout if depth > 1 else 0.0  # torch warns of a dropout that has nowhere to go
+    built = layer(features, width, depth, batch_first=True, dropout=between, bidirectional=bidirectional)
+    return Recurrent(built, outputs)

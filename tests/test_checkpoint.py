@@ -1,0 +1,354 @@
+"""Checkpoints: what goes in comes out, what is damaged is found, and a kill at any moment costs only the newest."""
+
+import hashlib
+import json
+import os
+import resource
+import signal
+import time
+from collections import OrderedDict
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+
+import numpy
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from framework import checkpoint, seeds
+from framework.checkpoint import FILES, MANIFEST, MODEL, TRAINING, clean, load, newest, remove, save, verify
+from framework.errors import CheckpointError
+
+MODEL_STATE = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.ones(2)}
+
+
+def a_run(folder: Path, steps: int = 3) -> list[Path]:
+    return [save(folder, {"w": torch.full((50,), float(step))}, {"step": step}, step) for step in range(1, steps + 1)]
+
+
+def flip(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position % len(content)] ^= 1
+    path.write_bytes(content)
+
+
+def same(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b) and a.dtype == b.dtype
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b
+
+
+# what goes in comes out
+
+
+def test_a_model_its_optimizer_and_the_generators_come_back_bitwise(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)).to(torch.float64)
+    optimizer = torch.optim.AdamW(model.parameters(), amsgrad=True)
+    model(torch.randn(5, 4, dtype=torch.float64)).sum().backward()
+    optimizer.step()
+    training = {"optimizer": optimizer.state_dict(), "random": seeds.capture(), "note": [None, (1, b"x"), 2.5, True]}
+    written = save(tmp_path, model.state_dict(), training, 12)
+    assert written == tmp_path / "step-00000012"
+    assert sorted(os.listdir(written)) == sorted(FILES)
+    loaded_model, loaded_training = load(written)
+    assert same(dict(model.state_dict()), loaded_model)
+    assert same(training, loaded_training)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64, torch.bool, torch.uint8])
+def test_every_usual_number_format_is_kept(tmp_path, dtype):
+    state = {"x": torch.tensor([[0, 1], [1, 0]]).to(dtype), "scalar": torch.tensor(1).to(dtype), "none": torch.zeros(0)}
+    assert same(state, load(save(tmp_path, state, {}, 1))[0])
+
+
+def test_tied_weights_are_stored_once_and_come_back_under_every_name(tmp_path):
+    embedding, head = nn.Embedding(100, 8), nn.Linear(8, 100, bias=False)
+    head.weight = embedding.weight
+    model = nn.ModuleDict({"embedding": embedding, "head": head})
+    written = save(tmp_path, model.state_dict(), {}, 1)
+    assert list(safetensors.torch.load_file(written / MODEL)) == ["embedding.weight"]
+    assert same(dict(model.state_dict()), load(written)[0])
+
+
+def test_views_of_one_memory_come_back_each_as_it_was_and_store_no_more_than_they_show(tmp_path):
+    base = torch.arange(100_000.0)
+    state = {"row": base[:10], "overlapping": base[5:15], "turned": base[:6].reshape(2, 3).T}
+    written = save(tmp_path, state, {"ema": base[:3]}, 1)
+    model, training = load(written)
+    assert same(state, model)
+    assert same({"ema": base[:3]}, training)
+    assert sum(path.stat().st_size for path in written.iterdir()) < 5_000
+
+
+def test_ordered_dicts_and_parameters_are_kept_as_plain_dicts_and_tensors(tmp_path):
+    _, training = load(save(tmp_path, {}, {"ema": OrderedDict(w=nn.Parameter(torch.ones(2)))}, 1))
+    assert type(training["ema"]) is dict
+    assert type(training["ema"]["w"]) is torch.Tensor
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (numpy.float64(0.5), "numpy.float64"),
+        (numpy.zeros(3), "numpy.ndarray"),
+        (Path("x"), "pathlib"),
+        ({1, 2}, "set"),
+        (nn.Linear(1, 1), "torch.nn.modules.linear.Linear"),
+        (Enum("Colour", "RED").RED, "test_checkpoint.Colour"),
+        (print, "builtin_function_or_method"),
+    ],
+)
+def test_what_could_not_be_read_back_safely_is_refused_by_its_path(tmp_path, value, kind):
+    with pytest.raises(CheckpointError, match=rf"^callbacks\.early_stop\.best\.1 is a {kind}"):
+        save(tmp_path, {}, {"callbacks": {"early_stop": {"best": [0, value]}}}, 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", [{"a": 1}, torch.zeros(2).to_sparse(), torch.zeros(2, dtype=torch.complex128)])
+def test_a_model_state_that_safetensors_cannot_hold_is_refused(tmp_path, value):
+    with pytest.raises(CheckpointError):
+        save(tmp_path, {"extra": value}, {}, 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_with_code_in_it_is_not_loaded(tmp_path):
+    written = save(tmp_path, MODEL_STATE, {}, 1)
+    torch.save({"trap": print}, written / TRAINING)
+    manifest = json.loads((written / MANIFEST).read_text())
+    content = (written / TRAINING).read_bytes()
+    manifest["files"][TRAINING] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    del manifest["sha256"]
+    (written / MANIFEST).write_text(json.dumps(manifest | {"sha256": checkpoint.own_sha256(manifest)}))
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load(written)
+
+
+# what is damaged is found
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_any_flipped_bit_and_any_truncation_is_found_before_use(tmp_path, name):
+    written = save(tmp_path, MODEL_STATE, {"optimizer": torch.randn(20)}, 1)
+    whole = (written / name).read_bytes()
+    for position in range(0, len(whole), max(1, len(whole) // 150)):
+        flip(written / name, position)
+        with pytest.raises(CheckpointError, match=name):
+            verify(written)
+        (written / name).write_bytes(whole[:position])
+        with pytest.raises(CheckpointError, match=name):
+            load(written)
+        (written / name).write_bytes(whole)
+    verify(written)
+
+
+def test_the_newest_good_one_is_found_and_what_was_skipped_is_said(tmp_path):
+    one, two, three = a_run(tmp_path)
+    four = save(tmp_path, {"ok": torch.ones(1), "w": torch.tensor([1.0, torch.nan])}, {}, 4)
+    flip(three / MODEL, -1)
+    (two / TRAINING).unlink()
+    (tmp_path / "step-00000005").mkdir()
+    found, skipped = newest(tmp_path)
+    assert found == one
+    expected = [
+        "no complete checkpoint",
+        f"{four}: w holds NaN",
+        f"{three / MODEL} is damaged",
+        "training.pt is missing",
+    ]
+    assert len(skipped) == 4
+    assert all(words in said for words, said in zip(expected, skipped, strict=True))
+    assert load(four)[1] == {}  # whoever asks for it by name gets it
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float8_e4m3fn])
+def test_infinity_in_a_mask_is_no_fault_but_nan_is(tmp_path, dtype):
+    mask = torch.zeros(4) if dtype.itemsize == 1 else torch.tensor([0.0, -torch.inf, torch.inf, 1.0])
+    fine = save(tmp_path, {"mask": mask.to(dtype), "count": torch.tensor(3)}, {}, 1)
+    spoiled = save(tmp_path, {"mask": torch.tensor([0.0, torch.nan]).to(dtype)}, {}, 2)
+    assert (verify(fine)["nan"], verify(spoiled)["nan"]) == ([], ["mask"])
+    assert newest(tmp_path)[0] == fine
+
+
+def test_no_checkpoint_is_no_error(tmp_path):
+    assert newest(tmp_path / "nowhere") == (None, [])
+    assert newest(tmp_path) == (None, [])
+
+
+def test_steps_are_ordered_as_numbers(tmp_path):
+    for step in (99_999_999, 100_000_000, 3):
+        save(tmp_path, MODEL_STATE, {}, step)
+    assert newest(tmp_path)[0] == tmp_path / "step-100000000"
+
+
+def test_a_checkpoint_of_a_later_format_says_who_wrote_it(tmp_path):
+    written = save(tmp_path, MODEL_STATE, {}, 1)
+    manifest = json.loads((written / MANIFEST).read_text()) | {"schema": 2, "framework": "9.1"}
+    (written / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"written by framework 9\.1 \(format 2\)"):
+        load(written)
+
+
+def test_a_second_checkpoint_of_a_step_replaces_the_first(tmp_path):
+    save(tmp_path, MODEL_STATE, {"course": 1}, 7)
+    assert load(save(tmp_path, MODEL_STATE, {"course": 2}, 7))[1] == {"course": 2}
+    assert os.listdir(tmp_path) == ["step-00000007"]
+
+
+# writing fails, or the process dies
+
+
+@contextmanager
+def files_no_larger_than(size: int):
+    """What a full disk does to a writer, without filling one."""
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+
+
+@pytest.mark.parametrize("place", ["model", "training"])
+def test_without_room_the_error_has_the_bytes_and_the_earlier_checkpoint_stays(tmp_path, place):
+    (earlier,) = a_run(tmp_path, 1)
+    big = {"w": torch.ones(50_000)}
+    with (
+        files_no_larger_than(20_000),
+        pytest.raises(CheckpointError, match=rf"step 2 .*{tmp_path}.*needs 200,000 bytes, free are [\d,]+"),
+    ):
+        save(tmp_path, big if place == "model" else {}, big if place == "training" else {}, 2)
+    assert newest(tmp_path) == (earlier, [])
+    assert os.listdir(tmp_path) == [earlier.name]
+
+
+def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
+    with pytest.raises(CheckpointError, match=r"No space left on device \(needs 112 bytes, free are 10\)"):
+        save(tmp_path, MODEL_STATE, {"optimizer": [torch.zeros(20)]}, 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_one_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="file/checkpoints: Not a directory"):
+        save(tmp_path / "file" / "checkpoints", MODEL_STATE, {}, 1)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: no cleaning up can follow it (rmtree is switched off with it)."""
+
+
+@pytest.mark.parametrize("exists", [False, True], ids=["new step", "same step again"])
+def test_a_kill_before_or_after_any_call_leaves_a_good_checkpoint(tmp_path, monkeypatch, exists):
+    """The n-th fsync, rename or deletion is the last thing that the process does, for every n."""
+    calls = {"count": 0, "last": 10**9}
+
+    def counted(real):
+        def call(*arguments, **named):
+            if calls["count"] == calls["last"]:
+                raise Killed
+            calls["count"] += 1
+            return real(*arguments, **named)
+
+        return call
+
+    for name in ("fsync", "rename", "replace", "unlink", "rmdir"):
+        monkeypatch.setattr(os, name, counted(getattr(os, name)))
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: None)
+    step, survived = 2 + (not exists), 0
+    for last in range(100):
+        folder = tmp_path / str(last)
+        calls["last"] = 10**9
+        a_run(folder, 2)
+        calls.update(count=0, last=last)
+        try:
+            save(folder, MODEL_STATE, {"step": step, "again": True}, step)
+            finished = True
+        except Killed:
+            finished = False
+        calls["last"] = 10**9
+        clean(folder)
+        found, skipped = newest(folder)
+        assert found is not None
+        assert skipped == []
+        assert load(found)[1]["step"] >= 2
+        assert all(path.name.startswith("step-") for path in folder.iterdir())
+        survived += 1
+        if finished:
+            assert load(found)[1] == {"step": step, "again": True}
+            break
+    assert survived >= 6
+
+
+def test_a_real_kill_while_saving_leaves_a_good_checkpoint(tmp_path):
+    """A forked child saves without pause and is killed at 15 different moments."""
+    a_run(tmp_path, 1)
+    for number in range(15):
+        child = os.fork()
+        if child == 0:
+            for step in range(2, 10_000):
+                save(tmp_path, {"w": torch.full((20_000,), float(step))}, {"step": step}, step)
+            os._exit(0)
+        time.sleep(0.011 + 0.0037 * number)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        clean(tmp_path)
+        found, skipped = newest(tmp_path)
+        assert skipped == []
+        model, training = load(found)
+        assert model["w"][0] == training["step"]
+
+
+# removing
+
+
+def test_removing_takes_only_what_the_manifest_lists(tmp_path):
+    one, two, _ = a_run(tmp_path)
+    (two / "notes.txt").write_text("mine")
+    remove(one)
+    remove(two)
+    assert not one.exists()
+    assert os.listdir(two) == ["notes.txt"]
+
+
+@pytest.mark.parametrize("what", ["folder", "file"])
+def test_symbolic_links_are_not_followed_when_removing(tmp_path, what):
+    elsewhere, here = save(tmp_path / "elsewhere", MODEL_STATE, {}, 1), tmp_path / "here"
+    if what == "folder":
+        here.mkdir()
+        (here / "step-00000001").symlink_to(elsewhere)
+    else:
+        save(here, MODEL_STATE, {}, 1)
+        (here / "step-00000001" / MODEL).unlink()
+        (here / "step-00000001" / MODEL).symlink_to(elsewhere / MODEL)
+    with pytest.raises(CheckpointError, match="symbolic link"):
+        remove(here / "step-00000001")
+    verify(elsewhere)
+
+
+def test_a_manifest_that_leads_out_of_its_folder_is_not_obeyed(tmp_path):
+    (written,) = a_run(tmp_path, 1)
+    (tmp_path / "precious").write_text("x")
+    manifest = json.loads((written / MANIFEST).read_text())
+    manifest["files"]["../precious"] = {"bytes": 1, "sha256": ""}
+    del manifest["sha256"]
+    (written / MANIFEST).write_text(json.dumps(manifest | {"sha256": checkpoint.own_sha256(manifest)}))
+    with pytest.raises(CheckpointError, match=r"lists '\.\./precious'"):
+        remove(written)
+    assert (tmp_path / "precious").exists()
+
+
+def test_cleaning_leaves_what_is_not_ours(tmp_path):
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".step-00000001-0123abcd").mkdir()
+    (tmp_path / ".step-00000001-0123abcd" / MODEL).write_text("half")
+    clean(tmp_path)
+    assert os.listdir(tmp_path) == [".git"]

@@ -1,0 +1,155 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import framework as fw
+from framework.errors import DataError, SettingError
+
+CLASS, LABELS, VALUES = "class", "labels", "values"
+FITS = {
+    CLASS: "cross_entropy label_smoothing nll focal dice multi_margin",
+    LABELS: "bce_with_logits focal dice hinge multilabel_soft_margin",
+    VALUES: "mse l1 smooth_l1 huber poisson_nll quantile log_cosh",
+}
+CASES = [(name, kind) for kind, names in FITS.items() for name in names.split()]
+
+
+def batch(kind: str, rows: int = 12, columns: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    outputs = torch.randn(rows, columns, dtype=torch.float64, requires_grad=True)
+    targets = {
+        CLASS: torch.randint(columns, (rows,)),
+        LABELS: torch.randint(2, (rows, columns)).double(),
+        VALUES: torch.rand(rows, columns, dtype=torch.float64),
+    }
+    return outputs, targets[kind]
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_every_loss_is_a_differentiable_mean_over_samples(name, kind):
+    loss = fw.losses.build(name).double()
+    outputs, targets = batch(kind)
+    whole = loss(outputs, targets)
+    parts = [loss(o, t) * len(o) / 12 for o, t in zip(outputs.split(5), targets.split(5), strict=True)]
+    assert whole.shape == ()
+    torch.testing.assert_close(sum(parts), whole)
+    assert torch.autograd.gradcheck(lambda o: loss(o, targets), outputs)
+
+
+def test_every_registered_loss_is_covered_here():
+    assert {name for name, _ in CASES} | {"kl_div"} == set(fw.losses.names())
+
+
+@pytest.mark.parametrize("entry", fw.losses, ids=lambda entry: entry.name)
+def test_the_reduction_is_no_setting(entry):
+    assert not {"reduction", "reduce", "size_average"} & entry.settings.keys()
+
+
+def test_cross_entropy_is_torchs_with_weights_smoothing_and_ignored_targets():
+    outputs, targets = batch(CLASS)
+    targets[:3] = 2
+    ours = fw.losses.build("ce", weight=[1, 2, 3, 4], ignore_index=2, label_smoothing=0.1).double()
+    torchs = nn.CrossEntropyLoss(torch.tensor([1.0, 2, 3, 4]).double(), ignore_index=2, label_smoothing=0.1)
+    torch.testing.assert_close(ours(outputs, targets), torchs(outputs, targets))
+    named = fw.losses.build("label_smoothing")
+    torch.testing.assert_close(named(outputs, targets), F.cross_entropy(outputs, targets, label_smoothing=0.1))
+    nll = fw.losses.build("nll", weight=[1, 2, 3, 4]).double()
+    torch.testing.assert_close(nll(outputs.log_softmax(1), targets), F.cross_entropy(outputs, targets, nll.weight))
+
+
+def test_class_weights_move_with_the_module_and_are_not_silently_wrong():
+    loss = fw.losses.build("cross_entropy", weight=[1.0, 2.0])
+    assert next(loss.buffers()).tolist() == [1, 2]
+    with pytest.raises(RuntimeError, match="weight"):
+        loss(torch.zeros(2, 3), torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "nll", "label_smoothing"])
+def test_a_batch_of_ignored_targets_costs_nothing_and_a_stray_minus_100_is_no_class(name):
+    outputs = torch.randn(4, 3, requires_grad=True)
+    loss = fw.losses.build(name, ignore_index=-100)(outputs, torch.full((4,), -100))
+    loss.backward()
+    assert loss == 0
+    assert outputs.grad.abs().sum() == 0
+    with pytest.raises(IndexError):
+        fw.losses.build(name)(outputs, torch.full((4,), -100))
+
+
+def test_bce_counts_positives_by_their_weight():
+    outputs, targets = batch(LABELS)
+    weight = torch.tensor([1.0, 2, 3, 4], dtype=torch.float64)
+    p = outputs.sigmoid()
+    by_hand = -(weight * targets * p.log() + (1 - targets) * (1 - p).log()).mean()
+    loss = fw.losses.build("bce", pos_weight=[1, 2, 3, 4]).double()
+    torch.testing.assert_close(loss(outputs, targets), by_hand)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_focal_follows_the_paper(gamma):
+    outputs, classes = batch(CLASS)
+    p = outputs.softmax(1).gather(1, classes[:, None])[:, 0]
+    alpha = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    expected = -(alpha[classes] * (1 - p) ** gamma * p.log()).mean()
+    loss = fw.losses.build("focal", gamma=gamma, alpha=alpha.tolist()).double()
+    torch.testing.assert_close(loss(outputs, classes), expected)
+
+    outputs, labels = batch(LABELS)
+    p = torch.where(labels > 0, outputs.sigmoid(), 1 - outputs.sigmoid())
+    balance = torch.where(labels > 0, 0.25, 0.75)
+    expected = -(balance * (1 - p) ** gamma * p.log()).mean()
+    loss = fw.losses.build("focal", gamma=gamma, alpha=0.25).double()
+    torch.testing.assert_close(loss(outputs, labels), expected)
+
+
+def test_focal_stays_finite_on_certain_outputs_and_explains_alpha():
+    outputs = torch.tensor([[200.0, -200.0], [-200.0, 200.0]], requires_grad=True)
+    fw.losses.build("focal", gamma=0.5)(outputs, torch.tensor([0, 0])).backward()
+    assert outputs.grad.isfinite().all()
+    with pytest.raises(DataError, match=r"alpha=\[0.2, 0.8\]"):
+        fw.losses.build("focal", alpha=0.25)(outputs, torch.tensor([0, 0]))
+
+
+def test_dice_is_a_measure_of_overlap():
+    loss = fw.losses.build("dice", smooth=1e-12)
+    mask = torch.randint(2, (3, 5, 5))
+    sure = 50.0 * (2 * F.one_hot(mask, 2).movedim(-1, 1).float() - 1)
+    assert loss(sure, mask) < 1e-6
+    assert loss(-sure, mask) == 1
+    p, t = torch.rand(1, 6), torch.tensor([[1.0, 0, 1, 0, 0, 1]])
+    expected = 1 - 2 * (p * t).sum() / ((p**2).sum() + (t**2).sum())  # V-Net, the equation of section 3
+    torch.testing.assert_close(loss(p.logit(), t), expected)
+    empty = torch.zeros(1, 6, requires_grad=True)
+    fw.losses.build("dice")(empty, torch.zeros(1, 6)).backward()
+    assert (empty.grad > 0).all()
+
+
+def test_kl_div_is_the_divergence_of_the_samples():
+    outputs, target = torch.randn(5, 3), torch.rand(5, 3).softmax(1)
+    q = torch.distributions.Categorical(logits=outputs)
+    expected = torch.distributions.kl_divergence(torch.distributions.Categorical(target), q).mean()
+    torch.testing.assert_close(fw.losses.build("kl")(outputs, target), expected)
+
+
+def test_quantile_is_least_at_the_quantile_and_hinge_at_the_margin():
+    values = torch.arange(101.0)
+    loss = fw.losses.build("pinball", q=0.9)
+    assert min(range(101), key=lambda guess: float(loss(torch.full_like(values, guess), values))) == 90
+    outputs, labels = torch.tensor([[2.0, 0.5, 0.5]]), torch.tensor([[1.0, 1.0, 0.0]])
+    assert float(fw.losses.build("hinge")(outputs, labels)) == pytest.approx((0 + 0.5 + 1.5) / 3)
+    assert float(fw.losses.build("hinge", squared=True)(outputs, labels)) == pytest.approx((0.25 + 2.25) / 3)
+
+
+def test_log_cosh_bears_what_cosh_does_not():
+    loss = fw.losses.build("log_cosh")
+    assert float(loss(torch.tensor([1.5]), torch.zeros(1))) == pytest.approx(math.log(math.cosh(1.5)))
+    assert float(loss(torch.tensor([1e4]), torch.zeros(1))) == pytest.approx(1e4 - math.log(2))
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"), [("huber", {"delta": 0}), ("quantile", {"q": 1}), ("focal", {"gamma": -1})]
+)
+def test_a_setting_out_of_range_is_refused(name, setting):
+    with pytest.raises(SettingError, match="should be"):
+        fw.losses.build(name, **setting)

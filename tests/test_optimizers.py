@@ -1,0 +1,182 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import framework as fw
+from framework.errors import BuildError, SettingError
+from framework.optimizer import build_optimizer, implementation
+
+NAMES = fw.optimizers.names()
+
+
+def small_model(double: bool = False) -> nn.Module:
+    torch.manual_seed(3)
+    model = nn.Sequential(
+        nn.Conv1d(1, 4, 3), nn.Flatten(), nn.Linear(24, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 3)
+    )
+    return model.double() if double else model
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 20) -> torch.Tensor:
+    """Return all parameters after some steps on one batch."""
+    generator = torch.Generator().manual_seed(1)
+    dtype = next(model.parameters()).dtype
+    inputs = torch.randn(16, 1, 8, generator=generator).to(dtype)
+    targets = torch.randint(3, (16,), generator=generator)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_chosen_implementation_gives_what_the_plain_one_gives(name):
+    chosen, plain = small_model(double=True), small_model(double=True)
+    fast = build_optimizer(fw.optimizers.maker(name, lr=0.01), chosen.parameters())
+    slow = fw.optimizers.build(name, plain.parameters(), lr=0.01)
+    for group in slow.param_groups:
+        group.update({flag: False for flag in ("fused", "foreach") if flag in group})
+    torch.testing.assert_close(train(chosen, fast), train(plain, slow), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_optimizer_learns_goes_on_after_a_restart_and_can_be_copied(name):
+    maker = fw.optimizers.maker(name)
+    model = small_model()
+    start = torch.cat([p.detach().flatten() for p in model.parameters()])
+    optimizer = build_optimizer(maker, model.parameters())
+    train(model, optimizer, 3)
+    twin = copy.deepcopy(model)
+    resumed = build_optimizer(maker, twin.parameters())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    end = train(model, optimizer, 3)
+    assert not torch.equal(start, end)
+    torch.testing.assert_close(train(twin, resumed, 3), end, rtol=0, atol=0)
+    copy.deepcopy(optimizer).step()  # the framework measures an optimizer's memory on a copy
+
+
+@pytest.mark.parametrize("entry", fw.optimizers, ids=lambda entry: entry.name)
+def test_only_the_rule_itself_is_configured_and_its_defaults_are_in_range(entry):
+    assert not {"maximize", "capturable", "differentiable", "foreach", "fused"} & entry.settings.keys()
+    for setting in entry.settings.values():
+        setting.convert(setting.default)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("adam", {"lr": 0}, r"lr: should be float in \(0, inf\)"),
+        ("adamw", {"betas": [0.9, 1.0]}, "betas: should be"),
+        ("sgd", {"momentum": 1.0}, "momentum: should be"),
+        ("adam", {"momentum": 0.9}, "no setting 'momentum'"),
+    ],
+)
+def test_a_wrong_setting_is_a_sentence(name, settings, message):
+    with pytest.raises(SettingError, match=message):
+        fw.optimizers.maker(name, **settings)
+
+
+class TestImplementation:
+    def test_fused_is_chosen_where_a_step_of_it_runs(self):
+        params = [nn.Parameter(torch.ones(2))]
+        assert implementation(torch.optim.AdamW, params) == {"fused": True}
+        assert implementation(torch.optim.AdamW, [{"params": params}, {"params": params[0]}]) == {"fused": True}
+        assert implementation(torch.optim.AdamW, [("weight", params[0])]) == {"fused": True}
+        assert implementation(torch.optim.RMSprop, params) == {}
+        assert implementation(torch.optim.AdamW, [*params, nn.Parameter(torch.ones(2, dtype=torch.cfloat))]) == {}
+
+    def test_a_class_that_only_names_fused_is_left_alone(self):
+        class Claims(torch.optim.SGD):
+            def __init__(self, params, fused: bool = False):
+                super().__init__(params)
+                if fused:
+                    raise RuntimeError("not on this device")
+
+        assert implementation(Claims, [nn.Parameter(torch.ones(2))]) == {}
+
+    def test_the_maker_stays_as_it_was_and_names_its_part_in_errors(self):
+        maker = fw.optimizers.maker("sgd", nesterov=True)
+        with pytest.raises(BuildError, match="optimizer/sgd"):
+            build_optimizer(maker, [nn.Parameter(torch.ones(2))])
+        assert maker.entry is fw.optimizers.get("sgd")
+
+    def test_groups_keep_their_settings(self):
+        first, second = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+        groups = [{"params": [first], "weight_decay": 0.0}, {"params": [second]}]
+        optimizer = build_optimizer(fw.optimizers.maker("adamw", weight_decay=0.3), groups)
+        assert [(group["weight_decay"], group["fused"]) for group in optimizer.param_groups] == [(0, True), (0.3, True)]
+
+
+def test_lion_takes_the_papers_steps():
+    weight = nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
+    optimizer = fw.optimizers.build("lion", [weight], lr=0.1, betas=(0.8, 0.9), weight_decay=0.5)
+    expected, momentum = weight.detach().clone(), torch.zeros(3)
+    for gradient in torch.randn(5, 3):
+        weight.grad = gradient.clone()
+        optimizer.step()
+        direction = (0.8 * momentum + 0.2 * gradient).sign()
+        expected -= 0.1 * (direction + 0.5 * expected)
+        momentum = 0.9 * momentum + 0.1 * gradient
+    torch.testing.assert_close(weight.detach(), expected)
+
+
+class TestMuon:
+    def test_hidden_matrices_are_orthogonalised_and_the_rest_is_adamws(self):
+        model = small_model()
+        optimizer = fw.optimizers.build("muon", model.named_parameters())
+        hidden, rest = optimizer.param_groups
+        assert hidden["param_names"] == ["0.weight", "2.weight"]
+        assert rest["param_names"] == ["0.bias", "2.bias", "3.weight", "3.bias", "5.weight", "5.bias"]
+        twin = small_model()
+        names = dict(twin.named_parameters())
+        adamw = torch.optim.AdamW([names[name] for name in rest["param_names"]], lr=1e-3)
+        ours = fw.optimizers.build("muon", list(model.parameters()), lr=1e-3, weight_decay=0.01)
+        for mine, other in zip(model.parameters(), twin.parameters(), strict=True):
+            mine.grad = torch.randn_like(mine)
+            other.grad = mine.grad.clone()
+        for _ in range(3):
+            ours.step()
+            adamw.step()
+        for name in rest["param_names"]:
+            torch.testing.assert_close(dict(model.named_parameters())[name], names[name])
+
+    @pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 2, 3, 3)])
+    def test_singular_values_take_five_steps_of_the_quintic(self, shape):
+        weight = nn.Parameter(torch.zeros(shape, dtype=torch.float64))
+        head = nn.Parameter(torch.zeros(3, 4, dtype=torch.float64))
+        weight.grad = torch.randn(shape, dtype=torch.float64)
+        options = {"lr": 1.0, "momentum": 0.0, "weight_decay": 0.0, "adjust_lr": "original"}
+        fw.optimizers.build("muon", [weight, head], **options).step()
+        gradient = weight.grad.flatten(1)
+        u, s, v = torch.linalg.svd(gradient, full_matrices=False)
+        s = s / gradient.norm()
+        for _ in range(5):
+            s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
+        rows, columns = gradient.shape
+        expected = -(max(1, rows / columns) ** 0.5) * u @ torch.diag(s) @ v
+        torch.testing.assert_close(weight.detach().flatten(1), expected)
+
+    @pytest.mark.parametrize("adjust_lr", ["original", "match_rms_adamw"])
+    def test_it_is_torchs_muon_but_for_the_rounding_of_bfloat16(self, adjust_lr):
+        ours, torchs = (nn.Parameter(torch.ones(8, 5)) for _ in range(2))
+        head = nn.Parameter(torch.zeros(2, 8))
+        mine = fw.optimizers.build("muon", [ours, head], lr=0.1, weight_decay=0.1, adjust_lr=adjust_lr)
+        theirs = torch.optim.Muon([torchs], lr=0.1, weight_decay=0.1, adjust_lr_fn=adjust_lr)
+        for _ in range(3):
+            ours.grad = torch.randn(8, 5)
+            torchs.grad = ours.grad.clone()
+            mine.step()
+            theirs.step()
+        torch.testing.assert_close(ours, torchs, rtol=0, atol=0.005)
+
+    def test_an_embedding_and_a_lone_matrix_are_adamws(self):
+        table, hidden, head = (nn.Parameter(torch.ones(4, 4)) for _ in range(3))
+        groups = fw.optimizers.build("muon", [table, hidden, head], embedding=True, adamw_lr=0.5).param_groups
+        assert [(len(group["params"]), group["hidden"], group["lr"]) for group in groups] == [
+            (1, True, 5e-3),
+            (2, False, 0.5),
+        ]
+        assert [group["hidden"] for group in fw.optimizers.build("muon", [head]).param_groups] == [False]

@@ -1,0 +1,289 @@
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from torch import nn
+
+import framework as fw
+from framework.errors import BuildError, ContractError, DuplicateName, SettingError, UnknownName
+from framework.registry import Kind, Maker, Registry
+
+MODULE = "torch.nn.modules.module.Module"
+HERE = Path(__file__).name
+
+
+@pytest.fixture
+def fruits():
+    """A kind whose parts are given a weight and need not ask for it."""
+    yield Registry(Kind("fruit", given=("weight", "size")))
+    del Registry.every["fruit"]
+
+
+@pytest.fixture
+def layers():
+    """A kind whose parts must take in_shape and be modules."""
+    yield Registry(Kind("layer", given=("in_shape",), needs=("in_shape",), base=MODULE, many=True))
+    del Registry.every["layer"]
+
+
+class Apple:
+    """A fruit. It keeps."""
+
+    def __init__(self, weight: float, sweetness: fw.Fraction = 0.5, sort: Literal["red", "green"] = "red"):
+        """Grow it.
+
+        Args:
+            sweetness: share of sugar.
+        """
+        self.weight, self.sweetness, self.sort = weight, sweetness, sort
+
+
+def test_a_decorator_gives_a_name_and_leaves_the_class_as_it_is(fruits):
+    @fruits.register("pear", aliases=["birne"])
+    class Pear:
+        """A pear."""
+
+    assert isinstance(Pear(), Pear)
+    assert isinstance(fruits.build("birne"), Pear)
+    assert fruits.names() == ["pear"]
+    assert "birne" in fruits
+    assert len(fruits) == 1
+    assert [entry.name for entry in fruits] == ["pear"]
+
+
+def test_an_entry_tells_what_and_where_it_is(fruits):
+    fruits.register("apple", Apple)
+    entry = fruits.get("apple")
+    assert str(entry) == "fruit/apple"
+    assert entry.summary == "A fruit"
+    assert entry.settings["sweetness"].doc == "share of sugar"
+    assert (Path(entry.registered.file).name, entry.registered.module) == (HERE, __name__)
+    source = Path(entry.source.file).read_text().splitlines()
+    assert source[entry.source.line - 1] == "class Apple:"
+
+
+@pytest.mark.parametrize(
+    ("doc", "summary"),
+    [
+        ("x + sin² (Ziyin et al. 2020, eq. 3).\n\nMore.", "x + sin² (Ziyin et al. 2020, eq. 3)"),
+        ("Rules, e.g. SGD, of\nthe update. Second.", "Rules, e.g. SGD, of the update"),
+        ("Applies :math:`\\alpha` of ``x``. See :class:`Y`.", "Applies alpha of `x`"),
+        (None, ""),
+    ],
+)
+def test_the_summary_is_the_first_sentence(fruits, doc, summary):
+    class Part(nn.Module):
+        __doc__ = doc
+
+    fruits.register("part", Part)
+    assert fruits.get("part").summary == summary
+
+
+def test_a_build_passes_what_is_given_to_those_who_ask(fruits):
+    fruits.register("apple", Apple)
+    fruits.register("stone", lambda: "hard")
+    apple = fruits.build("apple", 3.0, 9.0, sweetness=1, sort="green")
+    assert (apple.weight, apple.sweetness, apple.sort) == (3.0, 1.0, "green")
+    assert fruits.build("apple", weight=2.0).weight == 2.0
+    assert fruits.build("stone", 3.0) == "hard"
+
+
+def test_too_many_positions_are_refused(fruits):
+    fruits.register("apple", Apple)
+    with pytest.raises(SettingError, match="fruit/apple takes only weight, size by position, not 3 arguments"):
+        fruits.build("apple", 1.0, 2.0, 0.5)
+    with pytest.raises(SettingError, match="activation/relu takes nothing by position"):
+        fw.activations.build("relu", 0.1)
+
+
+def test_a_duplicate_name_is_an_error_that_names_both_files(fruits):
+    fruits.register("apple", Apple, aliases=["pomme"])
+    for name, aliases in [("apple", []), ("pomme", []), ("pear", ["apple"])]:
+        with pytest.raises(
+            DuplicateName, match=rf"two parts are called fruit/(apple|pomme): .*{HERE}:\d+ and .*{HERE}:\d+"
+        ):
+            fruits.register(name, Apple, aliases=aliases)
+    assert fruits.names() == ["apple"]
+
+
+@pytest.mark.parametrize("name", ["Apple", "my-apple", "1apple", ""])
+def test_a_name_is_lower_case(fruits, name):
+    with pytest.raises(ContractError, match="use lower-case letters"):
+        fruits.register(name, Apple)
+
+
+def test_an_unknown_name_is_answered_with_the_nearest():
+    for given, meant in [
+        ("gellu", "gelu"),
+        ("LeakyReLU", "leaky_relu"),
+        ("hard-swish", "hardswish"),
+        ("swich", "swish"),
+    ]:
+        with pytest.raises(UnknownName, match=f"there is no activation {given!r}; did you mean '(hard_)?{meant}'"):
+            fw.activations.build(given)
+
+
+def test_an_unknown_name_may_be_one_of_another_kind():
+    with pytest.raises(UnknownName, match="there is no activation 'group'; 'group' is a norm"):
+        fw.activations.get("group")
+    with pytest.raises(UnknownName, match="there is no norm 'relu'; 'relu' is an activation"):
+        fw.norms.get("relu")
+
+
+def test_an_unknown_name_far_from_all_lists_what_there_is(fruits):
+    fruits.register("apple", Apple)
+    fruits.register("pear", Apple)
+    with pytest.raises(UnknownName, match="no fruit 'zzz'; there is: apple, pear"):
+        fruits.get("zzz")
+
+
+def test_without_any_part_the_error_says_how_to_find_them(fruits):
+    with pytest.raises(UnknownName, match=r"call framework\.discover\(\) first|Call framework\.discover\(\) first"):
+        fruits.build("apple")
+
+
+def test_settings_are_checked_before_anything_is_built(fruits):
+    fruits.register("apple", Apple)
+    with pytest.raises(SettingError, match=r"^fruit/apple: sweetness: should be float in \[0, 1\], not 2$"):
+        fruits.build("apple", 1.0, sweetness=2)
+    with pytest.raises(SettingError, match="fruit/apple: sort: should be one of red, green, not 'blue'"):
+        fruits.maker("apple", sort="blue")
+    with pytest.raises(SettingError, match="fruit/apple has no setting 'sweetnes'; did you mean 'sweetness'"):
+        fruits.maker("apple", sweetnes=0.1)
+
+
+def test_a_required_setting_must_be_given(fruits):
+    fruits.register("melon", lambda seeds: seeds)
+    with pytest.raises(SettingError, match="fruit/melon needs a value for seeds"):
+        fruits.build("melon")
+    assert fruits.build("melon", seeds=[1]) == [1]
+
+
+def test_a_part_that_fails_to_build_is_named_with_its_file(fruits):
+    def rotten(softness: float = 1.0):
+        raise ValueError("it is too soft")
+
+    fruits.register("rotten", rotten)
+    with pytest.raises(BuildError, match=rf"fruit/rotten \(.*{HERE}:\d+\) cannot be built: it is too soft"):
+        fruits.build("rotten")
+
+
+def test_a_contract_is_checked_at_registration(layers):
+    class NoModule:
+        def __init__(self, in_shape): ...
+
+    class NoShape(nn.Module):
+        def __init__(self, shape: int = 1): ...
+
+    class Strange(nn.Module):
+        def __init__(self, in_shape, hook: type[nn.Module]): ...
+
+    class Named(nn.Module):
+        def __init__(self, in_shape, name: str = "x"): ...
+
+    for part, said in [
+        (NoModule, f"layer/part .* is not a {MODULE}, as every layer must be"),
+        (NoShape, "layer/part .* must have a parameter 'in_shape': the framework passes it to every layer"),
+        (Strange, "layer/part .*parameter 'hook' of .*Strange has type .* no config can express"),
+        (Named, "layer/part .*no setting may be called 'name'"),
+        (3, "layer/part .* is a int, not a class or function"),
+    ]:
+        with pytest.raises(ContractError, match=said):
+            layers.register("part", part)
+    assert len(layers) == 0
+
+
+def test_what_a_function_builds_is_checked_when_it_is_built(layers):
+    layers.register("function", lambda in_shape: "no module")
+    with pytest.raises(
+        ContractError, match="layer/function .* builds a str, which is not a torch.nn.modules.module.Module"
+    ):
+        layers.build("function", (3,))
+
+
+def test_hidden_and_retyped_parameters(fruits):
+    fruits.register("dropout", nn.Dropout, hide=["inplace"], types={"p": fw.Fraction})
+    assert fruits.get("dropout").settings.keys() == {"p"}
+    assert fruits.get("dropout").settings["p"].type_text == "float in [0, 1]"
+    with pytest.raises(ContractError, match="`types` names 'q'; Dropout has no such parameter"):
+        fruits.register("other", nn.Dropout, types={"q": float})
+
+
+def test_the_config_key_of_a_kind():
+    assert Kind("model").key == "model"
+    assert Kind("callback", many=True).key == "callbacks"
+
+
+# --- parts of parts ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bowl(fruits):
+    @fruits.register("bowl")
+    def bowl(
+        activation: fw.Activation = "relu",
+        norm: fw.Norm | None = None,
+        more: list[fw.Activation] = (),
+    ):
+        return activation, norm, more
+
+    return fruits
+
+
+def test_a_part_receives_makers_of_its_parts(bowl):
+    activation, norm, more = bowl.build("bowl")
+    assert isinstance(activation, Maker)
+    first, second = activation(), activation()
+    assert isinstance(first, nn.ReLU)
+    assert first is not second
+    assert norm is None
+    assert more == []
+
+
+def test_parts_are_given_by_name_by_mapping_in_lists_or_as_any_callable(bowl):
+    activation, norm, more = bowl.build(
+        "bowl",
+        activation={"name": "leaky_relu", "negative_slope": 0.2},
+        norm="layer",
+        more=["gelu", {"name": "elu", "alpha": 2}, nn.Tanh],
+    )
+    assert activation().negative_slope == 0.2
+    assert norm((7,)).normalized_shape == (7,)
+    assert [type(maker()) for maker in more] == [nn.GELU, nn.ELU, nn.Tanh]
+    assert repr(activation) == "activation/leaky_relu(negative_slope=0.2)"
+
+
+def test_settings_without_a_name_are_those_of_the_default(fruits):
+    @fruits.register("leaky")
+    def leaky(activation: fw.Activation = "leaky_relu"):
+        return activation()
+
+    assert fruits.build("leaky", activation={"negative_slope": 0.5}).negative_slope == 0.5
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "said"),
+    [
+        (
+            {"activation": "group"},
+            UnknownName,
+            "fruit/bowl: activation: there is no activation 'group'; 'group' is a norm",
+        ),
+        ({"activation": 3}, SettingError, "fruit/bowl: activation: should be name of an activation, not 3"),
+        ({"norm": {"eps": 1}}, SettingError, "norm: should have the `name` of a norm"),
+        (
+            {"more": ["elu", {"name": "elu", "alpha": 0}]},
+            SettingError,
+            r"more: activation/elu: alpha: .*\(0, inf\), not 0",
+        ),
+        ({"more": "elu"}, SettingError, "more: should be list of name of an activation, not 'elu'"),
+        (
+            {"activation": {"name": "elu", "alhpa": 1}},
+            SettingError,
+            "activation/elu has no setting 'alhpa'; did you mean",
+        ),
+    ],
+)
+def test_a_wrong_part_is_found_before_it_is_built(bowl, settings, error, said):
+    with pytest.raises(error, match=said):
+        bowl.build("bowl", **settings)

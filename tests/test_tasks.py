@@ -1,0 +1,178 @@
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+import framework as fw
+from framework import Data, TensorSplit
+from framework.errors import DataError
+
+
+def make_data(target: str, targets: Tensor, out_shape: tuple[int, ...], *, in_memory: bool = True) -> Data:
+    class Flowers(Data):
+        pass
+
+    data = Flowers()
+    split = TensorSplit if in_memory else TensorDataset
+    data.train, data.in_shape = split(torch.randn(len(targets), 3), targets), (3,)
+    data.target, data.out_shape = target, out_shape
+    return data
+
+
+def cast(numbers: Tensor, double: bool = True) -> Tensor:
+    return numbers.double() if double and numbers.is_floating_point() else numbers
+
+
+CLASS = torch.randint(4, (16,), generator=torch.Generator().manual_seed(0))
+LABELS = torch.randint(2, (16, 4), generator=torch.Generator().manual_seed(0)).float()
+VALUES = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("task", "settings", "targets"),
+    [
+        ("classification", {}, CLASS),
+        ("classification", {"loss": {"name": "cross_entropy", "weight": [0.1, 1, 2, 5]}}, CLASS),
+        ("classification", {"loss": {"name": "cross_entropy", "ignore_index": 2}}, CLASS),
+        ("classification", {"loss": {"name": "label_smoothing", "weight": [0.1, 1, 2, 5], "ignore_index": 1}}, CLASS),
+        ("classification", {"loss": {"name": "cross_entropy", "ignore_index": -1}}, torch.where(CLASS == 3, -1, CLASS)),
+        ("classification", {"loss": {"name": "nll", "weight": [0.1, 1, 2, 5]}}, CLASS),
+        ("classification", {"loss": lambda: nn.CrossEntropyLoss(torch.tensor([0.1, 1, 2, 5]))}, CLASS),
+        ("classification", {"loss": "focal"}, CLASS),
+        ("classification", {"loss": "dice"}, CLASS),
+        ("classification", {}, VALUES.softmax(1)),
+        ("multilabel", {}, LABELS),
+        ("multilabel", {"loss": "focal"}, LABELS),
+        ("regression", {}, VALUES),
+        ("regression", {"loss": "huber"}, VALUES),
+    ],
+)
+def test_micro_batches_weighted_by_count_have_the_gradient_of_the_whole_batch(task, settings, targets):
+    task = fw.tasks.build(task, **settings)
+    task.criterion.double()
+    model = nn.Linear(3, 4).double()
+    inputs, targets = torch.randn(16, 3).double(), cast(targets)
+    task.step(model, (inputs, targets)).loss.backward()
+    whole = model.weight.grad.clone()
+    model.zero_grad()
+    batches = list(zip(inputs.split([3, 1, 7, 5]), targets.split([3, 1, 7, 5]), strict=True))
+    counts = [task.count(batch) for batch in batches]
+    for batch, count in zip(batches, counts, strict=True):
+        (task.step(model, batch).loss * (count / sum(counts))).backward()
+    torch.testing.assert_close(model.weight.grad, whole, rtol=1e-6, atol=1e-8)
+
+
+def test_the_count_of_plain_targets_costs_no_kernel():
+    batch = (torch.zeros(5, 3), torch.zeros(5, dtype=torch.long))
+    for name in ("classification", "multilabel", "regression"):
+        count = fw.tasks.build(name).count(batch)
+        assert isinstance(count, int)
+        assert count == 5
+
+
+@pytest.mark.parametrize(
+    "setting", [{}, {"weight": [1, 2, 3]}, {"ignore_index": 1}, {"weight": [1, 2, 3], "ignore_index": 1}]
+)
+def test_a_step_reads_nothing_off_the_device(setting):
+    outputs = torch.zeros(4, 3, device="meta")  # has no values: reading one is an error
+    for name in ("multilabel", "regression"):
+        fw.tasks.build(name).step(nn.Identity(), (outputs, outputs))
+    task = fw.tasks.build("classification", loss={"name": "cross_entropy", **setting})
+    task.criterion.to("meta")
+    batch = (outputs, outputs[:, 0].long())
+    task.step(nn.Identity(), batch)
+    task.count(batch)
+
+
+class TestTargets:
+    @pytest.mark.parametrize("shape", [(4,), (4, 1)])
+    def test_one_value_a_sample_is_not_broadcast(self, shape):
+        targets = torch.arange(4.0).reshape(shape)
+        step = fw.tasks.build("regression").step(nn.Identity(), (torch.zeros(4, 1), targets))
+        assert step.loss == targets.square().mean()
+        assert step.targets.shape == (4, 1)
+
+    @pytest.mark.parametrize(
+        ("task", "targets"),
+        [
+            ("regression", torch.zeros(4)),
+            ("multilabel", torch.zeros(4, 2)),
+            ("classification", torch.zeros(3, dtype=torch.long)),
+            ("classification", torch.zeros(4, 2)),
+        ],
+    )
+    def test_targets_of_another_shape_are_refused(self, task, targets):
+        with pytest.raises(DataError, match=r"targets have shape .* the model's outputs"):
+            fw.tasks.build(task).step(nn.Identity(), (torch.zeros(4, 3), targets))
+
+    def test_outputs_without_classes_are_refused(self):
+        with pytest.raises(DataError, match=r"not \(batch, classes\)"):
+            fw.tasks.build("classification").step(nn.Identity(), (torch.zeros(4), torch.zeros(4, dtype=torch.long)))
+
+    def test_integers_of_any_width_are_classes_and_numbers(self):
+        narrow = torch.tensor([[0], [2]], dtype=torch.uint8)
+        step = fw.tasks.build("classification").step(nn.Identity(), (torch.zeros(2, 3), narrow))
+        assert step.targets.tolist() == [0, 2]
+        assert fw.tasks.build("regression").step(nn.Identity(), (torch.zeros(2, 1), narrow)).loss == 2
+        assert fw.tasks.build("multilabel").step(nn.Identity(), (torch.zeros(2, 1), narrow > 0)).loss > 0
+
+    def test_metrics_see_the_likeliest_of_mixed_classes(self):
+        mixed = torch.tensor([[0.3, 0.7], [0.9, 0.1]])
+        step = fw.tasks.build("classification").step(nn.Identity(), (torch.zeros(2, 2), mixed))
+        assert step.targets.tolist() == [1, 0]
+        assert float(step.loss) == pytest.approx(0.6931472)
+
+
+def test_predictions_are_columns():
+    outputs = torch.tensor([[0.0, 2.0, 1.0], [3.0, -1.0, 0.0]], dtype=torch.bfloat16)
+    found = fw.tasks.build("classification").predict(outputs)
+    assert found["class"].tolist() == [1, 0]
+    torch.testing.assert_close(found["probabilities"].sum(1), torch.ones(2))
+    torch.testing.assert_close(found["probability"], found["probabilities"].amax(1))
+    found = fw.tasks.build("multi_label").predict(outputs)
+    assert found["labels"].tolist() == [[0, 1, 1], [1, 0, 0]]
+    torch.testing.assert_close(found["probabilities"], outputs.float().sigmoid())
+    regression = fw.tasks.build("regression")
+    assert regression.predict(torch.tensor([[1.0], [2.0]]))["value"].tolist() == [1, 2]
+    assert [*regression.predict(outputs)] == ["value_0", "value_1", "value_2"]
+    assert regression.predict(outputs)["value_2"].tolist() == [1, 0]
+
+
+class TestCheck:
+    @pytest.mark.parametrize("loss", ["cross_entropy", "focal", "dice", "multi_margin", "label_smoothing"])
+    def test_data_that_fits_passes(self, loss):
+        for classes in (2, 3, 4):
+            targets = torch.arange(12) % classes
+            fw.tasks.build("classification", loss=loss).check(make_data("class", targets, (classes,)))
+        fw.tasks.build("multilabel").check(make_data("labels", LABELS, (4,)))
+        fw.tasks.build("regression").check(make_data("value", VALUES, (4,)))
+
+    def test_other_targets_name_the_task_that_fits(self):
+        with pytest.raises(DataError) as error:
+            fw.tasks.build("classification").check(make_data("value", VALUES, (4,)))
+        assert str(error.value) == ("data Flowers has values as targets; classification needs classes: task=regression")
+
+    @pytest.mark.parametrize("loss", ["mse", "bce_with_logits", "huber"])
+    @pytest.mark.parametrize("classes", [2, 3, 10])
+    def test_a_loss_that_cannot_take_the_targets_is_found_before_training(self, loss, classes):
+        with pytest.raises(DataError, match=r"the loss \w+ cannot take classes"):
+            fw.tasks.build("classification", loss=loss).check(make_data("class", CLASS, (classes,)))
+
+    def test_so_is_a_weight_too_few_and_a_loss_that_is_no_mean(self):
+        data = make_data("class", CLASS, (4,))
+        with pytest.raises(DataError, match="weight"):
+            fw.tasks.build("classification", loss={"name": "cross_entropy", "weight": [1, 2]}).check(data)
+        with pytest.raises(DataError, match=r"returns shape \(2,\), not the mean"):
+            fw.tasks.build("classification", loss=lambda: nn.CrossEntropyLoss(reduction="none")).check(data)
+
+    def test_a_target_that_is_no_class_is_found_before_training(self):
+        with pytest.raises(
+            DataError, match="the train split of Flowers has a target 4; with 4 classes they go from 0 to 3"
+        ):
+            fw.tasks.build("classification").check(make_data("class", torch.tensor([0, 4, 1]), (4,)))
+        stray = make_data("class", torch.tensor([0, -100, 1]), (4,))
+        with pytest.raises(DataError, match="-100"):
+            fw.tasks.build("classification").check(stray)
+        fw.tasks.build("classification", loss={"name": "cross_entropy", "ignore_index": -100}).check(stray)
+        unread = make_data("class", torch.tensor([0, 4, 1]), (4,), in_memory=False)  # only what is in memory is read
+        fw.tasks.build("classification").check(unread)
