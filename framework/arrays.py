@@ -129,8 +129,7 @@ def moments(inputs: Tensor, per: Literal["feature", "all"] = "feature") -> tuple
         axes, keep = list(range(inputs.ndim - 1)), False
     variance, mean = torch.var_mean(inputs, axes, correction=0, keepdim=keep)
     mean, std = (mean[0], variance[0].sqrt()) if keep else (mean, variance.sqrt())
-    constant = std <= 1e-6 * mean.abs()  # what is left of a constant after rounding
-    return mean.tolist(), std.masked_fill(constant, 1.0).tolist()
+    return mean.tolist(), std.masked_fill(std == 0, 1.0).tolist()
 
 
 def numbers(array: Any, where: str) -> Tensor:

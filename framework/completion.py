@@ -45,7 +45,7 @@ ZSH = r"""#compdef framework
 # TAB completion of framework. To keep it: framework completion zsh >> ~/.zshrc (after compinit)
 _framework() {
     local -a found open closed
-    found=("${(@f)$("${words[1]}" complete -- "${(@Q)words[2,CURRENT]}" 2>/dev/null)}")
+    found=("${(@f)$("${words[1]}" complete -- "${(@Q)words[2,CURRENT-1]}" "${(Q)PREFIX}" 2>/dev/null)}")
     found=("${(@)found:#}")
     (( ${#found} )) || { _files; return }
     open=("${(@M)found:#(*[=./,]|*\[*)}")

@@ -185,13 +185,14 @@ def origin(entry: Entry) -> RenderableType:
 
 
 def example(entry: Entry) -> str:
-    """Return an override that chooses the part and one that sets its first plain setting."""
+    """Return an override that chooses the part, with what it requires or else its first plain setting."""
     key = entry.kind.key
     if entry.kind.many:
         return f"framework train '{key}=[{entry.name}]'"
-    chosen = f"framework train {key}={entry.name}"
-    simple = [s for s in entry.settings.values() if isinstance(s.default, bool | int | float | str) and not s.part]
-    return f"{chosen} {key}.{simple[0].name}={value_text(simple[0].default)}" if simple else chosen
+    needed = [f"{key}.{setting.name}=..." for setting in entry.settings.values() if setting.required]
+    plain_ones = [s for s in entry.settings.values() if isinstance(s.default, bool | int | float | str) and not s.part]
+    shown = needed or [f"{key}.{s.name}={value_text(s.default)}" for s in plain_ones[:1]]
+    return " ".join([f"framework train {key}={entry.name}", *shown])
 
 
 def place(where: Where) -> str:

@@ -5,17 +5,27 @@
     model.activation=gelu            a part in a part: its name, which settings may follow
     model/activation=gelu            the same
     +callbacks=early_stop            also/callbacks=early_stop: one more in the list
+    ~callbacks=progress              ~callbacks.progress: one less
+    optimizer=null, ~optimizer       ++optimizer=null: none
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import did_you_mean, nearest
-from .registry import Registry
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+
+from .errors import did_you_mean
+from .registry import Registry, with_article
+from .spec import IMPORTS, TARGET
 from .store import ALSO
+
+FORM = "should be KEY=VALUE"
+QUOTE = "quote a value with spaces, commas, brackets or =, and then the whole: 'key=\"a, b\"'"
 
 
 @dataclass
@@ -27,36 +37,26 @@ class Overrides:
     typed: dict[str, str] = field(default_factory=dict)
 
 
-def rewrite(typed: Iterable[str], folders: Iterable[Path]) -> Overrides:
-    """Rewrite the overrides of a command line; `folders` hold config files of the user's and ours."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
+def rewrite(typed: Iterable[str], folders: Iterable[Path], multirun: bool = False) -> Overrides:
+    """Rewrite the overrides of a command line; `folders` hold config files of the user's and ours.
 
+    A part comes before its settings, whatever the order in which they were typed.
+    """
     found, parser, folders = Overrides(), OverridesParser.create(), list(folders)
     nested: list[tuple[int, str]] = []
     for text in typed:
         try:
             override = parser.parse_override(text)
         except HydraException:
-            found.problems.append(f"{text}: cannot be read as KEY=VALUE (quote values with spaces, commas or =)")
+            found.problems.append(f"{text}: {unreadable(text)} (command line)")
             continue
         key = override.key_or_group
         found.typed[key.replace("/", ".")] = text
-        if "_target_" in text:
-            found.problems.append(f"{text}: `_target_` is refused: a config names registered parts")
-        elif key.split(".")[0].split("/")[0] == "hydra":
-            found.arguments.append(text)
-        elif key in groups() or key == "experiment":
-            found.problems += unknown_options(text, override, folders)
-            found.arguments.append(group_override(override, text))
-        elif override.is_delete():
-            found.arguments.append(text)
-        else:
-            nested += [(key.count("/") + key.count("."), each) for each in value_overrides(override, text)]
-    found.arguments += [text for _, text in sorted(nested, key=lambda pair: pair[0])]  # a part before its settings
-    if found.problems:  # what Hydra would stumble over is reported with the rest, by us
-        bad = {problem.split(": ")[0] for problem in found.problems}
-        found.arguments = [a for a in found.arguments if a not in bad and a.replace(f"{ALSO}/", "+") not in bad]
+        problems = faults(text, override, folders, multirun)
+        found.problems += [f"{text}: {problem} (command line)" for problem in problems]
+        if not problems:
+            nested += [(key.count("/") + key.count("."), each) for each in rewritten(override, text)]
+    found.arguments = [text for _, text in sorted(nested, key=lambda pair: pair[0])]
     return found
 
 
@@ -64,44 +64,90 @@ def groups() -> dict[str, Registry]:
     return {registry.kind.key: registry for registry in Registry.every.values()}
 
 
-def group_override(override: Any, text: str) -> str:
-    key, value = override.key_or_group, text.partition("=")[2]
-    if override.is_delete():
-        return text
-    if override.is_add() and key in groups() and groups()[key].kind.many:
-        return f"{ALSO}/{key}={value}"
-    return f"{key}={value}"
+def unreadable(text: str) -> str:
+    """Say why an override cannot be parsed."""
+    word = text.lstrip("+~")
+    if "=" in text:
+        return f"{FORM}; {QUOTE}"
+    if word in (*groups(), "experiment"):
+        return f"{FORM}: {word}=NAME"
+    meant = [f"{registry.kind.key}={word}" for registry in groups().values() if word in registry]
+    return f"{FORM}" + (f": {' or '.join(meant)}" if meant else "")
 
 
-def unknown_options(text: str, override: Any, folders: Iterable[Path]) -> list[str]:
+def faults(text: str, override: Override, folders: list[Path], multirun: bool) -> list[str]:
+    """Return what is wrong with an override in itself, whatever the experiment is."""
+    key = override.key_or_group
+    if not key:
+        return [f"{FORM}; the key is missing"]
+    if IMPORTS & set(re.split(r"\W+", text)):
+        return [TARGET]
+    if override.is_sweep_override() and not multirun:
+        key, _, value = text.partition("=")
+        listed = f"; as one list, write {key}=[{value}]" if "," in value and "(" not in value else ""
+        return [f"has several values: add -m to try each{listed}"]
+    if key == "plugins":
+        return ["plugins are given with --plugins, or in the project's conf/config.yaml"]
+    if key == "hydra.searchpath":
+        return ["config folders are given with --config-dir"]
+    if key in groups() or key == "experiment":
+        return option_faults(override, folders)
+    return []
+
+
+def option_faults(override: Override, folders: list[Path]) -> list[str]:
     """Say which chosen names a group does not have: of parts the registered ones, and the user's YAML files."""
     key = override.key_or_group
+    many = key in groups() and groups()[key].kind.many
+    names = chosen_names(override)
+    if not override.is_sweep_override() and not override.is_delete():
+        value = override.value()
+        if isinstance(value, Mapping) or (isinstance(value, list) and not many):
+            noun = with_article(groups()[key].kind.name if key in groups() else key)
+            more = ", or a list of names" if many else f" (-m {key}=a,b tries each)" if len(names) > 1 else ""
+            return [f"should be the name of {noun}{more}; settings follow as {key}.KEY=VALUE"]
     files = {file.stem for folder in folders for file in (folder / key).glob("*.yaml")}
-    problems = []
-    for name in chosen_names(override):
-        if name in files or (key in groups() and name in groups()[key]):
-            continue
-        if key == "experiment":
-            problems.append(f"{text}: there is no experiment {name!r}; {did_you_mean(name, files)}")
-        else:
-            problems.append(f"{text}: {groups()[key].unknown(name)}")
-    return problems
+    unknown = [name for name in names if name not in files and not (key in groups() and name in groups()[key])]
+    return [no_option(key, name, files, folders) for name in unknown]
 
 
-def chosen_names(override: Any) -> list[str]:
+def no_option(key: str, name: str, files: Iterable[str], folders: Iterable[Path]) -> str:
+    if key in groups():
+        return groups()[key].unknown(name)
+    if list(files):
+        return f"there is no experiment {name!r}; {did_you_mean(name, files)}"
+    looked = ", ".join(str(folder / "experiment") for folder in folders)
+    return f"there is no experiment {name!r}: no {name}.yaml in {looked} (--config-dir adds a folder)"
+
+
+def chosen_names(override: Override) -> list[str]:
     """The names in `optimizer=sgd`, in a list of them, or in a sweep over either."""
     if override.is_delete():
         return []
     if override.is_sweep_override():
         values = [re.sub(r"[\[\]'\"\s]", "", each) for each in override.sweep_string_iterator()]
-        return [name for each in values for name in each.split(",") if name]
+        return [name for each in values for name in each.split(",") if name != "null"]
     value = override.value()
-    return [str(name) for name in (value if isinstance(value, list) else [value]) if name not in (None, "null", "")]
+    return [str(name) for name in (value if isinstance(value, list) else [value]) if name is not None]
 
 
-def value_overrides(override: Any, text: str) -> list[str]:
+def rewritten(override: Override, text: str) -> list[str]:
+    """Return what Hydra gets for an override that has no fault in itself."""
+    key, value = override.key_or_group, text.partition("=")[2]
+    if key.split(".")[0].split("/")[0] == "hydra":
+        return [text]
+    if key not in groups() and key != "experiment":
+        return [text] if override.is_delete() else value_overrides(override, key.replace("/", "."), value)
+    many = key in groups() and groups()[key].kind.many
+    if override.is_delete() and many and value:
+        return [f"~{key}.{value}"]
+    if override.is_delete() or value in ("null", ""):
+        return [] if key == "experiment" else [f"++{key}=null"]
+    return [f"{ALSO}/{key}={value}"] if override.is_add() and many else [f"{key}={value}"]
+
+
+def value_overrides(override: Override, key: str, value: str) -> list[str]:
     """Return the override of a value so that Hydra sets it whether or not the key is there yet."""
-    key, value = override.key_or_group.replace("/", "."), text.partition("=")[2]
     names_part = key.rpartition(".")[2] in part_settings() and "." in key
     if not names_part or value in ("null", "") or value[0] in "{[":
         return [f"++{key}={value}"]
@@ -116,5 +162,8 @@ def part_settings() -> set[str]:
     return {n for registry in registries for e in registry for n, s in e.settings.items() if s.part and not s.many}
 
 
-def nearest_group(key: str) -> str | None:
-    return nearest(key, groups())
+def as_typed(override: str) -> str:
+    """Return an override of a job of a sweep as a person would have typed it."""
+    text = override.lstrip("+")
+    key, _, value = text.removeprefix(f"{ALSO}/").partition("=")
+    return ("+" if text.startswith(f"{ALSO}/") else "") + f"{key.removesuffix('.name')}={value}"

@@ -267,7 +267,7 @@ def convert(value: Any, annotation: Any) -> Any:
     if origin is Annotated:
         if any(isinstance(mark, PartOf) for mark in annotation.__metadata__):
             return value  # a part is checked by its registry
-        number = convert_inner(value, arguments[0], annotation)
+        number = convert_inner(value, arguments[0], value, annotation)
         for mark in annotation.__metadata__:
             if isinstance(mark, Range | Pattern) and number is not None and number not in mark:
                 raise mismatch(value, annotation)
@@ -286,9 +286,10 @@ def convert(value: Any, annotation: Any) -> Any:
     return convert_scalar(value, annotation)
 
 
-def convert_inner(value: Any, annotation: Any, whole: Any) -> Any:
+def convert_inner(inner: Any, annotation: Any, value: Any, whole: Any) -> Any:
+    """Convert a part of `value`; an error shows all of it."""
     try:
-        return convert(value, annotation)
+        return convert(inner, annotation)
     except SettingError:
         raise mismatch(value, whole) from None
 
@@ -309,14 +310,14 @@ def convert_container(value: Any, annotation: Any) -> Any:
     if origin is dict:
         if not isinstance(value, Mapping):
             raise mismatch(value, annotation)
-        return {str(k): convert_inner(v, arguments[1], annotation) if arguments else v for k, v in value.items()}
+        return {str(k): convert_inner(v, arguments[1], value, annotation) if arguments else v for k, v in value.items()}
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise mismatch(value, annotation)
     if origin is tuple and arguments and Ellipsis not in arguments:
         if len(value) != len(arguments):
             raise mismatch(value, annotation)
-        return tuple(convert_inner(v, a, annotation) for v, a in zip(value, arguments, strict=True))
-    items = [convert_inner(v, arguments[0], annotation) if arguments else v for v in value]
+        return tuple(convert_inner(v, a, value, annotation) for v, a in zip(value, arguments, strict=True))
+    items = [convert_inner(v, arguments[0], value, annotation) if arguments else v for v in value]
     return tuple(items) if origin is tuple else items
 
 

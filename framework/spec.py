@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .data import Loader
-from .errors import ConfigError, FrameworkError, SettingError, did_you_mean, nearest
-from .registry import Entry, Kind, Maker, Registry
+from .errors import ConfigError, FrameworkError, SettingError, did_you_mean
+from .registry import Entry, Kind, Maker, Registry, with_article
 from .run import RunFolder
 from .schema import Setting, read_settings
 from .trainer import Trainer
@@ -69,9 +69,10 @@ class Reader:
         for name, setting in PLAIN.items():
             setattr(spec, name, self.value(setting, self.tree.get(name, setting.default), name))
         self.check_choices_reach()
-        for kind_name in ("model", "data", "task", "optimizer"):
-            if spec.parts[kind_name] is None and not self.problems:
-                self.problem(kind_name, None, f"an experiment needs a {kind_name}: choose one with {kind_name}=NAME")
+        for name in ("model", "data", "task", "optimizer"):
+            if spec.parts[name] is None and not self.problems:
+                self.problem(name, None, f"an experiment needs {with_article(name)}: choose one with {name}=NAME")
+        self.check_trainer(spec.sections["trainer"])
         if self.problems:
             raise ConfigError(dict.fromkeys(self.problems))
         spec.tree = self.complete(spec)
@@ -128,7 +129,8 @@ class Reader:
             elif key in given and given[key] != "???":
                 found[key] = self.value(setting, given[key], where)
             elif setting.required:
-                self.problem(where, None, f"is needed: give it with {where}=... ({setting.type_text})")
+                name = owner if isinstance(owner, str) else owner.name
+                self.problems.append(f"{name} needs {where}: give it with {where}=... ({setting.type_text})")
         return found
 
     def nested(self, path: str, setting: Setting, value: Any) -> Any:
@@ -173,16 +175,31 @@ class Reader:
             parts = [str(self.tree.get(k, {}).get("name")) for k in ("model", "task") if isinstance(self.tree.get(k), dict)]
             self.problem(key, chosen, f"reaches nothing: neither {' nor '.join(parts)} asks for a {name}")
 
+    def check_trainer(self, settings: Mapping[str, Any]) -> None:
+        """Find now what the trainer will refuse (a device that is not there), before any data is read."""
+        limits = {"max_epochs": settings["max_epochs"], "max_steps": settings["max_steps"]}
+        if limits == {"max_epochs": None, "max_steps": None}:
+            limits["max_steps"] = 1
+            self.problem("trainer", None, "needs a limit: give it with trainer.max_epochs=... or trainer.max_steps=...")
+        for name in [name for name in settings if name not in limits]:
+            try:
+                Trainer(**limits | {name: settings[name]})
+            except FrameworkError as error:
+                self.problem(f"trainer.{name}", settings[name], str(error))
+
     def unknown_key(self, key: str, value: Any, known: set[str]) -> None:
         owners = [section for section in SECTIONS if key in section_settings(section)]
         owners += [kind.kind.key for kind in Registry.every.values() if kind.kind.key in self.tree and self.has(kind, key)]
-        close = nearest(key, known)
-        if key in ("_target_", "_partial_", "_args_"):
+        path = key
+        while isinstance(value, Mapping) and len(value) == 1:  # as it was typed: x.y=1
+            (deeper, value), *_ = value.items()
+            path = f"{path}.{deeper}"
+        if key in IMPORTS:
             self.problem(key, value, TARGET)
         elif owners:
-            self.problem(key, value, f"is a setting of {owners[0]}: write {owners[0]}.{key}={value}")
-        elif close or not owners:
-            self.problem(key, value, f"there is no key {key!r} in an experiment; {did_you_mean(key, known, most=30)}")
+            self.problem(path, value, f"is a setting of {owners[0]}: write {owners[0]}.{path}={shorten(value)}")
+        else:
+            self.problem(path, value, f"there is no key {key!r} in an experiment; {did_you_mean(key, known, most=30)}")
 
     def has(self, registry: Registry, key: str) -> bool:
         value = self.tree[registry.kind.key]
@@ -191,19 +208,18 @@ class Reader:
 
     def unknown_setting(self, path: str, key: Any, value: Any, settings: Mapping, owner: Entry | str) -> None:
         """Say whose setting it is, when it is one of another part: momentum is a setting of sgd, not of adam."""
-        if str(key) in ("_target_", "_partial_", "_args_"):
+        if key in IMPORTS:
             return self.problem(path, value, TARGET)
         name = owner if isinstance(owner, str) else owner.name
-        close = nearest(key, settings)
         others = []
         if isinstance(owner, Entry):
             others = [e.name for e in Registry.every[owner.kind.name] if key in e.settings]
         others += [section for section in SECTIONS if section != name and key in section_settings(section)]
-        if others and (close is None or others):
+        if others:
             said = ", ".join(others[:4]) + (" ..." if len(others) > 4 else "")
             return self.problem(path, value, f"{key} is a setting of {said}, not of {name}")
-        listed = did_you_mean(str(key), settings, most=20)
-        return self.problem(path, value, f"{name} has no setting {key!r}; {listed}")
+        listed = f"; {did_you_mean(str(key), settings, most=20)}" if settings else ": it has no settings"
+        return self.problem(path, value, f"{name} has no setting {key!r}{listed}")
 
     def problem(self, path: str, value: Any, message: str) -> None:
         source = self.source(path)
@@ -224,6 +240,7 @@ class Reader:
         return tree | {"seed": spec.seed, "plugins": spec.plugins}
 
 
+IMPORTS = frozenset({"_target_", "_partial_", "_args_", "_recursive_", "_convert_"})
 TARGET = "is refused: a config names registered parts (`name: ...`), never something to import"
 
 

@@ -207,7 +207,9 @@ def need(label: str, table: Table, path: Path) -> str:
 def learn_column(label: str, cells: Sequence[Cell], normalize: bool, most_texts: int, name: str) -> dict[str, Any]:
     """Return how a column becomes inputs, from its cells in the training split."""
     if is_text(cells):
-        texts = sorted({cell for cell in cells if cell is not None})
+        texts = sorted({str(cell) for cell in cells if cell is not None})
+        if not texts:
+            raise nothing_in(label, name)
         if len(texts) > most_texts:
             raise DataError(
                 f"{name}: column {label!r} has {len(texts)} different texts; leave it out (ignore=[{label}]) or raise "
@@ -217,10 +219,13 @@ def learn_column(label: str, cells: Sequence[Cell], normalize: bool, most_texts:
     values = torch.tensor(cells, dtype=torch.float64)
     known = values[~values.isnan()]
     if not len(known):
-        raise DataError(f"{name}: column {label!r} is empty in the training split; leave it out: ignore=[{label}]")
-    mean, std = known.mean().item(), known.std(correction=0).item()
-    std = std if std > 1e-12 * abs(mean) else 1.0
+        raise nothing_in(label, name)
+    mean, std = known.mean().item(), known.std(correction=0).item() or 1.0  # of a constant, 0 / 1
     return {"name": label, "fill": mean, "mean": mean if normalize else 0.0, "std": std if normalize else 1.0}
+
+
+def nothing_in(label: str, name: str) -> DataError:
+    return DataError(f"{name}: column {label!r} is empty in the training split; leave it out: ignore=[{label}]")
 
 
 def encode(table: Mapping[str, Sequence[Cell]], columns: Sequence[dict[str, Any]]) -> Tensor:

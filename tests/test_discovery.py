@@ -91,7 +91,9 @@ def test_postponed_annotations_keep_nested_parts():
     class Postponed(nn.Module):
         \"\"\"A block.\"\"\"
 
-        def __init__(self, in_shape: Shape, width: PositiveInt = 3, activation: Activation = "gelu", norm: Norm | None = None):
+        def __init__(
+            self, in_shape: Shape, width: PositiveInt = 3, activation: Activation = "gelu", norm: Norm | None = None
+        ):
             super().__init__()
             self.activation, self.width = activation(), width
     """

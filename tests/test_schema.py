@@ -118,7 +118,14 @@ def test_what_a_config_can_express():
 
 def test_settings_are_read_from_the_signature():
     def part(
-        given, depth: fw.PositiveInt, rate=0.5, flag=False, limit: float = None, hook: Callable = print, *rest, **more
+        given,
+        depth: fw.PositiveInt,
+        rate=0.5,
+        flag=False,
+        limit: fw.PositiveFloat | None = None,
+        hook: Callable = print,
+        *rest,
+        **more,
     ):
         """A part.
 
@@ -137,7 +144,7 @@ def test_settings_are_read_from_the_signature():
     assert settings["rate"].doc == "how fast, in samples a second"
     assert settings["flag"].doc == "whether it waves"
     assert settings["depth"].doc == "number of layers"
-    assert settings["limit"].type_text == "float or null"
+    assert settings["limit"].type_text == "float in (0, inf) or null"
     assert settings["limit"].default is None
 
 

@@ -1,0 +1,137 @@
+"""The rules of the house: an import goes down or sideways, files and functions stay small, the core knows no plugin."""
+
+import ast
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import framework
+
+ROOT = Path(framework.__file__).parent.parent
+FLOORS = {
+    "stdlib": ["errors", "schema", "registry", "kinds"],
+    "ground work": ["discovery", "seeds", "state", "shapes", "arrays", "tables", "workers", "device"],
+    "contracts": ["data", "metric", "task", "scheduler", "optimizer", "logger", "callback"],
+    "engines": ["trainer", "checkpoint", "loop", "vectorize", "plan", "probe", "batches", "status"],
+    "assembly": ["experiment", "run", "compose", "overrides", "sources", "spec", "store"],
+    "doors": ["cli", "describe", "completion", "report", "board", "__main__", "__init__"],
+}
+FLOOR = {module: number for number, modules in enumerate(FLOORS.values()) for module in modules}
+FILE_LINES, FUNCTION_LINES, MEDIAN_LINES, FRAMEWORK_LINES = 400, 60, 10, 5500
+SIBLINGS = {}  # plugin files that may import others: {"models": {"stack"}}
+
+CORE = sorted((ROOT / "framework").glob("*.py"))
+PLUGINS = sorted((ROOT / "plugins").glob("*.py"))
+files = pytest.mark.parametrize("file", CORE + PLUGINS, ids=lambda file: f"{file.parent.name}/{file.name}")
+
+
+def imports(file):
+    """Every module that a file imports when it runs: "framework.data", "torch"; also inside functions."""
+    package = {"framework": "framework", "plugins": "framework_plugins"}[file.parent.name]
+    nodes = list(ast.walk(ast.parse(file.read_text())))
+    typing_only = {id(inner) for node in nodes if is_type_checking(node) for inner in ast.walk(node)}
+    for node in nodes:
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            origin = ".".join(filter(None, [package if node.level else "", node.module]))
+            yield from (submodule(origin, alias.name) for alias in node.names)
+
+
+def is_type_checking(node):
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def submodule(origin, name):
+    """`from framework import data` imports framework.data; `from framework import Data` imports framework."""
+    folder = ROOT / origin.replace("framework_plugins", "plugins").replace(".", "/")
+    return f"{origin}.{name}" if (folder / f"{name}.py").is_file() else origin
+
+
+def core_imports(file):
+    names = (name for name in imports(file) if name.split(".")[0] == "framework")
+    return {name.partition(".")[2] or "__init__" for name in names}
+
+
+def functions(file):
+    nodes = ast.walk(ast.parse(file.read_text()))
+    return [node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+def lines(function):
+    return function.end_lineno - function.lineno + 1
+
+
+@pytest.mark.parametrize("file", CORE, ids=lambda file: file.stem)
+def test_an_import_never_goes_up(file):
+    assert file.stem in FLOOR, f"on which floor is framework/{file.name}? List it in FLOORS"
+    up = {name for name in core_imports(file) if FLOOR.get(name, 0) > FLOOR[file.stem]}
+    assert not up, f"framework/{file.name} imports {up} from a floor above"
+
+
+def test_no_import_cycles():
+    TopologicalSorter({file.stem: core_imports(file) - {file.stem} for file in CORE}).prepare()
+
+
+@files
+def test_files_and_functions_are_small(file):
+    assert len(file.read_text().splitlines()) <= FILE_LINES
+    long = {function.name: lines(function) for function in functions(file) if lines(function) > FUNCTION_LINES}
+    assert not long, f"{file.name} has functions of more than {FUNCTION_LINES} lines"
+    assert file.stem not in ("utils", "helpers", "common", "misc")
+
+
+def test_the_framework_as_a_whole_is_small():
+    assert sum(len(file.read_text().splitlines()) for file in CORE) <= FRAMEWORK_LINES
+    assert statistics.median(lines(function) for file in CORE for function in functions(file)) <= MEDIAN_LINES
+
+
+@pytest.mark.parametrize("file", CORE, ids=lambda file: file.stem)
+def test_the_core_imports_no_plugin(file):
+    assert not [name for name in imports(file) if name.split(".")[0] in ("framework_plugins", "plugins", "conf")]
+
+
+@pytest.mark.parametrize("file", PLUGINS, ids=lambda file: file.stem)
+def test_a_plugin_imports_the_framework_and_no_other_plugin(file):
+    siblings = {name.partition(".")[2] for name in imports(file) if name.split(".")[0] == "framework_plugins"}
+    assert siblings <= SIBLINGS.get(file.stem, set()), "build other parts by name, through their registry"
+    above = {name for name in core_imports(file) - {"__init__"} if FLOOR.get(name, 0) > FLOOR["trainer"]}
+    assert not above, "a plugin rests on contracts and engines only"
+    text = ast.walk(ast.parse(file.read_text()))
+    named = [
+        a.name
+        for node in text
+        if isinstance(node, ast.ImportFrom) and "framework" in (node.module or "")
+        for a in node.names
+    ]
+    assert not [name for name in named if name.startswith("_")], "public names only"
+
+
+def test_conf_holds_composition_only():
+    found = {path.relative_to(ROOT / "conf") for path in (ROOT / "conf").rglob("*.yaml")}
+    per_part = [str(path) for path in found if path.name != "config.yaml" and path.parts[0] != "experiment"]
+    assert not per_part, "a part's settings are its signature: no YAML per part"
+
+
+def test_the_core_stands_without_plugins(tmp_path):
+    shutil.copytree(ROOT / "framework", tmp_path / "framework", ignore=shutil.ignore_patterns("__pycache__"))
+    check = """
+import importlib, pkgutil, sys
+sys.modules["framework_plugins"] = None
+import framework
+assert framework.__file__.startswith(sys.argv[1]), framework.__file__
+for module in pkgutil.iter_modules(framework.__path__):
+    if module.name == "__main__":  # it would run
+        continue
+    importlib.import_module(f"framework.{module.name}")
+"""
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", check, str(tmp_path)], check=True, cwd=tmp_path, env=environment)

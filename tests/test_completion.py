@@ -1,0 +1,178 @@
+"""TAB: candidates from the registries, the kept index, and the script in a real bash."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+from typing import Literal
+
+import pytest
+
+from framework import Activation, Block, PositiveInt
+from framework.completion import SHELLS, VERBS, Index, candidates, read_index, script, stored_index
+from framework.errors import UnknownName
+from framework.registry import Kind, Registry
+from framework.schema import Setting
+
+
+@pytest.fixture(scope="module")
+def index() -> Index:
+    every = Registry.every
+    Registry.every = {}
+    activation, block, model = Registry(Kind("activation")), Registry(Kind("block")), Registry(Kind("model"))
+    optimizer, callback = Registry(Kind("optimizer")), Registry(Kind("callback", many=True))
+
+    def leaky(slope: float = 0.1): ...
+    def plain(): ...
+    def mlp(width: int = 32, activation: Activation = "leaky", blocks: list[Block] = ()): ...
+    def sgd(lr: float = 0.1, nesterov: bool = False): ...
+    def adam(lr: float = 0.1, fused: bool | None = None, mode: Literal["a", "b"] = "a"): ...
+    def early_stop(patience: PositiveInt = 3): ...
+    def checkpoint(every: str = "1epoch"): ...
+
+    parts = {activation: [leaky, plain], block: [plain], model: [mlp], optimizer: [sgd, adam]}
+    for registry, functions in (parts | {callback: [early_stop, checkpoint]}).items():
+        for function in functions:
+            registry.register(function.__name__, function)
+    sections = {"trainer": {"max_epochs": Setting("max_epochs", int, 10)}, "seed": {}}
+    chosen = {"optimizer": "adam", "model": "mlp", "callbacks": ["checkpoint"]}
+    try:
+        return read_index(sections, ["spam", "digits_cnn"], chosen)
+    finally:
+        Registry.every = every
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("", " ".join(VERBS)),
+        ("pl", "plan"),
+        ("list c", "callbacks"),
+        ("show opt", "optimizer/"),
+        ("show optimizer/", "optimizer/adam optimizer/sgd"),
+        ("completion z", "zsh"),
+        ("eval ", ""),  # a run's folder: the shell completes files
+        ("train tr", "trainer."),
+        ("train trainer.", "trainer.max_epochs="),
+        ("train se", "seed="),
+        ("plan optimizer", "optimizer. optimizer="),
+        ("train optimizer=", "optimizer=adam optimizer=sgd"),
+        ("train optimizer=s", "optimizer=sgd"),
+        ("train -m optimizer=sgd,a", "optimizer=sgd,adam"),
+        ("train optimizer.", "optimizer.lr= optimizer.fused= optimizer.mode="),
+        ("train optimizer=sgd optimizer.", "optimizer.lr= optimizer.nesterov="),
+        ("train optimizer=no_such optimizer.", ""),
+        ("train optimizer.fused=", "optimizer.fused=false optimizer.fused=true optimizer.fused=null"),
+        ("train optimizer.mode=", "optimizer.mode=a optimizer.mode=b"),
+        ("train callbacks=", "callbacks=[checkpoint callbacks=[early_stop"),
+        ("train callbacks=[checkpoint,", "callbacks=[checkpoint,early_stop"),
+        ("train callbacks.", "callbacks.checkpoint."),
+        ("train callbacks=[early_stop] callbacks.", "callbacks.early_stop."),
+        ("train callbacks.early_stop.", "callbacks.early_stop.patience="),
+        ("train +callbacks=[e", "+callbacks=[early_stop"),
+        ("train model.activation=", "model.activation=leaky model.activation=plain"),
+        ("train model/activation=p", "model/activation=plain"),
+        ("train model.activation.", "model.activation.slope="),
+        ("train model.activation=plain model.activation.", ""),
+        ("train model.blocks=[", "model.blocks=[plain"),
+        ("train experiment=", "experiment=digits_cnn experiment=spam"),
+        ("train nonsense.", ""),
+        ("nonsense ", ""),
+    ],
+)
+def test_candidates(index, line, expected):
+    assert candidates(line.split(" "), index) == expected.split()
+
+
+def test_index_of_the_real_registries_is_plain_json():
+    index = read_index()
+    assert "optimizer=adamw" in candidates(["train", "optimizer=ad"], index)
+    assert candidates(["train", "optimizer=adamw", "optimizer.weight"], index) == ["optimizer.weight_decay="]
+    assert Index(**json.loads(json.dumps(asdict(index)))) == index
+
+
+def test_index_is_kept_until_a_watched_file_changes(tmp_path):
+    plugin, built = tmp_path / "plugin.py", []
+    plugin.write_text("")
+
+    def build():
+        built.append(1)
+        return read_index(experiments=[f"number_{len(built)}"])
+
+    def experiments():
+        return stored_index(tmp_path / "cache" / "index.json", build, [plugin]).experiments
+
+    assert experiments() == experiments() == ["number_1"]
+    plugin.write_text("changed")
+    assert experiments() == experiments() == ["number_2"]
+    (tmp_path / "cache" / "index.json").write_text("{torn")
+    assert experiments() == ["number_3"]
+
+
+def test_an_index_that_cannot_be_written_is_built_again(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert stored_index(tmp_path / "file" / "index.json", lambda: Index(experiments=["a"])).experiments == ["a"]
+
+
+def test_unknown_shell():
+    with pytest.raises(UnknownName, match="did you mean 'zsh'"):
+        script("zhs")
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_scripts_parse(shell, tmp_path):
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    file = tmp_path / "script"
+    file.write_text(script(shell))
+    subprocess.run([shell, "-n", file], check=True)
+
+
+@pytest.fixture(scope="module")
+def bash(index, tmp_path_factory):
+    """Complete a line in a real bash, with a program `framework` that answers from the index."""
+    if shutil.which("bash") is None:
+        pytest.skip("bash is not installed")
+    folder = tmp_path_factory.mktemp("bash")
+    (folder / "index.json").write_text(json.dumps(asdict(index)))
+    program = folder / "framework"
+    program.write_text(
+        f"#!{sys.executable}\n"
+        "import json, sys\n"
+        "from framework.completion import Index, candidates\n"
+        "assert sys.argv[1:3] == ['complete', '--'] and 'torch' not in sys.modules\n"
+        f"index = Index(**json.load(open({str(folder / 'index.json')!r})))\n"
+        "print('\\n'.join(candidates(sys.argv[3:], index)))\n"
+    )
+    program.chmod(0o755)
+    (folder / "script").write_text(script("bash"))
+
+    def complete(line: str) -> list[str]:
+        asked = 'source "$1/script"; COMP_LINE="$2"; COMP_POINT=${#2}; _framework_complete'
+        command = [
+            "bash",
+            "-c",
+            f'PATH="$1:$PATH"; {asked}; printf "%s\\n" "${{COMPREPLY[@]}}"',
+            "bash",
+            str(folder),
+            line,
+        ]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+
+    return complete
+
+
+@pytest.mark.parametrize(
+    ("line", "replies"),
+    [
+        ("framework pl", ["plan"]),
+        ("framework train optimizer=s", ["sgd"]),  # bash splits words at =, so it wants the rest only
+        ("framework train optimizer=sgd optimizer.l", ["optimizer.lr="]),
+        ("framework train 'callbacks=[e", ["callbacks=[early_stop"]),  # but not inside a quote
+        ("framework train callbacks=[e", ["[early_stop"]),
+        ("framework train ", ["activation="]),
+    ],
+)
+def test_bash(bash, line, replies):
+    assert bash(line)[: len(replies)] == replies

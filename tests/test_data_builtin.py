@@ -1,0 +1,117 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits, load_iris
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.neural_network import MLPClassifier
+
+import framework as fw
+from framework.data import check_data
+from framework.errors import DataError, SettingError
+
+NEED_NO_FILE = ["digits", "blobs", "spirals", "friedman1", "iris", "wine", "breast_cancer", "diabetes"]
+
+
+def arrays(split):
+    return tuple(tensor.numpy() for tensor in split.tensors)
+
+
+def score(model, data):
+    x, y = arrays(data.train)
+    x_test, y_test = arrays(data.test)
+    return model.fit(x, y.squeeze()).score(x_test, y_test.squeeze())
+
+
+@pytest.mark.parametrize("name", NEED_NO_FILE)
+def test_every_set_keeps_the_contract(name):
+    data = fw.datasets.build(name)
+    check_data(data)
+    x, y = data.train[:5]
+    assert x.shape == (5, *data.in_shape)
+    assert (x.dtype, data.train.tensors[0].is_contiguous()) == (torch.float32, True)
+    if data.target == "class":
+        assert (y.shape, y.dtype, data.out_shape) == ((5,), torch.int64, (len(data.classes),))
+        for split in (data.train, data.val, data.test):
+            assert set(split.tensors[1].tolist()) == set(range(len(data.classes)))
+    else:
+        assert (y.shape, y.dtype, data.classes) == ((5, *data.out_shape), torch.float32, [])
+    assert json.loads(json.dumps(data.facts())) == data.facts()
+    assert torch.equal(fw.datasets.build(name).val.tensors[0], data.val.tensors[0])
+    raw = fw.datasets.build(name, normalize=False, val_fraction=0.0, test_fraction=0.0)
+    assert raw.val is raw.test is None
+    assert len(raw.train) == sum(map(len, (data.train, data.val, data.test)))
+
+
+def test_digits_are_scikit_learns():
+    data = fw.datasets.build("digits", normalize=False, val_fraction=0.0, test_fraction=0.0)
+    pixels, labels = load_digits(return_X_y=True)
+    np.testing.assert_array_equal(data.train.tensors[0] * 16, pixels)
+    np.testing.assert_array_equal(data.train.tensors[1], labels)
+    assert fw.datasets.build("digits", image=True).in_shape == (1, 8, 8)
+
+
+@pytest.mark.filterwarnings("ignore:Stochastic Optimizer")
+def test_digits_can_be_told_apart():
+    data = fw.datasets.build("digits")
+    assert score(MLPClassifier(128, max_iter=60, random_state=0, early_stopping=False), data) >= 0.97
+
+
+def test_digits_predict_from_raw_pixels(tmp_path):
+    data = fw.datasets.build("digits", image=True, val_fraction=0.0, test_fraction=0.0)
+    np.save(tmp_path / "flat.npy", load_digits().data[:9])
+    read = type(data).read_inputs(tmp_path / "flat.npy", data.facts())
+    torch.testing.assert_close(read, data.train.tensors[0][:9])
+
+
+@pytest.mark.filterwarnings("ignore:Stochastic Optimizer")
+def test_spirals_need_a_curve_and_blobs_do_not():
+    assert score(LogisticRegression(), fw.datasets.build("blobs", noise=0.5)) > 0.98
+    spirals = fw.datasets.build("spirals")
+    assert score(LogisticRegression(), spirals) < 0.6
+    assert score(MLPClassifier((64, 64), max_iter=150, random_state=0), spirals) > 0.95
+
+
+def test_blobs_have_the_noise_asked_for():
+    data = fw.datasets.build("blobs", samples=6000, classes=2, features=3, noise=0.5, normalize=False)
+    x, y = data.train.tensors
+    for label in (0, 1):
+        torch.testing.assert_close(x[y == label].std(0), torch.full((3,), 0.5), atol=0.03, rtol=0)
+
+
+def test_friedman1_is_the_formula_of_the_paper():
+    data = fw.datasets.build("friedman1", features=7, noise=0.0, normalize=False)
+    x, y = (part.astype("float64") for part in arrays(data.train))
+    expected = 10 * np.sin(np.pi * x[:, 0] * x[:, 1]) + 20 * (x[:, 2] - 0.5) ** 2 + 10 * x[:, 3] + 5 * x[:, 4]
+    np.testing.assert_allclose(y[:, 0], expected, rtol=1e-5)
+    noisy = fw.datasets.build("friedman1", features=7, noise=2.0, samples=20000, normalize=False)
+    x, y = (part.astype("float64") for part in arrays(noisy.train))
+    expected = 10 * np.sin(np.pi * x[:, 0] * x[:, 1]) + 20 * (x[:, 2] - 0.5) ** 2 + 10 * x[:, 3] + 5 * x[:, 4]
+    assert np.std(y[:, 0] - expected) == pytest.approx(2.0, rel=0.03)
+    assert 0.5 < score(Ridge(), fw.datasets.build("friedman1")) < 0.85  # what a straight line can and cannot say
+
+
+def test_seeds_decide():
+    for name in ("blobs", "spirals", "friedman1"):
+        one, two = fw.datasets.build(name), fw.datasets.build(name, seed=1)
+        assert not torch.equal(one.train.tensors[0], two.train.tensors[0])
+
+
+def test_iris_predicts_from_a_csv_file(tmp_path):
+    iris = load_iris()
+    data = fw.datasets.build("iris", val_fraction=0.0, test_fraction=0.0)
+    lines = [",".join(iris.feature_names), *(",".join(map(str, row)) for row in iris.data)]
+    (tmp_path / "flowers.csv").write_text("\n".join(lines))
+    read = type(data).read_inputs(tmp_path / "flowers.csv", data.facts())
+    torch.testing.assert_close(read, data.train.tensors[0])
+    assert data.classes == ["setosa", "versicolor", "virginica"]
+
+
+def test_settings_are_checked():
+    with pytest.raises(SettingError, match=r"features: should be int in \[5, inf\), not 4"):
+        fw.datasets.build("friedman1", features=4)
+    with pytest.raises(SettingError, match="together they must be less than 1"):
+        fw.datasets.build("digits", val_fraction=0.6, test_fraction=0.5)
+    with pytest.raises(DataError, match="too few"):
+        fw.datasets.build("blobs", samples=3)

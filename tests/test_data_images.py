@@ -1,0 +1,132 @@
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import framework as fw
+from framework.data import Loader
+from framework.errors import DataError
+
+RNG = np.random.default_rng(0)
+
+
+def draw(folder, count, size=(12, 8), ending="png"):
+    """Random pictures of width 12 and height 8."""
+    folder.mkdir(parents=True)
+    for number in range(count):
+        pixels = RNG.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:02}.{ending}")
+
+
+@pytest.fixture
+def pets(tmp_path):
+    draw(tmp_path / "pets/cat", 20)
+    draw(tmp_path / "pets/dog", 10, ending="jpg")
+    (tmp_path / "pets/dog/notes.txt").write_text("no picture")
+    (tmp_path / "pets/.cache").mkdir()
+    return tmp_path / "pets"
+
+
+def test_folders_are_classes(pets):
+    data = fw.datasets.build("image_folder", path=pets, size=8, test_fraction=0.1, val_fraction=0.2)
+    assert (data.in_shape, data.out_shape, data.classes) == ((3, 8, 8), (2,), ["cat", "dog"])
+    assert [len(split) for split in (data.train, data.val, data.test)] == [21, 6, 3]
+    assert data.val.labels.bincount().tolist() == [4, 2]
+    inputs = torch.stack([x for x, _ in data.train])
+    torch.testing.assert_close(inputs.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(inputs.std((0, 2, 3), correction=0), torch.ones(3), atol=1e-5, rtol=0)
+
+
+def test_a_picture_is_its_middle_square(pets):
+    data = fw.datasets.build("image_folder", path=pets, size=8, normalize=False, val_fraction=0.0, test_fraction=0.0)
+    pixels = np.array(Image.open(pets / "cat/03.png"))[:, 2:10]
+    x, y = data.train[3]
+    np.testing.assert_allclose(x * 255, pixels.transpose(2, 0, 1), atol=1e-4)
+    assert (x.dtype, y.item()) == (torch.float32, 0)
+    assert fw.datasets.build("image_folder", path=pets, size=4, color="gray").train[0][0].shape == (1, 4, 4)
+
+
+def test_parts_with_folders_are_kept(tmp_path):
+    for part, count in (("train", 10), ("valid", 3), ("test", 4)):
+        draw(tmp_path / part / "cat", count)
+    draw(tmp_path / "train/dog", 10)
+    data = fw.datasets.build("image_folder", path=tmp_path, size=4)
+    assert [len(split) for split in (data.train, data.val, data.test)] == [20, 3, 4]
+    draw(tmp_path / "test/dgo", 1)
+    with pytest.raises(DataError, match=r"test/dgo: no such class in train; did you mean 'dog'\?"):
+        fw.datasets.build("image_folder", path=tmp_path, size=4)
+
+
+def test_workers_decode_the_same(pets):
+    data = fw.datasets.build("image_folder", path=pets, size=8)
+    one, two = (list(Loader(data.train, batch_size=8, shuffle=True, workers=w).epoch()) for w in (0, 2))
+    assert all(
+        torch.equal(a, b) for left, right in zip(one, two, strict=True) for a, b in zip(left, right, strict=True)
+    )
+
+
+def test_pictures_to_predict(pets):
+    data = fw.datasets.build("image_folder", path=pets, size=8, val_fraction=0.0, test_fraction=0.0)
+    facts, read = json.loads(json.dumps(data.facts())), type(data).read_inputs
+    assert torch.equal(read(pets / "cat", facts), torch.stack([data.train[row][0] for row in range(20)]))
+    assert torch.equal(read(pets / "cat/07.png", facts)[0], data.train[7][0])
+    np.save(pets / "pixels.npy", np.zeros((2, 3, 8, 8), np.uint8))
+    assert read(pets / "pixels.npy", facts).shape == (2, 3, 8, 8)
+    with pytest.raises(DataError, match="there is no such file or folder"):
+        read(pets / "none", facts)
+    with pytest.raises(DataError, match=r"notes.txt cannot be read as a picture"):
+        read(pets / "dog/notes.txt", facts)
+
+
+def test_turned_and_transparent_pictures(tmp_path):
+    draw(tmp_path / "a", 1)
+    draw(tmp_path / "b", 1)
+    turned = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 3  # turned by 180 degrees
+    turned.save(tmp_path / "a/00.png", exif=exif)
+    Image.new("RGBA", (8, 8), (255, 0, 0, 128)).save(tmp_path / "b/00.png")
+    data = fw.datasets.build("image_folder", path=tmp_path, size=8, normalize=False, val_fraction=0, test_fraction=0)
+    np.testing.assert_allclose(data.train[0][0][0] * 255, np.arange(64).reshape(8, 8)[::-1, ::-1], atol=1e-4)
+    assert data.train[1][0][:, 0, 0].tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("keep", [0.02, 0.5])
+def test_a_corrupt_picture_is_named(tmp_path, workers, keep):
+    for name in "ab":
+        draw(tmp_path / name, 2, (64, 64), "jpg")
+    data = fw.datasets.build("image_folder", path=tmp_path, size=8, val_fraction=0, test_fraction=0)
+    file = tmp_path / "b/01.jpg"
+    file.write_bytes(file.read_bytes()[: int(keep * file.stat().st_size)])
+    with pytest.raises(DataError, match=r"^\S*b/01.jpg cannot be read as a picture"):
+        list(Loader(data.train, workers=workers).epoch())
+    file.unlink()
+    with pytest.raises(DataError, match="no such picture any more"):
+        list(Loader(data.train, workers=workers).epoch())
+
+
+def test_folders_that_are_no_data_set(tmp_path):
+    def refused(said):
+        with pytest.raises(DataError, match=said):
+            fw.datasets.build("image_folder", path=tmp_path / "pets")
+
+    refused("there is no such folder")
+    (tmp_path / "pets").mkdir()
+    refused("has no folders; put the pictures of each class into a folder")
+    draw(tmp_path / "pets/cat", 2)
+    refused("one class only, 'cat'")
+    (tmp_path / "pets/dog").mkdir()
+    refused("pets/dog has no pictures")
+    (tmp_path / "pets/dog/a.png").touch()
+    refused("a.png is an empty file")
+
+
+def test_without_pillow_the_error_says_what_to_install(pets, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    with pytest.raises(DataError, match=r"pip install 'framework\[images\]'"):
+        fw.datasets.build("image_folder", path=pets)

@@ -1,0 +1,181 @@
+import gzip
+import json
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+
+import framework as fw
+from framework.errors import DataError
+
+PETS = """name,weight,colour,age,kind
+Rex,30.5,brown,4,dog
+Tom,4,black,,cat
+Kim,5,white,2,cat
+Bo,28,brown,9,dog
+Mia,3.5,,1,cat
+Ace,35,black,NA,dog
+Lu,4.5,white,7,cat
+Max,26,brown,3,dog
+"""
+
+
+@pytest.fixture
+def pets(tmp_path):
+    path = tmp_path / "pets.csv"
+    path.write_text(PETS)
+    return path
+
+
+def whole(path, target="kind", **settings):
+    """All rows in train, so that rows stay in the order of the file."""
+    return fw.datasets.build("table", path=path, target=target, val_fraction=0.0, test_fraction=0.0, **settings)
+
+
+def refused(path, said, target="kind", **settings):
+    with pytest.raises(DataError, match=said):
+        whole(path, target, **settings)
+
+
+def test_columns_become_inputs(pets):
+    data = whole(pets, ignore=["name"])
+    x, y = data.train.tensors
+    weight = np.array([30.5, 4, 5, 28, 3.5, 35, 4.5, 26])
+    age = np.array([4, np.nan, 2, 9, 1, np.nan, 7, 3])
+    age_filled = np.nan_to_num(age, nan=np.nanmean(age))
+    np.testing.assert_allclose(x[:, 0], (weight - weight.mean()) / weight.std(), rtol=1e-6)
+    np.testing.assert_allclose(x[:, 4], (age_filled - np.nanmean(age)) / np.nanstd(age), rtol=1e-5, atol=1e-6)
+    assert x[:, 1:4].tolist()[:5] == [[0, 1, 0], [1, 0, 0], [0, 0, 1], [0, 1, 0], [0, 0, 0]]  # black, brown, white
+    assert (data.in_shape, data.classes, y.tolist()) == ((5,), ["cat", "dog"], [1, 0, 0, 1, 0, 1, 0, 1])
+
+
+def test_features_are_chosen_and_codes_are_texts(pets):
+    data = whole(pets, features=["age"], categorical=["age"])
+    assert data.facts()["columns"] == [{"name": "age", "texts": ["1", "2", "3", "4", "7", "9"]}]
+    raw = whole(pets, features=["weight"], normalize=False)
+    assert raw.train.tensors[0][:2].tolist() == [[30.5], [4.0]]
+
+
+@pytest.mark.parametrize(
+    ("cells", "settings", "kind", "classes"),
+    [
+        (["a", "b", "a"], {}, "class", ["a", "b"]),
+        (["10", "2", "10"], {}, "class", ["2", "10"]),
+        (["1", "2", "2b"], {"target_kind": "class"}, "class", ["1", "2", "2b"]),
+        (["1.5", "2", "10"], {}, "value", []),
+        (["1", "2", "3"], {"target_kind": "value"}, "value", []),
+        ([str(i) for i in range(30)], {}, "value", []),
+    ],
+)
+def test_the_kind_of_target_is_inferred_or_given(tmp_path, cells, settings, kind, classes):
+    (tmp_path / "t.csv").write_text("x,y\n" + "".join(f"{i},{cell}\n" for i, cell in enumerate(cells)))
+    data = whole(tmp_path / "t.csv", "y", **settings)
+    assert (data.target, data.classes) == (kind, classes)
+    if kind == "value":
+        assert data.train.tensors[1][:, 0].tolist() == [float(cell) for cell in cells]
+
+
+def test_means_and_texts_are_those_of_the_training_split(tmp_path):
+    rows = [f"{i},{'rare' if i == 0 else 'common'},{i % 2}" for i in range(100)]
+    path = tmp_path / "t.csv"
+    for seed in range(100):  # until the one rare row is not in train
+        path.write_text("\n".join(["number,text,y", *rows]))
+        data = fw.datasets.build("table", path=path, target="y", split_seed=seed)
+        if len(data.facts()["columns"][1]["texts"]) == 1:
+            break
+    assert data.facts()["columns"][1]["texts"] == ["common"]
+    np.testing.assert_allclose(data.train.tensors[0][:, 0].mean(), 0, atol=1e-6)
+    held_out = torch.cat([data.val.tensors[0], data.test.tensors[0]])
+    assert (held_out[:, 1] == 0).sum() == 1  # the text that training never saw
+    assert (len(data.train), len(data.val), len(data.test)) == (70, 15, 15)
+
+
+def test_an_official_test_file_is_kept(pets, tmp_path):
+    (tmp_path / "test.csv").write_text("kind,age,weight,colour\nbird,1,0.5,green\ncat,2,5,black\n")
+    data = fw.datasets.build("table", path=pets, target="kind", ignore=["name"], test_path=tmp_path / "test.csv")
+    assert data.classes == ["bird", "cat", "dog"]
+    assert data.test.tensors[1].tolist() == [0, 1]
+    assert data.test.tensors[0][0, 1:-1].sum() == 0
+    assert len(data.train) + len(data.val) == 8
+
+
+def test_rows_to_predict_need_only_the_feature_columns(pets, tmp_path):
+    data = whole(pets, ignore=["name"])
+    facts = json.loads(json.dumps(data.facts()))
+    assert torch.equal(type(data).read_inputs(pets, facts), data.train.tensors[0])
+    file = tmp_path / "new.csv"
+    file.write_text("other,age,colour,weight\nx,4,brown,30.5\ny,4,pink,30.5\n")
+    read = type(data).read_inputs(file, facts)
+    assert torch.equal(read[0], data.train.tensors[0][0])
+    assert read[1, 1:4].tolist() == [0, 0, 0]
+    file.write_text("age,color,weight\n1,2,3\n")
+    with pytest.raises(DataError, match=r"has no column 'colour'; did you mean 'color'\?"):
+        type(data).read_inputs(file, facts)
+    file.write_text("age,colour,weight\n1,red,3\n2,red,heavy\n")
+    with pytest.raises(DataError, match=r"new\.csv, row 2, column 'weight': 'heavy' is no number; correct it$"):
+        type(data).read_inputs(file, facts)
+
+
+def test_parquet_gzip_and_other_delimiters_read_the_same(pets, tmp_path):
+    expected = whole(pets, ignore=["name"]).train.tensors[0]
+    with gzip.open(tmp_path / "pets.csv.gz", "wt") as file:
+        file.write(PETS)
+    (tmp_path / "semicolon.csv").write_text("\ufeff" + PETS.replace(",", ";") + "\n", encoding="utf-8")
+    (tmp_path / "tabs.tsv").write_text(PETS.replace(",", "\t"))
+    columns = [line.split(",") for line in PETS.splitlines()]
+    table = {label: cells for label, *cells in zip(*columns, strict=True)}
+    table["weight"] = [float(cell) for cell in table["weight"]]
+    table["age"] = [None if cell in ("", "NA") else int(cell) for cell in table["age"]]
+    table["colour"] = pyarrow.array([cell or None for cell in table["colour"]]).dictionary_encode()
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "pets.parquet")
+    for name in ("pets.csv.gz", "semicolon.csv", "tabs.tsv", "pets.parquet"):
+        assert torch.equal(whole(tmp_path / name, ignore=["name"]).train.tensors[0], expected), name
+
+
+def test_parquet_knows_its_types(tmp_path):
+    table = {"flag": [True, False, True], "day": np.array(["2020-01-01"] * 3, "datetime64[D]"), "y": [1.0, 2.0, 3.0]}
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "t.parquet")
+    assert whole(tmp_path / "t.parquet", "y").target == "value"
+    assert whole(tmp_path / "t.parquet", "flag", ignore=["day"]).classes == ["False", "True"]
+    (tmp_path / "broken.parquet").write_bytes((tmp_path / "t.parquet").read_bytes()[:200])
+    refused(tmp_path / "broken.parquet", "broken.parquet is no readable Parquet file")
+
+
+def test_columns_that_are_not_there(pets, tmp_path):
+    refused(pets, "has no column 'knd'; did you mean 'kind'?", "knd")
+    refused(pets, "has no column 'wieght'; did you mean 'weight'?", features=["wieght"])
+    refused(pets, "has no column 'nme'", ignore=["nme"])
+    refused(pets, "'kind' is the target and cannot be a feature too", features=["kind", "age"])
+    refused(tmp_path / "none.csv", "there is no such file")
+    refused(pets, "column 'name' has 8 different texts; leave it out", max_categories=7)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "is empty; its first line must name the columns"),
+        ("x,kind\n", "has no rows"),
+        ("1,2\n3,4\n", "must name the columns, but it holds numbers: 1, 2"),
+        ("x,x,kind\n1,2,a\n", "two columns are called 'x'"),
+        ("x,kind\n1,a\n2,b,c\n", "line 3: 3 cells, but 2 columns"),
+        ("x,kind\n1,a\n2,b\nthree,a\n4,b\n", r"row 3, column 'x': 'three' is no number; .* or categorical=\[x\]"),
+        ("x,kind\n1,a\ninf,b\n3,a\n", "row 2, column 'x': 'inf' is no number"),
+        ("x,kind\n1,a\n2,\n", "row 2: the target 'kind' is empty"),
+        ("x,kind\n1,1\n2,2\n3,x\n", "row 3, column 'kind': 'x' is no number; correct it, or say target_kind=class"),
+        ("x,kind\n1,a\n2,a\n", "column 'kind': every target is 'a'"),
+        ("x,kind\n,a\n,b\n", "column 'x' is empty in the training split"),
+        ('x,kind\n1,"a\n', "no well-formed CSV"),
+    ],
+)
+def test_tables_that_cannot_be_read(tmp_path, text, said):
+    (tmp_path / "bad.csv").write_text(text)
+    refused(tmp_path / "bad.csv", said)
+
+
+def test_a_file_of_another_encoding(tmp_path):
+    (tmp_path / "bad.csv").write_bytes("x,kind\n1,Bär\n".encode("latin-1"))
+    refused(tmp_path / "bad.csv", "no UTF-8 text")
+    (tmp_path / "bad.csv.gz").write_bytes(gzip.compress(PETS.encode())[:60])
+    refused(tmp_path / "bad.csv.gz", "cannot be read")

@@ -1,0 +1,128 @@
+"""What `list` and `show` print, for people at any width and for programs."""
+
+import io
+import json
+import math
+
+import pytest
+import torch
+from rich.console import Console
+
+from framework import Activation, NonNegativeFloat, PositiveFloat, Rate
+from framework.describe import as_dict, console, find, kinds_as_dicts, list_kinds, list_parts, registry_of, show
+from framework.errors import SettingError, UnknownName
+from framework.registry import Kind, Registry
+
+
+class Sgdx:
+    """Walk downhill, with a tail of the past (Robbins & Monro 1951). More follows.
+
+    And more.
+
+    Args:
+        lr: how far, see `the paper <https://example.org>`__ and :math:`x`.
+        betas: two rates.
+        limit: a bound.
+    """
+
+    def __init__(
+        self, params, lr: PositiveFloat, betas: tuple[Rate, Rate] = (0.9, 0.999), limit: NonNegativeFloat = math.inf
+    ): ...
+
+
+@pytest.fixture
+def shop(monkeypatch):
+    monkeypatch.setattr(Registry, "every", {})
+    optimizer = Registry(Kind("optimizer", ("params",), ("params",), doc="the update rule"))
+    callback = Registry(Kind("callback", many=True, doc="listens"))
+    optimizer.register("sgdx", Sgdx, aliases=["sx"])
+    optimizer.register("adam", torch.optim.Adam)
+    callback.register("adam", lambda every="1epoch", activation="relu": None, types={"activation": Activation})
+    return optimizer
+
+
+def text(renderable, width=80) -> str:
+    output = io.StringIO()
+    Console(file=output, width=width).print(renderable)
+    return output.getvalue()
+
+
+def test_find(shop):
+    assert str(find("sgdx")) == str(find("sx")) == str(find("optimizer/sx")) == "optimizer/sgdx"
+    assert str(find("callbacks/adam")) == str(find("callback/adam")) == "callback/adam"
+    assert registry_of("optimizers") is shop
+    with pytest.raises(SettingError, match="'adam' is several parts: optimizer/adam, callback/adam"):
+        find("adam")
+    with pytest.raises(UnknownName, match="no part 'sgdd'; did you mean 'sgdx'"):
+        find("sgdd")
+    with pytest.raises(UnknownName, match="no kind of part 'optimiser'; did you mean 'optimizer'"):
+        find("optimiser/adam")
+    with pytest.raises(UnknownName, match="no optimizer 'adm'; did you mean 'adam'"):
+        find("optimizer/adm")
+
+
+def test_as_dict_is_json(shop):
+    part = json.loads(json.dumps(as_dict(find("sgdx")), allow_nan=False))
+    lr, betas, limit = part.pop("settings")
+    assert lr["required"]
+    assert "default" not in lr
+    assert lr["range"] == "(0, inf)"
+    assert lr["doc"].startswith("how far")
+    assert betas["default"] == [0.9, 0.999]
+    assert betas["type"] == "[float in [0, 1), float in [0, 1)]"
+    assert limit["default"] == "inf"
+    assert part["source"].startswith(__file__)
+    assert part["aliases"] == ["sx"]
+    assert part["package"] is None
+    assert part["summary"] == "Walk downhill, with a tail of the past (Robbins & Monro 1951)"
+    activation = as_dict(find("callback/adam"))["settings"][1]
+    assert activation["part"] == "activation"
+    assert activation["default"] == "relu"
+
+
+def test_a_class_of_torch_is_from_torch(shop):
+    part = as_dict(find("optimizer/adam"))
+    assert part["module"] == "torch.optim.adam"
+    assert "torch/optim/adam.py:" in part["source"]
+    assert part["package"] == "torch"
+    assert part["version"] == torch.__version__
+    assert part["registered"].startswith(__file__)
+
+
+def test_show(shop):
+    shown = text(show(find("sgdx")))
+    assert shown.startswith("optimizer/sgdx  also sx\n")
+    assert "how far, see the paper and x" in text(show(find("sgdx")), 200)  # no marks of reStructuredText
+    assert "[0.9,0.999]" in shown
+    assert "required" in shown
+    assert "test_describe.py:" in shown
+    assert "framework train optimizer=sgdx optimizer.lr=..." in " ".join(shown.split())
+    assert "framework train 'callbacks=[adam]'" in text(show(find("callback/adam")))  # brackets are no markup
+
+
+def test_lists(shop):
+    kinds = [line.split(maxsplit=2) for line in text(list_kinds()).splitlines()[1:]]
+    assert [kind[:2] for kind in kinds] == [["optimizer", "2"], ["callbacks", "1"]]
+    assert [line.split()[0] for line in text(list_parts(shop)).splitlines()] == ["optimizer", "adam", "sgdx"]
+    assert kinds_as_dicts()[0] == {
+        "kind": "optimizer",
+        "key": "optimizer",
+        "doc": "the update rule",
+        "parts": ["adam", "sgdx"],
+    }
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_every_real_part_fits_the_width(width):
+    for registry in Registry.every.values():
+        pages = [list_parts(registry), *map(show, registry)] if width == 80 else [list_parts(registry)]
+        for page in pages:
+            assert max(map(len, text(page, width).splitlines())) <= width
+
+
+def test_in_a_pipe_there_is_no_colour_and_nothing_is_wrapped():
+    output = io.StringIO()
+    console(output).print(list_parts(Registry.every["optimizer"]))
+    rows = output.getvalue().splitlines()
+    assert "\x1b" not in output.getvalue()
+    assert len(rows) == 1 + len(Registry.every["optimizer"])

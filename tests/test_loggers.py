@@ -1,0 +1,250 @@
+"""What the loggers leave behind, read back by TensorBoard itself and by a JSON parser."""
+
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.compat.proto.graph_pb2 import GraphDef
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from torch import nn
+
+import framework as fw
+
+
+def log(folder, name="tensorboard", step=0, metrics=("loss",), **settings):
+    logger = fw.loggers.build(name, **settings)
+    logger.open(folder, step, metrics)
+    return logger
+
+
+def scalars(logger, values, step, epoch=0, wall_seconds=0.0):
+    logger.scalars(values, step=step, epoch=epoch, wall_seconds=wall_seconds)
+
+
+def read(folder) -> EventAccumulator:
+    return EventAccumulator(str(folder), size_guidance={"tensors": 0, "scalars": 0}).Reload()
+
+
+def tensors(events, tag):
+    return [event.tensor_proto for event in events.Tensors(tag)]
+
+
+def test_tensorboard_reads_the_scalars(tmp_path):
+    board = log(tmp_path)
+    scalars(board, {"train/loss": 0.5, "train/accuracy": 0.25}, step=10)
+    scalars(board, {"train/loss": math.nan, "val/loss": math.inf}, step=20)
+    board.close()
+    board.close()
+    scalars(board, {"late": 1.0}, step=30)  # after close: nothing, and no error
+    events = read(tmp_path)
+    assert sorted(events.Tags()["scalars"]) == ["train/accuracy", "train/loss", "val/loss"]
+    assert [(e.step, e.value) for e in events.Scalars("train/accuracy")] == [(10, 0.25)]
+    assert math.isnan(events.Scalars("train/loss")[1].value)
+    assert events.Scalars("val/loss")[0].value == math.inf
+
+
+def test_a_resumed_run_voids_what_it_does_again(tmp_path):
+    first = log(tmp_path)
+    for step in range(10, 60, 10):
+        scalars(first, {"train/loss": 1.0}, step)
+    first.close()
+    second = log(tmp_path, step=30)
+    for step in range(40, 70, 10):
+        scalars(second, {"train/loss": 2.0}, step)
+    second.close()
+    curve = [(e.step, e.value) for e in read(tmp_path).Scalars("train/loss")]
+    assert curve == [(10, 1), (20, 1), (30, 1), (40, 2), (50, 2), (60, 2)]
+
+
+def test_a_killed_run_has_kept_everything(tmp_path):
+    code = f"""
+import framework as fw
+from pathlib import Path
+fw.discovery.load("framework_plugins.tensorboard_logger")
+board = fw.loggers.build("tensorboard")
+board.open(Path({str(tmp_path)!r}), 0, [])
+for step in range(500):
+    board.scalars({{"loss": step}}, step=step, epoch=0, wall_seconds=0)
+print("done", flush=True)
+import time; time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "done\n"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert len(read(tmp_path).Scalars("loss")) == 500
+
+
+def test_charts_lay_training_over_validation(tmp_path):
+    log(tmp_path, metrics=["loss", "f1.macro"]).close()
+    layout = Layout.FromString(tensors(read(tmp_path), "custom_scalars__config__")[0].string_val[0])
+    charts = {chart.title: list(chart.multiline.tag) for chart in layout.category[0].chart}
+    assert charts == {"loss": ["^train/loss$", "^val/loss$"], "f1.macro": [r"^train/f1\.macro$", r"^val/f1\.macro$"]}
+
+
+def test_hparams_are_in_the_same_run_with_their_types(tmp_path):
+    board = log(tmp_path)
+    scalars(board, {"val/loss": 0.1}, step=40)
+    optimizer = {"name": "adamw", "lr": 1e-3, "betas": [0.9, 0.999], "amsgrad": False, "momentum": None}
+    board.hparams({"optimizer": optimizer, "seed": 3}, {"val/loss": 0.1, "test/accuracy": 0.9})
+    board.close()
+    assert len(list(tmp_path.rglob("*"))) == 1  # one file, no folder for a second run
+    events = read(tmp_path)
+    assert [(e.step, e.value) for e in events.Scalars("val/loss")] == [(40, pytest.approx(0.1))]
+    assert [(e.step, e.value) for e in events.Scalars("test/accuracy")] == [(40, pytest.approx(0.9))]
+    content = {tag: HParamsPluginData.FromString(c) for tag, c in events.PluginTagToContent("hparams").items()}
+    start = content["_hparams_/session_start_info"].session_start_info.hparams
+    assert {
+        name: (value.WhichOneof("kind"), getattr(value, value.WhichOneof("kind"))) for name, value in start.items()
+    } == {
+        "optimizer": ("string_value", "adamw"),
+        "optimizer.lr": ("number_value", 1e-3),
+        "optimizer.betas": ("string_value", "[0.9, 0.999]"),
+        "optimizer.amsgrad": ("bool_value", False),
+        "seed": ("number_value", 3),
+    }
+    assert content["_hparams_/session_end_info"].session_end_info.status == 1  # success
+
+
+def test_texts_pictures_and_histograms(tmp_path):
+    from PIL import Image
+
+    board = log(tmp_path, bins=10)
+    board.text("config", "# Title", step=3)
+    pictures = torch.rand(2, 3, 5, 7)
+    board.images("inputs", pictures, 4)
+    board.images("grey", torch.tensor([[[[0.0, 1.0, 2.0, -1.0, math.nan]]]]), 4)
+    values = torch.randn(10_000)
+    board.histogram("weights", torch.cat([values, torch.tensor([math.nan, math.inf])]), 5)
+    board.histogram("same", torch.ones(4, dtype=torch.bfloat16), 5)
+    board.histogram("nothing", torch.tensor([math.nan]), 5)
+    board.close()
+    events = read(tmp_path)
+    assert tensors(events, "config")[0].string_val[0] == b"# Title"
+    width, height, *encoded = tensors(events, "inputs")[0].string_val
+    assert (width, height, len(encoded)) == (b"7", b"5", 2)
+    decoded = numpy.asarray(Image.open(io.BytesIO(encoded[1])))
+    assert numpy.array_equal(decoded, (pictures[1] * 255).round().byte().permute(1, 2, 0).numpy())
+    grey = numpy.asarray(Image.open(io.BytesIO(tensors(events, "grey")[0].string_val[2])))
+    assert grey.tolist() == [[0, 255, 255, 0, 0]]
+    bars = numpy.frombuffer(tensors(events, "weights")[0].tensor_content).reshape(-1, 3)
+    counts, edges = numpy.histogram(values.numpy(), 10)
+    assert numpy.abs(bars[:, 2] - counts).max() <= 1  # a value on an edge may fall either way
+    assert bars[:, 2].sum() == 10_000
+    assert numpy.allclose(bars[:, 0], edges[:-1])
+    assert numpy.frombuffer(tensors(events, "same")[0].tensor_content).tolist() == [1, 1, 4]
+    assert tensors(events, "nothing")[0].tensor_content == b""
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, inputs):
+        return {"logits": self.drop(inputs + self.body(inputs))}
+
+
+def test_graph_shows_modules_and_disturbs_nothing(tmp_path):
+    model = Residual()
+    model.body[1].eval()
+    inputs, board = torch.rand(8, 4), log(tmp_path)
+    random, mean = torch.get_rng_state(), model.body[1].running_mean.clone()
+    board.graph(model, inputs)
+    board.close()
+    graph = GraphDef.FromString(read(tmp_path)._graph)
+    nodes = {node.name: list(node.input) for node in graph.node}
+    linear, norm = "body/0 (Linear)/linear", "body/1 (BatchNorm1d)/batch_norm"
+    assert nodes[linear] == ["input", "body/0 (Linear)/weight", "body/0 (Linear)/bias"]
+    assert nodes["add"] == ["input", norm]
+    assert nodes["output"] == ["drop (Dropout)/dropout"]
+    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(model.body[1].running_mean, mean)
+    assert model.training
+    assert not model.body[1].training
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_graph_that_cannot_be_drawn_is_a_text(tmp_path):
+    board = log(tmp_path)
+    board.graph(nn.Linear(3, 3), torch.rand(2, 4))
+    board.close()
+    assert (
+        b"RuntimeError: mat1 and mat2 shapes cannot be multiplied" in tensors(read(tmp_path), "graph")[0].string_val[0]
+    )
+    quiet = log(tmp_path / "quiet", graph=False)
+    quiet.graph(nn.Linear(3, 3), torch.rand(2, 3))
+    quiet.close()
+    assert not read(tmp_path / "quiet").Tags()["graph"]
+
+
+def test_checksum_is_crc32c():
+    from framework_plugins.tensorboard_logger import masked_crc32c
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c as theirs
+
+    for data in (b"", b"123456789", os.urandom(1000)):
+        assert int.from_bytes(masked_crc32c(data), "little") == theirs(data)
+
+
+def test_files_of_one_second_are_read_in_order(tmp_path):
+    for _ in range(3):
+        log(tmp_path).close()
+        time.sleep(0.001)
+    names = [file.name for file in sorted(tmp_path.iterdir(), key=lambda file: file.stat().st_mtime_ns)]
+    assert names == sorted(names)
+
+
+def lines(folder):
+    def refuse(constant):
+        raise ValueError(f"{constant} is no JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_json_lines_are_on_disk_at_once_and_always_json(tmp_path):
+    logger = log(tmp_path, "json_lines")
+    scalars(logger, {"val/loss": 0.08, "val/accuracy": 1}, step=450, epoch=10, wall_seconds=3.20049)
+    assert lines(tmp_path) == [{"step": 450, "epoch": 10, "wall_seconds": 3.2, "val/loss": 0.08, "val/accuracy": 1.0}]
+    scalars(logger, {"a": math.nan, "b": -math.inf, "c": torch.tensor(0.5)}, step=451)
+    logger.close()
+    assert lines(tmp_path)[1] == {"step": 451, "epoch": 0, "wall_seconds": 0.0, "a": None, "b": None, "c": 0.5}
+
+
+@pytest.mark.parametrize(("resumed_at", "kept"), [(0, []), (2, [1, 2]), (9, [1, 2, 3])])
+def test_json_lines_of_a_resumed_run(tmp_path, resumed_at, kept):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "tr')
+    logger = log(tmp_path, "json_lines", step=resumed_at)
+    scalars(logger, {}, step=10)
+    logger.close()
+    assert [row["step"] for row in lines(tmp_path)] == [*kept, 10]
+
+
+def test_console(capsys):
+    logger = log(None, "console", digits=2)
+    scalars(logger, {"val/loss": 0.0812, "val/accuracy": 0.97}, step=450, epoch=10, wall_seconds=3.21)
+    logger.close()
+    assert capsys.readouterr().out == "step 450  epoch 10  3.2 s  val/loss 0.081  val/accuracy 0.97\n"
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "json_lines"])
+def test_without_a_folder_nothing_is_recorded_and_it_says_so(name):
+    with pytest.warns(UserWarning, match=f"no folder, so the {name} logger records nothing"):
+        logger = log(None, name)
+    scalars(logger, {"loss": 1.0}, step=1)
+    logger.text("a", "b")
+    logger.histogram("a", torch.ones(3), 1)
+    logger.images("a", torch.ones(1, 1, 2, 2), 1)
+    logger.graph(nn.Linear(1, 1), torch.ones(1, 1))
+    logger.hparams({}, {"loss": 1.0})
+    logger.close()

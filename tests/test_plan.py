@@ -1,0 +1,194 @@
+"""The plan of a run: costs against hand formulas, memory by hand and by measurement, and nothing disturbed."""
+
+import copy
+import io
+import json
+import math
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+import framework as fw
+from framework.plan import Curve, bytes_text, count_text, curve_text, fold, make_plan, read_curve, render
+from framework.probe import Layer, activation_bytes, optimizer_bytes, read_layers, saved_bytes, undisturbed
+from framework.task import Step, Task
+
+
+class Classify(Task):
+    criterion = nn.CrossEntropyLoss()
+
+    def step(self, model, batch):
+        outputs = model(batch[0])
+        return Step(self.criterion(outputs, batch[1]), outputs, batch[1])
+
+
+def batch_of(size, *shape, classes=5):
+    return torch.randn(size, *shape), torch.randint(0, classes, (size,))
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 5))
+
+
+class Everything(nn.Module):
+    """A convolution, batch norm, attention, a recurrent layer, tied weights, an own parameter and an unused layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(16)
+        self.position = nn.Parameter(torch.zeros(64, 16))
+        self.encoder = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+        self.recurrent = nn.LSTM(16, 8, batch_first=True)
+        self.head, self.again, self.unused = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(3, 3)
+        self.again.weight = self.head.weight
+
+    def forward(self, images):
+        x = self.norm(self.convolution(images)).flatten(2).transpose(1, 2) + self.position
+        x, _ = self.recurrent(self.encoder(x))
+        return self.again(self.head(x[:, -1]))
+
+
+def test_layers_against_hand_formulas():
+    model = Everything()
+    layers, unused = read_layers(model, batch_of(2, 3, 8, 8))
+    by_name = {layer.name: layer for layer in layers}
+    flops = {name: layer.flops for name, layer in by_name.items()}
+    assert flops["convolution"] == 2 * 16 * 8 * 8 * 3 * 3 * 3  # a multiply-add is two
+    assert flops["encoder.linear1"] == 64 * 2 * 16 * 32
+    projections, scores = 64 * 2 * 16 * (48 + 16), 2 * 2 * 64 * 64 * 16
+    assert flops["encoder.self_attn"] == projections + scores
+    assert flops["recurrent"] == 64 * 2 * 4 * 8 * (16 + 8)
+    assert flops["head"] == flops["again"] == 2 * 8 * 8
+    assert by_name["convolution"].out_shape == (16, 8, 8)
+    assert by_name["recurrent"].out_shape == (64, 8)
+    assert by_name["convolution"].parameters == 16 * 3 * 3 * 3
+    assert by_name["(itself)"].parameters == 64 * 16
+    assert by_name["encoder.self_attn"].parameters == sum(p.numel() for p in model.encoder.self_attn.parameters())
+    assert (by_name["head"].parameters, by_name["again"].parameters) == (8 * 8 + 8, 8)  # tied weights count once
+    assert unused == ["unused.weight", "unused.bias"]
+    assert sum(layer.parameters for layer in layers) + 12 == sum(p.numel() for p in model.parameters())
+
+
+def test_nothing_is_disturbed():
+    model = nn.Sequential(nn.Linear(10, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 5))
+    model[1].eval()
+    optimizer = torch.optim.AdamW(model.parameters())
+    batch = batch_of(8, 10)
+    before, random, modes = copy.deepcopy(model.state_dict()), torch.get_rng_state(), [m.training for m in model]
+    make_plan(model, batch, task=Classify(), optimizer=optimizer, steps_per_epoch=1, total_steps=1)
+    with pytest.raises(ZeroDivisionError), undisturbed(model, train=True):
+        torch.rand(3)
+        model(batch[0])
+        _ = 1 / 0
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert [m.training for m in model] == modes
+    assert not optimizer.state
+    assert all(p.grad is None and not m._forward_hooks for m in model for p in m.parameters())
+
+
+def test_activation_memory_by_hand():
+    # kept for backward: the inputs, the outputs of relu (shared with the second linear), log-softmax, the targets,
+    # and of cross entropy its total weight, one float
+    n = 64
+    floats = n * 10 + n * 32 + n * 5 + 1
+    assert saved_bytes(mlp(), batch_of(n, 10), Classify(), n) == 4 * floats + 8 * n
+    assert activation_bytes(mlp(), batch_of(n, 10), Classify()) == 4 * floats + 8 * n  # from two and four samples
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 33])
+def test_activation_memory_of_any_batch_is_what_it_would_be_measured(size):
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.GELU(), nn.Flatten(), nn.Dropout(0.1), nn.Linear(144, 5))
+    batch = batch_of(size, 1, 8, 8)
+    assert activation_bytes(model, batch, Classify()) == saved_bytes(model, batch, Classify(), size)
+
+
+@pytest.mark.parametrize("name", fw.optimizers.names())
+def test_optimizer_memory_is_that_of_a_real_step(name):
+    model = mlp()
+    optimizer = fw.optimizers.build(name, list(model.parameters()))
+    estimated = optimizer_bytes(optimizer)
+    Classify().step(model, batch_of(4, 10)).loss.backward()
+    optimizer.step()
+    tensors = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    assert estimated == sum(t.numel() * t.element_size() for t in tensors)
+
+
+def test_optimizer_that_cannot_be_tried_is_unknown():
+    class Stubborn(torch.optim.SGD):
+        def step(self, closure=None):
+            raise RuntimeError("not today")
+
+    assert optimizer_bytes(Stubborn(mlp().parameters(), lr=0.1)) is None
+
+
+@pytest.mark.parametrize("total", [1, 7, 1000, 1_000_000])
+def test_curve_of_a_warm_up_and_cosine(total):
+    optimizer = torch.optim.SGD(mlp().parameters(), lr=0.5)
+    warm = total // 10
+
+    def factor(step):
+        return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / (total - warm)))
+
+    curve = read_curve(optimizer, factor, total)
+    assert (curve.start, curve.end) == (0.5 * factor(0), 0.5 * factor(total - 1))
+    assert curve.peak == pytest.approx(0.5, rel=1e-3)
+    assert curve.peak_step == pytest.approx(max(warm - 1, 0), abs=total / 5000)
+    assert len(curve.rates) == min(total, 120)
+
+
+def test_curve_is_drawn_high_where_the_rate_is_high():
+    drawn = curve_text(Curve(1.0, 1.0, 0, 0.0, [1 - i / 119 for i in range(120)]), 500).plain.splitlines()
+    assert drawn[0].startswith("        1 ⠉")
+    assert drawn[0].endswith("⠀")
+    assert drawn[3].startswith("        0 ⠀")
+    assert drawn[3].endswith("⣀")
+    assert drawn[4].rstrip().endswith("step 500")
+    assert len(drawn[4]) == len(drawn[3]) == 70
+    assert drawn[5] == "learning rate  start 1, end 0"
+
+
+def test_plan_as_json_and_on_a_terminal():
+    model, batch = mlp(), batch_of(32, 10)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model[0].bias.requires_grad_(False)
+    split = fw.TensorSplit(*batch_of(100, 10))
+    data = fw.Data()
+    data.train, data.val = split, [1, 2, 3]
+    plan = make_plan(model, batch, task=Classify(), optimizer=optimizer, data=data, steps_per_epoch=4, total_steps=40)
+    given = json.loads(json.dumps(plan.as_dict()))
+    parameters = 10 * 32 + 32 + 32 * 5 + 5
+    assert (given["parameters"], given["trainable"]) == (parameters, parameters - 32)
+    assert given["flops"] == 2 * (10 * 32 + 32 * 5)
+    assert given["memory"]["gradients"] == 4 * (parameters - 32)
+    assert given["memory"]["total"] == sum(v for k, v in given["memory"].items() if k != "total")
+    assert given["splits"] == [
+        {"name": "train", "samples": 100, "bytes": 100 * (40 + 8)},
+        {"name": "val", "samples": 3, "bytes": None},
+    ]
+    output = io.StringIO()
+    Console(file=output, width=80).print(render(plan))
+    shown = output.getvalue()
+    assert "train 100 (4.69 KiB), val 3" in shown
+    assert "40 = 10 epochs of 4, batches of 32" in shown
+    assert "960 FLOPs a sample forward" in shown
+    assert "about 3.69 M to train" in shown
+    assert "32 of 517 parameters" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_many_layers_are_folded_without_loss():
+    layers = [Layer(f"stage.{i}.{j}", "Linear", (i, j), 1, 2) for i in range(30) for j in range(3)]
+    folded = fold(layers)
+    assert [layer.name for layer in folded] == [f"stage.{i}" for i in range(30)]
+    assert sum(layer.parameters for layer in folded) == len(layers)
+    assert folded[4] == Layer("stage.4", "...", (4, 2), 3, 6)
+    assert fold(layers[:30]) == layers[:30]
+
+
+def test_numbers_for_people():
+    assert [count_text(n) for n in (0, 999_999, 23_456_789, 1.5e12)] == ["0", "999,999", "23.5 M", "1.5 T"]
+    assert [bytes_text(n) for n in (None, 12, 1536, 3 * 2**30)] == ["unknown", "12 B", "1.5 KiB", "3 GiB"]
