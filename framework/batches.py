@@ -13,11 +13,11 @@ Source = Data | Split | Loader | Iterable[Any]
 
 
 def as_batches(source: Source, batch_size: int, *, shuffle: bool, seed: int, device: torch.device) -> Batches:
-    """Return a reader of the source's batches (of a Data: of its train split); in-memory data goes to the device."""
+    """Return a reader of the source's batches; in-memory data goes to the device. Raises DataError for a whole Data."""
     if isinstance(source, Data):
-        source = source.train
+        raise DataError(f"{type(source).__name__} has several splits: pass one of them, such as `data.test`")
     if hasattr(source, "__getitem__") and not isinstance(source, list | tuple):
-        source = Loader(source, batch_size, batch_size, shuffle=shuffle, seed=seed)
+        source = Loader(source, batch_size, batch_size, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
     if not isinstance(source, Loader):
         return source if isinstance(source, ForeignLoader) else ForeignLoader(source)  # type: ignore[arg-type]
     if isinstance(source.split, TensorSplit):

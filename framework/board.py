@@ -1,6 +1,7 @@
 """TensorBoard on the folder of runs, on 127.0.0.1."""
 
 import signal
+import socket
 import threading
 from pathlib import Path
 
@@ -14,6 +15,7 @@ def serve(root: Path, port: int) -> int:
     """
     if not root.is_dir():
         raise RunError(f"there is no folder of runs {root}: train something first, or name it with --root")
+    check_port(port)
     from tensorboard import program
 
     server = program.TensorBoard()
@@ -21,10 +23,24 @@ def serve(root: Path, port: int) -> int:
     try:
         address = server.launch()
     except program.TensorBoardServerException as error:
-        raise FrameworkError(f"TensorBoard cannot start: {str(error).splitlines()[0]} (--port chooses another)") from error
+        raise FrameworkError(
+            f"TensorBoard cannot start: {str(error).splitlines()[0]} (--port chooses another)"
+        ) from error
     print(f"TensorBoard shows {root} at {address} (Ctrl-C ends it)", flush=True)
     done = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: done.set())
     done.wait()
     return 0
+
+
+def check_port(port: int) -> None:
+    """Raise FrameworkError when the port is taken or none: before TensorBoard, which takes seconds to say so."""
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+    except OverflowError:
+        raise FrameworkError(f"--port should be 0 to 65535, not {port}") from None
+    except OSError as error:
+        raise FrameworkError(f"--port {port}: {error.strerror}; another one, or 0 for any free one?") from error

@@ -23,6 +23,8 @@ To end a run: `trainer.state.stop = "reason"`; the step under way is finished fi
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -66,3 +68,23 @@ class Callback:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
+
+
+def listeners(callbacks: Sequence[Callback]) -> dict[str, list[Callable[[Trainer], None]]]:
+    """Return for each event the methods that listen to it: those that are not the empty ones of `Callback`."""
+    methods = {event: f"on_{event}" for event in EVENTS}
+    return {
+        event: [getattr(c, name) for c in callbacks if getattr(type(c), name) is not getattr(Callback, name)]
+        for event, name in methods.items()
+    }
+
+
+def keyed(callbacks: Sequence[Callback]) -> dict[str, Callback]:
+    """Return callbacks by "0:EarlyStop", "1:EarlyStop": counted by class, so that one of another class shifts none."""
+    seen: Counter[str] = Counter()
+    found = {}
+    for callback in callbacks:
+        name = type(callback).__name__
+        found[f"{seen[name]}:{name}"] = callback
+        seen[name] += 1
+    return found

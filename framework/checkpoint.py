@@ -16,8 +16,8 @@ import json
 import os
 import re
 import shutil
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,35 +30,86 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import CheckpointError
+from .snapshot import Copies, Snapshot, bytes_of, snapshot
 
 MODEL, TRAINING, MANIFEST = FILES = ("model.safetensors", "training.pt", "MANIFEST.json")
 SCHEMA = 1
+LARGEST_MANIFEST = 64 * 2**20  # bytes; the names of a million tensors
 VISIBLE = re.compile(r"step-(\d{8,})")
 HIDDEN = re.compile(r"\.(step-\d{8,})-[0-9a-f]{8}(\.replaced|\.removed)?")
-PLAIN = (str, int, float, bool, type(None), bytes)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UNWRITABLE = (OSError, RuntimeError, SafetensorError)  # torch wraps the OSError, safetensors names only its number
 
 
-def save(folder: Path, model_state: Mapping[str, Tensor], training_state: dict[str, Any], step: int) -> Path:
+def save(
+    folder: Path,
+    model_state: Mapping[str, Tensor],
+    training_state: Any,
+    step: int,
+    run: Mapping[str, Any] | None = None,
+) -> Path:
     """Write the checkpoint of a step and return its folder; one of the same step is replaced.
 
+    run: facts for the manifest (plain JSON types), such as the run's id.
     Raises CheckpointError when a value is not plain (named by its path, "callbacks.early_stop.best"), and when the
     files cannot be written (named, with the bytes needed and free if the disk is full); nothing is left behind then.
     """
-    tensors, tied = without_copies(model_state)
-    training = plain(training_state)
-    needed = bytes_of(tensors) + bytes_of(training)
-    beside = folder / f".{folder_name(step)}-{uuid4().hex[:8]}"
+    return commit(folder, snapshot(model_state, training_state, step, run))
+
+
+class Writer:
+    """Saves off the training thread: the state is copied at once, and one thread at a time writes the copy.
+
+    Saves are written in the order of their submission. What goes wrong in one is raised by the next `submit`, `check`
+    or `join`. The program ends when the last one is on the disk; if it is killed, the one before is the newest.
+    """
+
+    def __init__(self) -> None:
+        self.copies = Copies()
+        self.thread: threading.Thread | None = None
+        self.error: BaseException | None = None
+
+    def submit(self, folder: Path, *state: Any, then: Callable[[Path], None]) -> None:
+        """Copy a state (the arguments of `snapshot`) and return; the thread calls `then` with the written folder."""
+        self.join()
+        taken = snapshot(*state, copies=self.copies)
+        self.thread = threading.Thread(target=self._write, args=(folder, taken, then), name="checkpoint")
+        self.thread.start()
+
+    def _write(self, folder: Path, taken: Snapshot, then: Callable[[Path], None]) -> None:
+        try:
+            then(commit(folder, taken))
+        except BaseException as error:  # it belongs to the thread that trains
+            self.error = error
+
+    def check(self) -> None:
+        """Raise what went wrong in a save that is over."""
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+
+    def join(self) -> None:
+        """Wait until everything is written; raise what went wrong."""
+        if self.thread is not None:
+            self.thread.join()
+        self.check()
+
+
+def commit(folder: Path, taken: Snapshot) -> Path:
+    """Write a snapshot and return its folder. Raises CheckpointError as `save` does."""
+    needed = bytes_of(taken.tensors) + bytes_of(taken.training)
+    beside = folder / f".{folder_name(taken.step)}-{uuid4().hex[:8]}"
     try:
         make(folder)
         if needed > shutil.disk_usage(folder).free:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         beside.mkdir()
-        write(beside, tensors, tied, training, step)
-        return publish(beside, folder / folder_name(step))
+        write(beside, taken)
+        return publish(beside, folder / folder_name(taken.step))
     except UNWRITABLE as error:
-        raise CheckpointError(f"step {step} cannot be saved in {folder}: {cause(error, folder, needed)}") from error
+        raise CheckpointError(
+            f"step {taken.step} cannot be saved in {folder}: {cause(error, folder, needed)}"
+        ) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)  # after a success it is no longer there
 
@@ -75,7 +126,8 @@ def load(checkpoint: Path, map_location: str | torch.device = "cpu") -> tuple[di
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
             tied = json.loads((file.metadata() or {}).get("tied", "{}"))
         tensors |= {name: tensors[first] for name, first in tied.items()}
-        return tensors, torch.load(checkpoint / TRAINING, map_location="cpu", weights_only=True)
+        training = torch.load(checkpoint / TRAINING, map_location="cpu", weights_only=True)
+        return tensors, dict(training)
     except Exception as error:  # the files are what was written, so whatever it is, it is not for this program
         raise CheckpointError(f"{checkpoint} cannot be read: {first_line(error)}") from error
 
@@ -130,17 +182,24 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{checkpoint} is no complete checkpoint: it has no {MANIFEST}")
     try:
+        if path.stat().st_size > LARGEST_MANIFEST:
+            raise CheckpointError(f"{path} is damaged: it has {path.stat().st_size:,} bytes")
         manifest = json.loads(path.read_bytes())
         if manifest["schema"] > SCHEMA:
             raise CheckpointError(
                 f"{checkpoint} was written by framework {manifest['framework']} (format {manifest['schema']}); "
                 f"this version reads formats up to {SCHEMA}"
             )
-        if manifest.pop("sha256") != own_sha256(manifest) or not {MODEL, TRAINING} <= set(manifest["files"]):
+        files = {name: (wanted["bytes"], wanted["sha256"]) for name, wanted in manifest["files"].items()}
+        whole = {MODEL, TRAINING} <= set(files) and isinstance(manifest["nan"], list)
+        if manifest.pop("sha256") != own_sha256(manifest) or not whole:
             raise CheckpointError(f"{path} is damaged: it does not match its own sha256")
-        return manifest
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {first_line(error)}") from error
+    for name in files:
+        if Path(name).name != name:
+            raise CheckpointError(f"{path} lists {name!r}, which is not a file of this folder")
+    return manifest
 
 
 def remove(checkpoint: Path) -> None:
@@ -149,9 +208,6 @@ def remove(checkpoint: Path) -> None:
     Raises CheckpointError when the folder or one of the files is a symbolic link, or a name leads elsewhere.
     """
     names = [*read_manifest(checkpoint)["files"], MANIFEST]
-    for name in names:
-        if Path(name).name != name:
-            raise CheckpointError(f"{checkpoint / MANIFEST} lists {name!r}, which is not a file of this folder")
     refuse_links(checkpoint, *(checkpoint / name for name in names))
     try:
         aside = checkpoint.with_name(f".{checkpoint.name}-{uuid4().hex[:8]}.removed")
@@ -195,22 +251,22 @@ def refuse_links(*paths: Path) -> None:
 # writing
 
 
-def write(folder: Path, tensors: dict[str, Tensor], tied: dict[str, str], training: Any, step: int) -> None:
+def write(folder: Path, taken: Snapshot) -> None:
     """Fill a folder: the model, the training state, then the manifest; each is on the disk when this returns."""
     try:
-        save_file(tensors, folder / MODEL, metadata={"tied": json.dumps(tied)})
+        save_file(taken.tensors, folder / MODEL, metadata={"tied": json.dumps(taken.tied)})
     except (ValueError, KeyError) as error:
-        raise CheckpointError(f"step {step} cannot be saved: the model's state: {first_line(error)}") from error
+        raise CheckpointError(f"step {taken.step} cannot be saved: the model's state: {first_line(error)}") from error
     with (folder / TRAINING).open("xb") as file:
-        torch.save(training, file)
+        torch.save(taken.training, file)
     manifest = {
         "schema": SCHEMA,
-        "step": step,
+        "step": taken.step,
         "files": {name: measured(folder / name) for name in (MODEL, TRAINING)},
-        "nan": [name for name, tensor in tensors.items() if holds_nan(tensor)],
+        "nan": [name for name, tensor in taken.tensors.items() if holds_nan(tensor)],
         "torch": torch.__version__,
         "framework": framework_version(),
-        "threads": torch.get_num_threads(),
+        "run": taken.run,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     manifest["sha256"] = own_sha256(manifest)
@@ -274,71 +330,6 @@ def framework_version() -> str:
         return version("framework")
     except PackageNotFoundError:  # read from a folder, not installed
         return "unknown"
-
-
-# what may be written
-
-
-def without_copies(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return each distinct tensor once, whole and on the CPU, and for every further name of it the first one."""
-    stored: dict[str, Tensor] = {}
-    tied: dict[str, str] = {}
-    first_of: dict[Any, str] = {}
-    for name, tensor in state.items():
-        if not isinstance(tensor, Tensor):
-            raise CheckpointError(f"{name} of the model's state is a {type(tensor).__qualname__}, not a tensor")
-        first = first_of.setdefault(place_of(tensor), name) if tensor.numel() else name
-        if first != name:
-            tied[name] = first
-        else:
-            stored[name] = own_memory(tensor)
-    return stored, tied
-
-
-def place_of(tensor: Tensor) -> Any:
-    """Equal for two tensors only when they are the same numbers in the same memory."""
-    if tensor.layout is not torch.strided:
-        return id(tensor)
-    where = (tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset())
-    return *where, tensor.dtype, tensor.shape, tensor.stride()
-
-
-def own_memory(tensor: Tensor) -> Tensor:
-    """Return a tensor on the CPU that fills its storage, so that no file holds more than it shows."""
-    tensor = tensor.detach().cpu()
-    if tensor.layout is not torch.strided:
-        return tensor
-    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-    return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
-
-
-def plain(value: Any, path: str = "") -> Any:
-    """Return a value made of plain types only. Raises CheckpointError naming the path of anything else.
-
-    Subclasses are refused too: a numpy.float64 is a float, but is pickled as code that makes one.
-    """
-    kind = type(value)
-    if kind in PLAIN:
-        return value
-    if kind in (Tensor, torch.nn.Parameter):
-        return own_memory(value)
-    if kind in (dict, OrderedDict):
-        return {plain(key, f"{path} (a key)"): plain(item, f"{path}.{key}".lstrip(".")) for key, item in value.items()}
-    if kind in (list, tuple):
-        return kind(plain(item, f"{path}.{index}".lstrip(".")) for index, item in enumerate(value))
-    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-    raise CheckpointError(
-        f"{path or 'the training state'} is a {name}, which no checkpoint may hold; state_dict must give "
-        f"dict, list, tuple, str, int, float, bool, None, bytes or tensors"
-    )
-
-
-def bytes_of(value: Any) -> int:
-    """The bytes of all tensors in a plain value."""
-    if isinstance(value, Tensor):
-        return value.nbytes if value.layout is torch.strided else 0
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return sum(map(bytes_of, items))
 
 
 # errors in words

@@ -2,53 +2,64 @@
 
 import argparse
 import json
+import os
 import signal
 import sys
+import sysconfig
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .errors import FrameworkError, did_you_mean
+from .errors import ConfigError, FrameworkError, did_you_mean
 
 STARTED = time.monotonic()
+TRACEBACK = "--traceback"
 
 HELP = """\
 Named parts, composed into experiments, trained on PyTorch.
 
 usage: framework VERB ...
 
-  train      compose an experiment and train it       framework train optimizer=sgd optimizer.lr=0.1
-  plan       the same, shown instead of trained       framework plan model=cnn data=fashion_mnist
-  eval       measure a trained run                    framework eval runs/default/NAME
-  predict    run a trained model on a file            framework predict RUN --input x.npz --output y.csv
-  list       the kinds of parts, or the parts of one  framework list optimizer
-  show       a part: settings, defaults, source       framework show optimizer/adamw
-  board      TensorBoard on the runs                  framework board
-  completion a script for TAB                         source <(framework completion bash)
+  train       compose an experiment and train it
+  plan        the same, shown instead of trained
+  eval        measure a trained run on a split of its data
+  predict     run a trained model on a file
+  list        the kinds of parts, or the parts of one
+  show        a part: its settings, defaults, source
+  board       TensorBoard on the runs
+  completion  a script for TAB
 
-`framework VERB --help` shows each with examples. Exit status: 0, 2 for a mistake in what was asked for,
-1 for a fault of the program (--traceback shows where), 130 or 143 when stopped by a signal."""
+  framework train model=mlp optimizer=sgd optimizer.lr=0.1
+  framework eval runs/default/NAME
+
+`framework VERB --help` shows each with examples. Exit status: 0; 2 for a
+mistake in what was asked for; 1 for a fault of the program (--traceback shows
+where); 130 or 143 when stopped by a signal."""
 
 TRAIN = """\
 examples:
-  framework train                                            digits, an MLP: seconds
+  framework train                                   digits, an MLP: seconds
   framework train model.width=256 model.depth=3 activation=gelu
-  framework train optimizer=sgd optimizer.lr=0.1 optimizer.momentum=0.9 scheduler=one_cycle
+  framework train optimizer=sgd optimizer.lr=0.1 scheduler=one_cycle
   framework train +callbacks=early_stop callbacks.early_stop.patience=5
-  framework train model.activation=leaky_relu model.activation.negative_slope=0.2
-  framework train experiment=fashion_mnist_cnn               a file of conf/experiment, or of --config-dir
-  framework train -m optimizer.lr=1e-4,1e-3 'seed=range(3)'  every combination, one after the other
-  framework train --plugins my_parts.py activation=mine      parts of your own
+  framework train ~callbacks=progress               one part of a list less
+  framework train model.activation=elu model.activation.alpha=0.5
+  framework train experiment=fashion_mnist_cnn      a file of conf/experiment
+  framework train -m optimizer.lr=1e-4,1e-3 'seed=range(3)'
+                                                    every combination in turn
+  framework train --plugins mine.py activation=mine parts of your own
 
-`framework list` names the parts, `framework show optimizer/sgd` the settings of one.
-Hydra's own flags work too: --cfg job prints the composed config, --info defaults where it comes from."""
+`framework list` names the parts, `framework show optimizer/sgd` the settings
+of one. Settings of Hydra itself go by hydra.KEY=VALUE."""
 
 PLAN = """\
 examples:
   framework plan experiment=fashion_mnist_cnn
-  framework plan model=resnet data=fashion_mnist --json
-prints layers with shapes, parameters and FLOPs, steps, the schedule as a curve, memory; trains nothing."""
+  framework plan model=cnn data=fashion_mnist --json
+Prints layers with shapes, parameters and FLOPs, steps, the schedule as a
+curve, memory; trains nothing."""
 
 EVAL = """\
 examples:
@@ -58,8 +69,8 @@ examples:
 PREDICT = """\
 examples:
   framework predict runs/default/first --input new.npz --output labels.csv
-  framework predict runs/table/first --input new.csv --output -          to the terminal
-The input is read as the run's data set reads its own files; the output is .csv, .jsonl or .npz."""
+  framework predict runs/table/first --input new.csv --output -
+The input is read as the run's data set reads its own files."""
 
 LIST = """\
 examples:
@@ -81,35 +92,40 @@ examples:
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    traceback = "--traceback" in arguments
-    arguments = [argument for argument in arguments if argument != "--traceback"]
+    arguments.sort(key=lambda argument: argument == TRACEBACK)  # it may stand anywhere, also before the verb
     try:
         status = run(arguments)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
         status = 128 + signal.SIGPIPE
-    except FrameworkError as error:
-        if traceback:
-            raise
-        for line in str(error).splitlines():
-            print(f"framework: {line}", file=sys.stderr)
-        status = error.exit_status
     except Exception as error:
-        if traceback:
-            raise
-        print(f"framework: {type(error).__name__}: {error}", file=sys.stderr)
-        print(f"framework: a fault at {place(error)}; --traceback shows how it came to it", file=sys.stderr)
-        status = 1
+        status = complain(error, TRACEBACK in arguments)
     sys.exit(status)
 
 
-def place(error: BaseException) -> str:
-    """Return file:line where an error arose."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return "?" if trace is None else f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
+def complain(error: Exception, with_traceback: bool) -> int:
+    """Print what went wrong, a fault with its place, in a line or two each; returns the exit status."""
+    if with_traceback:
+        traceback.print_exception(error)
+    if isinstance(error, FrameworkError):
+        lines = str(error).splitlines()
+    else:
+        said = " ".join(str(error).split())
+        lines = [f"{type(error).__name__}: {said[:300]}", f"a fault at {place(error)}; {TRACEBACK} shows the way there"]
+    for line in lines:
+        print(f"framework: {line}", file=sys.stderr)
+    return error.exit_status if isinstance(error, FrameworkError) else 1
+
+
+def place(error: Exception) -> str:
+    """Return file:line where an error arose: in a plugin, when one was at work, rather than in what it called."""
+    frames = traceback.extract_tb(error.__traceback__)
+    libraries = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), str(Path(__file__).parent), "<")
+    frame = ([frame for frame in frames if not frame.filename.startswith(libraries)] or frames)[-1]
+    return f"{frame.filename}:{frame.lineno}"
 
 
 def run(arguments: list[str]) -> int:
@@ -122,6 +138,11 @@ def run(arguments: list[str]) -> int:
         from importlib.metadata import version
 
         print(version("framework"))
+        return 0
+    if verb == "complete":  # what the scripts of `completion` call at each TAB
+        from .completion import answer
+
+        print("\n".join(answer(rest[1:] if rest[:1] == ["--"] else rest)))
         return 0
     if verb not in VERBS:
         raise FrameworkError(f"there is no verb {verb!r}; {did_you_mean(verb, VERBS)}")
@@ -139,8 +160,10 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        self.add_argument("--plugins", action="append", default=[], metavar="PATH_OR_MODULE", help="load parts of your own")
-        self.add_argument("--traceback", action="store_true", help="show where an error arose")
+        self.add_argument(
+            "--plugins", action="append", default=[], metavar="FILE", help="parts of your own, or a module"
+        )
+        self.add_argument(TRACEBACK, action="store_true", help="show where an error arose")
 
     def error(self, message: str) -> NoReturn:
         raise FrameworkError(f"{message} (`{self.prog} --help` shows how)")
@@ -149,10 +172,13 @@ class Parser(argparse.ArgumentParser):
 def composing(verb: str, does: str, epilog: str) -> Parser:
     parser = Parser(verb, does, epilog)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="what differs from the default experiment")
-    parser.add_argument("--config-dir", action="append", default=[], type=Path, help="a folder with your experiment/*.yaml")
+    parser.add_argument(
+        "--config-dir", action="append", default=[], type=Path, metavar="DIR", help="a folder with experiment/*.yaml"
+    )
     parser.add_argument("--cfg", choices=["job", "hydra", "all"], help="print the composed config and stop")
     parser.add_argument("--resolve", action="store_true", help="with --cfg: fill in the references")
-    parser.add_argument("--info", nargs="?", const="all", help="print how the config is composed and stop")
+    shown = ("defaults", "defaults-tree", "searchpath", "config", "plugins", "all")
+    parser.add_argument("--info", choices=shown, metavar="WHAT", help=f"print and stop: {', '.join(shown)}")
     return parser
 
 
@@ -166,26 +192,33 @@ def command_line(given: argparse.Namespace) -> Any:
     return CommandLine(given.overrides, flags, given.plugins, given.config_dir)
 
 
-def train(arguments: list[str]) -> int:
+def train(arguments: list[str]) -> None:
     parser = composing("train", "Compose an experiment and train it.", TRAIN)
-    parser.add_argument("-m", "--multirun", action="store_true", help="sweep: values with commas, range(...), choice(...)")
+    parser.add_argument(
+        "-m", "--multirun", action="store_true", help="sweep: try every combination of a,b,c or range(3)"
+    )
     given = parser.parse_intermixed_args(arguments)
+    if given.multirun and (given.cfg or given.info):
+        parser.error("-m runs a sweep, --cfg and --info only show: give one of them")
     from .compose import Job, run as compose
 
-    status = 0
-
-    def job(composed: Job) -> Any:
+    def job(composed: Job) -> None:
         from .experiment import train as train_experiment
         from .report import print_result
 
-        nonlocal status
-        result = train_experiment(composed.spec, composed.experiment, composed.overrides, STARTED)
-        print_result(result, composed.overrides if composed.number is not None else None)
-        status = max(status, 0 if result.signal is None else 128 + result.signal)
-        return result
+        started = None if composed.number else STARTED  # the first job has waited for the imports
+        try:
+            result = train_experiment(composed.spec, composed.experiment, composed.overrides, started)
+        except Exception as error:
+            if composed.number is not None:
+                print(f"framework: job {composed.number} failed: {composed.label}", file=sys.stderr)
+                complain(error, given.traceback)
+            raise
+        print_result(result, None if composed.number is None else composed.label)
+        if result.signal is not None:
+            sys.exit(128 + result.signal)  # also out of a sweep: the other jobs are not begun
 
     compose(command_line(given), job)
-    return status
 
 
 def plan(arguments: list[str]) -> None:
@@ -212,7 +245,9 @@ def evaluate(arguments: list[str]) -> None:
     parser = Parser("eval", "Measure a trained run on a split of its data.", EVAL)
     parser.add_argument("run", type=Path, help="the folder of a run")
     parser.add_argument("--split", choices=["train", "val", "test"], default="test")
-    parser.add_argument("--checkpoint", default="best", help="best (default), last, or the folder of a checkpoint")
+    parser.add_argument(
+        "--checkpoint", default="best", metavar="WHICH", help="best (default), last, or the folder of a checkpoint"
+    )
     parser.add_argument("--json", action="store_true", help="for programs")
     given = parser.parse_args(arguments)
     trained = opened(given)
@@ -228,12 +263,17 @@ def evaluate(arguments: list[str]) -> None:
 def predict(arguments: list[str]) -> None:
     parser = Parser("predict", "Run a trained model on a file.", PREDICT)
     parser.add_argument("run", type=Path, help="the folder of a run")
-    parser.add_argument("--input", type=Path, required=True, help="a file like those that the run's data set reads")
-    parser.add_argument("--output", required=True, help=".csv, .jsonl, .npz, or - for the terminal")
-    parser.add_argument("--checkpoint", default="best", help="best (default), last, or the folder of a checkpoint")
+    parser.add_argument(
+        "--input", type=Path, required=True, metavar="FILE", help="like those that the run's data set reads"
+    )
+    parser.add_argument("--output", required=True, metavar="FILE", help=".csv, .jsonl, .npz, or - for the terminal")
+    parser.add_argument(
+        "--checkpoint", default="best", metavar="WHICH", help="best (default), last, or the folder of a checkpoint"
+    )
     given = parser.parse_args(arguments)
-    from .report import write_predictions
+    from .report import check_output, write_predictions
 
+    check_output(given.output)
     trained = opened(given)
     columns = trained.predict(trained.read_inputs(given.input))
     rows = write_predictions(columns, trained.facts["classes"], given.output)
@@ -243,10 +283,25 @@ def predict(arguments: list[str]) -> None:
 
 def opened(given: argparse.Namespace) -> Any:
     from .discovery import discover
-    from .experiment import open_run
+    from .trained import open_run
 
     discover(given.plugins)
-    return open_run(given.run, given.checkpoint)
+    try:
+        return open_run(given.run, given.checkpoint)
+    except ConfigError as error:
+        missing = [plugin for plugin in plugins_of(given.run) if plugin not in given.plugins]
+        if not missing:
+            raise
+        advice = f"{given.run} was trained with plugins: give {' '.join(f'--plugins {each}' for each in missing)}"
+        raise ConfigError([*error.problems, advice]) from error
+
+
+def plugins_of(run: Path) -> list[str]:
+    """Return the plugins that a run was trained with, as its provenance.json names them."""
+    try:
+        return [str(plugin) for plugin in json.loads((run / "provenance.json").read_text())["plugins"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def list_parts(arguments: list[str]) -> None:
@@ -294,7 +349,9 @@ def board(arguments: list[str]) -> int:
 
 
 def completion(arguments: list[str]) -> None:
-    parser = Parser("completion", "Print a script that completes words with TAB.", "source <(framework completion bash)")
+    parser = Parser(
+        "completion", "Print a script that completes words with TAB.", "source <(framework completion bash)"
+    )
     parser.add_argument("shell", choices=["bash", "zsh", "fish"])
     from .completion import script
 

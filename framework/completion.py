@@ -3,11 +3,14 @@
 Candidates come from an index of plain types, which can be kept in a file: with it a TAB does without torch and plugins.
 """
 
+import hashlib
 import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -164,6 +167,39 @@ def watched(more: Iterable[Path]) -> list[Path]:
 
 def stamps(paths: Iterable[Path]) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns if path.exists() else 0 for path in paths}
+
+
+def answer(words: list[str]) -> list[str]:
+    """Return what the last word may become, from a kept index of the working folder; [] when anything is amiss."""
+    folders = [Path("conf").resolve(), *(Path(word).resolve() for word in following(words, "--config-dir"))]
+    plugins = following(words, "--plugins")
+    key = hashlib.blake2b(repr([*map(str, folders), *plugins]).encode(), digest_size=8).hexdigest()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    watch = [path for folder in folders for path in (folder, folder / "config.yaml", folder / "experiment")]
+    try:
+        build = partial(index_of, [folder for folder in folders[1:] if folder.is_dir()], plugins)
+        index = stored_index(cache / "framework" / f"tab-{key}.json", build, [*watch, *map(Path, plugins)])
+        return candidates(words, index)
+    except Exception:  # half a word is no reason for a message in the middle of a line
+        return []
+
+
+def index_of(folders: list[Path], plugins: list[str]) -> Index:
+    """Load the plugins and read the index of an experiment composed in the working folder."""
+    from .compose import CommandLine, config_folders  # not at the top: a TAB with a kept index does without
+    from .discovery import discover
+    from .sources import chosen_in, experiments_in
+    from .spec import PLAIN, SECTIONS, section_settings
+
+    discover(plugins)
+    found = config_folders(CommandLine(folders=folders))
+    sections: dict[str, Mapping[str, Setting]] = {name: section_settings(name) for name in SECTIONS}
+    return read_index(sections | {name: {} for name in PLAIN}, experiments_in(found), chosen_in(found))
+
+
+def following(words: list[str], flag: str) -> list[str]:
+    """Return the words that stand after a flag."""
+    return [word for before, word in pairwise(words[:-1]) if before == flag]
 
 
 def candidates(words: list[str], index: Index) -> list[str]:

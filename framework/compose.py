@@ -1,29 +1,40 @@
 """Composition: a command line becomes a checked Spec, through Hydra's own main so that -m, launchers and TAB work."""
 
 import os
+import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import hydra
+from hydra._internal.hydra import Hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.plugins.sweeper import Sweeper
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from .discovery import discover
-from .errors import ConfigError, FrameworkError, PluginError
-from .overrides import Overrides, rewrite
-from .sources import Sources
+from .errors import ConfigError, FrameworkError, PluginError, did_you_mean
+from .overrides import Overrides, as_typed, groups, rewrite
+from .sources import File, FileConfigSource, Sources, line_with, read_yaml, searching, shorter
 from .spec import Spec, read_spec
 from .store import fill_store
 
 
 @dataclass
 class Job:
-    """One composed experiment: its specification, and where in a sweep it stands (None outside one)."""
+    """One composed experiment: its specification, and in a sweep its number and what it has of its own."""
 
     spec: Spec
     experiment: str
     overrides: list[str]
     number: int | None = None
+    label: str = ""
 
 
 @dataclass
@@ -35,72 +46,165 @@ class CommandLine:
     plugins: list[str] = field(default_factory=list)
     folders: list[Path] = field(default_factory=list)
 
+    @property
+    def multirun(self) -> bool:
+        return "--multirun" in self.flags
 
-def run(line: CommandLine, task: Callable[[Job], Any]) -> Any:
+    def chooses(self, group: str) -> bool:
+        return any(override.lstrip("+").startswith(f"{group}=") for override in self.overrides)
+
+    @property
+    def shows(self) -> bool:
+        """Whether Hydra only prints what is composed, so that no job checks it."""
+        return any(flag.startswith(("--cfg", "--info")) for flag in self.flags)
+
+
+def run(line: CommandLine, task: Callable[[Job], Any]) -> None:
     """Compose what the command line says and run the task on it (on each job of a sweep).
 
-    Raises ConfigError with every problem, PluginError for plugins that do not load.
+    All jobs of a sweep are checked before the first runs; then one that fails does not stop the others.
+    Raises ConfigError with every problem, PluginError for plugins that do not load, and FrameworkError that counts the
+    failed jobs of a sweep (the task itself has to say why each failed).
     """
-    import hydra
-
     folders = config_folders(line)
-    discover([*project_plugins(folders, line.overrides), *line.plugins])
-    fill_store()
-    overrides = rewrite(line.overrides, folders)
-    results: list[Any] = []
-    failures: list[Exception] = []
+    named = [*project_plugins(folders, line.overrides), *line.plugins]
+    plugins = [str(Path(plugin).resolve()) if Path(plugin).exists() else plugin for plugin in named]
+    discover(plugins)
+    fill_store(plugins)
+    overrides = rewrite(line.overrides, folders, line.multirun)
+    if overrides.problems and line.shows:
+        raise ConfigError(overrides.problems)
+    with searching(folders) as files, tempfile.TemporaryDirectory(prefix="framework-") as scratch:
+        arguments = hydra_arguments(line, overrides, Path(scratch))
+
+        def compose(config: Any) -> Job:
+            return make_job(config, line, overrides, files, plugins)
+
+        try:
+            if not line.multirun or line.shows or line.chooses("hydra/sweeper"):
+                settle(launch(arguments, folders, compose, task))
+                return
+            jobs = compose_sweep(arguments, folders, compose)
+            if line.chooses("hydra/launcher"):
+                settle(launch(arguments, folders, compose, task))
+            else:
+                settle([failure(task, job) for job in jobs])
+        except ConfigError as error:
+            raise ConfigError(dict.fromkeys([*overrides.problems, *error.problems])) from error.__cause__
+
+
+def hydra_arguments(line: CommandLine, overrides: Overrides, scratch: Path) -> list[str]:
+    """Return Hydra's arguments: with those that keep it from writing folders, files and logs of its own."""
+    own = {"hydra.run.dir": ".", "hydra.output_subdir": "null", "hydra.sweep.dir": scratch, "hydra.sweep.subdir": "."}
+    own |= {"hydra/job_logging": "none", "hydra/hydra_logging": "none"}
+    ours = [f"{key}={value}" for key, value in own.items() if key.replace("/", ".") not in overrides.typed]
+    return [*line.flags, *ours, *overrides.arguments]
+
+
+def launch(
+    arguments: list[str], folders: list[Path], compose: Callable[[Any], Job], task: Callable[[Job], Any]
+) -> list[Exception | None]:
+    """Let Hydra run the task on each job it makes; returns how each failed, or None."""
+    outcomes: list[Exception | None] = []
+    here = os.getpid()
 
     def job(config: Any) -> None:
         try:
-            results.append(task(make_job(config, overrides, folders, line)))
-        except Exception as error:  # raised below: Hydra would print its own words about it
-            failures.append(error)
+            outcomes.append(failure(task, compose(config)))
+        except ConfigError as error:
+            outcomes.append(error)
+        if outcomes[-1] is not None and os.getpid() != here:
+            raise outcomes[-1]  # from a launcher's process only Hydra can tell; here it would use its own words
 
-    primary = next((folder for folder in reversed(folders) if (folder / "config.yaml").is_file()))
-    others = [folder for folder in folders if folder != primary]
-    flags = [*line.flags, *(part for folder in others for part in ("--config-dir", str(folder)))]
-    main = hydra.main(version_base="1.3", config_path=str(primary), config_name="config")(job)
-    with arguments([*flags, *overrides.arguments]), raising():
-        main()
-    if len(failures) == 1 or (failures and not results):
+    hydra_main(arguments, folders, job)
+    return outcomes
+
+
+def failure(task: Callable[[Job], Any], job: Job) -> Exception | None:
+    """Run the task on a job; returns how it failed, or None."""
+    try:
+        task(job)
+    except Exception as error:
+        return error
+    return None
+
+
+def settle(outcomes: list[Exception | None]) -> None:
+    """Raise what the only job failed by; of several, how many failed."""
+    failures = [outcome for outcome in outcomes if outcome is not None]
+    if failures and len(outcomes) == 1:
         raise failures[0]
     if failures:
-        raise FrameworkError(f"{len(failures)} of {len(failures) + len(results)} jobs failed; the first: {failures[0]}")
-    return results[0] if len(results) == 1 else results
+        counted = FrameworkError(f"{len(failures)} of {len(outcomes)} jobs failed")
+        counted.exit_status = 2 if all(isinstance(failure, FrameworkError) for failure in failures) else 1
+        raise counted
 
 
-def make_job(config: Any, overrides: Overrides, folders: list[Path], line: CommandLine) -> Job:
+def hydra_main(arguments: list[str], folders: list[Path], job: Callable[[Any], None]) -> None:
+    with arguments_of(arguments), raising(), composing_once():
+        hydra.main(version_base="1.3", config_path=str(folders[0]), config_name="config")(job)()
+
+
+def compose_sweep(arguments: list[str], folders: list[Path], compose: Callable[[Any], Job]) -> list[Job]:
+    """Compose every job of a sweep without running any. Raises ConfigError with all their problems."""
+    problems: dict[str, None] = {}
+    jobs: list[Job] = []
+
+    def collect(config: Any) -> None:
+        try:
+            jobs.append(compose(config))
+        except ConfigError as error:
+            problems.update(dict.fromkeys(error.problems))
+
+    hydra_main(arguments, folders, collect)
+    names = [str(job.spec.sections["run"]["name"]) for job in jobs]
+    taken = next((name for name in names if name != "None" and names.count(name) > 1), None)
+    if taken is not None:
+        problems[f"run.name={taken}: each job of a sweep needs a folder of its own: leave the name out"] = None
+    if problems:
+        raise ConfigError(problems)
+    return jobs
+
+
+def make_job(config: Any, line: CommandLine, overrides: Overrides, files: list[File], plugins: list[str]) -> Job:
     """Check a composed config, with what was wrong on the command line, and report all of it together."""
-    from hydra.core.hydra_config import HydraConfig
-
     hydra_config = HydraConfig.get()
     experiment = hydra_config.runtime.choices.get("experiment") or "default"
-    tree = to_tree(config)
-    files = [folder / "config.yaml" for folder in folders]
-    files += [folder / "experiment" / f"{experiment}.yaml" for folder in folders]
+    source = Sources(overrides.typed, files)
     try:
-        spec = read_spec(tree, Sources(overrides.typed, [file for file in files if file.is_file()]))
+        spec = read_spec(to_tree(config, source), source)
     except ConfigError as error:
         raise ConfigError([*overrides.problems, *error.problems]) from None
     if overrides.problems:
         raise ConfigError(overrides.problems)
-    spec.plugins = [*spec.plugins, *line.plugins]
-    sweeping = hydra_config.mode is not None and hydra_config.mode.name == "MULTIRUN"
-    typed = [o.lstrip("+") for o in hydra_config.overrides.task] if sweeping else line.overrides
-    return Job(spec, experiment, list(typed), hydra_config.job.num if sweeping else None)
+    spec.plugins = plugins
+    if hydra_config.mode is None or hydra_config.mode.name != "MULTIRUN":
+        return Job(spec, experiment, line.overrides)
+    typed = dict.fromkeys(as_typed(override) for override in hydra_config.overrides.task)
+    own = [each for each in typed if each.lstrip("+").partition("=")[0].replace("/", ".") in overrides.swept]
+    return Job(spec, experiment, list(typed), hydra_config.job.num, " ".join(own or typed))
 
 
-def to_tree(config: Any) -> dict[str, Any]:
+def to_tree(config: Any, source: Sources) -> dict[str, Any]:
     """Return the config in plain values; references to other keys are resolved, those that follow a kind kept."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
     raw = OmegaConf.to_container(config, resolve=False)
     try:
         resolved = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError([f"{error.full_key}: {str(error.msg).splitlines()[0]}"]) from None
+        key, said = str(error.full_key), str(error.msg).splitlines()[0]
+        missing = re.search(r"key '([^']+)' not found", said)
+        said = (
+            f"refers to {missing[1]}, which is not there" if missing else said.replace("Interpolation", "a reference")
+        )
+        said = "refers to itself" if said.startswith("Recursive") else said
+        raise ConfigError([f"{key}={value_at(raw, key)}: {said} ({source(key)})"]) from None
     return keep_following(raw, resolved)
+
+
+def value_at(tree: Any, path: str) -> Any:
+    for key in path.split("."):
+        tree = tree.get(key) if isinstance(tree, dict) else tree
+    return tree
 
 
 def keep_following(raw: Any, resolved: Any) -> Any:
@@ -114,7 +218,7 @@ def keep_following(raw: Any, resolved: Any) -> Any:
 
 def config_folders(line: CommandLine) -> list[Path]:
     """The folders with config files: ours, then the project's `conf` in the working folder, then --config-dir."""
-    import framework_conf
+    import framework_conf  # not at the top: it is data, beside the package
 
     ours = Path(framework_conf.__path__[0]).resolve()
     here = Path("conf").resolve()
@@ -128,19 +232,13 @@ def config_folders(line: CommandLine) -> list[Path]:
     return list(dict.fromkeys(folders))
 
 
-def project_plugins(folders: Iterable[Path], overrides: Iterable[str]) -> Iterator[str]:
+def project_plugins(folders: list[Path], overrides: Iterable[str]) -> Iterator[str]:
     """Yield what `plugins:` names in the project's config.yaml and in the chosen experiment, before composing."""
-    import yaml
-
-    chosen = [o.partition("=")[2] for o in overrides if o.startswith("experiment=")]
-    for folder in folders:
-        for file in (folder / "config.yaml", *(folder / "experiment" / f"{name}.yaml" for name in chosen)):
-            if not file.is_file():
-                continue
-            try:
-                listed = (yaml.safe_load(file.read_text()) or {}).get("plugins") or []
-            except (yaml.YAMLError, AttributeError) as error:
-                raise ConfigError([f"{file} cannot be read: {' '.join(str(error).split())}"]) from error
+    chosen = [name for o in overrides if o.startswith("experiment=") for name in o.partition("=")[2].split(",")]
+    for name in ("config", *(f"experiment/{name}" for name in chosen)):
+        for folder in [f for f in reversed(folders) if (f / f"{name}.yaml").is_file()][:1]:  # the one that Hydra reads
+            file = folder / f"{name}.yaml"
+            listed = read_yaml(file).get("plugins") or []
             if not isinstance(listed, list) or not all(isinstance(each, str) for each in listed):
                 raise PluginError(f"{file}: plugins should be a list of paths or module names, not {listed!r}")
             yield from (locate(plugin, folder) for plugin in listed)
@@ -155,10 +253,10 @@ def locate(plugin: str, folder: Path) -> str:
 
 
 @contextmanager
-def arguments(given: list[str]) -> Iterator[None]:
-    """Let Hydra read these arguments as the program's."""
+def arguments_of(program: list[str]) -> Iterator[None]:
+    """Let Hydra read these as the program's arguments."""
     before = sys.argv
-    sys.argv = ["framework", *given]
+    sys.argv = ["framework", *program]
     try:
         yield
     finally:
@@ -166,11 +264,26 @@ def arguments(given: list[str]) -> Iterator[None]:
 
 
 @contextmanager
+def composing_once() -> Iterator[None]:
+    """Spare Hydra its rehearsals: it composes all once to learn `hydra.mode`, and each job of a sweep before any runs.
+
+    The mode is known here (no file may set it), and so is whether each job can be composed; half the time is saved.
+    """
+    before = Hydra.get_mode, Sweeper.validate_batch_is_legal
+    Hydra.get_mode, Sweeper.validate_batch_is_legal = nothing, nothing  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        Hydra.get_mode, Sweeper.validate_batch_is_legal = before  # type: ignore[method-assign]
+
+
+def nothing(*_: Any, **__: Any) -> None:
+    return None
+
+
+@contextmanager
 def raising() -> Iterator[None]:
     """Let Hydra raise its errors instead of printing them, and give them as ours."""
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
     before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
@@ -184,9 +297,43 @@ def raising() -> Iterator[None]:
             os.environ["HYDRA_FULL_ERROR"] = before
 
 
+ADVICE: tuple[str, ...] = ("To append", "Set the env", "Did you mean to override", "See ", "Config search path")
+ADVICE += ("provider=", "full_key", "object_type", "reference_type")
+
+
 def words_of(error: Exception) -> str:
-    """Return the line of a Hydra error that names the cause, without its advice to append with +."""
-    cause = error.__cause__ or error
-    lines = [line.strip() for line in f"{error}\n{cause}".splitlines()]
-    lines = [line for line in lines if line and not line.startswith(("To append", "Set the env", "full_key", "object_type"))]
-    return "; ".join(dict.fromkeys(lines[:2]))
+    """Return a Hydra error in our words: which file and line, what is missing, what there is; without its advice."""
+    text = f"{error}\n{error.__cause__ or ''}"
+    inside = re.match(r"In '([^']+)': ", text)
+    missing = re.search(r"Could not (?:find|load|override) '([^']+)'", text)
+    if missing:
+        said, word = no_such(missing[1], text)
+    elif match := re.search(r"Could not delete (?:from config\. )?'([^']+)'", text):
+        said, word = f"~{match[1]}: there is no {match[1]} to take away", match[1]
+    elif "INTERVAL_SWEEP" in text:
+        said, word = "interval(...) is for a sweeper that draws values: write a,b,c or range(...)", ""
+    else:
+        lines = [line.strip() for line in text.removeprefix(inside[0] if inside else "").splitlines()]
+        said, word = "; ".join(dict.fromkeys(line for line in lines if line and not line.startswith(ADVICE))), ""
+    read = [file for file, _ in reversed(FileConfigSource.read) if word and word in file.read_text()]
+    return f"{shorter(read[0])}:{line_with(read[0], word)}: {said}" if read and (inside or missing) else said
+
+
+def no_such(path: str, text: str) -> tuple[str, str]:
+    """Say that a group has no such option, or that there is no such group; returns it and the word that is wrong."""
+    group, _, name = path.rpartition("/")
+    if group in groups():
+        return groups()[group].unknown(name), name
+    if path.startswith("hydra."):
+        return f"{path}: Hydra has no such setting (--cfg hydra shows them)", path
+    listed = text.partition("Available options in")[2].splitlines()[1:]
+    options = [line.strip() for line in listed if line.startswith("\t") and ":" not in line]
+    if group in ("hydra/launcher", "hydra/sweeper"):
+        package = f"hydra-{name.replace('_', '-')}-{group.partition('/')[2]}"
+        return (
+            f"{path.replace(f'/{name}', f'={name}')}: not installed ({package}?); there is: {', '.join(options)}",
+            name,
+        )
+    if group:
+        return f"there is no {group} {name!r}; {did_you_mean(name, options)}", name
+    return f"there is no group {name!r} of parts; {did_you_mean(name, groups())}", name

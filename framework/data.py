@@ -1,10 +1,11 @@
 """Data sets and how batches are read from them.
 
 A batch is a tuple (inputs, targets) of tensors. A `Data` has splits; a split is a `TensorSplit` (in memory) or any
-map-style `torch.utils.data.Dataset` that yields (input, target). `ArrayData` makes a Data of two arrays.
+map-style `torch.utils.data.Dataset` that yields (input, target).
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -13,31 +14,12 @@ import torch
 from torch import Tensor
 
 from . import seeds
-from .arrays import (
-    Target as Target,
-    Targets,
-    as_batch_of,
-    as_targets,
-    moments,
-    numbers,
-    read_array,
-    split_rows,
-    standardise,
-)
 from .errors import DataError, FrameworkError
 from .kinds import Shape
-from .schema import NonNegativeInt, PositiveInt
-from .workers import (
-    Batch as Batch,
-    IndexBatches,
-    SeededSamples,
-    Split as Split,
-    as_batch,
-    collate,
-    ignore_signals,
-)
+from .schema import NonNegativeFloat, NonNegativeInt, PositiveInt
+from .workers import Batch as Batch, IndexBatches, SeededSamples, Split as Split, as_batch, read_batches
 
-Pair = tuple[Tensor, Tensor]
+Target = Literal["class", "labels", "value", "none"]
 
 
 class TensorSplit:
@@ -88,103 +70,10 @@ class Data:
     def read_inputs(cls, path: Path, facts: dict[str, Any]) -> Tensor:
         """Read a user's file as a batch of inputs, prepared as in training, shape (rows, *in_shape).
 
-        Here: `.npy`, or of `.npz` the array facts["array"], `x`, `inputs` or else the first; brought to
-        facts["in_shape"] and standardised with facts["mean"] and facts["std"], as far as these are there.
-        Raises DataError when it cannot be read.
+        facts: what `facts` gave when the model was trained; the training data need not be there.
+        Raises DataError when the file cannot be read, and here, where no way of reading is known.
         """
-        inputs = read_array(path, facts.get("array"))
-        if "in_shape" in facts:
-            inputs = as_batch_of(inputs, facts["in_shape"], path)
-        return standardise(inputs, facts)
-
-
-class ArrayData(Data):
-    """A data set in memory, of an array of inputs and an array of targets.
-
-    Attributes:
-        mean, std: what turns a raw input into an input of the model, (raw - mean) / std: numbers or nested lists.
-    """
-
-    mean: Any
-    std: Any
-
-    def __init__(
-        self,
-        inputs: Any,
-        targets: Any,
-        *,
-        val: tuple[Any, Any] | None = None,
-        test: tuple[Any, Any] | None = None,
-        val_fraction: float = 0.15,
-        test_fraction: float = 0.15,
-        split_seed: int = 0,
-        normalize: bool = True,
-        per: Literal["feature", "all"] = "feature",
-        unit: float = 1.0,
-        target: Target | None = None,
-        classes: Sequence[str] = (),
-        name: str = "the data",
-    ):
-        """Draw the splits, number the classes and standardise the inputs by the moments of the training split.
-
-        Args:
-            inputs: numbers, shape (rows, *in_shape).
-            targets: a number or a text a row, or numbers of shape (rows, values); `as_targets` says what is made of it.
-            val: official validation inputs and targets; `val_fraction` is not used then.
-            test: official test inputs and targets; `test_fraction` is not used then.
-            val_fraction: share of the rows drawn for validation, in the proportions of the classes.
-            test_fraction: share of the rows drawn for the test.
-            split_seed: seed of the drawing.
-            normalize: standardise the inputs; otherwise they are divided by `unit`.
-            per: one mean and deviation for each feature (in pictures: for each channel), or one for all.
-            unit: the raw value that stands for 1: 255 in pictures.
-            target: the kind of target; None infers it.
-            classes: names of the classes 0, 1, ...; none: the sorted labels themselves.
-            name: what to call the data in an error.
-
-        Raises DataError for lengths that differ, values that are no finite numbers and fewer than two classes.
-        """
-        given = {"train": (inputs, targets), "val": val, "test": test}
-        parts, known = read_parts({part: pair for part, pair in given.items() if pair}, target, classes, name)
-        x, y = parts["train"]
-        strata = y if known.kind == "class" else torch.zeros(len(x))
-        rows = split_rows(strata, 0.0 if val else val_fraction, 0.0 if test else test_fraction, split_seed)
-        parts |= {part: (x[chosen], y[chosen]) for part, chosen in rows.items()}
-
-        self.in_shape, self.out_shape = tuple(x.shape[1:]), known.out_shape
-        self.target, self.classes = known.kind, known.classes
-        self.mean, self.std = moments(parts["train"][0], per) if normalize else (0.0, float(unit))
-        for part, (x, y) in parts.items():
-            setattr(self, part, TensorSplit(standardise(x, self.facts()), y))
-
-    def facts(self) -> dict[str, Any]:
-        return {
-            "in_shape": list(self.in_shape),
-            "mean": self.mean,
-            "std": self.std,
-            "target": self.target,
-            "classes": list(self.classes),
-        }
-
-
-def read_parts(
-    given: Mapping[str, tuple[Any, Any]], target: Target | None, classes: Sequence[str], name: str
-) -> tuple[dict[str, Pair], Targets]:
-    """Return raw inputs and targets of each part as tensors; the classes are those of all parts together."""
-    import numpy
-
-    inputs = {part: numbers(x, f"{name}: the {part} inputs") for part, (x, _) in given.items()}
-    for part, (_, y) in given.items():
-        if len(y) != len(inputs[part]):
-            raise DataError(f"{name}: {len(inputs[part])} {part} inputs, but {len(y)} targets")
-        if inputs[part].shape[1:] != inputs["train"].shape[1:]:
-            raise DataError(
-                f"{name}: {part} inputs have shape {tuple(inputs[part].shape[1:])}, "
-                f"those for training {tuple(inputs['train'].shape[1:])}"
-            )
-    known = as_targets(numpy.concatenate([numpy.asarray(y) for _, y in given.values()]), target, classes, name)
-    pieces = known.tensor.split([len(x) for x in inputs.values()])
-    return {part: (inputs[part], piece) for part, piece in zip(given, pieces, strict=True)}, known
+        raise DataError(f"{path}: {cls.__name__} does not say how to read a file of inputs (`read_inputs`)")
 
 
 def check_data(data: Data) -> None:
@@ -212,6 +101,8 @@ class Loader:
         eval_batch_size: PositiveInt = 256,
         workers: NonNegativeInt = 0,
         drop_last: bool = False,
+        timeout_seconds: NonNegativeFloat = 0.0,
+        on_bad_sample: Literal["raise", "skip"] = "raise",
         *,
         shuffle: bool = False,
         seed: int = 0,
@@ -223,10 +114,14 @@ class Loader:
             eval_batch_size: samples a batch in validation, test and prediction.
             workers: processes that load samples ahead (0: none; data in memory needs none).
             drop_last: leave out the last training batch of an epoch when it is smaller.
+            timeout_seconds: how long a batch may take to come from a worker, before it is an error (0: for ever).
+            on_bad_sample: what to do when a sample cannot be read: raise an error that names it, or skip it; then its
+                batch is one smaller, and `skipped` counts.
         """
         in_memory = isinstance(split, torch.utils.data.TensorDataset)
         self.split: Split = TensorSplit(*split.tensors) if in_memory else split  # type: ignore[attr-defined]
-        self.workers = workers
+        self.workers, self.timeout_seconds = workers, timeout_seconds
+        self.on_bad_sample, self.skipped = on_bad_sample, 0
         self.batch_size = batch_size if shuffle else eval_batch_size
         self.shuffle, self.seed = shuffle, seed
         self.drop_last = drop_last and shuffle
@@ -240,12 +135,18 @@ class Loader:
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch from batch number `start` on."""
-        size = len(self.split)
-        indices = seeds.order(self.seed, epoch, size) if self.shuffle else torch.arange(size)
-        indices = indices[start * self.batch_size : len(self) * self.batch_size]
+        indices = self._order(epoch)[start * self.batch_size : len(self) * self.batch_size]
         if isinstance(self.split, TensorSplit):
             return self._gather(self.split.tensors, indices)
         return self._load(epoch, indices)
+
+    def indices(self, epoch: int, start: int, batches: int) -> list[int]:
+        """Return which samples the batches from number `start` on hold."""
+        return self._order(epoch)[start * self.batch_size : (start + batches) * self.batch_size].tolist()
+
+    def _order(self, epoch: int) -> Tensor:
+        size = len(self.split)
+        return seeds.order(self.seed, epoch, size) if self.shuffle else torch.arange(size)
 
     def _gather(self, tensors: Sequence[Tensor], indices: Tensor) -> Iterator[Batch]:
         indices = indices.to(tensors[0].device)  # once an epoch, not once a batch
@@ -255,24 +156,16 @@ class Loader:
 
     def _load(self, epoch: int, indices: Tensor) -> Iterator[Batch]:
         chunks = IndexBatches(indices, self.batch_size)
-        batches = torch.utils.data.DataLoader(
-            SeededSamples(self.split, seeds.derive(self.seed, "sample", epoch)),
-            batch_sampler=chunks,
-            num_workers=min(self.workers, len(chunks)),
-            collate_fn=collate,
-            worker_init_fn=ignore_signals,
-            generator=torch.Generator(),  # DataLoader would draw from the global one, which the model uses
-            pin_memory=torch.cuda.is_available(),
-        )
-        try:
-            for batch in batches:
-                if isinstance(batch, FrameworkError):
-                    raise batch
-                yield batch
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise DataError(f"a process that loads data has died, perhaps for want of memory: {error}") from error
+        workers = min(self.workers, len(chunks))
+        seed = seeds.derive(self.seed, "sample", epoch)
+        samples = SeededSamples(self.split, seed, self.on_bad_sample == "skip", workers)
+        for batch, left_out in read_batches(samples, chunks, workers, self.timeout_seconds):
+            self.skipped += len(left_out)
+            for why in left_out:
+                warnings.warn(f"{why}; it is left out", stacklevel=2)
+            if isinstance(batch, FrameworkError):
+                raise batch
+            yield batch
 
 
 class ForeignLoader:

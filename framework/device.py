@@ -1,14 +1,21 @@
 """Where tensors are, and in which number format the arithmetic runs."""
 
-from contextlib import AbstractContextManager, nullcontext
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .errors import SettingError
+from . import seeds
+from .errors import FrameworkError, SettingError
 
 Format = Literal["fp32", "bf16", "fp16"]
+
+
+class OutOfMemory(FrameworkError, torch.OutOfMemoryError):
+    """The device has no memory left for what was asked of it."""
 
 
 def find_device(name: str) -> torch.device:
@@ -20,9 +27,36 @@ def find_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise SettingError(f"device should be auto, cpu, cuda, cuda:N or mps, not {name!r}") from error
     there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if (device.index or 0) >= there.get(device.type, 1):
+    if (device.index or 0) >= there.get(device.type, 0):
         raise SettingError(f"device {name} is not on this machine (it has {there['cuda']} CUDA devices)")
     return device
+
+
+@contextmanager
+def memory_errors(device: torch.device) -> Iterator[None]:
+    """Turn every form in which torch says that memory is full into OutOfMemory, with what takes less."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        words = (str(error).strip() or "memory is full").splitlines()[0]
+        full = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in words
+        if not full or isinstance(error, OutOfMemory):
+            raise
+        advice = "a smaller batch (with `accumulate` the step stays the same), or precision bf16, takes less"
+        raise OutOfMemory(f"{device} has no room for this run: {advice}. torch says: {words}") from error
+
+
+@contextmanager
+def deterministic_algorithms(wanted: bool) -> Iterator[None]:
+    """Run with deterministic algorithms only, if wanted; afterwards torch is set as before."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for one fixed workspace
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 class Precision:
@@ -35,6 +69,19 @@ class Precision:
 
     def autocast(self) -> AbstractContextManager:
         return nullcontext() if self.dtype is None else torch.autocast(self.device.type, self.dtype)
+
+    @contextmanager
+    def inference(self, model: nn.Module) -> Iterator[None]:
+        """Run a model as it is used after training; its modules' modes and the random generators stay as they are."""
+        modes = {module: module.training for module in model.modules()}
+        model.eval()
+        try:
+            with seeds.undisturbed(), torch.no_grad(), self.autocast():
+                yield
+        finally:
+            model.train(modes[model])  # some modules do more in `train` than set a flag
+            for module, mode in modes.items():
+                module.training = mode
 
     def backward(self, loss: Tensor) -> None:
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()

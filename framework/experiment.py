@@ -3,14 +3,14 @@
 import json
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import checkpoint, seeds
 from .batches import count_steps, count_total
@@ -19,10 +19,13 @@ from .errors import BuildError, DataError, FrameworkError, RunError
 from .metric import Metric
 from .optimizer import build_optimizer
 from .plan import Plan, make_plan
+from .probe import undisturbed
 from .registry import Maker
-from .run import RunFolder, dump, provenance, read_config
+from .resume import Resumed, find, fingerprint, last_values, open_folder, start_from
+from .run import RunFolder, dump, provenance
 from .shapes import dry_run
-from .spec import Spec, read_spec
+from .spec import Spec
+from .state import State
 from .status import Status
 from .task import Task
 from .trainer import Trainer
@@ -44,6 +47,8 @@ class Experiment:
         check_fit(self.model, self.data)
         self.optimizer = build_optimizer(spec.parts["optimizer"], self.model.parameters())
         self.train_batches = self.batches("train")
+        check_smallest_batch(self.model, self.train_batches)
+        self.status = Status()
         self.schedule = build_schedule(spec, count_steps(self.train_batches, spec.sections["trainer"]["accumulate"]))
 
     def batches(self, split: str) -> Loader:
@@ -53,15 +58,17 @@ class Experiment:
             raise DataError(f"{type(self.data).__name__} has no {split} split")
         return Loader(chosen, **self.spec.sections["loader"], shuffle=split == "train", seed=self.spec.seed)
 
-    def trainer(self, folder: Path | None = None) -> Trainer:
+    def trainer(self) -> Trainer:
+        """Return the trainer; it has no folder yet."""
         parts = self.spec.parts
-        return Trainer(
+        trainer = Trainer(
             **self.spec.sections["trainer"],
             seed=self.spec.seed,
-            callbacks=[*(maker() for maker in parts["callback"]), *([] if folder is None else [Status(folder)])],
+            callbacks=[*(maker() for maker in parts["callback"]), self.status],
             loggers=[maker() for maker in parts["logger"]],
-            folder=folder,
         )
+        trainer.metrics = self.metrics  # loggers are opened before `fit` and want their names
+        return trainer
 
     def plan(self) -> Plan:
         """Return what a run would be, without training."""
@@ -91,30 +98,47 @@ class Result:
     steps: int = 0
 
 
-def train(spec: Spec, experiment: str, overrides: Sequence[str], started: float | None = None) -> Result:
-    """Build and run an experiment in a new run folder: fit, then measure the best checkpoint on the test split."""
+def train(
+    spec: Spec,
+    experiment: str,
+    overrides: Sequence[str],
+    started: float | None = None,
+    *,
+    inexact: bool = False,
+    say: Callable[[str], None] = print,
+) -> Result:
+    """Build and run an experiment in a run folder: fit, then measure the best checkpoint on the test split.
+
+    With `resume` in the spec, go on with a run that was cut off, as if it had not been; a finished one stays as it is.
+    inexact: allow settings that make the rest of a resumed run differ. say: takes lines for the person who waits.
+    """
     started = time.monotonic() if started is None else started
+    run = find(spec, experiment)
+    resumed = None if run is None else open_folder(run, spec, inexact)
+    if resumed is not None and resumed.done:
+        say(f"{run} is done already")
+        return Result(resumed.folder.path, last_values(resumed.folder.path))
     built = Experiment(spec)
-    folder = RunFolder(**spec.sections["run"], experiment=experiment)
-    describe_run(folder, built, list(overrides))
-    trainer = built.trainer(folder.path)
-    has_val = built.data.val is not None
+    if spec.init_from is not None and resumed is None:
+        say(start_from(built.model, spec.init_from))
+    trainer = built.trainer()
+    if resumed is None:
+        folder = RunFolder(**spec.sections["run"], experiment=experiment)  # when nothing can fail any more but the run
+        describe_run(folder, built, list(overrides))
+    else:
+        folder = resumed.folder
+        check_same_data(folder.path, built, inexact)
+        trainer.state.step = resumed.step  # loggers go on from there
+        for line in (f"going on with {folder.path} after step {resumed.step}", *resumed.notes):
+            say(line)
+    trainer.folder = folder.path
+    trainer.manifest = {"run": str(folder.path), "config": fingerprint(spec.tree), "threads": torch.get_num_threads()}
     with trainer, stopping(trainer) as stopped:
-        introduce(trainer, built)
-        state = trainer.fit(
-            built.model,
-            built.train_batches,
-            val=built.batches("val") if has_val else None,
-            task=built.task,
-            optimizer=built.optimizer,
-            schedule=built.schedule,
-            metrics=built.metrics,
-        )
-        if not stopped and built.data.test is not None:
-            load_weights(built.model, folder.path)
-            trainer.evaluate(built.batches("test"))
-        for logger in trainer.loggers:
-            logger.hparams(spec.tree, state.metrics)
+        if trainer.state.step == 0:
+            introduce(trainer, built)
+        state = fit(trainer, built, resumed)
+        if state.stop is None or not stopped:
+            finish(trainer, built)
     return Result(
         folder.path,
         dict(state.metrics),
@@ -125,16 +149,54 @@ def train(spec: Spec, experiment: str, overrides: Sequence[str], started: float 
     )
 
 
+def fit(trainer: Trainer, built: Experiment, resumed: Resumed | None) -> State:
+    return trainer.fit(
+        built.model,
+        built.train_batches,
+        val=None if built.data.val is None else built.batches("val"),
+        task=built.task,
+        optimizer=built.optimizer,
+        schedule=built.schedule,
+        metrics=built.metrics,
+        resume=None if resumed is None else resumed.training,
+    )
+
+
+def finish(trainer: Trainer, built: Experiment) -> None:
+    """Measure the best checkpoint on the test split, and record the settings beside the final metrics."""
+    assert trainer.folder is not None
+    if built.data.test is not None:
+        load_weights(built.model, trainer.folder)
+        trainer.evaluate(built.batches("test"))
+    for logger in trainer.loggers:
+        logger.hparams(built.spec.tree, trainer.state.metrics)
+    built.status.done(trainer)
+
+
+def check_same_data(run: Path, built: Experiment, inexact: bool) -> None:
+    """Raise RunError when the data of a resumed run is not what it was."""
+    try:
+        same = json.loads((run / "facts.json").read_text()) == json.loads(dump("facts.json", facts_of(built)))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{run}/facts.json cannot be read: {error}") from error
+    if not same and not inexact:
+        raise RunError(f"the data of {run} has changed since it began: --inexact goes on all the same")
+
+
+def facts_of(built: Experiment) -> dict[str, Any]:
+    facts: dict[str, Any] = {"in_shape": list(built.data.in_shape), "out_shape": list(built.data.out_shape)}
+    sizes = {name: len(split) for name in ("train", "val", "test") if (split := getattr(built.data, name, None))}
+    return facts | {"classes": list(built.data.classes), "samples": sizes, "data": built.data.facts()}
+
+
 def describe_run(folder: RunFolder, built: Experiment, overrides: list[str]) -> None:
     """Write what the run is made of, before it starts."""
     parts = [maker for made in built.spec.parts.values() for maker in (made if isinstance(made, list) else [made])]
     sources = {str(maker.entry): str(maker.entry.source) for maker in parts if maker is not None}
-    facts = {"in_shape": list(built.data.in_shape), "out_shape": list(built.data.out_shape)}
-    facts |= {"classes": list(built.data.classes), "data": built.data.facts()}
-    folder.write("config.yaml", built.spec.tree)
+    folder.write("facts.json", facts_of(built))
     folder.write("overrides.yaml", overrides)
-    folder.write("facts.json", facts)
     folder.write("provenance.json", provenance(sources) | {"plugins": built.spec.plugins})
+    folder.write("config.yaml", built.spec.tree)  # the last one: with it there is a run to go on with
 
 
 def introduce(trainer: Trainer, built: Experiment) -> None:
@@ -208,6 +270,24 @@ def check_fit(model: nn.Module, data: Data) -> None:
         raise BuildError(f"{type(model).__name__} gives outputs of shape {shape}; the data needs {data.out_shape}")
 
 
+def check_smallest_batch(model: nn.Module, batches: Loader) -> None:
+    """Raise DataError when a training batch is a single sample and the model (batch norm) cannot train on one."""
+    rows, size = len(batches.split), batches.batch_size
+    if size > 1 and (rows % size != 1 or batches.drop_last):
+        return
+    sample = torch.as_tensor(batches.split[0][0]).unsqueeze(0)
+    try:
+        with undisturbed(model, train=True), torch.no_grad():
+            model(sample)
+    except ValueError as error:
+        where = (
+            "" if size == 1 else f" (the last of {rows:,} in batches of {size:,}; loader.drop_last=true leaves it out)"
+        )
+        raise DataError(
+            f"loader.batch_size={size} makes a batch of one sample{where}: {error}. A batch norm needs two"
+        ) from error
+
+
 def build_schedule(spec: Spec, steps_per_epoch: int) -> Any:
     if spec.parts["scheduler"] is None:
         return None
@@ -260,58 +340,3 @@ def load_weights(model: nn.Module, run: Path, which: str = "best") -> Path | Non
     except RuntimeError as error:
         raise RunError(f"{chosen} does not fit the model of {run}: {' '.join(str(error).split())[:300]}") from error
     return chosen
-
-
-@dataclass
-class Trained:
-    """A model read back from a run folder, with what prediction needs; the training data is not read."""
-
-    spec: Spec
-    run: Path
-    model: nn.Module
-    task: Task
-    facts: dict[str, Any]
-    checkpoint: Path
-
-    def trainer(self) -> Trainer:
-        wanted = {name: self.spec.sections["trainer"][name] for name in ("device", "precision", "deterministic")}
-        return Trainer(max_steps=1, **wanted, seed=self.spec.seed)
-
-    def evaluate(self, split: str = "test") -> dict[str, float]:
-        """Return the loss and metrics on a split of the run's data."""
-        data = build_data(self.spec)
-        self.task.check(data)
-        chosen = getattr(data, split, None)
-        if chosen is None:
-            raise DataError(f"{type(data).__name__} has no {split} split")
-        loader = Loader(chosen, **self.spec.sections["loader"], seed=self.spec.seed)
-        metrics = build_metrics(self.spec, data)
-        return self.trainer().evaluate(loader, model=self.model, task=self.task, metrics=metrics, name=split)
-
-    def read_inputs(self, file: Path) -> Tensor:
-        """Read a file of inputs as the run's data set reads it. Raises DataError when it does not fit the model."""
-        if not file.exists():
-            raise DataError(f"there is no file {file}")
-        inputs = self.spec.parts["data"].entry.part.read_inputs(file, self.facts["data"])
-        if list(inputs.shape[1:]) != self.facts["in_shape"]:
-            raise DataError(f"{file}: a row has shape {tuple(inputs.shape[1:])}; the model takes {self.facts['in_shape']}")
-        return inputs
-
-    def predict(self, inputs: Tensor) -> dict[str, Any]:
-        """Return the task's predictions, columns by name."""
-        outputs = self.trainer().predict(inputs, model=self.model, batch_size=self.spec.sections["loader"]["eval_batch_size"])
-        return self.task.predict(outputs)
-
-
-def open_run(run: Path, which: str = "best") -> Trained:
-    """Read a run folder back. Raises RunError when it is none or has no checkpoint, ConfigError when a part is gone."""
-    spec = read_spec(read_config(run), lambda path: f"{run}/config.yaml")
-    try:
-        facts = json.loads((run / "facts.json").read_text())
-    except (OSError, ValueError) as error:
-        raise RunError(f"{run}/facts.json cannot be read: {error}") from error
-    model = build_model(spec, facts["in_shape"], facts["out_shape"])
-    chosen = load_weights(model, run, which)
-    if chosen is None:
-        raise RunError(f"{run} has no checkpoint: was it trained with callbacks.checkpoint?")
-    return Trained(spec, run, model, spec.parts["task"](), facts, chosen)

@@ -1,7 +1,7 @@
 """The contract of a metric: sums that add over batches, and a formula over the sums."""
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -66,3 +66,13 @@ class Measures:
         self.loss.zero_()
         self.sums = []
         return values
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums since the last reading."""
+        return {"loss": self.loss.clone(), "sums": [total.clone() for total in self.sums]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave; sums of other metrics than these are left."""
+        self.loss.copy_(state["loss"])
+        if len(state["sums"]) == len(self.metrics):
+            self.sums = [total.to(self.loss) for total in state["sums"]]

@@ -1,28 +1,27 @@
 """What a person typed, turned into overrides that Hydra takes without complaint; the checking is ours, all at once.
 
-    optimizer=sgd                    a group: as it is, when the name exists
-    optimizer.lr=0.1                 ++optimizer.lr=0.1, so that a key that no part knows reaches our own check
-    model.activation=gelu            a part in a part: its name, which settings may follow
-    model/activation=gelu            the same
-    +callbacks=early_stop            also/callbacks=early_stop: one more in the list
-    ~callbacks=progress              ~callbacks.progress: one less
-    optimizer=null, ~optimizer       ++optimizer=null: none
+optimizer=sgd                    a group: as it is, when the name exists
+optimizer.lr=0.1                 ++optimizer.lr=0.1, so that a key that no part knows reaches our own check
+model.activation=gelu            a part in a part: its name, which settings may follow
+model/activation=gelu            the same
++callbacks=early_stop            also/callbacks=early_stop: one more in the list
+~callbacks=progress              ~callbacks.progress: one less
+scheduler=null, ~scheduler       an option without content
 """
 
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 
 from .errors import did_you_mean
 from .registry import Registry, with_article
 from .spec import IMPORTS, TARGET
-from .store import ALSO
+from .store import ALSO, NONE
 
 FORM = "should be KEY=VALUE"
 QUOTE = "quote a value with spaces, commas, brackets or =, and then the whole: 'key=\"a, b\"'"
@@ -30,11 +29,12 @@ QUOTE = "quote a value with spaces, commas, brackets or =, and then the whole: '
 
 @dataclass
 class Overrides:
-    """The arguments for Hydra, what is wrong with what was typed, and which keys were typed."""
+    """The arguments for Hydra, what is wrong with what was typed, which keys were typed, and which of them sweep."""
 
     arguments: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     typed: dict[str, str] = field(default_factory=dict)
+    swept: list[str] = field(default_factory=list)
 
 
 def rewrite(typed: Iterable[str], folders: Iterable[Path], multirun: bool = False) -> Overrides:
@@ -52,6 +52,7 @@ def rewrite(typed: Iterable[str], folders: Iterable[Path], multirun: bool = Fals
             continue
         key = override.key_or_group
         found.typed[key.replace("/", ".")] = text
+        found.swept += [key.replace("/", ".")] if override.is_sweep_override() else []
         problems = faults(text, override, folders, multirun)
         found.problems += [f"{text}: {problem} (command line)" for problem in problems]
         if not problems:
@@ -67,6 +68,8 @@ def groups() -> dict[str, Registry]:
 def unreadable(text: str) -> str:
     """Say why an override cannot be parsed."""
     word = text.lstrip("+~")
+    if re.search(r"=\s*(range|choice|glob|sort|shuffle|tag|interval)\(", text):
+        return "cannot be read; sweeps are written a,b,c or range(3) or range(1,10,step=2) or choice(a,b)"
     if "=" in text:
         return f"{FORM}; {QUOTE}"
     if word in (*groups(), "experiment"):
@@ -86,8 +89,12 @@ def faults(text: str, override: Override, folders: list[Path], multirun: bool) -
         key, _, value = text.partition("=")
         listed = f"; as one list, write {key}=[{value}]" if "," in value and "(" not in value else ""
         return [f"has several values: add -m to try each{listed}"]
+    if override.package is not None:
+        return [f"each part has its place: write {key}={text.partition('=')[2]}"]
     if key == "plugins":
         return ["plugins are given with --plugins, or in the project's conf/config.yaml"]
+    if key == "hydra.mode":
+        return ["a sweep is asked for with -m"]
     if key == "hydra.searchpath":
         return ["config folders are given with --config-dir"]
     if key in groups() or key == "experiment":
@@ -105,7 +112,8 @@ def option_faults(override: Override, folders: list[Path]) -> list[str]:
         if isinstance(value, Mapping) or (isinstance(value, list) and not many):
             noun = with_article(groups()[key].kind.name if key in groups() else key)
             more = ", or a list of names" if many else f" (-m {key}=a,b tries each)" if len(names) > 1 else ""
-            return [f"should be the name of {noun}{more}; settings follow as {key}.KEY=VALUE"]
+            settings = "" if key == "experiment" else f"; settings follow as {key}{'.NAME' * many}.KEY=VALUE"
+            return [f"should be the name of {noun}{more}{settings}"]
     files = {file.stem for folder in folders for file in (folder / key).glob("*.yaml")}
     unknown = [name for name in names if name not in files and not (key in groups() and name in groups()[key])]
     return [no_option(key, name, files, folders) for name in unknown]
@@ -125,6 +133,8 @@ def chosen_names(override: Override) -> list[str]:
     if override.is_delete():
         return []
     if override.is_sweep_override():
+        if isinstance(override.value(), Glob):
+            return []  # glob(ada*): Hydra matches it with what there is
         values = [re.sub(r"[\[\]'\"\s]", "", each) for each in override.sweep_string_iterator()]
         return [name for each in values for name in each.split(",") if name != "null"]
     value = override.value()
@@ -139,10 +149,13 @@ def rewritten(override: Override, text: str) -> list[str]:
     if key not in groups() and key != "experiment":
         return [text] if override.is_delete() else value_overrides(override, key.replace("/", "."), value)
     many = key in groups() and groups()[key].kind.many
+    if override.is_sweep_override() and not many and "null" in re.split(r"\W", value):
+        value = re.sub(r"\bnull\b", NONE, value)
+        return [f"{key}={value}"]
     if override.is_delete() and many and value:
         return [f"~{key}.{value}"]
     if override.is_delete() or value in ("null", ""):
-        return [] if key == "experiment" else [f"++{key}=null"]
+        return [f"{key}=[]"] if many else [] if key == "experiment" else [f"{key}={NONE}"]
     return [f"{ALSO}/{key}={value}"] if override.is_add() and many else [f"{key}={value}"]
 
 
@@ -164,6 +177,9 @@ def part_settings() -> set[str]:
 
 def as_typed(override: str) -> str:
     """Return an override of a job of a sweep as a person would have typed it."""
-    text = override.lstrip("+")
-    key, _, value = text.removeprefix(f"{ALSO}/").partition("=")
-    return ("+" if text.startswith(f"{ALSO}/") else "") + f"{key.removesuffix('.name')}={value}"
+    key, _, value = override.lstrip("+").partition("=")
+    mark = "+" if key.startswith(f"{ALSO}/") else ""
+    part = key.removesuffix(".name")
+    key = part if part.rpartition(".")[2] in part_settings() else key.removeprefix(f"{ALSO}/")
+    value = "null" if value == NONE else re.sub(r"\\(?=[{}])", "", value)  # Hydra writes $\{seed\}
+    return f"{mark}{key}={value}"

@@ -3,7 +3,7 @@
 import csv
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -11,20 +11,25 @@ from .errors import FrameworkError
 from .experiment import Result
 
 
-def print_result(result: Result, overrides: Sequence[str] | None = None) -> None:
-    """Print the final metrics as a table of splits, where the run lies, and what to do next."""
-    if overrides is not None:
-        print(" ".join(overrides) or "(no overrides)")
+def print_result(result: Result, job: str | None = None) -> None:
+    """Print the final metrics as a table of splits, where the run lies, and what to do next.
+
+    job: what a job of a sweep has of its own, such as "seed=3"; None outside a sweep.
+    """
+    if job is not None:
+        print(f"\n{job}")
     for line in metric_table(result.metrics):
         print(line)
     seconds = f"{result.seconds:.1f} s" if result.seconds < 120 else f"{result.seconds / 60:.1f} min"
-    print(f"\n{result.steps:,} steps in {seconds}" + (f", stopped: {result.stopped}" if result.stopped else ""))
-    if overrides is None:
-        print(f"run      {result.folder}\nmeasure  framework eval {result.folder}\nwatch    framework board")
+    steps = "1 step" if result.steps == 1 else f"{result.steps:,} steps"
+    print(f"\n{steps} in {seconds}" + (f", stopped: {result.stopped}" if result.stopped else ""))
+    print(f"run      {result.folder}")
+    if job is None:
+        print(f"measure  framework eval {result.folder}\nwatch    framework board")
 
 
 def metric_table(metrics: Mapping[str, float]) -> Iterator[str]:
-    """Yield lines: a row for each split, a column for each of its measures; only what several splits share or test has."""
+    """Yield lines: a row for each split, a column for each measure that is taken of validation or test data."""
     splits = [s for s in ("train", "val", "test") if any(name.startswith(f"{s}/") for name in metrics)]
     measured = [name.partition("/")[2] for name in metrics if name.startswith(("val/", "test/"))]
     names = list(dict.fromkeys(measured or [n.partition("/")[2] for n in metrics]))
@@ -44,30 +49,33 @@ def print_values(values: Mapping[str, float], checkpoint: Path) -> None:
     print(f"{'from':<{width}}  {checkpoint}")
 
 
+def check_output(output: str) -> None:
+    """Raise FrameworkError, before anything is computed, when predictions cannot go to that file."""
+    path = Path(output)
+    if output == "-":
+        return
+    if path.suffix not in WRITERS:
+        raise FrameworkError(f"--output {output}: the suffix should be .csv, .jsonl or .npz, or - for the terminal")
+    if path.is_dir() or not path.parent.is_dir():
+        raise FrameworkError(f"--output {output}: {'is a folder' if path.is_dir() else f'no folder {path.parent}'}")
+
+
 def write_predictions(columns: Mapping[str, Any], classes: Sequence[str], output: str) -> int:
     """Write predictions as .csv, .jsonl or .npz ("-": CSV to the terminal); returns the number of rows.
 
     A class index gets its name beside it, and columns of probabilities are named after the classes.
     Raises FrameworkError for another suffix, or when the file cannot be written.
     """
-    suffix = Path(output).suffix if output != "-" else ".csv"
+    check_output(output)
     named = flatten(columns, classes)
-    rows = len(next(iter(named.values())))
-    try:
-        if output == "-":
-            write_csv(named, sys.stdout)
-        elif suffix == ".npz":
-            import numpy
-
-            numpy.savez(output, **{name: numpy.asarray(values) for name, values in named.items()})
-        elif suffix in (".csv", ".jsonl"):
-            with Path(output).open("w", newline="") as file:
-                (write_csv if suffix == ".csv" else write_jsonl)(named, file)
-        else:
-            raise FrameworkError(f"--output {output}: the suffix should be .csv, .jsonl or .npz")
-    except OSError as error:
-        raise FrameworkError(f"--output {output}: {error.strerror}") from error
-    return rows
+    if output == "-":
+        write_csv(named, sys.stdout)
+    else:
+        try:
+            WRITERS[Path(output).suffix](named, Path(output))
+        except OSError as error:
+            raise FrameworkError(f"--output {output}: {error.strerror}") from error
+    return len(next(iter(named.values())))
 
 
 def flatten(columns: Mapping[str, Any], classes: Sequence[str]) -> dict[str, list[Any]]:
@@ -88,11 +96,31 @@ def flatten(columns: Mapping[str, Any], classes: Sequence[str]) -> dict[str, lis
 
 
 def write_csv(columns: Mapping[str, list[Any]], file: TextIO) -> None:
-    writer = csv.writer(file)
+    writer = csv.writer(file, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows(zip(*columns.values(), strict=True))
 
 
-def write_jsonl(columns: Mapping[str, list[Any]], file: TextIO) -> None:
-    for row in zip(*columns.values(), strict=True):
-        file.write(json.dumps(dict(zip(columns, row, strict=True))) + "\n")
+def write_csv_file(columns: Mapping[str, list[Any]], path: Path) -> None:
+    with path.open("w", newline="") as file:
+        write_csv(columns, file)
+
+
+def write_jsonl_file(columns: Mapping[str, list[Any]], path: Path) -> None:
+    with path.open("w") as file:
+        for row in zip(*columns.values(), strict=True):
+            file.write(json.dumps(dict(zip(columns, row, strict=True))) + "\n")
+
+
+def write_npz_file(columns: Mapping[str, list[Any]], path: Path) -> None:
+    import numpy
+
+    arrays: dict[str, Any] = {name: numpy.asarray(values) for name, values in columns.items()}
+    numpy.savez(path, **arrays)
+
+
+WRITERS: dict[str, Callable[[Mapping[str, list[Any]], Path], None]] = {
+    ".csv": write_csv_file,
+    ".jsonl": write_jsonl_file,
+    ".npz": write_npz_file,
+}

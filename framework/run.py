@@ -1,20 +1,23 @@
 """A run on disk: its folder and the files that tell what it was. Who reads JSON can watch it.
 
-    runs/<experiment>/<name or time>/
-        config.yaml  overrides.yaml  provenance.json  facts.json   what was composed, by whom, from which code and data
-        status.json  metrics.jsonl  events.out.tfevents.*          where it stands, every number
-        checkpoints/step-00001234/                                 see checkpoint.py
+runs/<experiment>/<name or time>/
+    config.yaml  overrides.yaml  provenance.json  facts.json   what was composed, by whom, from which code and data
+    status.json  metrics.jsonl  events.out.tfevents.*          where it stands, every number
+    checkpoints/step-00001234/                                 see checkpoint.py
 """
 
+import fcntl
 import json
 import os
 import platform
 import re
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from .errors import RunError
 
@@ -33,10 +36,30 @@ class RunFolder:
 
         Raises RunError when the name is not allowed or taken, or the folder cannot be written.
         """
-        for part in (experiment, *([] if name is None else [name])):
-            if not re.fullmatch(NAME, part) or ".." in part:
-                raise RunError(f"run.name should be letters, digits, '.', '_' and '-' (at most 128), not {part!r}")
-        self.path = claim(Path(root) / experiment, name)
+        for what, text in (("experiment", experiment), ("run.name", name)):
+            if text is not None and (not re.fullmatch(NAME, text) or ".." in text):
+                raise RunError(f"{what} should be letters, digits, '.', '_' and '-' (at most 128), not {text!r}")
+        parent = Path(root) / experiment
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            with locked(parent):  # so that nobody sees a folder before its maker has locked it
+                self.path = claim(parent, name)
+                self.lock = only_writer(self.path)
+        except OSError as error:
+            where = f"the run folder {parent / (name or '...')}"
+            raise RunError(f"{where} cannot be made: {error.strerror} (run.root={root})") from None
+
+    @classmethod
+    def existing(cls, path: Path) -> "RunFolder":
+        """Take an existing run's folder. Raises RunError when another process writes there."""
+        folder = cls.__new__(cls)
+        folder.path = path
+        try:
+            with locked(path.parent):
+                folder.lock = only_writer(path)
+        except OSError as error:
+            raise RunError(f"the run folder {path} cannot be written: {error.strerror}") from None
+        return folder
 
     def write(self, file: str, content: Any) -> None:
         """Write a JSON or YAML file, whole or not at all."""
@@ -47,22 +70,46 @@ class RunFolder:
 
 
 def claim(parent: Path, name: str | None) -> Path:
-    """Make a folder that did not exist before, so that no two runs share one."""
+    """Make a folder that did not exist before, so that no two runs share one; a named one without a config, which a
+    run left that was killed before it began, is taken over."""
     wanted = name or time.strftime("%Y-%m-%d_%H-%M-%S")
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        for attempt in range(1, 1000):
-            path = parent / (wanted if attempt == 1 else f"{wanted}_{attempt}")
-            try:
-                path.mkdir()
-            except FileExistsError:
-                if name is not None:
-                    raise RunError(f"{path} exists already: choose another run.name, or remove it") from None
-            else:
-                return path
-    except OSError as error:
-        raise RunError(f"the run folder {parent / wanted} cannot be made: {error.strerror} (run.root={parent.parent})") from None
+    for attempt in range(1, 1000):
+        path = parent / (wanted if attempt == 1 else f"{wanted}_{attempt}")
+        try:
+            path.mkdir()
+        except FileExistsError:
+            if name is None:
+                continue
+            if not path.is_dir() or (path / "config.yaml").exists():
+                raise RunError(
+                    f"{path} exists already: choose another run.name, or go on with it by resume=auto"
+                ) from None
+        return path
     raise RunError(f"{parent} has too many runs named {wanted}")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Wait for, and hold, the lock of a folder of runs."""
+    with (folder / ".lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def only_writer(run: Path) -> TextIO:
+    """Lock a run's folder for as long as the returned file is open (a kill closes it). Raises RunError when taken."""
+    file = (run / ".lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise RunError(f"{run} is being written by {holder}: wait for it, or choose another run.name") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
 
 
 def dump(file: str, content: Any) -> str:

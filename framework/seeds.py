@@ -38,12 +38,19 @@ def capture() -> dict[str, Any]:
     """Return the state of every global generator in plain types (Python's, NumPy's, torch's, each CUDA device's)."""
     import numpy
 
-    kind, keys, position, has_gauss, cached = numpy.random.get_state(legacy=True)
+    mersenne = numpy.random.get_state(legacy=False)
+    keys, position = mersenne["state"]["key"], mersenne["state"]["pos"]
     return {
         "python": random.getstate(),
-        "numpy": [kind, torch.from_numpy(keys.astype("int64")), int(position), int(has_gauss), float(cached)],
+        "numpy": [
+            mersenne["bit_generator"],
+            torch.from_numpy(keys.astype("int64")),
+            int(position),
+            int(mersenne["has_gauss"]),
+            float(mersenne["gauss"]),
+        ],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
     }
 
 
@@ -63,11 +70,8 @@ def restore(state: dict[str, Any]) -> None:
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """Run something (a validation) that must not move the generators of training."""
-    cpu = torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    state = capture()
     try:
         yield
     finally:
-        torch.set_rng_state(cpu)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
+        restore(state)

@@ -1,4 +1,4 @@
-"""The config files of an experiment: where they are found, what may stand in one, and in which line a value was written.
+"""The config files of an experiment: where they are found, what may stand in them, and in which line a value is.
 
 Hydra would import what a config names in its own settings (callbacks, logging classes, `_target_`) and set environment
 variables. So each file is checked when Hydra reads it: it may choose parts and set their settings, and little else.
@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
-from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra._internal.core_plugins import file_config_source
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigResult
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from .errors import ConfigError
 from .registry import Registry
@@ -26,6 +26,7 @@ from .spec import IMPORTS, TARGET
 SWEEPER = ("params", "max_batch_size", "n_trials", "n_jobs", "direction", "study_name")
 HYDRA_KEYS = (("hydra", "launcher", "n_jobs"), *(("hydra", "sweeper", key) for key in SWEEPER))
 """What a config file may say to Hydra itself; the rest is for the command line."""
+OWN = "Hydra's own settings are not for a config file: give them on the command line"
 
 File = tuple[Path, str]
 """A config file and the package, such as "optimizer" or "", at which its content lies in the experiment."""
@@ -41,8 +42,11 @@ class ConfigFolders(SearchPathPlugin):
             search_path.prepend("framework", f"file://{folder}")
 
 
-class CheckedFiles(FileConfigSource):
-    """Reads config files as Hydra does, checks each, and remembers which were read."""
+class FileConfigSource(file_config_source.FileConfigSource):
+    """Reads config files as Hydra does, checks each, and remembers which were read.
+
+    It has the name of the class that it replaces: in a launcher's process Hydra registers that one, and compares names.
+    """
 
     read: ClassVar[list[File]] = []
 
@@ -55,13 +59,17 @@ class CheckedFiles(FileConfigSource):
         group = config_path.rpartition("/")[0]
         if group == "experiment" and result.header["package"] is None:
             result.header["package"] = "_global_"  # an experiment is about the whole, also without Hydra's header
-        package = (result.header["package"] or group.replace("/", ".")).replace("_group_", group.replace("/", "."))
-        content = OmegaConf.to_container(result.config, resolve=False)
-        problems = list(check_file(file, config_path, package, content if isinstance(content, dict) else {}))
+        package = (result.header["package"] or "_group_").replace("_group_", group.replace("/", "."))
+        package = package.replace("_name_", config_path.rpartition("/")[2])
+        problems = list(check_file(file, config_path, package, OmegaConf.to_container(result.config, resolve=False)))
         if problems:
             raise ConfigError(problems)
+        package = package.removeprefix("_global_").strip(".")
         if (file, package) not in self.read:
-            self.read.append((file, package.removeprefix("_global_").strip(".")))
+            self.read.append((file, package))
+        if not package and isinstance(result.config, DictConfig):
+            content: Any = OmegaConf.to_container(result.config, resolve=False)
+            result.config = OmegaConf.create(choose(content))
         return result
 
 
@@ -71,38 +79,78 @@ def searching(folders: Iterable[Path]) -> Iterator[list[File]]:
     Plugins.instance().register(ConfigFolders)
     types = SourcesRegistry.instance().types
     before = types["file"]
-    types["file"], ConfigFolders.folders, CheckedFiles.read = CheckedFiles, list(folders), []
+    types["file"], ConfigFolders.folders, FileConfigSource.read = FileConfigSource, list(folders), []
     try:
-        yield CheckedFiles.read
+        yield FileConfigSource.read
     finally:
         types["file"], ConfigFolders.folders = before, []
 
 
-def check_file(file: Path, config_path: str, package: str, content: Mapping[str, Any]) -> Iterator[str]:
+def check_file(file: Path, config_path: str, package: str, content: Any) -> Iterator[str]:
     """Yield what may not stand in a config file, with its line."""
+    if not isinstance(content, Mapping):
+        yield f"{shorter(file)}: should hold `key: value` lines"
+        return
     group, _, name = config_path.rpartition("/")
     kinds = {registry.kind.key: registry for registry in Registry.every.values()}
     if group in kinds and name in kinds[group]:
         yield f"{shorter(file)}: {name!r} is a registered {kinds[group].kind.name}: give the file another name"
     if "hydra" in (config_path.split("/")[0], *package.split(".")):
-        yield f"{shorter(file)}: Hydra's own settings are not read from a config folder: give them on the command line"
-    for entry in content.get("defaults") or ():
+        yield f"{shorter(file)}: {OWN}"
+    defaults = content.get("defaults")
+    for entry in defaults if isinstance(defaults, list) else ():
         yield from (f"{shorter(file)}:{line_with(file, text)}: {said}" for text, said in check_entry(entry))
     for path in paths(content):
-        key = ".".join(path)
         if IMPORTS & set(path):
-            yield f"{key} {TARGET} ({shorter(file)}:{line_of(file, path)})"
-        elif path[0] == "hydra" and not (path[:3] in HYDRA_KEYS and not says_hydra(".".join(path[3:]))):
-            yield f"{key}: is Hydra's own: give it on the command line ({shorter(file)}:{line_of(file, path)})"
+            yield f"{'.'.join(path)}: {TARGET} ({shorter(file)}:{line_of(file, path)})"
+    foreign = [path for path in paths(content) if path[0] == "hydra" and path[:3] not in HYDRA_KEYS]
+    foreign += [path for path in paths(content) if path[:3] in HYDRA_KEYS and says_hydra(".".join(path[3:]))]
+    for path in dict.fromkeys(path[:2] for path in foreign):
+        yield f"{'.'.join(path)}: {OWN} ({shorter(file)}:{line_of(file, path)})"
 
 
 def check_entry(entry: Any) -> Iterator[tuple[str, str]]:
     """Yield the text and the fault of an entry of a defaults list that would change Hydra itself."""
     (key, value), *_ = entry.items() if isinstance(entry, Mapping) and entry else [(entry, None)]
-    group, _, package = str(key).split()[-1].partition("@") if str(key).strip() else ("", "", "")
+    group, _, package = re.sub(r"^((override|optional)\s+)+", "", str(key)).partition("@")
     plugin = group.lstrip("/") in ("hydra/launcher", "hydra/sweeper") and not package and str(value).isidentifier()
-    if not plugin and (says_hydra(group.lstrip("/").split("/")[0]) or says_hydra(package) or "$" in package):
-        yield str(key), "Hydra's own settings are not for a config file: give them on the command line"
+    hidden = "$" in package or "_name_" in package  # it could come to say hydra
+    if not plugin and (hidden or says_hydra(package) or says_hydra(group.lstrip("/").split("/")[0])):
+        yield str(key), f"{key}: {OWN}"
+
+
+def choose(content: dict[str, Any]) -> dict[str, Any]:
+    """Turn `optimizer: sgd` and `optimizer: {name: sgd, lr: 0.1}` into choices of the defaults list.
+
+    There the command line can choose otherwise, and the settings of what was chosen before do not linger.
+    """
+    defaults, rest, chosen = list(content.get("defaults") or ()), dict(content), []
+    listed = {str(key).split("/")[-1] for entry in defaults if isinstance(entry, Mapping) for key in entry}
+    for key in [registry.kind.key for registry in Registry.every.values() if not registry.kind.many]:
+        value = rest.get(key, {})
+        settings = dict(value) if isinstance(value, Mapping) else {"name": value}
+        if "name" in settings and key not in listed:
+            chosen.append({f"override /{key}": settings.pop("name")})
+            rest = {k: v for k, v in rest.items() if k != key} | ({key: settings} if settings else {})
+    if chosen and "_self_" not in defaults:
+        first_override = next((n for n, entry in enumerate(defaults) if "override " in str(entry)), len(defaults))
+        defaults.insert(first_override, "_self_")
+    return rest | {"defaults": [*defaults, *chosen]} if chosen else content
+
+
+def experiments_in(folders: Iterable[Path]) -> list[str]:
+    """Return the names for `experiment=NAME`."""
+    return sorted({file.stem for folder in folders for file in (folder / "experiment").glob("*.yaml")})
+
+
+def chosen_in(folders: Iterable[Path]) -> dict[str, Any]:
+    """Return what the defaults list of the main config chooses: {"optimizer": "adamw", "metrics": ["accuracy"]}."""
+    files = [folder / "config.yaml" for folder in folders if (folder / "config.yaml").is_file()]
+    chosen: dict[str, Any] = {}
+    for entry in [entry for file in files for entry in read_yaml(file).get("defaults") or ()]:
+        if isinstance(entry, Mapping):
+            chosen |= {str(key).removeprefix("override ").lstrip("/"): value for key, value in entry.items()}
+    return {key: value for key, value in chosen.items() if value}
 
 
 def says_hydra(text: str) -> bool:
@@ -124,14 +172,17 @@ class Sources:
 
     def __call__(self, path: str) -> str:
         """Return "command line", "conf/experiment/spam.yaml:7", or "" for a default."""
-        if any(path == key or path.startswith(f"{key}.") or key.startswith(f"{path}.") for key in self.typed):
+        if any(path == key or key.startswith(f"{path}.") for key in self.typed):
+            return "command line"
+        above = {key: text for key, text in self.typed.items() if path.startswith(f"{key}.")}
+        if any("{" in text for text in above.values()):  # the settings themselves; otherwise only whose they are
             return "command line"
         for file, package in reversed(self.files):
             if f"{path}.".startswith(f"{package}." if package else ""):
                 line = line_of(file, path.removeprefix(package).strip(".").split("."))
                 if line is not None:
                     return f"{shorter(file)}:{line}"
-        return ""
+        return "command line" if above else ""
 
 
 def line_of(file: Path, keys: Iterable[str]) -> int | None:
@@ -161,6 +212,17 @@ def line_with(file: Path, text: str) -> int:
     """Return the first line of a file that holds a text; 1 when none does."""
     lines = file.read_text().splitlines()
     return next((number for number, line in enumerate(lines, 1) if text in line), 1)
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """Return the content of a YAML file. Raises ConfigError with the line that cannot be read."""
+    try:
+        content = yaml.safe_load(file.read_text()) or {}
+    except (yaml.YAMLError, ValueError, OSError) as error:
+        raise ConfigError([unreadable(file, error)]) from error
+    if not isinstance(content, dict):
+        raise ConfigError([f"{shorter(file)}: should hold `key: value` lines"])
+    return content
 
 
 def unreadable(file: Path, error: Exception) -> str:

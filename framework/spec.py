@@ -16,7 +16,12 @@ DIRECT = ("model", "data", "task", "optimizer", "scheduler", "metric", "callback
 
 SECTIONS: dict[str, Callable] = {"trainer": Trainer, "loader": Loader, "run": RunFolder}
 GIVEN = ("seed", "callbacks", "loggers", "folder", "split", "shuffle", "experiment")
-PLAIN = {"seed": Setting("seed", int, 0), "plugins": Setting("plugins", list[str], [])}
+PLAIN = {
+    "seed": Setting("seed", int, 0, "of everything random: initial weights, order of samples, dropout"),
+    "plugins": Setting("plugins", list[str], [], "files, folders or modules with parts of your own"),
+    "resume": Setting("resume", str, "never", "never, auto (the same command again goes on), or the folder of a run"),
+    "init_from": Setting("init_from", str | None, None, "a run, checkpoint or .safetensors file to take weights from"),
+}
 
 
 def section_settings(name: str) -> dict[str, Setting]:
@@ -36,6 +41,8 @@ class Spec:
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
     seed: int = 0
     plugins: list[str] = field(default_factory=list)
+    resume: str = "never"
+    init_from: str | None = None
     tree: dict[str, Any] = field(default_factory=dict)
 
 
@@ -48,12 +55,12 @@ def read_spec(tree: Mapping[str, Any], source: Callable[[str], str] = lambda pat
 
 
 class Reader:
-    """Walks a tree once, gathering problems and the parts that follow the experiment's choice."""
+    """Walks a tree once, gathering problems and the kinds that its parts ask for."""
 
     def __init__(self, tree: Mapping[str, Any], source: Callable[[str], str]):
         self.tree, self.source = tree, source
         self.problems: list[str] = []
-        self.followed: set[str] = set()
+        self.asked: set[str] = set()
 
     def read(self) -> Spec:
         spec = Spec()
@@ -68,11 +75,12 @@ class Reader:
             spec.sections[name] = self.settings(name, section_settings(name), self.tree.get(name) or {}, name)
         for name, setting in PLAIN.items():
             setattr(spec, name, self.value(setting, self.tree.get(name, setting.default), name))
-        self.check_choices_reach()
+        self.check_choices_reach(spec.parts)
         for name in ("model", "data", "task", "optimizer"):
             if spec.parts[name] is None and not self.problems:
                 self.problem(name, None, f"an experiment needs {with_article(name)}: choose one with {name}=NAME")
-        self.check_trainer(spec.sections["trainer"])
+        if spec.sections["trainer"]:
+            self.check_trainer(spec.sections["trainer"])
         if self.problems:
             raise ConfigError(dict.fromkeys(self.problems))
         spec.tree = self.complete(spec)
@@ -85,7 +93,11 @@ class Reader:
         if value is None:
             return None
         if not isinstance(value, Mapping):
-            self.problem(path, value, f"should be the name of a {kind.name}, or a mapping with its `name` and settings")
+            self.problem(
+                path,
+                value,
+                f"should be the name of {with_article(kind.name)}, or a mapping with its `name` and settings",
+            )
             return None
         name = value.get("name", default)
         if name not in Registry.every[kind.name]:
@@ -98,17 +110,19 @@ class Reader:
     def many(self, kind: Kind) -> list[Maker]:
         """Read `callbacks: {early_stop: {patience: 3}}`: parts by name."""
         value = self.tree.get(kind.key) or {}
-        if isinstance(value, list):
+        if isinstance(value, list) and all(isinstance(name, str) for name in value):
             value = {name: {} for name in value}
         if not isinstance(value, Mapping):
-            self.problem(kind.key, value, f"should be a list of {kind.key}, or a mapping from name to settings")
+            self.problem(
+                kind.key, value, f"should be a list of names of {kind.key}, or a mapping from name to settings"
+            )
             return []
-        makers = [
-            self.part(kind, f"{kind.key}.{name}", {"name": name, **(settings or {})})
-            if isinstance(settings, Mapping | None)
-            else self.problem(f"{kind.key}.{name}", settings, "should be a mapping of settings")
-            for name, settings in value.items()
-        ]
+        makers: list[Maker | None] = []
+        for name, settings in value.items():
+            if isinstance(settings, Mapping | None):
+                makers.append(self.part(kind, f"{kind.key}.{name}", {"name": name, **(settings or {})}))
+            else:
+                self.problem(f"{kind.key}.{name}", settings, "should be a mapping of settings")
         return [maker for maker in makers if maker is not None]
 
     def settings(
@@ -128,6 +142,8 @@ class Reader:
                 found[key] = self.nested(where, setting, given.get(key, follow(setting.part)))
             elif key in given and given[key] != "???":
                 found[key] = self.value(setting, given[key], where)
+            elif not setting.required and isinstance(owner, str):
+                found[key] = setting.default  # a section is taken apart by its settings; a maker knows its defaults
             elif setting.required:
                 name = owner if isinstance(owner, str) else owner.name
                 self.problems.append(f"{name} needs {where}: give it with {where}=... ({setting.type_text})")
@@ -136,6 +152,7 @@ class Reader:
     def nested(self, path: str, setting: Setting, value: Any) -> Any:
         """Return the part that a setting names; without a choice there it is the experiment's, else the default."""
         assert setting.part is not None
+        self.asked.add(setting.part)
         registry = Registry.every[setting.part]
         if setting.many:
             if value == follow(setting.part):
@@ -146,7 +163,6 @@ class Reader:
             return [self.part(registry.kind, f"{path}.{number}", item) for number, item in enumerate(value)]
         chosen = self.tree.get(registry.kind.key)
         if value == follow(setting.part):
-            self.followed.add(setting.part)
             if chosen is None and setting.required:
                 self.problem(path, None, f"needs a {setting.part}: choose one with {path}=NAME or {setting.part}=NAME")
                 return None
@@ -165,19 +181,19 @@ class Reader:
             self.problem(path, value, str(error))
             return setting.default
 
-    def check_choices_reach(self) -> None:
+    def check_choices_reach(self, parts: Mapping[str, Any]) -> None:
         """An experiment's choice of a kind that no part asks for would be a silent no-op."""
+        askers = " nor ".join(parts[name].entry.name for name in ("model", "task") if parts[name] is not None)
         for name, registry in Registry.every.items():
-            key = registry.kind.key
-            if name in DIRECT or self.tree.get(key) is None or name in self.followed:
+            chosen = self.tree.get(registry.kind.key)
+            if name in DIRECT or chosen is None or name in self.asked:
                 continue
-            chosen = self.tree[key] if isinstance(self.tree[key], str) else self.tree[key].get("name")
-            parts = [str(self.tree.get(k, {}).get("name")) for k in ("model", "task") if isinstance(self.tree.get(k), dict)]
-            self.problem(key, chosen, f"reaches nothing: neither {' nor '.join(parts)} asks for a {name}")
+            chosen = chosen.get("name") if isinstance(chosen, Mapping) else chosen
+            self.problem(registry.kind.key, chosen, f"reaches nothing: neither {askers} asks for {with_article(name)}")
 
     def check_trainer(self, settings: Mapping[str, Any]) -> None:
         """Find now what the trainer will refuse (a device that is not there), before any data is read."""
-        limits = {"max_epochs": settings["max_epochs"], "max_steps": settings["max_steps"]}
+        limits = {name: settings[name] for name in ("max_epochs", "max_steps")}
         if limits == {"max_epochs": None, "max_steps": None}:
             limits["max_steps"] = 1
             self.problem("trainer", None, "needs a limit: give it with trainer.max_epochs=... or trainer.max_steps=...")
@@ -189,7 +205,9 @@ class Reader:
 
     def unknown_key(self, key: str, value: Any, known: set[str]) -> None:
         owners = [section for section in SECTIONS if key in section_settings(section)]
-        owners += [kind.kind.key for kind in Registry.every.values() if kind.kind.key in self.tree and self.has(kind, key)]
+        owners += [
+            kind.kind.key for kind in Registry.every.values() if kind.kind.key in self.tree and self.has(kind, key)
+        ]
         path = key
         while isinstance(value, Mapping) and len(value) == 1:  # as it was typed: x.y=1
             (deeper, value), *_ = value.items()
@@ -218,8 +236,8 @@ class Reader:
         if others:
             said = ", ".join(others[:4]) + (" ..." if len(others) > 4 else "")
             return self.problem(path, value, f"{key} is a setting of {said}, not of {name}")
-        listed = f"; {did_you_mean(str(key), settings, most=20)}" if settings else ": it has no settings"
-        return self.problem(path, value, f"{name} has no setting {key!r}{listed}")
+        listed = f" {key!r}; {did_you_mean(str(key), settings, most=20)}" if settings else "s"
+        return self.problem(path, value, f"{name} has no setting{listed}")
 
     def problem(self, path: str, value: Any, message: str) -> None:
         source = self.source(path)
@@ -237,7 +255,7 @@ class Reader:
                 tree[key] = plain(made)
         for name, settings in spec.sections.items():
             tree[name] = {key: plain(settings.get(key, s.default)) for key, s in section_settings(name).items()}
-        return tree | {"seed": spec.seed, "plugins": spec.plugins}
+        return tree | {"seed": spec.seed, "plugins": spec.plugins, "init_from": spec.init_from}
 
 
 IMPORTS = frozenset({"_target_", "_partial_", "_args_", "_recursive_", "_convert_"})

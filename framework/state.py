@@ -3,7 +3,7 @@
 import re
 import time
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 from .errors import SettingError
 from .schema import Pattern
@@ -40,24 +40,37 @@ class State:
 
     @property
     def wall_seconds(self) -> float:
+        """Seconds since the run began, without the time between being stopped and resumed."""
         return time.monotonic() - self.started
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run cannot derive, in plain types."""
+        counters = {name: getattr(self, name) for name in ("step", "epoch", "batch", "samples")}
+        return {"counters": counters, "metrics": dict(self.metrics), "wall_seconds": self.wall_seconds}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        for name, value in saved["counters"].items():
+            setattr(self, name, value)
+        self.metrics = dict(saved["metrics"])
+        self.started = time.monotonic() - saved["wall_seconds"]
 
 
 class Cadence:
     """Says when something is due: after every n steps, epochs or minutes (of a clock that never jumps).
 
-    Raises SettingError for a text that is no cadence.
+    `setting` is what its owner calls it, for the SettingError that a text which is no cadence raises.
     """
 
-    def __init__(self, every: str):
+    def __init__(self, every: str, setting: str = "every"):
         match = re.fullmatch(EVERY, every)
         if match is None or float(match[1]) <= 0:
-            raise SettingError(f"should be a cadence like 10steps, 1epoch or 5min, not {every!r}")
+            raise SettingError(f"{setting} should be a cadence like 10steps, 1epoch or 5min, not {every!r}")
         self.every = every
         self.unit = match[2].rstrip("s") if match[2] != "s" else "s"
         self.number = float(match[1])
         if self.unit in ("step", "epoch") and self.number != int(self.number):
-            raise SettingError(f"should be a whole number of {self.unit}s, not {every!r}")
+            raise SettingError(f"{setting} should be a whole number of {self.unit}s, not {every!r}")
         self._last = time.monotonic()
 
     def due(self, state: State, *, epoch_end: bool = False) -> bool:

@@ -3,7 +3,6 @@
 import json
 import os
 import time
-from pathlib import Path
 from typing import Any
 
 from .callback import Callback
@@ -13,9 +12,6 @@ from .trainer import Trainer
 class Status(Callback):
     """Writes the run's status.json at each log and at the end, whole or not at all."""
 
-    def __init__(self, folder: Path):
-        self.file = folder / "status.json"
-
     def on_fit_start(self, trainer: Trainer) -> None:
         self._write(trainer, "running")
 
@@ -23,13 +19,20 @@ class Status(Callback):
         self._write(trainer, "running")
 
     def on_fit_end(self, trainer: Trainer) -> None:
-        self._write(trainer, "done" if trainer.state.stop is None else "stopped")
+        self._write(trainer, "testing" if trainer.state.stop is None else "stopped")
+
+    def done(self, trainer: Trainer) -> None:
+        """Say that nothing is left to do."""
+        self._write(trainer, "done")
 
     def on_exception(self, trainer: Trainer) -> None:
         self._write(trainer, "failed")
 
     def _write(self, trainer: Trainer, status: str) -> None:
-        state = trainer.state
+        if trainer.folder is None:
+            return
+        state, file = trainer.state, trainer.folder / "status.json"
+        seconds_per_step = state.wall_seconds / max(state.step, 1)
         left = max(state.total_steps - state.step, 0)
         content: dict[str, Any] = {
             "status": status,
@@ -38,11 +41,11 @@ class Status(Callback):
             "total_steps": state.total_steps,
             "epoch": state.epoch,
             "wall_seconds": round(state.wall_seconds, 3),
-            "eta_seconds": round(state.wall_seconds / state.step * left, 1) if state.step and status == "running" else None,
+            "eta_seconds": round(seconds_per_step * left, 1) if state.step and status == "running" else None,
             "samples_per_second": state.metrics.get("train/samples_per_second"),
             "pid": os.getpid(),
             "updated": time.time(),
         }
-        beside = self.file.with_suffix(".tmp")
+        beside = file.with_suffix(".tmp")
         beside.write_text(json.dumps(content) + "\n")
-        os.replace(beside, self.file)
+        os.replace(beside, file)

@@ -3,15 +3,19 @@
 Hydra copies its whole ConfigStore for each composition, and a schema for every part would cost half a second a run.
 """
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigNode, ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from .discovery import discover
 from .registry import Entry, Registry
 from .schema import REQUIRED
 from .spec import PLAIN, SECTIONS, follow, plain, section_settings
 
+NONE = "_none_"  # the option of a group that holds nothing: Hydra has no `GROUP=null` on its command line
 ALSO = "also"  # the group in which `+callbacks=NAME` adds to the list of the group `callbacks`
 
 
@@ -31,13 +35,19 @@ class LazyNode(ConfigNode):
         """Hydra puts a deep copy back; each reading is fresh anyway."""
 
 
-def fill_store() -> None:
-    """Put every registered part, and the sections, into Hydra's ConfigStore."""
-    store = ConfigStore.instance()
+def fill_store(plugins: Iterable[str] = ()) -> None:
+    """Put every registered part, and the sections, into Hydra's ConfigStore.
+
+    A launcher that runs jobs in processes of their own sends the store there: as the `plugins` to fill it from.
+    """
+    store, loaded = ConfigStore.instance(), tuple(plugins)
     ConfigStore.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]  # see above
+    ConfigStore.__reduce__ = lambda self: (filled_store, (loaded,))  # type: ignore[method-assign, assignment]
     add(store.repo, "sections", None, None, sections)
+    add(store.repo, "framework", None, None, ours)
     for registry in Registry.every.values():
         key = registry.kind.key
+        add(store.repo, NONE, key, "_global_", dict)
         for entry in registry:
             for name in (entry.name, *entry.aliases):
                 if registry.kind.many:
@@ -47,6 +57,13 @@ def fill_store() -> None:
                 else:
                     content = lambda entry=entry: {"name": entry.name, **option(entry)}  # noqa: E731
                 add(store.repo, name, key, key, content)
+
+
+def filled_store(plugins: Iterable[str]) -> ConfigStore:
+    """Load the plugins and return the store, in the process of a job."""
+    discover(plugins)
+    fill_store(plugins)
+    return ConfigStore.instance()
 
 
 def add(repo: dict[str, Any], name: str, group: str | None, package: str | None, content: Any) -> None:
@@ -64,6 +81,13 @@ def default(setting: Any) -> Any:
     if setting.part is not None and not setting.many:
         return follow(setting.part)
     return "???" if setting.default is REQUIRED else plain(setting.default)
+
+
+def ours() -> DictConfig:
+    """Return our own config.yaml, so that a project's may begin with `defaults: [framework, _self_]`."""
+    import framework_conf
+
+    return OmegaConf.load(Path(framework_conf.__path__[0]) / "config.yaml")  # type: ignore[return-value]
 
 
 def sections() -> dict[str, Any]:

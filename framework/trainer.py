@@ -7,29 +7,37 @@ The loop and its events are drawn in `callback.py`; `_step` is the training step
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import seeds
+from . import seeds, trainer_state
 from .batches import Batches, Source, as_batches, count_steps, count_total, steps
-from .callback import EVENTS, Callback
-from .data import Batch, Data, TensorSplit, check_data
-from .device import Format, Precision, find_device
+from .callback import Callback, listeners
+from .data import Batch, Data, Loader, TensorSplit, check_data
+from .device import Format, Precision, deterministic_algorithms, find_device, memory_errors
 from .errors import DataError, SettingError
 from .logger import Logger
 from .metric import Measures, Metric
 from .scheduler import Schedule
-from .schema import PositiveInt
+from .schema import PositiveInt, read_settings
 from .state import Cadence, Every, State
 from .task import LossTask, Task
 
 
 class Trainer:
-    """Fits, evaluates and predicts with a model, some data, a task and an optimizer."""
+    """Fits, evaluates and predicts with a model, some data, a task and an optimizer.
+
+    Attributes:
+        state: counters and the last metrics; `state.stop = "reason"` ends the run after the step under way.
+        at_boundary: no step is under way, so that `state_dict` is that of a run which can go on exactly.
+        resumed_from: the step that `fit` went on from, or None.
+        manifest: facts of the run that its checkpoints keep in their manifest.
+    """
 
     def __init__(
         self,
@@ -63,20 +71,30 @@ class Trainer:
             loggers: get every scalar, text and picture.
             folder: of the run, for callbacks and loggers that write files.
 
-        Raises SettingError for a device that is not there, or a cadence that is none.
+        Raises SettingError for a setting outside its range, and for a device that is not there.
         """
+        given = locals()
+        for setting in read_settings(Trainer).values():
+            try:
+                setting.convert(given[setting.name])
+            except SettingError as error:
+                raise SettingError(f"{setting.name} {error}") from None
         if max_epochs is None and max_steps is None:
             raise SettingError("a Trainer needs max_epochs or max_steps")
         self.max_epochs, self.max_steps = max_epochs, max_steps
-        self.validate_every, self.log_every = Cadence(validate_every), Cadence(log_every)
+        self.validate_every = Cadence(validate_every, "validate_every")
+        self.log_every = Cadence(log_every, "log_every")
         self.accumulate, self.deterministic = accumulate, deterministic
         self.device = find_device(device)
         self.precision = Precision(precision, self.device)
         self.seed, self.folder = seed, folder
         self.callbacks, self.loggers = list(callbacks), list(loggers)
+        self.metrics: list[Metric] = []
         self.state = State()
         self.schedule: Callable[[int], float] | None = None
-        self._listeners = {event: self._listening(event) for event in EVENTS}
+        self._listeners = listeners(self.callbacks)
+        self.manifest: dict[str, Any] = {}
+        self.resumed_from: int | None = None
         self._record: dict[str, float | Tensor] = {}
         self._open = 0
 
@@ -104,9 +122,10 @@ class Trainer:
             schedule: step -> factor on each group's learning rate.
             metrics: measured on training batches and on validation.
             batch_size: for a `Data` or a split.
-            resume: what `state_dict` gave, to go on from there.
+            resume: what `state_dict` gave, to go on from there; exactly so, unless a DataLoader of yours shuffles
+                and the run was cut in mid-epoch.
 
-        Raises DataError when the data is empty or does not fit the task.
+        Raises DataError when the data is empty or does not fit the task, OutOfMemory when memory is full.
         """
         self.model, self.optimizer, self.schedule = model.to(self.device), optimizer, schedule
         self.task = task if isinstance(task, Task) else LossTask(task)
@@ -116,11 +135,12 @@ class Trainer:
             check_data(data)
             self.task.check(data)
             val = data.val if val is None else val
+            data = data.train
         self.train_batches = self._batches(data, batch_size, shuffle=True)
         self.val_batches = None if val is None else self._batches(val, batch_size)
         self.metrics = list(metrics)
         self._prepare(resume)
-        with self:
+        with self, deterministic_algorithms(self.deterministic), memory_errors(self.device):
             try:
                 self._emit("fit_start")
                 while not self._done:
@@ -138,17 +158,17 @@ class Trainer:
     def _prepare(self, resume: dict[str, Any] | None) -> None:
         """Make everything that the first step needs: counters, scaler, sums, seeds, open loggers."""
         seeds.seed_everything(seeds.derive(self.seed, "train"))
-        if self.deterministic:
-            torch.use_deterministic_algorithms(True)
-        self.state = State(steps_per_epoch=count_steps(self.train_batches, self.accumulate))
+        asked = None if hasattr(self, "measures") else self.state.stop  # by a signal that came before the first fit
+        self.state = State(steps_per_epoch=count_steps(self.train_batches, self.accumulate), stop=asked)
         self.state.total_steps = count_total(self.state.steps_per_epoch, self.max_epochs, self.max_steps)
         for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
         self.measures = Measures(self.metrics, self.device)
         self.loss = torch.zeros((), device=self.device)
-        self._validated = -1
+        self._validated, self.at_boundary, self.resumed_from = -1, True, None
         if resume is not None:
             self.load_state_dict(resume)
+            self.resumed_from = self.state.step
         self._rate_from = (time.perf_counter(), self.state.samples)
 
     @property
@@ -161,12 +181,11 @@ class Trainer:
     def _epoch(self) -> None:
         """Run one epoch, from the batch where the run stands."""
         state = self.state
+        self.model.train()
         if state.batch == 0:
             self._emit("epoch_start")
-        self.model.train()
         batches = self.train_batches.epoch(state.epoch, state.batch)
         steps_left = state.steps_per_epoch - state.batch // self.accumulate if state.steps_per_epoch else 0
-        began = state.step
         for window, last in steps(batches, self.accumulate, steps_left):
             self._step(window)
             if last:
@@ -178,14 +197,15 @@ class Trainer:
             self._emit("step_end")
             if last:
                 self._emit("epoch_end")
-                self._flush()
-            if self._done:
+            self._flush()
+            if last or self._done:
                 return
-        if state.step == began:
-            raise DataError(f"the training data gave no batch in epoch {state.epoch + 1}")
+        expected = f"its length says {len(self.train_batches)}" if steps_left else "can it be read only once?"
+        raise DataError(f"epoch {state.epoch + 1} of the training data ended after {state.batch} batches; {expected}")
 
     def _step(self, window: list[Batch]) -> None:
         """The training step: forward and backward for each micro-batch, then one update."""
+        self.at_boundary = False
         self._emit("step_start")
         batches = [self._place(batch) for batch in window]
         counts = [self.task.count(batch) for batch in batches]
@@ -205,6 +225,13 @@ class Trainer:
         self.state.step += 1
         self.state.batch += len(batches)
         self.state.samples += sum(len(batch[0]) for batch in batches)
+        self.at_boundary = True
+
+    def sample_indices(self) -> list[int] | None:
+        """Return which samples of the training split the step under way reads; None for batches of your own."""
+        if not isinstance(self.train_batches, Loader):
+            return None
+        return self.train_batches.indices(self.state.epoch, self.state.batch, self.accumulate)
 
     def _set_learning_rate(self) -> None:
         if self.schedule is None:
@@ -246,15 +273,20 @@ class Trainer:
             self._validate()
 
     def _measure(self, batches: Batches) -> dict[str, float]:
-        """Return the loss and metrics of a model over all batches, in eval mode."""
-        measures, training = Measures(self.metrics, self.device), self.model.training
-        self.model.eval()
-        with seeds.undisturbed(), torch.no_grad(), self.precision.autocast():
-            for batch in batches.epoch():
-                batch = self._place(batch)
+        """Return the loss and metrics of a model over all batches, in eval mode. Raises DataError for no batch."""
+        measures, batch = Measures(self.metrics, self.device), None
+        with self._inference():
+            for batch in map(self._place, batches.epoch()):
                 measures.add(*self.task.step(self.model, batch), self.task.count(batch))
-        self.model.train(training)
+        if batch is None:
+            raise DataError("the data to measure on has no batch: it is empty")
         return measures.read()
+
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        deterministic = deterministic_algorithms(self.deterministic)
+        with self.precision.inference(self.model), deterministic, memory_errors(self.device):
+            yield
 
     def evaluate(
         self,
@@ -268,11 +300,15 @@ class Trainer:
     ) -> dict[str, float]:
         """Return {"test/loss": ..., "test/accuracy": ...} of the fitted (or given) model on a split or loader.
 
-        While the trainer is open (`with trainer:`), the values go to the loggers too.
+        Of a `Data`, the split `name` is taken. While the trainer is open (`with trainer:`), loggers get the values too.
         """
-        self._use(model, task)
-        if metrics is not None or not hasattr(self, "metrics"):
-            self.metrics = list(metrics or ())
+        self._use(model, task, "model", "task")
+        if metrics is not None:
+            self.metrics = list(metrics)
+        if isinstance(data, Data):
+            data = getattr(data, name, data)
+        if data is None:
+            raise DataError(f"the data has no {name} split")
         values = self._measure(self._batches(data, batch_size))
         named = {f"{name}/{key}": value for key, value in values.items()}
         self.log(named)
@@ -288,20 +324,22 @@ class Trainer:
         batch_size: int = 256,
     ) -> Tensor:
         """Return the model's outputs for inputs (rows, *in_shape), or for every sample of a split, on the CPU."""
-        self._use(model, task)
+        self._use(model, task, "model")
         batches = self._batches(TensorSplit(data) if isinstance(data, Tensor) else data, batch_size)
-        self.model.eval()
-        with seeds.undisturbed(), torch.no_grad(), self.precision.autocast():
+        with self._inference():
             outputs = [self.model(self._place(batch)[0]).float().cpu() for batch in batches.epoch()]
+        if not outputs:
+            raise DataError("there is nothing to predict: the inputs have no row")
         return torch.cat(outputs)
 
-    def _use(self, model: nn.Module | None, task: Task | Callable | None) -> None:
+    def _use(self, model: nn.Module | None, task: Task | Callable | None, *needed: str) -> None:
         if model is not None:
             self.model = model.to(self.device)
         if task is not None:
             self.task = task if isinstance(task, Task) else LossTask(task)
-        if not hasattr(self, "model"):
-            raise SettingError("nothing was fitted yet: pass `model=` and `task=`")
+        for name in needed:
+            if not hasattr(self, name):
+                raise SettingError(f"nothing was fitted yet: pass `{name}=`")
         criterion = getattr(getattr(self, "task", None), "criterion", None)
         if criterion is not None:
             criterion.to(self.device)
@@ -325,53 +363,28 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a run needs to go on from here, in plain types and tensors."""
-        state = self.state
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict() if isinstance(self.schedule, Schedule) else {},
-            "scaler": self.precision.state_dict(),
-            "callbacks": {type(c).__name__: c.state_dict() for c in self.callbacks},
-            "counters": {name: getattr(state, name) for name in ("step", "epoch", "batch", "samples")},
-            "metrics": dict(state.metrics),
-            "validated": self._validated,
-            "random": seeds.capture(),
-        }
+        return trainer_state.capture(self)
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        if isinstance(self.schedule, Schedule):
-            self.schedule.load_state_dict(saved["schedule"])
-        self.precision.load_state_dict(saved["scaler"])
-        for callback in self.callbacks:
-            callback.load_state_dict(saved["callbacks"].get(type(callback).__name__, {}))
-        for name, value in saved["counters"].items():
-            setattr(self.state, name, value)
-        self.state.metrics = dict(saved["metrics"])
-        self._validated = saved["validated"]
-        seeds.restore(saved["random"])
+        trainer_state.restore(self, saved)
 
     def __enter__(self) -> "Trainer":
         """Keep loggers open until the end of the `with`, so that `evaluate` after `fit` is logged too."""
+        if self._open == 0:
+            with ExitStack() as opened:
+                for logger in self.loggers:
+                    opened.callback(logger.close)
+                    logger.open(self.folder, self.state.step, ["loss", *(metric.name for metric in self.metrics)])
+                self._closing = opened.pop_all()  # an error above, or in closing one, still closes the others
         self._open += 1
-        if self._open == 1:
-            names = ["loss", *(metric.name for metric in getattr(self, "metrics", ()))]
-            for logger in self.loggers:
-                logger.open(self.folder, self.state.step, names)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._open -= 1
         if self._open == 0:
-            self._emit("close")
-            for logger in self.loggers:
-                logger.close()
-
-    def _listening(self, event: str) -> list[Callable[["Trainer"], None]]:
-        name = f"on_{event}"
-        return [getattr(c, name) for c in self.callbacks if getattr(type(c), name) is not getattr(Callback, name)]
+            with self._closing:
+                self._emit("close")
 
     def _emit(self, event: str) -> None:
         for listener in self._listeners[event]:

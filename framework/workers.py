@@ -1,9 +1,14 @@
 """Reading the samples of a split that is not in memory, in this process or in others, the same in all of them."""
 
+import ctypes
+import multiprocessing
 import random
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
 
 import torch
@@ -36,27 +41,47 @@ class IndexBatches(torch.utils.data.Sampler[list[int]]):
         return (chunk.tolist() for chunk in self.indices.split(self.batch_size) if len(chunk))
 
 
+Read = tuple[Any, list[str]]
+"""What was read for a batch (samples, then a batch; or the error that it came to), and which samples were left out."""
+
+
 class SeededSamples(torch.utils.data.Dataset):
     """A split whose samples are each read under random generators of their own, in whatever process that is.
 
-    An error in a sample comes back in place of the batch: torch would wrap it in the text of a worker's traceback.
+    skip: leave out a sample that cannot be read. An error comes back in place of the batch: torch would wrap it in the
+    text of a worker's traceback. `reading` says which sample each worker is at, or -1: a dead one cannot tell.
     """
 
-    def __init__(self, split: Split, seed: int):
-        self.split, self.seed = split, seed
+    def __init__(self, split: Split, seed: int, skip: bool = False, workers: int = 0):
+        self.split, self.seed, self.skip = split, seed, skip
+        self.reading = multiprocessing.Array("q", [-1] * max(workers, 1), lock=False)
 
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitems__(self, indices: list[int]) -> list[Any] | FrameworkError:
-        states = None if torch.utils.data.get_worker_info() else random_states()
+    def __getitems__(self, indices: list[int]) -> Read:
+        worker = torch.utils.data.get_worker_info()
+        if worker:
+            return self.read_all(indices, worker.id)
+        states = random_states()
         try:
-            return [self.read(index) for index in indices]
-        except FrameworkError as error:
-            return error
+            return self.read_all(indices, 0)
         finally:
-            if states:
-                restore(states)
+            restore(states)
+
+    def read_all(self, indices: list[int], worker: int) -> Read:
+        samples: list[Any] = []
+        left_out: list[str] = []
+        for index in indices:
+            self.reading[worker] = index
+            try:
+                samples.append(self.read(index))
+            except FrameworkError as error:
+                if not self.skip:
+                    return error, []
+                left_out.append(str(error))
+        self.reading[worker] = -1
+        return samples or DataError(f"no sample of a batch can be read: {left_out[0]}"), left_out
 
     def read(self, index: int) -> Any:
         seed = seeds.derive(self.seed, index)
@@ -86,16 +111,17 @@ def restore(states: tuple[Any, ...]) -> None:
         sys.modules["numpy"].random.set_state(states[2])
 
 
-def collate(samples: list[Any] | FrameworkError) -> Batch | FrameworkError:
+def collate(read: Read) -> Read:
     """Stack samples into a batch; an error passes through, so that it arrives as itself."""
+    samples, left_out = read
     if isinstance(samples, FrameworkError):
-        return samples
+        return read
     try:
-        return as_batch(torch.utils.data.default_collate(samples))
+        return as_batch(torch.utils.data.default_collate(samples)), left_out
     except FrameworkError as error:
-        return error
+        return error, left_out
     except (RuntimeError, TypeError, KeyError) as error:
-        return DataError(f"samples of a batch do not stack (have they one shape and type?): {error}")
+        return DataError(f"samples of a batch do not stack (have they one shape and type?): {error}"), left_out
 
 
 def as_batch(batch: Any) -> Batch:
@@ -107,7 +133,102 @@ def as_batch(batch: Any) -> Batch:
     return tuple(parts)
 
 
-def ignore_signals(worker: int) -> None:
-    """Leave SIGINT and SIGTERM to the main process: a scheduler sends them to all, and the step must be finished."""
+def read_batches(samples: SeededSamples, chunks: IndexBatches, workers: int, timeout_seconds: float) -> Iterator[Read]:
+    """Yield batches, read here or by other processes, in order; after the last one no process is left.
+
+    Raises DataError naming the sample when a process dies, or when no batch has come for `timeout_seconds` (0: never).
+    """
+    loader: Any = torch.utils.data.DataLoader(
+        samples,
+        batch_sampler=chunks,
+        num_workers=workers,
+        collate_fn=collate,  # type: ignore[arg-type]
+        worker_init_fn=stay_with_parent,
+        timeout=timeout_seconds if workers else 0,
+        generator=torch.Generator(),  # DataLoader would draw from the global one, which the model uses
+        pin_memory=torch.cuda.is_available(),
+    )
+    batches = iter(loader)
+    processes: Sequence[BaseProcess] = getattr(batches, "_workers", ())
+    wait = waiting() if processes else nullcontext
+    try:
+        while True:
+            with wait():
+                read = next(batches, None)
+            if read is None:
+                return
+            yield read[0], read[1]
+    except RuntimeError as error:
+        if "DataLoader" not in str(error):
+            raise
+        raise fault(samples, processes, timeout_seconds) from error
+    finally:
+        if processes:
+            batches._shutdown_workers()
+        for process in processes:
+            process.kill()  # one that hangs ignores everything else, and this program could never end
+
+
+def fault(samples: SeededSamples, processes: Sequence[BaseProcess], timeout_seconds: float) -> DataError:
+    """Say which sample a dead process was reading, or one that takes too long; the latter is killed."""
+    dead = [number for number, process in enumerate(processes) if not process.is_alive()]
+    late = [number for number, index in enumerate(samples.reading) if index >= 0]
+    number = (dead or late or [0])[0]
+    index = samples.reading[number]
+    what = f"the process that read sample {index}" if index >= 0 else "a process that loads data"
+    if not dead:
+        for stuck in late:
+            processes[stuck].kill()
+        return DataError(f"no batch has come for {timeout_seconds:g} s (loader.timeout_seconds): {what} hangs")
+    status = processes[number].exitcode or 0
+    how = f"of {signal.Signals(-status).name}" if status < 0 else f"with exit status {status}"
+    return DataError(f"{what} has died {how}" + ", perhaps for want of memory" * (status == -signal.SIGKILL))
+
+
+class WorkerDeaths:
+    """A SIGCHLD handler that lets torch report a dead worker only while a batch is awaited.
+
+    torch's own raises wherever the main thread happens to be: in the middle of a step, after which nothing is sound.
+    """
+
+    def __init__(self, report: Callable[..., Any]):
+        self.report, self.awaited, self.missed = report, False, False
+
+    def __call__(self, number: int, frame: Any) -> None:
+        self.missed |= not self.awaited
+        if self.awaited:
+            self.report(number, frame)
+
+    @contextmanager
+    def wait(self) -> Iterator[None]:
+        self.awaited = True
+        try:
+            if self.missed:
+                self.missed = False
+                self.report(signal.SIGCHLD, None)
+            yield
+        finally:
+            self.awaited = False
+
+
+def waiting() -> Callable[[], Any]:
+    """Return what to wait for a batch in, once torch has set its handler (it does so in the main thread only)."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    if isinstance(handler, WorkerDeaths):
+        return handler.wait
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        return nullcontext
+    deaths = WorkerDeaths(handler)
+    signal.signal(signal.SIGCHLD, deaths)
+    return deaths.wait
+
+
+def stay_with_parent(worker: int) -> None:
+    """Leave SIGINT and SIGTERM to the main process: a scheduler sends them to all, and the step must be finished.
+
+    A worker dies with its parent, though; torch would notice after 5 s, and never in a sample that hangs.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

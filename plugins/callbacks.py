@@ -1,17 +1,23 @@
-"""Callbacks that act on a run: early stopping, checkpoints, clipping, a time limit, an end to divergence."""
+"""Callbacks that act on a run: early stopping, checkpoints, clipping, a time limit."""
 
 import math
 import os
 import re
+import sys
 import time
+import warnings
+from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from torch import Tensor, nn
 
-from framework import Callback, Every, FrameworkError, NonNegativeFloat, PositiveFloat, PositiveInt, Trainer, callbacks
-from framework.checkpoint import clean, folder_name, listed, read_manifest, remove, save, step_of
+from framework import Callback, Every, NonNegativeFloat, PositiveFloat, PositiveInt, Trainer, callbacks
+from framework.callback import keyed
+from framework.checkpoint import Writer, clean, folder_name, listed, read_manifest, remove, save, step_of, verify
 from framework.errors import CheckpointError, SettingError, did_you_mean
 from framework.schema import Pattern
+from framework.snapshot import bytes_of
 from framework.state import SECONDS, Cadence
 
 Mode = Literal["auto", "min", "max"]
@@ -20,13 +26,12 @@ Duration = Annotated[str, Pattern(DURATION, "a duration like 90s, 30min or 1.5h"
 
 
 class Best:
-    """The best value so far of one logged metric; NaN and infinity never are."""
+    """The best values so far of one logged metric, the very best first; NaN and infinity never are."""
 
-    def __init__(self, monitor: str, mode: Mode, min_delta: float = 0.0):
-        self.monitor, self.mode, self.min_delta = monitor, mode, min_delta
+    def __init__(self, monitor: str, mode: Mode, min_delta: float = 0.0, most: int = 1):
+        self.monitor, self.mode, self.min_delta, self.most = monitor, mode, min_delta, most
         self.sign = {"min": -1.0, "max": 1.0}.get(mode, 0.0)
-        self.value: float | None = None
-        self.step = 0
+        self.ranked: list[tuple[float, int]] = []  # (value, step)
 
     def start(self, trainer: Trainer) -> None:
         """Find out which way is better. Raises SettingError when `mode` is auto and nobody says it."""
@@ -43,16 +48,18 @@ class Best:
         self.sign = 1.0 if better[name] == "higher" else -1.0
 
     def improved(self, trainer: Trainer) -> bool:
-        """Whether the newest value is the best so far, by more than `min_delta`. Raises SettingError without one."""
+        """Whether the newest value is among the best, by more than `min_delta`. Raises SettingError without one."""
         metrics = trainer.state.metrics
         if self.monitor not in metrics:
             raise SettingError(f"nothing logs {self.monitor!r}; {did_you_mean(self.monitor, metrics)}")
         value = metrics[self.monitor]
         if not math.isfinite(value):
             return False
-        if self.value is not None and self.sign * (value - self.value) <= self.min_delta:
+        if len(self.ranked) == self.most and self.sign * (value - self.ranked[-1][0]) <= self.min_delta:
             return False
-        self.value, self.step = value, trainer.state.step
+        others = [each for each in self.ranked if each[1] != trainer.state.step]
+        ranked = sorted([*others, (value, trainer.state.step)], key=lambda each: -self.sign * each[0])
+        self.ranked = ranked[: self.most]
         return True
 
     @property
@@ -60,10 +67,10 @@ class Best:
         return self.monitor.startswith("train/")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.value, "best_step": self.step}
+        return {"best": [list(each) for each in self.ranked]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.value, self.step = state.get("best"), state.get("best_step", 0)
+        self.ranked = [(value, step) for value, step in state.get("best", [])]
 
 
 @callbacks.register("early_stop", aliases=["early_stopping"])
@@ -108,9 +115,10 @@ class EarlyStop(Callback):
             return
         self.waited += 1
         if self.waited >= self.patience and trainer.state.stop is None:
-            best = self.best
-            since = "has never been finite" if best.value is None else f"is best at {best.value:.6g} (step {best.step})"
-            trainer.state.stop = f"early_stop: {best.monitor} {since} and did not improve {self.waited} times in a row"
+            best = [f"is best at {value:.6g} (step {step})" for value, step in self.best.ranked]
+            since = best[0] if best else "has never been finite"
+            name, times = self.best.monitor, self.waited
+            trainer.state.stop = f"early_stop: {name} {since} and did not improve {times} times in a row"
 
     def state_dict(self) -> dict[str, Any]:
         return {**self.best.state_dict(), "waited": self.waited}
@@ -124,9 +132,12 @@ class EarlyStop(Callback):
 class Checkpoint(Callback):
     """Saves all that it takes to go on, in the run's folder under `checkpoints`; always at the end too.
 
-    The newest ones stay, and the best one, to which the link `checkpoints/best` leads. A checkpoint is written when all
-    of a step is done, so a run resumed from it goes on as if nothing had happened.
+    The newest ones stay, and the best, to the first of which the link `checkpoints/best` leads. A checkpoint is written
+    when all of a step is done, so a run resumed from it goes on as if nothing had happened; also when the run is told
+    to stop by a signal, and when it fails between two steps (in reading data).
     """
+
+    large = 10 * 2**20  # bytes from which `auto` saves beside the training; below, waiting for the disk costs no more
 
     def __init__(
         self,
@@ -134,17 +145,23 @@ class Checkpoint(Callback):
         monitor: str | None = "val/loss",
         mode: Mode = "auto",
         keep: PositiveInt = 2,
+        best: PositiveInt = 1,
+        background: Literal["auto", "always", "never"] = "auto",
     ):
         """Say when to save and what to keep.
 
         Args:
-            every: when to save; besides, whenever the monitored metric is the best so far.
-            monitor: what tells the best one; null for none.
+            every: when to save; besides, whenever the monitored metric is among the best so far.
+            monitor: what tells the best ones; null for none.
             mode: whether low (min) or high (max) is better; auto: as the metric itself says.
             keep: how many of the newest stay (those with NaN in the weights do not count).
+            best: how many of the best stay.
+            background: write while training goes on, from a copy in memory; auto: when there are over 10 MB to write.
         """
-        self.cadence, self.keep = Cadence(every), keep
-        self.best = None if monitor is None else Best(monitor, mode)
+        self.cadence, self.keep, self.background = Cadence(every), keep, background
+        self.best = None if monitor is None else Best(monitor, mode, most=best)
+        self.writer = Writer()
+        self.folder: Path | None = None
         self.saved: int | None = None
         self.found_better = False
 
@@ -167,6 +184,7 @@ class Checkpoint(Callback):
             self.found_better |= self.best.improved(trainer)
 
     def on_step_end(self, trainer: Trainer) -> None:
+        self.writer.check()
         state = trainer.state
         if self.cadence.due(state, epoch_end=state.batch == 0) or self.found_better:
             self._save(trainer)
@@ -174,33 +192,74 @@ class Checkpoint(Callback):
     def on_fit_end(self, trainer: Trainer) -> None:
         if self.saved != trainer.state.step or self.found_better:
             self._save(trainer)
+        self.finish_saving()
+
+    def on_exception(self, trainer: Trainer) -> None:
+        """Save where the run stands, if it failed between two steps; never hide what it failed of."""
+        try:
+            self.finish_saving()
+            if self._sound(trainer):
+                self._save(trainer)
+                self.finish_saving()
+        except CheckpointError as error:
+            warnings.warn(str(error), stacklevel=2)
+
+    def _sound(self, trainer: Trainer) -> bool:
+        """Whether the state is that after a whole step, not saved yet, and whoever ended the run has time for it."""
+        failed = isinstance(sys.exception(), Exception) and not isinstance(sys.exception(), CheckpointError)
+        new = self.folder is not None and trainer.state.step > 0 and self.saved != trainer.state.step
+        return failed and new and getattr(trainer, "at_boundary", False)
+
+    def finish_saving(self) -> None:
+        """Wait until every checkpoint asked for is on the disk; raise what went wrong."""
+        self.writer.join()
 
     def _save(self, trainer: Trainer) -> None:
         training = trainer.state_dict()
-        model = training.pop("model")
-        saved = save(self.folder, model, training, trainer.state.step)
-        self.saved = trainer.state.step
-        if self.found_better:
-            link = self.folder / f".best-{os.getpid()}"
+        model, step = training.pop("model"), trainer.state.step
+        for key, callback in keyed(trainer.callbacks).items():
+            if hasattr(callback, "on_save"):
+                callback.on_save(model, training["callbacks"][key])
+        state = (self.folder, model, training, step, getattr(trainer, "manifest", {}))
+        then = partial(self._keep, step, self._pinned(trainer), self._is_best(step))
+        large = self.background == "auto" and bytes_of(training) + bytes_of(model) > self.large
+        if large or self.background == "always":
+            self.writer.submit(*state, then=then)
+        else:
+            self.writer.join()
+            then(save(*state))
+        self.saved, self.found_better = step, False
+
+    def _is_best(self, step: int) -> bool:
+        return self.found_better and self.best is not None and self.best.ranked[0][1] == step
+
+    def _pinned(self, trainer: Trainer) -> set[int | None]:
+        """The steps whose checkpoints stay, whatever else is removed."""
+        best = [] if self.best is None else [step for _, step in self.best.ranked]
+        return {trainer.state.step, getattr(trainer, "resumed_from", None), *best}
+
+    def _keep(self, step: int, pinned: set[int | None], is_best: bool, saved: Path) -> None:
+        """Once a checkpoint is on the disk and verified: link the best, remove what is neither new nor pinned.
+
+        It may run in the writer's thread, so what it needs of the run is given. What is damaged stays: nobody knows
+        what it is. What is of a later step stays: it is of another course of the run, which went further.
+        """
+        verify(saved)
+        if is_best:
+            link = saved.with_name(f".best-{os.getpid()}")
             link.unlink(missing_ok=True)
             link.symlink_to(saved.name)
-            os.replace(link, self.folder / "best")
-        self.found_better = False
-        self._rotate(saved.name)
-
-    def _rotate(self, newest: str) -> None:
-        """Remove what is neither among the newest, nor the best. What is damaged stays: nobody knows what it is."""
+            os.replace(link, saved.with_name("best"))
         good, spoiled = [], []
-        for checkpoint in listed(self.folder):
-            if step_of(checkpoint) > step_of(self.folder / newest) or checkpoint.is_symlink():
-                continue  # of another course of the run, which went further
+        for checkpoint in listed(saved.parent):
+            if step_of(checkpoint) > step or checkpoint.is_symlink():
+                continue
             try:
                 (spoiled if read_manifest(checkpoint)["nan"] else good).append(checkpoint)
             except CheckpointError:
                 continue
-        best = None if self.best is None else folder_name(self.best.step)
         for checkpoint in [*good[: -self.keep], *spoiled]:
-            if checkpoint.name not in (newest, best):
+            if step_of(checkpoint) not in pinned:
                 remove(checkpoint)
 
     def state_dict(self) -> dict[str, Any]:
@@ -285,50 +344,3 @@ class Timer(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.spent_before = state.get("seconds", 0.0)
-
-
-class Diverged(FrameworkError):
-    """The loss is no number any more. A result of the run, not a mistake in what was asked: hence another status."""
-
-    exit_status = 3
-
-
-@callbacks.register("stop_on_nan", aliases=["terminate_on_nan"])
-class StopOnNan(Callback):
-    """Ends the run with an error when the loss is NaN or infinite, as logged and before each validation."""
-
-    def __init__(self, every_step: bool = False):
-        """Say how soon to notice.
-
-        Args:
-            every_step: look after each step; it waits for the device each time, which slows fast steps.
-        """
-        self.every_step = every_step
-
-    def on_step_end(self, trainer: Trainer) -> None:
-        if self.every_step:
-            self._look(trainer, float(trainer.loss))
-
-    def on_log(self, trainer: Trainer) -> None:
-        self._look(trainer, trainer.state.metrics["train/loss"])
-
-    def on_validation_start(self, trainer: Trainer) -> None:
-        self._look(trainer, float(trainer.loss))
-
-    def _look(self, trainer: Trainer, loss: float) -> None:
-        if math.isfinite(loss):
-            return
-        noticed = "" if self.every_step else ", or in a step since the last look (every_step=true tells which)"
-        raise Diverged(
-            f"stop_on_nan: the loss is {loss} at step {trainer.state.step}{noticed}; {first_spoiled(trainer.model)}. "
-            f"A lower learning rate, warm-up or clip_gradients may help."
-        )
-
-
-def first_spoiled(model: nn.Module) -> str:
-    """Name the first parameter that is not finite, or whose gradient is not."""
-    for name, parameter in model.named_parameters():
-        for what, values in (("gradient", parameter.grad), ("value", parameter)):
-            if values is not None and not values.isfinite().all():
-                return f"the first {what} that is not finite is of {name}"
-    return "all parameters are still finite"

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from framework_plugins.arrays import ArrayData, as_batch_of, load_arrays, numbers, standardise
 from torch import Tensor
 
 from framework import PositiveInt, Rate, datasets
-from framework.arrays import as_batch_of, load_arrays, numbers, standardise
-from framework.data import ArrayData
 from framework.errors import DataError, did_you_mean
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+from framework_plugins.arrays import ArrayData
 from torch import Tensor
 
 from framework import NonNegativeFloat, PositiveFloat, PositiveInt, Range, Rate, datasets, seeds
-from framework.data import ArrayData
 
 
 @datasets.register("digits")

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from framework_plugins.arrays import moments, read_batch, split_rows, standardise
 from torch import Tensor
 
 from framework import Data, PositiveInt, Rate, datasets
-from framework.arrays import moments, split_rows, standardise
 from framework.errors import DataError, did_you_mean
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -98,7 +98,7 @@ class ImageFolder(Data):
     def read_inputs(cls, path: Path, facts: dict[str, Any]) -> Tensor:
         """Read a picture file, or those of a folder in the order of their names, or an array of pixels 0 to 255."""
         if path.suffix in (".npy", ".npz"):
-            return super().read_inputs(path, facts)
+            return read_batch(path, facts)
         if not path.exists():
             raise DataError(f"{path}: there is no such file or folder (looked from {Path.cwd()})")
         pillow()

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from framework_plugins.arrays import Targets, as_targets, split_rows
+from framework_plugins.tables import Cell, Table, as_column, as_text, each, read_table
 from torch import Tensor
 
 from framework import Data, PositiveInt, Rate, TensorSplit, datasets
-from framework.arrays import Targets, as_targets, split_rows
 from framework.errors import DataError, did_you_mean
-from framework.tables import Cell, Table, as_column, as_text, each, read_table
 
 
 class TableData(Data):

@@ -22,7 +22,7 @@ class JsonLines(Logger):
         self._file: IO[str] | None = None
 
     def open(self, folder: Path | None, step: int, metrics: Sequence[str]) -> None:
-        """Go on with the file; lines after `step`, which a resumed run writes again, and a torn last one go."""
+        """Go on with the file; what a resumed run writes again goes: lines after `step`, of the test, and a torn one."""
         if folder is None:
             warnings.warn("the run has no folder, so the json_lines logger records nothing", stacklevel=2)
             return
@@ -50,9 +50,10 @@ class JsonLines(Logger):
 
 
 def keep_lines(path: Path, step: int) -> None:
-    """Drop the lines after `step` (all, when it is 0) and those that are no JSON; the old file stands until the end."""
+    """Drop the lines after `step`, of the test, and those that are no JSON; the old file stands until the end."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and 0 <= step_of(line) <= step and step > 0]
+    whole = [line for line in lines if line.endswith("\n") and 0 < step_of(line) <= step]
+    kept = [line for line in whole if '"test/' not in line]
     if len(kept) < len(lines):
         beside = path.with_suffix(".jsonl.new")
         beside.write_text("".join(kept), encoding="utf-8")

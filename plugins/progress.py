@@ -9,8 +9,8 @@ from framework import Callback, PositiveFloat, Trainer, callbacks
 from framework.state import State
 
 if TYPE_CHECKING:
+    from rich.console import Group
     from rich.live import Live
-    from rich.table import Table
 
 APART = ("train/samples_per_second", "train/seconds_per_epoch", "train/learning_rate")  # has its place, or is no result
 
@@ -71,25 +71,39 @@ class Progress(Callback):
         self.next_drawing = time.monotonic() + self.interval
         self.live.update(self._bar(doing), refresh=True)
 
-    def _bar(self, doing: str) -> "Table":
+    def _bar(self, doing: str) -> "Group":
+        """Three lines: how far and how fast; the training values; the validation values."""
+        from rich.console import Group
         from rich.progress_bar import ProgressBar
         from rich.table import Table
         from rich.text import Text
 
         state = self.trainer.state
         total = state.total_steps or None
-        bar = ProgressBar(total=total, completed=min(state.step, total or 0), width=20, pulse=total is None)
-        row = Table.grid(padding=(0, 1))
+        line = Table.grid(padding=(0, 2, 0, 0))
         for _ in range(3):
-            row.add_column(no_wrap=True, overflow="ellipsis")
-        row.add_row(Text(self._counts(state)), bar, Text("  ".join(filter(None, (self._values(state), doing)))))
-        return row
+            line.add_column(no_wrap=True)
+        bar = ProgressBar(total=total, completed=min(state.step, total or 0), width=16, pulse=total is None)
+        line.add_row(Text(self._counts(state)), bar, Text("  ".join(self._pace(state))))
+        values = [
+            Text.assemble((f"{split:<6}", "bold cyan"), "  ".join(shown), overflow="ellipsis", no_wrap=True)
+            for split in ("train", "val")
+            if (shown := self._shown(split, doing))
+        ]
+        return Group(line, *values)
+
+    def _shown(self, split: str, doing: str) -> list[str]:
+        """What stands behind "train" or "val": its values, and that it is being measured."""
+        texts = [text for text in self._values(self.trainer.state) if text.startswith(f"{split}/")]
+        return [text.removeprefix(f"{split}/") for text in texts] + [doing] * (split == "val" and doing != "")
 
     def _print(self, state: State) -> None:
         """Print a line for this step, unless there is one."""
         if self.live is None and self.printed != state.step:
             self.printed = state.step
-            print(f"{self._counts(state)}  {self._values(state)}", file=self.stream, flush=True)
+            print(
+                "  ".join((self._counts(state), *self._values(state), *self._pace(state))), file=self.stream, flush=True
+            )
 
     def _counts(self, state: State) -> str:
         """The epoch under way (of how many) and the steps done."""
@@ -97,19 +111,22 @@ class Progress(Callback):
         epoch = state.epoch + (state.batch > 0 or state.step == 0)
         return f"epoch {epoch}{of(epochs)}  step {state.step}{of(state.total_steps)}"
 
-    def _values(self, state: State) -> str:
-        shown = [
+    def _values(self, state: State) -> list[str]:
+        """The training and validation values logged last: "val/loss 0.3"."""
+        return [
             f"{name} {value:.4g}"
             for name, value in state.metrics.items()
             if name.startswith(("train/", "val/")) and not name.startswith(APART)
         ]
+
+    def _pace(self, state: State) -> list[str]:
+        """Samples a second, and the time that remains."""
         speed = state.metrics.get("train/samples_per_second")
-        if speed is not None:
-            shown.append(f"{speed:,.0f} samples/s")
+        shown = [] if speed is None else [f"{speed:,.0f} samples/s"]
         done, left = state.step - self.steps_before, state.total_steps - state.step
         if done > 0 and left > 0 and state.stop is None:
             shown.append(f"ETA {clock((time.monotonic() - self.began) / done * left)}")
-        return "  ".join(shown)
+        return shown
 
 
 def is_terminal(stream: TextIO) -> bool:

@@ -44,8 +44,9 @@ class TensorBoard(Logger):
         if folder is None:
             warnings.warn("the run has no folder, so the tensorboard logger records nothing", stacklevel=2)
             return
+        before = list(Path(folder).glob("events.out.tfevents.*"))
         self._file, self._step = EventFile(Path(folder)), step
-        if step > 0:
+        if before:
             self._file.void_after(step)
         self._file.write(value=[layout_value(metrics)])
 

@@ -2,7 +2,9 @@
 
 import math
 import os
+import threading
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -57,6 +59,15 @@ class Correct(Metric):
 
     def compute(self, sums):
         return float(sums[0] / sums[1])
+
+
+class Until(Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, trainer):
+        if trainer.state.step == self.step:
+            trainer.state.stop = "until"
 
 
 class Wait(Callback):
@@ -181,6 +192,50 @@ def test_cadences(tmp_path, every, steps):
 def test_the_best_is_saved_even_when_nothing_is_due(tmp_path):
     fit(Script("val/loss", [3, 1, 2, 2]), build("checkpoint", every="9epochs", keep=1), folder=tmp_path)
     assert saved(tmp_path) == [6, 12]
+
+
+def test_the_best_k_stay(tmp_path):
+    script = Script("val/loss", [5, 1, 3, 1, 2, 9, 8])
+    fit(script, build("checkpoint", keep=1, best=3), epochs=7, folder=tmp_path)
+    assert saved(tmp_path) == [6, 12, 15, 21]
+    assert os.readlink(tmp_path / "checkpoints" / "best") == "step-00000006"  # the first of equals
+
+
+def test_the_ranking_goes_on_after_a_resume_and_the_one_resumed_from_stays(tmp_path):
+    values = [4, 1, 3, 2, 9, 9, 9]
+    first, _ = fit(Script("val/loss", values), build("checkpoint", keep=1, best=2), epochs=3, folder=tmp_path)
+    assert saved(tmp_path) == [6, 9]
+
+    class From(Callback):
+        def on_fit_start(self, trainer):
+            trainer.resumed_from = trainer.state.step
+
+    again = build("checkpoint", keep=1, best=2)
+    fit(From(), Script("val/loss", values), again, epochs=7, folder=tmp_path, resume=first.state_dict())
+    assert saved(tmp_path) == [6, 9, 12, 21]
+    assert again.state_dict() == {"best": [[1, 6], [2, 12]]}
+
+
+def test_the_manifest_has_the_facts_of_the_run(tmp_path):
+    class Facts(Callback):
+        def on_fit_start(self, trainer):
+            trainer.manifest = {"run_id": "abc", "config_hash": "123"}
+
+    fit(Facts(), build("checkpoint"), epochs=1, folder=tmp_path)
+    manifest = read_manifest(tmp_path / "checkpoints" / "step-00000003")
+    assert manifest["run"] == {"threads": torch.get_num_threads(), "run_id": "abc", "config_hash": "123"}
+
+
+@pytest.mark.parametrize("background", ["always", "never", "auto"])
+def test_saving_in_the_background_changes_nothing(tmp_path, background):
+    build_one = partial(build, "checkpoint", every="1steps", keep=20, background=background)
+    trainer, _ = fit(build_one(), folder=tmp_path)
+    assert saved(tmp_path) == list(range(1, 13))
+    assert not [each for each in threading.enumerate() if each.name == "checkpoint"]
+    model, training = load(tmp_path / "checkpoints" / "step-00000007")
+    seven, _ = fit(Until(7), folder=tmp_path / "again")
+    assert training["counters"]["step"] == 7
+    assert torch.equal(model["weight"], seven.model.weight)
 
 
 def test_checkpoints_with_nan_neither_count_nor_stay(tmp_path):
@@ -316,38 +371,3 @@ def test_a_limit_is_a_duration():
     for limit in ("3epochs", "soon"):
         with pytest.raises(FrameworkError, match="a duration like 90s"):
             build("timer", limit=limit)
-
-
-# divergence
-
-
-class Poison(Callback):
-    """Makes a weight NaN after a step."""
-
-    def __init__(self, after: int):
-        self.after = after
-
-    def on_step_start(self, trainer):
-        if trainer.state.step == self.after:
-            trainer.model[1].weight.data[0, 0] = math.nan
-
-
-@pytest.mark.parametrize(("settings", "noticed_at"), [({"every_step": True}, 5), ({}, 6)])
-def test_a_diverged_run_ends_with_the_step_and_the_parameter(settings, noticed_at):
-    model = nn.Sequential(linear(), nn.Linear(1, 1), nn.Linear(1, 1))
-    model[0].requires_grad_(False)
-    with pytest.raises(
-        FrameworkError, match=rf"loss is nan at step {noticed_at}.* not finite is of 1\.weight"
-    ) as caught:
-        fit(Poison(4), build("stop_on_nan", **settings), model=model)
-    assert caught.value.exit_status == 3
-
-
-def test_divergence_is_noticed_before_a_validation_and_no_checkpoint_of_it_is_the_newest(tmp_path):
-    with pytest.raises(FrameworkError, match=r"the loss is (inf|nan) at step 3"):
-        fit(build("stop_on_nan"), build("checkpoint"), lr=1e30, folder=tmp_path)
-    assert saved(tmp_path) == []
-
-
-def test_a_healthy_run_is_left_alone():
-    assert fit(build("stop_on_nan", every_step=True))[0].state.step == 12

@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import signal
+import threading
 import time
 from collections import OrderedDict
 from contextlib import contextmanager
@@ -305,6 +306,78 @@ def test_a_real_kill_while_saving_leaves_a_good_checkpoint(tmp_path):
         assert skipped == []
         model, training = load(found)
         assert model["w"][0] == training["step"]
+
+
+# off the training thread
+
+
+def test_what_is_changed_right_after_a_submission_is_saved_as_it_was(tmp_path):
+    writer, big = checkpoint.Writer(), 2_000_000
+    weight, moments, tied = torch.zeros(big), torch.zeros(1000)[::2], torch.zeros(3)
+    for step in (1, 2, 3):
+        weight.fill_(step), moments.fill_(step), tied.fill_(step)
+        model = {"w": weight, "tied": tied, "again": tied}
+        counters = {"step": step}
+        writer.submit(tmp_path, model, {"m": moments, "counters": counters}, step, then=lambda written: None)
+        weight.fill_(-1), moments.fill_(-1), tied.fill_(-1)
+        counters["step"] = -1
+    writer.join()
+    for step, written in enumerate(checkpoint.listed(tmp_path), 1):
+        model, training = load(written)
+        assert same(model, {"w": torch.full((big,), float(step))} | dict.fromkeys(("tied", "again"), model["tied"]))
+        assert model["tied"].eq(step).all()
+        assert same(training, {"m": torch.full((500,), float(step)), "counters": {"step": step}})
+
+
+def test_the_copies_take_other_shapes_and_kinds_when_the_state_changes(tmp_path):
+    writer = checkpoint.Writer()
+    states = [{"a": torch.ones(3), "b": torch.ones(4)}, {"a": torch.ones(2, 2).bfloat16()}, {}]
+    states.append({"a": torch.ones(3), "b": torch.ones(4, dtype=torch.int64), "c": torch.tensor(1.5)})
+    for step, state in enumerate(states):
+        writer.submit(tmp_path, state, state, step, then=lambda written: None)
+    writer.join()
+    for written, state in zip(checkpoint.listed(tmp_path), states, strict=True):
+        assert all(same(state, loaded) for loaded in load(written))
+
+
+def test_saves_are_in_order_and_what_follows_one_comes_after_it_is_whole(tmp_path):
+    writer, seen = checkpoint.Writer(), []
+
+    def then(written):
+        verify(written)
+        time.sleep(0.02)
+        seen.append(checkpoint.step_of(written))
+
+    for step in range(5):
+        writer.submit(tmp_path, MODEL_STATE, {}, step, then=then)
+        assert len(seen) >= step  # at most one is under way
+    writer.join()
+    assert seen == list(range(5))
+
+
+def test_an_error_in_the_background_comes_up_once(tmp_path):
+    writer = checkpoint.Writer()
+    (tmp_path / "file").write_text("")
+    writer.submit(tmp_path / "file", MODEL_STATE, {}, 1, then=lambda written: None)
+    with pytest.raises(CheckpointError, match="step 1 cannot be saved"):
+        writer.submit(tmp_path, MODEL_STATE, {}, 2, then=lambda written: None)
+    writer.check()
+    writer.submit(tmp_path, MODEL_STATE, {}, 2, then=lambda written: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        writer.join()
+    with pytest.raises(CheckpointError, match="x is a set"):
+        writer.submit(tmp_path, MODEL_STATE, {"x": {1}}, 3, then=lambda written: None)
+    assert newest(tmp_path)[0].name == "step-00000002"
+
+
+def test_a_program_that_ends_first_writes_what_it_began(tmp_path):
+    child = os.fork()
+    if child == 0:
+        checkpoint.Writer().submit(tmp_path, {"w": torch.ones(1_000_000)}, {}, 1, then=lambda written: None)
+        threading._shutdown()  # as at the end of every program
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert load(newest(tmp_path)[0])[0]["w"].eq(1).all()
 
 
 # removing

@@ -3,9 +3,18 @@ import json
 import numpy as np
 import pytest
 import torch
+from framework_plugins.arrays import (
+    ArrayData,
+    as_batch_of,
+    as_targets,
+    moments,
+    numbers,
+    read_array,
+    split_rows,
+    standardise,
+)
 
-from framework.arrays import as_batch_of, as_targets, moments, numbers, read_array, split_rows, standardise
-from framework.data import ArrayData, Data, TensorSplit, check_data
+from framework.data import Data, TensorSplit, check_data
 from framework.errors import DataError, SettingError
 
 
@@ -139,11 +148,11 @@ def test_inputs_for_prediction_are_prepared_as_in_training(tmp_path):
     data = ArrayData(raw, np.arange(200) % 2, val_fraction=0, test_fraction=0)
     facts = json.loads(json.dumps(data.facts()))
     np.save(tmp_path / "x.npy", raw)
-    assert torch.equal(Data.read_inputs(tmp_path / "x.npy", facts), data.train.tensors[0])
+    assert torch.equal(ArrayData.read_inputs(tmp_path / "x.npy", facts), data.train.tensors[0])
     np.savez(tmp_path / "x.npz", other=raw[:1], x=raw[:7].reshape(7, 2, 2))
-    assert torch.equal(Data.read_inputs(tmp_path / "x.npz", facts), data.train.tensors[0][:7])
+    assert torch.equal(ArrayData.read_inputs(tmp_path / "x.npz", facts), data.train.tensors[0][:7])
     np.save(tmp_path / "one.npy", raw[0])
-    assert torch.equal(Data.read_inputs(tmp_path / "one.npy", facts), data.train.tensors[0][:1])
+    assert torch.equal(ArrayData.read_inputs(tmp_path / "one.npy", facts), data.train.tensors[0][:1])
     with pytest.raises(DataError, match=r"a row has shape \(3,\), but the model takes \(4,\)"):
         as_batch_of(torch.zeros(5, 3), facts["in_shape"], tmp_path)
 

@@ -135,11 +135,6 @@ def test_a_worker_outlives_the_signals_of_a_scheduler():
     assert batches(Loader(Faulty(terminate), eval_batch_size=5, workers=1)) == expected
 
 
-def test_a_dead_worker_is_an_error():
-    with pytest.raises(DataError, match="a process that loads data has died"):
-        batches(Loader(Faulty(lambda: os._exit(3)), workers=1))
-
-
 class Ragged(Squares):
     def __getitem__(self, index):
         return torch.zeros(index), torch.tensor(0)

@@ -1,20 +1,24 @@
-"""Arrays as a data set needs them: numbers read and checked, targets numbered, rows split, inputs standardised."""
+"""Arrays as a data set needs them: numbers read and checked, targets numbered, rows split, inputs standardised.
+
+`ArrayData` makes a data set of two arrays.
+"""
 
 import math
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import seeds
-from .errors import DataError, SettingError
-from .kinds import Shape
+from framework import Data, Shape, TensorSplit
+from framework.data import Target
+from framework.errors import DataError, SettingError
+from framework.seeds import generator
 
-Target = Literal["class", "labels", "value", "none"]
+Pair = tuple[Tensor, Tensor]
 
 MOST_CLASSES = 20  # integers with more different values than this are taken for amounts, not for classes
 
@@ -93,7 +97,7 @@ def split_rows(strata: Tensor, val_fraction: float, test_fraction: float, seed: 
             f"val_fraction {val_fraction} and test_fraction {test_fraction} leave nothing to train on; "
             "together they must be less than 1"
         )
-    shuffled = torch.randperm(len(strata), generator=seeds.generator(seed, "split"))
+    shuffled = torch.randperm(len(strata), generator=generator(seed, "split"))
     rows = shuffled[strata[shuffled].argsort(stable=True)]  # class by class, at random within each
     first = torch.ones(len(rows), dtype=torch.bool)
     first[1:] = strata[rows][1:] != strata[rows][:-1]
@@ -202,3 +206,101 @@ def standardise(inputs: Tensor, facts: dict[str, Any]) -> Tensor:
         return floats
     mean, std = (torch.as_tensor(facts[name], dtype=torch.float32) for name in ("mean", "std"))
     return floats.sub_(mean).div_(std)  # in place: a large set is held once
+
+
+def read_batch(path: Path, facts: dict[str, Any]) -> Tensor:
+    """Read `.npy`, or of `.npz` the array facts["array"], `x`, `inputs` or else the first, prepared as in training."""
+    return standardise(as_batch_of(read_array(path, facts.get("array")), facts["in_shape"], path), facts)
+
+
+class ArrayData(Data):
+    """A data set in memory, of an array of inputs and an array of targets.
+
+    Attributes:
+        mean, std: what turns a raw input into an input of the model, (raw - mean) / std: numbers or nested lists.
+    """
+
+    mean: Any
+    std: Any
+
+    def __init__(
+        self,
+        inputs: Any,
+        targets: Any,
+        *,
+        val: tuple[Any, Any] | None = None,
+        test: tuple[Any, Any] | None = None,
+        val_fraction: float = 0.15,
+        test_fraction: float = 0.15,
+        split_seed: int = 0,
+        normalize: bool = True,
+        per: Literal["feature", "all"] = "feature",
+        unit: float = 1.0,
+        target: Target | None = None,
+        classes: Sequence[str] = (),
+        name: str = "the data",
+    ):
+        """Draw the splits, number the classes and standardise the inputs by the moments of the training split.
+
+        Args:
+            inputs: numbers, shape (rows, *in_shape).
+            targets: a number or a text a row, or numbers of shape (rows, values); `as_targets` says what is made of it.
+            val: official validation inputs and targets; `val_fraction` is not used then.
+            test: official test inputs and targets; `test_fraction` is not used then.
+            val_fraction: share of the rows drawn for validation, in the proportions of the classes.
+            test_fraction: share of the rows drawn for the test.
+            split_seed: seed of the drawing.
+            normalize: standardise the inputs; otherwise they are divided by `unit`.
+            per: one mean and deviation for each feature (in pictures: for each channel), or one for all.
+            unit: the raw value that stands for 1: 255 in pictures.
+            target: the kind of target; None infers it.
+            classes: names of the classes 0, 1, ...; none: the sorted labels themselves.
+            name: what to call the data in an error.
+
+        Raises DataError for lengths that differ, values that are no finite numbers and fewer than two classes.
+        """
+        given = {"train": (inputs, targets), "val": val, "test": test}
+        parts, known = read_parts({part: pair for part, pair in given.items() if pair}, target, classes, name)
+        x, y = parts["train"]
+        strata = y if known.kind == "class" else torch.zeros(len(x))
+        rows = split_rows(strata, 0.0 if val else val_fraction, 0.0 if test else test_fraction, split_seed)
+        parts |= {part: (x[chosen], y[chosen]) for part, chosen in rows.items()}
+
+        self.in_shape, self.out_shape = tuple(x.shape[1:]), known.out_shape
+        self.target, self.classes = known.kind, known.classes
+        self.mean, self.std = moments(parts["train"][0], per) if normalize else (0.0, float(unit))
+        for part, (x, y) in parts.items():
+            setattr(self, part, TensorSplit(standardise(x, self.facts()), y))
+
+    @classmethod
+    def read_inputs(cls, path: Path, facts: dict[str, Any]) -> Tensor:
+        return read_batch(path, facts)
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "in_shape": list(self.in_shape),
+            "mean": self.mean,
+            "std": self.std,
+            "target": self.target,
+            "classes": list(self.classes),
+        }
+
+
+def read_parts(
+    given: Mapping[str, tuple[Any, Any]], target: Target | None, classes: Sequence[str], name: str
+) -> tuple[dict[str, Pair], Targets]:
+    """Return raw inputs and targets of each part as tensors; the classes are those of all parts together."""
+    import numpy
+
+    inputs = {part: numbers(x, f"{name}: the {part} inputs") for part, (x, _) in given.items()}
+    for part, (_, y) in given.items():
+        if len(y) != len(inputs[part]):
+            raise DataError(f"{name}: {len(inputs[part])} {part} inputs, but {len(y)} targets")
+        if inputs[part].shape[1:] != inputs["train"].shape[1:]:
+            raise DataError(
+                f"{name}: {part} inputs have shape {tuple(inputs[part].shape[1:])}, "
+                f"those for training {tuple(inputs['train'].shape[1:])}"
+            )
+    known = as_targets(numpy.concatenate([numpy.asarray(y) for _, y in given.values()]), target, classes, name)
+    pieces = known.tensor.split([len(x) for x in inputs.values()])
+    return {part: (inputs[part], piece) for part, piece in zip(given, pieces, strict=True)}, known

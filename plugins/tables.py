@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError
+from framework.errors import DataError
 
 MISSING = {"", "?", "na", "n/a", "nan", "null", "none"}  # what an empty cell may say, in small letters or capitals
 

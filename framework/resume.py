@@ -1,0 +1,181 @@
+"""Going on: with a run that was cut off (exactly), or from what another has learned (`init_from`)."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from . import checkpoint
+from .errors import CheckpointError, RunError
+from .registry import Registry
+from .run import RunFolder, read_config
+from .spec import Spec
+
+SAME_BITS = (  # what may differ in a resumed run without a bit of its weights being another
+    *("run.", "trainer.max_epochs", "trainer.max_steps", "trainer.log_every", "trainer.validate_every"),
+    *("loader.workers", "loader.eval_batch_size", "loggers.", "metrics.", "plugins", "init_from"),
+)
+
+
+@dataclass
+class Resumed:
+    """A run to go on with: its folder (locked), and its newest good checkpoint (None: it was cut off before one)."""
+
+    folder: RunFolder
+    step: int = 0
+    training: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def done(self) -> bool:
+        """Whether the run has nothing left to do, test included."""
+        return status_of(self.folder.path) == "done"
+
+
+def find(spec: Spec, experiment: str) -> Path | None:
+    """Return the folder that `resume=` means: a run's path; for auto the run of this name, or else the newest
+    unfinished run of the same config; None when a new run is to begin. Raises RunError for a path that is no run.
+    """
+    if spec.resume == "never":
+        return None
+    if spec.resume != "auto":
+        read_config(Path(spec.resume))
+        return Path(spec.resume)
+    root, name = Path(spec.sections["run"]["root"]) / experiment, spec.sections["run"]["name"]
+    if name is not None:
+        return root / name if (root / name / "config.yaml").is_file() else None
+    for run in sorted(root.glob("*/config.yaml"), key=lambda file: file.stat().st_mtime, reverse=True):
+        if fingerprint(read_config(run.parent)) == fingerprint(spec.tree) and status_of(run.parent) != "done":
+            return run.parent
+    return None
+
+
+def open_folder(run: Path, spec: Spec, inexact: bool = False) -> Resumed:
+    """Lock a run's folder and read its newest good checkpoint.
+
+    Raises RunError when another process writes there, and when the spec differs from the run's own where its weights
+    would come out otherwise (unless `inexact`).
+    """
+    folder = RunFolder.existing(run)
+    changed = differences(read_config(run), spec.tree)
+    breaking = [text for path, text in changed if not keeps_bits(path)]
+    if breaking and not inexact:
+        raise RunError(
+            f"{run} cannot go on exactly with {'; '.join(breaking)}: leave it as it was, or allow it with --inexact"
+        )
+    resumed = Resumed(folder, notes=[f"from here on {text}" for _, text in changed if not text.startswith("run.")])
+    checkpoints = run / "checkpoints"
+    if not checkpoints.is_dir():
+        return resumed
+    checkpoint.clean(checkpoints)
+    newest, skipped = checkpoint.newest(checkpoints)
+    resumed.notes += [f"skipped {why}" for why in skipped]
+    if newest is not None:
+        weights, resumed.training = checkpoint.load(newest)
+        resumed.training["model"] = weights
+        resumed.step = checkpoint.step_of(newest)
+        resumed.notes += other_machine(newest)
+    return resumed
+
+
+def keeps_bits(path: str) -> bool:
+    """Whether a setting may change in a resumed run. A callback says for itself whether it changes the training."""
+    if path.startswith("callbacks."):
+        name = path.split(".")[1]
+        entry = Registry.every["callback"]
+        return name in entry and not getattr(entry.get(name).part, "changes_training", True)
+    return path.startswith(SAME_BITS)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return (path, "optimizer.lr=0.1 (was 0.001)") for every setting that differs."""
+    before, after = dict(leaves(old)), dict(leaves(new))
+    changed = [path for path in {**before, **after} if before.get(path) != after.get(path)]
+    return [(path, f"{path}={after.get(path)} (was {before.get(path)})") for path in changed]
+
+
+def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every setting with its path; an empty mapping counts as one, so that a part without settings shows."""
+    if isinstance(tree, Mapping) and tree:
+        for key, value in tree.items():
+            yield from leaves(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, tree
+
+
+def fingerprint(tree: Mapping[str, Any]) -> str:
+    """Return a hash of what makes two runs the same experiment: all but where it lies and how it is watched."""
+    same = {path: value for path, value in leaves(tree) if not path.startswith(("run.", "plugins"))}
+    return sha256(json.dumps(same, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def status_of(run: Path) -> str | None:
+    try:
+        return json.loads((run / "status.json").read_text())["status"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def last_values(run: Path) -> dict[str, float]:
+    """Return the last value of everything that a run logged in metrics.jsonl."""
+    try:
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+    except OSError:
+        return {}
+    values = {key: value for line in lines for key, value in json.loads(line).items() if "/" in key}
+    return {key: float("nan") if value is None else value for key, value in values.items()}
+
+
+def other_machine(saved: Path) -> list[str]:
+    """Say what differs from where the checkpoint was written, as the same bits are promised for the same only."""
+    manifest = checkpoint.read_manifest(saved)
+    now = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    then = {"torch": manifest.get("torch"), "threads": (manifest.get("run") or {}).get("threads")}
+    return [
+        f"{name} is {value}, was {then[name]}: the last bits may come out otherwise"
+        for name, value in now.items()
+        if then[name] is not None and str(then[name]) != str(value)
+    ]
+
+
+def start_from(model: nn.Module, source: str) -> str:
+    """Fill a model with the weights of a run (its best checkpoint), a checkpoint or a .safetensors file, where names
+    and shapes match; returns a report of what did not. Raises RunError when there is no such thing or nothing matches.
+    """
+    path = Path(source)
+    weights = read_weights(path)
+    own = model.state_dict()
+    fitting = {name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape}
+    if not fitting:
+        raise RunError(f"init_from={source}: none of its {len(weights)} tensors has the name and shape of one here")
+    model.load_state_dict(fitting, strict=False)
+    shapes = [f"{n} {tuple(weights[n].shape)} for {tuple(own[n].shape)}" for n in weights if n in own.keys() - fitting]
+    groups = {
+        "of another shape": shapes,
+        "left as initialized": sorted(own.keys() - weights.keys()),
+        "not used": sorted(weights.keys() - own.keys()),
+    }
+    said = [f"{what}: {', '.join(names)}" for what, names in groups.items() if names]
+    return "; ".join([f"{len(fitting)} of {len(own)} tensors from {source}", *said])
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        if (path / "checkpoints").is_dir():
+            best = path / "checkpoints" / "best"
+            newest = best.resolve() if best.exists() else checkpoint.newest(path / "checkpoints")[0]
+            if newest is None:
+                raise RunError(f"init_from={path}: the run has no good checkpoint")
+            path = newest
+        return checkpoint.load(path)[0]
+    except (OSError, SafetensorError, CheckpointError) as error:
+        raise RunError(f"init_from={path}: should be a run, a checkpoint or a .safetensors file: {error}") from error

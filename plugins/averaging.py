@@ -1,0 +1,118 @@
+"""Averages of the weights over training."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from framework import Callback, Every, Rate, Trainer, callbacks
+from framework.state import Cadence
+
+
+@callbacks.register("ema", aliases=["exponential_moving_average"])
+class Ema(Callback):
+    """Keeps an exponential moving average of the weights, a ← d·a + (1 - d)·w (Polyak and Juditsky 1992; as d ≪ 1/n).
+
+    What is evaluated is the average: in validation, in the test, in predictions. A checkpoint's model holds it too, and
+    its training state the weights that a resumed run goes on with; after `fit` the model keeps the average. Buffers
+    (running statistics of batch norms) are always those of training.
+    """
+
+    def __init__(self, decay: Rate = 0.999, warmup: bool = True, every: Every = "1step"):
+        """Say how far back to average.
+
+        Args:
+            decay: d, the share of the old average that stays; 0.999 looks back on about 1,000 updates.
+            warmup: begin with a shorter memory: after n updates d is at most (1 + n) / (10 + n), as in TensorFlow's
+                ExponentialMovingAverage.
+            every: when to take the weights in.
+        """
+        self.decay, self.warmup, self.cadence = decay, warmup, Cadence(every)
+        self.updates = 0
+        self.seen = -1  # the last step taken into account
+        self.averaged = False  # whether it is the model that holds the average, and `others` the weights
+        self.others: list[Tensor] = []
+        self.trainer: Trainer | None = None
+        self.saved: dict[str, Any] = {}
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        if not self.saved:
+            self.updates = 0
+        self.trainer, self.seen = trainer, trainer.state.step
+        self.names = [name for name, p in trainer.model.named_parameters() if p.is_floating_point()]
+        self.parameters = [trainer.model.get_parameter(name).data for name in self.names]
+        self._restore()
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        self._update()
+
+    def on_validation_start(self, trainer: Trainer) -> None:
+        self._update()
+        self._swap()
+
+    def on_validation_end(self, trainer: Trainer) -> None:
+        self._swap()
+
+    def on_fit_end(self, trainer: Trainer) -> None:
+        self._update()
+        self._swap()
+
+    def on_exception(self, trainer: Trainer) -> None:
+        if self.averaged:
+            self._swap()
+
+    def on_save(self, model_state: dict[str, Any], own_state: dict[str, Any]) -> None:
+        """Put the average in the place of the weights, and the weights into the state of this callback."""
+        if self.averaged or self.trainer is None:
+            return
+        own_state["weights"] = dict(zip(self.names, self.parameters, strict=True))
+        averages = own_state.pop("average")
+        places = {id(self.trainer.model.get_parameter(name)): averages[name] for name in self.names}
+        for name, parameter in self.trainer.model.named_parameters(remove_duplicate=False):
+            if id(parameter) in places:
+                model_state[name] = places[id(parameter)]
+
+    def on_rewind(self, own_state: dict[str, Any]) -> None:
+        """Take back what `on_save` made; the model holds the average."""
+        self.load_state_dict(own_state)
+        self._restore()
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        """Take in the weights of the step just done, once, whoever asks first (a checkpoint, a validation, its end)."""
+        if self.trainer is None or self.averaged or self.seen == self.trainer.state.step:
+            return
+        state = self.trainer.state
+        self.seen = state.step
+        if self.cadence.due(state, epoch_end=state.batch == 0):
+            longest = (1 + self.updates) / (10 + self.updates) if self.warmup else 1.0
+            torch._foreach_lerp_(self.others, self.parameters, 1 - min(self.decay, longest))
+            self.updates += 1
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for parameter, other in zip(self.parameters, self.others, strict=True):
+            before = parameter.clone()
+            parameter.copy_(other)
+            other.copy_(before)
+        self.averaged = not self.averaged
+
+    def _restore(self) -> None:
+        """Make the average from what was saved, or begin it; afterwards the model holds the weights to train on."""
+        self.averaged = "weights" in self.saved
+        others = self.saved.get("weights", self.saved.get("average", {}))
+        pairs = zip(self.names, self.parameters, strict=True)
+        self.others = [others.get(name, parameter).to(parameter.device, copy=True) for name, parameter in pairs]
+        self.saved = {}
+        if self.averaged:
+            self._swap()
+
+    def state_dict(self) -> dict[str, Any]:
+        self._update()
+        if self.trainer is None:
+            return {"updates": self.updates}
+        others = dict(zip(self.names, self.others, strict=True))
+        return {"updates": self.updates, "weights" if self.averaged else "average": others}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.saved, self.updates = dict(state), state.get("updates", 0)

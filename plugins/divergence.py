@@ -1,0 +1,166 @@
+"""What to do when a loss or a gradient is not finite: found before the update, so that no weight ever is."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from framework import Callback, FrameworkError, PositiveInt, Trainer, callbacks
+from framework.callback import keyed
+from framework.checkpoint import load, newest
+from framework.errors import SettingError
+
+ADVICE = "A lower learning rate, warm-up or clip_gradients may help."
+
+
+class Diverged(FrameworkError):
+    """The loss is no number any more. A result of the run, not a mistake in what was asked: hence another status."""
+
+    exit_status = 3
+
+
+@callbacks.register("non_finite", aliases=["stop_on_nan", "terminate_on_nan"])
+class NonFinite(Callback):
+    """Looks before each update whether the loss and all gradients are finite, and does what the policy says if not.
+
+    Place it before callbacks that change gradients. With an fp16 scaler only the loss is looked at: gradients that
+    overflow are the scaler's business. Under skip and rewind the step counts (schedule and data go on, so that the
+    same batch is not met again before the next epoch), its loss and metrics do not, and train/skipped_steps is logged.
+    On an accelerator `raise` does not wait for the gradients when the optimizer is fused: from the first one that is
+    not finite on, the device itself leaves every update out, and the error comes at the next look (log, validation,
+    checkpoint). Elsewhere each step waits.
+    """
+
+    def __init__(self, policy: Literal["raise", "skip", "rewind"] = "raise", most_skips: PositiveInt = 10):
+        """Choose what happens.
+
+        Args:
+            policy: raise ends the run; skip leaves the update out; rewind goes back to the weights and the optimizer's
+                state of the newest good checkpoint (Chowdhery et al. 2022, arXiv:2204.02311, section 5.1).
+            most_skips: after more than so many steps in a row without an update the run ends.
+        """
+        self.policy, self.most_skips = policy, most_skips
+        self.skipped = self.in_a_row = 0
+        self.checked = 0  # the last step that is known to be finite
+        self.late = False
+        self.trainer: Trainer | None = None
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        if self.policy == "rewind" and trainer.folder is None:
+            raise SettingError("non_finite: to rewind, the run needs a folder with checkpoints")
+        self.trainer, self.checked = trainer, trainer.state.step
+        self.found, self.one = torch.zeros(1, device=trainer.device), torch.ones(1, device=trainer.device)
+        fused = bool(trainer.optimizer.defaults.get("fused"))
+        self.late = self.policy == "raise" and trainer.device.type != "cpu" and fused
+
+    def on_step_start(self, trainer: Trainer) -> None:
+        if self.policy != "raise":
+            self.measured = trainer.measures.state_dict()
+            self.buffers = [buffer.clone() for buffer in trainer.model.buffers()]
+
+    def on_gradients(self, trainer: Trainer) -> None:
+        tensors = [trainer.loss, *gradients(trainer)]
+        torch._amp_foreach_non_finite_check_and_unscale_(tensors, self.found, self.one)  # all of them in one kernel
+        if self.late:
+            trainer.optimizer.found_inf = self.found  # type: ignore[attr-defined]
+        elif self.found.item():
+            self._act(trainer)
+        else:
+            self.in_a_row = 0
+
+    def on_log(self, trainer: Trainer) -> None:
+        self._look()
+        if self.policy != "raise":
+            trainer.log({"train/skipped_steps": self.skipped})
+
+    def on_validation_start(self, trainer: Trainer) -> None:
+        self._look()
+
+    def on_fit_end(self, trainer: Trainer) -> None:
+        self._look()
+
+    def _look(self) -> None:
+        """Read the verdict on the steps since the last look, where it was not read at once."""
+        if not self.late or self.trainer is None:
+            return
+        step = self.trainer.state.step
+        if self.found.item():
+            raise Diverged(
+                f"non_finite: the loss or a gradient is not finite in a step from {self.checked + 1} to {step}; the "
+                f"weights are those before it. {ADVICE}"
+            )
+        self.checked = step
+
+    def _act(self, trainer: Trainer) -> None:
+        self.in_a_row += 1
+        if self.policy == "raise" or self.in_a_row > self.most_skips:
+            raise Diverged(self._story(trainer))
+        self.found.zero_()
+        self.skipped += 1
+        trainer.measures.load_state_dict(self.measured)
+        trainer.measures.sums = list(self.measured["sums"])  # also when there were none
+        for buffer, before in zip(trainer.model.buffers(), self.buffers, strict=True):
+            buffer.copy_(before)  # running statistics have seen the batch
+        if self.policy == "rewind":
+            rewind(trainer, self._checkpoint(trainer))
+        trainer.optimizer.zero_grad(set_to_none=True)  # without gradients an optimizer changes nothing
+
+    def _story(self, trainer: Trainer) -> str:
+        told = [f"the loss is {float(trainer.loss):.6g} at step {trainer.state.step + 1}"]
+        named = ((name, p.grad) for name, p in trainer.model.named_parameters() if p.grad is not None)
+        bad = next((name for name, grad in named if not values(grad).isfinite().all()), None)
+        told.append("all gradients are finite" if bad is None else f"the first gradient not finite is of {bad}")
+        samples = getattr(trainer, "sample_indices", lambda: None)()
+        if samples:
+            more = f" and {len(samples) - 8} more" if len(samples) > 8 else ""
+            told.append(f"the batch holds samples {', '.join(map(str, samples[:8]))}{more}")
+        if self.policy != "raise":
+            told.append(f"{self.in_a_row - 1} updates before were left out in a row (most_skips)")
+        return f"non_finite: {'; '.join(told)}. {ADVICE}"
+
+    def _checkpoint(self, trainer: Trainer) -> Path:
+        for callback in trainer.callbacks:
+            getattr(callback, "finish_saving", nothing)()  # or which one is newest would depend on the disk
+        assert trainer.folder is not None
+        found, skipped = newest(trainer.folder / "checkpoints")
+        if found is None:
+            why = f" ({skipped[0]})" if skipped else ""
+            raise Diverged(f"{self._story(trainer)} There is no good checkpoint yet to go back to{why}.")
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        self._look()
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.skipped, self.in_a_row = state.get("skipped", 0), state.get("in_a_row", 0)
+
+
+def nothing() -> None:
+    """What a callback does that saves nothing."""
+
+
+def gradients(trainer: Trainer) -> list[Tensor]:
+    """All gradients of the optimizer's parameters; none where a scaler looks after them."""
+    if trainer.precision.scaler is not None:
+        return []
+    grads = (p.grad for group in trainer.optimizer.param_groups for p in group["params"])
+    return [values(grad) for grad in grads if grad is not None]
+
+
+def values(grad: Tensor) -> Tensor:
+    """The numbers of a gradient, as reals."""
+    grad = grad._values() if grad.is_sparse else grad
+    return torch.view_as_real(grad) if grad.is_complex() else grad
+
+
+def rewind(trainer: Trainer, checkpoint: Path) -> None:
+    """Take weights, optimizer, scaler and averages from a checkpoint; counters, schedule, data and randomness go on."""
+    model, saved = load(checkpoint)
+    trainer.model.load_state_dict(model)
+    trainer.optimizer.load_state_dict(saved["optimizer"])
+    trainer.precision.load_state_dict(saved["scaler"])
+    for key, callback in keyed(trainer.callbacks).items():
+        if hasattr(callback, "on_rewind"):
+            callback.on_rewind(saved["callbacks"].get(key, {}))

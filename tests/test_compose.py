@@ -1,0 +1,265 @@
+"""Command lines become checked specs: config folders, experiment files, sweeps, and what a file cannot do."""
+
+import contextlib
+import os
+import sys
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from framework.compose import CommandLine, Job, run
+from framework.errors import ConfigError, FrameworkError, PluginError
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def write(name, text):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+        return tmp_path / name
+
+    return write
+
+
+def compose(*overrides, flags=(), plugins=(), folders=()) -> list[Job]:
+    jobs: list[Job] = []
+    run(CommandLine(list(overrides), list(flags), list(plugins), list(folders)), jobs.append)
+    return jobs
+
+
+def tree(*overrides, **more):
+    (job,) = compose(*overrides, **more)
+    return job.spec.tree
+
+
+def test_the_default_experiment(write):
+    (job,) = compose()
+    assert job.experiment == "default"
+    assert job.number is None
+    assert job.overrides == []
+    assert job.spec.tree["model"]["name"] == "mlp"
+    assert job.spec.tree["metrics"].keys() == {"accuracy"}
+    assert os.listdir() == [], "Hydra leaves no folder, log or file"
+
+
+def test_overrides_of_every_form(write):
+    found = tree(
+        "model.activation.alpha=0.5",
+        "model/activation=elu",
+        "optimizer=sgd",
+        "optimizer.lr=3e-4",
+        "+callbacks=early_stop",
+        "callbacks.early_stop.patience=2",
+        "~callbacks=progress",
+        "scheduler=null",
+        "loggers=[]",
+        "initializer=orthogonal",
+        "trainer.max_epochs=1e1",
+        "seed=7",
+    )
+    assert found["model"]["activation"] == {"name": "elu", "alpha": 0.5}
+    assert (found["optimizer"]["name"], found["optimizer"]["lr"]) == ("sgd", 3e-4)
+    assert found["callbacks"].keys() == tree()["callbacks"].keys() - {"progress"} | {"early_stop"}
+    assert found["callbacks"]["early_stop"]["patience"] == 2
+    assert found["scheduler"] is None
+    assert found["loggers"] == {}
+    assert found["initializer"]["name"] == "orthogonal"
+    assert found["trainer"]["max_epochs"] == 10
+    assert found["seed"] == 7
+
+
+def test_a_reference_is_resolved(write):
+    assert tree("seed=3", "run.name=n-${seed}")["run"]["name"] == "n-3"
+
+
+SPAM = """\
+model: {name: cnn, channels: [4]}
+data:
+  image: true
+optimizer: sgd
+scheduler: null
+activation: gelu
+trainer: {max_steps: 5}
+"""
+
+
+def test_an_experiment_file_and_the_command_line_over_it(write):
+    write("conf/experiment/spam.yaml", SPAM)
+    (job,) = compose("experiment=spam")
+    found = job.spec.tree
+    assert job.experiment == "spam"
+    assert (found["model"]["name"], found["model"]["channels"]) == ("cnn", [4])
+    assert (found["optimizer"]["name"], found["scheduler"]) == ("sgd", None)
+    assert found["model"]["activation"]["name"] == "gelu"
+    assert found["trainer"]["max_steps"] == 5
+    found = tree("experiment=spam", "optimizer=adam", "activation=relu", "scheduler=cosine", "trainer.max_steps=6")
+    assert (found["optimizer"]["name"], found["scheduler"]["name"]) == ("adam", "cosine")
+    assert found["model"]["activation"]["name"] == "relu"
+    assert found["trainer"]["max_steps"] == 6
+
+
+def test_hydras_own_form_of_an_experiment_file(write):
+    text = "# @package _global_\ndefaults:\n  - override /optimizer: sgd\noptimizer:\n  momentum: 0.5\n"
+    write("conf/experiment/old.yaml", text)
+    assert tree("experiment=old")["optimizer"]["momentum"] == 0.5
+
+
+def test_the_folder_named_last_is_looked_in_first(write, tmp_path):
+    write("conf/experiment/spam.yaml", "seed: 1\n")
+    write("a/experiment/spam.yaml", "seed: 2\n")
+    write("b/experiment/spam.yaml", "seed: 3\n")
+    write("b/experiment/other.yaml", "seed: 4\n")
+    assert tree("experiment=spam")["seed"] == 1
+    assert tree("experiment=spam", folders=[tmp_path / "a"])["seed"] == 2
+    assert tree("experiment=spam", folders=[tmp_path / "b", tmp_path / "a"])["seed"] == 2
+    assert tree("experiment=other", folders=[tmp_path / "b", tmp_path / "a"])["seed"] == 4
+
+
+def test_a_projects_own_config_and_options(write):
+    write("conf/config.yaml", "defaults: [framework, _self_]\noptimizer: mine\nseed: 9\ntrainer: {max_epochs: 2}\n")
+    write("conf/optimizer/mine.yaml", "defaults: [sgd, _self_]\nmomentum: 0.7\n")
+    found = tree()
+    assert (found["seed"], found["trainer"]["max_epochs"]) == (9, 2)
+    assert (found["optimizer"]["name"], found["optimizer"]["momentum"]) == ("sgd", 0.7)
+    assert tree("optimizer=adam", "seed=1")["optimizer"]["name"] == "adam"
+
+
+PART = """\
+from framework import activations
+from torch import nn
+@activations.register("{name}")
+class Part(nn.Module):
+    def forward(self, x): return x
+"""
+
+
+@pytest.fixture
+def forget_plugins():
+    from framework.registry import Registry
+
+    yield
+    for module in [name for name in sys.modules if name.startswith("framework_plugin_")]:
+        del sys.modules[module]
+    for registry in Registry.every.values():
+        registry.forget_unloaded()
+
+
+def test_plugins_of_the_project_the_experiment_and_the_command_line(write, forget_plugins):
+    for name in ("one", "two", "three"):
+        write(f"{name}.py", PART.format(name=name))
+    write("conf/config.yaml", "defaults: [framework, _self_]\nplugins: [one.py]\n")
+    write("conf/experiment/spam.yaml", "plugins: [one.py, two.py]\nactivation: two\n")
+    (job,) = compose("experiment=spam", plugins=["three.py"])
+    assert job.spec.tree["model"]["activation"]["name"] == "two"
+    assert [os.path.basename(plugin) for plugin in job.spec.plugins] == ["one.py", "one.py", "two.py", "three.py"]
+    assert all(os.path.isabs(plugin) for plugin in job.spec.plugins)
+    assert tree("model.activation=three")["model"]["activation"]["name"] == "three"
+    write("conf/experiment/bad.yaml", "plugins: one.py\n")
+    with pytest.raises(PluginError, match="plugins should be a list of paths or module names"):
+        compose("experiment=bad")
+
+
+def test_a_sweep_runs_each_job(write):
+    jobs = compose("seed=1,2", "model.activation=relu,gelu", "optimizer.lr=0.1", flags=["--multirun"])
+    made = [(job.number, job.spec.seed, job.spec.tree["model"]["activation"]["name"]) for job in jobs]
+    assert made == [(0, 1, "relu"), (1, 1, "gelu"), (2, 2, "relu"), (3, 2, "gelu")]
+    assert jobs[1].label == "seed=1 model.activation=gelu"
+    assert set(jobs[1].overrides) == {"seed=1", "model.activation=gelu", "optimizer.lr=0.1"}
+    assert os.listdir() == []
+
+
+def test_a_sweep_written_in_an_experiment_file(write):
+    write("conf/experiment/grid.yaml", "hydra: {sweeper: {params: {optimizer.lr: '1e-3,1e-2'}}}\nseed: 3\n")
+    jobs = compose("experiment=grid", flags=["--multirun"])
+    assert [job.spec.tree["optimizer"]["lr"] for job in jobs] == [1e-3, 1e-2]
+    assert jobs[0].label == "optimizer.lr=0.001 experiment=grid"
+
+
+def test_no_job_of_a_sweep_runs_when_one_cannot(write):
+    jobs: list[Job] = []
+    with pytest.raises(ConfigError) as error:
+        run(CommandLine(["optimizer=sgd,adam", "optimizer.momentum=0.9", "seed=1,x"], ["--multirun"]), jobs.append)
+    assert jobs == []
+    assert len(error.value.problems) == 2
+
+
+@pytest.mark.parametrize(("kind", "status"), [(FrameworkError, 2), (ZeroDivisionError, 1)])
+def test_a_job_that_fails_does_not_stop_the_others(write, kind, status):
+    ran = []
+
+    def task(job):
+        ran.append(job.spec.seed)
+        if job.spec.seed == 2:
+            raise kind("no")
+
+    with pytest.raises(FrameworkError, match="1 of 3 jobs failed") as error:
+        run(CommandLine(["seed=1,2,3"], ["--multirun"]), task)
+    assert ran == [1, 2, 3]
+    assert error.value.exit_status == status
+    with pytest.raises(kind, match="no"):
+        run(CommandLine(["seed=2"]), task)
+
+
+CREATE = "{{handlers: {{x: {{class: logging.FileHandler, filename: {file}}}}}, root: {{handlers: [x]}}, version: 1}}"
+PAYLOADS = {
+    "logging": "hydra: {{job_logging: {create}}}\n",
+    "hydra_logging": "hydra: {{hydra_logging: {create}}}\n",
+    "header": "# @package hydra\njob_logging: {create}\n",
+    "callback": "hydra: {{callbacks: {{x: {{_target_: builtins.open, file: {file}, mode: w}}}}}}\n",
+    "launcher": "hydra: {{launcher: {{_target_: builtins.open, file: {file}, mode: w}}}}\n",
+    "folder": "hydra: {{run: {{dir: {file}}}, sweep: {{dir: {file}}}}}\n",
+    "option": "defaults: [{{override hydra/job_logging: evil}}]\n",
+    "package": "defaults: [{{/optimizer@hydra.job_logging: evil}}]\n",
+    "part": "model: {{_target_: builtins.open, file: {file}, mode: w}}\n",
+    "sweep": "hydra: {{sweeper: {{params: {{hydra.run.dir: '{file},{file}'}}}}}}\n",
+}
+
+
+@pytest.mark.parametrize("flags", [[], ["--multirun"]], ids=["run", "sweep"])
+@pytest.mark.parametrize("payload", PAYLOADS)
+def test_an_experiment_file_of_a_strangers_runs_nothing(write, tmp_path, payload, flags):
+    create = CREATE.format(file=tmp_path / "made")
+    write("conf/experiment/evil.yaml", PAYLOADS[payload].format(file=tmp_path / "made", create=create))
+    write("conf/hydra/job_logging/evil.yaml", create)
+    write("conf/optimizer/evil.yaml", create)
+    with pytest.raises(ConfigError, match=r"evil\.yaml"):
+        compose("experiment=evil", flags=flags)
+    assert not (tmp_path / "made").exists()
+
+
+def test_the_payload_would_work_on_bare_hydra(tmp_path):
+    """The control: without the check, a logging config of this form does create the file."""
+    import logging.config
+
+    import yaml
+
+    with contextlib.suppress(Exception):
+        logging.config.dictConfig(yaml.safe_load(CREATE.format(file=tmp_path / "made")))
+    for handler in logging.getLogger().handlers[:]:
+        if getattr(handler, "baseFilename", "") == str(tmp_path / "made"):
+            logging.getLogger().removeHandler(handler)
+            handler.close()
+    assert (tmp_path / "made").exists()
+
+
+def test_hydra_is_left_as_it_was(write):
+    before = (list(sys.argv), dict(os.environ))
+    compose()
+    with pytest.raises(ConfigError):
+        compose("seed=x")
+    with pytest.raises(ConfigError):
+        compose("~nope")
+    assert before == (list(sys.argv), dict(os.environ))
+    assert not GlobalHydra.instance().is_initialized()
+
+
+def test_what_hydra_prints(write, capsys):
+    run(CommandLine(["optimizer.lr=0.5"], ["--cfg=job"]), lambda job: pytest.fail("only shown"))
+    assert "  lr: 0.5\n" in capsys.readouterr().out
+    run(CommandLine([], ["--cfg=job", "--resolve"]), lambda job: pytest.fail("only shown"))
+    assert "${" not in capsys.readouterr().out
+    run(CommandLine([], ["--info=defaults"]), lambda job: pytest.fail("only shown"))
+    with pytest.raises(ConfigError, match="did you mean 'sgd'"):
+        run(CommandLine(["optimizer=sgdd"], ["--cfg=job"]), lambda job: None)

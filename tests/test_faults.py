@@ -1,0 +1,297 @@
+"""Faults in real processes: workers that die or hang, samples that cannot be read, signals to the whole group."""
+
+import multiprocessing
+import os
+import signal
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+import framework as fw
+from framework import Callback, TensorSplit, Trainer, checkpoint
+from framework.checkpoint import clean, load, newest
+from framework.data import Loader
+from framework.errors import CheckpointError, DataError
+from framework.experiment import stopping
+
+SIZE = 23
+
+
+class Squares(Dataset):
+    """Reads a number; with some numbers something happens first."""
+
+    def __init__(self, at=(), fault=None):
+        self.at, self.fault = at, fault
+
+    def __len__(self):
+        return SIZE
+
+    def __getitem__(self, index):
+        if index in self.at:
+            self.fault()
+        return torch.tensor([float(index)]), torch.tensor([float(index**2)])
+
+
+def corrupt():
+    raise OSError("truncated file")
+
+
+def numbers(loader, epoch=0, start=0):
+    return [[int(row) for row in inputs] for inputs, _ in loader.epoch(epoch, start)]
+
+
+def wait_for(condition, seconds=5.0):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return condition()
+
+
+# workers
+
+
+@pytest.mark.parametrize(
+    ("fault", "how"),
+    [
+        (lambda: os._exit(3), "with exit status 3"),
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "of SIGKILL, perhaps for want of memory"),
+        (lambda: os.kill(os.getpid(), signal.SIGUSR2), "of SIGUSR2"),
+    ],
+)
+def test_a_dead_worker_is_named_by_its_sample_and_its_end(fault, how):
+    with pytest.raises(DataError, match=f"^the process that read sample 17 has died {how}$"):
+        numbers(Loader(Squares([17], fault), eval_batch_size=5, workers=2))
+    assert not multiprocessing.active_children()
+
+
+def test_a_worker_that_dies_during_a_step_is_an_error_of_the_next_batch_and_not_of_the_step():
+    batches = Loader(Squares(), eval_batch_size=1, workers=1).epoch()
+    next(batches)
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    assert wait_for(lambda: not multiprocessing.active_children())  # nothing is raised here
+    with pytest.raises(DataError, match="a process that loads data has died of SIGKILL"):
+        list(batches)
+
+
+def test_a_worker_that_hangs_is_an_error_in_time_and_is_ended_though_it_ignores_sigterm():
+    began = time.monotonic()
+    loader = Loader(Squares([17], lambda: time.sleep(60)), eval_batch_size=5, workers=2, timeout_seconds=0.6)
+    with pytest.raises(DataError, match=r"no batch has come for 0\.6 s .*: the process that read sample 17 hangs"):
+        numbers(loader)
+    assert time.monotonic() - began < 6
+    assert not multiprocessing.active_children()
+
+
+def test_workers_die_with_their_parent():
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        batches = Loader(Squares([9], lambda: time.sleep(60)), eval_batch_size=1, workers=2).epoch()
+        next(batches)
+        os.write(write, " ".join(str(each.pid) for each in multiprocessing.active_children()).encode())
+        time.sleep(60)
+    workers = [int(pid) for pid in os.read(read, 100).split()]
+    assert len(workers) == 2
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert wait_for(lambda: not any(alive(pid) for pid in workers), seconds=2)
+
+
+def alive(pid):
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().split()[2] != "Z"
+
+
+# samples
+
+
+@pytest.mark.filterwarnings("ignore:sample")
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_bad_samples_are_skipped_and_counted_alike_by_any_number_of_workers_and_after_a_restart(workers):
+    def loader(split, **settings):
+        return Loader(split, batch_size=4, workers=workers, shuffle=True, seed=3, **settings)
+
+    expected = [[i for i in batch if i not in (2, 11)] for batch in numbers(loader(Squares()), 1)]
+    skipping = loader(Squares([2, 11], corrupt), on_bad_sample="skip")
+    assert numbers(skipping, 1) == expected
+    assert skipping.skipped == 2
+    for start in (2, 4):
+        assert numbers(loader(Squares([2, 11], corrupt), on_bad_sample="skip"), 1, start) == expected[start:]
+
+
+def test_what_is_skipped_is_said():
+    with pytest.warns(UserWarning, match=r"^sample 2 cannot be read: OSError: truncated file at .*; it is left out$"):
+        numbers(Loader(Squares([2], corrupt), on_bad_sample="skip"))
+
+
+@pytest.mark.filterwarnings("ignore:sample")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_batch_without_a_sample_left_is_refused(workers):
+    loader = Loader(Squares([4, 5], corrupt), eval_batch_size=2, workers=workers, on_bad_sample="skip")
+    with pytest.raises(DataError, match=r"^no sample of a batch can be read: sample 4 cannot be read: OSError"):
+        numbers(loader)
+
+
+# the run
+
+
+def fit(folder, split, *callbacks, epochs=3, batch_size=4, **settings):
+    torch.manual_seed(1)
+    model = nn.Linear(1, 1)
+    trainer = Trainer(max_epochs=epochs, callbacks=callbacks, folder=folder, device="cpu", log_every="100epochs")
+    loader = Loader(split, batch_size, shuffle=True, **settings)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    with stopping(trainer) as stopped:
+        trainer.fit(model, loader, task=nn.MSELoss(), optimizer=optimizer)
+    return trainer, stopped
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("background", ["always", "never"])
+def test_a_signal_to_the_group_ends_the_run_with_a_checkpoint_of_its_last_step(tmp_path, number, background):
+    child = os.fork()
+    if child == 0:
+        os.setpgid(0, 0)
+        saving = fw.callbacks.build("checkpoint", monitor=None, every="1epoch", background=background)
+        trainer, stopped = fit(tmp_path, Squares(), saving, epochs=10**6, workers=1)
+        (tmp_path / "ended").write_text(f"{trainer.state.step} {stopped} {trainer.state.stop}")
+        os._exit(0)
+    assert wait_for(lambda: newest(tmp_path / "checkpoints")[0] is not None)
+    os.killpg(child, number)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    step, *words = (tmp_path / "ended").read_text().split()
+    assert words == [f"[{int(number)}]", number.name]
+    assert newest(tmp_path / "checkpoints") == (tmp_path / "checkpoints" / checkpoint.folder_name(int(step)), [])
+
+
+class Boundary(Callback):
+    """Says where a step is whole."""
+
+    def on_step_start(self, trainer):
+        trainer.at_boundary = False
+
+    def on_step_end(self, trainer):
+        trainer.at_boundary = True
+
+
+class Fail(Callback):
+    def __init__(self, event, error):
+        self.event, self.error = event, error
+
+    def fail(self, trainer):
+        if trainer.state.step == 3:
+            raise self.error
+
+    def on_gradients(self, trainer):
+        if self.event == "in a step":
+            self.fail(trainer)
+
+    def on_epoch_end(self, trainer):
+        if self.event == "between steps":
+            self.fail(trainer)
+
+
+@pytest.mark.parametrize(
+    ("event", "error", "saved"),
+    [
+        ("between steps", ZeroDivisionError, 3),
+        ("in a step", ZeroDivisionError, 2),
+        ("between steps", KeyboardInterrupt, 2),  # the second signal: no time for another save
+    ],
+)
+def test_a_run_that_fails_between_two_steps_is_saved_where_it_stands(tmp_path, event, error, saved):
+    saving = fw.callbacks.build("checkpoint", monitor=None, every="2steps")
+    with pytest.raises(error):
+        fit(tmp_path, Squares(), saving, Boundary(), Fail(event, error), batch_size=8)
+    assert newest(tmp_path / "checkpoints")[0].name == checkpoint.folder_name(saved)
+
+
+def test_a_bad_sample_costs_no_step(tmp_path):
+    saving = fw.callbacks.build("checkpoint", monitor=None, every="9epochs")
+    with pytest.raises(DataError, match="sample 17"):
+        fit(tmp_path, Squares([17], corrupt), saving, Boundary())
+    reached = next(i for i, batch in enumerate(numbers(Loader(Squares(), batch_size=4, shuffle=True))) if 17 in batch)
+    assert newest(tmp_path / "checkpoints")[0].name == checkpoint.folder_name(reached)
+
+
+class Fill(Callback):
+    """Makes what a checkpoint holds as large as a model of that many numbers."""
+
+    def __init__(self, size):
+        self.content = torch.zeros(size)
+
+    def on_step_end(self, trainer):
+        self.content.fill_(float(trainer.state.step))
+
+    def state_dict(self):
+        return {"content": self.content}
+
+
+def test_a_kill_while_saving_in_the_background_leaves_the_one_before(tmp_path):
+    """A forked child trains and saves without pause, with workers forked meanwhile, and is killed at 8 moments."""
+    for number in range(8):
+        child = os.fork()
+        if child == 0:
+            saving = fw.callbacks.build("checkpoint", monitor=None, every="1steps", background="always")
+            fit(tmp_path, Squares(), Fill(300_000), saving, epochs=10**6, workers=number % 3)
+            os._exit(0)
+        wait_for(lambda: newest(tmp_path / "checkpoints")[0] is not None)
+        time.sleep(0.05 + 0.017 * number)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        clean(tmp_path / "checkpoints")
+        found, skipped = newest(tmp_path / "checkpoints")
+        assert skipped == []
+        _, training = load(found)
+        content = training["callbacks"]["0:Fill"]["content"]
+        assert content.eq(training["counters"]["step"]).all()
+
+
+@pytest.mark.parametrize("background", ["always", "never"])
+def test_what_goes_wrong_in_saving_ends_the_run_at_the_next_step_and_leaves_the_one_before(
+    tmp_path, monkeypatch, background
+):
+    real, steps = checkpoint.write, []
+
+    def write(folder, taken):
+        steps.append(taken.step)
+        if taken.step == 3:
+            raise OSError(28, "No space left on device")
+        real(folder, taken)
+
+    monkeypatch.setattr(checkpoint, "write", write)
+    saving = fw.callbacks.build("checkpoint", monitor=None, every="1steps", background=background)
+    with pytest.raises(CheckpointError, match=r"step 3 cannot be saved in .*: No space left on device"):
+        fit(tmp_path, Squares(), saving)
+    assert steps == [1, 2, 3]
+    assert newest(tmp_path / "checkpoints")[0].name == "step-00000002"
+
+
+def test_workers_are_forked_safely_while_a_checkpoint_is_written(tmp_path):
+    """Ten epochs, each with fresh workers, under a writer that never rests: nothing hangs, every batch is right."""
+    writer, expected = checkpoint.Writer(), numbers(Loader(Squares(), eval_batch_size=5))
+    state = {"w": torch.ones(500_000)}
+    for step in range(10):
+        writer.submit(tmp_path, state, {}, step, then=lambda written: None)
+        loader = Loader(Squares(), eval_batch_size=5, workers=2, timeout_seconds=10)
+        assert numbers(loader) == expected
+    writer.join()
+    assert newest(tmp_path)[0].name == "step-00000009"
+
+
+def test_the_bad_sample_policy_reaches_a_whole_run(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer, _ = fit(tmp_path, Squares([17], corrupt), on_bad_sample="skip")
+    assert trainer.train_batches.skipped == trainer.state.epoch == 3
+    assert trainer.state.samples == 3 * (SIZE - 1)
+
+
+def test_data_in_memory_has_nothing_to_skip():
+    loader = Loader(TensorSplit(torch.arange(3.0)), on_bad_sample="skip", timeout_seconds=1)
+    assert len(list(loader.epoch())) == 1

@@ -1,0 +1,48 @@
+"""Loss curves that were once right: 20 steps of three experiments. A change of any number in training shows here.
+
+After a change that is meant to alter them:  python tests/test_golden.py
+"""
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch
+
+from framework.compose import CommandLine, run
+from framework.experiment import train
+
+FOLDER = Path(__file__).parent / "golden"
+EXPERIMENTS = ("default", "digits_cnn", "digits_transformer")
+
+
+def curve(experiment: str, folder: Path) -> dict[int, float]:
+    """Train 20 steps on one thread and return the loss of each."""
+    chosen = [] if experiment == "default" else [f"experiment={experiment}"]
+    limits = ["trainer.max_steps=20", "trainer.max_epochs=null", "trainer.log_every=1steps", "trainer.device=cpu"]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    results = []
+    try:
+        line = CommandLine([*chosen, *limits, "loggers=json_lines", "callbacks=null", f"run.root={folder}"])
+        run(line, lambda job: results.append(train(job.spec, job.experiment, job.overrides)))
+    finally:
+        torch.set_num_threads(threads)
+    lines = map(json.loads, (results[0].folder / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_the_loss_falls_as_it_did(experiment, tmp_path):
+    kept = [line.split() for line in (FOLDER / f"{experiment}.txt").read_text().splitlines()]
+    expected = {int(step): float(loss) for step, loss in kept}
+    assert curve(experiment, tmp_path) == pytest.approx(expected, rel=1e-3)  # other processors add in another order
+
+
+if __name__ == "__main__":
+    FOLDER.mkdir(exist_ok=True)
+    for name in EXPERIMENTS:
+        with TemporaryDirectory() as scratch:
+            losses = curve(name, Path(scratch))
+        (FOLDER / f"{name}.txt").write_text("".join(f"{step} {loss:.6f}\n" for step, loss in losses.items()))

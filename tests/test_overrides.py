@@ -1,0 +1,108 @@
+"""What is typed, and what Hydra gets instead."""
+
+import pytest
+
+from framework.overrides import as_typed, rewrite
+
+
+@pytest.mark.parametrize(
+    ("typed", "given"),
+    [
+        ("optimizer=sgd", "optimizer=sgd"),
+        ("+optimizer=sgd", "optimizer=sgd"),
+        ("optimizer.lr=0.1", "++optimizer.lr=0.1"),
+        ("+nobody.knows=1", "++nobody.knows=1"),  # for our own check, with the rest
+        ("seed=3", "++seed=3"),
+        ("model.activation=gelu", "++model.activation=gelu ++model.activation.name=gelu"),
+        ("model/activation=gelu", "++model.activation=gelu ++model.activation.name=gelu"),
+        ("model.activation=null", "++model.activation=null"),
+        ("model.activation={name: elu, alpha: 2}", "++model.activation={name: elu, alpha: 2}"),
+        ("model.blocks=[conv2d,linear]", "++model.blocks=[conv2d,linear]"),
+        ("+callbacks=early_stop", "also/callbacks=early_stop"),
+        ("+callbacks=[early_stop,progress]", "also/callbacks=[early_stop,progress]"),
+        ("callbacks=[]", "callbacks=[]"),
+        ("callbacks=null", "callbacks=[]"),
+        ("~callbacks", "callbacks=[]"),
+        ("~callbacks=progress", "~callbacks.progress"),
+        ("~callbacks.progress", "~callbacks.progress"),
+        ("scheduler=null", "scheduler=_none_"),
+        ("~scheduler", "scheduler=_none_"),
+        ("experiment=null", ""),
+        ("~optimizer.lr", "~optimizer.lr"),
+        ("hydra.job.name=x", "hydra.job.name=x"),
+        ("optimizer.lr=", "++optimizer.lr="),
+        ("run.name='a b'", "++run.name='a b'"),
+    ],
+)
+def test_one_override(typed, given):
+    found = rewrite([typed], [])
+    assert " ".join(found.arguments) == given
+    assert found.problems == []
+
+
+@pytest.mark.parametrize(
+    ("typed", "given"),
+    [
+        ("optimizer=sgd,adam", "optimizer=sgd,adam"),
+        ("scheduler=null,cosine", "scheduler=_none_,cosine"),
+        ("seed=range(3)", "++seed=range(3)"),
+        ("model.activation=relu,gelu", "++model.activation.name=relu,gelu"),
+        ("metrics=[accuracy],[accuracy,f1]", "metrics=[accuracy],[accuracy,f1]"),
+        ("optimizer=glob(ada*)", "optimizer=glob(ada*)"),
+    ],
+)
+def test_one_override_of_a_sweep(typed, given):
+    found = rewrite([typed], [], multirun=True)
+    assert " ".join(found.arguments) == given
+    assert found.swept == [typed.partition("=")[0]]
+    (problem,) = rewrite([typed], []).problems
+    assert f"{typed}: has several values: add -m to try each" in problem
+
+
+def test_a_part_goes_before_its_settings_whatever_was_typed_first():
+    typed = ["model.activation.alpha=2", "optimizer.lr=1", "model.activation=elu", "optimizer=sgd"]
+    arguments = rewrite(typed, []).arguments
+    assert arguments.index("++model.activation.name=elu") < arguments.index("++model.activation.alpha=2")
+    assert arguments[0] == "optimizer=sgd"
+
+
+def test_a_faulty_override_is_told_and_left_out():
+    found = rewrite(["optimizer=sgdd", "seed=1", "nonsense"], [])
+    assert found.arguments == ["++seed=1"]
+    assert found.problems == [
+        "optimizer=sgdd: there is no optimizer 'sgdd'; did you mean 'sgd'? (command line)",
+        "nonsense: should be KEY=VALUE (command line)",
+    ]
+
+
+@pytest.mark.parametrize("key", ["_target_", "optimizer._partial_", "hydra.launcher._target_"])
+@pytest.mark.parametrize("form", ["{}=os.system", "+{}=os.system", "++model={{a: {{{}: x}}}}", "x=${{{}}}"])
+def test_nothing_to_import_in_any_place(key, form):
+    (problem,) = rewrite([form.format(key)], []).problems
+    assert "is refused: a config names registered parts" in problem
+
+
+def test_options_are_also_the_yaml_files_of_a_config_folder(tmp_path):
+    (tmp_path / "optimizer").mkdir()
+    (tmp_path / "optimizer" / "mine.yaml").write_text("name: sgd\n")
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "spam.yaml").write_text("seed: 1\n")
+    assert rewrite(["optimizer=mine", "experiment=spam"], [tmp_path]).problems == []
+    assert "did you mean 'spam'?" in rewrite(["experiment=spm"], [tmp_path]).problems[0]
+    for name in ("../optimizer/mine", "/etc/passwd", "[spam,spam]"):
+        assert rewrite([f"experiment={name}"], [tmp_path]).problems
+
+
+@pytest.mark.parametrize(
+    ("of_a_job", "typed"),
+    [
+        ("++seed=3", "seed=3"),
+        ("++model.activation.name=gelu", "model.activation=gelu"),
+        ("also/callbacks=early_stop", "+callbacks=early_stop"),
+        ("scheduler=_none_", "scheduler=null"),
+        ("++run.name=a-$\\{seed\\}", "run.name=a-${seed}"),
+        ("optimizer=sgd", "optimizer=sgd"),
+    ],
+)
+def test_an_override_of_a_job_is_shown_as_typed(of_a_job, typed):
+    assert as_typed(of_a_job) == typed

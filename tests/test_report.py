@@ -1,0 +1,106 @@
+"""What a person sees at the end of a run, and predictions as a file."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from framework.errors import FrameworkError
+from framework.experiment import Result
+from framework.report import check_output, metric_table, print_result, print_values, write_predictions
+
+METRICS = {
+    "train/loss": 0.123456,
+    "train/learning_rate": 1e-3,
+    "val/loss": 0.25,
+    "val/accuracy": 0.9,
+    "test/loss": 0.5,
+    "test/accuracy": 1.0,
+}
+
+
+def test_a_row_for_each_split_and_a_column_for_each_measure():
+    assert list(metric_table(METRICS)) == [
+        "             loss   accuracy",
+        "train      0.1235           ",
+        "val          0.25        0.9",
+        "test          0.5          1",
+    ]
+    assert list(metric_table({"train/loss": 2.0})) == ["             loss", "train           2"]
+
+
+def test_the_end_of_a_run(capsys):
+    print_result(Result(Path("runs/default/x"), METRICS, seconds=3.21, steps=1200))
+    said = capsys.readouterr().out
+    assert said.endswith(
+        "\n1,200 steps in 3.2 s\nrun      runs/default/x\n"
+        "measure  framework eval runs/default/x\nwatch    framework board\n"
+    )
+    print_result(Result(Path("x"), METRICS, stopped="early_stop: enough", seconds=240, steps=1), "seed=3")
+    said = capsys.readouterr().out
+    assert said.startswith("\nseed=3\n")
+    assert said.endswith("\n1 step in 4.0 min, stopped: early_stop: enough\nrun      x\n")
+
+
+def test_the_values_of_an_evaluation(capsys):
+    print_values({"test/loss": 0.12345678, "test/accuracy": 1.0}, Path("c/best"))
+    assert capsys.readouterr().out.splitlines() == [
+        "test/loss      0.123457",
+        "test/accuracy  1",
+        "from           c/best",
+    ]
+
+
+COLUMNS = {"class": torch.tensor([1, 0]), "probability": torch.tensor([[0.25, 0.75], [0.5, 0.5]])}
+CLASSES = ["cat", "dog, big"]
+
+
+def test_predictions_as_csv(tmp_path, capsys):
+    assert write_predictions(COLUMNS, CLASSES, str(tmp_path / "y.csv")) == 2
+    text = 'class,index,probability:cat,"probability:dog, big"\n"dog, big",1,0.25,0.75\ncat,0,0.5,0.5\n'
+    assert (tmp_path / "y.csv").read_text() == text
+    write_predictions(COLUMNS, CLASSES, "-")
+    assert capsys.readouterr().out == text
+
+
+def test_predictions_as_json_lines(tmp_path):
+    write_predictions(COLUMNS, CLASSES, str(tmp_path / "y.jsonl"))
+    first, _ = map(json.loads, (tmp_path / "y.jsonl").read_text().splitlines())
+    assert first == {"class": "dog, big", "index": 1, "probability:cat": 0.25, "probability:dog, big": 0.75}
+
+
+def test_predictions_as_an_archive(tmp_path):
+    write_predictions(COLUMNS, CLASSES, str(tmp_path / "y.npz"))
+    with np.load(tmp_path / "y.npz", allow_pickle=False) as archive:
+        assert archive["class"].tolist() == ["dog, big", "cat"]
+        assert archive["probability:cat"].tolist() == [0.25, 0.5]
+
+
+def test_columns_without_classes(tmp_path):
+    columns = {"output": torch.tensor([[1.0, 2.0, 3.0]]), "class": [4]}
+    write_predictions(columns, [], str(tmp_path / "y.csv"))
+    assert (tmp_path / "y.csv").read_text() == "output:0,output:1,output:2,class\n1.0,2.0,3.0,4\n"
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        ("y.txt", "--output y.txt: the suffix should be .csv, .jsonl or .npz, or - for the terminal"),
+        ("y", "--output y: the suffix"),
+        ("no/y.csv", "--output no/y.csv: no folder no"),
+        ("folder.csv", "--output folder.csv: is a folder"),
+    ],
+)
+def test_an_output_that_cannot_be(tmp_path, monkeypatch, output, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.csv").mkdir()
+    with pytest.raises(FrameworkError, match="--output") as error:
+        check_output(output)
+    assert said in str(error.value)
+
+
+def test_an_output_that_cannot_be_written():
+    with pytest.raises(FrameworkError, match=r"--output /dev/full.csv|--output /proc/y.csv"):
+        write_predictions(COLUMNS, CLASSES, "/proc/y.csv")

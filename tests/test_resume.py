@@ -1,0 +1,215 @@
+"""Going on with a run: exactly as if it had not been cut off, or not at all."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import framework as fw
+from framework.checkpoint import listed
+from framework.compose import CommandLine, run as compose
+from framework.errors import RunError
+from framework.experiment import train
+from framework.resume import differences, fingerprint, start_from, status_of
+
+SMALL = ["model.width=16", "model.dropout=0.1", "trainer.max_epochs=2", "callbacks=[checkpoint,gradient_norm]"]
+UNEQUAL = ("wall_seconds", "train/samples_per_second")
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def spec_of(*overrides):
+    specs = []
+    compose(CommandLine([*SMALL, *overrides]), lambda job: specs.append(job.spec))
+    return specs[0]
+
+
+def go(*overrides, **more):
+    """Train, and return the result and what was said."""
+    said = []
+    return train(spec_of(*overrides), "default", [], say=said.append, **more), said
+
+
+def lines(run):
+    rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in UNEQUAL} for row in rows]
+
+
+def weights(run):
+    return (listed(Path(run) / "checkpoints")[-1] / "model.safetensors").read_bytes()
+
+
+class Stop(fw.Callback):
+    """Ends the process of training at a step, as a kill would: nothing is closed, nothing more is saved."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, trainer):
+        if trainer.state.step == self.step:
+            raise KeyboardInterrupt
+
+
+def cut_off(name, step, monkeypatch, *overrides):
+    """Run until a step, then fail."""
+    from framework.experiment import Experiment
+
+    whole = Experiment.trainer
+    with monkeypatch.context() as patched:
+        patched.setattr(Experiment, "trainer", lambda self: with_stop(whole(self), step))
+        with pytest.raises(KeyboardInterrupt):
+            go(f"run.name={name}", *overrides)
+
+
+def with_stop(trainer, step):
+    trainer.callbacks.append(Stop(step))
+    trainer._listeners["step_end"].append(trainer.callbacks[-1].on_step_end)
+    return trainer
+
+
+@pytest.mark.parametrize("step", [3, 25, 40, 61])
+def test_the_same_command_again_goes_on_as_if_nothing_had_happened(step, monkeypatch):
+    often = "callbacks.checkpoint.every=5steps"
+    whole, _ = go("run.name=whole", often)
+    cut_off("cut", step, monkeypatch, often)
+    resumed, said = go("run.name=cut", "resume=auto", often)
+    assert said[0] == f"going on with runs/default/cut after step {step // 5 * 5}"
+    assert weights(resumed.folder) == weights(whole.folder)
+    assert lines(resumed.folder) == lines(whole.folder)
+    assert status_of(resumed.folder) == "done"
+
+
+def test_without_a_name_the_newest_unfinished_run_of_the_same_config_goes_on(monkeypatch):
+    finished, _ = go("run.name=finished")
+    cut_off("cut", 45, monkeypatch)
+    resumed, _ = go("resume=auto")
+    assert resumed.folder.name == "cut"
+    fresh, said = go("resume=auto")
+    assert fresh.folder.name not in ("cut", "finished")
+    assert not said
+
+
+def test_a_finished_run_stays_as_it_is():
+    finished, _ = go("run.name=a")
+    before = weights(finished.folder)
+    again, said = go("run.name=a", "resume=auto")
+    assert said == ["runs/default/a is done already"]
+    assert again.metrics["test/accuracy"] == finished.metrics["test/accuracy"]
+    assert weights(again.folder) == before
+
+
+def test_what_would_change_the_bits_is_refused_and_what_would_not_is_not(monkeypatch):
+    cut_off("a", 45, monkeypatch)
+    with pytest.raises(RunError, match=r"optimizer.lr=0.1 \(was 0.001\).*--inexact"):
+        go("run.name=a", "resume=auto", "optimizer.lr=0.1")
+    with pytest.raises(RunError, match="seed=1"):
+        go("run.name=a", "resume=auto", "seed=1")
+    resumed, said = go("run.name=a", "resume=auto", "trainer.log_every=7steps", "trainer.max_epochs=3")
+    assert resumed.steps == 120
+    assert "from here on trainer.max_epochs=3 (was 2)" in said
+    changed, _ = go("run.name=a", "resume=auto", "trainer.max_epochs=4", "optimizer.lr=0.01", inexact=True)
+    assert changed.folder.name == "a"
+
+
+def test_a_run_by_its_path():
+    first, _ = go("run.name=a")
+    with pytest.raises(RunError, match="there is no run folder nope"):
+        go("resume=nope")
+    again, _ = go(f"resume={first.folder}")
+    assert again.folder == first.folder
+
+
+def test_a_damaged_checkpoint_is_skipped_and_said_so(monkeypatch):
+    whole, _ = go("run.name=whole", "callbacks.checkpoint.every=5steps")
+    cut_off("a", 33, monkeypatch, "callbacks.checkpoint.every=5steps")
+    newest = listed(Path("runs/default/a/checkpoints"))[-1] / "model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1] + b"!")
+    resumed, said = go("run.name=a", "resume=auto", "callbacks.checkpoint.every=5steps")
+    assert any(line.startswith("skipped") and "step-00000030" in line for line in said)
+    assert weights(resumed.folder) == weights(whole.folder)
+
+
+def test_data_that_has_changed_is_noticed(monkeypatch):
+    cut_off("a", 45, monkeypatch)
+    facts = Path("runs/default/a/facts.json")
+    facts.write_text(facts.read_text().replace("4.88", "4.89"))
+    with pytest.raises(RunError, match="the data of runs/default/a has changed"):
+        go("run.name=a", "resume=auto")
+
+
+def test_a_run_has_one_writer(monkeypatch):
+    cut_off("a", 45, monkeypatch)
+    hold = (
+        "import sys; from framework.run import RunFolder; from pathlib import Path\n"
+        "held = RunFolder.existing(Path('runs/default/a')); print('held', flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(RunError, match=f"is being written by process {holder.pid}"):
+        go("run.name=a", "resume=auto")
+    holder.kill()  # a lock dies with its holder
+    holder.wait()
+    assert go("run.name=a", "resume=auto")[0].steps == 80
+
+
+def test_starting_from_what_another_run_has_learned():
+    first, _ = go("run.name=first")
+    second, said = go("run.name=second", f"init_from={first.folder}", "trainer.max_steps=1")
+    assert said == [f"6 of 6 tensors from {first.folder}"]
+    assert second.metrics["val/loss"] < first.metrics["val/loss"] + 0.05
+    wider, said = go(f"init_from={first.folder}", "model.width=[16,24]", "trainer.max_steps=1")
+    assert "3 of 6 tensors" in said[0]
+    assert "of another shape" in said[0]
+    with pytest.raises(RunError, match="init_from=nope: should be a run, a checkpoint or a .safetensors file"):
+        go("init_from=nope")
+    with pytest.raises(RunError, match="none of its"):
+        start_from(torch.nn.Linear(3, 3), str(first.folder))
+
+
+def test_what_makes_two_runs_the_same():
+    one, other = spec_of("run.name=a").tree, spec_of("run.name=b").tree
+    assert fingerprint(one) == fingerprint(other)
+    assert fingerprint(one) != fingerprint(spec_of("optimizer.lr=0.1").tree)
+    assert differences({"a": {"b": 1}}, {"a": {"b": 2, "c": {}}}) == [
+        ("a.b", "a.b=2 (was 1)"),
+        ("a.c", "a.c={} (was None)"),
+    ]
+
+
+def test_a_real_kill_and_the_same_command_again(tmp_path):
+    command = [sys.executable, "-m", "framework", "train", *SMALL, "run.name=a", "resume=auto"]
+    command += ["trainer.max_epochs=10", "callbacks.checkpoint.every=3steps"]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    checkpoints = Path("runs/default/a/checkpoints")
+    deadline = time.monotonic() + 60
+    while not (checkpoints.is_dir() and listed(checkpoints)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    second = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "going on with runs/default/a after step" in second.stdout
+    assert status_of(Path("runs/default/a")) == "done"
+
+
+def test_a_short_campaign():
+    script = Path(fw.__file__).parent.parent / "scripts" / "fault_campaign"
+    done = subprocess.run([sys.executable, script, "--runs", "3", "--kills", "4"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 of 3 runs bitwise equal after" in done.stdout
+
+
+def test_the_campaign_notices_when_the_random_state_is_lost():
+    script = Path(fw.__file__).parent.parent / "scripts" / "fault_campaign"
+    arguments = ["--runs", "1", "--kills", "4", "--control"]
+    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "other weights" in done.stdout

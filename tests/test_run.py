@@ -1,0 +1,106 @@
+"""Run folders: claimed by one run each, and read back."""
+
+import json
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import yaml
+
+from framework.errors import RunError
+from framework.run import RunFolder, package_version, provenance, read_config
+
+
+def test_a_named_folder_and_one_named_by_the_time(tmp_path):
+    assert RunFolder(tmp_path, "mine", experiment="spam").path == tmp_path / "spam" / "mine"
+    assert RunFolder(tmp_path).path.parent == tmp_path / "default"
+
+
+def test_no_two_runs_share_a_folder(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        paths = list(pool.map(lambda _: RunFolder(tmp_path).path, range(24)))
+    assert len(set(paths)) == 24
+    first = RunFolder(tmp_path, "mine")
+    with pytest.raises(RunError, match=r"mine is being written by process \d+"):
+        RunFolder(tmp_path, "mine")
+    first.write("config.yaml", {})
+    with pytest.raises(RunError, match=r"mine exists already: choose another run\.name"):
+        RunFolder(tmp_path, "mine")
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../up", "a/b", "/etc", "a..b", ".hidden", "-m", "a b", "x" * 129, "ä"]
+)
+def test_a_name_cannot_lead_out_of_the_root(tmp_path, name):
+    with pytest.raises(RunError, match=r"run\.name should be letters"):
+        RunFolder(tmp_path, name)
+    with pytest.raises(RunError, match=r"^experiment should be letters"):
+        RunFolder(tmp_path, experiment=name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_root_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"file/default.* cannot be made: .*run\.root=.*file"):
+        RunFolder(tmp_path / "file", "mine")
+
+
+def test_files_are_written_whole_and_read_back(tmp_path):
+    folder = RunFolder(tmp_path, "mine")
+    tree = {"seed": 3, "model": {"name": "mlp", "width": [8, 4]}, "loss": None, "text": "yes: no"}
+    folder.write("config.yaml", tree)
+    folder.write("config.yaml", tree)
+    folder.write("facts.json", {"path": tmp_path})
+    assert read_config(folder.path) == tree
+    assert list(read_config(folder.path)) == list(tree)  # in the order in which it was composed
+    assert json.loads((folder.path / "facts.json").read_text()) == {"path": str(tmp_path)}
+    assert sorted(path.name for path in folder.path.glob("[!.]*")) == ["config.yaml", "facts.json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "it has no config.yaml"),
+        ("a: [", "cannot be read"),
+        ("- a", "holds no config"),
+        (b"\xff", "cannot be read"),
+    ],
+)
+def test_what_is_no_run(tmp_path, content, message):
+    with pytest.raises(RunError, match="there is no run folder"):
+        read_config(tmp_path / "none")
+    if content is not None:
+        (tmp_path / "config.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(RunError, match=message):
+        read_config(tmp_path)
+
+
+def test_a_config_cannot_make_objects(tmp_path):
+    (tmp_path / "config.yaml").write_text("a: !!python/object/apply:os.getcwd []")
+    with pytest.raises(RunError, match="cannot be read"):
+        read_config(tmp_path)
+
+
+def test_provenance_tells_the_code_down_to_what_is_not_committed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    outside = provenance({"model/mlp": "models.py:3"})
+    assert outside["parts"] == {"model/mlp": "models.py:3"}
+    assert outside["git_commit"] is outside["git_diff"] is None
+    assert outside["packages"]["torch"] == package_version("torch")
+    assert package_version("no-such-package") is None
+
+    def git(*arguments):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        done = subprocess.run(["git", *identity, *arguments], check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    git("init", "-q")
+    (tmp_path / "part.py").write_text("one\n")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    (tmp_path / "part.py").write_text("two\n")
+    inside = provenance({})
+    assert inside["git_commit"] == git("rev-parse", "HEAD")
+    assert "-one\n+two" in inside["git_diff"]
+    json.dumps(inside)
+    yaml.safe_dump(inside)

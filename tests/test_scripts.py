@@ -1,0 +1,138 @@
+"""The scripts, with a Python that only writes down what it is asked, so that nothing is downloaded."""
+
+import os
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TOOLS = ["bash", "cat", "chmod", "cksum", "cp", "dirname", "env", "flock", "grep", "id", "mkdir"]
+PYTHON = """#!/usr/bin/env bash
+echo "$*" >> "$CALLS"
+case "$*" in
+    *version_info*sys.exit* | *"sys.exit(not"*) [ "${VERSION:-3.12}" = 3.12 ] ;;
+    *ensurepip*) [ -z "${NO_VENV:-}" ] ;;
+    *'import torch'*) [ -z "${NO_TORCH:-}" ] ;;
+    *version_info*) echo 3.12 ;;
+    *_base_executable*) echo /usr/bin/python3 ;;
+    *"-m venv"*) mkdir -p "${@: -1}/bin"; cp "$0" "${@: -1}/bin/python" ;;
+    *"pip install"*) [ -z "${NO_NETWORK:-}" ] ;;
+esac
+"""
+
+
+class Checkout:
+    """A copy of what the scripts need, in a folder with a space in its name, and a PATH with few programs."""
+
+    def __init__(self, folder):
+        self.root, self.calls, self.bin = folder / "a checkout", folder / "calls.txt", folder / "bin"
+        self.bin.mkdir()
+        shutil.copytree(ROOT / "scripts", self.root / "scripts")
+        shutil.copy(ROOT / "pyproject.toml", self.root)
+        for tool in TOOLS:
+            if found := shutil.which(tool):
+                (self.bin / tool).symlink_to(found)
+        self.python = self.bin / "python3"
+        self.python.write_text(PYTHON)
+        self.python.chmod(0o755)
+
+    def run(self, script="setup", *arguments, cwd=None, **environment):
+        self.calls.write_text("")
+        command = [str(self.root / "scripts" / script), *arguments]
+        environment |= {"PATH": str(self.bin), "CALLS": str(self.calls), "HOME": str(self.root)}
+        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+
+    def asked(self, text):
+        return [call for call in self.calls.read_text().splitlines() if text in call]
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    return Checkout(tmp_path)
+
+
+def test_setup_makes_a_pinned_environment_once(checkout):
+    assert checkout.run().returncode == 0
+    assert checkout.asked("-m venv") == [f"-m venv --clear {checkout.root}/.venv"]
+    (installed,) = checkout.asked("pip install")
+    assert f"-c {checkout.root}/scripts/constraints.txt -e {checkout.root}[dev]" in installed
+    again = checkout.run()
+    assert (again.returncode, again.stderr, checkout.asked("")) == (0, "", [])
+
+
+def test_setup_installs_again_when_the_versions_change_or_an_install_failed(checkout):
+    failed = checkout.run(NO_NETWORK="1")
+    assert failed.returncode == 1
+    assert "setup: pip could not install the packages" in failed.stderr
+    assert checkout.run().returncode == 0
+    assert checkout.asked("-m venv") == []  # the environment itself was good
+    with (checkout.root / "scripts/constraints.txt").open("a") as file:
+        file.write("another==1\n")
+    assert checkout.run().returncode == 0
+    assert len(checkout.asked("pip install")) == 1
+
+
+def test_a_moved_checkout_is_set_up_anew(checkout):
+    checkout.run()
+    checkout.root = checkout.root.rename(checkout.root.parent / "moved")
+    assert checkout.run().returncode == 0
+    assert checkout.asked("-m venv") == [f"-m venv --clear {checkout.root}/.venv"]
+
+
+def test_a_torch_that_is_there_is_left_alone(checkout):
+    assert checkout.run(FRAMEWORK_TORCH="skip").returncode == 0
+    assert checkout.asked("-m venv") == [f"-m venv --clear --system-site-packages {checkout.root}/.venv"]
+    pins = (checkout.root / ".venv/constraints.txt").read_text()
+    assert "numpy==" in pins
+    assert "\ntorch==" not in pins
+    assert checkout.run().stderr == "", "what was skipped once stays so"
+    shutil.rmtree(checkout.root / ".venv")
+    lacking = checkout.run(FRAMEWORK_TORCH="skip", NO_TORCH="1")
+    assert "FRAMEWORK_TORCH=skip, but /usr/bin/python3 has no torch that loads" in lacking.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"VERSION": "3.10"}, "no Python 3.11, 3.12 or 3.13 is on the PATH; on Debian or Ubuntu: sudo apt-get install"),
+        ({"NO_VENV": "1"}, "sudo apt-get install python3.12-venv"),
+        ({"PYTHON": "python9"}, "PYTHON=python9 is not a Python 3.11, 3.12 or 3.13 that runs"),
+        ({"FRAMEWORK_TORCH": "mine"}, "FRAMEWORK_TORCH should be skip, or pinned (the default), not mine"),
+    ],
+)
+def test_setup_says_what_is_missing(checkout, environment, said):
+    done = checkout.run(**environment)
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert done.stderr.count("\n") <= 2
+
+
+def test_train_passes_its_arguments_on_and_stays_in_the_folder(checkout, tmp_path):
+    checkout.run()
+    framework = checkout.root / ".venv/bin/framework"
+    framework.write_text('#!/usr/bin/env bash\necho "$PWD: $*"\nexit 3\n')
+    framework.chmod(0o755)
+    done = checkout.run("train", "seed=1", "run.name=a b", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (3, f"{tmp_path}: train seed=1 run.name=a b\n")
+
+
+def test_every_dependency_is_pinned_exactly():
+    lines = (ROOT / "scripts/constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [
+        *project["dependencies"],
+        *(each for extra in project["optional-dependencies"].values() for each in extra),
+    ]
+    assert {re.match(r"[\w-]+", each)[0] for each in wanted} <= pins.keys()
+    assert all(re.fullmatch(r"\d+(\.\d+)*", version) for version in pins.values()), "no local builds such as +cpu"
+
+
+def test_the_scripts_can_be_run():
+    for script in ["scripts/setup", "scripts/train", "scripts/test", "scripts/fetch_data", ".ci/run"]:
+        assert os.access(ROOT / script, os.X_OK), script
+        subprocess.run(["bash", "-n", ROOT / script], check=True)

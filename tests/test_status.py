@@ -1,0 +1,52 @@
+"""status.json: whole at any moment, and true."""
+
+import json
+import os
+
+import pytest
+from test_trainer import OPTIMIZERS, SPLIT, At, network
+from torch import nn
+
+from framework import Trainer
+from framework.status import Status
+
+
+def run(folder, *callbacks, **settings):
+    model = network()
+    status = Status()
+    settings = {"max_epochs": 2, "log_every": "1steps", "device": "cpu"} | settings
+    trainer = Trainer(callbacks=[*callbacks, status], folder=folder, **settings)
+    trainer.fit(model, SPLIT, task=nn.CrossEntropyLoss(), optimizer=OPTIMIZERS["sgd"](model), batch_size=16)
+    if trainer.state.stop is None:
+        assert folder is None or read(folder)["status"] == "testing"
+        status.done(trainer)
+
+
+def read(folder):
+    return json.loads((folder / "status.json").read_text())
+
+
+def test_a_run_is_running_and_then_done(tmp_path):
+    seen = []
+    run(tmp_path, At(4, lambda trainer: seen.append(read(tmp_path))))
+    [during], after = seen, read(tmp_path)
+    assert (during["status"], during["step"], during["total_steps"], during["epoch"]) == ("running", 4, 10, 0)
+    assert during["eta_seconds"] == pytest.approx(during["wall_seconds"] / 4 * 6, abs=0.06)
+    assert during["samples_per_second"] > 0
+    assert during["pid"] == os.getpid()
+    assert (after["status"], after["step"], after["eta_seconds"], after["reason"]) == ("done", 10, None, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+
+
+def test_a_stopped_run_says_why_and_a_failed_one_that_it_failed(tmp_path):
+    run(tmp_path, At(3, lambda trainer: setattr(trainer.state, "stop", "enough")))
+    assert (read(tmp_path)["status"], read(tmp_path)["reason"]) == ("stopped", "enough")
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path, At(3, lambda trainer: 1 / 0))
+    assert read(tmp_path)["status"] == "failed"
+
+
+def test_a_trainer_without_a_folder_writes_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(None)
+    assert not list(tmp_path.iterdir())

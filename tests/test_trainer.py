@@ -1,0 +1,388 @@
+"""The Trainer against loops written by hand: the same numbers, bit for bit, whatever is switched; and its events."""
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import framework as fw
+from framework import Callback, Data, Logger, TensorSplit, Trainer, seeds
+from framework.callback import EVENTS
+from framework.data import Loader
+from framework.errors import DataError, SettingError
+
+torch.manual_seed(7)
+X = torch.randn(70, 6)
+Y = (X @ torch.randn(6, 3)).argmax(1)
+SPLIT = TensorSplit(X, Y)
+VAL = TensorSplit(X[:20] + 0.1, Y[:20])
+
+
+def network():
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 3))
+
+
+OPTIMIZERS = {
+    "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3),
+    "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=0.01, fused=True),
+}
+
+
+class Record(Logger):
+    """Keeps what it is given: lines of (step, values), and whether it is open."""
+
+    def __init__(self):
+        self.lines, self.opened, self.closed = [], [], 0
+
+    def open(self, folder, step, metrics):
+        self.opened.append((step, list(metrics)))
+
+    def scalars(self, values, *, step, epoch, wall_seconds):
+        self.lines.append((step, dict(values)))
+
+    def close(self):
+        self.closed += 1
+
+    def of(self, name):
+        return [values[name] for _, values in self.lines if name in values]
+
+    def steps(self, name):
+        return [step for step, values in self.lines if name in values]
+
+
+class Events(Callback):
+    """Writes down every event."""
+
+    def __init__(self):
+        self.seen = []
+
+
+for _event in EVENTS:
+    setattr(Events, f"on_{_event}", lambda self, trainer, event=_event: self.seen.append(event))
+
+
+class At(Callback):
+    """Does something at the end of a step."""
+
+    def __init__(self, step, do):
+        self.step, self.do = step, do
+
+    def on_step_end(self, trainer):
+        if trainer.state.step == self.step:
+            self.do(trainer)
+
+
+def fit(data=SPLIT, *, model=None, optimizer="sgd", callbacks=(), resume=None, task=None, **settings):
+    """Returns (trainer, record). Names of `Trainer` go to it, the others to `fit`."""
+    ours = inspect.signature(Trainer).parameters
+    limits = {name: settings.pop(name) for name in list(settings) if name in ours}
+    limits = {"max_epochs": 3, "log_every": "1steps", "device": "cpu"} | limits
+    record, model = Record(), model or network()
+    trainer = Trainer(callbacks=callbacks, loggers=[record], **limits)
+    task, optimizer = task or nn.CrossEntropyLoss(), OPTIMIZERS[optimizer](model)
+    settings = {"batch_size": 16} | settings
+    trainer.fit(model, data, task=task, optimizer=optimizer, resume=resume, **settings)
+    return trainer, record
+
+
+def by_hand(model, optimizer, epochs, batches, *, factor=None, clip=None, seed=0):
+    """A loop in plain PyTorch; returns the losses of its steps. `batches` gives those of an epoch."""
+    base, losses = optimizer.param_groups[0]["lr"], []
+    torch.manual_seed(seeds.derive(seed, "train"))
+    model.train()
+    for epoch in range(epochs):
+        for x, y in batches(epoch):
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            if clip:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+            if factor:
+                optimizer.param_groups[0]["lr"] = base * factor(len(losses))
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    return losses
+
+
+def in_order(epoch, seed=0, size=16):
+    for rows in seeds.order(seed, epoch, len(X)).split(size):
+        yield X[rows], Y[rows]
+
+
+def same(one, two):
+    pairs = zip(one.state_dict().items(), two.state_dict().items(), strict=True)
+    return all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
+
+
+# the same as by hand
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "extra", [{}, {"factor": lambda step: 1 / (1 + step)}, {"clip": 0.5}], ids=["", "factor", "clip"]
+)
+def test_fit_is_the_loop_written_by_hand(optimizer, extra):
+    model = network()
+    losses = by_hand(model, OPTIMIZERS[optimizer](model), 3, in_order, **extra)
+    clip = [fw.callbacks.build("clip_gradients", norm=extra["clip"])] if "clip" in extra else []
+    trainer, record = fit(optimizer=optimizer, schedule=extra.get("factor"), callbacks=clip)
+    assert same(trainer.model, model)
+    assert record.of("train/loss") == losses
+    assert len(losses) == trainer.state.step == trainer.state.total_steps == 15
+    assert trainer.state.samples == 3 * 70
+    assert not trainer.model.training
+
+
+def test_a_plain_data_loader_is_read_as_by_hand():
+    def loader():
+        return DataLoader(TensorDataset(X, Y), 16, shuffle=True, generator=torch.Generator().manual_seed(5))
+
+    model, batches = network(), loader()
+    losses = by_hand(model, OPTIMIZERS["adamw"](model), 3, lambda epoch: batches)
+    trainer, record = fit(loader(), optimizer="adamw")
+    assert same(trainer.model, model)
+    assert record.of("train/loss") == losses
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"val": VAL, "metrics": [fw.metrics.build("accuracy")]},
+        {"val": VAL, "validate_every": "2steps"},
+        {"val": DataLoader(TensorDataset(*VAL.tensors), 7, shuffle=True), "validate_every": "1steps"},
+        {"log_every": "4steps", "metrics": [fw.metrics.build("f1")]},
+        {"log_every": "1h"},
+        {"data": Loader(SPLIT, 16, shuffle=True)},
+        {"data": TensorDataset(X, Y)},
+        {"callbacks": [fw.callbacks.build("gradient_norm"), Events()]},
+        {"deterministic": True},
+    ],
+    ids=lambda change: "-".join(change),
+)
+def test_looking_on_changes_nothing(change):
+    assert same(fit(**change)[0].model, fit()[0].model)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_seeds_change_the_order_and_the_dropout():
+    assert not same(fit(seed=1)[0].model, fit(seed=2)[0].model)
+
+
+# limits, cadences, events
+
+
+@pytest.mark.parametrize(
+    ("limits", "steps", "epochs"),
+    [
+        ({"max_epochs": None, "max_steps": 7}, 7, 1),
+        ({"max_epochs": 2, "max_steps": 7}, 7, 1),
+        ({"max_epochs": 1, "max_steps": 7}, 5, 1),
+        ({"max_epochs": None, "max_steps": 10}, 10, 2),
+        ({"max_epochs": 2, "accumulate": 2}, 6, 2),
+    ],
+)
+def test_a_run_ends_at_the_first_limit(limits, steps, epochs):
+    trainer, record = fit(val=VAL, log_every="100steps", **limits)
+    state = trainer.state
+    assert (state.step, state.epoch, state.total_steps) == (steps, epochs, steps)
+    assert record.steps("val/loss")[-1] == record.steps("train/loss")[-1] == steps
+    assert state.batch == (0 if steps % state.steps_per_epoch == 0 else 2)
+
+
+@pytest.mark.parametrize(
+    ("validate", "log", "validated", "logged"),
+    [
+        ("1epoch", "1epoch", [5, 10, 15], [5, 10, 15]),
+        ("2epochs", "4steps", [10, 15], [4, 5, 8, 10, 12, 15]),
+        ("4 steps", "100steps", [4, 8, 12, 15], [5, 10, 15]),
+        ("1h", "1h", [15], [5, 10, 15]),
+    ],
+)
+def test_cadences(validate, log, validated, logged):
+    _, record = fit(val=VAL, validate_every=validate, log_every=log)
+    assert record.steps("val/loss") == validated
+    assert record.steps("train/loss") == logged
+
+
+def test_the_events_come_in_the_order_of_the_docstring():
+    events = Events()
+    fit(batch_size=35, max_epochs=1, max_steps=2, val=VAL, log_every="1epoch", callbacks=[events])
+    first = "fit_start epoch_start step_start gradients step_end"
+    last = "step_start gradients log validation_start validation_end step_end epoch_end fit_end close"
+    assert events.seen == f"{first} {last}".split()
+    documented = inspect.getdoc(sys.modules["framework.callback"])
+    assert [event for event in EVENTS if f"{event} " not in documented and f"{event}\n" not in documented] == []
+    assert list(EVENTS) == sorted(EVENTS, key=lambda event: documented.index(event))
+
+
+def test_nobody_listening_costs_nothing():
+    trainer, _ = fit(callbacks=[Callback(), At(99, None)])
+    assert {event for event, methods in trainer._listeners.items() if methods} == {"step_end"}
+
+
+def test_a_callback_stops_a_run_with_a_reason():
+    def stop(trainer):
+        trainer.state.stop = "enough"
+
+    events = Events()
+    trainer, record = fit(callbacks=[At(7, stop), events], val=VAL, log_every="1epoch")
+    assert (trainer.state.step, trainer.state.stop) == (7, "enough")
+    assert record.steps("train/loss") == record.steps("val/loss") == [5, 7]
+    assert events.seen[-2:] == ["fit_end", "close"]
+    assert "exception" not in events.seen
+
+
+def test_a_stop_before_the_first_step_holds_and_a_second_fit_begins_anew():
+    trainer = Trainer(max_epochs=1, device="cpu")
+    model = network()
+    parts = {"task": nn.CrossEntropyLoss(), "optimizer": OPTIMIZERS["sgd"](model)}
+    trainer.state.stop = "SIGTERM"
+    assert trainer.fit(model, SPLIT, **parts).step == 0
+    trainer = Trainer(max_epochs=1, device="cpu", callbacks=[At(2, lambda t: setattr(t.state, "stop", "enough"))])
+    assert trainer.fit(model, SPLIT, **parts).step == 2
+    trainer.callbacks[0].step = 99
+    assert trainer.fit(model, SPLIT, **parts).step == 3
+
+
+def test_an_error_is_an_event_and_closes_the_loggers():
+    def fail(trainer):
+        raise ZeroDivisionError
+
+    events, records = Events(), [Record(), Record()]
+    model = network()
+    trainer = Trainer(max_epochs=1, device="cpu", callbacks=[At(2, fail), events], loggers=records)
+    with pytest.raises(ZeroDivisionError):
+        trainer.fit(model, SPLIT, task=nn.CrossEntropyLoss(), optimizer=OPTIMIZERS["sgd"](model))
+    assert events.seen[-2:] == ["exception", "close"]
+    assert "fit_end" not in events.seen
+    assert [record.closed for record in records] == [1, 1]
+    assert not model.training
+
+
+def test_a_logger_that_cannot_open_or_close_leaves_none_open():
+    class Broken(Record):
+        def open(self, folder, step, metrics):
+            raise OSError("disk full")
+
+    good = Record()
+    with pytest.raises(OSError, match="disk full"), Trainer(max_steps=1, loggers=[good, Broken()]):
+        pass
+    assert good.closed == 1
+
+
+def test_what_a_callback_logs_belongs_to_its_step():
+    _, record = fit(log_every="1epoch", callbacks=[At(3, lambda trainer: trainer.log({"mine": torch.tensor(2.0)}))])
+    assert (3, {"mine": 2.0}) in record.lines
+
+
+def test_modules_that_were_put_in_eval_mode_stay_so_through_validation():
+    class Freeze(Callback):
+        def on_epoch_start(self, trainer):
+            trainer.model[1].eval()
+
+        def on_step_end(self, trainer):
+            assert [module.training for module in trainer.model] == [True, False, True, True, True]
+
+    trainer, _ = fit(callbacks=[Freeze()], val=VAL, validate_every="1steps")
+    assert trainer.model[1].num_batches_tracked == 0
+
+
+# evaluate and predict
+
+
+def test_evaluate_and_predict_before_and_after_a_fit():
+    model = network().eval()
+    logits = model(X).detach()
+    trainer, accuracy = Trainer(max_steps=1, device="cpu"), fw.metrics.build("accuracy")
+    with pytest.raises(SettingError, match="pass `model=`"):
+        trainer.evaluate(SPLIT)
+    with pytest.raises(SettingError, match="pass `task=`"):
+        trainer.evaluate(SPLIT, model=model)
+    values = trainer.evaluate(SPLIT, model=model, task=nn.CrossEntropyLoss(), metrics=[accuracy], batch_size=32)
+    assert values["test/loss"] == pytest.approx(F.cross_entropy(logits, Y).item(), rel=1e-6)
+    assert values["test/accuracy"] == pytest.approx((logits.argmax(1) == Y).float().mean().item())
+    torch.testing.assert_close(trainer.predict(X, batch_size=32), logits)
+    torch.testing.assert_close(trainer.predict(SPLIT), logits)
+    with pytest.raises(DataError, match="no batch"):
+        trainer.evaluate(TensorSplit(X[:0], Y[:0]))
+    with pytest.raises(DataError, match="no row"):
+        trainer.predict(X[:0])
+
+
+class Three(Data):
+    def __init__(self):
+        self.train, self.val, self.test = SPLIT, VAL, TensorSplit(X[:9], Y[:9])
+        self.in_shape, self.out_shape, self.classes = (6,), (3,), "abc"
+
+
+class Without(Three):
+    test = property(lambda self: None, lambda self, split: None)
+
+
+def test_a_whole_data_is_trained_validated_and_tested_on_its_own_splits():
+    trainer, record = fit(Three())
+    assert record.steps("val/loss") == [5, 10, 15]
+    assert trainer.evaluate(Three()) == trainer.evaluate(Three().test)
+    assert trainer.evaluate(Three(), name="val")["val/loss"] == pytest.approx(record.of("val/loss")[-1])
+    with pytest.raises(DataError, match="several splits"):
+        trainer.predict(Three())
+    with pytest.raises(DataError, match="no test split"):
+        trainer.evaluate(Without())
+
+
+def test_values_measured_while_the_trainer_is_open_are_logged():
+    record, model = Record(), network()
+    with Trainer(max_steps=2, device="cpu", loggers=[record]) as trainer:
+        trainer.fit(model, SPLIT, task=nn.CrossEntropyLoss(), optimizer=OPTIMIZERS["sgd"](model))
+        trainer.evaluate(VAL)
+        assert record.closed == 0
+    assert record.steps("test/loss") == [2]
+    assert (record.closed, len(record.opened)) == (1, 1)
+
+
+# the Python door
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"max_epochs": 0}, r"max_epochs should be int in \[1, inf\).* not 0"),
+        ({"max_epochs": None}, "needs max_epochs or max_steps"),
+        ({"accumulate": 0}, "accumulate should be"),
+        ({"precision": "fp8"}, "precision should be one of fp32, bf16, fp16"),
+        ({"log_every": "often"}, "log_every should be a cadence"),
+        ({"validate_every": "0steps"}, "validate_every should be a cadence"),
+        ({"validate_every": "0.5epochs"}, "validate_every should be a whole number of epochs"),
+        ({"device": "gpu"}, "device should be"),
+    ],
+)
+def test_wrong_settings_are_named(wrong, message):
+    with pytest.raises(SettingError, match=message):
+        Trainer(**({"max_epochs": 1} | wrong))
+
+
+def test_the_constructor_stays_small():
+    assert len(inspect.signature(Trainer).parameters) <= 15
+
+
+def test_plain_pytorch_needs_no_hydra_and_no_registry():
+    script = """
+import sys, torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from framework import Trainer
+model = nn.Linear(3, 2)
+data = DataLoader(TensorDataset(torch.randn(20, 3), torch.randint(0, 2, (20,))), 5)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+trainer = Trainer(max_epochs=2, device="cpu")
+state = trainer.fit(model, data, task=nn.functional.cross_entropy, optimizer=optimizer, val=data)
+print(state.step, "hydra" in sys.modules, "framework_plugins" in sys.modules, "tensorboard" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.split() == ["8", "False", "False", "False"], done.stderr
