@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -47,7 +47,14 @@ EVENTS = (
 
 
 class Callback:
-    """Base of all callbacks; each `on_...` takes the trainer, with its `state`, `model`, `optimizer` and `log`."""
+    """Base of all callbacks; each `on_...` takes the trainer, with its `state`, `model`, `optimizer` and `log`.
+
+    Attributes:
+        changes_training: whether it may change what the weights become; False allows other settings, or the callback
+            to come and go, in a run that is resumed exactly.
+    """
+
+    changes_training: ClassVar[bool] = True
 
     def on_fit_start(self, trainer: Trainer) -> None: ...
     def on_epoch_start(self, trainer: Trainer) -> None: ...

@@ -196,9 +196,8 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path} is damaged: it does not match its own sha256")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {first_line(error)}") from error
-    for name in files:
-        if Path(name).name != name:
-            raise CheckpointError(f"{path} lists {name!r}, which is not a file of this folder")
+    for name in files.keys() - {MODEL, TRAINING}:
+        raise CheckpointError(f"{path} lists {name!r}, which is no file of a checkpoint")
     return manifest
 
 

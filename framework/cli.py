@@ -8,85 +8,16 @@ import sys
 import sysconfig
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 from .errors import ConfigError, FrameworkError, did_you_mean
+from .help import BOARD, EVAL, HELP, LIST, PLAN, PREDICT, RESUME, SHOW, TRAIN
 
 STARTED = time.monotonic()
 TRACEBACK = "--traceback"
-
-HELP = """\
-Named parts, composed into experiments, trained on PyTorch.
-
-usage: framework VERB ...
-
-  train       compose an experiment and train it
-  plan        the same, shown instead of trained
-  eval        measure a trained run on a split of its data
-  predict     run a trained model on a file
-  list        the kinds of parts, or the parts of one
-  show        a part: its settings, defaults, source
-  board       TensorBoard on the runs
-  completion  a script for TAB
-
-  framework train model=mlp optimizer=sgd optimizer.lr=0.1
-  framework eval runs/default/NAME
-
-`framework VERB --help` shows each with examples. Exit status: 0; 2 for a
-mistake in what was asked for; 1 for a fault of the program (--traceback shows
-where); 130 or 143 when stopped by a signal."""
-
-TRAIN = """\
-examples:
-  framework train                                   digits, an MLP: seconds
-  framework train model.width=256 model.depth=3 activation=gelu
-  framework train optimizer=sgd optimizer.lr=0.1 scheduler=one_cycle
-  framework train +callbacks=early_stop callbacks.early_stop.patience=5
-  framework train ~callbacks=progress               one part of a list less
-  framework train model.activation=elu model.activation.alpha=0.5
-  framework train experiment=fashion_mnist_cnn      a file of conf/experiment
-  framework train -m optimizer.lr=1e-4,1e-3 'seed=range(3)'
-                                                    every combination in turn
-  framework train --plugins mine.py activation=mine parts of your own
-
-`framework list` names the parts, `framework show optimizer/sgd` the settings
-of one. Settings of Hydra itself go by hydra.KEY=VALUE."""
-
-PLAN = """\
-examples:
-  framework plan experiment=fashion_mnist_cnn
-  framework plan model=cnn data=fashion_mnist --json
-Prints layers with shapes, parameters and FLOPs, steps, the schedule as a
-curve, memory; trains nothing."""
-
-EVAL = """\
-examples:
-  framework eval runs/default/first
-  framework eval runs/default/first --split val --checkpoint last --json"""
-
-PREDICT = """\
-examples:
-  framework predict runs/default/first --input new.npz --output labels.csv
-  framework predict runs/table/first --input new.csv --output -
-The input is read as the run's data set reads its own files."""
-
-LIST = """\
-examples:
-  framework list               the kinds, with how many parts each has
-  framework list optimizer     the parts of a kind
-  framework list --json        everything, for programs"""
-
-SHOW = """\
-examples:
-  framework show optimizer/adamw
-  framework show gelu --json"""
-
-BOARD = """\
-examples:
-  framework board
-  framework board --root runs/default --port 6007"""
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -197,6 +128,7 @@ def train(arguments: list[str]) -> None:
     parser.add_argument(
         "-m", "--multirun", action="store_true", help="sweep: try every combination of a,b,c or range(3)"
     )
+    parser.add_argument("--inexact", action="store_true", help="resume though settings would change the outcome")
     given = parser.parse_intermixed_args(arguments)
     if given.multirun and (given.cfg or given.info):
         parser.error("-m runs a sweep, --cfg and --info only show: give one of them")
@@ -208,7 +140,9 @@ def train(arguments: list[str]) -> None:
 
         started = None if composed.number else STARTED  # the first job has waited for the imports
         try:
-            result = train_experiment(composed.spec, composed.experiment, composed.overrides, started)
+            result = train_experiment(
+                composed.spec, composed.experiment, composed.overrides, started, inexact=given.inexact
+            )
         except Exception as error:
             if composed.number is not None:
                 print(f"framework: job {composed.number} failed: {composed.label}", file=sys.stderr)
@@ -219,6 +153,28 @@ def train(arguments: list[str]) -> None:
             sys.exit(128 + result.signal)  # also out of a sweep: the other jobs are not begun
 
     compose(command_line(given), job)
+
+
+def resume(arguments: list[str]) -> int:
+    parser = Parser("resume", "Go on with a run that was cut off, as if it had not been.", RESUME)
+    parser.add_argument("run", type=Path, help="the folder of a run")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="what is to differ from here on")
+    parser.add_argument("--inexact", action="store_true", help="though settings would change the outcome")
+    given = parser.parse_intermixed_args(arguments)
+    from .discovery import discover
+    from .experiment import train as train_experiment
+    from .report import print_result
+    from .resume import altered
+    from .run import read_config
+    from .spec import read_spec
+
+    discover(given.plugins)
+    with advising(given):
+        spec = read_spec(altered(read_config(given.run), given.overrides), lambda path: f"{given.run}/config.yaml")
+    spec.resume = str(given.run)
+    result = train_experiment(spec, given.run.resolve().parent.name, [], STARTED, inexact=given.inexact)
+    print_result(result)
+    return 0 if result.signal is None else 128 + result.signal
 
 
 def plan(arguments: list[str]) -> None:
@@ -286,8 +242,15 @@ def opened(given: argparse.Namespace) -> Any:
     from .trained import open_run
 
     discover(given.plugins)
-    try:
+    with advising(given):
         return open_run(given.run, given.checkpoint)
+
+
+@contextmanager
+def advising(given: argparse.Namespace) -> Iterator[None]:
+    """When a run's config names what is not there, say which plugins the run was trained with."""
+    try:
+        yield
     except ConfigError as error:
         missing = [plugin for plugin in plugins_of(given.run) if plugin not in given.plugins]
         if not missing:
@@ -360,6 +323,7 @@ def completion(arguments: list[str]) -> None:
 
 VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "train": train,
+    "resume": resume,
     "plan": plan,
     "eval": evaluate,
     "predict": predict,

@@ -18,7 +18,7 @@ from .errors import UnknownName, did_you_mean
 from .registry import Registry
 from .schema import Setting, members, strip
 
-VERBS = ("train", "eval", "predict", "list", "show", "plan", "board", "completion")
+VERBS = ("train", "resume", "eval", "predict", "list", "show", "plan", "board", "completion")
 WITH_OVERRIDES = ("train", "plan")
 SHELLS = ("bash", "zsh", "fish")
 

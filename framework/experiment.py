@@ -128,6 +128,8 @@ def train(
     else:
         folder = resumed.folder
         check_same_data(folder.path, built, inexact)
+        if resumed.changed:
+            folder.write("config.yaml", spec.tree)
         trainer.state.step = resumed.step  # loggers go on from there
         for line in (f"going on with {folder.path} after step {resumed.step}", *resumed.notes):
             say(line)

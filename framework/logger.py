@@ -11,7 +11,7 @@ class Logger:
     """Every method may be left out. Keys are `train/...`, `val/...`, `test/...`, the same in every logger."""
 
     def open(self, folder: Path | None, step: int, metrics: Sequence[str]) -> None:
-        """Begin (or go on) at a step. `folder`: the run's, None when there is none. `metrics`: "loss", "accuracy" ..."""
+        """Begin (or go on) at a step. `folder`: the run's, or None. `metrics`: "loss", "accuracy" ..."""
 
     def scalars(self, values: dict[str, float], *, step: int, epoch: int, wall_seconds: float) -> None:
         """Record values at a step."""

@@ -24,6 +24,8 @@ def print_result(result: Result, job: str | None = None) -> None:
     steps = "1 step" if result.steps == 1 else f"{result.steps:,} steps"
     print(f"\n{steps} in {seconds}" + (f", stopped: {result.stopped}" if result.stopped else ""))
     print(f"run      {result.folder}")
+    if result.signal is not None:
+        print(f"go on    framework resume {result.folder}")
     if job is None:
         print(f"measure  framework eval {result.folder}\nwatch    framework board")
 

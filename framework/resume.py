@@ -1,7 +1,7 @@
 """Going on: with a run that was cut off (exactly), or from what another has learned (`init_from`)."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from . import checkpoint
-from .errors import CheckpointError, RunError
+from .errors import CheckpointError, ConfigError, RunError
 from .registry import Registry
 from .run import RunFolder, read_config
 from .spec import Spec
@@ -32,11 +32,12 @@ class Resumed:
     step: int = 0
     training: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
 
     @property
     def done(self) -> bool:
-        """Whether the run has nothing left to do, test included."""
-        return status_of(self.folder.path) == "done"
+        """Whether the run has nothing left to do, test included, and nothing new was asked of it."""
+        return status_of(self.folder.path) == "done" and not self.changed
 
 
 def find(spec: Spec, experiment: str) -> Path | None:
@@ -70,7 +71,8 @@ def open_folder(run: Path, spec: Spec, inexact: bool = False) -> Resumed:
         raise RunError(
             f"{run} cannot go on exactly with {'; '.join(breaking)}: leave it as it was, or allow it with --inexact"
         )
-    resumed = Resumed(folder, notes=[f"from here on {text}" for _, text in changed if not text.startswith("run.")])
+    resumed = Resumed(folder, changed=[text for path, text in changed if not path.startswith(("run.", "plugins"))])
+    resumed.notes = [f"from here on {text}" for text in resumed.changed]
     checkpoints = run / "checkpoints"
     if not checkpoints.is_dir():
         return resumed
@@ -83,6 +85,33 @@ def open_folder(run: Path, spec: Spec, inexact: bool = False) -> Resumed:
         resumed.step = checkpoint.step_of(newest)
         resumed.notes += other_machine(newest)
     return resumed
+
+
+def altered(tree: Mapping[str, Any], typed: Sequence[str]) -> dict[str, Any]:
+    """Return a run's config with overrides such as trainer.max_epochs=50 put in. Raises ConfigError for no override."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    changed, parser = json.loads(json.dumps(tree)), OverridesParser.create()
+    for text in typed:
+        try:
+            override = parser.parse_override(text)
+            *parents, key = override.key_or_group.replace("/", ".").split(".")
+            value = override.value()
+        except HydraException as error:
+            raise ConfigError([f"{text}: cannot be read as KEY=VALUE"]) from error
+        if override.is_sweep_override():
+            raise ConfigError([f"{text}: a run goes on with one value; a sweep is for new ones"])
+        place = changed
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise ConfigError([f"{text}: {parent} has no settings"])
+        if override.is_delete():
+            place.pop(key, None)
+        else:
+            place[key] = value
+    return changed
 
 
 def keeps_bits(path: str) -> bool:

@@ -4,7 +4,7 @@ from typing import Any
 
 
 class Schedule:
-    """A function of the optimizer step. A plugin may also be a plain function (total_steps, ...) -> (step -> factor)."""
+    """A function of the optimizer step; a plugin may also be a function (total_steps, ...) -> (step -> factor)."""
 
     def __call__(self, step: int) -> float:
         """Return the factor on every group's learning rate for that step (0 is the first)."""

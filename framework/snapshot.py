@@ -51,6 +51,7 @@ def snapshot(
     training_state: Any,
     step: int,
     run: Mapping[str, Any] | None = None,
+    *,
     copies: Copies | None = None,
 ) -> Snapshot:
     """Check a state and bring it to the CPU; without `copies`, tensors that are there already are shared.

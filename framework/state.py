@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from .errors import SettingError
 from .schema import Pattern
 
-EVERY = r"\s*(\d+(?:\.\d+)?)\s*(steps?|epochs?|s|sec|min|h)\s*"
+EVERY = r"\s*(?!0+(?:\.0*)?[a-z\s])(\d+(?:\.\d+)?)\s*(steps?|epochs?|s|sec|min|h)\s*"
 Every = Annotated[str, Pattern(EVERY, "a cadence like 10steps, 1epoch or 5min")]
 SECONDS = {"s": 1.0, "sec": 1.0, "min": 60.0, "h": 3600.0}
 

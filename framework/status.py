@@ -12,6 +12,8 @@ from .trainer import Trainer
 class Status(Callback):
     """Writes the run's status.json at each log and at the end, whole or not at all."""
 
+    changes_training = False
+
     def on_fit_start(self, trainer: Trainer) -> None:
         self._write(trainer, "running")
 

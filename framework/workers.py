@@ -2,6 +2,7 @@
 
 import ctypes
 import multiprocessing
+import os
 import random
 import signal
 import sys
@@ -19,6 +20,7 @@ from .discovery import innermost_line
 from .errors import DataError, FrameworkError
 
 Batch = tuple[Tensor, ...]
+TO_ALL = (signal.SIGINT, signal.SIGTERM)  # what a scheduler, or Ctrl-C, sends to every process of a run
 
 
 class Split(Protocol):
@@ -148,7 +150,8 @@ def read_batches(samples: SeededSamples, chunks: IndexBatches, workers: int, tim
         generator=torch.Generator(),  # DataLoader would draw from the global one, which the model uses
         pin_memory=torch.cuda.is_available(),
     )
-    batches = iter(loader)
+    with undisturbed_start():
+        batches = iter(loader)
     processes: Sequence[BaseProcess] = getattr(batches, "_workers", ())
     wait = waiting() if processes else nullcontext
     try:
@@ -163,10 +166,13 @@ def read_batches(samples: SeededSamples, chunks: IndexBatches, workers: int, tim
             raise
         raise fault(samples, processes, timeout_seconds) from error
     finally:
-        if processes:
-            batches._shutdown_workers()
-        for process in processes:
-            process.kill()  # one that hangs ignores everything else, and this program could never end
+        try:
+            if processes:
+                batches._shutdown_workers()
+        finally:
+            for process in processes:
+                process.kill()  # one that hangs ignores everything else, and this program could never end
+                process.join()
 
 
 def fault(samples: SeededSamples, processes: Sequence[BaseProcess], timeout_seconds: float) -> DataError:
@@ -223,12 +229,26 @@ def waiting() -> Callable[[], Any]:
     return deaths.wait
 
 
+@contextmanager
+def undisturbed_start() -> Iterator[None]:
+    """Hold back the signals of a scheduler while processes start, until they ignore them by themselves."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, TO_ALL)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def stay_with_parent(worker: int) -> None:
     """Leave SIGINT and SIGTERM to the main process: a scheduler sends them to all, and the step must be finished.
 
     A worker dies with its parent, though; torch would notice after 5 s, and never in a sample that hangs.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in TO_ALL:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, TO_ALL)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    parent = multiprocessing.parent_process()
+    if multiprocessing.get_start_method() == "fork" and parent is not None and os.getppid() != parent.pid:
+        os._exit(1)  # it died before this line

@@ -8,7 +8,7 @@ import time
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -77,6 +77,10 @@ class Best:
 class EarlyStop(Callback):
     """Ends the run when a metric has not improved for some validations."""
 
+    changes_training = False
+
+    changes_training: ClassVar = False
+
     def __init__(
         self,
         monitor: str = "val/loss",
@@ -137,6 +141,9 @@ class Checkpoint(Callback):
     to stop by a signal, and when it fails between two steps (in reading data).
     """
 
+    changes_training = False
+
+    changes_training: ClassVar = False
     large = 10 * 2**20  # bytes from which `auto` saves beside the training; below, waiting for the disk costs no more
 
     def __init__(
@@ -305,6 +312,10 @@ class ClipGradients(Callback):
 @callbacks.register("timer")
 class Timer(Callback):
     """Logs train/seconds_per_epoch, and ends the run when it has taken long enough."""
+
+    changes_training = False
+
+    changes_training: ClassVar = False
 
     def __init__(self, limit: Duration | None = None):
         """Set a limit, or none.

@@ -50,7 +50,7 @@ class NonFinite(Callback):
         if self.policy == "rewind" and trainer.folder is None:
             raise SettingError("non_finite: to rewind, the run needs a folder with checkpoints")
         self.trainer, self.checked = trainer, trainer.state.step
-        self.found, self.one = torch.zeros(1, device=trainer.device), torch.ones(1, device=trainer.device)
+        self.found, self.one = torch.zeros((), device=trainer.device), torch.ones((), device=trainer.device)
         fused = bool(trainer.optimizer.defaults.get("fused"))
         self.late = self.policy == "raise" and trainer.device.type != "cpu" and fused
 
@@ -61,7 +61,11 @@ class NonFinite(Callback):
 
     def on_gradients(self, trainer: Trainer) -> None:
         tensors = [trainer.loss, *gradients(trainer)]
-        torch._amp_foreach_non_finite_check_and_unscale_(tensors, self.found, self.one)  # all of them in one kernel
+        try:
+            torch._amp_foreach_non_finite_check_and_unscale_(tensors, self.found, self.one)  # all of them in one call
+        except NotImplementedError:
+            tensors = [values(tensor) for tensor in tensors]
+            torch._amp_foreach_non_finite_check_and_unscale_(tensors, self.found, self.one)
         if self.late:
             trainer.optimizer.found_inf = self.found  # type: ignore[attr-defined]
         elif self.found.item():
@@ -145,12 +149,11 @@ def gradients(trainer: Trainer) -> list[Tensor]:
     """All gradients of the optimizer's parameters; none where a scaler looks after them."""
     if trainer.precision.scaler is not None:
         return []
-    grads = (p.grad for group in trainer.optimizer.param_groups for p in group["params"])
-    return [values(grad) for grad in grads if grad is not None]
+    return [p.grad for group in trainer.optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
 def values(grad: Tensor) -> Tensor:
-    """The numbers of a gradient, as reals."""
+    """The numbers of a sparse or complex gradient, as reals."""
     grad = grad._values() if grad.is_sparse else grad
     return torch.view_as_real(grad) if grad.is_complex() else grad
 

@@ -22,7 +22,7 @@ class JsonLines(Logger):
         self._file: IO[str] | None = None
 
     def open(self, folder: Path | None, step: int, metrics: Sequence[str]) -> None:
-        """Go on with the file; what a resumed run writes again goes: lines after `step`, of the test, and a torn one."""
+        """Go on with the file; what a resumed run writes again goes: lines after `step` and of the test."""
         if folder is None:
             warnings.warn("the run has no folder, so the json_lines logger records nothing", stacklevel=2)
             return

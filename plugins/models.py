@@ -29,7 +29,7 @@ def stack(in_shape: Shape, out_shape: Shape, layers: list[Maker], head: str, **s
 def mlp(
     in_shape: Shape,
     out_shape: Shape,
-    width: PositiveInt | list[PositiveInt] = 128,
+    width: PositiveInt | list[PositiveInt] = 256,
     depth: PositiveInt = 2,
     activation: Activation = "relu",
     norm: Norm | None = None,

@@ -10,6 +10,8 @@ from framework.state import Cadence
 class GradientNorm(Callback):
     """Logs the 2-norm of all gradients together as train/gradient_norm, of the steps that are logged."""
 
+    changes_training = False
+
     def __init__(self) -> None:
         self.measured: Tensor | None = None
 
@@ -32,6 +34,8 @@ class LearningRate(Callback):
     Keys are train/learning_rate/<the group's "name", or its number>.
     """
 
+    changes_training = False
+
     def on_log(self, trainer: Trainer) -> None:
         for number, group in enumerate(trainer.optimizer.param_groups[1:], 1):
             trainer.log({f"train/learning_rate/{group.get('name', number)}": float(group["lr"])})
@@ -53,6 +57,8 @@ class Histograms(Callback):
 
     Tags are weights/<parameter> and gradients/<parameter>. Values that are not finite are left out.
     """
+
+    changes_training = False
 
     def __init__(self, every: Every = "1epoch"):
         """Say how often.

@@ -23,6 +23,8 @@ class Progress(Callback):
     device, and between two drawings a step costs it one look at the clock.
     """
 
+    changes_training = False
+
     def __init__(self, style: Literal["auto", "bar", "lines"] = "auto", per_second: PositiveFloat = 5.0):
         """Say how to show it.
 

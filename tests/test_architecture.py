@@ -18,12 +18,23 @@ FLOORS = {
     "stdlib": ["errors", "schema", "registry", "kinds"],
     "ground work": ["discovery", "seeds", "state", "shapes", "workers", "device"],
     "contracts": ["data", "metric", "task", "scheduler", "optimizer", "logger", "callback"],
-    "engines": ["trainer", "trainer_state", "snapshot", "checkpoint", "loop", "vectorize", "plan", "probe", "batches", "status"],
+    "engines": [
+        "trainer",
+        "trainer_state",
+        "snapshot",
+        "checkpoint",
+        "loop",
+        "vectorize",
+        "plan",
+        "probe",
+        "batches",
+        "status",
+    ],
     "assembly": ["experiment", "resume", "trained", "run", "compose", "overrides", "sources", "spec", "store"],
-    "doors": ["cli", "describe", "completion", "report", "board", "__main__", "__init__"],
+    "doors": ["cli", "help", "describe", "completion", "report", "board", "__main__", "__init__"],
 }
 FLOOR = {module: number for number, modules in enumerate(FLOORS.values()) for module in modules}
-FILE_LINES, FUNCTION_LINES, MEDIAN_LINES, FRAMEWORK_LINES = 400, 60, 10, 5500
+FILE_LINES, FUNCTION_LINES, MEDIAN_LINES, FRAMEWORK_CODE_LINES = 400, 60, 10, 5000
 SIBLINGS = {  # plugin files that may import others: what several kinds of data set need
     "data_arrays": {"arrays"},
     "data_builtin": {"arrays"},
@@ -94,8 +105,18 @@ def test_files_and_functions_are_small(file):
     assert file.stem not in ("utils", "helpers", "common", "misc")
 
 
+def code_lines(file):
+    """Lines of a file that hold code: neither blank, nor comment, nor docstring."""
+    tree = ast.parse(file.read_text())
+    owners = [node for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)]
+    docstrings = {id(node.body[0]) for node in owners if ast.get_docstring(node, clean=False) is not None}
+    nodes = [n for n in ast.walk(tree) if isinstance(n, ast.stmt | ast.expr) and id(n) not in docstrings]
+    inside = {id(n.body[0].value) for n in owners if ast.get_docstring(n, clean=False) is not None}
+    return len({line for n in nodes if id(n) not in inside for line in (n.lineno, n.end_lineno)})
+
+
 def test_the_framework_as_a_whole_is_small():
-    assert sum(len(file.read_text().splitlines()) for file in CORE) <= FRAMEWORK_LINES
+    assert sum(map(code_lines, CORE)) <= FRAMEWORK_CODE_LINES
     assert statistics.median(lines(function) for file in CORE for function in functions(file)) <= MEDIAN_LINES
 
 

@@ -55,11 +55,10 @@ def copies(model):
 
 
 def average(history, decay, warmup, every=1):
-    mean, updates = dict(history[0]), 0
-    for weights in history[every::every]:
+    mean = dict(history[0])
+    for updates, weights in enumerate(history[every::every]):
         d = min(decay, (1 + updates) / (10 + updates)) if warmup else decay
         mean = {name: d * mean[name] + (1 - d) * weights[name] for name in mean}
-        updates += 1
     return mean
 
 

@@ -89,7 +89,7 @@ def test_the_same_command_again_goes_on_as_if_nothing_had_happened(step, monkeyp
 
 
 def test_without_a_name_the_newest_unfinished_run_of_the_same_config_goes_on(monkeypatch):
-    finished, _ = go("run.name=finished")
+    go("run.name=finished")
     cut_off("cut", 45, monkeypatch)
     resumed, _ = go("resume=auto")
     assert resumed.folder.name == "cut"
@@ -118,6 +118,13 @@ def test_what_would_change_the_bits_is_refused_and_what_would_not_is_not(monkeyp
     assert "from here on trainer.max_epochs=3 (was 2)" in said
     changed, _ = go("run.name=a", "resume=auto", "trainer.max_epochs=4", "optimizer.lr=0.01", inexact=True)
     assert changed.folder.name == "a"
+
+
+def test_a_finished_run_can_be_given_more_epochs():
+    go("run.name=a")
+    longer, said = go("run.name=a", "resume=auto", "trainer.max_epochs=3")
+    assert longer.steps == 120
+    assert said[0] == "going on with runs/default/a after step 80"
 
 
 def test_a_run_by_its_path():
@@ -166,10 +173,10 @@ def test_starting_from_what_another_run_has_learned():
     second, said = go("run.name=second", f"init_from={first.folder}", "trainer.max_steps=1")
     assert said == [f"6 of 6 tensors from {first.folder}"]
     assert second.metrics["val/loss"] < first.metrics["val/loss"] + 0.05
-    wider, said = go(f"init_from={first.folder}", "model.width=[16,24]", "trainer.max_steps=1")
+    _, said = go(f"init_from={first.folder}", "model.width=[16,24]", "trainer.max_steps=1")
     assert "3 of 6 tensors" in said[0]
     assert "of another shape" in said[0]
-    with pytest.raises(RunError, match="init_from=nope: should be a run, a checkpoint or a .safetensors file"):
+    with pytest.raises(RunError, match=r"init_from=nope: should be a run, a checkpoint or a \.safetensors file"):
         go("init_from=nope")
     with pytest.raises(RunError, match="none of its"):
         start_from(torch.nn.Linear(3, 3), str(first.folder))

@@ -1,0 +1,81 @@
+"""What `--help` says: for each verb, examples that can be typed as they stand."""
+
+HELP = """\
+Named parts, composed into experiments, trained on PyTorch.
+
+usage: framework VERB ...
+
+  train       compose an experiment and train it
+  resume      go on with a run that was cut off
+  plan        the same, shown instead of trained
+  eval        measure a trained run on a split of its data
+  predict     run a trained model on a file
+  list        the kinds of parts, or the parts of one
+  show        a part: its settings, defaults, source
+  board       TensorBoard on the runs
+  completion  a script for TAB
+
+  framework train model=mlp optimizer=sgd optimizer.lr=0.1
+  framework eval runs/default/NAME
+
+`framework VERB --help` shows each with examples. Exit status: 0; 2 for a
+mistake in what was asked for; 1 for a fault of the program (--traceback shows
+where); 130 or 143 when stopped by a signal."""
+
+TRAIN = """\
+examples:
+  framework train                                   digits, an MLP: seconds
+  framework train model.width=256 model.depth=3 activation=gelu
+  framework train optimizer=sgd optimizer.lr=0.1 scheduler=one_cycle
+  framework train +callbacks=early_stop callbacks.early_stop.patience=5
+  framework train ~callbacks=progress               one part of a list less
+  framework train model.activation=elu model.activation.alpha=0.5
+  framework train experiment=fashion_mnist_cnn      a file of conf/experiment
+  framework train -m optimizer.lr=1e-4,1e-3 'seed=range(3)'
+                                                    every combination in turn
+  framework train --plugins mine.py activation=mine parts of your own
+
+`framework list` names the parts, `framework show optimizer/sgd` the settings
+of one. Settings of Hydra itself go by hydra.KEY=VALUE."""
+
+RESUME = """\
+examples:
+  framework resume runs/default/first
+  framework resume runs/default/first trainer.max_epochs=60
+  framework train run.name=first resume=auto     the same command goes on
+What the run would have come to, it comes to, bit for bit; settings that
+would change that need --inexact."""
+
+PLAN = """\
+examples:
+  framework plan experiment=fashion_mnist_cnn
+  framework plan model=cnn data=fashion_mnist --json
+Prints layers with shapes, parameters and FLOPs, steps, the schedule as a
+curve, memory; trains nothing."""
+
+EVAL = """\
+examples:
+  framework eval runs/default/first
+  framework eval runs/default/first --split val --checkpoint last --json"""
+
+PREDICT = """\
+examples:
+  framework predict runs/default/first --input new.npz --output labels.csv
+  framework predict runs/table/first --input new.csv --output -
+The input is read as the run's data set reads its own files."""
+
+LIST = """\
+examples:
+  framework list               the kinds, with how many parts each has
+  framework list optimizer     the parts of a kind
+  framework list --json        everything, for programs"""
+
+SHOW = """\
+examples:
+  framework show optimizer/adamw
+  framework show gelu --json"""
+
+BOARD = """\
+examples:
+  framework board
+  framework board --root runs/default --port 6007"""
