@@ -1,6 +1,6 @@
 """Benchmarks: ratios against something run in the same minute, interleaved, medians.
 
-    scripts/bench startup        from process start to the first step: `framework train` against a plain script
+startup: from process start to the first step done, `framework train` against a plain script; scripts/bench.py startup
 """
 
 import argparse
