@@ -30,6 +30,8 @@ from .status import Status
 from .task import Task
 from .trainer import Trainer
 
+WATCHING = ("run", "plugins", "loggers", "metrics", "log_every", "validate_every", "device")
+
 
 class Experiment:
     """The objects of a Spec: data, task, metrics, model, optimizer, schedule, trainer.
@@ -171,8 +173,17 @@ def finish(trainer: Trainer, built: Experiment) -> None:
         load_weights(built.model, trainer.folder)
         trainer.evaluate(built.batches("test"))
     for logger in trainer.loggers:
-        logger.hparams(built.spec.tree, trainer.state.metrics)
+        logger.hparams(hyperparameters(built.spec), trainer.state.metrics)
     built.status.done(trainer)
+
+
+def hyperparameters(spec: Spec) -> dict[str, Any]:
+    """Return the settings that the outcome may depend on: not where a run lies, nor how it is watched."""
+    kept = {key: value for key, value in spec.tree.items() if key not in WATCHING}
+    kept["trainer"] = {key: value for key, value in kept["trainer"].items() if key not in WATCHING}
+    watching = [m.entry.name for m in spec.parts["callback"] if not getattr(m.entry.part, "changes_training", True)]
+    kept["callbacks"] = {name: value for name, value in kept["callbacks"].items() if name not in watching}
+    return kept
 
 
 def check_same_data(run: Path, built: Experiment, inexact: bool) -> None:
