@@ -161,8 +161,10 @@ def read_batches(samples: SeededSamples, chunks: IndexBatches, workers: int, tim
             if read is None:
                 return
             yield read[0], read[1]
-    except RuntimeError as error:
-        if "DataLoader" not in str(error):
+    except (RuntimeError, OSError, EOFError) as error:  # OSError: memory that a process shared is gone with it
+        for process in processes:
+            process.join(0.1)
+        if "DataLoader" not in str(error) and all(process.is_alive() for process in processes):
             raise
         raise fault(samples, processes, timeout_seconds) from error
     finally:
