@@ -74,7 +74,9 @@ def test_a_worker_that_dies_during_a_step_is_an_error_of_the_next_batch_and_not_
     next(batches)
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
     assert wait_for(lambda: not multiprocessing.active_children())  # nothing is raised here
-    with pytest.raises(DataError, match=r"^(a process that loads data|the process that read sample \d+) has died of SIGKILL"):
+    with pytest.raises(
+        DataError, match=r"^(a process that loads data|the process that read sample \d+) has died of SIGKILL"
+    ):
         list(batches)
 
 
