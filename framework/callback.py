@@ -69,6 +69,15 @@ class Callback:
     def on_exception(self, trainer: Trainer) -> None: ...
     def on_close(self, trainer: Trainer) -> None: ...
 
+    def on_save(self, model_state: dict[str, Any], own_state: dict[str, Any]) -> None:
+        """Change what a checkpoint will hold: the model's weights as `predict` shall use them, and this one's state."""
+
+    def on_rewind(self, own_state: dict[str, Any]) -> None:
+        """Take back what `on_save` made of `own_state`: the run goes back to that checkpoint's weights."""
+
+    def finish_saving(self) -> None:
+        """Wait until everything that is being saved is on the disk."""
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint must keep, in plain types."""
         return {}

@@ -22,7 +22,7 @@ from .plan import Plan, make_plan
 from .probe import undisturbed
 from .registry import Maker
 from .resume import Resumed, find, fingerprint, last_values, open_folder, start_from
-from .run import RunFolder, dump, provenance
+from .run import RunFolder, dump, provenance, read_facts
 from .shapes import dry_run
 from .spec import Spec
 from .state import State
@@ -188,10 +188,7 @@ def hyperparameters(spec: Spec) -> dict[str, Any]:
 
 def check_same_data(run: Path, built: Experiment, inexact: bool) -> None:
     """Raise RunError when the data of a resumed run is not what it was."""
-    try:
-        same = json.loads((run / "facts.json").read_text()) == json.loads(dump("facts.json", facts_of(built)))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{run}/facts.json cannot be read: {error}") from error
+    same = read_facts(run) == json.loads(dump("facts.json", facts_of(built)))
     if not same and not inexact:
         raise RunError(f"the data of {run} has changed since it began: --inexact goes on all the same")
 

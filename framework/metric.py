@@ -74,5 +74,5 @@ class Measures:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave; sums of other metrics than these are left."""
         self.loss.copy_(state["loss"])
-        if len(state["sums"]) == len(self.metrics):
+        if len(state["sums"]) in (0, len(self.metrics)):
             self.sums = [total.to(self.loss) for total in state["sums"]]

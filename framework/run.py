@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
+from weakref import ref
 
 from .errors import RunError
 
@@ -109,7 +110,25 @@ def only_writer(run: Path) -> TextIO:
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}")
     file.flush()
+    held = ref(file)  # a forked data worker would hold the lock on
+    os.register_at_fork(after_in_child=lambda: close(held()))
     return file
+
+
+def close(file: TextIO | None) -> None:
+    if file is not None:
+        file.close()
+
+
+def read_facts(run: Path) -> dict[str, Any]:
+    """Return what a run folder keeps of its data. Raises RunError when that is missing or is something else."""
+    file = run / "facts.json"
+    try:
+        facts = json.loads(file.read_text())
+        shapes = [[int(size) for size in facts[name]] for name in ("in_shape", "out_shape")]
+        return facts | dict(zip(("in_shape", "out_shape"), shapes, strict=True)) | {"classes": list(facts["classes"])}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise RunError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def dump(file: str, content: Any) -> str:
@@ -131,8 +150,8 @@ def read_config(run: Path) -> dict[str, Any]:
         raise RunError(f"{run} is not the folder of a run: it has no config.yaml")
     try:
         config = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RunError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise RunError(f"{file} cannot be read: {' '.join(str(error).split())[:300]}") from error
     if not isinstance(config, dict):
         raise RunError(f"{file} holds no config")
     return config

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from reprlib import Repr
 from typing import Any
 
 from .data import Loader
@@ -100,7 +101,7 @@ class Reader:
             )
             return None
         name = value.get("name", default)
-        if name not in Registry.every[kind.name]:
+        if not isinstance(name, str) or name not in Registry.every[kind.name]:
             self.problem(path, name, Registry.every[kind.name].unknown(str(name)))
             return None
         entry = Registry.every[kind.name].get(str(name))
@@ -291,6 +292,10 @@ def without_name(tree: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in tree.items() if key != "name"}
 
 
+SHORT = Repr()  # writes a few items of a collection, so that none can fill the memory
+SHORT.maxlevel, SHORT.maxstring = 3, 60
+
+
 def shorten(value: Any, width: int = 60) -> str:
-    text = str(value)
+    text = value if isinstance(value, str) else SHORT.repr(value)
     return text if len(text) <= width else text[: width - 3] + "..."

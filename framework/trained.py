@@ -1,6 +1,5 @@
 """A trained model, read back from its run folder."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from .data import Loader
 from .errors import DataError, RunError
 from .experiment import build_data, build_metrics, build_model, load_weights
-from .run import read_config
+from .run import read_config, read_facts
 from .spec import Spec, read_spec
 from .task import Task
 from .trainer import Trainer
@@ -64,10 +63,7 @@ class Trained:
 def open_run(run: Path, which: str = "best") -> Trained:
     """Read a run folder back. Raises RunError when it is none or has no checkpoint, ConfigError when a part is gone."""
     spec = read_spec(read_config(run), lambda path: f"{run}/config.yaml")
-    try:
-        facts = json.loads((run / "facts.json").read_text())
-    except (OSError, ValueError) as error:
-        raise RunError(f"{run}/facts.json cannot be read: {error}") from error
+    facts = read_facts(run)
     model = build_model(spec, facts["in_shape"], facts["out_shape"])
     chosen = load_weights(model, run, which)
     if chosen is None:

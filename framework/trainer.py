@@ -198,6 +198,7 @@ class Trainer:
             if last:
                 self._emit("epoch_end")
             self._flush()
+            self.at_boundary = True
             if last or self._done:
                 return
         expected = f"its length says {len(self.train_batches)}" if steps_left else "can it be read only once?"
@@ -225,7 +226,6 @@ class Trainer:
         self.state.step += 1
         self.state.batch += len(batches)
         self.state.samples += sum(len(batch[0]) for batch in batches)
-        self.at_boundary = True
 
     def sample_indices(self) -> list[int] | None:
         """Return which samples of the training split the step under way reads; None for batches of your own."""

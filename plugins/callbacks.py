@@ -215,7 +215,7 @@ class Checkpoint(Callback):
         """Whether the state is that after a whole step, not saved yet, and whoever ended the run has time for it."""
         failed = isinstance(sys.exception(), Exception) and not isinstance(sys.exception(), CheckpointError)
         new = self.folder is not None and trainer.state.step > 0 and self.saved != trainer.state.step
-        return failed and new and getattr(trainer, "at_boundary", False)
+        return failed and new and trainer.at_boundary
 
     def finish_saving(self) -> None:
         """Wait until every checkpoint asked for is on the disk; raise what went wrong."""
@@ -225,9 +225,8 @@ class Checkpoint(Callback):
         training = trainer.state_dict()
         model, step = training.pop("model"), trainer.state.step
         for key, callback in keyed(trainer.callbacks).items():
-            if hasattr(callback, "on_save"):
-                callback.on_save(model, training["callbacks"][key])
-        state = (self.folder, model, training, step, getattr(trainer, "manifest", {}))
+            callback.on_save(model, training["callbacks"][key])
+        state = (self.folder, model, training, step, trainer.manifest)
         then = partial(self._keep, step, self._pinned(trainer), self._is_best(step))
         large = self.background == "auto" and bytes_of(training) + bytes_of(model) > self.large
         if large or self.background == "always":
@@ -243,7 +242,7 @@ class Checkpoint(Callback):
     def _pinned(self, trainer: Trainer) -> set[int | None]:
         """The steps whose checkpoints stay, whatever else is removed."""
         best = [] if self.best is None else [step for _, step in self.best.ranked]
-        return {trainer.state.step, getattr(trainer, "resumed_from", None), *best}
+        return {trainer.state.step, trainer.resumed_from, *best}
 
     def _keep(self, step: int, pinned: set[int | None], is_best: bool, saved: Path) -> None:
         """Once a checkpoint is on the disk and verified: link the best, remove what is neither new nor pinned.

@@ -103,7 +103,6 @@ class NonFinite(Callback):
         self.found.zero_()
         self.skipped += 1
         trainer.measures.load_state_dict(self.measured)
-        trainer.measures.sums = list(self.measured["sums"])  # also when there were none
         for buffer, before in zip(trainer.model.buffers(), self.buffers, strict=True):
             buffer.copy_(before)  # running statistics have seen the batch
         if self.policy == "rewind":
@@ -115,7 +114,7 @@ class NonFinite(Callback):
         named = ((name, p.grad) for name, p in trainer.model.named_parameters() if p.grad is not None)
         bad = next((name for name, grad in named if not values(grad).isfinite().all()), None)
         told.append("all gradients are finite" if bad is None else f"the first gradient not finite is of {bad}")
-        samples = getattr(trainer, "sample_indices", lambda: None)()
+        samples = trainer.sample_indices()
         if samples:
             more = f" and {len(samples) - 8} more" if len(samples) > 8 else ""
             told.append(f"the batch holds samples {', '.join(map(str, samples[:8]))}{more}")
@@ -125,7 +124,7 @@ class NonFinite(Callback):
 
     def _checkpoint(self, trainer: Trainer) -> Path:
         for callback in trainer.callbacks:
-            getattr(callback, "finish_saving", nothing)()  # or which one is newest would depend on the disk
+            callback.finish_saving()  # or which one is newest would depend on the disk
         assert trainer.folder is not None
         found, skipped = newest(trainer.folder / "checkpoints")
         if found is None:
@@ -139,10 +138,6 @@ class NonFinite(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.skipped, self.in_a_row = state.get("skipped", 0), state.get("in_a_row", 0)
-
-
-def nothing() -> None:
-    """What a callback does that saves nothing."""
 
 
 def gradients(trainer: Trainer) -> list[Tensor]:
@@ -165,5 +160,4 @@ def rewind(trainer: Trainer, checkpoint: Path) -> None:
     trainer.optimizer.load_state_dict(saved["optimizer"])
     trainer.precision.load_state_dict(saved["scaler"])
     for key, callback in keyed(trainer.callbacks).items():
-        if hasattr(callback, "on_rewind"):
-            callback.on_rewind(saved["callbacks"].get(key, {}))
+        callback.on_rewind(saved["callbacks"].get(key, {}))
