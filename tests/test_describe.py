@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -85,7 +86,7 @@ def test_a_class_of_torch_is_from_torch(shop):
     assert part["module"] == "torch.optim.adam"
     assert "torch/optim/adam.py:" in part["source"]
     assert part["package"] == "torch"
-    assert part["version"] == torch.__version__
+    assert part["version"] == version("torch")
     assert part["registered"].startswith(__file__)
 
 

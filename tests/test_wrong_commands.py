@@ -68,7 +68,8 @@ def refuse(folder, capsys):
 
 def surroundings(folder):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCH")}
-    return sorted(folder.rglob("*")), list(sys.argv), environment, GlobalHydra.instance().is_initialized()
+    files = sorted(file for file in folder.rglob("*") if "__pycache__" not in file.parts)
+    return files, list(sys.argv), environment, GlobalHydra.instance().is_initialized()
 
 
 @pytest.fixture
