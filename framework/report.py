@@ -18,6 +18,8 @@ def print_result(result: Result, job: str | None = None) -> None:
     """
     if job is not None:
         print(f"\n{job}")
+    elif sys.stdout.isatty():
+        print()  # between the progress bar and the table
     for line in metric_table(result.metrics):
         print(line)
     seconds = f"{result.seconds:.1f} s" if result.seconds < 120 else f"{result.seconds / 60:.1f} min"
@@ -27,7 +29,9 @@ def print_result(result: Result, job: str | None = None) -> None:
     if result.signal is not None:
         print(f"go on    framework resume {result.folder}")
     if job is None:
-        print(f"measure  framework eval {result.folder}\nwatch    framework board")
+        if (result.folder / "checkpoints").is_dir():
+            print(f"measure  framework eval {result.folder}")
+        print("watch    framework board")
 
 
 def metric_table(metrics: Mapping[str, float]) -> Iterator[str]:

@@ -120,14 +120,18 @@ def check_entry(entry: Any) -> Iterator[tuple[str, str]]:
 
 
 def choose(content: dict[str, Any]) -> dict[str, Any]:
-    """Turn `optimizer: sgd` and `optimizer: {name: sgd, lr: 0.1}` into choices of the defaults list.
+    """Turn `optimizer: sgd`, `optimizer: {name: sgd, lr: 0.1}` and `metrics: [f1]` into choices of the defaults list.
 
     There the command line can choose otherwise, and the settings of what was chosen before do not linger.
     """
     defaults, rest, chosen = list(content.get("defaults") or ()), dict(content), []
     listed = {str(key).split("/")[-1] for entry in defaults if isinstance(entry, Mapping) for key in entry}
-    for key in [registry.kind.key for registry in Registry.every.values() if not registry.kind.many]:
-        value = rest.get(key, {})
+    for kind in [registry.kind for registry in Registry.every.values()]:
+        key, value = kind.key, rest.get(kind.key, {})
+        if kind.many:
+            if isinstance(value, list) and key not in listed:
+                chosen.append({f"override /{key}": rest.pop(key)})
+            continue
         settings = dict(value) if isinstance(value, Mapping) else {"name": value}
         if "name" in settings and key not in listed:
             chosen.append({f"override /{key}": settings.pop("name")})

@@ -31,13 +31,17 @@ def test_a_row_for_each_split_and_a_column_for_each_measure():
     assert list(metric_table({"train/loss": 2.0})) == ["             loss", "train           2"]
 
 
-def test_the_end_of_a_run(capsys):
+def test_the_end_of_a_run(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs/default/x/checkpoints").mkdir(parents=True)
     print_result(Result(Path("runs/default/x"), METRICS, seconds=3.21, steps=1200))
     said = capsys.readouterr().out
     assert said.endswith(
         "\n1,200 steps in 3.2 s\nrun      runs/default/x\n"
         "measure  framework eval runs/default/x\nwatch    framework board\n"
     )
+    print_result(Result(Path("y"), METRICS, stopped="SIGINT", signal=2))
+    assert capsys.readouterr().out.endswith("run      y\ngo on    framework resume y\nwatch    framework board\n")
     print_result(Result(Path("x"), METRICS, stopped="early_stop: enough", seconds=240, steps=1), "seed=3")
     said = capsys.readouterr().out
     assert said.startswith("\nseed=3\n")

@@ -157,3 +157,11 @@ def test_what_there_is_to_complete(tmp_path):
     (tmp_path / "config.yaml").write_text("defaults: [_self_, {model: cnn}, {override /metrics: [f1]}, {norm: null}]\n")
     assert experiments_in([tmp_path]) == ["spam"]
     assert chosen_in([tmp_path]) == {"model": "cnn", "metrics": ["f1"]}
+
+
+def test_a_list_of_parts_in_a_file_is_the_choice_of_those():
+    assert choose({"metrics": ["accuracy", "f1"], "seed": 1}) == {
+        "seed": 1,
+        "defaults": ["_self_", {"override /metrics": ["accuracy", "f1"]}],
+    }
+    assert choose({"metrics": {"f1": {}}}) == {"metrics": {"f1": {}}}
