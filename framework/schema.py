@@ -337,7 +337,7 @@ def convert_scalar(value: Any, annotation: Any) -> Any:
         return value
     if not accepted:
         raise mismatch(value, annotation)
-    return None if value is None else annotation(value)
+    return None if value is None else annotation(str(value) if annotation is Path else value)
 
 
 def mismatch(value: Any, annotation: Any) -> SettingError:
