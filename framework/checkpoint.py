@@ -16,8 +16,7 @@ import json
 import os
 import re
 import shutil
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import CheckpointError
-from .snapshot import Copies, Snapshot, bytes_of, snapshot
+from .snapshot import Snapshot, bytes_of, snapshot
 
 MODEL, TRAINING, MANIFEST = FILES = ("model.safetensors", "training.pt", "MANIFEST.json")
 SCHEMA = 1
@@ -55,44 +54,6 @@ def save(
     files cannot be written (named, with the bytes needed and free if the disk is full); nothing is left behind then.
     """
     return commit(folder, snapshot(model_state, training_state, step, run))
-
-
-class Writer:
-    """Saves off the training thread: the state is copied at once, and one thread at a time writes the copy.
-
-    Saves are written in the order of their submission. What goes wrong in one is raised by the next `submit`, `check`
-    or `join`. The program ends when the last one is on the disk; if it is killed, the one before is the newest.
-    """
-
-    def __init__(self) -> None:
-        self.copies = Copies()
-        self.thread: threading.Thread | None = None
-        self.error: BaseException | None = None
-
-    def submit(self, folder: Path, *state: Any, then: Callable[[Path], None]) -> None:
-        """Copy a state (the arguments of `snapshot`) and return; the thread calls `then` with the written folder."""
-        self.join()
-        taken = snapshot(*state, copies=self.copies)
-        self.thread = threading.Thread(target=self._write, args=(folder, taken, then), name="checkpoint")
-        self.thread.start()
-
-    def _write(self, folder: Path, taken: Snapshot, then: Callable[[Path], None]) -> None:
-        try:
-            then(commit(folder, taken))
-        except BaseException as error:  # it belongs to the thread that trains
-            self.error = error
-
-    def check(self) -> None:
-        """Raise what went wrong in a save that is over."""
-        if self.error is not None:
-            error, self.error = self.error, None
-            raise error
-
-    def join(self) -> None:
-        """Wait until everything is written; raise what went wrong."""
-        if self.thread is not None:
-            self.thread.join()
-        self.check()
 
 
 def commit(folder: Path, taken: Snapshot) -> Path:

@@ -94,6 +94,9 @@ class Loader:
     batches are the same with any number of workers, and after a restart.
     """
 
+    ahead = 2**20  # bytes of memory that are read at once, if several batches fit in them
+    hold = 16  # see `Measures`: a batch is nobody else's
+
     def __init__(
         self,
         split: Split,
@@ -135,10 +138,10 @@ class Loader:
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch from batch number `start` on."""
-        indices = self._order(epoch)[start * self.batch_size : len(self) * self.batch_size]
+        indices = self._order(epoch)[: len(self) * self.batch_size]
         if isinstance(self.split, TensorSplit):
-            return self._gather(self.split.tensors, indices)
-        return self._load(epoch, indices)
+            return self._gather(self.split.tensors, indices, start)
+        return self._load(epoch, indices[start * self.batch_size :])
 
     def indices(self, epoch: int, start: int, batches: int) -> list[int]:
         """Return which samples the batches from number `start` on hold."""
@@ -148,11 +151,18 @@ class Loader:
         size = len(self.split)
         return seeds.order(self.seed, epoch, size) if self.shuffle else torch.arange(size)
 
-    def _gather(self, tensors: Sequence[Tensor], indices: Tensor) -> Iterator[Batch]:
+    def _gather(self, tensors: Sequence[Tensor], indices: Tensor, start: int) -> Iterator[Batch]:
+        """Yield views of one read of several batches, from batch number `start` on.
+
+        The reads are of the same batches wherever one starts: a sum may depend on where in memory its numbers are.
+        """
         indices = indices.to(tensors[0].device)  # once an epoch, not once a batch
-        for position in range(0, len(indices), self.batch_size):
-            chunk = indices[position : position + self.batch_size]
-            yield tuple(tensor.index_select(0, chunk) for tensor in tensors)
+        row = sum(tensor[:1].nbytes for tensor in tensors)
+        together = max(self.ahead // max(row * self.batch_size, 1), 1)
+        for number in range(start - start % together, len(self), together):
+            chunk = indices[number * self.batch_size : (number + together) * self.batch_size]
+            parts = [tensor.index_select(0, chunk).split(self.batch_size) for tensor in tensors]
+            yield from islice(zip(*parts, strict=True), max(start - number, 0), None)
 
     def _load(self, epoch: int, indices: Tensor) -> Iterator[Batch]:
         chunks = IndexBatches(indices, self.batch_size)
@@ -170,6 +180,8 @@ class Loader:
 
 class ForeignLoader:
     """A person's own iterable of batches (a plain DataLoader), read as it is."""
+
+    hold = 1
 
     def __init__(self, batches: Iterable[Any]):
         self.batches = batches

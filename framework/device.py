@@ -1,21 +1,18 @@
 """Where tensors are, and in which number format the arithmetic runs."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from . import seeds
-from .errors import FrameworkError, SettingError
+from .errors import SettingError
 
+NOTHING = nullcontext()
 Format = Literal["fp32", "bf16", "fp16"]
-
-
-class OutOfMemory(FrameworkError, torch.OutOfMemoryError):
-    """The device has no memory left for what was asked of it."""
 
 
 def find_device(name: str) -> torch.device:
@@ -30,20 +27,6 @@ def find_device(name: str) -> torch.device:
     if (device.index or 0) >= there.get(device.type, 0):
         raise SettingError(f"device {name} is not on this machine (it has {there['cuda']} CUDA devices)")
     return device
-
-
-@contextmanager
-def memory_errors(device: torch.device) -> Iterator[None]:
-    """Turn every form in which torch says that memory is full into OutOfMemory, with what takes less."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        words = (str(error).strip() or "memory is full").splitlines()[0]
-        full = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in words
-        if not full or isinstance(error, OutOfMemory):
-            raise
-        advice = "a smaller batch (with `accumulate` the step stays the same), or precision bf16, takes less"
-        raise OutOfMemory(f"{device} has no room for this run: {advice}. torch says: {words}") from error
 
 
 @contextmanager
@@ -68,7 +51,7 @@ class Precision:
         self.scaler = torch.amp.GradScaler(device.type) if format == "fp16" else None
 
     def autocast(self) -> AbstractContextManager:
-        return nullcontext() if self.dtype is None else torch.autocast(self.device.type, self.dtype)
+        return NOTHING if self.dtype is None else torch.autocast(self.device.type, self.dtype)
 
     @contextmanager
     def inference(self, model: nn.Module) -> Iterator[None]:
@@ -83,17 +66,17 @@ class Precision:
             for module, mode in modes.items():
                 module.training = mode
 
-    def backward(self, loss: Tensor) -> None:
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+    def scaled(self, loss: Tensor) -> Tensor:
+        return loss if self.scaler is None else self.scaler.scale(loss)
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
 
-    def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Update the parameters; with a scaler, only when no gradient overflowed."""
+    def step(self, optimizer: torch.optim.Optimizer, update: Callable[[], Any]) -> None:
+        """Update the parameters; with a scaler, only when no gradient overflowed. `update` does as `optimizer.step`."""
         if self.scaler is None:
-            optimizer.step()
+            update()
         else:
             self.scaler.step(optimizer)
             self.scaler.update()

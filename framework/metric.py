@@ -1,7 +1,8 @@
 """The contract of a metric: sums that add over batches, and a formula over the sums."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from itertools import groupby
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,32 +32,82 @@ class Metric:
         raise NotImplementedError
 
 
-class Measures:
-    """The mean loss and some metrics over the batches added since the last reading, as sums on the device."""
+class Held(NamedTuple):
+    """A batch that is not summed up yet; without outputs and targets where no metric asks for them."""
 
-    def __init__(self, metrics: Sequence[Metric], device: torch.device):
-        self.metrics = list(metrics)
+    loss: Tensor
+    items: int | Tensor
+    outputs: Tensor | None
+    targets: Tensor | None
+
+    def form(self) -> Any:
+        """Equal for batches that can be put together along their first axis."""
+        return [(t.shape[1:], t.dtype) for t in (self.outputs, self.targets) if t is not None]
+
+
+Mark = tuple[Tensor, list[Tensor], list[Held], int]
+
+
+def together(tensors: Sequence[Tensor | None]) -> Tensor:
+    """Return tensors as one, along the first axis."""
+    there = [tensor for tensor in tensors if tensor is not None]
+    return there[0] if len(there) == 1 else torch.cat(there)
+
+
+class Measures:
+    """The mean loss and some metrics over the batches added since the last reading, as sums on the device.
+
+    Small batches are held back and summed up many at a time, which for a small model is most of the cost of measuring.
+
+    hold: most batches to hold back; 1 where a batch's memory may be written again by whoever gave it.
+    """
+
+    large = 2**16  # numbers in the outputs held back, above which they are summed up at once
+
+    def __init__(self, metrics: Sequence[Metric], device: torch.device, hold: int = 16):
+        self.metrics, self.hold = list(metrics), hold
         self.dtype = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
         self.loss = torch.zeros(2, dtype=self.dtype, device=device)
         self.sums: list[Tensor] = []
+        self.held: list[Held] = []
+        self.numbers = 0
 
-    @torch.no_grad()
     def add(self, loss: Tensor, outputs: Tensor, targets: Tensor, count: int | Tensor) -> None:
         """Add a batch: its mean loss over `count` items, its outputs and targets. Reads nothing off the device."""
-        if isinstance(count, Tensor):
-            self.loss += torch.stack([loss.detach().to(self.dtype) * count, count.to(self.dtype)])
-        else:
-            self.loss[0].add_(loss.detach(), alpha=count)
-            self.loss[1].add_(count)
-        fresh = [metric.sums(outputs.detach(), targets).to(self.dtype) for metric in self.metrics]
-        if self.sums:
-            for total, part in zip(self.sums, fresh, strict=True):
-                total += part
-        else:
-            self.sums = fresh
+        one = Held(loss.detach(), count, *((outputs.detach(), targets) if self.metrics else (None, None)))
+        if self.held and one.form() != self.held[0].form():
+            self._sum_up()
+        self.held.append(one)
+        self.numbers += 0 if one.outputs is None else outputs.numel()
+        if len(self.held) >= self.hold or self.numbers > self.large:
+            self._sum_up()
+
+    @torch.no_grad()
+    def _sum_up(self) -> None:
+        """Add what is held back to the sums."""
+        for is_number, alike in groupby(self.held, lambda one: one.items if isinstance(one.items, int) else None):
+            losses, counts = zip(*((one.loss, one.items) for one in alike), strict=True)
+            if is_number is None:
+                weights = torch.stack(counts).to(self.dtype)
+                self.loss += torch.stack([(torch.stack(losses).to(self.dtype) * weights).sum(), weights.sum()])
+            else:
+                self.loss[0].add_(torch.stack(losses).to(self.dtype).sum(), alpha=is_number)
+                self.loss[1].add_(is_number * len(losses))
+        if self.held and self.held[0].outputs is not None:
+            outputs = together([one.outputs for one in self.held])
+            targets = together([one.targets for one in self.held])
+            fresh = [metric.sums(outputs, targets).to(self.dtype) for metric in self.metrics]
+            self.sums = [a + b for a, b in zip(self.sums, fresh, strict=True)] if self.sums else fresh
+        self.held, self.numbers = [], 0
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was added since the last reading. It reads the device."""
+        return not self.held and float(self.loss[1]) == 0
 
     def read(self) -> dict[str, float]:
         """Return {"loss": ..., "accuracy": ...} over what was added, in one transfer, and begin anew."""
+        self._sum_up()
         sizes = [2, *(total.numel() for total in self.sums)]
         flat = torch.cat([self.loss, *(total.reshape(-1) for total in self.sums)]).to("cpu", torch.float64)
         parts = flat.split(sizes)
@@ -67,12 +118,40 @@ class Measures:
         self.sums = []
         return values
 
+    def mark(self) -> Mark:
+        """Return where the sums stand, for `undo`."""
+        return self.loss.clone(), list(self.sums), list(self.held), self.numbers
+
+    def undo(self, mark: Mark) -> None:
+        """Forget what was added since the mark."""
+        loss, sums, held, self.numbers = mark
+        self.loss.copy_(loss)
+        self.sums, self.held = list(sums), list(held)
+
     def state_dict(self) -> dict[str, Any]:
-        """Return the sums since the last reading."""
-        return {"loss": self.loss.clone(), "sums": [total.clone() for total in self.sums]}
+        """Return the sums since the last reading, and what is held back, as few tensors."""
+        names = [metric.name for metric in self.metrics]
+        sums = [total.clone() for total in self.sums]
+        state: dict[str, Any] = {"loss": self.loss.clone(), "sums": sums, "metrics": names}
+        if self.held:
+            state["held"] = {
+                "losses": torch.stack([one.loss for one in self.held]),
+                "counts": [one.items for one in self.held],
+                "sizes": [0 if one.outputs is None else len(one.outputs) for one in self.held],
+                "outputs": together([one.outputs for one in self.held]) if self.metrics else None,
+                "targets": together([one.targets for one in self.held]) if self.metrics else None,
+            }
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave; sums of other metrics than these are left."""
         self.loss.copy_(state["loss"])
-        if len(state["sums"]) in (0, len(self.metrics)):
-            self.sums = [total.to(self.loss) for total in state["sums"]]
+        same = state["metrics"] == [metric.name for metric in self.metrics]
+        self.sums = [total.to(self.loss) for total in state["sums"]] if same else []
+        held = state.get("held", {"losses": (), "counts": (), "sizes": ()})
+        parts: list[Any] = [[None] * len(held["sizes"])] * 2
+        if same and held.get("outputs") is not None:
+            parts = [held[name].to(self.loss.device).split(held["sizes"]) for name in ("outputs", "targets")]
+        losses = (loss.to(self.loss.device) for loss in held["losses"])
+        self.held = [Held(*one) for one in zip(losses, held["counts"], *parts, strict=True)]
+        self.numbers = sum(one.outputs.numel() for one in self.held if one.outputs is not None)

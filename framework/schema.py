@@ -119,6 +119,15 @@ def marks(annotation: Any) -> list[Any]:
     return own + inner
 
 
+def check_arguments(part: Callable, given: Mapping[str, Any]) -> None:
+    """Raise SettingError, with its name, for the first argument outside the type or range of its setting."""
+    for name, setting in read_settings(part).items():
+        try:
+            setting.convert(given[name])
+        except SettingError as error:
+            raise SettingError(f"{name} {error}") from None
+
+
 def read_settings(
     part: Callable, given: Iterable[str] = (), hide: Iterable[str] = (), types: Mapping[str, Any] | None = None
 ) -> dict[str, Setting]:

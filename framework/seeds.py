@@ -38,17 +38,12 @@ def capture() -> dict[str, Any]:
     """Return the state of every global generator in plain types (Python's, NumPy's, torch's, each CUDA device's)."""
     import numpy
 
-    mersenne = numpy.random.get_state(legacy=False)
-    keys, position = mersenne["state"]["key"], mersenne["state"]["pos"]
+    version, internal, gauss = random.getstate()
+    numpy_state: Any = numpy.random.get_state()
+    kind, keys, position, has_gauss, numpy_gauss = numpy_state
     return {
-        "python": random.getstate(),
-        "numpy": [
-            mersenne["bit_generator"],
-            torch.from_numpy(keys.astype("int64")),
-            int(position),
-            int(mersenne["has_gauss"]),
-            float(mersenne["gauss"]),
-        ],
+        "python": [version, torch.from_numpy(numpy.array(internal)), gauss],  # as 625 numbers it takes a millisecond
+        "numpy": [str(kind), torch.from_numpy(keys.astype("int64")), int(position), int(has_gauss), float(numpy_gauss)],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
     }
@@ -59,7 +54,7 @@ def restore(state: dict[str, Any]) -> None:
     import numpy
 
     version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
+    random.setstate((version, tuple(internal.tolist()), gauss))
     kind, keys, *rest = state["numpy"]
     numpy.random.set_state((kind, keys.numpy().astype("uint32"), *rest))
     torch.set_rng_state(state["torch"].cpu())
@@ -70,8 +65,15 @@ def restore(state: dict[str, Any]) -> None:
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """Run something (a validation) that must not move the generators of training."""
-    state = capture()
+    import numpy
+
+    states = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     try:
         yield
     finally:
-        restore(state)
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)

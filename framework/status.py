@@ -1,6 +1,7 @@
 """status.json: where a run stands, for whoever watches it."""
 
 import json
+import math
 import os
 import time
 from typing import Any
@@ -10,15 +11,18 @@ from .trainer import Trainer
 
 
 class Status(Callback):
-    """Writes the run's status.json at each log and at the end, whole or not at all."""
+    """Writes the run's status.json after a log, at most once a second, and at the end, whole or not at all."""
 
     changes_training = False
+    seconds = 1.0
+    written = -math.inf
 
     def on_fit_start(self, trainer: Trainer) -> None:
         self._write(trainer, "running")
 
     def on_log(self, trainer: Trainer) -> None:
-        self._write(trainer, "running")
+        if time.monotonic() - self.written >= self.seconds:
+            self._write(trainer, "running")
 
     def on_fit_end(self, trainer: Trainer) -> None:
         self._write(trainer, "testing" if trainer.state.stop is None else "stopped")
@@ -33,7 +37,7 @@ class Status(Callback):
     def _write(self, trainer: Trainer, status: str) -> None:
         if trainer.folder is None:
             return
-        state, file = trainer.state, trainer.folder / "status.json"
+        state, file, self.written = trainer.state, trainer.folder / "status.json", time.monotonic()
         seconds_per_step = state.wall_seconds / max(state.step, 1)
         left = max(state.total_steps - state.step, 0)
         content: dict[str, Any] = {

@@ -7,29 +7,34 @@ The loop and its events are drawn in `callback.py`; `_step` is the training step
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from . import seeds, trainer_state
-from .batches import Batches, Source, as_batches, count_steps, count_total, steps
+from .backward import Backward, Compile
+from .batches import Source, count_steps, count_total, steps
 from .callback import Callback, listeners
-from .data import Batch, Data, Loader, TensorSplit, check_data
-from .device import Format, Precision, deterministic_algorithms, find_device, memory_errors
+from .clock import Clock
+from .data import Batch, Data, Loader, check_data
+from .device import Format, deterministic_algorithms
 from .errors import DataError, SettingError
+from .evaluator import Evaluator
+from .fused import FusedStep
 from .logger import Logger
+from .memory import MicroBatches, memory_errors
 from .metric import Measures, Metric
 from .scheduler import Schedule
-from .schema import PositiveInt, read_settings
+from .schema import PositiveInt, check_arguments
 from .state import Cadence, Every, State
 from .task import LossTask, Task
 
 
-class Trainer:
+class Trainer(Evaluator):
     """Fits, evaluates and predicts with a model, some data, a task and an optimizer.
 
     Attributes:
@@ -37,6 +42,7 @@ class Trainer:
         at_boundary: no step is under way, so that `state_dict` is that of a run which can go on exactly.
         resumed_from: the step that `fit` went on from, or None.
         manifest: facts of the run that its checkpoints keep in their manifest.
+        clock: where the time of `fit` went.
     """
 
     def __init__(
@@ -46,6 +52,8 @@ class Trainer:
         validate_every: Every = "1epoch",
         log_every: Every = "50steps",
         accumulate: PositiveInt = 1,
+        micro_batch: PositiveInt | Literal["auto"] | None = None,
+        compile: Compile = "off",
         precision: Format = "fp32",
         device: str = "auto",
         deterministic: bool = False,
@@ -62,7 +70,11 @@ class Trainer:
             max_steps: optimizer steps, at most; the run ends at whichever limit comes first.
             validate_every: when the validation split is measured; always at the end too.
             log_every: when training values are read off the device and logged; also at the end of each epoch.
-            accumulate: micro-batches whose gradients make one step; the same step as one batch of them all.
+            accumulate: batches whose gradients make one step; the same step as one batch of them all.
+            micro_batch: samples that go through the model at once; a batch of more is split, with the same gradients
+                (batch norms apart). auto: whole batches, and half as much whenever memory is full.
+            compile: torch.compile for the model alone, or the step: forward, loss and backward pass as one. It takes
+                seconds to minutes once, and a C++ compiler; evaluation stays as it is.
             precision: fp32, or autocast to bf16 or fp16 (fp16 with a gradient scaler).
             device: auto (cuda, else mps, else cpu) or a torch device such as cuda:1.
             deterministic: only deterministic algorithms; slower, and an error where torch has none.
@@ -73,23 +85,15 @@ class Trainer:
 
         Raises SettingError for a setting outside its range, and for a device that is not there.
         """
-        given = locals()
-        for setting in read_settings(Trainer).values():
-            try:
-                setting.convert(given[setting.name])
-            except SettingError as error:
-                raise SettingError(f"{setting.name} {error}") from None
+        check_arguments(Trainer, locals())
         if max_epochs is None and max_steps is None:
             raise SettingError("a Trainer needs max_epochs or max_steps")
+        super().__init__(device, precision, deterministic, seed, MicroBatches(micro_batch))
         self.max_epochs, self.max_steps = max_epochs, max_steps
         self.validate_every = Cadence(validate_every, "validate_every")
         self.log_every = Cadence(log_every, "log_every")
-        self.accumulate, self.deterministic = accumulate, deterministic
-        self.device = find_device(device)
-        self.precision = Precision(precision, self.device)
-        self.seed, self.folder = seed, folder
+        self.accumulate, self.compile, self.folder = accumulate, compile, folder
         self.callbacks, self.loggers = list(callbacks), list(loggers)
-        self.metrics: list[Metric] = []
         self.state = State()
         self.schedule: Callable[[int], float] | None = None
         self._listeners = listeners(self.callbacks)
@@ -163,8 +167,11 @@ class Trainer:
         self.state.total_steps = count_total(self.state.steps_per_epoch, self.max_epochs, self.max_steps)
         for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
-        self.measures = Measures(self.metrics, self.device)
-        self.loss = torch.zeros((), device=self.device)
+        self.measures = Measures(self.metrics, self.device, self.train_batches.hold)
+        made = (self.model, self.task, self.optimizer, self.measures)
+        self._backward = Backward(*made, self.precision, self.micro_batches, self.compile)
+        self._update = FusedStep(self.optimizer)
+        self.loss, self.clock = torch.zeros((), device=self.device), Clock()
         self._validated, self.at_boundary, self.resumed_from = -1, True, None
         if resume is not None:
             self.load_state_dict(resume)
@@ -186,7 +193,9 @@ class Trainer:
             self._emit("epoch_start")
         batches = self.train_batches.epoch(state.epoch, state.batch)
         steps_left = state.steps_per_epoch - state.batch // self.accumulate if state.steps_per_epoch else 0
+        waited = time.perf_counter()
         for window, last in steps(batches, self.accumulate, steps_left):
+            self.clock.add("data", time.perf_counter() - waited)
             self._step(window)
             if last:
                 state.epoch, state.batch = state.epoch + 1, 0
@@ -201,31 +210,24 @@ class Trainer:
             self.at_boundary = True
             if last or self._done:
                 return
+            waited = time.perf_counter()
         expected = f"its length says {len(self.train_batches)}" if steps_left else "can it be read only once?"
         raise DataError(f"epoch {state.epoch + 1} of the training data ended after {state.batch} batches; {expected}")
 
     def _step(self, window: list[Batch]) -> None:
-        """The training step: forward and backward for each micro-batch, then one update."""
+        """The training step: the gradients of all its batches (`backward.py`), then one update."""
         self.at_boundary = False
         self._emit("step_start")
-        batches = [self._place(batch) for batch in window]
-        counts = [self.task.count(batch) for batch in batches]
-        total = sum(counts)
-        for batch, count in zip(batches, counts, strict=True):
-            with self.precision.autocast():
-                loss, outputs, targets = self.task.step(self.model, batch)
-            share = loss if len(batches) == 1 else loss * (count / total)  # so that the sum is the big batch's mean
-            self.precision.backward(share)
-            self.measures.add(loss, outputs, targets, count)
-            self.loss = share.detach() if batch is batches[0] else self.loss + share.detach()
+        self.loss = self._backward([self._place(batch) for batch in window])
         self.precision.unscale(self.optimizer)
         self._emit("gradients")
         self._set_learning_rate()
-        self.precision.step(self.optimizer)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.precision.step(self.optimizer, self._update)
+        for parameter in self._backward.parameters:
+            parameter.grad = None
         self.state.step += 1
-        self.state.batch += len(batches)
-        self.state.samples += sum(len(batch[0]) for batch in batches)
+        self.state.batch += len(window)
+        self.state.samples += sum(len(batch[0]) for batch in window)
 
     def sample_indices(self) -> list[int] | None:
         """Return which samples of the training split the step under way reads; None for batches of your own."""
@@ -256,7 +258,8 @@ class Trainer:
         assert self.val_batches is not None
         self._emit("validation_start")
         began = time.perf_counter()
-        values = self._measure(self.val_batches)
+        with self.clock.part("validation"):
+            values = self._measure(self.val_batches)
         self._validated = self.state.step
         self.log({f"val/{name}": value for name, value in values.items()})
         if isinstance(self.schedule, Schedule):
@@ -267,82 +270,14 @@ class Trainer:
 
     def _finish(self) -> None:
         """After the last step: what the cadences left unlogged and unmeasured."""
-        if self.measures.loss[1] > 0:
+        if not self.measures.empty:
             self._log()
         if self.val_batches is not None and self._validated != self.state.step:
             self._validate()
 
-    def _measure(self, batches: Batches) -> dict[str, float]:
-        """Return the loss and metrics of a model over all batches, in eval mode. Raises DataError for no batch."""
-        measures, batch = Measures(self.metrics, self.device), None
-        with self._inference():
-            for batch in map(self._place, batches.epoch()):
-                measures.add(*self.task.step(self.model, batch), self.task.count(batch))
-        if batch is None:
-            raise DataError("the data to measure on has no batch: it is empty")
-        return measures.read()
-
-    @contextmanager
-    def _inference(self) -> Iterator[None]:
-        deterministic = deterministic_algorithms(self.deterministic)
-        with self.precision.inference(self.model), deterministic, memory_errors(self.device):
-            yield
-
-    def evaluate(
-        self,
-        data: Source,
-        *,
-        model: nn.Module | None = None,
-        task: Task | Callable[[Tensor, Tensor], Tensor] | None = None,
-        metrics: Sequence[Metric] | None = None,
-        batch_size: int = 256,
-        name: str = "test",
-    ) -> dict[str, float]:
-        """Return {"test/loss": ..., "test/accuracy": ...} of the fitted (or given) model on a split or loader.
-
-        Of a `Data`, the split `name` is taken. While the trainer is open (`with trainer:`), loggers get the values too.
-        """
-        self._use(model, task, "model", "task")
-        if metrics is not None:
-            self.metrics = list(metrics)
-        if isinstance(data, Data):
-            data = getattr(data, name, data)
-        if data is None:
-            raise DataError(f"the data has no {name} split")
-        values = self._measure(self._batches(data, batch_size))
-        named = {f"{name}/{key}": value for key, value in values.items()}
-        self.log(named)
+    def _report(self, values: dict[str, float]) -> None:
+        self.log(values)
         self._flush()
-        return named
-
-    def predict(
-        self,
-        data: Source | Tensor,
-        *,
-        model: nn.Module | None = None,
-        task: Task | Callable[[Tensor, Tensor], Tensor] | None = None,
-        batch_size: int = 256,
-    ) -> Tensor:
-        """Return the model's outputs for inputs (rows, *in_shape), or for every sample of a split, on the CPU."""
-        self._use(model, task, "model")
-        batches = self._batches(TensorSplit(data) if isinstance(data, Tensor) else data, batch_size)
-        with self._inference():
-            outputs = [self.model(self._place(batch)[0]).float().cpu() for batch in batches.epoch()]
-        if not outputs:
-            raise DataError("there is nothing to predict: the inputs have no row")
-        return torch.cat(outputs)
-
-    def _use(self, model: nn.Module | None, task: Task | Callable | None, *needed: str) -> None:
-        if model is not None:
-            self.model = model.to(self.device)
-        if task is not None:
-            self.task = task if isinstance(task, Task) else LossTask(task)
-        for name in needed:
-            if not hasattr(self, name):
-                raise SettingError(f"nothing was fitted yet: pass `{name}=`")
-        criterion = getattr(getattr(self, "task", None), "criterion", None)
-        if criterion is not None:
-            criterion.to(self.device)
 
     def log(self, values: Mapping[str, float | Tensor]) -> None:
         """Add values to the record of this step; loggers get the whole record at once."""
@@ -389,9 +324,3 @@ class Trainer:
     def _emit(self, event: str) -> None:
         for listener in self._listeners[event]:
             listener(self)
-
-    def _batches(self, source: Source, batch_size: int, *, shuffle: bool = False) -> Batches:
-        return as_batches(source, batch_size, shuffle=shuffle, seed=self.seed, device=self.device)
-
-    def _place(self, batch: Batch) -> Batch:
-        return tuple(tensor.to(self.device, non_blocking=True) for tensor in batch)

@@ -19,6 +19,7 @@ def capture(trainer: Trainer) -> dict[str, Any]:
         "optimizer": trainer.optimizer.state_dict(),
         "schedule": trainer.schedule.state_dict() if isinstance(trainer.schedule, Schedule) else {},
         "scaler": trainer.precision.state_dict(),
+        "micro_batches": trainer.micro_batches.state_dict(),
         "callbacks": {key: callback.state_dict() for key, callback in keyed(trainer.callbacks).items()},
         "measures": trainer.measures.state_dict(),
         "validated": trainer._validated,
@@ -33,6 +34,7 @@ def restore(trainer: Trainer, saved: dict[str, Any]) -> None:
     if isinstance(trainer.schedule, Schedule):
         trainer.schedule.load_state_dict(saved["schedule"])
     trainer.precision.load_state_dict(saved["scaler"])
+    trainer.micro_batches.load_state_dict(saved.get("micro_batches", {}))
     for key, callback in keyed(trainer.callbacks).items():
         callback.load_state_dict(saved["callbacks"].get(key, {}))
     trainer.measures.load_state_dict(saved["measures"])

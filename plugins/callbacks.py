@@ -8,17 +8,17 @@ import time
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from torch import Tensor, nn
 
 from framework import Callback, Every, NonNegativeFloat, PositiveFloat, PositiveInt, Trainer, callbacks
 from framework.callback import keyed
-from framework.checkpoint import Writer, clean, folder_name, listed, read_manifest, remove, save, step_of, verify
+from framework.checkpoint import clean, folder_name, listed, read_manifest, remove, save, step_of, verify
 from framework.errors import CheckpointError, SettingError, did_you_mean
 from framework.schema import Pattern
-from framework.snapshot import bytes_of
 from framework.state import SECONDS, Cadence
+from framework.writer import Writer
 
 Mode = Literal["auto", "min", "max"]
 DURATION = r"\s*(\d+(?:\.\d+)?)\s*(s|sec|min|h)\s*"
@@ -78,8 +78,6 @@ class EarlyStop(Callback):
     """Ends the run when a metric has not improved for some validations."""
 
     changes_training = False
-
-    changes_training: ClassVar = False
 
     def __init__(
         self,
@@ -143,9 +141,6 @@ class Checkpoint(Callback):
 
     changes_training = False
 
-    changes_training: ClassVar = False
-    large = 10 * 2**20  # bytes from which `auto` saves beside the training; below, waiting for the disk costs no more
-
     def __init__(
         self,
         every: Every = "1epoch",
@@ -163,11 +158,12 @@ class Checkpoint(Callback):
             mode: whether low (min) or high (max) is better; auto: as the metric itself says.
             keep: how many of the newest stay (those with NaN in the weights do not count).
             best: how many of the best stay.
-            background: write while training goes on, from a copy in memory; auto: when there are over 10 MB to write.
+            background: write while training goes on, from a copy in memory, for a fifth of the time at most; what
+                would be removed before its turn comes is then never written.
         """
         self.cadence, self.keep, self.background = Cadence(every), keep, background
         self.best = None if monitor is None else Best(monitor, mode, most=best)
-        self.writer = Writer()
+        self.writer, self.recent = Writer(), list[int]()
         self.folder: Path | None = None
         self.saved: int | None = None
         self.found_better = False
@@ -227,13 +223,13 @@ class Checkpoint(Callback):
         for key, callback in keyed(trainer.callbacks).items():
             callback.on_save(model, training["callbacks"][key])
         state = (self.folder, model, training, step, trainer.manifest)
-        then = partial(self._keep, step, self._pinned(trainer), self._is_best(step))
-        large = self.background == "auto" and bytes_of(training) + bytes_of(model) > self.large
-        if large or self.background == "always":
-            self.writer.submit(*state, then=then)
-        else:
-            self.writer.join()
+        pinned = self._pinned(trainer)
+        then = partial(self._keep, step, pinned, self._is_best(step))
+        if self.background == "never":
             then(save(*state))
+        else:
+            self.recent = [*self.recent, step][-self.keep :]
+            self.writer.submit(*state, then=then, stays={*pinned, *self.recent})
         self.saved, self.found_better = step, False
 
     def _is_best(self, step: int) -> bool:
@@ -313,8 +309,6 @@ class Timer(Callback):
     """Logs train/seconds_per_epoch, and ends the run when it has taken long enough."""
 
     changes_training = False
-
-    changes_training: ClassVar = False
 
     def __init__(self, limit: Duration | None = None):
         """Set a limit, or none.

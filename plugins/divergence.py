@@ -56,7 +56,7 @@ class NonFinite(Callback):
 
     def on_step_start(self, trainer: Trainer) -> None:
         if self.policy != "raise":
-            self.measured = trainer.measures.state_dict()
+            self.measured = trainer.measures.mark()
             self.buffers = [buffer.clone() for buffer in trainer.model.buffers()]
 
     def on_gradients(self, trainer: Trainer) -> None:
@@ -102,7 +102,7 @@ class NonFinite(Callback):
             raise Diverged(self._story(trainer))
         self.found.zero_()
         self.skipped += 1
-        trainer.measures.load_state_dict(self.measured)
+        trainer.measures.undo(self.measured)
         for buffer, before in zip(trainer.model.buffers(), self.buffers, strict=True):
             buffer.copy_(before)  # running statistics have seen the batch
         if self.policy == "rewind":

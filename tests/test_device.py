@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from framework import Callback, FrameworkError, Step, Task, Trainer
-from framework.device import OutOfMemory, Precision, deterministic_algorithms, find_device, memory_errors
+from framework.device import Precision, deterministic_algorithms, find_device
 from framework.errors import SettingError
+from framework.memory import OutOfMemory, memory_errors
 
 CPU = torch.device("cpu")
 
@@ -153,7 +154,7 @@ def test_deterministic_algorithms_are_wanted_only_inside(monkeypatch):
 )
 def test_full_memory_is_said_with_what_takes_less(error):
     with (
-        pytest.raises(OutOfMemory, match=r"a smaller batch .* or precision bf16, takes less") as caught,
+        pytest.raises(OutOfMemory, match=r"a smaller batch, micro_batch=auto .* takes less") as caught,
         memory_errors(CPU),
     ):
         if error is not None:

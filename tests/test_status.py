@@ -14,6 +14,7 @@ from framework.status import Status
 def run(folder, *callbacks, **settings):
     model = network()
     status = Status()
+    status.seconds = 0
     settings = {"max_epochs": 2, "log_every": "1steps", "device": "cpu"} | settings
     trainer = Trainer(callbacks=[*callbacks, status], folder=folder, **settings)
     trainer.fit(model, SPLIT, task=nn.CrossEntropyLoss(), optimizer=OPTIMIZERS["sgd"](model), batch_size=16)
@@ -36,6 +37,15 @@ def test_a_run_is_running_and_then_done(tmp_path):
     assert during["pid"] == os.getpid()
     assert (after["status"], after["step"], after["eta_seconds"], after["reason"]) == ("done", 10, None, None)
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+
+
+def test_it_is_written_at_most_once_a_second(tmp_path):
+    status = Status()
+    trainer = Trainer(max_steps=5, log_every="1steps", callbacks=[status], folder=tmp_path, device="cpu")
+    model, written = network(), []
+    trainer.callbacks[0]._write = lambda trainer, what, real=status._write: (written.append(what), real(trainer, what))
+    trainer.fit(model, SPLIT, task=nn.CrossEntropyLoss(), optimizer=OPTIMIZERS["sgd"](model), batch_size=16)
+    assert written == ["running", "testing"]
 
 
 def test_a_stopped_run_says_why_and_a_failed_one_that_it_failed(tmp_path):

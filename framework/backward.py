@@ -1,0 +1,146 @@
+"""Forward and backward: the gradients of one optimizer step, from one or more micro-batches, eager or compiled."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import seeds
+from .data import Batch
+from .device import Precision
+from .errors import FrameworkError
+from .memory import MicroBatches
+from .metric import Measures
+from .task import Step, Task
+
+ENGINE = getattr(getattr(torch.autograd.Variable, "_execution_engine", None), "run_backward", None)
+Compile = Literal["off", "model", "step"]
+
+
+class Backward:
+    """Adds the gradients of batches to the parameters, and what the task made of them to the measures."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        optimizer: Optimizer,
+        measures: Measures,
+        precision: Precision,
+        micro_batches: MicroBatches,
+        compile: Compile,
+    ):
+        self.model, self.task, self.optimizer, self.measures = model, task, optimizer, measures
+        self.precision, self.micro_batches = precision, micro_batches
+        self.parameters: list[nn.Parameter] = []
+        self.forward: nn.Module | Callable = compiled(model, compile) if compile == "model" else model
+        self.gradients = compiled(self._gradients, compile)
+        self.pass_through = self._compiled if compile == "step" else self._eager
+
+    def __call__(self, batches: list[Batch]) -> Tensor:
+        """Return the mean loss over all items of the batches, whose gradients are then in the parameters.
+
+        When memory is full and the micro-batches may become smaller, it is done again from where it began.
+        """
+        groups = self.optimizer.param_groups
+        if sum(len(group["params"]) for group in groups) != len(self.parameters):  # a callback may add some
+            self.parameters = [parameter for group in groups for parameter in group["params"]]
+        mark = self._mark() if self.micro_batches.auto else None
+        while True:
+            parts = [part for batch in batches for part in self.micro_batches.split(batch)]
+            try:
+                return self._all(parts)
+            except (MemoryError, RuntimeError) as error:
+                if mark is None or not self.micro_batches.halve(error):
+                    raise
+            self._undo(mark)  # out of `except`, whose traceback keeps the tensors that filled the memory
+
+    def _all(self, parts: list[Batch]) -> Tensor:
+        counts = [self.task.count(part) for part in parts]
+        total = sum(counts)
+        mean: Tensor | None = None
+        for part, count in zip(parts, counts, strict=True):
+            share = None if len(parts) == 1 else count / total  # so that the sum is the mean of the whole
+            loss, outputs, targets = self.pass_through(part, share)
+            self.measures.add(loss, outputs, targets, count)
+            loss = loss.detach() if share is None else loss.detach() * share
+            mean = loss if mean is None else mean + loss
+        assert mean is not None
+        return mean
+
+    def _eager(self, batch: Batch, share: float | Tensor | None) -> Step:
+        with self.precision.autocast():
+            made = self.task.step(self.forward, batch)  # type: ignore[arg-type]
+        run_backward(self.precision.scaled(made.loss if share is None else made.loss * share))
+        return made
+
+    def _compiled(self, batch: Batch, share: float | Tensor | None) -> Step:
+        factor = None if share is None else torch.as_tensor(share, device=self.precision.device)
+        if self.precision.scaler is not None:
+            factor = self.precision.scaled(torch.ones((), device=self.precision.device) if factor is None else factor)
+        made, gradients = self.gradients(batch, factor)
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        return made
+
+    def _gradients(self, batch: Batch, factor: Tensor | None) -> tuple[Step, list[Tensor | None]]:
+        """What is compiled as a whole: from a batch to the gradients, times a factor."""
+        with self.precision.autocast():
+            loss, outputs, targets = self.task.step(self.model, batch)
+        whole = loss if factor is None else loss * factor
+        wanted = [parameter for parameter in self.parameters if parameter.requires_grad]
+        found = iter(torch.autograd.grad(whole, wanted, allow_unused=True))
+        gradients = [next(found) if parameter.requires_grad else None for parameter in self.parameters]
+        return Step(loss.detach(), outputs.detach(), targets), gradients
+
+    def _mark(self) -> Any:
+        return self.measures.mark(), [buffer.clone() for buffer in self.model.buffers()], seeds.capture()
+
+    def _undo(self, mark: Any) -> None:
+        sums, buffers, random = mark
+        self.measures.undo(sums)
+        for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+            buffer.copy_(before)  # running statistics have seen some of the batch
+        seeds.restore(random)
+        for parameter in self.parameters:
+            parameter.grad = None
+
+
+@cache
+def one(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.ones((), dtype=dtype, device=device)
+
+
+def run_backward(loss: Tensor) -> None:
+    """Do what `loss.backward()` does, without its checks, which cost a small model a tenth of its step."""
+    if ENGINE is None or type(loss) is not Tensor or loss.ndim or not loss.requires_grad:
+        loss.backward()
+    else:
+        gradient = one(loss.dtype, loss.device)
+        ENGINE((loss,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+
+def compiled(function: Callable, what: Compile) -> Callable:
+    """Compile for fixed shapes; random numbers are those of the eager step. Errors say that it was for `compile`."""
+    if what == "off":
+        return function
+    import torch._dynamo  # takes a second, which only those who compile should pay
+
+    if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # before torch 2.11 the backward pass is a graph of its own
+        torch._dynamo.config.trace_autograd_ops = True
+    made = torch.compile(function, dynamic=False, options={"fallback_random": True})
+
+    def run(*given: Any) -> Any:
+        try:
+            return made(*given)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            cause = str(error).strip().splitlines()[0]
+            raise FrameworkError(
+                f"compile={what}: torch cannot compile this; with compile=off it runs: {cause}"
+            ) from error
+
+    return run

@@ -1,0 +1,72 @@
+"""When memory is full: what to say, and how to go on with less of a batch at once."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .errors import FrameworkError
+
+Batch = tuple[Tensor, ...]
+
+
+class OutOfMemory(FrameworkError, torch.OutOfMemoryError):
+    """The device has no memory left for what was asked of it."""
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error is one of the forms in which torch or Python say that memory is full."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+@contextmanager
+def memory_errors(device: torch.device) -> Iterator[None]:
+    """Turn every form in which torch says that memory is full into OutOfMemory, with what takes less."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_full(error) or isinstance(error, OutOfMemory):
+            raise
+        words = (str(error).strip() or "memory is full").splitlines()[0]
+        advice = "a smaller batch, micro_batch=auto (the step stays the same), or precision bf16, takes less"
+        raise OutOfMemory(f"{device} has no room for this run: {advice}. torch says: {words}") from error
+
+
+class MicroBatches:
+    """How many samples go through the model at once. A batch of more is split along its first axis.
+
+    Attributes:
+        size: samples at once; None for whole batches.
+        auto: whether the size is halved when memory is full.
+    """
+
+    def __init__(self, size: int | Literal["auto"] | None):
+        self.auto = size == "auto"
+        self.size = size if isinstance(size, int) else None
+        self.largest = 0  # part of the last batch that was split
+
+    def split(self, batch: Batch) -> list[Batch]:
+        """Return the batch in parts of at most `size` samples, in order."""
+        samples = len(batch[0])
+        self.largest = samples if self.size is None else min(samples, self.size)
+        if self.largest == samples:
+            return [batch]
+        return list(zip(*(tensor.split(self.largest) for tensor in batch), strict=True))
+
+    def halve(self, error: BaseException) -> bool:
+        """After an error: whether it makes sense to try again, with half as many samples at once from now on."""
+        if not self.auto or not is_full(error) or self.largest <= 1:
+            return False
+        self.size = -(-self.largest // 2)
+        warnings.warn(f"memory is full with {self.largest} samples at once: going on with {self.size}", stacklevel=2)
+        return True
+
+    def state_dict(self) -> dict:
+        return {"size": self.size} if self.auto else {}
+
+    def load_state_dict(self, state: dict) -> None:
+        if self.auto:
+            self.size = state.get("size")

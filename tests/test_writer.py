@@ -1,0 +1,126 @@
+"""Saving beside the training: what is written, what need not be, and what it costs in time and memory."""
+
+import itertools
+import threading
+import time
+
+import pytest
+import torch
+
+from framework import checkpoint
+from framework.checkpoint import listed, load, step_of
+from framework.errors import CheckpointError
+from framework.writer import Writer
+
+
+class Held(Writer):
+    """A writer whose thread stops after each write until it is told to go on."""
+
+    rest = 1e9
+
+
+def steps(folder):
+    return [step_of(path) for path in listed(folder)]
+
+
+def submit(writer, folder, step, size=10, **more):
+    state = {"w": torch.full((size,), float(step))}
+    writer.submit(folder, state, {"step": step}, step, then=more.pop("then", lambda written: None), **more)
+
+
+def wait_for(condition):
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def test_what_waits_and_need_not_stay_is_never_written(tmp_path):
+    writer = Held()
+    submit(writer, tmp_path, 1)
+    wait_for(lambda: steps(tmp_path) == [1] and not writer.jobs)
+    for step in (2, 3, 4, 5):
+        submit(writer, tmp_path, step, stays={3})
+    writer.join()
+    assert steps(tmp_path) == [1, 3, 5]
+    assert [load(path)[1]["step"] for path in listed(tmp_path)] == [1, 3, 5]
+    assert load(listed(tmp_path)[-1])[0]["w"].eq(5).all()
+
+
+def test_without_a_word_on_what_stays_all_is_written(tmp_path):
+    writer = Held()
+    for step in range(6):
+        submit(writer, tmp_path, step)
+    writer.join()
+    assert steps(tmp_path) == list(range(6))
+
+
+def test_writing_takes_a_fifth_of_the_time_at_most(tmp_path):
+    writer, spans = Writer(), []
+
+    def slow(written):
+        began = time.monotonic()
+        time.sleep(0.02)
+        spans.append((began, time.monotonic()))
+
+    end = time.monotonic() + 0.6
+    for step in range(10**6):
+        submit(writer, tmp_path, step, then=slow, stays=())
+        time.sleep(0.002)
+        if time.monotonic() > end:
+            break
+    written = len(spans)
+    writer.join()
+    assert 3 <= written <= 0.6 / (5 * 0.02) + 1
+    assert all(after[0] - before[1] >= 4 * 0.02 for before, after in itertools.pairwise(spans[:written]))
+
+
+def test_copies_do_not_pile_up_in_memory(tmp_path, monkeypatch):
+    writer, go_on = Held(), threading.Event()
+    writer.most_bytes = 1000
+    submit(writer, tmp_path, 1, size=10_000, then=lambda written: go_on.wait(10))
+    threading.Timer(0.2, go_on.set).start()
+    began = time.monotonic()
+    submit(writer, tmp_path, 2, size=10_000)
+    assert time.monotonic() - began > 0.1  # it waited for the first
+    assert len(writer.jobs) == 1
+    writer.join()
+    assert steps(tmp_path) == [1, 2]
+
+
+def test_small_copies_do_not_wait(tmp_path):
+    writer, go_on = Held(), threading.Event()
+    submit(writer, tmp_path, 1, then=lambda written: go_on.wait(10))
+    for step in range(2, 20):
+        submit(writer, tmp_path, step)
+    assert len(writer.jobs) == 19
+    go_on.set()
+    writer.join()
+    assert steps(tmp_path) == list(range(1, 20))
+
+
+def test_memory_of_copies_is_used_again(tmp_path):
+    writer = Writer()
+    for step in range(5):
+        submit(writer, tmp_path, step)
+        writer.join()
+    assert len(writer.spare) == 1
+
+
+def test_after_an_error_nothing_more_is_written_until_it_is_known(tmp_path, monkeypatch):
+    writer, real = Held(), checkpoint.write
+
+    def write(folder, taken):
+        if taken.step == 2:
+            raise OSError(28, "No space left on device")
+        real(folder, taken)
+
+    monkeypatch.setattr(checkpoint, "write", write)
+    for step in (1, 2, 3):
+        submit(writer, tmp_path, step)
+    with pytest.raises(CheckpointError, match="step 2 cannot be saved"):
+        writer.join()
+    assert steps(tmp_path) == [1]
+    submit(writer, tmp_path, 4)
+    writer.join()
+    assert steps(tmp_path) == [1, 4]
