@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import seeds
+from .clock import Clock
 from .data import Batch
 from .device import Precision
 from .errors import FrameworkError
@@ -29,12 +30,13 @@ class Backward:
         task: Task,
         optimizer: Optimizer,
         measures: Measures,
+        clock: Clock,
         precision: Precision,
         micro_batches: MicroBatches,
         compile: Compile,
     ):
         self.model, self.task, self.optimizer, self.measures = model, task, optimizer, measures
-        self.precision, self.micro_batches = precision, micro_batches
+        self.clock, self.precision, self.micro_batches = clock, precision, micro_batches
         self.parameters: list[nn.Parameter] = []
         self.forward: nn.Module | Callable = compiled(model, compile) if compile == "model" else model
         self.gradients = compiled(self._gradients, compile)
@@ -72,16 +74,18 @@ class Backward:
         return mean
 
     def _eager(self, batch: Batch, share: float | Tensor | None) -> Step:
-        with self.precision.autocast():
+        with self.clock.detail("forward"), self.precision.autocast():
             made = self.task.step(self.forward, batch)  # type: ignore[arg-type]
-        run_backward(self.precision.scaled(made.loss if share is None else made.loss * share))
+        with self.clock.detail("backward"):
+            run_backward(self.precision.scaled(made.loss if share is None else made.loss * share))
         return made
 
     def _compiled(self, batch: Batch, share: float | Tensor | None) -> Step:
         factor = None if share is None else torch.as_tensor(share, device=self.precision.device)
         if self.precision.scaler is not None:
             factor = self.precision.scaled(torch.ones((), device=self.precision.device) if factor is None else factor)
-        made, gradients = self.gradients(batch, factor)
+        with self.clock.detail("forward and backward"):
+            made, gradients = self.gradients(batch, factor)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             if gradient is not None:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient

@@ -35,6 +35,7 @@ MODEL, TRAINING, MANIFEST = FILES = ("model.safetensors", "training.pt", "MANIFE
 SCHEMA = 1
 LARGEST_MANIFEST = 64 * 2**20  # bytes; the names of a million tensors
 VISIBLE = re.compile(r"step-(\d{8,})")
+ASIDE = ".best"  # a link that has not got its name yet
 HIDDEN = re.compile(r"\.(step-\d{8,})-[0-9a-f]{8}(\.replaced|\.removed)?")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UNWRITABLE = (OSError, RuntimeError, SafetensorError)  # torch wraps the OSError, safetensors names only its number
@@ -182,6 +183,7 @@ def clean(folder: Path) -> None:
     """Undo what a killed process left half done. Call it with the run's lock held, before `newest`."""
     if not folder.is_dir():
         return
+    (folder / ASIDE).unlink(missing_ok=True)
     for path in sorted(folder.iterdir()):
         match = HIDDEN.fullmatch(path.name)
         if match is None or path.is_symlink():
@@ -189,7 +191,7 @@ def clean(folder: Path) -> None:
         if match[2] == ".replaced" and not (folder / match[1]).exists():
             os.rename(path, folder / match[1])
         else:
-            discard(path, FILES)
+            discard(path, [*FILES, *(half.name for half in path.glob(".tmp*"))])  # save_file writes one and renames it
 
 
 def discard(folder: Path, names: Iterable[str]) -> bool:
@@ -200,6 +202,17 @@ def discard(folder: Path, names: Iterable[str]) -> bool:
         return False
     folder.rmdir()
     return True
+
+
+def link_to(saved: Path, name: str) -> None:
+    """Make a link beside a checkpoint lead to it. Raises CheckpointError."""
+    aside, link = saved.with_name(ASIDE), saved.with_name(name)
+    try:
+        aside.unlink(missing_ok=True)
+        aside.symlink_to(saved.name)
+        os.replace(aside, link)
+    except OSError as error:
+        raise CheckpointError(f"the link {link} cannot be made: {error.strerror}") from error
 
 
 def refuse_links(*paths: Path) -> None:

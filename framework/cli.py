@@ -273,16 +273,16 @@ def list_parts(arguments: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="for programs")
     given = parser.parse_args(arguments)
     from . import describe
-    from .discovery import discover
+    from .index import find_index
 
-    discover(given.plugins)
+    index = find_index(given.plugins)
+    kind = given.kind and describe.kind_of(index, given.kind)
     if given.json:
-        kinds = [describe.registry_of(given.kind)] if given.kind else list(describe.Registry.every.values())
-        print(json.dumps({r.kind.name: [describe.as_dict(entry) for entry in r] for r in kinds}, indent=2))
-    elif given.kind:
-        describe.console().print(describe.list_parts(describe.registry_of(given.kind)))
+        print(
+            json.dumps({k: list(index.kinds[k]["parts"].values()) for k in ([kind] if kind else index.kinds)}, indent=2)
+        )
     else:
-        describe.console().print(describe.list_kinds())
+        describe.console().print(describe.list_parts(index, kind) if kind else describe.list_kinds(index))
 
 
 def show(arguments: list[str]) -> None:
@@ -291,14 +291,13 @@ def show(arguments: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="for programs")
     given = parser.parse_args(arguments)
     from . import describe
-    from .discovery import discover
+    from .index import find_index
 
-    discover(given.plugins)
-    entry = describe.find(given.part)
+    part = describe.find(find_index(given.plugins), given.part)
     if given.json:
-        print(json.dumps(describe.as_dict(entry), indent=2))
+        print(json.dumps(part, indent=2))
     else:
-        describe.console().print(describe.show(entry))
+        describe.console().print(describe.show(part))
 
 
 def board(arguments: list[str]) -> int:

@@ -1,8 +1,15 @@
-"""Where the time of a run goes, from counters alone: nothing here waits for a device."""
+"""Where the time of a run goes: counters that are always on and never wait for a device, and a profiler that may."""
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from time import perf_counter
+
+import torch
+
+NOTHING = nullcontext()
+SKIPPED, RECORDED = 5, 50  # steps that a profiler waits, and follows
 
 
 class Clock:
@@ -11,21 +18,93 @@ class Clock:
     def __init__(self) -> None:
         self.began = perf_counter()
         self.seconds: dict[str, float] = {}
+        self.inner: list[float] = []  # for each part under way, the time of the parts within it
 
     def add(self, part: str, seconds: float) -> None:
         self.seconds[part] = self.seconds.get(part, 0.0) + seconds
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Count the time of a block to a part."""
+        """Count the time of a block to a part, except that of parts within it."""
         began = perf_counter()
+        self.inner.append(0.0)
         try:
             yield
         finally:
-            self.add(name, perf_counter() - began)
+            took = perf_counter() - began
+            self.add(name, took - self.inner.pop())
+            if self.inner:
+                self.inner[-1] += took
+
+    def detail(self, name: str) -> AbstractContextManager:
+        """Count the time of a block that is worth it only to a profiler."""
+        return NOTHING
+
+    def step(self) -> None:
+        """A step is done."""
+
+    def finish(self) -> None:
+        """The run is over, well or not."""
 
     def shares(self) -> dict[str, float]:
         """Return each part's share of the time since the clock began, and that of the steps; they add up to 1."""
         whole = max(perf_counter() - self.began, 1e-9)
         parts = {name: seconds / whole for name, seconds in self.seconds.items()}
         return {"steps": 1 - sum(parts.values()), **parts}
+
+
+class Profiler(Clock):
+    """Follows some early steps in detail; then prints a table, and writes a trace for Perfetto or TensorBoard.
+
+    While it does, every part waits for the device at its end, so that its time is its own; the run is slower for it.
+    """
+
+    def __init__(self, device: torch.device, folder: Path | None):
+        super().__init__()
+        self.device, self.folder, self.steps = device, folder, 0
+        self.recorder: torch.profiler.profile | None = None
+        self.before: dict[str, float] = {}
+        self.from_second = 0.0
+
+    def detail(self, name: str) -> AbstractContextManager:
+        return self._followed(name) if self.recorder is not None else NOTHING
+
+    @contextmanager
+    def _followed(self, name: str) -> Iterator[None]:
+        with self.part(name), torch.profiler.record_function(name):
+            yield
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+
+    def step(self) -> None:
+        self.steps += 1
+        if self.steps == SKIPPED:
+            kinds = [torch.profiler.ProfilerActivity.CPU]
+            if self.device.type == "cuda":
+                kinds.append(torch.profiler.ProfilerActivity.CUDA)
+            self.recorder = torch.profiler.profile(activities=kinds)
+            self.recorder.__enter__()
+            self.before, self.from_second = dict(self.seconds), perf_counter()
+        elif self.steps == SKIPPED + RECORDED:
+            self.finish()
+
+    def finish(self) -> None:
+        if self.recorder is None:
+            return
+        whole, count = perf_counter() - self.from_second, self.steps - SKIPPED
+        self.recorder.__exit__(None, None, None)
+        spent = {name: seconds - self.before.get(name, 0.0) for name, seconds in self.seconds.items()}
+        print(table(spent | {"the rest": whole - sum(spent.values())}, whole, count), file=sys.stderr)
+        if self.folder is not None:
+            path = self.folder / "profile.pt.trace.json"
+            self.recorder.export_chrome_trace(str(path))
+            print(f"trace: {path} (open it in https://ui.perfetto.dev)", file=sys.stderr)
+        self.recorder = None
+
+
+def table(seconds: dict[str, float], whole: float, steps: int) -> str:
+    """Return a table of parts, the longest first: microseconds a step, and their share of the whole."""
+    rows = sorted(((spent, name) for name, spent in seconds.items() if spent > 0), reverse=True)
+    lines = [f"{'of a step (mean of ' + str(steps) + ')':<28}{'µs':>10}{'share':>8}"]
+    lines += [f"{name:<28}{spent / steps * 1e6:>10,.0f}{spent / whole:>8.1%}" for spent, name in rows]
+    return "\n".join([*lines, f"{'in all':<28}{whole / steps * 1e6:>10,.0f}{1:>8.0%}"])

@@ -12,6 +12,7 @@ from . import seeds
 from .errors import SettingError
 
 NOTHING = nullcontext()
+SMALL = 20_000_000  # products of a forward pass
 Format = Literal["fp32", "bf16", "fp16"]
 
 
@@ -29,6 +30,32 @@ def find_device(name: str) -> torch.device:
     return device
 
 
+def suitable_threads(model: nn.Module, rows: int, workers: int = 0) -> int:
+    """Return how many threads an operation of a model may use: one for a small model, else as many as there are cores.
+
+    rows: what each weight is multiplied with in a step (samples; times positions, for sequences and images). Below some
+    20 million products a second thread costs more than it does, and much more where another process wants its core.
+    Cores that data workers need are left to them; OMP_NUM_THREADS, if it is set, is obeyed.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return torch.get_num_threads()
+    products = rows * sum(parameter.numel() for parameter in model.parameters() if parameter.ndim > 1)
+    return 1 if products < SMALL else max(torch.get_num_threads() - workers, 1)
+
+
+@contextmanager
+def intra_op_threads(number: int | None) -> Iterator[None]:
+    """Let operations use so many threads; None leaves torch as it is, as it is again afterwards."""
+    before = torch.get_num_threads()
+    if number is not None:
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        if number is not None:
+            torch.set_num_threads(before)
+
+
 @contextmanager
 def deterministic_algorithms(wanted: bool) -> Iterator[None]:
     """Run with deterministic algorithms only, if wanted; afterwards torch is set as before."""
@@ -39,7 +66,8 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        if wanted:  # torch imports its compiler here, which takes a second
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 class Precision:

@@ -3,13 +3,12 @@
 import hashlib
 import importlib
 import importlib.util
-import os
 import pkgutil
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
@@ -26,10 +25,42 @@ def discover(plugins: Iterable[str] = ()) -> None:
     Doing it twice loads nothing twice, however a file is reached.
     Raises PluginError naming the file that does not load, and why.
     """
-    for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
-        load_module(point.value.partition(":")[0], f"the entry point {point.name!r} of {GROUP}")
+    for name, module in installed_plugins():
+        load_module(module, f"the entry point {name!r} of {GROUP}")
     for plugin in plugins:
         load(plugin)
+
+
+def installed_plugins() -> list[tuple[str, str]]:
+    """Return the name and the module of each entry point of installed packages."""
+    return sorted((point.name, point.value.partition(":")[0]) for point in entry_points(group=GROUP))
+
+
+def plugin_files(plugins: Iterable[str]) -> Iterator[Path]:
+    """Yield the files that loading these plugins would load first, without loading any."""
+    for plugin in plugins:
+        path = Path(plugin).expanduser()
+        if path.is_dir():
+            yield from path.glob("*.py")
+        elif path.is_file():
+            yield path
+        else:
+            yield from module_files(plugin)
+
+
+def module_files(name: str) -> Iterator[Path]:
+    top, *rest = name.split(".")
+    try:
+        spec = importlib.util.find_spec(top)
+    except ValueError:  # no name of a module
+        return
+    for depth, _ in enumerate(rest, 2):  # not find_spec(name), which imports the packages that it is in
+        below = ".".join(name.split(".")[:depth])
+        spec = spec and PathFinder.find_spec(below, spec.submodule_search_locations or [])
+    if spec is not None:
+        modules = pkgutil.iter_modules(spec.submodule_search_locations or [])
+        inner = [found.module_finder.find_spec(f"{name}.{found.name}", None) for found in modules]
+        yield from (Path(each.origin) for each in (spec, *inner) if each is not None and each.origin)
 
 
 def load(plugin: str) -> None:
@@ -69,7 +100,7 @@ def loaded_from(file: Path) -> ModuleType | None:
     real = file.resolve()
     for module in list(sys.modules.values()):
         loaded = getattr(module, "__dict__", {}).get("__file__")  # a plain getattr would wake lazy modules
-        if loaded and os.path.basename(loaded) == real.name and Path(loaded).resolve() == real:
+        if loaded and loaded.endswith(real.name) and Path(loaded).resolve() == real:
             return module
     return None
 

@@ -1,13 +1,14 @@
 """Where names become objects: a checked Spec is built into parts, run in a folder, and read back from one."""
 
 import json
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,13 +16,14 @@ from torch import nn
 from . import checkpoint, seeds
 from .batches import count_steps, count_total
 from .data import Batch, Data, Loader, check_data
+from .device import suitable_threads
 from .errors import BuildError, DataError, FrameworkError, RunError
+from .logger import Logger
 from .metric import Metric
 from .optimizer import build_optimizer
-from .plan import Plan, make_plan
-from .probe import undisturbed
+from .probe import read_layers, undisturbed
 from .registry import Maker
-from .resume import Resumed, find, fingerprint, last_values, open_folder, start_from
+from .resume import Resumed, chosen_checkpoint, find, fingerprint, last_values, open_folder, start_from
 from .run import RunFolder, dump, provenance, read_facts
 from .shapes import dry_run
 from .spec import Spec
@@ -29,6 +31,9 @@ from .state import State
 from .status import Status
 from .task import Task
 from .trainer import Trainer
+
+if TYPE_CHECKING:
+    from .plan import Plan
 
 WATCHING = ("run", "plugins", "loggers", "metrics", "log_every", "validate_every", "device")
 
@@ -69,11 +74,22 @@ class Experiment:
             callbacks=[*(maker() for maker in parts["callback"]), self.status],
             loggers=[maker() for maker in parts["logger"]],
         )
+        if trainer.threads is None:
+            trainer.threads = self.threads()
         trainer.metrics = self.metrics  # loggers are opened before `fit` and want their names
         return trainer
 
-    def plan(self) -> Plan:
+    def threads(self) -> int:
+        """Return how many threads an operation may use, where nobody says it."""
+        loader, shape = self.spec.sections["loader"], self.data.in_shape
+        features = shape[0] if len(shape) == 3 else shape[-1]  # images have theirs first
+        rows = loader["batch_size"] * math.prod(shape) // features
+        return suitable_threads(self.model, rows, loader["workers"])
+
+    def plan(self) -> "Plan":
         """Return what a run would be, without training."""
+        from .plan import make_plan  # not at the top: a run does without tables
+
         limits = self.spec.sections["trainer"]
         steps_per_epoch = count_steps(self.train_batches, limits["accumulate"])
         return make_plan(
@@ -85,6 +101,7 @@ class Experiment:
             optimizer=self.optimizer,
             schedule=self.schedule,
             data=self.data,
+            threads=limits["threads"] or self.threads(),
         )
 
 
@@ -133,10 +150,12 @@ def train(
         if resumed.changed:
             folder.write("config.yaml", spec.tree)
         trainer.state.step = resumed.step  # loggers go on from there
+        if spec.sections["trainer"]["threads"] is None:
+            trainer.threads = resumed.threads or trainer.threads  # as many make the same bits
         for line in (f"going on with {folder.path} after step {resumed.step}", *resumed.notes):
             say(line)
     trainer.folder = folder.path
-    trainer.manifest = {"run": str(folder.path), "config": fingerprint(spec.tree), "threads": torch.get_num_threads()}
+    trainer.manifest = {"run": str(folder.path), "config": fingerprint(spec.tree), "threads": trainer.threads}
     with trainer, stopping(trainer) as stopped:
         if trainer.state.step == 0:
             introduce(trainer, built)
@@ -211,11 +230,18 @@ def describe_run(folder: RunFolder, built: Experiment, overrides: list[str]) -> 
 
 def introduce(trainer: Trainer, built: Experiment) -> None:
     """Show the loggers what runs: the config, the layers, the graph."""
-    inputs = first_batch(built.train_batches)[0][:2]
-    for logger in trainer.loggers:
-        logger.text("config", indented(dump("config.yaml", built.spec.tree)))
-        logger.text("layers", layers_in_markdown(built.plan()))
-        logger.graph(built.model, inputs)
+    showing = [logger for logger in trainer.loggers if type(logger).text is not Logger.text]
+    drawing = [logger for logger in trainer.loggers if type(logger).graph is not Logger.graph]
+    if not showing and not drawing:
+        return
+    batch = first_batch(built.train_batches)
+    texts = {"config": indented(dump("config.yaml", built.spec.tree))} if showing else {}
+    texts |= {"layers": layers_in_markdown(built.model, batch, built.task)} if showing else {}
+    for logger in showing:
+        for tag, text in texts.items():
+            logger.text(tag, text)
+    for logger in drawing:
+        logger.graph(built.model, batch[0][:2])
 
 
 def indented(text: str) -> str:
@@ -223,12 +249,14 @@ def indented(text: str) -> str:
     return "\n".join(f"    {line}" for line in text.splitlines())
 
 
-def layers_in_markdown(plan: Plan) -> str:
+def layers_in_markdown(model: nn.Module, batch: Batch, task: Task) -> str:
+    layers, _ = read_layers(model, batch, task)
     rows = ["| layer | type | output | parameters | FLOPs |", "|---|---|---|--:|--:|"]
-    for layer in plan.layers:
+    for layer in layers:
         shape = " × ".join(map(str, layer.out_shape))
         rows.append(f"| {layer.name} | {layer.type} | {shape} | {layer.parameters:,} | {layer.flops:,} |")
-    return "\n".join([*rows, f"| total | | | {plan.parameters:,} | {plan.flops:,} |"])
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return "\n".join([*rows, f"| total | | | {parameters:,} | {sum(layer.flops for layer in layers):,} |"])
 
 
 def build_data(spec: Spec) -> Data:
@@ -318,7 +346,7 @@ def stopping(trainer: Trainer) -> Iterator[list[int]]:
 
     def stop(number: int, frame: Any) -> None:
         if got:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         got.append(number)
         trainer.state.stop = f"{signal.Signals(number).name}"
 
@@ -337,13 +365,9 @@ def stopping(trainer: Trainer) -> Iterator[list[int]]:
 
 def load_weights(model: nn.Module, run: Path, which: str = "best") -> Path | None:
     """Load the best (or last, or a named) checkpoint's weights; returns which one, None when there is none."""
-    folder = run / "checkpoints"
-    chosen = Path(which) if which not in ("best", "last") else folder / "best"
-    if which == "last" or (which == "best" and not chosen.exists()):
-        newest, _ = checkpoint.newest(folder) if folder.is_dir() else (None, [])
-        if newest is None:
-            return None
-        chosen = newest
+    chosen = chosen_checkpoint(run, which)
+    if chosen is None:
+        return None
     weights, _ = checkpoint.load(chosen.resolve())
     try:
         model.load_state_dict(weights)

@@ -76,6 +76,7 @@ class Plan:
     optimizer: str | None = None
     curve: Curve | None = None
     splits: list[Split] = field(default_factory=list)
+    threads: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain types, for JSON."""
@@ -94,6 +95,7 @@ def make_plan(
     optimizer: torch.optim.Optimizer | None = None,
     schedule: Callable[[int], float] | None = None,
     data: Data | None = None,
+    threads: int | None = None,
 ) -> Plan:
     """Return the plan of a run.
 
@@ -102,6 +104,7 @@ def make_plan(
         steps_per_epoch, total_steps: optimizer steps.
         task: runs the model as in training, loss included; without it, the model is called with the inputs.
         schedule: the factor on the learning rate, by step.
+        threads: that an operation may use on the CPU.
     """
     layers, unused = read_layers(model, batch, task)
     every = list(model.parameters())
@@ -127,6 +130,7 @@ def make_plan(
         optimizer=None if optimizer is None else type(optimizer).__name__,
         curve=read_curve(optimizer, schedule, total_steps),
         splits=read_splits(data),
+        threads=threads,
     )
 
 
@@ -256,6 +260,8 @@ def fact_lines(plan: Plan) -> list[tuple[str, str]]:
     cost = f"{count_text(plan.flops)} FLOPs a sample forward (multiply-add: 2), about {training} to train"
     lines.append(("cost", cost))
     lines.append(("memory", memory_text(plan)))
+    if plan.threads is not None:
+        lines.append(("threads", f"{plan.threads} for an operation on the CPU (trainer.threads)"))
     if plan.trainable < plan.parameters:
         lines.append(("frozen", f"{plan.parameters - plan.trainable:,} of {plan.parameters:,} parameters"))
     if plan.unused:

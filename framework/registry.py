@@ -13,7 +13,7 @@ A name is given once: a second part of that name is an error that names both fil
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, TypeVar, overload
@@ -247,13 +247,7 @@ class Registry:
 
     def unknown(self, name: str) -> str:
         """Say that there is no such part, and what was probably meant."""
-        elsewhere = [kind for kind, registry in Registry.every.items() if registry is not self and name in registry]
-        said = f"there is no {self.kind.name} {name!r}"
-        if elsewhere:
-            return f"{said}; {name!r} is {with_article(elsewhere[0])}"
-        if not self._entries:
-            return f"{said}: none is registered. Call framework.discover() first"
-        return f"{said}; {did_you_mean(name, [*self._entries, *self._aliases])}"
+        return no_part(self.kind.name, name, {k: [*r._entries, *r._aliases] for k, r in Registry.every.items()})
 
     def build(self, name: str, *given: Any, **arguments: Any) -> Any:
         """Build the part of that name; positional arguments are the kind's given parameters in their order."""
@@ -301,6 +295,17 @@ def as_makers(setting: Setting, value: Any) -> Any:
             return registry.maker(name, **settings)
         raise SettingError(f"should have the `name` of {with_article(setting.part)}, not {dict(value)!r}")
     raise SettingError(f"should be {setting.type_text}, not {value!r}")
+
+
+def no_part(kind: str, name: str, names: Mapping[str, Sequence[str]]) -> str:
+    """Say that a kind has no part of that name, and what was probably meant; `names` are those of all kinds."""
+    elsewhere = [other for other, known in names.items() if other != kind and name in known]
+    said = f"there is no {kind} {name!r}"
+    if elsewhere:
+        return f"{said}; {name!r} is {with_article(elsewhere[0])}"
+    if not names[kind]:
+        return f"{said}: none is registered. Call framework.discover() first"
+    return f"{said}; {did_you_mean(name, names[kind])}"
 
 
 def with_article(noun: str) -> str:

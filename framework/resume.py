@@ -20,6 +20,7 @@ from .spec import Spec
 
 SAME_BITS = (  # what may differ in a resumed run without a bit of its weights being another
     *("run.", "trainer.max_epochs", "trainer.max_steps", "trainer.log_every", "trainer.validate_every"),
+    "trainer.profile",
     *("loader.workers", "loader.eval_batch_size", "loggers.", "metrics.", "plugins", "init_from"),
 )
 
@@ -33,6 +34,7 @@ class Resumed:
     training: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
+    threads: int | None = None  # of an operation, when it was cut off
 
     @property
     def done(self) -> bool:
@@ -83,7 +85,12 @@ def open_folder(run: Path, spec: Spec, inexact: bool = False) -> Resumed:
         weights, resumed.training = checkpoint.load(newest)
         resumed.training["model"] = weights
         resumed.step = checkpoint.step_of(newest)
-        resumed.notes += other_machine(newest)
+        manifest = checkpoint.read_manifest(newest)
+        resumed.threads = manifest["run"].get("threads")
+        if manifest["torch"] != torch.__version__:
+            resumed.notes.append(
+                f"torch is {torch.__version__}, was {manifest['torch']}: the last bits may come out otherwise"
+            )
     return resumed
 
 
@@ -162,18 +169,6 @@ def last_values(run: Path) -> dict[str, float]:
     return {key: float("nan") if value is None else value for key, value in values.items()}
 
 
-def other_machine(saved: Path) -> list[str]:
-    """Say what differs from where the checkpoint was written, as the same bits are promised for the same only."""
-    manifest = checkpoint.read_manifest(saved)
-    now = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    then = {"torch": manifest.get("torch"), "threads": (manifest.get("run") or {}).get("threads")}
-    return [
-        f"{name} is {value}, was {then[name]}: the last bits may come out otherwise"
-        for name, value in now.items()
-        if then[name] is not None and str(then[name]) != str(value)
-    ]
-
-
 def start_from(model: nn.Module, source: str) -> str:
     """Fill a model with the weights of a run (its best checkpoint), a checkpoint or a .safetensors file, where names
     and shapes match; returns a report of what did not. Raises RunError when there is no such thing or nothing matches.
@@ -200,11 +195,20 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         if (path / "checkpoints").is_dir():
-            best = path / "checkpoints" / "best"
-            newest = best.resolve() if best.exists() else checkpoint.newest(path / "checkpoints")[0]
-            if newest is None:
+            chosen = chosen_checkpoint(path)
+            if chosen is None:
                 raise RunError(f"init_from={path}: the run has no good checkpoint")
-            path = newest
-        return checkpoint.load(path)[0]
+            path = chosen
+        return checkpoint.load(path.resolve())[0]
     except (OSError, SafetensorError, CheckpointError) as error:
         raise RunError(f"init_from={path}: should be a run, a checkpoint or a .safetensors file: {error}") from error
+
+
+def chosen_checkpoint(run: Path, which: str = "best") -> Path | None:
+    """Return a run's best checkpoint, or else its newest good one (`last`: at once); any other word is a folder."""
+    folder = run / "checkpoints"
+    if which not in ("best", "last"):
+        return Path(which)
+    if which == "best" and (folder / "best").exists():
+        return folder / "best"
+    return checkpoint.newest(folder)[0] if folder.is_dir() else None

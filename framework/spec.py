@@ -197,7 +197,10 @@ class Reader:
         limits = {name: settings[name] for name in ("max_epochs", "max_steps")}
         if limits == {"max_epochs": None, "max_steps": None}:
             limits["max_steps"] = 1
-            self.problem("trainer", None, "needs a limit: give it with trainer.max_epochs=... or trainer.max_steps=...")
+            if not any(problem.startswith(("trainer.max_epochs", "trainer.max_steps")) for problem in self.problems):
+                self.problem(
+                    "trainer", None, "needs a limit: give it with trainer.max_epochs=... or trainer.max_steps=..."
+                )
         for name in [name for name in settings if name not in limits]:
             try:
                 Trainer(**limits | {name: settings[name]})

@@ -19,9 +19,9 @@ from . import seeds, trainer_state
 from .backward import Backward, Compile
 from .batches import Source, count_steps, count_total, steps
 from .callback import Callback, listeners
-from .clock import Clock
+from .clock import Clock, Profiler
 from .data import Batch, Data, Loader, check_data
-from .device import Format, deterministic_algorithms
+from .device import Format, deterministic_algorithms, intra_op_threads
 from .errors import DataError, SettingError
 from .evaluator import Evaluator
 from .fused import FusedStep
@@ -57,6 +57,8 @@ class Trainer(Evaluator):
         precision: Format = "fp32",
         device: str = "auto",
         deterministic: bool = False,
+        threads: PositiveInt | None = None,
+        profile: bool = False,
         *,
         seed: int = 0,
         callbacks: Sequence[Callback] = (),
@@ -71,13 +73,15 @@ class Trainer(Evaluator):
             validate_every: when the validation split is measured; always at the end too.
             log_every: when training values are read off the device and logged; also at the end of each epoch.
             accumulate: batches whose gradients make one step; the same step as one batch of them all.
-            micro_batch: samples that go through the model at once; a batch of more is split, with the same gradients
-                (batch norms apart). auto: whole batches, and half as much whenever memory is full.
-            compile: torch.compile for the model alone, or the step: forward, loss and backward pass as one. It takes
-                seconds to minutes once, and a C++ compiler; evaluation stays as it is.
+            micro_batch: samples that go through the model at once, a batch of more being split with the same gradients
+                (batch norms apart); auto: half as many whenever memory is full.
+            compile: torch.compile for the model alone, or for all of forward, loss and backward. It takes seconds to
+                minutes once, and a C++ compiler; evaluation stays as it is.
             precision: fp32, or autocast to bf16 or fp16 (fp16 with a gradient scaler).
             device: auto (cuda, else mps, else cpu) or a torch device such as cuda:1.
             deterministic: only deterministic algorithms; slower, and an error where torch has none.
+            threads: for an operation on the CPU, in `fit`; null: as torch has it, or as suits an experiment's model.
+            profile: follow 50 early steps: print where their time went, and write a trace into the folder.
             seed: of everything random while training (dropout), and of the order of samples.
             callbacks: called in this order at the events of `callback.py`.
             loggers: get every scalar, text and picture.
@@ -92,9 +96,9 @@ class Trainer(Evaluator):
         self.max_epochs, self.max_steps = max_epochs, max_steps
         self.validate_every = Cadence(validate_every, "validate_every")
         self.log_every = Cadence(log_every, "log_every")
-        self.accumulate, self.compile, self.folder = accumulate, compile, folder
-        self.callbacks, self.loggers = list(callbacks), list(loggers)
-        self.state = State()
+        self.accumulate, self.compile, self.profile, self.folder = accumulate, compile, profile, folder
+        self.callbacks, self.loggers, self.threads = list(callbacks), list(loggers), threads
+        self.state, self.clock = State(), Clock()
         self.schedule: Callable[[int], float] | None = None
         self._listeners = listeners(self.callbacks)
         self.manifest: dict[str, Any] = {}
@@ -144,7 +148,8 @@ class Trainer(Evaluator):
         self.val_batches = None if val is None else self._batches(val, batch_size)
         self.metrics = list(metrics)
         self._prepare(resume)
-        with self, deterministic_algorithms(self.deterministic), memory_errors(self.device):
+        deterministic = deterministic_algorithms(self.deterministic)
+        with self, deterministic, intra_op_threads(self.threads), memory_errors(self.device):
             try:
                 self._emit("fit_start")
                 while not self._done:
@@ -156,6 +161,7 @@ class Trainer(Evaluator):
                 self._emit("exception")
                 raise
             finally:
+                self.clock.finish()
                 self.model.eval()
         return self.state
 
@@ -168,10 +174,12 @@ class Trainer(Evaluator):
         for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
         self.measures = Measures(self.metrics, self.device, self.train_batches.hold)
-        made = (self.model, self.task, self.optimizer, self.measures)
-        self._backward = Backward(*made, self.precision, self.micro_batches, self.compile)
-        self._update = FusedStep(self.optimizer)
-        self.loss, self.clock = torch.zeros((), device=self.device), Clock()
+        self.clock = Profiler(self.device, self.folder) if self.profile else Clock()
+        self._backward = Backward(
+            *(self.model, self.task, self.optimizer, self.measures, self.clock),
+            *(self.precision, self.micro_batches, self.compile),
+        )
+        self._update, self.loss = FusedStep(self.optimizer), torch.zeros((), device=self.device)
         self._validated, self.at_boundary, self.resumed_from = -1, True, None
         if resume is not None:
             self.load_state_dict(resume)
@@ -207,6 +215,7 @@ class Trainer(Evaluator):
             if last:
                 self._emit("epoch_end")
             self._flush()
+            self.clock.step()
             self.at_boundary = True
             if last or self._done:
                 return
@@ -218,11 +227,14 @@ class Trainer(Evaluator):
         """The training step: the gradients of all its batches (`backward.py`), then one update."""
         self.at_boundary = False
         self._emit("step_start")
-        self.loss = self._backward([self._place(batch) for batch in window])
+        with self.clock.detail("copy"):
+            batches = [self._place(batch) for batch in window]
+        self.loss = self._backward(batches)
         self.precision.unscale(self.optimizer)
         self._emit("gradients")
         self._set_learning_rate()
-        self.precision.step(self.optimizer, self._update)
+        with self.clock.detail("optimizer"):
+            self.precision.step(self.optimizer, self._update)
         for parameter in self._backward.parameters:
             parameter.grad = None
         self.state.step += 1
@@ -293,8 +305,9 @@ class Trainer(Evaluator):
         self.state.metrics.update(values)
         if self._open:
             state = self.state
-            for logger in self.loggers:
-                logger.scalars(values, step=state.step, epoch=state.epoch, wall_seconds=state.wall_seconds)
+            with self.clock.part("logging"):
+                for logger in self.loggers:
+                    logger.scalars(values, step=state.step, epoch=state.epoch, wall_seconds=state.wall_seconds)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a run needs to go on from here, in plain types and tensors."""
@@ -322,5 +335,7 @@ class Trainer(Evaluator):
                 self._emit("close")
 
     def _emit(self, event: str) -> None:
-        for listener in self._listeners[event]:
-            listener(self)
+        if self._listeners[event]:
+            with self.clock.detail("callbacks"):
+                for listener in self._listeners[event]:
+                    listener(self)

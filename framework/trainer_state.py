@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import seeds
 from .callback import keyed
+from .data import Loader
 from .scheduler import Schedule
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ def capture(trainer: Trainer) -> dict[str, Any]:
         "callbacks": {key: callback.state_dict() for key, callback in keyed(trainer.callbacks).items()},
         "measures": trainer.measures.state_dict(),
         "validated": trainer._validated,
+        "skipped": getattr(trainer.train_batches, "skipped", 0),
         "random": seeds.capture(),
     }
 
@@ -40,4 +42,6 @@ def restore(trainer: Trainer, saved: dict[str, Any]) -> None:
     trainer.measures.load_state_dict(saved["measures"])
     trainer.state.load_state_dict(saved)
     trainer._validated = saved["validated"]
+    if isinstance(trainer.train_batches, Loader):
+        trainer.train_batches.skipped = saved["skipped"]
     seeds.restore(saved["random"])

@@ -1,7 +1,6 @@
 """Callbacks that act on a run: early stopping, checkpoints, clipping, a time limit."""
 
 import math
-import os
 import re
 import sys
 import time
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from framework import Callback, Every, NonNegativeFloat, PositiveFloat, PositiveInt, Trainer, callbacks
 from framework.callback import keyed
-from framework.checkpoint import clean, folder_name, listed, read_manifest, remove, save, step_of, verify
+from framework.checkpoint import clean, folder_name, link_to, listed, read_manifest, remove, save, step_of, verify
 from framework.errors import CheckpointError, SettingError, did_you_mean
 from framework.schema import Pattern
 from framework.state import SECONDS, Cadence
@@ -177,6 +176,8 @@ class Checkpoint(Callback):
         self.saved = step if (self.folder / folder_name(step)).exists() else None
         if self.best is not None:
             self.best.start(trainer)
+            if self.best.ranked and (best := self.folder / folder_name(self.best.ranked[0][1])).is_dir():
+                link_to(best, "best")  # a kill may have come between the checkpoint and the link
 
     def on_log(self, trainer: Trainer) -> None:
         if self.best is not None and self.best.on_training:
@@ -218,6 +219,10 @@ class Checkpoint(Callback):
         self.writer.join()
 
     def _save(self, trainer: Trainer) -> None:
+        with trainer.clock.part("checkpoint"):
+            self._submit(trainer)
+
+    def _submit(self, trainer: Trainer) -> None:
         training = trainer.state_dict()
         model, step = training.pop("model"), trainer.state.step
         for key, callback in keyed(trainer.callbacks).items():
@@ -248,10 +253,7 @@ class Checkpoint(Callback):
         """
         verify(saved)
         if is_best:
-            link = saved.with_name(f".best-{os.getpid()}")
-            link.unlink(missing_ok=True)
-            link.symlink_to(saved.name)
-            os.replace(link, saved.with_name("best"))
+            link_to(saved, "best")
         good, spoiled = [], []
         for checkpoint in listed(saved.parent):
             if step_of(checkpoint) > step or checkpoint.is_symlink():

@@ -36,7 +36,7 @@ class TensorBoard(Logger):
         """
         self.draw_graph, self.bins = graph, bins
         self._file: EventFile | None = None
-        self._step = 0
+        self._step, self._goes_on = 0, False
         self._logged: set[str] = set()
 
     def open(self, folder: Path | None, step: int, metrics: Sequence[str]) -> None:
@@ -46,6 +46,7 @@ class TensorBoard(Logger):
             return
         before = list(Path(folder).glob("events.out.tfevents.*"))
         self._file, self._step = EventFile(Path(folder)), step
+        self._goes_on = bool(before)
         if before:
             self._file.void_after(step)
         self._file.write(value=[layout_value(metrics)])
@@ -97,7 +98,7 @@ class TensorBoard(Logger):
         from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
         new = {tag: value for tag, value in metrics.items() if tag not in self._logged}
-        if new:
+        if new and not self._goes_on:  # or what is new here is in an earlier file
             self.scalars(new, step=self._step, epoch=0, wall_seconds=0.0)
         start, end = HParamsPluginData(), HParamsPluginData()
         start.session_start_info.start_time_secs = self._file.opened

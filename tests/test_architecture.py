@@ -16,13 +16,16 @@ import framework
 ROOT = Path(framework.__file__).parent.parent
 FLOORS = {
     "stdlib": ["errors", "schema", "registry", "kinds"],
-    "ground work": ["discovery", "seeds", "state", "shapes", "workers", "device"],
-    "contracts": ["data", "metric", "task", "scheduler", "optimizer", "logger", "callback"],
+    "ground work": ["discovery", "seeds", "state", "shapes", "workers", "device", "memory", "clock"],
+    "contracts": ["data", "metric", "task", "scheduler", "optimizer", "fused", "logger", "callback"],
     "engines": [
         "trainer",
+        "evaluator",
+        "backward",
         "trainer_state",
         "snapshot",
         "checkpoint",
+        "writer",
         "loop",
         "vectorize",
         "plan",
@@ -30,7 +33,7 @@ FLOORS = {
         "batches",
         "status",
     ],
-    "assembly": ["experiment", "resume", "trained", "run", "compose", "overrides", "sources", "spec", "store"],
+    "assembly": ["experiment", "resume", "trained", "run", "compose", "overrides", "sources", "spec", "store", "index"],
     "doors": ["cli", "help", "describe", "completion", "report", "board", "__main__", "__init__"],
 }
 FLOOR = {module: number for number, modules in enumerate(FLOORS.values()) for module in modules}

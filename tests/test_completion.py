@@ -1,4 +1,4 @@
-"""TAB: candidates from the registries, the kept index, and the script in a real bash."""
+"""TAB: candidates from the registries, and the script in a real bash."""
 
 import json
 import shutil
@@ -10,8 +10,9 @@ from typing import Literal
 import pytest
 
 from framework import Activation, Block, PositiveInt
-from framework.completion import SHELLS, VERBS, Index, candidates, read_index, script, stored_index
+from framework.completion import SHELLS, VERBS, candidates, script
 from framework.errors import UnknownName
+from framework.index import Index, read_index
 from framework.registry import Kind, Registry
 from framework.schema import Setting
 
@@ -92,29 +93,6 @@ def test_index_of_the_real_registries_is_plain_json():
     assert Index(**json.loads(json.dumps(asdict(index)))) == index
 
 
-def test_index_is_kept_until_a_watched_file_changes(tmp_path):
-    plugin, built = tmp_path / "plugin.py", []
-    plugin.write_text("")
-
-    def build():
-        built.append(1)
-        return read_index(experiments=[f"number_{len(built)}"])
-
-    def experiments():
-        return stored_index(tmp_path / "cache" / "index.json", build, [plugin]).experiments
-
-    assert experiments() == experiments() == ["number_1"]
-    plugin.write_text("changed")
-    assert experiments() == experiments() == ["number_2"]
-    (tmp_path / "cache" / "index.json").write_text("{torn")
-    assert experiments() == ["number_3"]
-
-
-def test_an_index_that_cannot_be_written_is_built_again(tmp_path):
-    (tmp_path / "file").write_text("")
-    assert stored_index(tmp_path / "file" / "index.json", lambda: Index(experiments=["a"])).experiments == ["a"]
-
-
 def test_unknown_shell():
     with pytest.raises(UnknownName, match="did you mean 'zsh'"):
         script("zhs")
@@ -140,7 +118,8 @@ def bash(index, tmp_path_factory):
     program.write_text(
         f"#!{sys.executable}\n"
         "import json, sys\n"
-        "from framework.completion import Index, candidates\n"
+        "from framework.completion import candidates\n"
+        "from framework.index import Index\n"
         "assert sys.argv[1:3] == ['complete', '--'] and 'torch' not in sys.modules\n"
         f"index = Index(**json.load(open({str(folder / 'index.json')!r})))\n"
         "print('\\n'.join(candidates(sys.argv[3:], index)))\n"

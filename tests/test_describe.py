@@ -10,8 +10,9 @@ import torch
 from rich.console import Console
 
 from framework import Activation, NonNegativeFloat, PositiveFloat, Rate
-from framework.describe import as_dict, console, find, kinds_as_dicts, list_kinds, list_parts, registry_of, show
+from framework.describe import console, find, kind_of, list_kinds, list_parts, show
 from framework.errors import SettingError, UnknownName
+from framework.index import read_index
 from framework.registry import Kind, Registry
 
 
@@ -39,7 +40,7 @@ def shop(monkeypatch):
     optimizer.register("sgdx", Sgdx, aliases=["sx"])
     optimizer.register("adam", torch.optim.Adam)
     callback.register("adam", lambda every="1epoch", activation="relu": None, types={"activation": Activation})
-    return optimizer
+    return read_index()
 
 
 def text(renderable, width=80) -> str:
@@ -49,21 +50,24 @@ def text(renderable, width=80) -> str:
 
 
 def test_find(shop):
-    assert str(find("sgdx")) == str(find("sx")) == str(find("optimizer/sx")) == "optimizer/sgdx"
-    assert str(find("callbacks/adam")) == str(find("callback/adam")) == "callback/adam"
-    assert registry_of("optimizers") is shop
+    assert find(shop, "sgdx") == find(shop, "sx") == find(shop, "optimizer/sx")
+    assert (find(shop, "sgdx")["kind"], find(shop, "sgdx")["name"]) == ("optimizer", "sgdx")
+    assert find(shop, "callbacks/adam") == find(shop, "callback/adam")
+    assert kind_of(shop, "optimizers") == "optimizer"
     with pytest.raises(SettingError, match="'adam' is several parts: optimizer/adam, callback/adam"):
-        find("adam")
+        find(shop, "adam")
     with pytest.raises(UnknownName, match="no part 'sgdd'; did you mean 'sgdx'"):
-        find("sgdd")
+        find(shop, "sgdd")
     with pytest.raises(UnknownName, match="no kind of part 'optimiser'; did you mean 'optimizer'"):
-        find("optimiser/adam")
+        find(shop, "optimiser/adam")
     with pytest.raises(UnknownName, match="no optimizer 'adm'; did you mean 'adam'"):
-        find("optimizer/adm")
+        find(shop, "optimizer/adm")
+    with pytest.raises(UnknownName, match="no callback 'sgdx'; 'sgdx' is an optimizer"):
+        find(shop, "callback/sgdx")
 
 
-def test_as_dict_is_json(shop):
-    part = json.loads(json.dumps(as_dict(find("sgdx")), allow_nan=False))
+def test_a_part_in_plain_types_is_json(shop):
+    part = json.loads(json.dumps(find(shop, "sgdx"), allow_nan=False))
     lr, betas, limit = part.pop("settings")
     assert lr["required"]
     assert "default" not in lr
@@ -76,13 +80,13 @@ def test_as_dict_is_json(shop):
     assert part["aliases"] == ["sx"]
     assert part["package"] is None
     assert part["summary"] == "Walk downhill, with a tail of the past (Robbins & Monro 1951)"
-    activation = as_dict(find("callback/adam"))["settings"][1]
+    activation = find(shop, "callback/adam")["settings"][1]
     assert activation["part"] == "activation"
     assert activation["default"] == "relu"
 
 
 def test_a_class_of_torch_is_from_torch(shop):
-    part = as_dict(find("optimizer/adam"))
+    part = find(shop, "optimizer/adam")
     assert part["module"] == "torch.optim.adam"
     assert "torch/optim/adam.py:" in part["source"]
     assert part["package"] == "torch"
@@ -91,39 +95,38 @@ def test_a_class_of_torch_is_from_torch(shop):
 
 
 def test_show(shop):
-    shown = text(show(find("sgdx")))
+    shown = text(show(find(shop, "sgdx")))
     assert shown.startswith("optimizer/sgdx  also sx\n")
-    assert "how far, see the paper and x" in text(show(find("sgdx")), 200)  # no marks of reStructuredText
+    assert "how far, see the paper and x" in text(show(find(shop, "sgdx")), 200)  # no marks of reStructuredText
     assert "[0.9,0.999]" in shown
     assert "required" in shown
     assert "test_describe.py:" in shown
     assert "framework train optimizer=sgdx optimizer.lr=..." in " ".join(shown.split())
-    assert "framework train 'callbacks=[adam]'" in text(show(find("callback/adam")))  # brackets are no markup
+    assert "framework train 'callbacks=[adam]'" in text(show(find(shop, "callback/adam")))  # brackets are no markup
 
 
 def test_lists(shop):
-    kinds = [line.split(maxsplit=2) for line in text(list_kinds()).splitlines()[1:]]
+    kinds = [line.split(maxsplit=2) for line in text(list_kinds(shop)).splitlines()[1:]]
     assert [kind[:2] for kind in kinds] == [["optimizer", "2"], ["callbacks", "1"]]
-    assert [line.split()[0] for line in text(list_parts(shop)).splitlines()] == ["optimizer", "adam", "sgdx"]
-    assert kinds_as_dicts()[0] == {
-        "kind": "optimizer",
-        "key": "optimizer",
-        "doc": "the update rule",
-        "parts": ["adam", "sgdx"],
-    }
+    assert [line.split()[0] for line in text(list_parts(shop, "optimizer")).splitlines()] == [
+        "optimizer",
+        "adam",
+        "sgdx",
+    ]
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_every_real_part_fits_the_width(width):
-    for registry in Registry.every.values():
-        pages = [list_parts(registry), *map(show, registry)] if width == 80 else [list_parts(registry)]
+    index = read_index()
+    for kind, about in index.kinds.items():
+        pages = [list_parts(index, kind), *map(show, about["parts"].values())][: None if width == 80 else 1]
         for page in pages:
             assert max(map(len, text(page, width).splitlines())) <= width
 
 
 def test_in_a_pipe_there_is_no_colour_and_nothing_is_wrapped():
     output = io.StringIO()
-    console(output).print(list_parts(Registry.every["optimizer"]))
+    console(output).print(list_parts(read_index(), "optimizer"))
     rows = output.getvalue().splitlines()
     assert "\x1b" not in output.getvalue()
     assert len(rows) == 1 + len(Registry.every["optimizer"])

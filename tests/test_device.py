@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from framework import Callback, FrameworkError, Step, Task, Trainer
-from framework.device import Precision, deterministic_algorithms, find_device
+from framework.device import Precision, deterministic_algorithms, find_device, suitable_threads
 from framework.errors import SettingError
 from framework.memory import OutOfMemory, memory_errors
 
@@ -194,3 +194,32 @@ def test_a_gpu_learns_what_the_cpu_learns(precision):
     torch.testing.assert_close(gpu.model.weight.cpu(), cpu.model.weight, rtol=0.05, atol=0.02)
     assert same(gpu.model, again.model)
     assert record.of("train/loss") == same_record.of("train/loss")
+
+
+# threads
+
+
+def test_a_small_model_gets_one_thread_and_a_large_one_all_but_those_of_its_workers(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    small, large = nn.Linear(64, 128), nn.Linear(2000, 1000)
+    assert suitable_threads(small, rows=32) == 1
+    assert suitable_threads(large, rows=32) == 8
+    assert suitable_threads(large, rows=32, workers=3) == 5
+    assert suitable_threads(large, rows=32, workers=20) == 1
+    assert suitable_threads(small, rows=32 * 10_000) == 8
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    assert suitable_threads(small, rows=32) == 8
+
+
+def test_threads_are_as_before_after_a_fit():
+    seen, before = [], torch.get_num_threads()
+
+    class Look(Callback):
+        def on_step_end(self, trainer):
+            seen.append(torch.get_num_threads())
+
+    fit(callbacks=[Look()], threads=2, max_steps=1)
+    assert (seen, torch.get_num_threads()) == ([2], before)
+    fit(callbacks=[Look()], max_steps=1)
+    assert seen[1] == before

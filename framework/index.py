@@ -1,0 +1,258 @@
+"""What parts there are, in plain types, kept in a file: with it `list`, `show` and TAB do without torch and plugins.
+
+The file is data, believed only while all that it was made of is as it was: the plugin files and what they import of
+their own, the config files, and what is installed. Otherwise, or where nothing can be kept, everything is read anew.
+"""
+
+import json
+import math
+import os
+import re
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from functools import cache, partial
+from hashlib import blake2b
+from importlib.metadata import packages_distributions, version
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from .discovery import discover, installed_plugins, plugin_files
+from .registry import Entry, Registry
+from .schema import Range, Setting, marks, members, strip
+
+TICK = 100_000_000  # nanoseconds: two changes of a file within a tick of its clock look the same
+
+
+@dataclass
+class Index:
+    """All parts, and what else an experiment may say, in plain types (JSON).
+
+    Attributes:
+        kinds: kind -> {"key", "many", "doc", "parts": {name: what `part_as_dict` returns}}.
+        sections: other top-level keys -> their settings; of a plain value such as `seed`, none.
+        experiments: names for `experiment=`.
+        chosen: config key -> the part, or parts, that an experiment has when nothing else is said.
+    """
+
+    kinds: dict[str, dict[str, Any]]
+    sections: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    experiments: list[str] = field(default_factory=list)
+    chosen: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """The kind of each config key."""
+        return {about["key"]: kind for kind, about in self.kinds.items()}
+
+    def many(self, key: str) -> bool:
+        """Whether a config key takes a list of parts."""
+        return self.kinds[self.keys[key]]["many"]
+
+    def parts(self, kind: str) -> list[str]:
+        """Return the names of the parts of a kind; [] when there is no such kind."""
+        return sorted(self.kinds.get(kind, {"parts": {}})["parts"])
+
+    def settings(self, kind: str, part: str) -> list[dict[str, Any]]:
+        """Return the settings of a part; [] when there is no such part."""
+        return self.kinds[kind]["parts"].get(part, {"settings": []})["settings"]
+
+
+def find_index(plugins: Iterable[str] = (), folders: Iterable[Path] = ()) -> Index:
+    """Return the index of the installed plugins, the project's and those named; kept, if nothing has changed.
+
+    folders: more folders with config files, as --config-dir names them.
+    Raises what discovery and the reading of config files raise.
+    """
+    plugins = [str(Path(plugin).resolve()) if Path(plugin).exists() else plugin for plugin in plugins]
+    folders = [folder.resolve() for folder in folders if folder.is_dir()]
+    make = partial(build, plugins, folders)
+    if any(Registry.every.values()):  # a program with parts of its own: it is asked itself, and nothing is kept
+        return make()[0]
+    return kept_index(file_of(plugins, folders), make)
+
+
+def kept_index(file: Path, build: Callable[[], tuple[Index, dict[str, list[str]]]]) -> Index:
+    """Return the index in a file while it holds; else build it, and keep it there if that can be done."""
+    begun = time.time_ns()
+    try:
+        digest, _, text = file.read_text().partition("\n")
+        kept = json.loads(text) if digest == digest_of(text) else {}
+        if kept["stamps"] == stamps(**kept["of"]):
+            return Index(**kept["index"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass  # none yet, damaged, or of another version
+    index, of = build()
+    keep(file, begun, {"of": of, "stamps": stamps(**of), "index": asdict(index)})
+    return index
+
+
+def file_of(plugins: list[str], folders: list[Path]) -> Path:
+    """Return the file for these plugins, the working folder's config and this interpreter."""
+    here = Path("conf").resolve()
+    project = [here] if (here / "config.yaml").is_file() or (here / "experiment").is_dir() else []
+    python = [sys.executable, sys.version, sys.flags.optimize, sys.path, __file__]
+    homes = (os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache"), os.devnull)
+    home = next(path for path in homes if os.path.isabs(path))
+    return Path(home, "framework", f"{digest_of(repr([plugins, folders, project, python]))}.json")
+
+
+def digest_of(text: str) -> str:
+    return blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def keep(file: Path, begun: int, content: dict[str, Any]) -> None:
+    """Write the file whole or not at all; not when something was changed as it was read, or a moment before."""
+    times = [time for stamp in content["stamps"].values() for time in (stamp or [])[:2]]
+    if max(times, default=0) > begun - TICK:
+        return
+    text, beside = json.dumps(content, default=str), file.with_suffix(f".{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(f"{digest_of(text)}\n{text}")
+        os.replace(beside, file)
+    except OSError:  # a home that cannot be written: slower, not wrong
+        with suppress(OSError):
+            beside.unlink()
+
+
+def stamps(modules: list[str], plugins: list[str], files: list[str], folders: list[str]) -> dict[str, Any]:
+    """Return every path that an index depends on, with when and how large it was written; None: it is not there."""
+    configs = [Path(folder, "config.yaml") for folder in folders]
+    configs += [file for folder in folders for file in Path(folder, "experiment").glob("*.yaml")]
+    paths: list[str | Path] = [
+        *files,
+        *plugin_files([*modules, *plugins]),
+        *configs,
+        *map(os.path.abspath, plugins),
+        *installed(),
+    ]
+    return {str(path): stamp(path) for path in paths}
+
+
+def stamp(path: str | Path) -> list[int] | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return [status.st_mtime_ns, status.st_ctime_ns, status.st_size] if not os.path.isdir(path) else []
+
+
+def installed() -> Iterator[str]:
+    """Yield for each package that is installed the file of its entry points; its folder's name has the version."""
+    for folder in sys.path:
+        with suppress(OSError):
+            names = [name for name in os.listdir(folder or ".") if name.endswith((".dist-info", ".egg-info"))]
+            yield from (os.path.join(folder, name, "entry_points.txt") for name in names)
+
+
+def build(plugins: list[str], folders: list[Path]) -> tuple[Index, dict[str, list[str]]]:
+    """Load the plugins; returns the index of the registered parts, and what it depends on, for `stamps`."""
+    from .compose import CommandLine, config_folders, project_plugins  # not at the top: a kept index does without Hydra
+    from .sources import chosen_in, experiments_in
+    from .spec import PLAIN, SECTIONS, section_settings
+
+    found = config_folders(CommandLine(folders=folders))
+    plugins = [*project_plugins(found, ()), *plugins]
+    discover(plugins)
+    sections: dict[str, Mapping[str, Setting]] = {name: section_settings(name) for name in SECTIONS}
+    index = read_index(sections | {name: {} for name in PLAIN}, experiments_in(found), chosen_in(found))
+    modules = [module for _, module in installed_plugins()]
+    return index, {"modules": modules, "plugins": plugins, "files": own_files(), "folders": [*map(str, found)]}
+
+
+def own_files() -> list[str]:
+    """Return the file of every loaded module but Python's and the installed ones, save those of packages with parts."""
+    own = {entry.registered.module.partition(".")[0] for registry in Registry.every.values() for entry in registry}
+    stdlib, found = sysconfig.get_path("stdlib"), set()
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__dict__", {}).get("__file__") or stdlib  # a plain getattr would wake lazy modules
+        library = (
+            name.partition(".")[0] not in own if re.search("(site|dist)-packages", file) else file.startswith(stdlib)
+        )
+        found |= set() if library else {file}
+    return sorted(found)
+
+
+def read_index(
+    sections: Mapping[str, Mapping[str, Setting]] | None = None,
+    experiments: Iterable[str] = (),
+    chosen: Mapping[str, Any] | None = None,
+) -> Index:
+    """Return the index of all registered parts; see `Index` for the arguments."""
+    kinds = {
+        name: {"key": registry.kind.key, "many": registry.kind.many, "doc": registry.kind.doc}
+        | {"parts": {entry.name: part_as_dict(entry) for entry in registry}}
+        for name, registry in Registry.every.items()
+    }
+    settings = {name: [setting_as_dict(s) for s in found.values()] for name, found in (sections or {}).items()}
+    return Index(kinds, settings, sorted(experiments), dict(chosen or {}))
+
+
+def part_as_dict(entry: Entry) -> dict[str, Any]:
+    """Return a part in plain types: infinities and everything that JSON lacks as text."""
+    package, number = package_of(entry)
+    return {
+        "kind": entry.kind.name,
+        "key": entry.kind.key,
+        "many": entry.kind.many,
+        "name": entry.name,
+        "aliases": list(entry.aliases),
+        "summary": entry.summary,
+        "doc": " ".join(entry.doc.split("\n\n")[0].split()),
+        "settings": [setting_as_dict(setting) for setting in entry.settings.values()],
+        "source": str(entry.source),
+        "registered": str(entry.registered),
+        "module": entry.part.__module__,
+        "package": package,
+        "version": number,
+    }
+
+
+def setting_as_dict(setting: Setting) -> dict[str, Any]:
+    """Return a setting in plain types; `default` is missing when a value is required.
+
+    `part` is the kind of part that it names, `many` whether it is a list of them, `values` the words that it may be.
+    """
+    found = {"name": setting.name, "type": setting.type_text, "doc": setting.doc, "required": setting.required}
+    if not setting.required:
+        found["default"] = plain(setting.default)
+    if setting.part:
+        found |= {"part": setting.part, "many": setting.many}
+    ranges = [str(mark) for mark in marks(setting.annotation) if isinstance(mark, Range)]
+    values = list(words(setting))
+    return found | ({"range": ranges[0]} if ranges else {}) | ({"values": values} if values else {})
+
+
+def words(setting: Setting) -> Iterator[str]:
+    """Yield the values of a setting that are words: choices, truth values, null."""
+    for member in map(strip, members(setting.annotation)):
+        if get_origin(member) is Literal:
+            yield from map(str, get_args(member))
+        elif member in (bool, None, type(None)):
+            yield from ("false", "true") if member is bool else ("null",)
+
+
+def plain(value: Any) -> Any:
+    """Return a default as JSON can hold it."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return str(value)
+
+
+@cache
+def packages() -> dict[str, list[str]]:
+    return dict(packages_distributions())
+
+
+def package_of(entry: Entry) -> tuple[str | None, str | None]:
+    """Return the installed package that a part's code comes from, and its version; None for a loose file."""
+    found = packages().get(entry.part.__module__.partition(".")[0], [])
+    return (found[0], version(found[0])) if found else (None, None)
