@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from . import seeds
 from .clock import Clock
+from .cuda_graph import GraphedPass
 from .data import Batch
 from .device import Precision
 from .errors import FrameworkError
@@ -18,7 +19,7 @@ from .metric import Measures
 from .task import Step, Task
 
 ENGINE = getattr(getattr(torch.autograd.Variable, "_execution_engine", None), "run_backward", None)
-Compile = Literal["off", "model", "step"]
+Compile = Literal["off", "model", "step", "cuda_graph"]
 
 
 class Backward:
@@ -39,8 +40,10 @@ class Backward:
         self.clock, self.precision, self.micro_batches = clock, precision, micro_batches
         self.parameters: list[nn.Parameter] = []
         self.forward: nn.Module | Callable = compiled(model, compile) if compile == "model" else model
-        self.gradients = compiled(self._gradients, compile)
-        self.pass_through = self._compiled if compile == "step" else self._eager
+        self.gradients = compiled(self._gradients, compile) if compile == "step" else self._gradients
+        self.pass_through: Callable[..., Step] = self._compiled if compile == "step" else self._eager
+        if compile == "cuda_graph":
+            self.pass_through = GraphedPass(self.pass_through, lambda: self.parameters)
 
     def __call__(self, batches: list[Batch]) -> Tensor:
         """Return the mean loss over all items of the batches, whose gradients are then in the parameters.
@@ -130,8 +133,6 @@ def run_backward(loss: Tensor) -> None:
 
 def compiled(function: Callable, what: Compile) -> Callable:
     """Compile for fixed shapes; random numbers are those of the eager step. Errors say that it was for `compile`."""
-    if what == "off":
-        return function
     import torch._dynamo  # takes a second, which only those who compile should pay
 
     if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # before torch 2.11 the backward pass is a graph of its own

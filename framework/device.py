@@ -44,16 +44,14 @@ def suitable_threads(model: nn.Module, rows: int, workers: int = 0) -> int:
 
 
 @contextmanager
-def intra_op_threads(number: int | None) -> Iterator[None]:
-    """Let operations use so many threads; None leaves torch as it is, as it is again afterwards."""
+def intra_op_threads(number: int) -> Iterator[None]:
+    """Let operations use so many threads; afterwards torch is set as before."""
     before = torch.get_num_threads()
-    if number is not None:
-        torch.set_num_threads(number)
+    torch.set_num_threads(number)
     try:
         yield
     finally:
-        if number is not None:
-            torch.set_num_threads(before)
+        torch.set_num_threads(before)
 
 
 @contextmanager

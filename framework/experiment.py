@@ -16,7 +16,7 @@ from torch import nn
 from . import checkpoint, seeds
 from .batches import count_steps, count_total
 from .data import Batch, Data, Loader, check_data
-from .device import suitable_threads
+from .device import intra_op_threads, suitable_threads
 from .errors import BuildError, DataError, FrameworkError, RunError
 from .logger import Logger
 from .metric import Metric
@@ -74,13 +74,11 @@ class Experiment:
             callbacks=[*(maker() for maker in parts["callback"]), self.status],
             loggers=[maker() for maker in parts["logger"]],
         )
-        if trainer.threads is None:
-            trainer.threads = self.threads()
         trainer.metrics = self.metrics  # loggers are opened before `fit` and want their names
         return trainer
 
     def threads(self) -> int:
-        """Return how many threads an operation may use, where nobody says it."""
+        """Return how many threads an operation on the CPU may use."""
         loader, shape = self.spec.sections["loader"], self.data.in_shape
         features = shape[0] if len(shape) == 3 else shape[-1]  # images have theirs first
         rows = loader["batch_size"] * math.prod(shape) // features
@@ -101,7 +99,7 @@ class Experiment:
             optimizer=self.optimizer,
             schedule=self.schedule,
             data=self.data,
-            threads=limits["threads"] or self.threads(),
+            threads=self.threads(),
         )
 
 
@@ -115,6 +113,7 @@ class Result:
     signal: int | None = None
     seconds: float = 0.0
     steps: int = 0
+    shares: dict[str, float] = field(default_factory=dict)  # of the time of training
 
 
 def train(
@@ -140,7 +139,7 @@ def train(
     built = Experiment(spec)
     if spec.init_from is not None and resumed is None:
         say(start_from(built.model, spec.init_from))
-    trainer = built.trainer()
+    trainer, threads = built.trainer(), built.threads()
     if resumed is None:
         folder = RunFolder(**spec.sections["run"], experiment=experiment)  # when nothing can fail any more but the run
         describe_run(folder, built, list(overrides))
@@ -150,16 +149,16 @@ def train(
         if resumed.changed:
             folder.write("config.yaml", spec.tree)
         trainer.state.step = resumed.step  # loggers go on from there
-        if spec.sections["trainer"]["threads"] is None:
-            trainer.threads = resumed.threads or trainer.threads  # as many make the same bits
+        threads = resumed.threads or threads  # as many make the same bits
         for line in (f"going on with {folder.path} after step {resumed.step}", *resumed.notes):
             say(line)
     trainer.folder = folder.path
-    trainer.manifest = {"run": str(folder.path), "config": fingerprint(spec.tree), "threads": trainer.threads}
-    with trainer, stopping(trainer) as stopped:
+    trainer.manifest = {"run": str(folder.path), "config": fingerprint(spec.tree), "threads": threads}
+    with trainer, stopping(trainer) as stopped, intra_op_threads(threads):
         if trainer.state.step == 0:
             introduce(trainer, built)
         state = fit(trainer, built, resumed)
+        shares = trainer.clock.shares()
         if state.stop is None or not stopped:
             finish(trainer, built)
     return Result(
@@ -169,6 +168,7 @@ def train(
         stopped[0] if stopped else None,
         time.monotonic() - started,
         state.step,
+        shares,
     )
 
 

@@ -261,7 +261,7 @@ def fact_lines(plan: Plan) -> list[tuple[str, str]]:
     lines.append(("cost", cost))
     lines.append(("memory", memory_text(plan)))
     if plan.threads is not None:
-        lines.append(("threads", f"{plan.threads} for an operation on the CPU (trainer.threads)"))
+        lines.append(("threads", f"{plan.threads} for an operation on the CPU (OMP_NUM_THREADS sets another number)"))
     if plan.trainable < plan.parameters:
         lines.append(("frozen", f"{plan.parameters - plan.trainable:,} of {plan.parameters:,} parameters"))
     if plan.unused:

@@ -22,6 +22,7 @@ from weakref import ref
 
 from .errors import RunError
 
+PATIENCE = 2.0  # seconds for the workers of a killed run to end
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 
 
@@ -99,20 +100,45 @@ def locked(folder: Path) -> Iterator[None]:
 
 def only_writer(run: Path) -> TextIO:
     """Lock a run's folder for as long as the returned file is open (a kill closes it). Raises RunError when taken."""
-    file = (run / ".lock").open("a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    file, until = (run / ".lock").open("a+"), time.monotonic() + PATIENCE
+    while not take(file):
         file.seek(0)
-        holder = file.read().strip() or "another process"
-        file.close()
-        raise RunError(f"{run} is being written by {holder}: wait for it, or choose another run.name") from None
+        holder = file.read().strip()
+        if not gone(holder) or time.monotonic() > until:
+            file.close()
+            raise RunError(
+                f"{run} is being written by {holder or 'another process'}: wait for it, or choose another run.name"
+            )
+        time.sleep(0.01)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}")
     file.flush()
     held = ref(file)  # a forked data worker would hold the lock on
     os.register_at_fork(after_in_child=lambda: close(held()))
     return file
+
+
+def take(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def gone(holder: str) -> bool:
+    """Whether who holds a lock was a process of this machine that is no more, so that only its data workers hold it
+    on, for the moment that it takes them to end."""
+    match = re.fullmatch(rf"process (\d+) on {re.escape(platform.node())}", holder)
+    if match is None:
+        return False
+    try:
+        os.kill(int(match[1]), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
 
 
 def close(file: TextIO | None) -> None:

@@ -21,7 +21,7 @@ from .batches import Source, count_steps, count_total, steps
 from .callback import Callback, listeners
 from .clock import Clock, Profiler
 from .data import Batch, Data, Loader, check_data
-from .device import Format, deterministic_algorithms, intra_op_threads
+from .device import Format, deterministic_algorithms
 from .errors import DataError, SettingError
 from .evaluator import Evaluator
 from .fused import FusedStep
@@ -57,7 +57,6 @@ class Trainer(Evaluator):
         precision: Format = "fp32",
         device: str = "auto",
         deterministic: bool = False,
-        threads: PositiveInt | None = None,
         profile: bool = False,
         *,
         seed: int = 0,
@@ -75,12 +74,11 @@ class Trainer(Evaluator):
             accumulate: batches whose gradients make one step; the same step as one batch of them all.
             micro_batch: samples that go through the model at once, a batch of more being split with the same gradients
                 (batch norms apart); auto: half as many whenever memory is full.
-            compile: torch.compile for the model alone, or for all of forward, loss and backward. It takes seconds to
-                minutes once, and a C++ compiler; evaluation stays as it is.
+            compile: torch.compile for the model alone, or for all of forward, loss and backward (step), which takes
+                seconds to minutes once; or these three as they are, replayed as one CUDA graph.
             precision: fp32, or autocast to bf16 or fp16 (fp16 with a gradient scaler).
             device: auto (cuda, else mps, else cpu) or a torch device such as cuda:1.
             deterministic: only deterministic algorithms; slower, and an error where torch has none.
-            threads: for an operation on the CPU, in `fit`; null: as torch has it, or as suits an experiment's model.
             profile: follow 50 early steps: print where their time went, and write a trace into the folder.
             seed: of everything random while training (dropout), and of the order of samples.
             callbacks: called in this order at the events of `callback.py`.
@@ -97,7 +95,7 @@ class Trainer(Evaluator):
         self.validate_every = Cadence(validate_every, "validate_every")
         self.log_every = Cadence(log_every, "log_every")
         self.accumulate, self.compile, self.profile, self.folder = accumulate, compile, profile, folder
-        self.callbacks, self.loggers, self.threads = list(callbacks), list(loggers), threads
+        self.callbacks, self.loggers = list(callbacks), list(loggers)
         self.state, self.clock = State(), Clock()
         self.schedule: Callable[[int], float] | None = None
         self._listeners = listeners(self.callbacks)
@@ -148,8 +146,7 @@ class Trainer(Evaluator):
         self.val_batches = None if val is None else self._batches(val, batch_size)
         self.metrics = list(metrics)
         self._prepare(resume)
-        deterministic = deterministic_algorithms(self.deterministic)
-        with self, deterministic, intra_op_threads(self.threads), memory_errors(self.device):
+        with self, deterministic_algorithms(self.deterministic), memory_errors(self.device):
             try:
                 self._emit("fit_start")
                 while not self._done:

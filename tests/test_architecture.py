@@ -22,6 +22,7 @@ FLOORS = {
         "trainer",
         "evaluator",
         "backward",
+        "cuda_graph",
         "trainer_state",
         "snapshot",
         "checkpoint",
