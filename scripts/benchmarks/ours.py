@@ -1,0 +1,63 @@
+"""Our Trainer, from Python."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import framework as fw
+from benchmarks.contender import EPOCHS, LOG_EVERY, Job, Watch
+from framework.optimizer import implementation
+from framework.status import Status
+from framework.trainer import Trainer
+
+CALLBACKS = ("progress", "checkpoint", "non_finite", "gradient_norm")  # what `framework train` has by default
+LOGGERS = ("tensorboard", "json_lines")
+
+
+class RoundEnds(fw.Callback):
+    """Tells the watch of the end of each epoch; the last of the callbacks, so that the others have done their part."""
+
+    def __init__(self, watch: Watch):
+        self.watch = watch
+
+    def on_epoch_end(self, trainer: Trainer) -> None:
+        if self.watch.round_ends:  # what is still being written belongs to this round, not to whoever comes next
+            for callback in trainer.callbacks:
+                callback.finish_saving()
+        self.watch.epoch_end()
+
+
+def eager(job: Job, watch: Watch) -> None:
+    train(job, watch)
+
+
+def compiled(job: Job, watch: Watch) -> None:
+    train(job, watch, compile="step")
+
+
+def train(job: Job, watch: Watch, **settings: Any) -> None:
+    """Fit for as many epochs as the watch wants, with what `framework train` has besides if the mode is typical."""
+    fw.discover()
+    callbacks: list[fw.Callback] = [RoundEnds(watch)]
+    loggers: Sequence[fw.Logger] = ()
+    if job.typical:
+        callbacks = [*(fw.callbacks.build(name) for name in CALLBACKS), Status(), *callbacks]
+        loggers = [fw.loggers.build(name) for name in LOGGERS]
+    model, parts = job.model(), {name: fw.TensorSplit(*job.tensors(name)) for name in ("train", "val")}
+    settings |= {"log_every": f"{LOG_EVERY}steps", "device": job.device, "folder": Path(job.folder)}
+    trainer = fw.Trainer(max_epochs=EPOCHS, callbacks=callbacks, loggers=loggers, **settings)
+    parameters = list(model.parameters())
+    fused = implementation(torch.optim.AdamW, parameters)  # as `framework train` chooses it
+    optimizer = torch.optim.AdamW(parameters, lr=job.lr, fused=fused.get("fused"))
+    watch.on(model, optimizer)
+    trainer.fit(
+        model,
+        parts["train"],
+        val=parts["val"] if job.typical else None,
+        task=torch.nn.CrossEntropyLoss(),
+        optimizer=optimizer,
+        metrics=[fw.metrics.build("accuracy")] if job.typical else [],
+        batch_size=job.batch_size,
+    )
