@@ -91,6 +91,8 @@ class Trainer(Evaluator):
         if max_epochs is None and max_steps is None:
             raise SettingError("a Trainer needs max_epochs or max_steps")
         super().__init__(device, precision, deterministic, seed, MicroBatches(micro_batch))
+        if compile == "cuda_graph" and self.device.type != "cuda":
+            raise SettingError(f"compile=cuda_graph needs a CUDA device, not {self.device}")
         self.max_epochs, self.max_steps = max_epochs, max_steps
         self.validate_every = Cadence(validate_every, "validate_every")
         self.log_every = Cadence(log_every, "log_every")
@@ -127,7 +129,7 @@ class Trainer(Evaluator):
             val: what to validate on, if not the data's own val split.
             schedule: step -> factor on each group's learning rate.
             metrics: measured on training batches and on validation.
-            batch_size: for a `Data` or a split.
+            batch_size: for a `Data` or a split; four times as much in validation.
             resume: what `state_dict` gave, to go on from there; exactly so, unless a DataLoader of yours shuffles
                 and the run was cut in mid-epoch.
 
@@ -143,7 +145,7 @@ class Trainer(Evaluator):
             val = data.val if val is None else val
             data = data.train
         self.train_batches = self._batches(data, batch_size, shuffle=True)
-        self.val_batches = None if val is None else self._batches(val, batch_size)
+        self.val_batches = None if val is None else self._batches(val, 4 * batch_size)  # without gradients
         self.metrics = list(metrics)
         self._prepare(resume)
         with self, deterministic_algorithms(self.deterministic), memory_errors(self.device):

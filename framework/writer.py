@@ -22,14 +22,16 @@ class Job(NamedTuple):
 class Writer:
     """Copies a state at once, and lets a thread write the copies, in the order of their submission.
 
-    However often one saves, writing takes no more than a fifth of the time: the thread rests after each, and a state
-    that waits meanwhile is dropped when it need not be written any more. So what a kill costs is at most what came
-    after the newest state on the disk: an interval and a few writes, of milliseconds for a small model. Large ones do
-    not pile up in memory; the next waits until the one before is written.
+    However often one saves, there is a write a second at most, and writing takes no more than a fifth of the time: the
+    thread rests after each (it would slow down the steps of a small model, as Python runs one thread at a time), and a
+    state that waits meanwhile is dropped when it need not be written any more. So a kill costs what came after the
+    newest state on the disk: an interval, a second, and what a few writes take. Large states do not pile up in memory;
+    the next waits until the one before is written.
     What goes wrong in a save is raised by the next `submit`, `check` or `join`. The program ends when all is written.
     """
 
     rest = 4.0  # seconds for each second of writing
+    pause = 1.0  # seconds, at least
     most_bytes = 256 * 2**20  # of copies, besides one
 
     def __init__(self) -> None:
@@ -86,7 +88,9 @@ class Writer:
                 self.spare.append(job.copies)
                 self.writing = False
                 self.changed.notify_all()
-                self.changed.wait_for(lambda: self.hurry, timeout=self.rest * (time.monotonic() - began))
+                self.changed.wait_for(
+                    lambda: self.hurry, timeout=max(self.pause, self.rest * (time.monotonic() - began))
+                )
 
     def _next(self) -> Job | None:
         """Return what to write now; after an error nothing is written any more."""

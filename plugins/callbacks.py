@@ -147,7 +147,7 @@ class Checkpoint(Callback):
         mode: Mode = "auto",
         keep: PositiveInt = 2,
         best: PositiveInt = 1,
-        background: Literal["auto", "always", "never"] = "auto",
+        background: bool = True,
     ):
         """Say when to save and what to keep.
 
@@ -157,8 +157,8 @@ class Checkpoint(Callback):
             mode: whether low (min) or high (max) is better; auto: as the metric itself says.
             keep: how many of the newest stay (those with NaN in the weights do not count).
             best: how many of the best stay.
-            background: write while training goes on, from a copy in memory, for a fifth of the time at most; what
-                would be removed before its turn comes is then never written.
+            background: write while training goes on, from a copy in memory, once a second at most; what would be
+                removed before its turn comes is then never written. false: training waits until it is on the disk.
         """
         self.cadence, self.keep, self.background = Cadence(every), keep, background
         self.best = None if monitor is None else Best(monitor, mode, most=best)
@@ -230,7 +230,7 @@ class Checkpoint(Callback):
         state = (self.folder, model, training, step, trainer.manifest)
         pinned = self._pinned(trainer)
         then = partial(self._keep, step, pinned, self._is_best(step))
-        if self.background == "never":
+        if not self.background:
             then(save(*state))
         else:
             self.recent = [*self.recent, step][-self.keep :]

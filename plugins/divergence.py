@@ -144,7 +144,8 @@ def gradients(trainer: Trainer) -> list[Tensor]:
     """All gradients of the optimizer's parameters; none where a scaler looks after them."""
     if trainer.precision.scaler is not None:
         return []
-    return [p.grad for group in trainer.optimizer.param_groups for p in group["params"] if p.grad is not None]
+    groups = trainer.optimizer.param_groups
+    return [grad for group in groups for p in group["params"] if (grad := p.grad) is not None]
 
 
 def values(grad: Tensor) -> Tensor:

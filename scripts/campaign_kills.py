@@ -35,7 +35,7 @@ MODELS = {
     "transformer": ["model=transformer", "model.width=16", "model.depth=1", "model.heads=2", "model.dropout=0.1"],
 }
 MODELS["transformer"] += ["data.image=true"]
-BACKGROUND, EACH_STEP = "callbacks.checkpoint.background=always", "callbacks.checkpoint.every=1steps"
+BACKGROUND, EACH_STEP = "callbacks.checkpoint.background=true", "callbacks.checkpoint.every=1steps"
 AUGMENTED, FP16 = ["data=noisy_digits"], ["trainer.precision=fp16"]
 TWISTS = {
     "plain": [],
@@ -181,7 +181,7 @@ def choose(number: int, root: Path) -> tuple[str, list[str]]:
     fixed = [f"run.root={root}", f"seed={number}", f"trainer.max_steps={STEPS}", "trainer.max_epochs=null"]
     fixed += ["trainer.validate_every=10steps", "trainer.log_every=5steps", "loader.batch_size=64", "resume=auto"]
     fixed += ["callbacks=[witness,checkpoint,non_finite,gradient_norm]", f"callbacks.checkpoint.every={EVERY}steps"]
-    fixed += ["callbacks.checkpoint.background=never"]
+    fixed += ["callbacks.checkpoint.background=false"]
     return f"{model}, {twist}", [*fixed, *MODELS[model], *TWISTS[twist]]
 
 

@@ -70,7 +70,7 @@ class Case:
 def cases() -> list[Case]:
     """Every sort of save, on the training thread and off it."""
     found = []
-    for background, where in {"never": "", "always": ", background"}.items():
+    for background, where in {False: "", True: ", background"}.items():
         settings = {"keep": 9, "monitor": None, "background": background}
         found += [
             Case(f"new step{where}", settings),

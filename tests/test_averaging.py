@@ -115,7 +115,7 @@ def test_a_checkpoint_has_the_average_to_use_and_the_weights_to_go_on_with(tmp_p
 
 @pytest.mark.parametrize("first", ["ema", "checkpoint"])
 @pytest.mark.parametrize("at", [3, 4, 12])
-@pytest.mark.parametrize("background", ["always", "never"])
+@pytest.mark.parametrize("background", [True, False])
 def test_a_resumed_average_is_bitwise_the_uninterrupted_one(tmp_path, first, at, background):
     class Stop(Callback):
         def on_step_end(self, trainer):

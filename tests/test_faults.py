@@ -155,7 +155,7 @@ def fit(folder, split, *callbacks, epochs=3, batch_size=4, **settings):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("background", ["always", "never"])
+@pytest.mark.parametrize("background", [True, False])
 def test_a_signal_to_the_group_ends_the_run_with_a_checkpoint_of_its_last_step(tmp_path, number, background):
     child = os.fork()
     if child == 0:
@@ -240,7 +240,7 @@ def test_a_kill_while_saving_in_the_background_leaves_the_one_before(tmp_path):
     for number in range(8):
         child = os.fork()
         if child == 0:
-            saving = fw.callbacks.build("checkpoint", monitor=None, every="1steps", background="always")
+            saving = fw.callbacks.build("checkpoint", monitor=None, every="1steps", background=True)
             fit(tmp_path, Squares(), Fill(300_000), saving, epochs=10**6, workers=number % 3)
             os._exit(0)
         wait_for(lambda: newest(tmp_path / "checkpoints")[0] is not None)
@@ -257,7 +257,7 @@ def test_a_kill_while_saving_in_the_background_leaves_the_one_before(tmp_path):
 
 def test_a_link_to_the_best_that_a_kill_prevented_is_made_when_the_run_goes_on(tmp_path):
     def saving():
-        return fw.callbacks.build("checkpoint", monitor="train/loss", background="never")
+        return fw.callbacks.build("checkpoint", monitor="train/loss", background=False)
 
     trainer, _ = fit(tmp_path, Squares(), saving())
     best = tmp_path / "checkpoints" / "best"
@@ -272,7 +272,7 @@ def test_a_link_to_the_best_that_a_kill_prevented_is_made_when_the_run_goes_on(t
     assert str(best.readlink()) == str(led_to) == checkpoint.folder_name(step)
 
 
-@pytest.mark.parametrize("background", ["always", "never"])
+@pytest.mark.parametrize("background", [True, False])
 def test_what_goes_wrong_in_saving_ends_the_run_at_the_next_step_and_leaves_the_one_before(
     tmp_path, monkeypatch, background
 ):
@@ -289,7 +289,7 @@ def test_what_goes_wrong_in_saving_ends_the_run_at_the_next_step_and_leaves_the_
     with pytest.raises(CheckpointError, match=r"step \d+ cannot be saved in .*: No space left on device"):
         fit(tmp_path, Squares(), saving)
     good = [step for step in steps if step < 3]  # in the background the disk may be too slow for each
-    assert background == "always" or steps == [1, 2, 3]
+    assert background or steps == [1, 2, 3]
     assert steps[len(good)] >= 3
     found = newest(tmp_path / "checkpoints")[0]
     assert found == (tmp_path / "checkpoints" / checkpoint.folder_name(good[-1]) if good else None)

@@ -57,6 +57,7 @@ def test_without_a_word_on_what_stays_all_is_written(tmp_path):
 
 def test_writing_takes_a_fifth_of_the_time_at_most(tmp_path):
     writer, spans = Writer(), []
+    writer.pause = 0
 
     def slow(written):
         began = time.monotonic()
@@ -73,6 +74,21 @@ def test_writing_takes_a_fifth_of_the_time_at_most(tmp_path):
     writer.join()
     assert 3 <= written <= 0.6 / (5 * 0.02) + 1
     assert all(after[0] - before[1] >= 4 * 0.02 for before, after in itertools.pairwise(spans[:written]))
+
+
+def test_there_is_a_write_a_second_at_most(tmp_path):
+    writer = Writer()
+    end = time.monotonic() + 0.5
+    for step in range(10**6):
+        submit(writer, tmp_path, step, stays=())
+        time.sleep(0.002)
+        if time.monotonic() > end:
+            break
+    assert steps(tmp_path) == [0]
+    began = time.monotonic()
+    writer.join()  # hurries
+    assert time.monotonic() - began < 0.4
+    assert steps(tmp_path) == [0, step]
 
 
 def test_copies_do_not_pile_up_in_memory(tmp_path, monkeypatch):
