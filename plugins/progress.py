@@ -1,5 +1,6 @@
 """The progress of a run at the terminal: a live bar, or plain lines where nobody looks."""
 
+import math
 import os
 import sys
 import time
@@ -35,6 +36,7 @@ class Progress(Callback):
         self.style, self.interval = style, 1 / per_second
         self.live: Live | None = None
         self.next_drawing = 0.0
+        self.validation_seconds = math.inf  # that the last one took
         self.printed: Any = None
 
     def on_fit_start(self, trainer: Trainer) -> None:
@@ -49,10 +51,12 @@ class Progress(Callback):
             self._draw("")
 
     def on_validation_start(self, trainer: Trainer) -> None:
-        if self.live is not None:
+        self.validating_since = time.monotonic()
+        if self.live is not None and self.validation_seconds > self.interval:  # a short one is not worth a drawing
             self._draw("validating")
 
     def on_validation_end(self, trainer: Trainer) -> None:
+        self.validation_seconds = time.monotonic() - self.validating_since
         self._print(trainer.state)
 
     def on_epoch_end(self, trainer: Trainer) -> None:

@@ -15,7 +15,7 @@ Tensors = tuple[Tensor, Tensor]
 
 
 class Workload(NamedTuple):
-    """Something to train, small enough that a round of it takes about a second."""
+    """Something to train, small enough that a round of it takes a second or two."""
 
     model: Callable[[], nn.Module]
     batch_size: int
@@ -64,7 +64,7 @@ class CharacterTransformer(nn.Module):
 
 
 WORKLOADS = {  # model, batch size, learning rate, epochs a round, training samples, validation samples
-    "mlp": Workload(mlp, 32, 1e-3, 10, 1437, 360),
+    "mlp": Workload(mlp, 32, 1e-3, 25, 1437, 360),
     "cnn": Workload(cnn, 32, 1e-3, 1, 1920, 256),
     "transformer": Workload(CharacterTransformer, 16, 1e-3, 1, 640, 128),
     "wide": Workload(wide, 256, 1e-3, 1, 5120, 512),
