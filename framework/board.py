@@ -23,9 +23,8 @@ def serve(root: Path, port: int) -> int:
     try:
         address = server.launch()
     except program.TensorBoardServerException as error:
-        raise FrameworkError(
-            f"TensorBoard cannot start: {str(error).splitlines()[0]} (--port chooses another)"
-        ) from error
+        why = str(error).splitlines()[0]
+        raise FrameworkError(f"TensorBoard cannot start: {why} (--port chooses another)") from error
     print(f"TensorBoard shows {root} at {address} (Ctrl-C ends it)", flush=True)
     done = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

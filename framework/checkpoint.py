@@ -16,9 +16,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -28,8 +27,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .discovery import package_version
 from .errors import CheckpointError
-from .snapshot import Snapshot, bytes_of, snapshot
+from .shapes import first_line
+from .snapshot import Facts, Snapshot, Weights, bytes_of, snapshot
 
 MODEL, TRAINING, MANIFEST = FILES = ("model.safetensors", "training.pt", "MANIFEST.json")
 SCHEMA = 1
@@ -41,20 +42,14 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UNWRITABLE = (OSError, RuntimeError, SafetensorError)  # torch wraps the OSError, safetensors names only its number
 
 
-def save(
-    folder: Path,
-    model_state: Mapping[str, Tensor],
-    training_state: Any,
-    step: int,
-    run: Mapping[str, Any] | None = None,
-) -> Path:
+def save(folder: Path, model: Weights, training: Any, step: int, run: Facts = None) -> Path:
     """Write the checkpoint of a step and return its folder; one of the same step is replaced.
 
     run: facts for the manifest (plain JSON types), such as the run's id.
     Raises CheckpointError when a value is not plain (named by its path, "callbacks.early_stop.best"), and when the
     files cannot be written (named, with the bytes needed and free if the disk is full); nothing is left behind then.
     """
-    return commit(folder, snapshot(model_state, training_state, step, run))
+    return commit(folder, snapshot(model, training, step, run))
 
 
 def commit(folder: Path, taken: Snapshot) -> Path:
@@ -69,22 +64,20 @@ def commit(folder: Path, taken: Snapshot) -> Path:
         write(beside, taken)
         return publish(beside, folder / folder_name(taken.step))
     except UNWRITABLE as error:
-        raise CheckpointError(
-            f"step {taken.step} cannot be saved in {folder}: {cause(error, folder, needed)}"
-        ) from error
+        why = cause(error, folder, needed)
+        raise CheckpointError(f"step {taken.step} cannot be saved in {folder}: {why}") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)  # after a success it is no longer there
 
 
-def load(checkpoint: Path, map_location: str | torch.device = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Verify a checkpoint and return (model state on that device, training state on the CPU).
+def load(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Verify a checkpoint and return (model state, training state), on the CPU.
 
-    The training state stays on the CPU because generator states must, and optimizers move theirs by themselves.
     Raises CheckpointError naming the file that is missing, damaged or not to be trusted.
     """
     verify(checkpoint)
     try:
-        with safe_open(checkpoint / MODEL, "pt", device=str(map_location)) as file:
+        with safe_open(checkpoint / MODEL, "pt", device="cpu") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
             tied = json.loads((file.metadata() or {}).get("tied", "{}"))
         tensors |= {name: tensors[first] for name, first in tied.items()}
@@ -238,7 +231,7 @@ def write(folder: Path, taken: Snapshot) -> None:
         "files": {name: measured(folder / name) for name in (MODEL, TRAINING)},
         "nan": [name for name, tensor in taken.tensors.items() if holds_nan(tensor)],
         "torch": torch.__version__,
-        "framework": framework_version(),
+        "framework": package_version("framework") or "unknown",
         "run": taken.run,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -298,13 +291,6 @@ def own_sha256(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def framework_version() -> str:
-    try:
-        return version("framework")
-    except PackageNotFoundError:  # read from a folder, not installed
-        return "unknown"
-
-
 # errors in words
 
 
@@ -323,7 +309,3 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

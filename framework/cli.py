@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,6 +19,10 @@ from .help import BOARD, EVAL, HELP, LIST, PLAN, PREDICT, RESUME, SHOW, TRAIN
 
 STARTED = time.monotonic()
 TRACEBACK = "--traceback"
+RUN: dict[str, Any] = {"type": Path, "help": "the folder of a run"}
+CHECKPOINT: dict[str, Any] = {"default": "best", "metavar": "WHICH"}
+CHECKPOINT["help"] = "best (default), last, or the folder of a checkpoint"
+JSON: dict[str, Any] = {"action": "store_true", "help": "for programs"}
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -84,17 +89,13 @@ class Parser(argparse.ArgumentParser):
     """A parser whose complaints are ours."""
 
     def __init__(self, verb: str, does: str, epilog: str):
-        super().__init__(
-            prog=f"framework {verb}",
-            description=does,
-            epilog=epilog,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        self.add_argument(
-            "--plugins", action="append", default=[], metavar="FILE", help="parts of your own, or a module"
-        )
+        super().__init__(f"framework {verb}", description=does, epilog=epilog, allow_abbrev=False)
+        self.formatter_class = argparse.RawDescriptionHelpFormatter
+        self.repeated("--plugins", metavar="FILE", help="parts of your own, or a module")
         self.add_argument(TRACEBACK, action="store_true", help="show where an error arose")
+
+    def repeated(self, flag: str, **about: Any) -> None:
+        self.add_argument(flag, action="append", default=[], **about)
 
     def error(self, message: str) -> NoReturn:
         raise FrameworkError(f"{message} (`{self.prog} --help` shows how)")
@@ -103,35 +104,43 @@ class Parser(argparse.ArgumentParser):
 def composing(verb: str, does: str, epilog: str) -> Parser:
     parser = Parser(verb, does, epilog)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="what differs from the default experiment")
-    parser.add_argument(
-        "--config-dir", action="append", default=[], type=Path, metavar="DIR", help="a folder with experiment/*.yaml"
-    )
+    parser.repeated("--config-dir", type=Path, metavar="DIR", help="a folder with experiment/*.yaml")
     parser.add_argument("--cfg", choices=["job", "hydra", "all"], help="print the composed config and stop")
     parser.add_argument("--resolve", action="store_true", help="with --cfg: fill in the references")
     shown = ("defaults", "defaults-tree", "searchpath", "config", "plugins", "all")
     parser.add_argument("--info", choices=shown, metavar="WHAT", help=f"print and stop: {', '.join(shown)}")
+    parser.set_defaults(multirun=False)
     return parser
 
 
-def command_line(given: argparse.Namespace) -> Any:
+def command_line(parser: Parser, given: argparse.Namespace) -> Any:
+    if bool(given.multirun) + bool(given.cfg) + bool(given.info) > 1:
+        parser.error("-m runs a sweep, --cfg and --info only show: give one of them")
+    if given.resolve and not given.cfg:
+        parser.error("--resolve goes with --cfg")
     from .compose import CommandLine
 
-    flags = [f"--cfg={given.cfg}"] if given.cfg else []
-    flags += ["--resolve"] if given.resolve else []
-    flags += [f"--info={given.info}"] if given.info else []
-    flags += ["--multirun"] if getattr(given, "multirun", False) else []
-    return CommandLine(given.overrides, flags, given.plugins, given.config_dir)
+    shown = {name: vars(given)[name] for name in ("multirun", "cfg", "resolve", "info")}
+    return CommandLine(given.overrides, given.plugins, given.config_dir, **shown)
+
+
+def tell(as_json: bool, value: Any, table: Callable[[], Any]) -> None:
+    """Print a value for programs, or the table of it for people."""
+    if as_json:
+        print(json.dumps(value, indent=2))
+    else:
+        from .describe import console
+
+        console().print(table())
 
 
 def train(arguments: list[str]) -> None:
     parser = composing("train", "Compose an experiment and train it.", TRAIN)
-    parser.add_argument(
-        "-m", "--multirun", action="store_true", help="sweep: try every combination of a,b,c or range(3)"
-    )
+    sweep = "sweep: try every combination of a,b,c or range(3)"
+    parser.add_argument("-m", "--multirun", action="store_true", help=sweep)
     parser.add_argument("--inexact", action="store_true", help="resume though settings would change the outcome")
     given = parser.parse_intermixed_args(arguments)
-    if given.multirun and (given.cfg or given.info):
-        parser.error("-m runs a sweep, --cfg and --info only show: give one of them")
+    line = command_line(parser, given)
     from .compose import Job, run as compose
 
     def job(composed: Job) -> None:
@@ -139,10 +148,9 @@ def train(arguments: list[str]) -> None:
         from .report import print_result
 
         started = None if composed.number else STARTED  # the first job has waited for the imports
+        what = composed.spec, composed.experiment, composed.overrides
         try:
-            result = train_experiment(
-                composed.spec, composed.experiment, composed.overrides, started, inexact=given.inexact
-            )
+            result = train_experiment(*what, started, inexact=given.inexact)
         except Exception as error:
             if composed.number is not None:
                 print(f"framework: job {composed.number} failed: {composed.label}", file=sys.stderr)
@@ -152,12 +160,12 @@ def train(arguments: list[str]) -> None:
         if result.signal is not None:
             sys.exit(128 + result.signal)  # also out of a sweep: the other jobs are not begun
 
-    compose(command_line(given), job)
+    compose(line, job)
 
 
 def resume(arguments: list[str]) -> int:
     parser = Parser("resume", "Go on with a run that was cut off, as if it had not been.", RESUME)
-    parser.add_argument("run", type=Path, help="the folder of a run")
+    parser.add_argument("run", **RUN)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="what is to differ from here on")
     parser.add_argument("--inexact", action="store_true", help="though settings would change the outcome")
     given = parser.parse_intermixed_args(arguments)
@@ -179,32 +187,27 @@ def resume(arguments: list[str]) -> int:
 
 def plan(arguments: list[str]) -> None:
     parser = composing("plan", "Show what an experiment would be, without training.", PLAN)
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--json", **JSON)
     given = parser.parse_intermixed_args(arguments)
+    line = command_line(parser, given)
     from .compose import Job, run as compose
 
     def job(composed: Job) -> None:
-        from .describe import console
         from .experiment import Experiment
         from .plan import render
 
         made = Experiment(composed.spec).plan()
-        if given.json:
-            print(json.dumps(made.as_dict(), indent=2))
-        else:
-            console().print(render(made))
+        tell(given.json, asdict(made), lambda: render(made))
 
-    compose(command_line(given), job)
+    compose(line, job)
 
 
 def evaluate(arguments: list[str]) -> None:
     parser = Parser("eval", "Measure a trained run on a split of its data.", EVAL)
-    parser.add_argument("run", type=Path, help="the folder of a run")
+    parser.add_argument("run", **RUN)
     parser.add_argument("--split", choices=["train", "val", "test"], default="test")
-    parser.add_argument(
-        "--checkpoint", default="best", metavar="WHICH", help="best (default), last, or the folder of a checkpoint"
-    )
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--checkpoint", **CHECKPOINT)
+    parser.add_argument("--json", **JSON)
     given = parser.parse_args(arguments)
     trained = opened(given)
     values = trained.evaluate(given.split)
@@ -218,14 +221,11 @@ def evaluate(arguments: list[str]) -> None:
 
 def predict(arguments: list[str]) -> None:
     parser = Parser("predict", "Run a trained model on a file.", PREDICT)
-    parser.add_argument("run", type=Path, help="the folder of a run")
-    parser.add_argument(
-        "--input", type=Path, required=True, metavar="FILE", help="like those that the run's data set reads"
-    )
+    parser.add_argument("run", **RUN)
+    like = "like those that the run's data set reads"
+    parser.add_argument("--input", type=Path, required=True, metavar="FILE", help=like)
     parser.add_argument("--output", required=True, metavar="FILE", help=".csv, .jsonl, .npz, or - for the terminal")
-    parser.add_argument(
-        "--checkpoint", default="best", metavar="WHICH", help="best (default), last, or the folder of a checkpoint"
-    )
+    parser.add_argument("--checkpoint", **CHECKPOINT)
     given = parser.parse_args(arguments)
     from .report import check_output, write_predictions
 
@@ -270,34 +270,27 @@ def plugins_of(run: Path) -> list[str]:
 def list_parts(arguments: list[str]) -> None:
     parser = Parser("list", "List the kinds of parts, or the parts of one kind.", LIST)
     parser.add_argument("kind", nargs="?")
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--json", **JSON)
     given = parser.parse_args(arguments)
     from . import describe
     from .index import find_index
 
     index = find_index(given.plugins)
     kind = given.kind and describe.kind_of(index, given.kind)
-    if given.json:
-        print(
-            json.dumps({k: list(index.kinds[k]["parts"].values()) for k in ([kind] if kind else index.kinds)}, indent=2)
-        )
-    else:
-        describe.console().print(describe.list_parts(index, kind) if kind else describe.list_kinds(index))
+    parts = {each: list(index.kinds[each]["parts"].values()) for each in ([kind] if kind else index.kinds)}
+    tell(given.json, parts, lambda: describe.list_parts(index, kind) if kind else describe.list_kinds(index))
 
 
 def show(arguments: list[str]) -> None:
     parser = Parser("show", "Show a part: what it does, its settings, where it is written.", SHOW)
     parser.add_argument("part", metavar="KIND/NAME")
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--json", **JSON)
     given = parser.parse_args(arguments)
     from . import describe
     from .index import find_index
 
     part = describe.find(find_index(given.plugins), given.part)
-    if given.json:
-        print(json.dumps(part, indent=2))
-    else:
-        describe.console().print(describe.show(part))
+    tell(given.json, part, lambda: describe.show(part))
 
 
 def board(arguments: list[str]) -> int:
@@ -311,13 +304,12 @@ def board(arguments: list[str]) -> int:
 
 
 def completion(arguments: list[str]) -> None:
-    parser = Parser(
-        "completion", "Print a script that completes words with TAB.", "source <(framework completion bash)"
-    )
-    parser.add_argument("shell", choices=["bash", "zsh", "fish"])
-    from .completion import script
+    from .completion import SCRIPTS
 
-    print(script(parser.parse_args(arguments).shell))
+    example = "source <(framework completion bash)"
+    parser = Parser("completion", "Print a script that completes words with TAB.", example)
+    parser.add_argument("shell", choices=SCRIPTS)
+    print(SCRIPTS[parser.parse_args(arguments).shell])
 
 
 VERBS: dict[str, Callable[[list[str]], int | None]] = {

@@ -5,12 +5,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from .errors import UnknownName, did_you_mean
 from .index import Index, find_index
 
 VERBS = ("train", "resume", "eval", "predict", "list", "show", "plan", "board", "completion")
 WITH_OVERRIDES = ("train", "plan")
-SHELLS = ("bash", "zsh", "fish")
 
 BASH = r"""# TAB completion of framework. To keep it: framework completion bash >> ~/.bashrc
 _framework_complete() {
@@ -61,13 +59,8 @@ complete -c framework -F -n '__fish_seen_subcommand_from eval predict board'
 """
 
 
-def script(shell: str) -> str:
-    """Return the script that a shell must read. Raises UnknownName for another shell."""
-    scripts = {"bash": BASH, "zsh": ZSH, "fish": FISH}
-    if shell not in scripts:
-        raise UnknownName(f"there is no completion for {shell!r}; {did_you_mean(shell, SHELLS)}")
-    return scripts[shell]
-
+SCRIPTS = {"bash": BASH, "zsh": ZSH, "fish": FISH}
+"""What each shell must read."""
 
 Choice = dict[str, Any]
 """What may follow `setting=`, as `setting_as_dict` returns it."""
@@ -99,7 +92,7 @@ def candidates(words: list[str], index: Index) -> list[str]:
         return starting(current, index.keys)
     if verb == "show":
         return shown(current, index)
-    return starting(current, SHELLS) if verb == "completion" else []
+    return starting(current, SCRIPTS) if verb == "completion" else []
 
 
 def starting(current: str, options: Iterable[str]) -> list[str]:

@@ -1,29 +1,33 @@
-"""Composition: a command line becomes a checked Spec, through Hydra's own main so that -m, launchers and TAB work."""
+"""Composition: a command line becomes a checked Spec, through Hydra, so that sweepers, launchers and --cfg work."""
 
 import os
 import re
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import hydra
+from hydra import version
 from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .discovery import discover
+from .discovery import discover, shorter
 from .errors import ConfigError, FrameworkError, PluginError, did_you_mean
 from .overrides import Overrides, as_typed, groups, rewrite
-from .sources import File, FileConfigSource, Sources, line_with, read_yaml, searching, shorter
+from .sources import File, FileConfigSource, Sources, line_with, read_yaml, searching
 from .spec import Spec, read_spec
 from .store import fill_store
+
+Through = Callable[[Callable[[Any], None]], None]
+"""Lets Hydra call a function with each config that it composes."""
 
 
 @dataclass
@@ -39,24 +43,22 @@ class Job:
 
 @dataclass
 class CommandLine:
-    """What `train` and `plan` take: overrides, Hydra's flags, and ours."""
+    """What `train` and `plan` take. With `cfg` or `info` Hydra only prints what is composed, and no job checks it."""
 
     overrides: list[str] = field(default_factory=list)
-    flags: list[str] = field(default_factory=list)
     plugins: list[str] = field(default_factory=list)
     folders: list[Path] = field(default_factory=list)
-
-    @property
-    def multirun(self) -> bool:
-        return "--multirun" in self.flags
-
-    def chooses(self, group: str) -> bool:
-        return any(override.lstrip("+").startswith(f"{group}=") for override in self.overrides)
+    multirun: bool = False
+    cfg: str | None = None
+    resolve: bool = False
+    info: str | None = None
 
     @property
     def shows(self) -> bool:
-        """Whether Hydra only prints what is composed, so that no job checks it."""
-        return any(flag.startswith(("--cfg", "--info")) for flag in self.flags)
+        return bool(self.cfg or self.info)
+
+    def chooses(self, group: str) -> bool:
+        return any(override.lstrip("+").startswith(f"{group}=") for override in self.overrides)
 
 
 def run(line: CommandLine, task: Callable[[Job], Any]) -> None:
@@ -75,35 +77,28 @@ def run(line: CommandLine, task: Callable[[Job], Any]) -> None:
     if overrides.problems and line.shows:
         raise ConfigError(overrides.problems)
     with searching(folders) as files, tempfile.TemporaryDirectory(prefix="framework-") as scratch:
-        arguments = hydra_arguments(line, overrides, Path(scratch))
-
-        def compose(config: Any) -> Job:
-            return make_job(config, line, overrides, files, plugins)
-
+        through_hydra = partial(hydra_main, line, hydra_arguments(overrides, Path(scratch)), folders)
+        compose = partial(make_job, line, overrides, files, plugins)
         try:
-            if not line.multirun or line.shows or line.chooses("hydra/sweeper"):
-                settle(launch(arguments, folders, compose, task))
-                return
-            jobs = compose_sweep(arguments, folders, compose)
-            if line.chooses("hydra/launcher"):
-                settle(launch(arguments, folders, compose, task))
+            known = line.multirun and not line.chooses("hydra/sweeper")  # which jobs there will be
+            jobs = compose_sweep(through_hydra, compose) if known else []
+            if not known or line.chooses("hydra/launcher"):
+                settle(launch(through_hydra, compose, task))
             else:
                 settle([failure(task, job) for job in jobs])
         except ConfigError as error:
             raise ConfigError(dict.fromkeys([*overrides.problems, *error.problems])) from error.__cause__
 
 
-def hydra_arguments(line: CommandLine, overrides: Overrides, scratch: Path) -> list[str]:
+def hydra_arguments(overrides: Overrides, scratch: Path) -> list[str]:
     """Return Hydra's arguments: with those that keep it from writing folders, files and logs of its own."""
     own = {"hydra.run.dir": ".", "hydra.output_subdir": "null", "hydra.sweep.dir": scratch, "hydra.sweep.subdir": "."}
     own |= {"hydra/job_logging": "none", "hydra/hydra_logging": "none"}
     ours = [f"{key}={value}" for key, value in own.items() if key.replace("/", ".") not in overrides.typed]
-    return [*line.flags, *ours, *overrides.arguments]
+    return [*ours, *overrides.arguments]
 
 
-def launch(
-    arguments: list[str], folders: list[Path], compose: Callable[[Any], Job], task: Callable[[Job], Any]
-) -> list[Exception | None]:
+def launch(through_hydra: Through, compose: Callable[[Any], Job], task: Callable[[Job], Any]) -> list[Exception | None]:
     """Let Hydra run the task on each job it makes; returns how each failed, or None."""
     outcomes: list[Exception | None] = []
     here = os.getpid()
@@ -116,7 +111,7 @@ def launch(
         if outcomes[-1] is not None and os.getpid() != here:
             raise outcomes[-1]  # from a launcher's process only Hydra can tell; here it would use its own words
 
-    hydra_main(arguments, folders, job)
+    through_hydra(job)
     return outcomes
 
 
@@ -140,12 +135,35 @@ def settle(outcomes: list[Exception | None]) -> None:
         raise counted
 
 
-def hydra_main(arguments: list[str], folders: list[Path], job: Callable[[Any], None]) -> None:
-    with arguments_of(arguments), raising(), composing_once():
-        hydra.main(version_base="1.3", config_path=str(folders[0]), config_name="config")(job)()
+def hydra_main(line: CommandLine, arguments: list[str], folders: list[Path], job: Callable[[Any], None]) -> None:
+    """Let Hydra compose, and print what was asked for or run the job on what it made. Its errors are raised as ours.
+
+    Its sweeper is spared a rehearsal, of composing each job before any runs: whether that can be done is known here.
+    """
+    version.setbase("1.3")
+    rehearsal, Sweeper.validate_batch_is_legal = Sweeper.validate_batch_is_legal, nothing  # type: ignore[method-assign]
+    try:
+        hydra = Hydra.create_main_hydra2("compose", create_config_search_path(str(folders[0])))
+        if line.cfg:
+            hydra.show_cfg("config", arguments, line.cfg, package=None, resolve=line.resolve)
+        elif line.info:
+            hydra.show_info(line.info, "config", arguments)
+        elif line.multirun:
+            hydra.multirun("config", job, [*arguments, "hydra.mode=MULTIRUN"])
+        else:
+            hydra.run("config", job, [*arguments, "hydra.mode=RUN"])
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError([words_of(error)]) from error
+    finally:
+        Sweeper.validate_batch_is_legal = rehearsal  # type: ignore[method-assign]
+        GlobalHydra.instance().clear()
 
 
-def compose_sweep(arguments: list[str], folders: list[Path], compose: Callable[[Any], Job]) -> list[Job]:
+def nothing(*_: Any, **__: Any) -> None:
+    return None
+
+
+def compose_sweep(through_hydra: Through, compose: Callable[[Any], Job]) -> list[Job]:
     """Compose every job of a sweep without running any. Raises ConfigError with all their problems."""
     problems: dict[str, None] = {}
     jobs: list[Job] = []
@@ -156,7 +174,7 @@ def compose_sweep(arguments: list[str], folders: list[Path], compose: Callable[[
         except ConfigError as error:
             problems.update(dict.fromkeys(error.problems))
 
-    hydra_main(arguments, folders, collect)
+    through_hydra(collect)
     names = [str(job.spec.sections["run"]["name"]) for job in jobs]
     taken = next((name for name in names if name != "None" and names.count(name) > 1), None)
     if taken is not None:
@@ -166,7 +184,7 @@ def compose_sweep(arguments: list[str], folders: list[Path], compose: Callable[[
     return jobs
 
 
-def make_job(config: Any, line: CommandLine, overrides: Overrides, files: list[File], plugins: list[str]) -> Job:
+def make_job(line: CommandLine, overrides: Overrides, files: list[File], plugins: list[str], config: Any) -> Job:
     """Check a composed config, with what was wrong on the command line, and report all of it together."""
     hydra_config = HydraConfig.get()
     experiment = hydra_config.runtime.choices.get("experiment") or "default"
@@ -192,11 +210,8 @@ def to_tree(config: Any, source: Sources) -> dict[str, Any]:
         resolved = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         key, said = str(error.full_key), str(error.msg).splitlines()[0]
-        missing = re.search(r"key '([^']+)' not found", said)
-        said = (
-            f"refers to {missing[1]}, which is not there" if missing else said.replace("Interpolation", "a reference")
-        )
-        said = "refers to itself" if said.startswith("Recursive") else said
+        said = re.sub(r".*key '([^']+)' not found.*", r"refers to \1, which is not there", said)
+        said = "refers to itself" if said.startswith("Recursive") else said.replace("Interpolation", "a reference")
         raise ConfigError([f"{key}={value_at(raw, key)}: {said} ({source(key)})"]) from None
     return keep_following(raw, resolved)
 
@@ -252,51 +267,6 @@ def locate(plugin: str, folder: Path) -> str:
     return plugin
 
 
-@contextmanager
-def arguments_of(program: list[str]) -> Iterator[None]:
-    """Let Hydra read these as the program's arguments."""
-    before = sys.argv
-    sys.argv = ["framework", *program]
-    try:
-        yield
-    finally:
-        sys.argv = before
-
-
-@contextmanager
-def composing_once() -> Iterator[None]:
-    """Spare Hydra its rehearsals: it composes all once to learn `hydra.mode`, and each job of a sweep before any runs.
-
-    The mode is known here (no file may set it), and so is whether each job can be composed; half the time is saved.
-    """
-    before = Hydra.get_mode, Sweeper.validate_batch_is_legal
-    Hydra.get_mode, Sweeper.validate_batch_is_legal = nothing, nothing  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        Hydra.get_mode, Sweeper.validate_batch_is_legal = before  # type: ignore[method-assign]
-
-
-def nothing(*_: Any, **__: Any) -> None:
-    return None
-
-
-@contextmanager
-def raising() -> Iterator[None]:
-    """Let Hydra raise its errors instead of printing them, and give them as ours."""
-    before = os.environ.get("HYDRA_FULL_ERROR")
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    try:
-        yield
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError([words_of(error)]) from error
-    finally:
-        if before is None:
-            del os.environ["HYDRA_FULL_ERROR"]
-        else:
-            os.environ["HYDRA_FULL_ERROR"] = before
-
-
 ADVICE: tuple[str, ...] = ("To append", "Set the env", "Did you mean to override", "See ", "Config search path")
 ADVICE += ("provider=", "full_key", "object_type", "reference_type")
 
@@ -330,10 +300,8 @@ def no_such(path: str, text: str) -> tuple[str, str]:
     options = [line.strip() for line in listed if line.startswith("\t") and ":" not in line]
     if group in ("hydra/launcher", "hydra/sweeper"):
         package = f"hydra-{name.replace('_', '-')}-{group.partition('/')[2]}"
-        return (
-            f"{path.replace(f'/{name}', f'={name}')}: not installed ({package}?); there is: {', '.join(options)}",
-            name,
-        )
+        chosen = path.replace(f"/{name}", f"={name}")
+        return f"{chosen}: not installed ({package}?); there is: {', '.join(options)}", name
     if group:
         return f"there is no {group} {name!r}; {did_you_mean(name, options)}", name
     return f"there is no group {name!r} of parts; {did_you_mean(name, groups())}", name

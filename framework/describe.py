@@ -3,13 +3,13 @@
 import re
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import IO, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from .discovery import shorter
 from .errors import SettingError, UnknownName, did_you_mean
 from .index import Index
 from .registry import no_part
@@ -122,9 +122,9 @@ def origin(part: Part) -> RenderableType:
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     table.add_row("try", Text(example(part)))
-    table.add_row("written in", Text(place(part["source"])))
+    table.add_row("written in", Text(shorter(part["source"])))
     if part["source"].rpartition(":")[0] != part["registered"].rpartition(":")[0]:
-        table.add_row("registered in", Text(place(part["registered"])))
+        table.add_row("registered in", Text(shorter(part["registered"])))
     if part["package"]:
         table.add_row("package", Text(f"{part['package']} {part['version']}"))
     return table
@@ -139,9 +139,3 @@ def example(part: Part) -> str:
     usual = [s for s in part["settings"] if isinstance(s.get("default"), bool | int | float | str) and "part" not in s]
     shown = needed or [f"{key}.{s['name']}={value_text(s['default'])}" for s in usual[:1]]
     return " ".join([f"framework train {key}={name}", *shown])
-
-
-def place(where: str) -> str:
-    """Return file:line, relative to the current folder when below it."""
-    here = Path.cwd()
-    return str(Path(where).relative_to(here)) if Path(where).is_relative_to(here) else where

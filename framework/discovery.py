@@ -6,10 +6,10 @@ import importlib.util
 import pkgutil
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
-from importlib.machinery import ModuleSpec, PathFinder
-from importlib.metadata import entry_points
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib.machinery import PathFinder
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from types import ModuleType
 
@@ -34,6 +34,14 @@ def discover(plugins: Iterable[str] = ()) -> None:
 def installed_plugins() -> list[tuple[str, str]]:
     """Return the name and the module of each entry point of installed packages."""
     return sorted((point.name, point.value.partition(":")[0]) for point in entry_points(group=GROUP))
+
+
+def package_version(name: str) -> str | None:
+    """Return the version of an installed package; None when it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def plugin_files(plugins: Iterable[str]) -> Iterator[Path]:
@@ -79,10 +87,11 @@ def load(plugin: str) -> None:
 
 def load_module(name: str, reached_by: str) -> None:
     """Import a module; of a package, each of its modules."""
-    module = attempt(name, partial(import_once, name), reached_by)
+    with loading(name, reached_by):
+        module = import_once(name)
     for found in pkgutil.iter_modules(getattr(module, "__path__", ())):
-        full = f"{name}.{found.name}"
-        attempt(full, partial(import_once, full), reached_by)
+        with loading(f"{name}.{found.name}", reached_by):
+            import_once(f"{name}.{found.name}")
 
 
 def import_once(name: str) -> ModuleType:
@@ -114,28 +123,32 @@ def load_file(file: Path) -> None:
     spec = importlib.util.spec_from_file_location(name, real)
     if spec is None or spec.loader is None:
         raise PluginError(f"plugin {file} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    attempt(str(file), partial(execute, module, spec), "its path")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    with loading(str(file), "its path"):
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
 
 
-def execute(module: ModuleType, spec: ModuleSpec) -> ModuleType:
-    sys.modules[module.__name__] = module
+@contextmanager
+def loading(what: str, reached_by: str) -> Iterator[None]:
+    """Raise PluginError when something does not load, and leave no part of it behind."""
     try:
-        spec.loader.exec_module(module)  # type: ignore[union-attr]
-    except BaseException:
-        del sys.modules[module.__name__]
-        raise
-    return module
-
-
-def attempt(what: str, load: Callable[[], ModuleType], reached_by: str) -> ModuleType:
-    """Load, or raise PluginError and leave no part of what failed behind."""
-    try:
-        return load()
+        yield
     except Exception as error:
         for registry in Registry.every.values():
             registry.forget_unloaded()
         raise failure(what, reached_by, error) from error
+
+
+def shorter(path: str | Path) -> str:
+    """Return a path as from the working folder, when it is below it."""
+    try:
+        return str(Path(path).resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
 
 
 def failure(what: str, reached_by: str, error: Exception) -> PluginError:
@@ -149,10 +162,8 @@ def innermost_line(error: Exception) -> str:
     """Return " at file:line" of the plugin's own code where the error arose, rather than of a library that it calls."""
     if isinstance(error, SyntaxError):
         return f" at {error.filename}:{error.lineno}"
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if "importlib" not in frame.filename and not frame.filename.startswith((str(Path(__file__).parent), "<"))
-    ]
+    ours = (str(Path(__file__).parent), "<")
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(ours)]
+    frames = [frame for frame in frames if "importlib" not in frame.filename]
     own = [frame for frame in frames if "site-packages" not in frame.filename] or frames
     return f" at {own[-1].filename}:{own[-1].lineno}" if own else ""

@@ -123,17 +123,11 @@ def stamps(modules: list[str], plugins: list[str], files: list[str], folders: li
     """Return every path that an index depends on, with when and how large it was written; None: it is not there."""
     configs = [Path(folder, "config.yaml") for folder in folders]
     configs += [file for folder in folders for file in Path(folder, "experiment").glob("*.yaml")]
-    paths: list[str | Path] = [
-        *files,
-        *plugin_files([*modules, *plugins]),
-        *configs,
-        *map(os.path.abspath, plugins),
-        *installed(),
-    ]
-    return {str(path): stamp(path) for path in paths}
+    paths = [*map(str, [*plugin_files([*modules, *plugins]), *configs]), *map(os.path.abspath, plugins)]
+    return {path: stamp(path) for path in [*files, *paths, *installed()]}
 
 
-def stamp(path: str | Path) -> list[int] | None:
+def stamp(path: str) -> list[int] | None:
     try:
         status = os.stat(path)
     except OSError:
@@ -170,9 +164,8 @@ def own_files() -> list[str]:
     stdlib, found = sysconfig.get_path("stdlib"), set()
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__dict__", {}).get("__file__") or stdlib  # a plain getattr would wake lazy modules
-        library = (
-            name.partition(".")[0] not in own if re.search("(site|dist)-packages", file) else file.startswith(stdlib)
-        )
+        in_packages = re.search("(site|dist)-packages", file)
+        library = name.partition(".")[0] not in own if in_packages else file.startswith(stdlib)
         found |= set() if library else {file}
     return sorted(found)
 
@@ -183,11 +176,10 @@ def read_index(
     chosen: Mapping[str, Any] | None = None,
 ) -> Index:
     """Return the index of all registered parts; see `Index` for the arguments."""
-    kinds = {
-        name: {"key": registry.kind.key, "many": registry.kind.many, "doc": registry.kind.doc}
-        | {"parts": {entry.name: part_as_dict(entry) for entry in registry}}
-        for name, registry in Registry.every.items()
-    }
+    kinds: dict[str, dict[str, Any]] = {}
+    for name, registry in Registry.every.items():
+        kinds[name] = {"key": registry.kind.key, "many": registry.kind.many, "doc": registry.kind.doc}
+        kinds[name]["parts"] = {entry.name: part_as_dict(entry) for entry in registry}
     settings = {name: [setting_as_dict(s) for s in found.values()] for name, found in (sections or {}).items()}
     return Index(kinds, settings, sorted(experiments), dict(chosen or {}))
 

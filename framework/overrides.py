@@ -61,8 +61,7 @@ def rewrite(typed: Iterable[str], folders: Iterable[Path], multirun: bool = Fals
     return found
 
 
-def groups() -> dict[str, Registry]:
-    return {registry.kind.key: registry for registry in Registry.every.values()}
+groups = Registry.by_key
 
 
 def unreadable(text: str) -> str:

@@ -1,19 +1,20 @@
 """A run before it runs: layers with shapes and costs, steps, the schedule as a curve, memory. Nothing is trained."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 from torch import nn
+from torch.optim import Optimizer
 
 from .data import Batch, Data, TensorSplit
 from .probe import Layer, activation_bytes, optimizer_bytes, read_layers, size_in_bytes
 from .task import Task
 
+Schedule = Callable[[int], float]  # step to factor on the learning rate
 MOST_ROWS = 40
 CURVE = (60, 4)  # characters; a braille character has 2 by 4 dots
 MOST_POINTS = 10_000
@@ -53,10 +54,10 @@ class Memory:
     gradients: int
     optimizer: int | None
     activations: int
+    total: int = 0
 
-    @property
-    def total(self) -> int:
-        return self.parameters + self.buffers + self.gradients + (self.optimizer or 0) + self.activations
+    def __post_init__(self):
+        self.total = self.parameters + self.buffers + self.gradients + (self.optimizer or 0) + self.activations
 
 
 @dataclass
@@ -78,12 +79,6 @@ class Plan:
     splits: list[Split] = field(default_factory=list)
     threads: int | None = None
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain types, for JSON."""
-        plan = asdict(self)
-        plan["memory"]["total"] = self.memory.total
-        return plan
-
 
 def make_plan(
     model: nn.Module,
@@ -92,8 +87,8 @@ def make_plan(
     steps_per_epoch: int,
     total_steps: int,
     task: Task | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
-    schedule: Callable[[int], float] | None = None,
+    optimizer: Optimizer | None = None,
+    schedule: Schedule | None = None,
     data: Data | None = None,
     threads: int | None = None,
 ) -> Plan:
@@ -109,6 +104,7 @@ def make_plan(
     layers, unused = read_layers(model, batch, task)
     every = list(model.parameters())
     trainable = [p for p in every if p.requires_grad]
+    named = [(name, getattr(data, name, None)) for name in ("train", "val", "test")]
     memory = Memory(
         parameters=size_in_bytes(every),
         buffers=size_in_bytes(model.buffers()),
@@ -129,14 +125,12 @@ def make_plan(
         memory=memory,
         optimizer=None if optimizer is None else type(optimizer).__name__,
         curve=read_curve(optimizer, schedule, total_steps),
-        splits=read_splits(data),
+        splits=[Split(name, len(split), split_bytes(split)) for name, split in named if split is not None],
         threads=threads,
     )
 
 
-def read_curve(
-    optimizer: torch.optim.Optimizer | None, schedule: Callable[[int], float] | None, total_steps: int
-) -> Curve | None:
+def read_curve(optimizer: Optimizer | None, schedule: Schedule | None, total_steps: int) -> Curve | None:
     """Return the learning rate of the first parameter group over the run."""
     if optimizer is None or total_steps < 1:
         return None
@@ -149,11 +143,6 @@ def read_curve(
     columns = min(points, 2 * CURVE[0])
     shown = [rates[round(i * (points - 1) / max(columns - 1, 1))] for i in range(columns)]
     return Curve(rates[0], rates[peak], steps[peak], rates[-1], shown)
-
-
-def read_splits(data: Data | None) -> list[Split]:
-    named = [(name, getattr(data, name, None)) for name in ("train", "val", "test")]
-    return [Split(name, len(split), split_bytes(split)) for name, split in named if split is not None]
 
 
 def split_bytes(split: Any) -> int | None:
@@ -171,17 +160,16 @@ def fold(layers: Sequence[Layer], most: int = MOST_ROWS) -> list[Layer]:
 
 
 def fold_to(layers: Sequence[Layer], depth: int) -> list[Layer]:
-    merged: dict[str, Layer] = {}
+    groups: dict[str, list[Layer]] = {}
     for layer in layers:
-        name = ".".join(layer.name.split(".")[:depth])
-        had = merged.get(name)
-        if had is None:
-            merged[name] = Layer(name, layer.type, layer.out_shape, layer.parameters, layer.flops)
-            continue
-        had.type, had.out_shape = "...", layer.out_shape
-        had.parameters += layer.parameters
-        had.flops += layer.flops
-    return list(merged.values())
+        groups.setdefault(".".join(layer.name.split(".")[:depth]), []).append(layer)
+    return [merged(name, group) for name, group in groups.items()]
+
+
+def merged(name: str, layers: Sequence[Layer]) -> Layer:
+    kind = layers[0].type if len(layers) == 1 else "..."
+    parameters, flops = sum(layer.parameters for layer in layers), sum(layer.flops for layer in layers)
+    return Layer(name, kind, layers[-1].out_shape, parameters, flops)
 
 
 def braille(rates: Sequence[float], columns: int = CURVE[0], rows: int = CURVE[1]) -> list[str]:
@@ -199,20 +187,19 @@ def braille(rates: Sequence[float], columns: int = CURVE[0], rows: int = CURVE[1
 
 def count_text(number: float) -> str:
     """Write 1,234 as it is, 23,456,789 as 23.5 M."""
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:,.0f}"
+    return in_units(number, {"T": 1e12, "G": 1e9, "M": 1e6}) or f"{number:,.0f}"
 
 
 def bytes_text(number: int | None) -> str:
     """Write bytes in KiB, MiB or GiB; "unknown" for None."""
     if number is None:
         return "unknown"
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number} B"
+    return in_units(number, {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}) or f"{number} B"
+
+
+def in_units(number: float, units: Mapping[str, float]) -> str | None:
+    """Write a number in the first unit that it fills; None when it fills none."""
+    return next((f"{number / size:.3g} {unit}" for unit, size in units.items() if number >= size), None)
 
 
 def render(plan: Plan) -> RenderableType:
@@ -250,12 +237,8 @@ def dash(number: int) -> str:
 def fact_lines(plan: Plan) -> list[tuple[str, str]]:
     lines = [("data", ", ".join(map(split_text, plan.splits)))] if plan.splits else []
     epochs = plan.total_steps / max(plan.steps_per_epoch, 1)
-    lines.append(
-        (
-            "steps",
-            f"{plan.total_steps:,} = {epochs:.4g} epochs of {plan.steps_per_epoch:,}, batches of {plan.batch_size:,}",
-        )
-    )
+    per_epoch = f"{epochs:.4g} epochs of {plan.steps_per_epoch:,}, batches of {plan.batch_size:,}"
+    lines.append(("steps", f"{plan.total_steps:,} = {per_epoch}"))
     training = count_text(3 * plan.flops * plan.batch_size * plan.total_steps)  # backward costs twice the forward
     cost = f"{count_text(plan.flops)} FLOPs a sample forward (multiply-add: 2), about {training} to train"
     lines.append(("cost", cost))

@@ -78,30 +78,22 @@ class _Probe:
         self.counter = counter
         self.names = {module: name for name, module in model.named_modules()}
         self.open: list[_Call] = []
-        self.flops: dict[nn.Module, int] = {}
+        self.flops: dict[nn.Module, int] = {}  # in the order of the first calls
         self.shapes: dict[nn.Module, tuple[int, ...]] = {}
         self.leaves: set[nn.Module] = set()
-        self.order: list[nn.Module] = []
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        hooks = [hook for module in self.names for hook in self._hooks(module)]
+        hooks = [module.register_forward_pre_hook(self._enter) for module in self.names]
+        hooks += [module.register_forward_hook(self._leave) for module in self.names]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _hooks(self, module: nn.Module) -> list[Any]:
-        return [
-            module.register_forward_pre_hook(self._enter),
-            module.register_forward_hook(self._leave),
-        ]
-
     def _enter(self, module: nn.Module, _: Any) -> None:
-        if module not in self.flops:
-            self.order.append(module)
-            self.flops[module] = 0
+        self.flops.setdefault(module, 0)
         self.open.append(_Call(self.counter.get_total_flops()))
 
     def _leave(self, module: nn.Module, _: Any, output: Any) -> None:
@@ -132,8 +124,8 @@ def read_layers(model: nn.Module, batch: Batch, task: Task | None = None) -> tup
     with undisturbed(model), torch.no_grad(), counted_as_written(), counter, probe.watch():
         call(model, batch, task, samples=1)
     counted: set[Tensor] = set()
-    layers = [make_layer(probe, module, counted) for module in probe.order]
-    layers = [layer for layer, module in zip(layers, probe.order, strict=True) if worth_a_row(layer, module, probe)]
+    called = [(module, make_layer(probe, module, counted)) for module in probe.flops]
+    layers = [layer for module, layer in called if module in probe.leaves or layer.parameters or layer.flops]
     return layers, [name for name, parameter in model.named_parameters() if parameter not in counted]
 
 
@@ -144,10 +136,6 @@ def make_layer(probe: _Probe, module: nn.Module, counted: set[Tensor]) -> Layer:
     name = probe.names[module] or "(itself)"
     size = sum(p.numel() for p in own)
     return Layer(name, type(module).__name__, probe.shapes.get(module, ()), size, probe.flops[module])
-
-
-def worth_a_row(layer: Layer, module: nn.Module, probe: _Probe) -> bool:
-    return module in probe.leaves or layer.parameters > 0 or layer.flops > 0
 
 
 @contextmanager
@@ -210,7 +198,8 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int | None:
     """
     for device in ("meta", "cpu"):
         try:
-            return state_bytes(stepped_copy(optimizer, device))
+            states = stepped_copy(optimizer, device).state.values()
+            return sum(size_in_bytes(v for v in state.values() if isinstance(v, Tensor)) for state in states)
         except Exception:  # an optimizer may fail in any way where no value can be read
             continue
     return None
@@ -225,7 +214,3 @@ def stepped_copy(optimizer: torch.optim.Optimizer, device: str) -> torch.optim.O
     twin = copy.deepcopy(optimizer, stand_ins)
     twin.step(lambda: 0.0)  # some rules (LBFGS) ask for the loss
     return twin
-
-
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    return sum(size_in_bytes(v for v in state.values() if isinstance(v, Tensor)) for state in optimizer.state.values())

@@ -13,13 +13,13 @@ A name is given once: a second part of that name is an error that names both fil
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, TypeVar, overload
 
 from .errors import BuildError, ContractError, DuplicateName, FrameworkError, SettingError, UnknownName, did_you_mean
-from .schema import REQUIRED, Setting, first_sentence, read_settings, signature
+from .schema import REQUIRED, Names, Setting, Types, first_sentence, read_settings, signature
 
 P = TypeVar("P", bound=Callable[..., Any])
 
@@ -151,9 +151,8 @@ class Maker:
         """Build the part; positional arguments are the kind's given parameters in their order."""
         if len(given) > len(self.entry.kind.given):
             expected = f"only {', '.join(self.entry.kind.given)}" if self.entry.kind.given else "nothing"
-            raise SettingError(
-                f"{self.entry} takes {expected} by position, not {len(given)} arguments; give settings by name"
-            )
+            said = f"{expected} by position, not {len(given)} arguments"
+            raise SettingError(f"{self.entry} takes {said}; give settings by name")
         named = dict(zip(self.entry.kind.given, given, strict=False))
         settings = self.settings | {k: v for k, v in more.items() if k not in self.entry.kind.given}
         return self.entry.build(named | {k: v for k, v in more.items() if k in self.entry.kind.given}, settings)
@@ -174,17 +173,9 @@ class Registry:
         Registry.every[kind.name] = self
 
     @overload
-    def register(self, name: str, *, aliases: Iterable[str] = ...) -> Callable[[P], P]: ...
+    def register(self, name: str, *, aliases: Names = ...) -> Callable[[P], P]: ...
     @overload
-    def register(
-        self,
-        name: str,
-        part: P,
-        *,
-        aliases: Iterable[str] = ...,
-        hide: Iterable[str] = ...,
-        types: Mapping[str, Any] | None = ...,
-    ) -> P: ...
+    def register(self, name: str, part: P, *, aliases: Names = ..., hide: Names = ..., types: Types = ...) -> P: ...
     def register(self, name, part=None, *, aliases=(), hide=(), types=None):
         """Give a part a name; a decorator when `part` is left out.
 
@@ -209,34 +200,32 @@ class Registry:
 
         return add if part is None else add(part)
 
+    @classmethod
+    def by_key(cls) -> dict[str, "Registry"]:
+        """Return every registry by its Hydra group and config key."""
+        return {registry.kind.key: registry for registry in cls.every.values()}
+
     def _check(self, entry: Entry) -> None:
+        where, who = entry.registered, f"{entry} ({entry.registered})"
         for name in (entry.name, *entry.aliases):
             if not name.isidentifier() or name != name.lower():
-                raise ContractError(
-                    f"{name!r} ({entry.registered}) is no name for a part: use lower-case letters, digits and _"
-                )
+                raise ContractError(f"{name!r} ({where}) is no name for a part: use lower-case letters, digits and _")
             if name in self:
-                other = self.get(name).registered
-                raise DuplicateName(
-                    f"two parts are called {self.kind.name}/{name}: {other} and {entry.registered}. Rename one of them."
-                )
+                said = f"{self.kind.name}/{name}: {self.get(name).registered} and {where}"
+                raise DuplicateName(f"two parts are called {said}. Rename one of them.")
         if not callable(entry.part):
-            raise ContractError(
-                f"{entry} ({entry.registered}) is a {type(entry.part).__name__}, not a class or function"
-            )
+            raise ContractError(f"{who} is a {type(entry.part).__name__}, not a class or function")
         try:
             lacking = [name for name in self.kind.needs if name not in entry.asks_for]
             if "name" in entry.settings:
                 raise ContractError("no setting may be called 'name': a config names the part itself by it")
         except ContractError as error:
-            raise ContractError(f"{entry} ({entry.registered}): {error}") from error
+            raise ContractError(f"{who}: {error}") from error
         if lacking:
-            raise ContractError(
-                f"{entry} ({entry.registered}) must have a parameter {' and '.join(map(repr, lacking))}: "
-                f"the framework passes it to every {self.kind.name}"
-            )
+            said = f"must have a parameter {' and '.join(map(repr, lacking))}"
+            raise ContractError(f"{who} {said}: the framework passes it to every {self.kind.name}")
         if isinstance(entry.part, type):
-            check_base(self.kind, entry.part, f"{entry} ({entry.registered})")
+            check_base(self.kind, entry.part, who)
 
     def get(self, name: str) -> Entry:
         """Return the entry of that name or alias. Raises UnknownName with the nearest name, also of other kinds."""

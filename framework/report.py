@@ -3,7 +3,7 @@
 import csv
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -60,7 +60,7 @@ def check_output(output: str) -> None:
     path = Path(output)
     if output == "-":
         return
-    if path.suffix not in WRITERS:
+    if path.suffix not in (".csv", ".jsonl", ".npz"):
         raise FrameworkError(f"--output {output}: the suffix should be .csv, .jsonl or .npz, or - for the terminal")
     if path.is_dir() or not path.parent.is_dir():
         raise FrameworkError(f"--output {output}: {'is a folder' if path.is_dir() else f'no folder {path.parent}'}")
@@ -78,7 +78,7 @@ def write_predictions(columns: Mapping[str, Any], classes: Sequence[str], output
         write_csv(named, sys.stdout)
     else:
         try:
-            WRITERS[Path(output).suffix](named, Path(output))
+            write_file(named, Path(output))
         except OSError as error:
             raise FrameworkError(f"--output {output}: {error.strerror}") from error
     return len(next(iter(named.values())))
@@ -101,32 +101,21 @@ def flatten(columns: Mapping[str, Any], classes: Sequence[str]) -> dict[str, lis
     return flat
 
 
+def write_file(columns: Mapping[str, list[Any]], path: Path) -> None:
+    if path.suffix == ".npz":
+        import numpy
+
+        numpy.savez(path, **{name: numpy.asarray(values) for name, values in columns.items()})  # type: ignore[arg-type]
+        return
+    with path.open("w", newline="") as file:
+        if path.suffix == ".csv":
+            write_csv(columns, file)
+        else:
+            rows = zip(*columns.values(), strict=True)
+            file.writelines(json.dumps(dict(zip(columns, row, strict=True))) + "\n" for row in rows)
+
+
 def write_csv(columns: Mapping[str, list[Any]], file: TextIO) -> None:
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows(zip(*columns.values(), strict=True))
-
-
-def write_csv_file(columns: Mapping[str, list[Any]], path: Path) -> None:
-    with path.open("w", newline="") as file:
-        write_csv(columns, file)
-
-
-def write_jsonl_file(columns: Mapping[str, list[Any]], path: Path) -> None:
-    with path.open("w") as file:
-        for row in zip(*columns.values(), strict=True):
-            file.write(json.dumps(dict(zip(columns, row, strict=True))) + "\n")
-
-
-def write_npz_file(columns: Mapping[str, list[Any]], path: Path) -> None:
-    import numpy
-
-    arrays: dict[str, Any] = {name: numpy.asarray(values) for name, values in columns.items()}
-    numpy.savez(path, **arrays)
-
-
-WRITERS: dict[str, Callable[[Mapping[str, list[Any]], Path], None]] = {
-    ".csv": write_csv_file,
-    ".jsonl": write_jsonl_file,
-    ".npz": write_npz_file,
-}

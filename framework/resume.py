@@ -19,9 +19,8 @@ from .run import RunFolder, read_config
 from .spec import Spec
 
 SAME_BITS = (  # what may differ in a resumed run without a bit of its weights being another
-    *("run.", "trainer.max_epochs", "trainer.max_steps", "trainer.log_every", "trainer.validate_every"),
-    "trainer.profile",
-    *("loader.workers", "loader.eval_batch_size", "loggers.", "metrics.", "plugins", "init_from"),
+    *("run.", "plugins", "init_from", "loggers.", "metrics.", "loader.workers", "loader.eval_batch_size"),
+    *("trainer.max_epochs", "trainer.max_steps", "trainer.log_every", "trainer.validate_every", "trainer.profile"),
 )
 
 
@@ -70,9 +69,8 @@ def open_folder(run: Path, spec: Spec, inexact: bool = False) -> Resumed:
     changed = differences(read_config(run), spec.tree)
     breaking = [text for path, text in changed if not keeps_bits(path)]
     if breaking and not inexact:
-        raise RunError(
-            f"{run} cannot go on exactly with {'; '.join(breaking)}: leave it as it was, or allow it with --inexact"
-        )
+        advice = "leave it as it was, or allow it with --inexact"
+        raise RunError(f"{run} cannot go on exactly with {'; '.join(breaking)}: {advice}")
     resumed = Resumed(folder, changed=[text for path, text in changed if not path.startswith(("run.", "plugins"))])
     resumed.notes = [f"from here on {text}" for text in resumed.changed]
     checkpoints = run / "checkpoints"
@@ -88,9 +86,8 @@ def open_folder(run: Path, spec: Spec, inexact: bool = False) -> Resumed:
         manifest = checkpoint.read_manifest(newest)
         resumed.threads = manifest["run"].get("threads")
         if manifest["torch"] != torch.__version__:
-            resumed.notes.append(
-                f"torch is {torch.__version__}, was {manifest['torch']}: the last bits may come out otherwise"
-            )
+            other = f"torch is {torch.__version__}, was {manifest['torch']}"
+            resumed.notes.append(f"{other}: the last bits may come out otherwise")
     return resumed
 
 

@@ -15,11 +15,11 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 from weakref import ref
 
+from .discovery import package_version
 from .errors import RunError
 
 PATIENCE = 2.0  # seconds for the workers of a killed run to end
@@ -83,9 +83,8 @@ def claim(parent: Path, name: str | None) -> Path:
             if name is None:
                 continue
             if not path.is_dir() or (path / "config.yaml").exists():
-                raise RunError(
-                    f"{path} exists already: choose another run.name, or go on with it by resume=auto"
-                ) from None
+                advice = "choose another run.name, or go on with it by resume=auto"
+                raise RunError(f"{path} exists already: {advice}") from None
         return path
     raise RunError(f"{parent} has too many runs named {wanted}")
 
@@ -195,13 +194,6 @@ def provenance(parts: dict[str, str]) -> dict[str, Any]:
         "git_diff": git("diff", "HEAD"),
         "parts": parts,
     }
-
-
-def package_version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def git(*arguments: str) -> str | None:

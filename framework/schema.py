@@ -9,6 +9,7 @@ import math
 import re
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -17,6 +18,8 @@ from .errors import ContractError, SettingError
 
 REQUIRED: Any = inspect.Parameter.empty  # the default of a setting that has none
 SCALARS = (bool, int, float, str, Path)
+Names = Iterable[str]
+Types = Mapping[str, Any] | None  # annotations by parameter
 
 
 @dataclass(frozen=True)
@@ -87,9 +90,7 @@ class Setting:
     @property
     def many(self) -> bool:
         """Whether the setting is a list of parts."""
-        if self.part is None:
-            return False
-        return any(get_origin(strip(member)) is list for member in members(self.annotation))
+        return self.part is not None and any(get_origin(strip(each)) is list for each in members(self.annotation))
 
     @property
     def type_text(self) -> str:
@@ -128,9 +129,7 @@ def check_arguments(part: Callable, given: Mapping[str, Any]) -> None:
             raise SettingError(f"{name} {error}") from None
 
 
-def read_settings(
-    part: Callable, given: Iterable[str] = (), hide: Iterable[str] = (), types: Mapping[str, Any] | None = None
-) -> dict[str, Setting]:
+def read_settings(part: Callable, given: Names = (), hide: Names = (), types: Types = None) -> dict[str, Setting]:
     """Return the settings of a part by name: each parameter that is not given by the framework and can be configured.
 
     `types` replaces annotations (for classes that are not ours); `hide` leaves parameters out.
@@ -224,11 +223,10 @@ def first_sentence(text: str) -> str:
 
 def expressible(annotation: Any) -> bool:
     """Whether a value of this type can be written in a config."""
-    if get_origin(annotation) is Annotated:
-        if any(isinstance(mark, PartOf) for mark in annotation.__metadata__):
-            return True
-        return expressible(get_args(annotation)[0])
     origin = get_origin(annotation)
+    if origin is Annotated:
+        is_part = any(isinstance(mark, PartOf) for mark in annotation.__metadata__)
+        return is_part or expressible(strip(annotation))
     if origin in (Union, types.UnionType):  # float | Tensor: the float can be written
         return any(expressible(a) for a in get_args(annotation) if a is not type(None))
     if origin in (list, tuple, dict, Sequence, Iterable):
@@ -242,14 +240,12 @@ def describe(annotation: Any) -> str:
     """Return a type in words: "float in (0, 1]", "one of mean, sum", "int or list of int"."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        kind = next((m.kind for m in annotation.__metadata__ if isinstance(m, PartOf)), None)
-        if kind:
-            return f"name of {'an' if kind[0] in 'aeiou' else 'a'} {kind}"
-        form = next((m.form for m in annotation.__metadata__ if isinstance(m, Pattern)), None)
-        if form:
-            return form
-        ranges = [f" in {m}" for m in annotation.__metadata__ if isinstance(m, Range)]
-        return describe(arguments[0]) + "".join(ranges)
+        text = describe(arguments[0])
+        for mark in annotation.__metadata__:
+            if isinstance(mark, PartOf):
+                return f"name of {'an' if mark.kind[0] in 'aeiou' else 'a'} {mark.kind}"
+            text = mark.form if isinstance(mark, Pattern) else f"{text} in {mark}" if isinstance(mark, Range) else text
+        return text
     if origin in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(describe(a) for a in arguments if expressible(a)))
     if origin is Literal:
@@ -270,84 +266,76 @@ def convert(value: Any, annotation: Any) -> Any:
 
     Raises SettingError: "should be float in (0, 1], not 'fast'".
     """
+    try:
+        return converted(value, annotation)
+    except Mismatch:
+        raise SettingError(f"should be {describe(annotation)}, not {value!r}") from None
+
+
+class Mismatch(Exception):
+    """A value, or something in it, is not of its type; the message is about the whole value."""
+
+
+def converted(value: Any, annotation: Any) -> Any:
+    """Do as `convert` says. Raises Mismatch."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if annotation is Any or annotation is REQUIRED:
         return value
     if origin is Annotated:
         if any(isinstance(mark, PartOf) for mark in annotation.__metadata__):
             return value  # a part is checked by its registry
-        number = convert_inner(value, arguments[0], value, annotation)
-        for mark in annotation.__metadata__:
-            if isinstance(mark, Range | Pattern) and number is not None and number not in mark:
-                raise mismatch(value, annotation)
-        return number
+        number = converted(value, arguments[0])
+        limits = [mark for mark in annotation.__metadata__ if isinstance(mark, Range | Pattern)]
+        return matching(number, number is None or all(number in limit for limit in limits))
     if origin in (Union, types.UnionType):
-        return convert_union(value, annotation)
+        return convert_union(value, arguments)
     if origin is Literal:
-        matching = [choice for choice in arguments if value == choice and type(value) is type(choice)]
+        same = [choice for choice in arguments if value == choice and type(value) is type(choice)]
         if type(value) is int:  # `precision=16` where the choices are texts
-            matching += [choice for choice in arguments if choice == str(value)]
-        if not matching:
-            raise mismatch(value, annotation)
-        return matching[0]
+            same += [choice for choice in arguments if choice == str(value)]
+        return matching(same, bool(same))[0]
     if origin in (list, tuple, dict, Sequence, Iterable) or annotation in (list, tuple, dict):
-        return convert_container(value, annotation)
+        return convert_container(value, origin or annotation, arguments)
     return convert_scalar(value, annotation)
 
 
-def convert_inner(inner: Any, annotation: Any, value: Any, whole: Any) -> Any:
-    """Convert a part of `value`; an error shows all of it."""
-    try:
-        return convert(inner, annotation)
-    except SettingError:
-        raise mismatch(value, whole) from None
+def matching(value: Any, matches: bool) -> Any:
+    if not matches:
+        raise Mismatch
+    return value
 
 
-def convert_union(value: Any, annotation: Any) -> Any:
-    alternatives = [a for a in get_args(annotation) if expressible(a) or a is type(None)]
+def convert_union(value: Any, alternatives: Iterable[Any]) -> Any:
+    alternatives = [a for a in alternatives if expressible(a)]
     exact = sorted(alternatives, key=lambda a: (strip(a) is not type(value), strip(a) in (str, Path)))  # 3 is no text
     for alternative in exact:
-        try:
-            return convert(value, alternative)
-        except SettingError:
-            continue
-    raise mismatch(value, annotation)
+        with suppress(Mismatch):
+            return converted(value, alternative)
+    raise Mismatch
 
 
-def convert_container(value: Any, annotation: Any) -> Any:
-    origin, arguments = get_origin(annotation) or annotation, get_args(annotation)
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            raise mismatch(value, annotation)
-        return {str(k): convert_inner(v, arguments[1], value, annotation) if arguments else v for k, v in value.items()}
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        raise mismatch(value, annotation)
-    if origin is tuple and arguments and Ellipsis not in arguments:
-        if len(value) != len(arguments):
-            raise mismatch(value, annotation)
-        return tuple(convert_inner(v, a, value, annotation) for v, a in zip(value, arguments, strict=True))
-    items = [convert_inner(v, arguments[0], value, annotation) if arguments else v for v in value]
-    return tuple(items) if origin is tuple else items
+def convert_container(value: Any, kind: Any, inner: Sequence[Any]) -> Any:
+    if kind is dict:
+        matching(value, isinstance(value, Mapping))
+        return {str(key): converted(item, inner[1] if inner else Any) for key, item in value.items()}
+    matching(value, isinstance(value, Sequence) and not isinstance(value, str))
+    if kind is tuple and inner and Ellipsis not in inner:
+        matching(value, len(value) == len(inner))
+        return tuple(converted(item, each) for item, each in zip(value, inner, strict=True))
+    items = [converted(item, inner[0] if inner else Any) for item in value]
+    return tuple(items) if kind is tuple else items
 
 
 def convert_scalar(value: Any, annotation: Any) -> Any:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if annotation is None or annotation is type(None):
-        accepted = value is None
-    elif annotation is bool:
-        accepted = isinstance(value, bool)
-    elif annotation is int:
-        accepted = number and math.isfinite(value) and value == int(value)  # 1e3 is an int, in words
-    elif annotation is float:
-        accepted = number
-    elif annotation in (str, Path):
-        accepted = isinstance(value, str | Path) or (number and isinstance(value, int))
-    else:
-        return value
-    if not accepted:
-        raise mismatch(value, annotation)
-    return None if value is None else annotation(str(value) if annotation is Path else value)
-
-
-def mismatch(value: Any, annotation: Any) -> SettingError:
-    return SettingError(f"should be {describe(annotation)}, not {value!r}")
+        return matching(value, value is None)
+    if annotation is bool:
+        return matching(value, isinstance(value, bool))
+    if annotation is int:  # 1e3 is an int, in words
+        return int(matching(value, number and math.isfinite(value) and value == int(value)))
+    if annotation is float:
+        return float(matching(value, number))
+    if annotation in (str, Path):
+        return annotation(str(matching(value, isinstance(value, str | Path) or (number and isinstance(value, int)))))
+    return value

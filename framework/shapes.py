@@ -95,5 +95,5 @@ def after(where: str, name: str, error: Exception) -> str:
     return f"{where} {continued}" if continued != text or text.startswith("returns ") else f"{where}: {text}"
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .errors import CheckpointError
 
+Weights = Mapping[str, Tensor]  # by name, buffers included
+Facts = Mapping[str, Any] | None  # of the run, in plain JSON types
 Take = Callable[[Tensor], Tensor]  # brings a tensor to the CPU
 PLAIN = (str, int, float, bool, type(None), bytes)
 
@@ -46,24 +48,17 @@ class Copies:
         return kept.copy_(tensor.detach())
 
 
-def snapshot(
-    model_state: Mapping[str, Tensor],
-    training_state: Any,
-    step: int,
-    run: Mapping[str, Any] | None = None,
-    *,
-    copies: Copies | None = None,
-) -> Snapshot:
+def snapshot(model: Weights, training: Any, step: int, run: Facts = None, *, copies: Copies | None = None) -> Snapshot:
     """Check a state and bring it to the CPU; without `copies`, tensors that are there already are shared.
 
     Raises CheckpointError when a value is not plain (named by its path, "callbacks.early_stop.best").
     """
     take = own_memory if copies is None else copies.begin()
     facts = {"threads": torch.get_num_threads(), **(run or {})}  # a thread that writes has a number of its own
-    return Snapshot(step, *without_copies(model_state, take), plain(training_state, take), facts)
+    return Snapshot(step, *without_copies(model, take), plain(training, take), facts)
 
 
-def without_copies(state: Mapping[str, Tensor], take: Take) -> tuple[dict[str, Tensor], dict[str, str]]:
+def without_copies(state: Weights, take: Take) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return each distinct tensor once, whole and on the CPU, and for every further name of it the first one."""
     stored: dict[str, Tensor] = {}
     tied: dict[str, str] = {}

@@ -19,6 +19,7 @@ from hydra.plugins.config_source import ConfigResult
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 
+from .discovery import shorter
 from .errors import ConfigError
 from .registry import Registry
 from .spec import IMPORTS, TARGET
@@ -92,7 +93,7 @@ def check_file(file: Path, config_path: str, package: str, content: Any) -> Iter
         yield f"{shorter(file)}: should hold `key: value` lines"
         return
     group, _, name = config_path.rpartition("/")
-    kinds = {registry.kind.key: registry for registry in Registry.every.values()}
+    kinds = Registry.by_key()
     if group in kinds and name in kinds[group]:
         yield f"{shorter(file)}: {name!r} is a registered {kinds[group].kind.name}: give the file another name"
     if "hydra" in (config_path.split("/")[0], *package.split(".")):
@@ -201,15 +202,12 @@ def line_of(file: Path, keys: Iterable[str]) -> int | None:
             node = node.value[int(key)]
             line = node.start_mark.line + 1
             continue
-        pair = next((p for p in getattr(node, "value", ()) if is_key(p, key)), None)
+        pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+        pair = next((pair for pair in pairs if pair[0].value == key), None)
         if pair is None:
             return None
         line, node = pair[0].start_mark.line + 1, pair[1]
     return line
-
-
-def is_key(pair: Any, key: str) -> bool:
-    return isinstance(pair, tuple) and pair[0].value == key
 
 
 def line_with(file: Path, text: str) -> int:
@@ -235,11 +233,3 @@ def unreadable(file: Path, error: Exception) -> str:
     place = f"{shorter(file)}:{mark.line + 1}" if mark is not None else shorter(file)
     why = getattr(error, "problem", None) or getattr(error, "strerror", None) or str(error).splitlines()[0]
     return f"{place}: cannot be read as YAML: {why}"
-
-
-def shorter(file: Path) -> str:
-    """Return the path as from the working folder, when it is below it."""
-    try:
-        return str(file.resolve().relative_to(Path.cwd()))
-    except ValueError:
-        return str(file)

@@ -12,6 +12,7 @@ from .run import RunFolder
 from .schema import Setting, read_settings
 from .trainer import Trainer
 
+Settings = Mapping[str, Setting]
 DIRECT = ("model", "data", "task", "optimizer", "scheduler", "metric", "callback", "logger", "initializer")
 """Kinds that an experiment builds itself; a choice of any other kind is for the parts that ask for one."""
 
@@ -65,7 +66,7 @@ class Reader:
 
     def read(self) -> Spec:
         spec = Spec()
-        known = {registry.kind.key for registry in Registry.every.values()} | SECTIONS.keys() | PLAIN.keys()
+        known = Registry.by_key().keys() | SECTIONS.keys() | PLAIN.keys()
         for key in self.tree:
             if key not in known:
                 self.unknown_key(str(key), self.tree[key], known)
@@ -94,11 +95,8 @@ class Reader:
         if value is None:
             return None
         if not isinstance(value, Mapping):
-            self.problem(
-                path,
-                value,
-                f"should be the name of {with_article(kind.name)}, or a mapping with its `name` and settings",
-            )
+            noun = with_article(kind.name)
+            self.problem(path, value, f"should be the name of {noun}, or a mapping with its `name` and settings")
             return None
         name = value.get("name", default)
         if not isinstance(name, str) or name not in Registry.every[kind.name]:
@@ -114,9 +112,8 @@ class Reader:
         if isinstance(value, list) and all(isinstance(name, str) for name in value):
             value = {name: {} for name in value}
         if not isinstance(value, Mapping):
-            self.problem(
-                kind.key, value, f"should be a list of names of {kind.key}, or a mapping from name to settings"
-            )
+            names = f"a list of names of {kind.key}"
+            self.problem(kind.key, value, f"should be {names}, or a mapping from name to settings")
             return []
         makers: list[Maker | None] = []
         for name, settings in value.items():
@@ -126,9 +123,7 @@ class Reader:
                 self.problem(f"{kind.key}.{name}", settings, "should be a mapping of settings")
         return [maker for maker in makers if maker is not None]
 
-    def settings(
-        self, path: str, settings: Mapping[str, Setting], given: Mapping[str, Any], owner: Entry | str
-    ) -> dict[str, Any]:
+    def settings(self, path: str, settings: Settings, given: Any, owner: Entry | str) -> dict[str, Any]:
         """Return the checked settings of a part or section."""
         if not isinstance(given, Mapping):
             self.problem(path, given, "should be a mapping of settings")
@@ -171,7 +166,7 @@ class Reader:
         default = setting.default if isinstance(setting.default, str) else None
         if isinstance(value, Mapping) and "name" not in value:
             default = (chosen if isinstance(chosen, str) else (chosen or {}).get("name")) or default
-        if value is None and not accepts_none(setting):
+        if value is None and "null" not in setting.type_text:
             self.problem(path, None, f"should be a {setting.type_text}, not null")
         return self.part(registry.kind, path, value, default)
 
@@ -198,9 +193,8 @@ class Reader:
         if limits == {"max_epochs": None, "max_steps": None}:
             limits["max_steps"] = 1
             if not any(problem.startswith(("trainer.max_epochs", "trainer.max_steps")) for problem in self.problems):
-                self.problem(
-                    "trainer", None, "needs a limit: give it with trainer.max_epochs=... or trainer.max_steps=..."
-                )
+                advice = "give it with trainer.max_epochs=... or trainer.max_steps=..."
+                self.problem("trainer", None, f"needs a limit: {advice}")
         for name in [name for name in settings if name not in limits]:
             try:
                 Trainer(**limits | {name: settings[name]})
@@ -209,9 +203,7 @@ class Reader:
 
     def unknown_key(self, key: str, value: Any, known: set[str]) -> None:
         owners = [section for section in SECTIONS if key in section_settings(section)]
-        owners += [
-            kind.kind.key for kind in Registry.every.values() if kind.kind.key in self.tree and self.has(kind, key)
-        ]
+        owners += [choice for choice in Registry.by_key() if self.has(choice, key)]
         path = key
         while isinstance(value, Mapping) and len(value) == 1:  # as it was typed: x.y=1
             (deeper, value), *_ = value.items()
@@ -223,12 +215,13 @@ class Reader:
         else:
             self.problem(path, value, f"there is no key {key!r} in an experiment; {did_you_mean(key, known, most=30)}")
 
-    def has(self, registry: Registry, key: str) -> bool:
-        value = self.tree[registry.kind.key]
+    def has(self, choice: str, key: str) -> bool:
+        """Whether the part that the experiment chooses of a kind has a setting of that name."""
+        value, registry = self.tree.get(choice), Registry.by_key()[choice]
         name = value.get("name") if isinstance(value, Mapping) else value
         return isinstance(name, str) and name in registry and key in registry.get(name).settings
 
-    def unknown_setting(self, path: str, key: Any, value: Any, settings: Mapping, owner: Entry | str) -> None:
+    def unknown_setting(self, path: str, key: Any, value: Any, settings: Settings, owner: Entry | str) -> None:
         """Say whose setting it is, when it is one of another part: momentum is a setting of sgd, not of adam."""
         if key in IMPORTS:
             return self.problem(path, value, TARGET)
@@ -254,7 +247,7 @@ class Reader:
         for kind_name, made in spec.parts.items():
             key = Registry.every[kind_name].kind.key
             if isinstance(made, list):
-                tree[key] = {maker.entry.name: without_name(plain(maker)) for maker in made}
+                tree[key] = {maker.entry.name: plain_settings(maker) for maker in made}
             else:
                 tree[key] = plain(made)
         for name, settings in spec.sections.items():
@@ -271,19 +264,10 @@ def follow(kind: str) -> str:
     return f"${{{Registry.every[kind].kind.key}}}"
 
 
-def accepts_none(setting: Setting) -> bool:
-    try:
-        setting.convert(None)
-    except FrameworkError:
-        return False
-    return "null" in setting.type_text
-
-
 def plain(value: Any) -> Any:
     """Return makers, tuples and paths as plain values, with every default of a part written out."""
     if isinstance(value, Maker):
-        settings = {k: plain(value.settings.get(k, s.default)) for k, s in value.entry.settings.items()}
-        return {"name": value.entry.name} | settings
+        return {"name": value.entry.name} | plain_settings(value)
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     if isinstance(value, Mapping):
@@ -291,8 +275,8 @@ def plain(value: Any) -> Any:
     return value if isinstance(value, int | float | str | None) else str(value)
 
 
-def without_name(tree: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in tree.items() if key != "name"}
+def plain_settings(maker: Maker) -> dict[str, Any]:
+    return {key: plain(maker.settings.get(key, setting.default)) for key, setting in maker.entry.settings.items()}
 
 
 SHORT = Repr()  # writes a few items of a collection, so that none can fill the memory

@@ -4,6 +4,8 @@ Hydra copies its whole ConfigStore for each composition, and a schema for every 
 """
 
 from collections.abc import Iterable
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +50,10 @@ def fill_store(plugins: Iterable[str] = ()) -> None:
     for registry in Registry.every.values():
         key = registry.kind.key
         add(store.repo, NONE, key, "_global_", dict)
-        for entry in registry:
+        groups = (key, f"{ALSO}/{key}") if registry.kind.many else (key,)
+        for entry, group in product(registry, groups):
             for name in (entry.name, *entry.aliases):
-                if registry.kind.many:
-                    content = lambda entry=entry: {entry.name: option(entry)}  # noqa: E731
-                    for group in (key, f"{ALSO}/{key}"):
-                        add(store.repo, name, group, key, content)
-                else:
-                    content = lambda entry=entry: {"name": entry.name, **option(entry)}  # noqa: E731
-                add(store.repo, name, key, key, content)
+                add(store.repo, name, group, key, partial(option, entry))
 
 
 def filled_store(plugins: Iterable[str]) -> ConfigStore:
@@ -74,7 +71,8 @@ def add(repo: dict[str, Any], name: str, group: str | None, package: str | None,
 
 def option(entry: Entry) -> dict[str, Any]:
     """Return what a part's config group option holds: each setting with its default, as a person would write it."""
-    return {name: default(setting) for name, setting in entry.settings.items()}
+    settings = {name: default(setting) for name, setting in entry.settings.items()}
+    return {entry.name: settings} if entry.kind.many else {"name": entry.name, **settings}
 
 
 def default(setting: Any) -> Any:

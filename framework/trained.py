@@ -46,18 +46,15 @@ class Trained:
         if not file.exists():
             raise DataError(f"there is no file {file}")
         inputs = self.spec.parts["data"].entry.part.read_inputs(file, self.facts["data"])
-        if list(inputs.shape[1:]) != self.facts["in_shape"]:
-            raise DataError(
-                f"{file}: a row has shape {tuple(inputs.shape[1:])}; the model takes {self.facts['in_shape']}"
-            )
+        row, wanted = tuple(inputs.shape[1:]), self.facts["in_shape"]
+        if list(row) != wanted:
+            raise DataError(f"{file}: a row has shape {row}; the model takes {wanted}")
         return inputs
 
     def predict(self, inputs: Tensor) -> dict[str, Any]:
         """Return the task's predictions, columns by name."""
-        outputs = self.trainer().predict(
-            inputs, model=self.model, batch_size=self.spec.sections["loader"]["eval_batch_size"]
-        )
-        return self.task.predict(outputs)
+        batch_size = self.spec.sections["loader"]["eval_batch_size"]
+        return self.task.predict(self.trainer().predict(inputs, model=self.model, batch_size=batch_size))
 
 
 def open_run(run: Path, which: str = "best") -> Trained:

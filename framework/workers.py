@@ -65,11 +65,8 @@ class SeededSamples(torch.utils.data.Dataset):
         worker = torch.utils.data.get_worker_info()
         if worker:
             return self.read_all(indices, worker.id)
-        states = random_states()
-        try:
+        with seeds.undisturbed():
             return self.read_all(indices, 0)
-        finally:
-            restore(states)
 
     def read_all(self, indices: list[int], worker: int) -> Read:
         samples: list[Any] = []
@@ -98,19 +95,6 @@ class SeededSamples(torch.utils.data.Dataset):
         except Exception as error:
             where = innermost_line(error)
             raise DataError(f"sample {index} cannot be read: {type(error).__name__}: {error}{where}") from error
-
-
-def random_states() -> tuple[Any, ...]:
-    """The states of Python's, torch's and (where it is imported) NumPy's global generators."""
-    numpy = sys.modules.get("numpy")
-    return random.getstate(), torch.default_generator.get_state(), numpy and numpy.random.get_state()
-
-
-def restore(states: tuple[Any, ...]) -> None:
-    random.setstate(states[0])
-    torch.default_generator.set_state(states[1])
-    if states[2] is not None:
-        sys.modules["numpy"].random.set_state(states[2])
 
 
 def collate(read: Read) -> Read:

@@ -244,7 +244,7 @@ def test_checkpoints_with_nan_neither_count_nor_stay(tmp_path):
             if trainer.state.epoch == 2:
                 trainer.model.weight.data.fill_(math.nan)
 
-    fit(Spoil(), build("checkpoint"), folder=tmp_path)
+    fit(Spoil(), build("checkpoint", background=False), folder=tmp_path)
     assert saved(tmp_path) == [3, 6, 12]
     assert read_manifest(tmp_path / "checkpoints" / "step-00000012")["nan"] == ["weight", "bias"]
     assert newest(tmp_path / "checkpoints")[0].name == "step-00000006"

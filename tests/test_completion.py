@@ -9,9 +9,9 @@ from typing import Literal
 
 import pytest
 
-from framework import Activation, Block, PositiveInt
-from framework.completion import SHELLS, VERBS, candidates, script
-from framework.errors import UnknownName
+from framework import Activation, Block, PositiveInt, cli
+from framework.completion import SCRIPTS, VERBS, candidates
+from framework.errors import FrameworkError
 from framework.index import Index, read_index
 from framework.registry import Kind, Registry
 from framework.schema import Setting
@@ -94,16 +94,16 @@ def test_index_of_the_real_registries_is_plain_json():
 
 
 def test_unknown_shell():
-    with pytest.raises(UnknownName, match="did you mean 'zsh'"):
-        script("zhs")
+    with pytest.raises(FrameworkError, match=r"invalid choice: 'zhs'.*zsh"):
+        cli.run(["completion", "zhs"])
 
 
-@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("shell", SCRIPTS)
 def test_scripts_parse(shell, tmp_path):
     if shutil.which(shell) is None:
         pytest.skip(f"{shell} is not installed")
     file = tmp_path / "script"
-    file.write_text(script(shell))
+    file.write_text(SCRIPTS[shell])
     subprocess.run([shell, "-n", file], check=True)
 
 
@@ -125,7 +125,7 @@ def bash(index, tmp_path_factory):
         "print('\\n'.join(candidates(sys.argv[3:], index)))\n"
     )
     program.chmod(0o755)
-    (folder / "script").write_text(script("bash"))
+    (folder / "script").write_text(SCRIPTS["bash"])
 
     def complete(line: str) -> list[str]:
         asked = 'source "$1/script"; COMP_LINE="$2"; COMP_POINT=${#2}; _framework_complete'

@@ -23,9 +23,9 @@ def write(tmp_path, monkeypatch):
     return write
 
 
-def compose(*overrides, flags=(), plugins=(), folders=()) -> list[Job]:
+def compose(*overrides, plugins=(), folders=(), multirun=False) -> list[Job]:
     jobs: list[Job] = []
-    run(CommandLine(list(overrides), list(flags), list(plugins), list(folders)), jobs.append)
+    run(CommandLine(list(overrides), list(plugins), list(folders), multirun), jobs.append)
     return jobs
 
 
@@ -162,7 +162,7 @@ def test_plugins_of_the_project_the_experiment_and_the_command_line(write, forge
 
 
 def test_a_sweep_runs_each_job(write):
-    jobs = compose("seed=1,2", "model.activation=relu,gelu", "optimizer.lr=0.1", flags=["--multirun"])
+    jobs = compose("seed=1,2", "model.activation=relu,gelu", "optimizer.lr=0.1", multirun=True)
     made = [(job.number, job.spec.seed, job.spec.tree["model"]["activation"]["name"]) for job in jobs]
     assert made == [(0, 1, "relu"), (1, 1, "gelu"), (2, 2, "relu"), (3, 2, "gelu")]
     assert jobs[1].label == "seed=1 model.activation=gelu"
@@ -172,7 +172,7 @@ def test_a_sweep_runs_each_job(write):
 
 def test_a_sweep_written_in_an_experiment_file(write):
     write("conf/experiment/grid.yaml", "hydra: {sweeper: {params: {optimizer.lr: '1e-3,1e-2'}}}\nseed: 3\n")
-    jobs = compose("experiment=grid", flags=["--multirun"])
+    jobs = compose("experiment=grid", multirun=True)
     assert [job.spec.tree["optimizer"]["lr"] for job in jobs] == [1e-3, 1e-2]
     assert jobs[0].label == "optimizer.lr=0.001 experiment=grid"
 
@@ -180,7 +180,7 @@ def test_a_sweep_written_in_an_experiment_file(write):
 def test_no_job_of_a_sweep_runs_when_one_cannot(write):
     jobs: list[Job] = []
     with pytest.raises(ConfigError) as error:
-        run(CommandLine(["optimizer=sgd,adam", "optimizer.momentum=0.9", "seed=1,x"], ["--multirun"]), jobs.append)
+        run(CommandLine(["optimizer=sgd,adam", "optimizer.momentum=0.9", "seed=1,x"], multirun=True), jobs.append)
     assert jobs == []
     assert len(error.value.problems) == 2
 
@@ -195,7 +195,7 @@ def test_a_job_that_fails_does_not_stop_the_others(write, kind, status):
             raise kind("no")
 
     with pytest.raises(FrameworkError, match="1 of 3 jobs failed") as error:
-        run(CommandLine(["seed=1,2,3"], ["--multirun"]), task)
+        run(CommandLine(["seed=1,2,3"], multirun=True), task)
     assert ran == [1, 2, 3]
     assert error.value.exit_status == status
     with pytest.raises(kind, match="no"):
@@ -217,15 +217,15 @@ PAYLOADS = {
 }
 
 
-@pytest.mark.parametrize("flags", [[], ["--multirun"]], ids=["run", "sweep"])
+@pytest.mark.parametrize("multirun", [False, True], ids=["run", "sweep"])
 @pytest.mark.parametrize("payload", PAYLOADS)
-def test_an_experiment_file_of_a_strangers_runs_nothing(write, tmp_path, payload, flags):
+def test_an_experiment_file_of_a_strangers_runs_nothing(write, tmp_path, payload, multirun):
     create = CREATE.format(file=tmp_path / "made")
     write("conf/experiment/evil.yaml", PAYLOADS[payload].format(file=tmp_path / "made", create=create))
     write("conf/hydra/job_logging/evil.yaml", create)
     write("conf/optimizer/evil.yaml", create)
     with pytest.raises(ConfigError, match=r"evil\.yaml"):
-        compose("experiment=evil", flags=flags)
+        compose("experiment=evil", multirun=multirun)
     assert not (tmp_path / "made").exists()
 
 
@@ -256,10 +256,10 @@ def test_hydra_is_left_as_it_was(write):
 
 
 def test_what_hydra_prints(write, capsys):
-    run(CommandLine(["optimizer.lr=0.5"], ["--cfg=job"]), lambda job: pytest.fail("only shown"))
+    run(CommandLine(["optimizer.lr=0.5"], cfg="job"), lambda job: pytest.fail("only shown"))
     assert "  lr: 0.5\n" in capsys.readouterr().out
-    run(CommandLine([], ["--cfg=job", "--resolve"]), lambda job: pytest.fail("only shown"))
+    run(CommandLine([], cfg="job", resolve=True), lambda job: pytest.fail("only shown"))
     assert "${" not in capsys.readouterr().out
-    run(CommandLine([], ["--info=defaults"]), lambda job: pytest.fail("only shown"))
+    run(CommandLine([], info="defaults"), lambda job: pytest.fail("only shown"))
     with pytest.raises(ConfigError, match="did you mean 'sgd'"):
-        run(CommandLine(["optimizer=sgdd"], ["--cfg=job"]), lambda job: None)
+        run(CommandLine(["optimizer=sgdd"], cfg="job"), lambda job: None)

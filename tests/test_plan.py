@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -159,7 +160,7 @@ def test_plan_as_json_and_on_a_terminal():
     data = fw.Data()
     data.train, data.val = split, [1, 2, 3]
     plan = make_plan(model, batch, task=Classify(), optimizer=optimizer, data=data, steps_per_epoch=4, total_steps=40)
-    given = json.loads(json.dumps(plan.as_dict()))
+    given = json.loads(json.dumps(asdict(plan)))
     parameters = 10 * 32 + 32 + 32 * 5 + 5
     assert (given["parameters"], given["trainable"]) == (parameters, parameters - 32)
     assert given["flops"] == 2 * (10 * 32 + 32 * 5)

@@ -249,6 +249,8 @@ def test_all_problems_are_told_at_once(refuse):
         ("train --cfg tree", "invalid choice: 'tree'"),
         ("train --cfg job optimizer=sgdd", "there is no optimizer 'sgdd'"),
         ("train -m --cfg job", "give one of them"),
+        ("train --info config --cfg job", "give one of them"),
+        ("plan --resolve", "--resolve goes with --cfg"),
         ("train --config-dir nowhere", "--config-dir nowhere: no such folder"),
         ("train --plugins nowhere.py", "plugin nowhere.py: no such file or folder"),
         ("train --plugins no_such_module", "no_such_module (reached by --plugins or the config's `plugins`) cannot be"),

@@ -67,7 +67,7 @@ WORKLOADS = {  # model, batch size, learning rate, epochs a round, training samp
     "mlp": Workload(mlp, 32, 1e-3, 25, 1437, 360),
     "cnn": Workload(cnn, 32, 1e-3, 1, 1920, 256),
     "transformer": Workload(CharacterTransformer, 16, 1e-3, 1, 640, 128),
-    "wide": Workload(wide, 256, 1e-3, 1, 5120, 512),
+    "wide": Workload(wide, 256, 1e-3, 3, 5120, 512),
 }
 
 
