@@ -47,9 +47,10 @@ class Clock:
         """The run is over, well or not."""
 
     def shares(self) -> dict[str, float]:
-        """Return each part's share of the time since the clock began, and that of the steps; they add up to 1."""
+        """Return the steps' share of the time since the clock began, and that of each part; they add up to 1."""
         whole = max(perf_counter() - self.began, 1e-9)
-        parts = {name: seconds / whole for name, seconds in self.seconds.items()}
+        longest_first = sorted(self.seconds.items(), key=lambda part: -part[1])
+        parts = {name: seconds / whole for name, seconds in longest_first}
         return {"steps": 1 - sum(parts.values()), **parts}
 
 

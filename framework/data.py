@@ -136,6 +136,13 @@ class Loader:
         full, rest = divmod(len(self.split), self.batch_size)
         return full + (rest > 0 and not self.drop_last)
 
+    @property
+    def manner(self) -> str:
+        """How batches are read, in words."""
+        if isinstance(self.split, TensorSplit):
+            return f"in memory, {self._together(self.split.tensors)} batches a read"
+        return f"torch's DataLoader, {self.workers or 'no'} workers"
+
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch from batch number `start` on."""
         indices = self._order(epoch)[: len(self) * self.batch_size]
@@ -151,14 +158,18 @@ class Loader:
         size = len(self.split)
         return seeds.order(self.seed, epoch, size) if self.shuffle else torch.arange(size)
 
+    def _together(self, tensors: Sequence[Tensor]) -> int:
+        """Return how many batches are read at once."""
+        row = sum(tensor[:1].nbytes for tensor in tensors)
+        return min(max(self.ahead // max(row * self.batch_size, 1), 1), max(len(self), 1))
+
     def _gather(self, tensors: Sequence[Tensor], indices: Tensor, start: int) -> Iterator[Batch]:
         """Yield views of one read of several batches, from batch number `start` on.
 
         The reads are of the same batches wherever one starts: a sum may depend on where in memory its numbers are.
         """
         indices = indices.to(tensors[0].device)  # once an epoch, not once a batch
-        row = sum(tensor[:1].nbytes for tensor in tensors)
-        together = max(self.ahead // max(row * self.batch_size, 1), 1)
+        together = self._together(tensors)
         for number in range(start - start % together, len(self), together):
             chunk = indices[number * self.batch_size : (number + together) * self.batch_size]
             parts = [tensor.index_select(0, chunk).split(self.batch_size) for tensor in tensors]

@@ -100,6 +100,7 @@ class Experiment:
             schedule=self.schedule,
             data=self.data,
             threads=self.threads(),
+            loader=self.train_batches.manner,
         )
 
 

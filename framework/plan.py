@@ -78,6 +78,7 @@ class Plan:
     curve: Curve | None = None
     splits: list[Split] = field(default_factory=list)
     threads: int | None = None
+    loader: str | None = None
 
 
 def make_plan(
@@ -91,6 +92,7 @@ def make_plan(
     schedule: Schedule | None = None,
     data: Data | None = None,
     threads: int | None = None,
+    loader: str | None = None,
 ) -> Plan:
     """Return the plan of a run.
 
@@ -100,6 +102,7 @@ def make_plan(
         task: runs the model as in training, loss included; without it, the model is called with the inputs.
         schedule: the factor on the learning rate, by step.
         threads: that an operation may use on the CPU.
+        loader: how batches are read, in words.
     """
     layers, unused = read_layers(model, batch, task)
     every = list(model.parameters())
@@ -127,6 +130,7 @@ def make_plan(
         curve=read_curve(optimizer, schedule, total_steps),
         splits=[Split(name, len(split), split_bytes(split)) for name, split in named if split is not None],
         threads=threads,
+        loader=loader,
     )
 
 
@@ -243,6 +247,8 @@ def fact_lines(plan: Plan) -> list[tuple[str, str]]:
     cost = f"{count_text(plan.flops)} FLOPs a sample forward (multiply-add: 2), about {training} to train"
     lines.append(("cost", cost))
     lines.append(("memory", memory_text(plan)))
+    if plan.loader is not None:
+        lines.append(("loader", plan.loader))
     if plan.threads is not None:
         lines.append(("threads", f"{plan.threads} for an operation on the CPU (OMP_NUM_THREADS sets another number)"))
     if plan.trainable < plan.parameters:

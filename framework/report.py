@@ -25,6 +25,8 @@ def print_result(result: Result, job: str | None = None) -> None:
     seconds = f"{result.seconds:.1f} s" if result.seconds < 120 else f"{result.seconds / 60:.1f} min"
     steps = "1 step" if result.steps == 1 else f"{result.steps:,} steps"
     print(f"\n{steps} in {seconds}" + (f", stopped: {result.stopped}" if result.stopped else ""))
+    if result.shares and job is None:
+        print(f"time     {', '.join(f'{share:.0%} {part}' for part, share in result.shares.items() if share > 0.005)}")
     print(f"run      {result.folder}")
     if result.signal is not None:
         print(f"go on    framework resume {result.folder}")

@@ -202,7 +202,7 @@ class Trainer(Evaluator):
         steps_left = state.steps_per_epoch - state.batch // self.accumulate if state.steps_per_epoch else 0
         waited = time.perf_counter()
         for window, last in steps(batches, self.accumulate, steps_left):
-            self.clock.add("data", time.perf_counter() - waited)
+            self.clock.add("waiting for data", time.perf_counter() - waited)
             self._step(window)
             if last:
                 state.epoch, state.batch = state.epoch + 1, 0

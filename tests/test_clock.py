@@ -61,9 +61,9 @@ def test_shares_add_up():
 
 def test_every_run_counts_its_waiting_for_data():
     shares = fit(SlowData()).clock.shares()
-    assert shares["data"] > 0.5
+    assert shares["waiting for data"] > 0.5
     assert 0 < shares["validation"] < 0.5
-    assert fit(SPLIT).clock.shares()["data"] < 0.3
+    assert fit(SPLIT).clock.shares()["waiting for data"] < 0.3
 
 
 def test_a_profile_names_the_slow_part_and_leaves_a_trace(tmp_path, capfd):
@@ -72,7 +72,7 @@ def test_a_profile_names_the_slow_part_and_leaves_a_trace(tmp_path, capfd):
     rows = [line.rsplit(maxsplit=2) for line in shown.splitlines() if line.endswith("%")]
     assert rows[0][0] == "callbacks"
     assert float(rows[0][1].replace(",", "")) > 2_000
-    assert {"forward", "backward", "optimizer", "data", "copy"} <= {row[0] for row in rows}
+    assert {"forward", "backward", "optimizer", "waiting for data", "copy"} <= {row[0] for row in rows}
     named = {event.get("name") for event in json.loads((tmp_path / "profile.pt.trace.json").read_text())["traceEvents"]}
     assert {"forward", "backward", "optimizer"} <= named
     assert trainer.state.step == 160

@@ -108,3 +108,8 @@ def test_an_output_that_cannot_be(tmp_path, monkeypatch, output, said):
 def test_an_output_that_cannot_be_written():
     with pytest.raises(FrameworkError, match=r"--output /dev/full.csv|--output /proc/y.csv"):
         write_predictions(COLUMNS, CLASSES, "/proc/y.csv")
+
+
+def test_where_the_time_went_is_told_from_half_a_percent_on(capsys):
+    print_result(Result(Path("x"), METRICS, shares={"steps": 0.914, "validation": 0.081, "logging": 0.004}))
+    assert "\ntime     91% steps, 8% validation\n" in capsys.readouterr().out
