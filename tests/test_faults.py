@@ -143,14 +143,14 @@ def test_a_batch_without_a_sample_left_is_refused(workers):
 # the run
 
 
-def fit(folder, split, *callbacks, epochs=3, batch_size=4, **settings):
+def fit(folder, split, *callbacks, epochs=3, batch_size=4, resume=None, **settings):
     torch.manual_seed(1)
     model = nn.Linear(1, 1)
     trainer = Trainer(max_epochs=epochs, callbacks=callbacks, folder=folder, device="cpu", log_every="100epochs")
     loader = Loader(split, batch_size, shuffle=True, **settings)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
     with stopping(trainer) as stopped:
-        trainer.fit(model, loader, task=nn.MSELoss(), optimizer=optimizer)
+        trainer.fit(model, loader, task=nn.MSELoss(), optimizer=optimizer, resume=resume)
     return trainer, stopped
 
 
@@ -313,6 +313,25 @@ def test_the_bad_sample_policy_reaches_a_whole_run(tmp_path):
         trainer, _ = fit(tmp_path, Squares([17], corrupt), on_bad_sample="skip")
     assert trainer.train_batches.skipped == trainer.state.epoch == 3
     assert trainer.state.samples == 3 * (SIZE - 1)
+
+
+@pytest.mark.filterwarnings("ignore:sample")
+def test_a_resumed_run_goes_on_counting_what_is_skipped(tmp_path):
+    half, _ = fit(tmp_path, Squares([17], corrupt), epochs=2, on_bad_sample="skip")
+    whole, _ = fit(tmp_path, Squares([17], corrupt), resume=half.state_dict(), on_bad_sample="skip")
+    assert (half.train_batches.skipped, whole.train_batches.skipped) == (2, 3)
+
+
+@pytest.mark.parametrize(("number", "raised"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_second_signal_ends_the_run_at_once_with_its_own_status(tmp_path, number, raised):
+    class Twice(Callback):
+        def on_step_start(self, trainer):
+            for _ in range(2):
+                os.kill(os.getpid(), number)
+
+    with pytest.raises(raised) as caught:
+        fit(tmp_path, Squares(), Twice())
+    assert number == signal.SIGINT or caught.value.code == 143
 
 
 def test_data_in_memory_has_nothing_to_skip():
