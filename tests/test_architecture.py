@@ -38,7 +38,7 @@ FLOORS = {
     "doors": ["cli", "help", "describe", "completion", "report", "board", "__main__", "__init__"],
 }
 FLOOR = {module: number for number, modules in enumerate(FLOORS.values()) for module in modules}
-FILE_LINES, FUNCTION_LINES, MEDIAN_LINES, FRAMEWORK_CODE_LINES = 400, 60, 10, 5300
+FILE_LINES, FUNCTION_LINES, MEDIAN_LINES, FRAMEWORK_CODE_LINES = 400, 60, 10, 5400
 SIBLINGS = {  # plugin files that may import others: what several kinds of data set need
     "data_arrays": {"arrays"},
     "data_builtin": {"arrays"},

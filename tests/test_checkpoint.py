@@ -1,5 +1,6 @@
 """Checkpoints: what goes in comes out, what is damaged is found, and a kill at any moment costs only the newest."""
 
+import errno
 import hashlib
 import json
 import os
@@ -261,6 +262,39 @@ def test_a_real_kill_while_saving_leaves_a_good_checkpoint(tmp_path):
         assert skipped == []
         model, training = load(found)
         assert model["w"][0] == training["step"]
+
+
+# large ones, whose files are written at the same time
+
+
+LARGE_STATE = {"w": torch.arange(2_000_000.0), "tied": torch.ones(3)}
+LARGE_TRAINING = {"moments": [torch.rand(1_500_000), torch.rand(7)], "step": 3}
+
+
+def test_a_large_checkpoint_is_what_was_saved(tmp_path):
+    written = save(tmp_path, LARGE_STATE, LARGE_TRAINING, 3)
+    files = verify(written)["files"]
+    assert sum(file["bytes"] for file in files.values()) > checkpoint.LARGE
+    assert {name: checkpoint.measured(written / name) for name in files} == files
+    assert all(same(one, other) for one, other in zip(load(written), (LARGE_STATE, LARGE_TRAINING), strict=True))
+
+
+@pytest.mark.parametrize("what", ["write_model", "write_training"])
+@pytest.mark.parametrize("when", ["at once", "after"])
+def test_a_large_checkpoint_that_fails_leaves_nothing(tmp_path, monkeypatch, what, when):
+    save(tmp_path, MODEL_STATE, {}, 1)
+    real = getattr(checkpoint, what)
+
+    def full(path, content):
+        if when == "after":
+            real(path, content)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, what, full)
+    with pytest.raises(CheckpointError, match=r"step 2 cannot be saved in .*: No space left on device"):
+        save(tmp_path, LARGE_STATE, LARGE_TRAINING, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert threading.active_count() == 1
 
 
 # off the training thread
