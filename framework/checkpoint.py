@@ -33,7 +33,7 @@ from torch import Tensor
 from .discovery import package_version
 from .errors import CheckpointError
 from .shapes import first_line
-from .snapshot import Facts, Snapshot, Weights, bytes_of, snapshot
+from .snapshot import Facts, Snapshot, Weights, snapshot
 
 MODEL, TRAINING, MANIFEST = FILES = ("model.safetensors", "training.pt", "MANIFEST.json")
 SCHEMA = 1
@@ -58,7 +58,7 @@ def save(folder: Path, model: Weights, training: Any, step: int, run: Facts = No
 
 def commit(folder: Path, taken: Snapshot) -> Path:
     """Write a snapshot and return its folder. Raises CheckpointError as `save` does."""
-    needed = bytes_of(taken.tensors) + bytes_of(taken.training)
+    needed = taken.nbytes
     beside = folder / f".{folder_name(taken.step)}-{uuid4().hex[:8]}"
     try:
         make(folder)
@@ -223,8 +223,9 @@ def refuse_links(*paths: Path) -> None:
 
 def write(folder: Path, taken: Snapshot) -> None:
     """Fill a folder: the model, the training state, then the manifest; each is on the disk when this returns."""
-    files = write_at_once(folder, taken) if bytes_of([taken.training, taken.tensors]) > LARGE else None
-    if files is None:
+    if taken.nbytes > LARGE:
+        files = write_at_once(folder, taken)
+    else:
         write_model(folder / MODEL, taken)
         write_training(folder / TRAINING, taken.training)
         files = {name: measured(folder / name) for name in (MODEL, TRAINING)}

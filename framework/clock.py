@@ -13,7 +13,7 @@ SKIPPED, RECORDED = 5, 50  # steps that a profiler waits, and follows
 
 
 class Clock:
-    """Seconds spent by part ("data", "validation", "checkpoint"); what no part has is the training steps."""
+    """Seconds spent by part ("waiting for data", "validation" ...); what no part has is the training steps."""
 
     def __init__(self) -> None:
         self.began = perf_counter()

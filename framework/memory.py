@@ -6,11 +6,9 @@ from contextlib import contextmanager
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from .errors import FrameworkError
-
-Batch = tuple[Tensor, ...]
+from .workers import Batch
 
 
 class OutOfMemory(FrameworkError, torch.OutOfMemoryError):

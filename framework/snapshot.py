@@ -24,6 +24,11 @@ class Snapshot(NamedTuple):
     training: Any
     run: dict[str, Any]
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all its tensors."""
+        return bytes_of(self.tensors) + bytes_of(self.training)
+
 
 class Copies:
     """Copies tensors to the CPU, one round after the other into the same memory, which is quicker than new memory."""

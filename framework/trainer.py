@@ -31,7 +31,7 @@ from .metric import Measures, Metric
 from .scheduler import Schedule
 from .schema import PositiveInt, check_arguments
 from .state import Cadence, Every, State
-from .task import LossTask, Task
+from .task import Task
 
 
 class Trainer(Evaluator):
@@ -135,10 +135,8 @@ class Trainer(Evaluator):
 
         Raises DataError when the data is empty or does not fit the task, OutOfMemory when memory is full.
         """
-        self.model, self.optimizer, self.schedule = model.to(self.device), optimizer, schedule
-        self.task = task if isinstance(task, Task) else LossTask(task)
-        if self.task.criterion is not None:
-            self.task.criterion.to(self.device)
+        self._use(model, task)
+        self.optimizer, self.schedule = optimizer, schedule
         if isinstance(data, Data):
             check_data(data)
             self.task.check(data)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .checkpoint import commit
-from .snapshot import Copies, Snapshot, bytes_of, snapshot
+from .snapshot import Copies, Snapshot, snapshot
 
 
 class Job(NamedTuple):
@@ -55,7 +55,7 @@ class Writer:
                 self._drop(stays)
             self.hurry = True
             self.changed.notify_all()
-            self.changed.wait_for(lambda: not self.jobs or self._bytes() < self.most_bytes)
+            self.changed.wait_for(lambda: sum(job.taken.nbytes for job in self.jobs) < self.most_bytes)
             self.hurry = False
             copies = self.spare.pop() if self.spare else Copies()
         self.check()
@@ -65,9 +65,6 @@ class Writer:
             if self.thread is None:
                 self.thread = threading.Thread(target=self._work, name="checkpoint")
                 self.thread.start()
-
-    def _bytes(self) -> int:
-        return sum(bytes_of(job.taken.tensors) + bytes_of(job.taken.training) for job in self.jobs)
 
     def _drop(self, stays: Collection[int | None]) -> None:
         for job in self.jobs[self.writing :]:

@@ -277,13 +277,18 @@ class ArrayData(Data):
         return read_batch(path, facts)
 
     def facts(self) -> dict[str, Any]:
-        return {
-            "in_shape": list(self.in_shape),
-            "mean": self.mean,
-            "std": self.std,
-            "target": self.target,
-            "classes": list(self.classes),
-        }
+        return standard_facts(self)
+
+
+def standard_facts(data: Any) -> dict[str, Any]:
+    """Return how an input becomes what the model was trained on, and the classes, of a data set with a mean and std."""
+    return {
+        "in_shape": list(data.in_shape),
+        "mean": data.mean,
+        "std": data.std,
+        "target": data.target,
+        "classes": list(data.classes),
+    }
 
 
 def read_parts(

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from framework_plugins.arrays import moments, read_batch, split_rows, standardise
+from framework_plugins.arrays import moments, read_batch, split_rows, standard_facts, standardise
 from torch import Tensor
 
 from framework import Data, PositiveInt, Rate, datasets
@@ -86,13 +86,7 @@ class ImageFolder(Data):
 
     def facts(self) -> dict[str, Any]:
         """Return how a picture becomes an input, and the classes."""
-        return {
-            "in_shape": list(self.in_shape),
-            "mean": self.mean,
-            "std": self.std,
-            "target": self.target,
-            "classes": list(self.classes),
-        }
+        return standard_facts(self)
 
     @classmethod
     def read_inputs(cls, path: Path, facts: dict[str, Any]) -> Tensor:

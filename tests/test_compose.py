@@ -135,17 +135,6 @@ class Part(nn.Module):
 """
 
 
-@pytest.fixture
-def forget_plugins():
-    from framework.registry import Registry
-
-    yield
-    for module in [name for name in sys.modules if name.startswith("framework_plugin_")]:
-        del sys.modules[module]
-    for registry in Registry.every.values():
-        registry.forget_unloaded()
-
-
 def test_plugins_of_the_project_the_experiment_and_the_command_line(write, forget_plugins):
     for name in ("one", "two", "three"):
         write(f"{name}.py", PART.format(name=name))

@@ -72,15 +72,6 @@ def surroundings(folder):
     return files, list(sys.argv), environment, GlobalHydra.instance().is_initialized()
 
 
-@pytest.fixture
-def forget_plugins():
-    yield
-    for module in [name for name in sys.modules if name.startswith("framework_plugin_")]:
-        del sys.modules[module]
-    for registry in Registry.every.values():
-        registry.forget_unloaded()
-
-
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
