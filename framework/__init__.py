@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from .data import Data as Data, TensorSplit as TensorSplit
     from .logger import Logger as Logger
     from .metric import Metric as Metric
+    from .pure import PureOptimizer as PureOptimizer
     from .scheduler import Schedule as Schedule
     from .state import Every as Every
     from .task import Step as Step, Task as Task
@@ -56,6 +57,7 @@ _LATER = {  # these import torch, which a person who only lists parts need not w
     "Every": "state",
     "Logger": "logger",
     "Metric": "metric",
+    "PureOptimizer": "pure",
     "Schedule": "scheduler",
     "Step": "task",
     "Task": "task",

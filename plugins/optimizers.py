@@ -12,7 +12,8 @@ from torch import Tensor, optim
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
-from framework import NonNegativeFloat, PositiveFloat, PositiveInt, Rate, optimizers
+from framework import NonNegativeFloat, PositiveFloat, PositiveInt, PureOptimizer, Rate, optimizers
+from framework.pure import Settings, State, pure_updates
 
 HIDDEN = ("maximize", "capturable", "differentiable", "foreach", "fused")  # the framework's business
 COMMON = {"lr": PositiveFloat, "weight_decay": NonNegativeFloat}
@@ -54,6 +55,73 @@ optimizers.register(
 optimizers.register("sgd", optim.SGD, hide=HIDDEN, types=COMMON | {"momentum": Rate, "dampening": NonNegativeFloat})
 
 
+def adam(p: Tensor, g: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
+    """Adam (Kingma and Ba 2015, arXiv:1412.6980, algorithm 1), with decoupled weight decay where the settings say so."""
+    (beta1, beta2), lr, weight_decay = settings["betas"], settings["lr"], settings["weight_decay"]
+    if settings.get("decoupled_weight_decay"):
+        p = p * (1 - lr * weight_decay)
+    else:
+        g = decayed(p, g, weight_decay)
+    step = state["step"] + 1
+    average = state["exp_avg"] + (g - state["exp_avg"]) * (1 - beta1)
+    square = state["exp_avg_sq"] * beta2 + g * g * (1 - beta2)
+    new = {"step": step, "exp_avg": average, "exp_avg_sq": square}
+    if settings["amsgrad"]:
+        square = new["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], square)
+    number = step.to(p.dtype)
+    scale = lr / (1 - beta1**number)
+    return p - scale * (average / (square.sqrt() / (1 - beta2**number).sqrt() + settings["eps"])), new
+
+
+def sgd(p: Tensor, g: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
+    """SGD with momentum, classical or Nesterov's (Sutskever et al. 2013, as torch writes it)."""
+    g, momentum = decayed(p, g, settings["weight_decay"]), settings["momentum"]
+    if is_zero(momentum):
+        return p - settings["lr"] * g, {}
+    buffer = state["momentum_buffer"] * momentum + g * (1 - settings["dampening"])
+    return p - settings["lr"] * (g + momentum * buffer if settings["nesterov"] else buffer), {"momentum_buffer": buffer}
+
+
+def rmsprop(p: Tensor, g: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
+    """RMSprop (Hinton 2012, lecture 6e), centred (Graves 2013, arXiv:1308.0850, equations 38 to 45) if wanted."""
+    g, alpha = decayed(p, g, settings["weight_decay"]), settings["alpha"]
+    square = variance = state["square_avg"] * alpha + g * g * (1 - alpha)
+    new = {"step": state["step"] + 1, "square_avg": square}
+    if settings["centered"]:
+        average = new["grad_avg"] = state["grad_avg"] + (g - state["grad_avg"]) * (1 - alpha)
+        variance = square - average * average
+    move = g / (variance.sqrt() + settings["eps"])
+    if not is_zero(settings["momentum"]):
+        move = new["momentum_buffer"] = state["momentum_buffer"] * settings["momentum"] + move
+    return p - settings["lr"] * move, new
+
+
+def adagrad(p: Tensor, g: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
+    """Adagrad (Duchi et al. 2011, JMLR 12), with a rate that falls by `lr_decay`, as torch has it."""
+    g = decayed(p, g, settings["weight_decay"])
+    lr = settings["lr"] / (1 + state["step"].to(p.dtype) * settings["lr_decay"])
+    total = state["sum"] + g * g
+    return p - lr * (g / (total.sqrt() + settings["eps"])), {"step": state["step"] + 1, "sum": total}
+
+
+def decayed(p: Tensor, g: Tensor, weight_decay: Any) -> Tensor:
+    return g if is_zero(weight_decay) else g + weight_decay * p
+
+
+def is_zero(value: Any) -> bool:
+    return not isinstance(value, Tensor) and value == 0
+
+
+for written, update in (
+    (optim.Adam, adam),
+    (optim.AdamW, adam),
+    (optim.SGD, sgd),
+    (optim.RMSprop, rmsprop),
+    (optim.Adagrad, adagrad),
+):
+    pure_updates.register(written, update)
+
+
 def loss_of(closure: Callable[[], Any] | None) -> Any:
     """Return the closure's loss, with gradients, or None without a closure."""
     if closure is None:
@@ -63,7 +131,7 @@ def loss_of(closure: Callable[[], Any] | None) -> Any:
 
 
 @optimizers.register("lion")
-class Lion(optim.Optimizer):
+class Lion(PureOptimizer):
     """The sign of an interpolated momentum, with decoupled weight decay (Chen et al. 2023, arXiv:2302.06675, alg. 2).
 
     Every number moves by `lr` a step: the authors take a rate 3 to 10 times lower, and a weight decay as much higher,
@@ -75,6 +143,8 @@ class Lion(optim.Optimizer):
         weight_decay: decay of the parameters a step, times lr.
     """
 
+    kept = ("momentum",)
+
     def __init__(
         self,
         params: ParamsT,
@@ -84,27 +154,14 @@ class Lion(optim.Optimizer):
     ):
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        """Take one step; returns the closure's loss, if there is one."""
-        loss = loss_of(closure)
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                self.update(params, group["lr"], group["betas"], group["weight_decay"])
-        return loss
-
-    def update(self, params: list[Tensor], lr: float, betas: tuple[float, float], weight_decay: float) -> None:
-        gradients = [p.grad for p in params]
-        for p in params:
-            if not self.state[p]:
-                self.state[p]["momentum"] = torch.zeros_like(p)
-        momenta = [self.state[p]["momentum"] for p in params]
-        directions = torch._foreach_lerp(momenta, gradients, 1 - betas[0])
-        torch._foreach_sign_(directions)
-        torch._foreach_mul_(params, 1 - lr * weight_decay)
-        torch._foreach_add_(params, directions, alpha=-lr)
-        torch._foreach_lerp_(momenta, gradients, 1 - betas[1])
+    @staticmethod
+    def update(p: Tensor, g: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
+        """Return the parameter and its momentum after a step."""
+        lr, (beta1, beta2) = settings["lr"], settings["betas"]
+        momentum = state["momentum"]
+        direction = (momentum + (g - momentum) * (1 - beta1)).sign()
+        p = p * (1 - lr * settings["weight_decay"]) - lr * direction
+        return p, {"momentum": momentum + (g - momentum) * (1 - beta2)}
 
 
 @optimizers.register("muon")

@@ -17,12 +17,13 @@ ROOT = Path(framework.__file__).parent.parent
 FLOORS = {
     "stdlib": ["errors", "schema", "registry", "kinds"],
     "ground work": ["discovery", "seeds", "state", "shapes", "workers", "device", "memory", "clock"],
-    "contracts": ["data", "metric", "task", "scheduler", "optimizer", "fused", "logger", "callback"],
+    "contracts": ["data", "metric", "task", "scheduler", "optimizer", "fused", "pure", "logger", "callback"],
     "engines": [
         "trainer",
         "evaluator",
         "backward",
         "cuda_graph",
+        "compiled",
         "trainer_state",
         "snapshot",
         "checkpoint",
