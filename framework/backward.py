@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,16 +10,15 @@ from torch.optim import Optimizer
 
 from . import seeds
 from .clock import Clock
+from .compiled import Compile, Compiled, WholeStep
 from .cuda_graph import GraphedPass
 from .data import Batch
 from .device import Precision
-from .errors import FrameworkError
 from .memory import MicroBatches
 from .metric import Measures
 from .task import Step, Task
 
 ENGINE = getattr(getattr(torch.autograd.Variable, "_execution_engine", None), "run_backward", None)
-Compile = Literal["off", "model", "step", "cuda_graph"]
 
 
 class Backward:
@@ -39,8 +38,10 @@ class Backward:
         self.model, self.task, self.optimizer, self.measures = model, task, optimizer, measures
         self.clock, self.precision, self.micro_batches = clock, precision, micro_batches
         self.parameters: list[nn.Parameter] = []
-        self.forward: nn.Module | Callable = compiled(model, compile) if compile == "model" else model
-        self.gradients = compiled(self._gradients, compile) if compile == "step" else self._gradients
+        self.forward: nn.Module | Callable = Compiled(model, compile, clock) if compile == "model" else model
+        self.gradients = Compiled(self._gradients, compile, clock) if compile == "step" else self._gradients
+        self.whole = WholeStep(model, task, optimizer, precision, clock) if compile == "step" else None
+        self.updated = False  # whether the update was part of it
         self.pass_through: Callable[..., Step] = self._compiled if compile == "step" else self._eager
         if compile == "cuda_graph":
             self.pass_through = GraphedPass(self.pass_through, lambda: self.parameters)
@@ -53,6 +54,7 @@ class Backward:
         groups = self.optimizer.param_groups
         if sum(len(group["params"]) for group in groups) != len(self.parameters):  # a callback may add some
             self.parameters = [parameter for group in groups for parameter in group["params"]]
+        self.updated = False
         mark = self._mark() if self.micro_batches.auto else None
         while True:
             parts = [part for batch in batches for part in self.micro_batches.split(batch)]
@@ -69,7 +71,11 @@ class Backward:
         mean: Tensor | None = None
         for part, count in zip(parts, counts, strict=True):
             share = None if len(parts) == 1 else count / total  # so that the sum is the mean of the whole
-            loss, outputs, targets = self.pass_through(part, share)
+            if share is None and self.whole is not None and not self.micro_batches.auto and self.whole.ready():
+                with self.clock.detail("forward, backward and update"):
+                    (loss, outputs, targets), self.updated = self.whole(part)
+            else:
+                loss, outputs, targets = self.pass_through(part, share)
             self.measures.add(loss, outputs, targets, count)
             loss = loss.detach() if share is None else loss.detach() * share
             mean = loss if mean is None else mean + loss
@@ -129,23 +135,3 @@ def run_backward(loss: Tensor) -> None:
     else:
         gradient = one(loss.dtype, loss.device)
         ENGINE((loss,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True)
-
-
-def compiled(function: Callable, what: Compile) -> Callable:
-    """Compile for fixed shapes; random numbers are those of the eager step. Errors say that it was for `compile`."""
-    import torch._dynamo  # takes a second, which only those who compile should pay
-
-    if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # before torch 2.11 the backward pass is a graph of its own
-        torch._dynamo.config.trace_autograd_ops = True
-    made = torch.compile(function, dynamic=False, options={"fallback_random": True})
-
-    def run(*given: Any) -> Any:
-        try:
-            return made(*given)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            cause = str(error).strip().splitlines()[0]
-            raise FrameworkError(
-                f"compile={what}: torch cannot compile this; with compile=off it runs: {cause}"
-            ) from error
-
-    return run

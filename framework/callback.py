@@ -69,6 +69,13 @@ class Callback:
     def on_exception(self, trainer: Trainer) -> None: ...
     def on_close(self, trainer: Trainer) -> None: ...
 
+    def needs_gradients(self, trainer: Trainer) -> bool:
+        """Whether `on_gradients` must be called in the step to come even if all gradients are finite.
+
+        Where nobody needs them, a compiled step goes from the batch to the new weights.
+        """
+        return True
+
     def on_save(self, model_state: dict[str, Any], own_state: dict[str, Any]) -> None:
         """Change what a checkpoint will hold: the model's weights as `predict` shall use them, and this one's state."""
 

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from . import seeds, trainer_state
-from .backward import Backward, Compile
+from .backward import Backward
 from .batches import Source, count_steps, count_total, steps
 from .callback import Callback, listeners
 from .clock import Clock, Profiler
+from .compiled import Compile
 from .data import Batch, Data, Loader, check_data
 from .device import Format, deterministic_algorithms
 from .errors import DataError, SettingError
@@ -74,8 +75,8 @@ class Trainer(Evaluator):
             accumulate: batches whose gradients make one step; the same step as one batch of them all.
             micro_batch: samples that go through the model at once, a batch of more being split with the same gradients
                 (batch norms apart); auto: half as many whenever memory is full.
-            compile: torch.compile for the model alone, or for all of forward, loss and backward (step), which takes
-                seconds to minutes once; or these three as they are, replayed as one CUDA graph.
+            compile: torch.compile for the model alone, or for the whole step (with the update, if it is a pure one),
+                seconds to minutes once; or forward, loss and backward replayed as one CUDA graph.
             precision: fp32, or autocast to bf16 or fp16 (fp16 with a gradient scaler).
             device: auto (cuda, else mps, else cpu) or a torch device such as cuda:1.
             deterministic: only deterministic algorithms; slower, and an error where torch has none.
@@ -176,6 +177,10 @@ class Trainer(Evaluator):
             *(self.model, self.task, self.optimizer, self.measures, self.clock),
             *(self.precision, self.micro_batches, self.compile),
         )
+        if self._backward.whole is not None:
+            listening = [listener.__self__ for listener in self._listeners["gradients"]]  # type: ignore[attr-defined]
+            self._backward.whole.wanted = lambda: any(one.needs_gradients(self) for one in listening)
+            self._backward.whole.guarded = bool(listening)
         self._update, self.loss = FusedStep(self.optimizer), torch.zeros((), device=self.device)
         self._validated, self.at_boundary, self.resumed_from = -1, True, None
         if resume is not None:
@@ -221,17 +226,18 @@ class Trainer(Evaluator):
         raise DataError(f"epoch {state.epoch + 1} of the training data ended after {state.batch} batches; {expected}")
 
     def _step(self, window: list[Batch]) -> None:
-        """The training step: the gradients of all its batches (`backward.py`), then one update."""
+        """The training step: the gradients of all its batches (`backward.py`), then one update, compiled or not."""
         self.at_boundary = False
         self._emit("step_start")
         with self.clock.detail("copy"):
             batches = [self._place(batch) for batch in window]
-        self.loss = self._backward(batches)
-        self.precision.unscale(self.optimizer)
-        self._emit("gradients")
         self._set_learning_rate()
-        with self.clock.detail("optimizer"):
-            self.precision.step(self.optimizer, self._update)
+        self.loss = self._backward(batches)
+        if not self._backward.updated:
+            self.precision.unscale(self.optimizer)
+            self._emit("gradients")
+            with self.clock.detail("optimizer"):
+                self.precision.step(self.optimizer, self._update)
         for parameter in self._backward.parameters:
             parameter.grad = None
         self.state.step += 1

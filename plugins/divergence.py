@@ -59,6 +59,9 @@ class NonFinite(Callback):
             self.measured = trainer.measures.mark()
             self.buffers = [buffer.clone() for buffer in trainer.model.buffers()]
 
+    def needs_gradients(self, trainer: Trainer) -> bool:
+        return False
+
     def on_gradients(self, trainer: Trainer) -> None:
         tensors = [trainer.loss, *gradients(trainer)]
         try:

@@ -15,6 +15,9 @@ class GradientNorm(Callback):
     def __init__(self) -> None:
         self.measured: Tensor | None = None
 
+    def needs_gradients(self, trainer: Trainer) -> bool:
+        return will_log(trainer)
+
     def on_gradients(self, trainer: Trainer) -> None:
         self.measured = None
         if will_log(trainer):
@@ -67,6 +70,10 @@ class Histograms(Callback):
             every: how often; each time reads the whole model off the device.
         """
         self.cadence = Cadence(every)
+
+    def needs_gradients(self, trainer: Trainer) -> bool:
+        by_clock = self.cadence.unit not in ("step", "epoch")  # which may be asked but once a step
+        return by_clock or self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0)
 
     def on_gradients(self, trainer: Trainer) -> None:
         if self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0):

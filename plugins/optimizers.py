@@ -56,7 +56,7 @@ optimizers.register("sgd", optim.SGD, hide=HIDDEN, types=COMMON | {"momentum": R
 
 
 def adam(p: Tensor, g: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
-    """Adam (Kingma and Ba 2015, arXiv:1412.6980, algorithm 1), with decoupled weight decay where the settings say so."""
+    """Adam (Kingma and Ba 2015, arXiv:1412.6980, algorithm 1), with decoupled weight decay where it is set."""
     (beta1, beta2), lr, weight_decay = settings["betas"], settings["lr"], settings["weight_decay"]
     if settings.get("decoupled_weight_decay"):
         p = p * (1 - lr * weight_decay)

@@ -1,0 +1,152 @@
+"""torch's compiler: for the model, for forward and backward, or for a whole step with its update."""
+
+import warnings
+from collections.abc import Callable, Iterable
+from time import perf_counter
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .clock import Clock
+from .data import Batch
+from .device import Precision
+from .errors import FrameworkError
+from .fused import has_hooks
+from .pure import PureUpdate, State, pure_updates
+from .task import Step, Task
+
+Compile = Literal["off", "model", "step", "cuda_graph"]
+EXPECTED = 2  # times to compile: for the batches, and for the smaller last one of an epoch
+
+
+class Compiled:
+    """A function through torch.compile, for fixed shapes; its random numbers are those of the eager one.
+
+    Tells when it is compiled again, and why; that time is the clock's "compiling".
+    """
+
+    def __init__(self, function: Callable, what: Compile, clock: Clock):
+        import torch._dynamo  # takes a second, which only those who compile should pay
+        from torch._dynamo.utils import counters, guard_failures
+
+        if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # before torch 2.11 the backward pass is its own graph
+            torch._dynamo.config.trace_autograd_ops = True
+        self.made = torch.compile(function, dynamic=False, options={"fallback_random": True})
+        self.what, self.clock, self.times = what, clock, 0
+        self.frames, self.reasons = counters["frames"], guard_failures
+        self.failure = torch._dynamo.exc.TorchDynamoException
+        self.limit = getattr(torch._dynamo.config, "recompile_limit", 8)
+
+    def __call__(self, *given: Any) -> Any:
+        """Raises FrameworkError that says it was for `compile` when torch cannot compile the function."""
+        frames, began = self.frames["total"], perf_counter()
+        try:
+            made = self.made(*given)
+        except self.failure as error:
+            cause = str(error).strip().splitlines()[0]
+            raise FrameworkError(
+                f"compile={self.what}: torch cannot compile this; with compile=off it runs: {cause}"
+            ) from error
+        if self.frames["total"] != frames:
+            self.clock.add("compiling", perf_counter() - began)
+            self._tell()
+        return made
+
+    def _tell(self) -> None:
+        self.times += 1
+        if self.times <= EXPECTED:
+            return
+        told = next((reasons[-1] for reasons in reversed(self.reasons.values()) if reasons), "torch does not say why")
+        why = " ".join(told.splitlines()[0].partition("#")[0].split())
+        last = f"; after {self.limit} times torch runs what does not fit eagerly"
+        warnings.warn(f"compile={self.what}: compiled {self.times} times ({why}){last}", stacklevel=2)
+
+
+class WholeStep:
+    """Forward, backward and the optimizer's update as one compiled function.
+
+    Attributes:
+        wanted: asked whether somebody must see the gradients of this step even though they are finite.
+        guarded: whether somebody acts on what is not finite; then such an update is left out, and the gradients kept.
+    """
+
+    def __init__(self, model: nn.Module, task: Task, optimizer: Optimizer, precision: Precision, clock: Clock):
+        self.model, self.task, self.optimizer, self.precision = model, task, optimizer, precision
+        self.wanted: Callable[[], bool] = lambda: False
+        self.guarded = False
+        self.update: PureUpdate | None = None if precision.scaler is not None else pure_updates.find(optimizer)
+        self.compiled = Compiled(self._step, "step", clock)
+        self.parameters: list[nn.Parameter] = []
+        self.states: list[State] = []
+        self.groups: list[int] = []
+        self.rates: list[Tensor] = []
+        self.made_for: Any = None
+
+    def ready(self) -> bool:
+        """Whether this step can be one; not an optimizer's first, which makes the state that it keeps."""
+        waits = self.guarded and self.precision.device.type != "cpu"  # each step would wait for the device
+        if self.update is None or waits or has_hooks(self.optimizer) or self.wanted():
+            return False
+        groups, state = self.optimizer.param_groups, self.optimizer.state
+        trained = [(p, number) for number, group in enumerate(groups) for p in group["params"] if p.requires_grad]
+        form = (id(state), len(trained))
+        if form != self.made_for:
+            if not all(state.get(p) for p, _ in trained) and not all(map(self._stateless, groups)):
+                return False
+            self.parameters, self.groups = [p for p, _ in trained], [number for _, number in trained]
+            self.states = [kept(state.get(p, {})) for p in self.parameters]
+            self.rates = [torch.zeros((), dtype=g["params"][0].dtype, device=g["params"][0].device) for g in groups]
+            self.made_for = form
+        return True
+
+    def _stateless(self, group: dict[str, Any]) -> bool:
+        """Whether the update keeps nothing (SGD without momentum)."""
+        assert self.update is not None
+        number = torch.zeros(1)
+        try:
+            return not self.update(number, number, {}, group)[1]
+        except KeyError:
+            return False
+
+    def __call__(self, batch: Batch) -> tuple[Step, bool]:
+        """Return what the task made of the batch, and whether the update is done."""
+        settings = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in self.optimizer.param_groups]
+        for rate, group in zip(self.rates, self.optimizer.param_groups, strict=True):
+            rate.fill_(group["lr"])
+        made, gradients, finite = self.compiled(batch, self.rates, settings)
+        updated = not self.guarded or bool(finite)
+        if not updated:
+            for parameter, gradient in zip(self.parameters, gradients, strict=True):
+                parameter.grad = gradient
+        return made, updated
+
+    def _step(self, batch: Batch, rates: list[Tensor], settings: list[dict[str, Any]]) -> Any:
+        assert self.update is not None
+        with self.precision.autocast():
+            loss, outputs, targets = self.task.step(self.model, batch)
+        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        finite = all_finite([loss, *gradients]) if self.guarded else None
+        with torch.no_grad():
+            for p, g, state, number in zip(self.parameters, gradients, self.states, self.groups, strict=True):
+                if g is not None:
+                    p_new, state_new = self.update(p, g, state, {**settings[number], "lr": rates[number]})
+                    put(p, p_new, finite)
+                    for name, tensor in state_new.items():
+                        put(state[name], tensor, finite)
+        return Step(loss.detach(), outputs.detach(), targets), gradients if self.guarded else (), finite
+
+
+def kept(state: State) -> State:
+    """The tensors of a parameter's state (SGD without momentum keeps a None)."""
+    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+
+
+def all_finite(tensors: Iterable[Tensor | None]) -> Tensor:
+    finite = torch.stack([tensor.isfinite().all() for tensor in tensors if tensor is not None])
+    return finite.all()
+
+
+def put(old: Tensor, new: Tensor, wanted: Tensor | None) -> None:
+    old.copy_(new if wanted is None else torch.where(wanted, new, old))
