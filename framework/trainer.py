@@ -7,8 +7,8 @@ The loop and its events are drawn in `callback.py`; `_step` is the training step
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -136,6 +136,25 @@ class Trainer(Evaluator):
 
         Raises DataError when the data is empty or does not fit the task, OutOfMemory when memory is full.
         """
+        self.begin(model, data, task, optimizer, val, schedule, metrics, batch_size, resume)
+        with deterministic_algorithms(self.deterministic), memory_errors(self.device), self.fitting():
+            while not self.done:
+                self._epoch()
+        return self.state
+
+    def begin(
+        self,
+        model: nn.Module,
+        data: Source,
+        task: Task | Callable[[Tensor, Tensor], Tensor],
+        optimizer: torch.optim.Optimizer,
+        val: Source | None,
+        schedule: Callable[[int], float] | None,
+        metrics: Sequence[Metric],
+        batch_size: int,
+        resume: dict[str, Any] | None,
+    ) -> None:
+        """Take what `fit` was given, up to the first step."""
         self._use(model, task)
         self.optimizer, self.schedule = optimizer, schedule
         if isinstance(data, Data):
@@ -147,11 +166,14 @@ class Trainer(Evaluator):
         self.val_batches = None if val is None else self._batches(val, 4 * batch_size)  # without gradients
         self.metrics = list(metrics)
         self._prepare(resume)
-        with self, deterministic_algorithms(self.deterministic), memory_errors(self.device):
+
+    @contextmanager
+    def fitting(self) -> Iterator[None]:
+        """Run the steps of a fit between its first and its last events."""
+        with self:
             try:
                 self._emit("fit_start")
-                while not self._done:
-                    self._epoch()
+                yield
                 self._finish()
                 self._emit("fit_end")
                 self._flush()
@@ -161,7 +183,6 @@ class Trainer(Evaluator):
             finally:
                 self.clock.finish()
                 self.model.eval()
-        return self.state
 
     def _prepare(self, resume: dict[str, Any] | None) -> None:
         """Make everything that the first step needs: counters, scaler, sums, seeds, open loggers."""
@@ -189,7 +210,8 @@ class Trainer(Evaluator):
         self._rate_from = (time.perf_counter(), self.state.samples)
 
     @property
-    def _done(self) -> bool:
+    def done(self) -> bool:
+        """Whether a limit is reached, or something set `state.stop`."""
         state = self.state
         out_of_steps = self.max_steps is not None and state.step >= self.max_steps
         out_of_epochs = self.max_epochs is not None and state.epoch >= self.max_epochs
@@ -207,19 +229,13 @@ class Trainer(Evaluator):
         for window, last in steps(batches, self.accumulate, steps_left):
             self.clock.add("waiting for data", time.perf_counter() - waited)
             self._step(window)
-            if last:
-                state.epoch, state.batch = state.epoch + 1, 0
+            self.counted(window, last)
             if self.log_every.due(state, epoch_end=last) or last:
-                self._log()
-            if self.val_batches is not None and self.validate_every.due(state, epoch_end=last):
+                self.log_training()
+            if self.validates(last):
                 self._validate()
-            self._emit("step_end")
-            if last:
-                self._emit("epoch_end")
-            self._flush()
-            self.clock.step()
-            self.at_boundary = True
-            if last or self._done:
+            self.stepped(last)
+            if last or self.done:
                 return
             waited = time.perf_counter()
         expected = f"its length says {len(self.train_batches)}" if steps_left else "can it be read only once?"
@@ -240,9 +256,24 @@ class Trainer(Evaluator):
                 self.precision.step(self.optimizer, self._update)
         for parameter in self._backward.parameters:
             parameter.grad = None
-        self.state.step += 1
-        self.state.batch += len(window)
-        self.state.samples += sum(len(batch[0]) for batch in window)
+
+    def counted(self, window: list[Batch], last: bool) -> None:
+        """Count a step that is done."""
+        state = self.state
+        state.step += 1
+        state.batch += len(window)
+        state.samples += sum(len(batch[0]) for batch in window)
+        if last:
+            state.epoch, state.batch = state.epoch + 1, 0
+
+    def stepped(self, last: bool) -> None:
+        """Tell that all of a step is done."""
+        self._emit("step_end")
+        if last:
+            self._emit("epoch_end")
+        self._flush()
+        self.clock.step()
+        self.at_boundary = True
 
     def sample_indices(self) -> list[int] | None:
         """Return which samples of the training split the step under way reads; None for batches of your own."""
@@ -257,7 +288,7 @@ class Trainer(Evaluator):
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
-    def _log(self) -> None:
+    def log_training(self) -> None:
         """Read the training sums since the last time, and give them to the callbacks and loggers."""
         now, samples = time.perf_counter(), self.state.samples
         since, before = self._rate_from
@@ -268,6 +299,10 @@ class Trainer(Evaluator):
         self._emit("log")
         self._flush()
 
+    def validates(self, last: bool) -> bool:
+        """Whether the validation split is to be measured after this step."""
+        return self.val_batches is not None and self.validate_every.due(self.state, epoch_end=last)
+
     def _validate(self) -> None:
         """Measure the validation split; training's randomness is not touched."""
         assert self.val_batches is not None
@@ -275,18 +310,22 @@ class Trainer(Evaluator):
         began = time.perf_counter()
         with self.clock.part("validation"):
             values = self._measure(self.val_batches)
+        self.validated(values, time.perf_counter() - began)
+
+    def validated(self, values: dict[str, float], seconds: float) -> None:
+        """Take what the validation split came to."""
         self._validated = self.state.step
         self.log({f"val/{name}": value for name, value in values.items()})
         if isinstance(self.schedule, Schedule):
             self.schedule.observe(self.state.metrics)  # type: ignore[arg-type]
         self._emit("validation_end")
         self._flush()
-        self._rate_from = (self._rate_from[0] + time.perf_counter() - began, self._rate_from[1])
+        self._rate_from = (self._rate_from[0] + seconds, self._rate_from[1])
 
     def _finish(self) -> None:
         """After the last step: what the cadences left unlogged and unmeasured."""
         if not self.measures.empty:
-            self._log()
+            self.log_training()
         if self.val_batches is not None and self._validated != self.state.step:
             self._validate()
 
