@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .data import Batch, Data, ForeignLoader, Loader, Split, TensorSplit
+from .data import Batch, Data, ForeignLoader, Loader, Split
 from .errors import DataError
 
 Batches = Loader | ForeignLoader
@@ -13,16 +13,13 @@ Source = Data | Split | Loader | Iterable[Any]
 
 
 def as_batches(source: Source, batch_size: int, *, shuffle: bool, seed: int, device: torch.device) -> Batches:
-    """Return a reader of the source's batches; in-memory data goes to the device. Raises DataError for a whole Data."""
+    """Return a reader of the source's batches; it reads for the device. Raises DataError for a whole Data."""
     if isinstance(source, Data):
         raise DataError(f"{type(source).__name__} has several splits: pass one of them, such as `data.test`")
     if hasattr(source, "__getitem__") and not isinstance(source, list | tuple):
         source = Loader(source, batch_size, batch_size, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
-    if not isinstance(source, Loader):
-        return source if isinstance(source, ForeignLoader) else ForeignLoader(source)  # type: ignore[arg-type]
-    if isinstance(source.split, TensorSplit):
-        source.split = source.split.to(device)
-    return source
+    ours = isinstance(source, Loader | ForeignLoader)
+    return (source if ours else ForeignLoader(source)).to(device)  # type: ignore[arg-type, union-attr]
 
 
 def count_steps(batches: Batches, accumulate: int) -> int:

@@ -6,6 +6,7 @@ map-style `torch.utils.data.Dataset` that yields (input, target).
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -14,10 +15,22 @@ import torch
 from torch import Tensor
 
 from . import seeds
+from .device import CopyStream, channels_last
 from .errors import DataError, FrameworkError
 from .kinds import Shape
+from .memory import check_room
 from .schema import NonNegativeFloat, NonNegativeInt, PositiveInt
-from .workers import Batch as Batch, IndexBatches, SeededSamples, Split as Split, as_batch, read_batches
+from .workers import (
+    MEMORY,
+    Batch as Batch,
+    IndexBatches,
+    SeededSamples,
+    Split as Split,
+    SteadySamples,
+    as_batch,
+    read_batches,
+    read_whole,
+)
 
 Target = Literal["class", "labels", "value", "none"]
 
@@ -91,7 +104,7 @@ class Loader:
 
     In memory, a batch is one indexed read of each tensor, on the device where they are. Anything else goes through
     torch's DataLoader; what is random in reading a sample is then a function of (seed, epoch, sample), so that the
-    batches are the same with any number of workers, and after a restart.
+    batches are the same with any number of workers, and after a restart. On CUDA its batches come copied ahead.
     """
 
     ahead = 2**20  # bytes of memory that are read at once, if several batches fit in them
@@ -106,6 +119,8 @@ class Loader:
         drop_last: bool = False,
         timeout_seconds: NonNegativeFloat = 0.0,
         on_bad_sample: Literal["raise", "skip"] = "raise",
+        read: Literal["auto", "memory", "workers"] = "auto",
+        channels_last: bool = False,
         *,
         shuffle: bool = False,
         seed: int = 0,
@@ -120,9 +135,15 @@ class Loader:
             timeout_seconds: how long a batch may take to come from a worker, before it is an error (0: for ever).
             on_bad_sample: what to do when a sample cannot be read: raise an error that names it, or skip it; then its
                 batch is one smaller, and `skipped` counts.
+            read: memory loads a split of samples whole, once, which takes samples of one shape with nothing random in
+                them; workers reads even tensors through torch's DataLoader; auto leaves a split as it is. The batches
+                are the same in all ways.
+            channels_last: give images with the channels of a pixel side by side in memory, a format in which most
+                convolutional models are faster (`scripts/bench formats` measures it); the numbers differ by rounding.
         """
         in_memory = isinstance(split, torch.utils.data.TensorDataset)
         self.split: Split = TensorSplit(*split.tensors) if in_memory else split  # type: ignore[attr-defined]
+        self.read, self.channels_last = read, channels_last
         self.workers, self.timeout_seconds = workers, timeout_seconds
         self.on_bad_sample, self.skipped = on_bad_sample, 0
         self.batch_size = batch_size if shuffle else eval_batch_size
@@ -130,6 +151,28 @@ class Loader:
         self.drop_last = drop_last and shuffle
         if self.drop_last and len(split) < self.batch_size:
             raise DataError(f"drop_last leaves no batch: {len(split)} samples, batch_size {self.batch_size}")
+        self.copies: CopyStream | None = None
+        self.whole: SteadySamples | None = None  # what is to be read into memory
+        if read == "memory" and not isinstance(self.split, TensorSplit):
+            if on_bad_sample == "skip":
+                raise DataError(f"{MEMORY} needs every sample: it does not go with loader.on_bad_sample=skip")
+            self.whole = SteadySamples(self.split, 0, workers=workers)
+            check_room(self.whole.probe(), f"{MEMORY}: {type(split).__name__}")
+
+    def to(self, device: torch.device) -> "Loader":
+        """Prepare to read for a device, and return this loader: what shall be in memory is read, and goes there."""
+        if self.whole is not None:
+            self.split, self.whole = TensorSplit(*read_whole(self.whole, self.workers, self.timeout_seconds)), None
+        if self.tensors is not None:
+            self.split = TensorSplit(*self.tensors).to(device)
+        elif device.type == "cuda":
+            self.copies = CopyStream(device)
+        return self
+
+    @property
+    def tensors(self) -> Sequence[Tensor] | None:
+        """What batches are gathered from; None where they are read sample by sample."""
+        return self.split.tensors if isinstance(self.split, TensorSplit) and self.read != "workers" else None
 
     def __len__(self) -> int:
         """The number of batches of an epoch."""
@@ -139,15 +182,17 @@ class Loader:
     @property
     def manner(self) -> str:
         """How batches are read, in words."""
-        if isinstance(self.split, TensorSplit):
-            return f"in memory, {self._together(self.split.tensors)} batches a read"
-        return f"torch's DataLoader, {self.workers or 'no'} workers"
+        manner = "in memory, once it is read by " * (self.whole is not None)
+        manner += f"torch's DataLoader, {self.workers or 'no'} workers"
+        if self.tensors is not None:
+            manner = f"in memory, {self._together(self.tensors)} batches a read"
+        return manner + ", channels last" * self.channels_last
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch from batch number `start` on."""
         indices = self._order(epoch)[: len(self) * self.batch_size]
-        if isinstance(self.split, TensorSplit):
-            return self._gather(self.split.tensors, indices, start)
+        if self.tensors is not None:
+            return self._gather(self.tensors, indices, start)
         return self._load(epoch, indices[start * self.batch_size :])
 
     def indices(self, epoch: int, start: int, batches: int) -> list[int]:
@@ -172,7 +217,8 @@ class Loader:
         together = self._together(tensors)
         for number in range(start - start % together, len(self), together):
             chunk = indices[number * self.batch_size : (number + together) * self.batch_size]
-            parts = [tensor.index_select(0, chunk).split(self.batch_size) for tensor in tensors]
+            whole = self._laid_out([tensor.index_select(0, chunk) for tensor in tensors])
+            parts = [tensor.split(self.batch_size) for tensor in whole]
             yield from islice(zip(*parts, strict=True), max(start - number, 0), None)
 
     def _load(self, epoch: int, indices: Tensor) -> Iterator[Batch]:
@@ -180,13 +226,18 @@ class Loader:
         workers = min(self.workers, len(chunks))
         seed = seeds.derive(self.seed, "sample", epoch)
         samples = SeededSamples(self.split, seed, self.on_bad_sample == "skip", workers)
-        for batch, left_out in read_batches(samples, chunks, workers, self.timeout_seconds):
-            self.skipped += len(left_out)
-            for why in left_out:
-                warnings.warn(f"{why}; it is left out", stacklevel=2)
-            if isinstance(batch, FrameworkError):
-                raise batch
-            yield batch
+        reads = read_batches(samples, chunks, workers, self.timeout_seconds, pin=self.copies is not None)
+        with closing(reads):  # at once: an error that is raised here keeps this frame
+            for batch, left_out in reads if self.copies is None else self.copies.ahead(reads):
+                self.skipped += len(left_out)
+                for why in left_out:
+                    warnings.warn(f"{why}; it is left out", stacklevel=2)
+                if isinstance(batch, FrameworkError):
+                    raise batch
+                yield self._laid_out(batch)
+
+    def _laid_out(self, batch: Sequence[Tensor]) -> Batch:
+        return tuple(map(channels_last, batch)) if self.channels_last else tuple(batch)
 
 
 class ForeignLoader:
@@ -196,6 +247,13 @@ class ForeignLoader:
 
     def __init__(self, batches: Iterable[Any]):
         self.batches = batches
+        self.copies: CopyStream | None = None
+
+    def to(self, device: torch.device) -> "ForeignLoader":
+        """Prepare to read for a device, and return this loader: batches of a DataLoader are copied ahead to CUDA."""
+        if device.type == "cuda" and isinstance(self.batches, torch.utils.data.DataLoader):
+            self.copies = CopyStream(device)
+        return self
 
     def __len__(self) -> int:
         return len(self.batches)  # type: ignore[arg-type]
@@ -205,4 +263,5 @@ class ForeignLoader:
         sampler = getattr(self.batches, "sampler", None)
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(epoch)  # type: ignore[union-attr]
-        return islice(map(as_batch, self.batches), start, None)
+        batches = islice(map(as_batch, self.batches), start, None)
+        return batches if self.copies is None else (batch for batch, _ in self.copies.ahead((b, None) for b in batches))

@@ -1,9 +1,9 @@
 """Where tensors are, and in which number format the arithmetic runs."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from .errors import SettingError
 NOTHING = nullcontext()
 SMALL = 20_000_000  # products of a forward pass
 Format = Literal["fp32", "bf16", "fp16"]
+Item = TypeVar("Item")
 
 
 def find_device(name: str) -> torch.device:
@@ -28,6 +29,59 @@ def find_device(name: str) -> torch.device:
     if (device.index or 0) >= there.get(device.type, 0):
         raise SettingError(f"device {name} is not on this machine (it has {there['cuda']} CUDA devices)")
     return device
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    """Return images (samples, channels, height, width) with the channels of a pixel side by side in memory.
+
+    The values and the shape are the same, and other tensors stay as they are. A convolution goes on in this format.
+    """
+    if tensor.ndim != 4:
+        return tensor
+    _, channels, height, width = tensor.shape
+    pixels = tensor.permute(0, 2, 3, 1).contiguous()
+    strides = (channels * height * width, 1, width * channels, channels)
+    return pixels.as_strided(tensor.shape, strides)  # of one channel torch would leave the strides as they were
+
+
+class CopyStream:
+    """Copies batches to a CUDA device on a stream of its own, each while the one before it is computed with."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.stream = device, torch.cuda.Stream(device)
+
+    def ahead(self, reads: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
+        """Yield (batch, something) on the device, having begun to copy the one after it; no batch passes as it is."""
+        for batch, beside, done in one_ahead(map(self._begin, reads)):
+            if done is not None:
+                current = torch.cuda.current_stream(self.device)
+                current.wait_event(done)
+                for tensor in batch:
+                    tensor.record_stream(current)  # its memory is of the other stream, which might use it again
+            yield batch, beside
+
+    def _begin(self, read: tuple[Any, Any]) -> tuple[Any, Any, torch.cuda.Event | None]:
+        batch, beside = read
+        if not isinstance(batch, tuple | list):
+            return batch, beside, None
+        with torch.cuda.stream(self.stream):
+            copied = tuple(tensor.to(self.device, non_blocking=True) for tensor in batch)
+            return copied, beside, self.stream.record_event()
+
+
+def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """Yield each item once the next one is made. An error comes where it would have: after the items before it."""
+    held: list[Item] = []
+    failed: Exception | None = None
+    try:
+        for item in items:
+            yield from held
+            held = [item]
+    except Exception as error:
+        failed = error
+    yield from held
+    if failed is not None:
+        raise failed
 
 
 def suitable_threads(model: nn.Module, rows: int, workers: int = 0) -> int:

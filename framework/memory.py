@@ -3,11 +3,12 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Literal
 
 import torch
 
-from .errors import FrameworkError
+from .errors import DataError, FrameworkError
 from .workers import Batch
 
 
@@ -18,6 +19,22 @@ class OutOfMemory(FrameworkError, torch.OutOfMemoryError):
 def is_full(error: BaseException) -> bool:
     """Whether an error is one of the forms in which torch or Python say that memory is full."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Return how many bytes of memory a device has free; None where it does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    lines = meminfo.read_text().splitlines() if meminfo.is_file() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
+
+
+def check_room(needed: int, what: str) -> None:
+    """Raise DataError when this machine has not so many bytes of memory free (where it tells how many it has)."""
+    free = free_bytes(torch.device("cpu"))
+    if free is not None and needed > free:
+        raise DataError(f"{what} takes about {needed / 2**30:.3g} GiB, and {free / 2**30:.3g} GiB are free")
 
 
 @contextmanager

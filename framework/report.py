@@ -26,7 +26,7 @@ def print_result(result: Result, job: str | None = None) -> None:
     steps = "1 step" if result.steps == 1 else f"{result.steps:,} steps"
     print(f"\n{steps} in {seconds}" + (f", stopped: {result.stopped}" if result.stopped else ""))
     if result.shares and job is None:
-        print(f"time     {', '.join(f'{share:.0%} {part}' for part, share in result.shares.items() if share > 0.005)}")
+        print(f"time     {', '.join(f'{share}% {part}' for part, share in percent(result.shares).items() if share)}")
     print(f"run      {result.folder}")
     if result.signal is not None:
         print(f"go on    framework resume {result.folder}")
@@ -34,6 +34,14 @@ def print_result(result: Result, job: str | None = None) -> None:
         if (result.folder / "checkpoints").is_dir():
             print(f"measure  framework eval {result.folder}")
         print("watch    framework board")
+
+
+def percent(shares: Mapping[str, float]) -> dict[str, int]:
+    """Return shares of 1 in whole per cent that add up to 100: those cut off most are rounded up."""
+    cut = {name: int(share * 100) for name, share in shares.items()}
+    most_cut = sorted(shares, key=lambda name: cut[name] - shares[name] * 100)
+    missing = round(sum(shares.values()) * 100) - sum(cut.values())
+    return {name: whole + (name in most_cut[:missing]) for name, whole in cut.items()}
 
 
 def metric_table(metrics: Mapping[str, float]) -> Iterator[str]:

@@ -7,7 +7,7 @@ import random
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ from .discovery import innermost_line
 from .errors import DataError, FrameworkError
 
 Batch = tuple[Tensor, ...]
+MEMORY = "loader.read=memory"
 TO_ALL = (signal.SIGINT, signal.SIGTERM)  # what a scheduler, or Ctrl-C, sends to every process of a run
 
 
@@ -50,12 +51,18 @@ Read = tuple[Any, list[str]]
 class SeededSamples(torch.utils.data.Dataset):
     """A split whose samples are each read under random generators of their own, in whatever process that is.
 
+    A split with `__getitems__` (a list of indices to a list of samples) is asked for a whole batch at once. What that
+    gives is taken only if Python's, NumPy's and torch's global generators have not moved: else the samples are read one
+    by one, each under its own, and so for the rest of the epoch. So it is where one of them cannot be read, to name it.
+
     skip: leave out a sample that cannot be read. An error comes back in place of the batch: torch would wrap it in the
-    text of a worker's traceback. `reading` says which sample each worker is at, or -1: a dead one cannot tell.
+    text of a worker's traceback. `reading` says which sample each worker is at, -1 for none, -2 - i for a whole batch
+    that begins with sample i: a dead one cannot tell.
     """
 
     def __init__(self, split: Split, seed: int, skip: bool = False, workers: int = 0):
         self.split, self.seed, self.skip = split, seed, skip
+        self.at_once: Callable[[list[int]], Iterable[Any]] | None = getattr(split, "__getitems__", None)
         self.reading = multiprocessing.Array("q", [-1] * max(workers, 1), lock=False)
 
     def __len__(self) -> int:
@@ -69,6 +76,9 @@ class SeededSamples(torch.utils.data.Dataset):
             return self.read_all(indices, 0)
 
     def read_all(self, indices: list[int], worker: int) -> Read:
+        at_once = self.read_at_once(indices, worker)
+        if isinstance(at_once, list):
+            return at_once, []
         samples: list[Any] = []
         left_out: list[str] = []
         for index in indices:
@@ -80,14 +90,37 @@ class SeededSamples(torch.utils.data.Dataset):
                     return error, []
                 left_out.append(str(error))
         self.reading[worker] = -1
+        if at_once is not None and not self.skip:
+            return at_once, []
         return samples or DataError(f"no sample of a batch can be read: {left_out[0]}"), left_out
 
-    def read(self, index: int) -> Any:
+    def read_at_once(self, indices: list[int], worker: int) -> list[Any] | DataError | None:
+        """Return the samples; None where they must be read one by one, or the error that stands if each is sound."""
+        if self.at_once is None:
+            return None
+        self.reading[worker], before = -2 - indices[0], generators()
+        try:
+            samples = list(self.at_once(list(indices)))  # whatever is done to the list that it gets
+            if len(samples) != len(indices):
+                raise DataError(f"it gives {len(samples)} samples for {len(indices)} indices")
+        except Exception as error:
+            what = f"samples {indices[0]}, ... cannot be read at once (`__getitems__`), though each alone can"
+            return DataError(f"{what}: {type(error).__name__}: {error}{innermost_line(error)}")
+        if generators() == before:
+            self.reading[worker] = -1
+            return samples
+        self.at_once = None
+        return None
+
+    def reseed(self, index: int) -> None:
         seed = seeds.derive(self.seed, index)
         random.seed(seed)
         torch.default_generator.manual_seed(seed)
         if "numpy" in sys.modules:
             sys.modules["numpy"].random.seed(seed % 2**32)
+
+    def read(self, index: int) -> Any:
+        self.reseed(index)
         try:
             return self.split[index]
         except FrameworkError:
@@ -95,6 +128,67 @@ class SeededSamples(torch.utils.data.Dataset):
         except Exception as error:
             where = innermost_line(error)
             raise DataError(f"sample {index} cannot be read: {type(error).__name__}: {error}{where}") from error
+
+
+class SteadySamples(SeededSamples):
+    """Samples to be kept in memory: it is an error if one of them draws random numbers.
+
+    Found are draws from the global generators by any sample. A generator of the split's own is found if one of the
+    samples comes out other in `probe`, which reads up to eight of them twice.
+    """
+
+    def probe(self) -> int:
+        """Look at some samples; return about how many bytes all of them take. Raises DataError for random ones."""
+        few = torch.linspace(0, len(self) - 1, min(8, len(self))).long().unique().tolist()
+        first, again = (raised(collate(self.__getitems__(few))) for _ in range(2))
+        if not all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(first, again, strict=True)):
+            raise self.frozen("a sample that is read twice comes out other")
+        return sum(part.nbytes for part in first) * len(self) // len(few)
+
+    def reseed(self, index: int) -> None:
+        """Leave the generators where they are, to see whether somebody moves them."""
+
+    def read_all(self, indices: list[int], worker: int) -> Read:
+        before = generators()
+        read = super().read_all(indices, worker)
+        if generators() == before or isinstance(read[0], FrameworkError):
+            return read
+        return self.frozen(f"one of the samples {indices[0]} to {indices[-1]} draws random numbers"), []
+
+    def frozen(self, evidence: str) -> DataError:
+        return DataError(f"{MEMORY} would freeze what is random in {type(self.split).__name__}: {evidence}")
+
+
+def generators() -> list[Any]:
+    """Return where Python's, torch's and NumPy's global generators stand."""
+    import numpy  # as in seeds.py
+
+    numpy_state: Any = numpy.random.get_state()
+    kind, keys, *rest = numpy_state
+    return [random.getstate(), torch.get_rng_state().numpy().tobytes(), kind, keys.tobytes(), *rest]
+
+
+def raised(read: Read) -> Batch:
+    """Return the batch that was read; raises the error that it came to."""
+    if isinstance(read[0], FrameworkError):
+        raise read[0]
+    return read[0]
+
+
+def read_whole(samples: SteadySamples, workers: int, timeout_seconds: float) -> list[Tensor]:
+    """Return all samples of a split as one tensor for each of their parts. Raises DataError when they do not stack."""
+    whole: list[Tensor] = []
+    chunks, at = IndexBatches(torch.arange(len(samples)), 64), 0
+    for read in read_batches(samples, chunks, min(workers, len(chunks)), timeout_seconds):
+        batch = raised(read)
+        whole = whole or [part.new_empty((len(samples), *part.shape[1:])) for part in batch]
+        for tensor, part in zip(whole, batch, strict=True):
+            if (tensor.shape[1:], tensor.dtype) != (part.shape[1:], part.dtype):
+                found = f"the first is {list(tensor.shape[1:])} {tensor.dtype}, sample {at} {list(part.shape[1:])}"
+                raise DataError(f"{MEMORY} needs samples of one shape and type: {found} {part.dtype}")
+            tensor[at : at + len(part)] = part
+        at += len(batch[0])
+    return whole
 
 
 def collate(read: Read) -> Read:
@@ -119,9 +213,12 @@ def as_batch(batch: Any) -> Batch:
     return tuple(parts)
 
 
-def read_batches(samples: SeededSamples, chunks: IndexBatches, workers: int, timeout_seconds: float) -> Iterator[Read]:
+def read_batches(
+    samples: SeededSamples, chunks: IndexBatches, workers: int, timeout_seconds: float, pin: bool = False
+) -> Generator[Read, None, None]:
     """Yield batches, read here or by other processes, in order; after the last one no process is left.
 
+    pin: read them into memory that a CUDA device can copy from by itself.
     Raises DataError naming the sample when a process dies, or when no batch has come for `timeout_seconds` (0: never).
     """
     loader: Any = torch.utils.data.DataLoader(
@@ -132,7 +229,7 @@ def read_batches(samples: SeededSamples, chunks: IndexBatches, workers: int, tim
         worker_init_fn=stay_with_parent,
         timeout=timeout_seconds if workers else 0,
         generator=torch.Generator(),  # DataLoader would draw from the global one, which the model uses
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pin,
     )
     with undisturbed_start():
         batches = iter(loader)
@@ -164,10 +261,11 @@ def read_batches(samples: SeededSamples, chunks: IndexBatches, workers: int, tim
 def fault(samples: SeededSamples, processes: Sequence[BaseProcess], timeout_seconds: float) -> DataError:
     """Say which sample a dead process was reading, or one that takes too long; the latter is killed."""
     dead = [number for number, process in enumerate(processes) if not process.is_alive()]
-    late = [number for number, index in enumerate(samples.reading) if index >= 0]
+    late = [number for number, index in enumerate(samples.reading) if index != -1]
     number = (dead or late or [0])[0]
     index = samples.reading[number]
-    what = f"the process that read sample {index}" if index >= 0 else "a process that loads data"
+    which = f"sample {index}" if index >= 0 else f"a batch that begins with sample {-2 - index}"
+    what = "a process that loads data" if index == -1 else f"the process that read {which}"
     if not dead:
         for stuck in late:
             processes[stuck].kill()

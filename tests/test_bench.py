@@ -14,7 +14,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from benchmarks import loops, ours, overhead, safety, speed, startup  # noqa: E402
+from benchmarks import loops, machine, ours, overhead, safety, speed, startup  # noqa: E402
 from benchmarks.contender import Enough, Job, Watch  # noqa: E402
 from benchmarks.rounds import Failed, ratio, table, take_turns  # noqa: E402
 from benchmarks.speed import Course  # noqa: E402
@@ -57,7 +57,11 @@ class Asked:
 
 
 @pytest.mark.parametrize("typical", [False, True], ids=["bare", "typical"])
-@pytest.mark.parametrize("train", [loops.handwritten, loops.tight, ours.eager], ids=["handwritten", "tight", "ours"])
+@pytest.mark.parametrize(
+    "train",
+    [loops.handwritten, loops.tight, ours.eager, ours.channels_last],
+    ids=["handwritten", "tight", "ours", "channels last"],
+)
 def test_every_loop_trains_the_same_model_equally_far(train, typical, job, monkeypatch):
     pipes = Asked(monkeypatch, "go", "go", "stop")
     with pytest.raises(Enough):
@@ -161,6 +165,47 @@ def test_overhead_prints_its_three_tables(capsys):
     found = rows(capsys.readouterr().out)
     assert {"0", "0 again", "5", "20", "200", "10"} <= found.keys()
     assert found["0"][1] == "1.000"
+
+
+def test_threads_prints_where_all_cores_begin_to_win(monkeypatch, capsys):
+    cases = {name: machine.threads_cases()[name] for name in ("MLP 64-128-128", "MLP 64-64-64")}
+    monkeypatch.setattr(machine, "threads_cases", lambda: cases)
+    monkeypatch.setattr(machine, "SECONDS", 0.0)
+    before = torch.get_num_threads()
+    machine.threads(rounds=1)
+    torch.set_num_threads(before)
+    printed = capsys.readouterr().out
+    assert list(rows(printed)) == ["step", "MLP 64-64-64", "MLP 64-128-128"], "the smallest first"
+    assert rows(printed)["MLP 64-128-128"][0] == "0.8", "(64·128 + 128·128 + 128·10) weights times 32 samples"
+    assert "threads are 1.05 times as fast or more" in printed
+
+
+@pytest.mark.parametrize(
+    ("found", "size"),
+    [([(1, 0.5), (3, 1.2), (2, 1.0)], 3), ([(1, 2.0), (2, 2.0)], 1), ([(1, 2.0), (2, 1.0)], None)],
+)
+def test_more_threads_pay_from_the_size_on_above_which_none_loses(found, size):
+    assert machine.pays_from(found) == size
+
+
+def test_formats_compares_the_same_step_in_two_layouts(monkeypatch, capsys):
+    name, case = next(iter(machine.FORMATS.items()))
+    monkeypatch.setattr(machine, "FORMATS", {name: case})
+    monkeypatch.setattr(machine, "SECONDS", 0.0)
+    before = torch.get_num_threads()
+    machine.formats(rounds=1, threads=1)
+    torch.set_num_threads(before)
+    assert len(rows(capsys.readouterr().out)[name]) == 3
+    for layout in machine.LAYOUTS.values():
+        machine.training_step(case, layout)()
+
+
+@pytest.mark.parametrize(
+    "case", [*machine.threads_cases().values(), *machine.FORMATS.values()], ids=lambda c: str(c.shape)
+)
+def test_every_model_of_threads_and_formats_takes_its_batch(case):
+    with torch.no_grad():
+        assert case.model()(torch.zeros(2, *case.shape[1:])).shape == (2, 10)
 
 
 def test_contenders_take_turns_and_ratios_are_of_the_same_round():

@@ -59,6 +59,20 @@ def test_shares_add_up():
     assert 0.2 < shares["data"] < 0.8
 
 
+def test_compiling_is_a_part_of_its_own_wherever_it_comes_in():
+    clock = Clock()
+    with clock.part("validation"):
+        time.sleep(0.01)
+        with clock.part("compiling"):
+            time.sleep(0.05)
+    with clock.part("compiling"):  # in a step, whose time no part has
+        time.sleep(0.05)
+    shares = clock.shares()
+    assert list(shares) == ["steps", "compiling", "validation"]
+    assert shares["compiling"] > 0.7
+    assert sum(shares.values()) == pytest.approx(1)
+
+
 def test_every_run_counts_its_waiting_for_data():
     shares = fit(SlowData()).clock.shares()
     assert shares["waiting for data"] > 0.5

@@ -1,6 +1,8 @@
+import multiprocessing
 import os
 import random
 import signal
+import threading
 
 import numpy as np
 import pytest
@@ -9,9 +11,12 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, get_worker_info
 
 from framework import seeds
 from framework.data import ForeignLoader, Loader, TensorSplit
+from framework.device import one_ahead
 from framework.errors import DataError
 
 SIZE = 23
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")  # as it is for a GPU
 
 
 class Squares(Dataset):
@@ -174,3 +179,312 @@ def test_a_foreign_loader_is_read_as_it_is():
     assert batches(loader, epoch=4, start=1) == batches(Loader(Squares(), eval_batch_size=10))[1:]
     assert theirs.sampler.epoch == 4
     assert batches(ForeignLoader([torch.ones(2)])) == [([1.0, 1.0],)]
+
+
+# the way of reading, forced
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_forced_ways_of_reading_give_the_same_batches(workers, shuffle):
+    settings = {"batch_size": 5, "eval_batch_size": 5, "shuffle": shuffle, "seed": 7, "workers": workers}
+    expected = batches(Loader(in_memory(), **settings), epoch=2)
+    kept = Loader(Squares(), read="memory", **settings)
+    assert batches(kept, epoch=2) == expected, "before it is read"
+    assert batches(kept.to(CPU), epoch=2) == expected
+    assert batches(kept, 2, start=3) == expected[3:]
+    assert batches(Loader(in_memory(), read="workers", **settings).to(CPU), epoch=2) == expected
+
+
+def test_a_split_kept_in_memory_is_read_once():
+    class Counting(Squares):
+        reads = 0
+
+        def __getitem__(self, index):
+            self.reads += 1
+            return super().__getitem__(index)
+
+    split = Counting()
+    loader = Loader(split, read="memory", shuffle=True).to(CPU)
+    read = split.reads
+    assert read >= SIZE
+    for epoch in range(3):
+        batches(loader.to(CPU), epoch)
+    assert split.reads == read
+
+
+def test_the_way_of_reading_is_told():
+    assert Loader(in_memory()).manner == "in memory, 1 batches a read"
+    assert Loader(in_memory(), read="workers", workers=2).manner == "torch's DataLoader, 2 workers"
+    loader = Loader(Squares(), read="memory")
+    assert loader.manner == "in memory, once it is read by torch's DataLoader, no workers"
+    assert loader.to(CPU).manner == "in memory, 1 batches a read"
+
+
+class OwnGenerator(Squares):
+    """Random by a generator that nobody can seed."""
+
+    def __getitem__(self, index):
+        return torch.tensor(np.random.default_rng().random()), torch.tensor(0)
+
+
+class SeldomRandom(Squares):
+    """Random in a sample that no look at a few would find."""
+
+    def __getitem__(self, index):
+        return torch.rand(1) if index == 11 else torch.zeros(1), torch.tensor(0)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("split", "said"),
+    [
+        (Noisy(), "would freeze what is random in Noisy: one of the samples 0 to 22 draws random numbers"),
+        (OwnGenerator(), "would freeze what is random in OwnGenerator: a sample that is read twice comes out other"),
+        (SeldomRandom(), "would freeze what is random in SeldomRandom: one of the samples 0 to 22 draws"),
+    ],
+    ids=["random", "own generator", "seldom"],
+)
+def test_what_cannot_be_kept_in_memory(split, said, workers):
+    with pytest.raises(DataError, match=f"^loader.read=memory {said}"):
+        Loader(split, read="memory", workers=workers).to(CPU)
+
+
+def test_a_split_larger_than_the_memory_is_refused_before_it_is_read():
+    class Huge(Squares):
+        def __len__(self):
+            return 10**15
+
+        def __getitem__(self, index):
+            return torch.zeros(1), torch.tensor(0)
+
+    with pytest.raises(DataError, match=r"^loader.read=memory: Huge takes about 1\.12e\+07 GiB, and .* GiB are free$"):
+        Loader(Huge(), read="memory")
+
+
+class WideLater(Squares):
+    """Samples whose shape changes in the middle of a batch that is read, or between two."""
+
+    def __init__(self, size, wide_from):
+        self.size, self.wide_from = size, wide_from
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        return torch.zeros(1 + (index >= self.wide_from)), torch.tensor(0)
+
+
+def test_samples_of_several_shapes_cannot_be_kept_in_memory():
+    with pytest.raises(DataError, match="have they one shape"):
+        Loader(WideLater(23, 11), read="memory").to(CPU)
+    said = r"needs samples of one shape and type: the first is \[1\] torch.float32, sample 64 \[2\] torch.float32"
+    loader = Loader(WideLater(66, 99), read="memory")
+    loader.split.wide_from = 64
+    with pytest.raises(DataError, match=said):
+        loader.to(CPU)
+
+
+def test_memory_does_not_go_with_skipping():
+    with pytest.raises(DataError, match=r"does not go with loader\.on_bad_sample=skip"):
+        Loader(Squares(), read="memory", on_bad_sample="skip")
+    with pytest.raises(DataError, match=r"^sample 17 cannot be read: ZeroDivisionError"):
+        Loader(Faulty(divide), read="memory").to(CPU)
+
+
+# a whole batch at once
+
+
+class AtOnce(Squares):
+    """Has `__getitems__`, as a set that reads from a database has; counts in which way it is asked."""
+
+    def __init__(self, at_once=lambda indices: None, one=lambda index: None):
+        self.at_once, self.one = at_once, one
+        self.calls = {"at once": 0, "one": 0}
+
+    def draw(self):
+        return torch.zeros(1)
+
+    def __getitem__(self, index):
+        self.calls["one"] += 1
+        self.one(index)
+        return torch.tensor([float(index)]) + self.draw(), torch.tensor(index**2)
+
+    def __getitems__(self, indices):
+        self.calls["at once"] += 1
+        self.at_once(indices)
+        return ((torch.tensor([float(index)]) + self.draw(), torch.tensor(index**2)) for index in indices)
+
+
+class AugmentedAtOnce(AtOnce):
+    def draw(self):
+        return torch.rand(1)
+
+
+class Augmented(Squares):
+    def __getitem__(self, index):
+        return torch.tensor([float(index)]) + torch.rand(1), torch.tensor(index**2)
+
+
+def test_a_set_that_can_is_asked_for_a_whole_batch():
+    split = AtOnce()
+    assert batches(Loader(split, eval_batch_size=5)) == batches(Loader(Squares(), eval_batch_size=5))
+    assert split.calls == {"at once": 5, "one": 0}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_is_random_belongs_to_the_sample_also_in_a_set_that_reads_at_once(workers):
+    settings = {"shuffle": True, "seed": 7, "workers": workers}
+    split = AugmentedAtOnce()
+    expected = batches(Loader(Augmented(), batch_size=5, **settings), epoch=1)
+    assert batches(Loader(split, batch_size=5, **settings), epoch=1) == expected
+    if not workers:
+        assert split.calls == {"at once": 1, "one": SIZE}, "found by the first batch"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_sample_of_a_batch_read_at_once_is_named_and_skipped(workers):
+    def one(index):
+        if index == 17:
+            raise OSError("no such file")
+
+    split = AtOnce(lambda indices: [one(index) for index in indices], one)
+    with pytest.raises(DataError, match=r"^sample 17 cannot be read: OSError: no such file at .*test_loader.py:\d+$"):
+        batches(Loader(split, workers=workers))
+    skipping = Loader(split, eval_batch_size=5, workers=workers, on_bad_sample="skip")
+    with pytest.warns(UserWarning, match="sample 17 .* it is left out"):
+        assert [len(y) for _, y in batches(skipping)] == [5, 5, 5, 4, 3]
+    assert skipping.skipped == 1
+
+
+def one_less(indices):
+    indices.pop()
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [(lambda _: divide(), "ZeroDivisionError"), (one_less, "DataError: it gives 22 samples for 23 indices")],
+)
+def test_a_set_that_reads_wrongly_at_once_is_told(fault, said):
+    with pytest.raises(DataError, match=rf"samples 0, ... cannot be read at once .*, though each alone can: {said}"):
+        batches(Loader(AtOnce(fault)))
+
+
+@pytest.mark.filterwarnings("ignore:.*it is left out")
+def test_a_batch_that_hangs_is_named_by_its_first_sample():
+    def hang(indices):
+        if 17 in indices:
+            threading.Event().wait()
+
+    with pytest.raises(DataError, match="the process that read a batch that begins with sample 15 hangs"):
+        batches(Loader(AtOnce(hang), eval_batch_size=5, workers=1, timeout_seconds=1.0))
+
+
+# copied ahead
+
+
+class Recorder:
+    """Stands for the copies to a GPU: notes when each batch is begun."""
+
+    def __init__(self):
+        self.begun = []
+
+    def ahead(self, reads):
+        return one_ahead(map(self._begin, reads))
+
+    def _begin(self, read):
+        self.begun.append(len(self.begun))
+        return read
+
+
+def test_a_batch_is_begun_while_the_one_before_it_is_used():
+    loader = Loader(Squares(), batch_size=5, shuffle=True)
+    expected = batches(loader, epoch=1)
+    loader.copies = Recorder()
+    got = []
+    for batch in loader.epoch(1):
+        got.append(tuple(part.tolist() for part in batch))
+        assert len(loader.copies.begun) == min(len(got) + 1, 5)
+    assert got == expected
+    assert batches(loader, epoch=1, start=3) == expected[3:]
+    assert batches(loader, epoch=1, start=5) == []
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_ahead_comes_after_the_batches_before_it(workers):
+    loader = Loader(Faulty(divide), eval_batch_size=5, workers=workers)
+    loader.copies = Recorder()
+    got = []
+    with pytest.raises(DataError, match=r"^sample 17 cannot"):
+        got.extend(len(x) for x, _ in loader.epoch())
+    assert got == [5, 5, 5]
+
+    def raising():
+        yield from (1, 2)
+        raise OSError("gone")
+
+    items = one_ahead(raising())
+    assert [next(items), next(items)] == [1, 2]
+    with pytest.raises(OSError, match="gone"):
+        next(items)
+
+
+def test_what_is_skipped_ahead_counts_when_its_batch_comes():
+    loader = Loader(Faulty(divide), eval_batch_size=5, on_bad_sample="skip")
+    loader.copies = Recorder()
+    reader = loader.epoch()
+    assert [(len(next(reader)[0]), loader.skipped) for _ in range(3)] == [(5, 0)] * 3
+    with pytest.warns(UserWarning, match="left out"):
+        assert (len(next(reader)[0]), loader.skipped) == (4, 1)
+
+
+def test_a_reader_that_is_left_early_ends_its_processes():
+    loader = Loader(Squares(), eval_batch_size=2, workers=1)
+    loader.copies = Recorder()
+    reader = loader.epoch()
+    next(reader)
+    assert multiprocessing.active_children()
+    reader.close()
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_copied_ahead_to_a_gpu_are_the_same(workers):
+    cuda = torch.device("cuda")
+    expected = batches(Loader(Squares(), batch_size=2, shuffle=True), 1)
+    ours = Loader(Squares(), batch_size=2, workers=workers, shuffle=True).to(cuda)
+    theirs = ForeignLoader(DataLoader(Squares(), batch_size=2, pin_memory=True)).to(cuda)
+    for loader, wanted in ((ours, expected), (theirs, batches(Loader(Squares(), eval_batch_size=2)))):
+        got = []
+        for batch in loader.epoch(1):
+            assert all(part.is_cuda for part in batch)
+            torch.cuda._sleep(10_000_000)  # the device is behind, and memory is asked for again meanwhile
+            got.append([part.clone() for part in batch])
+        assert [tuple(part.tolist() for part in batch) for batch in got] == wanted
+
+
+# channels last
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("read", ["memory", "workers"])
+def test_channels_last_is_the_same_images_in_another_order(channels, read):
+    images = torch.arange(7.0 * channels * 4 * 5).reshape(7, channels, 4, 5)
+    split = TensorSplit(images, torch.arange(7))
+    settings = {"batch_size": 3, "shuffle": True, "read": read}
+    plain = list(Loader(split, **settings).to(CPU).epoch(1))
+    loader = Loader(split, channels_last=True, **settings).to(CPU)
+    assert loader.manner.endswith(", channels last")
+    convolution = torch.nn.Conv2d(channels, 2, 3)
+    for (x, y), (same_x, same_y) in zip(plain, loader.epoch(1), strict=True):
+        assert torch.equal(x, same_x)
+        assert torch.equal(y, same_y)
+        assert same_x.stride() == (channels * 20, 1, channels * 5, channels)
+        assert convolution(same_x).is_contiguous(memory_format=torch.channels_last), "it goes on in this format"
+
+
+def test_channels_last_leaves_what_are_no_images():
+    loader = Loader(in_memory(), channels_last=True, batch_size=5, shuffle=True)
+    assert batches(loader, 2) == batches(Loader(in_memory(), batch_size=5, shuffle=True), 2)

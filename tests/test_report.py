@@ -9,7 +9,7 @@ import torch
 
 from framework.errors import FrameworkError
 from framework.experiment import Result
-from framework.report import check_output, metric_table, print_result, print_values, write_predictions
+from framework.report import check_output, metric_table, percent, print_result, print_values, write_predictions
 
 METRICS = {
     "train/loss": 0.123456,
@@ -110,6 +110,25 @@ def test_an_output_that_cannot_be_written():
         write_predictions(COLUMNS, CLASSES, "/proc/y.csv")
 
 
-def test_where_the_time_went_is_told_from_half_a_percent_on(capsys):
-    print_result(Result(Path("x"), METRICS, shares={"steps": 0.914, "validation": 0.081, "logging": 0.004}))
-    assert "\ntime     91% steps, 8% validation\n" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("shares", "said"),
+    [
+        ({"steps": 0.914, "validation": 0.081, "logging": 0.005}, "91% steps, 8% validation, 1% logging"),
+        ({"steps": 0.914, "validation": 0.082, "logging": 0.004}, "92% steps, 8% validation"),
+        ({"steps": 0.335, "compiling": 0.335, "logging": 0.33}, "34% steps, 33% compiling, 33% logging"),
+        ({"steps": 0.29, "waiting for data": 0.71}, "29% steps, 71% waiting for data"),
+        ({"steps": 1.0}, "100% steps"),
+    ],
+)
+def test_where_the_time_went_adds_up_to_a_hundred(shares, said, capsys):
+    print_result(Result(Path("x"), METRICS, shares=shares))
+    assert f"\ntime     {said}\n" in capsys.readouterr().out
+
+
+def test_shares_of_any_run_add_up_to_a_hundred():
+    for seed in range(200):
+        parts = torch.rand(7, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) ** 4
+        shares = dict(enumerate((parts / parts.sum()).tolist()))
+        rounded = percent(shares)
+        assert sum(rounded.values()) == 100
+        assert all(abs(rounded[part] - 100 * share) < 1 for part, share in shares.items())

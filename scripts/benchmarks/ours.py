@@ -8,6 +8,7 @@ import torch
 
 import framework as fw
 from benchmarks.contender import EPOCHS, LOG_EVERY, Job, Watch
+from framework.data import Loader
 from framework.optimizer import implementation
 from framework.status import Status
 from framework.trainer import Trainer
@@ -37,7 +38,11 @@ def compiled(job: Job, watch: Watch) -> None:
     train(job, watch, compile="step")
 
 
-def train(job: Job, watch: Watch, **settings: Any) -> None:
+def channels_last(job: Job, watch: Watch) -> None:
+    train(job, watch, channels_last=True)
+
+
+def train(job: Job, watch: Watch, channels_last: bool = False, **settings: Any) -> None:
     """Fit for as many epochs as the watch wants, with what `framework train` has besides if the mode is typical."""
     fw.discover()
     callbacks: list[fw.Callback] = [RoundEnds(watch)]
@@ -45,7 +50,11 @@ def train(job: Job, watch: Watch, **settings: Any) -> None:
     if job.typical:
         callbacks = [*(fw.callbacks.build(name) for name in CALLBACKS), Status(), *callbacks]
         loggers = [fw.loggers.build(name) for name in LOGGERS]
-    model, parts = job.model(), {name: fw.TensorSplit(*job.tensors(name)) for name in ("train", "val")}
+    model, sizes = job.model(), {"batch_size": job.batch_size, "eval_batch_size": 4 * job.batch_size}
+    train, val = (
+        Loader(fw.TensorSplit(*job.tensors(name)), **sizes, channels_last=channels_last, shuffle=name == "train")
+        for name in ("train", "val")
+    )
     settings |= {"log_every": f"{LOG_EVERY}steps", "device": job.device, "folder": Path(job.folder)}
     trainer = fw.Trainer(max_epochs=EPOCHS, callbacks=callbacks, loggers=loggers, **settings)
     parameters = list(model.parameters())
@@ -54,10 +63,9 @@ def train(job: Job, watch: Watch, **settings: Any) -> None:
     watch.on(model, optimizer)
     trainer.fit(
         model,
-        parts["train"],
-        val=parts["val"] if job.typical else None,
+        train,
+        val=val if job.typical else None,
         task=torch.nn.CrossEntropyLoss(),
         optimizer=optimizer,
         metrics=[fw.metrics.build("accuracy")] if job.typical else [],
-        batch_size=job.batch_size,
     )

@@ -22,6 +22,7 @@ OWN = {  # name: file, function
     "tight, compiled step": ("loops", "tight_compiled"),
     "ours": ("ours", "eager"),
     "ours, compile=step": ("ours", "compiled"),
+    "ours, channels last": ("ours", "channels_last"),
 }
 PEERS = {  # name and function: module
     "lightning": "peers",
@@ -34,6 +35,8 @@ PEERS = {  # name and function: module
     "keras": "keras_peer",
 }
 LACKING = {("keras", "transformer")}  # it takes no torch model
+LACKING |= {("ours, channels last", name) for name in WORKLOADS if name != "cnn"}  # no images
+SECONDS_EACH = 40.0  # for each contender, unless it is said how long all may take
 LEAST_ROUNDS = 2
 PROGRESS = 0.8  # of the fall of the loss that the median contender reaches; less is another training
 
@@ -62,7 +65,7 @@ class Plan(NamedTuple):
     rounds: int
     threads: int
     device: str
-    seconds: float  # for all together; with fewer left there are fewer rounds
+    seconds: float | None  # for all together; with fewer left there are fewer rounds
 
 
 def contenders(peers: Path | None) -> list[Contender]:
@@ -83,7 +86,8 @@ def speed(plan: Plan, chosen: Sequence[Contender]) -> int:
     """Measure, print a table for each workload, and return the exit status: 1 when a contender did not train."""
     processes = {each.name: Process(each, plan.threads, plan.device) for each in chosen}
     pairs = [(workload, mode) for workload in plan.workloads for mode in plan.modes]
-    ends, problems, courses = time.monotonic() + plan.seconds, [], {}
+    seconds = SECONDS_EACH * len(chosen) if plan.seconds is None else plan.seconds
+    ends, problems, courses = time.monotonic() + seconds, [], {}
     try:
         with tempfile.TemporaryDirectory() as folder:
             for number, (workload, mode) in enumerate(pairs):
