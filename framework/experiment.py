@@ -2,10 +2,8 @@
 
 import json
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,8 +24,8 @@ from .registry import Maker
 from .resume import Resumed, chosen_checkpoint, find, fingerprint, last_values, open_folder, start_from
 from .run import RunFolder, dump, provenance, read_facts
 from .shapes import dry_run
+from .signals import stopping
 from .spec import Spec
-from .state import State
 from .status import Status
 from .task import Task
 from .trainer import Trainer
@@ -44,9 +42,9 @@ class Experiment:
     Raises DataError or BuildError when parts do not fit each other.
     """
 
-    def __init__(self, spec: Spec):
+    def __init__(self, spec: Spec, data: Data | None = None):
         self.spec = spec
-        self.data = build_data(spec)
+        self.data = build_data(spec) if data is None else data
         self.task: Task = spec.parts["task"]()
         self.task.check(self.data)
         self.metrics = build_metrics(spec, self.data)
@@ -117,6 +115,64 @@ class Result:
     shares: dict[str, float] = field(default_factory=dict)  # of the time of training
 
 
+@dataclass
+class Prepared:
+    """An experiment that is built. A new run has no folder until it is claimed, so that a failure leaves none."""
+
+    built: Experiment
+    trainer: Trainer
+    threads: int
+    resumed: Resumed | None
+    experiment: str
+    overrides: list[str]
+    started: float
+
+    def claim(self) -> Path:
+        """Make the run's folder, unless it is resumed, and describe in it what will run."""
+        spec = self.built.spec
+        if self.resumed is None:
+            folder = RunFolder(**spec.sections["run"], experiment=self.experiment)
+            describe_run(folder, self.built, self.overrides)
+        else:
+            folder = self.resumed.folder
+            if self.resumed.changed:
+                folder.write("config.yaml", spec.tree)
+        self.folder, self.trainer.folder = folder, folder.path  # the lock lives as long as the object
+        manifest = {"run": str(folder.path), "config": fingerprint(spec.tree), "threads": self.threads}
+        self.trainer.manifest = manifest
+        return folder.path
+
+    def fit_arguments(self) -> dict[str, Any]:
+        """What `Trainer.fit` takes."""
+        built = self.built
+        return {
+            "model": built.model,
+            "data": built.train_batches,
+            "val": None if built.data.val is None else built.batches("val"),
+            "task": built.task,
+            "optimizer": built.optimizer,
+            "schedule": built.schedule,
+            "metrics": built.metrics,
+            "batch_size": built.train_batches.batch_size,
+            "resume": None if self.resumed is None else self.resumed.training,
+        }
+
+    def introduce(self) -> None:
+        """Show the loggers what runs, if it has not run before."""
+        if self.trainer.state.step == 0:
+            introduce(self.trainer, self.built)
+
+    def result(self, stopped: Sequence[int] = ()) -> Result:
+        """After the training, measure what is to be measured. stopped: the signals that came."""
+        state, shares = self.trainer.state, self.trainer.clock.shares()
+        if state.stop is None or not stopped:
+            finish(self.trainer, self.built)
+        ended_by = stopped[0] if stopped else None
+        seconds = time.monotonic() - self.started
+        assert self.trainer.folder is not None
+        return Result(self.trainer.folder, dict(state.metrics), state.stop, ended_by, seconds, state.step, shares)
+
+
 def train(
     spec: Spec,
     experiment: str,
@@ -131,59 +187,47 @@ def train(
     With `resume` in the spec, go on with a run that was cut off, as if it had not been; a finished one stays as it is.
     inexact: allow settings that make the rest of a resumed run differ. say: takes lines for the person who waits.
     """
+    ready = prepare(spec, experiment, overrides, started, inexact=inexact, say=say)
+    if isinstance(ready, Result):
+        return ready
+    ready.claim()
+    with ready.trainer, stopping([ready.trainer]) as stopped, intra_op_threads(ready.threads):
+        ready.introduce()
+        ready.trainer.fit(**ready.fit_arguments())
+        return ready.result(stopped)
+
+
+def prepare(
+    spec: Spec,
+    experiment: str,
+    overrides: Sequence[str],
+    started: float | None = None,
+    *,
+    inexact: bool = False,
+    say: Callable[[str], None] = print,
+    data: Data | None = None,
+) -> Prepared | Result:
+    """Do what comes before the training (see `train`); a run that is done already has its result.
+
+    data: that of the spec, if it is there already.
+    """
     started = time.monotonic() if started is None else started
     run = find(spec, experiment)
     resumed = None if run is None else open_folder(run, spec, inexact)
     if resumed is not None and resumed.done:
         say(f"{run} is done already")
         return Result(resumed.folder.path, last_values(resumed.folder.path))
-    built = Experiment(spec)
+    built = Experiment(spec, data)
     if spec.init_from is not None and resumed is None:
         say(start_from(built.model, spec.init_from))
     trainer, threads = built.trainer(), built.threads()
-    if resumed is None:
-        folder = RunFolder(**spec.sections["run"], experiment=experiment)  # when nothing can fail any more but the run
-        describe_run(folder, built, list(overrides))
-    else:
-        folder = resumed.folder
-        check_same_data(folder.path, built, inexact)
-        if resumed.changed:
-            folder.write("config.yaml", spec.tree)
+    if resumed is not None:
+        check_same_data(resumed.folder.path, built, inexact)
         trainer.state.step = resumed.step  # loggers go on from there
         threads = resumed.threads or threads  # as many make the same bits
-        for line in (f"going on with {folder.path} after step {resumed.step}", *resumed.notes):
+        for line in (f"going on with {resumed.folder.path} after step {resumed.step}", *resumed.notes):
             say(line)
-    trainer.folder = folder.path
-    trainer.manifest = {"run": str(folder.path), "config": fingerprint(spec.tree), "threads": threads}
-    with trainer, stopping(trainer) as stopped, intra_op_threads(threads):
-        if trainer.state.step == 0:
-            introduce(trainer, built)
-        state = fit(trainer, built, resumed)
-        shares = trainer.clock.shares()
-        if state.stop is None or not stopped:
-            finish(trainer, built)
-    return Result(
-        folder.path,
-        dict(state.metrics),
-        state.stop,
-        stopped[0] if stopped else None,
-        time.monotonic() - started,
-        state.step,
-        shares,
-    )
-
-
-def fit(trainer: Trainer, built: Experiment, resumed: Resumed | None) -> State:
-    return trainer.fit(
-        built.model,
-        built.train_batches,
-        val=None if built.data.val is None else built.batches("val"),
-        task=built.task,
-        optimizer=built.optimizer,
-        schedule=built.schedule,
-        metrics=built.metrics,
-        resume=None if resumed is None else resumed.training,
-    )
+    return Prepared(built, trainer, threads, resumed, experiment, list(overrides), started)
 
 
 def finish(trainer: Trainer, built: Experiment) -> None:
@@ -338,30 +382,6 @@ def first_batch(batches: Loader) -> Batch:
     """Return the first batch of the first epoch, without moving any generator."""
     with seeds.undisturbed():
         return next(iter(batches.epoch()))
-
-
-@contextmanager
-def stopping(trainer: Trainer) -> Iterator[list[int]]:
-    """On the first SIGINT or SIGTERM, let the run finish its step and its checkpoint; a second ends it at once."""
-    got: list[int] = []
-
-    def stop(number: int, frame: Any) -> None:
-        if got:
-            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-        got.append(number)
-        trainer.state.stop = f"{signal.Signals(number).name}"
-
-    before = {}
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, stop)
-    except ValueError:  # not the main thread: its owner handles signals
-        pass
-    try:
-        yield got
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def load_weights(model: nn.Module, run: Path, which: str = "best") -> Path | None:
