@@ -43,17 +43,20 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def complain(error: Exception, with_traceback: bool) -> int:
-    """Print what went wrong, a fault with its place, in a line or two each; returns the exit status."""
+    """Print what went wrong, and where in the program if that was a fault of it; returns the exit status."""
     if with_traceback:
         traceback.print_exception(error)
-    if isinstance(error, FrameworkError):
-        lines = str(error).splitlines()
-    else:
-        said = " ".join(str(error).split())
-        lines = [f"{type(error).__name__}: {said[:300]}", f"a fault at {place(error)}; {TRACEBACK} shows the way there"]
-    for line in lines:
-        print(f"framework: {line}", file=sys.stderr)
+    advice = "" if isinstance(error, FrameworkError) else f"; {TRACEBACK} shows the way there"
+    print("\n".join(f"framework: {line}" for line in words_of(error)) + advice, file=sys.stderr)
     return error.exit_status if isinstance(error, FrameworkError) else 1
+
+
+def words_of(error: Exception) -> list[str]:
+    """Return what went wrong, a fault with its place, in a line or two each."""
+    if isinstance(error, FrameworkError):
+        return str(error).splitlines()
+    said = " ".join(str(error).split())
+    return [f"{type(error).__name__}: {said[:300]}", f"a fault at {place(error)}"]
 
 
 def place(error: Exception) -> str:
@@ -109,7 +112,7 @@ def composing(verb: str, does: str, epilog: str) -> Parser:
     parser.add_argument("--resolve", action="store_true", help="with --cfg: fill in the references")
     shown = ("defaults", "defaults-tree", "searchpath", "config", "plugins", "all")
     parser.add_argument("--info", choices=shown, metavar="WHAT", help=f"print and stop: {', '.join(shown)}")
-    parser.set_defaults(multirun=False)
+    parser.set_defaults(multirun=False, inexact=False)
     return parser
 
 
@@ -120,8 +123,8 @@ def command_line(parser: Parser, given: argparse.Namespace) -> Any:
         parser.error("--resolve goes with --cfg")
     from .compose import CommandLine
 
-    shown = {name: vars(given)[name] for name in ("multirun", "cfg", "resolve", "info")}
-    return CommandLine(given.overrides, given.plugins, given.config_dir, **shown)
+    flags = ("multirun", "cfg", "resolve", "info", "inexact", "traceback")
+    return CommandLine(given.overrides, given.plugins, given.config_dir, **{flag: vars(given)[flag] for flag in flags})
 
 
 def tell(as_json: bool, value: Any, table: Callable[[], Any]) -> None:
@@ -143,24 +146,21 @@ def train(arguments: list[str]) -> None:
     line = command_line(parser, given)
     from .compose import Job, run as compose
 
-    def job(composed: Job) -> None:
+    def job(composed: Job) -> Any:
         from .experiment import train as train_experiment
-        from .report import print_result
 
-        started = None if composed.number else STARTED  # the first job has waited for the imports
+        started = STARTED if composed.number is None else None
         what = composed.spec, composed.experiment, composed.overrides
-        try:
-            result = train_experiment(*what, started, inexact=given.inexact)
-        except Exception as error:
-            if composed.number is not None:
-                print(f"framework: job {composed.number} failed: {composed.label}", file=sys.stderr)
-                complain(error, given.traceback)
-            raise
-        print_result(result, None if composed.number is None else composed.label)
-        if result.signal is not None:
-            sys.exit(128 + result.signal)  # also out of a sweep: the other jobs are not begun
+        result = train_experiment(*what, started, inexact=composed.inexact)
+        if composed.number is None:
+            from .report import print_result
 
-    compose(line, job)
+            print_result(result)
+            if result.signal is not None:
+                sys.exit(128 + result.signal)
+        return result
+
+    compose(line, job, words_of)
 
 
 def resume(arguments: list[str]) -> int:

@@ -1,11 +1,10 @@
 """Composition: a command line becomes a checked Spec, through Hydra, so that sweepers, launchers and --cfg work."""
 
-import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,16 @@ from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from hydra.plugins.sweeper import Sweeper
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .discovery import discover, shorter
 from .errors import ConfigError, FrameworkError, PluginError, did_you_mean
-from .overrides import Overrides, as_typed, groups, rewrite
+from .overrides import Overrides, as_typed, groups, own_settings, rewrite
+from .registry import Registry
 from .sources import File, FileConfigSource, Sources, line_with, read_yaml, searching
-from .spec import Spec, read_spec
+from .spec import Spec, follow, read_spec
 from .store import fill_store
-
-Through = Callable[[Callable[[Any], None]], None]
-"""Lets Hydra call a function with each config that it composes."""
 
 
 @dataclass
@@ -38,7 +34,14 @@ class Job:
     experiment: str
     overrides: list[str]
     number: int | None = None
-    label: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)  # its own: {"optimizer.lr": 0.1, "model": "cnn"}
+    sweep: Path | None = None  # the folder of its sweep, which holds that of its run
+    inexact: bool = False
+    traceback: bool = False
+
+    @property
+    def label(self) -> str:
+        return " ".join(f"{key}={'null' if value is None else value}" for key, value in self.settings.items())
 
 
 @dataclass
@@ -52,21 +55,60 @@ class CommandLine:
     cfg: str | None = None
     resolve: bool = False
     info: str | None = None
+    inexact: bool = False
+    traceback: bool = False
 
     @property
     def shows(self) -> bool:
         return bool(self.cfg or self.info)
 
-    def chooses(self, group: str) -> bool:
-        return any(override.lstrip("+").startswith(f"{group}=") for override in self.overrides)
+
+@dataclass
+class Composing:
+    """What it takes to make a job of a config that Hydra composed: the command line as read, the files behind it."""
+
+    line: CommandLine
+    overrides: Overrides
+    files: list[File]
+    plugins: list[str]
+    folders: list[Path]
+
+    def job(self, config: Any) -> Job:
+        """Check a composed config, with what was wrong on the command line, and report all of it together."""
+        hydra = HydraConfig.get()
+        multirun = hydra.mode is not None and hydra.mode.name == "MULTIRUN"
+        typed = list(hydra.overrides.task) if multirun else None
+        tree = to_tree(config, Sources(self.overrides.typed, self.files))
+        return self.checked(tree, hydra.runtime.choices.get("experiment"), typed, hydra.job.num if multirun else None)
+
+    def checked(
+        self, tree: dict[str, Any], experiment: str | None, typed: list[str] | None, number: int | None = None
+    ) -> Job:
+        """Do so with the tree of plain values. `typed`: the overrides of a job of a sweep. Raises ConfigError."""
+        try:
+            spec = read_spec(tree, Sources(self.overrides.typed, self.files))
+        except ConfigError as error:
+            raise ConfigError([*self.overrides.problems, *error.problems]) from None
+        if self.overrides.problems:
+            raise ConfigError(self.overrides.problems)
+        spec.plugins = self.plugins
+        job = Job(spec, experiment or "default", self.line.overrides, number)
+        job.inexact, job.traceback = self.line.inexact, self.line.traceback
+        if typed is not None:
+            job.overrides = list(dict.fromkeys(as_typed(override) for override in typed))
+            job.settings = own_settings(typed, self.overrides)
+        return job
 
 
-def run(line: CommandLine, task: Callable[[Job], Any]) -> None:
-    """Compose what the command line says and run the task on it (on each job of a sweep).
+def run(
+    line: CommandLine, task: Callable[[Job], Any], explain: Callable[[Exception], list[str]] = lambda e: [str(e)]
+) -> None:
+    """Compose what the command line says and run the task on it: on a job, or on each of a sweep.
 
-    All jobs of a sweep are checked before the first runs; then one that fails does not stop the others.
+    All jobs of a sweep are checked before the first runs; then one that fails does not stop the others, and `explain`
+    gives the lines that say why.
     Raises ConfigError with every problem, PluginError for plugins that do not load, and FrameworkError that counts the
-    failed jobs of a sweep (the task itself has to say why each failed).
+    failed jobs of a sweep.
     """
     folders = config_folders(line)
     named = [*project_plugins(folders, line.overrides), *line.plugins]
@@ -77,17 +119,41 @@ def run(line: CommandLine, task: Callable[[Job], Any]) -> None:
     if overrides.problems and line.shows:
         raise ConfigError(overrides.problems)
     with searching(folders) as files, tempfile.TemporaryDirectory(prefix="framework-") as scratch:
-        through_hydra = partial(hydra_main, line, hydra_arguments(overrides, Path(scratch)), folders)
-        compose = partial(make_job, line, overrides, files, plugins)
+        composing = Composing(line, overrides, files, plugins, folders)
+        arguments = hydra_arguments(overrides, Path(scratch))
         try:
-            known = line.multirun and not line.chooses("hydra/sweeper")  # which jobs there will be
-            jobs = compose_sweep(through_hydra, compose) if known else []
-            if not known or line.chooses("hydra/launcher"):
-                settle(launch(through_hydra, compose, task))
-            else:
-                settle([failure(task, job) for job in jobs])
+            if line.multirun:
+                from .tuning.sweep import sweep  # not at the top: a single run does without
+
+                sweep(composing, arguments, task, explain)
+                return
+            made = compose(composing, arguments)
         except ConfigError as error:
             raise ConfigError(dict.fromkeys([*overrides.problems, *error.problems])) from error.__cause__
+    for job in made:
+        task(job)
+
+
+def compose(composing: Composing, arguments: list[str]) -> list[Job]:
+    """Let Hydra compose the job; none when it only prints what was asked for."""
+    line, made, problems = composing.line, list[Job](), list[str]()
+
+    def collect(config: Any) -> None:
+        try:
+            made.append(composing.job(config))
+        except ConfigError as error:  # raised here, Hydra would put words of its own to it
+            problems.extend(error.problems)
+
+    with hydra_in(composing.folders) as hydra:
+        if line.cfg:
+            hydra.show_cfg("config", arguments, line.cfg, package=None, resolve=line.resolve)
+        elif line.info:
+            hydra.show_info(line.info, "config", arguments)
+        else:
+            hydra.run("config", collect, [*arguments, "hydra.mode=RUN"])
+    if problems:
+        raise ConfigError(problems)
+    return made
 
 
 def hydra_arguments(overrides: Overrides, scratch: Path) -> list[str]:
@@ -98,109 +164,16 @@ def hydra_arguments(overrides: Overrides, scratch: Path) -> list[str]:
     return [*ours, *overrides.arguments]
 
 
-def launch(through_hydra: Through, compose: Callable[[Any], Job], task: Callable[[Job], Any]) -> list[Exception | None]:
-    """Let Hydra run the task on each job it makes; returns how each failed, or None."""
-    outcomes: list[Exception | None] = []
-    here = os.getpid()
-
-    def job(config: Any) -> None:
-        try:
-            outcomes.append(failure(task, compose(config)))
-        except ConfigError as error:
-            outcomes.append(error)
-        if outcomes[-1] is not None and os.getpid() != here:
-            raise outcomes[-1]  # from a launcher's process only Hydra can tell; here it would use its own words
-
-    through_hydra(job)
-    return outcomes
-
-
-def failure(task: Callable[[Job], Any], job: Job) -> Exception | None:
-    """Run the task on a job; returns how it failed, or None."""
-    try:
-        task(job)
-    except Exception as error:
-        return error
-    return None
-
-
-def settle(outcomes: list[Exception | None]) -> None:
-    """Raise what the only job failed by; of several, how many failed."""
-    failures = [outcome for outcome in outcomes if outcome is not None]
-    if failures and len(outcomes) == 1:
-        raise failures[0]
-    if failures:
-        counted = FrameworkError(f"{len(failures)} of {len(outcomes)} jobs failed")
-        counted.exit_status = 2 if all(isinstance(failure, FrameworkError) for failure in failures) else 1
-        raise counted
-
-
-def hydra_main(line: CommandLine, arguments: list[str], folders: list[Path], job: Callable[[Any], None]) -> None:
-    """Let Hydra compose, and print what was asked for or run the job on what it made. Its errors are raised as ours.
-
-    Its sweeper is spared a rehearsal, of composing each job before any runs: whether that can be done is known here.
-    """
+@contextmanager
+def hydra_in(folders: list[Path]) -> Iterator[Hydra]:
+    """Open Hydra on folders of config files. Its errors are raised as ours."""
     version.setbase("1.3")
-    rehearsal, Sweeper.validate_batch_is_legal = Sweeper.validate_batch_is_legal, nothing  # type: ignore[method-assign]
     try:
-        hydra = Hydra.create_main_hydra2("compose", create_config_search_path(str(folders[0])))
-        if line.cfg:
-            hydra.show_cfg("config", arguments, line.cfg, package=None, resolve=line.resolve)
-        elif line.info:
-            hydra.show_info(line.info, "config", arguments)
-        elif line.multirun:
-            hydra.multirun("config", job, [*arguments, "hydra.mode=MULTIRUN"])
-        else:
-            hydra.run("config", job, [*arguments, "hydra.mode=RUN"])
+        yield Hydra.create_main_hydra2("compose", create_config_search_path(str(folders[0])))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError([words_of(error)]) from error
     finally:
-        Sweeper.validate_batch_is_legal = rehearsal  # type: ignore[method-assign]
         GlobalHydra.instance().clear()
-
-
-def nothing(*_: Any, **__: Any) -> None:
-    return None
-
-
-def compose_sweep(through_hydra: Through, compose: Callable[[Any], Job]) -> list[Job]:
-    """Compose every job of a sweep without running any. Raises ConfigError with all their problems."""
-    problems: dict[str, None] = {}
-    jobs: list[Job] = []
-
-    def collect(config: Any) -> None:
-        try:
-            jobs.append(compose(config))
-        except ConfigError as error:
-            problems.update(dict.fromkeys(error.problems))
-
-    through_hydra(collect)
-    names = [str(job.spec.sections["run"]["name"]) for job in jobs]
-    taken = next((name for name in names if name != "None" and names.count(name) > 1), None)
-    if taken is not None:
-        problems[f"run.name={taken}: each job of a sweep needs a folder of its own: leave the name out"] = None
-    if problems:
-        raise ConfigError(problems)
-    return jobs
-
-
-def make_job(line: CommandLine, overrides: Overrides, files: list[File], plugins: list[str], config: Any) -> Job:
-    """Check a composed config, with what was wrong on the command line, and report all of it together."""
-    hydra_config = HydraConfig.get()
-    experiment = hydra_config.runtime.choices.get("experiment") or "default"
-    source = Sources(overrides.typed, files)
-    try:
-        spec = read_spec(to_tree(config, source), source)
-    except ConfigError as error:
-        raise ConfigError([*overrides.problems, *error.problems]) from None
-    if overrides.problems:
-        raise ConfigError(overrides.problems)
-    spec.plugins = plugins
-    if hydra_config.mode is None or hydra_config.mode.name != "MULTIRUN":
-        return Job(spec, experiment, line.overrides)
-    typed = dict.fromkeys(as_typed(override) for override in hydra_config.overrides.task)
-    own = [each for each in typed if each.lstrip("+").partition("=")[0].replace("/", ".") in overrides.swept]
-    return Job(spec, experiment, list(typed), hydra_config.job.num, " ".join(own or typed))
 
 
 def to_tree(config: Any, source: Sources) -> dict[str, Any]:
@@ -223,12 +196,12 @@ def value_at(tree: Any, path: str) -> Any:
 
 
 def keep_following(raw: Any, resolved: Any) -> Any:
-    """Replace by what was written each resolved value that was a plain reference such as ${activation}."""
+    """Replace by what was written each resolved value that follows the experiment's choice, such as ${activation}."""
     if isinstance(raw, dict) and isinstance(resolved, dict):
         return {key: keep_following(raw[key], resolved[key]) for key in raw}
     if isinstance(raw, list) and isinstance(resolved, list):
         return [keep_following(a, b) for a, b in zip(raw, resolved, strict=True)]
-    return raw if isinstance(raw, str) and raw.startswith("${") and raw[2:-1].isidentifier() else resolved
+    return raw if isinstance(raw, str) and raw in map(follow, Registry.every) else resolved
 
 
 def config_folders(line: CommandLine) -> list[Path]:

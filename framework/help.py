@@ -33,6 +33,7 @@ examples:
   framework train experiment=fashion_mnist_cnn      a file of conf/experiment
   framework train -m optimizer.lr=1e-4,1e-3 'seed=range(3)'
                                                     every combination in turn
+  framework train -m 'seed=range(9)' resume=auto    those that are missing
   framework train --plugins mine.py activation=mine parts of your own
 
 `framework list` names the parts, `framework show optimizer/sgd` the settings

@@ -12,7 +12,9 @@ scheduler=null, ~scheduler       an option without content
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
@@ -44,7 +46,7 @@ def rewrite(typed: Iterable[str], folders: Iterable[Path], multirun: bool = Fals
     """
     found, parser, folders = Overrides(), OverridesParser.create(), list(folders)
     nested: list[tuple[int, str]] = []
-    for text in typed:
+    for text in map(quoted, typed):
         try:
             override = parser.parse_override(text)
         except HydraException:
@@ -62,6 +64,20 @@ def rewrite(typed: Iterable[str], folders: Iterable[Path], multirun: bool = Fals
 
 
 groups = Registry.by_key
+
+
+def quoted(text: str) -> str:
+    """Quote a rule such as sweep.where=model!=rnn, for which Hydra's grammar has no words; rules in a list too."""
+    key, _, value = text.partition("=")
+    if key != "sweep.where" or not value or value[0] in "'\"":
+        return text
+    if value[0] == "[" and value[-1] == "]":
+        return f"{key}=[{','.join(single(rule) for rule in value[1:-1].split(','))}]"
+    return f"{key}={single(value)}"
+
+
+def single(text: str) -> str:
+    return text if text[:1] in ("'", '"') else "'" + text.strip().replace("'", "\\'") + "'"
 
 
 def unreadable(text: str) -> str:
@@ -84,6 +100,8 @@ def faults(text: str, override: Override, folders: list[Path], multirun: bool) -
         return [f"{FORM}; the key is missing"]
     if IMPORTS & set(re.split(r"\W+", text)):
         return [TARGET]
+    if key.startswith("sweep.") and (not multirun or override.is_sweep_override()):
+        return ["is about a whole sweep: " + (f"write {key}=[a,b]" if multirun else "add -m for one, or leave it out")]
     if override.is_sweep_override() and not multirun:
         key, _, value = text.partition("=")
         listed = f"; as one list, write {key}=[{value}]" if "," in value and "(" not in value else ""
@@ -178,7 +196,27 @@ def as_typed(override: str) -> str:
     """Return an override of a job of a sweep as a person would have typed it."""
     key, _, value = override.lstrip("+").partition("=")
     mark = "+" if key.startswith(f"{ALSO}/") else ""
-    part = key.removesuffix(".name")
-    key = part if part.rpartition(".")[2] in part_settings() else key.removeprefix(f"{ALSO}/")
+    if key.endswith(".name") and key.split(".")[-2] in part_settings():
+        key = key.removesuffix(".name")
+    key = key.removeprefix(f"{ALSO}/")
     value = "null" if value == NONE else re.sub(r"\\(?=[{}])", "", value)  # Hydra writes $\{seed\}
     return f"{mark}{key}={value}"
+
+
+def own_settings(overrides: Iterable[str], all_typed: Overrides) -> dict[str, Any]:
+    """Return what a job of a sweep has of its own, by key as typed: all but what was typed with a single value."""
+    shared = all_typed.typed.keys() - set(all_typed.swept)
+    found: dict[str, Any] = {}
+    for text in overrides:
+        key = as_typed(text).lstrip("+").partition("=")[0].replace("/", ".")
+        if not text.startswith("~") and key not in shared:
+            value = value_of(text)
+            found[key] = None if value == NONE else value
+    order = {key: number for number, key in enumerate(all_typed.swept)}  # they come sorted by depth
+    return dict(sorted(found.items(), key=lambda pair: order.get(pair[0], len(order))))
+
+
+@cache
+def value_of(override: str) -> Any:
+    """Return the value in an override: a number, a text, a list ..."""
+    return OverridesParser.create().parse_override(override).value()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from reprlib import Repr
 from typing import Any
 
@@ -11,12 +12,14 @@ from .registry import Entry, Kind, Maker, Registry, with_article
 from .run import RunFolder
 from .schema import Setting, read_settings
 from .trainer import Trainer
+from .tuning.settings import Sweep
 
 Settings = Mapping[str, Setting]
 DIRECT = ("model", "data", "task", "optimizer", "scheduler", "metric", "callback", "logger", "initializer")
 """Kinds that an experiment builds itself; a choice of any other kind is for the parts that ask for one."""
 
-SECTIONS: dict[str, Callable] = {"trainer": Trainer, "loader": Loader, "run": RunFolder}
+SECTIONS: dict[str, Callable] = {"trainer": Trainer, "loader": Loader, "run": RunFolder, "sweep": Sweep}
+AROUND = ("sweep",)  # no part of the experiment itself: a run does not depend on it
 GIVEN = ("seed", "callbacks", "loggers", "folder", "split", "shuffle", "experiment")
 PLAIN = {
     "seed": Setting("seed", int, 0, "of everything random: initial weights, order of samples, dropout"),
@@ -26,8 +29,9 @@ PLAIN = {
 }
 
 
+@cache
 def section_settings(name: str) -> dict[str, Setting]:
-    """The settings of `trainer`, `loader` or `run`, from the signature of the class behind it."""
+    """The settings of `trainer`, `loader`, `run` or `sweep`, from the signature of the class behind it."""
     return read_settings(SECTIONS[name], GIVEN)
 
 
@@ -164,6 +168,7 @@ class Reader:
                 return None
             return self.part(registry.kind, path if chosen is None else registry.kind.key, chosen or setting.default)
         default = setting.default if isinstance(setting.default, str) else None
+        value = None if value == {"name": None} else value  # what a sweep over null and names gives
         if isinstance(value, Mapping) and "name" not in value:
             default = (chosen if isinstance(chosen, str) else (chosen or {}).get("name")) or default
         if value is None and "null" not in setting.type_text:
@@ -195,11 +200,12 @@ class Reader:
             if not any(problem.startswith(("trainer.max_epochs", "trainer.max_steps")) for problem in self.problems):
                 advice = "give it with trainer.max_epochs=... or trainer.max_steps=..."
                 self.problem("trainer", None, f"needs a limit: {advice}")
+        if refusal(**{**settings, **limits}) is None:
+            return
         for name in [name for name in settings if name not in limits]:
-            try:
-                Trainer(**limits | {name: settings[name]})
-            except FrameworkError as error:
-                self.problem(f"trainer.{name}", settings[name], str(error))
+            said = refusal(**{**limits, name: settings[name]})
+            if said is not None:
+                self.problem(f"trainer.{name}", settings[name], said)
 
     def unknown_key(self, key: str, value: Any, known: set[str]) -> None:
         owners = [section for section in SECTIONS if key in section_settings(section)]
@@ -250,9 +256,19 @@ class Reader:
                 tree[key] = {maker.entry.name: plain_settings(maker) for maker in made}
             else:
                 tree[key] = plain(made)
-        for name, settings in spec.sections.items():
+        for name, settings in [pair for pair in spec.sections.items() if pair[0] not in AROUND]:
             tree[name] = {key: plain(settings.get(key, s.default)) for key, s in section_settings(name).items()}
         return tree | {"seed": spec.seed, "plugins": spec.plugins, "init_from": spec.init_from}
+
+
+@cache
+def refusal(**settings: Any) -> str | None:
+    """Say why a trainer refuses its settings, or nothing."""
+    try:
+        Trainer(**settings)
+    except FrameworkError as error:
+        return str(error)
+    return None
 
 
 IMPORTS = frozenset({"_target_", "_partial_", "_args_", "_recursive_", "_convert_"})

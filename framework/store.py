@@ -16,6 +16,7 @@ from .discovery import discover
 from .registry import Entry, Registry
 from .schema import REQUIRED
 from .spec import PLAIN, SECTIONS, follow, plain, section_settings
+from .tuning.hydra_parts import register
 
 NONE = "_none_"  # the option of a group that holds nothing: Hydra has no `GROUP=null` on its command line
 ALSO = "also"  # the group in which `+callbacks=NAME` adds to the list of the group `callbacks`
@@ -47,6 +48,7 @@ def fill_store(plugins: Iterable[str] = ()) -> None:
     ConfigStore.__reduce__ = lambda self: (filled_store, (loaded,))  # type: ignore[method-assign, assignment]
     add(store.repo, "sections", None, None, sections)
     add(store.repo, "framework", None, None, ours)
+    register(lambda name, group, content: add(store.repo, name, group, None, content))
     for registry in Registry.every.values():
         key = registry.kind.key
         add(store.repo, NONE, key, "_global_", dict)

@@ -156,14 +156,15 @@ def test_a_sweep_runs_each_job(write):
     assert made == [(0, 1, "relu"), (1, 1, "gelu"), (2, 2, "relu"), (3, 2, "gelu")]
     assert jobs[1].label == "seed=1 model.activation=gelu"
     assert set(jobs[1].overrides) == {"seed=1", "model.activation=gelu", "optimizer.lr=0.1"}
-    assert os.listdir() == []
+    assert jobs[1].settings == {"seed": 1, "model.activation": "gelu"}
+    assert os.listdir() == ["runs"], "Hydra leaves nothing of its own"
 
 
 def test_a_sweep_written_in_an_experiment_file(write):
     write("conf/experiment/grid.yaml", "hydra: {sweeper: {params: {optimizer.lr: '1e-3,1e-2'}}}\nseed: 3\n")
     jobs = compose("experiment=grid", multirun=True)
     assert [job.spec.tree["optimizer"]["lr"] for job in jobs] == [1e-3, 1e-2]
-    assert jobs[0].label == "optimizer.lr=0.001 experiment=grid"
+    assert jobs[0].label == "optimizer.lr=0.001"
 
 
 def test_no_job_of_a_sweep_runs_when_one_cannot(write):
@@ -183,7 +184,7 @@ def test_a_job_that_fails_does_not_stop_the_others(write, kind, status):
         if job.spec.seed == 2:
             raise kind("no")
 
-    with pytest.raises(FrameworkError, match="1 of 3 jobs failed") as error:
+    with pytest.raises(FrameworkError, match="1 of 3 trials failed") as error:
         run(CommandLine(["seed=1,2,3"], multirun=True), task)
     assert ran == [1, 2, 3]
     assert error.value.exit_status == status

@@ -1,0 +1,105 @@
+"""The sweeper of grids: every combination of the values of an override, or of `hydra.sweeper.params` in a file."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+from ..errors import ConfigError
+from ..overrides import as_typed, own_settings, rewrite, value_of
+from ..schema import PositiveInt
+from .combinations import Rule, combinations
+from .trials import Trials, composed
+
+
+class Grid(Sweeper):
+    """Tries every combination but those that the section `sweep` leaves out. All are checked before the first runs."""
+
+    def __init__(self, params: dict[str, Any] | None = None, max_batch_size: PositiveInt | None = None):
+        """Keep it.
+
+        Args:
+            params: overrides with several values, key by key, as an experiment file has them.
+            max_batch_size: trials that a launcher gets at once; null for all.
+        """
+        self.params, self.batch = dict(params or {}), max_batch_size
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        assert isinstance(task_function, Trials)
+        self.trials, self.loader = task_function, hydra_context.config_loader
+        make: Any = Plugins.instance().instantiate_launcher
+        self.runs = make(hydra_context=hydra_context, task_function=task_function, config=config)
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Run the trials, in batches."""
+        overrides = self.jobs([*self.of_params(arguments), *arguments])
+        jobs = composed(self.trials, overrides)
+        self.trials.planned = len(jobs)
+        self.trials.numbers = numbered([job.settings for job in jobs], self.trials)
+        self.trials.ready = {number: self.trials.place(job) for number, job in enumerate(jobs)}
+        size = self.batch or len(overrides)
+        for first in range(0, len(overrides), size):
+            ended = self.runs.launch(overrides[first : first + size], initial_job_idx=first)
+            if any(trial.return_value.state == "stopped" for trial in ended):
+                break
+
+    def of_params(self, arguments: list[str]) -> list[str]:
+        """Return the overrides of `params`, as if typed; what is typed takes the place of one. Raises ConfigError."""
+        composing = self.trials.composing
+        typed = {key_of(text) for text in arguments}
+        wanted = [f"{key}={value}" for key, value in self.params.items() if key.replace("/", ".") not in typed]
+        found = rewrite(wanted, composing.folders, multirun=True)
+        if found.problems:
+            raise ConfigError([text.replace("(command line)", "(hydra.sweeper.params)") for text in found.problems])
+        composing.overrides.swept += [key for key in found.typed if key not in composing.overrides.swept]
+        return found.arguments
+
+    def jobs(self, texts: list[str]) -> list[tuple[str, ...]]:
+        """Return the overrides of each job. Raises ConfigError for what is wrong with `sweep.zip` or `sweep.where`."""
+        parsed = OverridesParser.create(config_loader=self.loader).parse_overrides(texts)
+        endless = [as_typed(str(each.input_line)) for each in parsed if each.is_interval_sweep()]
+        if endless:
+            advice = "interval(...) is for a sweeper that draws values: write a,b,c or range(...)"
+            raise ConfigError([f"{text}: {advice}" for text in endless])
+        fixed = tuple(str(each.input_line) for each in parsed if not each.is_sweep_override())
+        section, given = self.trials.sweep, self.trials.composing.overrides
+        swept = {key_of(str(each.input_line)): values_of(each) for each in parsed if each.is_sweep_override()}
+        axes = dict(sorted(swept.items(), key=lambda pair: given.swept.index(pair[0])))  # as typed
+        known = {key_of(text): value_of(text) for text in fixed if not text.startswith("~")}
+        rules = [Rule(text, {**known, **axes}) for text in section.rules]
+        chosen = combinations(axes, section.zipped)
+        kept = [own for own in chosen if all(rule.holds({**known, **own_settings(own, given)}) for rule in rules)]
+        if not kept:
+            raise ConfigError([f"sweep.where: none of the {len(chosen)} combinations is left"])
+        return [tuple(sorted((*fixed, *own), key=depth)) for own in kept]
+
+
+def key_of(override: str) -> str:
+    """Return the key of an override as a person types it: `optimizer.lr`."""
+    return as_typed(override).lstrip("+~").partition("=")[0].replace("/", ".")
+
+
+def depth(override: str) -> int:
+    """A part comes before its settings."""
+    key = override.partition("=")[0]
+    return key.count("/") + key.count(".")
+
+
+def values_of(override: Override) -> list[str]:
+    """Return the override with each of its values."""
+    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+
+
+def numbered(settings: Sequence[dict[str, Any]], trials: Trials) -> dict[int, int]:
+    """Return the number of each trial: a resumed sweep's trials keep theirs, new ones follow."""
+    known = {repr(sorted(row.settings.items())): row.number for row in trials.folder.trials()}
+    if not known:
+        return {}
+    texts = [repr(sorted(each.items())) for each in settings]
+    free = iter(number for number in range(len(known) + len(texts)) if number not in known.values())
+    return {index: known[text] if text in known else next(free) for index, text in enumerate(texts)}

@@ -1,0 +1,130 @@
+"""A sweep at the terminal while it runs: a live table, or a line for each trial where nobody looks."""
+
+import io
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .folder import Trial
+from .table import Direction, shown, table
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+INTERVAL = 0.25  # seconds between two drawings
+MOST_ROWS = 12
+
+
+class Lines:
+    """Prints a line for each trial that ends."""
+
+    def __init__(self, by: Direction):
+        self.by = by
+
+    def begins(self, trial: Trial) -> None:
+        """Nothing is printed of a trial that has just begun."""
+
+    def said(self, line: str) -> None:
+        """What a trial prints is in its run folder."""
+
+    def ends(self, trial: Trial) -> None:
+        values = [f"{name} {trial.metrics[name]:.4g}" for name in self.by if name in trial.metrics]
+        state = [] if trial.state == "done" and values else [trial.state]
+        told = "  ".join([label(trial), *state, *values, f"{trial.seconds:.1f} s"])
+        print(f"{told}: {trial.error}" if trial.error else told, flush=True)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def label(trial: Trial) -> str:
+    return " ".join([f"{trial.number:03}", *(f"{key}={shown(value)}" for key, value in trial.settings.items())])
+
+
+class LiveTable:
+    """Shows how far a sweep is, what the trial under way prints, and the best so far; on stderr."""
+
+    def __init__(self, by: Direction, earlier: list[Trial], planned: int | None):
+        from rich.console import Console
+        from rich.live import Live
+
+        self.by, self.planned, self.began = by, planned, time.monotonic()
+        self.trials = {trial.number: trial for trial in earlier}
+        self.now: dict[int, str] = {}
+        self.line, self.next_drawing = "", 0.0
+        plain = partial(Live, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)  # no thread
+        self.live = plain(console=Console(file=sys.stderr), transient=True)
+        self.live.start()
+
+    def begins(self, trial: Trial) -> None:
+        self.now[trial.number], self.line = label(trial), ""
+        self._draw()
+
+    def said(self, line: str) -> None:
+        self.line = line
+        if time.monotonic() >= self.next_drawing:
+            self._draw()
+
+    def ends(self, trial: Trial) -> None:
+        self.now.pop(trial.number, None)
+        self.trials[trial.number] = trial
+        self._draw()
+
+    def close(self) -> None:
+        self.live.stop()
+
+    def _draw(self) -> None:
+        self.next_drawing = time.monotonic() + INTERVAL
+        self.live.update(self._picture(), refresh=True)
+
+    def _picture(self) -> "Group":
+        from rich.console import Group
+        from rich.text import Text
+
+        ended = [trial for trial in self.trials.values() if trial.state != "running"]
+        failed = sum(trial.state == "failed" for trial in ended)
+        of = f" of {self.planned}" if self.planned else ""
+        head = f"{len(ended)}{of} trials" + (f", {failed} failed" if failed else "")
+        running = [f"{each}  {self.line}" for each in self.now.values()]
+        texts = [Text(text, no_wrap=True, overflow="ellipsis") for text in (head, *running[:MOST_ROWS])]
+        return Group(*texts, *([table(ended, self.by, MOST_ROWS)] if ended else []))
+
+
+def display(by: Direction, earlier: list[Trial], planned: int | None) -> Lines | LiveTable:
+    """Return what suits where stderr goes."""
+    if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+        return LiveTable(by, earlier, planned)
+    return Lines(by)
+
+
+class Output(io.TextIOBase):
+    """Takes what a trial prints: into a file of its run folder, as soon as there is one; the last line is shown."""
+
+    def __init__(self, folder: Path, shown_on: Lines | LiveTable):
+        self.folder, self.shown_on = folder, shown_on
+        self.pending = self.line = ""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        self.pending += text
+        *lines, self.line = (self.line + text).split("\n")
+        for line in [line for line in lines if line.strip()][-1:]:
+            self.shown_on.said(line)
+        if self.folder.is_dir() and lines:
+            with (self.folder / "output.txt").open("a") as file:
+                file.write(self.pending)
+            self.pending = ""
+        return len(text)
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """Take what is printed on stdout and stderr."""
+        with redirect_stdout(self), redirect_stderr(self):
+            yield

@@ -1,0 +1,188 @@
+"""A sweep from its command line to its table: `framework train -m`."""
+
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hydra.core.plugins import Plugins
+from hydra.types import HydraContext, RunMode
+from omegaconf import OmegaConf, flag_override
+
+from ..compose import Composing, Job, hydra_in, to_tree
+from ..describe import console
+from ..errors import ConfigError, FrameworkError, RunError, did_you_mean
+from ..experiment import Result
+from ..registry import Registry
+from ..sources import Sources
+from ..spec import Reader, section_settings
+from . import hydra_parts
+from .composer import Composer
+from .folder import SweepFolder, Trial
+from .settings import Sweep
+from .table import ending, table
+from .trials import Trials
+
+Explain = Callable[[Exception], Sequence[str]]
+NOT_ASKED = re.compile(r"\+*(resume|sweep\.name|run\.root|hydra/launcher|hydra\.(?!sweeper\.params))")
+"""What may differ between a command and the same command that goes on."""
+
+
+def sweep(composing: Composing, arguments: list[str], task: Callable[[Job], Result | None], explain: Explain) -> None:
+    """Run a task on each job of a sweep, and show what came of them.
+
+    Raises ConfigError before the first runs, with all that is wrong; and FrameworkError that counts failed trials.
+    """
+    with hydra_in(composing.folders) as hydra:
+        config = hydra.compose_config("config", [*arguments, "hydra.mode=MULTIRUN"], RunMode.MULTIRUN, False)
+        with flag_override(config, ["struct", "readonly"], False):
+            typed = composing.overrides.typed
+            ours = hydra_parts.choose(config, "sweeper", "hydra.sweeper" in typed)
+            hydra_parts.choose(config, "launcher", "hydra.launcher" in typed)
+        trials = prepare(composing, config, task, explain)
+        trials.composer, trials.gives_value = Composer(hydra.config_loader, config, composing), not ours
+        context = HydraContext(config_loader=hydra.config_loader, callbacks=hydra_callbacks())
+        sweeper = Plugins.instance().instantiate_sweeper(config=config, hydra_context=context, task_function=trials)
+        try:
+            with ending_on_sigterm():
+                sweeper.sweep(list(OmegaConf.to_container(config.hydra.overrides.task, resolve=False)))  # type: ignore
+        finally:
+            show(trials)
+    settle(trials)
+
+
+def hydra_callbacks() -> Any:
+    from hydra._internal.callbacks import Callbacks
+
+    return Callbacks()
+
+
+def prepare(composing: Composing, config: Any, task: Any, explain: Explain) -> Trials:
+    """Read what the config says of the sweep as a whole. Raises ConfigError."""
+    source = Sources(composing.overrides.typed, composing.files)
+    experiment = config.hydra.runtime.choices.get("experiment") or "default"
+    rest = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+    raw_name, tree = OmegaConf.to_container(rest)["run"].get("name"), to_tree(rest, source)  # type: ignore
+    reader = Reader(tree, source)
+    sections = {name: reader.settings(name, section_settings(name), tree[name], name) for name in ("sweep", "run")}
+    metrics = reader.many(Registry.every["metric"].kind)
+    if tree.get("resume") not in ("never", "auto"):
+        reader.problem("resume", tree["resume"], "goes on with one run; a sweep goes on with resume=auto")
+    if raw_name is not None and "${" not in str(raw_name) and "run.name" not in composing.overrides.swept:
+        reader.problem("run.name", raw_name, "each trial has a name of its own; sweep.name=... names the sweep")
+    if reader.problems:
+        raise ConfigError(reader.problems)
+    section = Sweep(**sections["sweep"])
+    names = {} if "metrics" in composing.overrides.swept else {m.name: m.better for m in (make() for make in metrics)}
+    by = objectives(section, names)
+    line = composing.line
+    asked = {"command": line.overrides, "plugins": line.plugins, "by": by, "swept": sorted(composing.overrides.swept)}
+    opening = partial(open_folder, Path(sections["run"]["root"]), experiment, section.name, tree["resume"], asked)
+    return Trials(composing, task, explain, section, by, opening)
+
+
+def objectives(section: Sweep, better: Mapping[str, str]) -> dict[str, str]:
+    """Return "min" or "max" for each metric that trials are compared by. Raises ConfigError for one that no trial will
+    have; those of callbacks are not known beforehand.
+
+    better: "higher" or "lower", by name of a metric of the experiment; empty when those are swept.
+    """
+    if len(section.modes) != len(section.metrics):
+        counts = f"{len(section.metrics)} metrics and {len(section.modes)} modes"
+        raise ConfigError([f"sweep.mode: should be one, or one for each sweep.metric; there are {counts}"])
+    by = {}
+    for metric, mode in zip(section.metrics, section.modes, strict=True):
+        split, _, name = metric.partition("/")
+        known = [f"{each}/{measure}" for each in ("val", "test") for measure in ("loss", *better)]
+        if metric not in known and better and split in ("val", "test"):
+            raise ConfigError([f"sweep.metric={metric}: no trial measures it; {did_you_mean(metric, known)}"])
+        if not name:
+            raise ConfigError([f"sweep.metric={metric}: should be like val/{metric}; {did_you_mean(metric, known)}"])
+        if mode == "auto" and name not in ("loss", *better):
+            raise ConfigError([f"sweep.metric={metric}: say what is better with sweep.mode=min or max"])
+        found = "min" if name == "loss" or better.get(name) == "lower" else "max"
+        by[metric] = found if mode == "auto" else mode
+    return by
+
+
+def open_folder(root: Path, experiment: str, name: str | None, resume: str, asked: Mapping[str, Any]) -> SweepFolder:
+    """Return the folder of a new sweep, or with resume=auto of that which is to go on. Raises RunError."""
+    found = find(root / experiment, name, asked) if resume == "auto" else None
+    folder = SweepFolder.claim(root, experiment, name, asked) if found is None else found
+    folder.conduct()
+    if found is not None:
+        over = sum(trial.over for trial in folder.trials())
+        print(f"going on with {folder.path}, of which {over} trials are done")
+    return folder
+
+
+def find(parent: Path, name: str | None, asked: Mapping[str, Any]) -> SweepFolder | None:
+    """Return the sweep of that name, or else the newest of the same command."""
+    if name is None:
+        folders = [SweepFolder(file.parent) for file in parent.glob("*/sweep.json")]
+        same = [each for each in folders if as_asked(each.asked()) == as_asked(asked)]
+        return max(same, key=lambda each: each.asked().get("began", 0.0), default=None)
+    folder = SweepFolder(parent / name)
+    if not (folder.path / "sweep.json").is_file():
+        return None
+    before = folder.asked().get("swept", [])
+    if before != asked["swept"]:
+        said = f"{folder.path} tries values of {', '.join(before)}, not of {', '.join(asked['swept'])}"
+        raise RunError(f"{said}: choose another sweep.name")
+    return folder
+
+
+def as_asked(asked: Mapping[str, Any]) -> Any:
+    command = [text for text in asked.get("command", ()) if not NOT_ASKED.match(text)]
+    return sorted(command), asked.get("plugins")
+
+
+@contextmanager
+def ending_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM between two trials end the sweep as Ctrl-C does, so that its table is shown."""
+
+    def stop(number: int, frame: Any) -> None:
+        sys.exit(128 + number)
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread: its owner handles signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def show(trials: Trials) -> None:
+    """Print the table of a sweep, if it has begun."""
+    rows = trials.opened.trials() if trials.opened is not None else []
+    if rows and trials.opened is not None:
+        out = console()
+        out.print()
+        out.print(table(rows, trials.by))
+        out.print()
+        for line in ending(trials.opened, rows, trials.by):
+            out.print(line, markup=False, soft_wrap=True)
+
+
+def settle(trials: Trials) -> None:
+    """Exit as a signal asks for. Raises FrameworkError when trials failed, or none was measured by the metric."""
+    rows: list[Trial] = [] if trials.opened is None else trials.opened.trials()
+    stopped = [trial.exit_status for trial in rows if trial.state == "stopped"]  # perhaps in a launcher's process
+    if stopped:
+        sys.exit(max(stopped) or 128 + signal.SIGINT)
+    failed = [trial for trial in rows if trial.state == "failed"]
+    done, metric = [trial for trial in rows if trial.state == "done" and trial.metrics], next(iter(trials.by))
+    if failed:
+        counted = FrameworkError(f"{len(failed)} of {len(rows)} trials failed")
+        counted.exit_status = 2 if all(trial.exit_status == 2 for trial in failed) else 1
+        raise counted
+    if done and not any(metric in trial.metrics for trial in done):
+        measured = did_you_mean(metric, [name for name in done[0].metrics if "/" in name])
+        raise FrameworkError(f"sweep.metric={metric}: no trial measured it; {measured}")

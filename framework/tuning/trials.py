@@ -1,0 +1,193 @@
+"""Runs the trials of a sweep and records them. It is also the function that Hydra's launchers call for each job."""
+
+import math
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..compose import Composing, Job
+from ..errors import ConfigError, FrameworkError
+from ..experiment import Result
+from ..resume import fingerprint
+from .composer import Composer
+from .folder import SweepFolder, Trial, run_name
+from .isolation import isolated
+from .live import Lines, LiveTable, Output, display
+from .settings import Sweep
+from .table import Direction, best_trial
+
+PRUNED = "prune:"  # with what a run begins to say why it stopped, when it was pruned
+
+
+@dataclass
+class Trials:
+    """The trials of one sweep.
+
+    Attributes:
+        sweep: the section of the config.
+        by: "min" or "max", by metric that trials are compared by.
+        folder: of the sweep; made, or found again, when it is first asked for.
+        ready: jobs that are composed already, by Hydra's number.
+        numbers: those of trials, by Hydra's number, where a resumed sweep has other ones.
+        planned: how many trials there will be, when that is known.
+    """
+
+    composing: Composing
+    task: Callable[[Job], Result | None]
+    explain: Callable[[Exception], Sequence[str]]
+    sweep: Sweep
+    by: Direction
+    opening: Callable[[], SweepFolder]
+    composer: Composer | None = None
+    gives_value: bool = False  # to a sweeper that is not ours, which wants the metric
+    ready: dict[int, Job] = field(default_factory=dict)
+    numbers: dict[int, int] = field(default_factory=dict)
+    planned: int | None = None
+    opened: SweepFolder | None = None
+    shown: Lines | LiveTable | None = None
+
+    @property
+    def folder(self) -> SweepFolder:
+        if self.opened is None:
+            self.opened = self.opening()
+        return self.opened
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a launcher's process: the sweep's folder without its lock, and nothing that is for this one."""
+        away: dict[str, Any] = {
+            "composer": None,
+            "ready": {},
+            "shown": None,
+            "opened": SweepFolder(self.folder.path),
+            "opening": None,
+        }
+        return self.__dict__ | away
+
+    def __call__(self, config: Any) -> Any:
+        """Run the trial of a config that Hydra composed."""
+        return self.returned(self.run(self.place(self.composing.job(config))))
+
+    def returned(self, trial: Trial) -> Any:
+        return trial.metrics.get(next(iter(self.by)), math.nan) if self.gives_value else trial
+
+    def jobs(self, overrides: Iterable[Sequence[str]], first: int) -> list[Job]:
+        """Return the jobs for these overrides, numbered from `first` on. Raises ConfigError."""
+        assert self.composer is not None
+        numbered = enumerate(overrides, first)
+        return [self.ready[n] if n in self.ready else self.place(self.composer.job(each, n)) for n, each in numbered]
+
+    def place(self, job: Job) -> Job:
+        """Give a job its number among the trials, and its run a folder in that of the sweep."""
+        path, run = self.folder.path, job.spec.sections["run"]
+        assert job.number is not None
+        job.number, job.sweep, job.experiment = self.numbers.get(job.number, job.number), path, path.name
+        run |= {"name": run["name"] or run_name(job.number, job.settings), "root": path.parent}
+        job.spec.tree["run"] = {"root": str(path.parent), "name": run["name"]}
+        return job
+
+    def run(self, job: Job) -> Trial:
+        """Train a job as a trial, unless that is done; what goes wrong is in its row."""
+        earlier = self.finished(job)
+        if earlier is not None:
+            return earlier
+        trial, began = self.begin(job), time.monotonic()
+        try:
+            with isolated(), Output(self.folder.path / trial.folder, self.show()).capturing():
+                result = self.task(job)
+        except Exception as error:
+            if job.traceback:
+                traceback.print_exception(error)
+            return self.end(self.failed(trial, error, time.monotonic() - began))
+        except BaseException:  # a second signal, or one before the training
+            self.end(replace(trial, state="stopped", seconds=added(trial, time.monotonic() - began)))
+            raise
+        return self.end(outcome(trial, result))
+
+    def finished(self, job: Job) -> Trial | None:
+        """Return the row of a trial that is over, with the same config."""
+        if job.spec.resume == "never":
+            return None
+        rows = [row for row in self.folder.trials() if row.number == job.number and row.over]
+        return next((row for row in rows if row.config == fingerprint(job.spec.tree)), None)
+
+    def begin(self, job: Job) -> Trial:
+        """Record that a trial begins."""
+        assert job.number is not None
+        name = str(job.spec.sections["run"]["name"])
+        cut_off = [
+            row.seconds for row in self.folder.trials() if row.number == job.number and job.spec.resume != "never"
+        ]
+        trial = Trial(job.number, job.settings, name, seconds=sum(cut_off), config=fingerprint(job.spec.tree))
+        self.folder.record(trial)
+        self.show().begins(trial)
+        return trial
+
+    def failed(self, trial: Trial, error: Exception, seconds: float) -> Trial:
+        """Return the row of a trial that failed."""
+        status = error.exit_status if isinstance(error, FrameworkError) else 1
+        said = "; ".join(self.explain(error))
+        return replace(trial, state="failed", error=said, exit_status=status, seconds=added(trial, seconds))
+
+    def end(self, trial: Trial) -> Trial:
+        """Record how a trial ended, and point to the best so far."""
+        self.folder.record(trial)
+        best = best_trial(self.folder.trials(), self.by)
+        if best is not None:
+            self.folder.link_best(best)
+        self.show().ends(trial)
+        return trial
+
+    def show(self) -> Lines | LiveTable:
+        return self.shown or Lines(self.by)
+
+    @contextmanager
+    def showing(self) -> Iterator[None]:
+        """Show the trials at the terminal, from the moment that they run."""
+        if self.shown is not None:
+            yield
+            return
+        self.shown = display(self.by, self.folder.trials(), self.planned)
+        try:
+            yield
+        finally:
+            self.shown.close()
+            self.shown = None
+
+
+def outcome(trial: Trial, result: Result | None) -> Trial:
+    """Return the row of a trial whose training came back."""
+    if result is None:
+        return replace(trial, state="done")
+    numbers: dict[str, Any] = {"metrics": dict(result.metrics), "steps": result.steps}
+    numbers["seconds"] = added(trial, result.seconds)
+    if result.signal is not None:
+        return replace(trial, state="stopped", exit_status=128 + result.signal, **numbers)
+    pruned = (result.stopped or "").startswith(PRUNED)
+    return replace(trial, state="pruned" if pruned else "done", **numbers)
+
+
+def added(trial: Trial, seconds: float) -> float:
+    """Return how long a trial took, together with what it took before it was cut off."""
+    return round(trial.seconds + seconds, 3)
+
+
+def composed(trials: Trials, overrides: Sequence[Sequence[str]]) -> list[Job]:
+    """Compose every job of a sweep without running any. Raises ConfigError with all their problems."""
+    assert trials.composer is not None
+    problems: dict[str, None] = {}
+    jobs: list[Job] = []
+    for number, each in enumerate(overrides):
+        try:
+            jobs.append(trials.composer.job(each, number))
+        except ConfigError as error:
+            problems.update(dict.fromkeys(error.problems))
+    names = [str(job.spec.sections["run"]["name"]) for job in jobs]
+    taken = next((name for name in names if name != "None" and names.count(name) > 1), None)
+    if taken is not None:
+        problems[f"run.name={taken}: each job of a sweep needs a folder of its own: leave the name out"] = None
+    if problems:
+        raise ConfigError(problems)
+    return jobs

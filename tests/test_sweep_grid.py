@@ -1,0 +1,203 @@
+"""Which trials a sweep has, and that composing them fast gives what Hydra would."""
+
+import re
+
+import pytest
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
+from framework.compose import CommandLine, run, to_tree
+from framework.errors import ConfigError
+from framework.sources import Sources
+from framework.tuning import composer
+from framework.tuning.combinations import Rule, combinations
+
+AXES = {"lr": ["lr=1", "lr=2"], "size": ["size=8", "size=9"], "seed": ["seed=0", "seed=1", "seed=2"]}
+
+
+def test_every_combination_the_last_key_changing_fastest():
+    found = combinations({key: AXES[key] for key in ("lr", "seed")}, [])
+    assert found[:4] == [("lr=1", "seed=0"), ("lr=1", "seed=1"), ("lr=1", "seed=2"), ("lr=2", "seed=0")]
+    assert len(found) == 6
+
+
+def test_zipped_settings_go_in_pairs_and_cross_the_rest():
+    found = combinations(AXES, [["size", "lr"]])
+    assert len(found) == 6
+    assert found[0] == ("lr=1", "size=8", "seed=0")
+    assert {each[:2] for each in found} == {("lr=1", "size=8"), ("lr=2", "size=9")}
+
+
+@pytest.mark.parametrize(
+    ("zipped", "said"),
+    [
+        ([["lr", "seed"]], "as many values of each are needed; there are of lr 2, seed 3"),
+        ([["lr", "siez"]], "siez has no list of values here; did you mean 'size'?"),
+        ([["lr"]], "pairs need two settings"),
+        ([["lr", "size"], ["lr", "size"]], "lr stands there twice"),
+    ],
+)
+def test_a_zip_that_cannot_be(zipped, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        combinations(AXES, zipped)
+
+
+@pytest.mark.parametrize(
+    ("rule", "left"),
+    [
+        ("model=rnn -> norm=layer", ["rnn layer 1", "mlp layer 1", "mlp null 1"]),
+        ("model!=rnn or norm=layer", ["rnn layer 1", "mlp layer 1", "mlp null 1"]),
+        ("model=rnn and norm=null", ["rnn null 1"]),
+        ("norm=null", ["rnn null 1", "mlp null 1"]),
+        ("model=rnn -> lr<0.5", ["mlp layer 1", "mlp null 1"]),
+        ("lr>=1e0", ["rnn layer 1", "rnn null 1", "mlp layer 1", "mlp null 1"]),
+        ("model > 3", []),
+    ],
+)
+def test_a_rule_leaves_combinations_out(rule, left):
+    trials = [{"model": model, "norm": norm, "lr": 1} for model in ("rnn", "mlp") for norm in ("layer", None)]
+    kept = [trial for trial in trials if Rule(rule, trials[0]).holds(trial)]
+    assert [f"{t['model']} {t['norm'] or 'null'} {t['lr']}" for t in kept] == left
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        ("modle=rnn", "modle is not given in this sweep; did you mean 'model'?"),
+        ("model is rnn", "'model is rnn' cannot be read; it should be like model=rnn -> norm=layer"),
+        ("__import__('os').getcwd()", "cannot be read"),
+        ("model=a -> model=b -> model=c", "should be like"),
+    ],
+)
+def test_a_rule_that_cannot_be_read(rule, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        Rule(rule, ["model", "norm"])
+
+
+@pytest.fixture
+def sweep(tmp_path, monkeypatch):
+    """Return the settings of the trials of a command line; nothing is trained."""
+    monkeypatch.chdir(tmp_path)
+
+    def sweep(*overrides):
+        jobs = []
+        run(CommandLine(list(overrides), multirun=True), jobs.append)
+        return [job.settings for job in jobs]
+
+    return sweep
+
+
+def test_zip_and_where_on_the_command_line(sweep):
+    zipped = sweep("optimizer.lr=1e-3,1e-2", "loader.batch_size=16,32", "sweep.zip=[optimizer.lr,loader.batch_size]")
+    assert [tuple(each.values()) for each in zipped] == [(1e-3, 16), (1e-2, 32)]
+    ruled = sweep("optimizer=sgd,adam", "seed=1,2", "sweep.where=optimizer=sgd -> seed=1")
+    assert [tuple(each.values()) for each in ruled] == [("sgd", 1), ("adam", 1), ("adam", 2)]
+    assert sweep("seed=range(4)", "sweep.where=[seed>0,seed!=2]") == [{"seed": 1}, {"seed": 3}]
+    with pytest.raises(ConfigError, match="none of the 2 combinations is left"):
+        sweep("seed=1,2", "sweep.where=seed>5")
+
+
+def test_a_grid_in_an_experiment_file(sweep, tmp_path):
+    (tmp_path / "conf/experiment").mkdir(parents=True)
+    params = "{optimizer.lr: '1e-3,1e-2', model.activation: 'relu,elu', seed: 'range(2)'}"
+    rules = "{zip: [optimizer.lr, seed], where: ['model.activation=elu -> seed=0']}"
+    text = f"hydra: {{sweeper: {{params: {params}}}}}\nsweep: {rules}\n"
+    (tmp_path / "conf/experiment/grid.yaml").write_text(text)
+    found = sweep("experiment=grid")
+    assert [tuple(each.values()) for each in found] == [(1e-3, "relu", 0), (1e-3, "elu", 0), (1e-2, "relu", 1)]
+    typed = sweep("experiment=grid", "optimizer.lr=3,4")
+    assert {each["optimizer.lr"] for each in typed} == {3, 4}, "what is typed takes the place of what is in the file"
+    (tmp_path / "conf/experiment/grid.yaml").write_text("hydra: {sweeper: {params: {modle: 'a,b'}}}\n")
+    with pytest.raises(ConfigError, match="there is no key 'modle'"):
+        sweep("experiment=grid")
+
+
+EQUAL = [
+    "optimizer=adam optimizer.weight_decay=0.1 optimizer.lr=1e-3,3 seed=-1,7 sweep.zip=[optimizer.lr,seed]",
+    "trainer.precision=fp32,bf16 trainer.max_steps=null,5 sweep.zip=[trainer.precision,trainer.max_steps]",
+    "model.activation=relu,elu model.activation.alpha=0.5,1.5 sweep.where=model.activation=elu",
+    "+callbacks=early_stop callbacks.early_stop.patience=1,2 ~callbacks=progress activation=elu activation.alpha=0.5",
+    "model.norm=null,layer norm=rms",
+    "seed=1,2 run.name=n-${seed} model.width=${seed}",
+    "callbacks=[progress],[checkpoint,progress] scheduler=null,cosine sweep.zip=[callbacks,scheduler]",
+    "model=stack model.blocks=[flatten],[flatten,linear] optimizer.betas=[0.8,0.9] init_from=a-b",
+    "experiment=one,two model.dropout=0,0.5 sweep.zip=[experiment,model.dropout]",
+]
+
+
+@pytest.mark.parametrize("typed", EQUAL)
+def test_a_job_composed_fast_is_what_hydra_composes(typed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "conf/experiment").mkdir(parents=True)
+    (tmp_path / "conf/experiment/one.yaml").write_text("optimizer: {name: sgd, momentum: 0.5}\nmodel: {width: 16}\n")
+    (tmp_path / "conf/experiment/two.yaml").write_text("defaults: [one]\nmodel: {dropout: 0.1}\nseed: 4\n")
+    compared = []
+
+    def job(self, overrides, number):
+        fast = made(self, overrides, number)
+        config = self.loader.load_sweep_config(self.master, list(overrides))
+        HydraConfig.instance().set_config(config)
+        experiment = config.hydra.runtime.choices.get("experiment")
+        tree = to_tree(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]), Sources({}, []))
+        full = self.composing.checked(tree, experiment, list(overrides), number)
+        assert (fast.spec.tree, fast.experiment, fast.settings) == (full.spec.tree, full.experiment, full.settings)
+        compared.append(overrides)
+        return fast
+
+    made = composer.Composer.job
+    monkeypatch.setattr(composer.Composer, "job", job)
+    run(CommandLine(typed.split(), multirun=True), lambda job: None)
+    assert len(compared) >= 2
+
+
+def test_hydra_composes_once_for_each_choice_of_parts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    composed, full = [], composer.Composer._compose
+
+    def counted(self, overrides, number):
+        composed.append(overrides)
+        return full(self, overrides, number)
+
+    monkeypatch.setattr(composer.Composer, "_compose", counted)
+    run(CommandLine(["optimizer=sgd,adam", "optimizer.lr=0.1,0.2", "seed=range(8)"], multirun=True), lambda job: None)
+    assert composed == [("optimizer=sgd",), ("optimizer=adam",)]
+
+
+def test_every_problem_of_every_job_is_told_at_once(sweep):
+    with pytest.raises(ConfigError) as error:
+        sweep("optimizer.lr=0.1,fast", "seed=1,x", "modle.width=3")
+    assert len(error.value.problems) == 3
+    with pytest.raises(ConfigError) as error:
+        sweep("seed=1,2", "sweep.metrc=a", "resume=runs/x", "run.name=a")
+    assert [problem.partition(":")[0] for problem in error.value.problems] == [
+        "sweep.metrc=a",
+        "resume=runs/x",
+        "run.name=a",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("sweep.metric=val/acuracy", "sweep.metric=val/acuracy: no trial measures it; did you mean 'val/accuracy'?"),
+        ("sweep.metric=accuracy", "sweep.metric=accuracy: should be like val/accuracy"),
+        ("sweep.metric=weights/norm", "sweep.metric=weights/norm: say what is better with sweep.mode=min or max"),
+        ("sweep.mode=[min,max]", "sweep.mode: should be one, or one for each sweep.metric"),
+        ("sweep.mode=low", "sweep.mode=low: should be one of auto, min, max"),
+        ("sweep.name=a,b", "sweep.name=a,b: is about a whole sweep: write sweep.name=[a,b]"),
+        ("optimizer.lr=interval(0,1)", "interval(...) is for a sweeper that draws values"),
+        ("hydra/launcher=jobib", "hydra/launcher=jobib: not installed"),
+    ],
+)
+def test_what_cannot_be_asked_of_a_sweep(sweep, typed, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        sweep("seed=1,2", typed)
+
+
+def test_a_single_run_has_nothing_to_do_with_the_section_sweep(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    jobs = []
+    run(CommandLine([]), jobs.append)
+    assert "sweep" not in jobs[0].spec.tree
+    with pytest.raises(ConfigError, match=r"sweep\.name=a: is about a whole sweep: add -m for one, or leave it out"):
+        run(CommandLine(["sweep.name=a"]), jobs.append)
