@@ -24,7 +24,8 @@ from .errors import ConfigError
 from .registry import Registry
 from .spec import IMPORTS, TARGET
 
-SWEEPER = ("params", "max_batch_size", "n_trials", "n_jobs", "direction", "study_name")
+SWEEPER: tuple[str, ...] = ("params", "max_batch_size", "n_trials", "n_jobs", "direction", "study_name", "trials")
+SWEEPER += ("sampler", "seed", "pruner", "warmup", "parallel", "startup", "patience", "timeout", "target")
 HYDRA_KEYS = (("hydra", "launcher", "n_jobs"), *(("hydra", "sweeper", key) for key in SWEEPER))
 """What a config file may say to Hydra itself; the rest is for the command line."""
 OWN = "Hydra's own settings are not for a config file: give them on the command line"

@@ -1,0 +1,164 @@
+"""The study of a search: its journal in the sweep folder, its samplers and pruners, and who judges a trial under way.
+
+`study.journal` holds all that Optuna knows of the trials, a JSON object a line; `sweep.jsonl` beside it how they ended.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import FrameworkError, RunError
+
+try:
+    import optuna
+except ImportError:
+    raise FrameworkError("a search needs optuna: pip install 'framework[tuning]'") from None
+
+from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
+from optuna.samplers import BaseSampler, CmaEsSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.storages import JournalStorage
+from optuna.storages.journal import BaseJournalBackend
+from optuna.trial import FrozenTrial, Trial
+
+Sampler = Literal["tpe", "cma_es", "random", "nsga2"]
+Pruner = Literal["none", "median", "halving", "hyperband"]
+Direction = Literal["minimize", "maximize"]
+FILE, NAME = "study.journal", "search"
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)  # a table of ours tells what comes of each trial
+
+
+class Journal(BaseJournalBackend):
+    """A file of lines, each appended in one write under a lock that a kill lets go of.
+
+    What Optuna has for this keeps its lock for half a minute after a kill, cannot read on after a line that a kill cut
+    off, and waits for the disk at each validation of each trial.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.read = (0, 0)  # so many lines, which take so many bytes
+        path.touch()
+
+    def read_logs(self, log_number_from: int) -> list[dict[str, Any]]:
+        """Return the lines from that number on; one that is being written is not there yet."""
+        number, offset = self.read if self.read[0] <= log_number_from else (0, 0)
+        found = []
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                if number >= log_number_from:
+                    found.append(json.loads(line))
+                number, offset = number + 1, offset + len(line)
+        self.read = (number, offset)
+        return found
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Append lines, after taking away what a kill left of one."""
+        content = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode()
+        with self.path.open("r+b", buffering=0) as file, locked(file):
+            file.seek(end_of_lines(file))
+            file.truncate()
+            file.write(content)
+
+
+@contextmanager
+def locked(file: Any) -> Iterator[None]:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    yield  # closing the file lets go
+
+
+def end_of_lines(file: Any) -> int:
+    """Return where the last whole line ends."""
+    end = file.seek(0, os.SEEK_END)
+    while end > 0:
+        begin = max(end - 4096, 0)
+        file.seek(begin)
+        newline = file.read(end - begin).rfind(b"\n")
+        if newline >= 0:
+            return begin + newline + 1
+        end = begin
+    return 0
+
+
+@lru_cache(maxsize=4)
+def storage_in(folder: Path) -> JournalStorage:
+    """Return what keeps the study of a sweep folder; all of a process share one, which reads each line once."""
+    return JournalStorage(Journal(folder / FILE))
+
+
+def create_study(folder: Path, directions: Sequence[Direction], asked: dict[str, Any]) -> optuna.Study:
+    """Make the study of a sweep folder, or go on with it. Raises RunError when that was asked for something else."""
+    storage = storage_in(folder.resolve())
+    study = optuna.create_study(storage=storage, study_name=NAME, directions=directions, load_if_exists=True)
+    for what, value in asked.items():
+        before = study.user_attrs.get(what)
+        if before is None:
+            study.set_user_attr(what, value)
+        elif before != value:
+            raise RunError(f"{folder} cannot go on with {what} {value}: it began with {before}")
+    return study
+
+
+class Generations(NSGAIISampler):
+    """NSGA-II whose parents stand in the order of their numbers, also when they are first chosen and not read back."""
+
+    def select_parent(self, study: optuna.Study, generation: int) -> list[FrozenTrial]:
+        return sorted(super().select_parent(study, generation), key=lambda trial: trial.number)
+
+
+def make_sampler(kind: Sampler, startup: int, seed: int) -> BaseSampler:
+    """Return a sampler; the first `startup` trials it draws at random (of nsga2: a generation)."""
+    if kind == "tpe":
+        return TPESampler(n_startup_trials=startup, seed=seed)
+    if kind == "cma_es":
+        return CmaEsSampler(n_startup_trials=startup, seed=seed, warn_independent_sampling=False)
+    return Generations(population_size=max(startup, 2), seed=seed) if kind == "nsga2" else RandomSampler(seed=seed)
+
+
+def make_pruner(kind: Pruner, startup: int, warmup: int) -> BasePruner:
+    """Return a pruner that counts validations."""
+    if kind == "median":
+        return MedianPruner(n_startup_trials=startup, n_warmup_steps=warmup + 1)
+    if kind == "halving":
+        return SuccessiveHalvingPruner(min_resource=max(warmup, 1), reduction_factor=3)
+    if kind == "hyperband":
+        return HyperbandPruner(min_resource=max(warmup, 1), reduction_factor=3)
+    return NopPruner()
+
+
+class Judge:
+    """Says of a trial under way whether it is worth going on, by what the others had come to at the same point."""
+
+    def __init__(self, sweep: Path, number: int, pruner: BasePruner):
+        """Find the trial. Raises RunError when the folder has no study, or the study no such trial."""
+        if not (sweep / FILE).is_file():
+            raise RunError(f"{sweep} is not the folder of a search: there is no {FILE}")
+        storage = storage_in(sweep.resolve())
+        study = optuna.load_study(study_name=NAME, storage=storage, sampler=RandomSampler(), pruner=pruner)
+        trials = study.get_trials(deepcopy=False)
+        if number >= len(trials):
+            raise RunError(f"the search in {sweep} has no trial {number}")
+        self.metrics = [str(name) for name in study.user_attrs["metric"]]
+        self.trial = None if trials[number].state.is_finished() else Trial(study, trials[number]._trial_id)
+        self.last = trials[number].last_step or 0
+
+    def prunes(self, value: float, point: int) -> bool:
+        """Report a value at the n-th point, and say whether the trial should end there.
+
+        A resumed run comes again by points that it has reported: there it was not to end, or it would have.
+        A trial that is over goes on as it likes.
+        """
+        if self.trial is None or point < self.last:
+            return False
+        if point > self.last:
+            self.trial.report(value, point)
+            self.last = point
+        return self.trial.should_prune()

@@ -1,0 +1,85 @@
+"""Ending the bad trials of a search while they train."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from framework import Callback, NonNegativeInt, Trainer, callbacks
+from framework.errors import SettingError
+
+
+@callbacks.register("prune")
+class Prune(Callback):
+    """Ends a trial of a search that is behind the others; `hydra.sweeper.pruner` adds it to each trial.
+
+    What is compared is the search's metric (of several trials, at the same number of validations).
+    """
+
+    changes_training = False
+
+    def __init__(
+        self,
+        pruner: Literal["median", "halving", "hyperband"] = "median",
+        startup: NonNegativeInt = 5,
+        warmup: NonNegativeInt = 2,
+    ):
+        """Choose a rule.
+
+        Args:
+            pruner: median: ends what is worse than half of the others; halving: a third goes on, after 1, 3, 9 ...
+                validations (Li et al. 2020, arXiv:1810.05934); hyperband: several of these, some more patient
+                (Li et al. 2018, arXiv:1603.06560).
+            startup: trials that median lets end first.
+            warmup: validations before the first decision.
+        """
+        self.pruner, self.startup, self.warmup = pruner, startup, warmup
+        self.looks = 0
+        self.judge: Any = None
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        from framework.tuning.study import Judge, make_pruner  # not at the top: optuna is optional, and slow to import
+
+        number = trial_number(trainer.folder)
+        if trainer.folder is None or number is None:
+            raise SettingError("prune: this run is no trial of a search; use it with -m hydra/sweeper=optuna")
+        rule = make_pruner(self.pruner, self.startup, self.warmup)
+        self.judge = Judge(trainer.folder.parent, number, rule)
+        self.monitor = self.judge.metrics[0]
+        if self.monitor.startswith("val/") and trainer.val_batches is None:
+            raise SettingError(f"prune: there is no validation split to measure {self.monitor} on")
+        if self.looks > 0 and self.looks == self.judge.last:
+            self._decide(trainer, math.nan)  # a kill may have come between the decision and the end
+
+    def on_log(self, trainer: Trainer) -> None:
+        if self.monitor.startswith("train/"):
+            self._look(trainer)
+
+    def on_validation_end(self, trainer: Trainer) -> None:
+        if not self.monitor.startswith("train/"):
+            self._look(trainer)
+
+    def _look(self, trainer: Trainer) -> None:
+        self.looks += 1
+        if self.monitor not in trainer.state.metrics:
+            raise SettingError(f"prune: nothing logs {self.monitor!r}, the metric of the search, while a trial trains")
+        value = trainer.state.metrics[self.monitor]
+        if math.isfinite(value):
+            self._decide(trainer, value)
+
+    def _decide(self, trainer: Trainer, value: float) -> None:
+        state = trainer.state
+        if self.judge.prunes(value, self.looks) and state.stop is None and state.step != state.total_steps:
+            state.stop = f"prune: {self.monitor} is behind that of other trials ({self.pruner}, look {self.looks})"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"looks": self.looks}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.looks = state.get("looks", 0)
+
+
+def trial_number(run: Path | None) -> int | None:
+    """Return the number that the name of a trial's run folder begins with."""
+    match = re.match(r"(\d+)(?:_|$)", run.name) if run is not None else None
+    return int(match[1]) if match else None

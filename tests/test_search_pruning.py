@@ -1,0 +1,116 @@
+"""A trial of a search that is behind the others ends early, and one that was cut off reports nothing twice."""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import framework as fw
+from framework import Callback, TensorSplit, Trainer
+from framework.errors import RunError, SettingError
+from framework.tuning.space import Space
+from framework.tuning.study import create_study, make_pruner, storage_in
+
+INPUTS = torch.linspace(-1, 1, 24).reshape(12, 2)
+SPLIT = TensorSplit(INPUTS, INPUTS.sum(1, keepdim=True))
+GOOD, BAD = [5.0, 4.0, 3.0, 2.0, 1.0], [5.0, 4.5, 4.0, 3.5, 3.0]
+
+
+@dataclass
+class Script(Callback):
+    """Says what validation measures, epoch after epoch, in place of what it measured."""
+
+    values: list[float]
+
+    def on_validation_end(self, trainer):
+        trainer.log({"val/loss": self.values[trainer.state.epoch - 1]})
+
+
+@dataclass
+class Cut(Callback):
+    """Ends the process, as it were, when a checkpoint after some epochs is there."""
+
+    epochs: int
+    saved: dict | None = None
+
+    def on_step_end(self, trainer):
+        if trainer.state.epoch == self.epochs and trainer.state.batch == 0 and self.saved is None:
+            self.saved = trainer.state_dict()
+
+
+@pytest.fixture
+def study(tmp_path):
+    """A search with three good trials, and a fourth that has begun."""
+    space = Space(["++seed=range(9)"])
+    study = create_study(tmp_path, ["minimize"], {"metric": ["val/loss"], "space": space.texts})
+    study.pruner = make_pruner("halving", startup=0, warmup=0)
+    for _ in range(3):
+        trial = study.ask()
+        for point, value in enumerate(GOOD, 1):
+            trial.report(value, point)
+            trial.should_prune()  # halving remembers who came how far
+        study.tell(trial, GOOD[-1])
+    study.ask()
+    return study
+
+
+def train(folder, values, resume=None, more=(), **settings):
+    prune = fw.callbacks.build("prune", **{"startup": 2, "warmup": 0, **settings})
+    trainer = Trainer(max_epochs=len(values), callbacks=[Script(values), prune, *more], folder=folder)
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return trainer.fit(
+        model, SPLIT, val=SPLIT, task=torch.nn.MSELoss(), optimizer=optimizer, batch_size=4, resume=resume
+    )
+
+
+def test_a_trial_behind_the_others_ends(study, tmp_path):
+    state = train(tmp_path / "003_seed-3", BAD)
+    assert state.stop.startswith("prune: val/loss is behind")
+    assert state.epoch == 2
+    assert study.trials[3].intermediate_values == {1: 5.0, 2: 4.5}
+
+
+def test_a_trial_ahead_goes_on(study, tmp_path):
+    assert train(tmp_path / "003_seed-3", [value - 1 for value in GOOD]).stop is None
+
+
+@pytest.mark.parametrize(("settings", "epochs"), [({"warmup": 3}, 4), ({"startup": 4}, 5), ({"pruner": "halving"}, 3)])
+def test_the_rule_can_be_chosen(study, tmp_path, settings, epochs):
+    assert train(tmp_path / "003_seed-3", BAD, **settings).epoch == epochs
+
+
+def test_a_resumed_trial_reports_nothing_twice_and_ends_where_it_would_have(study, tmp_path):
+    cut = Cut(1)
+    assert train(tmp_path / "003", BAD, more=[cut]).epoch == 2
+    storage_in.cache_clear()
+    state = train(tmp_path / "003", BAD, resume=cut.saved, more=[Cut(9)])
+    assert (state.epoch, state.stop is not None) == (2, True)
+    assert study.trials[3].intermediate_values == {1: 5.0, 2: 4.5}
+
+
+def test_one_that_was_to_end_when_it_was_cut_off_ends_at_once(study, tmp_path):
+    cut = Cut(2)
+    train(tmp_path / "003", BAD, more=[cut])
+    state = train(tmp_path / "003", BAD, resume=cut.saved, more=[Cut(9)])
+    assert (state.epoch, state.stop is not None) == (2, True)
+
+
+def test_nan_is_reported_to_nobody(study, tmp_path):
+    assert train(tmp_path / "003", [float("nan"), 4.0, 3.0, 2.0, 1.0]).epoch == 5
+    assert 1 not in study.trials[3].intermediate_values
+
+
+def test_outside_a_search_it_says_so(tmp_path):
+    with pytest.raises(SettingError, match="no trial of a search"):
+        train(tmp_path / "mine", BAD)
+    with pytest.raises(RunError, match="is not the folder of a search"):
+        train(tmp_path / "003_seed-1", BAD)
+
+
+def test_it_costs_no_import_until_a_search_begins():
+    script = "import sys, framework as fw; fw.discover(); fw.callbacks.build('prune'); print('optuna' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
