@@ -28,6 +28,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .trainer import Trainer
 
 EVENTS = (
@@ -52,9 +54,11 @@ class Callback:
     Attributes:
         changes_training: whether it may change what the weights become; False allows other settings, or the callback
             to come and go, in a run that is resumed exactly.
+        alone: whether it cannot serve one of many trials that train as one: it goes back on steps, say.
     """
 
     changes_training: ClassVar[bool] = True
+    alone: bool = False
 
     def on_fit_start(self, trainer: Trainer) -> None: ...
     def on_epoch_start(self, trainer: Trainer) -> None: ...
@@ -75,6 +79,16 @@ class Callback:
         Where nobody needs them, a compiled step goes from the batch to the new weights.
         """
         return True
+
+    def among(self, trials: int) -> None:
+        """Prepare to serve one of so many trials that train as one: what takes turns has to wait longer."""
+
+    @staticmethod
+    def clip_rows(callbacks: Sequence[Callback], gradients: Tensor) -> None:
+        """Do what `on_gradients` does, for many trials at once: their callbacks, and their gradients (trials, numbers).
+
+        Where it is not given, `on_gradients` is called for each trial.
+        """
 
     def on_save(self, model_state: dict[str, Any], own_state: dict[str, Any]) -> None:
         """Change what a checkpoint will hold: the model's weights as `predict` shall use them, and this one's state."""

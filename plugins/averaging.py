@@ -40,7 +40,7 @@ class Ema(Callback):
             self.updates = 0
         self.trainer, self.seen = trainer, trainer.state.step
         self.names = [name for name, p in trainer.model.named_parameters() if p.is_floating_point()]
-        self.parameters = [trainer.model.get_parameter(name).data for name in self.names]
+        self.parameters = [trainer.model.get_parameter(name) for name in self.names]  # whose `data` may move
         self._restore()
 
     def on_step_end(self, trainer: Trainer) -> None:
@@ -65,7 +65,7 @@ class Ema(Callback):
         """Put the average in the place of the weights, and the weights into the state of this callback."""
         if self.averaged or self.trainer is None:
             return
-        own_state["weights"] = dict(zip(self.names, self.parameters, strict=True))
+        own_state["weights"] = {name: p.detach() for name, p in zip(self.names, self.parameters, strict=True)}
         averages = own_state.pop("average")
         places = {id(self.trainer.model.get_parameter(name)): averages[name] for name in self.names}
         for name, parameter in self.trainer.model.named_parameters(remove_duplicate=False):
@@ -92,7 +92,7 @@ class Ema(Callback):
     @torch.no_grad()
     def _swap(self) -> None:
         for parameter, other in zip(self.parameters, self.others, strict=True):
-            before = parameter.clone()
+            before = parameter.detach().clone()
             parameter.copy_(other)
             other.copy_(before)
         self.averaged = not self.averaged
@@ -102,7 +102,7 @@ class Ema(Callback):
         self.averaged = "weights" in self.saved
         others = self.saved.get("weights", self.saved.get("average", {}))
         pairs = zip(self.names, self.parameters, strict=True)
-        self.others = [others.get(name, parameter).to(parameter.device, copy=True) for name, parameter in pairs]
+        self.others = [others.get(name, p).detach().to(p.device, copy=True) for name, p in pairs]
         self.saved = {}
         if self.averaged:
             self._swap()

@@ -5,6 +5,7 @@ import re
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -167,6 +168,9 @@ class Checkpoint(Callback):
         self.saved: int | None = None
         self.found_better = False
 
+    def among(self, trials: int) -> None:
+        self.writer.pause, self.writer.rest = trials * Writer.pause, trials * Writer.rest
+
     def on_fit_start(self, trainer: Trainer) -> None:
         if trainer.folder is None:
             raise SettingError("checkpoint: the run has no folder to save in; give the Trainer a `folder`")
@@ -300,6 +304,17 @@ class ClipGradients(Callback):
             self.measured = nn.utils.clip_grad_norm_(parameters, self.norm)
         if self.value is not None:
             nn.utils.clip_grad_value_(parameters, self.value)
+
+    @staticmethod
+    def clip_rows(callbacks: Sequence[Callback], gradients: Tensor) -> None:
+        """Clip a row of gradients for each of the callbacks."""
+        for row, each in enumerate(callbacks):
+            assert isinstance(each, ClipGradients)
+            if each.norm is not None:
+                each.measured = gradients[row].norm()
+                gradients[row].mul_((each.norm / (each.measured + 1e-6)).clamp(max=1.0))  # as torch does
+            if each.value is not None:
+                gradients[row].clamp_(-each.value, each.value)
 
     def on_log(self, trainer: Trainer) -> None:
         if self.measured is not None:

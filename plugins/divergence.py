@@ -41,6 +41,7 @@ class NonFinite(Callback):
             most_skips: after more than so many steps in a row without an update the run ends.
         """
         self.policy, self.most_skips = policy, most_skips
+        self.alone = policy != "raise"  # a step that is left out is left out of the sums too
         self.skipped = self.in_a_row = 0
         self.checked = 0  # the last step that is known to be finite
         self.late = False

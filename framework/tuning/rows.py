@@ -1,0 +1,325 @@
+"""The parameters, gradients and optimizer state of many trials as rows of a few matrices, and their update.
+
+A trial's model and optimizer go on holding them, as views: its checkpoint, its validation and whoever looks at it find
+what they would find if it trained alone.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..errors import FrameworkError
+from ..fused import FusedStep
+from ..pure import PureUpdate, pure_updates
+
+CACHED = 2**16  # numbers of a parameter that are updated at once on a CPU: they and their state stay in its cache
+
+
+class NotStackable(FrameworkError):
+    """Trials that cannot train as one; it says what stands in the way."""
+
+
+class Place(NamedTuple):
+    """Where a parameter is in a row: its name in the model, its shape, its columns."""
+
+    name: str
+    shape: torch.Size
+    columns: slice
+
+
+class Rows:
+    """Takes over the tensors of models and their optimizers; row r of everything is trial r's.
+
+    Raises NotStackable when the trials' tensors are not alike, or their optimizer has no update for rows.
+    """
+
+    def __init__(self, models: Sequence[nn.Module], optimizers: Sequence[Optimizer]):
+        self.models, self.optimizers = list(models), list(optimizers)
+        self.update_of = find_update(optimizers[0])
+        if any(form_of(optimizer) != form_of(optimizers[0]) for optimizer in optimizers):
+            raise NotStackable("the optimizer is not the same, or its settings make it work in another way")
+        self.places = list(places(models[0], optimizers[0]))
+        trained = [[p for group in o.param_groups for p in group["params"]] for o in optimizers]
+        if len({tuple((p.shape, p.dtype, p.device) for p in each) for each in trained}) > 1:
+            raise NotStackable("their parameters have not the same shapes")
+        if len({(p.dtype, p.device) for p in trained[0]}) > 1:
+            raise NotStackable("the parameters are not all of one number format and device")
+        self.trained = trained
+        self.weights = torch.stack([torch.cat([p.detach().reshape(-1) for p in each]) for each in trained])
+        self.gradients = torch.zeros_like(self.weights)
+        taken = {id(p) for p in trained[0]}
+        names = [name for name, p in models[0].named_parameters() if id(p) not in taken]
+        self.fixed = {name: torch.stack([m.get_parameter(name).detach() for m in models]) for name in names}
+        self.buffers = {name: torch.stack([m.get_buffer(name) for m in models]) for name in buffer_names(models[0])}
+        self.wide: dict[str, Tensor] = {}  # what an optimizer keeps of each number, (trials, numbers)
+        self.narrow: dict[str, Tensor] = {}  # what it keeps of each parameter, (trials, parameters)
+        self.begun = any(tensors_of(state) for o in optimizers for state in o.state.values())  # they are resumed
+        self._attach()
+        if self.begun:
+            self.adopt_state()
+
+    def __len__(self) -> int:
+        return len(self.models)
+
+    def __contains__(self, kept: str) -> bool:
+        return kept in self.wide or kept in self.narrow
+
+    def _attach(self) -> None:
+        """Let the trials' tensors be views of the rows, and make the leaves that gradients are asked of."""
+        ends = [sum(len(g["params"]) for g in self.optimizers[0].param_groups[:n]) for n in range(self.groups + 1)]
+        columns = [place.columns for place in self.places]
+        self.spans = [slice(columns[a].start, columns[b - 1].stop) for a, b in pairwise(ends)]
+        self.firsts = ends[:-1]
+        self.leaves = {place.name: self._whole(self.weights, place).detach().requires_grad_() for place in self.places}
+        self.into = [self._whole(self.gradients, place) for place in self.places]
+        for row, (model, parameters) in enumerate(zip(self.models, self.trained, strict=True)):
+            for parameter, place in zip(parameters, self.places, strict=True):
+                parameter.data = self._of(self.weights, row, place)
+            for name, stacked in self.fixed.items():
+                model.get_parameter(name).data = stacked[row]
+            for name, stacked in self.buffers.items():
+                set_buffer(model, name, stacked[row])
+        self._attach_state()
+
+    @property
+    def groups(self) -> int:
+        return len(self.optimizers[0].param_groups)
+
+    def _whole(self, matrix: Tensor, place: Place) -> Tensor:
+        return matrix[:, place.columns].view(len(self), *place.shape)
+
+    def _of(self, matrix: Tensor, row: int, place: Place) -> Tensor:
+        return matrix[row, place.columns].view(place.shape)
+
+    # gradients
+
+    def differentiate(self, losses: Tensor, add: bool = False) -> None:
+        """Put the gradients of each trial's loss into its row, or add them. losses: (trials,)."""
+        found = torch.autograd.grad(losses.sum(), list(self.leaves.values()), allow_unused=True)
+        pairs = [(into, g) for into, g in zip(self.into, found, strict=True) if g is not None]
+        combine = torch._foreach_add_ if add else torch._foreach_copy_
+        combine([into for into, _ in pairs], [gradient for _, gradient in pairs])
+        for into, gradient in zip(self.into, found, strict=True):
+            if gradient is None and not add:
+                into.zero_()
+
+    def lend_gradients(self, row: int) -> None:
+        """Give a trial's parameters their gradients, for somebody who looks at them or changes them."""
+        for parameter, place in zip(self.trained[row], self.places, strict=True):
+            parameter.grad = self._of(self.gradients, row, place)
+
+    def take_gradients(self, row: int) -> bool:
+        """Take them back; returns whether they are still there: without them a trial is not updated."""
+        there = any(parameter.grad is not None for parameter in self.trained[row])
+        for parameter, place in zip(self.trained[row], self.places, strict=True):
+            mine = self._of(self.gradients, row, place)
+            if there and parameter.grad is None:
+                mine.zero_()
+            elif parameter.grad is not None and parameter.grad.data_ptr() != mine.data_ptr():
+                mine.copy_(parameter.grad)
+            parameter.grad = None
+        return there
+
+    # update
+
+    @torch.no_grad()
+    def update(self, left_out: Sequence[int] = ()) -> None:
+        """Do what each trial's `optimizer.step()` would do, but for some."""
+        if not self.begun:
+            self._first_update(left_out)
+            return
+        rows = [row for row in range(len(self)) if row not in left_out]
+        for number, span in enumerate(self.spans):
+            groups = [optimizer.param_groups[number] for optimizer in self.optimizers]
+            self.update_of(self, groups, rows, span, self.firsts[number])
+        for counts in self.narrow.values():
+            counts.copy_(counts[:, self._owners()])
+
+    def _owners(self) -> list[int]:
+        """For each parameter the first one of its group, whose counts are those of all."""
+        sizes = [len(group["params"]) for group in self.optimizers[0].param_groups]
+        return [first for first, size in zip(self.firsts, sizes, strict=True) for _ in range(size)]
+
+    def _first_update(self, left_out: Sequence[int]) -> None:
+        """Let each optimizer take its own step, which makes the state that it keeps; then take the state over."""
+        for row, optimizer in enumerate(self.optimizers):
+            if row not in left_out:
+                self.lend_gradients(row)
+                optimizer.step()
+                self.take_gradients(row)
+        self.adopt_state()
+        self.begun = True
+
+    def adopt_state(self) -> None:
+        """Take over what the optimizers keep; all of them have been through a step, or none."""
+        kept = [[tensors_of(optimizer.state.get(p)) for p in each] for optimizer, each in self._pairs()]
+        names = set(kept[0][0])
+        if any(set(state) != names for each in kept for state in each):
+            raise NotStackable("their optimizer does not keep the same of every parameter")
+        for name in names:
+            values = [[state[name] for state in each] for each in kept]
+            if all(v.shape == p.shape for v, p in zip(values[0], self.trained[0], strict=True)):
+                self.wide[name] = torch.stack([torch.cat([v.reshape(-1) for v in each]) for each in values])
+            elif all(v.ndim == 0 for v in values[0]):
+                self.narrow[name] = torch.stack([torch.stack(list(each)) for each in values])
+            else:
+                raise NotStackable(f"their optimizer keeps {name} in another shape than the parameters'")
+        self._attach_state()
+
+    def _pairs(self) -> Iterator[tuple[Optimizer, list[Tensor]]]:
+        yield from zip(self.optimizers, self.trained, strict=True)
+
+    def _attach_state(self) -> None:
+        self.lists: dict[Any, Any] = {}  # of views, kept from step to step
+        for row, (optimizer, parameters) in enumerate(self._pairs()):
+            for number, (parameter, place) in enumerate(zip(parameters, self.places, strict=True)):
+                own = {name: self._of(wide, row, place) for name, wide in self.wide.items()}
+                own |= {name: narrow[row, number] for name, narrow in self.narrow.items()}
+                if own:
+                    optimizer.state[parameter].update(own)
+
+    # coming and going
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with some of the trials; those that leave get tensors of their own."""
+        stay, index = set(rows), torch.tensor(list(rows), dtype=torch.int64, device=self.weights.device)
+        for row in set(range(len(self))) - stay:
+            self._release(row)
+        for name in ("models", "optimizers", "trained"):
+            setattr(self, name, [getattr(self, name)[row] for row in rows])
+        self.weights, self.gradients = (m.index_select(0, index) for m in (self.weights, self.gradients))
+        for stacked in (self.fixed, self.buffers, self.wide, self.narrow):
+            for name, tensor in stacked.items():
+                stacked[name] = tensor.index_select(0, index)
+        if rows:
+            self._attach()
+
+    def _release(self, row: int) -> None:
+        model, optimizer = self.models[row], self.optimizers[row]
+        for parameter in model.parameters():
+            parameter.data, parameter.grad = parameter.data.clone(), None
+        for name in self.buffers:
+            set_buffer(model, name, model.get_buffer(name).clone())
+        for state in optimizer.state.values():
+            state.update({name: value.clone() for name, value in state.items() if isinstance(value, Tensor)})
+
+
+def places(model: nn.Module, optimizer: Optimizer) -> Iterator[Place]:
+    """Yield the places of an optimizer's parameters, group after group, in a row."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    start = 0
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if id(parameter) not in names or not parameter.requires_grad:
+                raise NotStackable("their optimizer has parameters that are not trained, or not the model's")
+            yield Place(names[id(parameter)], parameter.shape, slice(start, start := start + parameter.numel()))
+
+
+def form_of(optimizer: Optimizer) -> list[Any]:
+    """Return what must be the same for one update to serve two optimizers: all but the numbers among the settings,
+    and what is kept of a parameter, which a step on a single number tells (SGD without momentum keeps nothing)."""
+    form: list[Any] = [type(optimizer)]
+    for group in optimizer.param_groups:
+        given = {name: value for name, value in group.items() if name not in ("params", "param_names")}
+        form.append({name: value for name, value in given.items() if isinstance(value, bool | str | None)})
+        number = nn.Parameter(torch.zeros_like(group["params"][0].reshape(-1)[:1]))
+        number.grad = torch.zeros_like(number)
+        make: Callable[..., Optimizer] = type(optimizer)
+        try:
+            tried = make([number])
+            tried.param_groups[0].update(given)
+            tried.step()
+        except Exception as error:
+            raise NotStackable(f"{type(optimizer).__name__} cannot be tried on a number: {error}") from error
+        form.append(sorted(tensors_of(tried.state[number])))
+    return form
+
+
+def tensors_of(state: Any) -> dict[str, Tensor]:
+    """The tensors of an optimizer's state of a parameter (SGD without momentum keeps a None)."""
+    return {name: value for name, value in (state or {}).items() if isinstance(value, Tensor)}
+
+
+def buffer_names(model: nn.Module) -> list[str]:
+    return [name for name, _ in model.named_buffers()]
+
+
+def set_buffer(model: nn.Module, name: str, tensor: Tensor) -> None:
+    owner, _, own = name.rpartition(".")
+    model.get_submodule(owner)._buffers[own] = tensor
+
+
+Update = Callable[[Rows, list[dict[str, Any]], list[int], slice, int], None]
+"""(rows, each trial's group, which rows, the group's columns, the number of its first parameter): in place."""
+
+
+def find_update(optimizer: Optimizer) -> Update:
+    """Return how rows are updated: by the optimizer's own fused kernel, a row at a time, or by its pure update."""
+    fused = FusedStep(optimizer)
+    if fused.update is not None and optimizer.param_groups[0]["params"][0].device.type == "cpu":
+        return by_kernel(fused)
+    pure = pure_updates.find(optimizer)
+    if pure is None:
+        raise NotStackable(f"{type(optimizer).__name__} has no pure update")
+    return by_function(pure)
+
+
+def by_kernel(fused: FusedStep) -> Update:
+    """On a CPU torch's fused kernel is one pass over a row and its state, which no composed operations are."""
+
+    def update(rows: Rows, groups: list[dict[str, Any]], chosen: list[int], span: slice, first: int) -> None:
+        assert fused.update is not None
+        for row in chosen:
+            if (row, first) not in rows.lists:
+                rows.lists[row, first] = views(rows, fused.names, row, span, first)
+            fused.update(groups[row], *rows.lists[row, first])
+
+    return update
+
+
+def views(rows: Rows, names: Sequence[str], row: int, span: slice, first: int) -> tuple[list[Tensor], ...]:
+    """Return what a fused kernel takes of a row: its weights, its gradients, and lists of what is kept of them."""
+    kept = [[rows.wide[n][row, span]] if n in rows.wide else [rows.narrow[n][row, first]] for n in names if n in rows]
+    return [rows.weights[row, span]], [rows.gradients[row, span]], kept or [[]]  # type: ignore[return-value]
+
+
+def by_function(pure: PureUpdate) -> Update:
+    def update(rows: Rows, groups: list[dict[str, Any]], chosen: list[int], span: slice, first: int) -> None:
+        width = span.stop - span.start
+        together = max(CACHED // width, 1) if rows.weights.device.type == "cpu" else len(chosen)
+        for start in range(0, len(chosen), together):
+            some = chosen[start : start + together]
+            block = slice(some[0], some[-1] + 1) if some[-1] - some[0] + 1 == len(some) else some
+            state = {name: wide[block, span] for name, wide in rows.wide.items()}
+            state |= {name: narrow[block, first : first + 1] for name, narrow in rows.narrow.items()}
+            settings = together_settings([groups[row] for row in some], rows.weights)
+            weights, new = pure(rows.weights[block, span], rows.gradients[block, span], state, settings)
+            rows.weights[block, span] = weights
+            for name, tensor in new.items():
+                if name in rows.wide:
+                    rows.wide[name][block, span] = tensor
+                else:
+                    rows.narrow[name][block, first : first + 1] = tensor
+
+    return update
+
+
+def together_settings(groups: Sequence[dict[str, Any]], like: Tensor) -> dict[str, Any]:
+    """Return the settings of several groups as those of one: what differs as a column of numbers."""
+    return {
+        name: together([group[name] for group in groups], like)
+        for name in groups[0]
+        if name not in ("params", "param_names")
+    }
+
+
+def together(values: Sequence[Any], like: Tensor) -> Any:
+    if all(value == values[0] for value in values):
+        return values[0]
+    if isinstance(values[0], tuple | list):
+        return tuple(together(each, like) for each in zip(*values, strict=True))
+    return torch.tensor(values, dtype=like.dtype, device=like.device).unsqueeze(1)

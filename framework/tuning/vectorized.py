@@ -1,0 +1,179 @@
+"""Launchers that train many trials as one where they can, and the others one by one."""
+
+import json
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..compose import Job
+from ..device import intra_op_threads
+from ..experiment import Prepared, Result, build_data, first_batch, prepare
+from ..memory import free_bytes
+from ..probe import read_layers
+from ..schema import PositiveInt
+from ..signals import stopping
+from .folder import Trial
+from .isolation import isolated
+from .launcher import OneByOne
+from .live import Output
+from .lockstep import Lockstep
+from .rows import NotStackable
+from .trials import outcome
+
+APART = ("seed", "run", "initializer", "scheduler", "loggers", "resume", "init_from", "plugins", "sweep")
+"""What each trial of a group may have of its own, whole sections."""
+STRICT = ("data", "loader", "trainer")  # where a number decides what is computed
+LIMITS = ("max_epochs", "max_steps")
+
+
+@dataclass
+class Ready:
+    """A trial that is built."""
+
+    place: int  # among the jobs
+    job: Job
+    prepared: Prepared
+    row: Trial | None = None
+
+
+class Vectorized(OneByOne):
+    """Trains trials of one architecture, which differ in numbers and seeds, as one stacked model."""
+
+    def __init__(self, most: PositiveInt = 256, fewest: PositiveInt = 2):
+        """Say how many trials may train as one.
+
+        Args:
+            most: trials at once, if memory allows.
+            fewest: trials of a group below which they train one by one.
+        """
+        self.most, self.fewest = most, fewest
+
+    def run(self, jobs: list[Job]) -> list[Trial]:
+        """Run jobs, group by group, until a signal; the rows come in the order of the jobs."""
+        rows = {place: row for place, job in enumerate(jobs) if (row := self.trials.finished(job)) is not None}
+        for group in groups(jobs, rows):
+            for start in range(0, len(group), self.most):
+                part = group[start : start + self.most]
+                if len(part) >= self.fewest:
+                    rows |= self._together({place: jobs[place] for place in part})
+                for place in (each for each in part if each not in rows):
+                    if stopped(rows):
+                        break
+                    rows[place] = self.trials.run(jobs[place])
+        return [rows[place] for place in sorted(rows)]
+
+    def _together(self, jobs: dict[int, Job]) -> dict[int, Trial]:
+        """Train jobs as one; returns the rows of those that were. What stands in the way is said."""
+        rows: dict[int, Trial] = {}
+        try:
+            with isolated(), Output(self.trials.folder.path, self.trials.show()).capturing():
+                ready = self._prepare(jobs, rows)
+                at_once = room(ready[0].prepared) if ready else 0
+                for start in range(0, len(ready), max(at_once, self.fewest)):
+                    self._train(ready[start : start + max(at_once, self.fewest)], rows)
+        except NotStackable as why:
+            self.trials.show().said(f"{len(jobs)} trials train one by one: {why}")
+        return rows
+
+    def _prepare(self, jobs: dict[int, Job], rows: dict[int, Trial]) -> list[Ready]:
+        """Build the trials; the rows of those that cannot be, or need not be, are set."""
+        ready, data = [], None
+        for place, job in jobs.items():
+            try:
+                if data is None:
+                    data = build_data(job.spec)
+                made = prepare(job.spec, job.experiment, job.overrides, inexact=job.inexact, data=data)
+            except Exception as error:
+                rows[place] = self.trials.end(self.trials.failed(self.trials.begin(job), error, 0.0))
+                continue
+            if isinstance(made, Result):
+                rows[place] = self.trials.end(outcome(self.trials.begin(job), made))
+            else:
+                ready.append(Ready(place, job, made))
+        return ready
+
+    def _train(self, ready: list[Ready], rows: dict[int, Trial]) -> None:
+        """Train what is built as one, and set its rows. Raises NotStackable before anything of it is on the disk."""
+        trainers = [each.prepared.trainer for each in ready]
+        with ExitStack() as opened, intra_op_threads(torch.get_num_threads()), stopping(trainers) as signals:
+            ended = partial(self._ended, ready, rows, signals)
+            lockstep = Lockstep(trainers, [each.prepared.fit_arguments() for each in ready], ended)
+            for each in ready:
+                each.prepared.claim()
+                each.row = self.trials.begin(each.job)
+                opened.enter_context(each.prepared.trainer)
+                each.prepared.introduce()
+            lockstep.run()
+
+    def _ended(
+        self, ready: Sequence[Ready], rows: dict[int, Trial], signals: list[int], number: int, error: Any
+    ) -> None:
+        """Record how a trial ended, after its last measurements."""
+        each = ready[number]
+        assert each.row is not None
+        try:
+            if error is not None:
+                raise error
+            row = outcome(each.row, each.prepared.result(signals))
+        except Exception as failed:
+            row = self.trials.failed(each.row, failed, each.prepared.trainer.state.wall_seconds)
+        rows[each.place] = self.trials.end(row)
+
+
+class Auto(Vectorized):
+    """Trains trials as one where that pays: eight or more of them."""
+
+    def __init__(self, most: PositiveInt = 256, fewest: PositiveInt = 8):
+        """Say how many trials may train as one.
+
+        Args:
+            most: trials at once, if memory allows.
+            fewest: trials of a group below which they train one by one.
+        """
+        super().__init__(most, fewest)
+
+
+def stopped(rows: dict[int, Trial]) -> bool:
+    return any(row.state == "stopped" for row in rows.values())
+
+
+def groups(jobs: Sequence[Job], without: Any = ()) -> list[list[int]]:
+    """Return the places of jobs that may train as one; whether they can, `Lockstep` finds out."""
+    found: dict[str, list[int]] = {}
+    for place, job in enumerate(jobs):
+        if place not in without:
+            found.setdefault(form(job.spec.tree), []).append(place)
+    return list(found.values())
+
+
+def form(tree: dict[str, Any]) -> str:
+    """Return what the configs of a group have in common, as a text."""
+    common = {key: tree[key] if key in STRICT else without_numbers(tree[key]) for key in tree.keys() - {*APART}}
+    common["trainer"] = {key: value for key, value in tree["trainer"].items() if key not in LIMITS}
+    return json.dumps(common, sort_keys=True, default=str)
+
+
+def without_numbers(value: Any) -> Any:
+    """Return a part's settings without their numbers, but for counts, which decide on shapes."""
+    if isinstance(value, dict):
+        return {key: without_numbers(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_numbers(each) for each in value]
+    return "a number" if isinstance(value, float) else value
+
+
+def room(prepared: Prepared) -> int:
+    """Return for how many such trials there is memory: for weights, gradients, what the optimizer keeps and copies,
+    and for each layer's output, its gradient and a copy."""
+    built, device = prepared.built, prepared.trainer.device
+    batch = first_batch(built.train_batches)
+    layers, _ = read_layers(built.model, batch, built.task)
+    numbers = sum(math.prod(layer.out_shape) for layer in layers) * len(batch[0])
+    numbers += 2 * sum(parameter.numel() for parameter in built.model.parameters())
+    free = free_bytes(device)
+    return 2**31 if free is None else max(int(0.8 * free / (12 * max(numbers, 1))), 1)

@@ -1,0 +1,252 @@
+"""Trials that train as one: each comes out as it would alone."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import framework as fw
+from framework import Callback, Trainer
+from framework.data import Loader
+from framework.optimizer import build_optimizer
+from framework.registry import Maker
+from framework.tuning.lockstep import Lockstep
+from framework.tuning.rows import NotStackable
+
+fw.discover()
+GENERATOR = torch.Generator().manual_seed(3)
+INPUTS, CLASSES = torch.randn(90, 6, generator=GENERATOR, dtype=torch.float64), torch.arange(90) % 3
+TRAIN, VAL = fw.TensorSplit(INPUTS[:70], CLASSES[:70]), fw.TensorSplit(INPUTS[70:], CLASSES[70:])
+OPTIMIZERS = [
+    ("sgd", {"lr": 0.1}),
+    ("sgd", {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
+    ("adam", {"lr": 0.01}),
+    ("adamw", {"lr": 0.01}),
+    ("adamw", {"lr": 0.01, "fused": True}),
+    ("sgd", {"lr": 0.1, "momentum": 0.5, "fused": True}),
+    ("rmsprop", {"lr": 0.01, "momentum": 0.5}),
+    ("adagrad", {"lr": 0.1}),
+    ("lion", {"lr": 0.001}),
+]
+
+
+class Recorder(fw.Logger):
+    def __init__(self):
+        self.lines = []
+
+    def scalars(self, values, *, step, epoch, wall_seconds):
+        steady = {k: v for k, v in values.items() if "per_second" not in k}
+        self.lines.append((step, epoch, steady))
+
+
+def network(seed=0, dropout=0.0, norm=False):
+    torch.manual_seed(seed)
+    layers = [nn.Linear(6, 9), nn.BatchNorm1d(9) if norm else nn.Identity(), nn.Tanh(), nn.Dropout(dropout)]
+    return nn.Sequential(*layers, nn.Linear(9, 3)).double()
+
+
+def trial(seed=0, lr=1.0, optimizer=OPTIMIZERS[3], callbacks=(), model=None, loss=None, schedule=None, **settings):
+    model = network(seed) if model is None else model
+    recorder = Recorder()
+    limits = {"max_epochs": 34, "log_every": "2steps", "seed": seed, "device": "cpu"}  # 102 steps
+    trainer = Trainer(callbacks=callbacks, loggers=[recorder], **(limits | settings))
+    trainer.metrics = [fw.metrics.build("accuracy")]
+    trainer.recorder = recorder
+    name, more = optimizer
+    more = more | {"lr": more["lr"] * lr}
+    fused = more.pop("fused", False)
+    maker = Maker(fw.optimizers.get(name), more)
+    made = build_optimizer(maker, model.parameters()) if fused else maker(list(model.parameters()))
+    assert bool(made.defaults.get("fused")) == fused
+    fit = {
+        "model": model,
+        "data": Loader(TRAIN, 32, 64, shuffle=True, seed=seed),
+        "val": Loader(VAL, 32, 64),
+        "task": fw.tasks.build("classification", loss=loss or (lambda: nn.CrossEntropyLoss())),
+        "optimizer": made,
+        "schedule": schedule,
+        "metrics": trainer.metrics,
+        "batch_size": 32,
+        "resume": None,
+    }
+    return trainer, fit
+
+
+def alone(recipe):
+    trainer, fit = recipe
+    trainer.fit(**fit)
+    return trainer
+
+
+def together(*recipes):
+    outcomes = {}
+    Lockstep([t for t, _ in recipes], [fit for _, fit in recipes], outcomes.__setitem__).run()
+    return [t for t, _ in recipes], [outcomes[number] for number in range(len(recipes))]
+
+
+def assert_same(one, other, atol=1e-10):
+    for (name, a), b in zip(one.model.state_dict().items(), other.model.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+    mine, theirs = one.state_dict()["optimizer"]["state"], other.state_dict()["optimizer"]["state"]
+    for number, state in theirs.items():
+        for name, value in state.items():
+            torch.testing.assert_close(mine[number][name], value, rtol=0, atol=max(atol, 1e-9))
+    assert len(one.recorder.lines) == len(other.recorder.lines)
+    for (step, epoch, values), (step_, epoch_, expected) in zip(one.recorder.lines, other.recorder.lines, strict=True):
+        assert (step, epoch) == (step_, epoch_)
+        assert values == pytest.approx(expected, abs=1e-8)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
+def test_each_trial_comes_out_as_alone(optimizer):
+    recipes = [{"seed": 0, "lr": 1.0}, {"seed": 0, "lr": 0.3}, {"seed": 0, "lr": 2.0}]
+    trained, outcomes = together(*(trial(optimizer=optimizer, **recipe) for recipe in recipes))
+    assert outcomes == [None] * 3
+    for trainer, recipe in zip(trained, recipes, strict=True):
+        assert_same(trainer, alone(trial(optimizer=optimizer, **recipe)))
+
+
+def test_each_seed_has_its_own_weights_and_order():
+    recipes = [{"seed": 1}, {"seed": 2}, {"seed": 3, "lr": 0.5}]
+    trained, _ = together(*(trial(**recipe) for recipe in recipes))
+    for trainer, recipe in zip(trained, recipes, strict=True):
+        assert_same(trainer, alone(trial(**recipe)))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_schedules_clipping_and_averages_are_each_trials_own(accumulate):
+    def recipe(number):
+        callbacks = [fw.callbacks.build("clip_gradients", norm=0.1 * number), fw.callbacks.build("ema", decay=0.8)]
+        callbacks += [fw.callbacks.build("non_finite"), fw.callbacks.build("gradient_norm")]
+        schedule = fw.schedulers.build("cosine", 40 * number)
+        return {"lr": number, "callbacks": callbacks, "schedule": schedule, "accumulate": accumulate, "max_epochs": 9}
+
+    trained, outcomes = together(*(trial(**recipe(number)) for number in (1, 2, 3)))
+    assert outcomes == [None] * 3
+    for trainer, number in zip(trained, (1, 2, 3), strict=True):
+        assert_same(trainer, alone(trial(**recipe(number))))
+
+
+def test_batch_norms_keep_the_statistics_of_their_trial():
+    plain = {"optimizer": OPTIMIZERS[1], "max_epochs": 5}
+    recipes = [(seed, {"model": network(seed, norm=True), "seed": seed} | plain) for seed in (1, 2)]
+    trained, _ = together(*(trial(**recipe) for _, recipe in recipes))
+    for trainer, (seed, recipe) in zip(trained, recipes, strict=True):
+        assert_same(trainer, alone(trial(**(recipe | {"model": network(seed, norm=True)}))))
+
+
+def smoothed(smoothing):
+    return lambda: fw.losses.build("cross_entropy", label_smoothing=smoothing)
+
+
+def test_the_smoothing_of_labels_may_differ():
+    recipes = [{"loss": smoothed(smoothing), "max_epochs": 9} for smoothing in (0.0, 0.1, 0.5)]
+    trained, _ = together(*(trial(**recipe) for recipe in recipes))
+    for trainer, recipe in zip(trained, recipes, strict=True):
+        assert_same(trainer, alone(trial(**recipe)))
+
+
+def test_dropout_rates_may_differ_and_each_trial_drops_its_own():
+    class Shares(nn.Module):
+        """A model whose outputs are the shares of its dropped inputs."""
+
+        def __init__(self, p):
+            super().__init__()
+            self.dropout, self.last = nn.Dropout(p), nn.Linear(1, 3).double()
+
+        def forward(self, inputs):
+            dropped = (self.dropout(torch.ones(len(inputs), 400, dtype=inputs.dtype)) == 0).double().mean(1)
+            return self.last.weight.sum() * 0 + torch.stack([dropped, inputs[:, 0], inputs[:, 1]], 1)
+
+    class Keep(fw.Metric):
+        name, targets = "kept", ("class",)
+
+        def sums(self, outputs, targets):
+            return outputs[:, 0].sum().reshape(1)
+
+        def compute(self, sums):
+            return float(sums[0])
+
+    recipes = [trial(model=Shares(p), max_epochs=2) for p in (0.2, 0.2, 0.7)]
+    for trainer, fit in recipes:
+        trainer.metrics = fit["metrics"] = [Keep()]
+    trained, _ = together(*recipes)
+    lines = [[values for _, _, values in trainer.recorder.lines if "train/kept" in values] for trainer in trained]
+    first, second, third = ([values["train/kept"] for values in each] for each in lines)
+    assert first != second  # masks of their own
+    assert sum(first) / 140 == pytest.approx(0.2, abs=0.02)  # 2 epochs of 70 samples
+    assert sum(second) / 140 == pytest.approx(0.2, abs=0.02)
+    assert sum(third) / 140 == pytest.approx(0.7, abs=0.02)
+    assert all(line[2]["val/kept"] == 0 for line in trained[2].recorder.lines if "val/kept" in line[2])
+
+
+class StopsAt(Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, trainer):
+        if trainer.state.step == self.step:
+            trainer.state.stop = "enough"
+
+
+def test_a_trial_that_is_done_leaves_and_the_others_go_on():
+    stops = [{"callbacks": [StopsAt(step)]} for step in (500, 7, 500, 500)]
+    recipes = [{"seed": 1, "max_epochs": 3}, {"seed": 2}, {"seed": 3}, {"seed": 4, "lr": 2.0}]
+    recipes = [recipe | stop for recipe, stop in zip(recipes, stops, strict=True)]
+    trained, outcomes = together(*(trial(**recipe) for recipe in recipes))
+    assert outcomes == [None] * 4
+    assert [trainer.state.step for trainer in trained] == [9, 7, 102, 102]
+    for trainer, recipe in zip(trained, recipes, strict=True):
+        assert_same(trainer, alone(trial(**recipe)))
+
+
+class Fails(Callback):
+    def on_epoch_end(self, trainer):
+        if trainer.state.epoch == 2 and trainer.seed == 3:
+            raise RuntimeError("a fault of this trial")
+
+
+def test_a_trial_that_fails_or_diverges_leaves_the_others_alone():
+    recipes = [{"seed": seed, "callbacks": [fw.callbacks.build("non_finite"), Fails()]} for seed in (1, 2, 3, 4)]
+    recipes[1]["lr"] = 1e308
+    trained, outcomes = together(*(trial(optimizer=OPTIMIZERS[0], **recipe) for recipe in recipes))
+    assert [type(outcome).__name__ for outcome in outcomes] == ["NoneType", "Diverged", "RuntimeError", "NoneType"]
+    assert "non_finite: the loss is" in str(outcomes[1])
+    for number in (0, 3):
+        assert_same(trained[number], alone(trial(optimizer=OPTIMIZERS[0], **recipes[number])))
+
+
+def test_a_trial_can_go_on_alone_and_trials_can_go_on_together():
+    recipes = [{"seed": 1}, {"seed": 2, "lr": 0.5}]
+    half, _ = together(*(trial(**recipe, max_epochs=5) for recipe in recipes))
+    saved = [copy.deepcopy(trainer.state_dict()) for trainer in half]
+    expected = [alone(trial(**recipe)).model.state_dict() for recipe in recipes]
+    one = trial(**recipes[1])
+    one[1]["resume"] = copy.deepcopy(saved[1])
+    for name, tensor in alone(one).model.state_dict().items():
+        torch.testing.assert_close(tensor, expected[1][name], rtol=0, atol=1e-10)
+    again = [trial(**recipe) for recipe in recipes]
+    for (_, fit), state in zip(again, saved, strict=True):
+        fit["resume"] = state
+    for trainer, weights in zip(together(*again)[0], expected, strict=True):
+        for name, tensor in trainer.model.state_dict().items():
+            torch.testing.assert_close(tensor, weights[name], rtol=0, atol=1e-10)
+
+
+def test_what_cannot_be_done_for_many_at_once_is_named():
+    class Reads(nn.Linear):
+        def forward(self, inputs):
+            return super().forward(inputs if inputs.sum() > 0 else -inputs)
+
+    cases = [
+        ([trial(seed, model=Reads(6, 3).double()) for seed in range(2)], "data-dependent control flow"),
+        ([trial(optimizer=("muon", {"lr": 0.1})) for _ in range(2)], "Muon has no pure update"),
+        ([trial(), trial(model=nn.Linear(6, 3).double())], "model.* is not the same"),
+        ([trial(callbacks=[fw.callbacks.build("non_finite", policy="skip")]), trial()], "NonFinite works with a trial"),
+        ([trial(), trial(optimizer=OPTIMIZERS[0])], "optimizer is not the same"),
+        ([trial(log_every="1epoch"), trial()], "log_every"),
+    ]
+    for recipes, why in cases:
+        with pytest.raises(NotStackable, match=why):
+            together(*recipes)
