@@ -54,6 +54,15 @@ def runs_fused(part: Callable[..., Optimizer], device: torch.device, dtype: torc
     return True
 
 
+def match_layout(optimizer: Optimizer) -> None:
+    """Lay the state out in memory as its parameters are, since checkpoints keep no strides and fused kernels go by
+    memory."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
 def tensors(params: Iterable[Any]) -> Iterator[Tensor]:
     """Yield the parameters, whether they come bare, as (name, tensor) pairs or in groups."""
     for item in params:

@@ -17,6 +17,9 @@ class Status(Callback):
     seconds = 1.0
     written = -math.inf
 
+    def among(self, trials: int) -> None:
+        self.seconds = trials * Status.seconds
+
     def on_fit_start(self, trainer: Trainer) -> None:
         self._write(trainer, "running")
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from . import seeds
 from .callback import keyed
 from .data import Loader
+from .optimizer import match_layout
 from .scheduler import Schedule
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def restore(trainer: Trainer, saved: dict[str, Any]) -> None:
     """Take back what `capture` gave, into a trainer with the same parts."""
     trainer.model.load_state_dict(saved["model"])
     trainer.optimizer.load_state_dict(saved["optimizer"])
+    match_layout(trainer.optimizer)
     if isinstance(trainer.schedule, Schedule):
         trainer.schedule.load_state_dict(saved["schedule"])
     trainer.precision.load_state_dict(saved["scaler"])

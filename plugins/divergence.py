@@ -10,6 +10,7 @@ from framework import Callback, FrameworkError, PositiveInt, Trainer, callbacks
 from framework.callback import keyed
 from framework.checkpoint import load, newest
 from framework.errors import SettingError
+from framework.optimizer import match_layout
 
 ADVICE = "A lower learning rate, warm-up or clip_gradients may help."
 
@@ -163,6 +164,7 @@ def rewind(trainer: Trainer, checkpoint: Path) -> None:
     model, saved = load(checkpoint)
     trainer.model.load_state_dict(model)
     trainer.optimizer.load_state_dict(saved["optimizer"])
+    match_layout(trainer.optimizer)
     trainer.precision.load_state_dict(saved["scaler"])
     for key, callback in keyed(trainer.callbacks).items():
         callback.on_rewind(saved["callbacks"].get(key, {}))

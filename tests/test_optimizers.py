@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import framework as fw
+from framework import checkpoint
 from framework.errors import BuildError, SettingError
 from framework.optimizer import build_optimizer, implementation
 
@@ -180,3 +181,22 @@ class TestMuon:
             (2, False, 0.5),
         ]
         assert [group["hidden"] for group in fw.optimizers.build("muon", [head]).param_groups] == [False]
+
+
+def test_a_model_in_another_memory_format_goes_on_exactly_from_its_checkpoint(tmp_path):
+    images = fw.TensorSplit(torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 5)
+
+    def run(steps, resume=None):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 5)).to(memory_format=torch.channels_last)
+        trainer = fw.Trainer(max_steps=steps, device="cpu")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+        trainer.fit(model, images, task=nn.CrossEntropyLoss(), optimizer=optimizer, batch_size=16, resume=resume)
+        return trainer
+
+    state = run(4).state_dict()
+    weights = state.pop("model")
+    loaded, training = checkpoint.load(checkpoint.save(tmp_path, weights, state, 4))
+    whole, resumed = run(8), run(8, training | {"model": loaded})
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)

@@ -50,9 +50,9 @@ def train(job: Job, watch: Watch, channels_last: bool = False, **settings: Any) 
     if job.typical:
         callbacks = [*(fw.callbacks.build(name) for name in CALLBACKS), Status(), *callbacks]
         loggers = [fw.loggers.build(name) for name in LOGGERS]
-    model, sizes = job.model(), {"batch_size": job.batch_size, "eval_batch_size": 4 * job.batch_size}
+    model, size = job.model(), job.batch_size
     train, val = (
-        Loader(fw.TensorSplit(*job.tensors(name)), **sizes, channels_last=channels_last, shuffle=name == "train")
+        Loader(fw.TensorSplit(*job.tensors(name)), size, 4 * size, channels_last=channels_last, shuffle=name == "train")
         for name in ("train", "val")
     )
     settings |= {"log_every": f"{LOG_EVERY}steps", "device": job.device, "folder": Path(job.folder)}

@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,7 +79,7 @@ class Process:
         self.child.stdout.close()
 
 
-def take_turns(parts: dict[str, Callable[[], float]], rounds: int, warm: int = 1) -> dict[str, list[float]]:
+def take_turns(parts: Mapping[str, Callable[[], float]], rounds: int, warm: int = 1) -> dict[str, list[float]]:
     """Call each in turn, again and again; return what they gave after the first `warm` times."""
     given: dict[str, list[float]] = {name: [] for name in parts}
     for number in range(rounds + warm):
