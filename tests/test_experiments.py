@@ -30,7 +30,7 @@ REACHED = {
 def trained(experiment, folder, *overrides):
     chosen = [] if experiment == "default" else [f"experiment={experiment}"]
     results = []
-    line = CommandLine([*chosen, f"run.root={folder}", "~callbacks.progress", *overrides])
+    line = CommandLine([*chosen, f"run.root={folder}", *overrides])
     try:
         run(line, lambda job: results.append(train(job.spec, job.experiment, job.overrides)))
     except DataError as error:
