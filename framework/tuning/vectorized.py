@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ class Vectorized(OneByOne):
                 for start in range(0, len(ready), max(at_once, self.fewest)):
                     self._train(ready[start : start + max(at_once, self.fewest)], rows)
         except NotStackable as why:
-            self.trials.show().said(f"{len(jobs)} trials train one by one: {why}")
+            print(f"{len(jobs)} trials train one by one: {why}", file=sys.stderr)
         return rows
 
     def _prepare(self, jobs: dict[int, Job], rows: dict[int, Trial]) -> list[Ready]:

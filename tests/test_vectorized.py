@@ -1,0 +1,107 @@
+"""`hydra/launcher=vectorized`: a sweep whose trials train as one leaves what trials of their own leave."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from framework.cli import main
+from framework.compose import Job
+from framework.tuning.vectorized import form, groups
+
+SMALL = "data=blobs model.width=8 model.depth=1 trainer.max_epochs=3 callbacks=[checkpoint,non_finite] seed=1"
+SWEEP = f"train {SMALL} 'loggers=[tensorboard,json_lines]' -m optimizer.lr=1e-3,1e-2,5e-2 model.dropout=0.0"
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def run(line):
+        with pytest.raises(SystemExit) as exit:
+            main(shlex.split(line))
+        return exit.value.code, *capsys.readouterr()
+
+    return run
+
+
+def rows(name):
+    return list(map(json.loads, Path(f"runs/default/{name}/sweep.jsonl").read_text().splitlines()))
+
+
+def trials(name):
+    last = {row["number"]: row for row in rows(name)}
+    return [last[number] for number in sorted(last)]
+
+
+def files(run):
+    return sorted(p.name.partition(".tfevents")[0] for p in run.rglob("*") if p.is_file() and p.name != "output.txt")
+
+
+def curves(run):
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if "second" not in k} for line in lines]
+
+
+def test_trials_that_train_as_one_leave_the_runs_of_trials_alone(command):
+    assert command(f"{SWEEP} sweep.name=one hydra/launcher=vectorized")[0] == 0
+    assert command(f"{SWEEP} sweep.name=alone")[0] == 0
+    pairs = list(zip(trials("one"), trials("alone"), strict=True))
+    assert len(pairs) == 3
+    for mine, other in pairs:
+        assert (mine["folder"], mine["settings"], mine["state"]) == (other["folder"], other["settings"], "done")
+        assert mine["metrics"].keys() == other["metrics"].keys()
+        runs = [Path("runs/default") / name / mine["folder"] for name in ("one", "alone")]
+        assert files(runs[0]) == files(runs[1])
+        assert len(curves(runs[0])) == len(curves(runs[1])) > 3
+        for line, expected in zip(*map(curves, runs), strict=True):
+            assert line == pytest.approx(expected, rel=2e-3, abs=1e-4)  # float32, summed in another order
+    status, out, _ = command(f"eval runs/default/one/{pairs[0][0]['folder']} --json")
+    assert status == 0
+    assert json.loads(out)["test/loss"] == pytest.approx(pairs[0][0]["metrics"]["test/loss"], rel=1e-5)
+
+
+def test_a_trial_of_a_stack_goes_on_alone(command):
+    line = f"train {SMALL} 'loggers=[json_lines]' -m optimizer.lr=1e-3,1e-2 hydra/launcher=vectorized sweep.name=s"
+    assert command(line)[0] == 0
+    run = Path("runs/default/s") / trials("s")[1]["folder"]
+    status, _, err = command(f"resume {run} trainer.max_epochs=5 --inexact")
+    assert status == 0, err
+    assert curves(run)[-2]["epoch"] == 5
+
+
+def test_one_that_diverges_fails_and_the_others_are_done(command):
+    line = f"train {SMALL} 'loggers=[json_lines]' optimizer=sgd -m optimizer.lr=0.01,1e38,0.1 sweep.name=s"
+    assert command(f"{line} hydra/launcher=vectorized")[0] != 0
+    assert [row["state"] for row in trials("s")] == ["done", "failed", "done"]
+    assert "non_finite" in trials("s")[1]["error"]
+    assert command(f"{line} hydra/launcher=vectorized resume=auto")[0] != 0
+    began = [row["number"] for row in rows("s") if row["state"] == "running"]
+    assert sorted(began) == [0, 1, 1, 2]  # only the failed one ran again
+
+
+def test_what_cannot_be_stacked_trains_one_by_one_and_it_is_said(command):
+    line = f"train {SMALL} 'loggers=[json_lines]' optimizer=muon -m optimizer.lr=0.01,0.02 sweep.name=s"
+    status, out, err = command(f"{line} hydra/launcher=vectorized")
+    assert status == 0
+    assert [row["state"] for row in trials("s")] == ["done", "done"]
+    assert "2 trials train one by one: Muon has no pure update" in out + err
+
+
+class Of:
+    def __init__(self, **tree):
+        self.tree = {"trainer": {"max_epochs": 3, "accumulate": 1}, "data": {"noise": 0.1}, "loader": {}, **tree}
+
+
+def test_groups_have_in_common_what_decides_on_shapes():
+    recipes = [
+        {"optimizer": {"lr": 0.1}, "model": {"width": 8, "dropout": 0.1}, "seed": 1},
+        {"optimizer": {"lr": 0.2}, "model": {"width": 8, "dropout": 0.5}, "seed": 2},
+        {"optimizer": {"lr": 0.1}, "model": {"width": 16, "dropout": 0.1}, "seed": 1},
+        {"optimizer": {"lr": 0.1}, "model": {"width": 8, "dropout": 0.1}, "data": {"noise": 0.2}},
+        {"optimizer": {"lr": 0.1}, "model": {"width": 8, "dropout": 0.3}, "scheduler": {"name": "step"}},
+    ]
+    jobs = [Job(Of(**recipe), "default", []) for recipe in recipes]
+    assert groups(jobs) == [[0, 1, 4], [2], [3]]
+    assert form(jobs[0].spec.tree) == form(jobs[1].spec.tree)
