@@ -112,7 +112,7 @@ def composing(verb: str, does: str, epilog: str) -> Parser:
     parser.add_argument("--resolve", action="store_true", help="with --cfg: fill in the references")
     shown = ("defaults", "defaults-tree", "searchpath", "config", "plugins", "all")
     parser.add_argument("--info", choices=shown, metavar="WHAT", help=f"print and stop: {', '.join(shown)}")
-    parser.set_defaults(multirun=False, inexact=False)
+    parser.set_defaults(multirun=False, inexact=False, only_plan=False)
     return parser
 
 
@@ -123,7 +123,7 @@ def command_line(parser: Parser, given: argparse.Namespace) -> Any:
         parser.error("--resolve goes with --cfg")
     from .compose import CommandLine
 
-    flags = ("multirun", "cfg", "resolve", "info", "inexact", "traceback")
+    flags = ("multirun", "cfg", "resolve", "info", "inexact", "traceback", "only_plan")
     return CommandLine(given.overrides, given.plugins, given.config_dir, **{flag: vars(given)[flag] for flag in flags})
 
 
@@ -188,7 +188,12 @@ def resume(arguments: list[str]) -> int:
 def plan(arguments: list[str]) -> None:
     parser = composing("plan", "Show what an experiment would be, without training.", PLAN)
     parser.add_argument("--json", **JSON)
+    sweep = "sweep: how many trials there would be, and which can train as one"
+    parser.add_argument("-m", "--multirun", action="store_true", help=sweep)
+    parser.set_defaults(only_plan=True)
     given = parser.parse_intermixed_args(arguments)
+    if given.json and given.multirun:
+        parser.error("--json is for one experiment, not for a sweep")
     line = command_line(parser, given)
     from .compose import Job, run as compose
 

@@ -57,6 +57,7 @@ class CommandLine:
     info: str | None = None
     inexact: bool = False
     traceback: bool = False
+    only_plan: bool = False
 
     @property
     def shows(self) -> bool:

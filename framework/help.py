@@ -51,6 +51,7 @@ PLAN = """\
 examples:
   framework plan experiment=fashion_mnist_cnn
   framework plan model=cnn data=fashion_mnist --json
+  framework plan -m optimizer.lr=1e-3,1e-2 model.width=32,64
 Prints layers with shapes, parameters and FLOPs, steps, the schedule as a
 curve, memory; trains nothing."""
 

@@ -136,4 +136,5 @@ def test_the_scripts_can_be_run():
     for script in ["scripts/setup", "scripts/train", "scripts/test", "scripts/fetch_data", ".ci/run"]:
         assert os.access(ROOT / script, os.X_OK), script
         subprocess.run(["bash", "-n", ROOT / script], check=True)
-    assert all(os.access(ROOT / "scripts" / script, os.X_OK) for script in ("bench", "fault_campaign", "search_campaign"))
+    python = ("bench", "fault_campaign", "search_campaign")
+    assert all(os.access(ROOT / "scripts" / script, os.X_OK) for script in python)

@@ -89,6 +89,17 @@ def test_what_cannot_be_stacked_trains_one_by_one_and_it_is_said(command):
     assert "2 trials train one by one: Muon has no pure update" in out + err
 
 
+def test_plan_tells_the_groups_and_leaves_nothing(command):
+    line = f"plan {SMALL} -m optimizer.lr=1e-3,1e-2 model.width=8,16 optimizer=adamw,muon 'seed=range(2)'"
+    status, out, _ = command(line)
+    assert status == 0
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert lines[0] == "16 trials in 4 groups for hydra/launcher=vectorized"
+    assert "4 as one model.width=8 optimizer=adamw" in lines
+    assert "4 one by one: Muon has no pure update model.width=16 optimizer=muon" in lines
+    assert not Path("runs").exists()
+
+
 class Of:
     def __init__(self, **tree):
         self.tree = {"trainer": {"max_epochs": 3, "accumulate": 1}, "data": {"noise": 0.1}, "loader": {}, **tree}

@@ -39,6 +39,11 @@ class Grid(Sweeper):
         """Run the trials, in batches."""
         overrides = self.jobs([*self.of_params(arguments), *arguments])
         jobs = composed(self.trials, overrides)
+        if self.trials.composing.line.only_plan:
+            from .vectorized import told  # not at the top: a sweep one by one does without
+
+            print("\n".join(told(jobs)))
+            return
         self.trials.planned = len(jobs)
         self.trials.numbers = numbered([job.settings for job in jobs], self.trials)
         self.trials.ready = {number: self.trials.place(job) for number, job in enumerate(jobs)}

@@ -43,6 +43,8 @@ def sweep(composing: Composing, arguments: list[str], task: Callable[[Job], Resu
             typed = composing.overrides.typed
             ours = hydra_parts.choose(config, "sweeper", "hydra.sweeper" in typed)
             hydra_parts.choose(config, "launcher", "hydra.launcher" in typed)
+        if composing.line.only_plan and config.hydra.runtime.choices["hydra/sweeper"] not in ("basic", "grid"):
+            raise ConfigError(["plan -m tells the trials of a grid; a search draws its trials while it runs"])
         trials = prepare(composing, config, task, explain)
         trials.composer, trials.gives_value = Composer(hydra.config_loader, config, composing), not ours
         context = HydraContext(config_loader=hydra.config_loader, callbacks=hydra_callbacks())

@@ -3,9 +3,9 @@
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -150,6 +150,32 @@ def groups(jobs: Sequence[Job], without: Any = ()) -> list[list[int]]:
         if place not in without:
             found.setdefault(form(job.spec.tree), []).append(place)
     return list(found.values())
+
+
+def told(jobs: Sequence[Job]) -> Iterator[str]:
+    """Yield a line on how many trials there are, and one on each group: its size, what is its own, what can be done."""
+    found = groups(jobs)
+    yield f"{len(jobs)} trials in {len(found)} group{'s' * (len(found) > 1)} for hydra/launcher=vectorized"
+    for places in found:
+        own = [jobs[place].settings for place in places]
+        common = {key: value for key, value in own[0].items() if all(each.get(key) == value for each in own)}
+        apart = {key: value for key, value in common.items() if any(job.settings.get(key) != value for job in jobs)}
+        named = " ".join(f"{key}={value}" for key, value in apart.items())
+        yield f"{len(places):>4}  {manner([jobs[place] for place in places]):<12}{named}".rstrip()
+
+
+def manner(jobs: Sequence[Job]) -> str:
+    """Return how the trials of a group can train, found out with two of them."""
+    if len(jobs) < 2:
+        return "alone"
+    data = build_data(jobs[0].spec)
+    ready = [prepare(replace(job.spec, resume="never"), job.experiment, [], data=data) for job in (jobs[0], jobs[-1])]
+    try:
+        pairs = [(each.trainer, each.fit_arguments()) for each in ready if isinstance(each, Prepared)]
+        Lockstep([trainer for trainer, _ in pairs], [fit for _, fit in pairs])
+    except NotStackable as why:
+        return f"one by one: {why} "
+    return "as one"
 
 
 def form(tree: dict[str, Any]) -> str:
