@@ -13,13 +13,13 @@ from torch import nn
 
 from . import checkpoint, seeds
 from .batches import count_steps, count_total
-from .data import Batch, Data, Loader, check_data
+from .data import Data, Loader, check_data
 from .device import intra_op_threads, suitable_threads
 from .errors import BuildError, DataError, FrameworkError, RunError
-from .logger import Logger
+from .introduction import first_batch, introduce
 from .metric import Metric
 from .optimizer import build_optimizer
-from .probe import read_layers, undisturbed
+from .probe import undisturbed
 from .registry import Maker
 from .resume import Resumed, chosen_checkpoint, find, fingerprint, last_values, open_folder, start_from
 from .run import RunFolder, dump, provenance, read_facts
@@ -126,6 +126,7 @@ class Prepared:
     experiment: str
     overrides: list[str]
     started: float
+    folder: RunFolder | None = None
 
     def claim(self) -> Path:
         """Make the run's folder, unless it is resumed, and describe in it what will run."""
@@ -157,10 +158,17 @@ class Prepared:
             "resume": None if self.resumed is None else self.resumed.training,
         }
 
+    def release(self) -> None:
+        """Let another process, or another object of this one, write into the run's folder."""
+        folder = self.resumed.folder if self.resumed is not None else self.folder
+        if folder is not None:
+            folder.lock.close()
+
     def introduce(self) -> None:
         """Show the loggers what runs, if it has not run before."""
         if self.trainer.state.step == 0:
-            introduce(self.trainer, self.built)
+            built = self.built
+            introduce(self.trainer.loggers, built.spec.tree, built.model, built.task, built.train_batches)
 
     def result(self, stopped: Sequence[int] = ()) -> Result:
         """After the training, measure what is to be measured. stopped: the signals that came."""
@@ -273,37 +281,6 @@ def describe_run(folder: RunFolder, built: Experiment, overrides: list[str]) -> 
     folder.write("config.yaml", built.spec.tree)  # the last one: with it there is a run to go on with
 
 
-def introduce(trainer: Trainer, built: Experiment) -> None:
-    """Show the loggers what runs: the config, the layers, the graph."""
-    showing = [logger for logger in trainer.loggers if type(logger).text is not Logger.text]
-    drawing = [logger for logger in trainer.loggers if type(logger).graph is not Logger.graph]
-    if not showing and not drawing:
-        return
-    batch = first_batch(built.train_batches)
-    texts = {"config": indented(dump("config.yaml", built.spec.tree))} if showing else {}
-    texts |= {"layers": layers_in_markdown(built.model, batch, built.task)} if showing else {}
-    for logger in showing:
-        for tag, text in texts.items():
-            logger.text(tag, text)
-    for logger in drawing:
-        logger.graph(built.model, batch[0][:2])
-
-
-def indented(text: str) -> str:
-    """Return a text as a code block of markdown."""
-    return "\n".join(f"    {line}" for line in text.splitlines())
-
-
-def layers_in_markdown(model: nn.Module, batch: Batch, task: Task) -> str:
-    layers, _ = read_layers(model, batch, task)
-    rows = ["| layer | type | output | parameters | FLOPs |", "|---|---|---|--:|--:|"]
-    for layer in layers:
-        shape = " × ".join(map(str, layer.out_shape))
-        rows.append(f"| {layer.name} | {layer.type} | {shape} | {layer.parameters:,} | {layer.flops:,} |")
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return "\n".join([*rows, f"| total | | | {parameters:,} | {sum(layer.flops for layer in layers):,} |"])
-
-
 def build_data(spec: Spec) -> Data:
     data = spec.parts["data"]()
     check_data(data)
@@ -376,12 +353,6 @@ def build_schedule(spec: Spec, steps_per_epoch: int) -> Any:
         return None
     limits = spec.sections["trainer"]
     return spec.parts["scheduler"](count_total(steps_per_epoch, limits["max_epochs"], limits["max_steps"]))
-
-
-def first_batch(batches: Loader) -> Batch:
-    """Return the first batch of the first epoch, without moving any generator."""
-    with seeds.undisturbed():
-        return next(iter(batches.epoch()))
 
 
 def load_weights(model: nn.Module, run: Path, which: str = "best") -> Path | None:

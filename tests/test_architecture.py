@@ -36,7 +36,19 @@ FLOORS = {
         "batches",
         "status",
     ],
-    "assembly": ["experiment", "resume", "trained", "run", "compose", "overrides", "sources", "spec", "store", "index"],
+    "assembly": [
+        "experiment",
+        "introduction",
+        "resume",
+        "trained",
+        "run",
+        "compose",
+        "overrides",
+        "sources",
+        "spec",
+        "store",
+        "index",
+    ],
     "doors": ["cli", "help", "describe", "completion", "report", "board", "__main__", "__init__"],
 }
 LIGHT = {"tuning.settings", "tuning.hydra_parts"}  # what every command line imports of the package `tuning`

@@ -5,9 +5,11 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 from framework.cli import main
 from framework.compose import Job
+from framework.tuning.rows import Rows
 from framework.tuning.vectorized import form, groups
 
 SMALL = "data=blobs model.width=8 model.depth=1 trainer.max_epochs=3 callbacks=[checkpoint,non_finite] seed=1"
@@ -79,6 +81,25 @@ def test_one_that_diverges_fails_and_the_others_are_done(command):
     assert command(f"{line} hydra/launcher=vectorized resume=auto")[0] != 0
     began = [row["number"] for row in rows("s") if row["state"] == "running"]
     assert sorted(began) == [0, 1, 1, 2]  # only the failed one ran again
+
+
+def test_when_memory_is_full_trials_go_on_one_by_one(command, monkeypatch):
+    steps = []
+    differentiate = Rows.differentiate
+
+    def full(self, losses, add=False):
+        steps.append(len(losses))
+        if len(steps) == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        differentiate(self, losses, add)
+
+    monkeypatch.setattr(Rows, "differentiate", full)
+    line = f"train {SMALL} 'loggers=[json_lines]' -m optimizer.lr=1e-3,1e-2 sweep.name=s hydra/launcher=vectorized"
+    status, out, err = command(line)
+    assert (status, steps) == (0, [2] * 5), err
+    assert "memory is full: 2 trials go on one by one" in out + err
+    assert [row["state"] for row in trials("s")] == ["done", "done"]
+    assert [line["epoch"] for line in curves(Path("runs/default/s") / trials("s")[0]["folder"])][-1] == 3
 
 
 def test_what_cannot_be_stacked_trains_one_by_one_and_it_is_said(command):

@@ -13,8 +13,9 @@ import torch
 
 from ..compose import Job
 from ..device import intra_op_threads
-from ..experiment import Prepared, Result, build_data, first_batch, prepare
-from ..memory import free_bytes
+from ..experiment import Prepared, Result, build_data, prepare
+from ..introduction import first_batch
+from ..memory import OutOfMemory, free_bytes
 from ..probe import read_layers
 from ..schema import PositiveInt
 from ..signals import stopping
@@ -71,6 +72,7 @@ class Vectorized(OneByOne):
     def _together(self, jobs: dict[int, Job]) -> dict[int, Trial]:
         """Train jobs as one; returns the rows of those that were. What stands in the way is said."""
         rows: dict[int, Trial] = {}
+        ready: list[Ready] = []
         try:
             with isolated(), Output(self.trials.folder.path, self.trials.show()).capturing():
                 ready = self._prepare(jobs, rows)
@@ -79,6 +81,15 @@ class Vectorized(OneByOne):
                     self._train(ready[start : start + max(at_once, self.fewest)], rows)
         except NotStackable as why:
             print(f"{len(jobs)} trials train one by one: {why}", file=sys.stderr)
+        except OutOfMemory:
+            failed = [place for place, row in rows.items() if row.state == "failed"]
+            print(f"memory is full: {len(failed)} trials go on one by one", file=sys.stderr)
+            for place in failed:
+                jobs[place].spec = replace(jobs[place].spec, resume="auto")  # its run folder is there
+                del rows[place]
+        finally:
+            for each in ready:
+                each.prepared.release()
         return rows
 
     def _prepare(self, jobs: dict[int, Job], rows: dict[int, Trial]) -> list[Ready]:

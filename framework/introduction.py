@@ -1,0 +1,50 @@
+"""What the loggers are shown of a run before it begins: its config, its layers, its graph."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from . import seeds
+from .data import Batch, Loader
+from .logger import Logger
+from .probe import read_layers
+from .run import dump
+from .task import Task
+
+
+def introduce(loggers: Sequence[Logger], config: dict[str, Any], model: nn.Module, task: Task, batches: Loader) -> None:
+    """Show the loggers what runs: the config, the layers, the graph."""
+    showing = [logger for logger in loggers if type(logger).text is not Logger.text]
+    drawing = [logger for logger in loggers if type(logger).graph is not Logger.graph]
+    if not showing and not drawing:
+        return
+    batch = first_batch(batches)
+    texts = {"config": indented(dump("config.yaml", config))} if showing else {}
+    texts |= {"layers": layers_in_markdown(model, batch, task)} if showing else {}
+    for logger in showing:
+        for tag, text in texts.items():
+            logger.text(tag, text)
+    for logger in drawing:
+        logger.graph(model, batch[0][:2])
+
+
+def indented(text: str) -> str:
+    """Return a text as a code block of markdown."""
+    return "\n".join(f"    {line}" for line in text.splitlines())
+
+
+def layers_in_markdown(model: nn.Module, batch: Batch, task: Task) -> str:
+    layers, _ = read_layers(model, batch, task)
+    rows = ["| layer | type | output | parameters | FLOPs |", "|---|---|---|--:|--:|"]
+    for layer in layers:
+        shape = " × ".join(map(str, layer.out_shape))
+        rows.append(f"| {layer.name} | {layer.type} | {shape} | {layer.parameters:,} | {layer.flops:,} |")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return "\n".join([*rows, f"| total | | | {parameters:,} | {sum(layer.flops for layer in layers):,} |"])
+
+
+def first_batch(batches: Loader) -> Batch:
+    """Return the first batch of the first epoch, without moving any generator."""
+    with seeds.undisturbed():
+        return next(iter(batches.epoch()))
