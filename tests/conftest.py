@@ -1,3 +1,4 @@
+import logging
 import sys
 
 import pytest
@@ -13,6 +14,19 @@ fw.discover()
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _alone():
+    """Afterwards Hydra's launchers have left nothing: no loggers on streams of the test, no processes in its folder."""
+    root = logging.getLogger()
+    before = root.level, list(root.handlers)
+    yield
+    root.setLevel(before[0])
+    root.handlers[:] = before[1]
+    loky = sys.modules.get("joblib.externals.loky")
+    if loky is not None:
+        loky.get_reusable_executor().shutdown(wait=True)
 
 
 @pytest.fixture

@@ -251,7 +251,7 @@ def test_all_problems_are_told_at_once(refuse):
         ("train --plugins plugins/twice.py", "two parts are called activation/relu: "),
         ("train --plugins plugins/contract.py", "is not a torch.nn"),
         ("train --plugins plugins/required.py", "parameter 'f' of Oops has type"),
-        ("plan -m seed=1,2", "unrecognized arguments: -m"),
+        ("plan -m --json seed=1,2", "--json is for one experiment, not for a sweep"),
         ("train -m seed=1,x", "seed=x: should be int, not 'x' (command line)"),
         ("train -m 'seed=range(a)'", "cannot be read; sweeps are written a,b,c or range(3)"),
         ("train -m seed=1,2 run.name=one", "run.name=one: each trial has a name of its own; sweep.name="),
