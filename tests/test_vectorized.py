@@ -102,6 +102,45 @@ def test_when_memory_is_full_trials_go_on_one_by_one(command, monkeypatch):
     assert [line["epoch"] for line in curves(Path("runs/default/s") / trials("s")[0]["folder"])][-1] == 3
 
 
+def test_a_sweep_that_was_cut_off_goes_on_where_its_trials_stood(command, monkeypatch):
+    differentiate, steps = Rows.differentiate, []
+
+    def cut_off(self, losses, add=False):
+        steps.append(len(losses))
+        if len(steps) == 50:
+            raise KeyboardInterrupt
+        differentiate(self, losses, add)
+
+    monkeypatch.setattr(Rows, "differentiate", cut_off)
+    line = f"train {SMALL} 'loggers=[json_lines]' callbacks.checkpoint.background=false -m optimizer.lr=1e-3,1e-2,1e-1"
+    line += " sweep.name=s hydra/launcher=vectorized"
+    assert command(line)[0] != 0
+    assert command(f"{line} resume=auto")[0] == 0
+    assert [row["state"] for row in trials("s")] == ["done"] * 3
+    whole = command(f"{line.replace('sweep.name=s', 'sweep.name=whole')}")[0]
+    assert whole == 0
+    epoch = trials("whole")[0]["steps"] // 3
+    assert 3 * epoch > 50 > epoch
+    assert len(steps) == 50 + 2 * epoch + 3 * epoch  # it went on from the checkpoints of the first epoch
+    for mine, other in zip(trials("s"), trials("whole"), strict=True):
+        assert mine["metrics"]["test/loss"] == pytest.approx(other["metrics"]["test/loss"], rel=1e-4)
+
+
+def test_a_fault_of_the_step_that_all_take_fails_them_and_nothing_else(command, monkeypatch):
+    differentiate = Rows.differentiate
+
+    def faulty(self, losses, add=False):
+        if self.places[0].shape[0] == 16:
+            raise RuntimeError("a fault")
+        differentiate(self, losses, add)
+
+    monkeypatch.setattr(Rows, "differentiate", faulty)
+    line = f"train {SMALL} 'loggers=[json_lines]' -m model.width=16,8 'seed=range(2)' sweep.name=s"
+    assert command(f"{line} hydra/launcher=vectorized")[0] == 1
+    assert [row["state"] for row in trials("s")] == ["failed", "failed", "done", "done"]
+    assert "a fault" in trials("s")[0]["error"]
+
+
 def test_what_cannot_be_stacked_trains_one_by_one_and_it_is_said(command):
     line = f"train {SMALL} 'loggers=[json_lines]' optimizer=muon -m optimizer.lr=0.01,0.02 sweep.name=s"
     status, out, err = command(f"{line} hydra/launcher=vectorized")

@@ -76,9 +76,10 @@ class Vectorized(OneByOne):
         try:
             with isolated(), Output(self.trials.folder.path, self.trials.show()).capturing():
                 ready = self._prepare(jobs, rows)
-                at_once = room(ready[0].prepared) if ready else 0
-                for start in range(0, len(ready), max(at_once, self.fewest)):
-                    self._train(ready[start : start + max(at_once, self.fewest)], rows)
+                at_once = max(room(ready[0].prepared), self.fewest) if ready else 1
+                for alike in at_the_same_step(ready):
+                    for start in range(0, len(alike) if len(alike) >= self.fewest else 0, at_once):
+                        self._train(alike[start : start + at_once], rows)
         except NotStackable as why:
             print(f"{len(jobs)} trials train one by one: {why}", file=sys.stderr)
         except OutOfMemory:
@@ -87,6 +88,9 @@ class Vectorized(OneByOne):
             for place in failed:
                 jobs[place].spec = replace(jobs[place].spec, resume="auto")  # its run folder is there
                 del rows[place]
+        except Exception:  # of the step that they take together: it is each one's row by now
+            if not all(each.place in rows for each in ready if each.row is not None):
+                raise
         finally:
             for each in ready:
                 each.prepared.release()
@@ -148,6 +152,13 @@ class Auto(Vectorized):
             fewest: trials of a group below which they train one by one.
         """
         super().__init__(most, fewest)
+
+
+def at_the_same_step(ready: Sequence[Ready]) -> Iterator[list[Ready]]:
+    """Yield the trials that go on after the same step, as those of a sweep that was cut off may not."""
+    steps = [each.prepared.trainer.state.step for each in ready]
+    for step in sorted(set(steps)):
+        yield [each for each, own in zip(ready, steps, strict=True) if own == step]
 
 
 def stopped(rows: dict[int, Trial]) -> bool:
