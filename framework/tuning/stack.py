@@ -5,7 +5,7 @@ What differs between trials in numbers (a dropout rate, the smoothing of labels)
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ class Stack:
             self.skeleton.train(training)
         state = {f"model.{name}": t for part in (rows.leaves, rows.fixed, rows.buffers) for name, t in part.items()}
         run = vmap(self._one, in_dims=(0, 0, None if shared else 0), randomness="different")
-        with self.precision.autocast(), TensorSettings() if self.values else nullcontext():
+        with self.precision.autocast(), Forms():
             return Step(*run(state, self.values, batch))
 
     def _one(self, state: dict[str, Tensor], values: dict[tuple[str, str], Tensor], batch: Batch) -> Any:
@@ -122,8 +122,8 @@ def settings(whole: Together, values: dict[tuple[str, str], Tensor]) -> Iterator
             vars(owners[path])[name] = value
 
 
-class TensorSettings(TorchFunctionMode):
-    """Lets functions that want a number take a tensor: `F.dropout` its rate, `F.cross_entropy` its smoothing."""
+class Forms(TorchFunctionMode):
+    """Functions in a form for many trials, which take a tensor for a number: dropout's rate, the labels' smoothing."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return FORMS.get(function, function)(*args, **(kwargs or {}))
@@ -135,13 +135,29 @@ def dropout(x: Tensor, p: Any = 0.5, training: bool = True, inplace: bool = Fals
     return x * (torch.rand_like(x) >= p) / (1 - p) if training else x
 
 
-def cross_entropy(outputs: Tensor, targets: Tensor, *args: Any, label_smoothing: Any = 0.0, **named: Any) -> Tensor:
-    """Cross entropy is linear in its targets, so in the smoothing too: between none and all of it."""
-    if not isinstance(label_smoothing, Tensor):
-        return F.cross_entropy(outputs, targets, *args, **named | {"label_smoothing": label_smoothing})
-    sharp = F.cross_entropy(outputs, targets, *args, **named)
-    flat = F.cross_entropy(outputs, targets, *args, **named | {"label_smoothing": 1.0})
-    return sharp + (flat - sharp) * label_smoothing
+def cross_entropy(
+    outputs: Tensor,
+    targets: Tensor,
+    weight: Tensor | None = None,
+    size_average: None = None,  # what torch once called the reduction
+    ignore_index: int = -100,
+    reduce: None = None,
+    reduction: str = "mean",
+    label_smoothing: Any = 0.0,
+) -> Tensor:
+    """The mean over the targets, with the smoothing of `F.cross_entropy`: from the target's own loss to that of all
+    classes alike. Under vmap torch's takes a detour through Python, and a second of imports for it."""
+    if weight is not None or outputs.ndim != 2 or targets.is_floating_point() or reduction != "mean":
+        if isinstance(label_smoothing, Tensor):
+            raise TypeError("label_smoothing differs, and the loss is not a plain mean over class indices")
+        named: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+        return F.cross_entropy(outputs, targets, weight, reduction=reduction, **named)
+    logarithms = outputs.log_softmax(1)
+    counts = targets != ignore_index
+    losses = -logarithms.gather(1, torch.where(counts, targets, 0).unsqueeze(1)).squeeze(1)
+    if isinstance(label_smoothing, Tensor) or label_smoothing:
+        losses = losses + (-logarithms.mean(1) - losses) * label_smoothing
+    return (losses * counts).sum() / counts.sum()
 
 
 FORMS: dict[Any, Callable[..., Tensor]] = {F.dropout: dropout, F.cross_entropy: cross_entropy}
