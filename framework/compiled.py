@@ -14,7 +14,7 @@ from .data import Batch
 from .device import Precision
 from .errors import FrameworkError
 from .fused import has_hooks
-from .pure import PureUpdate, State, pure_updates
+from .pure import PureUpdate, State, pure_updates, tensors_of
 from .task import Step, Task
 
 Compile = Literal["off", "model", "step", "cuda_graph"]
@@ -96,7 +96,7 @@ class WholeStep:
             if not all(state.get(p) for p, _ in trained) and not all(map(self._stateless, groups)):
                 return False
             self.parameters, self.groups = [p for p, _ in trained], [number for _, number in trained]
-            self.states = [kept(state.get(p, {})) for p in self.parameters]
+            self.states = [tensors_of(state.get(p)) for p in self.parameters]
             self.rates = [torch.zeros((), dtype=g["params"][0].dtype, device=g["params"][0].device) for g in groups]
             self.made_for = form
         return True
@@ -136,11 +136,6 @@ class WholeStep:
                     for name, tensor in state_new.items():
                         put(state[name], tensor, finite)
         return Step(loss.detach(), outputs.detach(), targets), gradients if self.guarded else (), finite
-
-
-def kept(state: State) -> State:
-    """The tensors of a parameter's state (SGD without momentum keeps a None)."""
-    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
 
 def all_finite(tensors: Iterable[Tensor | None]) -> Tensor:

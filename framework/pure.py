@@ -65,6 +65,11 @@ def write(p: Tensor, state: State, new: tuple[Tensor, State]) -> None:
         state[name].copy_(tensor)
 
 
+def tensors_of(state: Mapping[str, Any] | None) -> dict[str, Tensor]:
+    """The tensors of an optimizer's state of a parameter (SGD without momentum keeps a None)."""
+    return {name: value for name, value in (state or {}).items() if isinstance(value, Tensor)}
+
+
 class PureUpdates:
     """The updates of optimizers that do not bring their own, by class."""
 

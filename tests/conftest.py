@@ -1,10 +1,12 @@
 import logging
+import shlex
 import sys
 
 import pytest
 import torch
 
 import framework as fw
+from framework.cli import main
 from framework.registry import Registry
 
 torch.set_num_threads(1)  # some tests fork, which a process with OpenMP threads of its own does not survive
@@ -27,6 +29,20 @@ def _alone():
     loky = sys.modules.get("joblib.externals.loky")
     if loky is not None:
         loky.get_reusable_executor().shutdown(wait=True)
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Run a command in a folder of its own; returns exit status, output and errors."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(line):
+        with pytest.raises(SystemExit) as exit:
+            main(shlex.split(line))
+        out, err = capsys.readouterr()
+        return exit.value.code, out, err
+
+    return run
 
 
 @pytest.fixture

@@ -42,20 +42,6 @@ class Signals(Callback):
 
 
 @pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
-    """Run a command in a folder of its own; returns exit status, output and errors."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(line):
-        with pytest.raises(SystemExit) as exit:
-            main(shlex.split(line))
-        out, err = capsys.readouterr()
-        return exit.value.code, out, err
-
-    return run
-
-
-@pytest.fixture
 def plugin(tmp_path):
     file = tmp_path / "faulty.py"
     file.write_text(PLUGIN)

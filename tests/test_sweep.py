@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import shlex
 import sys
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from tensorboard.backend.event_processing.plugin_event_multiplexer import EventM
 from tensorboard.plugins.base_plugin import TBContext
 from tensorboard.plugins.hparams import api_pb2, backend_context, get_experiment, list_session_groups
 
-from framework.cli import main
 from framework.run import read_config
 from framework.tuning.folder import SweepFolder, Trial, run_name
 from framework.tuning.live import Lines, LiveTable, Output
@@ -39,18 +37,10 @@ class Fragile(Callback):
 
 
 @pytest.fixture
-def command(tmp_path, monkeypatch, capsys, forget_plugins):
-    """Run a command in a folder of its own; returns exit status, output and errors."""
-    monkeypatch.chdir(tmp_path)
+def command(command, tmp_path, forget_plugins):
+    """Run a command beside the plugin."""
     (tmp_path / "fragile.py").write_text(PLUGIN)
-
-    def run(line):
-        with pytest.raises(SystemExit) as exit:
-            main(shlex.split(line))
-        out, err = capsys.readouterr()
-        return exit.value.code, out, err
-
-    return run
+    return command
 
 
 def rows(name="s"):

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from framework.checkpoint import newest, read_manifest
-from framework.cli import main
 from framework.errors import RunError
 from framework.tuning.folder import SweepFolder, Trial
 
@@ -32,18 +31,10 @@ class Killed(Callback):
 
 
 @pytest.fixture
-def command(tmp_path, monkeypatch, capsys, forget_plugins):
-    """Run a command in a folder of its own; returns exit status, output and errors."""
-    monkeypatch.chdir(tmp_path)
+def command(command, tmp_path, forget_plugins):
+    """Run a command beside the plugin."""
     (tmp_path / "killed.py").write_text(PLUGIN)
-
-    def run(line):
-        with pytest.raises(SystemExit) as exit:
-            main(shlex.split(line))
-        out, err = capsys.readouterr()
-        return exit.value.code, out, err
-
-    return run
+    return command
 
 
 def rows(name="s"):

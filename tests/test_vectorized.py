@@ -1,31 +1,17 @@
 """`hydra/launcher=vectorized`: a sweep whose trials train as one leaves what trials of their own leave."""
 
 import json
-import shlex
 from pathlib import Path
 
 import pytest
 import torch
 
-from framework.cli import main
 from framework.compose import Job
 from framework.tuning.rows import Rows
 from framework.tuning.vectorized import form, groups
 
 SMALL = "data=blobs model.width=8 model.depth=1 trainer.max_epochs=3 callbacks=[checkpoint,non_finite] seed=1"
 SWEEP = f"train {SMALL} 'loggers=[tensorboard,json_lines]' -m optimizer.lr=1e-3,1e-2,5e-2 model.dropout=0.0"
-
-
-@pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-
-    def run(line):
-        with pytest.raises(SystemExit) as exit:
-            main(shlex.split(line))
-        return exit.value.code, *capsys.readouterr()
-
-    return run
 
 
 def rows(name):

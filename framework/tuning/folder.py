@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -147,10 +147,16 @@ def read_row(line: bytes) -> Trial | None:
 
 def run_name(number: int, settings: Mapping[str, Any]) -> str:
     """Return the name of a trial's run folder: 003_lr-0.01_seed-2."""
-    last = [key.rpartition(".")[2] for key in settings]
-    short = {key: name if last.count(name) == 1 else key for key, name in zip(settings, last, strict=True)}
-    pieces = [f"{short[key]}-{plain(value)}" for key, value in settings.items()]
+    names = short(settings)
+    pieces = [f"{names[key]}-{plain(value)}" for key, value in settings.items()]
     return re.sub(r"\.{2,}", ".", "_".join([f"{number:03}", *pieces]))[:LONGEST].rstrip("._-")
+
+
+def short(keys: Iterable[str]) -> dict[str, str]:
+    """Return `lr` for optimizer.lr where no other key has that last word."""
+    last = {key: key.rpartition(".")[2] for key in keys}
+    names = list(last.values())
+    return {key: name if names.count(name) == 1 else key for key, name in last.items()}
 
 
 def plain(value: Any) -> str:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from ..errors import FrameworkError
 from ..fused import FusedStep
-from ..pure import PureUpdate, pure_updates
+from ..pure import PureUpdate, pure_updates, tensors_of
 
 CACHED = 2**16  # numbers of a parameter that are updated at once on a CPU: they and their state stay in its cache
 
@@ -237,11 +237,6 @@ def form_of(optimizer: Optimizer) -> list[Any]:
             raise NotStackable(f"{type(optimizer).__name__} cannot be tried on a number: {error}") from error
         form.append(sorted(tensors_of(tried.state[number])))
     return form
-
-
-def tensors_of(state: Any) -> dict[str, Tensor]:
-    """The tensors of an optimizer's state of a parameter (SGD without momentum keeps a None)."""
-    return {name: value for name, value in (state or {}).items() if isinstance(value, Tensor)}
 
 
 def buffer_names(model: nn.Module) -> list[str]:

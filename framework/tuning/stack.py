@@ -41,9 +41,8 @@ class Stack:
 
     def __init__(self, models: Sequence[nn.Module], tasks: Sequence[Task], precision: Precision):
         wholes = [Together(model, task) for model, task in zip(models, tasks, strict=True)]
-        self.differing = differences(wholes)
         weight = next(models[0].parameters())
-        self.values = {path: weight.new_tensor(values) for path, values in self.differing.items()}
+        self.values = {path: weight.new_tensor(values) for path, values in differences(wholes).items()}
         self.skeleton, self.precision = copy.deepcopy(wholes[0]), precision
 
     def __call__(self, rows: Rows, batch: Batch, shared: bool, training: bool = True) -> Step:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .folder import SweepFolder, Trial
+from .folder import SweepFolder, Trial, short
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -120,12 +120,6 @@ def table(trials: Sequence[Trial], by: Direction, most: int | None = None) -> "T
         cells += [("*" if group in front else "")] if front else []
         drawn.add_row(*map(Text, [*cells, states(group.trials)]))
     return drawn
-
-
-def short(keys: Sequence[str]) -> dict[str, str]:
-    """Return `lr` for optimizer.lr where no other key has that last word."""
-    last = [key.rpartition(".")[2] for key in keys]
-    return {key: name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)}
 
 
 def shown(value: Any) -> str:

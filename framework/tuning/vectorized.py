@@ -9,10 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
-
 from ..compose import Job
-from ..device import intra_op_threads
 from ..experiment import Prepared, Result, build_data, prepare
 from ..introduction import first_batch
 from ..memory import OutOfMemory, free_bytes
@@ -116,7 +113,7 @@ class Vectorized(OneByOne):
     def _train(self, ready: list[Ready], rows: dict[int, Trial]) -> None:
         """Train what is built as one, and set its rows. Raises NotStackable before anything of it is on the disk."""
         trainers = [each.prepared.trainer for each in ready]
-        with ExitStack() as opened, intra_op_threads(torch.get_num_threads()), stopping(trainers) as signals:
+        with ExitStack() as opened, stopping(trainers) as signals:
             ended = partial(self._ended, ready, rows, signals)
             lockstep = Lockstep(trainers, [each.prepared.fit_arguments() for each in ready], ended)
             for each in ready:
