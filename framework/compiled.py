@@ -33,7 +33,8 @@ class Compiled:
 
         if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # before torch 2.11 the backward pass is its own graph
             torch._dynamo.config.trace_autograd_ops = True
-        self.made = torch.compile(function, dynamic=False, options={"fallback_random": True})
+        options = {"fallback_random": True, "cpp_wrapper": not torch.cuda.is_available()}  # less Python around kernels
+        self.made = torch.compile(function, dynamic=False, options=options)
         self.what, self.clock, self.times = what, clock, 0
         self.frames, self.reasons = counters["frames"], guard_failures
         self.failure = torch._dynamo.exc.TorchDynamoException

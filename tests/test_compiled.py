@@ -133,7 +133,7 @@ def test_a_compiled_whole_step_does_what_the_eager_one_does(optimizer):
     made = fit(fw.callbacks.build("non_finite"), optimizer=optimizer, compile="step")
     assert_same(made, fit(optimizer=optimizer))
     assert made._backward.whole.compiled.times == 2  # for batches, and for the last one of an epoch
-    assert made.clock.seconds["compiling"] > 1
+    assert made.clock.seconds["compiling"] > 0.1
 
 
 @compiles
