@@ -29,6 +29,7 @@ from .kinds import (
     optimizers as optimizers,
     schedulers as schedulers,
     tasks as tasks,
+    transforms as transforms,
 )
 from .schema import (
     Fraction as Fraction,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from .state import Every as Every
     from .task import Step as Step, Task as Task
     from .trainer import Trainer as Trainer
+    from .transform import Transform as Transform
 
 _LATER = {  # these import torch, which a person who only lists parts need not wait for
     "Callback": "callback",
@@ -63,6 +65,7 @@ _LATER = {  # these import torch, which a person who only lists parts need not w
     "Task": "task",
     "TensorSplit": "data",
     "Trainer": "trainer",
+    "Transform": "transform",
 }
 
 

@@ -1,7 +1,8 @@
 """Forward and backward: the gradients of one optimizer step, from one or more micro-batches, eager or compiled."""
 
 from collections.abc import Callable
-from functools import cache
+from fnmatch import fnmatch
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from .data import Batch
 from .device import Precision
 from .memory import MicroBatches
 from .metric import Measures
-from .task import Step, Task
+from .task import Phase, Step, Task
 
 ENGINE = getattr(getattr(torch.autograd.Variable, "_execution_engine", None), "run_backward", None)
 
@@ -42,9 +43,24 @@ class Backward:
         self.gradients = Compiled(self._gradients, compile, clock) if compile == "step" else self._gradients
         self.whole = WholeStep(model, task, optimizer, precision, clock) if compile == "step" else None
         self.updated = False  # whether the update was part of it
+        self.phase: Phase | None = None
         self.pass_through: Callable[..., Step] = self._compiled if compile == "step" else self._eager
         if compile == "cuda_graph":
             self.pass_through = GraphedPass(self.pass_through, lambda: self.parameters)
+
+    def in_phase(self, phase: Phase, batches: list[Batch]) -> Tensor:
+        """Do what a call does, in a phase of the step: of its own loss, with gradients for its own parameters."""
+        named = dict(self.model.named_parameters())
+        still = [p for n, p in named.items() if p.requires_grad and not any(fnmatch(n, each) for each in phase.moves)]
+        self.phase = phase
+        for parameter in still:
+            parameter.requires_grad_(False)
+        try:
+            return self(batches)
+        finally:
+            self.phase = None
+            for parameter in still:
+                parameter.requires_grad_(True)
 
     def __call__(self, batches: list[Batch]) -> Tensor:
         """Return the mean loss over all items of the batches, whose gradients are then in the parameters.
@@ -73,18 +89,20 @@ class Backward:
             share = None if len(parts) == 1 else count / total  # so that the sum is the mean of the whole
             if share is None and self.whole is not None and not self.micro_batches.auto and self.whole.ready():
                 with self.clock.detail("forward, backward and update"):
-                    (loss, outputs, targets), self.updated = self.whole(part)
+                    made, self.updated = self.whole(part)
             else:
-                loss, outputs, targets = self.pass_through(part, share)
-            self.measures.add(loss, outputs, targets, count)
-            loss = loss.detach() if share is None else loss.detach() * share
+                made = self.pass_through(part, share)
+            outputs, targets = (made.outputs, made.targets) if self.phase is None else (None, None)
+            self.measures.add(made.loss, outputs, targets, count, made.values)
+            loss = made.loss.detach() if share is None else made.loss.detach() * share
             mean = loss if mean is None else mean + loss
         assert mean is not None
         return mean
 
     def _eager(self, batch: Batch, share: float | Tensor | None) -> Step:
         with self.clock.detail("forward"), self.precision.autocast():
-            made = self.task.step(self.forward, batch)  # type: ignore[arg-type]
+            step = self.task.step if self.phase is None else partial(self.task.phase, self.phase.name)
+            made = step(self.forward, batch)  # type: ignore[arg-type]
         with self.clock.detail("backward"):
             run_backward(self.precision.scaled(made.loss if share is None else made.loss * share))
         return made
@@ -103,12 +121,12 @@ class Backward:
     def _gradients(self, batch: Batch, factor: Tensor | None) -> tuple[Step, list[Tensor | None]]:
         """What is compiled as a whole: from a batch to the gradients, times a factor."""
         with self.precision.autocast():
-            loss, outputs, targets = self.task.step(self.model, batch)
-        whole = loss if factor is None else loss * factor
+            made = self.task.step(self.model, batch)
+        whole = made.loss if factor is None else made.loss * factor
         wanted = [parameter for parameter in self.parameters if parameter.requires_grad]
         found = iter(torch.autograd.grad(whole, wanted, allow_unused=True))
         gradients = [next(found) if parameter.requires_grad else None for parameter in self.parameters]
-        return Step(loss.detach(), outputs.detach(), targets), gradients
+        return made.detach(), gradients
 
     def _mark(self) -> Any:
         return self.measures.mark(), [buffer.clone() for buffer in self.model.buffers()], seeds.capture()

@@ -14,15 +14,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .arguments import CHECKPOINT, JSON, RUN, TRACEBACK, Parser, command_line, composing, swept
 from .errors import ConfigError, FrameworkError, did_you_mean
-from .help import BOARD, EVAL, HELP, LIST, PLAN, PREDICT, RESUME, SHOW, TRAIN
+from .help import BOARD, CHECK, EVAL, FIND, HELP, LIST, PLAN, PREDICT, RESUME, SHOW, TRAIN
 
 STARTED = time.monotonic()
-TRACEBACK = "--traceback"
-RUN: dict[str, Any] = {"type": Path, "help": "the folder of a run"}
-CHECKPOINT: dict[str, Any] = {"default": "best", "metavar": "WHICH"}
-CHECKPOINT["help"] = "best (default), last, or the folder of a checkpoint"
-JSON: dict[str, Any] = {"action": "store_true", "help": "for programs"}
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -88,45 +84,6 @@ def run(arguments: list[str]) -> int:
     return VERBS[verb](rest) or 0
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are ours."""
-
-    def __init__(self, verb: str, does: str, epilog: str):
-        super().__init__(f"framework {verb}", description=does, epilog=epilog, allow_abbrev=False)
-        self.formatter_class = argparse.RawDescriptionHelpFormatter
-        self.repeated("--plugins", metavar="FILE", help="parts of your own, or a module")
-        self.add_argument(TRACEBACK, action="store_true", help="show where an error arose")
-
-    def repeated(self, flag: str, **about: Any) -> None:
-        self.add_argument(flag, action="append", default=[], **about)
-
-    def error(self, message: str) -> NoReturn:
-        raise FrameworkError(f"{message} (`{self.prog} --help` shows how)")
-
-
-def composing(verb: str, does: str, epilog: str) -> Parser:
-    parser = Parser(verb, does, epilog)
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="what differs from the default experiment")
-    parser.repeated("--config-dir", type=Path, metavar="DIR", help="a folder with experiment/*.yaml")
-    parser.add_argument("--cfg", choices=["job", "hydra", "all"], help="print the composed config and stop")
-    parser.add_argument("--resolve", action="store_true", help="with --cfg: fill in the references")
-    shown = ("defaults", "defaults-tree", "searchpath", "config", "plugins", "all")
-    parser.add_argument("--info", choices=shown, metavar="WHAT", help=f"print and stop: {', '.join(shown)}")
-    parser.set_defaults(multirun=False, inexact=False, only_plan=False)
-    return parser
-
-
-def command_line(parser: Parser, given: argparse.Namespace) -> Any:
-    if bool(given.multirun) + bool(given.cfg) + bool(given.info) > 1:
-        parser.error("-m runs a sweep, --cfg and --info only show: give one of them")
-    if given.resolve and not given.cfg:
-        parser.error("--resolve goes with --cfg")
-    from .compose import CommandLine
-
-    flags = ("multirun", "cfg", "resolve", "info", "inexact", "traceback", "only_plan")
-    return CommandLine(given.overrides, given.plugins, given.config_dir, **{flag: vars(given)[flag] for flag in flags})
-
-
 def tell(as_json: bool, value: Any, table: Callable[[], Any]) -> None:
     """Print a value for programs, or the table of it for people."""
     if as_json:
@@ -142,7 +99,13 @@ def train(arguments: list[str]) -> None:
     sweep = "sweep: try every combination of a,b,c or range(3)"
     parser.add_argument("-m", "--multirun", action="store_true", help=sweep)
     parser.add_argument("--inexact", action="store_true", help="resume though settings would change the outcome")
+    parser.add_argument("--repeat", type=int, metavar="N", help="sweep over N seeds: mean and standard error")
+    parser.add_argument("--folds", type=int, metavar="N", help="cross-validation: sweep over N folds")
     given = parser.parse_intermixed_args(arguments)
+    if given.repeat is not None:
+        swept(parser, given, "--repeat", "seed", given.repeat, range(given.repeat))
+    if given.folds is not None:
+        swept(parser, given, "--folds", "fold", given.folds, [f"{k}/{given.folds}" for k in range(1, given.folds + 1)])
     line = command_line(parser, given)
     from .compose import Job, run as compose
 
@@ -207,6 +170,38 @@ def plan(arguments: list[str]) -> None:
     compose(line, job)
 
 
+def check(arguments: list[str]) -> None:
+    parser = composing("check", "Try an experiment in seconds: build, step, validate, save, resume, learn.", CHECK)
+    line = command_line(parser, parser.parse_intermixed_args(arguments))
+    from .compose import Job, run as compose
+
+    def job(composed: Job) -> None:
+        from .tuning.preflight import check as check_experiment
+
+        check_experiment(composed.spec, print)
+
+    compose(line, job)
+
+
+def find(arguments: list[str]) -> None:
+    parser = composing("find", "Find a learning rate, or a batch size, by trying them out.", FIND)
+    parser.add_argument("--json", **JSON)
+    given = parser.parse_intermixed_args(arguments)
+    what = given.overrides.pop(0) if given.overrides else ""
+    if what not in ("lr", "batch_size"):
+        parser.error(f"what is to be found comes first: lr or batch_size{what and f', not {what}'}")
+    line = command_line(parser, given)
+    from .compose import Job, run as compose
+
+    def job(composed: Job) -> None:
+        from .tuning import finders
+
+        show = finders.show_learning_rates if what == "lr" else finders.show_batch_sizes
+        show(composed.spec, given.json)
+
+    compose(line, job)
+
+
 def evaluate(arguments: list[str]) -> None:
     parser = Parser("eval", "Measure a trained run on a split of its data.", EVAL)
     parser.add_argument("run", **RUN)
@@ -225,13 +220,27 @@ def evaluate(arguments: list[str]) -> None:
 
 
 def predict(arguments: list[str]) -> None:
-    parser = Parser("predict", "Run a trained model on a file.", PREDICT)
+    parser = Parser("predict", "Run a trained model on a file, or let a language model go on with a text.", PREDICT)
     parser.add_argument("run", **RUN)
     like = "like those that the run's data set reads"
-    parser.add_argument("--input", type=Path, required=True, metavar="FILE", help=like)
-    parser.add_argument("--output", required=True, metavar="FILE", help=".csv, .jsonl, .npz, or - for the terminal")
+    parser.add_argument("--input", type=Path, metavar="FILE", help=like)
+    parser.add_argument("--output", metavar="FILE", help=".csv, .jsonl, .npz, or - for the terminal")
+    parser.add_argument("--prompt", metavar="TEXT", help="what a language model is to go on with")
+    parser.add_argument("--length", type=int, metavar="N", help="with --prompt: tokens (default 200)")
+    parser.add_argument("--temperature", type=float, metavar="X", help="with --prompt: 0 is greedy (default 0.8)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="with --prompt: draw from the K likeliest tokens")
+    parser.add_argument("--top-p", type=float, metavar="P", help="with --prompt: and from those that make up P")
+    parser.add_argument("--seed", type=int, metavar="N", help="with --prompt: of the draws (default 0)")
     parser.add_argument("--checkpoint", **CHECKPOINT)
     given = parser.parse_args(arguments)
+    chosen = {name: getattr(given, name) for name in ("length", "temperature", "top_k", "top_p", "seed")}
+    sampling = {name: value for name, value in chosen.items() if value is not None}
+    if (given.prompt is None) == (given.input is None) or (given.input is None) != (given.output is None):
+        parser.error("give --input FILE --output FILE, or --prompt TEXT for a language model")
+    if given.prompt is not None:
+        return write_on(given, sampling)
+    if sampling:
+        parser.error(f"--{next(iter(sampling)).replace('_', '-')} goes with --prompt")
     from .report import check_output, write_predictions
 
     check_output(given.output)
@@ -240,6 +249,18 @@ def predict(arguments: list[str]) -> None:
     rows = write_predictions(columns, trained.facts["classes"], given.output)
     if given.output != "-":
         print(f"{rows} predictions in {given.output}")
+
+
+def write_on(given: argparse.Namespace, sampling: dict[str, Any]) -> None:
+    """Print a prompt and what the run's language model puts after it."""
+    trained = opened(given)
+    data, facts = trained.spec.parts["data"].entry.part, trained.facts
+    tokens = data.encode(given.prompt, facts["data"])
+    generate = getattr(trained.task, "generate", None)
+    if generate is None:
+        raise FrameworkError(f"the task of {given.run} makes no text: --prompt is for task=language_modelling")
+    made = generate(trained.model, tokens, facts["in_shape"][0], **sampling)
+    print(data.decode([*tokens.tolist(), *made], facts["data"]))
 
 
 def opened(given: argparse.Namespace) -> Any:
@@ -321,6 +342,8 @@ VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "train": train,
     "resume": resume,
     "plan": plan,
+    "check": check,
+    "find": find,
     "eval": evaluate,
     "predict": predict,
     "list": list_parts,

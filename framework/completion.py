@@ -7,8 +7,8 @@ from typing import Any
 
 from .index import Index, find_index
 
-VERBS = ("train", "resume", "eval", "predict", "list", "show", "plan", "board", "completion")
-WITH_OVERRIDES = ("train", "plan")
+VERBS = ("train", "resume", "eval", "predict", "list", "show", "plan", "check", "find", "board", "completion")
+WITH_OVERRIDES = ("train", "plan", "check", "find")
 
 BASH = r"""# TAB completion of framework. To keep it: framework completion bash >> ~/.bashrc
 _framework_complete() {
@@ -86,6 +86,8 @@ def candidates(words: list[str], index: Index) -> list[str]:
     if not before:
         return starting(current, VERBS)
     verb = before[0]
+    if before == ["find"]:
+        return starting(current, ("lr", "batch_size"))
     if verb in WITH_OVERRIDES:
         return override(current, before[1:], index)
     if verb == "list":

@@ -52,7 +52,9 @@ class GraphedPass:
         captured.graph.replay()
         for parameter, gradient in zip(self.parameters(), captured.gradients, strict=True):
             parameter.grad = gradient
-        return Step(*(tensor.detach().clone() for tensor in captured.made))
+        loss, outputs, targets, values = captured.made.detach()
+        copies = {name: value.clone() for name, value in values.items()}
+        return Step(loss.clone(), outputs.clone(), targets.clone(), copies)
 
     def _beside(self, batch: Batch, share: Any) -> Step:
         """Run eagerly, on another stream than the default one, as what is captured later must have been."""

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from .device import CopyStream, channels_last
 from .errors import DataError, FrameworkError
 from .kinds import Shape
 from .memory import check_room
+from .ragged import GatheredSplit, RaggedSplit as RaggedSplit, WindowSplit as WindowSplit
 from .schema import NonNegativeFloat, NonNegativeInt, PositiveInt
 from .workers import (
     MEMORY,
@@ -54,6 +55,23 @@ class TensorSplit:
         return TensorSplit(*(tensor.to(device) for tensor in self.tensors))
 
 
+class Scale(NamedTuple):
+    """How amounts became the targets that a model is trained on: their logarithm, if `log`, less mean, over std."""
+
+    mean: float = 0.0
+    std: float = 1.0
+    log: bool = False
+
+    def there(self, amounts: Tensor) -> Tensor:
+        """Return amounts as targets."""
+        return ((amounts.log() if self.log else amounts) - self.mean) / self.std
+
+    def back(self, targets: Tensor) -> Tensor:
+        """Return targets, or outputs that predict them, as amounts in their own unit."""
+        amounts = targets * self.std + self.mean
+        return amounts.exp() if self.log else amounts
+
+
 class Data:
     """A data set. A plugin's `__init__` reads it and sets these attributes.
 
@@ -63,6 +81,8 @@ class Data:
         out_shape: (classes,) for classes, (labels,) for labels, (values,) for values.
         target: "class" (int64 index, shape ()), "labels" (0/1 floats, shape (labels,)), "value" (floats, (values,)).
         classes: the names of classes or labels, in the order of the outputs; empty for values.
+        columns: of a table with categories as indices, for each input: 0 for a number, n for an index from 0 to n - 1.
+        scale: how values were scaled; metrics and predictions are scaled back.
 
     Raises DataError when the data is missing, empty or malformed, with the file and what would be right.
     """
@@ -74,6 +94,8 @@ class Data:
     out_shape: Shape
     target: Target = "class"
     classes: Sequence[str] = ()
+    columns: Sequence[int] = ()
+    scale: Scale | None = None
 
     def facts(self) -> dict[str, Any]:
         """Return what `read_inputs` needs beyond the file (plain JSON types), kept in the run folder for `predict`."""
@@ -87,6 +109,16 @@ class Data:
         Raises DataError when the file cannot be read, and here, where no way of reading is known.
         """
         raise DataError(f"{path}: {cls.__name__} does not say how to read a file of inputs (`read_inputs`)")
+
+    @classmethod
+    def encode(cls, text: str, facts: dict[str, Any]) -> Tensor:
+        """Return a text as token ids, shape (length,). Raises DataError where the data are no texts to go on with."""
+        raise DataError(f"{cls.__name__} holds no text to go on with: --prompt is for language models")
+
+    @classmethod
+    def decode(cls, tokens: Sequence[int], facts: dict[str, Any]) -> str:
+        """Return the text of token ids."""
+        raise DataError(f"{cls.__name__} holds no text")
 
 
 def check_data(data: Data) -> None:
@@ -121,6 +153,7 @@ class Loader:
         on_bad_sample: Literal["raise", "skip"] = "raise",
         read: Literal["auto", "memory", "workers"] = "auto",
         channels_last: bool = False,
+        limit: PositiveInt | None = None,
         *,
         shuffle: bool = False,
         seed: int = 0,
@@ -140,6 +173,7 @@ class Loader:
                 are the same in all ways.
             channels_last: give images with the channels of a pixel side by side in memory, a format in which most
                 convolutional models are faster (`scripts/bench formats` measures it); the numbers differ by rounding.
+            limit: most batches of a training epoch, and of a validation or test: to try something out quickly.
         """
         in_memory = isinstance(split, torch.utils.data.TensorDataset)
         self.split: Split = TensorSplit(*split.tensors) if in_memory else split  # type: ignore[attr-defined]
@@ -148,12 +182,14 @@ class Loader:
         self.on_bad_sample, self.skipped = on_bad_sample, 0
         self.batch_size = batch_size if shuffle else eval_batch_size
         self.shuffle, self.seed = shuffle, seed
-        self.drop_last = drop_last and shuffle
+        self.drop_last, self.limit = drop_last and shuffle, limit
         if self.drop_last and len(split) < self.batch_size:
             raise DataError(f"drop_last leaves no batch: {len(split)} samples, batch_size {self.batch_size}")
         self.copies: CopyStream | None = None
         self.whole: SteadySamples | None = None  # what is to be read into memory
-        if read == "memory" and not isinstance(self.split, TensorSplit):
+        if read == "workers" and isinstance(self.split, GatheredSplit):
+            raise DataError(f"loader.read=workers: a {type(split).__name__} makes its batches in memory")
+        if read == "memory" and not isinstance(self.split, TensorSplit | GatheredSplit):
             if on_bad_sample == "skip":
                 raise DataError(f"{MEMORY} needs every sample: it does not go with loader.on_bad_sample=skip")
             self.whole = SteadySamples(self.split, 0, workers=workers)
@@ -165,6 +201,8 @@ class Loader:
             self.split, self.whole = TensorSplit(*read_whole(self.whole, self.workers, self.timeout_seconds)), None
         if self.tensors is not None:
             self.split = TensorSplit(*self.tensors).to(device)
+        elif isinstance(self.split, GatheredSplit):
+            self.split = self.split.to(device)
         elif device.type == "cuda":
             self.copies = CopyStream(device)
         return self
@@ -177,14 +215,17 @@ class Loader:
     def __len__(self) -> int:
         """The number of batches of an epoch."""
         full, rest = divmod(len(self.split), self.batch_size)
-        return full + (rest > 0 and not self.drop_last)
+        batches = full + (rest > 0 and not self.drop_last)
+        return batches if self.limit is None else min(batches, self.limit)
 
     @property
     def manner(self) -> str:
         """How batches are read, in words."""
         manner = "in memory, once it is read by " * (self.whole is not None)
         manner += f"torch's DataLoader, {self.workers or 'no'} workers"
-        if self.tensors is not None:
+        if isinstance(self.split, GatheredSplit):
+            manner = "in memory, gathered batch by batch"
+        elif self.tensors is not None:
             manner = f"in memory, {self._together(self.tensors)} batches a read"
         return manner + ", channels last" * self.channels_last
 
@@ -193,6 +234,9 @@ class Loader:
         indices = self._order(epoch)[: len(self) * self.batch_size]
         if self.tensors is not None:
             return self._gather(self.tensors, indices, start)
+        if isinstance(self.split, GatheredSplit):
+            rest = indices[start * self.batch_size :]
+            return map(self.split.gather, rest.split(self.batch_size) if len(rest) else ())
         return self._load(epoch, indices[start * self.batch_size :])
 
     def indices(self, epoch: int, start: int, batches: int) -> list[int]:
@@ -200,6 +244,9 @@ class Loader:
         return self._order(epoch)[start * self.batch_size : (start + batches) * self.batch_size].tolist()
 
     def _order(self, epoch: int) -> Tensor:
+        """Return the samples of an epoch in their order, a pure function of (seed, epoch)."""
+        if isinstance(self.split, GatheredSplit):
+            return self.split.order(self.seed, epoch, self.batch_size, self.shuffle)
         size = len(self.split)
         return seeds.order(self.seed, epoch, size) if self.shuffle else torch.arange(size)
 

@@ -85,7 +85,8 @@ class Evaluator:
         with self._inference():
             for batch in batches.epoch():
                 for part in self.micro_batches.split(self._place(batch)):
-                    measures.add(*self.task.step(self.model, part), self.task.count(part))
+                    loss, outputs, targets, values = self.task.step(self.model, part)
+                    measures.add(loss, outputs, targets, self.task.count(part), values)
             if measures.empty:
                 raise DataError("the data to measure on has no batch: it is empty")
             return measures.read()

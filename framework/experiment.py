@@ -13,14 +13,15 @@ from torch import nn
 
 from . import checkpoint, seeds
 from .batches import count_steps, count_total
-from .data import Data, Loader, check_data
+from .data import Data, Loader, Scale, check_data
 from .device import intra_op_threads, suitable_threads
 from .errors import BuildError, DataError, FrameworkError, RunError
+from .folds import take_fold
 from .introduction import first_batch, introduce
-from .metric import Metric
-from .optimizer import build_optimizer
+from .metric import InUnits, Metric
+from .optimizer import Parameters, build_optimizer
 from .probe import undisturbed
-from .registry import Maker
+from .registry import Maker, Registry
 from .resume import Resumed, chosen_checkpoint, find, fingerprint, last_values, open_folder, start_from
 from .run import RunFolder, dump, provenance, read_facts
 from .shapes import dry_run
@@ -47,14 +48,21 @@ class Experiment:
         self.data = build_data(spec) if data is None else data
         self.task: Task = spec.parts["task"]()
         self.task.check(self.data)
-        self.metrics = build_metrics(spec, self.data)
-        self.model = build_model(spec, self.data.in_shape, self.data.out_shape)
-        check_fit(self.model, self.data)
-        self.optimizer = build_optimizer(spec.parts["optimizer"], self.model.parameters())
+        self.metrics = build_metrics(spec, self.data, self.task)
+        self.out_shape = self.task.targets_of(self.data)[1]
+        self.model = build_model(spec, self.data.in_shape, self.out_shape, self.data.columns)
+        self.task.check_model(self.model)
+        check_fit(self.model, self.data, self.out_shape)
+        self.optimizer = build_optimizer(spec.parts["optimizer"], build_groups(spec, self.model))
+        self.transforms = [maker(self.data.in_shape, self.data.out_shape) for maker in spec.parts["transform"]]
         self.train_batches = self.batches("train")
         check_smallest_batch(self.model, self.train_batches)
         self.status = Status()
-        self.schedule = build_schedule(spec, count_steps(self.train_batches, spec.sections["trainer"]["accumulate"]))
+        limits = spec.sections["trainer"]
+        self.steps_per_epoch = count_steps(self.train_batches, limits["accumulate"])
+        self.total_steps = count_total(self.steps_per_epoch, limits["max_epochs"], limits["max_steps"])
+        scheduler = spec.parts["scheduler"]
+        self.schedule = None if scheduler is None else scheduler(self.total_steps)
 
     def batches(self, split: str) -> Loader:
         """Return the reader of a split. Raises DataError when the data has none of that name."""
@@ -69,7 +77,7 @@ class Experiment:
         trainer = Trainer(
             **self.spec.sections["trainer"],
             seed=self.spec.seed,
-            callbacks=[*(maker() for maker in parts["callback"]), self.status],
+            callbacks=[*self.transforms, *(maker() for maker in parts["callback"]), self.status],
             loggers=[maker() for maker in parts["logger"]],
         )
         trainer.metrics = self.metrics  # loggers are opened before `fit` and want their names
@@ -78,7 +86,8 @@ class Experiment:
     def threads(self) -> int:
         """Return how many threads an operation on the CPU may use."""
         loader, shape = self.spec.sections["loader"], self.data.in_shape
-        features = shape[0] if len(shape) == 3 else shape[-1]  # images have theirs first
+        tokens = len(shape) == 1 and not torch.as_tensor(self.data.train[0][0]).is_floating_point()
+        features = 1 if tokens else shape[0] if len(shape) == 3 else shape[-1]  # images have theirs first
         rows = loader["batch_size"] * math.prod(shape) // features
         return suitable_threads(self.model, rows, loader["workers"])
 
@@ -86,19 +95,18 @@ class Experiment:
         """Return what a run would be, without training."""
         from .plan import make_plan  # not at the top: a run does without tables
 
-        limits = self.spec.sections["trainer"]
-        steps_per_epoch = count_steps(self.train_batches, limits["accumulate"])
         return make_plan(
             self.model,
             first_batch(self.train_batches),
-            steps_per_epoch=steps_per_epoch,
-            total_steps=count_total(steps_per_epoch, limits["max_epochs"], limits["max_steps"]),
+            steps_per_epoch=self.steps_per_epoch,
+            total_steps=self.total_steps,
             task=self.task,
             optimizer=self.optimizer,
             schedule=self.schedule,
             data=self.data,
             threads=self.threads(),
             loader=self.train_batches.manner,
+            transforms=[repr(maker).partition("/")[2] for maker in self.spec.parts["transform"]],
         )
 
 
@@ -266,8 +274,12 @@ def check_same_data(run: Path, built: Experiment, inexact: bool) -> None:
 
 
 def facts_of(built: Experiment) -> dict[str, Any]:
-    facts: dict[str, Any] = {"in_shape": list(built.data.in_shape), "out_shape": list(built.data.out_shape)}
+    facts: dict[str, Any] = {"in_shape": list(built.data.in_shape), "out_shape": list(built.out_shape)}
     sizes = {name: len(split) for name in ("train", "val", "test") if (split := getattr(built.data, name, None))}
+    if built.data.columns:
+        facts["columns"] = list(built.data.columns)
+    if (scale := scale_of(built.data, built.task)) is not None:
+        facts["scale"] = list(scale)
     return facts | {"classes": list(built.data.classes), "samples": sizes, "data": built.data.facts()}
 
 
@@ -284,32 +296,52 @@ def describe_run(folder: RunFolder, built: Experiment, overrides: list[str]) -> 
 def build_data(spec: Spec) -> Data:
     data = spec.parts["data"]()
     check_data(data)
+    if spec.fold is not None:
+        take_fold(data, spec.fold)
     return data
 
 
-def build_metrics(spec: Spec, data: Data) -> list[Metric]:
-    """Build the metrics. Raises DataError for one that does not measure the data's kind of target."""
+def build_metrics(spec: Spec, data: Data, task: Task) -> list[Metric]:
+    """Build the metrics. Raises DataError for one that does not measure the task's kind of target."""
+    target, _ = task.targets_of(data)
     metrics = [maker() for maker in spec.parts["metric"]]
+    owner = type(data if target == data.target else task).__name__
     for maker, metric in zip(spec.parts["metric"], metrics, strict=True):
-        if data.target not in metric.targets:
-            fitting = [e.name for e in all_metrics(maker) if data.target in e.part.targets]  # type: ignore[attr-defined]
+        if target not in metric.targets:
+            fitting = [e.name for e in all_metrics(maker) if target in e.part.targets]  # type: ignore[attr-defined]
             raise DataError(
                 f"metrics={maker.entry.name}: it measures {' or '.join(metric.targets)} targets, but "
-                f"{type(data).__name__} has {data.target} targets: choose from {', '.join(fitting)}"
+                f"{owner} has {target} targets: choose from {', '.join(fitting)}"
             )
-    return metrics
+    scale = scale_of(data, task)
+    return metrics if scale is None else [InUnits(metric, scale) for metric in metrics]
+
+
+def scale_of(data: Data, task: Task) -> Scale | None:
+    """Return how the task's targets are scaled: None where they are not, or are not those of the data."""
+    return data.scale if task.targets_of(data) == (data.target, tuple(data.out_shape)) else None
 
 
 def all_metrics(maker: Maker) -> Iterator[Any]:
-    from .registry import Registry
-
     return (entry for entry in Registry.every[maker.entry.kind.name] if isinstance(entry.part, type))
 
 
-def build_model(spec: Spec, in_shape: Sequence[int], out_shape: Sequence[int]) -> nn.Module:
-    """Build the model from the seed's own stream, and fill its weights if an initializer is chosen."""
+def build_model(
+    spec: Spec, in_shape: Sequence[int], out_shape: Sequence[int], columns: Sequence[int] = ()
+) -> nn.Module:
+    """Build the model from the seed's own stream, and fill its weights if an initializer is chosen.
+
+    Raises BuildError when the data has indices of categories and the model would take them for amounts.
+    """
+    maker = spec.parts["model"]
+    if any(columns) and "columns" not in maker.entry.asks_for:
+        fitting = ", ".join(e.name for e in Registry.every["model"] if "columns" in e.asks_for) or "one with `columns`"
+        raise BuildError(
+            f"model={maker.entry.name} would take the data's indices of categories for amounts: "
+            f"choose one that embeds them ({fitting}), or have the data encode them one-hot"
+        )
     torch.manual_seed(seeds.derive(spec.seed, "init"))
-    model = spec.parts["model"](tuple(in_shape), tuple(out_shape))
+    model = maker(tuple(in_shape), tuple(out_shape), tuple(columns))
     if spec.parts["initializer"] is not None:
         for weight in model.parameters():
             if weight.ndim >= 2:  # the rest are biases and scales of norms
@@ -317,8 +349,12 @@ def build_model(spec: Spec, in_shape: Sequence[int], out_shape: Sequence[int]) -
     return model
 
 
-def check_fit(model: nn.Module, data: Data) -> None:
-    """Run one training sample through the model. Raises BuildError when the output has not the targets' shape."""
+def build_groups(spec: Spec, model: nn.Module) -> list[Any]:
+    return Parameters(**spec.sections["parameters"]).groups(model, spec.parts["optimizer"])
+
+
+def check_fit(model: nn.Module, data: Data, out_shape: Sequence[int]) -> None:
+    """Run one training sample through the model. Raises BuildError when the output has another shape than it must."""
     sample = torch.as_tensor(data.train[0][0]).unsqueeze(0)
     try:
         shape = tuple(dry_run(model, sample).shape[1:])
@@ -326,8 +362,8 @@ def check_fit(model: nn.Module, data: Data) -> None:
         raise
     except Exception as error:
         raise BuildError(f"{type(model).__name__} cannot take a sample of {type(data).__name__}: {error}") from error
-    if shape != tuple(data.out_shape):
-        raise BuildError(f"{type(model).__name__} gives outputs of shape {shape}; the data needs {data.out_shape}")
+    if shape != tuple(out_shape):
+        raise BuildError(f"{type(model).__name__} gives outputs of shape {shape}; the task needs {tuple(out_shape)}")
 
 
 def check_smallest_batch(model: nn.Module, batches: Loader) -> None:
@@ -346,13 +382,6 @@ def check_smallest_batch(model: nn.Module, batches: Loader) -> None:
         raise DataError(
             f"loader.batch_size={size} makes a batch of one sample{where}: {error}. A batch norm needs two"
         ) from error
-
-
-def build_schedule(spec: Spec, steps_per_epoch: int) -> Any:
-    if spec.parts["scheduler"] is None:
-        return None
-    limits = spec.sections["trainer"]
-    return spec.parts["scheduler"](count_total(steps_per_epoch, limits["max_epochs"], limits["max_steps"]))
 
 
 def load_weights(model: nn.Module, run: Path, which: str = "best") -> Path | None:

@@ -8,6 +8,8 @@ usage: framework VERB ...
   train       compose an experiment and train it
   resume      go on with a run that was cut off
   plan        the same, shown instead of trained
+  check       the same, tried in seconds: steps, saving, resuming, learning
+  find        a learning rate or a batch size, by trying them out
   eval        measure a trained run on a split of its data
   predict     run a trained model on a file
   list        the kinds of parts, or the parts of one
@@ -34,6 +36,8 @@ examples:
   framework train -m optimizer.lr=1e-4,1e-3 'seed=range(3)'
                                                     every combination in turn
   framework train -m 'seed=range(9)' resume=auto    those that are missing
+  framework train --repeat 5                        five seeds: mean and error
+  framework train --folds 5                         cross-validation
   framework train --plugins mine.py activation=mine parts of your own
 
 `framework list` names the parts, `framework show optimizer/sgd` the settings
@@ -55,6 +59,22 @@ examples:
 Prints layers with shapes, parameters and FLOPs, steps, the schedule as a
 curve, memory; trains nothing."""
 
+CHECK = """\
+examples:
+  framework check
+  framework check experiment=fashion_mnist_cnn
+Takes two steps and validates; saves after the first, resumes, and compares
+every weight; learns one batch by heart. Keeps nothing. Ends with status 0 when
+all of it went well."""
+
+FIND = """\
+examples:
+  framework find lr                                 digits, an MLP
+  framework find lr experiment=fashion_mnist_cnn optimizer=sgd
+  framework find batch_size experiment=fashion_mnist_cnn
+lr raises the learning rate with each of 100 steps, and shows where the loss
+falls; batch_size doubles it until memory is full or doubling is no gain."""
+
 EVAL = """\
 examples:
   framework eval runs/default/first
@@ -64,6 +84,7 @@ PREDICT = """\
 examples:
   framework predict runs/default/first --input new.npz --output labels.csv
   framework predict runs/table/first --input new.csv --output -
+  framework predict runs/lm_bpe/first --prompt "def " --length 300
 The input is read as the run's data set reads its own files."""
 
 LIST = """\

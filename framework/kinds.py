@@ -30,7 +30,7 @@ norms = registry(
 dropouts = registry("dropout", "p", "p", MODULE, doc="random zeroing with probability p, in training only")
 blocks = registry("block", "in_shape", base=MODULE, doc="a layer or group of layers; its output shape is measured")
 heads = registry("head", "in_shape out_shape", "in_shape out_shape", MODULE, doc="from features to the task's outputs")
-models = registry("model", "in_shape out_shape", "in_shape out_shape", MODULE, doc="a whole network")
+models = registry("model", "in_shape out_shape columns", "in_shape out_shape", MODULE, doc="a whole network")
 losses = registry("loss", base=MODULE, doc="mean loss of (outputs, targets)")
 tasks = registry("task", base="framework.task.Task", doc="what one training step means")
 metrics = registry(
@@ -39,6 +39,9 @@ metrics = registry(
 optimizers = registry("optimizer", "params", "params", "torch.optim.optimizer.Optimizer", doc="the update rule")
 schedulers = registry(
     "scheduler", "total_steps", "total_steps", doc="factor on the learning rate, a function of the step"
+)
+transforms = registry(
+    "transform", "in_shape out_shape", base="framework.transform.Transform", many=True, doc="changes training batches"
 )
 datasets = registry("data", base="framework.data.Data", doc="a data set with its splits")
 callbacks = registry("callback", base="framework.callback.Callback", many=True, doc="listens to the events of training")
@@ -51,3 +54,4 @@ Dropout = Annotated[Callable[..., Any], PartOf("dropout")]
 Block = Annotated[Callable[..., Any], PartOf("block")]
 Head = Annotated[Callable[..., Any], PartOf("head")]
 Loss = Annotated[Callable[..., Any], PartOf("loss")]
+Augmentation = Annotated[Callable[..., Any], PartOf("transform")]

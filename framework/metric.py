@@ -1,11 +1,13 @@
 """The contract of a metric: sums that add over batches, and a formula over the sums."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .data import Scale
 
 
 class Metric:
@@ -32,6 +34,20 @@ class Metric:
         raise NotImplementedError
 
 
+class InUnits(Metric):
+    """A metric of values that a model is trained on scaled: it sees them in their own unit."""
+
+    def __init__(self, metric: Metric, scale: Scale):
+        self.metric, self.scale, self.name = metric, scale, metric.name
+        self.better, self.targets = metric.better, metric.targets  # type: ignore[misc]
+
+    def sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self.metric.sums(self.scale.back(outputs), self.scale.back(targets))
+
+    def compute(self, sums: Tensor) -> float:
+        return self.metric.compute(sums)
+
+
 class Held(NamedTuple):
     """A batch that is not summed up yet; without outputs and targets where no metric asks for them."""
 
@@ -39,13 +55,14 @@ class Held(NamedTuple):
     items: int | Tensor
     outputs: Tensor | None
     targets: Tensor | None
+    values: Mapping[str, Tensor] = {}
 
     def form(self) -> Any:
         """Equal for batches that can be put together along their first axis."""
         return [(t.shape[1:], t.dtype) for t in (self.outputs, self.targets) if t is not None]
 
 
-Mark = tuple[Tensor, list[Tensor], list[Held], int]
+Mark = tuple[Tensor, list[Tensor], dict[str, Tensor], list[Held], int]
 
 
 def together(tensors: Sequence[Tensor | None]) -> Tensor:
@@ -69,16 +86,29 @@ class Measures:
         self.dtype = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
         self.loss = torch.zeros(2, dtype=self.dtype, device=device)
         self.sums: list[Tensor] = []
+        self.values: dict[str, Tensor] = {}  # of each name the sum, and over how many items
         self.held: list[Held] = []
         self.numbers = 0
 
-    def add(self, loss: Tensor, outputs: Tensor, targets: Tensor, count: int | Tensor) -> None:
-        """Add a batch: its mean loss over `count` items, its outputs and targets. Reads nothing off the device."""
-        one = Held(loss.detach(), count, *((outputs.detach(), targets) if self.metrics else (None, None)))
+    def add(
+        self,
+        loss: Tensor,
+        outputs: Tensor | None,
+        targets: Tensor | None,
+        count: int | Tensor,
+        values: Mapping[str, Tensor] = {},
+    ) -> None:
+        """Add a batch: its mean loss over `count` items, its outputs and targets. Reads nothing off the device.
+
+        outputs, targets: None where no metric shall see them. values: other means over the items, by name.
+        """
+        seen = (outputs.detach(), targets) if self.metrics and outputs is not None else (None, None)
+        means = {name: value.detach() for name, value in values.items()}
+        one = Held(loss.detach(), count, seen[0], seen[1], means)
         if self.held and one.form() != self.held[0].form():
             self._sum_up()
         self.held.append(one)
-        self.numbers += 0 if one.outputs is None else outputs.numel()
+        self.numbers += 0 if one.outputs is None else one.outputs.numel()
         if len(self.held) >= self.hold or self.numbers > self.large:
             self._sum_up()
 
@@ -98,6 +128,12 @@ class Measures:
             targets = together([one.targets for one in self.held])
             fresh = [metric.sums(outputs, targets).to(self.dtype) for metric in self.metrics]
             self.sums = [a + b for a, b in zip(self.sums, fresh, strict=True)] if self.sums else fresh
+        for name in dict.fromkeys(name for one in self.held for name in one.values):
+            there = [one for one in self.held if name in one.values]
+            weights = torch.stack([torch.as_tensor(one.items).to(self.loss) for one in there])
+            means = torch.stack([one.values[name].to(self.dtype) for one in there])
+            total = torch.stack([(means * weights).sum(), weights.sum()])
+            self.values[name] = self.values[name] + total if name in self.values else total
         self.held, self.numbers = [], 0
 
     @property
@@ -108,39 +144,41 @@ class Measures:
     def read(self) -> dict[str, float]:
         """Return {"loss": ..., "accuracy": ...} over what was added, in one transfer, and begin anew."""
         self._sum_up()
-        sizes = [2, *(total.numel() for total in self.sums)]
-        flat = torch.cat([self.loss, *(total.reshape(-1) for total in self.sums)]).to("cpu", torch.float64)
-        parts = flat.split(sizes)
-        values = {"loss": float(parts[0][0] / parts[0][1])}
-        for metric, total, part in zip(self.metrics, self.sums, parts[1:], strict=False):
+        totals = [self.loss, *self.values.values(), *(total.reshape(-1) for total in self.sums)]
+        parts = torch.cat(totals).to("cpu", torch.float64).split([total.numel() for total in totals])
+        values = {name: float(part[0] / part[1]) for name, part in zip(["loss", *self.values], parts, strict=False)}
+        for metric, total, part in zip(self.metrics, self.sums, parts[len(values) :], strict=False):
             values[metric.name] = metric.compute(part.reshape(total.shape))
         self.loss.zero_()
-        self.sums = []
+        self.sums, self.values = [], {}
         return values
 
     def mark(self) -> Mark:
         """Return where the sums stand, for `undo`."""
-        return self.loss.clone(), list(self.sums), list(self.held), self.numbers
+        return self.loss.clone(), list(self.sums), dict(self.values), list(self.held), self.numbers
 
     def undo(self, mark: Mark) -> None:
         """Forget what was added since the mark."""
-        loss, sums, held, self.numbers = mark
+        loss, sums, values, held, self.numbers = mark
         self.loss.copy_(loss)
-        self.sums, self.held = list(sums), list(held)
+        self.sums, self.values, self.held = list(sums), dict(values), list(held)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums since the last reading, and what is held back, as few tensors."""
         names = [metric.name for metric in self.metrics]
         sums = [total.clone() for total in self.sums]
         state: dict[str, Any] = {"loss": self.loss.clone(), "sums": sums, "metrics": names}
+        state |= {"values": dict(self.values)} if self.values else {}
         if self.held:
             state["held"] = {
                 "losses": torch.stack([one.loss for one in self.held]),
                 "counts": [one.items for one in self.held],
                 "sizes": [0 if one.outputs is None else len(one.outputs) for one in self.held],
-                "outputs": together([one.outputs for one in self.held]) if self.metrics else None,
-                "targets": together([one.targets for one in self.held]) if self.metrics else None,
+                "outputs": None if self.held[0].outputs is None else together([one.outputs for one in self.held]),
+                "targets": None if self.held[0].targets is None else together([one.targets for one in self.held]),
             }
+            if any(one.values for one in self.held):
+                state["held"]["values"] = [dict(one.values) for one in self.held]
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -148,10 +186,13 @@ class Measures:
         self.loss.copy_(state["loss"])
         same = state["metrics"] == [metric.name for metric in self.metrics]
         self.sums = [total.to(self.loss) for total in state["sums"]] if same else []
+        self.values = {name: total.to(self.loss) for name, total in state.get("values", {}).items()}
         held = state.get("held", {"losses": (), "counts": (), "sizes": ()})
         parts: list[Any] = [[None] * len(held["sizes"])] * 2
         if same and held.get("outputs") is not None:
             parts = [held[name].to(self.loss.device).split(held["sizes"]) for name in ("outputs", "targets")]
         losses = (loss.to(self.loss.device) for loss in held["losses"])
-        self.held = [Held(*one) for one in zip(losses, held["counts"], *parts, strict=True)]
+        kept = held.get("values", [{}] * len(held["sizes"]))
+        values = ({name: value.to(self.loss.device) for name, value in each.items()} for each in kept)
+        self.held = [Held(*one) for one in zip(losses, held["counts"], *parts, values, strict=True)]
         self.numbers = sum(one.outputs.numel() for one in self.held if one.outputs is not None)

@@ -8,18 +8,82 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from functools import partial, wraps
 from importlib.abc import MetaPathFinder
-from typing import Any
+from itertools import groupby
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .errors import SettingError, did_you_mean
 from .registry import Maker
+from .schema import PositiveFloat, Range
 
 COMPILER = "torch._dynamo"
+
+
+class Parameters:
+    """How the parameters of a model differ in training: makes the groups that the optimizer is built with."""
+
+    def __init__(
+        self,
+        decay: Literal["weights", "all"] = "weights",
+        rates: dict[str, PositiveFloat] | None = None,
+        layer_decay: Annotated[float, Range("(0, 1]")] = 1.0,
+    ):
+        """Say which are decayed, and how fast each learns.
+
+        Args:
+            decay: which ones the optimizer's weight_decay is for: weights (matrices and kernels, neither biases nor the
+                scales of norms: all with two axes or more), or all.
+            rates: factors on the learning rate by patterns of names as `plan` shows them, e.g. {head.*: 10}; of
+                several patterns that fit the first counts.
+            layer_decay: factor on the learning rate from a layer to the one before it, the last one keeping its own
+                (Howard and Ruder 2018, arXiv:1801.06146, section 3.2). A layer is a numbered module, such as blocks.3.
+        """
+        self.decay, self.rates, self.layer_decay = decay, rates or {}, layer_decay
+
+    def groups(self, model: nn.Module, maker: Maker) -> list[Any]:
+        """Return the parameters as an optimizer of that maker takes them: groups, where they differ.
+
+        Groups keep the order of the model, for optimizers to which it means something. Raises SettingError for a
+        pattern that fits no parameter.
+        """
+        names, known = list(dict(model.named_parameters())), maker.entry.settings
+        settings = {name: maker.settings.get(name, setting.default) for name, setting in known.items()}
+        factors, spared = self.factors(names), self.decay == "weights" and bool(settings.get("weight_decay"))
+        found: list[dict[str, Any]] = []
+        for factor, run in groupby(names, factors.__getitem__):
+            each = {name: model.get_parameter(name) for name in run}
+            for name, few in (("weights", False), ("biases and norms", True)) if spared else (("all", None),):
+                chosen = [p for p in each.values() if few is None or (p.ndim < 2) == few]
+                group: dict[str, Any] = {"params": chosen, "name": name if factor == 1 else f"{name} x {factor:.3g}"}
+                group |= {"weight_decay": 0.0} if few else {}
+                found += [group | ({} if factor == 1 else {"lr": settings["lr"] * factor})] if chosen else []
+        plain = len(found) == 1 and not found[0].keys() & {"lr", "weight_decay"}
+        return found[0]["params"] if plain else found
+
+    def factors(self, names: list[str]) -> dict[str, float]:
+        """Return the factor on the learning rate of each parameter."""
+        layers = list(dict.fromkeys(map(layer_of, names)))
+        depth = {name: len(layers) - 1 - layers.index(layer_of(name)) for name in names}
+        for pattern in self.rates:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                said = did_you_mean(pattern, names, most=10)
+                raise SettingError(f"parameters.rates: no parameter fits {pattern!r}; {said}")
+        first = {n: next((f for p, f in self.rates.items() if fnmatchcase(n, p)), 1.0) for n in names}
+        return {name: first[name] * self.layer_decay ** depth[name] for name in names}
+
+
+def layer_of(name: str) -> str:
+    """Return the layer of a parameter: its name up to the first number, or else its first word."""
+    words = name.split(".")
+    number = next((place for place, word in enumerate(words) if word.isdigit()), 0)
+    return ".".join(words[: number + 1])
 
 
 def build_optimizer(maker: Maker, params: Iterable[Any]) -> Optimizer:

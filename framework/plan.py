@@ -1,5 +1,6 @@
 """A run before it runs: layers with shapes and costs, steps, the schedule as a curve, memory. Nothing is trained."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from .task import Task
 
 Schedule = Callable[[int], float]  # step to factor on the learning rate
 MOST_ROWS = 40
+MOST_GROUPS = 8
 CURVE = (60, 4)  # characters; a braille character has 2 by 4 dots
 MOST_POINTS = 10_000
 
@@ -27,6 +29,16 @@ class Split:
     name: str
     samples: int
     bytes: int | None
+
+
+@dataclass
+class ParameterGroup:
+    """Parameters that the optimizer treats alike: how many numbers, and what is theirs alone."""
+
+    name: str
+    parameters: int
+    lr_factor: float
+    weight_decay: float
 
 
 @dataclass
@@ -75,6 +87,8 @@ class Plan:
     total_steps: int
     memory: Memory
     optimizer: str | None = None
+    groups: list[ParameterGroup] = field(default_factory=list)
+    transforms: list[str] = field(default_factory=list)
     curve: Curve | None = None
     splits: list[Split] = field(default_factory=list)
     threads: int | None = None
@@ -93,6 +107,7 @@ def make_plan(
     data: Data | None = None,
     threads: int | None = None,
     loader: str | None = None,
+    transforms: Sequence[str] = (),
 ) -> Plan:
     """Return the plan of a run.
 
@@ -103,6 +118,7 @@ def make_plan(
         schedule: the factor on the learning rate, by step.
         threads: that an operation may use on the CPU.
         loader: how batches are read, in words.
+        transforms: of training batches, in words.
     """
     layers, unused = read_layers(model, batch, task)
     every = list(model.parameters())
@@ -127,6 +143,8 @@ def make_plan(
         total_steps=total_steps,
         memory=memory,
         optimizer=None if optimizer is None else type(optimizer).__name__,
+        groups=[] if optimizer is None else read_groups(optimizer),
+        transforms=list(transforms),
         curve=read_curve(optimizer, schedule, total_steps),
         splits=[Split(name, len(split), split_bytes(split)) for name, split in named if split is not None],
         threads=threads,
@@ -135,11 +153,10 @@ def make_plan(
 
 
 def read_curve(optimizer: Optimizer | None, schedule: Schedule | None, total_steps: int) -> Curve | None:
-    """Return the learning rate of the first parameter group over the run."""
+    """Return the learning rate over the run: the optimizer's own, of which a group may have its factor."""
     if optimizer is None or total_steps < 1:
         return None
-    group = optimizer.param_groups[0]
-    base = float(group.get("initial_lr", group["lr"]))
+    base = base_rate(optimizer)
     points = min(total_steps, MOST_POINTS)
     steps = [round(i * (total_steps - 1) / max(points - 1, 1)) for i in range(points)]
     rates = [base * (1.0 if schedule is None else float(schedule(step))) for step in steps]
@@ -147,6 +164,21 @@ def read_curve(optimizer: Optimizer | None, schedule: Schedule | None, total_ste
     columns = min(points, 2 * CURVE[0])
     shown = [rates[round(i * (points - 1) / max(columns - 1, 1))] for i in range(columns)]
     return Curve(rates[0], rates[peak], steps[peak], rates[-1], shown)
+
+
+def base_rate(optimizer: Optimizer) -> float:
+    return float(optimizer.defaults.get("lr", optimizer.param_groups[0]["lr"]))
+
+
+def read_groups(optimizer: Optimizer) -> list[ParameterGroup]:
+    """Return the groups; those of `Parameters` have names, which may end in their factor."""
+    base, found = base_rate(optimizer), []
+    for number, group in enumerate(optimizer.param_groups, 1):
+        name = str(group.get("name", number if len(optimizer.param_groups) > 1 else "all")).partition(" x ")[0]
+        factor = float(group.get("initial_lr", group["lr"])) / base if base else 1.0
+        size = sum(parameter.numel() for parameter in group["params"])
+        found.append(ParameterGroup(name, size, factor, float(group.get("weight_decay", 0.0))))
+    return found
 
 
 def split_bytes(split: Any) -> int | None:
@@ -247,6 +279,11 @@ def fact_lines(plan: Plan) -> list[tuple[str, str]]:
     cost = f"{count_text(plan.flops)} FLOPs a sample forward (multiply-add: 2), about {training} to train"
     lines.append(("cost", cost))
     lines.append(("memory", memory_text(plan)))
+    if plan.groups:
+        more = [f"and {len(plan.groups) - MOST_GROUPS} groups more"] if len(plan.groups) > MOST_GROUPS else []
+        lines.append(("trained", "\n".join([*map(group_text, plan.groups[:MOST_GROUPS]), *more])))
+    if plan.transforms:
+        lines.append(("transforms", ", ".join(plan.transforms)))
     if plan.loader is not None:
         lines.append(("loader", plan.loader))
     if plan.threads is not None:
@@ -262,6 +299,13 @@ def fact_lines(plan: Plan) -> list[tuple[str, str]]:
 def split_text(split: Split) -> str:
     size = "" if split.bytes is None else f" ({bytes_text(split.bytes)})"
     return f"{split.name} {split.samples:,}{size}"
+
+
+def group_text(group: ParameterGroup) -> str:
+    """Write: biases and norms: 650, lr x 0.5, no weight decay."""
+    rate = "" if math.isclose(group.lr_factor, 1.0) else f", lr x {group.lr_factor:.3g}"
+    decay = f"weight decay {group.weight_decay:.3g}" if group.weight_decay else "no weight decay"
+    return f"{group.name}: {group.parameters:,}{rate}, {decay}"
 
 
 def memory_text(plan: Plan) -> str:

@@ -5,7 +5,7 @@ variables. So each file is checked when Hydra reads it: it may choose parts and 
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -102,6 +102,9 @@ def check_file(file: Path, config_path: str, package: str, content: Any) -> Iter
     defaults = content.get("defaults")
     for entry in defaults if isinstance(defaults, list) else ():
         yield from (f"{shorter(file)}:{line_with(file, text)}: {said}" for text, said in check_entry(entry))
+    for key, registry in kinds.items():
+        if registry.kind.many and isinstance(content.get(key), list) and (strange := unnamed(content[key])):
+            yield f"{shorter(file)}:{line_of(file, (key,))}: {key}: {strange[0]} is no name, nor {{name: ..., ...}}"
     for path in paths(content):
         if IMPORTS & set(path):
             yield f"{'.'.join(path)}: {TARGET} ({shorter(file)}:{line_of(file, path)})"
@@ -122,17 +125,22 @@ def check_entry(entry: Any) -> Iterator[tuple[str, str]]:
 
 
 def choose(content: dict[str, Any]) -> dict[str, Any]:
-    """Turn `optimizer: sgd`, `optimizer: {name: sgd, lr: 0.1}` and `metrics: [f1]` into choices of the defaults list.
+    """Turn `optimizer: sgd`, `optimizer: {name: sgd, lr: 0.1}`, `metrics: [f1, {name: top_k, k: 3}]` into choices.
 
-    There the command line can choose otherwise, and the settings of what was chosen before do not linger.
+    In the defaults list the command line can choose otherwise; the settings of what was chosen before do not linger.
     """
-    defaults, rest, chosen = list(content.get("defaults") or ()), dict(content), []
+    defaults, rest = list(content.get("defaults") or ()), dict(content)
+    chosen: list[dict[str, Any]] = []
     listed = {str(key).split("/")[-1] for entry in defaults if isinstance(entry, Mapping) for key in entry}
     for kind in [registry.kind for registry in Registry.every.values()]:
         key, value = kind.key, rest.get(kind.key, {})
         if kind.many:
-            if isinstance(value, list) and key not in listed:
-                chosen.append({f"override /{key}": rest.pop(key)})
+            if isinstance(value, list) and key not in listed and not unnamed(value):
+                parts = [dict(one) if isinstance(one, Mapping) else {"name": one} for one in rest.pop(key)]
+                names = [part.pop("name") for part in parts]
+                chosen.append({f"override /{key}": names})
+                settings = {name: part for name, part in zip(names, parts, strict=True) if part}
+                rest.update({key: settings} if settings else {})
             continue
         settings = dict(value) if isinstance(value, Mapping) else {"name": value}
         if "name" in settings and key not in listed:
@@ -142,6 +150,11 @@ def choose(content: dict[str, Any]) -> dict[str, Any]:
         first_override = next((n for n, entry in enumerate(defaults) if "override " in str(entry)), len(defaults))
         defaults.insert(first_override, "_self_")
     return rest | {"defaults": [*defaults, *chosen]} if chosen else content
+
+
+def unnamed(parts: Sequence[Any]) -> list[Any]:
+    """Return what in a list of parts is neither a name nor settings with one."""
+    return [part for part in parts if not isinstance(part.get("name") if isinstance(part, Mapping) else part, str)]
 
 
 def experiments_in(folders: Iterable[Path]) -> list[str]:

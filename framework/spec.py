@@ -8,6 +8,7 @@ from typing import Any
 
 from .data import Loader
 from .errors import ConfigError, FrameworkError, SettingError, did_you_mean
+from .optimizer import Parameters
 from .registry import Entry, Kind, Maker, Registry, with_article
 from .run import RunFolder
 from .schema import Setting, read_settings
@@ -15,16 +16,23 @@ from .trainer import Trainer
 from .tuning.settings import Sweep
 
 Settings = Mapping[str, Setting]
-DIRECT = ("model", "data", "task", "optimizer", "scheduler", "metric", "callback", "logger", "initializer")
+DIRECT = ("model", "data", "task", "optimizer", "scheduler", "metric", "transform", "callback", "logger", "initializer")
 """Kinds that an experiment builds itself; a choice of any other kind is for the parts that ask for one."""
 
-SECTIONS: dict[str, Callable] = {"trainer": Trainer, "loader": Loader, "run": RunFolder, "sweep": Sweep}
+SECTIONS: dict[str, Callable] = {
+    "trainer": Trainer,
+    "parameters": Parameters,
+    "loader": Loader,
+    "run": RunFolder,
+    "sweep": Sweep,
+}
 AROUND = ("sweep",)  # no part of the experiment itself: a run does not depend on it
 GIVEN = ("seed", "callbacks", "loggers", "folder", "split", "shuffle", "experiment")
 PLAIN = {
     "seed": Setting("seed", int, 0, "of everything random: initial weights, order of samples, dropout"),
     "plugins": Setting("plugins", list[str], [], "files, folders or modules with parts of your own"),
     "resume": Setting("resume", str, "never", "never, auto (the same command again goes on), or the folder of a run"),
+    "fold": Setting("fold", str | None, None, "K/N: validate on the K-th of N folds of training and validation data"),
     "init_from": Setting("init_from", str | None, None, "a run, checkpoint or .safetensors file to take weights from"),
 }
 
@@ -49,6 +57,7 @@ class Spec:
     plugins: list[str] = field(default_factory=list)
     resume: str = "never"
     init_from: str | None = None
+    fold: str | None = None
     tree: dict[str, Any] = field(default_factory=dict)
 
 
@@ -258,6 +267,8 @@ class Reader:
                 tree[key] = plain(made)
         for name, settings in [pair for pair in spec.sections.items() if pair[0] not in AROUND]:
             tree[name] = {key: plain(settings.get(key, s.default)) for key, s in section_settings(name).items()}
+        if spec.fold is not None:
+            tree["fold"] = spec.fold
         return tree | {"seed": spec.seed, "plugins": spec.plugins, "init_from": spec.init_from}
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .data import Loader
+from .data import Loader, Scale
 from .errors import DataError, RunError
 from .experiment import build_data, build_metrics, build_model, load_weights
 from .run import read_config, read_facts
@@ -38,7 +38,7 @@ class Trained:
         if chosen is None:
             raise DataError(f"{type(data).__name__} has no {split} split")
         loader = Loader(chosen, **self.spec.sections["loader"], seed=self.spec.seed)
-        metrics = build_metrics(self.spec, data)
+        metrics = build_metrics(self.spec, data, self.task)
         return self.trainer().evaluate(loader, model=self.model, task=self.task, metrics=metrics, name=split)
 
     def read_inputs(self, file: Path) -> Tensor:
@@ -54,14 +54,16 @@ class Trained:
     def predict(self, inputs: Tensor) -> dict[str, Any]:
         """Return the task's predictions, columns by name."""
         batch_size = self.spec.sections["loader"]["eval_batch_size"]
-        return self.task.predict(self.trainer().predict(inputs, model=self.model, batch_size=batch_size))
+        outputs = self.trainer().predict(inputs, model=self.model, batch_size=batch_size)
+        scale = self.facts.get("scale")
+        return self.task.predict(outputs if scale is None else Scale(*scale).back(outputs))
 
 
 def open_run(run: Path, which: str = "best") -> Trained:
     """Read a run folder back. Raises RunError when it is none or has no checkpoint, ConfigError when a part is gone."""
     spec = read_spec(read_config(run), lambda path: f"{run}/config.yaml")
     facts = read_facts(run)
-    model = build_model(spec, facts["in_shape"], facts["out_shape"])
+    model = build_model(spec, facts["in_shape"], facts["out_shape"], facts.get("columns", ()))
     chosen = load_weights(model, run, which)
     if chosen is None:
         raise RunError(f"{run} has no checkpoint: was it trained with callbacks.checkpoint?")

@@ -33,6 +33,7 @@ from .scheduler import Schedule
 from .schema import PositiveInt, check_arguments
 from .state import Cadence, Every, State
 from .task import Task
+from .transform import transformed, transforms_of
 
 
 class Trainer(Evaluator):
@@ -82,7 +83,7 @@ class Trainer(Evaluator):
             deterministic: only deterministic algorithms; slower, and an error where torch has none.
             profile: follow 50 early steps: print where their time went, and write a trace into the folder.
             seed: of everything random while training (dropout), and of the order of samples.
-            callbacks: called in this order at the events of `callback.py`.
+            callbacks: called in this order at the events of `callback.py`; transforms of batches are some.
             loggers: get every scalar, text and picture.
             folder: of the run, for callbacks and loggers that write files.
 
@@ -101,7 +102,7 @@ class Trainer(Evaluator):
         self.callbacks, self.loggers = list(callbacks), list(loggers)
         self.state, self.clock = State(), Clock()
         self.schedule: Callable[[int], float] | None = None
-        self._listeners = listeners(self.callbacks)
+        self._listeners, self._transforms = listeners(self.callbacks), transforms_of(self.callbacks)
         self.manifest: dict[str, Any] = {}
         self.resumed_from: int | None = None
         self._record: dict[str, float | Tensor] = {}
@@ -156,6 +157,8 @@ class Trainer(Evaluator):
     ) -> None:
         """Take what `fit` was given, up to the first step."""
         self._use(model, task)
+        if self.task.phases and self.compile not in ("off", "model"):
+            raise SettingError(f"compile={self.compile}: {type(self.task).__name__} updates in phases: compile=off")
         self.optimizer, self.schedule = optimizer, schedule
         if isinstance(data, Data):
             check_data(data)
@@ -242,20 +245,24 @@ class Trainer(Evaluator):
         raise DataError(f"epoch {state.epoch + 1} of the training data ended after {state.batch} batches; {expected}")
 
     def _step(self, window: list[Batch]) -> None:
-        """The training step: the gradients of all its batches (`backward.py`), then one update, compiled or not."""
+        """The training step: the gradients of all its batches (`backward.py`), then one update, compiled or not.
+
+        In a task of several phases, the same for each of them in turn.
+        """
         self.at_boundary = False
         self._emit("step_start")
         with self.clock.detail("copy"):
-            batches = [self._place(batch) for batch in window]
+            batches = [transformed(self._place(batch), self._transforms) for batch in window]
         self._set_learning_rate()
-        self.loss = self._backward(batches)
-        if not self._backward.updated:
-            self.precision.unscale(self.optimizer)
-            self._emit("gradients")
-            with self.clock.detail("optimizer"):
-                self.precision.step(self.optimizer, self._update)
-        for parameter in self._backward.parameters:
-            parameter.grad = None
+        for phase in self.task.phases or (None,):
+            self.loss = self._backward(batches) if phase is None else self._backward.in_phase(phase, batches)
+            if not self._backward.updated:
+                self.precision.unscale(self.optimizer)
+                self._emit("gradients")
+                with self.clock.detail("optimizer"):
+                    self.precision.step(self.optimizer, self._update)
+            for parameter in self._backward.parameters:
+                parameter.grad = None
 
     def counted(self, window: list[Batch], last: bool) -> None:
         """Count a step that is done."""

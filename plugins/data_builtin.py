@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from framework_plugins.arrays import ArrayData
+from framework_plugins.arrays import ArrayData, as_batch_of, read_array, standardise
 from torch import Tensor
+from torch.nn import functional as F
 
 from framework import NonNegativeFloat, PositiveFloat, PositiveInt, Range, Rate, datasets, seeds
 
@@ -19,6 +20,7 @@ class Digits(ArrayData):
     def __init__(
         self,
         image: bool = False,
+        size: PositiveInt | None = None,
         val_fraction: Rate = 0.15,
         test_fraction: Rate = 0.15,
         split_seed: int = 0,
@@ -28,6 +30,8 @@ class Digits(ArrayData):
 
         Args:
             image: inputs of shape (1, 8, 8), for convolutions, in place of (64,).
+            size: pictures are scaled to this height and width, inputs then being (1, size, size) with or without
+                `image`: 28 for a model that was trained on Fashion-MNIST.
             val_fraction: share of the rows drawn for validation, in the proportions of the classes.
             test_fraction: share of the rows drawn for the test.
             split_seed: seed of the drawing.
@@ -35,7 +39,7 @@ class Digits(ArrayData):
         """
         pixels, labels = read_digits()
         super().__init__(
-            pixels.reshape(-1, 1, 8, 8) if image else pixels,
+            scaled(pixels, size) if size else pixels.reshape(-1, 1, 8, 8) if image else pixels,
             labels,
             val_fraction=val_fraction,
             test_fraction=test_fraction,
@@ -45,6 +49,20 @@ class Digits(ArrayData):
             unit=16.0,
             name="digits",
         )
+
+    @classmethod
+    def read_inputs(cls, path: Path, facts: dict[str, Any]) -> Tensor:
+        """Read pictures of 8x8 pixels from 0 to 16, or of the size that the model takes."""
+        rows, wanted = read_array(path, facts.get("array")), facts["in_shape"]
+        if math.prod(rows.shape[1:]) == 64 and math.prod(wanted) != 64:
+            rows = scaled(rows, wanted[-1])
+        return standardise(as_batch_of(rows, wanted, path), facts)
+
+
+def scaled(pixels: Any, size: int) -> Tensor:
+    """Return 8x8 pictures (rows, 64) as (rows, 1, size, size), pixels in between interpolated linearly."""
+    pictures = torch.as_tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8)
+    return F.interpolate(pictures, (size, size), mode="bilinear", align_corners=False)
 
 
 def read_digits() -> tuple[Any, Any]:

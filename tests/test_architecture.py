@@ -17,7 +17,19 @@ ROOT = Path(framework.__file__).parent.parent
 FLOORS = {
     "stdlib": ["errors", "schema", "registry", "kinds"],
     "ground work": ["discovery", "seeds", "state", "shapes", "workers", "device", "memory", "clock"],
-    "contracts": ["data", "metric", "task", "scheduler", "optimizer", "fused", "pure", "logger", "callback"],
+    "contracts": [
+        "data",
+        "ragged",
+        "metric",
+        "task",
+        "scheduler",
+        "optimizer",
+        "fused",
+        "pure",
+        "logger",
+        "callback",
+        "transform",
+    ],
     "engines": [
         "trainer",
         "evaluator",
@@ -38,6 +50,7 @@ FLOORS = {
     ],
     "assembly": [
         "experiment",
+        "folds",
         "introduction",
         "resume",
         "trained",
@@ -49,17 +62,23 @@ FLOORS = {
         "store",
         "index",
     ],
-    "doors": ["cli", "help", "describe", "completion", "report", "board", "__main__", "__init__"],
+    "doors": ["cli", "arguments", "help", "describe", "completion", "report", "board", "__main__", "__init__"],
 }
 LIGHT = {"tuning.settings", "tuning.hydra_parts"}  # what every command line imports of the package `tuning`
 FLOOR = {module: number for number, modules in enumerate(FLOORS.values()) for module in modules}
-FILE_LINES, FUNCTION_LINES, MEDIAN_LINES, FRAMEWORK_CODE_LINES = 400, 60, 10, 5800
-TUNING_CODE_LINES = 2600
+FILE_LINES, FUNCTION_LINES, MEDIAN_LINES, FRAMEWORK_CODE_LINES = 400, 60, 10, 6300
+TUNING_CODE_LINES = 2750
 SIBLINGS = {  # plugin files that may import others: what several kinds of data set need
     "data_arrays": {"arrays"},
+    "data_audio": {"arrays", "data_images"},
     "data_builtin": {"arrays"},
     "data_images": {"arrays"},
+    "data_series": {"arrays", "tables"},
+    "data_language": {"arrays"},
     "data_tables": {"arrays", "tables"},
+    "data_text": {"arrays"},
+    "representation": {"tasks"},
+    "wrappers": {"averaging"},
 }
 
 CORE = sorted((ROOT / "framework").glob("*.py"))
@@ -148,7 +167,8 @@ def test_the_framework_as_a_whole_is_small():
 def test_a_single_run_does_without_tuning(file):
     """It is a package on top; what stands in the core of it are the settings of a sweep, and its parts for Hydra."""
     used = {name for name in core_imports(file) if name.startswith("tuning") and name not in LIGHT}
-    assert used <= ({"tuning.sweep"} if file.stem == "compose" else set()), "compose goes there, for `train -m`"
+    doors = {"compose": {"tuning.sweep"}, "cli": {"tuning.finders", "tuning.preflight"}}  # train -m, find and check
+    assert used <= doors.get(file.stem, set())
 
 
 @pytest.mark.parametrize("file", TUNING, ids=lambda file: file.stem)
@@ -169,7 +189,8 @@ def test_a_plugin_imports_the_framework_and_no_other_plugin(file):
     siblings = {name.partition(".")[2] for name in imports(file) if name.split(".")[0] == "framework_plugins"}
     assert siblings <= SIBLINGS.get(file.stem, set()), "build other parts by name, through their registry"
     above = {name for name in core_imports(file) - {"__init__"} if FLOOR.get(name, 0) > FLOOR["trainer"]}
-    assert not above, "a plugin rests on contracts and engines only"
+    runs = {"representation": {"trained"}}  # a teacher is a run, read back
+    assert above <= runs.get(file.stem, set()), "a plugin rests on contracts and engines only"
     text = ast.walk(ast.parse(file.read_text()))
     named = [
         a.name

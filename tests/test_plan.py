@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import nn
 
 import framework as fw
+from framework.optimizer import Parameters, build_optimizer
 from framework.plan import Curve, bytes_text, count_text, curve_text, fold, make_plan, read_curve, render
 from framework.probe import Layer, activation_bytes, optimizer_bytes, read_layers, saved_bytes, undisturbed
 from framework.task import Step, Task
@@ -179,6 +180,52 @@ def test_plan_as_json_and_on_a_terminal():
     assert "about 3.69 M to train" in shown
     assert "32 of 517 parameters" in shown
     assert max(map(len, shown.splitlines())) <= 80
+
+
+def shown_of(plan):
+    output = io.StringIO()
+    Console(file=output, width=100).print(render(plan))
+    return output.getvalue()
+
+
+def test_groups_of_parameters_are_told_with_their_rates_and_decays():
+    model = mlp()
+    maker = fw.optimizers.maker("adamw", lr=0.01, weight_decay=0.5)
+    optimizer = build_optimizer(maker, Parameters(rates={"2.*": 10.0}).groups(model, maker))
+    plan = make_plan(model, batch_of(8, 10), task=Classify(), optimizer=optimizer, steps_per_epoch=1, total_steps=9)
+    assert [(g.name, g.parameters, g.weight_decay) for g in plan.groups] == [
+        ("weights", 320, 0.5),
+        ("biases and norms", 32, 0.0),
+        ("weights", 160, 0.5),
+        ("biases and norms", 5, 0.0),
+    ]
+    assert [g.lr_factor for g in plan.groups] == pytest.approx([1, 1, 10, 10])
+    shown = shown_of(plan)
+    assert "weights: 320, weight decay 0.5" in shown
+    assert "biases and norms: 5, lr x 10, no weight decay" in shown
+    assert "start 0.01" in shown, "the optimizer's own rate"
+
+
+@pytest.mark.parametrize(("count", "last"), [(8, "8: 2, lr x 8, no weight decay"), (11, "and 3 groups more")])
+def test_groups_without_names_are_numbered_and_many_are_cut_short(count, last):
+    layers = [nn.Linear(2, 1, bias=False) for _ in range(count)]
+    groups = [{"params": layer.parameters(), "lr": 0.5 * number} for number, layer in enumerate(layers, 1)]
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(1, 2), layer) for layer in layers))
+    optimizer = torch.optim.SGD(groups, lr=0.5)
+    plan = make_plan(model, (torch.ones(4, 1),), optimizer=optimizer, steps_per_epoch=1, total_steps=1)
+    shown = shown_of(plan)
+    assert len(plan.groups) == count
+    assert "1: 2, no weight decay" in shown
+    assert last in shown
+    assert f"{count + 1}: " not in shown
+
+
+def test_a_single_group_and_the_transforms_are_lines_too():
+    optimizer = torch.optim.SGD(mlp().parameters(), lr=0.5, weight_decay=0.25)
+    wanted = {"steps_per_epoch": 1, "total_steps": 1, "transforms": ["crop(padding=2)", "mixup(alpha=0.2)"]}
+    shown = shown_of(make_plan(mlp(), batch_of(8, 10), task=Classify(), optimizer=optimizer, **wanted))
+    assert "all: 517, weight decay 0.25" in shown
+    assert "transforms  crop(padding=2), mixup(alpha=0.2)" in shown
 
 
 def test_many_layers_are_folded_without_loss():

@@ -165,3 +165,15 @@ def test_a_list_of_parts_in_a_file_is_the_choice_of_those():
         "defaults": ["_self_", {"override /metrics": ["accuracy", "f1"]}],
     }
     assert choose({"metrics": {"f1": {}}}) == {"metrics": {"f1": {}}}
+
+
+def test_a_part_of_a_list_may_have_settings_there():
+    assert choose({"metrics": ["accuracy", {"name": "top_k", "k": 3}]}) == {
+        "metrics": {"top_k": {"k": 3}},
+        "defaults": ["_self_", {"override /metrics": ["accuracy", "top_k"]}],
+    }
+
+
+def test_what_is_no_part_in_a_list_is_said(file):
+    (said,) = check_file(file, "experiment/spam", "", {"metrics": ["accuracy", {"k": 3}]})
+    assert "metrics: {'k': 3} is no name, nor {name: ..., ...}" in said

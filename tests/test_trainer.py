@@ -368,7 +368,7 @@ def test_wrong_settings_are_named(wrong, message):
 
 
 def test_the_constructor_stays_small():
-    assert len(inspect.signature(Trainer).parameters) <= 15
+    assert len(inspect.signature(Trainer).parameters) <= 16
 
 
 def test_plain_pytorch_needs_no_hydra_and_no_registry():

@@ -265,7 +265,7 @@ def test_all_problems_are_told_at_once(refuse):
         ("eval", "the following arguments are required: run"),
         ("eval nowhere", "there is no run folder nowhere"),
         ("eval conf", "conf is not the folder of a run: it has no config.yaml"),
-        ("predict nowhere", "the following arguments are required: --input, --output"),
+        ("predict nowhere", "give --input FILE --output FILE, or --prompt TEXT for a language model"),
         ("predict nowhere --input x --output y.txt", "--output y.txt: the suffix should be .csv, .jsonl or .npz"),
         ("predict nowhere --input x --output no/y.csv", "--output no/y.csv: no folder no"),
         ("predict nowhere --input x --output -", "there is no run folder nowhere"),

@@ -30,7 +30,10 @@ class Together(nn.Module):
         self.criterion = task.criterion
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        return tuple(self.task.step(self.model, batch))  # type: ignore[return-value]
+        loss, outputs, targets, values = self.task.step(self.model, batch)
+        if values:
+            raise NotStackable(f"{type(self.task).__name__} measures more than its loss: {', '.join(values)}")
+        return loss, outputs, targets
 
 
 class Stack:
@@ -40,6 +43,8 @@ class Stack:
     """
 
     def __init__(self, models: Sequence[nn.Module], tasks: Sequence[Task], precision: Precision):
+        if tasks[0].phases:
+            raise NotStackable(f"{type(tasks[0]).__name__} updates in phases")
         wholes = [Together(model, task) for model, task in zip(models, tasks, strict=True)]
         weight = next(models[0].parameters())
         self.values = {path: weight.new_tensor(values) for path, values in differences(wholes).items()}

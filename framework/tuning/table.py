@@ -18,7 +18,7 @@ Direction = Mapping[str, str]
 
 @dataclass
 class Group:
-    """Trials that differ in their seeds alone."""
+    """Trials that differ in their seeds, or folds, alone."""
 
     settings: dict[str, Any]
     trials: list[Trial] = field(default_factory=list)
@@ -40,7 +40,7 @@ class Group:
 
 def is_seed(key: str) -> bool:
     name = key.rpartition(".")[2]
-    return name == "seed" or name.endswith("_seed")
+    return name in ("seed", "fold") or name.endswith("_seed")
 
 
 def grouped(trials: Sequence[Trial]) -> list[Group]:
@@ -106,9 +106,10 @@ def table(trials: Sequence[Trial], by: Direction, most: int | None = None) -> "T
     groups = ranked(grouped(trials), by)
     settings, metrics = columns(trials, by)
     seeds = any(len(group.trials) > 1 for group in groups)
+    count = "folds" if all("fold" in trial.settings for trial in trials) else "seeds"
     front = on_front(groups, by) if len(by) > 1 else []
     drawn = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in (*([] if seeds else ["trial"]), *map(short(settings).get, settings), *(["seeds"] if seeds else [])):
+    for name in (*([] if seeds else ["trial"]), *map(short(settings).get, settings), *([count] if seeds else [])):
         drawn.add_column(str(name), no_wrap=True, justify="left")
     for name in (*metrics, *(["front"] if front else []), "state"):
         drawn.add_column(name, no_wrap=True, justify="right" if name in metrics else "left")

@@ -1,0 +1,38 @@
+"""The contract of a transform: a training batch in, a training batch out, on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .callback import Callback
+from .data import Batch
+
+
+class Transform(Callback):
+    """Base of all transforms: each is called with every training batch, before the model sees it.
+
+    What is random is drawn from torch's global generators, whose state is in checkpoints: a resumed run draws what it
+    would have drawn. Validation and test never see one. It is a callback, and may keep state and listen to
+    events: a Trainer takes it among its callbacks.
+    """
+
+    alone = True  # trials that train as one read a batch once for all of them
+
+    def __call__(self, batch: Batch) -> Batch:
+        """Return a changed batch; the tensors of the given one may belong to the data set, and stay as they are."""
+        raise NotImplementedError
+
+
+def transforms_of(callbacks: Sequence[Callback]) -> list[Transform]:
+    """Return those of the callbacks that are transforms."""
+    return [callback for callback in callbacks if isinstance(callback, Transform)]
+
+
+@torch.no_grad()
+def transformed(batch: Batch, transforms: Sequence[Transform]) -> Batch:
+    """Return a batch after all transforms, in their order."""
+    for transform in transforms:
+        batch = transform(batch)
+    return batch

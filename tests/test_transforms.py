@@ -1,0 +1,320 @@
+"""Transforms of training batches: each against a loop over the samples, and what a run makes of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import framework as fw
+from framework import TensorSplit, Trainer, Transform
+from framework.callback import Callback
+from framework.checkpoint import listed
+from framework.compose import CommandLine, run as compose
+from framework.errors import BuildError, ConfigError, SettingError
+from framework.experiment import Experiment, train
+from framework.tuning.lockstep import check_alike
+from framework.tuning.rows import NotStackable
+
+IN, OUT = (2, 5, 6), (4,)
+
+
+def images(count=40, seed=0):
+    return torch.randn(count, *IN, generator=torch.Generator().manual_seed(seed))
+
+
+def build(name, **settings):
+    return fw.transforms.build(name, IN, OUT, **settings)
+
+
+def apply(transform, *batch, seed=1):
+    torch.manual_seed(seed)
+    return transform(batch)
+
+
+TARGETS = torch.arange(40) % 4
+EVERY = ["flip", "crop", "cutout", "noise", "brightness_contrast", "mixup", "cutmix"]
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_transform_changes_the_batch_and_not_the_data(name):
+    x, y = images(), TARGETS.clone()
+    out, targets = apply(build(name), x, y)
+    assert out.shape == x.shape
+    assert out.dtype == x.dtype
+    assert not torch.equal(out, x)
+    assert torch.equal(x, images())
+    assert torch.equal(y, TARGETS)
+    assert len(targets) == len(y)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_same_seed_gives_the_same_batch_and_another_seed_another(name):
+    first, again, other = (apply(build(name), images(), TARGETS, seed=seed)[0] for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize(("axis", "dimension"), [("horizontal", 2), ("vertical", 1)])
+def test_a_flip_mirrors_about_half_of_the_images(axis, dimension):
+    x = images(400)
+    out, _ = apply(build("flip", axis=axis), x, x)
+    mirrored = 0
+    for before, after in zip(x, out, strict=True):
+        mirror = torch.stack(list(before.unbind(dimension))[::-1], dimension)
+        assert torch.equal(after, before) or torch.equal(after, mirror)
+        mirrored += torch.equal(after, mirror)
+    assert 160 < mirrored < 240
+    assert torch.equal(apply(build("flip", p=0.0), x, x)[0], x)
+
+
+@pytest.mark.parametrize("fill", ["edge", "zero", "reflect"])
+def test_a_crop_is_one_of_the_shifts_and_every_shift_comes(fill):
+    x, padding = images(150), 2
+    out, _ = apply(build("crop", padding=padding, fill=fill), x, x)
+    seen = set()
+    for before, after in zip(x, out, strict=True):
+        shifts = {
+            (top, left): shifted(before, top, left, fill)
+            for top in range(-padding, padding + 1)
+            for left in range(-padding, padding + 1)
+        }
+        found = [shift for shift, image in shifts.items() if torch.equal(image, after)]
+        assert found
+        seen.update(found)
+    assert len(seen) == 25
+
+
+def shifted(image, top, left, fill):
+    """Pixel by pixel: what is `top` rows below and `left` columns to the right."""
+    _, high, wide = image.shape
+    out = torch.zeros_like(image)
+    for row in range(high):
+        for column in range(wide):
+            r, c = row + top, column + left
+            if fill == "edge":
+                r, c = min(max(r, 0), high - 1), min(max(c, 0), wide - 1)
+            elif fill == "reflect":
+                r, c = (high - 1) - abs((high - 1) - abs(r)), (wide - 1) - abs((wide - 1) - abs(c))
+            if 0 <= r < high and 0 <= c < wide:
+                out[:, row, column] = image[:, r, c]
+    return out
+
+
+def test_a_cutout_is_a_square_of_zeros_about_any_pixel():
+    x, size, centres = images(800), 3, set()
+    out, _ = apply(build("cutout", size=size), x, x)
+    expected = {}
+    for row in range(IN[1]):
+        for column in range(IN[2]):
+            mask = torch.ones(IN[1:])
+            mask[max(row - 1, 0) : row + 2, max(column - 1, 0) : column + 2] = 0
+            expected[row, column] = mask
+    for before, after in zip(x, out, strict=True):
+        found = [centre for centre, mask in expected.items() if torch.equal(before * mask, after)]
+        assert len(found) == 1
+        centres.update(found)
+    assert len(centres) == 30
+    kept = apply(build("cutout", p=0.25), x, x)[0]
+    assert 140 < sum(not torch.equal(a, b) for a, b in zip(x, kept, strict=True)) < 260
+
+
+def test_noise_is_normal_and_of_every_number_by_itself():
+    x = torch.zeros(500, *IN)
+    added = apply(build("noise", std=0.5), x, x)[0].flatten(1)
+    assert float(added.mean()) == pytest.approx(0, abs=0.02)
+    assert float(added.std()) == pytest.approx(0.5, abs=0.02)
+    assert float(torch.corrcoef(added.T).triu(1).abs().max()) < 0.25
+    with pytest.raises(SettingError, match=r"noise: the inputs are torch.int64"):
+        apply(build("noise"), TARGETS, TARGETS)
+
+
+def test_brightness_and_contrast_are_drawn_for_each_image():
+    x = images(300)
+    out, _ = apply(build("brightness_contrast", brightness=0.3, contrast=0.5), x, x)
+    shifts, stretches = [], []
+    for before, after in zip(x, out, strict=True):
+        stretches.append(float((after - after.mean()).norm() / (before - before.mean()).norm()))
+        shifts.append(float(after.mean() - before.mean()))
+        torch.testing.assert_close(before.mean() + stretches[-1] * (before - before.mean()) + shifts[-1], after)
+    assert -0.3 < min(shifts) < -0.25 < 0.25 < max(shifts) < 0.3
+    assert 0.5 < min(stretches) < 0.55 < 1.45 < max(stretches) < 1.5
+
+
+def test_mixup_mixes_two_samples_and_their_targets_in_one_share():
+    x, one_hot = images(), torch.eye(4)[TARGETS]
+    out, targets = apply(build("mixup", alpha=1.0), x, TARGETS)
+    torch.manual_seed(1)  # the order of the draws is the transform's own; the arithmetic is not
+    share = torch.distributions.Beta(1.0, 1.0).sample((40,))
+    torch.rand(40)
+    other = torch.randperm(40)
+    for row in range(40):
+        kept = float(share[row])
+        torch.testing.assert_close(out[row], kept * x[row] + (1 - kept) * x[other[row]])
+        torch.testing.assert_close(targets[row], kept * one_hot[row] + (1 - kept) * one_hot[other[row]])
+    assert float(share.min()) < 0.1 < 0.9 < float(share.max())
+
+
+def test_cutmix_puts_a_box_of_another_image_in_and_targets_go_by_area():
+    x, y = torch.arange(40.0).reshape(40, 1, 1, 1).expand(40, *IN), TARGETS
+    out, targets = apply(build("cutmix"), x, y)
+    boxed = 0
+    for row in range(40):
+        inside = out[row, 0] != row
+        assert torch.equal(inside, out[row, 1] != row)
+        share = inside.float().mean().item()
+        expected = (1 - share) * torch.eye(4)[y[row]]
+        if share:
+            (other,) = out[row, 0][inside].unique().long().tolist()
+            expected = expected + share * torch.eye(4)[y[other]]
+            rows, columns = inside.nonzero().unbind(1)
+            assert bool(inside[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1].all()), "one rectangle"
+            boxed += 1
+        torch.testing.assert_close(targets[row], expected)
+    assert boxed > 25
+
+
+def test_the_share_that_cutmix_draws_is_that_of_the_paper():
+    length = [high - low for low, high in (each_side(0.36, 10), each_side(1.0, 10), each_side(0.0, 10))]
+    assert [int(each) for each in length] == [8, 0, 10]  # side times the root of 1 - λ
+
+
+def each_side(share, size):
+    first, last = type(build("cutmix")).side(torch.tensor([share]), size)
+    return first[0], last[0]
+
+
+@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+def test_targets_that_are_values_or_probabilities_already_are_mixed_as_they_are(name):
+    values = torch.randn(40, 4)
+    _, targets = apply(build(name), images(), values)
+    assert not torch.equal(targets, values)
+    for row in targets:  # each lies on the line from one of the values to another
+        lines = [(share_of(row, one, other), one, other) for one in values for other in values]
+        assert any(torch.allclose(s * one + (1 - s) * other, row, atol=1e-5) for s, one, other in lines)
+
+
+def share_of(row, one, other):
+    """The share of `one` in the point nearest to `row` on the line from it to `other`."""
+    between = one - other
+    return float(((row - other) @ between / (between @ between).clamp_min(1e-9)).clamp(0, 1))
+
+
+@pytest.mark.parametrize("name", ["flip", "crop", "cutout", "cutmix", "brightness_contrast"])
+def test_what_is_for_images_says_so_when_it_is_built(name):
+    with pytest.raises((BuildError, ConfigError), match=rf"{name} expects images \(C, H, W\), gets \(64,\)"):
+        fw.transforms.build(name, (64,), (10,))
+
+
+def test_a_crop_cannot_mirror_more_than_there_is():
+    with pytest.raises(BuildError, match=r"crop cannot mirror 5 pixels of \(2, 5, 6\); fill=edge"):
+        build("crop", padding=5, fill="reflect")
+
+
+# --- in a run ---------------------------------------------------------------------------------------------------------
+
+
+class Seen(Transform):
+    """Keeps what it was given."""
+
+    def __init__(self):
+        self.batches = []
+
+    def __call__(self, batch):
+        self.batches.append(batch)
+        return batch[0] * 0, *batch[1:]
+
+
+def fit(*transforms, loss=None, **settings):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(60, 4))
+    split = TensorSplit(images(), TARGETS)
+    trainer = Trainer(max_epochs=2, device="cpu", callbacks=transforms, **settings)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer.fit(model, split, task=loss or nn.CrossEntropyLoss(), optimizer=optimizer, val=split, batch_size=10)
+    return trainer, model
+
+
+def test_training_batches_go_through_them_in_order_and_validation_does_not():
+    first, second = Seen(), Seen()
+    trainer, model = fit(first, second)
+    assert len(first.batches) == len(second.batches) == 8
+    assert all(bool((batch[0] == 0).all()) for batch in second.batches)
+    _, untrained = fit(Seen(), Seen())
+    assert torch.equal(model[1].weight, untrained[1].weight), "zeros teach the weights nothing"
+    inputs, expected = images(), nn.CrossEntropyLoss()
+    assert trainer.state.metrics["val/loss"] == pytest.approx(expected(model(inputs), TARGETS).item(), rel=1e-5)
+
+
+def test_a_loss_that_takes_no_probabilities_is_refused_by_name():
+    with pytest.raises(SettingError, match="mixup makes class probabilities of targets, which the loss Focal does not"):
+        fit(build("mixup"), loss=fw.losses.build("focal"))
+
+
+def test_a_batch_is_transformed_before_it_is_split_so_that_both_are_the_same():
+    _, whole = fit(build("mixup"), build("crop"))
+    _, parts = fit(build("mixup"), build("crop"), micro_batch=5)
+    torch.testing.assert_close(whole[1].weight, parts[1].weight)
+
+
+def test_many_trials_as_one_refuse_them_by_name():
+    trainers = [Trainer(max_epochs=1, callbacks=[build("flip")]) for _ in range(2)]
+    with pytest.raises(NotStackable, match="Flip works with a trial of its own"):
+        check_alike(trainers)
+
+
+def test_a_compiled_step_trains_on_what_they_make():
+    with_step = fit(build("mixup"), build("flip"), compile="step")[1]
+    torch.testing.assert_close(with_step[1].weight, fit(build("mixup"), build("flip"))[1][1].weight)
+
+
+SMALL = ["data.image=true", "model=cnn", "model.channels=[4]", "model.width=8", "transforms=[crop,noise,cutmix]"]
+LIMITS = ["trainer.max_epochs=2", "callbacks=[checkpoint]", "callbacks.checkpoint.every=5steps", "loggers=json_lines"]
+
+
+def spec_of(*overrides):
+    specs = []
+    compose(CommandLine([*SMALL, *LIMITS, *overrides]), lambda job: specs.append(job.spec))
+    return specs[0]
+
+
+class Cut(Callback):
+    """Ends the run at a step as a kill would."""
+
+    def on_step_end(self, trainer):
+        if trainer.state.step == 33:
+            raise KeyboardInterrupt
+
+
+def test_a_run_cut_off_in_mid_epoch_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    whole = train(spec_of("run.name=whole"), "default", [])
+    plain = Experiment.trainer
+    with monkeypatch.context() as patched:
+        patched.setattr(Experiment, "trainer", lambda self: add(plain(self)))
+        with pytest.raises(KeyboardInterrupt):
+            train(spec_of("run.name=cut"), "default", [])
+    resumed = train(spec_of("run.name=cut", "resume=auto"), "default", [], say=lambda line: None)
+    assert weights(whole.folder) == weights(resumed.folder)
+    assert weights(whole.folder) != weights(train(spec_of("transforms=[crop,noise]"), "default", []).folder)
+
+
+def add(trainer):
+    trainer.callbacks.append(Cut())
+    trainer._listeners["step_end"].append(trainer.callbacks[-1].on_step_end)
+    return trainer
+
+
+def weights(run):
+    return (listed(Path(run) / "checkpoints")[-1] / "model.safetensors").read_bytes()
+
+
+def test_the_config_of_a_run_has_their_settings(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tree = spec_of("transforms.crop.padding=1", "+transforms=flip").tree
+    assert list(tree["transforms"]) == ["crop", "noise", "cutmix", "flip"]
+    assert tree["transforms"]["crop"] == {"padding": 1, "fill": "edge"}
+    with pytest.raises(ConfigError, match=r"transforms\.crop\.padding=0"):
+        spec_of("transforms.crop.padding=0")
+    assert json.dumps(tree["transforms"])
