@@ -4,6 +4,7 @@
 """
 
 import math
+import os
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -14,12 +15,13 @@ import torch
 from torch import Tensor
 
 from framework import Data, Shape, TensorSplit
-from framework.data import Target
+from framework.data import Scale, Target
 from framework.errors import DataError, SettingError
 from framework.seeds import generator
 
 Pair = tuple[Tensor, Tensor]
 
+Scaling = Literal["standard", "log", "none"]
 MOST_CLASSES = 20  # integers with more different values than this are taken for amounts, not for classes
 
 
@@ -110,6 +112,39 @@ def split_rows(strata: Tensor, val_fraction: float, test_fraction: float, seed: 
     if parts and min(map(len, parts.values())) == 0:
         raise DataError(f"{len(rows)} rows are too few for a validation and a test split")
     return {"train": torch.cat([kept, rest]).sort().values, **parts}
+
+
+def learn_scale(amounts: Tensor, rows: Tensor, scaling: Scaling, name: str) -> Scale | None:
+    """Return the scale that makes targets of amounts, by the moments of these rows; None leaves them as they are.
+
+    Raises DataError for an amount that has no logarithm.
+    """
+    if scaling == "none":
+        return None
+    log = scaling == "log"
+    if log and not (amounts > 0).all():
+        row = int((amounts <= 0).nonzero()[0, 0])
+        raise DataError(
+            f"{name}: the target of row {row + 1} is {amounts[row].tolist()}, "
+            "which has no logarithm; scale_target=standard"
+        )
+    known = Scale(log=log).there(amounts[rows].double())
+    return Scale(known.mean().item(), known.std(correction=0).item() or 1.0, log)
+
+
+def cache_folder() -> Path:
+    """Return where `scripts/fetch_data` puts what it fetches."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "framework"
+
+
+def data_folder(name: str, size: str, fallback: str) -> Path:
+    """Return where `scripts/fetch_data` puts a data set. Raises DataError with what to do when it is not there."""
+    folder = cache_folder() / name
+    if not folder.is_dir():
+        raise DataError(
+            f"{name} is not in {folder}; fetch it ({size}) with: scripts/fetch_data {name} ({fallback} needs no file)"
+        )
+    return folder
 
 
 def evenly(size: int, count: int) -> Tensor:

@@ -2,14 +2,13 @@
 
 import gzip
 import math
-import os
 import struct
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from framework_plugins.arrays import ArrayData, as_batch_of, load_arrays, numbers, standardise
+from framework_plugins.arrays import ArrayData, as_batch_of, cache_folder, load_arrays, numbers, standardise
 from torch import Tensor
 
 from framework import PositiveInt, Rate, datasets
@@ -164,11 +163,6 @@ class FashionMnist(Idx):
                 f"Fashion-MNIST is not in {looked}; fetch it (31 MB) with: scripts/fetch_data fashion_mnist"
             )
         super().__init__(found, list(FASHION), val_fraction, split_seed, normalize)
-
-
-def cache_folder() -> Path:
-    """Where `scripts/fetch_data` puts what a person without root fetches."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "framework"
 
 
 IDX_TYPES = {8: "u1", 9: "i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}  # the third byte of the file

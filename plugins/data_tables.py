@@ -1,12 +1,26 @@
-"""Data sets of rows and named columns: a CSV or Parquet file, and scikit-learn's small tables."""
+"""Data sets of rows and named columns: a CSV or Parquet file, diamonds, flights, and scikit-learn's small tables."""
 
 from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from framework_plugins.arrays import Targets, as_targets, split_rows
-from framework_plugins.tables import Cell, Table, as_column, as_text, each, read_table
+from framework_plugins.arrays import Scaling, Targets, as_targets, data_folder, learn_scale, split_rows
+from framework_plugins.tables import (
+    Categories,
+    Cell,
+    Encoding,
+    Table,
+    as_column,
+    as_text,
+    each,
+    encode,
+    is_text,
+    learn_column,
+    read_table,
+    widths,
+)
 from torch import Tensor
 
 from framework import Data, PositiveInt, Rate, TensorSplit, datasets
@@ -16,32 +30,43 @@ from framework.errors import DataError, did_you_mean
 class TableData(Data):
     """Rows of named columns, in memory.
 
-    A column of numbers becomes one input, standardised; an empty cell becomes the mean. A column of texts becomes an
-    input of 0 or 1 for each of its texts; an empty cell, or a text that training never saw, is 0 in all of them.
-    Means, deviations and texts are those of the training split.
+    A column of numbers becomes one input, standardised; an empty cell becomes the mean, and, where the training split
+    has empty cells, is 1 in a second input. A column of texts becomes an input of 0 or 1 for each of its texts, empty
+    cells being one more where the training split has some; a text that training never saw is 0 in all of them.
+    Or it becomes one input, the index of its text, for models that embed it: 0 is what training never saw.
+    Means, deviations, quantiles and texts are those of the training split, and so is the scale of the targets.
     """
 
-    columns: Sequence[dict[str, Any]]
-    """How each column becomes inputs: {"name", "fill", "mean", "std"} of numbers, {"name", "texts"} of texts."""
+    learnt: Sequence[dict[str, Any]]
+    """How each column becomes inputs, see `learn_column`."""
 
     def learn(
-        self, table: Table, targets: Targets, rows: Mapping[str, Tensor], normalize: bool, most_texts: int, name: str
+        self,
+        table: Table,
+        targets: Targets,
+        rows: Mapping[str, Tensor],
+        encoding: Encoding,
+        scaling: Scaling,
+        name: str,
     ) -> None:
         """Set the attributes of Data, from all rows and the numbers of those that each split has."""
         chosen = rows["train"].tolist()
-        self.columns = [
-            learn_column(label, [cells[row] for row in chosen], normalize, most_texts, name)
-            for label, cells in table.items()
+        self.learnt = [
+            learn_column(label, [cells[row] for row in chosen], encoding, name) for label, cells in table.items()
         ]
-        inputs = encode(table, self.columns)
+        inputs, answers = encode(table, self.learnt), targets.tensor
+        self.columns = widths(self.learnt) if encoding.categories == "index" else ()
+        if targets.kind == "value":
+            self.scale = learn_scale(answers, rows["train"], scaling, name)
+            answers = answers if self.scale is None else self.scale.there(answers)
         for part, taken in rows.items():
-            setattr(self, part, TensorSplit(inputs[taken], targets.tensor[taken]))
+            setattr(self, part, TensorSplit(inputs[taken], answers[taken]))
         self.in_shape, self.out_shape = tuple(inputs.shape[1:]), targets.out_shape
         self.target, self.classes = targets.kind, targets.classes
 
     def facts(self) -> dict[str, Any]:
         """Return the columns in the order of the inputs."""
-        return {"columns": list(self.columns), "target": self.target, "classes": list(self.classes)}
+        return {"columns": list(self.learnt), "target": self.target, "classes": list(self.classes)}
 
     @classmethod
     def read_inputs(cls, path: Path, facts: dict[str, Any]) -> Tensor:
@@ -52,7 +77,7 @@ class TableData(Data):
 
 @datasets.register("table", aliases=["csv", "parquet"])
 class TableFile(TableData):
-    """Rows from a CSV or Parquet file; a column of texts is encoded one-hot, an empty number becomes the mean."""
+    """Rows from a CSV or Parquet file, with columns of numbers and of texts, and empty cells."""
 
     def __init__(
         self,
@@ -69,11 +94,15 @@ class TableFile(TableData):
         test_fraction: Rate = 0.15,
         split_seed: int = 0,
         normalize: bool = True,
+        quantile: bool = False,
+        categories: Categories = "one_hot",
+        mark_missing: bool = True,
+        scale_target: Scaling = "standard",
     ):
         """Read the file; its first line names the columns.
 
         Args:
-            path: a .csv or .tsv file (also .gz), or .parquet.
+            path: a .csv or .tsv file (also .gz or .zip), or .parquet.
             target: the column to predict.
             features: the columns to predict from; null: all others.
             ignore: columns to leave out, such as names and row numbers.
@@ -86,19 +115,17 @@ class TableFile(TableData):
             test_fraction: share of the rows drawn for the test.
             split_seed: seed of the drawing.
             normalize: standardise columns of numbers by the training split.
+            quantile: turn numbers into normal scores by the training split's quantiles instead; outliers come nearer.
+            categories: one_hot: an input of 0 or 1 for each text; index: one input, for models that embed categories.
+            mark_missing: give empty cells an input, or a category, of their own in columns that have some in training.
+            scale_target: train on values that are standardised, also after their logarithm; metrics and predictions
+                are in the target's own unit.
         """
         path = path.expanduser()
         self.delimiter = delimiter
-        table = read_table(path, delimiter)
+        table = self.read(path)
         labels = choose(table, target, features, ignore or [], path)
-        for label in categorical or []:
-            need(label, table, path)
-        columns = {
-            label: as_column(
-                table[label], label, path, label in (categorical or []) or None, f", or categorical=[{label}]"
-            )
-            for label in labels
-        }
+        columns = feature_columns(table, labels, categorical or [], path)
         answers, test_rows = target_cells(table[need(target, table, path)], target, target_kind, path), 0
         if test_path is not None:
             answers, test_rows = self.append(test_path.expanduser(), columns, answers, target, target_kind)
@@ -109,7 +136,12 @@ class TableFile(TableData):
         rows = split_rows(strata, val_fraction, 0.0 if test_rows else test_fraction, split_seed)
         if test_rows:
             rows["test"] = torch.arange(own, own + test_rows)
-        self.learn(columns, targets, rows, normalize, max_categories, str(path))
+        encoding = Encoding(normalize, quantile, categories, mark_missing, max_categories)
+        self.learn(columns, targets, rows, encoding, scale_target, str(path))
+
+    def read(self, path: Path) -> Table:
+        """Read the file's columns."""
+        return read_table(path, self.delimiter)
 
     def append(
         self, path: Path, columns: Table, answers: list[Any], target: str, kind: str | None
@@ -155,7 +187,7 @@ class ScikitTable(TableData):
         targets = as_targets(read.target, "class" if named else "value", named, self.source)
         strata = targets.tensor if named else torch.zeros(len(targets.tensor))
         rows = split_rows(strata, val_fraction, test_fraction, split_seed)
-        self.learn(columns, targets, rows, normalize, 0, self.source)
+        self.learn(columns, targets, rows, Encoding(normalize), "standard", self.source)
 
 
 @datasets.register("iris")
@@ -186,6 +218,122 @@ class Diabetes(ScikitTable):
     source = "diabetes"
 
 
+@datasets.register("diamonds")
+class Diamonds(TableFile):
+    """53,940 diamonds; the target is the price, 326 to 18,823 dollars, by weight, cut, colour, clarity and size.
+
+    (Wickham, ggplot2; here from plotnine. 146 rows are there twice.)
+    """
+
+    def __init__(
+        self,
+        path: Path | None = None,
+        val_fraction: Rate = 0.15,
+        test_fraction: Rate = 0.15,
+        split_seed: int = 0,
+        quantile: bool = False,
+        categories: Categories = "one_hot",
+        scale_target: Scaling = "log",
+    ):
+        """Read the file that `scripts/fetch_data diamonds` puts in place.
+
+        Args:
+            path: diamonds.csv; null: where scripts/fetch_data puts it.
+            val_fraction: share of the rows drawn for validation.
+            test_fraction: share of the rows drawn for the test.
+            split_seed: seed of the drawing.
+            quantile: turn numbers into normal scores by the training split's quantiles; false: standardise them.
+            categories: one_hot: an input of 0 or 1 for each text; index: one input, for models that embed categories.
+            scale_target: train on prices that are standardised, also after their logarithm; metrics are in dollars.
+        """
+        super().__init__(
+            path or data_folder("diamonds", "2 MB", "data=diabetes") / "diamonds.csv",
+            "price",
+            target_kind="value",
+            val_fraction=val_fraction,
+            test_fraction=test_fraction,
+            split_seed=split_seed,
+            quantile=quantile,
+            categories=categories,
+            scale_target=scale_target,
+        )
+
+
+FLIGHT = ["month", "day", "hour", "minute", "sched_arr_time", "carrier", "origin", "dest", "distance"]
+WEATHER = ["temp", "dewp", "humid", "wind_dir", "wind_speed", "wind_gust", "precip", "pressure", "visib"]
+
+
+@datasets.register("flights")
+class Flights(TableFile):
+    """327,346 flights from New York in 2013: did one arrive more than 15 minutes late? (Wickham, nycflights13.)
+
+    Known before it leaves: its date, schedule, carrier, places and plane, and the weather at the hour of departure,
+    with gaps. Rows are drawn at random, so that the test has other flights of the same hours: a forecast for a day
+    to come would do worse.
+    """
+
+    def __init__(
+        self,
+        path: Path | None = None,
+        plane: bool = False,
+        val_fraction: Rate = 0.15,
+        test_fraction: Rate = 0.15,
+        split_seed: int = 0,
+        quantile: bool = False,
+        categories: Categories = "one_hot",
+    ):
+        """Read the files that `scripts/fetch_data flights` puts in place.
+
+        Args:
+            path: the folder of flights.csv.zip and weather.csv; null: where scripts/fetch_data puts them.
+            plane: use the tail number too, one of 4,000 categories; goes with categories=index.
+            val_fraction: share of the rows drawn for validation, in the proportions of the classes.
+            test_fraction: share of the rows drawn for the test.
+            split_seed: seed of the drawing.
+            quantile: turn numbers into normal scores by the training split's quantiles; false: standardise them.
+            categories: one_hot: an input of 0 or 1 for each text; index: one input, for models that embed categories.
+        """
+        self.features = [*FLIGHT, "weekday", *["tailnum"] * plane, *WEATHER]
+        super().__init__(
+            (path or data_folder("flights", "9 MB", "data=breast_cancer")) / "flights.csv.zip",
+            "late",
+            features=self.features,
+            categorical=["weekday"],
+            val_fraction=val_fraction,
+            test_fraction=test_fraction,
+            split_seed=split_seed,
+            quantile=quantile,
+            categories=categories,
+            max_categories=5000 if plane else 200,
+        )
+
+    def read(self, path: Path) -> Table:
+        """Read the flights that arrived, with whether they were late and the weather where and when they left."""
+        flights, weather = read_table(path), read_table(path.parent / "weather.csv")
+        hours = zip(weather["origin"], weather["time_hour"], strict=True)
+        row_of = {hour: row for row, hour in enumerate(hours)}
+        arrived = [row for row, delay in enumerate(flights["arr_delay"]) if as_text(delay) is not None]
+        wanted = {*FLIGHT, "tailnum", "year", "time_hour", "arr_delay"}
+        table = {label: [flights[label][row] for row in arrived] for label in wanted}
+        found = [row_of.get(hour) for hour in zip(table["origin"], table["time_hour"], strict=True)]
+        for label in WEATHER:
+            table[label] = [None if row is None else weather[label][row] for row in found]
+        days = zip(*(table[label] for label in ("year", "month", "day")), strict=True)
+        table["weekday"] = each(lambda day: date(*map(int, day)).strftime("%a"), list(days))
+        table["late"] = ["late" if float(delay) > 15 else "on time" for delay in table["arr_delay"]]
+        return table
+
+
+def feature_columns(table: Table, labels: Sequence[str], categorical: Sequence[str], path: Path) -> Table:
+    """Return the columns as numbers or texts; those in `categorical` as texts."""
+    for label in categorical:
+        need(label, table, path)
+    return {
+        label: as_column(table[label], label, path, label in categorical or None, f", or categorical=[{label}]")
+        for label in labels
+    }
+
+
 def choose(table: Table, target: str, features: Sequence[str] | None, ignore: Sequence[str], path: Path) -> list[str]:
     """Return the feature columns. Raises DataError for a name that no column has."""
     for label in (target, *(features or ()), *ignore):
@@ -202,49 +350,6 @@ def need(label: str, table: Table, path: Path) -> str:
     if label not in table:
         raise DataError(f"{path} has no column {label!r}; {did_you_mean(label, table)}")
     return label
-
-
-def learn_column(label: str, cells: Sequence[Cell], normalize: bool, most_texts: int, name: str) -> dict[str, Any]:
-    """Return how a column becomes inputs, from its cells in the training split."""
-    if is_text(cells):
-        texts = sorted({str(cell) for cell in cells if cell is not None})
-        if not texts:
-            raise nothing_in(label, name)
-        if len(texts) > most_texts:
-            raise DataError(
-                f"{name}: column {label!r} has {len(texts)} different texts; leave it out (ignore=[{label}]) or raise "
-                f"max_categories, now {most_texts}"
-            )
-        return {"name": label, "texts": texts}
-    values = torch.tensor(cells, dtype=torch.float64)
-    known = values[~values.isnan()]
-    if not len(known):
-        raise nothing_in(label, name)
-    mean, std = known.mean().item(), known.std(correction=0).item() or 1.0  # of a constant, 0 / 1
-    return {"name": label, "fill": mean, "mean": mean if normalize else 0.0, "std": std if normalize else 1.0}
-
-
-def nothing_in(label: str, name: str) -> DataError:
-    return DataError(f"{name}: column {label!r} is empty in the training split; leave it out: ignore=[{label}]")
-
-
-def encode(table: Mapping[str, Sequence[Cell]], columns: Sequence[dict[str, Any]]) -> Tensor:
-    """Return inputs (rows, features) as float32, contiguous."""
-    return torch.cat([encode_column(table[column["name"]], column) for column in columns], dim=1)
-
-
-def encode_column(cells: Sequence[Cell], column: dict[str, Any]) -> Tensor:
-    if "texts" in column:
-        places = {text: place for place, text in enumerate(column["texts"])}
-        encoded = torch.zeros(len(cells), len(places) + 1)  # the last place is for what is not known, and cut off
-        encoded[torch.arange(len(cells)), [places.get(cell, len(places)) for cell in cells]] = 1
-        return encoded[:, :-1]
-    values = torch.tensor(cells, dtype=torch.float64).nan_to_num(column["fill"])
-    return ((values - column["mean"]) / column["std"]).float()[:, None]
-
-
-def is_text(cells: Sequence[Cell]) -> bool:
-    return cells[0] is None or isinstance(cells[0], str)  # the first speaks for all, after `as_column`
 
 
 def read_like(column: dict[str, Any], table: Table, path: Path) -> list[Cell]:

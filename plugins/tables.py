@@ -1,13 +1,18 @@
-"""Tables in files, CSV and Parquet, as named columns of cells; a column as numbers or as texts."""
+"""Tables in files, CSV and Parquet: columns of cells, a column as numbers or texts, and as inputs of a model."""
 
 import csv
 import gzip
+import io
 import math
+import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
 
 from framework.errors import DataError
 
@@ -29,10 +34,7 @@ def read_table(path: Path, delimiter: str | None = None) -> Table:
 
 
 def read_csv(path: Path, delimiter: str | None = None) -> Table:
-    with (
-        readable(path),
-        (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as lines,
-    ):
+    with readable(path), open_text(path) as lines:
         first = lines.readline()
         lines.seek(0)
         reader = csv.reader(lines, delimiter=delimiter or max(",;\t|", key=first.count), strict=True)
@@ -40,6 +42,18 @@ def read_csv(path: Path, delimiter: str | None = None) -> Table:
         check_header(header, path)
         rows = list(full_rows(reader, len(header), path))
     return dict(zip(header, map(list, zip(*rows, strict=True)), strict=True)) if rows else {}
+
+
+def open_text(path: Path) -> Any:
+    """Open a file, or what is packed in a .gz or in a .zip of one file, as lines of UTF-8."""
+    if path.suffix != ".zip":
+        return (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="")
+    archive = zipfile.ZipFile(path)
+    names = [name for name in archive.namelist() if not name.startswith("__MACOSX")]
+    if len(names) != 1:
+        raise DataError(f"{path} holds {len(names)} files; unpack it and name one of them")
+    # In memory: a reader goes back to the start, which in a zip means to unpack all of it again.
+    return io.TextIOWrapper(io.BytesIO(archive.read(names[0])), encoding="utf-8-sig", newline="")
 
 
 @contextmanager
@@ -51,7 +65,7 @@ def readable(path: Path) -> Iterator[None]:
         raise DataError(f"{path} is no UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except csv.Error as error:
         raise DataError(f"{path} is no well-formed CSV: {error}") from error
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
@@ -139,3 +153,127 @@ def as_text(cell: Cell) -> str | None:
         return None if math.isnan(cell) else f"{cell:.0f}" if cell.is_integer() else repr(cell)
     text = str(cell).strip()
     return None if cell is None or text.lower() in MISSING else text
+
+
+Categories = Literal["one_hot", "index"]
+KNOTS = 256  # quantiles that are kept of a column
+NEVER = 1e-7  # the share of values that lie beyond the smallest and the largest one, so that no score is infinite
+
+
+class Encoding(NamedTuple):
+    """How columns become inputs (the settings of `data=table` say more)."""
+
+    normalize: bool = True
+    quantile: bool = False
+    categories: Categories = "one_hot"
+    mark_missing: bool = True
+    most_texts: int = 100
+
+
+def learn_column(label: str, cells: Sequence[Cell], encoding: Encoding, name: str) -> dict[str, Any]:
+    """Return how a column becomes inputs, from its cells in the training split, in plain JSON types.
+
+    Of numbers {"name", "fill", "mean", "std"} and "knots" for quantiles; of texts {"name", "texts"} and "index".
+    "missing" says that empty cells have an input, or a category, of their own.
+    """
+    learnt = (
+        learn_texts(label, cells, encoding, name) if is_text(cells) else learn_numbers(label, cells, encoding, name)
+    )
+    empty = any(cell is None or cell != cell for cell in cells)
+    return learnt | ({"missing": True} if empty and encoding.mark_missing else {})
+
+
+def learn_texts(label: str, cells: Sequence[Cell], encoding: Encoding, name: str) -> dict[str, Any]:
+    texts = sorted({str(cell) for cell in cells if cell is not None})
+    if not texts:
+        raise nothing_in(label, name)
+    if len(texts) > encoding.most_texts:
+        raise DataError(
+            f"{name}: column {label!r} has {len(texts)} different texts; leave it out (ignore=[{label}]) or raise "
+            f"max_categories, now {encoding.most_texts}"
+        )
+    return {"name": label, "texts": texts} | ({"index": True} if encoding.categories == "index" else {})
+
+
+def learn_numbers(label: str, cells: Sequence[Cell], encoding: Encoding, name: str) -> dict[str, Any]:
+    values = torch.tensor(cells, dtype=torch.float64)
+    known = values[~values.isnan()]
+    if not len(known):
+        raise nothing_in(label, name)
+    mean, std = known.mean().item(), known.std(correction=0).item() or 1.0  # of a constant, 0 / 1
+    if encoding.quantile:
+        knots = quantiles(known, min(KNOTS, len(known))).tolist()
+        return {"name": label, "fill": mean, "knots": knots}
+    kept = encoding.normalize
+    return {"name": label, "fill": mean, "mean": mean if kept else 0.0, "std": std if kept else 1.0}
+
+
+def quantiles(values: Tensor, count: int) -> Tensor:
+    """Return `count` quantiles at even shares from 0 to 1, linear between values (torch's own stop at 2^24 values)."""
+    place = torch.linspace(0, len(values) - 1, count, dtype=torch.float64)
+    ordered, below = values.sort().values, place.long()
+    above = (below + 1).clamp(max=len(values) - 1)
+    return torch.lerp(ordered[below], ordered[above], place - below)
+
+
+def nothing_in(label: str, name: str) -> DataError:
+    return DataError(f"{name}: column {label!r} is empty in the training split; leave it out: ignore=[{label}]")
+
+
+def encode(table: Mapping[str, Sequence[Cell]], columns: Sequence[dict[str, Any]]) -> Tensor:
+    """Return inputs (rows, features) as float32, contiguous."""
+    return torch.cat([encode_column(table[column["name"]], column) for column in columns], dim=1)
+
+
+def encode_column(cells: Sequence[Cell], column: dict[str, Any]) -> Tensor:
+    return encode_texts(cells, column) if "texts" in column else encode_numbers(cells, column)
+
+
+def encode_texts(cells: Sequence[Cell], column: dict[str, Any]) -> Tensor:
+    """Return an input for each text, or the one index; 0 is what training never saw."""
+    known = [*column["texts"], *([None] if column.get("missing") else [])]
+    places = {text: place for place, text in enumerate(known, 1)}
+    index = torch.tensor([places.get(cell, 0) for cell in cells])[:, None]
+    return index.float() if column.get("index") else (index == torch.arange(1, len(known) + 1)).float()
+
+
+def encode_numbers(cells: Sequence[Cell], column: dict[str, Any]) -> Tensor:
+    """Return the number, and where the training has empty cells, 1 in a second input for those."""
+    values = torch.tensor(cells, dtype=torch.float64)
+    empty = values.isnan()
+    values = values.nan_to_num(column["fill"])
+    scaled = normal_scores(values, column["knots"]) if "knots" in column else (values - column["mean"]) / column["std"]
+    return torch.stack([scaled, empty.double()] if column.get("missing") else [scaled], dim=1).float()
+
+
+def normal_scores(values: Tensor, knots: Sequence[float]) -> Tensor:
+    """Return the normal score of each value: Φ⁻¹ of the share of the training values below it.
+
+    Linear between the quantiles `knots`; a value that many have in common is in the middle of its shares, as in
+    scikit-learn's QuantileTransformer.
+    """
+    import numpy
+
+    at = numpy.asarray(knots)
+    shares = numpy.linspace(0, 1, len(at))
+    first = numpy.interp(values.numpy(), at, shares)
+    last = -numpy.interp(-values.numpy(), -at[::-1], -shares[::-1])
+    return torch.special.ndtri(torch.from_numpy((first + last) / 2).clamp(NEVER, 1 - NEVER))
+
+
+def widths(columns: Sequence[dict[str, Any]]) -> list[int]:
+    """Return of each input 0 for a number, or how many categories its index tells apart; see `Data.columns`."""
+    found = []
+    for column in columns:
+        missing = bool(column.get("missing"))
+        if "texts" not in column:
+            found += [0] * (1 + missing)
+        elif column.get("index"):
+            found.append(1 + len(column["texts"]) + missing)
+        else:
+            found += [0] * (len(column["texts"]) + missing)
+    return found
+
+
+def is_text(cells: Sequence[Cell]) -> bool:
+    return cells[0] is None or isinstance(cells[0], str)  # the first speaks for all, after `as_column`

@@ -1,0 +1,320 @@
+"""Tables with columns of numbers and categories: how they become inputs, models that embed them, real data."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from framework_plugins.arrays import data_folder
+from sklearn.metrics import r2_score, roc_auc_score
+from sklearn.preprocessing import QuantileTransformer
+from torch import nn
+from torch.nn import functional as F
+
+import framework as fw
+from framework.compose import CommandLine, run as compose
+from framework.data import Scale
+from framework.errors import BuildError, DataError
+from framework.experiment import Experiment, train
+from framework.trained import open_run
+
+COLOURS = ["red", "green", "blue"]
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def houses(tmp_path):
+    """Prices that are exactly a product: of the area, and a factor for each colour; some areas are missing."""
+    draw = np.random.default_rng(0)
+    rows = ["area,colour,noise,price"]
+    for row in range(600):
+        area, colour = draw.uniform(20, 200), draw.integers(3)
+        price = 1000 * area * (1, 2, 4)[colour]
+        rows.append(f"{'' if row % 50 == 7 else round(area, 2)},{COLOURS[colour]},{draw.normal():.3f},{price:.2f}")
+    path = tmp_path / "houses.csv"
+    path.write_text("\n".join(rows))
+    return path
+
+
+def whole(path, target, **settings):
+    return fw.datasets.build("table", path=path, target=target, val_fraction=0.0, test_fraction=0.0, **settings)
+
+
+def written(tmp_path, text):
+    (tmp_path / "t.csv").write_text(text)
+    return tmp_path / "t.csv"
+
+
+def experiment(*overrides):
+    specs = []
+    compose(CommandLine([*overrides]), lambda job: specs.append((job.spec, job.experiment, job.overrides)))
+    return specs[0]
+
+
+def of_houses(path):
+    return ["data=table", f"data.path={path}", "data.target=price", "data.categories=index"]
+
+
+def trained(*overrides):
+    return train(*experiment("callbacks=[checkpoint]", "loggers=json_lines", *overrides), say=lambda line: None)
+
+
+class TestColumns:
+    def test_categories_become_indices_that_are_told_to_the_model(self, tmp_path):
+        path = written(tmp_path, "size,shape,y\n1,round,0.5\n3,flat,1.5\n5,round,2.5\n")
+        data = whole(path, "y", categories="index")
+        assert data.columns == [0, 3]  # a number; two texts, and the index 0 for others
+        assert data.train.tensors[0][:, 1].tolist() == [2, 1, 2]
+        (tmp_path / "new.csv").write_text("size,shape\n3,square\n3,flat\n")
+        read = type(data).read_inputs(tmp_path / "new.csv", json.loads(json.dumps(data.facts())))
+        assert read.tolist() == [[0, 0], [0, 1]]  # never seen in training; the mean of the sizes is 3
+
+    @pytest.mark.parametrize("categories", ["one_hot", "index"])
+    def test_empty_cells_have_an_input_and_a_category_of_their_own(self, tmp_path, categories):
+        data = whole(written(tmp_path, "size,shape,y\n1,round,0.5\n,flat,1.5\n5,,2.5\n"), "y", categories=categories)
+        size, missing, *shape = data.train.tensors[0].T.tolist()
+        assert size == [-1, 0, 1]
+        assert missing == [0, 1, 0]
+        assert shape == ([[0, 1, 0], [1, 0, 0], [0, 0, 1]] if categories == "one_hot" else [[2, 1, 3]])
+        assert data.columns == (() if categories == "one_hot" else [0, 0, 4])
+
+    def test_empty_cells_are_the_mean_and_nothing_when_they_are_not_marked(self, tmp_path):
+        text = "size,shape,y\n1,round,0.5\n,flat,1.5\n5,,2.5\n"
+        data = whole(written(tmp_path, text), "y", mark_missing=False)
+        assert data.train.tensors[0].tolist() == [[-1, 0, 1], [0, 1, 0], [1, 0, 0]]
+
+    def test_quantiles_are_those_of_scikit_learn(self, tmp_path):
+        values = np.round(np.random.default_rng(0).lognormal(size=1000), 1)  # with many that are equal
+        text = "x,y\n" + "\n".join(f"{value},{row}" for row, value in enumerate(values))
+        data = whole(written(tmp_path, text), "y", quantile=True)
+        reference = QuantileTransformer(n_quantiles=256, output_distribution="normal", subsample=None)
+        expected = reference.fit_transform(values[:, None])
+        np.testing.assert_allclose(data.train.tensors[0], expected, atol=1e-3)
+        (tmp_path / "new.csv").write_text("x\n-5\n1e9\n")
+        beyond = type(data).read_inputs(tmp_path / "new.csv", data.facts())
+        np.testing.assert_allclose(beyond, reference.transform([[-5], [1e9]]), atol=1e-3)
+
+    def test_a_text_in_a_column_of_numbers_is_told_with_its_file_and_row(self, tmp_path):
+        path = written(tmp_path, "size,y\n1,0.5\n2,1.5\nlarge,2.5\n4,1\n")
+        with pytest.raises(DataError, match=r"t\.csv, row 3, column 'size': 'large' is no number"):
+            whole(path, "y")
+
+    def test_a_zip_is_read_like_what_is_in_it(self, houses, tmp_path):
+        import zipfile
+
+        with zipfile.ZipFile(tmp_path / "houses.zip", "w") as archive:
+            archive.write(houses, "houses.csv")
+        packed, plain = whole(tmp_path / "houses.zip", "price"), whole(houses, "price")
+        assert torch.equal(packed.train.tensors[0], plain.train.tensors[0])
+        (tmp_path / "bad.zip").write_bytes(b"PK no")
+        with pytest.raises(DataError, match=r"bad\.zip cannot be read"):
+            whole(tmp_path / "bad.zip", "price")
+
+
+class TestTargets:
+    @pytest.mark.parametrize("scaling", ["standard", "log"])
+    def test_they_are_scaled_by_the_training_split_and_back(self, houses, scaling):
+        data = fw.datasets.build("table", path=houses, target="price", scale_target=scaling)
+        raw = fw.datasets.build("table", path=houses, target="price", scale_target="none")
+        expected = raw.train.tensors[1].log() if scaling == "log" else raw.train.tensors[1]
+        scaled = data.train.tensors[1]
+        torch.testing.assert_close(scaled, (expected - expected.mean()) / expected.std(correction=0), atol=1e-5, rtol=0)
+        torch.testing.assert_close(data.scale.back(data.test.tensors[1]), raw.test.tensors[1], rtol=1e-5, atol=1e-3)
+        assert raw.scale is None
+
+    def test_what_has_no_logarithm_is_refused(self, tmp_path):
+        path = written(tmp_path, "x,y\n1,0.5\n2,0\n3,2.5\n")
+        with pytest.raises(DataError, match=r"the target of row 2 is \[0.0\], which has no logarithm"):
+            whole(path, "y", target_kind="value", scale_target="log")
+
+    def test_metrics_and_predictions_are_in_the_unit_of_the_target(self, houses, tmp_path):
+        result = trained(
+            *(*of_houses(houses), "data.scale_target=log"),
+            *("task=regression", "model=tabular_resnet", "model.width=32", "model.depth=1", "model.dropout=0"),
+            *("metrics=[mae,r2]", "trainer.max_epochs=20", "optimizer.lr=0.01"),
+        )
+        data = fw.datasets.build("table", path=houses, target="price", scale_target="none")
+        run = open_run(result.folder)
+        (tmp_path / "test.csv").write_text(houses.read_text())
+        predicted = run.predict(run.read_inputs(tmp_path / "test.csv"))["value"]
+        rows = [line.split(",") for line in houses.read_text().splitlines()[1:]]
+        prices = torch.tensor([float(row[3]) for row in rows])
+        test = (prices[:, None] == data.test.tensors[1].flatten()).any(1)
+        mae = (predicted[test] - prices[test]).abs().mean()
+        assert mae.item() == pytest.approx(result.metrics["test/mae"], rel=1e-4)
+        assert r2_score(prices[test], predicted[test]) == pytest.approx(result.metrics["test/r2"], abs=1e-4)
+        assert result.metrics["test/r2"] > 0.8
+
+    def test_a_scale_is_undone(self):
+        amounts = torch.tensor([1.0, 10.0, 500.0])
+        for scale in (Scale(), Scale(3.0, 2.0), Scale(1.0, 0.5, log=True)):
+            torch.testing.assert_close(scale.back(scale.there(amounts)), amounts)
+
+
+class TestModels:
+    COLUMNS = (0, 3, 0, 5)
+
+    def inputs(self, rows=6):
+        torch.manual_seed(0)
+        return torch.stack([torch.randn(rows), torch.arange(rows) % 3, torch.randn(rows), torch.arange(rows) % 5], 1)
+
+    def test_a_token_of_each_column_is_that_of_the_paper(self):
+        tokenizer = fw.blocks.build("feature_tokenizer", (4,), width=8, sizes=list(self.COLUMNS))
+        x, tables = self.inputs(), tokenizer.columns.table.weight.split([3, 5])
+        found = tokenizer(x)
+        for row in range(len(x)):  # T = b + x W for a number, b + e W for a category, numbers first
+            for token, column in enumerate((0, 2)):
+                expected = tokenizer.bias[token] + x[row, column] * tokenizer.weight[token]
+                torch.testing.assert_close(found[row, token], expected)
+            for token, column in enumerate((1, 3)):
+                index = int(x[row, column])
+                vector = tables[token][index] if index else torch.zeros(8)  # 0: never seen in training
+                torch.testing.assert_close(found[row, 2 + token], tokenizer.bias[2 + token] + vector)
+
+    def test_the_residual_network_is_that_of_the_paper(self):
+        model = fw.models.build("tabular_resnet", (4,), (2,), self.COLUMNS, width=8, depth=2, embedding=3).eval()
+        state = {name: tensor for name, tensor in model.state_dict().items() if "num_batches" not in name}
+        linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm1d)]
+        x, table = self.inputs(), next(tensor for name, tensor in state.items() if name.endswith("table.weight"))
+        first, second = table.split([3, 5])
+        vectors = [
+            torch.where(x[:, [column]] > 0, part[x[:, column].long()], 0) for column, part in ((1, first), (3, second))
+        ]
+        hidden = linears[0](torch.cat([x[:, [0, 2]], *vectors], dim=1))
+        for block in range(2):
+            inner = F.relu(linears[1 + 2 * block](norms[block](hidden)))
+            hidden = hidden + linears[2 + 2 * block](inner)
+        torch.testing.assert_close(model(x), linears[-1](F.relu(norms[-1](hidden))))
+
+    @pytest.mark.parametrize("name", ["tabular_resnet", "ft_transformer"])
+    def test_every_parameter_is_trained_but_those_of_what_was_never_seen(self, name):
+        model = fw.models.build(name, (4,), (2,), self.COLUMNS, width=16, dropout=0.0)
+        x = self.inputs(30)
+        F.cross_entropy(model(x), torch.arange(30) % 2).backward()
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("table.weight"):
+                assert [bool(row.any()) for row in parameter.grad] == [False, True, True, False, *[True] * 4]
+            else:
+                assert parameter.grad.any(), parameter_name
+
+    def test_columns_that_are_not_the_inputs_are_refused(self):
+        with pytest.raises(BuildError, match="gets 4 inputs, but is told of 2 columns"):
+            fw.models.build("ft_transformer", (4,), (2,), (0, 3))
+
+    def test_a_model_that_would_take_indices_for_amounts_is_refused(self, houses):
+        with pytest.raises(BuildError, match=r"model=mlp would take .* choose one that embeds them \(ft_transformer, "):
+            Experiment(experiment(*of_houses(houses), "task=regression", "metrics=mae")[0])
+
+
+class TestMeasures:
+    @pytest.mark.parametrize("classes", [2, 4])
+    def test_auroc_is_that_of_scikit_learn(self, classes):
+        torch.manual_seed(0)
+        targets = torch.randint(classes, (3000,))
+        logits = torch.randn(3000, classes) + F.one_hot(targets, classes)
+        logits[:500] = logits[0].clone()  # ties
+        metric, shares = fw.metrics.build("auroc"), logits.softmax(1)
+        of_class = [roc_auc_score(targets == index, shares[:, index]) for index in range(classes)]
+        assert metric.compute(metric.sums(logits, targets).double()) == pytest.approx(np.mean(of_class), abs=5e-4)
+        ignored = torch.cat([targets, -torch.ones(5, dtype=torch.int64)])
+        more = metric.sums(torch.cat([logits, torch.randn(5, classes)]), ignored)
+        assert torch.equal(more, metric.sums(logits, targets))
+
+    def test_r2_of_logarithms(self):
+        targets = torch.rand(50, 1) * 1000 + 1
+        outputs = targets * (1 + 0.2 * torch.randn(50, 1)).abs()
+        metric = fw.metrics.build("r2_log")
+        found = metric.compute(metric.sums(outputs, targets).double())
+        assert found == pytest.approx(r2_score(targets.log(), outputs.log()), abs=1e-5)
+
+
+class TestRealData:
+    """Small versions of the experiments, on a slice of the data where it was fetched."""
+
+    @pytest.fixture
+    def diamonds(self, tmp_path):
+        try:
+            file = data_folder("diamonds", "2 MB", "data=diabetes") / "diamonds.csv"
+        except DataError as error:
+            pytest.skip(str(error))
+        lines = file.read_text().splitlines()
+        return written(tmp_path, "\n".join([lines[0], *lines[1::20]]))
+
+    @pytest.mark.parametrize("model", ["tabular_resnet", "ft_transformer"])
+    def test_diamonds_are_priced(self, diamonds, model):
+        result = trained(
+            *("data=diamonds", f"data.path={diamonds}", "data.categories=index", "data.quantile=true"),
+            *("task=regression", f"model={model}", "model.width=32", "model.depth=1", "model.dropout=0"),
+            *("metrics=[mae,r2_log]", "trainer.max_epochs=8", "optimizer.lr=0.01", "loader.batch_size=64"),
+        )
+        assert result.metrics["test/r2_log"] > 0.9  # the mean has 0
+        assert result.metrics["test/mae"] < 1000  # dollars; the mean price has 3,000
+
+    def test_data_that_is_not_there_is_told_how_to_fetch(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        for name, fallback in (("diamonds", "diabetes"), ("flights", "breast_cancer")):
+            said = rf"{name} is not in .*fetch it \(\d MB\) with: scripts/fetch_data {name} \(data={fallback} needs no"
+            with pytest.raises(DataError, match=said):
+                fw.datasets.build(name)
+
+    def test_flights_are_joined_with_the_weather(self, tmp_path):
+        flights = (
+            "year,month,day,dep_time,sched_dep_time,dep_delay,arr_time,sched_arr_time,arr_delay,carrier,flight,tailnum,"
+            "origin,dest,air_time,distance,hour,minute,time_hour\n"
+        )
+        row = "2013,1,{day},517,515,2,830,819,{delay},UA,1545,N1,{origin},IAH,227,1400,5,15,2013-01-0{day}T10:00:00Z\n"
+        delays = [("EWR", 1, 11), ("EWR", 2, 20), ("LGA", 1, "NA"), ("LGA", 2, 15), ("JFK", 1, 16), ("EWR", 2, 99)]
+        flights += "".join(row.format(origin=origin, day=day, delay=delay) for origin, day, delay in delays)
+        names = "temp,dewp,humid,wind_dir,wind_speed,wind_gust,precip,pressure,visib"
+        weather = f"origin,year,month,day,hour,{names},time_hour\n"
+        weather += f"EWR,2013,1,2,5,{','.join('123456789')},2013-01-02T10:00:00Z\n"
+        weather += f"LGA,2013,1,2,5,{','.join('123456789')},2013-01-02T10:00:00Z\n"
+        import zipfile
+
+        with zipfile.ZipFile(tmp_path / "flights.csv.zip", "w") as archive:
+            archive.writestr("flights.csv", flights)
+        (tmp_path / "weather.csv").write_text(weather)
+        data = fw.datasets.build("flights", path=tmp_path, categories="index", val_fraction=0.0, test_fraction=0.0)
+        assert data.classes == ["late", "on time"]
+        assert data.train.tensors[1].tolist() == [1, 0, 1, 0, 0]  # the flight that did not arrive is left out
+        names = [name for column in data.learnt for name in [column["name"]] * (1 + bool(column.get("missing")))]
+        inputs = dict(zip(names, data.train.tensors[0].T.tolist(), strict=True))  # of two inputs, the second one
+        assert inputs["temp"] == [1, 0, 0, 1, 0]  # no weather is known for two of them
+        assert inputs["weekday"] == [1, 2, 2, 1, 2]  # 1 January 2013 was a Tuesday, the second in the alphabet
+
+
+def test_a_run_cut_off_in_mid_epoch_goes_on_bit_for_bit(houses, monkeypatch):
+    settings = [
+        *of_houses(houses),
+        *("task=regression", "model=ft_transformer", "model.width=16", "model.depth=1", "metrics=[mae]"),
+        *("trainer.max_epochs=2", "callbacks.checkpoint.every=5steps"),
+    ]
+    unbroken = trained(*settings, "run.name=unbroken")
+
+    class Stop(fw.Callback):
+        def on_step_end(self, trainer):
+            if trainer.state.step == 18:
+                raise KeyboardInterrupt
+
+    made = Experiment.trainer
+    with monkeypatch.context() as patched:
+
+        def with_stop(self):
+            trainer = made(self)
+            trainer._listeners["step_end"].append(Stop().on_step_end)
+            return trainer
+
+        patched.setattr(Experiment, "trainer", with_stop)
+        with pytest.raises(KeyboardInterrupt):
+            trained(*settings, "run.name=cut")
+    resumed = trained(*settings, "run.name=cut", "resume=auto")
+    one, other = (
+        (sorted((run.folder / "checkpoints").glob("step-*"))[-1] / "model.safetensors").read_bytes()
+        for run in (unbroken, resumed)
+    )
+    assert one == other
