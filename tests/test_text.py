@@ -1,0 +1,330 @@
+"""Texts as inputs: tokenizers, ragged batches, data parts, and classifiers that padding cannot mislead."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import framework as fw
+from framework import seeds
+from framework.data import Loader, RaggedSplit
+from framework.errors import DataError
+from framework.registry import Registry
+
+TEXTS = ["def f(x):\n    return x + 1  # größer als 1 €\n", "class A:\n    pass\n", "The end."] * 5
+MODELS = ["embedding_bag", "text_lstm", "text_transformer"]
+
+
+def tokenizer(name, **settings):
+    if name == "bpe":
+        pytest.importorskip("tokenizers")
+    fitted = Registry.every["tokenizer"].build(name, **settings)
+    fitted.fit(TEXTS)
+    return fitted
+
+
+# --- tokenizers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["byte", "char", "bpe"])
+def test_ids_give_the_text_again_and_count_its_characters(name):
+    made = tokenizer(name)
+    for text in TEXTS:
+        ids = made.encode(text)
+        assert made.decode(ids) == made.decode([*ids, 0, 0]) == text
+        characters = made.characters()
+        assert len(characters) == made.size
+        assert min(ids) >= 2
+        assert sum(characters[number] for number in ids) == len(text)
+
+
+@pytest.mark.parametrize("name", ["byte", "char", "word", "bpe"])
+def test_what_was_learned_goes_through_json(name):
+    made = tokenizer(name)
+    again = Registry.every["tokenizer"].build(name)
+    again.load(json.loads(json.dumps(made.state())))
+    assert again.size == made.size
+    assert [again.encode(text) for text in TEXTS] == [made.encode(text) for text in TEXTS]
+    assert tokenizer(name).state() == made.state(), "fitted anew, it is the same: a resumed run needs that"
+
+
+def test_the_vocabulary_is_the_most_frequent_and_the_rest_is_unknown():
+    made = Registry.every["tokenizer"].build("word", vocabulary=4)
+    made.fit(["b b a a A, c", "c b"])
+    assert made.tokens == ["a", "b"]  # three each, in the order of the alphabet; c comes twice
+    assert made.encode("A b c d") == [2, 3, 1, 1]
+    assert made.decode([2, 3, 1, 0]) == "a b �"
+
+
+def test_byte_pairs_are_longer_than_bytes_and_split_no_known_word():
+    made = tokenizer("bpe", vocabulary=400)
+    assert made.size <= 400
+    assert len(made.encode(TEXTS[0])) < len(TEXTS[0]) / 2
+    assert len(made.encode("<unknown>")) > 1  # written in a text it is text
+
+
+# --- ragged batches ---------------------------------------------------------------------------------------------------
+
+
+def ragged(count=57, bucket=4):
+    draw = torch.Generator().manual_seed(3)
+    lengths = torch.randint(1, 40, (count,), generator=draw).tolist()
+    rows = [torch.randint(1, 99, (length,), generator=draw) for length in lengths]
+    return RaggedSplit(rows, torch.arange(count), bucket=bucket), rows
+
+
+def test_a_batch_is_its_texts_padded_to_the_longest():
+    split, rows = ragged()
+    for tokens, labels in Loader(split, batch_size=5, shuffle=True).epoch(1):
+        assert tokens.dtype == torch.int64
+        assert tokens.shape[1] == max(len(rows[label]) for label in labels)
+        for row, label in zip(tokens, labels, strict=True):
+            assert torch.equal(row, nn.functional.pad(rows[label], (0, tokens.shape[1] - len(rows[label]))))
+    assert torch.equal(split[56][0], rows[56])
+
+
+def test_the_order_is_that_of_its_definition():
+    split, rows = ragged()
+    plain, size, pool = seeds.order(7, 2, 57).tolist(), 5, 4 * 5
+    batches = []
+    for start in range(0, 55, pool):
+        chosen = sorted(plain[start : min(start + pool, 55)], key=lambda row: len(rows[row]))
+        batches += [chosen[at : at + size] for at in range(0, len(chosen), size)]
+    mixed = torch.randperm(11, generator=seeds.generator(7, "batches", 2)).tolist()
+    expected = [row for number in mixed for row in batches[number]] + plain[55:]
+    assert split.order(7, 2, size, True).tolist() == expected
+    assert sorted(expected) == list(range(57))
+    assert split.order(7, 3, size, True).tolist() != expected
+
+
+def test_bucketing_spares_padding_and_evaluation_keeps_the_order():
+    def padding(bucket):
+        split, _ = ragged(570, bucket)
+        batches = Loader(split, batch_size=8, shuffle=True).epoch(0)
+        return sum(int((tokens == 0).sum()) for tokens, _ in batches)
+
+    assert padding(16) < padding(0) / 3
+    split, _ = ragged()
+    labels = [label for _, batch in Loader(split, eval_batch_size=8).epoch(0) for label in batch.tolist()]
+    assert labels == list(range(57))
+
+
+@pytest.mark.parametrize("start", [0, 3, 11, 12])
+def test_an_epoch_goes_on_where_it_was_left(start):
+    loader = Loader(ragged()[0], batch_size=5, shuffle=True, seed=2)
+    whole, rest = list(loader.epoch(1)), list(loader.epoch(1, start))
+    assert len(rest) == 12 - start
+    assert all(
+        torch.equal(a, b) for one, two in zip(whole[start:], rest, strict=True) for a, b in zip(one, two, strict=True)
+    )
+
+
+def test_what_makes_no_batches():
+    with pytest.raises(DataError, match="sequence 1 is empty"):
+        RaggedSplit([torch.ones(2), torch.ones(0)])
+    with pytest.raises(DataError, match=r"loader.read=workers: a RaggedSplit makes its batches in memory"):
+        Loader(ragged()[0], read="workers")
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def build(name, **settings):
+    torch.manual_seed(1)
+    model = fw.models.build(name, (20,), (3,), vocabulary=50, **settings)
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and not parameter.any():
+            nn.init.normal_(parameter, std=0.2)  # branches that begin at zero would hide what they do
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_padding_changes_nothing(name):
+    model = build(name, **({"pairs": True} if name == "embedding_bag" else {}))
+    text = torch.randint(2, 50, (1, 7))
+    alone = model(text)
+    padded = nn.functional.pad(text, (0, 9))
+    other = torch.randint(2, 50, (1, 16))
+    torch.testing.assert_close(model(torch.cat([padded, other]))[:1], alone, atol=1e-5, rtol=1e-5)
+    assert model(torch.zeros(2, 5, dtype=torch.int64)).isfinite().all()
+    torch.testing.assert_close(model(text.where(text != text[0, 0], 777)), model(text.where(text != text[0, 0], 1)))
+
+
+def test_an_embedding_bag_is_the_mean_of_words_and_of_pairs():
+    model = build("embedding_bag", pairs=True, width=8)
+    text = torch.tensor([[4, 9, 4]])
+    words, pairs = model.words.table.weight, model.pairs.weight
+    hashed = [(4 * 92_821 + 9) % 50_000, (9 * 92_821 + 4) % 50_000]
+    mean = (words[4] + words[9] + words[4]) / 3 + (pairs[hashed[0]] + pairs[hashed[1]]) / 2
+    torch.testing.assert_close(model(text)[0], model.output(mean))
+
+
+def test_an_lstm_reads_backwards_from_the_last_word():
+    model = build("text_lstm", width=8, embedding=8)
+    text = torch.randint(2, 50, (1, 6))
+    x = model.words(text)
+    forwards, backwards = model.forwards(x), model.backwards(x.flip(1))
+    torch.testing.assert_close(model(text), model.output(torch.cat([forwards.mean(1), backwards.mean(1)], 1)))
+
+
+def test_a_transformer_is_pytorchs_attention_with_a_key_padding_mask():
+    block = fw.blocks.build("rotary_attention", (6, 8), heads=2, causal=False, base=1e30)  # positions hardly turn
+    nn.init.normal_(block.output.weight)
+    x, mask = torch.randn(2, 6, 8), torch.arange(6) < torch.tensor([[6], [4]])
+    reference = nn.MultiheadAttention(8, 2, bias=False, batch_first=True)
+    reference.in_proj_weight.data, reference.out_proj.weight.data = block.input.weight.data, block.output.weight.data
+    block.rotary.cos.fill_(1.0), block.rotary.sin.fill_(0.0)
+    expected = reference(x, x, x, key_padding_mask=~mask)[0]
+    torch.testing.assert_close(block(x, mask)[mask], expected[mask], atol=1e-5, rtol=1e-5)
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+ANIMALS = {
+    "cat": ["the cat says miau", "miau miau on the sofa", "a cat sleeps"],
+    "dog": ["bow wow", "the dog barks bow"],
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, texts in ANIMALS.items():
+        (tmp_path / "texts" / name).mkdir(parents=True)
+        for number, text in enumerate(texts * 10):
+            (tmp_path / "texts" / name / f"{number}.txt").write_text(f"{text} {number}")
+    return tmp_path / "texts"
+
+
+def table_of(folder, path):
+    rows = [(file.read_text(), file.parent.name) for file in sorted(folder.glob("*/*.txt"))]
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows))
+    else:
+        path.write_text("text,label\n" + "".join(f'"{text}",{label}\n' for text, label in rows))
+    return path
+
+
+def test_folders_and_tables_are_the_same_data(folder, tmp_path):
+    one = fw.datasets.build("text_folder", path=folder, max_length=4)
+    assert (one.in_shape, one.out_shape, one.classes) == ((4,), (2,), ["cat", "dog"])
+    assert [len(split) for split in (one.train, one.val, one.test)] == [36, 7, 7]
+    for name in ("t.csv", "t.jsonl"):
+        other = fw.datasets.build("text_table", path=table_of(folder, tmp_path / name), max_length=4)
+        assert torch.equal(other.train.tokens, one.train.tokens)
+        assert torch.equal(other.test.others[0], one.test.others[0])
+    assert not set(one.tokenizer.tokens) - {word for text in one.texts["train"] for word in text.split()}
+
+
+def test_what_is_predicted_on_is_prepared_as_in_training(folder, tmp_path):
+    data = fw.datasets.build("text_folder", path=folder, max_length=6)
+    facts = json.loads(json.dumps(data.facts()))
+    (tmp_path / "new.txt").write_text(data.texts["train"][3] + "\n\nunseenword\n")
+    read = type(data).read_inputs(tmp_path / "new.txt", facts)
+    assert read.shape == (3, 6)
+    tokens = data.train[3][0]
+    assert torch.equal(read[0, : len(tokens)], tokens)
+    assert read[1].tolist() == read[2].tolist() == [1, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.csv", "text,label\nhello,a\n,b\n", r"t.csv, line 3: 'text' should be a text, not ''"),
+        ("t.csv", "text,label\nhello\n", r"t.csv, line 2: not as many cells as the first line has columns"),
+        ("t.csv", "words,label\nhello,a\n", r"t.csv, line 2 has no 'text'; .*words"),
+        ("t.csv", "text,label\n", r"t.csv has no rows"),
+        ("t.csv", "text,label\nhello,a\n", r"there is one class only, 'a'"),
+        ("t.jsonl", '{"text": "a", "label": "b"}\n{"text"\n', r"t.jsonl, line 2 is no JSON"),
+        ("t.jsonl", "[1]\n", r"t.jsonl, line 1 should be an object"),
+        ("t.jsonl", '{"text": ["a"], "label": "b"}\n', r"t.jsonl, line 1: 'text' should be a text, not \['a'\]"),
+        ("t.xls", "", r"t.xls: the suffix should be .csv, .tsv or .jsonl"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        fw.datasets.build("text_table", path=tmp_path / name)
+
+
+def test_bad_folders_are_named(folder):
+    (folder / "bird").mkdir()
+    with pytest.raises(DataError, match=r"texts/bird has no .txt file; a class needs some, or remove its folder"):
+        fw.datasets.build("text_folder", path=folder)
+    (folder / "bird" / "1.txt").write_bytes(b"tweet \xff")
+    with pytest.raises(DataError, match=r"bird/1.txt is no UTF-8 text \(byte 6\)"):
+        fw.datasets.build("text_folder", path=folder)
+    with pytest.raises(DataError, match="has no folders"):
+        fw.datasets.build("text_folder", path=folder / "cat")
+
+
+def test_missing_mails_name_the_command_and_the_way_without(tmp_path):
+    with pytest.raises(DataError, match=r"scripts/fetch_data spam\), or take data=docstrings"):
+        fw.datasets.build("spam", folder=tmp_path)
+
+
+def test_mails_are_subject_and_body_and_no_mail_is_in_two_splits(tmp_path):
+    for group in ("easy-ham-1", "spam-1", "easy-ham-2", "hard-ham-1", "spam-2"):
+        (tmp_path / group).mkdir()
+        for number in range(9):
+            text = f"From: x\nsubject: about {group[:4]} {number}\n\nbody"
+            (tmp_path / group / f"{number}.json").write_text(json.dumps({"text": text}))
+    data = fw.datasets.build("spam", folder=tmp_path)
+    assert data.texts["train"][0] == "about easy 0\nbody"
+    assert len(data.train) + len(data.val) == 18
+    assert sorted(data.texts["test"]) == [f"about hard {number}\nbody" for number in range(9)]  # the rest is known
+    (tmp_path / "spam-1" / "3.json").write_text("{")
+    with pytest.raises(DataError, match=r"3.json is no mail of the corpus"):
+        fw.datasets.build("spam", folder=tmp_path)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def docstrings():
+    return fw.datasets.build("docstrings", max_length=32)
+
+
+def fit(model, data, resume=None, **limits):
+    trainer = fw.Trainer(seed=3, **limits)
+    loader = Loader(data.train, batch_size=32, shuffle=True, seed=3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    trainer.fit(model, loader, task=nn.CrossEntropyLoss(), optimizer=optimizer, resume=resume)
+    return trainer
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_each_model_learns_whose_docstring_it_is(docstrings, name):
+    """Twice as often as by always naming the most frequent package, which is the best without reading."""
+    torch.manual_seed(0)
+    small = {"width": 32, "depth": 1} if name == "text_transformer" else {"width": 32}
+    model = fw.models.build(name, docstrings.in_shape, docstrings.out_shape, vocabulary=docstrings.vocabulary, **small)
+    trainer = fit(model, docstrings, max_steps=180)
+    accuracy = trainer.evaluate(docstrings.test, metrics=[fw.metrics.build("accuracy")])["test/accuracy"]
+    answers = torch.tensor(docstrings.labels["test"])
+    assert accuracy > 2 * (answers == answers.mode().values).float().mean()
+
+
+def test_a_run_that_stops_in_mid_epoch_goes_on_bit_for_bit(docstrings):
+    def fresh():
+        torch.manual_seed(0)
+        return fw.models.build("embedding_bag", (32,), docstrings.out_shape, vocabulary=5000, width=16, dropout=0.3)
+
+    whole = fit(fresh(), docstrings, max_steps=100)
+    state = copy.deepcopy(fit(fresh(), docstrings, max_steps=37).state_dict())
+    resumed = fit(fresh(), docstrings, resume=state, max_steps=100)
+    weights = resumed.model.state_dict()
+    assert all(torch.equal(tensor, weights[key]) for key, tensor in whole.model.state_dict().items())
+
+
+def test_a_text_file_is_predicted_from_the_command_line(command, folder):
+    table_of(folder, folder.parent / "t.csv")
+    settings = "model=embedding_bag model.vocabulary=50 optimizer.lr=0.05 trainer.max_epochs=10 loggers=json_lines"
+    status, _, err = command(f"train data=text_table data.path=t.csv {settings} run.name=a")
+    assert status == 0, err
+    (folder.parent / "new.txt").write_text("miau miau\nbow wow bow\n")
+    status, out, err = command("predict runs/default/a --input new.txt --output -")
+    assert status == 0, err
+    assert [line.split(",")[0] for line in out.splitlines()] == ["class", "cat", "dog"]
