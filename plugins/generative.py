@@ -1,0 +1,291 @@
+"""Models and tasks that learn what the inputs are like: autoencoders, variational ones, adversarial networks."""
+
+from collections.abc import Sequence
+from math import prod
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from framework import Activation, Data, NonNegativeFloat, PositiveInt, Shape, Step, Task, models, tasks
+from framework.data import Batch, Target
+from framework.errors import BuildError, DataError
+from framework.shapes import output_shape
+from framework.task import Phase
+
+Network = Literal["mlp", "conv"]
+
+
+def encoder(kind: Network, in_shape: Shape, outputs: int, widths: Sequence[int], activation: Activation) -> nn.Module:
+    """Return a network from an input to `outputs` numbers: hidden layers, or convolutions that each halve the image."""
+    layers: list[nn.Module] = [] if kind == "conv" else [nn.Flatten()]
+    features = in_shape[0] if kind == "conv" else prod(in_shape)
+    if kind == "conv" and (len(in_shape) != 3 or any(size % 2 ** len(widths) for size in in_shape[1:])):
+        raise BuildError(f"network=conv halves images (C, H, W) {len(widths)} times (`widths`), not {in_shape}")
+    for width in widths:
+        layer = nn.Conv2d(features, width, 4, 2, 1) if kind == "conv" else nn.Linear(features, width)
+        layers += [layer, activation()]
+        features = width
+    body = nn.Sequential(*layers, nn.Flatten())
+    return body.append(nn.Linear(output_shape(body, in_shape)[0], outputs))
+
+
+def decoder(kind: Network, code: int, out_shape: Shape, widths: Sequence[int], activation: Activation) -> nn.Module:
+    """Return a network from a code to an output: the layers of `encoder` the other way round."""
+    layers: list[nn.Module] = []
+    features = code
+    if kind == "mlp":
+        for width in reversed(widths):
+            layers += [nn.Linear(features, width), activation()]
+            features = width
+        return nn.Sequential(*layers, nn.Linear(features, prod(out_shape)), nn.Unflatten(1, tuple(out_shape)))
+    if len(out_shape) != 3 or any(size % 2 ** len(widths) for size in out_shape[1:]):
+        raise BuildError(f"network=conv doubles images {len(widths)} times (`widths`): {tuple(out_shape)} does not fit")
+    small = (widths[-1], *(size // 2 ** len(widths) for size in out_shape[1:]))
+    layers = [nn.Linear(code, prod(small)), nn.Unflatten(1, small), activation()]
+    for width, following in zip(reversed(widths), [*reversed(widths[:-1]), out_shape[0]], strict=True):
+        layers += [nn.ConvTranspose2d(width, following, 4, 2, 1), activation()]
+    return nn.Sequential(*layers[:-1])
+
+
+@models.register("autoencoder")
+class Autoencoder(nn.Module):
+    """An encoder to a short code, and a decoder from it to the output (Hinton and Salakhutdinov 2006)."""
+
+    def __init__(
+        self,
+        in_shape: Shape,
+        out_shape: Shape,
+        code: PositiveInt = 32,
+        network: Network = "mlp",
+        widths: Sequence[PositiveInt] = (256,),
+        activation: Activation = "relu",
+    ):
+        """Build both.
+
+        Args:
+            code: numbers in the code.
+            network: mlp, or conv for images: each layer halves them, the decoder's doubles them.
+            widths: features (channels) of the encoder's hidden layers; the decoder has them the other way round.
+            activation: after each hidden layer.
+        """
+        super().__init__()
+        self.code = code
+        self.encode = encoder(network, in_shape, self.encoded, widths, activation)
+        self.decode = decoder(network, code, out_shape, widths, activation)
+
+    @property
+    def encoded(self) -> int:
+        """How many numbers the encoder gives."""
+        return self.code
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decode(self.encode(x))
+
+
+@models.register("vae")
+class Vae(Autoencoder):
+    """Variational autoencoder: a Gaussian over codes for each input (Kingma and Welling 2014, arXiv:1312.6114).
+
+    Called like any model it decodes the mean. `sample` decodes codes drawn from the prior, a standard normal.
+    """
+
+    @property
+    def encoded(self) -> int:
+        return 2 * self.code
+
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and logarithm of the variance of the code, each (batch, code)."""
+        mean, log_variance = self.encode(x).chunk(2, 1)
+        return mean, log_variance
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decode(self.posterior(x)[0])
+
+    def sample(self, count: int) -> Tensor:
+        return self.decode(torch.randn(count, self.code, device=next(self.parameters()).device))
+
+
+@models.register("gan")
+class Gan(nn.Module):
+    """A generator and a discriminator (Goodfellow et al. 2014, arXiv:1406.2661). Called, it judges inputs: logits.
+
+    `sample` generates inputs from numbers drawn from a standard normal.
+    """
+
+    def __init__(
+        self,
+        in_shape: Shape,
+        out_shape: Shape,
+        latent: PositiveInt = 64,
+        network: Network = "mlp",
+        widths: Sequence[PositiveInt] = (256, 256),
+        activation: Activation = "leaky_relu",
+    ):
+        """Build both.
+
+        Args:
+            latent: numbers, drawn from a standard normal, that an input is generated from.
+            network: mlp, or conv for images: each layer halves them, the generator's doubles them.
+            widths: features (channels) of the discriminator's hidden layers; the generator's are the other way round.
+            activation: after each hidden layer.
+        """
+        super().__init__()
+        self.latent = latent
+        self.discriminator = encoder(network, in_shape, prod(out_shape), widths, activation)
+        self.discriminator.append(nn.Unflatten(1, tuple(out_shape)))
+        self.generator = decoder(network, latent, in_shape, widths, activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.discriminator(x)
+
+    def sample(self, count: int) -> Tensor:
+        return self.generator(torch.randn(count, self.latent, device=next(self.parameters()).device))
+
+
+class OfInputs(Task):
+    """A task whose targets are the inputs themselves; what else a batch holds is not looked at."""
+
+    def targets_of(self, data: Data) -> tuple[Target, Shape]:
+        return "value", tuple(data.in_shape)
+
+    def predict(self, outputs: Tensor) -> dict[str, Tensor]:
+        return {"reconstruction": outputs}
+
+    def pictures(self, model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
+        """Return what a person should see, rows of inputs' shape: here each input, and what became of it."""
+        given = self.predict(model(inputs))["reconstruction"]
+        shown = {"reconstructions": torch.stack([inputs, given], 1).flatten(0, 1)}
+        if hasattr(model, "sample"):
+            shown["samples"] = self.predict(model.sample(len(inputs)))["reconstruction"]  # type: ignore[operator]
+        return shown
+
+
+@tasks.register("reconstruction")
+class Reconstruction(OfInputs):
+    """Give the inputs back: the mean squared error of each number, or with noise that of a denoising autoencoder."""
+
+    def __init__(self, noise: NonNegativeFloat = 0.0):
+        """Say what stands in the way.
+
+        Args:
+            noise: standard deviation of what is added to the inputs in training (Vincent et al. 2008).
+        """
+        self.noise = noise
+
+    def step(self, model: nn.Module, batch: Batch) -> Step:
+        inputs = batch[0]
+        seen = inputs + self.noise * torch.randn_like(inputs) if self.noise and model.training else inputs
+        outputs = model(seen)
+        return Step(F.mse_loss(outputs, inputs), outputs, inputs)
+
+
+@tasks.register("variational")
+class Variational(OfInputs):
+    """Minus the evidence lower bound, in nats a sample (Kingma and Welling 2014, equation 10, one draw of the code).
+
+    Evaluation draws its codes from a generator of its own, the same each time.
+    Logged beside the loss: `reconstruction` and `divergence`, the two terms.
+    """
+
+    def __init__(self, beta: NonNegativeFloat = 1.0, likelihood: Literal["bernoulli", "gaussian"] = "bernoulli"):
+        """Say what is weighed.
+
+        Args:
+            beta: weight of the divergence (Higgins et al. 2017); 1 is the bound.
+            likelihood: bernoulli takes inputs from 0 to 1 and outputs as logits; gaussian any, with variance 1.
+        """
+        self.beta, self.likelihood = beta, likelihood
+
+    def check(self, data: Data) -> None:
+        first = torch.as_tensor(data.train[0][0]).float()
+        if self.likelihood == "bernoulli" and (first.min() < 0 or first.max() > 1):
+            raise DataError(
+                "task.likelihood=bernoulli takes inputs from 0 to 1: data.normalize=false, or task.likelihood=gaussian"
+            )
+
+    def check_model(self, model: nn.Module) -> None:
+        needs(model, "posterior", "decode", "model=vae")
+
+    def step(self, model: nn.Module, batch: Batch) -> Step:
+        inputs = batch[0]
+        mean, log_variance = model.posterior(inputs)  # type: ignore[operator]
+        generator = None if model.training else torch.Generator(mean.device).manual_seed(0)
+        drawn = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
+        code = mean + drawn * (log_variance / 2).exp()
+        outputs = model.decode(code)  # type: ignore[operator]
+        reconstruction = self.surprise(outputs, inputs) / len(inputs)
+        divergence = (mean.square() + log_variance.exp() - 1 - log_variance).sum() / 2 / len(inputs)
+        shown = outputs.sigmoid() if self.likelihood == "bernoulli" else outputs
+        values = {"reconstruction": reconstruction, "divergence": divergence}
+        return Step(reconstruction + self.beta * divergence, shown, inputs, values)
+
+    def surprise(self, outputs: Tensor, inputs: Tensor) -> Tensor:
+        """Return minus the logarithm of the likelihood of all numbers, summed; the Gaussian's without its constant."""
+        if self.likelihood == "bernoulli":
+            return F.binary_cross_entropy_with_logits(outputs, inputs, reduction="sum")
+        return (outputs - inputs).square().sum() / 2
+
+    def predict(self, outputs: Tensor) -> dict[str, Tensor]:
+        return {"reconstruction": outputs.sigmoid() if self.likelihood == "bernoulli" else outputs}
+
+
+@tasks.register("adversarial")
+class Adversarial(Task):
+    """A generator against a discriminator, which are updated in turn (Goodfellow et al. 2014, the non-saturating form).
+
+    A training step is some phases of the discriminator, each with fresh samples, and one of the generator; logged are
+    `discriminator_loss`, `generator_loss`, and how the discriminator judges (`real`, `fake`: probabilities that an
+    input is real). train/loss is the mean over the phases. Evaluation measures the discriminator.
+    """
+
+    def __init__(self, loss: Literal["logistic", "hinge"] = "logistic", critic_steps: PositiveInt = 1):
+        """Say how they play.
+
+        Args:
+            loss: logistic, or hinge (Lim and Ye 2017, arXiv:1705.02894).
+            critic_steps: updates of the discriminator for one of the generator.
+        """
+        self.loss = loss
+        self.phases = [Phase("discriminator", ["discriminator.*"])] * critic_steps + [
+            Phase("generator", ["generator.*"])
+        ]
+
+    def targets_of(self, data: Data) -> tuple[Target, Shape]:
+        return "labels", (1,)
+
+    def check_model(self, model: nn.Module) -> None:
+        needs(model, "generator", "discriminator", "model=gan")
+
+    def phase(self, name: str, model: nn.Module, batch: Batch) -> Step:
+        if name == "discriminator":
+            return self.step(model, batch)
+        judged = model.discriminator(model.sample(len(batch[0])))  # type: ignore[operator]
+        loss = F.softplus(-judged).mean() if self.loss == "logistic" else -judged.mean()
+        return Step(loss, judged, torch.ones_like(judged), {"generator_loss": loss})
+
+    def step(self, model: nn.Module, batch: Batch) -> Step:
+        inputs = batch[0]
+        with torch.no_grad():
+            made = model.sample(len(inputs))  # type: ignore[operator]
+        real, fake = model.discriminator(torch.cat([inputs, made.to(inputs.dtype)])).chunk(2)  # type: ignore[operator]
+        if self.loss == "logistic":
+            loss = F.softplus(-real).mean() + F.softplus(fake).mean()
+        else:
+            loss = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+        outputs, targets = torch.cat([real, fake]), torch.cat([torch.ones_like(real), torch.zeros_like(fake)])
+        values = {"discriminator_loss": loss, "real": real.sigmoid().mean(), "fake": fake.sigmoid().mean()}
+        return Step(loss, outputs, targets, values)
+
+    def predict(self, outputs: Tensor) -> dict[str, Tensor]:
+        return {"real": outputs.float().sigmoid().flatten(1)[:, 0]}
+
+    def pictures(self, model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
+        """Return what a person should see: generated inputs."""
+        return {"samples": model.sample(len(inputs))}  # type: ignore[operator]
+
+
+def needs(model: nn.Module, first: str, second: str, advice: str) -> None:
+    if not (hasattr(model, first) and hasattr(model, second)):
+        raise BuildError(f"{type(model).__name__} has no `{first}` and `{second}`, which this task calls: {advice}")

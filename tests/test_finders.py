@@ -1,0 +1,112 @@
+"""A learning rate, a batch size, and a try of everything, before a long run."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+
+from framework.tuning.finders import Speed, suggested
+from framework.tuning.preflight import STEPS
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def found(command, words=""):
+    status, out, err = command(f"find lr --json {words}")
+    assert status in (0, None), err
+    return json.loads(out)
+
+
+def test_the_suggested_rate_trains_and_the_highest_does_not(command):
+    test = found(command)
+    rates, losses = test["rates"], test["losses"]
+    assert rates[0] == pytest.approx(1e-7)
+    ratios = [b / a for a, b in itertools.pairwise(rates)]
+    assert ratios == pytest.approx([1e8 ** (1 / 99)] * len(ratios))  # each step the same factor
+    assert losses[-1] > 4 * min(losses) or rates[-1] == pytest.approx(10)
+    assert losses[0] == pytest.approx(math.log(10), abs=0.3)
+    assert 1e-4 < test["suggestion"] < test["lowest"] < 1
+    status, out, err = command(f"train trainer.max_epochs=3 optimizer.lr={test['suggestion']}")
+    assert status in (0, None), err
+    assert float(out.split("test ")[-1].split()[1]) > 0.9
+
+
+def test_the_rate_follows_the_optimizer(command):
+    assert found(command, "optimizer=sgd")["suggestion"] > 5 * found(command)["suggestion"]
+
+
+def test_what_is_to_be_found_comes_first(command):
+    status, _, err = command("find width")
+    assert status == 2
+    assert "lr or batch_size, not width" in err
+
+
+def test_nothing_is_left_behind(command, tmp_path):
+    for line in ("find lr", "check"):
+        status, _, err = command(line)
+        assert status in (0, None), err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_batch_sizes_are_measured_up_to_the_data(command):
+    status, out, err = command("find batch_size --json")
+    assert status in (0, None), err
+    told = json.loads(out)
+    assert [each["batch_size"] for each in told["measured"]] == [8 * 2**n for n in range(8)]  # 1,257 samples
+    assert all(each["samples_per_second"] > 0 for each in told["measured"])
+    assert told["suggestion"] >= 64
+
+
+@pytest.mark.parametrize(
+    ("speeds", "best"),
+    [
+        ([100, 200, 390, 395, 400], 32),  # doubling gains less than 5 %
+        ([100, 200, None], 16),  # then memory is full
+        ([100, 90, 80], 8),
+    ],
+)
+def test_the_smallest_size_that_is_as_fast(speeds, best):
+    assert suggested([Speed(8 * 2**n, speed) for n, speed in enumerate(speeds)]).batch_size == best
+
+
+def test_a_check_goes_through_all_of_it(command):
+    status, out, err = command("check data.image=true model=cnn +transforms=crop model.dropout=0.2")
+    assert status in (0, None), err
+    assert "the same weights, bit for bit" in out
+    first, last = (float(text.split()[0].rstrip(",")) for text in (out.split("one batch: ")[1], out.split("steps ")[2]))
+    assert last < first / 4
+
+
+def test_a_check_finds_what_forgets_its_state(command, forget_plugins, tmp_path):
+    (tmp_path / "forgetful.py").write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "from framework import blocks\n"
+        "@blocks.register('forgetful')\n"
+        "class Forgetful(nn.Module):\n"
+        "    '''Scales by how often it was called, which no checkpoint knows.'''\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.calls = 0\n"
+        "    def forward(self, x):\n"
+        "        self.calls += self.training\n"
+        "        return x * (1 + self.calls)\n"
+    )
+    status, _, err = command("check --plugins forgetful.py model=stack 'model.blocks=[linear,forgetful]'")
+    assert status == 2
+    assert "a resumed run comes to other weights" in err
+
+
+def test_a_check_finds_what_does_not_learn(command):
+    status, _, err = command("check optimizer.lr=1e-12 optimizer.weight_decay=0")
+    assert status == 2
+    assert f"after {STEPS} steps" in err
+    assert "it does not learn" in err

@@ -1,0 +1,168 @@
+"""Contrastive learning, distillation, several goals: their formulas, and that they learn."""
+
+import math
+import re
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from sklearn.linear_model import Ridge
+from torch.nn import functional as F
+
+import framework as fw
+from framework.trained import open_run
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def by_pairs(embeddings, temperature):
+    """Equation 1 of Chen et al. 2020, a pair at a time."""
+    n = len(embeddings) // 2
+    losses = []
+    for i in range(2 * n):
+        j = (i + n) % (2 * n)
+        similar = [math.exp(F.cosine_similarity(embeddings[i], e, dim=0) / temperature) for e in embeddings]
+        losses.append(-math.log(similar[j] / sum(s for k, s in enumerate(similar) if k != i)))
+    return sum(losses) / len(losses)
+
+
+def test_the_contrastive_loss_is_that_of_the_paper():
+    from framework_plugins.representation import contrast
+
+    embeddings = torch.randn(10, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    loss, found = contrast(embeddings, 0.3)
+    assert float(loss) == pytest.approx(by_pairs(embeddings, 0.3), rel=1e-5)
+    twins = torch.cat([embeddings, embeddings + 1e-6])
+    assert float(contrast(twins, 0.3)[1]) == 1.0
+    assert 0 <= float(found) < 1
+
+
+def contrastive(folder=None, epochs=10, **settings):
+    data = fw.datasets.build("digits", image=True)
+    task = fw.tasks.build("contrastive", dimensions=32)
+    torch.manual_seed(0)
+    model = fw.models.build("cnn", data.in_shape, (32,), channels=[16, 32])
+    probe = fw.callbacks.build("linear_probe", count=300)
+    trainer = fw.Trainer(max_epochs=epochs, callbacks=[probe], device="cpu", **settings)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    return trainer, {"model": model, "data": data, "task": task, "optimizer": optimizer, "batch_size": 128}
+
+
+def test_features_learnt_without_labels_tell_the_classes():
+    trainer, arguments = contrastive(epochs=8)
+    trainer.fit(**arguments)
+    metrics = trainer.state.metrics
+    assert metrics["train/found"] > 0.08  # by chance 1 of 255
+    assert metrics["val/probe_accuracy"] > 0.88  # of ten classes
+    assert trainer.evaluate(arguments["data"].val) == trainer.evaluate(arguments["data"].val)
+
+
+def test_a_contrastive_run_that_was_cut_off_goes_on_exactly():
+    whole, arguments = contrastive(epochs=2)
+    whole.fit(**arguments)
+    cut, some = contrastive(epochs=2, max_steps=13)
+    cut.fit(**some)
+    half = cut.state_dict()  # now: it holds the generators as they are
+    resumed, rest = contrastive(epochs=2)
+    resumed.fit(**rest, resume=half)
+    pairs = zip(whole.model.parameters(), resumed.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_the_probe_is_a_ridge_regression():
+    from framework_plugins.representation import least_squares
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 4, generator=generator, dtype=torch.float64)
+    x = x - x.mean(0)
+    y = torch.randn(50, 3, generator=generator, dtype=torch.float64)
+    reference = Ridge(alpha=2.0 * 50 * 1e-3).fit(x.numpy(), y.numpy())
+    ours = least_squares(x, y, 2.0).numpy()
+    numpy.testing.assert_allclose(ours[:-1], reference.coef_.T, rtol=1e-8)
+    numpy.testing.assert_allclose(ours[-1], reference.intercept_, rtol=1e-8)
+
+
+@pytest.fixture
+def teacher(command):
+    status, _, err = command("train model.width=64 trainer.max_epochs=6 run.name=teacher")
+    assert status in (0, None), err
+    return "runs/default/teacher"
+
+
+def test_a_student_learns_from_a_teacher(command, teacher):
+    words = (
+        f"task=distillation task.teacher={teacher} task.weight=1 model.width=16 trainer.max_epochs=20 run.name=pupil"
+    )
+    status, _, err = command(f"train {words}")
+    assert status in (0, None), err
+    pupil = open_run(Path("runs/default/pupil"))
+    data = fw.datasets.build("digits")
+    inputs, targets = data.test.tensors
+    step = pupil.task.step(pupil.model.eval(), (inputs, targets))
+    with torch.no_grad():
+        taught = open_run(Path(teacher)).model.eval()(inputs)
+    soft = (taught / 4).softmax(1)
+    expected = 16 * (soft * (soft.log() - (step.outputs / 4).log_softmax(1))).sum(1).mean()
+    torch.testing.assert_close(step.loss, expected, rtol=1e-4, atol=1e-6)
+    agree = (step.outputs.argmax(1) == taught.argmax(1)).float().mean()
+    assert agree > 0.9  # though it has seen no label
+
+
+PROBED = (
+    "task=contrastive data.image=true model=cnn metrics=[] +callbacks=linear_probe callbacks.linear_probe.layer=block"
+)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("task=distillation", "needs a teacher: task.teacher=RUN"),
+        ("task=distillation task.teacher=runs/none", "runs/none"),
+        ("task=distillation task.teacher=runs/default/teacher data=wine", r"takes \(64,\) .* Wine has \(13,\)"),
+        (PROBED, "mean 'blocks'"),
+    ],
+)
+def test_what_does_not_fit_is_said(command, teacher, words, said):
+    status, _, err = command(f"train {words}")
+    assert status == 2
+    assert re.search(said, err), err
+
+
+def test_two_goals_are_weighed():
+    data = fw.datasets.build("digits")
+    task = fw.tasks.build("multi_task", classification=2.0, reconstruction=0.5)
+    target, shape = task.targets_of(data)
+    assert (target, shape) == ("class", (74,))
+    torch.manual_seed(0)
+    model = fw.models.build("mlp", (64,), shape)
+    batch = data.train[:20]
+    step, outputs = task.step(model, batch), model(batch[0])
+    entropy, error = F.cross_entropy(outputs[:, :10], batch[1]), F.mse_loss(outputs[:, 10:], batch[0])
+    torch.testing.assert_close(step.loss, 2 * entropy + 0.5 * error)
+    torch.testing.assert_close(dict(step.values), {"classification": entropy, "reconstruction": error})
+    assert torch.equal(step.outputs, outputs[:, :10])
+
+
+def test_both_goals_are_learnt():
+    data = fw.datasets.build("digits")
+    task = fw.tasks.build("multi_task")
+    torch.manual_seed(0)
+    model = fw.models.build("mlp", (64,), task.targets_of(data)[1], width=128)
+    trainer = fw.Trainer(max_epochs=12, device="cpu")
+    metrics = [fw.metrics.build("accuracy")]
+    trainer.fit(model, data, task=task, optimizer=torch.optim.Adam(model.parameters(), lr=3e-3), metrics=metrics)
+    assert trainer.state.metrics["val/accuracy"] > 0.93
+    assert trainer.state.metrics["val/reconstruction"] < 0.25  # of a variance of 1
+
+
+def test_trials_with_more_than_a_loss_train_one_by_one_and_it_is_said(command):
+    status, out, err = command("plan -m task=multi_task optimizer.lr=0.001,0.002 hydra/launcher=auto")
+    assert status in (0, None), err
+    assert "MultiTask measures more than its loss" in out + err
