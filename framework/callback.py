@@ -96,6 +96,9 @@ class Callback:
     def on_rewind(self, own_state: dict[str, Any]) -> None:
         """Take back what `on_save` made of `own_state`: the run goes back to that checkpoint's weights."""
 
+    def hurry_saving(self) -> None:
+        """Write now what waits to be written, without waiting for it: `finish_saving` comes soon."""
+
     def finish_saving(self) -> None:
         """Wait until everything that is being saved is on the disk."""
 

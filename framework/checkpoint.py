@@ -79,15 +79,22 @@ def load(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises CheckpointError naming the file that is missing, damaged or not to be trusted.
     """
+    model = load_model(checkpoint)
+    try:
+        return model, dict(torch.load(checkpoint / TRAINING, map_location="cpu", weights_only=True))
+    except Exception as error:  # the files are what was written, so whatever it is, it is not for this program
+        raise CheckpointError(f"{checkpoint} cannot be read: {first_line(error)}") from error
+
+
+def load_model(checkpoint: Path) -> dict[str, Tensor]:
+    """Verify all of a checkpoint and return the model state alone. Raises CheckpointError as `load` does."""
     verify(checkpoint)
     try:
         with safe_open(checkpoint / MODEL, "pt", device="cpu") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
             tied = json.loads((file.metadata() or {}).get("tied", "{}"))
-        tensors |= {name: tensors[first] for name, first in tied.items()}
-        training = torch.load(checkpoint / TRAINING, map_location="cpu", weights_only=True)
-        return tensors, dict(training)
-    except Exception as error:  # the files are what was written, so whatever it is, it is not for this program
+        return tensors | {name: tensors[first] for name, first in tied.items()}
+    except Exception as error:
         raise CheckpointError(f"{checkpoint} cannot be read: {first_line(error)}") from error
 
 

@@ -13,20 +13,32 @@ from .run import dump
 from .task import Task
 
 
-def introduce(loggers: Sequence[Logger], config: dict[str, Any], model: nn.Module, task: Task, batches: Loader) -> None:
-    """Show the loggers what runs: the config, the layers, the graph."""
+def introduce(
+    loggers: Sequence[Logger],
+    config: dict[str, Any],
+    model: nn.Module,
+    task: Task,
+    batches: Loader,
+    layers: str | None = None,
+) -> str | None:
+    """Show the loggers what runs: the config, the layers, the graph; returns the layers, if a logger shows texts.
+
+    layers: of a model of the same shapes, where they are known already.
+    """
     showing = [logger for logger in loggers if type(logger).text is not Logger.text]
     drawing = [logger for logger in loggers if type(logger).graph is not Logger.graph]
     if not showing and not drawing:
-        return
+        return None
     batch = first_batch(batches)
     texts = {"config": indented(dump("config.yaml", config))} if showing else {}
-    texts |= {"layers": layers_in_markdown(model, batch, task)} if showing else {}
+    if showing:
+        texts["layers"] = layers_in_markdown(model, batch, task) if layers is None else layers
     for logger in showing:
         for tag, text in texts.items():
             logger.text(tag, text)
     for logger in drawing:
         logger.graph(model, batch[0][:2])
+    return texts.get("layers")
 
 
 def indented(text: str) -> str:

@@ -106,11 +106,16 @@ class Writer:
             error, self.error = self.error, None
             raise error
 
+    def begin_at_once(self) -> None:
+        """Rest no more before the next write, until `join`."""
+        with self.changed:
+            self.hurry = True
+            self.changed.notify_all()
+
     def join(self) -> None:
         """Wait until everything is written; raise what went wrong."""
-        with self.changed:
-            thread, self.hurry = self.thread, True
-            self.changed.notify_all()
+        self.begin_at_once()
+        thread = self.thread
         if thread is not None:
             thread.join()
         self.hurry = False

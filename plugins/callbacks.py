@@ -218,6 +218,9 @@ class Checkpoint(Callback):
         new = self.folder is not None and trainer.state.step > 0 and self.saved != trainer.state.step
         return failed and new and trainer.at_boundary
 
+    def hurry_saving(self) -> None:
+        self.writer.begin_at_once()
+
     def finish_saving(self) -> None:
         """Wait until every checkpoint asked for is on the disk; raise what went wrong."""
         self.writer.join()

@@ -46,6 +46,15 @@ def command(tmp_path, monkeypatch, capsys):
 
 
 @pytest.fixture
+def one_thread():
+    """Small models, in many steps: two threads would wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def forget_plugins():
     """Afterwards no part of a plugin file is known any more."""
     yield

@@ -5,18 +5,11 @@ import json
 import math
 
 import pytest
-import torch
 
 from framework.tuning.finders import Speed, suggested
 from framework.tuning.preflight import STEPS
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def found(command, words=""):

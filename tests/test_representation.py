@@ -13,13 +13,7 @@ from torch.nn import functional as F
 import framework as fw
 from framework.trained import open_run
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def by_pairs(embeddings, temperature):

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from framework.errors import RunError
-from framework.run import RunFolder, package_version, provenance, read_config
+from framework.run import RunFolder, code, package_version, provenance, read_config
 
 
 def test_a_named_folder_and_one_named_by_the_time(tmp_path):
@@ -99,7 +99,11 @@ def test_provenance_tells_the_code_down_to_what_is_not_committed(tmp_path, monke
     git("add", ".")
     git("commit", "-qm", "first")
     (tmp_path / "part.py").write_text("two\n")
+    code.cache_clear()  # another process
     inside = provenance({})
+    (tmp_path / "part.py").write_text("three\n")
+    assert provenance({})["git_diff"] == inside["git_diff"]  # what is loaded is still what was read first
+    code.cache_clear()
     assert inside["git_commit"] == git("rev-parse", "HEAD")
     assert "-one\n+two" in inside["git_diff"]
     json.dumps(inside)

@@ -266,6 +266,8 @@ class Lockstep:
             return
         leaving = [self.trials[row] for row in done]
         self._keep([row for row in range(len(self.trials)) if row not in done])
+        for callback in (callback for trial in leaving for callback in trial.trainer.callbacks):
+            callback.hurry_saving()  # all at once, where each would wait for its own disk writes below
         for trial in leaving:
             self._close(trial, None)
 

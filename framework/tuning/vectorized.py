@@ -116,11 +116,12 @@ class Vectorized(OneByOne):
         with ExitStack() as opened, stopping(trainers) as signals:
             ended = partial(self._ended, ready, rows, signals)
             lockstep = Lockstep(trainers, [each.prepared.fit_arguments() for each in ready], ended)
+            layers: str | None = None
             for each in ready:
                 each.prepared.claim()
                 each.row = self.trials.begin(each.job)
                 opened.enter_context(each.prepared.trainer)
-                each.prepared.introduce()
+                layers = each.prepared.introduce(layers)
             lockstep.run()
 
     def _ended(
