@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,20 +11,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from . import checkpoint, seeds
+from . import checkpoint
 from .batches import count_steps, count_total
-from .data import Data, Loader, Scale, check_data
+from .building import (
+    build_data,
+    build_groups,
+    build_metrics,
+    build_model,
+    check_fit,
+    check_smallest_batch,
+    scale_of,
+)
+from .data import Data, Loader
 from .device import intra_op_threads, suitable_threads
-from .errors import BuildError, DataError, FrameworkError, RunError
-from .folds import take_fold
+from .errors import DataError, RunError
 from .introduction import first_batch, introduce
-from .metric import InUnits, Metric
-from .optimizer import Parameters, build_optimizer
-from .probe import undisturbed
-from .registry import Maker, Registry
+from .optimizer import build_optimizer
 from .resume import Resumed, chosen_checkpoint, find, fingerprint, last_values, open_folder, start_from
 from .run import RunFolder, dump, provenance, read_facts
-from .shapes import dry_run
 from .signals import stopping
 from .spec import Spec
 from .status import Status
@@ -172,11 +176,13 @@ class Prepared:
         if folder is not None:
             folder.lock.close()
 
-    def introduce(self) -> None:
-        """Show the loggers what runs, if it has not run before."""
-        if self.trainer.state.step == 0:
-            built = self.built
-            introduce(self.trainer.loggers, built.spec.tree, built.model, built.task, built.train_batches)
+    def introduce(self, layers: str | None = None) -> str | None:
+        """Show the loggers what runs, if it has not run before. layers, and what is returned: see `introduce`."""
+        if self.trainer.state.step != 0:
+            return layers
+        built = self.built
+        given = self.trainer.loggers, built.spec.tree, built.model, built.task, built.train_batches
+        return introduce(*given, layers)
 
     def result(self, stopped: Sequence[int] = ()) -> Result:
         """After the training, measure what is to be measured. stopped: the signals that came."""
@@ -293,103 +299,12 @@ def describe_run(folder: RunFolder, built: Experiment, overrides: list[str]) -> 
     folder.write("config.yaml", built.spec.tree)  # the last one: with it there is a run to go on with
 
 
-def build_data(spec: Spec) -> Data:
-    data = spec.parts["data"]()
-    check_data(data)
-    if spec.fold is not None:
-        take_fold(data, spec.fold)
-    return data
-
-
-def build_metrics(spec: Spec, data: Data, task: Task) -> list[Metric]:
-    """Build the metrics. Raises DataError for one that does not measure the task's kind of target."""
-    target, _ = task.targets_of(data)
-    metrics = [maker() for maker in spec.parts["metric"]]
-    owner = type(data if target == data.target else task).__name__
-    for maker, metric in zip(spec.parts["metric"], metrics, strict=True):
-        if target not in metric.targets:
-            fitting = [e.name for e in all_metrics(maker) if target in e.part.targets]  # type: ignore[attr-defined]
-            raise DataError(
-                f"metrics={maker.entry.name}: it measures {' or '.join(metric.targets)} targets, but "
-                f"{owner} has {target} targets: choose from {', '.join(fitting)}"
-            )
-    scale = scale_of(data, task)
-    return metrics if scale is None else [InUnits(metric, scale) for metric in metrics]
-
-
-def scale_of(data: Data, task: Task) -> Scale | None:
-    """Return how the task's targets are scaled: None where they are not, or are not those of the data."""
-    return data.scale if task.targets_of(data) == (data.target, tuple(data.out_shape)) else None
-
-
-def all_metrics(maker: Maker) -> Iterator[Any]:
-    return (entry for entry in Registry.every[maker.entry.kind.name] if isinstance(entry.part, type))
-
-
-def build_model(
-    spec: Spec, in_shape: Sequence[int], out_shape: Sequence[int], columns: Sequence[int] = ()
-) -> nn.Module:
-    """Build the model from the seed's own stream, and fill its weights if an initializer is chosen.
-
-    Raises BuildError when the data has indices of categories and the model would take them for amounts.
-    """
-    maker = spec.parts["model"]
-    if any(columns) and "columns" not in maker.entry.asks_for:
-        fitting = ", ".join(e.name for e in Registry.every["model"] if "columns" in e.asks_for) or "one with `columns`"
-        raise BuildError(
-            f"model={maker.entry.name} would take the data's indices of categories for amounts: "
-            f"choose one that embeds them ({fitting}), or have the data encode them one-hot"
-        )
-    torch.manual_seed(seeds.derive(spec.seed, "init"))
-    model = maker(tuple(in_shape), tuple(out_shape), tuple(columns))
-    if spec.parts["initializer"] is not None:
-        for weight in model.parameters():
-            if weight.ndim >= 2:  # the rest are biases and scales of norms
-                spec.parts["initializer"](weight)
-    return model
-
-
-def build_groups(spec: Spec, model: nn.Module) -> list[Any]:
-    return Parameters(**spec.sections["parameters"]).groups(model, spec.parts["optimizer"])
-
-
-def check_fit(model: nn.Module, data: Data, out_shape: Sequence[int]) -> None:
-    """Run one training sample through the model. Raises BuildError when the output has another shape than it must."""
-    sample = torch.as_tensor(data.train[0][0]).unsqueeze(0)
-    try:
-        shape = tuple(dry_run(model, sample).shape[1:])
-    except FrameworkError:
-        raise
-    except Exception as error:
-        raise BuildError(f"{type(model).__name__} cannot take a sample of {type(data).__name__}: {error}") from error
-    if shape != tuple(out_shape):
-        raise BuildError(f"{type(model).__name__} gives outputs of shape {shape}; the task needs {tuple(out_shape)}")
-
-
-def check_smallest_batch(model: nn.Module, batches: Loader) -> None:
-    """Raise DataError when a training batch is a single sample and the model (batch norm) cannot train on one."""
-    rows, size = len(batches.split), batches.batch_size
-    if size > 1 and (rows % size != 1 or batches.drop_last):
-        return
-    sample = torch.as_tensor(batches.split[0][0]).unsqueeze(0)
-    try:
-        with undisturbed(model, train=True), torch.no_grad():
-            model(sample)
-    except ValueError as error:
-        where = (
-            "" if size == 1 else f" (the last of {rows:,} in batches of {size:,}; loader.drop_last=true leaves it out)"
-        )
-        raise DataError(
-            f"loader.batch_size={size} makes a batch of one sample{where}: {error}. A batch norm needs two"
-        ) from error
-
-
 def load_weights(model: nn.Module, run: Path, which: str = "best") -> Path | None:
     """Load the best (or last, or a named) checkpoint's weights; returns which one, None when there is none."""
     chosen = chosen_checkpoint(run, which)
     if chosen is None:
         return None
-    weights, _ = checkpoint.load(chosen.resolve())
+    weights = checkpoint.load_model(chosen.resolve())
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .building import build_data, build_metrics, build_model
 from .data import Loader, Scale
 from .errors import DataError, RunError
-from .experiment import build_data, build_metrics, build_model, load_weights
+from .experiment import load_weights
 from .run import read_config, read_facts
 from .spec import Spec, read_spec
 from .task import Task

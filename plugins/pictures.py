@@ -77,7 +77,8 @@ class SampleDistance(Callback):
         with trainer.precision.inference(trainer.model), seeds.undisturbed():
             torch.manual_seed(seeds.derive(trainer.seed, "samples"))  # the same draws each time
             made = trainer.task.pictures(trainer.model, inputs)["samples"]  # type: ignore[attr-defined]
-        trainer.log({"val/sample_distance": discrepancy(made.float().flatten(1), inputs.float().flatten(1))})
+        distance = discrepancy(made.float().flatten(1), inputs.float().flatten(1))
+        trainer.log({"val/sample_distance": float(distance)})  # a number at once: callbacks after this one may watch it
 
 
 def held_out(trainer: Trainer, count: int) -> Tensor:

@@ -226,7 +226,8 @@ class LinearProbe(Callback):
         mean, deviation = features.mean(0), features.std(0) + 1e-6
         weights = least_squares((features - mean) / deviation, F.one_hot(classes).to(features), self.ridge)
         found = ((seen - mean) / deviation) @ weights[:-1] + weights[-1]
-        trainer.log({"val/probe_accuracy": (found.argmax(1) == truth).double().mean()})
+        right = (found.argmax(1) == truth).double().mean()
+        trainer.log({"val/probe_accuracy": float(right)})  # a number at once: callbacks after this one may watch it
 
     def _features(self, trainer: Trainer, batches: Any, count: int | None) -> tuple[Tensor, Tensor]:
         """Return the features (rows, D) in float64, and the classes, of a split's first samples."""

@@ -50,6 +50,7 @@ FLOORS = {
     ],
     "assembly": [
         "experiment",
+        "building",
         "folds",
         "introduction",
         "resume",

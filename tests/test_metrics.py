@@ -144,9 +144,14 @@ def test_maps_of_classes_are_counted_by_pixel(entry):
 def test_every_metric_says_what_is_better_and_has_a_name(entry, classes, labels, values):
     metric = entry.build({}, {"k": 1} if "k" in entry.settings else {})
     assert metric.name
-    kinds = {"class": classes, "labels": labels, "value": values}
+    kinds = {"class": classes, "labels": labels, "value": values, "none": classes}
     for kind in metric.targets:
         outputs, targets = kinds[kind]
+        if kind == "none":  # tokens: -log p, and characters
+            surprise = torch.nn.functional.cross_entropy(outputs, targets, reduction="none")
+            outputs = torch.stack([surprise, torch.ones_like(surprise)], 1)
+            assert value(metric, outputs * 0.5, targets) < value(metric, outputs, targets)
+            continue
         good = targets.float() if kind == "value" else 20 * (2 * outputs.new_tensor(one_hot(targets)) - 1)
         better, worse = value(metric, good, targets), value(metric, outputs, targets)
         assert better > worse if metric.better == "higher" else better < worse

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from ..building import build_data
 from ..compose import Job
-from ..experiment import Prepared, Result, build_data, prepare
+from ..experiment import Prepared, Result, prepare
 from ..introduction import first_batch
 from ..memory import OutOfMemory, free_bytes
 from ..probe import read_layers
