@@ -150,7 +150,7 @@ def test_every_metric_says_what_is_better_and_has_a_name(entry, classes, labels,
         if kind == "none":  # tokens: -log p, and characters
             surprise = torch.nn.functional.cross_entropy(outputs, targets, reduction="none")
             outputs = torch.stack([surprise, torch.ones_like(surprise)], 1)
-            assert value(metric, outputs * 0.5, targets) < value(metric, outputs, targets)
+            assert value(metric, outputs * torch.tensor([0.5, 1.0]), targets) < value(metric, outputs, targets)
             continue
         good = targets.float() if kind == "value" else 20 * (2 * outputs.new_tensor(one_hot(targets)) - 1)
         better, worse = value(metric, good, targets), value(metric, outputs, targets)
