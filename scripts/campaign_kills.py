@@ -35,6 +35,12 @@ MODELS = {
     "transformer": ["model=transformer", "model.width=16", "model.depth=1", "model.heads=2", "model.dropout=0.1"],
 }
 MODELS["transformer"] += ["data.image=true"]
+MODELS |= {  # other tasks: two updates a step, draws of codes, views of inputs, values beside the loss
+    "gan": ["model=gan", "model.widths=[16]", "task=adversarial", "metrics=[]"],
+    "vae": ["model=vae", "model.widths=[16]", "task=variational", "task.likelihood=gaussian", "metrics=[]"],
+    "contrastive": [*MODELS["cnn"], "task=contrastive", "metrics=[]"],
+    "multi_task": [*MODELS["mlp"], "task=multi_task"],
+}
 BACKGROUND, EACH_STEP = "callbacks.checkpoint.background=true", "callbacks.checkpoint.every=1steps"
 AUGMENTED, FP16 = ["data=noisy_digits"], ["trainer.precision=fp16"]
 TWISTS = {
@@ -177,7 +183,7 @@ class Outcome:
 def choose(number: int, root: Path) -> tuple[str, list[str]]:
     """Return the name and overrides of a run: all pairs of model and twist in turn, each with a seed of its own."""
     model = list(MODELS)[number % len(MODELS)]
-    twist = list(TWISTS)[number // len(MODELS) % len(TWISTS)]
+    twist = list(TWISTS)[number % len(TWISTS)]  # 7 and 16 have no divisor in common: all pairs come up
     fixed = [f"run.root={root}", f"seed={number}", f"trainer.max_steps={STEPS}", "trainer.max_epochs=null"]
     fixed += ["trainer.validate_every=10steps", "trainer.log_every=5steps", "loader.batch_size=64", "resume=auto"]
     fixed += ["callbacks=[witness,checkpoint,non_finite,gradient_norm]", f"callbacks.checkpoint.every={EVERY}steps"]
