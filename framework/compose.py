@@ -187,7 +187,10 @@ def to_tree(config: Any, source: Sources) -> dict[str, Any]:
         said = re.sub(r".*key '([^']+)' not found.*", r"refers to \1, which is not there", said)
         said = "refers to itself" if said.startswith("Recursive") else said.replace("Interpolation", "a reference")
         raise ConfigError([f"{key}={value_at(raw, key)}: {said} ({source(key)})"]) from None
-    return keep_following(raw, resolved)
+    tree = keep_following(raw, resolved)
+    for key, names in source.of_others(tree).items():
+        tree[key] = {name: value for name, value in tree[key].items() if name not in names}
+    return tree
 
 
 def value_at(tree: Any, path: str) -> Any:

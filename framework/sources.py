@@ -203,6 +203,23 @@ class Sources:
                     return f"{shorter(file)}:{line}"
         return "command line" if above else ""
 
+    def of_others(self, tree: Mapping[str, Any]) -> dict[str, set[str]]:
+        """Return by key the settings that files give beside the name of another part than the one in the tree.
+
+        `optimizer: {name: sgd, momentum: 0.9}` in an experiment says nothing of adamw, when that is chosen instead.
+        """
+        contents = [read_yaml(file) for file, package in self.files if not package]
+        typed = {tuple(key.split(".")[:2]) for key in self.typed}
+        found: dict[str, set[str]] = {}
+        for key in [registry.kind.key for registry in Registry.every.values() if not registry.kind.many]:
+            chosen = tree.get(key)
+            given = [content[key] for content in contents if isinstance(content.get(key), Mapping)]
+            if isinstance(chosen, Mapping) and given:
+                others = [each for each in given if each.get("name", chosen.get("name")) != chosen.get("name")]
+                own = {name for each in given if each not in others for name in each}
+                found[key] = {name for each in others for name in each if (key, name) not in typed} - own - {"name"}
+        return found
+
 
 def line_of(file: Path, keys: Iterable[str]) -> int | None:
     """Return the line of a YAML file where a nested key, or item of a list, stands, or None."""

@@ -150,6 +150,29 @@ def test_plugins_of_the_project_the_experiment_and_the_command_line(write, forge
         compose("experiment=bad")
 
 
+BESIDE = """
+optimizer: {name: sgd, lr: 0.5, momentum: 0.9}
+model: {name: mlp, width: 24}
+"""
+
+
+def test_settings_beside_a_name_are_of_that_part_alone(write):
+    write("conf/experiment/fast.yaml", BESIDE)
+    write("conf/experiment/faster.yaml", "defaults: [fast, _self_]\noptimizer: {lr: 0.7}\n")
+    assert tree("experiment=fast")["optimizer"]["lr"] == 0.5
+    other = tree("experiment=fast", "optimizer=adamw", "model=cnn", "data.image=true")
+    assert other["optimizer"]["lr"] == tree("optimizer=adamw")["optimizer"]["lr"]
+    assert "width" not in other["model"] or other["model"]["width"] == 128  # its own default
+    assert tree("experiment=fast", "optimizer=adamw", "optimizer.lr=0.1")["optimizer"]["lr"] == 0.1
+    assert tree("experiment=fast", "model.width=32")["model"]["width"] == 32
+    assert tree("experiment=faster")["optimizer"]["momentum"] == 0.9
+    assert (
+        tree("experiment=faster", "optimizer=adamw")["optimizer"]["lr"] == 0.7
+    )  # without a name: of whichever is there
+    swept = compose("experiment=fast", "optimizer=sgd,adamw", multirun=True)
+    assert [job.spec.tree["optimizer"]["lr"] for job in swept] == [0.5, 0.001]
+
+
 def test_a_sweep_runs_each_job(write):
     jobs = compose("seed=1,2", "model.activation=relu,gelu", "optimizer.lr=0.1", multirun=True)
     made = [(job.number, job.spec.seed, job.spec.tree["model"]["activation"]["name"]) for job in jobs]
