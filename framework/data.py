@@ -131,6 +131,28 @@ def check_data(data: Data) -> None:
         raise DataError(f"{type(data).__name__} has no train split")
 
 
+class EvenClasses:
+    """Draws samples with replacement: each class is as likely as any other, and within it each sample."""
+
+    def __init__(self, split: Split):
+        """Sort the samples by class. Raises DataError where their classes are not known without reading them."""
+        known: Any = split.tensors[-1] if isinstance(split, TensorSplit) else getattr(split, "labels", None)
+        if not isinstance(known, Tensor) or known.ndim != 1 or known.is_floating_point():
+            raise DataError(
+                f"loader.sampling=weighted: {type(split).__name__} does not give one class for each sample beforehand; "
+                "it takes data in memory whose targets are classes"
+            )
+        self.rows = known.argsort(stable=True).cpu()
+        self.counts = known.unique(return_counts=True)[1].cpu()
+
+    def order(self, seed: int, epoch: int) -> Tensor:
+        """Return as many samples as there are: a pure function of (seed, epoch)."""
+        generator, size = seeds.generator(seed, "classes", epoch), len(self.rows)
+        drawn = torch.randint(len(self.counts), (size,), generator=generator)
+        within = torch.rand(size, generator=generator, dtype=torch.float64) * self.counts[drawn]
+        return self.rows[(self.counts.cumsum(0) - self.counts)[drawn] + within.long()]
+
+
 class Loader:
     """Reads the batches of a split. The order is a pure function of (seed, epoch): nothing is kept between epochs.
 
@@ -154,6 +176,7 @@ class Loader:
         read: Literal["auto", "memory", "workers"] = "auto",
         channels_last: bool = False,
         limit: PositiveInt | None = None,
+        sampling: Literal["once", "weighted"] = "once",
         *,
         shuffle: bool = False,
         seed: int = 0,
@@ -174,6 +197,8 @@ class Loader:
             channels_last: give images with the channels of a pixel side by side in memory, a format in which most
                 convolutional models are faster (`scripts/bench formats` measures it); the numbers differ by rounding.
             limit: most batches of a training epoch, and of a validation or test: to try something out quickly.
+            sampling: once: an epoch has each training sample once; weighted: as many, drawn with replacement so that
+                each class comes equally often in expectation, however rare it is.
         """
         in_memory = isinstance(split, torch.utils.data.TensorDataset)
         self.split: Split = TensorSplit(*split.tensors) if in_memory else split  # type: ignore[attr-defined]
@@ -185,6 +210,7 @@ class Loader:
         self.drop_last, self.limit = drop_last and shuffle, limit
         if self.drop_last and len(split) < self.batch_size:
             raise DataError(f"drop_last leaves no batch: {len(split)} samples, batch_size {self.batch_size}")
+        self.even = EvenClasses(self.split) if shuffle and sampling == "weighted" else None
         self.copies: CopyStream | None = None
         self.whole: SteadySamples | None = None  # what is to be read into memory
         if read == "workers" and isinstance(self.split, GatheredSplit):
@@ -227,7 +253,7 @@ class Loader:
             manner = "in memory, gathered batch by batch"
         elif self.tensors is not None:
             manner = f"in memory, {self._together(self.tensors)} batches a read"
-        return manner + ", channels last" * self.channels_last
+        return manner + ", channels last" * self.channels_last + ", classes drawn evenly" * (self.even is not None)
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch from batch number `start` on."""
@@ -245,6 +271,8 @@ class Loader:
 
     def _order(self, epoch: int) -> Tensor:
         """Return the samples of an epoch in their order, a pure function of (seed, epoch)."""
+        if self.even is not None:
+            return self.even.order(self.seed, epoch)
         if isinstance(self.split, GatheredSplit):
             return self.split.order(self.seed, epoch, self.batch_size, self.shuffle)
         size = len(self.split)

@@ -1,11 +1,14 @@
 """Averages of the weights over training."""
 
+import warnings
+from itertools import chain, islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from framework import Callback, Every, Rate, Trainer, callbacks
+from framework import Callback, Every, NonNegativeInt, Rate, Trainer, callbacks, seeds
+from framework.data import Batch
 from framework.errors import SettingError
 from framework.state import Cadence
 
@@ -15,7 +18,7 @@ class Averaging(Callback):
 
     What is evaluated are the others: in validation, in the test, in predictions. A checkpoint's model holds them too,
     and its training state the weights that a resumed run goes on with; after `fit` the model keeps the others. Buffers
-    (running statistics of batch norms) are always those of training.
+    (running statistics of batch norms) are those of training, but for what a subclass adds to `averaged_of`.
     """
 
     def __init__(self) -> None:
@@ -35,9 +38,13 @@ class Averaging(Callback):
         if not self.saved:
             self.updates = 0
         self.trainer, self.seen = trainer, trainer.state.step
-        self.names = [name for name, p in trainer.model.named_parameters() if p.is_floating_point()]
-        self.parameters = [trainer.model.get_parameter(name) for name in self.names]  # whose `data` may move
+        places = self.averaged_of(trainer.model)
+        self.names, self.parameters = list(places), list(places.values())  # whose `data` may move
         self.restore()
+
+    def averaged_of(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return by name what there is another one of."""
+        return {name: p for name, p in model.named_parameters() if p.is_floating_point()}
 
     def on_step_end(self, trainer: Trainer) -> None:
         self._update()
@@ -63,10 +70,12 @@ class Averaging(Callback):
             return
         own_state["weights"] = {name: p.detach() for name, p in zip(self.names, self.parameters, strict=True)}
         averages = own_state.pop("average")
-        places = {id(self.trainer.model.get_parameter(name)): averages[name] for name in self.names}
-        for name, parameter in self.trainer.model.named_parameters(remove_duplicate=False):
-            if id(parameter) in places:
-                model_state[name] = places[id(parameter)]
+        places = {id(p): averages[name] for name, p in zip(self.names, self.parameters, strict=True)}
+        model = self.trainer.model
+        known = model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+        for name, tensor in chain(*known):
+            if id(tensor) in places:
+                model_state[name] = places[id(tensor)]
 
     def on_rewind(self, own_state: dict[str, Any]) -> None:
         """Take back what `on_save` made; the model holds the average."""
@@ -141,3 +150,84 @@ class Ema(Averaging):
             longest = (1 + self.updates) / (10 + self.updates) if self.warmup else 1.0
             torch._foreach_lerp_(self.others, self.parameters, 1 - min(self.decay, longest))
             self.updates += 1
+
+
+@callbacks.register("swa", aliases=["stochastic_weight_averaging"])
+class Swa(Averaging):
+    """The mean of the weights at the ends of the last epochs (Izmailov et al. 2018, arXiv:1803.05407, algorithm 1).
+
+    It is what is evaluated from the first such epoch on; before, the weights themselves are. It goes with a learning
+    rate that stays high: scheduler=null, or one that warms up only. Running statistics of batch norms are measured anew
+    for the mean, over training batches as they are before any transform (the paper's section 3.2).
+    """
+
+    alone = True  # trials that train as one have no model each to measure statistics with
+
+    def __init__(self, start: NonNegativeInt | None = None, batches: NonNegativeInt | None = None):
+        """Say which epochs are averaged.
+
+        Args:
+            start: epochs before the first that is averaged; null: three quarters of the run's, as in the paper.
+            batches: training batches that batch norms are measured with after each epoch; null: all, 0: none, so that
+                their running statistics are those of training.
+        """
+        super().__init__()
+        self.start, self.batches = start, batches
+
+    def averaged_of(self, model: nn.Module) -> dict[str, Tensor]:
+        buffers = model.named_buffers() if self.batches != 0 else ()
+        statistics = {n: b for n, b in buffers if ".running_" in f".{n}" and b.is_floating_point()}
+        return super().averaged_of(model) | statistics
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        state = trainer.state
+        by_steps = trainer.max_steps / state.steps_per_epoch if trainer.max_steps and state.steps_per_epoch else None
+        epochs = min((limit for limit in (trainer.max_epochs, by_steps) if limit is not None), default=None)
+        if self.start is None and epochs is None:
+            raise SettingError("swa cannot tell how many epochs there will be: it needs `start`, or trainer.max_epochs")
+        self.first = self.start if self.start is not None else int(0.75 * (epochs or 0))
+        super().on_fit_start(trainer)
+
+    def take_in(self, trainer: Trainer) -> None:
+        """Follow the weights until there is a first epoch to average."""
+        state = trainer.state
+        if state.batch == 0 and state.epoch > self.first:
+            self.updates += 1
+            torch._foreach_lerp_(self.others, self.parameters, 1 / self.updates)
+            self.measure(trainer)
+        elif not self.updates:
+            torch._foreach_copy_(self.others, self.parameters)
+
+    def measure(self, trainer: Trainer) -> None:
+        """Put the statistics of the mean weights' activations in the place of their running ones."""
+        running = set(map(id, self.parameters))
+        norms = [m for m in trainer.model.modules() if m.training and hasattr(m, "momentum")]
+        norms = [m for m in norms if any(id(buffer) in running for buffer in m.buffers(recurse=False))]
+        if not norms:
+            return
+        self._swap()
+        rest = [(buffer, buffer.clone()) for buffer in trainer.model.buffers() if id(buffer) not in running]
+        momenta = [norm.momentum for norm in norms]
+        try:
+            with seeds.undisturbed():
+                batches = trainer.train_batches.epoch(trainer.state.epoch)
+                for number, batch in enumerate(islice(batches, self.batches), 1):
+                    for norm in norms:
+                        norm.momentum = 1 / number  # a plain mean over batches
+                    self.look_at(trainer, batch)
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+            for buffer, before in rest:
+                buffer.copy_(before)
+        self._swap()
+
+    def look_at(self, trainer: Trainer, batch: Batch) -> None:
+        placed = tuple(tensor.to(trainer.device) for tensor in batch)
+        with trainer.precision.autocast():
+            trainer.task.step(trainer.model, placed)
+
+    def on_fit_end(self, trainer: Trainer) -> None:
+        super().on_fit_end(trainer)
+        if not self.updates and trainer.state.stop is None:
+            warnings.warn(f"swa averaged nothing: the run ended before its epoch {self.first + 1} did", stacklevel=2)

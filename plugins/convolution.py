@@ -4,8 +4,9 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from framework import Activation, NonNegativeInt, Norm, PositiveInt, Shape, blocks
+from framework import Activation, NonNegativeInt, Norm, PositiveInt, Rate, Shape, blocks
 from framework.errors import BuildError
+from framework.registry import Maker
 from framework.shapes import expect, output_shape
 
 Padding = Literal["same"] | NonNegativeInt
@@ -106,6 +107,7 @@ def basic_block(
     stride: PositiveInt = 1,
     activation: Activation = "relu",
     norm: Norm | None = "batch",
+    drop_path: Rate = 0.0,
 ) -> nn.Module:
     """Two 3x3 convolutions with a skip connection (He et al. 2016, arXiv:1512.03385, figure 2).
 
@@ -116,12 +118,19 @@ def basic_block(
         stride: of the first convolution, and of the projection.
         activation: after the first convolution, and after the sum.
         norm: after each convolution; null for none.
+        drop_path: probability of leaving the branch of a sample out (Huang et al. 2016, arXiv:1603.09382).
     """
     expect(in_shape, "(C, H, W)", "basic_block")
     rest = {"norm": norm, "bias": norm is None}
     first = blocks.maker("conv2d", channels=channels, stride=stride, activation=activation, **rest)
     second = blocks.maker("conv2d", channels=channels, activation=None, **rest)
-    return blocks.build("residual", in_shape, blocks=[first, second], activation=activation, norm=norm)
+    branch = [first, second, *dropped(drop_path)]
+    return blocks.build("residual", in_shape, blocks=branch, activation=activation, norm=norm)
+
+
+def dropped(probability: float) -> list[Maker]:
+    """Return what ends a residual branch that is left out at random: nothing where it never is."""
+    return [blocks.maker("dropout", p=probability, kind="drop_path")] if probability else []
 
 
 @blocks.register("bottleneck")
@@ -132,6 +141,7 @@ def bottleneck(
     expansion: PositiveInt = 4,
     activation: Activation = "relu",
     norm: Norm | None = "batch",
+    drop_path: Rate = 0.0,
 ) -> nn.Module:
     """1x1, 3x3 and 1x1 convolutions with a skip connection (He et al. 2016, arXiv:1512.03385, figure 5).
 
@@ -144,6 +154,7 @@ def bottleneck(
         expansion: output channels per channel of the 3x3 convolution.
         activation: after the first two convolutions, and after the sum.
         norm: after each convolution; null for none.
+        drop_path: probability of leaving the branch of a sample out (Huang et al. 2016, arXiv:1603.09382).
     """
     expect(in_shape, "(C, H, W)", "bottleneck")
     rest = {"norm": norm, "bias": norm is None}
@@ -151,6 +162,7 @@ def bottleneck(
         blocks.maker("conv2d", channels=channels, kernel_size=1, activation=activation, **rest),
         blocks.maker("conv2d", channels=channels, stride=stride, activation=activation, **rest),
         blocks.maker("conv2d", channels=expansion * channels, kernel_size=1, activation=None, **rest),
+        *dropped(drop_path),
     ]
     return blocks.build("residual", in_shape, blocks=branch, activation=activation, norm=norm)
 

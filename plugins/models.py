@@ -107,6 +107,7 @@ def resnet(
     stem: Literal["small", "large"] = "small",
     activation: Activation = "relu",
     norm: Norm | None = "batch",
+    drop_path: Rate = 0.0,
 ) -> nn.Module:
     """Residual network on images (C, H, W) (He et al. 2016, arXiv:1512.03385); the default is their ResNet-20.
 
@@ -119,6 +120,8 @@ def resnet(
         stem: small: a 3x3 convolution; large: 7x7 and a pooling, which quarter the image.
         activation: after each convolution's norm, and after each sum.
         norm: after each convolution; null for none.
+        drop_path: stochastic depth: probability of leaving the last block's branch out, for each sample; it rises to
+            that in equal steps from block to block (Huang et al. 2016, arXiv:1603.09382, equation 4).
     """
     expect(in_shape, "images (C, H, W)", "resnet")
     if len(depths) != len(channels):
@@ -127,11 +130,12 @@ def resnet(
         )
     rest = {"activation": activation, "norm": norm}
     name = {"basic": "basic_block", "bottleneck": "bottleneck"}[block]
-    layers = resnet_stem(stem, channels[0], **rest)
+    layers, built = resnet_stem(stem, channels[0], **rest), 0
     for stage, (depth, count) in enumerate(zip(depths, channels, strict=True)):
         for position in range(depth):
-            stride = 2 if stage > 0 and position == 0 else 1
-            layers.append(blocks.maker(name, channels=count, stride=stride, **rest))
+            stride, built = 2 if stage > 0 and position == 0 else 1, built + 1
+            dropped = drop_path * built / sum(depths)
+            layers.append(blocks.maker(name, channels=count, stride=stride, drop_path=dropped, **rest))
     return stack(in_shape, out_shape, layers, "class", pool="mean")
 
 

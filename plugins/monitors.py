@@ -51,7 +51,8 @@ def will_log(trainer: Trainer) -> bool:
     if state.steps_per_epoch == 0 or cadence.unit not in ("step", "epoch"):
         return True
     by_steps = cadence.unit == "step" and step % int(cadence.number) == 0
-    return by_steps or step % state.steps_per_epoch == 0 or step == state.total_steps
+    epoch_ends = state.batch + trainer.accumulate >= len(trainer.train_batches)
+    return by_steps or epoch_ends or step == state.total_steps
 
 
 @callbacks.register("histograms", aliases=["histogram"])

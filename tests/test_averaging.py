@@ -5,10 +5,13 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, update_bn
 
 import framework as fw
 from framework import Callback, TensorSplit, Trainer
 from framework.checkpoint import load, newest
+from framework.data import Loader
+from framework.errors import SettingError
 
 INPUTS = torch.linspace(-1, 1, 24).reshape(12, 2)
 SPLIT = TensorSplit(INPUTS, INPUTS.sum(1, keepdim=True))
@@ -21,9 +24,9 @@ def network():
     return nn.Sequential(first, nn.BatchNorm1d(2), nn.Dropout(0.2), last, nn.Linear(2, 1))
 
 
-def fit(*callbacks, epochs=4, folder=None, resume=None):
+def fit(*callbacks, epochs=4, folder=None, resume=None, model=None):
     """Three steps an epoch."""
-    model = network()
+    model = network() if model is None else model
     trainer = Trainer(max_epochs=epochs, callbacks=callbacks, folder=folder, device="cpu")
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     trainer.fit(model, SPLIT, task=nn.MSELoss(), optimizer=optimizer, val=SPLIT, batch_size=4, resume=resume)
@@ -32,6 +35,10 @@ def fit(*callbacks, epochs=4, folder=None, resume=None):
 
 def build(**settings):
     return fw.callbacks.build("ema", **settings)
+
+
+def swa(**settings):
+    return fw.callbacks.build("swa", **settings)
 
 
 class Collect(Callback):
@@ -181,3 +188,92 @@ def test_a_rewind_brings_back_both_weights_and_average(tmp_path):
     model, _ = load(newest(tmp_path / "checkpoints")[0])
     for name in expected:
         torch.testing.assert_close(model[name], expected[name], rtol=1e-5, atol=1e-6)
+
+
+# the mean of the last epochs' weights
+
+
+def averaged_by_torch(history, epochs):
+    """torch's own, over the weights at the ends of epochs, and batch norms measured anew by torch's `update_bn`."""
+    theirs = AveragedModel(network())
+    for epoch in epochs:
+        model = network()
+        model.load_state_dict(history.weights[3 * epoch], strict=False)
+        theirs.update_parameters(model)
+    theirs.module[2].p = 0.0
+    update_bn(Loader(SPLIT, 4, shuffle=True).epoch(epochs[-1]), theirs)  # a mean of variances is one of these batches
+    return theirs.module
+
+
+def without_dropout():
+    model = network()
+    model[2].p = 0.0
+    return model
+
+
+@pytest.mark.parametrize(
+    ("settings", "epochs"), [({"start": 2}, [3, 4, 5, 6]), ({}, [5, 6]), ({"start": 0}, range(1, 7))]
+)
+def test_swa_is_torchs_with_its_batch_norms_measured_anew(settings, epochs):
+    history = Collect()
+    trainer = fit(history, swa(**settings), epochs=6, model=without_dropout())
+    expected = averaged_by_torch(history, epochs)
+    for name, tensor in expected.state_dict().items():
+        if "num_batches" not in name:
+            torch.testing.assert_close(trainer.model.state_dict()[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+    assert trainer.model[1].num_batches_tracked == 6 * 3, "measuring is no training"
+    assert trainer.model[1].momentum == 0.1
+
+
+def test_swa_leaves_training_bitwise_as_it_is_and_is_what_is_evaluated():
+    with_one, without = Collect(), Collect()
+    trainer = fit(with_one, swa(start=1), epochs=6)
+    fit(without, epochs=6)
+    for a, b in zip(with_one.weights, without.weights, strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    assert trainer.evaluate(SPLIT, name="val")["val/loss"] == pytest.approx(with_one.validated[-1]["val/loss"])
+    assert with_one.validated[0]["val/loss"] == without.validated[0]["val/loss"], "before there is a mean"
+    assert with_one.validated[-1]["val/loss"] != without.validated[-1]["val/loss"]
+
+
+def test_swa_can_leave_the_statistics_of_training():
+    plain, trainer = fit(epochs=6), fit(swa(start=1, batches=0), epochs=6)
+    assert torch.equal(trainer.model[1].running_mean, plain.model[1].running_mean)
+    few = fit(swa(start=1, batches=1), epochs=6).model[1].running_mean
+    assert not torch.equal(few, plain.model[1].running_mean)
+    assert not torch.equal(few, fit(swa(start=1), epochs=6).model[1].running_mean)
+
+
+@pytest.mark.parametrize("at", [2, 6, 8, 11, 18])
+@pytest.mark.parametrize("first", ["swa", "checkpoint"])
+def test_a_resumed_swa_is_bitwise_the_uninterrupted_one(tmp_path, at, first):
+    def parts():
+        mean, saving = swa(start=2), fw.callbacks.build("checkpoint", every="2steps", background=False)
+        return [mean, saving] if first == "swa" else [saving, mean]
+
+    def stop(trainer):
+        trainer.state.stop = "enough" if trainer.state.step == at else None
+
+    cutter = type("Stop", (Callback,), {"on_step_end": lambda self, trainer: stop(trainer)})()
+    whole = fit(*parts(), epochs=6, folder=tmp_path / "whole")
+    fit(*parts(), cutter, epochs=6, folder=tmp_path / "cut")
+    model, training = load(newest(tmp_path / "cut" / "checkpoints")[0])
+    assert training["counters"]["step"] == at
+    again = fit(*parts(), epochs=6, folder=tmp_path / "cut", resume={"model": model} | training)
+    ours, theirs = (load(newest(t.folder / "checkpoints")[0]) for t in (again, whole))
+    assert ours[0].keys() == theirs[0].keys() == network().state_dict().keys()
+    assert all(torch.equal(ours[0][name], theirs[0][name]) for name in theirs[0])
+    weights = [each[1]["callbacks"]["0:Swa"]["weights"] for each in (ours, theirs)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+    assert not torch.equal(weights[0]["1.running_mean"], ours[0]["1.running_mean"]), "those of training"
+
+
+def test_swa_that_never_began_says_so():
+    with pytest.warns(UserWarning, match="swa averaged nothing: the run ended before its epoch 5 did"):
+        fit(swa(start=4), epochs=4)
+    with pytest.raises(SettingError, match="swa cannot tell how many epochs there will be"):
+        model = network()
+        batches = (batch for batch in [SPLIT[:4]])
+        Trainer(max_steps=1, callbacks=[swa()], device="cpu").fit(
+            model, batches, task=nn.MSELoss(), optimizer=torch.optim.SGD(model.parameters())
+        )

@@ -20,6 +20,8 @@ SETTINGS: dict[str, dict] = {
     "task/variational": {"likelihood": "gaussian"},
     "task/contrastive": {"views": []},
     "callback/freeze": {"patterns": ["*"]},
+    "callback/accumulation": {"schedule": {"0": 1}},
+    "callback/activation_checkpointing": {"patterns": ["*"]},
 }
 # Parameters that an output does not depend on, by the beginning of their names.
 BESIDE = {"model/gan": "generator.", "model/nbeats": "blocks.2.backcast."}

@@ -52,6 +52,30 @@ def test_digits_are_scikit_learns():
     assert fw.datasets.build("digits", image=True).in_shape == (1, 8, 8)
 
 
+def stretched(pictures, size):
+    """Linear interpolation along each axis, pixels being squares of which the values are those of the centres."""
+    at = (np.arange(size) + 0.5) * 8 / size - 0.5
+    for axis in (1, 2):
+        pictures = np.apply_along_axis(lambda line: np.interp(at, np.arange(8), line), axis, pictures)
+    return pictures
+
+
+def test_digits_of_another_size_are_interpolated(tmp_path):
+    fractions = {"val_fraction": 0.0, "test_fraction": 0.0}
+    data = fw.datasets.build("digits", size=28, normalize=False, **fractions)
+    assert data.in_shape == (1, 28, 28)
+    expected = stretched(load_digits().images[:40], 28)[:, None] / 16
+    np.testing.assert_allclose(data.train.tensors[0][:40], expected, atol=1e-6)
+    scaled = fw.datasets.build("digits", size=28, **fractions)
+    inputs = scaled.train.tensors[0]
+    assert (inputs.mean().item(), inputs.std().item()) == pytest.approx((0, 1), abs=1e-3)
+    np.save(tmp_path / "small.npy", load_digits().data[:9])
+    np.save(tmp_path / "large.npy", stretched(load_digits().images[:9], 28))
+    for file in ("small.npy", "large.npy"):
+        read = type(scaled).read_inputs(tmp_path / file, scaled.facts())
+        torch.testing.assert_close(read, inputs[:9], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.filterwarnings("ignore:Stochastic Optimizer")
 def test_digits_can_be_told_apart():
     data = fw.datasets.build("digits")

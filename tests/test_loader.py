@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset, get_worker_info
 
 from framework import seeds
-from framework.data import ForeignLoader, Loader, TensorSplit
+from framework.data import ForeignLoader, Loader, RaggedSplit, TensorSplit
 from framework.device import one_ahead
 from framework.errors import DataError
 
@@ -101,6 +101,78 @@ def test_reading_leaves_the_global_generators_alone(workers):
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     batches(Loader(Noisy(), workers=workers, shuffle=True))
     assert draws() == expected
+
+
+# classes drawn evenly
+
+
+class Labelled(Dataset):
+    """Read sample by sample, but with known classes, as a folder of pictures is."""
+
+    def __init__(self, split):
+        self.split, self.labels = split, split.tensors[1]
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        return self.split[index]
+
+
+def rare(labelled=False):
+    """Sample 7 is the only one of its class, of four: 1, 4, 10 and 85 of 100."""
+    classes = torch.full((100,), 3).index_fill(0, torch.arange(60, 70), 0).index_fill(0, torch.arange(4), 5)
+    classes[7] = 1
+    split = TensorSplit(torch.arange(100)[:, None].float(), classes)
+    return Labelled(split) if labelled else split
+
+
+def drawn(loader, epochs):
+    parts = [torch.cat(column) for e in epochs for column in [list(t) for t in zip(*loader.epoch(e), strict=True)]]
+    return torch.cat(parts[::2]).flatten().long(), torch.cat(parts[1::2])
+
+
+def test_every_class_is_drawn_equally_often_and_so_is_each_sample_of_it():
+    rows, classes = drawn(Loader(rare(), sampling="weighted", shuffle=True, seed=3), range(100))
+    assert len(rows) == 100 * 100, "an epoch is as long as without"
+    assert torch.equal(rare()[rows][1], classes)
+    share = classes.bincount() / len(classes)
+    torch.testing.assert_close(share[[0, 1, 3, 5]], torch.full((4,), 0.25), atol=5 * 0.0043, rtol=0)  # 5 deviations
+    within = rows[classes == 0].bincount()[60:70] / (classes == 0).sum()
+    torch.testing.assert_close(within, torch.full((10,), 0.1), atol=5 * 0.006, rtol=0)
+    assert set(rows[classes == 3].tolist()) == set(range(100)) - {0, 1, 2, 3, 7} - set(range(60, 70))
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_what_is_drawn_is_a_function_of_seed_and_epoch(labelled):
+    loader = Loader(rare(labelled), batch_size=8, sampling="weighted", shuffle=True, seed=3)
+    expected = batches(Loader(rare(), batch_size=8, sampling="weighted", shuffle=True, seed=3), 5)
+    assert batches(loader, 5) == expected != batches(loader, 6)
+    assert batches(loader, 5, start=7) == expected[7:]
+    assert [row for rows, _ in expected[2:4] for (row,) in rows] == loader.indices(5, 2, 2)
+    assert "classes drawn evenly" in loader.manner
+
+
+def test_evaluation_draws_nothing():
+    plain = Loader(rare(), sampling="weighted")
+    assert batches(plain) == batches(Loader(rare()))
+    values = TensorSplit(torch.zeros(4, 1), torch.zeros(4, 1))
+    assert len(Loader(values, sampling="weighted")) == 1, "there its targets do not matter"
+
+
+@pytest.mark.parametrize(
+    "split",
+    [
+        TensorSplit(torch.zeros(4, 1), torch.zeros(4, 1)),
+        TensorSplit(torch.zeros(4, 1), torch.zeros(4, 3)),
+        Squares(),
+        RaggedSplit([torch.ones(2), torch.ones(3)], torch.tensor([0, 1])),
+    ],
+    ids=["values", "labels", "not in memory", "texts"],
+)
+def test_classes_that_are_not_known_cannot_be_drawn_evenly(split):
+    with pytest.raises(DataError, match=r"loader\.sampling=weighted: \w+ does not give one class for each sample"):
+        Loader(split, sampling="weighted", shuffle=True)
 
 
 class Faulty(Squares):

@@ -66,6 +66,40 @@ def test_parameters_are_as_many_as_the_papers_and_formulas_say(name, settings, i
         assert parameters(fw.models.build(name, in_shape, (classes,), **settings)) == count
 
 
+# stochastic depth
+
+
+@pytest.mark.parametrize("name", ["basic_block", "bottleneck"])
+def test_a_branch_is_left_out_for_some_samples_and_the_mean_is_that_of_evaluation(name):
+    torch.manual_seed(0)
+    block = fw.blocks.build(name, (2, 4, 4), channels=2, activation="identity", norm=None, drop_path=0.3)
+    x = torch.randn(1, 2, 4, 4)
+    with torch.no_grad():
+        whole, skipped = block.eval()(x), block[0].skip(x)
+        drawn = block.train()(x.expand(20_000, -1, -1, -1))
+    out = (drawn - skipped).flatten(1).abs().amax(1) < 1e-6
+    assert out.float().mean().item() == pytest.approx(0.3, abs=5 * 0.0033)  # 5 deviations
+    kept = skipped + (whole - skipped) / 0.7
+    torch.testing.assert_close(drawn[~out], kept.expand_as(drawn[~out]), rtol=1e-4, atol=1e-5)
+    size = (whole - skipped).abs().max().item()
+    torch.testing.assert_close(drawn.mean(0), whole[0], rtol=0, atol=5 * 0.005 * size)
+
+
+def test_a_resnet_leaves_deeper_blocks_out_more_often():
+    settings = {"depths": [2, 1, 2], "channels": [4, 8, 8]}
+    model = fw.models.build("resnet", (1, 16, 16), (10,), drop_path=0.5, **settings)
+    rates = [module.p for module in model.modules() if type(module).__name__ == "DropPath"]
+    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
+    plain = fw.models.build("resnet", (1, 16, 16), (10,), **settings)
+    assert plain.state_dict().keys() == model.state_dict().keys(), "their checkpoints fit each other"
+    assert not [module for module in plain.modules() if isinstance(module, nn.Dropout)]
+    plain.load_state_dict(model.state_dict())
+    x = torch.randn(8, 1, 16, 16)
+    torch.testing.assert_close(model.eval()(x), plain.eval()(x), rtol=0, atol=0)
+    torch.manual_seed(3)
+    assert not torch.allclose(model.train()(x), model.train()(x))
+
+
 def test_resnet_20_has_20_layers_and_the_papers_size():
     model = fw.models.build("resnet", (3, 32, 32), (10,))
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
