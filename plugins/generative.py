@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from framework import Activation, Data, NonNegativeFloat, PositiveInt, Shape, Step, Task, models, tasks
+from framework import Activation, Data, NonNegativeFloat, Norm, PositiveInt, Shape, Step, Task, models, tasks
 from framework.data import Batch, Target
 from framework.errors import BuildError, DataError
 from framework.shapes import output_shape
@@ -31,22 +31,38 @@ def encoder(kind: Network, in_shape: Shape, outputs: int, widths: Sequence[int],
     return body.append(nn.Linear(output_shape(body, in_shape)[0], outputs))
 
 
-def decoder(kind: Network, code: int, out_shape: Shape, widths: Sequence[int], activation: Activation) -> nn.Module:
-    """Return a network from a code to an output: the layers of `encoder` the other way round."""
+def decoder(
+    kind: Network,
+    code: int,
+    out_shape: Shape,
+    widths: Sequence[int],
+    activation: Activation,
+    norm: Norm | None = None,
+) -> nn.Module:
+    """Return a network from a code to an output: the layers of `encoder` the other way round, with norms if wanted."""
     layers: list[nn.Module] = []
-    features = code
+    shape: Shape = (code,)
+    if kind == "conv":
+        halved = 2 ** len(widths)
+        if len(out_shape) != 3 or any(size % halved for size in out_shape[1:]):
+            raise BuildError(f"network=conv doubles images {len(widths)} times (`widths`), not to {tuple(out_shape)}")
+        shape = (widths[-1], *(size // halved for size in out_shape[1:]))
+        layers = [nn.Linear(code, prod(shape)), nn.Unflatten(1, shape), *after(shape, activation, norm)]
+    for width in [*reversed(widths[:-1]), out_shape[0]] if kind == "conv" else reversed(widths):
+        if kind == "conv":
+            layers.append(nn.ConvTranspose2d(shape[0], width, 4, 2, 1))
+            shape = (width, *(2 * size for size in shape[1:]))
+        else:
+            layers.append(nn.Linear(shape[0], width))
+            shape = (width,)
+        layers += after(shape, activation, norm) if kind == "mlp" or shape != tuple(out_shape) else []
     if kind == "mlp":
-        for width in reversed(widths):
-            layers += [nn.Linear(features, width), activation()]
-            features = width
-        return nn.Sequential(*layers, nn.Linear(features, prod(out_shape)), nn.Unflatten(1, tuple(out_shape)))
-    if len(out_shape) != 3 or any(size % 2 ** len(widths) for size in out_shape[1:]):
-        raise BuildError(f"network=conv doubles images {len(widths)} times (`widths`): {tuple(out_shape)} does not fit")
-    small = (widths[-1], *(size // 2 ** len(widths) for size in out_shape[1:]))
-    layers = [nn.Linear(code, prod(small)), nn.Unflatten(1, small), activation()]
-    for width, following in zip(reversed(widths), [*reversed(widths[:-1]), out_shape[0]], strict=True):
-        layers += [nn.ConvTranspose2d(width, following, 4, 2, 1), activation()]
-    return nn.Sequential(*layers[:-1])
+        layers += [nn.Linear(shape[0], prod(out_shape)), nn.Unflatten(1, tuple(out_shape))]
+    return nn.Sequential(*layers)
+
+
+def after(shape: Shape, activation: Activation, norm: Norm | None) -> list[nn.Module]:
+    return [*([] if norm is None else [norm(shape)]), activation()]
 
 
 @models.register("autoencoder")
@@ -122,6 +138,7 @@ class Gan(nn.Module):
         network: Network = "mlp",
         widths: Sequence[PositiveInt] = (256, 256),
         activation: Activation = "leaky_relu",
+        norm: Norm | None = None,
     ):
         """Build both.
 
@@ -130,12 +147,13 @@ class Gan(nn.Module):
             network: mlp, or conv for images: each layer halves them, the generator's doubles them.
             widths: features (channels) of the discriminator's hidden layers; the generator's are the other way round.
             activation: after each hidden layer.
+            norm: before each activation of the generator (Radford et al. 2016, arXiv:1511.06434); null for none.
         """
         super().__init__()
         self.latent = latent
         self.discriminator = encoder(network, in_shape, prod(out_shape), widths, activation)
         self.discriminator.append(nn.Unflatten(1, tuple(out_shape)))
-        self.generator = decoder(network, latent, in_shape, widths, activation)
+        self.generator = decoder(network, latent, in_shape, widths, activation, norm)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.discriminator(x)
