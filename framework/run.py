@@ -176,7 +176,7 @@ def read_config(run: Path) -> dict[str, Any]:
     if not file.is_file():
         raise RunError(f"{run} is not the folder of a run: it has no config.yaml")
     try:
-        config = yaml.load(file.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        config = yaml.safe_load(file.read_text())  # libyaml's reader has no limit to the depth
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise RunError(f"{file} cannot be read: {' '.join(str(error).split())[:300]}") from error
     if not isinstance(config, dict):

@@ -334,7 +334,8 @@ def test_code_in_the_checkpoint_of_a_run_is_not_run(run, proof, form):
     written = run / "checkpoints" / "step-00000001"
     form(Payload(proof), written / TRAINING)
     sign(written)
-    refused(open_run, run)
+    open_run(run)  # which does not look at it
+    refused(load, written)
     form(Payload(proof), written / MODEL)
     sign(written)
     refused(open_run, run)

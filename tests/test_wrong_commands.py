@@ -212,7 +212,7 @@ def test_an_override_that_cannot_be(refuse, overrides, said):
         ("experiment=group", "conf/experiment/group.yaml:2: there is no group 'optimizr' of parts; did you mean"),
         ("experiment=target", "model.blocks.0._target_: is refused"),
         ("experiment=target", "(conf/experiment/target.yaml:3)"),
-        ("experiment=momentum optimizer=adam", "sgd, not of adam (conf/experiment/momentum.yaml:1)"),
+        ("experiment=momentum optimizer=adam optimizer.momentum=0.8", "sgd, not of adam (command line)"),
     ],
 )
 def test_an_experiment_that_cannot_be(refuse, overrides, said):
