@@ -103,7 +103,7 @@ class Measures:
         outputs, targets: None where no metric shall see them. values: other means over the items, by name.
         """
         seen = (outputs.detach(), targets) if self.metrics and outputs is not None else (None, None)
-        means = {name: value.detach() for name, value in values.items()}
+        means = {name: value.detach() for name, value in values.items()} if values else values
         one = Held(loss.detach(), count, seen[0], seen[1], means)
         if self.held and one.form() != self.held[0].form():
             self._sum_up()

@@ -252,7 +252,9 @@ class Trainer(Evaluator):
         self.at_boundary = False
         self._emit("step_start")
         with self.clock.detail("copy"):
-            batches = [transformed(self._place(batch), self._transforms) for batch in window]
+            batches = [self._place(batch) for batch in window]
+            if self._transforms:
+                batches = [transformed(batch, self._transforms) for batch in batches]
         self._set_learning_rate()
         for phase in self.task.phases or (None,):
             self.loss = self._backward(batches) if phase is None else self._backward.in_phase(phase, batches)
