@@ -11,13 +11,14 @@ from torch.optim import Optimizer
 
 from . import seeds
 from .clock import Clock
-from .compiled import Compile, Compiled, WholeStep
-from .cuda_graph import GraphedPass
+from .compiled import Compile, Compiled, CompiledStep
+from .cuda_graph import CudaGraph, Graphed, GraphedStep
 from .data import Batch
 from .device import Precision
 from .memory import MicroBatches
 from .metric import Measures
 from .task import Phase, Step, Task
+from .whole import Whole
 
 ENGINE = getattr(getattr(torch.autograd.Variable, "_execution_engine", None), "run_backward", None)
 
@@ -35,18 +36,24 @@ class Backward:
         precision: Precision,
         micro_batches: MicroBatches,
         compile: Compile,
+        cuda_graph: CudaGraph,
     ):
         self.model, self.task, self.optimizer, self.measures = model, task, optimizer, measures
         self.clock, self.precision, self.micro_batches = clock, precision, micro_batches
         self.parameters: list[nn.Parameter] = []
         self.forward: nn.Module | Callable = Compiled(model, compile, clock) if compile == "model" else model
         self.gradients = Compiled(self._gradients, compile, clock) if compile == "step" else self._gradients
-        self.whole = WholeStep(model, task, optimizer, precision, clock) if compile == "step" else None
+        self.whole: Whole | None = None
         self.updated = False  # whether the update was part of it
         self.phase: Phase | None = None
-        self.pass_through: Callable[..., Step] = self._compiled if compile == "step" else self._eager
-        if compile == "cuda_graph":
-            self.pass_through = GraphedPass(self.pass_through, lambda: self.parameters)
+        self.pass_through: Callable[..., Step] = self._eager
+        if compile == "step":
+            self.whole, self.pass_through = CompiledStep(model, task, optimizer, precision, clock), self._compiled
+        elif cuda_graph != "off":
+            alone = partial(self._eager, share=None)
+            self.whole = GraphedStep(alone, optimizer, precision, cuda_graph)
+            self.graphed = Graphed("forward and backward", alone, lambda: self.parameters, cuda_graph)
+            self.pass_through = self._graphed
 
     def in_phase(self, phase: Phase, batches: list[Batch]) -> Tensor:
         """Do what a call does, in a phase of the step: of its own loss, with gradients for its own parameters."""
@@ -106,6 +113,9 @@ class Backward:
         with self.clock.detail("backward"):
             run_backward(self.precision.scaled(made.loss if share is None else made.loss * share))
         return made
+
+    def _graphed(self, batch: Batch, share: float | Tensor | None) -> Step:
+        return self.graphed(batch) if share is None else self._eager(batch, share)
 
     def _compiled(self, batch: Batch, share: float | Tensor | None) -> Step:
         factor = None if share is None else torch.as_tensor(share, device=self.precision.device)

@@ -55,10 +55,13 @@ class Callback:
         changes_training: whether it may change what the weights become; False allows other settings, or the callback
             to come and go, in a run that is resumed exactly.
         alone: whether it cannot serve one of many trials that train as one: it goes back on steps, say.
+        recordable: whether `on_gradients` is nothing but arithmetic on the device, the same in each step, so that a
+            CUDA graph may replay it.
     """
 
     changes_training: ClassVar[bool] = True
     alone: bool = False
+    recordable: bool = False
 
     def on_fit_start(self, trainer: Trainer) -> None: ...
     def on_epoch_start(self, trainer: Trainer) -> None: ...

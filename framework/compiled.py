@@ -16,8 +16,9 @@ from .errors import FrameworkError
 from .fused import has_hooks
 from .pure import PureUpdate, State, pure_updates, tensors_of
 from .task import Step, Task
+from .whole import Whole
 
-Compile = Literal["off", "model", "step", "cuda_graph"]
+Compile = Literal["off", "model", "step"]
 EXPECTED = 2  # times to compile: for the batches, and for the smaller last one of an epoch
 
 
@@ -66,42 +67,31 @@ class Compiled:
         warnings.warn(f"compile={self.what}: compiled {self.times} times ({why}){last}", stacklevel=2)
 
 
-class WholeStep:
+class CompiledStep(Whole):
     """Forward, backward and the optimizer's update as one compiled function.
 
-    Attributes:
-        wanted: asked whether somebody must see the gradients of this step even though they are finite.
-        guarded: whether somebody acts on what is not finite; then such an update is left out, and the gradients kept.
+    Where callbacks listen, an update that is not finite is left out, and the gradients are kept for them.
     """
 
     def __init__(self, model: nn.Module, task: Task, optimizer: Optimizer, precision: Precision, clock: Clock):
-        self.model, self.task, self.optimizer, self.precision = model, task, optimizer, precision
-        self.wanted: Callable[[], bool] = lambda: False
-        self.guarded = False
+        super().__init__(optimizer)
+        self.model, self.task, self.precision = model, task, precision
         self.update: PureUpdate | None = None if precision.scaler is not None else pure_updates.find(optimizer)
         self.compiled = Compiled(self._step, "step", clock)
-        self.parameters: list[nn.Parameter] = []
         self.states: list[State] = []
-        self.groups: list[int] = []
-        self.rates: list[Tensor] = []
-        self.made_for: Any = None
 
-    def ready(self) -> bool:
-        """Whether this step can be one; not an optimizer's first, which makes the state that it keeps."""
+    @property
+    def guarded(self) -> bool:
+        return bool(self.listening)
+
+    def able(self) -> bool:
         waits = self.guarded and self.precision.device.type != "cpu"  # each step would wait for the device
-        if self.update is None or waits or has_hooks(self.optimizer) or self.wanted():
-            return False
+        return self.update is not None and not waits and not has_hooks(self.optimizer)
+
+    def begun(self) -> bool:
         groups, state = self.optimizer.param_groups, self.optimizer.state
-        trained = [(p, number) for number, group in enumerate(groups) for p in group["params"] if p.requires_grad]
-        form = (id(state), len(trained))
-        if form != self.made_for:
-            if not all(state.get(p) for p, _ in trained) and not all(map(self._stateless, groups)):
-                return False
-            self.parameters, self.groups = [p for p, _ in trained], [number for _, number in trained]
-            self.states = [tensors_of(state.get(p)) for p in self.parameters]
-            self.rates = [torch.zeros((), dtype=g["params"][0].dtype, device=g["params"][0].device) for g in groups]
-            self.made_for = form
-        return True
+        self.states = [tensors_of(state.get(p)) for p in self.trained]
+        return all(state.get(p) for p in self.trained) or all(map(self._stateless, groups))
 
     def _stateless(self, group: dict[str, Any]) -> bool:
         """Whether the update keeps nothing (SGD without momentum)."""
@@ -113,14 +103,12 @@ class WholeStep:
             return False
 
     def __call__(self, batch: Batch) -> tuple[Step, bool]:
-        """Return what the task made of the batch, and whether the update is done."""
         settings = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in self.optimizer.param_groups]
-        for rate, group in zip(self.rates, self.optimizer.param_groups, strict=True):
-            rate.fill_(group["lr"])
+        self.set_rates()
         made, gradients, finite = self.compiled(batch, self.rates, settings)
         updated = not self.guarded or bool(finite)
         if not updated:
-            for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            for parameter, gradient in zip(self.trained, gradients, strict=True):
                 parameter.grad = gradient
         return made, updated
 
@@ -128,10 +116,10 @@ class WholeStep:
         assert self.update is not None
         with self.precision.autocast():
             made = self.task.step(self.model, batch)
-        gradients = torch.autograd.grad(made.loss, self.parameters, allow_unused=True)
+        gradients = torch.autograd.grad(made.loss, self.trained, allow_unused=True)
         finite = all_finite([made.loss, *gradients]) if self.guarded else None
         with torch.no_grad():
-            for p, g, state, number in zip(self.parameters, gradients, self.states, self.groups, strict=True):
+            for p, g, state, number in zip(self.trained, gradients, self.states, self.groups, strict=True):
                 if g is not None:
                     p_new, state_new = self.update(p, g, state, {**settings[number], "lr": rates[number]})
                     put(p, p_new, finite)

@@ -130,8 +130,14 @@ def plain(group: dict[str, Any]) -> bool:
 
 def has_hooks(optimizer: Optimizer) -> bool:
     """Whether somebody wants to be told of a step, or has a word in it (a scaler, `non_finite`)."""
-    scaled = getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None
+    return may_leave_out(optimizer) or is_hooked(optimizer)
+
+
+def may_leave_out(optimizer: Optimizer) -> bool:
+    """Whether the device decides itself if an update is left out: where a number was not finite."""
+    return getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None
+
+
+def is_hooked(optimizer: Optimizer) -> bool:
     own = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-    return bool(
-        scaled or own or torch_optimizer._global_optimizer_pre_hooks or torch_optimizer._global_optimizer_post_hooks
-    )
+    return bool(own or torch_optimizer._global_optimizer_pre_hooks or torch_optimizer._global_optimizer_post_hooks)

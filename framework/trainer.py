@@ -21,6 +21,7 @@ from .batches import Source, count_steps, count_total, steps
 from .callback import Callback, listeners
 from .clock import Clock, Profiler
 from .compiled import Compile
+from .cuda_graph import CudaGraph
 from .data import Batch, Data, Loader, check_data
 from .device import Format, deterministic_algorithms
 from .errors import DataError, SettingError
@@ -56,6 +57,7 @@ class Trainer(Evaluator):
         accumulate: PositiveInt = 1,
         micro_batch: PositiveInt | Literal["auto"] | None = None,
         compile: Compile = "off",
+        cuda_graph: CudaGraph = "off",
         precision: Format = "fp32",
         device: str = "auto",
         deterministic: bool = False,
@@ -76,8 +78,8 @@ class Trainer(Evaluator):
             accumulate: batches whose gradients make one step; the same step as one batch of them all.
             micro_batch: samples that go through the model at once, a batch of more being split with the same gradients
                 (batch norms apart); auto: half as many whenever memory is full.
-            compile: torch.compile for the model alone, or for the whole step (with the update, if it is a pure one),
-                seconds to minutes once; or forward, loss and backward replayed as one CUDA graph.
+            compile: torch.compile for the model, or for the whole step (with the update, if it is a pure one).
+            cuda_graph: replay the whole step as one CUDA graph, or what of it can be; auto tries if that is quicker.
             precision: fp32, or autocast to bf16 or fp16 (fp16 with a gradient scaler).
             device: auto (cuda, else mps, else cpu) or a torch device such as cuda:1.
             deterministic: only deterministic algorithms; slower, and an error where torch has none.
@@ -93,20 +95,19 @@ class Trainer(Evaluator):
         if max_epochs is None and max_steps is None:
             raise SettingError("a Trainer needs max_epochs or max_steps")
         super().__init__(device, precision, deterministic, seed, MicroBatches(micro_batch))
-        if compile == "cuda_graph" and self.device.type != "cuda":
-            raise SettingError(f"compile=cuda_graph needs a CUDA device, not {self.device}")
+        if cuda_graph == "on" and (self.device.type != "cuda" or compile == "step"):
+            raise SettingError(f"cuda_graph=on needs a CUDA device, not {self.device}, and no compile=step")
         self.max_epochs, self.max_steps = max_epochs, max_steps
-        self.validate_every = Cadence(validate_every, "validate_every")
-        self.log_every = Cadence(log_every, "log_every")
+        self.validate_every, self.log_every = Cadence(validate_every, "validate_every"), Cadence(log_every, "log_every")
         self.accumulate, self.compile, self.profile, self.folder = accumulate, compile, profile, folder
+        self.cuda_graph: CudaGraph = cuda_graph if self.device.type == "cuda" else "off"
         self.callbacks, self.loggers = list(callbacks), list(loggers)
         self.state, self.clock = State(), Clock()
         self.schedule: Callable[[int], float] | None = None
         self._listeners, self._transforms = listeners(self.callbacks), transforms_of(self.callbacks)
         self.manifest: dict[str, Any] = {}
         self.resumed_from: int | None = None
-        self._record: dict[str, float | Tensor] = {}
-        self._open = 0
+        self._record, self._open = dict[str, float | Tensor](), 0
 
     def fit(
         self,
@@ -157,8 +158,9 @@ class Trainer(Evaluator):
     ) -> None:
         """Take what `fit` was given, up to the first step."""
         self._use(model, task)
-        if self.task.phases and self.compile not in ("off", "model"):
-            raise SettingError(f"compile={self.compile}: {type(self.task).__name__} updates in phases: compile=off")
+        for name, chosen in (("compile", self.compile == "step"), ("cuda_graph", self.cuda_graph == "on")):
+            if self.task.phases and chosen:
+                raise SettingError(f"{name}={getattr(self, name)}: {type(self.task).__name__} updates in phases")
         self.optimizer, self.schedule = optimizer, schedule
         if isinstance(data, Data):
             check_data(data)
@@ -199,12 +201,11 @@ class Trainer(Evaluator):
         self.clock = Profiler(self.device, self.folder) if self.profile else Clock()
         self._backward = Backward(
             *(self.model, self.task, self.optimizer, self.measures, self.clock),
-            *(self.precision, self.micro_batches, self.compile),
+            *(self.precision, self.micro_batches, self.compile, "off" if self.task.phases else self.cuda_graph),
         )
         if self._backward.whole is not None:
             listening = [listener.__self__ for listener in self._listeners["gradients"]]  # type: ignore[attr-defined]
-            self._backward.whole.wanted = lambda: any(one.needs_gradients(self) for one in listening)
-            self._backward.whole.guarded = bool(listening)
+            self._backward.whole.attach(self, listening)
         self._update, self.loss = FusedStep(self.optimizer), torch.zeros((), device=self.device)
         self._validated, self.at_boundary, self.resumed_from = -1, True, None
         if resume is not None:

@@ -54,7 +54,7 @@ class NonFinite(Callback):
         self.trainer, self.checked = trainer, trainer.state.step
         self.found, self.one = torch.zeros((), device=trainer.device), torch.ones((), device=trainer.device)
         fused = bool(trainer.optimizer.defaults.get("fused"))
-        self.late = self.policy == "raise" and trainer.device.type != "cpu" and fused
+        self.late = self.recordable = self.policy == "raise" and trainer.device.type != "cpu" and fused
 
     def on_step_start(self, trainer: Trainer) -> None:
         if self.policy != "raise":

@@ -138,31 +138,3 @@ def test_a_compiled_step_does_what_the_eager_one_does(mode, settings):
         torch.testing.assert_close(a, b, rtol=2e-2 if "precision" in settings else 1e-4, atol=1e-3)
     assert made.state.metrics["train/accuracy"] == pytest.approx(eager.state.metrics["train/accuracy"], abs=0.05)
     assert [name for name, _ in made.model.named_parameters()] == [name for name, _ in eager.model.named_parameters()]
-
-
-# on a GPU
-
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-
-
-@needs_gpu
-@pytest.mark.parametrize("settings", [{}, {"precision": "fp16"}, {"precision": "bf16"}, {"accumulate": 2}], ids=str)
-def test_a_cuda_graph_does_what_the_eager_step_does(settings):
-    settings = {"device": "cuda", "max_steps": 30} | settings
-    eager, replayed = fit(Small(norm=True), **settings), fit(Small(norm=True), compile="cuda_graph", **settings)
-    for a, b in zip(eager.model.state_dict().values(), replayed.model.state_dict().values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    assert replayed.state.metrics["train/loss"] == pytest.approx(eager.state.metrics["train/loss"], rel=1e-4)
-    assert bool(replayed._backward.pass_through.captured) == ("accumulate" not in settings)
-
-
-@needs_gpu
-def test_a_step_that_cannot_be_captured_is_named_and_runs():
-    class Reads(Small):
-        def forward(self, inputs):
-            return super().forward(inputs) * (1 if inputs.sum().item() < 1e9 else 2)
-
-    with pytest.warns(UserWarning, match=r"cannot be captured.*inputs.sum\(\).item\(\)"):
-        replayed = fit(Reads(), compile="cuda_graph", device="cuda", max_steps=10)
-    assert_close(replayed, fit(Small(), device="cuda", max_steps=10))

@@ -38,6 +38,10 @@ def compiled(job: Job, watch: Watch) -> None:
     train(job, watch, compile="step")
 
 
+def graphed(job: Job, watch: Watch) -> None:
+    train(job, watch, cuda_graph="on")
+
+
 def channels_last(job: Job, watch: Watch) -> None:
     train(job, watch, channels_last=True)
 

@@ -22,6 +22,7 @@ OWN = {  # name: file, function
     "tight, compiled step": ("loops", "tight_compiled"),
     "ours": ("ours", "eager"),
     "ours, compile=step": ("ours", "compiled"),
+    "ours, cuda_graph=on": ("ours", "graphed"),
     "ours, channels last": ("ours", "channels_last"),
 }
 PEERS = {  # name and function: module
@@ -84,7 +85,8 @@ def contenders(peers: Path | None) -> list[Contender]:
 
 def speed(plan: Plan, chosen: Sequence[Contender]) -> int:
     """Measure, print a table for each workload, and return the exit status: 1 when a contender did not train."""
-    processes = {each.name: Process(each, plan.threads, plan.device) for each in chosen}
+    present = [each for each in chosen if plan.device != "cpu" or each.function != "graphed"]
+    processes = {each.name: Process(each, plan.threads, plan.device) for each in present}
     pairs = [(workload, mode) for workload in plan.workloads for mode in plan.modes]
     seconds = SECONDS_EACH * len(chosen) if plan.seconds is None else plan.seconds
     ends, problems, courses = time.monotonic() + seconds, [], {}

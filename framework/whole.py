@@ -1,0 +1,77 @@
+"""A whole training step as one call, from a batch to the new weights: what a compiled and a graphed one have in common."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .callback import Callback
+from .data import Batch
+from .task import Step
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+
+class Whole:
+    """Says when a step can be one call, and keeps each group's learning rate where that call reads it.
+
+    Attributes:
+        listening: the callbacks that want to be told of gradients.
+        trained: the parameters, and `groups` the number of the group of each.
+        rates: a tensor for each group, on its device; of its type, if `rate_type` says no other.
+    """
+
+    rate_type: ClassVar[torch.dtype | None] = None
+
+    def __init__(self, optimizer: Optimizer):
+        self.optimizer = optimizer
+        self.listening: list[Callback] = []
+        self.trained: list[nn.Parameter] = []
+        self.groups: list[int] = []
+        self.rates: list[Tensor] = []
+        self.made_for: Any = None
+
+    def attach(self, trainer: Trainer, listening: list[Callback]) -> None:
+        """Take note of whom the trainer tells of gradients."""
+        self.trainer, self.listening = trainer, listening
+
+    def wanted(self) -> bool:
+        """Whether somebody must see the gradients of this step even though they are finite."""
+        return any(each.needs_gradients(self.trainer) for each in self.listening)
+
+    def ready(self) -> bool:
+        """Whether this step can be one; not an optimizer's first, which makes the state that it keeps."""
+        if not self.able() or self.wanted():
+            return False
+        groups, state = self.optimizer.param_groups, self.optimizer.state
+        trained = [(p, number) for number, group in enumerate(groups) for p in group["params"] if p.requires_grad]
+        form = (id(state), len(trained))
+        if form != self.made_for:
+            self.trained, self.groups = [p for p, _ in trained], [number for _, number in trained]
+            if not self.begun():
+                return False
+            places = [(g["params"][0].device, self.rate_type or g["params"][0].dtype) for g in groups]
+            self.rates = [torch.zeros((), device=device, dtype=dtype) for device, dtype in places]
+            self.made_for = form
+        return True
+
+    def able(self) -> bool:
+        """Whether nothing else stands against it."""
+        raise NotImplementedError
+
+    def begun(self) -> bool:
+        """Whether the optimizer has all the state of `trained`; what is made from that is made here."""
+        raise NotImplementedError
+
+    def set_rates(self) -> None:
+        """Put the learning rates of this step where the call reads them."""
+        for rate, group in zip(self.rates, self.optimizer.param_groups, strict=True):
+            rate.fill_(group["lr"])
+
+    def __call__(self, batch: Batch) -> tuple[Step, bool]:
+        """Return what the task made of the batch, and whether the update is done."""
+        raise NotImplementedError

@@ -1,0 +1,233 @@
+"""Steps as CUDA graphs. Without a GPU a stand-in records what is done and does it again into the same memory."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+
+import framework as fw
+from framework import Trainer, cuda_graph
+from framework.errors import SettingError
+
+DATA = fw.TensorSplit(torch.randn(64, 5, generator=torch.Generator().manual_seed(3)), torch.arange(64) % 3)
+fw.discover()
+
+
+class Small(nn.Sequential):
+    def __init__(self, norm=False):
+        torch.manual_seed(0)
+        super().__init__(
+            nn.Linear(5, 8, bias=not norm), nn.BatchNorm1d(8) if norm else nn.Identity(), nn.Tanh(), nn.Linear(8, 3)
+        )
+
+
+def fit(*callbacks, model=None, optimizer="adamw", mode="off", device="cpu", resume=None, **settings):
+    model = Small() if model is None else model
+    made = fw.optimizers.build(optimizer, list(model.parameters())) if isinstance(optimizer, str) else optimizer(model)
+    trainer = Trainer(callbacks=callbacks, **({"max_steps": 30, "seed": 5, "device": device} | settings))
+    trainer.cuda_graph = mode  # which on a CPU is off
+    trainer.fit(
+        *(model, DATA),
+        task=nn.CrossEntropyLoss(),
+        optimizer=made,
+        batch_size=24,
+        metrics=[fw.metrics.build("accuracy")],
+        schedule=lambda step: 0.9**step,
+        resume=resume,
+    )
+    return trainer
+
+
+def fused(model):
+    return torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+
+
+def fused_sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
+
+
+def assert_close(one, other, tolerance=1e-6):
+    for a, b in zip(one.model.state_dict().values(), other.model.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    assert one.state.metrics["train/loss"] == pytest.approx(other.state.metrics["train/loss"], rel=1e-4)
+
+
+class Again:
+    """Does what was recorded again, into the tensors of the first time."""
+
+    def __init__(self, run):
+        parameters = [p for _, p in self.tensors(run)]
+        kept = [p.detach().clone() for p in parameters], torch.get_rng_state()
+        self.run, self.made = run, run()
+        self.leaves = [p for p in parameters if p.is_leaf and p.requires_grad]
+        self.gradients = [p.grad for p in self.leaves]
+        with torch.no_grad():
+            for p, before in zip(parameters, kept[0], strict=True):
+                p.copy_(before)
+        torch.set_rng_state(kept[1])
+
+    @staticmethod
+    def tensors(run):
+        """Every tensor that a step writes: of the model, and of the optimizer's state."""
+        trainer = Again.trainer
+        states = (t for state in trainer.optimizer.state.values() for t in state.values())
+        return list(enumerate([*trainer.model.parameters(), *trainer.model.buffers(), *states]))
+
+    def replay(self):
+        for p in self.leaves:
+            p.grad = None
+        made = self.run()
+        with torch.no_grad():
+            for old, new in zip((*self.made[:3], *self.made.values.values()), (*made[:3], *made.values.values())):
+                old.copy_(new)
+            for p, static in zip(self.leaves, self.gradients, strict=True):
+                if static is not None:
+                    static.copy_(p.grad)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """What stands in for CUDA's graphs; returns what was recorded."""
+    made = []
+
+    def record(run):
+        made.append(Again(run))
+        return made[-1], made[-1].made
+
+    def begin(self, trainer, listening):
+        Again.trainer = trainer
+        attach(self, trainer, listening)
+
+    attach = cuda_graph.Whole.attach
+    monkeypatch.setattr(cuda_graph.Whole, "attach", begin)
+    monkeypatch.setattr(cuda_graph, "record", record)
+    monkeypatch.setattr(cuda_graph, "aside", torch.enable_grad)
+    return made
+
+
+@pytest.mark.parametrize("optimizer", [fused, fused_sgd, "lion"], ids=str)
+def test_the_whole_step_is_replayed(recorded, optimizer):
+    replayed = fit(mode="on", optimizer=optimizer, model=Small(norm=True))
+    assert_close(replayed, fit(optimizer=optimizer, model=Small(norm=True)))
+    whole, apart = replayed._backward.whole.graphed, replayed._backward.graphed
+    assert len(whole.captured) == 2, "one for batches, one for the last of an epoch"
+    assert not apart.captured, "all steps but the first are whole ones"
+    assert sum(whole.seen.values()) == 29
+
+
+def test_learning_rates_stay_plain_numbers_in_a_checkpoint(recorded):
+    saved = fit(mode="on", optimizer=fused).state_dict()
+    lr = saved["optimizer"]["param_groups"][0]["lr"]
+    assert type(lr) is float
+    assert lr == pytest.approx(0.01 * 0.9**29)
+    assert not saved["optimizer"]["param_groups"][0]["capturable"]
+
+
+def test_a_run_goes_on_from_either(recorded):
+    saved = fit(mode="on", optimizer=fused, max_steps=20).state_dict()
+    for mode in ("on", "off"):
+        assert_close(fit(mode=mode, optimizer=fused, resume=deepcopy(saved)), fit(optimizer=fused))
+
+
+def test_clipping_is_part_of_it(recorded):
+    def clip():
+        return fw.callbacks.build("clip_gradients", norm=0.05)
+
+    replayed = fit(clip(), mode="on", optimizer=fused)
+    assert len(replayed._backward.whole.graphed.captured) == 2
+    assert_close(replayed, eager := fit(clip(), optimizer=fused))
+    norms = [trainer.state.metrics["train/gradient_norm"] for trainer in (replayed, eager)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_who_must_see_gradients_sees_them(recorded):
+    """A step that a callback looks at is none, and nor is any where one acts on what is not finite from Python."""
+    for names in (["noise_scale"], ["non_finite"], ["clip_gradients", "histograms"]):
+        watched = fit(*(fw.callbacks.build(name) for name in names), mode="on", optimizer=fused)
+        assert not watched._backward.whole.graphed.seen
+        assert len(watched._backward.graphed.captured) == 2, "forward and backward are replayed all the same"
+        assert_close(watched, fit(*(fw.callbacks.build(name) for name in names), optimizer=fused))
+
+
+def test_an_optimizer_that_may_count_in_python_takes_its_step_itself(recorded):
+    replayed = fit(mode="on", optimizer="rmsprop")
+    assert not replayed._backward.whole.graphed.seen
+    assert len(replayed._backward.graphed.captured) == 2
+    assert_close(replayed, fit(optimizer="rmsprop"))
+
+
+def test_accumulated_steps_stay_eager(recorded):
+    assert_close(fit(mode="on", optimizer=fused, accumulate=2), fit(optimizer=fused, accumulate=2))
+    assert len(recorded) == 1, "the last batch of an epoch, which is a step of its own"
+
+
+@pytest.mark.parametrize(("quick", "chosen"), [("replayed", "as a graph"), ("eager", "eager")])
+def test_auto_times_some_steps_each_way_and_says_what_it_chose(recorded, monkeypatch, capsys, quick, chosen):
+    took, clock = {"eager": 2e-3, "replayed": 2e-3, quick: 1e-3}, [0.0]
+    either = cuda_graph.Graphed._either
+
+    def timed(self, batch, beside):
+        made, manner = either(self, batch, beside)
+        clock[0] += took.get(manner, 5.0)
+        return made, manner
+
+    monkeypatch.setattr(cuda_graph, "now", lambda: clock[0])
+    monkeypatch.setattr(cuda_graph.Graphed, "_either", timed)
+    model = fit(mode="auto", optimizer=fused, max_steps=80)
+    said = capsys.readouterr().err
+    assert said.count("cuda_graph=auto: the whole step takes") == 1
+    assert f"1 ms {'as a graph' if quick == 'replayed' else 'eager'}" in said
+    assert f": {chosen} from now on" in said
+    assert model._backward.whole.graphed.times is None, "later steps are not timed"
+    assert_close(model, fit(optimizer=fused, max_steps=80))
+
+
+def test_what_cannot_be_is_said():
+    for settings in ({"device": "cpu"}, {"device": "cpu", "compile": "step"}):
+        with pytest.raises(SettingError, match="cuda_graph=on needs a CUDA device"):
+            Trainer(max_steps=1, cuda_graph="on", **settings)
+    assert Trainer(max_steps=1, cuda_graph="auto", device="cpu").cuda_graph == "off"
+
+
+# on a GPU
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+REAL = [{}, {"precision": "fp16"}, {"precision": "bf16"}, {"accumulate": 2}, {"max_steps": 80, "cuda_graph": "auto"}]
+
+
+@needs_gpu
+@pytest.mark.parametrize("optimizer", [fused, fused_sgd, "lion", "rmsprop"], ids=str)
+@pytest.mark.parametrize("settings", REAL, ids=str)
+def test_a_cuda_graph_does_what_the_eager_step_does(settings, optimizer):
+    def run(mode):
+        watchers = [fw.callbacks.build(name) for name in ("non_finite", "clip_gradients", "gradient_norm")]
+        own = settings | {"cuda_graph": settings.get("cuda_graph", "on") if mode == "on" else "off"}
+        given = {"device": "cuda", "optimizer": optimizer, "model": Small(norm=True)}
+        return fit(*watchers, mode=own["cuda_graph"], **given, **own)
+
+    replayed, eager = run("on"), run("off")
+    assert_close(replayed, eager, 1e-4 if "precision" not in settings else 1e-2)
+    if not settings:
+        graphs = replayed._backward.whole.graphed if optimizer in (fused, fused_sgd) else replayed._backward.graphed
+        assert graphs.captured
+        assert not graphs.refused
+
+
+@needs_gpu
+def test_dropout_draws_what_it_would_have_drawn():
+    model = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.5), nn.Linear(8, 3))
+    losses = fit(model=model, device="cuda", mode="on", optimizer=fused, log_every="1steps").state.metrics
+    assert 0 < losses["train/loss"] < 2
+
+
+@needs_gpu
+def test_a_step_that_cannot_be_captured_is_named_and_runs():
+    class Reads(Small):
+        def forward(self, inputs):
+            return super().forward(inputs) * (1 if inputs.sum().item() < 1e9 else 2)
+
+    with pytest.warns(UserWarning, match=r"cannot be captured.*inputs.sum\(\).item\(\)"):
+        replayed = fit(model=Reads(), mode="on", device="cuda", optimizer=fused)
+    assert_close(replayed, fit(device="cuda", optimizer=fused))
