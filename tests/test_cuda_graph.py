@@ -79,7 +79,7 @@ class Again:
             p.grad = None
         made = self.run()
         with torch.no_grad():
-            for old, new in zip((*self.made[:3], *self.made.values.values()), (*made[:3], *made.values.values())):
+            for old, new in zip(self.made[:3], made[:3], strict=True):
                 old.copy_(new)
             for p, static in zip(self.leaves, self.gradients, strict=True):
                 if static is not None:
