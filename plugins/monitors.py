@@ -51,7 +51,7 @@ def will_log(trainer: Trainer) -> bool:
     if state.steps_per_epoch == 0 or cadence.unit not in ("step", "epoch"):
         return True
     by_steps = cadence.unit == "step" and step % int(cadence.number) == 0
-    epoch_ends = state.batch + trainer.accumulate >= len(trainer.train_batches)
+    epoch_ends = state.batch // trainer.accumulate + 1 >= state.steps_per_epoch
     return by_steps or epoch_ends or step == state.total_steps
 
 

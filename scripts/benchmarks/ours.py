@@ -13,8 +13,8 @@ from framework.optimizer import implementation
 from framework.status import Status
 from framework.trainer import Trainer
 
-CALLBACKS = ("progress", "checkpoint", "non_finite", "gradient_norm")  # what `framework train` has by default
-LOGGERS = ("tensorboard", "json_lines")
+TYPICAL = ("progress", "checkpoint"), ("tensorboard",)  # callbacks and loggers: what the loops by hand and others have
+DEFAULT = ("progress", "checkpoint", "non_finite", "gradient_norm"), ("tensorboard", "json_lines")
 
 
 class RoundEnds(fw.Callback):
@@ -34,6 +34,10 @@ def eager(job: Job, watch: Watch) -> None:
     train(job, watch)
 
 
+def as_by_default(job: Job, watch: Watch) -> None:
+    train(job, watch, besides=DEFAULT, status=[Status()])
+
+
 def compiled(job: Job, watch: Watch) -> None:
     train(job, watch, compile="step")
 
@@ -46,14 +50,21 @@ def channels_last(job: Job, watch: Watch) -> None:
     train(job, watch, channels_last=True)
 
 
-def train(job: Job, watch: Watch, channels_last: bool = False, **settings: Any) -> None:
-    """Fit for as many epochs as the watch wants, with what `framework train` has besides if the mode is typical."""
+def train(
+    job: Job,
+    watch: Watch,
+    besides: tuple[Sequence[str], Sequence[str]] = TYPICAL,
+    status: Sequence[fw.Callback] = (),
+    channels_last: bool = False,
+    **settings: Any,
+) -> None:
+    """Fit for as many epochs as the watch wants, with those callbacks and loggers if the mode is typical."""
     fw.discover()
     callbacks: list[fw.Callback] = [RoundEnds(watch)]
     loggers: Sequence[fw.Logger] = ()
     if job.typical:
-        callbacks = [*(fw.callbacks.build(name) for name in CALLBACKS), Status(), *callbacks]
-        loggers = [fw.loggers.build(name) for name in LOGGERS]
+        callbacks = [*(fw.callbacks.build(name) for name in besides[0]), *status, *callbacks]
+        loggers = [fw.loggers.build(name) for name in besides[1]]
     model, size = job.model(), job.batch_size
     train, val = (
         Loader(fw.TensorSplit(*job.tensors(name)), size, 4 * size, channels_last=channels_last, shuffle=name == "train")

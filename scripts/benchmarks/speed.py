@@ -21,6 +21,7 @@ OWN = {  # name: file, function
     "tight": ("loops", "tight"),
     "tight, compiled step": ("loops", "tight_compiled"),
     "ours": ("ours", "eager"),
+    "ours, all defaults": ("ours", "as_by_default"),  # looks for NaN, gradient norms, JSON lines, status.json
     "ours, compile=step": ("ours", "compiled"),
     "ours, cuda_graph=on": ("ours", "graphed"),
     "ours, channels last": ("ours", "channels_last"),
