@@ -97,6 +97,24 @@ def test_pruned_trials_end_early_and_are_told_apart(tmp_path, capsys):
     assert all(row.steps < longest for row in pruned)
     assert {row.steps for row in found if row.state == "done"} == {longest}
 
+def test_trials_that_train_as_one_are_pruned_one_by_one(tmp_path, capsys):
+    """Two batches of 8, the second of which knows how the first ones went."""
+    pruning = ["hydra.sweeper.pruner=median", "hydra.sweeper.startup=3", "hydra.sweeper.warmup=1"]
+    longer = ["hydra.sweeper.trials=16", "hydra.sweeper.sampler=random", "trainer.max_steps=null"]
+    longer += ["trainer.max_epochs=4", "data=blobs", "optimizer.lr=tag(log, interval(1e-6, 1e-1))"]
+    search(*pruning, *longer, "hydra/launcher=vectorized", name="v")
+    found, said = rows(tmp_path, "v"), capsys.readouterr()
+    assert "one by one" not in said.out + said.err
+    assert {row.state for row in found} == {"done", "pruned"}
+    assert len(found) == 16
+    longest = max(row.steps for row in found)
+    for row in found:
+        curve = (tmp_path / "runs/default/v" / row.folder / "metrics.jsonl").read_text().splitlines()
+        steps = [json.loads(line)["step"] for line in curve]
+        assert max(steps) == row.steps, "what is pruned trains no further, what is not goes on"
+        assert (row.steps < longest) == (row.state == "pruned")
+
+
 
 def test_several_metrics_have_a_front(tmp_path, capsys):
     search("sweep.metric=[val/loss,val/accuracy]", "model.depth=range(1, 3)")

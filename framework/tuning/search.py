@@ -55,6 +55,7 @@ class Search:
         pruner: what ends bad trials while they train.
         warmup: validations of a trial before it may be ended.
         parallel: trials that a launcher gets at once; they are chosen without knowing of each other's results.
+            null: 8 for one that trains them as one, else 1.
         startup: trials at random before the sampler learns.
         patience: trials without a better one, after which the search ends; null for no such end.
         timeout: how long the search may take, all resumed parts of it together; null for no limit.
@@ -67,7 +68,7 @@ class Search:
     seed: NonNegativeInt = 0
     pruner: Pruner = "none"
     warmup: NonNegativeInt = 2
-    parallel: PositiveInt = 1
+    parallel: PositiveInt | None = None
     startup: PositiveInt = 10
     patience: PositiveInt | None = None
     timeout: Annotated[str, Pattern(DURATION, "a duration like 90s, 30min or 1.5h")] | None = None
@@ -173,7 +174,7 @@ class Campaign:
         """
         trials = self.study.get_trials(deepcopy=False)
         batch = {trial.number: self.asking.again(trial) for trial in trials if trial.state == TrialState.RUNNING}
-        first, size = min(batch, default=len(trials)), self.search.parallel
+        first, size = min(batch, default=len(trials)), self.search.parallel or 1
         for number in range(len(trials), min((first // size + 1) * size, self.search.trials)):
             batch[number] = self.asking.ask()
         return batch
@@ -238,6 +239,7 @@ class OptunaSweeper(Sweeper):
         """Search, with the overrides of the command line. Raises ConfigError for what is wrong with them."""
         trials, metrics = self.trials, list(self.trials.by)
         search = read_search(OmegaConf.to_container(OmegaConf.create(self.given)), metrics)  # type: ignore[arg-type]
+        search.parallel = search.parallel or getattr(self.away, "at_once", 1)
         space = Space([*self.written(search), *arguments], self.loader)
         self.enroll(space)
         for end in (lowest, highest):  # most mistakes show at the ends, before there is a folder

@@ -44,6 +44,8 @@ class Ready:
 class Vectorized(OneByOne):
     """Trains trials of one architecture, which differ in numbers and seeds, as one stacked model."""
 
+    at_once = 8  # trials that a search asks for, before it knows of their results
+
     def __init__(self, most: PositiveInt = 256, fewest: PositiveInt = 2):
         """Say how many trials may train as one.
 
