@@ -53,10 +53,11 @@ class Writer:
         with self.changed:
             if stays is not None:
                 self._drop(stays)
-            self.hurry = True
-            self.changed.notify_all()
-            self.changed.wait_for(lambda: sum(job.taken.nbytes for job in self.jobs) < self.most_bytes)
-            self.hurry = False
+            if not self._has_room():  # only then is the thread woken, which costs as much as the copy
+                self.hurry = True
+                self.changed.notify_all()
+                self.changed.wait_for(self._has_room)
+                self.hurry = False
             copies = self.spare.pop() if self.spare else Copies()
         self.check()
         taken = snapshot(*state, copies=copies)
@@ -65,6 +66,9 @@ class Writer:
             if self.thread is None:
                 self.thread = threading.Thread(target=self._work, name="checkpoint")
                 self.thread.start()
+
+    def _has_room(self) -> bool:
+        return sum(job.taken.nbytes for job in self.jobs) < self.most_bytes
 
     def _drop(self, stays: Collection[int | None]) -> None:
         for job in self.jobs[self.writing :]:
