@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from sweeps import rows, table_of
 from tensorboard import context
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
@@ -41,17 +42,6 @@ def command(command, tmp_path, forget_plugins):
     """Run a command beside the plugin."""
     (tmp_path / "fragile.py").write_text(PLUGIN)
     return command
-
-
-def rows(name="s"):
-    return [json.loads(line) for line in Path(f"runs/default/{name}/sweep.jsonl").read_text().splitlines()]
-
-
-def table_of(out):
-    """The lines of the table, in words."""
-    blocks = [[line.split() for line in block.splitlines()] for block in out.strip().split("\n\n")]
-    (lines,) = [block for block in blocks if block[0][-1:] == ["state"]]
-    return lines[0], lines[1:]
 
 
 def test_a_sweep_leaves_a_run_folder_for_each_trial_and_a_table(command):

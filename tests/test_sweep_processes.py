@@ -1,6 +1,5 @@
 """A sweep and other processes: killed, spread over several, and run twice at once."""
 
-import json
 import multiprocessing
 import os
 import shlex
@@ -10,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from sweeps import rows, table_of
 
 from framework.checkpoint import newest, read_manifest
 from framework.errors import RunError
@@ -35,17 +35,6 @@ def command(command, tmp_path, forget_plugins):
     """Run a command beside the plugin."""
     (tmp_path / "killed.py").write_text(PLUGIN)
     return command
-
-
-def rows(name="s"):
-    return [json.loads(line) for line in Path(f"runs/default/{name}/sweep.jsonl").read_text().splitlines()]
-
-
-def table_of(out):
-    """The lines of the table, in words."""
-    blocks = [[line.split() for line in block.splitlines()] for block in out.strip().split("\n\n")]
-    (lines,) = [block for block in blocks if block[0][-1:] == ["state"]]
-    return lines[0], lines[1:]
 
 
 def results(name):
