@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import framework as fw
-from framework import Callback, Trainer
+from framework import Callback, Trainer, cuda_graph
 from framework.data import Loader
 from framework.optimizer import build_optimizer
 from framework.registry import Maker
@@ -111,6 +111,33 @@ def test_each_seed_has_its_own_weights_and_order():
     recipes = [{"seed": 1}, {"seed": 2}, {"seed": 3, "lr": 0.5}]
     trained, _ = together(*(trial(**recipe) for recipe in recipes))
     for trainer, recipe in zip(trained, recipes, strict=True):
+        assert_same(trainer, alone(trial(**recipe)))
+
+
+def test_what_all_trials_do_may_be_replayed_as_a_graph(monkeypatch):
+    """On a CUDA device; here a stand-in does what was recorded again, into the tensors of the first time."""
+
+    class Again:
+        def __init__(self, run):
+            self.run, self.made = run, run()
+
+        def replay(self):
+            for old, new in zip(self.made[:3], self.run()[:3], strict=True):
+                old.detach().copy_(new)
+
+    monkeypatch.setattr(cuda_graph, "aside", torch.enable_grad)
+    monkeypatch.setattr(cuda_graph, "record", lambda run: (again := Again(run), again.made))
+    recipes = [{"seed": 0, "max_epochs": 34}, {"seed": 1, "max_epochs": 20}, {"seed": 2, "max_epochs": 34}]
+    made = [trial(**recipe) for recipe in recipes]
+    for trainer, _ in made:
+        trainer.cuda_graph = "on"  # which on a CPU is off
+    outcomes = {}
+    lockstep = Lockstep([t for t, _ in made], [fit for _, fit in made], outcomes.__setitem__)
+    lockstep.run()
+    assert outcomes == {0: None, 1: None, 2: None}
+    assert sum(lockstep.graphed.seen.values()) == 102
+    assert len(lockstep.graphed.seen) == 4, "two sizes of batch, for three trials and for two"
+    for (trainer, _), recipe in zip(made, recipes, strict=True):
         assert_same(trainer, alone(trial(**recipe)))
 
 

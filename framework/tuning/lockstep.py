@@ -13,10 +13,12 @@ import torch
 
 from ..batches import steps
 from ..callback import Callback
+from ..cuda_graph import Graphed
 from ..data import Batch, Loader
 from ..device import deterministic_algorithms
 from ..errors import FrameworkError
 from ..memory import memory_errors
+from ..task import Step
 from ..trainer import Trainer
 from .rows import NotStackable, Rows
 from .stack import RowMeasures, Stack, Sums
@@ -57,6 +59,7 @@ class Lockstep:
         models, tasks = [t.model for t in trainers], [t.task for t in trainers]
         self.stack = Stack(models, tasks, self.first.precision)
         self.rows = Rows(models, [t.optimizer for t in trainers])
+        self.graphed = Graphed("the step of all trials", self._forward_and_backward, lambda: [], self.first.cuda_graph)
         self.orders: torch.Tensor | None = None
         self.failed: dict[int, BaseException] = {}
         self._sum_anew()
@@ -169,12 +172,21 @@ class Lockstep:
         whole = sum(counts)
         mean: Any = 0.0
         for number, (batch, count) in enumerate(zip(batches, counts, strict=True)):
-            step = self.stack(self.rows, batch, shared)
+            if len(batches) == 1:
+                step = self.graphed(batch, (shared, self.rows.weights.data_ptr()))
+                mean = step.loss.detach()
+            else:
+                step = self.stack(self.rows, batch, shared)
+                share = step.loss * (count / whole)
+                self.rows.differentiate(share, add=number > 0)
+                mean = mean + share.detach()
             self.sums.add(step, count)
-            share = step.loss if len(batches) == 1 else step.loss * (count / whole)
-            self.rows.differentiate(share, add=number > 0)
-            mean = mean + share.detach()
         self.losses = mean
+
+    def _forward_and_backward(self, batch: Batch) -> Step:
+        step = self.stack(self.rows, batch, self.orders is None)
+        self.rows.differentiate(step.loss)
+        return step
 
     def _count(self, batch: Batch, shared: bool) -> Any:
         if shared:
@@ -277,6 +289,7 @@ class Lockstep:
         for trial in (trial for row, trial in enumerate(self.trials) if row not in rows):
             trial.trainer.measures.leave()  # type: ignore[attr-defined]
         self.rows.keep(rows)
+        self.graphed.captured.clear()  # they write to the memory of more rows
         self.stack.keep(rows)
         self.sums.keep(rows)
         self.trials = [self.trials[row] for row in rows]
