@@ -99,7 +99,7 @@ class Experiment:
         """Return what a run would be, without training."""
         from .plan import make_plan  # not at the top: a run does without tables
 
-        return make_plan(
+        made = make_plan(
             self.model,
             first_batch(self.train_batches),
             steps_per_epoch=self.steps_per_epoch,
@@ -112,6 +112,12 @@ class Experiment:
             loader=self.train_batches.manner,
             transforms=[repr(maker).partition("/")[2] for maker in self.spec.parts["transform"]],
         )
+        trainer = self.trainer()
+        made.batches_per_step = trainer.accumulate
+        for callback in trainer.callbacks:
+            if hasattr(callback, "amend"):  # it changes how batches make steps
+                callback.amend(made, trainer, len(self.train_batches), self.optimizer, self.schedule)
+        return made
 
 
 @dataclass

@@ -93,6 +93,8 @@ class Plan:
     splits: list[Split] = field(default_factory=list)
     threads: int | None = None
     loader: str | None = None
+    batches_per_step: float = 1
+    pace: str | None = None  # which epochs have how many steps, where they differ
 
 
 def make_plan(
@@ -272,22 +274,20 @@ def dash(number: int) -> str:
 
 def fact_lines(plan: Plan) -> list[tuple[str, str]]:
     lines = [("data", ", ".join(map(split_text, plan.splits)))] if plan.splits else []
-    epochs = plan.total_steps / max(plan.steps_per_epoch, 1)
-    per_epoch = f"{epochs:.4g} epochs of {plan.steps_per_epoch:,}, batches of {plan.batch_size:,}"
-    lines.append(("steps", f"{plan.total_steps:,} = {per_epoch}"))
-    training = count_text(3 * plan.flops * plan.batch_size * plan.total_steps)  # backward costs twice the forward
+    together = f", {plan.batches_per_step:.3g} a step" * (plan.batches_per_step > 1) + " on average" * bool(plan.pace)
+    pace = plan.pace or f"{plan.total_steps / max(plan.steps_per_epoch, 1):.4g} epochs of {plan.steps_per_epoch:,}"
+    lines.append(("steps", f"{plan.total_steps:,} = {pace}, batches of {plan.batch_size:,}{together}"))
+    # The backward pass costs twice the forward one.
+    training = count_text(3 * plan.flops * plan.batch_size * plan.total_steps * plan.batches_per_step)
     cost = f"{count_text(plan.flops)} FLOPs a sample forward (multiply-add: 2), about {training} to train"
     lines.append(("cost", cost))
     lines.append(("memory", memory_text(plan)))
     if plan.groups:
-        more = [f"and {len(plan.groups) - MOST_GROUPS} groups more"] if len(plan.groups) > MOST_GROUPS else []
-        lines.append(("trained", "\n".join([*map(group_text, plan.groups[:MOST_GROUPS]), *more])))
-    if plan.transforms:
-        lines.append(("transforms", ", ".join(plan.transforms)))
-    if plan.loader is not None:
-        lines.append(("loader", plan.loader))
-    if plan.threads is not None:
-        lines.append(("threads", f"{plan.threads} for an operation on the CPU (OMP_NUM_THREADS sets another number)"))
+        rest = [f"and {len(plan.groups) - MOST_GROUPS} groups more"] if len(plan.groups) > MOST_GROUPS else []
+        lines.append(("trained", "\n".join([*map(group_text, plan.groups[:MOST_GROUPS]), *rest])))
+    threads = f"{plan.threads} for an operation on the CPU (OMP_NUM_THREADS sets another number)" * bool(plan.threads)
+    more = [("transforms", ", ".join(plan.transforms)), ("loader", plan.loader or ""), ("threads", threads)]
+    lines += [(name, text) for name, text in more if text]
     if plan.trainable < plan.parameters:
         lines.append(("frozen", f"{plan.parameters - plan.trainable:,} of {plan.parameters:,} parameters"))
     if plan.unused:

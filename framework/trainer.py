@@ -304,7 +304,7 @@ class Trainer(Evaluator):
         since, before = self._rate_from
         self._rate_from = (now, samples)
         self.log({f"train/{name}": value for name, value in self.measures.read().items()})
-        self.log({"train/learning_rate": float(self.optimizer.param_groups[0]["lr"])})
+        self.log({"train/learning_rate": max(float(group["lr"]) for group in self.optimizer.param_groups)})
         self.log({"train/samples_per_second": (samples - before) / max(now - since, 1e-9)})
         self._emit("log")
         self._flush()

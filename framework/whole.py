@@ -1,4 +1,4 @@
-"""A whole training step as one call, from a batch to the new weights: what a compiled and a graphed one have in common."""
+"""A whole training step as one call, from a batch to the new weights: what compiled and graphed ones share."""
 
 from __future__ import annotations
 

@@ -1,12 +1,17 @@
 """Batches a step that change while training goes on: small steps first, large batches in the end."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch.optim import Optimizer
 
 from framework import Callback, PositiveInt, Trainer, callbacks
 from framework.batches import count_steps
 from framework.errors import SettingError
 from framework.scheduler import Schedule
+
+if TYPE_CHECKING:
+    from framework.plan import Plan
 
 
 class Paced(Schedule):
@@ -37,8 +42,7 @@ class Accumulation(Callback):
 
     A larger batch late in training does what a smaller learning rate would (Smith et al. 2018, arXiv:1711.00489). Where
     trainer.max_epochs ends the run, the learning rate keeps its place in the data: after half of the epochs it is where
-    it would be with trainer.accumulate batches a step; where trainer.max_steps does, it goes by steps as ever. `plan`
-    counts the steps without this.
+    it would be with trainer.accumulate batches a step; where trainer.max_steps does, it goes by steps as ever.
     """
 
     alone = True  # trials that train as one make their steps together
@@ -66,12 +70,13 @@ class Accumulation(Callback):
         self.before = trainer.accumulate, trainer.schedule
         if trainer.schedule is not None and trainer.max_steps is None:
             trainer.schedule = Paced(trainer.schedule, trainer)
-        epochs = [count_steps(trainer.train_batches, self.wanted(epoch)) for epoch in range(trainer.max_epochs or 0)]
-        state.total_steps = min(limit for limit in (sum(epochs), trainer.max_steps) if limit)
+        steps = self.steps(len(trainer.train_batches), trainer.accumulate, trainer.max_epochs, trainer.max_steps)
+        state.total_steps = min(sum(steps), trainer.max_steps or sum(steps))
         self.on_epoch_start(trainer)
 
     def on_epoch_start(self, trainer: Trainer) -> None:
-        trainer.accumulate = self.wanted(trainer.state.epoch)
+        assert self.before is not None
+        trainer.accumulate = self.wanted(trainer.state.epoch, self.before[0])
         trainer.state.steps_per_epoch = count_steps(trainer.train_batches, trainer.accumulate)
 
     def on_fit_end(self, trainer: Trainer) -> None:
@@ -81,7 +86,49 @@ class Accumulation(Callback):
     def on_exception(self, trainer: Trainer) -> None:
         self.on_fit_end(trainer)
 
-    def wanted(self, epoch: int) -> int:
+    def wanted(self, epoch: int, usual: int) -> int:
         """Return the batches of a step in an epoch, counted from 0."""
-        assert self.before is not None
-        return next((batches for first, batches in reversed(self.schedule.items()) if first <= epoch), self.before[0])
+        return next((batches for first, batches in reversed(self.schedule.items()) if first <= epoch), usual)
+
+    def steps(self, batches: int, usual: int, max_epochs: int | None, max_steps: int | None) -> list[int]:
+        """Return the steps of each epoch, up to the one in which a limit is reached."""
+        steps: list[int] = []
+        done = 0
+        while len(steps) != max_epochs and (max_steps is None or done < max_steps):
+            steps.append(-(-batches // self.wanted(len(steps), usual)))
+            done += steps[-1]
+        return steps
+
+    def amend(
+        self,
+        plan: "Plan",
+        trainer: Trainer,
+        batches: int,
+        optimizer: Optimizer,
+        schedule: Callable[[int], float] | None,
+    ) -> None:
+        """Write into a plan what `framework plan` shall show: the steps of each epoch, and the rates by step."""
+        from framework.plan import read_curve  # here, since it draws, which no run needs
+
+        usual = trainer.accumulate
+        steps = self.steps(batches, usual, trainer.max_epochs, trainer.max_steps)
+        plan.total_steps = min(sum(steps), trainer.max_steps or sum(steps))
+        plan.batches_per_step = batches * len(steps) / sum(steps)
+        plan.pace = told(steps, plan.total_steps)
+        if schedule is not None and trainer.max_steps is None:
+            places = [
+                epoch * -(-batches // usual) + step * self.wanted(epoch, usual) // usual
+                for epoch, count in enumerate(steps)
+                for step in range(count)
+            ]
+            plan.curve = read_curve(optimizer, lambda step: schedule(places[step]), plan.total_steps)
+        else:
+            plan.curve = read_curve(optimizer, schedule, plan.total_steps)
+
+
+def told(steps: Sequence[int], total: int) -> str:
+    """Write: 5 epochs of 6, 3 from epoch 1 on. The last epoch may end early."""
+    epochs = len(steps) - (sum(steps) - total) / steps[-1]
+    changes = [epoch for epoch, count in enumerate(steps) if epoch == 0 or count != steps[epoch - 1]]
+    each = ", ".join(f"{steps[epoch]:,}" + f" from epoch {epoch} on" * (epoch > 0) for epoch in changes)
+    return f"{epochs:.4g} epochs of {each}"

@@ -110,7 +110,10 @@ def split_rows(strata: Tensor, val_fraction: float, test_fraction: float, seed: 
             taken = evenly(len(rest), max(1, round(fraction * len(rows))))
             parts[part], rest = rest[taken].sort().values, rest[~taken]
     if parts and min(map(len, parts.values())) == 0:
-        raise DataError(f"{len(rows)} rows are too few for a validation and a test split")
+        raise DataError(
+            f"{len(rows)} rows are too few for a validation and a test split; get more, or take none with "
+            "data.val_fraction=0 and data.test_fraction=0"
+        )
     return {"train": torch.cat([kept, rest]).sort().values, **parts}
 
 

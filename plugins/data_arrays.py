@@ -160,7 +160,8 @@ class FashionMnist(Idx):
         if found is None:
             looked = " and ".join(map(str, folders))
             raise DataError(
-                f"Fashion-MNIST is not in {looked}; fetch it (31 MB) with: scripts/fetch_data fashion_mnist"
+                f"Fashion-MNIST is not in {looked}; fetch it (31 MB) with: scripts/fetch_data fashion_mnist "
+                "(data=digits data.image=true needs no file)"
             )
         super().__init__(found, list(FASHION), val_fraction, split_seed, normalize)
 

@@ -102,6 +102,8 @@ class ImageFolder(Data):
 
 def part_folders(root: Path) -> dict[str, Path]:
     """Return the folders of train, val and test; of a root without a train folder, itself as train."""
+    if root.is_file():
+        raise DataError(f"{root} is a file; data.path is the folder that has a folder for each class")
     if not root.is_dir():
         raise DataError(f"{root}: there is no such folder (looked from {Path.cwd()})")
     found = {part: root / name for part, names in FOLDERS.items() for name in names if (root / name).is_dir()}
@@ -119,11 +121,13 @@ def class_names(folder: Path) -> list[str]:
 
 def picture_files(folder: Path) -> list[Path]:
     """Return the picture files in a folder, at any depth, sorted. Raises DataError for none and for an empty one."""
-    files = sorted(
-        file for file in folder.rglob("*") if file.suffix.lower() in ENDINGS and not file.name.startswith(".")
-    )
+    named = [file for file in folder.rglob("*") if file.suffix.lower() in ENDINGS and not file.name.startswith(".")]
+    files = sorted(file for file in named if not file.is_dir())
     if not files:
         raise DataError(f"{folder} has no pictures; known are {', '.join(sorted(ENDINGS))}")
+    astray = next((file for file in files if not file.exists()), None)
+    if astray is not None:
+        raise DataError(f"{astray} is a link to what is not there; delete it or put the picture back")
     hollow = next((file for file in files if file.stat().st_size == 0), None)
     if hollow is not None:
         raise DataError(f"{hollow} is an empty file; delete it or put the picture back")
@@ -138,13 +142,23 @@ def read_picture(file: Path, facts: dict[str, Any]) -> Tensor:
     channels, *size = facts["in_shape"]
     try:
         with Image.open(file) as opened:
-            upright = ImageOps.exif_transpose(opened).convert("RGB" if channels == 3 else "L")
+            upright = in_8_bits(ImageOps.exif_transpose(opened)).convert("RGB" if channels == 3 else "L")
         pixels = numpy.array(ImageOps.fit(upright, size[::-1]))
     except FileNotFoundError as error:
         raise DataError(f"{file}: there is no such picture any more") from error
     except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise DataError(f"{file} cannot be read as a picture ({error}); delete or replace it") from error
     return torch.from_numpy(pixels).reshape(*size, channels).permute(2, 0, 1)
+
+
+def in_8_bits(picture: Any) -> Any:
+    """Return a grey picture of 16 bits as one of 8, and others as they are: Pillow would make all of it white."""
+    import numpy
+    from PIL import Image
+
+    if not picture.mode.startswith("I"):
+        return picture
+    return Image.fromarray((numpy.asarray(picture).clip(0, 65535) // 257).astype(numpy.uint8))
 
 
 def measure(files: PictureFiles) -> tuple[Any, Any]:

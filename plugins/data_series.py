@@ -46,11 +46,10 @@ class TsFiles(Data):
             split_seed: seed of the drawing.
             normalize: standardise each channel by the frames of the training split.
         """
-        sequences, labels = read_ts(path.expanduser())
-        own = len(sequences)
-        if test_path is not None:
-            more, more_labels = read_ts(test_path.expanduser())
-            sequences, labels = sequences + more, labels + more_labels
+        parts = [(file, *read_ts(file.expanduser())) for file in (path, test_path) if file is not None]
+        sequences = [sequence for _, read, _ in parts for sequence in read]
+        labels = [label for _, _, named in parts for label in named]
+        own = len(parts[0][1])
         targets = as_targets(labels, "class", name=str(path))
         rows = split_rows(targets.tensor[:own], val_fraction, 0.0 if test_path else test_fraction, split_seed)
         if test_path is not None:
@@ -61,7 +60,7 @@ class TsFiles(Data):
         self.mean = mean.tolist() if normalize else [0.0] * len(mean)
         self.std = std.masked_fill(std == 0, 1.0).tolist() if normalize else [1.0] * len(mean)
         self.length = length or max(sequence.shape[1] for sequence in sequences)
-        inputs = pad(sequences, self.facts(), path)
+        inputs = torch.cat([pad(read, self.facts(), file) for file, read, _ in parts])
         for part, taken in rows.items():
             setattr(self, part, TensorSplit(inputs[taken], targets.tensor[taken]))
         self.in_shape, self.out_shape = tuple(inputs.shape[1:]), targets.out_shape
@@ -99,7 +98,10 @@ def read_ts(path: Path) -> tuple[list[Tensor], list[str]]:
     for (number, _), sequence in zip(cases, sequences, strict=True):
         if len(sequence) != channels:
             raise DataError(f"{path}, line {number}: {len(sequence)} channels, but {channels} in the first case")
-    return sequences, [line.rpartition(":")[2].strip() if labelled else "" for _, line in cases]
+    labels = [line.rpartition(":")[2].strip() if labelled else "" for _, line in cases]
+    if labelled and "" in labels:
+        raise DataError(f"{path}, line {cases[labels.index('')][0]}: it ends without a class")
+    return sequences, labels
 
 
 def read_case(line: str, labelled: bool, where: str) -> Tensor:

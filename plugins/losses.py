@@ -6,17 +6,18 @@ the task's `count`, or unequal batches are weighted wrongly.
 """
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from framework import Fraction, NonNegativeFloat, PositiveFloat, Range, losses
+from framework import Data, Fraction, NonNegativeFloat, PositiveFloat, Range, losses
 from framework.errors import DataError
 
 REDUCTION = ("reduction", "size_average", "reduce")  # a loss is a mean: the trainer relies on it
 NEVER = -(2**63)  # the index that no target has
+Weight = list[float] | Literal["balanced"] | None
 
 losses.register("mse", nn.MSELoss, aliases=["l2"], hide=REDUCTION)
 losses.register("l1", nn.L1Loss, aliases=["mae"], hide=REDUCTION)
@@ -41,26 +42,70 @@ def zero_of_none(loss: Tensor, targets: Tensor, ignored: int | None) -> Tensor:
     return loss if ignored is None else torch.where((targets != ignored).any(), loss, 0.0)
 
 
+class ByClass:
+    """Of losses with a factor a class: those that were given, or such that all classes weigh the same in training."""
+
+    weight: Tensor | None
+    ignore_index: int | None
+
+    def set(self, weight: Weight, ignore_index: int | None) -> None:
+        self.ignore_index, self.balanced = ignore_index, weight == "balanced"
+        if weight == "balanced":
+            self.weight = torch.empty(0)  # a buffer, which goes to the device with the others
+        elif weight is not None:
+            self.weight = torch.tensor(weight)
+
+    def learn(self, data: Data) -> None:
+        """Take from the training targets what `balanced` needs; a task that is given data calls this first."""
+        if self.balanced and self.weight is not None:
+            self.weight = balanced(targets_of(data), data.out_shape[0], self.ignore_index).to(self.weight)
+
+    def factors(self) -> Tensor | None:
+        """Return the factor of each class. Raises DataError when they were to be learnt, and were not."""
+        if self.balanced and self.weight is not None and not len(self.weight):
+            raise DataError("loss.weight=balanced: this task shows the loss no data; give one number a class instead")
+        return self.weight
+
+
+def balanced(targets: Tensor, classes: int, ignored: int | None = None) -> Tensor:
+    """Return n / (K n_k) for each of the K classes, n_k of the n targets being of class k (King and Zeng 2001).
+
+    A class that has no target counts as if it had one: in a fold, it may have some elsewhere.
+    """
+    known = targets.flatten() if ignored is None else targets[targets != ignored]
+    return len(known) / (classes * known.cpu().bincount(minlength=classes).clamp(min=1))
+
+
+def targets_of(data: Data) -> Tensor:
+    """Return the training targets. Raises DataError where every sample would have to be read for them."""
+    split: Any = data.train
+    held = getattr(split, "tensors", None) or getattr(split, "others", None)  # in memory: as arrays, or beside texts
+    targets = held[-1] if held else getattr(split, "labels", None)
+    if not isinstance(targets, Tensor) or targets.is_floating_point():
+        what = f"the training split of {type(data).__name__} does not give its classes beforehand"
+        raise DataError(f"loss.weight=balanced: {what}; give one number a class instead")
+    return targets
+
+
 @losses.register("cross_entropy", aliases=["ce"])
-class CrossEntropy(nn.CrossEntropyLoss):
+class CrossEntropy(ByClass, nn.CrossEntropyLoss):
     """Cross entropy of class logits (batch, classes, ...) with class indices, or with class probabilities.
 
     Args:
-        weight: one factor a class; the mean is over the weights of the targets.
+        weight: one factor a class, the mean being over the weights of the targets; balanced: such that each class
+            weighs the same in the training targets, however rare it is.
         ignore_index: targets with this value count for nothing.
         label_smoothing: share of each target that is spread evenly over all classes (Szegedy et al. 2016, section 7).
     """
 
-    def __init__(
-        self, weight: list[float] | None = None, ignore_index: int | None = None, label_smoothing: Fraction = 0.0
-    ):
-        super().__init__(tensor_or_none(weight), label_smoothing=label_smoothing)
-        self.ignore_index = ignore_index
+    def __init__(self, weight: Weight = None, ignore_index: int | None = None, label_smoothing: Fraction = 0.0):
+        super().__init__(label_smoothing=label_smoothing)
+        self.set(weight, ignore_index)
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
         ignored = NEVER if self.ignore_index is None else self.ignore_index
         smoothing = self.label_smoothing
-        loss = F.cross_entropy(outputs, targets, self.weight, ignore_index=ignored, label_smoothing=smoothing)
+        loss = F.cross_entropy(outputs, targets, self.factors(), ignore_index=ignored, label_smoothing=smoothing)
         return zero_of_none(loss, targets, self.ignore_index)
 
 
@@ -70,30 +115,30 @@ class LabelSmoothing(CrossEntropy):
 
     Args:
         smoothing: share of each target that is spread evenly over all classes.
-        weight: one factor a class.
+        weight: one factor a class, or balanced: as in cross_entropy.
         ignore_index: targets with this value count for nothing.
     """
 
-    def __init__(self, smoothing: Fraction = 0.1, weight: list[float] | None = None, ignore_index: int | None = None):
+    def __init__(self, smoothing: Fraction = 0.1, weight: Weight = None, ignore_index: int | None = None):
         super().__init__(weight, ignore_index, smoothing)
 
 
 @losses.register("nll")
-class NegativeLogLikelihood(nn.NLLLoss):
+class NegativeLogLikelihood(ByClass, nn.NLLLoss):
     """Negative log likelihood of class indices, for a model whose outputs are log-probabilities.
 
     Args:
-        weight: one factor a class; the mean is over the weights of the targets.
+        weight: one factor a class, or balanced: as in cross_entropy.
         ignore_index: targets with this value count for nothing.
     """
 
-    def __init__(self, weight: list[float] | None = None, ignore_index: int | None = None):
-        super().__init__(tensor_or_none(weight))
-        self.ignore_index = ignore_index
+    def __init__(self, weight: Weight = None, ignore_index: int | None = None):
+        super().__init__()
+        self.set(weight, ignore_index)
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
         ignored = NEVER if self.ignore_index is None else self.ignore_index
-        loss = F.nll_loss(outputs, targets, self.weight, ignore_index=ignored)
+        loss = F.nll_loss(outputs, targets, self.factors(), ignore_index=ignored)
         return zero_of_none(loss, targets, self.ignore_index)
 
 

@@ -2,7 +2,9 @@
 
 from torch import Tensor, nn
 
-from framework import Callback, Every, Trainer, callbacks
+from framework import Callback, Every, PositiveInt, Trainer, Transform, callbacks
+from framework.data import Batch
+from framework.errors import SettingError
 from framework.state import Cadence
 
 
@@ -32,7 +34,7 @@ class GradientNorm(Callback):
 
 @callbacks.register("learning_rate")
 class LearningRate(Callback):
-    """Logs the learning rate of every further group of parameters; the first group's is always logged.
+    """Logs the learning rate of each group of parameters, where there are several; the largest is always logged.
 
     Keys are train/learning_rate/<the group's "name", or its number>.
     """
@@ -40,7 +42,8 @@ class LearningRate(Callback):
     changes_training = False
 
     def on_log(self, trainer: Trainer) -> None:
-        for number, group in enumerate(trainer.optimizer.param_groups[1:], 1):
+        groups = trainer.optimizer.param_groups
+        for number, group in enumerate(groups if len(groups) > 1 else ()):
             trainer.log({f"train/learning_rate/{group.get('name', number)}": float(group["lr"])})
 
 
@@ -90,6 +93,49 @@ class Histograms(Callback):
                 continue
             for logger in trainer.loggers:
                 logger.histogram(f"{what}/{name}", values, trainer.state.step)
+
+
+@callbacks.register("augmented")
+class Augmented(Transform):
+    """Gives the loggers the first pictures of a training batch as the model got them, after all transforms.
+
+    After the first step, and then at its cadence.
+    """
+
+    changes_training = False
+
+    def __init__(self, count: PositiveInt = 16, every: Every = "1epoch"):
+        """Say how many.
+
+        Args:
+            count: pictures, at most a batch.
+            every: how often.
+        """
+        self.count, self.cadence = count, Cadence(every)
+        self.shown: Tensor | None = None
+
+    def __call__(self, batch: Batch) -> Batch:
+        self.shown = batch[0][: self.count]
+        return batch
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        due = self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0)
+        if self.shown is not None and (due or trainer.state.step == 1):
+            pictures = as_pictures(self.shown)
+            for logger in trainer.loggers:
+                logger.images("augmented", pictures, trainer.state.step)
+        self.shown = None
+
+
+def as_pictures(inputs: Tensor) -> Tensor:
+    """Return images (N, C, H, W) between 0 and 1, in colour or grey. Raises SettingError for what are no images."""
+    if inputs.ndim != 4 or not inputs.is_floating_point():
+        shape = tuple(inputs.shape[1:])
+        raise SettingError(f"callbacks.augmented: it shows images (C, H, W); the inputs are {inputs.dtype} {shape}")
+    images = inputs.detach().float()
+    images = images if images.shape[1] in (1, 3) else images.mean(1, keepdim=True)
+    low, high = images.aminmax()
+    return (images - low) / (high - low).clamp(min=1e-6)
 
 
 def finite(tensor: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from framework.errors import DataError
 
+LARGEST = 3.4e38  # what a float32 can hold
 MISSING = {"", "?", "na", "n/a", "nan", "null", "none"}  # what an empty cell may say, in small letters or capitals
 
 Cell = str | float | None
@@ -25,6 +26,8 @@ Table = dict[str, list[Cell]]
 def read_table(path: Path, delimiter: str | None = None) -> Table:
     """Return the columns of a CSV or Parquet file. Raises DataError when it is missing, malformed or has no rows."""
     path = path.expanduser()
+    if path.is_dir():
+        raise DataError(f"{path} is a folder; a table is one file, .csv or .parquet")
     if not path.is_file():
         raise DataError(f"{path}: there is no such file (looked from {Path.cwd()})")
     table = read_parquet(path) if path.suffix in (".parquet", ".pq") else read_csv(path, delimiter)
@@ -83,6 +86,9 @@ def check_header(header: Sequence[str], path: Path) -> None:
         raise DataError(f"{path} is empty; its first line must name the columns")
     if twice is not None:
         raise DataError(f"{path}: two columns are called {twice!r}; rename one")
+    if "" in header:
+        place = header.index("") + 1
+        raise DataError(f"{path}: column {place} has no name (row numbers?); name it in the first line, or take it out")
     if all(as_number(label) is not None for label in header):
         raise DataError(f"{path}: the first line must name the columns, but it holds numbers: {', '.join(header[:5])}")
 
@@ -138,14 +144,14 @@ def each(read: Callable[[Cell], Cell], cells: Sequence[Cell]) -> list[Cell]:
 
 
 def as_number(cell: Cell) -> float | None:
-    """Return a cell as a number, NaN when it is empty, None when it is no finite number."""
+    """Return a cell as a number, NaN when it is empty, None when it is no number, or beyond those of float32."""
     if cell is None:
         return math.nan
     try:
         number = float(cell)
     except ValueError:
         return math.nan if str(cell).strip().lower() in MISSING else None
-    return None if math.isinf(number) else number
+    return None if abs(number) > LARGEST else number
 
 
 def as_text(cell: Cell) -> str | None:

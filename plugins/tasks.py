@@ -38,6 +38,8 @@ class Supervised(Task):
                 f"{WORDS[self.target]}: "
                 + (f"task={TASKS[data.target]}" if data.target in TASKS else "choose other data")
             )
+        if hasattr(self.criterion, "learn"):
+            self.criterion.learn(data)
         self.try_loss(data.out_shape)
 
     def try_loss(self, out_shape: Sequence[int]) -> None:

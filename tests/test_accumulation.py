@@ -1,5 +1,7 @@
 """A schedule of batches a step, against a plain loop, and through resumes."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,7 @@ import framework as fw
 from framework import Callback, TensorSplit, Trainer
 from framework.data import Loader
 from framework.errors import SettingError
+from framework.plan import make_plan
 
 INPUTS = torch.randn(22, 3, generator=torch.Generator().manual_seed(1))
 SPLIT = TensorSplit(INPUTS, INPUTS.sum(1, keepdim=True).sin())
@@ -103,6 +106,25 @@ def test_where_steps_end_the_run_the_rate_goes_by_steps():
     assert (trainer.state.step, trainer.state.total_steps) == (8, 8)
 
 
+@pytest.mark.parametrize("limits", [{"max_epochs": 5}, {"max_steps": 14}, {"max_epochs": 5, "max_steps": 8}])
+@pytest.mark.parametrize("usual", [1, 3])
+def test_a_plan_tells_the_steps_and_rates_that_a_run_has(limits, usual):
+    watch, model = Watch(), network()
+    ended = fit(accumulation(), watch, limits=limits, accumulate=usual)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    plan = make_plan(model, SPLIT[:4], steps_per_epoch=BATCHES, total_steps=999, optimizer=optimizer)
+    trainer = Trainer(**limits, device="cpu", accumulate=usual)
+    accumulation().amend(plan, trainer, BATCHES, optimizer, halved)
+    assert plan.total_steps == ended.state.step == ended.state.total_steps
+    assert plan.curve.rates == pytest.approx([rate for _, _, rate in watch.steps])
+    each = [sum(epoch == number for epoch, _, _ in watch.steps) for number in range(watch.steps[-1][0] + 1)]
+    if "max_steps" not in limits:
+        assert plan.pace.startswith(f"5 epochs of {each[0]}, {each[1]} from epoch 1 on")
+        assert plan.total_steps * plan.batches_per_step == pytest.approx(5 * BATCHES)
+    if (limits, usual) == ({"max_epochs": 5}, 1):
+        assert plan.pace == "5 epochs of 6, 3 from epoch 1 on, 2 from epoch 3 on"
+
+
 @pytest.mark.parametrize(
     ("schedule", "said"), [({}, "it is empty"), ({"two": 2}, "'two' is no epoch"), ({"-1": 2}, "'-1' is no epoch")]
 )
@@ -129,3 +151,12 @@ def test_the_plateau_of_these_tests_falls():
     fit(accumulation(), watch, schedule=plateau(), dropout=0.3)
     rates = [rate for _, _, rate in watch.steps]
     assert rates[0] < rates[4] > rates[-1], "after its warmup"
+
+
+def test_framework_plan_tells_the_steps_that_framework_train_makes(command):
+    words = "+callbacks=accumulation 'callbacks.accumulation.schedule={0: 1, 2: 4}' trainer.max_epochs=4"
+    _, planned, _ = command(f"plan --json {words}")
+    status, trained, err = command(f"train {words}")
+    assert status in (0, None), err
+    assert f"{json.loads(planned)['total_steps']} steps in" in trained
+    assert json.loads(planned)["total_steps"] == 40 + 40 + 10 + 10

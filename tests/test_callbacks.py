@@ -346,7 +346,8 @@ def test_every_group_s_learning_rate_is_logged():
     _, record = fit(
         build("learning_rate"), epochs=2, model=model, optimizer=optimizer, schedule=lambda step: 1 / (1 + step)
     )
-    assert record.of("train/learning_rate") == pytest.approx({3: 0.1 / 3, 6: 0.1 / 6})
+    assert record.of("train/learning_rate") == pytest.approx({3: 0.5 / 3, 6: 0.5 / 6}), "the largest"
+    assert record.of("train/learning_rate/0") == pytest.approx({3: 0.1 / 3, 6: 0.1 / 6})
     assert record.of("train/learning_rate/bias") == pytest.approx({3: 0.5 / 3, 6: 0.5 / 6})
 
 

@@ -1,14 +1,19 @@
 import json
+import struct
 import sys
 
 import numpy as np
 import pytest
 import torch
+from framework_plugins.arrays import cache_folder
+from framework_plugins.data_arrays import DEBIAN_FOLDER, idx_file, read_idx
 from PIL import Image
 
 import framework as fw
+from framework.compose import CommandLine, run as compose
 from framework.data import Loader
 from framework.errors import DataError
+from framework.experiment import train
 
 RNG = np.random.default_rng(0)
 
@@ -130,3 +135,30 @@ def test_without_pillow_the_error_says_what_to_install(pets, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     with pytest.raises(DataError, match=r"pip install 'framework\[images\]'"):
         fw.datasets.build("image_folder", path=pets)
+
+
+# --- Fashion-MNIST: the experiment on a slice of the data, where it was fetched
+
+
+@pytest.fixture(scope="module")
+def clothes(tmp_path_factory):
+    """The first 2,000 pictures to train on and the first 500 of the test, as files of their own."""
+    found = [folder for folder in (DEBIAN_FOLDER, cache_folder() / "fashion-mnist") if folder.is_dir()]
+    if not found:
+        pytest.skip("Fashion-MNIST is not here: scripts/fetch_data fashion_mnist")
+    folder = tmp_path_factory.mktemp("clothes")
+    for part, count in (("train", 2000), ("t10k", 500)):
+        pixels, labels = (read_idx(idx_file(found[0], f"{part}-{what}"))[:count] for what in ("images", "labels"))
+        images = struct.pack(">4B3I", 0, 0, 8, 3, *pixels.shape) + pixels.tobytes()
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(images)
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">4BI", 0, 0, 8, 1, count) + labels.tobytes())
+    return folder
+
+
+def test_clothes_are_told_apart(clothes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = ["model.channels=[8,16]", "model.width=32", "loader.batch_size=32", "trainer.max_epochs=2"]
+    results = []
+    line = CommandLine(["experiment=fashion_mnist_cnn", f"data.path={clothes}", *small, "callbacks=[checkpoint]"])
+    compose(line, lambda job: results.append(train(job.spec, job.experiment, job.overrides)))
+    assert results[0].metrics["test/accuracy"] > 0.6  # always the same class: 0.1

@@ -36,6 +36,12 @@ def test_the_rate_follows_the_optimizer(command):
     assert found(command, "optimizer=sgd")["suggestion"] > 5 * found(command)["suggestion"]
 
 
+def test_the_rates_of_groups_keep_their_proportions(command):
+    """The optimizer's rate must be ten times as high when all that it moves learns at a tenth of it."""
+    slower = found(command, "'parameters.rates={blocks.*: 0.1}'")
+    assert 4 < slower["suggestion"] / found(command)["suggestion"] < 25
+
+
 def test_what_is_to_be_found_comes_first(command):
     status, _, err = command("find width")
     assert status == 2

@@ -1,7 +1,10 @@
 import math
 
+import numpy as np
 import pytest
 import torch
+from sklearn.metrics import recall_score
+from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 from torch.nn import functional as F
 
@@ -64,6 +67,60 @@ def test_class_weights_move_with_the_module_and_are_not_silently_wrong():
     assert next(loss.buffers()).tolist() == [1, 2]
     with pytest.raises(RuntimeError, match="weight"):
         loss(torch.zeros(2, 3), torch.tensor([0, 1]))
+
+
+def labelled(targets, classes=3):
+    data = fw.Data()
+    data.train, data.out_shape = fw.TensorSplit(torch.zeros(len(targets), 2), targets), (classes,)
+    return data
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "nll", "label_smoothing"])
+def test_balanced_weights_are_those_of_scikit_learn_in_the_training_split(name):
+    targets = torch.tensor([0] * 70 + [1] * 25 + [2] * 5)
+    loss = fw.losses.build(name, weight="balanced", ignore_index=-1)
+    loss.learn(labelled(torch.cat([targets, torch.tensor([-1, -1])])))
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=targets.numpy())
+    torch.testing.assert_close(loss.weight, torch.from_numpy(expected).float())
+    assert loss.weight[targets].sum() == pytest.approx(100), "on the whole as much as without"
+    outputs = torch.randn(100, 3).log_softmax(1)
+    smoothing = 0.1 if name == "label_smoothing" else 0.0
+    reference = F.cross_entropy(outputs, targets, torch.from_numpy(expected).float(), label_smoothing=smoothing)
+    torch.testing.assert_close(loss(outputs, targets), reference)
+
+
+def test_a_run_with_balanced_weights_finds_the_rare_class(command):
+    """Two normal distributions that overlap, one of them twenty times as frequent."""
+    draw, rare = np.random.default_rng(0), (np.arange(2000) % 21 == 0).astype(int)
+    np.savez("a.npz", x=draw.normal(size=(2000, 2)) + 1.5 * rare[:, None], y=rare)
+    recall = {}
+    for name, weight in (("plain", "[1,1]"), ("balanced", "balanced")):
+        quick = f"run.name={name} trainer.max_epochs=5 optimizer.lr=0.01 loggers=json_lines 'callbacks=[checkpoint]'"
+        status, _, err = command(f"train data=npz data.path=a.npz loss=cross_entropy 'loss.weight={weight}' {quick}")
+        assert status in (0, None), err
+        status, _, err = command(f"predict runs/default/{name} --input a.npz --output {name}.npz")
+        assert status in (0, None), err
+        recall[name] = recall_score(rare, np.load(f"{name}.npz")["index"])
+    assert recall["plain"] < 0.5 < 0.75 < recall["balanced"]
+
+
+def test_a_class_that_training_lacks_weighs_as_if_it_were_there_once():
+    loss = fw.losses.build("ce", weight="balanced")
+    loss.learn(labelled(torch.tensor([0, 0, 2, 2])))
+    assert loss.weight.tolist() == pytest.approx([4 / 3 / 2, 4 / 3, 4 / 3 / 2])
+    plain = fw.losses.build("ce", weight=[1.0, 2.0, 3.0])
+    plain.learn(labelled(torch.tensor([0, 0, 2, 2])))
+    assert plain.weight.tolist() == [1, 2, 3], "what was given stays"
+
+
+def test_balanced_without_classes_that_can_be_counted_is_refused():
+    loss = fw.losses.build("ce", weight="balanced")
+    with pytest.raises(DataError, match=r"loss\.weight=balanced: this task shows the loss no data; give one number"):
+        loss(torch.zeros(2, 3), torch.tensor([0, 1]))
+    data = labelled(torch.tensor([0]))
+    data.train = torch.utils.data.Subset(data.train, [0])
+    with pytest.raises(DataError, match=r"the training split of Data does not give its classes beforehand"):
+        loss.learn(data)
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "nll", "label_smoothing"])

@@ -228,6 +228,15 @@ def test_a_single_group_and_the_transforms_are_lines_too():
     assert "transforms  crop(padding=2), mixup(alpha=0.2)" in shown
 
 
+def test_batches_that_make_a_step_together_are_told_and_cost_what_they_cost():
+    model, batch = mlp(), batch_of(32, 10)
+    plan = make_plan(model, batch, task=Classify(), steps_per_epoch=3, total_steps=30)
+    plan.batches_per_step = 4
+    shown = shown_of(plan)
+    assert "30 = 10 epochs of 3, batches of 32, 4 a step" in shown
+    assert f"about {count_text(3 * 2 * (10 * 32 + 32 * 5) * 32 * 30 * 4)} to train" in shown
+
+
 def test_many_layers_are_folded_without_loss():
     layers = [Layer(f"stage.{i}.{j}", "Linear", (i, j), 1, 2) for i in range(30) for j in range(3)]
     folded = fold(layers)

@@ -97,6 +97,7 @@ def test_pruned_trials_end_early_and_are_told_apart(tmp_path, capsys):
     assert all(row.steps < longest for row in pruned)
     assert {row.steps for row in found if row.state == "done"} == {longest}
 
+
 def test_trials_that_train_as_one_are_pruned_one_by_one(tmp_path, capsys):
     """Two batches of 8, the second of which knows how the first ones went."""
     pruning = ["hydra.sweeper.pruner=median", "hydra.sweeper.startup=3", "hydra.sweeper.warmup=1"]
@@ -113,7 +114,6 @@ def test_trials_that_train_as_one_are_pruned_one_by_one(tmp_path, capsys):
         steps = [json.loads(line)["step"] for line in curve]
         assert max(steps) == row.steps, "what is pruned trains no further, what is not goes on"
         assert (row.steps < longest) == (row.state == "pruned")
-
 
 
 def test_several_metrics_have_a_front(tmp_path, capsys):

@@ -1,6 +1,8 @@
 """Tables with columns of numbers and categories: how they become inputs, models that embed them, real data."""
 
 import json
+import shutil
+import zipfile
 
 import numpy as np
 import pytest
@@ -104,8 +106,6 @@ class TestColumns:
             whole(path, "y")
 
     def test_a_zip_is_read_like_what_is_in_it(self, houses, tmp_path):
-        import zipfile
-
         with zipfile.ZipFile(tmp_path / "houses.zip", "w") as archive:
             archive.write(houses, "houses.csv")
         packed, plain = whole(tmp_path / "houses.zip", "price"), whole(houses, "price")
@@ -255,6 +255,25 @@ class TestRealData:
         assert result.metrics["test/r2_log"] > 0.9  # the mean has 0
         assert result.metrics["test/mae"] < 1000  # dollars; the mean price has 3,000
 
+    @pytest.fixture
+    def flights(self, tmp_path):
+        """Every 32nd flight, and the weather of all hours."""
+        try:
+            folder = data_folder("flights", "9 MB", "data=breast_cancer")
+        except DataError as error:
+            pytest.skip(str(error))
+        with zipfile.ZipFile(folder / "flights.csv.zip") as archive:
+            header, *lines = archive.read(archive.namelist()[0]).decode().splitlines()
+        with zipfile.ZipFile(tmp_path / "flights.csv.zip", "w") as archive:
+            archive.writestr("flights.csv", "\n".join([header, *lines[::32]]))
+        shutil.copy(folder / "weather.csv", tmp_path)
+        return tmp_path
+
+    def test_flights_that_will_be_late_are_told_apart(self, flights):
+        small = ["model.width=32", "model.depth=1", "trainer.max_epochs=2", "loader.batch_size=64"]
+        result = trained("experiment=flights", f"data.path={flights}", *small, "callbacks=[checkpoint]")
+        assert result.metrics["test/auroc"] > 0.65  # of a model that knows nothing: 0.5
+
     def test_data_that_is_not_there_is_told_how_to_fetch(self, monkeypatch, tmp_path):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         for name, fallback in (("diamonds", "diabetes"), ("flights", "breast_cancer")):
@@ -274,8 +293,6 @@ class TestRealData:
         weather = f"origin,year,month,day,hour,{names},time_hour\n"
         weather += f"EWR,2013,1,2,5,{','.join('123456789')},2013-01-02T10:00:00Z\n"
         weather += f"LGA,2013,1,2,5,{','.join('123456789')},2013-01-02T10:00:00Z\n"
-        import zipfile
-
         with zipfile.ZipFile(tmp_path / "flights.csv.zip", "w") as archive:
             archive.writestr("flights.csv", flights)
         (tmp_path / "weather.csv").write_text(weather)

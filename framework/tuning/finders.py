@@ -15,7 +15,7 @@ from ..device import intra_op_threads
 from ..errors import RunError
 from ..experiment import Experiment
 from ..memory import OutOfMemory
-from ..plan import braille
+from ..plan import base_rate, braille
 from ..spec import Spec
 from ..trainer import Trainer
 
@@ -58,9 +58,9 @@ def find_learning_rate(spec: Spec, steps: int = 100) -> RangeTest:
     arXiv:1506.01186, section 3.3). The model is thrown away. Raises RunError when the loss falls nowhere.
     """
     built = Experiment(spec)
-    factor = HIGHEST / LOWEST
+    factor, own = HIGHEST / LOWEST, base_rate(built.optimizer)
     for group in built.optimizer.param_groups:
-        group["lr"] = 1.0
+        group["lr"] /= own  # a group that learns faster or slower than the others does so here too
 
     def rate(step: int) -> float:
         return LOWEST * factor ** (step / (steps - 1))
