@@ -38,7 +38,7 @@ def decoder(
     widths: Sequence[int],
     activation: Activation,
     norm: Norm | None = None,
-) -> nn.Module:
+) -> nn.Sequential:
     """Return a network from a code to an output: the layers of `encoder` the other way round, with norms if wanted."""
     layers: list[nn.Module] = []
     shape: Shape = (code,)
@@ -139,6 +139,7 @@ class Gan(nn.Module):
         widths: Sequence[PositiveInt] = (256, 256),
         activation: Activation = "leaky_relu",
         norm: Norm | None = None,
+        output: Activation | None = None,
     ):
         """Build both.
 
@@ -148,12 +149,15 @@ class Gan(nn.Module):
             widths: features (channels) of the discriminator's hidden layers; the generator's are the other way round.
             activation: after each hidden layer.
             norm: before each activation of the generator (Radford et al. 2016, arXiv:1511.06434); null for none.
+            output: after the generator's last layer, such as sigmoid for inputs from 0 to 1; null for none.
         """
         super().__init__()
         self.latent = latent
         self.discriminator = encoder(network, in_shape, prod(out_shape), widths, activation)
         self.discriminator.append(nn.Unflatten(1, tuple(out_shape)))
         self.generator = decoder(network, latent, in_shape, widths, activation, norm)
+        if output is not None:
+            self.generator.append(output())
 
     def forward(self, x: Tensor) -> Tensor:
         return self.discriminator(x)
@@ -255,17 +259,25 @@ class Adversarial(Task):
 
     A training step is some phases of the discriminator, each with fresh samples, and one of the generator; logged are
     `discriminator_loss`, `generator_loss`, and how the discriminator judges (`real`, `fake`: probabilities that an
-    input is real). train/loss is the mean over the phases. Evaluation measures the discriminator.
+    input is real; with a penalty `slope`, the mean squared norm of its gradient). train/loss is the mean over the
+    phases. Evaluation measures the discriminator, without the penalty.
     """
 
-    def __init__(self, loss: Literal["logistic", "hinge"] = "logistic", critic_steps: PositiveInt = 1):
+    def __init__(
+        self,
+        loss: Literal["logistic", "hinge"] = "logistic",
+        critic_steps: PositiveInt = 1,
+        penalty: NonNegativeFloat = 0.0,
+    ):
         """Say how they play.
 
         Args:
             loss: logistic, or hinge (Lim and Ye 2017, arXiv:1705.02894).
             critic_steps: updates of the discriminator for one of the generator.
+            penalty: γ in γ/2 E |∇D(x)|², by which the discriminator stays flat at the inputs (R1: Mescheder et al.
+                2018, arXiv:1801.04406, section 4.1); 0: none.
         """
-        self.loss = loss
+        self.loss, self.penalty = loss, penalty
         self.phases = [Phase("discriminator", ["discriminator.*"])] * critic_steps + [
             Phase("generator", ["generator.*"])
         ]
@@ -284,16 +296,21 @@ class Adversarial(Task):
         return Step(loss, judged, torch.ones_like(judged), {"generator_loss": loss})
 
     def step(self, model: nn.Module, batch: Batch) -> Step:
-        inputs = batch[0]
+        penalised = self.penalty > 0 and model.training
+        inputs = batch[0].detach().requires_grad_(penalised)
         with torch.no_grad():
-            made = model.sample(len(inputs))  # type: ignore[operator]
-        real, fake = model.discriminator(torch.cat([inputs, made.to(inputs.dtype)])).chunk(2)  # type: ignore[operator]
+            made = model.sample(len(inputs)).to(inputs.dtype)  # type: ignore[operator]
+        real, fake = model.discriminator(inputs), model.discriminator(made)  # type: ignore[operator]
         if self.loss == "logistic":
             loss = F.softplus(-real).mean() + F.softplus(fake).mean()
         else:
             loss = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
         outputs, targets = torch.cat([real, fake]), torch.cat([torch.ones_like(real), torch.zeros_like(fake)])
         values = {"discriminator_loss": loss, "real": real.sigmoid().mean(), "fake": fake.sigmoid().mean()}
+        if penalised:
+            (gradient,) = torch.autograd.grad(real.sum(), inputs, create_graph=True)
+            values["slope"] = gradient.flatten(1).square().sum(1).mean()
+            loss = loss + self.penalty / 2 * values["slope"]
         return Step(loss, outputs, targets, values)
 
     def predict(self, outputs: Tensor) -> dict[str, Tensor]:

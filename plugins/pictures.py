@@ -13,7 +13,8 @@ from framework.state import Cadence
 class Pictures(Callback):
     """Gives the loggers pictures of what the task makes: reconstructions (each input, then what became of it), samples.
 
-    The inputs are the first ones of the validation split, or of the training split.
+    The inputs are the first ones of the validation split, or of the training split. After a step that validates, the
+    pictures are of the weights that were measured: an average's, if the callback that keeps it stands behind this one.
     """
 
     changes_training = False
@@ -26,13 +27,24 @@ class Pictures(Callback):
             every: how often.
         """
         self.count, self.cadence = count, Cadence(every)
+        self.asked = -1  # the last step after which it was asked whether to show some
 
     def on_fit_start(self, trainer: Trainer) -> None:
         if not hasattr(trainer.task, "pictures"):
             raise SettingError(f"callbacks.pictures: {type(trainer.task).__name__} has no pictures to show")
 
+    def on_validation_end(self, trainer: Trainer) -> None:
+        self._show_if_due(trainer)
+
     def on_step_end(self, trainer: Trainer) -> None:
-        if self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0):
+        self._show_if_due(trainer)
+
+    def _show_if_due(self, trainer: Trainer) -> None:
+        state = trainer.state
+        if self.asked == state.step:
+            return
+        self.asked = state.step
+        if self.cadence.due(state, epoch_end=state.batch == 0):
             self._show(trainer)
 
     @torch.no_grad()
@@ -49,12 +61,17 @@ class Pictures(Callback):
 
 @callbacks.register("sample_distance")
 class SampleDistance(Callback):
-    """Logs val/sample_distance: how far samples of the model are from the validation split, by the mean discrepancy.
+    """Logs how samples of the model compare with the validation split, by the distances of their numbers (pixels).
 
-    It is the unbiased estimate of the squared maximum mean discrepancy under a Gaussian kernel (Gretton et al. 2012,
-    JMLR 13, equation 3), whose width is the median distance of an input to its nearest one: about 0 for samples of the
-    data's own distribution, 2 at most. (With the median of all distances it hardly tells pictures from a Gaussian of
-    the same mean and covariance.)
+    val/sample_precision is the share of the samples that lie among the inputs, val/sample_coverage the share of the
+    inputs that have a sample nearby, nearer than their own fifth neighbour (see `neighbours`): 0.97 for the data's own
+    distribution, less for samples that are unlike inputs, or of some kinds alone.
+
+    val/sample_distance is the unbiased estimate of the squared maximum mean discrepancy under a Gaussian kernel
+    (Gretton et al. 2012, JMLR 13, equation 3), whose width is the median distance of an input to its nearest one:
+    about 0 for samples of the data's own distribution, 2 at most. It tells that samples are too much alike, and is
+    blind to samples that are far from all inputs and from each other: these, white noise as well, come to no more
+    than the mean similarity of two inputs, 0.07 for pictures of clothes.
     """
 
     changes_training = False
@@ -77,8 +94,10 @@ class SampleDistance(Callback):
         with trainer.precision.inference(trainer.model), seeds.undisturbed():
             torch.manual_seed(seeds.derive(trainer.seed, "samples"))  # the same draws each time
             made = trainer.task.pictures(trainer.model, inputs)["samples"]  # type: ignore[attr-defined]
-        distance = discrepancy(made.float().flatten(1), inputs.float().flatten(1))
-        trainer.log({"val/sample_distance": float(distance)})  # a number at once: callbacks after this one may watch it
+        made, inputs = made.float().flatten(1), inputs.float().flatten(1)
+        precision, coverage = neighbours(made, inputs)
+        values = {"distance": discrepancy(made, inputs), "precision": precision, "coverage": coverage}
+        trainer.log({f"val/sample_{name}": float(value) for name, value in values.items()})  # numbers, to be watched
 
 
 def held_out(trainer: Trainer, count: int) -> Tensor:
@@ -115,3 +134,15 @@ def discrepancy(made: Tensor, real: Tensor) -> Tensor:
 
     pairs = mean_similarity(torch.cdist(made, real), itself=False)
     return mean_similarity(torch.cdist(made, made), itself=True) + mean_similarity(among, itself=True) - 2 * pairs
+
+
+def neighbours(made: Tensor, real: Tensor, count: int = 5) -> tuple[Tensor, Tensor]:
+    """Return precision and coverage of samples, (m, D) and (n, D).
+
+    With the distance from an input to its `count`-th nearest one as a radius: the share of samples within the radius of
+    some input (Kynkäänniemi et al. 2019, arXiv:1904.06991), and the share of inputs that have a sample within theirs
+    (Naeem et al. 2020, arXiv:2002.09797), 1 - 2^-count for as many samples of the same distribution.
+    """
+    among = torch.cdist(real, real).fill_diagonal_(torch.inf)
+    within = torch.cdist(made, real) <= among.kthvalue(count, 1).values
+    return within.any(1).double().mean(), within.any(0).double().mean()

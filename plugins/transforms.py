@@ -4,7 +4,8 @@ Inputs are images (C, H, W) as the data set gives them, usually standardised, so
 Those that mix samples mix their targets too: of classes they make class probabilities.
 """
 
-from typing import Literal
+import math
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from framework import (
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
+    Range,
     Shape,
     Trainer,
     Transform,
@@ -92,6 +94,44 @@ class Crop(Transform):
         columns = (lefts[:, None] + torch.arange(wide, device=images.device))[:, None, None, :]
         cut = padded.gather(2, rows.expand(count, channels, high, padded.shape[3]))
         return (cut.gather(3, columns.expand(count, channels, high, wide)), *rest)
+
+
+@transforms.register("resized_crop", aliases=["random_resized_crop"])
+class ResizedCrop(Transform):
+    """Cuts a box out of each image and scales it to the size of the whole (Szegedy et al. 2015, arXiv:1409.4842, 6).
+
+    The box lies anywhere inside the image; between its pixels it is interpolated linearly.
+
+    Args:
+        smallest: the box has a share of the image's area between this and 1, each as likely.
+        ratio: how many times as wide as high, or as high as wide, a box of a square image is at most; the logarithm
+            is uniform, as far as the box's share of the area leaves room.
+    """
+
+    def __init__(
+        self,
+        in_shape: Shape,
+        smallest: Annotated[float, Range("(0, 1]")] = 0.2,
+        ratio: Annotated[float, Range("[1, inf)")] = 4 / 3,
+    ):
+        expect(in_shape, IMAGES, "resized_crop")
+        self.smallest, self.ratio = smallest, ratio
+
+    def __call__(self, batch: Batch) -> Batch:
+        images, *rest = batch
+        if not images.is_floating_point():
+            raise SettingError(f"resized_crop: the inputs are {images.dtype}, which cannot be interpolated")
+        share, stretch, left, top = torch.rand(4, len(images), device=images.device)
+        share = 1 - (1 - self.smallest) * share
+        widest = (-share.log()).clamp(max=math.log(self.ratio))  # with more it would be wider than the image
+        stretch = ((2 * stretch - 1) * widest).exp()
+        wide, high = (share * stretch).sqrt(), (share / stretch).sqrt()
+        none = torch.zeros_like(share)
+        x, y = (2 * left - 1) * (1 - wide), (2 * top - 1) * (1 - high)  # of the middle; the image goes from -1 to 1
+        maps = torch.stack([wide, none, x, none, high, y], 1).reshape(-1, 2, 3)
+        grid = F.affine_grid(maps, list(images.shape), align_corners=False)
+        cut = F.grid_sample(images, grid.to(images.dtype), padding_mode="border", align_corners=False)
+        return (cut, *rest)
 
 
 @transforms.register("cutout", aliases=["random_erasing"])

@@ -6,6 +6,7 @@ import numpy
 import pytest
 import torch
 from sklearn.decomposition import PCA
+from sklearn.neighbors import NearestNeighbors
 from torch import nn
 from torch.distributions import Bernoulli, Normal, kl_divergence
 from torch.nn import functional as F
@@ -23,13 +24,13 @@ def digits(**settings):
     return fw.datasets.build("digits", image=True, **settings)
 
 
-def fit(model, task, data, *callbacks, epochs=10, lr=3e-3, resume=None, max_steps=None):
+def fit(model, task, data, *callbacks, epochs=10, lr=3e-3, resume=None, **limits):
     made = fw.tasks.build(task) if isinstance(task, str) else task
     torch.manual_seed(0)
     settings = model if isinstance(model, dict) else {}
     name = settings.pop("name") if settings else model
     network = fw.models.build(name, data.in_shape, made.targets_of(data)[1], **settings)
-    trainer = fw.Trainer(max_epochs=epochs, max_steps=max_steps, callbacks=callbacks, device="cpu")
+    trainer = fw.Trainer(max_epochs=epochs, callbacks=callbacks, device="cpu", **limits)
     optimizer = torch.optim.Adam(network.parameters(), lr=lr, betas=(0.5, 0.999))
     trainer.fit(network, data, task=made, optimizer=optimizer, batch_size=64, resume=resume)
     return trainer
@@ -113,15 +114,69 @@ def test_the_game_is_that_of_the_paper():
     torch.testing.assert_close(generator, -model(model.sample(6)).sigmoid().log().mean())
 
 
-def test_an_adversarial_network_comes_nearer_to_the_data_and_resumes_exactly():
+def test_samples_stay_within_the_range_of_an_output_activation():
+    torch.manual_seed(0)
+    model = fw.models.build("gan", (1, 8, 8), (1,), network="conv", widths=[8, 8], norm="batch", output="sigmoid")
+    with torch.no_grad():
+        model.generator[-2].weight *= 100
+        made = model.sample(50)
+    assert 0 <= made.min() < 0.01 < 0.99 < made.max() <= 1
+
+
+def slope_by_differences(judge, x, small=1e-4):
+    """The mean squared norm of the judge's gradient, a number of an input at a time."""
+    squares = 0.0
+    for place in range(x[0].numel()):
+        moved = torch.zeros_like(x).flatten(1)
+        moved[:, place] = small
+        moved = moved.reshape(x.shape)
+        squares += ((judge(x + moved) - judge(x - moved)) / (2 * small)).square().mean()
+    return squares
+
+
+def test_the_penalty_is_the_squared_slope_at_the_inputs():
+    torch.manual_seed(0)
+    model = fw.models.build("gan", (1, 8, 8), (1,), widths=[16], activation="tanh").double()
+    model.sample = lambda count: torch.zeros(count, 1, 8, 8, dtype=torch.float64)
+    plain, task = (fw.tasks.build("adversarial", penalty=penalty) for penalty in (0.0, 3.0))
+    x = IMAGES.double()
+    first, step = plain.step(model, (x,)), task.step(model, (x,))
+    torch.testing.assert_close(step.values["slope"], slope_by_differences(model, x), rtol=1e-5, atol=0)
+    torch.testing.assert_close(step.loss, first.loss + 1.5 * step.values["slope"])
+    weight = model.discriminator[1].weight
+    (gradient,) = torch.autograd.grad(step.loss - first.loss, weight)
+    with torch.no_grad():
+        slopes = []
+        for moved in (1e-4, -2e-4):
+            weight[2, 3] += moved
+            slopes.append(slope_by_differences(model, x))
+    torch.testing.assert_close(gradient[2, 3], 1.5 * (slopes[0] - slopes[1]) / 2e-4, rtol=1e-4, atol=1e-9)
+    assert x.grad is None
+    evaluated = task.step(model.eval(), (x,))
+    assert "slope" not in evaluated.values
+    assert evaluated.loss == evaluated.values["discriminator_loss"]
+
+
+def play(steps=None, resume=None, **settings):
+    """An adversarial network of digits with all that its experiment has, for 12 epochs of 20 steps."""
     data = digits()
-    distance = fw.callbacks.build("sample_distance", count=250)
-    whole = fit("gan", "adversarial", data, distance, epochs=25, lr=1e-3)
-    assert whole.state.metrics["val/sample_distance"] < 0.5  # untrained: 0.88
-    half = fit("gan", "adversarial", data, distance, epochs=25, lr=1e-3, max_steps=101).state_dict()
-    resumed = fit("gan", "adversarial", data, distance, epochs=25, lr=1e-3, resume=half)
+    callbacks = [fw.callbacks.build("sample_distance", count=250), fw.callbacks.build("ema", decay=0.98)]
+    task = fw.tasks.build("adversarial", penalty=1.0)
+    return fit("gan", task, data, *callbacks, epochs=12, lr=2e-3, resume=resume, max_steps=steps, **settings)
+
+
+def test_an_adversarial_network_comes_nearer_to_the_data_and_resumes_exactly():
+    whole = play()
+    assert whole.state.metrics["val/sample_coverage"] > 0.3  # untrained, and noise: 0
+    resumed = play(resume=play(101).state_dict())  # in the middle of an epoch
     pairs = zip(whole.model.parameters(), resumed.model.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_game_with_a_penalty_may_be_played_in_parts():
+    whole, parts = play(3), play(3, micro_batch=16)
+    for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
 
 
 def test_the_sample_distance_is_that_of_the_formula():
@@ -141,6 +196,39 @@ def test_the_sample_distance_is_that_of_the_formula():
 
     between = sum(kernel(a, b) for a in x for b in y) / 35
     assert float(discrepancy(x, y)) == pytest.approx(among(x) + among(y) - 2 * between, rel=1e-6)
+
+
+def test_precision_and_coverage_are_those_of_the_papers():
+    from framework_plugins.pictures import neighbours
+
+    generator = torch.Generator().manual_seed(0)
+    made, real = (torch.randn(n, 3, generator=generator, dtype=torch.float64) for n in (40, 60))
+    precision, coverage = neighbours(made + 0.5, real, 4)
+    nearest = NearestNeighbors(n_neighbors=5).fit(real.numpy())  # each is the nearest to itself
+    radius = nearest.kneighbors(real.numpy())[0][:, 4]
+    distances = numpy.linalg.norm((made + 0.5)[:, None].numpy() - real[None].numpy(), axis=2)
+    assert float(precision) == pytest.approx((distances <= radius).any(1).mean())
+    assert float(coverage) == pytest.approx((distances <= radius).any(0).mean())
+    assert 0.3 < coverage < precision < 1
+
+
+def test_coverage_tells_what_the_distance_is_blind_to():
+    from framework_plugins.pictures import discrepancy, neighbours
+
+    data = fw.datasets.build("digits", val_fraction=0.3)
+    (train, classes), (real, _) = data.train.tensors, data.val.tensors
+    noise = torch.randn(len(real), 64, generator=torch.Generator().manual_seed(0))
+    few = train[classes < 5]
+    distances = [float(discrepancy(rows, real)) for rows in (train, noise)]
+    assert distances[0] < 0.02
+    assert distances[1] < 0.3
+    precisions, coverages = zip(*(map(float, neighbours(rows, real)) for rows in (train, few, noise)), strict=True)
+    assert precisions[0] > 0.9
+    assert precisions[1] > 0.9
+    assert precisions[2] == 0
+    assert coverages[0] > 0.9
+    assert 0.4 < coverages[1] < 0.65  # half of the classes
+    assert coverages[2] == 0
 
 
 class Shown(fw.Logger):
@@ -166,6 +254,22 @@ def test_pictures_are_what_a_person_can_look_at():
     assert pictures.max() == 1
     given = data.val.tensors[0][:4]
     torch.testing.assert_close(pictures[::2], (given - given.min()) / (given.max() - given.min()))
+
+
+def test_pictures_are_of_the_weights_that_are_measured():
+    data, shown = digits(), Shown()
+    task = fw.tasks.build("reconstruction")
+    torch.manual_seed(0)
+    model = fw.models.build("autoencoder", data.in_shape, data.in_shape)
+    parts = [fw.callbacks.build("pictures", count=4), fw.callbacks.build("ema", decay=0.9)]
+    trainer = fw.Trainer(max_epochs=2, callbacks=parts, loggers=[shown], device="cpu")
+    with trainer:
+        trainer.fit(model, data, task=task, optimizer=torch.optim.Adam(model.parameters(), lr=1e-2))
+    given = data.val.tensors[0][:4]
+    low, high = given.min(), given.max()
+    with torch.no_grad():
+        averaged = ((model.eval()(given) - low) / (high - low)).clamp(0, 1)  # the model keeps the average
+    torch.testing.assert_close(shown.tags["reconstructions"][1::2], averaged)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,14 @@
 """Transforms of training batches: each against a loop over the samples, and what a run makes of them."""
 
+import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 import framework as fw
@@ -34,7 +38,7 @@ def apply(transform, *batch, seed=1):
 
 
 TARGETS = torch.arange(40) % 4
-EVERY = ["flip", "crop", "cutout", "noise", "brightness_contrast", "mixup", "cutmix"]
+EVERY = ["flip", "crop", "resized_crop", "cutout", "noise", "brightness_contrast", "mixup", "cutmix"]
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -100,6 +104,49 @@ def shifted(image, top, left, fill):
             if 0 <= r < high and 0 <= c < wide:
                 out[:, row, column] = image[:, r, c]
     return out
+
+
+def ramps(count, high, wide):
+    """Images whose two channels are the row and the column of each pixel: interpolation leaves them straight."""
+    rows, columns = torch.meshgrid(torch.arange(float(high)), torch.arange(float(wide)), indexing="ij")
+    return torch.stack([rows, columns]).expand(count, -1, -1, -1)
+
+
+def box_of(pixels, size):
+    """First edge and length of the box that a line of positions was scaled from, by two pixels in its middle."""
+    middle = size // 2
+    length = (pixels[middle] - pixels[middle - 1]) * size
+    return pixels[middle] + 0.5 - (middle + 0.5) * length / size, length
+
+
+def test_a_resized_crop_is_a_box_inside_the_image_scaled_to_the_whole():
+    high, wide, smallest, ratio = 12, 16, 0.3, 1.5
+    crop = fw.transforms.build("resized_crop", (2, high, wide), OUT, smallest=smallest, ratio=ratio)
+    out, _ = apply(crop, ramps(2000, high, wide), torch.zeros(2000))
+    boxes = []
+    for image in out:
+        (top, tall), (left, broad) = box_of(image[0, :, 0], high), box_of(image[1, 0], wide)
+        rows = (top - 0.5 + (torch.arange(high) + 0.5) * tall / high).clamp(0, high - 1)
+        columns = (left - 0.5 + (torch.arange(wide) + 0.5) * broad / wide).clamp(0, wide - 1)
+        torch.testing.assert_close(image[0], rows[:, None].expand(high, wide), atol=2e-4, rtol=0)
+        torch.testing.assert_close(image[1], columns[None].expand(high, wide), atol=2e-4, rtol=0)
+        boxes.append([top / high, tall / high, left / wide, broad / wide])
+    top, tall, left, broad = torch.tensor(boxes).unbind(1)
+    share, stretch = tall * broad, (broad / tall).log().abs()
+    assert torch.stack([top, left, 1 - top - tall, 1 - left - broad]).min() > -1e-3, "inside"
+    assert smallest - 1e-3 < share.min() < 0.31 < 0.99 < share.max() < 1 + 1e-3
+    assert float(share.mean()) == pytest.approx((1 + smallest) / 2, abs=0.02)
+    assert 0.38 < stretch.max() < 0.406  # the logarithm of 1.5
+    place = top[share < 0.6] / (1 - tall[share < 0.6])
+    assert float(place.mean()) == pytest.approx(0.5, abs=0.03)
+    assert place.min() < 0.02 < 0.98 < place.max()
+
+
+def test_a_resized_crop_of_all_of_the_image_is_the_image():
+    out, _ = apply(build("resized_crop", smallest=1.0), images(), TARGETS)
+    torch.testing.assert_close(out, images(), atol=1e-5, rtol=0)
+    with pytest.raises(SettingError, match=r"resized_crop: the inputs are torch.uint8, which cannot be interpolated"):
+        apply(build("resized_crop"), images().byte(), TARGETS)
 
 
 def test_a_cutout_is_a_square_of_zeros_about_any_pixel():
@@ -201,7 +248,7 @@ def share_of(row, one, other):
     return float(((row - other) @ between / (between @ between).clamp_min(1e-9)).clamp(0, 1))
 
 
-@pytest.mark.parametrize("name", ["flip", "crop", "cutout", "cutmix", "brightness_contrast"])
+@pytest.mark.parametrize("name", ["flip", "crop", "resized_crop", "cutout", "cutmix", "brightness_contrast"])
 def test_what_is_for_images_says_so_when_it_is_built(name):
     with pytest.raises((BuildError, ConfigError), match=rf"{name} expects images \(C, H, W\), gets \(64,\)"):
         fw.transforms.build(name, (64,), (10,))
@@ -318,3 +365,50 @@ def test_the_config_of_a_run_has_their_settings(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"transforms\.crop\.padding=0"):
         spec_of("transforms.crop.padding=0")
     assert json.dumps(tree["transforms"])
+
+
+# --- seen in TensorBoard
+
+
+def shown_in(folder):
+    """The pictures that TensorBoard has under "augmented", by step: arrays (height, width)."""
+    events = EventAccumulator(str(folder), size_guidance={"tensors": 0}).Reload()
+    protos = {event.step: event.tensor_proto.string_val[2:] for event in events.Tensors("augmented")}
+    return {step: [np.asarray(Image.open(io.BytesIO(each))) for each in pictures] for step, pictures in protos.items()}
+
+
+def test_tensorboard_shows_what_the_model_was_given(tmp_path):
+    given = []
+
+    class Watched(nn.Linear):
+        def forward(self, x):
+            given.extend([x.detach().clone()] * self.training)
+            return super().forward(x)
+
+    split = TensorSplit(images()[:, :1].contiguous(), TARGETS)
+    model = nn.Sequential(Watched(6, 4), nn.Flatten(), nn.Linear(20, 4))
+    trainer = Trainer(
+        max_epochs=2,
+        device="cpu",
+        folder=tmp_path,
+        callbacks=[build("crop"), build("mixup"), fw.callbacks.build("augmented", count=3)],
+        loggers=[fw.loggers.build("tensorboard")],
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer.fit(model, split, task=nn.CrossEntropyLoss(), optimizer=optimizer, val=split, batch_size=10)
+    shown = shown_in(tmp_path)
+    assert list(shown) == [1, 4, 8], "after the first step and each epoch of four"
+    for step, pictures in shown.items():
+        expected = given[step - 1][:3, 0]
+        expected = (expected - expected.min()) / (expected.max() - expected.min())
+        np.testing.assert_allclose(np.stack(pictures) / 255, expected, atol=1 / 255)
+
+
+def test_what_is_shown_changes_nothing_and_must_be_pictures():
+    watched = fit(build("mixup"), fw.callbacks.build("augmented"))[1]
+    assert torch.equal(watched[1].weight, fit(build("mixup"))[1][1].weight)
+    split = TensorSplit(torch.randn(8, 6), TARGETS[:8])
+    model = nn.Linear(6, 4)
+    trainer = Trainer(max_steps=1, device="cpu", callbacks=[fw.callbacks.build("augmented")])
+    with pytest.raises(SettingError, match=r"callbacks.augmented: it shows images .* are torch.float32 \(6,\)"):
+        trainer.fit(model, split, task=nn.CrossEntropyLoss(), optimizer=torch.optim.SGD(model.parameters()))
