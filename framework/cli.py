@@ -173,14 +173,10 @@ def plan(arguments: list[str]) -> None:
 def check(arguments: list[str]) -> None:
     parser = composing("check", "Try an experiment in seconds: build, step, validate, save, resume, learn.", CHECK)
     line = command_line(parser, parser.parse_intermixed_args(arguments))
-    from .compose import Job, run as compose
+    from .compose import run as compose
+    from .tuning.preflight import check as check_experiment
 
-    def job(composed: Job) -> None:
-        from .tuning.preflight import check as check_experiment
-
-        check_experiment(composed.spec, print)
-
-    compose(line, job)
+    compose(line, lambda job: check_experiment(job.spec, print))
 
 
 def find(arguments: list[str]) -> None:
@@ -191,15 +187,11 @@ def find(arguments: list[str]) -> None:
     if what not in ("lr", "batch_size"):
         parser.error(f"what is to be found comes first: lr or batch_size{what and f', not {what}'}")
     line = command_line(parser, given)
-    from .compose import Job, run as compose
+    from .compose import run as compose
+    from .tuning import finders
 
-    def job(composed: Job) -> None:
-        from .tuning import finders
-
-        show = finders.show_learning_rates if what == "lr" else finders.show_batch_sizes
-        show(composed.spec, given.json)
-
-    compose(line, job)
+    show = finders.show_learning_rates if what == "lr" else finders.show_batch_sizes
+    compose(line, lambda job: show(job.spec, given.json))
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -256,6 +248,9 @@ def write_on(given: argparse.Namespace, sampling: dict[str, Any]) -> None:
     trained = opened(given)
     data, facts = trained.spec.parts["data"].entry.part, trained.facts
     tokens = data.encode(given.prompt, facts["data"])
+    known = data.decode(tokens.tolist(), facts["data"])
+    if known != given.prompt:
+        print(f"framework: the model knows a part of the prompt only; it reads {known!r}", file=sys.stderr)
     generate = getattr(trained.task, "generate", None)
     if generate is None:
         raise FrameworkError(f"the task of {given.run} makes no text: --prompt is for task=language_modelling")

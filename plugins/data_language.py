@@ -24,7 +24,8 @@ class LanguageData(Data):
     """One text, cut into training, validation and test in its order; inputs are windows of tokens, (length,).
 
     The targets are the same windows one token on (see `WindowSplit`); the target is "none", for there is nothing beside
-    the text. The tokenizer is fitted on the training part and kept in the run, for `predict --prompt`.
+    the text. The tokenizer is fitted on the training part and kept in the run, for `predict --prompt`; what it does not
+    know of a prompt (characters that training has not) is the unknown token, which is shown as �.
 
     Attributes:
         characters: how many characters each token stands for, shape (vocabulary,): a figure per character needs it.

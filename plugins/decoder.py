@@ -10,7 +10,7 @@ from framework.shapes import expect
 
 EMBEDDING_STD = 0.02  # as in GPT-2
 Cache = list[list[Tensor]]
-"""For each layer the keys and values of the tokens so far: [] before the first."""
+"""For each layer the keys and values of the tokens so far, then the tokens that n-grams need: [] before the first."""
 
 
 class Rotary(nn.Module):
@@ -133,6 +133,31 @@ class GatedTransformer(nn.Module):
         return x + self.dropout(self.output(value * F.silu(gate)))
 
 
+class NGrams(nn.Module):
+    """The sum of vectors for the pair, triple ... of tokens that ends at each position, hashed into one table.
+
+    Pagnoni et al. 2024, arXiv:2412.09871, section 3.2.1, equations 2 to 5, with one table for all lengths. Zeros stand
+    before the first token.
+    """
+
+    PRIME = 1_000_003
+
+    def __init__(self, longest: int, buckets: int, width: int):
+        super().__init__()
+        self.longest = longest
+        self.table = nn.Embedding(buckets, width)
+        nn.init.zeros_(self.table.weight)  # the model begins as one without
+
+    def forward(self, tokens: Tensor, before: Tensor) -> Tensor:
+        """Return (batch, T, width) for tokens (batch, T); before: the longest - 1 tokens that precede them."""
+        text = torch.cat([before, tokens], 1)
+        hashed, found = text, []
+        for length in range(2, self.longest + 1):
+            hashed = (hashed[:, 1:] * self.PRIME + text[:, : 1 - length] + length) % (2**31 - 1)
+            found.append(hashed[:, -tokens.shape[1] :] % self.table.num_embeddings)
+        return self.table(torch.stack(found)).sum(0)
+
+
 @models.register("decoder")
 class Decoder(nn.Module):
     """Decoder-only transformer over token ids (T,): logits of the next token at each position, (T, vocabulary).
@@ -150,6 +175,8 @@ class Decoder(nn.Module):
         heads: PositiveInt = 4,
         hidden: PositiveInt | None = None,
         tied: bool = True,
+        ngrams: PositiveInt = 1,
+        buckets: PositiveInt = 32_768,
         norm: Norm = "rms",
         dropout: Rate = 0.0,
         dropout_kind: Dropout = "dropout",
@@ -157,12 +184,16 @@ class Decoder(nn.Module):
     ):
         """Build the layers. The embedding is the last matrix, which Muon takes to be the output layer.
 
+        The table of n-grams, where there is one, is the first (for Muon: optimizer.embedding=true).
+
         Args:
             width: features of a position.
             depth: layers on top of each other.
             heads: attentions side by side; must divide width.
             hidden: features between a layer's two linear maps; null: 8/3 width, rounded up to a multiple of 16.
             tied: the output layer's weights are the embedding's (Press & Wolf 2017, arXiv:1608.05859).
+            ngrams: vectors for the 2, 3 ... up to so many last tokens are added to a token's (see `NGrams`); 1: none.
+            buckets: vectors that n-grams share, by a hash.
             norm: of each position, before each branch and after the last layer.
             dropout: probability of zeroing embedded features, attention weights and each branch.
             dropout_kind: how features and branches are dropped.
@@ -173,6 +204,7 @@ class Decoder(nn.Module):
         settings = {"heads": heads, "hidden": hidden, "norm": norm, "base": base}
         dropping = {"dropout": dropout, "dropout_kind": dropout_kind}
         shape = (self.context, width)
+        self.ngrams = NGrams(ngrams, buckets, width) if ngrams > 1 else None
         self.layers = nn.ModuleList(
             blocks.build("gated_transformer", shape, **settings, **dropping) for _ in range(depth)
         )
@@ -186,10 +218,18 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """Return logits; with a cache, the tokens follow those that it has seen, and it remembers them."""
-        x = self.dropout(self.embedding(tokens))
+        x = self.dropout(self.embed(tokens, [] if cache is None else cache[-1]))
         for number, layer in enumerate(self.layers):
             x = layer(x, None, None if cache is None else cache[number])
         return self.output(self.norm(x))
 
+    def embed(self, tokens: Tensor, last: list[Tensor]) -> Tensor:
+        """Return the vectors of tokens; `last` holds those before them, and then these."""
+        if self.ngrams is None:
+            return self.embedding(tokens)
+        before = last[0] if last else tokens.new_zeros(len(tokens), self.ngrams.longest - 1)
+        last[:] = [torch.cat([before, tokens], 1)[:, 1 - self.ngrams.longest :]]
+        return self.embedding(tokens) + self.ngrams(tokens, before)
+
     def new_cache(self) -> Cache:
-        return [[] for _ in self.layers]
+        return [[] for _ in range(len(self.layers) + 1)]

@@ -1,9 +1,12 @@
-"""Blocks and models for sequences of floats of unequal length.
+"""Blocks for sequences of floats of unequal length (the models made of them are in `sequence_models.py`).
 
 The convention: a sample is (channels + 1, length), filled up with zeros at the end, and its last channel is the mask:
 1 where a frame is real, 0 where it is padding. A block here takes such a sample and gives one, with the channels of the
 padding at zero; what it says of the real frames does not depend on how many of padding follow (norms over the batch,
 which count them in training, apart). `masked_pool` ends the sequence: (channels + 1, length) -> (features,).
+
+For 2-d convolutions `as_picture` makes a picture of a sequence, (maps + 1, bands, length), its last map being the mask,
+and `as_sequence` a sequence of a picture.
 """
 
 import math
@@ -19,25 +22,22 @@ from framework import (
     Block,
     Dropout,
     Fraction,
-    NonNegativeInt,
     Norm,
     PositiveFloat,
     PositiveInt,
     Rate,
     Shape,
     blocks,
-    heads,
-    models,
 )
 from framework.errors import BuildError
 from framework.shapes import chain, expect
 
-FORM = "(C+1, L)"
+FORM, PICTURE = "(C+1, L)", "(C+1, H, L)"
 Pooling = Literal["mean", "max", "statistics", "attention"]
 
 
 def take_apart(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the channels (batch, channels, length) and the mask (batch, 1, length), which is 0 or 1."""
+    """Return the channels (batch, channels, ..., length) and the mask (batch, 1, ..., length), which is 0 or 1."""
     return x[:, :-1], (x[:, -1:] > 0).to(x.dtype)
 
 
@@ -46,37 +46,48 @@ def put_together(values: Tensor, mask: Tensor) -> Tensor:
     return torch.cat([values * mask, mask], dim=1)
 
 
-def expect_masked(in_shape: Shape, who: str) -> Shape:
-    """Return (channels, length) of a sequence with its mask. Raises BuildError for another shape."""
-    channels, length = expect(in_shape, FORM, who)
+def expect_masked(in_shape: Shape, who: str, forms: str = FORM) -> Shape:
+    """Return the shape of a sample without its mask. Raises BuildError for another shape than `forms` allow."""
+    channels, *axes = expect(in_shape, forms, who)
     if channels < 2:
-        raise BuildError(f"{who} expects {FORM}, the last channel being the mask; {tuple(in_shape)} has no other")
-    return channels - 1, length
+        raise BuildError(f"{who} expects {forms}, the last channel being the mask; {tuple(in_shape)} has no other")
+    return channels - 1, *axes
 
 
 @blocks.register("masked")
 class Masked(nn.Module):
-    """Blocks over the channels (C, L) of a sequence, its mask kept beside them: (C + 1, L) -> (C' + 1, L').
+    """Blocks over the channels of a sequence or picture, its mask kept beside them: (C + 1, L) -> (C' + 1, L').
 
-    A frame that is left where the blocks shorten the sequence is real when the frame in its middle was.
+    What is left where the blocks shorten an axis is real when what was in its middle was.
     """
 
     def __init__(self, in_shape: Shape, blocks: list[Block] = ()):
-        """Build the blocks and see what they make of the length.
+        """Build the blocks and see what they make of the axes.
 
         Args:
-            blocks: what the channels go through; they must give (C', L') again, with L' a whole part of L.
+            blocks: what the channels go through, (C, L) or (C, H, L); they must give as many axes again, each a whole
+                part of what it was.
         """
         super().__init__()
-        channels, length = expect_masked(in_shape, "masked")
-        modules, out_shape = chain(blocks, (channels, length))
+        channels, *axes = expect_masked(in_shape, "masked", f"{FORM} or {PICTURE}")
+        modules, out_shape = chain(blocks, (channels, *axes))
         self.body = nn.Sequential(*modules)
-        self.stride = find_stride(length, expect(out_shape, "blocks that give (C, L)", "masked")[1])
+        form = f"blocks that give ({', '.join('CHL' if len(axes) == 2 else 'CL')})"
+        self.strides = find_strides(axes, expect(out_shape, form, "masked")[1:])
 
     def forward(self, x: Tensor) -> Tensor:
         values, mask = take_apart(x)
         values = self.body(values * mask)
-        return put_together(values, mask[:, :, :: self.stride][:, :, : values.shape[2]])
+        return put_together(values, thinned(mask, self.strides, values.shape))
+
+
+def find_strides(axes: Sequence[int], shortened: Sequence[int]) -> list[int]:
+    return [find_stride(*pair) for pair in zip(axes, shortened, strict=True)]
+
+
+def thinned(x: Tensor, strides: Sequence[int], size: Sequence[int]) -> Tensor:
+    """Return each so many-th position of every axis, as many as `size` says."""
+    return x[:, :, *(slice(0, end * step, step) for end, step in zip(size[2:], strides, strict=True))]
 
 
 def find_stride(length: int, shortened: int) -> int:
@@ -120,11 +131,69 @@ def masked_conv1d(
     return blocks.build("masked", in_shape, blocks=layers)
 
 
+@blocks.register("masked_conv2d")
+def masked_conv2d(
+    in_shape: Shape,
+    channels: PositiveInt = 32,
+    kernel_size: PositiveInt = 3,
+    stride: PositiveInt = 1,
+    activation: Activation | None = "relu",
+    norm: Norm | None = "layer",
+    dropout: Rate = 0.0,
+    dropout_kind: Dropout = "dropout",
+) -> nn.Module:
+    """2-d convolution over a picture with its mask: (C + 1, H, L) -> (channels + 1, H / stride, L / stride).
+
+    Args:
+        channels: output channels, without the mask.
+        kernel_size: height and width of the kernel, an odd number.
+        stride: step between outputs in both directions; what does not divide is rounded up.
+        activation: what follows the norm; null for none.
+        norm: what follows the convolution; null for none. layer looks at one place; batch counts padding in training.
+        dropout: probability of zeroing an output.
+        dropout_kind: how outputs are dropped.
+    """
+    expect_masked(in_shape, "masked_conv2d", PICTURE)
+    if kernel_size % 2 == 0:
+        raise BuildError(f"masked_conv2d needs an odd kernel_size, with a middle, not {kernel_size}")
+    convolution = {"channels": channels, "kernel_size": kernel_size, "stride": stride}
+    layers = [blocks.maker("conv2d", **convolution, activation=activation, norm=norm)]
+    if dropout > 0:
+        layers.append(blocks.maker("dropout", p=dropout, kind=dropout_kind))
+    return blocks.build("masked", in_shape, blocks=layers)
+
+
+@blocks.register("as_picture")
+class AsPicture(nn.Module):
+    """A sequence as a picture of one map, its channels being the rows: (C + 1, L) -> (1 + 1, C, L)."""
+
+    def __init__(self, in_shape: Shape):
+        super().__init__()
+        expect_masked(in_shape, "as_picture")
+
+    def forward(self, x: Tensor) -> Tensor:
+        values, mask = take_apart(x)
+        return torch.stack([values * mask, mask.expand_as(values)], dim=1)
+
+
+@blocks.register("as_sequence")
+class AsSequence(nn.Module):
+    """A picture as a sequence of its columns: (C + 1, H, L) -> (C · H + 1, L)."""
+
+    def __init__(self, in_shape: Shape):
+        super().__init__()
+        expect_masked(in_shape, "as_sequence", PICTURE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values, mask = take_apart(x)
+        return put_together((values * mask).flatten(1, 2), mask.amax(2))
+
+
 @blocks.register("masked_residual")
 class MaskedResidual(nn.Module):
     """Skip connection around masked blocks: skip(x) + blocks(x) in the channels, with the mask of the blocks.
 
-    Where the blocks change the channels or the length, the skip is a convolution of size 1, strided.
+    Where the blocks change the channels or an axis, the skip is a convolution of size 1, strided.
     """
 
     def __init__(self, in_shape: Shape, blocks: list[Block] = ()):
@@ -134,16 +203,20 @@ class MaskedResidual(nn.Module):
             blocks: the residual branch, of blocks that keep a mask.
         """
         super().__init__()
-        channels, length = expect_masked(in_shape, "masked_residual")
+        channels, *axes = expect_masked(in_shape, "masked_residual", f"{FORM} or {PICTURE}")
         modules, out_shape = chain(blocks, tuple(in_shape))
         self.body = nn.Sequential(*modules)
-        out_channels, out_length = expect_masked(out_shape, "masked_residual around its blocks")
-        same, stride = out_channels == channels, find_stride(length, out_length)
-        self.skip = nn.Identity() if same and stride == 1 else nn.Conv1d(channels, out_channels, 1, stride, bias=False)
+        form = PICTURE if len(axes) == 2 else FORM
+        out_channels, *shortened = expect_masked(out_shape, "masked_residual around its blocks", form)
+        strides = find_strides(axes, shortened)
+        same = out_channels == channels and set(strides) == {1}
+        layer = nn.Conv2d if len(axes) == 2 else nn.Conv1d
+        self.skip = nn.Identity() if same else layer(channels, out_channels, 1, strides, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         branch, mask = take_apart(self.body(x))
-        return put_together(self.skip(x[:, :-1])[:, :, : branch.shape[2]] + branch, mask)
+        skip = self.skip(x[:, :-1])
+        return put_together(thinned(skip, [1] * (x.ndim - 2), branch.shape) + branch, mask)
 
 
 @blocks.register("masked_norm")
@@ -302,97 +375,3 @@ class MaskedTransformer(nn.Module):
         seen = real | ~real.any(3, keepdim=True)
         mixed = scaled_dot_product_attention(*split.unbind(0), attn_mask=seen, dropout_p=p)
         return self.output(mixed.transpose(1, 2).flatten(2))
-
-
-@models.register("sequence_cnn")
-def sequence_cnn(
-    in_shape: Shape,
-    out_shape: Shape,
-    front: list[Block] = (),
-    channels: Sequence[PositiveInt] = (64, 96, 128),
-    kernel_size: PositiveInt = 5,
-    stride: PositiveInt = 2,
-    activation: Activation = "relu",
-    norm: Norm | None = "layer",
-    pool: Pooling = "statistics",
-    dropout: Rate = 0.0,
-    dropout_kind: Dropout = "dropout",
-) -> nn.Module:
-    """1-d convolutions over a sequence with its mask (channels + 1, length), pooled over the real frames.
-
-    Each stage is a strided convolution and a residual one.
-
-    Args:
-        front: blocks that come first, such as log_mel and spec_augment.
-        channels: output channels of each stage.
-        kernel_size: taps of each convolution, an odd number.
-        stride: how many times shorter each stage makes the sequence.
-        activation: after each norm.
-        norm: after each convolution; null for none.
-        pool: what is taken of the frames.
-        dropout: probability of zeroing an output of the residual convolutions, and a pooled feature.
-        dropout_kind: how outputs are dropped.
-    """
-    rest = {"kernel_size": kernel_size, "activation": activation, "norm": norm}
-    drop = {"dropout": dropout, "dropout_kind": dropout_kind}
-    layers = list(front)
-    for width in channels:
-        branch = blocks.maker("masked_conv1d", channels=width, **rest, **drop)
-        layers.append(blocks.maker("masked_conv1d", channels=width, stride=stride, **rest))
-        layers.append(blocks.maker("masked_residual", blocks=[branch]))
-    return read_out(in_shape, out_shape, layers, pool, dropout, dropout_kind)
-
-
-@models.register("sequence_transformer")
-def sequence_transformer(
-    in_shape: Shape,
-    out_shape: Shape,
-    front: list[Block] = (),
-    width: PositiveInt = 96,
-    depth: PositiveInt = 3,
-    heads: PositiveInt = 4,
-    expansion: PositiveInt = 4,
-    halvings: NonNegativeInt = 2,
-    position: Literal["sinusoidal", "learned", "none"] = "sinusoidal",
-    activation: Activation = "gelu",
-    norm: Norm = "layer",
-    pool: Pooling = "statistics",
-    dropout: Rate = 0.0,
-    dropout_kind: Dropout = "dropout",
-) -> nn.Module:
-    """Transformer encoder over a sequence with its mask (channels + 1, length), pooled over the real frames.
-
-    Args:
-        front: blocks that come first, such as log_mel and spec_augment.
-        width: features of a frame.
-        depth: layers on top of each other.
-        heads: attentions side by side; must divide width.
-        expansion: hidden features of a layer's two linear maps, per feature of a frame.
-        halvings: convolutions before the layers, each of which halves the length; 0: one that keeps it.
-        position: how a frame is told from others.
-        activation: after the convolutions, and between a layer's two linear maps.
-        norm: of each frame.
-        pool: what is taken of the frames.
-        dropout: probability of zeroing attention weights, hidden features, each branch and a pooled feature.
-        dropout_kind: how features and branches are dropped.
-    """
-    drop = {"dropout": dropout, "dropout_kind": dropout_kind}
-    stem = blocks.maker("masked_conv1d", channels=width, stride=2 if halvings else 1, activation=activation, norm=norm)
-    layers = [*front, *[stem] * max(halvings, 1)]
-    if position != "none":
-        turn = blocks.maker("permute", axes=[1, 0])
-        layers.append(blocks.maker("masked", blocks=[turn, blocks.maker("position", position=position), turn]))
-    rest = {"heads": heads, "expansion": expansion, "activation": activation, "norm": norm}
-    layers += [blocks.maker("masked_transformer", **rest, **drop) for _ in range(depth)]
-    layers.append(blocks.maker("masked", blocks=[blocks.maker("norm", norm=norm)]))
-    return read_out(in_shape, out_shape, layers, pool, dropout, dropout_kind)
-
-
-def read_out(
-    in_shape: Shape, out_shape: Shape, layers: list, pool: str, dropout: float, dropout_kind: Dropout
-) -> nn.Module:
-    """Return the layers with the pooling and a linear head."""
-    layers.append(blocks.maker("masked_pool", pool=pool))
-    if dropout > 0:
-        layers.append(blocks.maker("dropout", p=dropout, kind=dropout_kind))
-    return models.build("stack", in_shape, out_shape, blocks=layers, head=heads.maker("class"))

@@ -350,6 +350,7 @@ def test_tones_are_what_their_classes_say():
 
 FRONT = "model.front=[{name: log_mel, sample_rate: 8000, hop_ms: 20, mels: 24},masked_batch_norm,spec_augment]"
 CNN = ("data=tones", "model=sequence_cnn", "model.channels=[16,24]", FRONT)
+CNN_2D = ("data=tones", "model=spectrogram_cnn", "model.channels=[8,16]", FRONT)
 TRANSFORMER = ("data=tones", "model=sequence_transformer", "model.width=32", "model.depth=1", FRONT)
 QUICK = ("scheduler=one_cycle", "optimizer.lr=0.01", "callbacks=[checkpoint]", "loggers=[]", "trainer.max_epochs=8")
 TONES = len(PITCH)
@@ -400,11 +401,16 @@ def test_tones_are_told_apart_by_a_cnn(heard):
     assert heard[0].metrics["test/accuracy"] > 4 / TONES
 
 
+def test_tones_are_told_apart_by_2d_convolutions(tmp_path):
+    assert go(tmp_path, *CNN_2D, *QUICK).metrics["test/accuracy"] > 3.5 / TONES
+
+
 def test_tones_are_told_apart_by_a_transformer(tmp_path):
     assert go(tmp_path, *TRANSFORMER, *QUICK, "trainer.max_epochs=6").metrics["test/accuracy"] > 3.5 / TONES
 
 
-def test_languages_are_learnt_on_a_slice(tmp_path):
+@pytest.mark.parametrize("model", [CNN[1:], CNN_2D[1:]], ids=["1d", "2d"])
+def test_languages_are_learnt_on_a_slice(tmp_path, model):
     """80 prompts in five languages; the most frequent language is a fifth of them."""
     root = find_voices([SOUNDS, cache_folder() / "asterisk"]) if asterisk_is_here() else pytest.skip("not fetched")
     every = [prompt_files(root / folder) for folder in VOICES.values()]
@@ -415,7 +421,7 @@ def test_languages_are_learnt_on_a_slice(tmp_path):
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(files[name])
     data = ("data=asterisk", f"data.path={tmp_path / 'voices'}", "data.seconds=1")
-    result = go(tmp_path, *data, *CNN[1:], *QUICK)
+    result = go(tmp_path, *data, *model, *QUICK)
     assert result.metrics["test/accuracy"] > 0.45
 
 
@@ -439,9 +445,10 @@ def weights(run):
     return (listed(Path(run) / "checkpoints")[-1] / "model.safetensors").read_bytes()
 
 
-def test_stopped_in_mid_epoch_and_resumed_the_weights_are_the_same(tmp_path):
+@pytest.mark.parametrize("model", [CNN, CNN_2D], ids=["1d", "2d"])
+def test_stopped_in_mid_epoch_and_resumed_the_weights_are_the_same(tmp_path, model):
     """SpecAugment and dropout draw at each step: what they drew before the cut must not be drawn again."""
-    short = (*CNN, *QUICK, "model.dropout=0.1", "trainer.max_epochs=2", "data.samples=60", "loader.batch_size=8")
+    short = (*model, *QUICK, "model.dropout=0.1", "trainer.max_epochs=2", "data.samples=60", "loader.batch_size=8")
     often = "callbacks.checkpoint.every=2steps"
     whole = go(tmp_path, *short, often, "run.name=whole")
     assert whole.steps == 12

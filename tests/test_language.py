@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from framework_plugins.arrays import cache_folder
 from torch import nn
 
 import framework as fw
@@ -111,8 +112,9 @@ def test_a_layer_is_its_formula():
     torch.testing.assert_close(layer(x), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_position_sees_itself_and_those_before_it():
-    model, tokens = decoder(), torch.randint(30, (1, 12))
+@pytest.mark.parametrize("ngrams", [1, 4])
+def test_a_position_sees_itself_and_those_before_it(ngrams):
+    model, tokens = decoder(ngrams=ngrams, buckets=40), torch.randint(30, (1, 12))
     changed = tokens.clone()
     changed[0, 7] = (tokens[0, 7] + 1) % 30
     same = torch.isclose(model(tokens), model(changed), atol=1e-6).all(-1)[0]
@@ -123,6 +125,17 @@ def test_tied_weights_are_one_matrix_and_the_last_one():
     tied, untied = decoder(), decoder(tied=False)
     assert sum(p.numel() for p in untied.parameters()) - sum(p.numel() for p in tied.parameters()) == 30 * 16
     assert [p for p in tied.parameters() if p.ndim > 1][-1] is tied.embedding.weight is tied.output.weight
+
+
+def test_a_position_has_the_vectors_of_the_pair_and_triple_that_end_there():
+    model, tokens = decoder(ngrams=3, buckets=50), [5, 9, 5, 9]
+    text, expected = [0, 0, *tokens], model.embedding.weight[tokens].clone()
+    for at in range(4):
+        pair = (text[at + 2] * 1_000_003 + text[at + 1] + 2) % (2**31 - 1)
+        triple = (pair * 1_000_003 + text[at] + 3) % (2**31 - 1)
+        expected[at] += model.ngrams.table.weight[[pair % 50, triple % 50]].sum(0)
+    torch.testing.assert_close(model.embed(torch.tensor([tokens]), [])[0], expected)
+    assert next(p for p in model.parameters() if p.ndim > 1) is model.ngrams.table.weight  # for optimizer.embedding
 
 
 def test_what_the_model_cannot_take():
@@ -137,16 +150,18 @@ def test_what_the_model_cannot_take():
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_cache_gives_the_logits_of_the_whole():
-    model, tokens = decoder(), torch.randint(30, (2, 12))
+@pytest.mark.parametrize("ngrams", [1, 4])
+def test_the_cache_gives_the_logits_of_the_whole(ngrams):
+    model, tokens = decoder(ngrams=ngrams, buckets=40), torch.randint(30, (2, 12))
     cache = model.new_cache()
     parts = [model(part, cache) for part in (tokens[:, :5], tokens[:, 5:6], tokens[:, 6:])]
     torch.testing.assert_close(torch.cat(parts, 1), model(tokens), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("ngrams", [1, 4])
 @pytest.mark.parametrize("prompt", [[], [3, 4, 5], list(range(25))])
-def test_cached_writing_is_the_same_also_beyond_the_context(prompt):
-    model = decoder().train()
+def test_cached_writing_is_the_same_also_beyond_the_context(prompt, ngrams):
+    model = decoder(ngrams=ngrams, buckets=40).train()
     before = torch.get_rng_state()
     cached = LANGUAGE.sample(model, prompt, 12, length=30, seed=4)
     assert cached == LANGUAGE.sample(model, prompt, 12, length=30, seed=4, cached=False)
@@ -258,32 +273,57 @@ def test_n_grams_are_those_of_the_definition():
 # --- learning ---------------------------------------------------------------------------------------------------------
 
 
-def fit(data, resume=None, dropout=0.0, **settings):
+def fit(data, resume=None, dropout=0.0, ngrams=1, **settings):
     torch.manual_seed(0)
-    model = fw.models.build("decoder", data.in_shape, data.out_shape, width=32, depth=1, heads=2, dropout=dropout)
+    small = {"width": 32, "depth": 1, "heads": 2, "dropout": dropout, "ngrams": ngrams, "buckets": 500}
+    model = fw.models.build("decoder", data.in_shape, data.out_shape, **small)
     task = fw.tasks.build("language_modelling")
     task.check(data)
     trainer = fw.Trainer(seed=1, **settings)
-    optimizer = fw.optimizers.build("muon", model.parameters(), lr=0.02)
+    optimizer = fw.optimizers.build("muon", model.parameters(), lr=0.02, embedding=ngrams > 1)
     loader = Loader(data.train, batch_size=8, shuffle=True, seed=1)
     trainer.fit(model, loader, task=task, optimizer=optimizer, resume=resume)
     return trainer
 
 
-def test_a_small_model_learns_the_standard_library_better_than_its_characters_frequencies():
-    data = fw.datasets.build("stdlib_source", characters=300_000, length=64, measured=20_000)
-    trainer = fit(data, max_steps=150)
-    counts = torch.bincount(data.train.tokens, minlength=data.tokenizer.size) + 1
-    unigram = -(counts / counts.sum()).log2()[data.test.tokens.long()].mean()
+def standard_library(folder, **settings):
+    return fw.datasets.build("stdlib_source", characters=300_000, measured=20_000, **settings)
+
+
+def bible(folder, **settings):
+    whole = cache_folder() / "bible" / "kjv.txt"
+    if not whole.is_file():
+        pytest.skip("the Bible is not fetched")
+    (folder / "kjv.txt").write_text(whole.read_text()[:300_000])
+    return fw.datasets.build("bible", path=folder / "kjv.txt", measured=20_000, **settings)
+
+
+def unigram(data):
+    """Return -log₂ p per character of the test text under the frequencies of the training text's characters."""
+    counts = Counter(data.fitted_on)
+    size = len(data.fitted_on) + len(counts) + 1  # one more of each, so that none is impossible
+    return -sum(math.log2((counts[sign] + 1) / size) for sign in data.held_out) / len(data.held_out)
+
+
+@pytest.mark.parametrize(
+    ("text", "tokenizer", "ngrams"),
+    [(standard_library, "char", 1), (standard_library, "char", 5), (bible, {"name": "bpe", "vocabulary": 400}, 3)],
+)
+def test_a_small_model_learns_a_text_better_than_its_characters_frequencies(text, tokenizer, ngrams, tmp_path):
+    if tokenizer != "char":
+        pytest.importorskip("tokenizers")
+    data = text(tmp_path, tokenizer=tokenizer, length=64)
+    trainer = fit(data, max_steps=120, ngrams=ngrams)
     values = trainer.evaluate(data.test, metrics=[fw.metrics.build("bits_per_character")])
-    assert values["test/bits_per_character"] < unigram - 1
+    assert values["test/bits_per_character"] < unigram(data) - 1
 
 
-def test_a_run_that_stops_in_mid_epoch_goes_on_bit_for_bit(text_file):
-    data = text_data(text_file, "char")
-    whole = fit(data, max_steps=40, dropout=0.1)
-    state = copy.deepcopy(fit(data, max_steps=23, dropout=0.1).state_dict())
-    resumed = fit(data, resume=state, max_steps=40, dropout=0.1)
+@pytest.mark.parametrize(("tokenizer", "ngrams"), [("char", 1), ("char", 3), ({"name": "bpe", "vocabulary": 280}, 1)])
+def test_a_run_that_stops_in_mid_epoch_goes_on_bit_for_bit(text_file, tokenizer, ngrams):
+    data = text_data(text_file, tokenizer)
+    whole = fit(data, max_steps=40, dropout=0.1, ngrams=ngrams)
+    state = copy.deepcopy(fit(data, max_steps=23, dropout=0.1, ngrams=ngrams).state_dict())
+    resumed = fit(data, resume=state, max_steps=40, dropout=0.1, ngrams=ngrams)
     assert whole.state.steps_per_epoch not in (1, 23, 40)
     weights = resumed.model.state_dict()
     assert all(torch.equal(tensor, weights[key]) for key, tensor in whole.model.state_dict().items())
@@ -306,6 +346,21 @@ def test_a_run_goes_on_with_a_prompt(command, text_file, model):
     assert command("predict runs/default/a --prompt 'if x == ' --length 40 --temperature 0.5")[1] == out
     if not model:
         assert "y = " in out
+        check_other_prompts(command)
+
+
+def check_other_prompts(command):
+    """Longer than the 32 tokens that the model sees at once; with a sign that it never saw; with nothing in it."""
+    long = "if x == 3: " * 20
+    status, out, err = command(f"predict runs/default/a --prompt '{long}' --length 40 --temperature 0")
+    assert (status, out[: len(long)], len(out)) == (0, long, len(long) + 40 + 1), err
+    other = command(f"predict runs/default/a --prompt 'y{long[1:]}' --length 40 --temperature 0")[1]
+    assert other == f"y{out[1:]}", "what lies before the window does not count"
+    status, out, err = command("predict runs/default/a --prompt 'if é == ' --length 10")
+    assert (status, out[:8]) == (0, "if � == "), err
+    assert err == "framework: the model knows a part of the prompt only; it reads 'if � == '\n"
+    status, out, err = command("predict runs/default/a --prompt '' --length 10")
+    assert (status, len(out)) == (0, 10 + 1), err
 
 
 class Texts(fw.Logger):

@@ -47,6 +47,19 @@ BLOCKS = [
 ]
 
 
+MODELS = ["sequence_cnn", "spectrogram_cnn", "sequence_transformer"]
+PICTURES = [
+    ("masked", {"blocks": [{"name": "conv2d", "channels": 5}]}),
+    ("masked_conv2d", {"channels": 4, "kernel_size": 5, "activation": "gelu"}),
+    ("masked_conv2d", {"channels": 4, "stride": 2}),
+    ("masked_conv2d", {"channels": 4, "stride": 3, "norm": None}),
+    ("masked_residual", {"blocks": ["masked_conv2d"]}),
+    ("masked_residual", {"blocks": [{"name": "masked_conv2d", "channels": 1, "norm": None}]}),
+    ("masked_residual", {"blocks": [{"name": "masked_conv2d", "stride": 2}, "masked_conv2d"]}),
+    ("as_sequence", {}),
+]
+
+
 def makers(settings):
     """Return settings with the blocks in them as makers, as the command line gives them."""
     named = [{"name": each} if isinstance(each, str) else each for each in settings.get("blocks", ())]
@@ -77,13 +90,53 @@ def test_what_is_padding_stays_zero_and_the_mask_a_mask(name, settings):
     assert out[:, :-1].masked_select(out[:, -1:] == 1).ne(0).any()
 
 
-@pytest.mark.parametrize("name", ["sequence_cnn", "sequence_transformer"])
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("pool", ["mean", "max", "statistics", "attention"])
 def test_a_model_says_the_same_of_a_sequence_alone_and_among_longer_ones(name, pool):
     model = build("models", name, (CHANNELS + 1, max(LENGTHS) + 5), (4,), pool=pool, dropout=0.2).eval()
     together = model(ragged(padding=5))
     for row in range(len(LENGTHS)):
         torch.testing.assert_close(together[row : row + 1], model(alone(ragged(), row)), atol=1e-5, rtol=1e-5)
+
+
+def picture(x):
+    """Return sequences as pictures: two maps, the values and the mask, with the channels as rows."""
+    return build("blocks", "as_picture", tuple(x.shape[1:]))(x)
+
+
+def test_a_picture_has_the_channels_as_rows_and_is_a_sequence_again():
+    x = ragged()
+    x[1, :-1, 30:] = 7  # rubbish behind the mask
+    shown = picture(x)
+    assert shown.shape == (len(LENGTHS), 2, CHANNELS, 40)
+    assert torch.equal(shown[0, 0], x[0, :-1])
+    assert torch.equal(shown[1], torch.stack([ragged()[1, :-1], ragged()[1, -1].expand(CHANNELS, -1)]))
+    assert torch.equal(build("blocks", "as_sequence", (2, CHANNELS, 40))(shown), ragged())
+
+
+@pytest.mark.parametrize(("name", "settings"), PICTURES)
+def test_padding_changes_nothing_in_a_picture(name, settings):
+    block = build("blocks", name, (2, CHANNELS, max(LENGTHS)), **makers(settings))
+    whole, wider = block(picture(ragged())), block(picture(ragged(padding=11)))
+    torch.testing.assert_close(wider[..., : whole.shape[-1]], whole)
+    assert wider[..., whole.shape[-1] :].eq(0).all()
+    for row in range(len(LENGTHS)):
+        single = block(picture(alone(ragged(), row)))
+        torch.testing.assert_close(whole[row : row + 1, ..., : single.shape[-1]], single)
+        assert whole[row, ..., single.shape[-1] :].eq(0).all()
+        assert single[0, -1].eq(1).all()
+
+
+def test_a_masked_2d_convolution_is_a_convolution_of_the_frames_in_both_directions():
+    x = ragged()
+    block = build("blocks", "masked_conv2d", (2, CHANNELS, 40), channels=4, stride=2, norm=None, activation=None)
+    convolution, out = block.body[0].conv, block(picture(x))
+    for row, length in enumerate(LENGTHS):
+        frames = F.pad(alone(x, row)[0, :-1], [1, 1, 1, 1])
+        for channel, high, wide in ((0, 0, 0), (3, 2, 0), (1, 1, (length - 1) // 2)):
+            under = frames[2 * high : 2 * high + 3, 2 * wide : 2 * wide + 3]
+            expected = (convolution.weight[channel, 0] * under).sum() + convolution.bias[channel]
+            torch.testing.assert_close(out[row, channel, high, wide], expected)
 
 
 def test_pooling_is_that_of_the_frames_alone():
@@ -153,6 +206,12 @@ def test_shapes_and_mistakes():
         build("blocks", "masked_pool", (1, 8))
     with pytest.raises(BuildError, match="odd kernel_size"):
         build("blocks", "masked_conv1d", (4, 8), kernel_size=4)
+    with pytest.raises(BuildError, match=r"masked_conv2d expects \(C\+1, H, L\), gets \(4, 8\)"):
+        build("blocks", "masked_conv2d", (4, 8))
+    with pytest.raises(BuildError, match="odd kernel_size"):
+        build("blocks", "masked_conv2d", (2, 4, 8), kernel_size=4)
+    with pytest.raises(BuildError, match=r"expects blocks that give \(C, H, L\), gets \(256,\)"):
+        build("blocks", "masked", (2, 16, 16), blocks=[fw.blocks.maker("flatten")])
     with pytest.raises(BuildError, match="6 channels into 4 heads"):
         build("blocks", "masked_transformer", (7, 8), heads=4)
     with pytest.raises(BuildError, match="cannot follow its mask from 8 frames to 6"):
@@ -160,7 +219,7 @@ def test_shapes_and_mistakes():
 
 
 def test_zeros_without_a_real_frame_give_numbers():
-    for name in ("sequence_cnn", "sequence_transformer"):
+    for name in MODELS:
         for pool in ("mean", "max", "statistics", "attention"):
             model = build("models", name, (7, 40), (4,), pool=pool)
             assert model(torch.zeros(2, 7, 40)).isfinite().all()

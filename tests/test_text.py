@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from framework_plugins.arrays import cache_folder
 from torch import nn
 
 import framework as fw
@@ -307,10 +308,31 @@ def test_each_model_learns_whose_docstring_it_is(docstrings, name):
     assert accuracy > 2 * (answers == answers.mode().values).float().mean()
 
 
-def test_a_run_that_stops_in_mid_epoch_goes_on_bit_for_bit(docstrings):
+@pytest.mark.parametrize("name", MODELS)
+def test_spam_is_told_from_ham_on_a_slice(tmp_path, name):
+    """Some mails of each group, so that in the test half are ham; those of hard-ham-1 look like spam."""
+    whole = cache_folder() / "spam"
+    if not whole.is_dir():
+        pytest.skip("the mails are not fetched")
+    for group, count in {"easy-ham-1": 150, "spam-1": 150, "easy-ham-2": 90, "hard-ham-1": 10, "spam-2": 100}.items():
+        (tmp_path / group).mkdir()
+        for file in sorted((whole / group).glob("*.json"))[:count]:
+            (tmp_path / group / file.name).symlink_to(file)
+    data = fw.datasets.build("spam", folder=tmp_path, max_length=48)
+    torch.manual_seed(0)
+    small = {"width": 32, "depth": 1} if name == "text_transformer" else {"width": 32}
+    trainer = fit(
+        fw.models.build(name, data.in_shape, data.out_shape, vocabulary=data.vocabulary, **small), data, max_steps=120
+    )
+    values = trainer.evaluate(data.test, metrics=[fw.metrics.build("accuracy")])
+    assert values["test/accuracy"] > 0.75
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_run_that_stops_in_mid_epoch_goes_on_bit_for_bit(docstrings, name):
     def fresh():
         torch.manual_seed(0)
-        return fw.models.build("embedding_bag", (32,), docstrings.out_shape, vocabulary=5000, width=16, dropout=0.3)
+        return fw.models.build(name, (32,), docstrings.out_shape, vocabulary=5000, width=16, dropout=0.3)
 
     whole = fit(fresh(), docstrings, max_steps=100)
     state = copy.deepcopy(fit(fresh(), docstrings, max_steps=37).state_dict())
