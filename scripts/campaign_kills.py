@@ -35,12 +35,23 @@ MODELS = {
     "transformer": ["model=transformer", "model.width=16", "model.depth=1", "model.heads=2", "model.dropout=0.1"],
 }
 MODELS["transformer"] += ["data.image=true"]
-MODELS |= {  # other tasks: two updates a step, draws of codes, views of inputs, values beside the loss
-    "gan": ["model=gan", "model.widths=[16]", "task=adversarial", "metrics=[]"],
+MODELS |= {  # other tasks: two updates a step, draws of codes, views of inputs, values beside the loss, a teacher
+    "gan": ["model=gan", "model.widths=[16]", "task=adversarial", "task.penalty=1", "metrics=[]"],
+    "autoencoder": ["model=autoencoder", "model.widths=[16]", "task=reconstruction", "metrics=[]"],
     "vae": ["model=vae", "model.widths=[16]", "task=variational", "task.likelihood=gaussian", "metrics=[]"],
     "contrastive": [*MODELS["cnn"], "task=contrastive", "metrics=[]"],
     "multi_task": [*MODELS["mlp"], "task=multi_task"],
+    "distillation": [*MODELS["mlp"], "task=distillation", "task.teacher={root}/campaign/teacher"],
 }
+OWN_DATA = {  # texts of unequal length in pools, windows of a long text, tables, series
+    "text": ["data=text_table", "data.path={root}/texts.csv", "model=text_lstm", "model.width=8"],
+    "language": ["data=stdlib_source", "data.characters=60000", "data.length=32", "task=language_modelling"],
+    "table": ["data=diabetes", "task=regression", "metrics=[mae]", "model.width=24", "model.dropout=0.1"],
+    "series": ["data=series", "data.path={root}/series.csv", "data.target=load", "data.lookback=8", "data.horizon=4"],
+}
+OWN_DATA["language"] += ["model=decoder", "model.width=16", "model.depth=1", "model.heads=2", "metrics=[]"]
+OWN_DATA["series"] += ["task=regression", "metrics=[mae]", "model=linear_forecast"]
+MODELS |= OWN_DATA
 BACKGROUND, EACH_STEP = "callbacks.checkpoint.background=true", "callbacks.checkpoint.every=1steps"
 AUGMENTED, FP16 = ["data=noisy_digits"], ["trainer.precision=fp16"]
 TWISTS = {
@@ -183,12 +194,28 @@ class Outcome:
 def choose(number: int, root: Path) -> tuple[str, list[str]]:
     """Return the name and overrides of a run: all pairs of model and twist in turn, each with a seed of its own."""
     model = list(MODELS)[number % len(MODELS)]
-    twist = list(TWISTS)[number % len(TWISTS)]  # 7 and 16 have no divisor in common: all pairs come up
+    twist = list(TWISTS)[number % len(TWISTS)]  # 13 and 16 have no divisor in common: all pairs come up
+    own = [word.replace("{root}", str(root)) for word in MODELS[model]]
+    twisted = [word for word in TWISTS[twist] if model not in OWN_DATA or not word.startswith("data")]
     fixed = [f"run.root={root}", f"seed={number}", f"trainer.max_steps={STEPS}", "trainer.max_epochs=null"]
     fixed += ["trainer.validate_every=10steps", "trainer.log_every=5steps", "loader.batch_size=64", "resume=auto"]
     fixed += ["callbacks=[witness,checkpoint,non_finite,gradient_norm]", f"callbacks.checkpoint.every={EVERY}steps"]
     fixed += ["callbacks.checkpoint.background=false"]
-    return f"{model}, {twist}", [*fixed, *MODELS[model], *TWISTS[twist]]
+    return f"{model}, {twist}", [*fixed, *own, *twisted]
+
+
+def provide(root: Path) -> None:
+    """Make what some of the runs read: a teacher, texts of unequal length, a series."""
+    words, chance = ["yes", "no", "perhaps", "never", "always"], random.Random(0)
+    texts = [" ".join(chance.choices(words, k=chance.randint(1, 30))) for _ in range(400)]
+    lines = [f"{text},{'even' if text.count('yes') % 2 == 0 else 'odd'}" for text in texts]
+    (root / "texts.csv").write_text("\n".join(["text,label", *lines]))
+    (root / "series.csv").write_text(
+        "\n".join(["load", *(f"{hour % 24 + chance.random():.3f}" for hour in range(900))])
+    )
+    teacher = spec_of([*choose(0, root)[1], "run.name=teacher"])
+    if status_of(fork(lambda: live(teacher))) != 0:
+        raise RunError("the teacher's run failed")
 
 
 def live(spec: Spec, forget: bool = False) -> None:
@@ -273,6 +300,7 @@ def kills(runs: int, each: int, seed: int, control: bool) -> int:
     """Run the campaign and return its exit status. control: resume without the random state."""
     root, began, chance = Path(tempfile.mkdtemp(prefix="campaign-")), time.monotonic(), random.Random(seed)
     outcomes: list[Outcome] = []
+    provide(root)
     for number in range(runs):
         owed = each * (number + 1) - sum(o.kills for o in outcomes)  # a run may end before it has had its share
         outcomes.append(campaign_run(number, owed, root, chance, control))
