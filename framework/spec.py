@@ -113,7 +113,8 @@ class Reader:
             return None
         name = value.get("name", default)
         if not isinstance(name, str) or name not in Registry.every[kind.name]:
-            self.problem(path, name, Registry.every[kind.name].unknown(str(name)))
+            nothing = f"these are settings of no {kind.name} yet: choose one with {path}=NAME"
+            self.problem(path, name, nothing if name is None else Registry.every[kind.name].unknown(str(name)))
             return None
         entry = Registry.every[kind.name].get(str(name))
         given = {key: item for key, item in value.items() if key != "name"}

@@ -95,7 +95,7 @@ def test_the_complete_tree_gives_the_same_spec_again():
         ({"trainer": 3}, ["trainer=3: should be a mapping of settings"]),
         ({"trainer": {}}, ["trainer: needs a limit"]),
         ({"trainer": {"max_steps": 1, "device": "cuda:99"}}, ["trainer.device=cuda:99: ", "not on this machine"]),
-        ({"data": {"_target_": "os.system"}}, ["there is no data 'None'"]),
+        ({"data": {"_target_": "os.system"}}, ["these are settings of no data yet: choose one with data=NAME"]),
         ({"data": {"name": "digits", "_target_": "os.system"}}, ["data._target_=os.system: is refused"]),
         ({"_target_": "os.system"}, ["_target_=os.system: is refused"]),
         ({"a": {"b": {"c": 1}}}, ["a.b.c=1: there is no key 'a' in an experiment"]),
