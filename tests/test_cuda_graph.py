@@ -47,6 +47,10 @@ def fused_sgd(model):
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
 
 
+def name_of(optimizer):
+    return getattr(optimizer, "__name__", optimizer)
+
+
 def assert_close(one, other, tolerance=1e-6):
     for a, b in zip(one.model.state_dict().values(), other.model.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
@@ -106,7 +110,7 @@ def recorded(monkeypatch):
     return made
 
 
-@pytest.mark.parametrize("optimizer", [fused, fused_sgd, "lion"], ids=str)
+@pytest.mark.parametrize("optimizer", [fused, fused_sgd, "lion"], ids=name_of)
 def test_the_whole_step_is_replayed(recorded, optimizer):
     replayed = fit(mode="on", optimizer=optimizer, model=Small(norm=True))
     assert_close(replayed, fit(optimizer=optimizer, model=Small(norm=True)))
@@ -198,7 +202,7 @@ REAL = [{}, {"precision": "fp16"}, {"precision": "bf16"}, {"accumulate": 2}, {"m
 
 
 @needs_gpu
-@pytest.mark.parametrize("optimizer", [fused, fused_sgd, "lion", "rmsprop"], ids=str)
+@pytest.mark.parametrize("optimizer", [fused, fused_sgd, "lion", "rmsprop"], ids=name_of)
 @pytest.mark.parametrize("settings", REAL, ids=str)
 def test_a_cuda_graph_does_what_the_eager_step_does(settings, optimizer):
     def run(mode):
