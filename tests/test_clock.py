@@ -44,9 +44,9 @@ def test_a_part_does_not_count_the_parts_within_it():
     with clock.part("outer"):
         time.sleep(0.02)
         with clock.part("inner"):
-            time.sleep(0.04)
-    assert clock.seconds["inner"] == pytest.approx(0.04, abs=0.015)
-    assert clock.seconds["outer"] == pytest.approx(0.02, abs=0.015)
+            time.sleep(0.2)
+    assert clock.seconds["inner"] >= 0.2
+    assert 0.02 <= clock.seconds["outer"] < 0.15, "less than a part within it took, however busy the machine is"
 
 
 def test_shares_add_up():

@@ -84,11 +84,15 @@ class SweepFolder:
             return {}
 
     def conduct(self) -> None:
-        """Let no other process begin trials here, as long as this object lives. Raises RunError when one does."""
+        """Let no other process begin trials here until `release`. Raises RunError when one does."""
         self.lock = (self.path / "sweep.lock").open("a")
         if not take(self.lock):
             self.lock.close()
             raise RunError(f"{self.path} is run by another process: wait for it, or choose another sweep.name")
+
+    def release(self) -> None:
+        if self.lock is not None:
+            self.lock.close()
 
     def record(self, trial: Trial) -> None:
         """Append a row, whole; what a kill left of a row before it stands on a line of its own."""

@@ -59,7 +59,10 @@ class Lockstep:
         models, tasks = [t.model for t in trainers], [t.task for t in trainers]
         self.stack = Stack(models, tasks, self.first.precision)
         self.rows = Rows(models, [t.optimizer for t in trainers])
-        self.graphed = Graphed("the step of all trials", self._forward_and_backward, lambda: [], self.first.cuda_graph)
+        self.graphed: Graphed | None = None
+        if self.first.cuda_graph != "off":  # without, nothing refers to itself, and all is freed when trials are done
+            run, mode = self._forward_and_backward, self.first.cuda_graph
+            self.graphed = Graphed("the step of all trials", run, lambda: [], mode)
         self.orders: torch.Tensor | None = None
         self.failed: dict[int, BaseException] = {}
         self._sum_anew()
@@ -173,7 +176,8 @@ class Lockstep:
         mean: Any = 0.0
         for number, (batch, count) in enumerate(zip(batches, counts, strict=True)):
             if len(batches) == 1:
-                step = self.graphed(batch, (shared, self.rows.weights.data_ptr()))
+                beside = shared, self.rows.weights.data_ptr()
+                step = self.graphed(batch, beside) if self.graphed else self._forward_and_backward(batch)
                 mean = step.loss.detach()
             else:
                 step = self.stack(self.rows, batch, shared)
@@ -289,7 +293,8 @@ class Lockstep:
         for trial in (trial for row, trial in enumerate(self.trials) if row not in rows):
             trial.trainer.measures.leave()  # type: ignore[attr-defined]
         self.rows.keep(rows)
-        self.graphed.captured.clear()  # they write to the memory of more rows
+        if self.graphed is not None:
+            self.graphed.captured.clear()  # they write to the memory of more rows
         self.stack.keep(rows)
         self.sums.keep(rows)
         self.trials = [self.trials[row] for row in rows]

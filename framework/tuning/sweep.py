@@ -54,6 +54,8 @@ def sweep(composing: Composing, arguments: list[str], task: Callable[[Job], Resu
                 sweeper.sweep(list(OmegaConf.to_container(config.hydra.overrides.task, resolve=False)))  # type: ignore
         finally:
             show(trials)
+            if trials.opened is not None:
+                trials.opened.release()
     settle(trials)
 
 
