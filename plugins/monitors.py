@@ -1,5 +1,6 @@
 """Callbacks that only look: gradient norms, learning rates, histograms."""
 
+import torch
 from torch import Tensor, nn
 
 from framework import Callback, Every, PositiveInt, Trainer, Transform, callbacks
@@ -97,7 +98,7 @@ class Histograms(Callback):
 
 @callbacks.register("augmented")
 class Augmented(Transform):
-    """Gives the loggers the first pictures of a training batch as the model got them, after all transforms.
+    """Gives the loggers the first pictures of a training batch as the model got them, after all transforms, side by side.
 
     After the first step, and then at its cadence.
     """
@@ -121,9 +122,9 @@ class Augmented(Transform):
     def on_step_end(self, trainer: Trainer) -> None:
         due = self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0)
         if self.shown is not None and (due or trainer.state.step == 1):
-            pictures = as_pictures(self.shown)
+            picture = side_by_side(as_pictures(self.shown))
             for logger in trainer.loggers:
-                logger.images("augmented", pictures, trainer.state.step)
+                logger.images("augmented", picture[None], trainer.state.step)
         self.shown = None
 
 
@@ -136,6 +137,14 @@ def as_pictures(inputs: Tensor) -> Tensor:
     images = images if images.shape[1] in (1, 3) else images.mean(1, keepdim=True)
     low, high = images.aminmax()
     return (images - low) / (high - low).clamp(min=1e-6)
+
+
+def side_by_side(images: Tensor, most: int = 8) -> Tensor:
+    """Return images (N, C, H, W) as one, in rows of at most so many; what the last row lacks is black."""
+    columns = min(len(images), most)
+    lacking = -len(images) % columns
+    whole = torch.cat([images, images.new_zeros(lacking, *images.shape[1:])])
+    return torch.cat([torch.cat(list(row), 2) for row in whole.split(columns)], 1)
 
 
 def finite(tensor: Tensor) -> Tensor:
