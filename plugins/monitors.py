@@ -98,7 +98,7 @@ class Histograms(Callback):
 
 @callbacks.register("augmented")
 class Augmented(Transform):
-    """Gives the loggers the first pictures of a training batch as the model got them, after all transforms, side by side.
+    """Gives the loggers the first pictures of a training batch, side by side, as the model got them: transformed.
 
     After the first step, and then at its cadence.
     """
