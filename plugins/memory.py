@@ -37,9 +37,10 @@ class ActivationCheckpointing(Callback):
         self.wrapped: list[nn.Module] = []
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """Wrap the blocks. Raises SettingError for a pattern that fits none, and where steps are compiled."""
-        if trainer.compile != "off":
-            raise SettingError(f"activation_checkpointing goes with compile=off, not {trainer.compile}")
+        """Wrap the blocks. Raises SettingError for a pattern that fits none, and where steps are compiled or replayed."""
+        for name in ("compile", "cuda_graph"):
+            if getattr(trainer, name) != "off":
+                raise SettingError(f"activation_checkpointing goes with {name}=off, not {getattr(trainer, name)}")
         modules = {name: each for name, each in trainer.model.named_modules() if name and runs(each)}
         for pattern in self.patterns:
             if not any(fnmatchcase(name, pattern) for name in modules):
