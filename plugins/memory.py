@@ -37,7 +37,7 @@ class ActivationCheckpointing(Callback):
         self.wrapped: list[nn.Module] = []
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """Wrap the blocks. Raises SettingError for a pattern that fits none, and where steps are compiled or replayed."""
+        """Wrap the blocks. Raises SettingError for a pattern that fits none, where steps are compiled, or replayed."""
         for name in ("compile", "cuda_graph"):
             if getattr(trainer, name) != "off":
                 raise SettingError(f"activation_checkpointing goes with {name}=off, not {getattr(trainer, name)}")
