@@ -11,7 +11,7 @@ and `as_sequence` a sequence of a picture.
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -122,10 +122,18 @@ def masked_conv1d(
         dropout: probability of zeroing an output.
         dropout_kind: how outputs are dropped.
     """
-    if kernel_size % 2 == 0:
-        raise BuildError(f"masked_conv1d needs an odd kernel_size, with a middle, not {kernel_size}")
-    convolution = {"channels": channels, "kernel_size": kernel_size, "stride": stride, "dilation": dilation}
-    layers = [blocks.maker("conv1d", **convolution, activation=activation, norm=norm)]
+    settings = {"channels": channels, "kernel_size": kernel_size, "stride": stride, "dilation": dilation}
+    settings |= {"activation": activation, "norm": norm}
+    return masked_convolution("conv1d", in_shape, settings, dropout, dropout_kind)
+
+
+def masked_convolution(
+    name: str, in_shape: Shape, settings: dict[str, Any], dropout: float, dropout_kind: Dropout
+) -> nn.Module:
+    """Return the convolution of that name within `masked`, and a dropout after it."""
+    if settings["kernel_size"] % 2 == 0:
+        raise BuildError(f"masked_{name} needs an odd kernel_size, with a middle, not {settings['kernel_size']}")
+    layers = [blocks.maker(name, **settings)]
     if dropout > 0:
         layers.append(blocks.maker("dropout", p=dropout, kind=dropout_kind))
     return blocks.build("masked", in_shape, blocks=layers)
@@ -154,13 +162,9 @@ def masked_conv2d(
         dropout_kind: how outputs are dropped.
     """
     expect_masked(in_shape, "masked_conv2d", PICTURE)
-    if kernel_size % 2 == 0:
-        raise BuildError(f"masked_conv2d needs an odd kernel_size, with a middle, not {kernel_size}")
-    convolution = {"channels": channels, "kernel_size": kernel_size, "stride": stride}
-    layers = [blocks.maker("conv2d", **convolution, activation=activation, norm=norm)]
-    if dropout > 0:
-        layers.append(blocks.maker("dropout", p=dropout, kind=dropout_kind))
-    return blocks.build("masked", in_shape, blocks=layers)
+    settings = {"channels": channels, "kernel_size": kernel_size, "stride": stride}
+    settings |= {"activation": activation, "norm": norm}
+    return masked_convolution("conv2d", in_shape, settings, dropout, dropout_kind)
 
 
 @blocks.register("as_picture")
