@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,6 +96,28 @@ class LiveTable:
         return Group(*texts, *([table(ended, self.by, MOST_ROWS)] if ended else []))
 
 
+class Elsewhere:
+    """Shows trials in the process that this one was forked from."""
+
+    def __init__(self, pipe: Connection):
+        self.pipe = pipe
+
+    def begins(self, trial: Trial) -> None:
+        self.pipe.send(("begins", trial))
+
+    def said(self, line: str) -> None:
+        self.pipe.send(("said", line))
+
+    def ends(self, trial: Trial) -> None:
+        self.pipe.send(("ends", trial))
+
+    def close(self) -> None:
+        """It is closed where it is."""
+
+
+Shown = Lines | LiveTable | Elsewhere
+
+
 def display(by: Direction, earlier: list[Trial], planned: int | None) -> Lines | LiveTable:
     """Return what suits where stderr goes."""
     if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
@@ -105,7 +128,7 @@ def display(by: Direction, earlier: list[Trial], planned: int | None) -> Lines |
 class Output(io.TextIOBase):
     """Takes what a trial prints: into a file of its run folder, as soon as there is one; the last line is shown."""
 
-    def __init__(self, folder: Path, shown_on: Lines | LiveTable):
+    def __init__(self, folder: Path, shown_on: Shown):
         self.folder, self.shown_on = folder, shown_on
         self.pending = self.line = ""
 

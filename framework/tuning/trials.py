@@ -1,6 +1,9 @@
 """Runs the trials of a sweep and records them. It is also the function that Hydra's launchers call for each job."""
 
 import math
+import os
+import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,7 +18,7 @@ from ..resume import fingerprint
 from .composer import Composer
 from .folder import SweepFolder, Trial, run_name
 from .isolation import isolated
-from .live import Lines, LiveTable, Output, display
+from .live import Lines, Output, Shown, display
 from .settings import Sweep
 from .table import Direction, best_trial
 
@@ -47,7 +50,7 @@ class Trials:
     numbers: dict[int, int] = field(default_factory=dict)
     planned: int | None = None
     opened: SweepFolder | None = None
-    shown: Lines | LiveTable | None = None
+    shown: Shown | None = None
 
     @property
     def folder(self) -> SweepFolder:
@@ -67,8 +70,14 @@ class Trials:
         return self.__dict__ | away
 
     def __call__(self, config: Any) -> Any:
-        """Run the trial of a config that Hydra composed."""
-        return self.returned(self.run(self.place(self.composing.job(config))))
+        """Run the trial of a config that Hydra composed, or go on with it where its job is queued again."""
+        job = self.place(self.composing.job(config))
+        if any(row.number == job.number and row.config == fingerprint(job.spec.tree) for row in self.folder.trials()):
+            job.spec = replace(job.spec, resume="auto")
+        trial = self.run(job)
+        if trial.exit_status == 128 + signal.SIGTERM and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
+            sys.exit(trial.exit_status)  # without a result: submitit then waits for SLURM, which queues the job again
+        return self.returned(trial)
 
     def returned(self, trial: Trial) -> Any:
         return trial.metrics.get(next(iter(self.by)), math.nan) if self.gives_value else trial
@@ -140,7 +149,7 @@ class Trials:
         self.show().ends(trial)
         return trial
 
-    def show(self) -> Lines | LiveTable:
+    def show(self) -> Shown:
         return self.shown or Lines(self.by)
 
     @contextmanager

@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,7 +11,8 @@ from typing import Any
 
 from ..building import build_data
 from ..compose import Job
-from ..experiment import Prepared, Result, prepare
+from ..data import Data
+from ..experiment import Experiment, Prepared, Result, prepare
 from ..introduction import first_batch
 from ..memory import OutOfMemory, free_bytes
 from ..probe import read_layers
@@ -20,8 +21,9 @@ from ..signals import stopping
 from .folder import Trial
 from .isolation import isolated
 from .launcher import OneByOne
-from .live import Output
+from .live import Elsewhere, Output
 from .lockstep import Lockstep
+from .processes import bins, most_processes, shared_out
 from .rows import NotStackable
 from .trials import outcome
 
@@ -29,6 +31,7 @@ APART = ("seed", "run", "initializer", "scheduler", "loggers", "resume", "init_f
 """What each trial of a group may have of its own, whole sections."""
 STRICT = ("data", "loader", "trainer")  # where a number decides what is computed
 LIMITS = ("max_epochs", "max_steps")
+A_PROCESS = 8  # trials that one is worth
 
 
 @dataclass
@@ -41,41 +44,97 @@ class Ready:
     row: Trial | None = None
 
 
+@dataclass
+class Share:
+    """Jobs of one group, and their data when it is there."""
+
+    jobs: dict[int, Job]  # by their places
+    data: Data | None = None
+
+
 class Vectorized(OneByOne):
     """Trains trials of one architecture, which differ in numbers and seeds, as one stacked model."""
 
     at_once = 8  # trials that a search asks for, before it knows of their results
 
-    def __init__(self, most: PositiveInt = 256, fewest: PositiveInt = 2):
+    def __init__(self, most: PositiveInt = 256, fewest: PositiveInt = 2, processes: PositiveInt | None = None):
         """Say how many trials may train as one.
 
         Args:
             most: trials at once, if memory allows.
             fewest: trials of a group below which they train one by one.
+            processes: that trials are shared out to; by default as many as there are cores for models that one core
+                suits, eight trials for each at least, and without an accelerator; else this one.
         """
-        self.most, self.fewest = most, fewest
+        self.most, self.fewest, self.processes = most, fewest, processes
 
     def run(self, jobs: list[Job]) -> list[Trial]:
         """Run jobs, group by group, until a signal; the rows come in the order of the jobs."""
         rows = {place: row for place, job in enumerate(jobs) if (row := self.trials.finished(job)) is not None}
-        for group in groups(jobs, rows):
-            for start in range(0, len(group), self.most):
-                part = group[start : start + self.most]
-                if len(part) >= self.fewest:
-                    rows |= self._together({place: jobs[place] for place in part})
-                for place in (each for each in part if each not in rows):
-                    if stopped(rows):
-                        break
-                    rows[place] = self.trials.run(jobs[place])
+        found = [{place: jobs[place] for place in group} for group in groups(jobs, rows)]
+        number = min(self.processes or most_processes(), (len(jobs) - len(rows)) // A_PROCESS)
+        rows |= self._apart(found, number) if number > 1 else {}
+        for group in found:
+            rows |= self._here(Share({place: job for place, job in group.items() if place not in rows}), rows)
         return [rows[place] for place in sorted(rows)]
 
-    def _together(self, jobs: dict[int, Job]) -> dict[int, Trial]:
+    def _apart(self, found: Sequence[dict[int, Job]], number: int) -> dict[int, Trial]:
+        """Run groups in so many processes; returns the rows of those for which that is right."""
+        shares = [share for group in found for share in self._shares(group, number)]
+        filled = [[shares[place] for place in each] for each in bins([len(share.jobs) for share in shares], number)]
+        if len(filled) < 2:
+            return {}
+        ended = shared_out([partial(self._process, each) for each in filled], self.trials.show())
+        for job in (job for each, rows in zip(filled, ended, strict=True) if rows is None for job in jobs_of(each)):
+            job.spec = replace(job.spec, resume="auto")  # its run folder may be there
+        if None in ended:
+            print("a process died: its trials go on in this one", file=sys.stderr)
+        return {place: row for rows in ended for place, row in (rows or {}).items()}
+
+    def _shares(self, jobs: dict[int, Job], number: int) -> list[Share]:
+        """Cut a group for so many processes, eight trials or more in each; into none where a trial has use for more
+        than one core, and the number was not asked for.
+        """
+        first, places = next(iter(jobs.values())), list(jobs)
+        number = max(min(number, len(jobs) // A_PROCESS), 1)
+        try:
+            data = build_data(first.spec)
+            if self.processes is None and Experiment(first.spec, data).threads() > 1:
+                return []
+        except Exception:  # it is told when the trial is built to train
+            return []
+        return [Share({place: jobs[place] for place in places[one::number]}, data) for one in range(number)]
+
+    def _process(self, shares: Sequence[Share], shown: Elsewhere) -> dict[int, Trial]:
+        """Run jobs in a process that is for them."""
+        self.trials.shown = shown
+        rows: dict[int, Trial] = {}
+        for share in shares:
+            rows |= self._here(share, rows)
+        return rows
+
+    def _here(self, share: Share, before: Mapping[int, Trial]) -> dict[int, Trial]:
+        """Run jobs of one group in this process, as one, and those with which that did not work one by one; none after
+        a signal."""
+        rows: dict[int, Trial] = {}
+        places = list(share.jobs)
+        for start in range(0, len(places), self.most):
+            part = {place: share.jobs[place] for place in places[start : start + self.most]}
+            if len(part) >= self.fewest and not stopped({**before, **rows}):
+                rows |= self._together(part, share.data)
+            for place in (each for each in part if each not in rows):
+                if stopped({**before, **rows}):
+                    break
+                rows[place] = self.trials.run(part[place])
+        return rows
+
+    def _together(self, jobs: dict[int, Job], data: Data | None) -> dict[int, Trial]:
         """Train jobs as one; returns the rows of those that were. What stands in the way is said."""
         rows: dict[int, Trial] = {}
         ready: list[Ready] = []
         try:
             with isolated(), Output(self.trials.folder.path, self.trials.show()).capturing():
-                ready = self._prepare(jobs, rows)
+                ready = self._prepare(jobs, rows, data)
                 at_once = max(room(ready[0].prepared), self.fewest) if ready else 1
                 for alike in at_the_same_step(ready):
                     for start in range(0, len(alike) if len(alike) >= self.fewest else 0, at_once):
@@ -96,9 +155,9 @@ class Vectorized(OneByOne):
                 each.prepared.release()
         return rows
 
-    def _prepare(self, jobs: dict[int, Job], rows: dict[int, Trial]) -> list[Ready]:
+    def _prepare(self, jobs: dict[int, Job], rows: dict[int, Trial], data: Data | None) -> list[Ready]:
         """Build the trials; the rows of those that cannot be, or need not be, are set."""
-        ready, data = [], None
+        ready = []
         for place, job in jobs.items():
             try:
                 if data is None:
@@ -145,14 +204,15 @@ class Vectorized(OneByOne):
 class Auto(Vectorized):
     """Trains trials as one where that pays: eight or more of them."""
 
-    def __init__(self, most: PositiveInt = 256, fewest: PositiveInt = 8):
+    def __init__(self, most: PositiveInt = 256, fewest: PositiveInt = 8, processes: PositiveInt | None = None):
         """Say how many trials may train as one.
 
         Args:
             most: trials at once, if memory allows.
             fewest: trials of a group below which they train one by one.
+            processes: as for the launcher `vectorized`.
         """
-        super().__init__(most, fewest)
+        super().__init__(most, fewest, processes)
 
 
 def at_the_same_step(ready: Sequence[Ready]) -> Iterator[list[Ready]]:
@@ -160,6 +220,11 @@ def at_the_same_step(ready: Sequence[Ready]) -> Iterator[list[Ready]]:
     steps = [each.prepared.trainer.state.step for each in ready]
     for step in sorted(set(steps)):
         yield [each for each, own in zip(ready, steps, strict=True) if own == step]
+
+
+def jobs_of(shares: Sequence[Share]) -> Iterator[Job]:
+    for share in shares:
+        yield from share.jobs.values()
 
 
 def stopped(rows: dict[int, Trial]) -> bool:
