@@ -6,6 +6,7 @@
 The loop and its events are drawn in `callback.py`; `_step` is the training step, whole.
 """
 
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -333,7 +334,12 @@ class Trainer(Evaluator):
         self._rate_from = (self._rate_from[0] + seconds, self._rate_from[1])
 
     def _finish(self) -> None:
-        """After the last step: what the cadences left unlogged and unmeasured."""
+        """After the last step: what the cadences left unlogged and unmeasured.
+
+        Not after a signal: the run may go on, and would come to other numbers with a measurement more.
+        """
+        if self.state.stop in signal.Signals.__members__:
+            return
         if not self.measures.empty:
             self.log_training()
         if self.val_batches is not None and self._validated != self.state.step:

@@ -1,11 +1,16 @@
 """The same command line with Hydra's launchers: processes of this machine, jobs of a cluster."""
 
 import importlib.util
+import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
+from sweeps import rows
 
 from framework import cli
+from framework.checkpoint import newest
 from framework.tuning.folder import SweepFolder
 from framework.tuning.study import storage_in
 
@@ -52,3 +57,121 @@ def test_a_search_with_a_launcher_finds_what_it_finds_alone(launcher, capsys):
     assert [trial.settings for trial in away.trials()] == [trial.settings for trial in here.trials()]
     assert [t.metrics["val/loss"] for t in away.trials()] == [t.metrics["val/loss"] for t in here.trials()]
     assert all((away.path / trial.folder / "config.yaml").is_file() for trial in away.trials())
+
+
+PLUGIN = """\
+import os
+from framework import Callback, callbacks
+
+@callbacks.register("preempted")
+class Preempted(Callback):
+    changes_training = False
+
+    def on_step_end(self, trainer):
+        step, number = map(int, open("signals").readline().split() or (0, 0))
+        if trainer.seed == 1 and trainer.state.step == step:
+            later = open("signals").readlines()[1:]
+            open("signals", "w").writelines(later)
+            if number == 15:
+                open("queued_again_1", "w")  # SLURM sees to that itself
+            os.kill(os.getpid(), number)
+"""
+TRIALS = f"train --plugins preempted.py {' '.join(QUICK)} -m seed=0,1 trainer.max_steps=10 +callbacks=preempted"
+TRIALS += " data=blobs callbacks.checkpoint.every=4steps callbacks.checkpoint.background=false"
+LOCAL = "hydra/launcher=submitit_local hydra.launcher.submitit_folder=jobs hydra.sweeper.max_batch_size=1"
+SLURM = {  # as much of it as submitit calls: an array of two jobs, which are queued again where a file says so
+    "sbatch": """
+        cp "$1" job.sh
+        export SLURM_ARRAY_JOB_ID=$$
+        for task in 0 1; do
+            export SLURM_JOB_ID=$(($$ + task)) SLURM_ARRAY_TASK_ID=$task
+            until rm -f queued_again_$task; bash job.sh; [ ! -e queued_again_$task ]; do :; done
+            echo "$$_$task|COMPLETED|here" >> ended
+        done > log 2>&1 &
+        echo Submitted batch job $$""",
+    "srun": """shift 5; exec "$@" """,  # --unbuffered --output FILE --error FILE
+    "scontrol": "touch queued_again_${2#*_}",  # requeue JOB_TASK
+    "sacct": "echo 'JobID|State|NodeList'; cat ended",
+}
+
+
+@pytest.fixture
+def preempting(command, tmp_path, forget_plugins):
+    """Run a sweep in which seed 1 gets signals, by the step after which they come; returns as `command` does."""
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    (tmp_path / "preempted.py").write_text(PLUGIN)
+    (tmp_path / "signals").touch()
+    assert command(f"{TRIALS} sweep.name=whole")[0] == 0
+
+    def run(launcher, signals):
+        Path("signals").write_text("".join(f"{step} {number.value}\n" for step, number in signals.items()))
+        ended = command(f"{TRIALS} sweep.name=cut {launcher}")
+        assert Path("signals").read_text() == ""
+        return ended
+
+    return run
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """SLURM's commands, played by scripts; returns the launcher."""
+    (tmp_path / "bin").mkdir()
+    for name, script in SLURM.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{script}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    return "hydra/launcher=submitit_slurm hydra.launcher.submitit_folder=jobs/%j hydra.launcher.max_num_timeout=1"
+
+
+def states():
+    """How it went with seed 1."""
+    return [row["state"] for row in rows("cut") if row["number"] == 1]
+
+
+def weights(name):
+    """Those that seed 1 has come to."""
+    return (newest(Path(f"runs/default/{name}/001_seed-1/checkpoints"))[0] / "model.safetensors").read_bytes()
+
+
+def logged(name):
+    """What seed 1 has logged, but for what tells of time."""
+    lines = map(json.loads, Path(f"runs/default/{name}/001_seed-1/metrics.jsonl").read_text().splitlines())
+    timed = ("wall_seconds", "train/samples_per_second")
+    return [{key: value for key, value in line.items() if key not in timed} for line in lines]
+
+
+def said():
+    return Path("runs/default/cut/001_seed-1/output.txt").read_text()
+
+
+def test_a_preempted_job_goes_on_with_its_run(preempting):
+    """submitit queues it again at SIGUSR2, and nobody said resume=auto."""
+    status, out, _ = preempting(LOCAL, {6: signal.SIGUSR2})
+    assert status == 0
+    assert said() == "going on with runs/default/cut/001_seed-1 after step 6\n"
+    assert states() == ["running", "stopped", "running", "done"]
+    assert "trials   2: done; 20 steps" in out
+    assert weights("cut") == weights("whole")
+    assert logged("cut") == logged("whole")
+
+
+def test_a_job_that_is_told_to_end_saves_and_the_same_command_goes_on(preempting, command):
+    status, out, _ = preempting(LOCAL, {6: signal.SIGTERM})
+    assert status == 128 + signal.SIGTERM
+    assert "trials   2: 1 done, 1 stopped; 16 steps" in out
+    status, out, _ = command(f"{TRIALS} sweep.name=cut resume=auto")
+    assert status == 0
+    assert said().splitlines()[-1] == "going on with runs/default/cut/001_seed-1 after step 6"
+    assert weights("cut") == weights("whole")
+    assert logged("cut") == logged("whole")
+
+
+def test_a_job_of_slurm_goes_on_when_its_time_is_up_and_when_its_machine_is_taken(preempting, slurm):
+    """At SIGUSR2 submitit queues it again; SIGTERM says that SLURM does."""
+    status, out, _ = preempting(slurm, {6: signal.SIGUSR2, 8: signal.SIGTERM})
+    assert status == 0, Path("log").read_text()
+    assert said().splitlines() == [f"going on with runs/default/cut/001_seed-1 after step {step}" for step in (6, 8)]
+    assert states() == [*["running", "stopped"] * 2, "running", "done"]
+    assert "trials   2: done; 20 steps" in out
+    assert weights("cut") == weights("whole")
+    assert logged("cut") == logged("whole")

@@ -71,7 +71,11 @@ def cut_off(name, step, monkeypatch, *overrides):
 
 
 def with_stop(trainer, step):
-    trainer.callbacks.append(Stop(step))
+    return with_callback(trainer, Stop(step))
+
+
+def with_callback(trainer, callback):
+    trainer.callbacks.append(callback)
     trainer._listeners["step_end"].append(trainer.callbacks[-1].on_step_end)
     return trainer
 
@@ -86,6 +90,29 @@ def test_the_same_command_again_goes_on_as_if_nothing_had_happened(step, monkeyp
     assert weights(resumed.folder) == weights(whole.folder)
     assert lines(resumed.folder) == lines(whole.folder)
     assert status_of(resumed.folder) == "done"
+
+
+class Signalled(fw.Callback):
+    """Gets a signal after step 31."""
+
+    def on_step_end(self, trainer):
+        if trainer.state.step == 31:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_adds_no_measurement_that_a_schedule_would_see(monkeypatch):
+    from framework.experiment import Experiment
+
+    plateau = ["scheduler=reduce_on_plateau", "scheduler.patience=0", "scheduler.factor=0.5", "scheduler.threshold=0.3"]
+    whole, _ = go("run.name=whole", *plateau)
+    trainer_of = Experiment.trainer
+    with monkeypatch.context() as patched:
+        patched.setattr(Experiment, "trainer", lambda self: with_callback(trainer_of(self), Signalled()))
+        assert go("run.name=cut", *plateau)[0].steps == 31
+    resumed, said = go("run.name=cut", "resume=auto", *plateau)
+    assert said[0] == "going on with runs/default/cut after step 31"
+    assert weights(resumed.folder) == weights(whole.folder)
+    assert lines(resumed.folder) == lines(whole.folder)
 
 
 def test_without_a_name_the_newest_unfinished_run_of_the_same_config_goes_on(monkeypatch):
