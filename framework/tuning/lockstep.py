@@ -34,11 +34,11 @@ class Member:
         self.number, self.trainer, self.fit = number, trainer, fit
         self.way: AbstractContextManager[None] = trainer.fitting()
         self.looking = [listener.__self__ for listener in trainer._listeners["gradients"]]  # type: ignore[attr-defined]
+        self.alone = [each for each in self.looking if type(each).clip_rows is Callback.clip_rows]
 
     def wants_gradients(self) -> bool:
         """Whether somebody who cannot look at all rows at once must see them, though they are finite."""
-        mine = [each for each in self.looking if type(each).clip_rows is Callback.clip_rows]
-        return any(each.needs_gradients(self.trainer) for each in mine)
+        return any(each.needs_gradients(self.trainer) for each in self.alone)
 
 
 Ended = Callable[[int, BaseException | None], None]
@@ -195,11 +195,11 @@ class Lockstep:
     def _count(self, batch: Batch, shared: bool) -> Any:
         if shared:
             return self.first.task.count(batch)
-        first, *others = zip(self.trials, zip(*batch, strict=True), strict=True)
-        count = first[0].trainer.task.count(first[1])
+        count = self.first.task.count(tuple(tensor[0] for tensor in batch))
         if isinstance(count, int):  # the number of samples, which is everybody's
             return count
-        return torch.stack([count, *(trial.trainer.task.count(mine) for trial, mine in others)])  # type: ignore[list-item]
+        each = zip(self.trials, zip(*batch, strict=True), strict=True)
+        return torch.stack([trial.trainer.task.count(mine) for trial, mine in each])  # type: ignore[misc]
 
     def _look(self) -> list[int]:
         """Let those look at the gradients who want to, in their order; returns the rows that get no update."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -49,6 +49,7 @@ class Stack:
         weight = next(models[0].parameters())
         self.values = {path: weight.new_tensor(values) for path, values in differences(wholes).items()}
         self.skeleton, self.precision = copy.deepcopy(wholes[0]), precision
+        self.slots = dict(slots(self.skeleton.model))
 
     def __call__(self, rows: Rows, batch: Batch, shared: bool, training: bool = True) -> Step:
         """Return the losses (trials,), and the outputs and targets of all trials, (trials, batch, ...).
@@ -57,18 +58,34 @@ class Stack:
         """
         if self.skeleton.training != training:
             self.skeleton.train(training)
-        state = {f"model.{name}": t for part in (rows.leaves, rows.fixed, rows.buffers) for name, t in part.items()}
+        state = rows.leaves | rows.fixed | rows.buffers
         run = vmap(self._one, in_dims=(0, 0, None if shared else 0), randomness="different")
         with self.precision.autocast(), Forms():
             return Step(*run(state, self.values, batch))
 
     def _one(self, state: dict[str, Tensor], values: dict[tuple[str, str], Tensor], batch: Batch) -> Any:
-        with settings(self.skeleton, values):
-            return functional_call(self.skeleton, state, (batch,))
+        """The pass of one trial. As `torch.func.functional_call`, which looks for the places of tensors each time."""
+        places = [(place, name) for name in state for place in self.slots[name]]
+        before = [owner[key] for (owner, key), _ in places]
+        try:
+            for (owner, key), name in places:
+                owner[key] = state[name]
+            with settings(self.skeleton, values):
+                return self.skeleton(batch)
+        finally:
+            for ((owner, key), _), tensor in zip(places, before, strict=True):
+                owner[key] = tensor
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with some of the trials."""
         self.values = {path: value[list(rows)] for path, value in self.values.items()}
+
+
+def slots(model: nn.Module) -> Iterator[tuple[str, list[tuple[dict[str, Any], str]]]]:
+    """Yield each parameter and buffer by its first name, and all (dictionary, key) where modules keep it."""
+    kept = [(each, key) for module in model.modules() for each in (module._parameters, module._buffers) for key in each]
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        yield name, [(owner, key) for owner, key in kept if owner[key] is tensor]  # type: ignore[misc]
 
 
 def differences(wholes: Sequence[Together]) -> dict[tuple[str, str], list[float]]:
@@ -115,6 +132,9 @@ def short(value: Any) -> str:
 @contextmanager
 def settings(whole: Together, values: dict[tuple[str, str], Tensor]) -> Iterator[None]:
     """Put tensors where numbers are, in a module or a task, for as long as a pass takes."""
+    if not values:
+        yield
+        return
     owners = {path: whole.task if path == "task" else whole.get_submodule(path) for path, _ in values}
     before = {key: vars(owners[key[0]])[key[1]] for key in values}
     try:
@@ -131,6 +151,12 @@ class Forms(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return FORMS.get(function, function)(*args, **(kwargs or {}))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Under vmap torch's scales the bias before it adds it."""
+    product = F.linear(x, weight)
+    return product if bias is None else product.add_(bias.to(product.dtype))
 
 
 def dropout(x: Tensor, p: Any = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -164,7 +190,7 @@ def cross_entropy(
     return (losses * counts).sum() / counts.sum()
 
 
-FORMS: dict[Any, Callable[..., Tensor]] = {F.dropout: dropout, F.cross_entropy: cross_entropy}
+FORMS: dict[Any, Callable[..., Tensor]] = {F.linear: linear, F.dropout: dropout, F.cross_entropy: cross_entropy}
 
 
 class Sums:
