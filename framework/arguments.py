@@ -1,6 +1,9 @@
 """The arguments that verbs of the command line have in common."""
 
 import argparse
+import atexit
+import gc
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -47,8 +50,15 @@ def command_line(parser: Parser, given: argparse.Namespace) -> Any:
         parser.error("-m runs a sweep, --cfg and --info only show: give one of them")
     if given.resolve and not given.cfg:
         parser.error("--resolve goes with --cfg")
+    without_torch = "torch" not in sys.modules
+    if without_torch:  # of its million objects none is garbage, and to look through them takes half a second each time
+        gc.disable()
     from .compose import CommandLine
 
+    if without_torch:
+        gc.freeze()
+        gc.enable()
+        atexit.register(gc.freeze)
     flags = ("multirun", "cfg", "resolve", "info", "inexact", "traceback", "only_plan")
     return CommandLine(given.overrides, given.plugins, given.config_dir, **{flag: vars(given)[flag] for flag in flags})
 

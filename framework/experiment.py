@@ -201,21 +201,9 @@ class Prepared:
         return Result(self.trainer.folder, dict(state.metrics), state.stop, ended_by, seconds, state.step, shares)
 
 
-def train(
-    spec: Spec,
-    experiment: str,
-    overrides: Sequence[str],
-    started: float | None = None,
-    *,
-    inexact: bool = False,
-    say: Callable[[str], None] = print,
-) -> Result:
-    """Build and run an experiment in a run folder: fit, then measure the best checkpoint on the test split.
-
-    With `resume` in the spec, go on with a run that was cut off, as if it had not been; a finished one stays as it is.
-    inexact: allow settings that make the rest of a resumed run differ. say: takes lines for the person who waits.
-    """
-    ready = prepare(spec, experiment, overrides, started, inexact=inexact, say=say)
+def train(*given: Any, **named: Any) -> Result:
+    """Run what `prepare` builds of these arguments: fit, then measure the best checkpoint on the test split."""
+    ready = prepare(*given, **named)
     if isinstance(ready, Result):
         return ready
     ready.claim()
@@ -235,9 +223,12 @@ def prepare(
     say: Callable[[str], None] = print,
     data: Data | None = None,
 ) -> Prepared | Result:
-    """Do what comes before the training (see `train`); a run that is done already has its result.
+    """Build an experiment, up to its training; a run that is done already has its result.
 
-    data: that of the spec, if it is there already.
+    With `resume` in the spec, it will go on with a run that was cut off, as if it had not been; a finished one stays as
+    it is.
+    started: when the process did, in seconds of `time.monotonic`. inexact: allow settings that make the rest of a
+    resumed run differ. say: takes lines for the person who waits. data: that of the spec, if it is there already.
     """
     started = time.monotonic() if started is None else started
     run = find(spec, experiment)

@@ -12,10 +12,12 @@ A name is given once: a second part of that name is an error that names both fil
 """
 
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from linecache import getlines
 from typing import Any, ClassVar, TypeVar, overload
 
 from .errors import BuildError, ContractError, DuplicateName, FrameworkError, SettingError, UnknownName, did_you_mean
@@ -101,7 +103,7 @@ class Entry:
         """Where the part itself is written; falls back to where it was registered (for C functions)."""
         try:
             file = inspect.getsourcefile(self.part) or self.registered.file
-            return Where(file, inspect.getsourcelines(self.part)[1], self.part.__module__)
+            return Where(file, first_line(self.part, file), self.part.__module__)
         except (TypeError, OSError):
             return self.registered
 
@@ -265,6 +267,13 @@ class Registry:
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+def first_line(part: Callable[..., Any], file: str) -> int:
+    """Return where a function or a class begins; for a class `inspect` would parse the whole file."""
+    begins = re.compile(rf"\s*class {part.__name__}\b") if inspect.isclass(part) else None
+    found = [n for n, line in enumerate(getlines(file), 1) if begins.match(line)] if begins else []
+    return found[0] if len(found) == 1 else inspect.getsourcelines(part)[1]
 
 
 def as_makers(setting: Setting, value: Any) -> Any:
