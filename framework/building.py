@@ -27,6 +27,15 @@ def build_data(spec: Spec) -> Data:
     return data
 
 
+def build_loader(spec: Spec, model: nn.Module, data: Data, split: str, shuffle: bool = False) -> Loader:
+    """Return the reader of a split for a model. Raises DataError when the data has none of that name."""
+    chosen = getattr(data, split, None)
+    if chosen is None:
+        raise DataError(f"{type(data).__name__} has no {split} split")
+    reader = model if len(data.in_shape) == 3 else None
+    return Loader(chosen, **spec.sections["loader"], shuffle=shuffle, seed=spec.seed, model=reader)
+
+
 def build_metrics(spec: Spec, data: Data, task: Task) -> list[Metric]:
     """Build the metrics. Raises DataError for one that does not measure the task's kind of target."""
     target, _ = task.targets_of(data)
@@ -102,9 +111,7 @@ def check_smallest_batch(model: nn.Module, batches: Loader) -> None:
         with undisturbed(model, train=True), torch.no_grad():
             model(sample)
     except ValueError as error:
-        where = (
-            "" if size == 1 else f" (the last of {rows:,} in batches of {size:,}; loader.drop_last=true leaves it out)"
-        )
+        where = f" (the last of {rows:,} in batches of {size:,}; loader.drop_last=true leaves it out)" * (size > 1)
         raise DataError(
             f"loader.batch_size={size} makes a batch of one sample{where}: {error}. A batch norm needs two"
         ) from error

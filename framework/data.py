@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import seeds
-from .device import CopyStream, channels_last
+from .device import CopyStream, channels_last, chosen_layout
 from .errors import DataError, FrameworkError
 from .kinds import Shape
 from .memory import check_room
@@ -174,12 +174,13 @@ class Loader:
         timeout_seconds: NonNegativeFloat = 0.0,
         on_bad_sample: Literal["raise", "skip"] = "raise",
         read: Literal["auto", "memory", "workers"] = "auto",
-        channels_last: bool = False,
+        channels_last: Literal["auto"] | bool = "auto",
         limit: PositiveInt | None = None,
         sampling: Literal["once", "weighted"] = "once",
         *,
         shuffle: bool = False,
         seed: int = 0,
+        model: nn.Module | None = None,
     ):
         """Prepare to read `split`.
 
@@ -196,17 +197,19 @@ class Loader:
                 are the same in all ways.
             channels_last: give images with the channels of a pixel side by side in memory, a format in which most
                 convolutional models are faster (`scripts/bench formats` measures it); the numbers differ by rounding.
+                auto does so for several convolutions that go on to smaller images.
             limit: most batches of a training epoch, and of a validation or test: to try something out quickly.
             sampling: once: an epoch has each training sample once; weighted: as many, drawn with replacement so that
                 each class comes equally often in expectation, however rare it is.
+            model: what reads the batches, if they are images; `channels_last=auto` is for it.
         """
         in_memory = isinstance(split, torch.utils.data.TensorDataset)
         self.split: Split = TensorSplit(*split.tensors) if in_memory else split  # type: ignore[attr-defined]
-        self.read, self.channels_last = read, channels_last
+        self.read, self.shuffle, self.seed = read, shuffle, seed
+        self.channels_last, self.layout = chosen_layout(channels_last, model)
         self.workers, self.timeout_seconds = workers, timeout_seconds
         self.on_bad_sample, self.skipped = on_bad_sample, 0
         self.batch_size = batch_size if shuffle else eval_batch_size
-        self.shuffle, self.seed = shuffle, seed
         self.drop_last, self.limit = drop_last and shuffle, limit
         if self.drop_last and len(split) < self.batch_size:
             raise DataError(f"drop_last leaves no batch: {len(split)} samples, batch_size {self.batch_size}")
@@ -225,10 +228,8 @@ class Loader:
         """Prepare to read for a device, and return this loader: what shall be in memory is read, and goes there."""
         if self.whole is not None:
             self.split, self.whole = TensorSplit(*read_whole(self.whole, self.workers, self.timeout_seconds)), None
-        if self.tensors is not None:
-            self.split = TensorSplit(*self.tensors).to(device)
-        elif isinstance(self.split, GatheredSplit):
-            self.split = self.split.to(device)
+        if self.tensors is not None or isinstance(self.split, GatheredSplit):
+            self.split = self.split.to(device)  # type: ignore[attr-defined]
         elif device.type == "cuda":
             self.copies = CopyStream(device)
         return self
@@ -253,7 +254,7 @@ class Loader:
             manner = "in memory, gathered batch by batch"
         elif self.tensors is not None:
             manner = f"in memory, {self._together(self.tensors)} batches a read"
-        return manner + ", channels last" * self.channels_last + ", classes drawn evenly" * (self.even is not None)
+        return manner + self.layout + ", classes drawn evenly" * (self.even is not None)
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch from batch number `start` on."""

@@ -44,6 +44,22 @@ def channels_last(tensor: Tensor) -> Tensor:
     return pixels.as_strided(tensor.shape, strides)  # of one channel torch would leave the strides as they were
 
 
+def chosen_layout(wanted: bool | Literal["auto"], model: nn.Module | None) -> tuple[bool, str]:
+    """Return whether a model's images are to be `channels_last`, and what to say of it; auto looks at its layers only.
+
+    A convolution is faster so. A change of format costs, and behind the last convolution there often is one, if only
+    in the backward pass (of a mean over all positions): it is cheap where the images have become smaller by then.
+    """
+    parts = [] if model is None else list(model.modules())
+    convolutions = sum(isinstance(part, nn.Conv2d) for part in parts)
+    if wanted != "auto" or convolutions < 2:
+        return wanted is True, ", channels last" * (wanted is True)
+    steps = [part.stride for part in parts if isinstance(part, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d)]
+    if any(step not in (1, (1, 1)) for step in steps[1:]):  # the first may cut patches
+        return True, f", channels last (for {convolutions} convolutions that go on to smaller images)"
+    return False, f", channels first (for {convolutions} convolutions that do not go on to smaller images)"
+
+
 class CopyStream:
     """Copies batches to a CUDA device on a stream of its own, each while the one before it is computed with."""
 

@@ -16,6 +16,7 @@ from .batches import count_steps, count_total
 from .building import (
     build_data,
     build_groups,
+    build_loader,
     build_metrics,
     build_model,
     check_fit,
@@ -24,7 +25,7 @@ from .building import (
 )
 from .data import Data, Loader
 from .device import intra_op_threads, suitable_threads
-from .errors import DataError, RunError
+from .errors import RunError
 from .introduction import first_batch, introduce
 from .optimizer import build_optimizer
 from .resume import Resumed, chosen_checkpoint, find, fingerprint, last_values, open_folder, start_from
@@ -70,10 +71,7 @@ class Experiment:
 
     def batches(self, split: str) -> Loader:
         """Return the reader of a split. Raises DataError when the data has none of that name."""
-        chosen = getattr(self.data, split, None)
-        if chosen is None:
-            raise DataError(f"{type(self.data).__name__} has no {split} split")
-        return Loader(chosen, **self.spec.sections["loader"], shuffle=split == "train", seed=self.spec.seed)
+        return build_loader(self.spec, self.model, self.data, split, shuffle=split == "train")
 
     def trainer(self) -> Trainer:
         """Return the trainer; it has no folder yet."""

@@ -264,24 +264,20 @@ def layer_table(plan: Plan) -> Table:
     table.add_column("FLOPs", count_text(plan.flops), justify="right", no_wrap=True, footer_style="bold")
     for layer in layers:
         shape = " × ".join(map(str, layer.out_shape))
-        table.add_row(layer.name, layer.type, shape, dash(layer.parameters), dash(layer.flops))
+        numbers = (count_text(number) if number else "-" for number in (layer.parameters, layer.flops))
+        table.add_row(layer.name, layer.type, shape, *numbers)
     return table
-
-
-def dash(number: int) -> str:
-    return count_text(number) if number else "-"
 
 
 def fact_lines(plan: Plan) -> list[tuple[str, str]]:
     lines = [("data", ", ".join(map(split_text, plan.splits)))] if plan.splits else []
     together = f", {plan.batches_per_step:.3g} a step" * (plan.batches_per_step > 1) + " on average" * bool(plan.pace)
     pace = plan.pace or f"{plan.total_steps / max(plan.steps_per_epoch, 1):.4g} epochs of {plan.steps_per_epoch:,}"
-    lines.append(("steps", f"{plan.total_steps:,} = {pace}, batches of {plan.batch_size:,}{together}"))
+    steps = f"{plan.total_steps:,} = {pace}, batches of {plan.batch_size:,}{together}"
     # The backward pass costs twice the forward one.
     training = count_text(3 * plan.flops * plan.batch_size * plan.total_steps * plan.batches_per_step)
     cost = f"{count_text(plan.flops)} FLOPs a sample forward (multiply-add: 2), about {training} to train"
-    lines.append(("cost", cost))
-    lines.append(("memory", memory_text(plan)))
+    lines += [("steps", steps), ("cost", cost), ("memory", memory_text(plan))]
     if plan.groups:
         rest = [f"and {len(plan.groups) - MOST_GROUPS} groups more"] if len(plan.groups) > MOST_GROUPS else []
         lines.append(("trained", "\n".join([*map(group_text, plan.groups[:MOST_GROUPS]), *rest])))

@@ -26,7 +26,7 @@ def stopping(trainers: Sequence[Trainer]) -> Iterator[list[int]]:
         for trainer in trainers:
             trainer.state.stop = f"{signal.Signals(number).name}"
 
-    before: dict[int, Any] = {}
+    before: dict[signal.Signals, Any] = {}
     try:
         for number in (*ENDING, *(each for each in HANDED_ON if callable(signal.getsignal(each)))):
             before[number] = signal.signal(number, stop)
@@ -37,5 +37,5 @@ def stopping(trainers: Sequence[Trainer]) -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    for number in [each for each in HANDED_ON if each in got]:
-        before[number](number, None)
+    for late in [each for each in HANDED_ON if each in got]:
+        before[late](late, None)

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .building import build_data, build_metrics, build_model
-from .data import Loader, Scale
+from .building import build_data, build_loader, build_metrics, build_model
+from .data import Scale
 from .errors import DataError, RunError
 from .experiment import load_weights
 from .run import read_config, read_facts
@@ -35,10 +35,7 @@ class Trained:
         """Return the loss and metrics on a split of the run's data."""
         data = build_data(self.spec)
         self.task.check(data)
-        chosen = getattr(data, split, None)
-        if chosen is None:
-            raise DataError(f"{type(data).__name__} has no {split} split")
-        loader = Loader(chosen, **self.spec.sections["loader"], seed=self.spec.seed)
+        loader = build_loader(self.spec, self.model, data, split)
         metrics = build_metrics(self.spec, data, self.task)
         return self.trainer().evaluate(loader, model=self.model, task=self.task, metrics=metrics, name=split)
 

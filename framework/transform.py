@@ -8,6 +8,7 @@ import torch
 
 from .callback import Callback
 from .data import Batch
+from .device import channels_last
 
 
 class Transform(Callback):
@@ -32,7 +33,8 @@ def transforms_of(callbacks: Sequence[Callback]) -> list[Transform]:
 
 @torch.no_grad()
 def transformed(batch: Batch, transforms: Sequence[Transform]) -> Batch:
-    """Return a batch after all transforms, in their order."""
+    """Return a batch after all transforms, in their order; images that were in the format channels last still are."""
+    pixels_whole = batch[0].stride()[1:2] == (1,)
     for transform in transforms:
         batch = transform(batch)
-    return batch
+    return (channels_last(batch[0]), *batch[1:]) if pixels_whole else batch

@@ -4,6 +4,7 @@ from math import prod
 from typing import Literal
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from framework import Activation, Dropout, Norm, PositiveInt, Rate, Shape, blocks, heads
 from framework.shapes import expect, output_shape
@@ -31,6 +32,8 @@ class Pool(nn.Module):
         if self.pool in ("first", "last"):
             return x[:, 0 if self.pool == "first" else -1]
         positions = (1,) if x.ndim == 3 else (2, 3)
+        if self.pool == "mean" and x.ndim == 4 and x.stride(1) == 1:
+            return F.avg_pool2d(x, x.shape[2:]).flatten(1)  # its gradient is in the format of x: channels last
         return x.mean(positions) if self.pool == "mean" else x.amax(positions)
 
 

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset, get_worker_info
 
-from framework import seeds
-from framework.data import ForeignLoader, Loader, RaggedSplit, TensorSplit
+from framework import Trainer, seeds
+from framework.building import build_loader
+from framework.data import Data, ForeignLoader, Loader, RaggedSplit, TensorSplit
 from framework.device import one_ahead
 from framework.errors import DataError
+from framework.spec import Spec
 
 SIZE = 23
 CPU = torch.device("cpu")
@@ -555,6 +557,83 @@ def test_channels_last_is_the_same_images_in_another_order(channels, read):
         assert torch.equal(y, same_y)
         assert same_x.stride() == (channels * 20, 1, channels * 5, channels)
         assert convolution(same_x).is_contiguous(memory_format=torch.channels_last), "it goes on in this format"
+
+
+def convolution(inputs, outputs, stride=1, size=3):
+    return torch.nn.Conv2d(inputs, outputs, size, stride, padding=size // 2)
+
+
+IMAGE_MODELS = {  # and what auto says of their images
+    "pooled between": ([convolution(3, 4), torch.nn.MaxPool2d(2), convolution(4, 4)], "last"),
+    "strided": ([convolution(3, 4), convolution(4, 4, stride=2)], "last"),
+    "strided from the first on": ([convolution(3, 4, stride=2), convolution(4, 4, stride=2)], "last"),
+    "all of one size": ([convolution(3, 4), convolution(4, 4), torch.nn.MaxPool2d(3, 1, 1)], "first"),
+    "patches, then of one size": ([torch.nn.Conv2d(3, 4, 4, 4), convolution(4, 4)], "first"),
+    "patches only": ([torch.nn.Conv2d(3, 4, 4, 4), torch.nn.Flatten()], None),
+    "no convolution": ([torch.nn.Flatten(), torch.nn.Linear(192, 4)], None),
+}
+
+
+@pytest.mark.parametrize(("layers", "said"), IMAGE_MODELS.values(), ids=IMAGE_MODELS)
+def test_auto_gives_channels_last_to_convolutions_that_go_on_to_smaller_images(layers, said):
+    model = torch.nn.Sequential(*layers)
+    split = TensorSplit(torch.randn(6, 3, 8, 8), torch.arange(6))
+    loader = Loader(split, eval_batch_size=4, model=model)
+    images, _ = next(loader.epoch())
+    assert images.stride() == ((192, 1, 24, 3) if said == "last" else (192, 64, 8, 1))
+    words = "" if said is None else f", channels {said} (for 2 convolutions that "
+    assert loader.manner.startswith(f"in memory, 2 batches a read{words}")
+    assert said is not None or "channels" not in loader.manner
+    for forced in (True, False):
+        loader = Loader(split, eval_batch_size=4, model=model, channels_last=forced)
+        assert (next(loader.epoch())[0].stride(1) == 1) is forced
+        assert loader.manner.endswith(", channels last") is forced
+
+
+def test_auto_without_a_model_leaves_images_as_they_are():
+    images, _ = next(Loader(TensorSplit(torch.randn(6, 3, 8, 8), torch.arange(6))).epoch())
+    assert images.is_contiguous()
+
+
+class Pictures(Data):
+    """Images (3, 8, 8), or the same numbers in a row; no test split."""
+
+    def __init__(self, *shape):
+        self.in_shape, self.out_shape = shape, (2,)
+        self.train = self.val = TensorSplit(torch.randn(6, *shape), torch.zeros(6, dtype=torch.int64))
+
+
+def test_the_loader_of_a_run_looks_at_its_model():
+    model = torch.nn.Sequential(*IMAGE_MODELS["strided"][0])
+    spec = Spec(sections={"loader": {"batch_size": 4, "eval_batch_size": 5}}, seed=3)
+    train = build_loader(spec, model, Pictures(3, 8, 8), "train", shuffle=True)
+    val = build_loader(spec, model, Pictures(3, 8, 8), "val")
+    assert (train.batch_size, train.seed, train.shuffle) == (4, 3, True)
+    assert (val.batch_size, val.shuffle) == (5, False)
+    assert train.channels_last
+    assert val.channels_last
+    unfolded = torch.nn.Sequential(torch.nn.Unflatten(1, (3, 8, 8)), model)
+    assert "channels" not in build_loader(spec, unfolded, Pictures(192), "train").manner, "what it reads are no images"
+    with pytest.raises(DataError, match="Pictures has no test split"):
+        build_loader(spec, model, Pictures(3, 8, 8), "test")
+
+
+def test_channels_last_learns_the_same_but_for_rounding():
+    torch.manual_seed(0)
+    images = torch.randn(40, 3, 8, 8, dtype=torch.float64)
+    split = TensorSplit(images, (images.mean((1, 2, 3)) > 0).long())
+    ends = []
+    for forced in (False, True):
+        torch.manual_seed(1)
+        model = torch.nn.Sequential(convolution(3, 4), torch.nn.ReLU(), convolution(4, 4, stride=2), torch.nn.Flatten())
+        model = torch.nn.Sequential(model, torch.nn.Linear(64, 2)).double()
+        loader = Loader(split, 8, shuffle=True, channels_last=forced)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        start = torch.cat([weight.detach().flatten() for weight in model.parameters()])
+        Trainer(max_epochs=4, device="cpu").fit(model, loader, task=torch.nn.CrossEntropyLoss(), optimizer=optimizer)
+        ends.append(torch.cat([weight.detach().flatten() for weight in model.parameters()]))
+    assert (ends[0] - start).abs().max() > 0.05, "it has learnt"
+    assert torch.allclose(*ends, rtol=1e-7, atol=1e-10)
 
 
 def test_channels_last_leaves_what_are_no_images():

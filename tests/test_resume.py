@@ -92,6 +92,18 @@ def test_the_same_command_again_goes_on_as_if_nothing_had_happened(step, monkeyp
     assert status_of(resumed.folder) == "done"
 
 
+def test_images_in_the_format_of_pixels_go_on_exactly(monkeypatch):
+    """`loader.channels_last=auto`, which a convolutional model gets, chooses the same after a resume."""
+    images = ["data.image=true", "model=cnn", "model.channels=[4,8]", "transforms=[flip]"]
+    monkeypatch.setitem(globals(), "SMALL", [*images, *SMALL[2:]])
+    often = "callbacks.checkpoint.every=5steps"
+    whole, _ = go("run.name=whole", often)
+    cut_off("cut", 23, monkeypatch, often)
+    resumed, said = go("run.name=cut", "resume=auto", often)
+    assert said[0] == "going on with runs/default/cut after step 20"
+    assert weights(resumed.folder) == weights(whole.folder)
+
+
 class Signalled(fw.Callback):
     """Gets a signal after step 31."""
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from benchmarks.rounds import ratio, table, take_turns
 from benchmarks.workloads import CLASSES, cnn, dense
-from framework.device import channels_last
+from framework.device import channels_last, chosen_layout
 
 SECONDS = 0.03  # of steps between two looks at the clock
 WIN = 1.05  # times as fast: less is noise
@@ -38,9 +38,28 @@ def convolutions(channels: int, widths: Sequence[int], groups: int = 1) -> nn.Mo
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], CLASSES))
 
 
-def group_norms(channels: int, width: int) -> nn.Module:
+def shrinking(channels: int, widths: Sequence[int]) -> nn.Module:
+    """3 × 3 convolutions with batch norms, each followed by a pooling that halves the image."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise([channels, *widths]):
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.MaxPool2d(2)]
+        layers += [nn.BatchNorm2d(outputs), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], CLASSES))
+
+
+def depthwise(channels: int, width: int) -> nn.Module:
+    """A convolution, then two depthwise ones with a 1 × 1 behind each; the first of them halves the image."""
+    layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+    for stride in (2, 1):
+        layers += [nn.Conv2d(width, width, 3, stride, 1, groups=width), nn.BatchNorm2d(width), nn.ReLU()]
+        layers += [nn.Conv2d(width, width, 1), nn.BatchNorm2d(width), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, CLASSES))
+
+
+def group_norms(channels: int, width: int, pooled: bool = False) -> nn.Module:
     convolution, norm = partial(nn.Conv2d, kernel_size=3, padding=1), partial(nn.GroupNorm, 8, width)
     layers = [convolution(channels, width), norm(), nn.GELU(), convolution(width, width), norm(), nn.GELU()]
+    layers[3:3] = [nn.MaxPool2d(2)] * pooled
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, CLASSES))
 
 
@@ -69,6 +88,9 @@ FORMATS = {
     "the CNN of `speed`, 28 × 28": Case(cnn, (32, 1, 28, 28)),
     "16-32-64 and batch norms, 28 × 28": Case(partial(convolutions, 1, (16, 32, 64)), (32, 1, 28, 28)),
     "16-32-64 and batch norms, 64 × 64": Case(partial(convolutions, 3, (16, 32, 64)), (16, 3, 64, 64)),
+    "16-32-64, batch norms and poolings, 28 × 28": Case(partial(shrinking, 3, (16, 32, 64)), (32, 3, 28, 28)),
+    "32-32-32, depthwise, then halved, 28 × 28": Case(partial(depthwise, 3, 32), (32, 3, 28, 28)),
+    "32-32, group norms, pooled once, 28 × 28": Case(partial(group_norms, 3, 32, pooled=True), (32, 3, 28, 28)),
     "256-256 and batch norms, 16 × 16": Case(partial(convolutions, 3, (256, 256)), (16, 3, 16, 16)),
     "64-64, depthwise, 28 × 28": Case(partial(convolutions, 3, (64, 64), groups=64), (32, 3, 28, 28)),
     "16-32-64, one image, 64 × 64": Case(partial(convolutions, 3, (16, 32, 64)), (1, 3, 64, 64)),
@@ -103,7 +125,7 @@ def pays_from(found: Sequence[tuple[int, float]]) -> int | None:
 
 
 def formats(rounds: int, threads: int) -> int:
-    """Print how many times as fast a step is with inputs in the format channels last."""
+    """Print how many times as fast a step is with inputs in the format channels last, and what auto chooses."""
     rows = []
     for name, case in FORMATS.items():
         parts = {name: partial(timed, training_step(case, each), threads) for name, each in LAYOUTS.items()}
@@ -111,6 +133,8 @@ def formats(rounds: int, threads: int) -> int:
         micro = [f"{median(each):,.0f}" for each in times.values()]
         rows.append([name, *micro, f"{ratio(*times.values()):.2f}"])
     print(table(["convolutional model", *(f"µs, {name}" for name in LAYOUTS), "times as fast"], rows))
+    chosen = [name for name, case in FORMATS.items() if chosen_layout("auto", case.model())[0]]
+    print(f"\nloader.channels_last=auto takes channels last for {'; '.join(chosen)}")
     return 0
 
 

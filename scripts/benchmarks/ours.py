@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -46,8 +46,8 @@ def graphed(job: Job, watch: Watch) -> None:
     train(job, watch, cuda_graph="on")
 
 
-def channels_last(job: Job, watch: Watch) -> None:
-    train(job, watch, channels_last=True)
+def channels_first(job: Job, watch: Watch) -> None:
+    train(job, watch, channels_last=False)
 
 
 def train(
@@ -55,7 +55,7 @@ def train(
     watch: Watch,
     besides: tuple[Sequence[str], Sequence[str]] = TYPICAL,
     status: Sequence[fw.Callback] = (),
-    channels_last: bool = False,
+    channels_last: Literal["auto"] | bool = "auto",
     **settings: Any,
 ) -> None:
     """Fit for as many epochs as the watch wants, with those callbacks and loggers if the mode is typical."""
@@ -67,7 +67,13 @@ def train(
         loggers = [fw.loggers.build(name) for name in besides[1]]
     model, size = job.model(), job.batch_size
     train, val = (
-        Loader(fw.TensorSplit(*job.tensors(name)), size, 4 * size, channels_last=channels_last, shuffle=name == "train")
+        Loader(
+            fw.TensorSplit(*job.tensors(name)),
+            *(size, 4 * size),
+            channels_last=channels_last,
+            shuffle=name == "train",
+            model=model,
+        )
         for name in ("train", "val")
     )
     settings |= {"log_every": f"{LOG_EVERY}steps", "device": job.device, "folder": Path(job.folder)}

@@ -24,7 +24,7 @@ OWN = {  # name: file, function
     "ours, all defaults": ("ours", "as_by_default"),  # looks for NaN, gradient norms, JSON lines, status.json
     "ours, compile=step": ("ours", "compiled"),
     "ours, cuda_graph=on": ("ours", "graphed"),
-    "ours, channels last": ("ours", "channels_last"),
+    "ours, channels first": ("ours", "channels_first"),
 }
 PEERS = {  # name and function: module
     "lightning": "peers",
@@ -37,7 +37,7 @@ PEERS = {  # name and function: module
     "keras": "keras_peer",
 }
 LACKING = {("keras", "transformer")}  # it takes no torch model
-LACKING |= {("ours, channels last", name) for name in WORKLOADS if name != "cnn"}  # no images
+LACKING |= {("ours, channels first", name) for name in WORKLOADS if name != "cnn"}  # no images
 SECONDS_EACH = 40.0  # for each contender, unless it is said how long all may take
 LEAST_ROUNDS = 2
 PROGRESS = 0.8  # of the fall of the loss that the median contender reaches; less is another training
