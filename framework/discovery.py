@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.machinery import PathFinder
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
@@ -36,6 +37,7 @@ def installed_plugins() -> list[tuple[str, str]]:
     return sorted((point.name, point.value.partition(":")[0]) for point in entry_points(group=GROUP))
 
 
+@cache
 def package_version(name: str) -> str | None:
     """Return the version of an installed package; None when it is not installed."""
     try:

@@ -6,6 +6,7 @@ what they would find if it trained alone.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -280,10 +281,10 @@ def by_kernel(fused: FusedStep) -> Update:
 
 def rows_alike(groups: list[dict[str, Any]], chosen: list[int]) -> Iterable[list[int]]:
     """Return the chosen rows, those together whose groups have the same settings."""
+    settings = itemgetter(*(name for name in groups[0] if name not in ("params", "param_names")))
     found: dict[Any, list[int]] = {}
     for row in chosen:
-        settings = tuple(value for name, value in groups[row].items() if name not in ("params", "param_names"))
-        found.setdefault(settings, []).append(row)
+        found.setdefault(settings(groups[row]), []).append(row)
     return found.values()
 
 

@@ -16,6 +16,7 @@ LAUNCHERS = {
     "Hydra's basic": ["hydra/launcher=basic"],
     "joblib, 2 processes": ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
 }
+NOT_OURS = ("OMP_NUM_THREADS", "PYTHONDONTWRITEBYTECODE")  # each takes as many threads as suit it, and starts as usual
 MODELS = {
     "mlp": ["model.width=128", "model.depth=2"],
     "cnn": ["data={name: digits, image: true}", "model=cnn", "model.channels=[8, 16]"],
@@ -49,7 +50,7 @@ def run(overrides: Sequence[str], trials: int, epochs: int) -> float:
     """Return the seconds of a sweep over two learning rates and as many seeds as it takes."""
     swept = ["optimizer.lr=1e-3,3e-3", f"seed=range({trials // 2})", f"trainer.max_epochs={epochs}"]
     command = [sys.executable, "-m", "framework", "train", "-m", *swept, *overrides]
-    free = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # each takes what suits it
+    free = {name: value for name, value in os.environ.items() if name not in NOT_OURS}
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         done = subprocess.run(command, cwd=folder, env=free | {"TERM": "dumb"}, capture_output=True, text=True)
