@@ -3,13 +3,14 @@
 import io
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .folder import Trial
 from .table import Direction, shown, table
@@ -100,19 +101,24 @@ class Elsewhere:
     """Shows trials in the process that this one was forked from."""
 
     def __init__(self, pipe: Connection):
-        self.pipe = pipe
+        self.pipe, self.lock = pipe, threading.Lock()
 
     def begins(self, trial: Trial) -> None:
-        self.pipe.send(("begins", trial))
+        self.send("begins", trial)
 
     def said(self, line: str) -> None:
-        self.pipe.send(("said", line))
+        self.send("said", line)
 
     def ends(self, trial: Trial) -> None:
-        self.pipe.send(("ends", trial))
+        self.send("ends", trial)
 
     def close(self) -> None:
         """It is closed where it is."""
+
+    def send(self, kind: str, what: Any) -> None:
+        """Send what is to be done there; a checkpoint's thread may print as well."""
+        with self.lock:
+            self.pipe.send((kind, what))
 
 
 Shown = Lines | LiveTable | Elsewhere

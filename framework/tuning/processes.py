@@ -10,11 +10,12 @@ import pickle
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess, parent_process
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -51,12 +52,13 @@ def shared_out(works: Sequence[Work], shown: Shown) -> list[Any]:
     for number, work in enumerate(works):
         mine, its = fork.Pipe(duplex=False)
         processes.append(fork.Process(target=do, args=(work, its)))
-        processes[-1].start()
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of threads; torch's are not used
+            processes[-1].start()
         its.close()
         numbers[mine] = number
     with passing_on(processes):
         while numbers:
-            for pipe in (each for each in numbers.copy() if each in wait(numbers)):
+            for pipe in cast(list[Connection], wait(numbers)):
                 try:
                     kind, what = pipe.recv()
                 except EOFError:
@@ -80,10 +82,11 @@ def do(work: Work, pipe: Connection) -> None:
     os.setpgrp()  # or Ctrl-C would reach it twice, which means at once
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+    there = Elsewhere(pipe)
     try:
-        pipe.send(("returned", work(Elsewhere(pipe))))
+        there.send("returned", work(there))
     except BaseException as error:
-        pipe.send(("raised", pickled(error)))
+        there.send("raised", pickled(error))
 
 
 def end_with_parent() -> None:

@@ -31,7 +31,7 @@ APART = ("seed", "run", "initializer", "scheduler", "loggers", "resume", "init_f
 """What each trial of a group may have of its own, whole sections."""
 STRICT = ("data", "loader", "trainer")  # where a number decides what is computed
 LIMITS = ("max_epochs", "max_steps")
-A_PROCESS = 8  # trials that one is worth
+A_PROCESS = 8  # trials that one is worth, if nobody asked for it
 
 
 @dataclass
@@ -67,12 +67,14 @@ class Vectorized(OneByOne):
                 suits, eight trials for each at least, and without an accelerator; else this one.
         """
         self.most, self.fewest, self.processes = most, fewest, processes
+        self.a_process = A_PROCESS if processes is None else fewest
+        self.beside = 1  # processes that share the memory
 
     def run(self, jobs: list[Job]) -> list[Trial]:
         """Run jobs, group by group, until a signal; the rows come in the order of the jobs."""
         rows = {place: row for place, job in enumerate(jobs) if (row := self.trials.finished(job)) is not None}
         found = [{place: jobs[place] for place in group} for group in groups(jobs, rows)]
-        number = min(self.processes or most_processes(), (len(jobs) - len(rows)) // A_PROCESS)
+        number = min(self.processes or most_processes(), (len(jobs) - len(rows)) // self.a_process)
         rows |= self._apart(found, number) if number > 1 else {}
         for group in found:
             rows |= self._here(Share({place: job for place, job in group.items() if place not in rows}), rows)
@@ -84,7 +86,9 @@ class Vectorized(OneByOne):
         filled = [[shares[place] for place in each] for each in bins([len(share.jobs) for share in shares], number)]
         if len(filled) < 2:
             return {}
+        self.beside = len(filled)
         ended = shared_out([partial(self._process, each) for each in filled], self.trials.show())
+        self.beside = 1
         for job in (job for each, rows in zip(filled, ended, strict=True) if rows is None for job in jobs_of(each)):
             job.spec = replace(job.spec, resume="auto")  # its run folder may be there
         if None in ended:
@@ -92,11 +96,11 @@ class Vectorized(OneByOne):
         return {place: row for rows in ended for place, row in (rows or {}).items()}
 
     def _shares(self, jobs: dict[int, Job], number: int) -> list[Share]:
-        """Cut a group for so many processes, eight trials or more in each; into none where a trial has use for more
-        than one core, and the number was not asked for.
+        """Cut a group for so many processes; into none where a trial has use for more than one core, and the number
+        was not asked for.
         """
         first, places = next(iter(jobs.values())), list(jobs)
-        number = max(min(number, len(jobs) // A_PROCESS), 1)
+        number = max(min(number, len(jobs) // self.a_process), 1)
         try:
             data = build_data(first.spec)
             if self.processes is None and Experiment(first.spec, data).threads() > 1:
@@ -135,7 +139,7 @@ class Vectorized(OneByOne):
         try:
             with isolated(), Output(self.trials.folder.path, self.trials.show()).capturing():
                 ready = self._prepare(jobs, rows, data)
-                at_once = max(room(ready[0].prepared), self.fewest) if ready else 1
+                at_once = max(room(ready[0].prepared) // self.beside, self.fewest) if ready else 1
                 for alike in at_the_same_step(ready):
                     for start in range(0, len(alike) if len(alike) >= self.fewest else 0, at_once):
                         self._train(alike[start : start + at_once], rows)

@@ -19,7 +19,7 @@ LAUNCHERS = {
 NOT_OURS = ("OMP_NUM_THREADS", "PYTHONDONTWRITEBYTECODE")  # each takes as many threads as suit it, and starts as usual
 MODELS = {
     "mlp": ["model.width=128", "model.depth=2"],
-    "cnn": ["data={name: digits, image: true}", "model=cnn", "model.channels=[8, 16]"],
+    "cnn": ["data.image=true", "model=cnn", "model.channels=[8, 16]"],
 }
 
 
