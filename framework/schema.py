@@ -249,7 +249,7 @@ def describe(annotation: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(describe(a) for a in arguments if expressible(a)))
     if origin is Literal:
-        return "one of " + ", ".join(str(a) for a in arguments)
+        return "one of " * (len(arguments) > 1) + ", ".join(str(a) for a in arguments)
     if origin is tuple and Ellipsis not in arguments:
         return "[" + ", ".join(describe(a) for a in arguments) + "]"
     if origin in (list, tuple, Sequence, Iterable):

@@ -14,7 +14,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from benchmarks import loops, machine, ours, overhead, safety, speed, startup  # noqa: E402
+from benchmarks import loops, machine, ours, overhead, safety, speed, startup, sweep  # noqa: E402
 from benchmarks.contender import Enough, Job, Watch  # noqa: E402
 from benchmarks.rounds import Failed, ratio, table, take_turns  # noqa: E402
 from benchmarks.speed import Course  # noqa: E402
@@ -165,6 +165,15 @@ def test_overhead_prints_its_three_tables(capsys):
     found = rows(capsys.readouterr().out)
     assert {"0", "0 again", "5", "20", "200", "10"} <= found.keys()
     assert found["0"][1] == "1.000"
+
+
+@pytest.mark.parametrize("model", sweep.MODELS)
+def test_sweep_counts_the_trials_of_each_launcher(model, monkeypatch, capsys):
+    monkeypatch.setattr(sweep, "LAUNCHERS", {name: sweep.LAUNCHERS[name] for name in ("vectorized", "Hydra's basic")})
+    assert sweep.sweep([model], trials=[2], rounds=1, epochs=1) == 0
+    found = rows(capsys.readouterr().out)
+    assert float(found[f"{model}, 2 trials, vectorized"][0]) > 0
+    assert found[f"{model}, 2 trials, Hydra's basic"][1] == "1.00"
 
 
 def test_threads_prints_where_all_cores_begin_to_win(monkeypatch, capsys):
