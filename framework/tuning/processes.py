@@ -46,9 +46,7 @@ def shared_out(works: Sequence[Work], shown: Shown) -> list[Any]:
     """
     fork = multiprocessing.get_context("fork")
     found: list[Any] = [None] * len(works)
-    raised: list[BaseException] = []
-    numbers: dict[Connection, int] = {}
-    processes: list[BaseProcess] = []
+    numbers, processes, raised = dict[Connection, int](), list[BaseProcess](), list[BaseException]()
     for number, work in enumerate(works):
         mine, its = fork.Pipe(duplex=False)
         processes.append(fork.Process(target=do, args=(work, its)))

@@ -67,14 +67,14 @@ class Vectorized(OneByOne):
                 suits, eight trials for each at least, and without an accelerator; else this one.
         """
         self.most, self.fewest, self.processes = most, fewest, processes
-        self.a_process = A_PROCESS if processes is None else fewest
         self.beside = 1  # processes that share the memory
 
     def run(self, jobs: list[Job]) -> list[Trial]:
         """Run jobs, group by group, until a signal; the rows come in the order of the jobs."""
         rows = {place: row for place, job in enumerate(jobs) if (row := self.trials.finished(job)) is not None}
         found = [{place: jobs[place] for place in group} for group in groups(jobs, rows)]
-        number = min(self.processes or most_processes(), (len(jobs) - len(rows)) // self.a_process)
+        left, worth = len(jobs) - len(rows), self.fewest if self.processes else A_PROCESS
+        number = min(self.processes or most_processes(), left // worth)
         rows |= self._apart(found, number) if number > 1 else {}
         for group in found:
             rows |= self._here(Share({place: job for place, job in group.items() if place not in rows}), rows)
@@ -82,25 +82,27 @@ class Vectorized(OneByOne):
 
     def _apart(self, found: Sequence[dict[int, Job]], number: int) -> dict[int, Trial]:
         """Run groups in so many processes; returns the rows of those for which that is right."""
-        shares = [share for group in found for share in self._shares(group, number)]
+        most = math.ceil(sum(map(len, found)) / number)
+        shares = [share for group in found for share in self._shares(group, most)]
         filled = [[shares[place] for place in each] for each in bins([len(share.jobs) for share in shares], number)]
         if len(filled) < 2:
             return {}
-        self.beside = len(filled)
-        ended = shared_out([partial(self._process, each) for each in filled], self.trials.show())
-        self.beside = 1
-        for job in (job for each, rows in zip(filled, ended, strict=True) if rows is None for job in jobs_of(each)):
-            job.spec = replace(job.spec, resume="auto")  # its run folder may be there
-        if None in ended:
-            print("a process died: its trials go on in this one", file=sys.stderr)
-        return {place: row for rows in ended for place, row in (rows or {}).items()}
+        works = [partial(self._process, each, len(filled)) for each in filled]
+        rows: dict[int, Trial] = {}
+        for each, ended in zip(filled, shared_out(works, self.trials.show()), strict=True):
+            rows |= ended or {}
+            if ended is None:
+                print("a process died: its trials go on in this one", file=sys.stderr)
+                for job in (job for share in each for job in share.jobs.values()):
+                    job.spec = replace(job.spec, resume="auto")  # its run folder may be there
+        return rows
 
-    def _shares(self, jobs: dict[int, Job], number: int) -> list[Share]:
-        """Cut a group for so many processes; into none where a trial has use for more than one core, and the number
-        was not asked for.
+    def _shares(self, jobs: dict[int, Job], most: int) -> list[Share]:
+        """Cut a group into shares of so many trials or fewer; into none where a trial has use for more than one core,
+        and the number of processes was not asked for.
         """
         first, places = next(iter(jobs.values())), list(jobs)
-        number = max(min(number, len(jobs) // self.a_process), 1)
+        number = math.ceil(len(jobs) / most)
         try:
             data = build_data(first.spec)
             if self.processes is None and Experiment(first.spec, data).threads() > 1:
@@ -109,9 +111,9 @@ class Vectorized(OneByOne):
             return []
         return [Share({place: jobs[place] for place in places[one::number]}, data) for one in range(number)]
 
-    def _process(self, shares: Sequence[Share], shown: Elsewhere) -> dict[int, Trial]:
-        """Run jobs in a process that is for them."""
-        self.trials.shown = shown
+    def _process(self, shares: Sequence[Share], beside: int, shown: Elsewhere) -> dict[int, Trial]:
+        """Run jobs in a process that is for them, one of so many."""
+        self.trials.shown, self.beside = shown, beside
         rows: dict[int, Trial] = {}
         for share in shares:
             rows |= self._here(share, rows)
@@ -224,11 +226,6 @@ def at_the_same_step(ready: Sequence[Ready]) -> Iterator[list[Ready]]:
     steps = [each.prepared.trainer.state.step for each in ready]
     for step in sorted(set(steps)):
         yield [each for each, own in zip(ready, steps, strict=True) if own == step]
-
-
-def jobs_of(shares: Sequence[Share]) -> Iterator[Job]:
-    for share in shares:
-        yield from share.jobs.values()
 
 
 def stopped(rows: dict[int, Trial]) -> bool:
