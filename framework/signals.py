@@ -1,14 +1,31 @@
 """What a run does about signals."""
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from .trainer import Trainer
 
+Handler = Callable[[int, Any], None]
 ENDING = (signal.SIGINT, signal.SIGTERM)
 HANDED_ON = (signal.SIGUSR1, signal.SIGUSR2)  # a cluster's, that time is up: who handles one queues the job again
+
+
+@contextmanager
+def handled(numbers: Iterable[signal.Signals], handler: Handler) -> Iterator[dict[signal.Signals, Any]]:
+    """Let signals be handled so; gives what handled each before. Outside the main thread nothing is changed."""
+    before: dict[signal.Signals, Any] = {}
+    try:
+        for number in numbers:
+            before[number] = signal.signal(number, handler)
+    except ValueError:  # not the main thread: its owner handles signals
+        pass
+    try:
+        yield before
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 @contextmanager
@@ -26,16 +43,7 @@ def stopping(trainers: Sequence[Trainer]) -> Iterator[list[int]]:
         for trainer in trainers:
             trainer.state.stop = f"{signal.Signals(number).name}"
 
-    before: dict[signal.Signals, Any] = {}
-    try:
-        for number in (*ENDING, *(each for each in HANDED_ON if callable(signal.getsignal(each)))):
-            before[number] = signal.signal(number, stop)
-    except ValueError:  # not the main thread: its owner handles signals
-        pass
-    try:
+    with handled((*ENDING, *(each for each in HANDED_ON if callable(signal.getsignal(each)))), stop) as before:
         yield got
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     for late in [each for each in HANDED_ON if each in got]:
         before[late](late, None)

@@ -9,6 +9,12 @@ def rows(name="s"):
     return [json.loads(line) for line in Path(f"runs/default/{name}/sweep.jsonl").read_text().splitlines()]
 
 
+def trials(name="s"):
+    """The last row of each trial."""
+    last = {row["number"]: row for row in rows(name)}
+    return [last[number] for number in sorted(last)]
+
+
 def table_of(out):
     """The lines of the table, in words."""
     blocks = [[line.split() for line in block.splitlines()] for block in out.strip().split("\n\n")]

@@ -6,13 +6,13 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from waiting import wait_for
 
 from framework.checkpoint import newest
 from framework.cli import VERBS, main
@@ -167,13 +167,6 @@ def test_a_sweep_goes_on_after_a_job_that_fails(command):
     assert "MSELoss cannot take classes" in lines[0][1]
     assert len(list(Path("runs/default/s").glob("*/config.yaml"))) == 3, "two that ended well, and the best once more"
     assert os.listdir() == ["runs"], "Hydra leaves nothing of its own"
-
-
-def wait_for(condition, seconds=60):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.05)
 
 
 def test_sigterm_ends_a_run_in_good_order(tmp_path):

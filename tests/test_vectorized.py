@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sweeps import rows
+from sweeps import rows, trials
 
 from framework.compose import Job
 from framework.tuning.rows import Rows
@@ -13,11 +13,6 @@ from framework.tuning.vectorized import form, groups
 
 SMALL = "data=blobs model.width=8 model.depth=1 trainer.max_epochs=3 callbacks=[checkpoint,non_finite] seed=1"
 SWEEP = f"train {SMALL} 'loggers=[tensorboard,json_lines]' -m optimizer.lr=1e-3,1e-2,5e-2 model.dropout=0.0"
-
-
-def trials(name):
-    last = {row["number"]: row for row in rows(name)}
-    return [last[number] for number in sorted(last)]
 
 
 def files(run):

@@ -5,11 +5,11 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from sweeps import rows
+from sweeps import rows, trials
+from waiting import wait_for
 
 from framework.errors import FrameworkError
 from framework.tuning.live import Lines
@@ -22,8 +22,7 @@ pytestmark = pytest.mark.skipif(most_processes() < 2, reason="a fork is not safe
 
 
 def states(name):
-    last = {row["number"]: row["state"] for row in rows(name)}
-    return [last[number] for number in sorted(last)]
+    return [row["state"] for row in trials(name)]
 
 
 def came_to(name):
@@ -98,15 +97,8 @@ def started():
     """A sweep in a process of its own, once checkpoints are there."""
     command = [sys.executable, "-m", "framework", *shlex.split(LONG)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    until(lambda: len(list(Path("runs/default/s").glob("0*/checkpoints/step-*"))) >= 16)
+    wait_for(lambda: len(list(Path("runs/default/s").glob("0*/checkpoints/step-*"))) >= 16)
     return process
-
-
-def until(holds, seconds=60.0):
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def children(pid):
@@ -130,7 +122,7 @@ def test_processes_end_with_the_one_that_was_killed(command):
     assert len(theirs) == 2
     process.kill()
     process.wait()
-    until(lambda: not any(Path(f"/proc/{pid}").exists() and "Z" not in stat(pid) for pid in theirs), 10)
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() and "Z" not in stat(pid) for pid in theirs), 10)
     assert states("s") == ["running"] * 16
 
 

@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from waiting import wait_for
 
 from framework import checkpoint
 from framework.checkpoint import listed, load, step_of
@@ -28,17 +29,10 @@ def submit(writer, folder, step, size=10, **more):
     writer.submit(folder, state, {"step": step}, step, then=more.pop("then", lambda written: None), **more)
 
 
-def wait_for(condition):
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.001)
-
-
 def test_what_waits_and_need_not_stay_is_never_written(tmp_path):
     writer = Held()
     submit(writer, tmp_path, 1)
-    wait_for(lambda: steps(tmp_path) == [1] and not writer.jobs)
+    wait_for(lambda: steps(tmp_path) == [1] and not writer.jobs, seconds=10, pause=0.001)
     for step in (2, 3, 4, 5):
         submit(writer, tmp_path, step, stays={3})
     writer.join()

@@ -11,14 +11,15 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess, parent_process
 from typing import Any, cast
 
 import torch
 
+from ..signals import ENDING, handled
 from .live import Elsewhere, Shown
 
 Work = Callable[[Elsewhere], Any]
@@ -104,8 +105,7 @@ def pickled(error: BaseException) -> bytes:
     return whole
 
 
-@contextmanager
-def passing_on(processes: Sequence[BaseProcess]) -> Iterator[None]:
+def passing_on(processes: Sequence[BaseProcess]) -> AbstractContextManager[Any]:
     """Pass SIGINT and SIGTERM on to processes, whose trials finish their step and save; this one waits for them."""
 
     def pass_on(number: int, frame: Any) -> None:
@@ -113,14 +113,4 @@ def passing_on(processes: Sequence[BaseProcess]) -> Iterator[None]:
             if process.is_alive() and process.pid is not None:
                 os.kill(process.pid, number)
 
-    before = {}
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, pass_on)
-    except ValueError:  # not the main thread: its owner handles signals
-        pass
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return handled(ENDING, pass_on)

@@ -20,6 +20,9 @@ from ..pure import PureUpdate, pure_updates, tensors_of
 CACHED = 2**16  # numbers of a parameter that are updated at once on a CPU: they and their state stay in its cache
 
 
+NO_SETTINGS = ("params", "param_names")  # of what an optimizer's group has
+
+
 class NotStackable(FrameworkError):
     """Trials that cannot train as one; it says what stands in the way."""
 
@@ -225,7 +228,7 @@ def form_of(optimizer: Optimizer) -> list[Any]:
     and what is kept of a parameter, which a step on a single number tells (SGD without momentum keeps nothing)."""
     form: list[Any] = [type(optimizer)]
     for group in optimizer.param_groups:
-        given = {name: value for name, value in group.items() if name not in ("params", "param_names")}
+        given = {name: value for name, value in group.items() if name not in NO_SETTINGS}
         form.append({name: value for name, value in given.items() if isinstance(value, bool | str | None)})
         number = nn.Parameter(torch.zeros_like(group["params"][0].reshape(-1)[:1]))
         number.grad = torch.zeros_like(number)
@@ -281,7 +284,7 @@ def by_kernel(fused: FusedStep) -> Update:
 
 def rows_alike(groups: list[dict[str, Any]], chosen: list[int]) -> Iterable[list[int]]:
     """Return the chosen rows, those together whose groups have the same settings."""
-    settings = itemgetter(*(name for name in groups[0] if name not in ("params", "param_names")))
+    settings = itemgetter(*(name for name in groups[0] if name not in NO_SETTINGS))
     found: dict[Any, list[int]] = {}
     for row in chosen:
         found.setdefault(settings(groups[row]), []).append(row)
@@ -322,11 +325,7 @@ def by_function(pure: PureUpdate) -> Update:
 
 def together_settings(groups: Sequence[dict[str, Any]], like: Tensor) -> dict[str, Any]:
     """Return the settings of several groups as those of one: what differs as a column of numbers."""
-    return {
-        name: together([group[name] for group in groups], like)
-        for name in groups[0]
-        if name not in ("params", "param_names")
-    }
+    return {name: together([group[name] for group in groups], like) for name in groups[0] if name not in NO_SETTINGS}
 
 
 def together(values: Sequence[Any], like: Tensor) -> Any:

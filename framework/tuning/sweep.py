@@ -3,8 +3,8 @@
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ..describe import console
 from ..errors import ConfigError, FrameworkError, RunError, did_you_mean
 from ..experiment import Result
 from ..registry import Registry
+from ..signals import handled
 from ..sources import Sources
 from ..spec import Reader, section_settings
 from . import hydra_parts
@@ -145,22 +146,13 @@ def as_asked(asked: Mapping[str, Any]) -> Any:
     return sorted(command), asked.get("plugins")
 
 
-@contextmanager
-def ending_on_sigterm() -> Iterator[None]:
+def ending_on_sigterm() -> AbstractContextManager[Any]:
     """Let SIGTERM between two trials end the sweep as Ctrl-C does, so that its table is shown."""
 
     def stop(number: int, frame: Any) -> None:
         sys.exit(128 + number)
 
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread: its owner handles signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return handled([signal.SIGTERM], stop)
 
 
 def show(trials: Trials) -> None:

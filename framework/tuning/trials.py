@@ -72,7 +72,8 @@ class Trials:
     def __call__(self, config: Any) -> Any:
         """Run the trial of a config that Hydra composed, or go on with it where its job is queued again."""
         job = self.place(self.composing.job(config))
-        if any(row.number == job.number and row.config == fingerprint(job.spec.tree) for row in self.folder.trials()):
+        earlier = self.earlier(job)
+        if earlier is not None and earlier.config == fingerprint(job.spec.tree):
             job.spec = replace(job.spec, resume="auto")
         trial = self.run(job)
         if trial.exit_status == 128 + signal.SIGTERM and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
@@ -117,19 +118,20 @@ class Trials:
 
     def finished(self, job: Job) -> Trial | None:
         """Return the row of a trial that is over, with the same config."""
-        if job.spec.resume == "never":
-            return None
-        rows = [row for row in self.folder.trials() if row.number == job.number and row.over]
-        return next((row for row in rows if row.config == fingerprint(job.spec.tree)), None)
+        row = None if job.spec.resume == "never" else self.earlier(job)
+        return row if row is not None and row.over and row.config == fingerprint(job.spec.tree) else None
+
+    def earlier(self, job: Job) -> Trial | None:
+        """Return the row of a job's trial, if it has begun before."""
+        return next((row for row in self.folder.trials() if row.number == job.number), None)
 
     def begin(self, job: Job) -> Trial:
         """Record that a trial begins."""
         assert job.number is not None
         name = str(job.spec.sections["run"]["name"])
-        cut_off = [
-            row.seconds for row in self.folder.trials() if row.number == job.number and job.spec.resume != "never"
-        ]
-        trial = Trial(job.number, job.settings, name, seconds=sum(cut_off), config=fingerprint(job.spec.tree))
+        cut_off = None if job.spec.resume == "never" else self.earlier(job)
+        seconds = 0.0 if cut_off is None else cut_off.seconds
+        trial = Trial(job.number, job.settings, name, seconds=seconds, config=fingerprint(job.spec.tree))
         self.folder.record(trial)
         self.show().begins(trial)
         return trial
