@@ -86,7 +86,7 @@ def test_a_worker_that_hangs_is_an_error_in_time_and_is_ended_though_it_ignores_
     loader = Loader(Squares([17], lambda: time.sleep(60)), eval_batch_size=5, workers=2, timeout_seconds=0.6)
     with pytest.raises(DataError, match=r"no batch has come for 0\.6 s .*: the process that read sample 17 hangs"):
         numbers(loader)
-    assert time.monotonic() - began < 6
+    assert time.monotonic() - began < 30  # it would have hung for 60
     assert not multiprocessing.active_children()
 
 
