@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import Dataset
+from waiting import wait_for
 
 import framework as fw
 from framework import Callback, TensorSplit, Trainer, checkpoint
@@ -46,13 +47,6 @@ def numbers(loader, epoch=0, start=0):
     return [[int(row) for row in inputs] for inputs, _ in loader.epoch(epoch, start)]
 
 
-def wait_for(condition, seconds=5.0):
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.01)
-    return condition()
-
-
 # workers
 
 
@@ -74,7 +68,7 @@ def test_a_worker_that_dies_during_a_step_is_an_error_of_the_next_batch_and_not_
     batches = Loader(Squares(), eval_batch_size=1, workers=1).epoch()
     next(batches)
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-    assert wait_for(lambda: not multiprocessing.active_children())  # nothing is raised here
+    wait_for(lambda: not multiprocessing.active_children())  # nothing is raised here
     with pytest.raises(
         DataError, match=r"^(a process that loads data|the process that read sample \d+) has died of SIGKILL"
     ):
@@ -102,7 +96,7 @@ def test_workers_die_with_their_parent():
     assert len(workers) == 2
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    assert wait_for(lambda: not any(alive(pid) for pid in workers), seconds=2)
+    wait_for(lambda: not any(alive(pid) for pid in workers), seconds=30)
 
 
 def alive(pid):
@@ -164,7 +158,7 @@ def test_a_signal_to_the_group_ends_the_run_with_a_checkpoint_of_its_last_step(t
         trainer, stopped = fit(tmp_path, Squares(), saving, epochs=10**4, workers=1)
         (tmp_path / "ended").write_text(f"{trainer.state.step} {stopped} {trainer.state.stop}")
         os._exit(0)
-    assert wait_for(lambda: any((tmp_path / "checkpoints").glob("step-*")))
+    wait_for(lambda: any((tmp_path / "checkpoints").glob("step-*")))
     os.killpg(child, number)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     step, *words = (tmp_path / "ended").read_text().split()
