@@ -4,7 +4,8 @@ import argparse
 import atexit
 import gc
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -50,17 +51,25 @@ def command_line(parser: Parser, given: argparse.Namespace) -> Any:
         parser.error("-m runs a sweep, --cfg and --info only show: give one of them")
     if given.resolve and not given.cfg:
         parser.error("--resolve goes with --cfg")
-    without_torch = "torch" not in sys.modules
-    if without_torch:  # of its million objects none is garbage, and to look through them takes half a second each time
-        gc.disable()
-    from .compose import CommandLine
+    with importing_torch():
+        from .compose import CommandLine
+    flags = ("multirun", "cfg", "resolve", "info", "inexact", "traceback", "only_plan")
+    return CommandLine(given.overrides, given.plugins, given.config_dir, **{flag: vars(given)[flag] for flag in flags})
 
-    if without_torch:
+
+@contextmanager
+def importing_torch() -> Iterator[None]:
+    """Do not look for garbage: of the million objects that torch makes none is, and a look takes half a second."""
+    if "torch" in sys.modules:
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
         gc.freeze()
         gc.enable()
         atexit.register(gc.freeze)
-    flags = ("multirun", "cfg", "resolve", "info", "inexact", "traceback", "only_plan")
-    return CommandLine(given.overrides, given.plugins, given.config_dir, **{flag: vars(given)[flag] for flag in flags})
 
 
 def swept(parser: Parser, given: argparse.Namespace, flag: str, key: str, count: int, values: Sequence[Any]) -> None:

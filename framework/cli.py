@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .arguments import CHECKPOINT, JSON, RUN, TRACEBACK, Parser, command_line, composing, swept
+from .arguments import CHECKPOINT, JSON, RUN, TRACEBACK, Parser, command_line, composing, importing_torch, swept
 from .errors import ConfigError, FrameworkError, did_you_mean
 from .help import BOARD, CHECK, EVAL, FIND, HELP, LIST, PLAN, PREDICT, RESUME, SHOW, TRAIN
 
@@ -132,8 +132,9 @@ def resume(arguments: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="what is to differ from here on")
     parser.add_argument("--inexact", action="store_true", help="though settings would change the outcome")
     given = parser.parse_intermixed_args(arguments)
-    from .discovery import discover
-    from .experiment import train as train_experiment
+    with importing_torch():
+        from .discovery import discover
+        from .experiment import train as train_experiment
     from .report import print_result
     from .resume import altered
     from .run import read_config
@@ -259,9 +260,9 @@ def write_on(given: argparse.Namespace, sampling: dict[str, Any]) -> None:
 
 
 def opened(given: argparse.Namespace) -> Any:
-    from .discovery import discover
-    from .trained import open_run
-
+    with importing_torch():
+        from .discovery import discover
+        from .trained import open_run
     discover(given.plugins)
     with advising(given):
         return open_run(given.run, given.checkpoint)

@@ -6,8 +6,7 @@
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -63,16 +62,11 @@ class Journal(BaseJournalBackend):
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Append lines, after taking away what a kill left of one."""
         content = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode()
-        with self.path.open("r+b", buffering=0) as file, locked(file):
+        with self.path.open("r+b", buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
             file.seek(end_of_lines(file))
             file.truncate()
             file.write(content)
-
-
-@contextmanager
-def locked(file: Any) -> Iterator[None]:
-    fcntl.flock(file, fcntl.LOCK_EX)
-    yield  # closing the file lets go
 
 
 def end_of_lines(file: Any) -> int:
