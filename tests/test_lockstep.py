@@ -1,6 +1,7 @@
 """Trials that train as one: each comes out as it would alone."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -46,7 +47,9 @@ def network(seed=0, dropout=0.0, norm=False):
     return nn.Sequential(*layers, nn.Linear(9, 3)).double()
 
 
-def trial(seed=0, lr=1.0, optimizer=OPTIMIZERS[3], callbacks=(), model=None, loss=None, schedule=None, **settings):
+def trial(
+    seed=0, lr=1.0, optimizer=OPTIMIZERS[3], callbacks=(), model=None, loss=None, schedule=None, task=None, **settings
+):
     model = network(seed) if model is None else model
     recorder = Recorder()
     limits = {"max_epochs": 34, "log_every": "2steps", "seed": seed, "device": "cpu"}  # 102 steps
@@ -63,7 +66,7 @@ def trial(seed=0, lr=1.0, optimizer=OPTIMIZERS[3], callbacks=(), model=None, los
         "model": model,
         "data": Loader(TRAIN, 32, 64, shuffle=True, seed=seed),
         "val": Loader(VAL, 32, 64),
-        "task": fw.tasks.build("classification", loss=loss or (lambda: nn.CrossEntropyLoss())),
+        "task": task() if task else fw.tasks.build("classification", loss=loss or (lambda: nn.CrossEntropyLoss())),
         "optimizer": made,
         "schedule": schedule,
         "metrics": trainer.metrics,
@@ -174,6 +177,114 @@ def test_the_smoothing_of_labels_may_differ():
         assert_same(trainer, alone(trial(**recipe)))
 
 
+def weighted(weight, smoothing=0.0, ignored=None):
+    return lambda: fw.losses.build(
+        "cross_entropy", weight=weight, label_smoothing=smoothing, ignore_index=ignored
+    ).double()
+
+
+@pytest.mark.parametrize("seeds", [(0, 0, 0), (1, 2, 3)], ids=["one order", "an order each"])
+@pytest.mark.parametrize("more", [{}, {"smoothing": 0.1}, {"ignored": 1}], ids=str)
+def test_the_weights_of_classes_may_differ(seeds, more):
+    """A mean is over the weights of the targets, so each trial's batches count differently, the last one most."""
+    weights = ([1.0, 1.0, 1.0], [1.0, 2.0, 5.0], [0.5, 0.1, 3.0])
+    recipes = [
+        {"seed": seed, "loss": weighted(weight, **more), "max_epochs": 4}
+        for seed, weight in zip(seeds, weights, strict=True)
+    ]
+    trained, _ = together(*(trial(**recipe) for recipe in recipes))
+    for trainer, recipe in zip(trained, recipes, strict=True):
+        assert_same(trainer, alone(trial(**recipe)))
+
+
+def test_other_tensors_and_numbers_of_a_loss_may_differ():
+    losses = [("focal", {"gamma": 2.0, "alpha": [0.2, 0.5, 0.3]}), ("focal", {"gamma": 0.5, "alpha": [1.0, 0.1, 0.1]})]
+    recipes = [{"loss": lambda a=a, b=b: fw.losses.build(a, **b).double(), "max_epochs": 4} for a, b in losses]
+    trained, _ = together(*(trial(**recipe) for recipe in recipes))
+    for trainer, recipe in zip(trained, recipes, strict=True):
+        assert_same(trainer, alone(trial(**recipe)))
+
+
+def test_the_weights_of_goals_may_differ_and_each_goal_is_logged():
+    def recipe(reconstruction):
+        torch.manual_seed(0)
+        goals = {"reconstruction": reconstruction, "loss": lambda: nn.CrossEntropyLoss()}
+        return {
+            "model": nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3 + 6)).double(),
+            "task": lambda: fw.tasks.build("multi_task", **goals),
+            "max_epochs": 4 if reconstruction else 2,
+        }
+
+    weights = (0.0, 1.0, 7.0)
+    trained, _ = together(*(trial(**recipe(weight)) for weight in weights))
+    for trainer, weight in zip(trained, weights, strict=True):
+        assert_same(trainer, alone(trial(**recipe(weight))))
+        assert any("val/reconstruction" in values for _, _, values in trainer.recorder.lines)
+
+
+class Scales(nn.Module):
+    """Scales by a number that `keep` puts away, and that `found` finds there."""
+
+    def __init__(self, keep, found, by):
+        super().__init__()
+        self.kept, self._hidden, self.found = keep(by), by, found
+
+    def forward(self, inputs):
+        return inputs * self.found(self)
+
+
+class Thing:
+    def __init__(self, number):
+        self.number = number
+
+
+def scaled(keep, found, by):
+    model = network()
+    model.insert(2, Scales(keep, found, by))
+    return model
+
+
+KEPT = {
+    "hidden": (lambda by: None, lambda module: module._hidden),
+    "in a dict": (lambda by: {"by": by}, lambda module: module.kept["by"]),
+    "in a list of dicts": (lambda by: [1, {"by": by}], lambda module: module.kept[1]["by"]),
+}
+
+
+@pytest.mark.parametrize("way", KEPT)
+def test_numbers_may_differ_wherever_a_module_keeps_them(way):
+    recipes = [lambda by=by: {"model": scaled(*KEPT[way], by), "max_epochs": 4} for by in (0.5, 2.0)]
+    trained, _ = together(*(trial(**recipe()) for recipe in recipes))
+    for trainer, recipe in zip(trained, recipes, strict=True):
+        assert_same(trainer, alone(trial(**recipe())))
+
+
+@pytest.mark.parametrize(
+    ("keep", "found"),
+    [
+        (lambda by: lambda: by, lambda module: module.kept()),
+        (lambda by: partial(float, by), lambda module: module.kept()),
+        (lambda by: (by, 1), lambda module: module.kept[0]),
+        (Thing, lambda module: module.kept.number),
+        (lambda by: torch.tensor(by), lambda module: module.kept),
+        (lambda by: torch.Generator().manual_seed(int(by)), lambda module: module.kept.initial_seed()),
+    ],
+    ids=["closure", "partial", "tuple", "object", "tensor", "generator"],
+)
+def test_what_differs_where_no_tensor_can_be_put_is_refused(keep, found):
+    with pytest.raises(NotStackable, match=r"^model\.2\.kept is not the same: .{1,80}$"):
+        together(*(trial(model=scaled(keep, found, by)) for by in (1.0, 2.0)))
+
+
+def test_what_is_alike_but_not_the_same_is_no_difference():
+    class Thing:
+        def __init__(self):
+            self.own, self.parts = self, {"names": ("".join(["a", "b"]), 0.5), "f": lambda: self}
+
+    made = [trial(model=scaled(lambda by: [Thing(), partial(max, 1)], lambda module: 1.0, 1.0)) for _ in range(2)]
+    assert together(*made)[1] == [None, None]
+
+
 def test_dropout_rates_may_differ_and_each_trial_drops_its_own():
     class Shares(nn.Module):
         """A model whose outputs are the shares of its dropped inputs."""
@@ -261,6 +372,11 @@ def test_a_trial_can_go_on_alone_and_trials_can_go_on_together():
             torch.testing.assert_close(tensor, weights[name], rtol=0, atol=1e-10)
 
 
+def measured_by(metric):
+    trainer, fit = trial()
+    return trainer, fit | {"metrics": [metric]}
+
+
 def test_what_cannot_be_done_for_many_at_once_is_named():
     class Reads(nn.Linear):
         def forward(self, inputs):
@@ -273,6 +389,7 @@ def test_what_cannot_be_done_for_many_at_once_is_named():
         ([trial(callbacks=[fw.callbacks.build("non_finite", policy="skip")]), trial()], "NonFinite works with a trial"),
         ([trial(), trial(optimizer=OPTIMIZERS[0])], "optimizer is not the same"),
         ([trial(log_every="1epoch"), trial()], "log_every"),
+        ([measured_by(fw.metrics.build("top_k", k=k)) for k in (1, 2)], "their metrics are not the same"),
     ]
     for recipes, why in cases:
         with pytest.raises(NotStackable, match=why):

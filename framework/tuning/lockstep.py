@@ -20,6 +20,7 @@ from ..errors import FrameworkError
 from ..memory import memory_errors
 from ..task import Step
 from ..trainer import Trainer
+from .differences import same
 from .rows import NotStackable, Rows
 from .stack import RowMeasures, Stack, Sums
 
@@ -77,6 +78,8 @@ class Lockstep:
                 if isinstance(loader, Loader) and isinstance(placed, Loader):
                     loader.split, loader.whole = placed.split, placed.whole  # one copy on the device for all
             trial.trainer.begin(**trial.fit)
+        if not all(same(trial.trainer.metrics, self.first.metrics) for trial in self.trials):
+            raise NotStackable("their metrics are not the same")
         if len({(t.trainer.state.step, t.trainer.state.batch) for t in self.trials}) > 1:
             raise NotStackable("they go on after different steps")
         loaders = [loader_of(trial.trainer) for trial in self.trials]
@@ -193,13 +196,12 @@ class Lockstep:
         return step
 
     def _count(self, batch: Batch, shared: bool) -> Any:
-        if shared:
-            return self.first.task.count(batch)
-        count = self.first.task.count(tuple(tensor[0] for tensor in batch))
-        if isinstance(count, int):  # the number of samples, which is everybody's
+        count = self.first.task.count(batch if shared else tuple(tensor[0] for tensor in batch))
+        if not self.stack.weighs_apart and (shared or isinstance(count, int)):  # the number of samples is everybody's
             return count
-        each = zip(self.trials, zip(*batch, strict=True), strict=True)
-        return torch.stack([trial.trainer.task.count(mine) for trial, mine in each])  # type: ignore[misc]
+        batches = [batch] * len(self.trials) if shared else zip(*batch, strict=True)
+        counts = [trial.trainer.task.count(mine) for trial, mine in zip(self.trials, batches, strict=True)]
+        return torch.stack([torch.as_tensor(each, device=self.first.device) for each in counts])
 
     def _look(self) -> list[int]:
         """Let those look at the gradients who want to, in their order; returns the rows that get no update."""
@@ -259,7 +261,7 @@ class Lockstep:
         random = torch.get_rng_state()
         for batch in batches.epoch():
             placed = self.first._place(batch)
-            sums.add(self.stack(self.rows, placed, True, training=False), self.first.task.count(placed))
+            sums.add(self.stack(self.rows, placed, True, training=False), self._count(placed, True))
         torch.set_rng_state(random)
         return sums.read()
 
