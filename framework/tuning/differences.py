@@ -59,7 +59,7 @@ def differences(wholes: Sequence[Together]) -> dict[Key, Tensor]:
 
 def of_loss(key: Key) -> bool:
     """Whether something belongs to the loss."""
-    return str(key[0]).partition(".")[0] == LOSS
+    return bool(key[0].partition(".")[0] == LOSS)
 
 
 def short(value: Any) -> str:
