@@ -291,7 +291,7 @@ def test_dropout_rates_may_differ_and_each_trial_drops_its_own():
 
         def __init__(self, p):
             super().__init__()
-            self.dropout, self.last = nn.Dropout(p), nn.Linear(1, 3).double()
+            self.dropout, self.last = nn.Dropout(p), nn.Linear(1, 3, bias=False).double()
 
         def forward(self, inputs):
             dropped = (self.dropout(torch.ones(len(inputs), 400, dtype=inputs.dtype)) == 0).double().mean(1)

@@ -17,8 +17,9 @@ from .rows import NotStackable
 
 Key = tuple[Any, ...]
 """Where something is: the path of a module ("task": in the task), an attribute, the way into its dicts and lists."""
+Description = dict[Key, Any]
 OWN = frozenset(vars(nn.Module()))  # what every module has: its parameters, modules, hooks
-HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 LOSS = "criterion"
 DEEPEST = 50  # levels of things within things
 
@@ -36,15 +37,14 @@ class Together(nn.Module):
         return loss, outputs, targets, dict(values)
 
 
-def differences(wholes: Sequence[Together]) -> dict[Key, Tensor]:
-    """Return the floats, and the tensors of the loss, that differ between trials: (trials, ...) each.
+def differences(trials: Sequence[Description], like: Tensor) -> dict[Key, Tensor]:
+    """Return the floats, and the tensors of the loss, that differ between trials: (trials, ...) each, floats as `like`.
 
     Raises NotStackable for the first other thing that differs.
     """
-    described = [dict(described_by(whole)) for whole in wholes]
-    like, found = next(wholes[0].model.parameters()), {}
-    for key in dict.fromkeys(key for each in described for key in each):
-        values: list[Any] = [each.get(key) for each in described]
+    found = {}
+    for key in dict.fromkeys(key for each in trials for key in each):
+        values: list[Any] = [each.get(key) for each in trials]
         if all(same(value, values[0]) for value in values[1:]):
             continue
         if all(isinstance(value, float) for value in values):
@@ -52,9 +52,18 @@ def differences(wholes: Sequence[Together]) -> dict[Key, Tensor]:
         elif of_loss(key) and all(isinstance(value, Tensor) and value.shape == values[0].shape for value in values):
             found[key] = torch.stack(values)
         else:
-            named = ".".join(str(part) for part in key if part != "")
-            raise NotStackable(f"{named} is not the same: {short(values[0])}, {short(values[-1])}")
+            raise NotStackable(f"{named(key)} is not the same: {short(values[0])}, {short(values[-1])}")
     return found
+
+
+def changed(before: Description, now: Description) -> str | None:
+    """Return the name of something that is not what it was."""
+    keys = dict.fromkeys([*before, *now])
+    return next((named(key) for key in keys if not same(before.get(key), now.get(key))), None)
+
+
+def named(key: Key) -> str:
+    return ".".join(str(part) for part in key if part != "")
 
 
 def of_loss(key: Key) -> bool:
@@ -67,8 +76,12 @@ def short(value: Any) -> str:
     return repr(value)[:60] if plain else getattr(value, "__name__", f"a {type(value).__name__}")
 
 
+def described(whole: Together) -> Description:
+    """Return what a model and its task are made of, but for the model's parameters and buffers."""
+    return dict(described_by(whole))
+
+
 def described_by(whole: Together) -> Iterator[tuple[Key, Any]]:
-    """Yield what a model and its task are made of, but for the model's parameters and buffers."""
     for path, owner in [*whole.named_modules(), ("task", whole.task)]:
         yield (path, ""), type(owner)
         held = dict(vars(owner))
@@ -104,6 +117,8 @@ def holder(whole: Together, key: Key) -> tuple[Any, Any]:
 
 def same(one: Any, other: Any, within: frozenset[int] = frozenset()) -> bool:
     """Whether two things are alike in all that they consist of. `within`: what `one` is a part of."""
+    if isinstance(one, torch.Generator):
+        return False  # all would draw from one
     if one is other or id(one) in within:
         return True
     if isinstance(one, int | float) and isinstance(other, int | float):

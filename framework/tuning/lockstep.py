@@ -21,7 +21,8 @@ from ..memory import memory_errors
 from ..task import Step
 from ..trainer import Trainer
 from .differences import same
-from .rows import NotStackable, Rows
+from .rehearsal import Rehearsal
+from .rows import ALONE, NotStackable, Rows
 from .stack import RowMeasures, Stack, Sums
 
 Fit = dict[str, Any]
@@ -35,7 +36,7 @@ class Member:
         self.number, self.trainer, self.fit = number, trainer, fit
         self.way: AbstractContextManager[None] = trainer.fitting()
         self.looking = [listener.__self__ for listener in trainer._listeners["gradients"]]  # type: ignore[attr-defined]
-        self.alone = [each for each in self.looking if type(each).clip_rows is Callback.clip_rows]
+        self.alone = [each for each in self.looking if looks_alone(each)]
 
     def wants_gradients(self) -> bool:
         """Whether somebody who cannot look at all rows at once must see them, though they are finite."""
@@ -58,16 +59,18 @@ class Lockstep:
         self.ended = ended
         self._begin()
         models, tasks = [t.model for t in trainers], [t.task for t in trainers]
+        self.orders: torch.Tensor | None = None
+        batch = self.first._place(next(iter(self._batches(0, 0)))[0])
+        rehearsal = Rehearsal(models, tasks, batch, self.orders is None, self.first.precision)
         self.stack = Stack(models, tasks, self.first.precision)
         self.rows = Rows(models, [t.optimizer for t in trainers])
         self.graphed: Graphed | None = None
         if self.first.cuda_graph != "off":  # without, nothing refers to itself, and all is freed when trials are done
             run, mode = self._forward_and_backward, self.first.cuda_graph
             self.graphed = Graphed("the step of all trials", run, lambda: [], mode)
-        self.orders: torch.Tensor | None = None
         self.failed: dict[int, BaseException] = {}
         self._sum_anew()
-        self._rehearse()
+        rehearsal.together(self.rows)
 
     def _begin(self) -> None:
         for trial in self.trials:
@@ -76,6 +79,8 @@ class Lockstep:
             for name in ("data", "val"):
                 loader, placed = trial.fit[name], self.trials[0].fit[name]
                 if isinstance(loader, Loader) and isinstance(placed, Loader):
+                    if not same(loader.split, placed.split):
+                        raise NotStackable(f"{name} is not the same")
                     loader.split, loader.whole = placed.split, placed.whole  # one copy on the device for all
             trial.trainer.begin(**trial.fit)
         if not all(same(trial.trainer.metrics, self.first.metrics) for trial in self.trials):
@@ -85,6 +90,10 @@ class Lockstep:
         loaders = [loader_of(trial.trainer) for trial in self.trials]
         if len({(len(loader), loader.batch_size) for loader in loaders}) > 1:
             raise NotStackable("loader.batch_size is not the same")
+        if len({(loader.shuffle, loader.even is None, loader.limit) for loader in loaders}) > 1:
+            raise NotStackable("loader.sampling or loader.limit is not the same")
+        if len({trial.trainer.val_batches is None for trial in self.trials}) > 1:
+            raise NotStackable("some have data to validate on, and some have none")
         if len({loader.seed for loader in loaders}) > 1 and loaders[0].tensors is None:
             raise NotStackable("they read samples in different orders, and the data is not in memory")
 
@@ -95,32 +104,12 @@ class Lockstep:
             trial.trainer.measures = RowMeasures(self.sums, row)
             trial.trainer.measures.load_state_dict(resumed.state_dict())
 
-    def _rehearse(self) -> None:
-        """Run a batch of two samples forward, in evaluation; what cannot be done for many at once shows here."""
-        whole = self.first._place(next(iter(self._batches(0, 0)))[0])
-        shared = self.orders is None
-        batch = tuple(tensor[:2] if shared else tensor[:, :2] for tensor in whole)
-        buffers = {name: tensor.clone() for name, tensor in self.rows.buffers.items()}
-        random = torch.get_rng_state()
-        try:
-            loss = self.stack(self.rows, batch, shared).loss
-        except FrameworkError:
-            raise
-        except Exception as error:
-            lines = [line for line in str(error).splitlines() if line]
-            raise NotStackable(f"{type(error).__name__}: {lines[0][:200] if lines else ''}") from error
-        finally:
-            torch.set_rng_state(random)
-            for name, tensor in buffers.items():
-                self.rows.buffers[name].copy_(tensor)
-        if loss.shape != (len(self.trials),):
-            raise NotStackable(f"the task's loss has shape {tuple(loss.shape[1:])}, not that of a number")
-
     def run(self) -> None:
         """Train until the last trial is done."""
         with deterministic_algorithms(self.first.deterministic), memory_errors(self.first.device):
             try:
                 self._each(lambda trial: trial.way.__enter__())
+                self._each(self._unchanged)
                 self._leave_done()
                 while self.trials:
                     self._epoch()
@@ -142,9 +131,18 @@ class Lockstep:
                 return
             self._step([batch for batch, _ in window])  # type: ignore[misc]
             self._after([sizes for _, sizes in window], last)  # type: ignore[misc]
+            if last:
+                self._each(self._unchanged)
             self._leave_done()
             if last:
                 return
+
+    def _unchanged(self, trial: Member) -> None:
+        """Raise FrameworkError when a callback has changed what the stack took from a trial, and would not see."""
+        row = self.trials.index(trial)
+        what = self.stack.changed(row) or self.rows.displaced(row)
+        if what is not None:
+            raise FrameworkError(f"{what} was changed, {ALONE}")
 
     def _batches(self, epoch: int, start: int) -> Iterator[Any]:
         """Yield batches, shared by all trials or each with its own row, and one trial's batch to count samples by."""
@@ -170,6 +168,8 @@ class Lockstep:
             trial.trainer._emit("step_start")
             trial.trainer._set_learning_rate()
         self._gradients([self.first._place(batch) for batch in batches])
+        for trial, loss in zip(self.trials, self.losses.unbind(), strict=True):
+            trial.trainer.loss = loss
         self.rows.update(self._look())
 
     def _gradients(self, batches: list[Batch]) -> None:
@@ -210,15 +210,24 @@ class Lockstep:
         finite = (self.rows.gradients.sum(1) + self.losses).isfinite().tolist()
         looked = [row for row, trial in enumerate(self.trials) if not finite[row] or trial.wants_gradients()]
         for row in looked:
-            self.trials[row].trainer.loss = self.losses[row]
             self.rows.lend_gradients(row)
         for position, listener in enumerate(self.trials[0].looking):
-            if type(listener).clip_rows is not Callback.clip_rows:
+            if not looks_alone(listener):
+                for row in looked:
+                    if self._take_gradients(row):  # a callback before it may have put others in their place
+                        self.rows.lend_gradients(row)
                 type(listener).clip_rows([trial.looking[position] for trial in self.trials], self.rows.gradients)
                 continue
             for row in looked:
                 self._show_gradients(row, position)
-        return [row for row in looked if not self.rows.take_gradients(row) or row in self.failed]
+        return [row for row in looked if not self._take_gradients(row) or row in self.failed]
+
+    def _take_gradients(self, row: int) -> bool:
+        try:
+            return self.rows.take_gradients(row)
+        except FrameworkError as error:
+            self.failed.setdefault(row, error)
+            return False
 
     def _show_gradients(self, row: int, position: int) -> None:
         try:
@@ -312,6 +321,12 @@ class Lockstep:
         except BaseException as raised:  # what it was given, or what ending it led to
             error = raised
         self.ended(trial.number, error)
+
+
+def looks_alone(callback: Callback) -> bool:
+    """Whether it has no `clip_rows`, or one that is older than its `on_gradients`."""
+    first = next(each for each in type(callback).__mro__ if {"clip_rows", "on_gradients"} & vars(each).keys())
+    return first is Callback or "clip_rows" not in vars(first)
 
 
 def loader_of(trainer: Trainer) -> Loader:

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import FrameworkError
-from ..fused import FusedStep
+from ..fused import FusedStep, is_hooked
 from ..pure import PureUpdate, pure_updates, tensors_of
 
 CACHED = 2**16  # numbers of a parameter that are updated at once on a CPU: they and their state stay in its cache
 
 
+ALONE = "which a trial that trains as one of many cannot follow: hydra/launcher=one_by_one"
 NO_SETTINGS = ("params", "param_names")  # of what an optimizer's group has
 
 
@@ -46,7 +47,11 @@ class Rows:
         self.update_of = find_update(optimizers[0])
         if any(form_of(optimizer) != form_of(optimizers[0]) for optimizer in optimizers):
             raise NotStackable("the optimizer is not the same, or its settings make it work in another way")
+        if any(map(has_hooks, optimizers)):
+            raise NotStackable("somebody wants to be told of each update, or gradient, of a trial's own")
         self.places = list(places(models[0], optimizers[0]))
+        if len({laid_out(*pair) for pair in zip(models, optimizers, strict=True)}) > 1:
+            raise NotStackable("their optimizers hold other parameters, or in another order")
         trained = [[p for group in o.param_groups for p in group["params"]] for o in optimizers]
         if len({tuple((p.shape, p.dtype, p.device) for p in each) for each in trained}) > 1:
             raise NotStackable("their parameters have not the same shapes")
@@ -117,16 +122,30 @@ class Rows:
             parameter.grad = self._of(self.gradients, row, place)
 
     def take_gradients(self, row: int) -> bool:
-        """Take them back; returns whether they are still there: without them a trial is not updated."""
+        """Take them back; returns whether they are still there: without them a trial is not updated.
+
+        Raises FrameworkError when only some are.
+        """
         there = any(parameter.grad is not None for parameter in self.trained[row])
         for parameter, place in zip(self.trained[row], self.places, strict=True):
             mine = self._of(self.gradients, row, place)
             if there and parameter.grad is None:
-                mine.zero_()
-            elif parameter.grad is not None and parameter.grad.data_ptr() != mine.data_ptr():
+                raise FrameworkError(f"the gradient of {place.name} is taken away, {ALONE}")
+            if parameter.grad is not None and parameter.grad.data_ptr() != mine.data_ptr():
                 mine.copy_(parameter.grad)
             parameter.grad = None
         return there
+
+    def displaced(self, row: int) -> str | None:
+        """Return what of a trial is not a view of its row any more: somebody has put something else in its place."""
+        for parameter, place in zip(self.trained[row], self.places, strict=True):
+            if not parameter.requires_grad or parameter.data_ptr() != self._of(self.weights, row, place).data_ptr():
+                return place.name
+            state = self.optimizers[row].state[parameter]
+            for name, wide in self.wide.items():
+                if name not in state or state[name].data_ptr() != self._of(wide, row, place).data_ptr():
+                    return f"the optimizer's {name} of {place.name}"
+        return None
 
     # update
 
@@ -151,10 +170,15 @@ class Rows:
     def _first_update(self, left_out: Sequence[int]) -> None:
         """Let each optimizer take its own step, which makes the state that it keeps; then take the state over."""
         for row, optimizer in enumerate(self.optimizers):
-            if row not in left_out:
-                self.lend_gradients(row)
-                optimizer.step()
-                self.take_gradients(row)
+            before = self.weights[row].clone()
+            self.lend_gradients(row)
+            optimizer.step()
+            self.take_gradients(row)
+            if row in left_out:  # the rows need its state all the same: as it is before a first step
+                self.weights[row] = before
+                for state in optimizer.state.values():
+                    for kept in tensors_of(state).values():
+                        kept.zero_()
         self.adopt_state()
         self.begun = True
 
@@ -170,6 +194,8 @@ class Rows:
                 self.wide[name] = torch.stack([torch.cat([v.reshape(-1) for v in each]) for each in values])
             elif all(v.ndim == 0 for v in values[0]):
                 self.narrow[name] = torch.stack([torch.stack(list(each)) for each in values])
+                if not torch.equal(self.narrow[name], self.narrow[name][:, self._owners()]):
+                    raise NotStackable("some of their parameters have been through fewer steps than others")
             else:
                 raise NotStackable(f"their optimizer keeps {name} in another shape than the parameters'")
         self._attach_state()
@@ -243,13 +269,25 @@ def form_of(optimizer: Optimizer) -> list[Any]:
     return form
 
 
+def laid_out(model: nn.Module, optimizer: Optimizer) -> Any:
+    """Return which parameters an optimizer holds, and in which groups."""
+    sizes = tuple(len(group["params"]) for group in optimizer.param_groups)
+    return sizes, tuple((place.name, place.shape) for place in places(model, optimizer))
+
+
+def has_hooks(optimizer: Optimizer) -> bool:
+    held = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    return is_hooked(optimizer) or any(p._backward_hooks or p._post_accumulate_grad_hooks for p in held)
+
+
 def buffer_names(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_buffers()]
 
 
 def set_buffer(model: nn.Module, name: str, tensor: Tensor) -> None:
-    owner, _, own = name.rpartition(".")
-    model.get_submodule(owner)._buffers[own] = tensor
+    before = model.get_buffer(name)
+    for module in model.modules():  # it may have several owners
+        module._buffers.update({own: tensor for own, each in module._buffers.items() if each is before})
 
 
 Update = Callable[[Rows, list[dict[str, Any]], list[int], slice, int], None]

@@ -17,7 +17,7 @@ from ..data import Batch
 from ..device import Precision
 from ..metric import Held, Measures, Metric
 from ..task import Step, Task
-from .differences import Key, Together, differences, holder, of_loss
+from .differences import Key, Together, changed, described, differences, holder, of_loss
 from .rows import NotStackable, Rows
 
 
@@ -30,9 +30,12 @@ class Stack:
     def __init__(self, models: Sequence[nn.Module], tasks: Sequence[Task], precision: Precision):
         if tasks[0].phases:
             raise NotStackable(f"{type(tasks[0]).__name__} updates in phases")
-        wholes = [Together(model, task) for model, task in zip(models, tasks, strict=True)]
-        self.values = differences(wholes)
-        self.skeleton, self.precision = copy.deepcopy(wholes[0]), precision
+        self.wholes = [Together(model, task) for model, task in zip(models, tasks, strict=True)]
+        self.taken = [described(whole) for whole in self.wholes]
+        self.values = differences(self.taken, next(models[0].parameters()))
+        self.skeleton, self.precision = copy.deepcopy(self.wholes[0]), precision
+        self.skeleton.model.train()
+        self.mode, self.modes = True, modes(self.skeleton.model)
         self.slots = dict(slots(self.skeleton.model))
         self.holders = {key: holder(self.skeleton, key) for key in self.values}
 
@@ -41,10 +44,12 @@ class Stack:
 
         shared: all trials get the same batch; otherwise it has a first axis of trials.
         """
-        if self.skeleton.training != training:
-            self.skeleton.train(training)
+        if self.mode != training:  # of the model alone: a trainer leaves the loss as it is
+            self.skeleton.model.train(training)
+            self.mode = training
         state = rows.leaves | rows.fixed | rows.buffers
-        run = vmap(self._one, in_dims=(0, 0, None if shared else 0), randomness="different")
+        randomness = "different" if training else "same"  # a measurement with random numbers is alike for all
+        run = vmap(self._one, in_dims=(0, 0, None if shared else 0), randomness=randomness)
         with self.precision.autocast(), Forms():
             return Step(*run(state, self.values, batch))
 
@@ -61,14 +66,29 @@ class Stack:
         try:
             for (owner, key), tensor in places:
                 owner[key] = tensor
-            return self.skeleton(batch)
+            made = self.skeleton(batch)
+            if any(owner[key] is not tensor for (owner, key), tensor in places):
+                raise NotStackable("the model puts another tensor in the place of a buffer, instead of changing it")
+            return made
         finally:
             for ((owner, key), _), was in zip(places, before, strict=True):
                 owner[key] = was
 
+    def changed(self, row: int) -> str | None:
+        """Return what of a trial is not what it was when the stack took it over."""
+        model = self.wholes[row].model
+        if model.training and modes(model) != self.modes:
+            return "the mode of a layer"
+        return changed(self.taken[row], described(self.wholes[row]))
+
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with some of the trials."""
+        self.wholes, self.taken = [self.wholes[row] for row in rows], [self.taken[row] for row in rows]
         self.values = {key: value[list(rows)] for key, value in self.values.items()}
+
+
+def modes(model: nn.Module) -> list[bool]:
+    return [module.training for module in model.modules()]
 
 
 def slots(model: nn.Module) -> Iterator[tuple[str, list[tuple[dict[str, Any], str]]]]:
@@ -94,7 +114,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def dropout(x: Tensor, p: Any = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     if not isinstance(p, Tensor):
         return F.dropout(x, p, training, inplace)
-    return x * (torch.rand_like(x) >= p) / (1 - p) if training else x
+    kept = x * (torch.rand_like(x) >= p)  # none at 1
+    return kept / torch.where(p < 1, 1 - p, 1) if training else x
 
 
 def cross_entropy(
@@ -120,11 +141,21 @@ def cross_entropy(
     losses = -logarithms.gather(1, classes.unsqueeze(1)).squeeze(1)
     if isinstance(label_smoothing, Tensor) or label_smoothing:
         losses = losses + (-logarithms.mean(1) - losses) * label_smoothing
-    over = counts if weight is None else counts * weight[classes]
-    return (losses * counts).sum() / over.sum()
+    over = (counts if weight is None else counts * weight[classes]).sum()
+    mean = torch.where(counts, losses, 0).sum() / torch.where(over == 0, 1, over)
+    return torch.where(over == 0, torch.nan, mean)  # of no targets, with gradients of 0
+
+
+def embedding(indices: Tensor, weight: Tensor, padding_idx: int | None = None, *more: Any, **named: Any) -> Tensor:
+    """Under vmap torch's keeps the padding's vector still in the first trial only."""
+    if padding_idx is not None:
+        still = torch.arange(len(weight), device=weight.device).unsqueeze(1) == padding_idx % len(weight)
+        weight = torch.where(still, weight.detach(), weight)
+    return F.embedding(indices, weight, None, *more, **named)
 
 
 FORMS: dict[Any, Callable[..., Tensor]] = {F.linear: linear, F.dropout: dropout, F.cross_entropy: cross_entropy}
+FORMS[F.embedding] = embedding
 
 
 class Sums:

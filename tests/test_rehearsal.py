@@ -1,0 +1,295 @@
+"""What could go wrong unseen when trials train as one: it comes out as alone, or is refused, or ends with an error."""
+
+import pytest
+import torch
+from test_lockstep import OPTIMIZERS, TRAIN, VAL, alone, assert_same, together, trial
+from torch import nn
+from torch.nn import functional as F
+
+import framework as fw
+from framework import Callback
+from framework.data import Loader
+from framework.task import Step, Task
+from framework.tuning import stack
+from framework.tuning.rows import NotStackable
+
+fw.discover()
+
+
+class Own(nn.Module):
+    """A linear model that does more than that."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(6, 3).double()
+        self.prepare()
+
+    def prepare(self): ...
+
+
+class Words(Own):
+    def prepare(self):
+        self.table, self.last = nn.Embedding(5, 4, padding_idx=2).double(), nn.Linear(24, 3).double()
+
+    def forward(self, inputs):
+        return self.last(self.table((inputs * 2).long().clamp(0, 4)).flatten(1))
+
+
+class Counts(Own):
+    def prepare(self):
+        self.calls = 0
+
+    def forward(self, inputs):
+        self.calls += self.training
+        return self.last(inputs) * (1 + 0.1 * self.calls)
+
+
+class BeginsWithData(Own):
+    def prepare(self):
+        self.begun = False
+
+    def forward(self, inputs):
+        if not self.begun:
+            self.begun = True
+            with torch.no_grad():
+                self.last.bias.copy_(inputs.mean(0)[:3])
+        return self.last(inputs)
+
+
+class Shares(Own):
+    """Two layers have one buffer."""
+
+    def prepare(self):
+        self.one, self.other = nn.BatchNorm1d(6).double(), nn.BatchNorm1d(6).double()
+        self.other.running_mean = self.one.running_mean
+
+    def forward(self, inputs):
+        return self.last(self.other(self.one(inputs)))
+
+
+class Reassigns(Own):
+    def prepare(self):
+        self.register_buffer("mean", torch.zeros(6).double())
+
+    def forward(self, inputs):
+        self.mean = 0.9 * self.mean + 0.1 * inputs.mean(0).detach()
+        return self.last(inputs - self.mean)
+
+
+class Unused(Own):
+    def prepare(self):
+        self.more = nn.Linear(2, 2).double()
+
+    def forward(self, inputs):
+        return self.last(inputs)
+
+
+class InEval(Own):
+    def prepare(self):
+        self.norm = nn.BatchNorm1d(6).double()
+        self.eval()
+
+    def forward(self, inputs):
+        return self.last(self.norm(inputs))
+
+
+def of(model, seed):
+    torch.manual_seed(seed)
+    return model()
+
+
+@pytest.mark.parametrize("model", [Words, Shares, InEval])
+def test_models_of_all_kinds_come_out_as_alone(model):
+    sgd = {"optimizer": OPTIMIZERS[1], "max_epochs": 3}
+    trained, outcomes = together(*(trial(seed, model=of(model, seed), **sgd) for seed in (1, 2, 3)))
+    assert outcomes == [None] * 3
+    for trainer, seed in zip(trained, (1, 2, 3), strict=True):
+        assert_same(trainer, alone(trial(seed, model=of(model, seed), **sgd)))
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (Counts, "a pass changes model.calls"),
+        (Reassigns, "another tensor in the place of a buffer"),
+        (Unused, "does not reach more.weight"),
+    ],
+)
+def test_models_that_would_train_otherwise_are_refused(model, why):
+    with pytest.raises(NotStackable, match=why):
+        together(*(trial(seed, model=of(model, seed)) for seed in (1, 2)))
+
+
+def test_a_model_that_begins_with_its_first_batch_is_refused_and_left_as_it_was():
+    made = [trial(seed, model=of(BeginsWithData, seed)) for seed in (1, 2)]
+    with pytest.raises(NotStackable, match=r"a pass changes model\.begun"):
+        together(*made)
+    assert not made[0][0].model.begun
+    assert torch.equal(made[0][0].model.last.bias, of(BeginsWithData, 1).last.bias)
+
+
+class Noisy(Task):
+    """Measures with the same noise each time."""
+
+    def step(self, model, batch):
+        inputs, targets = batch
+        if not model.training:
+            noise = torch.randn(inputs.shape, generator=torch.Generator().manual_seed(7), dtype=inputs.dtype)
+            inputs = inputs + noise
+        outputs = model(inputs)
+        return Step(F.cross_entropy(outputs, targets), outputs, targets)
+
+
+class AsksItsMode(nn.CrossEntropyLoss):
+    def forward(self, outputs, targets):
+        return super().forward(outputs, targets) * (2 if self.training else 1)
+
+
+@pytest.mark.parametrize("more", [{"task": Noisy}, {"loss": AsksItsMode}], ids=["noise", "mode"])
+def test_measuring_is_as_alone(more):
+    trained, _ = together(*(trial(seed, max_epochs=3, **more) for seed in (1, 2)))
+    for trainer, seed in zip(trained, (1, 2), strict=True):
+        assert_same(trainer, alone(trial(seed, max_epochs=3, **more)))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("ignored", [[], [1], [0, 1, 2, 3]], ids=["none", "one", "all"])
+@pytest.mark.parametrize("weight", [None, torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)], ids=["even", "weighted"])
+def test_the_form_of_cross_entropy_for_many_is_that_of_torch(smoothing, ignored, weight):
+    targets = torch.tensor([0, 2, 1, 2])
+    targets[ignored] = -100
+    found = []
+    for function in (F.cross_entropy, stack.cross_entropy):
+        outputs = torch.randn(4, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
+        loss = function(outputs, targets, weight, label_smoothing=smoothing)
+        found.append((loss, *torch.autograd.grad(torch.where(loss.isnan(), 0.0, loss), outputs)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, equal_nan=True)
+
+
+def test_what_is_ignored_may_have_a_logit_of_minus_infinity():
+    outputs = torch.tensor([[-torch.inf, 1.0, 2.0], [-torch.inf, 0.0, 1.0]])
+    targets = torch.tensor([1, -100])
+    assert torch.equal(stack.cross_entropy(outputs, targets), F.cross_entropy(outputs, targets))
+
+
+def test_a_dropout_that_drops_all_may_stand_beside_another():
+    trained, outcomes = together(*(trial(model=dropped(p), max_epochs=2) for p in (1.0, 0.0)))
+    assert outcomes == [None, None]
+    for trainer, p in zip(trained, (1.0, 0.0), strict=True):
+        assert_same(trainer, alone(trial(model=dropped(p), max_epochs=2)))
+
+
+def dropped(p):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.Dropout(p), nn.Linear(5, 3)).double()
+
+
+def altered(alter, number):
+    made = trial(number)
+    if number == 2:
+        alter(*made)
+    return made
+
+
+def reverse(trainer, fit):
+    fit["optimizer"].param_groups[0]["params"].reverse()
+
+
+@pytest.mark.parametrize(
+    ("alter", "why"),
+    [
+        (reverse, "hold other parameters"),
+        (lambda _, fit: fit["model"][0].weight.requires_grad_(False), "not trained"),
+        (lambda _, fit: fit["model"][0].weight.register_hook(lambda g: 2 * g), "told of each update"),
+        (lambda _, fit: fit["optimizer"].register_step_post_hook(lambda *_: None), "told of each update"),
+        (lambda _, fit: fit["model"][0].register_full_backward_hook(lambda *_: None), "_backward_hooks"),
+        (lambda _, fit: fit.update(data=Loader(fw.TensorSplit(*TRAIN[:]), 32, 32, shuffle=False)), "sampling"),
+        (lambda _, fit: fit.update(data=Loader(shifted(TRAIN), 32, 64, shuffle=True)), "data is not the same"),
+        (lambda _, fit: fit.update(val=None), "some have none"),
+        (
+            lambda _, fit: fit.update(val=Loader(fw.TensorSplit(VAL[:][0] + 1, VAL[:][1]), 32, 64)),
+            "val is not the same",
+        ),
+    ],
+)
+def test_what_one_trial_has_and_the_other_not_is_refused(alter, why):
+    with pytest.raises(NotStackable, match=why):
+        together(*(altered(alter, number) for number in (1, 2)))
+
+
+def shifted(split):
+    inputs, targets = split[:]
+    return fw.TensorSplit(inputs + 1, targets)
+
+
+class Writes(Callback):
+    def on_step_end(self, trainer):
+        with torch.no_grad():
+            next(trainer.model.parameters()).add_(0.01 * trainer.loss)
+
+
+class OwnClip(fw.callbacks.get("clip_gradients").part):
+    def on_gradients(self, trainer):
+        for parameter in trainer.model.parameters():
+            parameter.grad.clamp_(-0.01, 0.01)
+
+
+class Replaces(Callback):
+    def on_gradients(self, trainer):
+        for parameter in trainer.model.parameters():
+            parameter.grad = 3 * parameter.grad
+
+
+CALLBACKS = {
+    "the loss": lambda: [Writes()],
+    "another clipping": lambda: [OwnClip(norm=1.0)],
+    "other gradients": lambda: [Replaces(), fw.callbacks.build("clip_gradients", norm=0.1)],
+}
+
+
+@pytest.mark.parametrize("which", CALLBACKS)
+def test_callbacks_see_and_do_what_they_would_alone(which):
+    more = {"optimizer": OPTIMIZERS[0], "max_epochs": 3}
+    trained, _ = together(*(trial(seed, callbacks=CALLBACKS[which](), **more) for seed in (1, 2)))
+    for trainer, seed in zip(trained, (1, 2), strict=True):
+        assert_same(trainer, alone(trial(seed, callbacks=CALLBACKS[which](), **more)))
+
+
+class Does(Callback):
+    def __init__(self, event, what, seed=2):
+        self.what, self.seed = what, seed
+        setattr(self, event, self.act)
+
+    def act(self, trainer):
+        if trainer.seed == self.seed:
+            self.what(trainer)
+
+    def on_fit_start(self, trainer): ...
+    def on_epoch_start(self, trainer): ...
+    def on_step_end(self, trainer): ...
+    def on_gradients(self, trainer): ...
+
+
+def replace_weight(trainer):
+    trainer.model[0].weight.data = trainer.model[0].weight.data.clone()
+
+
+@pytest.mark.parametrize(
+    ("event", "what", "named"),
+    [
+        ("on_fit_start", lambda t: t.model[0].weight.requires_grad_(False), "0.weight was changed"),
+        ("on_step_end", replace_weight, "0.weight was changed"),
+        ("on_step_end", lambda t: setattr(t.task.criterion, "label_smoothing", 0.5), "label_smoothing was changed"),
+        ("on_epoch_start", lambda t: t.model[2].eval(), "the mode of a layer was changed"),
+        ("on_step_end", lambda t: t.optimizer.state.clear(), "the optimizer's .* was changed"),
+        ("on_gradients", lambda t: setattr(t.model[0].weight, "grad", None), "the gradient of 0.weight is taken away"),
+    ],
+)
+def test_what_a_callback_changes_behind_the_back_ends_that_trial_alone(event, what, named):
+    made = [trial(seed, callbacks=[Does(event, what)], max_epochs=3) for seed in (1, 2, 3)]
+    trained, outcomes = together(*made)
+    with pytest.raises(fw.errors.FrameworkError, match=f"{named}, which .*hydra/launcher=one_by_one$"):
+        raise outcomes[1]
+    assert outcomes[::2] == [None, None]
+    assert_same(trained[2], alone(trial(3, max_epochs=3)))
