@@ -339,6 +339,14 @@ def test_a_trial_that_is_done_leaves_and_the_others_go_on():
         assert_same(trainer, alone(trial(**recipe)))
 
 
+def test_the_last_trials_may_all_be_done_within_an_epoch():
+    recipes = [{"seed": seed, "callbacks": [StopsAt(7)]} for seed in (1, 2)]
+    trained, outcomes = together(*(trial(**recipe) for recipe in recipes))
+    assert outcomes == [None] * 2
+    for trainer, recipe in zip(trained, recipes, strict=True):
+        assert_same(trainer, alone(trial(**recipe)))
+
+
 class Fails(Callback):
     def on_epoch_end(self, trainer):
         if trainer.state.epoch == 2 and trainer.seed == 3:

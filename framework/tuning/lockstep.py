@@ -125,16 +125,16 @@ class Lockstep:
             trial.trainer.model.train()
         if state.batch == 0:
             self._each(lambda trial: trial.trainer._emit("epoch_start"))
+        if not self.trials:
+            return
         left = state.steps_per_epoch - state.batch // self.first.accumulate
         for window, last in steps(self._batches(state.epoch, state.batch), self.first.accumulate, left):
-            if not self.trials:
-                return
             self._step([batch for batch, _ in window])  # type: ignore[misc]
             self._after([sizes for _, sizes in window], last)  # type: ignore[misc]
             if last:
                 self._each(self._unchanged)
             self._leave_done()
-            if last:
+            if last or not self.trials:
                 return
 
     def _unchanged(self, trial: Member) -> None:
