@@ -1,12 +1,12 @@
 """The same command line with Hydra's launchers: processes of this machine, jobs of a cluster."""
 
 import importlib.util
-import json
 import os
 import signal
 from pathlib import Path
 
 import pytest
+from runs import logged
 from sweeps import rows
 
 from framework import cli
@@ -133,15 +133,12 @@ def weights(name):
     return (newest(Path(f"runs/default/{name}/001_seed-1/checkpoints"))[0] / "model.safetensors").read_bytes()
 
 
-def logged(name):
-    """What seed 1 has logged, but for what tells of time."""
-    lines = map(json.loads, Path(f"runs/default/{name}/001_seed-1/metrics.jsonl").read_text().splitlines())
-    timed = ("wall_seconds", "train/samples_per_second")
-    return [{key: value for key, value in line.items() if key not in timed} for line in lines]
+def run(name):
+    return Path(f"runs/default/{name}/001_seed-1")
 
 
 def said():
-    return Path("runs/default/cut/001_seed-1/output.txt").read_text()
+    return (run("cut") / "output.txt").read_text()
 
 
 def test_a_preempted_job_goes_on_with_its_run(preempting):
@@ -152,7 +149,7 @@ def test_a_preempted_job_goes_on_with_its_run(preempting):
     assert states() == ["running", "stopped", "running", "done"]
     assert "trials   2: done; 20 steps" in out
     assert weights("cut") == weights("whole")
-    assert logged("cut") == logged("whole")
+    assert logged(run("cut")) == logged(run("whole"))
 
 
 def test_a_job_that_is_told_to_end_saves_and_the_same_command_goes_on(preempting, command):
@@ -163,7 +160,7 @@ def test_a_job_that_is_told_to_end_saves_and_the_same_command_goes_on(preempting
     assert status == 0
     assert said().splitlines()[-1] == "going on with runs/default/cut/001_seed-1 after step 6"
     assert weights("cut") == weights("whole")
-    assert logged("cut") == logged("whole")
+    assert logged(run("cut")) == logged(run("whole"))
 
 
 def test_a_job_of_slurm_goes_on_when_its_time_is_up_and_when_its_machine_is_taken(preempting, slurm):
@@ -174,4 +171,4 @@ def test_a_job_of_slurm_goes_on_when_its_time_is_up_and_when_its_machine_is_take
     assert states() == [*["running", "stopped"] * 2, "running", "done"]
     assert "trials   2: done; 20 steps" in out
     assert weights("cut") == weights("whole")
-    assert logged("cut") == logged("whole")
+    assert logged(run("cut")) == logged(run("whole"))

@@ -1,6 +1,5 @@
 """Going on with a run: exactly as if it had not been cut off, or not at all."""
 
-import json
 import os
 import signal
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import logged
 
 import framework as fw
 from framework.checkpoint import listed
@@ -19,7 +19,6 @@ from framework.experiment import train
 from framework.resume import differences, fingerprint, start_from, status_of
 
 SMALL = ["model.width=16", "model.dropout=0.1", "trainer.max_epochs=2", "callbacks=[checkpoint,gradient_norm]"]
-UNEQUAL = ("wall_seconds", "train/samples_per_second")
 
 
 @pytest.fixture(autouse=True)
@@ -37,11 +36,6 @@ def go(*overrides, **more):
     """Train, and return the result and what was said."""
     said = []
     return train(spec_of(*overrides), "default", [], say=said.append, **more), said
-
-
-def lines(run):
-    rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in UNEQUAL} for row in rows]
 
 
 def weights(run):
@@ -88,7 +82,7 @@ def test_the_same_command_again_goes_on_as_if_nothing_had_happened(step, monkeyp
     resumed, said = go("run.name=cut", "resume=auto", often)
     assert said[0] == f"going on with runs/default/cut after step {step // 5 * 5}"
     assert weights(resumed.folder) == weights(whole.folder)
-    assert lines(resumed.folder) == lines(whole.folder)
+    assert logged(resumed.folder) == logged(whole.folder)
     assert status_of(resumed.folder) == "done"
 
 
@@ -124,7 +118,7 @@ def test_a_signal_adds_no_measurement_that_a_schedule_would_see(monkeypatch):
     resumed, said = go("run.name=cut", "resume=auto", *plateau)
     assert said[0] == "going on with runs/default/cut after step 31"
     assert weights(resumed.folder) == weights(whole.folder)
-    assert lines(resumed.folder) == lines(whole.folder)
+    assert logged(resumed.folder) == logged(whole.folder)
 
 
 def test_without_a_name_the_newest_unfinished_run_of_the_same_config_goes_on(monkeypatch):

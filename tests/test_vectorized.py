@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import logged
 from sweeps import rows, trials
 
 from framework.compose import Job
@@ -19,11 +20,6 @@ def files(run):
     return sorted(p.name.partition(".tfevents")[0] for p in run.rglob("*") if p.is_file() and p.name != "output.txt")
 
 
-def curves(run):
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in line.items() if "second" not in k} for line in lines]
-
-
 def test_trials_that_train_as_one_leave_the_runs_of_trials_alone(command):
     assert command(f"{SWEEP} sweep.name=one hydra/launcher=vectorized")[0] == 0
     assert command(f"{SWEEP} sweep.name=alone")[0] == 0
@@ -34,8 +30,8 @@ def test_trials_that_train_as_one_leave_the_runs_of_trials_alone(command):
         assert mine["metrics"].keys() == other["metrics"].keys()
         runs = [Path("runs/default") / name / mine["folder"] for name in ("one", "alone")]
         assert files(runs[0]) == files(runs[1])
-        assert len(curves(runs[0])) == len(curves(runs[1])) > 3
-        for line, expected in zip(*map(curves, runs), strict=True):
+        assert len(logged(runs[0])) == len(logged(runs[1])) > 3
+        for line, expected in zip(*map(logged, runs), strict=True):
             assert line == pytest.approx(expected, rel=2e-3, abs=1e-4)  # float32, summed in another order
     status, out, _ = command(f"eval runs/default/one/{pairs[0][0]['folder']} --json")
     assert status == 0
@@ -48,7 +44,7 @@ def test_a_trial_of_a_stack_goes_on_alone(command):
     run = Path("runs/default/s") / trials("s")[1]["folder"]
     status, _, err = command(f"resume {run} trainer.max_epochs=5 --inexact")
     assert status == 0, err
-    assert curves(run)[-2]["epoch"] == 5
+    assert logged(run)[-2]["epoch"] == 5
 
 
 def test_one_that_diverges_fails_and_the_others_are_done(command):
@@ -77,7 +73,7 @@ def test_when_memory_is_full_trials_go_on_one_by_one(command, monkeypatch):
     assert (status, steps) == (0, [2] * 5), err
     assert "memory is full: 2 trials go on one by one" in out + err
     assert [row["state"] for row in trials("s")] == ["done", "done"]
-    assert [line["epoch"] for line in curves(Path("runs/default/s") / trials("s")[0]["folder"])][-1] == 3
+    assert [line["epoch"] for line in logged(Path("runs/default/s") / trials("s")[0]["folder"])][-1] == 3
 
 
 def test_a_sweep_that_was_cut_off_goes_on_where_its_trials_stood(command, monkeypatch):
