@@ -34,6 +34,7 @@ class Compiled:
 
         if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # before torch 2.11 the backward pass is its own graph
             torch._dynamo.config.trace_autograd_ops = True
+        torch.compiler.reset()  # it counts by code how often it compiled: without, from the fifth run on none would be
         options: dict[str, Any] = {"fallback_random": True}
         options["cpp_wrapper"] = not torch.cuda.is_available()  # a fifth less for a small model
         self.made = torch.compile(function, dynamic=False, options=options)

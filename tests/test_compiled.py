@@ -147,3 +147,13 @@ def test_it_is_said_when_and_why_a_step_is_compiled_again():
 
     with pytest.warns(UserWarning, match=r"compile=step: compiled for the third time|3"):
         fit(compile="step", model=Growing(5, 3).double(), max_steps=6)
+
+
+def test_each_run_of_a_process_may_be_compiled_as_often(monkeypatch):
+    import torch._dynamo
+
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic, options: compiler(function, backend="eager"))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 3)  # by torch 8
+    for _ in range(2):
+        assert fit(compile="step")._backward.whole.compiled.times == 2
