@@ -54,13 +54,15 @@ class Callback:
     Attributes:
         changes_training: whether it may change what the weights become; False allows other settings, or the callback
             to come and go, in a run that is resumed exactly.
-        alone: whether it cannot serve one of many trials that train as one: it goes back on steps, say.
+        alone: whether it cannot serve one of many trials that train as one. If it does not say, it can when it changes
+            nothing of training. One that changes no more than gradients, learning rates, or weights in their place can
+            too (False); what else it did to its trial's model, loss or optimizer, the others' model would not know.
         recordable: whether `on_gradients` is nothing but arithmetic on the device, the same in each step, so that a
             CUDA graph may replay it.
     """
 
     changes_training: ClassVar[bool] = True
-    alone: bool = False
+    alone: bool | None = None
     recordable: bool = False
 
     def on_fit_start(self, trainer: Trainer) -> None: ...

@@ -132,6 +132,8 @@ class Ema(Averaging):
     What is evaluated is the average, but for buffers (running statistics of batch norms), which are those of training.
     """
 
+    alone = False
+
     def __init__(self, decay: Rate = 0.999, warmup: bool = True, every: Every = "1step"):
         """Say how far back to average.
 

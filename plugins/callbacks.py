@@ -289,7 +289,7 @@ class ClipGradients(Callback):
     Nothing is read off the device but at log points.
     """
 
-    recordable = True
+    alone, recordable = False, True
 
     def __init__(self, norm: PositiveFloat | None = 1.0, value: PositiveFloat | None = None):
         """Say how far gradients may go; by norm first, if both are set.

@@ -45,8 +45,11 @@ class NonFinite(Callback):
         self.alone = policy != "raise"  # a step that is left out is left out of the sums too
         self.skipped = self.in_a_row = 0
         self.checked = 0  # the last step that is known to be finite
-        self.late = False
+        self.late = self.together = False
         self.trainer: Trainer | None = None
+
+    def among(self, trials: int) -> None:
+        self.together = True  # the gradients of all are read at once in each step: nothing is gained by waiting
 
     def on_fit_start(self, trainer: Trainer) -> None:
         if self.policy == "rewind" and trainer.folder is None:
@@ -54,7 +57,8 @@ class NonFinite(Callback):
         self.trainer, self.checked = trainer, trainer.state.step
         self.found, self.one = torch.zeros((), device=trainer.device), torch.ones((), device=trainer.device)
         fused = bool(trainer.optimizer.defaults.get("fused"))
-        self.late = self.recordable = self.policy == "raise" and trainer.device.type != "cpu" and fused
+        on_device = trainer.device.type != "cpu" and fused and not self.together
+        self.late = self.recordable = self.policy == "raise" and on_device
 
     def on_step_start(self, trainer: Trainer) -> None:
         if self.policy != "raise":

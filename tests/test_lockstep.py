@@ -110,6 +110,20 @@ def test_each_trial_comes_out_as_alone(optimizer):
         assert_same(trainer, alone(trial(optimizer=optimizer, **recipe)))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
+def test_on_a_gpu_each_trial_comes_out_as_alone(optimizer):
+    def made(seed, **more):
+        watching = [fw.callbacks.build("non_finite"), fw.callbacks.build("ema"), StopsAt(7 if seed == 2 else 500)]
+        return trial(seed, optimizer=optimizer, callbacks=watching, max_epochs=5, device="cuda", **more)
+
+    trained, outcomes = together(made(1), made(2), made(3), made(4, lr=1e308))
+    assert [type(outcome).__name__ for outcome in outcomes] == ["NoneType"] * 3 + ["Diverged"]
+    assert all(parameter.isfinite().all() for parameter in trained[3].model.parameters())
+    for trainer, seed in zip(trained[:3], (1, 2, 3), strict=True):
+        assert_same(trainer, alone(made(seed)))
+
+
 def test_each_seed_has_its_own_weights_and_order():
     recipes = [{"seed": 1}, {"seed": 2}, {"seed": 3, "lr": 0.5}]
     trained, _ = together(*(trial(**recipe) for recipe in recipes))
@@ -320,6 +334,8 @@ def test_dropout_rates_may_differ_and_each_trial_drops_its_own():
 
 
 class StopsAt(Callback):
+    changes_training = False
+
     def __init__(self, step):
         self.step = step
 
@@ -348,6 +364,8 @@ def test_the_last_trials_may_all_be_done_within_an_epoch():
 
 
 class Fails(Callback):
+    changes_training = False
+
     def on_epoch_end(self, trainer):
         if trainer.state.epoch == 2 and trainer.seed == 3:
             raise RuntimeError("a fault of this trial")

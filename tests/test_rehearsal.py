@@ -1,5 +1,8 @@
 """What could go wrong unseen when trials train as one: it comes out as alone, or is refused, or ends with an error."""
 
+import random
+from functools import cache
+
 import pytest
 import torch
 from test_lockstep import OPTIMIZERS, TRAIN, VAL, alone, assert_same, together, trial
@@ -7,10 +10,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import framework as fw
-from framework import Callback
+from framework import Callback, seeds
 from framework.data import Loader
 from framework.task import Step, Task
-from framework.tuning import stack
+from framework.tuning import rehearsal, stack
+from framework.tuning.lockstep import Lockstep
 from framework.tuning.rows import NotStackable
 
 fw.discover()
@@ -84,6 +88,27 @@ class Unused(Own):
         return self.last(inputs)
 
 
+class Renormalises(Own):
+    def prepare(self):
+        self.table = nn.Embedding(5, 4, padding_idx=2, max_norm=1.0).double()
+        self.last = nn.Linear(24, 3).double()
+
+    forward = Words.forward
+
+
+class Follows(Own):
+    """A part that no gradient trains follows another, as a momentum encoder does."""
+
+    def prepare(self):
+        self.slow = nn.Linear(6, 3).double().requires_grad_(False)
+
+    def forward(self, inputs):
+        if self.training:
+            with torch.no_grad():
+                self.slow.weight.mul_(0.9).add_(0.1 * self.last.weight)
+        return self.last(inputs) + self.slow(inputs)
+
+
 class InEval(Own):
     def prepare(self):
         self.norm = nn.BatchNorm1d(6).double()
@@ -113,6 +138,7 @@ def test_models_of_all_kinds_come_out_as_alone(model):
         (Counts, "a pass changes model.calls"),
         (Reassigns, "another tensor in the place of a buffer"),
         (Unused, "does not reach more.weight"),
+        (Renormalises, "padding_idx and max_norm"),
     ],
 )
 def test_models_that_would_train_otherwise_are_refused(model, why):
@@ -126,6 +152,92 @@ def test_a_model_that_begins_with_its_first_batch_is_refused_and_left_as_it_was(
         together(*made)
     assert not made[0][0].model.begun
     assert torch.equal(made[0][0].model.last.bias, of(BeginsWithData, 1).last.bias)
+
+
+def test_a_part_that_follows_another_comes_out_as_alone():
+    def made(seed):
+        trainer, fit = trial(seed, model=of(Follows, seed), max_epochs=3)
+        return trainer, fit | {"optimizer": torch.optim.SGD(fit["model"].last.parameters(), lr=0.1 * seed)}
+
+    trained, _ = together(*(made(seed) for seed in (1, 2)))
+    for trainer, seed in zip(trained, (1, 2), strict=True):
+        assert_same(trainer, alone(made(seed)))
+
+
+class Tempered(nn.CrossEntropyLoss):
+    """A loss with a parameter that nobody trains."""
+
+    def __init__(self, temperature):
+        super().__init__()
+        self.temperature = nn.Parameter(torch.tensor(temperature).double())
+
+    def forward(self, outputs, targets):
+        return super().forward(outputs / self.temperature, targets)
+
+
+def test_a_loss_may_have_parameters_of_its_own():
+    recipes = [{"loss": lambda: Tempered(1.0)}] * 10
+    recipes[1] = {"loss": lambda: Tempered(3.0)}  # not among those that the rehearsal compares
+    trained, _ = together(*(trial(max_epochs=2, **recipe) for recipe in recipes))
+    for row in (0, 1):
+        assert_same(trained[row], alone(trial(max_epochs=2, **recipes[row])))
+
+
+class HoldsAModule(Task):
+    def __init__(self):
+        self.library = F
+
+    def step(self, model, batch):
+        inputs, targets = batch
+        outputs = model(inputs)
+        return Step(self.library.cross_entropy(outputs, targets), outputs, targets)
+
+
+def test_a_task_that_cannot_be_copied_is_refused():
+    with pytest.raises(NotStackable, match="cannot be copied: cannot pickle 'module' object"):
+        together(*(trial(seed, task=HoldsAModule) for seed in (1, 2)))
+
+
+class Listed:
+    """Samples that are read one by one."""
+
+    def __len__(self):
+        return len(TRAIN)
+
+    def __getitem__(self, index):
+        return tuple(tensor[index] for tensor in TRAIN.tensors)
+
+
+def test_samples_read_one_by_one_are_read_once_for_all():
+    def made(seed):
+        trainer, fit = trial(seed, max_epochs=2)
+        return trainer, fit | {"data": Loader(Listed(), 32, 64, shuffle=True, seed=seed, read="memory")}
+
+    trained, _ = together(*(made(seed) for seed in (1, 2)))
+    assert trained[0].train_batches.tensors[0] is trained[1].train_batches.tensors[0]
+    for trainer, seed in zip(trained, (1, 2), strict=True):
+        assert_same(trainer, alone(made(seed)))
+
+
+def test_a_rehearsal_moves_no_generator(monkeypatch):
+    begun, begin = [], Lockstep._begin
+    monkeypatch.setattr(Lockstep, "_begin", lambda self: begun.append((begin(self), str(seeds.capture()))))
+    made = [trial(seed, task=Draws) for seed in (1, 2)]
+    Lockstep([trainer for trainer, _ in made], [fit for _, fit in made])
+    assert begun == [(None, str(seeds.capture()))]
+
+
+class Draws(Task):
+    def step(self, model, batch):
+        inputs, targets = batch
+        outputs = model(inputs + random.random() + torch.rand(()))
+        return Step(F.cross_entropy(outputs, targets), outputs, targets)
+
+
+def test_one_infinite_gradient_hides_no_other_difference():
+    tensors = torch.tensor([1.0, torch.inf]), torch.tensor([5.0, torch.inf])
+    assert rehearsal.differ(*tensors, rehearsal.size(tensors[0]), torch.float32)
+    assert not rehearsal.differ(tensors[0], tensors[0].clone(), 1.0, torch.float32)
 
 
 class Noisy(Task):
@@ -224,6 +336,8 @@ def shifted(split):
 
 
 class Writes(Callback):
+    alone = False
+
     def on_step_end(self, trainer):
         with torch.no_grad():
             next(trainer.model.parameters()).add_(0.01 * trainer.loss)
@@ -236,6 +350,8 @@ class OwnClip(fw.callbacks.get("clip_gradients").part):
 
 
 class Replaces(Callback):
+    alone = False
+
     def on_gradients(self, trainer):
         for parameter in trainer.model.parameters():
             parameter.grad = 3 * parameter.grad
@@ -256,40 +372,46 @@ def test_callbacks_see_and_do_what_they_would_alone(which):
         assert_same(trainer, alone(trial(seed, callbacks=CALLBACKS[which](), **more)))
 
 
-class Does(Callback):
-    def __init__(self, event, what, seed=2):
-        self.what, self.seed = what, seed
-        setattr(self, event, self.act)
-
-    def act(self, trainer):
-        if trainer.seed == self.seed:
-            self.what(trainer)
-
-    def on_fit_start(self, trainer): ...
-    def on_epoch_start(self, trainer): ...
-    def on_step_end(self, trainer): ...
-    def on_gradients(self, trainer): ...
+def take_away(trainer):
+    if trainer.seed == 2:
+        trainer.model[0].weight.grad = None
 
 
-def replace_weight(trainer):
-    trainer.model[0].weight.data = trainer.model[0].weight.data.clone()
-
-
-@pytest.mark.parametrize(
-    ("event", "what", "named"),
-    [
-        ("on_fit_start", lambda t: t.model[0].weight.requires_grad_(False), "0.weight was changed"),
-        ("on_step_end", replace_weight, "0.weight was changed"),
-        ("on_step_end", lambda t: setattr(t.task.criterion, "label_smoothing", 0.5), "label_smoothing was changed"),
-        ("on_epoch_start", lambda t: t.model[2].eval(), "the mode of a layer was changed"),
-        ("on_step_end", lambda t: t.optimizer.state.clear(), "the optimizer's .* was changed"),
-        ("on_gradients", lambda t: setattr(t.model[0].weight, "grad", None), "the gradient of 0.weight is taken away"),
-    ],
-)
-def test_what_a_callback_changes_behind_the_back_ends_that_trial_alone(event, what, named):
-    made = [trial(seed, callbacks=[Does(event, what)], max_epochs=3) for seed in (1, 2, 3)]
-    trained, outcomes = together(*made)
-    with pytest.raises(fw.errors.FrameworkError, match=f"{named}, which .*hydra/launcher=one_by_one$"):
+def test_a_gradient_that_is_gone_ends_that_trial_alone():
+    trained, outcomes = together(*(trial(seed, callbacks=[that_does(take_away)()], max_epochs=3) for seed in (1, 2, 3)))
+    with pytest.raises(fw.errors.FrameworkError, match=r"the gradient of 0\.weight is gone, .*launcher=one_by_one$"):
         raise outcomes[1]
     assert outcomes[::2] == [None, None]
     assert_same(trained[2], alone(trial(3, max_epochs=3)))
+
+
+@cache
+def that_does(what, event="on_gradients", alone=False, changes_training=True):
+    said = {"alone": alone, "changes_training": changes_training}
+    return type("Does", (Callback,), {event: lambda _, trainer: what(trainer), **said})
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ({"alone": None}, "Does may change training .* `alone = False`"),
+        ({"alone": True}, "Does works with a trial of its own"),
+        ({"alone": True, "changes_training": False}, "works with a trial of its own"),
+    ],
+)
+def test_a_callback_must_say_that_it_can_serve_trials_that_train_as_one(said, why):
+    with pytest.raises(NotStackable, match=why):
+        together(*(trial(seed, callbacks=[that_does(print, **said)()]) for seed in (1, 2)))
+
+
+def more_decay(trainer):
+    for group in trainer.optimizer.param_groups:
+        group["weight_decay"] = 0.1 * trainer.seed
+
+
+def test_settings_of_the_optimizer_may_change_on_the_way():
+    more = {"optimizer": OPTIMIZERS[3], "max_epochs": 3}
+    event = "on_epoch_end"
+    trained, _ = together(*(trial(seed, callbacks=[that_does(more_decay, event)()], **more) for seed in (1, 2)))
+    for trainer, seed in zip(trained, (1, 2), strict=True):
+        assert_same(trainer, alone(trial(seed, callbacks=[that_does(more_decay, event)()], **more)))

@@ -71,9 +71,39 @@ def test_when_memory_is_full_trials_go_on_one_by_one(command, monkeypatch):
     line = f"train {SMALL} 'loggers=[json_lines]' -m optimizer.lr=1e-3,1e-2 sweep.name=s hydra/launcher=vectorized"
     status, out, err = command(line)
     assert (status, steps) == (0, [2] * 5), err
-    assert "memory is full: 2 trials go on one by one" in out + err
+    assert "2 trials go on one by one: memory is full" in out + err
     assert [row["state"] for row in trials("s")] == ["done", "done"]
     assert [line["epoch"] for line in logged(Path("runs/default/s") / trials("s")[0]["folder"])][-1] == 3
+
+
+GROWS = """\
+import torch
+from torch import nn
+from framework import Shape, models
+
+@models.register("grows")
+class Grows(nn.Module):
+    def __init__(self, in_shape: Shape, out_shape: Shape):
+        super().__init__()
+        self.last = nn.Linear(in_shape[0], out_shape[0])
+        self.register_buffer("places", torch.zeros(32, 1), persistent=False)
+
+    def forward(self, inputs):
+        if len(inputs) > len(self.places):
+            self.places = torch.zeros(len(inputs), 1)
+        return self.last(inputs) + self.places[:len(inputs)]
+"""
+
+
+def test_trials_that_turn_out_not_to_go_together_go_on_one_by_one(command, tmp_path):
+    (tmp_path / "grows.py").write_text(GROWS)
+    line = "train --plugins grows.py data=digits model=grows trainer.max_epochs=2 loggers=[json_lines]"
+    status, out, err = command(f"{line} -m optimizer.lr=1e-3,1e-2 sweep.name=s hydra/launcher=vectorized")
+    assert status == 0, err
+    assert "2 trials go on one by one: the model puts another tensor in the place of a buffer" in out + err
+    for row in trials("s"):
+        run = Path("runs/default/s") / row["folder"]
+        assert (row["state"], logged(run)[-1]["epoch"]) == ("done", 2)
 
 
 def test_a_sweep_that_was_cut_off_goes_on_where_its_trials_stood(command, monkeypatch):

@@ -50,7 +50,7 @@ def differences(trials: Sequence[Description], like: Tensor) -> dict[Key, Tensor
         if all(isinstance(value, float) for value in values):
             found[key] = like.new_tensor(values)
         elif of_loss(key) and all(isinstance(value, Tensor) and value.shape == values[0].shape for value in values):
-            found[key] = torch.stack(values)
+            found[key] = torch.stack([value.detach() for value in values])
         else:
             raise NotStackable(f"{named(key)} is not the same: {short(values[0])}, {short(values[-1])}")
     return found
@@ -82,24 +82,26 @@ def described(whole: Together) -> Description:
 
 
 def described_by(whole: Together) -> Iterator[tuple[Key, Any]]:
+    stacked = set(map(id, whole.model.parameters()))
     for path, owner in [*whole.named_modules(), ("task", whole.task)]:
         yield (path, ""), type(owner)
         held = dict(vars(owner))
         if isinstance(owner, nn.Module):
             hooks = {name: list(held[name].values()) for name in HOOKS}
             held = {name: value for name, value in held.items() if name not in OWN} | hooks
-            held |= owner._buffers if of_loss((path,)) else {}
+            if of_loss((path,)):
+                held |= {**owner._buffers, **owner._parameters}
         for name, value in held.items():
             if value is not whole.task and value is not whole.criterion:
-                yield from leaves((path, name), value)
+                yield from (leaf for leaf in leaves((path, name), value) if id(leaf[1]) not in stacked)
 
 
 def leaves(key: Key, value: Any) -> Iterator[tuple[Key, Any]]:
-    """Yield what is in dicts and lists, with the way there; but parameters, which a module may have in a list too."""
+    """Yield what is in dicts and lists, with the way there."""
     if isinstance(value, dict | list) and value:
         for part, each in value.items() if isinstance(value, dict) else enumerate(value):
             yield from leaves((*key, part), each)
-    elif not isinstance(value, nn.Parameter | ref):
+    elif not isinstance(value, ref):
         yield key, value
 
 
@@ -108,8 +110,8 @@ def holder(whole: Together, key: Key) -> tuple[Any, Any]:
     path, *way = key
     owner = whole.task if path == "task" else whole.get_submodule(path)
     held: Any = vars(owner)
-    if isinstance(owner, nn.Module) and way[0] in owner._buffers:
-        held = owner._buffers
+    if isinstance(owner, nn.Module):
+        held = next((each for each in (owner._buffers, owner._parameters) if way[0] in each), held)
     for part in way[:-1]:
         held = held[part]
     return held, way[-1]

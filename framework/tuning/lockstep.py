@@ -18,11 +18,12 @@ from ..data import Batch, Loader
 from ..device import deterministic_algorithms
 from ..errors import FrameworkError
 from ..memory import memory_errors
+from ..seeds import undisturbed
 from ..task import Step
 from ..trainer import Trainer
 from .differences import same
 from .rehearsal import Rehearsal
-from .rows import ALONE, NotStackable, Rows
+from .rows import NotStackable, Rows
 from .stack import RowMeasures, Stack, Sums
 
 Fit = dict[str, Any]
@@ -73,15 +74,14 @@ class Lockstep:
         rehearsal.together(self.rows)
 
     def _begin(self) -> None:
+        for name, loader, first in [pair for trial in self.trials for pair in self._loaders(trial)]:
+            if not same(loader.split, first.split):  # before `begin` moves the first one's to the device
+                raise NotStackable(f"{name} is not the same")
         for trial in self.trials:
             for callback in trial.trainer.callbacks:
                 callback.among(len(self.trials))
-            for name in ("data", "val"):
-                loader, placed = trial.fit[name], self.trials[0].fit[name]
-                if isinstance(loader, Loader) and isinstance(placed, Loader):
-                    if not same(loader.split, placed.split):
-                        raise NotStackable(f"{name} is not the same")
-                    loader.split, loader.whole = placed.split, placed.whole  # one copy on the device for all
+            for _, loader, first in self._loaders(trial):
+                loader.split, loader.whole = first.split, first.whole  # one copy on the device for all
             trial.trainer.begin(**trial.fit)
         if not all(same(trial.trainer.metrics, self.first.metrics) for trial in self.trials):
             raise NotStackable("their metrics are not the same")
@@ -97,6 +97,13 @@ class Lockstep:
         if len({loader.seed for loader in loaders}) > 1 and loaders[0].tensors is None:
             raise NotStackable("they read samples in different orders, and the data is not in memory")
 
+    def _loaders(self, trial: Member) -> Iterator[tuple[str, Loader, Loader]]:
+        """Yield a trial's loaders, each with that of the first trial."""
+        for name in ("data", "val"):
+            loader, first = trial.fit[name], self.trials[0].fit[name]
+            if isinstance(loader, Loader) and isinstance(first, Loader):
+                yield name, loader, first
+
     def _sum_anew(self) -> None:
         self.sums = Sums(self.first.metrics, len(self.trials), self.first.device, self.first.train_batches.hold)
         for row, trial in enumerate(self.trials):
@@ -109,7 +116,6 @@ class Lockstep:
         with deterministic_algorithms(self.first.deterministic), memory_errors(self.first.device):
             try:
                 self._each(lambda trial: trial.way.__enter__())
-                self._each(self._unchanged)
                 self._leave_done()
                 while self.trials:
                     self._epoch()
@@ -131,18 +137,9 @@ class Lockstep:
         for window, last in steps(self._batches(state.epoch, state.batch), self.first.accumulate, left):
             self._step([batch for batch, _ in window])  # type: ignore[misc]
             self._after([sizes for _, sizes in window], last)  # type: ignore[misc]
-            if last:
-                self._each(self._unchanged)
             self._leave_done()
             if last or not self.trials:
                 return
-
-    def _unchanged(self, trial: Member) -> None:
-        """Raise FrameworkError when a callback has changed what the stack took from a trial, and would not see."""
-        row = self.trials.index(trial)
-        what = self.stack.changed(row) or self.rows.displaced(row)
-        if what is not None:
-            raise FrameworkError(f"{what} was changed, {ALONE}")
 
     def _batches(self, epoch: int, start: int) -> Iterator[Any]:
         """Yield batches, shared by all trials or each with its own row, and one trial's batch to count samples by."""
@@ -201,6 +198,8 @@ class Lockstep:
             return count
         batches = [batch] * len(self.trials) if shared else zip(*batch, strict=True)
         counts = [trial.trainer.task.count(mine) for trial, mine in zip(self.trials, batches, strict=True)]
+        if all(isinstance(each, int) and each == counts[0] for each in counts):
+            return counts[0]
         return torch.stack([torch.as_tensor(each, device=self.first.device) for each in counts])
 
     def _look(self) -> list[int]:
@@ -267,11 +266,10 @@ class Lockstep:
         batches = self.first.val_batches
         assert batches is not None
         sums = Sums(self.first.metrics, len(self.trials), self.first.device, batches.hold)
-        random = torch.get_rng_state()
-        for batch in batches.epoch():
-            placed = self.first._place(batch)
-            sums.add(self.stack(self.rows, placed, True, training=False), self._count(placed, True))
-        torch.set_rng_state(random)
+        with undisturbed():
+            for batch in batches.epoch():
+                placed = self.first._place(batch)
+                sums.add(self.stack(self.rows, placed, True, training=False), self._count(placed, True))
         return sums.read()
 
     def _each(self, do: Callable[[Member], Any]) -> None:
@@ -335,12 +333,17 @@ def loader_of(trainer: Trainer) -> Loader:
     return trainer.train_batches
 
 
+OWN = "works with a trial of its own"
+UNKNOWN = """may change training (`changes_training = False` says that it does not, and `alone = False` that it changes
+no more than gradients, learning rates, or weights in their place)""".replace("\n", " ")
+
+
 def check_alike(trainers: Sequence[Trainer]) -> None:
     """Raise NotStackable for settings that train a model in another way than step by step, or not all in the same."""
     for trainer in trainers:
         for callback in trainer.callbacks:
-            if callback.alone:
-                raise NotStackable(f"{type(callback).__name__} works with a trial of its own")
+            if callback.alone or (callback.alone is None and callback.changes_training):
+                raise NotStackable(f"{type(callback).__name__} {OWN if callback.alone else UNKNOWN}")
         if trainer.compile != "off" or trainer.profile or trainer.micro_batches.size or trainer.micro_batches.auto:
             raise NotStackable("trainer.compile, trainer.profile and trainer.micro_batch are for one trial")
         if trainer.precision.scaler is not None:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ..data import Batch
 from ..device import Precision
 from ..errors import FrameworkError
+from ..seeds import seed_everything, undisturbed
 from ..task import Task
-from .differences import changed, described
 from .rows import NotStackable, Rows
 from .stack import Stack
 
@@ -52,10 +52,9 @@ class Rehearsal:
 
     def _aside(self, run: Callable[[], Any]) -> Any:
         """Return what comes of a pass that begins with the same random numbers each time."""
-        devices = [self.how.device] if self.how.device.type == "cuda" else []
         try:
-            with torch.random.fork_rng(devices):
-                torch.manual_seed(0)
+            with undisturbed():
+                seed_everything(0)
                 return run()
         except FrameworkError:
             raise
@@ -82,7 +81,7 @@ class Rehearsal:
 
     def _all(self, rows: Rows, training: bool) -> tuple[Tensor, dict[str, Tensor | None]]:
         """Return the losses of all trials, and the gradients of each parameter in all of them."""
-        kept = [(tensor, tensor.clone()) for tensor in (rows.weights, *rows.buffers.values())]
+        kept = [(tensor, tensor.clone()) for tensor in (rows.weights, *rows.fixed.values(), *rows.buffers.values())]
         try:
             return self._aside(lambda: self._pass(Stack(self.models, self.tasks, self.how), rows, training))
         finally:
@@ -91,7 +90,7 @@ class Rehearsal:
 
     def _pass(self, stack: Stack, rows: Rows, training: bool) -> tuple[Tensor, dict[str, Tensor | None]]:
         loss = stack(rows, self.batch, self.shared, training).loss
-        what = changed(stack.taken[0], described(stack.skeleton))  # which is a copy
+        what = stack.changed()
         if what is not None:
             raise NotStackable(f"a pass changes {what}, which each trial would have to keep for itself")
         found = torch.autograd.grad(loss.sum(), list(rows.leaves.values()), allow_unused=True)
@@ -99,8 +98,8 @@ class Rehearsal:
 
 
 def size(tensor: Tensor | None) -> float:
-    """Return the largest number of a tensor."""
-    return float(tensor.abs().nan_to_num().max()) if tensor is not None and tensor.numel() else 0.0
+    """Return the largest finite number of a tensor."""
+    return float(tensor.abs().nan_to_num(posinf=0.0).max()) if tensor is not None and tensor.numel() else 0.0
 
 
 def differ(found: Tensor | None, expected: Tensor | None, largest: float, computed_in: torch.dtype) -> bool:

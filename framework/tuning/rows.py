@@ -19,8 +19,7 @@ from ..pure import PureUpdate, pure_updates, tensors_of
 
 CACHED = 2**16  # numbers of a parameter that are updated at once on a CPU: they and their state stay in its cache
 
-
-ALONE = "which a trial that trains as one of many cannot follow: hydra/launcher=one_by_one"
+CANNOT = "which a trial that trains as one of many cannot follow: hydra/launcher=one_by_one"
 NO_SETTINGS = ("params", "param_names")  # of what an optimizer's group has
 
 
@@ -63,7 +62,8 @@ class Rows:
         taken = {id(p) for p in trained[0]}
         names = [name for name, p in models[0].named_parameters() if id(p) not in taken]
         self.fixed = {name: torch.stack([m.get_parameter(name).detach() for m in models]) for name in names}
-        self.buffers = {name: torch.stack([m.get_buffer(name) for m in models]) for name in buffer_names(models[0])}
+        self.slots = [slots(model) for model in models]
+        self.buffers = {n: torch.stack([m.get_buffer(n) for m in models]) for n, _ in models[0].named_buffers()}
         self.wide: dict[str, Tensor] = {}  # what an optimizer keeps of each number, (trials, numbers)
         self.narrow: dict[str, Tensor] = {}  # what it keeps of each parameter, (trials, parameters)
         self.begun = any(tensors_of(state) for o in optimizers for state in o.state.values())  # they are resumed
@@ -91,7 +91,7 @@ class Rows:
             for name, stacked in self.fixed.items():
                 model.get_parameter(name).data = stacked[row]
             for name, stacked in self.buffers.items():
-                set_buffer(model, name, stacked[row])
+                self._set_buffer(row, name, stacked[row])
         self._attach_state()
 
     @property
@@ -130,22 +130,11 @@ class Rows:
         for parameter, place in zip(self.trained[row], self.places, strict=True):
             mine = self._of(self.gradients, row, place)
             if there and parameter.grad is None:
-                raise FrameworkError(f"the gradient of {place.name} is taken away, {ALONE}")
+                raise FrameworkError(f"the gradient of {place.name} is gone, {CANNOT}")
             if parameter.grad is not None and parameter.grad.data_ptr() != mine.data_ptr():
                 mine.copy_(parameter.grad)
             parameter.grad = None
         return there
-
-    def displaced(self, row: int) -> str | None:
-        """Return what of a trial is not a view of its row any more: somebody has put something else in its place."""
-        for parameter, place in zip(self.trained[row], self.places, strict=True):
-            if not parameter.requires_grad or parameter.data_ptr() != self._of(self.weights, row, place).data_ptr():
-                return place.name
-            state = self.optimizers[row].state[parameter]
-            for name, wide in self.wide.items():
-                if name not in state or state[name].data_ptr() != self._of(wide, row, place).data_ptr():
-                    return f"the optimizer's {name} of {place.name}"
-        return None
 
     # update
 
@@ -193,7 +182,7 @@ class Rows:
             if all(v.shape == p.shape for v, p in zip(values[0], self.trained[0], strict=True)):
                 self.wide[name] = torch.stack([torch.cat([v.reshape(-1) for v in each]) for each in values])
             elif all(v.ndim == 0 for v in values[0]):
-                self.narrow[name] = torch.stack([torch.stack(list(each)) for each in values])
+                self.narrow[name] = torch.stack([torch.stack(list(each)) for each in values]).to(self.weights.device)
                 if not torch.equal(self.narrow[name], self.narrow[name][:, self._owners()]):
                     raise NotStackable("some of their parameters have been through fewer steps than others")
             else:
@@ -219,7 +208,7 @@ class Rows:
         stay, index = set(rows), torch.tensor(list(rows), dtype=torch.int64, device=self.weights.device)
         for row in set(range(len(self))) - stay:
             self._release(row)
-        for name in ("models", "optimizers", "trained"):
+        for name in ("models", "optimizers", "trained", "slots"):
             setattr(self, name, [getattr(self, name)[row] for row in rows])
         self.weights, self.gradients = (m.index_select(0, index) for m in (self.weights, self.gradients))
         for stacked in (self.fixed, self.buffers, self.wide, self.narrow):
@@ -228,14 +217,28 @@ class Rows:
         if rows:
             self._attach()
 
+    def _set_buffer(self, row: int, name: str, tensor: Tensor) -> None:
+        for owner, key in self.slots[row][name]:
+            owner[key] = tensor
+
     def _release(self, row: int) -> None:
         model, optimizer = self.models[row], self.optimizers[row]
         for parameter in model.parameters():
             parameter.data, parameter.grad = parameter.data.clone(), None
         for name in self.buffers:
-            set_buffer(model, name, model.get_buffer(name).clone())
+            self._set_buffer(row, name, model.get_buffer(name).clone())
         for state in optimizer.state.values():
             state.update({name: value.clone() for name, value in state.items() if isinstance(value, Tensor)})
+
+
+def slots(model: nn.Module) -> dict[str, list[tuple[dict[str, Any], str]]]:
+    """Return for each parameter and buffer, by its first name, all (dictionary, key) where modules keep it."""
+    kept: dict[int, list[tuple[dict[str, Any], str]]] = {}
+    for module in model.modules():
+        for owner in (module._parameters, module._buffers):
+            for key, tensor in owner.items():
+                kept.setdefault(id(tensor), []).append((owner, key))
+    return {name: kept[id(tensor)] for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
 
 
 def places(model: nn.Module, optimizer: Optimizer) -> Iterator[Place]:
@@ -278,16 +281,6 @@ def laid_out(model: nn.Module, optimizer: Optimizer) -> Any:
 def has_hooks(optimizer: Optimizer) -> bool:
     held = (parameter for group in optimizer.param_groups for parameter in group["params"])
     return is_hooked(optimizer) or any(p._backward_hooks or p._post_accumulate_grad_hooks for p in held)
-
-
-def buffer_names(model: nn.Module) -> list[str]:
-    return [name for name, _ in model.named_buffers()]
-
-
-def set_buffer(model: nn.Module, name: str, tensor: Tensor) -> None:
-    before = model.get_buffer(name)
-    for module in model.modules():  # it may have several owners
-        module._buffers.update({own: tensor for own, each in module._buffers.items() if each is before})
 
 
 Update = Callable[[Rows, list[dict[str, Any]], list[int], slice, int], None]
@@ -343,13 +336,13 @@ def views(rows: Rows, names: Sequence[str], some: list[int], span: slice, first:
 def by_function(pure: PureUpdate) -> Update:
     def update(rows: Rows, groups: list[dict[str, Any]], chosen: list[int], span: slice, first: int) -> None:
         width = span.stop - span.start
-        together = max(CACHED // width, 1) if rows.weights.device.type == "cpu" else len(chosen)
-        for start in range(0, len(chosen), together):
-            some = chosen[start : start + together]
+        at_once = max(CACHED // width, 1) if rows.weights.device.type == "cpu" else len(chosen)
+        for start in range(0, len(chosen), at_once):
+            some = chosen[start : start + at_once]
             block = slice(some[0], some[-1] + 1) if some[-1] - some[0] + 1 == len(some) else some
             state = {name: wide[block, span] for name, wide in rows.wide.items()}
             state |= {name: narrow[block, first : first + 1] for name, narrow in rows.narrow.items()}
-            settings = together_settings([groups[row] for row in some], rows.weights)
+            settings = settings_of([groups[row] for row in some], rows.weights)
             weights, new = pure(rows.weights[block, span], rows.gradients[block, span], state, settings)
             rows.weights[block, span] = weights
             for name, tensor in new.items():
@@ -361,14 +354,14 @@ def by_function(pure: PureUpdate) -> Update:
     return update
 
 
-def together_settings(groups: Sequence[dict[str, Any]], like: Tensor) -> dict[str, Any]:
+def settings_of(groups: Sequence[dict[str, Any]], like: Tensor) -> dict[str, Any]:
     """Return the settings of several groups as those of one: what differs as a column of numbers."""
-    return {name: together([group[name] for group in groups], like) for name in groups[0] if name not in NO_SETTINGS}
+    return {name: column([group[name] for group in groups], like) for name in groups[0] if name not in NO_SETTINGS}
 
 
-def together(values: Sequence[Any], like: Tensor) -> Any:
+def column(values: Sequence[Any], like: Tensor) -> Any:
     if all(value == values[0] for value in values):
         return values[0]
     if isinstance(values[0], tuple | list):
-        return tuple(together(each, like) for each in zip(*values, strict=True))
+        return tuple(column(each, like) for each in zip(*values, strict=True))
     return torch.tensor(values, dtype=like.dtype, device=like.device).unsqueeze(1)

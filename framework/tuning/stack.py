@@ -4,7 +4,7 @@ What differs between trials in numbers (a dropout rate, the smoothing of labels)
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from ..device import Precision
 from ..metric import Held, Measures, Metric
 from ..task import Step, Task
 from .differences import Key, Together, changed, described, differences, holder, of_loss
-from .rows import NotStackable, Rows
+from .rows import NotStackable, Rows, slots
 
 
 class Stack:
@@ -30,13 +30,15 @@ class Stack:
     def __init__(self, models: Sequence[nn.Module], tasks: Sequence[Task], precision: Precision):
         if tasks[0].phases:
             raise NotStackable(f"{type(tasks[0]).__name__} updates in phases")
-        self.wholes = [Together(model, task) for model, task in zip(models, tasks, strict=True)]
-        self.taken = [described(whole) for whole in self.wholes]
-        self.values = differences(self.taken, next(models[0].parameters()))
-        self.skeleton, self.precision = copy.deepcopy(self.wholes[0]), precision
+        wholes = [Together(model, task) for model, task in zip(models, tasks, strict=True)]
+        descriptions = [described(whole) for whole in wholes]
+        self.values, self.taken = differences(descriptions, next(models[0].parameters())), descriptions[0]
+        try:
+            self.skeleton, self.precision = copy.deepcopy(wholes[0]), precision
+        except Exception as error:
+            raise NotStackable(f"the model or the task cannot be copied: {error}") from error
         self.skeleton.model.train()
-        self.mode, self.modes = True, modes(self.skeleton.model)
-        self.slots = dict(slots(self.skeleton.model))
+        self.mode, self.slots = True, slots(self.skeleton.model)
         self.holders = {key: holder(self.skeleton, key) for key in self.values}
 
     def __call__(self, rows: Rows, batch: Batch, shared: bool, training: bool = True) -> Step:
@@ -74,28 +76,13 @@ class Stack:
             for ((owner, key), _), was in zip(places, before, strict=True):
                 owner[key] = was
 
-    def changed(self, row: int) -> str | None:
-        """Return what of a trial is not what it was when the stack took it over."""
-        model = self.wholes[row].model
-        if model.training and modes(model) != self.modes:
-            return "the mode of a layer"
-        return changed(self.taken[row], described(self.wholes[row]))
+    def changed(self) -> str | None:
+        """Return what a pass has changed for itself, beside tensors."""
+        return changed(self.taken, described(self.skeleton))
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with some of the trials."""
-        self.wholes, self.taken = [self.wholes[row] for row in rows], [self.taken[row] for row in rows]
         self.values = {key: value[list(rows)] for key, value in self.values.items()}
-
-
-def modes(model: nn.Module) -> list[bool]:
-    return [module.training for module in model.modules()]
-
-
-def slots(model: nn.Module) -> Iterator[tuple[str, list[tuple[dict[str, Any], str]]]]:
-    """Yield each parameter and buffer by its first name, and all (dictionary, key) where modules keep it."""
-    kept = [(each, key) for module in model.modules() for each in (module._parameters, module._buffers) for key in each]
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        yield name, [(owner, key) for owner, key in kept if owner[key] is tensor]  # type: ignore[misc]
 
 
 class Forms(TorchFunctionMode):
@@ -105,22 +92,22 @@ class Forms(TorchFunctionMode):
         return FORMS.get(function, function)(*args, **(kwargs or {}))
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Under vmap torch's scales the bias before it adds it."""
-    product = F.linear(x, weight)
+    product = F.linear(input, weight)
     return product if bias is None else product.add_(bias.to(product.dtype))
 
 
-def dropout(x: Tensor, p: Any = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+def dropout(input: Tensor, p: Any = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     if not isinstance(p, Tensor):
-        return F.dropout(x, p, training, inplace)
-    kept = x * (torch.rand_like(x) >= p)  # none at 1
-    return kept / torch.where(p < 1, 1 - p, 1) if training else x
+        return F.dropout(input, p, training, inplace)
+    kept = input * (torch.rand_like(input) >= p)  # none at 1
+    return kept / torch.where(p < 1, 1 - p, 1) if training else input
 
 
 def cross_entropy(
-    outputs: Tensor,
-    targets: Tensor,
+    input: Tensor,
+    target: Tensor,
     weight: Tensor | None = None,
     size_average: None = None,  # what torch once called the reduction
     ignore_index: int = -100,
@@ -130,14 +117,14 @@ def cross_entropy(
 ) -> Tensor:
     """The mean over the targets, with the smoothing of `F.cross_entropy`: from the target's own loss to that of all
     classes alike. Under vmap torch's takes a detour through Python, and a second of imports for it."""
-    if outputs.ndim != 2 or targets.is_floating_point() or reduction != "mean":
+    if input.ndim != 2 or target.is_floating_point() or reduction != "mean":
         if isinstance(label_smoothing, Tensor):
             raise TypeError("label_smoothing differs, and the loss is not a plain mean over class indices")
         named: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
-        return F.cross_entropy(outputs, targets, weight, reduction=reduction, **named)
-    logarithms = outputs.log_softmax(1) if weight is None else outputs.log_softmax(1) * weight
-    counts: Tensor = targets != ignore_index
-    classes = torch.where(counts, targets, 0)
+        return F.cross_entropy(input, target, weight, reduction=reduction, **named)
+    logarithms = input.log_softmax(1) if weight is None else input.log_softmax(1) * weight
+    counts: Tensor = target != ignore_index
+    classes = torch.where(counts, target, 0)
     losses = -logarithms.gather(1, classes.unsqueeze(1)).squeeze(1)
     if isinstance(label_smoothing, Tensor) or label_smoothing:
         losses = losses + (-logarithms.mean(1) - losses) * label_smoothing
@@ -146,12 +133,21 @@ def cross_entropy(
     return torch.where(over == 0, torch.nan, mean)  # of no targets, with gradients of 0
 
 
-def embedding(indices: Tensor, weight: Tensor, padding_idx: int | None = None, *more: Any, **named: Any) -> Tensor:
+def embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    *more: Any,
+    **named: Any,
+) -> Tensor:
     """Under vmap torch's keeps the padding's vector still in the first trial only."""
     if padding_idx is not None:
+        if max_norm is not None:
+            raise TypeError("an embedding with padding_idx and max_norm changes its weights in each pass")
         still = torch.arange(len(weight), device=weight.device).unsqueeze(1) == padding_idx % len(weight)
         weight = torch.where(still, weight.detach(), weight)
-    return F.embedding(indices, weight, None, *more, **named)
+    return F.embedding(input, weight, None, max_norm, *more, **named)
 
 
 FORMS: dict[Any, Callable[..., Tensor]] = {F.linear: linear, F.dropout: dropout, F.cross_entropy: cross_entropy}
@@ -185,7 +181,8 @@ class Sums:
         """Add what is held back to the sums."""
         held, self.held = self.held, []
         for losses, count, *_, values in held:
-            counts = torch.as_tensor(count, dtype=self.dtype, device=self.loss.device).expand(len(losses))
+            one = count.to(self.dtype) if isinstance(count, Tensor) else self.loss.new_full((), count)
+            counts = one.expand(len(losses))
             self.loss += torch.stack([losses.to(self.dtype) * counts, counts], 1)
             for name, means in values.items():
                 total = torch.stack([means.to(self.dtype) * counts, counts], 1)

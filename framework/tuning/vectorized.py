@@ -14,7 +14,7 @@ from ..compose import Job
 from ..data import Data
 from ..experiment import Experiment, Prepared, Result, prepare
 from ..introduction import first_batch
-from ..memory import OutOfMemory, free_bytes
+from ..memory import OutOfMemory, free_bytes, is_full
 from ..probe import read_layers
 from ..schema import PositiveInt
 from ..signals import stopping
@@ -145,16 +145,14 @@ class Vectorized(OneByOne):
                 for alike in at_the_same_step(ready):
                     for start in range(0, len(alike) if len(alike) >= self.fewest else 0, at_once):
                         self._train(alike[start : start + at_once], rows)
-        except NotStackable as why:
-            print(f"{len(jobs)} trials train one by one: {why}", file=sys.stderr)
-        except OutOfMemory:
-            failed = [place for place, row in rows.items() if row.state == "failed"]
-            print(f"memory is full: {len(failed)} trials go on one by one", file=sys.stderr)
-            for place in failed:
-                jobs[place].spec = replace(jobs[place].spec, resume="auto")  # its run folder is there
-                del rows[place]
-        except Exception:  # of the step that they take together: it is each one's row by now
-            if not all(each.place in rows for each in ready if each.row is not None):
+        except (NotStackable, OutOfMemory) as why:
+            go = "go on" if any(each.row for each in ready) else "train"
+            told = "memory is full" if isinstance(why, OutOfMemory) else why
+            print(f"{len(jobs.keys() - rows)} trials {go} one by one: {told}", file=sys.stderr)
+        except Exception as error:  # of the step that they take together: it is each one's row by now
+            if not any(each.row for each in ready):
+                print(f"{len(jobs)} trials train one by one: {type(error).__name__}: {error}", file=sys.stderr)
+            elif not all(each.place in rows for each in ready if each.row is not None):
                 raise
         finally:
             for each in ready:
@@ -195,9 +193,12 @@ class Vectorized(OneByOne):
     def _ended(
         self, ready: Sequence[Ready], rows: dict[int, Trial], signals: list[int], number: int, error: Any
     ) -> None:
-        """Record how a trial ended, after its last measurements."""
+        """Record how a trial ended, after its last measurements; not of one that cannot go on among the others."""
         each = ready[number]
         assert each.row is not None
+        if isinstance(error, NotStackable) or (error is not None and is_full(error)):
+            each.job.spec = replace(each.job.spec, resume="auto")  # it goes on alone, in the folder that is there
+            return
         try:
             if error is not None:
                 raise error
