@@ -12,7 +12,8 @@
             validation_start
             validation_end              # trainer.state.metrics has fresh val/... values
             step_end                    # all of the step is done; state.batch is 0 when it ended its epoch
-        epoch_end
+            epoch_end                   # after the last step of an epoch
+            step_done                   # nobody changes anything any more: what is saved here is whole
     fit_end                             # the last step is done, also after a stop
     exception                           # instead of fit_end
     close                               # always the last one
@@ -42,6 +43,7 @@ EVENTS = (
     "validation_end",
     "step_end",
     "epoch_end",
+    "step_done",
     "fit_end",
     "exception",
     "close",
@@ -74,6 +76,7 @@ class Callback:
     def on_validation_start(self, trainer: Trainer) -> None: ...
     def on_validation_end(self, trainer: Trainer) -> None: ...
     def on_epoch_end(self, trainer: Trainer) -> None: ...
+    def on_step_done(self, trainer: Trainer) -> None: ...
     def on_fit_end(self, trainer: Trainer) -> None: ...
     def on_exception(self, trainer: Trainer) -> None: ...
     def on_close(self, trainer: Trainer) -> None: ...

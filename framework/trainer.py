@@ -283,6 +283,7 @@ class Trainer(Evaluator):
         if last:
             self._emit("epoch_end")
         self._flush()
+        self._emit("step_done")
         self.clock.step()
         self.at_boundary = True
 

@@ -191,7 +191,7 @@ class Checkpoint(Callback):
         if self.best is not None and not self.best.on_training:
             self.found_better |= self.best.improved(trainer)
 
-    def on_step_end(self, trainer: Trainer) -> None:
+    def on_step_done(self, trainer: Trainer) -> None:
         self.writer.check()
         state = trainer.state
         if self.cadence.due(state, epoch_end=state.batch == 0) or self.found_better:

@@ -60,7 +60,7 @@ class Case:
             if better:
                 trainer.state.metrics["val/loss"] = -1.0
                 saving.on_validation_end(trainer)
-            saving.on_step_end(trainer)
+            saving.on_step_done(trainer)
             saving.finish_saving()
         except CheckpointError as error:
             return REFUSED if "No space left on device" in str(error) else 1

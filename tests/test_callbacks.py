@@ -240,7 +240,7 @@ def test_saving_in_the_background_changes_nothing(tmp_path, background):
 
 def test_checkpoints_with_nan_neither_count_nor_stay(tmp_path):
     class Spoil(Callback):
-        def on_epoch_end(self, trainer):
+        def on_epoch_start(self, trainer):
             if trainer.state.epoch == 2:
                 trainer.model.weight.data.fill_(math.nan)
 

@@ -18,6 +18,7 @@ from framework.errors import RunError
 from framework.experiment import train
 from framework.resume import differences, fingerprint, start_from, status_of
 
+PLUGINS = []
 SMALL = ["model.width=16", "model.dropout=0.1", "trainer.max_epochs=2", "callbacks=[checkpoint,gradient_norm]"]
 
 
@@ -28,7 +29,7 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
 
 def spec_of(*overrides):
     specs = []
-    compose(CommandLine([*SMALL, *overrides]), lambda job: specs.append(job.spec))
+    compose(CommandLine([*SMALL, *overrides], PLUGINS), lambda job: specs.append(job.spec))
     return specs[0]
 
 
@@ -48,7 +49,7 @@ class Stop(fw.Callback):
     def __init__(self, step):
         self.step = step
 
-    def on_step_end(self, trainer):
+    def on_step_done(self, trainer):
         if trainer.state.step == self.step:
             raise KeyboardInterrupt
 
@@ -70,7 +71,8 @@ def with_stop(trainer, step):
 
 def with_callback(trainer, callback):
     trainer.callbacks.append(callback)
-    trainer._listeners["step_end"].append(trainer.callbacks[-1].on_step_end)
+    trainer._listeners["step_end"].append(callback.on_step_end)
+    trainer._listeners["step_done"].append(callback.on_step_done)
     return trainer
 
 
@@ -96,6 +98,47 @@ def test_images_in_the_format_of_pixels_go_on_exactly(monkeypatch):
     resumed, said = go("run.name=cut", "resume=auto", often)
     assert said[0] == "going on with runs/default/cut after step 20"
     assert weights(resumed.folder) == weights(whole.folder)
+
+
+COUNTS = """\
+import torch
+from framework import Callback, callbacks
+
+@callbacks.register("counts")
+class Counts(Callback):
+    alone = True
+
+    def __init__(self):
+        self.epochs = self.steps = 0
+
+    def on_step_end(self, trainer):
+        self.steps += 1
+
+    def on_epoch_end(self, trainer):
+        self.epochs += 1
+        trainer.log({"count": self.epochs + self.steps})
+        with torch.no_grad():
+            for parameter in trainer.model.parameters():
+                parameter.mul_(1 - 0.01 * self.epochs)
+
+    def state_dict(self):
+        return {"epochs": self.epochs, "steps": self.steps}
+
+    def load_state_dict(self, state):
+        self.epochs, self.steps = state["epochs"], state["steps"]
+"""
+
+
+@pytest.mark.parametrize("step", [23, 40, 61])
+def test_a_callback_that_comes_after_the_checkpoint_goes_on_too(step, monkeypatch, tmp_path, forget_plugins):
+    (tmp_path / "counts.py").write_text(COUNTS)
+    counting = ["+callbacks=counts", "callbacks.checkpoint.every=5steps", "scheduler=null"]
+    monkeypatch.setitem(globals(), "PLUGINS", ["counts.py"])
+    whole, _ = go("run.name=whole", *counting)
+    cut_off("cut", step, monkeypatch, *counting)
+    resumed, _ = go("run.name=cut", "resume=auto", *counting)
+    assert weights(resumed.folder) == weights(whole.folder)
+    assert logged(resumed.folder) == logged(whole.folder)
 
 
 class Signalled(fw.Callback):

@@ -213,8 +213,8 @@ def test_cadences(validate, log, validated, logged):
 def test_the_events_come_in_the_order_of_the_docstring():
     events = Events()
     fit(batch_size=35, max_epochs=1, max_steps=2, val=VAL, log_every="1epoch", callbacks=[events])
-    first = "fit_start epoch_start step_start gradients step_end"
-    last = "step_start gradients log validation_start validation_end step_end epoch_end fit_end close"
+    first = "fit_start epoch_start step_start gradients step_end step_done"
+    last = "step_start gradients log validation_start validation_end step_end epoch_end step_done fit_end close"
     assert events.seen == f"{first} {last}".split()
     documented = inspect.getdoc(sys.modules["framework.callback"])
     assert [event for event in EVENTS if f"{event} " not in documented and f"{event}\n" not in documented] == []
