@@ -132,12 +132,12 @@ def choose(content: dict[str, Any]) -> dict[str, Any]:
     defaults, rest = list(content.get("defaults") or ()), dict(content)
     chosen: list[dict[str, Any]] = []
     listed = {str(key).split("/")[-1] for entry in defaults if isinstance(entry, Mapping) for key in entry}
-    for kind in [registry.kind for registry in Registry.every.values()]:
-        key, value = kind.key, rest.get(kind.key, {})
+    for registry in Registry.every.values():
+        kind, key, value = registry.kind, registry.kind.key, rest.get(registry.kind.key, {})
         if kind.many:
             if isinstance(value, list) and key not in listed and not unnamed(value):
                 parts = [dict(one) if isinstance(one, Mapping) else {"name": one} for one in rest.pop(key)]
-                names = [part.pop("name") for part in parts]
+                names = [own_name({"name": part.pop("name")}, registry) for part in parts]
                 chosen.append({f"override /{key}": names})
                 settings = {name: part for name, part in zip(names, parts, strict=True) if part}
                 rest.update({key: settings} if settings else {})
@@ -150,6 +150,12 @@ def choose(content: dict[str, Any]) -> dict[str, Any]:
         first_override = next((n for n, entry in enumerate(defaults) if "override " in str(entry)), len(defaults))
         defaults.insert(first_override, "_self_")
     return rest | {"defaults": [*defaults, *chosen]} if chosen else content
+
+
+def own_name(part: Any, registry: Registry) -> str:
+    """Return the name of a part of a list, its own where that is an alias."""
+    name = str(part["name"] if isinstance(part, Mapping) else part)
+    return registry.get(name).name if name in registry else name
 
 
 def unnamed(parts: Sequence[Any]) -> list[Any]:
@@ -204,7 +210,8 @@ class Sources:
         return "command line" if above else ""
 
     def of_others(self, tree: Mapping[str, Any]) -> dict[str, set[str]]:
-        """Return by key the settings that files give beside the name of another part than the one in the tree.
+        """Return by key the settings that files give beside the name of another part than the one in the tree, and
+        the parts that they give settings in a list that is not the one chosen.
 
         `optimizer: {name: sgd, momentum: 0.9}` in an experiment says nothing of adamw, when that is chosen instead.
         """
@@ -218,6 +225,14 @@ class Sources:
                 others = [each for each in given if each.get("name", chosen.get("name")) != chosen.get("name")]
                 own = {name for each in given if each not in others for name in each}
                 found[key] = {name for each in others for name in each if (key, name) not in typed} - own - {"name"}
+        for registry in [registry for registry in Registry.every.values() if registry.kind.many]:
+            key, parts = registry.kind.key, tree.get(registry.kind.key)
+            if isinstance(parts, Mapping):
+                given = [content.get(key) for content in contents]
+                listed = {own_name(part, registry) for each in given if isinstance(each, list) for part in each}
+                added = {name for each in given if isinstance(each, Mapping) for name in each}
+                added |= {name for name, settings in parts.items() if "name" in (settings or ())}  # they are chosen
+                found[key] = {name for name in listed - added if (key, name) not in typed}
         return found
 
 

@@ -73,8 +73,8 @@ def add(repo: dict[str, Any], name: str, group: str | None, package: str | None,
 
 def option(entry: Entry) -> dict[str, Any]:
     """Return what a part's config group option holds: each setting with its default, as a person would write it."""
-    settings = {name: default(setting) for name, setting in entry.settings.items()}
-    return {entry.name: settings} if entry.kind.many else {"name": entry.name, **settings}
+    settings = {"name": entry.name} | {name: default(setting) for name, setting in entry.settings.items()}
+    return {entry.name: settings} if entry.kind.many else settings
 
 
 def default(setting: Any) -> Any:

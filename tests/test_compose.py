@@ -173,6 +173,32 @@ def test_settings_beside_a_name_are_of_that_part_alone(write):
     assert [job.spec.tree["optimizer"]["lr"] for job in swept] == [0.5, 0.001]
 
 
+LISTED = """
+callbacks: [checkpoint, {name: early_stop, patience: 2}]
+transforms: [{name: gaussian_noise, std: 0.3}, {name: mixup, alpha: 0.7}]
+"""
+
+
+def test_parts_of_a_list_go_with_their_settings_when_another_list_is_chosen(write):
+    write("conf/experiment/noisy.yaml", LISTED)
+    write("conf/experiment/plain.yaml", "defaults: [noisy]\ntransforms: []\n")
+    write("conf/experiment/more.yaml", "defaults: [noisy, _self_]\ntransforms: {noise: {std: 0.4}}\n")
+    both = {"noise": {"std": 0.3}, "mixup": {"alpha": 0.7, "p": 1.0}}
+    made = {
+        "experiment=noisy": both,
+        "experiment=noisy transforms=[]": {},
+        "experiment=noisy transforms=[mixup]": {"mixup": both["mixup"]},
+        "experiment=noisy transforms=[flip]": {"flip": {"axis": "horizontal", "p": 0.5}},
+        "experiment=noisy transforms=[] transforms.noise.std=0.1": {"noise": {"std": 0.1}},
+        "experiment=noisy +transforms=flip": {**both, "flip": {"axis": "horizontal", "p": 0.5}},
+        "experiment=plain": {},
+        "experiment=more": {**both, "noise": {"std": 0.4}},
+    }
+    for words, transforms in made.items():
+        assert tree(*words.split())["transforms"] == transforms, words
+    assert list(tree("experiment=noisy", "callbacks=[checkpoint]")["callbacks"]) == ["checkpoint"]
+
+
 def test_a_sweep_runs_each_job(write):
     jobs = compose("seed=1,2", "model.activation=relu,gelu", "optimizer.lr=0.1", multirun=True)
     made = [(job.number, job.spec.seed, job.spec.tree["model"]["activation"]["name"]) for job in jobs]
