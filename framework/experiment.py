@@ -28,7 +28,7 @@ from .device import intra_op_threads, suitable_threads
 from .errors import RunError
 from .introduction import first_batch, introduce
 from .optimizer import build_optimizer
-from .resume import Resumed, chosen_checkpoint, find, fingerprint, last_values, open_folder, start_from
+from .resume import Resumed, check_fits, chosen_checkpoint, find, fingerprint, last_values, open_folder, start_from
 from .run import RunFolder, dump, provenance, read_facts
 from .signals import stopping
 from .spec import Spec
@@ -240,6 +240,7 @@ def prepare(
     trainer, threads = built.trainer(), built.threads()
     if resumed is not None:
         check_same_data(resumed.folder.path, built, inexact)
+        check_fits(resumed, built.model, built.optimizer)
         trainer.state.step = resumed.step  # loggers go on from there
         threads = resumed.threads or threads  # as many make the same bits
         for line in (f"going on with {resumed.folder.path} after step {resumed.step}", *resumed.notes):

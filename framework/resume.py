@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from . import checkpoint
 from .errors import CheckpointError, ConfigError, RunError
@@ -39,6 +40,9 @@ class Resumed:
     def done(self) -> bool:
         """Whether the run has nothing left to do, test included, and nothing new was asked of it."""
         return status_of(self.folder.path) == "done" and not self.changed
+
+    def changes(self, path: str) -> bool:
+        return any(text.startswith(f"{path}=") for text in self.changed)
 
 
 def find(spec: Spec, experiment: str) -> Path | None:
@@ -89,6 +93,30 @@ def open_folder(run: Path, spec: Spec, inexact: bool = False) -> Resumed:
             other = f"torch is {torch.__version__}, was {manifest['torch']}"
             resumed.notes.append(f"{other}: the last bits may come out otherwise")
     return resumed
+
+
+def check_fits(resumed: Resumed, model: nn.Module, optimizer: Optimizer) -> None:
+    """Raise RunError when its checkpoint is of another model or optimizer, which --inexact cannot mend."""
+    if resumed.training is None:
+        return
+    saved, own = map(shapes, (resumed.training["model"], model.state_dict()))
+    wrong = next((name for name in {**saved, **own} if saved.get(name) != own.get(name)), None)
+    other = None
+    if wrong is not None:
+        other = f"another model: {wrong} has shape {saved.get(wrong)} in its checkpoint, and {own.get(wrong)} here"
+    elif sizes(resumed.training["optimizer"]) != sizes(optimizer.state_dict()) or resumed.changes("optimizer.name"):
+        other = "another optimizer, or other groups of parameters, of which something else is kept"
+    if other is not None:
+        run = resumed.folder.path
+        raise RunError(f"{run} cannot go on with {other}. A new run can begin with its weights: init_from={run}")
+
+
+def shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in weights.items()}
+
+
+def sizes(optimizer: Mapping[str, Any]) -> list[int]:
+    return [len(group["params"]) for group in optimizer["param_groups"]]
 
 
 def altered(tree: Mapping[str, Any], typed: Sequence[str]) -> dict[str, Any]:

@@ -141,6 +141,22 @@ def test_a_callback_that_comes_after_the_checkpoint_goes_on_too(step, monkeypatc
     assert logged(resumed.folder) == logged(whole.folder)
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model.width=8", r"another model: .*bias has shape \(16,\) in its checkpoint, and \(8,\) here"),
+        ("optimizer=sgd", "another optimizer"),
+        ("parameters.decay=all", "other groups of parameters"),
+    ],
+)
+def test_another_model_or_optimizer_is_refused_and_the_run_left_as_it_was(override, said):
+    run, _ = go("run.name=a", "trainer.max_epochs=1")
+    before = {file: file.read_bytes() for file in run.folder.iterdir() if file.is_file() and file.name != ".lock"}
+    with pytest.raises(RunError, match=f"cannot go on with .*{said}.*init_from=runs/default/a"):
+        go("run.name=a", "resume=auto", override, inexact=True)
+    assert {file: file.read_bytes() for file in before} == before
+
+
 class Signalled(fw.Callback):
     """Gets a signal after step 31."""
 
