@@ -101,6 +101,9 @@ def test_a_resumed_sweep_runs_what_is_missing(command):
     status, _, err = command(f"{fragile} -m optimizer.lr=1,2 sweep.name={sweep.name} resume=auto")
     assert (status, err.count("\n")) == (2, 1)
     assert "tries values of seed, not of optimizer.lr: choose another sweep.name" in err
+    status, _, err = command(f"{fragile} -m 'seed=range(3)' sweep.name={sweep.name} resume=auto model.dropout=0.3")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "was begun without model.dropout=0.3: leave that as it was, or choose another sweep.name" in err
     status, _, err = command(f"{fragile} -m 'seed=range(3)' sweep.name={sweep.name}")
     assert "exists already: choose another sweep.name, or go on with it by resume=auto" in err
 

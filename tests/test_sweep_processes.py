@@ -24,7 +24,7 @@ from framework import Callback, callbacks
 class Killed(Callback):
     changes_training = False
 
-    def on_step_end(self, trainer):
+    def on_step_done(self, trainer):
         if os.path.exists("kill") and trainer.seed == 1 and trainer.state.step == 3:
             os.kill(os.getpid(), signal.SIGKILL)
 """

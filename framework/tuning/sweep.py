@@ -31,6 +31,8 @@ from .trials import Trials
 Explain = Callable[[Exception], Sequence[str]]
 NOT_ASKED = re.compile(r"\+*(resume|sweep\.name|run\.root|hydra/launcher|hydra\.(?!sweeper\.params))")
 """What may differ between a command and the same command that goes on."""
+ANY_TIME = ("resume", "sweep.", "run.", "hydra.", "hydra/", "loggers", "trainer.device")
+"""What may differ in a command that goes on with a sweep by its name."""
 
 
 def sweep(composing: Composing, arguments: list[str], task: Callable[[Job], Result | None], explain: Explain) -> None:
@@ -138,12 +140,24 @@ def find(parent: Path, name: str | None, asked: Mapping[str, Any]) -> SweepFolde
     if before != asked["swept"]:
         said = f"{folder.path} tries values of {', '.join(before)}, not of {', '.join(asked['swept'])}"
         raise RunError(f"{said}: choose another sweep.name")
+    was, now = fixed(folder.asked()), fixed(asked)
+    other = {"with": " ".join(sorted(was - now)), "without": " ".join(sorted(now - was))}
+    if was != now:
+        said = " and ".join(f"{how} {texts}" for how, texts in other.items() if texts)
+        raise RunError(f"{folder.path} was begun {said}: leave that as it was, or choose another sweep.name")
     return folder
 
 
 def as_asked(asked: Mapping[str, Any]) -> Any:
     command = [text for text in asked.get("command", ()) if not NOT_ASKED.match(text)]
     return sorted(command), asked.get("plugins")
+
+
+def fixed(asked: Mapping[str, Any]) -> set[str]:
+    """Return the settings in a command that all trials have in common, and their outcomes depend on."""
+    keys = {text: text.lstrip("+~").partition("=")[0] for text in asked.get("command", ())}
+    own = {*asked.get("swept", ())}
+    return {text for text, key in keys.items() if key not in own and not key.startswith(ANY_TIME)}
 
 
 def ending_on_sigterm() -> AbstractContextManager[Any]:
