@@ -271,6 +271,8 @@ def opened(given: argparse.Namespace) -> Any:
 @contextmanager
 def advising(given: argparse.Namespace) -> Iterator[None]:
     """When a run's config names what is not there, say which plugins the run was trained with."""
+    from .run import plugins_of
+
     try:
         yield
     except ConfigError as error:
@@ -279,14 +281,6 @@ def advising(given: argparse.Namespace) -> Iterator[None]:
             raise
         advice = f"{given.run} was trained with plugins: give {' '.join(f'--plugins {each}' for each in missing)}"
         raise ConfigError([*error.problems, advice]) from error
-
-
-def plugins_of(run: Path) -> list[str]:
-    """Return the plugins that a run was trained with, as its provenance.json names them."""
-    try:
-        return [str(plugin) for plugin in json.loads((run / "provenance.json").read_text())["plugins"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
 
 
 def list_parts(arguments: list[str]) -> None:

@@ -227,10 +227,14 @@ def config_folders(line: CommandLine) -> list[Path]:
 def project_plugins(folders: list[Path], overrides: Iterable[str]) -> Iterator[str]:
     """Yield what `plugins:` names in the project's config.yaml and in the chosen experiment, before composing."""
     chosen = [name for o in overrides if o.startswith("experiment=") for name in o.partition("=")[2].split(",")]
-    for name in ("config", *(f"experiment/{name}" for name in chosen)):
+    names = ["config", *(f"experiment/{name}" for name in chosen)]
+    for name in names:  # the list grows by what an experiment builds on
         for folder in [f for f in reversed(folders) if (f / f"{name}.yaml").is_file()][:1]:  # the one that Hydra reads
             file = folder / f"{name}.yaml"
-            listed = read_yaml(file).get("plugins") or []
+            content = read_yaml(file)
+            below, listed = content.get("defaults"), content.get("plugins") or []
+            wider = [f"experiment/{each}" for each in (below if isinstance(below, list) and name != "config" else ())]
+            names += [each for each in wider if each not in names]
             if not isinstance(listed, list) or not all(isinstance(each, str) for each in listed):
                 raise PluginError(f"{file}: plugins should be a list of paths or module names, not {listed!r}")
             yield from (locate(plugin, folder) for plugin in listed)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .data import Scale
+from .errors import SettingError
 
 
 class Metric:
@@ -71,6 +72,13 @@ def together(tensors: Sequence[Tensor | None]) -> Tensor:
     return there[0] if len(there) == 1 else torch.cat(there)
 
 
+def checked(metric: Metric, sums: Any) -> Tensor:
+    if not isinstance(sums, Tensor):
+        said = f"its `sums` should return a tensor, not a {type(sums).__name__}"
+        raise SettingError(f"the metric {type(metric).__name__}: {said}")
+    return sums
+
+
 class Measures:
     """The mean loss and some metrics over the batches added since the last reading, as sums on the device.
 
@@ -126,7 +134,7 @@ class Measures:
         if self.held and self.held[0].outputs is not None:
             outputs = together([one.outputs for one in self.held])
             targets = together([one.targets for one in self.held])
-            fresh = [metric.sums(outputs, targets).to(self.dtype) for metric in self.metrics]
+            fresh = [checked(metric, metric.sums(outputs, targets)).to(self.dtype) for metric in self.metrics]
             self.sums = [a + b for a, b in zip(self.sums, fresh, strict=True)] if self.sums else fresh
         for name in dict.fromkeys(name for one in self.held for name in one.values):
             there = [one for one in self.held if name in one.values]

@@ -7,8 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from .discovery import shorter
 from .errors import FrameworkError
 from .experiment import Result
+from .run import plugins_of
 
 
 def print_result(result: Result, job: str | None = None) -> None:
@@ -28,11 +30,12 @@ def print_result(result: Result, job: str | None = None) -> None:
     if result.shares and job is None:
         print(f"time     {', '.join(f'{share}% {part}' for part, share in percent(result.shares).items() if share)}")
     print(f"run      {result.folder}")
+    given = "".join(f" --plugins {shorter(plugin)}" for plugin in plugins_of(result.folder))
     if result.signal is not None:
-        print(f"go on    framework resume {result.folder}")
+        print(f"go on    framework resume {result.folder}{given}")
     if job is None:
         if (result.folder / "checkpoints").is_dir():
-            print(f"measure  framework eval {result.folder}")
+            print(f"measure  framework eval {result.folder}{given}")
         print("watch    framework board")
 
 

@@ -90,6 +90,14 @@ def claim(parent: Path, name: str | None) -> Path:
     raise RunError(f"{parent} has too many runs named {wanted}")
 
 
+def plugins_of(run: Path) -> list[str]:
+    """Return the plugins that a run was trained with, as its provenance.json names them."""
+    try:
+        return [str(plugin) for plugin in json.loads((run / "provenance.json").read_text())["plugins"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Wait for, and hold, the lock of a folder of runs."""

@@ -20,6 +20,7 @@ from . import seeds, trainer_state
 from .backward import Backward
 from .batches import Source, count_steps, count_total, steps
 from .callback import Callback, listeners
+from .checks import check_callbacks, check_fit, check_phases
 from .clock import Clock, Profiler
 from .compiled import Compile
 from .cuda_graph import CudaGraph
@@ -100,9 +101,9 @@ class Trainer(Evaluator):
             raise SettingError(f"cuda_graph=on needs a CUDA device, not {self.device}, and no compile=step")
         self.max_epochs, self.max_steps = max_epochs, max_steps
         self.validate_every, self.log_every = Cadence(validate_every, "validate_every"), Cadence(log_every, "log_every")
-        self.accumulate, self.compile, self.profile, self.folder = accumulate, compile, profile, folder
+        self.accumulate, self.compile, self.profile, self.folder = accumulate, compile, profile, folder and Path(folder)
         self.cuda_graph: CudaGraph = cuda_graph if self.device.type == "cuda" else "off"
-        self.callbacks, self.loggers = list(callbacks), list(loggers)
+        self.callbacks, self.loggers = check_callbacks(callbacks), list(loggers)
         self.state, self.clock = State(), Clock()
         self.schedule: Callable[[int], float] | None = None
         self._listeners, self._transforms = listeners(self.callbacks), transforms_of(self.callbacks)
@@ -158,10 +159,9 @@ class Trainer(Evaluator):
         resume: dict[str, Any] | None,
     ) -> None:
         """Take what `fit` was given, up to the first step."""
+        check_fit(model, task, optimizer, schedule, metrics)
         self._use(model, task)
-        for name, chosen in (("compile", self.compile == "step"), ("cuda_graph", self.cuda_graph == "on")):
-            if self.task.phases and chosen:
-                raise SettingError(f"{name}={getattr(self, name)}: {type(self.task).__name__} updates in phases")
+        check_phases(self.task, compile=self.compile == "step", cuda_graph=self.cuda_graph == "on")
         self.optimizer, self.schedule = optimizer, schedule
         if isinstance(data, Data):
             check_data(data)

@@ -177,6 +177,9 @@ class Checkpoint(Callback):
         self.folder = trainer.folder / "checkpoints"
         clean(self.folder)
         step = trainer.state.step
+        if step == 0 and "run" not in trainer.manifest and listed(self.folder):  # a run's folder is claimed
+            advice = "give the Trainer another folder, or go on with `fit(resume=...)`"
+            raise SettingError(f"checkpoint: {self.folder} has those of another fit already: {advice}")
         self.saved = step if (self.folder / folder_name(step)).exists() else None
         if self.best is not None:
             self.best.start(trainer)

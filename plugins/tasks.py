@@ -57,6 +57,8 @@ class Supervised(Task):
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             what = f"{WORDS[self.target]} with outputs of shape {tuple(out_shape)}"
             raise DataError(f"the loss {type(self.criterion).__name__} cannot take {what}: {error}") from error
+        if not isinstance(loss, Tensor):
+            raise DataError(f"the loss {type(self.criterion).__name__} returns {loss!r}, not the mean as a tensor")
         if loss.ndim:
             raise DataError(
                 f"the loss {type(self.criterion).__name__} returns shape {tuple(loss.shape)}, not the mean as a scalar"

@@ -145,6 +145,9 @@ def test_plugins_of_the_project_the_experiment_and_the_command_line(write, forge
     assert [os.path.basename(plugin) for plugin in job.spec.plugins] == ["one.py", "one.py", "two.py", "three.py"]
     assert all(os.path.isabs(plugin) for plugin in job.spec.plugins)
     assert tree("model.activation=three")["model"]["activation"]["name"] == "three"
+    write("conf/experiment/wider.yaml", "defaults: [spam]\n")
+    names = [os.path.basename(plugin) for plugin in compose("experiment=wider")[0].spec.plugins]
+    assert names == ["one.py", "one.py", "two.py"]
     write("conf/experiment/bad.yaml", "plugins: one.py\n")
     with pytest.raises(PluginError, match="plugins should be a list of paths or module names"):
         compose("experiment=bad")

@@ -106,6 +106,13 @@ def test_a_duplicate_name_is_an_error_that_names_both_files(fruits):
     assert fruits.names() == ["apple"]
 
 
+def test_a_decorator_without_a_name_is_an_error(fruits):
+    with pytest.raises(ContractError, match=r'a part needs a name: @fruits\.register\("\.\.\."\), not <class'):
+
+        @fruits.register
+        class Pear: ...
+
+
 @pytest.mark.parametrize("name", ["Apple", "my-apple", "1apple", ""])
 def test_a_name_is_lower_case(fruits, name):
     with pytest.raises(ContractError, match="use lower-case letters"):

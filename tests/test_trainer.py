@@ -221,6 +221,65 @@ def test_the_events_come_in_the_order_of_the_docstring():
     assert list(EVENTS) == sorted(EVENTS, key=lambda event: documented.index(event))
 
 
+class Misspelt(Callback):
+    def on_epoch_ends(self, trainer): ...
+
+
+class Nameless(fw.Metric): ...
+
+
+LOSS = nn.CrossEntropyLoss()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            {"callbacks": ["progress"]},
+            "callbacks: 'progress' is none; by name one is made with fw.callbacks.build",
+        ),
+        ({"callbacks": [Misspelt()]}, "on_epoch_ends would never be called: .*did you mean 'on_epoch_end'"),
+        ({"metrics": ["accuracy"]}, r"metrics: 'accuracy' is none; .*fw\.metrics\.build\('accuracy'\)"),
+        ({"metrics": [Nameless()]}, "Nameless has no `name`"),
+        ({"metrics": [fw.metrics.build("accuracy")] * 2}, "two are logged by the name 'accuracy'"),
+        ({"task": "classification"}, r"task: 'classification' is none; .*fw\.tasks\.build"),
+        ({"task": 3}, "task: 3 is none"),
+        ({"optimizer": "sgd"}, r"optimizer: 'sgd' is none; .*fw\.optimizers\.build\('sgd', model\.parameters\(\)\)"),
+        ({"optimizer": torch.optim.SGD(network().parameters())}, "it holds no parameter of this model"),
+        ({"schedule": 0.5}, "schedule: should be a function from the step .*, not 0.5$"),
+        ({"schedule": torch.optim.lr_scheduler.StepLR(torch.optim.SGD(network().parameters()), 1)}, "one of torch's"),
+    ],
+    ids=str,
+)
+def test_what_fit_cannot_be_given_is_named(given, said):
+    model = network()
+    parts = {"task": LOSS, "optimizer": torch.optim.SGD(model.parameters())} | given
+    with pytest.raises(SettingError, match=said):
+        Trainer(max_steps=1, device="cpu", callbacks=parts.pop("callbacks", ())).fit(model, SPLIT, **parts)
+
+
+def test_a_folder_may_be_a_text_and_serves_one_fit(tmp_path):
+    def once():
+        model = network()
+        trainer = Trainer(max_steps=1, device="cpu", folder=str(tmp_path), callbacks=[fw.callbacks.build("checkpoint")])
+        trainer.fit(model, SPLIT, task=LOSS, optimizer=torch.optim.SGD(model.parameters()))
+
+    once()
+    with pytest.raises(SettingError, match=r"checkpoints has those of another fit already: give the Trainer another"):
+        once()
+
+
+def test_sums_that_are_no_tensor_name_their_metric():
+    class Floats(fw.Metric):
+        name = "floats"
+
+        def sums(self, outputs, targets):
+            return 1.0
+
+    with pytest.raises(SettingError, match="metric Floats: its `sums` should return a tensor, not a float"):
+        fit(metrics=[Floats()])
+
+
 def test_nobody_listening_costs_nothing():
     trainer, _ = fit(callbacks=[Callback(), At(99, None)])
     assert {event for event, methods in trainer._listeners.items() if methods} == {"step_end"}

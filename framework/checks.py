@@ -1,0 +1,76 @@
+"""What a Trainer is given by hand: what cannot be is told before the first step, and by its name."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from .callback import Callback
+from .errors import SettingError, did_you_mean
+from .metric import Metric
+from .task import Task
+
+
+def check_callbacks(callbacks: Sequence[Any]) -> list[Callback]:
+    """Return them. Raises SettingError for what is no callback, and for a method with the name of no event."""
+    known = [name for name in dir(Callback) if name.startswith("on_")]
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            raise SettingError(f"callbacks: {wrong(callback, 'callbacks')}")
+        for name in dir(type(callback)):
+            if name.startswith("on_") and name not in known:
+                said = f"{type(callback).__name__}.{name} would never be called: no event has that name"
+                raise SettingError(f"{said}; {did_you_mean(name, known)}")
+    return list(callbacks)
+
+
+def check_metrics(metrics: Sequence[Any]) -> None:
+    """Raise SettingError for what is no metric, and for two that would be logged by one name."""
+    for metric in metrics:
+        if not isinstance(metric, Metric):
+            raise SettingError(f"metrics: {wrong(metric, 'metrics')}")
+        if not metric.name:
+            raise SettingError(f"metrics: {type(metric).__name__} has no `name` to be logged by")
+    names = [metric.name for metric in metrics]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise SettingError(f"metrics: two are logged by the name {twice!r}: give one of them another `name`")
+
+
+def check_fit(model: nn.Module, task: Any, optimizer: Any, schedule: Any, metrics: Sequence[Any]) -> None:
+    """Raise SettingError for what `fit` cannot train with."""
+    check_task(task)
+    check_metrics(metrics)
+    if not isinstance(optimizer, Optimizer):
+        raise SettingError(f"optimizer: {wrong(optimizer, 'optimizers', ', model.parameters()')}")
+    if schedule is not None and not isinstance(schedule, Callable):  # type: ignore[arg-type]
+        advice = "one of torch's changes the optimizer by itself" if isinstance(schedule, LRScheduler) else ""
+        made = "a function from the step to a factor of the learning rate, lambda step: 0.99**step say"
+        raise SettingError(f"schedule: should be {made}, not {short(schedule)}; {advice}".rstrip("; "))
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not any(id(parameter) in held for parameter in model.parameters()):
+        raise SettingError("optimizer: it holds no parameter of this model, so that nothing would be trained")
+
+
+def check_phases(task: Task, **whole: bool) -> None:
+    """Raise SettingError for settings that make one call of a step, when the task updates in phases."""
+    for name in (name for name, chosen in whole.items() if chosen and task.phases):
+        raise SettingError(f"trainer.{name} makes one call of a step, and {type(task).__name__} updates in phases")
+
+
+def check_task(task: Any) -> None:
+    """Raise SettingError for what is neither a task nor a loss."""
+    if not isinstance(task, Task) and not callable(task):
+        raise SettingError(f"task: {wrong(task, 'tasks')}")
+
+
+def wrong(thing: Any, registry: str, more: str = "") -> str:
+    """Say that it is not such a part, and how one is made by its name."""
+    example = f"{thing!r}{more}" if isinstance(thing, str) else f'"..."{more}'
+    return f"{short(thing)} is none; by name one is made with fw.{registry}.build({example})"
+
+
+def short(thing: Any) -> str:
+    return repr(thing) if isinstance(thing, str | int | float | None) else f"a {type(thing).__name__}"
