@@ -191,7 +191,7 @@ class Registry:
         Raises DuplicateName when the name is taken, ContractError when the signature does not fit the kind.
         """
         if not isinstance(name, str):
-            raise ContractError(f'a part needs a name: @{self.kind.key}.register("..."), not {name!r}')
+            raise ContractError(f'{with_article(self.kind.name)} needs a name, register("..."), not {name!r}')
         caller = sys._getframe(1)
         where = Where(caller.f_code.co_filename, caller.f_lineno, caller.f_globals.get("__name__", ""))
 

@@ -107,7 +107,7 @@ def test_a_duplicate_name_is_an_error_that_names_both_files(fruits):
 
 
 def test_a_decorator_without_a_name_is_an_error(fruits):
-    with pytest.raises(ContractError, match=r'a part needs a name: @fruits\.register\("\.\.\."\), not <class'):
+    with pytest.raises(ContractError, match=r'a fruit needs a name, register\("\.\.\."\), not <class'):
 
         @fruits.register
         class Pear: ...
