@@ -137,7 +137,7 @@ def choose(content: dict[str, Any]) -> dict[str, Any]:
         if kind.many:
             if isinstance(value, list) and key not in listed and not unnamed(value):
                 parts = [dict(one) if isinstance(one, Mapping) else {"name": one} for one in rest.pop(key)]
-                names = [own_name({"name": part.pop("name")}, registry) for part in parts]
+                names = [own_name(part.pop("name"), registry) for part in parts]
                 chosen.append({f"override /{key}": names})
                 settings = {name: part for name, part in zip(names, parts, strict=True) if part}
                 rest.update({key: settings} if settings else {})

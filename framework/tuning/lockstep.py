@@ -334,8 +334,10 @@ def loader_of(trainer: Trainer) -> Loader:
 
 
 OWN = "works with a trial of its own"
-UNKNOWN = """may change training (`changes_training = False` says that it does not, and `alone = False` that it changes
-no more than gradients, learning rates, or weights in their place)""".replace("\n", " ")
+UNKNOWN = (
+    "may change training (`changes_training = False` says that it does not, and `alone = False` that it changes no "
+    "more than gradients, learning rates, or weights in their place)"
+)
 
 
 def check_alike(trainers: Sequence[Trainer]) -> None:
