@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 import time
 from typing import Any
 
@@ -35,9 +36,10 @@ class Status(Callback):
         self._write(trainer, "done")
 
     def on_exception(self, trainer: Trainer) -> None:
-        self._write(trainer, "failed")
+        error = sys.exception()
+        self._write(trainer, "failed", f"{type(error).__name__}: {error}".removesuffix(": "))
 
-    def _write(self, trainer: Trainer, status: str) -> None:
+    def _write(self, trainer: Trainer, status: str, reason: str | None = None) -> None:
         if trainer.folder is None:
             return
         state, file, self.written = trainer.state, trainer.folder / "status.json", time.monotonic()
@@ -45,7 +47,7 @@ class Status(Callback):
         left = max(state.total_steps - state.step, 0)
         content: dict[str, Any] = {
             "status": status,
-            "reason": state.stop,
+            "reason": reason or state.stop,
             "step": state.step,
             "total_steps": state.total_steps,
             "epoch": state.epoch,

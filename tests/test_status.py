@@ -48,12 +48,12 @@ def test_it_is_written_at_most_once_a_second(tmp_path):
     assert written == ["running", "testing"]
 
 
-def test_a_stopped_run_says_why_and_a_failed_one_that_it_failed(tmp_path):
+def test_a_stopped_run_says_why_and_so_does_a_failed_one(tmp_path):
     run(tmp_path, At(3, lambda trainer: setattr(trainer.state, "stop", "enough")))
     assert (read(tmp_path)["status"], read(tmp_path)["reason"]) == ("stopped", "enough")
     with pytest.raises(ZeroDivisionError):
         run(tmp_path, At(3, lambda trainer: 1 / 0))
-    assert read(tmp_path)["status"] == "failed"
+    assert (read(tmp_path)["status"], read(tmp_path)["reason"]) == ("failed", "ZeroDivisionError: division by zero")
 
 
 def test_a_trainer_without_a_folder_writes_none(tmp_path, monkeypatch):
