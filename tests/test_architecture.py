@@ -70,7 +70,7 @@ FLOORS = {
 LIGHT = {"tuning.settings", "tuning.hydra_parts"}  # what every command line imports of the package `tuning`
 FLOOR = {module: number for number, modules in enumerate(FLOORS.values()) for module in modules}
 FILE_LINES, FUNCTION_LINES, MEDIAN_LINES, FRAMEWORK_CODE_LINES = 400, 60, 10, 6560
-TUNING_CODE_LINES = 3100
+TUNING_CODE_LINES = 3120
 SIBLINGS = {  # plugin files that may import others: what several kinds of data set need
     "data_arrays": {"arrays"},
     "data_audio": {"arrays", "data_images"},

@@ -249,7 +249,6 @@ LOSS = nn.CrossEntropyLoss()
         ({"schedule": 0.5}, "schedule: should be a function from the step .*, not 0.5$"),
         ({"schedule": torch.optim.lr_scheduler.StepLR(torch.optim.SGD(network().parameters()), 1)}, "one of torch's"),
     ],
-    ids=str,
 )
 def test_what_fit_cannot_be_given_is_named(given, said):
     model = network()
