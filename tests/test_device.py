@@ -171,14 +171,14 @@ def test_other_errors_pass_as_they_are():
 
 
 def test_a_step_that_does_not_fit_ends_as_an_error_of_the_run():
-    class Greedy(nn.Module):
+    class Greedy(nn.Linear):
         def forward(self, x):
             return torch.empty(2**59)
 
-    record = Record()
+    record, model = Record(), Greedy(1, 1)
     trainer = Trainer(max_steps=1, device="cpu", loggers=[record])
     with pytest.raises(OutOfMemory):
-        trainer.fit(Greedy(), SPLIT, task=nn.MSELoss(), optimizer=OPTIMIZERS["sgd"](linear()))
+        trainer.fit(model, SPLIT, task=nn.MSELoss(), optimizer=OPTIMIZERS["sgd"](model))
     assert record.closed == 1
 
 

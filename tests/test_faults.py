@@ -232,17 +232,17 @@ class Fill(Callback):
 def test_a_kill_while_saving_in_the_background_leaves_the_one_before(tmp_path):
     """A forked child trains and saves without pause, with workers forked meanwhile, and is killed at 8 moments."""
     for number in range(8):
-        child = os.fork()
+        folder, child = tmp_path / str(number), os.fork()
         if child == 0:
             saving = fw.callbacks.build("checkpoint", monitor=None, every="1steps", background=True)
-            fit(tmp_path, Squares(), Fill(300_000), saving, epochs=10**6, workers=number % 3)
+            fit(folder, Squares(), Fill(300_000), saving, epochs=10**6, workers=number % 3)
             os._exit(0)
-        wait_for(lambda: newest(tmp_path / "checkpoints")[0] is not None)
+        wait_for(lambda: newest(folder / "checkpoints")[0] is not None)
         time.sleep(0.05 + 0.017 * number)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        clean(tmp_path / "checkpoints")
-        found, skipped = newest(tmp_path / "checkpoints")
+        clean(folder / "checkpoints")
+        found, skipped = newest(folder / "checkpoints")
         assert skipped == []
         _, training = load(found)
         content = training["callbacks"]["0:Fill"]["content"]
