@@ -237,7 +237,7 @@ def test_a_kill_while_saving_in_the_background_leaves_the_one_before(tmp_path):
             saving = fw.callbacks.build("checkpoint", monitor=None, every="1steps", background=True)
             fit(folder, Squares(), Fill(300_000), saving, epochs=10**6, workers=number % 3)
             os._exit(0)
-        wait_for(lambda: newest(folder / "checkpoints")[0] is not None)
+        wait_for(lambda folder=folder: newest(folder / "checkpoints")[0] is not None)
         time.sleep(0.05 + 0.017 * number)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
