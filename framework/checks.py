@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from .callback import Callback
-from .errors import SettingError, did_you_mean
+from .errors import SettingError, did_you_mean, short
 from .metric import Metric
 from .task import Task
 
@@ -54,10 +54,11 @@ def check_fit(model: nn.Module, task: Any, optimizer: Any, schedule: Any, metric
         raise SettingError("optimizer: it holds no parameter of this model, so that nothing would be trained")
 
 
-def check_phases(task: Task, **whole: bool) -> None:
+def check_phases(task: Task, compile: str, cuda_graph: str) -> None:
     """Raise SettingError for settings that make one call of a step, when the task updates in phases."""
-    for name in (name for name, chosen in whole.items() if chosen and task.phases):
-        raise SettingError(f"trainer.{name} makes one call of a step, and {type(task).__name__} updates in phases")
+    for said, chosen in (("compile=step", compile == "step"), ("cuda_graph=on", cuda_graph == "on")):
+        if chosen and task.phases:
+            raise SettingError(f"{said}: {type(task).__name__} updates in phases")
 
 
 def check_task(task: Any) -> None:
@@ -70,7 +71,3 @@ def wrong(thing: Any, registry: str, more: str = "") -> str:
     """Say that it is not such a part, and how one is made by its name."""
     example = f"{thing!r}{more}" if isinstance(thing, str) else f'"..."{more}'
     return f"{short(thing)} is none; by name one is made with fw.{registry}.build({example})"
-
-
-def short(thing: Any) -> str:
-    return repr(thing) if isinstance(thing, str | int | float | None) else f"a {type(thing).__name__}"

@@ -65,6 +65,12 @@ def plain(word: object) -> str:
     return str(word).lower().replace("-", "").replace("_", "")
 
 
+def short(value: object) -> str:
+    """Return a value as it is written, or what it is, for a message."""
+    plain = isinstance(value, str | int | float | list | tuple | None)
+    return repr(value)[:60] if plain else getattr(value, "__name__", f"a {type(value).__name__}")
+
+
 def did_you_mean(word: str, options: Iterable[str], most: int = 12) -> str:
     """Return "did you mean 'x'?" when one option is close, else the list of options."""
     options = sorted(options)

@@ -30,13 +30,17 @@ def print_result(result: Result, job: str | None = None) -> None:
     if result.shares and job is None:
         print(f"time     {', '.join(f'{share}% {part}' for part, share in percent(result.shares).items() if share)}")
     print(f"run      {result.folder}")
-    given = "".join(f" --plugins {shorter(plugin)}" for plugin in plugins_of(result.folder))
     if result.signal is not None:
-        print(f"go on    framework resume {result.folder}{given}")
+        print(f"go on    framework resume {named(result.folder)}")
     if job is None:
         if (result.folder / "checkpoints").is_dir():
-            print(f"measure  framework eval {result.folder}{given}")
+            print(f"measure  framework eval {named(result.folder)}")
         print("watch    framework board")
+
+
+def named(run: Path) -> str:
+    """Return how a run is given to a command: with the plugins that it was trained with."""
+    return f"{run}" + "".join(f" --plugins {shorter(plugin)}" for plugin in plugins_of(run))
 
 
 def percent(shares: Mapping[str, float]) -> dict[str, int]:

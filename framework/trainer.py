@@ -161,7 +161,7 @@ class Trainer(Evaluator):
         """Take what `fit` was given, up to the first step."""
         check_fit(model, task, optimizer, schedule, metrics)
         self._use(model, task)
-        check_phases(self.task, compile=self.compile == "step", cuda_graph=self.cuda_graph == "on")
+        check_phases(self.task, self.compile, self.cuda_graph)
         self.optimizer, self.schedule = optimizer, schedule
         if isinstance(data, Data):
             check_data(data)

@@ -138,7 +138,7 @@ def test_a_loss_that_is_not_finite_moves_no_phase(policy):
 
 
 def test_a_compiled_step_is_refused():
-    with pytest.raises(SettingError, match=r"trainer\.compile makes one call of a step, and Duelling updates"):
+    with pytest.raises(SettingError, match="compile=step: Duelling updates in phases"):
         fit(compile="step")
 
 

@@ -12,6 +12,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from ..errors import short
 from ..task import Task
 from .rows import NotStackable
 
@@ -69,11 +70,6 @@ def named(key: Key) -> str:
 def of_loss(key: Key) -> bool:
     """Whether something belongs to the loss."""
     return bool(key[0].partition(".")[0] == LOSS)
-
-
-def short(value: Any) -> str:
-    plain = isinstance(value, str | int | float | list | tuple | None)
-    return repr(value)[:60] if plain else getattr(value, "__name__", f"a {type(value).__name__}")
 
 
 def described(whole: Together) -> Description:

@@ -71,7 +71,7 @@ class Lockstep:
             self.graphed = Graphed("the step of all trials", run, lambda: [], mode)
         self.failed: dict[int, BaseException] = {}
         self._sum_anew()
-        rehearsal.together(self.rows)
+        rehearsal.together(self.stack, self.rows)
 
     def _begin(self) -> None:
         for name, loader, first in [pair for trial in self.trials for pair in self._loaders(trial)]:

@@ -35,7 +35,7 @@ class Rehearsal:
 
     def __init__(self, models: Sequence[nn.Module], tasks: Sequence[Task], batch: Batch, shared: bool, how: Precision):
         """Run some trials alone. batch: of all trials, or with a first axis of trials when it is not shared."""
-        self.models, self.tasks, self.shared, self.how = models, tasks, shared, how
+        self.shared, self.how = shared, how
         self.batch = tuple(tensor[:SAMPLES] if shared else tensor[:, :SAMPLES] for tensor in batch)
         batches = [self.batch] * len(models) if shared else list(zip(*self.batch, strict=True))
         trials = list(zip(models, tasks, batches, strict=True))
@@ -62,15 +62,15 @@ class Rehearsal:
             lines = [line for line in str(error).splitlines() if line]
             raise NotStackable(f"{type(error).__name__}: {lines[0][:200] if lines else ''}") from error
 
-    def together(self, rows: Rows) -> None:
+    def together(self, stack: Stack, rows: Rows) -> None:
         """Run all trials as one. Raises NotStackable where that cannot be, or is not what each gives alone."""
-        loss, found = self._all(rows, training=True)
-        if loss.shape != (len(self.models),):
+        loss, found = self._all(stack, rows, training=True)
+        if loss.shape != (len(rows),):
             raise NotStackable(f"the task's loss has shape {tuple(loss.shape[1:])}, not that of a number")
         missed = next((name for name, gradients in found.items() if gradients is None), None)
         if missed is not None:
             raise NotStackable(f"the loss does not reach {missed}, which alone would get no update")
-        loss, found = self._all(rows, training=False)
+        loss, found = self._all(stack, rows, training=False)
         for row, expected in self.alone.items():
             largest = max(size(each) for each in (expected.loss, *expected.gradients.values()))
             pairs = {f"the gradient of {name}": (found[name], expected.gradients[name]) for name in found}
@@ -79,11 +79,11 @@ class Rehearsal:
                 if differ(mine, one, largest, self.how.dtype or loss.dtype):
                     raise NotStackable(f"{what} is not what it is alone")
 
-    def _all(self, rows: Rows, training: bool) -> tuple[Tensor, dict[str, Tensor | None]]:
+    def _all(self, stack: Stack, rows: Rows, training: bool) -> tuple[Tensor, dict[str, Tensor | None]]:
         """Return the losses of all trials, and the gradients of each parameter in all of them."""
         kept = [(tensor, tensor.clone()) for tensor in (rows.weights, *rows.fixed.values(), *rows.buffers.values())]
         try:
-            return self._aside(lambda: self._pass(Stack(self.models, self.tasks, self.how), rows, training))
+            return self._aside(partial(self._pass, stack, rows, training))
         finally:
             for tensor, before in kept:
                 tensor.copy_(before)
