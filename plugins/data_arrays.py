@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from framework_plugins.arrays import ArrayData, as_batch_of, cache_folder, load_arrays, numbers, standardise
 from torch import Tensor
 
 from framework import PositiveInt, Rate, datasets
 from framework.errors import DataError, did_you_mean
+from framework_plugins.arrays import ArrayData, as_batch_of, cache_folder, load_arrays, numbers, standardise
 
 
 @datasets.register("npz")

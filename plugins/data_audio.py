@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from framework_plugins.arrays import cache_folder, split_rows
-from framework_plugins.data_images import part_folders
 from torch import Tensor
 
 from framework import Data, NonNegativeFloat, PositiveFloat, PositiveInt, Rate, TensorSplit, datasets, seeds
 from framework.errors import DataError, did_you_mean
 from framework.memory import check_room
+from framework_plugins.arrays import cache_folder, split_rows
+from framework_plugins.data_images import part_folders
 
 ENDINGS = {".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au"}
 MEMORY_BYTES = 2**30  # as much sound as `audio_folder` holds in memory unless told

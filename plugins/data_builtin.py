@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from framework_plugins.arrays import ArrayData, as_batch_of, read_array, standardise
 from torch import Tensor
 from torch.nn import functional as F
 
 from framework import NonNegativeFloat, PositiveFloat, PositiveInt, Range, Rate, datasets, seeds
+from framework_plugins.arrays import ArrayData, as_batch_of, read_array, standardise
 
 
 @datasets.register("digits")

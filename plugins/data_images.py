@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from framework_plugins.arrays import moments, read_batch, split_rows, standard_facts, standardise
 from torch import Tensor
 
 from framework import Data, PositiveInt, Rate, datasets
 from framework.errors import DataError, did_you_mean
+from framework_plugins.arrays import moments, read_batch, split_rows, standard_facts, standardise
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from framework_plugins.arrays import cache_folder
 from torch import Tensor
 
 from framework import Data, PositiveInt, Rate, datasets
@@ -15,6 +14,7 @@ from framework.data import WindowSplit
 from framework.errors import DataError
 from framework.registry import Registry
 from framework.schema import PartOf
+from framework_plugins.arrays import cache_folder
 
 Tokens = Annotated[Callable[..., Any], PartOf("tokenizer")]
 PIECE = 50_000  # characters that are made into tokens at once

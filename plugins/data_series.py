@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from framework_plugins.arrays import as_targets, data_folder, learn_scale, split_rows
-from framework_plugins.tables import Table, as_column, read_table
 from torch import Tensor
 
 from framework import Data, NonNegativeFloat, PositiveInt, Rate, TensorSplit, datasets, seeds
 from framework.errors import DataError, did_you_mean
+from framework_plugins.arrays import as_targets, data_folder, learn_scale, split_rows
+from framework_plugins.tables import Table, as_column, read_table
 
 Calendar = Literal["day", "week", "year"]
 

@@ -6,6 +6,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from torch import Tensor
+
+from framework import Data, PositiveInt, Rate, TensorSplit, datasets
+from framework.errors import DataError, did_you_mean
 from framework_plugins.arrays import Scaling, Targets, as_targets, data_folder, learn_scale, split_rows
 from framework_plugins.tables import (
     Categories,
@@ -21,10 +25,6 @@ from framework_plugins.tables import (
     read_table,
     widths,
 )
-from torch import Tensor
-
-from framework import Data, PositiveInt, Rate, TensorSplit, datasets
-from framework.errors import DataError, did_you_mean
 
 
 class TableData(Data):

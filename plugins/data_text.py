@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import torch
-from framework_plugins.arrays import cache_folder
 from torch import Tensor
 
 from framework import Data, NonNegativeInt, PositiveInt, Rate, datasets, seeds
@@ -18,6 +17,7 @@ from framework.data import RaggedSplit
 from framework.errors import DataError, did_you_mean
 from framework.registry import Registry
 from framework.schema import PartOf
+from framework_plugins.arrays import cache_folder
 
 Tokens = Annotated[Callable[..., Any], PartOf("tokenizer")]
 Rows = Mapping[str, Sequence[int]]

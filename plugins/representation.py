@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from framework_plugins.tasks import Classification
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -29,6 +28,7 @@ from framework import (
 from framework.data import Batch, Target
 from framework.errors import DataError, SettingError, did_you_mean
 from framework.kinds import Augmentation
+from framework_plugins.tasks import Classification
 
 
 @tasks.register("contrastive", aliases=["simclr"])

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import torch
-from framework_plugins.averaging import Averaging
 from torch import Tensor, nn
 
 from framework import Every, Fraction, PositiveFloat, PositiveInt, Range, Rate, Trainer, Transform, callbacks, seeds
 from framework.data import Batch
 from framework.errors import SettingError
 from framework.state import Cadence
+from framework_plugins.averaging import Averaging
 
 
 class Again(Transform):

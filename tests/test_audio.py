@@ -8,16 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from framework_plugins.arrays import cache_folder
-from framework_plugins.data_audio import (
-    PITCH,
-    SOUNDS,
-    VOICES,
-    find_voices,
-    prompt_files,
-    read_waveform,
-    resampled,
-)
 from scipy import signal
 
 import framework as fw
@@ -28,6 +18,16 @@ from framework.errors import BuildError, DataError
 from framework.experiment import Experiment, train
 from framework.shapes import output_shape
 from framework.trained import open_run
+from framework_plugins.arrays import cache_folder
+from framework_plugins.data_audio import (
+    PITCH,
+    SOUNDS,
+    VOICES,
+    find_voices,
+    prompt_files,
+    read_waveform,
+    resampled,
+)
 
 RATE = 8000
 # Made with librosa 0.11.0: `filters.mel` and `feature.melspectrogram` (n_fft 256, window 200, hop 80, 24 mels, power 2,

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from test_trainer import SPLIT, Three, X, Y, fit
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -10,6 +9,7 @@ from framework import Step, Task
 from framework.batches import as_batches, count_steps, count_total, steps, windows
 from framework.data import ForeignLoader, Loader, TensorSplit
 from framework.errors import DataError
+from test_trainer import SPLIT, Three, X, Y, fit
 
 CPU = torch.device("cpu")
 

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from waiting import wait_for
 
 from framework.checkpoint import newest
 from framework.cli import VERBS, main
 from framework.completion import VERBS as COMPLETED
 from framework.registry import Registry
+from waiting import wait_for
 
 FRAMEWORK = str(Path(sys.executable).with_name("framework"))
 PLUGIN = """\

@@ -3,6 +3,9 @@ import json
 import numpy as np
 import pytest
 import torch
+
+from framework.data import Data, TensorSplit, check_data
+from framework.errors import DataError, SettingError
 from framework_plugins.arrays import (
     ArrayData,
     as_batch_of,
@@ -13,9 +16,6 @@ from framework_plugins.arrays import (
     split_rows,
     standardise,
 )
-
-from framework.data import Data, TensorSplit, check_data
-from framework.errors import DataError, SettingError
 
 
 def test_targets_are_told_by_what_they_hold():

@@ -5,8 +5,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from framework_plugins.arrays import cache_folder
-from framework_plugins.data_arrays import DEBIAN_FOLDER, idx_file, read_idx
 from PIL import Image
 
 import framework as fw
@@ -14,6 +12,8 @@ from framework.compose import CommandLine, run as compose
 from framework.data import Loader
 from framework.errors import DataError
 from framework.experiment import train
+from framework_plugins.arrays import cache_folder
+from framework_plugins.data_arrays import DEBIAN_FOLDER, idx_file, read_idx
 
 RNG = np.random.default_rng(0)
 

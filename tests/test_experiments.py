@@ -4,9 +4,9 @@ import json
 import math
 from pathlib import Path
 
-import framework_conf
 import pytest
 
+import framework_conf
 from framework.compose import CommandLine, run
 from framework.errors import DataError
 from framework.experiment import train

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from waiting import wait_for
 
 import framework as fw
 from framework import Callback, TensorSplit, Trainer, checkpoint
@@ -20,6 +19,7 @@ from framework.data import Loader
 from framework.errors import CheckpointError, DataError
 from framework.signals import stopping
 from framework.writer import Writer
+from waiting import wait_for
 
 SIZE = 23
 

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from framework_plugins.arrays import cache_folder
 from torch import nn
 
 import framework as fw
 from framework import seeds
 from framework.data import Loader, WindowSplit
 from framework.errors import BuildError, DataError, SettingError
+from framework_plugins.arrays import cache_folder
 
 LANGUAGE = importlib.import_module("framework_plugins.language")
 TEXT = "".join(f"if x == {n % 7}:\n    y = {n % 5} + x\n" for n in range(400))

@@ -6,13 +6,13 @@ import signal
 from pathlib import Path
 
 import pytest
-from runs import logged
-from sweeps import rows
 
 from framework import cli
 from framework.checkpoint import newest
 from framework.tuning.folder import SweepFolder
 from framework.tuning.study import storage_in
+from runs import logged
+from sweeps import rows
 
 QUICK = ["trainer.max_steps=4", "model.width=8", "loggers=json_lines", "callbacks=[checkpoint]"]
 SEARCH = ["hydra/sweeper=optuna", "hydra.sweeper.trials=2", "hydra.sweeper.parallel=2", "hydra.sweeper.seed=3"]

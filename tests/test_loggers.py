@@ -190,8 +190,9 @@ def test_a_graph_that_cannot_be_drawn_is_a_text(tmp_path):
 
 
 def test_checksum_is_crc32c():
-    from framework_plugins.tensorboard_logger import masked_crc32c
     from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c as theirs
+
+    from framework_plugins.tensorboard_logger import masked_crc32c
 
     for data in (b"", b"123456789", os.urandom(1000)):
         assert int.from_bytes(masked_crc32c(data), "little") == theirs(data)

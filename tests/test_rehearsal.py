@@ -5,7 +5,6 @@ from functools import cache
 
 import pytest
 import torch
-from test_lockstep import OPTIMIZERS, TRAIN, VAL, alone, assert_same, together, trial
 from torch import nn
 from torch.nn import functional as F
 
@@ -16,6 +15,7 @@ from framework.task import Step, Task
 from framework.tuning import rehearsal, stack
 from framework.tuning.lockstep import Lockstep
 from framework.tuning.rows import NotStackable
+from test_lockstep import OPTIMIZERS, TRAIN, VAL, alone, assert_same, together, trial
 
 fw.discover()
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import logged
 
 import framework as fw
 from framework.checkpoint import listed
@@ -17,6 +16,7 @@ from framework.compose import CommandLine, run as compose
 from framework.errors import RunError
 from framework.experiment import train
 from framework.resume import differences, fingerprint, start_from, status_of
+from runs import logged
 
 PLUGINS = []
 SMALL = ["model.width=16", "model.dropout=0.1", "trainer.max_epochs=2", "callbacks=[checkpoint,gradient_norm]"]

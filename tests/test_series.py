@@ -5,7 +5,6 @@ from datetime import datetime, timedelta
 import numpy as np
 import pytest
 import torch
-from framework_plugins.arrays import data_folder
 from torch.nn import functional as F
 
 import framework as fw
@@ -13,6 +12,7 @@ from framework.compose import CommandLine, run as compose
 from framework.errors import BuildError, DataError, SettingError
 from framework.experiment import Experiment, train
 from framework.trained import open_run
+from framework_plugins.arrays import data_folder
 
 TS = """# a comment
 @problemName Small

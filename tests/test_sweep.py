@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from sweeps import rows, table_of
 from tensorboard import context
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
@@ -18,6 +17,7 @@ from framework.run import read_config
 from framework.tuning.folder import SweepFolder, Trial, run_name
 from framework.tuning.live import Lines, LiveTable, Output
 from framework.tuning.table import best_trial, ending, grouped, on_front, ranked
+from sweeps import rows, table_of
 
 QUICK = "model.width=8 model.depth=1 trainer.max_steps=4 callbacks=[checkpoint] loggers=[json_lines] data=blobs"
 PLUGIN = """\

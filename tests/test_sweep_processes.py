@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from sweeps import rows, table_of
 
 from framework.checkpoint import newest, read_manifest
 from framework.errors import RunError
 from framework.tuning.folder import SweepFolder, Trial
+from sweeps import rows, table_of
 
 QUICK = "model.width=8 model.depth=1 trainer.max_steps=4 callbacks=[checkpoint] loggers=[json_lines] data=blobs"
 PLUGIN = """\

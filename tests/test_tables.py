@@ -7,7 +7,6 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from framework_plugins.arrays import data_folder
 from sklearn.metrics import r2_score, roc_auc_score
 from sklearn.preprocessing import QuantileTransformer
 from torch import nn
@@ -19,6 +18,7 @@ from framework.data import Scale
 from framework.errors import BuildError, DataError
 from framework.experiment import Experiment, train
 from framework.trained import open_run
+from framework_plugins.arrays import data_folder
 
 COLOURS = ["red", "green", "blue"]
 

@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-from framework_plugins.arrays import cache_folder
 from torch import nn
 
 import framework as fw
@@ -13,6 +12,7 @@ from framework import seeds
 from framework.data import Loader, RaggedSplit
 from framework.errors import DataError
 from framework.registry import Registry
+from framework_plugins.arrays import cache_folder
 
 TEXTS = ["def f(x):\n    return x + 1  # größer als 1 €\n", "class A:\n    pass\n", "The end."] * 5
 MODELS = ["embedding_bag", "text_lstm", "text_transformer"]

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import logged
-from sweeps import rows, trials
 
 from framework.compose import Job
 from framework.tuning.rows import Rows
 from framework.tuning.vectorized import form, groups
+from runs import logged
+from sweeps import rows, trials
 
 SMALL = "data=blobs model.width=8 model.depth=1 trainer.max_epochs=3 callbacks=[checkpoint,non_finite] seed=1"
 SWEEP = f"train {SMALL} 'loggers=[tensorboard,json_lines]' -m optimizer.lr=1e-3,1e-2,5e-2 model.dropout=0.0"

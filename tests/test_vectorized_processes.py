@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from sweeps import rows, trials
-from waiting import wait_for
 
 from framework.errors import FrameworkError
 from framework.tuning.live import Lines
 from framework.tuning.processes import bins, most_processes, shared_out
 from framework.tuning.rows import Rows
+from sweeps import rows, trials
+from waiting import wait_for
 
 SMALL = "data=blobs model.width=8 model.depth=1 callbacks=[checkpoint,non_finite] loggers=[json_lines]"
 TWO = "hydra/launcher=vectorized hydra.launcher.processes=2"

@@ -6,12 +6,12 @@ import time
 
 import pytest
 import torch
-from waiting import wait_for
 
 from framework import checkpoint
 from framework.checkpoint import listed, load, step_of
 from framework.errors import CheckpointError
 from framework.writer import Writer
+from waiting import wait_for
 
 
 class Held(Writer):

@@ -11,18 +11,18 @@ of its features, or how evenly its samples are spread over the classes in the ey
 import sys
 from pathlib import Path
 
-import framework_conf
 import numpy as np
 import torch
 import yaml
-from framework_plugins.pictures import discrepancy, neighbours
-from framework_plugins.representation import least_squares
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
 
 import framework as fw
+import framework_conf
 from framework.trained import open_run
+from framework_plugins.pictures import discrepancy, neighbours
+from framework_plugins.representation import least_squares
 
 
 def splits(normalize, *names):
