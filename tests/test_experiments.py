@@ -10,9 +10,10 @@ import framework_conf
 from framework.compose import CommandLine, run
 from framework.errors import DataError
 from framework.experiment import train
+from shipped import shipped
 
 FOLDER = Path(next(iter(framework_conf.__path__))) / "experiment"
-EXPERIMENTS = sorted(FOLDER.glob("*.yaml"))
+EXPERIMENTS = shipped(FOLDER, "*.yaml")
 SMALLER = {
     "bible": ["data.tokenizer.vocabulary=300", "model.depth=1", "model.buckets=500"],
     "lm_bpe": ["data.characters=300000", "data.tokenizer.vocabulary=300", "model.depth=1", "model.buckets=500"],

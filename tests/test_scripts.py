@@ -4,10 +4,13 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+
+from shipped import shipped
 
 ROOT = Path(__file__).parent.parent
 TOOLS = ["bash", "cat", "chmod", "cksum", "cp", "dirname", "env", "flock", "grep", "id", "mkdir"]
@@ -138,3 +141,22 @@ def test_the_scripts_can_be_run():
         subprocess.run(["bash", "-n", ROOT / script], check=True)
     python = ("bench", "fault_campaign", "search_campaign")
     assert all(os.access(ROOT / "scripts" / script, os.X_OK) for script in python)
+
+
+def test_folders_that_a_user_makes_do_not_change_the_order_of_imports(tmp_path):
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__", "golden"))
+    for name in ("runs", "sweeps", "torch"):
+        (tmp_path / name).mkdir()
+    command = [sys.executable, "-m", "ruff", "check", "--no-cache", "--select", "I", "."]
+    checked = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_files_that_git_does_not_track_are_not_shipped(tmp_path):
+    for name in ("ours.py", "mine.py"):
+        (tmp_path / name).touch()
+    assert [path.name for path in shipped(tmp_path, "*.py")] == ["mine.py", "ours.py"], "not a repository"
+    subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, check=True)
+    subprocess.run(["git", "add", "ours.py"], cwd=tmp_path, check=True)
+    assert [path.name for path in shipped(tmp_path, "*.py")] == ["ours.py"]
