@@ -201,6 +201,6 @@ def test_sigint_in_a_sweep_ends_the_sweep(command, plugin, number, ended):
 
 
 def test_a_reader_that_goes_away(tmp_path):
-    line = f"{FRAMEWORK} --help | true; echo ${{PIPESTATUS[0]}}"
+    line = f"{shlex.quote(FRAMEWORK)} --help | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("141\n", "")

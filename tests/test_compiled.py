@@ -154,6 +154,6 @@ def test_each_run_of_a_process_may_be_compiled_as_often(monkeypatch):
 
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, dynamic, options: compiler(function, backend="eager"))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 3)  # by torch 8
-    for _ in range(2):
-        assert fit(compile="step")._backward.whole.compiled.times == 2
+    with torch._dynamo.config.patch(recompile_limit=3):  # torch's own is 8
+        for _ in range(2):
+            assert fit(compile="step")._backward.whole.compiled.times == 2

@@ -1,6 +1,7 @@
 """TAB: candidates from the registries, and the script in a real bash."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -114,9 +115,9 @@ def bash(index, tmp_path_factory):
         pytest.skip("bash is not installed")
     folder = tmp_path_factory.mktemp("bash")
     (folder / "index.json").write_text(json.dumps(asdict(index)))
-    program = folder / "framework"
-    program.write_text(
-        f"#!{sys.executable}\n"
+    program, answer = folder / "framework", folder / "answer.py"
+    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(answer))} "$@"\n')
+    answer.write_text(
         "import json, sys\n"
         "from framework.completion import candidates\n"
         "from framework.index import Index\n"

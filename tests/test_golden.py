@@ -37,7 +37,12 @@ def curve(experiment: str, folder: Path) -> dict[int, float]:
 def test_the_loss_falls_as_it_did(experiment, tmp_path):
     kept = [line.split() for line in (FOLDER / f"{experiment}.txt").read_text().splitlines()]
     expected = {int(step): float(loss) for step, loss in kept}
-    assert curve(experiment, tmp_path) == pytest.approx(expected, rel=1e-3)  # other processors add in another order
+    losses = curve(experiment, tmp_path)
+    assert losses.keys() == expected.keys()
+    for step, loss in losses.items():
+        # Other processors add in another order, and the difference grows: measured 5e-5 at step 5, 3e-3 at step 19.
+        tolerance = 2e-4 if step <= 5 else 1e-2
+        assert loss == pytest.approx(expected[step], rel=tolerance), f"step {step}"
 
 
 if __name__ == "__main__":
