@@ -50,6 +50,8 @@ class Compiled:
             made = self.made(*given)
         except self.failure as error:
             cause = str(error).strip().splitlines()[0]
+            if " " in torch.__path__[0]:
+                cause = f"it does not work from a folder with a space in its name ({torch.__path__[0]})"
             raise FrameworkError(
                 f"compile={self.what}: torch cannot compile this; with compile=off it runs: {cause}"
             ) from error

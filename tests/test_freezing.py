@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import framework as fw
+from compiler import needs_compiler
 from framework import Callback, TensorSplit, Trainer
 from framework.errors import SettingError
 from framework.optimizer import Parameters, build_optimizer
@@ -96,6 +97,7 @@ def test_a_run_cut_off_goes_on_bit_for_bit(step):
         assert torch.equal(tensor, resumed.model.state_dict()[name]), name
 
 
+@needs_compiler
 def test_a_compiled_step_freezes_too():
     def plain():  # before a batch norm a bias has no gradient but rounding, which AdamW makes large
         torch.manual_seed(1)

@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import framework as fw
+from compiler import needs_compiler
 from framework import TensorSplit, Trainer, Transform
 from framework.callback import Callback
 from framework.checkpoint import listed
@@ -311,6 +312,7 @@ def test_many_trials_as_one_refuse_them_by_name():
         check_alike(trainers)
 
 
+@needs_compiler
 def test_a_compiled_step_trains_on_what_they_make():
     with_step = fit(build("mixup"), build("flip"), compile="step")[1]
     torch.testing.assert_close(with_step[1].weight, fit(build("mixup"), build("flip"))[1][1].weight)

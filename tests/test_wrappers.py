@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import framework as fw
+from compiler import needs_compiler
 from framework import Callback, TensorSplit, Trainer
 from framework.errors import SettingError
 from framework.tuning.lockstep import check_alike
@@ -97,7 +98,15 @@ def sam_by_hand(rho, steps):
     return model
 
 
-@pytest.mark.parametrize("manner", [{}, {"batch_size": 10, "accumulate": 3}, {"micro_batch": 7}, {"compile": "step"}])
+@pytest.mark.parametrize(
+    "manner",
+    [
+        {},
+        {"batch_size": 10, "accumulate": 3},
+        {"micro_batch": 7},
+        pytest.param({"compile": "step"}, marks=needs_compiler),
+    ],
+)
 def test_sam_takes_the_gradient_where_the_loss_is_steepest(manner):
     found = fit(build("sam", rho=0.3), optimizer=lambda model: adamw(model, 0.9), **manner)
     assert_same_weights(found.model, sam_by_hand(0.3, 12), rtol=1e-3, atol=1e-4)

@@ -1,0 +1,11 @@
+"""Whether torch's compiler can be used here."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+needs_compiler = pytest.mark.skipif(
+    " " in str(Path(torch.__file__).parent),
+    reason="torch's compiler does not work from a folder with a space in its name",
+)
