@@ -67,8 +67,12 @@ class Scale(NamedTuple):
         return ((amounts.log() if self.log else amounts) - self.mean) / self.std
 
     def back(self, targets: Tensor) -> Tensor:
-        """Return targets, or outputs that predict them, as amounts in their own unit."""
-        amounts = targets * self.std + self.mean
+        """Return targets, or outputs that predict them, as amounts in their own unit, in float64.
+
+        float32 could not hold the digits of amounts far from 0. (On mps, which has no float64, it has to.)
+        """
+        known = targets if targets.device.type == "mps" else targets.double()
+        amounts = known * self.std + self.mean
         return amounts.exp() if self.log else amounts
 
 
