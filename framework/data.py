@@ -56,15 +56,19 @@ class TensorSplit:
 
 
 class Scale(NamedTuple):
-    """How amounts became the targets that a model is trained on: their logarithm, if `log`, less mean, over std."""
+    """How amounts became the targets that a model is trained on: their logarithm, if `log`, less mean, over std.
 
-    mean: float = 0.0
-    std: float = 1.0
+    mean, std: a number, or one for each value of a target.
+    """
+
+    mean: float | Sequence[float] = 0.0
+    std: float | Sequence[float] = 1.0
     log: bool = False
 
     def there(self, amounts: Tensor) -> Tensor:
-        """Return amounts as targets."""
-        return ((amounts.log() if self.log else amounts) - self.mean) / self.std
+        """Return amounts as targets, in their own number format."""
+        mean, std = self.moments(amounts)
+        return ((amounts.log() if self.log else amounts) - mean) / std
 
     def back(self, targets: Tensor) -> Tensor:
         """Return targets, or outputs that predict them, as amounts in their own unit, in float64.
@@ -72,8 +76,15 @@ class Scale(NamedTuple):
         float32 could not hold the digits of amounts far from 0. (On mps, which has no float64, it has to.)
         """
         known = targets if targets.device.type == "mps" else targets.double()
-        amounts = known * self.std + self.mean
+        mean, std = self.moments(known)
+        amounts = known * std + mean
         return amounts.exp() if self.log else amounts
+
+    def moments(self, like: Tensor) -> tuple[float | Tensor, float | Tensor]:
+        """Return mean and std as numbers, or as tensors that go with another where there are several."""
+        if isinstance(self.mean, int | float):
+            return self.mean, self.std  # type: ignore[return-value]
+        return like.new_tensor(self.mean), like.new_tensor(self.std)
 
 
 class Data:

@@ -150,7 +150,7 @@ class Measures:
             outputs = together([one.outputs for one in self.held])
             targets = together([one.targets for one in self.held])
             fresh = [checked(metric, metric.sums(outputs, targets)).to(self.dtype) for metric in self.metrics]
-            before = self.sums or [None] * len(fresh)
+            before: list[Tensor | None] = [*self.sums] or [None] * len(fresh)
             triples = zip(self.metrics, before, fresh, strict=True)
             self.sums = [added(*each) for each in triples]
         for name in dict.fromkeys(name for one in self.held for name in one.values):

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from framework import Data, NonNegativeFloat, PositiveInt, Rate, TensorSplit, datasets, seeds
 from framework.errors import DataError, did_you_mean
-from framework_plugins.arrays import as_targets, data_folder, learn_scale, split_rows
+from framework_plugins.arrays import (
+    as_targets,
+    check_digits,
+    data_folder,
+    learn_scale,
+    needs_float64,
+    split_rows,
+)
 from framework_plugins.tables import Table, as_column, read_table
 
 Calendar = Literal["day", "week", "year"]
@@ -56,9 +63,12 @@ class TsFiles(Data):
             rows["test"] = torch.arange(own, len(sequences))
 
         frames = torch.cat([sequences[row] for row in rows["train"].tolist()], dim=1)
-        mean, std = frames.mean(1), frames.std(1, correction=0)
-        self.mean = mean.tolist() if normalize else [0.0] * len(mean)
-        self.std = std.masked_fill(std == 0, 1.0).tolist() if normalize else [1.0] * len(mean)
+        self.float64 = normalize and needs_float64(frames.T)
+        if normalize:
+            self.mean, self.std = moments_of_channels(frames if self.float64 else frames.float())
+        else:
+            check_digits(frames.T, f"{path}: the frames", "data.normalize=true")
+            self.mean, self.std = [0.0] * len(frames), [1.0] * len(frames)
         self.length = length or max(sequence.shape[1] for sequence in sequences)
         inputs = torch.cat([pad(read, self.facts(), file) for file, read, _ in parts])
         for part, taken in rows.items():
@@ -68,12 +78,21 @@ class TsFiles(Data):
 
     def facts(self) -> dict[str, Any]:
         """Return how sequences become inputs."""
-        return {"length": self.length, "mean": self.mean, "std": self.std}
+        facts = {"length": self.length, "mean": self.mean, "std": self.std}
+        return facts | {"float64": True} if self.float64 else facts
 
     @classmethod
     def read_inputs(cls, path: Path, facts: dict[str, Any]) -> Tensor:
         """Read the sequences of a .ts file."""
         return pad(read_ts(path)[0], facts, path)
+
+
+def moments_of_channels(amounts: Tensor) -> tuple[list[float], list[float]]:
+    """Return mean and deviation of each channel of (channels, times); 1 in place of the deviation of a constant."""
+    mean, std = amounts.mean(1), amounts.std(1, correction=0)
+    lowest = amounts.amin(1)
+    constant = lowest == amounts.amax(1)  # what is left of a rounded mean is no deviation
+    return torch.where(constant, lowest, mean).tolist(), torch.where(constant, 1.0, std).tolist()
 
 
 def read_ts(path: Path) -> tuple[list[Tensor], list[str]]:
@@ -112,15 +131,16 @@ def read_case(line: str, labelled: bool, where: str) -> Tensor:
         raise DataError(f"{where}: {error}; a frame should be a number") from error
     if not channels or len({len(channel) for channel in channels}) != 1:
         raise DataError(f"{where}: its channels have {[len(channel) for channel in channels]} frames; all need as many")
-    sequence = torch.tensor(channels)
-    if not sequence.isfinite().all():
+    sequence = torch.tensor(channels, dtype=torch.float64)
+    if not sequence.float().isfinite().all():
         raise DataError(f"{where}: a frame is no finite number")
     return sequence
 
 
 def pad(sequences: Sequence[Tensor], facts: dict[str, Any], path: Path) -> Tensor:
     """Return sequences standardised, (cases, channels + 1, length). Raises DataError for one that does not fit."""
-    mean, std = torch.tensor(facts["mean"])[:, None], torch.tensor(facts["std"])[:, None]
+    dtype = torch.float64 if facts.get("float64") else torch.float32
+    mean, std = (torch.tensor(facts[name], dtype=dtype)[:, None] for name in ("mean", "std"))
     inputs = torch.zeros(len(sequences), len(mean) + 1, facts["length"])
     for row, sequence in enumerate(sequences):
         channels, frames = sequence.shape
@@ -128,7 +148,7 @@ def pad(sequences: Sequence[Tensor], facts: dict[str, Any], path: Path) -> Tenso
             raise DataError(f"{path}, case {row + 1}: {channels} channels; the model takes {len(mean)}")
         if frames > facts["length"]:
             raise DataError(f"{path}, case {row + 1}: {frames} frames; the model takes {facts['length']} (data.length)")
-        inputs[row, :-1, :frames] = (sequence - mean) / std
+        inputs[row, :-1, :frames] = (sequence.to(dtype) - mean) / std
         inputs[row, -1, :frames] = 1
     return inputs
 
@@ -173,9 +193,8 @@ class SeriesData(Data):
                 f"{settings['path']}: the training span of {max(ends[0], 0)} of {rows} rows has no window of "
                 f"{lookback} + {horizon} rows; lower lookback and horizon, or val_fraction and test_fraction"
             )
-        known = amounts[: ends[0]]
-        std = known.std(0, correction=0)
-        self.given = {**settings, "mean": known.mean(0).tolist(), "std": std.masked_fill(std == 0, 1.0).tolist()}
+        mean, std = moments_of_channels(amounts[: ends[0]].T)
+        self.given = {**settings, "mean": mean, "std": std}
         self.scale = learn_scale(amounts[:, :1], torch.arange(ends[0]), "standard", str(settings["path"]))
         channels = as_channels(table, amounts, self.given)
         inputs = channels.unfold(0, lookback, 1).transpose(1, 2)[: rows - lookback - horizon + 1]  # views: no copies

@@ -206,7 +206,10 @@ def learn_numbers(label: str, cells: Sequence[Cell], encoding: Encoding, name: s
     known = values[~values.isnan()]
     if not len(known):
         raise nothing_in(label, name)
-    mean, std = known.mean().item(), known.std(correction=0).item() or 1.0  # of a constant, 0 / 1
+    mean, std = known.mean().item(), known.std(correction=0).item()
+    low, high = known.aminmax()
+    if low == high:  # what is left of a rounded mean is no deviation
+        mean, std = low.item(), 1.0
     if encoding.quantile:
         knots = quantiles(known, min(KNOTS, len(known))).tolist()
         return {"name": label, "fill": mean, "knots": knots}

@@ -246,7 +246,7 @@ class RowMeasures(Measures):
         self.loss += self.all.loss[self.row]
         mine = [each[self.row].clone() for each in self.all.sums]
         if mine:
-            before = self.sums or [None] * len(mine)
+            before: list[Tensor | None] = [*self.sums] or [None] * len(mine)
             self.sums = [added(*each) for each in zip(self.metrics, before, mine, strict=True)]
         for name, total in self.all.values.items():
             self.values[name] = self.values[name] + total[self.row] if name in self.values else total[self.row].clone()
