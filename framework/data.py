@@ -5,10 +5,11 @@ map-style `torch.utils.data.Dataset` that yields (input, target).
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -98,6 +99,13 @@ class Data:
         classes: the names of classes or labels, in the order of the outputs; empty for values.
         columns: of a table with categories as indices, for each input: 0 for a number, n for an index from 0 to n - 1.
         scale: how values were scaled; metrics and predictions are scaled back.
+        rows: of each split, which of the samples read it has, as tensors of their numbers, for `refit`.
+        refit: sets the splits anew, of other rows; what is measured (mean, vocabulary) is measured on rows["train"].
+            Cross-validation calls it. None: the data set cannot, and its splits are cut as they are.
+        strata: the class of each sample read, where folds shall have all classes in equal shares; None for others.
+        in_time_order: whether a fold is a block of rows that follow each other, not rows drawn at random.
+        measures_training: whether something is measured on the training split; False without `refit` avoids a warning.
+        fold: the fold "K/N" that was taken by `refit`; None for others.
 
     Raises DataError when the data is missing, empty or malformed, with the file and what would be right.
     """
@@ -111,6 +119,12 @@ class Data:
     classes: Sequence[str] = ()
     columns: Sequence[int] = ()
     scale: Scale | None = None
+    rows: Mapping[str, Tensor] = MappingProxyType({})
+    refit: Callable[[Mapping[str, Tensor]], None] | None = None
+    strata: Tensor | None = None
+    in_time_order: bool = False
+    measures_training: bool = True
+    fold: str | None = None
 
     def facts(self) -> dict[str, Any]:
         """Return what `read_inputs` needs beyond the file (plain JSON types), kept in the run folder for `predict`."""

@@ -34,7 +34,7 @@ class Trained:
 
     def evaluate(self, split: str = "test") -> dict[str, float]:
         """Return the loss and metrics on a split of the run's data."""
-        data = build_data(self.spec)
+        data = build_data(self.spec, refit="fold" in self.facts)
         self.task.check(data)
         self.check_scale(data)
         loader = build_loader(self.spec, self.model, data, split)

@@ -417,22 +417,51 @@ class ArrayData(Data):
         x, y = parts["train"]
         strata = y if known.kind == "class" else torch.zeros(len(x))
         rows = split_rows(strata, 0.0 if val else val_fraction, 0.0 if test else test_fraction, split_seed)
-        parts |= {part: (x[chosen], y[chosen]) for part, chosen in rows.items()}
-
+        start = 0
+        for part, (inputs, _) in parts.items():
+            rows.setdefault(part, torch.arange(start, start + len(inputs)))
+            start += len(inputs)
         self.in_shape, self.out_shape = tuple(x.shape[1:]), known.out_shape
         self.target, self.classes = known.kind, known.classes
-        x, y = parts["train"]
-        self.float64 = normalize and needs_float64(x, per)
-        if normalize:
-            check_integers(x, f"{name}: the inputs")
-            self.mean, self.std = moments(x, per, self.float64)
-        else:
+        self.strata = known.tensor if known.kind == "class" and known.tensor.ndim == 1 else None
+        scaling = scale_target if known.kind == "value" else None
+        self.learn(list(parts.values()), rows, per if normalize else None, unit, scaling, name)
+
+    def learn(
+        self,
+        read: Sequence[Pair],
+        rows: Mapping[str, Tensor],
+        per: Literal["feature", "all"] | None,
+        unit: float,
+        scaling: AutoScaling | None,
+        name: str,
+    ) -> None:
+        """Measure the training rows, and set the splits.
+
+        Args:
+            read: inputs and targets as they were read, in one or more parts whose rows are numbered through.
+            rows: the numbers of the rows of each split.
+            per: see `moments`; None divides the inputs by `unit` instead.
+            unit: the raw value that stands for 1.
+            scaling: of targets that are values; None for other targets.
+            name: what to call the data in an error.
+        """
+        self.rows = rows
+        self.refit = lambda others: self.learn(read, others, per, unit, scaling, name)
+        x, y = take_rows(read, rows["train"])
+        self.float64 = False
+        if per is None:
             check_digits(x, f"{name}: the inputs", "data.normalize=true")
             self.mean, self.std = 0.0, float(unit)
-        if known.kind == "value":
-            self.scale = learn_scale(y, torch.arange(len(y)), scale_target, name)
-        for part, (x, y) in parts.items():
-            answers = scaled(y, self.scale) if known.kind == "value" else y
+        else:
+            check_integers(x, f"{name}: the inputs")
+            self.float64 = needs_float64(x, per)
+            self.mean, self.std = moments(x, per, self.float64)
+        if scaling is not None:
+            self.scale = learn_scale(y, torch.arange(len(y)), scaling, name)
+        for part, taken in rows.items():
+            x, y = take_rows(read, taken)
+            answers = y if scaling is None else scaled(y, self.scale)
             setattr(self, part, TensorSplit(standardise(x, self.facts()), answers))
 
     @classmethod
@@ -441,6 +470,17 @@ class ArrayData(Data):
 
     def facts(self) -> dict[str, Any]:
         return standard_facts(self)
+
+
+def take_rows(read: Sequence[Pair], rows: Tensor) -> Pair:
+    """Return inputs and targets of some rows, which are numbered through all parts."""
+    start = 0
+    for inputs, targets in read:
+        if len(rows) and start <= rows.min() and rows.max() < start + len(inputs):
+            return inputs[rows - start], targets[rows - start]
+        start += len(inputs)
+    inputs, targets = (torch.cat(parts) for parts in zip(*read, strict=True))
+    return inputs[rows], targets[rows]
 
 
 def standard_facts(data: Any) -> dict[str, Any]:

@@ -59,6 +59,9 @@ class TableData(Data):
         name: str,
     ) -> None:
         """Set the attributes of Data, from all rows and the numbers of those that each split has."""
+        self.rows = rows
+        self.refit = lambda others: self.learn(table, targets, others, encoding, scaling, name)
+        self.strata = targets.tensor if targets.kind == "class" else None
         chosen = rows["train"].tolist()
         self.learnt = [
             learn_column(label, [cells[row] for row in chosen], encoding, name) for label, cells in table.items()
