@@ -1,5 +1,7 @@
 """A trained model, read back from its run folder."""
 
+import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from .building import build_data, build_loader, build_metrics, build_model, scal
 from .data import Data, Scale
 from .errors import DataError, RunError
 from .experiment import load_weights
-from .run import read_config, read_facts
+from .run import dump, read_config, read_facts
 from .spec import Spec, read_spec
 from .task import Task
 from .trainer import Trainer
@@ -37,6 +39,8 @@ class Trained:
         data = build_data(self.spec, refit="fold" in self.facts)
         self.task.check(data)
         self.check_scale(data)
+        if json.loads(dump("facts.json", data.facts())) != self.facts["data"]:
+            warnings.warn(f"the data of {self.run} has changed since it was trained", stacklevel=2)
         loader = build_loader(self.spec, self.model, data, split)
         metrics = build_metrics(self.spec, data, self.task)
         return self.trainer().evaluate(loader, model=self.model, task=self.task, metrics=metrics, name=split)

@@ -9,7 +9,6 @@ from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from framework import Metric, Range, metrics
 from framework_plugins.metrics import class_rows, mean_of, wide
@@ -136,7 +135,7 @@ def log_odds(logits: Tensor) -> Tensor:
     """Return log p - log(1 - p) of each class's probability p, without computing p, which may round to 0 or 1."""
     if logits.shape[1] == 2:
         return logits - logits.flip(1)
-    likeliest = F.one_hot(logits.argmax(1), logits.shape[1]).bool()
+    likeliest = logits.argmax(1, keepdim=True) == torch.arange(logits.shape[1], device=logits.device)
     logarithms = logits.log_softmax(1)
     others = logits.masked_fill(likeliest, -torch.inf).logsumexp(1, keepdim=True)
     # 1 - p has its digits where p is at most 1/2, and that is so for every class but the likeliest.

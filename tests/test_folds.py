@@ -163,6 +163,11 @@ def test_a_run_of_a_fold_is_measured_by_the_statistics_of_the_fold(tmp_path):
     inputs = run.read_inputs(tmp_path / "d.csv")
     assert all((row == inputs).all(1).any() for row in data.val.tensors[0])
 
+    facts["data"]["columns"][0]["mean"] += 1
+    (folder / "facts.json").write_text(json.dumps(facts))
+    with pytest.warns(UserWarning, match="has changed since it was trained"):
+        open_run(folder).evaluate("test")
+
     del facts["fold"]  # a run of an older version: the whole training split had been measured
     facts |= {"scale": old["scale"], "data": facts["data"] | {"columns": old["columns"]}}
     (folder / "facts.json").write_text(json.dumps(facts))

@@ -276,6 +276,9 @@ class TestWhatFloat32CannotHold:
         np.savez(tmp_path / "d.npz", x=2**62 + np.arange(ROWS)[:, None], y=CLASSES)
         with pytest.raises(DataError, match=r"integers up to 46116.* which float64 rounds: subtract an offset"):
             fw.datasets.build("npz", path=tmp_path / "d.npz")
+        path = csv(tmp_path / "d.csv", {"a": 2**62 + np.arange(ROWS), "y": VALUES})
+        with pytest.raises(DataError, match=r"column 'a': float64 does not tell 46116\d+ and 46116\d+ apart"):
+            fw.datasets.build("table", path=path, target="y")
 
 
 def test_values_of_an_array_are_scaled_only_where_they_must_be(tmp_path):
@@ -333,6 +336,11 @@ def test_metrics_and_predictions_do_not_depend_on_unit_and_offset(kind, tmp_path
             assert metrics[f"{part}/r2"] == pytest.approx(plain[f"{part}/r2"], abs=1e-4)
             assert metrics[f"{part}/mae"] / factor == pytest.approx(plain[f"{part}/mae"], rel=1e-4)
         torch.testing.assert_close(predicted, found[0][2], rtol=0, atol=1e-4)
+
+
+def test_predictions_of_a_float64_model_keep_their_digits():
+    outputs = 1.7e9 + torch.arange(10, dtype=torch.float64)[:, None] / 8
+    assert torch.equal(fw.Trainer(max_steps=1).predict(outputs, model=torch.nn.Identity()), outputs)
 
 
 def test_a_run_whose_targets_were_scaled_in_another_way_is_not_measured(tmp_path):
