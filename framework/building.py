@@ -19,11 +19,16 @@ from .spec import Spec
 from .task import Task
 
 
-def build_data(spec: Spec) -> Data:
+def build_data(spec: Spec, refit: bool = True) -> Data:
+    """Build the data of a spec, and take its fold.
+
+    refit: see `take_fold`; False for a run of an older version, which was normalised by the original training split.
+    """
     data = spec.parts["data"]()
     check_data(data)
     if spec.fold is not None:
-        take_fold(data, spec.fold)
+        take_fold(data, spec.fold, refit)
+    data.refit = None  # it holds all that was read
     return data
 
 

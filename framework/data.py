@@ -5,10 +5,11 @@ map-style `torch.utils.data.Dataset` that yields (input, target).
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -56,20 +57,35 @@ class TensorSplit:
 
 
 class Scale(NamedTuple):
-    """How amounts became the targets that a model is trained on: their logarithm, if `log`, less mean, over std."""
+    """How amounts became the targets that a model is trained on: their logarithm, if `log`, less mean, over std.
 
-    mean: float = 0.0
-    std: float = 1.0
+    mean, std: a number, or one for each value of a target.
+    """
+
+    mean: float | Sequence[float] = 0.0
+    std: float | Sequence[float] = 1.0
     log: bool = False
 
     def there(self, amounts: Tensor) -> Tensor:
-        """Return amounts as targets."""
-        return ((amounts.log() if self.log else amounts) - self.mean) / self.std
+        """Return amounts as targets, in their own number format."""
+        mean, std = self.moments(amounts)
+        return ((amounts.log() if self.log else amounts) - mean) / std
 
     def back(self, targets: Tensor) -> Tensor:
-        """Return targets, or outputs that predict them, as amounts in their own unit."""
-        amounts = targets * self.std + self.mean
+        """Return targets, or outputs that predict them, as amounts in their own unit, in float64.
+
+        float32 could not hold the digits of amounts far from 0. (On mps, which has no float64, it has to.)
+        """
+        known = targets if targets.device.type == "mps" else targets.double()
+        mean, std = self.moments(known)
+        amounts = known * std + mean
         return amounts.exp() if self.log else amounts
+
+    def moments(self, like: Tensor) -> tuple[float | Tensor, float | Tensor]:
+        """Return mean and std as numbers, or as tensors that go with another where there are several."""
+        if isinstance(self.mean, int | float):
+            return self.mean, self.std  # type: ignore[return-value]
+        return like.new_tensor(self.mean), like.new_tensor(self.std)
 
 
 class Data:
@@ -83,6 +99,13 @@ class Data:
         classes: the names of classes or labels, in the order of the outputs; empty for values.
         columns: of a table with categories as indices, for each input: 0 for a number, n for an index from 0 to n - 1.
         scale: how values were scaled; metrics and predictions are scaled back.
+        rows: of each split, which of the samples read it has, as tensors of their numbers, for `refit`.
+        refit: sets the splits anew, of other rows; what is measured (mean, vocabulary) is measured on rows["train"].
+            Cross-validation calls it. None: the data set cannot, and its splits are cut as they are.
+        strata: the class of each sample read, where folds shall have all classes in equal shares; None for others.
+        in_time_order: whether a fold is a block of rows that follow each other, not rows drawn at random.
+        measures_training: whether something is measured on the training split; False without `refit` avoids a warning.
+        fold: the fold "K/N" that was taken by `refit`; None for others.
 
     Raises DataError when the data is missing, empty or malformed, with the file and what would be right.
     """
@@ -96,6 +119,12 @@ class Data:
     classes: Sequence[str] = ()
     columns: Sequence[int] = ()
     scale: Scale | None = None
+    rows: Mapping[str, Tensor] = MappingProxyType({})
+    refit: Callable[[Mapping[str, Tensor]], None] | None = None
+    strata: Tensor | None = None
+    in_time_order: bool = False
+    measures_training: bool = True
+    fold: str | None = None
 
     def facts(self) -> dict[str, Any]:
         """Return what `read_inputs` needs beyond the file (plain JSON types), kept in the run folder for `predict`."""

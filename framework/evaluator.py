@@ -61,12 +61,19 @@ class Evaluator:
         task: Task | Callable[[Tensor, Tensor], Tensor] | None = None,
         batch_size: int = 256,
     ) -> Tensor:
-        """Return the model's outputs for inputs (rows, *in_shape), or for every sample of a split, on the CPU."""
+        """Return the model's outputs for inputs (rows, *in_shape), or for every sample of a split, on the CPU.
+
+        They are float32, or float64 if the model's are.
+        """
         self._use(model, task, "model")
         batches = self._batches(TensorSplit(data) if isinstance(data, Tensor) else data, batch_size)
         with self._inference():
-            parts = (part for batch in batches.epoch() for part in self.micro_batches.split(self._place(batch)))
-            outputs = [self.model(part[0]).float().cpu() for part in parts]
+            outputs = []
+            for batch in batches.epoch():
+                for part in self.micro_batches.split(self._place(batch)):
+                    found = self.model(part[0])
+                    wide = torch.promote_types(found.dtype, torch.float32)
+                    outputs.append(found.to(wide).cpu())
         if not outputs:
             raise DataError("there is nothing to predict: the inputs have no row")
         return torch.cat(outputs)

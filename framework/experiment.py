@@ -234,6 +234,8 @@ def prepare(
     if resumed is not None and resumed.done:
         say(f"{run} is done already")
         return Result(resumed.folder.path, last_values(resumed.folder.path))
+    if resumed is not None and spec.fold is not None and "fold" not in read_facts(resumed.folder.path):
+        data = build_data(spec, refit=False)
     built = Experiment(spec, data)
     if spec.init_from is not None and resumed is None:
         say(start_from(built.model, spec.init_from))
@@ -282,6 +284,8 @@ def facts_of(built: Experiment) -> dict[str, Any]:
         facts["columns"] = list(built.data.columns)
     if (scale := scale_of(built.data, built.task)) is not None:
         facts["scale"] = list(scale)
+    if built.data.fold is not None:
+        facts["fold"] = built.data.fold
     return facts | {"classes": list(built.data.classes), "samples": sizes, "data": built.data.facts()}
 
 

@@ -1,5 +1,6 @@
 """The contract of a metric: sums that add over batches, and a formula over the sums."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -36,7 +37,7 @@ class Metric:
 
 
 class InUnits(Metric):
-    """A metric of values that a model is trained on scaled: it sees them in their own unit."""
+    """A metric of values that a model is trained on scaled: it sees them in their own unit, in float64."""
 
     def __init__(self, metric: Metric, scale: Scale):
         self.metric, self.scale, self.name = metric, scale, metric.name
@@ -77,6 +78,20 @@ def checked(metric: Metric, sums: Any) -> Tensor:
         said = f"its `sums` should return a tensor, not a {type(sums).__name__}"
         raise SettingError(f"the metric {type(metric).__name__}: {said}")
     return sums
+
+
+def added(metric: Metric, before: Tensor | None, fresh: Tensor) -> Tensor:
+    """Return the sums of a metric with those of further batches."""
+    if before is None:
+        return fresh
+    if before.shape != fresh.shape:
+        warnings.warn(
+            f"the metric {metric.name}: the checkpoint has sums of another version of it, which are left out until "
+            "it is logged",
+            stacklevel=2,
+        )
+        return fresh
+    return before + fresh
 
 
 class Measures:
@@ -135,7 +150,9 @@ class Measures:
             outputs = together([one.outputs for one in self.held])
             targets = together([one.targets for one in self.held])
             fresh = [checked(metric, metric.sums(outputs, targets)).to(self.dtype) for metric in self.metrics]
-            self.sums = [a + b for a, b in zip(self.sums, fresh, strict=True)] if self.sums else fresh
+            before: list[Tensor | None] = [*self.sums] or [None] * len(fresh)
+            triples = zip(self.metrics, before, fresh, strict=True)
+            self.sums = [added(*each) for each in triples]
         for name in dict.fromkeys(name for one in self.held for name in one.values):
             there = [one for one in self.held if name in one.values]
             weights = torch.stack([torch.as_tensor(one.items).to(self.loss) for one in there])

@@ -1,16 +1,19 @@
 """A trained model, read back from its run folder."""
 
+import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from .building import build_data, build_loader, build_metrics, build_model
-from .data import Scale
+from .building import build_data, build_loader, build_metrics, build_model, scale_of
+from .data import Data, Scale
 from .errors import DataError, RunError
 from .experiment import load_weights
-from .run import read_config, read_facts
+from .run import dump, read_config, read_facts
 from .spec import Spec, read_spec
 from .task import Task
 from .trainer import Trainer
@@ -33,11 +36,25 @@ class Trained:
 
     def evaluate(self, split: str = "test") -> dict[str, float]:
         """Return the loss and metrics on a split of the run's data."""
-        data = build_data(self.spec)
+        data = build_data(self.spec, refit="fold" in self.facts)
         self.task.check(data)
+        self.check_scale(data)
+        if json.loads(dump("facts.json", data.facts())) != self.facts["data"]:
+            warnings.warn(f"the data of {self.run} has changed since it was trained", stacklevel=2)
         loader = build_loader(self.spec, self.model, data, split)
         metrics = build_metrics(self.spec, data, self.task)
         return self.trainer().evaluate(loader, model=self.model, task=self.task, metrics=metrics, name=split)
+
+    def check_scale(self, data: Data) -> None:
+        """Raise RunError when the data's targets are scaled in another way than those that the model has learnt."""
+        learnt = self.facts.get("scale")
+        before = None if learnt is None else Scale(*learnt)
+        now = scale_of(data, self.task)
+        if not nearly_equal(before, now):
+            raise RunError(
+                f"{self.run}: its targets were scaled by {before}, those of the data now by {now}; "
+                "the data has changed, or the run is of an older version: train it again"
+            )
 
     def read_inputs(self, file: Path) -> Tensor:
         """Read a file of inputs as the run's data set reads it. Raises DataError when it does not fit the model."""
@@ -55,6 +72,19 @@ class Trained:
         outputs = self.trainer().predict(inputs, model=self.model, batch_size=batch_size)
         scale = self.facts.get("scale")
         return self.task.predict(outputs if scale is None else Scale(*scale).back(outputs))
+
+
+def nearly_equal(first: Scale | None, second: Scale | None) -> bool:
+    """Whether two scales make the same targets, to within a thousandth of a deviation."""
+    if first is None or second is None:
+        return first is second
+    mean, std, other_mean, other_std = (
+        torch.as_tensor(each, dtype=torch.float64) for each in (*first[:2], *second[:2])
+    )
+    if first.log != second.log or mean.shape != other_mean.shape:
+        return False
+    apart = (mean - other_mean).abs() + (std - other_std).abs()
+    return bool((apart <= 1e-3 * std).all())
 
 
 def open_run(run: Path, which: str = "best") -> Trained:

@@ -22,6 +22,9 @@ from framework.seeds import generator
 Pair = tuple[Tensor, Tensor]
 
 Scaling = Literal["standard", "log", "none"]
+AutoScaling = Literal["auto", "standard", "log", "none"]
+FAR = 1000  # standard deviations from 0: float32 then keeps 1e-4 of a deviation, and arithmetic in it is good enough
+LOST = 0.01  # of a standard deviation: what rounding to float32 may change, where nothing is standardised
 MOST_CLASSES = 20  # integers with more different values than this are taken for amounts, not for classes
 
 
@@ -42,6 +45,7 @@ def as_targets(values: Any, kind: Target | None = None, classes: Sequence[str] =
 
     Without a kind, a text, a truth value or one of at most 20 different integers a row is a class; other numbers are
     values. Classes are numbered in the sorted order of their labels, or as in `classes`, where the labels are 0, 1, ...
+    Values are float32, or float64 where float32 would lose digits of them (see `needs_float64`).
 
     Raises DataError for NaN, for targets that cannot be of that kind, and for fewer than two classes.
     """
@@ -57,8 +61,12 @@ def as_targets(values: Any, kind: Target | None = None, classes: Sequence[str] =
         kind = "class" if looks_like_classes(values) else "value"
     if kind == "class":
         return class_targets(values, classes, name)
-    tensor = numbers(values, f"{name}: the targets").float()
-    tensor = tensor if tensor.ndim > 1 else tensor[:, None]
+    tensor = numbers(values, f"{name}: the targets")
+    if kind == "value" and needs_float64(tensor):
+        check_integers(tensor, f"{name}: the targets")
+        tensor = tensor.double()
+    else:
+        tensor = tensor.float()
     if kind == "labels" and not ((tensor == 0) | (tensor == 1)).all():
         raise DataError(f"{name}: targets that are labels must be 0 or 1, one column a label")
     names = list(classes) or [str(column) for column in range(tensor.shape[1])] if kind == "labels" else []
@@ -117,22 +125,54 @@ def split_rows(strata: Tensor, val_fraction: float, test_fraction: float, seed: 
     return {"train": torch.cat([kept, rest]).sort().values, **parts}
 
 
-def learn_scale(amounts: Tensor, rows: Tensor, scaling: Scaling, name: str) -> Scale | None:
+def learn_scale(amounts: Tensor, rows: Tensor, scaling: AutoScaling, name: str) -> Scale | None:
     """Return the scale that makes targets of amounts, by the moments of these rows; None leaves them as they are.
 
-    Raises DataError for an amount that has no logarithm.
+    auto does what is needed and no more: amounts that are too far from 0 for float32 are centred (see
+    `needs_float64`); those of a deviation below 1e-6 or above 1e6, which few optimizers cope with, are standardised.
+
+    Raises DataError for an amount that has no logarithm, and for amounts that must be scaled and are not.
     """
-    if scaling == "none":
+    if scaling == "auto":
+        scale = standard_scale(amounts[rows])
+        deviations = torch.as_tensor(scale.std)
+        if ((deviations < 1e-6) | (deviations > 1e6)).any():
+            return scale
+        if amounts.dtype == torch.float64:
+            return scale._replace(std=torch.ones_like(deviations).tolist())
         return None
-    log = scaling == "log"
-    if log and not (amounts > 0).all():
+    if scaling == "none":
+        check_digits(amounts, f"{name}: the targets", "scale_target=standard")
+        return None
+    if scaling == "standard":
+        return standard_scale(amounts[rows])
+    if not (amounts > 0).all():
         row = int((amounts <= 0).nonzero()[0, 0])
         raise DataError(
             f"{name}: the target of row {row + 1} is {amounts[row].tolist()}, "
             "which has no logarithm; scale_target=standard"
         )
-    known = Scale(log=log).there(amounts[rows].double())
-    return Scale(known.mean().item(), known.std(correction=0).item() or 1.0, log)
+    return standard_scale(amounts[rows], log=True)
+
+
+def standard_scale(amounts: Tensor, log: bool = False) -> Scale:
+    """Return the scale that gives amounts, or their logarithms, a mean of 0 and a standard deviation of 1."""
+    known = Scale(log=log).there(amounts.double())
+    if known.ndim == 2 and known.shape[1] > 1:  # each value by its own moments, or the larger would hide the others
+        return Scale(*moments(known, float64=True), log)
+    low, high = known.aminmax()
+    if low == high:
+        return Scale(low.item(), 1.0, log)
+    return Scale(known.mean().item(), known.std(correction=0).item(), log)
+
+
+def scaled(amounts: Tensor, scale: Scale | None) -> Tensor:
+    """Return amounts as float32 targets; they are centred in float64 first where float32 would lose digits of them."""
+    if scale is None:
+        return amounts.float()
+    mean, std = (torch.as_tensor(each, dtype=torch.float64) for each in (scale.mean, scale.std))
+    far = bool((mean.abs() > FAR * std).any())
+    return scale.there(amounts.double() if far else amounts).float()
 
 
 def cache_folder() -> Path:
@@ -156,26 +196,91 @@ def evenly(size: int, count: int) -> Tensor:
     return position[1:] > position[:-1]
 
 
-def moments(inputs: Tensor, per: Literal["feature", "all"] = "feature") -> tuple[Any, Any]:
+def axes_of(inputs: Tensor, per: Literal["feature", "all"]) -> list[int]:
+    """Return over which axes a mean is taken; see `moments`."""
+    if per == "all":
+        return list(range(inputs.ndim))
+    if inputs.ndim > 3:
+        return [0, *range(2, inputs.ndim)]
+    return list(range(inputs.ndim - 1))
+
+
+def moments(inputs: Tensor, per: Literal["feature", "all"] = "feature", float64: bool | None = None) -> tuple[Any, Any]:
     """Return mean and standard deviation as numbers or nested lists; 1 in place of the deviation of a constant.
 
     Per feature: of (rows, features) and (rows, time, features) over all but the last axis; of (rows, channels, ...)
     with two or more further axes for each channel.
+    float64: compute in float64; None: if `needs_float64`.
     """
-    inputs = inputs.float()
-    if per == "all":
-        axes, keep = list(range(inputs.ndim)), False
-    elif inputs.ndim > 3:
-        axes, keep = [0, *range(2, inputs.ndim)], True
-    else:
-        axes, keep = list(range(inputs.ndim - 1)), False
-    variance, mean = torch.var_mean(inputs, axes, correction=0, keepdim=keep)
+    if float64 is None:
+        float64 = needs_float64(inputs, per)
+    axes, keep = axes_of(inputs, per), per == "feature" and inputs.ndim > 3
+    known = inputs.double() if float64 else inputs.float()
+    variance, mean = torch.var_mean(known, axes, correction=0, keepdim=keep)
+    constant = variance == 0
+    if float64:
+        lowest = known.amin(axes, keepdim=keep)
+        constant = lowest == known.amax(axes, keepdim=keep)
+        mean = torch.where(constant, lowest, mean)  # exactly: what is left of a rounded mean is no deviation
     mean, std = (mean[0], variance[0].sqrt()) if keep else (mean, variance.sqrt())
-    return mean.tolist(), std.masked_fill(std == 0, 1.0).tolist()
+    return mean.tolist(), std.masked_fill(constant[0] if keep else constant, 1.0).tolist()
+
+
+def needs_float64(inputs: Tensor, per: Literal["feature", "all"] = "feature") -> bool:
+    """Whether numbers must be centred and scaled in float64, because float32 would lose what tells them apart.
+
+    That is so where a feature is further from 0 than 1,000 of its deviations, or its squares are beyond float32.
+    Others are computed in float32, as they always were, to the last bit.
+    """
+    if inputs.dtype in (torch.uint8, torch.bool):
+        return False
+    axes = axes_of(inputs, per)
+    variance, mean = torch.var_mean(inputs.float(), axes, correction=0)
+    low, high = inputs.amin(axes), inputs.amax(axes)
+    largest, constant = torch.maximum(low.double().abs(), high.double().abs()), low == high
+    std = torch.where(constant, 1.0, variance.double().sqrt())
+    held = (largest <= FAR * std) & (largest < 1e15) & (std > 1e-15)
+    return not bool((held | (constant & (mean.double() == low.double()))).all())
+
+
+def check_integers(inputs: Tensor, where: str) -> None:
+    """Raise DataError for integers beyond 2^53 of which float64 would lose what tells them apart."""
+    if inputs.dtype != torch.int64 or max(-int(inputs.min()), int(inputs.max())) <= 2**53:
+        return
+    axes = axes_of(inputs, "feature")
+    known = inputs.double()
+    error = (inputs - inputs[:1]).double() - (known - known[:1])
+    narrow = known.amax(axes) - known.amin(axes) <= 2**53
+    lost = narrow & (error.abs().amax(axes) > LOST * known.std(axes, correction=0))
+    if lost.any():
+        raise DataError(
+            f"{where} are integers up to {int(inputs.abs().max())}, which float64 rounds: subtract an offset"
+        )
+
+
+def check_digits(inputs: Tensor, where: str, instead: str) -> None:
+    """Raise DataError where float32 would lose what tells the numbers of a feature apart. instead: what keeps it."""
+    if inputs.dtype not in (torch.float64, torch.int64):
+        return
+    axes = axes_of(inputs, "feature")
+    known = inputs.double()
+    error = (known - known.float()).square().mean(axes).sqrt()
+    std = known.std(axes, correction=0)
+    lost = (known.amin(axes) != known.amax(axes)) & (error > LOST * std)
+    if lost.any():
+        place = int(lost.flatten().nonzero()[0, 0])
+        largest = float(known.abs().amax(axes).flatten()[place])
+        spread = float(std.flatten()[place])
+        raise DataError(
+            f"{where} are up to {largest:.6g} and deviate by {spread:.3g}, which float32 cannot hold: {instead}"
+        )
 
 
 def numbers(array: Any, where: str) -> Tensor:
-    """Return an array as a tensor of uint8, bool, int64 or finite float32, at least (rows, 1). Raises DataError."""
+    """Return an array as a tensor of uint8, bool, int64, float32 or (of 8 bytes) float64, at least (rows, 1).
+
+    Raises DataError for what is no number, not finite or beyond float32.
+    """
     import numpy
 
     if isinstance(array, Tensor):
@@ -186,11 +291,13 @@ def numbers(array: Any, where: str) -> Tensor:
     if array.ndim == 0 or len(array) == 0:
         raise DataError(f"{where}: the array is empty")
     kept = array.dtype.kind == "b" or array.dtype == numpy.uint8
-    wanted = array.dtype if kept else numpy.float32 if array.dtype.kind == "f" else numpy.int64
-    with numpy.errstate(over="ignore"):  # what does not fit float32 becomes infinite, and is reported below
-        tensor = torch.from_numpy(numpy.array(array, dtype=wanted, order="C"))
-    if tensor.is_floating_point() and not tensor.isfinite().all():
-        row = int((~tensor.isfinite()).nonzero()[0, 0])
+    if array.dtype == numpy.uint64 and array.max() >= 2**63:
+        raise DataError(f"{where}: an integer beyond 2^63 cannot be held; subtract an offset")
+    floats = numpy.float64 if array.dtype.itemsize >= 8 else numpy.float32
+    wanted = array.dtype if kept else floats if array.dtype.kind == "f" else numpy.int64
+    tensor = torch.from_numpy(numpy.array(array, dtype=wanted, order="C"))
+    if tensor.is_floating_point() and not tensor.float().isfinite().all():
+        row = int((~tensor.float().isfinite()).nonzero()[0, 0])
         raise DataError(f"{where}: row {row + 1} holds NaN or infinity; fill it in or drop the row")
     return tensor if tensor.ndim > 1 else tensor[:, None]
 
@@ -238,12 +345,16 @@ def as_batch_of(inputs: Tensor, in_shape: Sequence[int], path: Path) -> Tensor:
 
 
 def standardise(inputs: Tensor, facts: dict[str, Any]) -> Tensor:
-    """Return (inputs - mean) / std as new float32, with the facts' "mean" and "std" (numbers or nested lists)."""
-    floats = inputs.to(torch.float32, copy=True)
+    """Return (inputs - mean) / std as new float32, with the facts' "mean" and "std" (numbers or nested lists).
+
+    It is computed in float64 if the facts have a true "float64", and else in float32.
+    """
+    dtype = torch.float64 if facts.get("float64") else torch.float32
+    floats = inputs.to(dtype, copy=True)
     if "mean" not in facts:
-        return floats
-    mean, std = (torch.as_tensor(facts[name], dtype=torch.float32) for name in ("mean", "std"))
-    return floats.sub_(mean).div_(std)  # in place: a large set is held once
+        return floats.float()
+    mean, std = (torch.as_tensor(facts[name], dtype=dtype) for name in ("mean", "std"))
+    return floats.sub_(mean).div_(std).float()  # in place: a large set is held once
 
 
 def read_batch(path: Path, facts: dict[str, Any]) -> Tensor:
@@ -256,10 +367,12 @@ class ArrayData(Data):
 
     Attributes:
         mean, std: what turns a raw input into an input of the model, (raw - mean) / std: numbers or nested lists.
+        float64: whether that is computed in float64 (see `needs_float64`).
     """
 
     mean: Any
     std: Any
+    float64: bool
 
     def __init__(
         self,
@@ -276,6 +389,7 @@ class ArrayData(Data):
         unit: float = 1.0,
         target: Target | None = None,
         classes: Sequence[str] = (),
+        scale_target: AutoScaling = "auto",
         name: str = "the data",
     ):
         """Draw the splits, number the classes and standardise the inputs by the moments of the training split.
@@ -293,6 +407,7 @@ class ArrayData(Data):
             unit: the raw value that stands for 1: 255 in pictures.
             target: the kind of target; None infers it.
             classes: names of the classes 0, 1, ...; none: the sorted labels themselves.
+            scale_target: how values are scaled to train on (see `learn_scale`).
             name: what to call the data in an error.
 
         Raises DataError for lengths that differ, values that are no finite numbers and fewer than two classes.
@@ -302,13 +417,52 @@ class ArrayData(Data):
         x, y = parts["train"]
         strata = y if known.kind == "class" else torch.zeros(len(x))
         rows = split_rows(strata, 0.0 if val else val_fraction, 0.0 if test else test_fraction, split_seed)
-        parts |= {part: (x[chosen], y[chosen]) for part, chosen in rows.items()}
-
+        start = 0
+        for part, (inputs, _) in parts.items():
+            rows.setdefault(part, torch.arange(start, start + len(inputs)))
+            start += len(inputs)
         self.in_shape, self.out_shape = tuple(x.shape[1:]), known.out_shape
         self.target, self.classes = known.kind, known.classes
-        self.mean, self.std = moments(parts["train"][0], per) if normalize else (0.0, float(unit))
-        for part, (x, y) in parts.items():
-            setattr(self, part, TensorSplit(standardise(x, self.facts()), y))
+        self.strata = known.tensor if known.kind == "class" and known.tensor.ndim == 1 else None
+        scaling = scale_target if known.kind == "value" else None
+        self.learn(list(parts.values()), rows, per if normalize else None, unit, scaling, name)
+
+    def learn(
+        self,
+        read: Sequence[Pair],
+        rows: Mapping[str, Tensor],
+        per: Literal["feature", "all"] | None,
+        unit: float,
+        scaling: AutoScaling | None,
+        name: str,
+    ) -> None:
+        """Measure the training rows, and set the splits.
+
+        Args:
+            read: inputs and targets as they were read, in one or more parts whose rows are numbered through.
+            rows: the numbers of the rows of each split.
+            per: see `moments`; None divides the inputs by `unit` instead.
+            unit: the raw value that stands for 1.
+            scaling: of targets that are values; None for other targets.
+            name: what to call the data in an error.
+        """
+        self.rows = rows
+        self.refit = lambda others: self.learn(read, others, per, unit, scaling, name)
+        x, y = take_rows(read, rows["train"])
+        self.float64 = False
+        if per is None:
+            check_digits(x, f"{name}: the inputs", "data.normalize=true")
+            self.mean, self.std = 0.0, float(unit)
+        else:
+            check_integers(x, f"{name}: the inputs")
+            self.float64 = needs_float64(x, per)
+            self.mean, self.std = moments(x, per, self.float64)
+        if scaling is not None:
+            self.scale = learn_scale(y, torch.arange(len(y)), scaling, name)
+        for part, taken in rows.items():
+            x, y = take_rows(read, taken)
+            answers = y if scaling is None else scaled(y, self.scale)
+            setattr(self, part, TensorSplit(standardise(x, self.facts()), answers))
 
     @classmethod
     def read_inputs(cls, path: Path, facts: dict[str, Any]) -> Tensor:
@@ -318,15 +472,29 @@ class ArrayData(Data):
         return standard_facts(self)
 
 
+def take_rows(read: Sequence[Pair], rows: Tensor) -> Pair:
+    """Return inputs and targets of some rows, which are numbered through all parts."""
+    start = 0
+    for inputs, targets in read:
+        if len(rows) and start <= rows.min() and rows.max() < start + len(inputs):
+            return inputs[rows - start], targets[rows - start]
+        start += len(inputs)
+    inputs, targets = (torch.cat(parts) for parts in zip(*read, strict=True))
+    return inputs[rows], targets[rows]
+
+
 def standard_facts(data: Any) -> dict[str, Any]:
     """Return how an input becomes what the model was trained on, and the classes, of a data set with a mean and std."""
-    return {
+    facts = {
         "in_shape": list(data.in_shape),
         "mean": data.mean,
         "std": data.std,
         "target": data.target,
         "classes": list(data.classes),
     }
+    if getattr(data, "float64", False):
+        facts["float64"] = True
+    return facts
 
 
 def read_parts(

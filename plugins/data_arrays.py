@@ -12,7 +12,15 @@ from torch import Tensor
 
 from framework import PositiveInt, Rate, datasets
 from framework.errors import DataError, did_you_mean
-from framework_plugins.arrays import ArrayData, as_batch_of, cache_folder, load_arrays, numbers, standardise
+from framework_plugins.arrays import (
+    ArrayData,
+    AutoScaling,
+    as_batch_of,
+    cache_folder,
+    load_arrays,
+    numbers,
+    standardise,
+)
 
 
 @datasets.register("npz")
@@ -30,6 +38,7 @@ class Npz(ArrayData):
         test_fraction: Rate = 0.15,
         split_seed: int = 0,
         normalize: bool = True,
+        scale_target: AutoScaling = "auto",
     ):
         """Read the file; official parts (`x_val`, `x_test`) are kept, the other ones are drawn.
 
@@ -43,6 +52,9 @@ class Npz(ArrayData):
             test_fraction: share of the rows drawn for the test, if the file has no x_test.
             split_seed: seed of the drawing.
             normalize: standardise each feature (of pictures, each channel) by the training split.
+            scale_target: train on values that are standardised, also after their logarithm; metrics and predictions
+                are in the target's own unit. auto: only centre values that are more than 1,000 standard deviations
+                from 0, and standardise those of a deviation below 1e-6 or above 1e6.
         """
         path = path.expanduser()
         arrays = load_arrays(path)
@@ -62,6 +74,7 @@ class Npz(ArrayData):
             split_seed=split_seed,
             normalize=normalize,
             target=target_kind,
+            scale_target=scale_target,
             name=str(path),
         )
 

@@ -6,7 +6,7 @@ is cut to its middle, a shorter one filled up with zeros.
 
 import math
 import wave
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,8 @@ class SoundFiles(torch.utils.data.Dataset):
 
 class SoundData(Data):
     """A data set of sounds of one rate and one length, in classes."""
+
+    measures_training = False
 
     def __init__(
         self, classes: Sequence[str], sample_rate: int, seconds: float, resample: bool = False, min_seconds: float = 0.0
@@ -292,8 +294,14 @@ class Asterisk(SoundData):
         root = find_voices([path.expanduser()] if path else [SOUNDS, cache_folder() / "asterisk"])
         prompts = {voice: prompt_files(root / folder) for voice, folder in VOICES.items()}
         names = sorted(set().union(*prompts.values()))
-        for part, rows in split_rows(torch.zeros(len(names)), val_fraction, test_fraction, split_seed).items():
-            chosen = [(names[row], voice) for row in rows.tolist() for voice in VOICES if names[row] in prompts[voice]]
+        self.learn(prompts, names, split_rows(torch.zeros(len(names)), val_fraction, test_fraction, split_seed))
+
+    def learn(self, prompts: Mapping[str, dict[str, Path]], names: Sequence[str], rows: Mapping[str, Tensor]) -> None:
+        """Read the sounds. prompts: the files of each voice by name; rows: which of the names each split has."""
+        self.rows = rows
+        self.refit = lambda others: self.learn(prompts, names, others)
+        for part, taken in rows.items():
+            chosen = [(names[row], voice) for row in taken.tolist() for voice in VOICES if names[row] in prompts[voice]]
             labels = torch.tensor([self.classes.index(voice) for _, voice in chosen])
             files = [prompts[voice][name] for name, voice in chosen]
             setattr(self, part, SoundFiles(files, labels, self.facts()).in_memory())

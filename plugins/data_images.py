@@ -1,6 +1,6 @@
 """Pictures in files, a folder for each class."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,7 +66,22 @@ class ImageFolder(Data):
         given = {part: self.list_files(folder) for part, folder in folders.items()}
         shares = {"val": val_fraction, "test": test_fraction} | dict.fromkeys(given, 0.0)
         rows = split_rows(given["train"].labels, shares["val"], shares["test"], split_seed)
-        parts = given | {part: given["train"].subset(chosen) for part, chosen in rows.items()}
+        whole = PictureFiles(
+            [file for files in given.values() for file in files.files],
+            torch.cat([files.labels for files in given.values()]),
+            self.facts(),
+        )
+        start = 0
+        for part, files in given.items():
+            rows.setdefault(part, torch.arange(start, start + len(files)))
+            start += len(files)
+        self.learn(whole, rows, normalize)
+
+    def learn(self, whole: PictureFiles, rows: Mapping[str, Tensor], normalize: bool) -> None:
+        """Measure the training pictures, and set the splits; `rows` says which pictures each has."""
+        self.rows = rows
+        self.refit = lambda others: self.learn(whole, others, normalize)
+        parts = {part: whole.subset(taken) for part, taken in rows.items()}
         if normalize:
             self.mean, self.std = measure(parts["train"])
         for part, files in parts.items():

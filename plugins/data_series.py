@@ -5,7 +5,7 @@ Sequences are (channels + 1, length), filled up with zeros at the end; the last 
 
 import ast
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,14 @@ from torch import Tensor
 
 from framework import Data, NonNegativeFloat, PositiveInt, Rate, TensorSplit, datasets, seeds
 from framework.errors import DataError, did_you_mean
-from framework_plugins.arrays import as_targets, data_folder, learn_scale, split_rows
+from framework_plugins.arrays import (
+    as_targets,
+    check_digits,
+    data_folder,
+    learn_scale,
+    needs_float64,
+    split_rows,
+)
 from framework_plugins.tables import Table, as_column, read_table
 
 Calendar = Literal["day", "week", "year"]
@@ -55,25 +62,60 @@ class TsFiles(Data):
         if test_path is not None:
             rows["test"] = torch.arange(own, len(sequences))
 
-        frames = torch.cat([sequences[row] for row in rows["train"].tolist()], dim=1)
-        mean, std = frames.mean(1), frames.std(1, correction=0)
-        self.mean = mean.tolist() if normalize else [0.0] * len(mean)
-        self.std = std.masked_fill(std == 0, 1.0).tolist() if normalize else [1.0] * len(mean)
         self.length = length or max(sequence.shape[1] for sequence in sequences)
-        inputs = torch.cat([pad(read, self.facts(), file) for file, read, _ in parts])
+        self.target, self.classes, self.out_shape = "class", targets.classes, targets.out_shape
+        self.strata = targets.tensor
+        self.learn([(file, read) for file, read, _ in parts], targets.tensor, rows, normalize, path)
+
+    def learn(
+        self,
+        read: Sequence[tuple[Path, list[Tensor]]],
+        targets: Tensor,
+        rows: Mapping[str, Tensor],
+        normalize: bool,
+        path: Path,
+    ) -> None:
+        """Measure the training sequences, and set the splits.
+
+        Args:
+            read: the files and their sequences, which are numbered through all files.
+            targets: the class of each.
+            rows: the numbers of the sequences of each split.
+            normalize: standardise by the training frames.
+            path: the file to name in an error.
+        """
+        self.rows = rows
+        self.refit = lambda others: self.learn(read, targets, others, normalize, path)
+        sequences = [sequence for _, found in read for sequence in found]
+        frames = torch.cat([sequences[row] for row in rows["train"].tolist()], dim=1)
+        self.float64 = normalize and needs_float64(frames.T)
+        if normalize:
+            self.mean, self.std = moments_of_channels(frames if self.float64 else frames.float())
+        else:
+            check_digits(frames.T, f"{path}: the frames", "data.normalize=true")
+            self.mean, self.std = [0.0] * len(frames), [1.0] * len(frames)
+        inputs = torch.cat([pad(found, self.facts(), file) for file, found in read])
         for part, taken in rows.items():
-            setattr(self, part, TensorSplit(inputs[taken], targets.tensor[taken]))
-        self.in_shape, self.out_shape = tuple(inputs.shape[1:]), targets.out_shape
-        self.target, self.classes = "class", targets.classes
+            setattr(self, part, TensorSplit(inputs[taken], targets[taken]))
+        self.in_shape = tuple(inputs.shape[1:])
 
     def facts(self) -> dict[str, Any]:
         """Return how sequences become inputs."""
-        return {"length": self.length, "mean": self.mean, "std": self.std}
+        facts = {"length": self.length, "mean": self.mean, "std": self.std}
+        return facts | {"float64": True} if self.float64 else facts
 
     @classmethod
     def read_inputs(cls, path: Path, facts: dict[str, Any]) -> Tensor:
         """Read the sequences of a .ts file."""
         return pad(read_ts(path)[0], facts, path)
+
+
+def moments_of_channels(amounts: Tensor) -> tuple[list[float], list[float]]:
+    """Return mean and deviation of each channel of (channels, times); 1 in place of the deviation of a constant."""
+    mean, std = amounts.mean(1), amounts.std(1, correction=0)
+    lowest = amounts.amin(1)
+    constant = lowest == amounts.amax(1)  # what is left of a rounded mean is no deviation
+    return torch.where(constant, lowest, mean).tolist(), torch.where(constant, 1.0, std).tolist()
 
 
 def read_ts(path: Path) -> tuple[list[Tensor], list[str]]:
@@ -112,15 +154,16 @@ def read_case(line: str, labelled: bool, where: str) -> Tensor:
         raise DataError(f"{where}: {error}; a frame should be a number") from error
     if not channels or len({len(channel) for channel in channels}) != 1:
         raise DataError(f"{where}: its channels have {[len(channel) for channel in channels]} frames; all need as many")
-    sequence = torch.tensor(channels)
-    if not sequence.isfinite().all():
+    sequence = torch.tensor(channels, dtype=torch.float64)
+    if not sequence.float().isfinite().all():
         raise DataError(f"{where}: a frame is no finite number")
     return sequence
 
 
 def pad(sequences: Sequence[Tensor], facts: dict[str, Any], path: Path) -> Tensor:
     """Return sequences standardised, (cases, channels + 1, length). Raises DataError for one that does not fit."""
-    mean, std = torch.tensor(facts["mean"])[:, None], torch.tensor(facts["std"])[:, None]
+    dtype = torch.float64 if facts.get("float64") else torch.float32
+    mean, std = (torch.tensor(facts[name], dtype=dtype)[:, None] for name in ("mean", "std"))
     inputs = torch.zeros(len(sequences), len(mean) + 1, facts["length"])
     for row, sequence in enumerate(sequences):
         channels, frames = sequence.shape
@@ -128,7 +171,7 @@ def pad(sequences: Sequence[Tensor], facts: dict[str, Any], path: Path) -> Tenso
             raise DataError(f"{path}, case {row + 1}: {channels} channels; the model takes {len(mean)}")
         if frames > facts["length"]:
             raise DataError(f"{path}, case {row + 1}: {frames} frames; the model takes {facts['length']} (data.length)")
-        inputs[row, :-1, :frames] = (sequence - mean) / std
+        inputs[row, :-1, :frames] = (sequence.to(dtype) - mean) / std
         inputs[row, -1, :frames] = 1
     return inputs
 
@@ -161,29 +204,60 @@ class SeriesData(Data):
 
     The splits follow each other in time. A window belongs to the split in which all its targets lie; what it looks
     back on may lie before, for that is known when the forecast is made. Means and deviations are the training span's.
+    The folds of a cross-validation are blocks of time (Bergmeir and Benitez 2012, "On the use of cross-validation for
+    time series predictor evaluation").
     """
+
+    in_time_order = True
 
     def learn(self, table: Table, settings: dict[str, Any], val_fraction: float, test_fraction: float) -> None:
         """Set the attributes of Data. settings: path, target, features, time, calendar, lookback, horizon."""
         amounts, rows = read_channels(table, settings), len(next(iter(table.values())))
-        lookback, horizon = settings["lookback"], settings["horizon"]
         ends = [round(rows * (1 - val_fraction - test_fraction)), round(rows * (1 - test_fraction)), rows]
-        if ends[0] < lookback + horizon:
+        if ends[0] < settings["lookback"] + settings["horizon"]:
             raise DataError(
                 f"{settings['path']}: the training span of {max(ends[0], 0)} of {rows} rows has no window of "
-                f"{lookback} + {horizon} rows; lower lookback and horizon, or val_fraction and test_fraction"
+                f"{settings['lookback']} + {settings['horizon']} rows; lower lookback and horizon, or val_fraction "
+                "and test_fraction"
             )
-        known = amounts[: ends[0]]
-        std = known.std(0, correction=0)
-        self.given = {**settings, "mean": known.mean(0).tolist(), "std": std.masked_fill(std == 0, 1.0).tolist()}
-        self.scale = learn_scale(amounts[:, :1], torch.arange(ends[0]), "standard", str(settings["path"]))
+        spans = zip(("train", "val", "test"), (0, *ends), ends, strict=False)
+        self.cut(table, amounts, settings, {part: torch.arange(first, end) for part, first, end in spans})
+
+    def cut(self, table: Table, amounts: Tensor, settings: dict[str, Any], rows: Mapping[str, Tensor]) -> None:
+        """Measure the training rows, and set the splits to their windows.
+
+        A window is of a split if all its targets are, and one to train on if all that it looks back on is too: in a
+        fold, no value that validates is seen in training.
+
+        Args:
+            table: all columns.
+            amounts: those to look back on, (rows, channels).
+            settings: see `learn`.
+            rows: the rows of each split.
+        """
+        self.rows = rows
+        self.refit = lambda others: self.cut(table, amounts, settings, others)
+        lookback, horizon = settings["lookback"], settings["horizon"]
+        mean, std = moments_of_channels(amounts[rows["train"]].T)
+        self.given = {**settings, "mean": mean, "std": std}
+        self.scale = learn_scale(amounts[:, :1], rows["train"], "standard", str(settings["path"]))
         channels = as_channels(table, amounts, self.given)
-        inputs = channels.unfold(0, lookback, 1).transpose(1, 2)[: rows - lookback - horizon + 1]  # views: no copies
+        windows = len(channels) - lookback - horizon + 1
+        inputs = channels.unfold(0, lookback, 1).transpose(1, 2)[:windows]  # views: no copies
         targets = channels[:, 0].contiguous().unfold(0, horizon, 1)[lookback:]
-        for part, first, end in zip(("train", "val", "test"), (0, *ends), ends, strict=False):
-            taken = slice(max(first - lookback, 0), end - lookback - horizon + 1)
-            if end > first and taken.stop > taken.start:
-                setattr(self, part, TensorSplit(inputs[taken], targets[taken]))
+        for part, taken in rows.items():
+            inside = torch.zeros(len(channels), dtype=torch.bool)
+            inside[taken] = True
+            chosen = inside.unfold(0, horizon, 1).all(1)[lookback:]
+            if part == "train":
+                chosen &= inside.unfold(0, lookback, 1).all(1)[:windows]
+            places = as_slice(chosen.nonzero()[:, 0])
+            setattr(self, part, TensorSplit(inputs[places], targets[places]) if chosen.any() else None)
+        if self.train is None:
+            raise DataError(
+                f"{settings['path']}: the {len(rows['train'])} rows of the training split have no window of "
+                f"{lookback} + {horizon} rows that follow each other; lower lookback and horizon, or take fewer folds"
+            )
         self.in_shape, self.out_shape, self.target = (lookback, channels.shape[1]), (horizon,), "value"
 
     def facts(self) -> dict[str, Any]:
@@ -200,6 +274,13 @@ class SeriesData(Data):
             raise DataError(f"{path} has {rows} rows; the model looks back on {lookback}")
         last = {label: cells[rows - lookback :] for label, cells in table.items()}
         return as_channels(last, read_channels(last, facts, rows - lookback), facts)[None]
+
+
+def as_slice(places: Tensor) -> Tensor | slice:
+    """Return places as a slice where they follow each other, so that indexing copies nothing."""
+    if len(places) and places[-1] - places[0] + 1 == len(places):
+        return slice(int(places[0]), int(places[-1]) + 1)
+    return places
 
 
 def read_channels(table: Table, settings: dict[str, Any], skipped: int = 0) -> Tensor:

@@ -10,7 +10,16 @@ from torch import Tensor
 
 from framework import Data, PositiveInt, Rate, TensorSplit, datasets
 from framework.errors import DataError, did_you_mean
-from framework_plugins.arrays import Scaling, Targets, as_targets, data_folder, learn_scale, split_rows
+from framework_plugins.arrays import (
+    Scaling,
+    Targets,
+    as_targets,
+    check_digits,
+    data_folder,
+    learn_scale,
+    scaled,
+    split_rows,
+)
 from framework_plugins.tables import (
     Categories,
     Cell,
@@ -50,15 +59,21 @@ class TableData(Data):
         name: str,
     ) -> None:
         """Set the attributes of Data, from all rows and the numbers of those that each split has."""
+        self.rows = rows
+        self.refit = lambda others: self.learn(table, targets, others, encoding, scaling, name)
+        self.strata = targets.tensor if targets.kind == "class" else None
         chosen = rows["train"].tolist()
         self.learnt = [
             learn_column(label, [cells[row] for row in chosen], encoding, name) for label, cells in table.items()
         ]
+        if not (encoding.normalize or encoding.quantile):
+            for label, cells in table.items():
+                check_column(label, [cells[row] for row in chosen], name)
         inputs, answers = encode(table, self.learnt), targets.tensor
         self.columns = widths(self.learnt) if encoding.categories == "index" else ()
         if targets.kind == "value":
             self.scale = learn_scale(answers, rows["train"], scaling, name)
-            answers = answers if self.scale is None else self.scale.there(answers)
+            answers = scaled(answers, self.scale)
         for part, taken in rows.items():
             setattr(self, part, TensorSplit(inputs[taken], answers[taken]))
         self.in_shape, self.out_shape = tuple(inputs.shape[1:]), targets.out_shape
@@ -322,6 +337,13 @@ class Flights(TableFile):
         table["weekday"] = each(lambda day: date(*map(int, day)).strftime("%a"), list(days))
         table["late"] = ["late" if float(delay) > 15 else "on time" for delay in table["arr_delay"]]
         return table
+
+
+def check_column(label: str, cells: Sequence[Cell], name: str) -> None:
+    """Raise DataError for a column of numbers that float32 cannot hold as they are."""
+    if not is_text(cells):
+        numbers = torch.tensor([cell for cell in cells if cell == cell], dtype=torch.float64)
+        check_digits(numbers[:, None], f"{name}: the numbers of column {label!r}", "normalize=true")
 
 
 def feature_columns(table: Table, labels: Sequence[str], categorical: Sequence[str], path: Path) -> Table:

@@ -45,6 +45,14 @@ class TextData(Data):
         bucket: int,
     ) -> None:
         """Set the attributes of Data; `rows` says which texts each split has."""
+        self.rows = {part: torch.tensor(taken, dtype=torch.int64) for part, taken in rows.items()}
+        self.strata = torch.tensor(labels)
+
+        def refit(others: Mapping[str, Tensor]) -> None:
+            chosen = {part: taken.tolist() for part, taken in others.items()}
+            self.learn(texts, labels, classes, chosen, tokenizer, max_length, bucket)
+
+        self.refit = refit
         self.tokenizer, self.name, self.max_length = tokenizer(), tokenizer.entry.name, max_length  # type: ignore[attr-defined]
         self.tokenizer.fit(texts[row] for row in rows["train"])
         for part, taken in rows.items():

@@ -6,6 +6,7 @@ Without a single target a value is nan.
 """
 
 import math
+from fractions import Fraction
 from typing import ClassVar, Literal
 
 import torch
@@ -198,11 +199,13 @@ class Matthews(Counts):
     targets: ClassVar[Targets] = ("class",)
 
     def compute(self, sums: Tensor) -> float:
-        right, predicted, true = sums
-        n = true.sum()
-        spread = (n**2 - (predicted**2).sum()) * (n**2 - (true**2).sum())
-        covariance = n * right.sum() - (predicted * true).sum()
-        return float(covariance / spread.sqrt()) if spread else ratio(0.0, n)
+        right, predicted, true = sums.long().tolist()  # exact: squares of large counts differ by little
+        number = sum(true)
+        covariance = number * sum(right) - sum(p * t for p, t in zip(predicted, true, strict=True))
+        of_predicted = number**2 - sum(count**2 for count in predicted)
+        of_true = number**2 - sum(count**2 for count in true)
+        spread = of_predicted * of_true
+        return covariance / math.sqrt(spread) if spread else ratio(0.0, number)
 
 
 @metrics.register("perplexity")
@@ -270,22 +273,83 @@ class R2(Metric):
     """1 - squared error / variance of the targets, a mean over the values; 1 is perfect, 0 is their mean.
 
     A value whose targets are all equal scores 1 when it is met exactly, else 0. Fewer than two samples give nan.
+    The variance is exact however far the targets are from 0: the sums are of parts of targets (see `exact_parts`).
     """
 
     name = "r2"
     targets: ClassVar[Targets] = ("value",)
 
     def sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return for each value the squared error, the number, and the sums of PARTS and of PAIRS, (16, values)."""
         error, targets = residuals(outputs, targets)
         number = torch.full_like(error[0], len(error))
-        return torch.stack([error.square().sum(0), targets.sum(0), targets.square().sum(0), number])
+        parts = exact_parts(targets)
+        products = [parts[first] * parts[second] for first, second in PAIRS]
+        totals = torch.stack([error.square(), *parts, *products]).sum(1)
+        return torch.cat([totals[:1], number.unsqueeze(0), totals[1:]])
 
     def compute(self, sums: Tensor) -> float:
-        squared_error, total, squares, number = sums
-        if number[0] < 2:
+        if len(sums) != 2 + PARTS + len(PAIRS):  # of an older version, from a checkpoint
             return math.nan
-        variation = squares - total.square() / number
-        rounding = 1e-12 * squares  # what is left of equal targets by the subtraction
-        scores = 1 - squared_error / variation
-        flat = torch.where(squared_error <= rounding, 1.0, 0.0)
-        return mean_of(torch.where(variation <= rounding, flat.to(scores), scores))
+        if sums[1, 0] < 2:
+            return math.nan
+        scores = [r2_of_one(column) for column in sums.T.tolist()]
+        return sum(scores) / len(scores) if scores else math.nan
+
+
+@metrics.register("r2_log")
+class R2OfLogarithms(R2):
+    """R² of the logarithms of outputs and targets, for amounts above 0 whose errors are shares of them."""
+
+    name = "r2_log"
+
+    def sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        smallest = torch.finfo(torch.float32).tiny  # what is predicted below 0 has no logarithm, and is as wrong
+        outputs, targets = wide(outputs), wide(targets)
+        return super().sums(outputs.clamp_min(smallest).log(), targets.clamp_min(smallest).log())
+
+
+PART_BITS = 13  # the product of two parts has 26 bits, so that float64 sums of 2^27 products of like size are exact
+PARTS = 4  # 4 x 13 bits, and a sign, hold the 53 bits of a float64
+EXACT_NUMBER = 2**27
+ROUNDING = 2.0**-50  # of the sums of more products than that, as a share of the sum of squares
+PAIRS = [(first, second) for first in range(PARTS) for second in range(first, PARTS)]
+
+
+def exact_parts(numbers: Tensor) -> list[Tensor]:
+    """Return parts that add up to the numbers, each a multiple of a power of 2 with at most 13 bits.
+
+    Numbers of like size are cut at the same places: sums of the parts, and of their products, are then exact in
+    float64, where a sum of squares would lose the digits that the variance is made of. (The splitting of Dekker 1971,
+    "A floating-point technique for extending the available precision", at fixed places.)
+    """
+    if numbers.dtype != torch.float64:  # mps
+        nothing = torch.zeros_like(numbers)
+        return [numbers, *[nothing] * (PARTS - 1)]
+    exponent = numbers.view(torch.int64) & 0x7FF0000000000000
+    power = exponent.view(torch.float64).clamp_min(2.0**-900)  # the largest power of 2 that is not above the number
+    parts = []
+    rest = numbers
+    for number in range(1, PARTS):
+        unit = power * 2.0 ** (1 - number * PART_BITS)
+        part = (rest / unit).round() * unit
+        rest = rest - part
+        parts.append(part)
+    return [*parts, rest]
+
+
+def r2_of_one(sums: list[float]) -> float:
+    """Return R² of one value, from its column of `R2.sums`, by exact arithmetic."""
+    squared_error, number, *rest = sums
+    if not all(map(math.isfinite, sums)):
+        return -math.inf if squared_error == math.inf else math.nan
+    total = sum(Fraction(part) for part in rest[:PARTS])
+    squares = Fraction(0)
+    for (first, second), product in zip(PAIRS, rest[PARTS:], strict=True):
+        squares += Fraction(product) * (1 if first == second else 2)
+    variation = squares - total**2 / Fraction(number)
+    rounding = 0.0 if number <= EXACT_NUMBER else ROUNDING
+    if variation <= Fraction(rounding) * squares:
+        return 1.0 if squared_error == 0 else 0.0
+    share = Fraction(squared_error) / variation
+    return 1 - float(share) if share < 1e300 else -math.inf

@@ -128,13 +128,32 @@ def as_column(cells: Sequence[Cell], label: str, path: Path, text: bool | None =
     """
     if text:
         return each(as_text, cells)
-    numbers = each(as_number, cells)
-    if None not in numbers:
+    known = {cell: as_number(cell) for cell in set(cells)}
+    numbers: list[Cell] = [known[cell] for cell in cells]
+    if None not in known.values():
+        check_integers(known, label, path)
         return numbers
     if text is None and numbers.count(None) > len(numbers) / 2:
         return each(as_text, cells)
     row = numbers.index(None)
     raise DataError(f"{path}, row {row + 1}, column {label!r}: {cells[row]!r} is no number; correct it{way_out}")
+
+
+def check_integers(known: Mapping[Cell, float | None], label: str, path: Path) -> None:
+    """Raise DataError for different integers beyond 2^53 that are the same float64. known: what cells were read as."""
+    read: dict[float, int] = {}
+    for cell, number in known.items():
+        if number is None or not abs(number) > 2**53 or isinstance(cell, float):
+            continue
+        try:
+            integer = int(str(cell))
+        except ValueError:  # such as 1e20
+            continue
+        if read.setdefault(number, integer) != integer:
+            raise DataError(
+                f"{path}, column {label!r}: float64 does not tell {read[number]} and {integer} apart; subtract an "
+                f"offset, or leave the column out: ignore=[{label}]"
+            )
 
 
 def each(read: Callable[[Cell], Cell], cells: Sequence[Cell]) -> list[Cell]:
@@ -206,7 +225,10 @@ def learn_numbers(label: str, cells: Sequence[Cell], encoding: Encoding, name: s
     known = values[~values.isnan()]
     if not len(known):
         raise nothing_in(label, name)
-    mean, std = known.mean().item(), known.std(correction=0).item() or 1.0  # of a constant, 0 / 1
+    mean, std = known.mean().item(), known.std(correction=0).item()
+    low, high = known.aminmax()
+    if low == high:  # what is left of a rounded mean is no deviation
+        mean, std = low.item(), 1.0
     if encoding.quantile:
         knots = quantiles(known, min(KNOTS, len(known))).tolist()
         return {"name": label, "fill": mean, "knots": knots}

@@ -1,11 +1,10 @@
-"""Models for tables with columns of numbers and of categories, and a measure and a picture of amounts.
+"""Models for tables with columns of numbers and of categories.
 
 `columns` says of each input what it is: 0 for a number, n for the index of one of n categories, of which 0 is what
 training never saw (see `Data.columns`). Without it, all inputs are numbers.
 """
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 from framework import (
     Activation,
     Dropout,
-    Metric,
     NonNegativeInt,
     Norm,
     PositiveFloat,
@@ -22,7 +20,6 @@ from framework import (
     Shape,
     blocks,
     heads,
-    metrics,
     models,
 )
 from framework.errors import BuildError
@@ -191,57 +188,3 @@ def ft_transformer(
 def class_head():
     """Return the head that reads the class token."""
     return heads.maker("class", pool="first")
-
-
-@metrics.register("r2_log")
-class R2OfLogarithms(Metric):
-    """R² of the logarithms of outputs and targets, for amounts above 0 whose errors are shares of them."""
-
-    name = "r2_log"
-    targets: ClassVar[tuple[str, ...]] = ("value",)
-
-    def __init__(self) -> None:
-        self.r2 = metrics.build("r2")
-
-    def sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        smallest = torch.finfo(torch.float32).tiny  # what is predicted below 0 has no logarithm, and is as wrong
-        return self.r2.sums(outputs.clamp_min(smallest).log(), targets.clamp_min(smallest).log())
-
-    def compute(self, sums: Tensor) -> float:
-        return self.r2.compute(sums)
-
-
-@metrics.register("auroc", aliases=["auc"])
-class AreaUnderCurve(Metric):
-    """The chance that a sample of a class gets a higher probability of it than another does; a mean over classes.
-
-    The area under the receiver operating characteristic (Hanley and McNeil 1982). Probabilities are counted in bins,
-    so that sums add over batches; two in the same bin count as equal.
-    """
-
-    name = "auroc"
-    targets: ClassVar[tuple[str, ...]] = ("class",)
-
-    def __init__(self, bins: PositiveInt = 4096):
-        """Say how finely.
-
-        Args:
-            bins: of the probability, each of the same width.
-        """
-        self.bins = bins
-
-    def sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        rows, classes = outputs.movedim(1, -1).flatten(0, -2).float().softmax(1), outputs.shape[1]
-        of_class = targets.reshape(-1, 1) == torch.arange(classes, device=outputs.device)
-        bins = (rows * self.bins).long().clamp(0, self.bins - 1)
-        cell = bins + self.bins * (torch.arange(classes, device=outputs.device) + classes * of_class)
-        counted = (targets.reshape(-1, 1) >= 0).expand_as(cell).float()
-        counts = torch.zeros(2 * classes * self.bins, device=outputs.device)
-        return counts.scatter_add(0, cell.flatten(), counted.flatten()).reshape(2, classes, self.bins)
-
-    def compute(self, sums: Tensor) -> float:
-        others, own = sums
-        below = others.cumsum(1) - others / 2  # of those in the same bin, half
-        pairs = own.sum(1) * others.sum(1)
-        scores = (own * below).sum(1)[pairs > 0] / pairs[pairs > 0]
-        return float(scores.mean()) if len(scores) else float("nan")

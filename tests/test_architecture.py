@@ -69,7 +69,8 @@ FLOORS = {
 }
 LIGHT = {"tuning.settings", "tuning.hydra_parts"}  # what every command line imports of the package `tuning`
 FLOOR = {module: number for number, modules in enumerate(FLOORS.values()) for module in modules}
-SIBLINGS = {  # plugin files that may import others: what several kinds of data set need
+SIBLINGS = {  # plugin files that may import others: what several kinds of data set, or metrics, need
+    "auroc": {"metrics"},
     "data_arrays": {"arrays"},
     "data_audio": {"arrays", "data_images"},
     "data_builtin": {"arrays"},

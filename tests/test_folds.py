@@ -1,14 +1,19 @@
 """Cross-validation and repetition: every sample validates once, the same for all who ask."""
 
+import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from sklearn.model_selection import StratifiedKFold
 
 import framework as fw
+from framework.compose import CommandLine, run as compose
 from framework.errors import DataError
+from framework.experiment import train
 from framework.folds import fold_of, take_fold
+from framework.trained import open_run
 
 
 def folds(count, **settings):
@@ -23,12 +28,12 @@ def rows(split):
 
 
 def test_every_sample_validates_once():
-    whole = fw.datasets.build("digits")
+    whole = fw.datasets.build("digits", normalize=False)
     everything = rows(whole.train) | rows(whole.val)
-    seen = [rows(data.val) for data in folds(4)]
+    seen = [rows(data.val) for data in folds(4, normalize=False)]
     assert sum(map(len, seen)) == len(everything)
     assert set.union(*seen) == everything
-    for data in folds(4):
+    for data in folds(4, normalize=False):
         assert not rows(data.train) & rows(data.val)
         assert rows(data.train) | rows(data.val) == everything
         assert rows(data.test) == rows(whole.test)
@@ -44,6 +49,129 @@ def test_classes_are_spread_as_evenly_as_those_of_scikit_learn():
         assert sorted([*inside.tolist(), *outside.tolist()]) == list(range(100))
         counts = torch.bincount(strata[inside], minlength=3)
         assert (counts - torch.tensor(spread)).abs().max() <= 2
+
+
+def test_folds_of_classes_are_the_same_as_of_the_samples_as_they_are():
+    refitted, as_they_are = (fw.datasets.build("digits", normalize=False) for _ in range(2))
+    take_fold(refitted, "2/3")
+    take_fold(as_they_are, "2/3", refit=False)
+    for name in ("train", "val"):
+        pairs = zip(getattr(refitted, name).tensors, getattr(as_they_are, name).tensors, strict=True)
+        assert all(torch.equal(*pair) for pair in pairs)
+
+
+def outliers():
+    """60 rows of which five are far away, so that a deviation depends on where they are."""
+    numbers = np.random.default_rng(0).normal(size=60)
+    numbers[::12] *= 100
+    return numbers
+
+
+def npz(folder):
+    np.savez(folder / "d.npz", x=outliers()[:, None], y=np.arange(60) % 2)
+    return fw.datasets.build("npz", path=folder / "d.npz")
+
+
+def table(folder):
+    lines = ["x,y", *(f"{x},{y}" for x, y in zip(outliers(), 5 + outliers()[::-1], strict=True))]
+    (folder / "d.csv").write_text("\n".join(lines))
+    return fw.datasets.build("table", path=folder / "d.csv", target="y")
+
+
+def ts_files(folder):
+    cases = [f"{x},{x}:{'ab'[row % 2]}" for row, x in enumerate(outliers())]
+    (folder / "d.ts").write_text("\n".join(["@classLabel true a b", "@data", *cases]))
+    return fw.datasets.build("ts_files", path=folder / "d.ts")
+
+
+@pytest.mark.parametrize("build", [npz, table, ts_files], ids=lambda build: build.__name__)
+def test_a_fold_is_normalised_by_its_own_training_rows(build, tmp_path):
+    spreads = []
+    for number in (1, 2, 3):
+        data, as_it_was = build(tmp_path), build(tmp_path)
+        take_fold(data, f"{number}/3")
+        take_fold(as_it_was, f"{number}/3", refit=False)
+        inputs, targets = (tensor.flatten(1) if tensor.ndim > 1 else tensor for tensor in data.train.tensors)
+        for values in [inputs[:, 0], targets[:, 0]] if data.target == "value" else [inputs[:, 0]]:
+            assert values.mean().item() == pytest.approx(0, abs=1e-6)
+            assert values.std(correction=0).item() == pytest.approx(1, abs=1e-6)
+        spreads.append(as_it_was.train.tensors[0].flatten(1)[:, 0].std(correction=0).item())
+    assert max(abs(spread - 1) for spread in spreads) > 0.1  # of the original training split, which also validates
+
+
+def test_the_vocabulary_of_a_fold_is_that_of_its_own_training_texts(tmp_path):
+    lines = ["text,label", *(f"word{row} word{row} common,{'ab'[row % 2]}" for row in range(30))]
+    (tmp_path / "d.csv").write_text("\n".join(lines))
+    seen = []
+    for number in (1, 2, 3):
+        data = fw.datasets.build("text_table", path=tmp_path / "d.csv", val_fraction=0.2, test_fraction=0.2)
+        take_fold(data, f"{number}/3")
+        known = set(data.tokenizer.state()["tokens"])
+        texts = {part: {word for text in data.texts[part] for word in text.split()} for part in ("train", "val")}
+        assert texts["train"] <= known
+        assert not (texts["val"] - {"common"}) & known
+        seen += data.texts["val"]
+        assert len(data.val) == len(data.texts["val"]) == 8
+    assert len(set(seen)) == 24
+
+
+def test_folds_of_a_series_are_blocks_of_time_that_training_does_not_see(tmp_path):
+    lines = ["v", *map(str, range(100))]
+    (tmp_path / "d.csv").write_text("\n".join(lines))
+    for number in (1, 2, 4):
+        data = fw.datasets.build("series", path=tmp_path / "d.csv", target="v", lookback=5, horizon=2)
+        take_fold(data, f"{number}/4")
+        rows = {part: set() for part in ("train", "val", "test")}
+        for part, found in rows.items():
+            inputs, targets = (data.scale.back(tensor).round().int() for tensor in getattr(data, part).tensors)
+            found |= set(targets.flatten().tolist())
+            found |= set(inputs.flatten().tolist()) if part == "train" else set()
+        block = range(round(85 * (number - 1) / 4 + 0.49), round(85 * number / 4 + 0.49))
+        assert rows["val"] == set(block) - (set(range(5)) if number == 1 else set())
+        assert not rows["train"] & set(block)
+        assert min(rows["test"]) == 85
+        measured = torch.tensor([float(row) for row in range(85) if row not in block])
+        assert data.scale.mean == pytest.approx(measured.mean().item())
+        assert data.scale.std == pytest.approx(measured.std(correction=0).item())
+
+
+def test_a_fold_too_short_for_a_window_is_refused():
+    data = fw.datasets.build("seasonal", weeks=3, lookback=96, horizon=48)
+    with pytest.raises(DataError, match="fold=1/20: the 42 rows of the fold are too few"):
+        take_fold(data, "1/20")
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_run_of_a_fold_is_measured_by_the_statistics_of_the_fold(tmp_path):
+    table(tmp_path)
+    settings = ["data=table", f"data.path={tmp_path / 'd.csv'}", "data.target=y", "task=regression", "metrics=[r2]"]
+    settings += ["fold=2/3", "trainer.max_epochs=2", "trainer.device=cpu", "loggers=[]", "model.depth=1"]
+    results = []
+    line = CommandLine([*settings, f"run.root={tmp_path / 'runs'}"])
+    compose(line, lambda job: results.append(train(job.spec, job.experiment, job.overrides)))
+    metrics, folder = results[0].metrics, results[0].folder
+    run = open_run(folder)
+    assert run.evaluate("test") == {name: value for name, value in metrics.items() if name.startswith("test/")}
+
+    data = fw.datasets.build("table", path=tmp_path / "d.csv", target="y")
+    old = {"columns": data.facts()["columns"], "scale": list(data.scale)}
+    take_fold(data, "2/3")
+    facts = json.loads((folder / "facts.json").read_text())
+    assert facts["fold"] == "2/3"
+    assert facts["scale"] == list(data.scale)
+    assert facts["data"]["columns"] == data.facts()["columns"]
+    inputs = run.read_inputs(tmp_path / "d.csv")
+    assert all((row == inputs).all(1).any() for row in data.val.tensors[0])
+
+    facts["data"]["columns"][0]["mean"] += 1
+    (folder / "facts.json").write_text(json.dumps(facts))
+    with pytest.warns(UserWarning, match="has changed since it was trained"):
+        open_run(folder).evaluate("test")
+
+    del facts["fold"]  # a run of an older version: the whole training split had been measured
+    facts |= {"scale": old["scale"], "data": facts["data"] | {"columns": old["columns"]}}
+    (folder / "facts.json").write_text(json.dumps(facts))
+    assert open_run(folder).evaluate("test")["test/loss"] != metrics["test/loss"]
 
 
 class Samples(torch.utils.data.Dataset):
@@ -62,7 +190,8 @@ def test_samples_that_are_read_one_by_one_are_cut_too():
     for number in (1, 2, 3):
         data = fw.Data()
         data.train, data.val = Samples(range(7)), Samples(range(7, 10))
-        take_fold(data, f"{number}/3")
+        with pytest.warns(UserWarning, match=f"fold={number}/3: Data has no `refit`: what it measured"):
+            take_fold(data, f"{number}/3")
         seen += [float(data.val[i][0]) for i in range(len(data.val))]
         assert len(data.val) + len(data.train) == 10
     assert sorted(seen) == list(range(10))

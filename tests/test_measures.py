@@ -81,6 +81,18 @@ def test_saved_sums_of_other_metrics_are_left():
     assert other.read()["accuracy"] == accuracy_score(TARGETS[60:80], LOGITS[60:80].argmax(1))
 
 
+def test_saved_sums_of_an_older_version_of_a_metric_are_left_out():
+    saved, other = (Measures([fw.metrics.build("r2")], CPU) for _ in range(2))
+    values = torch.randn(50, 1, generator=torch.Generator().manual_seed(0))
+    saved.add(torch.tensor(0.0), values, values, 50)
+    state = saved.state_dict()
+    state["sums"], state["held"] = [torch.ones(4, 1)], {"losses": (), "counts": (), "sizes": ()}
+    other.load_state_dict(state)
+    other.add(torch.tensor(0.0), values, values, 50)
+    with pytest.warns(UserWarning, match="r2: the checkpoint has sums of another version"):
+        assert other.read()["r2"] == 1
+
+
 def test_nothing_is_kept_of_the_graph():
     measured = Measures([], CPU)
     weight = torch.ones(1, requires_grad=True)

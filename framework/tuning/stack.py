@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..data import Batch
 from ..device import Precision
-from ..metric import Held, Measures, Metric
+from ..metric import Held, Measures, Metric, added
 from ..task import Step, Task
 from .differences import Key, Together, changed, described, differences, holder, of_loss
 from .rows import NotStackable, Rows, slots
@@ -245,7 +245,9 @@ class RowMeasures(Measures):
         self.all.sum_up()
         self.loss += self.all.loss[self.row]
         mine = [each[self.row].clone() for each in self.all.sums]
-        self.sums = [a + b for a, b in zip(self.sums, mine, strict=True)] if self.sums else mine
+        if mine:
+            before: list[Tensor | None] = [*self.sums] or [None] * len(mine)
+            self.sums = [added(*each) for each in zip(self.metrics, before, mine, strict=True)]
         for name, total in self.all.values.items():
             self.values[name] = self.values[name] + total[self.row] if name in self.values else total[self.row].clone()
         for each in (self.all.loss, *self.all.sums, *self.all.values.values()):
