@@ -1,5 +1,6 @@
 """Going on: with a run that was cut off (exactly), or from what another has learned (`init_from`)."""
 
+import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -124,7 +125,8 @@ def altered(tree: Mapping[str, Any], typed: Sequence[str]) -> dict[str, Any]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    changed, parser = json.loads(json.dumps(tree)), OverridesParser.create()
+    changed = copy.deepcopy(dict(tree))  # not through JSON, in which the keys of all dicts are texts
+    parser = OverridesParser.create()
     for text in typed:
         try:
             override = parser.parse_override(text)
@@ -158,8 +160,13 @@ def keeps_bits(path: str) -> bool:
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return (path, "optimizer.lr=0.1 (was 0.001)") for every setting that differs."""
     before, after = dict(leaves(old)), dict(leaves(new))
-    changed = [path for path in {**before, **after} if before.get(path) != after.get(path)]
+    changed = [path for path in {**before, **after} if not same(before.get(path), after.get(path))]
     return [(path, f"{path}={after.get(path)} (was {before.get(path)})") for path in changed]
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two settings are equal. NaN equals NaN, also in lists; JSON writes both alike."""
+    return one == other or json.dumps(one, default=str) == json.dumps(other, default=str)
 
 
 def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -11,7 +11,16 @@ from .errors import ConfigError, FrameworkError, SettingError, did_you_mean
 from .optimizer import Parameters
 from .registry import Entry, Kind, Maker, Registry, with_article
 from .run import RunFolder
-from .schema import Setting, read_settings
+from .schema import (
+    NotPlain,
+    Setting,
+    is_old_text,
+    means_default,
+    names_parts,
+    parameters_of,
+    plain_value,
+    read_settings,
+)
 from .trainer import Trainer
 from .tuning.settings import Sweep
 
@@ -149,11 +158,16 @@ class Reader:
         for key, setting in settings.items():
             where = f"{path}.{key}"
             if setting.part is not None:
-                found[key] = self.nested(where, setting, given.get(key, follow(setting.part)))
-            elif key in given and given[key] != "???":
+                fallback = follow(setting.part)
+                if isinstance(owner, Entry) and path == owner.kind.key == setting.part:
+                    fallback = setting.default  # to follow the choice of its own kind would be to follow itself
+                part = self.nested(where, setting, given.get(key, fallback))
+                if part is not OWN_DEFAULT:
+                    found[key] = part
+            elif key in given and given[key] != "???" and not means_default(given[key], setting):
                 found[key] = self.value(setting, given[key], where)
             elif not setting.required and isinstance(owner, str):
-                found[key] = setting.default  # a section is taken apart by its settings; a maker knows its defaults
+                found[key] = setting.initial()  # a section is taken apart by its settings; a maker knows its defaults
             elif setting.required:
                 name = owner if isinstance(owner, str) else owner.name
                 self.problems.append(f"{name} needs {where}: give it with {where}=... ({setting.type_text})")
@@ -167,6 +181,8 @@ class Reader:
         if setting.many:
             if value == follow(setting.part):
                 value = setting.default
+            if value is setting.default and not names_parts(value):
+                return OWN_DEFAULT
             if not isinstance(value, list | tuple):
                 self.problem(path, value, f"should be a {setting.type_text}")
                 return []
@@ -176,7 +192,13 @@ class Reader:
             if chosen is None and setting.required:
                 self.problem(path, None, f"needs a {setting.part}: choose one with {path}=NAME or {setting.part}=NAME")
                 return None
-            return self.part(registry.kind, path if chosen is None else registry.kind.key, chosen or setting.default)
+            if chosen is None:
+                if not names_parts(setting.default):
+                    return OWN_DEFAULT
+                return self.part(registry.kind, path, setting.default)
+            return self.part(registry.kind, registry.kind.key, chosen or setting.default)
+        if value is setting.default and not names_parts(value):
+            return OWN_DEFAULT
         default = setting.default if isinstance(setting.default, str) else None
         value = None if value == {"name": None} else value  # what a sweep over null and names gives
         if isinstance(value, Mapping) and "name" not in value:
@@ -186,6 +208,9 @@ class Reader:
         return self.part(registry.kind, path, value, default)
 
     def value(self, setting: Setting, value: Any, path: str) -> Any:
+        if is_old_text(value, setting):
+            self.problem(path, value, OLD_TEXT)
+            return setting.default
         try:
             return setting.convert(value)
         except SettingError as error:
@@ -243,6 +268,10 @@ class Reader:
             return self.problem(path, value, TARGET)
         name = owner if isinstance(owner, str) else owner.name
         others = []
+        if isinstance(owner, Entry) and key in parameters_of(owner.part):
+            given = key in owner.kind.given
+            by = "is given by the framework" if given else "has a type that no config can hold"
+            return self.problem(path, value, f"the parameter {key} of {name} {by}, so it is no setting")
         if isinstance(owner, Entry):
             others = [e.name for e in Registry.every[owner.kind.name] if key in e.settings]
         others += [section for section in SECTIONS if section != name and key in section_settings(section)]
@@ -263,11 +292,13 @@ class Reader:
         for kind_name, made in spec.parts.items():
             key = Registry.every[kind_name].kind.key
             if isinstance(made, list):
-                tree[key] = {maker.entry.name: plain_settings(maker) for maker in made}
+                tree[key] = {}
+                for maker in made:
+                    tree[key][maker.entry.name] = plain_settings(maker.settings, maker.entry.settings)
             else:
                 tree[key] = plain(made)
         for name, settings in [pair for pair in spec.sections.items() if pair[0] not in AROUND]:
-            tree[name] = {key: plain(settings.get(key, s.default)) for key, s in section_settings(name).items()}
+            tree[name] = plain_settings(settings, section_settings(name))
         if spec.fold is not None:
             tree["fold"] = spec.fold
         return tree | {"seed": spec.seed, "plugins": spec.plugins, "init_from": spec.init_from}
@@ -292,19 +323,39 @@ def follow(kind: str) -> str:
     return f"${{{Registry.every[kind].kind.key}}}"
 
 
+OWN_DEFAULT: Any = object()  # in the place of a part that a signature has as an object, not by its name
+OLD_TEXT = (
+    "is what an earlier version wrote for a default that no config can hold, so whether the part had the default "
+    "or this text is not known: take the line out to use the default"
+)
+
+
 def plain(value: Any) -> Any:
-    """Return makers, tuples and paths as plain values, with every default of a part written out."""
+    """Return makers, tuples, paths and members of enumerations as a config holds them.
+
+    Raises SettingError for an object that no config can hold.
+    """
     if isinstance(value, Maker):
-        return {"name": value.entry.name} | plain_settings(value)
+        return {"name": value.entry.name} | plain_settings(value.settings, value.entry.settings)
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
-    return value if isinstance(value, int | float | str | None) else str(value)
+    try:
+        return plain_value(value)
+    except NotPlain:
+        raise SettingError(f"{shorten(value)} cannot be written into a config") from None
 
 
-def plain_settings(maker: Maker) -> dict[str, Any]:
-    return {key: plain(maker.settings.get(key, setting.default)) for key, setting in maker.entry.settings.items()}
+def plain_settings(given: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """Return what was given and the defaults that a config can hold, in plain values."""
+    found = {}
+    for key, setting in settings.items():
+        if key in given:
+            found[key] = plain(given[key])
+        elif setting.in_config:
+            found[key] = plain(setting.default)
+    return found
 
 
 SHORT = Repr()  # writes a few items of a collection, so that none can fill the memory
