@@ -105,9 +105,8 @@ class Entry:
     def doc(self) -> str:
         part = unwrapped(self.part)
         doc = part.__doc__ or ""  # its own: not what a base class says of itself
-        if is_dataclass(part) and doc.startswith(f"{part.__name__}("):
-            return ""  # made by Python of the signature
-        return inspect.cleandoc(doc)
+        made_by_python = is_dataclass(part) and doc.startswith(f"{getattr(part, '__name__', '')}(")
+        return "" if made_by_python else inspect.cleandoc(doc)
 
     @property
     def summary(self) -> str:
