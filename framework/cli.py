@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from .arguments import CHECKPOINT, JSON, RUN, TRACEBACK, Parser, command_line, composing, importing_torch, swept
 from .errors import ConfigError, FrameworkError, did_you_mean
+from .exits import no_exit
 from .help import BOARD, CHECK, EVAL, FIND, HELP, LIST, PLAN, PREDICT, RESUME, SHOW, TRAIN
 
 STARTED = time.monotonic()
@@ -26,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     arguments = list(sys.argv[1:] if argv is None else argv)
     arguments.sort(key=lambda argument: argument == TRACEBACK)  # it may stand anywhere, also before the verb
     try:
-        status = run(arguments)
+        with no_exit():
+            status = run(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 from .errors import FrameworkError, PluginError
+from .exits import describe_exit
 from .registry import Registry
 
 GROUP = "framework.plugins"
@@ -139,7 +140,9 @@ def loading(what: str, reached_by: str) -> Iterator[None]:
     """Raise PluginError when something does not load, and leave no part of it behind."""
     try:
         yield
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # also a SystemExit: a plugin must not end the program
         for registry in Registry.every.values():
             registry.forget_unloaded()
         raise failure(what, reached_by, error) from error
@@ -153,14 +156,16 @@ def shorter(path: str | Path) -> str:
         return str(path)
 
 
-def failure(what: str, reached_by: str, error: Exception) -> PluginError:
+def failure(what: str, reached_by: str, error: BaseException) -> PluginError:
     if isinstance(error, FrameworkError):
         return PluginError(f"plugin {what} cannot be loaded: {error}")
+    if isinstance(error, SystemExit):
+        return PluginError(f"plugin {what} (reached by {reached_by}) cannot be loaded: {describe_exit(error)}")
     reason = f"{type(error).__name__}: {error}{innermost_line(error)}"
     return PluginError(f"plugin {what} (reached by {reached_by}) cannot be loaded: {reason}")
 
 
-def innermost_line(error: Exception) -> str:
+def innermost_line(error: BaseException) -> str:
     """Return " at file:line" of the plugin's own code where the error arose, rather than of a library that it calls."""
     if isinstance(error, SyntaxError):
         return f" at {error.filename}:{error.lineno}"

@@ -20,7 +20,17 @@ from functools import cached_property
 from linecache import getlines
 from typing import Any, ClassVar, TypeVar, overload
 
-from .errors import BuildError, ContractError, DuplicateName, FrameworkError, SettingError, UnknownName, did_you_mean
+from .errors import (
+    BuildError,
+    ContractError,
+    DuplicateName,
+    FrameworkError,
+    PartExit,
+    SettingError,
+    UnknownName,
+    did_you_mean,
+)
+from .exits import no_exit
 from .schema import (
     REQUIRED,
     Names,
@@ -160,7 +170,10 @@ class Entry:
         arguments |= {name: given[name] for name in self.asks_for if name in given}
         positional, named = call_arguments(self.part, arguments)
         try:
-            built = self.part(*positional, **named)
+            with no_exit():
+                built = self.part(*positional, **named)
+        except PartExit as error:
+            raise BuildError(f"{self} ({self.registered}) cannot be built: {error}") from error
         except FrameworkError:
             raise
         except Exception as error:
