@@ -25,6 +25,8 @@ SAME_BITS = (  # what may differ in a resumed run without a bit of its weights b
     *("trainer.max_epochs", "trainer.max_steps", "trainer.log_every", "trainer.validate_every", "trainer.profile"),
 )
 
+NOT_OF_A_RESUMED_RUN = ("run", "init_from", "resume", "plugins", "sweep", "hydra")
+
 
 @dataclass
 class Resumed:
@@ -136,6 +138,8 @@ def altered(tree: Mapping[str, Any], typed: Sequence[str]) -> dict[str, Any]:
             raise ConfigError([f"{text}: cannot be read as KEY=VALUE"]) from error
         if override.is_sweep_override():
             raise ConfigError([f"{text}: a run goes on with one value; a sweep is for new ones"])
+        if (parents or [key])[0] in NOT_OF_A_RESUMED_RUN:
+            raise ConfigError([f"{text}: has no effect on a run that goes on: it keeps its folder and weights"])
         place = changed
         for parent in parents:
             place = place.setdefault(parent, {})

@@ -1,8 +1,10 @@
 """From a composed tree of plain values to a checked specification: one pass that finds every problem at once."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from reprlib import Repr
 from typing import Any
 
@@ -16,10 +18,12 @@ from .schema import (
     Setting,
     is_old_text,
     means_default,
+    members,
     names_parts,
     parameters_of,
     plain_value,
     read_settings,
+    strip,
 )
 from .trainer import Trainer
 from .tuning.settings import Sweep
@@ -70,21 +74,28 @@ class Spec:
     tree: dict[str, Any] = field(default_factory=dict)
 
 
-def read_spec(tree: Mapping[str, Any], source: Callable[[str], str] = lambda path: "") -> Spec:
+def read_spec(
+    tree: Mapping[str, Any],
+    source: Callable[[str], str] = lambda path: "",
+    typed: Mapping[str, str] | None = None,
+) -> Spec:
     """Check a composed tree and return the specification. Raises ConfigError with all problems.
 
     source: says where the value at a path such as "optimizer.lr" was written, for the messages.
+    typed: the overrides of the command line by path, such as "optimizer.lr=1e-3".
     """
-    return Reader(tree, source).read()
+    return Reader(tree, source, typed or {}).read()
 
 
 class Reader:
     """Walks a tree once, gathering problems and the kinds that its parts ask for."""
 
-    def __init__(self, tree: Mapping[str, Any], source: Callable[[str], str]):
+    def __init__(self, tree: Mapping[str, Any], source: Callable[[str], str], typed: Mapping[str, str] | None = None):
         self.tree, self.source = tree, source
+        self.typed = typed or {}
         self.problems: list[str] = []
-        self.asked: set[str] = set()
+        self.asked: dict[str, list[str]] = {}  # by kind: where parts have a choice of their own
+        self.followed: set[str] = set()  # kinds of which the experiment's choice is used
 
     def read(self) -> Spec:
         spec = Spec()
@@ -176,7 +187,7 @@ class Reader:
     def nested(self, path: str, setting: Setting, value: Any) -> Any:
         """Return the part that a setting names; without a choice there it is the experiment's, else the default."""
         assert setting.part is not None
-        self.asked.add(setting.part)
+        own_choices = self.asked.setdefault(setting.part, [])
         registry = Registry.every[setting.part]
         if setting.many:
             if value == follow(setting.part):
@@ -188,6 +199,11 @@ class Reader:
                 return []
             return [self.part(registry.kind, f"{path}.{number}", item) for number, item in enumerate(value)]
         chosen = self.tree.get(registry.kind.key)
+        nameless = isinstance(value, Mapping) and "name" not in value
+        if value == follow(setting.part) or nameless:
+            self.followed.add(setting.part)
+        else:
+            own_choices.append(path)
         if value == follow(setting.part):
             if chosen is None and setting.required:
                 self.problem(path, None, f"needs a {setting.part}: choose one with {path}=NAME or {setting.part}=NAME")
@@ -196,36 +212,69 @@ class Reader:
                 if not names_parts(setting.default):
                     return OWN_DEFAULT
                 return self.part(registry.kind, path, setting.default)
-            return self.part(registry.kind, registry.kind.key, chosen or setting.default)
+            return self.settings_of_default(registry.kind, chosen or setting.default, setting.default)
         if value is setting.default and not names_parts(value):
             return OWN_DEFAULT
         default = setting.default if isinstance(setting.default, str) else None
         value = None if value == {"name": None} else value  # what a sweep over null and names gives
-        if isinstance(value, Mapping) and "name" not in value:
+        if nameless:
             default = (chosen if isinstance(chosen, str) else (chosen or {}).get("name")) or default
         if value is None and "null" not in setting.type_text:
             self.problem(path, None, f"should be a {setting.type_text}, not null")
         return self.part(registry.kind, path, value, default)
+
+    def settings_of_default(self, kind: Kind, chosen: Any, default: Any) -> Maker | None:
+        """Return the experiment's choice of a kind; settings without a name are for the default of the asking part."""
+        if isinstance(chosen, Mapping) and "name" not in chosen and isinstance(default, Mapping):
+            chosen = {**default, **chosen}
+        return self.part(kind, kind.key, chosen, default if isinstance(default, str) else None)
 
     def value(self, setting: Setting, value: Any, path: str) -> Any:
         if is_old_text(value, setting):
             self.problem(path, value, OLD_TEXT)
             return setting.default
         try:
-            return setting.convert(value)
+            converted = setting.convert(value)
         except SettingError as error:
-            self.problem(path, value, str(error))
+            self.problem(path, value, f"{error}{self.quoting(setting, value, path)}")
             return setting.default
+        if self.is_altered(converted, value, path):
+            said = f"is read as the number {value}"
+            self.problem(path, self.typed[path].partition("=")[2], said + self.quoting(setting, value, path))
+        return converted
+
+    def is_altered(self, converted: Any, value: Any, path: str) -> bool:
+        """Whether a text was read as a number, and so lost how it was typed: 1_000 becomes 1000."""
+        if path not in self.typed or type(value) is not int or not isinstance(converted, str | Path):
+            return False
+        return str(value) not in re.split(r"[^\w+-]", self.typed[path].partition("=")[2])
+
+    def quoting(self, setting: Setting, value: Any, path: str) -> str:
+        """Return how to type a text that looks like a number or a truth value."""
+        text = self.typed.get(path, "").partition("=")[2]
+        takes_text = any(strip(each) in (str, Path) for each in members(setting.annotation))
+        if not text or not takes_text or isinstance(value, str | list | Mapping):
+            return ""
+        typed = text if re.fullmatch(r"[\w.+-]+", text) else "..."
+        return f"; for a text write {path}=\"'{typed}'\""
 
     def check_choices_reach(self, parts: Mapping[str, Any]) -> None:
         """An experiment's choice of a kind that no part asks for would be a silent no-op."""
         askers = " nor ".join(parts[name].entry.name for name in ("model", "task") if parts[name] is not None)
         for name, registry in Registry.every.items():
-            chosen = self.tree.get(registry.kind.key)
-            if name in DIRECT or chosen is None or name in self.asked:
+            key = registry.kind.key
+            chosen = self.tree.get(key)
+            if name in DIRECT or chosen is None or name in self.followed:
                 continue
             chosen = chosen.get("name") if isinstance(chosen, Mapping) else chosen
-            self.problem(registry.kind.key, chosen, f"reaches nothing: neither {askers} asks for {with_article(name)}")
+            own_choices = self.asked.get(name)
+            if own_choices is None:
+                self.problem(key, chosen, f"reaches nothing: neither {askers} asks for {with_article(name)}")
+            elif self.source(key) == COMMAND_LINE:
+                places = ", ".join(dict.fromkeys(own_choices))
+                written = self.source(own_choices[0])
+                where = f" in {written}" if written not in ("", COMMAND_LINE) else ""
+                self.problem(key, chosen, f"has no effect: what counts is {places}{where}")
 
     def check_trainer(self, settings: Mapping[str, Any]) -> None:
         """Find now what the trainer will refuse (a device that is not there), before any data is read."""
@@ -314,6 +363,7 @@ def refusal(**settings: Any) -> str | None:
     return None
 
 
+COMMAND_LINE = "command line"  # what `source` says of an override
 IMPORTS = frozenset({"_target_", "_partial_", "_args_", "_recursive_", "_convert_"})
 TARGET = "is refused: a config names registered parts (`name: ...`), never something to import"
 
