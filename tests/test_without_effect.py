@@ -95,7 +95,7 @@ def test_what_does_no_harm_is_noted(command, tmp_path, capsys):
     ]
     assert composed("optimizer={name: sgd, lr: 1}", "optimizer.lr=2")[0].tree["optimizer"]["lr"] == 2.0
     assert "lr in optimizer={name: sgd, lr: 1} has no effect: optimizer.lr=2 follows it" in capsys.readouterr().err
-    (run,) = (tmp_path / "runs/rates").iterdir()
+    (run,) = (tmp_path / "runs/rates").glob("2*")
     for override in ("run.name=y", "init_from=z", "resume=auto"):
         status, _, err = command(f"resume {run} {override}")
         assert status == 2
