@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from .arguments import CHECKPOINT, JSON, RUN, TRACEBACK, Parser, command_line, composing, importing_torch, swept
 from .errors import ConfigError, FrameworkError, did_you_mean
+from .exits import no_exit
 from .help import BOARD, CHECK, EVAL, FIND, HELP, LIST, PLAN, PREDICT, RESUME, SHOW, TRAIN
 
 STARTED = time.monotonic()
@@ -26,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     arguments = list(sys.argv[1:] if argv is None else argv)
     arguments.sort(key=lambda argument: argument == TRACEBACK)  # it may stand anywhere, also before the verb
     try:
-        status = run(arguments)
+        with no_exit():
+            status = run(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
@@ -162,10 +164,12 @@ def plan(arguments: list[str]) -> None:
     from .compose import Job, run as compose
 
     def job(composed: Job) -> None:
+        from .discovery import output_for_programs
         from .experiment import Experiment
         from .plan import render
 
-        made = Experiment(composed.spec).plan()
+        with output_for_programs(given.json):
+            made = Experiment(composed.spec).plan()
         tell(given.json, asdict(made), lambda: render(made))
 
     compose(line, job)
@@ -202,8 +206,11 @@ def evaluate(arguments: list[str]) -> None:
     parser.add_argument("--checkpoint", **CHECKPOINT)
     parser.add_argument("--json", **JSON)
     given = parser.parse_args(arguments)
-    trained = opened(given)
-    values = trained.evaluate(given.split)
+    from .discovery import output_for_programs  # not at the top: `--help` does without it
+
+    with output_for_programs(given.json):
+        trained = opened(given)
+        values = trained.evaluate(given.split)
     if given.json:
         print(json.dumps(values))
     else:
@@ -234,11 +241,13 @@ def predict(arguments: list[str]) -> None:
         return write_on(given, sampling)
     if sampling:
         parser.error(f"--{next(iter(sampling)).replace('_', '-')} goes with --prompt")
+    from .discovery import output_for_programs
     from .report import check_output, write_predictions
 
     check_output(given.output)
-    trained = opened(given)
-    columns = trained.predict(trained.read_inputs(given.input))
+    with output_for_programs(given.output == "-"):
+        trained = opened(given)
+        columns = trained.predict(trained.read_inputs(given.input))
     rows = write_predictions(columns, trained.facts["classes"], given.output)
     if given.output != "-":
         print(f"{rows} predictions in {given.output}")

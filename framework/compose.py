@@ -1,6 +1,7 @@
 """Composition: a command line becomes a checked Spec, through Hydra, so that sweepers, launchers and --cfg work."""
 
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -87,11 +88,12 @@ class Composing:
     ) -> Job:
         """Do so with the tree of plain values. `typed`: the overrides of a job of a sweep. Raises ConfigError."""
         try:
-            spec = read_spec(tree, Sources(self.overrides.typed, self.files))
+            spec = read_spec(tree, Sources(self.overrides.typed, self.files), self.overrides.typed)
         except ConfigError as error:
             raise ConfigError([*self.overrides.problems, *error.problems]) from None
-        if self.overrides.problems:
-            raise ConfigError(self.overrides.problems)
+        problems = [*self.overrides.problems, *self.idle(spec)]
+        if problems:
+            raise ConfigError(problems)
         spec.plugins = self.plugins
         job = Job(spec, experiment or "default", self.line.overrides, number)
         job.inexact, job.traceback = self.line.inexact, self.line.traceback
@@ -99,6 +101,19 @@ class Composing:
             job.overrides = list(dict.fromkeys(as_typed(override) for override in typed))
             job.settings = own_settings(typed, self.overrides)
         return job
+
+    def idle(self, spec: Spec) -> list[str]:
+        """Return what was typed and has no effect, whether or not a run is resumed."""
+        if spec.resume == "never":
+            advice = "nothing is resumed: give resume=auto or resume=RUN, or leave it out"
+            return [f"--inexact has no effect: {advice}"] if self.line.inexact else []
+        if spec.resume == "auto":
+            return []
+        return [
+            f"{text}: has no effect: resume={spec.resume} goes on in the folder of that run (command line)"
+            for key, text in self.overrides.typed.items()
+            if key.startswith(("run.", "init_from"))
+        ]
 
 
 def run(
@@ -116,7 +131,7 @@ def run(
     plugins = [str(Path(plugin).resolve()) if Path(plugin).exists() else plugin for plugin in named]
     discover(plugins)
     fill_store(plugins)
-    overrides = rewrite(line.overrides, folders, line.multirun)
+    overrides = rewrite(line.overrides, folders, line.multirun, line.shows)
     if overrides.problems and line.shows:
         raise ConfigError(overrides.problems)
     with searching(folders) as files, tempfile.TemporaryDirectory(prefix="framework-") as scratch:
@@ -126,13 +141,21 @@ def run(
             if line.multirun:
                 from .tuning.sweep import sweep  # not at the top: a single run does without
 
+                notes(overrides.notes)
                 sweep(composing, arguments, task, explain)
                 return
             made = compose(composing, arguments)
         except ConfigError as error:
             raise ConfigError(dict.fromkeys([*overrides.problems, *error.problems])) from error.__cause__
+    notes(overrides.notes)
     for job in made:
         task(job)
+
+
+def notes(lines: Iterable[str]) -> None:
+    """Print what has no effect, and does no harm, for the person at the terminal."""
+    for line in lines:
+        print(f"framework: {line}", file=sys.stderr)
 
 
 def compose(composing: Composing, arguments: list[str]) -> list[Job]:
@@ -142,6 +165,7 @@ def compose(composing: Composing, arguments: list[str]) -> list[Job]:
     def collect(config: Any) -> None:
         try:
             made.append(composing.job(config))
+            composing.overrides.notes += sweep_without_flag(HydraConfig.get())
         except ConfigError as error:  # raised here, Hydra would put words of its own to it
             problems.extend(error.problems)
 
@@ -157,11 +181,18 @@ def compose(composing: Composing, arguments: list[str]) -> list[Job]:
     return made
 
 
+def sweep_without_flag(hydra: Any) -> list[str]:
+    """Return a note on an experiment file that describes a sweep, when it is run without -m."""
+    params = hydra.sweeper.get("params") or {}
+    return [f"hydra.sweeper.params has no effect without -m: {', '.join(params)}"] if params else []
+
+
 def hydra_arguments(overrides: Overrides, scratch: Path) -> list[str]:
     """Return Hydra's arguments: with those that keep it from writing folders, files and logs of its own."""
     own = {"hydra.run.dir": ".", "hydra.output_subdir": "null", "hydra.sweep.dir": scratch, "hydra.sweep.subdir": "."}
     own |= {"hydra/job_logging": "none", "hydra/hydra_logging": "none"}
-    ours = [f"{key}={value}" for key, value in own.items() if key.replace("/", ".") not in overrides.typed]
+    typed = {text.partition("=")[0].lstrip("+~").replace("/", ".") for text in overrides.arguments}
+    ours = [f"{key}={value}" for key, value in own.items() if key.replace("/", ".") not in typed]
     return [*ours, *overrides.arguments]
 
 
@@ -220,6 +251,8 @@ def config_folders(line: CommandLine) -> list[Path]:
     for folder in line.folders:
         if not folder.is_dir():
             raise FrameworkError(f"--config-dir {folder}: no such folder (looked in {Path.cwd()})")
+        if not any(folder.rglob("*.yaml")):
+            raise FrameworkError(f"--config-dir {folder}: there is no .yaml file in it")
         folders.append(folder.resolve())
     return list(dict.fromkeys(folders))
 
@@ -261,6 +294,8 @@ def words_of(error: Exception) -> str:
         said, word = no_such(missing[1], text)
     elif match := re.search(r"Could not delete (?:from config\. )?'([^']+)'", text):
         said, word = f"~{match[1]}: there is no {match[1]} to take away", match[1]
+    elif match := re.search(r"Error merging override \+*([^=]+)=.*; *list index out of range", text, re.DOTALL):
+        said, word = f"{match[1]}: the list has no such item", ""
     elif "INTERVAL_SWEEP" in text:
         said, word = "interval(...) is for a sweeper that draws values: write a,b,c or range(...)", ""
     else:

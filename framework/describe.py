@@ -96,7 +96,7 @@ def settings_table(settings: Iterable[dict[str, Any]]) -> Table:
     table.add_column("type", overflow="fold", min_width=14)
     table.add_column("meaning", overflow="fold", style="dim")
     for setting in settings:
-        default = Text("required", "yellow") if setting["required"] else Text(value_text(setting["default"]))
+        default = Text("required", "yellow") if setting["required"] else Text(default_text(setting))
         table.add_row(setting["name"], default, Text(setting["type"]), Text(tidy(setting["doc"])))
     return table
 
@@ -106,6 +106,10 @@ def tidy(text: str) -> str:
     text = re.sub(r":\w+:`([^`]*)`", r"\1", text)
     text = re.sub(r"`([^`<]*?)\s*(?:<[^>]*>)?`_+", r"\1", text)
     return text.replace("``", "")
+
+
+def default_text(setting: dict[str, Any]) -> str:
+    return value_text(setting["default"]) if "default" in setting else setting["default_text"]
 
 
 def value_text(value: Any) -> str:

@@ -7,14 +7,16 @@ import pkgutil
 import sys
 import traceback
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from functools import cache
 from importlib.machinery import PathFinder
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from .errors import FrameworkError, PluginError
+from .exits import describe_exit
 from .registry import Registry
 
 GROUP = "framework.plugins"
@@ -23,13 +25,20 @@ GROUP = "framework.plugins"
 def discover(plugins: Iterable[str] = ()) -> None:
     """Load every installed plugin, then those named: a .py file, a folder of them, or an importable module.
 
-    Doing it twice loads nothing twice, however a file is reached.
+    Doing it twice loads nothing twice, however a file is reached. What plugins print goes to standard error: the
+    output of a command may be for a program.
     Raises PluginError naming the file that does not load, and why.
     """
-    for name, module in installed_plugins():
-        load_module(module, f"the entry point {name!r} of {GROUP}")
-    for plugin in plugins:
-        load(plugin)
+    with output_for_programs(True):
+        for name, module in installed_plugins():
+            load_module(module, f"the entry point {name!r} of {GROUP}")
+        for plugin in plugins:
+            load(plugin)
+
+
+def output_for_programs(wanted: bool) -> AbstractContextManager[Any]:
+    """Send what parts print to standard error, where the output of a command is for a program."""
+    return redirect_stdout(sys.stderr) if wanted else nullcontext()
 
 
 def installed_plugins() -> list[tuple[str, str]]:
@@ -77,7 +86,10 @@ def load(plugin: str) -> None:
     """Load one plugin: a path to a file or folder, or the name of a module."""
     path = Path(plugin).expanduser()
     if path.is_dir():
-        for file in sorted(path.glob("*.py")):
+        files = sorted(path.glob("*.py"))
+        if not files:
+            raise PluginError(f"plugin {plugin}: there is no .py file in this folder")
+        for file in files:
             load_file(file)
     elif path.is_file():
         load_file(path)
@@ -139,7 +151,9 @@ def loading(what: str, reached_by: str) -> Iterator[None]:
     """Raise PluginError when something does not load, and leave no part of it behind."""
     try:
         yield
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # also a SystemExit: a plugin must not end the program
         for registry in Registry.every.values():
             registry.forget_unloaded()
         raise failure(what, reached_by, error) from error
@@ -153,14 +167,16 @@ def shorter(path: str | Path) -> str:
         return str(path)
 
 
-def failure(what: str, reached_by: str, error: Exception) -> PluginError:
+def failure(what: str, reached_by: str, error: BaseException) -> PluginError:
     if isinstance(error, FrameworkError):
         return PluginError(f"plugin {what} cannot be loaded: {error}")
+    if isinstance(error, SystemExit):
+        return PluginError(f"plugin {what} (reached by {reached_by}) cannot be loaded: {describe_exit(error)}")
     reason = f"{type(error).__name__}: {error}{innermost_line(error)}"
     return PluginError(f"plugin {what} (reached by {reached_by}) cannot be loaded: {reason}")
 
 
-def innermost_line(error: Exception) -> str:
+def innermost_line(error: BaseException) -> str:
     """Return " at file:line" of the plugin's own code where the error arose, rather than of a library that it calls."""
     if isinstance(error, SyntaxError):
         return f" at {error.filename}:{error.lineno}"

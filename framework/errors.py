@@ -38,6 +38,10 @@ class PluginError(FrameworkError):
     """A plugin file or package could not be loaded."""
 
 
+class PartExit(FrameworkError):
+    """Code of a part calls `sys.exit`."""
+
+
 class DataError(FrameworkError):
     """Data is missing, empty, unreadable or does not fit the task or the model."""
 

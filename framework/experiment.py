@@ -26,6 +26,7 @@ from .building import (
 from .data import Data, Loader
 from .device import intra_op_threads, suitable_threads
 from .errors import RunError
+from .exits import no_exit
 from .introduction import first_batch, introduce
 from .optimizer import build_optimizer
 from .resume import Resumed, check_fits, chosen_checkpoint, find, fingerprint, last_values, open_folder, start_from
@@ -188,6 +189,7 @@ class Prepared:
         given = self.trainer.loggers, built.spec.tree, built.model, built.task, built.train_batches
         return introduce(*given, layers)
 
+    @no_exit()
     def result(self, stopped: Sequence[int] = ()) -> Result:
         """After the training, measure what is to be measured. stopped: the signals that came."""
         state, shares = self.trainer.state, self.trainer.clock.shares()
@@ -199,6 +201,7 @@ class Prepared:
         return Result(self.trainer.folder, dict(state.metrics), state.stop, ended_by, seconds, state.step, shares)
 
 
+@no_exit()
 def train(*given: Any, **named: Any) -> Result:
     """Run what `prepare` builds of these arguments: fit, then measure the best checkpoint on the test split."""
     ready = prepare(*given, **named)
@@ -211,6 +214,7 @@ def train(*given: Any, **named: Any) -> Result:
         return ready.result(stopped)
 
 
+@no_exit()
 def prepare(
     spec: Spec,
     experiment: str,

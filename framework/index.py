@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from enum import Enum
 from functools import cache, partial
 from hashlib import blake2b
 from importlib.metadata import packages_distributions, version
@@ -22,7 +23,17 @@ from typing import Any, Literal, get_args, get_origin
 
 from .discovery import discover, installed_plugins, plugin_files
 from .registry import Entry, Registry
-from .schema import Range, Setting, marks, members, strip
+from .schema import (
+    Range,
+    Setting,
+    is_enum,
+    marks,
+    members,
+    names_parts,
+    plain_value,
+    readable,
+    strip,
+)
 
 TICK = 100_000_000  # nanoseconds: two changes of a file within a tick of its clock look the same
 
@@ -205,13 +216,16 @@ def part_as_dict(entry: Entry) -> dict[str, Any]:
 
 
 def setting_as_dict(setting: Setting) -> dict[str, Any]:
-    """Return a setting in plain types; `default` is missing when a value is required.
+    """Return a setting in plain types; `default` is missing when a value is required, or when no config can hold it:
+    then `default_text` shows it to people.
 
     `part` is the kind of part that it names, `many` whether it is a list of them, `values` the words that it may be.
     """
     found = {"name": setting.name, "type": setting.type_text, "doc": setting.doc, "required": setting.required}
-    if not setting.required:
+    if not setting.required and shows_default(setting):
         found["default"] = plain(setting.default)
+    elif not setting.required:
+        found["default_text"] = f"{readable(setting.default)} (set in the code)"
     if setting.part:
         found |= {"part": setting.part, "many": setting.many}
     ranges = [str(mark) for mark in marks(setting.annotation) if isinstance(mark, Range)]
@@ -223,20 +237,26 @@ def words(setting: Setting) -> Iterator[str]:
     """Yield the values of a setting that are words: choices, truth values, null."""
     for member in map(strip, members(setting.annotation)):
         if get_origin(member) is Literal:
-            yield from map(str, get_args(member))
+            yield from (each.name if isinstance(each, Enum) else str(each) for each in get_args(member))
+        elif is_enum(member):
+            yield from member.__members__
         elif member in (bool, None, type(None)):
             yield from ("false", "true") if member is bool else ("null",)
 
 
+def shows_default(setting: Setting) -> bool:
+    """Whether the default of a setting is one that a person could type."""
+    return names_parts(setting.default) if setting.part is not None else setting.is_typeable
+
+
 def plain(value: Any) -> Any:
-    """Return a default as JSON can hold it."""
+    """Return a default that a config can hold as JSON can hold it: infinities and NaN as text."""
     if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in plain_value(value).items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
-    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
-        return value
-    return str(value)
+    found = plain_value(value)
+    return found if not isinstance(found, float) or math.isfinite(found) else str(found)
 
 
 @cache

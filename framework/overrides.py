@@ -1,6 +1,8 @@
 """What a person typed, turned into overrides that Hydra takes without complaint; the checking is ours, all at once.
 
 optimizer=sgd                    a group: as it is, when the name exists
+optimizer={name: sgd, lr: 0.1}   optimizer=sgd ++optimizer={name: sgd, lr: 0.1}
+callbacks=[progress,{name: checkpoint, every: 7steps}]   the same for each part of a list
 optimizer.lr=0.1                 ++optimizer.lr=0.1, so that a key that no part knows reaches our own check
 model.activation=gelu            a part in a part: its name, which settings may follow
 model/activation=gelu            the same
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override
+from hydra.core.override_parser.types import Glob, Override, Quote, QuotedString
 from hydra.errors import HydraException
 
 from .errors import did_you_mean
@@ -26,41 +28,117 @@ from .spec import IMPORTS, TARGET
 from .store import ALSO, NONE
 
 FORM = "should be KEY=VALUE"
+FOREIGN_WORD = r"([^\s,\[\]{}():='\"\\]*[^\x00-\x7f][^\s,\[\]{}():='\"\\]*)"
+"""A word with letters that Hydra's grammar lacks, such as é."""
 QUOTE = "quote a value with spaces, commas, brackets or =, and then the whole: 'key=\"a, b\"'"
 
 
 @dataclass
 class Overrides:
-    """The arguments for Hydra, what is wrong with what was typed, which keys were typed, and which of them sweep."""
+    """The arguments for Hydra, what is wrong with what was typed, which keys were typed, and which of them sweep.
+
+    `notes` are about overrides without effect that do no harm.
+    """
 
     arguments: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     typed: dict[str, str] = field(default_factory=dict)
     swept: list[str] = field(default_factory=list)
 
 
-def rewrite(typed: Iterable[str], folders: Iterable[Path], multirun: bool = False) -> Overrides:
+def rewrite(typed: Iterable[str], folders: Iterable[Path], multirun: bool = False, shows: bool = False) -> Overrides:
     """Rewrite the overrides of a command line; `folders` hold config files of the user's and ours.
 
-    A part comes before its settings, whatever the order in which they were typed.
+    A part comes before its settings, whatever the order in which they were typed. `shows`: Hydra only prints what is
+    composed, so that its own settings have an effect.
     """
-    found, parser, folders = Overrides(), OverridesParser.create(), list(folders)
-    nested: list[tuple[int, str]] = []
+    found, folders = Overrides(), list(folders)
+    kept: dict[str, Kept] = {}  # by what they are about
+    inside: dict[str, tuple[str, str]] = {}  # by path: a setting in {name: sgd, lr: 0.1}, and that override
     for text in map(quoted, typed):
         try:
-            override = parser.parse_override(text)
+            text, override = parse(text)
         except HydraException:
             found.problems.append(f"{text}: {unreadable(text)} (command line)")
             continue
         key = override.key_or_group
         found.typed[key.replace("/", ".")] = text
         found.swept += [key.replace("/", ".")] if override.is_sweep_override() else []
-        problems = faults(text, override, folders, multirun)
+        problems = faults(text, override, folders, multirun, shows)
         found.problems += [f"{text}: {problem} (command line)" for problem in problems]
-        if not problems:
-            nested += [(key.count("/") + key.count("."), each) for each in rewritten(override, text)]
-    found.arguments = [text for _, text in sorted(nested, key=lambda pair: pair[0])]
+        if problems:
+            continue
+        arguments, about = rewritten(override, text), subject(override, text)
+        before = kept.pop(about, None)
+        if before is not None and before.text != text:
+            if adds_part(override):
+                arguments = joined(before.arguments, arguments)
+            else:
+                found.notes.append(f"{before.text} has no effect: {text} follows it")
+        kept[about] = Kept(text, depth(key), arguments)
+        value: Any = override.value()
+        if isinstance(value, Mapping):
+            inside |= {f"{about}.{name}": (name, text) for name in value}
+    for each in sorted(kept.values(), key=lambda each: each.depth):
+        found.arguments += each.arguments
+    for path in inside.keys() & found.typed.keys():
+        name, text = inside[path]
+        found.notes.append(f"{name} in {text} has no effect: {found.typed[path]} follows it")
     return found
+
+
+@dataclass
+class Kept:
+    """An override as it was typed, how deep in the experiment its key lies, and what Hydra gets for it."""
+
+    text: str
+    depth: int
+    arguments: list[str]
+
+
+def depth(override: str) -> int:
+    """Return how deep in the experiment an override's key lies: a part comes before its settings."""
+    key = override.partition("=")[0].removeprefix(f"{ALSO}/")
+    return key.count("/") + key.count(".")
+
+
+def parse(text: str) -> tuple[str, Override]:
+    """Parse an override, with words quoted where Hydra has no such letters. Raises HydraException."""
+    parser = OverridesParser.create()
+    try:
+        return text, parser.parse_override(text)
+    except HydraException:
+        key, equals, value = text.partition("=")
+        with_quotes = re.sub(FOREIGN_WORD, r"'\1'", value)
+        if with_quotes == value or not equals:
+            raise
+        return f"{key}={with_quotes}", parser.parse_override(f"{key}={with_quotes}")
+
+
+def subject(override: Override, text: str) -> str:
+    """Return what an override is about; of two about the same thing only the last counts."""
+    key = override.key_or_group.replace("/", ".")
+    if override.is_delete() and "=" in text:
+        return f"~{key}.{text.partition('=')[2]}"  # one part of a list
+    if override.is_delete() and "." in key:
+        return f"~{key}"
+    return f"+{key}" if adds_part(override) else key
+
+
+def adds_part(override: Override) -> bool:
+    """Whether an override adds to a list of parts, as +callbacks=early_stop does."""
+    key = override.key_or_group
+    many = key in groups() and groups()[key].kind.many
+    return override.is_add() and many and not override.is_sweep_override()
+
+
+def joined(before: list[str], added: list[str]) -> list[str]:
+    """Return the overrides that add the parts of two others, each of which begins with names."""
+    key, _, names = before[0].partition("=")
+    more = added[0].partition("=")[2]
+    listed = ",".join(text.strip("[]") for text in (names, more))
+    return [f"{key}=[{listed}]", *before[1:], *added[1:]]
 
 
 groups = Registry.by_key
@@ -93,7 +171,7 @@ def unreadable(text: str) -> str:
     return f"{FORM}" + (f": {' or '.join(meant)}" if meant else "")
 
 
-def faults(text: str, override: Override, folders: list[Path], multirun: bool) -> list[str]:
+def faults(text: str, override: Override, folders: list[Path], multirun: bool, shows: bool) -> list[str]:
     """Return what is wrong with an override in itself, whatever the experiment is."""
     key = override.key_or_group
     if not key:
@@ -106,6 +184,9 @@ def faults(text: str, override: Override, folders: list[Path], multirun: bool) -
         key, _, value = text.partition("=")
         listed = f"; as one list, write {key}=[{value}]" if "," in value and "(" not in value else ""
         return [f"has several values: add -m to try each{listed}"]
+    given: Any = override.value()
+    if override.is_range_sweep() and not list(given.range()):
+        return ["there is no value in this range"]
     if override.package is not None:
         return [f"each part has its place: write {key}={text.partition('=')[2]}"]
     if key == "plugins":
@@ -114,9 +195,27 @@ def faults(text: str, override: Override, folders: list[Path], multirun: bool) -
         return ["a sweep is asked for with -m"]
     if key == "hydra.searchpath":
         return ["config folders are given with --config-dir"]
+    if of_hydra(key) and not multirun and not shows:
+        return [hydra_fault(key, multirun)]
     if key in groups() or key == "experiment":
         return option_faults(override, folders)
     return []
+
+
+def of_hydra(key: str) -> bool:
+    return re.split(r"[./]", key)[0] == "hydra"
+
+
+def hydra_fault(key: str, multirun: bool) -> str:
+    """Say why a setting of Hydra itself has no effect."""
+    if re.match(r"hydra[./](launcher|sweeper)", key):
+        return "is about a whole sweep: add -m for one, or leave it out"
+    if key.startswith("hydra.run."):
+        return "has no effect: run.root=DIR and run.name=NAME say where a run lies"
+    if key.startswith("hydra.sweep."):
+        return "has no effect: run.root=DIR and sweep.name=NAME say where a sweep lies"
+    used = "hydra/launcher, hydra/sweeper and their settings"
+    return f"has no effect: of Hydra's own settings a sweep (-m) uses {used}, and a single run none"
 
 
 def option_faults(override: Override, folders: list[Path]) -> list[str]:
@@ -126,11 +225,15 @@ def option_faults(override: Override, folders: list[Path]) -> list[str]:
     names = chosen_names(override)
     if not override.is_sweep_override() and not override.is_delete():
         value = override.value()
-        if isinstance(value, Mapping) or (isinstance(value, list) and not many):
+        nameless = isinstance(value, Mapping) and (key == "experiment" or (many and "name" not in value))
+        if nameless or (isinstance(value, list) and not many):
             noun = with_article(groups()[key].kind.name if key in groups() else key)
             more = ", or a list of names" if many else f" (-m {key}=a,b tries each)" if len(names) > 1 else ""
             settings = "" if key == "experiment" else f"; settings follow as {key}{'.NAME' * many}.KEY=VALUE"
             return [f"should be the name of {noun}{more}{settings}"]
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    if many and twice and not override.is_sweep_override():
+        return [f"{', '.join(twice)} is there twice"]
     files = {file.stem for folder in folders for file in (folder / key).glob("*.yaml")}
     unknown = [name for name in names if name not in files and not (key in groups() and name in groups()[key])]
     return [no_option(key, name, files, folders) for name in unknown]
@@ -149,13 +252,33 @@ def chosen_names(override: Override) -> list[str]:
     """The names in `optimizer=sgd`, in a list of them, or in a sweep over either."""
     if override.is_delete():
         return []
-    if override.is_sweep_override():
-        if isinstance(override.value(), Glob):
-            return []  # glob(ada*): Hydra matches it with what there is
-        values = [re.sub(r"[\[\]'\"\s]", "", each) for each in override.sweep_string_iterator()]
-        return [name for each in values for name in each.split(",") if name != "null"]
-    value = override.value()
-    return [str(name) for name in (value if isinstance(value, list) else [value]) if name is not None]
+    names = map(name_in, chosen_parts(override))
+    return [str(name) for name in names if name is not None and name is not NAMELESS]
+
+
+def chosen_parts(override: Override) -> list[Any]:
+    """Return what a group is given: names, and mappings with a name and settings."""
+    value: Any = override.value()
+    parts: list[Any] = []
+    for each in several_values(override) if override.is_sweep_override() else [value]:
+        parts += each if isinstance(each, list) else [each]
+    return parts
+
+
+NAMELESS = object()  # settings without a name: of the part that is chosen elsewhere
+
+
+def name_in(part: Any) -> Any:
+    """Return the name in `sgd`, or in `{name: sgd, lr: 0.1}`."""
+    return part.get("name", NAMELESS) if isinstance(part, Mapping) else part
+
+
+def several_values(override: Override) -> list[Any]:
+    """Return the values that a sweep gives a key; none of glob(ada*), which Hydra matches with what there is."""
+    if isinstance(override.value(), Glob):
+        return []
+    texts = list(override.sweep_string_iterator())
+    return [value_of(f"{override.key_or_group}={text}") for text in texts]
 
 
 def rewritten(override: Override, text: str) -> list[str]:
@@ -166,6 +289,8 @@ def rewritten(override: Override, text: str) -> list[str]:
     if key not in groups() and key != "experiment":
         return [text] if override.is_delete() else value_overrides(override, key.replace("/", "."), value)
     many = key in groups() and groups()[key].kind.many
+    if key in groups() and has_settings(override):
+        return [text] if override.is_sweep_override() else with_settings(override)
     if override.is_sweep_override() and not many and "null" in re.split(r"\W", value):
         value = re.sub(r"\bnull\b", NONE, value)
         return [f"{key}={value}"]
@@ -176,10 +301,55 @@ def rewritten(override: Override, text: str) -> list[str]:
     return [f"{ALSO}/{key}={value}"] if override.is_add() and many else [f"{key}={value}"]
 
 
+def has_settings(override: Override) -> bool:
+    """Whether a part, or one of a list or a sweep, is given with settings: {name: sgd, lr: 0.1}."""
+    return not override.is_delete() and any(isinstance(part, Mapping) for part in chosen_parts(override))
+
+
+def with_settings(override: Override) -> list[str]:
+    """Return the override that chooses parts by their names, and those that give them settings."""
+    key = override.key_or_group
+    value: Any = override.value()
+    if not groups()[key].kind.many:
+        chosen = [f"{key}={value['name']}"] if "name" in value else []
+        return [*chosen, f"++{key}={as_text(value)}"]
+    names: list[str] = []
+    settings: list[str] = []
+    for part in value if isinstance(value, list) else [value]:
+        own = groups()[key].get(str(name_in(part))).name
+        names.append(own)
+        if isinstance(part, Mapping):
+            settings.append(f"++{key}.{own}={as_text({**part, 'name': own})}")
+    group = f"{ALSO}/{key}" if override.is_add() else key
+    return [f"{group}=[{','.join(names)}]", *settings]
+
+
+def as_text(value: Any) -> str:
+    """Write a value as an override has it: {name: sgd, lr: 0.1}. A text is quoted, whatever it looks like."""
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{as_text(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(as_text, value)) + "]"
+    if isinstance(value, str):
+        return QuotedString(text=value, quote=Quote.single).with_quotes()
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
+
+
+def expanded(override: str) -> list[str]:
+    """Return the overrides of one job of a sweep that stand for one with a part and its settings."""
+    key = override.partition("=")[0].lstrip("+")
+    if key not in groups():
+        return [override]
+    parsed = OverridesParser.create().parse_override(override)
+    return with_settings(parsed) if has_settings(parsed) else [override]
+
+
 def value_overrides(override: Override, key: str, value: str) -> list[str]:
     """Return the override of a value so that Hydra sets it whether or not the key is there yet."""
     names_part = key.rpartition(".")[2] in part_settings() and "." in key
-    if not names_part or value in ("null", "") or value[0] in "{[":
+    if not names_part or value in ("null", "") or value[0] in "{[" or has_settings(override):
         return [f"++{key}={value}"]
     if override.is_sweep_override():
         return [f"++{key}.name={value}"]

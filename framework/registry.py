@@ -15,13 +15,34 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from functools import cached_property
 from linecache import getlines
 from typing import Any, ClassVar, TypeVar, overload
 
-from .errors import BuildError, ContractError, DuplicateName, FrameworkError, SettingError, UnknownName, did_you_mean
-from .schema import REQUIRED, Names, Setting, Types, first_sentence, read_settings, signature
+from .errors import (
+    BuildError,
+    ContractError,
+    DuplicateName,
+    FrameworkError,
+    PartExit,
+    SettingError,
+    UnknownName,
+    did_you_mean,
+)
+from .exits import no_exit
+from .schema import (
+    REQUIRED,
+    Names,
+    Setting,
+    Types,
+    call_arguments,
+    first_sentence,
+    identical,
+    parameters_of,
+    read_settings,
+    unwrapped,
+)
 
 P = TypeVar("P", bound=Callable[..., Any])
 
@@ -81,17 +102,21 @@ class Entry:
 
     @cached_property
     def settings(self) -> dict[str, Setting]:
-        return read_settings(self.part, self.kind.given, self.hide, self.types)
+        strict = getattr(self.part, "__module__", None) == self.registered.module
+        return read_settings(self.part, self.kind.given, self.hide, self.types, strict)
 
     @cached_property
     def asks_for(self) -> tuple[str, ...]:
         """Those of the kind's given parameters that this part takes."""
-        parameters = signature(self.part).parameters
+        parameters = parameters_of(self.part)
         return tuple(name for name in self.kind.given if name in parameters)
 
     @property
     def doc(self) -> str:
-        return inspect.cleandoc(self.part.__doc__ or "")  # its own: not what a base class says of itself
+        part = unwrapped(self.part)
+        doc = part.__doc__ or ""  # its own: not what a base class says of itself
+        made_by_python = is_dataclass(part) and doc.startswith(f"{getattr(part, '__name__', '')}(")
+        return "" if made_by_python else inspect.cleandoc(doc)
 
     @property
     def summary(self) -> str:
@@ -101,9 +126,10 @@ class Entry:
     @cached_property
     def source(self) -> Where:
         """Where the part itself is written; falls back to where it was registered (for C functions)."""
+        part = unwrapped(self.part)
         try:
-            file = inspect.getsourcefile(self.part) or self.registered.file
-            return Where(file, first_line(self.part, file), self.part.__module__)
+            file = inspect.getsourcefile(part) or self.registered.file
+            return Where(file, first_line(part, file), part.__module__)
         except (TypeError, OSError):
             return self.registered
 
@@ -124,15 +150,30 @@ class Entry:
                 raise type(error)(f"{self}: {name}: {error}") from None
         return {name: value for name, value in bound.items() if name in settings or self.settings[name].part}
 
+    def converted_defaults(self) -> dict[str, Any]:
+        """Return the defaults that are given as another type than they are written: 0 as 0.0 for a float."""
+        found = {}
+        for name, setting in self.settings.items():
+            if setting.in_config and setting.part is None:
+                default = setting.initial()
+                if not identical(default, setting.default):
+                    found[name] = default
+        return found
+
     def build(self, given: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
         """Call the part with what it asks for of `given`, and its settings. Raises BuildError naming the part."""
         arguments = self.bind(settings)
         missing = [n for n, s in self.settings.items() if s.required and n not in arguments]
         if missing:
             raise SettingError(f"{self} needs a value for {', '.join(missing)}")
+        arguments = self.converted_defaults() | arguments
         arguments |= {name: given[name] for name in self.asks_for if name in given}
+        positional, named = call_arguments(self.part, arguments)
         try:
-            built = self.part(**arguments)
+            with no_exit():
+                built = self.part(*positional, **named)
+        except PartExit as error:
+            raise BuildError(f"{self} ({self.registered}) cannot be built: {error}") from error
         except FrameworkError:
             raise
         except Exception as error:

@@ -1,5 +1,6 @@
 """Going on: with a run that was cut off (exactly), or from what another has learned (`init_from`)."""
 
+import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ SAME_BITS = (  # what may differ in a resumed run without a bit of its weights b
     *("run.", "plugins", "init_from", "loggers.", "metrics.", "loader.workers", "loader.eval_batch_size"),
     *("trainer.max_epochs", "trainer.max_steps", "trainer.log_every", "trainer.validate_every", "trainer.profile"),
 )
+
+NOT_OF_A_RESUMED_RUN = ("run", "init_from", "resume", "plugins", "sweep", "hydra")
 
 
 @dataclass
@@ -124,7 +127,8 @@ def altered(tree: Mapping[str, Any], typed: Sequence[str]) -> dict[str, Any]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    changed, parser = json.loads(json.dumps(tree)), OverridesParser.create()
+    changed = copy.deepcopy(dict(tree))  # not through JSON, in which the keys of all dicts are texts
+    parser = OverridesParser.create()
     for text in typed:
         try:
             override = parser.parse_override(text)
@@ -134,6 +138,8 @@ def altered(tree: Mapping[str, Any], typed: Sequence[str]) -> dict[str, Any]:
             raise ConfigError([f"{text}: cannot be read as KEY=VALUE"]) from error
         if override.is_sweep_override():
             raise ConfigError([f"{text}: a run goes on with one value; a sweep is for new ones"])
+        if (parents or [key])[0] in NOT_OF_A_RESUMED_RUN:
+            raise ConfigError([f"{text}: has no effect on a run that goes on: it keeps its folder and weights"])
         place = changed
         for parent in parents:
             place = place.setdefault(parent, {})
@@ -158,8 +164,13 @@ def keeps_bits(path: str) -> bool:
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return (path, "optimizer.lr=0.1 (was 0.001)") for every setting that differs."""
     before, after = dict(leaves(old)), dict(leaves(new))
-    changed = [path for path in {**before, **after} if before.get(path) != after.get(path)]
+    changed = [path for path in {**before, **after} if not same(before.get(path), after.get(path))]
     return [(path, f"{path}={after.get(path)} (was {before.get(path)})") for path in changed]
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two settings are equal. NaN equals NaN, also in lists; JSON writes both alike."""
+    return one == other or json.dumps(one, default=str) == json.dumps(other, default=str)
 
 
 def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from .discovery import shorter
 from .errors import ConfigError
 from .registry import Registry
-from .spec import IMPORTS, TARGET
+from .spec import COMMAND_LINE, IMPORTS, TARGET
 
 SWEEPER: tuple[str, ...] = ("params", "max_batch_size", "n_trials", "n_jobs", "direction", "study_name", "trials")
 SWEEPER += ("sampler", "seed", "pruner", "warmup", "parallel", "startup", "patience", "timeout", "target")
@@ -198,16 +198,16 @@ class Sources:
     def __call__(self, path: str) -> str:
         """Return "command line", "conf/experiment/spam.yaml:7", or "" for a default."""
         if any(path == key or key.startswith(f"{path}.") for key in self.typed):
-            return "command line"
+            return COMMAND_LINE
         above = {key: text for key, text in self.typed.items() if path.startswith(f"{key}.")}
         if any("{" in text for text in above.values()):  # the settings themselves; otherwise only whose they are
-            return "command line"
+            return COMMAND_LINE
         for file, package in reversed(self.files):
             if f"{path}.".startswith(f"{package}." if package else ""):
                 line = line_of(file, path.removeprefix(package).strip(".").split("."))
                 if line is not None:
                     return f"{shorter(file)}:{line}"
-        return "command line" if above else ""
+        return COMMAND_LINE if above else ""
 
     def of_others(self, tree: Mapping[str, Any]) -> dict[str, set[str]]:
         """Return by key the settings that files give beside the name of another part than the one in the tree, and

@@ -1,8 +1,10 @@
 """From a composed tree of plain values to a checked specification: one pass that finds every problem at once."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from reprlib import Repr
 from typing import Any
 
@@ -11,7 +13,18 @@ from .errors import ConfigError, FrameworkError, SettingError, did_you_mean
 from .optimizer import Parameters
 from .registry import Entry, Kind, Maker, Registry, with_article
 from .run import RunFolder
-from .schema import Setting, read_settings
+from .schema import (
+    NotPlain,
+    Setting,
+    is_old_text,
+    means_default,
+    members,
+    names_parts,
+    parameters_of,
+    plain_value,
+    read_settings,
+    strip,
+)
 from .trainer import Trainer
 from .tuning.settings import Sweep
 
@@ -61,21 +74,28 @@ class Spec:
     tree: dict[str, Any] = field(default_factory=dict)
 
 
-def read_spec(tree: Mapping[str, Any], source: Callable[[str], str] = lambda path: "") -> Spec:
+def read_spec(
+    tree: Mapping[str, Any],
+    source: Callable[[str], str] = lambda path: "",
+    typed: Mapping[str, str] | None = None,
+) -> Spec:
     """Check a composed tree and return the specification. Raises ConfigError with all problems.
 
     source: says where the value at a path such as "optimizer.lr" was written, for the messages.
+    typed: the overrides of the command line by path, such as "optimizer.lr=1e-3".
     """
-    return Reader(tree, source).read()
+    return Reader(tree, source, typed or {}).read()
 
 
 class Reader:
     """Walks a tree once, gathering problems and the kinds that its parts ask for."""
 
-    def __init__(self, tree: Mapping[str, Any], source: Callable[[str], str]):
+    def __init__(self, tree: Mapping[str, Any], source: Callable[[str], str], typed: Mapping[str, str] | None = None):
         self.tree, self.source = tree, source
+        self.typed = typed or {}
         self.problems: list[str] = []
-        self.asked: set[str] = set()
+        self.asked: dict[str, list[str]] = {}  # by kind: where parts have a choice of their own
+        self.followed: set[str] = set()  # kinds of which the experiment's choice is used
 
     def read(self) -> Spec:
         spec = Spec()
@@ -149,11 +169,16 @@ class Reader:
         for key, setting in settings.items():
             where = f"{path}.{key}"
             if setting.part is not None:
-                found[key] = self.nested(where, setting, given.get(key, follow(setting.part)))
-            elif key in given and given[key] != "???":
+                fallback = follow(setting.part)
+                if isinstance(owner, Entry) and path == owner.kind.key == setting.part:
+                    fallback = setting.default  # to follow the choice of its own kind would be to follow itself
+                part = self.nested(where, setting, given.get(key, fallback))
+                if part is not OWN_DEFAULT:
+                    found[key] = part
+            elif key in given and given[key] != "???" and not means_default(given[key], setting):
                 found[key] = self.value(setting, given[key], where)
             elif not setting.required and isinstance(owner, str):
-                found[key] = setting.default  # a section is taken apart by its settings; a maker knows its defaults
+                found[key] = setting.initial()  # a section is taken apart by its settings; a maker knows its defaults
             elif setting.required:
                 name = owner if isinstance(owner, str) else owner.name
                 self.problems.append(f"{name} needs {where}: give it with {where}=... ({setting.type_text})")
@@ -162,45 +187,94 @@ class Reader:
     def nested(self, path: str, setting: Setting, value: Any) -> Any:
         """Return the part that a setting names; without a choice there it is the experiment's, else the default."""
         assert setting.part is not None
-        self.asked.add(setting.part)
+        own_choices = self.asked.setdefault(setting.part, [])
         registry = Registry.every[setting.part]
         if setting.many:
             if value == follow(setting.part):
                 value = setting.default
+            if value is setting.default and not names_parts(value):
+                return OWN_DEFAULT
             if not isinstance(value, list | tuple):
                 self.problem(path, value, f"should be a {setting.type_text}")
                 return []
             return [self.part(registry.kind, f"{path}.{number}", item) for number, item in enumerate(value)]
         chosen = self.tree.get(registry.kind.key)
+        nameless = isinstance(value, Mapping) and "name" not in value
+        if value == follow(setting.part) or nameless:
+            self.followed.add(setting.part)
+        else:
+            own_choices.append(path)
         if value == follow(setting.part):
             if chosen is None and setting.required:
                 self.problem(path, None, f"needs a {setting.part}: choose one with {path}=NAME or {setting.part}=NAME")
                 return None
-            return self.part(registry.kind, path if chosen is None else registry.kind.key, chosen or setting.default)
+            if chosen is None:
+                if not names_parts(setting.default):
+                    return OWN_DEFAULT
+                return self.part(registry.kind, path, setting.default)
+            return self.settings_of_default(registry.kind, chosen or setting.default, setting.default)
+        if value is setting.default and not names_parts(value):
+            return OWN_DEFAULT
         default = setting.default if isinstance(setting.default, str) else None
         value = None if value == {"name": None} else value  # what a sweep over null and names gives
-        if isinstance(value, Mapping) and "name" not in value:
+        if nameless:
             default = (chosen if isinstance(chosen, str) else (chosen or {}).get("name")) or default
         if value is None and "null" not in setting.type_text:
             self.problem(path, None, f"should be a {setting.type_text}, not null")
         return self.part(registry.kind, path, value, default)
 
+    def settings_of_default(self, kind: Kind, chosen: Any, default: Any) -> Maker | None:
+        """Return the experiment's choice of a kind; settings without a name are for the default of the asking part."""
+        if isinstance(chosen, Mapping) and "name" not in chosen and isinstance(default, Mapping):
+            chosen = {**default, **chosen}
+        return self.part(kind, kind.key, chosen, default if isinstance(default, str) else None)
+
     def value(self, setting: Setting, value: Any, path: str) -> Any:
-        try:
-            return setting.convert(value)
-        except SettingError as error:
-            self.problem(path, value, str(error))
+        if is_old_text(value, setting):
+            self.problem(path, value, OLD_TEXT)
             return setting.default
+        try:
+            converted = setting.convert(value)
+        except SettingError as error:
+            self.problem(path, value, f"{error}{self.quoting(setting, value, path)}")
+            return setting.default
+        if self.is_altered(converted, value, path):
+            said = f"is read as the number {value}"
+            self.problem(path, self.typed[path].partition("=")[2], said + self.quoting(setting, value, path))
+        return converted
+
+    def is_altered(self, converted: Any, value: Any, path: str) -> bool:
+        """Whether a text was read as a number, and so lost how it was typed: 1_000 becomes 1000."""
+        if path not in self.typed or type(value) is not int or not isinstance(converted, str | Path):
+            return False
+        return str(value) not in re.split(r"[^\w+-]", self.typed[path].partition("=")[2])
+
+    def quoting(self, setting: Setting, value: Any, path: str) -> str:
+        """Return how to type a text that looks like a number or a truth value."""
+        text = self.typed.get(path, "").partition("=")[2]
+        takes_text = any(strip(each) in (str, Path) for each in members(setting.annotation))
+        if not text or not takes_text or isinstance(value, str | list | Mapping):
+            return ""
+        typed = text if re.fullmatch(r"[\w.+-]+", text) else "..."
+        return f"; for a text write {path}=\"'{typed}'\""
 
     def check_choices_reach(self, parts: Mapping[str, Any]) -> None:
         """An experiment's choice of a kind that no part asks for would be a silent no-op."""
         askers = " nor ".join(parts[name].entry.name for name in ("model", "task") if parts[name] is not None)
         for name, registry in Registry.every.items():
-            chosen = self.tree.get(registry.kind.key)
-            if name in DIRECT or chosen is None or name in self.asked:
+            key = registry.kind.key
+            chosen = self.tree.get(key)
+            if name in DIRECT or chosen is None or name in self.followed:
                 continue
             chosen = chosen.get("name") if isinstance(chosen, Mapping) else chosen
-            self.problem(registry.kind.key, chosen, f"reaches nothing: neither {askers} asks for {with_article(name)}")
+            own_choices = self.asked.get(name)
+            if own_choices is None:
+                self.problem(key, chosen, f"reaches nothing: neither {askers} asks for {with_article(name)}")
+            elif self.source(key) == COMMAND_LINE:
+                places = ", ".join(dict.fromkeys(own_choices))
+                written = self.source(own_choices[0])
+                where = f" in {written}" if written not in ("", COMMAND_LINE) else ""
+                self.problem(key, chosen, f"has no effect: what counts is {places}{where}")
 
     def check_trainer(self, settings: Mapping[str, Any]) -> None:
         """Find now what the trainer will refuse (a device that is not there), before any data is read."""
@@ -243,6 +317,10 @@ class Reader:
             return self.problem(path, value, TARGET)
         name = owner if isinstance(owner, str) else owner.name
         others = []
+        if isinstance(owner, Entry) and key in parameters_of(owner.part):
+            given = key in owner.kind.given
+            by = "is given by the framework" if given else "has a type that no config can hold"
+            return self.problem(path, value, f"the parameter {key} of {name} {by}, so it is no setting")
         if isinstance(owner, Entry):
             others = [e.name for e in Registry.every[owner.kind.name] if key in e.settings]
         others += [section for section in SECTIONS if section != name and key in section_settings(section)]
@@ -263,11 +341,13 @@ class Reader:
         for kind_name, made in spec.parts.items():
             key = Registry.every[kind_name].kind.key
             if isinstance(made, list):
-                tree[key] = {maker.entry.name: plain_settings(maker) for maker in made}
+                tree[key] = {}
+                for maker in made:
+                    tree[key][maker.entry.name] = plain_settings(maker.settings, maker.entry.settings)
             else:
                 tree[key] = plain(made)
         for name, settings in [pair for pair in spec.sections.items() if pair[0] not in AROUND]:
-            tree[name] = {key: plain(settings.get(key, s.default)) for key, s in section_settings(name).items()}
+            tree[name] = plain_settings(settings, section_settings(name))
         if spec.fold is not None:
             tree["fold"] = spec.fold
         return tree | {"seed": spec.seed, "plugins": spec.plugins, "init_from": spec.init_from}
@@ -283,6 +363,7 @@ def refusal(**settings: Any) -> str | None:
     return None
 
 
+COMMAND_LINE = "command line"  # what `source` says of an override
 IMPORTS = frozenset({"_target_", "_partial_", "_args_", "_recursive_", "_convert_"})
 TARGET = "is refused: a config names registered parts (`name: ...`), never something to import"
 
@@ -292,19 +373,39 @@ def follow(kind: str) -> str:
     return f"${{{Registry.every[kind].kind.key}}}"
 
 
+OWN_DEFAULT: Any = object()  # in the place of a part that a signature has as an object, not by its name
+OLD_TEXT = (
+    "is what an earlier version wrote for a default that no config can hold, so whether the part had the default "
+    "or this text is not known: take the line out to use the default"
+)
+
+
 def plain(value: Any) -> Any:
-    """Return makers, tuples and paths as plain values, with every default of a part written out."""
+    """Return makers, tuples, paths and members of enumerations as a config holds them.
+
+    Raises SettingError for an object that no config can hold.
+    """
     if isinstance(value, Maker):
-        return {"name": value.entry.name} | plain_settings(value)
+        return {"name": value.entry.name} | plain_settings(value.settings, value.entry.settings)
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
-    return value if isinstance(value, int | float | str | None) else str(value)
+    try:
+        return plain_value(value)
+    except NotPlain:
+        raise SettingError(f"{shorten(value)} cannot be written into a config") from None
 
 
-def plain_settings(maker: Maker) -> dict[str, Any]:
-    return {key: plain(maker.settings.get(key, setting.default)) for key, setting in maker.entry.settings.items()}
+def plain_settings(given: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """Return what was given and the defaults that a config can hold, in plain values."""
+    found = {}
+    for key, setting in settings.items():
+        if key in given:
+            found[key] = plain(given[key])
+        elif setting.in_config:
+            found[key] = plain(setting.default)
+    return found
 
 
 SHORT = Repr()  # writes a few items of a collection, so that none can fill the memory

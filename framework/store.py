@@ -3,6 +3,7 @@
 Hydra copies its whole ConfigStore for each composition, and a schema for every part would cost half a second a run.
 """
 
+import re
 from collections.abc import Iterable
 from functools import partial
 from itertools import product
@@ -14,8 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from .discovery import discover
 from .registry import Entry, Registry
-from .schema import REQUIRED
-from .spec import PLAIN, SECTIONS, follow, plain, section_settings
+from .schema import names_parts
+from .spec import PLAIN, SECTIONS, Settings, follow, plain, section_settings
 from .tuning.hydra_parts import register
 
 NONE = "_none_"  # the option of a group that holds nothing: Hydra has no `GROUP=null` on its command line
@@ -72,15 +73,34 @@ def add(repo: dict[str, Any], name: str, group: str | None, package: str | None,
 
 
 def option(entry: Entry) -> dict[str, Any]:
-    """Return what a part's config group option holds: each setting with its default, as a person would write it."""
-    settings = {"name": entry.name} | {name: default(setting) for name, setting in entry.settings.items()}
+    """Return what a part's config group option holds: its name, and each setting with its default.
+
+    A default that a config cannot hold is left out, so that the part's signature supplies it.
+    """
+    settings = {"name": entry.name} | defaults(entry.settings, entry.kind.name)
     return {entry.name: settings} if entry.kind.many else settings
 
 
-def default(setting: Any) -> Any:
-    if setting.part is not None and not setting.many:
-        return follow(setting.part)
-    return "???" if setting.default is REQUIRED else plain(setting.default)
+def defaults(settings: Settings, kind: str | None = None) -> dict[str, Any]:
+    """Return the defaults of settings; a part of a kind does not follow the choice of that kind, which is itself."""
+    found: dict[str, Any] = {}
+    for name, setting in settings.items():
+        if setting.part not in (None, kind) and not setting.many:
+            found[name] = follow(str(setting.part))
+        elif setting.required:
+            found[name] = "???"
+        elif setting.in_config and (setting.part is None or names_parts(setting.default)):
+            found[name] = escaped(plain(setting.default))
+    return found
+
+
+def escaped(value: Any) -> Any:
+    """Return a default in which "${" stays text, where OmegaConf would read a reference to another key."""
+    if isinstance(value, list):
+        return [escaped(item) for item in value]
+    if isinstance(value, dict):
+        return {key: escaped(item) for key, item in value.items()}
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def ours() -> DictConfig:
@@ -94,5 +114,5 @@ def sections() -> dict[str, Any]:
     tree: dict[str, Any] = {registry.kind.key: None for registry in Registry.every.values() if not registry.kind.many}
     tree |= {name: setting.default for name, setting in PLAIN.items()}
     for name in SECTIONS:
-        tree[name] = {key: default(setting) for key, setting in section_settings(name).items()}
+        tree[name] = defaults(section_settings(name))
     return tree

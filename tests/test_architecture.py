@@ -15,7 +15,7 @@ from shipped import shipped
 
 ROOT = Path(framework.__file__).parent.parent
 FLOORS = {
-    "stdlib": ["errors", "schema", "registry", "kinds"],
+    "stdlib": ["errors", "exits", "schema", "registry", "kinds"],
     "ground work": ["discovery", "seeds", "state", "shapes", "workers", "device", "memory", "clock"],
     "contracts": [
         "data",

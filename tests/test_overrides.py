@@ -29,7 +29,18 @@ from framework.overrides import as_typed, rewrite
         ("~scheduler", "scheduler=_none_"),
         ("experiment=null", ""),
         ("~optimizer.lr", "~optimizer.lr"),
-        ("hydra.job.name=x", "hydra.job.name=x"),
+        ("optimizer={name: sgd, lr: 0.1}", "optimizer=sgd ++optimizer={name:'sgd',lr:0.1}"),
+        ("optimizer={lr: 0.1}", "++optimizer={lr:0.1}"),
+        (
+            "callbacks=[non_finite,{name: checkpoint, every: 7steps}]",
+            "callbacks=[non_finite,checkpoint] ++callbacks.checkpoint={name:'checkpoint',every:'7steps'}",
+        ),
+        (
+            "+metrics={name: top_k, k: 3}",
+            "also/metrics=[top_k] ++metrics.top_k={name:'top_k',k:3}",
+        ),
+        ("run.root=d/été", "++run.root='d/été'"),
+        ("data.path=[日本,b]", "++data.path=['日本',b]"),
         ("optimizer.lr=", "++optimizer.lr="),
         ("run.name='a b'", "++run.name='a b'"),
     ],
@@ -57,6 +68,53 @@ def test_one_override_of_a_sweep(typed, given):
     assert found.swept == [typed.partition("=")[0]]
     (problem,) = rewrite([typed], []).problems
     assert f"{typed}: has several values: add -m to try each" in problem
+
+
+@pytest.mark.parametrize("launched", ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweeper.params.a=1"])
+def test_settings_of_hydra_are_for_sweeps(launched):
+    assert rewrite([launched], [], multirun=True).arguments == [launched]
+    assert rewrite([launched], [], shows=True).arguments == [launched]
+    (problem,) = rewrite([launched], []).problems
+    assert "add -m for one" in problem
+
+
+@pytest.mark.parametrize(
+    ("typed", "given"),
+    [
+        ("+callbacks=early_stop +callbacks=ema", "also/callbacks=[early_stop,ema]"),
+        ("+callbacks=[early_stop] +callbacks=[ema,lookahead]", "also/callbacks=[early_stop,ema,lookahead]"),
+        (
+            "+callbacks=ema +callbacks={name:early_stop,patience:2}",
+            "also/callbacks=[ema,early_stop] ++callbacks.early_stop={name:'early_stop',patience:2}",
+        ),
+        ("~callbacks=progress ~callbacks=checkpoint", "~callbacks.progress ~callbacks.checkpoint"),
+        ("seed=1 seed=1", "++seed=1"),
+    ],
+)
+def test_overrides_that_add_up(typed, given):
+    found = rewrite(typed.split(), [])
+    assert " ".join(found.arguments) == given
+    assert found.problems == found.notes == []
+
+
+@pytest.mark.parametrize(
+    ("typed", "given", "without_effect"),
+    [
+        ("seed=1 seed=2", "++seed=2", "seed=1"),
+        ("optimizer=sgd optimizer=adam", "optimizer=adam", "optimizer=sgd"),
+        ("optimizer.lr=1 ++optimizer.lr=2", "++optimizer.lr=2", "optimizer.lr=1"),
+        ("~scheduler scheduler=linear", "scheduler=linear", "~scheduler"),
+        (
+            "model/activation=elu model.activation=gelu",
+            "++model.activation=gelu ++model.activation.name=gelu",
+            "model/activation=elu",
+        ),
+    ],
+)
+def test_of_two_overrides_of_one_key_the_last_counts_and_it_is_said(typed, given, without_effect):
+    found = rewrite(typed.split(), [])
+    assert " ".join(found.arguments) == given
+    assert found.notes == [f"{without_effect} has no effect: {typed.split()[1]} follows it"]
 
 
 def test_a_part_goes_before_its_settings_whatever_was_typed_first():

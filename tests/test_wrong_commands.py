@@ -202,8 +202,8 @@ def test_an_override_that_cannot_be(refuse, overrides, said):
         ("run.name=../x", "run.name should be letters, digits, '.', '_' and '-' (at most 128), not '../x'"),
         ("run.root=file", "the run folder file/default/"),
         ("run.root=/proc/nope", "the run folder /proc/nope/default/"),
-        ("hydra/launcher=jobs", "hydra/launcher=jobs: not installed (hydra-jobs-launcher?); there is: auto, basic"),
-        ("hydra.nope=1", "hydra.nope: Hydra has no such setting (--cfg hydra shows them)"),
+        ("-m hydra/launcher=jobs", "hydra/launcher=jobs: not installed (hydra-jobs-launcher?); there is: auto, basic"),
+        ("-m hydra.sweeper.nope=1", "hydra.sweeper.nope: Hydra has no such setting (--cfg hydra shows them)"),
         # experiment files, by line
         ("experiment=broken", "conf/experiment/broken.yaml:3: cannot be read as YAML: expected ',' or ']'"),
         ("experiment=list", "conf/experiment/list.yaml: should hold `key: value` lines"),

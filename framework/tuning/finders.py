@@ -12,6 +12,7 @@ import torch
 
 from ..callback import Callback
 from ..device import intra_op_threads
+from ..discovery import output_for_programs
 from ..errors import RunError
 from ..experiment import Experiment
 from ..memory import OutOfMemory
@@ -158,7 +159,8 @@ def without_validation(built: Experiment) -> dict[str, Any]:
 
 def show_learning_rates(spec: Spec, as_json: bool) -> None:
     """Print the curve of a learning rate range test, and what it suggests."""
-    found = find_learning_rate(spec)
+    with output_for_programs(as_json):
+        found = find_learning_rate(spec)
     if as_json:
         print(json.dumps(asdict(found)))
         return
@@ -171,15 +173,20 @@ def show_learning_rates(spec: Spec, as_json: bool) -> None:
     print(f"         from {found.lowest:.2g} on it does not fall any more")
 
 
+def print_speed(speed: Speed) -> None:
+    rate = "memory is full" if speed.samples_per_second is None else f"{speed.samples_per_second:10,.0f} samples/s"
+    memory = "" if speed.memory is None else f"  {speed.memory / 2**30:.2f} GiB"
+    print(f"batch_size {speed.batch_size:6,}  {rate}{memory}", flush=True)
+
+
 def show_batch_sizes(spec: Spec, as_json: bool) -> None:
     """Print the speed of each batch size as it is measured, and what that suggests."""
     speeds = []
-    for speed in find_batch_size(spec):
-        speeds.append(speed)
-        rate = "memory is full" if speed.samples_per_second is None else f"{speed.samples_per_second:10,.0f} samples/s"
-        memory = "" if speed.memory is None else f"  {speed.memory / 2**30:.2f} GiB"
-        if not as_json:
-            print(f"batch_size {speed.batch_size:6,}  {rate}{memory}", flush=True)
+    with output_for_programs(as_json):
+        for speed in find_batch_size(spec):
+            speeds.append(speed)
+            if not as_json:
+                print_speed(speed)
     chosen = suggested(speeds)
     if as_json:
         print(json.dumps({"measured": [asdict(speed) for speed in speeds], "suggestion": chosen.batch_size}))

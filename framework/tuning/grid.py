@@ -11,7 +11,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from ..errors import ConfigError
-from ..overrides import as_typed, own_settings, rewrite, value_of
+from ..overrides import as_typed, depth, expanded, own_settings, rewrite, value_of
 from ..schema import PositiveInt
 from .combinations import Rule, combinations
 from .trials import Trials, composed
@@ -76,23 +76,28 @@ class Grid(Sweeper):
         swept = {key_of(str(each.input_line)): values_of(each) for each in parsed if each.is_sweep_override()}
         axes = dict(sorted(swept.items(), key=lambda pair: given.swept.index(pair[0])))  # as typed
         known = {key_of(text): value_of(text) for text in fixed if not text.startswith("~")}
+        empty = [given.typed.get(key, key) for key, values in axes.items() if not values]
+        if empty:
+            raise ConfigError([f"{text}: there is no such value" for text in empty])
         rules = [Rule(text, {**known, **axes}) for text in section.rules]
         chosen = combinations(axes, section.zipped)
         kept = [own for own in chosen if all(rule.holds({**known, **own_settings(own, given)}) for rule in rules)]
         if not kept:
             raise ConfigError([f"sweep.where: none of the {len(chosen)} combinations is left"])
-        return [tuple(sorted((*fixed, *own), key=depth)) for own in kept]
+        return [with_parts_first([*fixed, *own]) for own in kept]
+
+
+def with_parts_first(overrides: Sequence[str]) -> tuple[str, ...]:
+    """Return the overrides of a job, each part before its settings."""
+    found: list[str] = []
+    for text in overrides:
+        found += expanded(text)
+    return tuple(sorted(found, key=depth))
 
 
 def key_of(override: str) -> str:
     """Return the key of an override as a person types it: `optimizer.lr`."""
     return as_typed(override).lstrip("+~").partition("=")[0].replace("/", ".")
-
-
-def depth(override: str) -> int:
-    """A part comes before its settings."""
-    key = override.partition("=")[0]
-    return key.count("/") + key.count(".")
 
 
 def values_of(override: Override) -> list[str]:

@@ -17,6 +17,7 @@ from ..cuda_graph import Graphed
 from ..data import Batch, Loader
 from ..device import deterministic_algorithms
 from ..errors import FrameworkError
+from ..exits import no_exit
 from ..memory import memory_errors
 from ..seeds import undisturbed
 from ..task import Step
@@ -118,7 +119,8 @@ class Lockstep:
                 self._each(lambda trial: trial.way.__enter__())
                 self._leave_done()
                 while self.trials:
-                    self._epoch()
+                    with no_exit():
+                        self._epoch()
             except BaseException as error:
                 for trial in self.trials:
                     self._close(trial, error)
@@ -277,7 +279,8 @@ class Lockstep:
         failed = []
         for row, trial in enumerate(self.trials):
             try:
-                do(trial)
+                with no_exit():
+                    do(trial)
             except Exception as error:
                 self._close(trial, error)
                 failed.append(row)

@@ -19,7 +19,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from ..errors import ConfigError, SettingError, did_you_mean
-from ..overrides import as_typed
+from ..overrides import as_typed, expanded
 from ..registry import Registry
 from ..schema import Setting
 from ..spec import SECTIONS, section_settings
@@ -115,7 +115,10 @@ class Space:
             else:
                 count: Any = chosen.get(axis.per, self.given.get(axis.per))
                 chosen[axis.key] = [choose(f"{axis.key}.{number}", axis.distribution) for number in range(int(count))]
-        own = [f"{axis.written}={text_of(chosen[axis.key], axis)}" for axis in self.axes if axis.key in chosen]
+        own: list[str] = []
+        for axis in self.axes:
+            if axis.key in chosen:
+                own += expanded(f"{axis.written}={text_of(chosen[axis.key], axis)}")
         return [*self.fixed, *own]
 
 
@@ -149,7 +152,11 @@ def distribution_of(key: str, override: Override, log: bool) -> BaseDistribution
         return make(series[0], series[-1], log=log, step=None if log and make is FloatDistribution else step)
     if log:
         raise ValueError("log goes with interval(...) and range(...)")
-    return CategoricalDistribution(list(override.sweep_string_iterator()))
+    choices = list(override.sweep_string_iterator())
+    twice = next((choice for choice in choices if choices.count(choice) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice} is there twice")
+    return CategoricalDistribution(choices)
 
 
 def takes_whole_numbers(key: str, low: float, high: float) -> bool:

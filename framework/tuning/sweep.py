@@ -17,6 +17,7 @@ from ..compose import Composing, Job, hydra_in, to_tree
 from ..describe import console
 from ..errors import ConfigError, FrameworkError, RunError, did_you_mean
 from ..experiment import Result
+from ..overrides import hydra_fault, of_hydra
 from ..registry import Registry
 from ..signals import handled
 from ..sources import Sources
@@ -46,6 +47,7 @@ def sweep(composing: Composing, arguments: list[str], task: Callable[[Job], Resu
             typed = composing.overrides.typed
             ours = hydra_parts.choose(config, "sweeper", "hydra.sweeper" in typed)
             hydra_parts.choose(config, "launcher", "hydra.launcher" in typed)
+        check_hydra(composing, config.hydra.runtime.choices["hydra/launcher"])
         if composing.line.only_plan and config.hydra.runtime.choices["hydra/sweeper"] not in ("basic", "grid"):
             raise ConfigError(["plan -m tells the trials of a grid; a search draws its trials while it runs"])
         trials = prepare(composing, config, task, explain)
@@ -60,6 +62,18 @@ def sweep(composing: Composing, arguments: list[str], task: Callable[[Job], Resu
             if trials.opened is not None:
                 trials.opened.release()
     settle(trials)
+
+
+def check_hydra(composing: Composing, launcher: str) -> None:
+    """Raise ConfigError for Hydra's own settings that only a launcher of Hydra's would use."""
+    if launcher not in ("basic", *hydra_parts.PARTS["launcher"]):
+        return
+    problems = []
+    for key, text in composing.overrides.typed.items():
+        if of_hydra(key) and not key.startswith(("hydra.launcher", "hydra.sweeper")):
+            problems.append(f"{text}: {hydra_fault(key, True)} (command line)")
+    if problems:
+        raise ConfigError(problems)
 
 
 def hydra_callbacks() -> Any:

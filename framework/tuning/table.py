@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 MOST_COLUMNS = 6  # of metrics
+WIDEST = 40  # characters of a setting's value
 Direction = Mapping[str, str]
 """By metric that trials are compared by: "min" or "max"; the first sorts."""
 
@@ -124,7 +125,10 @@ def table(trials: Sequence[Trial], by: Direction, most: int | None = None) -> "T
 
 
 def shown(value: Any) -> str:
-    return "null" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
+    if value is None:
+        return "null"
+    text = f"{value:.5g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= WIDEST else f"{text[: WIDEST - 3]}..."
 
 
 def measured(group: Group, metric: str) -> str:

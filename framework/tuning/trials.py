@@ -199,6 +199,20 @@ def composed(trials: Trials, overrides: Sequence[Sequence[str]]) -> list[Job]:
     taken = next((name for name in names if name != "None" and names.count(name) > 1), None)
     if taken is not None:
         problems[f"run.name={taken}: each job of a sweep needs a folder of its own: leave the name out"] = None
+    problems.update(dict.fromkeys(identical_trials(jobs)))
     if problems:
         raise ConfigError(problems)
     return jobs
+
+
+def identical_trials(jobs: Sequence[Job]) -> Iterator[str]:
+    """Yield which trials train the same: they would count as independent, in the mean over seeds for instance."""
+    found: dict[str, list[Job]] = {}
+    for job in jobs:
+        found.setdefault(fingerprint(job.spec.tree), []).append(job)
+    for first, *others in found.values():
+        labels = list(dict.fromkeys(job.label for job in (first, *others)))
+        if others and len(labels) == 1:
+            yield f"{first.label or 'the experiment'}: is there {1 + len(others)} times: give each value once"
+        elif others:
+            yield f"{' and '.join(labels[:3])} are one experiment: what differs has no effect"

@@ -1,0 +1,42 @@
+"""Code of a part that ends the program: `sys.exit` in a plugin, a callback or a data set."""
+
+import argparse
+import sysconfig
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import PartExit
+
+OWN = (str(Path(__file__).parent), argparse.__file__)
+
+
+@contextmanager
+def no_exit() -> Iterator[None]:
+    """Raise PartExit in the place of a SystemExit that neither this package nor argparse raised.
+
+    Such an exit would end the program with its status, often 0, and nothing would tell that the work is not done.
+    """
+    try:
+        yield
+    except SystemExit as error:
+        if is_own(error):
+            raise
+        raise PartExit(describe_exit(error)) from error
+
+
+def is_own(error: SystemExit) -> bool:
+    """Whether this package itself ends the program: after a signal, or with the status of a command."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return not frames or frames[-1].filename.startswith(OWN)
+
+
+def describe_exit(error: SystemExit) -> str:
+    """Say where the program would have been ended."""
+    frames = traceback.extract_tb(error.__traceback__)
+    libraries = (sysconfig.get_path("stdlib"), "<")  # `exit` and argparse are written there
+    callers = [frame for frame in frames if not frame.filename.startswith(libraries)] or frames
+    status = "" if error.code is None else repr(error.code)
+    where = f"{callers[-1].filename}:{callers[-1].lineno}"
+    return f"sys.exit({status}) is called at {where}: a part must not end the program"

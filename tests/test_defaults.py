@@ -1,0 +1,442 @@
+"""A part gets the default of its signature, however it is chosen, and again when its run is opened."""
+
+# ruff: noqa: B006, B008  # unusual defaults are what is tested
+
+import dataclasses
+import enum
+import functools
+import inspect
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import nn
+
+import framework as fw
+from framework.compose import CommandLine, run
+from framework.errors import BuildError, ConfigError, ContractError
+from framework.registry import Registry
+from framework.resume import altered
+from framework.run import dump
+from framework.schema import Range, identical, plain_value
+from framework.spec import plain_settings, read_spec
+
+
+class Mode(enum.Enum):
+    SOFT = 1
+    HARD = 2
+
+
+class Level(enum.IntEnum):
+    LOW = 1
+    HIGH = 2
+
+
+class Access(enum.Flag):
+    READ = 1
+    WRITE = 2
+
+
+UNSET = object()
+TENSOR = torch.ones(2)
+RECEIVED: list[dict[str, Any]] = []
+
+
+def odd_init(
+    self,
+    function=torch.relu,
+    builtin=max,
+    cls=nn.ReLU,
+    dtype=torch.float64,
+    unset=UNSET,
+    tensor=TENSOR,
+    number=np.float64(0.5),
+    whole=np.int64(3),
+    array=TENSOR.numpy(),
+    made=functools.partial(max, 1),
+    span=range(3),
+    several={1, 2},
+    frozen=frozenset([1]),
+    raw=b"x",
+    imaginary=1j,
+    functions=[torch.relu, {"a": torch.tanh}],
+    keyed={"a": (1, 2), "f": max},
+    pair=(1, 2),
+    pairs={"a": (1, 2), "b": [(3, 4)]},
+    counts: dict[int, float] = {0: 1.0},
+    bare_counts={0: 1.0},
+    nan=math.nan,
+    beyond: Annotated[float, Range("[0, 1]")] = math.inf,
+    rate: float = 1,
+    text: str = "${nothing}/{y}",
+    seed_text: str = "\\${seed}",
+    missing: str = "???",
+    path=Path("a/b"),
+    any_path: Any = Path("a"),
+    mode: Mode = Mode.SOFT,
+    bare_mode=Mode.HARD,
+    level: Level = Level.HIGH,
+    number_level: int = Level.LOW,
+    access: Access = Access.READ | Access.WRITE,
+    modes: list[Mode] = [Mode.HARD],
+    either: float | torch.Tensor = TENSOR,
+    activation: fw.Activation = nn.GELU,
+):
+    arguments = dict(locals())
+    del arguments["self"]
+    RECEIVED.append(arguments)
+    if isinstance(self, nn.Module):
+        nn.Module.__init__(self)
+
+
+class OddActivation(nn.Module):
+    __init__ = odd_init
+
+    def forward(self, x):
+        return x.relu()
+
+
+class OddLoss(nn.Module):
+    __init__ = odd_init
+
+    def forward(self, outputs, targets):
+        return nn.functional.cross_entropy(outputs, targets)
+
+
+class OddCallback(fw.Callback):
+    __init__ = odd_init
+
+
+PARTS = {"activation": OddActivation, "loss": OddLoss, "callback": OddCallback}
+
+
+@pytest.fixture(autouse=True)
+def _forget():
+    """Take back what a test registers here, and what its parts received."""
+    before = {kind: (dict(r._entries), dict(r._aliases)) for kind, r in Registry.every.items()}
+    RECEIVED.clear()
+    yield
+    for kind, (entries, aliases) in before.items():
+        Registry.every[kind]._entries, Registry.every[kind]._aliases = entries, aliases
+
+
+@pytest.fixture
+def odd():
+    for kind, part in PARTS.items():
+        Registry.every[kind].register("odd", part)
+
+
+def composed(*overrides, multirun=False):
+    """Return the specs that a command line composes."""
+    specs = []
+    run(CommandLine(list(overrides), multirun=multirun), lambda job: specs.append(job.spec))
+    return specs
+
+
+def built(spec, kind):
+    """Build the odd part of a spec; returns what it received."""
+    RECEIVED.clear()
+    if kind == "callback":
+        [maker() for maker in spec.parts["callback"] if maker.entry.name == "odd"]
+    elif kind == "loss":
+        spec.parts["task"]()
+    else:
+        spec.parts["model"]((64,), (10,))
+    return RECEIVED[0]
+
+
+def is_default(value, default):
+    """Whether a value is the default: the object itself, or an equal one of plain types."""
+    if value is default:
+        return True
+    if type(value) is not type(default):
+        return False
+    if isinstance(default, dict):
+        return list(value) == list(default) and all(is_default(value[k], default[k]) for k in default)
+    if isinstance(default, list | tuple):
+        return len(value) == len(default) and all(map(is_default, value, default))
+    return value == default or (value != value and default != default)
+
+
+def check_received(arguments):
+    for name, parameter in inspect.signature(odd_init).parameters.items():
+        if name == "rate":
+            assert identical(arguments[name], 1.0), "1 is given as the float that the annotation asks for"
+        elif name == "activation":
+            assert arguments[name] is nn.GELU
+        elif name != "self":
+            assert is_default(arguments[name], parameter.default), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "overrides"),
+    [
+        ("activation", ["activation=odd"]),
+        ("activation", ["model.activation=odd"]),
+        ("activation", ["model.activation={name: odd}"]),
+        ("activation", ["model=stack", "model.blocks=[{name: linear, activation: odd}]"]),
+        ("loss", ["loss=odd"]),
+        ("loss", ["task.loss=odd"]),
+        ("callback", ["+callbacks=odd"]),
+        ("callback", ["callbacks=[odd]"]),
+    ],
+)
+def test_the_default_arrives_however_the_part_is_chosen(odd, kind, overrides):
+    (spec,) = composed(*overrides)
+    check_received(built(spec, kind))
+    text = dump("config.yaml", spec.tree)
+    assert " at 0x" not in text
+    kept = yaml.safe_load(text)
+    check_received(built(read_spec(kept), kind))  # as `eval` does
+    check_received(built(read_spec(altered(kept, ["trainer.max_epochs=3"])), kind))  # as `resume` does
+
+
+@pytest.mark.parametrize("key", ["activation", "model.activation"])
+def test_the_default_arrives_in_a_sweep(odd, key, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    specs = composed(f"{key}=odd,relu", multirun=True)
+    check_received(built(specs[0], "activation"))
+    assert specs[0].tree != specs[1].tree
+
+
+def test_the_default_arrives_in_python(odd):
+    fw.activations.build("odd")
+    Registry.every["activation"].maker("odd")()
+    for arguments in RECEIVED:
+        check_received(arguments)
+
+
+def test_what_is_given_takes_the_place_of_such_a_default(odd):
+    overrides = ["activation.pair=[3,4,5]", "activation.counts={5: 2}", "activation.mode=HARD"]
+    overrides += ["activation.text=${seed}", "activation.access=READ", "activation.function=3"]
+    (spec,) = composed("activation=odd", "seed=7", *overrides)
+    arguments = built(spec, "activation")
+    assert arguments["pair"] == (3, 4, 5)
+    assert arguments["counts"] == {0: 1.0, 5: 2.0}
+    assert (arguments["mode"], arguments["access"]) == (Mode.HARD, Access.READ)
+    assert (arguments["text"], arguments["function"]) == ("7", 3)
+    again = built(read_spec(yaml.safe_load(dump("config.yaml", spec.tree))), "activation")
+    assert {name: again[name] for name in ("pair", "counts", "mode", "access", "text")} == {
+        name: arguments[name] for name in ("pair", "counts", "mode", "access", "text")
+    }
+
+
+@pytest.mark.parametrize("entry", [entry for registry in Registry.every.values() for entry in registry], ids=str)
+def test_the_defaults_of_every_part_come_back_from_a_file(entry):
+    kept = yaml.safe_load(dump("config.yaml", plain_settings({}, entry.settings)))
+    for name, setting in entry.settings.items():
+        if not setting.required and setting.part is None:
+            assert identical(setting.convert(kept[name]), setting.initial()), name
+
+
+def test_a_run_with_such_defaults_is_opened_again(command, tmp_path, forget_plugins):
+    (tmp_path / "parts.py").write_text(
+        """
+import dataclasses
+import torch
+from torch import nn
+from framework import Callback, activations, callbacks
+
+UNSET = object()
+
+@activations.register("kept")
+@dataclasses.dataclass(eq=False)
+class Kept(nn.Module):
+    names: list[str] = dataclasses.field(default_factory=lambda: ["a", "b"])
+    function: object = torch.tanh
+    unset = UNSET
+    def __post_init__(self):
+        super().__init__()
+        assert self.names == ["a", "b"], self.names
+    def forward(self, x):
+        return self.function(x)
+
+@callbacks.register("watching")
+@dataclasses.dataclass
+class Watching(Callback):
+    names: list[str] = dataclasses.field(default_factory=list)
+    reduce: object = max
+    def on_fit_start(self, trainer):
+        assert self.names == [] and self.reduce is max
+"""
+    )
+    small = "trainer.max_steps=1 loader.limit=1 model.width=4 loggers=[json_lines]"
+    for key in ("activation", "model.activation"):
+        name = key.partition(".")[0]
+        line = f"train --plugins parts.py {key}=kept +callbacks=watching run.name={name} {small}"
+        status, _, err = command(line)
+        assert status == 0, err
+        status, out, err = command(f"eval --plugins parts.py runs/default/{name} --json")
+        assert status == 0, err
+        logged = (tmp_path / f"runs/default/{name}/metrics.jsonl").read_text().splitlines()[-1]
+        assert json.loads(out)["test/loss"] == pytest.approx(json.loads(logged)["test/loss"])
+        status, _, err = command(f"resume --plugins parts.py runs/default/{name} trainer.max_steps=2")
+        assert status == 0, err
+
+
+def number(k: int = "auto") -> nn.Module: ...
+def tensor(x: float = torch.tensor(0.5)) -> nn.Module: ...
+def texts(sizes: list[int] = ("a",)) -> nn.Module: ...
+def member(mode: Mode = "SOFTLY") -> nn.Module: ...
+def sentinel(x: int | None = UNSET) -> nn.Module: ...
+
+
+@pytest.mark.parametrize("part", [number, tensor, texts, member, sentinel])
+def test_a_default_that_contradicts_its_annotation_is_refused_where_it_is_written(part):
+    with pytest.raises(ContractError, match=r"test_defaults.py:\d+\): parameter '\w+' of \w+ has the default"):
+        fw.activations.register("wrong", part)
+    assert "wrong" not in fw.activations
+
+
+def test_what_a_class_of_others_has_for_a_default_is_kept():
+    class Others(nn.Module):
+        def __init__(self, k: int = "auto"):
+            super().__init__()
+            self.k = k
+
+    Others.__module__ = "somewhere.else"
+    fw.activations.register("others", Others)
+    (spec,) = composed("model.activation=others")
+    for each in (spec, read_spec(spec.tree)):
+        assert each.parts["model"].settings["activation"]().k == "auto"
+
+
+class Base(nn.Module):
+    """A base.
+
+    Args:
+        alpha: of the base.
+    """
+
+    def __init__(self, alpha: float = 1.0, gamma: fw.PositiveInt = 3):
+        super().__init__()
+        self.alpha, self.gamma = alpha, gamma
+
+
+class Middle(Base):
+    def __init__(self, delta: int = 5, **kwargs):
+        super().__init__(**kwargs)
+        self.delta = delta
+
+
+class Sub(Middle):
+    def __init__(self, beta: float = 2.0, **kwargs):
+        super().__init__(gamma=4, **kwargs)
+        self.beta = beta
+
+
+class Swallows(Base):
+    def __init__(self, beta: float = 2.0, **kwargs):
+        super().__init__()
+        self.beta, self.more = beta, kwargs
+
+
+def test_settings_that_a_class_hands_on_to_its_base():
+    fw.activations.register("sub", Sub)
+    settings = fw.activations.get("sub").settings
+    assert settings.keys() == {"beta", "delta", "alpha"}, "gamma is fixed by the class"
+    assert settings["alpha"].doc == "of the base"
+    (spec,) = composed("activation=sub", "activation.alpha=0.5")
+    made = spec.parts["model"].settings["activation"]()
+    assert (made.alpha, made.beta, made.gamma, made.delta) == (0.5, 2.0, 4, 5)
+    assert spec.tree["model"]["activation"] == {"name": "sub", "beta": 2.0, "alpha": 0.5}
+    fw.activations.register("swallows", Swallows)
+    assert fw.activations.get("swallows").settings.keys() == {"beta"}
+
+
+class ByPosition(nn.Module):
+    def __init__(self, a: float = 1.0, b: float = 2.0, /, c: float = 3.0):
+        super().__init__()
+        self.values = a, b, c
+
+
+@pytest.mark.parametrize(
+    ("settings", "values"),
+    [({}, (1.0, 2.0, 3.0)), ({"b": 5.0}, (1.0, 5.0, 3.0)), ({"a": 0.0, "c": 4.0}, (0.0, 2.0, 4.0))],
+)
+def test_parameters_that_are_given_by_position(settings, values):
+    fw.activations.register("by_position", ByPosition)
+    assert fw.activations.build("by_position", **settings).values == values
+
+
+def test_a_partial_is_shown_as_what_it_wraps():
+    entry_name = "partial_leaky"
+    fw.activations.register(entry_name, functools.partial(nn.LeakyReLU, negative_slope=0.3))
+    entry = fw.activations.get(entry_name)
+    assert entry.summary == fw.activations.get("leaky_relu").summary
+    assert entry.settings["negative_slope"].default == 0.3
+    assert entry.settings["negative_slope"].doc
+    assert fw.activations.build(entry_name).negative_slope == 0.3
+
+
+def problem_of(*overrides):
+    with pytest.raises(ConfigError) as raised:
+        composed(*overrides)
+    (problem,) = raised.value.problems
+    return problem
+
+
+def test_a_member_is_told_by_its_name(odd):
+    said = "should be one of SOFT, HARD, not 'HRD'; did you mean 'HARD'?"
+    assert said in problem_of("activation=odd", "activation.mode=HRD")
+
+
+def hooked(hook: type[nn.Module] = nn.ReLU, height: float = 1.0) -> nn.Module: ...
+
+
+def test_a_parameter_that_no_config_can_hold_is_told():
+    fw.activations.register("hooked", hooked)
+    said = "the parameter hook of hooked has a type that no config can hold"
+    assert said in problem_of("activation=hooked", "activation.hook=relu")
+
+
+OLD = "<built-in method relu of type object at 0x7fb0fb4cea40>"
+
+
+@pytest.mark.parametrize(
+    ("setting", "text"),
+    [("function", OLD), ("dtype", "torch.float64"), ("functions", [OLD, {"a": OLD.replace("relu", "tanh")}])],
+)
+def test_the_text_that_an_earlier_version_wrote_is_told(odd, setting, text):
+    (spec,) = composed("model.activation=odd")
+    spec.tree["model"]["activation"][setting] = text
+    with pytest.raises(ConfigError, match=r"an earlier version wrote .* take the line out"):
+        read_spec(spec.tree)
+
+
+@dataclasses.dataclass(eq=False)
+class Listed(nn.Module):
+    names: list[str] = dataclasses.field(default_factory=lambda: ["a"])
+
+    def __post_init__(self):
+        super().__init__()
+
+
+def test_a_run_of_an_earlier_version_with_a_default_factory_is_opened():
+    fw.activations.register("listed", Listed)
+    (spec,) = composed("model.activation=listed")
+    spec.tree["model"]["activation"]["names"] = "<factory>"
+    assert read_spec(spec.tree).parts["model"].settings["activation"]().names == ["a"]
+
+
+def test_an_object_is_never_written_as_its_text():
+    fw.activations.register("odd", OddActivation)
+    maker = fw.activations.maker("odd", function=torch.tanh)
+    with pytest.raises(fw.FrameworkError, match="cannot be written into a config"):
+        plain_settings(maker.settings, maker.entry.settings)
+    assert plain_value({"a": (Path("b"), Mode.SOFT)}) == {"a": ["b", "SOFT"]}
+
+
+def test_what_a_part_says_of_its_arguments_is_told():
+    class Refusing(nn.Module):
+        def __init__(self, a: int = 1, /):
+            raise ValueError("no")
+
+    fw.activations.register("refusing", Refusing)
+    with pytest.raises(BuildError, match="cannot be built: no"):
+        fw.activations.build("refusing", a=2)

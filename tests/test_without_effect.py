@@ -1,0 +1,184 @@
+"""What was typed and would have no effect is told, before anything runs."""
+
+import json
+
+import pytest
+
+from framework.compose import CommandLine, run
+from framework.errors import ConfigError, FrameworkError
+from framework.tuning.space import Space
+
+SMALL = "trainer.max_steps=1 loader.limit=1 model.width=4 model.depth=1 loggers=[json_lines]"
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def problems_of(line, multirun=False):
+    with pytest.raises(FrameworkError) as raised:
+        run(CommandLine(line.split(), multirun=multirun), lambda job: None)
+    return getattr(raised.value, "problems", [str(raised.value)])
+
+
+def composed(*overrides, multirun=False):
+    specs = []
+    run(CommandLine(list(overrides), multirun=multirun), lambda job: specs.append(job.spec))
+    return specs
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("hydra.run.dir=x", "run.root=DIR and run.name=NAME say where a run lies"),
+        ("hydra.job.chdir=true", "has no effect"),
+        ("hydra.verbose=true", "has no effect"),
+        ("activation=tanh model.activation=gelu", "what counts is model.activation (command line)"),
+        ("loss=focal task.loss=cross_entropy", "what counts is task.loss (command line)"),
+        ("experiment=digits_transformer activation=tanh", "digits_transformer.yaml"),
+        ("resume=runs/default/x run.name=y", "goes on in the folder of that run"),
+    ],
+)
+def test_a_setting_without_effect(line, said, tmp_path):
+    if "digits_transformer" in line:
+        (tmp_path / "conf/experiment").mkdir(parents=True)
+        file = tmp_path / "conf/experiment/digits_transformer.yaml"
+        file.write_text("model: {name: mlp, activation: relu}\n")
+    (problem,) = problems_of(line)
+    assert said in problem
+    assert sorted(path.name for path in tmp_path.iterdir()) in ([], ["conf"]), "nothing was made"
+
+
+def test_the_choice_of_a_file_may_be_replaced(tmp_path):
+    (tmp_path / "conf/experiment").mkdir(parents=True)
+    (tmp_path / "conf/experiment/mine.yaml").write_text("activation: tanh\n")
+    (spec,) = composed("experiment=mine", "model.activation=gelu")
+    assert spec.tree["model"]["activation"]["name"] == "gelu"
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("seed=1,1", "seed=1: is there 2 times"),
+        ("optimizer.lr=1e-3,0.001", "optimizer.lr=0.001: is there 2 times"),
+        ("model=mlp,mlp", "model=mlp: is there 2 times"),
+        ("seed=0,0 optimizer.lr=1,1 sweep.zip=[seed,optimizer.lr]", "seed=0 optimizer.lr=1: is there 2 times"),
+        ("loss=cross_entropy,null", "are one experiment: what differs has no effect"),
+        ("run.name=a,b", "run.name=a and run.name=b are one experiment"),
+        ("seed=range(0)", "there is no value in this range"),
+        ("optimizer=glob(zzz*)", "there is no such value"),
+        ("seed=0,1 hydra.sweep.dir=x", "run.root=DIR and sweep.name=NAME say where a sweep lies"),
+        ("seed=0,1 hydra.job.chdir=true", "has no effect"),
+    ],
+)
+def test_a_sweep_of_the_same_again(line, said, tmp_path):
+    (problem,) = problems_of(line, multirun=True)
+    assert said in problem
+    assert not list(tmp_path.iterdir()), "nothing was made"
+
+
+def test_what_differs_by_its_pair_is_another_trial():
+    assert len(composed("seed=0,0", "optimizer.lr=1,2", "sweep.zip=[seed,optimizer.lr]", multirun=True)) == 2
+
+
+def test_what_does_no_harm_is_noted(command, tmp_path, capsys):
+    (tmp_path / "conf/experiment").mkdir(parents=True)
+    (tmp_path / "conf/experiment/rates.yaml").write_text("hydra: {sweeper: {params: {seed: '0,1'}}}\n")
+    line = f"train experiment=rates seed=1 seed=2 {SMALL}"
+    status, _, err = command(line)
+    assert status == 0
+    notes = [text for text in err.splitlines() if "has no effect" in text]
+    assert notes == [
+        "framework: seed=1 has no effect: seed=2 follows it",
+        "framework: hydra.sweeper.params has no effect without -m: seed",
+    ]
+    assert composed("optimizer={name: sgd, lr: 1}", "optimizer.lr=2")[0].tree["optimizer"]["lr"] == 2.0
+    assert "lr in optimizer={name: sgd, lr: 1} has no effect: optimizer.lr=2 follows it" in capsys.readouterr().err
+    (run,) = (tmp_path / "runs/rates").glob("2*")
+    for override in ("run.name=y", "init_from=z", "resume=auto"):
+        status, _, err = command(f"resume {run} {override}")
+        assert status == 2
+        assert f"{override}: has no effect on a run that goes on" in err
+
+
+@pytest.mark.parametrize("flag", ["--plugins empty", "--config-dir empty", "--inexact"])
+def test_a_flag_without_effect(command, tmp_path, flag):
+    (tmp_path / "empty").mkdir()
+    status, _, err = command(f"train {flag} {SMALL}")
+    assert status == 2
+    assert len(err.splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("chosen", "optimizer"),
+    [
+        ("optimizer={name: sgd, lr: 0.1}", ("sgd", 0.1)),
+        ("optimizer={lr: 0.25}", ("adamw", 0.25)),
+    ],
+)
+def test_a_part_with_its_settings_in_one_override(chosen, optimizer):
+    (spec,) = composed(chosen)
+    assert (spec.tree["optimizer"]["name"], spec.tree["optimizer"]["lr"]) == optimizer
+    assert ("momentum" in spec.tree["optimizer"]) == (optimizer[0] == "sgd")
+
+
+def test_parts_of_a_list_with_their_settings():
+    (spec,) = composed("callbacks=[non_finite,{name: checkpoint, every: 7steps}]", "+callbacks={name: ema, decay: 0.5}")
+    assert list(spec.tree["callbacks"]) == ["non_finite", "checkpoint", "ema"]
+    assert spec.tree["callbacks"]["checkpoint"]["every"] == "7steps"
+    assert spec.tree["callbacks"]["ema"]["decay"] == 0.5
+
+
+VALUES = "optimizer={name: sgd, lr: 0.1},{name: sgd, lr: 0.2},adamw"
+
+
+def test_a_sweep_over_parts_with_their_settings(tmp_path):
+    specs = composed(VALUES, "sweep.name=s", multirun=True)
+    found = [(spec.tree["optimizer"]["name"], spec.tree["optimizer"]["lr"]) for spec in specs]
+    assert found == [("sgd", 0.1), ("sgd", 0.2), ("adamw", 0.001)]
+    row = json.loads((tmp_path / "runs/default/s/sweep.jsonl").read_text().splitlines()[0])
+    assert row["settings"] == {"optimizer": {"name": "sgd", "lr": 0.1}}
+
+
+def test_a_search_over_parts_with_their_settings():
+    space = Space([VALUES])
+    drawn = [space.sample(lambda name, options, n=n: options.choices[n]) for n in range(3)]
+    assert drawn[0] == ["optimizer=sgd", "++optimizer={name:'sgd',lr:0.1}"]
+    assert drawn[2] == ["optimizer=adamw"]
+    with pytest.raises(ConfigError, match="sgd is there twice"):
+        Space(["optimizer=sgd,sgd"])
+
+
+def test_settings_without_a_name_are_of_the_default():
+    (spec,) = composed("loss.label_smoothing=0.1")
+    assert spec.tree["task"]["loss"]["name"] == "cross_entropy"
+    assert spec.tree["task"]["loss"]["label_smoothing"] == 0.1
+    (problem,) = problems_of("norm.eps=1")
+    assert "these are settings of no norm yet: choose one with norm=NAME" in problem
+
+
+@pytest.mark.parametrize("text", ["1e-3", "true", "1.10", "1_000", "+5"])
+def test_a_text_that_looks_like_a_number_is_refused_with_the_way_to_write_it(text):
+    (problem,) = problems_of(f"run.name={text}")
+    assert f"""for a text write run.name="'{text}'" (command line)""" in problem
+    assert composed(f"run.name='{text}'")[0].sections["run"]["name"] == text
+
+
+def test_a_number_that_is_a_text_as_it_stands():
+    assert composed("run.name=12")[0].sections["run"]["name"] == "12"
+
+
+def test_what_plugins_print_is_no_output(command, tmp_path, forget_plugins):
+    (tmp_path / "prints.py").write_text("print('loaded')\n")
+    status, out, err = command("list activation --json --plugins prints.py")
+    assert status == 0
+    assert json.loads(out)
+    assert err == "loaded\n"
+
+
+def test_problems_are_told_together():
+    with pytest.raises(ConfigError) as raised:
+        composed("hydra.run.dir=x", "optimizer.lr=-1")
+    assert len(raised.value.problems) == 2
