@@ -19,6 +19,7 @@
     close                               # always the last one
 
 A callback overrides what it listens to; what nobody overrides costs nothing. Callbacks are called in the order listed.
+Before fit_start, `reset` makes each callback forget an earlier fit; in a resumed fit, `load_state_dict` follows.
 To end a run: `trainer.state.stop = "reason"`; the step under way is finished first.
 """
 
@@ -27,6 +28,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from .state import Stateful
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +53,7 @@ EVENTS = (
 )
 
 
-class Callback:
+class Callback(Stateful):
     """Base of all callbacks; each `on_...` takes the trainer, with its `state`, `model`, `optimizer` and `log`.
 
     Attributes:
@@ -109,13 +112,6 @@ class Callback:
 
     def finish_saving(self) -> None:
         """Wait until everything that is being saved is on the disk."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint must keep, in plain types."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
 
 
 def listeners(callbacks: Sequence[Callback]) -> dict[str, list[Callable[[Trainer], None]]]:

@@ -1,9 +1,9 @@
 """The contract of a schedule: the learning rate's factor as a function of the step."""
 
-from typing import Any
+from .state import Stateful
 
 
-class Schedule:
+class Schedule(Stateful):
     """A function of the optimizer step; a plugin may also be a function (total_steps, ...) -> (step -> factor)."""
 
     def __call__(self, step: int) -> float:
@@ -12,10 +12,3 @@ class Schedule:
 
     def observe(self, metrics: dict[str, float]) -> None:
         """Take note of a validation's values, e.g. {"val/loss": 0.3}; only schedules that react need it."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what `observe` has gathered, in plain types."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""

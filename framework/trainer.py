@@ -187,6 +187,7 @@ class Trainer(Evaluator):
                 self._emit("exception")
                 raise
             finally:
+                self._restore_learning_rate()
                 self.clock.finish()
                 self.model.eval()
 
@@ -196,8 +197,12 @@ class Trainer(Evaluator):
         asked = None if hasattr(self, "measures") else self.state.stop  # by a signal that came before the first fit
         self.state = State(steps_per_epoch=count_steps(self.train_batches, self.accumulate), stop=asked)
         self.state.total_steps = count_total(self.state.steps_per_epoch, self.max_epochs, self.max_steps)
+        trainer_state.reset(self)
         for group in self.optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])
+            if self.schedule is None:
+                group.setdefault("initial_lr", group["lr"])
+            else:
+                group["initial_lr"] = group["lr"]
         self.measures = Measures(self.metrics, self.device, self.train_batches.hold)
         self.clock = Profiler(self.device, self.folder) if self.profile else Clock()
         self._backward = Backward(
@@ -265,7 +270,7 @@ class Trainer(Evaluator):
                 self._emit("gradients")
                 with self.clock.detail("optimizer"):
                     self.precision.step(self.optimizer, self._update)
-            for parameter in self._backward.parameters:
+            for parameter in self._backward.with_gradients:
                 parameter.grad = None
 
     def counted(self, window: list[Batch], last: bool) -> None:
@@ -299,6 +304,13 @@ class Trainer(Evaluator):
         factor = self.schedule(self.state.step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
+
+    def _restore_learning_rate(self) -> None:
+        """Take the last factor of the schedule off the learning rates, or it would be the base of the next fit."""
+        if self.schedule is None:
+            return
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"]
 
     def log_training(self) -> None:
         """Read the training sums since the last time, and give them to the callbacks and loggers."""

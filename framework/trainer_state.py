@@ -14,6 +14,23 @@ if TYPE_CHECKING:
     from .trainer import Trainer
 
 
+def reset(trainer: Trainer) -> None:
+    """Make every part of a trainer forget an earlier fit, and delete gradients that are not of this fit."""
+    trainer._record = {}
+    trainer.validate_every.restart()
+    trainer.log_every.restart()
+    trainer.precision.reset()
+    trainer.micro_batches.reset()
+    trainer.optimizer.zero_grad(set_to_none=True)
+    trainer.model.zero_grad(set_to_none=True)
+    if isinstance(trainer.train_batches, Loader):
+        trainer.train_batches.skipped = 0
+    if isinstance(trainer.schedule, Schedule):
+        trainer.schedule.reset()
+    for callback in trainer.callbacks:
+        callback.reset()
+
+
 def capture(trainer: Trainer) -> dict[str, Any]:
     """Return the state of the model, and of everything that the next steps depend on."""
     return trainer.state.state_dict() | {

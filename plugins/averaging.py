@@ -29,14 +29,21 @@ class Averaging(Callback):
         self.trainer: Trainer | None = None
         self.saved: dict[str, Any] = {}
 
+    def reset(self) -> None:
+        super().reset()
+        self.updates = 0
+        self.seen = -1
+        self.averaged = False
+        self.others = []
+        self.trainer = None
+        self.saved = {}
+
     def take_in(self, trainer: Trainer) -> None:
         """Change `others` (and the weights, if need be) after a step that is done."""
         raise NotImplementedError
 
     def on_fit_start(self, trainer: Trainer) -> None:
         self._check_alone(trainer)
-        if not self.saved:
-            self.updates = 0
         self.trainer, self.seen = trainer, trainer.state.step
         places = self.averaged_of(trainer.model)
         self.names, self.parameters = list(places), list(places.values())  # whose `data` may move

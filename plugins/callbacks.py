@@ -168,6 +168,12 @@ class Checkpoint(Callback):
         self.saved: int | None = None
         self.found_better = False
 
+    def reset(self) -> None:
+        super().reset()
+        self.recent = []
+        self.saved = None
+        self.found_better = False
+
     def among(self, trials: int) -> None:
         self.writer.pause, self.writer.rest = trials * Writer.pause, trials * Writer.rest
 
@@ -306,6 +312,10 @@ class ClipGradients(Callback):
         self.norm, self.value = norm, value
         self.measured: Tensor | None = None
 
+    def reset(self) -> None:
+        super().reset()
+        self.measured = None
+
     def on_gradients(self, trainer: Trainer) -> None:
         parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
         if self.norm is not None:
@@ -349,6 +359,9 @@ class Timer(Callback):
             self.seconds = float(match[1]) * SECONDS[match[2]]
         self.spent_before = 0.0
         self.began = self.epoch_began = time.monotonic()
+
+    def reset(self) -> None:
+        self.spent_before = 0.0
 
     def on_fit_start(self, trainer: Trainer) -> None:
         self.began = self.epoch_began = time.monotonic()

@@ -48,6 +48,12 @@ class NonFinite(Callback):
         self.late = self.together = False
         self.trainer: Trainer | None = None
 
+    def reset(self) -> None:
+        self.skipped = self.in_a_row = 0
+        self.checked = 0
+        self.late = False
+        self.trainer = None
+
     def among(self, trials: int) -> None:
         self.together = True  # the gradients of all are read at once in each step: nothing is gained by waiting
 
@@ -92,6 +98,15 @@ class NonFinite(Callback):
 
     def on_fit_end(self, trainer: Trainer) -> None:
         self._look()
+        self._detach(trainer)
+
+    def on_exception(self, trainer: Trainer) -> None:
+        self._detach(trainer)
+
+    def _detach(self, trainer: Trainer) -> None:
+        """Remove the flag from the optimizer, which would leave out the updates of a later fit after this one."""
+        if self.late and getattr(trainer.optimizer, "found_inf", None) is self.found:
+            del trainer.optimizer.found_inf  # type: ignore[attr-defined]
 
     def _look(self) -> None:
         """Read the verdict on the steps since the last look, where it was not read at once."""
