@@ -62,12 +62,16 @@ class Callback(Stateful):
         alone: whether it cannot serve one of many trials that train as one. If it does not say, it can when it changes
             nothing of training. One that changes no more than gradients, learning rates, or weights in their place can
             too (False); what else it did to its trial's model, loss or optimizer, the others' model would not know.
+        follows_metrics: whether it decides by logged values how a run goes on, or when it ends; then a resumed run may
+            not measure them at other times. If it does not say, it does when it may change training and listens to
+            validations.
         recordable: whether `on_gradients` is nothing but arithmetic on the device, the same in each step, so that a
             CUDA graph may replay it.
     """
 
     changes_training: ClassVar[bool] = True
     alone: bool | None = None
+    follows_metrics: ClassVar[bool | None] = None
     recordable: bool = False
 
     def on_fit_start(self, trainer: Trainer) -> None: ...
@@ -112,6 +116,16 @@ class Callback(Stateful):
 
     def finish_saving(self) -> None:
         """Wait until everything that is being saved is on the disk."""
+
+
+def follows_metrics(kind: Any) -> bool:
+    """Whether a class of callbacks decides by logged values."""
+    if not isinstance(kind, type) or not issubclass(kind, Callback):
+        return False
+    if kind.follows_metrics is not None:
+        return kind.follows_metrics
+    listens = kind.on_validation_end is not Callback.on_validation_end
+    return kind.changes_training and listens
 
 
 def listeners(callbacks: Sequence[Callback]) -> dict[str, list[Callable[[Trainer], None]]]:

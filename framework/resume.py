@@ -14,11 +14,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import checkpoint
+from .callback import follows_metrics
 from .errors import CheckpointError, ConfigError, RunError
+from .optimizer import check_state, group_settings, merged_groups, older_settings
 from .registry import Registry
 from .run import RunFolder, read_config
+from .scheduler import observes
 from .spec import Spec
 
+JUDGED_BY = ("monitor", "mode", "min_delta")  # settings of a callback that decides by logged values
 SAME_BITS = (  # what may differ in a resumed run without a bit of its weights being another
     *("run.", "plugins", "init_from", "loggers.", "metrics.", "loader.workers", "loader.eval_batch_size"),
     *("trainer.max_epochs", "trainer.max_steps", "trainer.log_every", "trainer.validate_every", "trainer.profile"),
@@ -35,6 +39,7 @@ class Resumed:
     notes: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
     threads: int | None = None  # of an operation, when it was cut off
+    config: dict[str, Any] = field(default_factory=dict)  # as it was until now
 
     @property
     def done(self) -> bool:
@@ -70,12 +75,15 @@ def open_folder(run: Path, spec: Spec, inexact: bool = False) -> Resumed:
     would come out otherwise (unless `inexact`).
     """
     folder = RunFolder.existing(run)
-    changed = differences(read_config(run), spec.tree)
+    before = read_config(run)
+    changed = differences(before, spec.tree)
     breaking = [text for path, text in changed if not keeps_bits(path)]
+    breaking += list(observed_changes(changed, before, spec))
     if breaking and not inexact:
         advice = "leave it as it was, or allow it with --inexact"
         raise RunError(f"{run} cannot go on exactly with {'; '.join(breaking)}: {advice}")
     resumed = Resumed(folder, changed=[text for path, text in changed if not path.startswith(("run.", "plugins"))])
+    resumed.config = before
     resumed.notes = [f"from here on {text}" for text in resumed.changed]
     checkpoints = run / "checkpoints"
     if not checkpoints.is_dir():
@@ -109,6 +117,39 @@ def check_fits(resumed: Resumed, model: nn.Module, optimizer: Optimizer) -> None
     if other is not None:
         run = resumed.folder.path
         raise RunError(f"{run} cannot go on with {other}. A new run can begin with its weights: init_from={run}")
+
+
+def check_optimizer(resumed: Resumed, model: nn.Module, optimizer: Optimizer) -> None:
+    """Raise SettingError when the optimizer cannot go on from the checkpoint with the settings that have changed.
+
+    A checkpoint of an earlier version does not hold the settings that the run was started with: they are worked out
+    from what has changed in the config.
+    """
+    training = resumed.training
+    if training is None:
+        return
+    groups, now = training["optimizer"]["param_groups"], group_settings(optimizer, model)
+    if "optimizer_settings" not in training:
+        changed = changed_settings(resumed)
+        before = older_settings(groups, now)
+        for each in before:
+            each["settings"] = {name: value for name, value in each["settings"].items() if name not in changed}
+        training["optimizer_settings"] = before
+    merged, names = merged_groups(groups, training["optimizer_settings"], now)
+    if names:
+        check_state(optimizer, training["optimizer"]["state"], merged, names)
+
+
+def changed_settings(resumed: Resumed) -> set[str]:
+    """Return the settings of parameter groups that may differ from those of the run, by the changes in its config."""
+    found: set[str] = set()
+    for text in resumed.changed:
+        section, _, setting = text.partition("=")[0].partition(".")
+        if section == "optimizer":
+            found.add(setting.partition(".")[0])
+        if section == "parameters":
+            found |= {"weight_decay", "name"}
+    return found - {"lr"}
 
 
 def shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -153,6 +194,51 @@ def keeps_bits(path: str) -> bool:
         entry = Registry.every["callback"]
         return name in entry and not getattr(entry.get(name).part, "changes_training", True)
     return path.startswith(SAME_BITS)
+
+
+def observed_changes(changed: Sequence[tuple[str, str]], before: Mapping[str, Any], spec: Spec) -> Iterator[str]:
+    """Yield the changes, otherwise without effect on the weights, that a part of the run would react to.
+
+    A schedule or a callback that decides by measured values decides otherwise when these are measured at other times,
+    or differently.
+    """
+    for part, monitor in observers(spec):
+        for path, text in changed:
+            if measures(path, monitor, spec):
+                yield f"{text}, by which {part} decides"
+    for maker in spec.parts["callback"]:
+        name = maker.entry.name
+        known = name in (before.get("callbacks") or {})
+        if not known or not follows_metrics(maker.entry.part):
+            continue
+        for path, text in changed:
+            if path.startswith(f"callbacks.{name}.") and path.endswith(JUDGED_BY):
+                yield text
+
+
+def observers(spec: Spec) -> Iterator[tuple[str, str | None]]:
+    """Yield the parts that decide by measured values, each with the value that it monitors (None: not known)."""
+    makers = [maker for maker in spec.parts["callback"] if follows_metrics(maker.entry.part)]
+    scheduler = spec.parts["scheduler"]
+    if scheduler is not None and observes(scheduler.entry.part):
+        makers.append(scheduler)
+    for maker in makers:
+        setting = maker.entry.settings.get("monitor")
+        default = None if setting is None else setting.default
+        yield str(maker.entry), maker.settings.get("monitor", default)
+
+
+def measures(path: str, monitor: str | None, spec: Spec) -> bool:
+    """Whether a setting has a say in the monitored value, or in when it is measured."""
+    split, _, name = (monitor or "").partition("/")
+    if path == "trainer.log_every":
+        return split in ("train", "")
+    if path in ("trainer.validate_every", "loader.eval_batch_size"):
+        return split != "train"
+    if path.startswith("metrics.") and name != "loss":
+        known = [maker.entry.name for maker in spec.parts["metric"]]
+        return path.split(".")[1] == name or name not in known
+    return False
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -6,8 +6,10 @@
 The loop and its events are drawn in `callback.py`; `_step` is the training step, whole.
 """
 
+import copy
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 
 from . import seeds, trainer_state
 from .backward import Backward
-from .batches import Source, count_steps, count_total, steps
+from .batches import Source, count_steps, count_total, other_order, steps
 from .callback import Callback, listeners
 from .checks import check_callbacks, check_fit, check_phases
 from .clock import Clock, Profiler
@@ -32,6 +34,7 @@ from .fused import FusedStep
 from .logger import Logger
 from .memory import MicroBatches, memory_errors
 from .metric import Measures, Metric
+from .optimizer import group_settings
 from .scheduler import Schedule
 from .schema import PositiveInt, check_arguments
 from .state import Cadence, Every, State
@@ -126,17 +129,25 @@ class Trainer(Evaluator):
     ) -> State:
         """Train a model until a limit, or until a callback sets `state.stop`; return the final state.
 
+        Each call is a fit of its own: it starts at step 0 with the trainer's seed, so that calls in a loop read the
+        samples in the same order and draw the same dropout masks (another `seed` gives others, `resume` goes on).
+        Callbacks and the schedule start afresh, and gradients that are there before are deleted. The weights, and the
+        state that the optimizer keeps of each parameter, stay as they are.
+
         Args:
             model: any module; it is moved to the device, and left in eval mode.
             data: a `Data` (its val split is validated on), a split, or an iterable of batches such as a DataLoader.
             task: a `Task`, or a loss of (outputs, targets).
             optimizer: a torch optimizer over the model's parameters.
             val: what to validate on, if not the data's own val split.
-            schedule: step -> factor on each group's learning rate.
+            schedule: step -> factor on the learning rate that each group has when the fit starts, and has again after.
             metrics: measured on training batches and on validation.
             batch_size: for a `Data` or a split; four times as much in validation.
-            resume: what `state_dict` gave, to go on from there; exactly so, unless a DataLoader of yours shuffles
-                and the run was cut in mid-epoch.
+            resume: what `state_dict` gave, to go on from there. A setting of the optimizer's groups that differs from
+                the one that the saved fit was started with takes effect; all others are restored. The fit goes on
+                exactly with a `Data`, a split, or batches in a fixed order for each epoch (a sampler with `set_epoch`).
+                With a DataLoader that shuffles by torch's global generator it does so at the end of an epoch only;
+                with one that has a generator of its own, never (both warn).
 
         Raises DataError when the data is empty or does not fit the task, OutOfMemory when memory is full.
         """
@@ -203,6 +214,7 @@ class Trainer(Evaluator):
                 group.setdefault("initial_lr", group["lr"])
             else:
                 group["initial_lr"] = group["lr"]
+        self.optimizer_settings = group_settings(self.optimizer, self.model)
         self.measures = Measures(self.metrics, self.device, self.train_batches.hold)
         self.clock = Profiler(self.device, self.folder) if self.profile else Clock()
         self._backward = Backward(
@@ -217,6 +229,9 @@ class Trainer(Evaluator):
         if resume is not None:
             self.load_state_dict(resume)
             self.resumed_from = self.state.step
+            why = other_order(self.train_batches, self.state.batch > 0)
+            if why is not None and not self.done:
+                warnings.warn(f"resume: the fit does not go on exactly: {why}", stacklevel=4)
         self._rate_from = (time.perf_counter(), self.state.samples)
 
     @property
@@ -381,8 +396,11 @@ class Trainer(Evaluator):
                     logger.scalars(values, step=state.step, epoch=state.epoch, wall_seconds=state.wall_seconds)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a run needs to go on from here, in plain types and tensors."""
-        return trainer_state.capture(self)
+        """Return all that a run needs to go on from here, in plain types and tensors.
+
+        The tensors are copies on their devices: the state stays as it is while training goes on.
+        """
+        return copy.deepcopy(trainer_state.capture(self))
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from . import seeds
 from .callback import keyed
 from .data import Loader
-from .optimizer import match_layout
+from .optimizer import restore_optimizer
 from .scheduler import Schedule
 
 if TYPE_CHECKING:
@@ -32,11 +32,16 @@ def reset(trainer: Trainer) -> None:
 
 
 def capture(trainer: Trainer) -> dict[str, Any]:
-    """Return the state of the model, and of everything that the next steps depend on."""
+    """Return the state of the model, and of everything that the next steps depend on.
+
+    The tensors are the live ones, which the next step changes.
+    """
     return trainer.state.state_dict() | {
         "model": trainer.model.state_dict(),
         "optimizer": trainer.optimizer.state_dict(),
+        "optimizer_settings": trainer.optimizer_settings,
         "schedule": trainer.schedule.state_dict() if isinstance(trainer.schedule, Schedule) else {},
+        "scheduled": trainer.schedule is not None,
         "scaler": trainer.precision.state_dict(),
         "micro_batches": trainer.micro_batches.state_dict(),
         "callbacks": {key: callback.state_dict() for key, callback in keyed(trainer.callbacks).items()},
@@ -50,9 +55,12 @@ def capture(trainer: Trainer) -> dict[str, Any]:
 def restore(trainer: Trainer, saved: dict[str, Any]) -> None:
     """Take back what `capture` gave, into a trainer with the same parts."""
     trainer.model.load_state_dict(saved["model"])
-    trainer.optimizer.load_state_dict(saved["optimizer"])
-    match_layout(trainer.optimizer)
-    if isinstance(trainer.schedule, Schedule):
+    before, now = saved.get("optimizer_settings"), trainer.optimizer_settings
+    restore_optimizer(trainer.optimizer, saved["optimizer"], before, now)
+    if trainer.schedule is None and saved.get("scheduled"):
+        for group in trainer.optimizer.param_groups:
+            group["lr"] = group["initial_lr"]  # without the last factor of the schedule that is no more
+    if isinstance(trainer.schedule, Schedule) and saved["schedule"]:
         trainer.schedule.load_state_dict(saved["schedule"])
     trainer.precision.load_state_dict(saved["scaler"])
     trainer.micro_batches.load_state_dict(saved.get("micro_batches", {}))

@@ -21,6 +21,8 @@ class Averaging(Callback):
     (running statistics of batch norms) are those of training, but for what a subclass adds to `averaged_of`.
     """
 
+    follows_metrics = False
+
     def __init__(self) -> None:
         self.updates = 0
         self.seen = -1  # the last step taken into account

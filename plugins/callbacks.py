@@ -18,6 +18,7 @@ from framework.checkpoint import clean, folder_name, link_to, listed, read_manif
 from framework.errors import CheckpointError, SettingError, did_you_mean
 from framework.schema import Pattern
 from framework.state import SECONDS, Cadence
+from framework.trainer_state import capture
 from framework.writer import Writer
 
 Mode = Literal["auto", "min", "max"]
@@ -32,20 +33,32 @@ class Best:
         self.monitor, self.mode, self.min_delta, self.most = monitor, mode, min_delta, most
         self.sign = {"min": -1.0, "max": 1.0}.get(mode, 0.0)
         self.ranked: list[tuple[float, int]] = []  # (value, step)
+        self.restored: dict[str, Any] = {}
 
-    def start(self, trainer: Trainer) -> None:
-        """Find out which way is better. Raises SettingError when `mode` is auto and nobody says it."""
+    def start(self, trainer: Trainer) -> bool:
+        """Find out which way is better; return whether the restored values are of the same metric, or else drop them.
+
+        Raises SettingError when `mode` is auto and nobody says it.
+        """
+        if self.mode == "auto":
+            self.sign = self._sign(trainer)
+        monitor = self.restored.get("monitor", self.monitor)
+        sign = self.restored.get("sign", self.sign)
+        if monitor == self.monitor and sign == self.sign:
+            return True
+        self.ranked = []
+        return False
+
+    def _sign(self, trainer: Trainer) -> float:
         better = {"loss": "lower"} | {metric.name: metric.better for metric in trainer.metrics}
         name = self.monitor.partition("/")[2]
-        if self.mode != "auto":
-            return
         if name not in better:
             known = [f"{split}/{known}" for known in better for split in ("train", "val")]
             raise SettingError(
                 f"cannot tell whether {self.monitor!r} is better high or low; {did_you_mean(self.monitor, known)} "
                 f"(for a value logged by a part of your own, set mode to min or max)"
             )
-        self.sign = 1.0 if better[name] == "higher" else -1.0
+        return 1.0 if better[name] == "higher" else -1.0
 
     def improved(self, trainer: Trainer) -> bool:
         """Whether the newest value is among the best, by more than `min_delta`. Raises SettingError without one."""
@@ -67,10 +80,12 @@ class Best:
         return self.monitor.startswith("train/")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": [list(each) for each in self.ranked]}
+        ranked = [list(each) for each in self.ranked]
+        return {"best": ranked, "monitor": self.monitor, "sign": self.sign}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.ranked = [(value, step) for value, step in state.get("best", [])]
+        self.restored = state
+        self.ranked = [(value, step) for value, step in state.get("best", [])][: self.most]
 
 
 @callbacks.register("early_stop", aliases=["early_stopping"])
@@ -78,6 +93,7 @@ class EarlyStop(Callback):
     """Ends the run when a metric has not improved for some validations."""
 
     changes_training = False
+    follows_metrics = True
 
     def __init__(
         self,
@@ -97,7 +113,8 @@ class EarlyStop(Callback):
         self.best, self.patience, self.waited = Best(monitor, mode, min_delta), patience, 0
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        self.best.start(trainer)
+        if not self.best.start(trainer):
+            self.waited = 0
         if self.best.monitor.startswith("val/") and trainer.val_batches is None:
             raise SettingError(
                 f"early_stop: there is no validation split to measure {self.best.monitor} on; monitor train/loss"
@@ -239,7 +256,7 @@ class Checkpoint(Callback):
             self._submit(trainer)
 
     def _submit(self, trainer: Trainer) -> None:
-        training = trainer.state_dict()
+        training = capture(trainer)
         model, step = training.pop("model"), trainer.state.step
         for key, callback in keyed(trainer.callbacks).items():
             callback.on_save(model, training["callbacks"][key])

@@ -10,7 +10,7 @@ from framework import Callback, FrameworkError, PositiveInt, Trainer, callbacks
 from framework.callback import keyed
 from framework.checkpoint import load, newest
 from framework.errors import SettingError
-from framework.optimizer import match_layout
+from framework.optimizer import restore_optimizer
 
 ADVICE = "A lower learning rate, warm-up or clip_gradients may help."
 
@@ -182,8 +182,8 @@ def rewind(trainer: Trainer, checkpoint: Path) -> None:
     """Take weights, optimizer, scaler and averages from a checkpoint; counters, schedule, data and randomness go on."""
     model, saved = load(checkpoint)
     trainer.model.load_state_dict(model)
-    trainer.optimizer.load_state_dict(saved["optimizer"])
-    match_layout(trainer.optimizer)
+    before, now = saved.get("optimizer_settings"), trainer.optimizer_settings
+    restore_optimizer(trainer.optimizer, saved["optimizer"], before, now)
     trainer.precision.load_state_dict(saved["scaler"])
     for key, callback in keyed(trainer.callbacks).items():
         callback.on_rewind(saved["callbacks"].get(key, {}))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import framework as fw
-from framework.checkpoint import listed
+from framework.checkpoint import listed, load
 from framework.compose import CommandLine, run as compose
 from framework.errors import RunError
 from framework.experiment import train
@@ -209,7 +209,8 @@ def test_what_would_change_the_bits_is_refused_and_what_would_not_is_not(monkeyp
     assert resumed.steps == 120
     assert "from here on trainer.max_epochs=3 (was 2)" in said
     changed, _ = go("run.name=a", "resume=auto", "trainer.max_epochs=4", "optimizer.lr=0.01", inexact=True)
-    assert changed.folder.name == "a"
+    training = load(listed(changed.folder / "checkpoints")[-1])[1]
+    assert training["optimizer"]["param_groups"][0]["initial_lr"] == 0.01
 
 
 def test_a_finished_run_can_be_given_more_epochs():

@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 import framework as fw
 from framework import Callback, Logger, Schedule, TensorSplit, Trainer
