@@ -53,7 +53,7 @@ class Averaging(Callback):
 
     def averaged_of(self, model: nn.Module) -> dict[str, Tensor]:
         """Return by name what there is another one of."""
-        return {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+        return {name: p for name, p in model.named_parameters() if has_fractions(p)}
 
     def on_step_end(self, trainer: Trainer) -> None:
         self._update()
@@ -134,6 +134,11 @@ class Averaging(Callback):
         self.saved, self.updates = dict(state), state.get("updates", 0)
 
 
+def has_fractions(tensor: Tensor) -> bool:
+    """Whether the numbers of a tensor can be averaged: real or complex ones, no integers."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 @callbacks.register("ema", aliases=["exponential_moving_average"])
 class Ema(Averaging):
     """Keeps an exponential moving average of the weights, a ← d·a + (1 - d)·w (Polyak and Juditsky 1992; as d ≪ 1/n).
@@ -187,7 +192,7 @@ class Swa(Averaging):
 
     def averaged_of(self, model: nn.Module) -> dict[str, Tensor]:
         buffers = model.named_buffers() if self.batches != 0 else ()
-        statistics = {n: b for n, b in buffers if ".running_" in f".{n}" and b.is_floating_point()}
+        statistics = {n: b for n, b in buffers if ".running_" in f".{n}" and has_fractions(b)}
         return super().averaged_of(model) | statistics
 
     def on_fit_start(self, trainer: Trainer) -> None:

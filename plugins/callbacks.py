@@ -16,6 +16,7 @@ from framework import Callback, Every, NonNegativeFloat, PositiveFloat, Positive
 from framework.callback import keyed
 from framework.checkpoint import clean, folder_name, link_to, listed, read_manifest, remove, save, step_of, verify
 from framework.errors import CheckpointError, SettingError, did_you_mean
+from framework.pure import as_real
 from framework.schema import Pattern
 from framework.state import SECONDS, Cadence
 from framework.trainer_state import capture
@@ -322,7 +323,8 @@ class ClipGradients(Callback):
 
         Args:
             norm: the largest 2-norm of all gradients together; null for no limit.
-            value: the largest absolute value of a single component; null for no limit.
+            value: the largest absolute value of a single component (of complex numbers: of a real or imaginary part);
+                null for no limit.
         """
         if norm is None and value is None:
             raise SettingError("clip_gradients: with neither `norm` nor `value` there is nothing to clip")
@@ -338,7 +340,11 @@ class ClipGradients(Callback):
         if self.norm is not None:
             self.measured = nn.utils.clip_grad_norm_(parameters, self.norm)
         if self.value is not None:
-            nn.utils.clip_grad_value_(parameters, self.value)
+            reals = [p for p in parameters if not p.is_complex()]
+            nn.utils.clip_grad_value_(reals, self.value)
+            for parameter in parameters:
+                if parameter.is_complex() and parameter.grad is not None:
+                    as_real(parameter.grad).clamp_(-self.value, self.value)
 
     @staticmethod
     def clip_rows(callbacks: Sequence[Callback], gradients: Tensor) -> None:

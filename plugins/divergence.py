@@ -11,6 +11,7 @@ from framework.callback import keyed
 from framework.checkpoint import load, newest
 from framework.errors import SettingError
 from framework.optimizer import restore_optimizer
+from framework.pure import as_real
 
 ADVICE = "A lower learning rate, warm-up or clip_gradients may help."
 
@@ -175,7 +176,7 @@ def gradients(trainer: Trainer) -> list[Tensor]:
 def values(grad: Tensor) -> Tensor:
     """The numbers of a sparse or complex gradient, as reals."""
     grad = grad._values() if grad.is_sparse else grad
-    return torch.view_as_real(grad) if grad.is_complex() else grad
+    return as_real(grad)
 
 
 def rewind(trainer: Trainer, checkpoint: Path) -> None:

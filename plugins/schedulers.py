@@ -282,9 +282,9 @@ class ReduceOnPlateau(Schedule):
             self.cooling, self.bad = self.cooldown, 0
 
     def improves(self, value: float) -> bool:
-        """Whether a value betters the best one by more than the threshold; a value that is no number never does."""
-        if math.isnan(value):
-            return False
+        """Whether a value betters the best one by more than the threshold; NaN and infinity never do."""
+        if not math.isfinite(value):
+            return False  # nothing would ever be better than infinity by a share of it
         if self.best is None:
             return True
         sign = 1 if self.mode == "max" else -1
@@ -295,4 +295,5 @@ class ReduceOnPlateau(Schedule):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.scale, self.bad, self.cooling = state["scale"], state["bad"], state["cooling"]
-        self.best = state["best"]
+        best = state["best"]
+        self.best = best if best is not None and math.isfinite(best) else None
