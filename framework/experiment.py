@@ -23,6 +23,7 @@ from .building import (
     check_smallest_batch,
     scale_of,
 )
+from .checks import check_schedule
 from .data import Data, Loader
 from .device import intra_op_threads, suitable_threads
 from .errors import RunError
@@ -78,6 +79,7 @@ class Experiment:
         self.total_steps = count_total(self.steps_per_epoch, limits["max_epochs"], limits["max_steps"])
         scheduler = spec.parts["scheduler"]
         self.schedule = None if scheduler is None else scheduler(self.total_steps)
+        check_schedule(self.schedule, self.data.val is not None)
 
     def batches(self, split: str) -> Loader:
         """Return the reader of a split. Raises DataError when the data has none of that name."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from . import seeds
 from .errors import SettingError, did_you_mean
 from .registry import Maker
 from .schema import PositiveFloat, Range
@@ -213,16 +214,12 @@ def check_state(
         if place is None:
             continue
         parameter = own["params"][place]
-        number = nn.Parameter(torch.zeros([1] * parameter.ndim, dtype=parameter.dtype))
-        number.grad = torch.zeros_like(number)
-        settings = {name: value for name, value in group.items() if name not in ("params", "fused", "foreach")}
         kept = state[group["params"][place]]
         try:
-            make: Callable[..., Optimizer] = type(optimizer)
-            tried = make([number])
-            tried.param_groups[0].update(settings)
+            tried, number = on_one_number(optimizer, group, parameter)
             tried.state[number] = {name: of_one_number(value, parameter) for name, value in kept.items()}
-            tried.step()
+            with seeds.undisturbed():
+                tried.step()
         except KeyError as error:
             raise SettingError(
                 f"resume: the saved state of the optimizer has no {error}, which the changed settings need "
@@ -230,6 +227,36 @@ def check_state(
             ) from error
         except Exception:  # an optimizer that cannot be tried like this is taken as it is
             continue
+
+
+def state_after_a_step(optimizer: Optimizer) -> dict[str, Any]:
+    """Return what an optimizer keeps of a parameter of each group after a step, as far as one number shows it.
+
+    The optimizer itself takes no step. Nothing is returned for a group on which a step cannot be tried.
+    """
+    found: dict[str, Any] = {}
+    for place, group in enumerate(optimizer.param_groups):
+        if not group["params"]:
+            continue
+        try:
+            tried, number = on_one_number(optimizer, group, group["params"][0])
+            with seeds.undisturbed():
+                tried.step()
+            found[str(place)] = dict(tried.state[number])
+        except Exception:  # what it keeps shows after its first step
+            continue
+    return found
+
+
+def on_one_number(optimizer: Optimizer, group: dict[str, Any], like: Tensor) -> tuple[Optimizer, nn.Parameter]:
+    """Return an optimizer with the settings of a group, over a new parameter of one number on the CPU."""
+    number = nn.Parameter(torch.zeros([1] * like.ndim, dtype=like.dtype))
+    number.grad = torch.zeros_like(number)
+    make: Callable[..., Optimizer] = type(optimizer)
+    tried = make([number])
+    settings = {name: value for name, value in group.items() if name not in ("params", "fused", "foreach")}
+    tried.param_groups[0].update(settings)
+    return tried, number
 
 
 def of_one_number(value: Any, parameter: Tensor) -> Any:

@@ -22,7 +22,7 @@ from . import seeds, trainer_state
 from .backward import Backward
 from .batches import Source, count_steps, count_total, other_order, steps
 from .callback import Callback, listeners
-from .checks import check_callbacks, check_fit, check_phases
+from .checks import check_callbacks, check_fit, check_phases, check_schedule
 from .clock import Clock, Profiler
 from .compiled import Compile
 from .cuda_graph import CudaGraph
@@ -181,6 +181,7 @@ class Trainer(Evaluator):
             data = data.train
         self.train_batches = self._batches(data, batch_size, shuffle=True)
         self.val_batches = None if val is None else self._batches(val, 4 * batch_size)  # without gradients
+        check_schedule(schedule, self.val_batches is not None)
         self.metrics = list(metrics)
         self._prepare(resume)
 

@@ -16,8 +16,10 @@ from framework import Callback, Every, NonNegativeFloat, PositiveFloat, Positive
 from framework.callback import keyed
 from framework.checkpoint import clean, folder_name, link_to, listed, read_manifest, remove, save, step_of, verify
 from framework.errors import CheckpointError, SettingError, did_you_mean
+from framework.optimizer import state_after_a_step
 from framework.pure import as_real
 from framework.schema import Pattern
+from framework.snapshot import check_model, check_training
 from framework.state import SECONDS, Cadence
 from framework.trainer_state import capture
 from framework.writer import Writer
@@ -185,12 +187,14 @@ class Checkpoint(Callback):
         self.folder: Path | None = None
         self.saved: int | None = None
         self.found_better = False
+        self.checked = False  # the state after a step is one that can be saved
 
     def reset(self) -> None:
         super().reset()
         self.recent = []
         self.saved = None
         self.found_better = False
+        self.checked = False
 
     def among(self, trials: int) -> None:
         self.writer.pause, self.writer.rest = trials * Writer.pause, trials * Writer.rest
@@ -204,6 +208,9 @@ class Checkpoint(Callback):
         if step == 0 and "run" not in trainer.manifest and listed(self.folder):  # a run's folder is claimed
             advice = "give the Trainer another folder, or go on with `fit(resume=...)`"
             raise SettingError(f"checkpoint: {self.folder} has those of another fit already: {advice}")
+        check_model(trainer.model.state_dict())
+        check_training({"optimizer": trainer.optimizer.state_dict()})
+        check_training({"optimizer": {"state": state_after_a_step(trainer.optimizer)}})
         self.saved = step if (self.folder / folder_name(step)).exists() else None
         if self.best is not None:
             self.best.start(trainer)
@@ -220,6 +227,8 @@ class Checkpoint(Callback):
 
     def on_step_done(self, trainer: Trainer) -> None:
         self.writer.check()
+        if not self.checked:
+            self._check_state(trainer)
         state = trainer.state
         if self.cadence.due(state, epoch_end=state.batch == 0) or self.found_better:
             self._save(trainer)
@@ -251,6 +260,12 @@ class Checkpoint(Callback):
     def finish_saving(self) -> None:
         """Wait until every checkpoint asked for is on the disk; raise what went wrong."""
         self.writer.join()
+
+    def _check_state(self, trainer: Trainer) -> None:
+        """Find what cannot be saved after the first step, when all parts have their state, not at the first save."""
+        callbacks = {key: callback.state_dict() for key, callback in keyed(trainer.callbacks).items()}
+        check_training({"optimizer": trainer.optimizer.state_dict(), "callbacks": callbacks})
+        self.checked = True
 
     def _save(self, trainer: Trainer) -> None:
         with trainer.clock.part("checkpoint"):
