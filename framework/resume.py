@@ -282,7 +282,10 @@ def last_values(run: Path) -> dict[str, float]:
 
 def start_from(model: nn.Module, source: str) -> str:
     """Fill a model with the weights of a run (its best checkpoint), a checkpoint or a .safetensors file, where names
-    and shapes match; returns a report of what did not. Raises RunError when there is no such thing or nothing matches.
+    and shapes match; returns a report of what did not.
+
+    Raises RunError when there is no such thing, when nothing matches, and when no matrix of the model does: biases and
+    norms alone say nothing without the weights that they belong to.
     """
     path = Path(source)
     weights = read_weights(path)
@@ -290,7 +293,15 @@ def start_from(model: nn.Module, source: str) -> str:
     fitting = {name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape}
     if not fitting:
         raise RunError(f"init_from={source}: none of its {len(weights)} tensors has the name and shape of one here")
+    matrices = [name for name, tensor in own.items() if tensor.ndim > 1]
+    if matrices and not fitting.keys() & set(matrices):
+        raise RunError(
+            f"init_from={source}: only {len(fitting)} of {len(own)} tensors match, and none of the {len(matrices)} "
+            f"weight matrices: {matrices[0]} is {tuple(own[matrices[0]].shape)} here, and "
+            f"{shape_text(weights.get(matrices[0]))} there"
+        )
     model.load_state_dict(fitting, strict=False)
+    share = sum(tensor.numel() for tensor in fitting.values()) / sum(tensor.numel() for tensor in own.values())
     shapes = [f"{n} {tuple(weights[n].shape)} for {tuple(own[n].shape)}" for n in weights if n in own.keys() - fitting]
     groups = {
         "of another shape": shapes,
@@ -298,7 +309,14 @@ def start_from(model: nn.Module, source: str) -> str:
         "not used": sorted(weights.keys() - own.keys()),
     }
     said = [f"{what}: {', '.join(names)}" for what, names in groups.items() if names]
-    return "; ".join([f"{len(fitting)} of {len(own)} tensors from {source}", *said])
+    count = f"{len(fitting)} of {len(own)} tensors from {source}"
+    if share < 0.5:
+        count = f"only {count}, {share:.1%} of the model's numbers"
+    return "; ".join([count, *said])
+
+
+def shape_text(tensor: Tensor | None) -> str:
+    return "no such tensor" if tensor is None else str(tuple(tensor.shape))
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

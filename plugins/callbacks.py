@@ -176,7 +176,8 @@ class Checkpoint(Callback):
             every: when to save; besides, whenever the monitored metric is among the best so far.
             monitor: what tells the best ones; null for none.
             mode: whether low (min) or high (max) is better; auto: as the metric itself says.
-            keep: how many of the newest stay (those with NaN in the weights do not count).
+            keep: how many of the newest stay (those with NaN in the weights do not count); in a resumed run the one
+                that it went on from stays as well.
             best: how many of the best stay.
             background: write while training goes on, from a copy in memory, once a second at most; what would be
                 removed before its turn comes is then never written. false: training waits until it is on the disk.

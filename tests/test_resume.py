@@ -269,6 +269,10 @@ def test_starting_from_what_another_run_has_learned():
     _, said = go(f"init_from={first.folder}", "model.width=[16,24]", "trainer.max_steps=1")
     assert "3 of 6 tensors" in said[0]
     assert "of another shape" in said[0]
+    with pytest.raises(
+        RunError, match=r"only 1 of 6 tensors match, .*none of the 3 weight matrices: .*\(16, 64\) there"
+    ):
+        go(f"init_from={first.folder}", "model.width=8", "trainer.max_steps=1")
     with pytest.raises(RunError, match=r"init_from=nope: should be a run, a checkpoint or a \.safetensors file"):
         go("init_from=nope")
     with pytest.raises(RunError, match="none of its"):
