@@ -202,10 +202,11 @@ def observed_changes(changed: Sequence[tuple[str, str]], before: Mapping[str, An
     A schedule or a callback that decides by measured values decides otherwise when these are measured at other times,
     or differently.
     """
-    for part, monitor in observers(spec):
-        for path, text in changed:
-            if measures(path, monitor, spec):
-                yield f"{text}, by which {part} decides"
+    watching = list(observers(spec))
+    for path, text in changed:
+        parts = [part for part, monitor in watching if measures(path, monitor, spec)]
+        if parts:
+            yield f"{text}, which {' and '.join(parts)} depends on"
     for maker in spec.parts["callback"]:
         name = maker.entry.name
         known = name in (before.get("callbacks") or {})

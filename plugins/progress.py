@@ -46,6 +46,9 @@ class Progress(Callback):
         self.printed = None
 
     def on_fit_start(self, trainer: Trainer) -> None:
+        if self.live is not None:
+            self.live.stop()  # of the fit before, in a trainer that is still open
+            self.live = None
         self.trainer, self.stream = trainer, sys.stderr
         self.began, self.steps_before = time.monotonic(), trainer.state.step
         if self.style == "bar" or (self.style == "auto" and is_terminal(self.stream)):

@@ -359,6 +359,6 @@ def test_measuring_otherwise_is_refused_where_a_part_decides_by_it(parts, refuse
 def test_another_cadence_of_validations_is_an_error_that_names_the_part():
     go("scheduler=reduce_on_plateau")
     with pytest.raises(
-        RunError, match=r"validate_every=1steps .*by which scheduler/reduce_on_plateau decides.*--inexact"
+        RunError, match=r"validate_every=1steps .*which scheduler/reduce_on_plateau depends on.*--inexact"
     ):
         go("scheduler=reduce_on_plateau", "resume=auto", "trainer.validate_every=1steps")
