@@ -26,6 +26,7 @@ from .registry import Maker
 from .schema import PositiveFloat, Range
 
 COMPILER = "torch._dynamo"
+LEFT = "scheduled_lr"  # in a parameter group: the learning rate after a fit with a schedule
 
 
 class Parameters:
@@ -120,6 +121,28 @@ def runs_fused(part: Callable[..., Optimizer], device: torch.device, dtype: torc
     return True
 
 
+def start_learning_rates(optimizer: Optimizer, scheduled: bool) -> None:
+    """Set the learning rates that a fit starts with, and keep them as "initial_lr", by which a schedule multiplies.
+
+    A rate that the schedule of an earlier fit left (see `mark_learning_rates`) is the one before that schedule again,
+    unless the user has set another one since.
+    """
+    for group in optimizer.param_groups:
+        left = group.pop(LEFT, None)
+        if left is not None and left == group["lr"]:
+            group["lr"] = group["initial_lr"]
+        if scheduled:
+            group["initial_lr"] = group["lr"]
+        else:
+            group.setdefault("initial_lr", group["lr"])
+
+
+def mark_learning_rates(optimizer: Optimizer) -> None:
+    """Note in each group that its learning rate is one that a schedule left."""
+    for group in optimizer.param_groups:
+        group[LEFT] = group["lr"]
+
+
 def group_settings(optimizer: Optimizer, model: nn.Module) -> list[dict[str, Any]]:
     """Return for each group its settings as they are now, and the names that its parameters have in the model.
 
@@ -171,7 +194,7 @@ def merged_groups(
     groups = []
     changed: list[str] = []
     for group, old, new in zip(saved, before, now, strict=True):
-        merged = dict(group)
+        merged = {name: value for name, value in group.items() if name != LEFT}
         for name, value in new["settings"].items():
             if name in old["settings"] and same_setting(old["settings"][name], value):
                 continue

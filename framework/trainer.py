@@ -34,7 +34,7 @@ from .fused import FusedStep
 from .logger import Logger
 from .memory import MicroBatches, memory_errors
 from .metric import Measures, Metric
-from .optimizer import group_settings
+from .optimizer import group_settings, mark_learning_rates, start_learning_rates
 from .scheduler import Schedule
 from .schema import PositiveInt, check_arguments
 from .state import Cadence, Every, State
@@ -140,7 +140,8 @@ class Trainer(Evaluator):
             task: a `Task`, or a loss of (outputs, targets).
             optimizer: a torch optimizer over the model's parameters.
             val: what to validate on, if not the data's own val split.
-            schedule: step -> factor on the learning rate that each group has when the fit starts, and has again after.
+            schedule: step -> factor on each group's learning rate. The last factor stays in the groups after the fit; a
+                later fit starts from the rates without it, or from those that you have set since.
             metrics: measured on training batches and on validation.
             batch_size: for a `Data` or a split; four times as much in validation.
             resume: what `state_dict` gave, to go on from there. A setting of the optimizer's groups that differs from
@@ -199,7 +200,8 @@ class Trainer(Evaluator):
                 self._emit("exception")
                 raise
             finally:
-                self._restore_learning_rate()
+                if self.schedule is not None:
+                    mark_learning_rates(self.optimizer)
                 self.clock.finish()
                 self.model.eval()
 
@@ -210,11 +212,7 @@ class Trainer(Evaluator):
         self.state = State(steps_per_epoch=count_steps(self.train_batches, self.accumulate), stop=asked)
         self.state.total_steps = count_total(self.state.steps_per_epoch, self.max_epochs, self.max_steps)
         trainer_state.reset(self)
-        for group in self.optimizer.param_groups:
-            if self.schedule is None:
-                group.setdefault("initial_lr", group["lr"])
-            else:
-                group["initial_lr"] = group["lr"]
+        start_learning_rates(self.optimizer, self.schedule is not None)
         self.optimizer_settings = group_settings(self.optimizer, self.model)
         self.measures = Measures(self.metrics, self.device, self.train_batches.hold)
         self.clock = Profiler(self.device, self.folder) if self.profile else Clock()
@@ -320,13 +318,6 @@ class Trainer(Evaluator):
         factor = self.schedule(self.state.step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
-
-    def _restore_learning_rate(self) -> None:
-        """Take the last factor of the schedule off the learning rates, or it would be the base of the next fit."""
-        if self.schedule is None:
-            return
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"]
 
     def log_training(self) -> None:
         """Read the training sums since the last time, and give them to the callbacks and loggers."""

@@ -251,7 +251,7 @@ def test_the_learning_rate_of_a_second_fit_with_the_same_optimizer(changed, sche
     trainer = Trainer(max_steps=3, log_every="1steps", loggers=[record], device="cpu")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     fit(trainer, record, model=model, optimizer=optimizer, schedule=halving)
-    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert optimizer.param_groups[0]["lr"] == 0.125
     if changed is not None:
         optimizer.param_groups[0]["lr"] = changed
     fit(trainer, record, model=model, optimizer=optimizer, schedule=schedule)
