@@ -113,6 +113,7 @@ class Trainer(Evaluator):
         self.manifest: dict[str, Any] = {}
         self.resumed_from: int | None = None
         self._record, self._open = dict[str, float | Tensor](), 0
+        self._opened_at: int | None = None  # the step that the loggers went on from
 
     def fit(
         self,
@@ -191,6 +192,9 @@ class Trainer(Evaluator):
         """Run the steps of a fit between its first and its last events."""
         with self:
             try:
+                if self._opened_at != self.state.step:  # for an earlier fit, in a trainer that is still open
+                    self._closing.close()
+                    self._open_loggers()
                 self._emit("fit_start")
                 yield
                 self._finish()
@@ -202,6 +206,7 @@ class Trainer(Evaluator):
             finally:
                 if self.schedule is not None:
                     mark_learning_rates(self.optimizer)
+                self._opened_at = None
                 self.clock.finish()
                 self.model.eval()
 
@@ -401,13 +406,17 @@ class Trainer(Evaluator):
     def __enter__(self) -> "Trainer":
         """Keep loggers open until the end of the `with`, so that `evaluate` after `fit` is logged too."""
         if self._open == 0:
-            with ExitStack() as opened:
-                for logger in self.loggers:
-                    opened.callback(logger.close)
-                    logger.open(self.folder, self.state.step, ["loss", *(metric.name for metric in self.metrics)])
-                self._closing = opened.pop_all()  # an error above, or in closing one, still closes the others
+            self._open_loggers()
         self._open += 1
         return self
+
+    def _open_loggers(self) -> None:
+        with ExitStack() as opened:
+            for logger in self.loggers:
+                opened.callback(logger.close)
+                logger.open(self.folder, self.state.step, ["loss", *(metric.name for metric in self.metrics)])
+            self._closing = opened.pop_all()  # an error above, or in closing one, still closes the others
+        self._opened_at = self.state.step
 
     def __exit__(self, *_: object) -> None:
         self._open -= 1

@@ -202,7 +202,13 @@ class Swa(Averaging):
         if self.start is None and epochs is None:
             raise SettingError("swa cannot tell how many epochs there will be: it needs `start`, or trainer.max_epochs")
         self.first = self.start if self.start is not None else int(0.75 * (epochs or 0))
+        if self.updates:  # a longer run that averages already goes on with it
+            self.first = min(self.first, self.saved.get("first", self.first))
         super().on_fit_start(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        return state if self.trainer is None else state | {"first": self.first}
 
     def take_in(self, trainer: Trainer) -> None:
         """Follow the weights until there is a first epoch to average."""

@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 import framework as fw
 from framework import Callback, Logger, Schedule, TensorSplit, Trainer
 from framework.registry import Registry
+from runs import logged
 
 torch.manual_seed(5)
 IMAGES = torch.rand(12, 1, 4, 4)
@@ -133,6 +135,24 @@ def test_pictures_are_shown_again():
         found.append(fit(trainer, record, model=model, data=data, val=data, task=fw.tasks.build("reconstruction")))
     assert any(line[1] == "reconstructions" for line in found[0][0])
     assert_same(*found)
+
+
+@pytest.mark.parametrize("folders", [["one", "one"], ["one", "other"]], ids=["the same folder", "another folder"])
+def test_loggers_write_the_same_for_a_second_fit(folders, tmp_path):
+    both = [fw.loggers.build(name) for name in ("json_lines", "tensorboard")]
+    trainer = Trainer(max_steps=2, log_every="1steps", loggers=both, device="cpu")
+    found = []
+    for folder in folders:
+        trainer.folder = tmp_path / folder
+        with trainer:
+            fit(trainer, Record())
+            fit(trainer, Record())
+            both[1].hparams({}, {"test/loss": 0.5})
+        board = EventAccumulator(str(trainer.folder)).Reload()
+        curves = {tag: [(event.step, event.value) for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
+        found.append((logged(trainer.folder), curves.get("train/loss"), curves.get("test/loss")))
+    assert found[0][:2] == found[1][:2]
+    assert found[0][2] == found[1][2] or folders[0] == folders[1]
 
 
 def test_progress_prints_each_fit_of_one_epoch(capsys):
