@@ -26,7 +26,7 @@ To end a run: `trainer.state.stop = "reason"`; the step under way is finished fi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .state import Stateful
@@ -87,6 +87,15 @@ class Callback(Stateful):
     def on_fit_end(self, trainer: Trainer) -> None: ...
     def on_exception(self, trainer: Trainer) -> None: ...
     def on_close(self, trainer: Trainer) -> None: ...
+
+    @classmethod
+    def depends_on(cls, settings: Mapping[str, Any]) -> Sequence[str]:
+        """Return how the paths of settings begin, elsewhere in the config, that change what this one does to training.
+
+        Args:
+            settings: those of this callback that are not left at their defaults.
+        """
+        return ()
 
     def needs_gradients(self, trainer: Trainer) -> bool:
         """Whether `on_gradients` must be called in the step to come even if all gradients are finite.

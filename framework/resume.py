@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import checkpoint
-from .callback import follows_metrics
+from .callback import Callback, follows_metrics
 from .errors import CheckpointError, ConfigError, RunError
 from .optimizer import check_state, group_settings, merged_groups, older_settings
-from .registry import Registry
+from .registry import Maker, Registry
 from .run import RunFolder, read_config
 from .scheduler import observes
 from .spec import Spec
@@ -205,6 +205,7 @@ def observed_changes(changed: Sequence[tuple[str, str]], before: Mapping[str, An
     watching = list(observers(spec))
     for path, text in changed:
         parts = [part for part, monitor in watching if measures(path, monitor, spec)]
+        parts += [str(maker.entry) for maker in spec.parts["callback"] if path.startswith(beginnings(maker))]
         if parts:
             yield f"{text}, which {' and '.join(parts)} depends on"
     for maker in spec.parts["callback"]:
@@ -215,6 +216,12 @@ def observed_changes(changed: Sequence[tuple[str, str]], before: Mapping[str, An
         for path, text in changed:
             if path.startswith(f"callbacks.{name}.") and path.endswith(JUDGED_BY):
                 yield text
+
+
+def beginnings(maker: Maker) -> tuple[str, ...]:
+    """Return how the paths of settings begin that a callback says it depends on."""
+    part = maker.entry.part
+    return tuple(part.depends_on(maker.settings)) if isinstance(part, type) and issubclass(part, Callback) else ()
 
 
 def observers(spec: Spec) -> Iterator[tuple[str, str | None]]:

@@ -1,5 +1,6 @@
 """What to do when a loss or a gradient is not finite: found before the update, so that no weight ever is."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,6 +55,10 @@ class NonFinite(Callback):
         self.checked = 0
         self.late = False
         self.trainer = None
+
+    @classmethod
+    def depends_on(cls, settings: Mapping[str, Any]) -> Sequence[str]:
+        return ["callbacks.checkpoint."] if settings.get("policy") == "rewind" else []
 
     def among(self, trials: int) -> None:
         self.together = True  # the gradients of all are read at once in each step: nothing is gained by waiting

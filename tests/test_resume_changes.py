@@ -344,9 +344,18 @@ TRAIN = ["+callbacks=early_stop", "callbacks.early_stop.monitor=train/loss"]
             ["trainer.log_every=3steps", "callbacks.early_stop.patience=99", "metrics.accuracy.ignore=1"],
         ),
         (TRAIN, ["trainer.log_every=3steps"], ["trainer.validate_every=3steps", "loader.eval_batch_size=5"]),
-        (["+callbacks=ema"], [], ["trainer.validate_every=3steps", "trainer.log_every=3steps"]),
+        (
+            ["+callbacks=non_finite", "callbacks.non_finite.policy=rewind"],
+            ["callbacks.checkpoint.every=3steps"],
+            ["trainer.validate_every=3steps"],
+        ),
+        (
+            ["+callbacks=ema"],
+            ["model.width=4"],
+            ["callbacks.checkpoint.every=3steps", "trainer.validate_every=3steps", "trainer.log_every=3steps"],
+        ),
     ],
-    ids=["plateau", "early stop", "early stop on training", "neither"],
+    ids=["plateau", "early stop", "early stop on training", "rewind", "neither"],
 )
 def test_measuring_otherwise_is_refused_where_a_part_decides_by_it(parts, refused, allowed):
     spec = spec_of(*parts)
