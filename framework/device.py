@@ -145,12 +145,12 @@ class Precision:
         self.device = device
         self.dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[format]
         self.scaler: torch.amp.GradScaler | None = None
-        self.scaled_format = format == "fp16"
+        self.needs_scaler = format == "fp16"
         self.reset()
 
     def reset(self) -> None:
         """Forget the scale of an earlier fit."""
-        self.scaler = torch.amp.GradScaler(self.device.type) if self.scaled_format else None
+        self.scaler = torch.amp.GradScaler(self.device.type) if self.needs_scaler else None
 
     def autocast(self) -> AbstractContextManager:
         return NOTHING if self.dtype is None else torch.autocast(self.device.type, self.dtype)

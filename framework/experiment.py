@@ -271,7 +271,7 @@ def schedule_notes(built: Experiment, resumed: Resumed) -> Iterator[str]:
     if not resumed.changes("trainer.max_epochs") and not resumed.changes("trainer.max_steps"):
         return
     limits = resumed.config["trainer"]
-    before = count_total(built.steps_per_epoch, limits["max_epochs"], limits["max_steps"])
+    before = count_total(built.steps_per_epoch, limits.get("max_epochs"), limits.get("max_steps"))
     old, new = scheduler(before), built.schedule
     span = max(before, built.total_steps)
     places = range(0, span, max(1, span // 1000))

@@ -152,7 +152,7 @@ def group_settings(optimizer: Optimizer, model: nn.Module) -> list[dict[str, Any
     names = {parameter: name for name, parameter in model.named_parameters()}
     found = []
     for group in optimizer.param_groups:
-        kept = {name: value for name, value in group.items() if name not in ("params", "initial_lr")}
+        kept = {name: value for name, value in group.items() if name not in ("params", "initial_lr", LEFT)}
         parameters = [names.get(parameter, "") for parameter in group["params"]]
         found.append({"settings": copy.deepcopy(kept), "parameters": parameters})
     return found

@@ -297,7 +297,7 @@ def start_from(model: nn.Module, source: str) -> str:
     """
     path = Path(source)
     weights = read_weights(path)
-    own = model.state_dict()
+    own = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     fitting = {name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape}
     if not fitting:
         raise RunError(f"init_from={source}: none of its {len(weights)} tensors has the name and shape of one here")
@@ -309,7 +309,7 @@ def start_from(model: nn.Module, source: str) -> str:
             f"{shape_text(weights.get(matrices[0]))} there"
         )
     model.load_state_dict(fitting, strict=False)
-    share = sum(tensor.numel() for tensor in fitting.values()) / sum(tensor.numel() for tensor in own.values())
+    share = sum(tensor.numel() for tensor in fitting.values()) / max(sum(tensor.numel() for tensor in own.values()), 1)
     shapes = [f"{n} {tuple(weights[n].shape)} for {tuple(own[n].shape)}" for n in weights if n in own.keys() - fitting]
     groups = {
         "of another shape": shapes,

@@ -124,5 +124,5 @@ class Stateful:
     def _state_before_first_fit(self) -> dict[str, Any]:
         try:
             return copy.deepcopy(self.state_dict())
-        except AttributeError:  # `on_fit_start` makes the state, anew in each fit
+        except Exception:  # there is none before `on_fit_start`, which makes it anew in each fit
             return {}

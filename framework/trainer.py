@@ -113,6 +113,7 @@ class Trainer(Evaluator):
         self.manifest: dict[str, Any] = {}
         self.resumed_from: int | None = None
         self._record, self._open = dict[str, float | Tensor](), 0
+        self._left: trainer_state.Left | None = None
         self._opened_at: int | None = None  # the step that the loggers went on from
 
     def fit(
@@ -206,6 +207,8 @@ class Trainer(Evaluator):
             finally:
                 if self.schedule is not None:
                     mark_learning_rates(self.optimizer)
+                settings = group_settings(self.optimizer, self.model)
+                self._left = trainer_state.Left(self.optimizer, settings, self.optimizer_settings)
                 self._opened_at = None
                 self.clock.finish()
                 self.model.eval()
@@ -218,7 +221,7 @@ class Trainer(Evaluator):
         self.state.total_steps = count_total(self.state.steps_per_epoch, self.max_epochs, self.max_steps)
         trainer_state.reset(self)
         start_learning_rates(self.optimizer, self.schedule is not None)
-        self.optimizer_settings = group_settings(self.optimizer, self.model)
+        self.optimizer_settings = trainer_state.given_settings(self)
         self.measures = Measures(self.metrics, self.device, self.train_batches.hold)
         self.clock = Profiler(self.device, self.folder) if self.profile else Clock()
         self._backward = Backward(

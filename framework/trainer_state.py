@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch.optim import Optimizer
 
 from . import seeds
 from .callback import keyed
 from .data import Loader
-from .optimizer import restore_optimizer
+from .optimizer import group_settings, restore_optimizer, same_setting
 from .scheduler import Schedule
 
 if TYPE_CHECKING:
@@ -21,14 +23,41 @@ def reset(trainer: Trainer) -> None:
     trainer.log_every.restart()
     trainer.precision.reset()
     trainer.micro_batches.reset()
-    trainer.optimizer.zero_grad(set_to_none=True)
-    trainer.model.zero_grad(set_to_none=True)
+    for group in trainer.optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
+    for parameter in trainer.model.parameters():
+        parameter.grad = None
     if isinstance(trainer.train_batches, Loader):
         trainer.train_batches.skipped = 0
     if isinstance(trainer.schedule, Schedule):
         trainer.schedule.reset()
     for callback in trainer.callbacks:
         callback.reset()
+
+
+def given_settings(trainer: Trainer) -> list[dict[str, Any]]:
+    """Return the settings that the user gave the groups of the optimizer.
+
+    What an earlier fit of this trainer changed in them is left out, unless the user has changed it since.
+    """
+    now = group_settings(trainer.optimizer, trainer.model)
+    if trainer._left is None or trainer._left.optimizer is not trainer.optimizer:
+        return now
+    for group, left, given in zip(now, trainer._left.settings, trainer._left.given, strict=False):
+        settings = group["settings"]
+        for name in settings.keys() & left["settings"].keys() & given["settings"].keys():
+            if same_setting(settings[name], left["settings"][name]):
+                settings[name] = given["settings"][name]
+    return now
+
+
+class Left(NamedTuple):
+    """An optimizer after a fit: the settings of its groups then, and those that the user had given it."""
+
+    optimizer: Optimizer
+    settings: list[dict[str, Any]]
+    given: list[dict[str, Any]]
 
 
 def capture(trainer: Trainer) -> dict[str, Any]:

@@ -291,9 +291,13 @@ class ReduceOnPlateau(Schedule):
         return sign * (value - self.best) > self.threshold * abs(self.best)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"scale": self.scale, "bad": self.bad, "cooling": self.cooling, "best": self.best}
+        state = {"scale": self.scale, "bad": self.bad, "cooling": self.cooling, "best": self.best}
+        return state | {"monitor": self.monitor, "mode": self.mode}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.scale, self.bad, self.cooling = state["scale"], state["bad"], state["cooling"]
         best = state["best"]
         self.best = best if best is not None and math.isfinite(best) else None
+        watched = state.get("monitor", self.monitor), state.get("mode", self.mode)
+        if watched != (self.monitor, self.mode):
+            self.bad, self.best = 0, None  # values of another metric are not to be compared with

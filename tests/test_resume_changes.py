@@ -70,10 +70,17 @@ class Groups(fw.Callback):
         self.seen.append([{name: value for name, value in each.items() if name != "params"} for each in groups])
 
 
-def fit(model, optimizer, steps, *callbacks, resume=None, schedule=None):
+class LogMae(fw.Callback):
+    changes_training = False
+
+    def on_validation_end(self, trainer):
+        trainer.log({"val/mae": 5.0})
+
+
+def fit(model, optimizer, steps, *callbacks, **more):
     """Fit with batches of all samples, so that a plain loop sees the same."""
     trainer = Trainer(max_steps=steps, callbacks=callbacks, device="cpu")
-    trainer.fit(model, SPLIT, task=LOSS, optimizer=optimizer, batch_size=12, schedule=schedule, resume=resume)
+    trainer.fit(model, SPLIT, task=LOSS, optimizer=optimizer, batch_size=12, **more)
     return trainer
 
 
@@ -168,6 +175,35 @@ def test_what_a_callback_made_of_the_other_settings_is_restored(changed):
     assert seen.seen[0][0]["lr"] == pytest.approx(0.1 * 0.9**2)
     same = [torch.equal(one, other) for one, other in zip(whole.parameters(), rest.parameters(), strict=True)]
     assert all(same) is not bool(changed)
+
+
+def test_the_same_optimizer_resumes_from_an_earlier_state():
+    whole, model = network(), network()
+    fit(whole, torch.optim.SGD(whole.parameters(), lr=0.1), 4, Decay())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = Trainer(max_steps=2, callbacks=[Decay()], device="cpu")
+    given = {"task": LOSS, "optimizer": optimizer, "batch_size": 12}
+    trainer.fit(model, SPLIT, **given)
+    saved = trainer.state_dict()
+    trainer.max_steps = 3
+    trainer.fit(model, SPLIT, resume=saved, **given)
+    trainer.max_steps = 4
+    trainer.fit(model, SPLIT, resume=saved, **given)
+    assert all(torch.equal(one, other) for one, other in zip(whole.parameters(), model.parameters(), strict=True))
+
+
+def test_another_monitored_value_is_compared_with_no_best_one_of_before():
+    old, new = (fw.schedulers.build("plateau", 9, monitor=name, patience=0) for name in ("val/loss", "val/mae"))
+    old.observe({"val/loss": 0.1})
+    new.load_state_dict(old.state_dict())
+    new.observe({"val/mae": 5.0})
+    assert (new.best, new(0)) == (5.0, 1.0)
+    stop, other = (fw.callbacks.build("early_stop", monitor=name, mode="min") for name in ("val/loss", "val/mae"))
+    stop.best.ranked, stop.waited = [(0.1, 3)], 7
+    other.load_state_dict(stop.state_dict())
+    model = network()
+    fit(model, torch.optim.SGD(model.parameters()), 1, LogMae(), other, val=SPLIT)
+    assert (other.best.ranked, other.waited) == ([(5.0, 1)], 0)
 
 
 def test_without_the_schedule_the_rate_is_that_of_the_optimizer_again():
