@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from torch import Tensor, nn
 
-from framework import Callback, Every, NonNegativeFloat, PositiveFloat, PositiveInt, Trainer, callbacks
+from framework import Callback, Every, NonNegativeFloat, PositiveFloat, PositiveInt, Schedule, Trainer, callbacks
 from framework.callback import keyed
 from framework.checkpoint import clean, folder_name, link_to, listed, read_manifest, remove, save, step_of, verify
 from framework.errors import CheckpointError, SettingError, did_you_mean
@@ -210,7 +210,7 @@ class Checkpoint(Callback):
             advice = "give the Trainer another folder, or go on with `fit(resume=...)`"
             raise SettingError(f"checkpoint: {self.folder} has those of another fit already: {advice}")
         check_model(trainer.model.state_dict())
-        check_training({"optimizer": trainer.optimizer.state_dict()})
+        check_training(self._state_of_parts(trainer))
         check_training({"optimizer": {"state": state_after_a_step(trainer.optimizer)}})
         self.saved = step if (self.folder / folder_name(step)).exists() else None
         if self.best is not None:
@@ -265,8 +265,13 @@ class Checkpoint(Callback):
     def _check_state(self, trainer: Trainer) -> None:
         """Find what cannot be saved after the first step, when all parts have their state, not at the first save."""
         callbacks = {key: callback.state_dict() for key, callback in keyed(trainer.callbacks).items()}
-        check_training({"optimizer": trainer.optimizer.state_dict(), "callbacks": callbacks})
+        check_training(self._state_of_parts(trainer) | {"callbacks": callbacks})
         self.checked = True
+
+    def _state_of_parts(self, trainer: Trainer) -> dict[str, Any]:
+        """Return the state of what a user gives to `fit`, which is there before its first event."""
+        schedule = trainer.schedule.state_dict() if isinstance(trainer.schedule, Schedule) else {}
+        return {"optimizer": trainer.optimizer.state_dict(), "schedule": schedule}
 
     def _save(self, trainer: Trainer) -> None:
         with trainer.clock.part("checkpoint"):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import framework as fw
-from framework import Callback, TensorSplit, Trainer
+from framework import Callback, Schedule, TensorSplit, Trainer
 from framework.checkpoint import listed, load
 from framework.errors import CheckpointError, SettingError
 
@@ -146,6 +146,14 @@ class Set(Callback):
         return {"seen": {1, 2}}
 
 
+class Odd(Schedule):
+    def __call__(self, step):
+        return 1.0
+
+    def state_dict(self):
+        return {"seen": {1, 2}}
+
+
 @pytest.mark.parametrize(
     ("make", "callbacks", "path", "steps"),
     [
@@ -162,6 +170,14 @@ def test_a_training_state_that_cannot_be_saved_is_found_at_once(make, callbacks,
     with pytest.raises(CheckpointError, match=f"^{path} is a "):
         fit(model, make(list(model.parameters())), *callbacks, saving, counting, folder=tmp_path)
     assert counting.done == steps
+
+
+def test_a_schedule_whose_state_cannot_be_saved_is_found_before_the_first_step(tmp_path):
+    model, counting = network(), Steps()
+    saving = fw.callbacks.build("checkpoint", monitor=None)
+    with pytest.raises(CheckpointError, match=r"^schedule\.seen is a set"):
+        fit(model, SGD(model.parameters()), saving, counting, folder=tmp_path, schedule=Odd())
+    assert counting.done == 0
 
 
 class Extra(nn.Module):
