@@ -76,6 +76,7 @@ def capture(trainer: Trainer) -> dict[str, Any]:
         "callbacks": {key: callback.state_dict() for key, callback in keyed(trainer.callbacks).items()},
         "measures": trainer.measures.state_dict(),
         "validated": trainer._validated,
+        "batch_size": getattr(trainer.train_batches, "batch_size", None),
         "skipped": getattr(trainer.train_batches, "skipped", 0),
         "random": seeds.capture(),
     }
@@ -97,7 +98,25 @@ def restore(trainer: Trainer, saved: dict[str, Any]) -> None:
         callback.load_state_dict(saved["callbacks"].get(key, {}))
     trainer.measures.load_state_dict(saved["measures"])
     trainer.state.load_state_dict(saved)
+    keep_place_in_epoch(trainer, saved.get("batch_size"))
     trainer._validated = saved["validated"]
     if isinstance(trainer.train_batches, Loader):
         trainer.train_batches.skipped = saved["skipped"]
     seeds.restore(saved["random"])
+
+
+def keep_place_in_epoch(trainer: Trainer, size_before: int | None) -> None:
+    """Count the batches done in the epoch under way in batches of the present size.
+
+    Args:
+        size_before: samples of a batch when the state was saved; None if that is not known.
+    """
+    state, batches = trainer.state, trainer.train_batches
+    if state.batch == 0 or state.steps_per_epoch == 0:
+        return
+    size = getattr(batches, "batch_size", None)
+    if size is not None and size_before is not None and size != size_before:
+        done = state.batch * size_before // size
+        state.batch = done - done % trainer.accumulate
+    if state.batch >= len(batches):
+        state.epoch, state.batch = state.epoch + 1, 0

@@ -13,6 +13,7 @@ import framework as fw
 from framework import TensorSplit, Trainer
 from framework.checkpoint import listed, load
 from framework.compose import CommandLine, run as compose
+from framework.data import Loader
 from framework.errors import RunError, SettingError
 from framework.experiment import Experiment, train
 from framework.resume import altered, differences, keeps_bits, observed_changes
@@ -259,6 +260,31 @@ def test_a_state_in_memory_can_be_resumed_from_twice_and_outlives_the_training()
     for number, values in kept["optimizer"]["state"].items():
         for name, tensor in values.items():
             assert torch.equal(saved["optimizer"]["state"][number][name], tensor)
+
+
+@pytest.mark.parametrize(
+    ("size", "limit", "expected"),
+    [(2, None, [8, 9, 10, 11]), (8, None, [8, 9, 10, 11]), (4, 2, []), (12, None, list(range(12)))],
+    ids=["smaller batches", "larger batches", "a limit that is passed", "one batch"],
+)
+def test_other_batches_go_on_after_the_samples_that_are_done(size, limit, expected):
+    """After 2 of 3 batches of 4 samples, whatever the batches are from then on."""
+    rows = torch.arange(12.0)[:, None].repeat(1, 2)
+    seen = []
+
+    def one(steps, loader, resume=None):
+        model = network()
+        model.register_forward_pre_hook(lambda module, inputs: seen.extend(inputs[0][:, 0].tolist()))
+        trainer = Trainer(max_epochs=1, max_steps=steps, device="cpu")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        trainer.fit(model, loader, task=LOSS, optimizer=optimizer, resume=resume)
+        return trainer
+
+    split = TensorSplit(rows, TARGETS)
+    saved = one(2, Loader(split, eval_batch_size=4)).state_dict()
+    seen.clear()
+    one(99, Loader(split, eval_batch_size=size, limit=limit), saved)
+    assert sorted(seen) == expected
 
 
 # batches of the user's own
