@@ -64,7 +64,7 @@ class Callback(Stateful):
             too (False); what else it did to its trial's model, loss or optimizer, the others' model would not know.
         follows_metrics: whether it decides by logged values how a run goes on, or when it ends; then a resumed run may
             not measure them at other times. If it does not say, it does when it may change training and listens to
-            validations.
+            validations or logs.
         recordable: whether `on_gradients` is nothing but arithmetic on the device, the same in each step, so that a
             CUDA graph may replay it.
     """
@@ -133,8 +133,9 @@ def follows_metrics(kind: Any) -> bool:
         return False
     if kind.follows_metrics is not None:
         return kind.follows_metrics
-    listens = kind.on_validation_end is not Callback.on_validation_end
-    return kind.changes_training and listens
+    validations = kind.on_validation_end is not Callback.on_validation_end
+    logs = kind.on_log is not Callback.on_log
+    return kind.changes_training and (validations or logs)
 
 
 def listeners(callbacks: Sequence[Callback]) -> dict[str, list[Callable[[Trainer], None]]]:

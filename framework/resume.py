@@ -207,7 +207,7 @@ def observed_changes(changed: Sequence[tuple[str, str]], before: Mapping[str, An
         parts = [part for part, monitor in watching if measures(path, monitor, spec)]
         parts += [str(maker.entry) for maker in spec.parts["callback"] if path.startswith(beginnings(maker))]
         if parts:
-            yield f"{text}, which {' and '.join(parts)} depends on"
+            yield f"{text}, used by {' and '.join(parts)}"
     for maker in spec.parts["callback"]:
         name = maker.entry.name
         known = name in (before.get("callbacks") or {})

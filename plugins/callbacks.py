@@ -338,6 +338,7 @@ class ClipGradients(Callback):
     """
 
     alone, recordable = False, True
+    follows_metrics = False
 
     def __init__(self, norm: PositiveFloat | None = 1.0, value: PositiveFloat | None = None):
         """Say how far gradients may go; by norm first, if both are set.

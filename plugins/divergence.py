@@ -35,6 +35,8 @@ class NonFinite(Callback):
     checkpoint). Elsewhere each step waits.
     """
 
+    follows_metrics = False
+
     def __init__(self, policy: Literal["raise", "skip", "rewind"] = "raise", most_skips: PositiveInt = 10):
         """Choose what happens.
 

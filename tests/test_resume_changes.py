@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 import framework as fw
 from framework import TensorSplit, Trainer
+from framework.callback import follows_metrics
 from framework.checkpoint import listed, load
 from framework.compose import CommandLine, run as compose
 from framework.data import Loader
@@ -427,9 +428,18 @@ def test_measuring_otherwise_is_refused_where_a_part_decides_by_it(parts, refuse
         assert exact is (override in allowed), override
 
 
+class Reacts(fw.Callback):
+    def on_log(self, trainer): ...
+
+
+def test_which_callbacks_decide_by_logged_values():
+    built_in = [entry for entry in fw.callbacks if entry.source.module.startswith("framework_plugins")]
+    assert {entry.name for entry in built_in if follows_metrics(entry.part)} == {"early_stop", "prune"}
+    assert follows_metrics(Reacts)
+    assert not follows_metrics(Groups)
+
+
 def test_another_cadence_of_validations_is_an_error_that_names_the_part():
     go("scheduler=reduce_on_plateau")
-    with pytest.raises(
-        RunError, match=r"validate_every=1steps .*which scheduler/reduce_on_plateau depends on.*--inexact"
-    ):
+    with pytest.raises(RunError, match=r"validate_every=1steps .*used by scheduler/reduce_on_plateau.*--inexact"):
         go("scheduler=reduce_on_plateau", "resume=auto", "trainer.validate_every=1steps")
