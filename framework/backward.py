@@ -41,6 +41,7 @@ class Backward:
         self.model, self.task, self.optimizer, self.measures = model, task, optimizer, measures
         self.clock, self.precision, self.micro_batches = clock, precision, micro_batches
         self.parameters: list[nn.Parameter] = []
+        self.with_gradients: list[nn.Parameter] = []  # the optimizer's and all others of the model
         self.forward: nn.Module | Callable = Compiled(model, compile, clock) if compile == "model" else model
         self.gradients = Compiled(self._gradients, compile, clock) if compile == "step" else self._gradients
         self.whole: Whole | None = None
@@ -77,6 +78,7 @@ class Backward:
         groups = self.optimizer.param_groups
         if sum(len(group["params"]) for group in groups) != len(self.parameters):  # a callback may add some
             self.parameters = [parameter for group in groups for parameter in group["params"]]
+            self.with_gradients = list(dict.fromkeys([*self.parameters, *self.model.parameters()]))
         self.updated = False
         mark = self._mark() if self.micro_batches.auto else None
         while True:
@@ -147,7 +149,7 @@ class Backward:
         for buffer, before in zip(self.model.buffers(), buffers, strict=True):
             buffer.copy_(before)  # running statistics have seen some of the batch
         seeds.restore(random)
-        for parameter in self.parameters:
+        for parameter in self.with_gradients:
             parameter.grad = None
 
 

@@ -4,11 +4,13 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from .data import Batch, Data, ForeignLoader, Loader, Split
 from .errors import DataError
 
 Batches = Loader | ForeignLoader
+RANDOM_SAMPLERS = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 Source = Data | Split | Loader | Iterable[Any]
 
 
@@ -39,6 +41,26 @@ def count_total(steps_per_epoch: int, max_epochs: int | None, max_steps: int | N
     if max_epochs is not None and steps_per_epoch:
         limits.append(max_epochs * steps_per_epoch)
     return min(limits, default=0)
+
+
+def other_order(batches: Batches, in_epoch: bool) -> str | None:
+    """Return why the batches of a resumed fit are not those that an uninterrupted one would read, or None.
+
+    It knows the samplers of torch. Of any other iterable it is not known in which order it yields its batches.
+
+    Args:
+        in_epoch: the saved fit stopped inside an epoch.
+    """
+    loader = batches.batches if isinstance(batches, ForeignLoader) else None
+    if not isinstance(loader, DataLoader):
+        return None
+    samplers = [loader.sampler, getattr(loader.batch_sampler, "sampler", None)]
+    random = [each for each in samplers if isinstance(each, RANDOM_SAMPLERS)]
+    if any(each.generator is not None for each in random):
+        return "the DataLoader shuffles with a generator of its own, whose state is not saved"
+    if random and in_epoch:
+        return "the saved fit stopped inside an epoch, and the DataLoader shuffles the rest of it in another order"
+    return None
 
 
 def steps(batches: Iterable[Batch], accumulate: int, steps_left: int) -> Iterator[tuple[list[Batch], bool]]:

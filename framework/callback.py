@@ -19,14 +19,17 @@
     close                               # always the last one
 
 A callback overrides what it listens to; what nobody overrides costs nothing. Callbacks are called in the order listed.
+Before fit_start, `reset` makes each callback forget an earlier fit; in a resumed fit, `load_state_dict` follows.
 To end a run: `trainer.state.stop = "reason"`; the step under way is finished first.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from .state import Stateful
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +53,7 @@ EVENTS = (
 )
 
 
-class Callback:
+class Callback(Stateful):
     """Base of all callbacks; each `on_...` takes the trainer, with its `state`, `model`, `optimizer` and `log`.
 
     Attributes:
@@ -59,12 +62,16 @@ class Callback:
         alone: whether it cannot serve one of many trials that train as one. If it does not say, it can when it changes
             nothing of training. One that changes no more than gradients, learning rates, or weights in their place can
             too (False); what else it did to its trial's model, loss or optimizer, the others' model would not know.
+        follows_metrics: whether it decides by logged values how a run goes on, or when it ends; then a resumed run may
+            not measure them at other times. If it does not say, it does when it may change training and listens to
+            validations or logs.
         recordable: whether `on_gradients` is nothing but arithmetic on the device, the same in each step, so that a
             CUDA graph may replay it.
     """
 
     changes_training: ClassVar[bool] = True
     alone: bool | None = None
+    follows_metrics: ClassVar[bool | None] = None
     recordable: bool = False
 
     def on_fit_start(self, trainer: Trainer) -> None: ...
@@ -80,6 +87,15 @@ class Callback:
     def on_fit_end(self, trainer: Trainer) -> None: ...
     def on_exception(self, trainer: Trainer) -> None: ...
     def on_close(self, trainer: Trainer) -> None: ...
+
+    @classmethod
+    def depends_on(cls, settings: Mapping[str, Any]) -> Sequence[str]:
+        """Return how the paths of settings begin, elsewhere in the config, that change what this one does to training.
+
+        Args:
+            settings: those of this callback that are not left at their defaults.
+        """
+        return ()
 
     def needs_gradients(self, trainer: Trainer) -> bool:
         """Whether `on_gradients` must be called in the step to come even if all gradients are finite.
@@ -110,12 +126,16 @@ class Callback:
     def finish_saving(self) -> None:
         """Wait until everything that is being saved is on the disk."""
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint must keep, in plain types."""
-        return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+def follows_metrics(kind: Any) -> bool:
+    """Whether a class of callbacks decides by logged values."""
+    if not isinstance(kind, type) or not issubclass(kind, Callback):
+        return False
+    if kind.follows_metrics is not None:
+        return kind.follows_metrics
+    validations = kind.on_validation_end is not Callback.on_validation_end
+    logs = kind.on_log is not Callback.on_log
+    return kind.changes_training and (validations or logs)
 
 
 def listeners(callbacks: Sequence[Callback]) -> dict[str, list[Callable[[Trainer], None]]]:

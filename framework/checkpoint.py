@@ -308,7 +308,7 @@ def follow(path: Path, done: threading.Event) -> str:
 
 def holds_nan(tensor: Tensor) -> bool:
     """Whether a tensor has a NaN; infinity is no fault, a mask has it."""
-    if not tensor.is_floating_point():
+    if not tensor.is_floating_point() and not tensor.is_complex():
         return False
     values = tensor if tensor.element_size() > 1 else tensor.float()  # there is no arithmetic on float8
     return bool(values.sum().isnan()) and bool(values.isnan().any())  # the sum is quick, but ∞ - ∞ is NaN too

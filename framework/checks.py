@@ -1,5 +1,6 @@
 """What a Trainer is given by hand: what cannot be is told before the first step, and by its name."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from .callback import Callback
 from .errors import SettingError, did_you_mean, short
 from .metric import Metric
+from .scheduler import observes
 from .task import Task
 
 
@@ -49,9 +51,58 @@ def check_fit(model: nn.Module, task: Any, optimizer: Any, schedule: Any, metric
         advice = "one of torch's changes the optimizer by itself" if isinstance(schedule, LRScheduler) else ""
         made = "a function from the step to a factor of the learning rate, lambda step: 0.99**step say"
         raise SettingError(f"schedule: should be {made}, not {short(schedule)}; {advice}".rstrip("; "))
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    if not any(id(parameter) in held for parameter in model.parameters()):
+    check_values(model)
+    check_parameters(model, task, optimizer)
+
+
+def check_values(model: nn.Module) -> None:
+    """Raise SettingError for a tensor of the model that has no values."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise SettingError(f"model: {name} is on the device meta, without values: give it some before the fit")
+
+
+def check_parameters(model: nn.Module, task: Any, optimizer: Optimizer) -> None:
+    """Raise SettingError when the optimizer holds other parameters in the place of some of the model's.
+
+    It may hold only some of the model's parameters, and parameters of the task or its loss.
+    """
+    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    own = {parameter: name for name, parameter in model.named_parameters()}
+    if not held & own.keys():
         raise SettingError("optimizer: it holds no parameter of this model, so that nothing would be trained")
+    foreign = held - own.keys() - parameters_of(task)
+    if not foreign:
+        return
+    said = f"optimizer: {len(foreign)} of its {len(held)} parameters are not the model's"
+    missing = [name for parameter, name in own.items() if parameter.requires_grad and parameter not in held]
+    if missing:
+        raise SettingError(
+            f"{said}, and {len(missing)} of the model's {len(own)} are not in the optimizer ({missing[0]}): build it "
+            "after the last change of the model; a loss with parameters should be a module that holds them"
+        )
+    warnings.warn(f"{said}: checkpoints do not hold them", stacklevel=5)
+
+
+def parameters_of(task: Any) -> set[nn.Parameter]:
+    """Return the parameters of a task, or of a loss: its own, and those of the modules among its attributes."""
+    found: set[nn.Parameter] = set()
+    for part in (task, *vars(task).values()) if hasattr(task, "__dict__") else ():
+        if isinstance(part, nn.Module):
+            found.update(part.parameters())
+        elif isinstance(part, nn.Parameter):
+            found.add(part)
+    return found
+
+
+def check_schedule(schedule: Any, validates: bool) -> None:
+    """Raise SettingError for a schedule that reacts to validations where there are none."""
+    if observes(schedule) and not validates:
+        name = type(schedule).__name__
+        raise SettingError(
+            f"scheduler: {name} reacts to validations, and there is no validation split; without it the learning rate "
+            "would never fall"
+        )
 
 
 def check_phases(task: Task, compile: str, cuda_graph: str) -> None:

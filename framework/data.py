@@ -368,5 +368,18 @@ class ForeignLoader:
         sampler = getattr(self.batches, "sampler", None)
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(epoch)  # type: ignore[union-attr]
-        batches = islice(map(as_batch, self.batches), start, None)
+        batches = map(as_batch, self._iterate(start))
         return batches if self.copies is None else (batch for batch, _ in self.copies.ahead((b, None) for b in batches))
+
+    def _iterate(self, start: int) -> Iterator[Any]:
+        """Return an iterator from batch number `start` on.
+
+        What is drawn for the batches before is not drawn again: the generators of a resumed fit are restored already.
+        """
+        if start == 0:
+            return iter(self.batches)
+        with seeds.undisturbed():
+            batches = iter(self.batches)
+            for _ in islice(batches, start):
+                pass
+        return batches

@@ -144,7 +144,13 @@ class Precision:
     def __init__(self, format: Format, device: torch.device):
         self.device = device
         self.dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[format]
-        self.scaler = torch.amp.GradScaler(device.type) if format == "fp16" else None
+        self.scaler: torch.amp.GradScaler | None = None
+        self.needs_scaler = format == "fp16"
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the scale of an earlier fit."""
+        self.scaler = torch.amp.GradScaler(self.device.type) if self.needs_scaler else None
 
     def autocast(self) -> AbstractContextManager:
         return NOTHING if self.dtype is None else torch.autocast(self.device.type, self.dtype)

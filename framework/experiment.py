@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,13 +23,24 @@ from .building import (
     check_smallest_batch,
     scale_of,
 )
+from .checks import check_schedule
 from .data import Data, Loader
 from .device import intra_op_threads, suitable_threads
 from .errors import RunError
 from .exits import no_exit
 from .introduction import first_batch, introduce
 from .optimizer import build_optimizer
-from .resume import Resumed, check_fits, chosen_checkpoint, find, fingerprint, last_values, open_folder, start_from
+from .resume import (
+    Resumed,
+    check_fits,
+    check_optimizer,
+    chosen_checkpoint,
+    find,
+    fingerprint,
+    last_values,
+    open_folder,
+    start_from,
+)
 from .run import RunFolder, dump, provenance, read_facts
 from .signals import stopping
 from .spec import Spec
@@ -69,6 +80,7 @@ class Experiment:
         self.total_steps = count_total(self.steps_per_epoch, limits["max_epochs"], limits["max_steps"])
         scheduler = spec.parts["scheduler"]
         self.schedule = None if scheduler is None else scheduler(self.total_steps)
+        check_schedule(self.schedule, self.data.val is not None)
 
     def batches(self, split: str) -> Loader:
         """Return the reader of a split. Raises DataError when the data has none of that name."""
@@ -247,11 +259,34 @@ def prepare(
     if resumed is not None:
         check_same_data(resumed.folder.path, built, inexact)
         check_fits(resumed, built.model, built.optimizer)
+        check_optimizer(resumed, built.model, built.optimizer)
         trainer.state.step = resumed.step  # loggers go on from there
         threads = resumed.threads or threads  # as many make the same bits
         for line in (f"going on with {resumed.folder.path} after step {resumed.step}", *resumed.notes):
             say(line)
+        for line in schedule_notes(built, resumed):
+            say(line)
     return Prepared(built, trainer, threads, resumed, experiment, list(overrides), started)
+
+
+def schedule_notes(built: Experiment, resumed: Resumed) -> Iterator[str]:
+    """Yield a line when a schedule that is laid out over the run follows its new length."""
+    scheduler = built.spec.parts["scheduler"]
+    if scheduler is None or built.schedule is None:
+        return
+    if not resumed.changes("trainer.max_epochs") and not resumed.changes("trainer.max_steps"):
+        return
+    limits = resumed.config["trainer"]
+    before = count_total(built.steps_per_epoch, limits.get("max_epochs"), limits.get("max_steps"))
+    old, new = scheduler(before), built.schedule
+    span = max(before, built.total_steps)
+    places = range(0, span, max(1, span // 1000))
+    if all(old(step) == new(step) for step in places):
+        return
+    yield (
+        f"scheduler={scheduler.entry.name} is laid out anew over {built.total_steps:,} steps (was {before:,}): "
+        f"from step {resumed.step:,} on the learning rate is that of a run of the new length"
+    )
 
 
 def finish(trainer: Trainer, built: Experiment) -> None:

@@ -63,6 +63,11 @@ class MicroBatches:
         self.size = size if isinstance(size, int) else None
         self.largest = 0  # part of the last batch that was split
 
+    def reset(self) -> None:
+        """Forget what an earlier fit found out: try whole batches again."""
+        if self.auto:
+            self.size = None
+
     def split(self, batch: Batch) -> list[Batch]:
         """Return the batch in parts of at most `size` samples, in order."""
         samples = len(batch[0])

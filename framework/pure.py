@@ -54,8 +54,16 @@ class PureOptimizer(Optimizer):
                 state = self.state[p]
                 if not state:
                     state.update({name: torch.zeros_like(p) for name in self.kept})
-                write(p, state, self.update(p, p.grad, state, group))
+                number, gradient, kept = as_real(p), as_real(p.grad), state
+                if p.is_complex():
+                    kept = {name: as_real(tensor) for name, tensor in state.items()}
+                write(number, kept, self.update(number, gradient, kept, group))
         return loss
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """Return a view of complex numbers as pairs of reals, as torch's optimizers take them; others as they are."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def write(p: Tensor, state: State, new: tuple[Tensor, State]) -> None:
@@ -85,6 +93,8 @@ class PureUpdates:
         special = ("maximize", "differentiable", "capturable")
         if any(group.get(name) for group in optimizer.param_groups for name in special):
             return None
+        if any(p.is_complex() for group in optimizer.param_groups for p in group["params"]):
+            return None  # an update squares numbers, where `step()` squares real and imaginary parts
         if isinstance(optimizer, PureOptimizer):
             return type(optimizer).update
         return self.of.get(type(optimizer))

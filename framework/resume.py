@@ -15,11 +15,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import checkpoint
+from .callback import Callback, follows_metrics
 from .errors import CheckpointError, ConfigError, RunError
-from .registry import Registry
+from .optimizer import check_state, group_settings, merged_groups, older_settings
+from .registry import Maker, Registry
 from .run import RunFolder, read_config
+from .scheduler import observes
 from .spec import Spec
 
+JUDGED_BY = ("monitor", "mode", "min_delta")  # settings of a callback that decides by logged values
 SAME_BITS = (  # what may differ in a resumed run without a bit of its weights being another
     *("run.", "plugins", "init_from", "loggers.", "metrics.", "loader.workers", "loader.eval_batch_size"),
     *("trainer.max_epochs", "trainer.max_steps", "trainer.log_every", "trainer.validate_every", "trainer.profile"),
@@ -38,6 +42,7 @@ class Resumed:
     notes: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
     threads: int | None = None  # of an operation, when it was cut off
+    config: dict[str, Any] = field(default_factory=dict)  # as it was until now
 
     @property
     def done(self) -> bool:
@@ -73,12 +78,15 @@ def open_folder(run: Path, spec: Spec, inexact: bool = False) -> Resumed:
     would come out otherwise (unless `inexact`).
     """
     folder = RunFolder.existing(run)
-    changed = differences(read_config(run), spec.tree)
+    before = read_config(run)
+    changed = differences(before, spec.tree)
     breaking = [text for path, text in changed if not keeps_bits(path)]
+    breaking += list(observed_changes(changed, before, spec))
     if breaking and not inexact:
         advice = "leave it as it was, or allow it with --inexact"
         raise RunError(f"{run} cannot go on exactly with {'; '.join(breaking)}: {advice}")
     resumed = Resumed(folder, changed=[text for path, text in changed if not path.startswith(("run.", "plugins"))])
+    resumed.config = before
     resumed.notes = [f"from here on {text}" for text in resumed.changed]
     checkpoints = run / "checkpoints"
     if not checkpoints.is_dir():
@@ -112,6 +120,39 @@ def check_fits(resumed: Resumed, model: nn.Module, optimizer: Optimizer) -> None
     if other is not None:
         run = resumed.folder.path
         raise RunError(f"{run} cannot go on with {other}. A new run can begin with its weights: init_from={run}")
+
+
+def check_optimizer(resumed: Resumed, model: nn.Module, optimizer: Optimizer) -> None:
+    """Raise SettingError when the optimizer cannot go on from the checkpoint with the settings that have changed.
+
+    A checkpoint of an earlier version does not hold the settings that the run was started with: they are worked out
+    from what has changed in the config.
+    """
+    training = resumed.training
+    if training is None:
+        return
+    groups, now = training["optimizer"]["param_groups"], group_settings(optimizer, model)
+    if "optimizer_settings" not in training:
+        changed = changed_settings(resumed)
+        before = older_settings(groups, now)
+        for each in before:
+            each["settings"] = {name: value for name, value in each["settings"].items() if name not in changed}
+        training["optimizer_settings"] = before
+    merged, names = merged_groups(groups, training["optimizer_settings"], now)
+    if names:
+        check_state(optimizer, training["optimizer"]["state"], merged, names)
+
+
+def changed_settings(resumed: Resumed) -> set[str]:
+    """Return the settings of parameter groups that may differ from those of the run, by the changes in its config."""
+    found: set[str] = set()
+    for text in resumed.changed:
+        section, _, setting = text.partition("=")[0].partition(".")
+        if section == "optimizer":
+            found.add(setting.partition(".")[0])
+        if section == "parameters":
+            found |= {"weight_decay", "name"}
+    return found - {"lr"}
 
 
 def shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -161,6 +202,59 @@ def keeps_bits(path: str) -> bool:
     return path.startswith(SAME_BITS)
 
 
+def observed_changes(changed: Sequence[tuple[str, str]], before: Mapping[str, Any], spec: Spec) -> Iterator[str]:
+    """Yield the changes, otherwise without effect on the weights, that a part of the run would react to.
+
+    A schedule or a callback that decides by measured values decides otherwise when these are measured at other times,
+    or differently.
+    """
+    watching = list(observers(spec))
+    for path, text in changed:
+        parts = [part for part, monitor in watching if measures(path, monitor, spec)]
+        parts += [str(maker.entry) for maker in spec.parts["callback"] if path.startswith(beginnings(maker))]
+        if parts:
+            yield f"{text}, used by {' and '.join(parts)}"
+    for maker in spec.parts["callback"]:
+        name = maker.entry.name
+        known = name in (before.get("callbacks") or {})
+        if not known or not follows_metrics(maker.entry.part):
+            continue
+        for path, text in changed:
+            if path.startswith(f"callbacks.{name}.") and path.endswith(JUDGED_BY):
+                yield text
+
+
+def beginnings(maker: Maker) -> tuple[str, ...]:
+    """Return how the paths of settings begin that a callback says it depends on."""
+    part = maker.entry.part
+    return tuple(part.depends_on(maker.settings)) if isinstance(part, type) and issubclass(part, Callback) else ()
+
+
+def observers(spec: Spec) -> Iterator[tuple[str, str | None]]:
+    """Yield the parts that decide by measured values, each with the value that it monitors (None: not known)."""
+    makers = [maker for maker in spec.parts["callback"] if follows_metrics(maker.entry.part)]
+    scheduler = spec.parts["scheduler"]
+    if scheduler is not None and observes(scheduler.entry.part):
+        makers.append(scheduler)
+    for maker in makers:
+        setting = maker.entry.settings.get("monitor")
+        default = None if setting is None else setting.default
+        yield str(maker.entry), maker.settings.get("monitor", default)
+
+
+def measures(path: str, monitor: str | None, spec: Spec) -> bool:
+    """Whether a setting has a say in the monitored value, or in when it is measured."""
+    split, _, name = (monitor or "").partition("/")
+    if path == "trainer.log_every":
+        return split in ("train", "")
+    if path in ("trainer.validate_every", "loader.eval_batch_size"):
+        return split != "train"
+    if path.startswith("metrics.") and name != "loss":
+        known = [maker.entry.name for maker in spec.parts["metric"]]
+        return path.split(".")[1] == name or name not in known
+    return False
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return (path, "optimizer.lr=0.1 (was 0.001)") for every setting that differs."""
     before, after = dict(leaves(old)), dict(leaves(new))
@@ -207,15 +301,26 @@ def last_values(run: Path) -> dict[str, float]:
 
 def start_from(model: nn.Module, source: str) -> str:
     """Fill a model with the weights of a run (its best checkpoint), a checkpoint or a .safetensors file, where names
-    and shapes match; returns a report of what did not. Raises RunError when there is no such thing or nothing matches.
+    and shapes match; returns a report of what did not.
+
+    Raises RunError when there is no such thing, when nothing matches, and when no matrix of the model does: biases and
+    norms alone say nothing without the weights that they belong to.
     """
     path = Path(source)
     weights = read_weights(path)
-    own = model.state_dict()
+    own = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     fitting = {name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape}
     if not fitting:
         raise RunError(f"init_from={source}: none of its {len(weights)} tensors has the name and shape of one here")
+    matrices = [name for name, tensor in own.items() if tensor.ndim > 1]
+    if matrices and not fitting.keys() & set(matrices):
+        raise RunError(
+            f"init_from={source}: only {len(fitting)} of {len(own)} tensors match, and none of the {len(matrices)} "
+            f"weight matrices: {matrices[0]} is {tuple(own[matrices[0]].shape)} here, and "
+            f"{shape_text(weights.get(matrices[0]))} there"
+        )
     model.load_state_dict(fitting, strict=False)
+    share = sum(tensor.numel() for tensor in fitting.values()) / max(sum(tensor.numel() for tensor in own.values()), 1)
     shapes = [f"{n} {tuple(weights[n].shape)} for {tuple(own[n].shape)}" for n in weights if n in own.keys() - fitting]
     groups = {
         "of another shape": shapes,
@@ -223,7 +328,14 @@ def start_from(model: nn.Module, source: str) -> str:
         "not used": sorted(weights.keys() - own.keys()),
     }
     said = [f"{what}: {', '.join(names)}" for what, names in groups.items() if names]
-    return "; ".join([f"{len(fitting)} of {len(own)} tensors from {source}", *said])
+    count = f"{len(fitting)} of {len(own)} tensors from {source}"
+    if share < 0.5:
+        count = f"only {count}, {share:.1%} of the model's numbers"
+    return "; ".join([count, *said])
+
+
+def shape_text(tensor: Tensor | None) -> str:
+    return "no such tensor" if tensor is None else str(tuple(tensor.shape))
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

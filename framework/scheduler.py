@@ -2,8 +2,10 @@
 
 from typing import Any
 
+from .state import Stateful
 
-class Schedule:
+
+class Schedule(Stateful):
     """A function of the optimizer step; a plugin may also be a function (total_steps, ...) -> (step -> factor)."""
 
     def __call__(self, step: int) -> float:
@@ -13,9 +15,8 @@ class Schedule:
     def observe(self, metrics: dict[str, float]) -> None:
         """Take note of a validation's values, e.g. {"val/loss": 0.3}; only schedules that react need it."""
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what `observe` has gathered, in plain types."""
-        return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+def observes(schedule: Any) -> bool:
+    """Whether a schedule, or a class of schedules, reacts to the values of validations."""
+    kind = schedule if isinstance(schedule, type) else type(schedule)
+    return issubclass(kind, Schedule) and kind.observe is not Schedule.observe

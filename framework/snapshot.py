@@ -2,10 +2,14 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .errors import CheckpointError
 
@@ -68,15 +72,63 @@ def without_copies(state: Weights, take: Take) -> tuple[dict[str, Tensor], dict[
     stored: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     first_of: dict[Any, str] = {}
+    memory: set[int] = set()
     for name, tensor in state.items():
-        if not isinstance(tensor, Tensor):
-            raise CheckpointError(f"{name} of the model's state is a {type(tensor).__qualname__}, not a tensor")
+        check_tensor(name, tensor)
         first = first_of.setdefault(place_of(tensor), name) if tensor.numel() else name
         if first != name:
             tied[name] = first
-        else:
-            stored[name] = take(tensor)
+            continue
+        taken = take(tensor)
+        if taken.untyped_storage().data_ptr() in memory:
+            taken = taken.clone()  # a file of tensors may not hold two that overlap, such as views of one another
+        memory.add(taken.untyped_storage().data_ptr())
+        stored[name] = taken
     return stored, tied
+
+
+def check_model(state: Weights) -> None:
+    """Raise CheckpointError when a tensor of a model's state cannot be saved. Nothing is copied."""
+    for name, tensor in state.items():
+        if not is_lazy(tensor):
+            check_tensor(name, tensor)
+
+
+def check_training(state: Any) -> None:
+    """Raise CheckpointError when a training state has a value that is not plain, naming its path. Nothing is copied."""
+    plain(state, lambda tensor: tensor)
+
+
+def check_tensor(name: str, tensor: Any) -> None:
+    """Raise CheckpointError for a part of a model's state that cannot be saved, with the reason."""
+    why = None
+    if not isinstance(tensor, Tensor):
+        why = f"a {type(tensor).__qualname__}, not a tensor"
+    elif tensor.is_nested:
+        why = "a nested tensor"
+    elif tensor.is_quantized:
+        why = "a quantized tensor"
+    elif tensor.layout is not torch.strided:
+        why = f"a sparse tensor ({tensor.layout})"
+    elif tensor.is_meta:
+        why = "a tensor on the device meta, without values"
+    elif not storable(tensor.dtype):
+        why = f"a tensor of {tensor.dtype}"
+    if why is not None:
+        raise CheckpointError(
+            f"{name} of the model's state is {why}, which no checkpoint may hold; a buffer that need not be saved can "
+            "be registered with persistent=False"
+        )
+
+
+@cache
+def storable(dtype: torch.dtype) -> bool:
+    """Whether a file of tensors can hold a dtype."""
+    try:
+        save({"empty": torch.empty(0, dtype=dtype)})
+    except (KeyError, ValueError, TypeError, RuntimeError, SafetensorError):
+        return False
+    return True
 
 
 def place_of(tensor: Tensor) -> Any:
@@ -84,12 +136,13 @@ def place_of(tensor: Tensor) -> Any:
     if tensor.layout is not torch.strided:
         return id(tensor)
     where = (tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset())
-    return *where, tensor.dtype, tensor.shape, tensor.stride()
+    lazy = tensor.is_conj(), tensor.is_neg()  # these change the numbers, and not the memory
+    return *where, *lazy, tensor.dtype, tensor.shape, tensor.stride()
 
 
 def own_memory(tensor: Tensor) -> Tensor:
     """Return a tensor on the CPU that fills its storage, so that no file holds more than it shows."""
-    tensor = tensor.detach().cpu()
+    tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
     if tensor.layout is not torch.strided:
         return tensor
     whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes

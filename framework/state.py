@@ -1,5 +1,6 @@
-"""Where a run stands, and cadences: `every: 10steps | 1epoch | 5min`."""
+"""Where a run stands, cadences (`every: 10steps | 1epoch | 5min`), and the base of parts that keep state in a fit."""
 
+import copy
 import re
 import time
 from dataclasses import dataclass, field
@@ -73,6 +74,10 @@ class Cadence:
             raise SettingError(f"{setting} should be a whole number of {self.unit}s, not {every!r}")
         self._last = time.monotonic()
 
+    def restart(self) -> None:
+        """Start the clock of a cadence in minutes anew."""
+        self._last = time.monotonic()
+
     def due(self, state: State, *, epoch_end: bool = False) -> bool:
         """Whether it is time, asked once after each step (`epoch_end`: the step was the last of its epoch)."""
         if self.unit == "step":
@@ -84,3 +89,40 @@ class Cadence:
             return False
         self._last = now
         return True
+
+
+class Stateful:
+    """Base of parts that keep state during a fit: callbacks and schedules.
+
+    When a fit starts, `reset` is called first, then `load_state_dict` if the fit resumes. Therefore a second fit with
+    the same objects equals a first one.
+    """
+
+    _initial: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint must keep, in plain types."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+
+    def reset(self) -> None:
+        """Forget what an earlier fit left.
+
+        The default puts the state of the first call back with `load_state_dict`, and restarts each `Cadence` among the
+        attributes. Override it for state that `state_dict` does not return.
+        """
+        for value in vars(self).values():
+            if isinstance(value, Cadence):
+                value.restart()
+        if self._initial is None:
+            self._initial = self._state_before_first_fit()
+        elif self._initial:
+            self.load_state_dict(copy.deepcopy(self._initial))
+
+    def _state_before_first_fit(self) -> dict[str, Any]:
+        try:
+            return copy.deepcopy(self.state_dict())
+        except Exception:  # there is none before `on_fit_start`, which makes it anew in each fit
+            return {}

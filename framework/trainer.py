@@ -6,8 +6,10 @@
 The loop and its events are drawn in `callback.py`; `_step` is the training step, whole.
 """
 
+import copy
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,9 +20,9 @@ from torch import Tensor, nn
 
 from . import seeds, trainer_state
 from .backward import Backward
-from .batches import Source, count_steps, count_total, steps
+from .batches import Source, count_steps, count_total, other_order, steps
 from .callback import Callback, listeners
-from .checks import check_callbacks, check_fit, check_phases
+from .checks import check_callbacks, check_fit, check_phases, check_schedule
 from .clock import Clock, Profiler
 from .compiled import Compile
 from .cuda_graph import CudaGraph
@@ -32,6 +34,7 @@ from .fused import FusedStep
 from .logger import Logger
 from .memory import MicroBatches, memory_errors
 from .metric import Measures, Metric
+from .optimizer import group_settings, mark_learning_rates, start_learning_rates
 from .scheduler import Schedule
 from .schema import PositiveInt, check_arguments
 from .state import Cadence, Every, State
@@ -110,6 +113,8 @@ class Trainer(Evaluator):
         self.manifest: dict[str, Any] = {}
         self.resumed_from: int | None = None
         self._record, self._open = dict[str, float | Tensor](), 0
+        self._left: trainer_state.Left | None = None
+        self._opened_at: int | None = None  # the step that the loggers went on from
 
     def fit(
         self,
@@ -126,17 +131,26 @@ class Trainer(Evaluator):
     ) -> State:
         """Train a model until a limit, or until a callback sets `state.stop`; return the final state.
 
+        Each call is a fit of its own: it starts at step 0 with the trainer's seed, so that calls in a loop read the
+        samples in the same order and draw the same dropout masks (another `seed` gives others, `resume` goes on).
+        Callbacks and the schedule start afresh, and gradients that are there before are deleted. The weights, and the
+        state that the optimizer keeps of each parameter, stay as they are.
+
         Args:
             model: any module; it is moved to the device, and left in eval mode.
             data: a `Data` (its val split is validated on), a split, or an iterable of batches such as a DataLoader.
             task: a `Task`, or a loss of (outputs, targets).
             optimizer: a torch optimizer over the model's parameters.
             val: what to validate on, if not the data's own val split.
-            schedule: step -> factor on each group's learning rate.
+            schedule: step -> factor on each group's learning rate. The last factor stays in the groups after the fit; a
+                later fit starts from the rates without it, or from those that you have set since.
             metrics: measured on training batches and on validation.
             batch_size: for a `Data` or a split; four times as much in validation.
-            resume: what `state_dict` gave, to go on from there; exactly so, unless a DataLoader of yours shuffles
-                and the run was cut in mid-epoch.
+            resume: what `state_dict` gave, to go on from there. A setting of the optimizer's groups that differs from
+                the one that the saved fit was started with takes effect; all others are restored. The fit goes on
+                exactly with a `Data`, a split, or batches in a fixed order for each epoch (a sampler with `set_epoch`).
+                With a DataLoader that shuffles by torch's global generator it does so at the end of an epoch only;
+                with one that has a generator of its own, never (both warn).
 
         Raises DataError when the data is empty or does not fit the task, OutOfMemory when memory is full.
         """
@@ -170,6 +184,7 @@ class Trainer(Evaluator):
             data = data.train
         self.train_batches = self._batches(data, batch_size, shuffle=True)
         self.val_batches = None if val is None else self._batches(val, 4 * batch_size)  # without gradients
+        check_schedule(schedule, self.val_batches is not None)
         self.metrics = list(metrics)
         self._prepare(resume)
 
@@ -178,6 +193,9 @@ class Trainer(Evaluator):
         """Run the steps of a fit between its first and its last events."""
         with self:
             try:
+                if self._opened_at != self.state.step:  # for an earlier fit, in a trainer that is still open
+                    self._closing.close()
+                    self._open_loggers()
                 self._emit("fit_start")
                 yield
                 self._finish()
@@ -187,6 +205,11 @@ class Trainer(Evaluator):
                 self._emit("exception")
                 raise
             finally:
+                if self.schedule is not None:
+                    mark_learning_rates(self.optimizer)
+                settings = group_settings(self.optimizer, self.model)
+                self._left = trainer_state.Left(self.optimizer, settings, self.optimizer_settings)
+                self._opened_at = None
                 self.clock.finish()
                 self.model.eval()
 
@@ -196,8 +219,9 @@ class Trainer(Evaluator):
         asked = None if hasattr(self, "measures") else self.state.stop  # by a signal that came before the first fit
         self.state = State(steps_per_epoch=count_steps(self.train_batches, self.accumulate), stop=asked)
         self.state.total_steps = count_total(self.state.steps_per_epoch, self.max_epochs, self.max_steps)
-        for group in self.optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])
+        trainer_state.reset(self)
+        start_learning_rates(self.optimizer, self.schedule is not None)
+        self.optimizer_settings = trainer_state.given_settings(self)
         self.measures = Measures(self.metrics, self.device, self.train_batches.hold)
         self.clock = Profiler(self.device, self.folder) if self.profile else Clock()
         self._backward = Backward(
@@ -212,6 +236,9 @@ class Trainer(Evaluator):
         if resume is not None:
             self.load_state_dict(resume)
             self.resumed_from = self.state.step
+            why = other_order(self.train_batches, self.state.batch > 0)
+            if why is not None and not self.done:
+                warnings.warn(f"resume: the fit does not go on exactly: {why}", stacklevel=4)
         self._rate_from = (time.perf_counter(), self.state.samples)
 
     @property
@@ -265,7 +292,7 @@ class Trainer(Evaluator):
                 self._emit("gradients")
                 with self.clock.detail("optimizer"):
                     self.precision.step(self.optimizer, self._update)
-            for parameter in self._backward.parameters:
+            for parameter in self._backward.with_gradients:
                 parameter.grad = None
 
     def counted(self, window: list[Batch], last: bool) -> None:
@@ -369,8 +396,11 @@ class Trainer(Evaluator):
                     logger.scalars(values, step=state.step, epoch=state.epoch, wall_seconds=state.wall_seconds)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a run needs to go on from here, in plain types and tensors."""
-        return trainer_state.capture(self)
+        """Return all that a run needs to go on from here, in plain types and tensors.
+
+        The tensors are copies on their devices: the state stays as it is while training goes on.
+        """
+        return copy.deepcopy(trainer_state.capture(self))
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
@@ -379,13 +409,17 @@ class Trainer(Evaluator):
     def __enter__(self) -> "Trainer":
         """Keep loggers open until the end of the `with`, so that `evaluate` after `fit` is logged too."""
         if self._open == 0:
-            with ExitStack() as opened:
-                for logger in self.loggers:
-                    opened.callback(logger.close)
-                    logger.open(self.folder, self.state.step, ["loss", *(metric.name for metric in self.metrics)])
-                self._closing = opened.pop_all()  # an error above, or in closing one, still closes the others
+            self._open_loggers()
         self._open += 1
         return self
+
+    def _open_loggers(self) -> None:
+        with ExitStack() as opened:
+            for logger in self.loggers:
+                opened.callback(logger.close)
+                logger.open(self.folder, self.state.step, ["loss", *(metric.name for metric in self.metrics)])
+            self._closing = opened.pop_all()  # an error above, or in closing one, still closes the others
+        self._opened_at = self.state.step
 
     def __exit__(self, *_: object) -> None:
         self._open -= 1

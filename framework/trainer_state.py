@@ -2,29 +2,81 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch.optim import Optimizer
 
 from . import seeds
 from .callback import keyed
 from .data import Loader
-from .optimizer import match_layout
+from .optimizer import group_settings, restore_optimizer, same_setting
 from .scheduler import Schedule
 
 if TYPE_CHECKING:
     from .trainer import Trainer
 
 
+def reset(trainer: Trainer) -> None:
+    """Make every part of a trainer forget an earlier fit, and delete gradients that are not of this fit."""
+    trainer._record = {}
+    trainer.validate_every.restart()
+    trainer.log_every.restart()
+    trainer.precision.reset()
+    trainer.micro_batches.reset()
+    for group in trainer.optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
+    for parameter in trainer.model.parameters():
+        parameter.grad = None
+    if isinstance(trainer.train_batches, Loader):
+        trainer.train_batches.skipped = 0
+    if isinstance(trainer.schedule, Schedule):
+        trainer.schedule.reset()
+    for callback in trainer.callbacks:
+        callback.reset()
+
+
+def given_settings(trainer: Trainer) -> list[dict[str, Any]]:
+    """Return the settings that the user gave the groups of the optimizer.
+
+    What an earlier fit of this trainer changed in them is left out, unless the user has changed it since.
+    """
+    now = group_settings(trainer.optimizer, trainer.model)
+    if trainer._left is None or trainer._left.optimizer is not trainer.optimizer:
+        return now
+    for group, left, given in zip(now, trainer._left.settings, trainer._left.given, strict=False):
+        settings = group["settings"]
+        for name in settings.keys() & left["settings"].keys() & given["settings"].keys():
+            if same_setting(settings[name], left["settings"][name]):
+                settings[name] = given["settings"][name]
+    return now
+
+
+class Left(NamedTuple):
+    """An optimizer after a fit: the settings of its groups then, and those that the user had given it."""
+
+    optimizer: Optimizer
+    settings: list[dict[str, Any]]
+    given: list[dict[str, Any]]
+
+
 def capture(trainer: Trainer) -> dict[str, Any]:
-    """Return the state of the model, and of everything that the next steps depend on."""
+    """Return the state of the model, and of everything that the next steps depend on.
+
+    The tensors are the live ones, which the next step changes.
+    """
     return trainer.state.state_dict() | {
         "model": trainer.model.state_dict(),
         "optimizer": trainer.optimizer.state_dict(),
+        "optimizer_settings": trainer.optimizer_settings,
         "schedule": trainer.schedule.state_dict() if isinstance(trainer.schedule, Schedule) else {},
+        "scheduled": trainer.schedule is not None,
         "scaler": trainer.precision.state_dict(),
         "micro_batches": trainer.micro_batches.state_dict(),
         "callbacks": {key: callback.state_dict() for key, callback in keyed(trainer.callbacks).items()},
         "measures": trainer.measures.state_dict(),
         "validated": trainer._validated,
+        "batch_size": getattr(trainer.train_batches, "batch_size", None),
         "skipped": getattr(trainer.train_batches, "skipped", 0),
         "random": seeds.capture(),
     }
@@ -33,9 +85,12 @@ def capture(trainer: Trainer) -> dict[str, Any]:
 def restore(trainer: Trainer, saved: dict[str, Any]) -> None:
     """Take back what `capture` gave, into a trainer with the same parts."""
     trainer.model.load_state_dict(saved["model"])
-    trainer.optimizer.load_state_dict(saved["optimizer"])
-    match_layout(trainer.optimizer)
-    if isinstance(trainer.schedule, Schedule):
+    before, now = saved.get("optimizer_settings"), trainer.optimizer_settings
+    restore_optimizer(trainer.optimizer, saved["optimizer"], before, now)
+    if trainer.schedule is None and saved.get("scheduled"):
+        for group in trainer.optimizer.param_groups:
+            group["lr"] = group["initial_lr"]  # without the last factor of the schedule that is no more
+    if isinstance(trainer.schedule, Schedule) and saved["schedule"]:
         trainer.schedule.load_state_dict(saved["schedule"])
     trainer.precision.load_state_dict(saved["scaler"])
     trainer.micro_batches.load_state_dict(saved.get("micro_batches", {}))
@@ -43,7 +98,25 @@ def restore(trainer: Trainer, saved: dict[str, Any]) -> None:
         callback.load_state_dict(saved["callbacks"].get(key, {}))
     trainer.measures.load_state_dict(saved["measures"])
     trainer.state.load_state_dict(saved)
+    keep_place_in_epoch(trainer, saved.get("batch_size"))
     trainer._validated = saved["validated"]
     if isinstance(trainer.train_batches, Loader):
         trainer.train_batches.skipped = saved["skipped"]
     seeds.restore(saved["random"])
+
+
+def keep_place_in_epoch(trainer: Trainer, size_before: int | None) -> None:
+    """Count the batches done in the epoch under way in batches of the present size.
+
+    Args:
+        size_before: samples of a batch when the state was saved; None if that is not known.
+    """
+    state, batches = trainer.state, trainer.train_batches
+    if state.batch == 0 or state.steps_per_epoch == 0:
+        return
+    size = getattr(batches, "batch_size", None)
+    if size is not None and size_before is not None and size != size_before:
+        done = state.batch * size_before // size
+        state.batch = done - done % trainer.accumulate
+    if state.batch >= len(batches):
+        state.epoch, state.batch = state.epoch + 1, 0

@@ -21,6 +21,8 @@ class Averaging(Callback):
     (running statistics of batch norms) are those of training, but for what a subclass adds to `averaged_of`.
     """
 
+    follows_metrics = False
+
     def __init__(self) -> None:
         self.updates = 0
         self.seen = -1  # the last step taken into account
@@ -29,14 +31,21 @@ class Averaging(Callback):
         self.trainer: Trainer | None = None
         self.saved: dict[str, Any] = {}
 
+    def reset(self) -> None:
+        super().reset()
+        self.updates = 0
+        self.seen = -1
+        self.averaged = False
+        self.others = []
+        self.trainer = None
+        self.saved = {}
+
     def take_in(self, trainer: Trainer) -> None:
         """Change `others` (and the weights, if need be) after a step that is done."""
         raise NotImplementedError
 
     def on_fit_start(self, trainer: Trainer) -> None:
         self._check_alone(trainer)
-        if not self.saved:
-            self.updates = 0
         self.trainer, self.seen = trainer, trainer.state.step
         places = self.averaged_of(trainer.model)
         self.names, self.parameters = list(places), list(places.values())  # whose `data` may move
@@ -44,7 +53,7 @@ class Averaging(Callback):
 
     def averaged_of(self, model: nn.Module) -> dict[str, Tensor]:
         """Return by name what there is another one of."""
-        return {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+        return {name: p for name, p in model.named_parameters() if has_fractions(p)}
 
     def on_step_end(self, trainer: Trainer) -> None:
         self._update()
@@ -125,6 +134,11 @@ class Averaging(Callback):
         self.saved, self.updates = dict(state), state.get("updates", 0)
 
 
+def has_fractions(tensor: Tensor) -> bool:
+    """Whether the numbers of a tensor can be averaged: real or complex ones, no integers."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 @callbacks.register("ema", aliases=["exponential_moving_average"])
 class Ema(Averaging):
     """Keeps an exponential moving average of the weights, a ← d·a + (1 - d)·w (Polyak and Juditsky 1992; as d ≪ 1/n).
@@ -178,7 +192,7 @@ class Swa(Averaging):
 
     def averaged_of(self, model: nn.Module) -> dict[str, Tensor]:
         buffers = model.named_buffers() if self.batches != 0 else ()
-        statistics = {n: b for n, b in buffers if ".running_" in f".{n}" and b.is_floating_point()}
+        statistics = {n: b for n, b in buffers if ".running_" in f".{n}" and has_fractions(b)}
         return super().averaged_of(model) | statistics
 
     def on_fit_start(self, trainer: Trainer) -> None:
@@ -188,7 +202,13 @@ class Swa(Averaging):
         if self.start is None and epochs is None:
             raise SettingError("swa cannot tell how many epochs there will be: it needs `start`, or trainer.max_epochs")
         self.first = self.start if self.start is not None else int(0.75 * (epochs or 0))
+        if self.updates:  # a longer run that averages already goes on with it
+            self.first = min(self.first, self.saved.get("first", self.first))
         super().on_fit_start(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        return state if self.trainer is None else state | {"first": self.first}
 
     def take_in(self, trainer: Trainer) -> None:
         """Follow the weights until there is a first epoch to average."""

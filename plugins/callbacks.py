@@ -12,12 +12,16 @@ from typing import Annotated, Any, Literal
 
 from torch import Tensor, nn
 
-from framework import Callback, Every, NonNegativeFloat, PositiveFloat, PositiveInt, Trainer, callbacks
+from framework import Callback, Every, NonNegativeFloat, PositiveFloat, PositiveInt, Schedule, Trainer, callbacks
 from framework.callback import keyed
 from framework.checkpoint import clean, folder_name, link_to, listed, read_manifest, remove, save, step_of, verify
 from framework.errors import CheckpointError, SettingError, did_you_mean
+from framework.optimizer import state_after_a_step
+from framework.pure import as_real
 from framework.schema import Pattern
+from framework.snapshot import check_model, check_training
 from framework.state import SECONDS, Cadence
+from framework.trainer_state import capture
 from framework.writer import Writer
 
 Mode = Literal["auto", "min", "max"]
@@ -32,20 +36,32 @@ class Best:
         self.monitor, self.mode, self.min_delta, self.most = monitor, mode, min_delta, most
         self.sign = {"min": -1.0, "max": 1.0}.get(mode, 0.0)
         self.ranked: list[tuple[float, int]] = []  # (value, step)
+        self.restored: dict[str, Any] = {}
 
-    def start(self, trainer: Trainer) -> None:
-        """Find out which way is better. Raises SettingError when `mode` is auto and nobody says it."""
+    def start(self, trainer: Trainer) -> bool:
+        """Find out which way is better; return whether the restored values are of the same metric, or else drop them.
+
+        Raises SettingError when `mode` is auto and nobody says it.
+        """
+        if self.mode == "auto":
+            self.sign = self._sign(trainer)
+        monitor = self.restored.get("monitor", self.monitor)
+        sign = self.restored.get("sign", self.sign)
+        if monitor == self.monitor and sign == self.sign:
+            return True
+        self.ranked = []
+        return False
+
+    def _sign(self, trainer: Trainer) -> float:
         better = {"loss": "lower"} | {metric.name: metric.better for metric in trainer.metrics}
         name = self.monitor.partition("/")[2]
-        if self.mode != "auto":
-            return
         if name not in better:
             known = [f"{split}/{known}" for known in better for split in ("train", "val")]
             raise SettingError(
                 f"cannot tell whether {self.monitor!r} is better high or low; {did_you_mean(self.monitor, known)} "
                 f"(for a value logged by a part of your own, set mode to min or max)"
             )
-        self.sign = 1.0 if better[name] == "higher" else -1.0
+        return 1.0 if better[name] == "higher" else -1.0
 
     def improved(self, trainer: Trainer) -> bool:
         """Whether the newest value is among the best, by more than `min_delta`. Raises SettingError without one."""
@@ -67,10 +83,12 @@ class Best:
         return self.monitor.startswith("train/")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": [list(each) for each in self.ranked]}
+        ranked = [list(each) for each in self.ranked]
+        return {"best": ranked, "monitor": self.monitor, "sign": self.sign}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.ranked = [(value, step) for value, step in state.get("best", [])]
+        self.restored = state
+        self.ranked = [(value, step) for value, step in state.get("best", [])][: self.most]
 
 
 @callbacks.register("early_stop", aliases=["early_stopping"])
@@ -78,6 +96,7 @@ class EarlyStop(Callback):
     """Ends the run when a metric has not improved for some validations."""
 
     changes_training = False
+    follows_metrics = True
 
     def __init__(
         self,
@@ -97,7 +116,8 @@ class EarlyStop(Callback):
         self.best, self.patience, self.waited = Best(monitor, mode, min_delta), patience, 0
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        self.best.start(trainer)
+        if not self.best.start(trainer):
+            self.waited = 0
         if self.best.monitor.startswith("val/") and trainer.val_batches is None:
             raise SettingError(
                 f"early_stop: there is no validation split to measure {self.best.monitor} on; monitor train/loss"
@@ -156,7 +176,8 @@ class Checkpoint(Callback):
             every: when to save; besides, whenever the monitored metric is among the best so far.
             monitor: what tells the best ones; null for none.
             mode: whether low (min) or high (max) is better; auto: as the metric itself says.
-            keep: how many of the newest stay (those with NaN in the weights do not count).
+            keep: how many of the newest stay (those with NaN in the weights do not count); in a resumed run the one
+                that it went on from stays as well.
             best: how many of the best stay.
             background: write while training goes on, from a copy in memory, once a second at most; what would be
                 removed before its turn comes is then never written. false: training waits until it is on the disk.
@@ -167,6 +188,14 @@ class Checkpoint(Callback):
         self.folder: Path | None = None
         self.saved: int | None = None
         self.found_better = False
+        self.checked = False  # the state after a step is one that can be saved
+
+    def reset(self) -> None:
+        super().reset()
+        self.recent = []
+        self.saved = None
+        self.found_better = False
+        self.checked = False
 
     def among(self, trials: int) -> None:
         self.writer.pause, self.writer.rest = trials * Writer.pause, trials * Writer.rest
@@ -180,6 +209,9 @@ class Checkpoint(Callback):
         if step == 0 and "run" not in trainer.manifest and listed(self.folder):  # a run's folder is claimed
             advice = "give the Trainer another folder, or go on with `fit(resume=...)`"
             raise SettingError(f"checkpoint: {self.folder} has those of another fit already: {advice}")
+        check_model(trainer.model.state_dict())
+        check_training(self._state_of_parts(trainer))
+        check_training({"optimizer": {"state": state_after_a_step(trainer.optimizer)}})
         self.saved = step if (self.folder / folder_name(step)).exists() else None
         if self.best is not None:
             self.best.start(trainer)
@@ -196,6 +228,8 @@ class Checkpoint(Callback):
 
     def on_step_done(self, trainer: Trainer) -> None:
         self.writer.check()
+        if not self.checked:
+            self._check_state(trainer)
         state = trainer.state
         if self.cadence.due(state, epoch_end=state.batch == 0) or self.found_better:
             self._save(trainer)
@@ -228,12 +262,23 @@ class Checkpoint(Callback):
         """Wait until every checkpoint asked for is on the disk; raise what went wrong."""
         self.writer.join()
 
+    def _check_state(self, trainer: Trainer) -> None:
+        """Find what cannot be saved after the first step, when all parts have their state, not at the first save."""
+        callbacks = {key: callback.state_dict() for key, callback in keyed(trainer.callbacks).items()}
+        check_training(self._state_of_parts(trainer) | {"callbacks": callbacks})
+        self.checked = True
+
+    def _state_of_parts(self, trainer: Trainer) -> dict[str, Any]:
+        """Return the state of what a user gives to `fit`, which is there before its first event."""
+        schedule = trainer.schedule.state_dict() if isinstance(trainer.schedule, Schedule) else {}
+        return {"optimizer": trainer.optimizer.state_dict(), "schedule": schedule}
+
     def _save(self, trainer: Trainer) -> None:
         with trainer.clock.part("checkpoint"):
             self._submit(trainer)
 
     def _submit(self, trainer: Trainer) -> None:
-        training = trainer.state_dict()
+        training = capture(trainer)
         model, step = training.pop("model"), trainer.state.step
         for key, callback in keyed(trainer.callbacks).items():
             callback.on_save(model, training["callbacks"][key])
@@ -293,25 +338,35 @@ class ClipGradients(Callback):
     """
 
     alone, recordable = False, True
+    follows_metrics = False
 
     def __init__(self, norm: PositiveFloat | None = 1.0, value: PositiveFloat | None = None):
         """Say how far gradients may go; by norm first, if both are set.
 
         Args:
             norm: the largest 2-norm of all gradients together; null for no limit.
-            value: the largest absolute value of a single component; null for no limit.
+            value: the largest absolute value of a single component (of complex numbers: of a real or imaginary part);
+                null for no limit.
         """
         if norm is None and value is None:
             raise SettingError("clip_gradients: with neither `norm` nor `value` there is nothing to clip")
         self.norm, self.value = norm, value
         self.measured: Tensor | None = None
 
+    def reset(self) -> None:
+        super().reset()
+        self.measured = None
+
     def on_gradients(self, trainer: Trainer) -> None:
         parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
         if self.norm is not None:
             self.measured = nn.utils.clip_grad_norm_(parameters, self.norm)
         if self.value is not None:
-            nn.utils.clip_grad_value_(parameters, self.value)
+            reals = [p for p in parameters if not p.is_complex()]
+            nn.utils.clip_grad_value_(reals, self.value)
+            for parameter in parameters:
+                if parameter.is_complex() and parameter.grad is not None:
+                    as_real(parameter.grad).clamp_(-self.value, self.value)
 
     @staticmethod
     def clip_rows(callbacks: Sequence[Callback], gradients: Tensor) -> None:
@@ -349,6 +404,9 @@ class Timer(Callback):
             self.seconds = float(match[1]) * SECONDS[match[2]]
         self.spent_before = 0.0
         self.began = self.epoch_began = time.monotonic()
+
+    def reset(self) -> None:
+        self.spent_before = 0.0
 
     def on_fit_start(self, trainer: Trainer) -> None:
         self.began = self.epoch_began = time.monotonic()

@@ -1,5 +1,6 @@
 """What to do when a loss or a gradient is not finite: found before the update, so that no weight ever is."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +11,8 @@ from framework import Callback, FrameworkError, PositiveInt, Trainer, callbacks
 from framework.callback import keyed
 from framework.checkpoint import load, newest
 from framework.errors import SettingError
-from framework.optimizer import match_layout
+from framework.optimizer import restore_optimizer
+from framework.pure import as_real
 
 ADVICE = "A lower learning rate, warm-up or clip_gradients may help."
 
@@ -33,6 +35,8 @@ class NonFinite(Callback):
     checkpoint). Elsewhere each step waits.
     """
 
+    follows_metrics = False
+
     def __init__(self, policy: Literal["raise", "skip", "rewind"] = "raise", most_skips: PositiveInt = 10):
         """Choose what happens.
 
@@ -47,6 +51,16 @@ class NonFinite(Callback):
         self.checked = 0  # the last step that is known to be finite
         self.late = self.together = False
         self.trainer: Trainer | None = None
+
+    def reset(self) -> None:
+        self.skipped = self.in_a_row = 0
+        self.checked = 0
+        self.late = False
+        self.trainer = None
+
+    @classmethod
+    def depends_on(cls, settings: Mapping[str, Any]) -> Sequence[str]:
+        return ["callbacks.checkpoint."] if settings.get("policy") == "rewind" else []
 
     def among(self, trials: int) -> None:
         self.together = True  # the gradients of all are read at once in each step: nothing is gained by waiting
@@ -92,6 +106,15 @@ class NonFinite(Callback):
 
     def on_fit_end(self, trainer: Trainer) -> None:
         self._look()
+        self._detach(trainer)
+
+    def on_exception(self, trainer: Trainer) -> None:
+        self._detach(trainer)
+
+    def _detach(self, trainer: Trainer) -> None:
+        """Remove the flag from the optimizer, which would leave out the updates of a later fit after this one."""
+        if self.late and getattr(trainer.optimizer, "found_inf", None) is self.found:
+            del trainer.optimizer.found_inf  # type: ignore[attr-defined]
 
     def _look(self) -> None:
         """Read the verdict on the steps since the last look, where it was not read at once."""
@@ -160,15 +183,15 @@ def gradients(trainer: Trainer) -> list[Tensor]:
 def values(grad: Tensor) -> Tensor:
     """The numbers of a sparse or complex gradient, as reals."""
     grad = grad._values() if grad.is_sparse else grad
-    return torch.view_as_real(grad) if grad.is_complex() else grad
+    return as_real(grad)
 
 
 def rewind(trainer: Trainer, checkpoint: Path) -> None:
     """Take weights, optimizer, scaler and averages from a checkpoint; counters, schedule, data and randomness go on."""
     model, saved = load(checkpoint)
     trainer.model.load_state_dict(model)
-    trainer.optimizer.load_state_dict(saved["optimizer"])
-    match_layout(trainer.optimizer)
+    before, now = saved.get("optimizer_settings"), trainer.optimizer_settings
+    restore_optimizer(trainer.optimizer, saved["optimizer"], before, now)
     trainer.precision.load_state_dict(saved["scaler"])
     for key, callback in keyed(trainer.callbacks).items():
         callback.on_rewind(saved["callbacks"].get(key, {}))

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from framework import Callback, Every, PositiveInt, Trainer, Transform, callbacks
 from framework.data import Batch
 from framework.errors import SettingError
+from framework.pure import as_real
 from framework.state import Cadence
 
 
@@ -148,6 +149,6 @@ def side_by_side(images: Tensor, most: int = 8) -> Tensor:
 
 
 def finite(tensor: Tensor) -> Tensor:
-    """Return the finite values, flat, as float32 on the CPU."""
-    values = tensor.detach().flatten().float().cpu()
+    """Return the finite values, flat, as float32 on the CPU; of complex ones the real and the imaginary parts."""
+    values = as_real(tensor.detach()).flatten().float().cpu()
     return values[values.isfinite()]

@@ -13,6 +13,7 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
 from framework import NonNegativeFloat, PositiveFloat, PositiveInt, PureOptimizer, Rate, optimizers
+from framework.errors import SettingError
 from framework.pure import Settings, State, pure_updates
 
 HIDDEN = ("maximize", "capturable", "differentiable", "foreach", "fused")  # the framework's business
@@ -202,6 +203,8 @@ class Muon(optim.Optimizer):
         of_hidden = {"momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps, "adjust_lr": adjust_lr}
         of_all = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "hidden": False}
         super().__init__(params, of_all | of_hidden)  # all in the groups: a copied optimizer keeps nothing else
+        if any(p.is_complex() for group in self.param_groups for p in group["params"]):
+            raise SettingError("optimizer=muon: complex parameters cannot be orthogonalised; use adamw or lion")
         matrices = [p for group in self.param_groups for p in group["params"] if is_matrix(p)]
         hidden = {id(p) for p in matrices[embedding : len(matrices) - 1]}
         self.param_groups = [part for group in self.param_groups for part in split(group, hidden, adamw_lr)]

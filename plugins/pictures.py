@@ -29,6 +29,10 @@ class Pictures(Callback):
         self.count, self.cadence = count, Cadence(every)
         self.asked = -1  # the last step after which it was asked whether to show some
 
+    def reset(self) -> None:
+        super().reset()
+        self.asked = -1
+
     def on_fit_start(self, trainer: Trainer) -> None:
         if not hasattr(trainer.task, "pictures"):
             raise SettingError(f"callbacks.pictures: {type(trainer.task).__name__} has no pictures to show")

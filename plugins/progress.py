@@ -39,7 +39,16 @@ class Progress(Callback):
         self.validation_seconds = math.inf  # that the last one took
         self.printed: Any = None
 
+    def reset(self) -> None:
+        super().reset()
+        self.next_drawing = 0.0
+        self.validation_seconds = math.inf
+        self.printed = None
+
     def on_fit_start(self, trainer: Trainer) -> None:
+        if self.live is not None:
+            self.live.stop()  # of the fit before, in a trainer that is still open
+            self.live = None
         self.trainer, self.stream = trainer, sys.stderr
         self.began, self.steps_before = time.monotonic(), trainer.state.step
         if self.style == "bar" or (self.style == "auto" and is_terminal(self.stream)):

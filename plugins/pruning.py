@@ -17,6 +17,7 @@ class Prune(Callback):
     """
 
     changes_training = False
+    follows_metrics = True
 
     def __init__(
         self,

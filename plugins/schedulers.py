@@ -282,17 +282,22 @@ class ReduceOnPlateau(Schedule):
             self.cooling, self.bad = self.cooldown, 0
 
     def improves(self, value: float) -> bool:
-        """Whether a value betters the best one by more than the threshold; a value that is no number never does."""
-        if math.isnan(value):
-            return False
+        """Whether a value betters the best one by more than the threshold; NaN and infinity never do."""
+        if not math.isfinite(value):
+            return False  # nothing would ever be better than infinity by a share of it
         if self.best is None:
             return True
         sign = 1 if self.mode == "max" else -1
         return sign * (value - self.best) > self.threshold * abs(self.best)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"scale": self.scale, "bad": self.bad, "cooling": self.cooling, "best": self.best}
+        state = {"scale": self.scale, "bad": self.bad, "cooling": self.cooling, "best": self.best}
+        return state | {"monitor": self.monitor, "mode": self.mode}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.scale, self.bad, self.cooling = state["scale"], state["bad"], state["cooling"]
-        self.best = state["best"]
+        best = state["best"]
+        self.best = best if best is not None and math.isfinite(best) else None
+        watched = state.get("monitor", self.monitor), state.get("mode", self.mode)
+        if watched != (self.monitor, self.mode):
+            self.bad, self.best = 0, None  # values of another metric are not to be compared with

@@ -47,6 +47,7 @@ class TensorBoard(Logger):
         before = list(Path(folder).glob("events.out.tfevents.*"))
         self._file, self._step = EventFile(Path(folder)), step
         self._goes_on = bool(before)
+        self._logged = set()
         if before:
             self._file.void_after(step)
         self._file.write(value=[layout_value(metrics)])

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from framework import Every, Fraction, PositiveFloat, PositiveInt, Range, Rate, Trainer, Transform, callbacks, seeds
 from framework.data import Batch
 from framework.errors import SettingError
+from framework.pure import as_real
 from framework.state import Cadence
 from framework_plugins.averaging import Averaging
 
@@ -127,7 +128,11 @@ class NoiseScale(Again):
 
     def of(self, trainer: Trainer, parameters: Sequence[Tensor], piece: Batch) -> Tensor:
         self.again(trainer, [piece])
-        return torch.cat([p.grad.reshape(-1) if p.grad is not None else p.new_zeros(p.numel()) for p in parameters])
+        found = []
+        for p in parameters:
+            gradient = p.grad if p.grad is not None else torch.zeros_like(p)
+            found.append(as_real(gradient).reshape(-1))
+        return torch.cat(found)
 
     def take(self, small: float, large: float, size: int, whole: int) -> None:
         """Take in squared norms of the gradients of `size` samples and of `whole` (equations A.2 and A.3)."""

@@ -277,3 +277,10 @@ def test_swa_that_never_began_says_so():
         Trainer(max_steps=1, callbacks=[swa()], device="cpu").fit(
             model, batches, task=nn.MSELoss(), optimizer=torch.optim.SGD(model.parameters())
         )
+
+
+def test_swa_of_a_run_that_is_given_more_epochs_goes_on_averaging():
+    state = fit(swa(), epochs=2).state_dict()
+    longer = swa()
+    fit(longer, epochs=8, resume=state)
+    assert longer.updates == 7  # the ends of epochs 2 to 8

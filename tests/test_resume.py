@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import framework as fw
-from framework.checkpoint import listed
+from framework.checkpoint import listed, load
 from framework.compose import CommandLine, run as compose
 from framework.errors import RunError
 from framework.experiment import train
@@ -209,7 +209,8 @@ def test_what_would_change_the_bits_is_refused_and_what_would_not_is_not(monkeyp
     assert resumed.steps == 120
     assert "from here on trainer.max_epochs=3 (was 2)" in said
     changed, _ = go("run.name=a", "resume=auto", "trainer.max_epochs=4", "optimizer.lr=0.01", inexact=True)
-    assert changed.folder.name == "a"
+    training = load(listed(changed.folder / "checkpoints")[-1])[1]
+    assert training["optimizer"]["param_groups"][0]["initial_lr"] == 0.01
 
 
 def test_a_finished_run_can_be_given_more_epochs():
@@ -268,6 +269,10 @@ def test_starting_from_what_another_run_has_learned():
     _, said = go(f"init_from={first.folder}", "model.width=[16,24]", "trainer.max_steps=1")
     assert "3 of 6 tensors" in said[0]
     assert "of another shape" in said[0]
+    with pytest.raises(
+        RunError, match=r"only 1 of 6 tensors match, .*none of the 3 weight matrices: .*\(16, 64\) there"
+    ):
+        go(f"init_from={first.folder}", "model.width=8", "trainer.max_steps=1")
     with pytest.raises(RunError, match=r"init_from=nope: should be a run, a checkpoint or a \.safetensors file"):
         go("init_from=nope")
     with pytest.raises(RunError, match="none of its"):
