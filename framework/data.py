@@ -13,10 +13,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import ChainDataset, ConcatDataset, DataLoader, IterableDataset
 
 from . import seeds
 from .device import CopyStream, channels_last, chosen_layout
-from .errors import DataError, FrameworkError
+from .errors import DataError, FrameworkError, short
 from .kinds import Shape
 from .memory import check_room
 from .ragged import GatheredSplit, RaggedSplit as RaggedSplit, WindowSplit as WindowSplit
@@ -34,6 +35,7 @@ from .workers import (
 )
 
 Target = Literal["class", "labels", "value", "none"]
+READ_AGAIN = "pass a list of batches or a DataLoader, which can be read again"
 
 
 class TensorSplit:
@@ -53,6 +55,11 @@ class TensorSplit:
 
     def to(self, device: torch.device) -> "TensorSplit":
         return TensorSplit(*(tensor.to(device) for tensor in self.tensors))
+
+
+def is_in_memory(split: Split) -> bool:
+    """Return whether the samples of a split are the rows of its tensors: not in a subclass that reads them otherwise."""
+    return isinstance(split, TensorSplit) and type(split).__getitem__ is TensorSplit.__getitem__
 
 
 class Scale(NamedTuple):
@@ -203,8 +210,8 @@ class Loader:
                 each class comes equally often in expectation, however rare it is.
             model: what reads the batches, if they are images; `channels_last=auto` is for it.
         """
-        in_memory = isinstance(split, torch.utils.data.TensorDataset)
-        self.split: Split = TensorSplit(*split.tensors) if in_memory else split  # type: ignore[attr-defined]
+        plain = type(split) is torch.utils.data.TensorDataset  # a subclass may read its samples in another way
+        self.split: Split = TensorSplit(*split.tensors) if plain else split  # type: ignore[attr-defined]
         self.read, self.shuffle, self.seed = read, shuffle, seed
         self.channels_last, self.layout = chosen_layout(channels_last, model)
         self.workers, self.timeout_seconds = workers, timeout_seconds
@@ -218,7 +225,7 @@ class Loader:
         self.whole: SteadySamples | None = None  # what is to be read into memory
         if read == "workers" and isinstance(self.split, GatheredSplit):
             raise DataError(f"loader.read=workers: a {type(split).__name__} makes its batches in memory")
-        if read == "memory" and not isinstance(self.split, TensorSplit | GatheredSplit):
+        if read == "memory" and not is_in_memory(self.split) and not isinstance(self.split, GatheredSplit):
             if on_bad_sample == "skip":
                 raise DataError(f"{MEMORY} needs every sample: it does not go with loader.on_bad_sample=skip")
             self.whole = SteadySamples(self.split, 0, workers=workers)
@@ -237,7 +244,9 @@ class Loader:
     @property
     def tensors(self) -> Sequence[Tensor] | None:
         """What batches are gathered from; None where they are read sample by sample."""
-        return self.split.tensors if isinstance(self.split, TensorSplit) and self.read != "workers" else None
+        if self.read == "workers" or not is_in_memory(self.split):
+            return None
+        return self.split.tensors  # type: ignore[attr-defined]
 
     def __len__(self) -> int:
         """The number of batches of an epoch."""
@@ -256,8 +265,18 @@ class Loader:
             manner = f"in memory, {self._together(self.tensors)} batches a read"
         return manner + self.layout + ", classes drawn evenly" * (self.even is not None)
 
-    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
-        """Yield the batches of an epoch from batch number `start` on."""
+    def epoch(self, epoch: int | None = None, start: int = 0) -> Iterator[Batch]:
+        """Yield the batches of an epoch from batch number `start` on.
+
+        Args:
+            epoch: of training, counted from 0; a data set with `set_epoch` is told. None: of a measurement, which reads
+                the order of epoch 0 and tells nobody.
+            start: batches to leave out.
+        """
+        if epoch is None:
+            epoch = 0
+        else:
+            set_epoch(self.split, epoch)
         indices = self._order(epoch)[: len(self) * self.batch_size]
         if self.tensors is not None:
             return self._gather(self.tensors, indices, start)
@@ -265,6 +284,10 @@ class Loader:
             rest = indices[start * self.batch_size :]
             return map(self.split.gather, rest.split(self.batch_size) if len(rest) else ())
         return self._load(epoch, indices[start * self.batch_size :])
+
+    def keep(self, batch: Batch) -> Batch:
+        """Return a batch that stays as it is when the next one is asked for: this one, which owns its memory."""
+        return batch
 
     def indices(self, epoch: int, start: int, batches: int) -> list[int]:
         """Return which samples the batches from number `start` on hold."""
@@ -317,27 +340,99 @@ class Loader:
 
 
 class ForeignLoader:
-    """A person's own iterable of batches (a plain DataLoader), read as it is."""
+    """A person's own iterable of batches (a plain DataLoader), read as it is.
+
+    It may write each batch into the memory of the one before it. So a batch is sound until the next one is asked for,
+    and what is needed for longer is a copy (`keep`).
+    """
 
     hold = 1
 
     def __init__(self, batches: Iterable[Any]):
+        """Wrap an iterable of batches. Raises DataError for what is not iterable."""
+        if not hasattr(batches, "__iter__"):
+            raise DataError(
+                f"data: expected a Data, a split, a data set with a length or an iterable of batches, got {short(batches)}"
+            )
         self.batches = batches
+        self.fresh = makes_fresh_batches(batches)
         self.copies: CopyStream | None = None
+        self.started = False
 
     def to(self, device: torch.device) -> "ForeignLoader":
-        """Prepare to read for a device, and return this loader: batches of a DataLoader are copied ahead to CUDA."""
-        if device.type == "cuda" and isinstance(self.batches, torch.utils.data.DataLoader):
-            self.copies = CopyStream(device)
+        """Prepare to read for a device, and return this loader: on CUDA, batches come copied.
+
+        Those of a DataLoader are copied ahead, each while the one before it is computed with.
+        """
+        if device.type == "cuda":
+            self.copies = CopyStream(device, reused=not self.fresh)
         return self
 
     def __len__(self) -> int:
+        """The number of batches of an epoch. Raises TypeError where it is not known."""
+        if isinstance(self.batches, DataLoader) and self.batches.num_workers > 1:
+            if isinstance(self.batches.dataset, IterableDataset):
+                raise TypeError("each worker ends with a smaller batch, which the length of a DataLoader leaves out")
         return len(self.batches)  # type: ignore[arg-type]
 
-    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
-        """Yield the batches of an epoch; calls `set_epoch` on the sampler when it has one."""
-        sampler = getattr(self.batches, "sampler", None)
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(epoch)  # type: ignore[union-attr]
+    @property
+    def single_pass(self) -> bool:
+        """Whether it can be read only once. An iterator of a class of the user's own may begin again, and is not."""
+        built_in = type(self.batches).__module__ in ("builtins", "itertools")
+        return built_in and isinstance(self.batches, Iterator)
+
+    def epoch(self, epoch: int | None = None, start: int = 0) -> Iterator[Batch]:
+        """Yield the batches of an epoch from batch number `start` on.
+
+        Args:
+            epoch: of training, counted from 0; `set_epoch` is called of the loader, its samplers and its data set. None:
+                of a measurement, which calls none: that would change the epoch of a training that is under way.
+            start: batches to leave out.
+
+        Raises DataError for a measurement on data that was read before and can be read only once.
+        """
+        if epoch is not None:
+            set_epoch(self.batches, epoch)
+        elif self.started and self.single_pass:
+            raise DataError(f"the data is a {type(self.batches).__name__}, which can be read only once; {READ_AGAIN}")
+        self.started = True
         batches = islice(map(as_batch, self.batches), start, None)
-        return batches if self.copies is None else (batch for batch, _ in self.copies.ahead((b, None) for b in batches))
+        if self.copies is None:
+            return batches
+        reads = ((batch, None) for batch in batches)
+        ahead = isinstance(self.batches, DataLoader)
+        copied = self.copies.ahead(reads) if ahead else self.copies.in_turn(reads)
+        return (batch for batch, _ in copied)
+
+    def keep(self, batch: Batch) -> Batch:
+        """Return a batch that stays as it is when the next one is asked for: a copy, where the memory may be reused."""
+        if self.fresh or self.copies is not None:
+            return batch
+        return tuple(tensor.clone() for tensor in batch)
+
+
+def makes_fresh_batches(batches: Any) -> bool:
+    """Return whether each batch is known to have memory of its own: in a list, or stacked by torch's DataLoader."""
+    if isinstance(batches, list | tuple):
+        return True
+    if type(batches) is not DataLoader or batches.batch_sampler is None:
+        return False
+    return batches.collate_fn is torch.utils.data.default_collate
+
+
+def set_epoch(source: Any, epoch: int) -> None:
+    """Call `set_epoch` of a loader and of all that it reads from, once each: samplers, batch samplers, data sets."""
+    waiting = [source]
+    seen: list[Any] = []
+    while waiting:
+        part = waiting.pop(0)
+        if any(part is other for other in seen):
+            continue
+        seen.append(part)
+        if callable(getattr(part, "set_epoch", None)):
+            part.set_epoch(epoch)
+        for name in ("batch_sampler", "sampler", "dataset"):
+            if getattr(part, name, None) is not None:
+                waiting.append(getattr(part, name))
+        if isinstance(part, ConcatDataset | ChainDataset):
+            waiting.extend(part.datasets)

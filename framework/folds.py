@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from . import seeds
-from .data import Data, GatheredSplit, TensorSplit
+from .data import Data, GatheredSplit, TensorSplit, is_in_memory
 from .errors import DataError
 
 
@@ -28,7 +28,7 @@ def take_fold(data: Data, fold: str) -> None:
     samples = sum(map(len, splits))
     if samples < count:
         raise DataError(f"fold={fold}: {samples} samples are too few for {count} folds")
-    if all(isinstance(split, TensorSplit) for split in splits):
+    if all(is_in_memory(split) for split in splits):
         whole = TensorSplit(*(torch.cat(parts) for parts in zip(*(s.tensors for s in splits), strict=True)))  # type: ignore
         strata = whole.tensors[1] if data.target == "class" and len(whole.tensors) > 1 else torch.zeros(samples)
         rows, others = fold_of(strata, number, count)

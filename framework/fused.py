@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, optimizer as torch_optimizer
 
+from .identity import identical
+
 Update = Callable[[dict[str, Any], list[Tensor], list[Tensor], list[list[Tensor]]], None]
 
 
@@ -49,6 +51,8 @@ class Lists(NamedTuple):
 
     group: dict[str, Any]
     params: list[Tensor]
+    states: list[dict[str, Any]]
+    names: tuple[str, ...]
     kept: list[list[Tensor]]
 
 
@@ -68,10 +72,11 @@ class FusedStep:
         lists = self._current()
         gradients = None if lists is None else [[p.grad for p in each.params] for each in lists]
         if lists is None or gradients is None or any(g is None for each in gradients for g in each):
+            complete_momentum(self.optimizer)
             self.optimizer.step()
             return
         with torch.no_grad():
-            for (group, params, kept), grads in zip(lists, gradients, strict=True):
+            for (group, params, _, _, kept), grads in zip(lists, gradients, strict=True):
                 self.update(group, params, grads, kept)  # type: ignore[misc, arg-type]
 
     def _current(self) -> list[Lists] | None:
@@ -87,18 +92,36 @@ class FusedStep:
 
     def _fits(self, groups: list[dict[str, Any]]) -> bool:
         assert self.lists is not None
-        pairs = zip(groups, self.lists, strict=False)
-        same = all(group is each.group and len(group["params"]) == len(each.params) for group, each in pairs)
-        return same and len(groups) == len(self.lists)
+        if not identical(groups, [each.group for each in self.lists]):
+            return False
+        return all(self._up_to_date(each) for each in self.lists)
+
+    def _up_to_date(self, lists: Lists) -> bool:
+        """Whether a group still has these parameters and these tensors of state, and settings as simple as before."""
+        group = lists.group
+        if not identical(group["params"], lists.params) or not plain(group) or self._kept_names(group) != lists.names:
+            return False
+        if not lists.names:
+            return True
+        states = list(map(self.optimizer.state.get, lists.params))
+        if not identical(states, lists.states):
+            return False
+        for name, tensors in zip(lists.names, lists.kept, strict=True):
+            if not identical([state.get(name) for state in lists.states], tensors):
+                return False
+        return True
+
+    def _kept_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return () if group.get("momentum") == 0 else self.names
 
     def _listed(self, group: dict[str, Any]) -> Lists | None:
         """Return the lists of a group; None before its first step, and where the tensors are not all of one kind."""
-        params, names = list(group["params"]), () if group.get("momentum") == 0 else self.names
+        params, names = list(group["params"]), self._kept_names(group)
         states = [self.optimizer.state.get(p, {}) for p in params]
         whole = all(isinstance(state.get(name), Tensor) for state in states for name in names)
         if not whole or not plain(group) or len({(p.device, p.dtype) for p in params}) != 1:
             return None
-        return Lists(group, params, [[state[name] for state in states] for name in names] or [[]])
+        return Lists(group, params, states, names, [[state[name] for state in states] for name in names] or [[]])
 
     def _reproduces(self, update: Update) -> bool:
         """Whether, on one number, the update does exactly what a `step()` does in this release of torch."""
@@ -119,6 +142,30 @@ class FusedStep:
         except (RuntimeError, TypeError, ValueError, KeyError, NotImplementedError):
             return False
         return torch.equal(ours, theirs)
+
+
+@torch.no_grad()
+def complete_momentum(optimizer: Optimizer) -> None:
+    """Make the momentum of parameters that have none yet, beside others that have one, for torch's fused SGD.
+
+    It takes either none or all of them, while one that was frozen or added comes later. The momentum after the step is
+    the gradient, as it is after a parameter's first step of an SGD that is not fused.
+    """
+    if not isinstance(optimizer, SGD):
+        return
+    for group in optimizer.param_groups:
+        if not group.get("fused") or not group["momentum"]:
+            continue
+        moved = [p for p in group["params"] if p.grad is not None]
+        new = [p for p in moved if optimizer.state.get(p, {}).get("momentum_buffer") is None]
+        if len(new) == len(moved):
+            continue
+        for p in new:
+            buffer = torch.zeros_like(p)
+            if group["dampening"]:
+                gradient = -p.grad if group["maximize"] else p.grad
+                buffer.add_(gradient + group["weight_decay"] * p, alpha=group["dampening"] / group["momentum"])
+            optimizer.state[p]["momentum_buffer"] = buffer
 
 
 def plain(group: dict[str, Any]) -> bool:

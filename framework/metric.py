@@ -97,6 +97,8 @@ class Measures:
         self.values: dict[str, Tensor] = {}  # of each name the sum, and over how many items
         self.held: list[Held] = []
         self.numbers = 0
+        self.first: Tensor | None = None  # the outputs of the first batch, until the second has memory of its own
+        self.owned = self.hold == 1
 
     def add(
         self,
@@ -111,6 +113,8 @@ class Measures:
         outputs, targets: None where no metric shall see them. values: other means over the items, by name.
         """
         seen = (outputs.detach(), targets) if self.metrics and outputs is not None else (None, None)
+        if seen[0] is not None and not self.owned:
+            seen = (self._own(seen[0]), targets)
         means = {name: value.detach() for name, value in values.items()} if values else values
         one = Held(loss.detach(), count, seen[0], seen[1], means)
         if self.held and one.form() != self.held[0].form():
@@ -119,6 +123,21 @@ class Measures:
         self.numbers += 0 if one.outputs is None else one.outputs.numel()
         if len(self.held) >= self.hold or self.numbers > self.large:
             self._sum_up()
+
+    def _own(self, outputs: Tensor) -> Tensor:
+        """Return outputs that can be held back: a copy of the first ones.
+
+        When the second ones are in the memory of the first, the model gives the same memory each time (as one replayed by
+        a CUDA graph does): then nothing is held back from here on.
+        """
+        if self.first is None:
+            self.first = outputs
+            return outputs.clone()
+        if outputs.data_ptr() == self.first.data_ptr():
+            self._sum_up()
+            self.hold = 1
+        self.first, self.owned = None, True
+        return outputs
 
     @torch.no_grad()
     def _sum_up(self) -> None:
@@ -135,7 +154,10 @@ class Measures:
             outputs = together([one.outputs for one in self.held])
             targets = together([one.targets for one in self.held])
             fresh = [checked(metric, metric.sums(outputs, targets)).to(self.dtype) for metric in self.metrics]
-            self.sums = [a + b for a, b in zip(self.sums, fresh, strict=True)] if self.sums else fresh
+            if self.sums:
+                self.sums = [a + b for a, b in zip(self.sums, fresh, strict=True)]
+            else:
+                self.sums = [sums.clone() for sums in fresh]  # they may be in the memory of the outputs
         for name in dict.fromkeys(name for one in self.held for name in one.values):
             there = [one for one in self.held if name in one.values]
             weights = torch.stack([torch.as_tensor(one.items).to(self.loss) for one in there])

@@ -131,4 +131,7 @@ class WindowSplit(GatheredSplit):
             before = (indices - 1).div(self.stride, rounding_mode="floor") * self.stride  # where the last one began
             seen = torch.where(indices > 0, before + self.length - indices, 0)
             targets = targets.masked_fill(torch.arange(self.length) < seen[:, None], -1)
-        return tuple(tensor.contiguous().to(self.device, non_blocking=True) for tensor in (inputs, targets))
+        own = [
+            part.clone(memory_format=torch.contiguous_format) for part in (inputs, targets)
+        ]  # not one memory for both
+        return tuple(tensor.to(self.device, non_blocking=True) for tensor in own)

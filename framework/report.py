@@ -129,7 +129,7 @@ def write_file(columns: Mapping[str, list[Any]], path: Path) -> None:
             write_csv(columns, file)
         else:
             rows = zip(*columns.values(), strict=True)
-            file.writelines(json.dumps(dict(zip(columns, row, strict=True))) + "\n" for row in rows)
+            file.writelines(json.dumps(dict(zip(columns, row, strict=True)), default=str) + "\n" for row in rows)
 
 
 def write_csv(columns: Mapping[str, list[Any]], file: TextIO) -> None:

@@ -24,7 +24,7 @@ from .checks import check_callbacks, check_fit, check_phases
 from .clock import Clock, Profiler
 from .compiled import Compile
 from .cuda_graph import CudaGraph
-from .data import Batch, Data, Loader, check_data
+from .data import READ_AGAIN, Batch, Data, ForeignLoader, Loader, check_data
 from .device import Format, deterministic_algorithms
 from .errors import DataError, SettingError
 from .evaluator import Evaluator
@@ -32,6 +32,7 @@ from .fused import FusedStep
 from .logger import Logger
 from .memory import MicroBatches, memory_errors
 from .metric import Measures, Metric
+from .modes import Modes
 from .scheduler import Schedule
 from .schema import PositiveInt, check_arguments
 from .state import Cadence, Every, State
@@ -126,9 +127,17 @@ class Trainer(Evaluator):
     ) -> State:
         """Train a model until a limit, or until a callback sets `state.stop`; return the final state.
 
+        Modules that are in evaluation mode when fit begins, or that a callback puts into it in `on_fit_start`, stay in it
+        in every epoch, unless the model itself is: then all of it is trained. Afterwards all of it is in evaluation mode,
+        and another fit trains the modules that this one trained; to change that, call `model.train()` first, then `eval()`
+        of modules. Python's, NumPy's and torch's global generators are seeded when fit begins, from the trainer's seed: a
+        fit called again reads the samples in the same order. They stay where training leaves them.
+
         Args:
-            model: any module; it is moved to the device, and left in eval mode.
-            data: a `Data` (its val split is validated on), a split, or an iterable of batches such as a DataLoader.
+            model: any module; it is moved to the device, and left in evaluation mode.
+            data: a `Data` (its val split is validated on), a split, a data set of torch's (an `IterableDataset` yields
+                samples too), or an iterable of batches such as a DataLoader. It may reuse the memory of its batches.
+                `set_epoch` of a loader, its samplers and its data set is called before each epoch.
             task: a `Task`, or a loss of (outputs, targets).
             optimizer: a torch optimizer over the model's parameters.
             val: what to validate on, if not the data's own val split.
@@ -140,10 +149,11 @@ class Trainer(Evaluator):
 
         Raises DataError when the data is empty or does not fit the task, OutOfMemory when memory is full.
         """
-        self.begin(model, data, task, optimizer, val, schedule, metrics, batch_size, resume)
-        with deterministic_algorithms(self.deterministic), memory_errors(self.device), self.fitting():
-            while not self.done:
-                self._epoch()
+        with torch.inference_mode(False), torch.enable_grad():  # also where the caller computes without gradients
+            self.begin(model, data, task, optimizer, val, schedule, metrics, batch_size, resume)
+            with deterministic_algorithms(self.deterministic), memory_errors(self.device), self.fitting():
+                while not self.done:
+                    self._epoch()
         return self.state
 
     def begin(
@@ -161,6 +171,7 @@ class Trainer(Evaluator):
         """Take what `fit` was given, up to the first step."""
         check_fit(model, task, optimizer, schedule, metrics)
         self._use(model, task)
+        self.modes = Modes(self.model)
         check_phases(self.task, self.compile, self.cuda_graph)
         self.optimizer, self.schedule = optimizer, schedule
         if isinstance(data, Data):
@@ -170,15 +181,29 @@ class Trainer(Evaluator):
             data = data.train
         self.train_batches = self._batches(data, batch_size, shuffle=True)
         self.val_batches = None if val is None else self._batches(val, 4 * batch_size)  # without gradients
+        self._check_validation_data()
         self.metrics = list(metrics)
         self._prepare(resume)
+
+    def _check_validation_data(self) -> None:
+        """Raise DataError where the second validation would find no data, perhaps after hours."""
+        if not isinstance(self.val_batches, ForeignLoader) or not self.val_batches.single_pass:
+            return
+        by_epochs = self.validate_every.unit == "epoch" and self.max_epochs is not None and self.max_steps is None
+        if by_epochs and self.max_epochs > self.validate_every.number:  # type: ignore[operator]
+            kind = type(self.val_batches.batches).__name__
+            raise DataError(
+                f"val: expected data for more than one validation, got a {kind}, read only once; {READ_AGAIN}"
+            )
 
     @contextmanager
     def fitting(self) -> Iterator[None]:
         """Run the steps of a fit between its first and its last events."""
         with self:
             try:
+                self.modes.train()
                 self._emit("fit_start")
+                self.modes.take_choice()
                 yield
                 self._finish()
                 self._emit("fit_end")
@@ -188,7 +213,7 @@ class Trainer(Evaluator):
                 raise
             finally:
                 self.clock.finish()
-                self.model.eval()
+                self.modes.leave()
 
     def _prepare(self, resume: dict[str, Any] | None) -> None:
         """Make everything that the first step needs: counters, scaler, sums, seeds, open loggers."""
@@ -225,14 +250,16 @@ class Trainer(Evaluator):
     def _epoch(self) -> None:
         """Run one epoch, from the batch where the run stands."""
         state = self.state
-        self.model.train()
+        self.modes.train()
         if state.batch == 0:
             self._emit("epoch_start")
+            self.modes.take_woken()
         batches = self.train_batches.epoch(state.epoch, state.batch)
         steps_left = state.steps_per_epoch - state.batch // self.accumulate if state.steps_per_epoch else 0
         waited = time.perf_counter()
-        for window, last in steps(batches, self.accumulate, steps_left):
+        for window, last in steps(batches, self.accumulate, steps_left, self.train_batches.keep):
             self.clock.add("waiting for data", time.perf_counter() - waited)
+            self._check_parts()
             self._step(window)
             self.counted(window, last)
             if self.log_every.due(state, epoch_end=last) or last:
@@ -245,6 +272,14 @@ class Trainer(Evaluator):
             waited = time.perf_counter()
         expected = f"its length says {len(self.train_batches)}" if steps_left else "can it be read only once?"
         raise DataError(f"epoch {state.epoch + 1} of the training data ended after {state.batch} batches; {expected}")
+
+    def _check_parts(self) -> None:
+        """Raise SettingError when a callback has replaced a part that this fit was prepared for."""
+        for name in ("model", "task", "optimizer"):
+            if getattr(self, name) is not getattr(self._backward, name):
+                raise SettingError(
+                    f"trainer.{name} was replaced during fit: expected changes of it in place, or a new fit"
+                )
 
     def _step(self, window: list[Batch]) -> None:
         """The training step: the gradients of all its batches (`backward.py`), then one update, compiled or not.

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from framework import Callback, Every, NonNegativeInt, Rate, Trainer, callbacks, seeds
-from framework.data import Batch
-from framework.errors import SettingError
+from framework.data import READ_AGAIN, Batch
+from framework.errors import DataError, SettingError
+from framework.identity import ModelContents
 from framework.state import Cadence
 
 
@@ -38,13 +39,35 @@ class Averaging(Callback):
         if not self.saved:
             self.updates = 0
         self.trainer, self.seen = trainer, trainer.state.step
-        places = self.averaged_of(trainer.model)
-        self.names, self.parameters = list(places), list(places.values())  # whose `data` may move
+        self.contents = ModelContents(trainer.model, buffers=self.averages_buffers)
+        self._find_places()
         self.restore()
+
+    def _find_places(self) -> None:
+        places = self.averaged_of(self.contents.model)
+        self.names, self.parameters = list(places), list(places.values())  # whose `data` may move
 
     def averaged_of(self, model: nn.Module) -> dict[str, Tensor]:
         """Return by name what there is another one of."""
         return {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+
+    @property
+    def averages_buffers(self) -> bool:
+        """Whether `averaged_of` returns buffers."""
+        return False
+
+    def _follow(self) -> None:
+        """Take in parameters that were replaced in the model: what is kept beside a new one begins as a copy of it."""
+        if not self.contents.changed():
+            return
+        self.contents.remember()
+        before = self.parameters
+        self._find_places()
+        self.keep_in_step(before)
+
+    def keep_in_step(self, before: list[Tensor]) -> None:
+        """Bring what is kept beside the parameters into their order. before: the parameters that it was kept beside."""
+        self.others = matched(self.parameters, before, self.others)
 
     def on_step_end(self, trainer: Trainer) -> None:
         self._update()
@@ -88,6 +111,7 @@ class Averaging(Callback):
         if self.trainer is None or self.averaged or self.seen == self.trainer.state.step:
             return
         self.seen = self.trainer.state.step
+        self._follow()
         self.take_in(self.trainer)
 
     def _check_alone(self, trainer: Trainer) -> None:
@@ -98,6 +122,7 @@ class Averaging(Callback):
 
     @torch.no_grad()
     def _swap(self) -> None:
+        self._follow()
         for parameter, other in zip(self.parameters, self.others, strict=True):
             before = parameter.detach().clone()
             parameter.copy_(other)
@@ -123,6 +148,16 @@ class Averaging(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.saved, self.updates = dict(state), state.get("updates", 0)
+
+
+def matched(parameters: list[Tensor], before: list[Tensor], kept: list[Tensor]) -> list[Tensor]:
+    """Return for each parameter what is kept beside it, or a copy of one that is new. kept: beside those of `before`."""
+    known = {id(p): value for p, value in zip(before, kept, strict=True)}  # `before` holds them, so an id is of one
+    found = []
+    for parameter in parameters:
+        value = known.get(id(parameter))
+        found.append(parameter.detach().clone() if value is None else value)
+    return found
 
 
 @callbacks.register("ema", aliases=["exponential_moving_average"])
@@ -176,6 +211,10 @@ class Swa(Averaging):
         super().__init__()
         self.start, self.batches = start, batches
 
+    @property
+    def averages_buffers(self) -> bool:
+        return self.batches != 0
+
     def averaged_of(self, model: nn.Module) -> dict[str, Tensor]:
         buffers = model.named_buffers() if self.batches != 0 else ()
         statistics = {n: b for n, b in buffers if ".running_" in f".{n}" and b.is_floating_point()}
@@ -212,11 +251,16 @@ class Swa(Averaging):
         momenta = [norm.momentum for norm in norms]
         try:
             with seeds.undisturbed():
+                number = 0
                 batches = trainer.train_batches.epoch(trainer.state.epoch)
                 for number, batch in enumerate(islice(batches, self.batches), 1):
                     for norm in norms:
                         norm.momentum = 1 / number  # a plain mean over batches
                     self.look_at(trainer, batch)
+                if number == 0:
+                    raise DataError(
+                        f"callbacks.swa: the training data cannot be read again for the statistics; {READ_AGAIN}"
+                    )
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum

@@ -47,6 +47,7 @@ class NonFinite(Callback):
         self.checked = 0  # the last step that is known to be finite
         self.late = self.together = False
         self.trainer: Trainer | None = None
+        self.found: Tensor | None = None  # on the device: whether something was not finite
 
     def among(self, trials: int) -> None:
         self.together = True  # the gradients of all are read at once in each step: nothing is gained by waiting
@@ -92,6 +93,15 @@ class NonFinite(Callback):
 
     def on_fit_end(self, trainer: Trainer) -> None:
         self._look()
+        self._release(trainer)
+
+    def on_exception(self, trainer: Trainer) -> None:
+        self._release(trainer)
+
+    def _release(self, trainer: Trainer) -> None:
+        """Let the optimizer make all its updates again, whoever uses it next."""
+        if self.found is not None and getattr(trainer.optimizer, "found_inf", None) is self.found:
+            del trainer.optimizer.found_inf  # type: ignore[attr-defined]
 
     def _look(self) -> None:
         """Read the verdict on the steps since the last look, where it was not read at once."""

@@ -31,6 +31,7 @@ class Freeze(Callback):
             raise SettingError("freeze: `patterns` is empty, so there is nothing to freeze")
         self.patterns, self.epochs, self.every = patterns, epochs, every
         self.frozen: set[str] = set()
+        self.held: dict[str, nn.Parameter] = {}  # what was frozen by these names
         self.still: list[nn.Module] = []
 
     def on_fit_start(self, trainer: Trainer) -> None:
@@ -70,6 +71,8 @@ class Freeze(Callback):
 
     def apply(self, trainer: Trainer) -> None:
         wanted = self.wanted(trainer.state.epoch)
+        if wanted == self.frozen and any(trainer.model.get_parameter(name) is not p for name, p in self.held.items()):
+            self.set(trainer.model, wanted)  # another callback has put a new module there
         if wanted != self.frozen:
             self.set(trainer.model, wanted)
             count = sum(trainer.model.get_parameter(name).numel() for name in wanted)
@@ -80,5 +83,6 @@ class Freeze(Callback):
         for name in wanted | self.frozen:
             model.get_parameter(name).requires_grad_(name not in wanted)
         self.frozen = wanted
+        self.held = {name: model.get_parameter(name) for name in wanted}
         owned = {name: [key for key, _ in module.named_parameters(name)] for name, module in model.named_modules()}
         self.still = [model.get_submodule(name) for name, keys in owned.items() if keys and wanted.issuperset(keys)]

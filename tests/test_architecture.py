@@ -15,7 +15,18 @@ import framework
 ROOT = Path(framework.__file__).parent.parent
 FLOORS = {
     "stdlib": ["errors", "schema", "registry", "kinds"],
-    "ground work": ["discovery", "seeds", "state", "shapes", "workers", "device", "memory", "clock"],
+    "ground work": [
+        "discovery",
+        "seeds",
+        "state",
+        "shapes",
+        "workers",
+        "identity",
+        "fused",
+        "device",
+        "memory",
+        "clock",
+    ],
     "contracts": [
         "data",
         "ragged",
@@ -23,7 +34,6 @@ FLOORS = {
         "task",
         "scheduler",
         "optimizer",
-        "fused",
         "pure",
         "logger",
         "callback",
@@ -33,6 +43,7 @@ FLOORS = {
         "trainer",
         "checks",
         "evaluator",
+        "modes",
         "backward",
         "cuda_graph",
         "compiled",

@@ -255,6 +255,27 @@ def test_a_foreign_loader_is_read_as_it_is():
     assert batches(ForeignLoader([torch.ones(2)])) == [([1.0, 1.0],)]
 
 
+class Doubled(TensorDataset):
+    """Reads its samples in a way of its own."""
+
+    def __getitem__(self, index):
+        return tuple(2 * tensor[index] for tensor in self.tensors)
+
+
+class DoubledSplit(TensorSplit):
+    def __getitem__(self, index):
+        return tuple(2 * tensor for tensor in super().__getitem__(index))
+
+
+@pytest.mark.parametrize("kind", [Doubled, DoubledSplit])
+@pytest.mark.parametrize("read", ["auto", "memory", "workers"])
+def test_a_subclass_that_reads_samples_otherwise_is_asked_for_them(kind, read):
+    tensors = torch.arange(7.0), torch.arange(7)
+    loader = Loader(kind(*tensors), eval_batch_size=3, read=read).to(CPU)
+    expected = Loader(TensorSplit(*(2 * tensor for tensor in tensors)), eval_batch_size=3)
+    assert batches(loader) == batches(expected)
+
+
 # the way of reading, forced
 
 

@@ -1,0 +1,58 @@
+"""Checks that a cache still describes the same objects.
+
+Objects are compared by identity while references to them are held: a number of objects, or an `id()` that is free again,
+does not tell that one of them was replaced.
+"""
+
+from collections.abc import Sequence
+from operator import is_
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def identical(first: Sequence[Any], second: Sequence[Any]) -> bool:
+    """Return whether two sequences hold the same objects in the same order."""
+    return len(first) == len(second) and all(map(is_, first, second))
+
+
+class ModelContents:
+    """The parameters, buffers and submodules of a model at one moment, compared with those it has now.
+
+    It reads the dictionaries of the modules, which takes about a tenth of the time of `model.named_parameters()`.
+
+    Args:
+        model: the model to watch.
+        buffers: whether buffers count.
+    """
+
+    def __init__(self, model: nn.Module, buffers: bool = True):
+        self.model = model
+        self.buffers = buffers
+        self.remember()
+
+    def remember(self) -> None:
+        """Take the present contents as those to compare with."""
+        self.tensor_owners: list[dict[str, Any]] = []
+        self.module_owners: list[dict[str, Any]] = []
+        for module in self.model.modules():
+            self.tensor_owners.append(module._parameters)
+            if self.buffers:
+                self.tensor_owners.append(module._buffers)
+            self.module_owners.append(module._modules)
+        self.kept_tensors = values_of(self.tensor_owners)
+        self.kept_modules = values_of(self.module_owners)
+
+    def changed(self) -> bool:
+        """Return whether a parameter, buffer or submodule was added, removed or replaced since `remember`."""
+        if not identical(values_of(self.tensor_owners), self.kept_tensors):
+            return True
+        return not identical(values_of(self.module_owners), self.kept_modules)
+
+    def addresses(self) -> list[int]:
+        """Return where in memory the remembered tensors are; `tensor.data = other` moves one without replacing it."""
+        return [tensor.data_ptr() for tensor in self.kept_tensors if isinstance(tensor, Tensor)]
+
+
+def values_of(owners: Sequence[dict[str, Any]]) -> list[Any]:
+    return [value for owner in owners for value in owner.values()]
