@@ -70,7 +70,8 @@ def steps(
     Args:
         batches: the batches of the epoch; each may be overwritten when the next one is read.
         accumulate: batches of a step.
-        steps_left: how many steps there will be, or 0 when that is not known; then a step is held back until the next
+        steps_left: how many steps there will be, or 0 when that is not known; then a step is held
+            back until the next
             is there.
         keep: makes a batch last until after the next one is read (`Loader.keep`).
     """

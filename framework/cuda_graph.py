@@ -90,6 +90,7 @@ class Graphed:
         self.what, self.run, self.parameters = what, run, parameters
         self.contents = None if model is None else ModelContents(model)
         self.read_from: list[int] = []  # the addresses of the model's tensors when it was captured
+        self.modes: tuple[bool, ...] = ()
         self.captured_for: list[nn.Parameter] = []
         self.seen: Counter[Any] = Counter()
         self.captured: dict[Any, Captured] = {}
@@ -133,12 +134,14 @@ class Graphed:
         return Step(loss.clone(), outputs.clone(), targets.clone(), copies), "replayed" if known else "captured"
 
     def _moved(self) -> bool:
-        """Whether a tensor of the model was replaced or moved: a graph would go on with the memory of the old one."""
+        """Whether a tensor was replaced or moved, or a module is in another mode: a graph would go on with the old one."""
         if not identical(self.parameters(), self.captured_for):
             return True
         if self.contents is None:
             return False
-        return self.contents.changed() or self.contents.addresses() != self.read_from
+        if self.contents.changed() or self.contents.modes() != self.modes:
+            return True
+        return self.contents.addresses() != self.read_from
 
     def _capture(self, form: Any, batch: Batch) -> bool:
         """Record it. Returns False, and says why, when an operation does not allow it."""
@@ -157,6 +160,7 @@ class Graphed:
         if self.contents is not None:
             self.contents.remember()
             self.read_from = self.contents.addresses()
+            self.modes = self.contents.modes()
         self.captured[form] = Captured(graph, inputs, made, [parameter.grad for parameter in self.parameters()])
         return True
 

@@ -269,7 +269,8 @@ class Loader:
         """Yield the batches of an epoch from batch number `start` on.
 
         Args:
-            epoch: of training, counted from 0; a data set with `set_epoch` is told. None: of a measurement, which reads
+            epoch: of training, counted from 0; a data set with `set_epoch` is told. None: of a
+                measurement, which reads
                 the order of epoch 0 and tells nobody.
             start: batches to leave out.
         """
@@ -342,8 +343,8 @@ class Loader:
 class ForeignLoader:
     """A person's own iterable of batches (a plain DataLoader), read as it is.
 
-    It may write each batch into the memory of the one before it. So a batch is sound until the next one is asked for,
-    and what is needed for longer is a copy (`keep`).
+    It may write each batch into the memory of the one before it. So a batch is sound until the next
+    one is asked for, and what is needed for longer is a copy (`keep`).
     """
 
     hold = 1
@@ -385,8 +386,10 @@ class ForeignLoader:
         """Yield the batches of an epoch from batch number `start` on.
 
         Args:
-            epoch: of training, counted from 0; `set_epoch` is called of the loader, its samplers and its data set. None:
-                of a measurement, which calls none: that would change the epoch of a training that is under way.
+            epoch: of training, counted from 0; `set_epoch` is called of the loader, its samplers
+                and its data set. None:
+                of a measurement, which calls none: that would change the epoch of a training that
+                is under way.
             start: batches to leave out.
 
         Raises DataError for a measurement on data that was read before and can be read only once.

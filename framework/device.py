@@ -62,11 +62,13 @@ def chosen_layout(wanted: bool | Literal["auto"], model: nn.Module | None) -> tu
 
 
 class CopyStream:
-    """Copies batches to a CUDA device on a stream of its own, so that copying does not wait for what is computed.
+    """Copies batches to a CUDA device on a stream of its own, so that copying does not wait for
+    what is computed.
 
     Args:
         device: the CUDA device.
-        reused: whether the memory of a batch may be written when the next batch is read. Then each copy is complete
+        reused: whether the memory of a batch may be written when the next batch is read. Then each
+            copy is complete
             before that, and a batch that is on the device already is copied too.
     """
 

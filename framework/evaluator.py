@@ -61,9 +61,11 @@ class Evaluator:
         task: Task | Callable[[Tensor, Tensor], Tensor] | None = None,
         batch_size: int = 256,
     ) -> Tensor:
-        """Return the model's outputs for inputs (rows, *in_shape), or for every sample of a split, on the CPU.
+        """Return the model's outputs for inputs (rows, *in_shape), or for every sample of a split,
+        on the CPU.
 
-        They keep their type, apart from floats of less than 32 bits (bf16 and fp16), which become float32.
+        They keep their type, apart from floats of less than 32 bits (bf16 and fp16), which become
+        float32.
         """
         self._use(model, task, "model")
         batches = self._batches(TensorSplit(data) if isinstance(data, Tensor) else data, batch_size)

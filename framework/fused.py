@@ -5,6 +5,7 @@ small tensors it takes a third of the time.
 """
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -51,7 +52,6 @@ class Lists(NamedTuple):
 
     group: dict[str, Any]
     params: list[Tensor]
-    states: list[dict[str, Any]]
     names: tuple[str, ...]
     kept: list[list[Tensor]]
 
@@ -65,6 +65,7 @@ class FusedStep:
         self.names, self.update = UPDATES.get(type(optimizer), unknown)
         self.lists: list[Lists] | None = None
         self.made_for: Any = None
+        self.states: list[Any] = []  # all tensors of state for which the lists were made
         if self.update is None or not all(map(plain, optimizer.param_groups)) or not self._reproduces(self.update):
             self.update = None
 
@@ -76,7 +77,7 @@ class FusedStep:
             self.optimizer.step()
             return
         with torch.no_grad():
-            for (group, params, _, _, kept), grads in zip(lists, gradients, strict=True):
+            for (group, params, _, kept), grads in zip(lists, gradients, strict=True):
                 self.update(group, params, grads, kept)  # type: ignore[misc, arg-type]
 
     def _current(self) -> list[Lists] | None:
@@ -87,27 +88,17 @@ class FusedStep:
         if self.lists is None or self.made_for is not optimizer.state or not self._fits(groups):
             made = [self._listed(group) for group in groups]
             self.lists = [each for each in made if each is not None] if all(made) else None
-            self.made_for = optimizer.state
+            self.made_for, self.states = optimizer.state, states_of(optimizer)
         return self.lists
 
     def _fits(self, groups: list[dict[str, Any]]) -> bool:
         assert self.lists is not None
-        if not identical(groups, [each.group for each in self.lists]):
+        if len(groups) != len(self.lists) or not identical(states_of(self.optimizer), self.states):
             return False
-        return all(self._up_to_date(each) for each in self.lists)
-
-    def _up_to_date(self, lists: Lists) -> bool:
-        """Whether a group still has these parameters and these tensors of state, and settings as simple as before."""
-        group = lists.group
-        if not identical(group["params"], lists.params) or not plain(group) or self._kept_names(group) != lists.names:
-            return False
-        if not lists.names:
-            return True
-        states = list(map(self.optimizer.state.get, lists.params))
-        if not identical(states, lists.states):
-            return False
-        for name, tensors in zip(lists.names, lists.kept, strict=True):
-            if not identical([state.get(name) for state in lists.states], tensors):
+        for group, lists in zip(groups, self.lists, strict=True):
+            if group is not lists.group or not identical(group["params"], lists.params):
+                return False
+            if not plain(group) or self._kept_names(group) != lists.names:
                 return False
         return True
 
@@ -121,7 +112,7 @@ class FusedStep:
         whole = all(isinstance(state.get(name), Tensor) for state in states for name in names)
         if not whole or not plain(group) or len({(p.device, p.dtype) for p in params}) != 1:
             return None
-        return Lists(group, params, states, names, [[state[name] for state in states] for name in names] or [[]])
+        return Lists(group, params, names, [[state[name] for state in states] for name in names] or [[]])
 
     def _reproduces(self, update: Update) -> bool:
         """Whether, on one number, the update does exactly what a `step()` does in this release of torch."""
@@ -146,10 +137,12 @@ class FusedStep:
 
 @torch.no_grad()
 def complete_momentum(optimizer: Optimizer) -> None:
-    """Make the momentum of parameters that have none yet, beside others that have one, for torch's fused SGD.
+    """Make the momentum of parameters that have none yet, beside others that have one, for torch's
+    fused SGD.
 
-    It takes either none or all of them, while one that was frozen or added comes later. The momentum after the step is
-    the gradient, as it is after a parameter's first step of an SGD that is not fused.
+    It takes either none or all of them, while one that was frozen or added comes later. The
+    momentum after the step is the gradient, as it is after a parameter's first step of an SGD that
+    is not fused.
     """
     if not isinstance(optimizer, SGD):
         return
@@ -168,11 +161,21 @@ def complete_momentum(optimizer: Optimizer) -> None:
             optimizer.state[p]["momentum_buffer"] = buffer
 
 
+def states_of(optimizer: Optimizer) -> list[Any]:
+    """Return everything that one of torch's fused optimizers keeps, of all parameters in one list."""
+    kept = [state.values() for state in optimizer.state.values() if isinstance(state, dict)]
+    return list(chain.from_iterable(kept))
+
+
 def plain(group: dict[str, Any]) -> bool:
     """Whether a group's settings leave the update as simple as it is here."""
-    special = any(group.get(name) for name in ("amsgrad", "capturable", "differentiable"))
-    tensors = any(isinstance(value, Tensor) for value in (group["lr"], *group.get("betas", ())))
-    return bool(group.get("fused")) and bool(group["params"]) and not special and not tensors
+    if not group.get("fused") or not group["params"]:
+        return False
+    if group.get("amsgrad") or group.get("capturable") or group.get("differentiable"):
+        return False
+    if isinstance(group["lr"], Tensor):
+        return False
+    return not any(isinstance(beta, Tensor) for beta in group.get("betas", ()))
 
 
 def has_hooks(optimizer: Optimizer) -> bool:

@@ -1,7 +1,7 @@
 """Checks that a cache still describes the same objects.
 
-Objects are compared by identity while references to them are held: a number of objects, or an `id()` that is free again,
-does not tell that one of them was replaced.
+Objects are compared by identity while references to them are held: a number of objects, or an
+`id()` that is free again, does not tell that one of them was replaced.
 """
 
 from collections.abc import Sequence
@@ -17,9 +17,11 @@ def identical(first: Sequence[Any], second: Sequence[Any]) -> bool:
 
 
 class ModelContents:
-    """The parameters, buffers and submodules of a model at one moment, compared with those it has now.
+    """The parameters, buffers and submodules of a model at one moment, compared with those it has
+    now.
 
-    It reads the dictionaries of the modules, which takes about a tenth of the time of `model.named_parameters()`.
+    It reads the dictionaries of the modules, which takes about a tenth of the time of
+    `model.named_parameters()`.
 
     Args:
         model: the model to watch.
@@ -35,7 +37,8 @@ class ModelContents:
         """Take the present contents as those to compare with."""
         self.tensor_owners: list[dict[str, Any]] = []
         self.module_owners: list[dict[str, Any]] = []
-        for module in self.model.modules():
+        self.modules = list(self.model.modules())
+        for module in self.modules:
             self.tensor_owners.append(module._parameters)
             if self.buffers:
                 self.tensor_owners.append(module._buffers)
@@ -52,6 +55,10 @@ class ModelContents:
     def addresses(self) -> list[int]:
         """Return where in memory the remembered tensors are; `tensor.data = other` moves one without replacing it."""
         return [tensor.data_ptr() for tensor in self.kept_tensors if isinstance(tensor, Tensor)]
+
+    def modes(self) -> tuple[bool, ...]:
+        """Return which of the remembered modules are in training mode."""
+        return tuple([module.training for module in self.modules])
 
 
 def values_of(owners: Sequence[dict[str, Any]]) -> list[Any]:

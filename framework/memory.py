@@ -81,9 +81,11 @@ class MicroBatches:
         return list(zip(*(tensor.split(self.largest) for tensor in batch), strict=True))
 
     def halve(self, error: BaseException, unchanged: bool = True) -> bool:
-        """After an error: whether it makes sense to try again, with half as many samples at once from now on.
+        """After an error: whether it makes sense to try again, with half as many samples at once
+        from now on.
 
-        unchanged: whether the batch is as it was. Raises OutOfMemory where it is not: other inputs would be run.
+        unchanged: whether the batch is as it was. Raises OutOfMemory where it is not: other inputs
+            would be run.
         """
         if not self.auto or not is_full(error) or self.largest <= 1:
             return False

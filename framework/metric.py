@@ -127,8 +127,8 @@ class Measures:
     def _own(self, outputs: Tensor) -> Tensor:
         """Return outputs that can be held back: a copy of the first ones.
 
-        When the second ones are in the memory of the first, the model gives the same memory each time (as one replayed by
-        a CUDA graph does): then nothing is held back from here on.
+        When the second ones are in the memory of the first, the model gives the same memory each
+        time (as one replayed by a CUDA graph does): then nothing is held back from here on.
         """
         if self.first is None:
             self.first = outputs

@@ -19,17 +19,19 @@ class Left(NamedTuple):
     training: bool
 
 
-# `fit` leaves the whole model in evaluation mode. Without these notes the next `fit` would take that for a choice of the
-# user, also where the modules have become a part of another model. A note is not a reference to the module.
+# `fit` leaves the whole model in evaluation mode. Without these notes the next `fit` would take
+# that for a choice of the user, also where the modules have become a part of another model. A note
+# is not a reference to the module.
 LEFT: WeakKeyDictionary[nn.Module, Left] = WeakKeyDictionary()
 
 
 class Modes:
     """Knows which modules of a model stay in evaluation mode while it trains.
 
-    These are the ones that are in evaluation mode when the fit begins, except where the model itself is: then all of it
-    is trained. What an earlier fit left in evaluation mode counts as it was trained, unless one of the modules of that
-    fit is in training mode again: then its user has set the modes since.
+    These are the ones that are in evaluation mode when the fit begins, except where the model
+    itself is: then all of it is trained. What an earlier fit left in evaluation mode counts as it
+    was trained, unless one of the modules of that fit is in training mode again: then its user has
+    set the modes since.
     """
 
     def __init__(self, model: nn.Module):

@@ -127,17 +127,21 @@ class Trainer(Evaluator):
     ) -> State:
         """Train a model until a limit, or until a callback sets `state.stop`; return the final state.
 
-        Modules that are in evaluation mode when fit begins, or that a callback puts into it in `on_fit_start`, stay in it
-        in every epoch, unless the model itself is: then all of it is trained. Afterwards all of it is in evaluation mode,
-        and another fit trains the modules that this one trained; to change that, call `model.train()` first, then `eval()`
-        of modules. Python's, NumPy's and torch's global generators are seeded when fit begins, from the trainer's seed: a
-        fit called again reads the samples in the same order. They stay where training leaves them.
+        Modules that are in evaluation mode when fit begins, or that a callback puts into it in
+        `on_fit_start`, stay in it in every epoch, unless the model itself is: then all of it is
+        trained. Afterwards all of it is in evaluation mode, and another fit trains the modules that
+        this one trained; to change that, call `model.train()` first, then `eval()` of modules.
+        Python's, NumPy's and torch's global generators are seeded when fit begins, from the
+        trainer's seed: a fit called again reads the samples in the same order. They stay where
+        training leaves them.
 
         Args:
             model: any module; it is moved to the device, and left in evaluation mode.
-            data: a `Data` (its val split is validated on), a split, a data set of torch's (an `IterableDataset` yields
-                samples too), or an iterable of batches such as a DataLoader. It may reuse the memory of its batches.
-                `set_epoch` of a loader, its samplers and its data set is called before each epoch.
+            data: a `Data` (its val split is validated on), a split, a data set of torch's (an
+                `IterableDataset` yields
+                samples too), or an iterable of batches such as a DataLoader. It may reuse the
+                memory of its batches. `set_epoch` of a loader, its samplers and its data set is
+                called before each epoch.
             task: a `Task`, or a loss of (outputs, targets).
             optimizer: a torch optimizer over the model's parameters.
             val: what to validate on, if not the data's own val split.
@@ -275,11 +279,16 @@ class Trainer(Evaluator):
 
     def _check_parts(self) -> None:
         """Raise SettingError when a callback has replaced a part that this fit was prepared for."""
+        prepared = self._backward
+        if (
+            self.model is prepared.model
+            and self.task is prepared.task
+            and self.optimizer is prepared.optimizer
+        ):
+            return
         for name in ("model", "task", "optimizer"):
-            if getattr(self, name) is not getattr(self._backward, name):
-                raise SettingError(
-                    f"trainer.{name} was replaced during fit: expected changes of it in place, or a new fit"
-                )
+            if getattr(self, name) is not getattr(prepared, name):
+                raise SettingError(f"trainer.{name} was replaced during fit: change it in place, or start a new fit")
 
     def _step(self, window: list[Batch]) -> None:
         """The training step: the gradients of all its batches (`backward.py`), then one update, compiled or not.
