@@ -53,7 +53,8 @@ class Backward:
         elif cuda_graph != "off":
             alone = partial(self._eager, share=None)
             self.whole = GraphedStep(alone, optimizer, precision, cuda_graph, model)
-            self.graphed = Graphed("forward and backward", alone, lambda: self.parameters, cuda_graph, model)
+            what = "forward and backward"
+            self.graphed = Graphed(what, alone, lambda: self.parameters, cuda_graph, model)
             self.pass_through = self._graphed
 
     def in_phase(self, phase: Phase, batches: list[Batch]) -> Tensor:
@@ -75,7 +76,9 @@ class Backward:
 
         When memory is full and the micro-batches may become smaller, it is done again from where it began.
         """
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        parameters: list[nn.Parameter] = []
+        for group in self.optimizer.param_groups:
+            parameters += group["params"]
         if not identical(parameters, self.parameters):  # a callback may add or replace some
             self.parameters = parameters
         self.updated = False

@@ -27,15 +27,17 @@ def as_batches(source: Source, batch_size: int, *, shuffle: bool, seed: int, dev
 
 
 def is_map_style(source: Any) -> bool:
-    """Return whether a source is read sample by sample, by index; a list or tuple is one of batches."""
+    """Return whether a source is read sample by sample; a list or tuple is one of batches.
+
+    Raises DataError for a data set of torch's without a length.
+    """
     if isinstance(source, list | tuple) or not hasattr(source, "__getitem__"):
         return False
     if hasattr(source, "__len__"):
         return True
     if isinstance(source, Dataset):
-        raise DataError(
-            f"{type(source).__name__} has no `__len__`: expected a data set with a length or an IterableDataset"
-        )
+        name = type(source).__name__
+        raise DataError(f"{name} has no `__len__`: expected one, or an IterableDataset")
     return False
 
 
@@ -71,8 +73,7 @@ def steps(
         batches: the batches of the epoch; each may be overwritten when the next one is read.
         accumulate: batches of a step.
         steps_left: how many steps there will be, or 0 when that is not known; then a step is held
-            back until the next
-            is there.
+            back until the next is there.
         keep: makes a batch last until after the next one is read (`Loader.keep`).
     """
     held: list[Batch] | None = None
@@ -88,7 +89,7 @@ def steps(
 
 
 def windows(batches: Iterable[Batch], size: int, keep: Keep = as_it_is) -> Iterator[list[Batch]]:
-    """Yield lists of `size` batches; the last may be shorter. All but the last batch of a list are kept."""
+    """Yield lists of `size` batches; the last may be shorter. All but its last batch are kept."""
     window: list[Batch] = []
     for batch in batches:
         if len(window) + 1 < size:

@@ -89,7 +89,7 @@ class CompiledStep(Whole):
         waits = self.guarded and self.precision.device.type != "cpu"  # each step would wait for the device
         if self.update is None or waits or has_hooks(self.optimizer):
             return False
-        return pure_updates.find(self.optimizer) is self.update  # settings may change while training goes on
+        return pure_updates.find(self.optimizer) is self.update  # its settings may have changed
 
     def begun(self) -> bool:
         groups, state = self.optimizer.param_groups, self.optimizer.state

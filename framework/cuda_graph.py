@@ -89,9 +89,10 @@ class Graphed:
         """
         self.what, self.run, self.parameters = what, run, parameters
         self.contents = None if model is None else ModelContents(model)
-        self.read_from: list[int] = []  # the addresses of the model's tensors when it was captured
-        self.modes: tuple[bool, ...] = ()
+        # What the captured graphs were made from:
         self.captured_for: list[nn.Parameter] = []
+        self.read_from: list[int] = []  # addresses
+        self.modes: tuple[bool, ...] = ()
         self.seen: Counter[Any] = Counter()
         self.captured: dict[Any, Captured] = {}
         self.refused = mode == "off"
@@ -134,7 +135,7 @@ class Graphed:
         return Step(loss.clone(), outputs.clone(), targets.clone(), copies), "replayed" if known else "captured"
 
     def _moved(self) -> bool:
-        """Whether a tensor was replaced or moved, or a module is in another mode: a graph would go on with the old one."""
+        """Whether a tensor was replaced or moved, or a module is in another mode since the capture."""
         if not identical(self.parameters(), self.captured_for):
             return True
         if self.contents is None:

@@ -58,7 +58,10 @@ class TensorSplit:
 
 
 def is_in_memory(split: Split) -> bool:
-    """Return whether the samples of a split are the rows of its tensors: not in a subclass that reads them otherwise."""
+    """Return whether the samples of a split are the rows of its tensors.
+
+    They are not in a subclass with a `__getitem__` of its own.
+    """
     return isinstance(split, TensorSplit) and type(split).__getitem__ is TensorSplit.__getitem__
 
 
@@ -210,8 +213,10 @@ class Loader:
                 each class comes equally often in expectation, however rare it is.
             model: what reads the batches, if they are images; `channels_last=auto` is for it.
         """
-        plain = type(split) is torch.utils.data.TensorDataset  # a subclass may read its samples in another way
-        self.split: Split = TensorSplit(*split.tensors) if plain else split  # type: ignore[attr-defined]
+        plain = type(split) is torch.utils.data.TensorDataset  # a subclass may read in another way
+        self.split: Split = split
+        if plain:
+            self.split = TensorSplit(*split.tensors)  # type: ignore[attr-defined]
         self.read, self.shuffle, self.seed = read, shuffle, seed
         self.channels_last, self.layout = chosen_layout(channels_last, model)
         self.workers, self.timeout_seconds = workers, timeout_seconds
@@ -225,7 +230,8 @@ class Loader:
         self.whole: SteadySamples | None = None  # what is to be read into memory
         if read == "workers" and isinstance(self.split, GatheredSplit):
             raise DataError(f"loader.read=workers: a {type(split).__name__} makes its batches in memory")
-        if read == "memory" and not is_in_memory(self.split) and not isinstance(self.split, GatheredSplit):
+        ready = is_in_memory(self.split) or isinstance(self.split, GatheredSplit)
+        if read == "memory" and not ready:
             if on_bad_sample == "skip":
                 raise DataError(f"{MEMORY} needs every sample: it does not go with loader.on_bad_sample=skip")
             self.whole = SteadySamples(self.split, 0, workers=workers)
@@ -269,9 +275,8 @@ class Loader:
         """Yield the batches of an epoch from batch number `start` on.
 
         Args:
-            epoch: of training, counted from 0; a data set with `set_epoch` is told. None: of a
-                measurement, which reads
-                the order of epoch 0 and tells nobody.
+            epoch: the epoch of training, counted from 0; `set_epoch` of the data set is called.
+                None for a measurement: it reads in the order of epoch 0 and calls nothing.
             start: batches to leave out.
         """
         if epoch is None:
@@ -287,7 +292,7 @@ class Loader:
         return self._load(epoch, indices[start * self.batch_size :])
 
     def keep(self, batch: Batch) -> Batch:
-        """Return a batch that stays as it is when the next one is asked for: this one, which owns its memory."""
+        """Return a batch that outlasts the next one: the same, since each has memory of its own."""
         return batch
 
     def indices(self, epoch: int, start: int, batches: int) -> list[int]:
@@ -341,10 +346,10 @@ class Loader:
 
 
 class ForeignLoader:
-    """A person's own iterable of batches (a plain DataLoader), read as it is.
+    """An iterable of batches that is not ours (a plain DataLoader), read as it is.
 
-    It may write each batch into the memory of the one before it. So a batch is sound until the next
-    one is asked for, and what is needed for longer is a copy (`keep`).
+    It may write each batch into the memory of the one before it. So a batch can be read until the
+    next one is asked for; what is needed for longer has to be a copy (`keep`).
     """
 
     hold = 1
@@ -352,9 +357,8 @@ class ForeignLoader:
     def __init__(self, batches: Iterable[Any]):
         """Wrap an iterable of batches. Raises DataError for what is not iterable."""
         if not hasattr(batches, "__iter__"):
-            raise DataError(
-                f"data: expected a Data, a split, a data set with a length or an iterable of batches, got {short(batches)}"
-            )
+            expected = "a Data, a split, a data set with a length or an iterable of batches"
+            raise DataError(f"data: expected {expected}, got {short(batches)}")
         self.batches = batches
         self.fresh = makes_fresh_batches(batches)
         self.copies: CopyStream | None = None
@@ -371,14 +375,14 @@ class ForeignLoader:
 
     def __len__(self) -> int:
         """The number of batches of an epoch. Raises TypeError where it is not known."""
-        if isinstance(self.batches, DataLoader) and self.batches.num_workers > 1:
-            if isinstance(self.batches.dataset, IterableDataset):
-                raise TypeError("each worker ends with a smaller batch, which the length of a DataLoader leaves out")
+        several = isinstance(self.batches, DataLoader) and self.batches.num_workers > 1
+        if several and isinstance(self.batches.dataset, IterableDataset):  # type: ignore[attr-defined]
+            raise TypeError("the length does not count the smaller last batch of each worker")
         return len(self.batches)  # type: ignore[arg-type]
 
     @property
     def single_pass(self) -> bool:
-        """Whether it can be read only once. An iterator of a class of the user's own may begin again, and is not."""
+        """Whether it can be read only once, as a generator; an iterator of a user's class may restart."""
         built_in = type(self.batches).__module__ in ("builtins", "itertools")
         return built_in and isinstance(self.batches, Iterator)
 
@@ -386,10 +390,9 @@ class ForeignLoader:
         """Yield the batches of an epoch from batch number `start` on.
 
         Args:
-            epoch: of training, counted from 0; `set_epoch` is called of the loader, its samplers
-                and its data set. None:
-                of a measurement, which calls none: that would change the epoch of a training that
-                is under way.
+            epoch: the epoch of training, counted from 0; `set_epoch` of the loader, its samplers
+                and its data set is called. None for a measurement, which calls nothing: it may read
+                what a training that is under way reads too.
             start: batches to leave out.
 
         Raises DataError for a measurement on data that was read before and can be read only once.
@@ -397,7 +400,8 @@ class ForeignLoader:
         if epoch is not None:
             set_epoch(self.batches, epoch)
         elif self.started and self.single_pass:
-            raise DataError(f"the data is a {type(self.batches).__name__}, which can be read only once; {READ_AGAIN}")
+            kind = type(self.batches).__name__
+            raise DataError(f"the data is a {kind}, which can be read only once; {READ_AGAIN}")
         self.started = True
         batches = islice(map(as_batch, self.batches), start, None)
         if self.copies is None:
@@ -408,14 +412,17 @@ class ForeignLoader:
         return (batch for batch, _ in copied)
 
     def keep(self, batch: Batch) -> Batch:
-        """Return a batch that stays as it is when the next one is asked for: a copy, where the memory may be reused."""
+        """Return a batch that outlasts the next one: a copy, where the memory may be reused."""
         if self.fresh or self.copies is not None:
             return batch
         return tuple(tensor.clone() for tensor in batch)
 
 
 def makes_fresh_batches(batches: Any) -> bool:
-    """Return whether each batch is known to have memory of its own: in a list, or stacked by torch's DataLoader."""
+    """Return whether each batch is known to have memory of its own.
+
+    That is so in a list, and where torch's DataLoader stacks samples in its usual way.
+    """
     if isinstance(batches, list | tuple):
         return True
     if type(batches) is not DataLoader or batches.batch_sampler is None:
@@ -424,18 +431,16 @@ def makes_fresh_batches(batches: Any) -> bool:
 
 
 def set_epoch(source: Any, epoch: int) -> None:
-    """Call `set_epoch` of a loader and of all that it reads from, once each: samplers, batch samplers, data sets."""
+    """Call `set_epoch` of a loader and of its samplers, batch samplers and data sets, once each."""
     waiting = [source]
     seen: list[Any] = []
     while waiting:
         part = waiting.pop(0)
-        if any(part is other for other in seen):
+        if part is None or any(part is other for other in seen):
             continue
         seen.append(part)
         if callable(getattr(part, "set_epoch", None)):
             part.set_epoch(epoch)
-        for name in ("batch_sampler", "sampler", "dataset"):
-            if getattr(part, name, None) is not None:
-                waiting.append(getattr(part, name))
+        waiting += [getattr(part, name, None) for name in ("batch_sampler", "sampler", "dataset")]
         if isinstance(part, ConcatDataset | ChainDataset):
-            waiting.extend(part.datasets)
+            waiting += part.datasets

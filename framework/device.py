@@ -62,14 +62,12 @@ def chosen_layout(wanted: bool | Literal["auto"], model: nn.Module | None) -> tu
 
 
 class CopyStream:
-    """Copies batches to a CUDA device on a stream of its own, so that copying does not wait for
-    what is computed.
+    """Copies batches to a CUDA device on a stream of its own, which does not wait for the model.
 
     Args:
         device: the CUDA device.
-        reused: whether the memory of a batch may be written when the next batch is read. Then each
-            copy is complete
-            before that, and a batch that is on the device already is copied too.
+        reused: whether the memory of a batch may be written when the next one is read. Then each
+            copy is complete before that, and a batch that is on the device already is copied too.
     """
 
     def __init__(self, device: torch.device, reused: bool = False):
@@ -80,10 +78,11 @@ class CopyStream:
         return self._ready(one_ahead(map(self._begin, reads)))
 
     def in_turn(self, reads: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
-        """Yield (batch, something) on the device; the next one is read when it is asked for, and not before."""
+        """Yield (batch, something) on the device; the next one is read when it is asked for."""
         return self._ready(map(self._begin, reads))
 
-    def _ready(self, begun: Iterable[tuple[Any, Any, torch.cuda.Event | None]]) -> Iterator[tuple[Any, Any]]:
+    def _ready(self, begun: Iterable[tuple[Any, Any, Any]]) -> Iterator[tuple[Any, Any]]:
+        """Yield the copies that `_begin` has begun, ready for the current stream."""
         for batch, beside, done in begun:
             if done is not None:
                 current = torch.cuda.current_stream(self.device)
@@ -100,7 +99,7 @@ class CopyStream:
             copied = tuple(tensor.to(self.device, non_blocking=True) for tensor in batch)
             done = self.stream.record_event()
         if self.reused:
-            done.synchronize()  # of the copy alone: a tensor in pinned memory is read while the program goes on
+            done.synchronize()  # waits for this copy alone; out of pinned memory it is asynchronous
             pairs = zip(copied, batch, strict=True)
             copied = tuple(new.clone() if new is old else new for new, old in pairs)
         return copied, beside, done

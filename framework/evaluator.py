@@ -61,11 +61,15 @@ class Evaluator:
         task: Task | Callable[[Tensor, Tensor], Tensor] | None = None,
         batch_size: int = 256,
     ) -> Tensor:
-        """Return the model's outputs for inputs (rows, *in_shape), or for every sample of a split,
-        on the CPU.
+        """Return the model's outputs for inputs or for every sample of a split, on the CPU.
 
-        They keep their type, apart from floats of less than 32 bits (bf16 and fp16), which become
-        float32.
+        They keep their dtype, apart from bf16 and fp16, which become float32.
+
+        Args:
+            data: inputs (rows, *in_shape), a split, or an iterable of batches.
+            model: another one than the fitted one.
+            task: as for `evaluate`.
+            batch_size: samples at once, for inputs and splits.
         """
         self._use(model, task, "model")
         batches = self._batches(TensorSplit(data) if isinstance(data, Tensor) else data, batch_size)
@@ -74,9 +78,8 @@ class Evaluator:
             for batch in batches.epoch():
                 for part in self.micro_batches.split(self._place(batch)):
                     made = self.model(part[0])
-                    outputs.append(
-                        made.to("cpu", at_least_float32(made.dtype), copy=True)
-                    )  # it may be the batch itself
+                    # a copy: the outputs may be in the memory of the batch, or of the last outputs
+                    outputs.append(made.to("cpu", at_least_float32(made.dtype), copy=True))
         if not outputs:
             raise DataError("there is nothing to predict: the inputs have no row")
         return torch.cat(outputs)
@@ -88,11 +91,11 @@ class Evaluator:
             for batch in batches.epoch():
                 self._measure_batch(self._place(batch), measures)
             if measures.empty:
-                raise DataError("the data to measure on has no batch: it is empty, or was read before and is used up")
+                raise DataError("the data to measure on has no batch: it is empty or used up")
             return measures.read()
 
     def _measure_batch(self, batch: Batch, measures: Measures) -> None:
-        """Add a batch to the measures; when memory is full and its parts may become smaller, it is run again."""
+        """Add a batch to the measures; if memory is full, run it again in smaller parts if allowed."""
         if not self.micro_batches.auto:
             self._measure_parts(batch, measures)
             return
@@ -105,7 +108,7 @@ class Evaluator:
             except (MemoryError, RuntimeError) as error:
                 if not self.micro_batches.halve(error, versions([batch]) == before):
                     raise
-            measures.undo(mark)  # out of `except`, whose traceback keeps the tensors that filled the memory
+            measures.undo(mark)  # not in `except`, whose traceback keeps the tensors of the pass
 
     def _measure_parts(self, batch: Batch, measures: Measures) -> None:
         for part in self.micro_batches.split(batch):
@@ -139,11 +142,11 @@ class Evaluator:
     def _place(self, batch: Batch) -> Batch:
         if all(tensor.device == self.device for tensor in batch):
             return batch
-        asynchronous = self.device.type == "cuda"  # where a copy out of pinned memory is followed by what uses it
+        asynchronous = self.device.type == "cuda"  # other devices may read the memory too late
         return tuple(tensor.to(self.device, non_blocking=asynchronous) for tensor in batch)
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """Return the type that predictions have: float32 for smaller floats, which NumPy and files do not know."""
+    """Return the dtype of predictions: float32 for smaller floats, of which NumPy lacks bf16."""
     small = dtype.is_floating_point and dtype.itemsize < torch.float32.itemsize
     return torch.float32 if small else dtype

@@ -65,7 +65,7 @@ class FusedStep:
         self.names, self.update = UPDATES.get(type(optimizer), unknown)
         self.lists: list[Lists] | None = None
         self.made_for: Any = None
-        self.states: list[Any] = []  # all tensors of state for which the lists were made
+        self.states: list[Any] = []  # what the optimizer kept when the lists were made
         if self.update is None or not all(map(plain, optimizer.param_groups)) or not self._reproduces(self.update):
             self.update = None
 
@@ -112,7 +112,8 @@ class FusedStep:
         whole = all(isinstance(state.get(name), Tensor) for state in states for name in names)
         if not whole or not plain(group) or len({(p.device, p.dtype) for p in params}) != 1:
             return None
-        return Lists(group, params, names, [[state[name] for state in states] for name in names] or [[]])
+        kept = [[state[name] for state in states] for name in names]
+        return Lists(group, params, names, kept or [[]])
 
     def _reproduces(self, update: Update) -> bool:
         """Whether, on one number, the update does exactly what a `step()` does in this release of torch."""
@@ -137,12 +138,11 @@ class FusedStep:
 
 @torch.no_grad()
 def complete_momentum(optimizer: Optimizer) -> None:
-    """Make the momentum of parameters that have none yet, beside others that have one, for torch's
-    fused SGD.
+    """Give a momentum to the parameters that have none yet, where others have one.
 
-    It takes either none or all of them, while one that was frozen or added comes later. The
-    momentum after the step is the gradient, as it is after a parameter's first step of an SGD that
-    is not fused.
+    torch's fused SGD raises a TypeError for such a group, which comes about when a parameter is
+    unfrozen or added. As in the SGD that is not fused, the momentum after the first step of a
+    parameter is its gradient.
     """
     if not isinstance(optimizer, SGD):
         return
@@ -157,12 +157,13 @@ def complete_momentum(optimizer: Optimizer) -> None:
             buffer = torch.zeros_like(p)
             if group["dampening"]:
                 gradient = -p.grad if group["maximize"] else p.grad
-                buffer.add_(gradient + group["weight_decay"] * p, alpha=group["dampening"] / group["momentum"])
+                gradient = gradient + group["weight_decay"] * p
+                buffer.add_(gradient, alpha=group["dampening"] / group["momentum"])
             optimizer.state[p]["momentum_buffer"] = buffer
 
 
 def states_of(optimizer: Optimizer) -> list[Any]:
-    """Return everything that one of torch's fused optimizers keeps, of all parameters in one list."""
+    """Return all values of the state of all parameters, in one list."""
     kept = [state.values() for state in optimizer.state.values() if isinstance(state, dict)]
     return list(chain.from_iterable(kept))
 

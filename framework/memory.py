@@ -54,8 +54,7 @@ def versions(batches: Iterable[Batch]) -> list[int]:
     """Return how often each tensor was changed in place, as autograd counts it."""
     found = []
     for batch in batches:
-        for tensor in batch:
-            found.append(0 if tensor.is_inference() else tensor._version)
+        found += [0 if tensor.is_inference() else tensor._version for tensor in batch]
     return found
 
 
@@ -81,18 +80,21 @@ class MicroBatches:
         return list(zip(*(tensor.split(self.largest) for tensor in batch), strict=True))
 
     def halve(self, error: BaseException, unchanged: bool = True) -> bool:
-        """After an error: whether it makes sense to try again, with half as many samples at once
-        from now on.
+        """Halve the samples at once after an error; return whether it makes sense to try again.
 
-        unchanged: whether the batch is as it was. Raises OutOfMemory where it is not: other inputs
-            would be run.
+        Args:
+            error: what was raised.
+            unchanged: whether the batch is as it was before.
+
+        Raises OutOfMemory when another try would run other inputs, since the batch is changed.
         """
         if not self.auto or not is_full(error) or self.largest <= 1:
             return False
         if not unchanged:
             raise OutOfMemory(
-                "micro_batch=auto: memory is full, and the batch cannot be run again, since the model changes its inputs "
-                f"in place; set micro_batch to less than {self.largest}, or clone the inputs in `forward`"
+                "micro_batch=auto: memory is full, and the batch cannot be run again, since the "
+                "model changes its inputs in place; expected a clone of them in `forward`, or "
+                f"micro_batch below {self.largest}"
             ) from error
         self.size = -(-self.largest // 2)
         warnings.warn(f"memory is full with {self.largest} samples at once: going on with {self.size}", stacklevel=2)

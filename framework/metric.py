@@ -97,8 +97,8 @@ class Measures:
         self.values: dict[str, Tensor] = {}  # of each name the sum, and over how many items
         self.held: list[Held] = []
         self.numbers = 0
-        self.first: Tensor | None = None  # the outputs of the first batch, until the second has memory of its own
-        self.owned = self.hold == 1
+        self.first: Tensor | None = None  # the outputs of the first batch, until the second comes
+        self.checked_memory = self.hold == 1
 
     def add(
         self,
@@ -113,7 +113,7 @@ class Measures:
         outputs, targets: None where no metric shall see them. values: other means over the items, by name.
         """
         seen = (outputs.detach(), targets) if self.metrics and outputs is not None else (None, None)
-        if seen[0] is not None and not self.owned:
+        if seen[0] is not None and not self.checked_memory:
             seen = (self._own(seen[0]), targets)
         means = {name: value.detach() for name, value in values.items()} if values else values
         one = Held(loss.detach(), count, seen[0], seen[1], means)
@@ -125,10 +125,10 @@ class Measures:
             self._sum_up()
 
     def _own(self, outputs: Tensor) -> Tensor:
-        """Return outputs that can be held back: a copy of the first ones.
+        """Return outputs that can be held back: a copy of those of the first batch.
 
-        When the second ones are in the memory of the first, the model gives the same memory each
-        time (as one replayed by a CUDA graph does): then nothing is held back from here on.
+        If those of the second batch are in the same memory as the first ones, the model reuses its
+        memory, as a module replayed by a CUDA graph does: then nothing is held back any more.
         """
         if self.first is None:
             self.first = outputs
@@ -136,7 +136,7 @@ class Measures:
         if outputs.data_ptr() == self.first.data_ptr():
             self._sum_up()
             self.hold = 1
-        self.first, self.owned = None, True
+        self.first, self.checked_memory = None, True
         return outputs
 
     @torch.no_grad()
@@ -157,7 +157,7 @@ class Measures:
             if self.sums:
                 self.sums = [a + b for a, b in zip(self.sums, fresh, strict=True)]
             else:
-                self.sums = [sums.clone() for sums in fresh]  # they may be in the memory of the outputs
+                self.sums = [sums.clone() for sums in fresh]  # may be views of the outputs
         for name in dict.fromkeys(name for one in self.held for name in one.values):
             there = [one for one in self.held if name in one.values]
             weights = torch.stack([torch.as_tensor(one.items).to(self.loss) for one in there])

@@ -1,4 +1,4 @@
-"""Training and evaluation modes: a module that its user put into evaluation mode stays in it while the model trains."""
+"""Training and evaluation modes: modules that the user put into evaluation mode stay in it."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -48,12 +48,12 @@ class Modes:
             module.training = False
 
     def take_choice(self) -> None:
-        """Let modules that callbacks have put into evaluation mode since `train` stay in it, and no others."""
+        """Keep those modules in evaluation mode that are in it now: callbacks may have chosen others."""
         if self.model.training:
             self.still = [module for module in self.model.modules() if not module.training]
 
     def take_woken(self) -> None:
-        """Train from now on the modules that callbacks have put into training mode since `train`."""
+        """Train from now on those modules that callbacks have put into training mode."""
         self.still = [module for module in self.still if not module.training]
 
     def leave(self) -> None:

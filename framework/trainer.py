@@ -128,20 +128,20 @@ class Trainer(Evaluator):
         """Train a model until a limit, or until a callback sets `state.stop`; return the final state.
 
         Modules that are in evaluation mode when fit begins, or that a callback puts into it in
-        `on_fit_start`, stay in it in every epoch, unless the model itself is: then all of it is
-        trained. Afterwards all of it is in evaluation mode, and another fit trains the modules that
-        this one trained; to change that, call `model.train()` first, then `eval()` of modules.
-        Python's, NumPy's and torch's global generators are seeded when fit begins, from the
-        trainer's seed: a fit called again reads the samples in the same order. They stay where
-        training leaves them.
+        `on_fit_start`, stay in it during training. If the model itself is in evaluation mode, all
+        of its modules are trained. Fit leaves all modules in evaluation mode, and another fit
+        trains the same modules as this one; to choose others, call `model.train()` first, and then
+        `eval()` of single modules.
+
+        Fit seeds the global generators of Python, NumPy and torch from the trainer's seed, and does
+        not restore them. So a second call of fit reads the samples in the same order.
 
         Args:
             model: any module; it is moved to the device, and left in evaluation mode.
-            data: a `Data` (its val split is validated on), a split, a data set of torch's (an
-                `IterableDataset` yields
-                samples too), or an iterable of batches such as a DataLoader. It may reuse the
-                memory of its batches. `set_epoch` of a loader, its samplers and its data set is
-                called before each epoch.
+            data: a `Data` (its val split is validated on), a split, a data set of torch's (also an
+                `IterableDataset`, of samples), or an iterable of batches such as a DataLoader,
+                which may reuse the memory of its batches. Before each epoch `set_epoch` of the
+                loader, its samplers and its data set is called, where there is one.
             task: a `Task`, or a loss of (outputs, targets).
             optimizer: a torch optimizer over the model's parameters.
             val: what to validate on, if not the data's own val split.
@@ -153,9 +153,10 @@ class Trainer(Evaluator):
 
         Raises DataError when the data is empty or does not fit the task, OutOfMemory when memory is full.
         """
-        with torch.inference_mode(False), torch.enable_grad():  # also where the caller computes without gradients
+        with torch.inference_mode(False), torch.enable_grad():  # whatever the caller has set
             self.begin(model, data, task, optimizer, val, schedule, metrics, batch_size, resume)
-            with deterministic_algorithms(self.deterministic), memory_errors(self.device), self.fitting():
+            deterministic = deterministic_algorithms(self.deterministic)
+            with deterministic, memory_errors(self.device), self.fitting():
                 while not self.done:
                     self._epoch()
         return self.state
@@ -185,20 +186,24 @@ class Trainer(Evaluator):
             data = data.train
         self.train_batches = self._batches(data, batch_size, shuffle=True)
         self.val_batches = None if val is None else self._batches(val, 4 * batch_size)  # without gradients
-        self._check_validation_data()
         self.metrics = list(metrics)
         self._prepare(resume)
+        self._check_validation_data()
 
     def _check_validation_data(self) -> None:
-        """Raise DataError where the second validation would find no data, perhaps after hours."""
+        """Raise DataError where a second validation, perhaps after hours, would find no data."""
         if not isinstance(self.val_batches, ForeignLoader) or not self.val_batches.single_pass:
             return
-        by_epochs = self.validate_every.unit == "epoch" and self.max_epochs is not None and self.max_steps is None
-        if by_epochs and self.max_epochs > self.validate_every.number:  # type: ignore[operator]
+        by_epochs = self.validate_every.unit == "epoch" and self.max_steps is None
+        if self.max_epochs is None or not by_epochs:
+            return  # how many validations there will be is not known
+        every = int(self.validate_every.number)
+        validations = self.max_epochs // every - self.state.epoch // every
+        validations += self.max_epochs % every != 0
+        if validations > 1:
             kind = type(self.val_batches.batches).__name__
-            raise DataError(
-                f"val: expected data for more than one validation, got a {kind}, read only once; {READ_AGAIN}"
-            )
+            expected = f"data for {validations} validations"
+            raise DataError(f"val: expected {expected}, got a {kind}; {READ_AGAIN}")
 
     @contextmanager
     def fitting(self) -> Iterator[None]:
@@ -280,15 +285,13 @@ class Trainer(Evaluator):
     def _check_parts(self) -> None:
         """Raise SettingError when a callback has replaced a part that this fit was prepared for."""
         prepared = self._backward
-        if (
-            self.model is prepared.model
-            and self.task is prepared.task
-            and self.optimizer is prepared.optimizer
-        ):
+        same = self.model is prepared.model and self.task is prepared.task
+        if same and self.optimizer is prepared.optimizer:
             return
         for name in ("model", "task", "optimizer"):
             if getattr(self, name) is not getattr(prepared, name):
-                raise SettingError(f"trainer.{name} was replaced during fit: change it in place, or start a new fit")
+                advice = "change it in place, or start a new fit"
+                raise SettingError(f"trainer.{name} was replaced during fit: {advice}")
 
     def _step(self, window: list[Batch]) -> None:
         """The training step: the gradients of all its batches (`backward.py`), then one update, compiled or not.
@@ -413,7 +416,11 @@ class Trainer(Evaluator):
                     logger.scalars(values, step=state.step, epoch=state.epoch, wall_seconds=state.wall_seconds)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a run needs to go on from here, in plain types and tensors."""
+        """Return all that a run needs to go on from here, in plain types and tensors.
+
+        As in torch's own `state_dict`, tensors are those of the model and the optimizer, which
+        change with further training; `copy.deepcopy` keeps them.
+        """
         return trainer_state.capture(self)
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:

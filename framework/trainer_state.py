@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 from . import seeds
@@ -33,7 +34,8 @@ def capture(trainer: Trainer) -> dict[str, Any]:
 def restore(trainer: Trainer, saved: dict[str, Any]) -> None:
     """Take back what `capture` gave, into a trainer with the same parts."""
     trainer.model.load_state_dict(saved["model"])
-    trainer.optimizer.load_state_dict(saved["optimizer"])
+    own = deepcopy(saved["optimizer"])  # or the optimizer would write into the tensors of `saved`
+    trainer.optimizer.load_state_dict(own)
     match_layout(trainer.optimizer)
     if isinstance(trainer.schedule, Schedule):
         trainer.schedule.load_state_dict(saved["schedule"])

@@ -54,24 +54,27 @@ class Whole:
         trained: list[nn.Parameter] = []
         numbers: list[int] = []
         for number, group in enumerate(groups):
-            wanted = [p for p in group["params"] if p.requires_grad]
-            trained += wanted
-            numbers += [number] * len(wanted)
+            own = [p for p in group["params"] if p.requires_grad]
+            trained += own
+            numbers += [number] * len(own)
         if self._made_for(trained, numbers):
             return True
         self.made_for = None
         self.trained, self.groups = trained, numbers
         if not self.begun():
             return False
-        places = [(g["params"][0].device, self.rate_type or g["params"][0].dtype) for g in groups]
-        self.rates = [torch.zeros((), device=device, dtype=dtype) for device, dtype in places]
+        self.rates = []
+        for group in groups:
+            first = (group["params"] or trained)[0]
+            dtype = self.rate_type or first.dtype
+            self.rates.append(torch.zeros((), device=first.device, dtype=dtype))
         self.made_for, self.kept = state, kept_tensors(state)
         return True
 
     def _made_for(self, trained: list[nn.Parameter], numbers: list[int]) -> bool:
-        """Whether the call was made for these very parameters, in these groups, and for the state that they have."""
-        state = self.optimizer.state
-        if self.made_for is not state or numbers != self.groups or len(self.rates) != len(self.optimizer.param_groups):
+        """Whether the call was made for these parameters, groups and tensors of the state."""
+        groups, state = self.optimizer.param_groups, self.optimizer.state
+        if self.made_for is not state or numbers != self.groups or len(self.rates) != len(groups):
             return False
         return identical(trained, self.trained) and identical(kept_tensors(state), self.kept)
 

@@ -211,13 +211,13 @@ def as_batch(batch: Any) -> Batch:
     if not tensors or len(parts) == 0:
         held = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else described(batch)
         advice = ""
-        if isinstance(parts, tuple | list) and any(isinstance(part, tuple | list) for part in parts):
+        several = isinstance(parts, tuple | list)
+        if several and any(isinstance(part, tuple | list) for part in parts):
             advice = "; a Task of your own takes a flat tuple of any length"
-        elif isinstance(parts, tuple | list) or hasattr(batch, "__array__"):
+        elif several or hasattr(batch, "__array__"):
             advice = "; torch.as_tensor makes tensors of arrays and numbers"
-        raise DataError(
-            f"a batch must be a tuple of tensors (inputs, targets), not {type(batch).__name__} ({held}){advice}"
-        )
+        got = f"{type(batch).__name__} ({held})"
+        raise DataError(f"a batch must be a tuple of tensors (inputs, targets), not {got}{advice}")
     return tuple(parts)
 
 
@@ -226,8 +226,10 @@ def described(part: Any) -> str:
     if not isinstance(part, tuple | list):
         return type(part).__name__
     kinds = [type(each).__name__ for each in part[:4]]
+    if not kinds:
+        return f"an empty {type(part).__name__}"
     more = ", ..." if len(part) > 4 else ""
-    return f"{type(part).__name__} of {', '.join(kinds)}{more}" if kinds else f"an empty {type(part).__name__}"
+    return f"{type(part).__name__} of {', '.join(kinds)}{more}"
 
 
 def read_batches(

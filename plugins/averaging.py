@@ -57,7 +57,7 @@ class Averaging(Callback):
         return False
 
     def _follow(self) -> None:
-        """Take in parameters that were replaced in the model: what is kept beside a new one begins as a copy of it."""
+        """Replace parameters as the model has; what is kept beside a new one begins as its copy."""
         if not self.contents.changed():
             return
         self.contents.remember()
@@ -66,7 +66,7 @@ class Averaging(Callback):
         self.keep_in_step(before)
 
     def keep_in_step(self, before: list[Tensor]) -> None:
-        """Bring what is kept beside the parameters into their order. before: the parameters that it was kept beside."""
+        """Order what is kept beside the parameters as they are now. before: the old parameters."""
         self.others = matched(self.parameters, before, self.others)
 
     def on_step_end(self, trainer: Trainer) -> None:
@@ -143,6 +143,7 @@ class Averaging(Callback):
         self._update()
         if self.trainer is None:
             return {"updates": self.updates}
+        self._follow()
         others = dict(zip(self.names, self.others, strict=True))
         return {"updates": self.updates, "weights" if self.averaged else "average": others}
 
@@ -151,8 +152,14 @@ class Averaging(Callback):
 
 
 def matched(parameters: list[Tensor], before: list[Tensor], kept: list[Tensor]) -> list[Tensor]:
-    """Return for each parameter what is kept beside it, or a copy of one that is new. kept: beside those of `before`."""
-    known = {id(p): value for p, value in zip(before, kept, strict=True)}  # `before` holds them, so an id is of one
+    """Return for each parameter what is kept beside it, or a copy of a new one.
+
+    Args:
+        parameters: those that the model has now.
+        before: those that it had.
+        kept: what was kept beside each of these.
+    """
+    known = dict(zip(map(id, before), kept, strict=True))  # `before` holds them: each id is of one
     found = []
     for parameter in parameters:
         value = known.get(id(parameter))
@@ -258,9 +265,8 @@ class Swa(Averaging):
                         norm.momentum = 1 / number  # a plain mean over batches
                     self.look_at(trainer, batch)
                 if number == 0:
-                    raise DataError(
-                        f"callbacks.swa: the training data cannot be read again for the statistics; {READ_AGAIN}"
-                    )
+                    why = "the training data cannot be read again, to measure statistics"
+                    raise DataError(f"callbacks.swa: {why}; {READ_AGAIN}")
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum

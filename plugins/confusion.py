@@ -60,7 +60,8 @@ def count_pairs(trainer: Trainer) -> Tensor:
             new = pairs.bincount(minlength=classes**2).reshape(classes, classes)
             counts = new.double() if counts.numel() == 0 else counts + new
     if counts.numel() == 0:
-        raise DataError(f"callbacks.confusion: the validation data cannot be read again; {READ_AGAIN}")
+        why = "the validation data cannot be read again"
+        raise DataError(f"callbacks.confusion: {why}; {READ_AGAIN}")
     return counts
 
 

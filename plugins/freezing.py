@@ -71,12 +71,16 @@ class Freeze(Callback):
 
     def apply(self, trainer: Trainer) -> None:
         wanted = self.wanted(trainer.state.epoch)
-        if wanted == self.frozen and any(trainer.model.get_parameter(name) is not p for name, p in self.held.items()):
-            self.set(trainer.model, wanted)  # another callback has put a new module there
+        if wanted == self.frozen and self._replaced(trainer.model):
+            self.set(trainer.model, wanted)
         if wanted != self.frozen:
             self.set(trainer.model, wanted)
             count = sum(trainer.model.get_parameter(name).numel() for name in wanted)
             trainer.log({"train/frozen_parameters": float(count)})
+
+    def _replaced(self, model: nn.Module) -> bool:
+        """Whether another callback has put a new parameter in the place of a frozen one."""
+        return any(model.get_parameter(name) is not p for name, p in self.held.items())
 
     def set(self, model: nn.Module, wanted: set[str]) -> None:
         """Freeze these parameters and no other ones of mine."""

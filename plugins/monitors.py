@@ -116,7 +116,7 @@ class Augmented(Transform):
         self.shown: Tensor | None = None
 
     def __call__(self, batch: Batch) -> Batch:
-        self.shown = batch[0][: self.count].clone()  # until the end of the step, when a loader may have written there
+        self.shown = batch[0][: self.count].clone()  # a loader may write there before the step ends
         return batch
 
     def on_step_end(self, trainer: Trainer) -> None:

@@ -105,7 +105,8 @@ def held_out(trainer: Trainer, count: int) -> Tensor:
     batches = trainer.train_batches if trainer.val_batches is None else trainer.val_batches
     split = getattr(batches, "split", None)
     if is_in_memory(split):
-        return split.tensors[0][:count].to(trainer.device, copy=True)  # a model may change its inputs
+        inputs = split.tensors[0][:count]
+        return inputs.to(trainer.device, copy=True)  # a model may change its inputs
     found: list[Tensor] = []
     with seeds.undisturbed():
         for batch in batches.epoch():

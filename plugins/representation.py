@@ -248,7 +248,8 @@ class LinearProbe(Callback):
             with trainer.precision.inference(trainer.model):
                 for batch in batches.epoch():
                     trainer.model(batch[0].to(trainer.device))
-                    classes.append(batch[1].to(trainer.device, copy=True))  # a loader may reuse its memory
+                    # copies: a loader may reuse its memory
+                    classes.append(batch[1].to(trainer.device, copy=True))
                     if count is not None and sum(map(len, classes)) >= count:
                         break
         finally:

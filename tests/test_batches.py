@@ -152,7 +152,7 @@ def loaders_that_are_told():
     whole, subset = ToldLoader(data, 16), ToldSet(X, Y)
     return {
         "sampler": (DataLoader(SPLIT, 16, sampler=ToldSampler(X)), lambda loader: [loader.sampler]),
-        "batch sampler": (DataLoader(data, batch_sampler=batches), lambda loader: [data, batches, sampler]),
+        "batch sampler": (DataLoader(data, batch_sampler=batches), lambda _: [data, batches, sampler]),
         "stream": (DataLoader(stream, 16), lambda loader: [stream]),
         "loader": (whole, lambda loader: [whole, whole.dataset]),
         "subset": (DataLoader(Subset(subset, range(70)), 16), lambda loader: [subset]),
@@ -194,7 +194,8 @@ def test_a_stream_of_samples_is_read_in_batches():
     assert whole[1].of("val/loss") == as_it_is[1].of("val/loss")
     trainer = as_it_is[0]
     assert torch.equal(trainer.predict(Endless(40)), trainer.predict(X[:40]))
-    assert trainer.evaluate(Endless(40)) == pytest.approx(trainer.evaluate(TensorSplit(X[:40], Y[:40])))
+    in_memory = trainer.evaluate(TensorSplit(X[:40], Y[:40]))
+    assert trainer.evaluate(Endless(40)) == pytest.approx(in_memory)
 
 
 class Shared(IterableDataset):
@@ -212,7 +213,7 @@ class Shared(IterableDataset):
 
 @pytest.mark.filterwarnings("ignore:Length of IterableDataset")
 def test_every_batch_of_every_worker_is_read():
-    """Each of two workers ends with a smaller batch: there are four, though the loader's length says three."""
+    """Each of two workers ends with a smaller batch: four in all, though the length says three."""
     loader = DataLoader(Shared(), 4, num_workers=2)
     assert fit(loader, max_epochs=2)[0].state.samples == 24
     assert count_steps(ForeignLoader(DataLoader(Shared(), 4)), 1) == 3
@@ -223,7 +224,7 @@ def test_validation_data_that_can_be_read_once():
         return ((X[:20], Y[:20]) for _ in range(1))
 
     assert fit(val=batches(), max_epochs=1)[1].steps("val/loss") == [5]
-    with pytest.raises(DataError, match="val: expected data for more than one validation, got a generator"):
+    with pytest.raises(DataError, match="val: expected data for 3 validations, got a generator"):
         fit(val=batches())
     with pytest.raises(DataError, match="a generator, which can be read only once"):
         fit(val=batches(), validate_every="3steps")
@@ -249,7 +250,7 @@ class Lengthless(Dataset):
         (3, "expected a Data, a split, .* got 3"),
         (None, "got None"),
         (Lengthless(), "Lengthless has no `__len__`"),
-        ([((X, X), Y)], r"not tuple \(tuple of tuple, Tensor\); a Task of your own takes a flat tuple"),
+        ([((X, X), Y)], r"not tuple \(tuple of tuple, Tensor\); a Task of your own"),
         ([(X.numpy(), Y.numpy())], r"not tuple \(tuple of ndarray, ndarray\); torch.as_tensor"),
         ([X.numpy()], r"not ndarray \(ndarray\); torch.as_tensor"),
         ([{"x": X, "y": Y}], r"not dict \(x, y\)"),

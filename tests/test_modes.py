@@ -166,8 +166,9 @@ def test_trials_that_train_as_one_keep_modules_in_eval_mode():
         trainer = Trainer(max_epochs=2, device="cpu", seed=seed)
         data = fw.data.Loader(TensorSplit(X, Y), 8, shuffle=True)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        fit = {"model": model, "data": data, "task": nn.CrossEntropyLoss(), "optimizer": optimizer, "val": None}
-        return trainer, fit | {"schedule": None, "metrics": [], "batch_size": 8, "resume": None}
+        fit = {"model": model, "data": data, "task": nn.CrossEntropyLoss(), "optimizer": optimizer}
+        rest = {"val": None, "schedule": None, "metrics": [], "batch_size": 8, "resume": None}
+        return trainer, fit | rest
 
     trainers, fits = zip(pair(0), pair(1), strict=True)
     Lockstep(trainers, fits).run()
@@ -191,7 +192,7 @@ def test_a_fit_works_where_gradients_are_switched_off(mode):
 
 
 def test_a_diverged_fit_leaves_no_switch_in_the_optimizer():
-    """On an accelerator `non_finite` lets the optimizer leave updates out; the next user of the optimizer wants them."""
+    """On an accelerator `non_finite` lets the optimizer leave updates out until the fit ends."""
     model = network()
     watch = fw.callbacks.build("non_finite")
     trainer = Trainer(max_epochs=1, device="cpu", callbacks=[watch])

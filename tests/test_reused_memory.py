@@ -1,4 +1,9 @@
-"""Loaders that write each batch into the memory of the one before it: every reader takes what it keeps out of there."""
+"""Loaders that write each batch into the memory of the one before it, and parameters that are replaced.
+
+Nothing reads a batch after the next one was asked for, and nothing goes on with what is not there any more.
+"""
+
+import copy
 
 import pytest
 import torch
@@ -18,7 +23,7 @@ SIZE = 4
 
 
 class Reused:
-    """Yields batches in the same two tensors, which hold NaN and -1 before the next batch is written."""
+    """Yields batches in the same two tensors, which hold NaN and -1 before the next batch."""
 
     def __init__(self, inputs=X, targets=Y):
         self.parts = list(zip(inputs.split(SIZE), targets.split(SIZE), strict=True))
@@ -57,23 +62,26 @@ LOADERS = {"no length": Reused, "length": Sized, "DataLoader": through_data_load
 
 def network(norm=False):
     torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8) if norm else nn.Identity(), nn.Tanh(), nn.Linear(8, 3))
+    second = nn.BatchNorm1d(8) if norm else nn.Identity()
+    return nn.Sequential(nn.Linear(5, 8), second, nn.Tanh(), nn.Linear(8, 3))
 
 
-def fit(data, *callbacks, model=None, val=None, metrics=(), max_epochs=2, **settings):
+def fit(data, *callbacks, model=None, val=None, metrics=(), resume=None, max_epochs=2, **settings):
     model = network() if model is None else model
     trainer = Trainer(max_epochs=max_epochs, device="cpu", callbacks=callbacks, **settings)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
-    trainer.fit(model, data, task=nn.CrossEntropyLoss(), optimizer=optimizer, val=val, metrics=metrics)
+    given = {"optimizer": optimizer, "val": val, "metrics": metrics, "resume": resume}
+    trainer.fit(model, data, task=nn.CrossEntropyLoss(), **given)
     return trainer
 
 
 def by_hand(accumulate=1, epochs=2):
-    """Train on the batches one after the other; the mean over a window is the mean over its samples."""
+    """Train on one batch after the other; the mean over a window is that over its samples."""
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    size = SIZE * accumulate
     for _ in range(epochs):
-        for inputs, targets in zip(X.split(SIZE * accumulate), Y.split(SIZE * accumulate), strict=True):
+        for inputs, targets in zip(X.split(size), Y.split(size), strict=True):
             optimizer.zero_grad()
             F.cross_entropy(model(inputs), targets).backward()
             optimizer.step()
@@ -85,10 +93,11 @@ def assert_same(one, other, tolerance=0.0):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
+SETTINGS = [{}, {"accumulate": 3}, {"micro_batch": 3}, {"accumulate": 2, "micro_batch": "auto"}]
+
+
 @pytest.mark.parametrize("loader", LOADERS.values(), ids=LOADERS)
-@pytest.mark.parametrize(
-    "settings", [{}, {"accumulate": 3}, {"micro_batch": 3}, {"accumulate": 2, "micro_batch": "auto"}], ids=str
-)
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_training_is_the_plain_loop(loader, settings):
     accuracy = fw.metrics.build("accuracy")
     trainer = fit(loader(), val=loader(), metrics=[accuracy], validate_every="2steps", **settings)
@@ -113,13 +122,19 @@ class First(nn.Module):
 def test_outputs_that_are_the_inputs_are_kept(loader):
     trainer = Trainer(max_steps=1, device="cpu")
     assert torch.equal(trainer.predict(loader(), model=First()), X)
-    values = trainer.evaluate(loader(), model=First(3), task=F.cross_entropy, metrics=[fw.metrics.build("accuracy")])
+    metrics = [fw.metrics.build("accuracy")]
+    values = trainer.evaluate(loader(), model=First(3), task=F.cross_entropy, metrics=metrics)
     assert values["test/loss"] == pytest.approx(F.cross_entropy(X[:, :3], Y).item())
-    assert values["test/accuracy"] == pytest.approx((X[:, :3].argmax(1) == Y).float().mean().item())
+    assert values["test/accuracy"] == pytest.approx(share_right())
+
+
+def share_right():
+    """Return how often the largest of the first three inputs is the target."""
+    return (X[:, :3].argmax(1) == Y).float().mean().item()
 
 
 class OneOutput(nn.Module):
-    """Writes its outputs into the same memory each time, as a module replayed by a CUDA graph does."""
+    """Writes its outputs into the same memory, as a module replayed by a CUDA graph does."""
 
     def __init__(self):
         super().__init__()
@@ -132,12 +147,10 @@ class OneOutput(nn.Module):
 
 def test_outputs_in_the_same_memory_each_time_are_measured_one_by_one():
     trainer = Trainer(max_steps=1, device="cpu")
-    metrics = [fw.metrics.build("accuracy")]
-    for batch_size in (SIZE, 1):
-        values = trainer.evaluate(
-            TensorSplit(X, Y), model=OneOutput(), task=F.cross_entropy, metrics=metrics, batch_size=batch_size
-        )
-        assert values["test/accuracy"] == pytest.approx((X[:, :3].argmax(1) == Y).float().mean().item())
+    given = {"task": F.cross_entropy, "metrics": [fw.metrics.build("accuracy")]}
+    for size in (SIZE, 1):
+        values = trainer.evaluate(TensorSplit(X, Y), model=OneOutput(), batch_size=size, **given)
+        assert values["test/accuracy"] == pytest.approx(share_right())
     assert torch.equal(trainer.predict(X, model=OneOutput(), batch_size=SIZE), X[:, :3])
 
 
@@ -156,17 +169,19 @@ class SumOfOutputs(Metric):
 def test_sums_of_a_metric_that_share_the_memory_of_a_batch_are_kept():
     trainer = Trainer(max_steps=1, device="cpu")
     inputs = X.double()
-    values = trainer.evaluate(Reused(inputs), model=First(3), task=F.cross_entropy, metrics=[SumOfOutputs()])
+    given = {"task": F.cross_entropy, "metrics": [SumOfOutputs()]}
+    values = trainer.evaluate(Reused(inputs), model=First(3), **given)
     expected = sum(part[-1, :3].sum() for part in inputs.split(SIZE))
     assert values["test/output"] == pytest.approx(float(expected))
 
 
 @pytest.mark.parametrize("loader", [Reused, Sized], ids=["no length", "length"])
 def test_statistics_are_measured_on_each_batch(loader):
-    swa = fw.callbacks.build("swa", start=0)
-    plain = fw.callbacks.build("swa", start=0)
+    def averaged(data):
+        return fit(data, fw.callbacks.build("swa", start=0), model=network(norm=True)).model
+
     batches = list(zip(X.split(SIZE), Y.split(SIZE), strict=True))
-    assert_same(fit(loader(), swa, model=network(norm=True)).model, fit(batches, plain, model=network(norm=True)).model)
+    assert_same(averaged(loader()), averaged(batches))
 
 
 class Pictured(fw.Logger):
@@ -187,7 +202,8 @@ def test_callbacks_that_keep_batches_keep_copies():
         logger = Pictured()
         model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
         model[1].weight.data.fill_(0.1)
-        trainer = Trainer(max_epochs=1, device="cpu", callbacks=[fw.callbacks.build("augmented")], loggers=[logger])
+        augmented = fw.callbacks.build("augmented")
+        trainer = Trainer(max_epochs=1, device="cpu", callbacks=[augmented], loggers=[logger])
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         trainer.fit(model, data, task=nn.CrossEntropyLoss(), optimizer=optimizer, val=data)
         shown.append(logger.pictures)
@@ -279,7 +295,7 @@ def test_batches_that_are_fresh_are_not_copied():
 
 
 class Surgery(Callback):
-    """Puts a new last layer in the place of the old one, in the model and in the optimizer, with as many parameters."""
+    """Puts a new last layer, of the same shapes, into the model and into the optimizer."""
 
     def __init__(self, step=3):
         self.step = step
@@ -302,7 +318,10 @@ def replace_head(model, optimizer):
 
 OPTIMIZERS = {
     "sgd": (torch.optim.SGD, {"lr": 0.5, "momentum": 0.9}),
-    "dampened sgd": (torch.optim.SGD, {"lr": 0.5, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1}),
+    "dampened sgd": (
+        torch.optim.SGD,
+        {"lr": 0.5, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1},
+    ),
     "sgd without state": (torch.optim.SGD, {"lr": 0.5}),
     "adamw": (torch.optim.AdamW, {"lr": 0.05}),
 }
@@ -359,20 +378,72 @@ def test_the_update_is_of_the_parameters_and_states_that_are_there(optimizer, ch
     model = network()
     trainer = Trainer(max_steps=8, device="cpu", callbacks=[Change()])
     made = make(list(model.parameters()), **settings, fused=fused)
-    trainer.fit(model, TensorSplit(X, Y), task=nn.CrossEntropyLoss(), optimizer=made, batch_size=SIZE)
-    assert_same(trainer.model, loop_with_surgery(make, settings, 8, change), tolerance=1e-5 if fused else 0.0)
+    given = {"task": nn.CrossEntropyLoss(), "optimizer": made, "batch_size": SIZE}
+    trainer.fit(model, TensorSplit(X, Y), **given)
+    expected = loop_with_surgery(make, settings, 8, change)
+    assert_same(trainer.model, expected, tolerance=1e-5 if fused else 0.0)
 
 
-@pytest.mark.parametrize("name", ["ema", "swa", "lookahead", "schedule_free"])
+AVERAGES = {
+    "ema": {"decay": 0.5, "warmup": False},
+    "swa": {"start": 0},
+    "lookahead": {},
+    "schedule_free": {},
+}
+
+
+@pytest.mark.parametrize("name", AVERAGES)
 def test_an_average_follows_parameters_that_are_replaced(name):
-    settings = {"ema": {"decay": 0.5, "warmup": False}, "swa": {"start": 0}}.get(name, {})
+    """Afterwards the model holds the average, and the callback the weights that were trained."""
     model = network()
-    average = fw.callbacks.build(name, **settings)
-    trainer = Trainer(max_epochs=2, device="cpu", callbacks=[Surgery(), average])
+    average = fw.callbacks.build(name, **AVERAGES[name])
+    saves = Saves(average)
+    trainer = Trainer(max_epochs=2, device="cpu", callbacks=[average, Surgery(), saves])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    trainer.fit(model, TensorSplit(X, Y), task=nn.CrossEntropyLoss(), optimizer=optimizer, batch_size=SIZE)
-    assert [id(p) for p in average.parameters[:4]] == [id(p) for p in model.parameters()]
-    assert not torch.equal(average.others[2], model[3].weight), "the model holds the average, the callback the weights"
+    given = {"task": nn.CrossEntropyLoss(), "optimizer": optimizer, "batch_size": SIZE}
+    trainer.fit(model, TensorSplit(X, Y), **given)
+    assert all(a is b for a, b in zip(average.parameters, model.parameters(), strict=True))
+    assert not torch.equal(average.others[2], model[3].weight)
+    for model_state, own_state in saves.saved:
+        for key, weights in own_state["weights"].items():
+            assert model_state[key].shape == weights.shape
+
+
+class Saves(Callback):
+    """Notes what a checkpoint would hold after each step."""
+
+    def __init__(self, average):
+        self.average = average
+        self.saved = []
+
+    def on_step_done(self, trainer):
+        model_state = trainer.model.state_dict()
+        own_state = self.average.state_dict()
+        self.average.on_save(model_state, own_state)
+        self.saved.append((model_state, own_state))
+
+
+def test_an_average_of_another_shape_takes_the_place_of_the_old_one():
+    """A checkpoint right after a layer was replaced holds the average of the new one."""
+
+    class Wider(Callback):
+        def on_step_end(self, trainer):
+            if trainer.state.step == 3:
+                trainer.model[1] = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+
+    average = fw.callbacks.build("ema", decay=0.5, warmup=False)
+    saves = Saves(average)
+    fit(Loader(TensorSplit(X, Y), SIZE, shuffle=True), average, Wider(), saves)
+    names = [set(own_state["weights"]) for _, own_state in saves.saved]
+    assert "1.0.weight" not in names[1]
+    assert "1.0.weight" in names[2]
+
+
+def test_two_runs_can_go_on_from_one_state():
+    """The first of them does not write into the state of the optimizer that the second begins with."""
+    saved = copy.deepcopy(fit(TensorSplit(X, Y), max_epochs=1).state_dict())
+    first, second = (fit(TensorSplit(X, Y), resume=saved) for _ in range(2))
+    assert_same(first.model, second.model)
 
 
 def test_freezing_follows_a_module_that_is_replaced():
@@ -394,7 +465,8 @@ def test_a_part_that_a_callback_replaces_whole_is_refused(part):
         def on_step_end(self, trainer):
             other = network()
             optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
-            setattr(trainer, part, {"model": other, "optimizer": optimizer, "task": trainer.task.__class__(None)}[part])
+            task = type(trainer.task)(None)
+            setattr(trainer, part, {"model": other, "optimizer": optimizer, "task": task}[part])
 
     with pytest.raises(fw.FrameworkError, match=f"trainer.{part} was replaced"):
         fit(TensorSplit(X, Y), Replace())

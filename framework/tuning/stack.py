@@ -33,7 +33,11 @@ class Stack:
     """
 
     def __init__(
-        self, models: Sequence[nn.Module], tasks: Sequence[Task], precision: Precision, still: Sequence[str] = ()
+        self,
+        models: Sequence[nn.Module],
+        tasks: Sequence[Task],
+        precision: Precision,
+        still: Sequence[str] = (),
     ):
         if tasks[0].phases:
             raise NotStackable(f"{type(tasks[0]).__name__} updates in phases")
