@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from .data import Batch, Data, ForeignLoader, Loader, Split
+from .data import Batch, Data, ForeignLoader, Loader, Split, known_length
 from .errors import DataError
 
 Batches = Loader | ForeignLoader
@@ -43,9 +43,8 @@ def is_map_style(source: Any) -> bool:
 
 def count_steps(batches: Batches, accumulate: int) -> int:
     """Return the optimizer steps of an epoch; 0 when they cannot be counted beforehand. Raises DataError for none."""
-    try:
-        count = len(batches)
-    except TypeError:
+    count = known_length(batches)
+    if count is None:
         return 0
     if count == 0:
         raise DataError("the training data has no batch: it is empty, or smaller than a batch with drop_last")

@@ -135,10 +135,18 @@ def check_data(data: Data) -> None:
     """Raise DataError when a split is empty."""
     for name in ("train", "val", "test"):
         split = getattr(data, name, None)
-        if split is not None and len(split) == 0:
+        if split is not None and known_length(split) == 0:
             raise DataError(f"the {name} split of {type(data).__name__} is empty")
     if getattr(data, "train", None) is None:
         raise DataError(f"{type(data).__name__} has no train split")
+
+
+def known_length(source: Any) -> int | None:
+    """Return the length of a split or loader; None where it has none."""
+    try:
+        return len(source)
+    except TypeError:
+        return None
 
 
 class EvenClasses:
@@ -172,7 +180,6 @@ class Loader:
     """
 
     ahead = 2**20  # bytes of memory that are read at once, if several batches fit in them
-    hold = 16  # see `Measures`: a batch is nobody else's
 
     def __init__(
         self,
@@ -213,6 +220,9 @@ class Loader:
                 each class comes equally often in expectation, however rare it is.
             model: what reads the batches, if they are images; `channels_last=auto` is for it.
         """
+        if isinstance(split, IterableDataset) or not hasattr(split, "__len__"):
+            got = f"got {type(split).__name__}, which Trainer.fit takes as it is"
+            raise DataError(f"expected a split with `__len__` and `__getitem__`, {got}")
         plain = type(split) is torch.utils.data.TensorDataset  # a subclass may read in another way
         self.split: Split = split
         if plain:
@@ -232,6 +242,9 @@ class Loader:
             raise DataError(f"loader.read=workers: a {type(split).__name__} makes its batches in memory")
         ready = is_in_memory(self.split) or isinstance(self.split, GatheredSplit)
         if read == "memory" and not ready:
+            if callable(getattr(split, "set_epoch", None)):
+                why = f"{type(split).__name__} has `set_epoch`, and may give other samples in each epoch"
+                raise DataError(f"{MEMORY} reads each sample only once: {why}")
             if on_bad_sample == "skip":
                 raise DataError(f"{MEMORY} needs every sample: it does not go with loader.on_bad_sample=skip")
             self.whole = SteadySamples(self.split, 0, workers=workers)
@@ -246,6 +259,16 @@ class Loader:
         elif device.type == "cuda":
             self.copies = CopyStream(device)
         return self
+
+    @property
+    def fresh(self) -> bool:
+        """Whether each batch has memory of its own."""
+        return not isinstance(self.split, GatheredSplit) or not self.split.reuses_memory
+
+    @property
+    def hold(self) -> int:
+        """How many batches may be held back, see `Measures`."""
+        return 16 if self.fresh else 1
 
     @property
     def tensors(self) -> Sequence[Tensor] | None:
@@ -292,8 +315,8 @@ class Loader:
         return self._load(epoch, indices[start * self.batch_size :])
 
     def keep(self, batch: Batch) -> Batch:
-        """Return a batch that outlasts the next one: the same, since each has memory of its own."""
-        return batch
+        """Return a batch that outlasts the next one: a copy, where the memory may be reused."""
+        return batch if self.fresh else copied(batch)
 
     def indices(self, epoch: int, start: int, batches: int) -> list[int]:
         """Return which samples the batches from number `start` on hold."""
@@ -415,7 +438,11 @@ class ForeignLoader:
         """Return a batch that outlasts the next one: a copy, where the memory may be reused."""
         if self.fresh or self.copies is not None:
             return batch
-        return tuple(tensor.clone() for tensor in batch)
+        return copied(batch)
+
+
+def copied(batch: Batch) -> Batch:
+    return tuple(tensor.clone() for tensor in batch)
 
 
 def makes_fresh_batches(batches: Any) -> bool:

@@ -97,7 +97,7 @@ class Measures:
         self.values: dict[str, Tensor] = {}  # of each name the sum, and over how many items
         self.held: list[Held] = []
         self.numbers = 0
-        self.first: Tensor | None = None  # the outputs of the first batch, until the second comes
+        self.first: tuple[Tensor, Tensor] | None = None  # outputs and targets, until the second come
         self.checked_memory = self.hold == 1
 
     def add(
@@ -114,7 +114,7 @@ class Measures:
         """
         seen = (outputs.detach(), targets) if self.metrics and outputs is not None else (None, None)
         if seen[0] is not None and not self.checked_memory:
-            seen = (self._own(seen[0]), targets)
+            seen = self._own(seen[0], targets)  # type: ignore[arg-type]
         means = {name: value.detach() for name, value in values.items()} if values else values
         one = Held(loss.detach(), count, seen[0], seen[1], means)
         if self.held and one.form() != self.held[0].form():
@@ -124,20 +124,22 @@ class Measures:
         if len(self.held) >= self.hold or self.numbers > self.large:
             self._sum_up()
 
-    def _own(self, outputs: Tensor) -> Tensor:
-        """Return outputs that can be held back: a copy of those of the first batch.
+    def _own(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return outputs and targets that can be held back: copies of those of the first batch.
 
-        If those of the second batch are in the same memory as the first ones, the model reuses its
-        memory, as a module replayed by a CUDA graph does: then nothing is held back any more.
+        If those of the second batch are in the same memory as the first ones, whoever makes them
+        reuses it, as a module replayed by a CUDA graph does: then nothing is held back any more.
         """
         if self.first is None:
-            self.first = outputs
-            return outputs.clone()
-        if outputs.data_ptr() == self.first.data_ptr():
+            self.first = outputs, targets
+            return outputs.clone(), targets.clone()
+        first_outputs, first_targets = self.first
+        same = outputs.data_ptr() == first_outputs.data_ptr()
+        if same or targets.data_ptr() == first_targets.data_ptr():
             self._sum_up()
             self.hold = 1
         self.first, self.checked_memory = None, True
-        return outputs
+        return outputs, targets
 
     @torch.no_grad()
     def _sum_up(self) -> None:

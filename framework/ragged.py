@@ -18,6 +18,8 @@ class GatheredSplit:
     """
 
     device = torch.device("cpu")
+    reuses_memory = True
+    """Whether `gather` may write a batch into the memory of the one before it; False is faster."""
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -47,6 +49,8 @@ class RaggedSplit(GatheredSplit):
     `bucket` batches, each pool is sorted by length and cut into batches, and then all full batches are shuffled.
     Which texts share a batch still changes from epoch to epoch.
     """
+
+    reuses_memory = False
 
     def __init__(self, sequences: Sequence[Tensor], *others: Tensor, bucket: int = 16):
         """Store the sequences (1-d tensors of ids, 0 being padding) end to end, and what goes with each of them.
@@ -93,6 +97,8 @@ class WindowSplit(GatheredSplit):
     whose targets are -1 in the later window: each token but the first counts once, and is predicted from at least
     `context` tokens (from fewer at the very beginning).
     """
+
+    reuses_memory = False
 
     def __init__(self, tokens: Tensor, length: int, context: int | None = None, **facts: Any):
         """Cut the tokens (1-d) when they are asked for.

@@ -37,7 +37,7 @@ from .scheduler import Schedule
 from .schema import PositiveInt, check_arguments
 from .state import Cadence, Every, State
 from .task import Task
-from .transform import transformed, transforms_of
+from .transform import transformed_all, transforms_of
 
 
 class Trainer(Evaluator):
@@ -303,7 +303,7 @@ class Trainer(Evaluator):
         with self.clock.detail("copy"):
             batches = [self._place(batch) for batch in window]
             if self._transforms:
-                batches = [transformed(batch, self._transforms) for batch in batches]
+                batches = transformed_all(batches, self._transforms)
         self._set_learning_rate()
         for phase in self.task.phases or (None,):
             self.loss = self._backward(batches) if phase is None else self._backward.in_phase(phase, batches)

@@ -3,6 +3,7 @@
 Nothing reads a batch after the next one was asked for, and nothing goes on with what is not there any more.
 """
 
+import contextlib
 import copy
 
 import pytest
@@ -12,9 +13,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import framework as fw
-from framework import Callback, Metric, TensorSplit, Trainer, seeds
+from framework import Callback, Metric, TensorSplit, Trainer, Transform, seeds
 from framework.data import ForeignLoader, Loader
-from framework.ragged import WindowSplit
+from framework.device import CopyStream
+from framework.ragged import GatheredSplit, WindowSplit
 
 torch.manual_seed(5)
 X = torch.randn(22, 5)
@@ -289,6 +291,90 @@ def test_batches_that_are_fresh_are_not_copied():
     reused = ForeignLoader(Reused())
     batch = next(iter(reused.epoch()))
     assert reused.keep(batch)[0].data_ptr() != batch[0].data_ptr()
+
+
+class SameMemory(Transform):
+    """Writes its batches into the same memory each time."""
+
+    def __init__(self):
+        self.inputs = torch.empty(SIZE, 5)
+        self.targets = torch.empty(SIZE, dtype=torch.long)
+
+    def __call__(self, batch):
+        count = len(batch[0])
+        self.inputs[:count] = batch[0]
+        self.targets[:count] = batch[1]
+        return self.inputs[:count], self.targets[:count]
+
+
+def in_order():
+    return Loader(TensorSplit(X, Y), SIZE, SIZE)
+
+
+def test_a_transform_that_reuses_its_memory():
+    """It is right where a step has one batch, and refused where it has several."""
+    metrics = [fw.metrics.build("accuracy")]
+    ours = fit(in_order(), SameMemory(), metrics=metrics, log_every="1epoch")
+    plain = fit(in_order(), metrics=metrics, log_every="1epoch")
+    assert_same(ours.model, plain.model)
+    accuracy = plain.state.metrics["train/accuracy"]
+    assert ours.state.metrics["train/accuracy"] == pytest.approx(accuracy)
+    with pytest.raises(fw.errors.SettingError, match="transforms=SameMemory: one writes into"):
+        fit(in_order(), SameMemory(), accumulate=2)
+
+
+class Gathered(GatheredSplit):
+    """Makes all its batches in one memory."""
+
+    def __init__(self):
+        self.memory = SameMemory()
+
+    def __len__(self):
+        return len(X)
+
+    def gather(self, indices):
+        self.memory.inputs.fill_(torch.nan)
+        return self.memory((X[indices], Y[indices]))
+
+
+@pytest.mark.parametrize("settings", [{}, {"accumulate": 3}], ids=str)
+def test_a_split_that_gathers_into_one_memory(settings):
+    metrics = [fw.metrics.build("accuracy")]
+    ours = fit(Loader(Gathered(), SIZE, SIZE), metrics=metrics, log_every="1epoch", **settings)
+    plain = fit(in_order(), metrics=metrics, log_every="1epoch", **settings)
+    assert_same(ours.model, plain.model)
+    accuracy = plain.state.metrics["train/accuracy"]
+    assert ours.state.metrics["train/accuracy"] == pytest.approx(accuracy)
+
+
+class FakeStream:
+    """Stands for a CUDA stream, on which a copy is done as soon as it is begun."""
+
+    def __init__(self, *given):
+        self.waits = 0
+
+    def record_event(self):
+        return self
+
+    def synchronize(self):
+        self.waits += 1
+
+    def wait_event(self, event): ...
+
+
+@pytest.mark.parametrize("loader", LOADERS.values(), ids=LOADERS)
+@pytest.mark.parametrize("reused", [True, False])
+def test_copies_to_a_gpu_are_complete_before_the_next_batch_is_read(loader, reused, monkeypatch):
+    """Without a GPU; `reused=False` is the control, which would read the memory too late."""
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+    foreign = ForeignLoader(loader())
+    foreign.copies = CopyStream(torch.device("cpu"), reused=reused)
+    found = torch.cat([foreign.keep(batch)[0] for batch in list(foreign.epoch())])
+    assert torch.equal(found, X) == reused
+    assert foreign.copies.stream.waits == (6 if reused else 0)
 
 
 # parameters that are replaced while training goes on
