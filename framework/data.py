@@ -145,7 +145,7 @@ def known_length(source: Any) -> int | None:
     """Return the length of a split or loader; None where it has none."""
     try:
         return len(source)
-    except TypeError:
+    except (TypeError, NotImplementedError):
         return None
 
 

@@ -12,7 +12,7 @@ class Left(NamedTuple):
 
     Attributes:
         fit: the same object for all modules of one fit.
-        training: the mode in which the module was trained.
+        training: the mode of the module that its user had set before the fit.
     """
 
     fit: object
@@ -40,6 +40,7 @@ class Modes:
         self.still: list[nn.Module] = []
         if modes[model]:
             self.still = [module for module, training in modes.items() if not training]
+        self.set_by_user = set(self.still)
 
     def train(self) -> None:
         """Put the model into training mode, apart from the modules that stay in evaluation mode."""
@@ -57,12 +58,11 @@ class Modes:
         self.still = [module for module in self.still if not module.training]
 
     def leave(self) -> None:
-        """Put the whole model into evaluation mode, and note how it was trained."""
+        """Put the whole model into evaluation mode, and note which modules its user had put there."""
         self.model.eval()
         fit = object()
-        still = set(self.still)
         for module in self.model.modules():
-            LEFT[module] = Left(fit, module not in still)
+            LEFT[module] = Left(fit, module not in self.set_by_user)
 
     def names(self) -> Sequence[str]:
         """Return the names of the modules that stay in evaluation mode."""

@@ -129,9 +129,9 @@ class Trainer(Evaluator):
 
         Modules that are in evaluation mode when fit begins, or that a callback puts into it in
         `on_fit_start`, stay in it during training. If the model itself is in evaluation mode, all
-        of its modules are trained. Fit leaves all modules in evaluation mode, and another fit
-        trains the same modules as this one; to choose others, call `model.train()` first, and then
-        `eval()` of single modules.
+        of its modules are trained. Fit leaves all modules in evaluation mode, which another fit
+        does not take for a choice: it goes by the modes that were set before this one. To set others
+        between two fits, call `model.train()` first, and then `eval()` of single modules.
 
         Fit seeds the global generators of Python, NumPy and torch from the trainer's seed, and does
         not restore them. So a second call of fit reads the samples in the same order.

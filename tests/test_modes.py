@@ -126,10 +126,28 @@ def test_callbacks_choose_modes_when_a_fit_or_an_epoch_starts():
             trainer.model.eval()
             trainer.model.train(trainer.state.epoch == 0)
 
-    watch = Watch()
-    fit(network(), Choose(), watch, max_epochs=3, validate_every="1epoch")
+    model, watch = network(), Watch()
+    fit(model, Choose(), watch, max_epochs=3, validate_every="1epoch")
     asleep, woken = [True, False, False, True], [True, True, False, True]
     assert watch.seen == [asleep] * 3 + [woken] * 6
+    without = Watch()
+    fit(model, without, max_epochs=1)
+    assert without.seen == [[True] * 4] * 3, "the choice of a callback ends with the fit"
+
+
+def test_a_model_with_a_train_of_its_own_decides_itself():
+    class Still(nn.Sequential):
+        def train(self, mode=True):
+            super().train(mode)
+            self[1].training = False
+            return self
+
+    watch = Watch()
+    model = Still(*network())
+    for _ in range(2):
+        fit(model, watch, max_epochs=1)
+    assert watch.seen == [[True, False, True, True]] * 6
+    assert not moved(model)
 
 
 @pytest.mark.parametrize("name", ["freeze", "swa", "ema"])
