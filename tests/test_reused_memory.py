@@ -17,6 +17,7 @@ from framework import Callback, Metric, TensorSplit, Trainer, Transform, seeds
 from framework.data import ForeignLoader, Loader
 from framework.device import CopyStream
 from framework.ragged import GatheredSplit, WindowSplit
+from framework.tuning.lockstep import Lockstep
 
 torch.manual_seed(5)
 X = torch.randn(22, 5)
@@ -345,6 +346,27 @@ def test_a_split_that_gathers_into_one_memory(settings):
     assert_same(ours.model, plain.model)
     accuracy = plain.state.metrics["train/accuracy"]
     assert ours.state.metrics["train/accuracy"] == pytest.approx(accuracy)
+
+
+def test_trials_that_train_as_one_read_a_split_that_gathers_into_one_memory():
+    split = Gathered()
+
+    def trial(lr):
+        model = network()
+        trainer = Trainer(max_epochs=2, device="cpu", accumulate=3)
+        trainer.metrics = [fw.metrics.build("accuracy")]
+        fit = {"model": model, "data": Loader(split, SIZE, SIZE), "task": nn.CrossEntropyLoss()}
+        fit |= {"optimizer": torch.optim.SGD(model.parameters(), lr=lr), "val": None}
+        fit |= {"schedule": None, "metrics": trainer.metrics, "batch_size": SIZE, "resume": None}
+        return trainer, fit
+
+    alone, given = trial(0.3)
+    alone.fit(given.pop("model"), given.pop("data"), **given)
+    trainers, fits = zip(trial(0.1), trial(0.3), strict=True)
+    Lockstep(trainers, fits).run()
+    assert_same(trainers[1].model, alone.model, tolerance=1e-5)
+    accuracy = alone.state.metrics["train/accuracy"]
+    assert trainers[1].state.metrics["train/accuracy"] == pytest.approx(accuracy)
 
 
 class FakeStream:

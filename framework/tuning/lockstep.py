@@ -149,7 +149,9 @@ class Lockstep:
         loaders = [loader_of(trial.trainer) for trial in self.trials]
         if len({loader.seed for loader in loaders}) == 1 or not loaders[0].shuffle:
             self.orders = None
-            yield from ((batch, batch) for batch in loaders[0].epoch(epoch, start))
+            for batch in loaders[0].epoch(epoch, start):
+                kept = loaders[0].keep(batch) if self.first.accumulate > 1 else batch
+                yield kept, kept
             return
         first, size = loaders[0], loaders[0].batch_size
         tensors = first.tensors
