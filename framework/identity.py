@@ -4,7 +4,8 @@ Objects are compared by identity while references to them are held: a number of 
 `id()` that is free again, does not tell that one of them was replaced.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from operator import is_
 from typing import Any
 
@@ -14,6 +15,12 @@ from torch import Tensor, nn
 def identical(first: Sequence[Any], second: Sequence[Any]) -> bool:
     """Return whether two sequences hold the same objects in the same order."""
     return len(first) == len(second) and all(map(is_, first, second))
+
+
+def kept_tensors(state: Mapping[Any, Any]) -> list[Tensor]:
+    """Return the tensors that an optimizer keeps of all its parameters, in one list."""
+    of_parameters = [values.values() for values in state.values() if isinstance(values, dict)]
+    return [value for value in chain.from_iterable(of_parameters) if isinstance(value, Tensor)]
 
 
 class ModelContents:

@@ -70,15 +70,6 @@ def tensors_of(state: Mapping[str, Any] | None) -> dict[str, Tensor]:
     return {name: value for name, value in (state or {}).items() if isinstance(value, Tensor)}
 
 
-def kept_tensors(state: Mapping[Any, Any]) -> list[Tensor]:
-    """The tensors that an optimizer keeps of all its parameters, in one list."""
-    found: list[Tensor] = []
-    for values in state.values():
-        if isinstance(values, dict):
-            found += [value for value in values.values() if isinstance(value, Tensor)]
-    return found
-
-
 class PureUpdates:
     """The updates of optimizers that do not bring their own, by class."""
 

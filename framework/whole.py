@@ -10,8 +10,7 @@ from torch.optim import Optimizer
 
 from .callback import Callback
 from .data import Batch
-from .identity import identical
-from .pure import kept_tensors
+from .identity import identical, kept_tensors
 from .task import Step
 
 if TYPE_CHECKING:
