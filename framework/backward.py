@@ -167,4 +167,7 @@ def run_backward(loss: Tensor) -> None:
         loss.backward()
     else:
         gradient = one(loss.dtype, loss.device)
+        if gradient._version:  # a hook or an autograd.Function has changed it in place
+            one.cache_clear()
+            gradient = one(loss.dtype, loss.device)
         ENGINE((loss,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True)

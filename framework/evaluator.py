@@ -112,8 +112,9 @@ class Evaluator:
 
     def _measure_parts(self, batch: Batch, measures: Measures) -> None:
         for part in self.micro_batches.split(batch):
+            count = self.task.count(part)  # before the model may change the inputs
             loss, outputs, targets, values = self.task.step(self.model, part)
-            measures.add(loss, outputs, targets, self.task.count(part), values)
+            measures.add(loss, outputs, targets, count, values)
 
     @contextmanager
     def _inference(self) -> Iterator[None]:

@@ -97,7 +97,7 @@ class Measures:
         self.values: dict[str, Tensor] = {}  # of each name the sum, and over how many items
         self.held: list[Held] = []
         self.numbers = 0
-        self.first: tuple[Tensor, Tensor] | None = None  # outputs and targets, until the second come
+        self.first: list[Tensor] = []  # the tensors of the first batch, until the second comes
         self.checked_memory = self.hold == 1
 
     def add(
@@ -113,10 +113,10 @@ class Measures:
         outputs, targets: None where no metric shall see them. values: other means over the items, by name.
         """
         seen = (outputs.detach(), targets) if self.metrics and outputs is not None else (None, None)
-        if seen[0] is not None and not self.checked_memory:
-            seen = self._own(seen[0], targets)  # type: ignore[arg-type]
         means = {name: value.detach() for name, value in values.items()} if values else values
         one = Held(loss.detach(), count, seen[0], seen[1], means)
+        if not self.checked_memory:
+            one = self._own(one)
         if self.held and one.form() != self.held[0].form():
             self._sum_up()
         self.held.append(one)
@@ -124,22 +124,25 @@ class Measures:
         if len(self.held) >= self.hold or self.numbers > self.large:
             self._sum_up()
 
-    def _own(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return outputs and targets that can be held back: copies of those of the first batch.
+    def _own(self, one: Held) -> Held:
+        """Return a batch that can be held back: for the first one, copies of its tensors.
 
-        If those of the second batch are in the same memory as the first ones, whoever makes them
+        If a tensor of the second batch is in the same memory as that of the first, whoever makes it
         reuses it, as a module replayed by a CUDA graph does: then nothing is held back any more.
         """
-        if self.first is None:
-            self.first = outputs, targets
-            return outputs.clone(), targets.clone()
-        first_outputs, first_targets = self.first
-        same = outputs.data_ptr() == first_outputs.data_ptr()
-        if same or targets.data_ptr() == first_targets.data_ptr():
+        tensors = [tensor for tensor in (one.loss, one.outputs, one.targets) if tensor is not None]
+        if not self.first:
+            self.first = tensors
+            loss, outputs, targets = one.loss.clone(), one.outputs, one.targets
+            if outputs is not None and targets is not None:
+                outputs, targets = outputs.clone(), targets.clone()
+            return one._replace(loss=loss, outputs=outputs, targets=targets)
+        pairs = zip(tensors, self.first, strict=False)
+        if any(new.data_ptr() == old.data_ptr() for new, old in pairs):
             self._sum_up()
             self.hold = 1
-        self.first, self.checked_memory = None, True
-        return outputs, targets
+        self.first, self.checked_memory = [], True
+        return one
 
     @torch.no_grad()
     def _sum_up(self) -> None:

@@ -157,6 +157,44 @@ def test_outputs_in_the_same_memory_each_time_are_measured_one_by_one():
     assert torch.equal(trainer.predict(X, model=OneOutput(), batch_size=SIZE), X[:, :3])
 
 
+class OneLoss(nn.Module):
+    """Returns its loss in the same memory each time."""
+
+    def __init__(self):
+        super().__init__()
+        self.memory = torch.zeros(())
+
+    def forward(self, outputs, targets):
+        return self.memory.copy_(F.cross_entropy(outputs, targets))
+
+
+@pytest.mark.parametrize("metrics", [[], ["accuracy"]])
+def test_losses_in_the_same_memory_each_time_are_summed_up_one_by_one(metrics):
+    trainer = Trainer(max_steps=1, device="cpu")
+    metrics = [fw.metrics.build(name) for name in metrics]
+    given = {"task": OneLoss(), "metrics": metrics, "batch_size": SIZE}
+    values = trainer.evaluate(TensorSplit(X, Y), model=First(3), **given)
+    assert values["test/loss"] == pytest.approx(F.cross_entropy(X[:, :3], Y).item())
+
+
+def test_a_gradient_that_is_changed_in_place_is_the_step_s_own():
+    """The gradient that a backward pass begins with is kept from step to step."""
+
+    class Halved(fw.Task):
+        def step(self, model, batch):
+            loss = F.cross_entropy(model(batch[0]), batch[1])
+            if loss.requires_grad:
+                loss.register_hook(lambda gradient: gradient.mul_(0.5))
+            return fw.Step(loss, loss, loss)
+
+    model = network()
+    trainer = Trainer(max_epochs=2, device="cpu")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
+    batches = list(zip(X.split(SIZE), Y.split(SIZE), strict=True))
+    trainer.fit(model, batches, task=Halved(), optimizer=optimizer)
+    assert_same(model, by_hand(), tolerance=1e-6)
+
+
 class SumOfOutputs(Metric):
     """Its sums are the outputs' own memory when there is one row."""
 
