@@ -15,7 +15,8 @@ from .compiled import Compile, Compiled, CompiledStep
 from .cuda_graph import CudaGraph, Graphed, GraphedStep
 from .data import Batch
 from .device import Precision
-from .memory import MicroBatches
+from .identity import identical
+from .memory import MicroBatches, versions
 from .metric import Measures
 from .task import Phase, Step, Task
 from .whole import Whole
@@ -52,8 +53,9 @@ class Backward:
             self.whole, self.pass_through = CompiledStep(model, task, optimizer, precision, clock), self._compiled
         elif cuda_graph != "off":
             alone = partial(self._eager, share=None)
-            self.whole = GraphedStep(alone, optimizer, precision, cuda_graph)
-            self.graphed = Graphed("forward and backward", alone, lambda: self.parameters, cuda_graph)
+            self.whole = GraphedStep(alone, optimizer, precision, cuda_graph, model)
+            what = "forward and backward"
+            self.graphed = Graphed(what, alone, lambda: self.parameters, cuda_graph, model)
             self.pass_through = self._graphed
 
     def in_phase(self, phase: Phase, batches: list[Batch]) -> Tensor:
@@ -75,18 +77,21 @@ class Backward:
 
         When memory is full and the micro-batches may become smaller, it is done again from where it began.
         """
-        groups = self.optimizer.param_groups
-        if sum(len(group["params"]) for group in groups) != len(self.parameters):  # a callback may add some
-            self.parameters = [parameter for group in groups for parameter in group["params"]]
+        parameters: list[nn.Parameter] = []
+        for group in self.optimizer.param_groups:
+            parameters += group["params"]
+        if not identical(parameters, self.parameters):  # a callback may add or replace some
+            self.parameters = parameters
             self.with_gradients = list(dict.fromkeys([*self.parameters, *self.model.parameters()]))
         self.updated = False
         mark = self._mark() if self.micro_batches.auto else None
+        before = versions(batches) if self.micro_batches.auto else []
         while True:
             parts = [part for batch in batches for part in self.micro_batches.split(batch)]
             try:
                 return self._all(parts)
             except (MemoryError, RuntimeError) as error:
-                if mark is None or not self.micro_batches.halve(error):
+                if mark is None or not self.micro_batches.halve(error, versions(batches) == before):
                     raise
             self._undo(mark)  # out of `except`, whose traceback keeps the tensors that filled the memory
 
@@ -164,4 +169,7 @@ def run_backward(loss: Tensor) -> None:
         loss.backward()
     else:
         gradient = one(loss.dtype, loss.device)
+        if gradient._version:  # a hook or an autograd.Function has changed it in place
+            one.cache_clear()
+            gradient = one(loss.dtype, loss.device)
         ENGINE((loss,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True)

@@ -1,34 +1,58 @@
 """From whatever a person has (a Data, a split, a DataLoader) to batches, and from batches to steps."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
-from .data import Batch, Data, ForeignLoader, Loader, Split
+from .data import Batch, Data, ForeignLoader, Loader, Split, known_length
 from .errors import DataError
 
 Batches = Loader | ForeignLoader
 RANDOM_SAMPLERS = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 Source = Data | Split | Loader | Iterable[Any]
+Keep = Callable[[Batch], Batch]
 
 
 def as_batches(source: Source, batch_size: int, *, shuffle: bool, seed: int, device: torch.device) -> Batches:
     """Return a reader of the source's batches; it reads for the device. Raises DataError for a whole Data."""
     if isinstance(source, Data):
         raise DataError(f"{type(source).__name__} has several splits: pass one of them, such as `data.test`")
-    if hasattr(source, "__getitem__") and not isinstance(source, list | tuple):
+    if isinstance(source, IterableDataset):  # torch gives it a `__getitem__` that only raises
+        source = DataLoader(source, batch_size=batch_size)
+    elif is_map_style(source):
         source = Loader(source, batch_size, batch_size, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
     ours = isinstance(source, Loader | ForeignLoader)
     return (source if ours else ForeignLoader(source)).to(device)  # type: ignore[arg-type, union-attr]
 
 
+def is_map_style(source: Any) -> bool:
+    """Return whether a source is read sample by sample; a list or tuple is one of batches.
+
+    Raises DataError for a data set of torch's without a length.
+    """
+    if isinstance(source, list | tuple) or not hasattr(source, "__getitem__"):
+        return False
+    if hasattr(source, "__len__"):
+        return True
+    if isinstance(source, Dataset):
+        name = type(source).__name__
+        raise DataError(f"{name} has no `__len__`: expected one, or an IterableDataset")
+    return False
+
+
 def count_steps(batches: Batches, accumulate: int) -> int:
     """Return the optimizer steps of an epoch; 0 when they cannot be counted beforehand. Raises DataError for none."""
-    try:
-        count = len(batches)
-    except TypeError:
+    count = known_length(batches)
+    if count is None:
         return 0
     if count == 0:
         raise DataError("the training data has no batch: it is empty, or smaller than a batch with drop_last")
@@ -63,30 +87,42 @@ def other_order(batches: Batches, in_epoch: bool) -> str | None:
     return None
 
 
-def steps(batches: Iterable[Batch], accumulate: int, steps_left: int) -> Iterator[tuple[list[Batch], bool]]:
+def as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+def steps(
+    batches: Iterable[Batch], accumulate: int, steps_left: int, keep: Keep = as_it_is
+) -> Iterator[tuple[list[Batch], bool]]:
     """Yield the micro-batches of each step, and whether the step is the last of its epoch.
 
-    steps_left: how many there will be, or 0 when that is not known; then a step is held back until the next is there.
+    Args:
+        batches: the batches of the epoch; each may be overwritten when the next one is read.
+        accumulate: batches of a step.
+        steps_left: how many steps there will be, or 0 when that is not known; then a step is held
+            back until the next is there.
+        keep: makes a batch last until after the next one is read (`Loader.keep`).
     """
     held: list[Batch] | None = None
-    for number, window in enumerate(windows(batches, accumulate), 1):
+    for number, window in enumerate(windows(batches, accumulate, keep), 1):
         if steps_left:
             yield window, number == steps_left
             continue
         if held is not None:
             yield held, False
-        held = window
+        held = [*window[:-1], keep(window[-1])]
     if held is not None:
         yield held, True
 
 
-def windows(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
-    """Yield lists of `size` batches; the last may be shorter."""
+def windows(batches: Iterable[Batch], size: int, keep: Keep = as_it_is) -> Iterator[list[Batch]]:
+    """Yield lists of `size` batches; the last may be shorter. All but its last batch are kept."""
     window: list[Batch] = []
     for batch in batches:
-        window.append(batch)
-        if len(window) == size:
-            yield window
-            window = []
+        if len(window) + 1 < size:
+            window.append(keep(batch))
+            continue
+        yield [*window, batch]
+        window = []
     if window:
         yield window

@@ -89,7 +89,9 @@ class CompiledStep(Whole):
 
     def able(self) -> bool:
         waits = self.guarded and self.precision.device.type != "cpu"  # each step would wait for the device
-        return self.update is not None and not waits and not has_hooks(self.optimizer)
+        if self.update is None or waits or has_hooks(self.optimizer):
+            return False
+        return pure_updates.find(self.optimizer) is self.update  # its settings may have changed
 
     def begun(self) -> bool:
         groups, state = self.optimizer.param_groups, self.optimizer.state

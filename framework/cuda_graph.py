@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from .data import Batch
 from .device import Precision
 from .fused import is_hooked, may_leave_out
+from .identity import ModelContents, identical
 from .pure import PureOptimizer
 from .task import Step
 from .whole import Whole
@@ -70,9 +71,28 @@ class Graphed:
     """
 
     def __init__(
-        self, what: str, run: Callable[[Batch], Step], parameters: Callable[[], list[nn.Parameter]], mode: CudaGraph
+        self,
+        what: str,
+        run: Callable[[Batch], Step],
+        parameters: Callable[[], list[nn.Parameter]],
+        mode: CudaGraph,
+        model: nn.Module | None = None,
     ):
+        """Prepare to capture.
+
+        Args:
+            what: its name in messages.
+            run: what is done with a batch.
+            parameters: returns those whose gradients it fills.
+            mode: on, auto or off.
+            model: the model whose tensors it reads; None where these never move.
+        """
         self.what, self.run, self.parameters = what, run, parameters
+        self.contents = None if model is None else ModelContents(model)
+        # What the captured graphs were made from:
+        self.captured_for: list[nn.Parameter] = []
+        self.read_from: list[int] = []  # addresses
+        self.modes: tuple[bool, ...] = ()
         self.seen: Counter[Any] = Counter()
         self.captured: dict[Any, Captured] = {}
         self.refused = mode == "off"
@@ -91,6 +111,9 @@ class Graphed:
 
     def _either(self, batch: Batch, beside: Any) -> tuple[Step, str]:
         """Return what was made, and how: eager, replayed, or another way that says nothing of its speed."""
+        if self.captured and self._moved():
+            self.captured.clear()
+            self.seen.clear()
         frozen = tuple(parameter.requires_grad for parameter in self.parameters())
         form = (tuple((tensor.shape, tensor.dtype) for tensor in batch), frozen, beside)
         self.seen[form] += 1
@@ -111,6 +134,16 @@ class Graphed:
         copies = {name: value.clone() for name, value in values.items()}
         return Step(loss.clone(), outputs.clone(), targets.clone(), copies), "replayed" if known else "captured"
 
+    def _moved(self) -> bool:
+        """Whether a tensor was replaced or moved, or a module is in another mode since the capture."""
+        if not identical(self.parameters(), self.captured_for):
+            return True
+        if self.contents is None:
+            return False
+        if self.contents.changed() or self.contents.modes() != self.modes:
+            return True
+        return self.contents.addresses() != self.read_from
+
     def _capture(self, form: Any, batch: Batch) -> bool:
         """Record it. Returns False, and says why, when an operation does not allow it."""
         inputs = tuple(tensor.clone() for tensor in batch)
@@ -124,6 +157,11 @@ class Graphed:
             for parameter in self.parameters():
                 parameter.grad = None
             return False
+        self.captured_for = list(self.parameters())
+        if self.contents is not None:
+            self.contents.remember()
+            self.read_from = self.contents.addresses()
+            self.modes = self.contents.modes()
         self.captured[form] = Captured(graph, inputs, made, [parameter.grad for parameter in self.parameters()])
         return True
 
@@ -151,10 +189,17 @@ class GraphedStep(Whole):
 
     rate_type = torch.float32  # which fused kernels read
 
-    def __init__(self, run: Callable[[Batch], Step], optimizer: Optimizer, precision: Precision, mode: CudaGraph):
+    def __init__(
+        self,
+        run: Callable[[Batch], Step],
+        optimizer: Optimizer,
+        precision: Precision,
+        mode: CudaGraph,
+        model: nn.Module,
+    ):
         super().__init__(optimizer)
         self.run, self.precision = run, precision
-        self.graphed = Graphed("the whole step", self._step, lambda: self.trained, mode)
+        self.graphed = Graphed("the whole step", self._step, lambda: self.trained, mode, model)
         fused = all(group.get("fused") for group in optimizer.param_groups)
         self.possible = fused or isinstance(optimizer, PureOptimizer)
 

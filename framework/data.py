@@ -14,10 +14,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import ChainDataset, ConcatDataset, DataLoader, IterableDataset
 
 from . import seeds
 from .device import CopyStream, channels_last, chosen_layout
-from .errors import DataError, FrameworkError
+from .errors import DataError, FrameworkError, short
 from .kinds import Shape
 from .memory import check_room
 from .ragged import GatheredSplit, RaggedSplit as RaggedSplit, WindowSplit as WindowSplit
@@ -35,6 +36,7 @@ from .workers import (
 )
 
 Target = Literal["class", "labels", "value", "none"]
+READ_AGAIN = "pass a list of batches or a DataLoader, which can be read again"
 
 
 class TensorSplit:
@@ -54,6 +56,14 @@ class TensorSplit:
 
     def to(self, device: torch.device) -> "TensorSplit":
         return TensorSplit(*(tensor.to(device) for tensor in self.tensors))
+
+
+def is_in_memory(split: Split) -> bool:
+    """Return whether the samples of a split are the rows of its tensors.
+
+    They are not in a subclass with a `__getitem__` of its own.
+    """
+    return isinstance(split, TensorSplit) and type(split).__getitem__ is TensorSplit.__getitem__
 
 
 class Scale(NamedTuple):
@@ -154,10 +164,18 @@ def check_data(data: Data) -> None:
     """Raise DataError when a split is empty."""
     for name in ("train", "val", "test"):
         split = getattr(data, name, None)
-        if split is not None and len(split) == 0:
+        if split is not None and known_length(split) == 0:
             raise DataError(f"the {name} split of {type(data).__name__} is empty")
     if getattr(data, "train", None) is None:
         raise DataError(f"{type(data).__name__} has no train split")
+
+
+def known_length(source: Any) -> int | None:
+    """Return the length of a split or loader; None where it has none."""
+    try:
+        return len(source)
+    except (TypeError, NotImplementedError):
+        return None
 
 
 class EvenClasses:
@@ -191,7 +209,6 @@ class Loader:
     """
 
     ahead = 2**20  # bytes of memory that are read at once, if several batches fit in them
-    hold = 16  # see `Measures`: a batch is nobody else's
 
     def __init__(
         self,
@@ -232,8 +249,13 @@ class Loader:
                 each class comes equally often in expectation, however rare it is.
             model: what reads the batches, if they are images; `channels_last=auto` is for it.
         """
-        in_memory = isinstance(split, torch.utils.data.TensorDataset)
-        self.split: Split = TensorSplit(*split.tensors) if in_memory else split  # type: ignore[attr-defined]
+        if isinstance(split, IterableDataset) or not hasattr(split, "__len__"):
+            got = f"got {type(split).__name__}, which Trainer.fit takes as it is"
+            raise DataError(f"expected a split with `__len__` and `__getitem__`, {got}")
+        plain = type(split) is torch.utils.data.TensorDataset  # a subclass may read in another way
+        self.split: Split = split
+        if plain:
+            self.split = TensorSplit(*split.tensors)  # type: ignore[attr-defined]
         self.read, self.shuffle, self.seed = read, shuffle, seed
         self.channels_last, self.layout = chosen_layout(channels_last, model)
         self.workers, self.timeout_seconds = workers, timeout_seconds
@@ -247,7 +269,11 @@ class Loader:
         self.whole: SteadySamples | None = None  # what is to be read into memory
         if read == "workers" and isinstance(self.split, GatheredSplit):
             raise DataError(f"loader.read=workers: a {type(split).__name__} makes its batches in memory")
-        if read == "memory" and not isinstance(self.split, TensorSplit | GatheredSplit):
+        ready = is_in_memory(self.split) or isinstance(self.split, GatheredSplit)
+        if read == "memory" and not ready:
+            if callable(getattr(split, "set_epoch", None)):
+                why = f"{type(split).__name__} has `set_epoch`, and may give other samples in each epoch"
+                raise DataError(f"{MEMORY} reads each sample only once: {why}")
             if on_bad_sample == "skip":
                 raise DataError(f"{MEMORY} needs every sample: it does not go with loader.on_bad_sample=skip")
             self.whole = SteadySamples(self.split, 0, workers=workers)
@@ -264,9 +290,21 @@ class Loader:
         return self
 
     @property
+    def fresh(self) -> bool:
+        """Whether each batch has memory of its own."""
+        return not isinstance(self.split, GatheredSplit) or not self.split.reuses_memory
+
+    @property
+    def hold(self) -> int:
+        """How many batches may be held back, see `Measures`."""
+        return 16 if self.fresh else 1
+
+    @property
     def tensors(self) -> Sequence[Tensor] | None:
         """What batches are gathered from; None where they are read sample by sample."""
-        return self.split.tensors if isinstance(self.split, TensorSplit) and self.read != "workers" else None
+        if self.read == "workers" or not is_in_memory(self.split):
+            return None
+        return self.split.tensors  # type: ignore[attr-defined]
 
     def __len__(self) -> int:
         """The number of batches of an epoch."""
@@ -285,8 +323,18 @@ class Loader:
             manner = f"in memory, {self._together(self.tensors)} batches a read"
         return manner + self.layout + ", classes drawn evenly" * (self.even is not None)
 
-    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
-        """Yield the batches of an epoch from batch number `start` on."""
+    def epoch(self, epoch: int | None = None, start: int = 0) -> Iterator[Batch]:
+        """Yield the batches of an epoch from batch number `start` on.
+
+        Args:
+            epoch: the epoch of training, counted from 0; `set_epoch` of the data set is called.
+                None for a measurement: it reads in the order of epoch 0 and calls nothing.
+            start: batches to leave out.
+        """
+        if epoch is None:
+            epoch = 0
+        else:
+            set_epoch(self.split, epoch)
         indices = self._order(epoch)[: len(self) * self.batch_size]
         if self.tensors is not None:
             return self._gather(self.tensors, indices, start)
@@ -294,6 +342,10 @@ class Loader:
             rest = indices[start * self.batch_size :]
             return map(self.split.gather, rest.split(self.batch_size) if len(rest) else ())
         return self._load(epoch, indices[start * self.batch_size :])
+
+    def keep(self, batch: Batch) -> Batch:
+        """Return a batch that outlasts the next one: a copy, where the memory may be reused."""
+        return batch if self.fresh else copied(batch)
 
     def indices(self, epoch: int, start: int, batches: int) -> list[int]:
         """Return which samples the batches from number `start` on hold."""
@@ -346,30 +398,70 @@ class Loader:
 
 
 class ForeignLoader:
-    """A person's own iterable of batches (a plain DataLoader), read as it is."""
+    """An iterable of batches that is not ours (a plain DataLoader), read as it is.
+
+    It may write each batch into the memory of the one before it. So a batch can be read until the
+    next one is asked for; what is needed for longer has to be a copy (`keep`).
+    """
 
     hold = 1
 
     def __init__(self, batches: Iterable[Any]):
+        """Wrap an iterable of batches. Raises DataError for what is not iterable."""
+        if not hasattr(batches, "__iter__"):
+            expected = "a Data, a split, a data set with a length or an iterable of batches"
+            raise DataError(f"data: expected {expected}, got {short(batches)}")
         self.batches = batches
+        self.fresh = makes_fresh_batches(batches)
         self.copies: CopyStream | None = None
+        self.started = False
 
     def to(self, device: torch.device) -> "ForeignLoader":
-        """Prepare to read for a device, and return this loader: batches of a DataLoader are copied ahead to CUDA."""
-        if device.type == "cuda" and isinstance(self.batches, torch.utils.data.DataLoader):
-            self.copies = CopyStream(device)
+        """Prepare to read for a device, and return this loader: on CUDA, batches come copied.
+
+        Those of a DataLoader are copied ahead, each while the one before it is computed with.
+        """
+        if device.type == "cuda":
+            self.copies = CopyStream(device, reused=not self.fresh)
         return self
 
     def __len__(self) -> int:
+        """The number of batches of an epoch. Raises TypeError where it is not known."""
+        several = isinstance(self.batches, DataLoader) and self.batches.num_workers > 1
+        if several and isinstance(self.batches.dataset, IterableDataset):  # type: ignore[attr-defined]
+            raise TypeError("the length does not count the smaller last batch of each worker")
         return len(self.batches)  # type: ignore[arg-type]
 
-    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
-        """Yield the batches of an epoch; calls `set_epoch` on the sampler when it has one."""
-        sampler = getattr(self.batches, "sampler", None)
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(epoch)  # type: ignore[union-attr]
+    @property
+    def single_pass(self) -> bool:
+        """Whether it can be read only once, as a generator; an iterator of a user's class may restart."""
+        built_in = type(self.batches).__module__ in ("builtins", "itertools")
+        return built_in and isinstance(self.batches, Iterator)
+
+    def epoch(self, epoch: int | None = None, start: int = 0) -> Iterator[Batch]:
+        """Yield the batches of an epoch from batch number `start` on.
+
+        Args:
+            epoch: the epoch of training, counted from 0; `set_epoch` of the loader, its samplers
+                and its data set is called. None for a measurement, which calls nothing: it may read
+                what a training that is under way reads too.
+            start: batches to leave out.
+
+        Raises DataError for a measurement on data that was read before and can be read only once.
+        """
+        if epoch is not None:
+            set_epoch(self.batches, epoch)
+        elif self.started and self.single_pass:
+            kind = type(self.batches).__name__
+            raise DataError(f"the data is a {kind}, which can be read only once; {READ_AGAIN}")
+        self.started = True
         batches = map(as_batch, self._iterate(start))
-        return batches if self.copies is None else (batch for batch, _ in self.copies.ahead((b, None) for b in batches))
+        if self.copies is None:
+            return batches
+        reads = ((batch, None) for batch in batches)
+        ahead = isinstance(self.batches, DataLoader)
+        copied = self.copies.ahead(reads) if ahead else self.copies.in_turn(reads)
+        return (batch for batch, _ in copied)
 
     def _iterate(self, start: int) -> Iterator[Any]:
         """Return an iterator from batch number `start` on.
@@ -383,3 +475,41 @@ class ForeignLoader:
             for _ in islice(batches, start):
                 pass
         return batches
+
+    def keep(self, batch: Batch) -> Batch:
+        """Return a batch that outlasts the next one: a copy, where the memory may be reused."""
+        if self.fresh or self.copies is not None:
+            return batch
+        return copied(batch)
+
+
+def copied(batch: Batch) -> Batch:
+    return tuple(tensor.clone() for tensor in batch)
+
+
+def makes_fresh_batches(batches: Any) -> bool:
+    """Return whether each batch is known to have memory of its own.
+
+    That is so in a list, and where torch's DataLoader stacks samples in its usual way.
+    """
+    if isinstance(batches, list | tuple):
+        return True
+    if type(batches) is not DataLoader or batches.batch_sampler is None:
+        return False
+    return batches.collate_fn is torch.utils.data.default_collate
+
+
+def set_epoch(source: Any, epoch: int) -> None:
+    """Call `set_epoch` of a loader and of its samplers, batch samplers and data sets, once each."""
+    waiting = [source]
+    seen: list[Any] = []
+    while waiting:
+        part = waiting.pop(0)
+        if part is None or any(part is other for other in seen):
+            continue
+        seen.append(part)
+        if callable(getattr(part, "set_epoch", None)):
+            part.set_epoch(epoch)
+        waiting += [getattr(part, name, None) for name in ("batch_sampler", "sampler", "dataset")]
+        if isinstance(part, ConcatDataset | ChainDataset):
+            waiting += part.datasets

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import seeds
 from .errors import SettingError
+from .fused import complete_momentum
 
 NOTHING = nullcontext()
 SMALL = 20_000_000  # products of a forward pass
@@ -61,14 +62,28 @@ def chosen_layout(wanted: bool | Literal["auto"], model: nn.Module | None) -> tu
 
 
 class CopyStream:
-    """Copies batches to a CUDA device on a stream of its own, each while the one before it is computed with."""
+    """Copies batches to a CUDA device on a stream of its own, which does not wait for the model.
 
-    def __init__(self, device: torch.device):
-        self.device, self.stream = device, torch.cuda.Stream(device)
+    Args:
+        device: the CUDA device.
+        reused: whether the memory of a batch may be written when the next one is read. Then each
+            copy is complete before that, and a batch that is on the device already is copied too.
+    """
+
+    def __init__(self, device: torch.device, reused: bool = False):
+        self.device, self.stream, self.reused = device, torch.cuda.Stream(device), reused
 
     def ahead(self, reads: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
         """Yield (batch, something) on the device, having begun to copy the one after it; no batch passes as it is."""
-        for batch, beside, done in one_ahead(map(self._begin, reads)):
+        return self._ready(one_ahead(map(self._begin, reads)))
+
+    def in_turn(self, reads: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
+        """Yield (batch, something) on the device; the next one is read when it is asked for."""
+        return self._ready(map(self._begin, reads))
+
+    def _ready(self, begun: Iterable[tuple[Any, Any, Any]]) -> Iterator[tuple[Any, Any]]:
+        """Yield the copies that `_begin` has begun, ready for the current stream."""
+        for batch, beside, done in begun:
             if done is not None:
                 current = torch.cuda.current_stream(self.device)
                 current.wait_event(done)
@@ -82,7 +97,12 @@ class CopyStream:
             return batch, beside, None
         with torch.cuda.stream(self.stream):
             copied = tuple(tensor.to(self.device, non_blocking=True) for tensor in batch)
-            return copied, beside, self.stream.record_event()
+            done = self.stream.record_event()
+        if self.reused:
+            done.synchronize()  # waits for this copy alone; out of pinned memory it is asynchronous
+            pairs = zip(copied, batch, strict=True)
+            copied = tuple(new.clone() if new is old else new for new, old in pairs)
+        return copied, beside, done
 
 
 def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
@@ -180,6 +200,7 @@ class Precision:
         if self.scaler is None:
             update()
         else:
+            complete_momentum(optimizer)
             self.scaler.step(optimizer)
             self.scaler.update()
 

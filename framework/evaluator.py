@@ -10,7 +10,7 @@ from .batches import Batches, Source, as_batches
 from .data import Batch, Data, TensorSplit
 from .device import Format, Precision, deterministic_algorithms, find_device
 from .errors import DataError, SettingError
-from .memory import MicroBatches, OutOfMemory, memory_errors
+from .memory import MicroBatches, memory_errors, versions
 from .metric import Measures, Metric
 from .task import LossTask, Task
 
@@ -61,42 +61,60 @@ class Evaluator:
         task: Task | Callable[[Tensor, Tensor], Tensor] | None = None,
         batch_size: int = 256,
     ) -> Tensor:
-        """Return the model's outputs for inputs (rows, *in_shape), or for every sample of a split, on the CPU.
+        """Return the model's outputs for inputs or for every sample of a split, on the CPU.
 
-        They are float32, or float64 if the model's are.
+        They keep their dtype, apart from bf16 and fp16, which become float32.
+
+        Args:
+            data: inputs (rows, *in_shape), a split, or an iterable of batches.
+            model: another one than the fitted one.
+            task: as for `evaluate`.
+            batch_size: samples at once, for inputs and splits.
         """
         self._use(model, task, "model")
         batches = self._batches(TensorSplit(data) if isinstance(data, Tensor) else data, batch_size)
+        outputs: list[Tensor] = []
         with self._inference():
-            outputs = []
             for batch in batches.epoch():
                 for part in self.micro_batches.split(self._place(batch)):
-                    found = self.model(part[0])
-                    wide = torch.promote_types(found.dtype, torch.float32)
-                    outputs.append(found.to(wide).cpu())
+                    made = self.model(part[0])
+                    # a copy: the outputs may be in the memory of the batch, or of the last outputs
+                    outputs.append(made.to("cpu", at_least_float32(made.dtype), copy=True))
         if not outputs:
             raise DataError("there is nothing to predict: the inputs have no row")
         return torch.cat(outputs)
 
     def _measure(self, batches: Batches) -> dict[str, float]:
         """Return the loss and metrics of the model over all batches, in eval mode. Raises DataError for no batch."""
-        while True:
-            try:
-                return self._measure_once(batches)
-            except OutOfMemory as error:
-                if not self.micro_batches.halve(error):
-                    raise
-
-    def _measure_once(self, batches: Batches) -> dict[str, float]:
         measures = Measures(self.metrics, self.device, batches.hold)
         with self._inference():
             for batch in batches.epoch():
-                for part in self.micro_batches.split(self._place(batch)):
-                    loss, outputs, targets, values = self.task.step(self.model, part)
-                    measures.add(loss, outputs, targets, self.task.count(part), values)
+                self._measure_batch(self._place(batch), measures)
             if measures.empty:
-                raise DataError("the data to measure on has no batch: it is empty")
+                raise DataError("the data to measure on has no batch: it is empty or used up")
             return measures.read()
+
+    def _measure_batch(self, batch: Batch, measures: Measures) -> None:
+        """Add a batch to the measures; if memory is full, run it again in smaller parts if allowed."""
+        if not self.micro_batches.auto:
+            self._measure_parts(batch, measures)
+            return
+        mark = measures.mark()
+        before = versions([batch])
+        while True:
+            try:
+                self._measure_parts(batch, measures)
+                return
+            except (MemoryError, RuntimeError) as error:
+                if not self.micro_batches.halve(error, versions([batch]) == before):
+                    raise
+            measures.undo(mark)  # not in `except`, whose traceback keeps the tensors of the pass
+
+    def _measure_parts(self, batch: Batch, measures: Measures) -> None:
+        for part in self.micro_batches.split(batch):
+            count = self.task.count(part)  # before the model may change the inputs
+            loss, outputs, targets, values = self.task.step(self.model, part)
+            measures.add(loss, outputs, targets, count, values)
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
@@ -125,4 +143,11 @@ class Evaluator:
     def _place(self, batch: Batch) -> Batch:
         if all(tensor.device == self.device for tensor in batch):
             return batch
-        return tuple(tensor.to(self.device, non_blocking=True) for tensor in batch)
+        asynchronous = self.device.type == "cuda"  # other devices may read the memory too late
+        return tuple(tensor.to(self.device, non_blocking=asynchronous) for tensor in batch)
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of predictions: float32 for smaller floats, of which NumPy lacks bf16."""
+    small = dtype.is_floating_point and dtype.itemsize < torch.float32.itemsize
+    return torch.float32 if small else dtype

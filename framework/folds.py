@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from . import seeds
-from .data import Data, GatheredSplit, TensorSplit, check_data
+from .data import Data, GatheredSplit, TensorSplit, check_data, is_in_memory
 from .errors import DataError
 
 
@@ -72,7 +72,7 @@ def cut_as_they_are(data: Data, fold: str, number: int, count: int) -> None:
         raise DataError(f"fold={fold}: {type(data).__name__} is cut out of one text, and cannot be cut into folds")
     samples = sum(map(len, splits))
     check_number(samples, fold, count)
-    if all(isinstance(split, TensorSplit) for split in splits):
+    if all(is_in_memory(split) for split in splits):
         whole = TensorSplit(*(torch.cat(parts) for parts in zip(*(s.tensors for s in splits), strict=True)))  # type: ignore
         strata = whole.tensors[1] if data.target == "class" and len(whole.tensors) > 1 else torch.zeros(samples)
         rows, others = fold_of(strata, number, count)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, optimizer as torch_optimizer
 
+from .identity import identical, kept_tensors
+
 Update = Callable[[dict[str, Any], list[Tensor], list[Tensor], list[list[Tensor]]], None]
 
 
@@ -49,6 +51,7 @@ class Lists(NamedTuple):
 
     group: dict[str, Any]
     params: list[Tensor]
+    names: tuple[str, ...]
     kept: list[list[Tensor]]
 
 
@@ -61,6 +64,7 @@ class FusedStep:
         self.names, self.update = UPDATES.get(type(optimizer), unknown)
         self.lists: list[Lists] | None = None
         self.made_for: Any = None
+        self.kept: list[Tensor] = []  # all that the optimizer kept when the lists were made
         if self.update is None or not all(map(plain, optimizer.param_groups)) or not self._reproduces(self.update):
             self.update = None
 
@@ -68,10 +72,11 @@ class FusedStep:
         lists = self._current()
         gradients = None if lists is None else [[p.grad for p in each.params] for each in lists]
         if lists is None or gradients is None or any(g is None for each in gradients for g in each):
+            complete_momentum(self.optimizer)
             self.optimizer.step()
             return
         with torch.no_grad():
-            for (group, params, kept), grads in zip(lists, gradients, strict=True):
+            for (group, params, _, kept), grads in zip(lists, gradients, strict=True):
                 self.update(group, params, grads, kept)  # type: ignore[misc, arg-type]
 
     def _current(self) -> list[Lists] | None:
@@ -82,23 +87,32 @@ class FusedStep:
         if self.lists is None or self.made_for is not optimizer.state or not self._fits(groups):
             made = [self._listed(group) for group in groups]
             self.lists = [each for each in made if each is not None] if all(made) else None
-            self.made_for = optimizer.state
+            self.made_for, self.kept = optimizer.state, kept_tensors(optimizer.state)
         return self.lists
 
     def _fits(self, groups: list[dict[str, Any]]) -> bool:
         assert self.lists is not None
-        pairs = zip(groups, self.lists, strict=False)
-        same = all(group is each.group and len(group["params"]) == len(each.params) for group, each in pairs)
-        return same and len(groups) == len(self.lists)
+        if len(groups) != len(self.lists) or not identical(kept_tensors(self.optimizer.state), self.kept):
+            return False
+        for group, lists in zip(groups, self.lists, strict=True):
+            if group is not lists.group or not identical(group["params"], lists.params):
+                return False
+            if not plain(group) or self._kept_names(group) != lists.names:
+                return False
+        return True
+
+    def _kept_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return () if group.get("momentum") == 0 else self.names
 
     def _listed(self, group: dict[str, Any]) -> Lists | None:
         """Return the lists of a group; None before its first step, and where the tensors are not all of one kind."""
-        params, names = list(group["params"]), () if group.get("momentum") == 0 else self.names
+        params, names = list(group["params"]), self._kept_names(group)
         states = [self.optimizer.state.get(p, {}) for p in params]
         whole = all(isinstance(state.get(name), Tensor) for state in states for name in names)
         if not whole or not plain(group) or len({(p.device, p.dtype) for p in params}) != 1:
             return None
-        return Lists(group, params, [[state[name] for state in states] for name in names] or [[]])
+        kept = [[state[name] for state in states] for name in names]
+        return Lists(group, params, names, kept or [[]])
 
     def _reproduces(self, update: Update) -> bool:
         """Whether, on one number, the update does exactly what a `step()` does in this release of torch."""
@@ -121,11 +135,41 @@ class FusedStep:
         return torch.equal(ours, theirs)
 
 
+@torch.no_grad()
+def complete_momentum(optimizer: Optimizer) -> None:
+    """Give a momentum to the parameters that have none yet, where others have one.
+
+    torch's fused SGD raises a TypeError for such a group, which comes about when a parameter is
+    unfrozen or added. As in the SGD that is not fused, the momentum after the first step of a
+    parameter is its gradient.
+    """
+    if not isinstance(optimizer, SGD):
+        return
+    for group in optimizer.param_groups:
+        if not group.get("fused") or not group["momentum"]:
+            continue
+        moved = [p for p in group["params"] if p.grad is not None]
+        new = [p for p in moved if optimizer.state.get(p, {}).get("momentum_buffer") is None]
+        if len(new) == len(moved):
+            continue
+        for p in new:
+            buffer = torch.zeros_like(p)
+            if group["dampening"]:
+                gradient = -p.grad if group["maximize"] else p.grad
+                gradient = gradient + group["weight_decay"] * p
+                buffer.add_(gradient, alpha=group["dampening"] / group["momentum"])
+            optimizer.state[p]["momentum_buffer"] = buffer
+
+
 def plain(group: dict[str, Any]) -> bool:
     """Whether a group's settings leave the update as simple as it is here."""
-    special = any(group.get(name) for name in ("amsgrad", "capturable", "differentiable"))
-    tensors = any(isinstance(value, Tensor) for value in (group["lr"], *group.get("betas", ())))
-    return bool(group.get("fused")) and bool(group["params"]) and not special and not tensors
+    if not group.get("fused") or not group["params"]:
+        return False
+    if group.get("amsgrad") or group.get("capturable") or group.get("differentiable"):
+        return False
+    if isinstance(group["lr"], Tensor):
+        return False
+    return not any(isinstance(beta, Tensor) for beta in group.get("betas", ()))
 
 
 def has_hooks(optimizer: Optimizer) -> bool:

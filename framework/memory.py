@@ -1,7 +1,7 @@
 """When memory is full: what to say, and how to go on with less of a batch at once."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -50,6 +50,14 @@ def memory_errors(device: torch.device) -> Iterator[None]:
         raise OutOfMemory(f"{device} has no room for this run: {advice}. torch says: {words}") from error
 
 
+def versions(batches: Iterable[Batch]) -> list[int]:
+    """Return how often each tensor was changed in place, as autograd counts it."""
+    found = []
+    for batch in batches:
+        found += [0 if tensor.is_inference() else tensor._version for tensor in batch]
+    return found
+
+
 class MicroBatches:
     """How many samples go through the model at once. A batch of more is split along its first axis.
 
@@ -76,10 +84,23 @@ class MicroBatches:
             return [batch]
         return list(zip(*(tensor.split(self.largest) for tensor in batch), strict=True))
 
-    def halve(self, error: BaseException) -> bool:
-        """After an error: whether it makes sense to try again, with half as many samples at once from now on."""
+    def halve(self, error: BaseException, unchanged: bool = True) -> bool:
+        """Halve the samples at once after an error; return whether it makes sense to try again.
+
+        Args:
+            error: what was raised.
+            unchanged: whether the batch is as it was before.
+
+        Raises OutOfMemory when another try would run other inputs, since the batch is changed.
+        """
         if not self.auto or not is_full(error) or self.largest <= 1:
             return False
+        if not unchanged:
+            raise OutOfMemory(
+                "micro_batch=auto: memory is full, and the batch cannot be run again, since the "
+                "model changes its inputs in place; expected a clone of them in `forward`, or "
+                f"micro_batch below {self.largest}"
+            ) from error
         self.size = -(-self.largest // 2)
         warnings.warn(f"memory is full with {self.largest} samples at once: going on with {self.size}", stacklevel=2)
         return True

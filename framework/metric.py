@@ -83,7 +83,7 @@ def checked(metric: Metric, sums: Any) -> Tensor:
 def added(metric: Metric, before: Tensor | None, fresh: Tensor) -> Tensor:
     """Return the sums of a metric with those of further batches."""
     if before is None:
-        return fresh
+        return fresh.clone()  # it may be a view of the outputs
     if before.shape != fresh.shape:
         warnings.warn(
             f"the metric {metric.name}: the checkpoint has sums of another version of it, which are left out until "
@@ -112,6 +112,8 @@ class Measures:
         self.values: dict[str, Tensor] = {}  # of each name the sum, and over how many items
         self.held: list[Held] = []
         self.numbers = 0
+        self.first: list[Tensor] = []  # the tensors of the first batch, until the second comes
+        self.checked_memory = self.hold == 1
 
     def add(
         self,
@@ -128,12 +130,34 @@ class Measures:
         seen = (outputs.detach(), targets) if self.metrics and outputs is not None else (None, None)
         means = {name: value.detach() for name, value in values.items()} if values else values
         one = Held(loss.detach(), count, seen[0], seen[1], means)
+        if not self.checked_memory:
+            one = self._own(one)
         if self.held and one.form() != self.held[0].form():
             self._sum_up()
         self.held.append(one)
         self.numbers += 0 if one.outputs is None else one.outputs.numel()
         if len(self.held) >= self.hold or self.numbers > self.large:
             self._sum_up()
+
+    def _own(self, one: Held) -> Held:
+        """Return a batch that can be held back: for the first one, copies of its tensors.
+
+        If a tensor of the second batch is in the same memory as that of the first, whoever makes it
+        reuses it, as a module replayed by a CUDA graph does: then nothing is held back any more.
+        """
+        tensors = [tensor for tensor in (one.loss, one.outputs, one.targets) if tensor is not None]
+        if not self.first:
+            self.first = tensors
+            loss, outputs, targets = one.loss.clone(), one.outputs, one.targets
+            if outputs is not None and targets is not None:
+                outputs, targets = outputs.clone(), targets.clone()
+            return one._replace(loss=loss, outputs=outputs, targets=targets)
+        pairs = zip(tensors, self.first, strict=False)
+        if any(new.data_ptr() == old.data_ptr() for new, old in pairs):
+            self._sum_up()
+            self.hold = 1
+        self.first, self.checked_memory = [], True
+        return one
 
     @torch.no_grad()
     def _sum_up(self) -> None:

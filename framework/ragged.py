@@ -18,6 +18,8 @@ class GatheredSplit:
     """
 
     device = torch.device("cpu")
+    reuses_memory = True
+    """Whether `gather` may write a batch into the memory of the one before it; False is faster."""
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -47,6 +49,8 @@ class RaggedSplit(GatheredSplit):
     `bucket` batches, each pool is sorted by length and cut into batches, and then all full batches are shuffled.
     Which texts share a batch still changes from epoch to epoch.
     """
+
+    reuses_memory = False
 
     def __init__(self, sequences: Sequence[Tensor], *others: Tensor, bucket: int = 16):
         """Store the sequences (1-d tensors of ids, 0 being padding) end to end, and what goes with each of them.
@@ -94,6 +98,8 @@ class WindowSplit(GatheredSplit):
     `context` tokens (from fewer at the very beginning).
     """
 
+    reuses_memory = False
+
     def __init__(self, tokens: Tensor, length: int, context: int | None = None, **facts: Any):
         """Cut the tokens (1-d) when they are asked for.
 
@@ -131,4 +137,7 @@ class WindowSplit(GatheredSplit):
             before = (indices - 1).div(self.stride, rounding_mode="floor") * self.stride  # where the last one began
             seen = torch.where(indices > 0, before + self.length - indices, 0)
             targets = targets.masked_fill(torch.arange(self.length) < seen[:, None], -1)
-        return tuple(tensor.contiguous().to(self.device, non_blocking=True) for tensor in (inputs, targets))
+        own = [
+            part.clone(memory_format=torch.contiguous_format) for part in (inputs, targets)
+        ]  # not one memory for both
+        return tuple(tensor.to(self.device, non_blocking=True) for tensor in own)

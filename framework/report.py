@@ -128,8 +128,9 @@ def write_file(columns: Mapping[str, list[Any]], path: Path) -> None:
         if path.suffix == ".csv":
             write_csv(columns, file)
         else:
-            rows = zip(*columns.values(), strict=True)
-            file.writelines(json.dumps(dict(zip(columns, row, strict=True))) + "\n" for row in rows)
+            for row in zip(*columns.values(), strict=True):
+                named = dict(zip(columns, row, strict=True))
+                file.write(json.dumps(named, default=str) + "\n")  # JSON has no complex numbers
 
 
 def write_csv(columns: Mapping[str, list[Any]], file: TextIO) -> None:

@@ -26,7 +26,7 @@ from .checks import check_callbacks, check_fit, check_phases, check_schedule
 from .clock import Clock, Profiler
 from .compiled import Compile
 from .cuda_graph import CudaGraph
-from .data import Batch, Data, Loader, check_data
+from .data import READ_AGAIN, Batch, Data, ForeignLoader, Loader, check_data
 from .device import Format, deterministic_algorithms
 from .errors import DataError, SettingError
 from .evaluator import Evaluator
@@ -34,12 +34,13 @@ from .fused import FusedStep
 from .logger import Logger
 from .memory import MicroBatches, memory_errors
 from .metric import Measures, Metric
+from .modes import Modes
 from .optimizer import group_settings, mark_learning_rates, start_learning_rates
 from .scheduler import Schedule
 from .schema import PositiveInt, check_arguments
 from .state import Cadence, Every, State
 from .task import Task
-from .transform import transformed, transforms_of
+from .transform import transformed_all, transforms_of
 
 
 class Trainer(Evaluator):
@@ -133,12 +134,22 @@ class Trainer(Evaluator):
 
         Each call is a fit of its own: it starts at step 0 with the trainer's seed, so that calls in a loop read the
         samples in the same order and draw the same dropout masks (another `seed` gives others, `resume` goes on).
-        Callbacks and the schedule start afresh, and gradients that are there before are deleted. The weights, and the
-        state that the optimizer keeps of each parameter, stay as they are.
+        Fit seeds the global generators of Python, NumPy and torch, and does not restore them. Callbacks and the
+        schedule start afresh, and gradients that are there before are deleted. The weights, and the state that the
+        optimizer keeps of each parameter, stay as they are.
+
+        Modules that are in evaluation mode when fit begins, or that a callback puts into it in
+        `on_fit_start`, stay in it during training. If the model itself is in evaluation mode, all
+        of its modules are trained. Fit leaves all modules in evaluation mode, which another fit
+        does not take for a choice: it goes by the modes that were set before this one. To set others
+        between two fits, call `model.train()` first, and then `eval()` of single modules.
 
         Args:
-            model: any module; it is moved to the device, and left in eval mode.
-            data: a `Data` (its val split is validated on), a split, or an iterable of batches such as a DataLoader.
+            model: any module; it is moved to the device, and left in evaluation mode.
+            data: a `Data` (its val split is validated on), a split, a data set of torch's (also an
+                `IterableDataset`, of samples), or an iterable of batches such as a DataLoader,
+                which may reuse the memory of its batches. Before each epoch `set_epoch` of the
+                loader, its samplers and its data set is called, where there is one.
             task: a `Task`, or a loss of (outputs, targets).
             optimizer: a torch optimizer over the model's parameters.
             val: what to validate on, if not the data's own val split.
@@ -154,10 +165,12 @@ class Trainer(Evaluator):
 
         Raises DataError when the data is empty or does not fit the task, OutOfMemory when memory is full.
         """
-        self.begin(model, data, task, optimizer, val, schedule, metrics, batch_size, resume)
-        with deterministic_algorithms(self.deterministic), memory_errors(self.device), self.fitting():
-            while not self.done:
-                self._epoch()
+        with torch.inference_mode(False), torch.enable_grad():  # whatever the caller has set
+            self.begin(model, data, task, optimizer, val, schedule, metrics, batch_size, resume)
+            deterministic = deterministic_algorithms(self.deterministic)
+            with deterministic, memory_errors(self.device), self.fitting():
+                while not self.done:
+                    self._epoch()
         return self.state
 
     def begin(
@@ -175,6 +188,7 @@ class Trainer(Evaluator):
         """Take what `fit` was given, up to the first step."""
         check_fit(model, task, optimizer, schedule, metrics)
         self._use(model, task)
+        self.modes = Modes(self.model)
         check_phases(self.task, self.compile, self.cuda_graph)
         self.optimizer, self.schedule = optimizer, schedule
         if isinstance(data, Data):
@@ -187,6 +201,22 @@ class Trainer(Evaluator):
         check_schedule(schedule, self.val_batches is not None)
         self.metrics = list(metrics)
         self._prepare(resume)
+        self._check_validation_data()
+
+    def _check_validation_data(self) -> None:
+        """Raise DataError where a second validation, perhaps after hours, would find no data."""
+        if not isinstance(self.val_batches, ForeignLoader) or not self.val_batches.single_pass:
+            return
+        by_epochs = self.validate_every.unit == "epoch" and self.max_steps is None
+        if self.max_epochs is None or not by_epochs:
+            return  # how many validations there will be is not known
+        every = int(self.validate_every.number)
+        validations = self.max_epochs // every - self.state.epoch // every
+        validations += self.max_epochs % every != 0
+        if validations > 1:
+            kind = type(self.val_batches.batches).__name__
+            expected = f"data for {validations} validations"
+            raise DataError(f"val: expected {expected}, got a {kind}; {READ_AGAIN}")
 
     @contextmanager
     def fitting(self) -> Iterator[None]:
@@ -196,7 +226,9 @@ class Trainer(Evaluator):
                 if self._opened_at != self.state.step:  # for an earlier fit, in a trainer that is still open
                     self._closing.close()
                     self._open_loggers()
+                self.modes.train()
                 self._emit("fit_start")
+                self.modes.take_choice()
                 yield
                 self._finish()
                 self._emit("fit_end")
@@ -211,7 +243,7 @@ class Trainer(Evaluator):
                 self._left = trainer_state.Left(self.optimizer, settings, self.optimizer_settings)
                 self._opened_at = None
                 self.clock.finish()
-                self.model.eval()
+                self.modes.leave()
 
     def _prepare(self, resume: dict[str, Any] | None) -> None:
         """Make everything that the first step needs: counters, scaler, sums, seeds, open loggers."""
@@ -252,14 +284,16 @@ class Trainer(Evaluator):
     def _epoch(self) -> None:
         """Run one epoch, from the batch where the run stands."""
         state = self.state
-        self.model.train()
+        self.modes.train()
         if state.batch == 0:
             self._emit("epoch_start")
+            self.modes.take_woken()
         batches = self.train_batches.epoch(state.epoch, state.batch)
         steps_left = state.steps_per_epoch - state.batch // self.accumulate if state.steps_per_epoch else 0
         waited = time.perf_counter()
-        for window, last in steps(batches, self.accumulate, steps_left):
+        for window, last in steps(batches, self.accumulate, steps_left, self.train_batches.keep):
             self.clock.add("waiting for data", time.perf_counter() - waited)
+            self._check_parts()
             self._step(window)
             self.counted(window, last)
             if self.log_every.due(state, epoch_end=last) or last:
@@ -273,6 +307,17 @@ class Trainer(Evaluator):
         expected = f"its length says {len(self.train_batches)}" if steps_left else "can it be read only once?"
         raise DataError(f"epoch {state.epoch + 1} of the training data ended after {state.batch} batches; {expected}")
 
+    def _check_parts(self) -> None:
+        """Raise SettingError when a callback has replaced a part that this fit was prepared for."""
+        prepared = self._backward
+        same = self.model is prepared.model and self.task is prepared.task
+        if same and self.optimizer is prepared.optimizer:
+            return
+        for name in ("model", "task", "optimizer"):
+            if getattr(self, name) is not getattr(prepared, name):
+                advice = "change it in place, or start a new fit"
+                raise SettingError(f"trainer.{name} was replaced during fit: {advice}")
+
     def _step(self, window: list[Batch]) -> None:
         """The training step: the gradients of all its batches (`backward.py`), then one update, compiled or not.
 
@@ -283,7 +328,7 @@ class Trainer(Evaluator):
         with self.clock.detail("copy"):
             batches = [self._place(batch) for batch in window]
             if self._transforms:
-                batches = [transformed(batch, self._transforms) for batch in batches]
+                batches = transformed_all(batches, self._transforms)
         self._set_learning_rate()
         for phase in self.task.phases or (None,):
             self.loss = self._backward(batches) if phase is None else self._backward.in_phase(phase, batches)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch.optim import Optimizer
@@ -86,7 +87,8 @@ def restore(trainer: Trainer, saved: dict[str, Any]) -> None:
     """Take back what `capture` gave, into a trainer with the same parts."""
     trainer.model.load_state_dict(saved["model"])
     before, now = saved.get("optimizer_settings"), trainer.optimizer_settings
-    restore_optimizer(trainer.optimizer, saved["optimizer"], before, now)
+    own = deepcopy(saved["optimizer"])  # or the optimizer would write into the tensors of `saved`
+    restore_optimizer(trainer.optimizer, own, before, now)
     if trainer.schedule is None and saved.get("scheduled"):
         for group in trainer.optimizer.param_groups:
             group["lr"] = group["initial_lr"]  # without the last factor of the schedule that is no more

@@ -9,6 +9,8 @@ import torch
 from .callback import Callback
 from .data import Batch
 from .device import channels_last
+from .errors import SettingError
+from .memory import versions
 
 
 class Transform(Callback):
@@ -22,13 +24,34 @@ class Transform(Callback):
     alone = True  # trials that train as one read a batch once for all of them
 
     def __call__(self, batch: Batch) -> Batch:
-        """Return a changed batch; the tensors of the given one may belong to the data set, and stay as they are."""
+        """Return a changed batch, in new tensors; those of the given batch stay as they are.
+
+        They may belong to the data set.
+        """
         raise NotImplementedError
 
 
 def transforms_of(callbacks: Sequence[Callback]) -> list[Transform]:
     """Return those of the callbacks that are transforms."""
     return [callback for callback in callbacks if isinstance(callback, Transform)]
+
+
+def transformed_all(batches: Sequence[Batch], transforms: Sequence[Transform]) -> list[Batch]:
+    """Return the batches of a step after all transforms.
+
+    Raises SettingError where one of them was changed by the transforms of a later one.
+    """
+    made = [transformed(batches[0], transforms)]
+    for batch in batches[1:]:
+        last = made[-1]
+        before = versions([last])
+        made.append(transformed(batch, transforms))
+        for old, new, version in zip(last, made[-1], before, strict=False):
+            if old.data_ptr() == new.data_ptr() and versions([(old,)]) != [version]:
+                names = ", ".join(type(transform).__name__ for transform in transforms)
+                said = "one writes into the batch that it returned before"
+                raise SettingError(f"transforms={names}: {said}; expected new tensors")
+    return made
 
 
 @torch.no_grad()

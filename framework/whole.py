@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from .callback import Callback
 from .data import Batch
+from .identity import identical, kept_tensors
 from .task import Step
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ class Whole:
         self.trained: list[nn.Parameter] = []
         self.groups: list[int] = []
         self.rates: list[Tensor] = []
-        self.made_for: Any = None
+        self.made_for: Any = None  # the optimizer's state, and `kept` its tensors
+        self.kept: list[Tensor] = []
 
     def attach(self, trainer: Trainer, listening: list[Callback]) -> None:
         """Take note of whom the trainer tells of gradients."""
@@ -48,16 +50,32 @@ class Whole:
         if not self.able() or self.wanted():
             return False
         groups, state = self.optimizer.param_groups, self.optimizer.state
-        trained = [(p, number) for number, group in enumerate(groups) for p in group["params"] if p.requires_grad]
-        form = (id(state), len(trained))
-        if form != self.made_for:
-            self.trained, self.groups = [p for p, _ in trained], [number for _, number in trained]
-            if not self.begun():
-                return False
-            places = [(g["params"][0].device, self.rate_type or g["params"][0].dtype) for g in groups]
-            self.rates = [torch.zeros((), device=device, dtype=dtype) for device, dtype in places]
-            self.made_for = form
+        trained: list[nn.Parameter] = []
+        numbers: list[int] = []
+        for number, group in enumerate(groups):
+            own = [p for p in group["params"] if p.requires_grad]
+            trained += own
+            numbers += [number] * len(own)
+        if self._made_for(trained, numbers):
+            return True
+        self.made_for = None
+        self.trained, self.groups = trained, numbers
+        if not self.begun():
+            return False
+        self.rates = []
+        for group in groups:
+            first = (group["params"] or trained)[0]
+            dtype = self.rate_type or first.dtype
+            self.rates.append(torch.zeros((), device=first.device, dtype=dtype))
+        self.made_for, self.kept = state, kept_tensors(state)
         return True
+
+    def _made_for(self, trained: list[nn.Parameter], numbers: list[int]) -> bool:
+        """Whether the call was made for these parameters, groups and tensors of the state."""
+        groups, state = self.optimizer.param_groups, self.optimizer.state
+        if self.made_for is not state or numbers != self.groups or len(self.rates) != len(groups):
+            return False
+        return identical(trained, self.trained) and identical(kept_tensors(state), self.kept)
 
     def able(self) -> bool:
         """Whether nothing else stands against it."""

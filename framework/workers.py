@@ -207,10 +207,29 @@ def collate(read: Read) -> Read:
 def as_batch(batch: Any) -> Batch:
     """Return a tuple of tensors. Raises DataError for anything else."""
     parts = (batch,) if isinstance(batch, Tensor) else batch
-    if not isinstance(parts, tuple | list) or not all(isinstance(part, Tensor) for part in parts):
-        held = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
-        raise DataError(f"a batch must be a tuple of tensors (inputs, targets), not {type(batch).__name__} ({held})")
+    tensors = isinstance(parts, tuple | list) and all(isinstance(part, Tensor) for part in parts)
+    if not tensors or len(parts) == 0:
+        held = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else described(batch)
+        advice = ""
+        several = isinstance(parts, tuple | list)
+        if several and any(isinstance(part, tuple | list) for part in parts):
+            advice = "; a Task of your own takes a flat tuple of any length"
+        elif several or hasattr(batch, "__array__"):
+            advice = "; torch.as_tensor makes tensors of arrays and numbers"
+        got = f"{type(batch).__name__} ({held})"
+        raise DataError(f"a batch must be a tuple of tensors (inputs, targets), not {got}{advice}")
     return tuple(parts)
+
+
+def described(part: Any) -> str:
+    """Return what a part of a batch is, in a few words: "tuple of Tensor, ndarray"."""
+    if not isinstance(part, tuple | list):
+        return type(part).__name__
+    kinds = [type(each).__name__ for each in part[:4]]
+    if not kinds:
+        return f"an empty {type(part).__name__}"
+    more = ", ..." if len(part) > 4 else ""
+    return f"{type(part).__name__} of {', '.join(kinds)}{more}"
 
 
 def read_batches(

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from framework import Callback, Every, NonNegativeInt, Rate, Trainer, callbacks, seeds
-from framework.data import Batch
-from framework.errors import SettingError
+from framework.data import READ_AGAIN, Batch
+from framework.errors import DataError, SettingError
+from framework.identity import ModelContents
 from framework.state import Cadence
 
 
@@ -47,13 +48,35 @@ class Averaging(Callback):
     def on_fit_start(self, trainer: Trainer) -> None:
         self._check_alone(trainer)
         self.trainer, self.seen = trainer, trainer.state.step
-        places = self.averaged_of(trainer.model)
-        self.names, self.parameters = list(places), list(places.values())  # whose `data` may move
+        self.contents = ModelContents(trainer.model, buffers=self.averages_buffers)
+        self._find_places()
         self.restore()
+
+    def _find_places(self) -> None:
+        places = self.averaged_of(self.contents.model)
+        self.names, self.parameters = list(places), list(places.values())  # whose `data` may move
 
     def averaged_of(self, model: nn.Module) -> dict[str, Tensor]:
         """Return by name what there is another one of."""
         return {name: p for name, p in model.named_parameters() if has_fractions(p)}
+
+    @property
+    def averages_buffers(self) -> bool:
+        """Whether `averaged_of` returns buffers."""
+        return False
+
+    def _follow(self) -> None:
+        """Replace parameters as the model has; what is kept beside a new one begins as its copy."""
+        if not self.contents.changed():
+            return
+        self.contents.remember()
+        before = self.parameters
+        self._find_places()
+        self.keep_in_step(before)
+
+    def keep_in_step(self, before: list[Tensor]) -> None:
+        """Order what is kept beside the parameters as they are now. before: the old parameters."""
+        self.others = matched(self.parameters, before, self.others)
 
     def on_step_end(self, trainer: Trainer) -> None:
         self._update()
@@ -97,6 +120,7 @@ class Averaging(Callback):
         if self.trainer is None or self.averaged or self.seen == self.trainer.state.step:
             return
         self.seen = self.trainer.state.step
+        self._follow()
         self.take_in(self.trainer)
 
     def _check_alone(self, trainer: Trainer) -> None:
@@ -107,6 +131,7 @@ class Averaging(Callback):
 
     @torch.no_grad()
     def _swap(self) -> None:
+        self._follow()
         for parameter, other in zip(self.parameters, self.others, strict=True):
             before = parameter.detach().clone()
             parameter.copy_(other)
@@ -127,6 +152,7 @@ class Averaging(Callback):
         self._update()
         if self.trainer is None:
             return {"updates": self.updates}
+        self._follow()
         others = dict(zip(self.names, self.others, strict=True))
         return {"updates": self.updates, "weights" if self.averaged else "average": others}
 
@@ -137,6 +163,22 @@ class Averaging(Callback):
 def has_fractions(tensor: Tensor) -> bool:
     """Whether the numbers of a tensor can be averaged: real or complex ones, no integers."""
     return tensor.is_floating_point() or tensor.is_complex()
+
+
+def matched(parameters: list[Tensor], before: list[Tensor], kept: list[Tensor]) -> list[Tensor]:
+    """Return for each parameter what is kept beside it, or a copy of a new one.
+
+    Args:
+        parameters: those that the model has now.
+        before: those that it had.
+        kept: what was kept beside each of these.
+    """
+    known = dict(zip(map(id, before), kept, strict=True))  # `before` holds them: each id is of one
+    found = []
+    for parameter in parameters:
+        value = known.get(id(parameter))
+        found.append(parameter.detach().clone() if value is None else value)
+    return found
 
 
 @callbacks.register("ema", aliases=["exponential_moving_average"])
@@ -190,6 +232,10 @@ class Swa(Averaging):
         super().__init__()
         self.start, self.batches = start, batches
 
+    @property
+    def averages_buffers(self) -> bool:
+        return self.batches != 0
+
     def averaged_of(self, model: nn.Module) -> dict[str, Tensor]:
         buffers = model.named_buffers() if self.batches != 0 else ()
         statistics = {n: b for n, b in buffers if ".running_" in f".{n}" and has_fractions(b)}
@@ -232,11 +278,15 @@ class Swa(Averaging):
         momenta = [norm.momentum for norm in norms]
         try:
             with seeds.undisturbed():
+                number = 0
                 batches = trainer.train_batches.epoch(trainer.state.epoch)
                 for number, batch in enumerate(islice(batches, self.batches), 1):
                     for norm in norms:
                         norm.momentum = 1 / number  # a plain mean over batches
                     self.look_at(trainer, batch)
+                if number == 0:
+                    why = "the training data cannot be read again, to measure statistics"
+                    raise DataError(f"callbacks.swa: {why}; {READ_AGAIN}")
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from framework import Callback, Every, Trainer, callbacks
-from framework.errors import SettingError
+from framework.data import READ_AGAIN
+from framework.errors import DataError, SettingError
 from framework.state import Cadence
 
 CELL = 16  # pixels
@@ -58,6 +59,9 @@ def count_pairs(trainer: Trainer) -> Tensor:
             pairs = targets[known] * classes + outputs.argmax(1)[known]
             new = pairs.bincount(minlength=classes**2).reshape(classes, classes)
             counts = new.double() if counts.numel() == 0 else counts + new
+    if counts.numel() == 0:
+        why = "the validation data cannot be read again"
+        raise DataError(f"callbacks.confusion: {why}; {READ_AGAIN}")
     return counts
 
 

@@ -51,6 +51,7 @@ class NonFinite(Callback):
         self.checked = 0  # the last step that is known to be finite
         self.late = self.together = False
         self.trainer: Trainer | None = None
+        self.found: Tensor | None = None  # on the device: whether something was not finite
 
     def reset(self) -> None:
         self.skipped = self.in_a_row = 0
@@ -106,14 +107,14 @@ class NonFinite(Callback):
 
     def on_fit_end(self, trainer: Trainer) -> None:
         self._look()
-        self._detach(trainer)
+        self._release(trainer)
 
     def on_exception(self, trainer: Trainer) -> None:
-        self._detach(trainer)
+        self._release(trainer)
 
-    def _detach(self, trainer: Trainer) -> None:
-        """Remove the flag from the optimizer, which would leave out the updates of a later fit after this one."""
-        if self.late and getattr(trainer.optimizer, "found_inf", None) is self.found:
+    def _release(self, trainer: Trainer) -> None:
+        """Let the optimizer make all its updates again, whoever uses it next."""
+        if self.found is not None and getattr(trainer.optimizer, "found_inf", None) is self.found:
             del trainer.optimizer.found_inf  # type: ignore[attr-defined]
 
     def _look(self) -> None:

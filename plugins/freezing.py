@@ -31,6 +31,7 @@ class Freeze(Callback):
             raise SettingError("freeze: `patterns` is empty, so there is nothing to freeze")
         self.patterns, self.epochs, self.every = patterns, epochs, every
         self.frozen: set[str] = set()
+        self.held: dict[str, nn.Parameter] = {}  # what was frozen by these names
         self.still: list[nn.Module] = []
 
     def on_fit_start(self, trainer: Trainer) -> None:
@@ -70,15 +71,22 @@ class Freeze(Callback):
 
     def apply(self, trainer: Trainer) -> None:
         wanted = self.wanted(trainer.state.epoch)
+        if wanted == self.frozen and self._replaced(trainer.model):
+            self.set(trainer.model, wanted)
         if wanted != self.frozen:
             self.set(trainer.model, wanted)
             count = sum(trainer.model.get_parameter(name).numel() for name in wanted)
             trainer.log({"train/frozen_parameters": float(count)})
+
+    def _replaced(self, model: nn.Module) -> bool:
+        """Whether another callback has put a new parameter in the place of a frozen one."""
+        return any(model.get_parameter(name) is not p for name, p in self.held.items())
 
     def set(self, model: nn.Module, wanted: set[str]) -> None:
         """Freeze these parameters and no other ones of mine."""
         for name in wanted | self.frozen:
             model.get_parameter(name).requires_grad_(name not in wanted)
         self.frozen = wanted
+        self.held = {name: model.get_parameter(name) for name in wanted}
         owned = {name: [key for key, _ in module.named_parameters(name)] for name, module in model.named_modules()}
         self.still = [model.get_submodule(name) for name, keys in owned.items() if keys and wanted.issuperset(keys)]

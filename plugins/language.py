@@ -144,7 +144,8 @@ def sample(
     """
     check_sampling(temperature, top_k, top_p)
     text, hop, draw = list(tokens) or [1], max(context // 2, 1), torch.Generator().manual_seed(seed)
-    device, training = next(model.parameters()).device, model.training
+    device = next(model.parameters()).device
+    modes = {module: module.training for module in model.modules()}
     cached = cached and hasattr(model, "new_cache")
     start = seen = 0
     cache: Any = None
@@ -158,7 +159,9 @@ def sample(
             logits = model(fresh, cache) if cached else model(fresh)
             seen = len(text)
             text.append(choose(logits[0, -1].float().cpu(), temperature, top_k, top_p, draw))
-    model.train(training)
+    model.train(modes[model])  # some modules do more in `train` than set a flag
+    for module, mode in modes.items():
+        module.training = mode
     return text[-length:] if length else []
 
 

@@ -34,7 +34,7 @@ class ActivationCheckpointing(Callback):
         if not patterns:
             raise SettingError("activation_checkpointing: `patterns` is empty, so no block would be run again")
         self.patterns = patterns
-        self.wrapped: list[nn.Module] = []
+        self.wrapped: list[tuple[nn.Module, Any]] = []  # each with the `forward` of its own, if any
 
     def on_fit_start(self, trainer: Trainer) -> None:
         """Wrap the blocks. Raises SettingError for a pattern that fits none, where steps are compiled, or replayed."""
@@ -50,8 +50,8 @@ class ActivationCheckpointing(Callback):
         outermost = [name for name in chosen if not any(name.startswith(f"{other}.") for other in chosen)]
         self.unwrap()
         for module in dict.fromkeys(map(modules.__getitem__, outermost)):
+            self.wrapped.append((module, vars(module).get("forward")))
             module.forward = partial(again, module, module.forward)
-            self.wrapped.append(module)
 
     def on_fit_end(self, trainer: Trainer) -> None:
         self.unwrap()
@@ -60,8 +60,10 @@ class ActivationCheckpointing(Callback):
         self.unwrap()
 
     def unwrap(self) -> None:
-        for module in self.wrapped:
+        for module, own in self.wrapped:
             del module.forward  # what is left is the method of its class
+            if own is not None:
+                module.forward = own
         self.wrapped = []
 
 

@@ -117,7 +117,7 @@ class Augmented(Transform):
         self.shown: Tensor | None = None
 
     def __call__(self, batch: Batch) -> Batch:
-        self.shown = batch[0][: self.count]
+        self.shown = batch[0][: self.count].clone()  # a loader may write there before the step ends
         return batch
 
     def on_step_end(self, trainer: Trainer) -> None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from framework import Callback, Every, PositiveInt, Trainer, callbacks, seeds
-from framework.data import TensorSplit
+from framework.data import is_in_memory
 from framework.errors import SettingError
 from framework.state import Cadence
 
@@ -106,14 +106,15 @@ class SampleDistance(Callback):
 
 def held_out(trainer: Trainer, count: int) -> Tensor:
     """Return the first inputs of the validation split, or of the training split where there is none, on the device."""
-    batches = trainer.val_batches or trainer.train_batches
+    batches = trainer.train_batches if trainer.val_batches is None else trainer.val_batches
     split = getattr(batches, "split", None)
-    if isinstance(split, TensorSplit):
-        return split.tensors[0][:count].to(trainer.device)
+    if is_in_memory(split):
+        inputs = split.tensors[0][:count]
+        return inputs.to(trainer.device, copy=True)  # a model may change its inputs
     found: list[Tensor] = []
     with seeds.undisturbed():
         for batch in batches.epoch():
-            found.append(batch[0].to(trainer.device))
+            found.append(batch[0].to(trainer.device, copy=True))  # a loader may reuse its memory
             if sum(map(len, found)) >= count:
                 break
     return torch.cat(found)[:count]

@@ -241,12 +241,15 @@ class LinearProbe(Callback):
         """Return the features (rows, D) in float64, and the classes, of a split's first samples."""
         kept: list[Tensor] = []
         classes: list[Tensor] = []
-        hook = trainer.model.get_submodule(self.layer).register_forward_hook(lambda *called: kept.append(called[2]))
+        hook = trainer.model.get_submodule(self.layer).register_forward_hook(
+            lambda *called: kept.append(called[2].clone())
+        )
         try:
             with trainer.precision.inference(trainer.model):
                 for batch in batches.epoch():
                     trainer.model(batch[0].to(trainer.device))
-                    classes.append(batch[1].to(trainer.device))
+                    # copies: a loader may reuse its memory
+                    classes.append(batch[1].to(trainer.device, copy=True))
                     if count is not None and sum(map(len, classes)) >= count:
                         break
         finally:

@@ -11,7 +11,7 @@ from framework.data import Batch
 from framework.errors import SettingError
 from framework.pure import as_real
 from framework.state import Cadence
-from framework_plugins.averaging import Averaging
+from framework_plugins.averaging import Averaging, matched
 
 
 class Again(Transform):
@@ -209,6 +209,10 @@ class ScheduleFree(Averaging):
         super().restore()
         pairs = zip(self.names, self.parameters, strict=True)
         self.z = [kept.get(name, p).detach().to(p.device, copy=True) for name, p in pairs]
+
+    def keep_in_step(self, before: list[Tensor]) -> None:
+        super().keep_in_step(before)
+        self.z = matched(self.parameters, before, self.z)
 
     def take_in(self, trainer: Trainer) -> None:
         """Carry the optimizer's move of y over to z, and make the new x and y."""

@@ -135,3 +135,21 @@ def test_blocks_of_a_registered_model_have_the_names_that_plan_shows():
         trainer = Trainer(max_steps=1, callbacks=[*parts, Bytes()], device="cpu")
         trainer.fit(model, TensorSplit(*batch), task=task, optimizer=torch.optim.SGD(model.parameters()))
     assert watch[1] < watch[0] / 2
+
+
+def test_a_forward_of_a_module_s_own_is_put_back():
+    model = network()
+    block = model.blocks[0]
+    calls = []
+
+    def forward(inputs):
+        calls.append(len(inputs))
+        return Noisy.forward(block, inputs)
+
+    block.forward = forward
+    trainer = Trainer(max_steps=1, callbacks=[checkpointing("blocks.*")], device="cpu")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    trainer.fit(model, SPLIT, task=nn.CrossEntropyLoss(), optimizer=optimizer, batch_size=4)
+    assert block.forward is forward
+    assert calls == [4, 4], "once more in the backward pass"
+    assert "forward" not in vars(model.blocks[1])

@@ -16,7 +16,18 @@ from shipped import shipped
 ROOT = Path(framework.__file__).parent.parent
 FLOORS = {
     "stdlib": ["errors", "exits", "schema", "registry", "kinds"],
-    "ground work": ["discovery", "seeds", "state", "shapes", "workers", "device", "memory", "clock"],
+    "ground work": [
+        "discovery",
+        "seeds",
+        "state",
+        "shapes",
+        "workers",
+        "identity",
+        "fused",
+        "device",
+        "memory",
+        "clock",
+    ],
     "contracts": [
         "data",
         "ragged",
@@ -24,7 +35,6 @@ FLOORS = {
         "task",
         "scheduler",
         "optimizer",
-        "fused",
         "pure",
         "logger",
         "callback",
@@ -34,6 +44,7 @@ FLOORS = {
         "trainer",
         "checks",
         "evaluator",
+        "modes",
         "backward",
         "cuda_graph",
         "compiled",

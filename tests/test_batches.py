@@ -3,13 +3,22 @@
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+)
 
-from framework import Step, Task
+from framework import Callback, Step, Task, Trainer
 from framework.batches import as_batches, count_steps, count_total, steps, windows
 from framework.data import ForeignLoader, Loader, TensorSplit
 from framework.errors import DataError
-from test_trainer import SPLIT, Three, X, Y, fit
+from test_trainer import SPLIT, Three, X, Y, fit, same
 
 CPU = torch.device("cpu")
 
@@ -105,6 +114,208 @@ def test_data_that_ends_too_early(data, message):
 
 def test_an_epoch_is_as_long_as_its_length():
     assert fit(Lying([(X, Y)] * 9))[0].state.step == 3 * 4
+
+
+# the epoch of samplers and data sets
+
+
+class Told:
+    """Notes the epochs that it is told of."""
+
+    def __init__(self, *given, **named):
+        super().__init__(*given, **named)
+        self.epochs = []
+
+    def set_epoch(self, epoch):
+        self.epochs.append(epoch)
+
+
+class ToldSampler(Told, SequentialSampler): ...
+
+
+class ToldBatches(Told, BatchSampler): ...
+
+
+class ToldSet(Told, TensorDataset): ...
+
+
+class ToldStream(Told, Endless): ...
+
+
+class ToldLoader(Told, DataLoader): ...
+
+
+def loaders_that_are_told():
+    """Return sources, and for each those of its parts that have `set_epoch`."""
+    data, sampler = ToldSet(X, Y), ToldSampler(X)
+    batches, stream = ToldBatches(sampler, 16, False), ToldStream(40)
+    whole, subset = ToldLoader(data, 16), ToldSet(X, Y)
+    return {
+        "sampler": (DataLoader(SPLIT, 16, sampler=ToldSampler(X)), lambda loader: [loader.sampler]),
+        "batch sampler": (DataLoader(data, batch_sampler=batches), lambda _: [data, batches, sampler]),
+        "stream": (DataLoader(stream, 16), lambda loader: [stream]),
+        "loader": (whole, lambda loader: [whole, whole.dataset]),
+        "subset": (DataLoader(Subset(subset, range(70)), 16), lambda loader: [subset]),
+        "joined": (DataLoader(ConcatDataset([subset, data]), 16), lambda loader: [subset, data]),
+        "data set": (ToldSet(X, Y), lambda data: [data]),
+        "stream as it is": (ToldStream(40), lambda stream: [stream]),
+    }
+
+
+@pytest.mark.parametrize("name", loaders_that_are_told())
+def test_what_draws_by_epoch_is_told_of_each_epoch_once(name):
+    """Also where the validation reads the same parts, in the middle of an epoch."""
+    source, parts = loaders_that_are_told()[name]
+    trainer, _ = fit(source, val=source, validate_every="2steps", max_epochs=3)
+    told = parts(source)
+    assert [part.epochs for part in told] == [[0, 1, 2]] * len(told)
+    saved = trainer.state_dict()
+    fit(source, max_epochs=5, resume=saved)
+    assert [part.epochs for part in told] == [[0, 1, 2, 3, 4]] * len(told)
+
+
+def test_a_resumed_epoch_is_told_by_its_number():
+    def cut(**settings):
+        data = ToldSet(X, Y)
+        return data, fit(DataLoader(data, 16), **settings)[0]
+
+    _, trainer = cut(max_epochs=None, max_steps=7)
+    data, _ = cut(max_epochs=3, resume=trainer.state_dict())
+    assert data.epochs == [1, 2]
+
+
+# data sets without a length, and data that can be read once
+
+
+def test_a_stream_of_samples_is_read_in_batches():
+    whole = fit(DataLoader(Endless(40), 16), val=DataLoader(Endless(40), 64))
+    as_it_is = fit(Endless(40), val=Endless(40))
+    assert same(whole[0].model, as_it_is[0].model)
+    assert whole[1].of("val/loss") == as_it_is[1].of("val/loss")
+    trainer = as_it_is[0]
+    assert torch.equal(trainer.predict(Endless(40)), trainer.predict(X[:40]))
+    in_memory = trainer.evaluate(TensorSplit(X[:40], Y[:40]))
+    assert trainer.evaluate(Endless(40)) == pytest.approx(in_memory)
+
+
+class Shared(IterableDataset):
+    """Twelve samples, shared out to the workers."""
+
+    def __len__(self):
+        return 12
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for number in range(first, 12, step):
+            yield X[number], Y[number]
+
+
+@pytest.mark.filterwarnings("ignore:Length of IterableDataset")
+def test_every_batch_of_every_worker_is_read():
+    """Each of two workers ends with a smaller batch: four in all, though the length says three."""
+    loader = DataLoader(Shared(), 4, num_workers=2)
+    assert fit(loader, max_epochs=2)[0].state.samples == 24
+    assert count_steps(ForeignLoader(DataLoader(Shared(), 4)), 1) == 3
+
+
+def test_validation_data_that_can_be_read_once():
+    def batches():
+        return ((X[:20], Y[:20]) for _ in range(1))
+
+    assert fit(val=batches(), max_epochs=1)[1].steps("val/loss") == [5]
+    with pytest.raises(DataError, match="val: expected data for 3 validations, got a generator"):
+        fit(val=batches())
+    with pytest.raises(DataError, match="a generator, which can be read only once"):
+        fit(val=batches(), validate_every="3steps")
+
+
+def test_a_callback_takes_no_batch_away_from_training():
+    class Reads(Callback):
+        def on_step_end(self, trainer):
+            next(iter(trainer.train_batches.epoch()))
+
+    with pytest.raises(DataError, match="can be read only once"):
+        fit(iter([(X[:20], Y[:20])] * 4), callbacks=[Reads()])
+
+
+class Lengthless(Dataset):
+    def __getitem__(self, index):
+        return X[index], Y[index]
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (3, "expected a Data, a split, .* got 3"),
+        (None, "got None"),
+        (Lengthless(), "Lengthless has no `__len__`"),
+        ([((X, X), Y)], r"not tuple \(tuple of tuple, Tensor\); a Task of your own"),
+        ([(X.numpy(), Y.numpy())], r"not tuple \(tuple of ndarray, ndarray\); torch.as_tensor"),
+        ([X.numpy()], r"not ndarray \(ndarray\); torch.as_tensor"),
+        ([{"x": X, "y": Y}], r"not dict \(x, y\)"),
+        ([()], "an empty tuple"),
+    ],
+    ids=str,
+)
+def test_what_is_no_data_is_named(source, said):
+    with pytest.raises(DataError, match=said):
+        fit(source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        DataLoader([(X[:35], Y[:35]), (X[35:], Y[35:])], batch_size=None),
+        [(X[:35], Y[:35]), (X[35:], Y[35:])],
+        ((x, y) for x, y in [(X[:35], Y[:35]), (X[35:], Y[35:])]),
+    ],
+    ids=["batch_size=None", "list", "generator"],
+)
+def test_batches_of_any_kind(source):
+    assert fit(source, max_epochs=1)[0].state.samples == 70
+
+
+def test_rows_of_numpy_are_stacked():
+    rows = [(x.numpy(), int(y)) for x, y in zip(X, Y, strict=True)]
+
+    class Rows(Dataset):
+        def __len__(self):
+            return len(rows)
+
+        def __getitem__(self, index):
+            return rows[index]
+
+    assert same(fit(Rows())[0].model, fit()[0].model)
+
+
+# predictions
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        torch.tensor([[2.0**53 - 1, 0.1]], dtype=torch.float64),
+        torch.tensor([[2**53 + 1, 2**24 + 1]]),
+        torch.tensor([[1 + 2j, -3j]]),
+        torch.tensor([[True, False]]),
+        torch.tensor([[1, 255]], dtype=torch.uint8),
+        torch.tensor([[0.1, 2.0]]),
+    ],
+    ids=lambda inputs: str(inputs.dtype),
+)
+def test_predictions_keep_their_type(inputs):
+    found = Trainer(max_steps=1, device="cpu").predict(inputs, model=nn.Identity())
+    assert found.dtype == inputs.dtype
+    assert torch.equal(found, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_predictions_in_half_the_bits_become_float32(dtype):
+    inputs = torch.tensor([[0.1, 2.0]], dtype=dtype)
+    found = Trainer(max_steps=1, device="cpu").predict(inputs, model=nn.Identity())
+    assert found.dtype == torch.float32
+    assert torch.equal(found, inputs.float())
 
 
 # accumulation

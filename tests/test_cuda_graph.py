@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import framework as fw
-from framework import Trainer, cuda_graph
+from framework import Callback, Trainer, cuda_graph
 from framework.errors import SettingError
 
 DATA = fw.TensorSplit(torch.randn(64, 5, generator=torch.Generator().manual_seed(3)), torch.arange(64) % 3)
@@ -41,6 +41,13 @@ def fit(*callbacks, model=None, optimizer="adamw", mode="off", device="cpu", res
 
 def fused(model):
     return torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+
+
+def fused_late(model):
+    """It has a hook, so that the update is made outside of the graph."""
+    optimizer = fused(model)
+    optimizer.register_step_post_hook(lambda *given: None)
+    return optimizer
 
 
 def fused_sgd(model):
@@ -164,6 +171,66 @@ def test_an_optimizer_that_may_count_in_python_takes_its_step_itself(recorded):
 def test_accumulated_steps_stay_eager(recorded):
     assert_close(fit(mode="on", optimizer=fused, accumulate=2), fit(optimizer=fused, accumulate=2))
     assert len(recorded) == 1, "the last batch of an epoch, which is a step of its own"
+
+
+class Change(Callback):
+    """Changes something between two steps, by which time the usual batch is replayed."""
+
+    recordable = True
+
+    def __init__(self, change):
+        self.change = change
+
+    def needs_gradients(self, trainer):
+        return False
+
+    def on_step_end(self, trainer):
+        if trainer.state.step == 16:
+            self.change(trainer.model, trainer.optimizer)
+
+
+def new_layer(model, optimizer):
+    torch.manual_seed(1)
+    model[3] = nn.Linear(8, 3)
+    group = optimizer.param_groups[0]
+    group["params"] = [*group["params"][:-2], *model[3].parameters()]
+
+
+def new_layer_outside_the_optimizer(model, optimizer):
+    torch.manual_seed(1)
+    model[0] = nn.Linear(5, 8)
+
+
+def moved(model, optimizer):
+    """Put all parameters into one tensor, as torch's `vector_to_parameters` does."""
+    vector = nn.utils.parameters_to_vector(model.parameters())
+    nn.utils.vector_to_parameters(vector * 0.9, model.parameters())
+
+
+def new_state(model, optimizer):
+    for state in optimizer.state.values():
+        state["exp_avg"] = torch.zeros_like(state["exp_avg"])
+
+
+def other_order(model, optimizer):
+    optimizer.param_groups[0]["params"].reverse()
+
+
+def still(model, optimizer):
+    model[1].eval()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [new_layer, new_layer_outside_the_optimizer, moved, new_state, other_order, still],
+    ids=lambda change: change.__name__,
+)
+@pytest.mark.parametrize("optimizer", [fused, fused_late], ids=["whole step", "gradients"])
+def test_what_was_replaced_or_moved_is_captured_again(recorded, change, optimizer):
+    replayed = fit(Change(change), mode="on", optimizer=optimizer, model=Small(norm=True))
+    seen_by_graph = change is not new_state or optimizer is fused
+    assert (len(recorded) > 2) == seen_by_graph, "two forms of a batch, and the usual one again"
+    assert_close(replayed, fit(Change(change), optimizer=optimizer, model=Small(norm=True)))
 
 
 @pytest.mark.parametrize(("quick", "chosen"), [("replayed", "as a graph"), ("eager", "eager")])

@@ -7,7 +7,13 @@ import threading
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, TensorDataset, get_worker_info
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    TensorDataset,
+    get_worker_info,
+)
 
 from framework import Trainer, seeds
 from framework.building import build_loader
@@ -253,6 +259,45 @@ def test_a_foreign_loader_is_read_as_it_is():
     assert batches(loader, epoch=4, start=1) == batches(Loader(Squares(), eval_batch_size=10))[1:]
     assert theirs.sampler.epoch == 4
     assert batches(ForeignLoader([torch.ones(2)])) == [([1.0, 1.0],)]
+
+
+class Doubled(TensorDataset):
+    """Reads its samples in a way of its own."""
+
+    def __getitem__(self, index):
+        return tuple(2 * tensor[index] for tensor in self.tensors)
+
+
+class DoubledSplit(TensorSplit):
+    def __getitem__(self, index):
+        return tuple(2 * tensor for tensor in super().__getitem__(index))
+
+
+@pytest.mark.parametrize("kind", [Doubled, DoubledSplit])
+@pytest.mark.parametrize("read", ["auto", "memory", "workers"])
+def test_a_subclass_that_reads_samples_otherwise_is_asked_for_them(kind, read):
+    tensors = torch.arange(7.0), torch.arange(7)
+    loader = Loader(kind(*tensors), eval_batch_size=3, read=read).to(CPU)
+    expected = Loader(TensorSplit(*(2 * tensor for tensor in tensors)), eval_batch_size=3)
+    assert batches(loader) == batches(expected)
+
+
+def test_samples_that_change_with_the_epoch_are_not_read_into_memory_once():
+    class Epochs(Squares):
+        def set_epoch(self, epoch):
+            self.epoch = epoch
+
+    with pytest.raises(DataError, match="Epochs has `set_epoch`, and may give other samples"):
+        Loader(Epochs(), read="memory")
+
+
+def test_a_stream_is_no_split():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            yield from ()
+
+    with pytest.raises(DataError, match="expected a split with `__len__` and `__getitem__`, got Stream"):
+        Loader(Stream())
 
 
 # the way of reading, forced

@@ -75,6 +75,15 @@ def test_predictions_as_json_lines(tmp_path):
     assert first == {"class": "dog, big", "index": 1, "probability:cat": 0.25, "probability:dog, big": 0.75}
 
 
+def test_predictions_of_any_type(tmp_path):
+    columns = {"z": torch.tensor([1 + 2j]), "yes": torch.tensor([True]), "id": torch.tensor([2**53 + 1])}
+    for suffix in ("csv", "jsonl", "npz"):
+        assert write_predictions(columns, [], str(tmp_path / f"y.{suffix}")) == 1
+    assert (tmp_path / "y.csv").read_text() == f"z,yes,id\n(1+2j),True,{2**53 + 1}\n"
+    row = json.loads((tmp_path / "y.jsonl").read_text())
+    assert row == {"z": "(1+2j)", "yes": True, "id": 2**53 + 1}
+
+
 def test_predictions_as_an_archive(tmp_path):
     write_predictions(COLUMNS, CLASSES, str(tmp_path / "y.npz"))
     with np.load(tmp_path / "y.npz", allow_pickle=False) as archive:

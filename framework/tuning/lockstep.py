@@ -64,7 +64,10 @@ class Lockstep:
         self.orders: torch.Tensor | None = None
         batch = self.first._place(next(iter(self._batches(0, 0)))[0])
         rehearsal = Rehearsal(models, tasks, batch, self.orders is None, self.first.precision)
-        self.stack = Stack(models, tasks, self.first.precision)
+        still = self.first.modes.names()
+        if any(trainer.modes.names() != still for trainer in trainers):
+            raise NotStackable("the modules that stay in evaluation mode are not the same")
+        self.stack = Stack(models, tasks, self.first.precision, still)
         self.rows = Rows(models, [t.optimizer for t in trainers])
         self.graphed: Graphed | None = None
         if self.first.cuda_graph != "off":  # without, nothing refers to itself, and all is freed when trials are done
@@ -130,7 +133,7 @@ class Lockstep:
         """Run one epoch, from the batch where the trials stand, or until the last of them is done."""
         state = self.trials[0].trainer.state
         for trial in self.trials:
-            trial.trainer.model.train()
+            trial.trainer.modes.train()
         if state.batch == 0:
             self._each(lambda trial: trial.trainer._emit("epoch_start"))
         if not self.trials:
@@ -148,7 +151,9 @@ class Lockstep:
         loaders = [loader_of(trial.trainer) for trial in self.trials]
         if len({loader.seed for loader in loaders}) == 1 or not loaders[0].shuffle:
             self.orders = None
-            yield from ((batch, batch) for batch in loaders[0].epoch(epoch, start))
+            for batch in loaders[0].epoch(epoch, start):
+                kept = loaders[0].keep(batch) if self.first.accumulate > 1 else batch
+                yield kept, kept
             return
         first, size = loaders[0], loaders[0].batch_size
         tensors = first.tensors

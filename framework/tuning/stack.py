@@ -24,10 +24,21 @@ from .rows import NotStackable, Rows, slots
 class Stack:
     """The forward pass of all trials.
 
+    Args:
+        models, tasks: those of the trials.
+        precision: the number format.
+        still: names of the modules that stay in evaluation mode while the others train.
+
     Raises NotStackable when the trials differ in something that is no number, naming it.
     """
 
-    def __init__(self, models: Sequence[nn.Module], tasks: Sequence[Task], precision: Precision):
+    def __init__(
+        self,
+        models: Sequence[nn.Module],
+        tasks: Sequence[Task],
+        precision: Precision,
+        still: Sequence[str] = (),
+    ):
         if tasks[0].phases:
             raise NotStackable(f"{type(tasks[0]).__name__} updates in phases")
         wholes = [Together(model, task) for model, task in zip(models, tasks, strict=True)]
@@ -37,8 +48,9 @@ class Stack:
             self.skeleton, self.precision = copy.deepcopy(wholes[0]), precision
         except Exception as error:
             raise NotStackable(f"the model or the task cannot be copied: {error}") from error
-        self.skeleton.model.train()
-        self.mode, self.slots = True, slots(self.skeleton.model)
+        self.still = still
+        self._set_mode(True)
+        self.slots = slots(self.skeleton.model)
         self.holders = {key: holder(self.skeleton, key) for key in self.values}
 
     def __call__(self, rows: Rows, batch: Batch, shared: bool, training: bool = True) -> Step:
@@ -46,14 +58,21 @@ class Stack:
 
         shared: all trials get the same batch; otherwise it has a first axis of trials.
         """
-        if self.mode != training:  # of the model alone: a trainer leaves the loss as it is
-            self.skeleton.model.train(training)
-            self.mode = training
+        if self.mode != training:
+            self._set_mode(training)
         state = rows.leaves | rows.fixed | rows.buffers
         randomness = "different" if training else "same"  # a measurement with random numbers is alike for all
         run = vmap(self._one, in_dims=(0, 0, None if shared else 0), randomness=randomness)
         with self.precision.autocast(), Forms():
             return Step(*run(state, self.values, batch))
+
+    def _set_mode(self, training: bool) -> None:
+        """Set the mode of the model alone: a trainer leaves the loss as it is."""
+        model = self.skeleton.model
+        model.train(training)
+        for name in self.still:
+            model.get_submodule(name).training = False
+        self.mode = training
 
     @property
     def weighs_apart(self) -> bool:
