@@ -1,9 +1,11 @@
 """From whatever a person has (a Data, a split, a DataLoader) to batches, and from batches to steps."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from .data import Batch, Data, ForeignLoader, Loader, Split
 from .errors import DataError
@@ -20,6 +22,27 @@ def as_batches(source: Source, batch_size: int, *, shuffle: bool, seed: int, dev
         source = Loader(source, batch_size, batch_size, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
     ours = isinstance(source, Loader | ForeignLoader)
     return (source if ours else ForeignLoader(source)).to(device)  # type: ignore[arg-type, union-attr]
+
+
+def known_targets(*several: Batches) -> list[Tensor] | None:
+    """Return all targets of some batches (inputs, targets), or None where these are not held in memory."""
+    found: list[Tensor] = []
+    for batches in several:
+        tensors = held_tensors(batches)
+        if tensors is None or len(tensors) != 2:
+            return None
+        found.append(tensors[1])
+    return found
+
+
+def held_tensors(batches: Batches) -> Sequence[Tensor] | None:
+    """Return the tensors that batches are gathered from, also by a DataLoader over a TensorDataset."""
+    if isinstance(batches, Loader):
+        return batches.tensors
+    loader = batches.batches
+    if not isinstance(loader, DataLoader) or loader.collate_fn is not default_collate:
+        return None
+    return loader.dataset.tensors if type(loader.dataset) is TensorDataset else None
 
 
 def count_steps(batches: Batches, accumulate: int) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from . import seeds, trainer_state
 from .backward import Backward
-from .batches import Source, count_steps, count_total, steps
+from .batches import Source, count_steps, count_total, known_targets, steps
 from .callback import Callback, listeners
 from .checks import check_callbacks, check_fit, check_phases
 from .clock import Clock, Profiler
@@ -171,7 +171,13 @@ class Trainer(Evaluator):
         self.train_batches = self._batches(data, batch_size, shuffle=True)
         self.val_batches = None if val is None else self._batches(val, 4 * batch_size)  # without gradients
         self.metrics = list(metrics)
+        self._show_targets()
         self._prepare(resume)
+
+    def _show_targets(self) -> None:
+        """Give the task all targets, if they are in memory and no transform changes them."""
+        loaders = [self.train_batches] if self.val_batches is None else [self.train_batches, self.val_batches]
+        self.task.know_targets(None if self._transforms else known_targets(*loaders))
 
     @contextmanager
     def fitting(self) -> Iterator[None]:

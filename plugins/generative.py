@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from framework import Activation, Data, NonNegativeFloat, Norm, PositiveInt, Shape, Step, Task, models, tasks
+from framework.alignment import same_shape
 from framework.data import Batch, Target
 from framework.errors import BuildError, DataError
 from framework.shapes import output_shape
 from framework.task import Phase
+from framework_plugins.tasks import check_tensor
 
 Network = Literal["mlp", "conv"]
 
@@ -200,7 +202,11 @@ class Reconstruction(OfInputs):
         inputs = batch[0]
         seen = inputs + self.noise * torch.randn_like(inputs) if self.noise and model.training else inputs
         outputs = model(seen)
-        return Step(F.mse_loss(outputs, inputs), outputs, inputs)
+        check_tensor(model, outputs)
+        return Step(F.mse_loss(outputs, same_shape(outputs, inputs)), outputs, inputs)
+
+    def count(self, batch: Batch) -> int:
+        return batch[0].numel()
 
 
 @tasks.register("variational")
@@ -237,7 +243,7 @@ class Variational(OfInputs):
         drawn = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
         code = mean + drawn * (log_variance / 2).exp()
         outputs = model.decode(code)  # type: ignore[operator]
-        reconstruction = self.surprise(outputs, inputs) / len(inputs)
+        reconstruction = self.surprise(outputs, same_shape(outputs, inputs)) / len(inputs)
         divergence = (mean.square() + log_variance.exp() - 1 - log_variance).sum() / 2 / len(inputs)
         shown = outputs.sigmoid() if self.likelihood == "bernoulli" else outputs
         values = {"reconstruction": reconstruction, "divergence": divergence}

@@ -25,6 +25,7 @@ from framework import (
     metrics,
     models,
 )
+from framework.alignment import class_shape, same_shape
 from framework.errors import BuildError
 from framework.shapes import expect
 
@@ -205,6 +206,7 @@ class R2OfLogarithms(Metric):
 
     def sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
         smallest = torch.finfo(torch.float32).tiny  # what is predicted below 0 has no logarithm, and is as wrong
+        targets = same_shape(outputs, targets)
         return self.r2.sums(outputs.clamp_min(smallest).log(), targets.clamp_min(smallest).log())
 
     def compute(self, sums: Tensor) -> float:
@@ -231,6 +233,7 @@ class AreaUnderCurve(Metric):
         self.bins = bins
 
     def sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        targets = class_shape(outputs, targets)
         rows, classes = outputs.movedim(1, -1).flatten(0, -2).float().softmax(1), outputs.shape[1]
         of_class = targets.reshape(-1, 1) == torch.arange(classes, device=outputs.device)
         bins = (rows * self.bins).long().clamp(0, self.bins - 1)
