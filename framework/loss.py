@@ -279,14 +279,15 @@ def measured(loss: nn.Module, fallback: Items) -> Items:
     classes = max(4, (ignored or 0) + 1) if weight is None else len(weight)
     if classes == 0 or classes > 10_000:
         return fallback
-    device = torch.device("cpu") if weight is None else weight.device
     generator = torch.Generator().manual_seed(0)
-    outputs = torch.randn(8, classes, generator=generator).to(device)
+    outputs = torch.randn(8, classes, generator=generator)
+    if weight is not None:
+        outputs = outputs.to(weight)
     targets = torch.arange(8) % classes
     if ignored is not None:
         targets = torch.where(targets == ignored, (ignored + 1) % classes, targets)
         targets[1:3] = ignored
-    targets = targets.to(device)
+    targets = targets.to(outputs.device)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             whole = float(loss(outputs, targets))
