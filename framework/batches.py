@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
-from .data import Batch, Data, ForeignLoader, Loader, Split
+from .data import Batch, Data, ForeignLoader, Loader, Split, as_batch
 from .errors import DataError
 
 Batches = Loader | ForeignLoader
@@ -25,24 +25,29 @@ def as_batches(source: Source, batch_size: int, *, shuffle: bool, seed: int, dev
 
 
 def known_targets(*several: Batches) -> list[Tensor] | None:
-    """Return all targets of some batches (inputs, targets), or None where these are not held in memory."""
+    """Return all targets of some batches (inputs, targets), or None where these are not in memory."""
     found: list[Tensor] = []
     for batches in several:
-        tensors = held_tensors(batches)
-        if tensors is None or len(tensors) != 2:
+        held = batches_in_memory(batches)
+        if held is None or any(len(batch) != 2 for batch in held):
             return None
-        found.append(tensors[1])
+        found += [batch[1] for batch in held]
     return found
 
 
-def held_tensors(batches: Batches) -> Sequence[Tensor] | None:
-    """Return the tensors that batches are gathered from, also by a DataLoader over a TensorDataset."""
+def batches_in_memory(batches: Batches) -> Sequence[Batch] | None:
+    """Return tensors that hold all that is read.
+
+    That is known of a split, a list of batches and a DataLoader over a TensorDataset.
+    """
     if isinstance(batches, Loader):
-        return batches.tensors
-    loader = batches.batches
-    if not isinstance(loader, DataLoader) or loader.collate_fn is not default_collate:
+        return None if batches.tensors is None else [tuple(batches.tensors)]
+    source = batches.batches
+    if type(source) in (list, tuple):
+        return [as_batch(batch) for batch in source]
+    if not isinstance(source, DataLoader) or source.collate_fn is not default_collate:
         return None
-    return loader.dataset.tensors if type(loader.dataset) is TensorDataset else None
+    return [source.dataset.tensors] if type(source.dataset) is TensorDataset else None
 
 
 def count_steps(batches: Batches, accumulate: int) -> int:

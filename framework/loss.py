@@ -1,8 +1,9 @@
 """Losses: what their mean is over, which targets they leave out, and what they can be called with.
 
-A training step of several batches and an evaluation weight the mean loss of each batch by the number of items that it
-is over. `Mean` finds out what the items are, for a loss of torch (a module or a function), a `functools.partial` of one,
-a loss with a method `count`, and a loss with class weights or ignored targets.
+A training step of several batches and an evaluation weight the mean loss of each batch by the number
+of items that it is over. `Mean` finds out what the items are: for a loss of torch (a module or a
+function), a `functools.partial` of one, a loss with a method `count`, and a loss with class weights
+or ignored targets.
 """
 
 import math
@@ -74,14 +75,18 @@ class Mean:
         items: weights: the targets that are not ignored, by the weights of their classes; kept: those targets, each
             alike; targets: all numbers of the targets; vectors: their rows along the last axis; rows: the samples;
             own: the loss says so in its method `count`.
+        ignored: the class index whose targets the loss ignores.
         one_dtype: outputs and targets must be of one floating type.
         zero_weights: some class has the weight 0, so that a batch may count for nothing.
+        certain: the loss is computed by torch itself, which does not make it a sum.
     """
 
     form: Form
     items: Items
+    ignored: int | None = None
     one_dtype: bool = False
     zero_weights: bool = False
+    certain: bool = False
 
     @classmethod
     def of(cls, loss: Callable[..., Any]) -> "Mean":
@@ -91,20 +96,27 @@ class Mean:
         """
         function, written_anew = known(loss)
         form, items = MEANS.get(function, ("any", "targets"))
+        ignored = ignored_index(loss)
         if callable(getattr(loss, "count", None)):
-            return cls(form, "own")
-        if function is not None and not written_anew:
+            return cls(form, "own", ignored, certain=True)
+        certain = function is not None and not written_anew
+        weight = class_weights(loss)
+        if function is not None and certain:
             check_reduction(loss, function)
             if option(loss, "reduction", "mean") == "batchmean":
                 items = "rows"
-        elif isinstance(loss, nn.Module) and (class_weights(loss) is not None or ignored_index(loss) is not None):
+        elif isinstance(loss, nn.Module) and (weight is not None or ignored is not None):
             items = measured(loss, fallback="weights" if items == "weights" else "kept")
-        weight = class_weights(loss) if items == "weights" else None
-        zero = weight is not None and not weight.is_meta and bool((weight == 0).any())
-        return cls(form, items, function in ONE_DTYPE, zero)
+        zero = False
+        if items == "weights" and weight is not None and not weight.is_meta:
+            zero = bool((weight == 0).any())
+        return cls(form, items, ignored, function in ONE_DTYPE, zero, certain)
 
     def fit(self, loss: Callable[..., Any], outputs: Any, targets: Tensor) -> Tensor:
-        """Return targets in the shape and type that the loss takes. Raises DataError when they do not fit the outputs."""
+        """Return targets in the shape and type that the loss takes.
+
+        Raises DataError when they do not fit the outputs.
+        """
         if self.form == "any":
             return targets
         if not isinstance(outputs, Tensor):
@@ -129,16 +141,15 @@ class Mean:
         """
         if self.one_dtype and outputs.dtype != targets.dtype:
             outputs = outputs.to(torch.promote_types(outputs.dtype, targets.dtype))
-        if self.items not in ("weights", "kept") or targets.is_floating_point():
+        ignored = None if all_kept or self.items not in ("weights", "kept") else self.ignored
+        if (ignored is None and not self.zero_weights) or targets.is_floating_point():
             return loss(outputs, targets)
-        ignored = None if all_kept else ignored_index(loss)
         if self.zero_weights:
             some = torch.as_tensor(self.count(loss, targets, all_kept)) > 0
             outputs = torch.where(some, outputs, 0.0)  # torch's gradient would be nan
             return zero_of_none(loss(outputs, targets), some)
-        if ignored is None:
-            return loss(outputs, targets)
-        return zero_of_none(loss(outputs, targets), (targets != ignored).any())
+        kept: Tensor = targets != self.ignored
+        return zero_of_none(loss(outputs, targets), kept.any())
 
     def count(self, loss: Any, targets: Tensor, all_kept: bool = False) -> int | Tensor:
         """Return the number of items of a batch: what the loss's mean divides by."""
@@ -153,22 +164,25 @@ class Mean:
         if self.items == "targets" or targets.is_floating_point():
             return targets.numel()
         weight = class_weights(loss) if self.items == "weights" else None
-        return counted(targets, weight, None if all_kept else ignored_index(loss))
+        return counted(targets, weight, None if all_kept else self.ignored)
 
-    def shown(self, loss: Any, targets: Tensor, all_kept: bool = False) -> Tensor:
+    def shown(self, targets: Tensor, all_kept: bool = False) -> Tensor:
         """Return the targets that metrics see: of probabilities the likeliest class, of ignored ones -100."""
         if self.form == "classes" and targets.is_floating_point():
             return targets.argmax(1)
         if all_kept or targets.is_floating_point():
             return targets
-        return without_ignored(targets, ignored_index(loss))
+        return without_ignored(targets, self.ignored)
 
-    def none_ignored(self, loss: Callable[..., Any], targets: Sequence[Tensor] | None) -> bool:
-        """Whether it is known that no target is ignored. Reads the device. targets: all; None if they are not known."""
-        index = ignored_index(loss)
-        if targets is None or index is None:
+    def none_ignored(self, targets: Sequence[Tensor] | None) -> bool:
+        """Whether it is known that no target is ignored. It reads the device.
+
+        targets: all of them, or None if they are not known.
+        """
+        if targets is None or self.ignored is None:
             return False
-        return not any(bool((each == index).any()) for each in targets if not each.is_floating_point())
+        indices = [each for each in targets if not each.is_floating_point()]
+        return not any(bool((each == self.ignored).any()) for each in indices)
 
 
 def without_ignored(targets: Tensor, ignored: int | None) -> Tensor:
@@ -297,7 +311,7 @@ def measured(loss: nn.Module, fallback: Items) -> Items:
         return fallback
     candidates: tuple[Items, ...] = ("weights", "kept", "targets")
     for items in candidates:
-        mean = Mean("classes", items)
+        mean = Mean("classes", items, ignored)
         here = float(mean.count(loss, targets[:4]))
         there = float(mean.count(loss, targets[4:]))
         expected = (here * first + there * second) / max(here + there, 1e-12)
@@ -326,13 +340,13 @@ def doubled(value: Any) -> Any:
     return torch.cat([value, value]) if isinstance(value, Tensor) and value.ndim else value
 
 
-def check_first(loss: Callable[..., Any], outputs: Any, targets: Tensor, check_sum: bool) -> None:
-    """Raise DataError when a loss of a form that is not known broadcasts its arguments, or is a sum."""
+def check_first(loss: Callable[..., Any], outputs: Any, targets: Tensor) -> None:
+    """Raise DataError when a loss that torch does not know broadcasts its arguments, or is a sum."""
     name = f"the loss {name_of(loss)}"
     outputs = tree_map(lambda value: value.detach() if isinstance(value, Tensor) else value, outputs)
     with torch.no_grad():
         call_aligned(name, loss, outputs, targets)
-    if check_sum and is_sum(loss, outputs, targets):
+    if is_sum(loss, outputs, targets):
         raise DataError(f"{name} is a sum over the samples of a batch: expected their mean")
 
 

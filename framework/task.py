@@ -116,14 +116,14 @@ class LossTask(Task):
         targets = self.mean.fit(self.loss, outputs, targets)
         loss = self.mean.call(self.loss, outputs, targets, self.all_kept)
         check_scalar(self.loss, loss)
-        return Step(loss, outputs, self.mean.shown(self.loss, targets, self.all_kept))
+        return Step(loss, outputs, self.mean.shown(targets, self.all_kept))
 
     def count(self, batch: Batch) -> int | Tensor:
         return self.mean.count(self.loss, inputs_and_targets(batch)[1], self.all_kept)
 
     def know_targets(self, targets: Sequence[Tensor] | None) -> None:
-        self.all_kept = self.mean.none_ignored(self.loss, targets)
+        self.all_kept = self.mean.none_ignored(targets)
 
     def check_first(self, step: Step) -> None:
-        if self.mean.form == "any":
-            check_first(self.loss, step.outputs, step.targets, check_sum=self.mean.items != "own")
+        if not self.mean.certain:
+            check_first(self.loss, step.outputs, step.targets)

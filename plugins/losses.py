@@ -94,9 +94,8 @@ def balanced(targets: Tensor, classes: int, ignored: int | None = None) -> Tenso
     low, high = known.aminmax()
     if low < 0 or high >= classes:
         wrong = int(low if low < 0 else high)
-        raise DataError(
-            f"loss.weight=balanced: a training target is {wrong}; with {classes} classes they go from 0 to {classes - 1}"
-        )
+        allowed = f"with {classes} classes they go from 0 to {classes - 1}"
+        raise DataError(f"loss.weight=balanced: a training target is {wrong}; {allowed}")
     return len(known) / (classes * known.cpu().bincount(minlength=classes).clamp(min=1))
 
 

@@ -53,7 +53,7 @@ class Supervised(Task):
         return self.mean.count(self.criterion, inputs_and_targets(batch)[1], self.all_kept)
 
     def know_targets(self, targets: Sequence[Tensor] | None) -> None:
-        self.all_kept = self.mean.none_ignored(self.criterion, targets)
+        self.all_kept = self.mean.none_ignored(targets)
 
     def fit(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the targets in the loss's shape and type. Raises DataError when they are not the outputs' targets."""
@@ -73,7 +73,7 @@ class Supervised(Task):
 
     def check_mean(self, out_shape: Sequence[int]) -> None:
         """Raise DataError when the loss is a sum over the samples."""
-        if self.mean.form != "any" or self.mean.items == "own":
+        if self.mean.certain:
             return
         outputs, targets = self.example(4, out_shape)
         with torch.random.fork_rng(devices=[]):
@@ -135,9 +135,9 @@ class Classification(Supervised):
         step = super().step(model, batch)
         if step.targets.is_floating_point():
             return step._replace(targets=step.targets.argmax(1))
-        if self.all_kept:
+        if self.all_kept or self.mean.ignored is None:
             return step
-        return step._replace(targets=without_ignored(step.targets, ignored_index(self.criterion)))
+        return step._replace(targets=without_ignored(step.targets, self.mean.ignored))
 
     def fit(self, outputs: Tensor, targets: Tensor) -> Tensor:
         if targets.is_floating_point():
@@ -150,7 +150,7 @@ class Classification(Supervised):
         if targets.is_floating_point():
             return None
         weight = class_weights(self.criterion) if self.mean.form == "classes" else None
-        return weights_of(targets, weight, ignored_index(self.criterion))
+        return weights_of(targets, weight, self.mean.ignored)
 
     def predict(self, outputs: Tensor) -> dict[str, Any]:
         probabilities = outputs.float().softmax(1)

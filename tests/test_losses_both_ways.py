@@ -116,8 +116,12 @@ def cast(targets):
     return targets.double() if targets.is_floating_point() else targets
 
 
-def batches_of(targets, sizes):
-    return list(zip(X.double().split(sizes), cast(targets).split(sizes), strict=True))
+class Stream(list):
+    """Batches that are not looked at before they are read, as those of any iterable."""
+
+
+def batches_of(targets, sizes, kind=Stream):
+    return kind(zip(X.double().split(sizes), cast(targets).split(sizes), strict=True))
 
 
 def train(task, batches, *, model=None, **settings):
@@ -135,8 +139,8 @@ def test_batches_of_any_size_make_the_step_and_the_loss_of_one_batch(make, name)
     whole, step = train(loss, batches_of(targets, N))
     assert step.isfinite().all()
     assert step.abs().max() > 1e-3
-    for settings in ({"accumulate": 3}, {"accumulate": 3, "micro_batch": 2}):
-        _, other = train(loss, batches_of(targets, PARTS), **settings)
+    for settings, kind in (({}, list), ({}, Stream), ({"micro_batch": 2}, Stream)):
+        _, other = train(loss, batches_of(targets, PARTS, kind), accumulate=3, **settings)
         torch.testing.assert_close(other, step, rtol=1e-5, atol=1e-8)
     expected = whole.evaluate(batches_of(targets, N))
     assert whole.evaluate(batches_of(targets, PARTS)) == pytest.approx(expected, rel=1e-6)
@@ -225,7 +229,8 @@ def test_a_task_whose_loss_is_nan_without_items_adds_nothing():
     trainer, step = train(Own(), batches, accumulate=2)
     _, expected = train(Own(), batches[1:])
     torch.testing.assert_close(step, expected)
-    assert float(trainer.loss) == pytest.approx(float(F.cross_entropy(network()(X[4:].double()), Y[4:])))
+    expected = F.cross_entropy(network()(X[4:].double()), Y[4:]).item()
+    assert float(trainer.loss) == pytest.approx(expected)
 
 
 def test_language_modelling_leaves_out_a_batch_of_context_only():
@@ -363,6 +368,8 @@ def test_targets_in_memory_that_are_never_ignored_cost_no_kernel():
     assert task.count((X, GAPS)) == 6
     loader = DataLoader(TensorDataset(X.double(), Y), 4)
     assert train(nn.CrossEntropyLoss(), loader)[0].task.all_kept
+    assert train(nn.CrossEntropyLoss(), batches_of(Y, PARTS, list))[0].task.all_kept
+    assert not train(nn.CrossEntropyLoss(), batches_of(GAPS, PARTS, list))[0].task.all_kept
     assert not train(nn.CrossEntropyLoss(), batches_of(Y, PARTS))[0].task.all_kept
 
 
