@@ -56,17 +56,26 @@ def misaligned(one: torch.Size, other: torch.Size) -> bool:
 def call_aligned(who: str, function: Callable[[Any, Any], Any], outputs: Any, targets: Any) -> Any:
     """Call a function of outputs and targets.
 
-    Raises DataError when it broadcasts outputs and targets whose batch axes are not matched, naming both shapes.
+    Raises DataError when it broadcasts outputs and targets whose batch axes do not meet.
     """
-    if not isinstance(targets, Tensor):
-        return function(outputs, targets)
-    suspects = [
-        leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and misaligned(leaf.shape, targets.shape)
-    ]
+    suspects = misaligned_outputs(outputs, targets)
     if not suspects:
         return function(outputs, targets)
     with Alignment(who, suspects, targets):
         return function(outputs, targets)
+
+
+def check_alignment(who: str, function: Callable[[Any, Any], Any], outputs: Any, targets: Any) -> None:
+    """Call a function only if it could broadcast the outputs, to raise DataError when it does."""
+    if misaligned_outputs(outputs, targets):
+        call_aligned(who, function, outputs, targets)
+
+
+def misaligned_outputs(outputs: Any, targets: Any) -> list[Tensor]:
+    """Return those of the outputs that torch would broadcast with the targets along the wrong axis."""
+    if not isinstance(targets, Tensor):
+        return []
+    return [output for output in tensors_in(outputs) if misaligned(output.shape, targets.shape)]
 
 
 class Alignment(TorchFunctionMode):

@@ -11,7 +11,7 @@ from .callback import Callback
 from .data import Batch
 from .errors import DataError, SettingError, did_you_mean, short
 from .loss import modules_in
-from .memory import is_full
+from .memory import MicroBatches, is_full
 from .metric import Metric
 from .task import Task
 
@@ -63,6 +63,14 @@ def check_phases(task: Task, compile: str, cuda_graph: str) -> None:
     for said, chosen in (("compile=step", compile == "step"), ("cuda_graph=on", cuda_graph == "on")):
         if chosen and task.phases:
             raise SettingError(f"{said}: {type(task).__name__} updates in phases")
+
+
+def check_micro_batches(task: Task, micro_batches: MicroBatches) -> None:
+    """Raise SettingError for micro-batches of a task whose loss is not the mean of those of its parts."""
+    splits = micro_batches.auto or micro_batches.size is not None
+    if splits and not task.splits_batches:
+        name = type(task).__name__
+        raise SettingError(f"micro_batch: expected null, as {name} compares the samples of a batch")
 
 
 def check_task(task: Any) -> None:

@@ -16,15 +16,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-from .alignment import call_aligned, class_axis, class_shape, same_shape
+from .alignment import check_alignment, class_axis, class_shape, same_shape
+from .data import Data, TensorSplit
 from .errors import DataError, SettingError
+from .seeds import undisturbed
 
 IGNORED = -100
 """The class index that metrics see in the place of a target that the loss ignores; any negative one would do."""
 
-Form = Literal["classes", "indices", "values", "label sets", "any"]
+Form = Literal["classes", "indices", "values", "label sets", "classes or labels", "any"]
 Items = Literal["weights", "kept", "targets", "vectors", "rows", "own"]
 
 MODULES: dict[type[nn.Module], Callable[..., Tensor]] = {
@@ -71,7 +73,8 @@ class Mean:
 
     Attributes:
         form: of the targets. classes: indices or probabilities; indices: of classes; values: in the outputs' shape;
-            label sets: indices in the outputs' shape; any: not known.
+            label sets: indices in the outputs' shape; classes or labels: indices of classes, or floating
+            labels in the outputs' shape; any: not known. A loss of one's own may have it as `target_form`.
         items: weights: the targets that are not ignored, by the weights of their classes; kept: those targets, each
             alike; targets: all numbers of the targets; vectors: their rows along the last axis; rows: the samples;
             own: the loss says so in its method `count`.
@@ -96,6 +99,7 @@ class Mean:
         """
         function, written_anew = known(loss)
         form, items = MEANS.get(function, ("any", "targets"))
+        form = getattr(loss, "target_form", form)
         ignored = ignored_index(loss)
         if callable(getattr(loss, "count", None)):
             return cls(form, "own", ignored, certain=True)
@@ -129,6 +133,8 @@ class Mean:
             return same_shape(outputs, targets if floating else targets.float())
         if self.form == "label sets":
             return same_shape(outputs, targets).long()
+        if self.form == "classes or labels" and targets.is_floating_point():
+            return same_shape(outputs, targets)
         if self.form == "classes" and targets.is_floating_point():
             class_axis(outputs)
             return same_shape(outputs, targets)
@@ -141,15 +147,15 @@ class Mean:
         """
         if self.one_dtype and outputs.dtype != targets.dtype:
             outputs = outputs.to(torch.promote_types(outputs.dtype, targets.dtype))
-        ignored = None if all_kept or self.items not in ("weights", "kept") else self.ignored
-        if (ignored is None and not self.zero_weights) or targets.is_floating_point():
+        if targets.is_floating_point() or self.items not in ("weights", "kept"):
             return loss(outputs, targets)
         if self.zero_weights:
             some = torch.as_tensor(self.count(loss, targets, all_kept)) > 0
             outputs = torch.where(some, outputs, 0.0)  # torch's gradient would be nan
             return zero_of_none(loss(outputs, targets), some)
-        kept: Tensor = targets != self.ignored
-        return zero_of_none(loss(outputs, targets), kept.any())
+        if all_kept or self.ignored is None:
+            return loss(outputs, targets)
+        return zero_of_none(loss(outputs, targets), torch.ne(targets, self.ignored).any())
 
     def count(self, loss: Any, targets: Tensor, all_kept: bool = False) -> int | Tensor:
         """Return the number of items of a batch: what the loss's mean divides by."""
@@ -183,6 +189,27 @@ class Mean:
             return False
         indices = [each for each in targets if not each.is_floating_point()]
         return not any(bool((each == self.ignored).any()) for each in indices)
+
+
+def check_range(where: str, targets: Tensor, classes: int, ignored: int | None) -> None:
+    """Raise DataError for an index that is no class: a GPU would end the process without a message."""
+    counting = targets if ignored is None else targets[targets != ignored]
+    if not len(counting):
+        return
+    low, high = counting.aminmax()
+    if low < 0 or high >= classes:
+        wrong = int(low if low < 0 else high)
+        allowed = f"with {classes} classes they go from 0 to {classes - 1}"
+        raise DataError(f"{where} has a target {wrong}; {allowed}")
+
+
+def check_classes(data: Data, ignored: int | None) -> None:
+    """Raise DataError when a split in memory has a target that is no class."""
+    for name in ("train", "val", "test"):
+        split = getattr(data, name, None)
+        if isinstance(split, TensorSplit) and not split.tensors[1].is_floating_point():
+            where = f"the {name} split of {type(data).__name__}"
+            check_range(where, split.tensors[1], data.out_shape[0], ignored)
 
 
 def without_ignored(targets: Tensor, ignored: int | None) -> Tensor:
@@ -320,13 +347,36 @@ def measured(loss: nn.Module, fallback: Items) -> Items:
     return fallback
 
 
-def is_sum(loss: Callable[..., Any], outputs: Any, targets: Any) -> bool:
-    """Whether a loss is twice as large for a batch that holds each sample twice. Reads the device.
+def check_first(loss: Callable[..., Any], outputs: Any, targets: Tensor) -> None:
+    """Raise DataError when a loss that torch does not know broadcasts its arguments, or is a sum.
 
-    A batch of two is not looked at: there the loss of a contrast doubles too.
+    It calls the loss once more, and leaves its buffers and all random generators as they were.
     """
-    if len(targets) < 3:
+    outputs = tree_map(without_graph, outputs)
+    name = f"the loss {name_of(loss)}"
+    buffers = [buffer for module in modules_in(loss) for buffer in module.buffers()]
+    before = [buffer.clone() for buffer in buffers]
+    with torch.no_grad(), undisturbed():
+        check_alignment(name, loss, outputs, targets)
+        summed = is_sum(loss, outputs, targets)
+        for buffer, kept in zip(buffers, before, strict=True):
+            buffer.copy_(kept)
+    if summed:
+        raise DataError(f"{name} is a sum over the samples of a batch: expected their mean")
+
+
+def is_sum(loss: Callable[..., Any], outputs: Any, targets: Tensor) -> bool:
+    """Whether a loss is twice as large for a batch that holds each sample twice. It reads the device.
+
+    Few samples are enough, but more than two: of two, a loss of contrasts doubles too.
+    """
+    samples = len(targets)
+    leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.ndim]
+    if samples < 3 or any(len(leaf) != samples for leaf in leaves):
         return False
+    few = slice(min(samples, 4))
+    outputs = tree_map(lambda value: value[few] if is_batch(value) else value, outputs)
+    targets = targets[few]
     try:
         with torch.no_grad():
             once = float(loss(outputs, targets))
@@ -336,18 +386,16 @@ def is_sum(loss: Callable[..., Any], outputs: Any, targets: Any) -> bool:
     return once != 0 and math.isclose(twice, 2 * once, rel_tol=1e-4)
 
 
+def is_batch(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0
+
+
 def doubled(value: Any) -> Any:
-    return torch.cat([value, value]) if isinstance(value, Tensor) and value.ndim else value
+    return torch.cat([value, value]) if is_batch(value) else value
 
 
-def check_first(loss: Callable[..., Any], outputs: Any, targets: Tensor) -> None:
-    """Raise DataError when a loss that torch does not know broadcasts its arguments, or is a sum."""
-    name = f"the loss {name_of(loss)}"
-    outputs = tree_map(lambda value: value.detach() if isinstance(value, Tensor) else value, outputs)
-    with torch.no_grad():
-        call_aligned(name, loss, outputs, targets)
-    if is_sum(loss, outputs, targets):
-        raise DataError(f"{name} is a sum over the samples of a batch: expected their mean")
+def without_graph(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def check_scalar(loss: Callable[..., Any], value: Any) -> None:

@@ -132,10 +132,10 @@ class Measures:
     @torch.no_grad()
     def _sum_up(self) -> None:
         """Add what is held back to the sums."""
-        for is_number, alike in groupby(self.held, lambda one: one.items if isinstance(one.items, int) else None):
+        for is_number, alike in groupby(self.held, lambda one: None if isinstance(one.items, Tensor) else one.items):
             losses, counts = zip(*((one.loss, one.items) for one in alike), strict=True)
             if is_number is None:
-                weights = torch.stack(counts).to(self.dtype)
+                weights = torch.stack(counts).to(self.loss)
                 weighted = portion(torch.stack(losses).to(self.dtype), weights)
                 self.loss += torch.stack([weighted.sum(), weights.sum()])
             elif is_number:

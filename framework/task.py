@@ -5,11 +5,12 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from .data import Batch, Data, Target
 from .errors import DataError
 from .kinds import Shape
-from .loss import Mean, check_first, check_scalar
+from .loss import Mean, check_classes, check_first, check_scalar, without_graph
 
 
 class Step(NamedTuple):
@@ -26,7 +27,7 @@ class Step(NamedTuple):
     def detach(self) -> "Step":
         """Return it without the graph of its gradients."""
         values = {name: value.detach() for name, value in self.values.items()}
-        return Step(self.loss.detach(), self.outputs.detach(), self.targets, values)
+        return Step(self.loss.detach(), tree_map(without_graph, self.outputs), self.targets, values)
 
 
 class Phase(NamedTuple):
@@ -45,6 +46,8 @@ class Task:
     criterion: nn.Module | None = None
     phases: Sequence[Phase] = ()
     """What a training step consists of, in this order, where one update of all parameters will not do."""
+    splits_batches: bool = True
+    """Whether the loss of a batch is the mean of those of its parts, as `micro_batch` takes it to be."""
 
     def step(self, model: nn.Module, batch: Batch) -> Step:
         """Run the model on a batch (already on the model's device) and return the mean loss."""
@@ -123,6 +126,12 @@ class LossTask(Task):
 
     def know_targets(self, targets: Sequence[Tensor] | None) -> None:
         self.all_kept = self.mean.none_ignored(targets)
+
+    def check(self, data: Data) -> None:
+        if self.mean.form == "classes" and data.target == "class":
+            check_classes(data, self.mean.ignored)
+        if hasattr(self.loss, "learn"):
+            self.loss.learn(data)
 
     def check_first(self, step: Step) -> None:
         if not self.mean.certain:

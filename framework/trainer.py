@@ -20,7 +20,7 @@ from . import seeds, trainer_state
 from .backward import Backward
 from .batches import Source, count_steps, count_total, known_targets, steps
 from .callback import Callback, listeners
-from .checks import check_callbacks, check_fit, check_phases
+from .checks import check_callbacks, check_fit, check_micro_batches, check_phases
 from .clock import Clock, Profiler
 from .compiled import Compile
 from .cuda_graph import CudaGraph
@@ -162,6 +162,7 @@ class Trainer(Evaluator):
         check_fit(model, task, optimizer, schedule, metrics)
         self._use(model, task)
         check_phases(self.task, self.compile, self.cuda_graph)
+        check_micro_batches(self.task, self.micro_batches)
         self.optimizer, self.schedule = optimizer, schedule
         if isinstance(data, Data):
             check_data(data)

@@ -176,6 +176,8 @@ class BinaryCrossEntropy(nn.BCEWithLogitsLoss):
 class KLDivergence(nn.Module):
     """KL(targets || softmax(outputs)), a mean over samples; targets are class probabilities (batch, classes)."""
 
+    target_form = "values"
+
     def count(self, targets: Tensor) -> int:
         return len(targets)
 
@@ -194,6 +196,8 @@ class Focal(nn.Module):
         gamma: how much the easy samples count less; 0 is cross entropy.
         alpha: weight of the positive labels (1 - alpha is that of the negative), or one weight a class or label.
     """
+
+    target_form = "classes or labels"
 
     def __init__(self, gamma: NonNegativeFloat = 2.0, alpha: Fraction | list[Fraction] | None = None):
         super().__init__()
@@ -239,6 +243,8 @@ class Dice(nn.Module):
         smooth: keeps the gradient of a sample without any label.
     """
 
+    target_form = "classes or labels"
+
     def __init__(self, smooth: PositiveFloat = 1.0):
         super().__init__()
         self.smooth = smooth
@@ -267,6 +273,8 @@ class Hinge(nn.Module):
         squared: take the square.
     """
 
+    target_form = "values"
+
     def __init__(self, margin: PositiveFloat = 1.0, squared: bool = False):
         super().__init__()
         self.margin, self.power = margin, 2 if squared else 1
@@ -283,6 +291,8 @@ class Quantile(nn.Module):
         q: the quantile; 0.5 is the median.
     """
 
+    target_form = "values"
+
     def __init__(self, q: Annotated[float, Range("(0, 1)")] = 0.5):
         super().__init__()
         self.q = q
@@ -295,6 +305,8 @@ class Quantile(nn.Module):
 @losses.register("log_cosh")
 class LogCosh(nn.Module):
     """log(cosh(outputs - targets)): quadratic near 0, linear far off, smooth everywhere."""
+
+    target_form = "values"
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
         size = (outputs - targets).abs()

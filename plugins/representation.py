@@ -38,7 +38,11 @@ class Contrastive(Task):
 
     The model's outputs are the embeddings; labels are not looked at. Logged beside the loss is `found`: how often an
     embedding's nearest one is that of the other view. Evaluation draws its views from a generator of its own.
+    The loss compares the samples of a batch with each other, so batches cannot be split (`trainer.micro_batch`), and
+    several batches that make one step (`trainer.accumulate`) are each compared within themselves.
     """
+
+    splits_batches = False
 
     def __init__(
         self,

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from framework import Data, Loss, Step, Task, TensorSplit, tasks
+from framework import Data, Loss, Step, Task, tasks
 from framework.alignment import class_axis, class_shape, same_shape
 from framework.data import Batch, Target
 from framework.errors import DataError
 from framework.loss import (
     Mean,
+    check_classes,
     class_weights,
     described,
-    ignored_index,
     is_sum,
     weights_of,
     without_ignored,
@@ -159,21 +159,7 @@ class Classification(Supervised):
 
     def check(self, data: Data) -> None:
         super().check(data)
-        for name in ("train", "val", "test"):
-            split = getattr(data, name, None)
-            if isinstance(split, TensorSplit) and not split.tensors[1].is_floating_point():
-                self.check_range(f"the {name} split of {type(data).__name__}", split.tensors[1], data.out_shape[0])
-
-    def check_range(self, where: str, targets: Tensor, classes: int) -> None:
-        """Raise DataError for an index that is no class: on a GPU it would kill the run without a word."""
-        ignored = ignored_index(self.criterion)
-        counting = targets if ignored is None else targets[targets != ignored]
-        if not len(counting):
-            return
-        low, high = counting.aminmax()
-        if low < 0 or high >= classes:
-            wrong = int(low if low < 0 else high)
-            raise DataError(f"{where} has a target {wrong}; with {classes} classes they go from 0 to {classes - 1}")
+        check_classes(data, self.mean.ignored)
 
 
 @tasks.register("multilabel", aliases=["multi_label"])

@@ -259,6 +259,19 @@ def test_both_goals_of_a_task_are_averaged_over_the_same_targets(name):
     torch.testing.assert_close(parts, whole)
 
 
+def test_a_task_that_compares_the_samples_of_a_batch_refuses_micro_batches():
+    for size in (2, "auto"):
+        with pytest.raises(SettingError, match="micro_batch: expected null, as Contrastive"):
+            train(fw.tasks.build("contrastive"), batches_of(Y, PARTS), micro_batch=size)
+
+
+def test_an_evaluation_without_a_target_that_counts_is_nan_whatever_the_number_of_batches():
+    for number in (1, 40):
+        batches = [(X[:2].double(), torch.full((2,), -100))] * number
+        found = Trainer(max_steps=1).evaluate(batches, model=network(), task=nn.CrossEntropyLoss())
+        assert found["test/loss"] != found["test/loss"]
+
+
 # reductions
 
 
@@ -385,8 +398,11 @@ def test_a_step_of_a_plain_loss_reads_nothing_off_the_device():
 # shapes and types
 
 
+REGISTERED = [fw.losses.build(name) for name in ("hinge", "quantile", "log_cosh", "focal", "poisson_nll")]
+
+
 @pytest.mark.parametrize(
-    "loss", [nn.MSELoss(), F.mse_loss, nn.L1Loss(), nn.HuberLoss(), nn.BCEWithLogitsLoss()], ids=str
+    "loss", [nn.MSELoss(), F.mse_loss, nn.HuberLoss(), nn.BCEWithLogitsLoss(), *REGISTERED], ids=str
 )
 @pytest.mark.parametrize("shapes", [((8, 1), (8,)), ((8,), (8, 1))], ids=str)
 def test_targets_are_never_broadcast_by_a_loss_of_torch(loss, shapes):
@@ -673,6 +689,17 @@ def test_mixing_refuses_a_loss_that_ignores_a_class(name):
     mix.criterion = nn.CrossEntropyLoss()
     with pytest.raises(SettingError, match="a target is no class from 0 to 2"):
         mix((torch.rand(N, 1, 4, 4), GAPS))
+
+
+def test_a_plain_loss_is_checked_against_data_and_learns_from_it():
+    data = fw.Data()
+    data.train, data.in_shape, data.out_shape = fw.TensorSplit(X, Y), (D,), (2,)
+    with pytest.raises(DataError, match="the train split of Data has a target 2; with 2 classes"):
+        train(nn.CrossEntropyLoss(), data, model=nn.Linear(D, 2))
+    data.out_shape = (C,)
+    balanced = fw.losses.build("cross_entropy", weight="balanced")
+    train(balanced, data, model=nn.Linear(D, C))
+    assert len(balanced.weight) == C
 
 
 def test_balanced_weights_of_targets_out_of_range_are_refused():
