@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map
 from .data import Batch, Data, Target
 from .errors import DataError
 from .kinds import Shape
-from .loss import Mean, check_classes, check_first, check_scalar, without_graph
+from .loss import Mean, check_classes, check_first, check_scalar, described, without_graph
 
 
 class Step(NamedTuple):
@@ -96,6 +96,13 @@ def inputs_and_targets(batch: Batch) -> tuple[Tensor, Tensor]:
             "any number of tensors"
         )
     return batch[0], batch[1]
+
+
+def check_tensor(model: nn.Module, outputs: Any) -> None:
+    """Raise DataError when a model returns more, or something else, than one tensor."""
+    if not isinstance(outputs, Tensor):
+        name = type(model).__name__
+        raise DataError(f"the model {name} returns {described(outputs)}: this task takes one tensor")
 
 
 class LossTask(Task):

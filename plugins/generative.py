@@ -13,8 +13,7 @@ from framework.alignment import same_shape
 from framework.data import Batch, Target
 from framework.errors import BuildError, DataError
 from framework.shapes import output_shape
-from framework.task import Phase
-from framework_plugins.tasks import check_tensor
+from framework.task import Phase, check_tensor
 
 Network = Literal["mlp", "conv"]
 

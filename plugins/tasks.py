@@ -16,12 +16,11 @@ from framework.loss import (
     Mean,
     check_classes,
     class_weights,
-    described,
     is_sum,
     weights_of,
     without_ignored,
 )
-from framework.task import inputs_and_targets
+from framework.task import check_tensor, inputs_and_targets
 
 WORDS = {"class": "classes", "labels": "labels", "value": "values", "none": "nothing"}
 TASKS = {"class": "classification", "labels": "multilabel", "value": "regression"}
@@ -107,13 +106,6 @@ class Supervised(Task):
             raise DataError(
                 f"the loss {type(self.criterion).__name__} returns shape {tuple(loss.shape)}, not the mean as a scalar"
             )
-
-
-def check_tensor(model: nn.Module, outputs: Any) -> None:
-    """Raise DataError when a model returns more, or something else, than one tensor."""
-    if not isinstance(outputs, Tensor):
-        name = type(model).__name__
-        raise DataError(f"the model {name} returns {described(outputs)}: this task takes one tensor")
 
 
 @tasks.register("classification")

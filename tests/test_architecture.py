@@ -15,10 +15,11 @@ import framework
 ROOT = Path(framework.__file__).parent.parent
 FLOORS = {
     "stdlib": ["errors", "schema", "registry", "kinds"],
-    "ground work": ["discovery", "seeds", "state", "shapes", "workers", "device", "memory", "clock"],
+    "ground work": ["discovery", "seeds", "state", "shapes", "alignment", "workers", "device", "memory", "clock"],
     "contracts": [
         "data",
         "ragged",
+        "loss",
         "metric",
         "task",
         "scheduler",
