@@ -7,7 +7,8 @@ or ignored targets.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
@@ -110,7 +111,8 @@ class Mean:
             if option(loss, "reduction", "mean") == "batchmean":
                 items = "rows"
         elif isinstance(loss, nn.Module) and (weight is not None or ignored is not None):
-            items = measured(loss, fallback="weights" if items == "weights" else "kept")
+            weights = function in CLASS_LOSSES or with_classes(loss) is not loss
+            items = measured(loss, fallback="weights" if weights else "kept")
         zero = False
         if items == "weights" and weight is not None and not weight.is_meta:
             zero = bool((weight == 0).any())
@@ -288,15 +290,27 @@ def option(loss: Callable[..., Any], name: str, default: Any) -> Any:
 
 def class_weights(loss: Callable[..., Any]) -> Tensor | None:
     """Return the weights of the classes, shape (classes,), of a loss that has such."""
-    weight = option(loss, "weight", None)
+    weight = option(with_classes(loss), "weight", None)
     return weight if isinstance(weight, Tensor) and weight.ndim == 1 else None
 
 
 def ignored_index(loss: Callable[..., Any]) -> int | None:
     """Return the class index whose targets a loss ignores, if it has such."""
+    loss = with_classes(loss)
     standard = IGNORED if known(loss)[0] in CLASS_LOSSES else None
     index = option(loss, "ignore_index", standard)
     return index if isinstance(index, int) else None
+
+
+def with_classes(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the only cross entropy within a module that has no class weights or ignored index of its own."""
+    module = unwrapped(loss)
+    if not isinstance(module, nn.Module) or hasattr(module, "ignore_index"):
+        return loss
+    if isinstance(getattr(module, "weight", None), Tensor):
+        return loss
+    inner = [each for each in module.modules() if isinstance(each, nn.CrossEntropyLoss | nn.NLLLoss)]
+    return inner[0] if len(inner) == 1 else loss
 
 
 def check_reduction(loss: Callable[..., Any], function: Callable[..., Any]) -> None:
@@ -312,13 +326,15 @@ def check_reduction(loss: Callable[..., Any], function: Callable[..., Any]) -> N
 def measured(loss: nn.Module, fallback: Items) -> Items:
     """Return what the mean of a loss with class weights or ignored targets is over, by calling it.
 
-    Of eight targets, its mean must be that of the two halves, weighted by their counts. The halves differ in weights
-    and in ignored targets. A loss that cannot be called so, or fits nothing, gets the fallback.
+    Of eight targets, its mean must be that of the two halves, weighted by their counts. The halves
+    differ in weights and in ignored targets. A loss that cannot be called so gets the fallback.
     """
     weight = class_weights(loss)
     ignored = ignored_index(loss)
-    classes = max(4, (ignored or 0) + 1) if weight is None else len(weight)
-    if classes == 0 or classes > 10_000:
+    classes = 4 if weight is None else len(weight)
+    if weight is None and ignored is not None and 4 <= ignored < 1000:
+        classes = ignored + 1
+    if classes == 0:
         return fallback
     generator = torch.Generator().manual_seed(0)
     outputs = torch.randn(8, classes, generator=generator)
@@ -330,7 +346,7 @@ def measured(loss: nn.Module, fallback: Items) -> Items:
         targets[1:3] = ignored
     targets = targets.to(outputs.device)
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with unchanged(loss):
             whole = float(loss(outputs, targets))
             first = float(loss(outputs[:4], targets[:4]))
             second = float(loss(outputs[4:], targets[4:]))
@@ -341,10 +357,11 @@ def measured(loss: nn.Module, fallback: Items) -> Items:
         mean = Mean("classes", items, ignored)
         here = float(mean.count(loss, targets[:4]))
         there = float(mean.count(loss, targets[4:]))
-        expected = (here * first + there * second) / max(here + there, 1e-12)
+        parts = [count * value for count, value in ((here, first), (there, second)) if count]
+        expected = sum(parts) / max(here + there, 1e-12)
         if math.isclose(whole, expected, rel_tol=1e-4):
             return items
-    return fallback
+    return "targets"
 
 
 def check_first(loss: Callable[..., Any], outputs: Any, targets: Tensor) -> None:
@@ -354,15 +371,27 @@ def check_first(loss: Callable[..., Any], outputs: Any, targets: Tensor) -> None
     """
     outputs = tree_map(without_graph, outputs)
     name = f"the loss {name_of(loss)}"
-    buffers = [buffer for module in modules_in(loss) for buffer in module.buffers()]
-    before = [buffer.clone() for buffer in buffers]
-    with torch.no_grad(), undisturbed():
+    with unchanged(loss):
         check_alignment(name, loss, outputs, targets)
         summed = is_sum(loss, outputs, targets)
-        for buffer, kept in zip(buffers, before, strict=True):
-            buffer.copy_(kept)
     if summed:
         raise DataError(f"{name} is a sum over the samples of a batch: expected their mean")
+
+
+@contextmanager
+def unchanged(loss: Callable[..., Any]) -> Iterator[None]:
+    """Call a loss without gradients; afterwards its buffers and all random generators are as they were."""
+    buffers: list[Tensor] = []
+    for module in modules_in(loss):
+        buffers += module.buffers()
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        with torch.no_grad(), undisturbed():
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, kept in zip(buffers, before, strict=True):
+                buffer.copy_(kept)
 
 
 def is_sum(loss: Callable[..., Any], outputs: Any, targets: Tensor) -> bool:
@@ -378,12 +407,11 @@ def is_sum(loss: Callable[..., Any], outputs: Any, targets: Tensor) -> bool:
     outputs = tree_map(lambda value: value[few] if is_batch(value) else value, outputs)
     targets = targets[few]
     try:
-        with torch.no_grad():
-            once = float(loss(outputs, targets))
-            twice = float(loss(tree_map(doubled, outputs), doubled(targets)))
+        once = float(loss(outputs, targets))
+        twice = float(loss(tree_map(doubled, outputs), doubled(targets)))
     except Exception:  # a loss may ask for a certain number of samples
         return False
-    return once != 0 and math.isclose(twice, 2 * once, rel_tol=1e-4)
+    return math.isfinite(once) and once != 0 and math.isclose(twice, 2 * once, rel_tol=1e-4)
 
 
 def is_batch(value: Any) -> bool:

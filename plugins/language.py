@@ -26,7 +26,7 @@ from framework.callback import Callback
 from framework.data import Batch, WindowSplit
 from framework.errors import DataError, SettingError
 from framework.state import Cadence
-from framework.task import inputs_and_targets
+from framework.task import check_tensor, inputs_and_targets
 from framework.trainer import Trainer
 
 IGNORED = -1  # the target of a token that only gives context
@@ -61,7 +61,9 @@ class LanguageModelling(Task):
 
     def step(self, model: nn.Module, batch: Batch) -> Step:
         inputs, targets = inputs_and_targets(batch)
-        logits, targets = model(inputs).flatten(0, -2), targets.flatten()
+        outputs = model(inputs)
+        check_tensor(model, outputs)
+        logits, targets = outputs.flatten(0, -2), targets.flatten()
         losses = self.criterion(logits, targets)
         kept = targets != IGNORED
         loss = losses.sum() / kept.sum().clamp_min(1)  # 0 where all are ignored

@@ -29,6 +29,7 @@ from framework.data import Batch, Target
 from framework.errors import DataError, SettingError, did_you_mean
 from framework.kinds import Augmentation
 from framework.loss import ignored_index, without_ignored
+from framework.task import check_tensor
 from framework_plugins.tasks import Classification
 
 
@@ -70,6 +71,7 @@ class Contrastive(Task):
                 torch.manual_seed(0)
             both = torch.cat([self.view(inputs), self.view(inputs)])
         outputs = model(both)
+        check_tensor(model, outputs)
         loss, found = contrast(outputs, self.temperature)
         return Step(loss, outputs, torch.zeros_like(outputs), {"found": found})
 
@@ -202,7 +204,9 @@ class MultiTask(Classification):
 
     def step(self, model: nn.Module, batch: Batch) -> Step:
         inputs = batch[0]
-        logits, given = self.apart(model(inputs), inputs[0].numel())
+        outputs = model(inputs)
+        check_tensor(model, outputs)
+        logits, given = self.apart(outputs, inputs[0].numel())
         first = super().step(lambda _: logits, batch)  # type: ignore[arg-type]
         values = {"classification": first.loss, "reconstruction": self.error(given, inputs.flatten(1), batch[1])}
         loss = sum(self.weights[name] * value for name, value in values.items())

@@ -17,6 +17,7 @@ from framework.loss import (
     check_classes,
     class_weights,
     is_sum,
+    unchanged,
     weights_of,
     without_ignored,
 )
@@ -75,7 +76,7 @@ class Supervised(Task):
         if self.mean.certain:
             return
         outputs, targets = self.example(4, out_shape)
-        with torch.random.fork_rng(devices=[]):
+        with unchanged(self.criterion):
             if is_sum(self.criterion, outputs, targets):
                 name = type(self.criterion).__name__
                 raise DataError(f"the loss {name} is a sum over the samples of a batch: expected their mean")

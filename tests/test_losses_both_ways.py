@@ -46,6 +46,17 @@ class Kept(nn.Module):
         return F.cross_entropy(outputs[kept], targets[kept])
 
 
+class Around(nn.Module):
+    """A loss that holds one of torch."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.CrossEntropyLoss(WEIGHT.clone(), ignore_index=1)
+
+    def forward(self, outputs, targets):
+        return self.inner(2 * outputs, targets)
+
+
 class PerSample(nn.Module):
     """A loss that says itself what its mean is over."""
 
@@ -72,6 +83,7 @@ LOSSES = {
     "nll": (lambda: nn.NLLLoss(WEIGHT.clone(), ignore_index=1), Y),
     "subclass": (lambda: Focal(WEIGHT.clone()), Y),
     "third party": (Kept, Y),
+    "around": (Around, Y),
     "multi margin": (lambda: nn.MultiMarginLoss(weight=WEIGHT.clone()), Y),
     "bce": (lambda: nn.BCEWithLogitsLoss(pos_weight=WEIGHT.clone()), LABELS),
     "soft margin": (nn.MultiLabelSoftMarginLoss, LABELS),
