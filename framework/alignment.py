@@ -15,13 +15,35 @@ from .errors import DataError
 
 def same_shape(outputs: Tensor, targets: Tensor) -> Tensor:
     """Return targets in the outputs' shape where they differ by axes of length 1 only, so that nothing is broadcast."""
-    return reshaped(targets, outputs.shape, outputs.shape)
+    if targets.shape == outputs.shape:
+        return targets
+    if not fits(targets.shape, outputs.shape):
+        shapes = f"{tuple(targets.shape)}, but the model's outputs {tuple(outputs.shape)}"
+        raise DataError(f"targets have shape {shapes}")
+    return targets.reshape(outputs.shape)
 
 
 def class_shape(outputs: Tensor, targets: Tensor) -> Tensor:
     """Return class indices in the shape of outputs (batch, classes, ...) without the classes."""
     class_axis(outputs)
-    return reshaped(targets, outputs.shape[:1] + outputs.shape[2:], outputs.shape)
+    shape = outputs.shape[:1] + outputs.shape[2:]
+    if fits(targets.shape, shape):
+        return targets if targets.shape == shape else targets.reshape(shape)
+    raise DataError(
+        f"targets have shape {tuple(targets.shape)}; class indices for the model's outputs "
+        f"{tuple(outputs.shape)} have shape {tuple(shape)}"
+    )
+
+
+def probability_shape(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return class probabilities in the shape of outputs (batch, classes, ...)."""
+    class_axis(outputs)
+    if targets.ndim < 2:
+        raise DataError(
+            f"targets have shape {tuple(targets.shape)} and type {targets.dtype}, but the model's outputs "
+            f"{tuple(outputs.shape)}: class indices are integers, such as targets.long()"
+        )
+    return same_shape(outputs, targets)
 
 
 def class_axis(outputs: Tensor) -> None:
@@ -30,13 +52,9 @@ def class_axis(outputs: Tensor) -> None:
         raise DataError(f"the model's outputs have shape {tuple(outputs.shape)}, not (batch, classes)")
 
 
-def reshaped(targets: Tensor, shape: torch.Size, of_outputs: torch.Size) -> Tensor:
-    """Return targets in a shape. Raises DataError when they differ by more than axes of length 1."""
-    if targets.shape == shape:
-        return targets
-    if [n for n in targets.shape if n != 1] != [n for n in shape if n != 1]:
-        raise DataError(f"targets have shape {tuple(targets.shape)}, but the model's outputs {tuple(of_outputs)}")
-    return targets.reshape(shape)
+def fits(shape: torch.Size, other: torch.Size) -> bool:
+    """Whether two shapes are equal but for axes of length 1."""
+    return shape == other or [n for n in shape if n != 1] == [n for n in other if n != 1]
 
 
 def misaligned(one: torch.Size, other: torch.Size) -> bool:

@@ -118,10 +118,13 @@ def lost_parameter(owner: str, parameter: str) -> str:
 
 
 def check_input_dtype(error: Exception, model: nn.Module, batch: Batch) -> None:
-    """Raise DataError when an error of a step goes with inputs of another floating type than the model's."""
+    """Raise DataError when an error of a step goes with inputs of another type than the model's."""
     inputs = batch[0]
     weight = next((p for p in model.parameters() if p.is_floating_point()), None)
-    if is_full(error) or weight is None or not inputs.is_floating_point() or inputs.dtype == weight.dtype:
+    if is_full(error) or weight is None or inputs.dtype == weight.dtype:
+        return
+    embeds = any(isinstance(module, nn.Embedding | nn.EmbeddingBag) for module in model.modules())
+    if embeds and not inputs.is_floating_point():
         return
     words = (str(error).strip() or "it failed").splitlines()[0]
     raise DataError(

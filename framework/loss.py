@@ -6,6 +6,7 @@ function), a `functools.partial` of one, a loss with a method `count`, and a los
 or ignored targets.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .alignment import check_alignment, class_axis, class_shape, same_shape
+from .alignment import check_alignment, class_shape, probability_shape, same_shape
 from .data import Data, TensorSplit
 from .errors import DataError, SettingError
 from .seeds import undisturbed
@@ -138,8 +139,7 @@ class Mean:
         if self.form == "classes or labels" and targets.is_floating_point():
             return same_shape(outputs, targets)
         if self.form == "classes" and targets.is_floating_point():
-            class_axis(outputs)
-            return same_shape(outputs, targets)
+            return probability_shape(outputs, targets)
         return class_shape(outputs, targets).long()
 
     def call(self, loss: Callable[..., Any], outputs: Any, targets: Tensor, all_kept: bool = False) -> Any:
@@ -237,6 +237,8 @@ def weights_of(targets: Tensor, weight: Tensor | None, ignored: int | None) -> T
 
 def distributions(targets: Tensor) -> int:
     """Return the number of distributions in class probabilities (batch, classes, ...)."""
+    if targets.ndim < 2:
+        return targets.numel()  # they are refused when the outputs are known
     return targets.numel() // targets.shape[1]
 
 
@@ -321,6 +323,24 @@ def check_reduction(loss: Callable[..., Any], function: Callable[..., Any]) -> N
     if reduction not in fitting or older:
         got = older[0] if older else f"reduction={reduction!r}"
         raise SettingError(f"the loss {name_of(loss)}: expected reduction={' or '.join(map(repr, fitting))}, got {got}")
+
+
+def check_call(loss: Callable[..., Any]) -> None:
+    """Raise SettingError for a loss that cannot be called with outputs and targets alone."""
+    called = loss
+    if isinstance(loss, nn.Module) and type(loss).__call__ is nn.Module.__call__:
+        called = loss.forward
+    try:
+        signature = inspect.signature(called)
+    except (TypeError, ValueError):  # some functions written in C have none
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        raise SettingError(
+            f"the loss {name_of(loss)} cannot be called with (outputs, targets): {error}. Write a function of the two, "
+            "or a Task"
+        ) from error
 
 
 def measured(loss: nn.Module, fallback: Items) -> Items:

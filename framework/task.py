@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map
 from .data import Batch, Data, Target
 from .errors import DataError
 from .kinds import Shape
-from .loss import Mean, check_classes, check_first, check_scalar, described, without_graph
+from .loss import Mean, check_call, check_classes, check_first, check_scalar, described, without_graph
 
 
 class Step(NamedTuple):
@@ -115,6 +115,7 @@ class LossTask(Task):
     """
 
     def __init__(self, loss: Callable[[Any, Tensor], Tensor]):
+        check_call(loss)
         self.loss = loss
         self.criterion = loss if isinstance(loss, nn.Module) else None
         self.mean = Mean.of(loss)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from framework import Data, Loss, Step, Task, tasks
-from framework.alignment import class_axis, class_shape, same_shape
+from framework.alignment import class_shape, probability_shape, same_shape
 from framework.data import Batch, Target
 from framework.errors import DataError
 from framework.loss import (
@@ -134,8 +134,7 @@ class Classification(Supervised):
 
     def fit(self, outputs: Tensor, targets: Tensor) -> Tensor:
         if targets.is_floating_point():
-            class_axis(outputs)
-            return same_shape(outputs, targets)
+            return probability_shape(outputs, targets)
         return class_shape(outputs, targets).long()
 
     def item_weights(self, targets: Tensor) -> Tensor | None:

@@ -329,6 +329,14 @@ def test_a_function_that_is_no_mean_is_refused_before_a_weight_changes(loss, mes
         Trainer(max_steps=1).evaluate(batches_of(VALUES, PARTS), model=network(), task=loss)
 
 
+@pytest.mark.parametrize(
+    "loss", [nn.TripletMarginLoss(), nn.CTCLoss(), lambda o: o.mean(), F.gaussian_nll_loss], ids=str
+)
+def test_a_loss_of_other_arguments_is_refused_before_training(loss):
+    with pytest.raises(SettingError, match=r"the loss .* cannot be called with \(outputs, targets\)"):
+        train(loss, batches_of(VALUES, PARTS))
+
+
 def contrast(outputs, targets):
     unit = F.normalize(outputs, dim=1)
     return F.cross_entropy(unit @ unit.T / 0.5, torch.arange(len(outputs)).roll(1))
@@ -530,6 +538,13 @@ def test_every_registered_metric_reshapes_or_refuses_targets(entry):
             metric.sums(outputs, targets[:5])
 
 
+@pytest.mark.parametrize("targets", [Y.float(), F.one_hot(Y, C)], ids=["floating indices", "integer table"])
+def test_targets_that_are_neither_indices_nor_probabilities_are_refused(targets):
+    for task in (nn.CrossEntropyLoss(), fw.tasks.build("classification")):
+        with pytest.raises(DataError, match=r"targets have shape \(5.*class indices"):
+            train(task, batches_of(targets, PARTS))
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int16])
 def test_class_indices_of_any_integer_type_are_taken(dtype):
     _, expected = train(nn.CrossEntropyLoss(), batches_of(Y, N))
@@ -553,8 +568,10 @@ def test_float64_targets_are_taken(name):
 
 @pytest.mark.parametrize("task", [nn.CrossEntropyLoss(), fw.tasks.build("classification")], ids=["bare", "named"])
 def test_inputs_of_another_type_than_the_model_are_named(task):
-    message = "the inputs are torch.float64, but the model's parameters torch.float32"
     batches = batches_of(Y, N)
+    with pytest.raises(DataError, match=r"the inputs are torch.int64, but the model's parameters torch.float32"):
+        train(task, [(X.long(), Y)], model=network().float())
+    message = "the inputs are torch.float64, but the model's parameters torch.float32"
     with pytest.raises(DataError, match=message):
         train(task, batches, model=network().float())
     with pytest.raises(DataError, match=message):
