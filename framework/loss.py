@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .alignment import check_alignment, class_shape, probability_shape, same_shape
@@ -84,6 +85,7 @@ class Mean:
         one_dtype: outputs and targets must be of one floating type.
         zero_weights: some class has the weight 0, so that a batch may count for nothing.
         certain: the loss is computed by torch itself, which does not make it a sum.
+        weight: of the classes, where a function calls a loss of torch with them.
     """
 
     form: Form
@@ -92,6 +94,7 @@ class Mean:
     one_dtype: bool = False
     zero_weights: bool = False
     certain: bool = False
+    weight: Tensor | None = None
 
     @classmethod
     def of(cls, loss: Callable[..., Any]) -> "Mean":
@@ -105,6 +108,8 @@ class Mean:
         ignored = ignored_index(loss)
         if callable(getattr(loss, "count", None)):
             return cls(form, "own", ignored, certain=True)
+        if function is None and not isinstance(unwrapped(loss), nn.Module):
+            return cls.of_function(loss)
         certain = function is not None and not written_anew
         weight = class_weights(loss)
         if function is not None and certain:
@@ -114,10 +119,18 @@ class Mean:
         elif isinstance(loss, nn.Module) and (weight is not None or ignored is not None):
             weights = function in CLASS_LOSSES or with_classes(loss) is not loss
             items = measured(loss, fallback="weights" if weights else "kept")
-        zero = False
-        if items == "weights" and weight is not None and not weight.is_meta:
-            zero = bool((weight == 0).any())
+        zero = items == "weights" and has_zero(weight)
         return cls(form, items, ignored, function in ONE_DTYPE, zero, certain)
+
+    @classmethod
+    def of_function(cls, loss: Callable[..., Any]) -> "Mean":
+        """Find out what the mean of a function is over, by the cross entropy that it calls."""
+        call = recorded(loss)
+        if call is None:
+            return cls("any", "targets")
+        weight = call.get("weight")
+        ignored = call.get("ignore_index", IGNORED)
+        return cls("any", "weights", ignored, zero_weights=has_zero(weight), weight=weight)
 
     def fit(self, loss: Callable[..., Any], outputs: Any, targets: Tensor) -> Tensor:
         """Return targets in the shape and type that the loss takes.
@@ -153,7 +166,8 @@ class Mean:
             return loss(outputs, targets)
         if self.zero_weights:
             some = torch.as_tensor(self.count(loss, targets, all_kept)) > 0
-            outputs = torch.where(some, outputs, 0.0)  # torch's gradient would be nan
+            if isinstance(outputs, Tensor):
+                outputs = torch.where(some, outputs, 0.0)  # torch's gradient would be nan
             return zero_of_none(loss(outputs, targets), some)
         if all_kept or self.ignored is None:
             return loss(outputs, targets)
@@ -171,7 +185,11 @@ class Mean:
             return distributions(targets)
         if self.items == "targets" or targets.is_floating_point():
             return targets.numel()
-        weight = class_weights(loss) if self.items == "weights" else None
+        weight = None
+        if self.weight is not None:
+            weight = self.weight.to(targets.device)
+        elif self.items == "weights":
+            weight = class_weights(loss)
         return counted(targets, weight, None if all_kept else self.ignored)
 
     def shown(self, targets: Tensor, all_kept: bool = False) -> Tensor:
@@ -315,6 +333,11 @@ def with_classes(loss: Callable[..., Any]) -> Callable[..., Any]:
     return inner[0] if len(inner) == 1 else loss
 
 
+def has_zero(weight: Tensor | None) -> bool:
+    """Whether a class has the weight 0. It reads the device."""
+    return weight is not None and not weight.is_meta and bool((weight == 0).any())
+
+
 def check_reduction(loss: Callable[..., Any], function: Callable[..., Any]) -> None:
     """Raise SettingError for a loss of torch that is not a mean."""
     reduction = option(loss, "reduction", "mean")
@@ -341,6 +364,43 @@ def check_call(loss: Callable[..., Any]) -> None:
             f"the loss {name_of(loss)} cannot be called with (outputs, targets): {error}. Write a function of the two, "
             "or a Task"
         ) from error
+
+
+class Recorder(TorchFunctionMode):
+    """Notes the arguments of each cross entropy that is called, and gives a number for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[dict[str, Any]] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function not in CLASS_LOSSES:
+            return function(*args, **kwargs)
+        bound = inspect.signature(function).bind(*args, **kwargs)
+        self.calls.append(bound.arguments)
+        return bound.arguments["input"].float().mean()
+
+
+def recorded(loss: Callable[..., Any]) -> dict[str, Any] | None:
+    """Return the arguments of the one cross entropy of its targets whose mean a function takes.
+
+    The function is called with eight samples of four classes. None where it calls several, or one of
+    other targets, or takes other outputs.
+    """
+    targets = torch.tensor([0, 2, 1, 3, 3, 0, 2, 1])
+    recorder = Recorder()
+    try:
+        with unchanged(loss), recorder:
+            loss(torch.zeros(8, 4), targets)
+    except Exception:  # a loss of other outputs may fail in any way
+        return None
+    if len(recorder.calls) != 1:
+        return None
+    call = recorder.calls[0]
+    older = call.get("size_average") is not None or call.get("reduce") is not None
+    mean = call.get("reduction", "mean") == "mean" and not older
+    return call if mean and torch.equal(call["target"].flatten(), targets) else None
 
 
 def measured(loss: nn.Module, fallback: Items) -> Items:

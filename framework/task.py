@@ -109,9 +109,10 @@ class LossTask(Task):
     """The simplest task: a loss of (outputs, targets), as `nn.CrossEntropyLoss()` or any function.
 
     For the losses of torch, as modules or functions, what the mean is over is known: class weights, ignored targets,
-    the number of values. Targets are reshaped to the outputs, or class indices converted, where that is safe. Any other
-    function must return a mean over all numbers of the targets, or say in an attribute `count`, a function of the
-    targets, how many items its mean is over.
+    the number of values. Targets are reshaped to the outputs, or class indices converted, where that is
+    safe. Of any other function the one call of `F.cross_entropy` with the targets is looked at. Without
+    one its mean must be over all numbers of the targets, or it has an attribute `count`: a function of
+    the targets that returns how many items its mean is over.
     """
 
     def __init__(self, loss: Callable[[Any, Tensor], Tensor]):

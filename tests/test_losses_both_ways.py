@@ -91,6 +91,20 @@ LOSSES = {
     "kl": (lambda: nn.KLDivLoss(reduction="batchmean"), SHARES),
     "own count": (PerSample, VALUES),
 }
+
+
+def closure_of(loss):
+    return lambda outputs, targets: loss(outputs, targets)
+
+
+def counted_function():
+    def loss(outputs, targets):
+        return ((outputs - targets) ** 2).sum() / (targets > 0).sum()
+
+    loss.count = lambda targets: (targets > 0).sum()
+    return loss
+
+
 FUNCTIONS = {
     "function": (lambda: F.cross_entropy, GAPS),
     "partial": (lambda: partial(F.cross_entropy, ignore_index=2, weight=WEIGHT.clone().double()), Y),
@@ -98,6 +112,12 @@ FUNCTIONS = {
     "method": (lambda: nn.CrossEntropyLoss(ignore_index=2).forward, Y),
     "lambda": (lambda: lambda outputs, targets: ((outputs - targets) ** 2).mean(), VALUES),
     "smooth_l1": (lambda: F.smooth_l1_loss, VALUES),
+    "lambda with weights": (
+        lambda: lambda o, t: F.cross_entropy(2 * o, t, WEIGHT.double(), ignore_index=1),
+        Y,
+    ),
+    "closure": (lambda: closure_of(nn.CrossEntropyLoss()), GAPS),
+    "attribute": (counted_function, VALUES),
 }
 TASKS = {"bce": "multilabel", "soft margin": "multilabel", "mse": "regression", "own count": "regression"}
 
@@ -201,7 +221,7 @@ def test_sequences_of_unequal_lengths_are_averaged_over_all_of_them(loss, classe
 
 
 @pytest.mark.parametrize("weight", [None, [0.0, 1.0, 5.0]])
-@pytest.mark.parametrize("way", ["bare", "factory", "registered"])
+@pytest.mark.parametrize("way", ["bare", "lambda", "factory", "registered"])
 def test_a_batch_without_a_target_that_counts_adds_nothing(way, weight):
     ignored = -100 if weight is None else 2
     targets = [torch.tensor([0, 1, 2, 1]), torch.full((4,), ignored), torch.tensor([1, 1, 2, 2])]
@@ -210,6 +230,8 @@ def test_a_batch_without_a_target_that_counts_adds_nothing(way, weight):
     batches = list(zip(X[:12].split(4), targets, strict=True))
     tensor = None if weight is None else torch.tensor(weight)
     task = nn.CrossEntropyLoss(tensor, ignore_index=ignored)
+    if way == "lambda":
+        task = closure_of(task)
     if way == "factory":
         task = fw.tasks.build("classification", loss=lambda: nn.CrossEntropyLoss(tensor, ignore_index=ignored))
     if way == "registered":
@@ -351,12 +373,14 @@ def test_a_loss_that_is_no_sum_is_taken(loss):
 
 
 @pytest.mark.parametrize("index", [-100, 0, 2])
-@pytest.mark.parametrize("way", ["bare", "function", "factory", "registered"])
+@pytest.mark.parametrize("way", ["bare", "function", "lambda", "factory", "registered"])
 def test_metrics_and_confusion_leave_out_the_targets_that_the_loss_ignores(way, index):
     targets = torch.where(Y == 2, index, Y) if index < 0 else Y
     task = nn.CrossEntropyLoss(ignore_index=index)
     if way == "function":
         task = partial(F.cross_entropy, ignore_index=index)
+    if way == "lambda":
+        task = closure_of(task)
     if way == "factory":
         task = fw.tasks.build("classification", loss=lambda: nn.CrossEntropyLoss(ignore_index=index))
     if way == "registered":
