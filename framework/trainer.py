@@ -129,7 +129,7 @@ class Trainer(Evaluator):
         Args:
             model: any module; it is moved to the device, and left in eval mode.
             data: a `Data` (its val split is validated on), a split, or an iterable of batches such as a DataLoader.
-            task: a `Task`, or a loss of (outputs, targets).
+            task: a `Task`, or a loss of (outputs, targets), which returns their mean (see `LossTask`).
             optimizer: a torch optimizer over the model's parameters.
             val: what to validate on, if not the data's own val split.
             schedule: step -> factor on each group's learning rate.
