@@ -53,11 +53,12 @@ class Evaluator:
         if data is None:
             raise DataError(f"the data has no {name} split")
         batches = self._batches(data, batch_size)
+        all_kept = self.task.all_kept
         self.task.know_targets(known_targets(batches))
         try:
             values = self._measure(batches)
         finally:
-            self.task.know_targets(None)
+            self.task.all_kept = all_kept
         named = {f"{name}/{key}": value for key, value in values.items()}
         self._report(named)
         return named

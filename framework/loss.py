@@ -248,9 +248,12 @@ def counted(targets: Tensor, weight: Tensor | None, ignored: int | None) -> int 
 def weights_of(targets: Tensor, weight: Tensor | None, ignored: int | None) -> Tensor | None:
     """Return by how much each class index counts; None where all count alike."""
     kept = None if ignored is None else targets != ignored
-    if weight is None or kept is None:
-        return kept if weight is None else weight[targets]
-    return weight[torch.where(kept, targets, 0)] * kept
+    if weight is None:
+        return kept
+    indices = targets.long()  # an index of type uint8 would be a mask
+    if kept is None:
+        return weight[indices]
+    return weight[torch.where(kept, indices, 0)] * kept
 
 
 def distributions(targets: Tensor) -> int:

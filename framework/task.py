@@ -48,6 +48,8 @@ class Task:
     """What a training step consists of, in this order, where one update of all parameters will not do."""
     splits_batches: bool = True
     """Whether the loss of a batch is the mean of those of its parts, as `micro_batch` takes it to be."""
+    all_kept: bool = False
+    """Whether it is known of the batches being read that the loss ignores none of their targets."""
 
     def step(self, model: nn.Module, batch: Batch) -> Step:
         """Run the model on a batch (already on the model's device) and return the mean loss."""
@@ -120,7 +122,6 @@ class LossTask(Task):
         self.loss = loss
         self.criterion = loss if isinstance(loss, nn.Module) else None
         self.mean = Mean.of(loss)
-        self.all_kept = False
 
     def step(self, model: nn.Module, batch: Batch) -> Step:
         inputs, targets = inputs_and_targets(batch)

@@ -196,6 +196,7 @@ class Trainer(Evaluator):
             finally:
                 self.clock.finish()
                 self.model.eval()
+                self.task.know_targets(None)
 
     def _prepare(self, resume: dict[str, Any] | None) -> None:
         """Make everything that the first step needs: counters, scaler, sums, seeds, open loggers."""

@@ -196,6 +196,7 @@ class Reconstruction(OfInputs):
             noise: standard deviation of what is added to the inputs in training (Vincent et al. 2008).
         """
         self.noise = noise
+        self.row_size = 1  # numbers of an input, where the data says so
 
     def step(self, model: nn.Module, batch: Batch) -> Step:
         inputs = batch[0]
@@ -204,8 +205,12 @@ class Reconstruction(OfInputs):
         check_tensor(model, outputs)
         return Step(F.mse_loss(outputs, same_shape(outputs, inputs)), outputs, inputs)
 
-    def count(self, batch: Batch) -> int:
-        return batch[0].numel()
+    def count(self, batch: Batch) -> int | float:
+        samples, rest = divmod(batch[0].numel(), self.row_size)
+        return batch[0].numel() / self.row_size if rest else samples
+
+    def check(self, data: Data) -> None:
+        self.row_size = prod(data.in_shape)
 
 
 @tasks.register("variational")

@@ -1,5 +1,6 @@
 """Tasks: what a batch means. Each runs the model, makes outputs and targets fit each other, and takes the mean loss."""
 
+import math
 import warnings
 from collections.abc import Sequence
 from functools import cached_property
@@ -33,7 +34,7 @@ class Supervised(Task):
     criterion: nn.Module
     target: Target
 
-    all_kept = False  # whether it is known that no target is ignored
+    row_size = 1  # numbers in the targets of a sample, where the data says so
 
     @cached_property
     def mean(self) -> Mean:
@@ -50,7 +51,11 @@ class Supervised(Task):
 
     def count(self, batch: Batch) -> int | Tensor:
         """Return what the loss's mean divides by: the targets, without the ignored, by the weights of their classes."""
-        return self.mean.count(self.criterion, inputs_and_targets(batch)[1], self.all_kept)
+        number = self.mean.count(self.criterion, inputs_and_targets(batch)[1], self.all_kept)
+        if self.row_size == 1 or self.mean.items != "targets":
+            return number
+        samples, rest = divmod(number, self.row_size)
+        return number / self.row_size if rest else samples
 
     def know_targets(self, targets: Sequence[Tensor] | None) -> None:
         self.all_kept = self.mean.none_ignored(targets)
@@ -66,6 +71,8 @@ class Supervised(Task):
                 f"{WORDS[self.target]}: "
                 + (f"task={TASKS[data.target]}" if data.target in TASKS else "choose other data")
             )
+        if self.target != "class":
+            self.row_size = math.prod(data.out_shape)
         if hasattr(self.criterion, "learn"):
             self.criterion.learn(data)
         self.try_loss(data.out_shape)

@@ -424,10 +424,31 @@ def test_targets_in_memory_that_are_never_ignored_cost_no_kernel():
     task.know_targets([Y, GAPS])
     assert task.count((X, GAPS)) == 6
     loader = DataLoader(TensorDataset(X.double(), Y), 4)
-    assert train(nn.CrossEntropyLoss(), loader)[0].task.all_kept
-    assert train(nn.CrossEntropyLoss(), batches_of(Y, PARTS, list))[0].task.all_kept
-    assert not train(nn.CrossEntropyLoss(), batches_of(GAPS, PARTS, list))[0].task.all_kept
-    assert not train(nn.CrossEntropyLoss(), batches_of(Y, PARTS))[0].task.all_kept
+    seen = []
+
+    class See(fw.Callback):
+        def on_step_end(self, trainer):
+            seen.append(trainer.task.all_kept)
+
+    inputs = [loader, batches_of(Y, PARTS, list), batches_of(GAPS, PARTS, list), batches_of(Y, PARTS)]
+    for data in inputs:
+        trainer, _ = train(nn.CrossEntropyLoss(), data, callbacks=[See()], accumulate=9)
+        assert not trainer.task.all_kept
+    assert seen == [True, True, False, False]
+
+
+@pytest.mark.parametrize("name", ["regression", "multilabel", "reconstruction"])
+def test_samples_of_a_data_are_counted_and_other_targets_by_their_numbers(name):
+    task = fw.tasks.build(name)
+    batch = (torch.zeros(4, C), torch.zeros(4, C))
+    assert task.count(batch) == 4 * C
+    data = fw.Data()
+    data.train, data.in_shape, data.out_shape = fw.TensorSplit(*batch), (C,), (C,)
+    data.target = "labels" if name == "multilabel" else "value"
+    task.check(data)
+    assert task.count(batch) == 4
+    assert isinstance(task.count(batch), int)
+    assert task.count((torch.zeros(4, C + 1),) * 2) == pytest.approx(4 * (C + 1) / C)
 
 
 def test_a_step_of_a_plain_loss_reads_nothing_off_the_device():
@@ -575,6 +596,8 @@ def test_class_indices_of_any_integer_type_are_taken(dtype):
     for task in (nn.CrossEntropyLoss(), F.cross_entropy, fw.tasks.build("classification")):
         _, step = train(task, [(X.double(), Y.to(dtype))])
         assert torch.equal(step, expected)
+    weighted = LossTask(nn.CrossEntropyLoss(WEIGHT))
+    assert weighted.count((X, Y.to(dtype))) == WEIGHT[Y].sum()
     _, step = train(nn.CrossEntropyLoss(), [(X.double(), Y.to(dtype)[:, None])])
     assert torch.equal(step, expected)
 
