@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import seeds
+from .checks import check_input_dtype, check_parameters_reached
 from .clock import Clock
 from .compiled import Compile, Compiled, CompiledStep
 from .cuda_graph import CudaGraph, Graphed, GraphedStep
 from .data import Batch
 from .device import Precision
 from .identity import identical
+from .loss import portion, share_of
 from .memory import MicroBatches, versions
 from .metric import Measures
 from .task import Phase, Step, Task
@@ -47,6 +49,7 @@ class Backward:
         self.gradients = Compiled(self._gradients, compile, clock) if compile == "step" else self._gradients
         self.whole: Whole | None = None
         self.updated = False  # whether the update was part of it
+        self.checked: set[str | None] = set()  # phases whose first step was checked
         self.phase: Phase | None = None
         self.pass_through: Callable[..., Step] = self._eager
         if compile == "step":
@@ -92,6 +95,7 @@ class Backward:
                 return self._all(parts)
             except (MemoryError, RuntimeError) as error:
                 if mark is None or not self.micro_batches.halve(error, versions(batches) == before):
+                    check_input_dtype(error, self.model, batches[0])
                     raise
             self._undo(mark)  # out of `except`, whose traceback keeps the tensors that filled the memory
 
@@ -100,18 +104,28 @@ class Backward:
         total = sum(counts)
         mean: Tensor | None = None
         for part, count in zip(parts, counts, strict=True):
-            share = None if len(parts) == 1 else count / total  # so that the sum is the mean of the whole
+            share = None if len(parts) == 1 else share_of(count, total)  # so that the sum is the mean of the whole
             if share is None and self.whole is not None and not self.micro_batches.auto and self.whole.ready():
                 with self.clock.detail("forward, backward and update"):
                     made, self.updated = self.whole(part)
             else:
                 made = self.pass_through(part, share)
+            self._check_first(made, len(part[0]))
             outputs, targets = (made.outputs, made.targets) if self.phase is None else (None, None)
             self.measures.add(made.loss, outputs, targets, count, made.values)
-            loss = made.loss.detach() if share is None else made.loss.detach() * share
+            loss = made.loss.detach() if share is None else portion(made.loss.detach(), share)
             mean = loss if mean is None else mean + loss
         assert mean is not None
         return mean
+
+    def _check_first(self, made: Step, samples: int) -> None:
+        """Check the first step of more than one sample: before it changes a parameter."""
+        phase = None if self.phase is None else self.phase.name
+        if phase in self.checked or samples < 2:
+            return
+        self.checked.add(phase)
+        check_parameters_reached(made.loss, self.model)
+        self.task.check_first(made)
 
     def _eager(self, batch: Batch, share: float | Tensor | None) -> Step:
         with self.clock.detail("forward"), self.precision.autocast():

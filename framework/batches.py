@@ -1,19 +1,22 @@
 """From whatever a person has (a Data, a split, a DataLoader) to batches, and from batches to steps."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import (
     DataLoader,
     Dataset,
     IterableDataset,
     RandomSampler,
     SubsetRandomSampler,
+    TensorDataset,
     WeightedRandomSampler,
+    default_collate,
 )
 
-from .data import Batch, Data, ForeignLoader, Loader, Split, known_length
+from .data import Batch, Data, ForeignLoader, Loader, Split, as_batch, known_length
 from .errors import DataError
 
 Batches = Loader | ForeignLoader
@@ -47,6 +50,32 @@ def is_map_style(source: Any) -> bool:
         name = type(source).__name__
         raise DataError(f"{name} has no `__len__`: expected one, or an IterableDataset")
     return False
+
+
+def known_targets(*several: Batches) -> list[Tensor] | None:
+    """Return all targets of some batches (inputs, targets), or None where these are not in memory."""
+    found: list[Tensor] = []
+    for batches in several:
+        held = batches_in_memory(batches)
+        if held is None or any(len(batch) != 2 for batch in held):
+            return None
+        found += [batch[1] for batch in held]
+    return found
+
+
+def batches_in_memory(batches: Batches) -> Sequence[Batch] | None:
+    """Return tensors that hold all that is read.
+
+    That is known of a split, a list of batches and a DataLoader over a TensorDataset.
+    """
+    if isinstance(batches, Loader):
+        return None if batches.tensors is None else [tuple(batches.tensors)]
+    source = batches.batches
+    if type(source) in (list, tuple):
+        return [as_batch(batch) for batch in source]
+    if not isinstance(source, DataLoader) or source.collate_fn is not default_collate:
+        return None
+    return [source.dataset.tensors] if type(source.dataset) is TensorDataset else None
 
 
 def count_steps(batches: Batches, accumulate: int) -> int:

@@ -4,12 +4,15 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from .callback import Callback
-from .errors import SettingError, did_you_mean, short
+from .data import Batch
+from .errors import DataError, SettingError, did_you_mean, short
+from .loss import modules_in
+from .memory import MicroBatches, is_full
 from .metric import Metric
 from .scheduler import observes
 from .task import Task
@@ -44,6 +47,7 @@ def check_metrics(metrics: Sequence[Any]) -> None:
 def check_fit(model: nn.Module, task: Any, optimizer: Any, schedule: Any, metrics: Sequence[Any]) -> None:
     """Raise SettingError for what `fit` cannot train with."""
     check_task(task)
+    check_loss_parameters(task, model)
     check_metrics(metrics)
     if not isinstance(optimizer, Optimizer):
         raise SettingError(f"optimizer: {wrong(optimizer, 'optimizers', ', model.parameters()')}")
@@ -112,10 +116,72 @@ def check_phases(task: Task, compile: str, cuda_graph: str) -> None:
             raise SettingError(f"{said}: {type(task).__name__} updates in phases")
 
 
+def check_micro_batches(task: Task, micro_batches: MicroBatches) -> None:
+    """Raise SettingError for micro-batches of a task whose loss is not the mean of those of its parts."""
+    splits = micro_batches.auto or micro_batches.size is not None
+    if splits and not task.splits_batches:
+        name = type(task).__name__
+        raise SettingError(f"micro_batch: expected null, as {name} compares the samples of a batch")
+
+
 def check_task(task: Any) -> None:
     """Raise SettingError for what is neither a task nor a loss."""
     if not isinstance(task, Task) and not callable(task):
         raise SettingError(f"task: {wrong(task, 'tasks')}")
+
+
+def check_loss_parameters(task: Any, model: nn.Module) -> None:
+    """Raise SettingError for a loss with parameters of its own: only those of the model are trained and saved."""
+    loss = task.criterion if isinstance(task, Task) else task
+    if loss is None:
+        return
+    own = set(model.parameters())
+    for module in modules_in(loss):
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad and parameter not in own:
+                raise SettingError(lost_parameter(f"the loss {type(module).__name__}", f"`{name}`"))
+
+
+def check_parameters_reached(loss: Tensor, model: nn.Module) -> None:
+    """Raise SettingError where the gradients of a loss reach a parameter that is not the model's.
+
+    Nothing is said of a loss without a graph, as of a compiled step.
+    """
+    own = set(model.parameters())
+    waiting: list[Any] = [loss.grad_fn]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, nn.Parameter) and leaf not in own:
+            raise SettingError(lost_parameter("the task or its loss", f"a parameter of shape {tuple(leaf.shape)}"))
+        for before, _ in getattr(node, "next_functions", ()):
+            if before is not None and before not in seen:
+                seen.add(before)
+                waiting.append(before)
+
+
+def lost_parameter(owner: str, parameter: str) -> str:
+    return (
+        f"task: {owner} has {parameter} to train, but only parameters of the model are trained and saved: make it part "
+        "of the model, or freeze it with requires_grad_(False)"
+    )
+
+
+def check_input_dtype(error: Exception, model: nn.Module, batch: Batch) -> None:
+    """Raise DataError when an error of a step goes with inputs of another type than the model's."""
+    inputs = batch[0]
+    weight = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if is_full(error) or weight is None or inputs.dtype == weight.dtype:
+        return
+    embeds = any(isinstance(module, nn.Embedding | nn.EmbeddingBag) for module in model.modules())
+    if embeds and not inputs.is_floating_point():
+        return
+    words = (str(error).strip() or "it failed").splitlines()[0]
+    raise DataError(
+        f"the inputs are {inputs.dtype}, but the model's parameters {weight.dtype}: convert the inputs with "
+        f".to({weight.dtype}), or the model. torch says: {words}"
+    ) from error
 
 
 def wrong(thing: Any, registry: str, more: str = "") -> str:

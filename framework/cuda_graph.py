@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
 
 from .data import Batch
 from .device import Precision
@@ -132,7 +133,8 @@ class Graphed:
             parameter.grad = gradient
         loss, outputs, targets, values = captured.made.detach()
         copies = {name: value.clone() for name, value in values.items()}
-        return Step(loss.clone(), outputs.clone(), targets.clone(), copies), "replayed" if known else "captured"
+        outputs = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, outputs)
+        return Step(loss.clone(), outputs, targets.clone(), copies), "replayed" if known else "captured"
 
     def _moved(self) -> bool:
         """Whether a tensor was replaced or moved, or a module is in another mode since the capture."""

@@ -6,10 +6,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .batches import Batches, Source, as_batches
+from .batches import Batches, Source, as_batches, known_targets
+from .checks import check_input_dtype, check_task
 from .data import Batch, Data, TensorSplit
 from .device import Format, Precision, deterministic_algorithms, find_device
 from .errors import DataError, SettingError
+from .loss import described
 from .memory import MicroBatches, memory_errors, versions
 from .metric import Measures, Metric
 from .task import LossTask, Task
@@ -41,6 +43,8 @@ class Evaluator:
 
         Of a `Data`, the split `name` is taken. While a trainer is open (`with trainer:`), loggers get the values too.
         """
+        if task is not None:
+            check_task(task)
         self._use(model, task, "model", "task")
         if metrics is not None:
             self.metrics = list(metrics)
@@ -48,7 +52,13 @@ class Evaluator:
             data = getattr(data, name, data)
         if data is None:
             raise DataError(f"the data has no {name} split")
-        values = self._measure(self._batches(data, batch_size))
+        batches = self._batches(data, batch_size)
+        all_kept = self.task.all_kept
+        self.task.know_targets(known_targets(batches))
+        try:
+            values = self._measure(batches)
+        finally:
+            self.task.all_kept = all_kept
         named = {f"{name}/{key}": value for key, value in values.items()}
         self._report(named)
         return named
@@ -77,20 +87,37 @@ class Evaluator:
         with self._inference():
             for batch in batches.epoch():
                 for part in self.micro_batches.split(self._place(batch)):
-                    made = self.model(part[0])
+                    made = self._output(part)
                     # a copy: the outputs may be in the memory of the batch, or of the last outputs
                     outputs.append(made.to("cpu", at_least_float32(made.dtype), copy=True))
         if not outputs:
             raise DataError("there is nothing to predict: the inputs have no row")
         return torch.cat(outputs)
 
+    def _output(self, batch: Batch) -> Tensor:
+        """Return the model's output for a batch. Raises DataError when it is not one tensor."""
+        try:
+            output = self.model(batch[0])
+        except RuntimeError as error:
+            check_input_dtype(error, self.model, batch)
+            raise
+        if not isinstance(output, Tensor):
+            raise DataError(
+                f"predict takes a model that returns one tensor, but {type(self.model).__name__} returns "
+                f"{described(output)}: wrap it in a module that returns the tensor to predict"
+            )
+        return output
+
     def _measure(self, batches: Batches) -> dict[str, float]:
         """Return the loss and metrics of the model over all batches, in eval mode. Raises DataError for no batch."""
         measures = Measures(self.metrics, self.device, batches.hold)
+        empty = True
+        self._checked_first = False
         with self._inference():
             for batch in batches.epoch():
+                empty = False
                 self._measure_batch(self._place(batch), measures)
-            if measures.empty:
+            if empty:
                 raise DataError("the data to measure on has no batch: it is empty or used up")
             return measures.read()
 
@@ -113,8 +140,15 @@ class Evaluator:
     def _measure_parts(self, batch: Batch, measures: Measures) -> None:
         for part in self.micro_batches.split(batch):
             count = self.task.count(part)  # before the model may change the inputs
-            loss, outputs, targets, values = self.task.step(self.model, part)
-            measures.add(loss, outputs, targets, count, values)
+            try:
+                made = self.task.step(self.model, part)
+            except RuntimeError as error:
+                check_input_dtype(error, self.model, part)
+                raise
+            if not self._checked_first and len(part[0]) > 1:
+                self.task.check_first(made)
+                self._checked_first = True
+            measures.add(made.loss, made.outputs, made.targets, count, made.values)
 
     @contextmanager
     def _inference(self) -> Iterator[None]:

@@ -23,7 +23,7 @@ from .building import (
     check_smallest_batch,
     scale_of,
 )
-from .checks import check_schedule
+from .checks import check_loss_parameters, check_schedule
 from .data import Data, Loader
 from .device import intra_op_threads, suitable_threads
 from .errors import RunError
@@ -69,6 +69,7 @@ class Experiment:
         self.out_shape = self.task.targets_of(self.data)[1]
         self.model = build_model(spec, self.data.in_shape, self.out_shape, self.data.columns)
         self.task.check_model(self.model)
+        check_loss_parameters(self.task, self.model)
         check_fit(self.model, self.data, self.out_shape)
         self.optimizer = build_optimizer(spec.parts["optimizer"], build_groups(spec, self.model))
         self.transforms = [maker(self.data.in_shape, self.data.out_shape) for maker in spec.parts["transform"]]

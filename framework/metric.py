@@ -8,8 +8,10 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .alignment import call_aligned
 from .data import Scale
-from .errors import SettingError
+from .errors import DataError, SettingError
+from .loss import described, portion
 
 
 class Metric:
@@ -73,7 +75,9 @@ def together(tensors: Sequence[Tensor | None]) -> Tensor:
     return there[0] if len(there) == 1 else torch.cat(there)
 
 
-def checked(metric: Metric, sums: Any) -> Tensor:
+def sums_of(metric: Metric, outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return a metric's sums. Raises DataError when it broadcasts outputs and targets of other shapes."""
+    sums = call_aligned(f"the metric {metric.name}", metric.sums, outputs, targets)
     if not isinstance(sums, Tensor):
         said = f"its `sums` should return a tensor, not a {type(sums).__name__}"
         raise SettingError(f"the metric {type(metric).__name__}: {said}")
@@ -127,6 +131,11 @@ class Measures:
 
         outputs, targets: None where no metric shall see them. values: other means over the items, by name.
         """
+        if self.metrics and outputs is not None and not isinstance(outputs, Tensor):
+            raise DataError(
+                f"metrics={self.metrics[0].name}: a metric takes outputs as one tensor, but the task gives "
+                f"{described(outputs)}: write a Task whose `step` returns Step(loss, outputs, targets) with a tensor"
+            )
         seen = (outputs.detach(), targets) if self.metrics and outputs is not None else (None, None)
         means = {name: value.detach() for name, value in values.items()} if values else values
         one = Held(loss.detach(), count, seen[0], seen[1], means)
@@ -162,18 +171,19 @@ class Measures:
     @torch.no_grad()
     def _sum_up(self) -> None:
         """Add what is held back to the sums."""
-        for is_number, alike in groupby(self.held, lambda one: one.items if isinstance(one.items, int) else None):
+        for is_number, alike in groupby(self.held, lambda one: None if isinstance(one.items, Tensor) else one.items):
             losses, counts = zip(*((one.loss, one.items) for one in alike), strict=True)
             if is_number is None:
-                weights = torch.stack(counts).to(self.dtype)
-                self.loss += torch.stack([(torch.stack(losses).to(self.dtype) * weights).sum(), weights.sum()])
-            else:
+                weights = torch.stack(counts).to(self.loss)
+                weighted = portion(torch.stack(losses).to(self.dtype), weights)
+                self.loss += torch.stack([weighted.sum(), weights.sum()])
+            elif is_number:
                 self.loss[0].add_(torch.stack(losses).to(self.dtype).sum(), alpha=is_number)
                 self.loss[1].add_(is_number * len(losses))
         if self.held and self.held[0].outputs is not None:
             outputs = together([one.outputs for one in self.held])
             targets = together([one.targets for one in self.held])
-            fresh = [checked(metric, metric.sums(outputs, targets)).to(self.dtype) for metric in self.metrics]
+            fresh = [sums_of(metric, outputs, targets).to(self.dtype) for metric in self.metrics]
             before: list[Tensor | None] = [*self.sums] or [None] * len(fresh)
             triples = zip(self.metrics, before, fresh, strict=True)
             self.sums = [added(*each) for each in triples]
@@ -181,7 +191,7 @@ class Measures:
             there = [one for one in self.held if name in one.values]
             weights = torch.stack([torch.as_tensor(one.items).to(self.loss) for one in there])
             means = torch.stack([one.values[name].to(self.dtype) for one in there])
-            total = torch.stack([(means * weights).sum(), weights.sum()])
+            total = torch.stack([portion(means, weights).sum(), weights.sum()])
             self.values[name] = self.values[name] + total if name in self.values else total
         self.held, self.numbers = [], 0
 

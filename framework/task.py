@@ -5,9 +5,12 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from .data import Batch, Data, Target
+from .errors import DataError
 from .kinds import Shape
+from .loss import Mean, check_call, check_classes, check_first, check_scalar, described, without_graph
 
 
 class Step(NamedTuple):
@@ -24,7 +27,7 @@ class Step(NamedTuple):
     def detach(self) -> "Step":
         """Return it without the graph of its gradients."""
         values = {name: value.detach() for name, value in self.values.items()}
-        return Step(self.loss.detach(), self.outputs.detach(), self.targets, values)
+        return Step(self.loss.detach(), tree_map(without_graph, self.outputs), self.targets, values)
 
 
 class Phase(NamedTuple):
@@ -43,6 +46,10 @@ class Task:
     criterion: nn.Module | None = None
     phases: Sequence[Phase] = ()
     """What a training step consists of, in this order, where one update of all parameters will not do."""
+    splits_batches: bool = True
+    """Whether the loss of a batch is the mean of those of its parts, as `micro_batch` takes it to be."""
+    all_kept: bool = False
+    """Whether it is known of the batches being read that the loss ignores none of their targets."""
 
     def step(self, model: nn.Module, batch: Batch) -> Step:
         """Run the model on a batch (already on the model's device) and return the mean loss."""
@@ -53,7 +60,10 @@ class Task:
         raise NotImplementedError
 
     def count(self, batch: Batch) -> int | Tensor:
-        """Return over how many items `step` averages the loss: by it, unequal batches are weighted exactly."""
+        """Return over how many items `step` averages the loss: by it, unequal batches are weighted exactly.
+
+        A batch of 0 items adds nothing to a step or a mean. A step without any item has gradients of 0.
+        """
         return len(batch[0])
 
     def predict(self, outputs: Tensor) -> dict[str, Any]:
@@ -63,6 +73,15 @@ class Task:
     def check(self, data: Data) -> None:
         """Raise DataError when the data has not the targets that this task needs."""
 
+    def know_targets(self, targets: Sequence[Tensor] | None) -> None:
+        """Take note of all targets of the batches to come, or of None where they are not known beforehand.
+
+        A task may find out here, once, that none of them is ignored.
+        """
+
+    def check_first(self, step: Step) -> None:
+        """Raise DataError for what only shows in the first step of a fit or an evaluation. It may read the device."""
+
     def targets_of(self, data: Data) -> tuple[Target, Shape]:
         """Return the kind of the targets that `step` gives, and the shape of an output of the model."""
         return data.target, tuple(data.out_shape)
@@ -71,14 +90,59 @@ class Task:
         """Raise BuildError when the model has not the parts that this task calls."""
 
 
-class LossTask(Task):
-    """The simplest task: a loss of (outputs, targets), as `nn.CrossEntropyLoss()` or any function."""
+def inputs_and_targets(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the two tensors of a batch. Raises DataError when there are more or fewer."""
+    if len(batch) != 2:
+        raise DataError(
+            f"a batch has {len(batch)} tensors; this task takes (inputs, targets): write a Task, whose `step` may take "
+            "any number of tensors"
+        )
+    return batch[0], batch[1]
 
-    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor]):
+
+def check_tensor(model: nn.Module, outputs: Any) -> None:
+    """Raise DataError when a model returns more, or something else, than one tensor."""
+    if not isinstance(outputs, Tensor):
+        name = type(model).__name__
+        raise DataError(f"the model {name} returns {described(outputs)}: this task takes one tensor")
+
+
+class LossTask(Task):
+    """The simplest task: a loss of (outputs, targets), as `nn.CrossEntropyLoss()` or any function.
+
+    For the losses of torch, as modules or functions, what the mean is over is known: class weights, ignored targets,
+    the number of values. Targets are reshaped to the outputs, or class indices converted, where that is
+    safe. Of any other function the one call of `F.cross_entropy` with the targets is looked at. Without
+    one its mean must be over all numbers of the targets, or it has an attribute `count`: a function of
+    the targets that returns how many items its mean is over.
+    """
+
+    def __init__(self, loss: Callable[[Any, Tensor], Tensor]):
+        check_call(loss)
         self.loss = loss
         self.criterion = loss if isinstance(loss, nn.Module) else None
+        self.mean = Mean.of(loss)
 
     def step(self, model: nn.Module, batch: Batch) -> Step:
-        inputs, targets = batch
+        inputs, targets = inputs_and_targets(batch)
         outputs = model(inputs)
-        return Step(self.loss(outputs, targets), outputs, targets)
+        targets = self.mean.fit(self.loss, outputs, targets)
+        loss = self.mean.call(self.loss, outputs, targets, self.all_kept)
+        check_scalar(self.loss, loss)
+        return Step(loss, outputs, self.mean.shown(targets, self.all_kept))
+
+    def count(self, batch: Batch) -> int | Tensor:
+        return self.mean.count(self.loss, inputs_and_targets(batch)[1], self.all_kept)
+
+    def know_targets(self, targets: Sequence[Tensor] | None) -> None:
+        self.all_kept = self.mean.none_ignored(targets)
+
+    def check(self, data: Data) -> None:
+        if self.mean.form == "classes" and data.target == "class":
+            check_classes(data, self.mean.ignored)
+        if hasattr(self.loss, "learn"):
+            self.loss.learn(data)
+
+    def check_first(self, step: Step) -> None:
+        if not self.mean.certain:
+            check_first(self.loss, step.outputs, step.targets)

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from . import seeds, trainer_state
 from .backward import Backward
-from .batches import Source, count_steps, count_total, other_order, steps
+from .batches import Source, count_steps, count_total, known_targets, other_order, steps
 from .callback import Callback, listeners
-from .checks import check_callbacks, check_fit, check_phases, check_schedule
+from .checks import check_callbacks, check_fit, check_micro_batches, check_phases, check_schedule
 from .clock import Clock, Profiler
 from .compiled import Compile
 from .cuda_graph import CudaGraph
@@ -150,7 +150,7 @@ class Trainer(Evaluator):
                 `IterableDataset`, of samples), or an iterable of batches such as a DataLoader,
                 which may reuse the memory of its batches. Before each epoch `set_epoch` of the
                 loader, its samplers and its data set is called, where there is one.
-            task: a `Task`, or a loss of (outputs, targets).
+            task: a `Task`, or a loss of (outputs, targets), which returns their mean (see `LossTask`).
             optimizer: a torch optimizer over the model's parameters.
             val: what to validate on, if not the data's own val split.
             schedule: step -> factor on each group's learning rate. The last factor stays in the groups after the fit; a
@@ -190,6 +190,7 @@ class Trainer(Evaluator):
         self._use(model, task)
         self.modes = Modes(self.model)
         check_phases(self.task, self.compile, self.cuda_graph)
+        check_micro_batches(self.task, self.micro_batches)
         self.optimizer, self.schedule = optimizer, schedule
         if isinstance(data, Data):
             check_data(data)
@@ -200,6 +201,7 @@ class Trainer(Evaluator):
         self.val_batches = None if val is None else self._batches(val, 4 * batch_size)  # without gradients
         check_schedule(schedule, self.val_batches is not None)
         self.metrics = list(metrics)
+        self._show_targets()
         self._prepare(resume)
         self._check_validation_data()
 
@@ -217,6 +219,11 @@ class Trainer(Evaluator):
             kind = type(self.val_batches.batches).__name__
             expected = f"data for {validations} validations"
             raise DataError(f"val: expected {expected}, got a {kind}; {READ_AGAIN}")
+
+    def _show_targets(self) -> None:
+        """Give the task all targets, if they are in memory and no transform changes them."""
+        loaders = [self.train_batches] if self.val_batches is None else [self.train_batches, self.val_batches]
+        self.task.know_targets(None if self._transforms else known_targets(*loaders))
 
     @contextmanager
     def fitting(self) -> Iterator[None]:
@@ -244,6 +251,7 @@ class Trainer(Evaluator):
                 self._opened_at = None
                 self.clock.finish()
                 self.modes.leave()
+                self.task.know_targets(None)
 
     def _prepare(self, resume: dict[str, Any] | None) -> None:
         """Make everything that the first step needs: counters, scaler, sums, seeds, open loggers."""

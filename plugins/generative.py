@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from framework import Activation, Data, NonNegativeFloat, Norm, PositiveInt, Shape, Step, Task, models, tasks
+from framework.alignment import same_shape
 from framework.data import Batch, Target
 from framework.errors import BuildError, DataError
 from framework.shapes import output_shape
-from framework.task import Phase
+from framework.task import Phase, check_tensor
 
 Network = Literal["mlp", "conv"]
 
@@ -195,12 +196,21 @@ class Reconstruction(OfInputs):
             noise: standard deviation of what is added to the inputs in training (Vincent et al. 2008).
         """
         self.noise = noise
+        self.row_size = 1  # numbers of an input, where the data says so
 
     def step(self, model: nn.Module, batch: Batch) -> Step:
         inputs = batch[0]
         seen = inputs + self.noise * torch.randn_like(inputs) if self.noise and model.training else inputs
         outputs = model(seen)
-        return Step(F.mse_loss(outputs, inputs), outputs, inputs)
+        check_tensor(model, outputs)
+        return Step(F.mse_loss(outputs, same_shape(outputs, inputs)), outputs, inputs)
+
+    def count(self, batch: Batch) -> int | float:
+        samples, rest = divmod(batch[0].numel(), self.row_size)
+        return batch[0].numel() / self.row_size if rest else samples
+
+    def check(self, data: Data) -> None:
+        self.row_size = prod(data.in_shape)
 
 
 @tasks.register("variational")
@@ -237,7 +247,7 @@ class Variational(OfInputs):
         drawn = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
         code = mean + drawn * (log_variance / 2).exp()
         outputs = model.decode(code)  # type: ignore[operator]
-        reconstruction = self.surprise(outputs, inputs) / len(inputs)
+        reconstruction = self.surprise(outputs, same_shape(outputs, inputs)) / len(inputs)
         divergence = (mean.square() + log_variance.exp() - 1 - log_variance).sum() / 2 / len(inputs)
         shown = outputs.sigmoid() if self.likelihood == "bernoulli" else outputs
         values = {"reconstruction": reconstruction, "divergence": divergence}

@@ -26,6 +26,7 @@ from framework.callback import Callback
 from framework.data import Batch, WindowSplit
 from framework.errors import DataError, SettingError
 from framework.state import Cadence
+from framework.task import check_tensor, inputs_and_targets
 from framework.trainer import Trainer
 
 IGNORED = -1  # the target of a token that only gives context
@@ -59,11 +60,13 @@ class LanguageModelling(Task):
         self.criterion = TokenLoss()
 
     def step(self, model: nn.Module, batch: Batch) -> Step:
-        inputs, targets = batch
-        logits, targets = model(inputs).flatten(0, -2), targets.flatten()
+        inputs, targets = inputs_and_targets(batch)
+        outputs = model(inputs)
+        check_tensor(model, outputs)
+        logits, targets = outputs.flatten(0, -2), targets.flatten()
         losses = self.criterion(logits, targets)
         kept = targets != IGNORED
-        loss = losses.sum() / kept.sum()
+        loss = losses.sum() / kept.sum().clamp_min(1)  # 0 where all are ignored
         if self.criterion.characters is None:
             return Step(loss, logits, targets)
         characters = self.criterion.characters[targets.clamp_min(0)] * kept

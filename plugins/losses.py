@@ -1,11 +1,12 @@
 """Losses: loss(outputs, targets) -> mean, a scalar. Outputs are logits of classes or labels, or values.
 
 Targets are class indices (batch,), labels of 0 and 1 (batch, labels) or values (batch, values). torch's own come by
-table; a loss of your own is an `nn.Module` with a decorator. A mean over anything but the samples must be made known to
-the task's `count`, or unequal batches are weighted wrongly.
+table; a loss of your own is an `nn.Module` with a decorator. A loss whose mean is over anything but all numbers of the
+targets, or those that it does not ignore, says so in a method `count`: else unequal batches are weighted wrongly.
 """
 
 import math
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 from framework import Data, Fraction, NonNegativeFloat, PositiveFloat, Range, losses
 from framework.errors import DataError
+from framework.loss import counted, distributions, zero_of_none
 
 REDUCTION = ("reduction", "size_average", "reduce")  # a loss is a mean: the trainer relies on it
 NEVER = -(2**63)  # the index that no target has
@@ -37,11 +39,6 @@ def tensor_or_none(numbers: list[float] | None) -> Tensor | None:
     return None if numbers is None else torch.tensor(numbers)
 
 
-def zero_of_none(loss: Tensor, targets: Tensor, ignored: int | None) -> Tensor:
-    """Return the loss, or 0 when every target is ignored: the mean of none is no number."""
-    return loss if ignored is None else torch.where((targets != ignored).any(), loss, 0.0)
-
-
 class ByClass:
     """Of losses with a factor a class: those that were given, or such that all classes weigh the same in training."""
 
@@ -50,10 +47,29 @@ class ByClass:
 
     def set(self, weight: Weight, ignore_index: int | None) -> None:
         self.ignore_index, self.balanced = ignore_index, weight == "balanced"
+        self.zero_weights = isinstance(weight, list) and 0 in weight
         if weight == "balanced":
             self.weight = torch.empty(0)  # a buffer, which goes to the device with the others
         elif weight is not None:
             self.weight = torch.tensor(weight)
+
+    def count(self, targets: Tensor) -> int | Tensor:
+        """Return what the mean is over: the targets that are not ignored, by the weights of their classes."""
+        if targets.is_floating_point():
+            return distributions(targets)
+        return counted(targets, self.factors(), self.ignore_index)
+
+    def mean(self, loss: Callable[..., Tensor], outputs: Tensor, targets: Tensor, **settings: float) -> Tensor:
+        """Return the mean of a loss of torch, and 0 when no target counts."""
+        ignored = NEVER if self.ignore_index is None else self.ignore_index
+        none_counts = self.zero_weights and not targets.is_floating_point()
+        if none_counts:
+            some = torch.as_tensor(self.count(targets)) > 0
+            outputs = torch.where(some, outputs, 0.0)  # torch's gradient would be nan
+        mean = loss(outputs, targets, self.factors(), ignore_index=ignored, **settings)
+        if none_counts:
+            return zero_of_none(mean, some)
+        return mean if self.ignore_index is None else zero_of_none(mean, (targets != ignored).any())
 
     def learn(self, data: Data) -> None:
         """Take from the training targets what `balanced` needs; a task that is given data calls this first."""
@@ -73,6 +89,13 @@ def balanced(targets: Tensor, classes: int, ignored: int | None = None) -> Tenso
     A class that has no target counts as if it had one: in a fold, it may have some elsewhere.
     """
     known = targets.flatten() if ignored is None else targets[targets != ignored]
+    if not len(known):
+        raise DataError("loss.weight=balanced: every training target is ignored")
+    low, high = known.aminmax()
+    if low < 0 or high >= classes:
+        wrong = int(low if low < 0 else high)
+        allowed = f"with {classes} classes they go from 0 to {classes - 1}"
+        raise DataError(f"loss.weight=balanced: a training target is {wrong}; {allowed}")
     return len(known) / (classes * known.cpu().bincount(minlength=classes).clamp(min=1))
 
 
@@ -103,10 +126,7 @@ class CrossEntropy(ByClass, nn.CrossEntropyLoss):
         self.set(weight, ignore_index)
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        ignored = NEVER if self.ignore_index is None else self.ignore_index
-        smoothing = self.label_smoothing
-        loss = F.cross_entropy(outputs, targets, self.factors(), ignore_index=ignored, label_smoothing=smoothing)
-        return zero_of_none(loss, targets, self.ignore_index)
+        return self.mean(F.cross_entropy, outputs, targets, label_smoothing=self.label_smoothing)
 
 
 @losses.register("label_smoothing")
@@ -137,9 +157,7 @@ class NegativeLogLikelihood(ByClass, nn.NLLLoss):
         self.set(weight, ignore_index)
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        ignored = NEVER if self.ignore_index is None else self.ignore_index
-        loss = F.nll_loss(outputs, targets, self.factors(), ignore_index=ignored)
-        return zero_of_none(loss, targets, self.ignore_index)
+        return self.mean(F.nll_loss, outputs, targets)
 
 
 @losses.register("bce_with_logits", aliases=["bce"])
@@ -158,6 +176,11 @@ class BinaryCrossEntropy(nn.BCEWithLogitsLoss):
 class KLDivergence(nn.Module):
     """KL(targets || softmax(outputs)), a mean over samples; targets are class probabilities (batch, classes)."""
 
+    target_form = "values"
+
+    def count(self, targets: Tensor) -> int:
+        return len(targets)
+
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return F.kl_div(F.log_softmax(outputs, dim=1), targets, reduction="batchmean")
 
@@ -173,6 +196,8 @@ class Focal(nn.Module):
         gamma: how much the easy samples count less; 0 is cross entropy.
         alpha: weight of the positive labels (1 - alpha is that of the negative), or one weight a class or label.
     """
+
+    target_form = "classes or labels"
 
     def __init__(self, gamma: NonNegativeFloat = 2.0, alpha: Fraction | list[Fraction] | None = None):
         super().__init__()
@@ -218,9 +243,14 @@ class Dice(nn.Module):
         smooth: keeps the gradient of a sample without any label.
     """
 
+    target_form = "classes or labels"
+
     def __init__(self, smooth: PositiveFloat = 1.0):
         super().__init__()
         self.smooth = smooth
+
+    def count(self, targets: Tensor) -> int:
+        return len(targets)
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
         outputs = at_least_single(outputs)
@@ -243,6 +273,8 @@ class Hinge(nn.Module):
         squared: take the square.
     """
 
+    target_form = "values"
+
     def __init__(self, margin: PositiveFloat = 1.0, squared: bool = False):
         super().__init__()
         self.margin, self.power = margin, 2 if squared else 1
@@ -259,6 +291,8 @@ class Quantile(nn.Module):
         q: the quantile; 0.5 is the median.
     """
 
+    target_form = "values"
+
     def __init__(self, q: Annotated[float, Range("(0, 1)")] = 0.5):
         super().__init__()
         self.q = q
@@ -271,6 +305,8 @@ class Quantile(nn.Module):
 @losses.register("log_cosh")
 class LogCosh(nn.Module):
     """log(cosh(outputs - targets)): quadratic near 0, linear far off, smooth everywhere."""
+
+    target_form = "values"
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
         size = (outputs - targets).abs()

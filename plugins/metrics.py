@@ -1,7 +1,8 @@
 """Metrics: sums that add over batches of any size, and a formula over them.
 
 Outputs are logits (batch, classes or labels, ...) or values (batch, ...). Class targets are indices, of which negative
-ones count for nothing; label targets are floats of 0 and 1, and a label is predicted when its logit is above 0.
+ones count for nothing: a task gives metrics a negative index for each target that its loss ignores. Label targets are
+floats of 0 and 1, and a label is predicted when its logit is above 0.
 Without a single target a value is nan.
 """
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from framework import Metric, PositiveInt, metrics
+from framework.alignment import class_shape, same_shape
 
 Average = Literal["macro", "micro", "weighted"]
 Targets = tuple[str, ...]
@@ -21,13 +23,14 @@ Targets = tuple[str, ...]
 
 def class_rows(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return logits (rows, classes) and indices (rows,), whatever axes follow the classes."""
+    targets = class_shape(outputs, targets)
     return outputs.movedim(1, -1).flatten(0, -2), targets.flatten()
 
 
 def decisions(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return two boolean tables (rows, classes or labels): what is predicted, what is true."""
     if targets.is_floating_point():
-        return outputs > 0, targets > 0.5
+        return outputs > 0, same_shape(outputs, targets) > 0.5
     outputs, targets = class_rows(outputs, targets)
     index = torch.arange(outputs.shape[1], device=outputs.device)  # not one_hot, which reads the values on the host
     predicted = (outputs.argmax(1, keepdim=True) == index) & (targets >= 0).unsqueeze(1)
@@ -68,8 +71,9 @@ class Accuracy(Share):
 
     def sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
         if targets.is_floating_point():
-            right = (outputs > 0) == (targets > 0.5)
+            right = (outputs > 0) == (same_shape(outputs, targets) > 0.5)
             return sum_and_number(right)
+        targets = class_shape(outputs, targets)
         return torch.stack([(outputs.argmax(1) == targets).sum(), (targets >= 0).sum()])
 
 
@@ -100,7 +104,7 @@ class ExactMatch(Share):
     targets: ClassVar[Targets] = ("labels",)
 
     def sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        right = ((outputs > 0) == (targets > 0.5)).flatten(1).all(1)
+        right = ((outputs > 0) == (same_shape(outputs, targets) > 0.5)).flatten(1).all(1)
         return sum_and_number(right)
 
 
@@ -229,6 +233,7 @@ class Perplexity(Metric):
 
 def residuals(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return errors and targets (batch, values); one of (batch,) and (batch, 1) cannot spread the other."""
+    targets = same_shape(outputs, targets)
     outputs = wide(outputs).reshape(len(outputs), -1)
     targets = wide(targets).reshape(outputs.shape)
     return outputs - targets, targets

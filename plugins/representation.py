@@ -28,6 +28,8 @@ from framework import (
 from framework.data import Batch, Target
 from framework.errors import DataError, SettingError, did_you_mean
 from framework.kinds import Augmentation
+from framework.loss import ignored_index, without_ignored
+from framework.task import check_tensor
 from framework_plugins.tasks import Classification
 
 
@@ -37,7 +39,11 @@ class Contrastive(Task):
 
     The model's outputs are the embeddings; labels are not looked at. Logged beside the loss is `found`: how often an
     embedding's nearest one is that of the other view. Evaluation draws its views from a generator of its own.
+    The loss compares the samples of a batch with each other, so batches cannot be split (`trainer.micro_batch`), and
+    several batches that make one step (`trainer.accumulate`) are each compared within themselves.
     """
+
+    splits_batches = False
 
     def __init__(
         self,
@@ -65,6 +71,7 @@ class Contrastive(Task):
                 torch.manual_seed(0)
             both = torch.cat([self.view(inputs), self.view(inputs)])
         outputs = model(both)
+        check_tensor(model, outputs)
         loss, found = contrast(outputs, self.temperature)
         return Step(loss, outputs, torch.zeros_like(outputs), {"found": found})
 
@@ -100,7 +107,8 @@ class Distillation(Classification):
     """Classification with a teacher: T² KL(teacher ‖ student) of outputs softened by T, beside the loss of the labels
     (Hinton et al. 2015, arXiv:1503.02531).
 
-    Logged beside the loss: `distillation`, the teacher's part of it.
+    Logged beside the loss: `distillation`, the teacher's part of it. Class weights and ignored targets of the loss
+    weight the samples of both parts.
     """
 
     def __init__(
@@ -148,9 +156,22 @@ class Distillation(Classification):
             taught = self.teacher.to(batch[0].device)(batch[0])
         logarithms = (each / self.temperature for each in (step.outputs, taught))
         student, teacher = (each.float().log_softmax(1) for each in logarithms)
-        distance = self.temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+        weights = self.item_weights(batch[1])
+        if weights is None:
+            distance = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+        else:
+            distances = F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
+            distance = weighted_mean(distances, weights)
+        distance = self.temperature**2 * distance
         loss = (1 - self.weight) * step.loss + self.weight * distance
         return step._replace(loss=loss, values={"distillation": distance})
+
+
+def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+    """Return the mean of values by their weights; 0 when all weights are 0."""
+    weights = weights.reshape(values.shape)
+    total = weights.sum()
+    return (values * weights).sum() / torch.where(total == 0, 1, total)
 
 
 @tasks.register("multi_task", aliases=["multitask"])
@@ -159,6 +180,7 @@ class MultiTask(Classification):
 
     The model's outputs are the logits of the classes, and behind them the numbers of the input, flat; metrics see the
     logits. Logged beside the loss: `classification` and `reconstruction` (mean squared error), before their weights.
+    Class weights and ignored targets of the loss weight the samples of both parts.
     """
 
     def __init__(
@@ -182,11 +204,20 @@ class MultiTask(Classification):
 
     def step(self, model: nn.Module, batch: Batch) -> Step:
         inputs = batch[0]
-        logits, given = self.apart(model(inputs), inputs[0].numel())
+        outputs = model(inputs)
+        check_tensor(model, outputs)
+        logits, given = self.apart(outputs, inputs[0].numel())
         first = super().step(lambda _: logits, batch)  # type: ignore[arg-type]
-        values = {"classification": first.loss, "reconstruction": F.mse_loss(given, inputs.flatten(1))}
+        values = {"classification": first.loss, "reconstruction": self.error(given, inputs.flatten(1), batch[1])}
         loss = sum(self.weights[name] * value for name, value in values.items())
         return Step(torch.as_tensor(loss), logits, first.targets, values)
+
+    def error(self, given: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean squared error of the input's numbers, over the same samples as the classes' loss."""
+        weights = self.item_weights(targets)
+        if weights is None:
+            return F.mse_loss(given, inputs)
+        return weighted_mean(F.mse_loss(given, inputs, reduction="none").mean(1), weights)
 
     def apart(self, outputs: Tensor, numbers: int) -> Sequence[Tensor]:
         """Return the logits and the input's numbers."""
@@ -229,8 +260,8 @@ class LinearProbe(Callback):
     def on_validation_end(self, trainer: Trainer) -> None:
         assert trainer.val_batches is not None
         with seeds.undisturbed():
-            features, classes = self._features(trainer, trainer.train_batches, self.count)
-            seen, truth = self._features(trainer, trainer.val_batches, None)
+            features, classes = known_classes(trainer, *self._features(trainer, trainer.train_batches, self.count))
+            seen, truth = known_classes(trainer, *self._features(trainer, trainer.val_batches, None))
         mean, deviation = features.mean(0), features.std(0) + 1e-6
         weights = least_squares((features - mean) / deviation, F.one_hot(classes).to(features), self.ridge)
         found = ((seen - mean) / deviation) @ weights[:-1] + weights[-1]
@@ -255,6 +286,13 @@ class LinearProbe(Callback):
         finally:
             hook.remove()
         return torch.cat(kept).flatten(1).double(), torch.cat(classes)
+
+
+def known_classes(trainer: Trainer, features: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the samples whose class is neither negative nor ignored by the task's loss."""
+    ignored = None if trainer.task.criterion is None else ignored_index(trainer.task.criterion)
+    kept = without_ignored(classes, ignored) >= 0
+    return features[kept], classes[kept]
 
 
 def least_squares(inputs: Tensor, outputs: Tensor, ridge: float | None = None) -> Tensor:

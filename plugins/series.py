@@ -26,6 +26,7 @@ from framework import (
     metrics,
     models,
 )
+from framework.alignment import same_shape
 from framework.errors import BuildError, SettingError
 from framework.shapes import expect
 from framework.state import Cadence
@@ -135,6 +136,7 @@ class MeanAbsolutePercentageError(Metric):
     targets: ClassVar[tuple[str, ...]] = ("value",)
 
     def sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        targets = same_shape(outputs, targets)
         counted = targets != 0
         shares = (outputs.double() - targets).abs() / torch.where(counted, targets.abs(), 1)
         return torch.stack([(shares * counted).sum(), counted.sum()])

@@ -1,15 +1,28 @@
 """Tasks: what a batch means. Each runs the model, makes outputs and targets fit each other, and takes the mean loss."""
 
+import math
 import warnings
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from framework import Data, Loss, Step, Task, TensorSplit, tasks
+from framework import Data, Loss, Step, Task, tasks
+from framework.alignment import class_shape, probability_shape, same_shape
 from framework.data import Batch, Target
 from framework.errors import DataError
+from framework.loss import (
+    Mean,
+    check_classes,
+    class_weights,
+    is_sum,
+    unchanged,
+    weights_of,
+    without_ignored,
+)
+from framework.task import check_tensor, inputs_and_targets
 
 WORDS = {"class": "classes", "labels": "labels", "value": "values", "none": "nothing"}
 TASKS = {"class": "classification", "labels": "multilabel", "value": "regression"}
@@ -21,11 +34,31 @@ class Supervised(Task):
     criterion: nn.Module
     target: Target
 
+    row_size = 1  # numbers in the targets of a sample, where the data says so
+
+    @cached_property
+    def mean(self) -> Mean:
+        """What the loss's mean is over."""
+        return Mean.of(self.criterion)
+
     def step(self, model: nn.Module, batch: Batch) -> Step:
-        inputs, targets = batch
+        inputs, targets = inputs_and_targets(batch)
         outputs = model(inputs)
+        check_tensor(model, outputs)
         targets = self.fit(outputs, targets)
-        return Step(self.criterion(outputs, targets), outputs, targets)
+        loss = self.mean.call(self.criterion, outputs, targets, self.all_kept)
+        return Step(loss, outputs, targets)
+
+    def count(self, batch: Batch) -> int | Tensor:
+        """Return what the loss's mean divides by: the targets, without the ignored, by the weights of their classes."""
+        number = self.mean.count(self.criterion, inputs_and_targets(batch)[1], self.all_kept)
+        if self.row_size == 1 or self.mean.items != "targets":
+            return number
+        samples, rest = divmod(number, self.row_size)
+        return number / self.row_size if rest else samples
+
+    def know_targets(self, targets: Sequence[Tensor] | None) -> None:
+        self.all_kept = self.mean.none_ignored(targets)
 
     def fit(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the targets in the loss's shape and type. Raises DataError when they are not the outputs' targets."""
@@ -38,18 +71,36 @@ class Supervised(Task):
                 f"{WORDS[self.target]}: "
                 + (f"task={TASKS[data.target]}" if data.target in TASKS else "choose other data")
             )
+        if self.target != "class":
+            self.row_size = math.prod(data.out_shape)
         if hasattr(self.criterion, "learn"):
             self.criterion.learn(data)
         self.try_loss(data.out_shape)
+        self.check_mean(data.out_shape)
 
-    def try_loss(self, out_shape: Sequence[int]) -> None:
-        """Raise DataError when the loss refuses outputs and targets of such shapes and types."""
-        rows = 3 if out_shape[0] == 2 else 2  # other than the classes, or the shapes could fit by accident
+    def check_mean(self, out_shape: Sequence[int]) -> None:
+        """Raise DataError when the loss is a sum over the samples."""
+        if self.mean.certain:
+            return
+        outputs, targets = self.example(4, out_shape)
+        with unchanged(self.criterion):
+            if is_sum(self.criterion, outputs, targets):
+                name = type(self.criterion).__name__
+                raise DataError(f"the loss {name} is a sum over the samples of a batch: expected their mean")
+
+    def example(self, rows: int, out_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return outputs and targets of a batch, on the device of the loss."""
         buffer = next(self.criterion.buffers(), torch.empty(0))
         outputs = torch.zeros(rows, *out_shape, device=buffer.device)
         targets = torch.zeros_like(outputs)
         if self.target == "class":
             targets = targets[:, 0].long()
+        return outputs, targets
+
+    def try_loss(self, out_shape: Sequence[int]) -> None:
+        """Raise DataError when the loss refuses outputs and targets of such shapes and types."""
+        rows = 3 if out_shape[0] == 2 else 2  # other than the classes, or the shapes could fit by accident
+        outputs, targets = self.example(rows, out_shape)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -63,15 +114,6 @@ class Supervised(Task):
             raise DataError(
                 f"the loss {type(self.criterion).__name__} returns shape {tuple(loss.shape)}, not the mean as a scalar"
             )
-
-
-def same_shape(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Return targets in the outputs' shape where they differ by axes of length 1 only, so that nothing is broadcast."""
-    if targets.shape == outputs.shape:
-        return targets
-    if [n for n in targets.shape if n != 1] != [n for n in outputs.shape if n != 1]:
-        raise DataError(f"targets have shape {tuple(targets.shape)}, but the model's outputs {tuple(outputs.shape)}")
-    return targets.reshape(outputs.shape)
 
 
 @tasks.register("classification")
@@ -91,23 +133,23 @@ class Classification(Supervised):
 
     def step(self, model: nn.Module, batch: Batch) -> Step:
         step = super().step(model, batch)
-        return step._replace(targets=step.targets.argmax(1)) if step.targets.is_floating_point() else step
+        if step.targets.is_floating_point():
+            return step._replace(targets=step.targets.argmax(1))
+        if self.all_kept or self.mean.ignored is None:
+            return step
+        return step._replace(targets=without_ignored(step.targets, self.mean.ignored))
 
     def fit(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        if outputs.ndim < 2:
-            raise DataError(f"the model's outputs have shape {tuple(outputs.shape)}, not (batch, classes)")
         if targets.is_floating_point():
-            return same_shape(outputs, targets)
-        return same_shape(outputs[:, 0], targets).long()
+            return probability_shape(outputs, targets)
+        return class_shape(outputs, targets).long()
 
-    def count(self, batch: Batch) -> int | Tensor:
-        """Return what the loss's mean divides by: the targets, without the ignored, by the weights of their classes."""
-        targets = batch[1]
+    def item_weights(self, targets: Tensor) -> Tensor | None:
+        """Return by how much each target counts in the loss's mean; None where all count alike."""
         if targets.is_floating_point():
-            return len(targets)
-        if not isinstance(self.criterion, nn.CrossEntropyLoss | nn.NLLLoss):
-            return targets.numel()
-        return counted(targets, self.criterion.weight, self.criterion.ignore_index)
+            return None
+        weight = class_weights(self.criterion) if self.mean.form == "classes" else None
+        return weights_of(targets, weight, self.mean.ignored)
 
     def predict(self, outputs: Tensor) -> dict[str, Any]:
         probabilities = outputs.float().softmax(1)
@@ -116,31 +158,7 @@ class Classification(Supervised):
 
     def check(self, data: Data) -> None:
         super().check(data)
-        for name in ("train", "val", "test"):
-            split = getattr(data, name, None)
-            if isinstance(split, TensorSplit) and not split.tensors[1].is_floating_point():
-                self.check_range(f"the {name} split of {type(data).__name__}", split.tensors[1], data.out_shape[0])
-
-    def check_range(self, where: str, targets: Tensor, classes: int) -> None:
-        """Raise DataError for an index that is no class: on a GPU it would kill the run without a word."""
-        ignored = getattr(self.criterion, "ignore_index", None)
-        counting = targets if ignored is None else targets[targets != ignored]
-        if not len(counting):
-            return
-        low, high = counting.aminmax()
-        if low < 0 or high >= classes:
-            wrong = int(low if low < 0 else high)
-            raise DataError(f"{where} has a target {wrong}; with {classes} classes they go from 0 to {classes - 1}")
-
-
-def counted(targets: Tensor, weight: Tensor | None, ignored: int | None) -> int | Tensor:
-    """Return the number of targets that are not ignored, or the sum of the weights of their classes."""
-    if weight is None:
-        return targets.numel() if ignored is None else (targets != ignored).sum()
-    if ignored is None:
-        return weight[targets].sum()
-    kept = targets != ignored
-    return (weight[torch.where(kept, targets, 0)] * kept).sum()
+        check_classes(data, self.mean.ignored)
 
 
 @tasks.register("multilabel", aliases=["multi_label"])

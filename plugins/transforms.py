@@ -214,7 +214,10 @@ class Mixing(Transform):
         """Return the targets, mixed; of class indices the probabilities of classes, (batch, classes)."""
         if not targets.is_floating_point():
             self.check(targets)
-            targets = F.one_hot(targets, self.classes).to(share)
+            try:
+                targets = F.one_hot(targets.long(), self.classes).to(share)
+            except RuntimeError as error:
+                raise SettingError(f"{self.who}: a target is no class from 0 to {self.classes - 1}: {error}") from error
         kept = each(share, targets)
         return kept * targets + (1 - kept) * targets[other]
 
@@ -225,6 +228,11 @@ class Mixing(Transform):
             raise SettingError(
                 f"{self.who} makes class probabilities of targets, which the loss {loss} does not take; "
                 "cross_entropy does"
+            )
+        ignored = getattr(self.criterion, "ignore_index", None)
+        if ignored is not None and 0 <= ignored < self.classes:
+            raise SettingError(
+                f"{self.who} mixes all classes, also those that the loss ignores: ignore_index={ignored}"
             )
         if targets.ndim != 1:
             raise SettingError(f"{self.who} mixes one class a sample, not targets of shape {tuple(targets.shape)}")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from framework import Every, Fraction, PositiveFloat, PositiveInt, Range, Rate, Trainer, Transform, callbacks, seeds
 from framework.data import Batch
 from framework.errors import SettingError
+from framework.loss import share_of
 from framework.pure import as_real
 from framework.state import Cadence
 from framework_plugins.averaging import Averaging, matched
@@ -42,7 +43,7 @@ class Again(Transform):
         for part, count in zip(parts, counts, strict=True):
             with trainer.precision.autocast():
                 loss = trainer.task.step(trainer.model, part).loss
-            (loss * (count / total)).backward()
+            (loss * share_of(count, total)).backward()
         for buffer, kept in zip(trainer.model.buffers(), buffers, strict=True):
             buffer.copy_(kept)
 

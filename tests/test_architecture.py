@@ -21,6 +21,7 @@ FLOORS = {
         "seeds",
         "state",
         "shapes",
+        "alignment",
         "workers",
         "identity",
         "fused",
@@ -31,6 +32,7 @@ FLOORS = {
     "contracts": [
         "data",
         "ragged",
+        "loss",
         "metric",
         "task",
         "scheduler",

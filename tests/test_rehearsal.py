@@ -165,17 +165,17 @@ def test_a_part_that_follows_another_comes_out_as_alone():
 
 
 class Tempered(nn.CrossEntropyLoss):
-    """A loss with a parameter that nobody trains."""
+    """A loss with a frozen parameter."""
 
     def __init__(self, temperature):
         super().__init__()
-        self.temperature = nn.Parameter(torch.tensor(temperature).double())
+        self.temperature = nn.Parameter(torch.tensor(temperature).double(), requires_grad=False)
 
     def forward(self, outputs, targets):
         return super().forward(outputs / self.temperature, targets)
 
 
-def test_a_loss_may_have_parameters_of_its_own():
+def test_a_loss_may_have_frozen_parameters_of_its_own():
     recipes = [{"loss": lambda: Tempered(1.0)}] * 10
     recipes[1] = {"loss": lambda: Tempered(3.0)}  # not among those that the rehearsal compares
     trained, _ = together(*(trial(max_epochs=2, **recipe) for recipe in recipes))

@@ -18,6 +18,7 @@ from ..data import Batch, Loader
 from ..device import deterministic_algorithms
 from ..errors import FrameworkError
 from ..exits import no_exit
+from ..loss import portion, share_of
 from ..memory import memory_errors
 from ..seeds import undisturbed
 from ..task import Step
@@ -188,9 +189,9 @@ class Lockstep:
                 mean = step.loss.detach()
             else:
                 step = self.stack(self.rows, batch, shared)
-                share = step.loss * (count / whole)
-                self.rows.differentiate(share, add=number > 0)
-                mean = mean + share.detach()
+                share = share_of(count, whole)
+                self.rows.differentiate(step.loss * share, add=number > 0)
+                mean = mean + portion(step.loss.detach(), share)
             self.sums.add(step, count)
         self.losses = mean
 

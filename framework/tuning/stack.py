@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..data import Batch
 from ..device import Precision
+from ..loss import portion
 from ..metric import Held, Measures, Metric, added
 from ..task import Step, Task
 from .differences import Key, Together, changed, described, differences, holder, of_loss
@@ -202,9 +203,9 @@ class Sums:
         for losses, count, *_, values in held:
             one = count.to(self.dtype) if isinstance(count, Tensor) else self.loss.new_full((), count)
             counts = one.expand(len(losses))
-            self.loss += torch.stack([losses.to(self.dtype) * counts, counts], 1)
+            self.loss += torch.stack([portion(losses.to(self.dtype), counts), counts], 1)
             for name, means in values.items():
-                total = torch.stack([means.to(self.dtype) * counts, counts], 1)
+                total = torch.stack([portion(means.to(self.dtype), counts), counts], 1)
                 self.values[name] = self.values[name] + total if name in self.values else total
         if not held or held[0].outputs is None:
             return
