@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from framework import Metric, Range, metrics
+from framework.alignment import same_shape
 from framework_plugins.metrics import class_rows, mean_of, wide
 
 MANTISSA_BITS = 31  # of a score that count: an offset of 2^20 standard deviations leaves 2^11 steps in each
@@ -47,7 +48,7 @@ class AreaUnderCurve(Metric):
         """Return the counts of other samples and of a class's own, (2, classes, histograms, bins)."""
         if targets.is_floating_point():
             scores = wide(outputs).reshape(len(outputs), -1)
-            own = targets.reshape(scores.shape) > 0.5
+            own = same_shape(outputs, targets).reshape(scores.shape) > 0.5
             counted = torch.ones_like(own)
         else:
             rows, targets = class_rows(outputs, targets)

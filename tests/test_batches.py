@@ -256,7 +256,7 @@ class Lengthless(Dataset):
         ([{"x": X, "y": Y}], r"not dict \(x, y\)"),
         ([()], "an empty tuple"),
     ],
-    ids=str,
+    ids=range(8),
 )
 def test_what_is_no_data_is_named(source, said):
     with pytest.raises(DataError, match=said):
