@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import seeds
 from .data import Data, Loader, Scale, check_data
@@ -14,9 +14,10 @@ from .metric import InUnits, Metric
 from .optimizer import Parameters
 from .probe import undisturbed
 from .registry import Maker, Registry
-from .shapes import dry_run
+from .shapes import after, dry_run
 from .spec import Spec
 from .task import Task
+from .user_code import describe, reason_of, text_of, user_errors, user_place
 
 
 def build_data(spec: Spec) -> Data:
@@ -90,15 +91,32 @@ def build_groups(spec: Spec, model: nn.Module) -> list[Any]:
 
 def check_fit(model: nn.Module, data: Data, out_shape: Sequence[int]) -> None:
     """Run one training sample through the model. Raises BuildError when the output has another shape than it must."""
-    sample = torch.as_tensor(data.train[0][0]).unsqueeze(0)
+    sample = first_input(data)
+    name = type(model).__name__
     try:
         shape = tuple(dry_run(model, sample).shape[1:])
-    except FrameworkError:
-        raise
+    except FrameworkError as error:
+        raise type(error)(after(name, name, error)) from error
     except Exception as error:
-        raise BuildError(f"{type(model).__name__} cannot take a sample of {type(data).__name__}: {error}") from error
+        if user_place(error) is None:
+            said = f"{name} cannot take a sample of {type(data).__name__}: {text_of(error)}"
+            raise BuildError(said) from error
+        said = f"{describe(error)}, while running {name} on one training sample of shape {tuple(sample.shape)}"
+        raise BuildError(said) from error
     if shape != tuple(out_shape):
         raise BuildError(f"{type(model).__name__} gives outputs of shape {shape}; the task needs {tuple(out_shape)}")
+
+
+def first_input(data: Data) -> Tensor:
+    """Return the first training input as a batch of one. Raises DataError when it cannot be read or is no tensor."""
+    name = type(data).__name__
+    with user_errors(f"reading the first training sample of {name}", DataError):
+        sample: Any = data.train[0]
+    try:
+        return torch.as_tensor(sample[0]).unsqueeze(0)
+    except (TypeError, ValueError, RuntimeError, KeyError, IndexError) as error:
+        said = f"the first training sample of {name}: expected a tuple (input, target) of tensors, got"
+        raise DataError(f"{said} {type(sample).__name__}: {reason_of(error)}") from error
 
 
 def check_smallest_batch(model: nn.Module, batches: Loader) -> None:

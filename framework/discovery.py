@@ -4,8 +4,8 @@ import hashlib
 import importlib
 import importlib.util
 import pkgutil
+import re
 import sys
-import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -16,6 +16,7 @@ from types import ModuleType
 
 from .errors import FrameworkError, PluginError
 from .registry import Registry
+from .user_code import describe, shorter as shorter
 
 GROUP = "framework.plugins"
 
@@ -77,7 +78,7 @@ def load(plugin: str) -> None:
     """Load one plugin: a path to a file or folder, or the name of a module."""
     path = Path(plugin).expanduser()
     if path.is_dir():
-        for file in sorted(path.glob("*.py")):
+        for file in sorted(path.glob("*.py"), key=lambda file: (file.name != "__init__.py", file.name)):
             load_file(file)
     elif path.is_file():
         load_file(path)
@@ -117,21 +118,60 @@ def loaded_from(file: Path) -> ModuleType | None:
 
 
 def load_file(file: Path) -> None:
-    """Import a file under a module name of its own, unless it is loaded already under another."""
+    """Import a file as a module of its folder, unless it is loaded already under another name.
+
+    The folder is a package without a name of its own, so that its files import each other by `from .other import x`.
+    """
     real = file.resolve()
     if loaded_from(real) is not None:
         return
-    name = f"framework_plugin_{real.stem}_{hashlib.blake2b(str(real).encode(), digest_size=4).hexdigest()}"
-    spec = importlib.util.spec_from_file_location(name, real)
+    package = package_of(real.parent)
+    if real.name == "__init__.py":
+        name = package
+        spec = importlib.util.spec_from_file_location(name, real, submodule_search_locations=[str(real.parent)])
+    else:
+        name = f"{package}.{module_name(real)}"
+        spec = importlib.util.spec_from_file_location(name, real)
     if spec is None or spec.loader is None:
         raise PluginError(f"plugin {file} is not a Python file")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     with loading(str(file), "its path"):
         try:
             spec.loader.exec_module(module)
-        except BaseException:
+        except BaseException as error:
             del sys.modules[name]
+            advise_relative(error, real.parent)
             raise
+
+
+def package_of(folder: Path) -> str:
+    """Return the name of a package for the plugin files of a folder, made when it is first asked for."""
+    name = f"framework_plugin_{digest(folder)}"
+    if name not in sys.modules:
+        package = ModuleType(name)
+        package.__path__ = [str(folder)]
+        sys.modules[name] = package
+    return name
+
+
+def module_name(file: Path) -> str:
+    """Return the name of a file's module in its package; of a name with other signs, one that is an identifier."""
+    if file.stem.isidentifier():
+        return file.stem
+    return f"{re.sub(r'[^0-9A-Za-z_]', '_', file.stem)}_{digest(file)}"
+
+
+def digest(path: Path) -> str:
+    return hashlib.blake2b(str(path).encode(), digest_size=4).hexdigest()
+
+
+def advise_relative(error: BaseException, folder: Path) -> None:
+    """Add to the error of an import how to write it, where the file that was not found is in the plugin's folder."""
+    if not isinstance(error, ModuleNotFoundError):
+        return
+    missing = error.name or ""
+    if missing and (folder / f"{missing}.py").is_file():
+        error.msg = f"{error}; {missing}.py is beside the plugin: write `from .{missing} import ...`"
 
 
 @contextmanager
@@ -145,27 +185,8 @@ def loading(what: str, reached_by: str) -> Iterator[None]:
         raise failure(what, reached_by, error) from error
 
 
-def shorter(path: str | Path) -> str:
-    """Return a path as from the working folder, when it is below it."""
-    try:
-        return str(Path(path).resolve().relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
-
-
 def failure(what: str, reached_by: str, error: Exception) -> PluginError:
     if isinstance(error, FrameworkError):
         return PluginError(f"plugin {what} cannot be loaded: {error}")
-    reason = f"{type(error).__name__}: {error}{innermost_line(error)}"
-    return PluginError(f"plugin {what} (reached by {reached_by}) cannot be loaded: {reason}")
-
-
-def innermost_line(error: Exception) -> str:
-    """Return " at file:line" of the plugin's own code where the error arose, rather than of a library that it calls."""
-    if isinstance(error, SyntaxError):
-        return f" at {error.filename}:{error.lineno}"
-    ours = (str(Path(__file__).parent), "<")
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(ours)]
-    frames = [frame for frame in frames if "importlib" not in frame.filename]
-    own = [frame for frame in frames if "site-packages" not in frame.filename] or frames
-    return f" at {own[-1].filename}:{own[-1].lineno}" if own else ""
+    said = f"plugin {what} (reached by {reached_by}) cannot be loaded: {describe(error)}"
+    return PluginError(said)

@@ -35,6 +35,7 @@ from .spec import Spec
 from .status import Status
 from .task import Task
 from .trainer import Trainer
+from .user_code import user_errors
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -48,6 +49,7 @@ class Experiment:
     Raises DataError or BuildError when parts do not fit each other.
     """
 
+    @user_errors()
     def __init__(self, spec: Spec, data: Data | None = None):
         self.spec = spec
         self.data = build_data(spec) if data is None else data

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, TypeVar, overload
 
 from .errors import BuildError, ContractError, DuplicateName, FrameworkError, SettingError, UnknownName, did_you_mean
 from .schema import REQUIRED, Names, Setting, Types, first_sentence, read_settings, signature
+from .user_code import reason_of
 
 P = TypeVar("P", bound=Callable[..., Any])
 
@@ -136,8 +137,7 @@ class Entry:
         except FrameworkError:
             raise
         except Exception as error:
-            reason = str(error) or type(error).__name__
-            raise BuildError(f"{self} ({self.registered}) cannot be built: {reason}") from error
+            raise BuildError(f"{self} ({self.registered}) cannot be built: {reason_of(error)}") from error
         check_base(self.kind, type(built), f"{self} ({self.registered}) builds a {type(built).__qualname__}, which")
         return built
 

@@ -8,7 +8,9 @@ import time
 from typing import Any
 
 from .callback import Callback
+from .errors import FrameworkError
 from .trainer import Trainer
+from .user_code import describe
 
 
 class Status(Callback):
@@ -37,7 +39,9 @@ class Status(Callback):
 
     def on_exception(self, trainer: Trainer) -> None:
         error = sys.exception()
-        self._write(trainer, "failed", f"{type(error).__name__}: {error}".removesuffix(": "))
+        assert error is not None
+        reason = f"{type(error).__name__}: {error}" if isinstance(error, FrameworkError) else describe(error)
+        self._write(trainer, "failed", reason)
 
     def _write(self, trainer: Trainer, status: str, reason: str | None = None) -> None:
         if trainer.folder is None:

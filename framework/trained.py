@@ -14,6 +14,7 @@ from .run import read_config, read_facts
 from .spec import Spec, read_spec
 from .task import Task
 from .trainer import Trainer
+from .user_code import user_errors
 
 
 @dataclass
@@ -43,7 +44,10 @@ class Trained:
         """Read a file of inputs as the run's data set reads it. Raises DataError when it does not fit the model."""
         if not file.exists():
             raise DataError(f"there is no file {file}")
-        inputs = self.spec.parts["data"].entry.part.read_inputs(file, self.facts["data"])
+        with user_errors(f"reading {file}", DataError):
+            inputs = self.spec.parts["data"].entry.part.read_inputs(file, self.facts["data"])
+        if not isinstance(inputs, Tensor):
+            raise DataError(f"{file}: `read_inputs` should return a tensor, not a {type(inputs).__name__}")
         row, wanted = tuple(inputs.shape[1:]), self.facts["in_shape"]
         if list(row) != wanted:
             raise DataError(f"{file}: a row has shape {row}; the model takes {wanted}")

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from framework import Data, Loss, Step, Task, TensorSplit, tasks
 from framework.data import Batch, Target
-from framework.errors import DataError
+from framework.errors import DataError, FrameworkError
+from framework.user_code import describe, text_of, user_place
 
 WORDS = {"class": "classes", "labels": "labels", "value": "values", "none": "nothing"}
 TASKS = {"class": "classification", "labels": "multilabel", "value": "regression"}
@@ -54,9 +55,15 @@ class Supervised(Task):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 loss = self.criterion(outputs, targets)
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            what = f"{WORDS[self.target]} with outputs of shape {tuple(out_shape)}"
-            raise DataError(f"the loss {type(self.criterion).__name__} cannot take {what}: {error}") from error
+        except FrameworkError:
+            raise
+        except Exception as error:
+            name = type(self.criterion).__name__
+            if user_place(error) is None:
+                what = f"{WORDS[self.target]} with outputs of shape {tuple(out_shape)}"
+                raise DataError(f"the loss {name} cannot take {what}: {text_of(error)}") from error
+            shapes = f"outputs of shape {tuple(outputs.shape)} and targets of shape {tuple(targets.shape)}"
+            raise DataError(f"{describe(error)}, while computing the loss {name} of {shapes}") from error
         if not isinstance(loss, Tensor):
             raise DataError(f"the loss {type(self.criterion).__name__} returns {loss!r}, not the mean as a tensor")
         if loss.ndim:

@@ -14,7 +14,7 @@ import framework
 
 ROOT = Path(framework.__file__).parent.parent
 FLOORS = {
-    "stdlib": ["errors", "schema", "registry", "kinds"],
+    "stdlib": ["errors", "schema", "registry", "kinds", "user_code"],
     "ground work": ["discovery", "seeds", "state", "shapes", "workers", "device", "memory", "clock"],
     "contracts": [
         "data",

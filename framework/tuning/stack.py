@@ -17,6 +17,7 @@ from ..data import Batch
 from ..device import Precision
 from ..metric import Held, Measures, Metric
 from ..task import Step, Task
+from ..user_code import text_of
 from .differences import Key, Together, changed, described, differences, holder, of_loss
 from .rows import NotStackable, Rows, slots
 
@@ -36,7 +37,7 @@ class Stack:
         try:
             self.skeleton, self.precision = copy.deepcopy(wholes[0]), precision
         except Exception as error:
-            raise NotStackable(f"the model or the task cannot be copied: {error}") from error
+            raise NotStackable(f"the model or the task cannot be copied: {text_of(error)}") from error
         self.skeleton.model.train()
         self.mode, self.slots = True, slots(self.skeleton.model)
         self.holders = {key: holder(self.skeleton, key) for key in self.values}
