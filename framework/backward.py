@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import seeds
+from .checks import check_made, count_of
 from .clock import Clock
 from .compiled import Compile, Compiled, CompiledStep
 from .cuda_graph import CudaGraph, Graphed, GraphedStep
@@ -89,7 +90,7 @@ class Backward:
             self._undo(mark)  # out of `except`, whose traceback keeps the tensors that filled the memory
 
     def _all(self, parts: list[Batch]) -> Tensor:
-        counts = [self.task.count(part) for part in parts]
+        counts = [count_of(self.task, part) for part in parts]
         total = sum(counts)
         mean: Tensor | None = None
         for part, count in zip(parts, counts, strict=True):
@@ -111,7 +112,11 @@ class Backward:
             step = self.task.step if self.phase is None else partial(self.task.phase, self.phase.name)
             made = step(self.forward, batch)  # type: ignore[arg-type]
         with self.clock.detail("backward"):
-            run_backward(self.precision.scaled(made.loss if share is None else made.loss * share))
+            try:
+                run_backward(self.precision.scaled(made.loss if share is None else made.loss * share))
+            except (AttributeError, TypeError, RuntimeError):
+                check_made(self.task, made, self.parameters)
+                raise
         return made
 
     def _graphed(self, batch: Batch, share: float | Tensor | None) -> Step:

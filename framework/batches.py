@@ -22,14 +22,14 @@ def as_batches(source: Source, batch_size: int, *, shuffle: bool, seed: int, dev
     return (source if ours else ForeignLoader(source)).to(device)  # type: ignore[arg-type, union-attr]
 
 
-def count_steps(batches: Batches, accumulate: int) -> int:
+def count_steps(batches: Batches, accumulate: int, what: str = "training") -> int:
     """Return the optimizer steps of an epoch; 0 when they cannot be counted beforehand. Raises DataError for none."""
     try:
         count = len(batches)
     except TypeError:
         return 0
     if count == 0:
-        raise DataError("the training data has no batch: it is empty, or smaller than a batch with drop_last")
+        raise DataError(f"the {what} data has no batch: it is empty, or smaller than a batch with drop_last")
     return -(-count // accumulate)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import seeds
+from .checks import single_sample
 from .data import Data, Loader, Scale, check_data
 from .errors import BuildError, DataError, FrameworkError
 from .folds import take_fold
@@ -17,12 +18,18 @@ from .registry import Maker, Registry
 from .shapes import after, dry_run
 from .spec import Spec
 from .task import Task
+from .torch_errors import is_batch_norm
 from .user_code import describe, reason_of, text_of, user_errors, user_place
 
 
 def build_data(spec: Spec) -> Data:
     data = spec.parts["data"]()
-    check_data(data)
+    with user_errors(f"reading the length of a split of {type(data).__name__}", DataError):
+        check_data(data)
+    for name in ("in_shape", "out_shape"):
+        if getattr(data, name, None) is None:
+            entry = spec.parts["data"].entry
+            raise DataError(f"{entry} ({entry.registered}): {type(data).__name__} has no {name}; its __init__ sets it")
     if spec.fold is not None:
         take_fold(data, spec.fold)
     return data
@@ -86,6 +93,10 @@ def build_model(
 
 
 def build_groups(spec: Spec, model: nn.Module) -> list[Any]:
+    if next(model.parameters(), None) is None:
+        raise BuildError(
+            f"model={spec.parts['model'].entry.name}: it has no parameters, so that nothing can be trained"
+        )
     return Parameters(**spec.sections["parameters"]).groups(model, spec.parts["optimizer"])
 
 
@@ -115,21 +126,24 @@ def first_input(data: Data) -> Tensor:
     try:
         return torch.as_tensor(sample[0]).unsqueeze(0)
     except (TypeError, ValueError, RuntimeError, KeyError, IndexError) as error:
-        said = f"the first training sample of {name}: expected a tuple (input, target) of tensors, got"
-        raise DataError(f"{said} {type(sample).__name__}: {reason_of(error)}") from error
+        reason = f" ({reason_of(error)})" if isinstance(sample, tuple | list) else ""
+        said = f"expected a tuple (input, target) of tensors, got a {type(sample).__name__}{reason}"
+        raise DataError(f"the first training sample of {name}: {said}") from error
 
 
-def check_smallest_batch(model: nn.Module, batches: Loader) -> None:
-    """Raise DataError when a training batch is a single sample and the model (batch norm) cannot train on one."""
-    rows, size = len(batches.split), batches.batch_size
-    if size > 1 and (rows % size != 1 or batches.drop_last):
+def check_smallest_batch(model: nn.Module, batches: Loader, micro_batch: int | None = None) -> None:
+    """Raise DataError when a training batch is a single sample and the model (batch norm) cannot train on one.
+
+    micro_batch: samples that go through the model at once; None for whole batches.
+    """
+    single = single_sample(batches, micro_batch)
+    if single is None:
         return
     sample = torch.as_tensor(batches.split[0][0]).unsqueeze(0)
     try:
         with undisturbed(model, train=True), torch.no_grad():
             model(sample)
     except ValueError as error:
-        where = f" (the last of {rows:,} in batches of {size:,}; loader.drop_last=true leaves it out)" * (size > 1)
-        raise DataError(
-            f"loader.batch_size={size} makes a batch of one sample{where}: {error}. A batch norm needs two"
-        ) from error
+        section = "trainer" if single.setting == "micro_batch" else "loader"
+        said = f"{text_of(error)}. A batch norm needs two" if is_batch_norm(error) else reason_of(error)
+        raise DataError(f"{section}.{single}: {said}") from error

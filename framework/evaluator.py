@@ -7,12 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from .batches import Batches, Source, as_batches
+from .checks import check_made, check_metrics, count_of
 from .data import Batch, Data, TensorSplit
 from .device import Format, Precision, deterministic_algorithms, find_device
 from .errors import DataError, SettingError
 from .memory import MicroBatches, OutOfMemory, memory_errors
 from .metric import Measures, Metric
 from .task import LossTask, Task
+from .torch_errors import torch_errors
 
 
 class Evaluator:
@@ -43,7 +45,7 @@ class Evaluator:
         """
         self._use(model, task, "model", "task")
         if metrics is not None:
-            self.metrics = list(metrics)
+            self.metrics = check_metrics(metrics)
         if isinstance(data, Data):
             data = getattr(data, name, data)
         if data is None:
@@ -85,8 +87,9 @@ class Evaluator:
         with self._inference():
             for batch in batches.epoch():
                 for part in self.micro_batches.split(self._place(batch)):
-                    loss, outputs, targets, values = self.task.step(self.model, part)
-                    measures.add(loss, outputs, targets, self.task.count(part), values)
+                    made = self.task.step(self.model, part)
+                    check_made(self.task, made)
+                    measures.add(made.loss, made.outputs, made.targets, count_of(self.task, part), made.values)
             if measures.empty:
                 raise DataError("the data to measure on has no batch: it is empty")
             return measures.read()
@@ -94,7 +97,7 @@ class Evaluator:
     @contextmanager
     def _inference(self) -> Iterator[None]:
         deterministic = deterministic_algorithms(self.deterministic)
-        with self.precision.inference(self.model), deterministic, memory_errors(self.device):
+        with self.precision.inference(self.model), deterministic, memory_errors(self.device), torch_errors():
             yield
 
     def _use(self, model: nn.Module | None, task: Task | Callable | None, *needed: str) -> None:

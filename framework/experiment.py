@@ -23,9 +23,10 @@ from .building import (
     check_smallest_batch,
     scale_of,
 )
+from .checks import check_has_rate, check_step_alone
 from .data import Data, Loader
 from .device import intra_op_threads, suitable_threads
-from .errors import RunError
+from .errors import BuildError, RunError, short
 from .introduction import first_batch, introduce
 from .optimizer import build_optimizer
 from .resume import Resumed, check_fits, chosen_checkpoint, find, fingerprint, last_values, open_folder, start_from
@@ -61,15 +62,22 @@ class Experiment:
         self.task.check_model(self.model)
         check_fit(self.model, self.data, self.out_shape)
         self.optimizer = build_optimizer(spec.parts["optimizer"], build_groups(spec, self.model))
+        check_step_alone(self.optimizer)
         self.transforms = [maker(self.data.in_shape, self.data.out_shape) for maker in spec.parts["transform"]]
         self.train_batches = self.batches("train")
-        check_smallest_batch(self.model, self.train_batches)
-        self.status = Status()
         limits = spec.sections["trainer"]
+        parts = limits["micro_batch"] if isinstance(limits["micro_batch"], int) else None
+        check_smallest_batch(self.model, self.train_batches, parts)
+        self.status = Status()
         self.steps_per_epoch = count_steps(self.train_batches, limits["accumulate"])
         self.total_steps = count_total(self.steps_per_epoch, limits["max_epochs"], limits["max_steps"])
         scheduler = spec.parts["scheduler"]
+        if scheduler is not None:
+            check_has_rate(self.optimizer)
         self.schedule = None if scheduler is None else scheduler(self.total_steps)
+        if self.schedule is not None and not callable(self.schedule):
+            said = f"expected a function from the step to a factor, got {short(self.schedule)}"
+            raise BuildError(f"{scheduler.entry} ({scheduler.entry.registered}): {said}")
 
     def batches(self, split: str) -> Loader:
         """Return the reader of a split. Raises DataError when the data has none of that name."""

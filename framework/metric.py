@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .data import Scale
-from .errors import SettingError
+from .errors import SettingError, short
 
 
 class Metric:
@@ -72,11 +72,37 @@ def together(tensors: Sequence[Tensor | None]) -> Tensor:
     return there[0] if len(there) == 1 else torch.cat(there)
 
 
-def checked(metric: Metric, sums: Any) -> Tensor:
+def checked(metric: Metric, sums: Any, before: Tensor | None = None) -> Tensor:
+    """Return a metric's sums. Raises SettingError for what is no tensor, or of another shape than those before."""
     if not isinstance(sums, Tensor):
         said = f"its `sums` should return a tensor, not a {type(sums).__name__}"
         raise SettingError(f"the metric {type(metric).__name__}: {said}")
+    if before is not None and sums.shape != before.shape:
+        said = f"its `sums` should always have one shape, but {tuple(sums.shape)} follows {tuple(before.shape)}"
+        raise SettingError(f"the metric {type(metric).__name__}: {said}")
     return sums
+
+
+def computed(metric: Metric, sums: Tensor) -> float:
+    """Return a metric's value. Raises SettingError when its `compute` returns no number."""
+    value = metric.compute(sums)
+    if type(value) is float:
+        return value
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else short(value)
+        raise SettingError(
+            f"the metric {type(metric).__name__}: its `compute` should return a number, not {found}"
+        ) from None
+
+
+def detached(name: str, value: Any) -> Tensor:
+    """Return one of a task's other means without its graph. Raises SettingError for what is no tensor of one number."""
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else short(value)
+        raise SettingError(f"the task's value {name!r}: expected a tensor with one number, got {found}")
+    return value.detach()
 
 
 class Measures:
@@ -111,7 +137,7 @@ class Measures:
         outputs, targets: None where no metric shall see them. values: other means over the items, by name.
         """
         seen = (outputs.detach(), targets) if self.metrics and outputs is not None else (None, None)
-        means = {name: value.detach() for name, value in values.items()} if values else values
+        means = {name: detached(name, value) for name, value in values.items()} if values else values
         one = Held(loss.detach(), count, seen[0], seen[1], means)
         if self.held and one.form() != self.held[0].form():
             self._sum_up()
@@ -134,7 +160,11 @@ class Measures:
         if self.held and self.held[0].outputs is not None:
             outputs = together([one.outputs for one in self.held])
             targets = together([one.targets for one in self.held])
-            fresh = [checked(metric, metric.sums(outputs, targets)).to(self.dtype) for metric in self.metrics]
+            before: Sequence[Tensor | None] = self.sums or [None] * len(self.metrics)
+            fresh = [
+                checked(metric, metric.sums(outputs, targets), old).to(self.dtype)
+                for metric, old in zip(self.metrics, before, strict=True)
+            ]
             self.sums = [a + b for a, b in zip(self.sums, fresh, strict=True)] if self.sums else fresh
         for name in dict.fromkeys(name for one in self.held for name in one.values):
             there = [one for one in self.held if name in one.values]
@@ -156,7 +186,7 @@ class Measures:
         parts = torch.cat(totals).to("cpu", torch.float64).split([total.numel() for total in totals])
         values = {name: float(part[0] / part[1]) for name, part in zip(["loss", *self.values], parts, strict=False)}
         for metric, total, part in zip(self.metrics, self.sums, parts[len(values) :], strict=False):
-            values[metric.name] = metric.compute(part.reshape(total.shape))
+            values[metric.name] = computed(metric, part.reshape(total.shape))
         self.loss.zero_()
         self.sums, self.values = [], {}
         return values

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .errors import SettingError, did_you_mean
+from .errors import BuildError, SettingError, did_you_mean
 from .registry import Maker
 from .schema import PositiveFloat, Range
 
@@ -55,6 +55,9 @@ class Parameters:
         """
         names, known = list(dict(model.named_parameters())), maker.entry.settings
         settings = {name: maker.settings.get(name, setting.default) for name, setting in known.items()}
+        if (self.rates or self.layer_decay != 1.0) and "lr" not in settings:
+            setting = "rates" if self.rates else "layer_decay"
+            raise SettingError(f"parameters.{setting}: {maker.entry} has no learning rate `lr` that could differ")
         factors, spared = self.factors(names), self.decay == "weights" and bool(settings.get("weight_decay"))
         found: list[dict[str, Any]] = []
         for factor, run in groupby(names, factors.__getitem__):
@@ -92,7 +95,14 @@ def build_optimizer(maker: Maker, params: Iterable[Any]) -> Optimizer:
     params, entry = list(params), maker.entry
     if not maker.settings.keys() & {"fused", "foreach"}:
         entry = replace(entry, part=partial(entry.part, **implementation(entry.part, params)))
-    return Maker(entry, maker.settings)(params)
+    try:
+        return Maker(entry, maker.settings)(params)
+    except BuildError as error:
+        if not isinstance(error.__cause__, KeyError | RuntimeError | AssertionError | AttributeError | TypeError):
+            raise
+        given = "groups" if params and isinstance(params[0], Mapping) else "parameters"
+        advice = "one that needs groups of another form is registered as a function of `params` that makes them"
+        raise BuildError(f"{error}; an optimizer gets a list of {len(params)} {given}: {advice}") from error.__cause__
 
 
 def implementation(part: Callable[..., Optimizer], params: Iterable[Any]) -> dict[str, bool]:

@@ -1,6 +1,12 @@
 """The contract of a schedule: the learning rate's factor as a function of the step."""
 
+import math
+from collections.abc import Callable
 from typing import Any
+
+from torch import Tensor
+
+from .errors import SettingError, short
 
 
 class Schedule:
@@ -19,3 +25,19 @@ class Schedule:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
+
+
+def factor_of(schedule: Callable[[int], Any], step: int) -> float:
+    """Return a schedule's factor for a step. Raises SettingError unless it is a finite number from 0 on."""
+    factor = schedule(step)
+    if type(factor) is float and 0.0 <= factor < math.inf:
+        return factor
+    try:
+        number = -1.0 if isinstance(factor, str | bytes | complex) else float(factor)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        number = -1.0
+    if 0.0 <= number < math.inf:
+        return number
+    found = f"a tensor of shape {tuple(factor.shape)}" if isinstance(factor, Tensor) and factor.ndim else short(factor)
+    said = "expected a factor on the learning rate, a finite number from 0 on"
+    raise SettingError(f"schedule: {said}, got {found} for step {step}")

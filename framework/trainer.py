@@ -8,6 +8,7 @@ The loop and its events are drawn in `callback.py`; `_step` is the training step
 
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,7 +21,19 @@ from . import seeds, trainer_state
 from .backward import Backward
 from .batches import Source, count_steps, count_total, steps
 from .callback import Callback, listeners
-from .checks import check_callbacks, check_fit, check_phases
+from .checks import (
+    check_batch_size,
+    check_callbacks,
+    check_fit,
+    check_folder,
+    check_gradients,
+    check_loggers,
+    check_phases,
+    check_single_sample,
+    check_source,
+    first_update_error,
+    single_sample,
+)
 from .clock import Clock, Profiler
 from .compiled import Compile
 from .cuda_graph import CudaGraph
@@ -32,11 +45,14 @@ from .fused import FusedStep
 from .logger import Logger
 from .memory import MicroBatches, memory_errors
 from .metric import Measures, Metric
-from .scheduler import Schedule
+from .record import checked_record
+from .scheduler import Schedule, factor_of
 from .schema import PositiveInt, check_arguments
 from .state import Cadence, Every, State
 from .task import Task
+from .torch_errors import torch_errors
 from .transform import transformed, transforms_of
+from .user_code import describe
 
 
 class Trainer(Evaluator):
@@ -101,15 +117,17 @@ class Trainer(Evaluator):
             raise SettingError(f"cuda_graph=on needs a CUDA device, not {self.device}, and no compile=step")
         self.max_epochs, self.max_steps = max_epochs, max_steps
         self.validate_every, self.log_every = Cadence(validate_every, "validate_every"), Cadence(log_every, "log_every")
-        self.accumulate, self.compile, self.profile, self.folder = accumulate, compile, profile, folder and Path(folder)
+        self.accumulate, self.compile, self.profile = accumulate, compile, profile
+        self.folder = check_folder(folder)
         self.cuda_graph: CudaGraph = cuda_graph if self.device.type == "cuda" else "off"
-        self.callbacks, self.loggers = check_callbacks(callbacks), list(loggers)
+        self.callbacks, self.loggers = check_callbacks(callbacks), check_loggers(loggers)
         self.state, self.clock = State(), Clock()
         self.schedule: Callable[[int], float] | None = None
         self._listeners, self._transforms = listeners(self.callbacks), transforms_of(self.callbacks)
         self.manifest: dict[str, Any] = {}
         self.resumed_from: int | None = None
         self._record, self._open = dict[str, float | Tensor](), 0
+        self._own_names: set[str] = set()  # of the values that the trainer itself logs
 
     def fit(
         self,
@@ -141,7 +159,7 @@ class Trainer(Evaluator):
         Raises DataError when the data is empty or does not fit the task, OutOfMemory when memory is full.
         """
         self.begin(model, data, task, optimizer, val, schedule, metrics, batch_size, resume)
-        with deterministic_algorithms(self.deterministic), memory_errors(self.device), self.fitting():
+        with deterministic_algorithms(self.deterministic), memory_errors(self.device), self.fitting(), torch_errors():
             while not self.done:
                 self._epoch()
         return self.state
@@ -160,6 +178,10 @@ class Trainer(Evaluator):
     ) -> None:
         """Take what `fit` was given, up to the first step."""
         check_fit(model, task, optimizer, schedule, metrics)
+        check_source("data", data, task)
+        if val is not None:
+            check_source("val", val, task)
+        check_batch_size(batch_size)
         self._use(model, task)
         check_phases(self.task, self.compile, self.cuda_graph)
         self.optimizer, self.schedule = optimizer, schedule
@@ -170,6 +192,8 @@ class Trainer(Evaluator):
             data = data.train
         self.train_batches = self._batches(data, batch_size, shuffle=True)
         self.val_batches = None if val is None else self._batches(val, 4 * batch_size)  # without gradients
+        if self.val_batches is not None:
+            count_steps(self.val_batches, 1, "validation")
         self.metrics = list(metrics)
         self._prepare(resume)
 
@@ -184,7 +208,7 @@ class Trainer(Evaluator):
                 self._emit("fit_end")
                 self._flush()
             except BaseException:
-                self._emit("exception")
+                self._emit_exception()
                 raise
             finally:
                 self.clock.finish()
@@ -197,7 +221,9 @@ class Trainer(Evaluator):
         self.state = State(steps_per_epoch=count_steps(self.train_batches, self.accumulate), stop=asked)
         self.state.total_steps = count_total(self.state.steps_per_epoch, self.max_epochs, self.max_steps)
         for group in self.optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])
+            if "lr" in group:
+                group.setdefault("initial_lr", group["lr"])
+        self._own_names = self._names_to_come()
         self.measures = Measures(self.metrics, self.device, self.train_batches.hold)
         self.clock = Profiler(self.device, self.folder) if self.profile else Clock()
         self._backward = Backward(
@@ -207,7 +233,11 @@ class Trainer(Evaluator):
         if self._backward.whole is not None:
             listening = [listener.__self__ for listener in self._listeners["gradients"]]  # type: ignore[attr-defined]
             self._backward.whole.attach(self, listening)
-        self._update, self.loss = FusedStep(self.optimizer), torch.zeros((), device=self.device)
+        self._fused = FusedStep(self.optimizer)
+        self._update: Callable[[], Any] = self._first_update
+        self._first_step = True
+        self._single = single_sample(self.train_batches, self.micro_batches.size)
+        self.loss = torch.zeros((), device=self.device)
         self._validated, self.at_boundary, self.resumed_from = -1, True, None
         if resume is not None:
             self.load_state_dict(resume)
@@ -229,6 +259,8 @@ class Trainer(Evaluator):
         if state.batch == 0:
             self._emit("epoch_start")
         batches = self.train_batches.epoch(state.epoch, state.batch)
+        if self._single is not None:
+            batches = self._after_a_single_sample(batches)
         steps_left = state.steps_per_epoch - state.batch // self.accumulate if state.steps_per_epoch else 0
         waited = time.perf_counter()
         for window, last in steps(batches, self.accumulate, steps_left):
@@ -261,12 +293,34 @@ class Trainer(Evaluator):
         for phase in self.task.phases or (None,):
             self.loss = self._backward(batches) if phase is None else self._backward.in_phase(phase, batches)
             if not self._backward.updated:
+                if self._first_step:
+                    check_gradients(self._backward.parameters)
                 self.precision.unscale(self.optimizer)
                 self._emit("gradients")
                 with self.clock.detail("optimizer"):
                     self.precision.step(self.optimizer, self._update)
             for parameter in self._backward.parameters:
                 parameter.grad = None
+        self._first_step = False
+
+    def _after_a_single_sample(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Yield batches, the first of a fit once a single sample of it was tried, as a batch to come holds one."""
+        for batch in batches:
+            if self._single is not None:
+                check_single_sample(self.model, self.task, self._place(batch), self.precision, self._single)
+                self._single = None
+            yield batch
+
+    def _first_update(self) -> None:
+        """Do the first update of a fit. Raises SettingError when the optimizer needs more than `step()`."""
+        self._update = self._fused
+        try:
+            self._fused()
+        except Exception as error:
+            explained = first_update_error(self.optimizer, error)
+            if explained is None:
+                raise
+            raise explained from error
 
     def counted(self, window: list[Batch], last: bool) -> None:
         """Count a step that is done."""
@@ -296,7 +350,7 @@ class Trainer(Evaluator):
     def _set_learning_rate(self) -> None:
         if self.schedule is None:
             return
-        factor = self.schedule(self.state.step)
+        factor = factor_of(self.schedule, self.state.step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
@@ -305,9 +359,11 @@ class Trainer(Evaluator):
         now, samples = time.perf_counter(), self.state.samples
         since, before = self._rate_from
         self._rate_from = (now, samples)
-        self.log({f"train/{name}": value for name, value in self.measures.read().items()})
-        self.log({"train/learning_rate": max(float(group["lr"]) for group in self.optimizer.param_groups)})
-        self.log({"train/samples_per_second": (samples - before) / max(now - since, 1e-9)})
+        values = {f"train/{name}": value for name, value in self.measures.read().items()}
+        rates = [float(group["lr"]) for group in self.optimizer.param_groups if "lr" in group]
+        if rates:
+            values["train/learning_rate"] = max(rates)
+        self._log_own(values | {"train/samples_per_second": (samples - before) / max(now - since, 1e-9)})
         self._emit("log")
         self._flush()
 
@@ -327,7 +383,7 @@ class Trainer(Evaluator):
     def validated(self, values: dict[str, float], seconds: float) -> None:
         """Take what the validation split came to."""
         self._validated = self.state.step
-        self.log({f"val/{name}": value for name, value in values.items()})
+        self._log_own({f"val/{name}": value for name, value in values.items()})
         if isinstance(self.schedule, Schedule):
             self.schedule.observe(self.state.metrics)  # type: ignore[arg-type]
         self._emit("validation_end")
@@ -347,11 +403,34 @@ class Trainer(Evaluator):
             self._validate()
 
     def _report(self, values: dict[str, float]) -> None:
-        self.log(values)
+        self._log_own(values)
         self._flush()
 
     def log(self, values: Mapping[str, float | Tensor]) -> None:
-        """Add values to the record of this step; loggers get the whole record at once."""
+        """Add values to the record of this step; loggers get the whole record at once.
+
+        Args:
+            values: by tag; numbers, or tensors with one number, which are read off the device when the step is done.
+
+        Raises SettingError for a value that is no number, and for a tag that is no text. A tag by which
+        the trainer logs a value of its own gives a warning.
+        """
+        self._add(checked_record(values, self._own_names))
+
+    def _names_to_come(self) -> set[str]:
+        """Return the names by which the trainer will log values of its own."""
+        measured = ["loss", *(metric.name for metric in self.metrics)]
+        names = {f"train/{name}" for name in [*measured, "learning_rate", "samples_per_second"]}
+        if self.val_batches is not None:
+            names |= {f"val/{name}" for name in measured}
+        return names
+
+    def _log_own(self, values: Mapping[str, float]) -> None:
+        """Add values of the trainer itself."""
+        self._own_names.update(values)
+        self._add(values)
+
+    def _add(self, values: Mapping[str, float | Tensor]) -> None:
         self._record.update(values)
         self.state.metrics.update({name: v for name, v in values.items() if not isinstance(v, Tensor)})
 
@@ -392,6 +471,14 @@ class Trainer(Evaluator):
         if self._open == 0:
             with self._closing:
                 self._emit("close")
+
+    def _emit_exception(self) -> None:
+        """Tell callbacks that the fit fails; an error of theirs does not hide what it fails of."""
+        for listener in self._listeners["exception"]:
+            try:
+                listener(self)
+            except Exception as error:
+                warnings.warn(f"on_exception of a callback fails too: {describe(error)}", stacklevel=2)
 
     def _emit(self, event: str) -> None:
         if self._listeners[event]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from framework import Callback, Every, NonNegativeInt, Rate, Trainer, callbacks, seeds
+from framework.checks import check_initialized
 from framework.data import Batch
 from framework.errors import SettingError
 from framework.state import Cadence
@@ -35,6 +36,7 @@ class Averaging(Callback):
 
     def on_fit_start(self, trainer: Trainer) -> None:
         self._check_alone(trainer)
+        check_initialized(trainer.model, type(self).__name__)
         if not self.saved:
             self.updates = 0
         self.trainer, self.seen = trainer, trainer.state.step

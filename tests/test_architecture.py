@@ -15,7 +15,18 @@ import framework
 ROOT = Path(framework.__file__).parent.parent
 FLOORS = {
     "stdlib": ["errors", "schema", "registry", "kinds", "user_code"],
-    "ground work": ["discovery", "seeds", "state", "shapes", "workers", "device", "memory", "clock"],
+    "ground work": [
+        "discovery",
+        "gradients",
+        "torch_errors",
+        "seeds",
+        "state",
+        "shapes",
+        "workers",
+        "device",
+        "memory",
+        "clock",
+    ],
     "contracts": [
         "data",
         "ragged",
@@ -28,6 +39,7 @@ FLOORS = {
         "logger",
         "callback",
         "transform",
+        "record",
     ],
     "engines": [
         "trainer",

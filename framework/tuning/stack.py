@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..data import Batch
 from ..device import Precision
-from ..metric import Held, Measures, Metric
+from ..metric import Held, Measures, Metric, computed
 from ..task import Step, Task
 from ..user_code import text_of
 from .differences import Key, Together, changed, described, differences, holder, of_loss
@@ -202,7 +202,7 @@ class Sums:
         pairs = list(zip(self.metrics, [each.to("cpu", torch.float64) for each in self.sums], strict=False))
         return [
             {name: mean[row] for name, mean in means.items()}
-            | {metric.name: metric.compute(each[row]) for metric, each in pairs}
+            | {metric.name: computed(metric, each[row]) for metric, each in pairs}
             for row in range(len(self.loss))
         ]
 
