@@ -90,26 +90,36 @@ def check_metrics(given: Any) -> list[Metric]:
     return metrics
 
 
-def check_source(name: str, source: Any, task: Any) -> None:
+def check_source(name: str, source: Any, needs_targets: bool) -> None:
     """Raise SettingError, or DataError, for data that holds no batches.
 
     Args:
-        name: of the argument, data or val.
+        name: of the argument, such as data or val.
         source: what was given.
-        task: that of the fit; a plain loss needs (inputs, targets), which a bare tensor does not have.
+        needs_targets: whether a batch must be a pair (inputs, targets), as for a plain loss.
     """
     ours = isinstance(source, Data | Loader | ForeignLoader)
     readable = ours or hasattr(source, "__iter__") or hasattr(source, "__getitem__")
     if isinstance(source, str | bytes | type) or not readable:
-        raise SettingError(f"{name}: expected a split, a Data or an iterable of batches, got {short(source)}")
+        expected = "expected a split, a Data or an iterable of batches"
+        raise SettingError(f"{name}: {expected}, got {short(source)}")
     if isinstance(source, list | tuple) and source:
         as_batch(source[0])
     if isinstance(source, Mapping) and len(source) and 0 not in source:
-        raise SettingError(f"{name}: expected a split, got a {type(source).__name__} of {', '.join(map(str, source))}")
-    pair = isinstance(source, tuple) and len(source) > 1 and all(isinstance(each, Tensor) for each in source)
-    if not isinstance(task, Task) and (pair or hasattr(source, "__array__")):
+        keys = ", ".join(map(str, source))
+        raise SettingError(f"{name}: expected a split, got a {type(source).__name__} of {keys}")
+    pair = isinstance(source, tuple) and all(isinstance(each, Tensor) for each in source)
+    if needs_targets and (pair or hasattr(source, "__array__")):
+        expected = "expected batches of (inputs, targets)"
         advice = "framework.TensorSplit(inputs, targets) makes a split"
-        raise SettingError(f"{name}: expected batches of (inputs, targets), got a {type(source).__name__}; {advice}")
+        raise SettingError(f"{name}: {expected}, got a {type(source).__name__}; {advice}")
+
+
+def check_resume(resume: Any) -> None:
+    """Raise SettingError for what is no state of a trainer."""
+    if resume is not None and not isinstance(resume, Mapping):
+        expected = "expected what `Trainer.state_dict()` returned"
+        raise SettingError(f"resume: {expected}, got {short(resume)}")
 
 
 def check_batch_size(batch_size: Any) -> None:

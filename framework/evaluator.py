@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .batches import Batches, Source, as_batches
-from .checks import check_made, check_metrics, count_of
+from .checks import check_made, check_metrics, check_source, count_of
 from .data import Batch, Data, TensorSplit
 from .device import Format, Precision, deterministic_algorithms, find_device
 from .errors import DataError, SettingError
@@ -50,6 +50,7 @@ class Evaluator:
             data = getattr(data, name, data)
         if data is None:
             raise DataError(f"the data has no {name} split")
+        check_source("data", data, isinstance(self.task, LossTask))
         values = self._measure(self._batches(data, batch_size))
         named = {f"{name}/{key}": value for key, value in values.items()}
         self._report(named)
@@ -65,6 +66,7 @@ class Evaluator:
     ) -> Tensor:
         """Return the model's outputs for inputs (rows, *in_shape), or for every sample of a split, on the CPU."""
         self._use(model, task, "model")
+        check_source("data", data, needs_targets=False)
         batches = self._batches(TensorSplit(data) if isinstance(data, Tensor) else data, batch_size)
         with self._inference():
             parts = (part for batch in batches.epoch() for part in self.micro_batches.split(self._place(batch)))

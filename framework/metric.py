@@ -162,7 +162,7 @@ class Measures:
             targets = together([one.targets for one in self.held])
             before: Sequence[Tensor | None] = self.sums or [None] * len(self.metrics)
             fresh = [
-                checked(metric, metric.sums(outputs, targets), old).to(self.dtype)
+                checked(metric, metric.sums(outputs, targets), old).to(self.loss)
                 for metric, old in zip(self.metrics, before, strict=True)
             ]
             self.sums = [a + b for a, b in zip(self.sums, fresh, strict=True)] if self.sums else fresh

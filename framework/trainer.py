@@ -29,6 +29,7 @@ from .checks import (
     check_gradients,
     check_loggers,
     check_phases,
+    check_resume,
     check_single_sample,
     check_source,
     first_update_error,
@@ -178,10 +179,12 @@ class Trainer(Evaluator):
     ) -> None:
         """Take what `fit` was given, up to the first step."""
         check_fit(model, task, optimizer, schedule, metrics)
-        check_source("data", data, task)
+        needs_targets = not isinstance(task, Task)
+        check_source("data", data, needs_targets)
         if val is not None:
-            check_source("val", val, task)
+            check_source("val", val, needs_targets)
         check_batch_size(batch_size)
+        check_resume(resume)
         self._use(model, task)
         check_phases(self.task, self.compile, self.cuda_graph)
         self.optimizer, self.schedule = optimizer, schedule

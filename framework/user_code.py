@@ -55,7 +55,10 @@ class Place(NamedTuple):
 
     def __str__(self) -> str:
         within = f" in {self.function}" if self.function else ""
-        return f"{shorter(self.file)}:{self.line}{within}"
+        file = shorter(self.file)
+        for folder in INSTALLED:
+            file = file.rpartition(folder)[2]
+        return f"{file}:{self.line}{within}"
 
 
 def shorter(path: str | Path) -> str:
