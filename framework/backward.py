@@ -113,7 +113,8 @@ class Backward:
             made = step(self.forward, batch)  # type: ignore[arg-type]
         with self.clock.detail("backward"):
             try:
-                run_backward(self.precision.scaled(made.loss if share is None else made.loss * share))
+                loss = made.loss if share is None else made.loss * share
+                run_backward(self.precision.scaled(loss))
             except (AttributeError, TypeError, RuntimeError):
                 check_made(self.task, made, self.parameters)
                 raise

@@ -29,7 +29,8 @@ def count_steps(batches: Batches, accumulate: int, what: str = "training") -> in
     except TypeError:
         return 0
     if count == 0:
-        raise DataError(f"the {what} data has no batch: it is empty, or smaller than a batch with drop_last")
+        causes = "it is empty, or smaller than a batch with drop_last"
+        raise DataError(f"the {what} data has no batch: {causes}")
     return -(-count // accumulate)
 
 

@@ -29,7 +29,8 @@ def build_data(spec: Spec) -> Data:
     for name in ("in_shape", "out_shape"):
         if getattr(data, name, None) is None:
             entry = spec.parts["data"].entry
-            raise DataError(f"{entry} ({entry.registered}): {type(data).__name__} has no {name}; its __init__ sets it")
+            said = f"{type(data).__name__} has no {name}; its __init__ sets it"
+            raise DataError(f"{entry} ({entry.registered}): {said}")
     if spec.fold is not None:
         take_fold(data, spec.fold)
     return data
@@ -94,9 +95,8 @@ def build_model(
 
 def build_groups(spec: Spec, model: nn.Module) -> list[Any]:
     if next(model.parameters(), None) is None:
-        raise BuildError(
-            f"model={spec.parts['model'].entry.name}: it has no parameters, so that nothing can be trained"
-        )
+        name = spec.parts["model"].entry.name
+        raise BuildError(f"model={name}: it has no parameters, so that nothing can be trained")
     return Parameters(**spec.sections["parameters"]).groups(model, spec.parts["optimizer"])
 
 
@@ -112,14 +112,17 @@ def check_fit(model: nn.Module, data: Data, out_shape: Sequence[int]) -> None:
         if user_place(error) is None:
             said = f"{name} cannot take a sample of {type(data).__name__}: {text_of(error)}"
             raise BuildError(said) from error
-        said = f"{describe(error)}, while running {name} on one training sample of shape {tuple(sample.shape)}"
-        raise BuildError(said) from error
+        situation = f"while running {name} on one training sample of shape {tuple(sample.shape)}"
+        raise BuildError(f"{describe(error)}, {situation}") from error
     if shape != tuple(out_shape):
         raise BuildError(f"{type(model).__name__} gives outputs of shape {shape}; the task needs {tuple(out_shape)}")
 
 
 def first_input(data: Data) -> Tensor:
-    """Return the first training input as a batch of one. Raises DataError when it cannot be read or is no tensor."""
+    """Return the first training input as a batch of one.
+
+    Raises DataError when it cannot be read or is no tensor.
+    """
     name = type(data).__name__
     with user_errors(f"reading the first training sample of {name}", DataError):
         sample: Any = data.train[0]
@@ -132,7 +135,7 @@ def first_input(data: Data) -> Tensor:
 
 
 def check_smallest_batch(model: nn.Module, batches: Loader, micro_batch: int | None = None) -> None:
-    """Raise DataError when a training batch is a single sample and the model (batch norm) cannot train on one.
+    """Raise DataError when a training batch is one sample and the model (batch norm) needs more.
 
     micro_batch: samples that go through the model at once; None for whole batches.
     """
@@ -145,5 +148,7 @@ def check_smallest_batch(model: nn.Module, batches: Loader, micro_batch: int | N
             model(sample)
     except ValueError as error:
         section = "trainer" if single.setting == "micro_batch" else "loader"
-        said = f"{text_of(error)}. A batch norm needs two" if is_batch_norm(error) else reason_of(error)
+        said = reason_of(error)
+        if is_batch_norm(error):
+            said = f"{text_of(error)}. A batch norm needs two"
         raise DataError(f"{section}.{single}: {said}") from error

@@ -29,7 +29,7 @@ from .workers import as_batch
 
 
 def as_list(name: str, given: Any, registry: str) -> list[Any]:
-    """Return the items of a list of parts. Raises SettingError for a single part, a text or None."""
+    """Return the items of a list of parts. Raises SettingError for a single one, a text or None."""
     if isinstance(given, Iterable) and not isinstance(given, str):
         return list(given)
     if isinstance(given, str):
@@ -57,13 +57,14 @@ def check_loggers(given: Any) -> list[Logger]:
     loggers = as_list("loggers", given, "loggers")
     methods = [name for name in vars(Logger) if not name.startswith("_")]
     for logger in loggers:
-        if isinstance(logger, type) or not all(callable(getattr(logger, name, None)) for name in methods):
+        able = all(callable(getattr(logger, name, None)) for name in methods)
+        if isinstance(logger, type) or not able:
             raise SettingError(f"loggers: {wrong(logger, 'loggers')}")
     return loggers
 
 
 def check_folder(folder: Any) -> Path | None:
-    """Return the folder of a run as a path. Raises SettingError for what is no path, or leads to or through a file."""
+    """Return the folder of a run as a path. Raises SettingError for what is no path, or a file."""
     if folder is None:
         return None
     if not isinstance(folder, str | os.PathLike):
@@ -76,7 +77,7 @@ def check_folder(folder: Any) -> Path | None:
 
 
 def check_metrics(given: Any) -> list[Metric]:
-    """Return them. Raises SettingError for what is no metric, and for two that would be logged by one name."""
+    """Return them. Raises SettingError for what is no metric, and for two of one name."""
     metrics = as_list("metrics", given, "metrics")
     for metric in metrics:
         if not isinstance(metric, Metric):
@@ -156,18 +157,20 @@ def check_step_alone(optimizer: Optimizer) -> None:
     if closure is not None and closure.default is inspect.Parameter.empty:
         name = type(optimizer).__name__
         said = "its step() needs a closure that computes the loss again"
-        raise SettingError(f"optimizer={name}: {said}; the trainer computes it once a step: choose another optimizer")
+        advice = "the trainer computes it once a step: choose another optimizer"
+        raise SettingError(f"optimizer={name}: {said}; {advice}")
 
 
 def check_has_rate(optimizer: Optimizer) -> None:
-    """Raise SettingError for an optimizer without a learning rate, which a schedule could not change."""
+    """Raise SettingError for an optimizer without a learning rate that a schedule could change."""
     if not all("lr" in group for group in optimizer.param_groups):
         name = type(optimizer).__name__
-        raise SettingError(f"schedule: {name} has no learning rate ('lr') in its groups; leave it out (scheduler=null)")
+        said = f"{name} has no learning rate ('lr') in its groups"
+        raise SettingError(f"schedule: {said}; leave it out (scheduler=null)")
 
 
 def check_initialized(model: nn.Module, reader: str) -> None:
-    """Raise SettingError when a parameter has no values yet, as those of a LazyLinear before its first batch.
+    """Raise SettingError when a parameter of a lazy module has no values yet.
 
     Args:
         model: that is about to be trained.
@@ -175,14 +178,15 @@ def check_initialized(model: nn.Module, reader: str) -> None:
     """
     lazy = next((name for name, p in model.named_parameters() if is_lazy(p)), None)
     if lazy is not None:
-        advice = "call the model on a batch of inputs before `fit`"
-        raise SettingError(f"{reader}: the parameter {lazy} is uninitialized (a lazy module): {advice}")
+        said = f"the parameter {lazy} is uninitialized (a lazy module)"
+        raise SettingError(f"{reader}: {said}: call the model on a batch of inputs before `fit`")
 
 
 def check_gradients(parameters: Sequence[Tensor]) -> None:
     """Raise SettingError when the loss of a step gave no parameter a gradient."""
     if parameters and all(parameter.grad is None for parameter in parameters):
-        raise SettingError("task: the loss depends on no parameter of the optimizer, so that nothing would be trained")
+        said = "the loss depends on no parameter of the optimizer"
+        raise SettingError(f"task: {said}, so that nothing would be trained")
 
 
 def check_made(task: Task, made: Any, parameters: Sequence[Tensor] = ()) -> None:
@@ -195,21 +199,24 @@ def check_made(task: Task, made: Any, parameters: Sequence[Tensor] = ()) -> None
     """
     if not isinstance(made, Step):
         expected = "expected a framework.Step(loss, outputs, targets)"
-        raise SettingError(
-            f"{type(task).__name__}.step: {expected}, got {'None' if made is None else type(made).__name__}"
-        )
+        got = "None" if made is None else type(made).__name__
+        raise SettingError(f"{type(task).__name__}.step: {expected}, got {got}")
     loss = made.loss
     if not isinstance(loss, Tensor):
-        raise SettingError(f"{loss_name(task)}: expected a tensor with one number, got {short(loss)}")
+        expected = "expected a tensor with one number"
+        raise SettingError(f"{loss_name(task)}: {expected}, got {short(loss)}")
     if loss.numel() != 1 or loss.is_complex():
         found = f"{str(loss.dtype).removeprefix('torch.')} of shape {tuple(loss.shape)}"
-        raise SettingError(f"{loss_name(task)}: expected one real number, the mean over the batch, got {found}")
+        expected = "expected one real number, the mean over the batch"
+        raise SettingError(f"{loss_name(task)}: {expected}, got {found}")
     if not parameters or loss.requires_grad:
         return
     if not any(parameter.requires_grad for parameter in parameters):
-        raise SettingError("model: every parameter of the optimizer is frozen (requires_grad=False): nothing to train")
+        said = "every parameter of the optimizer is frozen (requires_grad=False)"
+        raise SettingError(f"model: {said}, so that nothing would be trained")
     causes = "detach(), item(), argmax or no_grad() on the way from the model to the loss"
-    raise SettingError(f"{loss_name(task)} has no gradient: it does not depend on the parameters ({causes}?)")
+    said = f"it does not depend on the parameters ({causes}?)"
+    raise SettingError(f"{loss_name(task)} has no gradient: {said}")
 
 
 def loss_name(task: Task) -> str:
@@ -221,7 +228,7 @@ def loss_name(task: Task) -> str:
 
 
 class SingleSample(NamedTuple):
-    """Why a training batch, or a part of one, is a single sample: the setting, its value, and which batch it is."""
+    """Why a training batch, or a part of one, is one sample: a setting, its value, which batch."""
 
     setting: str
     value: int
@@ -232,7 +239,7 @@ class SingleSample(NamedTuple):
 
 
 def single_sample(batches: Any, micro_batch: int | None) -> SingleSample | None:
-    """Return why a training batch, or a part of one, will be a single sample; None when that is not known.
+    """Return why a training batch, or a part of one, will be one sample; None if that is not known.
 
     Args:
         batches: the reader of the training data.
@@ -242,17 +249,20 @@ def single_sample(batches: Any, micro_batch: int | None) -> SingleSample | None:
     if size is None:
         return None
     last = rows % size if rows is not None and not drop_last else 0
-    if micro_batch is not None and any(each % micro_batch == 1 or micro_batch == 1 for each in (size, last) if each):
-        return SingleSample("micro_batch", micro_batch)
+    if micro_batch is not None:
+        rests = [samples % micro_batch for samples in (size, last) if samples]
+        if micro_batch == 1 or 1 in rests:
+            return SingleSample("micro_batch", micro_batch)
     if size == 1:
         return SingleSample("batch_size", size)
     if last == 1:
-        return SingleSample("batch_size", size, f" (the last of {rows:,}; drop_last=true leaves it out)")
+        which = f" (the last of {rows:,}; drop_last=true leaves it out)"
+        return SingleSample("batch_size", size, which)
     return None
 
 
 def batch_sizes(batches: Any) -> tuple[int | None, int | None, bool]:
-    """Return how many samples an epoch has, how many a batch, and whether a smaller last one is left out."""
+    """Return the samples of an epoch and of a batch, and whether a smaller last one is left out."""
     if isinstance(batches, Loader):
         rows = len(batches.split)
         most = rows if batches.limit is None else batches.limit * batches.batch_size
@@ -266,8 +276,14 @@ def batch_sizes(batches: Any) -> tuple[int | None, int | None, bool]:
         return None, loader.batch_size, loader.drop_last
 
 
-def check_single_sample(model: nn.Module, task: Task, batch: Batch, precision: Precision, why: SingleSample) -> None:
-    """Raise DataError when a batch norm of the model cannot train on a single sample, as a batch to come will be.
+def check_single_sample(
+    model: nn.Module,
+    task: Task,
+    batch: Batch,
+    precision: Precision,
+    why: SingleSample,
+) -> None:
+    """Raise DataError when a batch norm of the model cannot train on a batch of one sample to come.
 
     Args:
         model: in the middle of its training; nothing remembers that it was run.
@@ -290,29 +306,34 @@ def check_single_sample(model: nn.Module, task: Task, batch: Batch, precision: P
 
 
 def count_of(task: Task, batch: Batch) -> int | Tensor:
-    """Return over how many items the task averages the loss. Raises SettingError for what is no number of items."""
+    """Return over how many items the task averages the loss. Raises SettingError for no number."""
     count = task.count(batch)
     if isinstance(count, int | Tensor):
         return count
     if isinstance(count, Integral):
         return int(count)
-    raise SettingError(f"{type(task).__name__}.count: expected an int or a tensor with one number, got {short(count)}")
+    expected = "expected an int or a tensor with one number"
+    raise SettingError(f"{type(task).__name__}.count: {expected}, got {short(count)}")
 
 
 def first_update_error(optimizer: Optimizer, error: Exception) -> SettingError | None:
-    """Return what an optimizer lacks whose first `step()` failed; None when the error is of user code.
+    """Return what an optimizer lacks whose first `step()` failed; None for an error of user code.
 
-    The trainer calls `step()` after one backward pass. An optimizer that needs more than that (a closure, gradients
-    that have gradients, gradients of another layout) says so only then, in words of its own.
+    The trainer calls `step()` after one backward pass. An optimizer that needs more than that (a
+    closure, gradients of gradients, another layout) says so only then, in words of its own.
     """
-    said = text_of(error).lower()
-    lacks = any(word in said for word in ("closure", "create_graph", "grad_fn", "does not require grad"))
-    if isinstance(error, FrameworkError) or is_full(error) or (not lacks and user_place(error) is not None):
+    if isinstance(error, FrameworkError) or is_full(error):
         return None
-    advice = ""
-    if lacks:
-        advice = "; the trainer calls step() after one backward pass, without a closure and without create_graph=True"
-    return SettingError(f"optimizer={type(optimizer).__name__}: its first step fails: {describe(error)}{advice}")
+    words = ("closure", "create_graph", "grad_fn", "does not require grad")
+    said = text_of(error).lower()
+    needs_more = any(word in said for word in words)
+    if not needs_more and user_place(error) is not None:
+        return None
+    told = f"optimizer={type(optimizer).__name__}: its first step fails: {describe(error)}"
+    if needs_more:
+        told += "; the trainer calls step() after one backward pass, "
+        told += "without a closure and without create_graph=True"
+    return SettingError(told)
 
 
 def check_phases(task: Task, compile: str, cuda_graph: str) -> None:

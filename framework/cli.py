@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def complain(error: Exception, with_traceback: bool) -> int:
-    """Print an error with its location in user code or, for an internal error, in the framework; return the status."""
+    """Print an error with its place, in user code or in the framework; return the exit status."""
     if with_traceback:
         traceback.print_exception(error)
     lines = [f"framework: {line}" for line in words_of(error)]
@@ -50,7 +50,7 @@ def complain(error: Exception, with_traceback: bool) -> int:
 
 
 def has_calls(error: Exception) -> bool:
-    """Whether a traceback says more than the message: of an error in user code, and of an internal one."""
+    """Whether a traceback says more than the message: of errors in user code and internal ones."""
     if not isinstance(error, FrameworkError):
         return True
     cause = error.__cause__

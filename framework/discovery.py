@@ -78,7 +78,9 @@ def load(plugin: str) -> None:
     """Load one plugin: a path to a file or folder, or the name of a module."""
     path = Path(plugin).expanduser()
     if path.is_dir():
-        for file in sorted(path.glob("*.py"), key=lambda file: (file.name != "__init__.py", file.name)):
+        files = sorted(path.glob("*.py"))
+        files.sort(key=lambda file: file.name != "__init__.py")  # it is loaded first
+        for file in files:
             load_file(file)
     elif path.is_file():
         load_file(path)
@@ -120,18 +122,18 @@ def loaded_from(file: Path) -> ModuleType | None:
 def load_file(file: Path) -> None:
     """Import a file as a module of its folder, unless it is loaded already under another name.
 
-    The folder is a package without a name of its own, so that its files import each other by `from .other import x`.
+    The folder is a package, so that its files import each other by `from .other import x`.
     """
     real = file.resolve()
     if loaded_from(real) is not None:
         return
     package = package_of(real.parent)
+    name = f"{package}.{module_name(real)}"
+    inside = None
     if real.name == "__init__.py":
         name = package
-        spec = importlib.util.spec_from_file_location(name, real, submodule_search_locations=[str(real.parent)])
-    else:
-        name = f"{package}.{module_name(real)}"
-        spec = importlib.util.spec_from_file_location(name, real)
+        inside = [str(real.parent)]
+    spec = importlib.util.spec_from_file_location(name, real, submodule_search_locations=inside)
     if spec is None or spec.loader is None:
         raise PluginError(f"plugin {file} is not a Python file")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
@@ -145,7 +147,7 @@ def load_file(file: Path) -> None:
 
 
 def package_of(folder: Path) -> str:
-    """Return the name of a package for the plugin files of a folder, made when it is first asked for."""
+    """Return the name of the package of a folder's plugin files; it is made at the first call."""
     name = f"framework_plugin_{digest(folder)}"
     if name not in sys.modules:
         package = ModuleType(name)
@@ -155,7 +157,7 @@ def package_of(folder: Path) -> str:
 
 
 def module_name(file: Path) -> str:
-    """Return the name of a file's module in its package; of a name with other signs, one that is an identifier."""
+    """Return the name of a file's module in its package, which is an identifier."""
     if file.stem.isidentifier():
         return file.stem
     return f"{re.sub(r'[^0-9A-Za-z_]', '_', file.stem)}_{digest(file)}"
@@ -166,12 +168,13 @@ def digest(path: Path) -> str:
 
 
 def advise_relative(error: BaseException, folder: Path) -> None:
-    """Add to the error of an import how to write it, where the file that was not found is in the plugin's folder."""
+    """Say how to import a file of the plugin's folder, if that is what an import did not find."""
     if not isinstance(error, ModuleNotFoundError):
         return
     missing = error.name or ""
     if missing and (folder / f"{missing}.py").is_file():
-        error.msg = f"{error}; {missing}.py is beside the plugin: write `from .{missing} import ...`"
+        advice = f"{missing}.py is beside the plugin: write `from .{missing} import ...`"
+        error.msg = f"{error}; {advice}"
 
 
 @contextmanager

@@ -91,7 +91,8 @@ class Evaluator:
                 for part in self.micro_batches.split(self._place(batch)):
                     made = self.task.step(self.model, part)
                     check_made(self.task, made)
-                    measures.add(made.loss, made.outputs, made.targets, count_of(self.task, part), made.values)
+                    count = count_of(self.task, part)
+                    measures.add(made.loss, made.outputs, made.targets, count, made.values)
             if measures.empty:
                 raise DataError("the data to measure on has no batch: it is empty")
             return measures.read()
@@ -99,7 +100,8 @@ class Evaluator:
     @contextmanager
     def _inference(self) -> Iterator[None]:
         deterministic = deterministic_algorithms(self.deterministic)
-        with self.precision.inference(self.model), deterministic, memory_errors(self.device), torch_errors():
+        inference = self.precision.inference(self.model)
+        with inference, deterministic, memory_errors(self.device), torch_errors():
             yield
 
     def _use(self, model: nn.Module | None, task: Task | Callable | None, *needed: str) -> None:

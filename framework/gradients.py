@@ -1,4 +1,4 @@
-"""The numbers of gradients that are sparse (of embeddings) or complex, where torch's own functions take neither."""
+"""The numbers of sparse and complex gradients, for which many functions of torch have no code."""
 
 from collections.abc import Iterable
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def numbers_of(tensor: Tensor) -> Tensor:
-    """Return a tensor's numbers as a dense, real tensor; of a sparse one those that it stores, each index once.
+    """Return a tensor's numbers as a dense, real tensor; of a sparse one those that it stores.
 
     It shares the memory of a dense tensor, and of a sparse one that is coalesced.
     """

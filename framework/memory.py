@@ -19,7 +19,9 @@ class OutOfMemory(FrameworkError, torch.OutOfMemoryError):
 
 def is_full(error: BaseException) -> bool:
     """Whether an error is one of the forms in which torch or Python say that memory is full."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text_of(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return "can't allocate memory" in text_of(error)
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -73,12 +73,13 @@ def together(tensors: Sequence[Tensor | None]) -> Tensor:
 
 
 def checked(metric: Metric, sums: Any, before: Tensor | None = None) -> Tensor:
-    """Return a metric's sums. Raises SettingError for what is no tensor, or of another shape than those before."""
+    """Return a metric's sums. Raises SettingError for no tensor, or another shape than before."""
     if not isinstance(sums, Tensor):
         said = f"its `sums` should return a tensor, not a {type(sums).__name__}"
         raise SettingError(f"the metric {type(metric).__name__}: {said}")
     if before is not None and sums.shape != before.shape:
-        said = f"its `sums` should always have one shape, but {tuple(sums.shape)} follows {tuple(before.shape)}"
+        shapes = f"{tuple(sums.shape)} follows {tuple(before.shape)}"
+        said = f"its `sums` should always have one shape, but {shapes}"
         raise SettingError(f"the metric {type(metric).__name__}: {said}")
     return sums
 
@@ -91,18 +92,21 @@ def computed(metric: Metric, sums: Tensor) -> float:
     try:
         return float(value)
     except (TypeError, ValueError, RuntimeError):
-        found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else short(value)
-        raise SettingError(
-            f"the metric {type(metric).__name__}: its `compute` should return a number, not {found}"
-        ) from None
+        said = f"its `compute` should return a number, not {found(value)}"
+        raise SettingError(f"the metric {type(metric).__name__}: {said}") from None
 
 
 def detached(name: str, value: Any) -> Tensor:
-    """Return one of a task's other means without its graph. Raises SettingError for what is no tensor of one number."""
+    """Return one of a task's other means without its graph. Raises SettingError for no number."""
     if not isinstance(value, Tensor) or value.numel() != 1:
-        found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else short(value)
-        raise SettingError(f"the task's value {name!r}: expected a tensor with one number, got {found}")
+        expected = "expected a tensor with one number"
+        raise SettingError(f"the task's value {name!r}: {expected}, got {found(value)}")
     return value.detach()
+
+
+def found(value: Any) -> str:
+    """Return what a value is, for a message."""
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else short(value)
 
 
 class Measures:
@@ -137,7 +141,9 @@ class Measures:
         outputs, targets: None where no metric shall see them. values: other means over the items, by name.
         """
         seen = (outputs.detach(), targets) if self.metrics and outputs is not None else (None, None)
-        means = {name: detached(name, value) for name, value in values.items()} if values else values
+        means = values
+        if values:
+            means = {name: detached(name, value) for name, value in values.items()}
         one = Held(loss.detach(), count, seen[0], seen[1], means)
         if self.held and one.form() != self.held[0].form():
             self._sum_up()

@@ -24,6 +24,8 @@ from .registry import Maker
 from .schema import PositiveFloat, Range
 
 COMPILER = "torch._dynamo"
+FORM_ERRORS = (KeyError, RuntimeError, AssertionError, AttributeError, TypeError)
+"""What a constructor may raise when parameters do not come in the form that it needs."""
 
 
 class Parameters:
@@ -57,7 +59,8 @@ class Parameters:
         settings = {name: maker.settings.get(name, setting.default) for name, setting in known.items()}
         if (self.rates or self.layer_decay != 1.0) and "lr" not in settings:
             setting = "rates" if self.rates else "layer_decay"
-            raise SettingError(f"parameters.{setting}: {maker.entry} has no learning rate `lr` that could differ")
+            said = f"{maker.entry} has no learning rate `lr` that could differ"
+            raise SettingError(f"parameters.{setting}: {said}")
         factors, spared = self.factors(names), self.decay == "weights" and bool(settings.get("weight_decay"))
         found: list[dict[str, Any]] = []
         for factor, run in groupby(names, factors.__getitem__):
@@ -98,11 +101,13 @@ def build_optimizer(maker: Maker, params: Iterable[Any]) -> Optimizer:
     try:
         return Maker(entry, maker.settings)(params)
     except BuildError as error:
-        if not isinstance(error.__cause__, KeyError | RuntimeError | AssertionError | AttributeError | TypeError):
+        cause = error.__cause__
+        if not isinstance(cause, FORM_ERRORS):
             raise
-        given = "groups" if params and isinstance(params[0], Mapping) else "parameters"
-        advice = "one that needs groups of another form is registered as a function of `params` that makes them"
-        raise BuildError(f"{error}; an optimizer gets a list of {len(params)} {given}: {advice}") from error.__cause__
+        kind = "groups" if params and isinstance(params[0], Mapping) else "parameters"
+        given = f"an optimizer gets a list of {len(params)} {kind}"
+        advice = "for other groups, register a function that makes them of `params`"
+        raise BuildError(f"{error}; {given}: {advice}") from cause
 
 
 def implementation(part: Callable[..., Optimizer], params: Iterable[Any]) -> dict[str, bool]:

@@ -1,4 +1,4 @@
-"""What callbacks log: numbers by tag, checked when they are given, where the line that gave them is known."""
+"""What callbacks log: numbers by tag, checked while the line that logs them is still known."""
 
 import sys
 import warnings
@@ -19,12 +19,14 @@ def checked_record(values: Any, taken: Collection[str]) -> dict[str, float | Ten
 
     Args:
         values: what a callback logs.
-        taken: the tags of values that the trainer itself logs; to replace one of them gives a warning.
+        taken: the tags of the trainer's own values; to replace one of them gives a warning.
 
-    Raises SettingError that names the tag and the line for a value that is no number, and for a tag that is no text.
+    Raises SettingError, with the tag and the line, for a value that is no number and for a tag that
+    is no text.
     """
     if not isinstance(values, Mapping):
-        raise SettingError(f"trainer.log: expected a dict of values by tag, got {what(values)}{by_whom()}")
+        expected = "expected a dict of values by tag"
+        raise SettingError(f"trainer.log: {expected}, got {what(values)}{by_whom()}")
     record: dict[str, float | Tensor] = {}
     for tag, value in values.items():
         if not isinstance(tag, str) or not tag:
@@ -41,10 +43,12 @@ def checked_record(values: Any, taken: Collection[str]) -> dict[str, float | Ten
 
 
 def as_number(value: Any) -> float | Tensor | None:
-    """Return a value as a float, a tensor as it is (its number stays on the device), or None for anything else."""
+    """Return a value as a float, a tensor as it is (nothing is read), or None for anything else."""
     if isinstance(value, Tensor):
         return value.detach() if value.numel() == 1 and not value.is_complex() else None
-    if isinstance(value, str | bytes) or (isinstance(value, Complex) and not isinstance(value, Real)):
+    if isinstance(value, str | bytes):
+        return None
+    if isinstance(value, Complex) and not isinstance(value, Real):
         return None
     try:
         return float(value)
@@ -62,7 +66,7 @@ def what(value: Any) -> str:
 
 
 def by_whom() -> str:
-    """Return " (mine.py:15 in on_step_end of the callback Mine)": the line that logs; "" when it is not user code."""
+    """Return the line that logs, as " (mine.py:15 in on_step_end of the callback Mine)", or ""."""
     frame: FrameType | None = sys._getframe(1)
     place = None
     while frame is not None:

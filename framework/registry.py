@@ -137,7 +137,8 @@ class Entry:
         except FrameworkError:
             raise
         except Exception as error:
-            raise BuildError(f"{self} ({self.registered}) cannot be built: {reason_of(error)}") from error
+            reason = reason_of(error)
+            raise BuildError(f"{self} ({self.registered}) cannot be built: {reason}") from error
         check_base(self.kind, type(built), f"{self} ({self.registered}) builds a {type(built).__qualname__}, which")
         return built
 

@@ -28,7 +28,7 @@ class Schedule:
 
 
 def factor_of(schedule: Callable[[int], Any], step: int) -> float:
-    """Return a schedule's factor for a step. Raises SettingError unless it is a finite number from 0 on."""
+    """Return a schedule's factor for a step. Raises SettingError for none from 0 to infinity."""
     factor = schedule(step)
     if type(factor) is float and 0.0 <= factor < math.inf:
         return factor
@@ -38,6 +38,8 @@ def factor_of(schedule: Callable[[int], Any], step: int) -> float:
         number = -1.0
     if 0.0 <= number < math.inf:
         return number
-    found = f"a tensor of shape {tuple(factor.shape)}" if isinstance(factor, Tensor) and factor.ndim else short(factor)
+    found = short(factor)
+    if isinstance(factor, Tensor) and factor.ndim:
+        found = f"a tensor of shape {tuple(factor.shape)}"
     said = "expected a factor on the learning rate, a finite number from 0 on"
     raise SettingError(f"schedule: {said}, got {found} for step {step}")

@@ -80,7 +80,8 @@ def chain(makers: Iterable[Callable[..., Any]], in_shape: Shape) -> tuple[list[n
         except Exception as error:
             if user_place(error) is None:
                 raise BuildError(f"{where} cannot take {shape}: {first_line(error)}") from error
-            raise BuildError(f"{where}: {describe(error)}, while running it on an input of shape {shape}") from error
+            situation = f"while running it on an input of shape {shape}"
+            raise BuildError(f"{where}: {describe(error)}, {situation}") from error
         shape = tuple(output.shape[1:])
         modules.append(module)
     return modules, shape

@@ -40,7 +40,9 @@ class Status(Callback):
     def on_exception(self, trainer: Trainer) -> None:
         error = sys.exception()
         assert error is not None
-        reason = f"{type(error).__name__}: {error}" if isinstance(error, FrameworkError) else describe(error)
+        reason = describe(error)
+        if isinstance(error, FrameworkError):
+            reason = f"{type(error).__name__}: {error}"
         self._write(trainer, "failed", reason)
 
     def _write(self, trainer: Trainer, status: str, reason: str | None = None) -> None:

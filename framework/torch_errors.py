@@ -1,4 +1,4 @@
-"""Errors of torch's own functions that stand for a common mistake in the data, as one line that says what is wrong."""
+"""Errors of torch's own functions that come of a common mistake in the data, in one line."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +18,7 @@ BATCH_SIZE = "_verify_batch_size"
 
 @contextmanager
 def torch_errors() -> Iterator[None]:
-    """Raise DataError for outputs that are no tensor, for a class index out of range, and for a batch of one sample
-    that a norm cannot train on.
-    """
+    """Raise DataError for outputs that are no tensor, classes out of range, a batch norm of one sample."""
     try:
         yield
     except (IndexError, ValueError, TypeError) as error:
@@ -39,9 +37,7 @@ def explain(error: BaseException) -> str | None:
         return None
     name = innermost.f_code.co_name
     if name == BATCH_SIZE:
-        advice = (
-            "batches of two samples or more (drop_last, micro_batch), or a norm of single samples such as layer norm"
-        )
+        advice = "batches of two samples or more (drop_last, micro_batch), or use another norm"
         return f"a batch of one sample in training: {text_of(error)}. A batch norm needs {advice}"
     if name in CLASS_LOSSES and isinstance(error, IndexError):
         return wrong_class(innermost.f_locals)
@@ -51,7 +47,7 @@ def explain(error: BaseException) -> str | None:
 
 
 def no_outputs(given: dict[str, Any]) -> str | None:
-    """Return what the model gave to a loss of torch, from its arguments; None if that is a tensor."""
+    """Return what a loss of torch got as outputs, from its arguments; None if that is a tensor."""
     if "input" not in given or isinstance(given["input"], Tensor):
         return None
     return f"the model's outputs: the loss expects a tensor, got {short(given['input'])}"
@@ -66,11 +62,14 @@ def wrong_class(given: dict[str, Any]) -> str | None:
     """Return which target is out of range, from the arguments of torch's loss; None if none is."""
     outputs = given.get("input")
     targets = given.get("target")
-    if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor) or targets.is_floating_point():
+    if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
+        return None
+    if targets.is_floating_point():
         return None
     classes = outputs.shape[1] if outputs.ndim > 1 else outputs.shape[0]
     counted = targets[targets != given.get("ignore_index", -100)]
     wrong = counted[(counted < 0) | (counted >= classes)]
     if not len(wrong):
         return None
-    return f"a batch has the target {int(wrong[0])}; with {classes} classes they go from 0 to {classes - 1}"
+    range_of = f"with {classes} classes they go from 0 to {classes - 1}"
+    return f"a batch has the target {int(wrong[0])}; {range_of}"

@@ -47,7 +47,8 @@ class Trained:
         with user_errors(f"reading {file}", DataError):
             inputs = self.spec.parts["data"].entry.part.read_inputs(file, self.facts["data"])
         if not isinstance(inputs, Tensor):
-            raise DataError(f"{file}: `read_inputs` should return a tensor, not a {type(inputs).__name__}")
+            found = type(inputs).__name__
+            raise DataError(f"{file}: `read_inputs` should return a tensor, not a {found}")
         row, wanted = tuple(inputs.shape[1:]), self.facts["in_shape"]
         if list(row) != wanted:
             raise DataError(f"{file}: a row has shape {row}; the model takes {wanted}")

@@ -160,7 +160,8 @@ class Trainer(Evaluator):
         Raises DataError when the data is empty or does not fit the task, OutOfMemory when memory is full.
         """
         self.begin(model, data, task, optimizer, val, schedule, metrics, batch_size, resume)
-        with deterministic_algorithms(self.deterministic), memory_errors(self.device), self.fitting(), torch_errors():
+        deterministic = deterministic_algorithms(self.deterministic)
+        with deterministic, memory_errors(self.device), self.fitting(), torch_errors():
             while not self.done:
                 self._epoch()
         return self.state
@@ -307,15 +308,16 @@ class Trainer(Evaluator):
         self._first_step = False
 
     def _after_a_single_sample(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Yield batches, the first of a fit once a single sample of it was tried, as a batch to come holds one."""
+        """Yield batches; before the first of a fit, try one sample of it, as a batch to come is one."""
         for batch in batches:
             if self._single is not None:
-                check_single_sample(self.model, self.task, self._place(batch), self.precision, self._single)
+                placed = self._place(batch)
+                check_single_sample(self.model, self.task, placed, self.precision, self._single)
                 self._single = None
             yield batch
 
     def _first_update(self) -> None:
-        """Do the first update of a fit. Raises SettingError when the optimizer needs more than `step()`."""
+        """Do the first update of a fit. Raises SettingError if the optimizer needs more than that."""
         self._update = self._fused
         try:
             self._fused()
@@ -366,7 +368,8 @@ class Trainer(Evaluator):
         rates = [float(group["lr"]) for group in self.optimizer.param_groups if "lr" in group]
         if rates:
             values["train/learning_rate"] = max(rates)
-        self._log_own(values | {"train/samples_per_second": (samples - before) / max(now - since, 1e-9)})
+        values["train/samples_per_second"] = (samples - before) / max(now - since, 1e-9)
+        self._log_own(values)
         self._emit("log")
         self._flush()
 
@@ -413,10 +416,10 @@ class Trainer(Evaluator):
         """Add values to the record of this step; loggers get the whole record at once.
 
         Args:
-            values: by tag; numbers, or tensors with one number, which are read off the device when the step is done.
+            values: by tag; numbers, or tensors with one number, read when the step is done.
 
-        Raises SettingError for a value that is no number, and for a tag that is no text. A tag by which
-        the trainer logs a value of its own gives a warning.
+        Raises SettingError for a value that is no number, and for a tag that is no text. A tag by
+        which the trainer logs a value of its own gives a warning.
         """
         self._add(checked_record(values, self._own_names))
 
@@ -481,7 +484,8 @@ class Trainer(Evaluator):
             try:
                 listener(self)
             except Exception as error:
-                warnings.warn(f"on_exception of a callback fails too: {describe(error)}", stacklevel=2)
+                said = f"on_exception of a callback fails too: {describe(error)}"
+                warnings.warn(said, stacklevel=2)
 
     def _emit(self, event: str) -> None:
         if self._listeners[event]:

@@ -40,5 +40,6 @@ def transformed(batch: Batch, transforms: Sequence[Transform]) -> Batch:
         batch = transform(batch)
         if not isinstance(batch, tuple | list):
             name = type(transform).__name__
-            raise SettingError(f"the transform {name}: expected a batch (a tuple of tensors), got {short(batch)}")
+            expected = "expected a batch (a tuple of tensors)"
+            raise SettingError(f"the transform {name}: {expected}, got {short(batch)}")
     return (channels_last(batch[0]), *batch[1:]) if pixels_whole else batch

@@ -1,10 +1,11 @@
 """Where an error in user code arose, and how it is shown in one line.
 
-User code is every part, callback, data set or script that is not the framework's own. An error of it is shown as
+User code is every part, callback, data set or script that is not the framework's own. An error of
+it, whatever its type, is shown as
 
     ValueError: the width is odd (mine.py:15 in forward)
 
-whatever its type. The line is the innermost one of the user's own files, not that of a library which they call.
+The line is the innermost one of the user's own files, not that of a library which they call.
 """
 
 import linecache
@@ -70,12 +71,12 @@ def shorter(path: str | Path) -> str:
 
 
 def user_place(error: BaseException) -> Place | None:
-    """Return the innermost line of user code that an error went through; None if it went through none.
+    """Return the innermost line of user code that an error went through; None if there is none.
 
     The user's own files come first, then installed packages of third parties.
     """
-    if isinstance(error, SyntaxError) and error.lineno and not (error.filename or "<").startswith("<"):
-        return Place(str(error.filename), error.lineno)
+    if isinstance(error, SyntaxError) and Path(error.filename or "").is_file():
+        return Place(str(error.filename), error.lineno or 1)
     own: Place | None = None
     third_party: Place | None = None
     for frame, line in frames(error):
@@ -138,13 +139,13 @@ def text_of(error: BaseException) -> str:
 
 
 def describe(error: BaseException) -> str:
-    """Return an error on one line, with the line of user code where it arose: "KeyError: 'a' (mine.py:3 in step)"."""
+    """Return an error with its place in user code, on one line: "KeyError: 'a' (mine.py:3 in f)"."""
     said = text_of(error)
     if isinstance(error, FrameworkError):
         return said
     place = user_place(error)
     if not said and place is not None:
-        said = linecache.getline(place.file, place.line).strip()  # of a bare assert, what does not hold
+        said = linecache.getline(place.file, place.line).strip()  # a bare assert says nothing else
     if isinstance(error, BaseExceptionGroup):
         said = f"{said}, the first: {describe(error.exceptions[0])}"
     name = type(error).__name__
@@ -153,7 +154,7 @@ def describe(error: BaseException) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return why something failed: the error as `describe` shows it or, if no user code is involved, its text alone."""
+    """Return the error as `describe` shows it or, if no user code is involved, its text alone."""
     if user_place(error) is not None:
         return describe(error)
     return text_of(error) or type(error).__name__

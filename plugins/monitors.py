@@ -47,7 +47,8 @@ class LearningRate(Callback):
         groups = trainer.optimizer.param_groups
         for number, group in enumerate(groups if len(groups) > 1 else ()):
             if "lr" in group:
-                trainer.log({f"train/learning_rate/{group.get('name', number)}": float(group["lr"])})
+                name = group.get("name", number)
+                trainer.log({f"train/learning_rate/{name}": float(group["lr"])})
 
 
 def total_norm(gradients: list[Tensor]) -> Tensor:
@@ -73,8 +74,8 @@ def will_log(trainer: Trainer) -> bool:
 class Histograms(Callback):
     """Gives every logger the distribution of each parameter and its gradient, from before the first update on.
 
-    Tags are weights/<parameter> and gradients/<parameter>. Values that are not finite are left out. Of a sparse
-    gradient the values that it stores count, of complex numbers both parts.
+    Tags are weights/<parameter> and gradients/<parameter>. Values that are not finite are left out. Of
+    a sparse gradient the values that it stores count, of complex numbers both parts.
     """
 
     changes_training = False
@@ -159,6 +160,6 @@ def side_by_side(images: Tensor, most: int = 8) -> Tensor:
 
 
 def finite(tensor: Tensor) -> Tensor:
-    """Return the finite values, flat, as float32 on the CPU: of a sparse tensor those that it stores."""
+    """Return the finite values (of a sparse tensor, those stored), flat, as float32 on the CPU."""
     values = numbers_of(tensor.detach()).flatten().float().cpu()
     return values[values.isfinite()]

@@ -62,8 +62,10 @@ class Supervised(Task):
             if user_place(error) is None:
                 what = f"{WORDS[self.target]} with outputs of shape {tuple(out_shape)}"
                 raise DataError(f"the loss {name} cannot take {what}: {text_of(error)}") from error
-            shapes = f"outputs of shape {tuple(outputs.shape)} and targets of shape {tuple(targets.shape)}"
-            raise DataError(f"{describe(error)}, while computing the loss {name} of {shapes}") from error
+            sizes = tuple(outputs.shape), tuple(targets.shape)
+            shapes = f"outputs of shape {sizes[0]} and targets of shape {sizes[1]}"
+            said = f"{describe(error)}, while computing the loss {name} of {shapes}"
+            raise DataError(said) from error
         if not isinstance(loss, Tensor):
             raise DataError(f"the loss {type(self.criterion).__name__} returns {loss!r}, not the mean as a tensor")
         if loss.ndim:

@@ -81,7 +81,8 @@ class Sam(Again):
         before = [p.detach().clone() for p in parameters]
         gradients = [p.grad for p in parameters if p.grad is not None]
         if any(gradient.is_sparse for gradient in gradients):
-            raise SettingError("sam: a gradient is sparse (an embedding with sparse=True), which it cannot follow")
+            cause = "a gradient is sparse (an embedding with sparse=True)"
+            raise SettingError(f"sam: {cause}, which it cannot follow")
         norm = nn.utils.get_total_norm(gradients)
         with torch.no_grad():
             torch._foreach_add_(parameters, torch._foreach_mul(gradients, self.rho / (norm + 1e-12)))
@@ -204,7 +205,8 @@ class ScheduleFree(Averaging):
         for group in trainer.optimizer.param_groups:
             if "lr" not in group:
                 name = type(trainer.optimizer).__name__
-                raise SettingError(f"schedule_free weighs by the learning rate, which {name} does not have")
+                said = f"schedule_free weighs by the learning rate, which {name} does not have"
+                raise SettingError(said)
             momentum = group.get("betas", (group.get("momentum", 0.0),))[0]
             if momentum:
                 name = "betas=[0,0.999]" if "betas" in group else "momentum=0"

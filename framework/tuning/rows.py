@@ -268,7 +268,8 @@ def form_of(optimizer: Optimizer) -> list[Any]:
             tried.param_groups[0].update(given)
             tried.step()
         except Exception as error:
-            raise NotStackable(f"{type(optimizer).__name__} cannot be tried on a number: {text_of(error)}") from error
+            name = type(optimizer).__name__
+            raise NotStackable(f"{name} cannot be tried on a number: {text_of(error)}") from error
         form.append(sorted(tensors_of(tried.state[number])))
     return form
 

@@ -37,7 +37,8 @@ class Stack:
         try:
             self.skeleton, self.precision = copy.deepcopy(wholes[0]), precision
         except Exception as error:
-            raise NotStackable(f"the model or the task cannot be copied: {text_of(error)}") from error
+            said = f"the model or the task cannot be copied: {text_of(error)}"
+            raise NotStackable(said) from error
         self.skeleton.model.train()
         self.mode, self.slots = True, slots(self.skeleton.model)
         self.holders = {key: holder(self.skeleton, key) for key in self.values}
