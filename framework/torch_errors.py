@@ -18,7 +18,7 @@ BATCH_SIZE = "_verify_batch_size"
 
 @contextmanager
 def torch_errors() -> Iterator[None]:
-    """Raise DataError for outputs that are no tensor, classes out of range, a batch norm of one sample."""
+    """Raise DataError for no outputs, a class out of range, and a batch norm of one sample."""
     try:
         yield
     except (IndexError, ValueError, TypeError) as error:
@@ -37,8 +37,7 @@ def explain(error: BaseException) -> str | None:
         return None
     name = innermost.f_code.co_name
     if name == BATCH_SIZE:
-        advice = "batches of two samples or more (drop_last, micro_batch), or use another norm"
-        return f"a batch of one sample in training: {text_of(error)}. A batch norm needs {advice}"
+        return f"a batch of one sample in training: {text_of(error)}. A batch norm needs two"
     if name in CLASS_LOSSES and isinstance(error, IndexError):
         return wrong_class(innermost.f_locals)
     if name.endswith(LOSSES) and isinstance(error, TypeError) and user_place(error) is None:

@@ -308,7 +308,7 @@ class Trainer(Evaluator):
         self._first_step = False
 
     def _after_a_single_sample(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Yield batches; before the first of a fit, try one sample of it, as a batch to come is one."""
+        """Yield batches; before the first of a fit, try one sample, as a batch to come is one."""
         for batch in batches:
             if self._single is not None:
                 placed = self._place(batch)
@@ -317,7 +317,7 @@ class Trainer(Evaluator):
             yield batch
 
     def _first_update(self) -> None:
-        """Do the first update of a fit. Raises SettingError if the optimizer needs more than that."""
+        """Do the first update. Raises SettingError if the optimizer needs more than that."""
         self._update = self._fused
         try:
             self._fused()

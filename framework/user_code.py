@@ -139,7 +139,7 @@ def text_of(error: BaseException) -> str:
 
 
 def describe(error: BaseException) -> str:
-    """Return an error with its place in user code, on one line: "KeyError: 'a' (mine.py:3 in f)"."""
+    """Return an error with its place in user code: "KeyError: 'a' (mine.py:3 in step)"."""
     said = text_of(error)
     if isinstance(error, FrameworkError):
         return said

@@ -74,8 +74,8 @@ def will_log(trainer: Trainer) -> bool:
 class Histograms(Callback):
     """Gives every logger the distribution of each parameter and its gradient, from before the first update on.
 
-    Tags are weights/<parameter> and gradients/<parameter>. Values that are not finite are left out. Of
-    a sparse gradient the values that it stores count, of complex numbers both parts.
+    Tags are weights/<parameter> and gradients/<parameter>. Values that are not finite are left out.
+    Of a sparse gradient the values that it stores count, of complex numbers both parts.
     """
 
     changes_training = False
