@@ -300,7 +300,7 @@ class ClipGradients(Callback):
 
         Args:
             norm: the largest 2-norm of all gradients together; null for no limit.
-            value: the largest absolute value of a component (of a complex one: each part); null: any.
+            value: the largest absolute value of a component (complex: of each part); null for any.
         """
         if norm is None and value is None:
             raise SettingError("clip_gradients: with neither `norm` nor `value` there is nothing to clip")
