@@ -203,7 +203,8 @@ def terminate():
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_error_names_the_sample_and_its_line(workers):
     with pytest.raises(
-        DataError, match=r"^sample 17 cannot be read: ZeroDivisionError: .* \(.*test_loader.py:\d+ in divide\)$"
+        DataError,
+        match=r"^sample 17 cannot be read: ZeroDivisionError: .* \(.*test_loader.py:\d+ in divide\)$",
     ):
         batches(Loader(Faulty(divide), workers=workers))
     with pytest.raises(DataError, match=r"^17.png cannot be read$"):
@@ -426,7 +427,8 @@ def test_a_bad_sample_of_a_batch_read_at_once_is_named_and_skipped(workers):
 
     split = AtOnce(lambda indices: [one(index) for index in indices], one)
     with pytest.raises(
-        DataError, match=r"^sample 17 cannot be read: OSError: no such file \(.*test_loader.py:\d+ in .*\)$"
+        DataError,
+        match=r"^sample 17 cannot be read: OSError: no such file \(.*test_loader.py:\d+ in .*\)$",
     ):
         batches(Loader(split, workers=workers))
     skipping = Loader(split, eval_batch_size=5, workers=workers, on_bad_sample="skip")
