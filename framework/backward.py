@@ -16,7 +16,8 @@ from .compiled import Compile, Compiled, CompiledStep
 from .cuda_graph import CudaGraph, Graphed, GraphedStep
 from .data import Batch
 from .device import Precision
-from .memory import MicroBatches
+from .errors import FrameworkError
+from .memory import MicroBatches, is_full
 from .metric import Measures
 from .task import Phase, Step, Task
 from .whole import Whole
@@ -44,6 +45,7 @@ class Backward:
         self.parameters: list[nn.Parameter] = []
         self.forward: nn.Module | Callable = Compiled(model, compile, clock) if compile == "model" else model
         self.gradients = Compiled(self._gradients, compile, clock) if compile == "step" else self._gradients
+        self.compiled = compile == "step"
         self.whole: Whole | None = None
         self.updated = False  # whether the update was part of it
         self.phase: Phase | None = None
@@ -95,17 +97,27 @@ class Backward:
         mean: Tensor | None = None
         for part, count in zip(parts, counts, strict=True):
             share = None if len(parts) == 1 else count / total  # so that the sum is the mean of the whole
-            if share is None and self.whole is not None and not self.micro_batches.auto and self.whole.ready():
-                with self.clock.detail("forward, backward and update"):
-                    made, self.updated = self.whole(part)
-            else:
-                made = self.pass_through(part, share)
+            try:
+                made = self._one(part, share)
+            except (FrameworkError, AttributeError, TypeError, RuntimeError) as error:
+                if self.compiled and not is_full(error):
+                    self._step_eagerly(part)
+                raise
             outputs, targets = (made.outputs, made.targets) if self.phase is None else (None, None)
             self.measures.add(made.loss, outputs, targets, count, made.values)
             loss = made.loss.detach() if share is None else made.loss.detach() * share
             mean = loss if mean is None else mean + loss
         assert mean is not None
         return mean
+
+    def _one(self, part: Batch, share: float | Tensor | None) -> Step:
+        """Do the forward and the backward pass of one micro-batch, with the update where that is one call."""
+        alone = share is None and not self.micro_batches.auto
+        if alone and self.whole is not None and self.whole.ready():
+            with self.clock.detail("forward, backward and update"):
+                made, self.updated = self.whole(part)
+                return made
+        return self.pass_through(part, share)
 
     def _eager(self, batch: Batch, share: float | Tensor | None) -> Step:
         with self.clock.detail("forward"), self.precision.autocast():
@@ -133,6 +145,12 @@ class Backward:
             if gradient is not None:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         return made
+
+    def _step_eagerly(self, batch: Batch) -> None:
+        """Raise the error of a step that failed compiled, if it fails eagerly too: its message says more."""
+        with self.precision.autocast():
+            made = self.task.step(self.model, batch)
+        check_made(self.task, made, self.parameters)
 
     def _gradients(self, batch: Batch, factor: Tensor | None) -> tuple[Step, list[Tensor | None]]:
         """What is compiled as a whole: from a batch to the gradients, times a factor."""

@@ -106,8 +106,10 @@ def check_fit(model: nn.Module, data: Data, out_shape: Sequence[int]) -> None:
     name = type(model).__name__
     try:
         shape = tuple(dry_run(model, sample).shape[1:])
-    except FrameworkError as error:
-        raise type(error)(after(name, name, error)) from error
+    except BuildError as error:
+        raise BuildError(after(name, name, error)) from error
+    except FrameworkError:
+        raise
     except Exception as error:
         if user_place(error) is None:
             said = f"{name} cannot take a sample of {type(data).__name__}: {text_of(error)}"

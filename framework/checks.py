@@ -53,11 +53,10 @@ def check_callbacks(given: Any) -> list[Callback]:
 
 
 def check_loggers(given: Any) -> list[Logger]:
-    """Return them. Raises SettingError for what has not the methods of a logger."""
+    """Return them. Raises SettingError for what has not the methods of a logger that each run calls."""
     loggers = as_list("loggers", given, "loggers")
-    methods = [name for name in vars(Logger) if not name.startswith("_")]
     for logger in loggers:
-        able = all(callable(getattr(logger, name, None)) for name in methods)
+        able = all(callable(getattr(logger, name, None)) for name in ("open", "scalars", "close"))
         if isinstance(logger, type) or not able:
             raise SettingError(f"loggers: {wrong(logger, 'loggers')}")
     return loggers
@@ -129,12 +128,11 @@ def check_batch_size(batch_size: Any) -> None:
         raise SettingError(f"batch_size={batch_size!r}: expected an int from 1 on")
 
 
-def check_fit(model: nn.Module, task: Any, optimizer: Any, schedule: Any, metrics: Sequence[Any]) -> None:
+def check_fit(model: Any, task: Any, optimizer: Any, schedule: Any) -> None:
     """Raise SettingError for what `fit` cannot train with."""
     if not isinstance(model, nn.Module):
         raise SettingError(f"model: {wrong(model, 'models', ', in_shape, out_shape')}")
     check_task(task)
-    check_metrics(metrics)
     if not isinstance(optimizer, Optimizer):
         raise SettingError(f"optimizer: {wrong(optimizer, 'optimizers', ', model.parameters()')}")
     check_step_alone(optimizer)

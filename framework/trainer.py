@@ -28,6 +28,7 @@ from .checks import (
     check_folder,
     check_gradients,
     check_loggers,
+    check_metrics,
     check_phases,
     check_resume,
     check_single_sample,
@@ -179,7 +180,8 @@ class Trainer(Evaluator):
         resume: dict[str, Any] | None,
     ) -> None:
         """Take what `fit` was given, up to the first step."""
-        check_fit(model, task, optimizer, schedule, metrics)
+        metrics = check_metrics(metrics)
+        check_fit(model, task, optimizer, schedule)
         needs_targets = not isinstance(task, Task)
         check_source("data", data, needs_targets)
         if val is not None:
@@ -198,7 +200,7 @@ class Trainer(Evaluator):
         self.val_batches = None if val is None else self._batches(val, 4 * batch_size)  # without gradients
         if self.val_batches is not None:
             count_steps(self.val_batches, 1, "validation")
-        self.metrics = list(metrics)
+        self.metrics = metrics
         self._prepare(resume)
 
     @contextmanager
