@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from . import seeds
 from .checks import single_sample
@@ -15,7 +16,7 @@ from .metric import InUnits, Metric
 from .optimizer import Parameters
 from .probe import undisturbed
 from .registry import Maker, Registry
-from .shapes import after, dry_run
+from .shapes import after, dry_run, first_output
 from .spec import Spec
 from .task import Task
 from .torch_errors import is_batch_norm
@@ -87,6 +88,8 @@ def build_model(
     torch.manual_seed(seeds.derive(spec.seed, "init"))
     model = maker(tuple(in_shape), tuple(out_shape), tuple(columns))
     if spec.parts["initializer"] is not None:
+        if any(is_lazy(parameter) for parameter in model.parameters()):
+            first_output(model, tuple(in_shape))  # makes the weights, which have no shape before
         for weight in model.parameters():
             if weight.ndim >= 2:  # the rest are biases and scales of norms
                 spec.parts["initializer"](weight)

@@ -14,7 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import framework as fw
 from framework import Callback, Metric, Step, Task, TensorSplit, Trainer, Transform
+from framework.compose import CommandLine, run
 from framework.errors import BuildError, DataError, FrameworkError, PluginError, SettingError
+from framework.experiment import Experiment
 from framework.registry import Kind, Registry
 from framework.user_code import describe
 
@@ -834,6 +836,26 @@ def test_values_of_complex_gradients_are_clipped_in_both_parts():
 
 
 # --- lazy modules ---------------------------------------------------------------------------------
+
+
+LAZY = """\
+from torch import nn
+from framework import models
+
+@models.register("lazy")
+class Lazy(nn.Module):
+    def __init__(self, in_shape, out_shape):
+        super().__init__()
+        self.linear = nn.LazyLinear(out_shape[0])
+    def forward(self, x): return self.linear(x)
+"""
+
+
+def test_an_initializer_fills_lazy_weights(user_file, forget_plugins):
+    user_file(LAZY)
+    jobs = []
+    run(CommandLine(["model=lazy", "initializer=ones", "data=blobs"], ["mine.py"]), jobs.append)
+    assert Experiment(jobs[0].spec).model.linear.weight.unique().tolist() == [1.0]
 
 
 @pytest.mark.parametrize("name", ["ema", "lookahead", "schedule_free"])
