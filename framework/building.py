@@ -1,6 +1,7 @@
 """The objects behind the names of a Spec, one by one, and whether they fit each other."""
 
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from . import seeds
 from .checks import single_sample
 from .data import Data, Loader, Scale, check_data
-from .errors import BuildError, DataError, FrameworkError
+from .errors import BuildError, DataError, FrameworkError, short
 from .folds import take_fold
 from .metric import InUnits, Metric
 from .optimizer import Parameters
@@ -25,16 +26,28 @@ from .user_code import describe, reason_of, text_of, user_errors, user_place
 
 def build_data(spec: Spec) -> Data:
     data = spec.parts["data"]()
+    check_contract(data)
     with user_errors(f"reading the length of a split of {type(data).__name__}", DataError):
         check_data(data)
-    for name in ("in_shape", "out_shape"):
-        if getattr(data, name, None) is None:
-            entry = spec.parts["data"].entry
-            said = f"{type(data).__name__} has no {name}; its __init__ sets it"
-            raise DataError(f"{entry} ({entry.registered}): {said}")
     if spec.fold is not None:
         take_fold(data, spec.fold)
     return data
+
+
+def check_contract(data: Data) -> None:
+    """Raise DataError when a data set has no shapes, or a split that is no sequence of samples."""
+    owner = type(data).__name__
+    for name in ("in_shape", "out_shape"):
+        shape = getattr(data, name, None)
+        if not isinstance(shape, tuple | list) or not all(isinstance(size, Integral) for size in shape):
+            expected = f"its __init__ should set {name} to a tuple of ints"
+            raise DataError(f"{owner}: {expected}, not {short(shape)}")
+    for name in ("train", "val", "test"):
+        split = getattr(data, name, None)
+        able = hasattr(split, "__len__") and hasattr(split, "__getitem__")
+        if split is not None and not able:
+            expected = f"its {name} split should have __len__ and __getitem__"
+            raise DataError(f"{owner}: {expected}, as a {type(split).__name__} has not")
 
 
 def build_loader(spec: Spec, model: nn.Module, data: Data, split: str, shuffle: bool = False) -> Loader:

@@ -72,12 +72,13 @@ class Experiment:
         self.steps_per_epoch = count_steps(self.train_batches, limits["accumulate"])
         self.total_steps = count_total(self.steps_per_epoch, limits["max_epochs"], limits["max_steps"])
         scheduler = spec.parts["scheduler"]
+        self.schedule = None
         if scheduler is not None:
             check_has_rate(self.optimizer)
-        self.schedule = None if scheduler is None else scheduler(self.total_steps)
-        if self.schedule is not None and not callable(self.schedule):
-            said = f"expected a function from the step to a factor, got {short(self.schedule)}"
-            raise BuildError(f"{scheduler.entry} ({scheduler.entry.registered}): {said}")
+            self.schedule = scheduler(self.total_steps)
+            if not callable(self.schedule):
+                said = f"expected a function from the step to a factor, got {short(self.schedule)}"
+                raise BuildError(f"{scheduler.entry} ({scheduler.entry.registered}): {said}")
 
     def batches(self, split: str) -> Loader:
         """Return the reader of a split. Raises DataError when the data has none of that name."""

@@ -1,5 +1,6 @@
 """A trained model, read back from its run folder."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from .building import build_data, build_loader, build_metrics, build_model
 from .data import Scale
-from .errors import DataError, RunError
+from .errors import DataError, RunError, short
 from .experiment import load_weights
 from .run import read_config, read_facts
 from .spec import Spec, read_spec
@@ -54,12 +55,16 @@ class Trained:
             raise DataError(f"{file}: a row has shape {row}; the model takes {wanted}")
         return inputs
 
-    def predict(self, inputs: Tensor) -> dict[str, Any]:
+    def predict(self, inputs: Tensor) -> Mapping[str, Any]:
         """Return the task's predictions, columns by name."""
         batch_size = self.spec.sections["loader"]["eval_batch_size"]
         outputs = self.trainer().predict(inputs, model=self.model, batch_size=batch_size)
         scale = self.facts.get("scale")
-        return self.task.predict(outputs if scale is None else Scale(*scale).back(outputs))
+        columns = self.task.predict(outputs if scale is None else Scale(*scale).back(outputs))
+        if not isinstance(columns, Mapping):
+            name = type(self.task).__name__
+            raise DataError(f"{name}.predict: expected a dict of columns, got {short(columns)}")
+        return columns
 
 
 def open_run(run: Path, which: str = "best") -> Trained:

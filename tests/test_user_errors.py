@@ -156,6 +156,9 @@ class S(Schedule):
         return 1.0
     def observe(self, metrics): fail("observe", self.place)
 
+@schedulers.register("forgetful")
+def forgetful(total_steps): pass
+
 @transforms.register("w")
 class W(Transform):
     def __call__(self, batch): fail("transform", "transform")
@@ -175,6 +178,10 @@ class D(Data):
         fail("init", place)
         self.train, self.classes = Samples(place), list("abc")
         self.in_shape, self.out_shape = (4,), (3,)
+        if place == "shape": self.out_shape = 3
+        if place == "no shape": del self.in_shape
+        if place == "generator": self.train = iter([])
+        if place == "dict": self.train = [{"x": 1}]
     @classmethod
     def read_inputs(cls, path, facts): fail("read", "read")
 
@@ -261,6 +268,27 @@ def test_an_error_in_training_names_the_line_and_is_not_hidden(trained, settings
     assert (status, err) == (1, f"framework: {said}; --traceback shows the calls\n")
     file = json.loads(Path("runs/default/x/status.json").read_text())
     assert (file["status"], file["reason"]) == ("failed", said)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ("data=d data.place=shape", "D: its __init__ should set out_shape to a tuple of ints, not 3"),
+        ("data=d '+data.place=no shape'", "D: its __init__ should set in_shape to a tuple of ints, not None"),
+        ("data=d data.place=generator", "D: its train split should have __len__ and __getitem__, as a list_iterator"),
+        (
+            "data=d data.place=dict",
+            "the first training sample of D: expected a tuple (input, target) of tensors, got a dict",
+        ),
+        ("data=d data.place=range", "a batch has the target 10; with 3 classes they go from 0 to 2"),
+        ("scheduler=forgetful", "expected a function from the step to a factor, got None"),
+    ],
+)
+def test_a_part_that_breaks_its_contract_is_said(trained, settings, said):
+    status, err = trained(settings)
+    assert status == 2
+    assert said in err
+    assert len(err.splitlines()) == 1
 
 
 def test_an_error_of_on_exception_does_not_hide_what_failed(trained):
