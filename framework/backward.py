@@ -10,15 +10,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import seeds
-from .checks import check_input_dtype, check_parameters_reached
+from .checks import check_input_dtype, check_made, check_parameters_reached, count_of
 from .clock import Clock
 from .compiled import Compile, Compiled, CompiledStep
 from .cuda_graph import CudaGraph, Graphed, GraphedStep
 from .data import Batch
 from .device import Precision
+from .errors import FrameworkError
 from .identity import identical
 from .loss import portion, share_of
-from .memory import MicroBatches, versions
+from .memory import MicroBatches, is_full, versions
 from .metric import Measures
 from .task import Phase, Step, Task
 from .whole import Whole
@@ -47,6 +48,7 @@ class Backward:
         self.with_gradients: list[nn.Parameter] = []  # the optimizer's and all others of the model
         self.forward: nn.Module | Callable = Compiled(model, compile, clock) if compile == "model" else model
         self.gradients = Compiled(self._gradients, compile, clock) if compile == "step" else self._gradients
+        self.compiled = compile == "step"
         self.whole: Whole | None = None
         self.updated = False  # whether the update was part of it
         self.checked: set[str | None] = set()  # phases whose first step was checked
@@ -100,16 +102,17 @@ class Backward:
             self._undo(mark)  # out of `except`, whose traceback keeps the tensors that filled the memory
 
     def _all(self, parts: list[Batch]) -> Tensor:
-        counts = [self.task.count(part) for part in parts]
+        counts = [count_of(self.task, part) for part in parts]
         total = sum(counts)
         mean: Tensor | None = None
         for part, count in zip(parts, counts, strict=True):
             share = None if len(parts) == 1 else share_of(count, total)  # so that the sum is the mean of the whole
-            if share is None and self.whole is not None and not self.micro_batches.auto and self.whole.ready():
-                with self.clock.detail("forward, backward and update"):
-                    made, self.updated = self.whole(part)
-            else:
-                made = self.pass_through(part, share)
+            try:
+                made = self._one(part, share)
+            except (FrameworkError, AttributeError, TypeError, RuntimeError) as error:
+                if self.compiled and not is_full(error):
+                    self._step_eagerly(part)
+                raise
             self._check_first(made, len(part[0]))
             outputs, targets = (made.outputs, made.targets) if self.phase is None else (None, None)
             self.measures.add(made.loss, outputs, targets, count, made.values)
@@ -127,12 +130,26 @@ class Backward:
         check_parameters_reached(made.loss, self.model)
         self.task.check_first(made)
 
+    def _one(self, part: Batch, share: float | Tensor | None) -> Step:
+        """Do the forward and the backward pass of one micro-batch, with the update where that is one call."""
+        alone = share is None and not self.micro_batches.auto
+        if alone and self.whole is not None and self.whole.ready():
+            with self.clock.detail("forward, backward and update"):
+                made, self.updated = self.whole(part)
+                return made
+        return self.pass_through(part, share)
+
     def _eager(self, batch: Batch, share: float | Tensor | None) -> Step:
         with self.clock.detail("forward"), self.precision.autocast():
             step = self.task.step if self.phase is None else partial(self.task.phase, self.phase.name)
             made = step(self.forward, batch)  # type: ignore[arg-type]
         with self.clock.detail("backward"):
-            run_backward(self.precision.scaled(made.loss if share is None else made.loss * share))
+            try:
+                loss = made.loss if share is None else made.loss * share
+                run_backward(self.precision.scaled(loss))
+            except (AttributeError, TypeError, RuntimeError):
+                check_made(self.task, made, self.parameters)
+                raise
         return made
 
     def _graphed(self, batch: Batch, share: float | Tensor | None) -> Step:
@@ -148,6 +165,12 @@ class Backward:
             if gradient is not None:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         return made
+
+    def _step_eagerly(self, batch: Batch) -> None:
+        """Raise the error of a step that failed compiled, if it fails eagerly too: its message says more."""
+        with self.precision.autocast():
+            made = self.task.step(self.model, batch)
+        check_made(self.task, made, self.parameters)
 
     def _gradients(self, batch: Batch, factor: Tensor | None) -> tuple[Step, list[Tensor | None]]:
         """What is compiled as a whole: from a batch to the gradients, times a factor."""

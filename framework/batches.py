@@ -78,13 +78,14 @@ def batches_in_memory(batches: Batches) -> Sequence[Batch] | None:
     return [source.dataset.tensors] if type(source.dataset) is TensorDataset else None
 
 
-def count_steps(batches: Batches, accumulate: int) -> int:
+def count_steps(batches: Batches, accumulate: int, what: str = "training") -> int:
     """Return the optimizer steps of an epoch; 0 when they cannot be counted beforehand. Raises DataError for none."""
     count = known_length(batches)
     if count is None:
         return 0
     if count == 0:
-        raise DataError("the training data has no batch: it is empty, or smaller than a batch with drop_last")
+        causes = "it is empty, or smaller than a batch with drop_last"
+        raise DataError(f"the {what} data has no batch: {causes}")
     return -(-count // accumulate)
 
 

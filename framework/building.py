@@ -1,22 +1,27 @@
 """The objects behind the names of a Spec, one by one, and whether they fit each other."""
 
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from . import seeds
+from .checks import single_sample
 from .data import Data, Loader, Scale, check_data
-from .errors import BuildError, DataError, FrameworkError
+from .errors import BuildError, DataError, FrameworkError, short
 from .folds import take_fold
 from .metric import InUnits, Metric
 from .optimizer import Parameters
 from .probe import undisturbed
 from .registry import Maker, Registry
-from .shapes import dry_run
+from .shapes import after, dry_run, first_output
 from .spec import Spec
 from .task import Task
+from .torch_errors import is_batch_norm
+from .user_code import describe, reason_of, text_of, user_errors, user_place
 
 
 def build_data(spec: Spec, refit: bool = True) -> Data:
@@ -25,11 +30,29 @@ def build_data(spec: Spec, refit: bool = True) -> Data:
     refit: see `take_fold`; False for a run of an older version, which was normalised by the original training split.
     """
     data = spec.parts["data"]()
-    check_data(data)
+    check_contract(data)
+    with user_errors(f"reading the length of a split of {type(data).__name__}", DataError):
+        check_data(data)
     if spec.fold is not None:
         take_fold(data, spec.fold, refit)
     data.refit = None  # it holds all that was read
     return data
+
+
+def check_contract(data: Data) -> None:
+    """Raise DataError when a data set has no shapes, or a split that is no sequence of samples."""
+    owner = type(data).__name__
+    for name in ("in_shape", "out_shape"):
+        shape = getattr(data, name, None)
+        if not isinstance(shape, tuple | list) or not all(isinstance(size, Integral) for size in shape):
+            expected = f"its __init__ should set {name} to a tuple of ints"
+            raise DataError(f"{owner}: {expected}, not {short(shape)}")
+    for name in ("train", "val", "test"):
+        split = getattr(data, name, None)
+        able = hasattr(split, "__len__") and hasattr(split, "__getitem__")
+        if split is not None and not able:
+            expected = f"its {name} split should have __len__ and __getitem__"
+            raise DataError(f"{owner}: {expected}, as a {type(split).__name__} has not")
 
 
 def build_loader(spec: Spec, model: nn.Module, data: Data, split: str, shuffle: bool = False) -> Loader:
@@ -83,6 +106,8 @@ def build_model(
     torch.manual_seed(seeds.derive(spec.seed, "init"))
     model = maker(tuple(in_shape), tuple(out_shape), tuple(columns))
     if spec.parts["initializer"] is not None:
+        if any(is_lazy(parameter) for parameter in model.parameters()):
+            first_output(model, tuple(in_shape))  # makes the weights, which have no shape before
         for weight in model.parameters():
             if weight.ndim >= 2:  # the rest are biases and scales of norms
                 spec.parts["initializer"](weight)
@@ -90,33 +115,63 @@ def build_model(
 
 
 def build_groups(spec: Spec, model: nn.Module) -> list[Any]:
+    if next(model.parameters(), None) is None:
+        name = spec.parts["model"].entry.name
+        raise BuildError(f"model={name}: it has no parameters, so that nothing can be trained")
     return Parameters(**spec.sections["parameters"]).groups(model, spec.parts["optimizer"])
 
 
 def check_fit(model: nn.Module, data: Data, out_shape: Sequence[int]) -> None:
     """Run one training sample through the model. Raises BuildError when the output has another shape than it must."""
-    sample = torch.as_tensor(data.train[0][0]).unsqueeze(0)
+    sample = first_input(data)
+    name = type(model).__name__
     try:
         shape = tuple(dry_run(model, sample).shape[1:])
+    except BuildError as error:
+        raise BuildError(after(name, name, error)) from error
     except FrameworkError:
         raise
     except Exception as error:
-        raise BuildError(f"{type(model).__name__} cannot take a sample of {type(data).__name__}: {error}") from error
+        if user_place(error) is None:
+            said = f"{name} cannot take a sample of {type(data).__name__}: {text_of(error)}"
+            raise BuildError(said) from error
+        situation = f"while running {name} on one training sample of shape {tuple(sample.shape)}"
+        raise BuildError(f"{describe(error)}, {situation}") from error
     if shape != tuple(out_shape):
         raise BuildError(f"{type(model).__name__} gives outputs of shape {shape}; the task needs {tuple(out_shape)}")
 
 
-def check_smallest_batch(model: nn.Module, batches: Loader) -> None:
-    """Raise DataError when a training batch is a single sample and the model (batch norm) cannot train on one."""
-    rows, size = len(batches.split), batches.batch_size
-    if size > 1 and (rows % size != 1 or batches.drop_last):
+def first_input(data: Data) -> Tensor:
+    """Return the first training input as a batch of one.
+
+    Raises DataError when it cannot be read or is no tensor.
+    """
+    name = type(data).__name__
+    with user_errors(f"reading the first training sample of {name}", DataError):
+        sample: Any = data.train[0]
+    try:
+        return torch.as_tensor(sample[0]).unsqueeze(0)
+    except (TypeError, ValueError, RuntimeError, KeyError, IndexError) as error:
+        reason = f" ({reason_of(error)})" if isinstance(sample, tuple | list) else ""
+        said = f"expected a tuple (input, target) of tensors, got a {type(sample).__name__}{reason}"
+        raise DataError(f"the first training sample of {name}: {said}") from error
+
+
+def check_smallest_batch(model: nn.Module, batches: Loader, micro_batch: int | None = None) -> None:
+    """Raise DataError when a training batch is one sample and the model (batch norm) needs more.
+
+    micro_batch: samples that go through the model at once; None for whole batches.
+    """
+    single = single_sample(batches, micro_batch)
+    if single is None:
         return
     sample = torch.as_tensor(batches.split[0][0]).unsqueeze(0)
     try:
         with undisturbed(model, train=True), torch.no_grad():
             model(sample)
     except ValueError as error:
-        where = f" (the last of {rows:,} in batches of {size:,}; loader.drop_last=true leaves it out)" * (size > 1)
-        raise DataError(
-            f"loader.batch_size={size} makes a batch of one sample{where}: {error}. A batch norm needs two"
-        ) from error
+        section = "trainer" if single.setting == "micro_batch" else "loader"
+        said = reason_of(error)
+        if is_batch_norm(error):
+            said = f"{text_of(error)}. A batch norm needs two"
+        raise DataError(f"{section}.{single}: {said}") from error

@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import sys
-import sysconfig
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ from .arguments import CHECKPOINT, JSON, RUN, TRACEBACK, Parser, command_line, c
 from .errors import ConfigError, FrameworkError, did_you_mean
 from .exits import no_exit
 from .help import BOARD, CHECK, EVAL, FIND, HELP, LIST, PLAN, PREDICT, RESUME, SHOW, TRAIN
+from .user_code import describe, internal_place, user_place
 
 STARTED = time.monotonic()
 
@@ -41,28 +41,31 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def complain(error: Exception, with_traceback: bool) -> int:
-    """Print what went wrong, and where in the program if that was a fault of it; returns the exit status."""
+    """Print an error with its place, in user code or in the framework; return the exit status."""
     if with_traceback:
         traceback.print_exception(error)
-    advice = "" if isinstance(error, FrameworkError) else f"; {TRACEBACK} shows the way there"
-    print("\n".join(f"framework: {line}" for line in words_of(error)) + advice, file=sys.stderr)
+    lines = [f"framework: {line}" for line in words_of(error)]
+    if not with_traceback and has_calls(error):
+        lines[-1] += f"; {TRACEBACK} shows the calls"
+    print("\n".join(lines), file=sys.stderr)
     return error.exit_status if isinstance(error, FrameworkError) else 1
 
 
+def has_calls(error: Exception) -> bool:
+    """Whether a traceback says more than the message: of errors in user code and internal ones."""
+    if not isinstance(error, FrameworkError):
+        return True
+    cause = error.__cause__
+    place = None if cause is None or isinstance(cause, FrameworkError) else user_place(cause)
+    return place is not None and str(place) in str(error)
+
+
 def words_of(error: Exception) -> list[str]:
-    """Return what went wrong, a fault with its place, in a line or two each."""
+    """Return an error in a line or two, with its location."""
     if isinstance(error, FrameworkError):
-        return str(error).splitlines()
-    said = " ".join(str(error).split())
-    return [f"{type(error).__name__}: {said[:300]}", f"a fault at {place(error)}"]
-
-
-def place(error: Exception) -> str:
-    """Return file:line where an error arose: in a plugin, when one was at work, rather than in what it called."""
-    frames = traceback.extract_tb(error.__traceback__)
-    libraries = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), str(Path(__file__).parent), "<")
-    frame = ([frame for frame in frames if not frame.filename.startswith(libraries)] or frames)[-1]
-    return f"{frame.filename}:{frame.lineno}"
+        return str(error).splitlines() or [type(error).__name__]
+    place = internal_place(error) if user_place(error) is None else None
+    return [describe(error) if place is None else f"{describe(error)}; internal error at {place}"]
 
 
 def run(arguments: list[str]) -> int:

@@ -4,8 +4,8 @@ import hashlib
 import importlib
 import importlib.util
 import pkgutil
+import re
 import sys
-import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from functools import cache
@@ -18,6 +18,7 @@ from typing import Any
 from .errors import FrameworkError, PluginError
 from .exits import describe_exit
 from .registry import Registry
+from .user_code import describe, shorter as shorter
 
 GROUP = "framework.plugins"
 
@@ -89,6 +90,7 @@ def load(plugin: str) -> None:
         files = sorted(path.glob("*.py"))
         if not files:
             raise PluginError(f"plugin {plugin}: there is no .py file in this folder")
+        files.sort(key=lambda file: file.name != "__init__.py")  # it is loaded first
         for file in files:
             load_file(file)
     elif path.is_file():
@@ -129,21 +131,61 @@ def loaded_from(file: Path) -> ModuleType | None:
 
 
 def load_file(file: Path) -> None:
-    """Import a file under a module name of its own, unless it is loaded already under another."""
+    """Import a file as a module of its folder, unless it is loaded already under another name.
+
+    The folder is a package, so that its files import each other by `from .other import x`.
+    """
     real = file.resolve()
     if loaded_from(real) is not None:
         return
-    name = f"framework_plugin_{real.stem}_{hashlib.blake2b(str(real).encode(), digest_size=4).hexdigest()}"
-    spec = importlib.util.spec_from_file_location(name, real)
+    package = package_of(real.parent)
+    name = f"{package}.{module_name(real)}"
+    inside = None
+    if real.name == "__init__.py":
+        name = package
+        inside = [str(real.parent)]
+    spec = importlib.util.spec_from_file_location(name, real, submodule_search_locations=inside)
     if spec is None or spec.loader is None:
         raise PluginError(f"plugin {file} is not a Python file")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     with loading(str(file), "its path"):
         try:
             spec.loader.exec_module(module)
-        except BaseException:
+        except BaseException as error:
             del sys.modules[name]
+            advise_relative(error, real.parent)
             raise
+
+
+def package_of(folder: Path) -> str:
+    """Return the name of the package of a folder's plugin files; it is made at the first call."""
+    name = f"framework_plugin_{digest(folder)}"
+    if name not in sys.modules:
+        package = ModuleType(name)
+        package.__path__ = [str(folder)]
+        sys.modules[name] = package
+    return name
+
+
+def module_name(file: Path) -> str:
+    """Return the name of a file's module in its package, which is an identifier."""
+    if file.stem.isidentifier():
+        return file.stem
+    return f"{re.sub(r'[^0-9A-Za-z_]', '_', file.stem)}_{digest(file)}"
+
+
+def digest(path: Path) -> str:
+    return hashlib.blake2b(str(path).encode(), digest_size=4).hexdigest()
+
+
+def advise_relative(error: BaseException, folder: Path) -> None:
+    """Say how to import a file of the plugin's folder, if that is what an import did not find."""
+    if not isinstance(error, ModuleNotFoundError):
+        return
+    missing = error.name or ""
+    if missing and (folder / f"{missing}.py").is_file():
+        advice = f"{missing}.py is beside the plugin: write `from .{missing} import ...`"
+        error.msg = f"{error}; {advice}"
 
 
 @contextmanager
@@ -159,29 +201,8 @@ def loading(what: str, reached_by: str) -> Iterator[None]:
         raise failure(what, reached_by, error) from error
 
 
-def shorter(path: str | Path) -> str:
-    """Return a path as from the working folder, when it is below it."""
-    try:
-        return str(Path(path).resolve().relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
-
-
 def failure(what: str, reached_by: str, error: BaseException) -> PluginError:
     if isinstance(error, FrameworkError):
         return PluginError(f"plugin {what} cannot be loaded: {error}")
-    if isinstance(error, SystemExit):
-        return PluginError(f"plugin {what} (reached by {reached_by}) cannot be loaded: {describe_exit(error)}")
-    reason = f"{type(error).__name__}: {error}{innermost_line(error)}"
+    reason = describe_exit(error) if isinstance(error, SystemExit) else describe(error)
     return PluginError(f"plugin {what} (reached by {reached_by}) cannot be loaded: {reason}")
-
-
-def innermost_line(error: BaseException) -> str:
-    """Return " at file:line" of the plugin's own code where the error arose, rather than of a library that it calls."""
-    if isinstance(error, SyntaxError):
-        return f" at {error.filename}:{error.lineno}"
-    ours = (str(Path(__file__).parent), "<")
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(ours)]
-    frames = [frame for frame in frames if "importlib" not in frame.filename]
-    own = [frame for frame in frames if "site-packages" not in frame.filename] or frames
-    return f" at {own[-1].filename}:{own[-1].lineno}" if own else ""

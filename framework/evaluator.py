@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .batches import Batches, Source, as_batches, known_targets
-from .checks import check_input_dtype, check_task
+from .checks import check_input_dtype, check_made, check_metrics, check_source, check_task, count_of
 from .data import Batch, Data, TensorSplit
 from .device import Format, Precision, deterministic_algorithms, find_device
 from .errors import DataError, SettingError
@@ -15,6 +15,7 @@ from .loss import described
 from .memory import MicroBatches, memory_errors, versions
 from .metric import Measures, Metric
 from .task import LossTask, Task
+from .torch_errors import torch_errors
 
 
 class Evaluator:
@@ -47,11 +48,12 @@ class Evaluator:
             check_task(task)
         self._use(model, task, "model", "task")
         if metrics is not None:
-            self.metrics = list(metrics)
+            self.metrics = check_metrics(metrics)
         if isinstance(data, Data):
             data = getattr(data, name, data)
         if data is None:
             raise DataError(f"the data has no {name} split")
+        check_source("data", data, isinstance(self.task, LossTask))
         batches = self._batches(data, batch_size)
         all_kept = self.task.all_kept
         self.task.know_targets(known_targets(batches))
@@ -82,6 +84,7 @@ class Evaluator:
             batch_size: samples at once, for inputs and splits.
         """
         self._use(model, task, "model")
+        check_source("data", data, needs_targets=False)
         batches = self._batches(TensorSplit(data) if isinstance(data, Tensor) else data, batch_size)
         outputs: list[Tensor] = []
         with self._inference():
@@ -139,12 +142,13 @@ class Evaluator:
 
     def _measure_parts(self, batch: Batch, measures: Measures) -> None:
         for part in self.micro_batches.split(batch):
-            count = self.task.count(part)  # before the model may change the inputs
+            count = count_of(self.task, part)  # before the model may change the inputs
             try:
                 made = self.task.step(self.model, part)
             except RuntimeError as error:
                 check_input_dtype(error, self.model, part)
                 raise
+            check_made(self.task, made)
             if not self._checked_first and len(part[0]) > 1:
                 self.task.check_first(made)
                 self._checked_first = True
@@ -153,7 +157,8 @@ class Evaluator:
     @contextmanager
     def _inference(self) -> Iterator[None]:
         deterministic = deterministic_algorithms(self.deterministic)
-        with self.precision.inference(self.model), deterministic, memory_errors(self.device):
+        inference = self.precision.inference(self.model)
+        with inference, deterministic, memory_errors(self.device), torch_errors():
             yield
 
     def _use(self, model: nn.Module | None, task: Task | Callable | None, *needed: str) -> None:

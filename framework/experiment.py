@@ -23,10 +23,10 @@ from .building import (
     check_smallest_batch,
     scale_of,
 )
-from .checks import check_loss_parameters, check_schedule
+from .checks import check_has_rate, check_loss_parameters, check_schedule, check_step_alone
 from .data import Data, Loader
 from .device import intra_op_threads, suitable_threads
-from .errors import RunError
+from .errors import BuildError, RunError, short
 from .exits import no_exit
 from .introduction import first_batch, introduce
 from .optimizer import build_optimizer
@@ -47,6 +47,7 @@ from .spec import Spec
 from .status import Status
 from .task import Task
 from .trainer import Trainer
+from .user_code import user_errors
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -60,6 +61,7 @@ class Experiment:
     Raises DataError or BuildError when parts do not fit each other.
     """
 
+    @user_errors()
     def __init__(self, spec: Spec, data: Data | None = None):
         self.spec = spec
         self.data = build_data(spec) if data is None else data
@@ -72,15 +74,23 @@ class Experiment:
         check_loss_parameters(self.task, self.model)
         check_fit(self.model, self.data, self.out_shape)
         self.optimizer = build_optimizer(spec.parts["optimizer"], build_groups(spec, self.model))
+        check_step_alone(self.optimizer)
         self.transforms = [maker(self.data.in_shape, self.data.out_shape) for maker in spec.parts["transform"]]
         self.train_batches = self.batches("train")
-        check_smallest_batch(self.model, self.train_batches)
-        self.status = Status()
         limits = spec.sections["trainer"]
+        parts = limits["micro_batch"] if isinstance(limits["micro_batch"], int) else None
+        check_smallest_batch(self.model, self.train_batches, parts)
+        self.status = Status()
         self.steps_per_epoch = count_steps(self.train_batches, limits["accumulate"])
         self.total_steps = count_total(self.steps_per_epoch, limits["max_epochs"], limits["max_steps"])
         scheduler = spec.parts["scheduler"]
-        self.schedule = None if scheduler is None else scheduler(self.total_steps)
+        self.schedule = None
+        if scheduler is not None:
+            check_has_rate(self.optimizer)
+            self.schedule = scheduler(self.total_steps)
+            if not callable(self.schedule):
+                said = f"expected a function from the step to a factor, got {short(self.schedule)}"
+                raise BuildError(f"{scheduler.entry} ({scheduler.entry.registered}): {said}")
         check_schedule(self.schedule, self.data.val is not None)
 
     def batches(self, split: str) -> Loader:

@@ -21,8 +21,9 @@ usage: framework VERB ...
   framework eval runs/default/NAME
 
 `framework VERB --help` shows each with examples. Exit status: 0; 2 for a
-mistake in what was asked for; 1 for a fault of the program (--traceback shows
-where); 130 or 143 when stopped by a signal."""
+command, setting, part or data that cannot work; 1 for another error while a
+run trains, in a part of yours or in the program (the message says where,
+--traceback shows the calls); 130 or 143 when stopped by a signal."""
 
 TRAIN = """\
 examples:

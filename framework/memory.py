@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from .errors import DataError, FrameworkError
+from .user_code import text_of
 from .workers import Batch
 
 
@@ -18,7 +19,9 @@ class OutOfMemory(FrameworkError, torch.OutOfMemoryError):
 
 def is_full(error: BaseException) -> bool:
     """Whether an error is one of the forms in which torch or Python say that memory is full."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return "can't allocate memory" in text_of(error)
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .alignment import call_aligned
 from .data import Scale
-from .errors import DataError, SettingError
+from .errors import DataError, SettingError, short
 from .loss import described, portion
 
 
@@ -84,18 +84,56 @@ def sums_of(metric: Metric, outputs: Tensor, targets: Tensor) -> Tensor:
     return sums
 
 
-def added(metric: Metric, before: Tensor | None, fresh: Tensor) -> Tensor:
-    """Return the sums of a metric with those of further batches."""
+def added(metric: Metric, before: Tensor | None, fresh: Tensor, restored: bool = False) -> Tensor:
+    """Return the sums of a metric with those of further batches.
+
+    Args:
+        metric: the metric.
+        before: its sums so far, None for none.
+        fresh: the sums of further batches.
+        restored: the sums so far may come from a checkpoint, and so from another version of the metric.
+
+    Raises SettingError when the shape of the sums changes.
+    """
     if before is None:
         return fresh.clone()  # it may be a view of the outputs
-    if before.shape != fresh.shape:
-        warnings.warn(
-            f"the metric {metric.name}: the checkpoint has sums of another version of it, which are left out until "
-            "it is logged",
-            stacklevel=2,
-        )
-        return fresh
-    return before + fresh
+    if before.shape == fresh.shape:
+        return before + fresh
+    if not restored:
+        shapes = f"{tuple(fresh.shape)} follows {tuple(before.shape)}"
+        said = f"its `sums` should always have one shape, but {shapes}"
+        raise SettingError(f"the metric {type(metric).__name__}: {said}")
+    warnings.warn(
+        f"the metric {metric.name}: the checkpoint has sums of another version of it, which are left out until "
+        "it is logged",
+        stacklevel=2,
+    )
+    return fresh
+
+
+def computed(metric: Metric, sums: Tensor) -> float:
+    """Return a metric's value. Raises SettingError when its `compute` returns no number."""
+    value = metric.compute(sums)
+    if type(value) is float:
+        return value
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        said = f"its `compute` should return a number, not {found(value)}"
+        raise SettingError(f"the metric {type(metric).__name__}: {said}") from None
+
+
+def detached(name: str, value: Any) -> Tensor:
+    """Return one of a task's other means without its graph. Raises SettingError for no number."""
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        expected = "expected a tensor with one number"
+        raise SettingError(f"the task's value {name!r}: {expected}, got {found(value)}")
+    return value.detach()
+
+
+def found(value: Any) -> str:
+    """Return what a value is, for a message."""
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else short(value)
 
 
 class Measures:
@@ -113,6 +151,7 @@ class Measures:
         self.dtype = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
         self.loss = torch.zeros(2, dtype=self.dtype, device=device)
         self.sums: list[Tensor] = []
+        self.restored = False  # whether `sums` may come from a checkpoint
         self.values: dict[str, Tensor] = {}  # of each name the sum, and over how many items
         self.held: list[Held] = []
         self.numbers = 0
@@ -137,7 +176,9 @@ class Measures:
                 f"{described(outputs)}: write a Task whose `step` returns Step(loss, outputs, targets) with a tensor"
             )
         seen = (outputs.detach(), targets) if self.metrics and outputs is not None else (None, None)
-        means = {name: value.detach() for name, value in values.items()} if values else values
+        means = values
+        if values:
+            means = {name: detached(name, value) for name, value in values.items()}
         one = Held(loss.detach(), count, seen[0], seen[1], means)
         if not self.checked_memory:
             one = self._own(one)
@@ -183,10 +224,10 @@ class Measures:
         if self.held and self.held[0].outputs is not None:
             outputs = together([one.outputs for one in self.held])
             targets = together([one.targets for one in self.held])
-            fresh = [sums_of(metric, outputs, targets).to(self.dtype) for metric in self.metrics]
+            fresh = [sums_of(metric, outputs, targets).to(self.loss) for metric in self.metrics]
             before: list[Tensor | None] = [*self.sums] or [None] * len(fresh)
             triples = zip(self.metrics, before, fresh, strict=True)
-            self.sums = [added(*each) for each in triples]
+            self.sums = [added(*each, self.restored) for each in triples]
         for name in dict.fromkeys(name for one in self.held for name in one.values):
             there = [one for one in self.held if name in one.values]
             weights = torch.stack([torch.as_tensor(one.items).to(self.loss) for one in there])
@@ -207,9 +248,10 @@ class Measures:
         parts = torch.cat(totals).to("cpu", torch.float64).split([total.numel() for total in totals])
         values = {name: float(part[0] / part[1]) for name, part in zip(["loss", *self.values], parts, strict=False)}
         for metric, total, part in zip(self.metrics, self.sums, parts[len(values) :], strict=False):
-            values[metric.name] = metric.compute(part.reshape(total.shape))
+            values[metric.name] = computed(metric, part.reshape(total.shape))
         self.loss.zero_()
         self.sums, self.values = [], {}
+        self.restored = False
         return values
 
     def mark(self) -> Mark:
@@ -245,6 +287,7 @@ class Measures:
         self.loss.copy_(state["loss"])
         same = state["metrics"] == [metric.name for metric in self.metrics]
         self.sums = [total.to(self.loss) for total in state["sums"]] if same else []
+        self.restored = True
         self.values = {name: total.to(self.loss) for name, total in state.get("values", {}).items()}
         held = state.get("held", {"losses": (), "counts": (), "sizes": ()})
         parts: list[Any] = [[None] * len(held["sizes"])] * 2

@@ -21,12 +21,14 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import seeds
-from .errors import SettingError, did_you_mean
+from .errors import BuildError, SettingError, did_you_mean
 from .registry import Maker
 from .schema import PositiveFloat, Range
 
 COMPILER = "torch._dynamo"
 LEFT = "scheduled_lr"  # in a parameter group: the learning rate after a fit with a schedule
+FORM_ERRORS = (KeyError, RuntimeError, AssertionError, AttributeError, TypeError)
+"""What a constructor may raise when parameters do not come in the form that it needs."""
 
 
 class Parameters:
@@ -58,6 +60,10 @@ class Parameters:
         """
         names, known = list(dict(model.named_parameters())), maker.entry.settings
         settings = {name: maker.settings.get(name, setting.default) for name, setting in known.items()}
+        if (self.rates or self.layer_decay != 1.0) and "lr" not in settings:
+            setting = "rates" if self.rates else "layer_decay"
+            said = f"{maker.entry} has no learning rate `lr` that could differ"
+            raise SettingError(f"parameters.{setting}: {said}")
         factors, spared = self.factors(names), self.decay == "weights" and bool(settings.get("weight_decay"))
         found: list[dict[str, Any]] = []
         for factor, run in groupby(names, factors.__getitem__):
@@ -95,7 +101,16 @@ def build_optimizer(maker: Maker, params: Iterable[Any]) -> Optimizer:
     params, entry = list(params), maker.entry
     if not maker.settings.keys() & {"fused", "foreach"}:
         entry = replace(entry, part=partial(entry.part, **implementation(entry.part, params)))
-    return Maker(entry, maker.settings)(params)
+    try:
+        return Maker(entry, maker.settings)(params)
+    except BuildError as error:
+        cause = error.__cause__
+        if not isinstance(cause, FORM_ERRORS):
+            raise
+        kind = "groups" if params and isinstance(params[0], Mapping) else "parameters"
+        given = f"an optimizer gets a list of {len(params)} {kind}"
+        advice = "for other groups, register a function that makes them of `params`"
+        raise BuildError(f"{error}; {given}: {advice}") from cause
 
 
 def implementation(part: Callable[..., Optimizer], params: Iterable[Any]) -> dict[str, bool]:
@@ -128,6 +143,8 @@ def start_learning_rates(optimizer: Optimizer, scheduled: bool) -> None:
     unless the user has set another one since.
     """
     for group in optimizer.param_groups:
+        if "lr" not in group:
+            continue
         left = group.pop(LEFT, None)
         if left is not None and left == group["lr"]:
             group["lr"] = group["initial_lr"]
@@ -140,7 +157,8 @@ def start_learning_rates(optimizer: Optimizer, scheduled: bool) -> None:
 def mark_learning_rates(optimizer: Optimizer) -> None:
     """Note in each group that its learning rate is one that a schedule left."""
     for group in optimizer.param_groups:
-        group[LEFT] = group["lr"]
+        if "lr" in group:
+            group[LEFT] = group["lr"]
 
 
 def group_settings(optimizer: Optimizer, model: nn.Module) -> list[dict[str, Any]]:
@@ -212,8 +230,10 @@ def older_settings(saved: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]
         raise SettingError("resume: the optimizer holds other groups of parameters than the one that was saved")
     found = []
     for group, new in zip(saved, now, strict=True):
-        rate = group.get("initial_lr", group["lr"])
-        found.append({"settings": {**new["settings"], "lr": rate}, "parameters": new["parameters"]})
+        settings = dict(new["settings"])
+        if "lr" in group:
+            settings["lr"] = group.get("initial_lr", group["lr"])
+        found.append({"settings": settings, "parameters": new["parameters"]})
     return found
 
 

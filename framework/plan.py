@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from .data import Batch, Data, TensorSplit
 from .probe import Layer, activation_bytes, optimizer_bytes, read_layers, size_in_bytes
+from .scheduler import factor_of
 from .task import Task
 
 Schedule = Callable[[int], float]  # step to factor on the learning rate
@@ -159,17 +160,21 @@ def read_curve(optimizer: Optimizer | None, schedule: Schedule | None, total_ste
     if optimizer is None or total_steps < 1:
         return None
     base = base_rate(optimizer)
+    if base is None:
+        return None
     points = min(total_steps, MOST_POINTS)
     steps = [round(i * (total_steps - 1) / max(points - 1, 1)) for i in range(points)]
-    rates = [base * (1.0 if schedule is None else float(schedule(step))) for step in steps]
+    rates = [base * (1.0 if schedule is None else factor_of(schedule, step)) for step in steps]
     peak = max(range(points), key=rates.__getitem__)
     columns = min(points, 2 * CURVE[0])
     shown = [rates[round(i * (points - 1) / max(columns - 1, 1))] for i in range(columns)]
     return Curve(rates[0], rates[peak], steps[peak], rates[-1], shown)
 
 
-def base_rate(optimizer: Optimizer) -> float:
-    return float(optimizer.defaults.get("lr", optimizer.param_groups[0]["lr"]))
+def base_rate(optimizer: Optimizer) -> float | None:
+    """Return the optimizer's own learning rate; None where it has none."""
+    rate = optimizer.defaults.get("lr", optimizer.param_groups[0].get("lr"))
+    return None if rate is None else float(rate)
 
 
 def read_groups(optimizer: Optimizer) -> list[ParameterGroup]:
@@ -177,7 +182,8 @@ def read_groups(optimizer: Optimizer) -> list[ParameterGroup]:
     base, found = base_rate(optimizer), []
     for number, group in enumerate(optimizer.param_groups, 1):
         name = str(group.get("name", number if len(optimizer.param_groups) > 1 else "all")).partition(" x ")[0]
-        factor = float(group.get("initial_lr", group["lr"])) / base if base else 1.0
+        rate = group.get("initial_lr", group.get("lr"))
+        factor = float(rate) / base if base and rate is not None else 1.0
         size = sum(parameter.numel() for parameter in group["params"])
         found.append(ParameterGroup(name, size, factor, float(group.get("weight_decay", 0.0))))
     return found

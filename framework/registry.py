@@ -43,6 +43,7 @@ from .schema import (
     read_settings,
     unwrapped,
 )
+from .user_code import reason_of
 
 P = TypeVar("P", bound=Callable[..., Any])
 
@@ -177,7 +178,7 @@ class Entry:
         except FrameworkError:
             raise
         except Exception as error:
-            reason = str(error) or type(error).__name__
+            reason = reason_of(error)
             raise BuildError(f"{self} ({self.registered}) cannot be built: {reason}") from error
         check_base(self.kind, type(built), f"{self} ({self.registered}) builds a {type(built).__qualname__}, which")
         return built

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .errors import BuildError, SettingError
 from .kinds import Shape
+from .user_code import describe, user_place
 
 
 def expect(in_shape: Shape, forms: str, who: str, hint: str = "") -> Shape:
@@ -77,7 +78,10 @@ def chain(makers: Iterable[Callable[..., Any]], in_shape: Shape) -> tuple[list[n
         except BuildError as error:
             raise BuildError(after(where, name, error)) from error
         except Exception as error:
-            raise BuildError(f"{where} cannot take {shape}: {first_line(error)}") from error
+            if user_place(error) is None:
+                raise BuildError(f"{where} cannot take {shape}: {first_line(error)}") from error
+            situation = f"while running it on an input of shape {shape}"
+            raise BuildError(f"{where}: {describe(error)}, {situation}") from error
         shape = tuple(output.shape[1:])
         modules.append(module)
     return modules, shape

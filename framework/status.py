@@ -8,7 +8,9 @@ import time
 from typing import Any
 
 from .callback import Callback
+from .errors import FrameworkError
 from .trainer import Trainer
+from .user_code import describe
 
 
 class Status(Callback):
@@ -37,7 +39,11 @@ class Status(Callback):
 
     def on_exception(self, trainer: Trainer) -> None:
         error = sys.exception()
-        self._write(trainer, "failed", f"{type(error).__name__}: {error}".removesuffix(": "))
+        assert error is not None
+        reason = describe(error)
+        if isinstance(error, FrameworkError):
+            reason = f"{type(error).__name__}: {error}"
+        self._write(trainer, "failed", reason)
 
     def _write(self, trainer: Trainer, status: str, reason: str | None = None) -> None:
         if trainer.folder is None:

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ from torch import Tensor, nn
 
 from .building import build_data, build_loader, build_metrics, build_model, scale_of
 from .data import Data, Scale
-from .errors import DataError, RunError
+from .errors import DataError, RunError, short
 from .experiment import load_weights
 from .run import dump, read_config, read_facts
 from .spec import Spec, read_spec
 from .task import Task
 from .trainer import Trainer
+from .user_code import user_errors
 
 
 @dataclass
@@ -60,18 +62,26 @@ class Trained:
         """Read a file of inputs as the run's data set reads it. Raises DataError when it does not fit the model."""
         if not file.exists():
             raise DataError(f"there is no file {file}")
-        inputs = self.spec.parts["data"].entry.part.read_inputs(file, self.facts["data"])
+        with user_errors(f"reading {file}", DataError):
+            inputs = self.spec.parts["data"].entry.part.read_inputs(file, self.facts["data"])
+        if not isinstance(inputs, Tensor):
+            found = type(inputs).__name__
+            raise DataError(f"{file}: `read_inputs` should return a tensor, not a {found}")
         row, wanted = tuple(inputs.shape[1:]), self.facts["in_shape"]
         if list(row) != wanted:
             raise DataError(f"{file}: a row has shape {row}; the model takes {wanted}")
         return inputs
 
-    def predict(self, inputs: Tensor) -> dict[str, Any]:
+    def predict(self, inputs: Tensor) -> Mapping[str, Any]:
         """Return the task's predictions, columns by name."""
         batch_size = self.spec.sections["loader"]["eval_batch_size"]
         outputs = self.trainer().predict(inputs, model=self.model, batch_size=batch_size)
         scale = self.facts.get("scale")
-        return self.task.predict(outputs if scale is None else Scale(*scale).back(outputs))
+        columns = self.task.predict(outputs if scale is None else Scale(*scale).back(outputs))
+        if not isinstance(columns, Mapping):
+            name = type(self.task).__name__
+            raise DataError(f"{name}.predict: expected a dict of columns, got {short(columns)}")
+        return columns
 
 
 def nearly_equal(first: Scale | None, second: Scale | None) -> bool:

@@ -22,7 +22,23 @@ from . import seeds, trainer_state
 from .backward import Backward
 from .batches import Source, count_steps, count_total, known_targets, other_order, steps
 from .callback import Callback, listeners
-from .checks import check_callbacks, check_fit, check_micro_batches, check_phases, check_schedule
+from .checks import (
+    check_batch_size,
+    check_callbacks,
+    check_fit,
+    check_folder,
+    check_gradients,
+    check_loggers,
+    check_metrics,
+    check_micro_batches,
+    check_phases,
+    check_resume,
+    check_schedule,
+    check_single_sample,
+    check_source,
+    first_update_error,
+    single_sample,
+)
 from .clock import Clock, Profiler
 from .compiled import Compile
 from .cuda_graph import CudaGraph
@@ -36,11 +52,14 @@ from .memory import MicroBatches, memory_errors
 from .metric import Measures, Metric
 from .modes import Modes
 from .optimizer import group_settings, mark_learning_rates, start_learning_rates
-from .scheduler import Schedule
+from .record import checked_record
+from .scheduler import Schedule, factor_of
 from .schema import PositiveInt, check_arguments
 from .state import Cadence, Every, State
 from .task import Task
+from .torch_errors import torch_errors
 from .transform import transformed_all, transforms_of
+from .user_code import describe
 
 
 class Trainer(Evaluator):
@@ -105,9 +124,10 @@ class Trainer(Evaluator):
             raise SettingError(f"cuda_graph=on needs a CUDA device, not {self.device}, and no compile=step")
         self.max_epochs, self.max_steps = max_epochs, max_steps
         self.validate_every, self.log_every = Cadence(validate_every, "validate_every"), Cadence(log_every, "log_every")
-        self.accumulate, self.compile, self.profile, self.folder = accumulate, compile, profile, folder and Path(folder)
+        self.accumulate, self.compile, self.profile = accumulate, compile, profile
+        self.folder = check_folder(folder)
         self.cuda_graph: CudaGraph = cuda_graph if self.device.type == "cuda" else "off"
-        self.callbacks, self.loggers = check_callbacks(callbacks), list(loggers)
+        self.callbacks, self.loggers = check_callbacks(callbacks), check_loggers(loggers)
         self.state, self.clock = State(), Clock()
         self.schedule: Callable[[int], float] | None = None
         self._listeners, self._transforms = listeners(self.callbacks), transforms_of(self.callbacks)
@@ -116,6 +136,7 @@ class Trainer(Evaluator):
         self._record, self._open = dict[str, float | Tensor](), 0
         self._left: trainer_state.Left | None = None
         self._opened_at: int | None = None  # the step that the loggers went on from
+        self._own_names: set[str] = set()  # of the values that the trainer itself logs
 
     def fit(
         self,
@@ -168,7 +189,7 @@ class Trainer(Evaluator):
         with torch.inference_mode(False), torch.enable_grad():  # whatever the caller has set
             self.begin(model, data, task, optimizer, val, schedule, metrics, batch_size, resume)
             deterministic = deterministic_algorithms(self.deterministic)
-            with deterministic, memory_errors(self.device), self.fitting():
+            with deterministic, memory_errors(self.device), self.fitting(), torch_errors():
                 while not self.done:
                     self._epoch()
         return self.state
@@ -186,7 +207,14 @@ class Trainer(Evaluator):
         resume: dict[str, Any] | None,
     ) -> None:
         """Take what `fit` was given, up to the first step."""
-        check_fit(model, task, optimizer, schedule, metrics)
+        metrics = check_metrics(metrics)
+        check_fit(model, task, optimizer, schedule)
+        needs_targets = not isinstance(task, Task)
+        check_source("data", data, needs_targets)
+        if val is not None:
+            check_source("val", val, needs_targets)
+        check_batch_size(batch_size)
+        check_resume(resume)
         self._use(model, task)
         self.modes = Modes(self.model)
         check_phases(self.task, self.compile, self.cuda_graph)
@@ -199,8 +227,10 @@ class Trainer(Evaluator):
             data = data.train
         self.train_batches = self._batches(data, batch_size, shuffle=True)
         self.val_batches = None if val is None else self._batches(val, 4 * batch_size)  # without gradients
+        if self.val_batches is not None:
+            count_steps(self.val_batches, 1, "validation")
         check_schedule(schedule, self.val_batches is not None)
-        self.metrics = list(metrics)
+        self.metrics = metrics
         self._show_targets()
         self._prepare(resume)
         self._check_validation_data()
@@ -241,7 +271,7 @@ class Trainer(Evaluator):
                 self._emit("fit_end")
                 self._flush()
             except BaseException:
-                self._emit("exception")
+                self._emit_exception()
                 raise
             finally:
                 if self.schedule is not None:
@@ -262,6 +292,7 @@ class Trainer(Evaluator):
         trainer_state.reset(self)
         start_learning_rates(self.optimizer, self.schedule is not None)
         self.optimizer_settings = trainer_state.given_settings(self)
+        self._own_names = self._names_to_come()
         self.measures = Measures(self.metrics, self.device, self.train_batches.hold)
         self.clock = Profiler(self.device, self.folder) if self.profile else Clock()
         self._backward = Backward(
@@ -271,7 +302,11 @@ class Trainer(Evaluator):
         if self._backward.whole is not None:
             listening = [listener.__self__ for listener in self._listeners["gradients"]]  # type: ignore[attr-defined]
             self._backward.whole.attach(self, listening)
-        self._update, self.loss = FusedStep(self.optimizer), torch.zeros((), device=self.device)
+        self._fused = FusedStep(self.optimizer)
+        self._update: Callable[[], Any] = self._first_update
+        self._first_step = True
+        self._single = single_sample(self.train_batches, self.micro_batches.size)
+        self.loss = torch.zeros((), device=self.device)
         self._validated, self.at_boundary, self.resumed_from = -1, True, None
         if resume is not None:
             self.load_state_dict(resume)
@@ -297,6 +332,8 @@ class Trainer(Evaluator):
             self._emit("epoch_start")
             self.modes.take_woken()
         batches = self.train_batches.epoch(state.epoch, state.batch)
+        if self._single is not None:
+            batches = self._after_a_single_sample(batches)
         steps_left = state.steps_per_epoch - state.batch // self.accumulate if state.steps_per_epoch else 0
         waited = time.perf_counter()
         for window, last in steps(batches, self.accumulate, steps_left, self.train_batches.keep):
@@ -341,12 +378,35 @@ class Trainer(Evaluator):
         for phase in self.task.phases or (None,):
             self.loss = self._backward(batches) if phase is None else self._backward.in_phase(phase, batches)
             if not self._backward.updated:
+                if self._first_step:
+                    check_gradients(self._backward.parameters)
                 self.precision.unscale(self.optimizer)
                 self._emit("gradients")
                 with self.clock.detail("optimizer"):
                     self.precision.step(self.optimizer, self._update)
             for parameter in self._backward.with_gradients:
                 parameter.grad = None
+        self._first_step = False
+
+    def _after_a_single_sample(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Yield batches; before the first of a fit, try one sample, as a batch to come is one."""
+        for batch in batches:
+            if self._single is not None:
+                placed = self._place(batch)
+                check_single_sample(self.model, self.task, placed, self.precision, self._single)
+                self._single = None
+            yield batch
+
+    def _first_update(self) -> None:
+        """Do the first update. Raises SettingError if the optimizer needs more than that."""
+        self._update = self._fused
+        try:
+            self._fused()
+        except Exception as error:
+            explained = first_update_error(self.optimizer, error)
+            if explained is None:
+                raise
+            raise explained from error
 
     def counted(self, window: list[Batch], last: bool) -> None:
         """Count a step that is done."""
@@ -376,7 +436,7 @@ class Trainer(Evaluator):
     def _set_learning_rate(self) -> None:
         if self.schedule is None:
             return
-        factor = self.schedule(self.state.step)
+        factor = factor_of(self.schedule, self.state.step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
@@ -385,9 +445,12 @@ class Trainer(Evaluator):
         now, samples = time.perf_counter(), self.state.samples
         since, before = self._rate_from
         self._rate_from = (now, samples)
-        self.log({f"train/{name}": value for name, value in self.measures.read().items()})
-        self.log({"train/learning_rate": max(float(group["lr"]) for group in self.optimizer.param_groups)})
-        self.log({"train/samples_per_second": (samples - before) / max(now - since, 1e-9)})
+        values = {f"train/{name}": value for name, value in self.measures.read().items()}
+        rates = [float(group["lr"]) for group in self.optimizer.param_groups if "lr" in group]
+        if rates:
+            values["train/learning_rate"] = max(rates)
+        values["train/samples_per_second"] = (samples - before) / max(now - since, 1e-9)
+        self._log_own(values)
         self._emit("log")
         self._flush()
 
@@ -407,7 +470,7 @@ class Trainer(Evaluator):
     def validated(self, values: dict[str, float], seconds: float) -> None:
         """Take what the validation split came to."""
         self._validated = self.state.step
-        self.log({f"val/{name}": value for name, value in values.items()})
+        self._log_own({f"val/{name}": value for name, value in values.items()})
         if isinstance(self.schedule, Schedule):
             self.schedule.observe(self.state.metrics)  # type: ignore[arg-type]
         self._emit("validation_end")
@@ -427,11 +490,34 @@ class Trainer(Evaluator):
             self._validate()
 
     def _report(self, values: dict[str, float]) -> None:
-        self.log(values)
+        self._log_own(values)
         self._flush()
 
     def log(self, values: Mapping[str, float | Tensor]) -> None:
-        """Add values to the record of this step; loggers get the whole record at once."""
+        """Add values to the record of this step; loggers get the whole record at once.
+
+        Args:
+            values: by tag; numbers, or tensors with one number, read when the step is done.
+
+        Raises SettingError for a value that is no number, and for a tag that is no text. A tag by
+        which the trainer logs a value of its own gives a warning.
+        """
+        self._add(checked_record(values, self._own_names))
+
+    def _names_to_come(self) -> set[str]:
+        """Return the names by which the trainer will log values of its own."""
+        measured = ["loss", *(metric.name for metric in self.metrics)]
+        names = {f"train/{name}" for name in [*measured, "learning_rate", "samples_per_second"]}
+        if self.val_batches is not None:
+            names |= {f"val/{name}" for name in measured}
+        return names
+
+    def _log_own(self, values: Mapping[str, float]) -> None:
+        """Add values of the trainer itself."""
+        self._own_names.update(values)
+        self._add(values)
+
+    def _add(self, values: Mapping[str, float | Tensor]) -> None:
         self._record.update(values)
         self.state.metrics.update({name: v for name, v in values.items() if not isinstance(v, Tensor)})
 
@@ -479,6 +565,15 @@ class Trainer(Evaluator):
         if self._open == 0:
             with self._closing:
                 self._emit("close")
+
+    def _emit_exception(self) -> None:
+        """Tell callbacks that the fit fails; an error of theirs does not hide what it fails of."""
+        for listener in self._listeners["exception"]:
+            try:
+                listener(self)
+            except Exception as error:
+                said = f"on_exception of a callback fails too: {describe(error)}"
+                warnings.warn(said, stacklevel=2)
 
     def _emit(self, event: str) -> None:
         if self._listeners[event]:

@@ -9,7 +9,7 @@ import torch
 from .callback import Callback
 from .data import Batch
 from .device import channels_last
-from .errors import SettingError
+from .errors import SettingError, short
 from .memory import versions
 
 
@@ -60,4 +60,8 @@ def transformed(batch: Batch, transforms: Sequence[Transform]) -> Batch:
     pixels_whole = batch[0].stride()[1:2] == (1,)
     for transform in transforms:
         batch = transform(batch)
+        if not isinstance(batch, tuple | list):
+            name = type(transform).__name__
+            expected = "expected a batch (a tuple of tensors)"
+            raise SettingError(f"the transform {name}: {expected}, got {short(batch)}")
     return (channels_last(batch[0]), *batch[1:]) if pixels_whole else batch

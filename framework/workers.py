@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from . import seeds
-from .discovery import innermost_line
 from .errors import DataError, FrameworkError
+from .user_code import describe, reason_of
 
 Batch = tuple[Tensor, ...]
 MEMORY = "loader.read=memory"
@@ -105,7 +105,7 @@ class SeededSamples(torch.utils.data.Dataset):
                 raise DataError(f"it gives {len(samples)} samples for {len(indices)} indices")
         except Exception as error:
             what = f"samples {indices[0]}, ... cannot be read at once (`__getitems__`), though each alone can"
-            return DataError(f"{what}: {type(error).__name__}: {error}{innermost_line(error)}")
+            return DataError(f"{what}: {describe(error)}")
         if generators() == before:
             self.reading[worker] = -1
             return samples
@@ -126,8 +126,7 @@ class SeededSamples(torch.utils.data.Dataset):
         except FrameworkError:
             raise
         except Exception as error:
-            where = innermost_line(error)
-            raise DataError(f"sample {index} cannot be read: {type(error).__name__}: {error}{where}") from error
+            raise DataError(f"sample {index} cannot be read: {describe(error)}") from error
 
 
 class SteadySamples(SeededSamples):
@@ -200,8 +199,10 @@ def collate(read: Read) -> Read:
         return as_batch(torch.utils.data.default_collate(samples)), left_out
     except FrameworkError as error:
         return error, left_out
-    except (RuntimeError, TypeError, KeyError) as error:
-        return DataError(f"samples of a batch do not stack (have they one shape and type?): {error}"), left_out
+    except Exception as error:
+        return DataError(
+            f"samples of a batch do not stack (have they one shape and type?): {reason_of(error)}"
+        ), left_out
 
 
 def as_batch(batch: Any) -> Batch:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from framework import Callback, Every, NonNegativeInt, Rate, Trainer, callbacks, seeds
+from framework.checks import check_initialized
 from framework.data import READ_AGAIN, Batch
 from framework.errors import DataError, SettingError
 from framework.identity import ModelContents
@@ -47,6 +48,7 @@ class Averaging(Callback):
 
     def on_fit_start(self, trainer: Trainer) -> None:
         self._check_alone(trainer)
+        check_initialized(trainer.model, type(self).__name__)
         self.trainer, self.seen = trainer, trainer.state.step
         self.contents = ModelContents(trainer.model, buffers=self.averages_buffers)
         self._find_places()

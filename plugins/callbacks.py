@@ -16,8 +16,8 @@ from framework import Callback, Every, NonNegativeFloat, PositiveFloat, Positive
 from framework.callback import keyed
 from framework.checkpoint import clean, folder_name, link_to, listed, read_manifest, remove, save, step_of, verify
 from framework.errors import CheckpointError, SettingError, did_you_mean
+from framework.gradients import gradient_numbers
 from framework.optimizer import state_after_a_step
-from framework.pure import as_real
 from framework.schema import Pattern
 from framework.snapshot import check_model, check_training
 from framework.state import SECONDS, Cadence
@@ -345,8 +345,7 @@ class ClipGradients(Callback):
 
         Args:
             norm: the largest 2-norm of all gradients together; null for no limit.
-            value: the largest absolute value of a single component (of complex numbers: of a real or imaginary part);
-                null for no limit.
+            value: the largest absolute value of a component (complex: of each part); null for any.
         """
         if norm is None and value is None:
             raise SettingError("clip_gradients: with neither `norm` nor `value` there is nothing to clip")
@@ -360,13 +359,9 @@ class ClipGradients(Callback):
     def on_gradients(self, trainer: Trainer) -> None:
         parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
         if self.norm is not None:
-            self.measured = nn.utils.clip_grad_norm_(parameters, self.norm)
+            self.measured = clip_norm(parameters, self.norm)
         if self.value is not None:
-            reals = [p for p in parameters if not p.is_complex()]
-            nn.utils.clip_grad_value_(reals, self.value)
-            for parameter in parameters:
-                if parameter.is_complex() and parameter.grad is not None:
-                    as_real(parameter.grad).clamp_(-self.value, self.value)
+            clip_values(parameters, self.value)
 
     @staticmethod
     def clip_rows(callbacks: Sequence[Callback], gradients: Tensor) -> None:
@@ -382,6 +377,28 @@ class ClipGradients(Callback):
     def on_log(self, trainer: Trainer) -> None:
         if self.measured is not None:
             trainer.log({"train/gradient_norm": self.measured})
+
+
+def clip_norm(parameters: Sequence[Tensor], norm: float) -> Tensor:
+    """Scale gradients so that their 2-norm is at most `norm`; return what it was."""
+    try:
+        return nn.utils.clip_grad_norm_(parameters, norm)
+    except NotImplementedError:  # torch does not clip sparse gradients
+        gradients = gradient_numbers(parameters)
+    measured = nn.utils.get_total_norm(gradients)
+    factor = (norm / (measured + 1e-6)).clamp(max=1.0)  # as torch does
+    for gradient in gradients:
+        gradient.mul_(factor)
+    return measured
+
+
+def clip_values(parameters: Sequence[Tensor], value: float) -> None:
+    """Limit the absolute value of each component of the gradients."""
+    try:
+        nn.utils.clip_grad_value_(parameters, value)
+    except NotImplementedError:  # torch clips neither sparse nor complex gradients
+        for gradient in gradient_numbers(parameters):
+            gradient.clamp_(-value, value)
 
 
 @callbacks.register("timer")

@@ -11,8 +11,8 @@ from framework import Callback, FrameworkError, PositiveInt, Trainer, callbacks
 from framework.callback import keyed
 from framework.checkpoint import load, newest
 from framework.errors import SettingError
+from framework.gradients import numbers_of
 from framework.optimizer import restore_optimizer
-from framework.pure import as_real
 
 ADVICE = "A lower learning rate, warm-up or clip_gradients may help."
 
@@ -88,7 +88,7 @@ class NonFinite(Callback):
         try:
             torch._amp_foreach_non_finite_check_and_unscale_(tensors, self.found, self.one)  # all of them in one call
         except NotImplementedError:
-            tensors = [values(tensor) for tensor in tensors]
+            tensors = [numbers_of(tensor) for tensor in tensors]
             torch._amp_foreach_non_finite_check_and_unscale_(tensors, self.found, self.one)
         if self.late:
             trainer.optimizer.found_inf = self.found  # type: ignore[attr-defined]
@@ -145,7 +145,7 @@ class NonFinite(Callback):
     def _story(self, trainer: Trainer) -> str:
         told = [f"the loss is {float(trainer.loss):.6g} at step {trainer.state.step + 1}"]
         named = ((name, p.grad) for name, p in trainer.model.named_parameters() if p.grad is not None)
-        bad = next((name for name, grad in named if not values(grad).isfinite().all()), None)
+        bad = next((name for name, grad in named if not numbers_of(grad).isfinite().all()), None)
         told.append("all gradients are finite" if bad is None else f"the first gradient not finite is of {bad}")
         samples = trainer.sample_indices()
         if samples:
@@ -179,12 +179,6 @@ def gradients(trainer: Trainer) -> list[Tensor]:
         return []
     groups = trainer.optimizer.param_groups
     return [grad for group in groups for p in group["params"] if (grad := p.grad) is not None]
-
-
-def values(grad: Tensor) -> Tensor:
-    """The numbers of a sparse or complex gradient, as reals."""
-    grad = grad._values() if grad.is_sparse else grad
-    return as_real(grad)
 
 
 def rewind(trainer: Trainer, checkpoint: Path) -> None:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from framework import Callback, Every, PositiveInt, Trainer, Transform, callbacks
 from framework.data import Batch
 from framework.errors import SettingError
-from framework.pure import as_real
+from framework.gradients import numbers_of
 from framework.state import Cadence
 
 
@@ -27,7 +27,7 @@ class GradientNorm(Callback):
         if will_log(trainer):
             groups = trainer.optimizer.param_groups
             gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-            self.measured = nn.utils.get_total_norm(gradients)
+            self.measured = total_norm(gradients)
 
     def on_log(self, trainer: Trainer) -> None:
         if self.measured is not None:
@@ -46,7 +46,17 @@ class LearningRate(Callback):
     def on_log(self, trainer: Trainer) -> None:
         groups = trainer.optimizer.param_groups
         for number, group in enumerate(groups if len(groups) > 1 else ()):
-            trainer.log({f"train/learning_rate/{group.get('name', number)}": float(group["lr"])})
+            if "lr" in group:
+                name = group.get("name", number)
+                trainer.log({f"train/learning_rate/{name}": float(group["lr"])})
+
+
+def total_norm(gradients: list[Tensor]) -> Tensor:
+    """Return the 2-norm of gradients together, some of which may be sparse."""
+    try:
+        return nn.utils.get_total_norm(gradients)
+    except NotImplementedError:  # torch has none for sparse ones
+        return nn.utils.get_total_norm([numbers_of(gradient) for gradient in gradients])
 
 
 def will_log(trainer: Trainer) -> bool:
@@ -65,6 +75,7 @@ class Histograms(Callback):
     """Gives every logger the distribution of each parameter and its gradient, from before the first update on.
 
     Tags are weights/<parameter> and gradients/<parameter>. Values that are not finite are left out.
+    Of a sparse gradient the values that it stores count, of complex numbers both parts.
     """
 
     changes_training = False
@@ -149,6 +160,6 @@ def side_by_side(images: Tensor, most: int = 8) -> Tensor:
 
 
 def finite(tensor: Tensor) -> Tensor:
-    """Return the finite values, flat, as float32 on the CPU; of complex ones the real and the imaginary parts."""
-    values = as_real(tensor.detach()).flatten().float().cpu()
+    """Return the finite values (of a sparse tensor, those stored), flat, as float32 on the CPU."""
+    values = numbers_of(tensor.detach()).flatten().float().cpu()
     return values[values.isfinite()]

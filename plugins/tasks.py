@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from framework import Data, Loss, Step, Task, tasks
 from framework.alignment import class_shape, probability_shape, same_shape
 from framework.data import Batch, Target
-from framework.errors import DataError
+from framework.errors import DataError, FrameworkError
 from framework.loss import (
     Mean,
     check_classes,
@@ -23,6 +23,7 @@ from framework.loss import (
     without_ignored,
 )
 from framework.task import check_tensor, inputs_and_targets
+from framework.user_code import describe, text_of, user_place
 
 WORDS = {"class": "classes", "labels": "labels", "value": "values", "none": "nothing"}
 TASKS = {"class": "classification", "labels": "multilabel", "value": "regression"}
@@ -105,9 +106,17 @@ class Supervised(Task):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 loss = self.criterion(outputs, targets)
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            what = f"{WORDS[self.target]} with outputs of shape {tuple(out_shape)}"
-            raise DataError(f"the loss {type(self.criterion).__name__} cannot take {what}: {error}") from error
+        except FrameworkError:
+            raise
+        except Exception as error:
+            name = type(self.criterion).__name__
+            if user_place(error) is None:
+                what = f"{WORDS[self.target]} with outputs of shape {tuple(out_shape)}"
+                raise DataError(f"the loss {name} cannot take {what}: {text_of(error)}") from error
+            sizes = tuple(outputs.shape), tuple(targets.shape)
+            shapes = f"outputs of shape {sizes[0]} and targets of shape {sizes[1]}"
+            said = f"{describe(error)}, while computing the loss {name} of {shapes}"
+            raise DataError(said) from error
         if not isinstance(loss, Tensor):
             raise DataError(f"the loss {type(self.criterion).__name__} returns {loss!r}, not the mean as a tensor")
         if loss.ndim:

@@ -56,6 +56,13 @@ def trained(trainer: Trainer) -> list[Tensor]:
     return [p for group in trainer.optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
+def dense(parameter: Tensor) -> Tensor:
+    """Return the gradient of a parameter as a dense tensor; zeros where it has none."""
+    if parameter.grad is None:
+        return parameter.new_zeros(parameter.shape)
+    return parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
+
+
 @callbacks.register("sam", aliases=["sharpness_aware"])
 class Sam(Again):
     """Sharpness-aware minimisation: updates w by the gradient at w + rho g / |g| (Foret et al. 2021, arXiv:2010.01412).
@@ -75,6 +82,9 @@ class Sam(Again):
         parameters = trained(trainer)
         before = [p.detach().clone() for p in parameters]
         gradients = [p.grad for p in parameters if p.grad is not None]
+        if any(gradient.is_sparse for gradient in gradients):
+            cause = "a gradient is sparse (an embedding with sparse=True)"
+            raise SettingError(f"sam: {cause}, which it cannot follow")
         norm = nn.utils.get_total_norm(gradients)
         with torch.no_grad():
             torch._foreach_add_(parameters, torch._foreach_mul(gradients, self.rho / (norm + 1e-12)))
@@ -129,11 +139,7 @@ class NoiseScale(Again):
 
     def of(self, trainer: Trainer, parameters: Sequence[Tensor], piece: Batch) -> Tensor:
         self.again(trainer, [piece])
-        found = []
-        for p in parameters:
-            gradient = p.grad if p.grad is not None else torch.zeros_like(p)
-            found.append(as_real(gradient).reshape(-1))
-        return torch.cat(found)
+        return torch.cat([as_real(dense(p)).reshape(-1) for p in parameters])
 
     def take(self, small: float, large: float, size: int, whole: int) -> None:
         """Take in squared norms of the gradients of `size` samples and of `whole` (equations A.2 and A.3)."""
@@ -199,6 +205,10 @@ class ScheduleFree(Averaging):
 
     def on_fit_start(self, trainer: Trainer) -> None:
         for group in trainer.optimizer.param_groups:
+            if "lr" not in group:
+                name = type(trainer.optimizer).__name__
+                said = f"schedule_free weighs by the learning rate, which {name} does not have"
+                raise SettingError(said)
             momentum = group.get("betas", (group.get("momentum", 0.0),))[0]
             if momentum:
                 name = "betas=[0,0.999]" if "betas" in group else "momentum=0"

@@ -15,9 +15,11 @@ from shipped import shipped
 
 ROOT = Path(framework.__file__).parent.parent
 FLOORS = {
-    "stdlib": ["errors", "exits", "schema", "registry", "kinds"],
+    "stdlib": ["errors", "exits", "schema", "registry", "kinds", "user_code"],
     "ground work": [
         "discovery",
+        "gradients",
+        "torch_errors",
         "seeds",
         "state",
         "shapes",
@@ -41,6 +43,7 @@ FLOORS = {
         "logger",
         "callback",
         "transform",
+        "record",
     ],
     "engines": [
         "trainer",

@@ -122,7 +122,8 @@ def test_bad_samples_are_skipped_and_counted_alike_by_any_number_of_workers_and_
 
 
 def test_what_is_skipped_is_said():
-    with pytest.warns(UserWarning, match=r"^sample 2 cannot be read: OSError: truncated file at .*; it is left out$"):
+    said = r"^sample 2 cannot be read: OSError: truncated file \(.*\); it is left out$"
+    with pytest.warns(UserWarning, match=said):
         numbers(Loader(Squares([2], corrupt), on_bad_sample="skip"))
 
 

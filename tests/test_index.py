@@ -232,7 +232,9 @@ def test_the_files_of_a_plugin_are_those_that_are_loaded(project, name):
         project.write(file, "")
     found, before = {file.resolve() for file in plugin_files([name])}, set(sys.modules)
     load(name)
-    loaded = {Path(sys.modules[each].__file__).resolve() for each in set(sys.modules) - before}
+    modules = [sys.modules[each] for each in set(sys.modules) - before]
+    files = [module.__file__ for module in modules if hasattr(module, "__file__")]  # a folder has none
+    loaded = {Path(file).resolve() for file in files}
     stem = name.partition("/")[0].replace(".", "/")  # not what it imports from elsewhere
     assert found == {file for file in loaded if file.is_relative_to(project.folder.resolve() / stem)} != set()
 

@@ -171,7 +171,9 @@ def test_a_part_that_fails_to_build_is_named_with_its_file(fruits):
         raise ValueError("it is too soft")
 
     fruits.register("rotten", rotten)
-    with pytest.raises(BuildError, match=rf"fruit/rotten \(.*{HERE}:\d+\) cannot be built: it is too soft"):
+    reason = rf"ValueError: it is too soft \(.*{HERE}:\d+ in rotten\)"
+    said = rf"fruit/rotten \(.*{HERE}:\d+\) cannot be built: {reason}"
+    with pytest.raises(BuildError, match=said):
         fruits.build("rotten")
 
 

@@ -53,7 +53,8 @@ def test_a_stopped_run_says_why_and_so_does_a_failed_one(tmp_path):
     assert (read(tmp_path)["status"], read(tmp_path)["reason"]) == ("stopped", "enough")
     with pytest.raises(ZeroDivisionError):
         run(tmp_path, At(3, lambda trainer: 1 / 0))
-    assert (read(tmp_path)["status"], read(tmp_path)["reason"]) == ("failed", "ZeroDivisionError: division by zero")
+    assert read(tmp_path)["status"] == "failed"
+    assert read(tmp_path)["reason"].startswith("ZeroDivisionError: division by zero (")
 
 
 def test_a_trainer_without_a_folder_writes_none(tmp_path, monkeypatch):

@@ -94,7 +94,7 @@ def test_trials_around_a_nasty_one_are_as_if_alone(tmp_path, monkeypatch, capsys
     assert shared() == before
     rows = [json.loads(line) for line in Path("runs/default/together/sweep.jsonl").read_text().splitlines()]
     assert [row["state"] for row in rows if row["state"] != "running"] == ["done", "failed", "done"]
-    assert "ValueError: spoilt; a fault at" in rows[3]["error"]
+    assert "ValueError: spoilt (nasty.py:" in rows[3]["error"]
     alone = json.loads(Path("runs/default/alone/sweep.jsonl").read_text().splitlines()[-1])
     measured = [{k: v for k, v in row["metrics"].items() if "per_second" not in k} for row in (rows[-1], alone)]
     assert measured[0] == measured[1]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..callback import Callback
+from ..checks import check_has_rate
 from ..device import intra_op_threads
 from ..discovery import output_for_programs
 from ..errors import RunError
@@ -59,6 +60,7 @@ def find_learning_rate(spec: Spec, steps: int = 100) -> RangeTest:
     arXiv:1506.01186, section 3.3). The model is thrown away. Raises RunError when the loss falls nowhere.
     """
     built = Experiment(spec)
+    check_has_rate(built.optimizer)
     factor, own = HIGHEST / LOWEST, base_rate(built.optimizer)
     for group in built.optimizer.param_groups:
         group["lr"] /= own  # a group that learns faster or slower than the others does so here too

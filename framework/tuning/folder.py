@@ -38,7 +38,7 @@ class Trial:
     seconds: float = 0.0
     steps: int = 0
     error: str = ""
-    exit_status: int = 0  # of a failed one: 2 for a mistake in what was asked for, 1 for a fault
+    exit_status: int = 0  # of a failed one: as of the command line
     config: str = ""  # the fingerprint of its config, by which a resumed sweep knows that it is done
 
     @property

@@ -22,6 +22,7 @@ from ..loss import portion, share_of
 from ..memory import memory_errors
 from ..seeds import undisturbed
 from ..task import Step
+from ..torch_errors import torch_errors
 from ..trainer import Trainer
 from .differences import same
 from .rehearsal import Rehearsal
@@ -122,9 +123,10 @@ class Lockstep:
             try:
                 self._each(lambda trial: trial.way.__enter__())
                 self._leave_done()
-                while self.trials:
-                    with no_exit():
-                        self._epoch()
+                with torch_errors():
+                    while self.trials:
+                        with no_exit():
+                            self._epoch()
             except BaseException as error:
                 for trial in self.trials:
                     self._close(trial, error)

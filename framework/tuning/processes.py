@@ -20,6 +20,7 @@ from typing import Any, cast
 import torch
 
 from ..signals import ENDING, handled
+from ..user_code import describe
 from .live import Elsewhere, Shown
 
 Work = Callable[[Elsewhere], Any]
@@ -101,7 +102,7 @@ def pickled(error: BaseException) -> bytes:
         whole = pickle.dumps(error)
         pickle.loads(whole)
     except Exception:
-        return pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
+        return pickle.dumps(RuntimeError(describe(error)))
     return whole
 
 

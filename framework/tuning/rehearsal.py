@@ -13,6 +13,7 @@ from ..device import Precision
 from ..errors import FrameworkError
 from ..seeds import seed_everything, undisturbed
 from ..task import Task
+from ..user_code import describe
 from .rows import NotStackable, Rows
 from .stack import Stack
 
@@ -59,8 +60,7 @@ class Rehearsal:
         except FrameworkError:
             raise
         except Exception as error:
-            lines = [line for line in str(error).splitlines() if line]
-            raise NotStackable(f"{type(error).__name__}: {lines[0][:200] if lines else ''}") from error
+            raise NotStackable(describe(error)) from error
 
     def together(self, stack: Stack, rows: Rows) -> None:
         """Run all trials as one. Raises NotStackable where that cannot be, or is not what each gives alone."""

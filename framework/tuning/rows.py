@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from ..errors import FrameworkError
 from ..fused import FusedStep, is_hooked
 from ..pure import PureUpdate, pure_updates, tensors_of
+from ..user_code import text_of
 
 CACHED = 2**16  # numbers of a parameter that are updated at once on a CPU: they and their state stay in its cache
 
@@ -267,7 +268,8 @@ def form_of(optimizer: Optimizer) -> list[Any]:
             tried.param_groups[0].update(given)
             tried.step()
         except Exception as error:
-            raise NotStackable(f"{type(optimizer).__name__} cannot be tried on a number: {error}") from error
+            name = type(optimizer).__name__
+            raise NotStackable(f"{name} cannot be tried on a number: {text_of(error)}") from error
         form.append(sorted(tensors_of(tried.state[number])))
     return form
 

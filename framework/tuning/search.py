@@ -30,6 +30,7 @@ from ..run import read_config
 from ..schema import NonNegativeInt, Pattern, PositiveInt, read_settings
 from ..seeds import derive
 from ..state import SECONDS
+from ..user_code import describe
 from .composer import Composer
 from .folder import SweepFolder, Trial
 from .importance import pictures, ranked, report, sign_of
@@ -290,7 +291,7 @@ class OptunaSweeper(Sweeper):
             except FrameworkError:
                 raise
             except Exception as error:  # of a launcher whose process or node is gone
-                why = " ".join(str(error).split())[:300]
+                why = describe(error)
                 if not any(row.number in fine for row in trials.folder.trials()):
                     raise
             for row in trials.folder.trials():

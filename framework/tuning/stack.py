@@ -16,8 +16,9 @@ from torch.overrides import TorchFunctionMode
 from ..data import Batch
 from ..device import Precision
 from ..loss import portion
-from ..metric import Held, Measures, Metric, added
+from ..metric import Held, Measures, Metric, added, computed
 from ..task import Step, Task
+from ..user_code import text_of
 from .differences import Key, Together, changed, described, differences, holder, of_loss
 from .rows import NotStackable, Rows, slots
 
@@ -48,7 +49,8 @@ class Stack:
         try:
             self.skeleton, self.precision = copy.deepcopy(wholes[0]), precision
         except Exception as error:
-            raise NotStackable(f"the model or the task cannot be copied: {error}") from error
+            said = f"the model or the task cannot be copied: {text_of(error)}"
+            raise NotStackable(said) from error
         self.still = still
         self._set_mode(True)
         self.slots = slots(self.skeleton.model)
@@ -221,7 +223,7 @@ class Sums:
         pairs = list(zip(self.metrics, [each.to("cpu", torch.float64) for each in self.sums], strict=False))
         return [
             {name: mean[row] for name, mean in means.items()}
-            | {metric.name: metric.compute(each[row]) for metric, each in pairs}
+            | {metric.name: computed(metric, each[row]) for metric, each in pairs}
             for row in range(len(self.loss))
         ]
 
@@ -267,7 +269,8 @@ class RowMeasures(Measures):
         mine = [each[self.row].clone() for each in self.all.sums]
         if mine:
             before: list[Tensor | None] = [*self.sums] or [None] * len(mine)
-            self.sums = [added(*each) for each in zip(self.metrics, before, mine, strict=True)]
+            triples = zip(self.metrics, before, mine, strict=True)
+            self.sums = [added(*each, self.restored) for each in triples]
         for name, total in self.all.values.items():
             self.values[name] = self.values[name] + total[self.row] if name in self.values else total[self.row].clone()
         for each in (self.all.loss, *self.all.sums, *self.all.values.values()):

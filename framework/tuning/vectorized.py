@@ -18,6 +18,7 @@ from ..memory import OutOfMemory, free_bytes, is_full
 from ..probe import read_layers
 from ..schema import PositiveInt
 from ..signals import stopping
+from ..user_code import describe
 from .folder import Trial
 from .isolation import isolated
 from .launcher import OneByOne
@@ -151,7 +152,7 @@ class Vectorized(OneByOne):
             print(f"{len(jobs.keys() - rows)} trials {go} one by one: {told}", file=sys.stderr)
         except Exception as error:  # of the step that they take together: it is each one's row by now
             if not any(each.row for each in ready):
-                print(f"{len(jobs)} trials train one by one: {type(error).__name__}: {error}", file=sys.stderr)
+                print(f"{len(jobs)} trials train one by one: {describe(error)}", file=sys.stderr)
             elif not all(each.place in rows for each in ready if each.row is not None):
                 raise
         finally:
