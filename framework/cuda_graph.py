@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 from .data import Batch
 from .device import Precision
 from .fused import is_hooked, may_leave_out
+from .loss import copied
 from .pure import PureOptimizer
 from .task import Step
 from .whole import Whole
@@ -110,8 +111,9 @@ class Graphed:
             parameter.grad = gradient
         loss, outputs, targets, values = captured.made.detach()
         copies = {name: value.clone() for name, value in values.items()}
-        outputs = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, outputs)
-        return Step(loss.clone(), outputs, targets.clone(), copies), "replayed" if known else "captured"
+        outputs = tree_map(copied, outputs)
+        copy = Step(loss.clone(), outputs, targets.clone(), copies)
+        return copy, "replayed" if known else "captured"
 
     def _capture(self, form: Any, batch: Batch) -> bool:
         """Record it. Returns False, and says why, when an operation does not allow it."""

@@ -90,8 +90,9 @@ class Evaluator:
             raise
         if not isinstance(output, Tensor):
             raise DataError(
-                f"predict takes a model that returns one tensor, but {type(self.model).__name__} returns "
-                f"{described(output)}: wrap it in a module that returns the tensor to predict"
+                "predict takes a model that returns one tensor, but "
+                f"{type(self.model).__name__} returns {described(output)}: wrap it in a module that "
+                "returns the tensor to predict"
             )
         return output
 
@@ -120,7 +121,8 @@ class Evaluator:
                     if not checked and len(part[0]) > 1:
                         self.task.check_first(made)
                         checked = True
-                    measures.add(made.loss, made.outputs, made.targets, self.task.count(part), made.values)
+                    count = self.task.count(part)
+                    measures.add(made.loss, made.outputs, made.targets, count, made.values)
             if empty:
                 raise DataError("the data to measure on has no batch: it is empty")
             return measures.read()

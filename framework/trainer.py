@@ -129,7 +129,7 @@ class Trainer(Evaluator):
         Args:
             model: any module; it is moved to the device, and left in eval mode.
             data: a `Data` (its val split is validated on), a split, or an iterable of batches such as a DataLoader.
-            task: a `Task`, or a loss of (outputs, targets), which returns their mean (see `LossTask`).
+            task: a `Task`, or a loss of (outputs, targets) that returns a mean (see `LossTask`).
             optimizer: a torch optimizer over the model's parameters.
             val: what to validate on, if not the data's own val split.
             schedule: step -> factor on each group's learning rate.
@@ -177,7 +177,9 @@ class Trainer(Evaluator):
 
     def _show_targets(self) -> None:
         """Give the task all targets, if they are in memory and no transform changes them."""
-        loaders = [self.train_batches] if self.val_batches is None else [self.train_batches, self.val_batches]
+        loaders = [self.train_batches]
+        if self.val_batches is not None:
+            loaders.append(self.val_batches)
         self.task.know_targets(None if self._transforms else known_targets(*loaders))
 
     @contextmanager
