@@ -1,4 +1,4 @@
-"""Shapes of outputs and targets: nothing that compares them may broadcast one against the wrong axis of the other."""
+"""Shapes of outputs and targets: comparing them must not broadcast one along the wrong axis."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
@@ -14,7 +14,10 @@ from .errors import DataError
 
 
 def same_shape(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Return targets in the outputs' shape where they differ by axes of length 1 only, so that nothing is broadcast."""
+    """Return targets in the shape of the outputs.
+
+    Raises DataError when the shapes differ by more than axes of length 1.
+    """
     if targets.shape == outputs.shape:
         return targets
     if not fits(targets.shape, outputs.shape):
@@ -24,7 +27,10 @@ def same_shape(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def class_shape(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Return class indices in the shape of outputs (batch, classes, ...) without the classes."""
+    """Return class indices in the shape of outputs (batch, classes, ...) without the classes.
+
+    Raises DataError when the shapes differ by more than axes of length 1.
+    """
     class_axis(outputs)
     shape = outputs.shape[:1] + outputs.shape[2:]
     if fits(targets.shape, shape):
@@ -49,7 +55,8 @@ def probability_shape(outputs: Tensor, targets: Tensor) -> Tensor:
 def class_axis(outputs: Tensor) -> None:
     """Raise DataError when outputs have no axis of classes."""
     if outputs.ndim < 2:
-        raise DataError(f"the model's outputs have shape {tuple(outputs.shape)}, not (batch, classes)")
+        shape = tuple(outputs.shape)
+        raise DataError(f"the model's outputs have shape {shape}, not (batch, classes)")
 
 
 def fits(shape: torch.Size, other: torch.Size) -> bool:
@@ -83,24 +90,18 @@ def call_aligned(who: str, function: Callable[[Any, Any], Any], outputs: Any, ta
         return function(outputs, targets)
 
 
-def check_alignment(who: str, function: Callable[[Any, Any], Any], outputs: Any, targets: Any) -> None:
-    """Call a function only if it could broadcast the outputs, to raise DataError when it does."""
-    if misaligned_outputs(outputs, targets):
-        call_aligned(who, function, outputs, targets)
-
-
 def misaligned_outputs(outputs: Any, targets: Any) -> list[Tensor]:
-    """Return those of the outputs that torch would broadcast with the targets along the wrong axis."""
+    """Return the outputs that torch would broadcast with the targets along the wrong axis."""
     if not isinstance(targets, Tensor):
         return []
     return [output for output in tensors_in(outputs) if misaligned(output.shape, targets.shape)]
 
 
 class Alignment(TorchFunctionMode):
-    """Follows what is computed from outputs and from targets, and raises DataError where the two are broadcast.
+    """Follows what is computed from outputs and targets; raises DataError where they are broadcast.
 
-    Only operations on the very shapes of the outputs and the targets count: a loss that compares all pairs adds axes
-    by itself.
+    Only operations on the shapes of the outputs and the targets themselves count: a loss that compares
+    all pairs adds axes by itself.
     """
 
     reducing: ClassVar[set[Any]] = {
@@ -134,7 +135,8 @@ class Alignment(TorchFunctionMode):
         given = tensors_in((args, kwargs))
         made = tensors_in(result)
         outputs = [tensor for tensor in given if tensor in self.from_outputs]
-        targets = [tensor for tensor in given if tensor in self.from_targets and tensor not in self.from_outputs]
+        others = [tensor for tensor in given if tensor not in self.from_outputs]
+        targets = [tensor for tensor in others if tensor in self.from_targets]
         self._check(function, outputs, targets, made)
         for tensor in made:
             if outputs:

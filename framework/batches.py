@@ -53,7 +53,7 @@ def is_map_style(source: Any) -> bool:
 
 
 def known_targets(*several: Batches) -> list[Tensor] | None:
-    """Return all targets of some batches (inputs, targets), or None where these are not in memory."""
+    """Return all targets of batches (inputs, targets), or None where these are not in memory."""
     found: list[Tensor] = []
     for batches in several:
         held = batches_in_memory(batches)

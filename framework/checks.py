@@ -395,7 +395,7 @@ def check_phases(task: Task, compile: str, cuda_graph: str) -> None:
 
 
 def check_micro_batches(task: Task, micro_batches: MicroBatches) -> None:
-    """Raise SettingError for micro-batches of a task whose loss is not the mean of those of its parts."""
+    """Raise SettingError for micro-batches of a task whose batches cannot be split."""
     splits = micro_batches.auto or micro_batches.size is not None
     if splits and not task.splits_batches:
         name = type(task).__name__
@@ -409,7 +409,10 @@ def check_task(task: Any) -> None:
 
 
 def check_loss_parameters(task: Any, model: nn.Module) -> None:
-    """Raise SettingError for a loss with parameters of its own: only those of the model are trained and saved."""
+    """Raise SettingError for a loss with parameters of its own that require gradients.
+
+    Only parameters of the model are trained and saved.
+    """
     loss = task.criterion if isinstance(task, Task) else task
     if loss is None:
         return
@@ -432,7 +435,8 @@ def check_parameters_reached(loss: Tensor, model: nn.Module) -> None:
         node = waiting.pop()
         leaf = getattr(node, "variable", None)
         if isinstance(leaf, nn.Parameter) and leaf not in own:
-            raise SettingError(lost_parameter("the task or its loss", f"a parameter of shape {tuple(leaf.shape)}"))
+            found = f"a parameter of shape {tuple(leaf.shape)}"
+            raise SettingError(lost_parameter("the task or its loss", found))
         for before, _ in getattr(node, "next_functions", ()):
             if before is not None and before not in seen:
                 seen.add(before)
@@ -441,8 +445,8 @@ def check_parameters_reached(loss: Tensor, model: nn.Module) -> None:
 
 def lost_parameter(owner: str, parameter: str) -> str:
     return (
-        f"task: {owner} has {parameter} to train, but only parameters of the model are trained and saved: make it part "
-        "of the model, or freeze it with requires_grad_(False)"
+        f"task: {owner} has {parameter} to train, but only parameters of the model are trained and "
+        "saved: make it part of the model, or freeze it with requires_grad_(False)"
     )
 
 
@@ -457,8 +461,8 @@ def check_input_dtype(error: Exception, model: nn.Module, batch: Batch) -> None:
         return
     words = (str(error).strip() or "it failed").splitlines()[0]
     raise DataError(
-        f"the inputs are {inputs.dtype}, but the model's parameters {weight.dtype}: convert the inputs with "
-        f".to({weight.dtype}), or the model. torch says: {words}"
+        f"the inputs are {inputs.dtype}, but the model's parameters {weight.dtype}: convert the inputs "
+        f"with .to({weight.dtype}), or the model. torch says: {words}"
     ) from error
 
 

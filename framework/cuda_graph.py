@@ -19,6 +19,7 @@ from .data import Batch
 from .device import Precision
 from .fused import is_hooked, may_leave_out
 from .identity import ModelContents, identical
+from .loss import copied
 from .pure import PureOptimizer
 from .task import Step
 from .whole import Whole
@@ -133,8 +134,9 @@ class Graphed:
             parameter.grad = gradient
         loss, outputs, targets, values = captured.made.detach()
         copies = {name: value.clone() for name, value in values.items()}
-        outputs = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, outputs)
-        return Step(loss.clone(), outputs, targets.clone(), copies), "replayed" if known else "captured"
+        outputs = tree_map(copied, outputs)
+        copy = Step(loss.clone(), outputs, targets.clone(), copies)
+        return copy, "replayed" if known else "captured"
 
     def _moved(self) -> bool:
         """Whether a tensor was replaced or moved, or a module is in another mode since the capture."""

@@ -106,8 +106,9 @@ class Evaluator:
             raise
         if not isinstance(output, Tensor):
             raise DataError(
-                f"predict takes a model that returns one tensor, but {type(self.model).__name__} returns "
-                f"{described(output)}: wrap it in a module that returns the tensor to predict"
+                "predict takes a model that returns one tensor, but "
+                f"{type(self.model).__name__} returns {described(output)}: wrap it in a module that "
+                "returns the tensor to predict"
             )
         return output
 

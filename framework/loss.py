@@ -21,13 +21,13 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .alignment import check_alignment, class_shape, probability_shape, same_shape
+from .alignment import call_aligned, class_shape, misaligned_outputs, probability_shape, same_shape
 from .data import Data, TensorSplit
 from .errors import DataError, SettingError
 from .seeds import undisturbed
 
 IGNORED = -100
-"""The class index that metrics see in the place of a target that the loss ignores; any negative one would do."""
+"""The class index that metrics see in the place of a target that the loss ignores."""
 
 Form = Literal["classes", "indices", "values", "label sets", "classes or labels", "any"]
 Items = Literal["weights", "kept", "targets", "vectors", "rows", "own"]
@@ -67,7 +67,7 @@ MEANS: dict[Any, tuple[Form, Items]] = {
     F.multilabel_soft_margin_loss: ("values", "vectors"),
 }
 CLASS_LOSSES = (F.cross_entropy, F.nll_loss)
-ONE_DTYPE = (F.huber_loss, F.binary_cross_entropy)  # torch does not promote their outputs and targets
+ONE_DTYPE = (F.huber_loss, F.binary_cross_entropy)  # without type promotion in torch
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Mean:
 
     @classmethod
     def of(cls, loss: Callable[..., Any]) -> "Mean":
-        """Find out what a loss's mean is over. Reads class weights from the device, so it is done once.
+        """Find out what a loss's mean is over. It reads class weights from the device.
 
         Raises SettingError for a loss of torch that is not a mean.
         """
@@ -141,8 +141,8 @@ class Mean:
             return targets
         if not isinstance(outputs, Tensor):
             raise DataError(
-                f"the loss {name_of(loss)} takes one tensor, but the model returns {described(outputs)}: choose one "
-                "with `task=lambda outputs, targets: ...`, or write a Task"
+                f"the loss {name_of(loss)} takes one tensor, but the model returns "
+                f"{described(outputs)}: choose one with `task=lambda outputs, targets: ...`, or write a Task"
             )
         if self.form == "values":
             floating = targets.is_floating_point() or targets.is_complex()
@@ -193,7 +193,7 @@ class Mean:
         return counted(targets, weight, None if all_kept else self.ignored)
 
     def shown(self, targets: Tensor, all_kept: bool = False) -> Tensor:
-        """Return the targets that metrics see: of probabilities the likeliest class, of ignored ones -100."""
+        """Return the targets that metrics see: likeliest classes, and -100 for ignored targets."""
         if self.form == "classes" and targets.is_floating_point():
             return targets.argmax(1)
         if all_kept or targets.is_floating_point():
@@ -212,7 +212,7 @@ class Mean:
 
 
 def check_range(where: str, targets: Tensor, classes: int, ignored: int | None) -> None:
-    """Raise DataError for an index that is no class: a GPU would end the process without a message."""
+    """Raise DataError for an index that is no class, which would end a process on a GPU."""
     counting = targets if ignored is None else targets[targets != ignored]
     if not len(counting):
         return
@@ -240,7 +240,7 @@ def without_ignored(targets: Tensor, ignored: int | None) -> Tensor:
 
 
 def counted(targets: Tensor, weight: Tensor | None, ignored: int | None) -> int | Tensor:
-    """Return the number of targets that are not ignored, or the sum of the weights of their classes."""
+    """Return the number of targets that are not ignored, or the sum of their classes' weights."""
     weights = weights_of(targets, weight, ignored)
     return targets.numel() if weights is None else weights.sum()
 
@@ -264,7 +264,7 @@ def distributions(targets: Tensor) -> int:
 
 
 def zero_of_none(loss: Tensor, some: Tensor) -> Tensor:
-    """Return the loss, or 0 unless `some` (a boolean scalar) target counts: the mean of none is no number."""
+    """Return the loss where `some` (a boolean scalar) target counts, else 0."""
     return torch.where(some, loss, 0.0)
 
 
@@ -276,14 +276,14 @@ def share_of(count: int | Tensor, total: int | Tensor) -> float | Tensor:
 
 
 def portion(loss: Tensor, share: float | Tensor) -> Tensor:
-    """Return loss times share; 0 for a share of 0, also of a loss that is nan because it counts nothing."""
+    """Return loss times share; 0 for a share of 0, also where the loss is nan."""
     if isinstance(share, Tensor):
         return torch.where(share == 0, 0.0, loss * share)
     return loss * share if share else torch.zeros_like(loss)
 
 
 def known(loss: Callable[..., Any]) -> tuple[Callable[..., Tensor] | None, bool]:
-    """Return the function of `torch.nn.functional` that a loss is, and whether a subclass computes it anew."""
+    """Return the function of `torch.nn.functional` that a loss is, and whether a subclass overrides it."""
     loss = unwrapped(loss)
     if not isinstance(loss, nn.Module):
         return next((function for function in MEANS if function is loss), None), False
@@ -326,7 +326,7 @@ def ignored_index(loss: Callable[..., Any]) -> int | None:
 
 
 def with_classes(loss: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the only cross entropy within a module that has no class weights or ignored index of its own."""
+    """Return the only cross entropy in a module without class weights and ignored index."""
     module = unwrapped(loss)
     if not isinstance(module, nn.Module) or hasattr(module, "ignore_index"):
         return loss
@@ -348,7 +348,8 @@ def check_reduction(loss: Callable[..., Any], function: Callable[..., Any]) -> N
     fitting = ("mean", "batchmean") if function is F.kl_div else ("mean",)
     if reduction not in fitting or older:
         got = older[0] if older else f"reduction={reduction!r}"
-        raise SettingError(f"the loss {name_of(loss)}: expected reduction={' or '.join(map(repr, fitting))}, got {got}")
+        expected = " or ".join(map(repr, fitting))
+        raise SettingError(f"the loss {name_of(loss)}: expected reduction={expected}, got {got}")
 
 
 def check_call(loss: Callable[..., Any]) -> None:
@@ -364,8 +365,8 @@ def check_call(loss: Callable[..., Any]) -> None:
         signature.bind(None, None)
     except TypeError as error:
         raise SettingError(
-            f"the loss {name_of(loss)} cannot be called with (outputs, targets): {error}. Write a function of the two, "
-            "or a Task"
+            f"the loss {name_of(loss)} cannot be called with (outputs, targets): {error}. Write a "
+            "function of the two, or a Task"
         ) from error
 
 
@@ -450,12 +451,12 @@ def measured(loss: nn.Module, fallback: Items) -> Items:
 def check_first(loss: Callable[..., Any], outputs: Any, targets: Tensor) -> None:
     """Raise DataError when a loss that torch does not know broadcasts its arguments, or is a sum.
 
-    It calls the loss once more, and leaves its buffers and all random generators as they were.
+    It calls the loss with copies, and restores its buffers and all random generators.
     """
-    outputs = tree_map(without_graph, outputs)
     name = f"the loss {name_of(loss)}"
     with unchanged(loss):
-        check_alignment(name, loss, outputs, targets)
+        if misaligned_outputs(outputs, targets):
+            call_aligned(name, loss, tree_map(copied, outputs), targets.clone())
         summed = is_sum(loss, outputs, targets)
     if summed:
         raise DataError(f"{name} is a sum over the samples of a batch: expected their mean")
@@ -463,7 +464,7 @@ def check_first(loss: Callable[..., Any], outputs: Any, targets: Tensor) -> None
 
 @contextmanager
 def unchanged(loss: Callable[..., Any]) -> Iterator[None]:
-    """Call a loss without gradients; afterwards its buffers and all random generators are as they were."""
+    """Call a loss without gradients, and restore its buffers and all random generators."""
     buffers: list[Tensor] = []
     for module in modules_in(loss):
         buffers += module.buffers()
@@ -487,10 +488,10 @@ def is_sum(loss: Callable[..., Any], outputs: Any, targets: Tensor) -> bool:
     if samples < 3 or any(len(leaf) != samples for leaf in leaves):
         return False
     few = slice(min(samples, 4))
-    outputs = tree_map(lambda value: value[few] if is_batch(value) else value, outputs)
+    outputs = tree_map(lambda value: value[few].detach() if is_batch(value) else value, outputs)
     targets = targets[few]
     try:
-        once = float(loss(outputs, targets))
+        once = float(loss(tree_map(copied, outputs), targets.clone()))
         twice = float(loss(tree_map(doubled, outputs), doubled(targets)))
     except Exception:  # a loss may ask for a certain number of samples
         return False
@@ -505,6 +506,10 @@ def doubled(value: Any) -> Any:
     return torch.cat([value, value]) if is_batch(value) else value
 
 
+def copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
 def without_graph(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
@@ -512,7 +517,8 @@ def without_graph(value: Any) -> Any:
 def check_scalar(loss: Callable[..., Any], value: Any) -> None:
     """Raise DataError when the value of a loss is not one number."""
     if not isinstance(value, Tensor):
-        raise DataError(f"the loss {name_of(loss)} returns {described(value)}, not the mean as a tensor")
+        what = described(value)
+        raise DataError(f"the loss {name_of(loss)} returns {what}, not the mean as a tensor")
     if value.numel() != 1:
         raise DataError(
             f"the loss {name_of(loss)} returns shape {tuple(value.shape)}, not the mean as a scalar (reduction='none'?)"
@@ -520,7 +526,7 @@ def check_scalar(loss: Callable[..., Any], value: Any) -> None:
 
 
 def modules_in(loss: Callable[..., Any]) -> list[nn.Module]:
-    """Return the modules that a loss is or holds: itself, the arguments of a partial, the owner of a method."""
+    """Return the modules of a loss: itself, the arguments of a partial, the owner of a method."""
     held: list[Any] = []
     while isinstance(loss, partial):
         held += [*loss.args, *loss.keywords.values()]

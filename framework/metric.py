@@ -61,6 +61,10 @@ class Held(NamedTuple):
     targets: Tensor | None
     values: Mapping[str, Tensor] = {}
 
+    def number(self) -> float | None:
+        """The number of items, if it can be known without reading the device."""
+        return None if isinstance(self.items, Tensor) else self.items
+
     def form(self) -> Any:
         """Equal for batches that can be put together along their first axis."""
         return [(t.shape[1:], t.dtype) for t in (self.outputs, self.targets) if t is not None]
@@ -76,7 +80,7 @@ def together(tensors: Sequence[Tensor | None]) -> Tensor:
 
 
 def sums_of(metric: Metric, outputs: Tensor, targets: Tensor) -> Tensor:
-    """Return a metric's sums. Raises DataError when it broadcasts outputs and targets of other shapes."""
+    """Return a metric's sums. Raises DataError when it broadcasts outputs and targets."""
     sums = call_aligned(f"the metric {metric.name}", metric.sums, outputs, targets)
     if not isinstance(sums, Tensor):
         said = f"its `sums` should return a tensor, not a {type(sums).__name__}"
@@ -172,8 +176,9 @@ class Measures:
         """
         if self.metrics and outputs is not None and not isinstance(outputs, Tensor):
             raise DataError(
-                f"metrics={self.metrics[0].name}: a metric takes outputs as one tensor, but the task gives "
-                f"{described(outputs)}: write a Task whose `step` returns Step(loss, outputs, targets) with a tensor"
+                f"metrics={self.metrics[0].name}: a metric takes outputs as one tensor, but the task "
+                f"gives {described(outputs)}: write a Task whose `step` returns "
+                "Step(loss, outputs, targets) with a tensor"
             )
         seen = (outputs.detach(), targets) if self.metrics and outputs is not None else (None, None)
         means = values
@@ -212,7 +217,7 @@ class Measures:
     @torch.no_grad()
     def _sum_up(self) -> None:
         """Add what is held back to the sums."""
-        for is_number, alike in groupby(self.held, lambda one: None if isinstance(one.items, Tensor) else one.items):
+        for is_number, alike in groupby(self.held, Held.number):
             losses, counts = zip(*((one.loss, one.items) for one in alike), strict=True)
             if is_number is None:
                 weights = torch.stack(counts).to(self.loss)

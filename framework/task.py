@@ -47,7 +47,7 @@ class Task:
     phases: Sequence[Phase] = ()
     """What a training step consists of, in this order, where one update of all parameters will not do."""
     splits_batches: bool = True
-    """Whether the loss of a batch is the mean of those of its parts, as `micro_batch` takes it to be."""
+    """Whether the loss of a batch is the mean of the losses of its parts (see `micro_batch`)."""
     all_kept: bool = False
     """Whether it is known of the batches being read that the loss ignores none of their targets."""
 
@@ -60,9 +60,10 @@ class Task:
         raise NotImplementedError
 
     def count(self, batch: Batch) -> int | Tensor:
-        """Return over how many items `step` averages the loss: by it, unequal batches are weighted exactly.
+        """Return over how many items `step` averages the loss, which weights unequal batches exactly.
 
-        A batch of 0 items adds nothing to a step or a mean. A step without any item has gradients of 0.
+        A batch of 0 items adds nothing to a step or a mean. A step without any item has gradients of 0:
+        the optimizer makes an update with them.
         """
         return len(batch[0])
 
@@ -74,13 +75,16 @@ class Task:
         """Raise DataError when the data has not the targets that this task needs."""
 
     def know_targets(self, targets: Sequence[Tensor] | None) -> None:
-        """Take note of all targets of the batches to come, or of None where they are not known beforehand.
+        """Take note of all targets of the batches to come, or None where they are not in memory.
 
         A task may find out here, once, that none of them is ignored.
         """
 
     def check_first(self, step: Step) -> None:
-        """Raise DataError for what only shows in the first step of a fit or an evaluation. It may read the device."""
+        """Raise DataError for what shows in the first step of a fit or an evaluation.
+
+        It may read the device.
+        """
 
     def targets_of(self, data: Data) -> tuple[Target, Shape]:
         """Return the kind of the targets that `step` gives, and the shape of an output of the model."""
@@ -94,8 +98,8 @@ def inputs_and_targets(batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the two tensors of a batch. Raises DataError when there are more or fewer."""
     if len(batch) != 2:
         raise DataError(
-            f"a batch has {len(batch)} tensors; this task takes (inputs, targets): write a Task, whose `step` may take "
-            "any number of tensors"
+            f"a batch has {len(batch)} tensors; this task takes (inputs, targets): write a Task, whose "
+            "`step` may take any number of tensors"
         )
     return batch[0], batch[1]
 
@@ -104,17 +108,19 @@ def check_tensor(model: nn.Module, outputs: Any) -> None:
     """Raise DataError when a model returns more, or something else, than one tensor."""
     if not isinstance(outputs, Tensor):
         name = type(model).__name__
-        raise DataError(f"the model {name} returns {described(outputs)}: this task takes one tensor")
+        what = described(outputs)
+        raise DataError(f"the model {name} returns {what}: this task takes one tensor")
 
 
 class LossTask(Task):
     """The simplest task: a loss of (outputs, targets), as `nn.CrossEntropyLoss()` or any function.
 
-    For the losses of torch, as modules or functions, what the mean is over is known: class weights, ignored targets,
-    the number of values. Targets are reshaped to the outputs, or class indices converted, where that is
-    safe. Of any other function the one call of `F.cross_entropy` with the targets is looked at. Without
-    one its mean must be over all numbers of the targets, or it has an attribute `count`: a function of
-    the targets that returns how many items its mean is over.
+    For the losses of torch, as modules or functions, what the mean is over is known: class weights,
+    ignored targets, the number of values. Targets are reshaped to the outputs, and class indices
+    converted, where that is safe. Any other function is called once with a few samples: where it calls
+    `F.cross_entropy` with the targets, its mean is that of the cross entropy. Otherwise its mean must be
+    over all numbers of the targets, or it must have an attribute `count`: a function of the targets that
+    returns how many items its mean is over.
     """
 
     def __init__(self, loss: Callable[[Any, Tensor], Tensor]):

@@ -252,7 +252,9 @@ class Trainer(Evaluator):
 
     def _show_targets(self) -> None:
         """Give the task all targets, if they are in memory and no transform changes them."""
-        loaders = [self.train_batches] if self.val_batches is None else [self.train_batches, self.val_batches]
+        loaders = [self.train_batches]
+        if self.val_batches is not None:
+            loaders.append(self.val_batches)
         self.task.know_targets(None if self._transforms else known_targets(*loaders))
 
     @contextmanager

@@ -1,8 +1,9 @@
 """Losses: loss(outputs, targets) -> mean, a scalar. Outputs are logits of classes or labels, or values.
 
 Targets are class indices (batch,), labels of 0 and 1 (batch, labels) or values (batch, values). torch's own come by
-table; a loss of your own is an `nn.Module` with a decorator. A loss whose mean is over anything but all numbers of the
-targets, or those that it does not ignore, says so in a method `count`: else unequal batches are weighted wrongly.
+table; a loss of your own is an `nn.Module` with a decorator. A loss whose mean is over anything but all
+numbers of the targets, or those that it does not ignore, has a method `count(targets)`: otherwise unequal
+batches are weighted wrongly.
 """
 
 import math
@@ -54,13 +55,13 @@ class ByClass:
             self.weight = torch.tensor(weight)
 
     def count(self, targets: Tensor) -> int | Tensor:
-        """Return what the mean is over: the targets that are not ignored, by the weights of their classes."""
+        """Return the number of targets that are not ignored, or the sum of their weights."""
         if targets.is_floating_point():
             return distributions(targets)
         return counted(targets, self.factors(), self.ignore_index)
 
     def mean(self, loss: Callable[..., Tensor], outputs: Tensor, targets: Tensor, **settings: float) -> Tensor:
-        """Return the mean of a loss of torch, and 0 when no target counts."""
+        """Return the mean of a loss of torch, or 0 when no target counts."""
         ignored = NEVER if self.ignore_index is None else self.ignore_index
         none_counts = self.zero_weights and not targets.is_floating_point()
         if none_counts:

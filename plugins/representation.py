@@ -39,8 +39,8 @@ class Contrastive(Task):
 
     The model's outputs are the embeddings; labels are not looked at. Logged beside the loss is `found`: how often an
     embedding's nearest one is that of the other view. Evaluation draws its views from a generator of its own.
-    The loss compares the samples of a batch with each other, so batches cannot be split (`trainer.micro_batch`), and
-    several batches that make one step (`trainer.accumulate`) are each compared within themselves.
+    The loss compares the samples of a batch with each other. So batches cannot be split by
+    `trainer.micro_batch`, and with `trainer.accumulate` samples of different batches are not compared.
     """
 
     splits_batches = False
@@ -208,12 +208,13 @@ class MultiTask(Classification):
         check_tensor(model, outputs)
         logits, given = self.apart(outputs, inputs[0].numel())
         first = super().step(lambda _: logits, batch)  # type: ignore[arg-type]
-        values = {"classification": first.loss, "reconstruction": self.error(given, inputs.flatten(1), batch[1])}
+        error = self.error(given, inputs.flatten(1), batch[1])
+        values = {"classification": first.loss, "reconstruction": error}
         loss = sum(self.weights[name] * value for name, value in values.items())
         return Step(torch.as_tensor(loss), logits, first.targets, values)
 
     def error(self, given: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean squared error of the input's numbers, over the same samples as the classes' loss."""
+        """Return the mean squared error of the input's numbers, over the samples that count."""
         weights = self.item_weights(targets)
         if weights is None:
             return F.mse_loss(given, inputs)
@@ -260,8 +261,8 @@ class LinearProbe(Callback):
     def on_validation_end(self, trainer: Trainer) -> None:
         assert trainer.val_batches is not None
         with seeds.undisturbed():
-            features, classes = known_classes(trainer, *self._features(trainer, trainer.train_batches, self.count))
-            seen, truth = known_classes(trainer, *self._features(trainer, trainer.val_batches, None))
+            features, classes = self._features(trainer, trainer.train_batches, self.count)
+            seen, truth = self._features(trainer, trainer.val_batches, None)
         mean, deviation = features.mean(0), features.std(0) + 1e-6
         weights = least_squares((features - mean) / deviation, F.one_hot(classes).to(features), self.ridge)
         found = ((seen - mean) / deviation) @ weights[:-1] + weights[-1]
@@ -269,7 +270,10 @@ class LinearProbe(Callback):
         trainer.log({"val/probe_accuracy": float(right)})  # a number at once: callbacks after this one may watch it
 
     def _features(self, trainer: Trainer, batches: Any, count: int | None) -> tuple[Tensor, Tensor]:
-        """Return the features (rows, D) in float64, and the classes, of a split's first samples."""
+        """Return the features (rows, D) in float64, and the classes, of a split's first samples.
+
+        Samples whose class is negative, or ignored by the loss of the task, are left out.
+        """
         kept: list[Tensor] = []
         classes: list[Tensor] = []
         hook = trainer.model.get_submodule(self.layer).register_forward_hook(
@@ -285,14 +289,12 @@ class LinearProbe(Callback):
                         break
         finally:
             hook.remove()
-        return torch.cat(kept).flatten(1).double(), torch.cat(classes)
-
-
-def known_classes(trainer: Trainer, features: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the samples whose class is neither negative nor ignored by the task's loss."""
-    ignored = None if trainer.task.criterion is None else ignored_index(trainer.task.criterion)
-    kept = without_ignored(classes, ignored) >= 0
-    return features[kept], classes[kept]
+        features = torch.cat(kept).flatten(1).double()
+        targets = torch.cat(classes)
+        criterion = trainer.task.criterion
+        ignored = None if criterion is None else ignored_index(criterion)
+        known = without_ignored(targets, ignored) >= 0
+        return features[known], targets[known]
 
 
 def least_squares(inputs: Tensor, outputs: Tensor, ridge: float | None = None) -> Tensor:

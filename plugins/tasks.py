@@ -51,7 +51,7 @@ class Supervised(Task):
         return Step(loss, outputs, targets)
 
     def count(self, batch: Batch) -> int | Tensor:
-        """Return what the loss's mean divides by: the targets, without the ignored, by the weights of their classes."""
+        """Return the number of items that the loss's mean is over."""
         number = self.mean.count(self.criterion, inputs_and_targets(batch)[1], self.all_kept)
         if self.row_size == 1 or self.mean.items != "targets":
             return number
@@ -87,7 +87,8 @@ class Supervised(Task):
         with unchanged(self.criterion):
             if is_sum(self.criterion, outputs, targets):
                 name = type(self.criterion).__name__
-                raise DataError(f"the loss {name} is a sum over the samples of a batch: expected their mean")
+                said = "is a sum over the samples of a batch: expected their mean"
+                raise DataError(f"the loss {name} {said}")
 
     def example(self, rows: int, out_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return outputs and targets of a batch, on the device of the loss."""

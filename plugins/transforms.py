@@ -217,7 +217,9 @@ class Mixing(Transform):
             try:
                 targets = F.one_hot(targets.long(), self.classes).to(share)
             except RuntimeError as error:
-                raise SettingError(f"{self.who}: a target is no class from 0 to {self.classes - 1}: {error}") from error
+                last = self.classes - 1
+                said = f"{self.who}: a target is no class from 0 to {last}: {error}"
+                raise SettingError(said) from error
         kept = each(share, targets)
         return kept * targets + (1 - kept) * targets[other]
 

@@ -359,6 +359,19 @@ def test_a_loss_of_other_arguments_is_refused_before_training(loss):
         train(loss, batches_of(VALUES, PARTS))
 
 
+def test_a_function_that_works_in_place_changes_nothing_that_metrics_see():
+    def loss(outputs, targets):
+        return outputs.sub_(targets).square().mean()
+
+    class Zero(nn.Module):
+        def forward(self, x):
+            return x * 0
+
+    mae = fw.metrics.build("mae")
+    found = Trainer(max_steps=1).evaluate([(VALUES, VALUES)], model=Zero(), task=loss, metrics=[mae])
+    assert found["test/mae"] == pytest.approx(2 * float(VALUES.abs().mean()))  # of -targets
+
+
 def contrast(outputs, targets):
     unit = F.normalize(outputs, dim=1)
     return F.cross_entropy(unit @ unit.T / 0.5, torch.arange(len(outputs)).roll(1))
