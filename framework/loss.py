@@ -84,7 +84,7 @@ class Mean:
         ignored: the class index whose targets the loss ignores.
         one_dtype: outputs and targets must be of one floating type.
         zero_weights: some class has the weight 0, so that a batch may count for nothing.
-        certain: the loss is computed by torch itself, which does not make it a sum.
+        certain: the loss is computed by torch, so that it is no sum and broadcasts nothing.
         weight: of the classes, where a function calls a loss of torch with them.
     """
 
@@ -104,10 +104,12 @@ class Mean:
         """
         function, written_anew = known(loss)
         form, items = MEANS.get(function, ("any", "targets"))
+        if written_anew:  # it may take other outputs and targets than the class that it extends
+            form = "any"
         form = getattr(loss, "target_form", form)
         ignored = ignored_index(loss)
         if callable(getattr(loss, "count", None)):
-            return cls(form, "own", ignored, certain=True)
+            return cls(form, "own", ignored)
         if function is None and not isinstance(unwrapped(loss), nn.Module):
             return cls.of_function(loss)
         certain = function is not None and not written_anew
@@ -455,11 +457,22 @@ def check_first(loss: Callable[..., Any], outputs: Any, targets: Tensor) -> None
     """
     name = f"the loss {name_of(loss)}"
     with unchanged(loss):
-        if misaligned_outputs(outputs, targets):
-            call_aligned(name, loss, tree_map(copied, outputs), targets.clone())
+        check_alignment(name, loss, outputs, targets)
         summed = is_sum(loss, outputs, targets)
     if summed:
         raise DataError(f"{name} is a sum over the samples of a batch: expected their mean")
+
+
+def check_alignment(name: str, loss: Callable[..., Any], outputs: Any, targets: Tensor) -> None:
+    """Raise DataError when a loss broadcasts outputs and targets along the wrong axis."""
+    if not misaligned_outputs(outputs, targets):
+        return
+    try:
+        call_aligned(name, loss, tree_map(copied, outputs), targets.clone())
+    except DataError:
+        raise
+    except Exception:  # ignored targets are -100 by now, which the loss may refuse
+        return
 
 
 @contextmanager

@@ -43,6 +43,7 @@ def tensor_or_none(numbers: list[float] | None) -> Tensor | None:
 class ByClass:
     """Of losses with a factor a class: those that were given, or such that all classes weigh the same in training."""
 
+    target_form = "classes"
     weight: Tensor | None
     ignore_index: int | None
 

@@ -158,7 +158,9 @@ class Classification(Supervised):
         """Return by how much each target counts in the loss's mean; None where all count alike."""
         if targets.is_floating_point():
             return None
-        weight = class_weights(self.criterion) if self.mean.form == "classes" else None
+        weight = None
+        if self.mean.items in ("weights", "own"):
+            weight = class_weights(self.criterion)
         return weights_of(targets, weight, self.mean.ignored)
 
     def predict(self, outputs: Tensor) -> dict[str, Any]:

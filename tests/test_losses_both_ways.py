@@ -551,6 +551,23 @@ def test_a_function_whose_targets_have_another_shape_by_design_is_taken(loss, ou
     train(loss, [(X, targets)], model=nn.Linear(D, outputs))
 
 
+class Sequences(nn.CrossEntropyLoss):
+    """A subclass of other outputs and targets: (batch, T, classes) with (batch, T)."""
+
+    def forward(self, outputs, targets):
+        return super().forward(outputs["y"].transpose(1, 2), targets)
+
+
+def test_a_subclass_may_take_other_outputs_than_the_class_that_it_extends():
+    targets = torch.tensor([[0, 1], [2, -100]])
+    inputs = torch.randn(2, 2, D)
+    train(Sequences(), [(inputs, targets)] * 2, model=Picked(nn.Linear(D, C)), accumulate=2)
+    square = torch.where(torch.arange(9).reshape(3, 3) % 2 == 0, 1, 2)
+    loss = Sequences(ignore_index=1)
+    train(loss, [(torch.randn(3, 3, D), square)], model=Picked(nn.Linear(D, C)))
+    train(closure_of(nn.CrossEntropyLoss(ignore_index=1)), [(X[:3], Y[2:5])], model=nn.Linear(D, C))
+
+
 class Naive(Metric):
     """A metric of a user, without a look at shapes."""
 
