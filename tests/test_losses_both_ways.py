@@ -28,6 +28,11 @@ WEIGHT = torch.tensor([1.0, 2.0, 50.0])
 PARTS = [5, 3, 4]  # rows of the batches
 
 
+def name_of(loss):
+    """Return a name for a test: that of a function, or a module with its settings."""
+    return getattr(loss, "__name__", str(loss))
+
+
 class Focal(nn.CrossEntropyLoss):
     """A subclass with class weights whose mean is over the targets, not over their weights."""
 
@@ -352,7 +357,7 @@ def test_a_function_that_is_no_mean_is_refused_before_a_weight_changes(loss, mes
 
 
 @pytest.mark.parametrize(
-    "loss", [nn.TripletMarginLoss(), nn.CTCLoss(), lambda o: o.mean(), F.gaussian_nll_loss], ids=str
+    "loss", [nn.TripletMarginLoss(), nn.CTCLoss(), lambda o: o.mean(), F.gaussian_nll_loss], ids=name_of
 )
 def test_a_loss_of_other_arguments_is_refused_before_training(loss):
     with pytest.raises(SettingError, match=r"the loss .* cannot be called with \(outputs, targets\)"):
@@ -377,7 +382,7 @@ def contrast(outputs, targets):
     return F.cross_entropy(unit @ unit.T / 0.5, torch.arange(len(outputs)).roll(1))
 
 
-@pytest.mark.parametrize("loss", [contrast, nn.SmoothL1Loss(), lambda o, t: (o - t).abs().mean()], ids=str)
+@pytest.mark.parametrize("loss", [contrast, nn.SmoothL1Loss(), lambda o, t: (o - t).abs().mean()], ids=name_of)
 def test_a_loss_that_is_no_sum_is_taken(loss):
     train(loss, batches_of(VALUES, PARTS))
 
@@ -480,7 +485,7 @@ REGISTERED = [fw.losses.build(name) for name in ("hinge", "quantile", "log_cosh"
 
 
 @pytest.mark.parametrize(
-    "loss", [nn.MSELoss(), F.mse_loss, nn.HuberLoss(), nn.BCEWithLogitsLoss(), *REGISTERED], ids=str
+    "loss", [nn.MSELoss(), F.mse_loss, nn.HuberLoss(), nn.BCEWithLogitsLoss(), *REGISTERED], ids=name_of
 )
 @pytest.mark.parametrize("shapes", [((8, 1), (8,)), ((8,), (8, 1))], ids=str)
 def test_targets_are_never_broadcast_by_a_loss_of_torch(loss, shapes):
@@ -489,7 +494,7 @@ def test_targets_are_never_broadcast_by_a_loss_of_torch(loss, shapes):
     assert found == pytest.approx(float(loss(outputs.flatten(), targets.flatten())))
 
 
-@pytest.mark.parametrize("loss", [nn.MSELoss(), F.mse_loss, nn.KLDivLoss(reduction="batchmean")], ids=str)
+@pytest.mark.parametrize("loss", [nn.MSELoss(), F.mse_loss, nn.KLDivLoss(reduction="batchmean")], ids=name_of)
 @pytest.mark.parametrize("shape", [(4, 1), (4,), (1, 4), (4, 4, 2)], ids=str)
 def test_targets_of_another_shape_are_refused_by_a_loss_of_torch(loss, shape):
     with pytest.raises(DataError, match=r"targets have shape .* but the model's outputs \(4, 4\)"):
