@@ -128,6 +128,8 @@ def start_learning_rates(optimizer: Optimizer, scheduled: bool) -> None:
     unless the user has set another one since.
     """
     for group in optimizer.param_groups:
+        if "lr" not in group:
+            continue
         left = group.pop(LEFT, None)
         if left is not None and left == group["lr"]:
             group["lr"] = group["initial_lr"]
@@ -140,7 +142,8 @@ def start_learning_rates(optimizer: Optimizer, scheduled: bool) -> None:
 def mark_learning_rates(optimizer: Optimizer) -> None:
     """Note in each group that its learning rate is one that a schedule left."""
     for group in optimizer.param_groups:
-        group[LEFT] = group["lr"]
+        if "lr" in group:
+            group[LEFT] = group["lr"]
 
 
 def group_settings(optimizer: Optimizer, model: nn.Module) -> list[dict[str, Any]]:
@@ -212,8 +215,10 @@ def older_settings(saved: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]
         raise SettingError("resume: the optimizer holds other groups of parameters than the one that was saved")
     found = []
     for group, new in zip(saved, now, strict=True):
-        rate = group.get("initial_lr", group["lr"])
-        found.append({"settings": {**new["settings"], "lr": rate}, "parameters": new["parameters"]})
+        settings = dict(new["settings"])
+        if "lr" in group:
+            settings["lr"] = group.get("initial_lr", group["lr"])
+        found.append({"settings": settings, "parameters": new["parameters"]})
     return found
 
 
