@@ -26,6 +26,7 @@ from .registry import Maker
 from .schema import PositiveFloat, Range
 
 COMPILER = "torch._dynamo"
+OTHER_GROUPS = "resume: the optimizer holds other groups of parameters than the one that was saved"
 LEFT = "scheduled_lr"  # in a parameter group: the learning rate after a fit with a schedule
 
 
@@ -176,6 +177,9 @@ def restore_optimizer(
     Raises SettingError when the groups hold other parameters, and when a changed setting needs state that was not
     saved.
     """
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    if [len(group["params"]) for group in saved["param_groups"]] != sizes:
+        raise SettingError(OTHER_GROUPS)
     groups, changed = merged_groups(saved["param_groups"], before, now)
     if changed:
         check_state(optimizer, saved["state"], groups, changed)
@@ -193,10 +197,10 @@ def merged_groups(
     """
     before = older_settings(saved, now) if before is None else before
     if [each["parameters"] for each in before] != [each["parameters"] for each in now]:
-        raise SettingError("resume: the optimizer holds other groups of parameters than the one that was saved")
+        raise SettingError(OTHER_GROUPS)
     groups = []
     changed: list[str] = []
-    for group, old, new in zip(saved, before, now, strict=True):
+    for group, old, new in zip(saved, before, now, strict=False):
         merged = {name: value for name, value in group.items() if name != LEFT}
         for name, value in new["settings"].items():
             if name in old["settings"] and same_setting(old["settings"][name], value):
@@ -206,15 +210,14 @@ def merged_groups(
             if name == "lr":
                 merged["initial_lr"] = value
         groups.append(merged)
+    groups += saved[len(groups) :]  # which a callback has added after the start
     return groups, list(dict.fromkeys(changed))
 
 
 def older_settings(saved: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return what `group_settings` is taken to have been for a checkpoint that does not hold it."""
-    if [len(group["params"]) for group in saved] != [len(each["parameters"]) for each in now]:
-        raise SettingError("resume: the optimizer holds other groups of parameters than the one that was saved")
     found = []
-    for group, new in zip(saved, now, strict=True):
+    for group, new in zip(saved, now, strict=False):
         settings = dict(new["settings"])
         if "lr" in group:
             settings["lr"] = group.get("initial_lr", group["lr"])
