@@ -59,7 +59,7 @@ def check_values(model: nn.Module) -> None:
     """Raise SettingError for a tensor of the model that has no values."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
-            raise SettingError(f"model: {name} is on the device meta, without values: give it some before the fit")
+            raise SettingError(f"model: {name} is on the device meta and has no values; initialize it before the fit")
 
 
 def check_parameters(model: nn.Module, task: Any, optimizer: Optimizer) -> None:
@@ -74,14 +74,15 @@ def check_parameters(model: nn.Module, task: Any, optimizer: Optimizer) -> None:
     foreign = held - own.keys() - parameters_of(task)
     if not foreign:
         return
-    said = f"optimizer: {len(foreign)} of its {len(held)} parameters are not the model's"
+    said = f"optimizer: {len(foreign)} of its {len(held)} parameters do not belong to the model"
     missing = [name for parameter, name in own.items() if parameter.requires_grad and parameter not in held]
     if missing:
         raise SettingError(
-            f"{said}, and {len(missing)} of the model's {len(own)} are not in the optimizer ({missing[0]}): build it "
-            "after the last change of the model; a loss with parameters should be a module that holds them"
+            f"{said}, and {len(missing)} of the model's {len(own)} are not in the optimizer "
+            f"(such as {missing[0]}): build the optimizer after the last change of the model; "
+            "a loss with parameters must be a module that holds them"
         )
-    warnings.warn(f"{said}: checkpoints do not hold them", stacklevel=5)
+    warnings.warn(f"{said}: checkpoints do not contain them", stacklevel=5)
 
 
 def parameters_of(task: Any) -> set[nn.Parameter]:
@@ -100,8 +101,8 @@ def check_schedule(schedule: Any, validates: bool) -> None:
     if observes(schedule) and not validates:
         name = type(schedule).__name__
         raise SettingError(
-            f"scheduler: {name} reacts to validations, and there is no validation split; without it the learning rate "
-            "would never fall"
+            f"scheduler: {name} reacts to validation, but there is no validation split "
+            "(`fit(val=...)`, data.val_fraction): the learning rate would never change"
         )
 
 

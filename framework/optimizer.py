@@ -26,7 +26,7 @@ from .registry import Maker
 from .schema import PositiveFloat, Range
 
 COMPILER = "torch._dynamo"
-OTHER_GROUPS = "resume: the optimizer holds other groups of parameters than the one that was saved"
+OTHER_GROUPS = "resume: the optimizer has other parameter groups than the saved one"
 LEFT = "scheduled_lr"  # in a parameter group: the learning rate after a fit with a schedule
 
 

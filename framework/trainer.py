@@ -238,7 +238,7 @@ class Trainer(Evaluator):
             self.resumed_from = self.state.step
             why = other_order(self.train_batches, self.state.batch > 0)
             if why is not None and not self.done:
-                warnings.warn(f"resume: the fit does not go on exactly: {why}", stacklevel=4)
+                warnings.warn(f"resume: the result differs from that of an uninterrupted fit: {why}", stacklevel=4)
         self._rate_from = (time.perf_counter(), self.state.samples)
 
     @property

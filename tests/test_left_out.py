@@ -31,22 +31,22 @@ def fit(model, optimizer, *callbacks, steps=3, folder=None, **given):
 # parameters of the optimizer
 
 
-def test_a_head_that_was_replaced_after_the_optimizer_was_built_is_an_error():
+def test_head_replaced_after_building_the_optimizer_is_an_error():
     model = network()
     optimizer = SGD(model.parameters())
     model[1] = nn.Linear(4, 1)
-    with pytest.raises(SettingError, match=r"2 of its 4 parameters are not .*2 of the model's 4 are not .*1\.weight"):
+    with pytest.raises(SettingError, match=r"2 of its 4 parameters do not belong .*2 of the model's 4 .*1\.weight"):
         fit(model, optimizer)
 
 
-def test_parameters_that_are_nobodys_are_warned_of():
+def test_foreign_parameters_give_a_warning():
     model, scale = network(), nn.Parameter(torch.ones(()))
-    with pytest.warns(UserWarning, match="1 of its 5 parameters are not the model's"):
+    with pytest.warns(UserWarning, match="1 of its 5 parameters do not belong to the model"):
         fit(model, SGD([*model.parameters(), scale]))
 
 
 @pytest.mark.parametrize("chosen", ["all", "head", "head, rest frozen"])
-def test_a_part_of_the_model_is_trained_without_a_word(chosen):
+def test_training_a_part_of_the_model_gives_no_warning(chosen):
     model = network()
     parameters = list(model.parameters() if chosen == "all" else model[1].parameters())
     if "frozen" in chosen:
