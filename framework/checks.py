@@ -59,11 +59,11 @@ def check_values(model: nn.Module) -> None:
     """Raise SettingError for a tensor of the model that has no values."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
-            raise SettingError(f"model: {name} is on the device meta and has no values; initialize it before the fit")
+            raise SettingError(f"model: {name} is on the device meta; give it values before the fit")
 
 
 def check_parameters(model: nn.Module, task: Any, optimizer: Optimizer) -> None:
-    """Raise SettingError when the optimizer holds other parameters in the place of some of the model's.
+    """Raise SettingError when the optimizer holds other parameters instead of the model's.
 
     It may hold only some of the model's parameters, and parameters of the task or its loss.
     """
@@ -75,7 +75,8 @@ def check_parameters(model: nn.Module, task: Any, optimizer: Optimizer) -> None:
     if not foreign:
         return
     said = f"optimizer: {len(foreign)} of its {len(held)} parameters do not belong to the model"
-    missing = [name for parameter, name in own.items() if parameter.requires_grad and parameter not in held]
+    trained = {parameter: name for parameter, name in own.items() if parameter.requires_grad}
+    missing = [name for parameter, name in trained.items() if parameter not in held]
     if missing:
         raise SettingError(
             f"{said}, and {len(missing)} of the model's {len(own)} are not in the optimizer "
@@ -86,7 +87,7 @@ def check_parameters(model: nn.Module, task: Any, optimizer: Optimizer) -> None:
 
 
 def parameters_of(task: Any) -> set[nn.Parameter]:
-    """Return the parameters of a task, or of a loss: its own, and those of the modules among its attributes."""
+    """Return the parameters of a task or a loss, and of the modules among its attributes."""
     found: set[nn.Parameter] = set()
     for part in (task, *vars(task).values()) if hasattr(task, "__dict__") else ():
         if isinstance(part, nn.Module):

@@ -112,7 +112,7 @@ class NonFinite(Callback):
         self._detach(trainer)
 
     def _detach(self, trainer: Trainer) -> None:
-        """Remove the flag from the optimizer, which would leave out the updates of a later fit after this one."""
+        """Remove the flag from the optimizer, which would suppress the updates of a later fit."""
         if self.late and getattr(trainer.optimizer, "found_inf", None) is self.found:
             del trainer.optimizer.found_inf  # type: ignore[attr-defined]
 

@@ -149,6 +149,6 @@ def side_by_side(images: Tensor, most: int = 8) -> Tensor:
 
 
 def finite(tensor: Tensor) -> Tensor:
-    """Return the finite values, flat, as float32 on the CPU; of complex ones the real and the imaginary parts."""
+    """Return the finite values (or real and imaginary parts), flat, as float32 on the CPU."""
     values = as_real(tensor.detach()).flatten().float().cpu()
     return values[values.isfinite()]
