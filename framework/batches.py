@@ -98,9 +98,9 @@ def count_total(steps_per_epoch: int, max_epochs: int | None, max_steps: int | N
 
 
 def other_order(batches: Batches, in_epoch: bool) -> str | None:
-    """Return why the batches of a resumed fit are not those that an uninterrupted one would read, or None.
+    """Return why a resumed fit reads other batches than an uninterrupted one, or None.
 
-    It knows the samplers of torch. Of any other iterable it is not known in which order it yields its batches.
+    Only the samplers of torch are known; any other iterable is taken to have a fixed order.
 
     Args:
         in_epoch: the saved fit stopped inside an epoch.
@@ -113,7 +113,7 @@ def other_order(batches: Batches, in_epoch: bool) -> str | None:
     if any(each.generator is not None for each in random):
         return "the DataLoader shuffles with a generator of its own, whose state is not saved"
     if random and in_epoch:
-        return "the saved fit stopped inside an epoch, and the DataLoader shuffles the rest of it in another order"
+        return "it stopped inside an epoch, and the DataLoader shuffles the rest in another order"
     return None
 
 

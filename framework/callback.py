@@ -19,7 +19,8 @@
     close                               # always the last one
 
 A callback overrides what it listens to; what nobody overrides costs nothing. Callbacks are called in the order listed.
-Before fit_start, `reset` makes each callback forget an earlier fit; in a resumed fit, `load_state_dict` follows.
+Before fit_start, `reset` makes each callback forget an earlier fit; when a fit resumes,
+`load_state_dict` follows.
 To end a run: `trainer.state.stop = "reason"`; the step under way is finished first.
 """
 
@@ -62,9 +63,9 @@ class Callback(Stateful):
         alone: whether it cannot serve one of many trials that train as one. If it does not say, it can when it changes
             nothing of training. One that changes no more than gradients, learning rates, or weights in their place can
             too (False); what else it did to its trial's model, loss or optimizer, the others' model would not know.
-        follows_metrics: whether it decides by logged values how a run goes on, or when it ends; then a resumed run may
-            not measure them at other times. If it does not say, it does when it may change training and listens to
-            validations or logs.
+        follows_metrics: whether it decides by logged values how a run continues, or when it ends;
+            then a resumed run may not measure them at other times. None: it does if it may change
+            training and listens to validations or logs.
         recordable: whether `on_gradients` is nothing but arithmetic on the device, the same in each step, so that a
             CUDA graph may replay it.
     """
@@ -90,10 +91,10 @@ class Callback(Stateful):
 
     @classmethod
     def depends_on(cls, settings: Mapping[str, Any]) -> Sequence[str]:
-        """Return how the paths of settings begin, elsewhere in the config, that change what this one does to training.
+        """Return prefixes of the settings of other parts that change its effect on training.
 
         Args:
-            settings: those of this callback that are not left at their defaults.
+            settings: those of this callback that differ from their defaults.
         """
         return ()
 

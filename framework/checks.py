@@ -156,11 +156,11 @@ def check_values(model: nn.Module) -> None:
     """Raise SettingError for a tensor of the model that has no values."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
-            raise SettingError(f"model: {name} is on the device meta, without values: give it some before the fit")
+            raise SettingError(f"model: {name} is on the device meta; give it values before the fit")
 
 
 def check_parameters(model: nn.Module, task: Any, optimizer: Optimizer) -> None:
-    """Raise SettingError when the optimizer holds other parameters in the place of some of the model's.
+    """Raise SettingError when the optimizer holds other parameters instead of the model's.
 
     It may hold only some of the model's parameters, and parameters of the task or its loss.
     """
@@ -171,18 +171,20 @@ def check_parameters(model: nn.Module, task: Any, optimizer: Optimizer) -> None:
     foreign = held - own.keys() - parameters_of(task)
     if not foreign:
         return
-    said = f"optimizer: {len(foreign)} of its {len(held)} parameters are not the model's"
-    missing = [name for parameter, name in own.items() if parameter.requires_grad and parameter not in held]
+    said = f"optimizer: {len(foreign)} of its {len(held)} parameters do not belong to the model"
+    trained = {parameter: name for parameter, name in own.items() if parameter.requires_grad}
+    missing = [name for parameter, name in trained.items() if parameter not in held]
     if missing:
         raise SettingError(
-            f"{said}, and {len(missing)} of the model's {len(own)} are not in the optimizer ({missing[0]}): build it "
-            "after the last change of the model; a loss with parameters should be a module that holds them"
+            f"{said}, and {len(missing)} of the model's {len(own)} are not in the optimizer "
+            f"(such as {missing[0]}): build the optimizer after the last change of the model; "
+            "a loss with parameters must be a module that holds them"
         )
-    warnings.warn(f"{said}: checkpoints do not hold them", stacklevel=5)
+    warnings.warn(f"{said}: checkpoints do not contain them", stacklevel=5)
 
 
 def parameters_of(task: Any) -> set[nn.Parameter]:
-    """Return the parameters of a task, or of a loss: its own, and those of the modules among its attributes."""
+    """Return the parameters of a task or a loss, and of the modules among its attributes."""
     found: set[nn.Parameter] = set()
     for part in (task, *vars(task).values()) if hasattr(task, "__dict__") else ():
         if isinstance(part, nn.Module):
@@ -197,8 +199,8 @@ def check_schedule(schedule: Any, validates: bool) -> None:
     if observes(schedule) and not validates:
         name = type(schedule).__name__
         raise SettingError(
-            f"scheduler: {name} reacts to validations, and there is no validation split; without it the learning rate "
-            "would never fall"
+            f"scheduler: {name} reacts to validation, but there is no validation split "
+            "(`fit(val=...)`, data.val_fraction): the learning rate would never change"
         )
 
 

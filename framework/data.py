@@ -466,7 +466,7 @@ class ForeignLoader:
     def _iterate(self, start: int) -> Iterator[Any]:
         """Return an iterator from batch number `start` on.
 
-        What is drawn for the batches before is not drawn again: the generators of a resumed fit are restored already.
+        Skipping does not advance the random generators: a resumed fit has restored them already.
         """
         if start == 0:
             return iter(self.batches)

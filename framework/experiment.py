@@ -295,8 +295,8 @@ def schedule_notes(built: Experiment, resumed: Resumed) -> Iterator[str]:
     if all(old(step) == new(step) for step in places):
         return
     yield (
-        f"scheduler={scheduler.entry.name} is laid out anew over {built.total_steps:,} steps (was {before:,}): "
-        f"from step {resumed.step:,} on the learning rate is that of a run of the new length"
+        f"scheduler={scheduler.entry.name} is laid out anew over {built.total_steps:,} steps "
+        f"(was {before:,}): from step {resumed.step:,} on the learning rate is that of a run of the new length"
     )
 
 

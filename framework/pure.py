@@ -62,7 +62,7 @@ class PureOptimizer(Optimizer):
 
 
 def as_real(tensor: Tensor) -> Tensor:
-    """Return a view of complex numbers as pairs of reals, as torch's optimizers take them; others as they are."""
+    """Return a view of complex numbers as pairs of reals; other tensors as they are."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
@@ -94,7 +94,7 @@ class PureUpdates:
         if any(group.get(name) for group in optimizer.param_groups for name in special):
             return None
         if any(p.is_complex() for group in optimizer.param_groups for p in group["params"]):
-            return None  # an update squares numbers, where `step()` squares real and imaginary parts
+            return None  # `step()` squares the real and imaginary parts, not the numbers
         if isinstance(optimizer, PureOptimizer):
             return type(optimizer).update
         return self.of.get(type(optimizer))

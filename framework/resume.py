@@ -123,10 +123,10 @@ def check_fits(resumed: Resumed, model: nn.Module, optimizer: Optimizer) -> None
 
 
 def check_optimizer(resumed: Resumed, model: nn.Module, optimizer: Optimizer) -> None:
-    """Raise SettingError when the optimizer cannot go on from the checkpoint with the settings that have changed.
+    """Raise SettingError when the optimizer cannot continue with the changed settings.
 
-    A checkpoint of an earlier version does not hold the settings that the run was started with: they are worked out
-    from what has changed in the config.
+    A checkpoint of an earlier version does not hold the settings that the run was started with:
+    they are derived from the changes in the config.
     """
     training = resumed.training
     if training is None:
@@ -136,7 +136,8 @@ def check_optimizer(resumed: Resumed, model: nn.Module, optimizer: Optimizer) ->
         changed = changed_settings(resumed)
         before = older_settings(groups, now)
         for each in before:
-            each["settings"] = {name: value for name, value in each["settings"].items() if name not in changed}
+            for name in changed & each["settings"].keys():
+                del each["settings"][name]
         training["optimizer_settings"] = before
     merged, names = merged_groups(groups, training["optimizer_settings"], now)
     if names:
@@ -144,7 +145,7 @@ def check_optimizer(resumed: Resumed, model: nn.Module, optimizer: Optimizer) ->
 
 
 def changed_settings(resumed: Resumed) -> set[str]:
-    """Return the settings of parameter groups that may differ from those of the run, by the changes in its config."""
+    """Return the settings of parameter groups that the changes in the config may concern."""
     found: set[str] = set()
     for text in resumed.changed:
         section, _, setting = text.partition("=")[0].partition(".")
@@ -202,16 +203,20 @@ def keeps_bits(path: str) -> bool:
     return path.startswith(SAME_BITS)
 
 
-def observed_changes(changed: Sequence[tuple[str, str]], before: Mapping[str, Any], spec: Spec) -> Iterator[str]:
-    """Yield the changes, otherwise without effect on the weights, that a part of the run would react to.
+def observed_changes(
+    changed: Sequence[tuple[str, str]],
+    before: Mapping[str, Any],
+    spec: Spec,
+) -> Iterator[str]:
+    """Yield the changes that matter only because a part of the run reacts to them.
 
-    A schedule or a callback that decides by measured values decides otherwise when these are measured at other times,
-    or differently.
+    A schedule or a callback that decides by measured values decides otherwise when these are
+    measured differently, or at other times.
     """
     watching = list(observers(spec))
     for path, text in changed:
         parts = [part for part, monitor in watching if measures(path, monitor, spec)]
-        parts += [str(maker.entry) for maker in spec.parts["callback"] if path.startswith(beginnings(maker))]
+        parts += [str(each.entry) for each in spec.parts["callback"] if path.startswith(prefixes(each))]
         if parts:
             yield f"{text}, used by {' and '.join(parts)}"
     for maker in spec.parts["callback"]:
@@ -224,14 +229,16 @@ def observed_changes(changed: Sequence[tuple[str, str]], before: Mapping[str, An
                 yield text
 
 
-def beginnings(maker: Maker) -> tuple[str, ...]:
-    """Return how the paths of settings begin that a callback says it depends on."""
+def prefixes(maker: Maker) -> tuple[str, ...]:
+    """Return the prefixes of the settings that a callback depends on."""
     part = maker.entry.part
-    return tuple(part.depends_on(maker.settings)) if isinstance(part, type) and issubclass(part, Callback) else ()
+    if not isinstance(part, type) or not issubclass(part, Callback):
+        return ()
+    return tuple(part.depends_on(maker.settings))
 
 
 def observers(spec: Spec) -> Iterator[tuple[str, str | None]]:
-    """Yield the parts that decide by measured values, each with the value that it monitors (None: not known)."""
+    """Yield the parts that decide by measured values, with what they monitor (None: unknown)."""
     makers = [maker for maker in spec.parts["callback"] if follows_metrics(maker.entry.part)]
     scheduler = spec.parts["scheduler"]
     if scheduler is not None and observes(scheduler.entry.part):
@@ -303,24 +310,26 @@ def start_from(model: nn.Module, source: str) -> str:
     """Fill a model with the weights of a run (its best checkpoint), a checkpoint or a .safetensors file, where names
     and shapes match; returns a report of what did not.
 
-    Raises RunError when there is no such thing, when nothing matches, and when no matrix of the model does: biases and
-    norms alone say nothing without the weights that they belong to.
+    Raises RunError when there is no such thing, when nothing matches, and when no matrix of the
+    model does: biases and norms are useless without the weights that they belong to.
     """
     path = Path(source)
     weights = read_weights(path)
-    own = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+    state = model.state_dict()
+    own = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
     fitting = {name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape}
     if not fitting:
         raise RunError(f"init_from={source}: none of its {len(weights)} tensors has the name and shape of one here")
     matrices = [name for name, tensor in own.items() if tensor.ndim > 1]
     if matrices and not fitting.keys() & set(matrices):
         raise RunError(
-            f"init_from={source}: only {len(fitting)} of {len(own)} tensors match, and none of the {len(matrices)} "
-            f"weight matrices: {matrices[0]} is {tuple(own[matrices[0]].shape)} here, and "
+            f"init_from={source}: only {len(fitting)} of {len(own)} tensors match, and none of the "
+            f"{len(matrices)} weight matrices: {matrices[0]} is {tuple(own[matrices[0]].shape)} here, and "
             f"{shape_text(weights.get(matrices[0]))} there"
         )
     model.load_state_dict(fitting, strict=False)
-    share = sum(tensor.numel() for tensor in fitting.values()) / max(sum(tensor.numel() for tensor in own.values()), 1)
+    taken = sum(tensor.numel() for tensor in fitting.values())
+    share = taken / max(sum(tensor.numel() for tensor in own.values()), 1)
     shapes = [f"{n} {tuple(weights[n].shape)} for {tuple(own[n].shape)}" for n in weights if n in own.keys() - fitting]
     groups = {
         "of another shape": shapes,

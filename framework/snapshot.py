@@ -81,7 +81,7 @@ def without_copies(state: Weights, take: Take) -> tuple[dict[str, Tensor], dict[
             continue
         taken = take(tensor)
         if taken.untyped_storage().data_ptr() in memory:
-            taken = taken.clone()  # a file of tensors may not hold two that overlap, such as views of one another
+            taken = taken.clone()  # safetensors refuses tensors that share memory
         memory.add(taken.untyped_storage().data_ptr())
         stored[name] = taken
     return stored, tied
@@ -95,7 +95,7 @@ def check_model(state: Weights) -> None:
 
 
 def check_training(state: Any) -> None:
-    """Raise CheckpointError when a training state has a value that is not plain, naming its path. Nothing is copied."""
+    """Raise CheckpointError for a value that is not plain, naming its path. Nothing is copied."""
     plain(state, lambda tensor: tensor)
 
 
@@ -116,8 +116,8 @@ def check_tensor(name: str, tensor: Any) -> None:
         why = f"a tensor of {tensor.dtype}"
     if why is not None:
         raise CheckpointError(
-            f"{name} of the model's state is {why}, which no checkpoint may hold; a buffer that need not be saved can "
-            "be registered with persistent=False"
+            f"{name} of the model's state is {why}, which checkpoints do not support; a buffer that "
+            "need not be saved can be registered with persistent=False"
         )
 
 

@@ -1,4 +1,4 @@
-"""Where a run stands, cadences (`every: 10steps | 1epoch | 5min`), and the base of parts that keep state in a fit."""
+"""Where a run stands, cadences (`every: 10steps | 1epoch | 5min`), and the base of stateful parts."""
 
 import copy
 import re
@@ -94,8 +94,8 @@ class Cadence:
 class Stateful:
     """Base of parts that keep state during a fit: callbacks and schedules.
 
-    When a fit starts, `reset` is called first, then `load_state_dict` if the fit resumes. Therefore a second fit with
-    the same objects equals a first one.
+    When a fit starts, `reset` is called first, then `load_state_dict` if the fit resumes. Therefore
+    a second fit with the same objects equals a first one.
     """
 
     _initial: dict[str, Any] | None = None
@@ -110,8 +110,8 @@ class Stateful:
     def reset(self) -> None:
         """Forget what an earlier fit left.
 
-        The default puts the state of the first call back with `load_state_dict`, and restarts each `Cadence` among the
-        attributes. Override it for state that `state_dict` does not return.
+        The default restores the state of the first call with `load_state_dict`, and restarts each
+        `Cadence` among the attributes. Override it for state that `state_dict` does not return.
         """
         for value in vars(self).values():
             if isinstance(value, Cadence):

@@ -153,11 +153,12 @@ class Trainer(Evaluator):
     ) -> State:
         """Train a model until a limit, or until a callback sets `state.stop`; return the final state.
 
-        Each call is a fit of its own: it starts at step 0 with the trainer's seed, so that calls in a loop read the
-        samples in the same order and draw the same dropout masks (another `seed` gives others, `resume` goes on).
-        Fit seeds the global generators of Python, NumPy and torch, and does not restore them. Callbacks and the
-        schedule start afresh, and gradients that are there before are deleted. The weights, and the state that the
-        optimizer keeps of each parameter, stay as they are.
+        Each call is a fit of its own: it starts at step 0 with the trainer's seed, so that calls in
+        a loop read the samples in the same order and draw the same dropout masks (another `seed`
+        gives others, `resume` continues). Fit seeds the global generators of Python, NumPy and
+        torch, and does not restore them. Callbacks and the schedule start afresh, and existing
+        gradients are deleted. The weights, and the state that the optimizer keeps of each
+        parameter, stay as they are.
 
         Modules that are in evaluation mode when fit begins, or that a callback puts into it in
         `on_fit_start`, stay in it during training. If the model itself is in evaluation mode, all
@@ -174,15 +175,17 @@ class Trainer(Evaluator):
             task: a `Task`, or a loss of (outputs, targets), which returns their mean (see `LossTask`).
             optimizer: a torch optimizer over the model's parameters.
             val: what to validate on, if not the data's own val split.
-            schedule: step -> factor on each group's learning rate. The last factor stays in the groups after the fit; a
-                later fit starts from the rates without it, or from those that you have set since.
+            schedule: step -> factor on each group's learning rate. The last factor stays in the
+                groups after the fit; a later fit starts from the rates without it, or from those
+                that you have set since.
             metrics: measured on training batches and on validation.
             batch_size: for a `Data` or a split; four times as much in validation.
-            resume: what `state_dict` gave, to go on from there. A setting of the optimizer's groups that differs from
-                the one that the saved fit was started with takes effect; all others are restored. The fit goes on
-                exactly with a `Data`, a split, or batches in a fixed order for each epoch (a sampler with `set_epoch`).
-                With a DataLoader that shuffles by torch's global generator it does so at the end of an epoch only;
-                with one that has a generator of its own, never (both warn).
+            resume: what `state_dict` gave, to continue from there. A setting of the optimizer's
+                groups that differs from the one that the saved fit was started with takes effect;
+                all others are restored. The result is that of an uninterrupted fit with a `Data`, a
+                split, or batches whose order is fixed for each epoch (a sampler with `set_epoch`).
+                With a DataLoader that shuffles by torch's global generator it is so at the end of
+                an epoch only, and with one that has a generator of its own never; both warn.
 
         Raises DataError when the data is empty or does not fit the task, OutOfMemory when memory is full.
         """
@@ -262,7 +265,7 @@ class Trainer(Evaluator):
         """Run the steps of a fit between its first and its last events."""
         with self:
             try:
-                if self._opened_at != self.state.step:  # for an earlier fit, in a trainer that is still open
+                if self._opened_at != self.state.step:  # opened for an earlier fit
                     self._closing.close()
                     self._open_loggers()
                 self.modes.train()
@@ -315,7 +318,8 @@ class Trainer(Evaluator):
             self.resumed_from = self.state.step
             why = other_order(self.train_batches, self.state.batch > 0)
             if why is not None and not self.done:
-                warnings.warn(f"resume: the fit does not go on exactly: {why}", stacklevel=4)
+                said = f"resume: the result differs from that of an uninterrupted fit: {why}"
+                warnings.warn(said, stacklevel=4)
         self._rate_from = (time.perf_counter(), self.state.samples)
 
     @property
@@ -555,11 +559,12 @@ class Trainer(Evaluator):
         return self
 
     def _open_loggers(self) -> None:
+        names = ["loss", *(metric.name for metric in self.metrics)]
         with ExitStack() as opened:
             for logger in self.loggers:
                 opened.callback(logger.close)
-                logger.open(self.folder, self.state.step, ["loss", *(metric.name for metric in self.metrics)])
-            self._closing = opened.pop_all()  # an error above, or in closing one, still closes the others
+                logger.open(self.folder, self.state.step, names)
+            self._closing = opened.pop_all()  # an error in one still closes the others
         self._opened_at = self.state.step
 
     def __exit__(self, *_: object) -> None:

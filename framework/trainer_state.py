@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def reset(trainer: Trainer) -> None:
-    """Make every part of a trainer forget an earlier fit, and delete gradients that are not of this fit."""
+    """Make every part of a trainer forget an earlier fit, and delete existing gradients."""
     trainer._record = {}
     trainer.validate_every.restart()
     trainer.log_every.restart()
@@ -40,7 +40,8 @@ def reset(trainer: Trainer) -> None:
 def given_settings(trainer: Trainer) -> list[dict[str, Any]]:
     """Return the settings that the user gave the groups of the optimizer.
 
-    What an earlier fit of this trainer changed in them is left out, unless the user has changed it since.
+    Changes that an earlier fit of this trainer has left in them do not count, unless the user has
+    changed the setting since.
     """
     now = group_settings(trainer.optimizer, trainer.model)
     if trainer._left is None or trainer._left.optimizer is not trainer.optimizer:
@@ -54,7 +55,7 @@ def given_settings(trainer: Trainer) -> list[dict[str, Any]]:
 
 
 class Left(NamedTuple):
-    """An optimizer after a fit: the settings of its groups then, and those that the user had given it."""
+    """An optimizer after a fit: its settings then, and those that the user had given it."""
 
     optimizer: Optimizer
     settings: list[dict[str, Any]]
@@ -91,7 +92,7 @@ def restore(trainer: Trainer, saved: dict[str, Any]) -> None:
     restore_optimizer(trainer.optimizer, own, before, now)
     if trainer.schedule is None and saved.get("scheduled"):
         for group in trainer.optimizer.param_groups:
-            group["lr"] = group["initial_lr"]  # without the last factor of the schedule that is no more
+            group["lr"] = group["initial_lr"]  # without the last factor of the removed schedule
     if isinstance(trainer.schedule, Schedule) and saved["schedule"]:
         trainer.schedule.load_state_dict(saved["schedule"])
     trainer.precision.load_state_dict(saved["scaler"])

@@ -12,7 +12,16 @@ from typing import Annotated, Any, Literal
 
 from torch import Tensor, nn
 
-from framework import Callback, Every, NonNegativeFloat, PositiveFloat, PositiveInt, Schedule, Trainer, callbacks
+from framework import (
+    Callback,
+    Every,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Schedule,
+    Trainer,
+    callbacks,
+)
 from framework.callback import keyed
 from framework.checkpoint import clean, folder_name, link_to, listed, read_manifest, remove, save, step_of, verify
 from framework.errors import CheckpointError, SettingError, did_you_mean
@@ -39,8 +48,9 @@ class Best:
         self.restored: dict[str, Any] = {}
 
     def start(self, trainer: Trainer) -> bool:
-        """Find out which way is better; return whether the restored values are of the same metric, or else drop them.
+        """Find out which way is better, and drop restored values of another metric.
 
+        Returns whether the restored values were kept.
         Raises SettingError when `mode` is auto and nobody says it.
         """
         if self.mode == "auto":
@@ -176,8 +186,8 @@ class Checkpoint(Callback):
             every: when to save; besides, whenever the monitored metric is among the best so far.
             monitor: what tells the best ones; null for none.
             mode: whether low (min) or high (max) is better; auto: as the metric itself says.
-            keep: how many of the newest stay (those with NaN in the weights do not count); in a resumed run the one
-                that it went on from stays as well.
+            keep: how many of the newest stay (those with NaN in the weights do not count); a
+                resumed run also keeps the one that it resumed from.
             best: how many of the best stay.
             background: write while training goes on, from a copy in memory, once a second at most; what would be
                 removed before its turn comes is then never written. false: training waits until it is on the disk.
@@ -263,8 +273,9 @@ class Checkpoint(Callback):
         self.writer.join()
 
     def _check_state(self, trainer: Trainer) -> None:
-        """Find what cannot be saved after the first step, when all parts have their state, not at the first save."""
-        callbacks = {key: callback.state_dict() for key, callback in keyed(trainer.callbacks).items()}
+        """Raise CheckpointError after the first step, not at the first save, if a state cannot be saved."""
+        parts = keyed(trainer.callbacks)
+        callbacks = {key: callback.state_dict() for key, callback in parts.items()}
         check_training(self._state_of_parts(trainer) | {"callbacks": callbacks})
         self.checked = True
 
@@ -345,7 +356,8 @@ class ClipGradients(Callback):
 
         Args:
             norm: the largest 2-norm of all gradients together; null for no limit.
-            value: the largest absolute value of a component (complex: of each part); null for any.
+            value: the largest absolute value of a single component (the real or imaginary part of
+                a complex number); null for no limit.
         """
         if norm is None and value is None:
             raise SettingError("clip_gradients: with neither `norm` nor `value` there is nothing to clip")

@@ -282,7 +282,7 @@ class ReduceOnPlateau(Schedule):
             self.cooling, self.bad = self.cooldown, 0
 
     def improves(self, value: float) -> bool:
-        """Whether a value betters the best one by more than the threshold; NaN and infinity never do."""
+        """Whether a finite value betters the best one by more than the threshold."""
         if not math.isfinite(value):
             return False  # nothing would ever be better than infinity by a share of it
         if self.best is None:

@@ -125,7 +125,7 @@ KINDS = {"lion": "Lion", "muon": "Muon"}
 
 @pytest.mark.parametrize("factor", [None, halving], ids=["", "schedule"])
 @pytest.mark.parametrize(("name", "first", "then"), OPTIMIZER_CHANGES)
-def test_settings_of_the_optimizer_that_changed_take_effect(name, first, then, factor):
+def test_changed_optimizer_settings_take_effect(name, first, then, factor):
     make = fw.optimizers.get(name).part
     model = network()
     trainer = fit(model, make(model.parameters(), **first), 2, schedule=factor)
@@ -146,7 +146,7 @@ def test_settings_of_the_optimizer_that_changed_take_effect(name, first, then, f
     assert seen.seen == fresh.seen[2:]
 
 
-def test_a_group_of_its_own_rate_takes_a_new_one():
+def test_changed_rate_of_one_group_takes_effect():
     model, resumed = network(), network()
     trainer = fit(model, torch.optim.SGD(groups_of(model, [{"lr": 0.1}, {"lr": 0.2}])), 2, schedule=halving)
     optimizer = torch.optim.SGD(groups_of(resumed, [{"lr": 0.1}, {"lr": 0.02}]))
@@ -165,7 +165,7 @@ class Decay(fw.Callback):
 
 
 @pytest.mark.parametrize("changed", [{}, {"momentum": 0.5}], ids=["exact", "another setting changed"])
-def test_what_a_callback_made_of_the_other_settings_is_restored(changed):
+def test_settings_changed_by_a_callback_are_restored(changed):
     whole, half, rest = network(), network(), network()
     make = torch.optim.SGD
     fit(whole, make(whole.parameters(), lr=0.1, momentum=0.9), 4, Decay())
@@ -179,7 +179,7 @@ def test_what_a_callback_made_of_the_other_settings_is_restored(changed):
     assert all(same) is not bool(changed)
 
 
-def test_the_same_optimizer_resumes_from_an_earlier_state():
+def test_resume_with_the_optimizer_of_an_earlier_fit():
     whole, model = network(), network()
     fit(whole, torch.optim.SGD(whole.parameters(), lr=0.1), 4, Decay())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -194,7 +194,7 @@ def test_the_same_optimizer_resumes_from_an_earlier_state():
     assert all(torch.equal(one, other) for one, other in zip(whole.parameters(), model.parameters(), strict=True))
 
 
-def test_another_monitored_value_is_compared_with_no_best_one_of_before():
+def test_best_value_is_dropped_when_the_monitor_changes():
     old, new = (fw.schedulers.build("plateau", 9, monitor=name, patience=0) for name in ("val/loss", "val/mae"))
     old.observe({"val/loss": 0.1})
     new.load_state_dict(old.state_dict())
@@ -208,7 +208,7 @@ def test_another_monitored_value_is_compared_with_no_best_one_of_before():
     assert (other.best.ranked, other.waited) == ([(5.0, 1)], 0)
 
 
-def test_without_the_schedule_the_rate_is_that_of_the_optimizer_again():
+def test_removing_the_schedule_restores_the_base_rate():
     model, resumed = network(), network()
     trainer = fit(model, torch.optim.SGD(model.parameters(), lr=0.1), 2, schedule=halving)
     seen = Groups()
@@ -224,7 +224,7 @@ def test_without_the_schedule_the_rate_is_that_of_the_optimizer_again():
         (torch.optim.RMSprop, {}, {"momentum": 0.9}),
     ],
 )
-def test_a_setting_that_needs_state_that_was_not_saved_is_refused(make, first, then):
+def test_setting_that_needs_unsaved_state_is_refused(make, first, then):
     model, resumed = network(), network()
     trainer = fit(model, make(model.parameters(), **first), 2)
     with pytest.raises(SettingError, match=f"has no .*{next(iter(then))}"):
@@ -247,7 +247,7 @@ def test_another_optimizer_is_refused(optimizer):
         fit(resumed, optimizer(resumed), 3, resume=trainer.state_dict())
 
 
-def test_a_state_in_memory_can_be_resumed_from_twice_and_outlives_the_training():
+def test_state_in_memory_does_not_change_with_training():
     model = network()
     trainer = fit(model, torch.optim.AdamW(model.parameters(), lr=0.1), 2)
     saved, kept = trainer.state_dict(), copy.deepcopy(trainer.state_dict())
@@ -268,7 +268,7 @@ def test_a_state_in_memory_can_be_resumed_from_twice_and_outlives_the_training()
     [(2, None, [8, 9, 10, 11]), (8, None, [8, 9, 10, 11]), (4, 2, []), (12, None, list(range(12)))],
     ids=["smaller batches", "larger batches", "a limit that is passed", "one batch"],
 )
-def test_other_batches_go_on_after_the_samples_that_are_done(size, limit, expected):
+def test_changed_batch_size_continues_after_the_samples_done(size, limit, expected):
     """After 2 of 3 batches of 4 samples, whatever the batches are from then on."""
     rows = torch.arange(12.0)[:, None].repeat(1, 2)
     seen = []
@@ -334,7 +334,7 @@ def test_a_resume_with_a_data_loader_is_exact_or_warns(settings, step, exact):
 
     same, warned = resumed_after(step, make)
     assert same is exact
-    assert [text.startswith("resume: the fit does not go on exactly") for text in warned] == [True] * (not exact)
+    assert [text.startswith("resume: the result differs") for text in warned] == [True] * (not exact)
 
 
 # from the command line
@@ -378,7 +378,7 @@ def test_after_inexact_the_groups_are_those_of_a_new_run(older, monkeypatch):
     assert rates[-1] == 0.3
 
 
-def test_a_schedule_that_follows_the_new_length_is_announced():
+def test_schedule_over_a_new_length_is_announced():
     go()
     _, said = go("resume=auto", "trainer.max_steps=4")
     assert any(line.startswith("scheduler=cosine is laid out anew over 4 steps (was 3)") for line in said)
@@ -420,7 +420,7 @@ TRAIN = ["+callbacks=early_stop", "callbacks.early_stop.monitor=train/loss"]
     ],
     ids=["plateau", "early stop", "early stop on training", "rewind", "neither"],
 )
-def test_measuring_otherwise_is_refused_where_a_part_decides_by_it(parts, refused, allowed):
+def test_changed_measurements_are_refused_if_a_part_decides_by_them(parts, refused, allowed):
     spec = spec_of(*parts)
     for override in refused + allowed:
         changed = differences(spec.tree, altered(spec.tree, [override]))
@@ -439,7 +439,7 @@ def test_which_callbacks_decide_by_logged_values():
     assert not follows_metrics(Groups)
 
 
-def test_another_cadence_of_validations_is_an_error_that_names_the_part():
+def test_error_names_the_part_that_depends_on_validations():
     go("scheduler=reduce_on_plateau")
     with pytest.raises(RunError, match=r"validate_every=1steps .*used by scheduler/reduce_on_plateau.*--inexact"):
         go("scheduler=reduce_on_plateau", "resume=auto", "trainer.validate_every=1steps")

@@ -95,7 +95,7 @@ def names_of(kind):
 
 
 @pytest.mark.parametrize("name", sorted(set(names_of("callback")) - OTHER_TASKS))
-def test_a_callback_starts_afresh(name, tmp_path, capsys):
+def test_second_fit_equals_the_first_for_each_callback(name, tmp_path, capsys):
     record = Record()
     callback = fw.callbacks.build(name, **SETTINGS.get(name, {}))
     callbacks = [Explode(), callback] if name == "non_finite" else [callback]
@@ -115,7 +115,7 @@ def shown(capsys):
 
 
 @pytest.mark.parametrize("name", names_of("scheduler"))
-def test_a_schedule_starts_afresh(name):
+def test_second_fit_equals_the_first_for_each_schedule(name):
     record = Record()
     settings = {"patience": 0, "threshold": 0.5} if name == "reduce_on_plateau" else {}
     schedule = fw.schedulers.build(name, 9, **settings)
@@ -123,7 +123,7 @@ def test_a_schedule_starts_afresh(name):
     assert_same(fit(trainer, record, schedule=schedule), fit(trainer, record, schedule=schedule))
 
 
-def test_pictures_are_shown_again():
+def test_pictures_are_shown_in_each_fit():
     record = Record()
     pictures = fw.callbacks.build("pictures", count=2, every="1steps")
     trainer = Trainer(max_steps=1, callbacks=[pictures], loggers=[record], device="cpu")
@@ -138,7 +138,7 @@ def test_pictures_are_shown_again():
 
 
 @pytest.mark.parametrize("folders", [["one", "one"], ["one", "other"]], ids=["the same folder", "another folder"])
-def test_loggers_write_the_same_for_a_second_fit(folders, tmp_path):
+def test_loggers_write_the_same_in_each_fit(folders, tmp_path):
     both = [fw.loggers.build(name) for name in ("json_lines", "tensorboard")]
     trainer = Trainer(max_steps=2, log_every="1steps", loggers=both, device="cpu")
     found = []
@@ -155,14 +155,14 @@ def test_loggers_write_the_same_for_a_second_fit(folders, tmp_path):
     assert found[0][2] == found[1][2] or folders[0] == folders[1]
 
 
-def test_progress_prints_each_fit_of_one_epoch(capsys):
+def test_progress_prints_in_each_fit(capsys):
     trainer = Trainer(max_epochs=1, callbacks=[fw.callbacks.build("progress", style="lines")], device="cpu")
     for _ in range(2):
         fit(trainer, Record())
         assert len(shown(capsys)) == 1
 
 
-def test_what_memory_and_fp16_learnt_in_a_fit_is_forgotten():
+def test_micro_batch_size_and_fp16_scale_are_reset():
     trainer = Trainer(max_steps=1, precision="fp16", micro_batch="auto", device="cpu")
     scales = []
     for _ in range(2):
@@ -174,7 +174,7 @@ def test_what_memory_and_fp16_learnt_in_a_fit_is_forgotten():
     assert scales[0] == scales[1]
 
 
-def test_prune_counts_its_looks_anew():
+def test_prune_resets_its_count():
     prune = fw.callbacks.build("prune")
     prune.reset()
     prune.load_state_dict({"looks": 7})
@@ -183,7 +183,7 @@ def test_prune_counts_its_looks_anew():
 
 
 class Count(Callback):
-    """A callback of somebody else, whose state changes the training."""
+    """A third-party callback that logs its state."""
 
     def __init__(self):
         self.steps = 0
@@ -200,7 +200,7 @@ class Count(Callback):
 
 
 class Late(Count):
-    """One that makes its state when the fit starts."""
+    """A third-party callback that creates its state in `on_fit_start`."""
 
     def __init__(self): ...
 
@@ -209,7 +209,7 @@ class Late(Count):
 
 
 class Halve(Schedule):
-    """A schedule of somebody else."""
+    """A third-party schedule with state."""
 
     def __init__(self):
         self.factor = 1.0
@@ -229,14 +229,14 @@ class Halve(Schedule):
 
 @pytest.mark.parametrize("trainers", [1, 2])
 @pytest.mark.parametrize("callback", [Count, Late])
-def test_parts_of_the_user_start_afresh_in_the_same_and_in_another_trainer(trainers, callback):
+def test_third_party_callbacks_and_schedules_are_reset(trainers, callback):
     counting, schedule, record = callback(), Halve(), Record()
     made = [Trainer(max_epochs=2, callbacks=[counting], loggers=[record], device="cpu") for _ in range(trainers)]
     first = fit(made[0], record, schedule=schedule)
     assert_same(first, fit(made[-1], record, schedule=schedule))
 
 
-def test_a_fresh_fit_after_a_resumed_one_starts_afresh():
+def test_fresh_fit_after_a_resumed_fit_equals_the_first():
     record, callbacks = Record(), [fw.callbacks.build("early_stop", patience=1), Count(), fw.callbacks.build("timer")]
     trainer = Trainer(max_epochs=3, callbacks=callbacks, loggers=[record], device="cpu")
     first = fit(trainer, record)
@@ -278,7 +278,7 @@ def test_the_learning_rate_of_a_second_fit_with_the_same_optimizer(changed, sche
     assert rates(record) == expected
 
 
-def test_what_a_schedule_of_torch_left_is_no_base():
+def test_initial_lr_of_a_torch_scheduler_is_not_used():
     record, model = Record(), network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     torch.optim.lr_scheduler.ConstantLR(optimizer, factor=0.2)
@@ -328,7 +328,7 @@ def leave_by_an_interrupt(model):
 @pytest.mark.parametrize(
     "leave", [leave_by_a_backward, leave_by_a_fit_of_the_last_layer, leave_by_an_interrupt], ids=lambda f: f.__name__
 )
-def test_gradients_from_before_a_fit_are_not_added_to_its_first_step(leave):
+def test_existing_gradients_are_not_added_to_the_first_step(leave):
     model = network()
     leave(model)
     expected = step_by_hand(model, 0.5)
