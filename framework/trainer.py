@@ -130,8 +130,8 @@ class Trainer(Evaluator):
         Modules that are in evaluation mode when fit begins, or that a callback puts into it in
         `on_fit_start`, stay in it during training. If the model itself is in evaluation mode, all
         of its modules are trained. Fit leaves all modules in evaluation mode, which another fit
-        does not take for a choice: it goes by the modes that were set before this one. To set others
-        between two fits, call `model.train()` first, and then `eval()` of single modules.
+        does not take for a choice: it goes by the modes that were set before this one. To set
+        others between two fits, call `model.train()` first, and then `eval()` of single modules.
 
         Fit seeds the global generators of Python, NumPy and torch from the trainer's seed, and does
         not restore them. So a second call of fit reads the samples in the same order.
@@ -212,7 +212,7 @@ class Trainer(Evaluator):
             try:
                 self.modes.train()
                 self._emit("fit_start")
-                self.modes.take_choice()
+                self.modes.keep_choice()
                 yield
                 self._finish()
                 self._emit("fit_end")
@@ -262,7 +262,7 @@ class Trainer(Evaluator):
         self.modes.train()
         if state.batch == 0:
             self._emit("epoch_start")
-            self.modes.take_woken()
+            self.modes.keep_training()
         batches = self.train_batches.epoch(state.epoch, state.batch)
         steps_left = state.steps_per_epoch - state.batch // self.accumulate if state.steps_per_epoch else 0
         waited = time.perf_counter()

@@ -14,6 +14,7 @@ from torch.utils.data import (
     TensorDataset,
 )
 
+import framework as fw
 from framework import Callback, Step, Task, Trainer
 from framework.batches import as_batches, count_steps, count_total, steps, windows
 from framework.data import ForeignLoader, Loader, TensorSplit
@@ -237,6 +238,20 @@ def test_a_callback_takes_no_batch_away_from_training():
 
     with pytest.raises(DataError, match="can be read only once"):
         fit(iter([(X[:20], Y[:20])] * 4), callbacks=[Reads()])
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("swa", {"start": 0}), ("confusion", {}), ("linear_probe", {"layer": "0"})],
+)
+def test_a_callback_that_reads_data_again_needs_data_that_can_be(name, settings):
+    def batches():
+        return iter([(X[:35], Y[:35]), (X[35:], Y[35:])])
+
+    callback = fw.callbacks.build(name, **settings)
+    said = f"callbacks.{name}: expected data that can be read again, got a list_iterator"
+    with pytest.raises(DataError, match=said):
+        fit(batches(), callbacks=[callback], val=batches(), max_epochs=1)
 
 
 class Lengthless(Dataset):
