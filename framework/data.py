@@ -35,6 +35,7 @@ from .workers import (
 )
 
 Target = Literal["class", "labels", "value", "none"]
+READS_FROM = ("loader", "dataloader", "batch_sampler", "sampler", "dataset")
 READ_AGAIN = "pass a list of batches or a DataLoader, which can be read again"
 
 
@@ -480,6 +481,6 @@ def set_epoch(source: Any, epoch: int) -> None:
         seen.append(part)
         if callable(getattr(part, "set_epoch", None)):
             part.set_epoch(epoch)
-        waiting += [getattr(part, name, None) for name in ("batch_sampler", "sampler", "dataset")]
+        waiting += [getattr(part, name, None) for name in READS_FROM]
         if isinstance(part, ConcatDataset | ChainDataset):
             waiting += part.datasets

@@ -104,13 +104,19 @@ class Trainer(Evaluator):
         self.validate_every, self.log_every = Cadence(validate_every, "validate_every"), Cadence(log_every, "log_every")
         self.accumulate, self.compile, self.profile, self.folder = accumulate, compile, profile, folder and Path(folder)
         self.cuda_graph: CudaGraph = cuda_graph if self.device.type == "cuda" else "off"
-        self.callbacks, self.loggers = check_callbacks(callbacks), list(loggers)
+        self.callbacks, self.loggers = list(callbacks), list(loggers)
         self.state, self.clock = State(), Clock()
         self.schedule: Callable[[int], float] | None = None
-        self._listeners, self._transforms = listeners(self.callbacks), transforms_of(self.callbacks)
+        self._find_listeners()
         self.manifest: dict[str, Any] = {}
         self.resumed_from: int | None = None
         self._record, self._open = dict[str, float | Tensor](), 0
+
+    def _find_listeners(self) -> None:
+        """Find what each event calls, also of callbacks that were added since the last time."""
+        check_callbacks(self.callbacks)
+        self._listeners = listeners(self.callbacks)
+        self._transforms = transforms_of(self.callbacks)
 
     def fit(
         self,
@@ -178,6 +184,7 @@ class Trainer(Evaluator):
         self._use(model, task)
         self.modes = Modes(self.model)
         check_phases(self.task, self.compile, self.cuda_graph)
+        self._find_listeners()
         self.optimizer, self.schedule = optimizer, schedule
         if isinstance(data, Data):
             check_data(data)

@@ -146,6 +146,16 @@ class ToldStream(Told, Endless): ...
 class ToldLoader(Told, DataLoader): ...
 
 
+class Wrapping:
+    """A loader around another one, as for reading ahead."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __iter__(self):
+        return iter(self.loader)
+
+
 def loaders_that_are_told():
     """Return sources, and for each those of its parts that have `set_epoch`."""
     data, sampler = ToldSet(X, Y), ToldSampler(X)
@@ -158,6 +168,7 @@ def loaders_that_are_told():
         "loader": (whole, lambda loader: [whole, whole.dataset]),
         "subset": (DataLoader(Subset(subset, range(70)), 16), lambda loader: [subset]),
         "joined": (DataLoader(ConcatDataset([subset, data]), 16), lambda loader: [subset, data]),
+        "wrapped loader": (Wrapping(DataLoader(subset, 16)), lambda loader: [subset]),
         "data set": (ToldSet(X, Y), lambda data: [data]),
         "stream as it is": (ToldStream(40), lambda stream: [stream]),
     }
