@@ -476,7 +476,7 @@ def set_epoch(source: Any, epoch: int) -> None:
     seen: list[Any] = []
     while waiting:
         part = waiting.pop(0)
-        if part is None or any(part is other for other in seen):
+        if part is None or isinstance(part, type) or any(part is other for other in seen):
             continue
         seen.append(part)
         if callable(getattr(part, "set_epoch", None)):
