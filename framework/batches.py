@@ -138,9 +138,10 @@ def steps(
         if steps_left:
             yield window, number == steps_left
             continue
+        kept = [*window[:-1], keep(window[-1])]  # before a validation may read the same loader
         if held is not None:
             yield held, False
-        held = [*window[:-1], keep(window[-1])]
+        held = kept
     if held is not None:
         yield held, True
 

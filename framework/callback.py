@@ -21,6 +21,8 @@
 A callback overrides what it listens to; what nobody overrides costs nothing. Callbacks are called in the order listed.
 Before fit_start, `reset` makes each callback forget an earlier fit; when a fit resumes,
 `load_state_dict` follows.
+They may replace parameters and modules of the model and change the groups of the optimizer, but not replace the model,
+the task or the optimizer as a whole. A batch that one wants to keep after the step has to be copied.
 To end a run: `trainer.state.stop = "reason"`; the step under way is finished first.
 """
 

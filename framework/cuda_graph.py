@@ -139,7 +139,7 @@ class Graphed:
         return copy, "replayed" if known else "captured"
 
     def _moved(self) -> bool:
-        """Whether a tensor was replaced or moved, or a module is in another mode since the capture."""
+        """Whether a tensor was replaced or moved, or a mode has changed, since the capture."""
         if not identical(self.parameters(), self.captured_for):
             return True
         if self.contents is None:

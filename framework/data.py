@@ -36,6 +36,7 @@ from .workers import (
 )
 
 Target = Literal["class", "labels", "value", "none"]
+READS_FROM = ("loader", "dataloader", "batch_sampler", "sampler", "dataset")
 READ_AGAIN = "pass a list of batches or a DataLoader, which can be read again"
 
 
@@ -272,8 +273,8 @@ class Loader:
         ready = is_in_memory(self.split) or isinstance(self.split, GatheredSplit)
         if read == "memory" and not ready:
             if callable(getattr(split, "set_epoch", None)):
-                why = f"{type(split).__name__} has `set_epoch`, and may give other samples in each epoch"
-                raise DataError(f"{MEMORY} reads each sample only once: {why}")
+                why = "has `set_epoch`, and may give other samples in each epoch"
+                raise DataError(f"{MEMORY} reads each sample once: {type(split).__name__} {why}")
             if on_bad_sample == "skip":
                 raise DataError(f"{MEMORY} needs every sample: it does not go with loader.on_bad_sample=skip")
             self.whole = SteadySamples(self.split, 0, workers=workers)
@@ -434,7 +435,7 @@ class ForeignLoader:
 
     @property
     def single_pass(self) -> bool:
-        """Whether it can be read only once, as a generator; an iterator of a user's class may restart."""
+        """Whether it can be read only once, as a generator; a user's iterator may begin again."""
         built_in = type(self.batches).__module__ in ("builtins", "itertools")
         return built_in and isinstance(self.batches, Iterator)
 
@@ -487,6 +488,18 @@ def copied(batch: Batch) -> Batch:
     return tuple(tensor.clone() for tensor in batch)
 
 
+def check_read_again(batches: Loader | ForeignLoader, reader: str) -> None:
+    """Raise DataError for data that can be read only once, where a callback would read it again.
+
+    Args:
+        batches: the training or validation data.
+        reader: what would read it, such as "callbacks.swa".
+    """
+    if isinstance(batches, ForeignLoader) and batches.single_pass:
+        kind = type(batches.batches).__name__
+        raise DataError(f"{reader}: expected data that can be read again, got a {kind}; {READ_AGAIN}")
+
+
 def makes_fresh_batches(batches: Any) -> bool:
     """Return whether each batch is known to have memory of its own.
 
@@ -505,11 +518,11 @@ def set_epoch(source: Any, epoch: int) -> None:
     seen: list[Any] = []
     while waiting:
         part = waiting.pop(0)
-        if part is None or any(part is other for other in seen):
+        if part is None or isinstance(part, type) or any(part is other for other in seen):
             continue
         seen.append(part)
         if callable(getattr(part, "set_epoch", None)):
             part.set_epoch(epoch)
-        waiting += [getattr(part, name, None) for name in ("batch_sampler", "sampler", "dataset")]
+        waiting += [getattr(part, name, None) for name in READS_FROM]
         if isinstance(part, ConcatDataset | ChainDataset):
             waiting += part.datasets

@@ -126,7 +126,7 @@ class Evaluator:
             return measures.read()
 
     def _measure_batch(self, batch: Batch, measures: Measures) -> None:
-        """Add a batch to the measures; if memory is full, run it again in smaller parts if allowed."""
+        """Add a batch to the measures; if memory is full, in smaller parts where that is allowed."""
         if not self.micro_batches.auto:
             self._measure_parts(batch, measures)
             return

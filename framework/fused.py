@@ -92,7 +92,8 @@ class FusedStep:
 
     def _fits(self, groups: list[dict[str, Any]]) -> bool:
         assert self.lists is not None
-        if len(groups) != len(self.lists) or not identical(kept_tensors(self.optimizer.state), self.kept):
+        kept = kept_tensors(self.optimizer.state)
+        if len(groups) != len(self.lists) or not identical(kept, self.kept):
             return False
         for group, lists in zip(groups, self.lists, strict=True):
             if group is not lists.group or not identical(group["params"], lists.params):

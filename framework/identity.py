@@ -49,18 +49,18 @@ class ModelContents:
             if self.buffers:
                 self.tensor_owners.append(module._buffers)
             self.module_owners.append(module._modules)
-        self.kept_tensors = values_of(self.tensor_owners)
-        self.kept_modules = values_of(self.module_owners)
+        self.tensors = values_of(self.tensor_owners)
+        self.submodules = values_of(self.module_owners)
 
     def changed(self) -> bool:
         """Return whether one was added, removed or replaced since `remember`."""
-        if not identical(values_of(self.tensor_owners), self.kept_tensors):
+        if not identical(values_of(self.tensor_owners), self.tensors):
             return True
-        return not identical(values_of(self.module_owners), self.kept_modules)
+        return not identical(values_of(self.module_owners), self.submodules)
 
     def addresses(self) -> list[int]:
         """Return where the remembered tensors are: `tensor.data = other` moves one in place."""
-        return [tensor.data_ptr() for tensor in self.kept_tensors if isinstance(tensor, Tensor)]
+        return [tensor.data_ptr() for tensor in self.tensors if isinstance(tensor, Tensor)]
 
     def modes(self) -> tuple[bool, ...]:
         """Return which of the remembered modules are in training mode."""

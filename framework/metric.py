@@ -197,8 +197,9 @@ class Measures:
     def _own(self, one: Held) -> Held:
         """Return a batch that can be held back: for the first one, copies of its tensors.
 
-        If a tensor of the second batch is in the same memory as that of the first, whoever makes it
-        reuses it, as a module replayed by a CUDA graph does: then nothing is held back any more.
+        If a tensor of the second batch is in the same memory as that of the first, the model or the
+        task reuses its memory, as a module replayed by a CUDA graph does. Then nothing is held back
+        any more.
         """
         tensors = [tensor for tensor in (one.loss, one.outputs, one.targets) if tensor is not None]
         if not self.first:

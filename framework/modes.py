@@ -48,17 +48,17 @@ class Modes:
         for module in self.still:
             module.training = False
 
-    def take_choice(self) -> None:
-        """Keep those modules in evaluation mode that are in it now: callbacks may have chosen others."""
+    def keep_choice(self) -> None:
+        """Keep in evaluation mode what is in it now: callbacks may have chosen other modules."""
         if self.model.training:
             self.still = [module for module in self.model.modules() if not module.training]
 
-    def take_woken(self) -> None:
-        """Train from now on those modules that callbacks have put into training mode."""
+    def keep_training(self) -> None:
+        """Train in later epochs too what callbacks have put into training mode in this one."""
         self.still = [module for module in self.still if not module.training]
 
     def leave(self) -> None:
-        """Put the whole model into evaluation mode, and note which modules its user had put there."""
+        """Put the model into evaluation mode, and note which modules its user had put there."""
         self.model.eval()
         fit = object()
         for module in self.model.modules():

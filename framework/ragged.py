@@ -137,7 +137,6 @@ class WindowSplit(GatheredSplit):
             before = (indices - 1).div(self.stride, rounding_mode="floor") * self.stride  # where the last one began
             seen = torch.where(indices > 0, before + self.length - indices, 0)
             targets = targets.masked_fill(torch.arange(self.length) < seen[:, None], -1)
-        own = [
-            part.clone(memory_format=torch.contiguous_format) for part in (inputs, targets)
-        ]  # not one memory for both
+        # Clones, since the inputs and targets of a single window would share its memory.
+        own = [part.clone(memory_format=torch.contiguous_format) for part in (inputs, targets)]
         return tuple(tensor.to(self.device, non_blocking=True) for tensor in own)

@@ -130,13 +130,19 @@ class Trainer(Evaluator):
         self.callbacks, self.loggers = check_callbacks(callbacks), check_loggers(loggers)
         self.state, self.clock = State(), Clock()
         self.schedule: Callable[[int], float] | None = None
-        self._listeners, self._transforms = listeners(self.callbacks), transforms_of(self.callbacks)
+        self._find_listeners()
         self.manifest: dict[str, Any] = {}
         self.resumed_from: int | None = None
         self._record, self._open = dict[str, float | Tensor](), 0
         self._left: trainer_state.Left | None = None
         self._opened_at: int | None = None  # the step that the loggers went on from
         self._own_names: set[str] = set()  # of the values that the trainer itself logs
+
+    def _find_listeners(self) -> None:
+        """Find what each event calls, also of callbacks that were added since the last time."""
+        check_callbacks(self.callbacks)
+        self._listeners = listeners(self.callbacks)
+        self._transforms = transforms_of(self.callbacks)
 
     def fit(
         self,
@@ -163,8 +169,8 @@ class Trainer(Evaluator):
         Modules that are in evaluation mode when fit begins, or that a callback puts into it in
         `on_fit_start`, stay in it during training. If the model itself is in evaluation mode, all
         of its modules are trained. Fit leaves all modules in evaluation mode, which another fit
-        does not take for a choice: it goes by the modes that were set before this one. To set others
-        between two fits, call `model.train()` first, and then `eval()` of single modules.
+        does not take for a choice: it goes by the modes that were set before this one. To set
+        others between two fits, call `model.train()` first, and then `eval()` of single modules.
 
         Args:
             model: any module; it is moved to the device, and left in evaluation mode.
@@ -222,6 +228,7 @@ class Trainer(Evaluator):
         self.modes = Modes(self.model)
         check_phases(self.task, self.compile, self.cuda_graph)
         check_micro_batches(self.task, self.micro_batches)
+        self._find_listeners()
         self.optimizer, self.schedule = optimizer, schedule
         if isinstance(data, Data):
             check_data(data)
@@ -270,7 +277,7 @@ class Trainer(Evaluator):
                     self._open_loggers()
                 self.modes.train()
                 self._emit("fit_start")
-                self.modes.take_choice()
+                self.modes.keep_choice()
                 yield
                 self._finish()
                 self._emit("fit_end")
@@ -336,7 +343,7 @@ class Trainer(Evaluator):
         self.modes.train()
         if state.batch == 0:
             self._emit("epoch_start")
-            self.modes.take_woken()
+            self.modes.keep_training()
         batches = self.train_batches.epoch(state.epoch, state.batch)
         if self._single is not None:
             batches = self._after_a_single_sample(batches)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from framework import Callback, Every, NonNegativeInt, Rate, Trainer, callbacks, seeds
 from framework.checks import check_initialized
-from framework.data import READ_AGAIN, Batch
-from framework.errors import DataError, SettingError
+from framework.data import Batch, check_read_again
+from framework.errors import SettingError
 from framework.identity import ModelContents
 from framework.state import Cadence
 
@@ -68,7 +68,7 @@ class Averaging(Callback):
         return False
 
     def _follow(self) -> None:
-        """Replace parameters as the model has; what is kept beside a new one begins as its copy."""
+        """Follow the model where a parameter was replaced: its average begins as a copy."""
         if not self.contents.changed():
             return
         self.contents.remember()
@@ -77,7 +77,7 @@ class Averaging(Callback):
         self.keep_in_step(before)
 
     def keep_in_step(self, before: list[Tensor]) -> None:
-        """Order what is kept beside the parameters as they are now. before: the old parameters."""
+        """Match what is kept of the parameters with the new ones. before: the old parameters."""
         self.others = matched(self.parameters, before, self.others)
 
     def on_step_end(self, trainer: Trainer) -> None:
@@ -168,12 +168,12 @@ def has_fractions(tensor: Tensor) -> bool:
 
 
 def matched(parameters: list[Tensor], before: list[Tensor], kept: list[Tensor]) -> list[Tensor]:
-    """Return for each parameter what is kept beside it, or a copy of a new one.
+    """Return for each parameter the tensor that is kept of it, or a copy of a new parameter.
 
     Args:
         parameters: those that the model has now.
         before: those that it had.
-        kept: what was kept beside each of these.
+        kept: the tensors that were kept of these.
     """
     known = dict(zip(map(id, before), kept, strict=True))  # `before` holds them: each id is of one
     found = []
@@ -253,6 +253,8 @@ class Swa(Averaging):
         if self.updates:  # a longer run that averages already goes on with it
             self.first = min(self.first, self.saved.get("first", self.first))
         super().on_fit_start(trainer)
+        if self.norms(trainer):
+            check_read_again(trainer.train_batches, "callbacks.swa")
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
@@ -268,11 +270,16 @@ class Swa(Averaging):
         elif not self.updates:
             torch._foreach_copy_(self.others, self.parameters)
 
+    def norms(self, trainer: Trainer) -> list[nn.Module]:
+        """Return the modules whose running statistics are averaged."""
+        running = set(map(id, self.parameters))
+        norms = [m for m in trainer.model.modules() if m.training and hasattr(m, "momentum")]
+        return [m for m in norms if any(id(buffer) in running for buffer in m.buffers(recurse=False))]
+
     def measure(self, trainer: Trainer) -> None:
         """Put the statistics of the mean weights' activations in the place of their running ones."""
         running = set(map(id, self.parameters))
-        norms = [m for m in trainer.model.modules() if m.training and hasattr(m, "momentum")]
-        norms = [m for m in norms if any(id(buffer) in running for buffer in m.buffers(recurse=False))]
+        norms = self.norms(trainer)
         if not norms:
             return
         self._swap()
@@ -280,15 +287,11 @@ class Swa(Averaging):
         momenta = [norm.momentum for norm in norms]
         try:
             with seeds.undisturbed():
-                number = 0
                 batches = trainer.train_batches.epoch(trainer.state.epoch)
                 for number, batch in enumerate(islice(batches, self.batches), 1):
                     for norm in norms:
                         norm.momentum = 1 / number  # a plain mean over batches
                     self.look_at(trainer, batch)
-                if number == 0:
-                    why = "the training data cannot be read again, to measure statistics"
-                    raise DataError(f"callbacks.swa: {why}; {READ_AGAIN}")
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum

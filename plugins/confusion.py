@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from framework import Callback, Every, Trainer, callbacks
-from framework.data import READ_AGAIN
-from framework.errors import DataError, SettingError
+from framework.data import check_read_again
+from framework.errors import SettingError
 from framework.state import Cadence
 
 CELL = 16  # pixels
@@ -29,6 +29,10 @@ class Confusion(Callback):
             every: how often.
         """
         self.cadence = Cadence(every)
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        if trainer.val_batches is not None:
+            check_read_again(trainer.val_batches, "callbacks.confusion")
 
     def on_validation_end(self, trainer: Trainer) -> None:
         if self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0):
@@ -59,9 +63,6 @@ def count_pairs(trainer: Trainer) -> Tensor:
             pairs = targets[known] * classes + outputs.argmax(1)[known]
             new = pairs.bincount(minlength=classes**2).reshape(classes, classes)
             counts = new.double() if counts.numel() == 0 else counts + new
-    if counts.numel() == 0:
-        why = "the validation data cannot be read again"
-        raise DataError(f"callbacks.confusion: {why}; {READ_AGAIN}")
     return counts
 
 

@@ -113,7 +113,7 @@ class NonFinite(Callback):
         self._release(trainer)
 
     def _release(self, trainer: Trainer) -> None:
-        """Let the optimizer make all its updates again, whoever uses it next."""
+        """Let the optimizer make all its updates again after the fit."""
         if self.found is not None and getattr(trainer.optimizer, "found_inf", None) is self.found:
             del trainer.optimizer.found_inf  # type: ignore[attr-defined]
 

@@ -34,7 +34,7 @@ class ActivationCheckpointing(Callback):
         if not patterns:
             raise SettingError("activation_checkpointing: `patterns` is empty, so no block would be run again")
         self.patterns = patterns
-        self.wrapped: list[tuple[nn.Module, Any]] = []  # each with the `forward` of its own, if any
+        self.wrapped: list[tuple[nn.Module, Any]] = []  # with the module's own `forward`
 
     def on_fit_start(self, trainer: Trainer) -> None:
         """Wrap the blocks. Raises SettingError for a pattern that fits none, where steps are compiled, or replayed."""

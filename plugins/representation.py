@@ -25,7 +25,7 @@ from framework import (
     seeds,
     tasks,
 )
-from framework.data import Batch, Target
+from framework.data import Batch, Target, check_read_again
 from framework.errors import DataError, SettingError, did_you_mean
 from framework.kinds import Augmentation
 from framework.loss import ignored_index, without_ignored
@@ -253,6 +253,9 @@ class LinearProbe(Callback):
         self.layer, self.count, self.ridge = layer, count, ridge
 
     def on_fit_start(self, trainer: Trainer) -> None:
+        check_read_again(trainer.train_batches, "callbacks.linear_probe")
+        if trainer.val_batches is not None:
+            check_read_again(trainer.val_batches, "callbacks.linear_probe")
         names = [name for name, _ in trainer.model.named_children()]
         if self.layer not in dict(trainer.model.named_modules()):
             raise SettingError(f"callbacks.linear_probe.layer={self.layer}: {did_you_mean(self.layer, names)}")

@@ -14,6 +14,7 @@ from torch.utils.data import (
     TensorDataset,
 )
 
+import framework as fw
 from framework import Callback, Step, Task, Trainer
 from framework.batches import as_batches, count_steps, count_total, steps, windows
 from framework.data import ForeignLoader, Loader, TensorSplit
@@ -145,6 +146,16 @@ class ToldStream(Told, Endless): ...
 class ToldLoader(Told, DataLoader): ...
 
 
+class Wrapping:
+    """A loader around another one, as for reading ahead."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __iter__(self):
+        return iter(self.loader)
+
+
 def loaders_that_are_told():
     """Return sources, and for each those of its parts that have `set_epoch`."""
     data, sampler = ToldSet(X, Y), ToldSampler(X)
@@ -157,6 +168,7 @@ def loaders_that_are_told():
         "loader": (whole, lambda loader: [whole, whole.dataset]),
         "subset": (DataLoader(Subset(subset, range(70)), 16), lambda loader: [subset]),
         "joined": (DataLoader(ConcatDataset([subset, data]), 16), lambda loader: [subset, data]),
+        "wrapped loader": (Wrapping(DataLoader(subset, 16)), lambda loader: [subset]),
         "data set": (ToldSet(X, Y), lambda data: [data]),
         "stream as it is": (ToldStream(40), lambda stream: [stream]),
     }
@@ -237,6 +249,20 @@ def test_a_callback_takes_no_batch_away_from_training():
 
     with pytest.raises(DataError, match="can be read only once"):
         fit(iter([(X[:20], Y[:20])] * 4), callbacks=[Reads()])
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("swa", {"start": 0}), ("confusion", {}), ("linear_probe", {"layer": "0"})],
+)
+def test_a_callback_that_reads_data_again_needs_data_that_can_be(name, settings):
+    def batches():
+        return iter([(X[:35], Y[:35]), (X[35:], Y[35:])])
+
+    callback = fw.callbacks.build(name, **settings)
+    said = f"callbacks.{name}: expected data that can be read again, got a list_iterator"
+    with pytest.raises(DataError, match=said):
+        fit(batches(), callbacks=[callback], val=batches(), max_epochs=1)
 
 
 class Lengthless(Dataset):

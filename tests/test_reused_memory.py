@@ -101,9 +101,13 @@ SETTINGS = [{}, {"accumulate": 3}, {"micro_batch": 3}, {"accumulate": 2, "micro_
 
 @pytest.mark.parametrize("loader", LOADERS.values(), ids=LOADERS)
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_training_is_the_plain_loop(loader, settings):
-    accuracy = fw.metrics.build("accuracy")
-    trainer = fit(loader(), val=loader(), metrics=[accuracy], validate_every="2steps", **settings)
+@pytest.mark.parametrize("same", [False, True], ids=["two loaders", "one loader"])
+def test_training_is_the_plain_loop(loader, settings, same):
+    """Also where validation reads the same loader, in the middle of an epoch."""
+    data = loader()
+    val = data if same else loader()
+    settings = {"validate_every": "2steps", "metrics": [fw.metrics.build("accuracy")]} | settings
+    trainer = fit(data, val=val, **settings)
     assert_same(trainer.model, by_hand(settings.get("accumulate", 1)), tolerance=1e-5)
     expected = trainer.evaluate(TensorSplit(X, Y), batch_size=SIZE)
     assert trainer.state.metrics["val/loss"] == pytest.approx(expected["test/loss"], rel=1e-6)
@@ -223,6 +227,41 @@ def test_statistics_are_measured_on_each_batch(loader):
 
     batches = list(zip(X.split(SIZE), Y.split(SIZE), strict=True))
     assert_same(averaged(loader()), averaged(batches))
+
+
+CALLBACKS = {
+    "clip_gradients": {},
+    "ema": {"decay": 0.5},
+    "swa": {"start": 0},
+    "lookahead": {"k": 2},
+    "schedule_free": {},
+    "sam": {},
+    "noise_scale": {"every": "1steps", "parts": 2},
+    "freeze": {"patterns": ["0.*"], "epochs": 1},
+    "non_finite": {},
+    "linear_probe": {"layer": "0"},
+    "confusion": {},
+}
+
+
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_with_every_callback_it_is_as_with_a_list_of_batches(name):
+    """The loader is read for validation too, and by the callback itself."""
+    ends = []
+    for data in (Reused(), list(zip(X.split(SIZE), Y.split(SIZE), strict=True))):
+        callback = fw.callbacks.build(name, **CALLBACKS[name])
+        model = network(norm=name != "noise_scale")
+        settings = {"accumulate": 2, "validate_every": "2steps", "log_every": "1steps"}
+        given = {"metrics": [fw.metrics.build("f1")], "val": data, "model": model}
+        trainer = Trainer(max_epochs=2, device="cpu", callbacks=[callback], **settings)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        trainer.fit(data=data, task=nn.CrossEntropyLoss(), optimizer=optimizer, **given)
+        metrics = dict(trainer.state.metrics)
+        del metrics["train/samples_per_second"]
+        ends.append((model, metrics))
+    (ours, our_metrics), (plain, metrics) = ends
+    assert_same(ours, plain)
+    assert our_metrics == metrics
 
 
 class Pictured(fw.Logger):

@@ -284,6 +284,18 @@ def test_nobody_listening_costs_nothing():
     assert {event for event, methods in trainer._listeners.items() if methods} == {"step_end"}
 
 
+def test_callbacks_that_are_added_later_are_called():
+    events = Events()
+    model = network()
+    trainer = Trainer(max_steps=1, device="cpu")
+    trainer.callbacks.append(events)
+    trainer.fit(model, SPLIT, task=LOSS, optimizer=OPTIMIZERS["sgd"](model))
+    assert events.seen[0] == "fit_start"
+    trainer.callbacks.append("progress")
+    with pytest.raises(SettingError, match="callbacks: 'progress' is none"):
+        trainer.fit(model, SPLIT, task=LOSS, optimizer=OPTIMIZERS["sgd"](model))
+
+
 def test_a_callback_stops_a_run_with_a_reason():
     def stop(trainer):
         trainer.state.stop = "enough"
