@@ -18,7 +18,8 @@ EXPONENT_BITS = 8
 LOWEST_EXPONENT = -120  # scores between -2^-120 and 2^-120 count as 0
 KEY_BITS = 1 + EXPONENT_BITS + MANTISSA_BITS
 STEP_BITS = 4  # a bin of one histogram is 2^4 bins of the next
-WORTH = 1e-8  # a bin that holds a smaller share of all pairs is not resolved further
+MOST_BINS = 2**18  # of the histograms of one resolution of all classes together, if each has 1,024 at least
+WORTH = 1e-7  # a bin that holds a smaller share of all pairs is not resolved further
 
 
 @metrics.register("auroc", aliases=["auc"])
@@ -37,11 +38,10 @@ class AreaUnderCurve(Metric):
         """Say how finely.
 
         Args:
-            bins: of each of the histograms of scores, of which there are eight with 4096 bins.
+            bins: of each of the histograms of scores, of which there are eight with 4096 bins; fewer for more than 64
+                classes, so that memory does not grow with their number.
         """
         self.bins = bins
-        coarsest = KEY_BITS - (bins.bit_length() - 1)
-        self.shifts = [*range(coarsest, 0, -STEP_BITS), 0]
 
     def sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the counts of other samples and of a class's own, (2, classes, histograms, bins)."""
@@ -55,16 +55,18 @@ class AreaUnderCurve(Metric):
             own = targets.unsqueeze(1) == torch.arange(scores.shape[1], device=scores.device)
             counted = (targets >= 0).unsqueeze(1).expand_as(own)
         classes = scores.shape[1]
+        bins = min(self.bins, max(1024, MOST_BINS // classes))
+        shifts = shifts_of(bins)
         keys = as_keys(scores)
-        bins = torch.stack([(keys >> shift) % self.bins for shift in self.shifts], dim=2)
+        wrapped = torch.stack([(keys >> shift) % bins for shift in shifts], dim=2)
         kind = torch.arange(classes, device=scores.device) + classes * own
-        histogram = kind.unsqueeze(2) * len(self.shifts) + torch.arange(len(self.shifts), device=scores.device)
-        cells = histogram * self.bins + bins
+        histogram = kind.unsqueeze(2) * len(shifts) + torch.arange(len(shifts), device=scores.device)
+        cells = histogram * bins + wrapped
         weights = torch.where(scores.isnan(), torch.nan, 1.0) * counted
         weights = weights.float().unsqueeze(2).expand_as(cells)
-        counts = torch.zeros(2 * classes * len(self.shifts) * self.bins, device=scores.device)
+        counts = torch.zeros(2 * classes * len(shifts) * bins, device=scores.device)
         counts = counts.scatter_add(0, cells.flatten(), weights.flatten())
-        return counts.reshape(2, classes, len(self.shifts), self.bins)
+        return counts.reshape(2, classes, len(shifts), bins)
 
     def compute(self, sums: Tensor) -> float:
         if sums.ndim != 4 or sums.isnan().any():  # another shape is of an older version, from a checkpoint
@@ -73,42 +75,51 @@ class AreaUnderCurve(Metric):
         for others, own in zip(*sums, strict=True):
             pairs = others[0].sum() * own[0].sum()
             if pairs > 0:
-                areas.append(self.area(others, own) / pairs)
+                areas.append(area(torch.stack([others, own])) / pairs)
         return mean_of(torch.stack(areas)) if areas else float("nan")
 
-    def area(self, others: Tensor, own: Tensor) -> Tensor:
-        """Return the pairs in which the own score is the higher one, and half of those with equal scores."""
-        place, counts = self.resolve(torch.stack([others, own]))
-        others, own = counts[:, place.argsort()]
-        below = others.cumsum(0) - others / 2
-        return (own * below).sum()
 
-    def resolve(self, histograms: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the least keys of the bins that are worth telling apart, and the counts in them, (2, bins).
+def shifts_of(bins: int) -> list[int]:
+    """Return by how many bits a key is shifted for its bin in each histogram, the coarsest one first."""
+    coarsest = KEY_BITS - (bins.bit_length() - 1)
+    return [*range(coarsest, 0, -STEP_BITS), 0]
 
-        histograms: counts of the others and of the own, (2, histograms, bins).
-        """
-        pairs = histograms[:, 0].sum(1).prod()
-        place = torch.arange(self.bins) - self.bins // 2
-        counts = histograms[:, 0, place % self.bins]
-        settled_places = []
-        settled_counts = []
-        coarser = self.shifts[0]
-        for level, shift in enumerate(self.shifts[1:], 1):
-            worth = counts.prod(0) > WORTH * pairs
-            settled_places.append(place[~worth] << coarser)
-            settled_counts.append(counts[:, ~worth])
-            children = 2 ** (coarser - shift)
-            inside = (place[worth].unsqueeze(1) << (coarser - shift)) + torch.arange(children)
-            background = torch.cat(settled_counts, dim=1).sum(1) / self.bins
-            shared = [
-                share_out(counts[kind, worth], histograms[kind, level], inside % self.bins, background[kind])
-                for kind in range(2)
-            ]
-            counts = torch.stack(shared).flatten(1)
-            place = inside.flatten()
-            coarser = shift
-        return torch.cat([*settled_places, place]), torch.cat([*settled_counts, counts], dim=1)
+
+def area(histograms: Tensor) -> Tensor:
+    """Return the pairs in which the own score is the higher one, and half of those with equal scores.
+
+    histograms: counts of the others and of the own, (2, histograms, bins).
+    """
+    place, counts = resolve(histograms)
+    others, own = counts[:, place.argsort()]
+    below = others.cumsum(0) - others / 2
+    return (own * below).sum()
+
+
+def resolve(histograms: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the least keys of the bins that are worth telling apart, and the counts in them, (2, bins)."""
+    bins = histograms.shape[2]
+    pairs = histograms[:, 0].sum(1).prod()
+    coarser, *finer = shifts_of(bins)
+    place = torch.arange(bins) - bins // 2
+    counts = histograms[:, 0, place % bins]
+    settled_places = []
+    settled_counts = []
+    for level, shift in enumerate(finer, 1):
+        worth = counts.prod(0) > WORTH * pairs
+        settled_places.append(place[~worth] << coarser)
+        settled_counts.append(counts[:, ~worth])
+        children = torch.arange(2 ** (coarser - shift))
+        place = (place[worth].unsqueeze(1) << (coarser - shift)) + children
+        background = torch.cat(settled_counts, dim=1).sum(1) / bins
+        shared = []
+        for kind in range(2):
+            shares = share_out(counts[kind, worth], histograms[kind, level], place % bins, background[kind])
+            shared.append(shares.flatten())
+        counts = torch.stack(shared)
+        place = place.flatten()
+        coarser = shift
+    return torch.cat([*settled_places, place]), torch.cat([*settled_counts, counts], dim=1)
 
 
 def share_out(counts: Tensor, histogram: Tensor, bins: Tensor, background: Tensor) -> Tensor:
