@@ -22,7 +22,8 @@ from .task import Task
 def build_data(spec: Spec, refit: bool = True) -> Data:
     """Build the data of a spec, and take its fold.
 
-    refit: see `take_fold`; False for a run of an older version, which was normalised by the original training split.
+    refit: see `take_fold`; False for a run of an older version, which was normalised by the
+        original training split.
     """
     data = spec.parts["data"]()
     check_data(data)

@@ -61,9 +61,9 @@ class Evaluator:
         task: Task | Callable[[Tensor, Tensor], Tensor] | None = None,
         batch_size: int = 256,
     ) -> Tensor:
-        """Return the model's outputs for inputs (rows, *in_shape), or for every sample of a split, on the CPU.
+        """Return the model's outputs for inputs (rows, *in_shape), or for every sample of a split.
 
-        They are float32, or float64 if the model's are.
+        They are on the CPU, and float32, or float64 if the model's are.
         """
         self._use(model, task, "model")
         batches = self._batches(TensorSplit(data) if isinstance(data, Tensor) else data, batch_size)

@@ -37,7 +37,7 @@ class Metric:
 
 
 class InUnits(Metric):
-    """A metric of values that a model is trained on scaled: it sees them in their own unit, in float64."""
+    """A metric that sees scaled values in their own unit, in float64."""
 
     def __init__(self, metric: Metric, scale: Scale):
         self.metric, self.scale, self.name = metric, scale, metric.name
@@ -86,8 +86,8 @@ def added(metric: Metric, before: Tensor | None, fresh: Tensor) -> Tensor:
         return fresh
     if before.shape != fresh.shape:
         warnings.warn(
-            f"the metric {metric.name}: the checkpoint has sums of another version of it, which are left out until "
-            "it is logged",
+            f"the metric {metric.name}: the checkpoint has sums of another version of it, which "
+            "are left out until it is logged",
             stacklevel=2,
         )
         return fresh

@@ -46,7 +46,7 @@ class Trained:
         return self.trainer().evaluate(loader, model=self.model, task=self.task, metrics=metrics, name=split)
 
     def check_scale(self, data: Data) -> None:
-        """Raise RunError when the data's targets are scaled in another way than those that the model has learnt."""
+        """Raise RunError when the targets are scaled in another way than those learnt."""
         learnt = self.facts.get("scale")
         before = None if learnt is None else Scale(*learnt)
         now = scale_of(data, self.task)
