@@ -39,7 +39,8 @@ class Trained:
         data = build_data(self.spec, refit="fold" in self.facts)
         self.task.check(data)
         self.check_scale(data)
-        if json.loads(dump("facts.json", data.facts())) != self.facts["data"]:
+        now = json.loads(dump("facts.json", data.facts()))
+        if now != self.facts.get("data", now):
             warnings.warn(f"the data of {self.run} has changed since it was trained", stacklevel=2)
         loader = build_loader(self.spec, self.model, data, split)
         metrics = build_metrics(self.spec, data, self.task)
