@@ -167,6 +167,7 @@ def as_keys(scores: Tensor) -> Tensor:
     else:
         integers, mantissa_bits, bias = torch.int32, 23, 127
     highest = 2.0 ** (2**EXPONENT_BITS + LOWEST_EXPONENT - 2)
+    highest = min(highest, torch.finfo(scores.dtype).max)
     sizes = scores.abs().clamp(max=highest).view(integers).long()
     surplus = mantissa_bits - MANTISSA_BITS
     sizes = sizes >> surplus if surplus > 0 else sizes << -surplus

@@ -17,6 +17,7 @@ from framework.compose import CommandLine, run as compose
 from framework.errors import DataError, RunError
 from framework.experiment import Result, train
 from framework.trained import open_run
+from framework_plugins.auroc import as_keys
 
 
 def value(metric: fw.Metric, outputs: Tensor, targets: Tensor, size: int = 97) -> float:
@@ -113,6 +114,13 @@ class TestAreaUnderCurve:
         metric = fw.metrics.build("auroc")
         assert value(metric, logits, targets, 1000) == pytest.approx(np.mean(areas), abs=1e-3)
         assert value(metric, logits + 1e4, targets, 1000) == pytest.approx(np.mean(areas), abs=1e-3)
+
+    def test_scores_of_a_device_without_float64_have_the_same_order(self):
+        powers = 10.0 ** torch.randint(-20, 20, (1000,))
+        scores = torch.cat([torch.randn(1000) * powers, torch.tensor([0.0, math.inf, -math.inf])])
+        keys = as_keys(scores)
+        assert torch.equal(keys.argsort(stable=True), scores.argsort(stable=True))
+        assert torch.equal(keys[:-2], as_keys(scores.double())[:-2])
 
     def test_a_logit_that_is_no_number_gives_none(self, scores):
         logits, own = scores[0][:500].clone(), scores[1][:500]
