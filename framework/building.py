@@ -27,7 +27,8 @@ from .user_code import describe, reason_of, text_of, user_errors, user_place
 def build_data(spec: Spec, refit: bool = True) -> Data:
     """Build the data of a spec, and take its fold.
 
-    refit: see `take_fold`; False for a run of an older version, which was normalised by the original training split.
+    refit: see `take_fold`; False for a run of an older version, which was normalised by the
+        original training split.
     """
     data = spec.parts["data"]()
     check_contract(data)

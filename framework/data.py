@@ -68,7 +68,7 @@ def is_in_memory(split: Split) -> bool:
 
 
 class Scale(NamedTuple):
-    """How amounts became the targets that a model is trained on: their logarithm, if `log`, less mean, over std.
+    """How amounts became targets: their logarithm, if `log`, less mean, over std.
 
     mean, std: a number, or one for each value of a target.
     """
@@ -85,7 +85,8 @@ class Scale(NamedTuple):
     def back(self, targets: Tensor) -> Tensor:
         """Return targets, or outputs that predict them, as amounts in their own unit, in float64.
 
-        float32 could not hold the digits of amounts far from 0. (On mps, which has no float64, it has to.)
+        float32 could not hold the digits of amounts far from 0. (On mps, which has no float64, it
+        has to.)
         """
         known = targets if targets.device.type == "mps" else targets.double()
         mean, std = self.moments(known)
@@ -93,7 +94,7 @@ class Scale(NamedTuple):
         return amounts.exp() if self.log else amounts
 
     def moments(self, like: Tensor) -> tuple[float | Tensor, float | Tensor]:
-        """Return mean and std as numbers, or as tensors that go with another where there are several."""
+        """Return mean and std as numbers, or where there are several as tensors like another."""
         if isinstance(self.mean, int | float):
             return self.mean, self.std  # type: ignore[return-value]
         return like.new_tensor(self.mean), like.new_tensor(self.std)
@@ -110,12 +111,17 @@ class Data:
         classes: the names of classes or labels, in the order of the outputs; empty for values.
         columns: of a table with categories as indices, for each input: 0 for a number, n for an index from 0 to n - 1.
         scale: how values were scaled; metrics and predictions are scaled back.
-        rows: of each split, which of the samples read it has, as tensors of their numbers, for `refit`.
-        refit: sets the splits anew, of other rows; what is measured (mean, vocabulary) is measured on rows["train"].
-            Cross-validation calls it. None: the data set cannot, and its splits are cut as they are.
-        strata: the class of each sample read, where folds shall have all classes in equal shares; None for others.
-        in_time_order: whether a fold is a block of rows that follow each other, not rows drawn at random.
-        measures_training: whether something is measured on the training split; False without `refit` avoids a warning.
+        rows: of each split, which of the samples read it has, as tensors of their numbers, for
+            `refit`.
+        refit: sets the splits anew, of other rows; what is measured (mean, vocabulary) is measured
+            on rows["train"]. Cross-validation calls it. None: the data set cannot, and its splits
+            are cut as they are.
+        strata: the class of each sample read, where folds shall have all classes in equal shares;
+            None for others.
+        in_time_order: whether a fold is a block of rows that follow each other, not rows drawn at
+            random.
+        measures_training: whether something is measured on the training split; False without
+            `refit` avoids a warning.
         fold: the fold "K/N" that was taken by `refit`; None for others.
 
     Raises DataError when the data is missing, empty or malformed, with the file and what would be right.

@@ -261,8 +261,9 @@ def prepare(
     if resumed is not None and resumed.done:
         say(f"{run} is done already")
         return Result(resumed.folder.path, last_values(resumed.folder.path))
-    if resumed is not None and spec.fold is not None and "fold" not in read_facts(resumed.folder.path):
-        data = build_data(spec, refit=False)
+    if resumed is not None and spec.fold is not None:
+        refit = "fold" in read_facts(resumed.folder.path)  # a run of an older version has none
+        data = data if refit else build_data(spec, refit=False)
     built = Experiment(spec, data)
     if spec.init_from is not None and resumed is None:
         say(start_from(built.model, spec.init_from))

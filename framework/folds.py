@@ -15,10 +15,10 @@ from .errors import DataError
 def take_fold(data: Data, fold: str, refit: bool = True) -> None:
     """Make fold K of N (`fold` is "K/N") the validation split of the data, and all others the training split.
 
-    Samples go to folds at random, the same for all K; classes in memory are spread evenly (stratified); rows in the
-    order of time are cut into blocks. The test split keeps its samples. What a data set measures on its training split
-    (mean, deviation, vocabulary) is measured anew, on the samples of the other folds, if the data set has a `refit`;
-    otherwise there is a warning.
+    Samples go to folds at random, the same for all K; classes in memory are spread evenly
+    (stratified); rows in the order of time are cut into blocks. The test split keeps its samples.
+    What a data set measures on its training split (mean, deviation, vocabulary) is measured anew,
+    on the samples of the other folds, if the data set has a `refit`; otherwise there is a warning.
 
     Args:
         data: the data set, changed in place.
@@ -37,14 +37,14 @@ def take_fold(data: Data, fold: str, refit: bool = True) -> None:
     cut_as_they_are(data, fold, number, count)
     if refit and data.measures_training:
         warnings.warn(
-            f"fold={fold}: {type(data).__name__} has no `refit`: what it measured on its training split (mean, "
-            "deviation, vocabulary) stays, though samples of that split validate now",
+            f"fold={fold}: {type(data).__name__} has no `refit`: what it measured on its training "
+            "split (mean, deviation, vocabulary) stays, though samples of that split validate now",
             stacklevel=2,
         )
 
 
 def refit_fold(data: Data, fold: str, number: int, count: int) -> None:
-    """Cut the rows of training and validation into folds, and have the data set measure and set its splits anew."""
+    """Cut the rows of training and validation, and let the data set measure them anew."""
     assert data.refit is not None
     known = torch.cat([data.rows[part] for part in ("train", "val") if part in data.rows])
     check_number(len(known), fold, count)
@@ -57,7 +57,7 @@ def refit_fold(data: Data, fold: str, number: int, count: int) -> None:
     data.fold = fold
     check_data(data)
     if data.val is None:
-        raise DataError(f"fold={fold}: the {len(inside)} rows of the fold are too few for a sample to validate on")
+        raise DataError(f"fold={fold}: {len(inside)} rows are too few for a sample to validate on")
 
 
 def check_number(samples: int, fold: str, count: int) -> None:
@@ -66,7 +66,7 @@ def check_number(samples: int, fold: str, count: int) -> None:
 
 
 def cut_as_they_are(data: Data, fold: str, number: int, count: int) -> None:
-    """Cut the samples of training and validation split as they are, prepared by what was measured before."""
+    """Cut the samples as they are, prepared by what was measured before."""
     splits = [data.train] if data.val is None else [data.train, data.val]
     if any(isinstance(split, GatheredSplit) for split in splits):
         raise DataError(f"fold={fold}: {type(data).__name__} is cut out of one text, and cannot be cut into folds")

@@ -39,7 +39,7 @@ class Metric:
 
 
 class InUnits(Metric):
-    """A metric of values that a model is trained on scaled: it sees them in their own unit, in float64."""
+    """A metric that sees scaled values in their own unit, in float64."""
 
     def __init__(self, metric: Metric, scale: Scale):
         self.metric, self.scale, self.name = metric, scale, metric.name

@@ -41,14 +41,15 @@ class Trained:
         data = build_data(self.spec, refit="fold" in self.facts)
         self.task.check(data)
         self.check_scale(data)
-        if json.loads(dump("facts.json", data.facts())) != self.facts["data"]:
+        now = json.loads(dump("facts.json", data.facts()))
+        if now != self.facts.get("data", now):
             warnings.warn(f"the data of {self.run} has changed since it was trained", stacklevel=2)
         loader = build_loader(self.spec, self.model, data, split)
         metrics = build_metrics(self.spec, data, self.task)
         return self.trainer().evaluate(loader, model=self.model, task=self.task, metrics=metrics, name=split)
 
     def check_scale(self, data: Data) -> None:
-        """Raise RunError when the data's targets are scaled in another way than those that the model has learnt."""
+        """Raise RunError when the targets are scaled in another way than those learnt."""
         learnt = self.facts.get("scale")
         before = None if learnt is None else Scale(*learnt)
         now = scale_of(data, self.task)

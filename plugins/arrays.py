@@ -23,8 +23,10 @@ Pair = tuple[Tensor, Tensor]
 
 Scaling = Literal["standard", "log", "none"]
 AutoScaling = Literal["auto", "standard", "log", "none"]
-FAR = 1000  # standard deviations from 0: float32 then keeps 1e-4 of a deviation, and arithmetic in it is good enough
-LOST = 0.01  # of a standard deviation: what rounding to float32 may change, where nothing is standardised
+# So many standard deviations from 0, float32 keeps 1e-4 of a deviation: arithmetic in it will do.
+FAR = 1000
+# So much of a standard deviation may be lost in float32 where nothing is standardised.
+LOST = 0.01
 MOST_CLASSES = 20  # integers with more different values than this are taken for amounts, not for classes
 
 
@@ -128,10 +130,12 @@ def split_rows(strata: Tensor, val_fraction: float, test_fraction: float, seed: 
 def learn_scale(amounts: Tensor, rows: Tensor, scaling: AutoScaling, name: str) -> Scale | None:
     """Return the scale that makes targets of amounts, by the moments of these rows; None leaves them as they are.
 
-    auto does what is needed and no more: amounts that are too far from 0 for float32 are centred (see
-    `needs_float64`); those of a deviation below 1e-6 or above 1e6, which few optimizers cope with, are standardised.
+    auto does what is needed and no more: amounts that are too far from 0 for float32 are centred
+    (see `needs_float64`); those of a deviation below 1e-6 or above 1e6, which few optimizers cope
+    with, are standardised.
 
-    Raises DataError for an amount that has no logarithm, and for amounts that must be scaled and are not.
+    Raises DataError for an amount that has no logarithm, and for amounts that must be scaled and
+    are not.
     """
     if scaling == "auto":
         scale = standard_scale(amounts[rows])
@@ -156,9 +160,10 @@ def learn_scale(amounts: Tensor, rows: Tensor, scaling: AutoScaling, name: str) 
 
 
 def standard_scale(amounts: Tensor, log: bool = False) -> Scale:
-    """Return the scale that gives amounts, or their logarithms, a mean of 0 and a standard deviation of 1."""
+    """Return the scale that gives amounts, or their logarithms, mean 0 and deviation 1."""
     known = Scale(log=log).there(amounts.double())
-    if known.ndim == 2 and known.shape[1] > 1:  # each value by its own moments, or the larger would hide the others
+    if known.ndim == 2 and known.shape[1] > 1:
+        # Each value by its own moments: by common ones the larger would hide the others.
         return Scale(*moments(known, float64=True), log)
     low, high = known.aminmax()
     if low == high:
@@ -167,7 +172,7 @@ def standard_scale(amounts: Tensor, log: bool = False) -> Scale:
 
 
 def scaled(amounts: Tensor, scale: Scale | None) -> Tensor:
-    """Return amounts as float32 targets; they are centred in float64 first where float32 would lose digits of them."""
+    """Return amounts as float32 targets, centred in float64 where float32 would lose digits."""
     if scale is None:
         return amounts.float()
     mean, std = (torch.as_tensor(each, dtype=torch.float64) for each in (scale.mean, scale.std))
@@ -205,7 +210,11 @@ def axes_of(inputs: Tensor, per: Literal["feature", "all"]) -> list[int]:
     return list(range(inputs.ndim - 1))
 
 
-def moments(inputs: Tensor, per: Literal["feature", "all"] = "feature", float64: bool | None = None) -> tuple[Any, Any]:
+def moments(
+    inputs: Tensor,
+    per: Literal["feature", "all"] = "feature",
+    float64: bool | None = None,
+) -> tuple[Any, Any]:
     """Return mean and standard deviation as numbers or nested lists; 1 in place of the deviation of a constant.
 
     Per feature: of (rows, features) and (rows, time, features) over all but the last axis; of (rows, channels, ...)
@@ -221,16 +230,16 @@ def moments(inputs: Tensor, per: Literal["feature", "all"] = "feature", float64:
     if float64:
         lowest = known.amin(axes, keepdim=keep)
         constant = lowest == known.amax(axes, keepdim=keep)
-        mean = torch.where(constant, lowest, mean)  # exactly: what is left of a rounded mean is no deviation
+        mean = torch.where(constant, lowest, mean)  # what is left of a rounded one is no deviation
     mean, std = (mean[0], variance[0].sqrt()) if keep else (mean, variance.sqrt())
     return mean.tolist(), std.masked_fill(constant[0] if keep else constant, 1.0).tolist()
 
 
 def needs_float64(inputs: Tensor, per: Literal["feature", "all"] = "feature") -> bool:
-    """Whether numbers must be centred and scaled in float64, because float32 would lose what tells them apart.
+    """Whether numbers must be scaled in float64: float32 would lose what tells them apart.
 
-    That is so where a feature is further from 0 than 1,000 of its deviations, or its squares are beyond float32.
-    Others are computed in float32, as they always were, to the last bit.
+    That is so where a feature is further from 0 than 1,000 of its deviations, or its squares are
+    beyond float32. Others are computed in float32, as they always were, to the last bit.
     """
     if inputs.dtype in (torch.uint8, torch.bool):
         return False
@@ -244,7 +253,7 @@ def needs_float64(inputs: Tensor, per: Literal["feature", "all"] = "feature") ->
 
 
 def check_integers(inputs: Tensor, where: str) -> None:
-    """Raise DataError for integers beyond 2^53 of which float64 would lose what tells them apart."""
+    """Raise DataError for integers beyond 2^53 that float64 does not tell apart."""
     if inputs.dtype != torch.int64 or max(-int(inputs.min()), int(inputs.max())) <= 2**53:
         return
     axes = axes_of(inputs, "feature")
@@ -253,13 +262,12 @@ def check_integers(inputs: Tensor, where: str) -> None:
     narrow = known.amax(axes) - known.amin(axes) <= 2**53
     lost = narrow & (error.abs().amax(axes) > LOST * known.std(axes, correction=0))
     if lost.any():
-        raise DataError(
-            f"{where} are integers up to {int(inputs.abs().max())}, which float64 rounds: subtract an offset"
-        )
+        largest = int(inputs.abs().max())
+        raise DataError(f"{where}: float64 cannot hold integers up to {largest}; subtract an offset")
 
 
 def check_digits(inputs: Tensor, where: str, instead: str) -> None:
-    """Raise DataError where float32 would lose what tells the numbers of a feature apart. instead: what keeps it."""
+    """Raise DataError where float32 would lose what tells numbers apart. instead: what keeps it."""
     if inputs.dtype not in (torch.float64, torch.int64):
         return
     axes = axes_of(inputs, "feature")
@@ -271,13 +279,12 @@ def check_digits(inputs: Tensor, where: str, instead: str) -> None:
         place = int(lost.flatten().nonzero()[0, 0])
         largest = float(known.abs().amax(axes).flatten()[place])
         spread = float(std.flatten()[place])
-        raise DataError(
-            f"{where} are up to {largest:.6g} and deviate by {spread:.3g}, which float32 cannot hold: {instead}"
-        )
+        found = f"numbers up to {largest:.6g} with a deviation of {spread:.3g}"
+        raise DataError(f"{where}: float32 cannot hold {found}; use {instead}")
 
 
 def numbers(array: Any, where: str) -> Tensor:
-    """Return an array as a tensor of uint8, bool, int64, float32 or (of 8 bytes) float64, at least (rows, 1).
+    """Return an array as a tensor of uint8, bool, int64, float32 or float64, at least (rows, 1).
 
     Raises DataError for what is no number, not finite or beyond float32.
     """
@@ -345,9 +352,10 @@ def as_batch_of(inputs: Tensor, in_shape: Sequence[int], path: Path) -> Tensor:
 
 
 def standardise(inputs: Tensor, facts: dict[str, Any]) -> Tensor:
-    """Return (inputs - mean) / std as new float32, with the facts' "mean" and "std" (numbers or nested lists).
+    """Return (inputs - mean) / std as new float32, with the facts' "mean" and "std".
 
-    It is computed in float64 if the facts have a true "float64", and else in float32.
+    These are numbers or nested lists. It is computed in float64 if the facts have a true
+    "float64", and else in float32.
     """
     dtype = torch.float64 if facts.get("float64") else torch.float32
     floats = inputs.to(dtype, copy=True)
@@ -439,7 +447,8 @@ class ArrayData(Data):
         """Measure the training rows, and set the splits.
 
         Args:
-            read: inputs and targets as they were read, in one or more parts whose rows are numbered through.
+            read: inputs and targets as they were read, in one or more parts whose rows are numbered
+                through.
             rows: the numbers of the rows of each split.
             per: see `moments`; None divides the inputs by `unit` instead.
             unit: the raw value that stands for 1.

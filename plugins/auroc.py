@@ -1,8 +1,9 @@
-"""The area under the receiver operating characteristic, from counts of fixed size that add over batches.
+"""The area under the receiver operating characteristic, from counts that add over batches.
 
-Scores are counted in histograms of several resolutions. The coarsest one covers all scores; each finer one is wrapped
-around: a score falls into the bin of its number modulo the number of bins. Which of the numbers that share a bin was
-meant follows from the coarser histogram, so that scores of any magnitude and offset are told apart.
+Scores are counted in histograms of several resolutions. The coarsest one covers all scores; each
+finer one is wrapped around: a score falls into the bin of its number modulo the number of bins.
+Which of the numbers that share a bin was meant follows from the coarser histogram, so that scores
+of any magnitude and offset are told apart.
 """
 
 from typing import Annotated, ClassVar
@@ -14,21 +15,23 @@ from framework import Metric, Range, metrics
 from framework.alignment import same_shape
 from framework_plugins.metrics import class_rows, mean_of, wide
 
-MANTISSA_BITS = 31  # of a score that count: an offset of 2^20 standard deviations leaves 2^11 steps in each
+MANTISSA_BITS = 31  # an offset of 2^20 standard deviations leaves 2^11 steps in each
 EXPONENT_BITS = 8
 LOWEST_EXPONENT = -120  # scores between -2^-120 and 2^-120 count as 0
 KEY_BITS = 1 + EXPONENT_BITS + MANTISSA_BITS
 STEP_BITS = 4  # a bin of one histogram is 2^4 bins of the next
-WORTH = 1e-8  # a bin that holds a smaller share of all pairs is not resolved further
+MOST_BINS = 2**18  # of one resolution, of all classes together, if each has 1,024 at least
+WORTH = 1e-7  # a bin that holds a smaller share of all pairs is not resolved further
 
 
 @metrics.register("auroc", aliases=["auc"])
 class AreaUnderCurve(Metric):
-    """The chance that a sample of a class gets a higher score than another does; a mean over classes, or labels.
+    """The chance that a sample of a class gets a higher score than another does.
 
-    The area under the receiver operating characteristic (Hanley and McNeil 1982), within about 0.001 of the exact one.
-    The score of a class is the logarithm of its odds, log p - log(1 - p), which does not saturate as p does; that of a
-    label is its logit.
+    The area under the receiver operating characteristic (Hanley and McNeil 1982), within about
+    0.001 of the exact one. The score of a class is the logarithm of its odds, log p - log(1 - p),
+    which does not saturate as p does; that of a label is its logit. It is a mean over
+    classes, or labels.
     """
 
     name = "auroc"
@@ -38,14 +41,13 @@ class AreaUnderCurve(Metric):
         """Say how finely.
 
         Args:
-            bins: of each of the histograms of scores, of which there are eight with 4096 bins.
+            bins: of each of the histograms of scores, of which there are eight with 4096 bins;
+                fewer for more than 64 classes, so that memory does not grow with their number.
         """
         self.bins = bins
-        coarsest = KEY_BITS - (bins.bit_length() - 1)
-        self.shifts = [*range(coarsest, 0, -STEP_BITS), 0]
 
     def sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the counts of other samples and of a class's own, (2, classes, histograms, bins)."""
+        """Return counts of the others and of a class's own, (2, classes, histograms, bins)."""
         if targets.is_floating_point():
             scores = wide(outputs).reshape(len(outputs), -1)
             own = same_shape(outputs, targets).reshape(scores.shape) > 0.5
@@ -56,67 +58,81 @@ class AreaUnderCurve(Metric):
             own = targets.unsqueeze(1) == torch.arange(scores.shape[1], device=scores.device)
             counted = (targets >= 0).unsqueeze(1).expand_as(own)
         classes = scores.shape[1]
+        bins = min(self.bins, max(1024, MOST_BINS // classes))
+        shifts = shifts_of(bins)
         keys = as_keys(scores)
-        bins = torch.stack([(keys >> shift) % self.bins for shift in self.shifts], dim=2)
+        wrapped = torch.stack([(keys >> shift) % bins for shift in shifts], dim=2)
         kind = torch.arange(classes, device=scores.device) + classes * own
-        histogram = kind.unsqueeze(2) * len(self.shifts) + torch.arange(len(self.shifts), device=scores.device)
-        cells = histogram * self.bins + bins
+        level = torch.arange(len(shifts), device=scores.device)
+        histogram = kind.unsqueeze(2) * len(shifts) + level
+        cells = histogram * bins + wrapped
         weights = torch.where(scores.isnan(), torch.nan, 1.0) * counted
         weights = weights.float().unsqueeze(2).expand_as(cells)
-        counts = torch.zeros(2 * classes * len(self.shifts) * self.bins, device=scores.device)
+        counts = torch.zeros(2 * classes * len(shifts) * bins, device=scores.device)
         counts = counts.scatter_add(0, cells.flatten(), weights.flatten())
-        return counts.reshape(2, classes, len(self.shifts), self.bins)
+        return counts.reshape(2, classes, len(shifts), bins)
 
     def compute(self, sums: Tensor) -> float:
-        if sums.ndim != 4 or sums.isnan().any():  # another shape is of an older version, from a checkpoint
+        if sums.ndim != 4:  # of an older version, from a checkpoint
+            return float("nan")
+        if sums.isnan().any():
             return float("nan")
         areas = []
         for others, own in zip(*sums, strict=True):
             pairs = others[0].sum() * own[0].sum()
             if pairs > 0:
-                areas.append(self.area(others, own) / pairs)
+                areas.append(area(torch.stack([others, own])) / pairs)
         return mean_of(torch.stack(areas)) if areas else float("nan")
 
-    def area(self, others: Tensor, own: Tensor) -> Tensor:
-        """Return the pairs in which the own score is the higher one, and half of those with equal scores."""
-        place, counts = self.resolve(torch.stack([others, own]))
-        others, own = counts[:, place.argsort()]
-        below = others.cumsum(0) - others / 2
-        return (own * below).sum()
 
-    def resolve(self, histograms: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the least keys of the bins that are worth telling apart, and the counts in them, (2, bins).
+def shifts_of(bins: int) -> list[int]:
+    """Return by how many bits a key is shifted for each histogram, the coarsest one first."""
+    coarsest = KEY_BITS - (bins.bit_length() - 1)
+    return [*range(coarsest, 0, -STEP_BITS), 0]
 
-        histograms: counts of the others and of the own, (2, histograms, bins).
-        """
-        pairs = histograms[:, 0].sum(1).prod()
-        place = torch.arange(self.bins) - self.bins // 2
-        counts = histograms[:, 0, place % self.bins]
-        settled_places = []
-        settled_counts = []
-        coarser = self.shifts[0]
-        for level, shift in enumerate(self.shifts[1:], 1):
-            worth = counts.prod(0) > WORTH * pairs
-            settled_places.append(place[~worth] << coarser)
-            settled_counts.append(counts[:, ~worth])
-            children = 2 ** (coarser - shift)
-            inside = (place[worth].unsqueeze(1) << (coarser - shift)) + torch.arange(children)
-            background = torch.cat(settled_counts, dim=1).sum(1) / self.bins
-            shared = [
-                share_out(counts[kind, worth], histograms[kind, level], inside % self.bins, background[kind])
-                for kind in range(2)
-            ]
-            counts = torch.stack(shared).flatten(1)
-            place = inside.flatten()
-            coarser = shift
-        return torch.cat([*settled_places, place]), torch.cat([*settled_counts, counts], dim=1)
+
+def area(histograms: Tensor) -> Tensor:
+    """Return the pairs whose own score is the higher one, and half of those with equal scores.
+
+    histograms: counts of the others and of the own, (2, histograms, bins).
+    """
+    place, counts = resolve(histograms)
+    others, own = counts[:, place.argsort()]
+    below = others.cumsum(0) - others / 2
+    return (own * below).sum()
+
+
+def resolve(histograms: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the least keys of the bins worth telling apart, and their counts, (2, bins)."""
+    bins = histograms.shape[2]
+    pairs = histograms[:, 0].sum(1).prod()
+    coarser, *finer = shifts_of(bins)
+    place = torch.arange(bins) - bins // 2
+    counts = histograms[:, 0, place % bins]
+    settled_places = []
+    settled_counts = []
+    for level, shift in enumerate(finer, 1):
+        worth = counts.prod(0) > WORTH * pairs
+        settled_places.append(place[~worth] << coarser)
+        settled_counts.append(counts[:, ~worth])
+        children = torch.arange(2 ** (coarser - shift))
+        place = (place[worth].unsqueeze(1) << (coarser - shift)) + children
+        background = torch.cat(settled_counts, dim=1).sum(1) / bins
+        shared = []
+        for kind in range(2):
+            coarse, wrapped = counts[kind, worth], histograms[kind, level]
+            shared.append(share_out(coarse, wrapped, place % bins, background[kind]).flatten())
+        counts = torch.stack(shared)
+        place = place.flatten()
+        coarser = shift
+    return torch.cat([*settled_places, place]), torch.cat([*settled_counts, counts], dim=1)
 
 
 def share_out(counts: Tensor, histogram: Tensor, bins: Tensor, background: Tensor) -> Tensor:
     """Return the counts of bins as those of the finer bins inside, (bins, inside).
 
-    Of a wrapped bin that belongs to several coarser ones, each gets a share in proportion to its own count; then the
-    finer counts of each are brought to the sum that is known.
+    Of a wrapped bin that belongs to several coarser ones, each gets a share in proportion to its
+    own count; then the finer counts of each are brought to the sum that is known.
 
     Args:
         counts: of the coarser bins, (bins,).
@@ -126,17 +142,19 @@ def share_out(counts: Tensor, histogram: Tensor, bins: Tensor, background: Tenso
     """
     inside = bins.shape[1]
     expected = (counts / inside).unsqueeze(1).expand_as(bins)
-    crowd = torch.zeros_like(histogram).index_add(0, bins.flatten(), expected.flatten()) + background
+    crowd = torch.full_like(histogram, float(background))
+    crowd = crowd.index_add(0, bins.flatten(), expected.flatten())
     found = expected * (histogram / crowd.clamp_min(1e-300))[bins]
     total = found.sum(1, keepdim=True)
     return torch.where(total > 0, found * (counts.unsqueeze(1) / total.clamp_min(1e-300)), expected)
 
 
 def log_odds(logits: Tensor) -> Tensor:
-    """Return log p - log(1 - p) of each class's probability p, without computing p, which may round to 0 or 1."""
+    """Return log p - log(1 - p) of each class, without p itself, which may round to 0 or 1."""
     if logits.shape[1] == 2:
         return logits - logits.flip(1)
-    likeliest = logits.argmax(1, keepdim=True) == torch.arange(logits.shape[1], device=logits.device)
+    classes = torch.arange(logits.shape[1], device=logits.device)
+    likeliest = logits.argmax(1, keepdim=True) == classes
     logarithms = logits.log_softmax(1)
     others = logits.masked_fill(likeliest, -torch.inf).logsumexp(1, keepdim=True)
     # 1 - p has its digits where p is at most 1/2, and that is so for every class but the likeliest.
@@ -144,12 +162,13 @@ def log_odds(logits: Tensor) -> Tensor:
 
 
 def as_keys(scores: Tensor) -> Tensor:
-    """Return integers in the order of the scores, from -2^39 to 2^39 - 1: their floating-point format as a number."""
+    """Return integers in the order of the scores, from -2^39 to 2^39 - 1, made of their bits."""
     if scores.dtype == torch.float64:
         integers, mantissa_bits, bias = torch.int64, 52, 1023
     else:
         integers, mantissa_bits, bias = torch.int32, 23, 127
     highest = 2.0 ** (2**EXPONENT_BITS + LOWEST_EXPONENT - 2)
+    highest = min(highest, torch.finfo(scores.dtype).max)
     sizes = scores.abs().clamp(max=highest).view(integers).long()
     surplus = mantissa_bits - MANTISSA_BITS
     sizes = sizes >> surplus if surplus > 0 else sizes << -surplus

@@ -52,9 +52,10 @@ class Npz(ArrayData):
             test_fraction: share of the rows drawn for the test, if the file has no x_test.
             split_seed: seed of the drawing.
             normalize: standardise each feature (of pictures, each channel) by the training split.
-            scale_target: train on values that are standardised, also after their logarithm; metrics and predictions
-                are in the target's own unit. auto: only centre values that are more than 1,000 standard deviations
-                from 0, and standardise those of a deviation below 1e-6 or above 1e6.
+            scale_target: train on values that are standardised, also after their logarithm; metrics
+                and predictions are in the target's own unit. auto: only centre values that are more
+                than 1,000 standard deviations from 0, and standardise those of a deviation below
+                1e-6 or above 1e6.
         """
         path = path.expanduser()
         arrays = load_arrays(path)

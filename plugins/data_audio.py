@@ -294,14 +294,28 @@ class Asterisk(SoundData):
         root = find_voices([path.expanduser()] if path else [SOUNDS, cache_folder() / "asterisk"])
         prompts = {voice: prompt_files(root / folder) for voice, folder in VOICES.items()}
         names = sorted(set().union(*prompts.values()))
-        self.learn(prompts, names, split_rows(torch.zeros(len(names)), val_fraction, test_fraction, split_seed))
+        rows = split_rows(torch.zeros(len(names)), val_fraction, test_fraction, split_seed)
+        self.learn(prompts, names, rows)
 
-    def learn(self, prompts: Mapping[str, dict[str, Path]], names: Sequence[str], rows: Mapping[str, Tensor]) -> None:
-        """Read the sounds. prompts: the files of each voice by name; rows: which of the names each split has."""
+    def learn(
+        self,
+        prompts: Mapping[str, dict[str, Path]],
+        names: Sequence[str],
+        rows: Mapping[str, Tensor],
+    ) -> None:
+        """Read the sounds.
+
+        Args:
+            prompts: the files of each voice by name.
+            names: of all prompts, which are numbered in this order.
+            rows: the numbers of the prompts of each split.
+        """
         self.rows = rows
         self.refit = lambda others: self.learn(prompts, names, others)
         for part, taken in rows.items():
-            chosen = [(names[row], voice) for row in taken.tolist() for voice in VOICES if names[row] in prompts[voice]]
+            chosen = []
+            for row in taken.tolist():
+                chosen += [(names[row], voice) for voice in VOICES if names[row] in prompts[voice]]
             labels = torch.tensor([self.classes.index(voice) for _, voice in chosen])
             files = [prompts[voice][name] for name, voice in chosen]
             setattr(self, part, SoundFiles(files, labels, self.facts()).in_memory())

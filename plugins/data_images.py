@@ -66,19 +66,15 @@ class ImageFolder(Data):
         given = {part: self.list_files(folder) for part, folder in folders.items()}
         shares = {"val": val_fraction, "test": test_fraction} | dict.fromkeys(given, 0.0)
         rows = split_rows(given["train"].labels, shares["val"], shares["test"], split_seed)
-        whole = PictureFiles(
-            [file for files in given.values() for file in files.files],
-            torch.cat([files.labels for files in given.values()]),
-            self.facts(),
-        )
-        start = 0
+        every: list[Path] = []
         for part, files in given.items():
-            rows.setdefault(part, torch.arange(start, start + len(files)))
-            start += len(files)
-        self.learn(whole, rows, normalize)
+            rows.setdefault(part, torch.arange(len(every), len(every) + len(files)))
+            every += files.files
+        labels = torch.cat([files.labels for files in given.values()])
+        self.learn(PictureFiles(every, labels, self.facts()), rows, normalize)
 
     def learn(self, whole: PictureFiles, rows: Mapping[str, Tensor], normalize: bool) -> None:
-        """Measure the training pictures, and set the splits; `rows` says which pictures each has."""
+        """Measure the training pictures, and set the splits; rows: the pictures of each."""
         self.rows = rows
         self.refit = lambda others: self.learn(whole, others, normalize)
         parts = {part: whole.subset(taken) for part, taken in rows.items()}

@@ -111,7 +111,7 @@ class TsFiles(Data):
 
 
 def moments_of_channels(amounts: Tensor) -> tuple[list[float], list[float]]:
-    """Return mean and deviation of each channel of (channels, times); 1 in place of the deviation of a constant."""
+    """Return mean and deviation of each of (channels, times); the latter 1 for a constant."""
     mean, std = amounts.mean(1), amounts.std(1, correction=0)
     lowest = amounts.amin(1)
     constant = lowest == amounts.amax(1)  # what is left of a rounded mean is no deviation
@@ -202,10 +202,11 @@ class Vowels(TsFiles):
 class SeriesData(Data):
     """Windows of one long series: inputs (lookback, channels), targets the next `horizon` values of the first channel.
 
-    The splits follow each other in time. A window belongs to the split in which all its targets lie; what it looks
-    back on may lie before, for that is known when the forecast is made. Means and deviations are the training span's.
-    The folds of a cross-validation are blocks of time (Bergmeir and Benitez 2012, "On the use of cross-validation for
-    time series predictor evaluation").
+    The splits follow each other in time. A window belongs to the split in which all its targets
+    lie; what it looks back on may lie before, for that is known when the forecast is made. Means
+    and deviations are the training span's. The folds of a cross-validation are blocks of time
+    (Bergmeir and Benitez 2012, "On the use of cross-validation for time series predictor
+    evaluation").
     """
 
     in_time_order = True
@@ -214,20 +215,28 @@ class SeriesData(Data):
         """Set the attributes of Data. settings: path, target, features, time, calendar, lookback, horizon."""
         amounts, rows = read_channels(table, settings), len(next(iter(table.values())))
         ends = [round(rows * (1 - val_fraction - test_fraction)), round(rows * (1 - test_fraction)), rows]
-        if ends[0] < settings["lookback"] + settings["horizon"]:
+        lookback, horizon = settings["lookback"], settings["horizon"]
+        if ends[0] < lookback + horizon:
             raise DataError(
-                f"{settings['path']}: the training span of {max(ends[0], 0)} of {rows} rows has no window of "
-                f"{settings['lookback']} + {settings['horizon']} rows; lower lookback and horizon, or val_fraction "
+                f"{settings['path']}: the training span of {max(ends[0], 0)} of {rows} rows has no "
+                f"window of {lookback} + {horizon} rows; lower lookback and horizon, or val_fraction "
                 "and test_fraction"
             )
-        spans = zip(("train", "val", "test"), (0, *ends), ends, strict=False)
-        self.cut(table, amounts, settings, {part: torch.arange(first, end) for part, first, end in spans})
+        every = torch.arange(rows)
+        train, val, test = every.tensor_split(ends[:2])
+        self.cut(table, amounts, settings, {"train": train, "val": val, "test": test})
 
-    def cut(self, table: Table, amounts: Tensor, settings: dict[str, Any], rows: Mapping[str, Tensor]) -> None:
+    def cut(
+        self,
+        table: Table,
+        amounts: Tensor,
+        settings: dict[str, Any],
+        rows: Mapping[str, Tensor],
+    ) -> None:
         """Measure the training rows, and set the splits to their windows.
 
-        A window is of a split if all its targets are, and one to train on if all that it looks back on is too: in a
-        fold, no value that validates is seen in training.
+        A window is of a split if all its targets are, and one to train on if all that it looks back
+        on is too: in a fold, no value that validates is seen in training.
 
         Args:
             table: all columns.
@@ -252,11 +261,13 @@ class SeriesData(Data):
             if part == "train":
                 chosen &= inside.unfold(0, lookback, 1).all(1)[:windows]
             places = as_slice(chosen.nonzero()[:, 0])
-            setattr(self, part, TensorSplit(inputs[places], targets[places]) if chosen.any() else None)
+            split = TensorSplit(inputs[places], targets[places]) if chosen.any() else None
+            setattr(self, part, split)
         if self.train is None:
             raise DataError(
-                f"{settings['path']}: the {len(rows['train'])} rows of the training split have no window of "
-                f"{lookback} + {horizon} rows that follow each other; lower lookback and horizon, or take fewer folds"
+                f"{settings['path']}: the {len(rows['train'])} rows of the training split have no "
+                f"window of {lookback} + {horizon} rows that follow each other; lower lookback and "
+                "horizon, or take other folds"
             )
         self.in_shape, self.out_shape, self.target = (lookback, channels.shape[1]), (horizon,), "value"
 

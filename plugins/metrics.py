@@ -203,7 +203,8 @@ class Matthews(Counts):
     targets: ClassVar[Targets] = ("class",)
 
     def compute(self, sums: Tensor) -> float:
-        right, predicted, true = sums.long().tolist()  # exact: squares of large counts differ by little
+        # As integers, for the squares of large counts differ by little.
+        right, predicted, true = sums.long().tolist()
         number = sum(true)
         covariance = number * sum(right) - sum(p * t for p, t in zip(predicted, true, strict=True))
         of_predicted = number**2 - sum(count**2 for count in predicted)
@@ -277,15 +278,16 @@ class RootMeanSquaredError(MeanSquaredError):
 class R2(Metric):
     """1 - squared error / variance of the targets, a mean over the values; 1 is perfect, 0 is their mean.
 
-    A value whose targets are all equal scores 1 when it is met exactly, else 0. Fewer than two samples give nan.
-    The variance is exact however far the targets are from 0: the sums are of parts of targets (see `exact_parts`).
+    A value whose targets are all equal scores 1 when it is met exactly, else 0. Fewer than two
+    samples give nan. The variance is exact however far the targets are from 0: the sums are of
+    parts of targets (see `exact_parts`).
     """
 
     name = "r2"
     targets: ClassVar[Targets] = ("value",)
 
     def sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return for each value the squared error, the number, and the sums of PARTS and of PAIRS, (16, values)."""
+        """Return squared error, number and sums of parts and products of each, (16, values)."""
         error, targets = residuals(outputs, targets)
         number = torch.full_like(error[0], len(error))
         parts = exact_parts(targets)
@@ -304,17 +306,18 @@ class R2(Metric):
 
 @metrics.register("r2_log")
 class R2OfLogarithms(R2):
-    """R² of the logarithms of outputs and targets, for amounts above 0 whose errors are shares of them."""
+    """R² of the logarithms of outputs and targets, for amounts above 0 with relative errors."""
 
     name = "r2_log"
 
     def sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        smallest = torch.finfo(torch.float32).tiny  # what is predicted below 0 has no logarithm, and is as wrong
+        # What is predicted below 0 has no logarithm, and is as wrong as the smallest amount.
+        smallest = torch.finfo(torch.float32).tiny
         outputs, targets = wide(outputs), wide(targets)
         return super().sums(outputs.clamp_min(smallest).log(), targets.clamp_min(smallest).log())
 
 
-PART_BITS = 13  # the product of two parts has 26 bits, so that float64 sums of 2^27 products of like size are exact
+PART_BITS = 13  # a product of two has 26 bits: float64 sums of 2^27 of like size are exact
 PARTS = 4  # 4 x 13 bits, and a sign, hold the 53 bits of a float64
 EXACT_NUMBER = 2**27
 ROUNDING = 2.0**-50  # of the sums of more products than that, as a share of the sum of squares
@@ -322,17 +325,19 @@ PAIRS = [(first, second) for first in range(PARTS) for second in range(first, PA
 
 
 def exact_parts(numbers: Tensor) -> list[Tensor]:
-    """Return parts that add up to the numbers, each a multiple of a power of 2 with at most 13 bits.
+    """Return parts that add up to the numbers, multiples of a power of 2 with at most 13 bits.
 
-    Numbers of like size are cut at the same places: sums of the parts, and of their products, are then exact in
-    float64, where a sum of squares would lose the digits that the variance is made of. (The splitting of Dekker 1971,
-    "A floating-point technique for extending the available precision", at fixed places.)
+    Numbers of like size are cut at the same places: sums of the parts, and of their products, are
+    then exact in float64, where a sum of squares would lose the digits that the variance is made
+    of. (The splitting of Dekker 1971, "A floating-point technique for extending the available
+    precision", at fixed places.)
     """
     if numbers.dtype != torch.float64:  # mps
         nothing = torch.zeros_like(numbers)
         return [numbers, *[nothing] * (PARTS - 1)]
     exponent = numbers.view(torch.int64) & 0x7FF0000000000000
-    power = exponent.view(torch.float64).clamp_min(2.0**-900)  # the largest power of 2 that is not above the number
+    # The largest power of 2 that is not above the number.
+    power = exponent.view(torch.float64).clamp_min(2.0**-900)
     parts = []
     rest = numbers
     for number in range(1, PARTS):

@@ -140,7 +140,10 @@ def as_column(cells: Sequence[Cell], label: str, path: Path, text: bool | None =
 
 
 def check_integers(known: Mapping[Cell, float | None], label: str, path: Path) -> None:
-    """Raise DataError for different integers beyond 2^53 that are the same float64. known: what cells were read as."""
+    """Raise DataError for different integers that are the same float64.
+
+    known: what cells were read as.
+    """
     read: dict[float, int] = {}
     for cell, number in known.items():
         if number is None or not abs(number) > 2**53 or isinstance(cell, float):
@@ -151,8 +154,8 @@ def check_integers(known: Mapping[Cell, float | None], label: str, path: Path) -
             continue
         if read.setdefault(number, integer) != integer:
             raise DataError(
-                f"{path}, column {label!r}: float64 does not tell {read[number]} and {integer} apart; subtract an "
-                f"offset, or leave the column out: ignore=[{label}]"
+                f"{path}, column {label!r}: float64 does not tell {read[number]} and {integer} "
+                f"apart; subtract an offset, or leave the column out: ignore=[{label}]"
             )
 
 

@@ -137,7 +137,7 @@ def test_folds_of_a_series_are_blocks_of_time_that_training_does_not_see(tmp_pat
 
 def test_a_fold_too_short_for_a_window_is_refused():
     data = fw.datasets.build("seasonal", weeks=3, lookback=96, horizon=48)
-    with pytest.raises(DataError, match="fold=1/20: the 42 rows of the fold are too few"):
+    with pytest.raises(DataError, match="fold=1/20: 42 rows are too few"):
         take_fold(data, "1/20")
 
 

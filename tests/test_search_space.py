@@ -94,6 +94,7 @@ def test_what_is_given_later_counts():
         (["++model.width=tag(log, range(8, 64, 8))"], "log goes with a step of 1"),
         (["optimizer=tag(log, choice(sgd, adamw))"], "log goes with interval(...) and range(...)"),
         (["optimizer=sgd,adamw", "++optimizer.momentm=interval(0, 1)"], "none of sgd, adamw has a setting 'momentm'"),
+        (["++fold=1/2,2/2", "optimizer=sgd,adamw"], "fold=1/2,2/2: a search would choose the easiest fold"),
         (["++model.width=tag(per model.dept, range(3, 9))", "++model.depth=1,2"], "did you mean 'model.depth'?"),
     ],
 )

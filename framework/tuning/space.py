@@ -65,6 +65,11 @@ class Space:
         self.axes = sorted([axis for axis in axes if axis], key=lambda axis: (axis.per is not None, depth(axis.key)))
         for axis in self.axes:
             self._check_reach(axis)
+        if "fold" in sweeps:
+            self.problems.append(
+                f"{as_typed(str(by_key['fold'].input_line))}: a search would choose the easiest fold: "
+                "expected one fold, such as fold=1/5; for all folds of some settings, sweep without optuna"
+            )
         if not axes:
             self.problems.append("a search needs something to choose: optimizer.lr='tag(log, interval(1e-5, 1e-1))'")
         if self.problems:
