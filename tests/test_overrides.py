@@ -115,6 +115,21 @@ def test_what_a_job_of_a_sweep_gets(of_a_sweep, of_a_job):
     assert expanded(of_a_sweep) == of_a_job
 
 
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("hydra.job.chdir=true", "has no effect"),
+        ("hydra.verbose=true", "has no effect"),
+        ("hydra.run.dir=x", "run.root=DIR and run.name=NAME"),
+        ("seed=range(0)", "there is no value in this range"),
+        ("callbacks=[progress,progress]", "progress is there twice"),
+    ],
+)
+def test_what_has_no_effect_is_a_problem(typed, said):
+    (problem,) = rewrite([typed], [], multirun="range" in typed).problems
+    assert said in problem
+
+
 def test_each_of_several_parts_needs_its_name():
     (problem,) = rewrite(["metrics=[{k: 3}]"], []).problems
     assert "needs its name" in problem
