@@ -27,9 +27,13 @@ def no_exit() -> Iterator[None]:
 
 
 def is_own(error: SystemExit) -> bool:
-    """Whether this package itself ends the program: after a signal, or with the status of a command."""
+    """Whether this package itself ends the program, with the status of a command or after a signal; submitit does so in
+    its signal handler, when it has queued a job again."""
     frames = traceback.extract_tb(error.__traceback__)
-    return not frames or frames[-1].filename.startswith(OWN)
+    if not frames:
+        return True
+    file = frames[-1].filename
+    return file.startswith(OWN) or "submitit" in Path(file).parts
 
 
 def describe_exit(error: SystemExit) -> str:

@@ -64,6 +64,7 @@ def rewrite(typed: Iterable[str], folders: Iterable[Path], multirun: bool = Fals
             continue
         key = override.key_or_group
         found.typed[key.replace("/", ".")] = text
+        found.swept = [each for each in found.swept if each != key.replace("/", ".")]
         found.swept += [key.replace("/", ".")] if override.is_sweep_override() else []
         problems = faults(text, override, folders, multirun, shows)
         found.problems += [f"{text}: {problem} (command line)" for problem in problems]
@@ -225,7 +226,9 @@ def option_faults(override: Override, folders: list[Path]) -> list[str]:
     names = chosen_names(override)
     if not override.is_sweep_override() and not override.is_delete():
         value = override.value()
-        nameless = isinstance(value, Mapping) and (key == "experiment" or (many and "name" not in value))
+        nameless = isinstance(value, Mapping) and key == "experiment"
+        if many and any(name_in(part) is NAMELESS for part in chosen_parts(override)):
+            return ["each of several parts needs its name: {name: ..., KEY: VALUE}"]
         if nameless or (isinstance(value, list) and not many):
             noun = with_article(groups()[key].kind.name if key in groups() else key)
             more = ", or a list of names" if many else f" (-m {key}=a,b tries each)" if len(names) > 1 else ""
@@ -339,11 +342,9 @@ def as_text(value: Any) -> str:
 
 def expanded(override: str) -> list[str]:
     """Return the overrides of one job of a sweep that stand for one with a part and its settings."""
-    key = override.partition("=")[0].lstrip("+")
-    if key not in groups():
+    if override.startswith("++") or override.partition("=")[0].lstrip("+") not in groups():
         return [override]
-    parsed = OverridesParser.create().parse_override(override)
-    return with_settings(parsed) if has_settings(parsed) else [override]
+    return rewritten(OverridesParser.create().parse_override(override), override)
 
 
 def value_overrides(override: Override, key: str, value: str) -> list[str]:

@@ -247,6 +247,8 @@ class Reader:
         """Whether a text was read as a number, and so lost how it was typed: 1_000 becomes 1000."""
         if path not in self.typed or type(value) is not int or not isinstance(converted, str | Path):
             return False
+        if "${" in self.typed[path]:  # it refers to a number
+            return False
         return str(value) not in re.split(r"[^\w+-]", self.typed[path].partition("=")[2])
 
     def quoting(self, setting: Setting, value: Any, path: str) -> str:

@@ -50,8 +50,16 @@ def parts(tmp_path, forget_plugins):
     (tmp_path / "parts.py").write_text(PARTS)
 
 
-@pytest.mark.parametrize("raised", ["sys.exit(0)", "sys.exit()", "raise SystemExit", "exit(0)", "raise Odd"])
-@pytest.mark.parametrize("line", ["list", "train", "eval runs/none"])
+@pytest.mark.parametrize(
+    ("raised", "line"),
+    [
+        ("sys.exit(0)", "list"),
+        ("sys.exit()", "train"),
+        ("raise SystemExit", "eval runs/none"),
+        ("exit(0)", "plan"),
+        ("raise Odd", "check"),
+    ],
+)
 def test_a_plugin_that_ends_the_program_is_told(command, tmp_path, raised, line, forget_plugins):
     (tmp_path / "quits.py").write_text(f"import sys\nclass Odd(BaseException): ...\n{raised}\n")
     status, out, err = command(f"{line} --plugins quits.py")

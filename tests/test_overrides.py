@@ -2,7 +2,7 @@
 
 import pytest
 
-from framework.overrides import as_typed, rewrite
+from framework.overrides import as_typed, expanded, rewrite
 
 
 @pytest.mark.parametrize(
@@ -95,6 +95,44 @@ def test_overrides_that_add_up(typed, given):
     found = rewrite(typed.split(), [])
     assert " ".join(found.arguments) == given
     assert found.problems == found.notes == []
+
+
+def test_a_sweep_that_is_replaced_by_a_value_is_none():
+    assert rewrite(["seed=0,1", "seed=3"], [], multirun=True).swept == []
+
+
+@pytest.mark.parametrize(
+    ("of_a_sweep", "of_a_job"),
+    [
+        ("scheduler=null", ["scheduler=_none_"]),
+        ("optimizer={name: sgd, lr: 1}", ["optimizer=sgd", "++optimizer={name:'sgd',lr:1}"]),
+        ("+metrics=[{name: top_k, k: 3}]", ["also/metrics=[top_k]", "++metrics.top_k={name:'top_k',k:3}"]),
+        ("++optimizer={name: sgd}", ["++optimizer={name: sgd}"]),
+        ("optimizer=sgd", ["optimizer=sgd"]),
+    ],
+)
+def test_what_a_job_of_a_sweep_gets(of_a_sweep, of_a_job):
+    assert expanded(of_a_sweep) == of_a_job
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("hydra.job.chdir=true", "has no effect"),
+        ("hydra.verbose=true", "has no effect"),
+        ("hydra.run.dir=x", "run.root=DIR and run.name=NAME"),
+        ("seed=range(0)", "there is no value in this range"),
+        ("callbacks=[progress,progress]", "progress is there twice"),
+    ],
+)
+def test_what_has_no_effect_is_a_problem(typed, said):
+    (problem,) = rewrite([typed], [], multirun="range" in typed).problems
+    assert said in problem
+
+
+def test_each_of_several_parts_needs_its_name():
+    (problem,) = rewrite(["metrics=[{k: 3}]"], []).problems
+    assert "needs its name" in problem
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from tensorboard.plugins.hparams import api_pb2, backend_context, get_experiment
 from framework.run import read_config
 from framework.tuning.folder import SweepFolder, Trial, run_name
 from framework.tuning.live import Lines, LiveTable, Output
-from framework.tuning.table import best_trial, ending, grouped, on_front, ranked
+from framework.tuning.table import best_trial, ending, grouped, on_front, ranked, shown
 from sweeps import rows, table_of
 
 QUICK = "model.width=8 model.depth=1 trainer.max_steps=4 callbacks=[checkpoint] loggers=[json_lines] data=blobs"
@@ -197,3 +197,8 @@ def test_a_line_for_each_trial_where_nobody_looks(capsys):
     for each in (TRIALS[0], Trial(1, {"a": None}, state="failed", error="no", seconds=1.5)):
         Lines({"val/loss": "min"}).ends(each)
     assert capsys.readouterr().out == "000 lr=1 seed=0  val/loss 3  0.0 s\n001 a=null  failed  1.5 s: no\n"
+
+
+def test_a_long_value_does_not_widen_the_table():
+    assert shown(list(range(100))) == "[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11..."
+    assert (shown(None), shown(0.1), shown("sgd")) == ("null", "0.1", "sgd")

@@ -18,10 +18,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from ..errors import ConfigError, SettingError, did_you_mean
+from ..errors import ConfigError, did_you_mean
 from ..overrides import as_typed, expanded
 from ..registry import Registry
-from ..schema import Setting
+from ..schema import Setting, accepts
 from ..spec import SECTIONS, section_settings
 from ..store import NONE
 
@@ -168,14 +168,6 @@ def takes_whole_numbers(key: str, low: float, high: float) -> bool:
     """Whether the setting takes whole numbers alone, whichever part it is of."""
     settings, between = list(settings_at(key)), math.floor(low) + 0.5
     return bool(settings) and not any(accepts(setting, between) for setting in settings)
-
-
-def accepts(setting: Setting, value: Any) -> bool:
-    try:
-        setting.convert(value)
-    except SettingError:
-        return False
-    return True
 
 
 def settings_at(key: str) -> list[Setting]:
