@@ -45,7 +45,7 @@ class Backward:
         self.parameters: list[nn.Parameter] = []
         self.forward: nn.Module | Callable = Compiled(model, compile, clock) if compile == "model" else model
         self.gradients = Compiled(self._gradients, compile, clock) if compile == "step" else self._gradients
-        self.compiled = compile == "step"
+        self.compiled = compile != "off"
         self.whole: Whole | None = None
         self.updated = False  # whether the update was part of it
         self.phase: Phase | None = None
