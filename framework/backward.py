@@ -48,7 +48,7 @@ class Backward:
         self.with_gradients: list[nn.Parameter] = []  # the optimizer's and all others of the model
         self.forward: nn.Module | Callable = Compiled(model, compile, clock) if compile == "model" else model
         self.gradients = Compiled(self._gradients, compile, clock) if compile == "step" else self._gradients
-        self.compiled = compile == "step"
+        self.compiled = compile != "off"
         self.whole: Whole | None = None
         self.updated = False  # whether the update was part of it
         self.checked: set[str | None] = set()  # phases whose first step was checked
