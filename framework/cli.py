@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from .arguments import CHECKPOINT, JSON, RUN, TRACEBACK, Parser, command_line, composing, importing_torch, swept
 from .errors import ConfigError, FrameworkError, did_you_mean
 from .help import BOARD, CHECK, EVAL, FIND, HELP, LIST, PLAN, PREDICT, RESUME, SHOW, TRAIN
+from .paths import expanded
 
 STARTED = time.monotonic()
 
@@ -216,7 +217,7 @@ def predict(arguments: list[str]) -> None:
     parser = Parser("predict", "Run a trained model on a file, or let a language model go on with a text.", PREDICT)
     parser.add_argument("run", **RUN)
     like = "like those that the run's data set reads"
-    parser.add_argument("--input", type=Path, metavar="FILE", help=like)
+    parser.add_argument("--input", type=expanded, metavar="FILE", help=like)
     parser.add_argument("--output", metavar="FILE", help=".csv, .jsonl, .npz, or - for the terminal")
     parser.add_argument("--prompt", metavar="TEXT", help="what a language model is to go on with")
     parser.add_argument("--length", type=int, metavar="N", help="with --prompt: tokens (default 200)")
@@ -311,7 +312,7 @@ def show(arguments: list[str]) -> None:
 
 def board(arguments: list[str]) -> int:
     parser = Parser("board", "Start TensorBoard on the runs, on this machine alone, until Ctrl-C.", BOARD)
-    parser.add_argument("--root", type=Path, default=Path("runs"), help="the folder of runs (default: runs)")
+    parser.add_argument("--root", type=expanded, default=Path("runs"), help="the folder of runs (default: runs)")
     parser.add_argument("--port", type=int, default=6006, help="0 takes any free one")
     given = parser.parse_args(arguments)
     from .board import serve

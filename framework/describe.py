@@ -9,9 +9,9 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .discovery import shorter
 from .errors import SettingError, UnknownName, did_you_mean
 from .index import Index
+from .paths import shorter
 from .registry import no_part
 
 Part = dict[str, Any]  # as `part_as_dict` returns it

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 from .errors import FrameworkError, PluginError
+from .paths import expanded
 from .registry import Registry
 
 GROUP = "framework.plugins"
@@ -37,6 +38,12 @@ def installed_plugins() -> list[tuple[str, str]]:
     return sorted((point.name, point.value.partition(":")[0]) for point in entry_points(group=GROUP))
 
 
+def located(plugin: str) -> str:
+    """Return a plugin's absolute path; the name of a module stays as it is."""
+    path = expanded(plugin)
+    return str(path.resolve()) if path.exists() else plugin
+
+
 @cache
 def package_version(name: str) -> str | None:
     """Return the version of an installed package; None when it is not installed."""
@@ -49,7 +56,7 @@ def package_version(name: str) -> str | None:
 def plugin_files(plugins: Iterable[str]) -> Iterator[Path]:
     """Yield the files that loading these plugins would load first, without loading any."""
     for plugin in plugins:
-        path = Path(plugin).expanduser()
+        path = expanded(plugin)
         if path.is_dir():
             yield from path.glob("*.py")
         elif path.is_file():
@@ -75,7 +82,7 @@ def module_files(name: str) -> Iterator[Path]:
 
 def load(plugin: str) -> None:
     """Load one plugin: a path to a file or folder, or the name of a module."""
-    path = Path(plugin).expanduser()
+    path = expanded(plugin)
     if path.is_dir():
         for file in sorted(path.glob("*.py")):
             load_file(file)
@@ -143,14 +150,6 @@ def loading(what: str, reached_by: str) -> Iterator[None]:
         for registry in Registry.every.values():
             registry.forget_unloaded()
         raise failure(what, reached_by, error) from error
-
-
-def shorter(path: str | Path) -> str:
-    """Return a path as from the working folder, when it is below it."""
-    try:
-        return str(Path(path).resolve().relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
 
 
 def failure(what: str, reached_by: str, error: Exception) -> PluginError:

@@ -20,7 +20,8 @@ from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from .discovery import discover, installed_plugins, plugin_files
+from .discovery import discover, installed_plugins, located, plugin_files
+from .paths import expanded
 from .registry import Entry, Registry
 from .schema import Range, Setting, marks, members, strip
 
@@ -67,8 +68,8 @@ def find_index(plugins: Iterable[str] = (), folders: Iterable[Path] = ()) -> Ind
     folders: more folders with config files, as --config-dir names them.
     Raises what discovery and the reading of config files raise.
     """
-    plugins = [str(Path(plugin).resolve()) if Path(plugin).exists() else plugin for plugin in plugins]
-    folders = [folder.resolve() for folder in folders if folder.is_dir()]
+    plugins = [located(plugin) for plugin in plugins]
+    folders = [folder.resolve() for folder in map(expanded, folders) if folder.is_dir()]
     make = partial(build, plugins, folders)
     if any(Registry.every.values()):  # a program with parts of its own: it is asked itself, and nothing is kept
         return make()[0]
@@ -95,7 +96,7 @@ def file_of(plugins: list[str], folders: list[Path]) -> Path:
     here = Path("conf").resolve()
     project = [here] if (here / "config.yaml").is_file() or (here / "experiment").is_dir() else []
     python = [sys.executable, sys.version, sys.flags.optimize, sys.path, __file__]
-    homes = (os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache"), os.devnull)
+    homes = (*map(os.path.expanduser, (os.environ.get("XDG_CACHE_HOME", ""), "~/.cache")), os.devnull)
     home = next(path for path in homes if os.path.isabs(path))
     return Path(home, "framework", f"{digest_of(repr([plugins, folders, project, python]))}.json")
 

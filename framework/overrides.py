@@ -66,9 +66,14 @@ def rewrite(typed: Iterable[str], folders: Iterable[Path], multirun: bool = Fals
 groups = Registry.by_key
 
 
+HOME = re.compile(r"(?<=[=,\[(: ])~[^\s,=()\[\]{}:'\"]*")  # a path such as ~/data.csv, alone or in a list
+
+
 def quoted(text: str) -> str:
-    """Quote a rule such as sweep.where=model!=rnn, for which Hydra's grammar has no words; rules in a list too."""
+    """Quote what Hydra's grammar cannot read unquoted: paths such as ~/data.csv, and the rules of sweep.where."""
     key, _, value = text.partition("=")
+    if key != "sweep.where" and "~" in value and not set(value) & {"'", '"'}:
+        return HOME.sub(lambda path: single(path[0]), text)
     if key != "sweep.where" or not value or value[0] in "'\"":
         return text
     if value[0] == "[" and value[-1] == "]":

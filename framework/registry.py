@@ -21,6 +21,7 @@ from linecache import getlines
 from typing import Any, ClassVar, TypeVar, overload
 
 from .errors import BuildError, ContractError, DuplicateName, FrameworkError, SettingError, UnknownName, did_you_mean
+from .paths import with_homes
 from .schema import REQUIRED, Names, Setting, Types, first_sentence, read_settings, signature
 
 P = TypeVar("P", bound=Callable[..., Any])
@@ -130,6 +131,7 @@ class Entry:
         missing = [n for n, s in self.settings.items() if s.required and n not in arguments]
         if missing:
             raise SettingError(f"{self} needs a value for {', '.join(missing)}")
+        arguments = {name: with_homes(value) for name, value in arguments.items()}
         arguments |= {name: given[name] for name in self.asks_for if name in given}
         try:
             built = self.part(**arguments)

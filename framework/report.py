@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from .discovery import shorter
 from .errors import FrameworkError
 from .experiment import Result
+from .paths import expanded, shorter
 from .run import plugins_of
 
 
@@ -74,7 +74,7 @@ def print_values(values: Mapping[str, float], checkpoint: Path) -> None:
 
 def check_output(output: str) -> None:
     """Raise FrameworkError, before anything is computed, when predictions cannot go to that file."""
-    path = Path(output)
+    path = expanded(output)
     if output == "-":
         return
     if path.suffix not in (".csv", ".jsonl", ".npz"):
@@ -95,7 +95,7 @@ def write_predictions(columns: Mapping[str, Any], classes: Sequence[str], output
         write_csv(named, sys.stdout)
     else:
         try:
-            write_file(named, Path(output))
+            write_file(named, expanded(output))
         except OSError as error:
             raise FrameworkError(f"--output {output}: {error.strerror}") from error
     return len(next(iter(named.values())))

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from . import checkpoint
 from .errors import CheckpointError, ConfigError, RunError
+from .paths import expanded
 from .registry import Registry
 from .run import RunFolder, read_config
 from .spec import Spec
@@ -52,8 +53,9 @@ def find(spec: Spec, experiment: str) -> Path | None:
     if spec.resume == "never":
         return None
     if spec.resume != "auto":
-        read_config(Path(spec.resume))
-        return Path(spec.resume)
+        run = expanded(spec.resume)
+        read_config(run)
+        return run
     root, name = Path(spec.sections["run"]["root"]) / experiment, spec.sections["run"]["name"]
     if name is not None:
         return root / name if (root / name / "config.yaml").is_file() else None
@@ -124,10 +126,12 @@ def altered(tree: Mapping[str, Any], typed: Sequence[str]) -> dict[str, Any]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
+    from .overrides import quoted
+
     changed, parser = json.loads(json.dumps(tree)), OverridesParser.create()
     for text in typed:
         try:
-            override = parser.parse_override(text)
+            override = parser.parse_override(quoted(text))
             *parents, key = override.key_or_group.replace("/", ".").split(".")
             value = override.value()
         except HydraException as error:
@@ -198,8 +202,7 @@ def start_from(model: nn.Module, source: str) -> str:
     """Fill a model with the weights of a run (its best checkpoint), a checkpoint or a .safetensors file, where names
     and shapes match; returns a report of what did not. Raises RunError when there is no such thing or nothing matches.
     """
-    path = Path(source)
-    weights = read_weights(path)
+    weights = read_weights(expanded(source))
     own = model.state_dict()
     fitting = {name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape}
     if not fitting:

@@ -22,6 +22,7 @@ from weakref import ref
 
 from .discovery import package_version
 from .errors import RunError
+from .paths import expanded
 
 PATIENCE = 2.0  # seconds for the workers of a killed run to end
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
@@ -42,7 +43,7 @@ class RunFolder:
         for what, text in (("experiment", experiment), ("run.name", name)):
             if text is not None and (not re.fullmatch(NAME, text) or ".." in text):
                 raise RunError(f"{what} should be letters, digits, '.', '_' and '-' (at most 128), not {text!r}")
-        parent = Path(root) / experiment
+        parent = expanded(root) / experiment
         try:
             parent.mkdir(parents=True, exist_ok=True)
             with locked(parent):  # so that nobody sees a folder before its maker has locked it

@@ -19,8 +19,8 @@ from hydra.plugins.config_source import ConfigResult
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 
-from .discovery import shorter
 from .errors import ConfigError
+from .paths import shorter
 from .registry import Registry
 from .spec import IMPORTS, TARGET
 

@@ -9,6 +9,7 @@ from typing import Any
 from .data import Loader
 from .errors import ConfigError, FrameworkError, SettingError, did_you_mean
 from .optimizer import Parameters
+from .paths import with_homes
 from .registry import Entry, Kind, Maker, Registry, with_article
 from .run import RunFolder
 from .schema import Setting, read_settings
@@ -152,6 +153,8 @@ class Reader:
                 found[key] = self.nested(where, setting, given.get(key, follow(setting.part)))
             elif key in given and given[key] != "???":
                 found[key] = self.value(setting, given[key], where)
+                if isinstance(owner, str):
+                    found[key] = self.with_homes(found[key], where)
             elif not setting.required and isinstance(owner, str):
                 found[key] = setting.default  # a section is taken apart by its settings; a maker knows its defaults
             elif setting.required:
@@ -191,6 +194,14 @@ class Reader:
         except SettingError as error:
             self.problem(path, value, str(error))
             return setting.default
+
+    def with_homes(self, value: Any, path: str) -> Any:
+        """Return the value of a section's setting without `~`; a part's paths are expanded when it is built."""
+        try:
+            return with_homes(value)
+        except SettingError as error:
+            self.problem(path, str(value), str(error))
+            return value
 
     def check_choices_reach(self, parts: Mapping[str, Any]) -> None:
         """An experiment's choice of a kind that no part asks for would be a silent no-op."""

@@ -10,6 +10,7 @@ from .building import build_data, build_loader, build_metrics, build_model
 from .data import Scale
 from .errors import DataError, RunError
 from .experiment import load_weights
+from .paths import expanded
 from .run import read_config, read_facts
 from .spec import Spec, read_spec
 from .task import Task
@@ -59,6 +60,7 @@ class Trained:
 
 def open_run(run: Path, which: str = "best") -> Trained:
     """Read a run folder back. Raises RunError when it is none or has no checkpoint, ConfigError when a part is gone."""
+    run = expanded(run)
     spec = read_spec(read_config(run), lambda path: f"{run}/config.yaml")
     facts = read_facts(run)
     model = build_model(spec, facts["in_shape"], facts["out_shape"], facts.get("columns", ()))

@@ -32,6 +32,7 @@ from .fused import FusedStep
 from .logger import Logger
 from .memory import MicroBatches, memory_errors
 from .metric import Measures, Metric
+from .paths import expanded
 from .scheduler import Schedule
 from .schema import PositiveInt, check_arguments
 from .state import Cadence, Every, State
@@ -101,7 +102,8 @@ class Trainer(Evaluator):
             raise SettingError(f"cuda_graph=on needs a CUDA device, not {self.device}, and no compile=step")
         self.max_epochs, self.max_steps = max_epochs, max_steps
         self.validate_every, self.log_every = Cadence(validate_every, "validate_every"), Cadence(log_every, "log_every")
-        self.accumulate, self.compile, self.profile, self.folder = accumulate, compile, profile, folder and Path(folder)
+        self.accumulate, self.compile, self.profile = accumulate, compile, profile
+        self.folder = None if folder is None else expanded(folder)
         self.cuda_graph: CudaGraph = cuda_graph if self.device.type == "cuda" else "off"
         self.callbacks, self.loggers = check_callbacks(callbacks), list(loggers)
         self.state, self.clock = State(), Clock()

@@ -17,6 +17,7 @@ from torch import Tensor
 from framework import Data, Shape, TensorSplit
 from framework.data import Scale, Target
 from framework.errors import DataError, SettingError
+from framework.paths import expanded
 from framework.seeds import generator
 
 Pair = tuple[Tensor, Tensor]
@@ -137,7 +138,7 @@ def learn_scale(amounts: Tensor, rows: Tensor, scaling: Scaling, name: str) -> S
 
 def cache_folder() -> Path:
     """Return where `scripts/fetch_data` puts what it fetches."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "framework"
+    return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "framework"
 
 
 def data_folder(name: str, size: str, fallback: str) -> Path:
