@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import signal
 import sys
 import sysconfig
@@ -18,12 +17,14 @@ from .arguments import CHECKPOINT, JSON, RUN, TRACEBACK, Parser, command_line, c
 from .errors import ConfigError, FrameworkError, did_you_mean
 from .help import BOARD, CHECK, EVAL, FIND, HELP, LIST, PLAN, PREDICT, RESUME, SHOW, TRAIN
 from .paths import expanded
+from .streams import prepare_streams, silence_broken_streams
 
 STARTED = time.monotonic()
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
+    prepare_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     arguments.sort(key=lambda argument: argument == TRACEBACK)  # it may stand anywhere, also before the verb
     try:
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
+        silence_broken_streams()
         status = 128 + signal.SIGPIPE
     except Exception as error:
         status = complain(error, TRACEBACK in arguments)
@@ -44,7 +45,10 @@ def complain(error: Exception, with_traceback: bool) -> int:
     if with_traceback:
         traceback.print_exception(error)
     advice = "" if isinstance(error, FrameworkError) else f"; {TRACEBACK} shows the way there"
-    print("\n".join(f"framework: {line}" for line in words_of(error)) + advice, file=sys.stderr)
+    try:
+        print("\n".join(f"framework: {line}" for line in words_of(error)) + advice, file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        silence_broken_streams()
     return error.exit_status if isinstance(error, FrameworkError) else 1
 
 

@@ -80,7 +80,7 @@ def kept_index(file: Path, build: Callable[[], tuple[Index, dict[str, list[str]]
     """Return the index in a file while it holds; else build it, and keep it there if that can be done."""
     begun = time.time_ns()
     try:
-        digest, _, text = file.read_text().partition("\n")
+        digest, _, text = file.read_text(encoding="utf-8").partition("\n")
         kept = json.loads(text) if digest == digest_of(text) else {}
         if kept["stamps"] == stamps(**kept["of"]):
             return Index(**kept["index"])
@@ -113,7 +113,7 @@ def keep(file: Path, begun: int, content: dict[str, Any]) -> None:
     text, beside = json.dumps(content, default=str), file.with_suffix(f".{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(f"{digest_of(text)}\n{text}")
+        beside.write_text(f"{digest_of(text)}\n{text}", encoding="utf-8")
         os.replace(beside, file)
     except OSError:  # a home that cannot be written: slower, not wrong
         with suppress(OSError):

@@ -11,6 +11,7 @@ from .errors import FrameworkError
 from .experiment import Result
 from .paths import expanded, shorter
 from .run import plugins_of
+from .streams import set_errors
 
 
 def print_result(result: Result, job: str | None = None) -> None:
@@ -92,6 +93,7 @@ def write_predictions(columns: Mapping[str, Any], classes: Sequence[str], output
     check_output(output)
     named = flatten(columns, classes)
     if output == "-":
+        set_errors(sys.stdout, "backslashreplace")  # data: what cannot be encoded must not get lost
         write_csv(named, sys.stdout)
     else:
         try:
@@ -124,7 +126,7 @@ def write_file(columns: Mapping[str, list[Any]], path: Path) -> None:
 
         numpy.savez(path, **{name: numpy.asarray(values) for name, values in columns.items()})  # type: ignore[arg-type]
         return
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         if path.suffix == ".csv":
             write_csv(columns, file)
         else:

@@ -183,7 +183,7 @@ def fingerprint(tree: Mapping[str, Any]) -> str:
 
 def status_of(run: Path) -> str | None:
     try:
-        return json.loads((run / "status.json").read_text())["status"]
+        return json.loads((run / "status.json").read_text(encoding="utf-8"))["status"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -191,7 +191,7 @@ def status_of(run: Path) -> str | None:
 def last_values(run: Path) -> dict[str, float]:
     """Return the last value of everything that a run logged in metrics.jsonl."""
     try:
-        lines = (run / "metrics.jsonl").read_text().splitlines()
+        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     except OSError:
         return {}
     values = {key: value for line in lines for key, value in json.loads(line).items() if "/" in key}

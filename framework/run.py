@@ -69,7 +69,7 @@ class RunFolder:
         """Write a JSON or YAML file, whole or not at all."""
         target = self.path / file
         beside = target.with_suffix(target.suffix + ".tmp")
-        beside.write_text(dump(file, content))
+        beside.write_text(dump(file, content), encoding="utf-8")
         os.replace(beside, target)
 
 
@@ -94,7 +94,7 @@ def claim(parent: Path, name: str | None) -> Path:
 def plugins_of(run: Path) -> list[str]:
     """Return the plugins that a run was trained with, as its provenance.json names them."""
     try:
-        return [str(plugin) for plugin in json.loads((run / "provenance.json").read_text())["plugins"]]
+        return [str(plugin) for plugin in json.loads((run / "provenance.json").read_text(encoding="utf-8"))["plugins"]]
     except (OSError, ValueError, KeyError, TypeError):
         return []
 
@@ -102,14 +102,14 @@ def plugins_of(run: Path) -> list[str]:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Wait for, and hold, the lock of a folder of runs."""
-    with (folder / ".lock").open("a") as file:
+    with (folder / ".lock").open("a", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def only_writer(run: Path) -> TextIO:
     """Lock a run's folder for as long as the returned file is open (a kill closes it). Raises RunError when taken."""
-    file, until = (run / ".lock").open("a+"), time.monotonic() + PATIENCE
+    file, until = (run / ".lock").open("a+", encoding="utf-8"), time.monotonic() + PATIENCE
     while not take(file):
         file.seek(0)
         holder = file.read().strip()
@@ -159,7 +159,7 @@ def read_facts(run: Path) -> dict[str, Any]:
     """Return what a run folder keeps of its data. Raises RunError when that is missing or is something else."""
     file = run / "facts.json"
     try:
-        facts = json.loads(file.read_text())
+        facts = json.loads(file.read_text(encoding="utf-8"))
         shapes = [[int(size) for size in facts[name]] for name in ("in_shape", "out_shape")]
         return facts | dict(zip(("in_shape", "out_shape"), shapes, strict=True)) | {"classes": list(facts["classes"])}
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
@@ -185,7 +185,7 @@ def read_config(run: Path) -> dict[str, Any]:
     if not file.is_file():
         raise RunError(f"{run} is not the folder of a run: it has no config.yaml")
     try:
-        config = yaml.safe_load(file.read_text())  # libyaml's reader has no limit to the depth
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))  # libyaml's reader has no limit to the depth
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise RunError(f"{file} cannot be read: {' '.join(str(error).split())[:300]}") from error
     if not isinstance(config, dict):
@@ -214,7 +214,8 @@ def code(folder: Path) -> dict[str, str | None]:
 def git(folder: Path, *arguments: str) -> str | None:
     """Return what git says in a folder, or None outside a repository or without git."""
     try:
-        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=False)
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    text = done.stdout.decode("utf-8", errors="replace")  # a diff may hold a file of any encoding
+    return text.strip() if done.returncode == 0 else None

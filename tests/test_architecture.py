@@ -14,7 +14,7 @@ import framework
 
 ROOT = Path(framework.__file__).parent.parent
 FLOORS = {
-    "stdlib": ["errors", "paths", "schema", "registry", "kinds"],
+    "stdlib": ["errors", "paths", "streams", "schema", "registry", "kinds"],
     "ground work": ["discovery", "seeds", "state", "shapes", "workers", "device", "memory", "clock"],
     "contracts": [
         "data",

@@ -79,13 +79,13 @@ class SweepFolder:
     def asked(self) -> dict[str, Any]:
         """Return what was asked for, empty when this is not the folder of a sweep."""
         try:
-            return dict(json.loads((self.path / "sweep.json").read_text()))
+            return dict(json.loads((self.path / "sweep.json").read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return {}
 
     def conduct(self) -> None:
         """Let no other process begin trials here until `release`. Raises RunError when one does."""
-        self.lock = (self.path / "sweep.lock").open("a")
+        self.lock = (self.path / "sweep.lock").open("a", encoding="utf-8")
         if not take(self.lock):
             self.lock.close()
             raise RunError(f"{self.path} is run by another process: wait for it, or choose another sweep.name")
@@ -133,7 +133,7 @@ class SweepFolder:
 
     def write(self, file: str, text: str) -> None:
         beside = self.path / f"{file}.tmp"
-        beside.write_text(text)
+        beside.write_text(text, encoding="utf-8")
         os.replace(beside, self.path / file)
 
 

@@ -147,7 +147,7 @@ class Output(io.TextIOBase):
         for line in [line for line in lines if line.strip()][-1:]:
             self.shown_on.said(line)
         if self.folder.is_dir() and lines:
-            with (self.folder / "output.txt").open("a") as file:
+            with (self.folder / "output.txt").open("a", encoding="utf-8", errors="replace") as file:
                 file.write(self.pending)
             self.pending = ""
         return len(text)
