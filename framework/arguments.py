@@ -1,7 +1,6 @@
 """The arguments that verbs of the command line have in common."""
 
 import argparse
-import atexit
 import gc
 import sys
 from collections.abc import Iterator, Sequence
@@ -69,7 +68,6 @@ def importing_torch() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
-        atexit.register(gc.freeze)
 
 
 def swept(parser: Parser, given: argparse.Namespace, flag: str, key: str, count: int, values: Sequence[Any]) -> None:

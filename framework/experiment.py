@@ -204,11 +204,14 @@ def train(*given: Any, **named: Any) -> Result:
     ready = prepare(*given, **named)
     if isinstance(ready, Result):
         return ready
-    ready.claim()
-    with ready.trainer, stopping([ready.trainer]) as stopped, intra_op_threads(ready.threads):
-        ready.introduce()
-        ready.trainer.fit(**ready.fit_arguments())
-        return ready.result(stopped)
+    try:
+        ready.claim()
+        with ready.trainer, stopping([ready.trainer]) as stopped, intra_op_threads(ready.threads):
+            ready.introduce()
+            ready.trainer.fit(**ready.fit_arguments())
+            return ready.result(stopped)
+    finally:
+        ready.release()
 
 
 def prepare(
@@ -233,6 +236,7 @@ def prepare(
     resumed = None if run is None else open_folder(run, spec, inexact)
     if resumed is not None and resumed.done:
         say(f"{run} is done already")
+        resumed.folder.lock.close()
         return Result(resumed.folder.path, last_values(resumed.folder.path))
     built = Experiment(spec, data)
     if spec.init_from is not None and resumed is None:
