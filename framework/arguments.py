@@ -12,7 +12,7 @@ from .paths import expanded
 
 TRACEBACK = "--traceback"
 RUN: dict[str, Any] = {"type": expanded, "help": "the folder of a run"}
-CHECKPOINT: dict[str, Any] = {"default": "best", "metavar": "WHICH"}
+CHECKPOINT: dict[str, Any] = {"metavar": "WHICH"}
 CHECKPOINT["help"] = "best (default), last, or the folder of a checkpoint"
 JSON: dict[str, Any] = {"action": "store_true", "help": "for programs"}
 

@@ -7,14 +7,13 @@ import sys
 import sysconfig
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
 from .arguments import CHECKPOINT, JSON, RUN, TRACEBACK, Parser, command_line, composing, importing_torch, swept
-from .errors import ConfigError, FrameworkError, did_you_mean
+from .errors import FrameworkError, did_you_mean
 from .help import BOARD, CHECK, EVAL, FIND, HELP, LIST, PLAN, PREDICT, RESUME, SHOW, TRAIN
 from .paths import expanded
 from .streams import prepare_streams, silence_broken_streams
@@ -141,13 +140,11 @@ def resume(arguments: list[str]) -> int:
         from .discovery import discover
         from .experiment import train as train_experiment
     from .report import print_result
-    from .resume import altered
-    from .run import read_config
-    from .spec import read_spec
+    from .resume import altered, read_resumable
+    from .trained import read_spec_of
 
     discover(given.plugins)
-    with advising(given):
-        spec = read_spec(altered(read_config(given.run), given.overrides), lambda path: f"{given.run}/config.yaml")
+    spec = read_spec_of(given.run, altered(read_resumable(given.run), given.overrides))
     spec.resume = str(given.run)
     result = train_experiment(spec, given.run.resolve().parent.name, [], STARTED, inexact=given.inexact)
     print_result(result)
@@ -269,23 +266,7 @@ def opened(given: argparse.Namespace) -> Any:
         from .discovery import discover
         from .trained import open_run
     discover(given.plugins)
-    with advising(given):
-        return open_run(given.run, given.checkpoint)
-
-
-@contextmanager
-def advising(given: argparse.Namespace) -> Iterator[None]:
-    """When a run's config names what is not there, say which plugins the run was trained with."""
-    from .run import plugins_of
-
-    try:
-        yield
-    except ConfigError as error:
-        missing = [plugin for plugin in plugins_of(given.run) if plugin not in given.plugins]
-        if not missing:
-            raise
-        advice = f"{given.run} was trained with plugins: give {' '.join(f'--plugins {each}' for each in missing)}"
-        raise ConfigError([*error.problems, advice]) from error
+    return open_run(given.run, given.checkpoint)
 
 
 def list_parts(arguments: list[str]) -> None:
@@ -310,8 +291,9 @@ def show(arguments: list[str]) -> None:
     from . import describe
     from .index import find_index
 
-    part = describe.find(find_index(given.plugins), given.part)
-    tell(given.json, part, lambda: describe.show(part))
+    index = find_index(given.plugins)
+    part = describe.find(index, given.part)
+    tell(given.json, part, lambda: describe.show(part, index, given.plugins))
 
 
 def board(arguments: list[str]) -> int:

@@ -1,8 +1,9 @@
 """What parts there are, in tables for people; what they show comes from the index."""
 
 import re
+import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import IO, Any
 
 from rich.console import Console, Group, RenderableType
@@ -15,6 +16,7 @@ from .paths import shorter
 from .registry import no_part
 
 Part = dict[str, Any]  # as `part_as_dict` returns it
+OWNERS = ("model", "task", "data")  # kinds whose parts may ask for parts of other kinds, in the order of a search
 PLAIN_WIDTH = 10_000  # where no terminal limits the width, nothing is cut or wrapped
 
 
@@ -80,13 +82,22 @@ def list_parts(index: Index, kind: str) -> RenderableType:
     return table
 
 
-def show(part: Part) -> RenderableType:
-    """Return all about a part: its docstring's first paragraph, settings, an example, and where it comes from."""
+def show(part: Part, index: Index | None = None, plugins: Sequence[str] = ()) -> RenderableType:
+    """Return all about a part: its docstring's first paragraph, settings, an example, and where it comes from.
+
+    Args:
+        part: what `find` returns.
+        index: all parts; with it the example also chooses a part that asks for this one.
+        plugins: the plugins that were given to find the part; a command of the example needs them too.
+    """
     also = f"  also {', '.join(part['aliases'])}" if part["aliases"] else ""
     title = Text.assemble((f"{part['kind']}/{part['name']}", "bold cyan"), (also, "dim"))
     paragraphs = [Text(tidy(part["doc"]))] if part["doc"] else []
     settings = settings_table(part["settings"]) if part["settings"] else Text("no settings", "dim")
-    return Group(title, *paragraphs, Text(), settings, Text(), origin(part))
+    words = ["framework", "train", *overrides_for(part, index)]
+    if part["package"] is None:
+        words += [word for plugin in plugins for word in ("--plugins", str(plugin))]
+    return Group(title, *paragraphs, Text(), settings, Text(), origin(part, shlex.join(words)))
 
 
 def settings_table(settings: Iterable[dict[str, Any]]) -> Table:
@@ -117,11 +128,11 @@ def value_text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def origin(part: Part) -> RenderableType:
+def origin(part: Part, example: str) -> RenderableType:
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
-    table.add_row("try", Text(example(part)))
+    table.add_row("try", Text(example))
     table.add_row("written in", Text(shorter(part["source"])))
     if part["source"].rpartition(":")[0] != part["registered"].rpartition(":")[0]:
         table.add_row("registered in", Text(shorter(part["registered"])))
@@ -130,12 +141,71 @@ def origin(part: Part) -> RenderableType:
     return table
 
 
-def example(part: Part) -> str:
-    """Return an override that chooses the part, with what it requires or else its first plain setting."""
+def overrides_for(part: Part, index: Index | None = None) -> list[str]:
+    """Return overrides that choose a part, with the settings that it requires or else its first plain one."""
     key, name = part["key"], part["name"]
     if part["many"]:
-        return f"framework train '{key}=[{name}]'"
-    needed = [f"{key}.{setting['name']}=..." for setting in part["settings"] if setting["required"]]
-    usual = [s for s in part["settings"] if isinstance(s.get("default"), bool | int | float | str) and "part" not in s]
-    shown = needed or [f"{key}.{s['name']}={value_text(s['default'])}" for s in usual[:1]]
-    return " ".join([f"framework train {key}={name}", *shown])
+        prefix = f"{key}.{name}"
+        chosen = [f"+{key}={name}"]  # one more in the list: `callbacks=[NAME]` would take the place of the default ones
+        if index is not None and name in index.chosen.get(key, ()):
+            chosen = []
+        return [*chosen, *settings_for(part, prefix)] or [f"+{key}={name}"]
+    asker = None if index is None else find_asker(index, part["kind"])
+    if asker is None:
+        return [f"{key}={name}", *settings_for(part, key)]
+    owner, setting = asker
+    if setting["many"]:
+        needed = [f"{each['name']}: ..." for each in part["settings"] if each["required"]]
+        item = f"{{name: {name}, {', '.join(needed)}}}" if needed else name
+        return [f"{owner['key']}={owner['name']}", f"{owner['key']}.{setting['name']}=[{item}]"]
+    return [f"{owner['key']}={owner['name']}", f"{key}={name}", *settings_for(part, key)]
+
+
+def settings_for(part: Part, prefix: str) -> list[str]:
+    """Return overrides of the required settings, "..." in the place of the value, or else of the first plain one."""
+    needed = [f"{prefix}.{setting['name']}=..." for setting in part["settings"] if setting["required"]]
+    if needed:
+        return needed
+    for setting in part["settings"]:
+        default = setting.get("default")
+        if isinstance(default, bool | int | float | str) and "part" not in setting:
+            return [f"{prefix}.{setting['name']}={typed(default)}"]
+    return []
+
+
+def find_asker(index: Index, kind: str) -> tuple[Part, dict[str, Any]] | None:
+    """Return a part that asks for parts of a kind, and its setting; None when the default experiment chooses one.
+
+    Without such a part in the experiment, choosing one of that kind would have no effect.
+    """
+    parts = [part for owner in OWNERS for part in index.kinds.get(owner, {"parts": {}})["parts"].values()]
+    asking = [(part, setting) for part in parts for setting in part["settings"] if setting.get("part") == kind]
+    if any(index.chosen.get(part["key"]) == part["name"] for part, _ in asking):
+        return None
+
+    def simplest_first(pair: tuple[Part, dict[str, Any]]) -> tuple[bool, bool, int]:
+        part, setting = pair
+        return setting["many"], not setting["required"], len(part["settings"])
+
+    return min(asking, key=simplest_first, default=None)
+
+
+def typed(value: bool | int | float | str) -> str:
+    """Return a value as it is typed after the = of an override."""
+    if not isinstance(value, str):
+        return value_text(value) if isinstance(value, bool) else repr(value)
+    if re.fullmatch(r"[\w./][\w./:+-]*", value) and not is_other_type(value):
+        return value
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def is_other_type(text: str) -> bool:
+    """Whether a text without quotes would be read as a number, a truth value or null."""
+    if text.lower() in ("null", "true", "false"):
+        return True
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

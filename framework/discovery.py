@@ -123,6 +123,16 @@ def loaded_from(file: Path) -> ModuleType | None:
     return None
 
 
+def is_loaded(plugin: str) -> bool:
+    """Whether a plugin is loaded: of a folder, each file in it."""
+    path = expanded(plugin)
+    if path.is_dir():
+        return all(loaded_from(file) is not None for file in path.glob("*.py"))
+    if path.suffix == ".py" or "/" in plugin:
+        return loaded_from(path) is not None
+    return plugin in sys.modules
+
+
 def load_file(file: Path) -> None:
     """Import a file under a module name of its own, unless it is loaded already under another."""
     real = file.resolve()

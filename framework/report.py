@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 from .errors import FrameworkError
 from .experiment import Result
-from .paths import expanded, shorter
+from .paths import expanded, pasted, shorter
 from .run import plugins_of
 from .streams import set_errors
 
@@ -36,12 +36,18 @@ def print_result(result: Result, job: str | None = None) -> None:
     if job is None:
         if (result.folder / "checkpoints").is_dir():
             print(f"measure  framework eval {named(result.folder)}")
-        print("watch    framework board")
+        print(f"watch    framework board{root_of(result.folder)}")
 
 
 def named(run: Path) -> str:
     """Return how a run is given to a command: with the plugins that it was trained with."""
-    return f"{run}" + "".join(f" --plugins {shorter(plugin)}" for plugin in plugins_of(run))
+    return pasted(run) + "".join(f" --plugins {pasted(shorter(plugin))}" for plugin in plugins_of(run))
+
+
+def root_of(run: Path) -> str:
+    """Return the option by which `framework board` shows a run: nothing for one below the default root."""
+    root = run.parent.parent if len(run.parts) > 2 else run.resolve().parent.parent
+    return "" if root.resolve() == Path("runs").resolve() else f" --root {pasted(root)}"
 
 
 def percent(shares: Mapping[str, float]) -> dict[str, int]:

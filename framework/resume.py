@@ -17,7 +17,7 @@ from . import checkpoint
 from .errors import CheckpointError, ConfigError, RunError
 from .paths import expanded
 from .registry import Registry
-from .run import RunFolder, read_config
+from .run import RunFolder, read_config, run_of_checkpoint
 from .spec import Spec
 
 SAME_BITS = (  # what may differ in a resumed run without a bit of its weights being another
@@ -54,7 +54,7 @@ def find(spec: Spec, experiment: str) -> Path | None:
         return None
     if spec.resume != "auto":
         run = expanded(spec.resume)
-        read_config(run)
+        read_resumable(run)
         return run
     root, name = Path(spec.sections["run"]["root"]) / experiment, spec.sections["run"]["name"]
     if name is not None:
@@ -63,6 +63,14 @@ def find(spec: Spec, experiment: str) -> Path | None:
         if fingerprint(read_config(run.parent)) == fingerprint(spec.tree) and status_of(run.parent) != "done":
             return run.parent
     return None
+
+
+def read_resumable(run: Path) -> dict[str, Any]:
+    """Return the config of a run to go on with. Raises RunError when it is none, also for one of its checkpoints."""
+    whole = run_of_checkpoint(run)
+    if whole is not None:
+        raise RunError(f"{run} is a checkpoint: a run goes on from its newest one. Give the run: {whole}")
+    return read_config(run)
 
 
 def open_folder(run: Path, spec: Spec, inexact: bool = False) -> Resumed:
@@ -233,10 +241,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def chosen_checkpoint(run: Path, which: str = "best") -> Path | None:
-    """Return a run's best checkpoint, or else its newest good one (`last`: at once); any other word is a folder."""
+    """Return a run's best checkpoint, or else its newest good one (`last`: at once).
+
+    Any other word is the folder of a checkpoint, or the name of one of this run.
+    """
     folder = run / "checkpoints"
     if which not in ("best", "last"):
-        return Path(which)
+        named = folder / which
+        return named if named.is_dir() else expanded(which)
     if which == "best" and (folder / "best").exists():
         return folder / "best"
     return checkpoint.newest(folder)[0] if folder.is_dir() else None

@@ -183,7 +183,7 @@ def read_config(run: Path) -> dict[str, Any]:
     if not run.is_dir():
         raise RunError(f"there is no run folder {run}")
     if not file.is_file():
-        raise RunError(f"{run} is not the folder of a run: it has no config.yaml")
+        raise RunError(f"{run} is not the folder of a run: it has no config.yaml{run_meant(run)}")
     try:
         config = yaml.safe_load(file.read_text(encoding="utf-8"))  # libyaml's reader has no limit to the depth
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -191,6 +191,24 @@ def read_config(run: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise RunError(f"{file} holds no config")
     return config
+
+
+def run_meant(folder: Path) -> str:
+    """Return advice on which run was probably meant by a folder that is none."""
+    if (folder / "sweep.json").is_file():
+        return f"; it is a sweep, whose best run is {folder / 'best'}"
+    for above in (folder.parent, folder.parent.parent):
+        if (above / "config.yaml").is_file():
+            return f"; did you mean {above}?"
+    return ""
+
+
+def run_of_checkpoint(folder: Path) -> Path | None:
+    """Return the run that a checkpoint's folder belongs to; None of a folder that is no checkpoint of a run."""
+    run = folder.parent.parent
+    if folder.parent.name == "checkpoints" and (run / "config.yaml").is_file():
+        return run
+    return None
 
 
 def provenance(parts: dict[str, str]) -> dict[str, Any]:

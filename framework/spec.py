@@ -192,6 +192,8 @@ class Reader:
         try:
             return setting.convert(value)
         except SettingError as error:
+            if isinstance(value, Mapping) and value.keys() == {"name"}:
+                return self.value(setting, value["name"], path)  # `task.loss=hinge` of a task whose loss is no part
             self.problem(path, value, str(error))
             return setting.default
 

@@ -1,5 +1,6 @@
 """A trained model, read back from its run folder."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,11 @@ from torch import Tensor, nn
 
 from .building import build_data, build_loader, build_metrics, build_model
 from .data import Scale
-from .errors import DataError, RunError
+from .discovery import is_loaded
+from .errors import ConfigError, DataError, RunError
 from .experiment import load_weights
-from .paths import expanded
-from .run import read_config, read_facts
+from .paths import expanded, pasted, shorter
+from .run import plugins_of, read_config, read_facts, run_of_checkpoint
 from .spec import Spec, read_spec
 from .task import Task
 from .trainer import Trainer
@@ -58,13 +60,40 @@ class Trained:
         return self.task.predict(outputs if scale is None else Scale(*scale).back(outputs))
 
 
-def open_run(run: Path, which: str = "best") -> Trained:
-    """Read a run folder back. Raises RunError when it is none or has no checkpoint, ConfigError when a part is gone."""
+def open_run(run: str | Path, which: str | None = None) -> Trained:
+    """Read a trained model back.
+
+    Args:
+        run: the folder of a run, or of one of its checkpoints.
+        which: best, last, or the folder of a checkpoint; None stands for best, or for the checkpoint that `run` is.
+
+    Raises RunError when there is no such run or checkpoint, ConfigError when a part is not registered any more.
+    """
     run = expanded(run)
-    spec = read_spec(read_config(run), lambda path: f"{run}/config.yaml")
+    of_checkpoint = run_of_checkpoint(run)
+    if of_checkpoint is not None:
+        if which is not None:
+            raise RunError(f"{run} is a checkpoint: leave out --checkpoint {which}, or give the run {of_checkpoint}")
+        run, which = of_checkpoint, str(run)
+    spec = read_spec_of(run, read_config(run))
     facts = read_facts(run)
     model = build_model(spec, facts["in_shape"], facts["out_shape"], facts.get("columns", ()))
-    chosen = load_weights(model, run, which)
+    chosen = load_weights(model, run, which or "best")
     if chosen is None:
         raise RunError(f"{run} has no checkpoint: was it trained with callbacks.checkpoint?")
     return Trained(spec, run, model, spec.parts["task"](), facts, chosen)
+
+
+def read_spec_of(run: Path, tree: Mapping[str, Any]) -> Spec:
+    """Check the config of a run, as it is or with overrides.
+
+    Raises ConfigError; when plugins of the run are not loaded, with nothing but how to give them.
+    """
+    try:
+        return read_spec(tree, lambda path: f"{run}/config.yaml")
+    except ConfigError as error:
+        missing = [plugin for plugin in plugins_of(run) if not is_loaded(plugin)]
+        if not missing:
+            raise
+        given = " ".join(f"--plugins {pasted(shorter(plugin))}" for plugin in missing)
+        raise ConfigError([f"{run} was trained with plugins: give {given}"]) from error

@@ -40,8 +40,10 @@ def test_the_end_of_a_run(capsys, tmp_path, monkeypatch):
         "\n1,200 steps in 3.2 s\nrun      runs/default/x\n"
         "measure  framework eval runs/default/x\nwatch    framework board\n"
     )
-    print_result(Result(Path("y"), METRICS, stopped="SIGINT", signal=2))
-    assert capsys.readouterr().out.endswith("run      y\ngo on    framework resume y\nwatch    framework board\n")
+    print_result(Result(Path("runs/default/y"), METRICS, stopped="SIGINT", signal=2))
+    assert capsys.readouterr().out.endswith(
+        "run      runs/default/y\ngo on    framework resume runs/default/y\nwatch    framework board\n"
+    )
     print_result(Result(Path("x"), METRICS, stopped="early_stop: enough", seconds=240, steps=1), "seed=3")
     said = capsys.readouterr().out
     assert said.startswith("\nseed=3\n")

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..paths import pasted
 from .folder import SweepFolder, Trial, short
 
 if TYPE_CHECKING:
@@ -157,4 +158,4 @@ def ending(folder: SweepFolder, trials: Sequence[Trial], by: Direction) -> Itera
     yield f"sweep    {folder.path}"
     if any(not trial.over for trial in trials):
         yield "go on    the same command with " + f"sweep.name={folder.path.name} resume=auto"
-    yield f"watch    framework board --root {folder.path}"
+    yield f"watch    framework board --root {pasted(folder.path)}"
