@@ -239,6 +239,11 @@ class Loader:
         """What batches are gathered from; None where they are read sample by sample."""
         return self.split.tensors if isinstance(self.split, TensorSplit) and self.read != "workers" else None
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether batches are made of what is in memory already, so that neither workers nor reading ahead help."""
+        return self.tensors is not None or isinstance(self.split, GatheredSplit)
+
     def __len__(self) -> int:
         """The number of batches of an epoch."""
         full, rest = divmod(len(self.split), self.batch_size)

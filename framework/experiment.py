@@ -2,8 +2,9 @@
 
 import json
 import math
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,8 @@ from .trainer import Trainer
 if TYPE_CHECKING:
     from .plan import Plan
 
+UNSAVED = "no checkpoints are saved, so the run cannot be resumed or evaluated: +callbacks=checkpoint saves them"
+SLOW_DATA = 0.3  # of the time of training spent waiting for data, from which on there is advice
 WATCHING = ("run", "plugins", "loggers", "metrics", "log_every", "validate_every", "device")
 
 
@@ -120,7 +123,15 @@ class Experiment:
 
 @dataclass
 class Result:
-    """What a run came to: its folder, final metrics, and why it ended before its last step, if it did."""
+    """What a run came to: its folder, final metrics, and why it ended before its last step, if it did.
+
+    Attributes:
+        seconds: since the process began: start-up, training and test.
+        steps: of the whole run, with those before it was resumed.
+        fit_seconds, fit_steps: those of this process's training alone; `shares` are of this time.
+        weights: by split, the weights that its metrics belong to, such as "best, step 900".
+        advice: how the training could be faster, if there is a simple way.
+    """
 
     folder: Path
     metrics: dict[str, float] = field(default_factory=dict)
@@ -128,7 +139,11 @@ class Result:
     signal: int | None = None
     seconds: float = 0.0
     steps: int = 0
-    shares: dict[str, float] = field(default_factory=dict)  # of the time of training
+    shares: dict[str, float] = field(default_factory=dict)
+    fit_seconds: float = 0.0
+    fit_steps: int = 0
+    weights: dict[str, str] = field(default_factory=dict)
+    advice: str | None = None
 
 
 @dataclass
@@ -190,13 +205,23 @@ class Prepared:
 
     def result(self, stopped: Sequence[int] = ()) -> Result:
         """After the training, measure what is to be measured. stopped: the signals that came."""
-        state, shares = self.trainer.state, self.trainer.clock.shares()
+        trainer, state = self.trainer, self.trainer.state
+        assert trainer.folder is not None
+        result = Result(trainer.folder, stopped=state.stop, steps=state.step)
+        result.shares = trainer.clock.shares()
+        result.fit_seconds = trainer.clock.elapsed
+        result.fit_steps = state.step - (trainer.resumed_from or 0)
+        result.advice = data_advice(self.built.train_batches, result.shares, result.fit_seconds)
+        if trainer._validated > 0:
+            result.weights["val"] = which_weights(trainer._validated, state.step)
         if state.stop is None or not stopped:
-            finish(self.trainer, self.built)
-        ended_by = stopped[0] if stopped else None
-        seconds = time.monotonic() - self.started
-        assert self.trainer.folder is not None
-        return Result(self.trainer.folder, dict(state.metrics), state.stop, ended_by, seconds, state.step, shares)
+            chosen = finish(trainer, self.built)
+            if self.built.data.test is not None:
+                result.weights["test"] = which_weights(state.step if chosen is None else chosen, state.step)
+        result.signal = stopped[0] if stopped else None
+        result.metrics = dict(state.metrics)
+        result.seconds = time.monotonic() - self.started
+        return result
 
 
 def train(*given: Any, **named: Any) -> Result:
@@ -237,11 +262,13 @@ def prepare(
     if resumed is not None and resumed.done:
         say(f"{run} is done already")
         resumed.folder.lock.close()
-        return Result(resumed.folder.path, last_values(resumed.folder.path))
+        return earlier_result(resumed.folder.path)
     built = Experiment(spec, data)
     if spec.init_from is not None and resumed is None:
         say(start_from(built.model, spec.init_from))
     trainer, threads = built.trainer(), built.threads()
+    if not any(callback.saves for callback in trainer.callbacks):
+        say(UNSAVED)
     if resumed is not None:
         check_same_data(resumed.folder.path, built, inexact)
         check_fits(resumed, built.model, built.optimizer)
@@ -252,15 +279,63 @@ def prepare(
     return Prepared(built, trainer, threads, resumed, experiment, list(overrides), started)
 
 
-def finish(trainer: Trainer, built: Experiment) -> None:
-    """Measure the best checkpoint on the test split, and record the settings beside the final metrics."""
+def earlier_result(run: Path) -> Result:
+    """Return what a run came to that is done already, as its folder keeps it."""
+    values, steps = last_values(run)
+    result = Result(run, values)
+    last = max(steps.values(), default=0)
+    chosen = chosen_checkpoint(run)
+    if "val" in steps:
+        result.weights["val"] = which_weights(steps["val"], last)
+    if "test" in steps:
+        result.weights["test"] = which_weights(last if chosen is None else chosen, last)
+    return result
+
+
+def finish(trainer: Trainer, built: Experiment) -> Path | None:
+    """Measure the best checkpoint on the test split, and record the settings beside the final metrics.
+
+    Returns that checkpoint; None where there is none, or no test split.
+    """
     assert trainer.folder is not None
+    chosen = None
     if built.data.test is not None:
-        load_weights(built.model, trainer.folder)
+        chosen = load_weights(built.model, trainer.folder)
         trainer.evaluate(built.batches("test"))
     for logger in trainer.loggers:
         logger.hparams(hyperparameters(built.spec), trainer.state.metrics)
     built.status.done(trainer)
+    return chosen
+
+
+def which_weights(measured: int | Path, steps: int) -> str:
+    """Return a label of the weights that were measured: "best, step 900", "last, step 1,080", "step 500".
+
+    Args:
+        measured: the checkpoint that was loaded, or the step after which they were measured as they were.
+        steps: those of the whole run.
+    """
+    if isinstance(measured, Path):
+        step = checkpoint.step_of(measured.resolve())
+        return f"{'best' if measured.name == 'best' else 'newest'}, step {step:,}"
+    return f"{'last, ' * (measured == steps)}step {measured:,}"
+
+
+def data_advice(loader: Loader, shares: Mapping[str, float], seconds: float) -> str | None:
+    """Say how to wait less for data, if that took much of the time and the data is not in memory already.
+
+    Args:
+        loader: what the training batches came from.
+        shares: of the time, by what it was spent on.
+        seconds: the whole time of training.
+    """
+    share = shares.get("waiting for data", 0.0)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if share < SLOW_DATA or share * seconds < 1 or loader.in_memory:
+        return None
+    ways = [f"loader.workers={max(cores, 2)} reads ahead"] if loader.workers < cores else []
+    ways.append("loader.read=memory reads samples of one shape, with nothing random in them, only once")
+    return f"{share:.0%} of the time waited for data: {'; '.join(ways)}"
 
 
 def hyperparameters(spec: Spec) -> dict[str, Any]:

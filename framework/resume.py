@@ -196,14 +196,21 @@ def status_of(run: Path) -> str | None:
         return None
 
 
-def last_values(run: Path) -> dict[str, float]:
-    """Return the last value of everything that a run logged in metrics.jsonl."""
+def last_values(run: Path) -> tuple[dict[str, float], dict[str, int]]:
+    """Return the last value of everything that a run logged in metrics.jsonl, and by split the step of the last one."""
+    values: dict[str, float] = {}
+    steps: dict[str, int] = {}
     try:
         lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return {}
-    values = {key: value for line in lines for key, value in json.loads(line).items() if "/" in key}
-    return {key: float("nan") if value is None else value for key, value in values.items()}
+        return values, steps
+    for line in map(json.loads, lines):
+        for key, value in line.items():
+            split, slash, _ = key.partition("/")
+            if slash:
+                values[key] = float("nan") if value is None else value
+                steps[split] = line["step"]
+    return values, steps
 
 
 def start_from(model: nn.Module, source: str) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from framework import Data, Shape, TensorSplit
 from framework.data import Scale, Target
 from framework.errors import DataError, SettingError
-from framework.paths import expanded
+from framework.paths import expanded, pasted, shorter
 from framework.seeds import generator
 
 Pair = tuple[Tensor, Tensor]
@@ -141,12 +141,21 @@ def cache_folder() -> Path:
     return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "framework"
 
 
+def fetching(name: str) -> str:
+    """Return the command that fetches a data set: scripts/fetch_data of a checkout, or the copy in an installation."""
+    here = Path(__file__).parent
+    script = here.parent / "scripts" / "fetch_data"
+    if not script.is_file():
+        return f"bash {pasted(here / 'fetch_data')} {name}"
+    return f"{pasted(shorter(script))} {name}"
+
+
 def data_folder(name: str, size: str, fallback: str) -> Path:
     """Return where `scripts/fetch_data` puts a data set. Raises DataError with what to do when it is not there."""
     folder = cache_folder() / name
     if not folder.is_dir():
         raise DataError(
-            f"{name} is not in {folder}; fetch it ({size}) with: scripts/fetch_data {name} ({fallback} needs no file)"
+            f"{name} is not in {folder}; fetch it ({size}) with: {fetching(name)} ({fallback} needs no file)"
         )
     return folder
 

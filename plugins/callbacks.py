@@ -140,6 +140,7 @@ class Checkpoint(Callback):
     """
 
     changes_training = False
+    saves = True
 
     def __init__(
         self,

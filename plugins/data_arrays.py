@@ -12,7 +12,7 @@ from torch import Tensor
 
 from framework import PositiveInt, Rate, datasets
 from framework.errors import DataError, did_you_mean
-from framework_plugins.arrays import ArrayData, as_batch_of, cache_folder, load_arrays, numbers, standardise
+from framework_plugins.arrays import ArrayData, as_batch_of, cache_folder, fetching, load_arrays, numbers, standardise
 
 
 @datasets.register("npz")
@@ -160,7 +160,7 @@ class FashionMnist(Idx):
         if found is None:
             looked = " and ".join(map(str, folders))
             raise DataError(
-                f"Fashion-MNIST is not in {looked}; fetch it (31 MB) with: scripts/fetch_data fashion_mnist "
+                f"Fashion-MNIST is not in {looked}; fetch it (31 MB) with: {fetching('fashion_mnist')} "
                 "(data=digits data.image=true needs no file)"
             )
         super().__init__(found, list(FASHION), val_fraction, split_seed, normalize)

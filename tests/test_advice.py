@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from framework import cli
-from framework.index import build
 from framework.report import named, root_of
 from framework.trained import open_run
 

@@ -27,6 +27,7 @@ class Lines:
 
     def __init__(self, by: Direction):
         self.by = by
+        self.errors: dict[str, int] = {}  # the first trial that failed with an error
 
     def begins(self, trial: Trial) -> None:
         """Nothing is printed of a trial that has just begun."""
@@ -38,7 +39,10 @@ class Lines:
         values = [f"{name} {trial.metrics[name]:.4g}" for name in self.by if name in trial.metrics]
         state = [] if trial.state == "done" and values else [trial.state]
         told = "  ".join([label(trial), *state, *values, f"{trial.seconds:.1f} s"])
-        print(f"{told}: {trial.error}" if trial.error else told, flush=True)
+        if trial.error:
+            first = self.errors.setdefault(trial.error, trial.number)
+            told += f": {trial.error}" if first == trial.number else f": the same error as trial {first:03}"
+        print(told, flush=True)
 
     def close(self) -> None:
         """Nothing is open."""

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 MOST_COLUMNS = 6  # of metrics
+WIDEST = 40  # characters of a setting's value, such as a list of 100 widths
 Direction = Mapping[str, str]
 """By metric that trials are compared by: "min" or "max"; the first sorts."""
 
@@ -125,7 +126,9 @@ def table(trials: Sequence[Trial], by: Direction, most: int | None = None) -> "T
 
 
 def shown(value: Any) -> str:
-    return "null" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
+    """Return a setting's value for a line or a cell, cut off when it is long; sweep.jsonl has all of it."""
+    text = "null" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= WIDEST else f"{text[: WIDEST - 3]}..."
 
 
 def measured(group: Group, metric: str) -> str:
@@ -145,9 +148,14 @@ def states(trials: Sequence[Trial]) -> str:
 
 def ending(folder: SweepFolder, trials: Sequence[Trial], by: Direction) -> Iterator[str]:
     """Yield the lines below the table: what failed and why, where the best run lies, what to do next."""
+    failed: dict[str, list[str]] = {}
     for trial in trials:
         if trial.state == "failed":
-            yield f"failed   {trial.folder}: {trial.error}"
+            failed.setdefault(trial.error, []).append(trial.folder or f"trial {trial.number}")
+    for error, names in failed.items():
+        yield f"failed   {names[0] if len(names) == 1 else f'{len(names)} trials, {names[0]} first'}: {error}"
+    if {"val", "test"} <= {name.partition("/")[0] for trial in trials for name in trial.metrics}:
+        yield "values   val/... after the last step of a trial; test/... of its best checkpoint, if it saved one"
     seconds = sum(trial.seconds for trial in trials)
     time = f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
     steps = sum(trial.steps for trial in trials)
