@@ -12,7 +12,7 @@ from rich.text import Text
 
 from .errors import SettingError, UnknownName, did_you_mean
 from .index import Index
-from .paths import shorter
+from .paths import shorter, typed
 from .registry import no_part
 
 Part = dict[str, Any]  # as `part_as_dict` returns it
@@ -188,24 +188,3 @@ def find_asker(index: Index, kind: str) -> tuple[Part, dict[str, Any]] | None:
         return setting["many"], not setting["required"], len(part["settings"])
 
     return min(asking, key=simplest_first, default=None)
-
-
-def typed(value: bool | int | float | str) -> str:
-    """Return a value as it is typed after the = of an override."""
-    if not isinstance(value, str):
-        return value_text(value) if isinstance(value, bool) else repr(value)
-    if re.fullmatch(r"[\w./][\w./:+-]*", value) and not is_other_type(value):
-        return value
-    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
-
-
-def is_other_type(text: str) -> bool:
-    """Whether a text without quotes would be read as a number, a truth value or null."""
-    if text.lower() in ("null", "true", "false"):
-        return True
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

@@ -1,6 +1,7 @@
-"""Paths as a user types them, and as messages and suggested commands show them."""
+"""Paths as a user types them, and paths and values as suggested commands show them."""
 
 import os
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -45,3 +46,24 @@ def pasted(path: str | Path) -> str:
     if text.startswith("-"):
         text = f"./{text}"  # otherwise it would be read as an option
     return shlex.quote(text)
+
+
+def typed(value: bool | int | float | str) -> str:
+    """Return a value as it is typed after the = of an override."""
+    if not isinstance(value, str):
+        return repr(value).lower() if isinstance(value, bool) else repr(value)
+    if re.fullmatch(r"[\w./][\w./:+-]*", value) and not is_other_type(value):
+        return value
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def is_other_type(text: str) -> bool:
+    """Whether a text without quotes would be read as a number, a truth value or null."""
+    if text.lower() in ("null", "true", "false"):
+        return True
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -1,6 +1,7 @@
 """Going on: with a run that was cut off (exactly), or from what another has learned (`init_from`)."""
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -15,7 +16,7 @@ from torch.optim import Optimizer
 
 from . import checkpoint
 from .errors import CheckpointError, ConfigError, RunError
-from .paths import expanded
+from .paths import expanded, typed
 from .registry import Registry
 from .run import RunFolder, read_config, run_of_checkpoint
 from .spec import Spec
@@ -118,7 +119,8 @@ def check_fits(resumed: Resumed, model: nn.Module, optimizer: Optimizer) -> None
         other = "another optimizer, or other groups of parameters, of which something else is kept"
     if other is not None:
         run = resumed.folder.path
-        raise RunError(f"{run} cannot go on with {other}. A new run can begin with its weights: init_from={run}")
+        advice = shlex.quote(f"init_from={typed(str(run))}")
+        raise RunError(f"{run} cannot go on with {other}. A new run can begin with its weights: {advice}")
 
 
 def shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
