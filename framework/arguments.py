@@ -36,7 +36,8 @@ class Parser(argparse.ArgumentParser):
 def composing(verb: str, does: str, epilog: str) -> Parser:
     parser = Parser(verb, does, epilog)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="what differs from the default experiment")
-    parser.repeated("--config-dir", type=expanded, metavar="DIR", help="a folder with experiment/*.yaml")
+    about = "a folder with experiment/*.yaml"
+    parser.repeated("--config-dir", type=expanded, metavar="DIR", help=about)
     parser.add_argument("--cfg", choices=["job", "hydra", "all"], help="print the composed config and stop")
     parser.add_argument("--resolve", action="store_true", help="with --cfg: fill in the references")
     shown = ("defaults", "defaults-tree", "searchpath", "config", "plugins", "all")

@@ -30,10 +30,8 @@ def serve(root: Path, port: int) -> int:
     print(f"TensorBoard shows {root} at {address} (Ctrl-C ends it)", flush=True)
     runs = len({file.parent for file in root.rglob("*tfevents*")})
     if runs > MOST_TICKED:
-        advice = (
-            f"tick some of the {runs} runs to see curves: of more than {MOST_TICKED} TensorBoard shows none by itself"
-        )
-        print(advice, flush=True)
+        why = f"of more than {MOST_TICKED} TensorBoard shows none by itself"
+        print(f"tick some of the {runs} runs to see curves: {why}", flush=True)
     done = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: done.set())

@@ -59,7 +59,7 @@ class Callback:
         alone: whether it cannot serve one of many trials that train as one. If it does not say, it can when it changes
             nothing of training. One that changes no more than gradients, learning rates, or weights in their place can
             too (False); what else it did to its trial's model, loss or optimizer, the others' model would not know.
-        saves: whether it saves checkpoints; a run without such a callback says that nothing is saved.
+        saves: whether it saves checkpoints; a run without such a callback prints a note.
         recordable: whether `on_gradients` is nothing but arithmetic on the device, the same in each step, so that a
             CUDA graph may replay it.
     """

@@ -44,8 +44,9 @@ def complain(error: Exception, with_traceback: bool) -> int:
     if with_traceback:
         traceback.print_exception(error)
     advice = "" if isinstance(error, FrameworkError) else f"; {TRACEBACK} shows the way there"
+    message = "\n".join(f"framework: {line}" for line in words_of(error)) + advice
     try:
-        print("\n".join(f"framework: {line}" for line in words_of(error)) + advice, file=sys.stderr, flush=True)
+        print(message, file=sys.stderr, flush=True)
     except BrokenPipeError:
         silence_broken_streams()
     return error.exit_status if isinstance(error, FrameworkError) else 1
@@ -298,7 +299,8 @@ def show(arguments: list[str]) -> None:
 
 def board(arguments: list[str]) -> int:
     parser = Parser("board", "Start TensorBoard on the runs, on this machine alone, until Ctrl-C.", BOARD)
-    parser.add_argument("--root", type=expanded, default=Path("runs"), help="the folder of runs (default: runs)")
+    about = "the folder of runs (default: runs)"
+    parser.add_argument("--root", type=expanded, default=Path("runs"), help=about)
     parser.add_argument("--port", type=int, default=6006, help="0 takes any free one")
     given = parser.parse_args(arguments)
     from .board import serve

@@ -267,7 +267,8 @@ def words_of(error: Exception) -> str:
     else:
         lines = [line.strip() for line in text.removeprefix(inside[0] if inside else "").splitlines()]
         said, word = "; ".join(dict.fromkeys(line for line in lines if line and not line.startswith(ADVICE))), ""
-    read = [file for file, _ in reversed(FileConfigSource.read) if word and word in file.read_text(encoding="utf-8")]
+    files = [file for file, _ in reversed(FileConfigSource.read)] if word else []
+    read = [file for file in files if word in file.read_text(encoding="utf-8")]
     return f"{shorter(read[0])}:{line_with(read[0], word)}: {said}" if read and (inside or missing) else said
 
 

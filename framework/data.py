@@ -241,7 +241,7 @@ class Loader:
 
     @property
     def in_memory(self) -> bool:
-        """Whether batches are made of what is in memory already, so that neither workers nor reading ahead help."""
+        """Whether batches are made of what is in memory, so that workers would not help."""
         return self.tensors is not None or isinstance(self.split, GatheredSplit)
 
     def __len__(self) -> int:

@@ -16,7 +16,7 @@ from .paths import shorter, typed
 from .registry import no_part
 
 Part = dict[str, Any]  # as `part_as_dict` returns it
-OWNERS = ("model", "task", "data")  # kinds whose parts may ask for parts of other kinds, in the order of a search
+OWNERS = ("model", "task", "data")  # kinds whose parts ask for parts of other kinds
 PLAIN_WIDTH = 10_000  # where no terminal limits the width, nothing is cut or wrapped
 
 
@@ -83,12 +83,12 @@ def list_parts(index: Index, kind: str) -> RenderableType:
 
 
 def show(part: Part, index: Index | None = None, plugins: Sequence[str] = ()) -> RenderableType:
-    """Return all about a part: its docstring's first paragraph, settings, an example, and where it comes from.
+    """Return all about a part: its docstring's first paragraph, settings, an example, its origin.
 
     Args:
         part: what `find` returns.
         index: all parts; with it the example also chooses a part that asks for this one.
-        plugins: the plugins that were given to find the part; a command of the example needs them too.
+        plugins: the plugins that were given to find the part; the example needs them too.
     """
     also = f"  also {', '.join(part['aliases'])}" if part["aliases"] else ""
     title = Text.assemble((f"{part['kind']}/{part['name']}", "bold cyan"), (also, "dim"))
@@ -142,11 +142,11 @@ def origin(part: Part, example: str) -> RenderableType:
 
 
 def overrides_for(part: Part, index: Index | None = None) -> list[str]:
-    """Return overrides that choose a part, with the settings that it requires or else its first plain one."""
+    """Return overrides that choose a part, and its required settings or else its first plain one."""
     key, name = part["key"], part["name"]
     if part["many"]:
         prefix = f"{key}.{name}"
-        chosen = [f"+{key}={name}"]  # one more in the list: `callbacks=[NAME]` would take the place of the default ones
+        chosen = [f"+{key}={name}"]  # `callbacks=[NAME]` would take the place of the default ones
         if index is not None and name in index.chosen.get(key, ()):
             chosen = []
         return [*chosen, *settings_for(part, prefix)] or [f"+{key}={name}"]
@@ -162,10 +162,10 @@ def overrides_for(part: Part, index: Index | None = None) -> list[str]:
 
 
 def settings_for(part: Part, prefix: str) -> list[str]:
-    """Return overrides of the required settings, "..." in the place of the value, or else of the first plain one."""
-    needed = [f"{prefix}.{setting['name']}=..." for setting in part["settings"] if setting["required"]]
+    """Return overrides of the required settings ("..." for the value) or else of the first plain one."""
+    needed = [setting["name"] for setting in part["settings"] if setting["required"]]
     if needed:
-        return needed
+        return [f"{prefix}.{name}=..." for name in needed]
     for setting in part["settings"]:
         default = setting.get("default")
         if isinstance(default, bool | int | float | str) and "part" not in setting:
@@ -174,14 +174,17 @@ def settings_for(part: Part, prefix: str) -> list[str]:
 
 
 def find_asker(index: Index, kind: str) -> tuple[Part, dict[str, Any]] | None:
-    """Return a part that asks for parts of a kind, and its setting; None when the default experiment chooses one.
+    """Return a part that asks for parts of a kind, and its setting that names them.
 
-    Without such a part in the experiment, choosing one of that kind would have no effect.
+    None when a part of the default experiment asks for them, so that choosing one has an effect.
     """
-    parts = [part for owner in OWNERS for part in index.kinds.get(owner, {"parts": {}})["parts"].values()]
-    asking = [(part, setting) for part in parts for setting in part["settings"] if setting.get("part") == kind]
-    if any(index.chosen.get(part["key"]) == part["name"] for part, _ in asking):
-        return None
+    asking: list[tuple[Part, dict[str, Any]]] = []
+    for owner in OWNERS:
+        for part in index.kinds.get(owner, {"parts": {}})["parts"].values():
+            settings = [each for each in part["settings"] if each.get("part") == kind]
+            if settings and index.chosen.get(part["key"]) == part["name"]:
+                return None
+            asking += [(part, setting) for setting in settings]
 
     def simplest_first(pair: tuple[Part, dict[str, Any]]) -> tuple[bool, bool, int]:
         part, setting = pair

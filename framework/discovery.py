@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import importlib.util
+import os
 import pkgutil
 import sys
 import traceback
@@ -125,7 +126,7 @@ def loaded_from(file: Path) -> ModuleType | None:
 
 def is_loaded(plugin: str) -> bool:
     """Whether a plugin is loaded: of a folder, each file in it."""
-    path = expanded(plugin)
+    path = Path(os.path.expanduser(plugin))
     if path.is_dir():
         return all(loaded_from(file) is not None for file in path.glob("*.py"))
     if path.suffix == ".py" or "/" in plugin:

@@ -123,7 +123,7 @@ class Experiment:
 
 @dataclass
 class Result:
-    """What a run came to: its folder, final metrics, and why it ended before its last step, if it did.
+    """What a run came to: its folder, final metrics, and why it ended early, if it did.
 
     Attributes:
         seconds: since the process began: start-up, training and test.
@@ -215,9 +215,9 @@ class Prepared:
         if trainer._validated > 0:
             result.weights["val"] = which_weights(trainer._validated, state.step)
         if state.stop is None or not stopped:
-            chosen = finish(trainer, self.built)
+            measured = finish(trainer, self.built) or state.step
             if self.built.data.test is not None:
-                result.weights["test"] = which_weights(state.step if chosen is None else chosen, state.step)
+                result.weights["test"] = which_weights(measured, state.step)
         result.signal = stopped[0] if stopped else None
         result.metrics = dict(state.metrics)
         result.seconds = time.monotonic() - self.started
@@ -293,7 +293,7 @@ def earlier_result(run: Path) -> Result:
 
 
 def finish(trainer: Trainer, built: Experiment) -> Path | None:
-    """Measure the best checkpoint on the test split, and record the settings beside the final metrics.
+    """Measure the best checkpoint on the test split; log the settings with the final metrics.
 
     Returns that checkpoint; None where there is none, or no test split.
     """
@@ -309,10 +309,10 @@ def finish(trainer: Trainer, built: Experiment) -> Path | None:
 
 
 def which_weights(measured: int | Path, steps: int) -> str:
-    """Return a label of the weights that were measured: "best, step 900", "last, step 1,080", "step 500".
+    """Return a label of the weights that were measured, such as "best, step 900".
 
     Args:
-        measured: the checkpoint that was loaded, or the step after which they were measured as they were.
+        measured: the checkpoint that was loaded, or the step after which they were in memory.
         steps: those of the whole run.
     """
     if isinstance(measured, Path):
@@ -322,7 +322,7 @@ def which_weights(measured: int | Path, steps: int) -> str:
 
 
 def data_advice(loader: Loader, shares: Mapping[str, float], seconds: float) -> str | None:
-    """Say how to wait less for data, if that took much of the time and the data is not in memory already.
+    """Say how to wait less for data, if that took much time and the data is not in memory.
 
     Args:
         loader: what the training batches came from.
@@ -330,11 +330,13 @@ def data_advice(loader: Loader, shares: Mapping[str, float], seconds: float) -> 
         seconds: the whole time of training.
     """
     share = shares.get("waiting for data", 0.0)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
     if share < SLOW_DATA or share * seconds < 1 or loader.in_memory:
         return None
     ways = [f"loader.workers={max(cores, 2)} reads ahead"] if loader.workers < cores else []
-    ways.append("loader.read=memory reads samples of one shape, with nothing random in them, only once")
+    ways.append("loader.read=memory reads samples only once (of one shape, nothing random in them)")
     return f"{share:.0%} of the time waited for data: {'; '.join(ways)}"
 
 

@@ -96,7 +96,7 @@ def file_of(plugins: list[str], folders: list[Path]) -> Path:
     here = Path("conf").resolve()
     project = [here] if (here / "config.yaml").is_file() or (here / "experiment").is_dir() else []
     python = [sys.executable, sys.version, sys.flags.optimize, sys.path, __file__]
-    homes = (*map(os.path.expanduser, (os.environ.get("XDG_CACHE_HOME", ""), "~/.cache")), os.devnull)
+    homes = map(os.path.expanduser, (os.environ.get("XDG_CACHE_HOME", ""), "~/.cache", os.devnull))
     home = next(path for path in homes if os.path.isabs(path))
     return Path(home, "framework", f"{digest_of(repr([plugins, folders, project, python]))}.json")
 

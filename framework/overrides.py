@@ -66,11 +66,11 @@ def rewrite(typed: Iterable[str], folders: Iterable[Path], multirun: bool = Fals
 groups = Registry.by_key
 
 
-HOME = re.compile(r"(?<=[=,\[(: ])~[^\s,=()\[\]{}:'\"]*")  # a path such as ~/data.csv, alone or in a list
+HOME = re.compile(r"(?<=[=,\[(: ])~[^\s,=()\[\]{}:'\"]*")  # ~/data.csv, alone or in a list
 
 
 def quoted(text: str) -> str:
-    """Quote what Hydra's grammar cannot read unquoted: paths such as ~/data.csv, and the rules of sweep.where."""
+    """Quote what Hydra's grammar cannot read: paths such as ~/data.csv, rules of sweep.where."""
     key, _, value = text.partition("=")
     if key != "sweep.where" and "~" in value and not set(value) & {"'", '"'}:
         return HOME.sub(lambda path: single(path[0]), text)

@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TextIO
 
 from .errors import FrameworkError
@@ -45,9 +46,12 @@ def effort(result: Result) -> str:
     """Return steps and seconds of the training in this process, then what else took time."""
     if not result.fit_seconds:
         return f"{counted(result.steps)} in {duration(result.seconds)}"
-    resumed = f" (with those before: {result.steps:,})" if result.steps != result.fit_steps else ""
-    whole = f"; {duration(result.seconds)} with start-up and test" if result.seconds > result.fit_seconds else ""
-    return f"{counted(result.fit_steps)} in {duration(result.fit_seconds)}{resumed}{whole}"
+    text = f"{counted(result.fit_steps)} in {duration(result.fit_seconds)}"
+    if result.steps != result.fit_steps:
+        text += f" (with those before: {result.steps:,})"
+    if result.seconds > result.fit_seconds:
+        text += f"; {duration(result.seconds)} with start-up and test"
+    return text
 
 
 def counted(steps: int) -> str:
@@ -60,11 +64,14 @@ def duration(seconds: float) -> str:
 
 def named(run: Path) -> str:
     """Return how a run is given to a command: with the plugins that it was trained with."""
-    return pasted(run) + "".join(f" --plugins {pasted(shorter(plugin))}" for plugin in plugins_of(run))
+    words = [pasted(run)]
+    for plugin in plugins_of(run):
+        words += ["--plugins", pasted(shorter(plugin))]
+    return " ".join(words)
 
 
 def root_of(run: Path) -> str:
-    """Return the option by which `framework board` shows a run: nothing for one below the default root."""
+    """Return the option by which `framework board` shows a run: none below the default root."""
     root = run.parent.parent if len(run.parts) > 2 else run.resolve().parent.parent
     return "" if root.resolve() == Path("runs").resolve() else f" --root {pasted(root)}"
 
@@ -77,8 +84,8 @@ def percent(shares: Mapping[str, float]) -> dict[str, int]:
     return {name: whole + (name in most_cut[:missing]) for name, whole in cut.items()}
 
 
-def metric_table(metrics: Mapping[str, float], weights: Mapping[str, str] | None = None) -> Iterator[str]:
-    """Yield lines: a row for each split, a column for each measure that is taken of validation or test data.
+def metric_table(metrics: Mapping[str, float], weights: Mapping[str, str] = MappingProxyType({})) -> Iterator[str]:
+    """Yield lines: a row for each split, a column for each measure of validation or test data.
 
     Args:
         metrics: by "split/measure".
@@ -88,7 +95,7 @@ def metric_table(metrics: Mapping[str, float], weights: Mapping[str, str] | None
     measured = [name.partition("/")[2] for name in metrics if name.startswith(("val/", "test/"))]
     names = list(dict.fromkeys(measured or [n.partition("/")[2] for n in metrics]))
     widths = [max(len(name), 9) for name in names]
-    labels = [f"{split} ({weights[split]})" if weights and split in weights else split for split in splits]
+    labels = [f"{split} ({weights[split]})" if split in weights else split for split in splits]
     first = max([5, *map(len, labels)]) + 1
     yield " " * first + "".join(f"  {name:>{width}}" for name, width in zip(names, widths, strict=True))
     for split, label in zip(splits, labels, strict=True):

@@ -67,10 +67,11 @@ def find(spec: Spec, experiment: str) -> Path | None:
 
 
 def read_resumable(run: Path) -> dict[str, Any]:
-    """Return the config of a run to go on with. Raises RunError when it is none, also for one of its checkpoints."""
+    """Return the config of a run to go on with. Raises RunError when it is none, or a checkpoint."""
     whole = run_of_checkpoint(run)
     if whole is not None:
-        raise RunError(f"{run} is a checkpoint: a run goes on from its newest one. Give the run: {whole}")
+        advice = f"a run goes on from its newest one. Give the run: {whole}"
+        raise RunError(f"{run} is a checkpoint: {advice}")
     return read_config(run)
 
 
@@ -119,8 +120,9 @@ def check_fits(resumed: Resumed, model: nn.Module, optimizer: Optimizer) -> None
         other = "another optimizer, or other groups of parameters, of which something else is kept"
     if other is not None:
         run = resumed.folder.path
-        advice = shlex.quote(f"init_from={typed(str(run))}")
-        raise RunError(f"{run} cannot go on with {other}. A new run can begin with its weights: {advice}")
+        weights = shlex.quote(f"init_from={typed(str(run))}")
+        advice = f"A new run can begin with its weights: {weights}"
+        raise RunError(f"{run} cannot go on with {other}. {advice}")
 
 
 def shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -199,7 +201,7 @@ def status_of(run: Path) -> str | None:
 
 
 def last_values(run: Path) -> tuple[dict[str, float], dict[str, int]]:
-    """Return the last value of everything that a run logged in metrics.jsonl, and by split the step of the last one."""
+    """Return the last value of everything in a run's metrics.jsonl, and by split their step."""
     values: dict[str, float] = {}
     steps: dict[str, int] = {}
     try:

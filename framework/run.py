@@ -92,9 +92,13 @@ def claim(parent: Path, name: str | None) -> Path:
 
 
 def plugins_of(run: Path) -> list[str]:
-    """Return the plugins that a run was trained with, as its provenance.json names them."""
+    """Return the plugins that a run was trained with, as its provenance.json names them.
+
+    The file may come from a stranger: a name with control characters is left out.
+    """
     try:
-        return [str(plugin) for plugin in json.loads((run / "provenance.json").read_text(encoding="utf-8"))["plugins"]]
+        found = json.loads((run / "provenance.json").read_text(encoding="utf-8"))
+        return [plugin for plugin in map(str, found["plugins"]) if plugin.isprintable()]
     except (OSError, ValueError, KeyError, TypeError):
         return []
 
@@ -185,7 +189,8 @@ def read_config(run: Path) -> dict[str, Any]:
     if not file.is_file():
         raise RunError(f"{run} is not the folder of a run: it has no config.yaml{run_meant(run)}")
     try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))  # libyaml's reader has no limit to the depth
+        text = file.read_text(encoding="utf-8")
+        config = yaml.safe_load(text)  # libyaml's reader has no limit to the depth
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise RunError(f"{file} cannot be read: {' '.join(str(error).split())[:300]}") from error
     if not isinstance(config, dict):
@@ -204,7 +209,7 @@ def run_meant(folder: Path) -> str:
 
 
 def run_of_checkpoint(folder: Path) -> Path | None:
-    """Return the run that a checkpoint's folder belongs to; None of a folder that is no checkpoint of a run."""
+    """Return the run that a checkpoint's folder belongs to; None of any other folder."""
     run = folder.parent.parent
     if folder.parent.name == "checkpoints" and (run / "config.yaml").is_file():
         return run
@@ -232,7 +237,8 @@ def code(folder: Path) -> dict[str, str | None]:
 def git(folder: Path, *arguments: str) -> str | None:
     """Return what git says in a folder, or None outside a repository or without git."""
     try:
-        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, timeout=10, check=False)
+        command = ["git", *arguments]
+        done = subprocess.run(command, cwd=folder, capture_output=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     text = done.stdout.decode("utf-8", errors="replace")  # a diff may hold a file of any encoding

@@ -193,12 +193,13 @@ class Reader:
             return setting.convert(value)
         except SettingError as error:
             if isinstance(value, Mapping) and value.keys() == {"name"}:
-                return self.value(setting, value["name"], path)  # `task.loss=hinge` of a task whose loss is no part
+                # `task.loss=hinge` was read as the name of a part; of this task it is a text
+                return self.value(setting, value["name"], path)
             self.problem(path, value, str(error))
             return setting.default
 
     def with_homes(self, value: Any, path: str) -> Any:
-        """Return the value of a section's setting without `~`; a part's paths are expanded when it is built."""
+        """Return the value of a section's setting without `~` (a part's: see `Entry.build`)."""
         try:
             return with_homes(value)
         except SettingError as error:

@@ -1,4 +1,4 @@
-"""The standard streams of a command: usable whatever the terminal can encode, and also when they are closed."""
+"""The standard streams of a command, whatever the terminal can encode, and when they are closed."""
 
 import os
 import sys
@@ -7,9 +7,10 @@ from typing import Any
 
 
 def prepare_streams() -> None:
-    """Print a replacement for characters that stdout or stderr cannot encode, and discard output to a closed one.
+    """Let stdout and stderr replace characters that they cannot encode, and discard output to closed ones.
 
-    Python sets a stream that was closed before the start to None; its descriptor would go to the next file opened.
+    Python sets a stream that was closed before the start to None. Its descriptor would be given to
+    the next file that is opened.
     """
     for descriptor in range(3):
         try:
@@ -17,7 +18,7 @@ def prepare_streams() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor, which is this one
     if sys.stdout is None:
-        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 (open until the process ends)
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 (never closed)
     if sys.stderr is None:
         sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     set_errors(sys.stdout, "replace")
@@ -25,7 +26,7 @@ def prepare_streams() -> None:
 
 
 def set_errors(stream: Any, errors: str) -> None:
-    """Set what a text stream does with a character that it cannot encode, if the stream can be told."""
+    """Set what a text stream does with a character that it cannot encode."""
     if not hasattr(stream, "reconfigure"):
         return
     if stream.errors == "surrogateescape" and stream.encoding.lower() == "utf-8":
@@ -35,7 +36,10 @@ def set_errors(stream: Any, errors: str) -> None:
 
 
 def silence_broken_streams() -> None:
-    """Discard what is still to be printed, after the reader of a pipe has ended; Python would complain at exit."""
+    """Discard what is not printed yet, after the reader of a pipe has ended.
+
+    Otherwise Python reports an error at exit.
+    """
     null = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         try:

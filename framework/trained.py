@@ -65,15 +65,16 @@ def open_run(run: str | Path, which: str | None = None) -> Trained:
 
     Args:
         run: the folder of a run, or of one of its checkpoints.
-        which: best, last, or the folder of a checkpoint; None stands for best, or for the checkpoint that `run` is.
+        which: best, last, or the folder of a checkpoint; None: best, or the checkpoint that `run` is.
 
-    Raises RunError when there is no such run or checkpoint, ConfigError when a part is not registered any more.
+    Raises RunError when there is no such run or checkpoint, ConfigError for an unknown part.
     """
     run = expanded(run)
     of_checkpoint = run_of_checkpoint(run)
     if of_checkpoint is not None:
         if which is not None:
-            raise RunError(f"{run} is a checkpoint: leave out --checkpoint {which}, or give the run {of_checkpoint}")
+            advice = f"leave out --checkpoint {which}, or give the run {of_checkpoint}"
+            raise RunError(f"{run} is a checkpoint: {advice}")
         run, which = of_checkpoint, str(run)
     spec = read_spec_of(run, read_config(run))
     facts = read_facts(run)

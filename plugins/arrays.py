@@ -142,7 +142,7 @@ def cache_folder() -> Path:
 
 
 def fetching(name: str) -> str:
-    """Return the command that fetches a data set: scripts/fetch_data of a checkout, or the copy in an installation."""
+    """Return the command that fetches a data set, by the script of a checkout or the installed copy."""
     here = Path(__file__).parent
     script = here.parent / "scripts" / "fetch_data"
     if not script.is_file():

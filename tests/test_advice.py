@@ -1,10 +1,13 @@
 """Commands that are printed as advice work when they are pasted, in folders whose names have spaces and quotes too."""
 
+import json
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
 
+from framework.registry import Registry
 from framework.report import named, root_of
 from framework.trained import open_run
 
@@ -124,12 +127,19 @@ def test_a_plugin_that_is_given_is_not_asked_for_again(run, command, plugin):
         assert "--plugins" not in err
 
 
+def test_plugins_in_a_run_folder_of_a_stranger_are_only_named(run, command):
+    forget()
+    names = ["~nosuch/x.py", "\x1b[2J", "\0", "a.b; rm -r x", "/usr/lib/no.py"]
+    file = Path(ROOT, "default/first/provenance.json")
+    file.write_text(json.dumps({"plugins": names}))
+    status, _, err = command(f"eval {shlex.quote(ROOT)}/default/first")
+    assert status == 2
+    given = "--plugins '~nosuch/x.py' --plugins 'a.b; rm -r x' --plugins /usr/lib/no.py"
+    assert err == f"framework: {ROOT}/default/first was trained with plugins: give {given}\n"
+
+
 def forget():
     """Forget the plugins that are loaded, as another process would not know them."""
-    import sys
-
-    from framework.registry import Registry
-
     for module in [name for name in sys.modules if name.startswith("framework_plugin_")]:
         del sys.modules[module]
     for registry in Registry.every.values():

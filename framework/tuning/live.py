@@ -41,7 +41,8 @@ class Lines:
         told = "  ".join([label(trial), *state, *values, f"{trial.seconds:.1f} s"])
         if trial.error:
             first = self.errors.setdefault(trial.error, trial.number)
-            told += f": {trial.error}" if first == trial.number else f": the same error as trial {first:03}"
+            same = first != trial.number
+            told += f": the same error as trial {first:03}" if same else f": {trial.error}"
         print(told, flush=True)
 
     def close(self) -> None:

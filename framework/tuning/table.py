@@ -126,7 +126,7 @@ def table(trials: Sequence[Trial], by: Direction, most: int | None = None) -> "T
 
 
 def shown(value: Any) -> str:
-    """Return a setting's value for a line or a cell, cut off when it is long; sweep.jsonl has all of it."""
+    """Return a setting's value for a line or a cell, cut off when it is long."""
     text = "null" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
     return text if len(text) <= WIDEST else f"{text[: WIDEST - 3]}..."
 
@@ -153,9 +153,10 @@ def ending(folder: SweepFolder, trials: Sequence[Trial], by: Direction) -> Itera
         if trial.state == "failed":
             failed.setdefault(trial.error, []).append(trial.folder or f"trial {trial.number}")
     for error, names in failed.items():
-        yield f"failed   {names[0] if len(names) == 1 else f'{len(names)} trials, {names[0]} first'}: {error}"
+        which = names[0] if len(names) == 1 else f"{len(names)} trials, {names[0]} first"
+        yield f"failed   {which}: {error}"
     if {"val", "test"} <= {name.partition("/")[0] for trial in trials for name in trial.metrics}:
-        yield "values   val/... after the last step of a trial; test/... of its best checkpoint, if it saved one"
+        yield "values   val/... after the last step; test/... of the best checkpoint, if one was saved"
     seconds = sum(trial.seconds for trial in trials)
     time = f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
     steps = sum(trial.steps for trial in trials)
