@@ -315,10 +315,15 @@ def which_weights(measured: int | Path, steps: int) -> str:
         measured: the checkpoint that was loaded, or the step after which they were in memory.
         steps: those of the whole run.
     """
+    step, best = measured, False
     if isinstance(measured, Path):
+        best = measured.name == "best"
+        if best and not measured.is_symlink():  # a run folder that was copied without its links
+            return "best"
         step = checkpoint.step_of(measured.resolve())
-        return f"{'best' if measured.name == 'best' else 'newest'}, step {step:,}"
-    return f"{'last, ' * (measured == steps)}step {measured:,}"
+    if best:
+        return f"best, step {step:,}"
+    return f"last, step {step:,}" if step == steps else f"step {step:,}"
 
 
 def data_advice(loader: Loader, shares: Mapping[str, float], seconds: float) -> str | None:
