@@ -44,6 +44,7 @@ class RunFolder:
             if text is not None and (not re.fullmatch(NAME, text) or ".." in text):
                 raise RunError(f"{what} should be letters, digits, '.', '_' and '-' (at most 128), not {text!r}")
         parent = expanded(root) / experiment
+        check_encoding(parent.resolve())
         try:
             parent.mkdir(parents=True, exist_ok=True)
             with locked(parent):  # so that nobody sees a folder before its maker has locked it
@@ -71,6 +72,14 @@ class RunFolder:
         beside = target.with_suffix(target.suffix + ".tmp")
         beside.write_text(dump(file, content), encoding="utf-8")
         os.replace(beside, target)
+
+
+def check_encoding(path: Path) -> None:
+    """Raise RunError for a path that is no UTF-8: safetensors could write a checkpoint there, but not read it."""
+    try:
+        os.fsencode(path).decode("utf-8")
+    except UnicodeDecodeError:
+        raise RunError(f"run.root: expected a path in UTF-8, got {path}") from None
 
 
 def claim(parent: Path, name: str | None) -> Path:
@@ -176,7 +185,10 @@ def dump(file: str, content: Any) -> str:
     import yaml
 
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # libyaml's writes the same ten times as fast
-    return yaml.dump(content, Dumper=dumper, sort_keys=False)
+    try:
+        return yaml.dump(content, Dumper=dumper, sort_keys=False)
+    except UnicodeEncodeError:  # a path that is no UTF-8, which libyaml cannot escape
+        return yaml.dump(content, Dumper=yaml.SafeDumper, sort_keys=False)
 
 
 def read_config(run: Path) -> dict[str, Any]:

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 import framework as fw
 from framework import TensorSplit, Trainer
 from framework.errors import SettingError
 from framework.paths import expanded, pasted, with_homes
+from framework.run import dump
 from framework.trained import open_run
 
 TINY = "trainer.max_steps=1 model.depth=1 model.width=4 loader.limit=1 loggers=[json_lines]"
@@ -90,6 +92,15 @@ def test_a_user_who_is_not_there(home, command):
         expanded("~nosuch/x")
     Path("~nosuch").mkdir()
     assert expanded("~nosuch/x") == Path("~nosuch/x"), "a folder that is called so"
+
+
+def test_a_root_that_is_no_utf_8_is_refused(tmp_path, command):
+    root = os.fsdecode(b"gr\xf6\xdfe")  # as a folder of an old disk may be called
+    status, _, err = command(f"train {TINY} \"run.root='{root}'\" run.name=first")
+    assert (status, "expected a path in UTF-8" in err) == (2, True)
+    assert not Path(root).exists()
+    tree = {"run": {"root": root, "other": "größe"}}
+    assert yaml.safe_load(dump("config.yaml", tree)) == tree, "such as the path of data"
 
 
 def test_from_python(home):

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from ..errors import RunError
-from ..run import NAME, claim, locked, take
+from ..run import NAME, check_encoding, claim, locked, take
 
 State = Literal["running", "done", "pruned", "failed", "stopped"]
 LONGEST = 80  # characters of a trial's name; TensorBoard lists runs in a narrow column
@@ -62,6 +62,7 @@ class SweepFolder:
         if name is not None and (not re.fullmatch(NAME, name) or ".." in name):
             raise RunError(f"sweep.name should be letters, digits, '.', '_' and '-' (at most 128), not {name!r}")
         parent = root / experiment
+        check_encoding(parent.resolve())
         try:
             parent.mkdir(parents=True, exist_ok=True)
             with locked(parent):
