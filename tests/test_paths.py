@@ -51,8 +51,8 @@ def test_a_run_lies_in_the_home_folder_and_is_found_there(home, trained, command
         "predict '~/runs/default/first' --input='~/x.npz' --output='~/y.csv'",
         "resume '~/runs/default/first' trainer.max_steps=2",
         f"train {TINY} resume=~/runs/default/first trainer.max_steps=2",
-        f"train {TINY} \"run.root='~/runs'\" init_from=~/runs/default/first run.name=quoted",
-        f"train {TINY} run.root=~/runs model=mlp task=distillation task.teacher=~/runs/default/first",
+        f"train {TINY} \"run.root='~/runs'\" init_from=~/runs/default/first task=distillation "
+        "task.teacher=~/runs/default/first",
         f"train -m {TINY} run.root=~/runs sweep.name=two seed=0,1",
     ):
         status, out, err = command(line)
@@ -78,8 +78,8 @@ def test_plugins_config_folders_and_settings_of_plugins(home, command, forget_pl
     (home / "more/experiment/own.yaml").write_text("plugins: ['~/homely.py']\nactivation: homely\n")
     chosen = "activation=homely activation.file=~/here.txt activation.files=[~/here.txt]"
     assert command(f"plan --plugins='~/homely.py' {chosen}")[0] == 0
-    assert command("plan --config-dir='~/more' experiment=own")[0] == 0
-    assert "homely" in command("list activation --plugins='~/homely.py'")[1]
+    status, out, err = command("plan --config-dir='~/more' experiment=own --cfg job")
+    assert (status, "name: homely" in out) == (0, True), err
 
 
 def test_a_user_who_is_not_there(home, command):
