@@ -160,7 +160,7 @@ def ending(folder: SweepFolder, trials: Sequence[Trial], by: Direction) -> Itera
     seconds = sum(trial.seconds for trial in trials)
     time = f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
     steps = sum(trial.steps for trial in trials)
-    yield f"trials   {len(trials)}: {states(trials)}; {steps:,} steps, {time} of training"
+    yield f"trials   {len(trials)}: {states(trials)}; {steps:,} steps, {time} with building and testing"
     best, metric = best_trial(trials, by), next(iter(by))
     if best is not None:
         yield f"best     {folder.path / best.folder}  {metric} {best.metrics[metric]:.4g}"
