@@ -1,19 +1,18 @@
 """The arguments that verbs of the command line have in common."""
 
 import argparse
-import atexit
 import gc
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NoReturn
 
 from .errors import FrameworkError
+from .paths import expanded
 
 TRACEBACK = "--traceback"
-RUN: dict[str, Any] = {"type": Path, "help": "the folder of a run"}
-CHECKPOINT: dict[str, Any] = {"default": "best", "metavar": "WHICH"}
+RUN: dict[str, Any] = {"type": expanded, "help": "the folder of a run"}
+CHECKPOINT: dict[str, Any] = {"metavar": "WHICH"}
 CHECKPOINT["help"] = "best (default), last, or the folder of a checkpoint"
 JSON: dict[str, Any] = {"action": "store_true", "help": "for programs"}
 
@@ -37,7 +36,8 @@ class Parser(argparse.ArgumentParser):
 def composing(verb: str, does: str, epilog: str) -> Parser:
     parser = Parser(verb, does, epilog)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="what differs from the default experiment")
-    parser.repeated("--config-dir", type=Path, metavar="DIR", help="a folder with experiment/*.yaml")
+    about = "a folder with experiment/*.yaml"
+    parser.repeated("--config-dir", type=expanded, metavar="DIR", help=about)
     parser.add_argument("--cfg", choices=["job", "hydra", "all"], help="print the composed config and stop")
     parser.add_argument("--resolve", action="store_true", help="with --cfg: fill in the references")
     shown = ("defaults", "defaults-tree", "searchpath", "config", "plugins", "all")
@@ -69,7 +69,6 @@ def importing_torch() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
-        atexit.register(gc.freeze)
 
 
 def swept(parser: Parser, given: argparse.Namespace, flag: str, key: str, count: int, values: Sequence[Any]) -> None:

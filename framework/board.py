@@ -7,6 +7,8 @@ from pathlib import Path
 
 from .errors import FrameworkError, RunError
 
+MOST_TICKED = 40  # runs; of more, TensorBoard's charts are empty at first
+
 
 def serve(root: Path, port: int) -> int:
     """Start TensorBoard, print its address, and wait for SIGINT or SIGTERM; returns the exit status 0.
@@ -26,6 +28,10 @@ def serve(root: Path, port: int) -> int:
         why = str(error).splitlines()[0]
         raise FrameworkError(f"TensorBoard cannot start: {why} (--port chooses another)") from error
     print(f"TensorBoard shows {root} at {address} (Ctrl-C ends it)", flush=True)
+    runs = len({file.parent for file in root.rglob("*tfevents*")})
+    if runs > MOST_TICKED:
+        why = f"of more than {MOST_TICKED} TensorBoard shows none by itself"
+        print(f"tick some of the {runs} runs to see curves: {why}", flush=True)
     done = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: done.set())

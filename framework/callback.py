@@ -68,6 +68,7 @@ class Callback(Stateful):
         follows_metrics: whether it decides by logged values how a run continues, or when it ends;
             then a resumed run may not measure them at other times. None: it does if it may change
             training and listens to validations or logs.
+        saves: whether it saves checkpoints; a run without such a callback prints a note.
         recordable: whether `on_gradients` is nothing but arithmetic on the device, the same in each step, so that a
             CUDA graph may replay it.
     """
@@ -75,6 +76,7 @@ class Callback(Stateful):
     changes_training: ClassVar[bool] = True
     alone: bool | None = None
     follows_metrics: ClassVar[bool | None] = None
+    saves: ClassVar[bool] = False
     recordable: bool = False
 
     def on_fit_start(self, trainer: Trainer) -> None: ...

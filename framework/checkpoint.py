@@ -247,7 +247,7 @@ def write(folder: Path, taken: Snapshot) -> None:
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     manifest["sha256"] = own_sha256(manifest)
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
     sync(folder / MANIFEST)
     sync(folder)
 

@@ -24,6 +24,7 @@ from .logger import Logger
 from .loss import modules_in
 from .memory import MicroBatches, is_full
 from .metric import Metric
+from .paths import expanded
 from .scheduler import observes
 from .task import LossTask, Step, Task
 from .torch_errors import is_batch_norm
@@ -71,7 +72,7 @@ def check_folder(folder: Any) -> Path | None:
         return None
     if not isinstance(folder, str | os.PathLike):
         raise SettingError(f"folder: expected a path, got {short(folder)}")
-    path = Path(folder)
+    path = expanded(folder)
     file = next((each for each in (path, *path.parents) if each.is_file()), None)
     if file is not None:
         raise SettingError(f"folder={path}: expected a folder, but {file} is a file")

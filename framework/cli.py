@@ -2,21 +2,21 @@
 
 import argparse
 import json
-import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
 from .arguments import CHECKPOINT, JSON, RUN, TRACEBACK, Parser, command_line, composing, importing_torch, swept
-from .errors import ConfigError, FrameworkError, did_you_mean
+from .errors import FrameworkError, did_you_mean
 from .exits import no_exit
 from .help import BOARD, CHECK, EVAL, FIND, HELP, LIST, PLAN, PREDICT, RESUME, SHOW, TRAIN
+from .paths import expanded
+from .streams import prepare_streams, silence_broken_streams
 from .user_code import describe, internal_place, user_place
 
 STARTED = time.monotonic()
@@ -24,6 +24,7 @@ STARTED = time.monotonic()
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
+    prepare_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     arguments.sort(key=lambda argument: argument == TRACEBACK)  # it may stand anywhere, also before the verb
     try:
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
+        silence_broken_streams()
         status = 128 + signal.SIGPIPE
     except Exception as error:
         status = complain(error, TRACEBACK in arguments)
@@ -47,7 +48,10 @@ def complain(error: Exception, with_traceback: bool) -> int:
     lines = [f"framework: {line}" for line in words_of(error)]
     if not with_traceback and has_calls(error):
         lines[-1] += f"; {TRACEBACK} shows the calls"
-    print("\n".join(lines), file=sys.stderr)
+    try:
+        print("\n".join(lines), file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        silence_broken_streams()
     return error.exit_status if isinstance(error, FrameworkError) else 1
 
 
@@ -141,13 +145,11 @@ def resume(arguments: list[str]) -> int:
         from .discovery import discover
         from .experiment import train as train_experiment
     from .report import print_result
-    from .resume import altered
-    from .run import read_config
-    from .spec import read_spec
+    from .resume import altered, read_resumable
+    from .trained import read_spec_of
 
     discover(given.plugins)
-    with advising(given):
-        spec = read_spec(altered(read_config(given.run), given.overrides), lambda path: f"{given.run}/config.yaml")
+    spec = read_spec_of(given.run, altered(read_resumable(given.run), given.overrides))
     spec.resume = str(given.run)
     result = train_experiment(spec, given.run.resolve().parent.name, [], STARTED, inexact=given.inexact)
     print_result(result)
@@ -226,7 +228,7 @@ def predict(arguments: list[str]) -> None:
     parser = Parser("predict", "Run a trained model on a file, or let a language model go on with a text.", PREDICT)
     parser.add_argument("run", **RUN)
     like = "like those that the run's data set reads"
-    parser.add_argument("--input", type=Path, metavar="FILE", help=like)
+    parser.add_argument("--input", type=expanded, metavar="FILE", help=like)
     parser.add_argument("--output", metavar="FILE", help=".csv, .jsonl, .npz, or - for the terminal")
     parser.add_argument("--prompt", metavar="TEXT", help="what a language model is to go on with")
     parser.add_argument("--length", type=int, metavar="N", help="with --prompt: tokens (default 200)")
@@ -276,23 +278,7 @@ def opened(given: argparse.Namespace) -> Any:
         from .discovery import discover
         from .trained import open_run
     discover(given.plugins)
-    with advising(given):
-        return open_run(given.run, given.checkpoint)
-
-
-@contextmanager
-def advising(given: argparse.Namespace) -> Iterator[None]:
-    """When a run's config names what is not there, say which plugins the run was trained with."""
-    from .run import plugins_of
-
-    try:
-        yield
-    except ConfigError as error:
-        missing = [plugin for plugin in plugins_of(given.run) if plugin not in given.plugins]
-        if not missing:
-            raise
-        advice = f"{given.run} was trained with plugins: give {' '.join(f'--plugins {each}' for each in missing)}"
-        raise ConfigError([*error.problems, advice]) from error
+    return open_run(given.run, given.checkpoint)
 
 
 def list_parts(arguments: list[str]) -> None:
@@ -317,13 +303,15 @@ def show(arguments: list[str]) -> None:
     from . import describe
     from .index import find_index
 
-    part = describe.find(find_index(given.plugins), given.part)
-    tell(given.json, part, lambda: describe.show(part))
+    index = find_index(given.plugins)
+    part = describe.find(index, given.part)
+    tell(given.json, part, lambda: describe.show(part, index, given.plugins))
 
 
 def board(arguments: list[str]) -> int:
     parser = Parser("board", "Start TensorBoard on the runs, on this machine alone, until Ctrl-C.", BOARD)
-    parser.add_argument("--root", type=Path, default=Path("runs"), help="the folder of runs (default: runs)")
+    about = "the folder of runs (default: runs)"
+    parser.add_argument("--root", type=expanded, default=Path("runs"), help=about)
     parser.add_argument("--port", type=int, default=6006, help="0 takes any free one")
     given = parser.parse_args(arguments)
     from .board import serve

@@ -46,9 +46,14 @@ class Clock:
     def finish(self) -> None:
         """The run is over, well or not."""
 
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the clock began."""
+        return perf_counter() - self.began
+
     def shares(self) -> dict[str, float]:
         """Return the steps' share of the time since the clock began, and that of each part; they add up to 1."""
-        whole = max(perf_counter() - self.began, 1e-9)
+        whole = max(self.elapsed, 1e-9)
         longest_first = sorted(self.seconds.items(), key=lambda part: -part[1])
         parts = {name: seconds / whole for name, seconds in longest_first}
         return {"steps": 1 - sum(parts.values()), **parts}

@@ -18,9 +18,10 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .discovery import discover, shorter
+from .discovery import discover, located
 from .errors import ConfigError, FrameworkError, PluginError, did_you_mean
 from .overrides import Overrides, as_typed, groups, own_settings, rewrite
+from .paths import expanded, shorter
 from .registry import Registry
 from .sources import File, FileConfigSource, Sources, line_with, read_yaml, searching
 from .spec import Spec, follow, read_spec
@@ -128,7 +129,7 @@ def run(
     """
     folders = config_folders(line)
     named = [*project_plugins(folders, line.overrides), *line.plugins]
-    plugins = [str(Path(plugin).resolve()) if Path(plugin).exists() else plugin for plugin in named]
+    plugins = [located(plugin) for plugin in named]
     discover(plugins)
     fill_store(plugins)
     overrides = rewrite(line.overrides, folders, line.multirun, line.shows)
@@ -248,7 +249,7 @@ def config_folders(line: CommandLine) -> list[Path]:
     folders = [ours]
     if (here / "config.yaml").is_file() or (here / "experiment").is_dir():
         folders.append(here)
-    for folder in line.folders:
+    for folder in map(expanded, line.folders):
         if not folder.is_dir():
             raise FrameworkError(f"--config-dir {folder}: no such folder (looked in {Path.cwd()})")
         if not any(folder.rglob("*.yaml")):
@@ -276,8 +277,8 @@ def project_plugins(folders: list[Path], overrides: Iterable[str]) -> Iterator[s
 def locate(plugin: str, folder: Path) -> str:
     """Return the path of a plugin named in a config file: from the working folder, the config's, or the one above."""
     for base in (Path.cwd(), folder.parent, folder):
-        if (base / plugin).exists():
-            return str(base / plugin)
+        if (base / expanded(plugin)).exists():
+            return str(base / expanded(plugin))
     return plugin
 
 
@@ -301,7 +302,8 @@ def words_of(error: Exception) -> str:
     else:
         lines = [line.strip() for line in text.removeprefix(inside[0] if inside else "").splitlines()]
         said, word = "; ".join(dict.fromkeys(line for line in lines if line and not line.startswith(ADVICE))), ""
-    read = [file for file, _ in reversed(FileConfigSource.read) if word and word in file.read_text()]
+    files = [file for file, _ in reversed(FileConfigSource.read)] if word else []
+    read = [file for file in files if word in file.read_text(encoding="utf-8")]
     return f"{shorter(read[0])}:{line_with(read[0], word)}: {said}" if read and (inside or missing) else said
 
 

@@ -313,6 +313,11 @@ class Loader:
             return None
         return self.split.tensors  # type: ignore[attr-defined]
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether batches are made of what is in memory, so that workers would not help."""
+        return self.tensors is not None or isinstance(self.split, GatheredSplit)
+
     def __len__(self) -> int:
         """The number of batches of an epoch."""
         full, rest = divmod(len(self.split), self.batch_size)

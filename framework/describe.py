@@ -1,20 +1,22 @@
 """What parts there are, in tables for people; what they show comes from the index."""
 
 import re
+import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import IO, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .discovery import shorter
 from .errors import SettingError, UnknownName, did_you_mean
 from .index import Index
+from .paths import shorter, typed
 from .registry import no_part
 
 Part = dict[str, Any]  # as `part_as_dict` returns it
+OWNERS = ("model", "task", "data")  # kinds whose parts ask for parts of other kinds
 PLAIN_WIDTH = 10_000  # where no terminal limits the width, nothing is cut or wrapped
 
 
@@ -80,13 +82,22 @@ def list_parts(index: Index, kind: str) -> RenderableType:
     return table
 
 
-def show(part: Part) -> RenderableType:
-    """Return all about a part: its docstring's first paragraph, settings, an example, and where it comes from."""
+def show(part: Part, index: Index | None = None, plugins: Sequence[str] = ()) -> RenderableType:
+    """Return all about a part: its docstring's first paragraph, settings, an example, its origin.
+
+    Args:
+        part: what `find` returns.
+        index: all parts; with it the example also chooses a part that asks for this one.
+        plugins: the plugins that were given to find the part; the example needs them too.
+    """
     also = f"  also {', '.join(part['aliases'])}" if part["aliases"] else ""
     title = Text.assemble((f"{part['kind']}/{part['name']}", "bold cyan"), (also, "dim"))
     paragraphs = [Text(tidy(part["doc"]))] if part["doc"] else []
     settings = settings_table(part["settings"]) if part["settings"] else Text("no settings", "dim")
-    return Group(title, *paragraphs, Text(), settings, Text(), origin(part))
+    words = ["framework", "train", *overrides_for(part, index)]
+    if part["package"] is None:
+        words += [word for plugin in plugins for word in ("--plugins", str(plugin))]
+    return Group(title, *paragraphs, Text(), settings, Text(), origin(part, shlex.join(words)))
 
 
 def settings_table(settings: Iterable[dict[str, Any]]) -> Table:
@@ -121,11 +132,11 @@ def value_text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def origin(part: Part) -> RenderableType:
+def origin(part: Part, example: str) -> RenderableType:
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
-    table.add_row("try", Text(example(part)))
+    table.add_row("try", Text(example))
     table.add_row("written in", Text(shorter(part["source"])))
     if part["source"].rpartition(":")[0] != part["registered"].rpartition(":")[0]:
         table.add_row("registered in", Text(shorter(part["registered"])))
@@ -134,12 +145,53 @@ def origin(part: Part) -> RenderableType:
     return table
 
 
-def example(part: Part) -> str:
-    """Return an override that chooses the part, with what it requires or else its first plain setting."""
+def overrides_for(part: Part, index: Index | None = None) -> list[str]:
+    """Return overrides that choose a part, and its required settings or else its first plain one."""
     key, name = part["key"], part["name"]
     if part["many"]:
-        return f"framework train '{key}=[{name}]'"
-    needed = [f"{key}.{setting['name']}=..." for setting in part["settings"] if setting["required"]]
-    usual = [s for s in part["settings"] if isinstance(s.get("default"), bool | int | float | str) and "part" not in s]
-    shown = needed or [f"{key}.{s['name']}={value_text(s['default'])}" for s in usual[:1]]
-    return " ".join([f"framework train {key}={name}", *shown])
+        prefix = f"{key}.{name}"
+        chosen = [f"+{key}={name}"]  # `callbacks=[NAME]` would take the place of the default ones
+        if index is not None and name in index.chosen.get(key, ()):
+            chosen = []
+        return [*chosen, *settings_for(part, prefix)] or [f"+{key}={name}"]
+    asker = None if index is None else find_asker(index, part["kind"])
+    if asker is None:
+        return [f"{key}={name}", *settings_for(part, key)]
+    owner, setting = asker
+    if setting["many"]:
+        needed = [f"{each['name']}: ..." for each in part["settings"] if each["required"]]
+        item = f"{{name: {name}, {', '.join(needed)}}}" if needed else name
+        return [f"{owner['key']}={owner['name']}", f"{owner['key']}.{setting['name']}=[{item}]"]
+    return [f"{owner['key']}={owner['name']}", f"{key}={name}", *settings_for(part, key)]
+
+
+def settings_for(part: Part, prefix: str) -> list[str]:
+    """Return overrides of the required settings ("..." for the value) or else of the first plain one."""
+    needed = [setting["name"] for setting in part["settings"] if setting["required"]]
+    if needed:
+        return [f"{prefix}.{name}=..." for name in needed]
+    for setting in part["settings"]:
+        default = setting.get("default")
+        if isinstance(default, bool | int | float | str) and "part" not in setting:
+            return [f"{prefix}.{setting['name']}={typed(default)}"]
+    return []
+
+
+def find_asker(index: Index, kind: str) -> tuple[Part, dict[str, Any]] | None:
+    """Return a part that asks for parts of a kind, and its setting that names them.
+
+    None when a part of the default experiment asks for them, so that choosing one has an effect.
+    """
+    asking: list[tuple[Part, dict[str, Any]]] = []
+    for owner in OWNERS:
+        for part in index.kinds.get(owner, {"parts": {}})["parts"].values():
+            settings = [each for each in part["settings"] if each.get("part") == kind]
+            if settings and index.chosen.get(part["key"]) == part["name"]:
+                return None
+            asking += [(part, setting) for setting in settings]
+
+    def simplest_first(pair: tuple[Part, dict[str, Any]]) -> tuple[bool, bool, int]:
+        part, setting = pair
+        return setting["many"], not setting["required"], len(part["settings"])
+
+    return min(asking, key=simplest_first, default=None)

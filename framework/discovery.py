@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import importlib.util
+import os
 import pkgutil
 import re
 import sys
@@ -17,8 +18,9 @@ from typing import Any
 
 from .errors import FrameworkError, PluginError
 from .exits import describe_exit
+from .paths import expanded
 from .registry import Registry
-from .user_code import describe, shorter as shorter
+from .user_code import describe
 
 GROUP = "framework.plugins"
 
@@ -47,6 +49,12 @@ def installed_plugins() -> list[tuple[str, str]]:
     return sorted((point.name, point.value.partition(":")[0]) for point in entry_points(group=GROUP))
 
 
+def located(plugin: str) -> str:
+    """Return a plugin's absolute path; the name of a module stays as it is."""
+    path = expanded(plugin)
+    return str(path.resolve()) if path.exists() else plugin
+
+
 @cache
 def package_version(name: str) -> str | None:
     """Return the version of an installed package; None when it is not installed."""
@@ -59,7 +67,7 @@ def package_version(name: str) -> str | None:
 def plugin_files(plugins: Iterable[str]) -> Iterator[Path]:
     """Yield the files that loading these plugins would load first, without loading any."""
     for plugin in plugins:
-        path = Path(plugin).expanduser()
+        path = expanded(plugin)
         if path.is_dir():
             yield from path.glob("*.py")
         elif path.is_file():
@@ -85,7 +93,7 @@ def module_files(name: str) -> Iterator[Path]:
 
 def load(plugin: str) -> None:
     """Load one plugin: a path to a file or folder, or the name of a module."""
-    path = Path(plugin).expanduser()
+    path = expanded(plugin)
     if path.is_dir():
         files = sorted(path.glob("*.py"))
         if not files:
@@ -128,6 +136,16 @@ def loaded_from(file: Path) -> ModuleType | None:
         if loaded and loaded.endswith(real.name) and Path(loaded).resolve() == real:
             return module
     return None
+
+
+def is_loaded(plugin: str) -> bool:
+    """Whether a plugin is loaded: of a folder, each file in it."""
+    path = Path(os.path.expanduser(plugin))
+    if path.is_dir():
+        return all(loaded_from(file) is not None for file in path.glob("*.py"))
+    if path.suffix == ".py" or "/" in plugin:
+        return loaded_from(path) is not None
+    return plugin in sys.modules
 
 
 def load_file(file: Path) -> None:

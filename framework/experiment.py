@@ -2,8 +2,9 @@
 
 import json
 import math
+import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +53,8 @@ from .user_code import user_errors
 if TYPE_CHECKING:
     from .plan import Plan
 
+UNSAVED = "no checkpoints are saved, so the run cannot be resumed or evaluated: +callbacks=checkpoint saves them"
+SLOW_DATA = 0.3  # of the time of training spent waiting for data, from which on there is advice
 WATCHING = ("run", "plugins", "loggers", "metrics", "log_every", "validate_every", "device")
 
 
@@ -144,7 +147,15 @@ class Experiment:
 
 @dataclass
 class Result:
-    """What a run came to: its folder, final metrics, and why it ended before its last step, if it did."""
+    """What a run came to: its folder, final metrics, and why it ended early, if it did.
+
+    Attributes:
+        seconds: since the process began: start-up, training and test.
+        steps: of the whole run, with those before it was resumed.
+        fit_seconds, fit_steps: those of this process's training alone; `shares` are of this time.
+        weights: by split, the weights that its metrics belong to, such as "best, step 900".
+        advice: how the training could be faster, if there is a simple way.
+    """
 
     folder: Path
     metrics: dict[str, float] = field(default_factory=dict)
@@ -152,7 +163,11 @@ class Result:
     signal: int | None = None
     seconds: float = 0.0
     steps: int = 0
-    shares: dict[str, float] = field(default_factory=dict)  # of the time of training
+    shares: dict[str, float] = field(default_factory=dict)
+    fit_seconds: float = 0.0
+    fit_steps: int = 0
+    weights: dict[str, str] = field(default_factory=dict)
+    advice: str | None = None
 
 
 @dataclass
@@ -215,13 +230,23 @@ class Prepared:
     @no_exit()
     def result(self, stopped: Sequence[int] = ()) -> Result:
         """After the training, measure what is to be measured. stopped: the signals that came."""
-        state, shares = self.trainer.state, self.trainer.clock.shares()
+        trainer, state = self.trainer, self.trainer.state
+        assert trainer.folder is not None
+        result = Result(trainer.folder, stopped=state.stop, steps=state.step)
+        result.shares = trainer.clock.shares()
+        result.fit_seconds = trainer.clock.elapsed
+        result.fit_steps = state.step - (trainer.resumed_from or 0)
+        result.advice = data_advice(self.built.train_batches, result.shares, result.fit_seconds)
+        if trainer._validated > 0:
+            result.weights["val"] = which_weights(trainer._validated, state.step)
         if state.stop is None or not stopped:
-            finish(self.trainer, self.built)
-        ended_by = stopped[0] if stopped else None
-        seconds = time.monotonic() - self.started
-        assert self.trainer.folder is not None
-        return Result(self.trainer.folder, dict(state.metrics), state.stop, ended_by, seconds, state.step, shares)
+            measured = finish(trainer, self.built) or state.step
+            if self.built.data.test is not None:
+                result.weights["test"] = which_weights(measured, state.step)
+        result.signal = stopped[0] if stopped else None
+        result.metrics = dict(state.metrics)
+        result.seconds = time.monotonic() - self.started
+        return result
 
 
 @no_exit()
@@ -230,11 +255,14 @@ def train(*given: Any, **named: Any) -> Result:
     ready = prepare(*given, **named)
     if isinstance(ready, Result):
         return ready
-    ready.claim()
-    with ready.trainer, stopping([ready.trainer]) as stopped, intra_op_threads(ready.threads):
-        ready.introduce()
-        ready.trainer.fit(**ready.fit_arguments())
-        return ready.result(stopped)
+    try:
+        ready.claim()
+        with ready.trainer, stopping([ready.trainer]) as stopped, intra_op_threads(ready.threads):
+            ready.introduce()
+            ready.trainer.fit(**ready.fit_arguments())
+            return ready.result(stopped)
+    finally:
+        ready.release()
 
 
 @no_exit()
@@ -260,7 +288,8 @@ def prepare(
     resumed = None if run is None else open_folder(run, spec, inexact)
     if resumed is not None and resumed.done:
         say(f"{run} is done already")
-        return Result(resumed.folder.path, last_values(resumed.folder.path))
+        resumed.folder.lock.close()
+        return earlier_result(resumed.folder.path)
     if resumed is not None and spec.fold is not None:
         refit = "fold" in read_facts(resumed.folder.path)  # a run of an older version has none
         data = data if refit else build_data(spec, refit=False)
@@ -268,6 +297,8 @@ def prepare(
     if spec.init_from is not None and resumed is None:
         say(start_from(built.model, spec.init_from))
     trainer, threads = built.trainer(), built.threads()
+    if not any(callback.saves for callback in trainer.callbacks):
+        say(UNSAVED)
     if resumed is not None:
         check_same_data(resumed.folder.path, built, inexact)
         check_fits(resumed, built.model, built.optimizer)
@@ -301,15 +332,70 @@ def schedule_notes(built: Experiment, resumed: Resumed) -> Iterator[str]:
     )
 
 
-def finish(trainer: Trainer, built: Experiment) -> None:
-    """Measure the best checkpoint on the test split, and record the settings beside the final metrics."""
+def earlier_result(run: Path) -> Result:
+    """Return what a run came to that is done already, as its folder keeps it."""
+    values, steps = last_values(run)
+    result = Result(run, values)
+    last = max(steps.values(), default=0)
+    chosen = chosen_checkpoint(run)
+    if "val" in steps:
+        result.weights["val"] = which_weights(steps["val"], last)
+    if "test" in steps:
+        result.weights["test"] = which_weights(last if chosen is None else chosen, last)
+    return result
+
+
+def finish(trainer: Trainer, built: Experiment) -> Path | None:
+    """Measure the best checkpoint on the test split; log the settings with the final metrics.
+
+    Returns that checkpoint; None where there is none, or no test split.
+    """
     assert trainer.folder is not None
+    chosen = None
     if built.data.test is not None:
-        load_weights(built.model, trainer.folder)
+        chosen = load_weights(built.model, trainer.folder)
         trainer.evaluate(built.batches("test"))
     for logger in trainer.loggers:
         logger.hparams(hyperparameters(built.spec), trainer.state.metrics)
     built.status.done(trainer)
+    return chosen
+
+
+def which_weights(measured: int | Path, steps: int) -> str:
+    """Return a label of the weights that were measured, such as "best, step 900".
+
+    Args:
+        measured: the checkpoint that was loaded, or the step after which they were in memory.
+        steps: those of the whole run.
+    """
+    step, best = measured, False
+    if isinstance(measured, Path):
+        best = measured.name == "best"
+        if best and not measured.is_symlink():  # a run folder that was copied without its links
+            return "best"
+        step = checkpoint.step_of(measured.resolve())
+    if best:
+        return f"best, step {step:,}"
+    return f"last, step {step:,}" if step == steps else f"step {step:,}"
+
+
+def data_advice(loader: Loader, shares: Mapping[str, float], seconds: float) -> str | None:
+    """Say how to wait less for data, if that took much time and the data is not in memory.
+
+    Args:
+        loader: what the training batches came from.
+        shares: of the time, by what it was spent on.
+        seconds: the whole time of training.
+    """
+    share = shares.get("waiting for data", 0.0)
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    if share < SLOW_DATA or share * seconds < 1 or loader.in_memory:
+        return None
+    ways = [f"loader.workers={max(cores, 2)} reads ahead"] if loader.workers < cores else []
+    ways.append("loader.read=memory reads samples only once (of one shape, nothing random in them)")
+    return f"{share:.0%} of the time waited for data: {'; '.join(ways)}"
 
 
 def hyperparameters(spec: Spec) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from .discovery import discover, installed_plugins, plugin_files
+from .discovery import discover, installed_plugins, located, plugin_files
+from .paths import expanded
 from .registry import Entry, Registry
 from .schema import (
     Range,
@@ -78,8 +79,8 @@ def find_index(plugins: Iterable[str] = (), folders: Iterable[Path] = ()) -> Ind
     folders: more folders with config files, as --config-dir names them.
     Raises what discovery and the reading of config files raise.
     """
-    plugins = [str(Path(plugin).resolve()) if Path(plugin).exists() else plugin for plugin in plugins]
-    folders = [folder.resolve() for folder in folders if folder.is_dir()]
+    plugins = [located(plugin) for plugin in plugins]
+    folders = [folder.resolve() for folder in map(expanded, folders) if folder.is_dir()]
     make = partial(build, plugins, folders)
     if any(Registry.every.values()):  # a program with parts of its own: it is asked itself, and nothing is kept
         return make()[0]
@@ -90,7 +91,7 @@ def kept_index(file: Path, build: Callable[[], tuple[Index, dict[str, list[str]]
     """Return the index in a file while it holds; else build it, and keep it there if that can be done."""
     begun = time.time_ns()
     try:
-        digest, _, text = file.read_text().partition("\n")
+        digest, _, text = file.read_text(encoding="utf-8").partition("\n")
         kept = json.loads(text) if digest == digest_of(text) else {}
         if kept["stamps"] == stamps(**kept["of"]):
             return Index(**kept["index"])
@@ -106,7 +107,7 @@ def file_of(plugins: list[str], folders: list[Path]) -> Path:
     here = Path("conf").resolve()
     project = [here] if (here / "config.yaml").is_file() or (here / "experiment").is_dir() else []
     python = [sys.executable, sys.version, sys.flags.optimize, sys.path, __file__]
-    homes = (os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache"), os.devnull)
+    homes = map(os.path.expanduser, (os.environ.get("XDG_CACHE_HOME", ""), "~/.cache", os.devnull))
     home = next(path for path in homes if os.path.isabs(path))
     return Path(home, "framework", f"{digest_of(repr([plugins, folders, project, python]))}.json")
 
@@ -123,7 +124,7 @@ def keep(file: Path, begun: int, content: dict[str, Any]) -> None:
     text, beside = json.dumps(content, default=str), file.with_suffix(f".{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(f"{digest_of(text)}\n{text}")
+        beside.write_text(f"{digest_of(text)}\n{text}", encoding="utf-8")
         os.replace(beside, file)
     except OSError:  # a home that cannot be written: slower, not wrong
         with suppress(OSError):

@@ -145,9 +145,14 @@ def joined(before: list[str], added: list[str]) -> list[str]:
 groups = Registry.by_key
 
 
+HOME = re.compile(r"(?<=[=,\[(: ])~[^\s,=()\[\]{}:'\"]*")  # ~/data.csv, alone or in a list
+
+
 def quoted(text: str) -> str:
-    """Quote a rule such as sweep.where=model!=rnn, for which Hydra's grammar has no words; rules in a list too."""
+    """Quote what Hydra's grammar cannot read: paths such as ~/data.csv, rules of sweep.where."""
     key, _, value = text.partition("=")
+    if key != "sweep.where" and "~" in value and not set(value) & {"'", '"'}:
+        return HOME.sub(lambda path: single(path[0]), text)
     if key != "sweep.where" or not value or value[0] in "'\"":
         return text
     if value[0] == "[" and value[-1] == "]":

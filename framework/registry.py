@@ -31,6 +31,7 @@ from .errors import (
     did_you_mean,
 )
 from .exits import no_exit
+from .paths import with_homes
 from .schema import (
     REQUIRED,
     Names,
@@ -168,6 +169,7 @@ class Entry:
         if missing:
             raise SettingError(f"{self} needs a value for {', '.join(missing)}")
         arguments = self.converted_defaults() | arguments
+        arguments = {name: with_homes(value) for name, value in arguments.items()}
         arguments |= {name: given[name] for name in self.asks_for if name in given}
         positional, named = call_arguments(self.part, arguments)
         try:

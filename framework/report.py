@@ -5,12 +5,14 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TextIO
 
-from .discovery import shorter
 from .errors import FrameworkError
 from .experiment import Result
+from .paths import expanded, pasted, shorter
 from .run import plugins_of
+from .streams import set_errors
 
 
 def print_result(result: Result, job: str | None = None) -> None:
@@ -22,25 +24,56 @@ def print_result(result: Result, job: str | None = None) -> None:
         print(f"\n{job}")
     elif sys.stdout.isatty():
         print()  # between the progress bar and the table
-    for line in metric_table(result.metrics):
+    for line in metric_table(result.metrics, result.weights):
         print(line)
-    seconds = f"{result.seconds:.1f} s" if result.seconds < 120 else f"{result.seconds / 60:.1f} min"
-    steps = "1 step" if result.steps == 1 else f"{result.steps:,} steps"
-    print(f"\n{steps} in {seconds}" + (f", stopped: {result.stopped}" if result.stopped else ""))
+    print()
+    if result.seconds:
+        print(effort(result) + (f", stopped: {result.stopped}" if result.stopped else ""))
     if result.shares and job is None:
         print(f"time     {', '.join(f'{share}% {part}' for part, share in percent(result.shares).items() if share)}")
+    if result.advice is not None:
+        print(f"advice   {result.advice}")
     print(f"run      {result.folder}")
     if result.signal is not None:
         print(f"go on    framework resume {named(result.folder)}")
     if job is None:
         if (result.folder / "checkpoints").is_dir():
             print(f"measure  framework eval {named(result.folder)}")
-        print("watch    framework board")
+        print(f"watch    framework board{root_of(result.folder)}")
+
+
+def effort(result: Result) -> str:
+    """Return steps and seconds of the training in this process, then what else took time."""
+    if not result.fit_seconds:
+        return f"{counted(result.steps)} in {duration(result.seconds)}"
+    text = f"{counted(result.fit_steps)} in {duration(result.fit_seconds)}"
+    if result.steps != result.fit_steps:
+        text += f" (with those before: {result.steps:,})"
+    if result.seconds > result.fit_seconds:
+        text += f"; {duration(result.seconds)} with start-up and test"
+    return text
+
+
+def counted(steps: int) -> str:
+    return "1 step" if steps == 1 else f"{steps:,} steps"
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
 
 
 def named(run: Path) -> str:
     """Return how a run is given to a command: with the plugins that it was trained with."""
-    return f"{run}" + "".join(f" --plugins {shorter(plugin)}" for plugin in plugins_of(run))
+    words = [pasted(run)]
+    for plugin in plugins_of(run):
+        words += ["--plugins", pasted(shorter(plugin))]
+    return " ".join(words)
+
+
+def root_of(run: Path) -> str:
+    """Return the option by which `framework board` shows a run: none below the default root."""
+    root = run.parent.parent if len(run.parts) > 2 else run.resolve().parent.parent
+    return "" if root.resolve() == Path("runs").resolve() else f" --root {pasted(root)}"
 
 
 def percent(shares: Mapping[str, float]) -> dict[str, int]:
@@ -51,17 +84,24 @@ def percent(shares: Mapping[str, float]) -> dict[str, int]:
     return {name: whole + (name in most_cut[:missing]) for name, whole in cut.items()}
 
 
-def metric_table(metrics: Mapping[str, float]) -> Iterator[str]:
-    """Yield lines: a row for each split, a column for each measure that is taken of validation or test data."""
+def metric_table(metrics: Mapping[str, float], weights: Mapping[str, str] = MappingProxyType({})) -> Iterator[str]:
+    """Yield lines: a row for each split, a column for each measure of validation or test data.
+
+    Args:
+        metrics: by "split/measure".
+        weights: by split, the weights that were measured; written behind the split.
+    """
     splits = [s for s in ("train", "val", "test") if any(name.startswith(f"{s}/") for name in metrics)]
     measured = [name.partition("/")[2] for name in metrics if name.startswith(("val/", "test/"))]
     names = list(dict.fromkeys(measured or [n.partition("/")[2] for n in metrics]))
     widths = [max(len(name), 9) for name in names]
-    yield " " * 6 + "".join(f"  {name:>{width}}" for name, width in zip(names, widths, strict=True))
-    for split in splits:
+    labels = [f"{split} ({weights[split]})" if split in weights else split for split in splits]
+    first = max([5, *map(len, labels)]) + 1
+    yield " " * first + "".join(f"  {name:>{width}}" for name, width in zip(names, widths, strict=True))
+    for split, label in zip(splits, labels, strict=True):
         values = [metrics.get(f"{split}/{name}") for name in names]
         cells = ["" if value is None else f"{value:.4g}" for value in values]
-        yield f"{split:<6}" + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        yield f"{label:<{first}}" + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
 
 
 def print_values(values: Mapping[str, float], checkpoint: Path) -> None:
@@ -74,7 +114,7 @@ def print_values(values: Mapping[str, float], checkpoint: Path) -> None:
 
 def check_output(output: str) -> None:
     """Raise FrameworkError, before anything is computed, when predictions cannot go to that file."""
-    path = Path(output)
+    path = expanded(output)
     if output == "-":
         return
     if path.suffix not in (".csv", ".jsonl", ".npz"):
@@ -92,10 +132,11 @@ def write_predictions(columns: Mapping[str, Any], classes: Sequence[str], output
     check_output(output)
     named = flatten(columns, classes)
     if output == "-":
+        set_errors(sys.stdout, "backslashreplace")  # data: what cannot be encoded must not get lost
         write_csv(named, sys.stdout)
     else:
         try:
-            write_file(named, Path(output))
+            write_file(named, expanded(output))
         except OSError as error:
             raise FrameworkError(f"--output {output}: {error.strerror}") from error
     return len(next(iter(named.values())))
@@ -124,7 +165,7 @@ def write_file(columns: Mapping[str, list[Any]], path: Path) -> None:
 
         numpy.savez(path, **{name: numpy.asarray(values) for name, values in columns.items()})  # type: ignore[arg-type]
         return
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         if path.suffix == ".csv":
             write_csv(columns, file)
         else:

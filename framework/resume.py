@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -18,8 +19,9 @@ from . import checkpoint
 from .callback import Callback, follows_metrics
 from .errors import CheckpointError, ConfigError, RunError
 from .optimizer import check_state, group_settings, merged_groups, older_settings
+from .paths import expanded, typed
 from .registry import Maker, Registry
-from .run import RunFolder, read_config
+from .run import RunFolder, read_config, run_of_checkpoint
 from .scheduler import observes
 from .spec import Spec
 
@@ -60,8 +62,9 @@ def find(spec: Spec, experiment: str) -> Path | None:
     if spec.resume == "never":
         return None
     if spec.resume != "auto":
-        read_config(Path(spec.resume))
-        return Path(spec.resume)
+        run = expanded(spec.resume)
+        read_resumable(run)
+        return run
     root, name = Path(spec.sections["run"]["root"]) / experiment, spec.sections["run"]["name"]
     if name is not None:
         return root / name if (root / name / "config.yaml").is_file() else None
@@ -69,6 +72,15 @@ def find(spec: Spec, experiment: str) -> Path | None:
         if fingerprint(read_config(run.parent)) == fingerprint(spec.tree) and status_of(run.parent) != "done":
             return run.parent
     return None
+
+
+def read_resumable(run: Path) -> dict[str, Any]:
+    """Return the config of a run to go on with. Raises RunError when it is none, or a checkpoint."""
+    whole = run_of_checkpoint(run)
+    if whole is not None:
+        advice = f"a run goes on from its newest one. Give the run: {whole}"
+        raise RunError(f"{run} is a checkpoint: {advice}")
+    return read_config(run)
 
 
 def open_folder(run: Path, spec: Spec, inexact: bool = False) -> Resumed:
@@ -119,7 +131,9 @@ def check_fits(resumed: Resumed, model: nn.Module, optimizer: Optimizer) -> None
         other = "another optimizer, or other groups of parameters, of which something else is kept"
     if other is not None:
         run = resumed.folder.path
-        raise RunError(f"{run} cannot go on with {other}. A new run can begin with its weights: init_from={run}")
+        weights = shlex.quote(f"init_from={typed(str(run))}")
+        advice = f"A new run can begin with its weights: {weights}"
+        raise RunError(f"{run} cannot go on with {other}. {advice}")
 
 
 def check_optimizer(resumed: Resumed, model: nn.Module, optimizer: Optimizer) -> None:
@@ -169,11 +183,13 @@ def altered(tree: Mapping[str, Any], typed: Sequence[str]) -> dict[str, Any]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
+    from .overrides import quoted
+
     changed = copy.deepcopy(dict(tree))  # not through JSON, in which the keys of all dicts are texts
     parser = OverridesParser.create()
     for text in typed:
         try:
-            override = parser.parse_override(text)
+            override = parser.parse_override(quoted(text))
             *parents, key = override.key_or_group.replace("/", ".").split(".")
             value = override.value()
         except HydraException as error:
@@ -291,19 +307,26 @@ def fingerprint(tree: Mapping[str, Any]) -> str:
 
 def status_of(run: Path) -> str | None:
     try:
-        return json.loads((run / "status.json").read_text())["status"]
+        return json.loads((run / "status.json").read_text(encoding="utf-8"))["status"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def last_values(run: Path) -> dict[str, float]:
-    """Return the last value of everything that a run logged in metrics.jsonl."""
+def last_values(run: Path) -> tuple[dict[str, float], dict[str, int]]:
+    """Return the last value of everything in a run's metrics.jsonl, and by split their step."""
+    values: dict[str, float] = {}
+    steps: dict[str, int] = {}
     try:
-        lines = (run / "metrics.jsonl").read_text().splitlines()
+        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return {}
-    values = {key: value for line in lines for key, value in json.loads(line).items() if "/" in key}
-    return {key: float("nan") if value is None else value for key, value in values.items()}
+        return values, steps
+    for line in map(json.loads, lines):
+        for key, value in line.items():
+            split, slash, _ = key.partition("/")
+            if slash:
+                values[key] = float("nan") if value is None else value
+                steps[split] = line["step"]
+    return values, steps
 
 
 def start_from(model: nn.Module, source: str) -> str:
@@ -313,8 +336,7 @@ def start_from(model: nn.Module, source: str) -> str:
     Raises RunError when there is no such thing, when nothing matches, and when no matrix of the
     model does: biases and norms are useless without the weights that they belong to.
     """
-    path = Path(source)
-    weights = read_weights(path)
+    weights = read_weights(expanded(source))
     state = model.state_dict()
     own = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
     fitting = {name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape}
@@ -362,10 +384,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def chosen_checkpoint(run: Path, which: str = "best") -> Path | None:
-    """Return a run's best checkpoint, or else its newest good one (`last`: at once); any other word is a folder."""
+    """Return a run's best checkpoint, or else its newest good one (`last`: at once).
+
+    Any other word is the folder of a checkpoint, or the name of one of this run.
+    """
     folder = run / "checkpoints"
     if which not in ("best", "last"):
-        return Path(which)
+        named = folder / which
+        return named if named.is_dir() else expanded(which)
     if which == "best" and (folder / "best").exists():
         return folder / "best"
     return checkpoint.newest(folder)[0] if folder.is_dir() else None

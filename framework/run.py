@@ -22,6 +22,7 @@ from weakref import ref
 
 from .discovery import package_version
 from .errors import RunError
+from .paths import expanded
 
 PATIENCE = 2.0  # seconds for the workers of a killed run to end
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
@@ -42,7 +43,8 @@ class RunFolder:
         for what, text in (("experiment", experiment), ("run.name", name)):
             if text is not None and (not re.fullmatch(NAME, text) or ".." in text):
                 raise RunError(f"{what} should be letters, digits, '.', '_' and '-' (at most 128), not {text!r}")
-        parent = Path(root) / experiment
+        parent = expanded(root) / experiment
+        check_encoding(parent.resolve())
         try:
             parent.mkdir(parents=True, exist_ok=True)
             with locked(parent):  # so that nobody sees a folder before its maker has locked it
@@ -68,8 +70,16 @@ class RunFolder:
         """Write a JSON or YAML file, whole or not at all."""
         target = self.path / file
         beside = target.with_suffix(target.suffix + ".tmp")
-        beside.write_text(dump(file, content))
+        beside.write_text(dump(file, content), encoding="utf-8")
         os.replace(beside, target)
+
+
+def check_encoding(path: Path) -> None:
+    """Raise RunError for a path that is no UTF-8: safetensors could write a checkpoint there, but not read it."""
+    try:
+        os.fsencode(path).decode("utf-8")
+    except UnicodeDecodeError:
+        raise RunError(f"run.root: expected a path in UTF-8, got {path}") from None
 
 
 def claim(parent: Path, name: str | None) -> Path:
@@ -91,9 +101,13 @@ def claim(parent: Path, name: str | None) -> Path:
 
 
 def plugins_of(run: Path) -> list[str]:
-    """Return the plugins that a run was trained with, as its provenance.json names them."""
+    """Return the plugins that a run was trained with, as its provenance.json names them.
+
+    The file may come from a stranger: a name with control characters is left out.
+    """
     try:
-        return [str(plugin) for plugin in json.loads((run / "provenance.json").read_text())["plugins"]]
+        found = json.loads((run / "provenance.json").read_text(encoding="utf-8"))
+        return [plugin for plugin in map(str, found["plugins"]) if plugin.isprintable()]
     except (OSError, ValueError, KeyError, TypeError):
         return []
 
@@ -101,14 +115,14 @@ def plugins_of(run: Path) -> list[str]:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Wait for, and hold, the lock of a folder of runs."""
-    with (folder / ".lock").open("a") as file:
+    with (folder / ".lock").open("a", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def only_writer(run: Path) -> TextIO:
     """Lock a run's folder for as long as the returned file is open (a kill closes it). Raises RunError when taken."""
-    file, until = (run / ".lock").open("a+"), time.monotonic() + PATIENCE
+    file, until = (run / ".lock").open("a+", encoding="utf-8"), time.monotonic() + PATIENCE
     while not take(file):
         file.seek(0)
         holder = file.read().strip()
@@ -158,7 +172,7 @@ def read_facts(run: Path) -> dict[str, Any]:
     """Return what a run folder keeps of its data. Raises RunError when that is missing or is something else."""
     file = run / "facts.json"
     try:
-        facts = json.loads(file.read_text())
+        facts = json.loads(file.read_text(encoding="utf-8"))
         shapes = [[int(size) for size in facts[name]] for name in ("in_shape", "out_shape")]
         return facts | dict(zip(("in_shape", "out_shape"), shapes, strict=True)) | {"classes": list(facts["classes"])}
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
@@ -171,7 +185,10 @@ def dump(file: str, content: Any) -> str:
     import yaml
 
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # libyaml's writes the same ten times as fast
-    return yaml.dump(content, Dumper=dumper, sort_keys=False)
+    try:
+        return yaml.dump(content, Dumper=dumper, sort_keys=False)
+    except UnicodeEncodeError:  # a path that is no UTF-8, which libyaml cannot escape
+        return yaml.dump(content, Dumper=yaml.SafeDumper, sort_keys=False)
 
 
 def read_config(run: Path) -> dict[str, Any]:
@@ -182,14 +199,33 @@ def read_config(run: Path) -> dict[str, Any]:
     if not run.is_dir():
         raise RunError(f"there is no run folder {run}")
     if not file.is_file():
-        raise RunError(f"{run} is not the folder of a run: it has no config.yaml")
+        raise RunError(f"{run} is not the folder of a run: it has no config.yaml{run_meant(run)}")
     try:
-        config = yaml.safe_load(file.read_text())  # libyaml's reader has no limit to the depth
+        text = file.read_text(encoding="utf-8")
+        config = yaml.safe_load(text)  # libyaml's reader has no limit to the depth
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise RunError(f"{file} cannot be read: {' '.join(str(error).split())[:300]}") from error
     if not isinstance(config, dict):
         raise RunError(f"{file} holds no config")
     return config
+
+
+def run_meant(folder: Path) -> str:
+    """Return advice on which run was probably meant by a folder that is none."""
+    if (folder / "sweep.json").is_file():
+        return f"; it is a sweep, whose best run is {folder / 'best'}"
+    for above in (folder.parent, folder.parent.parent):
+        if (above / "config.yaml").is_file():
+            return f"; did you mean {above}?"
+    return ""
+
+
+def run_of_checkpoint(folder: Path) -> Path | None:
+    """Return the run that a checkpoint's folder belongs to; None of any other folder."""
+    run = folder.parent.parent
+    if folder.parent.name == "checkpoints" and (run / "config.yaml").is_file():
+        return run
+    return None
 
 
 def provenance(parts: dict[str, str]) -> dict[str, Any]:
@@ -213,7 +249,9 @@ def code(folder: Path) -> dict[str, str | None]:
 def git(folder: Path, *arguments: str) -> str | None:
     """Return what git says in a folder, or None outside a repository or without git."""
     try:
-        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=False)
+        command = ["git", *arguments]
+        done = subprocess.run(command, cwd=folder, capture_output=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    text = done.stdout.decode("utf-8", errors="replace")  # a diff may hold a file of any encoding
+    return text.strip() if done.returncode == 0 else None

@@ -19,8 +19,8 @@ from hydra.plugins.config_source import ConfigResult
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 
-from .discovery import shorter
 from .errors import ConfigError
+from .paths import shorter
 from .registry import Registry
 from .spec import COMMAND_LINE, IMPORTS, TARGET
 
@@ -239,7 +239,7 @@ class Sources:
 def line_of(file: Path, keys: Iterable[str]) -> int | None:
     """Return the line of a YAML file where a nested key, or item of a list, stands, or None."""
     try:
-        node: Any = yaml.compose(file.read_text(), Loader=yaml.SafeLoader)
+        node: Any = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except (OSError, ValueError, yaml.YAMLError):
         return None
     line = None
@@ -258,14 +258,14 @@ def line_of(file: Path, keys: Iterable[str]) -> int | None:
 
 def line_with(file: Path, text: str) -> int:
     """Return the first line of a file that holds a text; 1 when none does."""
-    lines = file.read_text().splitlines()
+    lines = file.read_text(encoding="utf-8").splitlines()
     return next((number for number, line in enumerate(lines, 1) if text in line), 1)
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
     """Return the content of a YAML file. Raises ConfigError with the line that cannot be read."""
     try:
-        content = yaml.safe_load(file.read_text()) or {}
+        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, ValueError, OSError) as error:
         raise ConfigError([unreadable(file, error)]) from error
     if not isinstance(content, dict):

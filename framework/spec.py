@@ -11,6 +11,7 @@ from typing import Any
 from .data import Loader
 from .errors import ConfigError, FrameworkError, SettingError, did_you_mean
 from .optimizer import Parameters
+from .paths import with_homes
 from .registry import Entry, Kind, Maker, Registry, with_article
 from .run import RunFolder
 from .schema import (
@@ -177,6 +178,8 @@ class Reader:
                     found[key] = part
             elif key in given and given[key] != "???" and not means_default(given[key], setting):
                 found[key] = self.value(setting, given[key], where)
+                if isinstance(owner, str):
+                    found[key] = self.with_homes(found[key], where)
             elif not setting.required and isinstance(owner, str):
                 found[key] = setting.initial()  # a section is taken apart by its settings; a maker knows its defaults
             elif setting.required:
@@ -236,6 +239,9 @@ class Reader:
         try:
             converted = setting.convert(value)
         except SettingError as error:
+            if isinstance(value, Mapping) and value.keys() == {"name"}:
+                # `task.loss=hinge` was read as the name of a part; of this task it is a text
+                return self.value(setting, value["name"], path)
             self.problem(path, value, f"{error}{self.quoting(setting, value, path)}")
             return setting.default
         if self.is_altered(converted, value, path):
@@ -259,6 +265,14 @@ class Reader:
             return ""
         typed = text if re.fullmatch(r"[\w.+-]+", text) else "..."
         return f"; for a text write {path}=\"'{typed}'\""
+
+    def with_homes(self, value: Any, path: str) -> Any:
+        """Return the value of a section's setting without `~` (a part's: see `Entry.build`)."""
+        try:
+            return with_homes(value)
+        except SettingError as error:
+            self.problem(path, str(value), str(error))
+            return value
 
     def check_choices_reach(self, parts: Mapping[str, Any]) -> None:
         """An experiment's choice of a kind that no part asks for would be a silent no-op."""

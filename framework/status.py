@@ -64,5 +64,5 @@ class Status(Callback):
             "updated": time.time(),
         }
         beside = file.with_suffix(".tmp")
-        beside.write_text(json.dumps(content) + "\n")
+        beside.write_text(json.dumps(content) + "\n", encoding="utf-8")
         os.replace(beside, file)

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from .building import build_data, build_loader, build_metrics, build_model, scale_of
 from .data import Data, Scale
-from .errors import DataError, RunError, short
+from .discovery import is_loaded
+from .errors import ConfigError, DataError, RunError, short
 from .experiment import load_weights
-from .run import dump, read_config, read_facts
+from .paths import expanded, pasted, shorter
+from .run import dump, plugins_of, read_config, read_facts, run_of_checkpoint
 from .spec import Spec, read_spec
 from .task import Task
 from .trainer import Trainer
@@ -98,12 +100,41 @@ def nearly_equal(first: Scale | None, second: Scale | None) -> bool:
     return bool((apart <= 1e-3 * std).all())
 
 
-def open_run(run: Path, which: str = "best") -> Trained:
-    """Read a run folder back. Raises RunError when it is none or has no checkpoint, ConfigError when a part is gone."""
-    spec = read_spec(read_config(run), lambda path: f"{run}/config.yaml")
+def open_run(run: str | Path, which: str | None = None) -> Trained:
+    """Read a trained model back.
+
+    Args:
+        run: the folder of a run, or of one of its checkpoints.
+        which: best, last, or the folder of a checkpoint; None: best, or the checkpoint that `run` is.
+
+    Raises RunError when there is no such run or checkpoint, ConfigError for an unknown part.
+    """
+    run = expanded(run)
+    of_checkpoint = run_of_checkpoint(run)
+    if of_checkpoint is not None:
+        if which is not None:
+            advice = f"leave out --checkpoint {which}, or give the run {of_checkpoint}"
+            raise RunError(f"{run} is a checkpoint: {advice}")
+        run, which = of_checkpoint, str(run)
+    spec = read_spec_of(run, read_config(run))
     facts = read_facts(run)
     model = build_model(spec, facts["in_shape"], facts["out_shape"], facts.get("columns", ()))
-    chosen = load_weights(model, run, which)
+    chosen = load_weights(model, run, which or "best")
     if chosen is None:
         raise RunError(f"{run} has no checkpoint: was it trained with callbacks.checkpoint?")
     return Trained(spec, run, model, spec.parts["task"](), facts, chosen)
+
+
+def read_spec_of(run: Path, tree: Mapping[str, Any]) -> Spec:
+    """Check the config of a run, as it is or with overrides.
+
+    Raises ConfigError; when plugins of the run are not loaded, with nothing but how to give them.
+    """
+    try:
+        return read_spec(tree, lambda path: f"{run}/config.yaml")
+    except ConfigError as error:
+        missing = [plugin for plugin in plugins_of(run) if not is_loaded(plugin)]
+        if not missing:
+            raise
+        given = " ".join(f"--plugins {pasted(shorter(plugin))}" for plugin in missing)
+        raise ConfigError([f"{run} was trained with plugins: give {given}"]) from error

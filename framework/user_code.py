@@ -17,6 +17,7 @@ from types import FrameType, TracebackType
 from typing import NamedTuple
 
 from .errors import BuildError, FrameworkError
+from .paths import shorter
 
 OWN = ("framework", "framework_plugins")
 LONGEST = 300  # characters of an error's text
@@ -60,14 +61,6 @@ class Place(NamedTuple):
         for folder in INSTALLED:
             file = file.rpartition(folder)[2]
         return f"{file}:{self.line}{within}"
-
-
-def shorter(path: str | Path) -> str:
-    """Return a path relative to the working folder, if it is below it."""
-    try:
-        return str(Path(path).resolve().relative_to(Path.cwd()))
-    except (ValueError, OSError):
-        return str(path)
 
 
 def user_place(error: BaseException) -> Place | None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from framework import Data, Shape, TensorSplit
 from framework.data import Scale, Target
 from framework.errors import DataError, SettingError
+from framework.paths import expanded, pasted, shorter
 from framework.seeds import generator
 
 Pair = tuple[Tensor, Tensor]
@@ -182,7 +183,16 @@ def scaled(amounts: Tensor, scale: Scale | None) -> Tensor:
 
 def cache_folder() -> Path:
     """Return where `scripts/fetch_data` puts what it fetches."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "framework"
+    return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "framework"
+
+
+def fetching(name: str) -> str:
+    """Return the command that fetches a data set, by the script of a checkout or the installed copy."""
+    here = Path(__file__).parent
+    script = here.parent / "scripts" / "fetch_data"
+    if not script.is_file():
+        return f"bash {pasted(here / 'fetch_data')} {name}"
+    return f"{pasted(shorter(script))} {name}"
 
 
 def data_folder(name: str, size: str, fallback: str) -> Path:
@@ -190,7 +200,7 @@ def data_folder(name: str, size: str, fallback: str) -> Path:
     folder = cache_folder() / name
     if not folder.is_dir():
         raise DataError(
-            f"{name} is not in {folder}; fetch it ({size}) with: scripts/fetch_data {name} ({fallback} needs no file)"
+            f"{name} is not in {folder}; fetch it ({size}) with: {fetching(name)} ({fallback} needs no file)"
         )
     return folder
 

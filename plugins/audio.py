@@ -334,7 +334,9 @@ def framed(features: Tensor, right: Any) -> Tensor:
 def class_names(trainer: Trainer) -> list[str]:
     """Return the names of the classes that the run's folder keeps, if it does."""
     facts = trainer.folder / "facts.json" if trainer.folder is not None else None
-    return list(json.loads(facts.read_text()).get("classes", ())) if facts is not None and facts.is_file() else []
+    if facts is None or not facts.is_file():
+        return []
+    return list(json.loads(facts.read_text(encoding="utf-8")).get("classes", ()))
 
 
 def predictions_table(targets: list[int], found: list[int], probability: list[float], names: list[str]) -> str:

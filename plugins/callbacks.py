@@ -170,6 +170,7 @@ class Checkpoint(Callback):
     """
 
     changes_training = False
+    saves = True
 
     def __init__(
         self,

@@ -69,7 +69,9 @@ def count_pairs(trainer: Trainer) -> Tensor:
 def counts_table(counts: Tensor, trainer: Trainer) -> str:
     """Return the counts as a table in markdown, with the names of the classes where the run's folder keeps them."""
     facts = trainer.folder / "facts.json" if trainer.folder is not None else None
-    found = json.loads(facts.read_text()).get("classes", ()) if facts is not None and facts.is_file() else ()
+    found: list[str] = []
+    if facts is not None and facts.is_file():
+        found = json.loads(facts.read_text(encoding="utf-8")).get("classes", [])
     names = list(found) if len(found) == len(counts) else [str(index) for index in range(len(counts))]
     head = [f"| is \\ taken for | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     rows = zip(names, counts.long().tolist(), strict=True)

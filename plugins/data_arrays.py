@@ -17,6 +17,7 @@ from framework_plugins.arrays import (
     AutoScaling,
     as_batch_of,
     cache_folder,
+    fetching,
     load_arrays,
     numbers,
     standardise,
@@ -174,7 +175,7 @@ class FashionMnist(Idx):
         if found is None:
             looked = " and ".join(map(str, folders))
             raise DataError(
-                f"Fashion-MNIST is not in {looked}; fetch it (31 MB) with: scripts/fetch_data fashion_mnist "
+                f"Fashion-MNIST is not in {looked}; fetch it (31 MB) with: {fetching('fashion_mnist')} "
                 "(data=digits data.image=true needs no file)"
             )
         super().__init__(found, list(FASHION), val_fraction, split_seed, normalize)

@@ -16,7 +16,7 @@ from torch import Tensor
 from framework import Data, NonNegativeFloat, PositiveFloat, PositiveInt, Rate, TensorSplit, datasets, seeds
 from framework.errors import DataError, did_you_mean
 from framework.memory import check_room
-from framework_plugins.arrays import cache_folder, split_rows
+from framework_plugins.arrays import cache_folder, fetching, split_rows
 from framework_plugins.data_images import part_folders
 
 ENDINGS = {".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au"}
@@ -328,7 +328,7 @@ def find_voices(roots: Sequence[Path]) -> Path:
             return root
     looked = " or ".join(map(str, roots))
     raise DataError(
-        f"the Asterisk prompts are not in {looked}; fetch them (98 MB) with: scripts/fetch_data asterisk. "
+        f"the Asterisk prompts are not in {looked}; fetch them (98 MB) with: {fetching('asterisk')}. "
         "Without them: data=tones"
     )
 

@@ -14,7 +14,7 @@ from framework.data import WindowSplit
 from framework.errors import DataError
 from framework.registry import Registry
 from framework.schema import PartOf
-from framework_plugins.arrays import cache_folder
+from framework_plugins.arrays import cache_folder, fetching
 
 Tokens = Annotated[Callable[..., Any], PartOf("tokenizer")]
 PIECE = 50_000  # characters that are made into tokens at once
@@ -164,7 +164,7 @@ class Bible(LanguageData):
         """
         path = path.expanduser() if path is not None else cache_folder() / "bible" / "kjv.txt"
         if not path.is_file():
-            raise DataError(f"there is no {path}; fetch it (scripts/fetch_data bible), or take data=stdlib_source")
+            raise DataError(f"there is no {path}; fetch it ({fetching('bible')}), or take data=stdlib_source")
         self.learn(read(path), tokenizer, length, overlap, val_fraction, test_fraction, measured)
 
 

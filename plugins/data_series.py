@@ -429,7 +429,8 @@ class Electricity(SeriesData):
 def longest_list(path: Path) -> list[float]:
     """Return the longest list of numbers that is written in a file of Python. The file is read, not run."""
     try:
-        lists = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.List)]
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        lists = [node for node in ast.walk(tree) if isinstance(node, ast.List)]
         return [float(number) for number in ast.literal_eval(max(lists, key=lambda node: len(node.elts)))]
     except (OSError, SyntaxError, ValueError, TypeError) as error:
         raise DataError(f"{path} holds no list of numbers ({error}); fetch it again") from error

@@ -17,7 +17,7 @@ from framework.data import RaggedSplit
 from framework.errors import DataError, did_you_mean
 from framework.registry import Registry
 from framework.schema import PartOf
-from framework_plugins.arrays import cache_folder
+from framework_plugins.arrays import cache_folder, fetching
 
 Tokens = Annotated[Callable[..., Any], PartOf("tokenizer")]
 Rows = Mapping[str, Sequence[int]]
@@ -195,9 +195,7 @@ class Spam(TextData):
         """
         folder = folder.expanduser() if folder is not None else cache_folder() / "spam"
         if not all((folder / group).is_dir() for groups in self.groups.values() for group in groups):
-            raise DataError(
-                f"{folder} has not the mails; fetch them (scripts/fetch_data spam), or take data=docstrings"
-            )
+            raise DataError(f"{folder} has not the mails; fetch them ({fetching('spam')}), or take data=docstrings")
         owners: dict[str, tuple[int, str]] = {}  # each mail once, where it comes first
         for part, groups in self.groups.items():
             for group in groups:

@@ -51,6 +51,8 @@ class Progress(Callback):
             self.live = None
         self.trainer, self.stream = trainer, sys.stderr
         self.began, self.steps_before = time.monotonic(), trainer.state.step
+        if self.stream is None:  # a process without a console
+            return
         if self.style == "bar" or (self.style == "auto" and is_terminal(self.stream)):
             self.live = open_live(self.stream)
             self._draw("")
@@ -114,7 +116,7 @@ class Progress(Callback):
 
     def _print(self, state: State) -> None:
         """Print a line for this step, unless there is one."""
-        if self.live is None and self.printed != state.step:
+        if self.live is None and self.stream is not None and self.printed != state.step:
             self.printed = state.step
             print(
                 "  ".join((self._counts(state), *self._values(state), *self._pace(state))), file=self.stream, flush=True

@@ -146,7 +146,7 @@ class Distillation(Classification):
 
         if self.path is None:
             raise SettingError("distillation needs a teacher: task.teacher=RUN, the folder of a trained classifier")
-        return open_run(self.path.expanduser())
+        return open_run(self.path)
 
     def step(self, model: nn.Module, batch: Batch) -> Step:
         step = super().step(model, batch)

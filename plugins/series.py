@@ -167,8 +167,16 @@ class Predictions(Callback):
 
     def on_fit_start(self, trainer: Trainer) -> None:
         split = getattr(trainer.val_batches, "split", None)
-        if not isinstance(split, TensorSplit) or not split.tensors[-1].is_floating_point():
-            raise SettingError("callbacks.predictions: it shows values of a validation split in memory; there is none")
+        missing = None
+        if trainer.val_batches is None:
+            missing = "there is no validation split"
+        elif not isinstance(split, TensorSplit):
+            missing = "the validation split is not in memory"
+        elif not split.tensors[-1].is_floating_point():
+            missing = "the targets here are classes (callbacks.confusion shows those)"
+        if missing is not None:
+            said = "it shows predicted values beside the targets of a validation split in memory"
+            raise SettingError(f"callbacks.predictions: {said}; {missing}")
 
     def on_step_end(self, trainer: Trainer) -> None:
         if self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0):

@@ -209,7 +209,7 @@ def provide(root: Path) -> None:
     words, chance = ["yes", "no", "perhaps", "never", "always"], random.Random(0)
     texts = [" ".join(chance.choices(words, k=chance.randint(1, 30))) for _ in range(400)]
     lines = [f"{text},{'even' if text.count('yes') % 2 == 0 else 'odd'}" for text in texts]
-    (root / "texts.csv").write_text("\n".join(["text,label", *lines]))
+    (root / "texts.csv").write_text("\n".join(["text,label", *lines]), encoding="utf-8")
     (root / "series.csv").write_text(
         "\n".join(["load", *(f"{hour % 24 + chance.random():.3f}" for hour in range(900))])
     )

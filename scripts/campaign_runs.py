@@ -50,7 +50,7 @@ def status_of(child: int) -> int:
 
 def done(run: Path) -> bool:
     """Whether a run has come to its end."""
-    return json.loads((run / "status.json").read_text())["status"] == "done"
+    return json.loads((run / "status.json").read_text(encoding="utf-8"))["status"] == "done"
 
 
 def differences(whole: Path, killed: Path) -> Iterator[str]:
@@ -82,7 +82,7 @@ def plain(value: Any) -> Any:
 
 
 def metrics(run: Path) -> list[Any]:
-    lines = (run / "metrics.jsonl").read_text().splitlines()
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [plain(json.loads(line)) for line in lines]
 
 

@@ -229,7 +229,7 @@ def fill_up(case: Case) -> Tally | str:
         told = Path(root) / "told.json"
         if status_of(fork(lambda: told.write_text(json.dumps(on_a_small_disk(case, Path(root)))))):
             return Tally(case.name, wrong=["the campaign itself failed"])
-        tally = json.loads(told.read_text())
+        tally = json.loads(told.read_text(encoding="utf-8"))
         return tally if isinstance(tally, str) else Tally(case.name, Counter(tally[0]), Counter(tally[1]), tally[2])
 
 

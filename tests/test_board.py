@@ -18,6 +18,10 @@ from framework.errors import FrameworkError, RunError
 def test_it_serves_the_runs_and_ends_with_a_signal(tmp_path):
     with SummaryWriter(str(tmp_path / "runs" / "default" / "first")) as writer:
         writer.add_scalar("val/loss", 0.5, 1)
+    for number in range(40):
+        run = tmp_path / "runs" / "default" / str(number)
+        run.mkdir()
+        (run / "events.out.tfevents.1").touch()
     command = f"from pathlib import Path; from framework.board import serve; serve(Path({str(tmp_path / 'runs')!r}), 0)"
     process = subprocess.Popen(
         [sys.executable, "-c", command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -25,6 +29,7 @@ def test_it_serves_the_runs_and_ends_with_a_signal(tmp_path):
     try:
         line = process.stdout.readline()
         assert line.startswith(f"TensorBoard shows {tmp_path / 'runs'} at http://127.0.0.1:")
+        assert process.stdout.readline().startswith("tick some of the 41 runs to see curves")
         address = line.split(" at ")[1].split()[0]
         with urllib.request.urlopen(f"{address}data/runs", timeout=20) as answer:
             assert isinstance(json.load(answer), list)

@@ -1,5 +1,6 @@
 import gzip
 import json
+import shlex
 import struct
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 
 import framework as fw
 from framework.errors import DataError
+from framework_plugins import arrays
 
 ROOT = Path(__file__).parents[1]
 RNG = np.random.default_rng(0)
@@ -159,3 +161,13 @@ def test_npz_that_cannot_be_used(tmp_path):
     np.savez(path, x=np.zeros((4, 3)), y=np.array([{}, 1, 2, 3], dtype=object))
     with pytest.raises(DataError, match=r"d\.npz cannot be read as an array .*Object arrays"):
         fw.datasets.build("npz", path=path)
+
+
+def test_the_advice_names_a_script_that_is_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script = shlex.split(arrays.fetching("diamonds"))[0]
+    assert Path(script).is_file()
+    monkeypatch.setattr(arrays, "__file__", str(tmp_path / "site packages/framework_plugins/arrays.py"))
+    installed = str(tmp_path / "site packages/framework_plugins/fetch_data")
+    assert shlex.split(arrays.fetching("diamonds")) == ["bash", installed, "diamonds"]
+    assert (ROOT / "plugins/fetch_data").read_text() == (ROOT / "scripts/fetch_data").read_text(), "it is packaged"

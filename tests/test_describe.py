@@ -102,7 +102,7 @@ def test_show(shop):
     assert "required" in shown
     assert "test_describe.py:" in shown
     assert "framework train optimizer=sgdx optimizer.lr=..." in " ".join(shown.split())
-    assert "framework train 'callbacks=[adam]'" in text(show(find(shop, "callback/adam")))  # brackets are no markup
+    assert "framework train +callbacks=adam callbacks.adam.every=1epoch" in text(show(find(shop, "callback/adam")), 200)
 
 
 def test_lists(shop):

@@ -126,3 +126,9 @@ def test_a_dumb_terminal_gets_lines_and_nothing_of_rich_is_needed_for_them(monke
         fit(fw.callbacks.build("progress"))
     assert screen[0].count("\r\n") == 2
     assert "\x1b" not in screen[0]
+
+
+def test_a_process_without_stderr_shows_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert fit(fw.callbacks.build("progress")).state.epoch == 2
+    assert capsys.readouterr().out == ""

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from framework.data import Loader, TensorSplit
 from framework.errors import FrameworkError
-from framework.experiment import Result
+from framework.experiment import Result, data_advice
 from framework.report import check_output, metric_table, percent, print_result, print_values, write_predictions
 
 METRICS = {
@@ -40,12 +41,80 @@ def test_the_end_of_a_run(capsys, tmp_path, monkeypatch):
         "\n1,200 steps in 3.2 s\nrun      runs/default/x\n"
         "measure  framework eval runs/default/x\nwatch    framework board\n"
     )
-    print_result(Result(Path("y"), METRICS, stopped="SIGINT", signal=2))
-    assert capsys.readouterr().out.endswith("run      y\ngo on    framework resume y\nwatch    framework board\n")
+    print_result(Result(Path("runs/default/y"), METRICS, stopped="SIGINT", signal=2))
+    assert capsys.readouterr().out.endswith(
+        "run      runs/default/y\ngo on    framework resume runs/default/y\nwatch    framework board\n"
+    )
     print_result(Result(Path("x"), METRICS, stopped="early_stop: enough", seconds=240, steps=1), "seed=3")
     said = capsys.readouterr().out
     assert said.startswith("\nseed=3\n")
     assert said.endswith("\n1 step in 4.0 min, stopped: early_stop: enough\nrun      x\n")
+
+
+def test_the_table_says_which_weights_were_measured():
+    assert list(metric_table(METRICS, {"val": "last, step 1,080", "test": "best, step 900"})) == [
+        "                              loss   accuracy",
+        "train                       0.1235           ",
+        "val (last, step 1,080)        0.25        0.9",
+        "test (best, step 900)          0.5          1",
+    ]
+
+
+def test_steps_and_seconds_are_those_of_the_same_training(capsys):
+    result = Result(Path("x"), METRICS, seconds=5.0, steps=1200, fit_seconds=3.2, fit_steps=1200)
+    print_result(result)
+    assert "\n1,200 steps in 3.2 s; 5.0 s with start-up and test\n" in capsys.readouterr().out
+    result.fit_steps = 200
+    print_result(result)
+    said = "\n200 steps in 3.2 s (with those before: 1,200); 5.0 s with start-up and test\n"
+    assert said in capsys.readouterr().out
+
+
+TRAIN = "train model.depth=1 model.width=4 loader.batch_size=1000 optimizer.lr=0.1 loggers=[json_lines] run.name=first"
+
+
+def test_the_table_of_a_run_agrees_with_its_checkpoints(command):
+    _, out, _ = command(f"{TRAIN} trainer.max_epochs=4 callbacks.checkpoint.mode=max")  # the first is the best
+    rows = {line.split("  ")[0]: line.split()[-2] for line in out.splitlines()[:4] if "(" in line}
+    best = Path("runs/default/first/checkpoints/best").resolve()
+    assert best.name != "step-00000008"
+    assert list(rows) == ["val (last, step 8)", f"test (best, step {int(best.name[5:])})"]
+    measured = json.loads(command("eval runs/default/first --json")[1])
+    assert f"{measured['test/loss']:.4g}" == rows[f"test (best, step {int(best.name[5:])})"]
+    measured = json.loads(command("eval runs/default/first --checkpoint last --split val --json")[1])
+    assert f"{measured['val/loss']:.4g}" == rows["val (last, step 8)"]
+    _, again, _ = command("resume runs/default/first")
+    assert again.splitlines()[1:5] == out.splitlines()[:4], "a run that is done already has the same table"
+
+
+def test_a_run_that_saves_nothing_says_so(command):
+    _, out, _ = command(f"{TRAIN} trainer.max_steps=1 callbacks=[gradient_norm]")
+    assert out.startswith("no checkpoints are saved, so the run cannot be resumed or evaluated: +callbacks=checkpoint")
+    assert "test (last, step 1)" in out
+    assert "no checkpoints" not in command(f"{TRAIN} trainer.max_steps=1 callbacks=[checkpoint] run.name=b")[1]
+
+
+@pytest.mark.parametrize(
+    ("shares", "seconds", "settings", "said"),
+    [
+        (
+            {"waiting for data": 0.7},
+            10,
+            {},
+            "70% of the time waited for data: loader.workers=2 reads ahead; loader.read",
+        ),
+        ({"waiting for data": 0.7}, 10, {"workers": 2}, "70% of the time waited for data: loader.read=memory"),
+        ({"waiting for data": 0.7}, 1, {}, None),
+        ({"waiting for data": 0.2}, 10, {}, None),
+        ({"steps": 1.0}, 10, {}, None),
+    ],
+)
+def test_advice_on_slow_data(shares, seconds, settings, said, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    split = TensorSplit(torch.zeros(8, 1), torch.zeros(8))
+    advice = data_advice(Loader(split, read="workers", **settings), shares, seconds)
+    assert advice is said if said is None else advice.startswith(said)
+    assert data_advice(Loader(split), shares, seconds) is None, "what is in memory cannot be read ahead"
 
 
 def test_the_values_of_an_evaluation(capsys):

@@ -1,6 +1,7 @@
 """Time series: sequences of unequal length, windows to forecast from, models, real data."""
 
 from datetime import datetime, timedelta
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -284,12 +285,16 @@ class TestPictures:
         assert (red | black).any(1).all()
 
     def test_it_says_when_there_is_nothing_to_draw(self):
-        with pytest.raises(SettingError, match="it shows values of a validation split in memory"):
+        with pytest.raises(SettingError, match="the targets here are classes"):
             self.shown(torch.arange(10) % 2, torch.nn.Linear(1, 2))
+        callback = fw.callbacks.build("predictions")
+        for val, said in ((None, "there is no validation split"), ([], "the validation split is not in memory")):
+            with pytest.raises(SettingError, match=said):
+                callback.on_fit_start(SimpleNamespace(val_batches=val))
 
 
 def test_data_that_is_not_there_is_told_how_to_fetch(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for name in ("vowels", "electricity"):
-        with pytest.raises(DataError, match=rf"{name} is not in .* with: scripts/fetch_data {name} \(data="):
+        with pytest.raises(DataError, match=rf"{name} is not in .* with: \S*scripts/fetch_data {name} \(data="):
             fw.datasets.build(name)

@@ -149,3 +149,27 @@ def test_what_is_not_marked_as_torch_does_it_stays_as_it_is():
     assert unmarked(Path.exists) is None
     assert unmarked(len) is None
     assert unmarked(3) is None
+
+
+CYCLE = """
+import sys
+from framework.arguments import importing_torch
+
+class Cycle:
+    def __init__(self):
+        self.itself = self
+
+    def __del__(self):
+        print("finalized")
+
+assert "torch" not in sys.modules
+with importing_torch():
+    pass
+Cycle()
+"""
+
+
+def test_at_exit_objects_in_cycles_are_finalized(tmp_path):
+    """Libraries such as nanobind report as leaks what the last garbage collection has not found."""
+    done = subprocess.run([sys.executable, "-c", CYCLE], cwd=tmp_path, stdout=subprocess.PIPE, text=True, check=True)
+    assert done.stdout == "finalized\n"

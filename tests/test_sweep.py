@@ -4,6 +4,7 @@ import io
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,11 @@ from tensorboard.backend.event_processing.plugin_event_multiplexer import EventM
 from tensorboard.plugins.base_plugin import TBContext
 from tensorboard.plugins.hparams import api_pb2, backend_context, get_experiment, list_session_groups
 
+from framework.describe import console
 from framework.run import read_config
 from framework.tuning.folder import SweepFolder, Trial, run_name
 from framework.tuning.live import Lines, LiveTable, Output
-from framework.tuning.table import best_trial, ending, grouped, on_front, ranked, shown
+from framework.tuning.table import best_trial, ending, grouped, on_front, ranked, shown, table
 from sweeps import rows, table_of
 
 QUICK = "model.width=8 model.depth=1 trainer.max_steps=4 callbacks=[checkpoint] loggers=[json_lines] data=blobs"
@@ -194,9 +196,36 @@ def test_the_live_table_and_a_trials_output(tmp_path, monkeypatch):
 
 
 def test_a_line_for_each_trial_where_nobody_looks(capsys):
-    for each in (TRIALS[0], Trial(1, {"a": None}, state="failed", error="no", seconds=1.5)):
-        Lines({"val/loss": "min"}).ends(each)
-    assert capsys.readouterr().out == "000 lr=1 seed=0  val/loss 3  0.0 s\n001 a=null  failed  1.5 s: no\n"
+    lines = Lines({"val/loss": "min"})
+    for each in (TRIALS[0], *failures("no", "no", "odd")):
+        lines.ends(each)
+    assert capsys.readouterr().out.splitlines() == [
+        "000 lr=1 seed=0  val/loss 3  0.0 s",
+        "001 a=null  failed  1.5 s: no",
+        "002 a=null  failed  1.5 s: the same error as trial 001",
+        "003 a=null  failed  1.5 s: odd",
+    ]
+
+
+def failures(*errors):
+    common = {"settings": {"a": None}, "state": "failed", "seconds": 1.5}
+    return [Trial(number, folder=f"{number:03}", error=error, **common) for number, error in enumerate(errors, 1)]
+
+
+def test_the_end_names_each_error_once_and_what_the_values_are_of(tmp_path):
+    done = replace(TRIALS[0], metrics={"val/loss": 3.0, "test/loss": 2.0})
+    lines = list(ending(SweepFolder(tmp_path / "a b"), [done, *failures("no", "no", "odd")], {"val/loss": "min"}))
+    assert lines[:2] == ["failed   2 trials, 001 first: no", "failed   003: odd"]
+    assert lines[2].startswith("values   val/... after the last step; test/... of the best checkpoint")
+    assert lines[-1] == f"watch    framework board --root '{tmp_path}/a b'"
+
+
+def test_a_long_value_does_not_make_the_table_wide():
+    trials = [Trial(number, {"width": list(range(100 + number))}, state="done") for number in range(2)]
+    written = io.StringIO()
+    console(written).print(table(trials, {"val/loss": "min"}))
+    assert max(map(len, written.getvalue().splitlines())) < 80
+    assert "[0, 1, 2, 3, 4," in written.getvalue()
 
 
 def test_a_long_value_does_not_widen_the_table():

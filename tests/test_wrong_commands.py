@@ -309,7 +309,6 @@ def runs(tmp_path_factory):
         ("eval {runs}/default/bare", "has no checkpoint"),
         ("eval {runs}/default/good --checkpoint nowhere", "nowhere"),
         ("eval {runs}/default/good --split validation", "invalid choice: 'validation'"),
-        ("eval {runs}/default/mine", "there is no activation 'mine'"),
         ("eval {runs}/default/mine", "was trained with plugins: give --plugins {runs}/mine.py"),
         ("predict {runs}/default/good --input no.npz --output y.csv", "no.npz"),
         ("predict {runs}/default/good --input {runs}/wide.npz --output y.csv", "65"),

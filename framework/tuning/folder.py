@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from ..errors import RunError
-from ..run import NAME, claim, locked, take
+from ..run import NAME, check_encoding, claim, locked, take
 
 State = Literal["running", "done", "pruned", "failed", "stopped"]
 LONGEST = 80  # characters of a trial's name; TensorBoard lists runs in a narrow column
@@ -62,6 +62,7 @@ class SweepFolder:
         if name is not None and (not re.fullmatch(NAME, name) or ".." in name):
             raise RunError(f"sweep.name should be letters, digits, '.', '_' and '-' (at most 128), not {name!r}")
         parent = root / experiment
+        check_encoding(parent.resolve())
         try:
             parent.mkdir(parents=True, exist_ok=True)
             with locked(parent):
@@ -79,13 +80,13 @@ class SweepFolder:
     def asked(self) -> dict[str, Any]:
         """Return what was asked for, empty when this is not the folder of a sweep."""
         try:
-            return dict(json.loads((self.path / "sweep.json").read_text()))
+            return dict(json.loads((self.path / "sweep.json").read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return {}
 
     def conduct(self) -> None:
         """Let no other process begin trials here until `release`. Raises RunError when one does."""
-        self.lock = (self.path / "sweep.lock").open("a")
+        self.lock = (self.path / "sweep.lock").open("a", encoding="utf-8")
         if not take(self.lock):
             self.lock.close()
             raise RunError(f"{self.path} is run by another process: wait for it, or choose another sweep.name")
@@ -133,7 +134,7 @@ class SweepFolder:
 
     def write(self, file: str, text: str) -> None:
         beside = self.path / f"{file}.tmp"
-        beside.write_text(text)
+        beside.write_text(text, encoding="utf-8")
         os.replace(beside, self.path / file)
 
 

@@ -27,6 +27,7 @@ class Lines:
 
     def __init__(self, by: Direction):
         self.by = by
+        self.errors: dict[str, int] = {}  # the first trial that failed with an error
 
     def begins(self, trial: Trial) -> None:
         """Nothing is printed of a trial that has just begun."""
@@ -38,7 +39,11 @@ class Lines:
         values = [f"{name} {trial.metrics[name]:.4g}" for name in self.by if name in trial.metrics]
         state = [] if trial.state == "done" and values else [trial.state]
         told = "  ".join([label(trial), *state, *values, f"{trial.seconds:.1f} s"])
-        print(f"{told}: {trial.error}" if trial.error else told, flush=True)
+        if trial.error:
+            first = self.errors.setdefault(trial.error, trial.number)
+            same = first != trial.number
+            told += f": the same error as trial {first:03}" if same else f": {trial.error}"
+        print(told, flush=True)
 
     def close(self) -> None:
         """Nothing is open."""
@@ -147,7 +152,7 @@ class Output(io.TextIOBase):
         for line in [line for line in lines if line.strip()][-1:]:
             self.shown_on.said(line)
         if self.folder.is_dir() and lines:
-            with (self.folder / "output.txt").open("a") as file:
+            with (self.folder / "output.txt").open("a", encoding="utf-8", errors="replace") as file:
                 file.write(self.pending)
             self.pending = ""
         return len(text)

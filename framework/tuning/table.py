@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..paths import pasted
 from .folder import SweepFolder, Trial, short
 
 if TYPE_CHECKING:
@@ -148,17 +149,23 @@ def states(trials: Sequence[Trial]) -> str:
 
 def ending(folder: SweepFolder, trials: Sequence[Trial], by: Direction) -> Iterator[str]:
     """Yield the lines below the table: what failed and why, where the best run lies, what to do next."""
+    failed: dict[str, list[str]] = {}
     for trial in trials:
         if trial.state == "failed":
-            yield f"failed   {trial.folder}: {trial.error}"
+            failed.setdefault(trial.error, []).append(trial.folder or f"trial {trial.number}")
+    for error, names in failed.items():
+        which = names[0] if len(names) == 1 else f"{len(names)} trials, {names[0]} first"
+        yield f"failed   {which}: {error}"
+    if {"val", "test"} <= {name.partition("/")[0] for trial in trials for name in trial.metrics}:
+        yield "values   val/... after the last step; test/... of the best checkpoint, if one was saved"
     seconds = sum(trial.seconds for trial in trials)
     time = f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
     steps = sum(trial.steps for trial in trials)
-    yield f"trials   {len(trials)}: {states(trials)}; {steps:,} steps, {time} of training"
+    yield f"trials   {len(trials)}: {states(trials)}; {steps:,} steps, {time} with building and testing"
     best, metric = best_trial(trials, by), next(iter(by))
     if best is not None:
         yield f"best     {folder.path / best.folder}  {metric} {best.metrics[metric]:.4g}"
     yield f"sweep    {folder.path}"
     if any(not trial.over for trial in trials):
         yield "go on    the same command with " + f"sweep.name={folder.path.name} resume=auto"
-    yield f"watch    framework board --root {folder.path}"
+    yield f"watch    framework board --root {pasted(folder.path)}"

@@ -15,6 +15,7 @@ from ..compose import Composing, Job
 from ..errors import ConfigError, FrameworkError
 from ..experiment import Result
 from ..resume import fingerprint
+from ..streams import prepare_streams
 from .composer import Composer
 from .folder import SweepFolder, Trial, run_name
 from .isolation import isolated
@@ -71,6 +72,7 @@ class Trials:
 
     def __call__(self, config: Any) -> Any:
         """Run the trial of a config that Hydra composed, or go on with it where its job is queued again."""
+        prepare_streams()  # of a launcher's process, which has begun with others than the command's
         job = self.place(self.composing.job(config))
         earlier = self.earlier(job)
         if earlier is not None and earlier.config == fingerprint(job.spec.tree):

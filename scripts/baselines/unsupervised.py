@@ -84,7 +84,7 @@ def probes(features, counts=(2000, None)):
 def untrained():
     """The network of `contrastive` as it begins, its batch norms fitted to the data."""
     file = Path(next(iter(framework_conf.__path__)), "experiment", "contrastive.yaml")
-    settings = yaml.safe_load(file.read_text())["model"]
+    settings = yaml.safe_load(file.read_text(encoding="utf-8"))["model"]
     torch.manual_seed(0)
     network = fw.models.build(settings.pop("name"), (1, 28, 28), (64,), **settings).train()
     ((train, _),) = splits(True, "train")

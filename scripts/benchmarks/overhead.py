@@ -93,7 +93,7 @@ def fit(laps: Laps, samples: int, max_steps: int | None = None, max_epochs: int 
 
 def resident() -> float:
     """The resident memory of this process in MB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) / 1024
     raise OSError("/proc/self/status does not say VmRSS")

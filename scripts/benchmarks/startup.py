@@ -54,8 +54,8 @@ Command = list[str]
 def startup(rounds: int, fused: bool) -> int:
     """Print the seconds of ours and of what it is compared with, in pairs."""
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "plain.py").write_text(PLAIN.replace("FUSED", "fused=True" if fused else ""))
-        Path(folder, "first_step.py").write_text(FIRST_STEP)
+        Path(folder, "plain.py").write_text(PLAIN.replace("FUSED", "fused=True" if fused else ""), encoding="utf-8")
+        Path(folder, "first_step.py").write_text(FIRST_STEP, encoding="utf-8")
         framework = [sys.executable, "-m", "framework"]
         training = [*framework, "train", "--plugins", "first_step.py", "+callbacks=first_step"]
         first_step = partial(seconds_to_first_step, folder=folder)

@@ -1,0 +1,69 @@
+"""Paths as a user types them, and paths and values as suggested commands show them."""
+
+import os
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+from .errors import SettingError
+
+
+def expanded(path: str | Path) -> Path:
+    """Return a path with a leading `~` or `~user` replaced by that home folder.
+
+    A file or folder of the working folder whose name begins with `~` stays as it is.
+
+    Raises SettingError when there is no such user.
+    """
+    text = os.path.expanduser(path)
+    first = text.partition(os.sep)[0]
+    if first.startswith("~") and not os.path.lexists(first):
+        raise SettingError(f"{str(path)!r} names the home folder of an unknown user {first[1:]!r}")
+    return Path(text)
+
+
+def with_homes(value: Any) -> Any:
+    """Return a value in which every path, also in a list or tuple, has its `~` replaced."""
+    if isinstance(value, Path):
+        return expanded(value)
+    if type(value) in (list, tuple):
+        return type(value)(with_homes(item) for item in value)
+    return value
+
+
+def shorter(path: str | Path) -> str:
+    """Return a path relative to the working folder if it is below it."""
+    try:
+        return str(Path(path).resolve().relative_to(Path.cwd()))
+    except (ValueError, OSError):
+        return str(path)
+
+
+def pasted(path: str | Path) -> str:
+    """Return a path as a word of a shell command that works in the working folder."""
+    text = str(path)
+    if text.startswith("-"):
+        text = f"./{text}"  # otherwise it would be read as an option
+    return shlex.quote(text)
+
+
+def typed(value: bool | int | float | str) -> str:
+    """Return a value as it is typed after the = of an override."""
+    if not isinstance(value, str):
+        return repr(value).lower() if isinstance(value, bool) else repr(value)
+    if re.fullmatch(r"[\w./][\w./:+-]*", value) and not is_other_type(value):
+        return value
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def is_other_type(text: str) -> bool:
+    """Whether a text without quotes would be read as a number, a truth value or null."""
+    if text.lower() in ("null", "true", "false"):
+        return True
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
