@@ -72,7 +72,7 @@ def check_folder(folder: Any) -> Path | None:
         return None
     if not isinstance(folder, str | os.PathLike):
         raise SettingError(f"folder: expected a path, got {short(folder)}")
-    path = expanded(folder)
+    path = expanded(os.fspath(folder))
     file = next((each for each in (path, *path.parents) if each.is_file()), None)
     if file is not None:
         raise SettingError(f"folder={path}: expected a folder, but {file} is a file")
