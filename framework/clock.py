@@ -1,7 +1,7 @@
 """Where the time of a run goes: counters that are always on and never wait for a device, and a profiler that may."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from time import perf_counter
@@ -10,6 +10,18 @@ import torch
 
 NOTHING = nullcontext()
 SKIPPED, RECORDED = 5, 50  # steps that a profiler waits, and follows
+SLOW_SHARE, SLOW_SECONDS = 0.3, 1.0  # of waiting for data, from which on there is advice
+
+
+def slow_data(shares: Mapping[str, float], seconds: float) -> float | None:
+    """Return the share of the time spent waiting for data, or None when that is little.
+
+    Args:
+        shares: of the time of training, by what it was spent on.
+        seconds: the time of training.
+    """
+    share = shares.get("waiting for data", 0.0)
+    return share if share >= SLOW_SHARE and share * seconds >= SLOW_SECONDS else None
 
 
 class Clock:

@@ -25,6 +25,7 @@ from .building import (
     scale_of,
 )
 from .checks import check_has_rate, check_loss_parameters, check_schedule, check_step_alone
+from .clock import slow_data
 from .data import Data, Loader
 from .device import intra_op_threads, suitable_threads
 from .errors import BuildError, RunError, short
@@ -54,7 +55,6 @@ if TYPE_CHECKING:
     from .plan import Plan
 
 UNSAVED = "no checkpoints are saved, so the run cannot be resumed or evaluated: +callbacks=checkpoint saves them"
-SLOW_DATA = 0.3  # of the time of training spent waiting for data, from which on there is advice
 WATCHING = ("run", "plugins", "loggers", "metrics", "log_every", "validate_every", "device")
 
 
@@ -387,12 +387,12 @@ def data_advice(loader: Loader, shares: Mapping[str, float], seconds: float) -> 
         shares: of the time, by what it was spent on.
         seconds: the whole time of training.
     """
-    share = shares.get("waiting for data", 0.0)
+    share = slow_data(shares, seconds)
+    if share is None or loader.in_memory:
+        return None
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
-    if share < SLOW_DATA or share * seconds < 1 or loader.in_memory:
-        return None
     ways = [f"loader.workers={max(cores, 2)} reads ahead"] if loader.workers < cores else []
     ways.append("loader.read=memory reads samples only once (of one shape, nothing random in them)")
     return f"{share:.0%} of the time waited for data: {'; '.join(ways)}"

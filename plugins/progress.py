@@ -6,7 +6,10 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
+from torch.utils.data import DataLoader
+
 from framework import Callback, PositiveFloat, Trainer, callbacks
+from framework.clock import slow_data
 from framework.state import State
 
 if TYPE_CHECKING:
@@ -75,6 +78,13 @@ class Progress(Callback):
 
     def on_fit_end(self, trainer: Trainer) -> None:
         self._print(trainer.state)
+        advice = data_loader_advice(trainer)
+        if advice is None or self.stream is None:
+            return
+        if self.live is not None:
+            self.live.console.print(advice, markup=False, highlight=False)
+        else:
+            print(advice, file=self.stream, flush=True)
 
     def on_close(self, trainer: Trainer) -> None:
         """Leave the bar as it is at the end, and the cursor visible; also after an exception."""
@@ -144,6 +154,15 @@ class Progress(Callback):
         if done > 0 and left > 0 and state.stop is None:
             shown.append(f"ETA {clock((time.monotonic() - self.began) / done * left)}")
         return shown
+
+
+def data_loader_advice(trainer: Trainer) -> str | None:
+    """Say how to wait less for a DataLoader without workers, if that took much of the time."""
+    loader = getattr(trainer.train_batches, "batches", None)
+    share = slow_data(trainer.clock.shares(), trainer.clock.elapsed)
+    if share is None or not isinstance(loader, DataLoader) or loader.num_workers > 0:
+        return None
+    return f"{share:.0%} of the time waited for data: DataLoader(..., num_workers=2) reads ahead"
 
 
 def is_terminal(stream: TextIO) -> bool:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import framework as fw
 from framework import Callback, TensorSplit, Trainer
@@ -132,3 +133,14 @@ def test_a_process_without_stderr_shows_nothing(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stderr", None)
     assert fit(fw.callbacks.build("progress")).state.epoch == 2
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("workers", "advised"), [(0, True), (1, False)])
+def test_advice_on_a_slow_data_loader(workers, advised, monkeypatch, capsys):
+    monkeypatch.setattr("framework.clock.SLOW_SECONDS", 0.0)
+    monkeypatch.setattr("framework.clock.SLOW_SHARE", 0.0)
+    loader = DataLoader(TensorDataset(*SPLIT.tensors), batch_size=4, num_workers=workers)
+    model = nn.Linear(2, 1)
+    trainer = Trainer(max_epochs=1, callbacks=[fw.callbacks.build("progress")], device="cpu")
+    trainer.fit(model, loader, task=nn.MSELoss(), optimizer=torch.optim.SGD(model.parameters(), 0.1))
+    assert ("DataLoader(..., num_workers=2) reads ahead" in capsys.readouterr().err) == advised
