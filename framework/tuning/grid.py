@@ -116,7 +116,7 @@ def numbered(settings: Sequence[dict[str, Any]], trials: Trials) -> dict[int, in
 
 
 def as_key(settings: dict[str, Any]) -> str:
-    """Return settings as a text, in which 8.0 is 8: a resumed sweep has no second trial of a number written otherwise."""
+    """Return settings as a text in which 8.0 is 8, so that a number written otherwise makes no second trial."""
     whole = {}
     for key, value in settings.items():
         is_whole = isinstance(value, float) and value.is_integer()
