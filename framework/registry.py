@@ -267,6 +267,8 @@ class Registry:
             lacking = [name for name in self.kind.needs if name not in entry.asks_for]
             if "name" in entry.settings:
                 raise ContractError("no setting may be called 'name': a config names the part itself by it")
+            if "defaults" in entry.settings:
+                raise ContractError("no setting may be called 'defaults': in a config it lists choices of parts")
         except ContractError as error:
             raise ContractError(f"{who}: {error}") from error
         if lacking:

@@ -706,7 +706,7 @@ def readable(default: Any) -> str:
 
 def means_default(value: Any, setting: Setting) -> bool:
     """Whether a value in a config stands for a default that the config itself cannot hold."""
-    if setting.required or setting.in_config:
+    if setting.required or setting.is_typeable:
         return False
     if makes_anew(setting.default):
         return value == str(setting.default) and not accepts(setting, value)  # of an earlier version

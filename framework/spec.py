@@ -172,7 +172,8 @@ class Reader:
             if setting.part is not None:
                 fallback = follow(setting.part)
                 if isinstance(owner, Entry) and path == owner.kind.key == setting.part:
-                    fallback = setting.default  # to follow the choice of its own kind would be to follow itself
+                    # to follow the choice of its own kind would be to follow itself
+                    fallback = "???" if setting.required else setting.default
                 part = self.nested(where, setting, given.get(key, fallback))
                 if part is not OWN_DEFAULT:
                     found[key] = part
@@ -202,6 +203,9 @@ class Reader:
                 return []
             return [self.part(registry.kind, f"{path}.{number}", item) for number, item in enumerate(value)]
         chosen = self.tree.get(registry.kind.key)
+        if value == "???":
+            self.problem(path, None, f"needs {with_article(setting.part)}: choose one with {path}=NAME")
+            return None
         nameless = isinstance(value, Mapping) and "name" not in value
         if value == follow(setting.part) or nameless:
             self.followed.add(setting.part)

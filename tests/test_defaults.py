@@ -304,6 +304,14 @@ def test_what_a_class_of_others_has_for_a_default_is_kept():
         assert each.parts["model"].settings["activation"]().k == "auto"
 
 
+def listing(defaults: float = 1.0) -> nn.Module: ...
+
+
+def test_a_setting_that_a_config_would_take_for_a_list_of_choices():
+    with pytest.raises(ContractError, match="no setting may be called 'defaults'"):
+        fw.activations.register("listing", listing)
+
+
 class Base(nn.Module):
     """A base.
 
@@ -343,6 +351,8 @@ def test_settings_that_a_class_hands_on_to_its_base():
     made = spec.parts["model"].settings["activation"]()
     assert (made.alpha, made.beta, made.gamma, made.delta) == (0.5, 2.0, 4, 5)
     assert spec.tree["model"]["activation"] == {"name": "sub", "beta": 2.0, "alpha": 0.5}
+    (spec,) = composed("activation=sub", "activation.alpha=1.0")
+    assert spec.parts["model"].settings["activation"].settings["alpha"] == 1.0, "given, though it is the default"
     fw.activations.register("swallows", Swallows)
     assert fw.activations.get("swallows").settings.keys() == {"beta"}
 
@@ -382,6 +392,20 @@ def problem_of(*overrides):
 def test_a_member_is_told_by_its_name(odd):
     said = "should be one of SOFT, HARD, not 'HRD'; did you mean 'HARD'?"
     assert said in problem_of("activation=odd", "activation.mode=HRD")
+
+
+class Outer(nn.Module):
+    def __init__(self, inner: fw.Activation, other: fw.Activation = "gelu"):
+        super().__init__()
+        self.inner, self.other = inner(), other()
+
+
+def test_a_part_of_a_part_of_its_own_kind():
+    fw.activations.register("outer", Outer)
+    (spec,) = composed("activation=outer", "activation.inner=relu")
+    made = spec.parts["model"].settings["activation"]()
+    assert (type(made.inner), type(made.other)) == (nn.ReLU, nn.GELU)
+    assert "activation.inner: needs an activation" in problem_of("activation=outer")
 
 
 def hooked(hook: type[nn.Module] = nn.ReLU, height: float = 1.0) -> nn.Module: ...

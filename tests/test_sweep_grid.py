@@ -1,6 +1,7 @@
 """Which trials a sweep has, and that composing them fast gives what Hydra would."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 from hydra.core.hydra_config import HydraConfig
@@ -11,6 +12,8 @@ from framework.errors import ConfigError
 from framework.sources import Sources
 from framework.tuning import composer
 from framework.tuning.combinations import Rule, combinations
+from framework.tuning.folder import Trial
+from framework.tuning.grid import numbered
 
 AXES = {"lr": ["lr=1", "lr=2"], "size": ["size=8", "size=9"], "seed": ["seed=0", "seed=1", "seed=2"]}
 
@@ -203,3 +206,10 @@ def test_a_single_run_has_nothing_to_do_with_the_section_sweep(tmp_path, monkeyp
     assert "sweep" not in jobs[0].spec.tree
     with pytest.raises(ConfigError, match=r"sweep\.name=a: is about a whole sweep: add -m for one, or leave it out"):
         run(CommandLine(["sweep.name=a"]), jobs.append)
+
+
+def test_a_resumed_sweep_knows_a_number_that_is_written_otherwise():
+    rows = [Trial(3, {"seed": 0, "optimizer.lr": 1.0}), Trial(4, {"seed": 1, "optimizer.lr": 0.5})]
+    trials = SimpleNamespace(folder=SimpleNamespace(trials=lambda: rows))
+    asked = [{"optimizer.lr": 1, "seed": 0.0}, {"optimizer.lr": 0.5, "seed": 2}]
+    assert numbered(asked, trials) == {0: 3, 1: 0}

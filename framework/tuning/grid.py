@@ -107,9 +107,18 @@ def values_of(override: Override) -> list[str]:
 
 def numbered(settings: Sequence[dict[str, Any]], trials: Trials) -> dict[int, int]:
     """Return the number of each trial: a resumed sweep's trials keep theirs, new ones follow."""
-    known = {repr(sorted(row.settings.items())): row.number for row in trials.folder.trials()}
+    known = {as_key(row.settings): row.number for row in trials.folder.trials()}
     if not known:
         return {}
-    texts = [repr(sorted(each.items())) for each in settings]
+    texts = [as_key(each) for each in settings]
     free = iter(number for number in range(len(known) + len(texts)) if number not in known.values())
     return {index: known[text] if text in known else next(free) for index, text in enumerate(texts)}
+
+
+def as_key(settings: dict[str, Any]) -> str:
+    """Return settings as a text in which 8.0 is 8, so that a number written otherwise makes no second trial."""
+    whole = {}
+    for key, value in settings.items():
+        is_whole = isinstance(value, float) and value.is_integer()
+        whole[key] = int(value) if is_whole else value
+    return repr(sorted(whole.items()))
