@@ -451,7 +451,8 @@ class Trainer(Evaluator):
             return
         factor = factor_of(self.schedule, self.state.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
+            base = group.setdefault("initial_lr", group["lr"])  # a callback may have added it
+            group["lr"] = base * factor
 
     def log_training(self) -> None:
         """Read the training sums since the last time, and give them to the callbacks and loggers."""

@@ -569,6 +569,42 @@ def test_the_update_is_of_the_parameters_and_states_that_are_there(optimizer, ch
     assert_same(trainer.model, expected, tolerance=1e-5 if fused else 0.0)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_layer_that_is_unfrozen_follows_the_schedule_from_there_on(fused):
+    class Unfreeze(Callback):
+        def on_step_end(self, trainer):
+            if trainer.state.step == 3:
+                unfreeze(trainer.model, trainer.optimizer)
+
+    def unfreeze(model, optimizer):
+        model[0].requires_grad_(True)
+        optimizer.add_param_group({"params": list(model[0].parameters()), "lr": 0.2})
+
+    def make(model):
+        model[0].requires_grad_(False)
+        settings = {"lr": 0.5, "momentum": 0.9, "fused": fused}
+        return torch.optim.SGD(model[3].parameters(), **settings)
+
+    def schedule(step):
+        return 1 / (1 + step)
+
+    expected = network()
+    optimizer = make(expected)
+    for step, (inputs, targets) in enumerate(zip(X.split(SIZE), Y.split(SIZE), strict=True)):
+        if step == 3:
+            unfreeze(expected, optimizer)
+        for group, rate in zip(optimizer.param_groups, (0.5, 0.2), strict=False):
+            group["lr"] = rate * schedule(step)
+        expected.zero_grad()
+        F.cross_entropy(expected(inputs), targets).backward()
+        optimizer.step()
+    model = network()
+    trainer = Trainer(max_epochs=1, device="cpu", callbacks=[Unfreeze()])
+    given = {"task": nn.CrossEntropyLoss(), "optimizer": make(model), "schedule": schedule}
+    trainer.fit(model, in_order(), **given)
+    assert_same(model, expected, tolerance=1e-6)
+
+
 AVERAGES = {
     "ema": {"decay": 0.5, "warmup": False},
     "swa": {"start": 0},
