@@ -229,7 +229,9 @@ def check_classes(data: Data, ignored: int | None) -> None:
     """Raise DataError when a split in memory has a target that is no class."""
     for name in ("train", "val", "test"):
         split = getattr(data, name, None)
-        if isinstance(split, TensorSplit) and not split.tensors[1].is_floating_point():
+        if not isinstance(split, TensorSplit) or len(split.tensors) != 2:
+            continue
+        if not split.tensors[1].is_floating_point():
             where = f"the {name} split of {type(data).__name__}"
             check_range(where, split.tensors[1], data.out_shape[0], ignored)
 

@@ -144,7 +144,7 @@ class LossTask(Task):
         self.all_kept = self.mean.none_ignored(targets)
 
     def check(self, data: Data) -> None:
-        if self.mean.form == "classes" and data.target == "class":
+        if self.mean.form == "classes" and data.target == "class" and hasattr(data, "out_shape"):
             check_classes(data, self.mean.ignored)
         if hasattr(self.loss, "learn"):
             self.loss.learn(data)

@@ -16,6 +16,7 @@ from framework.errors import DataError, FrameworkError
 from framework.loss import (
     Mean,
     check_classes,
+    check_scalar,
     class_weights,
     is_sum,
     unchanged,
@@ -34,7 +35,6 @@ class Supervised(Task):
 
     criterion: nn.Module
     target: Target
-
     row_size = 1  # numbers in the targets of a sample, where the data says so
 
     @cached_property
@@ -48,6 +48,7 @@ class Supervised(Task):
         check_tensor(model, outputs)
         targets = self.fit(outputs, targets)
         loss = self.mean.call(self.criterion, outputs, targets, self.all_kept)
+        check_scalar(self.criterion, loss)
         return Step(loss, outputs, targets)
 
     def count(self, batch: Batch) -> int | Tensor:
@@ -85,7 +86,7 @@ class Supervised(Task):
             return
         outputs, targets = self.example(4, out_shape)
         with unchanged(self.criterion):
-            if is_sum(self.criterion, outputs, targets):
+            if is_sum(self.criterion, outputs + 0.5, targets):  # a loss of zeros may be 0
                 name = type(self.criterion).__name__
                 said = "is a sum over the samples of a batch: expected their mean"
                 raise DataError(f"the loss {name} {said}")

@@ -356,6 +356,21 @@ def test_a_function_that_is_no_mean_is_refused_before_a_weight_changes(loss, mes
         Trainer(max_steps=1).evaluate(batches_of(VALUES, PARTS), model=network(), task=loss)
 
 
+class Summed(nn.Module):
+    """A loss of a third party that is a sum."""
+
+    def forward(self, outputs, targets):
+        return ((outputs - targets) ** 2).sum()
+
+
+def test_a_sum_is_refused_by_a_named_task_before_training():
+    data = fw.Data()
+    data.train, data.in_shape, data.out_shape = fw.TensorSplit(X, VALUES), (D,), (C,)
+    data.target = "value"
+    with pytest.raises(DataError, match="the loss Summed is a sum over the samples"):
+        train(fw.tasks.build("regression", loss=Summed), data, model=nn.Linear(D, C))
+
+
 @pytest.mark.parametrize(
     "loss", [nn.TripletMarginLoss(), nn.CTCLoss(), lambda o: o.mean(), F.gaussian_nll_loss], ids=name_of
 )
