@@ -1,6 +1,7 @@
 """Shapes of outputs and targets: comparing them must not broadcast one along the wrong axis."""
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import zip_longest
 from typing import Any, ClassVar
 
 import torch
@@ -71,11 +72,20 @@ def misaligned(one: torch.Size, other: torch.Size) -> bool:
     """
     if len(one) == len(other) or min(len(one), len(other)) == 0 or min(one[0], other[0]) < 2:
         return False
-    try:
-        torch.broadcast_shapes(one, other)
-    except RuntimeError:  # torch raises an error for them by itself
-        return False
-    return True
+    return broadcast(one, other) is not None  # for others torch itself raises an error
+
+
+def broadcast(one: Sequence[int], other: Sequence[int]) -> tuple[int, ...] | None:
+    """Return the shape that two shapes are broadcast to, or None.
+
+    `torch.broadcast_shapes` does the same, but imports sympy, which takes half a second.
+    """
+    sizes: list[int] = []
+    for first, second in zip_longest(reversed(one), reversed(other), fillvalue=1):
+        if first != second and 1 not in (first, second):
+            return None
+        sizes.insert(0, second if first == 1 else first)
+    return tuple(sizes)
 
 
 def call_aligned(who: str, function: Callable[[Any, Any], Any], outputs: Any, targets: Any) -> Any:
@@ -150,11 +160,13 @@ class Alignment(TorchFunctionMode):
         if not shapes or all(target.shape != self.target_shape for target in targets):
             return
         for shape in shapes:
-            spread = torch.broadcast_shapes(shape, self.target_shape)
+            spread = broadcast(shape, self.target_shape)
+            if spread is None:
+                continue
             if function in self.reducing or any(tensor.shape == spread for tensor in made):
                 raise DataError(
                     f"{self.who} broadcasts outputs of shape {tuple(shape)} and targets of shape "
-                    f"{tuple(self.target_shape)} to {tuple(spread)}: give both the same shape"
+                    f"{tuple(self.target_shape)} to {spread}: give both the same shape"
                 )
 
 
