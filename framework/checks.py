@@ -157,7 +157,7 @@ def check_values(model: nn.Module) -> None:
     """Raise SettingError for a tensor of the model that has no values."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
-            raise SettingError(f"model: {name} is on the device meta; give it values before the fit")
+            raise SettingError(f"model: {name} is on the device meta and has no values")
 
 
 def check_parameters(model: nn.Module, task: Any, optimizer: Optimizer) -> None:

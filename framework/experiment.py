@@ -328,7 +328,8 @@ def schedule_notes(built: Experiment, resumed: Resumed) -> Iterator[str]:
         return
     yield (
         f"scheduler={scheduler.entry.name} is laid out anew over {built.total_steps:,} steps "
-        f"(was {before:,}): from step {resumed.step:,} on the learning rate is that of a run of the new length"
+        f"(was {before:,}): from step {resumed.step:,} on the learning rate is that of a run of the "
+        "new length"
     )
 
 

@@ -216,7 +216,9 @@ def merged_groups(
     """Return the groups of a resumed optimizer, and the names of the changed settings.
 
     A setting that the user has changed has its new value; every other one has the saved value,
-    which a callback may have changed during the run. Raises SettingError when the groups hold other parameters.
+    which a callback may have changed during the run.
+
+    Raises SettingError when the groups hold other parameters.
     """
     before = older_settings(saved, now) if before is None else before
     if [each["parameters"] for each in before] != [each["parameters"] for each in now]:

@@ -232,7 +232,8 @@ def observed_changes(
     watching = list(observers(spec))
     for path, text in changed:
         parts = [part for part, monitor in watching if measures(path, monitor, spec)]
-        parts += [str(each.entry) for each in spec.parts["callback"] if path.startswith(prefixes(each))]
+        for maker in spec.parts["callback"]:
+            parts += [str(maker.entry)] if path.startswith(prefixes(maker)) else []
         if parts:
             yield f"{text}, used by {' and '.join(parts)}"
     for maker in spec.parts["callback"]:
@@ -346,8 +347,8 @@ def start_from(model: nn.Module, source: str) -> str:
     if matrices and not fitting.keys() & set(matrices):
         raise RunError(
             f"init_from={source}: only {len(fitting)} of {len(own)} tensors match, and none of the "
-            f"{len(matrices)} weight matrices: {matrices[0]} is {tuple(own[matrices[0]].shape)} here, and "
-            f"{shape_text(weights.get(matrices[0]))} there"
+            f"{len(matrices)} weight matrices: {matrices[0]} is {shape_text(own[matrices[0]])} "
+            f"here, and {shape_text(weights.get(matrices[0]))} there"
         )
     model.load_state_dict(fitting, strict=False)
     taken = sum(tensor.numel() for tensor in fitting.values())

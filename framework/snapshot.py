@@ -116,8 +116,8 @@ def check_tensor(name: str, tensor: Any) -> None:
         why = f"a tensor of {tensor.dtype}"
     if why is not None:
         raise CheckpointError(
-            f"{name} of the model's state is {why}, which checkpoints do not support; a buffer that "
-            "need not be saved can be registered with persistent=False"
+            f"{name} of the model's state is {why}, which checkpoints do not support; a buffer "
+            "that need not be saved can be registered with persistent=False"
         )
 
 

@@ -1,4 +1,4 @@
-"""Where a run stands, cadences (`every: 10steps | 1epoch | 5min`), and the base of stateful parts."""
+"""Where a run stands, cadences (`every: 10steps | 1epoch | 5min`), and parts with state."""
 
 import copy
 import re

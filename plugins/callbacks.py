@@ -274,7 +274,7 @@ class Checkpoint(Callback):
         self.writer.join()
 
     def _check_state(self, trainer: Trainer) -> None:
-        """Raise CheckpointError after the first step, not at the first save, if a state cannot be saved."""
+        """Raise CheckpointError at once, not at the first save, for a state that cannot be saved."""
         parts = keyed(trainer.callbacks)
         callbacks = {key: callback.state_dict() for key, callback in parts.items()}
         check_training(self._state_of_parts(trainer) | {"callbacks": callbacks})

@@ -204,7 +204,7 @@ class Muon(optim.Optimizer):
         of_all = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "hidden": False}
         super().__init__(params, of_all | of_hidden)  # all in the groups: a copied optimizer keeps nothing else
         if any(p.is_complex() for group in self.param_groups for p in group["params"]):
-            raise SettingError("optimizer=muon: expected real parameters, got complex ones; use adamw")
+            raise SettingError("optimizer=muon: expected real parameters, got complex ones")
         matrices = [p for group in self.param_groups for p in group["params"] if is_matrix(p)]
         hidden = {id(p) for p in matrices[embedding : len(matrices) - 1]}
         self.param_groups = [part for group in self.param_groups for part in split(group, hidden, adamw_lr)]
