@@ -232,12 +232,14 @@ def option_faults(override: Override, folders: list[Path]) -> list[str]:
     if not override.is_sweep_override() and not override.is_delete():
         value = override.value()
         nameless = isinstance(value, Mapping) and key == "experiment"
-        if many and any(name_in(part) is NAMELESS for part in chosen_parts(override)):
-            return ["each of several parts needs its name: {name: ..., KEY: VALUE}"]
+        if many:
+            nameless = any(name_in(part) is NAMELESS for part in chosen_parts(override))
         if nameless or (isinstance(value, list) and not many):
             noun = with_article(groups()[key].kind.name if key in groups() else key)
             more = ", or a list of names" if many else f" (-m {key}=a,b tries each)" if len(names) > 1 else ""
-            settings = "" if key == "experiment" else f"; settings follow as {key}{'.NAME' * many}.KEY=VALUE"
+            settings = ""
+            if key != "experiment":
+                settings = f"; settings follow as {key}{'.NAME' * many}.KEY=VALUE, or {{name: NAME, KEY: VALUE}}"
             return [f"should be the name of {noun}{more}{settings}"]
     twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
     if many and twice and not override.is_sweep_override():

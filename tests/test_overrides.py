@@ -132,7 +132,8 @@ def test_what_has_no_effect_is_a_problem(typed, said):
 
 def test_each_of_several_parts_needs_its_name():
     (problem,) = rewrite(["metrics=[{k: 3}]"], []).problems
-    assert "needs its name" in problem
+    assert "should be the name of a metric, or a list of names" in problem
+    assert "or {name: NAME, KEY: VALUE}" in problem
 
 
 @pytest.mark.parametrize(
