@@ -122,13 +122,14 @@ class Backward:
         return mean
 
     def _check_first(self, made: Step, samples: int) -> None:
-        """Check the first step of more than one sample: before it changes a parameter."""
+        """Check the first step, and the first of more than one sample, before the parameters change."""
         phase = None if self.phase is None else self.phase.name
-        if phase in self.checked or samples < 2:
+        if phase in self.checked:
             return
-        self.checked.add(phase)
         check_parameters_reached(made.loss, self.model)
-        self.task.check_first(made)
+        if samples > 1:
+            self.checked.add(phase)
+            self.task.check_first(made)
 
     def _one(self, part: Batch, share: float | Tensor | None) -> Step:
         """Do the forward and the backward pass of one micro-batch, with the update where that is one call."""

@@ -4,7 +4,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from .data import Batch, Data, ForeignLoader, Loader
 from .device import Precision
 from .errors import DataError, FrameworkError, SettingError, did_you_mean, short
 from .logger import Logger
-from .loss import modules_in
+from .loss import check_scalar, modules_in, name_of
 from .memory import MicroBatches, is_full
 from .metric import Metric
 from .paths import expanded
@@ -128,7 +128,7 @@ def check_resume(resume: Any) -> None:
 
 def check_batch_size(batch_size: Any) -> None:
     """Raise SettingError for what is no number of samples."""
-    if not isinstance(batch_size, int) or batch_size < 1:
+    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
         raise SettingError(f"batch_size={batch_size!r}: expected an int from 1 on")
 
 
@@ -148,7 +148,7 @@ def check_fit(model: Any, task: Any, optimizer: Any, schedule: Any) -> None:
         made = "a function from the step to a factor of the learning rate, lambda step: 0.99**step say"
         raise SettingError(f"schedule: should be {made}, not {short(schedule)}; {advice}".rstrip("; "))
     check_values(model)
-    check_parameters(model, task, optimizer)
+    check_parameters(model, optimizer)
     if schedule is not None:
         check_has_rate(optimizer)
 
@@ -160,16 +160,16 @@ def check_values(model: nn.Module) -> None:
             raise SettingError(f"model: {name} is on the device meta and has no values")
 
 
-def check_parameters(model: nn.Module, task: Any, optimizer: Optimizer) -> None:
-    """Raise SettingError when the optimizer holds other parameters instead of the model's.
+def check_parameters(model: nn.Module, optimizer: Optimizer) -> None:
+    """Raise SettingError when the optimizer holds parameters that are not the model's.
 
-    It may hold only some of the model's parameters, and parameters of the task or its loss.
+    It may hold only some of the model's parameters.
     """
     held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     own = {parameter: name for name, parameter in model.named_parameters()}
     if not held & own.keys():
         raise SettingError("optimizer: it holds no parameter of this model, so that nothing would be trained")
-    foreign = held - own.keys() - parameters_of(task)
+    foreign = held - own.keys()
     if not foreign:
         return
     said = f"optimizer: {len(foreign)} of its {len(held)} parameters do not belong to the model"
@@ -178,21 +178,9 @@ def check_parameters(model: nn.Module, task: Any, optimizer: Optimizer) -> None:
     if missing:
         raise SettingError(
             f"{said}, and {len(missing)} of the model's {len(own)} are not in the optimizer "
-            f"(such as {missing[0]}): build the optimizer after the last change of the model; "
-            "a loss with parameters must be a module that holds them"
+            f"(such as {missing[0]}): build the optimizer after the last change of the model"
         )
     warnings.warn(f"{said}: checkpoints do not contain them", stacklevel=5)
-
-
-def parameters_of(task: Any) -> set[nn.Parameter]:
-    """Return the parameters of a task or a loss, and of the modules among its attributes."""
-    found: set[nn.Parameter] = set()
-    for part in (task, *vars(task).values()) if hasattr(task, "__dict__") else ():
-        if isinstance(part, nn.Module):
-            found.update(part.parameters())
-        elif isinstance(part, nn.Parameter):
-            found.add(part)
-    return found
 
 
 def check_schedule(schedule: Any, validates: bool) -> None:
@@ -256,13 +244,7 @@ def check_made(task: Task, made: Any, parameters: Sequence[Tensor] = ()) -> None
         got = "None" if made is None else type(made).__name__
         raise SettingError(f"{type(task).__name__}.step: {expected}, got {got}")
     loss = made.loss
-    if not isinstance(loss, Tensor):
-        expected = "expected a tensor with one number"
-        raise SettingError(f"{loss_name(task)}: {expected}, got {short(loss)}")
-    if loss.numel() != 1 or loss.is_complex():
-        found = f"{str(loss.dtype).removeprefix('torch.')} of shape {tuple(loss.shape)}"
-        expected = "expected one real number, the mean over the batch"
-        raise SettingError(f"{loss_name(task)}: {expected}, got {found}")
+    check_scalar(loss_name(task), loss)
     if not parameters or loss.requires_grad:
         return
     if not any(parameter.requires_grad for parameter in parameters):
@@ -278,7 +260,7 @@ def loss_name(task: Task) -> str:
     loss = task.loss if isinstance(task, LossTask) else task.criterion
     if loss is None:
         return f"the loss of {type(task).__name__}"
-    return f"the loss {getattr(loss, '__name__', type(loss).__name__)}"
+    return f"the loss {name_of(loss)}"
 
 
 class SingleSample(NamedTuple):
@@ -366,6 +348,10 @@ def count_of(task: Task, batch: Batch) -> int | Tensor:
         return count
     if isinstance(count, Integral):
         return int(count)
+    if isinstance(count, Real):  # a share of a sample, where inputs differ in size
+        device = batch[0].device
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        return torch.tensor(float(count), dtype=dtype, device=device)
     expected = "expected an int or a tensor with one number"
     raise SettingError(f"{type(task).__name__}.count: {expected}, got {short(count)}")
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .batches import Batches, Source, as_batches, known_targets
-from .checks import check_input_dtype, check_made, check_metrics, check_source, check_task, count_of
+from .checks import check_batch_size, check_input_dtype, check_made, check_metrics, check_source, check_task, count_of
 from .data import Batch, Data, TensorSplit
 from .device import Format, Precision, deterministic_algorithms, find_device
 from .errors import DataError, SettingError
@@ -29,6 +29,7 @@ class Evaluator:
         self.precision = Precision(precision, self.device)
         self.deterministic, self.seed, self.micro_batches = deterministic, seed, micro_batches
         self.metrics: list[Metric] = []
+        self._checked_first = False  # whether the first step of a measurement was checked
 
     def evaluate(
         self,
@@ -55,6 +56,7 @@ class Evaluator:
             raise DataError(f"the data has no {name} split")
         check_source("data", data, isinstance(self.task, LossTask))
         batches = self._batches(data, batch_size)
+        self._checked_first = False
         all_kept = self.task.all_kept
         self.task.know_targets(known_targets(batches))
         try:
@@ -116,7 +118,6 @@ class Evaluator:
         """Return the loss and metrics of the model over all batches, in eval mode. Raises DataError for no batch."""
         measures = Measures(self.metrics, self.device, batches.hold)
         empty = True
-        self._checked_first = False
         with self._inference():
             for batch in batches.epoch():
                 empty = False
@@ -178,6 +179,7 @@ class Evaluator:
         """Do with measured values what else there is to do."""
 
     def _batches(self, source: Source, batch_size: int, *, shuffle: bool = False) -> Batches:
+        check_batch_size(batch_size)
         return as_batches(source, batch_size, shuffle=shuffle, seed=self.seed, device=self.device)
 
     def _place(self, batch: Batch) -> Batch:

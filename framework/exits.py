@@ -1,13 +1,13 @@
 """Code of a part that ends the program: `sys.exit` in a plugin, a callback or a data set."""
 
 import argparse
-import sysconfig
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import PartExit
+from .user_code import user_place
 
 OWN = (str(Path(__file__).parent), argparse.__file__)
 
@@ -38,9 +38,7 @@ def is_own(error: SystemExit) -> bool:
 
 def describe_exit(error: SystemExit) -> str:
     """Say where the program would have been ended."""
-    frames = traceback.extract_tb(error.__traceback__)
-    libraries = (sysconfig.get_path("stdlib"), "<")  # `exit` and argparse are written there
-    callers = [frame for frame in frames if not frame.filename.startswith(libraries)] or frames
     status = "" if error.code is None else repr(error.code)
-    where = f"{callers[-1].filename}:{callers[-1].lineno}"
-    return f"sys.exit({status}) is called at {where}: a part must not end the program"
+    place = user_place(error)
+    where = "" if place is None else f" at {place}"
+    return f"sys.exit({status}) is called{where}: a part must not end the program"

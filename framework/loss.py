@@ -8,6 +8,7 @@ or ignored targets.
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -485,7 +486,8 @@ def unchanged(loss: Callable[..., Any]) -> Iterator[None]:
         buffers += module.buffers()
     before = [buffer.clone() for buffer in buffers]
     try:
-        with torch.no_grad(), undisturbed():
+        with torch.no_grad(), undisturbed(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they would be about data that is not the user's
             yield
     finally:
         with torch.no_grad():
@@ -529,15 +531,19 @@ def without_graph(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
-def check_scalar(loss: Callable[..., Any], value: Any) -> None:
-    """Raise DataError when the value of a loss is not one number."""
+def check_scalar(name: str, value: Any) -> None:
+    """Raise DataError when the value of a loss is not one real number.
+
+    Args:
+        name: what to call the loss in the message.
+        value: what it returned.
+    """
     if not isinstance(value, Tensor):
-        what = described(value)
-        raise DataError(f"the loss {name_of(loss)} returns {what}, not the mean as a tensor")
-    if value.numel() != 1:
-        raise DataError(
-            f"the loss {name_of(loss)} returns shape {tuple(value.shape)}, not the mean as a scalar (reduction='none'?)"
-        )
+        raise DataError(f"{name}: expected a tensor with one number, got {described(value)}")
+    if value.numel() != 1 or value.is_complex():
+        kind = str(value.dtype).removeprefix("torch.")
+        expected = "expected one real number, the mean over the batch"
+        raise DataError(f"{name}: {expected}, got {kind} of shape {tuple(value.shape)}")
 
 
 def modules_in(loss: Callable[..., Any]) -> list[nn.Module]:

@@ -180,16 +180,14 @@ def sizes(optimizer: Mapping[str, Any]) -> list[int]:
 
 def altered(tree: Mapping[str, Any], typed: Sequence[str]) -> dict[str, Any]:
     """Return a run's config with overrides such as trainer.max_epochs=50 put in. Raises ConfigError for no override."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    from .overrides import quoted
+    from .overrides import parse, quoted
 
     changed = copy.deepcopy(dict(tree))  # not through JSON, in which the keys of all dicts are texts
-    parser = OverridesParser.create()
     for text in typed:
         try:
-            override = parser.parse_override(quoted(text))
+            _, override = parse(quoted(text))
             *parents, key = override.key_or_group.replace("/", ".").split(".")
             value = override.value()
         except HydraException as error:

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map
 from .data import Batch, Data, Target
 from .errors import DataError
 from .kinds import Shape
-from .loss import Mean, check_call, check_classes, check_first, check_scalar, described, without_graph
+from .loss import Mean, check_call, check_classes, check_first, check_scalar, described, name_of, without_graph
 
 
 class Step(NamedTuple):
@@ -134,7 +134,7 @@ class LossTask(Task):
         outputs = model(inputs)
         targets = self.mean.fit(self.loss, outputs, targets)
         loss = self.mean.call(self.loss, outputs, targets, self.all_kept)
-        check_scalar(self.loss, loss)
+        check_scalar(f"the loss {name_of(self.loss)}", loss)
         return Step(loss, outputs, self.mean.shown(targets, self.all_kept))
 
     def count(self, batch: Batch) -> int | Tensor:

@@ -23,7 +23,6 @@ from .backward import Backward
 from .batches import Source, count_steps, count_total, known_targets, other_order, steps
 from .callback import Callback, listeners
 from .checks import (
-    check_batch_size,
     check_callbacks,
     check_fit,
     check_folder,
@@ -222,7 +221,7 @@ class Trainer(Evaluator):
         check_source("data", data, needs_targets)
         if val is not None:
             check_source("val", val, needs_targets)
-        check_batch_size(batch_size)
+        self._checked_first = False
         check_resume(resume)
         self._use(model, task)
         self.modes = Modes(self.model)

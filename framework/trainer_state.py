@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch.optim import Optimizer
@@ -88,8 +87,7 @@ def restore(trainer: Trainer, saved: dict[str, Any]) -> None:
     """Take back what `capture` gave, into a trainer with the same parts."""
     trainer.model.load_state_dict(saved["model"])
     before, now = saved.get("optimizer_settings"), trainer.optimizer_settings
-    own = deepcopy(saved["optimizer"])  # or the optimizer would write into the tensors of `saved`
-    restore_optimizer(trainer.optimizer, own, before, now)
+    restore_optimizer(trainer.optimizer, saved["optimizer"], before, now)
     if trainer.schedule is None and saved.get("scheduled"):
         for group in trainer.optimizer.param_groups:
             group["lr"] = group["initial_lr"]  # without the last factor of the removed schedule

@@ -16,9 +16,11 @@ from framework.errors import DataError, FrameworkError
 from framework.loss import (
     Mean,
     check_classes,
+    check_first,
     check_scalar,
     class_weights,
     is_sum,
+    name_of,
     unchanged,
     weights_of,
     without_ignored,
@@ -48,7 +50,7 @@ class Supervised(Task):
         check_tensor(model, outputs)
         targets = self.fit(outputs, targets)
         loss = self.mean.call(self.criterion, outputs, targets, self.all_kept)
-        check_scalar(self.criterion, loss)
+        check_scalar(f"the loss {name_of(self.criterion)}", loss)
         return Step(loss, outputs, targets)
 
     def count(self, batch: Batch) -> int | Tensor:
@@ -61,6 +63,10 @@ class Supervised(Task):
 
     def know_targets(self, targets: Sequence[Tensor] | None) -> None:
         self.all_kept = self.mean.none_ignored(targets)
+
+    def check_first(self, step: Step) -> None:
+        if not self.mean.certain:
+            check_first(self.criterion, step.outputs, step.targets)
 
     def fit(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the targets in the loss's shape and type. Raises DataError when they are not the outputs' targets."""
@@ -119,12 +125,7 @@ class Supervised(Task):
             shapes = f"outputs of shape {sizes[0]} and targets of shape {sizes[1]}"
             said = f"{describe(error)}, while computing the loss {name} of {shapes}"
             raise DataError(said) from error
-        if not isinstance(loss, Tensor):
-            raise DataError(f"the loss {type(self.criterion).__name__} returns {loss!r}, not the mean as a tensor")
-        if loss.ndim:
-            raise DataError(
-                f"the loss {type(self.criterion).__name__} returns shape {tuple(loss.shape)}, not the mean as a scalar"
-            )
+        check_scalar(f"the loss {name_of(self.criterion)}", loss)
 
 
 @tasks.register("classification")

@@ -363,7 +363,7 @@ def go(folder, *overrides, add=None):
     def trainer(self):
         made = whole(self)
         if isinstance(add, fw.Callback):
-            made._listeners["step_end"].append(add.on_step_end)
+            made.callbacks.append(add)
         elif add is not None:
             made.loggers.append(add)
         return made

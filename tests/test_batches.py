@@ -273,7 +273,7 @@ class Lengthless(Dataset):
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        (3, "expected a Data, a split, .* got 3"),
+        (3, "expected a split, a Data .* got 3"),
         (None, "got None"),
         (Lengthless(), "Lengthless has no `__len__`"),
         ([((X, X), Y)], r"not tuple \(tuple of tuple, Tensor\); a Task of your own"),

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 
 import pytest
 
@@ -29,7 +30,8 @@ def test_the_suggested_rate_trains_and_the_highest_does_not(command):
     assert 1e-4 < test["suggestion"] < test["lowest"] < 1
     status, out, err = command(f"train trainer.max_epochs=3 optimizer.lr={test['suggestion']}")
     assert status in (0, None), err
-    assert float(out.split("test ")[-1].split()[1]) > 0.9
+    tested = re.search(r"^test \(.*\) +\S+ +(\S+)$", out, re.MULTILINE)
+    assert float(tested[1]) > 0.9
 
 
 def test_the_rate_follows_the_optimizer(command):

@@ -71,8 +71,6 @@ def with_stop(trainer, step):
 
 def with_callback(trainer, callback):
     trainer.callbacks.append(callback)
-    trainer._listeners["step_end"].append(callback.on_step_end)
-    trainer._listeners["step_done"].append(callback.on_step_done)
     return trainer
 
 

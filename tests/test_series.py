@@ -229,13 +229,14 @@ class TestForecasts:
         unbroken = trained(*settings, "run.name=unbroken")
         made = Experiment.trainer
 
-        def stop(trainer):
-            if trainer.state.step == 18:
-                raise KeyboardInterrupt
+        class Stop(fw.Callback):
+            def on_step_end(self, trainer):
+                if trainer.state.step == 18:
+                    raise KeyboardInterrupt
 
         def with_stop(self):
             trainer = made(self)
-            trainer._listeners["step_end"].append(stop)
+            trainer.callbacks.append(Stop())
             return trainer
 
         with monkeypatch.context() as patched:

@@ -324,7 +324,7 @@ def test_a_run_cut_off_in_mid_epoch_goes_on_bit_for_bit(houses, monkeypatch):
 
         def with_stop(self):
             trainer = made(self)
-            trainer._listeners["step_end"].append(Stop().on_step_end)
+            trainer.callbacks.append(Stop())
             return trainer
 
         patched.setattr(Experiment, "trainer", with_stop)

@@ -351,7 +351,6 @@ def test_a_run_cut_off_in_mid_epoch_goes_on_bit_for_bit(tmp_path, monkeypatch):
 
 def add(trainer):
     trainer.callbacks.append(Cut())
-    trainer._listeners["step_end"].append(trainer.callbacks[-1].on_step_end)
     return trainer
 
 

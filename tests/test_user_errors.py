@@ -209,7 +209,9 @@ def trained(user_file, command, forget_plugins):
     def run(settings, verb=QUICK):
         defaults = [] if "callbacks" in settings else ["callbacks=[]"]
         defaults += [] if "loggers" in settings else ["loggers=[]"]
-        status, _, err = command(" ".join([verb, *defaults, settings]))
+        given = [word.partition("=")[0] for word in settings.split()]
+        others = [word for word in verb.split() if word.partition("=")[0] not in given]
+        status, _, err = command(" ".join([*others, *defaults, settings]))
         return status, err
 
     return run
@@ -539,7 +541,7 @@ def no_mean(outputs, targets):
         ({"model": Changed(torch.Tensor.detach)}, "the loss CrossEntropyLoss has no gradient"),
         (
             {"model": Changed(lambda outputs: None)},
-            "the model's outputs: the loss expects a tensor, got None",
+            "the loss CrossEntropyLoss takes one tensor, but the model returns None",
         ),
         (
             {"task": lambda *_: torch.ones((), requires_grad=True)},
@@ -549,7 +551,7 @@ def no_mean(outputs, targets):
             {"task": lambda *_: None},
             "the loss <lambda>: expected a tensor with one number, got None",
         ),
-        ({"task": lambda *_: 1.5}, "the loss <lambda>: expected a tensor with one number, got 1.5"),
+        ({"task": lambda *_: 1.5}, "the loss <lambda>: expected a tensor with one number, got a float"),
         (
             {"task": no_mean},
             r"the loss no_mean: expected one real number, .*, got float32 of shape \(4,\)",
