@@ -45,7 +45,7 @@ class Backward:
         self.model, self.task, self.optimizer, self.measures = model, task, optimizer, measures
         self.clock, self.precision, self.micro_batches = clock, precision, micro_batches
         self.parameters: list[nn.Parameter] = []
-        self.with_gradients: list[nn.Parameter] = []  # the optimizer's and all others of the model
+        self.others: list[nn.Parameter] = []  # of the model, which the optimizer does not hold
         self.forward: nn.Module | Callable = Compiled(model, compile, clock) if compile == "model" else model
         self.gradients = Compiled(self._gradients, compile, clock) if compile == "step" else self._gradients
         self.compiled = compile != "off"
@@ -87,7 +87,8 @@ class Backward:
             parameters += group["params"]
         if not identical(parameters, self.parameters):  # a callback may add or replace some
             self.parameters = parameters
-            self.with_gradients = list(dict.fromkeys([*self.parameters, *self.model.parameters()]))
+            held = set(parameters)
+            self.others = [parameter for parameter in self.model.parameters() if parameter not in held]
         self.updated = False
         mark = self._mark() if self.micro_batches.auto else None
         before = versions(batches) if self.micro_batches.auto else []
@@ -126,7 +127,7 @@ class Backward:
         phase = None if self.phase is None else self.phase.name
         if phase in self.checked:
             return
-        check_parameters_reached(made.loss, self.model)
+        check_parameters_reached(self.task, made.loss, self.model)
         if samples > 1:
             self.checked.add(phase)
             self.task.check_first(made)
@@ -192,7 +193,7 @@ class Backward:
         for buffer, before in zip(self.model.buffers(), buffers, strict=True):
             buffer.copy_(before)  # running statistics have seen some of the batch
         seeds.restore(random)
-        for parameter in self.with_gradients:
+        for parameter in (*self.parameters, *self.others):
             parameter.grad = None
 
 

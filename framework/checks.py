@@ -225,10 +225,16 @@ def check_initialized(model: nn.Module, reader: str) -> None:
 
 
 def check_gradients(parameters: Sequence[Tensor]) -> None:
-    """Raise SettingError when the loss of a step gave no parameter a gradient."""
+    """Warn when the first step gave no parameter a gradient.
+
+    That is no error: a hook may have used and deleted the gradients, and the optimizer may hold a
+    part of the model that this batch does not use.
+    """
     if parameters and all(parameter.grad is None for parameter in parameters):
-        said = "the loss depends on no parameter of the optimizer"
-        raise SettingError(f"task: {said}, so that nothing would be trained")
+        warnings.warn(
+            "task: in the first step the loss depends on no parameter of the optimizer: is anything trained?",
+            stacklevel=2,
+        )
 
 
 def check_made(task: Task, made: Any, parameters: Sequence[Tensor] = ()) -> None:
@@ -334,7 +340,7 @@ def check_single_sample(
     from .probe import undisturbed  # not at the top: it imports torch's counter of FLOPs
 
     try:
-        with undisturbed(model, train=True), torch.no_grad(), precision.autocast():
+        with undisturbed(model, train=None), torch.no_grad(), precision.autocast():
             task.step(model, tuple(part[:1] for part in batch))
     except Exception as error:  # any other error is of that batch alone, or of this try
         if is_batch_norm(error):
@@ -412,24 +418,47 @@ def check_loss_parameters(task: Any, model: nn.Module) -> None:
                 raise SettingError(lost_parameter(f"the loss {type(module).__name__}", f"`{name}`"))
 
 
-def check_parameters_reached(loss: Tensor, model: nn.Module) -> None:
-    """Raise SettingError where the gradients of a loss reach a parameter that is not the model's.
+def check_parameters_reached(task: Task, loss: Tensor, model: nn.Module) -> None:
+    """Check the parameters that the gradients of a loss reach and that are not the model's.
 
-    Nothing is said of a loss without a graph, as of a compiled step.
+    One of the task, or of a function that is the loss, is an error. Any other one gives a warning: it
+    may be one of a teacher that is called without `no_grad`, or that the task trains by itself. Nothing
+    is said of a loss without a graph, as of a compiled step.
+
+    Raises SettingError for a parameter of the task or of its loss.
     """
     own = set(model.parameters())
+    held = parameters_held(task)
     waiting: list[Any] = [loss.grad_fn]
     seen = set(waiting)
     while waiting:
         node = waiting.pop()
         leaf = getattr(node, "variable", None)
         if isinstance(leaf, nn.Parameter) and leaf not in own:
-            found = f"a parameter of shape {tuple(leaf.shape)}"
-            raise SettingError(lost_parameter("the task or its loss", found))
+            said = lost_parameter("the task or its loss", f"a parameter of shape {tuple(leaf.shape)}")
+            if leaf in held:
+                raise SettingError(said)
+            warnings.warn(said, stacklevel=2)
+            return
         for before, _ in getattr(node, "next_functions", ()):
             if before is not None and before not in seen:
                 seen.add(before)
                 waiting.append(before)
+
+
+def parameters_held(task: Task) -> set[nn.Parameter]:
+    """Return the parameters that are attributes of a task, and all that a function as its loss refers to."""
+    found = {value for value in vars(task).values() if isinstance(value, nn.Parameter)}
+    loss = task.loss if isinstance(task, LossTask) else None
+    if not inspect.isfunction(loss):
+        return found
+    captured = inspect.getclosurevars(loss)
+    for value in (*captured.nonlocals.values(), *captured.globals.values()):
+        if isinstance(value, nn.Module):
+            found.update(value.parameters())
+        elif isinstance(value, nn.Parameter):
+            found.add(value)
+    return found
 
 
 def lost_parameter(owner: str, parameter: str) -> str:

@@ -6,14 +6,16 @@ function), a `functools.partial` of one, a loss with a method `count`, and a los
 or ignored targets.
 """
 
+import copy
+import dis
 import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from types import MethodType
+from types import BuiltinFunctionType, MethodType, ModuleType
 from typing import Any, Literal
 
 import torch
@@ -122,6 +124,8 @@ class Mean:
         elif isinstance(loss, nn.Module) and (weight is not None or ignored is not None):
             weights = function in CLASS_LOSSES or with_classes(loss) is not loss
             items = measured(loss, fallback="weights" if weights else "kept")
+        elif isinstance(loss, nn.Module):
+            return replace(cls.of_function(loss), form=form)
         zero = items == "weights" and has_zero(weight)
         return cls(form, items, ignored, function in ONE_DTYPE, zero, certain)
 
@@ -375,38 +379,111 @@ def check_call(loss: Callable[..., Any]) -> None:
         ) from error
 
 
-class Recorder(TorchFunctionMode):
-    """Notes the arguments of each cross entropy that is called, and gives a number for it."""
+def harmless(loss: Callable[..., Any]) -> Callable[..., Any] | None:
+    """Return a loss whose calls leave the user's objects as they are, or None where that is not known.
 
-    def __init__(self) -> None:
+    A module, or another object, is copied. A function is taken as it is if all that it refers to is
+    fixed: numbers, texts, tensors, losses of torch, other such functions.
+    """
+    if isinstance(loss, partial):
+        inner = harmless(loss.func)
+        fixed = all(is_fixed(value, set()) for value in (*loss.args, *loss.keywords.values()))
+        return partial(inner, *loss.args, **loss.keywords) if inner is not None and fixed else None
+    if inspect.isroutine(loss) and not isinstance(loss, MethodType):
+        return loss if is_fixed(loss, set()) else None
+    try:
+        return copy.deepcopy(loss)
+    except Exception:  # an object may refuse it in any way
+        return None
+
+
+def is_fixed(value: Any, seen: set[Any]) -> bool:
+    """Whether a value that a function refers to stays as it is when the function is called."""
+    if value is None or isinstance(value, FIXED_TYPES):
+        return True
+    if isinstance(value, tuple):
+        return all(is_fixed(item, seen) for item in value)
+    if isinstance(value, partial):
+        return all(is_fixed(item, seen) for item in (value.func, *value.args, *value.keywords.values()))
+    if isinstance(value, nn.Module):
+        return type(value).__module__ == nn.CrossEntropyLoss.__module__  # the losses of torch
+    if not inspect.isfunction(value) or value in seen:
+        return value in seen if inspect.isfunction(value) else False
+    if value.__module__.partition(".")[0] in ("torch", "framework", "framework_plugins"):
+        return True
+    seen.add(value)
+    free = value.__code__.co_freevars
+    for instruction in dis.get_instructions(value):
+        writes_closure = instruction.opname == "STORE_DEREF" and instruction.argval in free
+        if writes_closure or instruction.opname == "STORE_GLOBAL":
+            return False
+    captured = inspect.getclosurevars(value)
+    referred = [*captured.nonlocals.values(), *captured.globals.values(), *(value.__defaults__ or ())]
+    return not vars(value) and all(is_fixed(each, seen) for each in referred)
+
+
+FIXED_TYPES = (bool, int, float, str, bytes, Tensor, torch.dtype, torch.device, ModuleType, type, BuiltinFunctionType)
+
+
+class AnyOutputs(Tensor):
+    """Outputs of which any field can be taken, as of the output classes of some libraries."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self
+
+
+class Recorder(TorchFunctionMode):
+    """Notes the arguments of each cross entropy that is called, and gives a number for it.
+
+    An operation that fails, since the outputs do not have the shape that it expects, returns them.
+    """
+
+    def __init__(self, value: float) -> None:
         super().__init__()
+        self.value = torch.tensor(value)
         self.calls: list[dict[str, Any]] = []
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if function not in CLASS_LOSSES:
+        if function in CLASS_LOSSES:
+            bound = inspect.signature(function).bind(*args, **kwargs)
+            self.calls.append(bound.arguments)
+            return self.value
+        try:
             return function(*args, **kwargs)
-        bound = inspect.signature(function).bind(*args, **kwargs)
-        self.calls.append(bound.arguments)
-        return bound.arguments["input"].float().mean()
+        except Exception:
+            outputs = [value for value in args if isinstance(value, AnyOutputs)]
+            if not outputs:
+                raise
+            return outputs[0]
 
 
 def recorded(loss: Callable[..., Any]) -> dict[str, Any] | None:
     """Return the arguments of the one cross entropy of its targets whose mean a function takes.
 
     The function is called with eight samples of four classes. None where it calls several, or one of
-    other targets, or takes other outputs.
+    other targets, adds something to it, takes other outputs, or may change something when it is called.
     """
+    tried = harmless(loss)
+    if tried is None:
+        return None
     targets = torch.tensor([0, 2, 1, 3, 3, 0, 2, 1])
-    recorder = Recorder()
-    try:
-        with unchanged(loss), recorder:
-            loss(torch.zeros(8, 4), targets)
-    except Exception:  # a loss of other outputs may fail in any way
-        return None
-    if len(recorder.calls) != 1:
-        return None
-    call = recorder.calls[0]
+    outputs = torch.linspace(-1, 1, 32).reshape(8, 4).as_subclass(AnyOutputs)
+    values: list[float] = []
+    calls: list[dict[str, Any]] = []
+    for value in (1.0, 3.0):
+        recorder = Recorder(value)
+        try:
+            with unchanged(tried), recorder:
+                values.append(float(tried(outputs, targets)))
+        except Exception:  # a loss of other outputs may fail in any way
+            return None
+        if len(recorder.calls) != 1:
+            return None
+        calls = recorder.calls
+    if not math.isclose(values[1], 3 * values[0], rel_tol=1e-6):
+        return None  # it adds something else to the cross entropy
+    call = calls[0]
     older = call.get("size_average") is not None or call.get("reduce") is not None
     mean = call.get("reduction", "mean") == "mean" and not older
     return call if mean and torch.equal(call["target"].flatten(), targets) else None
@@ -434,11 +511,14 @@ def measured(loss: nn.Module, fallback: Items) -> Items:
         targets = torch.where(targets == ignored, (ignored + 1) % classes, targets)
         targets[1:3] = ignored
     targets = targets.to(outputs.device)
+    tried = harmless(loss)
+    if tried is None:
+        return fallback
     try:
-        with unchanged(loss):
-            whole = float(loss(outputs, targets))
-            first = float(loss(outputs[:4], targets[:4]))
-            second = float(loss(outputs[4:], targets[4:]))
+        with unchanged(tried):
+            whole = float(tried(outputs, targets))
+            first = float(tried(outputs[:4], targets[:4]))
+            second = float(tried(outputs[4:], targets[4:]))
     except Exception:  # a loss of other outputs may fail in any way
         return fallback
     candidates: tuple[Items, ...] = ("weights", "kept", "targets")
@@ -450,18 +530,28 @@ def measured(loss: nn.Module, fallback: Items) -> Items:
         expected = sum(parts) / max(here + there, 1e-12)
         if math.isclose(whole, expected, rel_tol=1e-4):
             return items
+    warnings.warn(
+        f"the loss {name_of(loss)}: its mean is neither over the targets that it does not ignore nor over their "
+        "weights. Batches of a step and of an evaluation are weighted by their targets: give the loss a method "
+        "`count(targets)` if that is wrong",
+        stacklevel=2,
+    )
     return "targets"
 
 
 def check_first(loss: Callable[..., Any], outputs: Any, targets: Tensor) -> None:
     """Raise DataError when a loss that torch does not know broadcasts its arguments, or is a sum.
 
-    It calls the loss with copies, and restores its buffers and all random generators.
+    It calls a copy of the loss with copies, and restores all random generators. A function that may
+    change something when it is called is not called.
     """
     name = f"the loss {name_of(loss)}"
-    with unchanged(loss):
-        check_alignment(name, loss, outputs, targets)
-        summed = is_sum(loss, outputs, targets)
+    tried = harmless(loss)
+    if tried is None:
+        return
+    with unchanged(tried):
+        check_alignment(name, tried, outputs, targets)
+        summed = not callable(getattr(loss, "count", None)) and is_sum(tried, outputs, targets)
     if summed:
         raise DataError(f"{name} is a sum over the samples of a batch: expected their mean")
 
@@ -496,31 +586,30 @@ def unchanged(loss: Callable[..., Any]) -> Iterator[None]:
 
 
 def is_sum(loss: Callable[..., Any], outputs: Any, targets: Tensor) -> bool:
-    """Whether a loss is twice as large for a batch that holds each sample twice. It reads the device.
-
-    Few samples are enough, but more than two: of two, a loss of contrasts doubles too.
-    """
+    """Whether the loss of a batch is the sum of the losses of its parts. It reads the device."""
     samples = len(targets)
     leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.ndim]
-    if samples < 3 or any(len(leaf) != samples for leaf in leaves):
+    if samples < 2 or any(len(leaf) != samples for leaf in leaves):
         return False
-    few = slice(min(samples, 4))
-    outputs = tree_map(lambda value: value[few].detach() if is_batch(value) else value, outputs)
-    targets = targets[few]
+    few = min(samples, 4)
+    losses = []
     try:
-        once = float(loss(tree_map(copied, outputs), targets.clone()))
-        twice = float(loss(tree_map(doubled, outputs), doubled(targets)))
+        for part in (slice(few), slice(few // 2), slice(few // 2, few)):
+            chosen = tree_map(partial(copied_rows, rows=part), outputs)
+            losses.append(float(loss(chosen, targets[part].clone())))
     except Exception:  # a loss may ask for a certain number of samples
         return False
-    return math.isfinite(once) and once != 0 and math.isclose(twice, 2 * once, rel_tol=1e-4)
+    whole, first, second = losses
+    added = math.isclose(whole, first + second, rel_tol=1e-4)
+    return math.isfinite(whole) and added and not math.isclose(whole, (first + second) / 2, rel_tol=1e-4)
 
 
 def is_batch(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0
 
 
-def doubled(value: Any) -> Any:
-    return torch.cat([value, value]) if is_batch(value) else value
+def copied_rows(value: Any, rows: slice) -> Any:
+    return value[rows].detach().clone() if is_batch(value) else value
 
 
 def copied(value: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -19,10 +18,10 @@ class Left(NamedTuple):
     training: bool
 
 
-# `fit` leaves the whole model in evaluation mode. Without these notes the next `fit` would take
-# that for a choice of the user, also where the modules have become a part of another model. A note
-# is not a reference to the module.
-LEFT: WeakKeyDictionary[nn.Module, Left] = WeakKeyDictionary()
+# `fit` leaves the whole model in evaluation mode. Without this note the next `fit` would take that
+# for a choice of the user. It is an attribute of the module, so that copies of the module, and other
+# models that it becomes a part of, have it too.
+NOTE = "_left_by_fit"
 
 
 class Modes:
@@ -62,7 +61,7 @@ class Modes:
         self.model.eval()
         fit = object()
         for module in self.model.modules():
-            LEFT[module] = Left(fit, module not in self.set_by_user)
+            setattr(module, NOTE, Left(fit, module not in self.set_by_user))
 
     def names(self) -> Sequence[str]:
         """Return the names of the modules that stay in evaluation mode."""
@@ -74,11 +73,12 @@ def modes_set_by_user(model: nn.Module) -> dict[nn.Module, bool]:
     """Return which modules are in training mode, as if no fit had left them in evaluation mode."""
     changed_since = set()
     for module in model.modules():
-        if module.training and module in LEFT:
-            changed_since.add(LEFT[module].fit)
+        left = getattr(module, NOTE, None)
+        if module.training and left is not None:
+            changed_since.add(left.fit)
     modes = {}
     for module in model.modules():
-        left = LEFT.get(module)
+        left = getattr(module, NOTE, None)
         as_left = left is not None and left.fit not in changed_since
         modes[module] = left.training if left is not None and as_left else module.training
     return modes

@@ -37,21 +37,32 @@ class Layer:
 
 
 @contextmanager
-def undisturbed(model: nn.Module, train: bool = False) -> Iterator[None]:
-    """Run a model in eval (or train) mode; afterwards its modes, buffers and the random state are as before."""
+def undisturbed(model: nn.Module, train: bool | None = False) -> Iterator[None]:
+    """Run a model; afterwards its modes, buffers and the random state are as before.
+
+    Args:
+        model: any module.
+        train: whether it is in training mode meanwhile; None keeps the modes.
+    """
     modes = {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    buffers = []
+    for owner in model.modules():
+        for name, buffer in owner._buffers.items():
+            if buffer is not None:
+                buffers.append((owner, name, buffer, buffer.clone()))
     devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
     try:
         with torch.random.fork_rng(devices=sorted(devices)):
-            model.train(train)
+            if train is not None:
+                model.train(train)
             yield
     finally:
         for module, mode in modes.items():
             module.training = mode
         with torch.no_grad():
-            for buffer, before in buffers:
+            for owner, name, buffer, before in buffers:
                 buffer.copy_(before)
+                owner._buffers[name] = buffer  # the forward pass may have replaced it
 
 
 def call(model: nn.Module, batch: Batch, task: Task | None, samples: int) -> None:

@@ -290,6 +290,7 @@ class Trainer(Evaluator):
                 settings = group_settings(self.optimizer, self.model)
                 self._left = trainer_state.Left(self.optimizer, settings, self.optimizer_settings)
                 self._opened_at = None
+                self._clear_others()
                 self.clock.finish()
                 self.modes.leave()
                 self.task.know_targets(None)
@@ -381,6 +382,7 @@ class Trainer(Evaluator):
         In a task of several phases, the same for each of them in turn.
         """
         self.at_boundary = False
+        self._clear_others()
         self._emit("step_start")
         with self.clock.detail("copy"):
             batches = [self._place(batch) for batch in window]
@@ -396,9 +398,14 @@ class Trainer(Evaluator):
                 self._emit("gradients")
                 with self.clock.detail("optimizer"):
                     self.precision.step(self.optimizer, self._update)
-            for parameter in self._backward.with_gradients:
+            for parameter in self._backward.parameters:
                 parameter.grad = None
         self._first_step = False
+
+    def _clear_others(self) -> None:
+        """Delete gradients of parameters that are not in the optimizer; until here callbacks may use them."""
+        for parameter in self._backward.others:
+            parameter.grad = None
 
     def _after_a_single_sample(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Yield batches; before the first of a fit, try one sample, as a batch to come is one."""

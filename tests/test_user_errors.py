@@ -544,10 +544,6 @@ def no_mean(outputs, targets):
             "the loss CrossEntropyLoss takes one tensor, but the model returns None",
         ),
         (
-            {"task": lambda *_: torch.ones((), requires_grad=True)},
-            "task: the loss depends on no parameter",
-        ),
-        (
             {"task": lambda *_: None},
             "the loss <lambda>: expected a tensor with one number, got None",
         ),
@@ -600,6 +596,11 @@ def no_mean(outputs, targets):
 def test_what_user_code_returns_wrongly_is_said(arguments, said):
     with pytest.raises(FrameworkError, match=f"^{said}"):
         fit(**arguments)
+
+
+def test_a_loss_that_reaches_no_parameter_gives_a_warning():
+    with pytest.warns(UserWarning, match="depends on no parameter of the optimizer"):
+        fit(task=lambda *_: torch.ones((), requires_grad=True))
 
 
 @pytest.mark.parametrize("factor", [torch.tensor(0.5), np.float32(0.5), np.array(0.5)])
