@@ -8,6 +8,7 @@ import os
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -443,30 +444,31 @@ class ArrayData(Data):
         self.target, self.classes = known.kind, known.classes
         self.strata = known.tensor if known.kind == "class" and known.tensor.ndim == 1 else None
         scaling = scale_target if known.kind == "value" else None
-        self.learn(list(parts.values()), rows, per if normalize else None, unit, scaling, name)
+        read = list(parts.values())
+        self.learn(read, per if normalize else None, unit, scaling, name, rows)
 
     def learn(
         self,
         read: Sequence[Pair],
-        rows: Mapping[str, Tensor],
         per: Literal["feature", "all"] | None,
         unit: float,
         scaling: AutoScaling | None,
         name: str,
+        rows: Mapping[str, Tensor],
     ) -> None:
         """Measure the training rows, and set the splits.
 
         Args:
             read: inputs and targets as they were read, in one or more parts whose rows are numbered
                 through.
-            rows: the numbers of the rows of each split.
             per: see `moments`; None divides the inputs by `unit` instead.
             unit: the raw value that stands for 1.
             scaling: of targets that are values; None for other targets.
             name: what to call the data in an error.
+            rows: the numbers of the rows of each split.
         """
         self.rows = rows
-        self.refit = lambda others: self.learn(read, others, per, unit, scaling, name)
+        self.refit = partial(self.learn, read, per, unit, scaling, name)
         x, y = take_rows(read, rows["train"])
         self.float64 = False
         if per is None:

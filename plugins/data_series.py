@@ -7,6 +7,7 @@ import ast
 import math
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,27 +66,28 @@ class TsFiles(Data):
         self.length = length or max(sequence.shape[1] for sequence in sequences)
         self.target, self.classes, self.out_shape = "class", targets.classes, targets.out_shape
         self.strata = targets.tensor
-        self.learn([(file, read) for file, read, _ in parts], targets.tensor, rows, normalize, path)
+        found = [(file, read) for file, read, _ in parts]
+        self.learn(found, targets.tensor, normalize, path, rows)
 
     def learn(
         self,
         read: Sequence[tuple[Path, list[Tensor]]],
         targets: Tensor,
-        rows: Mapping[str, Tensor],
         normalize: bool,
         path: Path,
+        rows: Mapping[str, Tensor],
     ) -> None:
         """Measure the training sequences, and set the splits.
 
         Args:
             read: the files and their sequences, which are numbered through all files.
             targets: the class of each.
-            rows: the numbers of the sequences of each split.
             normalize: standardise by the training frames.
             path: the file to name in an error.
+            rows: the numbers of the sequences of each split.
         """
         self.rows = rows
-        self.refit = lambda others: self.learn(read, targets, others, normalize, path)
+        self.refit = partial(self.learn, read, targets, normalize, path)
         sequences = [sequence for _, found in read for sequence in found]
         frames = torch.cat([sequences[row] for row in rows["train"].tolist()], dim=1)
         self.float64 = normalize and needs_float64(frames.T)
@@ -245,7 +247,7 @@ class SeriesData(Data):
             rows: the rows of each split.
         """
         self.rows = rows
-        self.refit = lambda others: self.cut(table, amounts, settings, others)
+        self.refit = partial(self.cut, table, amounts, settings)
         lookback, horizon = settings["lookback"], settings["horizon"]
         mean, std = moments_of_channels(amounts[rows["train"]].T)
         self.given = {**settings, "mean": mean, "std": std}
