@@ -114,8 +114,9 @@ class Data:
         rows: of each split, which of the samples read it has, as tensors of their numbers, for
             `refit`.
         refit: sets the splits anew, of other rows; what is measured (mean, vocabulary) is measured
-            on rows["train"]. Cross-validation calls it. None: the data set cannot, and its splits
-            are cut as they are.
+            on rows["train"]. Cross-validation calls it. A method, or a `functools.partial` of one,
+            is pickled and copied with the data set. It may hold all that was read: set it to None
+            to release that. None: the data set cannot, and its splits are cut as they are.
         strata: the class of each sample read, where folds shall have all classes in equal shares;
             None for others.
         in_time_order: whether a fold is a block of rows that follow each other, not rows drawn at

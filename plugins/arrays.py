@@ -8,6 +8,7 @@ import os
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -163,13 +164,10 @@ def learn_scale(amounts: Tensor, rows: Tensor, scaling: AutoScaling, name: str) 
 def standard_scale(amounts: Tensor, log: bool = False) -> Scale:
     """Return the scale that gives amounts, or their logarithms, mean 0 and deviation 1."""
     known = Scale(log=log).there(amounts.double())
-    if known.ndim == 2 and known.shape[1] > 1:
-        # Each value by its own moments: by common ones the larger would hide the others.
-        return Scale(*moments(known, float64=True), log)
-    low, high = known.aminmax()
-    if low == high:
-        return Scale(low.item(), 1.0, log)
-    return Scale(known.mean().item(), known.std(correction=0).item(), log)
+    several = known.ndim == 2 and known.shape[1] > 1
+    # Several values by their own moments: by common ones the larger would hide the others.
+    mean, std = mean_and_std(known, [0] if several else list(range(known.ndim)))
+    return Scale(mean.tolist(), std.tolist(), log)
 
 
 def scaled(amounts: Tensor, scale: Scale | None) -> Tensor:
@@ -234,15 +232,29 @@ def moments(
     if float64 is None:
         float64 = needs_float64(inputs, per)
     axes, keep = axes_of(inputs, per), per == "feature" and inputs.ndim > 3
-    known = inputs.double() if float64 else inputs.float()
-    variance, mean = torch.var_mean(known, axes, correction=0, keepdim=keep)
-    constant = variance == 0
     if float64:
-        lowest = known.amin(axes, keepdim=keep)
-        constant = lowest == known.amax(axes, keepdim=keep)
-        mean = torch.where(constant, lowest, mean)  # what is left of a rounded one is no deviation
-    mean, std = (mean[0], variance[0].sqrt()) if keep else (mean, variance.sqrt())
-    return mean.tolist(), std.masked_fill(constant[0] if keep else constant, 1.0).tolist()
+        mean, std = mean_and_std(inputs.double(), axes, keep)
+    else:
+        variance, mean = torch.var_mean(inputs.float(), axes, correction=0, keepdim=keep)
+        std = variance.sqrt().masked_fill(variance == 0, 1.0)
+    if keep:
+        mean = mean[0]
+        std = std[0]
+    return mean.tolist(), std.tolist()
+
+
+def mean_and_std(
+    amounts: Tensor,
+    axes: Sequence[int],
+    keepdim: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation over some axes; of a constant, itself and 1."""
+    mean = amounts.mean(axes, keepdim)
+    std = amounts.std(axes, correction=0, keepdim=keepdim)
+    lowest = amounts.amin(axes, keepdim)
+    # Not std == 0: the mean of a constant is rounded, and what is left of it is no deviation.
+    constant = lowest == amounts.amax(axes, keepdim)
+    return torch.where(constant, lowest, mean), std.masked_fill(constant, 1.0)
 
 
 def needs_float64(inputs: Tensor, per: Literal["feature", "all"] = "feature") -> bool:
@@ -443,30 +455,31 @@ class ArrayData(Data):
         self.target, self.classes = known.kind, known.classes
         self.strata = known.tensor if known.kind == "class" and known.tensor.ndim == 1 else None
         scaling = scale_target if known.kind == "value" else None
-        self.learn(list(parts.values()), rows, per if normalize else None, unit, scaling, name)
+        read = list(parts.values())
+        self.learn(read, per if normalize else None, unit, scaling, name, rows)
 
     def learn(
         self,
         read: Sequence[Pair],
-        rows: Mapping[str, Tensor],
         per: Literal["feature", "all"] | None,
         unit: float,
         scaling: AutoScaling | None,
         name: str,
+        rows: Mapping[str, Tensor],
     ) -> None:
         """Measure the training rows, and set the splits.
 
         Args:
             read: inputs and targets as they were read, in one or more parts whose rows are numbered
                 through.
-            rows: the numbers of the rows of each split.
             per: see `moments`; None divides the inputs by `unit` instead.
             unit: the raw value that stands for 1.
             scaling: of targets that are values; None for other targets.
             name: what to call the data in an error.
+            rows: the numbers of the rows of each split.
         """
         self.rows = rows
-        self.refit = lambda others: self.learn(read, others, per, unit, scaling, name)
+        self.refit = partial(self.learn, read, per, unit, scaling, name)
         x, y = take_rows(read, rows["train"])
         self.float64 = False
         if per is None:

@@ -7,6 +7,7 @@ is cut to its middle, a shorter one filled up with zeros.
 import math
 import wave
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -311,7 +312,7 @@ class Asterisk(SoundData):
             rows: the numbers of the prompts of each split.
         """
         self.rows = rows
-        self.refit = lambda others: self.learn(prompts, names, others)
+        self.refit = partial(self.learn, prompts, names)
         for part, taken in rows.items():
             chosen = []
             for row in taken.tolist():

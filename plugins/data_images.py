@@ -1,6 +1,7 @@
 """Pictures in files, a folder for each class."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,12 +72,12 @@ class ImageFolder(Data):
             rows.setdefault(part, torch.arange(len(every), len(every) + len(files)))
             every += files.files
         labels = torch.cat([files.labels for files in given.values()])
-        self.learn(PictureFiles(every, labels, self.facts()), rows, normalize)
+        self.learn(PictureFiles(every, labels, self.facts()), normalize, rows)
 
-    def learn(self, whole: PictureFiles, rows: Mapping[str, Tensor], normalize: bool) -> None:
+    def learn(self, whole: PictureFiles, normalize: bool, rows: Mapping[str, Tensor]) -> None:
         """Measure the training pictures, and set the splits; rows: the pictures of each."""
         self.rows = rows
-        self.refit = lambda others: self.learn(whole, others, normalize)
+        self.refit = partial(self.learn, whole, normalize)
         parts = {part: whole.subset(taken) for part, taken in rows.items()}
         if normalize:
             self.mean, self.std = measure(parts["train"])

@@ -7,6 +7,7 @@ import ast
 import math
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from framework_plugins.arrays import (
     check_digits,
     data_folder,
     learn_scale,
+    mean_and_std,
     needs_float64,
     split_rows,
 )
@@ -65,32 +67,34 @@ class TsFiles(Data):
         self.length = length or max(sequence.shape[1] for sequence in sequences)
         self.target, self.classes, self.out_shape = "class", targets.classes, targets.out_shape
         self.strata = targets.tensor
-        self.learn([(file, read) for file, read, _ in parts], targets.tensor, rows, normalize, path)
+        found = [(file, read) for file, read, _ in parts]
+        self.learn(found, targets.tensor, normalize, path, rows)
 
     def learn(
         self,
         read: Sequence[tuple[Path, list[Tensor]]],
         targets: Tensor,
-        rows: Mapping[str, Tensor],
         normalize: bool,
         path: Path,
+        rows: Mapping[str, Tensor],
     ) -> None:
         """Measure the training sequences, and set the splits.
 
         Args:
             read: the files and their sequences, which are numbered through all files.
             targets: the class of each.
-            rows: the numbers of the sequences of each split.
             normalize: standardise by the training frames.
             path: the file to name in an error.
+            rows: the numbers of the sequences of each split.
         """
         self.rows = rows
-        self.refit = lambda others: self.learn(read, targets, others, normalize, path)
+        self.refit = partial(self.learn, read, targets, normalize, path)
         sequences = [sequence for _, found in read for sequence in found]
         frames = torch.cat([sequences[row] for row in rows["train"].tolist()], dim=1)
         self.float64 = normalize and needs_float64(frames.T)
         if normalize:
-            self.mean, self.std = moments_of_channels(frames if self.float64 else frames.float())
+            mean, std = mean_and_std(frames if self.float64 else frames.float(), [1])
+            self.mean, self.std = mean.tolist(), std.tolist()
         else:
             check_digits(frames.T, f"{path}: the frames", "data.normalize=true")
             self.mean, self.std = [0.0] * len(frames), [1.0] * len(frames)
@@ -108,14 +112,6 @@ class TsFiles(Data):
     def read_inputs(cls, path: Path, facts: dict[str, Any]) -> Tensor:
         """Read the sequences of a .ts file."""
         return pad(read_ts(path)[0], facts, path)
-
-
-def moments_of_channels(amounts: Tensor) -> tuple[list[float], list[float]]:
-    """Return mean and deviation of each of (channels, times); the latter 1 for a constant."""
-    mean, std = amounts.mean(1), amounts.std(1, correction=0)
-    lowest = amounts.amin(1)
-    constant = lowest == amounts.amax(1)  # what is left of a rounded mean is no deviation
-    return torch.where(constant, lowest, mean).tolist(), torch.where(constant, 1.0, std).tolist()
 
 
 def read_ts(path: Path) -> tuple[list[Tensor], list[str]]:
@@ -245,10 +241,10 @@ class SeriesData(Data):
             rows: the rows of each split.
         """
         self.rows = rows
-        self.refit = lambda others: self.cut(table, amounts, settings, others)
+        self.refit = partial(self.cut, table, amounts, settings)
         lookback, horizon = settings["lookback"], settings["horizon"]
-        mean, std = moments_of_channels(amounts[rows["train"]].T)
-        self.given = {**settings, "mean": mean, "std": std}
+        mean, std = mean_and_std(amounts[rows["train"]], [0])
+        self.given = {**settings, "mean": mean.tolist(), "std": std.tolist()}
         self.scale = learn_scale(amounts[:, :1], rows["train"], "standard", str(settings["path"]))
         channels = as_channels(table, amounts, self.given)
         windows = len(channels) - lookback - horizon + 1

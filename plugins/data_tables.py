@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -53,14 +54,14 @@ class TableData(Data):
         self,
         table: Table,
         targets: Targets,
-        rows: Mapping[str, Tensor],
         encoding: Encoding,
         scaling: Scaling,
         name: str,
+        rows: Mapping[str, Tensor],
     ) -> None:
         """Set the attributes of Data, from all rows and the numbers of those that each split has."""
         self.rows = rows
-        self.refit = lambda others: self.learn(table, targets, others, encoding, scaling, name)
+        self.refit = partial(self.learn, table, targets, encoding, scaling, name)
         self.strata = targets.tensor if targets.kind == "class" else None
         chosen = rows["train"].tolist()
         self.learnt = [
@@ -152,7 +153,7 @@ class TableFile(TableData):
         if test_rows:
             rows["test"] = torch.arange(own, own + test_rows)
         encoding = Encoding(normalize, quantile, categories, mark_missing, max_categories)
-        self.learn(columns, targets, rows, encoding, scale_target, str(path))
+        self.learn(columns, targets, encoding, scale_target, str(path), rows)
 
     def read(self, path: Path) -> Table:
         """Read the file's columns."""
@@ -202,7 +203,7 @@ class ScikitTable(TableData):
         targets = as_targets(read.target, "class" if named else "value", named, self.source)
         strata = targets.tensor if named else torch.zeros(len(targets.tensor))
         rows = split_rows(strata, val_fraction, test_fraction, split_seed)
-        self.learn(columns, targets, rows, Encoding(normalize), "standard", self.source)
+        self.learn(columns, targets, Encoding(normalize), "standard", self.source, rows)
 
 
 @datasets.register("iris")

@@ -6,6 +6,7 @@ import json
 import re
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -20,7 +21,7 @@ from framework.schema import PartOf
 from framework_plugins.arrays import cache_folder, fetching
 
 Tokens = Annotated[Callable[..., Any], PartOf("tokenizer")]
-Rows = Mapping[str, Sequence[int]]
+Rows = Mapping[str, Tensor]
 
 PACKAGES = "asyncio concurrent ctypes distutils email encodings http idlelib importlib json lib2to3 logging"
 PACKAGES += " multiprocessing tkinter unittest urllib xml"
@@ -39,23 +40,19 @@ class TextData(Data):
         texts: Sequence[str],
         labels: Sequence[int],
         classes: Sequence[str],
-        rows: Rows,
         tokenizer: Tokens,
         max_length: int,
         bucket: int,
+        rows: Rows,
     ) -> None:
         """Set the attributes of Data; `rows` says which texts each split has."""
-        self.rows = {part: torch.tensor(taken, dtype=torch.int64) for part, taken in rows.items()}
+        self.rows = rows
+        self.refit = partial(self.learn, texts, labels, classes, tokenizer, max_length, bucket)
         self.strata = torch.tensor(labels)
-
-        def refit(others: Mapping[str, Tensor]) -> None:
-            chosen = {part: taken.tolist() for part, taken in others.items()}
-            self.learn(texts, labels, classes, chosen, tokenizer, max_length, bucket)
-
-        self.refit = refit
         self.tokenizer, self.name, self.max_length = tokenizer(), tokenizer.entry.name, max_length  # type: ignore[attr-defined]
-        self.tokenizer.fit(texts[row] for row in rows["train"])
-        for part, taken in rows.items():
+        numbers = {part: taken.tolist() for part, taken in rows.items()}
+        self.tokenizer.fit(texts[row] for row in numbers["train"])
+        for part, taken in numbers.items():
             encoded = {row: ids_of(texts[row], self.tokenizer, max_length) for row in taken}
             chosen = taken if part == "train" else sorted(taken, key=lambda row: len(encoded[row]))  # less padding
             answers = torch.tensor([labels[row] for row in chosen])
@@ -64,8 +61,8 @@ class TextData(Data):
             )
         self.in_shape, self.out_shape, self.target, self.classes = (max_length,), (len(classes),), "class", classes
         self.vocabulary = self.tokenizer.size
-        self.texts = {part: [texts[row] for row in taken] for part, taken in rows.items()}
-        self.labels = {part: [labels[row] for row in taken] for part, taken in rows.items()}
+        self.texts = {part: [texts[row] for row in taken] for part, taken in numbers.items()}
+        self.labels = {part: [labels[row] for row in taken] for part, taken in numbers.items()}
 
     def facts(self) -> dict[str, Any]:
         """Return the tokenizer with all that it has learned."""
@@ -110,7 +107,7 @@ def drawn(labels: Sequence[int], val_fraction: float, test_fraction: float, seed
         rows["val"] += mixed[:val]
         rows["test"] += mixed[val : val + test]
         rows["train"] += mixed[val + test :]
-    return {part: sorted(taken) for part, taken in rows.items()}
+    return {part: torch.tensor(sorted(taken), dtype=torch.int64) for part, taken in rows.items()}
 
 
 @datasets.register("docstrings")
@@ -144,7 +141,7 @@ class Docstrings(TextData):
         owners = {text: label for label, package in enumerate(classes) for text in found[package]}  # each text once
         texts, labels = list(owners), list(owners.values())
         rows = drawn(labels, val_fraction, test_fraction, split_seed)
-        self.learn(texts, labels, classes, rows, tokenizer, max_length, bucket)
+        self.learn(texts, labels, classes, tokenizer, max_length, bucket, rows)
 
 
 def docstrings(folder: Path) -> Iterator[str]:
@@ -204,9 +201,9 @@ class Spam(TextData):
         texts, labels = list(owners), [label for label, _ in owners.values()]
         training = [row for row, (_, part) in enumerate(owners.values()) if part == "train"]
         halves = drawn([labels[row] for row in training], val_fraction, 0.0, split_seed)
-        rows = {part: [training[place] for place in halves[part]] for part in ("train", "val")}
-        rows["test"] = [row for row, (_, part) in enumerate(owners.values()) if part == "test"]
-        self.learn(texts, labels, ["ham", "spam"], rows, tokenizer, max_length, bucket)
+        rows = {part: torch.tensor(training)[halves[part]] for part in ("train", "val")}
+        rows["test"] = torch.tensor([row for row, (_, part) in enumerate(owners.values()) if part == "test"])
+        self.learn(texts, labels, ["ham", "spam"], tokenizer, max_length, bucket, rows)
 
 
 def read_mails(folder: Path) -> Iterator[str]:
@@ -235,7 +232,7 @@ class OwnTexts(TextData):
         if len(classes) < 2:
             raise DataError(f"there is one class only, {classes[0]!r}: nothing to tell apart")
         labels = [classes.index(name) for name in names]
-        self.learn(texts, labels, classes, drawn(labels, *fractions), *learning)
+        self.learn(texts, labels, classes, *learning, drawn(labels, *fractions))
 
 
 @datasets.register("text_folder")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from framework.errors import DataError
+from framework_plugins.arrays import mean_and_std
 
 LARGEST = 3.4e38  # what a float32 can hold
 MISSING = {"", "?", "na", "n/a", "nan", "null", "none"}  # what an empty cell may say, in small letters or capitals
@@ -131,7 +132,7 @@ def as_column(cells: Sequence[Cell], label: str, path: Path, text: bool | None =
     known = {cell: as_number(cell) for cell in set(cells)}
     numbers: list[Cell] = [known[cell] for cell in cells]
     if None not in known.values():
-        check_integers(known, label, path)
+        check_distinct(known, label, path)
         return numbers
     if text is None and numbers.count(None) > len(numbers) / 2:
         return each(as_text, cells)
@@ -139,7 +140,7 @@ def as_column(cells: Sequence[Cell], label: str, path: Path, text: bool | None =
     raise DataError(f"{path}, row {row + 1}, column {label!r}: {cells[row]!r} is no number; correct it{way_out}")
 
 
-def check_integers(known: Mapping[Cell, float | None], label: str, path: Path) -> None:
+def check_distinct(known: Mapping[Cell, float | None], label: str, path: Path) -> None:
     """Raise DataError for different integers that are the same float64.
 
     known: what cells were read as.
@@ -228,10 +229,7 @@ def learn_numbers(label: str, cells: Sequence[Cell], encoding: Encoding, name: s
     known = values[~values.isnan()]
     if not len(known):
         raise nothing_in(label, name)
-    mean, std = known.mean().item(), known.std(correction=0).item()
-    low, high = known.aminmax()
-    if low == high:  # what is left of a rounded mean is no deviation
-        mean, std = low.item(), 1.0
+    mean, std = (moment.item() for moment in mean_and_std(known, [0]))
     if encoding.quantile:
         knots = quantiles(known, min(KNOTS, len(known))).tolist()
         return {"name": label, "fill": mean, "knots": knots}

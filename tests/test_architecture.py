@@ -96,6 +96,7 @@ SIBLINGS = {  # plugin files that may import others: what several kinds of data 
     "data_tables": {"arrays", "tables"},
     "data_text": {"arrays"},
     "representation": {"tasks"},
+    "tables": {"arrays"},
     "wrappers": {"averaging"},
 }
 

@@ -264,6 +264,22 @@ def test_a_constant_feature_stays_0_whatever_it_is(tmp_path):
         assert not fw.datasets.build("table", path=path, target="y").train.tensors[0][:, 0].any()
 
 
+@pytest.mark.parametrize("constant", [0.1, 1e6 / 3])
+def test_constant_frames_and_targets_stay_0_too(constant, tmp_path):
+    constants = np.full((ROWS, 3), constant)
+    cases = of_ts_files(tmp_path, constants, VALUES)
+    assert (cases.mean, cases.std) == ([pytest.approx(constant)] * 2, [1, 1])
+    assert not cases.train.tensors[0][:, :2].any()
+    series = of_series(tmp_path, constants, VALUES)
+    assert not series.train.tensors[0][:, :, 1].any()
+    table = of_table(tmp_path, INPUTS, constants[:, 0])
+    assert table.scale == (pytest.approx(constant), 1, False)
+    np.savez(tmp_path / "d.npz", x=INPUTS, y=np.stack([VALUES, constants[:, 0]], 1))
+    two = fw.datasets.build("npz", path=tmp_path / "d.npz", scale_target="standard")
+    assert two.scale.std == [pytest.approx(VALUES.std(), rel=0.3), 1]
+    assert not two.train.tensors[1][:, 1].any()
+
+
 class TestWhatFloat32CannotHold:
     def test_inputs_that_are_not_standardised(self, tmp_path):
         np.savez(tmp_path / "d.npz", x=INPUTS + 1e8, y=CLASSES)

@@ -1,0 +1,91 @@
+"""A data set can be pickled and copied, and a copy has nothing in common with the original."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+import framework as fw
+from framework.data import Data
+from test_audio import small_voices
+from test_data_images import draw
+from test_offsets import INPUTS, SOURCES, VALUES
+
+SMALL = {
+    "digits": {},
+    "blobs": {"samples": 60},
+    "spirals": {"samples": 60},
+    "friedman1": {"samples": 60},
+    "iris": {},
+    "diabetes": {},
+    "seasonal": {"weeks": 2, "lookback": 4, "horizon": 2},
+}
+"""Settings of data sets that need no file."""
+
+
+def source_in_files(source: Callable) -> Callable[[Path], Data]:
+    return lambda folder: source(folder, INPUTS, VALUES)
+
+
+def source_without_files(name: str) -> Callable[[Path], Data]:
+    return lambda folder: fw.datasets.build(name, **SMALL[name])
+
+
+def text_table(folder: Path) -> Data:
+    lines = ["text,label", *(f"word{row} common,{'ab'[row % 2]}" for row in range(30))]
+    (folder / "d.csv").write_text("\n".join(lines))
+    return fw.datasets.build("text_table", path=folder / "d.csv", tokenizer={"name": "word", "min_count": 1})
+
+
+def image_folder(folder: Path) -> Data:
+    draw(folder / "cat", 10)
+    draw(folder / "dog", 10)
+    return fw.datasets.build("image_folder", path=folder, size=4)
+
+
+def asterisk(folder: Path) -> Data:
+    small_voices(folder)
+    return fw.datasets.build("asterisk", path=folder, seconds=0.1, val_fraction=0.25)
+
+
+BUILDERS = {source.__name__[3:]: source_in_files(source) for source in SOURCES}
+BUILDERS |= {name: source_without_files(name) for name in SMALL}
+BUILDERS |= {build.__name__: build for build in (text_table, image_folder, asterisk)}
+
+
+def contents(data: Data) -> dict[str, Any]:
+    """Return all samples, their numbers and what the data set measured, as plain values."""
+    found: dict[str, Any] = {"facts": copy.deepcopy(data.facts()), "scale": data.scale}
+    for part in ("train", "val", "test"):
+        split = getattr(data, part)
+        found[part] = [as_lists(split[row]) for row in range(len(split))]
+        found[f"rows of {part}"] = data.rows[part].tolist()
+    return found
+
+
+def as_lists(sample: tuple[Tensor, ...]) -> list[Any]:
+    return [tensor.tolist() for tensor in sample]
+
+
+@pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
+def test_a_copy_is_the_same_and_its_refit_leaves_the_original_as_it_is(build, tmp_path):
+    data = build(tmp_path)
+    before = contents(data)
+    known = data.rows["train"]
+    half = len(known) // 2
+    rows = {**data.rows, "train": known[:half], "val": known[half:]}
+    refitted = []
+    for copied in (pickle.loads(pickle.dumps(data)), copy.deepcopy(data)):
+        assert contents(copied) == before
+        copied.refit(rows)
+        assert copied.rows["train"].tolist() == rows["train"].tolist()
+        assert len(copied.train) < len(data.train)
+        refitted.append(contents(copied))
+    assert contents(data) == before
+    data.refit(rows)
+    for found in refitted:
+        assert found == contents(data)
