@@ -121,7 +121,12 @@ class Setting:
 
     def initial(self) -> Any:
         """Return the default as the annotated type: 0 as 0.0 for a float. Other objects are returned as they are."""
-        return self.convert(self.default) if is_builtin(self.default) else self.default
+        if not is_builtin(self.default):
+            return self.default
+        converted = self.convert(self.default)
+        if isinstance(self.default, tuple) and isinstance(converted, list):
+            return restore_tuples(converted, self.default)
+        return self.default if is_other_text(converted, self.default) else converted
 
     @property
     def part(self) -> str | None:
@@ -148,11 +153,18 @@ class Setting:
             if not self.is_default(value):
                 raise
             return self.default
+        if isinstance(self.default, tuple) and isinstance(converted, list) and allows_tuples(self.annotation):
+            return restore_tuples(converted, self.default)
         if self.required or not is_loose(self.annotation):
             return converted
         if self.annotation is not Any and isinstance(converted, list) and isinstance(self.default, tuple):
             return restore_tuples(converted, list(self.default))
         return restore_tuples(converted, self.default)
+
+
+def allows_tuples(annotation: Any) -> bool:
+    """Whether a list and a tuple are both of an annotated type, as of Sequence."""
+    return any(get_origin(strip(each)) in (Sequence, Iterable) for each in members(annotation))
 
 
 def names_parts(default: Any) -> bool:
@@ -236,11 +248,20 @@ def contradicts(setting: Setting) -> bool:
         return False
     if makes_anew(setting.default) or not fully_expressible(setting.annotation):
         return False
+    of_numpy = type(setting.default).__module__ == "numpy"  # a scalar, which is a number like any other
+    types = [strip(each) for each in members(setting.annotation)]
+    if (of_numpy or isinstance(setting.default, bool)) and (int in types or float in types):
+        return False
     try:
-        convert(setting.default, without_marks(setting.annotation))
+        converted = convert(setting.default, without_marks(setting.annotation))
     except SettingError:
         return True
-    return False
+    return is_other_text(converted, setting.default)
+
+
+def is_other_text(converted: Any, default: Any) -> bool:
+    """Whether a default that is no text became one, as a number under `str` does."""
+    return isinstance(converted, str | Path) and not isinstance(default, str | Path)
 
 
 def without_marks(annotation: Any) -> Any:
@@ -603,7 +624,10 @@ def convert_scalar(value: Any, annotation: Any) -> Any:
     if annotation is int:  # 1e3 is an int, in words
         return int(matching(value, number and math.isfinite(value) and value == int(value)))
     if annotation is float:
-        return float(matching(value, number))
+        try:
+            return float(matching(value, number))
+        except OverflowError:
+            raise Mismatch from None
     if annotation in (str, Path):
         return annotation(str(matching(value, isinstance(value, str | Path) or (number and isinstance(value, int)))))
     return value

@@ -22,6 +22,7 @@ from .schema import (
     members,
     names_parts,
     parameters_of,
+    plain_key,
     plain_value,
     read_settings,
     strip,
@@ -410,7 +411,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
+        return {plain_key(key): plain(item) for key, item in value.items()}
     try:
         return plain_value(value)
     except NotPlain:
