@@ -201,8 +201,10 @@ class Spam(TextData):
         texts, labels = list(owners), [label for label, _ in owners.values()]
         training = [row for row, (_, part) in enumerate(owners.values()) if part == "train"]
         halves = drawn([labels[row] for row in training], val_fraction, 0.0, split_seed)
-        rows = {part: torch.tensor(training)[halves[part]] for part in ("train", "val")}
-        rows["test"] = torch.tensor([row for row, (_, part) in enumerate(owners.values()) if part == "test"])
+        testing = [row for row, (_, part) in enumerate(owners.values()) if part == "test"]
+        numbers = torch.tensor(training, dtype=torch.int64)
+        rows = {part: numbers[halves[part]] for part in ("train", "val")}
+        rows["test"] = torch.tensor(testing, dtype=torch.int64)
         self.learn(texts, labels, ["ham", "spam"], tokenizer, max_length, bucket, rows)
 
 
