@@ -25,6 +25,7 @@ from .loss import check_scalar, modules_in, name_of
 from .memory import MicroBatches, is_full
 from .metric import Metric
 from .paths import expanded
+from .registry import Registry
 from .scheduler import observes
 from .task import LossTask, Step, Task
 from .torch_errors import is_batch_norm
@@ -489,4 +490,6 @@ def wrong(thing: Any, registry: str, more: str = "") -> str:
     if isinstance(thing, type):
         return f"expected an instance, got the class {thing.__name__}; write {thing.__name__}(...)"
     example = f"{thing!r}{more}" if isinstance(thing, str) else f'"..."{more}'
+    if registry == "tasks" and thing in Registry.every["loss"]:
+        registry = "losses"
     return f"{short(thing)} is none; by name one is made with fw.{registry}.build({example})"

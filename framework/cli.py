@@ -33,9 +33,12 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         sys.stdout.flush()
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
-    except BrokenPipeError:
-        silence_broken_streams()
-        status = 128 + signal.SIGPIPE
+    except BrokenPipeError as error:
+        if user_place(error) is None:  # nobody reads the output any more
+            silence_broken_streams()
+            status = 128 + signal.SIGPIPE
+        else:
+            status = complain(error, TRACEBACK in arguments)
     except Exception as error:
         status = complain(error, TRACEBACK in arguments)
     sys.exit(status)

@@ -155,6 +155,7 @@ class Result:
         fit_seconds, fit_steps: those of this process's training alone; `shares` are of this time.
         weights: by split, the weights that its metrics belong to, such as "best, step 900".
         advice: how the training could be faster, if there is a simple way.
+        split: what `framework eval` can measure: test, val, or None.
     """
 
     folder: Path
@@ -168,6 +169,7 @@ class Result:
     fit_steps: int = 0
     weights: dict[str, str] = field(default_factory=dict)
     advice: str | None = None
+    split: str | None = "test"
 
 
 @dataclass
@@ -234,6 +236,8 @@ class Prepared:
         assert trainer.folder is not None
         result = Result(trainer.folder, stopped=state.stop, steps=state.step)
         result.shares = trainer.clock.shares()
+        if self.built.data.test is None:
+            result.split = None if self.built.data.val is None else "val"
         result.fit_seconds = trainer.clock.elapsed
         result.fit_steps = state.step - (trainer.resumed_from or 0)
         result.advice = data_advice(self.built.train_batches, result.shares, result.fit_seconds)
@@ -315,7 +319,7 @@ def prepare(
 def schedule_notes(built: Experiment, resumed: Resumed) -> Iterator[str]:
     """Yield a line when a schedule that is laid out over the run follows its new length."""
     scheduler = built.spec.parts["scheduler"]
-    if scheduler is None or built.schedule is None:
+    if scheduler is None or built.schedule is None or 0 < built.total_steps <= resumed.step:
         return
     if not resumed.changes("trainer.max_epochs") and not resumed.changes("trainer.max_steps"):
         return

@@ -37,8 +37,9 @@ def print_result(result: Result, job: str | None = None) -> None:
     if result.signal is not None:
         print(f"go on    framework resume {named(result.folder)}")
     if job is None:
-        if (result.folder / "checkpoints").is_dir():
-            print(f"measure  framework eval {named(result.folder)}")
+        if (result.folder / "checkpoints").is_dir() and result.split is not None:
+            of_split = "" if result.split == "test" else f" --split {result.split}"
+            print(f"measure  framework eval {named(result.folder)}{of_split}")
         print(f"watch    framework board{root_of(result.folder)}")
 
 
@@ -50,7 +51,8 @@ def effort(result: Result) -> str:
     if result.steps != result.fit_steps:
         text += f" (with those before: {result.steps:,})"
     if result.seconds > result.fit_seconds:
-        text += f"; {duration(result.seconds)} with start-up and test"
+        tested = " and test" if any(name.startswith("test/") for name in result.metrics) else ""
+        text += f"; {duration(result.seconds)} with start-up{tested}"
     return text
 
 

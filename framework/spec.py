@@ -291,11 +291,18 @@ class Reader:
             own_choices = self.asked.get(name)
             if own_choices is None:
                 self.problem(key, chosen, f"reaches nothing: neither {askers} asks for {with_article(name)}")
-            elif self.source(key) == COMMAND_LINE:
+            elif self.source(key) == COMMAND_LINE and any(self.name_at(path) != chosen for path in own_choices):
                 places = ", ".join(dict.fromkeys(own_choices))
                 written = self.source(own_choices[0])
                 where = f" in {written}" if written not in ("", COMMAND_LINE) else ""
                 self.problem(key, chosen, f"has no effect: what counts is {places}{where}")
+
+    def name_at(self, path: str) -> Any:
+        """Return the name of the part that the experiment chooses at a path such as model.norm."""
+        value: Any = self.tree
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, Mapping) else None
+        return value.get("name") if isinstance(value, Mapping) else value
 
     def check_trainer(self, settings: Mapping[str, Any]) -> None:
         """Find now what the trainer will refuse (a device that is not there), before any data is read."""

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from . import seeds
 from .callback import keyed
 from .data import Loader
+from .errors import SettingError
 from .optimizer import group_settings, restore_optimizer, same_setting
 from .scheduler import Schedule
 
@@ -70,6 +71,7 @@ def capture(trainer: Trainer) -> dict[str, Any]:
         "model": trainer.model.state_dict(),
         "optimizer": trainer.optimizer.state_dict(),
         "optimizer_settings": trainer.optimizer_settings,
+        "optimizer_class": type(trainer.optimizer).__name__,
         "schedule": trainer.schedule.state_dict() if isinstance(trainer.schedule, Schedule) else {},
         "scheduled": trainer.schedule is not None,
         "scaler": trainer.precision.state_dict(),
@@ -86,6 +88,9 @@ def capture(trainer: Trainer) -> dict[str, Any]:
 def restore(trainer: Trainer, saved: dict[str, Any]) -> None:
     """Take back what `capture` gave, into a trainer with the same parts."""
     trainer.model.load_state_dict(saved["model"])
+    kind = type(trainer.optimizer).__name__
+    if saved.get("optimizer_class", kind) != kind:
+        raise SettingError(f"resume: the state is of the optimizer {saved['optimizer_class']}, not {kind}")
     before, now = saved.get("optimizer_settings"), trainer.optimizer_settings
     restore_optimizer(trainer.optimizer, saved["optimizer"], before, now)
     if trainer.schedule is None and saved.get("scheduled"):

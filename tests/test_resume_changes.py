@@ -443,3 +443,15 @@ def test_error_names_the_part_that_depends_on_validations():
     go("scheduler=reduce_on_plateau")
     with pytest.raises(RunError, match=r"validate_every=1steps .*used by scheduler/reduce_on_plateau.*--inexact"):
         go("scheduler=reduce_on_plateau", "resume=auto", "trainer.validate_every=1steps")
+
+
+def test_the_state_of_another_class_of_optimizer_is_refused():
+    model = nn.Linear(2, 1)
+    batches = [(torch.randn(4, 2), torch.randn(4, 1))]
+    trainer = Trainer(max_steps=1, device="cpu")
+    trainer.fit(model, batches, task=nn.MSELoss(), optimizer=torch.optim.Adam(model.parameters()))
+    other = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(SettingError, match="of the optimizer Adam, not SGD"):
+        Trainer(max_steps=2, device="cpu").fit(
+            model, batches, task=nn.MSELoss(), optimizer=other, resume=trainer.state_dict()
+        )

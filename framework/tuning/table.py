@@ -27,7 +27,12 @@ class Group:
 
     def values(self, metric: str) -> list[float]:
         """Return the values of the trials that ended well; one that was pruned has been measured early."""
-        return [trial.metrics[metric] for trial in self.trials if trial.state == "done" and metric in trial.metrics]
+        return [trial.metrics[metric] for trial in self.distinct() if metric in trial.metrics]
+
+    def distinct(self) -> list[Trial]:
+        """Return the trials that ended well, one of each setting: a search may try one again."""
+        found = {repr(sorted(trial.settings.items())): trial for trial in self.trials if trial.state == "done"}
+        return list(found.values())
 
     def mean(self, metric: str) -> float:
         return statistics.fmean(self.values(metric) or [math.nan])
@@ -108,7 +113,10 @@ def table(trials: Sequence[Trial], by: Direction, most: int | None = None) -> "T
     groups = ranked(grouped(trials), by)
     settings, metrics = columns(trials, by)
     seeds = any(len(group.trials) > 1 for group in groups)
-    count = "folds" if all("fold" in trial.settings for trial in trials) else "seeds"
+    kinds = {name for trial in trials for name in trial.settings if is_seed(name)}
+    count = "seeds"
+    if "fold" in kinds:
+        count = "folds" if kinds == {"fold"} else "runs"
     front = on_front(groups, by) if len(by) > 1 else []
     drawn = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in (*([] if seeds else ["trial"]), *map(short(settings).get, settings), *([count] if seeds else [])):
