@@ -126,6 +126,8 @@ class Mean:
             items = measured(loss, fallback="weights" if weights else "kept")
         elif isinstance(loss, nn.Module):
             return replace(cls.of_function(loss), form=form)
+        if items == "weights" and weight is None:
+            items = "kept"  # without a look for weights in each step
         zero = items == "weights" and has_zero(weight)
         return cls(form, items, ignored, function in ONE_DTYPE, zero, certain)
 
@@ -620,19 +622,21 @@ def without_graph(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
-def check_scalar(name: str, value: Any) -> None:
+def check_scalar(loss: Callable[..., Any] | str, value: Any) -> None:
     """Raise DataError when the value of a loss is not one real number.
 
     Args:
-        name: what to call the loss in the message.
+        loss: the loss, or what to call it in the message.
         value: what it returned.
     """
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        return
+    name = loss if isinstance(loss, str) else f"the loss {name_of(loss)}"
     if not isinstance(value, Tensor):
         raise DataError(f"{name}: expected a tensor with one number, got {described(value)}")
-    if value.numel() != 1 or value.is_complex():
-        kind = str(value.dtype).removeprefix("torch.")
-        expected = "expected one real number, the mean over the batch"
-        raise DataError(f"{name}: {expected}, got {kind} of shape {tuple(value.shape)}")
+    kind = str(value.dtype).removeprefix("torch.")
+    expected = "expected one real number, the mean over the batch"
+    raise DataError(f"{name}: {expected}, got {kind} of shape {tuple(value.shape)}")
 
 
 def modules_in(loss: Callable[..., Any]) -> list[nn.Module]:

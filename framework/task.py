@@ -152,7 +152,7 @@ class LossTask(Task):
         if self.watched and not torch.compiler.is_compiling():
             function = partial(call_aligned, f"the loss {name_of(self.loss)}", self.loss)
         loss = self.mean.call(function, outputs, targets, self.all_kept)
-        check_scalar(f"the loss {name_of(self.loss)}", loss)
+        check_scalar(self.loss, loss)
         return Step(loss, outputs, self.mean.shown(targets, self.all_kept))
 
     def count(self, batch: Batch) -> int | Tensor:

@@ -20,7 +20,6 @@ from framework.loss import (
     check_scalar,
     class_weights,
     is_sum,
-    name_of,
     unchanged,
     weights_of,
     without_ignored,
@@ -50,7 +49,7 @@ class Supervised(Task):
         check_tensor(model, outputs)
         targets = self.fit(outputs, targets)
         loss = self.mean.call(self.criterion, outputs, targets, self.all_kept)
-        check_scalar(f"the loss {name_of(self.criterion)}", loss)
+        check_scalar(self.criterion, loss)
         return Step(loss, outputs, targets)
 
     def count(self, batch: Batch) -> int | Tensor:
@@ -125,7 +124,7 @@ class Supervised(Task):
             shapes = f"outputs of shape {sizes[0]} and targets of shape {sizes[1]}"
             said = f"{describe(error)}, while computing the loss {name} of {shapes}"
             raise DataError(said) from error
-        check_scalar(f"the loss {name_of(self.criterion)}", loss)
+        check_scalar(self.criterion, loss)
 
 
 @tasks.register("classification")

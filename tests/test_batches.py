@@ -18,7 +18,7 @@ import framework as fw
 from framework import Callback, Step, Task, Trainer
 from framework.batches import as_batches, count_steps, count_total, steps, windows
 from framework.data import ForeignLoader, Loader, TensorSplit
-from framework.errors import DataError
+from framework.errors import DataError, FrameworkError
 from test_trainer import SPLIT, Three, X, Y, fit, same
 
 CPU = torch.device("cpu")
@@ -285,7 +285,7 @@ class Lengthless(Dataset):
     ids=range(8),
 )
 def test_what_is_no_data_is_named(source, said):
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(FrameworkError, match=said):
         fit(source)
 
 

@@ -203,7 +203,9 @@ class Vectorized(OneByOne):
         try:
             if error is not None:
                 raise error
-            row = outcome(each.row, each.prepared.result(signals))
+            result = each.prepared.result(signals)
+            result.seconds /= len(ready)  # its share of the time of all, so that the sum is right
+            row = outcome(each.row, result)
         except Exception as failed:
             row = self.trials.failed(each.row, failed, each.prepared.trainer.state.wall_seconds)
         rows[each.place] = self.trials.end(row)
