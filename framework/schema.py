@@ -124,8 +124,6 @@ class Setting:
         if not is_builtin(self.default):
             return self.default
         converted = self.convert(self.default)
-        if isinstance(self.default, tuple) and isinstance(converted, list):
-            return restore_tuples(converted, self.default)
         return self.default if is_other_text(converted, self.default) else converted
 
     @property

@@ -8,6 +8,7 @@ import functools
 import inspect
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,8 +24,8 @@ from framework.errors import BuildError, ConfigError, ContractError
 from framework.registry import Registry
 from framework.resume import altered
 from framework.run import dump
-from framework.schema import Range, identical, plain_value
-from framework.spec import plain_settings, read_spec
+from framework.schema import Range, Setting, identical, plain_value
+from framework.spec import plain, plain_settings, read_spec
 
 
 class Mode(enum.Enum):
@@ -461,3 +462,34 @@ def test_what_a_part_says_of_its_arguments_is_told():
     fw.activations.register("refusing", Refusing)
     with pytest.raises(BuildError, match="cannot be built: ValueError: no"):
         fw.activations.build("refusing", a=2)
+
+
+class Unit(enum.Enum):
+    METRE = 1
+
+
+@pytest.mark.parametrize(
+    ("annotation", "default", "typed", "arrives"),
+    [
+        (Sequence[int], (8, 16), [1, 2], (1, 2)),
+        (int | Sequence[int], (3, 3), [4, 5], (4, 5)),
+        (Sequence[float], (0, 1), [2], (2.0,)),
+        (list[int], (1, 2), [3], [3]),
+        (dict[Unit, float], {Unit.METRE: 1.0}, {"METRE": 2}, {Unit.METRE: 2.0}),
+    ],
+    ids=str,
+)
+def test_a_container_has_the_type_of_its_default_where_the_annotation_allows_it(annotation, default, typed, arrives):
+    setting = Setting("x", annotation, default)
+    assert setting.convert(typed) == arrives
+    initial = setting.initial()
+    assert type(initial) is type(arrives)
+    assert plain(initial) == plain(default)
+
+
+def test_a_number_is_no_default_of_a_text():
+    def part(s: str = 3): ...
+
+    with pytest.raises(ContractError, match="has the default 3, which is not str"):
+        fw.activations.register("number_as_text", part)
+    assert Setting("s", str, 3).initial() == 3, "in a class of a library it stays as it is"
