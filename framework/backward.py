@@ -104,7 +104,7 @@ class Backward:
 
     def _all(self, parts: list[Batch]) -> Tensor:
         counts = [count_of(self.task, part) for part in parts]
-        total = sum(counts)
+        total = sum(counts) if len(parts) > 1 else counts[0]
         mean: Tensor | None = None
         for part, count in zip(parts, counts, strict=True):
             share = None if len(parts) == 1 else share_of(count, total)  # so that the sum is the mean of the whole

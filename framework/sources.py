@@ -28,7 +28,7 @@ SWEEPER: tuple[str, ...] = ("params", "max_batch_size", "n_trials", "n_jobs", "d
 SWEEPER += ("sampler", "seed", "pruner", "warmup", "parallel", "startup", "patience", "timeout", "target")
 HYDRA_KEYS = (("hydra", "launcher", "n_jobs"), *(("hydra", "sweeper", key) for key in SWEEPER))
 """What a config file may say to Hydra itself; the rest is for the command line."""
-OWN = "Hydra's own settings are not for a config file: give them on the command line"
+OWN = "Hydra's own settings are not for a config file: give those that have an effect on the command line"
 
 File = tuple[Path, str]
 """A config file and the package, such as "optimizer" or "", at which its content lies in the experiment."""
