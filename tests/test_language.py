@@ -396,7 +396,7 @@ def test_samples_are_shown_and_change_nothing(text_file):
         ("train task=language_modelling data=friedman1", "Friedman1 holds no tokens"),
         ("train task=classification data=stdlib_source data.characters=9999 data.length=40", "has nothing as targets"),
         ("train data=plain_text data.path=nope task=language_modelling", "nope: there is no such file"),
-        ("train data=bible data.path=nope task=language_modelling", "scripts/fetch_data bible), or take"),
+        ("train data=bible data.path=nope task=language_modelling", " bible), or take"),
         ("train data=stdlib_source data.tokenizer=word task=language_modelling", "choose data.tokenizer=char, byte"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import io
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -70,17 +71,21 @@ def test_every_command_in_a_poor_terminal(tmp_path):
 
 def test_closed_streams(tmp_path):
     for redirected in (">&-", "2>&-", ">&- 2>&- <&-"):
-        done = subprocess.run(f"{FRAMEWORK} show gelu {redirected}", shell=True, cwd=tmp_path, capture_output=True)
+        done = subprocess.run(
+            f"{shlex.quote(FRAMEWORK)} show gelu {redirected}", shell=True, cwd=tmp_path, capture_output=True
+        )
         assert (done.returncode, done.stderr) == (0, b"")
     script = "import sys; from framework.streams import prepare_streams; prepare_streams(); f = open('x'); print(1)"
     script += "; sys.exit(f.fileno())"
     (tmp_path / "x").touch()
-    done = subprocess.run(f'{sys.executable} -c "{script}" >&- 2>&- <&-', shell=True, cwd=tmp_path)
+    done = subprocess.run(f'{shlex.quote(sys.executable)} -c "{script}" >&- 2>&- <&-', shell=True, cwd=tmp_path)
     assert done.returncode == 3, "a file that is opened later does not get the descriptor of a closed stream"
 
 
 def test_a_reader_that_ends_early(tmp_path):
-    done = subprocess.run(f"{FRAMEWORK} list --json | head -1", shell=True, cwd=tmp_path, capture_output=True)
+    done = subprocess.run(
+        f"{shlex.quote(FRAMEWORK)} list --json | head -1", shell=True, cwd=tmp_path, capture_output=True
+    )
     assert (done.stdout, done.stderr) == (b"{\n", b"")
 
 

@@ -261,7 +261,7 @@ def test_bad_folders_are_named(folder):
 
 
 def test_missing_mails_name_the_command_and_the_way_without(tmp_path):
-    with pytest.raises(DataError, match=r"scripts/fetch_data spam\), or take data=docstrings"):
+    with pytest.raises(DataError, match=r"scripts/fetch_data'? spam\), or take data=docstrings"):
         fw.datasets.build("spam", folder=tmp_path)
 
 
