@@ -320,7 +320,7 @@ def test_a_prompt_is_in_one_split_with_all_its_languages(tmp_path):
 
 
 def test_missing_prompts_say_how_to_get_them(tmp_path):
-    said = r"not in .*; fetch them \(98 MB\) with: \S.*scripts/fetch_data'? asterisk. Without them: data=tones"
+    said = r"not in .*; fetch them \(98 MB\) with: .*scripts/fetch_data'? asterisk. Without them: data=tones"
     with pytest.raises(DataError, match=said):
         fw.datasets.build("asterisk", path=tmp_path)
 

@@ -88,7 +88,7 @@ def test_missing_idx_files(idx):
     (idx / "t10k-labels-idx1-ubyte").unlink()
     with pytest.raises(DataError, match=r"has no file t10k-labels-idx1-ubyte or t10k-labels-idx1-ubyte\.gz"):
         fw.datasets.build("idx", path=idx)
-    with pytest.raises(DataError, match="scripts/fetch_data'? fashion_mnist"):
+    with pytest.raises(DataError, match=r"scripts/fetch_data'? fashion_mnist"):
         fw.datasets.build("fashion_mnist", path=idx / "nowhere")
 
 

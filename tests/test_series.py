@@ -297,5 +297,5 @@ class TestPictures:
 def test_data_that_is_not_there_is_told_how_to_fetch(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for name in ("vowels", "electricity"):
-        with pytest.raises(DataError, match=rf"{name} is not in .* with: \S.*scripts/fetch_data'? {name} \(data="):
+        with pytest.raises(DataError, match=rf"{name} is not in .* with: .*scripts/fetch_data'? {name} \(data="):
             fw.datasets.build(name)

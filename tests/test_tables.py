@@ -278,7 +278,7 @@ class TestRealData:
     def test_data_that_is_not_there_is_told_how_to_fetch(self, monkeypatch, tmp_path):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         for name, fallback in (("diamonds", "diabetes"), ("flights", "breast_cancer")):
-            said = rf"{name} is not in .*fetch it \(\d MB\) with: \S.*fetch_data'? {name} \(data={fallback} needs no"
+            said = rf"{name} is not in .*fetch it \(\d MB\) with: .*fetch_data'? {name} \(data={fallback} needs no"
             with pytest.raises(DataError, match=said):
                 fw.datasets.build(name)
 
