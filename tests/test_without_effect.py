@@ -59,9 +59,9 @@ def test_the_choice_of_a_file_may_be_replaced(tmp_path):
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("seed=1,1", "seed=1: is there 2 times"),
-        ("optimizer.lr=1e-3,0.001", "optimizer.lr=0.001: is there 2 times"),
-        ("seed=0,0 optimizer.lr=1,1 sweep.zip=[seed,optimizer.lr]", "seed=0 optimizer.lr=1: is there 2 times"),
+        ("seed=1,1", "seed=1 is given 2 times"),
+        ("optimizer.lr=1e-3,0.001", "optimizer.lr=0.001 is given 2 times"),
+        ("seed=0,0 optimizer.lr=1,1 sweep.zip=[seed,optimizer.lr]", "seed=0 optimizer.lr=1 is given 2 times"),
         ("loss=cross_entropy,null", "are one experiment: what differs has no effect"),
         ("optimizer=glob(zzz*)", "there is no such value"),
         ("seed=0,1 hydra.sweep.dir=x", "run.root=DIR and sweep.name=NAME say where a sweep lies"),

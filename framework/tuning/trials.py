@@ -215,6 +215,6 @@ def identical_trials(jobs: Sequence[Job]) -> Iterator[str]:
     for first, *others in found.values():
         labels = list(dict.fromkeys(job.label for job in (first, *others)))
         if others and len(labels) == 1:
-            yield f"{first.label or 'the experiment'}: is there {1 + len(others)} times: give each value once"
+            yield f"{first.label or 'the experiment'} is given {1 + len(others)} times: give each value once"
         elif others:
             yield f"{' and '.join(labels[:3])} are one experiment: what differs has no effect"
