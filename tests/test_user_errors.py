@@ -39,7 +39,7 @@ ERRORS = {  # the body of a function, and what is said of the error that it rais
     "raise ExceptionGroup('several', [ValueError('one'), KeyError('two')])": (
         "ExceptionGroup: several (2 sub-exceptions), the first: ValueError: one"
     ),
-    "torch.zeros(2, 3) @ torch.zeros(4, 5)": ("RuntimeError: mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)"),
+    "torch.zeros(2).view(3)": "RuntimeError: shape '[3]' is invalid for input of size 2",
 }
 MUTE = "class Mute(Exception):\n    def __str__(self): return 1 / 0\n"
 
