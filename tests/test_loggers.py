@@ -180,9 +180,7 @@ def test_a_graph_that_cannot_be_drawn_is_a_text(tmp_path):
     board = log(tmp_path)
     board.graph(nn.Linear(3, 3), torch.rand(2, 4))
     board.close()
-    assert (
-        b"mat1 and mat2 shapes cannot be multiplied" in tensors(read(tmp_path), "graph")[0].string_val[0]
-    )
+    assert b"mat1 and mat2 shapes cannot be multiplied" in tensors(read(tmp_path), "graph")[0].string_val[0]
     quiet = log(tmp_path / "quiet", graph=False)
     quiet.graph(nn.Linear(3, 3), torch.rand(2, 3))
     quiet.close()
