@@ -51,7 +51,8 @@ class Backward:
         self.compiled = compile != "off"
         self.whole: Whole | None = None
         self.updated = False  # whether the update was part of it
-        self.checked: set[str | None] = set()  # phases whose first step was checked
+        self.checked: set[str | None] = set()  # phases whose first step of more than one sample was checked
+        self.followed: set[str | None] = set()  # phases of whose first step the gradients were followed
         self.phase: Phase | None = None
         self.pass_through: Callable[..., Step] = self._eager
         if compile == "step":
@@ -127,7 +128,9 @@ class Backward:
         phase = None if self.phase is None else self.phase.name
         if phase in self.checked:
             return
-        check_parameters_reached(self.task, made.loss, self.model)
+        if phase not in self.followed:
+            self.followed.add(phase)
+            check_parameters_reached(self.task, made.loss, self.model)
         if samples > 1:
             self.checked.add(phase)
             self.task.check_first(made)
