@@ -1,0 +1,171 @@
+"""Files of a run folder: opened without links and within limits, written whole or not at all."""
+
+import os
+import socket
+
+import pytest
+
+from framework.errors import RunError
+from framework.files import (
+    TEMPORARY,
+    open_file,
+    parse_json,
+    parse_yaml,
+    read_bytes,
+    read_json,
+    read_rows,
+    remove_temporary,
+    write_file,
+)
+
+
+def make_link(path):
+    target = path.parent / "outside"
+    target.write_text("precious")
+    path.symlink_to(target)
+
+
+def make_device_link(path):
+    path.symlink_to("/dev/zero")
+
+
+def make_socket(path):
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(os.path.relpath(path))  # the length of a socket's path is limited
+    server.close()
+
+
+def make_hard_link(path):
+    target = path.parent / "outside"
+    target.write_text("precious")
+    os.link(target, path)
+
+
+ODD = [make_link, make_device_link, os.mkfifo, os.mkdir, make_socket, make_hard_link]
+
+
+@pytest.mark.parametrize("mode", ["r", "r+", "a"])
+@pytest.mark.parametrize("make", ODD, ids=lambda make: make.__name__)
+def test_what_is_no_file_of_its_own_is_not_opened(tmp_path, make, mode):
+    make(tmp_path / "file")
+    with pytest.raises(RunError, match="link|regular file"):
+        open_file(tmp_path, "file", mode)
+    outside = tmp_path / "outside"
+    assert not outside.exists() or outside.read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "below/../../outside"])
+def test_a_name_does_not_lead_out(tmp_path, name):
+    (tmp_path / "below").mkdir()
+    with pytest.raises(RunError, match="leads out"):
+        open_file(tmp_path, name)
+    with pytest.raises(RunError, match="leads out"):
+        write_file(tmp_path, name, "x")
+
+
+def test_a_linked_folder_below_is_not_entered(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "file").write_text("precious")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "real")
+    with pytest.raises(RunError, match="symbolic link"):
+        read_bytes(tmp_path / "run", "checkpoints/file")
+    with pytest.raises(RunError, match="symbolic link"):
+        write_file(tmp_path / "run", "checkpoints/file", "x")
+    assert (tmp_path / "real" / "file").read_text() == "precious"
+
+
+def test_the_folder_itself_may_be_reached_through_a_link(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "run").symlink_to("real")
+    write_file(tmp_path / "run", "file", "x")
+    assert read_bytes(tmp_path / "run", "file") == b"x"
+
+
+@pytest.mark.parametrize("make", [make_link, make_hard_link, os.mkfifo], ids=lambda make: make.__name__)
+def test_writing_replaces_a_link_and_not_what_it_leads_to(tmp_path, make):
+    make(tmp_path / "file")
+    write_file(tmp_path, "file", "new")
+    assert (tmp_path / "file").read_text() == "new"
+    outside = tmp_path / "outside"
+    assert not outside.exists() or outside.read_text() == "precious"
+
+
+def test_a_failed_write_leaves_nothing_and_names_the_file(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(RunError, match=r"folder cannot be written: Is a directory"):
+        write_file(tmp_path, "folder", "x")
+    assert os.listdir(tmp_path) == ["folder"]
+    with pytest.raises(RunError, match="does not exist any more"):
+        write_file(tmp_path / "removed", "file", "x")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_full_disk_is_named_with_its_bytes(tmp_path, monkeypatch):
+    def full(*arguments, **more):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "rename", full)
+    with pytest.raises(RunError, match=r"file cannot be written: No space left on device \(1,000 bytes are needed, "):
+        write_file(tmp_path, "file", "x" * 1000)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077, 0o000])
+def test_the_umask_decides_who_may_read(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        write_file(tmp_path, "written", "x")
+        open_file(tmp_path, "appended", "a").close()
+    finally:
+        os.umask(before)
+    for name in ("written", "appended"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_temporary_files_of_killed_processes_are_removed(tmp_path):
+    (tmp_path / f".status.json.{'0' * 16}.tmp").write_text("")
+    (tmp_path / ".mine.tmp").write_text("")
+    assert TEMPORARY.fullmatch(f".status.json.{'0' * 16}.tmp")
+    remove_temporary(tmp_path)
+    assert os.listdir(tmp_path) == [".mine.tmp"]
+
+
+def test_a_size_limit_is_checked_before_reading(tmp_path):
+    with open(tmp_path / "file", "wb") as file:
+        file.truncate(2**40)  # sparse
+    with pytest.raises(RunError, match="1,099,511,627,776 bytes; expected at most"):
+        read_json(tmp_path, "file")
+
+
+BOMB = "a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n" + "".join(f"a{n}: &a{n} [{f'*a{n - 1},' * 10}]\n" for n in range(1, 10))
+DEEP = "[" * 100 + "]" * 100
+
+
+@pytest.mark.parametrize("text", [BOMB, f"a: {DEEP}", "a: " + "[" * 10**6, "a: &a [*a]", "[1, " * 70 + "1" + "]" * 70])
+def test_yaml_beyond_the_limits(tmp_path, text):
+    with pytest.raises(RunError, match="too large or too deep|stands for nothing"):
+        parse_yaml(text, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", [b"a: \xff", "a: 2001-99-99", "? [1]\n: 2", "!!python/name:os.system", f"a: {'9' * 9999}"]
+)
+def test_what_is_no_plain_yaml(tmp_path, text):
+    with pytest.raises(RunError, match="is no YAML"):
+        parse_yaml(text, tmp_path)
+
+
+def test_aliases_are_read_where_they_are_few(tmp_path):
+    assert parse_yaml("a: &a [1, 2]\nb: [*a, *a]", tmp_path)["b"] == [[1, 2], [1, 2]]
+
+
+@pytest.mark.parametrize("text", [b"\xff", "{", "", DEEP, "[" * 10**6, "9" * 9999, f"[{'0,' * 10**6}0]"])
+def test_what_is_no_json_within_the_limits(tmp_path, text):
+    with pytest.raises(RunError, match="is no JSON|too large or too deep"):
+        parse_json(text, tmp_path)
+
+
+def test_torn_and_undecodable_rows_are_skipped(tmp_path):
+    (tmp_path / "rows").write_bytes(b'{"a": 1}\n\xff\n[1]\n{"b"\n' + b"[" * 10**5 + b'\n\n{"c": 3}\n{"d": 4}')
+    assert list(read_rows(tmp_path, "rows")) == [{"a": 1}, {"c": 3}]
