@@ -104,14 +104,15 @@ def build_model(
             f"model={maker.entry.name} would take the data's indices of categories for amounts: "
             f"choose one that embeds them ({fitting}), or have the data encode them one-hot"
         )
-    torch.manual_seed(seeds.derive(spec.seed, "init"))
-    model = maker(tuple(in_shape), tuple(out_shape), tuple(columns))
-    if spec.parts["initializer"] is not None:
-        if any(is_lazy(parameter) for parameter in model.parameters()):
-            first_output(model, tuple(in_shape))  # makes the weights, which have no shape before
-        for weight in model.parameters():
-            if weight.ndim >= 2:  # the rest are biases and scales of norms
-                spec.parts["initializer"](weight)
+    with seeds.fitting():  # no other thread draws from the generators meanwhile
+        torch.manual_seed(seeds.derive(spec.seed, "init"))
+        model = maker(tuple(in_shape), tuple(out_shape), tuple(columns))
+        if spec.parts["initializer"] is not None:
+            if any(is_lazy(parameter) for parameter in model.parameters()):
+                first_output(model, tuple(in_shape))  # makes the weights, which have no shape before
+            for weight in model.parameters():
+                if weight.ndim >= 2:  # the rest are biases and scales of norms
+                    spec.parts["initializer"](weight)
     return model
 
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from . import seeds
 from .batches import Batches, Source, as_batches, known_targets
 from .checks import check_batch_size, check_input_dtype, check_made, check_metrics, check_source, check_task, count_of
 from .data import Batch, Data, TensorSplit
@@ -44,7 +45,21 @@ class Evaluator:
         """Return {"test/loss": ..., "test/accuracy": ...} of the fitted (or given) model on a split or loader.
 
         Of a `Data`, the split `name` is taken. While a trainer is open (`with trainer:`), loggers get the values too.
+
+        Raises FrameworkError while another thread of the process fits.
         """
+        with seeds.measuring():
+            return self._evaluate(data, model, task, metrics, batch_size, name)
+
+    def _evaluate(
+        self,
+        data: Source,
+        model: nn.Module | None,
+        task: Task | Callable[[Tensor, Tensor], Tensor] | None,
+        metrics: Sequence[Metric] | None,
+        batch_size: int,
+        name: str,
+    ) -> dict[str, float]:
         if task is not None:
             check_task(task)
         self._use(model, task, "model", "task")
@@ -84,7 +99,19 @@ class Evaluator:
             model: another one than the fitted one.
             task: as for `evaluate`.
             batch_size: samples at once, for inputs and splits.
+
+        Raises FrameworkError while another thread of the process fits.
         """
+        with seeds.measuring():
+            return self._predict(data, model, task, batch_size)
+
+    def _predict(
+        self,
+        data: Source | Tensor,
+        model: nn.Module | None,
+        task: Task | Callable[[Tensor, Tensor], Tensor] | None,
+        batch_size: int,
+    ) -> Tensor:
         self._use(model, task, "model")
         check_source("data", data, needs_targets=False)
         batches = self._batches(TensorSplit(data) if isinstance(data, Tensor) else data, batch_size)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from . import seeds
 from .data import Batch
 from .task import Task
 
@@ -52,7 +53,7 @@ def undisturbed(model: nn.Module, train: bool | None = False) -> Iterator[None]:
                 buffers.append((owner, name, buffer, buffer.clone()))
     devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
     try:
-        with torch.random.fork_rng(devices=sorted(devices)):
+        with seeds.measuring(), torch.random.fork_rng(devices=sorted(devices)):
             if train is not None:
                 model.train(train)
             yield

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import seeds
 from .errors import BuildError, SettingError
 from .kinds import Shape
 from .user_code import describe, user_place
@@ -32,7 +33,8 @@ def dry_run(module: nn.Module, batch: Tensor) -> Tensor:
     training = {part: part.training for part in module.modules()}
     module.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng([batch.device] if batch.is_cuda else []):
+        devices = [batch.device] if batch.is_cuda else []
+        with torch.no_grad(), seeds.measuring(), torch.random.fork_rng(devices):
             output = module(batch)
     finally:
         for part, flag in training.items():

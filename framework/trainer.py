@@ -165,6 +165,10 @@ class Trainer(Evaluator):
         gradients are deleted. The weights, and the state that the optimizer keeps of each
         parameter, stay as they are.
 
+        Only one thread of a process fits at a time, since the generators belong to the process.
+        Meanwhile `fit`, `evaluate` and `predict` raise FrameworkError in other threads. In the
+        thread that fits, a callback may call them.
+
         Modules that are in evaluation mode when fit begins, or that a callback puts into it in
         `on_fit_start`, stay in it during training. If the model itself is in evaluation mode, all
         of its modules are trained. Fit leaves all modules in evaluation mode, which another fit
@@ -194,7 +198,7 @@ class Trainer(Evaluator):
 
         Raises DataError when the data is empty or does not fit the task, OutOfMemory when memory is full.
         """
-        with torch.inference_mode(False), torch.enable_grad():  # whatever the caller has set
+        with seeds.fitting(), torch.inference_mode(False), torch.enable_grad():  # whatever the caller has set
             self.begin(model, data, task, optimizer, val, schedule, metrics, batch_size, resume)
             deterministic = deterministic_algorithms(self.deterministic)
             with deterministic, memory_errors(self.device), self.fitting(), torch_errors():
@@ -269,7 +273,7 @@ class Trainer(Evaluator):
     @contextmanager
     def fitting(self) -> Iterator[None]:
         """Run the steps of a fit between its first and its last events."""
-        with self:
+        with seeds.fitting(), self:
             try:
                 if self._opened_at != self.state.step:  # opened for an earlier fit
                     self._closing.close()

@@ -1,0 +1,232 @@
+"""Two fits at the same time in one process: refused in threads, possible one inside the other."""
+
+import os
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from framework import Callback, TensorSplit, Trainer, seeds
+from framework.data import Loader
+from framework.errors import FrameworkError
+from framework.probe import undisturbed
+from framework.shapes import dry_run
+from framework.workers import SeededSamples
+
+INPUTS, TARGETS = torch.randn(64, 8, generator=torch.Generator().manual_seed(1)), torch.arange(64) % 3
+
+
+def model():
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 3))
+
+
+def fit(net, *callbacks, seed=0):
+    trainer = Trainer(max_epochs=3, seed=seed, callbacks=callbacks)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    trainer.fit(net, TensorSplit(INPUTS, TARGETS), task=nn.CrossEntropyLoss(), optimizer=optimizer)
+    return trainer
+
+
+def weights(net):
+    return [parameter.detach().clone() for parameter in net.parameters()]
+
+
+def equal(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def alone():
+    net = model()
+    fit(net)
+    return weights(net)
+
+
+class Meanwhile(Callback):
+    """Runs a function in another thread while a fit is under way, and waits for it."""
+
+    def __init__(self, function):
+        self.function, self.error = function, None
+
+    def on_epoch_end(self, trainer):
+        thread = threading.Thread(target=self._run)
+        thread.start()
+        thread.join(60)
+
+    def _run(self):
+        try:
+            self.function()
+        except Exception as error:
+            self.error = error
+
+
+def spec():
+    from framework.compose import CommandLine, run as compose
+
+    specs = []
+    compose(CommandLine(["data=blobs", "model.dropout=0.1"], []), lambda job: specs.append(job.spec))
+    return specs[0]
+
+
+def build():
+    from framework.experiment import Experiment
+
+    Experiment(spec())
+
+
+def sample():
+    """Read a batch of a split that is not in memory: its samples have generators of their own."""
+    split = [(INPUTS[row], TARGETS[row]) for row in range(8)]
+    next(iter(Loader(split).epoch()))
+
+
+def measure():
+    Trainer(max_steps=1).evaluate(TensorSplit(INPUTS, TARGETS), model=NET, task=nn.CrossEntropyLoss())
+
+
+def probe():
+    with undisturbed(NET):
+        torch.rand(3)
+
+
+NET = model()
+USES = {
+    "fit": lambda: fit(NET),
+    "evaluate": measure,
+    "predict": lambda: Trainer(max_steps=1).predict(INPUTS, model=NET),
+    "build": build,
+    "read_samples": sample,
+    "probe": probe,
+    "dry_run": lambda: dry_run(NET, INPUTS[:1]),
+    "seed": lambda: seeds.seed_everything(5),
+}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_another_thread_is_refused_during_a_fit_which_stays_as_it_would_be_alone(use):
+    expected = alone()
+    other, net = Meanwhile(use), model()
+    fit(net, other)
+    assert isinstance(other.error, FrameworkError), other.error
+    assert "another thread of this process fits" in str(other.error)
+    assert "\n" not in str(other.error)
+    assert equal(weights(net), expected)
+
+
+def test_the_generators_that_another_thread_moves_would_change_a_fit():
+    """A control: the comparison of weights notices what is not refused."""
+    expected = alone()
+    net = model()
+    fit(net, Meanwhile(lambda: torch.rand(3)))
+    assert not equal(weights(net), expected)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_after_a_fit_another_thread_may_fit(fails):
+    class Fails(Callback):
+        def on_epoch_end(self, trainer):
+            if fails:
+                raise ValueError("as a test")
+
+    expected = alone()
+    if fails:
+        with pytest.raises(ValueError, match="as a test"):
+            fit(model(), Fails())
+    nets = []
+
+    def later():
+        nets.append(model())
+        fit(nets[0])
+
+    thread = threading.Thread(target=later)
+    thread.start()
+    thread.join(60)
+    assert equal(weights(nets[0]), expected)
+
+
+def test_a_fit_is_refused_while_another_thread_predicts_whose_end_would_turn_the_generators_back():
+    errors = []
+
+    class Slow(nn.Module):
+        def forward(self, x):
+            try:
+                thread.start()
+                thread.join(60)
+            except RuntimeError:  # it was started by an earlier batch
+                pass
+            return x
+
+    def other():
+        try:
+            fit(model())
+        except FrameworkError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=other)
+    Trainer(max_steps=1).predict(INPUTS, model=Slow())
+    assert len(errors) == 1
+    assert "evaluates or predicts" in errors[0]
+
+
+def test_two_threads_may_predict_at_the_same_time():
+    net, both = model(), threading.Barrier(2, timeout=60)
+    found = []
+
+    class Together(nn.Module):
+        def forward(self, x):
+            both.wait()
+            return net[0](x)
+
+    def predict():
+        found.append(Trainer(max_steps=1).predict(INPUTS, model=Together()))
+
+    threads = [threading.Thread(target=predict) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(found) == 2
+    assert torch.equal(found[0], found[1])
+
+
+class Inner(Callback):
+    """Fits and measures another model at the end of each epoch."""
+
+    def __init__(self):
+        self.found = []
+
+    def on_epoch_end(self, trainer):
+        with seeds.undisturbed():
+            net = model()
+            inner = fit(net)
+        inner.evaluate(TensorSplit(INPUTS, TARGETS))
+        self.found.append(weights(net))
+
+
+def test_a_callback_may_fit_another_model_in_the_same_thread():
+    expected = alone()
+    net, inner = model(), Inner()
+    fit(net, inner)
+    assert equal(weights(net), expected)
+    assert len(inner.found) == 3
+    assert all(equal(found, expected) for found in inner.found)
+
+
+def test_reading_samples_in_this_thread_is_not_refused_within_a_measurement():
+    with seeds.measuring(), seeds.undisturbed():
+        samples = SeededSamples([(INPUTS[0], TARGETS[0])], 0)
+        assert len(samples.__getitems__([0])[0]) == 1
+
+
+def test_a_process_that_is_forked_during_a_fit_is_free():
+    class Forks(Callback):
+        def on_epoch_end(self, trainer):
+            child = os.fork()
+            if child == 0:
+                os._exit(len(seeds.USERS.fits))
+            codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+    codes = []
+    fit(model(), Forks())
+    assert codes == [0, 0, 0]
