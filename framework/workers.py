@@ -1,15 +1,18 @@
 """Reading the samples of a split that is not in memory, in this process or in others, the same in all of them."""
 
 import ctypes
+import errno
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +24,7 @@ from .user_code import describe, reason_of
 
 Batch = tuple[Tensor, ...]
 MEMORY = "loader.read=memory"
+SHARED = Path("/dev/shm")  # where batches of worker processes lie
 TO_ALL = (signal.SIGINT, signal.SIGTERM)  # what a scheduler, or Ctrl-C, sends to every process of a run
 
 
@@ -196,10 +200,16 @@ def collate(read: Read) -> Read:
     if isinstance(samples, FrameworkError):
         return read
     try:
-        return as_batch(torch.utils.data.default_collate(samples)), left_out
+        batch = as_batch(torch.utils.data.default_collate(samples))
+        if torch.utils.data.get_worker_info() is not None:
+            for tensor in batch:
+                tensor.share_memory_()  # here, as the thread that sends it could not tell of an error
+        return batch, left_out
     except FrameworkError as error:
         return error, left_out
     except Exception as error:
+        if lacks_shared_memory(error):
+            return DataError(shared_memory_is_full()), left_out
         return DataError(
             f"samples of a batch do not stack (have they one shape and type?): {reason_of(error)}"
         ), left_out
@@ -251,8 +261,7 @@ def read_batches(
         generator=torch.Generator(),  # DataLoader would draw from the global one, which the model uses
         pin_memory=pin,
     )
-    with undisturbed_start():
-        batches = iter(loader)
+    batches = started(loader)
     processes: Sequence[BaseProcess] = getattr(batches, "_workers", ())
     wait = waiting() if processes else nullcontext
     try:
@@ -278,6 +287,48 @@ def read_batches(
                 process.join()
 
 
+def started(loader: Any) -> Any:
+    """Return an iterator of a DataLoader, whose processes run. Raises DataError if there is no shared memory."""
+    try:
+        with undisturbed_start():
+            return iter(loader)
+    except (OSError, RuntimeError) as error:
+        discard_started(error)
+        if not lacks_shared_memory(error):
+            raise
+        raise DataError(shared_memory_is_full()) from error
+
+
+def discard_started(error: BaseException) -> None:
+    """End the processes of an iterator whose `__init__` failed, and let its `__del__` do nothing.
+
+    torch's `__del__` needs attributes that `__init__` has not set then, and would print a traceback.
+    """
+    iterator: Any = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
+    traceback = error.__traceback__
+    while traceback is not None:
+        made = traceback.tb_frame.f_locals.get("self")
+        if isinstance(made, iterator):
+            made._shutdown = True
+            for process in getattr(made, "_workers", ()):
+                process.kill()
+                process.join()
+        traceback = traceback.tb_next
+
+
+def lacks_shared_memory(error: BaseException) -> bool:
+    """Whether an error says that a semaphore or a tensor found no room in shared memory."""
+    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    return full or "shared memory" in str(error)
+
+
+def shared_memory_is_full() -> str:
+    said = f"{SHARED} is full"
+    if SHARED.is_dir():
+        said += f" ({shutil.disk_usage(SHARED).free:,} bytes are free)"
+    return f"{said}, which loader.workers need: use loader.workers=0, or a larger {SHARED} (docker run --shm-size=...)"
+
+
 def fault(samples: SeededSamples, processes: Sequence[BaseProcess], timeout_seconds: float) -> DataError:
     """Say which sample a dead process was reading, or one that takes too long; the latter is killed."""
     dead = [number for number, process in enumerate(processes) if not process.is_alive()]
@@ -291,6 +342,8 @@ def fault(samples: SeededSamples, processes: Sequence[BaseProcess], timeout_seco
             processes[stuck].kill()
         return DataError(f"no batch has come for {timeout_seconds:g} s (loader.timeout_seconds): {what} hangs")
     status = processes[number].exitcode or 0
+    if status == -signal.SIGBUS:  # a page of shared memory was written for which there is no room
+        return DataError(shared_memory_is_full())
     how = f"of {signal.Signals(-status).name}" if status < 0 else f"with exit status {status}"
     return DataError(f"{what} has died {how}" + ", perhaps for want of memory" * (status == -signal.SIGKILL))
 
