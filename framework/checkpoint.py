@@ -209,14 +209,64 @@ def discard(folder: Path, names: Iterable[str]) -> bool:
 
 
 def link_to(saved: Path, name: str) -> None:
-    """Make a link beside a checkpoint lead to it. Raises CheckpointError."""
+    """Make a link beside a checkpoint lead to it. Raises CheckpointError.
+
+    A folder of that name, which a copy without links has in place of one, is replaced.
+    """
     aside, link = saved.with_name(ASIDE), saved.with_name(name)
     try:
         aside.unlink(missing_ok=True)
         aside.symlink_to(saved.name)
-        os.replace(aside, link)
+        if link.is_dir() and not link.is_symlink():
+            copy = saved.with_name(f".{saved.name}-{uuid4().hex[:8]}.removed")  # `clean` knows this name
+            os.rename(link, copy)
+            os.replace(aside, link)
+            discard(copy, FILES)
+        else:
+            os.replace(aside, link)
     except OSError as error:
         raise CheckpointError(f"the link {link} cannot be made: {error.strerror}") from error
+
+
+def set_aside(folder: Path, chosen: Path) -> None:
+    """Make a checkpoint the newest one of its folder: rename those of later steps to step-00000080.aside.
+
+    Call it with the run's lock held. A kill in the middle leaves the earliest of them in place. If `chosen` or `best`
+    is a folder of that name, as in a copy without links, it becomes step-... or is set aside too.
+    """
+    step = step_in(chosen)
+    best = folder / "best"
+    try:
+        for checkpoint in reversed(listed(folder)):
+            if step_of(checkpoint) > step:
+                os.rename(checkpoint, free_name(folder, step_of(checkpoint)))
+        if best.is_symlink():
+            if not best.exists():
+                best.unlink()
+        elif best.is_dir() and step_in(best) > step:
+            os.rename(best, free_name(folder, step_in(best)))
+        elif best == chosen and not (folder / folder_name(step)).exists():
+            os.rename(best, folder / folder_name(step))
+    except OSError as error:
+        raise CheckpointError(f"the later checkpoints of {folder} cannot be renamed: {error.strerror}") from error
+
+
+def step_in(checkpoint: Path) -> int:
+    """Return the step of a checkpoint by its manifest. Raises CheckpointError."""
+    step = read_manifest(checkpoint)["step"]
+    if not isinstance(step, int) or step < 0:
+        raise CheckpointError(f"{checkpoint / MANIFEST} is damaged: step is {step!r}")
+    return step
+
+
+def free_name(folder: Path, step: int) -> Path:
+    """Return a name that no earlier checkpoint of the step has that was set aside."""
+    path = folder / f"{folder_name(step)}.aside"
+    number = 1
+    while path.exists() or path.is_symlink():
+        number += 1
+        path = folder / f"{folder_name(step)}.aside-{number}"
+    return path
 
 
 def refuse_links(*paths: Path) -> None:

@@ -140,7 +140,7 @@ def train(arguments: list[str]) -> None:
 
 def resume(arguments: list[str]) -> int:
     parser = Parser("resume", "Go on with a run that was cut off, as if it had not been.", RESUME)
-    parser.add_argument("run", **RUN)
+    parser.add_argument("run", **RUN | {"help": "the folder of a run, or of the checkpoint of one to go on from"})
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="what is to differ from here on")
     parser.add_argument("--inexact", action="store_true", help="though settings would change the outcome")
     given = parser.parse_intermixed_args(arguments)
@@ -148,13 +148,14 @@ def resume(arguments: list[str]) -> int:
         from .discovery import discover
         from .experiment import train as train_experiment
     from .report import print_result
-    from .resume import altered, read_resumable
+    from .resume import altered, read_resumable, run_meant_by
     from .trained import read_spec_of
 
     discover(given.plugins)
-    spec = read_spec_of(given.run, altered(read_resumable(given.run), given.overrides))
+    run = run_meant_by(given.run)
+    spec = read_spec_of(run, altered(read_resumable(run), given.overrides))
     spec.resume = str(given.run)
-    result = train_experiment(spec, given.run.resolve().parent.name, [], STARTED, inexact=given.inexact)
+    result = train_experiment(spec, run.resolve().parent.name, [], STARTED, inexact=given.inexact)
     print_result(result)
     return 0 if result.signal is None else 128 + result.signal
 

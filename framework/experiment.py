@@ -193,6 +193,7 @@ class Prepared:
             describe_run(folder, self.built, self.overrides)
         else:
             folder = self.resumed.folder
+            self.resumed.rewind()
             if self.resumed.changed:
                 folder.write("config.yaml", spec.tree)
         self.folder, self.trainer.folder = folder, folder.path  # the lock lives as long as the object
@@ -376,9 +377,7 @@ def which_weights(measured: int | Path, steps: int) -> str:
     step, best = measured, False
     if isinstance(measured, Path):
         best = measured.name == "best"
-        if best and not measured.is_symlink():  # a run folder that was copied without its links
-            return "best"
-        step = checkpoint.step_of(measured.resolve())
+        step = checkpoint.step_in(measured.resolve())  # not by its name: in a copy without links, best is a folder
     if best:
         return f"best, step {step:,}"
     return f"last, step {step:,}" if step == steps else f"step {step:,}"

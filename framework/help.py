@@ -48,9 +48,12 @@ RESUME = """\
 examples:
   framework resume runs/default/first
   framework resume runs/default/first trainer.max_epochs=60
+  framework resume runs/default/first/checkpoints/step-00000040
   framework train run.name=first resume=auto     the same command goes on
 What the run would have come to, it comes to, bit for bit; settings that
-would change that need --inexact."""
+would change that need --inexact. A run goes on from its newest checkpoint, or
+from the one that is given: later ones are then kept as step-....aside, and
+what was logged after it is dropped."""
 
 PLAN = """\
 examples:

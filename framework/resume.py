@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from . import checkpoint
 from .callback import Callback, follows_metrics
-from .errors import CheckpointError, ConfigError, RunError
+from .errors import CheckpointError, ConfigError, RunError, did_you_mean
 from .optimizer import check_state, group_settings, merged_groups, older_settings
 from .paths import expanded, typed
 from .registry import Maker, Registry
@@ -36,7 +36,10 @@ NOT_OF_A_RESUMED_RUN = ("run", "init_from", "resume", "plugins", "sweep", "hydra
 
 @dataclass
 class Resumed:
-    """A run to go on with: its folder (locked), and its newest good checkpoint (None: it was cut off before one)."""
+    """A run to go on with: its folder (locked), and its newest good checkpoint (None: it was cut off before one).
+
+    chosen: the checkpoint that the user named, if it is not to be the newest good one.
+    """
 
     folder: RunFolder
     step: int = 0
@@ -45,25 +48,35 @@ class Resumed:
     changed: list[str] = field(default_factory=list)
     threads: int | None = None  # of an operation, when it was cut off
     config: dict[str, Any] = field(default_factory=dict)  # as it was until now
+    chosen: Path | None = None
 
     @property
     def done(self) -> bool:
         """Whether the run has nothing left to do, test included, and nothing new was asked of it."""
-        return status_of(self.folder.path) == "done" and not self.changed
+        return status_of(self.folder.path) == "done" and not self.changed and self.chosen is None
+
+    def rewind(self) -> None:
+        """Let the chosen checkpoint be the newest one, also for whoever resumes the run after a kill."""
+        if self.chosen is None:
+            return
+        reason = f"goes on from step {self.step}"
+        self.folder.write("status.json", {"status": "stopped", "reason": reason, "step": self.step})
+        checkpoint.set_aside(self.folder.path / "checkpoints", self.chosen)
 
     def changes(self, path: str) -> bool:
         return any(text.startswith(f"{path}=") for text in self.changed)
 
 
 def find(spec: Spec, experiment: str) -> Path | None:
-    """Return the folder that `resume=` means: a run's path; for auto the run of this name, or else the newest
-    unfinished run of the same config; None when a new run is to begin. Raises RunError for a path that is no run.
+    """Return the folder that `resume=` means: the run of a path; for auto the run of this name, or else the newest
+    unfinished run of the same config; None when a new run is to begin. Raises RunError for a path that is no run, and
+    no checkpoint of one.
     """
     if spec.resume == "never":
         return None
     if spec.resume != "auto":
-        run = expanded(spec.resume)
-        read_resumable(run)
+        run = run_meant_by(expanded(spec.resume))
+        read_config(run)
         return run
     root, name = Path(spec.sections["run"]["root"]) / experiment, spec.sections["run"]["name"]
     if name is not None:
@@ -74,13 +87,34 @@ def find(spec: Spec, experiment: str) -> Path | None:
     return None
 
 
-def read_resumable(run: Path) -> dict[str, Any]:
-    """Return the config of a run to go on with. Raises RunError when it is none, or a checkpoint."""
-    whole = run_of_checkpoint(run)
-    if whole is not None:
-        advice = f"a run goes on from its newest one. Give the run: {whole}"
-        raise RunError(f"{run} is a checkpoint: {advice}")
-    return read_config(run)
+def run_meant_by(path: Path) -> Path:
+    """Return the run that is to go on: a folder itself, or the run of a checkpoint."""
+    return run_of_checkpoint(path) or path
+
+
+def read_resumable(path: Path) -> dict[str, Any]:
+    """Return the config of a run to go on with, by its path or that of a checkpoint. Raises RunError for no run."""
+    return read_config(run_meant_by(path))
+
+
+def named_checkpoint(resume: str) -> Path | None:
+    """Return the checkpoint that `resume=RUN/checkpoints/step-00000040` names; None for a run.
+
+    `best` is the checkpoint that the link leads to. Raises RunError if there is none, CheckpointError if it is damaged.
+    """
+    path = expanded(resume)
+    run = run_of_checkpoint(path)
+    if run is None:
+        return None
+    if not path.is_dir():
+        known = [each.name for each in checkpoint.listed(run / "checkpoints")]
+        raise RunError(f"there is no checkpoint {path}; {did_you_mean(path.name, known)}")
+    beside = path.with_name(checkpoint.folder_name(checkpoint.step_in(path)))
+    chosen = beside if beside.is_dir() else path
+    spoiled = checkpoint.verify(chosen)["nan"]
+    if spoiled:
+        raise RunError(f"{chosen} cannot be resumed: {spoiled[0]} holds NaN; choose an earlier checkpoint")
+    return chosen
 
 
 def open_folder(run: Path, spec: Spec, inexact: bool = False) -> Resumed:
@@ -104,18 +138,30 @@ def open_folder(run: Path, spec: Spec, inexact: bool = False) -> Resumed:
     if not checkpoints.is_dir():
         return resumed
     checkpoint.clean(checkpoints)
-    newest, skipped = checkpoint.newest(checkpoints)
-    resumed.notes += [f"skipped {why}" for why in skipped]
+    newest = None if spec.resume == "auto" else named_checkpoint(spec.resume)
+    if newest is not None:
+        resumed.chosen = newest
+        resumed.notes += later_notes(checkpoints, checkpoint.step_in(newest))
+    else:
+        newest, skipped = checkpoint.newest(checkpoints)
+        resumed.notes += [f"skipped {why}" for why in skipped]
     if newest is not None:
         weights, resumed.training = checkpoint.load(newest)
         resumed.training["model"] = weights
-        resumed.step = checkpoint.step_of(newest)
+        resumed.step = checkpoint.step_in(newest)
         manifest = checkpoint.read_manifest(newest)
         resumed.threads = manifest["run"].get("threads")
         if manifest["torch"] != torch.__version__:
             other = f"torch is {torch.__version__}, was {manifest['torch']}"
             resumed.notes.append(f"{other}: the last bits may come out otherwise")
     return resumed
+
+
+def later_notes(checkpoints: Path, step: int) -> Iterator[str]:
+    """Yield what becomes of the checkpoints after the one that a run is resumed from."""
+    later = [each.name for each in checkpoint.listed(checkpoints) if checkpoint.step_of(each) > step]
+    if later:
+        yield f"set aside in {checkpoints}: {', '.join(later)} (now named *.aside; delete what you do not need)"
 
 
 def check_fits(resumed: Resumed, model: nn.Module, optimizer: Optimizer) -> None:

@@ -46,7 +46,9 @@ GIVEN = ("seed", "callbacks", "loggers", "folder", "split", "shuffle", "experime
 PLAIN = {
     "seed": Setting("seed", int, 0, "of everything random: initial weights, order of samples, dropout"),
     "plugins": Setting("plugins", list[str], [], "files, folders or modules with parts of your own"),
-    "resume": Setting("resume", str, "never", "never, auto (the same command again goes on), or the folder of a run"),
+    "resume": Setting(
+        "resume", str, "never", "never, auto (the same command goes on), or the folder of a run or checkpoint"
+    ),
     "fold": Setting("fold", str | None, None, "K/N: validate on the K-th of N folds of training and validation data"),
     "init_from": Setting("init_from", str | None, None, "a run, checkpoint or .safetensors file to take weights from"),
 }

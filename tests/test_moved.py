@@ -1,0 +1,222 @@
+"""Runs that were moved or copied, that go on from a chosen checkpoint, or with their data at another place."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from framework.checkpoint import link_to, listed
+from framework.compose import CommandLine, run as compose
+from framework.errors import CheckpointError, RunError
+from framework.experiment import Experiment, train
+from framework.resume import chosen_checkpoint, status_of
+from runs import logged
+from test_resume import with_stop
+
+SMALL = ["data=blobs", "model.width=16", "model.dropout=0.1", "trainer.max_epochs=3", "trainer.validate_every=10steps"]
+SMALL += [
+    "loggers=[json_lines]",
+    "callbacks=[checkpoint]",
+    "callbacks.checkpoint.every=10steps",
+    "callbacks.checkpoint.keep=20",
+]
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def spec_of(*overrides):
+    specs = []
+    compose(CommandLine([*SMALL, *overrides], []), lambda job: specs.append(job.spec))
+    return specs[0]
+
+
+def go(*overrides, **more):
+    said = []
+    return train(spec_of(*overrides), "default", [], say=said.append, **more), said
+
+
+def cut_off(name, step, monkeypatch, *overrides):
+    whole = Experiment.trainer
+    with monkeypatch.context() as patched:
+        patched.setattr(Experiment, "trainer", lambda self: with_stop(whole(self), step))
+        with pytest.raises(KeyboardInterrupt):
+            go(f"run.name={name}", *overrides)
+    return Path("runs/default") / name
+
+
+def weights(run):
+    return (listed(Path(run) / "checkpoints")[-1] / "model.safetensors").read_bytes()
+
+
+def best_of(run):
+    """The step of the best checkpoint and its weights."""
+    best = (Path(run) / "checkpoints/best").resolve()
+    return best.name, (best / "model.safetensors").read_bytes()
+
+
+def same_end(run, whole):
+    assert weights(run) == weights(whole)
+    assert logged(run) == logged(whole)
+    assert best_of(run) == best_of(whole)
+    assert status_of(Path(run)) == "done"
+
+
+def rename(run):
+    target = Path("elsewhere/other")
+    target.parent.mkdir()
+    run.rename(target)
+    return target
+
+
+def copy_without_links(run):
+    """As cp -rL, or a download from an object store."""
+    target = Path("elsewhere/default/cut")
+    shutil.copytree(run, target, symlinks=False, copy_function=shutil.copyfile)
+    assert (target / "checkpoints/best").is_dir()
+    assert not (target / "checkpoints/best").is_symlink()
+    (target / ".lock").unlink()
+    for file in sorted(target.rglob("*")):
+        os.utime(file, (0, 0))
+        file.chmod(0o755 if file.is_dir() else 0o644)
+    shutil.rmtree(run)
+    return target
+
+
+@pytest.mark.parametrize("move", [rename, copy_without_links])
+def test_a_run_that_was_moved_or_copied_goes_on_exactly(move, monkeypatch):
+    whole, _ = go("run.name=whole")
+    run = move(cut_off("cut", 23, monkeypatch))
+    resumed, said = go(f"resume={run}")
+    assert said[0] == f"going on with {run} after step 20"
+    assert resumed.folder == run
+    same_end(run, whole.folder)
+    assert (run / "checkpoints/best").is_symlink()
+
+
+def test_a_copy_of_a_finished_run_without_links_can_be_measured_and_given_more_epochs():
+    whole, _ = go("run.name=whole", "trainer.max_epochs=4")
+    finished, _ = go("run.name=cut")
+    before = best_of(finished.folder)[0]
+    run = copy_without_links(finished.folder)
+    again, _ = go(f"resume={run}")
+    assert again.weights["test"].endswith(f"step {int(before.partition('-')[2])}")
+    go(f"resume={run}", "trainer.max_epochs=4")
+    assert weights(run) == weights(whole.folder)
+    assert best_of(run) == best_of(whole.folder)
+
+
+def test_a_link_takes_the_place_of_a_folder_unless_something_else_is_in_it(tmp_path):
+    (tmp_path / "step-00000002").mkdir()
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best/model.safetensors").write_text("a copy")
+    (tmp_path / "best/notes.txt").write_text("mine")
+    link_to(tmp_path / "step-00000002", "best")
+    assert os.readlink(tmp_path / "best") == "step-00000002"
+    kept = [file.read_text() for file in tmp_path.rglob("notes.txt")]
+    assert kept == ["mine"]
+    link_to(tmp_path / "step-00000002", "best")
+    assert os.readlink(tmp_path / "best") == "step-00000002"
+
+
+# a chosen checkpoint
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_goes_on_from_a_chosen_checkpoint_as_if_the_rest_had_not_been(finished, monkeypatch):
+    whole, _ = go("run.name=whole")
+    run = go("run.name=a")[0].folder if finished else cut_off("a", 58, monkeypatch)
+    later = [each.name for each in listed(run / "checkpoints")][4:]
+    resumed, said = go(f"resume={run}/checkpoints/step-00000040")
+    assert said[0] == f"going on with {run} after step 40"
+    assert any("set aside" in line and later[0] in line for line in said)
+    assert resumed.folder == run
+    same_end(run, whole.folder)
+    assert sorted(each.name for each in (run / "checkpoints").glob("*.aside")) == [f"{name}.aside" for name in later]
+
+
+def test_what_was_set_aside_is_not_picked_up_after_another_interruption(monkeypatch):
+    whole, _ = go("run.name=whole")
+    run = go("run.name=a")[0].folder
+    chosen = f"resume={run}/checkpoints/step-00000040"
+    whole_trainer = Experiment.trainer
+    with monkeypatch.context() as patched:
+        patched.setattr(Experiment, "trainer", lambda self: with_stop(whole_trainer(self), 42))
+        with pytest.raises(KeyboardInterrupt):
+            go(chosen)
+    assert [each.name for each in listed(run / "checkpoints")][-1] == "step-00000040"
+    _, said = go(f"resume={run}")
+    assert said[0] == f"going on with {run} after step 40"
+    same_end(run, whole.folder)
+    go(chosen)  # once more: the names of those set aside are taken
+    same_end(run, whole.folder)
+    assert list((run / "checkpoints").glob("step-*.aside-2"))
+
+
+def test_a_kill_between_setting_aside_and_training_leaves_a_run_that_goes_on(monkeypatch):
+    whole, _ = go("run.name=whole")
+    run = go("run.name=a")[0].folder
+    with monkeypatch.context() as patched:
+        patched.setattr("framework.experiment.Prepared.introduce", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            go(f"resume={run}/checkpoints/step-00000040")
+    _, said = go(f"resume={run}")
+    assert said[0] == f"going on with {run} after step 40"
+    same_end(run, whole.folder)
+
+
+def test_the_best_checkpoint_can_be_chosen_as_a_link_and_as_a_folder(monkeypatch):
+    worse_later = ["optimizer.lr=0.5", "callbacks.checkpoint.keep=1"]
+    whole, _ = go("run.name=whole", *worse_later)
+    run = go("run.name=a", *worse_later)[0].folder
+    step = int(best_of(run)[0].partition("-")[2])
+    _, said = go(f"resume={run}/checkpoints/best", *worse_later)
+    assert said[0] == f"going on with {run} after step {step}"
+    assert weights(run) == weights(whole.folder)
+    assert best_of(run) == best_of(whole.folder)
+    copied = copy_without_links(run)
+    if step != 90:
+        shutil.rmtree(copied / f"checkpoints/step-{step:08d}")
+    _, said = go(f"resume={copied}/checkpoints/best", *worse_later)
+    assert said[0] == f"going on with {copied} after step {step}"
+    assert weights(copied) == weights(whole.folder)
+    assert best_of(copied) == best_of(whole.folder)
+
+
+def test_a_best_checkpoint_that_is_set_aside_is_found_again_or_there_is_none(monkeypatch):
+    run = go("run.name=a")[0].folder
+    best = int(best_of(run)[0].partition("-")[2])
+    chosen = listed(run / "checkpoints")[0]
+    assert best > 10
+    go(f"resume={chosen}", "trainer.max_steps=16", "callbacks.checkpoint.monitor=null", inexact=True)
+    assert not (run / "checkpoints/best").is_symlink()
+    assert chosen_checkpoint(run).name == "step-00000016"
+
+
+def test_a_checkpoint_that_is_missing_or_damaged_is_refused_and_all_stays():
+    run = go("run.name=a")[0].folder
+    before = sorted((run / "checkpoints").iterdir())
+    with pytest.raises(RunError, match="there is no checkpoint .*step-00000041; did you mean 'step-"):
+        go(f"resume={run}/checkpoints/step-00000041")
+    damaged = run / "checkpoints/step-00000040/model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
+    with pytest.raises(CheckpointError, match=r"step-00000040/model.safetensors is damaged"):
+        go(f"resume={damaged.parent}")
+    with pytest.raises(RunError, match=r"optimizer.lr=0.1 .*--inexact"):
+        go(f"resume={run}/checkpoints/step-00000050", "optimizer.lr=0.1")
+    assert sorted((run / "checkpoints").iterdir()) == before
+    assert status_of(run) == "done"
+
+
+def test_the_command_line_takes_a_checkpoint(command):
+    assert command(f"train {' '.join(SMALL)} run.name=a")[0] == 0
+    before = weights("runs/default/a")
+    status, out, err = command("resume runs/default/a/checkpoints/step-00000080")
+    assert status == 0, err
+    assert "going on with runs/default/a after step 80" in out
+    assert weights("runs/default/a") == before
+    assert json.loads(Path("runs/default/a/status.json").read_text())["status"] == "done"
