@@ -55,6 +55,10 @@ class TensorSplit:
     def __getitem__(self, index: Any) -> Batch:
         return tuple(tensor[index] for tensor in self.tensors)
 
+    def content(self) -> Any:
+        """Return what the samples are made of, see `content.py`."""
+        return self.tensors
+
     def to(self, device: torch.device) -> "TensorSplit":
         return TensorSplit(*(tensor.to(device) for tensor in self.tensors))
 
@@ -124,6 +128,10 @@ class Data:
         measures_training: whether something is measured on the training split; False without
             `refit` avoids a warning.
         fold: the fold "K/N" that was taken by `refit`; None for others.
+
+    A split may have `content()`, which returns all that its samples are made of, in their order:
+    tensors, numbers, texts, lists of them, and lists of paths, of which the content of the files
+    counts. By it a run can be resumed with the data at another path. `TensorSplit` has it.
 
     Raises DataError when the data is missing, empty or malformed, with the file and what would be right.
     """

@@ -26,6 +26,7 @@ from .building import (
 )
 from .checks import check_has_rate, check_loss_parameters, check_schedule, check_step_alone
 from .clock import slow_data
+from .content import digests_of
 from .data import Data, Loader
 from .device import intra_op_threads, suitable_threads
 from .errors import BuildError, RunError, short
@@ -413,9 +414,26 @@ def hyperparameters(spec: Spec) -> dict[str, Any]:
 
 def check_same_data(run: Path, built: Experiment, inexact: bool) -> None:
     """Raise RunError when the data of a resumed run is not what it was."""
-    same = read_facts(run) == json.loads(dump("facts.json", facts_of(built)))
-    if not same and not inexact:
-        raise RunError(f"the data of {run} has changed since it began: --inexact goes on all the same")
+    if inexact:
+        return
+    now = json.loads(dump("facts.json", facts_of(built)))
+    changed = list(data_changes(read_facts(run), now))
+    if changed:
+        said = f"the data of {run} has changed since it began ({'; '.join(changed)})"
+        raise RunError(f"{said}: --inexact goes on all the same")
+
+
+def data_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what differs between the facts of a run's data and those of the data now."""
+    for name in {**before, **now}:
+        if name != "content" and before.get(name) != now.get(name):
+            yield f"{name}: {json.dumps(now.get(name))[:100]}, was {json.dumps(before.get(name))[:100]}"
+    known, content = before.get("content"), now["content"]
+    if not isinstance(known, dict):
+        return  # a run of an older version
+    for split in {**known, **content}:
+        if known.get(split) != content.get(split):
+            yield f"other content in the {split} split"
 
 
 def facts_of(built: Experiment) -> dict[str, Any]:
@@ -427,7 +445,8 @@ def facts_of(built: Experiment) -> dict[str, Any]:
         facts["scale"] = list(scale)
     if built.data.fold is not None:
         facts["fold"] = built.data.fold
-    return facts | {"classes": list(built.data.classes), "samples": sizes, "data": built.data.facts()}
+    facts |= {"classes": list(built.data.classes), "samples": sizes, "data": built.data.facts()}
+    return facts | {"content": digests_of(built.data)}
 
 
 def describe_run(folder: RunFolder, built: Experiment, overrides: list[str]) -> None:

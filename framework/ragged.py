@@ -70,6 +70,10 @@ class RaggedSplit(GatheredSplit):
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def content(self) -> Any:
+        """Return what the samples are made of, see `content.py`."""
+        return [self.tokens, self.lengths, self.others, self.bucket]
+
     def gather(self, indices: Tensor) -> Batch:
         lengths = self.lengths[indices, None]
         columns = torch.arange(int(lengths.max()))
@@ -128,6 +132,10 @@ class WindowSplit(GatheredSplit):
             return windows.clamp(max=len(self.tokens) - 1 - self.length)  # the last one ends with the text
         start = torch.randint(self.length, (), generator=seeds.generator(seed, "windows", epoch))
         return windows[seeds.order(seed, epoch, len(self))] + start
+
+    def content(self) -> Any:
+        """Return what the samples are made of, see `content.py`."""
+        return [self.tokens, self.length, self.context]
 
     def gather(self, indices: Tensor) -> Batch:
         places = indices[:, None] + torch.arange(self.length + 1)

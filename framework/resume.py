@@ -21,8 +21,9 @@ from .errors import CheckpointError, ConfigError, RunError, did_you_mean
 from .optimizer import check_state, group_settings, merged_groups, older_settings
 from .paths import expanded, typed
 from .registry import Maker, Registry
-from .run import RunFolder, read_config, run_of_checkpoint
+from .run import RunFolder, read_config, read_facts, run_of_checkpoint
 from .scheduler import observes
+from .schema import members, strip
 from .spec import Spec
 
 JUDGED_BY = ("monitor", "mode", "min_delta")  # settings of a callback that decides by logged values
@@ -126,7 +127,12 @@ def open_folder(run: Path, spec: Spec, inexact: bool = False) -> Resumed:
     folder = RunFolder.existing(run)
     before = read_config(run)
     changed = differences(before, spec.tree)
-    breaking = [text for path, text in changed if not keeps_bits(path)]
+    breaking = []
+    for path, text in changed:
+        if is_path_of_data(path, spec):
+            breaking += unknown_content(run, text)  # if it is known, the data are compared when they are read
+        elif not keeps_bits(path):
+            breaking.append(text)
     breaking += list(observed_changes(changed, before, spec))
     if breaking and not inexact:
         advice = "leave it as it was, or allow it with --inexact"
@@ -261,6 +267,26 @@ def keeps_bits(path: str) -> bool:
         entry = Registry.every["callback"]
         return name in entry and not getattr(entry.get(name).part, "changes_training", True)
     return path.startswith(SAME_BITS)
+
+
+def is_path_of_data(path: str, spec: Spec) -> bool:
+    """Whether a setting of the data says where a file or folder lies."""
+    section, _, name = path.partition(".")
+    setting = spec.parts["data"].entry.settings.get(name)
+    if section != "data" or setting is None:
+        return False
+    return any(strip(kind) is Path for kind in members(strip(setting.annotation)))
+
+
+def unknown_content(run: Path, change: str) -> Iterator[str]:
+    """Yield why the data of a run cannot be compared with data at another path, if so."""
+    content = read_facts(run).get("content")
+    if not isinstance(content, dict):
+        yield f"{change} (the run is of an older version, which did not note the content of its data)"
+        return
+    unknown = [split for split, digest in content.items() if digest is None]
+    if unknown:
+        yield f"{change} (the content of the {' and '.join(unknown)} split is unknown or too large to be compared)"
 
 
 def observed_changes(

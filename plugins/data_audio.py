@@ -36,6 +36,10 @@ class SoundFiles(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return read_sound(self.files[index], self.facts), self.labels[index]
 
+    def content(self) -> Any:
+        """Return the files and labels, by which the data is the same at another path."""
+        return [list(self.files), self.labels]
+
     def subset(self, rows: Tensor) -> "SoundFiles":
         """Return the part with these row numbers."""
         return SoundFiles([self.files[row] for row in rows.tolist()], self.labels[rows], self.facts)

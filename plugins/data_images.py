@@ -29,6 +29,10 @@ class PictureFiles(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return standardise(read_picture(self.files[index], self.facts), self.facts), self.labels[index]
 
+    def content(self) -> Any:
+        """Return the files and labels, by which the data is the same at another path."""
+        return [list(self.files), self.labels]
+
     def subset(self, rows: Tensor) -> "PictureFiles":
         """Return the part with these row numbers."""
         return PictureFiles([self.files[row] for row in rows.tolist()], self.labels[rows], self.facts)

@@ -99,7 +99,7 @@ def test_the_checkpoint_that_eval_prints_can_be_given_to_a_command(run, command)
     status, _, err = command(f"eval {shlex.quote(checkpoint)} --checkpoint last {given}")
     assert (status, "leave out --checkpoint last" in err) == (2, True)
     status, out, err = command(f"resume {shlex.quote(checkpoint)} {given}")
-    assert (status, err) == (0, "")
+    assert status == 0, err
     assert f"going on with {ROOT}/default/first after step" in out
     _, _, err = command(f"eval {shlex.quote(ROOT)}/default/first/checkpoints {given}")
     assert f"did you mean {ROOT}/default/first?" in err

@@ -69,6 +69,7 @@ FLOORS = {
     "assembly": [
         "experiment",
         "building",
+        "content",
         "folds",
         "introduction",
         "resume",
