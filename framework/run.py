@@ -6,7 +6,6 @@ runs/<experiment>/<name or time>/
     checkpoints/step-00001234/                                 see checkpoint.py
 """
 
-import fcntl
 import json
 import os
 import platform
@@ -22,6 +21,7 @@ from weakref import ref
 
 from .discovery import package_version
 from .errors import RunError
+from .locks import Held, are_off, is_gone, lock, this_process
 from .paths import expanded
 
 PATIENCE = 2.0  # seconds for the workers of a killed run to end
@@ -116,51 +116,41 @@ def plugins_of(run: Path) -> list[str]:
 def locked(folder: Path) -> Iterator[None]:
     """Wait for, and hold, the lock of a folder of runs."""
     with (folder / ".lock").open("a", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        lock(file, folder / ".lock", wait=True)
         yield
 
 
-def only_writer(run: Path) -> TextIO:
-    """Lock a run's folder for as long as the returned file is open (a kill closes it). Raises RunError when taken."""
-    file, until = (run / ".lock").open("a+", encoding="utf-8"), time.monotonic() + PATIENCE
-    while not take(file):
-        file.seek(0)
-        holder = file.read().strip()
-        if not gone(holder) or time.monotonic() > until:
-            file.close()
-            raise RunError(
-                f"{run} is being written by {holder or 'another process'}: wait for it, or choose another run.name"
-            )
-        time.sleep(0.01)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}")
-    file.flush()
+def only_writer(run: Path, name: str = ".lock") -> Held:
+    """Lock a folder until the returned object is closed (a kill releases it). Raises RunError when taken.
+
+    Without locks (see `locks.py`), the process that the file names is taken for the writer unless it has ended.
+    """
+    file, until = (run / name).open("a+", encoding="utf-8"), time.monotonic() + PATIENCE
+    try:
+        while not lock(file, run / name, wait=False):
+            holder = holder_in(file)
+            if not is_gone(holder) or time.monotonic() > until:
+                advice = "wait for it, or choose another run.name"
+                raise RunError(f"{run} is being written by {holder or 'another process'}: {advice}")
+            time.sleep(0.01)
+        holder = holder_in(file)
+        if are_off() and holder and not is_gone(holder):
+            advice = f"wait for it; if it has ended, delete {run / name}"
+            raise RunError(f"{run} is being written by {holder}: {advice}")
+        file.truncate(0)
+        file.write(this_process())
+        file.flush()
+    except BaseException:
+        file.close()
+        raise
     held = ref(file)  # a forked data worker would hold the lock on
     os.register_at_fork(after_in_child=lambda: close(held()))
-    return file
+    return Held(file)
 
 
-def take(file: TextIO) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def gone(holder: str) -> bool:
-    """Whether who holds a lock was a process of this machine that is no more, so that only its data workers hold it
-    on, for the moment that it takes them to end."""
-    match = re.fullmatch(rf"process (\d+) on {re.escape(platform.node())}", holder)
-    if match is None:
-        return False
-    try:
-        os.kill(int(match[1]), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        pass
-    return False
+def holder_in(file: TextIO) -> str:
+    file.seek(0)
+    return file.read().strip()
 
 
 def close(file: TextIO | None) -> None:

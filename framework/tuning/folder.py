@@ -7,7 +7,6 @@ runs/<experiment>/<sweep.name or time>/
     003_lr-0.01_seed-2/        a run, as any other
 """
 
-import fcntl
 import json
 import math
 import os
@@ -20,7 +19,8 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from ..errors import RunError
-from ..run import NAME, check_encoding, claim, locked, take
+from ..locks import lock
+from ..run import NAME, check_encoding, claim, locked
 
 State = Literal["running", "done", "pruned", "failed", "stopped"]
 LONGEST = 80  # characters of a trial's name; TensorBoard lists runs in a narrow column
@@ -86,10 +86,11 @@ class SweepFolder:
 
     def conduct(self) -> None:
         """Let no other process begin trials here until `release`. Raises RunError when one does."""
-        self.lock = (self.path / "sweep.lock").open("a", encoding="utf-8")
-        if not take(self.lock):
-            self.lock.close()
+        file = (self.path / "sweep.lock").open("a", encoding="utf-8")
+        if not lock(file, self.path / "sweep.lock", wait=False):
+            file.close()
             raise RunError(f"{self.path} is run by another process: wait for it, or choose another sweep.name")
+        self.lock = file
 
     def release(self) -> None:
         if self.lock is not None:
@@ -100,7 +101,7 @@ class SweepFolder:
         row = asdict(trial)
         row["metrics"] = {key: value if math.isfinite(value) else None for key, value in trial.metrics.items()}
         with (self.path / "sweep.jsonl").open("a+b", buffering=0) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock(file, self.path / "sweep.jsonl", wait=True)
             torn = file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
             file.write(b"\n" * bool(torn) + json.dumps(row, default=str).encode() + b"\n")
 

@@ -3,7 +3,6 @@
 `study.journal` holds all that Optuna knows of the trials, a JSON object a line; `sweep.jsonl` beside it how they ended.
 """
 
-import fcntl
 import json
 import os
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import FrameworkError, RunError
+from ..locks import lock
 
 try:
     import optuna
@@ -63,7 +63,7 @@ class Journal(BaseJournalBackend):
         """Append lines, after taking away what a kill left of one."""
         content = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode()
         with self.path.open("r+b", buffering=0) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
+            lock(file, self.path, wait=True)  # until it is closed
             file.seek(end_of_lines(file))
             file.truncate()
             file.write(content)
