@@ -77,7 +77,7 @@ def pieces(value: Any, pool: ThreadPoolExecutor) -> Iterator[bytes]:
         yield b"%s %d " % (type(value).__name__.encode(), len(text)) + text
     elif isinstance(value, list | tuple | range) and value and all(isinstance(each, Path) for each in value):
         yield f"files {len(value)} ".encode()
-        yield from hashes_of_files(value, pool)
+        yield from hashes_of_files(list(value), pool)
     elif isinstance(value, Path):
         yield from pieces([value], pool)
     elif isinstance(value, Mapping):

@@ -127,7 +127,7 @@ def open_folder(run: Path, spec: Spec, inexact: bool = False) -> Resumed:
     folder = RunFolder.existing(run)
     before = read_config(run)
     changed = differences(before, spec.tree)
-    breaking = []
+    breaking: list[str] = []
     for path, text in changed:
         if is_path_of_data(path, spec):
             breaking += unknown_content(run, text)  # if it is known, the data are compared when they are read

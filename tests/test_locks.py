@@ -50,6 +50,9 @@ def test_every_command_works_without_locks(monkeypatch, command):
         status, _, err = command(line)
         assert status == 0, err
     assert Path("runs/default/a/.lock").read_text() == ""
+    Path("runs/default/s/sweep.lock").write_text("process 1 on another-machine")
+    status, _, err = command(lines[-1])
+    assert (status, "is being written by process 1 on another-machine" in err) == (2, True)
 
 
 def test_without_locks_a_writer_is_known_by_the_name_of_its_process(monkeypatch, tmp_path):

@@ -208,7 +208,7 @@ def test_a_best_checkpoint_that_is_set_aside_is_found_again_or_there_is_none(mon
 def test_a_checkpoint_that_is_missing_or_damaged_is_refused_and_all_stays():
     run = go("run.name=a")[0].folder
     before = sorted((run / "checkpoints").iterdir())
-    with pytest.raises(RunError, match="there is no checkpoint .*step-00000041; did you mean 'step-"):
+    with pytest.raises(RunError, match=r"there is no checkpoint .*step-00000041; did you mean 'step-"):
         go(f"resume={run}/checkpoints/step-00000041")
     damaged = run / "checkpoints/step-00000040/model.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")

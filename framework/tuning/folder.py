@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from ..errors import RunError
-from ..locks import lock
-from ..run import NAME, check_encoding, claim, locked
+from ..locks import Held, are_off, lock
+from ..run import NAME, check_encoding, claim, locked, only_writer
 
 State = Literal["running", "done", "pruned", "failed", "stopped"]
 LONGEST = 80  # characters of a trial's name; TensorBoard lists runs in a narrow column
@@ -52,7 +52,7 @@ class SweepFolder:
 
     def __init__(self, path: Path):
         self.path = path
-        self.lock: TextIO | None = None
+        self.lock: TextIO | Held | None = None
         self.rows: dict[int, Trial] = {}  # those read so far
         self.offset = 0
 
@@ -86,6 +86,9 @@ class SweepFolder:
 
     def conduct(self) -> None:
         """Let no other process begin trials here until `release`. Raises RunError when one does."""
+        if are_off():
+            self.lock = only_writer(self.path, "sweep.lock")
+            return
         file = (self.path / "sweep.lock").open("a", encoding="utf-8")
         if not lock(file, self.path / "sweep.lock", wait=False):
             file.close()
