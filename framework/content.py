@@ -77,7 +77,7 @@ def pieces(value: Any, pool: ThreadPoolExecutor) -> Iterator[bytes]:
         yield b"%s %d " % (type(value).__name__.encode(), len(text)) + text
     elif isinstance(value, list | tuple | range) and value and all(isinstance(each, Path) for each in value):
         yield f"files {len(value)} ".encode()
-        yield from hashes_of_files(list(value), pool)
+        yield from hashes_of_files(value, pool)
     elif isinstance(value, Path):
         yield from pieces([value], pool)
     elif isinstance(value, Mapping):
@@ -103,7 +103,7 @@ def hash_of_chunk(chunk: memoryview) -> bytes:
     return hashlib.sha256(chunk).digest()
 
 
-def hashes_of_files(files: Iterable[Path], pool: ThreadPoolExecutor) -> Iterator[bytes]:
+def hashes_of_files(files: Iterable[Any], pool: ThreadPoolExecutor) -> Iterator[bytes]:
     """Yield a digest of the content of each file. Raises UnknownContent if they are too large."""
     names = [os.fspath(file) for file in files]
     if sum(pool.map(os.path.getsize, names, chunksize=256)) > MOST_FILE_BYTES:
