@@ -32,7 +32,7 @@ def serve(root: Path, port: int) -> int:
     runs = len({file.parent for file in root.rglob("*tfevents*")})
     if runs > MOST_TICKED:
         why = f"of more than {MOST_TICKED} TensorBoard shows none by itself"
-        print(f"tick some of the {runs} runs to see curves: {why}", flush=True)
+        print_line(f"tick some of the {runs} runs to see curves: {why}", flush=True)
     done = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: done.set())

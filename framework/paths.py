@@ -67,6 +67,18 @@ def quoted(word: str) -> str:
     return f"$'{coded}'"
 
 
+def override(key: str, value: bool | int | float | str | list[str]) -> str:
+    """Return an override as a word of a shell command, such as data.path=x.csv or ignore=[name]."""
+    if isinstance(value, list):
+        return quoted_override(f"{key}=[{','.join(map(typed, value))}]")
+    return quoted_override(f"{key}={typed(value)}")
+
+
+def quoted_override(text: str) -> str:
+    """Return an override as a word of a shell command. The brackets of a list need no quotes."""
+    return text if re.fullmatch(r"[\w.+~=/:,\[\]-]+", text) else quoted(text)
+
+
 def typed(value: bool | int | float | str) -> str:
     """Return a value as it is typed after the = of an override."""
     if not isinstance(value, str):

@@ -110,7 +110,8 @@ def printable_warnings() -> Iterator[None]:
     before = warnings.formatwarning
 
     def formatted(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None):
-        text = before(message_line(message), category, printable(filename), lineno, line)  # type: ignore[arg-type]
+        source = None if line is None else printable(line)
+        text = before(message_line(message), category, printable(filename), lineno, source)  # type: ignore[arg-type]
         return printable_lines(text)
 
     warnings.formatwarning = formatted  # type: ignore[assignment]

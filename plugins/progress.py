@@ -87,7 +87,7 @@ class Progress(Callback):
         if self.live is not None:
             self.live.console.print(advice, markup=False, highlight=False)
         else:
-            print(advice, file=self.stream, flush=True)
+            print_line(advice, self.stream, flush=True)
 
     def on_close(self, trainer: Trainer) -> None:
         """Leave the bar as it is at the end, and the cursor visible; also after an exception."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..paths import pasted, quoted, typed
-from ..terminal import message_line, printable, shortened
+from ..terminal import message_line, printable
 from .folder import SweepFolder, Trial, short
 
 if TYPE_CHECKING:
@@ -138,7 +138,8 @@ def shown(value: Any) -> str:
     """Return a name or a value as the table shows it."""
     if value is None:
         return "null"
-    return shortened(printable(f"{value:.5g}" if isinstance(value, float) else value), WIDEST)
+    text = printable(f"{value:.5g}" if isinstance(value, float) else value)
+    return text if len(text) <= WIDEST else f"{text[: WIDEST - 3]}..."
 
 
 def measured(group: Group, metric: str) -> str:
