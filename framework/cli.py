@@ -20,6 +20,7 @@ from .terminal import (
     completed,
     message_lines,
     print_line,
+    print_message,
     print_note,
     print_traceback,
     printable_lines,
@@ -200,7 +201,7 @@ def check(arguments: list[str]) -> None:
     from .compose import run as compose
     from .tuning.preflight import check as check_experiment
 
-    compose(line, lambda job: check_experiment(job.spec, print_line))
+    compose(line, lambda job: check_experiment(job.spec, print_message))
 
 
 def find(arguments: list[str]) -> None:

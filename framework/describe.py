@@ -12,7 +12,7 @@ from rich.text import Text
 
 from .errors import SettingError, UnknownName, did_you_mean
 from .index import Index
-from .paths import pasted, shorter, typed
+from .paths import pasted, quoted, shorter, typed
 from .registry import no_part
 from .terminal import printable, printable_lines, shortened
 
@@ -118,12 +118,11 @@ def show(part: Part, index: Index | None = None, plugins: Sequence[str] = ()) ->
     title = Text.assemble(line(f"{part['kind']}/{part['name']}", "bold cyan"), line(also, "dim"))
     paragraphs = [line(tidy(part["doc"]))] if part["doc"] else []
     settings = settings_table(part["settings"]) if part["settings"] else Text("no settings", "dim")
-    words = ["framework", "train", *overrides_for(part, index)]
+    words = ["framework", "train", *map(quoted, overrides_for(part, index))]
     if part["package"] is None:
         for plugin in plugins:
-            words += ["--plugins", str(plugin)]
-    command = " ".join(map(pasted, words))
-    return Group(title, *paragraphs, Text(), settings, Text(), origin(part, command))
+            words += ["--plugins", pasted(plugin)]
+    return Group(title, *paragraphs, Text(), settings, Text(), origin(part, " ".join(words)))
 
 
 def settings_table(settings: Iterable[dict[str, Any]]) -> Table:

@@ -84,8 +84,13 @@ def print_line(text: object = "", file: IO[str] | None = None, flush: bool = Fal
     print(printable(text), file=file or sys.stdout, flush=flush)
 
 
+def print_message(text: object) -> None:
+    """Print a line of a message on stdout."""
+    print(message_line(text), flush=True)
+
+
 def print_note(text: object) -> None:
-    """Print a message line on stderr."""
+    """Print a line of a message on stderr."""
     print(message_line(text), file=sys.stderr, flush=True)
 
 

@@ -219,8 +219,8 @@ def learn_texts(label: str, cells: Sequence[Cell], encoding: Encoding, name: str
         raise nothing_in(label, name)
     if len(texts) > encoding.most_texts:
         raise DataError(
-            f"{name}: column {label!r} has {len(texts)} different texts; leave it out ({override('ignore', [label])}) or raise "
-            f"max_categories, now {encoding.most_texts}"
+            f"{name}: column {label!r} has {len(texts)} different texts; leave it out "
+            f"({override('ignore', [label])}) or raise max_categories, now {encoding.most_texts}"
         )
     return {"name": label, "texts": texts} | ({"index": True} if encoding.categories == "index" else {})
 

@@ -219,6 +219,8 @@ def test_a_plugin(command, finished, forget_plugins, line):
     assert "\\x1b[31m" in out + err
     if line.startswith(("list", "show")):
         assert MARKUP in out, "square brackets are no markup"
+    if line.startswith("show"):
+        assert " --plugins evil.py written in " in " ".join(out.split())
 
 
 COMMANDS = {
@@ -252,6 +254,12 @@ def test_a_command(command, line):
     assert len(out + err) > 20
 
 
+def test_an_environment_variable(command, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", f"/tmp/{NAME}")
+    status, out, err = command("train data=diamonds")
+    assert (status, list(faults(out + err))) == (2, [])
+
+
 def write_csv(rows):
     with Path("t.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
@@ -270,9 +278,8 @@ def write_csv(rows):
 def test_a_table(command, rows):
     write_csv(rows)
     tiny = "model.depth=1 model.width=4 trainer.max_steps=1 data=table data.path=t.csv data.target=y"
-    for line in (f"train {tiny}", f"train {tiny} data.target={shlex.quote(MARKUP)}", f"plan {tiny} data.ignore=[b]"):
-        _, out, err = command(line)
-        assert not list(faults(out + err))
+    _, out, err = command(f"train {tiny}")
+    assert not list(faults(out + err))
 
 
 def test_pictures(command):
@@ -464,14 +471,17 @@ SAFE = {"printable", "printable_lines", "message_line", "json.dumps", "version"}
 
 
 def unescaped(tree):
-    """Yield the lines that print something but constants, JSON and what has been escaped."""
+    """Yield the lines that print something but constants, JSON and what has been escaped, or pass `print` on."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    called = {id(call.func) for call in calls}
     for node in ast.walk(tree):
-        if not isinstance(node, ast.Call) or ast.unparse(node.func) not in PRINTING:
-            continue
-        for argument in node.args:
-            called = ast.unparse(argument.func) if isinstance(argument, ast.Call) else None
-            if not isinstance(argument, ast.Constant) and called not in SAFE:
-                yield f"{node.lineno}: {ast.unparse(argument)}"
+        if isinstance(node, ast.Name) and node.id == "print" and id(node) not in called:
+            yield f"{node.lineno}: print"
+    for call in calls:
+        for argument in call.args if ast.unparse(call.func) in PRINTING else ():
+            maker = ast.unparse(argument.func) if isinstance(argument, ast.Call) else None
+            if not isinstance(argument, ast.Constant) and maker not in SAFE:
+                yield f"{call.lineno}: {ast.unparse(argument)}"
 
 
 ALLOWED = {  # lines of numbers and of our own words
@@ -495,3 +505,4 @@ def test_every_print_is_escaped():
             found = list(unescaped(ast.parse(file.read_text(encoding="utf-8"))))
             assert {each.partition(": ")[2] for each in found} <= allowed, f"{file}: use framework.terminal: {found}"
     assert list(unescaped(ast.parse("print(f'{name}', file=x)"))) == ["1: f'{name}'"]
+    assert list(unescaped(ast.parse("say = print"))) == ["1: print"]
