@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 
 from .errors import FrameworkError, RunError
+from .terminal import print_line
 
 MOST_TICKED = 40  # runs; of more, TensorBoard's charts are empty at first
 
@@ -25,13 +26,13 @@ def serve(root: Path, port: int) -> int:
     try:
         address = server.launch()
     except program.TensorBoardServerException as error:
-        why = str(error).splitlines()[0]
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FrameworkError(f"TensorBoard cannot start: {why} (--port chooses another)") from error
-    print(f"TensorBoard shows {root} at {address} (Ctrl-C ends it)", flush=True)
+    print_line(f"TensorBoard shows {root} at {address} (Ctrl-C ends it)", flush=True)
     runs = len({file.parent for file in root.rglob("*tfevents*")})
     if runs > MOST_TICKED:
         why = f"of more than {MOST_TICKED} TensorBoard shows none by itself"
-        print(f"tick some of the {runs} runs to see curves: {why}", flush=True)
+        print_line(f"tick some of the {runs} runs to see curves: {why}", flush=True)
     done = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: done.set())

@@ -5,18 +5,27 @@ import json
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
 from .arguments import CHECKPOINT, JSON, RUN, TRACEBACK, Parser, command_line, composing, importing_torch, swept
-from .errors import FrameworkError, did_you_mean
+from .errors import ConfigError, FrameworkError, did_you_mean
 from .exits import no_exit
 from .help import BOARD, CHECK, EVAL, FIND, HELP, LIST, PLAN, PREDICT, RESUME, SHOW, TRAIN
 from .paths import expanded
 from .streams import prepare_streams, silence_broken_streams
+from .terminal import (
+    completed,
+    message_lines,
+    print_line,
+    print_message,
+    print_note,
+    print_traceback,
+    printable_lines,
+    printable_warnings,
+)
 from .user_code import describe, internal_place, user_place
 
 STARTED = time.monotonic()
@@ -28,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     arguments = list(sys.argv[1:] if argv is None else argv)
     arguments.sort(key=lambda argument: argument == TRACEBACK)  # it may stand anywhere, also before the verb
     try:
-        with no_exit():
+        with no_exit(), printable_warnings():
             status = run(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -47,8 +56,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 def complain(error: Exception, with_traceback: bool) -> int:
     """Print an error with its place, in user code or in the framework; return the exit status."""
     if with_traceback:
-        traceback.print_exception(error)
-    lines = [f"framework: {line}" for line in words_of(error)]
+        print_traceback(error)
+    lines = [f"framework: {line}" for line in message_lines(words_of(error))]
     if not with_traceback and has_calls(error):
         lines[-1] += f"; {TRACEBACK} shows the calls"
     try:
@@ -68,9 +77,11 @@ def has_calls(error: Exception) -> bool:
 
 
 def words_of(error: Exception) -> list[str]:
-    """Return an error in a line or two, with its location."""
+    """Return the lines of an error, with its location: one for each problem of a ConfigError, else one."""
+    if isinstance(error, ConfigError) and error.problems:
+        return error.problems
     if isinstance(error, FrameworkError):
-        return str(error).splitlines() or [type(error).__name__]
+        return [str(error) or type(error).__name__]
     place = internal_place(error) if user_place(error) is None else None
     return [describe(error) if place is None else f"{describe(error)}; internal error at {place}"]
 
@@ -89,7 +100,8 @@ def run(arguments: list[str]) -> int:
     if verb == "complete":  # what the scripts of `completion` call at each TAB
         from .completion import answer
 
-        print("\n".join(answer(rest[1:] if rest[:1] == ["--"] else rest)))
+        words = answer(rest[1:] if rest[:1] == ["--"] else rest)
+        print("\n".join(completed(words)))
         return 0
     if verb not in VERBS:
         raise FrameworkError(f"there is no verb {verb!r}; {did_you_mean(verb, VERBS)}")
@@ -190,7 +202,7 @@ def check(arguments: list[str]) -> None:
     from .compose import run as compose
     from .tuning.preflight import check as check_experiment
 
-    compose(line, lambda job: check_experiment(job.spec, print))
+    compose(line, lambda job: check_experiment(job.spec, print_message))
 
 
 def find(arguments: list[str]) -> None:
@@ -259,7 +271,7 @@ def predict(arguments: list[str]) -> None:
         columns = trained.predict(trained.read_inputs(given.input))
     rows = write_predictions(columns, trained.facts["classes"], given.output)
     if given.output != "-":
-        print(f"{rows} predictions in {given.output}")
+        print_line(f"{rows} predictions in {given.output}")
 
 
 def write_on(given: argparse.Namespace, sampling: dict[str, Any]) -> None:
@@ -269,12 +281,12 @@ def write_on(given: argparse.Namespace, sampling: dict[str, Any]) -> None:
     tokens = data.encode(given.prompt, facts["data"])
     known = data.decode(tokens.tolist(), facts["data"])
     if known != given.prompt:
-        print(f"framework: the model knows a part of the prompt only; it reads {known!r}", file=sys.stderr)
+        print_note(f"framework: the model knows a part of the prompt only; it reads {known!r}")
     generate = getattr(trained.task, "generate", None)
     if generate is None:
         raise FrameworkError(f"the task of {given.run} makes no text: --prompt is for task=language_modelling")
     made = generate(trained.model, tokens, facts["in_shape"][0], **sampling)
-    print(data.decode([*tokens.tolist(), *made], facts["data"]))
+    print(printable_lines(data.decode([*tokens.tolist(), *made], facts["data"])))
 
 
 def opened(given: argparse.Namespace) -> Any:

@@ -8,6 +8,8 @@ from time import perf_counter
 
 import torch
 
+from .terminal import print_line, printable_lines
+
 NOTHING = nullcontext()
 SKIPPED, RECORDED = 5, 50  # steps that a profiler waits, and follows
 SLOW_SHARE, SLOW_SECONDS = 0.3, 1.0  # of waiting for data, from which on there is advice
@@ -112,11 +114,11 @@ class Profiler(Clock):
         whole, count = perf_counter() - self.from_second, self.steps - SKIPPED
         self.recorder.__exit__(None, None, None)
         spent = {name: seconds - self.before.get(name, 0.0) for name, seconds in self.seconds.items()}
-        print(table(spent | {"the rest": whole - sum(spent.values())}, whole, count), file=sys.stderr)
+        print(printable_lines(table(spent | {"the rest": whole - sum(spent.values())}, whole, count)), file=sys.stderr)
         if self.folder is not None:
             path = self.folder / "profile.pt.trace.json"
             self.recorder.export_chrome_trace(str(path))
-            print(f"trace: {path} (open it in https://ui.perfetto.dev)", file=sys.stderr)
+            print_line(f"trace: {path} (open it in https://ui.perfetto.dev)", sys.stderr)
         self.recorder = None
 
 

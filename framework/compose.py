@@ -1,10 +1,10 @@
 """Composition: a command line becomes a checked Spec, through Hydra, so that sweepers, launchers and --cfg work."""
 
+import io
 import re
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from .registry import Registry
 from .sources import File, FileConfigSource, Sources, line_with, read_yaml, searching
 from .spec import Spec, follow, read_spec
 from .store import fill_store
+from .terminal import print_note, printable_lines
 
 
 @dataclass
@@ -156,7 +157,7 @@ def run(
 def notes(lines: Iterable[str]) -> None:
     """Print what has no effect, and does no harm, for the person at the terminal."""
     for line in lines:
-        print(f"framework: {line}", file=sys.stderr)
+        print_note(f"framework: {line}")
 
 
 def compose(composing: Composing, arguments: list[str]) -> list[Job]:
@@ -171,15 +172,24 @@ def compose(composing: Composing, arguments: list[str]) -> list[Job]:
             problems.extend(error.problems)
 
     with hydra_in(composing.folders) as hydra:
-        if line.cfg:
-            hydra.show_cfg("config", arguments, line.cfg, package=None, resolve=line.resolve)
-        elif line.info:
-            hydra.show_info(line.info, "config", arguments)
+        if line.shows:
+            show(hydra, line, arguments)
         else:
             hydra.run("config", collect, [*arguments, "hydra.mode=RUN"])
     if problems:
         raise ConfigError(problems)
     return made
+
+
+def show(hydra: Hydra, line: CommandLine, arguments: list[str]) -> None:
+    """Let Hydra print what it composed."""
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        if line.cfg:
+            hydra.show_cfg("config", arguments, line.cfg, package=None, resolve=line.resolve)
+        elif line.info:
+            hydra.show_info(line.info, "config", arguments)
+    print(printable_lines(printed.getvalue()), end="")
 
 
 def sweep_without_flag(hydra: Any) -> list[str]:

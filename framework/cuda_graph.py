@@ -1,6 +1,5 @@
 """CUDA graphs of forward and backward, or of the whole step: one launch, where a small model waits for hundreds."""
 
-import sys
 import traceback
 import warnings
 from collections import Counter
@@ -22,6 +21,7 @@ from .identity import ModelContents, identical
 from .loss import copied
 from .pure import PureOptimizer
 from .task import Step
+from .terminal import print_note
 from .whole import Whole
 
 CudaGraph = Literal["auto", "on", "off"]
@@ -179,7 +179,7 @@ class Graphed:
         self.refused, self.times = replayed >= eager, None
         chosen = "eager" if self.refused else "as a graph"
         times = f"{replayed:.3g} ms as a graph, {eager:.3g} ms eager"
-        print(f"cuda_graph=auto: {self.what} takes {times}: {chosen} from now on", file=sys.stderr)
+        print_note(f"cuda_graph=auto: {self.what} takes {times}: {chosen} from now on")
         if self.refused:
             self.captured.clear()
 

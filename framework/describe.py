@@ -1,29 +1,53 @@
 """What parts there are, in tables for people; what they show comes from the index."""
 
 import re
-import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from .errors import SettingError, UnknownName, did_you_mean
 from .index import Index
-from .paths import shorter, typed
+from .paths import pasted, quoted, shorter, typed
 from .registry import no_part
+from .terminal import printable, printable_lines, shortened
 
 Part = dict[str, Any]  # as `part_as_dict` returns it
 OWNERS = ("model", "task", "data")  # kinds whose parts ask for parts of other kinds
 PLAIN_WIDTH = 10_000  # where no terminal limits the width, nothing is cut or wrapped
+WIDEST = 60  # characters of a name in a table
+LONGEST_DEFAULT = 300  # characters of a default value
+
+
+class PrintableConsole(Console):
+    """A console in which no text controls the terminal, and strings have no markup."""
+
+    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+        """Return a string as text on one line."""
+        return super().render_str(printable(text), **(options | {"markup": False, "emoji": False}))
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """Yield what is printed. Line breaks stay: the layout has put them where they are."""
+        for segment in super().render(renderable, options):
+            if segment.control is None:
+                yield Segment(printable_lines(segment.text), segment.style)
+            else:
+                yield segment
 
 
 def console(file: IO[str] | None = None) -> Console:
     """Return a console: as wide as the terminal and in colour; plain and without wrapping in a pipe or file."""
     file = file or sys.stdout
-    return Console(file=file, highlight=False, width=None if file.isatty() else PLAIN_WIDTH)
+    return PrintableConsole(file=file, highlight=False, width=None if file.isatty() else PLAIN_WIDTH)
+
+
+def line(text: object, style: str = "", most: int | None = None) -> Text:
+    """Return a text on one line, for a table or as a paragraph, of at most so many characters."""
+    return Text(printable(text if most is None else shortened(text, most)), style)
 
 
 def kind_of(index: Index, kind: str) -> str:
@@ -64,7 +88,7 @@ def list_kinds(index: Index) -> RenderableType:
     table.add_column("parts", justify="right", no_wrap=True)
     table.add_column("what it is", overflow="fold")
     for kind in index.kinds.values():
-        table.add_row(kind["key"], str(len(kind["parts"])), Text(kind["doc"]))
+        table.add_row(line(kind["key"], most=WIDEST), str(len(kind["parts"])), line(kind["doc"]))
     return table
 
 
@@ -77,8 +101,8 @@ def list_parts(index: Index, kind: str) -> RenderableType:
         table.add_column("also", style="dim", overflow="fold", max_width=24)
     table.add_column("what it is", overflow="fold")
     for part in parts:
-        also = [", ".join(part["aliases"])] if len(table.columns) == 3 else []
-        table.add_row(part["name"], *also, Text(tidy(part["summary"])))
+        also = [line(", ".join(part["aliases"]))] if len(table.columns) == 3 else []
+        table.add_row(line(part["name"], most=WIDEST), *also, line(tidy(part["summary"])))
     return table
 
 
@@ -91,13 +115,14 @@ def show(part: Part, index: Index | None = None, plugins: Sequence[str] = ()) ->
         plugins: the plugins that were given to find the part; the example needs them too.
     """
     also = f"  also {', '.join(part['aliases'])}" if part["aliases"] else ""
-    title = Text.assemble((f"{part['kind']}/{part['name']}", "bold cyan"), (also, "dim"))
-    paragraphs = [Text(tidy(part["doc"]))] if part["doc"] else []
+    title = Text.assemble(line(f"{part['kind']}/{part['name']}", "bold cyan"), line(also, "dim"))
+    paragraphs = [line(tidy(part["doc"]))] if part["doc"] else []
     settings = settings_table(part["settings"]) if part["settings"] else Text("no settings", "dim")
-    words = ["framework", "train", *overrides_for(part, index)]
+    words = ["framework", "train", *map(quoted, overrides_for(part, index))]
     if part["package"] is None:
-        words += [word for plugin in plugins for word in ("--plugins", str(plugin))]
-    return Group(title, *paragraphs, Text(), settings, Text(), origin(part, shlex.join(words)))
+        for plugin in plugins:
+            words += ["--plugins", pasted(plugin)]
+    return Group(title, *paragraphs, Text(), settings, Text(), origin(part, " ".join(words)))
 
 
 def settings_table(settings: Iterable[dict[str, Any]]) -> Table:
@@ -107,8 +132,10 @@ def settings_table(settings: Iterable[dict[str, Any]]) -> Table:
     table.add_column("type", overflow="fold", min_width=14)
     table.add_column("meaning", overflow="fold", style="dim")
     for setting in settings:
-        default = Text("required", "yellow") if setting["required"] else Text(default_text(setting))
-        table.add_row(setting["name"], default, Text(setting["type"]), Text(tidy(setting["doc"])))
+        required = Text("required", "yellow")
+        default = required if setting["required"] else line(default_text(setting), most=LONGEST_DEFAULT)
+        name = line(setting["name"], most=WIDEST)
+        table.add_row(name, default, line(setting["type"]), line(tidy(setting["doc"])))
     return table
 
 
@@ -136,12 +163,12 @@ def origin(part: Part, example: str) -> RenderableType:
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
-    table.add_row("try", Text(example))
-    table.add_row("written in", Text(shorter(part["source"])))
+    table.add_row("try", line(example))
+    table.add_row("written in", line(shorter(part["source"])))
     if part["source"].rpartition(":")[0] != part["registered"].rpartition(":")[0]:
-        table.add_row("registered in", Text(shorter(part["registered"])))
+        table.add_row("registered in", line(shorter(part["registered"])))
     if part["package"]:
-        table.add_row("package", Text(f"{part['package']} {part['version']}"))
+        table.add_row("package", line(f"{part['package']} {part['version']}"))
     return table
 
 

@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+from .terminal import printable
+
 
 class FrameworkError(Exception):
     """A mistake that its maker can mend; the command line prints it without a traceback and exits with 2."""
@@ -27,10 +29,10 @@ class SettingError(FrameworkError):
 
 
 class ConfigError(FrameworkError):
-    """The composed experiment has problems; `problems` holds all of them, one text each."""
+    """The composed experiment has problems; `problems` holds all of them, one line each."""
 
     def __init__(self, problems: Iterable[str]):
-        self.problems = list(problems)
+        self.problems = list(map(printable, problems))
         super().__init__("\n".join(self.problems))
 
 

@@ -49,6 +49,7 @@ from .signals import stopping
 from .spec import Spec
 from .status import Status
 from .task import Task
+from .terminal import print_message
 from .trainer import Trainer
 from .user_code import user_errors
 
@@ -279,7 +280,7 @@ def prepare(
     started: float | None = None,
     *,
     inexact: bool = False,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = print_message,
     data: Data | None = None,
 ) -> Prepared | Result:
     """Build an experiment, up to its training; a run that is done already has its result.

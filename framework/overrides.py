@@ -23,6 +23,7 @@ from hydra.core.override_parser.types import Glob, Override, Quote, QuotedString
 from hydra.errors import HydraException
 
 from .errors import did_you_mean
+from .paths import quoted_override
 from .registry import Registry, with_article
 from .spec import IMPORTS, TARGET
 from .store import ALSO, NONE
@@ -188,13 +189,15 @@ def faults(text: str, override: Override, folders: list[Path], multirun: bool, s
         return ["is about a whole sweep: " + (f"write {key}=[a,b]" if multirun else "add -m for one, or leave it out")]
     if override.is_sweep_override() and not multirun:
         key, _, value = text.partition("=")
-        listed = f"; as one list, write {key}=[{value}]" if "," in value and "(" not in value else ""
+        advice = quoted_override(f"{key}=[{value}]")
+        listed = f"; as one list, write {advice}" if "," in value and "(" not in value else ""
         return [f"has several values: add -m to try each{listed}"]
     given: Any = override.value()
     if override.is_range_sweep() and not list(given.range()):
         return ["there is no value in this range"]
     if override.package is not None:
-        return [f"each part has its place: write {key}={text.partition('=')[2]}"]
+        advice = quoted_override(f"{key}={text.partition('=')[2]}")
+        return [f"each part has its place: write {advice}"]
     if key == "plugins":
         return ["plugins are given with --plugins, or in the project's conf/config.yaml"]
     if key == "hydra.mode":

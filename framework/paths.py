@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import SettingError
+from .terminal import printable
 
 
 def expanded(path: str | Path) -> Path:
@@ -45,7 +46,37 @@ def pasted(path: str | Path) -> str:
     text = str(path)
     if text.startswith("-"):
         text = f"./{text}"  # otherwise it would be read as an option
-    return shlex.quote(text)
+    return quoted(text)
+
+
+def quoted(word: str) -> str:
+    """Return a word of a shell command.
+
+    Characters that must not reach the terminal, and bytes that are no UTF-8, are written as in $'\\x1b' (bash, zsh).
+    """
+    if printable(word) == word and not re.search(r"[\udc80-\udcff]", word):
+        return shlex.quote(word)
+    coded = ""
+    for character in word:
+        if character in "\\'":
+            coded += f"\\{character}"
+        elif character.isprintable():
+            coded += character
+        else:
+            coded += "".join(f"\\x{byte:02x}" for byte in os.fsencode(character))
+    return f"$'{coded}'"
+
+
+def override(key: str, value: bool | int | float | str | list[str]) -> str:
+    """Return an override as a word of a shell command, such as data.path=x.csv or ignore=[name]."""
+    if isinstance(value, list):
+        return quoted_override(f"{key}=[{','.join(map(typed, value))}]")
+    return quoted_override(f"{key}={typed(value)}")
+
+
+def quoted_override(text: str) -> str:
+    """Return an override as a word of a shell command. The brackets of a list need no quotes."""
+    return text if re.fullmatch(r"[\w.+~=/:,\[\]-]+", text) else quoted(text)
 
 
 def typed(value: bool | int | float | str) -> str:

@@ -15,10 +15,12 @@ from .data import Batch, Data, TensorSplit
 from .probe import Layer, activation_bytes, optimizer_bytes, read_layers, size_in_bytes
 from .scheduler import factor_of
 from .task import Task
+from .terminal import printable, shortened
 
 Schedule = Callable[[int], float]  # step to factor on the learning rate
 MOST_ROWS = 40
 MOST_GROUPS = 8
+WIDEST = 60  # characters of a name in a table
 CURVE = (60, 4)  # characters; a braille character has 2 by 4 dots
 MOST_POINTS = 10_000
 
@@ -252,7 +254,7 @@ def render(plan: Plan) -> RenderableType:
     facts.add_column(style="bold", no_wrap=True)
     facts.add_column()
     for name, text in fact_lines(plan):
-        facts.add_row(name, text)
+        facts.add_row(name, Text(printable(text)))
     parts: list[RenderableType] = [layer_table(plan), Text(), facts]
     if plan.curve is not None:
         parts += [Text(), curve_text(plan.curve, plan.total_steps)]
@@ -263,7 +265,7 @@ def layer_table(plan: Plan) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_footer=True)
     layers = fold(plan.layers)
     folded = f" ({len(plan.layers)} layers, folded)" if len(layers) < len(plan.layers) else ""
-    table.add_column(f"{plan.model}{folded}", "total", no_wrap=True, footer_style="bold")
+    table.add_column(Text(f"{title(plan.model)}{folded}"), "total", no_wrap=True, footer_style="bold")
     table.add_column("type", no_wrap=True, style="dim")
     table.add_column("output", no_wrap=True)
     table.add_column("parameters", f"{plan.parameters:,}", justify="right", no_wrap=True, footer_style="bold")
@@ -271,8 +273,13 @@ def layer_table(plan: Plan) -> Table:
     for layer in layers:
         shape = " × ".join(map(str, layer.out_shape))
         numbers = (count_text(number) if number else "-" for number in (layer.parameters, layer.flops))
-        table.add_row(layer.name, layer.type, shape, *numbers)
+        table.add_row(Text(title(layer.name)), Text(title(layer.type)), shape, *numbers)
     return table
+
+
+def title(name: str) -> str:
+    """Return a name as a table shows it."""
+    return shortened(printable(name), WIDEST)
 
 
 def fact_lines(plan: Plan) -> list[tuple[str, str]]:
@@ -286,14 +293,15 @@ def fact_lines(plan: Plan) -> list[tuple[str, str]]:
     lines += [("steps", steps), ("cost", cost), ("memory", memory_text(plan))]
     if plan.groups:
         rest = [f"and {len(plan.groups) - MOST_GROUPS} groups more"] if len(plan.groups) > MOST_GROUPS else []
-        lines.append(("trained", "\n".join([*map(group_text, plan.groups[:MOST_GROUPS]), *rest])))
+        first, *others = [*map(group_text, plan.groups[:MOST_GROUPS]), *rest]
+        lines += [("trained", first), *(("", other) for other in others)]
     threads = f"{plan.threads} for an operation on the CPU (OMP_NUM_THREADS sets another number)" * bool(plan.threads)
     more = [("transforms", ", ".join(plan.transforms)), ("loader", plan.loader or ""), ("threads", threads)]
     lines += [(name, text) for name, text in more if text]
     if plan.trainable < plan.parameters:
         lines.append(("frozen", f"{plan.parameters - plan.trainable:,} of {plan.parameters:,} parameters"))
     if plan.unused:
-        named = ", ".join(plan.unused[:5]) + (", ..." if len(plan.unused) > 5 else "")
+        named = ", ".join(map(title, plan.unused[:5])) + (", ..." if len(plan.unused) > 5 else "")
         lines.append(("unused", f"the forward pass calls no layer that has {named}"))
     return lines
 
@@ -307,7 +315,7 @@ def group_text(group: ParameterGroup) -> str:
     """Write: biases and norms: 650, lr x 0.5, no weight decay."""
     rate = "" if math.isclose(group.lr_factor, 1.0) else f", lr x {group.lr_factor:.3g}"
     decay = f"weight decay {group.weight_decay:.3g}" if group.weight_decay else "no weight decay"
-    return f"{group.name}: {group.parameters:,}{rate}, {decay}"
+    return f"{title(group.name)}: {group.parameters:,}{rate}, {decay}"
 
 
 def memory_text(plan: Plan) -> str:
@@ -315,7 +323,7 @@ def memory_text(plan: Plan) -> str:
     items = [("parameters", memory.parameters), ("gradients", memory.gradients), ("buffers", memory.buffers)]
     listed = [f"{name} {bytes_text(size)}" for name, size in items if size]
     if plan.optimizer is not None:
-        listed.append(f"{plan.optimizer} state {bytes_text(memory.optimizer)}")
+        listed.append(f"{title(plan.optimizer)} state {bytes_text(memory.optimizer)}")
     listed.append(f"activations of a batch {bytes_text(memory.activations)}")
     return f"about {bytes_text(memory.total)}: " + ", ".join(listed)
 

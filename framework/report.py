@@ -3,7 +3,7 @@
 import csv
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TextIO
@@ -13,6 +13,9 @@ from .experiment import Result
 from .paths import expanded, pasted, shorter
 from .run import plugins_of
 from .streams import set_errors
+from .terminal import print_line, printable, shortened
+
+WIDEST = 60  # characters of a name in a table
 
 
 def print_result(result: Result, job: str | None = None) -> None:
@@ -21,26 +24,28 @@ def print_result(result: Result, job: str | None = None) -> None:
     job: what a job of a sweep has of its own, such as "seed=3"; None outside a sweep.
     """
     if job is not None:
-        print(f"\n{job}")
+        print()
+        print_line(job)
     elif sys.stdout.isatty():
         print()  # between the progress bar and the table
     for line in metric_table(result.metrics, result.weights):
-        print(line)
+        print_line(line)
     print()
     if result.seconds:
-        print(effort(result) + (f", stopped: {result.stopped}" if result.stopped else ""))
+        print_line(effort(result) + (f", stopped: {result.stopped}" if result.stopped else ""))
     if result.shares and job is None:
-        print(f"time     {', '.join(f'{share}% {part}' for part, share in percent(result.shares).items() if share)}")
+        shares = percent(result.shares)
+        print_line(f"time     {', '.join(f'{share}% {part}' for part, share in shares.items() if share)}")
     if result.advice is not None:
-        print(f"advice   {result.advice}")
-    print(f"run      {result.folder}")
+        print_line(f"advice   {result.advice}")
+    print_line(f"run      {result.folder}")
     if result.signal is not None:
-        print(f"go on    framework resume {named(result.folder)}")
+        print_line(f"go on    framework resume {named(result.folder)}")
     if job is None:
         if (result.folder / "checkpoints").is_dir() and result.split is not None:
             of_split = "" if result.split == "test" else f" --split {result.split}"
-            print(f"measure  framework eval {named(result.folder)}{of_split}")
-        print(f"watch    framework board{root_of(result.folder)}")
+            print_line(f"measure  framework eval {named(result.folder)}{of_split}")
+        print_line(f"watch    framework board{root_of(result.folder)}")
 
 
 def effort(result: Result) -> str:
@@ -96,22 +101,28 @@ def metric_table(metrics: Mapping[str, float], weights: Mapping[str, str] = Mapp
     splits = [s for s in ("train", "val", "test") if any(name.startswith(f"{s}/") for name in metrics)]
     measured = [name.partition("/")[2] for name in metrics if name.startswith(("val/", "test/"))]
     names = list(dict.fromkeys(measured or [n.partition("/")[2] for n in metrics]))
-    widths = [max(len(name), 9) for name in names]
-    labels = [f"{split} ({weights[split]})" if split in weights else split for split in splits]
+    titles = [title(name) for name in names]
+    widths = [max(len(name), 9) for name in titles]
+    labels = [title(f"{split} ({weights[split]})") if split in weights else split for split in splits]
     first = max([5, *map(len, labels)]) + 1
-    yield " " * first + "".join(f"  {name:>{width}}" for name, width in zip(names, widths, strict=True))
+    yield " " * first + "".join(f"  {name:>{width}}" for name, width in zip(titles, widths, strict=True))
     for split, label in zip(splits, labels, strict=True):
         values = [metrics.get(f"{split}/{name}") for name in names]
         cells = ["" if value is None else f"{value:.4g}" for value in values]
         yield f"{label:<{first}}" + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
 
 
+def title(name: str) -> str:
+    """Return a name as a table shows it."""
+    return shortened(printable(name), WIDEST)
+
+
 def print_values(values: Mapping[str, float], checkpoint: Path) -> None:
     """Print the values of an evaluation, a line each."""
-    width = max(map(len, values))
+    width = max(len(title(name)) for name in values)
     for name, value in values.items():
-        print(f"{name:<{width}}  {value:.6g}")
-    print(f"{'from':<{width}}  {checkpoint}")
+        print_line(f"{title(name):<{width}}  {value:.6g}")
+    print_line(f"{'from':<{width}}  {checkpoint}")
 
 
 def check_output(output: str) -> None:
@@ -126,8 +137,10 @@ def check_output(output: str) -> None:
 
 
 def write_predictions(columns: Mapping[str, Any], classes: Sequence[str], output: str) -> int:
-    """Write predictions as .csv, .jsonl or .npz ("-": CSV to the terminal); returns the number of rows.
+    """Write predictions as .csv, .jsonl or .npz ("-": CSV for the terminal); returns the number of rows.
 
+    In a file, texts are as they are. For the terminal, control characters in them are escaped, also if stdout is
+    a pipe.
     A class index gets its name beside it, and columns of probabilities are named after the classes.
     Raises FrameworkError for another suffix, or when the file cannot be written.
     """
@@ -135,7 +148,7 @@ def write_predictions(columns: Mapping[str, Any], classes: Sequence[str], output
     named = flatten(columns, classes)
     if output == "-":
         set_errors(sys.stdout, "backslashreplace")  # data: what cannot be encoded must not get lost
-        write_csv(named, sys.stdout)
+        write_csv(named, sys.stdout, printable)
     else:
         try:
             write_file(named, expanded(output))
@@ -176,7 +189,9 @@ def write_file(columns: Mapping[str, list[Any]], path: Path) -> None:
                 file.write(json.dumps(named, default=str) + "\n")  # JSON has no complex numbers
 
 
-def write_csv(columns: Mapping[str, list[Any]], file: TextIO) -> None:
+def write_csv(columns: Mapping[str, list[Any]], file: TextIO, shown: Callable[[Any], str] = str) -> None:
+    """Write columns as CSV, with their names and texts as `shown` returns them."""
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(zip(*columns.values(), strict=True))
+    writer.writerow(map(shown, columns))
+    for row in zip(*columns.values(), strict=True):
+        writer.writerow([shown(cell) if isinstance(cell, str) else cell for cell in row])

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -19,7 +18,7 @@ from . import checkpoint
 from .callback import Callback, follows_metrics
 from .errors import CheckpointError, ConfigError, RunError, did_you_mean
 from .optimizer import check_state, group_settings, merged_groups, older_settings
-from .paths import expanded, typed
+from .paths import expanded, override
 from .registry import Maker, Registry
 from .run import RunFolder, read_config, read_facts, run_of_checkpoint
 from .scheduler import observes
@@ -183,7 +182,7 @@ def check_fits(resumed: Resumed, model: nn.Module, optimizer: Optimizer) -> None
         other = "another optimizer, or other groups of parameters, of which something else is kept"
     if other is not None:
         run = resumed.folder.path
-        weights = shlex.quote(f"init_from={typed(str(run))}")
+        weights = override("init_from", str(run))
         advice = f"A new run can begin with its weights: {weights}"
         raise RunError(f"{run} cannot go on with {other}. {advice}")
 

@@ -11,7 +11,7 @@ from typing import Any
 from .data import Loader
 from .errors import ConfigError, FrameworkError, SettingError, did_you_mean
 from .optimizer import Parameters
-from .paths import with_homes
+from .paths import quoted_override, with_homes
 from .registry import Entry, Kind, Maker, Registry, with_article
 from .run import RunFolder
 from .schema import (
@@ -331,7 +331,8 @@ class Reader:
         if key in IMPORTS:
             self.problem(key, value, TARGET)
         elif owners:
-            self.problem(path, value, f"is a setting of {owners[0]}: write {owners[0]}.{path}={shorten(value)}")
+            advice = quoted_override(f"{owners[0]}.{path}={shorten(value)}")
+            self.problem(path, value, f"is a setting of {owners[0]}: write {advice}")
         else:
             self.problem(path, value, f"there is no key {key!r} in an experiment; {did_you_mean(key, known, most=30)}")
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from framework import Data, PositiveInt, Rate, TensorSplit, datasets
 from framework.errors import DataError, did_you_mean
+from framework.paths import override
 from framework_plugins.arrays import (
     Scaling,
     Targets,
@@ -352,7 +353,9 @@ def feature_columns(table: Table, labels: Sequence[str], categorical: Sequence[s
     for label in categorical:
         need(label, table, path)
     return {
-        label: as_column(table[label], label, path, label in categorical or None, f", or categorical=[{label}]")
+        label: as_column(
+            table[label], label, path, label in categorical or None, f", or {override('categorical', [label])}"
+        )
         for label in labels
     }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO
 
 from framework import Logger, PositiveInt, loggers
+from framework.terminal import print_line
 
 
 @loggers.register("json_lines", aliases=["jsonl"])
@@ -83,4 +84,4 @@ class Console(Logger):
     def scalars(self, values: dict[str, float], *, step: int, epoch: int, wall_seconds: float) -> None:
         """Print a line."""
         shown = "".join(f"  {key} {float(value):.{self.digits}g}" for key, value in values.items())
-        print(f"step {step}  epoch {epoch}  {wall_seconds:.1f} s{shown}", flush=True)
+        print_line(f"step {step}  epoch {epoch}  {wall_seconds:.1f} s{shown}", flush=True)

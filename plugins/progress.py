@@ -11,12 +11,15 @@ from torch.utils.data import DataLoader
 from framework import Callback, PositiveFloat, Trainer, callbacks
 from framework.clock import slow_data
 from framework.state import State
+from framework.terminal import print_line, printable, shortened
 
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.live import Live
 
 APART = ("train/samples_per_second", "train/seconds_per_epoch", "train/learning_rate")  # has its place, or is no result
+
+WIDEST = 60  # characters of the name of a value
 
 
 @callbacks.register("progress")
@@ -84,7 +87,7 @@ class Progress(Callback):
         if self.live is not None:
             self.live.console.print(advice, markup=False, highlight=False)
         else:
-            print(advice, file=self.stream, flush=True)
+            print_line(advice, self.stream, flush=True)
 
     def on_close(self, trainer: Trainer) -> None:
         """Leave the bar as it is at the end, and the cursor visible; also after an exception."""
@@ -128,9 +131,8 @@ class Progress(Callback):
         """Print a line for this step, unless there is one."""
         if self.live is None and self.stream is not None and self.printed != state.step:
             self.printed = state.step
-            print(
-                "  ".join((self._counts(state), *self._values(state), *self._pace(state))), file=self.stream, flush=True
-            )
+            texts = (self._counts(state), *self._values(state), *self._pace(state))
+            print_line("  ".join(texts), self.stream, flush=True)
 
     def _counts(self, state: State) -> str:
         """The epoch under way (of how many) and the steps done."""
@@ -141,7 +143,7 @@ class Progress(Callback):
     def _values(self, state: State) -> list[str]:
         """The training and validation values logged last: "val/loss 0.3"."""
         return [
-            f"{name} {value:.4g}"
+            f"{shortened(printable(name), WIDEST)} {value:.4g}"
             for name, value in state.metrics.items()
             if name.startswith(("train/", "val/")) and not name.startswith(APART)
         ]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from framework.errors import DataError
+from framework.paths import override
 from framework_plugins.arrays import mean_and_std
 
 LARGEST = 3.4e38  # what a float32 can hold
@@ -156,7 +157,7 @@ def check_distinct(known: Mapping[Cell, float | None], label: str, path: Path) -
         if read.setdefault(number, integer) != integer:
             raise DataError(
                 f"{path}, column {label!r}: float64 does not tell {read[number]} and {integer} "
-                f"apart; subtract an offset, or leave the column out: ignore=[{label}]"
+                f"apart; subtract an offset, or leave the column out: {override('ignore', [label])}"
             )
 
 
@@ -218,8 +219,8 @@ def learn_texts(label: str, cells: Sequence[Cell], encoding: Encoding, name: str
         raise nothing_in(label, name)
     if len(texts) > encoding.most_texts:
         raise DataError(
-            f"{name}: column {label!r} has {len(texts)} different texts; leave it out (ignore=[{label}]) or raise "
-            f"max_categories, now {encoding.most_texts}"
+            f"{name}: column {label!r} has {len(texts)} different texts; leave it out "
+            f"({override('ignore', [label])}) or raise max_categories, now {encoding.most_texts}"
         )
     return {"name": label, "texts": texts} | ({"index": True} if encoding.categories == "index" else {})
 
@@ -246,7 +247,8 @@ def quantiles(values: Tensor, count: int) -> Tensor:
 
 
 def nothing_in(label: str, name: str) -> DataError:
-    return DataError(f"{name}: column {label!r} is empty in the training split; leave it out: ignore=[{label}]")
+    advice = override("ignore", [label])
+    return DataError(f"{name}: column {label!r} is empty in the training split; leave it out: {advice}")
 
 
 def encode(table: Mapping[str, Sequence[Cell]], columns: Sequence[dict[str, Any]]) -> Tensor:

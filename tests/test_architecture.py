@@ -15,7 +15,7 @@ from shipped import shipped
 
 ROOT = Path(framework.__file__).parent.parent
 FLOORS = {
-    "stdlib": ["errors", "exits", "files", "locks", "paths", "streams", "schema", "registry", "kinds", "user_code"],
+    "stdlib": ["errors", "exits", "files", "locks", "paths", "streams", "terminal", "schema", "registry", "kinds", "user_code"],
     "ground work": [
         "discovery",
         "gradients",

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from ..errors import ConfigError
 from ..overrides import as_typed, depth, expanded, own_settings, rewrite, value_of
 from ..schema import PositiveInt
+from ..terminal import print_line
 from .combinations import Rule, combinations
 from .trials import Trials, composed
 
@@ -42,7 +43,8 @@ class Grid(Sweeper):
         if self.trials.composing.line.only_plan:
             from .vectorized import told  # not at the top: a sweep one by one does without
 
-            print("\n".join(told(jobs)))
+            for line in told(jobs):
+                print_line(line)
             return
         self.trials.planned = len(jobs)
         self.trials.numbers = numbered([job.settings for job in jobs], self.trials)

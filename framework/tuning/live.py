@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..terminal import message_line, print_line, printable
 from .folder import Trial
 from .table import Direction, shown, table
 
@@ -42,30 +43,32 @@ class Lines:
         if trial.error:
             first = self.errors.setdefault(trial.error, trial.number)
             same = first != trial.number
-            told += f": the same error as trial {first:03}" if same else f": {trial.error}"
-        print(told, flush=True)
+            told += f": the same error as trial {first:03}" if same else f": {message_line(trial.error)}"
+        print_line(told, flush=True)
 
     def close(self) -> None:
         """Nothing is open."""
 
 
 def label(trial: Trial) -> str:
-    return " ".join([f"{trial.number:03}", *(f"{key}={shown(value)}" for key, value in trial.settings.items())])
+    settings = [f"{shown(key)}={shown(value)}" for key, value in trial.settings.items()]
+    return " ".join([f"{trial.number:03}", *settings])
 
 
 class LiveTable:
     """Shows how far a sweep is, what the trial under way prints, and the best so far; on stderr."""
 
     def __init__(self, by: Direction, earlier: list[Trial], planned: int | None):
-        from rich.console import Console
         from rich.live import Live
+
+        from ..describe import console
 
         self.by, self.planned, self.began = by, planned, time.monotonic()
         self.trials = {trial.number: trial for trial in earlier}
         self.now: dict[int, str] = {}
         self.line, self.next_drawing = "", 0.0
         plain = partial(Live, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)  # no thread
-        self.live = plain(console=Console(file=sys.stderr), transient=True)
+        self.live = plain(console=console(sys.stderr), transient=True)
         self.live.start()
 
     def begins(self, trial: Trial) -> None:
@@ -98,7 +101,8 @@ class LiveTable:
         of = f" of {self.planned}" if self.planned else ""
         head = f"{len(ended)}{of} trials" + (f", {failed} failed" if failed else "")
         running = [f"{each}  {self.line}" for each in self.now.values()]
-        texts = [Text(text, no_wrap=True, overflow="ellipsis") for text in (head, *running[:MOST_ROWS])]
+        lines = [printable(text) for text in (head, *running[:MOST_ROWS])]
+        texts = [Text(line, no_wrap=True, overflow="ellipsis") for line in lines]
         return Group(*texts, *([table(ended, self.by, MOST_ROWS)] if ended else []))
 
 

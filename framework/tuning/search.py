@@ -30,6 +30,7 @@ from ..run import read_config
 from ..schema import NonNegativeInt, Pattern, PositiveInt, read_settings
 from ..seeds import derive
 from ..state import SECONDS
+from ..terminal import print_line
 from ..user_code import describe
 from .composer import Composer
 from .folder import SweepFolder, Trial
@@ -252,7 +253,7 @@ class OptunaSweeper(Sweeper):
             with trials.showing():
                 reason = Campaign(search, study, space, trials.folder, metrics).run(self.train)
             if reason:
-                print(f"the search ends: {reason}")
+                print_line(f"the search ends: {reason}")
         finally:
             conclude(study, metrics, trials.folder)
 
@@ -320,7 +321,7 @@ def highest(name: str, drawn: BaseDistribution) -> Any:
 def conclude(study: Study, metrics: Sequence[str], folder: SweepFolder) -> None:
     """Say what was learned, and draw it where the runs' own loggers draw."""
     for line in report(study, metrics):
-        print(line)
+        print_line(line)
     best = {trial.number for trial in ranked(study)[:1]}
     rows = [row for row in folder.trials() if row.number in best]
     used = read_config(folder.path / rows[0].folder).get("loggers") or {} if rows else {}

@@ -22,6 +22,7 @@ from ..registry import Registry
 from ..signals import handled
 from ..sources import Sources
 from ..spec import Reader, section_settings
+from ..terminal import print_line
 from . import hydra_parts
 from .composer import Composer
 from .folder import SweepFolder, Trial
@@ -137,7 +138,7 @@ def open_folder(root: Path, experiment: str, name: str | None, resume: str, aske
     folder.conduct()
     if found is not None:
         over = sum(trial.over for trial in folder.trials())
-        print(f"going on with {folder.path}, of which {over} trials are done")
+        print_line(f"going on with {folder.path}, of which {over} trials are done")
     return folder
 
 
@@ -192,7 +193,7 @@ def show(trials: Trials) -> None:
         out.print(table(rows, trials.by))
         out.print()
         for line in ending(trials.opened, rows, trials.by):
-            out.print(line, markup=False, soft_wrap=True)
+            print_line(line)
 
 
 def settle(trials: Trials) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..paths import pasted
+from ..paths import pasted, quoted, typed
+from ..terminal import message_line, printable
 from .folder import SweepFolder, Trial, short
 
 if TYPE_CHECKING:
@@ -120,9 +121,9 @@ def table(trials: Sequence[Trial], by: Direction, most: int | None = None) -> "T
     front = on_front(groups, by) if len(by) > 1 else []
     drawn = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in (*([] if seeds else ["trial"]), *map(short(settings).get, settings), *([count] if seeds else [])):
-        drawn.add_column(str(name), no_wrap=True, justify="left")
+        drawn.add_column(Text(shown(name)), no_wrap=True, justify="left")
     for name in (*metrics, *(["front"] if front else []), "state"):
-        drawn.add_column(name, no_wrap=True, justify="right" if name in metrics else "left")
+        drawn.add_column(Text(shown(name)), no_wrap=True, justify="right" if name in metrics else "left")
     for group in groups[:most]:
         cells = [] if seeds else [f"{group.trials[0].number:03}"]
         cells += [shown(group.settings[key]) if key in group.settings else "" for key in settings]
@@ -134,9 +135,10 @@ def table(trials: Sequence[Trial], by: Direction, most: int | None = None) -> "T
 
 
 def shown(value: Any) -> str:
+    """Return a name or a value as the table shows it."""
     if value is None:
         return "null"
-    text = f"{value:.5g}" if isinstance(value, float) else str(value)
+    text = printable(f"{value:.5g}" if isinstance(value, float) else value)
     return text if len(text) <= WIDEST else f"{text[: WIDEST - 3]}..."
 
 
@@ -163,7 +165,7 @@ def ending(folder: SweepFolder, trials: Sequence[Trial], by: Direction) -> Itera
             failed.setdefault(trial.error, []).append(trial.folder or f"trial {trial.number}")
     for error, names in failed.items():
         which = names[0] if len(names) == 1 else f"{len(names)} trials, {names[0]} first"
-        yield f"failed   {which}: {error}"
+        yield f"failed   {which}: {message_line(error)}"
     if {"val", "test"} <= {name.partition("/")[0] for trial in trials for name in trial.metrics}:
         yield "values   val/... after the last step; test/... of the best checkpoint, if one was saved"
     seconds = sum(trial.seconds for trial in trials)
@@ -175,5 +177,5 @@ def ending(folder: SweepFolder, trials: Sequence[Trial], by: Direction) -> Itera
         yield f"best     {folder.path / best.folder}  {metric} {best.metrics[metric]:.4g}"
     yield f"sweep    {folder.path}"
     if any(not trial.over for trial in trials):
-        yield "go on    the same command with " + f"sweep.name={folder.path.name} resume=auto"
+        yield f"go on    the same command with {quoted(f'sweep.name={typed(folder.path.name)}')} resume=auto"
     yield f"watch    framework board --root {pasted(folder.path)}"

@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,6 +15,7 @@ from ..errors import ConfigError, FrameworkError
 from ..experiment import Result
 from ..resume import fingerprint
 from ..streams import prepare_streams
+from ..terminal import print_traceback
 from .composer import Composer
 from .folder import SweepFolder, Trial, run_name
 from .isolation import isolated
@@ -111,7 +111,7 @@ class Trials:
                 result = self.task(job)
         except Exception as error:
             if job.traceback:
-                traceback.print_exception(error)
+                print_traceback(error)
             return self.end(self.failed(trial, error, time.monotonic() - began))
         except BaseException:  # a second signal, or one before the training
             self.end(replace(trial, state="stopped", seconds=added(trial, time.monotonic() - began)))

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from ..memory import OutOfMemory, free_bytes, is_full
 from ..probe import read_layers
 from ..schema import PositiveInt
 from ..signals import stopping
+from ..terminal import print_note
 from ..user_code import describe
 from .folder import Trial
 from .isolation import isolated
@@ -93,7 +93,7 @@ class Vectorized(OneByOne):
         for each, ended in zip(filled, shared_out(works, self.trials.show()), strict=True):
             rows |= ended or {}
             if ended is None:
-                print("a process died: its trials go on in this one", file=sys.stderr)
+                print_note("a process died: its trials go on in this one")
                 for job in (job for share in each for job in share.jobs.values()):
                     job.spec = replace(job.spec, resume="auto")  # its run folder may be there
         return rows
@@ -149,10 +149,10 @@ class Vectorized(OneByOne):
         except (NotStackable, OutOfMemory) as why:
             go = "go on" if any(each.row for each in ready) else "train"
             told = "memory is full" if isinstance(why, OutOfMemory) else why
-            print(f"{len(jobs.keys() - rows)} trials {go} one by one: {told}", file=sys.stderr)
+            print_note(f"{len(jobs.keys() - rows)} trials {go} one by one: {told}")
         except Exception as error:  # of the step that they take together: it is each one's row by now
             if not any(each.row for each in ready):
-                print(f"{len(jobs)} trials train one by one: {describe(error)}", file=sys.stderr)
+                print_note(f"{len(jobs)} trials train one by one: {describe(error)}")
             elif not all(each.place in rows for each in ready if each.row is not None):
                 raise
         finally:
