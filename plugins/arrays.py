@@ -8,6 +8,7 @@ import os
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -30,6 +31,17 @@ FAR = 1000
 # So much of a standard deviation may be lost in float32 where nothing is standardised.
 LOST = 0.01
 MOST_CLASSES = 20  # integers with more different values than this are taken for amounts, not for classes
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A column of texts: cell i is `known[codes[i]]`; the code -1 is an empty cell."""
+
+    codes: Tensor
+    known: list[str]
+
+    def __getitem__(self, rows: Tensor) -> "Texts":
+        return Texts(self.codes[rows], self.known)
 
 
 class Targets(NamedTuple):
@@ -55,6 +67,8 @@ def as_targets(values: Any, kind: Target | None = None, classes: Sequence[str] =
     """
     import numpy
 
+    if isinstance(values, Texts):
+        return text_targets(values, name)
     values = numpy.asarray(values)
     if values.ndim == 2 and values.shape[1] == 1:
         values = values[:, 0]
@@ -98,6 +112,17 @@ def class_targets(labels: Any, classes: Sequence[str], name: str) -> Targets:
     if found.dtype.kind not in "iu" or found[0] < 0 or found[-1] >= len(classes):
         raise DataError(f"{name}: labels go from {found[0]} to {found[-1]}, but {len(classes)} classes are named")
     return Targets(torch.from_numpy(labels.astype(numpy.int64)), "class", list(classes))
+
+
+def text_targets(texts: Texts, name: str) -> Targets:
+    """Return classes that are texts, in the sorted order of those that a row has."""
+    used = texts.codes.unique().tolist()
+    names = sorted(texts.known[code] for code in used)
+    if len(names) < 2:
+        raise DataError(f"{name}: every target is {''.join(names)!r}; classes to tell apart are two or more")
+    places = {text: place for place, text in enumerate(names)}
+    indices = torch.tensor([places.get(text, -1) for text in texts.known])
+    return Targets(indices[texts.codes], "class", names)
 
 
 def split_rows(strata: Tensor, val_fraction: float, test_fraction: float, seed: int = 0) -> dict[str, Tensor]:
