@@ -137,7 +137,10 @@ def split_rows(strata: Tensor, val_fraction: float, test_fraction: float, seed: 
             "together they must be less than 1"
         )
     shuffled = torch.randperm(len(strata), generator=generator(seed, "split"))
-    rows = shuffled[strata[shuffled].argsort(stable=True)]  # class by class, at random within each
+    if len(strata) == 0 or (strata == strata[0]).all():
+        rows = shuffled
+    else:
+        rows = shuffled[strata[shuffled].argsort(stable=True)]  # class by class, at random within each
     first = torch.ones(len(rows), dtype=torch.bool)
     first[1:] = strata[rows][1:] != strata[rows][:-1]
     kept, rest = rows[first], rows[~first]

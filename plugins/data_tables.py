@@ -461,7 +461,7 @@ def target_cells(cells: Cells, label: str, kind: str | None, path: Path) -> Answ
         return cells.to_numpy()
     if pyarrow.types.is_floating(cells.type):
         return cells.cast("float64").to_numpy()
-    if not wrong.any() and (values == values.floor()).all():
+    if wrong is None and (values == values.floor()).all():
         integers = as_integers(cells)
         if integers is not None:
             return integers

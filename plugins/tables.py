@@ -108,8 +108,8 @@ def parse_rows(content: bytes, start: int, header: Sequence[str], delimiter: str
     import pyarrow
     from pyarrow import csv as arrow_csv
 
-    quoted = b'"' in content
-    if quoted and is_suspicious(content, delimiter):
+    quoted = content.find(b'"', start) >= 0
+    if quoted and is_suspicious(content, start, delimiter):
         check_rows(content, len(header), delimiter, path)
     names = [str(number) for number in range(len(header))]
     parsing = arrow_csv.ParseOptions(delimiter=delimiter, newlines_in_values=quoted)
@@ -133,12 +133,13 @@ def parse_rows(content: bytes, start: int, header: Sequence[str], delimiter: str
             raise DataError(f"{path} is no well-formed CSV: {one_line(error)}") from error
 
 
-def is_suspicious(content: bytes, delimiter: str) -> bool:
+def is_suspicious(content: bytes, start: int, delimiter: str) -> bool:
     """Whether quotes may not be closed, or be closed within a cell, which Arrow reads all the same."""
-    if content.count(b'"') % 2:
+    if content.count(b'"', start) % 2:
         return True
     edge = re.escape(delimiter.encode() + b'\r\n"')
-    return re.search(rb'"(?<=[^%b]")[^%b]' % (edge, edge), content) is not None
+    closed_within = re.compile(rb'"(?<=[^%b]")[^%b]' % (edge, edge))
+    return closed_within.search(content, start) is not None
 
 
 def check_rows(content: bytes, width: int, delimiter: str, path: Path) -> None:
@@ -207,11 +208,10 @@ def as_column(cells: Cells, label: str, path: Path, text: bool | None = None, wa
     if text:
         return as_texts(cells)
     values, wrong = as_numbers(cells)
-    count = int(wrong.sum())
-    if count == 0:
+    if wrong is None:
         check_distinct(cells, values, label, path)
         return values
-    if text is None and count > len(values) / 2:
+    if text is None and int(wrong.sum()) > len(values) / 2:
         return as_texts(cells)
     row = int(wrong.nonzero()[0, 0])
     raise DataError(
@@ -219,31 +219,44 @@ def as_column(cells: Cells, label: str, path: Path, text: bool | None = None, wa
     )
 
 
-def as_numbers(cells: Cells) -> tuple[Tensor, Tensor]:
-    """Return the cells as float64, NaN where one is empty, and which of them are no numbers, or beyond float32."""
+def as_numbers(cells: Cells) -> tuple[Tensor, Tensor | None]:
+    """Return the cells as float64, NaN where one is empty, and which of them are no numbers, or beyond float32.
+
+    None stands for a column without such cells.
+    """
+    values = to_float64(cells) if not is_text_type(cells.type) else text_numbers(cells)
+    if values is not None:
+        wrong = None if largest(values) <= LARGEST else values.abs() > LARGEST
+        return values, wrong
+    codes, known = encoded(cells)
+    numbers = [as_number(cell) for cell in known]
+    wrong = torch.tensor([*(number is None for number in numbers), False])[codes]
+    values = torch.tensor([*(number or 0.0 for number in numbers), math.nan], dtype=torch.float64)[codes]
+    return values, wrong if wrong.any() else None
+
+
+def text_numbers(cells: Cells) -> Tensor | None:
+    """Return texts as float64; None if one is no number in Arrow's eyes, which may still be one, or empty."""
     import pyarrow
     import pyarrow.compute
 
-    values = None
-    if not is_text_type(cells.type):
-        values = to_float64(cells)
-    else:
-        for trim in (False, True):
-            trimmed = pyarrow.compute.utf8_trim_whitespace(cells) if trim else cells
-            try:
-                values = to_float64(trimmed)
-            except pyarrow.ArrowInvalid:  # a cell with blanks, or which is empty, or no number
-                continue
-            break
-        if values is not None and int(values.isnan().sum()) != cells.null_count:  # Arrow reads "nan(x)" as NaN
-            values = None
-    if values is None:
-        codes, known = encoded(cells)
-        numbers = [as_number(cell) for cell in known]
-        wrong = torch.tensor([*(number is None for number in numbers), False])
-        values = torch.tensor([*(number or 0.0 for number in numbers), math.nan], dtype=torch.float64)
-        return values[codes], wrong[codes]
-    return values, values.abs() > LARGEST
+    for trim in (False, True):
+        trimmed = pyarrow.compute.utf8_trim_whitespace(cells) if trim else cells
+        try:
+            values = to_float64(trimmed)
+        except pyarrow.ArrowInvalid:
+            continue
+        strange = values.isnan().any() and int(values.isnan().sum()) != cells.null_count  # such as "nan(x)"
+        return None if strange else values
+    return None
+
+
+def largest(values: Tensor) -> float:
+    """Return the largest magnitude of some numbers, NaN left out."""
+    low, high = values.aminmax()
+    if low.isnan():
+        low, high = values.nan_to_num(0.0, math.inf, -math.inf).aminmax()
+    return max(-low.item(), high.item())
 
 
 def to_float64(cells: Cells) -> Tensor:
@@ -292,9 +305,9 @@ def check_distinct(cells: Cells, values: Tensor, label: str, path: Path) -> None
     """
     import pyarrow
 
-    large = (values.abs() > 2**53).numpy()
-    if not large.any() or pyarrow.types.is_floating(cells.type):
+    if pyarrow.types.is_floating(cells.type) or largest(values) <= 2**53:
         return
+    large = (values.abs() > 2**53).numpy()
     read: dict[float, int] = {}
     for cell in cells.filter(pyarrow.array(large)).unique().to_pylist():
         try:
