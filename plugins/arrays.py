@@ -5,9 +5,10 @@
 
 import math
 import os
+import struct
 import zipfile
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from framework.data import Scale, Target
 from framework.errors import DataError, SettingError
 from framework.paths import expanded, pasted, shorter
 from framework.seeds import generator
+from framework_plugins.data_files import check_member, check_memory, one_line, open_data, readable
 
 Pair = tuple[Tensor, Tensor]
 
@@ -359,25 +361,80 @@ def numbers(array: Any, where: str) -> Tensor:
     return tensor if tensor.ndim > 1 else tensor[:, None]
 
 
-def load_arrays(path: Path) -> dict[str, Any]:
-    """Return the arrays of a `.npy` file (under the name "") or a `.npz` file. Raises DataError; never unpickles."""
+ZIP = b"PK"  # how a zip begins
+
+
+class Arrays(Mapping[str, Any]):
+    """The arrays of a `.npz` file, or the one of a `.npy` file under the name "".
+
+    An array is read when it is asked for, after its size was compared with that of the file and with the memory that
+    is available. Nothing is unpickled.
+    """
+
+    def __init__(self, path: Path):
+        """Look which arrays there are. Raises DataError."""
+        if path.suffix not in (".npy", ".npz"):
+            raise DataError(
+                f"{path}: this data set reads .npy and .npz files, not {path.suffix or 'a file without suffix'}"
+            )
+        self.path = path
+        self.members: dict[str, zipfile.ZipInfo | None] = {"": None}
+        with open_data(path) as file, array_errors(path):
+            if file.peek(2)[:2] != ZIP:  # type: ignore[attr-defined]
+                return
+            with zipfile.ZipFile(file) as archive:
+                self.members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.members
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.members)
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __getitem__(self, name: str) -> Any:
+        member = self.members[name]
+        with open_data(self.path) as file, array_errors(self.path):
+            if member is None:
+                return read_npy(file, os.fstat(file.fileno()).st_size, self.path)
+            check_member(member, self.path)
+            with zipfile.ZipFile(file) as archive, archive.open(member) as packed:
+                return read_npy(packed, member.file_size, self.path)
+
+
+@contextmanager
+def array_errors(path: Path) -> Iterator[None]:
+    """Turn what goes wrong in reading an array into a DataError that names the file."""
+    try:
+        with readable(path):
+            yield
+    except (ValueError, KeyError, TypeError, SyntaxError, struct.error, RecursionError) as error:
+        reason = one_line(error).replace(" when allow_pickle=False", "")
+        raise DataError(f"{path} cannot be read as an array ({reason}); save it anew, as numbers") from error
+
+
+def read_npy(file: Any, size: int, path: Path) -> Any:
+    """Read an array in NumPy's format from a file of `size` bytes. Raises DataError if it says that it is larger."""
     import numpy
 
-    if path.suffix not in (".npy", ".npz"):
-        raise DataError(
-            f"{path}: this data set reads .npy and .npz files, not {path.suffix or 'a file without suffix'}"
-        )
-    if not path.is_file():
-        raise DataError(f"{path}: there is no such file (looked from {Path.cwd()})")
-    try:
-        loaded = numpy.load(path, allow_pickle=False)
-        if isinstance(loaded, numpy.ndarray):
-            return {"": loaded}
-        with loaded:
-            return {name: loaded[name] for name in loaded.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        reason = str(error).replace(" when allow_pickle=False", "")
-        raise DataError(f"{path} cannot be read as an array ({reason}); save it anew, as numbers") from error
+    version = numpy.lib.format.read_magic(file)
+    if version > (2, 0):
+        raise ValueError("the names of its fields are no ASCII")
+    read = numpy.lib.format.read_array_header_1_0 if version == (1, 0) else numpy.lib.format.read_array_header_2_0
+    shape, _, kind = read(file)
+    needed = math.prod(shape) * kind.itemsize
+    if not kind.hasobject and needed > size:
+        raise DataError(f"{path} is damaged: an array of shape {shape} has {needed:,} bytes, more than the file holds")
+    check_memory(needed, path)
+    file.seek(0)
+    return numpy.lib.format.read_array(file, allow_pickle=False)
+
+
+def load_arrays(path: Path) -> Mapping[str, Any]:
+    """Return the arrays of a `.npy` file (under the name "") or a `.npz` file. Raises DataError; never unpickles."""
+    return Arrays(path)
 
 
 def read_array(path: Path, name: str | None = None) -> Tensor:

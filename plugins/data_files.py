@@ -21,6 +21,7 @@ from framework.errors import DataError
 from framework.memory import available_bytes
 
 CHUNK = 2**20
+SMALL = 2**24  # bytes that are not compared with the memory available: that would take longer than to read them
 GZIP = b"\x1f\x8b"
 MOST_RATIO = 1032  # deflate packs at most so many bytes into one
 NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
@@ -124,7 +125,7 @@ def read_within(packed: io.BufferedIOBase | gzip.GzipFile | object, path: Path) 
 
 def check_memory(needed: int, path: Path) -> None:
     """Raise DataError if a file needs more bytes of memory than are available (where the system says how many)."""
-    room = available_bytes()
+    room = available_bytes() if needed > SMALL else None
     if room is not None and needed > room:
         raise DataError(f"{path} needs {needed:,} bytes of memory; {room:,} bytes are available")
 
@@ -157,6 +158,7 @@ def not_utf8(path: Path, byte: int) -> DataError:
 
 
 def read_text(path: Path) -> str:
-    """Return what a file of UTF-8 holds, line ends as they are. Raises DataError that names it."""
+    """Return what a file of UTF-8 holds, with \\n at the ends of lines. Raises DataError that names the file."""
     with readable(path):
-        return read_bytes(path).decode("utf-8-sig")
+        text = read_bytes(path).decode("utf-8-sig")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
