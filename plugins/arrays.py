@@ -22,7 +22,7 @@ from framework.data import Scale, Target
 from framework.errors import DataError, SettingError
 from framework.paths import expanded, pasted, shorter
 from framework.seeds import generator
-from framework_plugins.data_files import check_member, check_memory, one_line, open_data, readable
+from framework_plugins.data_files import UNREADABLE, check_member, check_memory, one_line, open_data
 
 Pair = tuple[Tensor, Tensor]
 
@@ -362,6 +362,7 @@ def numbers(array: Any, where: str) -> Tensor:
 
 
 ZIP = b"PK"  # how a zip begins
+MALFORMED = (ValueError, KeyError, TypeError, SyntaxError, RuntimeError, MemoryError, struct.error)
 
 
 class Arrays(Mapping[str, Any]):
@@ -408,9 +409,8 @@ class Arrays(Mapping[str, Any]):
 def array_errors(path: Path) -> Iterator[None]:
     """Turn what goes wrong in reading an array into a DataError that names the file."""
     try:
-        with readable(path):
-            yield
-    except (ValueError, KeyError, TypeError, SyntaxError, struct.error, RecursionError) as error:
+        yield
+    except (*UNREADABLE, *MALFORMED) as error:
         reason = one_line(error).replace(" when allow_pickle=False", "")
         raise DataError(f"{path} cannot be read as an array ({reason}); save it anew, as numbers") from error
 

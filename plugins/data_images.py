@@ -157,6 +157,8 @@ def read_picture(file: Path, facts: dict[str, Any]) -> Tensor:
 
     channels, *size = facts["in_shape"]
     ignore_pillow_warning()
+    if not file.exists():
+        raise DataError(f"{file}: there is no such picture any more")
     with open_data(file) as content:
         try:
             with Image.open(content) as opened:

@@ -166,7 +166,10 @@ class Bible(LanguageData):
         path = path.expanduser() if path is not None else cache_folder() / "bible" / "kjv.txt"
         if not path.is_file():
             raise DataError(f"there is no {path}; fetch it ({fetching('bible')}), or take data=stdlib_source")
-        self.learn(read_text(path), tokenizer, length, overlap, val_fraction, test_fraction, measured)
+        text = read_text(path)
+        if not text:
+            raise DataError(f"{path} is empty; fetch it again ({fetching('bible')})")
+        self.learn(text, tokenizer, length, overlap, val_fraction, test_fraction, measured)
 
 
 @datasets.register("plain_text")
@@ -201,4 +204,6 @@ class PlainText(LanguageData):
         if not files:
             raise DataError(f"{path} has no {pattern}")
         text = "".join(read_text(file) for file in files)
+        if not text:
+            raise DataError(f"{path} is empty")
         self.learn(text, tokenizer, length, overlap, val_fraction, test_fraction, measured)

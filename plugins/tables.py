@@ -305,9 +305,9 @@ def check_distinct(cells: Cells, values: Tensor, label: str, path: Path) -> None
     """
     import pyarrow
 
-    if pyarrow.types.is_floating(cells.type) or largest(values) <= 2**53:
+    if pyarrow.types.is_floating(cells.type) or largest(values) < 2**53:
         return
-    large = (values.abs() > 2**53).numpy()
+    large = (values.abs() >= 2**53).numpy()
     read: dict[float, int] = {}
     for cell in cells.filter(pyarrow.array(large)).unique().to_pylist():
         try:
