@@ -150,13 +150,20 @@ def split_rows(strata: Tensor, val_fraction: float, test_fraction: float, seed: 
     for part, fraction in (("test", test_fraction), ("val", val_fraction)):
         if fraction > 0:
             taken = evenly(len(rest), max(1, round(fraction * len(rows))))
-            parts[part], rest = rest[taken].sort().values, rest[~taken]
+            parts[part], rest = ascending(rest[taken], len(rows)), rest[~taken]
     if parts and min(map(len, parts.values())) == 0:
         raise DataError(
             f"{len(rows)} rows are too few for a validation and a test split; get more, or take none with "
             "data.val_fraction=0 and data.test_fraction=0"
         )
-    return {"train": torch.cat([kept, rest]).sort().values, **parts}
+    return {"train": ascending(torch.cat([kept, rest]), len(rows)), **parts}
+
+
+def ascending(rows: Tensor, count: int) -> Tensor:
+    """Return different row numbers below `count` in ascending order."""
+    chosen = torch.zeros(count, dtype=torch.bool)
+    chosen[rows] = True
+    return chosen.nonzero()[:, 0]
 
 
 def learn_scale(amounts: Tensor, rows: Tensor, scaling: AutoScaling, name: str) -> Scale | None:

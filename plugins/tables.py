@@ -265,8 +265,13 @@ def to_float64(cells: Cells) -> Tensor:
 
     if pyarrow.types.is_boolean(cells.type):
         cells = cells.cast("uint8")
-    numbers = cells.cast("float64", safe=pyarrow.types.is_string(cells.type)).to_numpy()
-    return torch.from_numpy(numpy.require(numbers, requirements="W"))
+    numbers = numpy.empty(len(cells), numpy.float64)
+    start = 0
+    for chunk in cells.chunks:
+        read = chunk.cast("float64", safe=is_text_type(cells.type))
+        numbers[start : start + len(chunk)] = read.to_numpy(zero_copy_only=False)
+        start += len(chunk)
+    return torch.from_numpy(numbers)
 
 
 def is_text_type(kind: Any) -> bool:
@@ -395,7 +400,8 @@ def learn_texts(label: str, column: Texts, encoding: Encoding, name: str) -> dic
 
 
 def learn_numbers(label: str, values: Tensor, encoding: Encoding, name: str) -> dict[str, Any]:
-    known = values[~values.isnan()]
+    empty = values.isnan()
+    known = values[~empty] if empty.any() else values
     if not len(known):
         raise nothing_in(label, name)
     mean, std = (moment.item() for moment in mean_and_std(known, [0]))
@@ -442,7 +448,9 @@ def encode_numbers(values: Tensor, column: dict[str, Any]) -> Tensor:
     empty = values.isnan()
     values = values.nan_to_num(column["fill"])
     scaled = normal_scores(values, column["knots"]) if "knots" in column else (values - column["mean"]) / column["std"]
-    return torch.stack([scaled, empty.double()] if column.get("missing") else [scaled], dim=1).float()
+    if not column.get("missing"):
+        return scaled.float()[:, None]
+    return torch.stack([scaled.float(), empty.float()], dim=1)
 
 
 def normal_scores(values: Tensor, knots: Sequence[float]) -> Tensor:
