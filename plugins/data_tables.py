@@ -386,9 +386,7 @@ def check_column(label: str, column: Column, name: str) -> None:
         check_digits(numbers[:, None], f"{name}: the numbers of column {label!r}", "normalize=true")
 
 
-def feature_columns(
-    table: Table, labels: Sequence[str], categorical: Sequence[str], path: Path
-) -> dict[str, Column]:
+def feature_columns(table: Table, labels: Sequence[str], categorical: Sequence[str], path: Path) -> dict[str, Column]:
     """Return the columns as numbers or texts; those in `categorical` as texts."""
     for label in categorical:
         need(label, table, path)

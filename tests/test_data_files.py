@@ -106,7 +106,7 @@ READERS = {  # name of the file: what is in a good one, and what reads it
     "p.png": (picture(), lambda path: data_images.read_picture(path, {"in_shape": [3, 8, 8]})),
     "s.wav": (wav(), lambda path: data_audio.read_sound(path, SOUND)),
     "s.flac": (flac(), lambda path: data_audio.read_sound(path, SOUND)),
-    "texts.txt": ("a\nb\n".encode(), data_files.read_text),
+    "texts.txt": (b"a\nb\n", data_files.read_text),
     "texts.csv": (ROWS.encode(), dataset("text_table")),
     "texts.jsonl": (
         "".join(json.dumps({"text": f"word {row}", "label": "ab"[row % 2]}) + "\n" for row in range(40)).encode(),
@@ -273,7 +273,24 @@ def test_a_large_picture_gives_one_line_that_names_it(tmp_path, monkeypatch, rec
 
 
 NUMBERS = ["3", "+3", "-3", " 3 ", "\t3", "007", "3.", ".5", "-.5", "1e5", "1E-5", "1e400", "1e-400", "-0"]
-TEXTS = ["3_400", "1,5", "0x10", "inf", "-inf", "infinity", "nan(1)", "1e", "e5", ".", "+", "--3", "3 4", "1d5", "٣", "½"]
+TEXTS = [
+    "3_400",
+    "1,5",
+    "0x10",
+    "inf",
+    "-inf",
+    "infinity",
+    "nan(1)",
+    "1e",
+    "e5",
+    ".",
+    "+",
+    "--3",
+    "3 4",
+    "1d5",
+    "٣",
+    "½",
+]
 
 
 @pytest.mark.parametrize("text", NUMBERS)
