@@ -122,6 +122,8 @@ class TableFile(TableData):
     ):
         """Read the file; its first line names the columns.
 
+        A number has the digits 0 to 9, and maybe a sign, a decimal point and an exponent: 3_400, 1,5 and 0x10 are texts.
+
         Args:
             path: a .csv or .tsv file (also .gz or .zip), or .parquet.
             target: the column to predict.
