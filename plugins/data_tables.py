@@ -122,7 +122,7 @@ class TableFile(TableData):
     ):
         """Read the file; its first line names the columns.
 
-        A number has the digits 0 to 9, and maybe a sign, a decimal point and an exponent: 3_400, 1,5 and 0x10 are texts.
+        A number has the digits 0 to 9 and may have a sign, a decimal point and an exponent; 3_400 and 1,5 are texts.
 
         Args:
             path: a .csv or .tsv file (also .gz or .zip), or .parquet.
