@@ -1,5 +1,6 @@
 """When memory is full: what to say, and how to go on with less of a batch at once."""
 
+import resource
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -31,6 +32,21 @@ def free_bytes(device: torch.device) -> int | None:
     meminfo = Path("/proc/meminfo")
     lines = meminfo.read_text(encoding="utf-8").splitlines() if meminfo.is_file() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
+
+
+def available_bytes() -> int | None:
+    """Return how many bytes of memory this process can still get; None where the system does not say.
+
+    That is what the machine has free, or less if the address space of the process is limited (`ulimit -v`).
+    """
+    free = free_bytes(torch.device("cpu"))
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    statm = Path("/proc/self/statm")
+    if limit == resource.RLIM_INFINITY or not statm.is_file():
+        return free
+    used = int(statm.read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
+    left = max(0, limit - used)
+    return left if free is None else min(free, left)
 
 
 def check_room(needed: int, what: str) -> None:

@@ -5,9 +5,11 @@
 
 import math
 import os
+import struct
 import zipfile
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,6 +22,7 @@ from framework.data import Scale, Target
 from framework.errors import DataError, SettingError
 from framework.paths import expanded, pasted, shorter
 from framework.seeds import generator
+from framework_plugins.data_files import UNREADABLE, check_member, check_memory, one_line, open_data
 
 Pair = tuple[Tensor, Tensor]
 
@@ -30,6 +33,17 @@ FAR = 1000
 # So much of a standard deviation may be lost in float32 where nothing is standardised.
 LOST = 0.01
 MOST_CLASSES = 20  # integers with more different values than this are taken for amounts, not for classes
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A column of texts: cell i is `known[codes[i]]`; the code -1 is an empty cell."""
+
+    codes: Tensor
+    known: list[str]
+
+    def __getitem__(self, rows: Tensor) -> "Texts":
+        return Texts(self.codes[rows], self.known)
 
 
 class Targets(NamedTuple):
@@ -55,6 +69,8 @@ def as_targets(values: Any, kind: Target | None = None, classes: Sequence[str] =
     """
     import numpy
 
+    if isinstance(values, Texts):
+        return text_targets(values, name)
     values = numpy.asarray(values)
     if values.ndim == 2 and values.shape[1] == 1:
         values = values[:, 0]
@@ -100,6 +116,17 @@ def class_targets(labels: Any, classes: Sequence[str], name: str) -> Targets:
     return Targets(torch.from_numpy(labels.astype(numpy.int64)), "class", list(classes))
 
 
+def text_targets(texts: Texts, name: str) -> Targets:
+    """Return classes that are texts, in the sorted order of those that a row has."""
+    used = texts.codes.unique().tolist()
+    names = sorted(texts.known[code] for code in used)
+    if len(names) < 2:
+        raise DataError(f"{name}: every target is {''.join(names)!r}; classes to tell apart are two or more")
+    places = {text: place for place, text in enumerate(names)}
+    indices = torch.tensor([places.get(text, -1) for text in texts.known])
+    return Targets(indices[texts.codes], "class", names)
+
+
 def split_rows(strata: Tensor, val_fraction: float, test_fraction: float, seed: int = 0) -> dict[str, Tensor]:
     """Return row numbers of train, val and test (left out when its fraction is 0), each ascending.
 
@@ -112,7 +139,10 @@ def split_rows(strata: Tensor, val_fraction: float, test_fraction: float, seed: 
             "together they must be less than 1"
         )
     shuffled = torch.randperm(len(strata), generator=generator(seed, "split"))
-    rows = shuffled[strata[shuffled].argsort(stable=True)]  # class by class, at random within each
+    if len(strata) == 0 or (strata == strata[0]).all():
+        rows = shuffled
+    else:
+        rows = shuffled[strata[shuffled].argsort(stable=True)]  # class by class, at random within each
     first = torch.ones(len(rows), dtype=torch.bool)
     first[1:] = strata[rows][1:] != strata[rows][:-1]
     kept, rest = rows[first], rows[~first]
@@ -120,13 +150,20 @@ def split_rows(strata: Tensor, val_fraction: float, test_fraction: float, seed: 
     for part, fraction in (("test", test_fraction), ("val", val_fraction)):
         if fraction > 0:
             taken = evenly(len(rest), max(1, round(fraction * len(rows))))
-            parts[part], rest = rest[taken].sort().values, rest[~taken]
+            parts[part], rest = ascending(rest[taken], len(rows)), rest[~taken]
     if parts and min(map(len, parts.values())) == 0:
         raise DataError(
             f"{len(rows)} rows are too few for a validation and a test split; get more, or take none with "
             "data.val_fraction=0 and data.test_fraction=0"
         )
-    return {"train": torch.cat([kept, rest]).sort().values, **parts}
+    return {"train": ascending(torch.cat([kept, rest]), len(rows)), **parts}
+
+
+def ascending(rows: Tensor, count: int) -> Tensor:
+    """Return different row numbers below `count` in ascending order."""
+    chosen = torch.zeros(count, dtype=torch.bool)
+    chosen[rows] = True
+    return chosen.nonzero()[:, 0]
 
 
 def learn_scale(amounts: Tensor, rows: Tensor, scaling: AutoScaling, name: str) -> Scale | None:
@@ -331,25 +368,80 @@ def numbers(array: Any, where: str) -> Tensor:
     return tensor if tensor.ndim > 1 else tensor[:, None]
 
 
-def load_arrays(path: Path) -> dict[str, Any]:
-    """Return the arrays of a `.npy` file (under the name "") or a `.npz` file. Raises DataError; never unpickles."""
+ZIP = b"PK"  # how a zip begins
+MALFORMED = (ValueError, KeyError, TypeError, SyntaxError, RuntimeError, MemoryError, struct.error)
+
+
+class Arrays(Mapping[str, Any]):
+    """The arrays of a `.npz` file, or the one of a `.npy` file under the name "".
+
+    An array is read when it is asked for, after its size was compared with that of the file and with the memory that
+    is available. Nothing is unpickled.
+    """
+
+    def __init__(self, path: Path):
+        """Look which arrays there are. Raises DataError."""
+        if path.suffix not in (".npy", ".npz"):
+            raise DataError(
+                f"{path}: this data set reads .npy and .npz files, not {path.suffix or 'a file without suffix'}"
+            )
+        self.path = path
+        self.members: dict[str, zipfile.ZipInfo | None] = {"": None}
+        with open_data(path) as file, array_errors(path):
+            if file.peek(2)[:2] != ZIP:  # type: ignore[attr-defined]
+                return
+            with zipfile.ZipFile(file) as archive:
+                self.members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.members
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.members)
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __getitem__(self, name: str) -> Any:
+        member = self.members[name]
+        with open_data(self.path) as file, array_errors(self.path):
+            if member is None:
+                return read_npy(file, os.fstat(file.fileno()).st_size, self.path)
+            check_member(member, self.path)
+            with zipfile.ZipFile(file) as archive, archive.open(member) as packed:
+                return read_npy(packed, member.file_size, self.path)
+
+
+@contextmanager
+def array_errors(path: Path) -> Iterator[None]:
+    """Turn what goes wrong in reading an array into a DataError that names the file."""
+    try:
+        yield
+    except (*UNREADABLE, *MALFORMED) as error:
+        reason = one_line(error).replace(" when allow_pickle=False", "")
+        raise DataError(f"{path} cannot be read as an array ({reason}); save it anew, as numbers") from error
+
+
+def read_npy(file: Any, size: int, path: Path) -> Any:
+    """Read an array in NumPy's format from a file of `size` bytes. Raises DataError if it says that it is larger."""
     import numpy
 
-    if path.suffix not in (".npy", ".npz"):
-        raise DataError(
-            f"{path}: this data set reads .npy and .npz files, not {path.suffix or 'a file without suffix'}"
-        )
-    if not path.is_file():
-        raise DataError(f"{path}: there is no such file (looked from {Path.cwd()})")
-    try:
-        loaded = numpy.load(path, allow_pickle=False)
-        if isinstance(loaded, numpy.ndarray):
-            return {"": loaded}
-        with loaded:
-            return {name: loaded[name] for name in loaded.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        reason = str(error).replace(" when allow_pickle=False", "")
-        raise DataError(f"{path} cannot be read as an array ({reason}); save it anew, as numbers") from error
+    version = numpy.lib.format.read_magic(file)
+    if version > (2, 0):
+        raise ValueError("the names of its fields are no ASCII")
+    read = numpy.lib.format.read_array_header_1_0 if version == (1, 0) else numpy.lib.format.read_array_header_2_0
+    shape, _, kind = read(file)
+    needed = math.prod(shape) * kind.itemsize
+    if not kind.hasobject and needed > size:
+        raise DataError(f"{path} is damaged: an array of shape {shape} has {needed:,} bytes, more than the file holds")
+    check_memory(needed, path)
+    file.seek(0)
+    return numpy.lib.format.read_array(file, allow_pickle=False)
+
+
+def load_arrays(path: Path) -> Mapping[str, Any]:
+    """Return the arrays of a `.npy` file (under the name "") or a `.npz` file. Raises DataError; never unpickles."""
+    return Arrays(path)
 
 
 def read_array(path: Path, name: str | None = None) -> Tensor:

@@ -1,10 +1,8 @@
 """Data sets in files of arrays: NumPy's .npz, and the IDX format of MNIST, with Fashion-MNIST as Debian packages it."""
 
-import gzip
 import math
 import struct
-import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +20,7 @@ from framework_plugins.arrays import (
     numbers,
     standardise,
 )
+from framework_plugins.data_files import read_bytes
 
 
 @datasets.register("npz")
@@ -85,7 +84,7 @@ class Npz(ArrayData):
         return super().facts() | {"array": self.array}
 
 
-def find(arrays: dict[str, Any], name: str, path: Path) -> Any:
+def find(arrays: Mapping[str, Any], name: str, path: Path) -> Any:
     if name not in arrays:
         raise DataError(f"{path} has no array {name!r}; {did_you_mean(name, arrays)}")
     return arrays[name]
@@ -181,6 +180,7 @@ class FashionMnist(Idx):
         super().__init__(found, list(FASHION), val_fraction, split_seed, normalize)
 
 
+MOST_AXES = 32  # of any file that was made on purpose; NumPy stops at 64
 IDX_TYPES = {8: "u1", 9: "i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}  # the third byte of the file
 
 
@@ -204,6 +204,8 @@ def read_idx(path: Path) -> Any:
     content = read_bytes(path)
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in IDX_TYPES:
         raise DataError(f"{path} is no IDX file: it begins with {content[:4].hex(' ') or 'nothing'}")
+    if content[3] > MOST_AXES:
+        raise DataError(f"{path} is no IDX file: it says that it has {content[3]} axes")
     start = 4 + 4 * content[3]
     if len(content) < start:
         raise DataError(f"{path} ends within its header; fetch it again")
@@ -215,16 +217,6 @@ def read_idx(path: Path) -> Any:
             f"{path} holds {len(content) - start} bytes of values, but {expected} for shape {shape}; fetch it again"
         )
     return numpy.frombuffer(content, kind, offset=start).reshape(shape)
-
-
-def read_bytes(path: Path) -> bytes:
-    try:
-        content = path.read_bytes()
-        return gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: there is no such file (looked from {Path.cwd()})") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read ({error}); fetch it again") from error
 
 
 def as_pictures(array: Any) -> Any:

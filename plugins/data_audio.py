@@ -5,6 +5,7 @@ is cut to its middle, a shorter one filled up with zeros.
 """
 
 import math
+import os
 import wave
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -18,9 +19,11 @@ from framework import Data, NonNegativeFloat, PositiveFloat, PositiveInt, Rate, 
 from framework.errors import DataError, did_you_mean
 from framework.memory import check_room
 from framework_plugins.arrays import cache_folder, fetching, split_rows
+from framework_plugins.data_files import check_memory, one_line, open_data, readable
 from framework_plugins.data_images import part_folders
 
 ENDINGS = {".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au"}
+BYTES_OF_A_SAMPLE = 12  # while a wav is read: as float32, and as 32 bits before
 MEMORY_BYTES = 2**30  # as much sound as `audio_folder` holds in memory unless told
 
 
@@ -181,13 +184,13 @@ def read_waveform(file: Path) -> tuple[Tensor, int]:
 
     wav with integer samples is read by the standard library, everything else by soundfile.
     """
-    if not file.is_file():
-        raise DataError(f"{file}: there is no such file (looked from {Path.cwd()})")
     if file.suffix.lower() == ".wav":
-        try:
-            return read_pcm(file)
-        except (wave.Error, EOFError) as error:  # float samples, say, or no wav at all
-            return read_by_soundfile(file, f"{error or 'it ends within its header'}")
+        with readable(file):
+            try:
+                return read_pcm(file)
+            except (wave.Error, EOFError) as error:  # float samples, say, or no wav at all
+                reason = str(error) or "it ends within its header"
+        return read_by_soundfile(file, reason)
     return read_by_soundfile(file, f"{file.suffix or 'a file without an ending'} is not wav")
 
 
@@ -195,9 +198,13 @@ def read_pcm(file: Path) -> tuple[Tensor, int]:
     """Read a wav file of integers of 1 to 4 bytes. Raises wave.Error for another one, DataError for a cut one."""
     import numpy
 
-    with wave.open(str(file)) as opened:
+    with open_data(file) as raw, wave.open(raw) as opened:
+        size = os.fstat(raw.fileno()).st_size
         width, channels, frames = opened.getsampwidth(), opened.getnchannels(), opened.getnframes()
-        content, rate = opened.readframes(frames), opened.getframerate()
+        rate = opened.getframerate()
+        check_header(file, rate, channels, width)
+        check_memory(BYTES_OF_A_SAMPLE * min(size, frames * channels * width) // width, file)
+        content = opened.readframes(min(frames, size // (channels * width)))  # a header may claim any number
     if len(content) != frames * channels * width:
         raise DataError(f"{file} is cut off: {len(content) // (channels * width)} of {frames} frames; replace it")
     octets = numpy.frombuffer(content, numpy.uint8).reshape(-1, width)
@@ -209,15 +216,27 @@ def read_pcm(file: Path) -> tuple[Tensor, int]:
     return torch.from_numpy(samples.mean(1)), rate
 
 
+def check_header(file: Path, rate: int, channels: int, width: int) -> None:
+    """Raise DataError for a header that no sound has."""
+    if rate < 1 or channels < 1:
+        raise DataError(f"{file} is damaged: it says that it has {channels} channels of {rate} samples a second")
+    if width not in (1, 2, 3, 4):
+        raise DataError(f"{file} has integers of {width} bytes a sample; expected 1 to 4")
+
+
 def read_by_soundfile(file: Path, why: str) -> tuple[Tensor, int]:
     try:
         import soundfile
     except (ImportError, OSError) as error:  # OSError: its library is not there
         raise DataError(f"{file} needs soundfile ({why}): pip install 'framework[audio]'") from error
-    try:
-        samples, rate = soundfile.read(file, dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, RuntimeError, TypeError) as error:
-        raise DataError(f"{file} cannot be read as sound ({error}); delete or replace it") from error
+    with open_data(file) as raw:
+        try:
+            with soundfile.SoundFile(raw.fileno(), closefd=False) as opened:
+                check_header(file, opened.samplerate, opened.channels, 4)
+                check_memory(2 * 4 * opened.frames * opened.channels, file)
+                samples, rate = opened.read(dtype="float32", always_2d=True), opened.samplerate
+        except (soundfile.LibsndfileError, RuntimeError, TypeError, ValueError, MemoryError) as error:
+            raise DataError(f"{file} cannot be read as sound ({one_line(error)}); delete or replace it") from error
     return torch.from_numpy(samples).mean(1), int(rate)
 
 

@@ -1,5 +1,7 @@
 """Pictures in files, a folder for each class."""
 
+import struct
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,9 +13,11 @@ from torch import Tensor
 from framework import Data, PositiveInt, Rate, datasets
 from framework.errors import DataError, did_you_mean
 from framework_plugins.arrays import moments, read_batch, split_rows, standard_facts, standardise
+from framework_plugins.data_files import UNREADABLE, check_memory, one_line, open_data
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+BYTES_OF_A_PIXEL = 6  # while a picture is read: three channels, and those that were in the file
 MEASURED = 256  # pictures that the mean and deviation of pixels are taken from
 
 
@@ -153,18 +157,42 @@ def picture_files(folder: Path) -> list[Path]:
 def read_picture(file: Path, facts: dict[str, Any]) -> Tensor:
     """Return the middle square of a picture, scaled to facts["in_shape"], as uint8 (channels, height, width)."""
     import numpy
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
     channels, *size = facts["in_shape"]
-    try:
-        with Image.open(file) as opened:
-            upright = in_8_bits(ImageOps.exif_transpose(opened)).convert("RGB" if channels == 3 else "L")
-        pixels = numpy.array(ImageOps.fit(upright, size[::-1]))
-    except FileNotFoundError as error:
-        raise DataError(f"{file}: there is no such picture any more") from error
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise DataError(f"{file} cannot be read as a picture ({error}); delete or replace it") from error
+    ignore_pillow_warning()
+    if not file.exists():
+        raise DataError(f"{file}: there is no such picture any more")
+    with open_data(file) as content:
+        try:
+            with Image.open(content) as opened:
+                check_pixels(opened, file)
+                upright = in_8_bits(ImageOps.exif_transpose(opened)).convert("RGB" if channels == 3 else "L")
+            pixels = numpy.array(ImageOps.fit(upright, size[::-1]))
+        except (*UNREADABLE, SyntaxError, ValueError, TypeError, struct.error) as error:
+            reason = one_line(error).replace(repr(content), "it")
+            raise DataError(f"{file} cannot be read as a picture ({reason}); delete or replace it") from error
+        except (Image.DecompressionBombError, MemoryError) as error:
+            raise DataError(f"{file} has too many pixels ({one_line(error)}); delete or replace it") from error
     return torch.from_numpy(pixels).reshape(*size, channels).permute(2, 0, 1)
+
+
+def ignore_pillow_warning() -> None:
+    """Leave out Pillow's warning of large pictures, which does not name the file; `check_pixels` gives one."""
+    from PIL import Image
+
+    if all(category is not Image.DecompressionBombWarning for _, _, category, *_ in warnings.filters):
+        warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+def check_pixels(picture: Any, file: Path) -> None:
+    """Warn of a picture that Pillow takes for large, and raise DataError if there is no memory for its pixels."""
+    from PIL import Image
+
+    width, height = picture.size
+    check_memory(BYTES_OF_A_PIXEL * width * height, file)
+    if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
+        warnings.warn(f"{file} has {width:,} x {height:,} pixels, which take long to decode", stacklevel=2)
 
 
 def in_8_bits(picture: Any) -> Any:

@@ -15,6 +15,7 @@ from framework.errors import DataError
 from framework.registry import Registry
 from framework.schema import PartOf
 from framework_plugins.arrays import cache_folder, fetching
+from framework_plugins.data_files import read_text
 
 Tokens = Annotated[Callable[..., Any], PartOf("tokenizer")]
 PIECE = 50_000  # characters that are made into tokens at once
@@ -165,7 +166,10 @@ class Bible(LanguageData):
         path = path.expanduser() if path is not None else cache_folder() / "bible" / "kjv.txt"
         if not path.is_file():
             raise DataError(f"there is no {path}; fetch it ({fetching('bible')}), or take data=stdlib_source")
-        self.learn(read(path), tokenizer, length, overlap, val_fraction, test_fraction, measured)
+        text = read_text(path)
+        if not text:
+            raise DataError(f"{path} is empty; fetch it again ({fetching('bible')})")
+        self.learn(text, tokenizer, length, overlap, val_fraction, test_fraction, measured)
 
 
 @datasets.register("plain_text")
@@ -197,10 +201,9 @@ class PlainText(LanguageData):
         """
         path = path.expanduser()
         files = sorted(path.rglob(pattern)) if path.is_dir() else [path]
-        if not files or not files[0].is_file():
-            raise DataError(f"{path}: there is no such file" if not path.is_dir() else f"{path} has no {pattern}")
-        try:
-            text = "".join(file.read_text(encoding="utf-8-sig") for file in files)
-        except UnicodeDecodeError as error:
-            raise DataError(f"a file of {path} is no UTF-8 text (byte {error.start}); save it as UTF-8") from error
+        if not files:
+            raise DataError(f"{path} has no {pattern}")
+        text = "".join(read_text(file) for file in files)
+        if not text:
+            raise DataError(f"{path} is empty")
         self.learn(text, tokenizer, length, overlap, val_fraction, test_fraction, measured)

@@ -25,7 +25,8 @@ from framework_plugins.arrays import (
     needs_float64,
     split_rows,
 )
-from framework_plugins.tables import Table, as_column, read_table
+from framework_plugins.data_files import one_line, parse_number, read_bytes, read_text
+from framework_plugins.tables import Table, as_column, read_table, rows_of
 
 Calendar = Literal["day", "week", "year"]
 
@@ -120,9 +121,7 @@ def read_ts(path: Path) -> tuple[list[Tensor], list[str]]:
     A line is a case: channels parted by ":", their frames by ",", at the end the class (timeseriesclassification.com).
     Raises DataError naming the line that is malformed.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: there is no such file (looked from {Path.cwd()})")
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = read_bytes(path).decode("utf-8", errors="replace").splitlines()
     header = [line.strip().lower() for line in lines if line.startswith("@")]
     if "@data" not in header:
         raise DataError(f"{path} is no .ts file: it has no line @data")
@@ -144,16 +143,20 @@ def read_ts(path: Path) -> tuple[list[Tensor], list[str]]:
 
 def read_case(line: str, labelled: bool, where: str) -> Tensor:
     parts = line.split(":")[: -1 if labelled else None]
-    try:
-        channels = [[float(number) for number in part.split(",")] for part in parts]
-    except ValueError as error:
-        raise DataError(f"{where}: {error}; a frame should be a number") from error
+    channels = [[frame(text, where) for text in part.split(",")] for part in parts]
     if not channels or len({len(channel) for channel in channels}) != 1:
         raise DataError(f"{where}: its channels have {[len(channel) for channel in channels]} frames; all need as many")
     sequence = torch.tensor(channels, dtype=torch.float64)
     if not sequence.float().isfinite().all():
         raise DataError(f"{where}: a frame is no finite number")
     return sequence
+
+
+def frame(text: str, where: str) -> float:
+    number = parse_number(text)
+    if number is None:
+        raise DataError(f"{where}: a frame should be a number, not {text[:60]!r}")
+    return number
 
 
 def pad(sequences: Sequence[Tensor], facts: dict[str, Any], path: Path) -> Tensor:
@@ -207,9 +210,24 @@ class SeriesData(Data):
 
     in_time_order = True
 
-    def learn(self, table: Table, settings: dict[str, Any], val_fraction: float, test_fraction: float) -> None:
-        """Set the attributes of Data. settings: path, target, features, time, calendar, lookback, horizon."""
-        amounts, rows = read_channels(table, settings), len(next(iter(table.values())))
+    def learn(
+        self,
+        amounts: Tensor,
+        times: list[datetime] | None,
+        settings: dict[str, Any],
+        val_fraction: float,
+        test_fraction: float,
+    ) -> None:
+        """Set the attributes of Data.
+
+        Args:
+            amounts: the target and the features, (rows, channels) in float64.
+            times: the times of the rows; None without a calendar.
+            settings: path, target, features, time, calendar, lookback, horizon.
+            val_fraction: share of the rows, before those of the test, for validation.
+            test_fraction: share of the rows, the last ones, for the test.
+        """
+        rows = len(amounts)
         ends = [round(rows * (1 - val_fraction - test_fraction)), round(rows * (1 - test_fraction)), rows]
         lookback, horizon = settings["lookback"], settings["horizon"]
         if ends[0] < lookback + horizon:
@@ -220,12 +238,12 @@ class SeriesData(Data):
             )
         every = torch.arange(rows)
         train, val, test = every.tensor_split(ends[:2])
-        self.cut(table, amounts, settings, {"train": train, "val": val, "test": test})
+        self.cut(amounts, times, settings, {"train": train, "val": val, "test": test})
 
     def cut(
         self,
-        table: Table,
         amounts: Tensor,
+        times: list[datetime] | None,
         settings: dict[str, Any],
         rows: Mapping[str, Tensor],
     ) -> None:
@@ -235,18 +253,18 @@ class SeriesData(Data):
         on is too: in a fold, no value that validates is seen in training.
 
         Args:
-            table: all columns.
-            amounts: those to look back on, (rows, channels).
+            amounts: the columns to look back on, (rows, channels).
+            times: the times of the rows; None without a calendar.
             settings: see `learn`.
             rows: the rows of each split.
         """
         self.rows = rows
-        self.refit = partial(self.cut, table, amounts, settings)
+        self.refit = partial(self.cut, amounts, times, settings)
         lookback, horizon = settings["lookback"], settings["horizon"]
         mean, std = mean_and_std(amounts[rows["train"]], [0])
         self.given = {**settings, "mean": mean.tolist(), "std": std.tolist()}
         self.scale = learn_scale(amounts[:, :1], rows["train"], "standard", str(settings["path"]))
-        channels = as_channels(table, amounts, self.given)
+        channels = as_channels(amounts, times, self.given)
         windows = len(channels) - lookback - horizon + 1
         inputs = channels.unfold(0, lookback, 1).transpose(1, 2)[:windows]  # views: no copies
         targets = channels[:, 0].contiguous().unfold(0, horizon, 1)[lookback:]
@@ -276,11 +294,12 @@ class SeriesData(Data):
         """Read a CSV or Parquet file, to forecast what follows its last row."""
         facts, lookback = facts | {"path": path}, facts["lookback"]
         table = read_table(path, facts.get("delimiter"))
-        rows = len(next(iter(table.values())))
+        rows = rows_of(table)
         if rows < lookback:
             raise DataError(f"{path} has {rows} rows; the model looks back on {lookback}")
         last = {label: cells[rows - lookback :] for label, cells in table.items()}
-        return as_channels(last, read_channels(last, facts, rows - lookback), facts)[None]
+        skipped = rows - lookback
+        return as_channels(read_channels(last, facts, skipped), read_times(last, facts, skipped), facts)[None]
 
 
 def as_slice(places: Tensor) -> Tensor | slice:
@@ -296,7 +315,7 @@ def read_channels(table: Table, settings: dict[str, Any], skipped: int = 0) -> T
     for label in (settings["target"], *settings["features"]):
         if label not in table:
             raise DataError(f"{path} has no column {label!r}; {did_you_mean(label, table)}")
-        column = torch.tensor(as_column(table[label], label, path, text=False), dtype=torch.float64)
+        column = as_column(table[label], label, path, text=False)
         if column.isnan().any():
             row = int(column.isnan().nonzero()[0, 0]) + skipped + 1
             raise DataError(f"{path}, row {row}: {label!r} is empty; a series needs a number in every row")
@@ -304,32 +323,47 @@ def read_channels(table: Table, settings: dict[str, Any], skipped: int = 0) -> T
     return torch.stack(columns, dim=1)
 
 
-def as_channels(table: Table, amounts: Tensor, facts: dict[str, Any]) -> Tensor:
+def as_channels(amounts: Tensor, times: list[datetime] | None, facts: dict[str, Any]) -> Tensor:
     """Return amounts standardised and the calendar beside them, (rows, channels) as float32."""
     mean, std = (torch.tensor(facts[name], dtype=torch.float64) for name in ("mean", "std"))
     channels = [(amounts - mean) / std]
-    if facts["time"] is not None:
-        moments = read_moments(table, facts["time"], facts["path"])
-        channels += [calendar(moments, part) for part in facts["calendar"]]
+    if times is not None:
+        channels += [calendar(times, part) for part in facts["calendar"]]
     return torch.cat(channels, dim=1).float()
 
 
-def read_moments(table: Table, label: str, path: Path) -> list[datetime]:
-    """Return the times of all rows. Raises DataError where one is no time, or does not follow at the same distance."""
+def read_times(table: Table, settings: dict[str, Any], skipped: int = 0) -> list[datetime] | None:
+    """Return the times of all rows, None without a column of them.
+
+    Raises DataError where one is no time, or does not follow at the same distance.
+    """
+    label, path = settings["time"], settings["path"]
+    if label is None:
+        return None
     if label not in table:
         raise DataError(f"{path} has no column {label!r}; {did_you_mean(label, table)}")
     moments: list[datetime] = []
-    for row, cell in enumerate(table[label], 1):
+    for row, cell in enumerate(table[label].to_pylist(), 1 + skipped):
         try:
             moments.append(datetime.fromisoformat(str(cell)))
         except ValueError:
-            raise DataError(
-                f"{path}, row {row}, column {label!r}: {cell!r} is no time such as 2000-06-05T14:30"
-            ) from None
-        if row > 2 and moments[-1] - moments[-2] != moments[1] - moments[0]:
-            step = moments[1] - moments[0]
-            raise DataError(f"{path}, row {row}: {moments[-1]} should be {moments[-2] + step}, a step of {step} later")
+            found = "the cell is empty, but should be a" if cell is None else f"{cell!r} is no"
+            raise DataError(f"{path}, row {row}, column {label!r}: {found} time such as 2000-06-05T14:30") from None
+        if len(moments) > 2:
+            check_step(moments, f"{path}, row {row}")
     return moments
+
+
+def check_step(moments: Sequence[datetime], where: str) -> None:
+    """Raise DataError if the last time does not follow at the distance of the first two."""
+    try:
+        step = moments[1] - moments[0]
+        expected = moments[-2] + step
+        follows = moments[-1] - moments[-2] == step
+    except (TypeError, OverflowError) as error:  # times with and without a zone, years beyond 9999
+        raise DataError(f"{where}: {moments[-1]} does not follow {moments[-2]}: {error}") from error
+    if not follows:
+        raise DataError(f"{where}: {moments[-1]} should be {expected}, a step of {step} later")
 
 
 def calendar(moments: Sequence[datetime], part: str) -> Tensor:
@@ -387,7 +421,9 @@ class SeriesFile(SeriesData):
             "horizon": horizon,
             "delimiter": delimiter,
         }
-        self.learn(read_table(path, delimiter), settings, val_fraction, test_fraction)
+        table = read_table(path, delimiter)
+        amounts = read_channels(table, settings)
+        self.learn(amounts, read_times(table, settings), settings, val_fraction, test_fraction)
 
 
 HALF_HOURS = {"target": "megawatts", "features": [], "time": "time", "calendar": ["day", "week"]}
@@ -419,23 +455,27 @@ class Electricity(SeriesData):
         """
         path = path or data_folder("electricity", "1 MB", "data=seasonal") / "taylor.py"
         settings = {"path": path, **HALF_HOURS, "lookback": lookback, "horizon": horizon}
-        self.learn(half_hours(longest_list(path)), settings, val_fraction, test_fraction)
+        megawatts = torch.tensor(longest_list(path), dtype=torch.float64)
+        self.learn(megawatts[:, None], half_hours(len(megawatts)), settings, val_fraction, test_fraction)
 
 
 def longest_list(path: Path) -> list[float]:
     """Return the longest list of numbers that is written in a file of Python. The file is read, not run."""
+    text = read_text(path)
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        lists = [node for node in ast.walk(tree) if isinstance(node, ast.List)]
-        return [float(number) for number in ast.literal_eval(max(lists, key=lambda node: len(node.elts)))]
-    except (OSError, SyntaxError, ValueError, TypeError) as error:
-        raise DataError(f"{path} holds no list of numbers ({error}); fetch it again") from error
+        lists = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.List)]
+        found = ast.literal_eval(max(lists, key=lambda node: len(node.elts)))
+        numbers = torch.tensor(found, dtype=torch.float64)
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError, RuntimeError) as error:
+        raise DataError(f"{path} holds no list of numbers ({one_line(error)}); fetch it again") from error
+    if numbers.ndim != 1 or not len(numbers) or not numbers.isfinite().all():
+        raise DataError(f"{path} holds no list of finite numbers; fetch it again")
+    return numbers.tolist()
 
 
-def half_hours(megawatts: Sequence[float]) -> Table:
+def half_hours(count: int) -> list[datetime]:
     start = datetime(2000, 6, 5)
-    times = [(start + timedelta(minutes=30 * row)).isoformat() for row in range(len(megawatts))]
-    return {"time": times, "megawatts": list(megawatts)}  # type: ignore[dict-item]
+    return [start + timedelta(minutes=30 * row) for row in range(count)]
 
 
 @datasets.register("seasonal")
@@ -476,4 +516,4 @@ class Seasonal(SeriesData):
         weekend = (t // 48 % 7 >= 5).double()
         amounts = 100 + 20 * turn.sin() + 8 * (2 * turn).sin() - 15 * weekend + torch.tensor(drift)
         settings = {"path": Path("seasonal"), **HALF_HOURS, "lookback": lookback, "horizon": horizon}
-        self.learn(half_hours(amounts.tolist()), settings, val_fraction, test_fraction)
+        self.learn(amounts[:, None], half_hours(len(amounts)), settings, val_fraction, test_fraction)

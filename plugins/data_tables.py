@@ -1,5 +1,6 @@
 """Data sets of rows and named columns: a CSV or Parquet file, diamonds, flights, and scikit-learn's small tables."""
 
+import re
 from collections.abc import Mapping, Sequence
 from datetime import date
 from functools import partial
@@ -15,6 +16,7 @@ from framework.paths import override
 from framework_plugins.arrays import (
     Scaling,
     Targets,
+    Texts,
     as_targets,
     check_digits,
     data_folder,
@@ -24,18 +26,23 @@ from framework_plugins.arrays import (
 )
 from framework_plugins.tables import (
     Categories,
-    Cell,
+    Cells,
+    Column,
     Encoding,
     Table,
     as_column,
-    as_text,
-    each,
+    as_numbers,
+    as_texts,
     encode,
-    is_text,
+    encoded,
     learn_column,
     read_table,
     widths,
 )
+
+Answers = Any
+"""Targets of a file: an array of truth values or numbers, or Texts."""
+INTEGER = re.compile(r"[+-]?[0-9]+")
 
 
 class TableData(Data):
@@ -53,7 +60,7 @@ class TableData(Data):
 
     def learn(
         self,
-        table: Table,
+        table: Mapping[str, Column],
         targets: Targets,
         encoding: Encoding,
         scaling: Scaling,
@@ -64,13 +71,11 @@ class TableData(Data):
         self.rows = rows
         self.refit = partial(self.learn, table, targets, encoding, scaling, name)
         self.strata = targets.tensor if targets.kind == "class" else None
-        chosen = rows["train"].tolist()
-        self.learnt = [
-            learn_column(label, [cells[row] for row in chosen], encoding, name) for label, cells in table.items()
-        ]
+        chosen = rows["train"]
+        self.learnt = [learn_column(label, column[chosen], encoding, name) for label, column in table.items()]
         if not (encoding.normalize or encoding.quantile):
-            for label, cells in table.items():
-                check_column(label, [cells[row] for row in chosen], name)
+            for label, column in table.items():
+                check_column(label, column[chosen], name)
         inputs, answers = encode(table, self.learnt), targets.tensor
         self.columns = widths(self.learnt) if encoding.categories == "index" else ()
         if targets.kind == "value":
@@ -118,6 +123,8 @@ class TableFile(TableData):
     ):
         """Read the file; its first line names the columns.
 
+        A number has the digits 0 to 9 and may have a sign, a decimal point and an exponent; 3_400 and 1,5 are texts.
+
         Args:
             path: a .csv or .tsv file (also .gz or .zip), or .parquet.
             target: the column to predict.
@@ -144,11 +151,12 @@ class TableFile(TableData):
         labels = choose(table, target, features, ignore or [], path)
         columns = feature_columns(table, labels, categorical or [], path)
         answers, test_rows = target_cells(table[need(target, table, path)], target, target_kind, path), 0
+        del table  # its texts: numbers are in memory once
         if test_path is not None:
             answers, test_rows = self.append(test_path.expanduser(), columns, answers, target, target_kind)
         targets = as_targets(answers, target_kind, name=f"{path}, column {target!r}")
 
-        own = len(answers) - test_rows
+        own = len(targets.tensor) - test_rows
         strata = targets.tensor[:own] if targets.kind == "class" else torch.zeros(own)
         rows = split_rows(strata, val_fraction, 0.0 if test_rows else test_fraction, split_seed)
         if test_rows:
@@ -161,15 +169,15 @@ class TableFile(TableData):
         return read_table(path, self.delimiter)
 
     def append(
-        self, path: Path, columns: Table, answers: list[Any], target: str, kind: str | None
-    ) -> tuple[list[Any], int]:
+        self, path: Path, columns: dict[str, Column], answers: Answers, target: str, kind: str | None
+    ) -> tuple[Answers, int]:
         """Add the rows of the official test set to the columns; return all targets and the number of those rows."""
         table = read_table(path, self.delimiter)
-        for label, cells in columns.items():
-            like = {"name": label, "texts": None} if is_text(cells) else {"name": label}
-            cells.extend(read_like(like, table, path))
-        more = target_cells(table[need(target, table, path)], target, kind, path)
-        return answers + more, len(more)
+        for label, column in columns.items():
+            like = {"name": label, "texts": None} if isinstance(column, Texts) else {"name": label}
+            columns[label] = joined(column, read_like(like, table, path))
+        cells = table[need(target, table, path)]
+        return joined_answers(answers, target_cells(cells, target, kind, path)), len(cells)
 
     def facts(self) -> dict[str, Any]:
         """Return the columns in the order of the inputs, and what separates cells."""
@@ -199,7 +207,8 @@ class ScikitTable(TableData):
         import sklearn.datasets  # half a second, for those who use it
 
         read = getattr(sklearn.datasets, f"load_{self.source}")()
-        columns = {str(label): cells for label, cells in zip(read.feature_names, read.data.T.tolist(), strict=True)}
+        cells = torch.from_numpy(read.data.T).double().contiguous()
+        columns: dict[str, Column] = {str(label): row for label, row in zip(read.feature_names, cells, strict=True)}
         named = [str(label) for label in getattr(read, "target_names", ())]
         targets = as_targets(read.target, "class" if named else "value", named, self.source)
         strata = targets.tensor if named else torch.zeros(len(targets.tensor))
@@ -326,29 +335,61 @@ class Flights(TableFile):
 
     def read(self, path: Path) -> Table:
         """Read the flights that arrived, with whether they were late and the weather where and when they left."""
+        import pyarrow
+        from pyarrow import compute
+
         flights, weather = read_table(path), read_table(path.parent / "weather.csv")
-        hours = zip(weather["origin"], weather["time_hour"], strict=True)
-        row_of = {hour: row for row, hour in enumerate(hours)}
-        arrived = [row for row, delay in enumerate(flights["arr_delay"]) if as_text(delay) is not None]
-        wanted = {*FLIGHT, "tailnum", "year", "time_hour", "arr_delay"}
-        table = {label: [flights[label][row] for row in arrived] for label in wanted}
-        found = [row_of.get(hour) for hour in zip(table["origin"], table["time_hour"], strict=True)]
+        wanted = [*FLIGHT, "tailnum", "year", "time_hour", "arr_delay"]
+        for label in wanted:
+            need(label, flights, path)
+        for label in ("origin", "time_hour", *WEATHER):
+            need(label, weather, path.parent / "weather.csv")
+        delays = as_column(flights["arr_delay"], "arr_delay", path, text=False)
+        arrived = pyarrow.array((~delays.isnan()).numpy())
+        table = {label: flights[label].filter(arrived) for label in wanted}
+        hours = as_hours(weather)
+        backwards = hours[::-1]  # of an hour that is there twice the last row counts
+        place = compute.index_in(as_hours(table), value_set=backwards, skip_nulls=True)
+        row = compute.subtract(len(hours) - 1, place)
         for label in WEATHER:
-            table[label] = [None if row is None else weather[label][row] for row in found]
-        days = zip(*(table[label] for label in ("year", "month", "day")), strict=True)
-        table["weekday"] = each(lambda day: date(*map(int, day)).strftime("%a"), list(days))
-        table["late"] = ["late" if float(delay) > 15 else "on time" for delay in table["arr_delay"]]
+            table[label] = weather[label].take(row)
+        table["weekday"] = pyarrow.chunked_array([weekdays(table, path)])
+        late = (delays[~delays.isnan()] > 15).numpy()
+        table["late"] = pyarrow.chunked_array([compute.if_else(pyarrow.array(late), "late", "on time")])
         return table
 
 
-def check_column(label: str, cells: Sequence[Cell], name: str) -> None:
+def as_hours(table: Table) -> Any:
+    """Return where and when each row was, as one text."""
+    from pyarrow import compute
+
+    return compute.binary_join_element_wise(table["origin"], table["time_hour"], "\n").combine_chunks()
+
+
+def weekdays(table: Table, path: Path) -> Any:
+    """Return the day of the week of each row, such as "Tue"."""
+    import pyarrow
+    from pyarrow import compute
+
+    days = compute.binary_join_element_wise(table["year"], table["month"], table["day"], "-")
+    codes, known = encoded(days)
+    names = []
+    for day in known:
+        try:
+            names.append(date(*map(int, day.split("-"))).strftime("%a"))
+        except ValueError as error:
+            raise DataError(f"{path}: {day!r} of the columns year, month and day is no date: {error}") from error
+    return pyarrow.array([*names, None]).take(pyarrow.array((codes % (len(names) + 1)).numpy()))
+
+
+def check_column(label: str, column: Column, name: str) -> None:
     """Raise DataError for a column of numbers that float32 cannot hold as they are."""
-    if not is_text(cells):
-        numbers = torch.tensor([cell for cell in cells if cell == cell], dtype=torch.float64)
+    if not isinstance(column, Texts):
+        numbers = column[~column.isnan()]
         check_digits(numbers[:, None], f"{name}: the numbers of column {label!r}", "normalize=true")
 
 
-def feature_columns(table: Table, labels: Sequence[str], categorical: Sequence[str], path: Path) -> Table:
+def feature_columns(table: Table, labels: Sequence[str], categorical: Sequence[str], path: Path) -> dict[str, Column]:
     """Return the columns as numbers or texts; those in `categorical` as texts."""
     for label in categorical:
         need(label, table, path)
@@ -378,24 +419,70 @@ def need(label: str, table: Table, path: Path) -> str:
     return label
 
 
-def read_like(column: dict[str, Any], table: Table, path: Path) -> list[Cell]:
+def read_like(column: dict[str, Any], table: Table, path: Path) -> Column:
     """Return the cells of a column whose kind is known."""
     label = need(column["name"], table, path)
     return as_column(table[label], label, path, "texts" in column)
 
 
-def target_cells(cells: Sequence[Cell], label: str, kind: str | None, path: Path) -> list[Any]:
+def joined(first: Column, second: Column) -> Column:
+    """Return a column of the rows of two, which are both numbers or both texts."""
+    if not isinstance(first, Texts):
+        return torch.cat([first, second])
+    places = {text: place for place, text in enumerate(first.known)}
+    renumbered = [places.setdefault(text, len(places)) for text in second.known]
+    codes = torch.tensor([*renumbered, -1])[second.codes]
+    return Texts(torch.cat([first.codes, codes]), list(places))
+
+
+def joined_answers(first: Answers, second: Answers) -> Answers:
+    """Return the targets of two files. Where those of one are numbers and of the other texts, all are texts."""
+    import numpy
+
+    if isinstance(first, Texts) and isinstance(second, Texts):
+        return joined(first, second)
+    return numpy.concatenate([as_array(first), as_array(second)])
+
+
+def as_array(answers: Answers) -> Any:
+    import numpy
+
+    if not isinstance(answers, Texts):
+        return answers
+    return numpy.array(answers.known)[answers.codes.numpy()]
+
+
+def target_cells(cells: Cells, label: str, kind: str | None, path: Path) -> Answers:
     """Return targets as whole numbers, where all are, else as numbers or texts. Raises DataError for an empty cell."""
-    texts = each(as_text, cells)
-    if None in texts:
-        raise DataError(
-            f"{path}, row {texts.index(None) + 1}: the target {label!r} is empty; fill it in or drop the row"
-        )
-    if any(isinstance(cell, bool | float) for cell in cells):  # of a Parquet file, which knows its types
-        return list(cells)
+    import pyarrow
+
+    values, wrong = as_numbers(cells)
+    if values.isnan().any():
+        row = int(values.isnan().nonzero()[0, 0])
+        raise DataError(f"{path}, row {row + 1}: the target {label!r} is empty; fill it in or drop the row")
+    if pyarrow.types.is_boolean(cells.type):  # of a Parquet file, which knows its types
+        return cells.to_numpy()
+    if pyarrow.types.is_floating(cells.type):
+        return cells.cast("float64").to_numpy()
+    if wrong is None and (values == values.floor()).all():
+        integers = as_integers(cells)
+        if integers is not None:
+            return integers
+    if kind == "class":
+        return as_texts(cells)
+    column = as_column(cells, label, path, False if kind == "value" else None, ", or say target_kind=class")
+    return column if isinstance(column, Texts) else column.numpy()
+
+
+def as_integers(cells: Cells) -> Any:
+    """Return cells that are whole numbers as an array of integers; None if one is written otherwise, such as 1.0."""
+    import numpy
+    import pyarrow
+
     try:
-        return [int(str(text)) for text in texts]
-    except ValueError:
-        if kind == "class":
-            return texts
-        return as_column(cells, label, path, False if kind == "value" else None, ", or say target_kind=class")
+        return cells.cast("int64").to_numpy()
+    except pyarrow.ArrowInvalid:  # a sign +, blanks, an integer beyond int64
+        texts = as_texts(cells)
+    if not all(INTEGER.fullmatch(text) for text in texts.known):
+        return None
+    return numpy.array([int(text) for text in texts.known])[texts.codes.numpy()]

@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import io
 import json
 import re
 import sysconfig
@@ -15,10 +16,11 @@ from torch import Tensor
 
 from framework import Data, NonNegativeInt, PositiveInt, Rate, datasets, seeds
 from framework.data import RaggedSplit
-from framework.errors import DataError, did_you_mean
+from framework.errors import DataError, did_you_mean, short
 from framework.registry import Registry
 from framework.schema import PartOf
 from framework_plugins.arrays import cache_folder, fetching
+from framework_plugins.data_files import one_line, read_bytes, read_text
 
 Tokens = Annotated[Callable[..., Any], PartOf("tokenizer")]
 Rows = Mapping[str, Tensor]
@@ -72,10 +74,10 @@ class TextData(Data):
     def read_inputs(cls, path: Path, facts: dict[str, Any]) -> Tensor:
         """Read texts: the lines of a .txt file, or the text column of a .csv, .tsv or .jsonl file."""
         if path.suffix == ".txt":
-            texts = read_text(path).splitlines()
+            texts = read_text(path).removesuffix("\n").split("\n")
         else:
             texts = [row[0] for row in read_rows(path, [facts.get("text", "text")])]
-        if not texts:
+        if not any(texts):
             raise DataError(f"{path} has no texts; a .txt file has one in each line")
         tokenizer = known_tokenizer(facts)
         encoded = [ids_of(text, tokenizer, facts["max_length"]) for text in texts]
@@ -212,8 +214,8 @@ def read_mails(folder: Path) -> Iterator[str]:
     """Yield subject and body of the mails in a folder."""
     for file in sorted(folder.glob("*.json")):
         try:
-            head, _, body = json.loads(file.read_bytes())["text"].partition("\n\n")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            head, _, body = json.loads(read_bytes(file))["text"].partition("\n\n")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"{file} is no mail of the corpus: {error}; fetch it anew") from error
         subject = re.search(r"^Subject:(.*)$", head, re.MULTILINE | re.IGNORECASE)
         yield f"{subject[1].strip() if subject else ''}\n{body.strip()}"
@@ -313,16 +315,6 @@ class TextTable(OwnTexts):
         return super().facts() | {"text": self.text}
 
 
-def read_text(path: Path) -> str:
-    """Return what a file of UTF-8 holds. Raises DataError that names it."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
-
-
 def read_rows(path: Path, columns: Sequence[str]) -> list[list[str]]:
     """Return the cells of some columns, row by row. Raises DataError with file and line for a missing or empty one."""
     readers = {".csv": csv_rows, ".tsv": csv_rows, ".jsonl": json_rows}
@@ -337,22 +329,26 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[list[str]]:
 
 
 def csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(read_text(path).splitlines(keepends=True), delimiter="\t" if path.suffix == ".tsv" else ",")
+    text = read_text(path)
+    limit = csv.field_size_limit(2**31 - 1)
     try:
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ",")
         for row in reader:
             if None in row or None in row.values():
                 raise DataError(f"{path}, line {reader.line_num}: not as many cells as the first line has columns")
             yield reader.line_num, row
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num}: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
 
 
 def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(io.StringIO(read_text(path), newline=""), 1):
         try:
             row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}, line {number} is no JSON: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}, line {number} is no JSON: {one_line(error)}") from error
         if not isinstance(row, dict):
             raise DataError(f'{path}, line {number} should be an object such as {{"text": ..., "label": ...}}')
         yield number, row
@@ -362,5 +358,5 @@ def cell(row: Mapping[str, Any], column: str, where: str) -> str:
     if column not in row:
         raise DataError(f"{where} has no {column!r}; {did_you_mean(column, row)}")
     if not isinstance(row[column], str | int) or not str(row[column]).strip():
-        raise DataError(f"{where}: {column!r} should be a text, not {row[column]!r}")
+        raise DataError(f"{where}: {column!r} should be a text, not {short(row[column])}")
     return str(row[column])

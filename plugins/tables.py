@@ -1,28 +1,38 @@
-"""Tables in files, CSV and Parquet: columns of cells, a column as numbers or texts, and as inputs of a model."""
+"""Tables in files, CSV and Parquet: columns of cells, a column as numbers or texts, and as inputs of a model.
+
+A table is a dict of Arrow's columns, as they are in the file: of a CSV, texts. `as_column` makes a column of them.
+"""
 
 import csv
-import gzip
 import io
+import itertools
 import math
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from framework.errors import DataError
+from framework.errors import DataError, SettingError
 from framework.paths import override
-from framework_plugins.arrays import mean_and_std
+from framework_plugins.arrays import Texts, mean_and_std
+from framework_plugins.data_files import one_line, open_data, parse_number, read_bytes, readable
 
 LARGEST = 3.4e38  # what a float32 can hold
 MISSING = {"", "?", "na", "n/a", "nan", "null", "none"}  # what an empty cell may say, in small letters or capitals
+BLOCK_BYTES = 2**20  # of a CSV that Arrow parses at once; grows with the longest row
+BLOCK_BYTES_PER_COLUMN = 2**12  # so that a block has hundreds of rows also in a table of thousands of columns
+LARGEST_BLOCK = 2**31 - 1  # of Arrow
 
-Cell = str | float | None
-Table = dict[str, list[Cell]]
+Cells = Any
+"""A column of a file: a pyarrow.ChunkedArray."""
+Table = dict[str, Cells]
+
+
+Column = Tensor | Texts
+"""Numbers as float64, NaN where a cell is empty; or texts."""
 
 
 def read_table(path: Path, delimiter: str | None = None) -> Table:
@@ -30,64 +40,128 @@ def read_table(path: Path, delimiter: str | None = None) -> Table:
     path = path.expanduser()
     if path.is_dir():
         raise DataError(f"{path} is a folder; a table is one file, .csv or .parquet")
-    if not path.is_file():
-        raise DataError(f"{path}: there is no such file (looked from {Path.cwd()})")
     table = read_parquet(path) if path.suffix in (".parquet", ".pq") else read_csv(path, delimiter)
-    if not table or not next(iter(table.values())):
+    if not table or not rows_of(table):
         raise DataError(f"{path} has no rows")
     return table
 
 
+def rows_of(table: Table) -> int:
+    return len(next(iter(table.values())))
+
+
 def read_csv(path: Path, delimiter: str | None = None) -> Table:
-    with readable(path), open_text(path) as lines:
-        first = lines.readline()
-        lines.seek(0)
-        reader = csv.reader(lines, delimiter=delimiter or max(",;\t|", key=first.count), strict=True)
-        header = [label.strip() for label in next(reader, [])]
-        check_header(header, path)
-        rows = list(full_rows(reader, len(header), path))
-    return dict(zip(header, map(list, zip(*rows, strict=True)), strict=True)) if rows else {}
+    """Return the columns of a CSV, texts, and null where a cell says that it is empty (see MISSING)."""
+    content = read_bytes(path)
+    with readable(path):
+        start = 3 if content.startswith(b"\xef\xbb\xbf") else 0
+        end = start + len(lines_of(content[start : start + 2**16]).readline())  # so far only to count delimiters
+        first = content[start:end].decode("utf-8", errors="replace")
+        delimiter = delimiter or max(",;\t|", key=first.count)
+        check_delimiter(delimiter)
+        header, start = read_header(content, start, delimiter, path)
+    check_header(header, path)
+    if re.compile(rb"[^\r\n]").search(content, start) is None:
+        return {}
+    return parse_rows(content, start, header, delimiter, path)
 
 
-def open_text(path: Path) -> Any:
-    """Open a file, or what is packed in a .gz or in a .zip of one file, as lines of UTF-8."""
-    if path.suffix != ".zip":
-        return (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="")
-    archive = zipfile.ZipFile(path)
-    names = [name for name in archive.namelist() if not name.startswith("__MACOSX")]
-    if len(names) != 1:
-        raise DataError(f"{path} holds {len(names)} files; unpack it and name one of them")
-    # In memory: a reader goes back to the start, which in a zip means to unpack all of it again.
-    return io.TextIOWrapper(io.BytesIO(archive.read(names[0])), encoding="utf-8-sig", newline="")
+def check_delimiter(delimiter: str) -> None:
+    if len(delimiter) != 1 or not delimiter.isascii() or delimiter in '"\r\n\0':
+        raise SettingError(f"delimiter={delimiter!r}: expected one ASCII character, such as , or ;")
 
 
-@contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """Turn what goes wrong in reading into a DataError that names the file."""
+def lines_of(content: bytes) -> io.TextIOWrapper:
+    """Return the lines of bytes, which end with \\n, \\r or both; invalid UTF-8 is kept as surrogates."""
+    return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8", errors="surrogateescape", newline="")
+
+
+def records(lines: Iterator[str], delimiter: str, path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield the line and the cells of each row. Raises DataError if the text is no well-formed CSV."""
+    limit = csv.field_size_limit(LARGEST_BLOCK)
     try:
-        yield
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no UTF-8 text (byte {error.start}); save it as UTF-8") from error
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)
+        for row in reader:
+            yield reader.line_num, row
     except csv.Error as error:
         raise DataError(f"{path} is no well-formed CSV: {error}") from error
-    except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
 
 
-def full_rows(reader: Any, width: int, path: Path) -> Iterator[list[str]]:
-    for row in reader:
-        if len(row) == width:
-            yield row
-        elif row:
-            raise DataError(f"{path}, line {reader.line_num}: {len(row)} cells, but {width} columns")
+def read_header(content: bytes, start: int, delimiter: str, path: Path) -> tuple[list[str], int]:
+    """Return the names in the first row, and where the second one begins."""
+    used = start
+
+    def counted() -> Iterator[str]:
+        nonlocal used
+        for line in lines_of(content[start:]):
+            used += len(line.encode("utf-8", errors="surrogateescape"))
+            yield line
+
+    for _, header in records(counted(), delimiter, path):
+        content[:used].decode("utf-8")  # raises UnicodeDecodeError
+        return [label.strip() for label in header], used
+    return [], used
+
+
+def parse_rows(content: bytes, start: int, header: Sequence[str], delimiter: str, path: Path) -> Table:
+    import pyarrow
+    from pyarrow import csv as arrow_csv
+
+    quoted = content.find(b'"', start) >= 0
+    if quoted and is_suspicious(content, start, delimiter):
+        check_rows(content, len(header), delimiter, path)
+    names = [str(number) for number in range(len(header))]
+    parsing = arrow_csv.ParseOptions(delimiter=delimiter, newlines_in_values=quoted)
+    converting = arrow_csv.ConvertOptions(
+        column_types=dict.fromkeys(names, pyarrow.string()),
+        null_values=MISSING_CELLS,
+        strings_can_be_null=True,
+    )
+    rows = pyarrow.py_buffer(content).slice(start)
+    block = min(LARGEST_BLOCK, max(BLOCK_BYTES, BLOCK_BYTES_PER_COLUMN * len(header)))
+    while True:
+        reading = arrow_csv.ReadOptions(column_names=names, block_size=block)
+        try:
+            table = arrow_csv.read_csv(pyarrow.BufferReader(rows), reading, parsing, converting)
+            return dict(zip(header, table.columns, strict=True))
+        except pyarrow.ArrowInvalid as error:
+            if "straddl" in str(error) and block < min(len(content), LARGEST_BLOCK):
+                block = min(LARGEST_BLOCK, 16 * block)
+                continue
+            check_rows(content, len(header), delimiter, path)
+            raise DataError(f"{path} is no well-formed CSV: {one_line(error)}") from error
+
+
+def is_suspicious(content: bytes, start: int, delimiter: str) -> bool:
+    """Whether quotes may not be closed, or be closed within a cell, which Arrow reads all the same."""
+    if content.count(b'"', start) % 2:
+        return True
+    edge = re.escape(delimiter.encode() + b'\r\n"')
+    closed_within = re.compile(rb'"(?<=[^%b]")[^%b]' % (edge, edge))
+    return closed_within.search(content, start) is not None
+
+
+def check_rows(content: bytes, width: int, delimiter: str, path: Path) -> None:
+    """Raise DataError for the first thing in a CSV that is wrong: its encoding, its quotes, or the cells of a row."""
+    try:
+        content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    for line, row in records(lines_of(content), delimiter, path):
+        if row and len(row) != width:
+            raise DataError(f"{path}, line {line}: {len(row)} cells, but {width} columns")
 
 
 def check_header(header: Sequence[str], path: Path) -> None:
-    twice = next((label for label in header if header.count(label) > 1), None)
     if not any(header):
         raise DataError(f"{path} is empty; its first line must name the columns")
-    if twice is not None:
-        raise DataError(f"{path}: two columns are called {twice!r}; rename one")
+    seen = set()
+    for label in header:
+        if label in seen:
+            raise DataError(f"{path}: two columns are called {label!r}; rename one")
+        seen.add(label)
     if "" in header:
         place = header.index("") + 1
         raise DataError(f"{path}: column {place} has no name (row numbers?); name it in the first line, or take it out")
@@ -96,64 +170,157 @@ def check_header(header: Sequence[str], path: Path) -> None:
 
 
 def read_parquet(path: Path) -> Table:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise DataError("Parquet files need pyarrow: pip install 'framework[tables]'") from error
-    with readable(path):
+    import pyarrow
+    import pyarrow.parquet
+
+    with open_data(path) as file, readable(path):
         try:
-            table = pyarrow.parquet.read_table(path)
+            table = pyarrow.parquet.read_table(file)
         except pyarrow.ArrowException as error:
-            raise DataError(f"{path} is no readable Parquet file: {error}") from error
-    return {label: plain_cells(table.column(label)) for label in table.column_names}
+            raise DataError(f"{path} is no readable Parquet file: {one_line(error)}") from error
+        return {label: plain_cells(cells) for label, cells in zip(table.column_names, table.columns, strict=True)}
 
 
-def plain_cells(column: Any) -> list[Cell]:
+def plain_cells(cells: Cells) -> Cells:
+    """Return a column of truth values, numbers or texts as it is, decimals as float64, others as texts."""
+    import pyarrow
     from pyarrow import types
 
-    kind = column.type.value_type if types.is_dictionary(column.type) else column.type
+    kind = cells.type.value_type if types.is_dictionary(cells.type) else cells.type
+    if cells.type != kind:
+        cells = cells.cast(kind)
     if types.is_decimal(kind):
-        return column.cast("float64").to_pylist()
+        return cells.cast("float64")
+    if types.is_float16(kind):
+        return cells.cast("float32")
     plain = (types.is_integer, types.is_floating, types.is_boolean, types.is_null, types.is_string)
-    cells = column.to_pylist()
     if any(is_kind(kind) for is_kind in plain):
         return cells
-    return [None if cell is None else str(cell) for cell in cells]  # dates and lists: texts, most often too many
+    texts = [None if cell is None else str(cell) for cell in cells.to_pylist()]  # dates and lists, most often too many
+    return pyarrow.chunked_array([texts], type=pyarrow.large_string())
 
 
-def as_column(cells: Sequence[Cell], label: str, path: Path, text: bool | None = None, way_out: str = "") -> list[Cell]:
-    """Return a column as numbers (NaN where it is empty) or as texts (None where it is empty).
+def as_column(cells: Cells, label: str, path: Path, text: bool | None = None, way_out: str = "") -> Column:
+    """Return a column as numbers (NaN where it is empty) or as texts.
 
     text: which of them; None infers it: numbers when all are, texts when fewer than half are, else an error naming
     the first cell that is no number, with the `way_out`.
     """
     if text:
-        return each(as_text, cells)
-    known = {cell: as_number(cell) for cell in set(cells)}
-    numbers: list[Cell] = [known[cell] for cell in cells]
-    if None not in known.values():
-        check_distinct(known, label, path)
-        return numbers
-    if text is None and numbers.count(None) > len(numbers) / 2:
-        return each(as_text, cells)
-    row = numbers.index(None)
-    raise DataError(f"{path}, row {row + 1}, column {label!r}: {cells[row]!r} is no number; correct it{way_out}")
+        return as_texts(cells)
+    values, wrong = as_numbers(cells)
+    if wrong is None:
+        check_distinct(cells, values, label, path)
+        return values
+    if text is None and int(wrong.sum()) > len(values) / 2:
+        return as_texts(cells)
+    row = int(wrong.nonzero()[0, 0])
+    raise DataError(
+        f"{path}, row {row + 1}, column {label!r}: {cells[row].as_py()!r} is no number; correct it{way_out}"
+    )
 
 
-def check_distinct(known: Mapping[Cell, float | None], label: str, path: Path) -> None:
+def as_numbers(cells: Cells) -> tuple[Tensor, Tensor | None]:
+    """Return the cells as float64, NaN where one is empty, and which of them are no numbers, or beyond float32.
+
+    None stands for a column without such cells.
+    """
+    values = to_float64(cells) if not is_text_type(cells.type) else text_numbers(cells)
+    if values is not None:
+        wrong = None if largest(values) <= LARGEST else values.abs() > LARGEST
+        return values, wrong
+    codes, known = encoded(cells)
+    numbers = [as_number(cell) for cell in known]
+    wrong = torch.tensor([*(number is None for number in numbers), False])[codes]
+    values = torch.tensor([*(number or 0.0 for number in numbers), math.nan], dtype=torch.float64)[codes]
+    return values, wrong if wrong.any() else None
+
+
+def text_numbers(cells: Cells) -> Tensor | None:
+    """Return texts as float64; None if one is no number in Arrow's eyes, which may still be one, or empty."""
+    import pyarrow
+    import pyarrow.compute
+
+    for trim in (False, True):
+        trimmed = pyarrow.compute.utf8_trim_whitespace(cells) if trim else cells
+        try:
+            values = to_float64(trimmed)
+        except pyarrow.ArrowInvalid:
+            continue
+        strange = values.isnan().any() and int(values.isnan().sum()) != cells.null_count  # such as "nan(x)"
+        return None if strange else values
+    return None
+
+
+def largest(values: Tensor) -> float:
+    """Return the largest magnitude of some numbers, NaN left out."""
+    low, high = values.aminmax()
+    if low.isnan():
+        low, high = values.nan_to_num(0.0, math.inf, -math.inf).aminmax()
+    return max(-low.item(), high.item())
+
+
+def to_float64(cells: Cells) -> Tensor:
+    import numpy
+    import pyarrow
+
+    if pyarrow.types.is_boolean(cells.type):
+        cells = cells.cast("uint8")
+    numbers = numpy.empty(len(cells), numpy.float64)
+    start = 0
+    for chunk in cells.chunks:
+        read = chunk.cast("float64", safe=is_text_type(cells.type))
+        numbers[start : start + len(chunk)] = read.to_numpy(zero_copy_only=False)
+        start += len(chunk)
+    return torch.from_numpy(numbers)
+
+
+def is_text_type(kind: Any) -> bool:
+    from pyarrow import types
+
+    return types.is_string(kind) or types.is_large_string(kind)
+
+
+def encoded(cells: Cells) -> tuple[Tensor, list[Any]]:
+    """Return the different cells, and for each row the place of its own among them, -1 if it is null."""
+    import numpy
+
+    if is_text_type(cells.type) and cells.nbytes > LARGEST_BLOCK:
+        cells = cells.cast("large_string")
+    whole = cells.dictionary_encode().unify_dictionaries()
+    codes = numpy.concatenate([chunk.indices.fill_null(-1).to_numpy() for chunk in whole.chunks])
+    known = whole.chunk(0).dictionary.to_pylist()
+    return torch.from_numpy(codes.astype(numpy.int64)), known
+
+
+def as_texts(cells: Cells) -> Texts:
+    codes, raw = encoded(cells)
+    places: dict[str, int] = {}
+    renumbered = []
+    for cell in raw:
+        text = as_text(cell)
+        renumbered.append(-1 if text is None else places.setdefault(text, len(places)))
+    renumbered.append(-1)  # of the code -1
+    return Texts(torch.tensor(renumbered)[codes], list(places))
+
+
+def check_distinct(cells: Cells, values: Tensor, label: str, path: Path) -> None:
     """Raise DataError for different integers that are the same float64.
 
-    known: what cells were read as.
+    values: what the cells were read as.
     """
+    import pyarrow
+
+    if pyarrow.types.is_floating(cells.type) or largest(values) < 2**53:
+        return
+    large = (values.abs() >= 2**53).numpy()
     read: dict[float, int] = {}
-    for cell, number in known.items():
-        if number is None or not abs(number) > 2**53 or isinstance(cell, float):
-            continue
+    for cell in cells.filter(pyarrow.array(large)).unique().to_pylist():
         try:
             integer = int(str(cell))
         except ValueError:  # such as 1e20
             continue
+        number = float(integer)
         if read.setdefault(number, integer) != integer:
             raise DataError(
                 f"{path}, column {label!r}: float64 does not tell {read[number]} and {integer} "
@@ -161,28 +328,34 @@ def check_distinct(known: Mapping[Cell, float | None], label: str, path: Path) -
             )
 
 
-def each(read: Callable[[Cell], Cell], cells: Sequence[Cell]) -> list[Cell]:
-    """Return every cell read, the same ones once: a column of texts has few."""
-    known = {cell: read(cell) for cell in set(cells)}
-    return [known[cell] for cell in cells]
-
-
-def as_number(cell: Cell) -> float | None:
+def as_number(cell: str | float | None) -> float | None:
     """Return a cell as a number, NaN when it is empty, None when it is no number, or beyond those of float32."""
     if cell is None:
         return math.nan
-    try:
+    if isinstance(cell, str):
+        if cell.strip().lower() in MISSING:
+            return math.nan
+        number = parse_number(cell)
+    else:
         number = float(cell)
-    except ValueError:
-        return math.nan if str(cell).strip().lower() in MISSING else None
-    return None if abs(number) > LARGEST else number
+    return None if number is None or abs(number) > LARGEST else number
 
 
-def as_text(cell: Cell) -> str | None:
+def as_text(cell: Any) -> str | None:
     if isinstance(cell, float):
         return None if math.isnan(cell) else f"{cell:.0f}" if cell.is_integer() else repr(cell)
     text = str(cell).strip()
     return None if cell is None or text.lower() in MISSING else text
+
+
+def spellings(word: str) -> Iterator[str]:
+    """Yield a word with each of its letters small or a capital."""
+    choices = [sorted({letter.lower(), letter.upper()}) for letter in word]
+    for letters in itertools.product(*choices):
+        yield "".join(letters)
+
+
+MISSING_CELLS = [spelling for word in sorted(MISSING) for spelling in spellings(word)]
 
 
 Categories = Literal["one_hot", "index"]
@@ -200,21 +373,23 @@ class Encoding(NamedTuple):
     most_texts: int = 100
 
 
-def learn_column(label: str, cells: Sequence[Cell], encoding: Encoding, name: str) -> dict[str, Any]:
+def learn_column(label: str, column: Column, encoding: Encoding, name: str) -> dict[str, Any]:
     """Return how a column becomes inputs, from its cells in the training split, in plain JSON types.
 
     Of numbers {"name", "fill", "mean", "std"} and "knots" for quantiles; of texts {"name", "texts"} and "index".
     "missing" says that empty cells have an input, or a category, of their own.
     """
-    learnt = (
-        learn_texts(label, cells, encoding, name) if is_text(cells) else learn_numbers(label, cells, encoding, name)
-    )
-    empty = any(cell is None or cell != cell for cell in cells)
-    return learnt | ({"missing": True} if empty and encoding.mark_missing else {})
+    if isinstance(column, Texts):
+        learnt = learn_texts(label, column, encoding, name)
+        empty = column.codes < 0
+    else:
+        learnt = learn_numbers(label, column, encoding, name)
+        empty = column.isnan()
+    return learnt | ({"missing": True} if encoding.mark_missing and empty.any() else {})
 
 
-def learn_texts(label: str, cells: Sequence[Cell], encoding: Encoding, name: str) -> dict[str, Any]:
-    texts = sorted({str(cell) for cell in cells if cell is not None})
+def learn_texts(label: str, column: Texts, encoding: Encoding, name: str) -> dict[str, Any]:
+    texts = sorted(column.known[code] for code in column.codes.unique().tolist() if code >= 0)
     if not texts:
         raise nothing_in(label, name)
     if len(texts) > encoding.most_texts:
@@ -225,9 +400,9 @@ def learn_texts(label: str, cells: Sequence[Cell], encoding: Encoding, name: str
     return {"name": label, "texts": texts} | ({"index": True} if encoding.categories == "index" else {})
 
 
-def learn_numbers(label: str, cells: Sequence[Cell], encoding: Encoding, name: str) -> dict[str, Any]:
-    values = torch.tensor(cells, dtype=torch.float64)
-    known = values[~values.isnan()]
+def learn_numbers(label: str, values: Tensor, encoding: Encoding, name: str) -> dict[str, Any]:
+    empty = values.isnan()
+    known = values[~empty] if empty.any() else values
     if not len(known):
         raise nothing_in(label, name)
     mean, std = (moment.item() for moment in mean_and_std(known, [0]))
@@ -251,30 +426,33 @@ def nothing_in(label: str, name: str) -> DataError:
     return DataError(f"{name}: column {label!r} is empty in the training split; leave it out: {advice}")
 
 
-def encode(table: Mapping[str, Sequence[Cell]], columns: Sequence[dict[str, Any]]) -> Tensor:
+def encode(table: Mapping[str, Column], columns: Sequence[dict[str, Any]]) -> Tensor:
     """Return inputs (rows, features) as float32, contiguous."""
     return torch.cat([encode_column(table[column["name"]], column) for column in columns], dim=1)
 
 
-def encode_column(cells: Sequence[Cell], column: dict[str, Any]) -> Tensor:
-    return encode_texts(cells, column) if "texts" in column else encode_numbers(cells, column)
+def encode_column(cells: Column, column: dict[str, Any]) -> Tensor:
+    return encode_texts(cells, column) if isinstance(cells, Texts) else encode_numbers(cells, column)
 
 
-def encode_texts(cells: Sequence[Cell], column: dict[str, Any]) -> Tensor:
+def encode_texts(cells: Texts, column: dict[str, Any]) -> Tensor:
     """Return an input for each text, or the one index; 0 is what training never saw."""
-    known = [*column["texts"], *([None] if column.get("missing") else [])]
-    places = {text: place for place, text in enumerate(known, 1)}
-    index = torch.tensor([places.get(cell, 0) for cell in cells])[:, None]
-    return index.float() if column.get("index") else (index == torch.arange(1, len(known) + 1)).float()
+    places = {text: place for place, text in enumerate(column["texts"], 1)}
+    empty = len(places) + 1 if column.get("missing") else 0
+    index = torch.tensor([*(places.get(text, 0) for text in cells.known), empty])[cells.codes][:, None]
+    if column.get("index"):
+        return index.float()
+    return (index == torch.arange(1, len(places) + bool(column.get("missing")) + 1)).float()
 
 
-def encode_numbers(cells: Sequence[Cell], column: dict[str, Any]) -> Tensor:
+def encode_numbers(values: Tensor, column: dict[str, Any]) -> Tensor:
     """Return the number, and where the training has empty cells, 1 in a second input for those."""
-    values = torch.tensor(cells, dtype=torch.float64)
     empty = values.isnan()
     values = values.nan_to_num(column["fill"])
     scaled = normal_scores(values, column["knots"]) if "knots" in column else (values - column["mean"]) / column["std"]
-    return torch.stack([scaled, empty.double()] if column.get("missing") else [scaled], dim=1).float()
+    if not column.get("missing"):
+        return scaled.float()[:, None]
+    return torch.stack([scaled.float(), empty.float()], dim=1)
 
 
 def normal_scores(values: Tensor, knots: Sequence[float]) -> Tensor:
@@ -304,7 +482,3 @@ def widths(columns: Sequence[dict[str, Any]]) -> list[int]:
         else:
             found += [0] * (len(column["texts"]) + missing)
     return found
-
-
-def is_text(cells: Sequence[Cell]) -> bool:
-    return cells[0] is None or isinstance(cells[0], str)  # the first speaks for all, after `as_column`

@@ -88,16 +88,17 @@ LIGHT = {"tuning.settings", "tuning.hydra_parts"}  # what every command line imp
 FLOOR = {module: number for number, modules in enumerate(FLOORS.values()) for module in modules}
 SIBLINGS = {  # plugin files that may import others: what several kinds of data set, or metrics, need
     "auroc": {"metrics"},
-    "data_arrays": {"arrays"},
-    "data_audio": {"arrays", "data_images"},
+    "arrays": {"data_files"},
+    "data_arrays": {"arrays", "data_files"},
+    "data_audio": {"arrays", "data_files", "data_images"},
     "data_builtin": {"arrays"},
-    "data_images": {"arrays"},
-    "data_series": {"arrays", "tables"},
-    "data_language": {"arrays"},
+    "data_images": {"arrays", "data_files"},
+    "data_series": {"arrays", "data_files", "tables"},
+    "data_language": {"arrays", "data_files"},
     "data_tables": {"arrays", "tables"},
-    "data_text": {"arrays"},
+    "data_text": {"arrays", "data_files"},
     "representation": {"tasks"},
-    "tables": {"arrays"},
+    "tables": {"arrays", "data_files"},
     "wrappers": {"averaging"},
 }
 

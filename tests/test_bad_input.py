@@ -156,7 +156,7 @@ def refused(command, tmp_path):
             "s.csv: the training span of 10 of 15 rows has no window of 8 + 4 rows; lower lookback and horizon",
         ),
         ("sequences", lambda: row("c.ts", 4, "1,2,3:1,2:a"), "c.ts, line 5: its channels have [3, 2] frames"),
-        ("sequences", lambda: row("c.ts", 4, "1,2,?:1,2,3:a"), "c.ts, line 5: could not convert string to float: '?'"),
+        ("sequences", lambda: row("c.ts", 4, "1,2,?:1,2,3:a"), "c.ts, line 5: a frame should be a number, not '?'"),
         ("sequences", lambda: row("c.ts", 4, "1,2,3:1,2,3:"), "c.ts, line 5: it ends without a class"),
         # texts and arrays
         ("texts", lambda: Path("texts/cat/3.txt").write_bytes(b"caf\xe9"), "texts/cat/3.txt is no UTF-8 text (byte 3)"),

@@ -1,14 +1,20 @@
+import csv
 import gzip
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow
+import pyarrow.csv
 import pyarrow.parquet
 import pytest
 import torch
 
 import framework as fw
 from framework.errors import DataError
+from framework_plugins.tables import as_texts, read_table
 
 PETS = """name,weight,colour,age,kind
 Rex,30.5,brown,4,dog
@@ -170,6 +176,10 @@ def test_columns_that_are_not_there(pets, tmp_path):
         ("x,kind\n1,a\n2,a\n", "column 'kind': every target is 'a'"),
         ("x,kind\n,a\n,b\n", "column 'x' is empty in the training split"),
         ('x,kind\n1,"a\n', "no well-formed CSV"),
+        ('x,kind\n1,"a"b\n2,c\n', "no well-formed CSV: ',' expected after '\"'"),
+        ('x,kind\n1,"a\nb"\n2\n', "line 4: 1 cells, but 2 columns"),
+        ("x,kind\n1,a,\n2,b,\n", "line 2: 3 cells, but 2 columns"),
+        ("x,kind\n3_400,a\n2,b\n3,a\n", "row 1, column 'x': '3_400' is no number"),
     ],
 )
 def test_tables_that_cannot_be_read(tmp_path, text, said):
@@ -177,8 +187,125 @@ def test_tables_that_cannot_be_read(tmp_path, text, said):
     refused(tmp_path / "bad.csv", said)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("x,kind\n1,a\n2,b\n3,a\n", id="plain"),
+        pytest.param("x,kind\n1,a\n2,b\n3,a", id="no last end of line"),
+        pytest.param("\n".join(["x,kind", "", "1,a", "2,b", "", "3,a", "", ""]), id="empty lines"),
+        pytest.param("x,kind\r\n1,a\r\n2,b\r\n3,a\r\n", id="CRLF"),
+        pytest.param("x,kind\r1,a\r2,b\r3,a\r", id="CR"),
+        pytest.param("\ufeffx,kind\n1,a\n2,b\n3,a\n", id="BOM"),
+        pytest.param('"x","kind"\n"1","a"\n"2","b"\n"3","a"\n', id="quotes"),
+        pytest.param("x;kind\n1;a\n2;b\n3;a\n", id="semicolon"),
+        pytest.param("x\tkind\n1\ta\n2\tb\n3\ta\n", id="tab"),
+        pytest.param("x|kind\n1|a\n2|b\n3|a\n", id="bar"),
+        pytest.param("x, kind\n 1, a\n +2, b\n3.0 ,a\n", id="blanks"),
+    ],
+)
+def test_spellings_of_one_table(tmp_path, text):
+    (tmp_path / "t.csv").write_text(text, encoding="utf-8", newline="")
+    data = whole(tmp_path / "t.csv", normalize=False)
+    assert data.train.tensors[0].tolist() == [[1], [2], [3]]
+    assert (data.train.tensors[1].tolist(), data.classes) == ([0, 1, 0], ["a", "b"])
+
+
+def test_cells_of_several_lines_and_of_megabytes(tmp_path):
+    cells = ["one\nline", "b" * 2**21, 'a "quoted" word', "one\nline"]
+    with open(tmp_path / "t.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["the\ntext", "y"], *([cell, row] for row, cell in enumerate(cells))])
+    data = whole(tmp_path / "t.csv", "y", target_kind="value")
+    assert data.learnt == [{"name": "the\ntext", "texts": sorted(set(cells))}]
+
+
+def test_thousands_of_columns(tmp_path):
+    numbers = np.random.default_rng(0).normal(size=(20, 5000))
+    np.savetxt(tmp_path / "t.csv", numbers, delimiter=",", header=",".join(f"c{n}" for n in range(5000)), comments="")
+    data = whole(tmp_path / "t.csv", "c0", normalize=False)
+    np.testing.assert_allclose(data.train.tensors[0], numbers[:, 1:], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("cells", "classes"),
+    [
+        (["1", "2", "+1", "01"], ["1", "2"]),
+        (["1", "2", "1.0", "01"], ["01", "1", "1.0", "2"]),
+        (["007", "7a", "7", "007"], ["007", "7", "7a"]),
+        (["9007199254740993", "9007199254740992"], ["9007199254740992", "9007199254740993"]),
+        ([" a", "a", "b "], ["a", "b"]),
+    ],
+)
+def test_classes_are_named_as_they_are_written(tmp_path, cells, classes):
+    (tmp_path / "t.csv").write_text("x,y\n" + "".join(f"{row},{cell}\n" for row, cell in enumerate(cells)))
+    assert whole(tmp_path / "t.csv", "y", target_kind="class").classes == classes
+
+
+def test_integers_that_float64_does_not_tell_apart_are_refused(tmp_path):
+    (tmp_path / "t.csv").write_text("x,y\n9007199254740992,1\n9007199254740993,2\n,3\n")
+    refused(tmp_path / "t.csv", "float64 does not tell 9007199254740992 and 9007199254740993 apart", "y")
+
+
+def test_any_csv_is_read_as_by_pythons_own_reader(tmp_path):
+    draw = np.random.default_rng(0)
+    known = ["1", "-2.5", "1e3", "", "NA", "null", " 4 ", "+5", "a", "b c", "x,y", 'q"r', "ä", "l1\nl2", "007", "nan"]
+    for number in range(40):
+        rows = [[known[place] for place in draw.integers(0, len(known), 3)] for _ in range(draw.integers(1, 9))]
+        with open(tmp_path / "t.csv", "w", newline="", encoding="utf-8") as file:
+            csv.writer(file, delimiter=",;\t|"[number % 4]).writerows([["one", "two", "three"], *rows])
+        table = read_table(tmp_path / "t.csv")
+        for place, label in enumerate(("one", "two", "three")):
+            texts = [row[place].strip() for row in rows]
+            empty = [text.lower() in ("", "na", "null", "nan") for text in texts]
+            column = as_texts(table[label])
+            found = [None if code < 0 else column.known[code] for code in column.codes.tolist()]
+            assert found == [None if missing else text for text, missing in zip(texts, empty, strict=True)]
+
+
+PAIRS = 7
+MEASURE = """
+import resource, sys, time
+import torch, pyarrow.csv
+import framework as fw
+from framework_plugins import data_tables
+torch.set_num_threads(1)
+pyarrow.set_cpu_count(1)
+kind, path = sys.argv[1:]
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+start = time.process_time()
+if kind == "arrow":
+    table = pyarrow.csv.read_csv(path)
+    columns = [torch.from_numpy(cells.to_numpy().copy()).double() for cells in table.columns]
+    inputs = torch.stack([((column - column.mean()) / column.std()).float() for column in columns], dim=1)
+else:
+    data = fw.datasets.build("table", path=path, target="x9")
+seconds = time.process_time() - start
+print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.slow
+def test_a_million_rows_are_read_about_as_fast_as_by_arrow(tmp_path):
+    """From the file to the tensors of the splits, in turn with pyarrow.csv and a standardisation of its columns."""
+    numbers = np.random.default_rng(0).normal(size=(10**6, 10)).round(4)
+    path = tmp_path / "t.csv"
+    pyarrow.csv.write_csv(pyarrow.table({f"x{place}": numbers[:, place] for place in range(10)}), path)
+    figures = {"arrow": [], "table": []}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for _ in range(PAIRS):
+        for kind, own in figures.items():
+            command = [sys.executable, "-c", MEASURE, kind, str(path)]
+            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+            own.append([float(figure) for figure in done.stdout.split()])
+    arrow, table = np.median(figures["arrow"], axis=0), np.median(figures["table"], axis=0)
+    print(f"arrow {arrow[0]:.2f} s, {arrow[1] / 1024:.0f} MiB; table {table[0]:.2f} s, {table[1] / 1024:.0f} MiB")
+    assert table[0] < 1.5 * arrow[0]
+    assert table[1] < 4 * arrow[1]
+
+
 def test_a_file_of_another_encoding(tmp_path):
     (tmp_path / "bad.csv").write_bytes("x,kind\n1,Bär\n".encode("latin-1"))
-    refused(tmp_path / "bad.csv", "no UTF-8 text")
+    refused(tmp_path / "bad.csv", r"bad\.csv is no UTF-8 text \(byte 10\)")
+    (tmp_path / "bad.csv").write_bytes("xä,kind\n1,a\n".encode("latin-1"))
+    refused(tmp_path / "bad.csv", r"bad\.csv is no UTF-8 text \(byte 1\)")
     (tmp_path / "bad.csv.gz").write_bytes(gzip.compress(PETS.encode())[:60])
     refused(tmp_path / "bad.csv.gz", "cannot be read")

@@ -71,9 +71,9 @@ class TestSequences:
     @pytest.mark.parametrize(
         ("text", "said"),
         [
-            (TS.replace("40", "forty"), r"bad\.ts, line 6: could not convert .* 'forty'"),
+            (TS.replace("40", "forty"), r"bad\.ts, line 6: a frame should be a number, not 'forty'"),
             (TS.replace("40", "?"), r"line 6: .*'\?'"),
-            (TS.replace("40", "nan"), "line 6: a frame is no finite number"),
+            (TS.replace("40", "nan"), "line 6: a frame should be a number, not 'nan'"),
             (TS.replace("4:40:b", "4:40,41:b"), r"line 6: its channels have \[1, 2\] frames"),
             (TS.replace("4:40:b", "4:b"), "line 6: 1 channels, but 2 in the first case"),
             (TS.replace("@data", ""), "it has no line @data"),
