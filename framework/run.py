@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import re
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from weakref import ref
 
 from .discovery import package_version
 from .errors import RunError
+from .git import commit_and_diff
 from .paths import expanded
 
 PATIENCE = 2.0  # seconds for the workers of a killed run to end
@@ -243,15 +243,5 @@ def machine() -> dict[str, Any]:
 @cache
 def code(folder: Path) -> dict[str, str | None]:
     """Return commit and diff of a folder as they were at first: it is that code which is loaded."""
-    return {"git_commit": git(folder, "rev-parse", "HEAD"), "git_diff": git(folder, "diff", "HEAD")}
-
-
-def git(folder: Path, *arguments: str) -> str | None:
-    """Return what git says in a folder, or None outside a repository or without git."""
-    try:
-        command = ["git", *arguments]
-        done = subprocess.run(command, cwd=folder, capture_output=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    text = done.stdout.decode("utf-8", errors="replace")  # a diff may hold a file of any encoding
-    return text.strip() if done.returncode == 0 else None
+    commit, diff = commit_and_diff(folder)
+    return {"git_commit": commit, "git_diff": diff}

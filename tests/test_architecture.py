@@ -15,7 +15,7 @@ from shipped import shipped
 
 ROOT = Path(framework.__file__).parent.parent
 FLOORS = {
-    "stdlib": ["errors", "exits", "files", "paths", "streams", "schema", "registry", "kinds", "user_code"],
+    "stdlib": ["errors", "exits", "files", "git", "paths", "streams", "schema", "registry", "kinds", "user_code"],
     "ground work": [
         "discovery",
         "gradients",
