@@ -82,13 +82,19 @@ def list_parts(index: Index, kind: str) -> RenderableType:
     return table
 
 
-def show(part: Part, index: Index | None = None, plugins: Sequence[str] = ()) -> RenderableType:
+def show(
+    part: Part,
+    index: Index | None = None,
+    plugins: Sequence[str] = (),
+    without: Sequence[str] = (),
+) -> RenderableType:
     """Return all about a part: its docstring's first paragraph, settings, an example, its origin.
 
     Args:
         part: what `find` returns.
         index: all parts; with it the example also chooses a part that asks for this one.
         plugins: the plugins that were given to find the part; the example needs them too.
+        without: the installed plugins that were left out.
     """
     also = f"  also {', '.join(part['aliases'])}" if part["aliases"] else ""
     title = Text.assemble((f"{part['kind']}/{part['name']}", "bold cyan"), (also, "dim"))
@@ -97,6 +103,7 @@ def show(part: Part, index: Index | None = None, plugins: Sequence[str] = ()) ->
     words = ["framework", "train", *overrides_for(part, index)]
     if part["package"] is None:
         words += [word for plugin in plugins for word in ("--plugins", str(plugin))]
+    words += [word for name in without for word in ("--without-plugin", name)]
     return Group(title, *paragraphs, Text(), settings, Text(), origin(part, shlex.join(words)))
 
 

@@ -100,14 +100,14 @@ def claim(parent: Path, name: str | None) -> Path:
     raise RunError(f"{parent} has too many runs named {wanted}")
 
 
-def plugins_of(run: Path) -> list[str]:
-    """Return the plugins that a run was trained with, as its provenance.json names them.
+def plugins_of(run: Path, key: str = "plugins") -> list[str]:
+    """Return the plugins that a run was trained with (or "without_plugins"), as its provenance.json names them.
 
     The file may come from a stranger: a name with control characters is left out.
     """
     try:
         found = json.loads((run / "provenance.json").read_text(encoding="utf-8"))
-        return [plugin for plugin in map(str, found["plugins"]) if plugin.isprintable()]
+        return [plugin for plugin in map(str, found[key]) if plugin.isprintable()]
     except (OSError, ValueError, KeyError, TypeError):
         return []
 

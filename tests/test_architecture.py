@@ -80,6 +80,7 @@ FLOORS = {
         "spec",
         "store",
         "index",
+        "trust",
     ],
     "doors": ["cli", "arguments", "help", "describe", "completion", "report", "board", "__main__", "__init__"],
 }
