@@ -377,10 +377,11 @@ def trust(arguments: list[str]) -> int:
     if sum([given.list, given.remove is not None, given.folder is not None or given.trust]) > 1:
         parser.error("give a folder, --list or --remove FOLDER")
     if given.list:
-        print("\n".join(map(trusting.shown, sorted(trusting.read_trusted()))))
+        for folder in sorted(trusting.read_trusted()):
+            print(shown(folder))
     elif given.remove is not None:
         trusting.remove(given.remove)
-        print(f"{trusting.shown(os.path.realpath(given.remove))} is no longer trusted")
+        print(f"{shown(os.path.realpath(given.remove))} is no longer trusted")
     else:
         return trust_folder((given.folder or Path.cwd()).resolve(), given.trust)
     return 0

@@ -83,7 +83,7 @@ def test_a_plain_git_diff_runs_it(repository, tmp_path, name):
 
 
 def test_what_is_included_counts_too(repository, tmp_path):
-    Path("more").write_text(f"[filter \"any\"]\n\tclean = {tmp_path}/program\n\trequired = true\n")
+    Path("more").write_text(f'[filter "any"]\n\tclean = {tmp_path}/program\n\trequired = true\n')
     run("config", "include.path", str(repository / "more"))
     assert "-one\n+two" in commit_and_diff(repository)[1]
     assert not (tmp_path / "proof").exists()
