@@ -67,12 +67,12 @@ def importing_safely(arguments: list[str]) -> Iterator[None]:
     """Import no module from the working folder in a command that only informs, unless the user trusts the folder."""
     verb = arguments[0] if arguments else "--help"
     informs = verb not in RUNNING or "--help" in arguments or "-h" in arguments
-    if not informs or "--trust" in arguments or not entries_in(Path.cwd()) or is_trusted(Path.cwd()):
+    if not informs or "--trust" in arguments or not entries_in(os.curdir) or is_trusted(Path.cwd()):
         yield
         return
     named = [word for before, word in pairwise(arguments) if before == "--plugins"]
     named += [word.partition("=")[2] for word in arguments if word.startswith("--plugins=")]
-    with importing_from_elsewhere(Path.cwd(), named) as left_out:
+    with importing_from_elsewhere(os.curdir, named) as left_out:
         if left_out and verb in ("list", "show") and os.environ.get("PYTHONPATH"):
             entries = ", ".join(shown(shorter(entry)) for entry in left_out)
             note(f"no module is imported from {entries}, since this folder is not trusted (`framework trust`)")

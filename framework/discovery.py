@@ -9,7 +9,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
 from functools import cache
 from importlib.machinery import PathFinder
 from importlib.metadata import Distribution, EntryPoint, PackageNotFoundError, distributions, entry_points, version
@@ -92,6 +92,9 @@ def plugins_of_package(package: Distribution) -> Iterator[Installed]:
     try:
         yield from [installed(point, package) for point in package.entry_points if point.group == GROUP]
     except Exception as error:
+        with suppress(Exception):
+            if GROUP not in (package.read_text("entry_points.txt") or ""):
+                return
         name, number = name_and_version(package)
         yield Installed(name, "", name, number, describe(error))
 

@@ -174,7 +174,7 @@ def shown(text: str) -> str:
 
 
 @contextmanager
-def importing_from_elsewhere(folder: Path, needed: Sequence[str] = ()) -> Iterator[list[str]]:
+def importing_from_elsewhere(folder: str | Path, needed: Sequence[str] = ()) -> Iterator[list[str]]:
     """Import no module from a folder: leave its entries out of `sys.path`; yields those.
 
     PYTHONPATH, or `python -m`, may put the working folder there. An entry stays if this package or an installed one
@@ -190,9 +190,12 @@ def importing_from_elsewhere(folder: Path, needed: Sequence[str] = ()) -> Iterat
             sys.path[:] = before
 
 
-def entries_in(folder: Path) -> list[str]:
-    """Return the entries of `sys.path` in a folder, but those of installed packages."""
-    real = os.path.realpath(folder)
+def entries_in(folder: str | Path) -> list[str]:
+    """Return the entries of `sys.path` in a folder, but those of installed packages; [] if the folder is deleted."""
+    try:
+        real = os.path.realpath(folder)
+    except OSError:
+        return []
     entries = [entry for entry in sys.path if is_below(entry, [real]) and os.path.exists(entry or ".")]
     if not entries:
         return []

@@ -209,6 +209,13 @@ def test_nothing_is_imported_from_the_working_folder(tmp_path, proofs):
     assert proofs() == ["evil", "torch"], "they would be imported"
 
 
+def test_help_is_printed_in_a_deleted_folder(tmp_path, command, monkeypatch):
+    (tmp_path / "deleted").mkdir()
+    monkeypatch.chdir(tmp_path / "deleted")
+    (tmp_path / "deleted").rmdir()
+    assert command("--help")[0] == 0
+
+
 def test_entries_of_the_import_path_in_a_folder(tmp_path, monkeypatch):
     inside = tmp_path / "lib"
     inside.mkdir()
