@@ -360,7 +360,7 @@ def index_of(given: argparse.Namespace) -> Any:
     for problem in index.broken:
         note(f"{problem}; its parts are left out")
     if index.not_trusted:
-        plugins = ", ".join(shown(shorter(plugin)) for plugin in index.not_trusted)
+        plugins = ", ".join(dict.fromkeys(shown(shorter(plugin)) for plugin in index.not_trusted))
         problem = problem_of_file() or "this folder is not trusted"
         note(f"plugins of conf/config.yaml are not loaded: {plugins}: {problem}. `framework trust` allows it")
     return index

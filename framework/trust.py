@@ -153,8 +153,7 @@ def description(folder: Path) -> list[str]:
     lines = []
     for file, plugin in named_plugins(folder):
         path = folder / expanded(plugin)
-        what = f"{len(list(path.glob('*.py')))} files" if path.is_dir() else "a file" if path.is_file() else "a module"
-        lines.append(f"{shown(shorter(file))} names the plugin {shown(shorter(plugin))} ({what})")
+        lines.append(f"{shown(shorter(file))} names the plugin {shown(shorter(plugin))} ({sort_of(path)})")
     if not lines:
         lines.append("its config files name no plugins so far")
     status = folder.stat()
@@ -163,6 +162,13 @@ def description(folder: Path) -> list[str]:
     if status.st_mode & stat.S_IWOTH:
         lines.append("warning: every user of this machine can write to the folder")
     return lines
+
+
+def sort_of(plugin: Path) -> str:
+    if plugin.is_dir():
+        count = len(list(plugin.glob("*.py")))
+        return f"folder with {count} .py {'file' if count == 1 else 'files'}"
+    return "file" if plugin.is_file() else "module"
 
 
 def shown(text: str) -> str:

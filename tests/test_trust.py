@@ -258,7 +258,7 @@ def test_the_verb_stores_lists_and_removes(folder, command):
     assert command("trust --list") == (0, "", "")
     status, out, err = command("trust --trust")
     assert (status, err) == (0, "")
-    assert "conf/config.yaml names the plugin parts (1 files)" in out
+    assert "conf/config.yaml names the plugin parts (folder with 1 .py file)" in out
     assert "conf/experiment/wide.yaml names the plugin wide.py" in out
     assert command("trust --list")[1] == f"{folder}\n"
     assert command(f"trust --remove {folder}")[0] == 0
