@@ -14,6 +14,7 @@ TRACEBACK = "--traceback"
 RUN: dict[str, Any] = {"type": expanded, "help": "the folder of a run"}
 CHECKPOINT: dict[str, Any] = {"metavar": "WHICH"}
 CHECKPOINT["help"] = "best (default), last, or the folder of a checkpoint"
+TRUST: dict[str, Any] = {"action": "store_true", "help": "load the plugins that conf/config.yaml names, this once"}
 JSON: dict[str, Any] = {"action": "store_true", "help": "for programs"}
 
 
@@ -24,6 +25,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(f"framework {verb}", description=does, epilog=epilog, allow_abbrev=False)
         self.formatter_class = argparse.RawDescriptionHelpFormatter
         self.repeated("--plugins", metavar="FILE", help="parts of your own, or a module")
+        self.repeated("--without-plugin", metavar="NAME", help="leave an installed plugin out, such as a broken one")
         self.add_argument(TRACEBACK, action="store_true", help="show where an error arose")
 
     def repeated(self, flag: str, **about: Any) -> None:
@@ -54,7 +56,8 @@ def command_line(parser: Parser, given: argparse.Namespace) -> Any:
     with importing_torch():
         from .compose import CommandLine
     flags = ("multirun", "cfg", "resolve", "info", "inexact", "traceback", "only_plan")
-    return CommandLine(given.overrides, given.plugins, given.config_dir, **{flag: vars(given)[flag] for flag in flags})
+    chosen = {flag: vars(given)[flag] for flag in flags}
+    return CommandLine(given.overrides, given.plugins, given.config_dir, **chosen, without=given.without_plugin)
 
 
 @contextmanager

@@ -2,19 +2,34 @@
 
 import argparse
 import json
+import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .arguments import CHECKPOINT, JSON, RUN, TRACEBACK, Parser, command_line, composing, importing_torch, swept
+from . import trust as trusting
+from .arguments import (
+    CHECKPOINT,
+    JSON,
+    RUN,
+    TRACEBACK,
+    TRUST,
+    Parser,
+    command_line,
+    composing,
+    importing_torch,
+    swept,
+)
 from .errors import ConfigError, FrameworkError, did_you_mean
 from .exits import no_exit
-from .help import BOARD, CHECK, EVAL, FIND, HELP, LIST, PLAN, PREDICT, RESUME, SHOW, TRAIN
-from .paths import expanded
+from .help import BOARD, CHECK, EVAL, FIND, HELP, LIST, PLAN, PREDICT, RESUME, SHOW, TRAIN, TRUSTING
+from .paths import expanded, shorter
 from .streams import prepare_streams, silence_broken_streams
 from .terminal import (
     completed,
@@ -26,9 +41,12 @@ from .terminal import (
     printable_lines,
     printable_warnings,
 )
+from .trust import entries_in, importing_from_elsewhere, is_trusted, problem_of_file, shown
 from .user_code import describe, internal_place, user_place
 
 STARTED = time.monotonic()
+RUNNING = ("train", "resume", "plan", "check", "find", "eval", "predict")
+"""Verbs that run parts, also those in the working folder, as far as Python finds them there."""
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -37,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     arguments = list(sys.argv[1:] if argv is None else argv)
     arguments.sort(key=lambda argument: argument == TRACEBACK)  # it may stand anywhere, also before the verb
     try:
-        with no_exit(), printable_warnings():
+        with no_exit(), printable_warnings(), importing_safely(arguments):
             status = run(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -51,6 +69,28 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except Exception as error:
         status = complain(error, TRACEBACK in arguments)
     sys.exit(status)
+
+
+@contextmanager
+def importing_safely(arguments: list[str]) -> Iterator[None]:
+    """Import no module from the working folder in a command that only informs, unless the user trusts the folder."""
+    verb = arguments[0] if arguments else "--help"
+    informs = verb not in RUNNING or "--help" in arguments or "-h" in arguments
+    if not informs or "--trust" in arguments or not entries_in(os.curdir) or is_trusted(Path.cwd()):
+        yield
+        return
+    named = [word for before, word in pairwise(arguments) if before == "--plugins"]
+    named += [word.partition("=")[2] for word in arguments if word.startswith("--plugins=")]
+    with importing_from_elsewhere(os.curdir, named) as left_out:
+        if left_out and verb in ("list", "show") and os.environ.get("PYTHONPATH"):
+            entries = ", ".join(shown(shorter(entry)) for entry in left_out)
+            note(f"no module is imported from {entries}, since this folder is not trusted (`framework trust`)")
+        yield
+
+
+def note(text: str) -> None:
+    """Print a note for the person at the terminal."""
+    print(f"framework: {text}", file=sys.stderr)
 
 
 def complain(error: Exception, with_traceback: bool) -> int:
@@ -163,10 +203,10 @@ def resume(arguments: list[str]) -> int:
     from .resume import altered, read_resumable, run_meant_by
     from .trained import read_spec_of
 
-    discover(given.plugins)
+    discover(given.plugins, given.without_plugin)
     run = run_meant_by(given.run)
     spec = read_spec_of(run, altered(read_resumable(run), given.overrides))
-    spec.resume = str(given.run)
+    spec.resume, spec.without = str(given.run), given.without_plugin
     result = train_experiment(spec, run.resolve().parent.name, [], STARTED, inexact=given.inexact)
     print_result(result)
     return 0 if result.signal is None else 128 + result.signal
@@ -293,7 +333,8 @@ def opened(given: argparse.Namespace) -> Any:
     with importing_torch():
         from .discovery import discover
         from .trained import open_run
-    discover(given.plugins)
+    for problem in discover(given.plugins, given.without_plugin, tolerant=True):
+        note(f"{problem}; its parts are left out")
     return open_run(given.run, given.checkpoint)
 
 
@@ -301,11 +342,11 @@ def list_parts(arguments: list[str]) -> None:
     parser = Parser("list", "List the kinds of parts, or the parts of one kind.", LIST)
     parser.add_argument("kind", nargs="?")
     parser.add_argument("--json", **JSON)
+    parser.add_argument("--trust", **TRUST)
     given = parser.parse_args(arguments)
     from . import describe
-    from .index import find_index
 
-    index = find_index(given.plugins)
+    index = index_of(given)
     kind = given.kind and describe.kind_of(index, given.kind)
     parts = {each: list(index.kinds[each]["parts"].values()) for each in ([kind] if kind else index.kinds)}
     tell(given.json, parts, lambda: describe.list_parts(index, kind) if kind else describe.list_kinds(index))
@@ -315,13 +356,76 @@ def show(arguments: list[str]) -> None:
     parser = Parser("show", "Show a part: what it does, its settings, where it is written.", SHOW)
     parser.add_argument("part", metavar="KIND/NAME")
     parser.add_argument("--json", **JSON)
+    parser.add_argument("--trust", **TRUST)
     given = parser.parse_args(arguments)
     from . import describe
+
+    index = index_of(given)
+    part = describe.find(index, given.part)
+    tell(given.json, part, lambda: describe.show(part, index, given.plugins, given.without_plugin))
+
+
+def index_of(given: argparse.Namespace) -> Any:
+    """Return the index of all parts; notes say which plugins are not in it."""
     from .index import find_index
 
-    index = find_index(given.plugins)
-    part = describe.find(index, given.part)
-    tell(given.json, part, lambda: describe.show(part, index, given.plugins))
+    index = find_index(given.plugins, without=given.without_plugin, trusted=given.trust)
+    for problem in index.broken:
+        note(f"{problem}; its parts are left out")
+    if index.not_trusted:
+        plugins = ", ".join(dict.fromkeys(shown(shorter(plugin)) for plugin in index.not_trusted))
+        problem = problem_of_file() or "this folder is not trusted"
+        note(f"plugins of conf/config.yaml are not loaded: {plugins}: {problem}. `framework trust` allows it")
+    return index
+
+
+def trust(arguments: list[str]) -> int:
+    parser = Parser("trust", "Let `list`, `show` and TAB run the plugins of a project, too.", TRUSTING)
+    about = "the folder of the project (default: this one)"
+    parser.add_argument("folder", nargs="?", type=expanded, metavar="FOLDER", help=about)
+    parser.add_argument("--trust", action="store_true", help="do not ask, for scripts")
+    parser.add_argument("--list", action="store_true", help="print the trusted folders")
+    parser.add_argument("--remove", type=expanded, metavar="FOLDER", help="trust a folder no longer")
+    given = parser.parse_args(arguments)
+    if sum([given.list, given.remove is not None, given.folder is not None or given.trust]) > 1:
+        parser.error("give a folder, --list or --remove FOLDER")
+    if given.list:
+        for folder in sorted(trusting.read_trusted()):
+            print(shown(folder))
+    elif given.remove is not None:
+        trusting.remove(given.remove)
+        print(f"{shown(os.path.realpath(given.remove))} is no longer trusted")
+    else:
+        return trust_folder((given.folder or Path.cwd()).resolve(), given.trust)
+    return 0
+
+
+def trust_folder(folder: Path, agreed: bool) -> int:
+    """Trust a folder if the user agrees; return 1 if not."""
+    if not folder.is_dir():
+        raise FrameworkError(f"trust {shown(str(folder))}: there is no such folder")
+    print(shown(str(folder)))
+    for line in trusting.description(folder):
+        print(f"  {line}")
+    if not agreed:
+        if not sys.stdin.isatty():
+            raise FrameworkError("trust: there is no terminal to ask on; --trust answers yes")
+        agreed = answer_of(f"Trust {shown(str(folder))}? `list`, `show` and TAB will run its plugins. [y/N] ")
+    if not agreed:
+        print("not trusted")
+        return 1
+    trusting.trust(folder)
+    print("trusted; `framework trust --remove` takes it back")
+    return 0
+
+
+def answer_of(question: str) -> bool:
+    """Ask on the terminal; whether the answer is yes."""
+    try:
+        return input(question).strip().lower() in ("y", "yes")
+    except EOFError:
+        print()
+        return False
 
 
 def board(arguments: list[str]) -> int:
@@ -354,6 +458,7 @@ VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "predict": predict,
     "list": list_parts,
     "show": show,
+    "trust": trust,
     "board": board,
     "completion": completion,
 }

@@ -7,12 +7,15 @@ from typing import Any
 
 from .index import Index, find_index
 
-VERBS = ("train", "resume", "eval", "predict", "list", "show", "plan", "check", "find", "board", "completion")
+VERBS: tuple[str, ...] = ("train", "resume", "eval", "predict", "list", "show", "plan", "check", "find")
+VERBS += ("trust", "board", "completion")
 WITH_OVERRIDES = ("train", "plan", "check", "find")
 
 BASH = r"""# TAB completion of framework. To keep it: framework completion bash >> ~/.bashrc
 _framework_complete() {
-    local words prefix='' candidate line="${COMP_LINE:0:COMP_POINT}"
+    local words prefix='' candidate line="${COMP_LINE:0:COMP_POINT}" program
+    program=$(type -P framework)  # not the first word, which may be a program in the working folder
+    [[ $program == /* ]] || return 0
     read -ra words <<< "$line"
     [[ $line == *[[:space:]] ]] && words+=('')
     local last=$((${#words[@]} - 1))
@@ -25,7 +28,7 @@ _framework_complete() {
     COMPREPLY=()
     while IFS= read -r candidate; do
         COMPREPLY+=("${candidate#"$prefix"}")
-    done < <("${words[0]}" complete -- "${words[@]:1}" 2>/dev/null)
+    done < <("$program" complete -- "${words[@]:1}" 2>/dev/null)
     [[ ${COMPREPLY[0]} == *[=./,] || ${COMPREPLY[0]} == *\[* ]] && compopt -o nospace
     return 0
 }
@@ -36,7 +39,9 @@ ZSH = r"""#compdef framework
 # TAB completion of framework. To keep it: framework completion zsh >> ~/.zshrc (after compinit)
 _framework() {
     local -a found open closed
-    found=("${(@f)$("${words[1]}" complete -- "${(@Q)words[2,CURRENT-1]}" "${(Q)PREFIX}" 2>/dev/null)}")
+    local program="${commands[framework]}"  # not the first word, which may be a program in the working folder
+    [[ $program == /* ]] || { _files; return }
+    found=("${(@f)$("$program" complete -- "${(@Q)words[2,CURRENT-1]}" "${(Q)PREFIX}" 2>/dev/null)}")
     found=("${(@)found:#}")
     (( ${#found} )) || { _files; return }
     open=("${(@M)found:#(*[=./,]|*\[*)}")
@@ -52,7 +57,9 @@ FISH = r"""# TAB completion of framework. To keep it:
 function __framework_complete
     set -l words (commandline -opc)
     set -l current (commandline -ct | string trim --left --chars "'\"")
-    $words[1] complete -- $words[2..-1] "$current" 2>/dev/null
+    set -l program (command -s framework)  # not the first word, which may be a program in the working folder
+    string match -q '/*' -- $program; or return
+    $program complete -- $words[2..-1] "$current" 2>/dev/null
 end
 complete -c framework -f -a '(__framework_complete)'
 complete -c framework -F -n '__fish_seen_subcommand_from eval predict board'
@@ -69,7 +76,8 @@ Choice = dict[str, Any]
 def answer(words: list[str]) -> list[str]:
     """Return what the last word may become, in the working folder; [] when anything is amiss."""
     try:
-        index = find_index(following(words, "--plugins"), map(Path, following(words, "--config-dir")))
+        folders = map(Path, following(words, "--config-dir"))
+        index = find_index(following(words, "--plugins"), folders, following(words, "--without-plugin"))
         return candidates(words, index)
     except Exception:  # half a word is no reason for a message in the middle of a line
         return []

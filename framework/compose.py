@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .discovery import discover, located
+from .discovery import discover, locate, located
 from .errors import ConfigError, FrameworkError, PluginError, did_you_mean
 from .overrides import Overrides, as_typed, groups, own_settings, rewrite
 from .paths import expanded, shorter
@@ -61,6 +61,7 @@ class CommandLine:
     inexact: bool = False
     traceback: bool = False
     only_plan: bool = False
+    without: list[str] = field(default_factory=list)
 
     @property
     def shows(self) -> bool:
@@ -96,7 +97,7 @@ class Composing:
         problems = [*self.overrides.problems, *self.idle(spec)]
         if problems:
             raise ConfigError(problems)
-        spec.plugins = self.plugins
+        spec.plugins, spec.without = self.plugins, self.line.without
         job = Job(spec, experiment or "default", self.line.overrides, number)
         job.inexact, job.traceback = self.line.inexact, self.line.traceback
         if typed is not None:
@@ -129,10 +130,10 @@ def run(
     failed jobs of a sweep.
     """
     folders = config_folders(line)
-    named = [*project_plugins(folders, line.overrides), *line.plugins]
+    named = [*project_plugins(folders, line.overrides, Path.cwd()), *line.plugins]
     plugins = [located(plugin) for plugin in named]
-    discover(plugins)
-    fill_store(plugins)
+    discover(plugins, line.without)
+    fill_store(plugins, line.without)
     overrides = rewrite(line.overrides, folders, line.multirun, line.shows)
     if overrides.problems and line.shows:
         raise ConfigError(overrides.problems)
@@ -268,8 +269,11 @@ def config_folders(line: CommandLine) -> list[Path]:
     return list(dict.fromkeys(folders))
 
 
-def project_plugins(folders: list[Path], overrides: Iterable[str]) -> Iterator[str]:
-    """Yield what `plugins:` names in the project's config.yaml and in the chosen experiment, before composing."""
+def project_plugins(folders: list[Path], overrides: Iterable[str], here: Path | None) -> Iterator[str]:
+    """Yield what `plugins:` names in the project's config.yaml and in the chosen experiment, before composing.
+
+    here: the working folder, for plugins with a relative path; None: they are looked for beside the config files only.
+    """
     chosen = [name for o in overrides if o.startswith("experiment=") for name in o.partition("=")[2].split(",")]
     names = ["config", *(f"experiment/{name}" for name in chosen)]
     for name in names:  # the list grows by what an experiment builds on
@@ -281,15 +285,7 @@ def project_plugins(folders: list[Path], overrides: Iterable[str]) -> Iterator[s
             names += [each for each in wider if each not in names]
             if not isinstance(listed, list) or not all(isinstance(each, str) for each in listed):
                 raise PluginError(f"{file}: plugins should be a list of paths or module names, not {listed!r}")
-            yield from (locate(plugin, folder) for plugin in listed)
-
-
-def locate(plugin: str, folder: Path) -> str:
-    """Return the path of a plugin named in a config file: from the working folder, the config's, or the one above."""
-    for base in (Path.cwd(), folder.parent, folder):
-        if (base / expanded(plugin)).exists():
-            return str(base / expanded(plugin))
-    return plugin
+            yield from (locate(plugin, folder, here) for plugin in listed)
 
 
 ADVICE: tuple[str, ...] = ("To append", "Set the env", "Did you mean to override", "See ", "Config search path")

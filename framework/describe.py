@@ -106,13 +106,19 @@ def list_parts(index: Index, kind: str) -> RenderableType:
     return table
 
 
-def show(part: Part, index: Index | None = None, plugins: Sequence[str] = ()) -> RenderableType:
+def show(
+    part: Part,
+    index: Index | None = None,
+    plugins: Sequence[str] = (),
+    without: Sequence[str] = (),
+) -> RenderableType:
     """Return all about a part: its docstring's first paragraph, settings, an example, its origin.
 
     Args:
         part: what `find` returns.
         index: all parts; with it the example also chooses a part that asks for this one.
         plugins: the plugins that were given to find the part; the example needs them too.
+        without: the installed plugins that were left out.
     """
     also = f"  also {', '.join(part['aliases'])}" if part["aliases"] else ""
     title = Text.assemble(line(f"{part['kind']}/{part['name']}", "bold cyan"), line(also, "dim"))
@@ -122,6 +128,8 @@ def show(part: Part, index: Index | None = None, plugins: Sequence[str] = ()) ->
     if part["package"] is None:
         for plugin in plugins:
             words += ["--plugins", pasted(plugin)]
+    for name in without:
+        words += ["--without-plugin", quoted(name)]
     return Group(title, *paragraphs, Text(), settings, Text(), origin(part, " ".join(words)))
 
 

@@ -6,37 +6,67 @@ import importlib.util
 import os
 import pkgutil
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
 from functools import cache
 from importlib.machinery import PathFinder
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.metadata import Distribution, EntryPoint, PackageNotFoundError, distributions, entry_points, version
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
-from .errors import FrameworkError, PluginError
+from .errors import FrameworkError, PluginError, did_you_mean
 from .exits import describe_exit
 from .paths import expanded
 from .registry import Registry
 from .user_code import describe
 
 GROUP = "framework.plugins"
+OWN = "framework_plugins"
+"""The module of the framework's own parts."""
 
 
-def discover(plugins: Iterable[str] = ()) -> None:
+class Installed(NamedTuple):
+    """A plugin of an installed package: its entry point in the group `framework.plugins`."""
+
+    name: str
+    module: str
+    package: str
+    version: str
+    problem: str = ""  # why the entry points of the package cannot be read
+
+    def __str__(self) -> str:
+        return f"{self.name} of package {self.package} {self.version}".rstrip()
+
+
+def discover(plugins: Iterable[str] = (), without: Iterable[str] = (), tolerant: bool = False) -> list[str]:
     """Load every installed plugin, then those named: a .py file, a folder of them, or an importable module.
 
     Doing it twice loads nothing twice, however a file is reached. What plugins print goes to standard error: the
     output of a command may be for a program.
-    Raises PluginError naming the file that does not load, and why.
+
+    Args:
+        plugins: paths and names of modules.
+        without: installed plugins that are not loaded, by the name of the entry point or of the package.
+        tolerant: go on when an installed plugin does not load. Those in `plugins` must load all the same.
+
+    Returns:
+        With `tolerant`, a message for each module of an installed plugin that does not load.
+
+    Raises PluginError naming the plugin that does not load, and why; or a name in `without` that is not installed.
     """
+    problems: list[str] = []
     with output_for_programs(True):
-        for name, module in installed_plugins():
-            load_module(module, f"the entry point {name!r} of {GROUP}")
-        for plugin in plugins:
-            load(plugin)
+        for plugin in leave_out(without, installed_plugins()):
+            errors = load_installed(plugin)
+            if errors and not tolerant:
+                raise refused(plugin, errors[0])
+            problems += map(str, errors)
+        for named in plugins:
+            load(named)
+    return problems
 
 
 def output_for_programs(wanted: bool) -> AbstractContextManager[Any]:
@@ -44,15 +74,67 @@ def output_for_programs(wanted: bool) -> AbstractContextManager[Any]:
     return redirect_stdout(sys.stderr) if wanted else nullcontext()
 
 
-def installed_plugins() -> list[tuple[str, str]]:
-    """Return the name and the module of each entry point of installed packages."""
-    return sorted((point.name, point.value.partition(":")[0]) for point in entry_points(group=GROUP))
+def installed_plugins() -> list[Installed]:
+    """Return the plugins of installed packages, the framework's own first: a name that they have is theirs."""
+    try:
+        found = [installed(point, point.dist) for point in entry_points(group=GROUP)]
+    except Exception:  # the entry points of some package cannot be read
+        found = [plugin for package in distributions() for plugin in plugins_of_package(package)]
+    return sorted(set(found), key=lambda plugin: (plugin.module != OWN, plugin))
+
+
+def installed(point: EntryPoint, package: Distribution | None) -> Installed:
+    return Installed(point.name, point.value.partition(":")[0].strip(), *name_and_version(package))
+
+
+def plugins_of_package(package: Distribution) -> Iterator[Installed]:
+    """Yield the plugins of a package; of one whose entry points cannot be read, that with its problem."""
+    try:
+        yield from [installed(point, package) for point in package.entry_points if point.group == GROUP]
+    except Exception as error:
+        with suppress(Exception):
+            if GROUP not in (package.read_text("entry_points.txt") or ""):
+                return
+        name, number = name_and_version(package)
+        yield Installed(name, "", name, number, describe(error))
+
+
+def name_and_version(package: Distribution | None) -> tuple[str, str]:
+    try:
+        return (package.metadata["Name"] or "", package.metadata["Version"] or "") if package is not None else ("", "")
+    except Exception:  # metadata that is missing or damaged
+        return "", ""
+
+
+def leave_out(without: Iterable[str], plugins: list[Installed]) -> list[Installed]:
+    """Return the plugins without those named. Raises PluginError for a name that none has."""
+    names = {name for plugin in plugins if plugin.module != OWN for name in (plugin.name, plugin.package)}
+    without = set(without)
+    for name in sorted(without - names):
+        advice = did_you_mean(name, names) if names else "no plugin is installed beside the framework's own"
+        raise PluginError(f"--without-plugin {name}: there is no installed plugin of this name; {advice}")
+    return [each for each in plugins if each.module == OWN or not without & {each.name, each.package}]
 
 
 def located(plugin: str) -> str:
     """Return a plugin's absolute path; the name of a module stays as it is."""
     path = expanded(plugin)
     return str(path.resolve()) if path.exists() else plugin
+
+
+def locate(plugin: str, folder: Path, here: Path | None) -> str:
+    """Return the path of a plugin named in a config file; the name of a module stays as it is.
+
+    Args:
+        plugin: a path or the name of a module.
+        folder: the folder with the config files. The plugin lies beside it, or in it.
+        here: the working folder, where the plugin is looked for first; None: it is not.
+    """
+    bases = [folder.parent, folder] if here is None else [here, folder.parent, folder]
+    for base in bases:
+        if (base / expanded(plugin)).exists():
+            return str(base / expanded(plugin))
+    return plugin
 
 
 @cache
@@ -109,13 +191,47 @@ def load(plugin: str) -> None:
         load_module(plugin, "--plugins or the config's `plugins`")
 
 
+def load_installed(plugin: Installed) -> list[PluginError]:
+    """Import the modules of an installed plugin; return the error of each that does not load."""
+    if plugin.problem:
+        return [PluginError(f"plugin {plugin} cannot be loaded: its entry points cannot be read: {plugin.problem}")]
+    reached_by = f"the entry point {plugin.name!r} of package {plugin.package} {plugin.version}".rstrip()
+    errors: list[PluginError] = []
+    try:
+        with loading(plugin.module, reached_by):
+            package = import_once(plugin.module)
+    except PluginError as error:
+        return [error]
+    for name in modules_in(package, plugin.module):
+        try:
+            with loading(name, reached_by):
+                import_once(name)
+        except PluginError as error:
+            errors.append(error)
+    return errors
+
+
+def refused(plugin: Installed, error: PluginError) -> PluginError:
+    """Return the error of an installed plugin with the way to leave it out."""
+    if plugin.module == OWN:
+        return error
+    refusal = PluginError(f"{error}. `--without-plugin {shlex.quote(plugin.name)}` leaves it out")
+    refusal.__cause__ = error.__cause__
+    return refusal
+
+
 def load_module(name: str, reached_by: str) -> None:
     """Import a module; of a package, each of its modules."""
     with loading(name, reached_by):
         module = import_once(name)
-    for found in pkgutil.iter_modules(getattr(module, "__path__", ())):
-        with loading(f"{name}.{found.name}", reached_by):
-            import_once(f"{name}.{found.name}")
+    for below in modules_in(module, name):
+        with loading(below, reached_by):
+            import_once(below)
+
+
+def modules_in(package: ModuleType, name: str) -> list[str]:
+    """Return the names of the modules in a package; [] for a module that is none."""
+    return [f"{name}.{found.name}" for found in pkgutil.iter_modules(getattr(package, "__path__", ()))]
 
 
 def import_once(name: str) -> ModuleType:
@@ -221,6 +337,9 @@ def loading(what: str, reached_by: str) -> Iterator[None]:
 
 def failure(what: str, reached_by: str, error: BaseException) -> PluginError:
     if isinstance(error, FrameworkError):
-        return PluginError(f"plugin {what} cannot be loaded: {error}")
-    reason = describe_exit(error) if isinstance(error, SystemExit) else describe(error)
+        reason = str(error)
+    elif isinstance(error, SystemExit):
+        reason = describe_exit(error)
+    else:
+        reason = describe(error)
     return PluginError(f"plugin {what} (reached by {reached_by}) cannot be loaded: {reason}")

@@ -456,7 +456,8 @@ def describe_run(folder: RunFolder, built: Experiment, overrides: list[str]) -> 
     sources = {str(maker.entry): str(maker.entry.source) for maker in parts if maker is not None}
     folder.write("facts.json", facts_of(built))
     folder.write("overrides.yaml", overrides)
-    folder.write("provenance.json", provenance(sources) | {"plugins": built.spec.plugins})
+    loaded = {"plugins": built.spec.plugins, "without_plugins": built.spec.without}
+    folder.write("provenance.json", provenance(sources) | loaded)
     folder.write("config.yaml", built.spec.tree)  # the last one: with it there is a run to go on with
 
 

@@ -14,6 +14,7 @@ usage: framework VERB ...
   predict     run a trained model on a file
   list        the kinds of parts, or the parts of one
   show        a part: its settings, defaults, source
+  trust       let list, show and TAB run the plugins of this folder
   board       TensorBoard on the runs
   completion  a script for TAB
 
@@ -40,7 +41,10 @@ examples:
   framework train --repeat 5                        five seeds: mean and error
   framework train --folds 5                         cross-validation
   framework train --plugins mine.py activation=mine parts of your own
+  framework train --without-plugin NAME             but for an installed plugin
 
+Runs the plugins that conf/config.yaml and the experiment name: use a folder
+from somebody else only if you trust it.
 `framework list` names the parts, `framework show optimizer/sgd` the settings
 of one. Settings of Hydra itself go by hydra.KEY=VALUE."""
 
@@ -61,7 +65,8 @@ examples:
   framework plan model=cnn data=fashion_mnist --json
   framework plan -m optimizer.lr=1e-3,1e-2 model.width=32,64
 Prints layers with shapes, parameters and FLOPs, steps, the schedule as a
-curve, memory; trains nothing."""
+curve, memory; trains nothing. Builds the experiment as `train` does, and so
+runs the plugins that conf/config.yaml and the experiment name."""
 
 CHECK = """\
 examples:
@@ -69,7 +74,8 @@ examples:
   framework check experiment=fashion_mnist_cnn
 Takes two steps and validates; saves after the first, resumes, and compares
 every weight; learns one batch by heart. Keeps nothing. Ends with status 0 when
-all of it went well."""
+all of it went well. Runs the plugins that conf/config.yaml and the experiment
+name."""
 
 FIND = """\
 examples:
@@ -77,7 +83,8 @@ examples:
   framework find lr experiment=fashion_mnist_cnn optimizer=sgd
   framework find batch_size experiment=fashion_mnist_cnn
 lr raises the learning rate with each of 100 steps, and shows where the loss
-falls; batch_size doubles it until memory is full or doubling is no gain."""
+falls; batch_size doubles it until memory is full or doubling is no gain. Both
+run the plugins that conf/config.yaml and the experiment name."""
 
 EVAL = """\
 examples:
@@ -95,12 +102,28 @@ LIST = """\
 examples:
   framework list               the kinds, with how many parts each has
   framework list optimizer     the parts of a kind
-  framework list --json        everything, for programs"""
+  framework list --json        everything, for programs
+Plugins that conf/config.yaml names are loaded if the folder is trusted (see
+`framework trust --help`), those given with --plugins always."""
 
 SHOW = """\
 examples:
   framework show optimizer/adamw
-  framework show gelu --json"""
+  framework show gelu --json
+Plugins are loaded as by `framework list`."""
+
+TRUSTING = """\
+examples:
+  framework trust               asks whether to trust this folder
+  framework trust --trust       without a question, for scripts
+  framework trust --list
+  framework trust --remove .
+`list`, `show` and TAB run the plugins that conf/config.yaml names only in a
+trusted folder, and import no other module from a folder that is not trusted.
+Trust is by path and per user: it lasts when the content changes, and ends
+when the folder belongs to another user. `train`, `plan`, `check` and `find`
+run these plugins in any folder; `resume`, `eval` and `predict` run installed
+plugins and those given with --plugins."""
 
 BOARD = """\
 examples:

@@ -11,7 +11,7 @@ import re
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from enum import Enum
@@ -21,7 +21,9 @@ from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from .discovery import discover, installed_plugins, located, plugin_files
+from .discovery import discover, installed_plugins, leave_out, located, plugin_files
+from .errors import RunError
+from .files import write_file
 from .paths import expanded
 from .registry import Entry, Registry
 from .schema import (
@@ -35,6 +37,7 @@ from .schema import (
     readable,
     strip,
 )
+from .trust import is_trusted
 
 TICK = 100_000_000  # nanoseconds: two changes of a file within a tick of its clock look the same
 
@@ -48,12 +51,16 @@ class Index:
         sections: other top-level keys -> their settings; of a plain value such as `seed`, none.
         experiments: names for `experiment=`.
         chosen: config key -> the part, or parts, that an experiment has when nothing else is said.
+        broken: messages about installed plugins that do not load.
+        not_trusted: plugins that config files name, and which are not loaded since the folder is not trusted.
     """
 
     kinds: dict[str, dict[str, Any]]
     sections: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     experiments: list[str] = field(default_factory=list)
     chosen: dict[str, Any] = field(default_factory=dict)
+    broken: list[str] = field(default_factory=list)
+    not_trusted: list[str] = field(default_factory=list)
 
     @property
     def keys(self) -> dict[str, str]:
@@ -73,18 +80,51 @@ class Index:
         return self.kinds[kind]["parts"].get(part, {"settings": []})["settings"]
 
 
-def find_index(plugins: Iterable[str] = (), folders: Iterable[Path] = ()) -> Index:
-    """Return the index of the installed plugins, the project's and those named; kept, if nothing has changed.
+def find_index(
+    plugins: Iterable[str] = (),
+    folders: Iterable[Path] = (),
+    without: Iterable[str] = (),
+    trusted: bool = False,
+) -> Index:
+    """Return the index of the installed plugins, those named, and the project's if its folder is trusted; kept, if
+    nothing has changed.
 
-    folders: more folders with config files, as --config-dir names them.
+    Args:
+        plugins: plugins that the user named.
+        folders: more folders with config files, as --config-dir names them.
+        without: installed plugins to leave out.
+        trusted: load the plugins that config files name, whether or not their folders were trusted before.
+
     Raises what discovery and the reading of config files raise.
     """
     plugins = [located(plugin) for plugin in plugins]
     folders = [folder.resolve() for folder in map(expanded, folders) if folder.is_dir()]
-    make = partial(build, plugins, folders)
+    believed = trusted_among(folders, trusted)
+    without = sorted(set(without))
+    make = partial(build, plugins, folders, believed, without)
     if any(Registry.every.values()):  # a program with parts of its own: it is asked itself, and nothing is kept
         return make()[0]
-    return kept_index(file_of(plugins, folders), make)
+    return kept_index(file_of(plugins, folders, believed, without), make)
+
+
+def project_folder() -> list[Path]:
+    """Return the folder of the project's config files, if the working folder has one."""
+    here = Path("conf").resolve()
+    return [here] if (here / "config.yaml").is_file() or (here / "experiment").is_dir() else []
+
+
+def trusted_among(folders: list[Path], everything: bool = False) -> list[Path]:
+    """Return the folders with config files that are trusted, and the working folder if that is.
+
+    The project's config files are trusted with the working folder, others with their folder or the one above it.
+    """
+    if not folders and not project_folder():
+        return []  # no file is read at each TAB without need
+    here = everything or is_trusted(Path.cwd())
+    found = [Path.cwd(), *project_folder()] if here else []
+    others = [folder for folder in folders if folder not in project_folder()]
+    found += [folder for folder in others if everything or is_trusted(folder) or is_trusted(folder.parent)]
+    return found
 
 
 def kept_index(file: Path, build: Callable[[], tuple[Index, dict[str, list[str]]]]) -> Index:
@@ -98,18 +138,24 @@ def kept_index(file: Path, build: Callable[[], tuple[Index, dict[str, list[str]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass  # none yet, damaged, or of another version
     index, of = build()
-    keep(file, begun, {"of": of, "stamps": stamps(**of), "index": asdict(index)})
+    if not index.broken:  # a plugin may load the next time, for reasons that no file shows
+        keep(file, begun, {"of": of, "stamps": stamps(**of), "index": asdict(index)})
     return index
 
 
-def file_of(plugins: list[str], folders: list[Path]) -> Path:
-    """Return the file for these plugins, the working folder's config and this interpreter."""
-    here = Path("conf").resolve()
-    project = [here] if (here / "config.yaml").is_file() or (here / "experiment").is_dir() else []
+def file_of(
+    plugins: list[str],
+    folders: list[Path],
+    trusted: Sequence[Path] = (),
+    without: Sequence[str] = (),
+) -> Path:
+    """Return the file for these plugins, the working folder's config, what is trusted, and this interpreter."""
+    project = project_folder()
     python = [sys.executable, sys.version, sys.flags.optimize, sys.path, __file__]
+    made_of = [plugins, folders, project, list(trusted), list(without), python]
     homes = map(os.path.expanduser, (os.environ.get("XDG_CACHE_HOME", ""), "~/.cache", os.devnull))
     home = next(path for path in homes if os.path.isabs(path))
-    return Path(home, "framework", f"{digest_of(repr([plugins, folders, project, python]))}.json")
+    return Path(home, "framework", f"{digest_of(repr(made_of))}.json")
 
 
 def digest_of(text: str) -> str:
@@ -121,14 +167,10 @@ def keep(file: Path, begun: int, content: dict[str, Any]) -> None:
     times = [time for stamp in content["stamps"].values() for time in (stamp or [])[:2]]
     if max(times, default=0) > begun - TICK:
         return
-    text, beside = json.dumps(content, default=str), file.with_suffix(f".{os.getpid()}")
-    try:
+    text = json.dumps(content, default=str)
+    with suppress(OSError, RunError):  # a home that cannot be written: slower, not wrong
         file.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(f"{digest_of(text)}\n{text}", encoding="utf-8")
-        os.replace(beside, file)
-    except OSError:  # a home that cannot be written: slower, not wrong
-        with suppress(OSError):
-            beside.unlink()
+        write_file(file.parent, file.name, f"{digest_of(text)}\n{text}")
 
 
 def stamps(modules: list[str], plugins: list[str], files: list[str], folders: list[str]) -> dict[str, Any]:
@@ -155,19 +197,43 @@ def installed() -> Iterator[str]:
             yield from (os.path.join(folder, name, "entry_points.txt") for name in names)
 
 
-def build(plugins: list[str], folders: list[Path]) -> tuple[Index, dict[str, list[str]]]:
-    """Load the plugins; returns the index of the registered parts, and what it depends on, for `stamps`."""
+def build(
+    plugins: list[str],
+    folders: list[Path],
+    trusted: Sequence[Path] = (),
+    without: Sequence[str] = (),
+) -> tuple[Index, dict[str, list[str]]]:
+    """Load the plugins; return the index of the registered parts, and what it depends on, for `stamps`.
+
+    Args:
+        plugins: plugins that the user named.
+        folders: more folders with config files.
+        trusted: the folders with config files whose plugins are loaded, too; and the working folder, if relative
+            paths in them may lead there.
+        without: installed plugins to leave out.
+    """
     from .compose import CommandLine, config_folders, project_plugins  # not at the top: a kept index does without Hydra
     from .sources import chosen_in, experiments_in
     from .spec import PLAIN, SECTIONS, section_settings
 
     found = config_folders(CommandLine(folders=folders))
-    plugins = [*project_plugins(found, ()), *plugins]
-    discover(plugins)
+    here = Path.cwd() if Path.cwd() in trusted else None
+    ours = [folder for folder in found if folder in trusted or folder not in [*project_folder(), *folders]]
+    listed = [plugin for plugin in project_plugins(ours, (), here) if here is not None or not is_in_reach(plugin)]
+    not_trusted = [] if ours == found else project_plugins(found, (), Path.cwd())
+    plugins = [*listed, *plugins]
+    broken = discover(plugins, without, tolerant=True)
     sections: dict[str, Mapping[str, Setting]] = {name: section_settings(name) for name in SECTIONS}
     index = read_index(sections | {name: {} for name in PLAIN}, experiments_in(found), chosen_in(found))
-    modules = [module for _, module in installed_plugins()]
+    index.broken = broken
+    index.not_trusted = [plugin for plugin in not_trusted if plugin not in listed]
+    modules = [plugin.module for plugin in leave_out(without, installed_plugins()) if plugin.module]
     return index, {"modules": modules, "plugins": plugins, "files": own_files(), "folders": [*map(str, found)]}
+
+
+def is_in_reach(plugin: str) -> bool:
+    """Whether a plugin would be loaded from the working folder: a relative path that leads to a file or folder."""
+    return not os.path.isabs(plugin) and os.path.exists(plugin)
 
 
 def own_files() -> list[str]:

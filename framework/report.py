@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -74,6 +75,8 @@ def named(run: Path) -> str:
     words = [pasted(run)]
     for plugin in plugins_of(run):
         words += ["--plugins", pasted(shorter(plugin))]
+    for name in plugins_of(run, "without_plugins"):
+        words += ["--without-plugin", shlex.quote(name)]
     return " ".join(words)
 
 

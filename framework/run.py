@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import re
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from weakref import ref
 
 from .discovery import package_version
 from .errors import RunError
+from .git import commit_and_diff
 from .locks import Held, are_off, is_gone, lock, this_process
 from .paths import expanded
 
@@ -100,14 +100,14 @@ def claim(parent: Path, name: str | None) -> Path:
     raise RunError(f"{parent} has too many runs named {wanted}")
 
 
-def plugins_of(run: Path) -> list[str]:
-    """Return the plugins that a run was trained with, as its provenance.json names them.
+def plugins_of(run: Path, key: str = "plugins") -> list[str]:
+    """Return the plugins that a run was trained with (or "without_plugins"), as its provenance.json names them.
 
     The file may come from a stranger: a name with control characters is left out.
     """
     try:
         found = json.loads((run / "provenance.json").read_text(encoding="utf-8"))
-        return [plugin for plugin in map(str, found["plugins"]) if plugin.isprintable()]
+        return [plugin for plugin in map(str, found[key]) if plugin.isprintable()]
     except (OSError, ValueError, KeyError, TypeError):
         return []
 
@@ -233,15 +233,5 @@ def machine() -> dict[str, Any]:
 @cache
 def code(folder: Path) -> dict[str, str | None]:
     """Return commit and diff of a folder as they were at first: it is that code which is loaded."""
-    return {"git_commit": git(folder, "rev-parse", "HEAD"), "git_diff": git(folder, "diff", "HEAD")}
-
-
-def git(folder: Path, *arguments: str) -> str | None:
-    """Return what git says in a folder, or None outside a repository or without git."""
-    try:
-        command = ["git", *arguments]
-        done = subprocess.run(command, cwd=folder, capture_output=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    text = done.stdout.decode("utf-8", errors="replace")  # a diff may hold a file of any encoding
-    return text.strip() if done.returncode == 0 else None
+    commit, diff = commit_and_diff(folder)
+    return {"git_commit": commit, "git_diff": diff}

@@ -20,6 +20,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 
 from .errors import ConfigError
+from .files import check_yaml
 from .paths import shorter
 from .registry import Registry
 from .spec import COMMAND_LINE, IMPORTS, TARGET
@@ -265,7 +266,9 @@ def line_with(file: Path, text: str) -> int:
 def read_yaml(file: Path) -> dict[str, Any]:
     """Return the content of a YAML file. Raises ConfigError with the line that cannot be read."""
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        text = file.read_text(encoding="utf-8")
+        content = yaml.safe_load(text) or {}
+        check_yaml(yaml.parse(text, Loader=yaml.SafeLoader), file)
     except (yaml.YAMLError, ValueError, OSError) as error:
         raise ConfigError([unreadable(file, error)]) from error
     if not isinstance(content, dict):

@@ -72,6 +72,7 @@ class Spec:
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
     seed: int = 0
     plugins: list[str] = field(default_factory=list)
+    without: list[str] = field(default_factory=list)  # installed plugins that are left out
     resume: str = "never"
     init_from: str | None = None
     fold: str | None = None

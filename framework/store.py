@@ -39,14 +39,15 @@ class LazyNode(ConfigNode):
         """Hydra puts a deep copy back; each reading is fresh anyway."""
 
 
-def fill_store(plugins: Iterable[str] = ()) -> None:
+def fill_store(plugins: Iterable[str] = (), without: Iterable[str] = ()) -> None:
     """Put every registered part, and the sections, into Hydra's ConfigStore.
 
-    A launcher that runs jobs in processes of their own sends the store there: as the `plugins` to fill it from.
+    A launcher that runs jobs in processes of their own sends the store there: as the `plugins` to fill it from, and
+    the installed ones to leave out.
     """
-    store, loaded = ConfigStore.instance(), tuple(plugins)
+    store, loaded = ConfigStore.instance(), (tuple(plugins), tuple(without))
     ConfigStore.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]  # see above
-    ConfigStore.__reduce__ = lambda self: (filled_store, (loaded,))  # type: ignore[method-assign, assignment]
+    ConfigStore.__reduce__ = lambda self: (filled_store, loaded)  # type: ignore[method-assign, assignment]
     add(store.repo, "sections", None, None, sections)
     add(store.repo, "framework", None, None, ours)
     register(lambda name, group, content: add(store.repo, name, group, None, content))
@@ -59,10 +60,10 @@ def fill_store(plugins: Iterable[str] = ()) -> None:
                 add(store.repo, name, group, key, partial(option, entry))
 
 
-def filled_store(plugins: Iterable[str]) -> ConfigStore:
+def filled_store(plugins: Iterable[str], without: Iterable[str] = ()) -> ConfigStore:
     """Load the plugins and return the store, in the process of a job."""
-    discover(plugins)
-    fill_store(plugins)
+    discover(plugins, without)
+    fill_store(plugins, without)
     return ConfigStore.instance()
 
 

@@ -15,7 +15,20 @@ from shipped import shipped
 
 ROOT = Path(framework.__file__).parent.parent
 FLOORS = {
-    "stdlib": ["errors", "exits", "files", "locks", "paths", "streams", "terminal", "schema", "registry", "kinds", "user_code"],
+    "stdlib": [
+        "errors",
+        "exits",
+        "files",
+        "git",
+        "locks",
+        "paths",
+        "streams",
+        "terminal",
+        "schema",
+        "registry",
+        "kinds",
+        "user_code",
+    ],
     "ground work": [
         "discovery",
         "gradients",
@@ -81,6 +94,7 @@ FLOORS = {
         "spec",
         "store",
         "index",
+        "trust",
     ],
     "doors": ["cli", "arguments", "help", "describe", "completion", "report", "board", "__main__", "__init__"],
 }

@@ -128,15 +128,16 @@ def bash(index, tmp_path_factory):
     program.chmod(0o755)
     (folder / "script").write_text(SCRIPTS["bash"])
 
-    def complete(line: str) -> list[str]:
+    def complete(line: str, path: str = "") -> list[str]:
         asked = 'source "$1/script"; COMP_LINE="$2"; COMP_POINT=${#2}; _framework_complete'
         command = [
             "bash",
             "-c",
-            f'PATH="$1:$PATH"; {asked}; printf "%s\\n" "${{COMPREPLY[@]}}"',
+            f'PATH="$3$1:$PATH"; {asked}; printf "%s\\n" "${{COMPREPLY[@]}}"',
             "bash",
             str(folder),
             line,
+            path,
         ]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
 
@@ -156,3 +157,14 @@ def bash(index, tmp_path_factory):
 )
 def test_bash(bash, line, replies):
     assert bash(line)[: len(replies)] == replies
+
+
+@pytest.mark.parametrize("path", ["", ".:", ":"])
+def test_tab_runs_no_program_of_the_working_folder(bash, tmp_path, monkeypatch, path):
+    program = tmp_path / "framework"
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/proof\n")
+    program.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    assert bash("./framework pl", path)[:1] == ([] if path else ["plan"])
+    assert bash("framework pl", path)[:1] == ([] if path else ["plan"])
+    assert not (tmp_path / "proof").exists()

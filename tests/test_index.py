@@ -74,6 +74,7 @@ class Project:
 
     def __init__(self, folder: Path):
         self.folder, self.file, self.plugins, self.built = folder, folder / "home/index.json", ["parts"], 0
+        self.trusted = [folder.resolve(), folder.resolve() / "conf"]
 
     def write(self, name: str, text: str) -> Path:
         """Write a file, and wait until its time is past doubt."""
@@ -93,7 +94,7 @@ class Project:
         forget(self.folder)
         importlib.invalidate_caches()
         self.built += 1
-        return build([str((self.folder / name).resolve()) for name in self.plugins], [])
+        return build([str((self.folder / name).resolve()) for name in self.plugins], [], self.trusted)
 
 
 def forget(folder):
@@ -162,13 +163,22 @@ def test_the_plugins_of_a_project_belong_to_it(project):
     assert project.describe() is None
 
 
+def test_the_plugins_of_a_folder_that_is_not_trusted_are_named_only(project):
+    project.plugins, project.trusted = [], []
+    project.write("conf/config.yaml", "defaults: [framework, _self_]\nplugins: [parts]\n")
+    assert project.describe() is None
+    assert kept_index(project.file, project.build).not_trusted == [str(project.folder.resolve() / "parts")]
+
+
 def test_each_project_set_of_plugins_and_interpreter_has_a_file_of_its_own(project, monkeypatch):
     files = [file_of([], []), file_of(["parts"], []), file_of([], [project.folder])]
     project.write("conf/config.yaml", "")
     files.append(file_of([], []))
+    files.append(file_of([], [], [project.folder / "conf"]))
+    files.append(file_of([], [], [], ["humps"]))
     monkeypatch.setattr(sys, "executable", "/another/python")
     files.append(file_of([], []))
-    assert len(set(files)) == 5
+    assert len(set(files)) == 7
 
 
 def test_a_package_that_is_installed_and_upgraded(project):

@@ -1,0 +1,406 @@
+"""Whose code runs: commands that only inform run the plugins of a folder if the user trusts it."""
+
+import json
+import os
+import pty
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from framework import cli, trust
+from framework.errors import FrameworkError, RunError
+from framework.index import file_of, trusted_among
+
+PLUGIN = """\
+from pathlib import Path
+import torch
+from framework import activations
+
+Path({proof!r}).joinpath({name!r}).touch()
+
+@activations.register({name!r})
+class Part(torch.nn.ReLU):
+    \"\"\"A part of the folder.\"\"\"
+"""
+AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to another user")
+INFORMING = ["list", "list activation", "show relu", "complete -- train activation=", "list --json"]
+
+
+@pytest.fixture(autouse=True)
+def _own_files(tmp_path_factory, monkeypatch, forget_plugins):
+    """The user's files of this test."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def proofs(tmp_path_factory):
+    """A folder in which a plugin leaves a file when it is run; calling this returns the names of those."""
+    folder = tmp_path_factory.mktemp("proofs")
+
+    def left() -> list[str]:
+        return sorted(os.listdir(folder))
+
+    left.folder = str(folder)
+    return left
+
+
+@pytest.fixture
+def folder(tmp_path, proofs):
+    """The folder of a project, with a plugin that its config names."""
+    return write_project(tmp_path, proofs)
+
+
+def write_project(folder, proofs):
+    write_plugin(folder / "parts/evil.py", proofs)
+    (folder / "conf/experiment").mkdir(parents=True)
+    (folder / "conf/config.yaml").write_text("defaults: [framework, _self_]\nplugins: [parts]\n")
+    (folder / "conf/experiment/wide.yaml").write_text("plugins: [wide.py]\n")
+    return folder
+
+
+def write_plugin(file, proofs):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(PLUGIN.format(proof=proofs.folder, name=file.stem))
+
+
+# what runs
+
+
+@pytest.mark.parametrize("line", INFORMING)
+def test_a_folder_that_is_not_trusted_runs_nothing(folder, command, proofs, line):
+    status, out, err = command(line)
+    assert (status, proofs()) == (0, [])
+    assert "evil" not in out
+    assert out.strip()
+    noted = "plugins of conf/config.yaml are not loaded: parts: this folder is not trusted. `framework trust`"
+    assert (noted in err) == (not line.startswith("complete"))
+
+
+@pytest.mark.parametrize("line", [*INFORMING, "show evil"])
+def test_a_trusted_folder_does(folder, command, proofs, line):
+    trust.trust(folder)
+    status, _, err = command(line)
+    assert (status, proofs(), err) == (0, ["evil"], "")
+
+
+def test_trust_for_one_command(folder, command, proofs):
+    status, out, err = command("list activation --trust")
+    assert (status, proofs(), err) == (0, ["evil"], "")
+    assert "evil" in out
+    assert not trust.is_trusted(folder)
+
+
+def test_a_plugin_that_the_user_names_is_loaded(folder, command, proofs):
+    write_plugin(folder / "mine.py", proofs)
+    assert "mine" in command("list activation --plugins mine.py")[1]
+    assert proofs() == ["mine"]
+
+
+def test_experiments_are_completed_without_trust(folder, command):
+    assert "experiment=wide" in command("complete -- train experiment=")[1].split()
+
+
+@pytest.mark.parametrize("plugin", ["evil", "./parts/evil.py", "{folder}/parts/evil.py", "conf/../parts"])
+def test_however_a_plugin_is_named(folder, command, proofs, plugin, monkeypatch):
+    monkeypatch.syspath_prepend(folder / "parts")
+    (folder / "conf/config.yaml").write_text(f"plugins: ['{plugin.format(folder=folder)}']\n")
+    command("list")
+    assert proofs() == []
+    trust.trust(folder)
+    command("list")
+    assert proofs() == ["evil"]
+    sys.modules.pop("evil", None)
+
+
+def test_a_folder_reached_by_a_link_is_the_same_folder(folder, command, proofs, tmp_path_factory, monkeypatch):
+    link = tmp_path_factory.mktemp("links") / "link"
+    link.symlink_to(folder)
+    monkeypatch.chdir(link)
+    command("list")
+    assert proofs() == []
+    command("trust . --trust")
+    assert trust.is_trusted(folder)
+    command("list")
+    assert proofs() == ["evil"]
+
+
+def test_a_folder_below_a_trusted_one_is_not_trusted(folder, command, proofs, monkeypatch):
+    below = write_project(folder / "below", proofs)
+    trust.trust(folder)
+    monkeypatch.chdir(below)
+    command("list")
+    assert proofs() == []
+
+
+def test_plugins_of_another_folder_with_config_files(tmp_path, command, proofs, tmp_path_factory):
+    """--config-dir names a trusted project; a relative path in its config does not lead to the working folder."""
+    other = write_project(tmp_path_factory.mktemp("other"), proofs)
+    line = f"complete -- train --config-dir {other}/conf activation=e"
+    assert command(line)[1].split() == ["activation=elu"]
+    trust.trust(other)
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts/cwd.py").write_text(PLUGIN.format(proof=proofs.folder, name="cwd"))
+    assert "activation=evil" in command(line)[1].split()
+    assert proofs() == ["evil"]
+    Path(other, "parts/evil.py").unlink()
+    Path(other, "parts").rmdir()
+    command(line)
+    assert proofs() == ["evil"], "nor when the other folder has no such plugin"
+
+
+def test_config_files_that_are_a_link_into_a_trusted_folder(tmp_path, command, proofs, tmp_path_factory):
+    other = write_project(tmp_path_factory.mktemp("other"), proofs)
+    trust.trust(other)
+    (tmp_path / "conf").symlink_to(other / "conf")
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts/cwd.py").write_text(PLUGIN.format(proof=proofs.folder, name="cwd"))
+    command("list")
+    assert proofs() == []
+
+
+@pytest.mark.parametrize(
+    "line", ["--help", "--version", "plan --help", "find --help", "completion bash", "trust --list"]
+)
+def test_other_commands_run_nothing(folder, command, proofs, line):
+    assert command(line)[0] == 0
+    assert proofs() == []
+
+
+def test_an_alias_bomb_is_refused_at_once(folder, command):
+    levels = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}' if n else 'x'] * 10)}]" for n in range(10)]
+    (folder / "conf/config.yaml").write_text("\n".join([*levels, "defaults: [{optimizer: *a9}]"]))
+    status, _, err = command("list")
+    assert status == 2
+    assert "config.yaml is too large or too deep" in err
+
+
+SHADOWS = ["torch", "yaml", "numpy", "hydra", "framework_plugins", "framework_conf", "rich", "evil"]
+PROGRAM = """
+import contextlib, io, os, sys
+from framework.cli import main
+for line in sys.argv[1:]:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out), contextlib.suppress(SystemExit):
+        main(line.split())
+    assert len(out.getvalue().splitlines()) > 0, line
+"""
+
+
+def test_nothing_is_imported_from_the_working_folder(tmp_path, proofs):
+    """Modules that shadow others, an installed plugin, and one of Hydra's: of a process that has imported none."""
+    for name in SHADOWS:
+        (tmp_path / f"{name}.py").write_text(f"open({proofs.folder!r} + '/{name}', 'w')\n")
+    (tmp_path / "evil-1.0.dist-info").mkdir()
+    (tmp_path / "evil-1.0.dist-info/METADATA").write_text("Name: evil\nVersion: 1.0\n")
+    (tmp_path / "evil-1.0.dist-info/entry_points.txt").write_text("[framework.plugins]\nevil = evil\n")
+    (tmp_path / "hydra_plugins").mkdir()
+    (tmp_path / "hydra_plugins/evil.py").write_text(f"open({proofs.folder!r} + '/hydra_plugins', 'w')\n")
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path)
+    environment = os.environ | {"PYTHONPATH": f"{link}::.:{tmp_path}", "OMP_NUM_THREADS": "1"}
+    lines = ["--help", "list", "show relu", "complete -- train activation=", "board --help"]
+    subprocess.run([sys.executable, "-c", PROGRAM, *lines], cwd=tmp_path, env=environment, check=True)
+    assert proofs() == []
+    subprocess.run([sys.executable, "-c", "import torch, evil"], cwd=tmp_path, env=environment, check=True)
+    assert proofs() == ["evil", "torch"], "they would be imported"
+
+
+def test_help_is_printed_in_a_deleted_folder(tmp_path, command, monkeypatch):
+    (tmp_path / "deleted").mkdir()
+    monkeypatch.chdir(tmp_path / "deleted")
+    (tmp_path / "deleted").rmdir()
+    assert command("--help")[0] == 0
+
+
+def test_entries_of_the_import_path_in_a_folder(tmp_path, monkeypatch):
+    inside = tmp_path / "lib"
+    inside.mkdir()
+    monkeypatch.chdir(tmp_path)
+    installed = str(tmp_path / "venv/lib/site-packages")
+    Path(installed).mkdir(parents=True)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "venv"))
+    monkeypatch.setattr(sys, "path", ["", str(inside), "lib", str(tmp_path.parent), installed, "/usr", trust.FRAMEWORK])
+    assert trust.entries_in(tmp_path) == ["", str(inside), "lib"]
+    monkeypatch.setattr(trust, "paths_of_installed", lambda: [str(inside)])
+    assert trust.entries_in(tmp_path) == [""], "a package that is installed in editable mode"
+    with trust.importing_from_elsewhere(tmp_path) as left_out:
+        assert left_out == [""]
+        assert "" not in sys.path
+    assert sys.path[0] == ""
+    (tmp_path / "mine.py").touch()
+    with trust.importing_from_elsewhere(tmp_path, ["mine.inner"]) as left_out:
+        assert left_out == [], "a module that the user has named"
+
+
+# the kept index
+
+
+def test_the_kept_index_of_a_trusted_folder_is_another_one(folder, monkeypatch):
+    def file():
+        return file_of([], [], trusted_among([]))
+
+    monkeypatch.chdir(folder)
+    before = file()
+    trust.trust(folder)
+    trusted = file()
+    trust.remove(folder)
+    assert before == file() != trusted
+
+
+# the verb
+
+
+def test_the_verb_stores_lists_and_removes(folder, command):
+    assert command("trust --list") == (0, "", "")
+    status, out, err = command("trust --trust")
+    assert (status, err) == (0, "")
+    assert "conf/config.yaml names the plugin parts (folder with 1 .py file)" in out
+    assert "conf/experiment/wide.yaml names the plugin wide.py" in out
+    assert command("trust --list")[1] == f"{folder}\n"
+    assert command(f"trust --remove {folder}")[0] == 0
+    assert command("trust --list")[1] == ""
+    status, _, err = command(f"trust --remove {folder}")
+    assert status == 2
+    assert "is not trusted" in err
+
+
+def test_without_a_terminal_there_is_no_question(folder, command, monkeypatch):
+    status, _, err = command("trust")
+    assert (status, err) == (2, "framework: trust: there is no terminal to ask on; --trust answers yes\n")
+    assert not trust.is_trusted(folder)
+
+
+@pytest.mark.parametrize(
+    ("answer", "trusted"), [("y\n", True), ("Yes\n", True), ("\n", False), ("n\n", False), ("", False)]
+)
+def test_the_question(folder, command, monkeypatch, answer, trusted):
+    ours, theirs = pty.openpty()
+    os.write(ours, answer.encode() or b"\x04")
+    with os.fdopen(theirs) as terminal:
+        monkeypatch.setattr(sys, "stdin", terminal)
+        status, out, _ = command("trust")
+    os.close(ours)
+    assert status == int(not trusted)
+    assert f"Trust {folder}? `list`, `show` and TAB will run its plugins. [y/N] " in out
+    assert trust.is_trusted(folder) == trusted
+
+
+@pytest.mark.parametrize("line", ["trust nowhere", "trust . --list", "trust --list --trust", "trust --remove . --list"])
+def test_a_wrong_command_line(folder, command, line):
+    status, _, err = command(line)
+    assert status == 2
+    assert len(err.splitlines()) == 1
+
+
+def test_the_question_warns_of_other_users(folder, monkeypatch):
+    assert not any("warning" in line for line in trust.description(folder))
+    folder.chmod(0o777)
+    assert "every user of this machine can write" in trust.description(folder)[-1]
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    assert any("belongs to another user" in line for line in trust.description(folder))
+
+
+def test_names_in_the_question_have_no_control_characters(folder):
+    (folder / "conf/config.yaml").write_text('plugins: ["a\\e[2Jb"]\n')
+    assert all(line.isprintable() for line in trust.description(folder))
+
+
+@pytest.mark.parametrize("content", ["plugins: one", "plugins: [1, {}]", "[", "\0", "- a", ""])
+def test_config_files_of_any_shape_can_be_described(folder, content):
+    (folder / "conf/config.yaml").write_text(content)
+    os.mkfifo(folder / "conf/experiment/fifo.yaml")
+    assert len(trust.description(folder)) == 1, "the experiment's plugin"
+
+
+# the file
+
+
+def test_the_file_follows_the_umask_and_is_replaced_whole(folder):
+    before = os.umask(0o027)
+    try:
+        trust.trust(folder)
+    finally:
+        os.umask(before)
+    file = trust.trust_file()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o640
+    assert os.listdir(file.parent) == ["trusted.json"]
+    assert json.loads(file.read_text())["folders"] == {str(folder): os.geteuid()}
+
+
+def world_writable(file):
+    file.chmod(0o666)
+
+
+def damaged(file):
+    file.write_text(file.read_text()[:-4])
+
+
+def other_content(file):
+    file.write_text("[]")
+
+
+def link(file):
+    file.rename(file.with_name("other"))
+    file.symlink_to("other")
+
+
+def fifo(file):
+    file.unlink()
+    os.mkfifo(file)
+
+
+def large(file):
+    os.truncate(file, 2**30)
+
+
+@pytest.mark.parametrize("harm", [world_writable, damaged, other_content, link, fifo, large])
+def test_a_damaged_or_foreign_file_trusts_nothing(folder, command, proofs, harm):
+    trust.trust(folder)
+    harm(trust.trust_file())
+    assert not trust.is_trusted(folder)
+    status, _, err = command("list")
+    assert (status, proofs()) == (0, [])
+    assert len(err.splitlines()) == 1
+    assert "no folder is trusted" in err
+    assert command("trust --list")[0] == 2
+
+
+@AS_ROOT
+def test_a_file_of_another_user_trusts_nothing(folder, monkeypatch):
+    trust.trust(folder)
+    os.chown(trust.trust_file(), 12345, -1)
+    assert not trust.is_trusted(folder)
+    with pytest.raises(RunError, match="may have been written by another user"):
+        trust.read_trusted()
+
+
+@AS_ROOT
+def test_trust_ends_with_the_owner_of_the_folder(folder):
+    trust.trust(folder)
+    assert trust.is_trusted(folder)
+    os.chown(folder, 12345, -1)
+    assert not trust.is_trusted(folder)
+
+
+def test_without_a_home_nothing_is_kept(folder, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", "relative")
+    monkeypatch.setenv("HOME", "relative")
+    assert not trust.is_trusted(folder)
+    with pytest.raises(FrameworkError, match="cannot be kept"):
+        trust.trust(folder)
+
+
+def test_a_path_that_is_no_utf8(folder, command):
+    odd = folder / os.fsdecode(b"caf\xe9")
+    odd.mkdir()
+    trust.trust(odd)
+    assert trust.is_trusted(odd)
+    assert command("trust --list")[0] == 0
+
+
+def test_the_verbs_that_run_parts_are_known():
+    assert set(cli.RUNNING) < set(cli.VERBS)
