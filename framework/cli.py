@@ -16,6 +16,7 @@ from .errors import FrameworkError, did_you_mean
 from .exits import no_exit
 from .help import BOARD, CHECK, EVAL, FIND, HELP, LIST, PLAN, PREDICT, RESUME, SHOW, TRAIN
 from .paths import expanded
+from .signals import ending
 from .streams import prepare_streams, silence_broken_streams
 from .user_code import describe, internal_place, user_place
 
@@ -27,12 +28,25 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     prepare_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     arguments.sort(key=lambda argument: argument == TRACEBACK)  # it may stand anywhere, also before the verb
+    with ending() as interrupt:
+        status = status_of(arguments)
+    if interrupt.received is not None and status == 0:  # after the last of the work, or its exception was lost
+        status = 128 + interrupt.received
+    sys.exit(status)
+
+
+def status_of(arguments: list[str]) -> int:
+    """Run a verb; print the error that ends it. Returns the exit status."""
     try:
         with no_exit():
             status = run(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
+    except SystemExit as error:
+        if not isinstance(error.code, int | None):
+            raise
+        status = error.code or 0
     except BrokenPipeError as error:
         if user_place(error) is None:  # nobody reads the output any more
             silence_broken_streams()
@@ -41,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             status = complain(error, TRACEBACK in arguments)
     except Exception as error:
         status = complain(error, TRACEBACK in arguments)
-    sys.exit(status)
+    return status
 
 
 def complain(error: Exception, with_traceback: bool) -> int:
