@@ -16,7 +16,7 @@ from .errors import FrameworkError, did_you_mean
 from .exits import no_exit
 from .help import BOARD, CHECK, EVAL, FIND, HELP, LIST, PLAN, PREDICT, RESUME, SHOW, TRAIN
 from .paths import expanded
-from .signals import ending
+from .signals import interruptible
 from .streams import prepare_streams, silence_broken_streams
 from .user_code import describe, internal_place, user_place
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     prepare_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     arguments.sort(key=lambda argument: argument == TRACEBACK)  # it may stand anywhere, also before the verb
-    with ending() as interrupt:
+    with interruptible() as interrupt:
         status = status_of(arguments)
     if interrupt.received is not None and status == 0:  # after the last of the work, or its exception was lost
         status = 128 + interrupt.received

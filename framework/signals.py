@@ -59,6 +59,40 @@ class Interrupt:
         raise ending_exception(number)
 
 
+class Forward(Interrupt):
+    """A signal handler that passes signals on to worker processes, each of them once to each process.
+
+    Args:
+        pids: returns the ids of the processes that are there; a later one gets the last signal by `tell`.
+    """
+
+    def __init__(self, pids: Callable[[], Iterable[int]]):
+        super().__init__()
+        self.pids = pids
+        self.last: int | None = None
+        self.told: set[int] = set()
+
+    def __call__(self, number: int, frame: Any) -> None:
+        if self.received is None:
+            self.received = number
+        elif number == signal.SIGHUP:
+            return
+        self.last = number
+        self.told.clear()
+        self.tell()
+
+    def tell(self) -> None:
+        """Send the last signal to processes that have not got it."""
+        if self.last is None:
+            return
+        for pid in self.pids():
+            if pid in self.told:
+                continue
+            self.told.add(pid)
+            with suppress(ProcessLookupError):
+                os.kill(pid, self.last)
+
+
 def ending_exception(number: int) -> BaseException:
     """Return the exception that ends a command because of a signal."""
     return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
@@ -92,8 +126,8 @@ def guard_start() -> None:
 
 
 @contextmanager
-def ending() -> Iterator[Interrupt]:
-    """Let signals end the command; gives the handler, which is that of an outer `ending` if there is one."""
+def interruptible() -> Iterator[Interrupt]:
+    """Let signals end the command; gives the handler, which is that of an outer `interruptible` if there is one."""
     current = signal.getsignal(signal.SIGTERM)
     if isinstance(current, Interrupt):
         outer = current.at_once
@@ -128,6 +162,18 @@ def handled(numbers: Iterable[signal.Signals], handler: Handler) -> Iterator[dic
     finally:
         for number, earlier in before.items():
             signal.signal(number, earlier)
+
+
+@contextmanager
+def forwarding(pids: Callable[[], Iterable[int]]) -> Iterator[Forward]:
+    """Pass signals that end a command on to worker processes."""
+    forward = Forward(pids)
+    with handled(ending_signals(), forward) as before:
+        try:
+            yield forward
+        finally:
+            if forward.received is not None:
+                remember(before, forward.received)
 
 
 def remember(before: dict[signal.Signals, Any], number: int) -> None:
@@ -166,6 +212,29 @@ def stopping(trainers: Sequence["Trainer"]) -> Iterator[list[int]]:
                 remember(before, number)
     for late in [each for each in HANDED_ON if each in got]:
         before[late](late, None)
+
+
+@contextmanager
+def blocked() -> Iterator[None]:
+    """Block the signals that end a command, also in processes that are started meanwhile, until they `serve`."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def serve(parent: int) -> None:
+    """Let this process work for its parent: end with it, and keep a signal until the trial under way has seen it.
+
+    It gets signals from its parent alone: those of a terminal would come a second time.
+    """
+    os.setpgrp()
+    end_with_parent(parent)
+    interrupt = Interrupt(defers=True)
+    for number in ending_signals():
+        signal.signal(number, interrupt)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
 
 
 def end_with_parent(parent: int) -> None:
