@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -217,7 +218,7 @@ def stopping(trainers: Sequence["Trainer"]) -> Iterator[list[int]]:
 @contextmanager
 def blocked() -> Iterator[None]:
     """Block the signals that end a command, also in processes that are started meanwhile, until they `serve`."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ending_signals())
     try:
         yield
     finally:
@@ -235,6 +236,16 @@ def serve(parent: int) -> None:
     for number in ending_signals():
         signal.signal(number, interrupt)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+
+
+@dataclass(frozen=True)
+class Serve:
+    """Calls `serve`; the initializer of a worker process of joblib, which compares it with that of present workers."""
+
+    parent: int
+
+    def __call__(self) -> None:
+        serve(self.parent)
 
 
 def end_with_parent(parent: int) -> None:
