@@ -27,15 +27,21 @@ LEFT = 10.0  # seconds in which the processes that it started must end
 NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL, signal.SIGSTOP]
 FROM_SCRATCH = 5  # one of so many lives is a new program, which imports everything; the others are forked
 
-COMMON = ["data=blobs", "model.width=8", "model.depth=1", "model.dropout=0.3", "trainer.max_steps=90", "resume=auto"]
+COMMON = ["data=blobs", "model.width=8", "model.depth=1", "trainer.max_steps=90", "resume=auto"]
 COMMON += ["trainer.max_epochs=null", "trainer.log_every=7steps", "trainer.validate_every=20steps"]
 COMMON += ["callbacks=[witness,checkpoint]", "callbacks.checkpoint.every=5steps", "loggers=[json_lines]"]
 COMMON += ["callbacks.checkpoint.background=false"]
+DROPOUT = "model.dropout=0.3"  # not of trials that train as one: a kill regroups them, and they share their draws
 LAUNCHERS = {
-    "basic": ["optimizer.lr=1e-3,1e-2", "seed=0,1"],
+    "basic": [DROPOUT, "optimizer.lr=1e-3,1e-2", "seed=0,1"],
     "vectorized": ["seed=range(6)", "hydra/launcher=vectorized", "hydra.launcher.processes=2"],
-    "search": ["optimizer.lr=tag(log, interval(1e-3, 1e-1))", "hydra/sweeper=optuna", "hydra.sweeper.trials=4"],
-    "joblib": ["optimizer.lr=1e-3,1e-2", "seed=0,1", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
+    "search": [
+        DROPOUT,
+        "optimizer.lr=tag(log, interval(1e-3, 1e-1))",
+        "hydra/sweeper=optuna",
+        "hydra.sweeper.trials=4",
+    ],
+    "joblib": [DROPOUT, "optimizer.lr=1e-3,1e-2", "seed=0,1", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
 }
 
 
@@ -222,8 +228,10 @@ def disturb(launcher: str, signals: int, chance: random.Random, control: bool) -
             tally.wrong.append("the last life hangs")
             os.kill(pid, signal.SIGKILL)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        found = [f"the last life ended with {status}"] if status else differences(
-            whole, result(folder / f"{launcher}-{tally.sweeps}")
+        found = (
+            [f"the last life ended with {status}"]
+            if status
+            else differences(whole, result(folder / f"{launcher}-{tally.sweeps}"))
         )
         wrong = list(found)
         tally.sweeps += 1
@@ -233,7 +241,7 @@ def disturb(launcher: str, signals: int, chance: random.Random, control: bool) -
 
 
 def signalled(signals: int, seed: int, control: bool, launchers: list[str] | None = None) -> int:
-    """Run the campaign and return its exit status. control: a resumed run forgets its random state."""
+    """Run the campaign and return its exit status. control: a resumed run forgets its random state and the optimizer's."""
     root, here, began = Path(tempfile.mkdtemp(prefix="campaign-")), Path.cwd(), time.monotonic()
     chosen = launchers or list(LAUNCHERS)
     tallies: list[Tally] = []

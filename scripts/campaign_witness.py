@@ -11,7 +11,7 @@ from framework import checkpoint
 from framework.trainer import Trainer
 
 STATES = "campaign.states"  # the file, a byte for each trial
-FORGET = "CAMPAIGN_FORGET"  # the environment variable that makes a resumed run lose its random state
+FORGET = "CAMPAIGN_FORGET"  # the environment variable that makes a resumed run lose its random state and that of the optimizer
 BEGUN, STEPS, SAVING = 1, 2, 3
 SIZE = 64
 
@@ -59,15 +59,18 @@ def note_saves() -> None:
     vars(checkpoint).update(write=noted_write, publish=noted_publish)
 
 
-def forget_random_state() -> None:
+def forget_state() -> None:
+    """Let a resumed run lose its random state and what the optimizer keeps."""
     restore = Trainer.load_state_dict
 
-    def without_random_state(self: Trainer, saved: dict[str, Any]) -> None:
-        restore(self, saved | {"random": self.state_dict()["random"]})
+    def without_state(self: Trainer, saved: dict[str, Any]) -> None:
+        fresh = self.state_dict()
+        optimizer = saved["optimizer"] | {"state": fresh["optimizer"]["state"]}
+        restore(self, saved | {"random": fresh["random"], "optimizer": optimizer})
 
-    setattr(Trainer, "load_state_dict", without_random_state)  # noqa: B010 (a method is not assigned to)
+    setattr(Trainer, "load_state_dict", without_state)  # noqa: B010 (a method is not assigned to)
 
 
 note_saves()
 if os.environ.get(FORGET):
-    forget_random_state()
+    forget_state()

@@ -443,7 +443,17 @@ class Stop(Callback):
             trainer.state.stop = "SIGTERM"
 
 
-STATEFUL = ["ema", "swa", "early_stop", "clip_gradients", "gradient_norm", "non_finite", "freeze", "accumulation", "sam"]
+STATEFUL = [
+    "ema",
+    "swa",
+    "early_stop",
+    "clip_gradients",
+    "gradient_norm",
+    "non_finite",
+    "freeze",
+    "accumulation",
+    "sam",
+]
 RESUMED = {name: {"callbacks": [name]} for name in STATEFUL} | {
     "plain": {},
     "momentum": {"optimizer": OPTIMIZERS[1]},
