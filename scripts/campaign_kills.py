@@ -190,7 +190,8 @@ class Outcome:
     def __str__(self) -> str:
         verdict = "; ".join(dict.fromkeys(self.wrong)) or "equal"
         age = f", {self.seconds_lost:.2f} s" if self.background else ""
-        counts = f"{self.kills:3} kills ({self.in_saves:2} in saves), {self.resumed:2} resumes  lost {self.most_lost:2} steps{age}"
+        counts = f"{self.kills:3} kills ({self.in_saves:2} in saves), {self.resumed:2} resumes"
+        counts += f"  lost {self.most_lost:2} steps{age}"
         return f"{self.name:<34} {counts}  {verdict}"
 
 

@@ -241,7 +241,7 @@ def disturb(launcher: str, signals: int, chance: random.Random, control: bool) -
 
 
 def signalled(signals: int, seed: int, control: bool, launchers: list[str] | None = None) -> int:
-    """Run the campaign and return its exit status. control: a resumed run forgets its random state and the optimizer's."""
+    """Run the campaign and return its exit status. control: a resume forgets its random state and the optimizer's."""
     root, here, began = Path(tempfile.mkdtemp(prefix="campaign-")), Path.cwd(), time.monotonic()
     chosen = launchers or list(LAUNCHERS)
     tallies: list[Tally] = []

@@ -11,7 +11,7 @@ from framework import checkpoint
 from framework.trainer import Trainer
 
 STATES = "campaign.states"  # the file, a byte for each trial
-FORGET = "CAMPAIGN_FORGET"  # the environment variable that makes a resumed run lose its random state and that of the optimizer
+FORGET = "CAMPAIGN_FORGET"  # the environment variable with which a resumed run loses a part of its state
 BEGUN, STEPS, SAVING = 1, 2, 3
 SIZE = 64
 

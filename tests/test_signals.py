@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -92,10 +93,8 @@ def test_a_second_hangup_does_not_end_the_save():
 def test_a_signal_whose_exception_is_lost_stops_the_next_run():
     run = Run()
     with interruptible() as interrupt:
-        try:
+        with suppress(SystemExit):
             send(signal.SIGTERM)
-        except SystemExit:
-            pass
         assert received() == signal.SIGTERM
         with stopping([run]) as got:
             assert run.state.stop == "SIGTERM"
