@@ -15,7 +15,7 @@ from shipped import shipped
 
 ROOT = Path(framework.__file__).parent.parent
 FLOORS = {
-    "stdlib": ["errors", "exits", "files", "paths", "streams", "schema", "registry", "kinds", "user_code"],
+    "stdlib": ["signals", "errors", "exits", "files", "paths", "streams", "schema", "registry", "kinds", "user_code"],
     "ground work": [
         "discovery",
         "gradients",
@@ -54,7 +54,6 @@ FLOORS = {
         "cuda_graph",
         "compiled",
         "whole",
-        "signals",
         "trainer_state",
         "snapshot",
         "checkpoint",

@@ -21,6 +21,8 @@ POLL_SECONDS = 0.05  # between two looks for a signal
 class Joblib(JoblibLauncher):
     """What `hydra/launcher=joblib` stands for."""
 
+    joblib: dict[str, Any]
+
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run jobs in workers; after a signal those that have not begun return at once, as stopped."""
         if effective_n_jobs(self.joblib.get("n_jobs", 1)) == 1:  # in this process

@@ -55,10 +55,10 @@ def shared_out(works: Sequence[Work], shown: Shown) -> list[Any]:
             if forward.received is not None:
                 break
             mine, its = fork.Pipe(duplex=False)
-            process = fork.Process(target=do, args=(work, its, os.getpid()))
+            worker = fork.Process(target=do, args=(work, its, os.getpid()))
             with blocked(), warnings.catch_warnings(action="ignore", category=DeprecationWarning):
-                process.start()  # the warning is of threads; torch's are not used
-            processes.append(process)
+                worker.start()  # the warning is of threads; torch's are not used
+            processes.append(worker)
             forward.tell()
             its.close()
             numbers[mine] = number
