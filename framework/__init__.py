@@ -3,9 +3,13 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from .discovery import discover as discover
-from .errors import FrameworkError as FrameworkError
-from .kinds import (
+from .signals import guard_start
+
+guard_start()  # before the other imports, which take a while
+
+from .discovery import discover as discover  # noqa: E402
+from .errors import FrameworkError as FrameworkError  # noqa: E402
+from .kinds import (  # noqa: E402
     Activation as Activation,
     Block as Block,
     Dropout as Dropout,
@@ -31,7 +35,7 @@ from .kinds import (
     tasks as tasks,
     transforms as transforms,
 )
-from .schema import (
+from .schema import (  # noqa: E402
     Fraction as Fraction,
     NonNegativeFloat as NonNegativeFloat,
     NonNegativeInt as NonNegativeInt,

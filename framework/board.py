@@ -6,13 +6,14 @@ import threading
 from pathlib import Path
 
 from .errors import FrameworkError, RunError
+from .signals import ending_signals
 from .terminal import print_line
 
 MOST_TICKED = 40  # runs; of more, TensorBoard's charts are empty at first
 
 
 def serve(root: Path, port: int) -> int:
-    """Start TensorBoard, print its address, and wait for SIGINT or SIGTERM; returns the exit status 0.
+    """Start TensorBoard, print its address, and wait for SIGINT, SIGTERM or SIGHUP; returns the exit status 0.
 
     Raises RunError when the folder is missing, FrameworkError when the port is taken.
     """
@@ -34,7 +35,7 @@ def serve(root: Path, port: int) -> int:
         why = f"of more than {MOST_TICKED} TensorBoard shows none by itself"
         print_line(f"tick some of the {runs} runs to see curves: {why}", flush=True)
     done = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in ending_signals():
         signal.signal(number, lambda *_: done.set())
     done.wait()
     return 0

@@ -30,6 +30,7 @@ from .errors import ConfigError, FrameworkError, did_you_mean
 from .exits import no_exit
 from .help import BOARD, CHECK, EVAL, FIND, HELP, LIST, PLAN, PREDICT, RESUME, SHOW, TRAIN, TRUSTING
 from .paths import expanded, shorter
+from .signals import interruptible
 from .streams import prepare_streams, silence_broken_streams
 from .terminal import (
     completed,
@@ -54,12 +55,25 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     prepare_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     arguments.sort(key=lambda argument: argument == TRACEBACK)  # it may stand anywhere, also before the verb
+    with interruptible() as interrupt:
+        status = status_of(arguments)
+    if interrupt.received is not None and status == 0:  # after the last of the work, or its exception was lost
+        status = 128 + interrupt.received
+    sys.exit(status)
+
+
+def status_of(arguments: list[str]) -> int:
+    """Run a verb; print the error that ends it. Returns the exit status."""
     try:
         with no_exit(), printable_warnings(), importing_safely(arguments):
             status = run(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
+    except SystemExit as error:
+        if not isinstance(error.code, int | None):
+            raise
+        status = error.code or 0
     except BrokenPipeError as error:
         if user_place(error) is None:  # nobody reads the output any more
             silence_broken_streams()
@@ -68,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             status = complain(error, TRACEBACK in arguments)
     except Exception as error:
         status = complain(error, TRACEBACK in arguments)
-    sys.exit(status)
+    return status
 
 
 @contextmanager

@@ -250,6 +250,8 @@ class Prepared:
             measured = finish(trainer, self.built) or state.step
             if self.built.data.test is not None:
                 result.weights["test"] = which_weights(measured, state.step)
+        else:
+            self.built.status.on_fit_end(trainer)  # again, for a signal that came after the fit
         result.signal = stopped[0] if stopped else None
         result.metrics = dict(state.metrics)
         result.seconds = time.monotonic() - self.started

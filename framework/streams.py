@@ -1,5 +1,7 @@
 """The standard streams of a command, whatever the terminal can encode, and when they are closed."""
 
+import errno
+import io
 import os
 import sys
 from contextlib import suppress
@@ -21,8 +23,38 @@ def prepare_streams() -> None:
         sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 (never closed)
     if sys.stderr is None:
         sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stdout = outlasting(sys.stdout)
+    sys.stderr = outlasting(sys.stderr)
     set_errors(sys.stdout, "replace")
     set_errors(sys.stderr, "backslashreplace")
+
+
+class Terminal(io.FileIO):
+    """A terminal, to which writing is possible after it is closed: then the output is discarded."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self.fileno())
+        os.close(null)
+        return len(data)
+
+
+def outlasting(stream: Any) -> Any:
+    """Return a stream of the standard streams which a terminal that is closed does no harm to."""
+    buffer = getattr(stream, "buffer", None)
+    raw = getattr(buffer, "raw", buffer)  # the same where PYTHONUNBUFFERED is set
+    if type(raw) is not io.FileIO or not raw.isatty():
+        return stream
+    stream.flush()
+    terminal: Any = Terminal(raw.fileno(), "w", closefd=False)
+    if raw is not buffer:
+        terminal = io.BufferedWriter(terminal)
+    return io.TextIOWrapper(terminal, stream.encoding, stream.errors, line_buffering=True, write_through=True)
 
 
 def set_errors(stream: Any, errors: str) -> None:

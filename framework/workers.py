@@ -1,6 +1,5 @@
 """Reading the samples of a split that is not in memory, in this process or in others, the same in all of them."""
 
-import ctypes
 import errno
 import multiprocessing
 import os
@@ -20,12 +19,13 @@ from torch import Tensor
 
 from . import seeds
 from .errors import DataError, FrameworkError
+from .signals import ENDING, end_with_parent
 from .user_code import describe, reason_of
 
 Batch = tuple[Tensor, ...]
 MEMORY = "loader.read=memory"
 SHARED = Path("/dev/shm")  # where batches of worker processes lie
-TO_ALL = (signal.SIGINT, signal.SIGTERM)  # what a scheduler, or Ctrl-C, sends to every process of a run
+TO_ALL = ENDING  # what a scheduler, or Ctrl-C, sends to every process of a run
 
 
 class Split(Protocol):
@@ -397,15 +397,16 @@ def undisturbed_start() -> Iterator[None]:
 
 
 def stay_with_parent(worker: int) -> None:
-    """Leave SIGINT and SIGTERM to the main process: a scheduler sends them to all, and the step must be finished.
+    """Leave the signals that end a command to the main process: they may be sent to all of its processes, and the step
+    must be finished.
 
     A worker dies with its parent, though; torch would notice after 5 s, and never in a sample that hangs.
     """
     for number in TO_ALL:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, TO_ALL)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     parent = multiprocessing.parent_process()
-    if multiprocessing.get_start_method() == "fork" and parent is not None and os.getppid() != parent.pid:
-        os._exit(1)  # it died before this line
+    if parent is None or parent.pid is None or multiprocessing.get_start_method() == "forkserver":
+        end_with_parent(os.getppid())
+    else:
+        end_with_parent(parent.pid)

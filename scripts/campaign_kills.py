@@ -111,6 +111,7 @@ class Sight(NamedTuple):
     saving: float = 0.0  # 1: a checkpoint was being written
     saved: float = 0.0  # the step of the newest checkpoint
     unsaved: float = 0.0  # seconds of work since then, at most, at the moment when the next one was there
+    began_at: float = 0.0  # the step of the checkpoint that it went on from; 0: none
     ends: tuple[float, ...] = (0.0,) * (STEPS + 1)  # when each step ended
 
     def unsaved_at(self, now: float, step: float) -> float:
@@ -125,9 +126,10 @@ class Witness(fw.Callback):
     changes_training = False
     form = struct.Struct(f"{len(Sight._fields) + STEPS}d")
     memory = mmap.mmap(-1, form.size)
+    ends = Sight._fields.index("ends")  # where those begin
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        self.note(step=trainer.state.step, saved=trainer.state.step)
+        self.note(step=trainer.state.step, saved=trainer.state.step, began_at=trainer.state.step)
 
     def on_step_start(self, trainer: Trainer) -> None:
         if not self.read().began:  # not before: most of a short life would be workers that start
@@ -144,8 +146,8 @@ class Witness(fw.Callback):
 
     @classmethod
     def read(cls) -> Sight:
-        began, step, saving, saved, unsaved, *ends = cls.form.unpack(cls.memory[:])
-        return Sight(began, step, saving, saved, unsaved, tuple(ends))
+        numbers = cls.form.unpack(cls.memory[:])
+        return Sight(*numbers[: cls.ends], numbers[cls.ends :])
 
     @classmethod
     def forget(cls) -> None:
@@ -160,6 +162,7 @@ class Outcome:
     interval: int  # steps between checkpoints
     background: bool
     kills: int = 0
+    resumed: int = 0  # lives that began from a checkpoint
     in_saves: int = 0
     most_lost: int = 0
     seconds_lost: float = 0.0
@@ -187,7 +190,8 @@ class Outcome:
     def __str__(self) -> str:
         verdict = "; ".join(dict.fromkeys(self.wrong)) or "equal"
         age = f", {self.seconds_lost:.2f} s" if self.background else ""
-        counts = f"{self.kills:3} kills ({self.in_saves:2} in saves)  lost {self.most_lost:2} steps{age}"
+        counts = f"{self.kills:3} kills ({self.in_saves:2} in saves), {self.resumed:2} resumes"
+        counts += f"  lost {self.most_lost:2} steps{age}"
         return f"{self.name:<34} {counts}  {verdict}"
 
 
@@ -219,12 +223,17 @@ def provide(root: Path) -> None:
 
 
 def live(spec: Spec, forget: bool = False) -> None:
-    """Train, or go on; forget: without the random state of the checkpoint."""
+    """Train, or go on; forget: without the random state and what the optimizer keeps, which not all runs have."""
     torch.set_num_threads(1)
     note_saves()
     if forget:
         whole = Trainer.load_state_dict
-        without = lambda self, saved: whole(self, saved | {"random": self.state_dict()["random"]})  # noqa: E731
+
+        def without(self: Trainer, saved: dict[str, Any]) -> None:
+            fresh = self.state_dict()
+            optimizer = saved["optimizer"] | {"state": fresh["optimizer"]["state"]}
+            whole(self, saved | {"random": fresh["random"], "optimizer": optimizer})
+
         setattr(Trainer, "load_state_dict", without)  # noqa: B010 (a method is not assigned to)
     train(spec, "campaign", [], say=lambda line: None)
 
@@ -258,19 +267,28 @@ def campaign_run(number: int, kills: int, root: Path, chance: random.Random, for
         outcome.wrong.append("the undisturbed run failed")
         return outcome
     took, outcome.unsaved = time.monotonic() - Witness.read().began, Witness.read().unsaved
+    anew = 5  # times that a run may begin anew to get such a kill
     while True:
         Witness.forget()
         child = fork(lambda: live(killed, forget))
         if outcome.kills < kills:
             kill_after(child, chance.uniform(-took / 100, 1.5 * took / kills))
+        elif outcome.resumed == 0 and listed_steps(run) == []:
+            kill_after_save(child)
         status = status_of(child)
+        outcome.resumed += Witness.read().began_at > 0
         if status == -signal.SIGKILL:
             outcome.killed(run, Witness.read())
         elif status != 0:
             outcome.wrong.append("a resumed run failed")
             return outcome
+        elif outcome.resumed == 0 and anew > 0:
+            shutil.rmtree(run)  # it ended before a kill that leaves a checkpoint
+            anew -= 1
         elif outcome.kills >= kills or done(run):
             break
+    if outcome.resumed == 0:
+        outcome.wrong.append("no life began from a checkpoint")
     outcome.wrong += differences(whole, run)
     return outcome
 
@@ -289,6 +307,20 @@ def kill_after(child: int, seconds: float) -> None:
     kill(child)
 
 
+def listed_steps(run: Path) -> list[int]:
+    """Return the steps of a run's checkpoints that a life can go on from."""
+    return [step for step in map(step_of, listed(run / "checkpoints")) if 0 < step < STEPS]
+
+
+def kill_after_save(child: int) -> None:
+    """Kill a process and its children as soon as it has saved a checkpoint, unless it has ended by itself."""
+    while Witness.read().saved == 0:
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            return
+        time.sleep(0.0005)
+    kill(child)
+
+
 def kill(child: int) -> None:
     try:
         os.killpg(child, signal.SIGKILL)
@@ -297,7 +329,7 @@ def kill(child: int) -> None:
 
 
 def kills(runs: int, each: int, seed: int, control: bool) -> int:
-    """Run the campaign and return its exit status. control: resume without the random state."""
+    """Run the campaign and return its exit status. control: resume without the random state and the optimizer's."""
     root, began, chance = Path(tempfile.mkdtemp(prefix="campaign-")), time.monotonic(), random.Random(seed)
     outcomes: list[Outcome] = []
     provide(root)
@@ -307,12 +339,16 @@ def kills(runs: int, each: int, seed: int, control: bool) -> int:
         print(f"{number:3} {outcomes[-1]}", flush=True)
     survived, killed = sum(not o.wrong for o in outcomes), sum(o.kills for o in outcomes)
     in_saves = sum(o.in_saves for o in outcomes)
-    print(f"{survived} of {runs} runs bitwise equal after {killed} kills, {in_saves} of them inside saves")
+    resumed, fewest = sum(o.resumed for o in outcomes), min(o.resumed for o in outcomes)
+    print(f"{survived} of {runs} runs bitwise equal after {killed} kills, {in_saves} of them inside saves;")
+    print(f"{resumed} lives began from a checkpoint, {fewest} or more of each run")
     print(*losses(outcomes), sep="\n")
     keep = survived != runs and not control
     print(f"  {time.monotonic() - began:.0f} s" + (f"; the runs are in {root}" if keep else ""))
     if not keep:
         shutil.rmtree(root)
+    if control and survived:
+        print("the control did not fail for each run")
     return int(survived != runs)
 
 

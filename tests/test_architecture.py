@@ -16,6 +16,7 @@ from shipped import shipped
 ROOT = Path(framework.__file__).parent.parent
 FLOORS = {
     "stdlib": [
+        "signals",
         "errors",
         "exits",
         "files",
@@ -67,7 +68,6 @@ FLOORS = {
         "cuda_graph",
         "compiled",
         "whole",
-        "signals",
         "trainer_state",
         "snapshot",
         "checkpoint",

@@ -14,6 +14,7 @@ from framework.optimizer import build_optimizer
 from framework.registry import Maker
 from framework.tuning.lockstep import Lockstep
 from framework.tuning.rows import NotStackable
+from framework.tuning.stack import RowMeasures
 
 fw.discover()
 GENERATOR = torch.Generator().manual_seed(3)
@@ -420,3 +421,107 @@ def test_what_cannot_be_done_for_many_at_once_is_named():
     for recipes, why in cases:
         with pytest.raises(NotStackable, match=why):
             together(*recipes)
+
+
+# stopped before the first step of a resume
+
+
+class Stop(Callback):
+    """Stops a run as a signal does: after a step, or before the first one."""
+
+    changes_training = False
+
+    def __init__(self, step=None):
+        self.step = step
+
+    def on_fit_start(self, trainer):
+        if self.step is None:
+            trainer.state.stop = "SIGINT"
+
+    def on_step_end(self, trainer):
+        if trainer.state.step == self.step:
+            trainer.state.stop = "SIGTERM"
+
+
+STATEFUL = [
+    "ema",
+    "swa",
+    "early_stop",
+    "clip_gradients",
+    "gradient_norm",
+    "non_finite",
+    "freeze",
+    "accumulation",
+    "sam",
+]
+RESUMED = {name: {"callbacks": [name]} for name in STATEFUL} | {
+    "plain": {},
+    "momentum": {"optimizer": OPTIMIZERS[1]},
+    "fused": {"optimizer": OPTIMIZERS[4]},
+    "plateau": {"schedule": "reduce_on_plateau"},
+    "accumulate": {"accumulate": 2},
+    "half": {"precision": "bf16"},
+}
+SETTINGS = {"freeze": {"patterns": ["0.*"]}, "accumulation": {"schedule": {"0": 2}}, "swa": {"start": 1}}
+ALONE = ("swa", "freeze", "accumulation", "sam")  # they work with a trial of its own
+
+
+def resumed_recipe(twist, seed, step, resume=None):
+    settings = dict(RESUMED[twist])
+    made = [fw.callbacks.build(name, **SETTINGS.get(name, {})) for name in settings.pop("callbacks", [])]
+    if "schedule" in settings:
+        settings["schedule"] = fw.schedulers.build(settings["schedule"], total_steps=100)
+    trainer, fit = trial(seed, callbacks=[*made, Stop(step)], **(settings | {"log_every": "7steps"}))
+    fit["resume"] = resume
+    return trainer, fit
+
+
+def comparable(state):
+    """A state as something that == compares; times apart."""
+    if isinstance(state, torch.Tensor):
+        return state.dtype, state.tolist()
+    if isinstance(state, dict):
+        times = ("wall_seconds", "train/samples_per_second")
+        return {key: comparable(value) for key, value in state.items() if key not in times}
+    return [comparable(value) for value in state] if isinstance(state, list | tuple) else state
+
+
+def fit_all(fits, recipes):
+    """Fit trials one by one or together; returns their states."""
+    if fits is alone:
+        return [alone(recipe).state_dict() for recipe in recipes]
+    trainers, errors = together(*recipes)
+    assert errors == [None] * len(recipes)
+    return [trainer.state_dict() for trainer in trainers]
+
+
+def check_stopped_resume(fits, twist):
+    before = fit_all(fits, [resumed_recipe(twist, seed, 8) for seed in (0, 1)])
+    after = fit_all(fits, [resumed_recipe(twist, seed, None, copy.deepcopy(before[seed])) for seed in (0, 1)])
+    assert [state["counters"]["step"] for state in before] == [8, 8]
+    assert comparable(after) == comparable(before)
+
+
+@pytest.mark.parametrize("twist", RESUMED)
+def test_a_resume_that_is_stopped_before_its_first_step_changes_nothing(twist):
+    check_stopped_resume(alone, twist)
+
+
+@pytest.mark.parametrize("twist", [twist for twist in RESUMED if twist not in ALONE])
+def test_so_it_is_with_trials_that_train_as_one(twist):
+    check_stopped_resume(together, twist)
+
+
+def test_sums_that_are_added_to_an_empty_list_are_no_such_resume(monkeypatch):
+    """A control: the sums come from a checkpoint, and those of all trials have not begun."""
+
+    def sum_up(self):
+        if self.all is None:
+            return
+        self.all.sum_up()
+        mine = [each[self.row].clone() for each in self.all.sums]
+        self.sums = [a + b for a, b in zip(self.sums, mine, strict=True)] if self.sums else mine
+
+    monkeypatch.setattr(RowMeasures, "_sum_up", sum_up)
+    with pytest.raises(ValueError, match="zip"):
+        check_stopped_resume(together, "plain")

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from ..errors import ConfigError
 from ..overrides import as_typed, depth, expanded, own_settings, rewrite, value_of
 from ..schema import PositiveInt
+from ..signals import received
 from ..terminal import print_line
 from .combinations import Rule, combinations
 from .trials import Trials, composed
@@ -52,7 +53,7 @@ class Grid(Sweeper):
         size = self.batch or len(overrides)
         for first in range(0, len(overrides), size):
             ended = self.runs.launch(overrides[first : first + size], initial_job_idx=first)
-            if any(trial.return_value.state == "stopped" for trial in ended):
+            if received() is not None or any(trial.return_value.state == "stopped" for trial in ended):
                 break
 
     def of_params(self, arguments: list[str]) -> list[str]:

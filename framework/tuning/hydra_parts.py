@@ -16,6 +16,7 @@ PARTS = {
 DEFAULTS = {"sweeper": "grid", "launcher": "one_by_one"}  # of a sweep, in the place of Hydra's `basic`
 TARGET = "hydra_plugins.framework."  # Hydra takes plugins from there alone
 EXTRA = ("optuna", "cmaes")
+JOBLIB = "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"
 
 
 def register(add: Callable[[str, str, Callable[[], dict[str, Any]]], None]) -> None:
@@ -60,6 +61,10 @@ def choose(config: Any, group: str, chosen: bool) -> bool:
         ours = content(group, name)
         node = {**ours, **{key: value for key, value in node.items() if key in ours and key != "_target_"}}
         OmegaConf.update(config, f"hydra.{group}", OmegaConf.create(node), merge=False)
+    if name == "joblib" and node["_target_"] == JOBLIB:
+        from .joblib_launcher import Joblib
+
+        Plugins.instance().class_name_to_class[JOBLIB] = Joblib
     if name not in PARTS[group]:
         return False
     cls = load(group, name)

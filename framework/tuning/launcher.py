@@ -9,6 +9,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from ..compose import Job
+from ..signals import received
 from .folder import Trial
 from .trials import Trials
 
@@ -36,7 +37,7 @@ class OneByOne(Launcher):
         ended: list[Trial] = []
         for job in jobs:
             ended.append(self.trials.run(job))
-            if ended[-1].state == "stopped":
+            if ended[-1].state == "stopped" or received() is not None:
                 break
         return ended
 

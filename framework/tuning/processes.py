@@ -7,19 +7,16 @@ Python and single operations, of which a process does one at a time.
 import multiprocessing
 import os
 import pickle
-import signal
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess, parent_process
+from multiprocessing.process import BaseProcess
 from typing import Any, cast
 
 import torch
 
-from ..signals import ENDING, handled
+from ..signals import blocked, forwarding, serve
 from ..user_code import describe
 from .live import Elsewhere, Shown
 
@@ -44,19 +41,27 @@ def bins(sizes: Sequence[int], number: int) -> list[list[int]]:
 def shared_out(works: Sequence[Work], shown: Shown) -> list[Any]:
     """Do each piece of work in a process of its own; returns what they return, None for one whose process died.
 
-    SIGINT and SIGTERM are passed on to them, and they die with this process. Raises what one of them raised.
+    Signals that end a command are passed on to them, and they die with this process. Raises what one of them raised.
     """
     fork = multiprocessing.get_context("fork")
     found: list[Any] = [None] * len(works)
     numbers, processes, raised = dict[Connection, int](), list[BaseProcess](), list[BaseException]()
-    for number, work in enumerate(works):
-        mine, its = fork.Pipe(duplex=False)
-        processes.append(fork.Process(target=do, args=(work, its)))
-        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of threads; torch's are not used
-            processes[-1].start()
-        its.close()
-        numbers[mine] = number
-    with passing_on(processes):
+
+    def pids() -> list[int]:
+        return [process.pid for process in processes if process.pid is not None and process.is_alive()]
+
+    with forwarding(pids) as forward:  # their trials finish their step and save; this process waits for them
+        for number, work in enumerate(works):
+            if forward.received is not None:
+                break
+            mine, its = fork.Pipe(duplex=False)
+            worker = fork.Process(target=do, args=(work, its, os.getpid()))
+            with blocked(), warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+                worker.start()  # the warning is of threads; torch's are not used
+            processes.append(worker)
+            forward.tell()
+            its.close()
+            numbers[mine] = number
         while numbers:
             for pipe in cast(list[Connection], wait(numbers)):
                 try:
@@ -77,23 +82,15 @@ def shared_out(works: Sequence[Work], shown: Shown) -> list[Any]:
     return found
 
 
-def do(work: Work, pipe: Connection) -> None:
+def do(work: Work, pipe: Connection, parent: int) -> None:
     """Do a piece of work in a new process, with one thread, and send what comes of it."""
-    os.setpgrp()  # or Ctrl-C would reach it twice, which means at once
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    serve(parent)
     torch.set_num_threads(1)
     there = Elsewhere(pipe)
     try:
         there.send("returned", work(there))
     except BaseException as error:
         there.send("raised", pickled(error))
-
-
-def end_with_parent() -> None:
-    parent = parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def pickled(error: BaseException) -> bytes:
@@ -104,14 +101,3 @@ def pickled(error: BaseException) -> bytes:
     except Exception:
         return pickle.dumps(RuntimeError(describe(error)))
     return whole
-
-
-def passing_on(processes: Sequence[BaseProcess]) -> AbstractContextManager[Any]:
-    """Pass SIGINT and SIGTERM on to processes, whose trials finish their step and save; this one waits for them."""
-
-    def pass_on(number: int, frame: Any) -> None:
-        for process in processes:
-            if process.is_alive() and process.pid is not None:
-                os.kill(process.pid, number)
-
-    return handled(ENDING, pass_on)

@@ -29,6 +29,7 @@ from ..registry import Registry
 from ..run import read_config
 from ..schema import NonNegativeInt, Pattern, PositiveInt, read_settings
 from ..seeds import derive
+from ..signals import received
 from ..state import SECONDS
 from ..terminal import print_line
 from ..user_code import describe
@@ -165,7 +166,7 @@ class Campaign:
             train({number: overrides for number, overrides in batch.items() if number not in ended})
             stopped = self.tell(batch)
             self.study.set_user_attr("seconds", self.seconds + time.monotonic() - began)
-            if stopped:
+            if stopped or received() is not None:
                 return ""
         return reason
 

@@ -4,7 +4,6 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from ..errors import ConfigError, FrameworkError, RunError, did_you_mean
 from ..experiment import Result
 from ..overrides import hydra_fault, of_hydra
 from ..registry import Registry
-from ..signals import handled
+from ..signals import interruptible
 from ..sources import Sources
 from ..spec import Reader, section_settings
 from ..terminal import print_line
@@ -56,13 +55,13 @@ def sweep(composing: Composing, arguments: list[str], task: Callable[[Job], Resu
         context = HydraContext(config_loader=hydra.config_loader, callbacks=hydra_callbacks())
         sweeper = Plugins.instance().instantiate_sweeper(config=config, hydra_context=context, task_function=trials)
         try:
-            with ending_on_sigterm():
+            with interruptible() as interrupt:
                 sweeper.sweep(list(OmegaConf.to_container(config.hydra.overrides.task, resolve=False)))  # type: ignore
         finally:
             show(trials)
             if trials.opened is not None:
                 trials.opened.release()
-    settle(trials)
+    settle(trials, interrupt.received)
 
 
 def check_hydra(composing: Composing, launcher: str) -> None:
@@ -175,15 +174,6 @@ def fixed(asked: Mapping[str, Any]) -> set[str]:
     return {text for text, key in keys.items() if key not in own and not key.startswith(ANY_TIME)}
 
 
-def ending_on_sigterm() -> AbstractContextManager[Any]:
-    """Let SIGTERM between two trials end the sweep as Ctrl-C does, so that its table is shown."""
-
-    def stop(number: int, frame: Any) -> None:
-        sys.exit(128 + number)
-
-    return handled([signal.SIGTERM], stop)
-
-
 def show(trials: Trials) -> None:
     """Print the table of a sweep, if it has begun."""
     rows = trials.opened.trials() if trials.opened is not None else []
@@ -196,12 +186,17 @@ def show(trials: Trials) -> None:
             print_line(line)
 
 
-def settle(trials: Trials) -> None:
-    """Exit as a signal asks for. Raises FrameworkError when trials failed, or none was measured by the metric."""
+def settle(trials: Trials, received: int | None) -> None:
+    """Exit as a signal asks for. Raises FrameworkError when trials failed, or none was measured by the metric.
+
+    received: the signal that came, perhaps after the last step of the last trial.
+    """
     rows: list[Trial] = [] if trials.opened is None else trials.opened.trials()
     stopped = [trial.exit_status for trial in rows if trial.state == "stopped"]  # perhaps in a launcher's process
     if stopped:
         sys.exit(max(stopped) or 128 + signal.SIGINT)
+    if received is not None:
+        sys.exit(128 + received)
     failed = [trial for trial in rows if trial.state == "failed"]
     done, metric = [trial for trial in rows if trial.state == "done" and trial.metrics], next(iter(trials.by))
     if failed:

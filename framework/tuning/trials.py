@@ -14,6 +14,7 @@ from ..compose import Composing, Job
 from ..errors import ConfigError, FrameworkError
 from ..experiment import Result
 from ..resume import fingerprint
+from ..signals import received
 from ..streams import prepare_streams
 from ..terminal import print_traceback
 from .composer import Composer
@@ -74,6 +75,10 @@ class Trials:
         """Run the trial of a config that Hydra composed, or go on with it where its job is queued again."""
         prepare_streams()  # of a launcher's process, which has begun with others than the command's
         job = self.place(self.composing.job(config))
+        number = received()
+        if number is not None:
+            assert job.number is not None
+            return self.returned(Trial(job.number, job.settings, state="stopped", exit_status=128 + number))
         earlier = self.earlier(job)
         if earlier is not None and earlier.config == fingerprint(job.spec.tree):
             job.spec = replace(job.spec, resume="auto")

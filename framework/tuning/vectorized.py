@@ -16,7 +16,7 @@ from ..introduction import first_batch
 from ..memory import OutOfMemory, free_bytes, is_full
 from ..probe import read_layers
 from ..schema import PositiveInt
-from ..signals import stopping
+from ..signals import received, stopping
 from ..terminal import print_note
 from ..user_code import describe
 from .folder import Trial
@@ -92,7 +92,7 @@ class Vectorized(OneByOne):
         rows: dict[int, Trial] = {}
         for each, ended in zip(filled, shared_out(works, self.trials.show()), strict=True):
             rows |= ended or {}
-            if ended is None:
+            if ended is None and received() is None:
                 print_note("a process died: its trials go on in this one")
                 for job in (job for share in each for job in share.jobs.values()):
                     job.spec = replace(job.spec, resume="auto")  # its run folder may be there
@@ -127,10 +127,10 @@ class Vectorized(OneByOne):
         places = list(share.jobs)
         for start in range(0, len(places), self.most):
             part = {place: share.jobs[place] for place in places[start : start + self.most]}
-            if len(part) >= self.fewest and not stopped({**before, **rows}):
+            if len(part) >= self.fewest and not is_over({**before, **rows}):
                 rows |= self._together(part, share.data)
             for place in (each for each in part if each not in rows):
-                if stopped({**before, **rows}):
+                if is_over({**before, **rows}):
                     break
                 rows[place] = self.trials.run(part[place])
         return rows
@@ -145,6 +145,8 @@ class Vectorized(OneByOne):
                 at_once = max(room(ready[0].prepared) // self.beside, self.fewest) if ready else 1
                 for alike in at_the_same_step(ready):
                     for start in range(0, len(alike) if len(alike) >= self.fewest else 0, at_once):
+                        if is_over(rows):
+                            return rows
                         self._train(alike[start : start + at_once], rows)
         except (NotStackable, OutOfMemory) as why:
             go = "go on" if any(each.row for each in ready) else "train"
@@ -232,8 +234,9 @@ def at_the_same_step(ready: Sequence[Ready]) -> Iterator[list[Ready]]:
         yield [each for each, own in zip(ready, steps, strict=True) if own == step]
 
 
-def stopped(rows: dict[int, Trial]) -> bool:
-    return any(row.state == "stopped" for row in rows.values())
+def is_over(rows: dict[int, Trial]) -> bool:
+    """Return whether no more trials should begin, because of a signal."""
+    return received() is not None or any(row.state == "stopped" for row in rows.values())
 
 
 def groups(jobs: Sequence[Job], without: Any = ()) -> list[list[int]]:
