@@ -1,11 +1,17 @@
 """The objects behind the names of a Spec, one by one, and whether they fit each other."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from torch.nn.parameter import is_lazy
 
 from . import seeds
@@ -13,6 +19,7 @@ from .checks import single_sample
 from .data import Data, Loader, Scale, check_data
 from .errors import BuildError, DataError, FrameworkError, short
 from .folds import take_fold
+from .memory import free_bytes
 from .metric import InUnits, Metric
 from .optimizer import Parameters
 from .probe import undisturbed
@@ -22,6 +29,10 @@ from .spec import Spec
 from .task import Task
 from .torch_errors import is_batch_norm
 from .user_code import describe, reason_of, text_of, user_errors, user_place
+
+MOST_TIMES = 2  # as many numbers as a checkpoint has; 10 times as many modules as tensors
+MOST_MORE = 2**20
+MOST_MODULES = 20_000
 
 
 def build_data(spec: Spec, refit: bool = True) -> Data:
@@ -113,6 +124,86 @@ def build_model(
             if weight.ndim >= 2:  # the rest are biases and scales of norms
                 spec.parts["initializer"](weight)
     return model
+
+
+def check_model_size(
+    spec: Spec,
+    in_shape: Sequence[int],
+    out_shape: Sequence[int],
+    columns: Sequence[int],
+    saved: Mapping[str, Sequence[int]],
+) -> None:
+    """Raise BuildError when a config asks for a much larger model than its checkpoint holds, before memory is taken.
+
+    The model is built without memory (on the device meta). One that cannot be built there is built as usual, and
+    building stops when its parameters are too many.
+
+    Args:
+        saved: the shapes of the checkpoint's tensors.
+    """
+    numbers = sum(map(math.prod, saved.values()))
+    limits = SizeLimits(MOST_TIMES * numbers + MOST_MORE, 10 * len(saved) + MOST_MODULES)
+    maker = spec.parts["model"]
+    arguments = (tuple(in_shape), tuple(out_shape), tuple(columns))
+    with limits, seeds.undisturbed():
+        try:
+            with torch.device("meta"):
+                maker(*arguments)
+        except TooLarge as error:
+            held = f"its checkpoint has {numbers:,} numbers in {len(saved):,} tensors"
+            raise BuildError(f"model={maker.entry.name}: the config asks for {error}; {held}") from None
+        except Exception:  # it needs values, or is wrong: `build_model` tells which
+            return
+
+
+class TooLarge(Exception):
+    """A model has more numbers or modules than allowed."""
+
+
+class SizeLimits:
+    """Within this context, a module that registers too many parameters and buffers raises TooLarge.
+
+    Args:
+        numbers: the largest count of numbers in parameters; that of buffers is limited by the free memory.
+        modules: the largest count of modules, parameters and buffers.
+    """
+
+    def __init__(self, numbers: int, modules: int):
+        self.numbers, self.modules = numbers, modules
+        self.parameter_numbers = self.bytes = self.count = 0
+        self.room = free_bytes(torch.device("cpu"))
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> "SizeLimits":
+        self.handles = [
+            register_module_parameter_registration_hook(self.add_parameter),
+            register_module_buffer_registration_hook(self.add_buffer),
+            register_module_module_registration_hook(self.add_module),
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def add_parameter(self, module: nn.Module, name: str, parameter: Tensor | None) -> None:
+        if parameter is not None and not is_lazy(parameter):
+            self.parameter_numbers += parameter.numel()
+        self.add_buffer(module, name, parameter)
+
+    def add_buffer(self, module: nn.Module, name: str, tensor: Tensor | None) -> None:
+        if tensor is not None and not is_lazy(tensor):
+            self.bytes += tensor.nbytes
+        self.add_module(module, name, None)
+
+    def add_module(self, module: nn.Module, name: str, child: nn.Module | None) -> None:
+        self.count += 1
+        if self.parameter_numbers > self.numbers:
+            raise TooLarge(f"more than {self.numbers:,} parameters")
+        if self.room is not None and self.bytes > self.room:
+            raise TooLarge(f"{self.bytes:,} bytes of memory, of which {self.room:,} are free")
+        if self.count > self.modules:
+            raise TooLarge(f"more than {self.modules:,} layers and parameters")
 
 
 def build_groups(spec: Spec, model: nn.Module) -> list[Any]:

@@ -21,6 +21,7 @@ from .building import (
     build_metrics,
     build_model,
     check_fit,
+    check_model_size,
     check_smallest_batch,
     scale_of,
 )
@@ -41,6 +42,7 @@ from .resume import (
     fingerprint,
     last_values,
     open_folder,
+    shapes,
     start_from,
 )
 from .run import RunFolder, dump, provenance, read_facts
@@ -294,6 +296,10 @@ def prepare(
         say(f"{run} is done already")
         resumed.folder.lock.close()
         return earlier_result(resumed.folder.path)
+    if resumed is not None and resumed.training is not None:
+        facts = read_facts(resumed.folder.path)
+        model_shapes = facts["in_shape"], facts["out_shape"], facts.get("columns", ())
+        check_model_size(spec, *model_shapes, shapes(resumed.training["model"]))
     if resumed is not None and spec.fold is not None:
         refit = "fold" in read_facts(resumed.folder.path)  # a run of an older version has none
         data = data if refit else build_data(spec, refit=False)
@@ -378,7 +384,7 @@ def which_weights(measured: int | Path, steps: int) -> str:
         best = measured.name == "best"
         if best and not measured.is_symlink():  # a run folder that was copied without its links
             return "best"
-        step = checkpoint.step_of(measured.resolve())
+        step = checkpoint.step_of(checkpoint.target_of(measured))
     if best:
         return f"best, step {step:,}"
     return f"last, step {step:,}" if step == steps else f"step {step:,}"
@@ -444,11 +450,15 @@ def describe_run(folder: RunFolder, built: Experiment, overrides: list[str]) -> 
 def load_weights(model: nn.Module, run: Path, which: str = "best") -> Path | None:
     """Load the best (or last, or a named) checkpoint's weights; returns which one, None when there is none."""
     chosen = chosen_checkpoint(run, which)
-    if chosen is None:
-        return None
-    weights = checkpoint.load_model(chosen.resolve())
+    if chosen is not None:
+        fill(model, chosen, run)
+    return chosen
+
+
+def fill(model: nn.Module, chosen: Path, run: Path) -> None:
+    """Load the weights of a checkpoint. Raises RunError when they do not fit the model."""
+    weights = checkpoint.load_model(chosen)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise RunError(f"{chosen} does not fit the model of {run}: {' '.join(str(error).split())[:300]}") from error
-    return chosen

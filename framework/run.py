@@ -262,13 +262,16 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 def run_behind(folder: Path) -> Path:
-    """Return the run folder that a path stands for: of a sweep's `best`, which holds links, the run beside it.
+    """Return the folder of a run, or of a checkpoint, that a path stands for: of a sweep's `best`, which holds links,
+    that of the run beside it.
 
     The links are not followed: the name of the run is read from one, and has to be that of a folder in the sweep.
     Any other folder is returned as it is.
 
     Raises RunError when a sweep's `best` leads elsewhere.
     """
+    if folder.parent.name == "checkpoints":
+        return run_behind(folder.parent.parent) / "checkpoints" / folder.name
     sweep = folder.absolute().parent
     link = folder if folder.is_symlink() else folder / "config.yaml"
     if folder.name != "best" or not link.is_symlink() or not (sweep / "sweep.json").is_file():

@@ -61,9 +61,9 @@ def test_files_are_written_whole_and_read_back(tmp_path):
     ("content", "message"),
     [
         (None, "it has no config.yaml"),
-        ("a: [", "cannot be read"),
+        ("a: [", "is no YAML"),
         ("- a", "holds no config"),
-        (b"\xff", "cannot be read"),
+        (b"\xff", "is no YAML"),
     ],
 )
 def test_what_is_no_run(tmp_path, content, message):
@@ -77,7 +77,7 @@ def test_what_is_no_run(tmp_path, content, message):
 
 def test_a_config_cannot_make_objects(tmp_path):
     (tmp_path / "config.yaml").write_text("a: !!python/object/apply:os.getcwd []")
-    with pytest.raises(RunError, match="cannot be read"):
+    with pytest.raises(RunError, match="is no YAML"):
         read_config(tmp_path)
 
 
