@@ -30,9 +30,11 @@ from .task import Task
 from .torch_errors import is_batch_norm
 from .user_code import describe, reason_of, text_of, user_errors, user_place
 
-MOST_TIMES = 2  # as many numbers as a checkpoint has; 10 times as many modules as tensors
-MOST_MORE = 2**20
+MOST_TIMES = 8  # as many numbers as a checkpoint has: tied and replaced weights count several times
+MOST_MORE = 2**22
+MODULES_PER_TENSOR = 10
 MOST_MODULES = 20_000
+LARGEST_SETTING = 2**18  # a count of layers becomes a list before there are any
 
 
 def build_data(spec: Spec, refit: bool = True) -> Data:
@@ -135,15 +137,17 @@ def check_model_size(
 ) -> None:
     """Raise BuildError when a config asks for a much larger model than its checkpoint holds, before memory is taken.
 
-    The model is built without memory (on the device meta). One that cannot be built there is built as usual, and
-    building stops when its parameters are too many.
+    The model is built without memory (on the device meta); one that cannot be built there is not checked.
 
     Args:
         saved: the shapes of the checkpoint's tensors.
     """
     numbers = sum(map(math.prod, saved.values()))
-    limits = SizeLimits(MOST_TIMES * numbers + MOST_MORE, 10 * len(saved) + MOST_MODULES)
+    limits = SizeLimits(MOST_TIMES * numbers + MOST_MORE, MODULES_PER_TENSOR * len(saved) + MOST_MODULES)
     maker = spec.parts["model"]
+    largest = max(integers(maker), default=0)
+    if largest > max(numbers, LARGEST_SETTING):
+        raise BuildError(f"model={maker.entry.name}: a setting is {largest:,}; its checkpoint has {numbers:,} numbers")
     arguments = (tuple(in_shape), tuple(out_shape), tuple(columns))
     with limits, seeds.undisturbed():
         try:
@@ -154,6 +158,19 @@ def check_model_size(
             raise BuildError(f"model={maker.entry.name}: the config asks for {error}; {held}") from None
         except Exception:  # it needs values, or is wrong: `build_model` tells which
             return
+
+
+def integers(value: Any) -> Iterator[int]:
+    """Yield the integers in the settings of a part."""
+    if isinstance(value, Maker):
+        yield from integers(value.settings)
+    elif isinstance(value, Mapping):
+        yield from integers(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from integers(each)
+    elif type(value) is int:
+        yield value
 
 
 class TooLarge(Exception):

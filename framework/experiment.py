@@ -51,7 +51,8 @@ from .spec import Spec
 from .status import Status
 from .task import Task
 from .trainer import Trainer
-from .user_code import user_errors
+from .trainer_state import WRONG_FORM
+from .user_code import describe, user_errors
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -311,8 +312,12 @@ def prepare(
         say(UNSAVED)
     if resumed is not None:
         check_same_data(resumed.folder.path, built, inexact)
-        check_fits(resumed, built.model, built.optimizer)
-        check_optimizer(resumed, built.model, built.optimizer)
+        try:
+            check_fits(resumed, built.model, built.optimizer)
+            check_optimizer(resumed, built.model, built.optimizer)
+        except WRONG_FORM as error:
+            path = resumed.folder.path
+            raise RunError(f"{path} cannot go on: its checkpoint has another form: {describe(error)}") from error
         trainer.state.step = resumed.step  # loggers go on from there
         threads = resumed.threads or threads  # as many make the same bits
         for line in (f"going on with {resumed.folder.path} after step {resumed.step}", *resumed.notes):

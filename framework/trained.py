@@ -22,7 +22,7 @@ from .run import dump, plugins_of, read_config, read_facts, run_behind, run_of_c
 from .spec import Spec, read_spec
 from .task import Task
 from .trainer import Trainer
-from .user_code import user_errors
+from .user_code import describe, user_errors
 
 
 @dataclass
@@ -125,7 +125,10 @@ def open_run(run: str | Path, which: str | None = None) -> Trained:
         raise RunError(f"{run} has no checkpoint: was it trained with callbacks.checkpoint?")
     shapes = facts["in_shape"], facts["out_shape"], facts.get("columns", ())
     check_model_size(spec, *shapes, checkpoint.read_shapes(chosen))
-    model = build_model(spec, *shapes)
+    try:
+        model = build_model(spec, *shapes)
+    except (RuntimeError, TypeError, ValueError, LookupError, ArithmeticError, MemoryError) as error:
+        raise RunError(f"the model of {run} cannot be built: {describe(error)}") from error
     fill(model, chosen, run)
     return Trained(spec, run, model, spec.parts["task"](), facts, chosen)
 

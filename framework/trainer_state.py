@@ -12,7 +12,7 @@ from .data import Loader
 from .errors import SettingError
 from .optimizer import group_settings, restore_optimizer, same_setting
 from .scheduler import Schedule
-from .user_code import describe, user_place
+from .user_code import describe
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -96,8 +96,6 @@ def restore(trainer: Trainer, saved: dict[str, Any]) -> None:
     try:
         restore_parts(trainer, saved)
     except WRONG_FORM as error:
-        if user_place(error) is not None:
-            raise
         raise SettingError(f"resume: the state does not fit this trainer: {describe(error)}") from error
 
 
