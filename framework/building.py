@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from numbers import Integral
 from typing import Any
 
@@ -34,6 +35,7 @@ MOST_TIMES = 8  # as many numbers as a checkpoint has: tied and replaced weights
 MOST_MORE = 2**22
 MODULES_PER_TENSOR = 10
 MOST_MODULES = 20_000
+NOT_ON_META = (RuntimeError, TypeError, ValueError, LookupError, ArithmeticError, NotImplementedError)
 LARGEST_SETTING = 2**18  # a count of layers becomes a list before there are any
 
 
@@ -128,36 +130,33 @@ def build_model(
     return model
 
 
-def check_model_size(
+@contextmanager
+def model_limits(
     spec: Spec,
     in_shape: Sequence[int],
     out_shape: Sequence[int],
     columns: Sequence[int],
     saved: Mapping[str, Sequence[int]],
-) -> None:
-    """Raise BuildError when a config asks for a much larger model than its checkpoint holds, before memory is taken.
+) -> Iterator[None]:
+    """Within this context, a config that asks for a much larger model than its checkpoint holds raises BuildError.
 
-    The model is built without memory (on the device meta); one that cannot be built there is not checked.
+    Where the sizes allow a large weight, the model is first built without memory (on the device meta); one that cannot
+    be built there is not checked. It is not always so, as torch takes 1.5 s to import what some modules need there.
 
     Args:
         saved: the shapes of the checkpoint's tensors.
     """
     numbers = sum(map(math.prod, saved.values()))
-    limits = SizeLimits(MOST_TIMES * numbers + MOST_MORE, MODULES_PER_TENSOR * len(saved) + MOST_MODULES)
     maker = spec.parts["model"]
-    largest = max(integers(maker), default=0)
-    if largest > max(numbers, LARGEST_SETTING):
-        raise BuildError(f"model={maker.entry.name}: a setting is {largest:,}; its checkpoint has {numbers:,} numbers")
-    arguments = (tuple(in_shape), tuple(out_shape), tuple(columns))
-    with limits, seeds.undisturbed():
-        try:
-            with torch.device("meta"):
-                maker(*arguments)
-        except TooLarge as error:
-            held = f"its checkpoint has {numbers:,} numbers in {len(saved):,} tensors"
-            raise BuildError(f"model={maker.entry.name}: the config asks for {error}; {held}") from None
-        except Exception:  # it needs values, or is wrong: `build_model` tells which
-            return
+    sizes = sorted([*integers(maker), math.prod(in_shape), math.prod(out_shape), *columns], reverse=True)
+    if max(integers(maker), default=0) > max(numbers, LARGEST_SETTING):
+        raise BuildError(f"model={maker.entry.name}: a setting is {sizes[0]:,}; its checkpoint has {numbers:,} numbers")
+    limits = MOST_TIMES * numbers + MOST_MORE, MODULES_PER_TENSOR * len(saved) + MOST_MODULES
+    if math.prod(sizes[:4]) > limits[0]:
+        with SizeLimits(*limits), suppress(*NOT_ON_META), seeds.undisturbed(), torch.device("meta"):
+            maker(tuple(in_shape), tuple(out_shape), tuple(columns))
+    with SizeLimits(*limits):
+        yield
 
 
 def integers(value: Any) -> Iterator[int]:
@@ -173,12 +172,8 @@ def integers(value: Any) -> Iterator[int]:
         yield value
 
 
-class TooLarge(Exception):
-    """A model has more numbers or modules than allowed."""
-
-
 class SizeLimits:
-    """Within this context, a module that registers too many parameters and buffers raises TooLarge.
+    """Within this context, a module that registers too many parameters and buffers raises BuildError.
 
     Args:
         numbers: the largest count of numbers in parameters; that of buffers is limited by the free memory.
@@ -216,11 +211,11 @@ class SizeLimits:
     def add_module(self, module: nn.Module, name: str, child: nn.Module | None) -> None:
         self.count += 1
         if self.parameter_numbers > self.numbers:
-            raise TooLarge(f"more than {self.numbers:,} parameters")
+            raise BuildError(f"the config asks for more than {self.numbers:,} parameters; its checkpoint has fewer")
         if self.room is not None and self.bytes > self.room:
-            raise TooLarge(f"{self.bytes:,} bytes of memory, of which {self.room:,} are free")
+            raise BuildError(f"the config asks for a model of {self.bytes:,} bytes; {self.room:,} bytes are free")
         if self.count > self.modules:
-            raise TooLarge(f"more than {self.modules:,} layers and parameters")
+            raise BuildError(f"the config asks for more than {self.modules:,} layers; its checkpoint has fewer")
 
 
 def build_groups(spec: Spec, model: nn.Module) -> list[Any]:

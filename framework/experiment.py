@@ -5,6 +5,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +22,8 @@ from .building import (
     build_metrics,
     build_model,
     check_fit,
-    check_model_size,
     check_smallest_batch,
+    model_limits,
     scale_of,
 )
 from .checks import check_has_rate, check_loss_parameters, check_schedule, check_step_alone
@@ -297,14 +298,11 @@ def prepare(
         say(f"{run} is done already")
         resumed.folder.lock.close()
         return earlier_result(resumed.folder.path)
-    if resumed is not None and resumed.training is not None:
-        facts = read_facts(resumed.folder.path)
-        model_shapes = facts["in_shape"], facts["out_shape"], facts.get("columns", ())
-        check_model_size(spec, *model_shapes, shapes(resumed.training["model"]))
     if resumed is not None and spec.fold is not None:
         refit = "fold" in read_facts(resumed.folder.path)  # a run of an older version has none
         data = data if refit else build_data(spec, refit=False)
-    built = Experiment(spec, data)
+    with limits_of(resumed, spec):
+        built = Experiment(spec, data)
     if spec.init_from is not None and resumed is None:
         say(start_from(built.model, spec.init_from))
     trainer, threads = built.trainer(), built.threads()
@@ -325,6 +323,15 @@ def prepare(
         for line in schedule_notes(built, resumed):
             say(line)
     return Prepared(built, trainer, threads, resumed, experiment, list(overrides), started)
+
+
+def limits_of(resumed: Resumed | None, spec: Spec) -> AbstractContextManager[None]:
+    """Return the context in which a resumed run is built: its model is not much larger than its checkpoint."""
+    if resumed is None or resumed.training is None:
+        return nullcontext()
+    facts = read_facts(resumed.folder.path)
+    sizes = facts["in_shape"], facts["out_shape"], facts.get("columns", ())
+    return model_limits(spec, *sizes, shapes(resumed.training["model"]))
 
 
 def schedule_notes(built: Experiment, resumed: Resumed) -> Iterator[str]:

@@ -8,6 +8,7 @@ runs/<experiment>/<name or time>/
 
 import fcntl
 import json
+import math
 import os
 import platform
 import re
@@ -31,7 +32,7 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 MOST_CONFIG = 16 * 2**20  # bytes
 MOST_FACTS = 64 * 2**20  # the names of classes, a vocabulary
 MOST_PROVENANCE = 64 * 2**20  # it has the diff of the working folder
-LARGEST_SIZE = 2**48  # of a dimension: a tensor with more numbers fits into no memory
+LARGEST_SIZE = 2**48  # numbers in a sample: a tensor with more numbers fits into no memory
 MOST_DIMENSIONS = 64  # torch's limit
 LITTER = re.compile(r"(status|config\.yaml|facts\.json|overrides\.yaml|provenance\.json)\.tmp|metrics\.jsonl\.new")
 """Temporary files of earlier versions."""
@@ -201,7 +202,7 @@ def read_facts(run: Path) -> dict[str, Any]:
 
 
 def is_shape(value: Any) -> bool:
-    return is_sizes(value) and len(value) <= MOST_DIMENSIONS
+    return is_sizes(value) and len(value) <= MOST_DIMENSIONS and math.prod(value) <= LARGEST_SIZE
 
 
 def is_sizes(value: Any) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint
-from .building import build_data, build_loader, build_metrics, build_model, check_model_size, scale_of
+from .building import build_data, build_loader, build_metrics, build_model, model_limits, scale_of
 from .data import Data, Scale
 from .discovery import is_loaded
 from .errors import ConfigError, DataError, RunError, short
@@ -124,9 +124,9 @@ def open_run(run: str | Path, which: str | None = None) -> Trained:
     if chosen is None:
         raise RunError(f"{run} has no checkpoint: was it trained with callbacks.checkpoint?")
     shapes = facts["in_shape"], facts["out_shape"], facts.get("columns", ())
-    check_model_size(spec, *shapes, checkpoint.read_shapes(chosen))
     try:
-        model = build_model(spec, *shapes)
+        with model_limits(spec, *shapes, checkpoint.read_shapes(chosen)):
+            model = build_model(spec, *shapes)
     except (RuntimeError, TypeError, ValueError, LookupError, ArithmeticError, MemoryError) as error:
         raise RunError(f"the model of {run} cannot be built: {describe(error)}") from error
     fill(model, chosen, run)

@@ -61,10 +61,9 @@ def test_the_payload_works(tmp_path):
 def sign(written: Path, **changes) -> None:
     """Make the manifest fit whatever the files are now: who makes a file can make its checksum."""
     manifest = json.loads((written / MANIFEST).read_text()) | changes
-    for name in (MODEL, TRAINING):
+    for name in (MODEL, TRAINING) if "files" not in changes else ():
         content = (written / name).read_bytes()
-        if "files" not in changes:
-            manifest["files"][name] = {"bytes": len(content), "sha256": sha256(content).hexdigest()}
+        manifest["files"][name] = {"bytes": len(content), "sha256": sha256(content).hexdigest()}
     del manifest["sha256"]
     (written / MANIFEST).write_text(json.dumps(manifest | {"sha256": own_sha256(manifest)}))
 
@@ -499,12 +498,15 @@ def test_a_training_state_that_grows_when_it_is_read(written, make):
 # links, and what is no file, in a run that is resumed
 
 
+def spec_in(root, name=None):
+    more = {"callbacks": {"checkpoint": {}}, "loggers": {"json_lines": {}}, "data": {"name": "blobs", "samples": 100}}
+    return read_spec(CONFIG | more | {"run": {"root": str(root), "name": name}})
+
+
 @pytest.fixture(scope="module")
 def trained_once(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
-    parts = {name: {} for name in ("early_stop", "checkpoint")}
-    more = {"callbacks": parts, "run": {"root": str(root), "name": "r"}, "data": {"name": "blobs", "samples": 100}}
-    train(read_spec(CONFIG | more), "default", [], say=lambda line: None)
+    train(spec_in(root, "r"), "default", [], say=lambda line: None)
     return root / "default" / "r"
 
 
@@ -528,7 +530,7 @@ def resume(run, *overrides):
     return train(spec, "default", [], say=lambda line: None)
 
 
-STEP = "checkpoints/step-00000002"
+STEP = "checkpoints/step-00000003"
 OURS = [".lock", "config.yaml", "facts.json"]
 OURS += [f"{STEP}/{name}" for name in (MODEL, TRAINING, MANIFEST)]
 REPLACED = ["status.json", "provenance.json", "overrides.yaml"]
@@ -539,7 +541,7 @@ def test_a_run_from_elsewhere_is_resumed(trained_run):
     """Or nothing below would show anything."""
     assert (trained_run / STEP / MODEL).is_file()
     before = (trained_run / "config.yaml").read_text()
-    assert resume(trained_run).steps > 2
+    assert resume(trained_run).steps > 3
     assert (trained_run / "config.yaml").read_text() != before
     assert open_run(trained_run).evaluate()
 
@@ -596,6 +598,8 @@ def test_a_file_that_is_none_of_the_run_is_neither_read_nor_written(trained_run,
 @pytest.mark.parametrize("make", FORMS_OF_FILES, ids=lambda make: make.__name__)
 @pytest.mark.parametrize("name", REPLACED + TEMPORARY)
 def test_a_file_that_is_replaced_is_not_followed(trained_run, victim, name, make):
+    if name in TEMPORARY and make is folder:
+        return  # a folder is no litter, and stays
     put(make, trained_run / name, victim)
     with within():
         try:
@@ -603,12 +607,12 @@ def test_a_file_that_is_replaced_is_not_followed(trained_run, victim, name, make
         except FrameworkError as error:
             assert make is folder
             assert "\n" not in str(error)
-    if name in TEMPORARY and make is not folder:
+    if name in TEMPORARY:
         assert not os.path.lexists(trained_run / name)
 
 
 @pytest.mark.parametrize("name", ["checkpoints", STEP, "checkpoints/best"])
-@pytest.mark.parametrize("target", ["outside", "../../outside", "/etc", "step-00000002/.."])
+@pytest.mark.parametrize("target", ["outside", "../../outside", "/etc", "step-00000003/.."])
 def test_a_folder_of_a_run_is_no_link(trained_run, tmp_path, name, target):
     outside = Path(shutil.copytree(trained_run / STEP, tmp_path / "outside"))
     before = {path.name: path.read_bytes() for path in outside.iterdir()}
@@ -688,7 +692,7 @@ def test_a_training_state_of_another_form_is_refused_in_a_line(trained_run, chan
 @pytest.mark.parametrize("facts", [[], None, {"threads": 10**9}, {"threads": "x"}, {"threads": -1}])
 def test_facts_in_a_manifest_that_are_none_are_left_out(trained_run, facts):
     sign(trained_run / STEP, run=facts)
-    assert resume(trained_run).steps > 2
+    assert resume(trained_run).steps > 3
 
 
 def test_torn_and_undecodable_lines_of_metrics_are_skipped(trained_run):
@@ -717,9 +721,7 @@ def test_aliases_that_multiply_stop_no_command(trained_run):
 def unfinished(run):
     status = json.loads((run / "status.json").read_text())
     (run / "status.json").write_text(json.dumps(status | {"status": "stopped"}))
-    tree = read_config(run)
-    tree["run"] = tree["run"] | {"root": str(run.parent.parent), "name": None}
-    spec = read_spec(tree)
+    spec = spec_in(run.parent.parent)
     spec.resume = "auto"
     return spec
 
@@ -759,7 +761,7 @@ def test_broken_runs_in_the_root_are_skipped_with_a_note(trained_run, older, cap
 @pytest.mark.parametrize("older", [False, True], ids=["fingerprint", "older version"])
 def test_many_other_runs_cost_little_time(trained_run, older, capsys):
     """10,000 of them take less than 5 s: half of these are done, and half are of other configs."""
-    spec, root, count = unfinished(trained_run), trained_run.parent, 1000
+    spec, root, count = unfinished(trained_run), trained_run.parent, 400
     os.utime(trained_run / "config.yaml", (0, 0))  # it is the last one that is looked at
     os.utime(trained_run / "status.json", (1, 1))
     text = (trained_run / "config.yaml").read_text()
@@ -774,7 +776,7 @@ def test_many_other_runs_cost_little_time(trained_run, older, capsys):
     assert find(spec, "default") == trained_run
     allowed = 5 * count / 10_000
     if older:
-        allowed += 2.0  # as 500 configs are read, of however many runs
+        allowed += 1.0  # as configs are read, at most 500 of however many runs
     assert time.process_time() - began < allowed
 
 
