@@ -59,7 +59,12 @@ GLOBALS = re.compile(
 OTHER_GLOBALS = ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4")
 SPARSE_FROM = 2**30  # bytes; smaller files are read whatever holes they have
 MOST_HOLES = 16  # times as many bytes as there is data
-UNWRITABLE = (OSError, RuntimeError, SafetensorError, RunError)  # torch wraps the OSError, safetensors names only its number
+UNWRITABLE = (
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    RunError,
+)  # torch wraps the OSError, safetensors names only its number
 
 
 def save(folder: Path, model: Weights, training: Any, step: int, run: Facts = None) -> Path:
