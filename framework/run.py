@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 from weakref import ref
 
 from .discovery import package_version
@@ -155,7 +155,7 @@ def only_writer(run: Path) -> BinaryIO:
     return file
 
 
-def take(file: BinaryIO) -> bool:
+def take(file: IO[Any]) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
