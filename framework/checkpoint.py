@@ -176,7 +176,8 @@ def verify(checkpoint: Path, to_load: bool = False) -> dict[str, Any]:
     for name, wanted in files.items():
         path = checkpoint / name
         with opened(checkpoint, name) as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != wanted["sha256"]:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+            if digest != wanted["sha256"]:
                 raise CheckpointError(f"{path} is damaged: its sha256 is not the one in {MANIFEST}")
     return manifest
 
@@ -374,8 +375,8 @@ def check_pickle(content: bytes) -> None:
     for code, argument, _ in pickletools.genops(content):
         if code.name in OTHER_GLOBALS:
             raise CheckpointError(f"it has the instruction {code.name}, which no checkpoint has")
-        if code.name == "GLOBAL" and GLOBALS.fullmatch(argument) is None:
-            raise CheckpointError(f"it names {argument[:100]}, which is neither a tensor nor a plain type")
+        if code.name == "GLOBAL" and GLOBALS.fullmatch(str(argument)) is None:
+            raise CheckpointError(f"it names {str(argument)[:100]}, which is neither a tensor nor a plain type")
 
 
 def check_training(training: dict[str, Any]) -> None:
