@@ -1,11 +1,18 @@
 """The objects behind the names of a Spec, one by one, and whether they fit each other."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from torch.nn.parameter import is_lazy
 
 from . import seeds
@@ -13,6 +20,7 @@ from .checks import single_sample
 from .data import Data, Loader, Scale, check_data
 from .errors import BuildError, DataError, FrameworkError, short
 from .folds import take_fold
+from .memory import free_bytes
 from .metric import InUnits, Metric
 from .optimizer import Parameters
 from .probe import undisturbed
@@ -22,6 +30,13 @@ from .spec import Spec
 from .task import Task
 from .torch_errors import is_batch_norm
 from .user_code import describe, reason_of, text_of, user_errors, user_place
+
+MOST_TIMES = 8  # as many numbers as a checkpoint has: tied and replaced weights count several times
+MOST_MORE = 2**22
+MODULES_PER_TENSOR = 10
+MOST_MODULES = 20_000
+NOT_ON_META = (RuntimeError, TypeError, ValueError, LookupError, ArithmeticError, NotImplementedError)
+LARGEST_SETTING = 2**18  # a count of layers becomes a list before there are any
 
 
 def build_data(spec: Spec, refit: bool = True) -> Data:
@@ -114,6 +129,94 @@ def build_model(
                 if weight.ndim >= 2:  # the rest are biases and scales of norms
                     spec.parts["initializer"](weight)
     return model
+
+
+@contextmanager
+def model_limits(
+    spec: Spec,
+    in_shape: Sequence[int],
+    out_shape: Sequence[int],
+    columns: Sequence[int],
+    saved: Mapping[str, Sequence[int]],
+) -> Iterator[None]:
+    """Within this context, a config that asks for a much larger model than its checkpoint holds raises BuildError.
+
+    Where the sizes allow a large weight, the model is first built without memory (on the device meta); one that cannot
+    be built there is not checked. It is not always so, as torch takes 1.5 s to import what some modules need there.
+
+    Args:
+        saved: the shapes of the checkpoint's tensors.
+    """
+    numbers = sum(map(math.prod, saved.values()))
+    maker = spec.parts["model"]
+    sizes = sorted([*integers(maker), math.prod(in_shape), math.prod(out_shape), *columns], reverse=True)
+    if max(integers(maker), default=0) > max(numbers, LARGEST_SETTING):
+        raise BuildError(f"model={maker.entry.name}: a setting is {sizes[0]:,}; its checkpoint has {numbers:,} numbers")
+    limits = MOST_TIMES * numbers + MOST_MORE, MODULES_PER_TENSOR * len(saved) + MOST_MODULES
+    if math.prod(sizes[:4]) > limits[0]:
+        with SizeLimits(*limits), suppress(*NOT_ON_META), seeds.undisturbed(), torch.device("meta"):
+            maker(tuple(in_shape), tuple(out_shape), tuple(columns))
+    with SizeLimits(*limits):
+        yield
+
+
+def integers(value: Any) -> Iterator[int]:
+    """Yield the integers in the settings of a part."""
+    if isinstance(value, Maker):
+        yield from integers(value.settings)
+    elif isinstance(value, Mapping):
+        yield from integers(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from integers(each)
+    elif type(value) is int:
+        yield value
+
+
+class SizeLimits:
+    """Within this context, a module that registers too many parameters and buffers raises BuildError.
+
+    Args:
+        numbers: the largest count of numbers in parameters; that of buffers is limited by the free memory.
+        modules: the largest count of modules, parameters and buffers.
+    """
+
+    def __init__(self, numbers: int, modules: int):
+        self.numbers, self.modules = numbers, modules
+        self.parameter_numbers = self.bytes = self.count = 0
+        self.room = free_bytes(torch.device("cpu"))
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> "SizeLimits":
+        self.handles = [
+            register_module_parameter_registration_hook(self.add_parameter),
+            register_module_buffer_registration_hook(self.add_buffer),
+            register_module_module_registration_hook(self.add_module),
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def add_parameter(self, module: nn.Module, name: str, parameter: Tensor | None) -> None:
+        if parameter is not None and not is_lazy(parameter):
+            self.parameter_numbers += parameter.numel()
+        self.add_buffer(module, name, parameter)
+
+    def add_buffer(self, module: nn.Module, name: str, tensor: Tensor | None) -> None:
+        if tensor is not None and not is_lazy(tensor):
+            self.bytes += tensor.nbytes
+        self.add_module(module, name, None)
+
+    def add_module(self, module: nn.Module, name: str, child: nn.Module | None) -> None:
+        self.count += 1
+        if self.parameter_numbers > self.numbers:
+            raise BuildError(f"the config asks for more than {self.numbers:,} parameters; its checkpoint has fewer")
+        if self.room is not None and self.bytes > self.room:
+            raise BuildError(f"the config asks for a model of {self.bytes:,} bytes; {self.room:,} bytes are free")
+        if self.count > self.modules:
+            raise BuildError(f"the config asks for more than {self.modules:,} layers; its checkpoint has fewer")
 
 
 def build_groups(spec: Spec, model: nn.Module) -> list[Any]:

@@ -12,17 +12,20 @@ Checksums find accidents, not attackers. One process at a time may write to a fo
 
 import errno
 import hashlib
+import io
 import json
 import os
+import pickletools
 import re
 import shutil
 import threading
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from uuid import uuid4
 
 import torch
@@ -31,7 +34,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .discovery import package_version
-from .errors import CheckpointError
+from .errors import CheckpointError, RunError, short
+from .files import open_file, parse_json, read_bytes, write_file
+from .memory import free_bytes
 from .shapes import first_line
 from .snapshot import Facts, Snapshot, Weights, snapshot
 
@@ -43,7 +48,23 @@ VISIBLE = re.compile(r"step-(\d{8,})")
 ASIDE = ".best"  # a link that has not got its name yet
 HIDDEN = re.compile(r"\.(step-\d{8,})-[0-9a-f]{8}(\.replaced|\.removed)?")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-UNWRITABLE = (OSError, RuntimeError, SafetensorError)  # torch wraps the OSError, safetensors names only its number
+MOST_PICKLE = 64 * 2**20  # bytes of the record of a torch file that says how its tensors lie in plain types
+MOST_VALUES = 10_000_000  # of a training state, what is shared counted as often as it is used
+MOST_DEPTH = 64
+GLOBALS = re.compile(
+    r"torch\._utils _rebuild_(tensor_v2|tensor_v3|sparse_tensor)|torch \w+Storage|torch\.storage UntypedStorage"
+    r"|torch\.serialization _get_layout|torch Size|torch [a-z]\w*|collections OrderedDict|_codecs encode"
+)
+"""What the pickle of a training state may name. Torch allows more, such as bytearray, which takes any memory."""
+OTHER_GLOBALS = ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4")
+SPARSE_FROM = 2**30  # bytes; smaller files are read whatever holes they have
+MOST_HOLES = 16  # times as many bytes as there is data
+UNWRITABLE = (
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    RunError,
+)  # torch wraps the OSError, safetensors names only its number
 
 
 def save(folder: Path, model: Weights, training: Any, step: int, run: Facts = None) -> Path:
@@ -61,6 +82,8 @@ def commit(folder: Path, taken: Snapshot) -> Path:
     needed = taken.nbytes
     beside = folder / f".{folder_name(taken.step)}-{uuid4().hex[:8]}"
     try:
+        if folder.name == "checkpoints":
+            refuse_links(folder)
         make(folder)
         if needed > shutil.disk_usage(folder).free:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -80,17 +103,24 @@ def load(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises CheckpointError naming the file that is missing, damaged or not to be trusted.
     """
     model = load_model(checkpoint)
+    checkpoint = target_of(checkpoint)
     try:
-        return model, dict(torch.load(checkpoint / TRAINING, map_location="cpu", weights_only=True))
+        with opened(checkpoint, TRAINING) as file:
+            check_torch_file(file)
+            file.seek(0)
+            training = dict(torch.load(path_of(file), map_location="cpu", weights_only=True))
+        check_training(training)
+        return model, training
     except Exception as error:  # the files are what was written, so whatever it is, it is not for this program
         raise CheckpointError(f"{checkpoint} cannot be read: {first_line(error)}") from error
 
 
 def load_model(checkpoint: Path) -> dict[str, Tensor]:
     """Verify all of a checkpoint and return the model state alone. Raises CheckpointError as `load` does."""
-    verify(checkpoint)
+    checkpoint = target_of(checkpoint)
+    verify(checkpoint, to_load=True)
     try:
-        with safe_open(checkpoint / MODEL, "pt", device="cpu") as file:
+        with opened(checkpoint, MODEL) as model, safe_open(path_of(model), "pt", device="cpu") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
             tied = json.loads((file.metadata() or {}).get("tied", "{}"))
         return tensors | {name: tensors[first] for name, first in tied.items()}
@@ -105,7 +135,7 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
         try:
             if not (spoiled := verify(checkpoint)["nan"]):
                 return checkpoint, skipped
-            skipped.append(f"{checkpoint}: {spoiled[0]} holds NaN")
+            skipped.append(f"{checkpoint}: {str(spoiled[0])[:200]} holds NaN")
         except CheckpointError as error:
             skipped.append(str(error))
     return None, skipped
@@ -127,43 +157,74 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.partition("-")[2])
 
 
-def verify(checkpoint: Path) -> dict[str, Any]:
-    """Return the manifest when every file is as it was written. Raises CheckpointError naming the first that is not."""
+def verify(checkpoint: Path, to_load: bool = False) -> dict[str, Any]:
+    """Return the manifest when every file is as it was written.
+
+    Args:
+        to_load: whether the files have to fit into the free memory.
+
+    Raises CheckpointError naming the first file that is not as it was written.
+    """
     manifest = read_manifest(checkpoint)
-    for name, wanted in manifest["files"].items():
+    checkpoint = target_of(checkpoint)
+    files = manifest["files"]
+    for name, wanted in files.items():
+        with opened(checkpoint, name) as file:
+            check_size(file, wanted["bytes"], checkpoint / name)
+    if to_load:
+        check_memory(checkpoint, sum(wanted["bytes"] for wanted in files.values()))
+    for name, wanted in files.items():
         path = checkpoint / name
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing")
-        size = path.stat().st_size
-        if size != wanted["bytes"]:
-            raise CheckpointError(f"{path} has {size} bytes instead of {wanted['bytes']}")
-        if sha256(path) != wanted["sha256"]:
-            raise CheckpointError(f"{path} is damaged: its sha256 is not the one in {MANIFEST}")
+        with opened(checkpoint, name) as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+            if digest != wanted["sha256"]:
+                raise CheckpointError(f"{path} is damaged: its sha256 is not the one in {MANIFEST}")
     return manifest
+
+
+def read_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a checkpoint's tensors by name, which its header holds; no tensor is read.
+
+    Raises CheckpointError.
+    """
+    checkpoint = target_of(checkpoint)
+    path = checkpoint / MODEL
+    try:
+        with opened(checkpoint, MODEL) as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > LARGEST_MANIFEST:
+                raise CheckpointError(f"{path} cannot be read: its header has {length:,} bytes")
+            header = parse_json(file.read(length), path)
+        header.pop("__metadata__", None)
+        return {name: tuple(map(int, tensor["shape"])) for name, tensor in header.items()}
+    except (OSError, RunError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from error
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """Return the manifest, checked against its own sha256. Raises CheckpointError."""
+    checkpoint = target_of(checkpoint)
     path = checkpoint / MANIFEST
-    if not path.is_file():
-        raise CheckpointError(f"{checkpoint} is no complete checkpoint: it has no {MANIFEST}")
     try:
-        if path.stat().st_size > LARGEST_MANIFEST:
-            raise CheckpointError(f"{path} is damaged: it has {path.stat().st_size:,} bytes")
-        manifest = json.loads(path.read_bytes())
+        manifest = parse_json(read_bytes(checkpoint, MANIFEST, LARGEST_MANIFEST), path)
         if manifest["schema"] > SCHEMA:
             raise CheckpointError(
-                f"{checkpoint} was written by framework {manifest['framework']} (format {manifest['schema']}); "
+                f"{checkpoint} was written by framework {str(manifest['framework'])[:100]} "
+                f"(format {short(manifest['schema'])}); "
                 f"this version reads formats up to {SCHEMA}"
             )
         files = {name: (wanted["bytes"], wanted["sha256"]) for name, wanted in manifest["files"].items()}
         whole = {MODEL, TRAINING} <= set(files) and isinstance(manifest["nan"], list)
         if manifest.pop("sha256") != own_sha256(manifest) or not whole:
             raise CheckpointError(f"{path} is damaged: it does not match its own sha256")
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"{checkpoint} is no complete checkpoint: it has no {MANIFEST}") from None
+    except RunError as error:
+        raise CheckpointError(str(error)) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {first_line(error)}") from error
     for name in files.keys() - {MODEL, TRAINING}:
-        raise CheckpointError(f"{path} lists {name!r}, which is no file of a checkpoint")
+        raise CheckpointError(f"{path} lists {short(name)}, which is no file of a checkpoint")
     return manifest
 
 
@@ -187,12 +248,14 @@ def clean(folder: Path) -> None:
     """Undo what a killed process left half done. Call it with the run's lock held, before `newest`."""
     if not folder.is_dir():
         return
-    (folder / ASIDE).unlink(missing_ok=True)
+    refuse_links(folder)
+    if (folder / ASIDE).is_symlink() or (folder / ASIDE).is_file():
+        (folder / ASIDE).unlink()
     for path in sorted(folder.iterdir()):
         match = HIDDEN.fullmatch(path.name)
-        if match is None or path.is_symlink():
+        if match is None or path.is_symlink() or not path.is_dir():
             continue
-        if match[2] == ".replaced" and not (folder / match[1]).exists():
+        if match[2] == ".replaced" and not os.path.lexists(folder / match[1]):
             os.rename(path, folder / match[1])
         else:
             discard(path, [*FILES, *(half.name for half in path.glob(".tmp*"))])  # save_file writes one and renames it
@@ -201,7 +264,9 @@ def clean(folder: Path) -> None:
 def discard(folder: Path, names: Iterable[str]) -> bool:
     """Delete those files and then the folder; return False when something else is in it, which stays."""
     for name in names:
-        (folder / name).unlink(missing_ok=True)
+        path = folder / name
+        if path.is_symlink() or not path.is_dir():
+            path.unlink(missing_ok=True)
     if any(folder.iterdir()):
         return False
     folder.rmdir()
@@ -272,7 +337,121 @@ def free_name(folder: Path, step: int) -> Path:
 def refuse_links(*paths: Path) -> None:
     for path in paths:
         if path.is_symlink():
-            raise CheckpointError(f"{path} is a symbolic link; a checkpoint is only removed where it really is")
+            raise CheckpointError(f"{path} is a symbolic link; checkpoints are not read or written through links")
+
+
+def target_of(checkpoint: Path) -> Path:
+    """Return the folder of a checkpoint: of the link `best` the one beside it that it names.
+
+    Raises CheckpointError for any other link in a folder of checkpoints, and when that folder is a link.
+    """
+    if checkpoint.parent.name != "checkpoints":
+        return checkpoint  # a path that the user named
+    refuse_links(checkpoint.parent)
+    if not checkpoint.is_symlink():
+        return checkpoint
+    name = os.readlink(checkpoint)
+    beside = checkpoint.parent / name
+    if VISIBLE.fullmatch(name) is None or beside.is_symlink():
+        raise CheckpointError(f"{checkpoint} is a symbolic link to {name!r}; expected a checkpoint beside it")
+    return beside
+
+
+# reading
+
+
+def opened(checkpoint: Path, name: str) -> BinaryIO:
+    """Open a file of a checkpoint to read. Raises CheckpointError."""
+    try:
+        return open_file(checkpoint, name)
+    except FileNotFoundError:
+        raise CheckpointError(f"{checkpoint / name} is missing") from None
+    except (OSError, RunError) as error:
+        raise CheckpointError(first_line(error)) from error
+
+
+def path_of(file: BinaryIO) -> str:
+    """Return a path that leads to an open file, for libraries that open files themselves."""
+    return f"/dev/fd/{file.fileno()}"
+
+
+def check_size(file: BinaryIO, expected: int, path: Path) -> None:
+    """Raise CheckpointError for a file of another size, and for a large one of which nearly all is holes, which could
+    take hours to read.
+    """
+    size = os.fstat(file.fileno()).st_size
+    if size != expected:
+        raise CheckpointError(f"{path} has {size} bytes instead of {expected}")
+    if size < SPARSE_FROM:
+        return
+    data = end = 0
+    while data * MOST_HOLES < size:
+        try:
+            start = os.lseek(file.fileno(), end, os.SEEK_DATA)
+        except OSError:  # there is no more data
+            raise CheckpointError(f"{path} has {size:,} bytes, but data for {data:,} bytes only") from None
+        end = os.lseek(file.fileno(), start, os.SEEK_HOLE)
+        data += end - start
+
+
+def check_memory(checkpoint: Path, needed: int) -> None:
+    """Raise CheckpointError when the files of a checkpoint do not fit into the free memory."""
+    free = free_bytes(torch.device("cpu"))
+    if free is not None and needed > free:
+        raise CheckpointError(f"{checkpoint} has {needed:,} bytes; {free:,} bytes of memory are free")
+
+
+def check_torch_file(file: BinaryIO) -> None:
+    """Raise CheckpointError for a torch file that would take more memory than it has bytes, or that names more than
+    tensors and plain types.
+    """
+    size = os.fstat(file.fileno()).st_size
+    with zipfile.ZipFile(file) as archive:
+        records = archive.infolist()
+        compressed = [record.filename for record in records if record.compress_type != zipfile.ZIP_STORED]
+        if compressed:
+            raise CheckpointError(f"its record {compressed[0]} is compressed")
+        if sum(record.file_size for record in records) > size:
+            raise CheckpointError(f"its records have more than its {size:,} bytes")
+        for record in records:
+            if not record.filename.endswith("/data.pkl"):
+                continue
+            if record.file_size > MOST_PICKLE:
+                raise CheckpointError(f"its record {record.filename} has {record.file_size:,} bytes")
+            check_pickle(archive.read(record))
+
+
+def check_pickle(content: bytes) -> None:
+    for code, argument, _ in pickletools.genops(content):
+        if code.name in OTHER_GLOBALS:
+            raise CheckpointError(f"it has the instruction {code.name}, which no checkpoint has")
+        if code.name == "GLOBAL" and GLOBALS.fullmatch(str(argument)) is None:
+            raise CheckpointError(f"it names {str(argument)[:100]}, which is neither a tensor nor a plain type")
+
+
+def check_training(training: dict[str, Any]) -> None:
+    """Raise CheckpointError for a state that would take much more memory, or time, than its file has bytes."""
+    level: list[Any] = [training]
+    count = depth = 0
+    while level:
+        count, depth = count + len(level), depth + 1
+        if count > MOST_VALUES or depth > MOST_DEPTH:
+            raise CheckpointError(f"its state has more than {MOST_VALUES:,} values, or is more than {MOST_DEPTH} deep")
+        inner: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                inner.extend(value.values())
+            elif isinstance(value, list | tuple):
+                inner.extend(value)
+            elif isinstance(value, Tensor):
+                check_strides(value)
+        level = inner
+
+
+def check_strides(tensor: Tensor) -> None:
+    """Raise CheckpointError for a tensor with more numbers than are stored."""
+    if tensor.layout is torch.strided and tensor.nbytes > tensor.untyped_storage().nbytes():
+        raise CheckpointError(f"a tensor of shape {short(list(tensor.shape))} is stored with fewer numbers")
 
 
 # writing
@@ -297,7 +476,7 @@ def write(folder: Path, taken: Snapshot) -> None:
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     manifest["sha256"] = own_sha256(manifest)
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+    write_file(folder, MANIFEST, json.dumps(manifest, indent=2))
     sync(folder / MANIFEST)
     sync(folder)
 
@@ -307,11 +486,12 @@ def write_model(path: Path, taken: Snapshot) -> None:
         save_file(taken.tensors, path, metadata={"tied": json.dumps(taken.tied)})
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"step {taken.step} cannot be saved: the model's state: {first_line(error)}") from error
+    os.chmod(path, path.parent.stat().st_mode & 0o666)  # safetensors makes a private file, whatever the umask
 
 
 def write_training(path: Path, training: Any) -> None:
-    with path.open("xb") as file:
-        torch.save(training, file)
+    with open_file(path.parent, path.name, "x") as file, io.BufferedWriter(file) as buffered:  # type: ignore[type-var]
+        torch.save(training, buffered)
 
 
 def write_at_once(folder: Path, taken: Snapshot) -> dict[str, Any]:

@@ -4,10 +4,12 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter
 
 import torch
 
+from .files import write_file
 from .terminal import print_line, printable_lines
 
 NOTHING = nullcontext()
@@ -116,9 +118,11 @@ class Profiler(Clock):
         spent = {name: seconds - self.before.get(name, 0.0) for name, seconds in self.seconds.items()}
         print(printable_lines(table(spent | {"the rest": whole - sum(spent.values())}, whole, count)), file=sys.stderr)
         if self.folder is not None:
-            path = self.folder / "profile.pt.trace.json"
-            self.recorder.export_chrome_trace(str(path))
-            print_line(f"trace: {path} (open it in https://ui.perfetto.dev)", sys.stderr)
+            name = "profile.pt.trace.json"
+            with TemporaryDirectory() as made:
+                self.recorder.export_chrome_trace(f"{made}/{name}")
+                write_file(self.folder, name, Path(made, name).read_bytes())
+            print_line(f"trace: {self.folder / name} (open it in https://ui.perfetto.dev)", sys.stderr)
         self.recorder = None
 
 

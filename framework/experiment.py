@@ -5,6 +5,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from .building import (
     build_model,
     check_fit,
     check_smallest_batch,
+    model_limits,
     scale_of,
 )
 from .checks import check_has_rate, check_loss_parameters, check_schedule, check_step_alone
@@ -42,6 +44,7 @@ from .resume import (
     fingerprint,
     last_values,
     open_folder,
+    shapes,
     start_from,
 )
 from .run import RunFolder, dump, provenance, read_facts
@@ -51,7 +54,8 @@ from .status import Status
 from .task import Task
 from .terminal import print_message
 from .trainer import Trainer
-from .user_code import user_errors
+from .trainer_state import WRONG_FORM
+from .user_code import describe, user_errors
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -302,7 +306,8 @@ def prepare(
     if resumed is not None and spec.fold is not None:
         refit = "fold" in read_facts(resumed.folder.path)  # a run of an older version has none
         data = data if refit else build_data(spec, refit=False)
-    built = Experiment(spec, data)
+    with limits_of(resumed, spec):
+        built = Experiment(spec, data)
     if spec.init_from is not None and resumed is None:
         say(start_from(built.model, spec.init_from))
     trainer, threads = built.trainer(), built.threads()
@@ -310,8 +315,12 @@ def prepare(
         say(UNSAVED)
     if resumed is not None:
         check_same_data(resumed.folder.path, built, inexact)
-        check_fits(resumed, built.model, built.optimizer)
-        check_optimizer(resumed, built.model, built.optimizer)
+        try:
+            check_fits(resumed, built.model, built.optimizer)
+            check_optimizer(resumed, built.model, built.optimizer)
+        except WRONG_FORM as error:
+            path = resumed.folder.path
+            raise RunError(f"{path} cannot go on: its checkpoint has another form: {describe(error)}") from error
         trainer.state.step = resumed.step  # loggers go on from there
         threads = resumed.threads or threads  # as many make the same bits
         for line in (f"going on with {resumed.folder.path} after step {resumed.step}", *resumed.notes):
@@ -319,6 +328,15 @@ def prepare(
         for line in schedule_notes(built, resumed):
             say(line)
     return Prepared(built, trainer, threads, resumed, experiment, list(overrides), started)
+
+
+def limits_of(resumed: Resumed | None, spec: Spec) -> AbstractContextManager[None]:
+    """Return the context in which a resumed run is built: its model is not much larger than its checkpoint."""
+    if resumed is None or resumed.training is None:
+        return nullcontext()
+    facts = read_facts(resumed.folder.path)
+    sizes = facts["in_shape"], facts["out_shape"], facts.get("columns", ())
+    return model_limits(spec, *sizes, shapes(resumed.training["model"]))
 
 
 def schedule_notes(built: Experiment, resumed: Resumed) -> Iterator[str]:
@@ -381,7 +399,8 @@ def which_weights(measured: int | Path, steps: int) -> str:
     step, best = measured, False
     if isinstance(measured, Path):
         best = measured.name == "best"
-        step = checkpoint.step_in(measured.resolve())  # not by its name: in a copy without links, best is a folder
+        # Not by its name: in a copy without links, best is a folder.
+        step = checkpoint.step_in(checkpoint.target_of(measured))
     if best:
         return f"best, step {step:,}"
     return f"last, step {step:,}" if step == steps else f"step {step:,}"
@@ -466,11 +485,15 @@ def describe_run(folder: RunFolder, built: Experiment, overrides: list[str]) -> 
 def load_weights(model: nn.Module, run: Path, which: str = "best") -> Path | None:
     """Load the best (or last, or a named) checkpoint's weights; returns which one, None when there is none."""
     chosen = chosen_checkpoint(run, which)
-    if chosen is None:
-        return None
-    weights = checkpoint.load_model(chosen.resolve())
+    if chosen is not None:
+        fill(model, chosen, run)
+    return chosen
+
+
+def fill(model: nn.Module, chosen: Path, run: Path) -> None:
+    """Load the weights of a checkpoint. Raises RunError when they do not fit the model."""
+    weights = checkpoint.load_model(chosen)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise RunError(f"{chosen} does not fit the model of {run}: {' '.join(str(error).split())[:300]}") from error
-    return chosen

@@ -2,11 +2,14 @@
 
 import copy
 import json
+import os
+import re
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -16,20 +19,27 @@ from torch.optim import Optimizer
 
 from . import checkpoint
 from .callback import Callback, follows_metrics
-from .errors import CheckpointError, ConfigError, RunError, did_you_mean
+from .errors import CheckpointError, ConfigError, RunError, did_you_mean, short
+from .files import open_file, parse_yaml, read_bytes, read_rows
 from .optimizer import check_state, group_settings, merged_groups, older_settings
 from .paths import expanded, override
 from .registry import Maker, Registry
-from .run import RunFolder, read_config, read_facts, run_of_checkpoint
+from .run import MOST_CONFIG, RunFolder, dump, read_config, read_facts, run_behind, run_of_checkpoint
 from .scheduler import observes
 from .schema import members, strip
 from .spec import Spec
+from .terminal import print_note
 
 JUDGED_BY = ("monitor", "mode", "min_delta")  # settings of a callback that decides by logged values
 SAME_BITS = (  # what may differ in a resumed run without a bit of its weights being another
     *("run.", "plugins", "init_from", "loggers.", "metrics.", "loader.workers", "loader.eval_batch_size"),
     *("trainer.max_epochs", "trainer.max_steps", "trainer.log_every", "trainer.validate_every", "trainer.profile"),
 )
+
+MOST_STATUS = 2**20  # bytes
+MOST_PARSED = 500  # configs that `resume=auto` reads; one takes 2 ms
+MOST_NOTES = 3
+MOST_THREADS = 1024
 
 NOT_OF_A_RESUMED_RUN = ("run", "init_from", "resume", "plugins", "sweep", "hydra")
 
@@ -81,14 +91,110 @@ def find(spec: Spec, experiment: str) -> Path | None:
     root, name = Path(spec.sections["run"]["root"]) / experiment, spec.sections["run"]["name"]
     if name is not None:
         return root / name if (root / name / "config.yaml").is_file() else None
-    for run in sorted(root.glob("*/config.yaml"), key=lambda file: file.stat().st_mtime, reverse=True):
-        if fingerprint(read_config(run.parent)) == fingerprint(spec.tree) and status_of(run.parent) != "done":
-            return run.parent
-    return None
+    return find_unfinished(root, spec.tree)
+
+
+class Candidate(NamedTuple):
+    """A run folder that `resume=auto` looks at, and when its config was written."""
+
+    path: Path
+    written: int
+
+
+def find_unfinished(root: Path, tree: Mapping[str, Any]) -> Path | None:
+    """Return the newest unfinished run of a config below a folder of runs.
+
+    What is broken is skipped with a note. Of a run that is not done, status.json tells the fingerprint of its config;
+    the config of an older one, which does not, is read if its text is that of this config, and of the newest
+    `MOST_PARSED` in any case.
+    """
+    skipped: list[str] = []
+    wanted, own = fingerprint(tree), comparable(dump("config.yaml", tree).encode())
+    parsed = 0
+    found = None
+    for run in candidates(root, skipped):
+        try:
+            status = read_status(run.path)
+            if status.get("status") == "done" or status.get("config", wanted) != wanted:
+                continue
+            text = read_bytes(run.path, "config.yaml", MOST_CONFIG)
+            if "config" not in status and comparable(text) != own:
+                parsed += 1
+                if parsed > MOST_PARSED:
+                    continue
+            config = parse_yaml(text, run.path / "config.yaml")
+            if isinstance(config, dict) and fingerprint(config) == wanted:
+                found = run.path
+                break
+        except (OSError, RunError, RecursionError, ValueError) as error:
+            skipped.append(f"skipped {run.path}: {error}")
+    if parsed > MOST_PARSED:
+        skipped.append(f"not compared: {parsed - MOST_PARSED} older runs, whose status.json has no config")
+    tell(skipped)
+    return found
+
+
+def candidates(root: Path, skipped: list[str]) -> list[Candidate]:
+    """Return the runs below a folder, the newest first; what is no run is added to `skipped` if it looks like one."""
+    found = []
+    try:
+        entries = list(os.scandir(root))
+    except OSError:
+        return []
+    for entry in entries:
+        config = f"{entry.path}/config.yaml"
+        try:
+            if not entry.is_dir(follow_symlinks=False):
+                if entry.is_symlink() and entry.is_dir():
+                    skipped.append(f"skipped {entry.path}: it is a symbolic link (resume={entry.path} follows it)")
+                continue
+            about = os.lstat(config)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            skipped.append(f"skipped {entry.path}: {error.strerror}")
+            continue
+        if stat.S_ISREG(about.st_mode):
+            found.append(Candidate(Path(entry.path), about.st_mtime_ns))
+        else:
+            skipped.append(f"skipped {entry.path}: its config.yaml is not a regular file")
+    return sorted(found, key=lambda run: run.written, reverse=True)
+
+
+def read_status(run: Path) -> dict[str, Any]:
+    """Return the content of status.json; nothing when it is missing or something else.
+
+    It tells the fingerprint of the config only if it is not older than the config.
+    """
+    try:
+        with open_file(run, "status.json", most=MOST_STATUS) as file:
+            updated = os.fstat(file.fileno()).st_mtime_ns
+            status = json.loads(file.read(MOST_STATUS))
+    except (OSError, RunError, ValueError, RecursionError):
+        return {}
+    if not isinstance(status, dict):
+        return {}
+    if "config" in status and updated < os.lstat(run / "config.yaml").st_mtime_ns:
+        del status["config"]
+    return status
+
+
+def comparable(config: bytes) -> bytes:
+    """Return the text of a config without the sections that may differ between two runs of one experiment."""
+    return re.sub(rb"(?m)^(run|plugins):.*\n(?:[ -].*\n)*", b"", config)
+
+
+def tell(notes: Sequence[str]) -> None:
+    """Print notes on the standard error, a few of them."""
+    for note in notes[:MOST_NOTES]:
+        print_note(f"framework: {note}")
+    if len(notes) > MOST_NOTES:
+        print_note(f"framework: {len(notes) - MOST_NOTES} more notes of this kind")
 
 
 def run_meant_by(path: Path) -> Path:
     """Return the run that is to go on: a folder itself, or the run of a checkpoint."""
+    path = run_behind(path)
     return run_of_checkpoint(path) or path
 
 
@@ -102,10 +208,11 @@ def named_checkpoint(resume: str) -> Path | None:
 
     `best` is the checkpoint that the link leads to. Raises RunError if there is none, CheckpointError if it is damaged.
     """
-    path = expanded(resume)
+    path = run_behind(expanded(resume))
     run = run_of_checkpoint(path)
     if run is None:
         return None
+    path = checkpoint.target_of(path)
     if not path.is_dir():
         known = [each.name for each in checkpoint.listed(run / "checkpoints")]
         raise RunError(f"there is no checkpoint {path}; {did_you_mean(path.name, known)}")
@@ -113,7 +220,7 @@ def named_checkpoint(resume: str) -> Path | None:
     chosen = beside if beside.is_dir() else path
     spoiled = checkpoint.verify(chosen)["nan"]
     if spoiled:
-        raise RunError(f"{chosen} cannot be resumed: {spoiled[0]} holds NaN; choose an earlier checkpoint")
+        raise RunError(f"{chosen} cannot be resumed: {str(spoiled[0])[:200]} holds NaN; choose an earlier checkpoint")
     return chosen
 
 
@@ -140,6 +247,7 @@ def open_folder(run: Path, spec: Spec, inexact: bool = False) -> Resumed:
     resumed.config = before
     resumed.notes = [f"from here on {text}" for text in resumed.changed]
     checkpoints = run / "checkpoints"
+    checkpoint.refuse_links(checkpoints)
     if not checkpoints.is_dir():
         return resumed
     checkpoint.clean(checkpoints)
@@ -149,15 +257,17 @@ def open_folder(run: Path, spec: Spec, inexact: bool = False) -> Resumed:
         resumed.notes += later_notes(checkpoints, checkpoint.step_in(newest))
     else:
         newest, skipped = checkpoint.newest(checkpoints)
-        resumed.notes += [f"skipped {why}" for why in skipped]
+        resumed.notes += [f"skipped {why}" for why in skipped[:MOST_NOTES]]
+        if len(skipped) > MOST_NOTES:
+            resumed.notes.append(f"skipped {len(skipped) - MOST_NOTES} more checkpoints")
     if newest is not None:
         weights, resumed.training = checkpoint.load(newest)
         resumed.training["model"] = weights
         resumed.step = checkpoint.step_in(newest)
         manifest = checkpoint.read_manifest(newest)
-        resumed.threads = manifest["run"].get("threads")
-        if manifest["torch"] != torch.__version__:
-            other = f"torch is {torch.__version__}, was {manifest['torch']}"
+        resumed.threads = threads_of(manifest)
+        if manifest.get("torch") != torch.__version__:
+            other = f"torch is {torch.__version__}, was {short(manifest.get('torch'))}"
             resumed.notes.append(f"{other}: the last bits may come out otherwise")
     return resumed
 
@@ -169,10 +279,18 @@ def later_notes(checkpoints: Path, step: int) -> Iterator[str]:
         yield f"set aside in {checkpoints}: {', '.join(later)} (now named *.aside; delete what you do not need)"
 
 
+def threads_of(manifest: Mapping[str, Any]) -> int | None:
+    """Return how many threads a checkpoint's run had, None if its manifest has no sensible number."""
+    run = manifest.get("run")
+    threads = run.get("threads") if isinstance(run, dict) else None
+    return threads if type(threads) is int and 1 <= threads <= MOST_THREADS else None
+
+
 def check_fits(resumed: Resumed, model: nn.Module, optimizer: Optimizer) -> None:
     """Raise RunError when its checkpoint is of another model or optimizer, which --inexact cannot mend."""
     if resumed.training is None:
         return
+    check_form(resumed.training)
     saved, own = map(shapes, (resumed.training["model"], model.state_dict()))
     wrong = next((name for name in {**saved, **own} if saved.get(name) != own.get(name)), None)
     other = None
@@ -185,6 +303,16 @@ def check_fits(resumed: Resumed, model: nn.Module, optimizer: Optimizer) -> None
         weights = override("init_from", str(run))
         advice = f"A new run can begin with its weights: {weights}"
         raise RunError(f"{run} cannot go on with {other}. {advice}")
+
+
+def check_form(training: Mapping[str, Any]) -> None:
+    """Raise RunError when the training state of a checkpoint is of another form than what was saved."""
+    state = training.get("optimizer")
+    groups = state.get("param_groups") if isinstance(state, dict) else None
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        raise RunError("its newest checkpoint is damaged: it holds no state of an optimizer")
+    if not all(isinstance(group.get("params"), list) for group in groups):
+        raise RunError("its newest checkpoint is damaged: its optimizer has groups without parameters")
 
 
 def check_optimizer(resumed: Resumed, model: nn.Module, optimizer: Optimizer) -> None:
@@ -376,26 +504,26 @@ def fingerprint(tree: Mapping[str, Any]) -> str:
 
 
 def status_of(run: Path) -> str | None:
-    try:
-        return json.loads((run / "status.json").read_text(encoding="utf-8"))["status"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    """Return the status of a run, such as "done"; None when it has none."""
+    status = read_status(run).get("status")
+    return status if isinstance(status, str) else None
 
 
 def last_values(run: Path) -> tuple[dict[str, float], dict[str, int]]:
     """Return the last value of everything in a run's metrics.jsonl, and by split their step."""
     values: dict[str, float] = {}
     steps: dict[str, int] = {}
-    try:
-        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    except OSError:
+    if not os.path.lexists(run / "metrics.jsonl"):
         return values, steps
-    for line in map(json.loads, lines):
-        for key, value in line.items():
+    for row in read_rows(run, "metrics.jsonl"):
+        step = row.get("step")
+        if type(step) is not int:
+            continue
+        for key, value in row.items():
             split, slash, _ = key.partition("/")
-            if slash:
+            if slash and isinstance(value, int | float | None):
                 values[key] = float("nan") if value is None else value
-                steps[split] = line["step"]
+                steps[split] = step
     return values, steps
 
 
@@ -442,13 +570,17 @@ def shape_text(tensor: Tensor | None) -> str:
 def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
+            if not path.is_file():
+                raise RunError(f"init_from={path}: there is no such file")
+            checkpoint.check_memory(path, path.stat().st_size)
             return load_file(path)
+        path = run_behind(path)
         if (path / "checkpoints").is_dir():
             chosen = chosen_checkpoint(path)
             if chosen is None:
                 raise RunError(f"init_from={path}: the run has no good checkpoint")
             path = chosen
-        return checkpoint.load(path.resolve())[0]
+        return checkpoint.load_model(path)
     except (OSError, SafetensorError, CheckpointError) as error:
         raise RunError(f"init_from={path}: should be a run, a checkpoint or a .safetensors file: {error}") from error
 
@@ -461,7 +593,8 @@ def chosen_checkpoint(run: Path, which: str = "best") -> Path | None:
     folder = run / "checkpoints"
     if which not in ("best", "last"):
         named = folder / which
-        return named if named.is_dir() else expanded(which)
-    if which == "best" and (folder / "best").exists():
+        return named if named.is_dir() else run_behind(expanded(which))
+    checkpoint.refuse_links(folder)
+    if which == "best" and os.path.lexists(folder / "best") and checkpoint.target_of(folder / "best").is_dir():
         return folder / "best"
     return checkpoint.newest(folder)[0] if folder.is_dir() else None

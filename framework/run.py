@@ -7,25 +7,35 @@ runs/<experiment>/<name or time>/
 """
 
 import json
+import math
 import os
 import platform
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 from weakref import ref
 
 from .discovery import package_version
-from .errors import RunError
+from .errors import RunError, short
+from .files import open_file, read_json, read_yaml, remove_temporary, write_file
 from .git import commit_and_diff
 from .locks import Held, are_off, is_gone, lock, this_process
 from .paths import expanded
 
+MOST_HOLDER = 300  # bytes of the text in a lock
 PATIENCE = 2.0  # seconds for the workers of a killed run to end
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
+MOST_CONFIG = 16 * 2**20  # bytes
+MOST_FACTS = 64 * 2**20  # the names of classes, a vocabulary
+MOST_PROVENANCE = 64 * 2**20  # it has the diff of the working folder
+LARGEST_SIZE = 2**48  # numbers in a sample: a tensor with more numbers fits into no memory
+MOST_DIMENSIONS = 64  # torch's limit
+LITTER = re.compile(r"(status|config\.yaml|facts\.json|overrides\.yaml|provenance\.json)\.tmp|metrics\.jsonl\.new")
+"""Temporary files of earlier versions."""
 
 
 class RunFolder:
@@ -62,16 +72,14 @@ class RunFolder:
         try:
             with locked(path.parent):
                 folder.lock = only_writer(path)
+            remove_litter(path)
         except OSError as error:
             raise RunError(f"the run folder {path} cannot be written: {error.strerror}") from None
         return folder
 
     def write(self, file: str, content: Any) -> None:
         """Write a JSON or YAML file, whole or not at all."""
-        target = self.path / file
-        beside = target.with_suffix(target.suffix + ".tmp")
-        beside.write_text(dump(file, content), encoding="utf-8")
-        os.replace(beside, target)
+        write_file(self.path, file, dump(file, content))
 
 
 def check_encoding(path: Path) -> None:
@@ -100,22 +108,30 @@ def claim(parent: Path, name: str | None) -> Path:
     raise RunError(f"{parent} has too many runs named {wanted}")
 
 
+def remove_litter(run: Path) -> None:
+    """Remove the temporary files that killed processes left, also those of earlier versions."""
+    remove_temporary(run)
+    for path in run.iterdir():
+        if LITTER.fullmatch(path.name) and (path.is_symlink() or not path.is_dir()):
+            path.unlink(missing_ok=True)
+
+
 def plugins_of(run: Path, key: str = "plugins") -> list[str]:
     """Return the plugins that a run was trained with (or "without_plugins"), as its provenance.json names them.
 
     The file may come from a stranger: a name with control characters is left out.
     """
     try:
-        found = json.loads((run / "provenance.json").read_text(encoding="utf-8"))
-        return [plugin for plugin in map(str, found[key]) if plugin.isprintable()]
-    except (OSError, ValueError, KeyError, TypeError):
+        found = read_json(run, "provenance.json", MOST_PROVENANCE)[key]
+        return [plugin for plugin in found if isinstance(plugin, str) and plugin.isprintable()]
+    except (OSError, RunError, KeyError, TypeError):
         return []
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Wait for, and hold, the lock of a folder of runs."""
-    with (folder / ".lock").open("a", encoding="utf-8") as file:
+    with open_file(folder, ".lock", "a") as file:
         lock(file, folder / ".lock", wait=True)
         yield
 
@@ -125,7 +141,7 @@ def only_writer(run: Path, name: str = ".lock") -> Held:
 
     Without locks (see `locks.py`), the process that the file names is taken for the writer unless it has ended.
     """
-    file, until = (run / name).open("a+", encoding="utf-8"), time.monotonic() + PATIENCE
+    file, until = open_file(run, name, "a"), time.monotonic() + PATIENCE
     try:
         while not lock(file, run / name, wait=False):
             holder = holder_in(file)
@@ -138,7 +154,7 @@ def only_writer(run: Path, name: str = ".lock") -> Held:
             advice = f"wait for it; if it has ended, delete {run / name}"
             raise RunError(f"{run} is being written by {holder}: {advice}")
         file.truncate(0)
-        file.write(this_process())
+        file.write(this_process().encode())
         file.flush()
     except BaseException:
         file.close()
@@ -148,12 +164,12 @@ def only_writer(run: Path, name: str = ".lock") -> Held:
     return Held(file)
 
 
-def holder_in(file: TextIO) -> str:
+def holder_in(file: BinaryIO) -> str:
     file.seek(0)
-    return file.read().strip()
+    return file.read(MOST_HOLDER).decode("utf-8", errors="replace").strip()
 
 
-def close(file: TextIO | None) -> None:
+def close(file: BinaryIO | None) -> None:
     if file is not None:
         file.close()
 
@@ -162,11 +178,51 @@ def read_facts(run: Path) -> dict[str, Any]:
     """Return what a run folder keeps of its data. Raises RunError when that is missing or is something else."""
     file = run / "facts.json"
     try:
-        facts = json.loads(file.read_text(encoding="utf-8"))
-        shapes = [[int(size) for size in facts[name]] for name in ("in_shape", "out_shape")]
-        return facts | dict(zip(("in_shape", "out_shape"), shapes, strict=True)) | {"classes": list(facts["classes"])}
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise RunError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
+        facts = read_json(run, "facts.json", MOST_FACTS)
+    except OSError as error:
+        raise RunError(f"{file} cannot be read: {error.strerror}") from error
+    if not isinstance(facts, dict):
+        raise RunError(f"{file} cannot be read: expected a JSON object, got {short(facts)}")
+    for name in ("in_shape", "out_shape", "classes"):
+        if name not in facts:
+            raise RunError(f"{file} cannot be read: it has no {name}")
+    for name, (is_valid, expected) in FACTS.items():
+        if name in facts and not is_valid(facts[name]):
+            raise RunError(f"{file} cannot be read: expected {name} to be {expected}, got {short(facts[name])}")
+    return facts
+
+
+def is_shape(value: Any) -> bool:
+    return is_sizes(value) and len(value) <= MOST_DIMENSIONS and math.prod(value) <= LARGEST_SIZE
+
+
+def is_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(each) is int and 0 <= each <= LARGEST_SIZE for each in value)
+
+
+def is_classes(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str | int | float | None) for each in value)
+
+
+def is_scale(value: Any) -> bool:
+    """Whether a value is (mean, std) or (mean, std, log); each of the first two a number, or a list of them."""
+    if not isinstance(value, list) or len(value) not in (2, 3):
+        return False
+    for moment in value[:2]:
+        numbers = moment if isinstance(moment, list) else [moment]
+        if not all(type(each) in (int, float) for each in numbers):
+            return False
+    return isinstance(value[-1], bool) or len(value) == 2
+
+
+FACTS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "in_shape": (is_shape, f"a list of at most {MOST_DIMENSIONS} sizes"),
+    "out_shape": (is_shape, f"a list of at most {MOST_DIMENSIONS} sizes"),
+    "classes": (is_classes, "a list of names"),
+    "columns": (is_sizes, "a list of counts"),
+    "scale": (is_scale, "a mean and a standard deviation"),
+    "data": (lambda value: isinstance(value, dict), "an object"),
+}
 
 
 def dump(file: str, content: Any) -> str:
@@ -183,21 +239,42 @@ def dump(file: str, content: Any) -> str:
 
 def read_config(run: Path) -> dict[str, Any]:
     """Return the composed config of a run folder. Raises RunError when it is none."""
-    import yaml
-
     file = run / "config.yaml"
     if not run.is_dir():
         raise RunError(f"there is no run folder {run}")
-    if not file.is_file():
-        raise RunError(f"{run} is not the folder of a run: it has no config.yaml{run_meant(run)}")
     try:
-        text = file.read_text(encoding="utf-8")
-        config = yaml.safe_load(text)  # libyaml's reader has no limit to the depth
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise RunError(f"{file} cannot be read: {' '.join(str(error).split())[:300]}") from error
+        config = read_yaml(run, "config.yaml", MOST_CONFIG)
+    except (FileNotFoundError, NotADirectoryError):
+        raise RunError(f"{run} is not the folder of a run: it has no config.yaml{run_meant(run)}") from None
+    except OSError as error:
+        raise RunError(f"{file} cannot be read: {error.strerror}") from error
     if not isinstance(config, dict):
         raise RunError(f"{file} holds no config")
     return config
+
+
+def run_behind(folder: Path) -> Path:
+    """Return the folder of a run, or of a checkpoint, that a path stands for: of a sweep's `best`, which holds links,
+    that of the run beside it.
+
+    The links are not followed: the name of the run is read from one, and has to be that of a folder in the sweep.
+    Any other folder is returned as it is.
+
+    Raises RunError when a sweep's `best` leads elsewhere.
+    """
+    if folder.parent.name == "checkpoints":
+        return run_behind(folder.parent.parent) / "checkpoints" / folder.name
+    sweep = folder.absolute().parent
+    link = folder if folder.is_symlink() else folder / "config.yaml"
+    if folder.name != "best" or not link.is_symlink() or not (sweep / "sweep.json").is_file():
+        return folder
+    text = os.readlink(link)
+    name = text if link == folder else text.removeprefix("../").removesuffix("/config.yaml")
+    run = folder.parent / name
+    plain = re.fullmatch(NAME, name) is not None and ".." not in name
+    if not plain or (link != folder and text != f"../{name}/config.yaml") or run.is_symlink() or not run.is_dir():
+        raise RunError(f"{link} is a symbolic link to {text!r}; expected a run of the sweep {sweep}")
+    return run
 
 
 def run_meant(folder: Path) -> str:

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from .errors import SettingError
+from .errors import SettingError, short
 from .schema import Pattern
 
 EVERY = r"\s*(?!0+(?:\.0*)?[a-z\s])(\d+(?:\.\d+)?)\s*(steps?|epochs?|s|sec|min|h)\s*"
@@ -52,8 +52,10 @@ class State:
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
         for name, value in saved["counters"].items():
+            if name not in ("step", "epoch", "batch", "samples") or type(value) is not int or value < 0:
+                raise SettingError(f"resume: the counter {name} is {short(value)}")
             setattr(self, name, value)
-        self.metrics = dict(saved["metrics"])
+        self.metrics = {str(name): value for name, value in saved["metrics"].items() if isinstance(value, int | float)}
         self.started = time.monotonic() - saved["wall_seconds"]
 
 

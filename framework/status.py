@@ -9,6 +9,7 @@ from typing import Any
 
 from .callback import Callback
 from .errors import FrameworkError
+from .files import write_file
 from .trainer import Trainer
 from .user_code import describe
 
@@ -48,7 +49,7 @@ class Status(Callback):
     def _write(self, trainer: Trainer, status: str, reason: str | None = None) -> None:
         if trainer.folder is None:
             return
-        state, file, self.written = trainer.state, trainer.folder / "status.json", time.monotonic()
+        state, self.written = trainer.state, time.monotonic()
         seconds_per_step = state.wall_seconds / max(state.step, 1)
         left = max(state.total_steps - state.step, 0)
         content: dict[str, Any] = {
@@ -63,6 +64,6 @@ class Status(Callback):
             "pid": os.getpid(),
             "updated": time.time(),
         }
-        beside = file.with_suffix(".tmp")
-        beside.write_text(json.dumps(content) + "\n", encoding="utf-8")
-        os.replace(beside, file)
+        if "config" in trainer.manifest:
+            content["config"] = trainer.manifest["config"]  # `resume=auto` compares it without reading the config
+        write_file(trainer.folder, "status.json", json.dumps(content) + "\n")

@@ -10,17 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .building import build_data, build_loader, build_metrics, build_model, scale_of
+from . import checkpoint
+from .building import build_data, build_loader, build_metrics, build_model, model_limits, scale_of
 from .data import Data, Scale
 from .discovery import is_loaded
 from .errors import ConfigError, DataError, RunError, short
-from .experiment import load_weights
+from .experiment import fill
 from .paths import expanded, pasted, shorter
-from .run import dump, plugins_of, read_config, read_facts, run_of_checkpoint
+from .resume import chosen_checkpoint
+from .run import dump, plugins_of, read_config, read_facts, run_behind, run_of_checkpoint
 from .spec import Spec, read_spec
 from .task import Task
 from .trainer import Trainer
-from .user_code import user_errors
+from .user_code import describe, user_errors
 
 
 @dataclass
@@ -109,7 +111,7 @@ def open_run(run: str | Path, which: str | None = None) -> Trained:
 
     Raises RunError when there is no such run or checkpoint, ConfigError for an unknown part.
     """
-    run = expanded(run)
+    run = run_behind(expanded(run))
     of_checkpoint = run_of_checkpoint(run)
     if of_checkpoint is not None:
         if which is not None:
@@ -118,10 +120,16 @@ def open_run(run: str | Path, which: str | None = None) -> Trained:
         run, which = of_checkpoint, str(run)
     spec = read_spec_of(run, read_config(run))
     facts = read_facts(run)
-    model = build_model(spec, facts["in_shape"], facts["out_shape"], facts.get("columns", ()))
-    chosen = load_weights(model, run, which or "best")
+    chosen = chosen_checkpoint(run, which or "best")
     if chosen is None:
         raise RunError(f"{run} has no checkpoint: was it trained with callbacks.checkpoint?")
+    shapes = facts["in_shape"], facts["out_shape"], facts.get("columns", ())
+    try:
+        with model_limits(spec, *shapes, checkpoint.read_shapes(chosen)):
+            model = build_model(spec, *shapes)
+    except (RuntimeError, TypeError, ValueError, LookupError, ArithmeticError, MemoryError) as error:
+        raise RunError(f"the model of {run} cannot be built: {describe(error)}") from error
+    fill(model, chosen, run)
     return Trained(spec, run, model, spec.parts["task"](), facts, chosen)
 
 

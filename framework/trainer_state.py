@@ -12,9 +12,12 @@ from .data import Loader
 from .errors import SettingError
 from .optimizer import group_settings, restore_optimizer, same_setting
 from .scheduler import Schedule
+from .user_code import describe
 
 if TYPE_CHECKING:
     from .trainer import Trainer
+
+WRONG_FORM = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError)
 
 
 def reset(trainer: Trainer) -> None:
@@ -86,7 +89,17 @@ def capture(trainer: Trainer) -> dict[str, Any]:
 
 
 def restore(trainer: Trainer, saved: dict[str, Any]) -> None:
-    """Take back what `capture` gave, into a trainer with the same parts."""
+    """Take back what `capture` gave, into a trainer with the same parts.
+
+    Raises SettingError for a state of another form, as a damaged checkpoint, or one of other parts, may have.
+    """
+    try:
+        restore_parts(trainer, saved)
+    except WRONG_FORM as error:
+        raise SettingError(f"resume: the state does not fit this trainer: {describe(error)}") from error
+
+
+def restore_parts(trainer: Trainer, saved: dict[str, Any]) -> None:
     trainer.model.load_state_dict(saved["model"])
     kind = type(trainer.optimizer).__name__
     if saved.get("optimizer_class", kind) != kind:

@@ -1,13 +1,12 @@
 """A callback that shows which classes are taken for which."""
 
-import json
-
 import torch
 from torch import Tensor
 
 from framework import Callback, Every, Trainer, callbacks
 from framework.data import check_read_again
 from framework.errors import SettingError
+from framework.files import read_json
 from framework.state import Cadence
 
 CELL = 16  # pixels
@@ -68,10 +67,9 @@ def count_pairs(trainer: Trainer) -> Tensor:
 
 def counts_table(counts: Tensor, trainer: Trainer) -> str:
     """Return the counts as a table in markdown, with the names of the classes where the run's folder keeps them."""
-    facts = trainer.folder / "facts.json" if trainer.folder is not None else None
     found: list[str] = []
-    if facts is not None and facts.is_file():
-        found = json.loads(facts.read_text(encoding="utf-8")).get("classes", [])
+    if trainer.folder is not None and (trainer.folder / "facts.json").exists():
+        found = read_json(trainer.folder, "facts.json").get("classes", [])
     names = list(found) if len(found) == len(counts) else [str(index) for index in range(len(counts))]
     head = [f"| is \\ taken for | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     rows = zip(names, counts.long().tolist(), strict=True)

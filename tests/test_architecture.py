@@ -202,6 +202,56 @@ def test_a_plugin_imports_the_framework_and_no_other_plugin(file):
     assert not [name for name in named if name.startswith("_")], "public names only"
 
 
+OPENING = {"read_text", "write_text", "read_bytes", "write_bytes", "touch"}
+OF_PACKAGES = {"torch.load", "load_file", "save_file", "safe_open", "os.open", "os.replace", "os.rename"}
+OPENED_ELSEWHERE = {  # modules that open files themselves, and which these are
+    "framework/files.py": "the functions that the others use",
+    "framework/checkpoint.py": "torch and safetensors open what `open_file` has opened; folders are renamed",
+    "framework/resume.py": "a .safetensors file that the user names",
+    "framework/compose.py": "configs of the user's project",
+    "framework/index.py": "the index cache of the user",
+    "framework/memory.py": "/proc/meminfo",
+    "framework/report.py": "the output that the user names",
+    "framework/sources.py": "configs of the user's project",
+    "framework/streams.py": "the standard streams",
+    "framework/clock.py": "a trace in a private temporary folder, which is copied",
+    "framework/trainer.py": "loggers are opened",
+    "framework/discovery.py": "plugins of the user",
+    "framework/user_code.py": "sources of the user's parts",
+    "framework/tuning/folder.py": "files of a sweep",
+    "framework/tuning/live.py": "the output of a sweep's trials",
+    "framework/tuning/search.py": "loggers are opened",
+    "framework/tuning/study.py": "the journal of a search",
+    "plugins/loggers.py": "metrics.jsonl",
+    "plugins/tensorboard_logger.py": "event files, made with O_EXCL",
+    "plugins/arrays.py": "data sets",
+}
+
+
+def opened_in(file):
+    """The names of functions that a file calls to open, read or write files."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        if name in ("open", *OF_PACKAGES) or name.rpartition(".")[2] in ("open", *OPENING):
+            yield name
+
+
+@pytest.mark.parametrize("file", CORE + TUNING + PLUGINS, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_files_of_a_run_are_opened_by_one_module(file):
+    """`framework/files.py` follows no links and accepts regular files only."""
+    name = str(file.relative_to(ROOT))
+    if name not in OPENED_ELSEWHERE and not file.stem.startswith("data_"):
+        assert list(opened_in(file)) == [], "use `open_file`, `write_file` and the readers of framework/files.py"
+
+
+def test_the_search_for_open_files_finds_them(tmp_path):
+    file = tmp_path / "part.py"
+    file.write_text("open('a'); path.read_text(); (run / 'x').open('w'); os.replace(a, b)")
+    assert len(list(opened_in(file))) == 4
+
+
 def test_conf_holds_composition_only():
     found = {path.relative_to(ROOT / "conf") for path in (ROOT / "conf").rglob("*.yaml")}
     per_part = [str(path) for path in found if path.name != "config.yaml" and path.parts[0] != "experiment"]

@@ -6,12 +6,13 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from framework.board import serve
+from framework.board import look_through, serve
 from framework.errors import FrameworkError, RunError
 
 
@@ -33,6 +34,64 @@ def test_it_serves_the_runs_and_ends_with_a_signal(tmp_path):
         address = line.split(" at ")[1].split()[0]
         with urllib.request.urlopen(f"{address}data/runs", timeout=20) as answer:
             assert isinstance(json.load(answer), list)
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+
+
+def make_fifo(run, outside):
+    os.mkfifo(run / "events.out.tfevents.2")
+
+
+def make_device(run, outside):
+    (run / "events.out.tfevents.2").symlink_to("/dev/zero")
+
+
+def make_file_link(run, outside):
+    (run / "events.out.tfevents.2").symlink_to(next(outside.iterdir()))
+
+
+def make_folder_link(run, outside):
+    (run / "linked").symlink_to(outside)
+
+
+def make_loop(run, outside):
+    (run / "linked").symlink_to("/")
+
+
+@pytest.mark.parametrize("make", [make_fifo, make_device, make_file_link, make_folder_link, make_loop])
+def test_odd_event_files_are_found(tmp_path, make):
+    run, outside = tmp_path / "runs" / "default" / "first", tmp_path / "outside"
+    for folder, tag in ((run, "mine"), (outside, "secret")):
+        with SummaryWriter(str(folder)) as writer:
+            writer.add_scalar(tag, 0.5, 1)
+    (run / "inner").symlink_to("../first")  # a sweep's `best` has links too, which stay below the root
+    assert look_through(tmp_path / "runs") == (1, [])
+    make(run, outside)
+    runs, odd = look_through(tmp_path / "runs")
+    assert (runs, len(odd)) == (1, 1)
+
+
+def test_a_folder_with_odd_event_files_is_served_without_them(tmp_path):
+    run, outside = tmp_path / "runs" / "default" / "first", tmp_path / "outside"
+    for folder, tag in ((run, "mine"), (outside, "secret")):
+        with SummaryWriter(str(folder)) as writer:
+            writer.add_scalar(tag, 0.5, 1)
+    for make in (make_fifo, make_folder_link):
+        make(run, outside)
+    command = f"from pathlib import Path; from framework.board import serve; serve(Path({str(tmp_path / 'runs')!r}), 0)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    try:
+        address = process.stdout.readline().split(" at ")[1].split()[0]
+        found = {}
+        until = time.monotonic() + 60
+        while not found and time.monotonic() < until:
+            with urllib.request.urlopen(f"{address}data/plugin/scalars/tags", timeout=20) as answer:
+                found = json.load(answer)
+        assert {run: list(tags) for run, tags in found.items()} == {"default/first": ["mine"]}
         os.kill(process.pid, signal.SIGTERM)
         assert process.wait(20) == 0
     finally:

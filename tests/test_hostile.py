@@ -3,10 +3,13 @@
 import json
 import os
 import pickle
+import resource
 import shutil
 import struct
 import sys
+import time
 import zipfile
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
@@ -17,9 +20,11 @@ import yaml
 from framework import checkpoint
 from framework.checkpoint import MANIFEST, MODEL, TRAINING, load, newest, own_sha256, remove, save
 from framework.errors import FrameworkError
-from framework.run import read_config
+from framework.experiment import train
+from framework.resume import altered, find, last_values, read_resumable
+from framework.run import read_config, run_behind
 from framework.spec import read_spec
-from framework.trained import open_run
+from framework.trained import open_run, read_spec_of
 
 STATE = {"weight": torch.ones(2, 3)}
 
@@ -56,10 +61,9 @@ def test_the_payload_works(tmp_path):
 def sign(written: Path, **changes) -> None:
     """Make the manifest fit whatever the files are now: who makes a file can make its checksum."""
     manifest = json.loads((written / MANIFEST).read_text()) | changes
-    for name in (MODEL, TRAINING):
+    for name in (MODEL, TRAINING) if "files" not in changes else ():
         content = (written / name).read_bytes()
-        if "files" not in changes:
-            manifest["files"][name] = {"bytes": len(content), "sha256": sha256(content).hexdigest()}
+        manifest["files"][name] = {"bytes": len(content), "sha256": sha256(content).hexdigest()}
     del manifest["sha256"]
     (written / MANIFEST).write_text(json.dumps(manifest | {"sha256": own_sha256(manifest)}))
 
@@ -72,6 +76,15 @@ def refused(call, *arguments, match=None):
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 600
     return error.value
+
+
+def error_of(call, *arguments, **more):
+    """Return the message of an error for people; None if there is none."""
+    try:
+        call(*arguments, **more)
+    except FrameworkError as error:
+        return str(error)
+    return None
 
 
 # checkpoints
@@ -347,3 +360,450 @@ def test_code_in_the_checkpoint_of_a_run_is_not_run(run, proof, form):
 def test_facts_that_are_none_are_refused(run, content):
     (run / "facts.json").write_text(content)
     refused(open_run, run)
+
+
+# what takes time or memory
+
+
+@contextmanager
+def within(seconds=2.0, megabytes=500):
+    """Within this context no more than so much CPU time, time and memory is taken."""
+    times = time.process_time(), time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    assert time.process_time() - times[0] < seconds
+    assert time.monotonic() - times[1] < 60
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < megabytes * 1024
+
+
+@pytest.fixture(scope="module")
+def imported():
+    """What torch imports at the first use of the device meta is not counted."""
+    with torch.device("meta"):
+        torch.nn.Sequential(torch.nn.Embedding(3, 4), torch.nn.LayerNorm(4))(torch.zeros(2, dtype=torch.int64))
+
+
+SIZES = {
+    "width": {"width": 10**9},
+    "wider than memory": {"width": 10**15},
+    "depth": {"depth": 10**9},
+    "both": {"width": 10**6, "depth": 10**6},
+}
+
+
+@pytest.mark.parametrize("changes", SIZES.values(), ids=SIZES)
+def test_a_model_much_larger_than_its_checkpoint_takes_no_memory(run, changes, imported):
+    (run / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"model": MODEL_OF | changes}))
+    with within():
+        refused(open_run, run, match=r"the config asks for more than|model=mlp|should be")
+
+
+SHAPES = [[10**12], [10**30], [1] * 10**6, [-1], [2.5], ["64"], [[64]], {"64": 1}, None, "64", [True], [2**40] * 40]
+
+
+@pytest.mark.parametrize("name", ["in_shape", "out_shape"])
+@pytest.mark.parametrize("shape", SHAPES, ids=range(len(SHAPES)))
+def test_shapes_that_no_data_has_are_refused(run, name, shape, imported):
+    facts = json.loads((run / "facts.json").read_text())
+    (run / "facts.json").write_text(json.dumps(facts | {name: shape}))
+    with within():
+        refused(open_run, run)
+
+
+OTHER_FACTS = {
+    "classes": ["x" * 10**5, 7, {"a": 1}, [["a"]], ["a"] * 2_000_000],
+    "columns": [[-1], ["a"], 7, [10**30]],
+    "scale": [[1], [1, "a"], [1, 2, 3], "ab", [[1], [{}], False]],
+    "data": [[], 7, None, "x"],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "index"), [(name, i) for name, values in OTHER_FACTS.items() for i in range(len(values))]
+)
+def test_facts_of_other_types_are_refused(run, name, index):
+    facts = json.loads((run / "facts.json").read_text())
+    (run / "facts.json").write_text(json.dumps(facts | {name: OTHER_FACTS[name][index]}))
+    with within(seconds=4):
+        refused(open_run, run, match=r"facts\.json")
+
+
+def sparse(written, name, size):
+    """Make a file as large as a disk, of a hole, which a manifest lists."""
+    with (written / name).open("r+b") as file:
+        file.truncate(size)
+    files = json.loads((written / MANIFEST).read_text())["files"]
+    sign(written, files=files | {name: {"bytes": size, "sha256": ""}})
+
+
+@pytest.mark.parametrize("name", [MODEL, TRAINING])
+def test_a_checkpoint_as_large_as_a_disk_is_not_read(written, name):
+    sparse(written, name, 2**42)
+    with within():
+        refused(load, written, match="4,398,046,511,104 bytes, but data for")
+        found, [why] = newest(written.parent)
+    assert found is None
+    assert "but data for" in why
+
+
+def test_holes_in_a_file_of_data_are_read(tmp_path):
+    with (tmp_path / "file").open("wb") as file:
+        file.truncate(2**31)
+        file.seek(2**30)
+        file.write(b"x" * 2**27)
+    with (tmp_path / "file").open("rb") as file:
+        checkpoint.check_size(file, 2**31, tmp_path / "file")
+
+
+def test_a_checkpoint_larger_than_the_free_memory_is_not_loaded(written, monkeypatch):
+    monkeypatch.setattr(checkpoint, "free_bytes", lambda device: 1000)
+    refused(load, written, match="1,000 bytes of memory are free")
+    checkpoint.verify(written)
+
+
+def compressed(written):
+    """A training state of a gigabyte of zeros in a megabyte."""
+    torch.save({"x": torch.zeros(2**20)}, written / TRAINING)
+    with zipfile.ZipFile(written / TRAINING) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(written / TRAINING, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in records.items():
+            archive.writestr(name, content)
+
+
+def allocating(written):
+    """A pickle that asks for 10 GB: torch allows it to call bytearray."""
+    torch.save({"x": 1}, written / TRAINING)
+    replace_pickle(written, b"\x80\x02cbuiltins\nbytearray\n\x8a\x05\x00\xe4\x0bT\x02\x85R.")
+
+
+def replace_pickle(written, content):
+    with zipfile.ZipFile(written / TRAINING) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(written / TRAINING, "w") as archive:
+        for name, before in records.items():
+            archive.writestr(name, content if name.endswith("data.pkl") else before)
+
+
+def expanded_tensor(written):
+    torch.save({"x": torch.ones(1).expand(10**9)}, written / TRAINING)
+
+
+def shared_lists(written):
+    value = ["x"] * 10
+    for _ in range(10):
+        value = [value] * 10
+    torch.save({"x": value}, written / TRAINING)
+
+
+def cycle(written):
+    value = {}
+    value["self"] = value
+    torch.save(value, written / TRAINING)
+
+
+BOMBS = [compressed, allocating, expanded_tensor, shared_lists, cycle]
+
+
+@pytest.mark.parametrize("make", BOMBS, ids=lambda make: make.__name__)
+def test_a_training_state_that_grows_when_it_is_read(written, make):
+    make(written)
+    sign(written)
+    with within(seconds=4):
+        refused(load, written, match="cannot be read")
+
+
+# links, and what is no file, in a run that is resumed
+
+
+def spec_in(root, name=None):
+    more = {"callbacks": {"checkpoint": {}}, "loggers": {"json_lines": {}}, "data": {"name": "blobs", "samples": 100}}
+    return read_spec(CONFIG | more | {"run": {"root": str(root), "name": name}})
+
+
+@pytest.fixture(scope="module")
+def trained_once(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    train(spec_in(root, "r"), "default", [], say=lambda line: None)
+    return root / "default" / "r"
+
+
+@pytest.fixture
+def trained_run(trained_once, tmp_path):
+    return Path(shutil.copytree(trained_once, tmp_path / "default" / "r", symlinks=True))
+
+
+@pytest.fixture
+def victim(tmp_path):
+    """A file outside of the run that nothing may touch."""
+    path = tmp_path / "victim"
+    path.write_text("precious")
+    yield path
+    assert path.read_text() == "precious"
+
+
+def resume(run, *overrides):
+    spec = read_spec_of(run, altered(read_resumable(run), overrides or ["trainer.max_epochs=2"]))
+    spec.resume = str(run)
+    return train(spec, "default", [], say=lambda line: None)
+
+
+STEP = "checkpoints/step-00000003"
+OURS = [".lock", "config.yaml", "facts.json"]
+OURS += [f"{STEP}/{name}" for name in (MODEL, TRAINING, MANIFEST)]
+REPLACED = ["status.json", "provenance.json", "overrides.yaml"]
+TEMPORARY = ["status.tmp", "config.yaml.tmp", "facts.json.tmp", "metrics.jsonl.new"]
+
+
+def test_a_run_from_elsewhere_is_resumed(trained_run):
+    """Or nothing below would show anything."""
+    assert (trained_run / STEP / MODEL).is_file()
+    before = (trained_run / "config.yaml").read_text()
+    assert resume(trained_run).steps > 3
+    assert (trained_run / "config.yaml").read_text() != before
+    assert open_run(trained_run).evaluate()
+
+
+def put(make, path, victim):
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    make(path, victim)
+
+
+def link(path, victim):
+    path.symlink_to(victim)
+
+
+def hard_link(path, victim):
+    os.link(victim, path)
+
+
+def fifo(path, victim):
+    os.mkfifo(path)
+
+
+def device(path, victim):
+    path.symlink_to("/dev/zero")
+
+
+def folder(path, victim):
+    path.mkdir()
+
+
+FORMS_OF_FILES = [link, hard_link, fifo, device, folder]
+
+
+@pytest.mark.parametrize("make", FORMS_OF_FILES, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("name", OURS)
+def test_a_file_that_is_none_of_the_run_is_neither_read_nor_written(trained_run, victim, name, make):
+    put(make, trained_run / name, victim)
+    with within():
+        if name.startswith("checkpoints"):
+            refused(open_run, trained_run)
+            said = []
+            spec = read_spec_of(trained_run, altered(read_resumable(trained_run), ["trainer.max_epochs=2"]))
+            spec.resume = str(trained_run)
+            message = error_of(train, spec, "default", [], say=said.append)
+            assert any("skipped" in line for line in said) if message is None else "\n" not in message
+        else:
+            refused(resume, trained_run, match="link|regular file|directory")
+
+
+@pytest.mark.parametrize("make", FORMS_OF_FILES, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("name", REPLACED + TEMPORARY)
+def test_a_file_that_is_replaced_is_not_followed(trained_run, victim, name, make):
+    if name in TEMPORARY and make is folder:
+        return  # a folder is no litter, and stays
+    put(make, trained_run / name, victim)
+    with within():
+        message = error_of(resume, trained_run)
+    assert message is None or (make is folder and "\n" not in message)
+    if name in TEMPORARY:
+        assert not os.path.lexists(trained_run / name)
+
+
+@pytest.mark.parametrize("name", ["checkpoints", STEP, "checkpoints/best"])
+@pytest.mark.parametrize("target", ["outside", "../../outside", "/etc", "step-00000003/.."])
+def test_a_folder_of_a_run_is_no_link(trained_run, tmp_path, name, target):
+    outside = Path(shutil.copytree(trained_run / STEP, tmp_path / "outside"))
+    before = {path.name: path.read_bytes() for path in outside.iterdir()}
+    path = trained_run / name
+    put(lambda path, victim: path.symlink_to(outside if target == "outside" else target), path, None)
+    refused(open_run, trained_run, match="symbolic link|not good|no checkpoint")
+    with within():
+        message = error_of(resume, trained_run)
+    assert message is None or "symbolic link" in message
+    assert {path.name: path.read_bytes() for path in outside.iterdir()} == before
+
+
+@pytest.fixture
+def sweep(trained_run):
+    """A sweep's `best`, as `SweepFolder.link_best` makes it."""
+    folder = trained_run.parent
+    (folder / "sweep.json").write_text("{}")
+    best = folder / "best"
+    best.mkdir()
+    for file in trained_run.glob("[!.]*"):
+        (best / file.name).symlink_to(Path("..", "r", file.name))
+    return folder
+
+
+def test_the_best_of_a_sweep_is_the_run_beside_it(sweep):
+    assert run_behind(sweep / "best") == sweep / "r"
+    assert run_behind(sweep / "best" / "checkpoints" / "best") == sweep / "r" / "checkpoints" / "best"
+    assert open_run(sweep / "best").run == sweep / "r"
+    assert open_run(sweep / "best" / STEP).checkpoint == sweep / "r" / STEP
+    assert resume(sweep / "best").folder == sweep / "r"
+
+
+@pytest.mark.parametrize("text", ["../../outside/config.yaml", "/etc/passwd", "../s/config.yaml", "../r/facts.json"])
+def test_the_best_of_a_sweep_leads_nowhere_else(sweep, tmp_path, text):
+    shutil.copytree(sweep / "r", tmp_path / "outside", symlinks=True)
+    (sweep / "s").symlink_to(tmp_path / "outside")
+    put(lambda path, victim: path.symlink_to(text), sweep / "best" / "config.yaml", None)
+    refused(open_run, sweep / "best", match="symbolic link")
+    (sweep / "sweep.json").unlink()
+    refused(open_run, sweep / "best", match="symbolic link")
+
+
+# the state of a run
+
+
+def change_training(run, changes):
+    step = run / STEP
+    state = torch.load(step / TRAINING, weights_only=True)
+    torch.save(changes(state), step / TRAINING)
+    sign(step)
+
+
+STATES = {
+    "nothing": lambda state: {},
+    "no optimizer": lambda state: state | {"optimizer": 7},
+    "no groups": lambda state: state | {"optimizer": {"param_groups": 7}},
+    "groups of texts": lambda state: state | {"optimizer": {"param_groups": ["x"]}},
+    "state of texts": lambda state: state | {"optimizer": state["optimizer"] | {"state": "x"}},
+    "counters": lambda state: state | {"counters": {"step": "x"}},
+    "attributes": lambda state: state | {"counters": {"state_dict": 1}},
+    "negative": lambda state: state | {"counters": {"step": -1}},
+    "callbacks": lambda state: state | {"callbacks": []},
+    "random": lambda state: state | {"random": {"python": 1}},
+    "measures": lambda state: state | {"measures": [[[]]]},
+    "validated": lambda state: {key: value for key, value in state.items() if key != "validated"},
+}
+
+
+@pytest.mark.parametrize("changes", STATES.values(), ids=STATES)
+def test_a_training_state_of_another_form_is_refused_in_a_line(trained_run, changes):
+    change_training(trained_run, changes)
+    refused(resume, trained_run)
+
+
+@pytest.mark.parametrize("facts", [[], None, {"threads": 10**9}, {"threads": "x"}, {"threads": -1}])
+def test_facts_in_a_manifest_that_are_none_are_left_out(trained_run, facts):
+    sign(trained_run / STEP, run=facts)
+    assert resume(trained_run).steps > 3
+
+
+def test_torn_and_undecodable_lines_of_metrics_are_skipped(trained_run):
+    for line in ('{"step": 40, "ep', '\n[1]\n{"step": "x", "val/loss": 1}\n{"step": 2, "val/loss": {}}\n', "\udcff"):
+        with (trained_run / "metrics.jsonl").open("a", encoding="utf-8", errors="surrogateescape") as file:
+            file.write(line)
+        assert last_values(trained_run)[1] == last_values(trained_run)[1]
+    resume(trained_run, "trainer.max_epochs=1")
+
+
+# other runs of the root
+
+ALIASES = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10)
+)
+
+
+def test_aliases_that_multiply_stop_no_command(trained_run):
+    with (trained_run / "config.yaml").open("a") as file:
+        file.write(ALIASES)
+    with within():
+        refused(resume, trained_run, match="too large")
+        refused(open_run, trained_run, match="too large")
+
+
+def unfinished(run):
+    status = json.loads((run / "status.json").read_text())
+    (run / "status.json").write_text(json.dumps(status | {"status": "stopped"}))
+    spec = spec_in(run.parent.parent)
+    spec.resume = "auto"
+    return spec
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["fingerprint", "older version"])
+def test_broken_runs_in_the_root_are_skipped_with_a_note(trained_run, older, capsys, victim):
+    spec, root = unfinished(trained_run), trained_run.parent
+    if older:
+        status = json.loads((trained_run / "status.json").read_text())
+        del status["config"]
+        (trained_run / "status.json").write_text(json.dumps(status))
+    for number, text in enumerate([ALIASES, "", "[" * 10**6, "a: [", "\x00", "- 1", "7"]):
+        (root / f"text{number}").mkdir()
+        (root / f"text{number}" / "config.yaml").write_text(text)
+    for make in FORMS_OF_FILES:
+        (root / make.__name__).mkdir()
+        make(root / make.__name__ / "config.yaml", victim)
+        for name in ("status", "folder"):
+            (root / f"{name} {make.__name__}").mkdir()
+            shutil.copy(trained_run / "config.yaml", root / f"{name} {make.__name__}" / "config.yaml")
+        with (root / f"folder {make.__name__}" / "config.yaml").open("a") as file:
+            file.write("other: 1\n")
+        make(root / f"status {make.__name__}" / "status.json", victim)
+        shutil.rmtree(root / f"status {make.__name__}")
+    (root / "loop").symlink_to(".")
+    (root / "file").write_text("")
+    (root / "dangling").symlink_to("nowhere")
+    (root / "esc\x1b[31m").mkdir()
+    (root / "esc\x1b[31m" / "config.yaml").mkdir()
+    with within():
+        assert find(spec, "default") == trained_run
+    lines = capsys.readouterr().err.splitlines()
+    assert 2 <= len(lines) <= 4
+    assert all(line.startswith("framework: ") and line.isprintable() for line in lines)
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["fingerprint", "older version"])
+def test_many_other_runs_cost_little_time(trained_run, older, capsys):
+    """10,000 of them take less than 5 s: half of these are done, and half are of other configs."""
+    spec, root, count = unfinished(trained_run), trained_run.parent, 400
+    os.utime(trained_run / "config.yaml", (0, 0))  # it is the last one that is looked at
+    os.utime(trained_run / "status.json", (1, 1))
+    text = (trained_run / "config.yaml").read_text()
+    for number in range(count):
+        other = root / f"other{number}"
+        other.mkdir()
+        (other / "config.yaml").write_text(text.replace("seed: 0", f"seed: {number + 1}"))
+        status = {"status": "done" if number % 2 else "stopped"} | ({} if older else {"config": f"{number}"})
+        (other / "status.json").write_text(json.dumps(status))
+    assert text != (root / "other1" / "config.yaml").read_text()
+    began = time.process_time()
+    assert find(spec, "default") == trained_run
+    allowed = 5 * count / 10_000
+    if older:
+        allowed += 1.0  # as configs are read, at most 500 of however many runs
+    assert time.process_time() - began < allowed
+
+
+def test_a_fingerprint_that_is_older_than_the_config_is_not_believed(trained_run):
+    """A kill after the config of a resumed run was written, and before its status was."""
+    spec = unfinished(trained_run)
+    status = json.loads((trained_run / "status.json").read_text())
+    (trained_run / "status.json").write_text(json.dumps(status | {"config": "another"}))
+    assert find(spec, "default") is None
+    later = (trained_run / "status.json").stat().st_mtime + 10
+    os.utime(trained_run / "config.yaml", (later, later))
+    assert find(spec, "default") == trained_run
+
+
+def test_a_run_that_claims_another_config_is_not_taken(trained_run):
+    spec = unfinished(trained_run)
+    text = (trained_run / "config.yaml").read_text()
+    (trained_run / "config.yaml").write_text(text.replace("width: 4", "width: 5"))
+    os.utime(trained_run / "config.yaml", (0, 0))
+    assert find(spec, "default") is None

@@ -1,6 +1,7 @@
 """Run folders: claimed by one run each, and read back."""
 
 import json
+import os
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,7 +9,9 @@ import pytest
 import yaml
 
 from framework.errors import RunError
+from framework.experiment import train
 from framework.run import RunFolder, code, package_version, provenance, read_config
+from framework.spec import read_spec
 
 
 def test_a_named_folder_and_one_named_by_the_time(tmp_path):
@@ -61,9 +64,9 @@ def test_files_are_written_whole_and_read_back(tmp_path):
     ("content", "message"),
     [
         (None, "it has no config.yaml"),
-        ("a: [", "cannot be read"),
+        ("a: [", "is no YAML"),
         ("- a", "holds no config"),
-        (b"\xff", "cannot be read"),
+        (b"\xff", "is no YAML"),
     ],
 )
 def test_what_is_no_run(tmp_path, content, message):
@@ -77,8 +80,35 @@ def test_what_is_no_run(tmp_path, content, message):
 
 def test_a_config_cannot_make_objects(tmp_path):
     (tmp_path / "config.yaml").write_text("a: !!python/object/apply:os.getcwd []")
-    with pytest.raises(RunError, match="cannot be read"):
+    with pytest.raises(RunError, match="is no YAML"):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077, 0o000])
+def test_all_files_of_a_run_follow_the_umask(tmp_path, mask):
+    parts = {"data": {"name": "blobs", "samples": 100}, "model": {"name": "mlp"}, "task": {"name": "classification"}}
+    parts |= {"optimizer": {"name": "sgd"}, "trainer": {"max_epochs": 1}, "callbacks": {"checkpoint": {}}}
+    parts |= {"loggers": {"json_lines": {}, "tensorboard": {}}, "run": {"root": str(tmp_path), "name": "r"}}
+    before = os.umask(mask)
+    try:
+        result = train(read_spec(parts), "default", [], say=lambda line: None)
+    finally:
+        os.umask(before)
+    found = {}
+    for path in [result.folder, *result.folder.rglob("*")]:
+        if not path.is_symlink():
+            allowed = 0o777 if path.is_dir() else 0o666
+            found[path.name] = (path.stat().st_mode & 0o777, allowed & ~mask)
+    assert {"model.safetensors", "training.pt", "MANIFEST.json", "status.json", ".lock", "metrics.jsonl"} <= set(found)
+    assert {name: modes for name, modes in found.items() if modes[0] != modes[1]} == {}
+
+
+def test_litter_of_killed_processes_is_removed_when_a_run_is_resumed(tmp_path):
+    litter = ["status.tmp", "config.yaml.tmp", "metrics.jsonl.new", f".status.json.{'0' * 16}.tmp"]
+    for name in [*litter, "mine.tmp", "notes.new"]:
+        (tmp_path / name).write_text("half")
+    RunFolder.existing(tmp_path).lock.close()
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "mine.tmp", "notes.new"}
 
 
 def test_provenance_tells_the_code_down_to_what_is_not_committed(tmp_path, monkeypatch):
