@@ -1,20 +1,34 @@
-"""status.json: where a run stands, for whoever watches it."""
+"""status.json: where a run stands, for whoever watches it.
 
+Each state is padded with spaces to the same size. So a run that fails because the disk is full can say so in the place
+of the state before, which takes no new block.
+"""
+
+import errno
 import json
 import math
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from .callback import Callback
-from .errors import FrameworkError
+from .errors import FrameworkError, RunError
+from .files import open_file, unwritable, write_file
 from .trainer import Trainer
 from .user_code import describe
 
+FILE = "status.json"
+SIZE = 1024  # bytes of the file, at least
+
 
 class Status(Callback):
-    """Writes the run's status.json after a log, at most once a second, and at the end, whole or not at all."""
+    """Writes the run's status.json after a log, at most once a second, and at the end, whole or not at all.
+
+    Only the failure of a run whose disk is full is written over the state before: a reader may then see parts of both
+    for a moment, and a crash of the machine may leave that, which readers take for an unknown state.
+    """
 
     changes_training = False
     seconds = 1.0
@@ -43,12 +57,15 @@ class Status(Callback):
         reason = describe(error)
         if isinstance(error, FrameworkError):
             reason = f"{type(error).__name__}: {error}"
-        self._write(trainer, "failed", reason)
+        try:
+            self._write(trainer, "failed", reason)
+        except RunError:
+            pass  # the run has failed already, of the same cause in most cases
 
     def _write(self, trainer: Trainer, status: str, reason: str | None = None) -> None:
         if trainer.folder is None:
             return
-        state, file, self.written = trainer.state, trainer.folder / "status.json", time.monotonic()
+        state, self.written = trainer.state, time.monotonic()
         seconds_per_step = state.wall_seconds / max(state.step, 1)
         left = max(state.total_steps - state.step, 0)
         content: dict[str, Any] = {
@@ -63,6 +80,32 @@ class Status(Callback):
             "pid": os.getpid(),
             "updated": time.time(),
         }
-        beside = file.with_suffix(".tmp")
-        beside.write_text(json.dumps(content) + "\n", encoding="utf-8")
-        os.replace(beside, file)
+        try:
+            write_file(trainer.folder, FILE, padded(content))
+        except RunError:
+            if status != "failed":
+                raise
+            overwrite(trainer.folder, content)
+
+
+def padded(content: dict[str, Any]) -> bytes:
+    """Return a state as JSON in ASCII, of `SIZE` bytes if it is not longer."""
+    text = json.dumps(content)
+    return text.ljust(SIZE - 1).encode() + b"\n"
+
+
+def overwrite(folder: Path, content: dict[str, Any]) -> None:
+    """Write a state over the one before, in one write and with a reason that fits. Raises RunError."""
+    try:
+        with open_file(folder, FILE, "r+") as file:
+            room = max(os.fstat(file.fileno()).st_size, SIZE)
+            reason = content["reason"] or ""
+            while len(padded(content)) > room and reason:
+                reason = reason[: len(reason) // 2]
+                content["reason"] = f"{reason}..."
+            data = padded(content)
+            if file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            file.truncate()
+    except OSError as error:
+        raise unwritable(folder / FILE, error, SIZE) from error
