@@ -32,6 +32,7 @@ from torch import Tensor
 
 from .discovery import package_version
 from .errors import CheckpointError
+from .files import FULL, free_bytes
 from .shapes import first_line
 from .snapshot import Facts, Snapshot, Weights, snapshot
 
@@ -42,7 +43,6 @@ LARGEST_MANIFEST = 64 * 2**20  # bytes; the names of a million tensors
 VISIBLE = re.compile(r"step-(\d{8,})")
 ASIDE = ".best"  # a link that has not got its name yet
 HIDDEN = re.compile(r"\.(step-\d{8,})-[0-9a-f]{8}(\.replaced|\.removed)?")
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UNWRITABLE = (OSError, RuntimeError, SafetensorError)  # torch wraps the OSError, safetensors names only its number
 
 
@@ -328,8 +328,9 @@ def publish(written: Path, final: Path) -> Path:
 
 
 def make(folder: Path) -> None:
+    """Make a folder of checkpoints; the folder of its run must exist, or it was deleted in mid-run."""
     if not folder.is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
         sync(folder.parent)
 
 
@@ -363,10 +364,12 @@ def cause(error: BaseException, folder: Path, needed: int) -> str:
     """Say why writing failed, with the bytes needed and free when there was no room."""
     numbers = [e.errno for e in chain(error) if isinstance(e, OSError) and e.errno]
     numbers += [int(found) for found in re.findall(r"\(os error (\d+)\)", str(error))]
+    if not folder.parent.exists():
+        return f"the folder {folder.parent} does not exist any more"
     if not numbers:
         return first_line(error)
-    place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    room = f" (needs {needed:,} bytes, free are {shutil.disk_usage(place).free:,})" if numbers[0] in FULL else ""
+    full = numbers[0] in FULL
+    room = f" (needs {needed:,} bytes, free are {free_bytes(folder):,})" if full else ""
     return os.strerror(numbers[0]) + room
 
 

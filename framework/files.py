@@ -13,7 +13,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal
 
@@ -211,9 +211,34 @@ def remove_temporary(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def is_disk_error(error: OSError) -> bool:
-    """Whether a file system that is full, failing, read-only or gone is what an error is about."""
-    return error.errno in DISK
+@contextmanager
+def disk_errors(folder: Path | None) -> Iterator[None]:
+    """Do within a block what `check_disk_error` does."""
+    try:
+        yield
+    except OSError as error:
+        check_disk_error(error, folder)
+        raise
+
+
+def check_disk_error(error: OSError, folder: Path | None) -> None:
+    """Raise RunError if an error is one of a disk that is full, failing, read-only or gone, or of a deleted folder.
+
+    Args:
+        error: of a part that writes files, perhaps not through this module.
+        folder: of the run; it is named where the error names no file.
+    """
+    named = isinstance(error.filename, str | bytes)
+    path = Path(os.fsdecode(error.filename)) if named else folder
+    deleted = error.errno == errno.ENOENT and folder is not None and not folder.is_dir()
+    if path is not None and (deleted or error.errno in DISK):
+        raise unwritable(path, error) from error
+
+
+def check_exists(folder: Path) -> None:
+    """Raise RunError for the folder of a run that was deleted or renamed after its start."""
+    if not folder.is_dir():
+        raise RunError(f"the folder {folder} does not exist any more")
 
 
 def unwritable(path: Path, error: OSError, needed: int | None = None) -> RunError:
@@ -222,7 +247,7 @@ def unwritable(path: Path, error: OSError, needed: int | None = None) -> RunErro
     if error.errno in FULL:
         room = f"{free_bytes(path):,} bytes are free"
         reason += f" ({room})" if needed is None else f" ({needed:,} bytes are needed, {room})"
-    elif not path.parent.is_dir():
+    elif not path.parent.exists():
         reason = f"the folder {path.parent} does not exist any more"
     return RunError(f"{path} cannot be written: {reason}")
 
