@@ -243,13 +243,18 @@ def check_exists(folder: Path) -> None:
 
 def unwritable(path: Path, error: OSError, needed: int | None = None) -> RunError:
     """Return the error of a file that cannot be written: why, and of a full disk the bytes needed and free."""
+    return RunError(f"{path} cannot be written: {reason_of(path, error, needed)}")
+
+
+def reason_of(path: Path, error: OSError, needed: int | None = None) -> str:
+    """Return why a file or folder cannot be written, in words for a message that names it."""
     reason = error.strerror or str(error)
     if error.errno in FULL:
         room = f"{free_bytes(path):,} bytes are free"
-        reason += f" ({room})" if needed is None else f" ({needed:,} bytes are needed, {room})"
-    elif not path.parent.exists():
-        reason = f"the folder {path.parent} does not exist any more"
-    return RunError(f"{path} cannot be written: {reason}")
+        return reason + (f" ({room})" if needed is None else f" ({needed:,} bytes are needed, {room})")
+    if not path.parent.exists():
+        return f"the folder {path.parent} does not exist any more"
+    return reason
 
 
 def free_bytes(path: Path) -> int:

@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from .discovery import discover, installed_plugins, located, plugin_files
+from .errors import RunError
+from .files import write_file
 from .paths import expanded
 from .registry import Entry, Registry
 from .schema import (
@@ -121,14 +123,10 @@ def keep(file: Path, begun: int, content: dict[str, Any]) -> None:
     times = [time for stamp in content["stamps"].values() for time in (stamp or [])[:2]]
     if max(times, default=0) > begun - TICK:
         return
-    text, beside = json.dumps(content, default=str), file.with_suffix(f".{os.getpid()}")
-    try:
+    text = json.dumps(content, default=str)
+    with suppress(OSError, RunError):  # a home that cannot be written: slower, not wrong
         file.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(f"{digest_of(text)}\n{text}", encoding="utf-8")
-        os.replace(beside, file)
-    except OSError:  # a home that cannot be written: slower, not wrong
-        with suppress(OSError):
-            beside.unlink()
+        write_file(file.parent, file.name, f"{digest_of(text)}\n{text}")
 
 
 def stamps(modules: list[str], plugins: list[str], files: list[str], folders: list[str]) -> dict[str, Any]:

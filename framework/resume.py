@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from . import checkpoint
 from .callback import Callback, follows_metrics
 from .errors import CheckpointError, ConfigError, RunError
+from .files import read_json, read_rows
 from .optimizer import check_state, group_settings, merged_groups, older_settings
 from .paths import expanded, typed
 from .registry import Maker, Registry
@@ -31,6 +32,7 @@ SAME_BITS = (  # what may differ in a resumed run without a bit of its weights b
     *("trainer.max_epochs", "trainer.max_steps", "trainer.log_every", "trainer.validate_every", "trainer.profile"),
 )
 
+MOST_STATUS_BYTES = 2**20
 NOT_OF_A_RESUMED_RUN = ("run", "init_from", "resume", "plugins", "sweep", "hydra")
 
 
@@ -305,10 +307,12 @@ def fingerprint(tree: Mapping[str, Any]) -> str:
 
 
 def status_of(run: Path) -> str | None:
+    """Return the state of a run as its status.json has it; None if that is missing or damaged."""
     try:
-        return json.loads((run / "status.json").read_text(encoding="utf-8"))["status"]
-    except (OSError, ValueError, KeyError, TypeError):
+        status = read_json(run, "status.json", most=MOST_STATUS_BYTES)["status"]
+    except (OSError, RunError, LookupError, TypeError):
         return None
+    return status if isinstance(status, str) else None
 
 
 def last_values(run: Path) -> tuple[dict[str, float], dict[str, int]]:
@@ -316,15 +320,15 @@ def last_values(run: Path) -> tuple[dict[str, float], dict[str, int]]:
     values: dict[str, float] = {}
     steps: dict[str, int] = {}
     try:
-        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return values, steps
-    for line in map(json.loads, lines):
-        for key, value in line.items():
-            split, slash, _ = key.partition("/")
-            if slash:
-                values[key] = float("nan") if value is None else value
-                steps[split] = line["step"]
+        for row in read_rows(run, "metrics.jsonl"):
+            step = row.get("step")
+            for key, value in row.items():
+                split, slash, _ = key.partition("/")
+                if slash and isinstance(step, int) and isinstance(value, int | float | None):
+                    values[key] = float("nan") if value is None else value
+                    steps[split] = step
+    except (OSError, RunError):
+        pass
     return values, steps
 
 

@@ -22,6 +22,7 @@ from weakref import ref
 
 from .discovery import package_version
 from .errors import RunError
+from .files import reason_of, write_file
 from .paths import expanded
 
 PATIENCE = 2.0  # seconds for the workers of a killed run to end
@@ -51,8 +52,9 @@ class RunFolder:
                 self.path = claim(parent, name)
                 self.lock = only_writer(self.path)
         except OSError as error:
-            where = f"the run folder {parent / (name or '...')}"
-            raise RunError(f"{where} cannot be made: {error.strerror} (run.root={root})") from None
+            where = parent / (name or "...")
+            why = reason_of(where, error)
+            raise RunError(f"the run folder {where} cannot be made: {why} (run.root={root})") from None
 
     @classmethod
     def existing(cls, path: Path) -> "RunFolder":
@@ -63,15 +65,12 @@ class RunFolder:
             with locked(path.parent):
                 folder.lock = only_writer(path)
         except OSError as error:
-            raise RunError(f"the run folder {path} cannot be written: {error.strerror}") from None
+            raise RunError(f"the run folder {path} cannot be written: {reason_of(path, error)}") from None
         return folder
 
     def write(self, file: str, content: Any) -> None:
         """Write a JSON or YAML file, whole or not at all."""
-        target = self.path / file
-        beside = target.with_suffix(target.suffix + ".tmp")
-        beside.write_text(dump(file, content), encoding="utf-8")
-        os.replace(beside, target)
+        write_file(self.path, file, dump(file, content))
 
 
 def check_encoding(path: Path) -> None:

@@ -10,6 +10,7 @@ import math
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,10 @@ class Status(Callback):
     def among(self, trials: int) -> None:
         self.seconds = trials * Status.seconds
 
+    def claim(self, trainer: Trainer) -> None:
+        """Write the first state of a new run, so that whatever it fails of has its place in the file."""
+        self._write(trainer, "running")
+
     def on_fit_start(self, trainer: Trainer) -> None:
         self._write(trainer, "running")
 
@@ -57,10 +62,8 @@ class Status(Callback):
         reason = describe(error)
         if isinstance(error, FrameworkError):
             reason = f"{type(error).__name__}: {error}"
-        try:
+        with suppress(RunError):  # the run has failed already, in most cases of the same cause
             self._write(trainer, "failed", reason)
-        except RunError:
-            pass  # the run has failed already, of the same cause in most cases
 
     def _write(self, trainer: Trainer, status: str, reason: str | None = None) -> None:
         if trainer.folder is None:

@@ -1,13 +1,14 @@
 """A callback that shows which classes are taken for which."""
 
-import json
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
 from framework import Callback, Every, Trainer, callbacks
 from framework.data import check_read_again
-from framework.errors import SettingError
+from framework.errors import RunError, SettingError
+from framework.files import read_json
 from framework.state import Cadence
 
 CELL = 16  # pixels
@@ -68,10 +69,10 @@ def count_pairs(trainer: Trainer) -> Tensor:
 
 def counts_table(counts: Tensor, trainer: Trainer) -> str:
     """Return the counts as a table in markdown, with the names of the classes where the run's folder keeps them."""
-    facts = trainer.folder / "facts.json" if trainer.folder is not None else None
     found: list[str] = []
-    if facts is not None and facts.is_file():
-        found = json.loads(facts.read_text(encoding="utf-8")).get("classes", [])
+    if trainer.folder is not None:
+        with suppress(OSError, RunError, LookupError, TypeError):  # missing or damaged: numbers instead of names
+            found = [str(name) for name in read_json(trainer.folder, "facts.json")["classes"]]
     names = list(found) if len(found) == len(counts) else [str(index) for index in range(len(counts))]
     head = [f"| is \\ taken for | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     rows = zip(names, counts.long().tolist(), strict=True)

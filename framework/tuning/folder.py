@@ -30,6 +30,7 @@ from ..files import (
     open_file,
     parse_row,
     read_json,
+    reason_of,
     unwritable,
     write_file,
 )
@@ -97,7 +98,7 @@ class SweepFolder:
                     raise
         except OSError as error:
             raise RunError(
-                f"the sweep's folder in {parent} cannot be made: {error.strerror} (run.root={root})"
+                f"the sweep's folder in {parent} cannot be made: {reason_of(parent / '...', error)} (run.root={root})"
             ) from None
         return folder
 
@@ -159,23 +160,31 @@ class SweepFolder:
 
         It lacks the event files: TensorBoard follows links, and would show the run twice.
         """
-        best = self.path / "best"
-        with locked(self.path):
-            if (best / "config.yaml").exists() and (best / "config.yaml").resolve().parent.name == trial.folder:
-                return
-            made = self.path / f".best-{secrets.token_hex(8)}"  # whole, before it gets its name
-            try:
-                made.mkdir()
-                for file in (self.path / trial.folder).glob("[!.]*"):
-                    if "tfevents" not in file.name:
-                        (made / file.name).symlink_to(Path("..", trial.folder, file.name))
-                if best.is_symlink() or best.is_file():
-                    best.unlink()
-                shutil.rmtree(best, ignore_errors=True)
-                made.rename(best)
-            except OSError as error:
-                shutil.rmtree(made, ignore_errors=True)
-                raise unwritable(best, error) from error
+        try:
+            with locked(self.path):
+                self._link_best(trial)
+        except OSError as error:
+            raise unwritable(self.path / "best", error) from error
+
+    def _link_best(self, trial: Trial) -> None:
+        best, run = self.path / "best", self.path / trial.folder
+        if (best / "config.yaml").exists() and (best / "config.yaml").resolve().parent.name == trial.folder:
+            return
+        if not run.is_dir():
+            return  # deleted since
+        made = self.path / f".best-{secrets.token_hex(8)}"  # whole before it gets its name
+        try:
+            made.mkdir()
+            for file in run.glob("[!.]*"):
+                if "tfevents" not in file.name:
+                    (made / file.name).symlink_to(Path("..", trial.folder, file.name))
+            if best.is_symlink() or best.is_file():
+                best.unlink()
+            shutil.rmtree(best, ignore_errors=True)
+            made.rename(best)
+        except OSError:
+            shutil.rmtree(made, ignore_errors=True)
+            raise
 
 
 def is_asked(content: Any) -> bool:
@@ -206,7 +215,7 @@ def read_row(line: bytes) -> Trial | None:
     known = {each.name: row[each.name] for each in fields(Trial) if each.name in row}
     trial = Trial(**known)
     trial.metrics = {key: math.nan if value is None else value for key, value in trial.metrics.items()}
-    own = [(trial.folder, str), (trial.state, str), (trial.error, str), (trial.config, str)]
+    own: list[tuple[Any, Any]] = [(trial.folder, str), (trial.state, str), (trial.error, str), (trial.config, str)]
     own += [(trial.seconds, Number), (trial.steps, int), (trial.exit_status, int)]
     own += [(value, Number) for value in trial.metrics.values()]
     if not all(isinstance(value, kind) for value, kind in own) or trial.state not in get_args(State):

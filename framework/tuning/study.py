@@ -40,10 +40,10 @@ class Journal(BaseJournalBackend):
     off, and waits for the disk at each validation of each trial.
     """
 
-    def __init__(self, folder: Path):
-        self.folder, self.path = folder, folder / FILE
+    def __init__(self, path: Path):
+        self.folder, self.path = path.parent, path
         self.read = (0, 0)  # so many logs, which take so many bytes
-        AppendFile(folder, FILE).close()  # so that it is there
+        AppendFile(self.folder, path.name).close()  # so that it is there
 
     def read_logs(self, log_number_from: int) -> list[dict[str, Any]]:
         """Return the logs from that number on; one that is being written is not there yet.
@@ -53,7 +53,7 @@ class Journal(BaseJournalBackend):
         number, offset = self.read if self.read[0] <= log_number_from else (0, 0)
         found = []
         try:
-            with open_file(self.folder, FILE, most=MOST_ROWS_BYTES) as file:
+            with open_file(self.folder, self.path.name, most=MOST_ROWS_BYTES) as file:
                 file.seek(offset)
                 while line := file.readline(MOST_LINE_BYTES):
                     if not line.endswith(b"\n") and len(line) < MOST_LINE_BYTES:
@@ -73,7 +73,7 @@ class Journal(BaseJournalBackend):
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Append lines, after taking away what a kill left of one. Raises RunError when they cannot be written."""
         content = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode()
-        journal = AppendFile(self.folder, FILE)
+        journal = AppendFile(self.folder, self.path.name)
         try:
             fcntl.flock(journal.file, fcntl.LOCK_EX)  # until it is closed
             journal.file.truncate(end_of_lines(journal.file))
@@ -106,7 +106,7 @@ def end_of_lines(file: Any) -> int:
 @lru_cache(maxsize=4)
 def storage_in(folder: Path) -> JournalStorage:
     """Return what keeps the study of a sweep folder; all of a process share one, which reads each line once."""
-    return JournalStorage(Journal(folder))
+    return JournalStorage(Journal(folder / FILE))
 
 
 def storage_of(folder: Path) -> JournalStorage:
