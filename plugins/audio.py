@@ -3,7 +3,6 @@
 Waveforms and features follow the convention of `sequence.py`: (channels + 1, length), the last channel being the mask.
 """
 
-import json
 import math
 from typing import Any, Literal
 
@@ -24,7 +23,8 @@ from framework import (
     callbacks,
 )
 from framework.data import Loader
-from framework.errors import BuildError
+from framework.errors import BuildError, RunError
+from framework.files import read_json
 from framework.shapes import dry_run, expect
 from framework.state import Cadence
 
@@ -333,10 +333,12 @@ def framed(features: Tensor, right: Any) -> Tensor:
 
 def class_names(trainer: Trainer) -> list[str]:
     """Return the names of the classes that the run's folder keeps, if it does."""
-    facts = trainer.folder / "facts.json" if trainer.folder is not None else None
-    if facts is None or not facts.is_file():
+    if trainer.folder is None:
         return []
-    return list(json.loads(facts.read_text(encoding="utf-8")).get("classes", ()))
+    try:
+        return [str(name) for name in read_json(trainer.folder, "facts.json")["classes"]]
+    except (OSError, RunError, LookupError, TypeError):  # missing or damaged: numbers instead of names
+        return []
 
 
 def predictions_table(targets: list[int], found: list[int], probability: list[float], names: list[str]) -> str:

@@ -347,6 +347,35 @@ def test_a_sweep_whose_folder_is_deleted_ends(command, monkeypatch):
     assert not Path("runs/default/s").exists()
 
 
+@pytest.mark.parametrize(("where", "step"), [("graph", 0), ("hparams", 33)])
+def test_what_fails_before_or_after_the_training_is_in_the_status_too(command, monkeypatch, where, step):
+    from framework_plugins.tensorboard_logger import TensorBoard
+
+    def fail(self, *given):
+        raise RunError("events cannot be written")
+
+    real = getattr(TensorBoard, where)
+    monkeypatch.setattr(TensorBoard, where, fail)
+    train = "train data=blobs trainer.max_epochs=1 run.name=r resume=auto loggers=[tensorboard]"
+    assert command(train)[0] == 2
+    state = status(Path("runs/default/r"))
+    assert (state["status"], state["step"], state["reason"]) == ("failed", step, "RunError: events cannot be written")
+    monkeypatch.setattr(TensorBoard, where, real)
+    assert command(train)[0] == 0
+    assert status(Path("runs/default/r"))["status"] == "done"
+
+
+def test_an_index_without_room_is_not_kept(tmp_path):
+    from framework.index import keep
+
+    content = {"stamps": {}, "index": "x" * 1000}
+    with largest_file(100):
+        keep(tmp_path / "cache" / "index.json", 2**62, content)
+    assert not list((tmp_path / "cache").iterdir())
+    keep(tmp_path / "cache" / "index.json", 2**62, content)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["index.json"]
+
+
 def test_predictions_are_whole_or_not_there(tmp_path):
     from framework.report import write_predictions
 
