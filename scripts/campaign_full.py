@@ -5,6 +5,8 @@ import os
 import random
 import re
 import shlex
+import shutil
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -40,7 +42,7 @@ WRITERS = {  # the files that meet the full disk, by command
         *("status.json", "facts.json", "overrides.yaml", "provenance.json", "config.yaml"),
         *("metrics.jsonl", "events", "checkpoint"),
     ],
-    f"{RUN} trainer.profile=true trainer.max_steps=60": ["profile.pt.trace.json"],
+    f"{RUN} trainer.profile=true".replace(f"max_steps={STEPS}", "max_steps=60"): ["profile.pt.trace.json"],
     SWEEP: ["sweep.json", "sweep.jsonl", "output.txt", "config.yaml", "metrics.jsonl", "events", "checkpoint"],
     SEARCH: ["study.journal", "sweep.jsonl", "checkpoint"],
 }
@@ -177,12 +179,16 @@ def point(filling: Filling, disk: Disk, said: Path, whole: Path) -> tuple[str, l
     what = "met" if status else "room enough"
     wrong = list(wrong_after(filling, status, text, root)) if status else []
     disk.free()
+    if status == 0:  # the run is done, and the same command would begin another
+        wrong += compared(whole, root)
+        shutil.rmtree(root)
+        return what, wrong
     again = do(filling.command, root, said)
     if again:
         wrong.append(f"going on: exit status {again}: {said.read_text(errors='replace')[-300:]}")
     else:
         wrong += compared(whole, root)
-    os.system(f"rm -rf {shlex.quote(str(root))}")
+    shutil.rmtree(root)
     return what, wrong
 
 
@@ -194,7 +200,10 @@ def compared(whole: Path, root: Path) -> Iterator[str]:
         yield f"{len(runs)} runs, expected {len(names)}"
         return
     for one, other in zip(runs_in(whole), runs, strict=True):
-        yield from (f"{other.name}: {each}" for each in differences(one, other))
+        try:
+            yield from (f"{other.name}: {each}" for each in differences(one, other))
+        except ValueError as error:  # of a file that cannot be read
+            yield f"{other.name}: {error}"
 
 
 @dataclass
@@ -239,6 +248,7 @@ def on_a_small_disk(chosen: list[Filling], root: Path, control: bool) -> Any:
         tally.points[what] += 1
         tally.writers[filling.writer or "random"] += what == "met"
         tally.wrong += [f"{filling}: {each}" for each in wrong]
+        print(f"{filling}: {what}{', WRONG: ' * bool(wrong)}{'; '.join(wrong)}", file=sys.stderr, flush=True)
     return tally.points, tally.writers, tally.wrong
 
 
