@@ -1,5 +1,6 @@
 """Fills a small disk under runs and sweeps, at each writer in turn and at random; frees it, resumes, and compares."""
 
+import importlib
 import json
 import os
 import random
@@ -123,10 +124,12 @@ def do(command: str, root: Path, said: Path, before: Callable[[], None] = lambda
         output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        sys.stdout = sys.stderr = open(output, "w", buffering=1, encoding="utf-8")  # noqa: SIM115 (ends with the process)
         before()
         try:
             main(shlex.split(command))
         except SystemExit as error:
+            sys.stdout.flush()
             os._exit(int(error.code or 0))
 
     return status_of(fork(work))
@@ -265,6 +268,10 @@ def forget() -> None:
 def full_disk(points: int, seed: int, control: bool, only: str = "") -> int:
     """Run the campaign and return its exit status."""
     chosen = fillings(points, random.Random(seed), only)
+    for module in ("event_pb2", "graph_pb2"):  # here, so that no process that is forked has to
+        importlib.import_module(f"tensorboard.compat.proto.{module}")
+    importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
+    importlib.import_module("framework.experiment")
     with tempfile.TemporaryDirectory(prefix="campaign-") as folder:
         root = Path(folder)
         told = root / "told.json"
