@@ -35,7 +35,7 @@ from torch import Tensor
 
 from .discovery import package_version
 from .errors import CheckpointError, RunError, short
-from .files import open_file, parse_json, read_bytes, write_file
+from .files import FULL, free_disk_bytes, open_file, parse_json, read_bytes, write_file
 from .memory import free_bytes
 from .shapes import first_line
 from .snapshot import Facts, Snapshot, Weights, snapshot
@@ -47,7 +47,6 @@ LARGEST_MANIFEST = 64 * 2**20  # bytes; the names of a million tensors
 VISIBLE = re.compile(r"step-(\d{8,})")
 ASIDE = ".best"  # a link that has not got its name yet
 HIDDEN = re.compile(r"\.(step-\d{8,})-[0-9a-f]{8}(\.replaced|\.removed)?")
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MOST_PICKLE = 64 * 2**20  # bytes of the record of a torch file that says how its tensors lie in plain types
 MOST_VALUES = 10_000_000  # of a training state, what is shared counted as often as it is used
 MOST_DEPTH = 64
@@ -59,12 +58,8 @@ GLOBALS = re.compile(
 OTHER_GLOBALS = ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4")
 SPARSE_FROM = 2**30  # bytes; smaller files are read whatever holes they have
 MOST_HOLES = 16  # times as many bytes as there is data
-UNWRITABLE = (
-    OSError,
-    RuntimeError,
-    SafetensorError,
-    RunError,
-)  # torch wraps the OSError, safetensors names only its number
+UNWRITABLE = (OSError, RuntimeError, SafetensorError, RunError)
+"""Errors of writing: torch wraps the OSError, safetensors names only its number."""
 
 
 def save(folder: Path, model: Weights, training: Any, step: int, run: Facts = None) -> Path:
@@ -558,8 +553,9 @@ def publish(written: Path, final: Path) -> Path:
 
 
 def make(folder: Path) -> None:
+    """Make a folder of checkpoints; the folder of its run must exist, or it was deleted in mid-run."""
     if not folder.is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
         sync(folder.parent)
 
 
@@ -593,10 +589,12 @@ def cause(error: BaseException, folder: Path, needed: int) -> str:
     """Say why writing failed, with the bytes needed and free when there was no room."""
     numbers = [e.errno for e in chain(error) if isinstance(e, OSError) and e.errno]
     numbers += [int(found) for found in re.findall(r"\(os error (\d+)\)", str(error))]
+    if not folder.parent.exists():
+        return f"the folder {folder.parent} does not exist any more"
     if not numbers:
         return first_line(error)
-    place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    room = f" (needs {needed:,} bytes, free are {shutil.disk_usage(place).free:,})" if numbers[0] in FULL else ""
+    full = numbers[0] in FULL
+    room = f" (needs {needed:,} bytes, free are {free_disk_bytes(folder):,})" if full else ""
     return os.strerror(numbers[0]) + room
 
 

@@ -4,15 +4,17 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from time import perf_counter
 
 import torch
 
+from .errors import RunError
 from .files import write_file
 from .terminal import print_line, printable_lines
 
 NOTHING = nullcontext()
+TRACE = "profile.pt.trace.json"
 SKIPPED, RECORDED = 5, 50  # steps that a profiler waits, and follows
 SLOW_SHARE, SLOW_SECONDS = 0.3, 1.0  # of waiting for data, from which on there is advice
 
@@ -114,16 +116,27 @@ class Profiler(Clock):
         if self.recorder is None:
             return
         whole, count = perf_counter() - self.from_second, self.steps - SKIPPED
-        self.recorder.__exit__(None, None, None)
+        recorder, self.recorder = self.recorder, None
+        recorder.__exit__(None, None, None)
         spent = {name: seconds - self.before.get(name, 0.0) for name, seconds in self.seconds.items()}
         print(printable_lines(table(spent | {"the rest": whole - sum(spent.values())}, whole, count)), file=sys.stderr)
         if self.folder is not None:
-            name = "profile.pt.trace.json"
-            with TemporaryDirectory() as made:
-                self.recorder.export_chrome_trace(f"{made}/{name}")
-                write_file(self.folder, name, Path(made, name).read_bytes())
-            print_line(f"trace: {self.folder / name} (open it in https://ui.perfetto.dev)", sys.stderr)
-        self.recorder = None
+            write_trace(recorder, self.folder)
+            print_line(f"trace: {self.folder / TRACE} (open it in https://ui.perfetto.dev)", sys.stderr)
+
+
+def write_trace(recorder: torch.profiler.profile, folder: Path) -> None:
+    """Write the trace into a folder, whole or not at all. Raises RunError when it cannot be written.
+
+    torch writes it by its path, and tells no error of a full disk: so it goes to a temporary folder first.
+    """
+    with TemporaryDirectory() as temporary:
+        written = Path(temporary) / TRACE
+        recorder.export_chrome_trace(str(written))
+        trace = written.read_bytes() if written.exists() else b""
+    if not trace.rstrip().endswith(b"}"):
+        raise RunError(f"{folder / TRACE} cannot be written: is {gettempdir()} full?")
+    write_file(folder, TRACE, trace)
 
 
 def table(seconds: dict[str, float], whole: float, steps: int) -> str:

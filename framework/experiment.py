@@ -5,7 +5,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from .plan import Plan
 
 UNSAVED = "no checkpoints are saved, so the run cannot be resumed or evaluated: +callbacks=checkpoint saves them"
+DESCRIPTION = ("status.json", "facts.json", "overrides.yaml", "provenance.json", "config.yaml")
 WATCHING = ("run", "plugins", "loggers", "metrics", "log_every", "validate_every", "device")
 
 
@@ -196,7 +197,13 @@ class Prepared:
         spec = self.built.spec
         if self.resumed is None:
             folder = RunFolder(**spec.sections["run"], experiment=self.experiment)
-            describe_run(folder, self.built, self.overrides)
+            try:
+                self.trainer.folder = folder.path
+                self.built.status.claim(self.trainer)
+                describe_run(folder, self.built, self.overrides)
+            except BaseException:
+                discard(folder)
+                raise
         else:
             folder = self.resumed.folder
             self.resumed.rewind()
@@ -206,6 +213,11 @@ class Prepared:
         manifest = {"run": str(folder.path), "config": fingerprint(spec.tree), "threads": self.threads}
         self.trainer.manifest = manifest
         return folder.path
+
+    def tell_failure(self) -> None:
+        """Write into status.json what the run fails of, in the handler of an error before or after the training."""
+        if self.folder is not None:
+            self.built.status.on_exception(self.trainer)
 
     def fit_arguments(self) -> dict[str, Any]:
         """What `Trainer.fit` takes."""
@@ -274,6 +286,9 @@ def train(*given: Any, **named: Any) -> Result:
             ready.introduce()
             ready.trainer.fit(**ready.fit_arguments())
             return ready.result(stopped)
+    except Exception:
+        ready.tell_failure()
+        raise
     finally:
         ready.release()
 
@@ -480,6 +495,15 @@ def describe_run(folder: RunFolder, built: Experiment, overrides: list[str]) -> 
     loaded = {"plugins": built.spec.plugins, "without_plugins": built.spec.without}
     folder.write("provenance.json", provenance(sources) | loaded)
     folder.write("config.yaml", built.spec.tree)  # the last one: with it there is a run to go on with
+
+
+def discard(folder: RunFolder) -> None:
+    """Remove what was written into the folder of a run that cannot begin; then the folder, if nothing else is in it."""
+    folder.lock.close()
+    with suppress(OSError):
+        for name in (*DESCRIPTION, ".lock"):
+            (folder.path / name).unlink(missing_ok=True)
+        folder.path.rmdir()
 
 
 def load_weights(model: nn.Module, run: Path, which: str = "best") -> Path | None:

@@ -12,8 +12,8 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal
 
@@ -29,6 +29,7 @@ FLAGS = {
 NO_LINKS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # non-blocking: opening a FIFO does not wait for a writer
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK = (*FULL, errno.EIO, errno.EROFS, errno.ESTALE)
 
 MOST_BYTES = 64 * 2**20  # of a file that is read at once
 MOST_ROWS_BYTES = 4 * 2**30  # of a file that is read line by line
@@ -109,38 +110,98 @@ def check_descriptor(descriptor: int, path: Path, most: int | None) -> None:
         raise RunError(f"{path} has {found.st_size:,} bytes; expected at most {most:,}")
 
 
-def write_file(folder: Path, name: str, content: bytes | str) -> None:
+def write_file(folder: Path, name: str, content: bytes | str | Iterable[bytes]) -> None:
     """Write a file below a folder whole or not at all; one of that name is replaced.
 
     The content goes to a new file with a random name first, which is then renamed.
+
+    Args:
+        folder: an existing folder; it is not created.
+        name: the file relative to `folder`, as for `open_file`.
+        content: a text, bytes, or pieces of bytes that are not held in memory all at once.
 
     Raises:
         RunError: a folder on the way is a link, or the file cannot be written. The message names the file and, if
             the disk is full, the bytes needed and free.
     """
-    data = content.encode("utf-8", errors="backslashreplace") if isinstance(content, str) else content
+    needed: int | None = None
+    if isinstance(content, str):
+        content = content.encode("utf-8", errors="backslashreplace")
+    if isinstance(content, bytes):
+        needed = len(content)
+        content = [content]
     path = folder / name
     temporary = f".{path.name}.{secrets.token_hex(8)}.tmp"
     try:
         directory = open_directory(folder, PurePosixPath(name).parent)
         try:
-            write_in(directory, temporary, path.name, data)
+            write_in(directory, temporary, path.name, content)
         finally:
             os.close(directory)
     except OSError as error:
-        raise unwritable(path, error, len(data)) from error
+        raise unwritable(path, error, needed) from error
 
 
-def write_in(directory: int, temporary: str, name: str, data: bytes) -> None:
+def write_in(directory: int, temporary: str, name: str, pieces: Iterable[bytes]) -> None:
     descriptor = os.open(temporary, FLAGS["x"] | NO_LINKS, 0o666, dir_fd=directory)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
+            file.writelines(pieces)
         os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
     except BaseException:
         with suppress(OSError):
             os.unlink(temporary, dir_fd=directory)
         raise
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, where they are missing. Raises RunError when that is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(folder, error) from error
+
+
+class AppendFile:
+    """A file to which records are appended, each whole or not at all.
+
+    Attributes:
+        path: of the file, for messages.
+        file: the open file, unbuffered.
+    """
+
+    def __init__(self, folder: Path, name: str, mode: Literal["a", "x"] = "a"):
+        """Open a file below a folder that exists; see `open_file`. Raises RunError."""
+        self.path = folder / name
+        try:
+            self.file = open_file(folder, name, mode)
+        except OSError as error:
+            raise unwritable(self.path, error) from error
+
+    def append(self, record: bytes) -> None:
+        """Append a record.
+
+        Raises RunError naming the file if the record cannot be written; what was written of it is removed again. Also
+        if the folder was deleted, where the system would go on writing to a file without a name.
+        """
+        found = os.fstat(self.file.fileno())
+        if found.st_nlink == 0 and not self.path.parent.is_dir():
+            raise unwritable(self.path, OSError(errno.ENOENT, os.strerror(errno.ENOENT)))
+        rest = memoryview(record)
+        try:
+            while rest:  # a full disk takes a part, and refuses what is left
+                rest = rest[self.file.write(rest) :]
+        except BaseException as error:
+            with suppress(OSError):
+                self.file.truncate(found.st_size)
+                self.file.seek(found.st_size)
+            if isinstance(error, OSError):
+                raise unwritable(self.path, error, len(record)) from error
+            raise
+
+    def close(self) -> None:
+        with suppress(OSError):  # each record was written by a call of its own, which has told its error
+            self.file.close()
 
 
 def remove_temporary(folder: Path) -> None:
@@ -150,18 +211,53 @@ def remove_temporary(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+@contextmanager
+def disk_errors(folder: Path | None) -> Iterator[None]:
+    """Do within a block what `check_disk_error` does."""
+    try:
+        yield
+    except OSError as error:
+        check_disk_error(error, folder)
+        raise
+
+
+def check_disk_error(error: OSError, folder: Path | None) -> None:
+    """Raise RunError if an error is one of a disk that is full, failing, read-only or gone, or of a deleted folder.
+
+    Args:
+        error: of a part that writes files, perhaps not through this module.
+        folder: of the run; it is named where the error names no file.
+    """
+    named = isinstance(error.filename, str | bytes)
+    path = Path(os.fsdecode(error.filename)) if named else folder
+    deleted = error.errno == errno.ENOENT and folder is not None and not folder.is_dir()
+    if path is not None and (deleted or error.errno in DISK):
+        raise unwritable(path, error) from error
+
+
+def check_exists(folder: Path) -> None:
+    """Raise RunError for the folder of a run that was deleted or renamed after its start."""
+    if not folder.is_dir():
+        raise RunError(f"the folder {folder} does not exist any more")
+
+
 def unwritable(path: Path, error: OSError, needed: int | None = None) -> RunError:
     """Return the error of a file that cannot be written: why, and of a full disk the bytes needed and free."""
+    return RunError(f"{path} cannot be written: {reason_of(path, error, needed)}")
+
+
+def reason_of(path: Path, error: OSError, needed: int | None = None) -> str:
+    """Return why a file or folder cannot be written, in words for a message that names it."""
     reason = error.strerror or str(error)
     if error.errno in FULL:
-        room = f"{free_bytes(path):,} bytes are free"
-        reason += f" ({room})" if needed is None else f" ({needed:,} bytes are needed, {room})"
-    elif not path.parent.is_dir():
-        reason = f"the folder {path.parent} does not exist any more"
-    return RunError(f"{path} cannot be written: {reason}")
+        room = f"{free_disk_bytes(path):,} bytes are free"
+        return reason + (f" ({room})" if needed is None else f" ({needed:,} bytes are needed, {room})")
+    if not path.parent.exists():
+        return f"the folder {path.parent} does not exist any more"
+    return reason
 
 
-def free_bytes(path: Path) -> int:
+def free_disk_bytes(path: Path) -> int:
     """Return the free bytes of the file system on which a path is, or will be."""
     existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     return shutil.disk_usage(existing).free

@@ -1,6 +1,7 @@
 """What a person sees at the end: results in the terminal, predictions in a file."""
 
 import csv
+import io
 import json
 import shlex
 import sys
@@ -9,8 +10,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TextIO
 
-from .errors import FrameworkError
+from .errors import FrameworkError, RunError
 from .experiment import Result
+from .files import unwritable, write_file
 from .paths import expanded, pasted, shorter
 from .run import plugins_of
 from .streams import set_errors
@@ -154,9 +156,9 @@ def write_predictions(columns: Mapping[str, Any], classes: Sequence[str], output
         write_csv(named, sys.stdout, printable)
     else:
         try:
-            write_file(named, expanded(output))
-        except OSError as error:
-            raise FrameworkError(f"--output {output}: {error.strerror}") from error
+            write_columns(named, expanded(output))
+        except RunError as error:
+            raise FrameworkError(f"--output {output}: {error}") from error
     return len(next(iter(named.values())))
 
 
@@ -177,19 +179,42 @@ def flatten(columns: Mapping[str, Any], classes: Sequence[str]) -> dict[str, lis
     return flat
 
 
-def write_file(columns: Mapping[str, list[Any]], path: Path) -> None:
-    if path.suffix == ".npz":
-        import numpy
+def write_columns(columns: Mapping[str, list[Any]], path: Path) -> None:
+    """Write columns into a file, by its suffix. Raises RunError when it cannot be written.
 
-        numpy.savez(path, **{name: numpy.asarray(values) for name, values in columns.items()})  # type: ignore[arg-type]
+    A file is written whole or not at all, also where a link leads to it; into a device or pipe it goes as it comes.
+    """
+    content = {".npz": npz_of, ".csv": csv_of, ".jsonl": json_lines_of}[path.suffix](columns)
+    target = path.resolve()
+    if target.is_file() or not target.exists():
+        write_file(target.parent, target.name, content)
         return
-    with path.open("w", newline="", encoding="utf-8") as file:
-        if path.suffix == ".csv":
-            write_csv(columns, file)
-        else:
-            for row in zip(*columns.values(), strict=True):
-                named = dict(zip(columns, row, strict=True))
-                file.write(json.dumps(named, default=str) + "\n")  # JSON has no complex numbers
+    try:
+        target.write_bytes(content)
+    except OSError as error:
+        raise unwritable(path, error, len(content)) from error
+
+
+def npz_of(columns: Mapping[str, list[Any]]) -> bytes:
+    import numpy
+
+    content = io.BytesIO()
+    numpy.savez(content, **{name: numpy.asarray(values) for name, values in columns.items()})  # type: ignore[arg-type]
+    return content.getvalue()
+
+
+def csv_of(columns: Mapping[str, list[Any]]) -> bytes:
+    text = io.StringIO(newline="")
+    write_csv(columns, text)
+    return text.getvalue().encode()
+
+
+def json_lines_of(columns: Mapping[str, list[Any]]) -> bytes:
+    lines = []
+    for row in zip(*columns.values(), strict=True):
+        named = dict(zip(columns, row, strict=True))
+        lines.append(json.dumps(named, default=str) + "\n")  # JSON has no complex numbers
+    return "".join(lines).encode()
 
 
 def write_csv(columns: Mapping[str, list[Any]], file: TextIO, shown: Callable[[Any], str] = str) -> None:

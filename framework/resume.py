@@ -513,17 +513,18 @@ def last_values(run: Path) -> tuple[dict[str, float], dict[str, int]]:
     """Return the last value of everything in a run's metrics.jsonl, and by split their step."""
     values: dict[str, float] = {}
     steps: dict[str, int] = {}
-    if not os.path.lexists(run / "metrics.jsonl"):
-        return values, steps
-    for row in read_rows(run, "metrics.jsonl"):
-        step = row.get("step")
-        if type(step) is not int:
-            continue
-        for key, value in row.items():
-            split, slash, _ = key.partition("/")
-            if slash and isinstance(value, int | float | None):
-                values[key] = float("nan") if value is None else value
-                steps[split] = step
+    try:
+        for row in read_rows(run, "metrics.jsonl"):
+            step = row.get("step")
+            if type(step) is not int:
+                continue
+            for key, value in row.items():
+                split, slash, _ = key.partition("/")
+                if slash and isinstance(value, int | float | None):
+                    values[key] = float("nan") if value is None else value
+                    steps[split] = step
+    except FileNotFoundError:
+        pass
     return values, steps
 
 

@@ -21,7 +21,7 @@ from weakref import ref
 
 from .discovery import package_version
 from .errors import RunError, short
-from .files import open_file, read_json, read_yaml, remove_temporary, write_file
+from .files import open_file, read_json, read_yaml, reason_of, remove_temporary, write_file
 from .git import commit_and_diff
 from .locks import Held, are_off, is_gone, lock, this_process
 from .paths import expanded
@@ -61,8 +61,9 @@ class RunFolder:
                 self.path = claim(parent, name)
                 self.lock = only_writer(self.path)
         except OSError as error:
-            where = f"the run folder {parent / (name or '...')}"
-            raise RunError(f"{where} cannot be made: {error.strerror} (run.root={root})") from None
+            where = parent / (name or "...")
+            why = reason_of(where, error)
+            raise RunError(f"the run folder {where} cannot be made: {why} (run.root={root})") from None
 
     @classmethod
     def existing(cls, path: Path) -> "RunFolder":
@@ -74,7 +75,7 @@ class RunFolder:
                 folder.lock = only_writer(path)
             remove_litter(path)
         except OSError as error:
-            raise RunError(f"the run folder {path} cannot be written: {error.strerror}") from None
+            raise RunError(f"the run folder {path} cannot be written: {reason_of(path, error)}") from None
         return folder
 
     def write(self, file: str, content: Any) -> None:

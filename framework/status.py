@@ -1,21 +1,35 @@
-"""status.json: where a run stands, for whoever watches it."""
+"""status.json: where a run stands, for whoever watches it.
 
+Each state is padded with spaces to the same size. So a run that fails because the disk is full can say so in the place
+of the state before, which takes no new block.
+"""
+
+import errno
 import json
 import math
 import os
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from .callback import Callback
-from .errors import FrameworkError
-from .files import write_file
+from .errors import FrameworkError, RunError
+from .files import open_file, unwritable, write_file
 from .trainer import Trainer
 from .user_code import describe
 
+FILE = "status.json"
+SIZE = 1024  # bytes of the file, at least
+
 
 class Status(Callback):
-    """Writes the run's status.json after a log, at most once a second, and at the end, whole or not at all."""
+    """Writes the run's status.json after a log, at most once a second, and at the end, whole or not at all.
+
+    Only the failure of a run whose disk is full is written over the state before: a reader may then see parts of both
+    for a moment, and a crash of the machine may leave that, which readers take for an unknown state.
+    """
 
     changes_training = False
     seconds = 1.0
@@ -23,6 +37,10 @@ class Status(Callback):
 
     def among(self, trials: int) -> None:
         self.seconds = trials * Status.seconds
+
+    def claim(self, trainer: Trainer) -> None:
+        """Write the first state of a new run, so that whatever it fails of has its place in the file."""
+        self._write(trainer, "running")
 
     def on_fit_start(self, trainer: Trainer) -> None:
         self._write(trainer, "running")
@@ -44,7 +62,8 @@ class Status(Callback):
         reason = describe(error)
         if isinstance(error, FrameworkError):
             reason = f"{type(error).__name__}: {error}"
-        self._write(trainer, "failed", reason)
+        with suppress(RunError):  # the run has failed already, in most cases of the same cause
+            self._write(trainer, "failed", reason)
 
     def _write(self, trainer: Trainer, status: str, reason: str | None = None) -> None:
         if trainer.folder is None:
@@ -66,4 +85,32 @@ class Status(Callback):
         }
         if "config" in trainer.manifest:
             content["config"] = trainer.manifest["config"]  # `resume=auto` compares it without reading the config
-        write_file(trainer.folder, "status.json", json.dumps(content) + "\n")
+        try:
+            write_file(trainer.folder, FILE, padded(content))
+        except RunError:
+            if status != "failed":
+                raise
+            overwrite(trainer.folder, content)
+
+
+def padded(content: dict[str, Any]) -> bytes:
+    """Return a state as JSON in ASCII, of `SIZE` bytes if it is not longer."""
+    text = json.dumps(content)
+    return text.ljust(SIZE - 1).encode() + b"\n"
+
+
+def overwrite(folder: Path, content: dict[str, Any]) -> None:
+    """Write a state over the one before, in one write and with a reason that fits. Raises RunError."""
+    try:
+        with open_file(folder, FILE, "r+") as file:
+            room = max(os.fstat(file.fileno()).st_size, SIZE)
+            reason = content["reason"] or ""
+            while len(padded(content)) > room and reason:
+                reason = reason[: len(reason) // 2]
+                content["reason"] = f"{reason}..."
+            data = padded(content)
+            if file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            file.truncate()
+    except OSError as error:
+        raise unwritable(folder / FILE, error, SIZE) from error

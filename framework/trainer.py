@@ -45,6 +45,7 @@ from .data import READ_AGAIN, Batch, Data, ForeignLoader, Loader, check_data
 from .device import Format, deterministic_algorithms
 from .errors import DataError, SettingError
 from .evaluator import Evaluator
+from .files import check_disk_error, check_exists, disk_errors
 from .fused import FusedStep
 from .logger import Logger
 from .memory import MicroBatches, memory_errors
@@ -508,10 +509,12 @@ class Trainer(Evaluator):
         """
         if self.state.stop in signal.Signals.__members__:
             return
+        self.at_boundary = False  # or a run that fails here would go on without what is not logged yet
         if not self.measures.empty:
             self.log_training()
         if self.val_batches is not None and self._validated != self.state.step:
             self._validate()
+        self.at_boundary = True
 
     def _report(self, values: dict[str, float]) -> None:
         self._log_own(values)
@@ -554,7 +557,7 @@ class Trainer(Evaluator):
         self.state.metrics.update(values)
         if self._open:
             state = self.state
-            with self.clock.part("logging"):
+            with self.clock.part("logging"), disk_errors(self.folder):
                 for logger in self.loggers:
                     logger.scalars(values, step=state.step, epoch=state.epoch, wall_seconds=state.wall_seconds)
 
@@ -578,7 +581,9 @@ class Trainer(Evaluator):
 
     def _open_loggers(self) -> None:
         names = ["loss", *(metric.name for metric in self.metrics)]
-        with ExitStack() as opened:
+        if "run" in self.manifest and self.folder is not None:  # whoever claimed it has made it
+            check_exists(self.folder)
+        with ExitStack() as opened, disk_errors(self.folder):
             for logger in self.loggers:
                 opened.callback(logger.close)
                 logger.open(self.folder, self.state.step, names)
@@ -603,5 +608,9 @@ class Trainer(Evaluator):
     def _emit(self, event: str) -> None:
         if self._listeners[event]:
             with self.clock.detail("callbacks"):
-                for listener in self._listeners[event]:
-                    listener(self)
+                try:
+                    for listener in self._listeners[event]:
+                        listener(self)
+                except OSError as error:
+                    check_disk_error(error, self.folder)
+                    raise

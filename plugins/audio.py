@@ -23,7 +23,7 @@ from framework import (
     callbacks,
 )
 from framework.data import Loader
-from framework.errors import BuildError
+from framework.errors import BuildError, RunError
 from framework.files import read_json
 from framework.shapes import dry_run, expect
 from framework.state import Cadence
@@ -333,9 +333,12 @@ def framed(features: Tensor, right: Any) -> Tensor:
 
 def class_names(trainer: Trainer) -> list[str]:
     """Return the names of the classes that the run's folder keeps, if it does."""
-    if trainer.folder is None or not (trainer.folder / "facts.json").exists():
+    if trainer.folder is None:
         return []
-    return list(read_json(trainer.folder, "facts.json").get("classes", ()))
+    try:
+        return [str(name) for name in read_json(trainer.folder, "facts.json")["classes"]]
+    except (OSError, RunError, LookupError, TypeError):  # missing or damaged: numbers instead of names
+        return []
 
 
 def predictions_table(targets: list[int], found: list[int], probability: list[float], names: list[str]) -> str:

@@ -25,6 +25,7 @@ from framework import (
 from framework.callback import keyed
 from framework.checkpoint import clean, folder_name, link_to, listed, read_manifest, remove, save, step_of, verify
 from framework.errors import CheckpointError, SettingError, did_you_mean
+from framework.files import make_folder
 from framework.gradients import gradient_numbers
 from framework.optimizer import state_after_a_step
 from framework.schema import Pattern
@@ -214,6 +215,8 @@ class Checkpoint(Callback):
     def on_fit_start(self, trainer: Trainer) -> None:
         if trainer.folder is None:
             raise SettingError("checkpoint: the run has no folder to save in; give the Trainer a `folder`")
+        if "run" not in trainer.manifest:  # the folder of a run was made when it was claimed
+            make_folder(trainer.folder)
         self.folder = trainer.folder / "checkpoints"
         clean(self.folder)
         step = trainer.state.step
@@ -258,7 +261,8 @@ class Checkpoint(Callback):
                 self._save(trainer)
                 self.finish_saving()
         except CheckpointError as error:
-            warnings.warn(str(error), stacklevel=2)
+            if trainer.folder is not None and trainer.folder.is_dir():  # or its end is what the run failed of
+                warnings.warn(str(error), stacklevel=2)
 
     def _sound(self, trainer: Trainer) -> bool:
         """Whether the state is that after a whole step, not saved yet, and whoever ended the run has time for it."""

@@ -1,11 +1,13 @@
 """A callback that shows which classes are taken for which."""
 
+from contextlib import suppress
+
 import torch
 from torch import Tensor
 
 from framework import Callback, Every, Trainer, callbacks
 from framework.data import check_read_again
-from framework.errors import SettingError
+from framework.errors import RunError, SettingError
 from framework.files import read_json
 from framework.state import Cadence
 
@@ -68,8 +70,9 @@ def count_pairs(trainer: Trainer) -> Tensor:
 def counts_table(counts: Tensor, trainer: Trainer) -> str:
     """Return the counts as a table in markdown, with the names of the classes where the run's folder keeps them."""
     found: list[str] = []
-    if trainer.folder is not None and (trainer.folder / "facts.json").exists():
-        found = read_json(trainer.folder, "facts.json").get("classes", [])
+    if trainer.folder is not None:
+        with suppress(OSError, RunError, LookupError, TypeError):  # missing or damaged: numbers instead of names
+            found = [str(name) for name in read_json(trainer.folder, "facts.json")["classes"]]
     names = list(found) if len(found) == len(counts) else [str(index) for index in range(len(counts))]
     head = [f"| is \\ taken for | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     rows = zip(names, counts.long().tolist(), strict=True)

@@ -2,14 +2,25 @@
 
 import json
 import math
-import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO
 
 from framework import Logger, PositiveInt, loggers
+from framework.files import (
+    MOST_LINE_BYTES,
+    MOST_ROWS_BYTES,
+    AppendFile,
+    make_folder,
+    open_file,
+    parse_row,
+    unwritable,
+    write_file,
+)
 from framework.terminal import print_line
+
+METRICS = "metrics.jsonl"
 
 
 @loggers.register("json_lines", aliases=["jsonl"])
@@ -20,28 +31,28 @@ class JsonLines(Logger):
     """
 
     def __init__(self) -> None:
-        self._file: IO[str] | None = None
+        self._file: AppendFile | None = None
 
     def open(self, folder: Path | None, step: int, metrics: Sequence[str]) -> None:
-        """Go on with the file; what a resumed run writes again goes: lines after `step` and of the test."""
+        """Go on with the file; what a resumed run writes again goes: lines after `step` and of the test.
+
+        Raises RunError when the file cannot be written.
+        """
         if folder is None:
             warnings.warn("the run has no folder, so the json_lines logger records nothing", stacklevel=2)
             return
-        path = Path(folder) / "metrics.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            keep_lines(path, step)
-        self._file = path.open("a", encoding="utf-8")
+        make_folder(Path(folder))
+        keep_lines(Path(folder), step)
+        self._file = AppendFile(Path(folder), METRICS)
 
     def scalars(self, values: dict[str, float], *, step: int, epoch: int, wall_seconds: float) -> None:
-        """Append a line."""
+        """Append a line, whole or not at all. Raises RunError when it cannot be written."""
         if self._file is None:
             return
         numbers = {key: float(value) for key, value in values.items()}
         row: dict[str, float | None] = {"step": step, "epoch": epoch, "wall_seconds": round(wall_seconds, 3)}
         row |= {key: value if math.isfinite(value) else None for key, value in numbers.items()}
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        self._file.append(json.dumps(row, allow_nan=False).encode() + b"\n")
 
     def close(self) -> None:
         """Close the file; further calls record nothing."""
@@ -50,23 +61,47 @@ class JsonLines(Logger):
         self._file = None
 
 
-def keep_lines(path: Path, step: int) -> None:
-    """Drop the lines after `step`, of the test, and those that are no JSON; the old file stands until the end."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith("\n") and 0 < step_of(line) <= step]
-    kept = [line for line in whole if '"test/' not in line]
-    if len(kept) < len(lines):
-        beside = path.with_suffix(".jsonl.new")
-        beside.write_text("".join(kept), encoding="utf-8")
-        os.replace(beside, path)
+def keep_lines(folder: Path, step: int) -> None:
+    """Drop the lines after `step`, those of the test, and those that are no JSON objects.
 
-
-def step_of(line: str) -> int:
-    """Return the step of a line, -1 of one that has none."""
+    Lines at the end are cut off in place, which a full disk allows. Else the file is written anew, and the old one
+    stands until the end. The file is never in memory as a whole.
+    """
+    kept = 0  # bytes at the beginning of the file, of lines that all stay
+    end = 0
+    cut = True  # whether all that goes is at the end
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return -1
+        with open_file(folder, METRICS, most=MOST_ROWS_BYTES) as file:
+            for line in lines_of(file):
+                end += len(line)
+                if stays(line, step):
+                    cut = cut and end == kept + len(line)
+                    kept += len(line)
+            if not cut:
+                file.seek(0)
+                write_file(folder, METRICS, (line for line in lines_of(file) if stays(line, step)))
+            elif kept < end:
+                with open_file(folder, METRICS, "r+") as changed:
+                    changed.truncate(kept)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise unwritable(folder / METRICS, error) from error
+
+
+def lines_of(file: BinaryIO) -> Iterator[bytes]:
+    """Yield the lines of a file with their ends; one of more than 16 MB in pieces."""
+    while line := file.readline(MOST_LINE_BYTES):
+        yield line
+
+
+def stays(line: bytes, step: int) -> bool:
+    """Whether a resumed run keeps a line: a whole one, up to a step, and not of the test."""
+    row = parse_row(line) if line.endswith(b"\n") else None
+    if row is None or any(name.startswith("test/") for name in row):
+        return False
+    found = row.get("step")
+    return isinstance(found, int) and 0 < found <= step
 
 
 @loggers.register("console")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from framework import Logger, PositiveInt, loggers
+from framework.files import AppendFile, make_folder
 
 
 @loggers.register("tensorboard", aliases=["tb"])
@@ -83,10 +84,12 @@ class TensorBoard(Logger):
         if self._file is None or not self.draw_graph:
             return
         try:
-            self._file.write(graph_def=draw(model, inputs[:1]))
+            drawn = draw(model, inputs[:1])
         except Exception as error:  # a model may fail in any way, and the run has no need of a drawing
             said = str(error).strip().split("\n")[0][:300]
             self.text("graph", f"The model's graph cannot be drawn: `{type(error).__name__}: {said}`")
+            return
+        self._file.write(graph_def=drawn)
 
     def hparams(self, settings: dict[str, Any], metrics: dict[str, float]) -> None:
         """Record the settings of this run and that it succeeded, in the same file: no second run appears.
@@ -130,12 +133,17 @@ class EventFile:
         from tensorboard.compat.proto.event_pb2 import Event
 
         self._event, self.opened = Event, time.time()
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         # TensorBoard reads a run's files in the order of their names; nanoseconds keep a quick resume in order.
         seconds, nanoseconds = divmod(time.time_ns(), 10**9)
         name = f"events.out.tfevents.{seconds:010d}.{nanoseconds:09d}.{socket.gethostname()}.{os.getpid()}"
-        self._file = open(folder / name, "xb", buffering=0)  # noqa: SIM115 (closed in `close`)
-        self._append(Event(wall_time=self.opened, file_version="brain.Event:2"))
+        self._file = AppendFile(folder, name, "x")
+        try:
+            self._append(Event(wall_time=self.opened, file_version="brain.Event:2"))
+        except BaseException:
+            self._file.close()
+            self._file.path.unlink(missing_ok=True)  # an event file without a record
+            raise
 
     def void_after(self, step: int) -> None:
         """Tell readers to forget what earlier files hold after `step`: a resumed run does those steps again."""
@@ -151,7 +159,7 @@ class EventFile:
         data = event.SerializeToString()
         length = struct.pack("<Q", len(data))
         # One write a record: a reader, or a crash, sees whole records.
-        self._file.write(b"".join((length, masked_crc32c(length), data, masked_crc32c(data))))
+        self._file.append(b"".join((length, masked_crc32c(length), data, masked_crc32c(data))))
 
     def close(self) -> None:
         self._file.close()

@@ -13,6 +13,7 @@ SCRIPTS = Path(__file__).parent.parent / "scripts"
 sys.path.append(str(SCRIPTS))
 
 import campaign_files  # noqa: E402
+import campaign_full  # noqa: E402
 import campaign_saves  # noqa: E402
 from campaign_trace import Call, Fault, supported, traced  # noqa: E402
 
@@ -102,3 +103,16 @@ def test_of_two_simultaneous_starts_one_writes_and_the_other_is_refused():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "one writer in 1 of 1 double first starts and 1 of 1 double resumes" in done.stdout
+
+
+# a full disk
+
+
+@pytest.mark.parametrize("control", [False, True])
+def test_a_full_disk_under_the_metrics_is_told_and_the_run_goes_on_exactly(capsys, control):
+    status = campaign_full.full_disk(1, seed=0, control=control, only="run, metrics.jsonl 1")
+    out = capsys.readouterr().out
+    if out.startswith("skipped"):
+        pytest.skip(out)
+    assert status == control
+    assert control or "the disk was full at 1 points" in out

@@ -190,14 +190,15 @@ def test_settings_are_checked(given, metrics, said):
 
 def test_a_journal_reads_what_is_whole(tmp_path):
     journal = Journal(tmp_path / FILE)
-    journal.append_logs([{"n": 1}, {"n": 2}])
-    assert journal.read_logs(0) == [{"n": 1}, {"n": 2}]
+    logs = [{"op_code": 4, "worker_id": "1", "n": number} for number in range(1, 5)]
+    journal.append_logs(logs[:2])
+    assert journal.read_logs(0) == logs[:2]
     with journal.path.open("a") as file:
-        file.write('{"n": 3')  # a kill cut it off
+        file.write('{"op_code": 4, "n": 3')  # a kill cut it off
     assert journal.read_logs(2) == []
-    Journal(journal.path).append_logs([{"n": 4}])
-    assert journal.read_logs(2) == [{"n": 4}]
-    assert Journal(journal.path).read_logs(1) == [{"n": 2}, {"n": 4}]
+    Journal(journal.path).append_logs(logs[3:])
+    assert journal.read_logs(2) == logs[3:]
+    assert Journal(journal.path).read_logs(1) == [logs[1], logs[3]]
 
 
 def test_a_bad_trial_is_told_to_end(tmp_path):

@@ -11,18 +11,36 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, BinaryIO, Literal, TextIO, get_args
 
 from ..errors import RunError
+from ..files import (
+    MOST_LINE_BYTES,
+    MOST_ROWS_BYTES,
+    AppendFile,
+    open_file,
+    parse_row,
+    read_json,
+    reason_of,
+    unwritable,
+    write_file,
+)
 from ..locks import Held, are_off, lock
 from ..run import NAME, check_encoding, claim, locked, only_writer
 
 State = Literal["running", "done", "pruned", "failed", "stopped"]
+ASKED = "sweep.json"
+ROWS = "sweep.jsonl"
+MOST_ASKED_BYTES = 16 * 2**20
+Number = (int, float)
+REQUIRED = {"number": int, "settings": dict, "metrics": dict}  # of a row
 LONGEST = 80  # characters of a trial's name; TensorBoard lists runs in a narrow column
 
 
@@ -70,26 +88,36 @@ class SweepFolder:
                     advice = "choose another sweep.name, or go on with it by resume=auto"
                     raise RunError(f"{parent / name} exists already: {advice}")
                 folder = cls(claim(parent, name))
-                folder.write("sweep.json", json.dumps({**asked, "began": time.time()}, indent=2, default=str) + "\n")
+                content = {**asked, "began": time.time()}
+                try:
+                    write_file(folder.path, ASKED, json.dumps(content, indent=2, default=str) + "\n")
+                except RunError:
+                    with suppress(OSError):
+                        folder.path.rmdir()
+                    raise
         except OSError as error:
             raise RunError(
-                f"the sweep's folder in {parent} cannot be made: {error.strerror} (run.root={root})"
+                f"the sweep's folder in {parent} cannot be made: {reason_of(parent / '...', error)} (run.root={root})"
             ) from None
         return folder
 
     def asked(self) -> dict[str, Any]:
         """Return what was asked for, empty when this is not the folder of a sweep."""
         try:
-            return dict(json.loads((self.path / "sweep.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+            asked = read_json(self.path, ASKED, most=MOST_ASKED_BYTES)
+        except (OSError, RunError):
             return {}
+        return asked if is_asked(asked) else {}
 
     def conduct(self) -> None:
         """Let no other process begin trials here until `release`. Raises RunError when one does."""
         if are_off():
             self.lock = only_writer(self.path, "sweep.lock")
             return
-        file = (self.path / "sweep.lock").open("a", encoding="utf-8")
+        try:
+            file = open_file(self.path, "sweep.lock", "a")
+        except OSError as error:
+            raise unwritable(self.path / "sweep.lock", error) from error
         if not lock(file, self.path / "sweep.lock", wait=False):
             file.close()
             raise RunError(f"{self.path} is run by another process: wait for it, or choose another sweep.name")
@@ -100,25 +128,34 @@ class SweepFolder:
             self.lock.close()
 
     def record(self, trial: Trial) -> None:
-        """Append a row, whole; what a kill left of a row before it stands on a line of its own."""
+        """Append a row, whole; what a kill left of a row before it stands on a line of its own.
+
+        Raises RunError when it cannot be written, then nothing of it is.
+        """
         row = asdict(trial)
         row["metrics"] = {key: value if math.isfinite(value) else None for key, value in trial.metrics.items()}
-        with (self.path / "sweep.jsonl").open("a+b", buffering=0) as file:
-            lock(file, self.path / "sweep.jsonl", wait=True)
-            torn = file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
-            file.write(b"\n" * bool(torn) + json.dumps(row, default=str).encode() + b"\n")
+        line = json.dumps(row, default=str).encode() + b"\n"
+        rows = AppendFile(self.path, ROWS)
+        try:
+            lock(rows.file, self.path / ROWS, wait=True)  # until it is closed
+            rows.append(b"\n" * is_torn(rows.file) + line)
+        finally:
+            rows.close()
 
     def trials(self) -> list[Trial]:
         """Return the last row of each trial, by number."""
         try:
-            with (self.path / "sweep.jsonl").open("rb") as file:
+            with open_file(self.path, ROWS, most=MOST_ROWS_BYTES) as file:
                 file.seek(self.offset)
-                whole, _, _ = file.read().rpartition(b"\n")
+                while line := file.readline(MOST_LINE_BYTES):
+                    if not line.endswith(b"\n") and len(line) < MOST_LINE_BYTES:
+                        break  # being written, or torn by a kill
+                    self.offset += len(line)
+                    trial = read_row(line)
+                    if trial is not None:
+                        self.rows[trial.number] = trial
         except OSError:
             return []
-        if whole:
-            self.offset += len(whole) + 1
-            self.rows |= {trial.number: trial for trial in map(read_row, whole.split(b"\n")) if trial is not None}
         return [self.rows[number] for number in sorted(self.rows)]
 
     def link_best(self, trial: Trial) -> None:
@@ -126,32 +163,68 @@ class SweepFolder:
 
         It lacks the event files: TensorBoard follows links, and would show the run twice.
         """
-        best = self.path / "best"
-        with locked(self.path):
-            if (best / "config.yaml").exists() and (best / "config.yaml").resolve().parent.name == trial.folder:
-                return
-            shutil.rmtree(best, ignore_errors=True)  # of a link it takes the link alone
-            best.mkdir()
-            for file in (self.path / trial.folder).glob("[!.]*"):
-                if "tfevents" not in file.name:
-                    (best / file.name).symlink_to(Path("..", trial.folder, file.name))
+        try:
+            with locked(self.path):
+                self._link_best(trial)
+        except OSError as error:
+            raise unwritable(self.path / "best", error) from error
 
-    def write(self, file: str, text: str) -> None:
-        beside = self.path / f"{file}.tmp"
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, self.path / file)
+    def _link_best(self, trial: Trial) -> None:
+        best, run = self.path / "best", self.path / trial.folder
+        if (best / "config.yaml").exists() and (best / "config.yaml").resolve().parent.name == trial.folder:
+            return
+        if not run.is_dir():
+            return  # deleted since
+        made = self.path / f".best-{secrets.token_hex(8)}"  # whole before it gets its name
+        try:
+            made.mkdir()
+            for file in run.glob("[!.]*"):
+                if "tfevents" not in file.name:
+                    (made / file.name).symlink_to(Path("..", trial.folder, file.name))
+            if best.is_symlink() or best.is_file():
+                best.unlink()
+            shutil.rmtree(best, ignore_errors=True)
+            made.rename(best)
+        except OSError:
+            shutil.rmtree(made, ignore_errors=True)
+            raise
+
+
+def is_asked(content: Any) -> bool:
+    """Whether the content of a sweep.json is of the types that one has."""
+    if not isinstance(content, dict) or not isinstance(content.get("began", 0.0), int | float):
+        return False
+    for name in ("command", "swept", "plugins"):
+        words = content.get(name) or []
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            return False
+    return True
+
+
+def is_torn(file: BinaryIO) -> bool:
+    """Whether a file of lines ends in the middle of one."""
+    end = file.seek(0, os.SEEK_END)
+    if end == 0:
+        return False
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) != b"\n"
 
 
 def read_row(line: bytes) -> Trial | None:
-    """Return the trial of a row, or None where a kill cut it off."""
-    try:
-        row = json.loads(line)
-        known = {each.name: row[each.name] for each in fields(Trial) if each.name in row}
-        trial = Trial(**known)
-    except (ValueError, TypeError):
+    """Return the trial of a row, or None where a kill cut it off, or it is no such row."""
+    row = parse_row(line)
+    if row is None or not all(isinstance(row.get(name), kind) for name, kind in REQUIRED.items()):
         return None
+    known = {each.name: row[each.name] for each in fields(Trial) if each.name in row}
+    trial = Trial(**known)
     trial.metrics = {key: math.nan if value is None else value for key, value in trial.metrics.items()}
-    return trial
+    own: list[tuple[Any, Any]] = [(trial.folder, str), (trial.state, str), (trial.error, str), (trial.config, str)]
+    own += [(trial.seconds, Number), (trial.steps, int), (trial.exit_status, int)]
+    own += [(value, Number) for value in trial.metrics.values()]
+    if not all(isinstance(value, kind) for value, kind in own) or trial.state not in get_args(State):
+        return None
+    inside = re.fullmatch(NAME, trial.folder) and ".." not in trial.folder
+    return trial if inside or not trial.folder else None
 
 
 def run_name(number: int, settings: Mapping[str, Any]) -> str:

@@ -12,6 +12,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import RunError
+from ..files import AppendFile
 from ..terminal import message_line, print_line, printable
 from .folder import Trial
 from .table import Direction, shown, table
@@ -141,11 +143,15 @@ def display(by: Direction, earlier: list[Trial], planned: int | None) -> Lines |
 
 
 class Output(io.TextIOBase):
-    """Takes what a trial prints: into a file of its run folder, as soon as there is one; the last line is shown."""
+    """Takes what a trial prints: into a file of its run folder, as soon as there is one; the last line is shown.
+
+    Raises RunError when the file cannot be written, once: what the trial prints while it fails of that is dropped.
+    """
 
     def __init__(self, folder: Path, shown_on: Shown):
         self.folder, self.shown_on = folder, shown_on
         self.pending = self.line = ""
+        self.lost = False
 
     def writable(self) -> bool:
         return True
@@ -155,11 +161,21 @@ class Output(io.TextIOBase):
         *lines, self.line = (self.line + text).split("\n")
         for line in [line for line in lines if line.strip()][-1:]:
             self.shown_on.said(line)
-        if self.folder.is_dir() and lines:
-            with (self.folder / "output.txt").open("a", encoding="utf-8", errors="replace") as file:
-                file.write(self.pending)
-            self.pending = ""
+        if lines and not self.lost and self.folder.is_dir():
+            self._append()
         return len(text)
+
+    def _append(self) -> None:
+        text, self.pending = self.pending, ""
+        try:
+            file = AppendFile(self.folder, "output.txt")
+            try:
+                file.append(text.encode("utf-8", errors="replace"))
+            finally:
+                file.close()
+        except RunError:
+            self.lost = True
+            raise
 
     @contextmanager
     def capturing(self) -> Iterator[None]:

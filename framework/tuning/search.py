@@ -331,10 +331,12 @@ def conclude(study: Study, metrics: Sequence[str], folder: SweepFolder) -> None:
     drawn = pictures(study, metrics) if drawing else {}
     for logger in drawing if drawn else ():
         step = len(study.get_trials(deepcopy=False))
-        logger.open(folder.path, step, [])
-        for tag, picture in drawn.items():
-            logger.images(tag, picture, step)
-        logger.close()
+        try:
+            logger.open(folder.path, step, [])
+            for tag, picture in drawn.items():
+                logger.images(tag, picture, step)
+        finally:
+            logger.close()
 
 
 def stretches(batch: Batch) -> Iterator[tuple[int, list[list[str]]]]:

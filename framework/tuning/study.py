@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import FrameworkError, RunError
+from ..files import MOST_LINE_BYTES, MOST_ROWS_BYTES, AppendFile, open_file, parse_row
 from ..locks import lock
 
 try:
@@ -40,33 +41,53 @@ class Journal(BaseJournalBackend):
     """
 
     def __init__(self, path: Path):
-        self.path = path
-        self.read = (0, 0)  # so many lines, which take so many bytes
-        path.touch()
+        self.folder, self.path = path.parent, path
+        self.read = (0, 0)  # so many logs, which take so many bytes
+        AppendFile(self.folder, path.name).close()  # so that it is there
 
     def read_logs(self, log_number_from: int) -> list[dict[str, Any]]:
-        """Return the lines from that number on; one that is being written is not there yet."""
+        """Return the logs from that number on; one that is being written is not there yet.
+
+        Lines that are no logs are left out, and not counted: a disk may have torn one in the middle.
+        """
         number, offset = self.read if self.read[0] <= log_number_from else (0, 0)
         found = []
-        with self.path.open("rb") as file:
-            file.seek(offset)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                if number >= log_number_from:
-                    found.append(json.loads(line))
-                number, offset = number + 1, offset + len(line)
+        try:
+            with open_file(self.folder, self.path.name, most=MOST_ROWS_BYTES) as file:
+                file.seek(offset)
+                while line := file.readline(MOST_LINE_BYTES):
+                    if not line.endswith(b"\n") and len(line) < MOST_LINE_BYTES:
+                        break
+                    offset += len(line)
+                    log = read_log(line)
+                    if log is None:
+                        continue
+                    if number >= log_number_from:
+                        found.append(log)
+                    number += 1
+        except OSError as error:
+            raise RunError(f"{self.path} cannot be read: {error.strerror}") from error
         self.read = (number, offset)
         return found
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Append lines, after taking away what a kill left of one."""
+        """Append lines, after taking away what a kill left of one. Raises RunError when they cannot be written."""
         content = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode()
-        with self.path.open("r+b", buffering=0) as file:
-            lock(file, self.path, wait=True)  # until it is closed
-            file.seek(end_of_lines(file))
-            file.truncate()
-            file.write(content)
+        journal = AppendFile(self.folder, self.path.name)
+        try:
+            lock(journal.file, self.path, wait=True)  # until it is closed
+            journal.file.truncate(end_of_lines(journal.file))
+            journal.append(content)
+        finally:
+            journal.close()
+
+
+def read_log(line: bytes) -> dict[str, Any] | None:
+    """Return the log of a line of the journal; None if it is none."""
+    log = parse_row(line)
+    if log is None or not isinstance(log.get("op_code"), int) or not isinstance(log.get("worker_id"), str):
+        return None
+    return log
 
 
 def end_of_lines(file: Any) -> int:
@@ -88,9 +109,18 @@ def storage_in(folder: Path) -> JournalStorage:
     return JournalStorage(Journal(folder / FILE))
 
 
+def storage_of(folder: Path) -> JournalStorage:
+    """Return the storage of a sweep folder. Raises RunError when its journal cannot be read as one."""
+    try:
+        return storage_in(folder.resolve())
+    except (LookupError, ValueError, TypeError, AttributeError, AssertionError) as error:  # Optuna checks no types
+        said = f"{type(error).__name__}: {error}"
+        raise RunError(f"{folder / FILE} is damaged, so that the search cannot go on: {said}") from error
+
+
 def create_study(folder: Path, directions: Sequence[Direction], asked: dict[str, Any]) -> optuna.Study:
     """Make the study of a sweep folder, or go on with it. Raises RunError when that was asked for something else."""
-    storage = storage_in(folder.resolve())
+    storage = storage_of(folder)
     study = optuna.create_study(storage=storage, study_name=NAME, directions=directions, load_if_exists=True)
     for what, value in asked.items():
         before = study.user_attrs.get(what)
@@ -135,7 +165,7 @@ class Judge:
         """Find the trial. Raises RunError when the folder has no study, or the study no such trial."""
         if not (sweep / FILE).is_file():
             raise RunError(f"{sweep} is not the folder of a search: there is no {FILE}")
-        storage = storage_in(sweep.resolve())
+        storage = storage_of(sweep)
         study = optuna.load_study(study_name=NAME, storage=storage, sampler=RandomSampler(), pruner=pruner)
         trials = study.get_trials(deepcopy=False)
         if number >= len(trials):

@@ -11,7 +11,9 @@ from typing import Any
 from ..building import build_data
 from ..compose import Job
 from ..data import Data
+from ..errors import RunError
 from ..experiment import Experiment, Prepared, Result, prepare
+from ..files import check_exists
 from ..introduction import first_batch
 from ..memory import OutOfMemory, free_bytes, is_full
 from ..probe import read_layers
@@ -186,11 +188,17 @@ class Vectorized(OneByOne):
             ended = partial(self._ended, ready, rows, signals)
             lockstep = Lockstep(trainers, [each.prepared.fit_arguments() for each in ready], ended)
             layers: str | None = None
-            for each in ready:
-                each.prepared.claim()
-                each.row = self.trials.begin(each.job)
-                opened.enter_context(each.prepared.trainer)
-                layers = each.prepared.introduce(layers)
+            check_exists(self.trials.folder.path)
+            try:
+                for each in ready:
+                    each.prepared.claim()
+                    each.row = self.trials.begin(each.job)
+                    opened.enter_context(each.prepared.trainer)
+                    layers = each.prepared.introduce(layers)
+            except RunError as error:  # of a full disk: each trial tells it for itself
+                for each in (each for each in ready if each.row is not None):
+                    each.job.spec = replace(each.job.spec, resume="auto")
+                raise NotStackable(str(error)) from error
             lockstep.run()
 
     def _ended(
@@ -209,6 +217,7 @@ class Vectorized(OneByOne):
             result.seconds /= len(ready)  # its share of the time of all, so that the sum is right
             row = outcome(each.row, result)
         except Exception as failed:
+            each.prepared.tell_failure()
             row = self.trials.failed(each.row, failed, each.prepared.trainer.state.wall_seconds)
         rows[each.place] = self.trials.end(row)
 

@@ -1,0 +1,405 @@
+"""Full disks, deleted folders and torn files: one line with the file, a status that says so, and an exact resume.
+
+A limit to the size of files (`ulimit -f`) stands for a disk without room: the system refuses what goes beyond it.
+"""
+
+import json
+import os
+import random
+import resource
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import framework as fw
+from framework import Callback, Trainer
+from framework.clock import write_trace
+from framework.errors import CheckpointError, RunError
+from framework.files import AppendFile
+from framework.resume import last_values, status_of
+from framework.status import Status
+from framework.tuning.folder import SweepFolder, Trial
+from framework.tuning.live import Lines, Output
+from framework.tuning.study import Journal
+from framework_plugins.loggers import keep_lines
+from runs import logged
+from test_trainer import OPTIMIZERS, SPLIT, At, network
+
+FULL = r"cannot be written: .* \([\d,]+ bytes are needed, [\d,]+ bytes are free\)$"
+ROWS = b"".join(json.dumps({"step": step, "val/loss": 1 / step}).encode() + b"\n" for step in range(1, 6))
+
+
+@contextmanager
+def largest_file(size):
+    """Let no file grow beyond that many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+class Record:
+    """Writers of records, each with a name, as a function that appends one record."""
+
+    def metrics(self, folder):
+        logger = fw.loggers.build("json_lines")
+        logger.open(folder, 0, [])
+        return lambda: logger.scalars({"train/loss": 0.5}, step=1, epoch=0, wall_seconds=1.0)
+
+    def events(self, folder):
+        logger = fw.loggers.build("tensorboard")
+        logger.open(folder, 0, [])
+        return lambda: logger.scalars({"train/loss": 0.5}, step=1, epoch=0, wall_seconds=1.0)
+
+    def sweep(self, folder):
+        return lambda: SweepFolder(folder).record(Trial(1, {"seed": 1}))
+
+    def journal(self, folder):
+        journal = Journal(folder / "study.journal")
+        return lambda: journal.append_logs([{"op_code": 4, "worker_id": "1", "study_id": 0}])
+
+    def output(self, folder):
+        return lambda: Output(folder, Lines({})).write("a line\n")
+
+
+RECORDS = ["metrics", "events", "sweep", "journal", "output"]
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_record_without_room_is_one_line_and_leaves_nothing_of_it(tmp_path, name):
+    append = getattr(Record(), name)(tmp_path)
+    append()
+    before = contents(tmp_path)
+    (size,) = [len(content) for content in before.values() if content]
+    with largest_file(size + 3), pytest.raises(RunError, match=FULL) as raised:
+        append()
+    assert str(tmp_path) in str(raised.value)
+    assert contents(tmp_path) == before
+    append()  # there is room again
+    (after,) = [content for content in contents(tmp_path).values() if content]
+    assert after.startswith(next(filter(None, before.values())))
+    assert len(after) > size
+
+
+def test_a_partial_write_is_what_is_taken_back(tmp_path):
+    """Control: the system writes a part of a record before it refuses the rest."""
+    with largest_file(5), (tmp_path / "a").open("wb", buffering=0) as file:
+        assert file.write(b"0123456789") == 5
+    file = AppendFile(tmp_path, "b")
+    with largest_file(5), pytest.raises(RunError, match=FULL):
+        file.append(b"0123456789")
+    assert (tmp_path / "b").read_bytes() == b""
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_deleted_folder_is_named_and_not_made_again(tmp_path, name):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    append = getattr(Record(), name)(folder)
+    append()
+    shutil.rmtree(folder)
+    if name == "output":  # it waits for the folder, as before the run has one
+        append()
+    else:
+        with pytest.raises(RunError, match=f"{folder} does not exist any more"):
+            append()
+    assert not folder.exists()
+
+
+# runs
+
+
+def fit(folder, *callbacks, resume=None, **settings):
+    torch.manual_seed(1)
+    model = network()
+    parts = {"callbacks": [*callbacks, Status()], "loggers": [fw.loggers.build("json_lines")]}
+    trainer = Trainer(max_epochs=2, log_every="1steps", folder=folder, device="cpu", **parts, **settings)
+    trainer.callbacks[-1].seconds = 0
+    trainer.manifest = {"run": str(folder)}
+    optimizer = OPTIMIZERS["sgd"](model)
+    if resume is not None:
+        trainer.state.step = resume["counters"]["step"]  # the loggers go on from there
+    with trainer:
+        trainer.fit(model, SPLIT, task=nn.CrossEntropyLoss(), optimizer=optimizer, batch_size=16, resume=resume)
+    return trainer
+
+
+def saving():
+    return fw.callbacks.build("checkpoint", monitor=None, every="1steps", background=False)
+
+
+def status(folder):
+    return json.loads((folder / "status.json").read_text())
+
+
+class Limit(Callback):
+    """Leaves no room for larger files from a step on, until the run has failed."""
+
+    changes_training = False
+
+    def __init__(self, step, size):
+        self.step, self.size = step, size
+
+    def on_step_start(self, trainer):
+        if trainer.state.step == self.step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, -1))
+
+
+def test_a_run_without_room_has_failed_with_the_reason_and_goes_on_exactly(tmp_path):
+    whole = fit(tmp_path, saving())
+    folder = tmp_path / "full"
+    folder.mkdir()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises((RunError, CheckpointError), match="File too large") as raised:
+            fit(folder, saving(), Limit(4, 600))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    state = status(folder)
+    assert state["status"] == "failed"
+    assert state["reason"].endswith(str(raised.value)[-40:])
+    assert not list(folder.glob("**/.*"))
+    found = fw.checkpoint.newest(folder / "checkpoints")[0]
+    weights, training = fw.checkpoint.load(found)
+    resumed = fit(folder, saving(), resume=training | {"model": weights})
+    for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert logged(folder) == logged(tmp_path)
+
+
+@pytest.mark.parametrize("how", ["deleted", "renamed"])
+def test_a_run_whose_folder_is_gone_ends_and_leaves_nothing_in_its_place(tmp_path, how):
+    folder = tmp_path / "run"
+    folder.mkdir()
+
+    def act(trainer):
+        if how == "deleted":
+            shutil.rmtree(folder)
+        else:
+            folder.rename(tmp_path / "moved")
+
+    with pytest.raises((RunError, CheckpointError), match=f"{folder} does not exist any more"):
+        fit(folder, saving(), At(4, act))
+    assert not folder.exists()
+
+
+def test_a_failure_fits_into_the_status_before_it(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    fit(folder)
+    old = (folder / "status.json").stat()
+    trainer = Trainer(max_steps=1, folder=folder, device="cpu")
+    trainer.state.step = 7
+    monkeypatch.setattr(os, "rename", refuse)  # the disk has no room for a second file
+    raise_in(trainer, RunError("no room " + "é" * 2000))
+    state = status(folder)
+    assert (state["status"], state["step"]) == ("failed", 7)
+    assert state["reason"].startswith("RunError: no room")
+    assert (folder / "status.json").stat().st_size == old.st_size
+    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
+
+
+def refuse(*paths, **folders):
+    raise OSError(28, "No space left on device")
+
+
+def raise_in(trainer, error):
+    try:
+        raise error
+    except RunError:
+        Status().on_exception(trainer)
+
+
+# torn files
+
+
+def damaged(content, chance, count):
+    """Yield a file cut at any place, and with bytes flipped."""
+    for _ in range(count):
+        yield content[: chance.randrange(len(content))]
+        flipped = bytearray(content)
+        flipped[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        yield bytes(flipped)
+    yield from (b"", b"\0" * 100, b"\xff\xfe\n", b"[]\n3\nnull\n" + content, content + b'{"step": 40, "ep')
+
+
+def test_torn_metrics_are_skipped(tmp_path):
+    for content in damaged(ROWS, random.Random(1), 100):
+        (tmp_path / "metrics.jsonl").write_bytes(content)
+        last_values(tmp_path)
+        keep_lines(tmp_path, 4)
+        kept = [row["step"] for row in logged(tmp_path)]
+        assert kept == sorted(kept)
+        assert set(kept) <= {1, 2, 3, 4}
+    with pytest.raises(ValueError, match="Unterminated string"):
+        json.loads(content.splitlines()[-1])  # control: what is skipped is no row
+
+
+def test_torn_rows_of_a_sweep_are_skipped(tmp_path):
+    sweep = SweepFolder(tmp_path)
+    for number in range(4):
+        sweep.record(Trial(number, {"seed": number}, f"00{number}", "done", {"val/loss": 0.5}))
+    content = (tmp_path / "sweep.jsonl").read_bytes()
+    for torn in damaged(content, random.Random(2), 100):
+        (tmp_path / "sweep.jsonl").write_bytes(torn)
+        assert len(SweepFolder(tmp_path).trials()) <= 5
+        SweepFolder(tmp_path).record(Trial(9, {"seed": 9}))
+        assert SweepFolder(tmp_path).trials()[-1].number >= 9
+
+
+def test_torn_logs_of_a_study_are_skipped(tmp_path):
+    journal = Journal(tmp_path / "study.journal")
+    logs = [{"op_code": 4, "worker_id": "1", "study_id": number} for number in range(4)]
+    journal.append_logs(logs)
+    content = journal.path.read_bytes()
+    for torn in damaged(content, random.Random(3), 100):
+        journal.path.write_bytes(torn)
+        found = Journal(journal.path)
+        assert len(found.read_logs(0)) <= 4
+        found.append_logs(logs[:1])
+        assert found.read_logs(0)[-1] == logs[0]
+    lines = content.splitlines(keepends=True)
+    journal.path.write_bytes(lines[0] + lines[1][:9] + b"\n" + lines[2])
+    assert Journal(journal.path).read_logs(0) == [logs[0], logs[2]]
+    assert Journal(journal.path).read_logs(1) == [logs[2]]
+
+
+@pytest.mark.parametrize("name", ["status.json", "sweep.json"])
+def test_a_torn_state_is_an_unknown_one(tmp_path, name):
+    content = b'{"status": "done", "command": ["a=1"], "swept": ["a"], "began": 1.0}'
+    for torn in [*damaged(content, random.Random(4), 100), b'{"status": 3, "command": 5}', b"[" * 10**5]:
+        (tmp_path / name).write_bytes(torn)
+        assert isinstance(status_of(tmp_path), str | None)
+        assert isinstance(SweepFolder(tmp_path).asked().get("command", []), list)
+
+
+def test_lines_at_the_end_are_cut_off_without_room_for_another_file(tmp_path, monkeypatch):
+    (tmp_path / "metrics.jsonl").write_bytes(ROWS + b'{"step": 6, "tr')
+    monkeypatch.setattr(os, "rename", refuse)
+    keep_lines(tmp_path, 3)
+    assert [row["step"] for row in logged(tmp_path)] == [1, 2, 3]
+
+
+# the command line
+
+
+def test_a_finished_run_with_torn_metrics_is_done_already(command):
+    train = "train data=blobs trainer.max_epochs=1 run.name=r loggers=[json_lines]"
+    assert command(train)[0] == 0
+    run = Path("runs/default/r")
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b'\xff\n{"step": 40, "ep')
+    status, out, err = command(f"resume {run}")
+    assert (status, err) == (0, "")
+    assert "is done already" in out
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder(command):
+    with largest_file(200):
+        status, _, err = command("train data=blobs trainer.max_epochs=1 run.name=r")
+    assert status == 2
+    assert "File too large" in err
+    assert err.count("\n") == 1
+    assert not Path("runs/default/r").exists()
+
+
+def test_a_trial_whose_folder_is_deleted_fails_alone(command, tmp_path, monkeypatch):
+    from framework.trainer import Trainer as Trains
+
+    real = Trains.log_training
+
+    def deleting(self):
+        if self.seed == 1:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        real(self)
+
+    monkeypatch.setattr(Trains, "log_training", deleting)
+    small = "data=blobs trainer.max_epochs=1 callbacks=[] loggers=[json_lines]"
+    status, out, _ = command(f"train -m {small} seed=0,1,2 sweep.name=s hydra/launcher=basic")
+    assert status == 2
+    assert [trial.state for trial in SweepFolder(Path("runs/default/s")).trials()] == ["done", "failed", "done"]
+    assert "does not exist any more" in out
+    assert not list(Path("runs/default/s").glob("001*"))
+
+
+def test_a_sweep_whose_folder_is_deleted_ends(command, monkeypatch):
+    from framework.trainer import Trainer as Trains
+
+    def deleting(self):
+        shutil.rmtree("runs/default/s", ignore_errors=True)
+
+    monkeypatch.setattr(Trains, "log_training", deleting)
+    small = "data=blobs trainer.max_epochs=1 callbacks=[] loggers=[json_lines]"
+    status, _, err = command(f"train -m {small} seed=0,1 sweep.name=s")
+    assert status == 2
+    assert err.splitlines()[-1].endswith("the folder runs/default/s does not exist any more")
+    assert err.count("\n") == 1
+    assert not Path("runs/default/s").exists()
+
+
+@pytest.mark.parametrize(("where", "step"), [("graph", 0), ("hparams", 33)])
+def test_what_fails_before_or_after_the_training_is_in_the_status_too(command, monkeypatch, where, step):
+    from framework_plugins.tensorboard_logger import TensorBoard
+
+    def fail(self, *given):
+        raise RunError("events cannot be written")
+
+    real = getattr(TensorBoard, where)
+    monkeypatch.setattr(TensorBoard, where, fail)
+    train = "train data=blobs trainer.max_epochs=1 run.name=r resume=auto loggers=[tensorboard]"
+    assert command(train)[0] == 2
+    state = status(Path("runs/default/r"))
+    assert (state["status"], state["step"], state["reason"]) == ("failed", step, "RunError: events cannot be written")
+    monkeypatch.setattr(TensorBoard, where, real)
+    assert command(train)[0] == 0
+    assert status(Path("runs/default/r"))["status"] == "done"
+
+
+def test_an_index_without_room_is_not_kept(tmp_path):
+    from framework.index import keep
+
+    content = {"stamps": {}, "index": "x" * 1000}
+    with largest_file(100):
+        keep(tmp_path / "cache" / "index.json", 2**62, content)
+    assert not list((tmp_path / "cache").iterdir())
+    keep(tmp_path / "cache" / "index.json", 2**62, content)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["index.json"]
+
+
+def test_predictions_are_whole_or_not_there(tmp_path):
+    from framework.report import write_predictions
+
+    columns = {"value": torch.arange(1000.0)}
+    for suffix in ("csv", "jsonl", "npz"):
+        path = tmp_path / f"y.{suffix}"
+        path.write_text("before")
+        with largest_file(3000), pytest.raises(fw.errors.FrameworkError, match=FULL):
+            write_predictions(columns, [], str(path))
+        assert path.read_text() == "before"
+        assert write_predictions(columns, [], str(path)) == 1000
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["y.csv", "y.jsonl", "y.npz"]
+
+
+def test_a_trace_is_whole_or_not_there(tmp_path):
+    class Recorder:
+        def export_chrome_trace(self, path):
+            Path(path).write_text(self.text)
+
+    recorder = Recorder()
+    recorder.text = '{"traceEvents": ['
+    with pytest.raises(RunError, match=r"profile\.pt\.trace\.json cannot be written"):
+        write_trace(recorder, tmp_path)
+    assert not list(tmp_path.iterdir())
+    recorder.text = "{}"
+    write_trace(recorder, tmp_path)
+    assert (tmp_path / "profile.pt.trace.json").read_text() == "{}"
