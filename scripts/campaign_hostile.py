@@ -103,14 +103,8 @@ def sweep_commands(kind: str) -> dict[str, list[str]]:
 
 
 READING = ("eval", "predict", "plan", "unrelated")  # verbs that train nothing of the hostile config
-FEW = (
-    "check init_from",
-    "find lr init_from",
-    "resume=RUN",
-    "eval last",
-    "eval sweep",
-    "plan resume",
-)  # for one in five
+MOST_HANGS = 3  # of a folder, whose other commands are then left out
+FEW = ("check init_from", "find lr init_from", "resume=RUN", "eval last", "eval sweep", "plan resume")
 
 
 @dataclass
@@ -401,7 +395,8 @@ def attack(
         wanted = chance.sample(wanted, most)
     for name, words in wanted:
         real = chance.random() < REAL
-        if only is not None and name != only:
+        hangs = sum(failure.kind == "hang" for failure in outcome.failures)
+        if (only is not None and name != only) or hangs >= MOST_HANGS:
             continue
         shutil.rmtree(where, ignore_errors=True)
         world, _ = make_world(where, genuine, seed, number)
@@ -560,22 +555,24 @@ def lines_of(outcome: Outcome, seed: int) -> Iterator[str]:
         yield f"{what} | {'; '.join(outcome.notes)} | {again}"
 
 
+def class_of(outcome: Outcome) -> str:
+    return "cases" if outcome.name.startswith("case") else outcome.name
+
+
+def failed(outcome: Outcome, kind: str) -> int:
+    """Return how many commands failed so."""
+    return len({failure.command for failure in outcome.failures if failure.kind == kind})
+
+
 def summary(outcomes: list[Outcome]) -> Iterator[str]:
-    """Yield a line for each class of mutations, with the commands that did each wrong thing."""
-    yield (
-        f"{'':<28}{'folders':>8}{'commands':>9}{'accepted':>9}" + "".join(f"{kind:>10}" for kind in KINDS) + "  slowest"
-    )
-    names = list(dict.fromkeys("cases" if o.name.startswith("case") else o.name for o in outcomes))
+    """Yield a line for each class of mutations, with the number of commands that did each wrong thing."""
+    titles = "".join(f"{title:>10}" for title in ("folders", "commands", "accepted", *KINDS))
+    yield f"{'':<26}{titles}  slowest"
+    names = list(dict.fromkeys(class_of(outcome) for outcome in outcomes))
     for name in [*names, "all"]:
-        of = [o for o in outcomes if name == "all" or ("cases" if o.name.startswith("case") else o.name) == name]
-        counts = [
-            sum(kind in {f.kind for f in o.failures if f.command == c} for o in of for c in commands(o))
-            for kind in KINDS
-        ]
+        of = [outcome for outcome in outcomes if name in ("all", class_of(outcome))]
+        counts = [len(of), sum(outcome.commands for outcome in of), sum(outcome.accepted for outcome in of)]
+        for kind in KINDS:
+            counts.append(sum(failed(outcome, kind) for outcome in of))
         cells = "".join(f"{count:>10}" for count in counts)
-        done, accepted = sum(o.commands for o in of), sum(o.accepted for o in of)
-        yield f"{name:<28}{len(of):>8}{done:>9}{accepted:>9}{cells}  {max(o.slowest for o in of):.1f} s CPU"
-
-
-def commands(outcome: Outcome) -> set[str]:
-    return {failure.command for failure in outcome.failures}
+        yield f"{name:<26}{cells}  {max(outcome.slowest for outcome in of):.1f} s CPU"

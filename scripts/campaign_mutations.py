@@ -436,15 +436,17 @@ def exchange(world: World, value: Any, name: str, keys: bool = False) -> None:
     way = world.chance.choice(["value", "value", "value", "key" if keys else "value", "drop" if not keys else "key"])
     trees[number] = put(tree, where, value, way)
     try:
-        texts = [
-            yaml.safe_dump(each, sort_keys=False, allow_unicode=True) if is_yaml else json.dumps(each) for each in trees
-        ]
+        texts = [as_yaml(each) if is_yaml else json.dumps(each) for each in trees]
     except (ValueError, RecursionError, UnicodeError):
         return
     replace(path, "\n".join(texts) + "\n")
     said = ".".join(map(str, where))
     world.endless |= bool(ENDLESS.search(said)) and isinstance(value, int | float | str)
     world.note(f"{world.name_of(path)}: {way} {said or 'all'} := {value!r:.60}")
+
+
+def as_yaml(tree: Any) -> str:
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
 def leaves_and_branches(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

@@ -290,9 +290,10 @@ def faults(ended: Ended, token: str) -> list[tuple[Kind, str]]:
         wrong.append(("output", f"exit status 2 without a message: {last_line(ended)}"))
     if max(map(len, ended.err.splitlines()), default=0) > 4_000 or len(ended.err) > 60_000:
         wrong.append(("output", f"an error of {len(ended.err):,} characters: {ended.err[:80]!r}"))
-    for line in text.splitlines():
-        if line.startswith(("measure ", "go on ", "watch ", "best ")) and SHELL.search(re.sub(r"'[^']*'", "", line)):
-            wrong.append(("output", f"an unquoted command: {line[:120]}"))
+    commands = [line for line in text.splitlines() if line.startswith(("measure ", "go on ", "watch ", "best "))]
+    unquoted = [line for line in commands if SHELL.search(re.sub(r"'[^']*'", "", line))]
+    if unquoted:
+        wrong.append(("output", f"an unquoted command: {unquoted[0][:120]}"))
     return wrong
 
 
