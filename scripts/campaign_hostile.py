@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import get_context
@@ -47,6 +46,7 @@ from campaign_sandbox import (
     changes,
     faults,
     holds,
+    last_line,
     program,
     run,
     snapshot,
@@ -409,44 +409,46 @@ def attack(
     return outcome
 
 
-def one_command(world: World, outcome: Outcome, name: str, words: list[str], real: bool, access: bool) -> Ended:
-    watched = [world.outside, world.root / "home"]
-    before = snapshot(watched)
-    age(watched)  # to look was an access
-    known = {(status.st_dev, status.st_ino) for status in map(os.lstat, before)}
-    known |= inodes(world.run)  # what was hostile before
+def one_command(world: World, outcome: Outcome, name: str, words: list[str], real: bool, access: bool) -> None:
     talk = ask_board if words[0] == "board" else None
-    ended = run(program(words) if real else command_of(words), world.root, environment(world.root), talk)
+    work = program(words) if real else command_of(words)
+    ended, wrong = judge(world, work, access, talk)
     outcome.commands += 1
     outcome.accepted += ended.status == 0
     outcome.slowest = max(outcome.slowest, ended.cpu)
-    wrong = faults(ended, "\0" if world.names_data else TOKEN)
+    if name.startswith("unrelated") and ended.status != 0 and not ended.hang:
+        wrong.append(("others", f"exit status {ended.status}: {last_line(ended)}"))
+    for kind, detail in wrong:
+        outcome.failures.append(Failure(kind, name, detail.replace(str(world.root), "WORLD")))
+
+
+def judge(world: World, work: Callable[[], Any], access: bool, talk: Any = None) -> tuple[Ended, list[tuple[str, str]]]:
+    """Run a command in a world, and return what it did wrong, by kind.
+
+    Args:
+        world: the scratch folder.
+        work: see `campaign_sandbox.run`.
+        access: whether times of access tell that a file was read.
+        talk: see `campaign_sandbox.run`.
+    """
+    watched = [world.outside, world.root / "home"]
+    before = snapshot(watched)
+    age(watched)  # to look was an access
+    links = {(status.st_dev, status.st_ino) for status in map(os.lstat, before)}
+    token = TOKEN.encode()
+    earlier = set(holds(world.root / "work", token, links))
+    age(watched)
+    ended = run(work, world.root, environment(world.root), talk)
+    wrong = faults(ended, "" if world.names_data else TOKEN)
     written, read = changes(before, snapshot(watched))
-    wrong += [("written", each) for each in written]
+    wrong += [("written", each) for each in written[:3]]
     if access and not world.names_data:
-        wrong += [("read", each) for each in read]
-    copied = holds(world.root / "work", TOKEN.encode(), known)
-    wrong += [("read", f"the token is in {path}") for path in copied]
+        wrong += [("read", each) for each in read[:3]]
+    for path in sorted(set(holds(world.root / "work", token, links)) - earlier)[:3]:
+        wrong.append(("read", f"the token is in {path}"))
     if any((world.root / "proof").iterdir()):
         wrong.append(("executed", "the proof was made"))
-    if name.startswith("unrelated") and ended.status != 0 and not ended.hang:
-        wrong.append(("others", f"exit status {ended.status}: {(ended.err.splitlines() or [''])[-1][:200]}"))
-    seen = set()
-    for kind, detail in wrong:
-        if (kind, detail[:20]) not in seen:
-            outcome.failures.append(Failure(kind, name, detail.replace(str(world.root), "WORLD")))
-        seen.add((kind, detail[:20]))
-    return ended
-
-
-def inodes(folder: Path) -> set[tuple[int, int]]:
-    found = set()
-    for above, _, names in os.walk(folder):
-        for name in names:
-            with suppress(OSError):
-                status = os.lstat(os.path.join(above, name))
-                found.add((status.st_dev, status.st_ino))
-    return found
+    return ended, wrong
 
 
 # the campaign
@@ -572,7 +574,6 @@ def summary(outcomes: list[Outcome]) -> Iterator[str]:
     for name in [*names, "all"]:
         of = [outcome for outcome in outcomes if name in ("all", class_of(outcome))]
         counts = [len(of), sum(outcome.commands for outcome in of), sum(outcome.accepted for outcome in of)]
-        for kind in KINDS:
-            counts.append(sum(failed(outcome, kind) for outcome in of))
+        counts += [sum(failed(outcome, kind) for outcome in of) for kind in KINDS]
         cells = "".join(f"{count:>10}" for count in counts)
         yield f"{name:<26}{cells}  {max(outcome.slowest for outcome in of):.1f} s CPU"

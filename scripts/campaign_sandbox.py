@@ -108,8 +108,8 @@ def wait(child: int, talk: Any, out: Path) -> str:
             talk(out)
             told = True
             os.kill(child, signal.SIGTERM)
-        now, used = time.monotonic(), cpu_of(child)
-        if used > ticks:
+        now, (state, used) = time.monotonic(), activity(child)
+        if used > ticks or state == "R":
             ticks, busy = used, now
         why = ""
         if used > MOST_SECONDS:
@@ -125,13 +125,13 @@ def wait(child: int, talk: Any, out: Path) -> str:
     return ""
 
 
-def cpu_of(process: int) -> float:
-    """Return the CPU time of a process and of its children that have ended, in seconds."""
+def activity(process: int) -> tuple[str, float]:
+    """Return the state of a process (R: runs or could), and its CPU time with that of children that have ended."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return 0.0
-    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+        return "", 0.0
+    return fields[0], sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
 def alive(group: int) -> bool:
@@ -259,13 +259,12 @@ FAULTS = {
     "an internal error": re.compile(r"internal error at \S+|framework: a fault at \S+"),
     "an ignored exception": re.compile(r"Exception ignored"),
     "an abort": re.compile(r"terminate called|Fatal Python error"),
-    "a warning with its source": re.compile(r"\.py:\d+: \w*Warning"),
 }
 SHELL = re.compile(r"[;&|`]|\$\(")
 
 
 def faults(ended: Ended, token: str) -> list[tuple[Kind, str]]:
-    """Return what is wrong with the exit status and the output of a command."""
+    """Return what is wrong with the exit status and the output of a command. token: that must not be in it."""
     wrong: list[tuple[Kind, str]] = []
     text = f"{ended.out}\n{ended.err}"
     if ended.hang:
@@ -280,8 +279,10 @@ def faults(ended: Ended, token: str) -> list[tuple[Kind, str]]:
         wrong.append(("memory", f"{ended.memory:,} kB"))
     if ended.left:
         wrong.append(("process", "a process is left"))
-    if token in text:
+    if token and token in text:
         wrong.append(("read", f"the token is in the output: {line_at(text, text.index(token))}"))
+    if match := re.search(r"\.py:\d+: \w*Warning", text):
+        wrong.append(("output", f"a warning as Python shows it: {line_at(text, match.start())}"))
     if match := CONTROL.search(text):
         wrong.append(("output", f"{match[0]!r} in {line_at(text, match.start())!r}"))
     if re.search(r"^(framework: )?all is well|^framework: framework:", text, re.MULTILINE):
