@@ -68,7 +68,7 @@ class World:
         """Return the path of a name such as checkpoints/step-2 or events, below the folder of a run."""
         base = self.trial if self.sweep and name not in {*SWEEP_FILES, *SWEEP_TEMPORARY, "best"} else self.run
         steps = sorted(path.name for path in (base / "checkpoints").glob("step-*"))
-        steps += ["step-00000001", "step-00000002"][len(steps) :]
+        steps = steps or ["step-00000001"]
         last = int(steps[-1][5:])
         name = name.replace("step-1", steps[0]).replace("step-2", steps[-1])
         name = name.replace(".step-3", f".step-{last + 7:08}-0123abcd").replace("step-3", f"step-{last + 7:08}")
@@ -321,6 +321,24 @@ def zip_contents(choice: str, made: Path) -> None:
                 archive.writestr(f"archive/data/x{n}", b"")
 
 
+def trial_folders(world: World) -> None:
+    """A sweep whose trials, or whose best one, lie somewhere else."""
+    out = world.outside / "twin"
+    if not world.sweep:
+        return
+    path = world.place("sweep.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    folder = world.chance.choice([str(out), "../../../../outside/twin", "..", ".", "", "best", "\0", ESCAPES])
+    for row in rows:
+        row["folder"] = folder
+        row["metrics"] = {"val/loss": -1e9}
+    replace(path, "".join(json.dumps(row) + "\n" for row in rows))
+    if world.chance.random() < 0.5:
+        take_away(world.run / "best")
+        (world.run / "best").symlink_to(world.chance.choice([out, "..", world.outside / "missing"]))
+    world.note(f"sweep.jsonl: all trials in {folder!r}")
+
+
 def sparse(world: World) -> None:
     path = world.place(world.chance.choice(world.files()))
     if not inside(path, world.run):
@@ -399,7 +417,9 @@ ENDLESS = re.compile(r"max_epochs|max_steps|samples|seconds|workers|noise|genera
 
 
 def wrong_type(world: World) -> None:
-    exchange(world, world.chance.choice(VALUES), world.chance.choice(text_files(world)))
+    """A value of another type or size, or a path that leads out, in the place of any value of any file."""
+    out = [str(world.outside / "twin"), "../../../../outside/twin", "../outside", "/dev/zero", "~/.ssh", "..", "."]
+    exchange(world, world.chance.choice([*VALUES, *out]), world.chance.choice(text_files(world)))
 
 
 def text_in_names(world: World) -> None:
@@ -823,6 +843,7 @@ CLASSES: dict[str, list[Callable[[World], None]]] = {
     "links at temporary names": [link_temporary],
     "hard links": [hard_link],
     "special files": [special],
+    "folders elsewhere": [trial_folders],
     "bombs": [bomb, bomb, zip_bomb],
     "sparse files": [sparse],
     "torn files": [torn],
