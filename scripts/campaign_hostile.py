@@ -23,6 +23,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
+import numpy
 import torch
 import yaml
 from campaign_mutations import (
@@ -61,7 +62,7 @@ OWN = [*COMMON, "data.samples=160", "trainer.max_epochs=2", "callbacks.checkpoin
 OTHER = [*COMMON, "data.samples=150", "trainer.max_epochs=1"]
 GRID = ["seed=0,1"]
 SEARCH = ["hydra/sweeper=optuna", "optimizer.lr=interval(0.001,0.1)", "hydra.sweeper.trials=2"]
-RUN, INPUT = "runs/default/victim", "inputs.csv"
+RUN, INPUT = "runs/default/victim", "inputs.npy"
 
 
 def run_commands(kind: str) -> dict[str, list[str]]:
@@ -103,6 +104,7 @@ def sweep_commands(kind: str) -> dict[str, list[str]]:
 
 
 READING = ("eval", "predict", "plan", "unrelated")  # verbs that train nothing of the hostile config
+REFUSED = ("eval sweep", "board")  # also of a genuine folder; the board is ended by a signal
 MOST_HANGS = 3  # of a folder, whose other commands are then left out
 FEW = ("check init_from", "find lr init_from", "resume=RUN", "eval last", "eval sweep", "plan resume")
 
@@ -178,7 +180,7 @@ def with_token(folder: Path, copy: Path) -> None:
 def empty(world: Path) -> None:
     for name in ("work", "home", "outside", "proof", "tmp", "cache", "config"):
         (world / name).mkdir(parents=True)
-    (world / "work" / INPUT).write_text("x,y\n0.5,1.5\n-1,2\n")
+    numpy.save(world / "work" / INPUT, numpy.array([[0.5, 1.5], [-1, 2]], dtype=numpy.float32))
 
 
 def environment(world: Path) -> dict[str, str]:
@@ -275,6 +277,11 @@ def links_at_written_names(world: World, *names: str) -> None:
         world.note(f"{name} -> outside/secret.txt")
 
 
+def untouched(world: World) -> None:
+    """A folder to which nothing was done; every command must accept it."""
+    world.note("nothing")
+
+
 def links_to_twin(world: World, *names: str) -> None:
     for name in names:
         take_away(world.run / name)
@@ -352,6 +359,9 @@ CASES: dict[str, tuple[str, Callable[[World], None]]] = {
     "case: link checkpoints": ("stopped", lambda world: links_to_twin(world, "checkpoints")),
     "case: link to .bashrc": ("stopped", shell_start),
     "case: alias bomb": ("stopped", alias_bombs),
+    "case: genuine run": ("stopped", untouched),
+    "case: genuine sweep": ("grid", untouched),
+    "case: genuine search": ("search", untouched),
     "case: FIFO": ("stopped", fifo),
     "case: large hole": ("stopped", hole),
     "case: pickle": ("stopped", code_in_state),
@@ -417,7 +427,8 @@ def one_command(world: World, outcome: Outcome, name: str, words: list[str], rea
     outcome.commands += 1
     outcome.accepted += ended.status == 0
     outcome.slowest = max(outcome.slowest, ended.cpu)
-    if name.startswith("unrelated") and ended.status != 0 and not ended.hang:
+    unharmed = name.startswith("unrelated") or outcome.name.startswith("case: genuine")
+    if unharmed and ended.status != 0 and not ended.hang and name not in REFUSED:
         wrong.append(("others", f"exit status {ended.status}: {last_line(ended)}"))
     for kind, detail in wrong:
         outcome.failures.append(Failure(kind, name, detail.replace(str(world.root), "WORLD")))
