@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 MOST_SECONDS = 10.0  # of CPU time, and of waiting for nothing
-MOST_WALL = 60.0  # on a loaded machine
+MOST_WALL = 60.0  # for each process that shares a core
 IDLE = 6.0  # seconds without CPU time: it waits for something that does not come
 MOST_MEMORY = 1_500_000  # kB
 ROOM = 4 * 2**30  # bytes of address space beyond those at the start
@@ -116,7 +116,7 @@ def wait(child: int, talk: Any, out: Path) -> str:
             why = f"{used:.0f} s of CPU time"
         elif now - busy > IDLE:
             why = f"waits since {now - busy:.0f} s, after {used:.1f} s of CPU time"
-        elif now - began > MOST_WALL:
+        elif now - began > MOST_WALL * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)):
             why = f"{now - began:.0f} s"
         if why:
             with suppress(ProcessLookupError):
@@ -136,7 +136,7 @@ def activity(process: int) -> tuple[str, float]:
 
 def alive(group: int) -> bool:
     """Whether a process of the group is left, after a moment to end in."""
-    for _ in range(100):
+    for _ in range(300):
         try:
             os.killpg(group, 0)
         except ProcessLookupError:
