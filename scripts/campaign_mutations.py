@@ -122,6 +122,11 @@ def twin(world: World, path: Path) -> Path:
     return world.outside / "twin" / path.relative_to(world.run)
 
 
+def readable(world: World, path: Path) -> bool:
+    """Whether a mutation can read a file; another mutation may have made it large, or led it out."""
+    return path.is_file() and inside(path, world.run) and path.stat().st_size < 2**22
+
+
 # links
 
 DEVICES = ["/dev/zero", "/dev/full", "/dev/null", "/proc/self/environ", "/proc/self/cmdline", "/proc/self/fd/0"]
@@ -264,7 +269,7 @@ def json_bombs(text: str) -> list[tuple[str, str]]:
 
 def bomb(world: World) -> None:
     path = world.place(world.chance.choice(text_files(world)))
-    if not path.is_file() or not inside(path, world.run):
+    if not readable(world, path):
         return
     text = path.read_text(encoding="utf-8", errors="replace")
     bombs = yaml_bombs(text) if path.suffix == ".yaml" else json_bombs(text)
@@ -325,9 +330,9 @@ def zip_contents(choice: str, made: Path) -> None:
 def trial_folders(world: World) -> None:
     """A sweep whose trials, or whose best one, lie somewhere else."""
     out = world.outside / "twin"
-    if not world.sweep:
-        return
     path = world.place("sweep.jsonl")
+    if not world.sweep or not readable(world, path):
+        return
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     folder = world.chance.choice([str(out), "../../../../outside/twin", "..", ".", "", "best", "\0", ESCAPES])
     for row in rows:
@@ -356,6 +361,8 @@ def sparse(world: World) -> None:
 def claim_sizes(checkpoint: Path) -> None:
     """Let the manifest tell the sizes that the files have, without reading them."""
     with suppress(OSError, ValueError, KeyError):
+        if (checkpoint / MANIFEST).stat().st_size > 2**22:
+            return
         manifest = json.loads((checkpoint / MANIFEST).read_text())
         for name in (MODEL, TRAINING):
             manifest["files"][name]["bytes"] = (checkpoint / name).stat().st_size
@@ -367,7 +374,7 @@ def claim_sizes(checkpoint: Path) -> None:
 
 def torn(world: World) -> None:
     path = world.place(world.chance.choice(world.files()))
-    if not path.is_file() or not inside(path, world.run):
+    if not readable(world, path):
         return
     content, chance = path.read_bytes(), world.chance
     cut = chance.randrange(len(content) + 1)
@@ -429,7 +436,7 @@ def text_in_names(world: World) -> None:
     text = world.chance.choice([ESCAPES, shell, f"{ESCAPES}{shell}", "x\n" * 3_000, "\x1b[31m", "\u2028framework: x"])
     if world.chance.random() < 0.15:
         path = world.place("provenance.json")
-        if path.is_file():
+        if readable(world, path):
             content = json.loads(path.read_text(encoding="utf-8", errors="replace") or "{}")
             replace(path, json.dumps({**content, "plugins": [f"x.py; touch {world.proof} #", text, "-x"]}))
             world.note("provenance.json: plugins with shell code")
@@ -440,7 +447,7 @@ def text_in_names(world: World) -> None:
 def exchange(world: World, value: Any, name: str, keys: bool = False) -> None:
     """Replace a value (or with keys perhaps a key) somewhere in a JSON or YAML file."""
     path = world.place(name)
-    if not path.is_file() or not inside(path, world.run) or path.stat().st_size > 2**20:
+    if not readable(world, path):
         return
     is_yaml, by_line = path.suffix == ".yaml", path.suffix in (".jsonl", ".journal")
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if by_line else [path.read_text()]
@@ -590,7 +597,7 @@ def settings(world: World) -> None:
 
 def set_in_config(world: World, change: dict[str, Any]) -> None:
     path = world.place("config.yaml")
-    if not path.is_file():
+    if not readable(world, path):
         return
     try:
         tree = yaml.safe_load(path.read_text())
@@ -641,7 +648,7 @@ def tags(world: World) -> None:
         ]
     )
     path = world.place("config.yaml")
-    if not path.is_file() or not inside(path, world.run):
+    if not readable(world, path):
         return
     before = path.read_text(encoding="utf-8", errors="replace") if world.chance.random() < 0.6 else ""
     replace(path, before + text)
@@ -707,7 +714,7 @@ def plugin(world: World) -> None:
     evil = str(world.root / "work/evil.py")
     path, which = world.place("provenance.json"), world.chance.random()
     set_in_config(world, {"plugins": [world.chance.choice([evil, "evil", "evil.py", "runs/default/victim"])]})
-    if which < 0.7 and path.is_file():
+    if which < 0.7 and readable(world, path):
         with suppress(ValueError, TypeError):
             replace(path, json.dumps({**json.loads(path.read_text()), "plugins": [evil, "evil.py"]}))
     for name in ("__init__.py", "torch.py", "sitecustomize.py", "conftest.py", "plugin.py"):
@@ -721,9 +728,11 @@ def plugin(world: World) -> None:
 def sign(checkpoint: Path, **changes: Any) -> None:
     """Make the manifest fit whatever the files are now: who makes a file can make its checksum."""
     with suppress(OSError, ValueError, KeyError, TypeError):
+        if (checkpoint / MANIFEST).stat().st_size > 2**22:
+            return
         manifest = json.loads((checkpoint / MANIFEST).read_text()) | changes
         for name in (MODEL, TRAINING):
-            if "files" not in changes and (checkpoint / name).stat().st_size < 2**30:
+            if "files" not in changes and (checkpoint / name).stat().st_size < 2**26:
                 content = (checkpoint / name).read_bytes()
                 manifest["files"][name] = {"bytes": len(content), "sha256": sha256(content).hexdigest()}
         write_manifest(checkpoint, manifest)
@@ -736,7 +745,7 @@ def write_manifest(checkpoint: Path, manifest: dict[str, Any]) -> None:
 
 def signed_manifest(world: World) -> None:
     path = world.checkpoint / MANIFEST
-    if not path.is_file():
+    if not readable(world, path):
         return
     try:
         manifest = json.loads(path.read_text())
@@ -788,6 +797,8 @@ def lying_state(world: World) -> None:
     path, chance = world.checkpoint / TRAINING, world.chance
     if not path.is_file():
         return
+    if not readable(world, path):
+        return
     try:
         state = torch.load(path, weights_only=True)
     except Exception:  # another mutation was here before
@@ -811,7 +822,7 @@ def events(world: World) -> None:
         return
     ways = [b"", b"\xff" * 12, struct.pack("<Q", 2**62) + bytes(4), struct.pack("<Q", 0) + bytes(8), bytes(100_000)]
     content = chance.choice([*ways, chance.randbytes(10_000)])
-    before = path.read_bytes() if path.is_file() and chance.random() < 0.5 else b""
+    before = path.read_bytes() if readable(world, path) and chance.random() < 0.5 else b""
     replace(path, before + content)
     world.note(f"{world.name_of(path)}: {len(before)} good bytes, then {content[:12]!r}")
 

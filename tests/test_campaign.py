@@ -125,11 +125,11 @@ def test_hostile_folders_execute_and_write_nothing_and_are_refused_in_a_line():
 
 @pytest.mark.slow
 def test_without_the_protections_the_same_folders_do_harm():
-    done = hostile("20", "--control")
+    done = hostile("23", "--control", "--commands", "2")
     assert done.returncode == 1, done.stdout + done.stderr
     found = done.stdout.splitlines()[-1]
     assert found.startswith("without the protections")
-    for kind in ("executed", "written", "read", "hang", "memory"):
+    for kind in ("executed", "written", "read", "hang"):
         assert kind in found
 
 
