@@ -1,6 +1,8 @@
 """Short versions of what `scripts/fault_campaign` does for minutes; the one with random kills is in test_resume.py."""
 
+import os
 import random
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,9 @@ sys.path.append(str(SCRIPTS))
 
 import campaign_files  # noqa: E402
 import campaign_full  # noqa: E402
+import campaign_hostile  # noqa: E402
+import campaign_mutations  # noqa: E402
+import campaign_sandbox  # noqa: E402
 import campaign_saves  # noqa: E402
 from campaign_trace import Call, Fault, supported, traced  # noqa: E402
 
@@ -116,3 +121,105 @@ def test_a_full_disk_under_the_metrics_is_told_and_the_run_goes_on_exactly(capsy
         pytest.skip(out)
     assert status == control
     assert control or "the disk was full at 1 points" in out
+
+
+# hostile folders
+
+
+def hostile(*arguments):
+    command = [sys.executable, SCRIPTS / "fault_campaign", "--hostile", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_hostile_folders_execute_and_write_nothing_and_are_refused_in_a_line():
+    done = hostile("30", "--commands", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_without_the_protections_the_same_folders_do_harm():
+    done = hostile("23", "--control", "--commands", "2")
+    assert done.returncode == 1, done.stdout + done.stderr
+    found = done.stdout.splitlines()[-1]
+    assert found.startswith("without the protections")
+    for kind in ("executed", "written", "read", "hang"):
+        assert kind in found
+
+
+@pytest.fixture
+def world(tmp_path):
+    """A scratch world without a run."""
+    campaign_hostile.empty(tmp_path)
+    (tmp_path / "outside/secret").write_text(campaign_hostile.TOKEN)
+    made = campaign_mutations.World(tmp_path, campaign_hostile.TOKEN, False, random.Random(0))
+    made.run.mkdir(parents=True)
+    return made
+
+
+def judge(world, work):
+    return campaign_hostile.judge(world, work, access=campaign_sandbox.times_of_access(world.root))[1]
+
+
+def writes(world):
+    (world.outside / "secret").write_text("other")
+
+
+def reads(world):
+    (world.outside / "secret").read_bytes()
+
+
+def copies(world):
+    (world.run / "copy").write_bytes(campaign_hostile.TOKEN.encode())
+
+
+def ends_with(status, text=""):
+    def end(world):
+        sys.stderr.write(text)
+        return status
+
+    return end
+
+
+def leaves_a_process(world):
+    if os.fork() == 0:
+        os.execvp("sleep", ["sleep", "5"])
+
+
+HARMS = {
+    "executed": lambda world: world.proof.touch(),
+    "written": writes,
+    "written, made": lambda world: (world.outside / "new").touch(),
+    "written, removed": lambda world: (world.outside / "secret").unlink(),
+    "read": reads,
+    "read, copied": copies,
+    "read, shown": lambda world: print(campaign_hostile.TOKEN),
+    "hang": lambda world: os.read(os.pipe()[0], 1),
+    "traceback": lambda world: 1 / 0,
+    "traceback, status 1": ends_with(1),
+    "traceback, signal": lambda world: os.kill(os.getpid(), 9),
+    "traceback, internal": ends_with(2, "framework: x; internal error at y.py:3\n"),
+    "memory": lambda world: bytearray(b"x" * 60_000_000).clear(),
+    "output": lambda world: print("\x1b[31m"),
+    "output, forged": ends_with(2, "framework: a\nframework: framework: all is well\n"),
+    "output, silent": ends_with(2),
+    "output, unquoted": lambda world: print("go on    framework resume x; touch y"),
+    "process": leaves_a_process,
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_what_a_command_does_beside_its_work_is_seen(world, monkeypatch, harm):
+    monkeypatch.setattr(campaign_sandbox, "IDLE", 0.3)
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    monkeypatch.setattr(campaign_sandbox, "MOST_MEMORY", used + 20_000)
+    assert {kind for kind, _ in judge(world, lambda: HARMS[harm](world))} == {harm.partition(",")[0]}
+
+
+def test_a_command_that_keeps_to_its_run_is_in_order(world):
+    def work():
+        (world.run / "file").write_text("text")
+        print("loss  0.5")
+
+    assert judge(world, work) == []
+    assert judge(world, lambda: ends_with(2, "framework: refused\n")(world)) == []

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TextIO, get_args
+from typing import Any, BinaryIO, Literal, get_args
 
 from ..errors import RunError
 from ..files import (
@@ -70,7 +70,7 @@ class SweepFolder:
 
     def __init__(self, path: Path):
         self.path = path
-        self.lock: TextIO | Held | None = None
+        self.lock: BinaryIO | Held | None = None
         self.rows: dict[int, Trial] = {}  # those read so far
         self.offset = 0
 

@@ -1,0 +1,869 @@
+"""What the campaign of hostile folders does to a genuine run or sweep: mutations, by class."""
+
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+import socket
+import stat
+import struct
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from framework.checkpoint import MANIFEST, MODEL, TRAINING, own_sha256
+
+TERABYTE = 2**40
+CACHED: dict[str, bytes] = {}  # large contents, made once
+
+FILES = ["config.yaml", "overrides.yaml", "provenance.json", "facts.json", "status.json", "metrics.jsonl", ".lock"]
+OF_CHECKPOINT = [MANIFEST, MODEL, TRAINING]
+SWEEP_FILES = ["sweep.json", "sweep.jsonl", "sweep.lock", ".lock", "study.journal", "best/config.yaml"]
+SWEEP_FILES += ["best/facts.json", "best/status.json", "best/metrics.jsonl"]
+FOLDERS = ["checkpoints", "checkpoints/step-1", "checkpoints/step-2", "checkpoints/best"]
+TEMPORARY = ["status.tmp", "status.json.tmp", "config.yaml.tmp", "facts.json.tmp", "provenance.json.tmp"]
+TEMPORARY += ["overrides.yaml.tmp", "metrics.jsonl.new", "metrics.jsonl.tmp", "checkpoints/.best", "output.txt"]
+TEMPORARY += ["checkpoints/step-3", "checkpoints/.step-3", "events.new", ".status.json.0000000000000000.tmp"]
+SWEEP_TEMPORARY = ["sweep.json.tmp", "sweep.jsonl.tmp", "study.journal.tmp", "sweep.lock", "output.txt", ".best"]
+
+
+@dataclass
+class World:
+    """A scratch folder with a hostile run or sweep, and with what no command may touch.
+
+    work/runs/default/victim is hostile; outside/ and home/ hold sentinel files, and outside/twin is a genuine
+    copy of the victim whose files hold the token.
+    """
+
+    root: Path
+    token: str
+    sweep: bool
+    chance: random.Random
+    notes: list[str] = field(default_factory=list)
+    endless: bool = False  # the config asks for a training without an end: commands that train are left out
+    names_data: bool = False  # the config names outside files as its data, which a command may read
+
+    @property
+    def run(self) -> Path:
+        return self.root / "work/runs/default/victim"
+
+    @property
+    def outside(self) -> Path:
+        return self.root / "outside"
+
+    @property
+    def proof(self) -> Path:
+        return self.root / "proof/executed"
+
+    def place(self, name: str) -> Path:
+        """Return the path of a name such as checkpoints/step-2 or events, below the folder of a run."""
+        base = self.trial if self.sweep and name not in {*SWEEP_FILES, *SWEEP_TEMPORARY, "best"} else self.run
+        steps = sorted(path.name for path in (base / "checkpoints").glob("step-*"))
+        steps = steps or ["step-00000001"]
+        last = int(steps[-1][5:])
+        name = name.replace("step-1", steps[0]).replace("step-2", steps[-1])
+        name = name.replace(".step-3", f".step-{last + 7:08}-0123abcd").replace("step-3", f"step-{last + 7:08}")
+        if name == "events":
+            found = sorted(base.glob("events.out.tfevents.*"))
+            return found[0] if found else base / "events.out.tfevents.1.vm"
+        if name == "events.new":
+            return base / "events.out.tfevents.9999999999.vm"
+        return base / name
+
+    @property
+    def trial(self) -> Path:
+        found = sorted(self.run.glob("0*")) if self.sweep else []
+        return found[0] if found else self.run
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.place("checkpoints/step-2")
+
+    def files(self) -> list[str]:
+        """Return the names of the files, of sweeps mostly those of the sweep itself."""
+        inner = [f"checkpoints/step-{which}/{name}" for which in (1, 2) for name in OF_CHECKPOINT]
+        own = [*FILES, "events", *inner]
+        return [*SWEEP_FILES, *SWEEP_FILES, *own] if self.sweep else own
+
+    def folders(self) -> list[str]:
+        return ["best", "best", *FOLDERS] if self.sweep else FOLDERS
+
+    def temporary(self) -> list[str]:
+        return SWEEP_TEMPORARY if self.sweep else TEMPORARY
+
+    def note(self, text: str) -> None:
+        self.notes.append(text.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n")[:160])
+
+    def name_of(self, path: Path) -> str:
+        return str(path.relative_to(self.run)) if path.is_relative_to(self.run) else str(path)
+
+
+def take_away(path: Path) -> None:
+    """Make room for another thing of that name."""
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        path.unlink()
+    elif path.is_dir():
+        shutil.rmtree(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def twin(world: World, path: Path) -> Path:
+    """Return the file outside that is what this one is in a genuine run."""
+    return world.outside / "twin" / path.relative_to(world.run)
+
+
+def readable(world: World, path: Path) -> bool:
+    """Whether a mutation can read a file; another mutation may have made it large, or led it out."""
+    return path.is_file() and inside(path, world.run) and path.stat().st_size < 2**22
+
+
+# links
+
+DEVICES = ["/dev/zero", "/dev/full", "/dev/null", "/proc/self/environ", "/proc/self/cmdline", "/proc/self/fd/0"]
+
+
+def link(world: World, names: list[str]) -> None:
+    path = world.place(world.chance.choice(names))
+    while not inside(path, world.run):  # an earlier link leads out
+        path = world.place(world.chance.choice(FILES[:6]))
+    target = world.chance.choice([str(twin(world, path))] * 5 + targets(world, path))
+    take_away(path)
+    path.symlink_to(target)
+    world.note(f"{world.name_of(path)} -> {target.replace(str(world.root), 'WORLD')}")
+
+
+def inside(path: Path, folder: Path) -> bool:
+    return path.parent.resolve().is_relative_to(folder.resolve())
+
+
+def targets(world: World, path: Path) -> list[str]:
+    out = world.outside
+    up = os.path.relpath(out / "secret.txt", path.parent)
+    files = [str(out / name) for name in ("secret.txt", "secret.json", "empty", "missing", "folder")]
+    files += [str(world.root / "home/.bashrc"), str(world.root / "home/.ssh"), up, path.name, "..", "."]
+    return [*files, str(world.proof), *world.chance.sample(DEVICES, 2)]
+
+
+def link_file(world: World) -> None:
+    link(world, [*world.files(), *world.folders()])
+
+
+def link_temporary(world: World) -> None:
+    link(world, world.temporary())
+
+
+def hard_link(world: World) -> None:
+    names = [*world.files(), *world.temporary()]
+    path = world.place(world.chance.choice(names))
+    while not inside(path, world.run):
+        path = world.place(world.chance.choice(FILES[:6]))
+    source = twin(world, path)
+    if not source.is_file() or world.chance.random() < 0.3:
+        source = world.outside / world.chance.choice(["secret.txt", "secret.json", "empty"])
+    take_away(path)
+    os.link(source, path, follow_symlinks=True)
+    world.note(f"{world.name_of(path)} is a hard link to {world.name_of(source)[-60:]}")
+
+
+# special files
+
+
+def special(world: World) -> None:
+    path = world.place(world.chance.choice([*world.files(), *world.folders(), *world.temporary()]))
+    if not inside(path, world.run):
+        return
+    kinds: list[Callable[[Path], None]] = [os.mkfifo, os.mkfifo, bind, Path.mkdir, with_files, Path.touch]
+    if os.geteuid() == 0:
+        kinds.append(zero_device)
+    kind = world.chance.choice(kinds)
+    take_away(path)
+    kind(path)
+    world.note(f"{world.name_of(path)} is made by {kind.__name__}")
+
+
+def bind(path: Path) -> None:
+    """Make a socket; the path may be too long for the call."""
+    here = os.getcwd()
+    os.chdir(path.parent)
+    try:
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(path.name)
+    finally:
+        os.chdir(here)
+
+
+def with_files(path: Path) -> None:
+    path.mkdir()
+    (path / "file").write_text("text")
+    (path / "folder").mkdir()
+
+
+def zero_device(path: Path) -> None:
+    with suppress(PermissionError):
+        os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 5))
+
+
+# bombs
+
+
+def alias_bomb(levels: int, width: int = 10) -> str:
+    lines = [f"a0: &a0 [{', '.join(['x'] * width)}]"]
+    for n in range(1, levels):
+        aliases = ", ".join([f"*a{n - 1}"] * width)
+        lines.append(f"a{n}: &a{n} [{aliases}]")
+    return "\n".join(lines) + "\n"
+
+
+def yaml_bombs(text: str) -> list[tuple[str, str]]:
+    merged = "b0: &b0 {k: v}\n" + "".join(
+        f"b{n}: &b{n}\n  <<: [{', '.join([f'*b{n - 1}'] * 9)}]\n" for n in range(1, 9)
+    )
+    return [
+        ("alias bomb of 10^10 values", text + alias_bomb(10)),
+        ("alias bomb of 10^30 values", text + alias_bomb(30)),
+        ("alias bomb in a setting", text.replace("plugins: []", "plugins: *a9") + alias_bomb(10)),
+        ("alias bomb of mappings", text + alias_bomb(10).replace("[", "{k: [").replace("]", "]}")),
+        ("merge bomb", text + merged),
+        ("an alias to itself", text + "loop: &loop [*loop]\n"),
+        ("a mapping that holds itself", text + "loop: &loop\n  inner: *loop\n"),
+        ("100,000 levels", text + "deep: " + "[" * 100_000 + "]" * 100_000 + "\n"),
+        ("900 levels", text + "deep: " + "[" * 900 + "]" * 900 + "\n"),
+        ("levels by indentation", text + "".join(" " * n + "k:\n" for n in range(1, 2_000))),
+        ("2,000,000 values", text + "wide: [" + "1," * 2_000_000 + "]\n"),
+        ("300,000 keys", text + "".join(f"k{n}: 1\n" for n in range(300_000))),
+        ("a number of 1,000,000 digits", text + "n: " + "9" * 1_000_000 + "\n"),
+        ("a number base 60", text + "n: " + ":".join(["59"] * 20_000) + "\n"),
+        ("80 MB of text", text + "t: '" + "x" * (80 * 2**20) + "'\n"),
+        ("1,000,000 documents", text + "---\n" * 1_000_000),
+        ("a long tag", "%TAG ! tag:" + "x" * 1_000_000 + ":\n---\n" + text),
+    ]
+
+
+def json_bombs(text: str) -> list[tuple[str, str]]:
+    opened = text.rstrip().removesuffix("}").rstrip()
+    return [
+        ("100,000 levels", opened + ', "deep": ' + "[" * 100_000 + "]" * 100_000 + "}\n"),
+        ("100,000 levels of objects", opened + ', "deep": ' + '{"a":' * 100_000 + "1" + "}" * 100_000 + "}\n"),
+        ("900 levels", opened + ', "deep": ' + "[" * 900 + "]" * 900 + "}\n"),
+        ("unclosed levels", "[" * 1_000_000),
+        ("3,000,000 values", opened + ', "wide": [' + "1," * 3_000_000 + "1]}\n"),
+        ("300,000 keys", opened + "".join(f', "k{n}": 1' for n in range(300_000)) + "}\n"),
+        ("a number of 4,000 digits", opened + ', "n": ' + "9" * 4_000 + "}\n"),
+        ("a number of 1,000,000 digits", opened + ', "n": ' + "9" * 1_000_000 + "}\n"),
+        ("80 MB of text", opened + ', "t": "' + "x" * (80 * 2**20) + '"}\n'),
+        ("500,000 lines", text + '{"step": 1, "epoch": 1, "wall_seconds": 1, "val/loss": 1}\n' * 500_000),
+        ("a line of 40 MB", text + '{"step": 1, "val/loss": ' + " " * (40 * 2**20) + "1}\n"),
+        ("100,000 metrics", text + "{" + "".join(f'"val/m{n}": 1, ' for n in range(100_000)) + '"step": 2}\n'),
+    ]
+
+
+def bomb(world: World) -> None:
+    path = world.place(world.chance.choice(text_files(world)))
+    if not readable(world, path):
+        return
+    text = path.read_text(encoding="utf-8", errors="replace")
+    bombs = yaml_bombs(text) if path.suffix == ".yaml" else json_bombs(text)
+    what, content = world.chance.choice(bombs)
+    replace(path, content)
+    world.note(f"{world.name_of(path)}: {what}")
+
+
+def text_files(world: World) -> list[str]:
+    own = [*FILES[:6], "config.yaml", "config.yaml", "status.json", f"checkpoints/step-2/{MANIFEST}"]
+    return ["sweep.json", "sweep.jsonl", "study.journal", *own] if world.sweep else own
+
+
+def replace(path: Path, content: str | bytes) -> None:
+    data = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
+    take_away(path)
+    path.write_bytes(data)
+
+
+def zip_bomb(world: World) -> None:
+    """In training.pt, a few MB that unpack to gigabytes."""
+    signed = world.chance.random() < 0.8
+    choice = world.chance.choice(["zeros", "pickle", "names", "tensor"])
+    path = world.checkpoint / TRAINING
+    if not path.is_file():
+        return
+    if choice not in CACHED:
+        made = path.parent / "made"
+        zip_contents(choice, made)
+        CACHED[choice] = made.read_bytes()
+        made.unlink()
+    replace(path, CACHED[choice])
+    if signed:
+        sign(world.checkpoint)
+    world.note(f"{TRAINING}: zip bomb, {choice}, signed: {signed}")
+
+
+def zip_contents(choice: str, made: Path) -> None:
+    if choice == "tensor":  # a storage that is said to be much larger than its record
+        torch.save({"counters": {"step": 1}, "x": torch.ones(4).expand(2**40, 4)}, made)
+        return
+    torch.save({"counters": {"step": 1}, "x": torch.zeros(4)}, made)
+    with zipfile.ZipFile(made) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for name, content in records.items():
+            if (choice == "zeros" and name.endswith("data/0")) or (choice == "pickle" and name.endswith("data.pkl")):
+                with archive.open(name, "w", force_zip64=True) as file:
+                    for _ in range(3 * 64):
+                        file.write(bytes(2**24))
+            else:
+                archive.writestr(name, content)
+        if choice == "names":
+            for n in range(50_000):
+                archive.writestr(f"archive/data/x{n}", b"")
+
+
+def trial_folders(world: World) -> None:
+    """A sweep whose trials, or whose best one, lie somewhere else."""
+    out = world.outside / "twin"
+    path = world.place("sweep.jsonl")
+    if not world.sweep or not readable(world, path):
+        return
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    folder = world.chance.choice([str(out), "../../../../outside/twin", "..", ".", "", "best", "\0", ESCAPES])
+    for row in rows:
+        row["folder"] = folder
+        row["metrics"] = {"val/loss": -1e9}
+    replace(path, "".join(json.dumps(row) + "\n" for row in rows))
+    if world.chance.random() < 0.5:
+        take_away(world.run / "best")
+        (world.run / "best").symlink_to(world.chance.choice([out, "..", world.outside / "missing"]))
+    world.note(f"sweep.jsonl: all trials in {folder!r}")
+
+
+def sparse(world: World) -> None:
+    path = world.place(world.chance.choice(world.files()))
+    if not inside(path, world.run):
+        return
+    size = world.chance.choice([2**31 - 1, 2**33, TERABYTE])
+    take_away(path) if not path.is_file() else None
+    with path.open("ab") as file:
+        file.truncate(size)
+    if world.chance.random() < 0.5 and path.parent == world.checkpoint:
+        claim_sizes(world.checkpoint)
+    world.note(f"{world.name_of(path)}: {size:,} bytes, a hole")
+
+
+def claim_sizes(checkpoint: Path) -> None:
+    """Let the manifest tell the sizes that the files have, without reading them."""
+    with suppress(OSError, ValueError, KeyError):
+        if (checkpoint / MANIFEST).stat().st_size > 2**22:
+            return
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        for name in (MODEL, TRAINING):
+            manifest["files"][name]["bytes"] = (checkpoint / name).stat().st_size
+        write_manifest(checkpoint, manifest)
+
+
+# torn files
+
+
+def torn(world: World) -> None:
+    path = world.place(world.chance.choice(world.files()))
+    if not readable(world, path):
+        return
+    content, chance = path.read_bytes(), world.chance
+    cut = chance.randrange(len(content) + 1)
+    flipped = bytearray(content)
+    for _ in range(min(len(content), chance.choice([1, 3, 50]))):
+        flipped[chance.randrange(len(content))] = chance.randrange(256)
+    text = content.decode("utf-8", "replace")
+    ways = {
+        "cut": content[:cut],
+        "cut at the last byte": content[:-1],
+        "flipped bytes": bytes(flipped),
+        "empty": b"",
+        "a NUL at the end": content + b"\0",
+        "NULs within": content[:cut] + bytes(4096) + content[cut:],
+        "all zeros": bytes(len(content)),
+        "invalid UTF-8": content[:cut] + b"\xff\xfe\xc3(" + content[cut:],
+        "invalid UTF-8 at the end": content + b'{"step": 9, "caf\xe9": 1}\n',
+        "a lone surrogate": content[:cut] + b"\xed\xa0\x80" + content[cut:],
+        "an escaped surrogate": content + b'{"step": 9, "val/\\udcff": 1}\n',
+        "BOM": b"\xef\xbb\xbf" + content,
+        "CRLF": content.replace(b"\n", b"\r\n"),
+        "CR": content.replace(b"\n", b"\r"),
+        "UTF-16": text.encode("utf-16"),
+        "twice": content + content,
+        "garbage": chance.randbytes(500),
+        "a torn last line": content + b'{"step": 40, "ep',
+        "empty lines": content.replace(b"\n", b"\n\n \n"),
+        "null lines": content + b'null\n[]\n7\n"text"\n{}\n',
+    }
+    what = chance.choice(list(ways))
+    replace(path, ways[what])
+    if path.parent == world.checkpoint and path.name != MANIFEST and chance.random() < 0.5:
+        sign(world.checkpoint)
+        what += ", signed"
+    world.note(f"{world.name_of(path)}: {what}")
+
+
+# wrong types
+
+ESCAPES = "\x1b]0;owned\x07\x1b[31mred\x1b[2J\nframework: all is well\r\x9b1m\u202e"
+VALUES: list[Any] = [
+    *(None, [], {}, [[]], {"a": {"b": []}}, "", "text", "-", "0", True, False, 0, -1, 1, 2**31, 2**63, 2**64, 10**400),
+    *(-(10**400), float("nan"), float("inf"), float("-inf"), 1e308, -1e308, 1e-320, "NaN", "9" * 5_000, "x" * 200_000),
+    *(ESCAPES, "\0", "\ud800", [None], [1, "a", None], {"name": None}, {"name": []}, {"": ""}, [1e308], "1" * 400),
+    *({ESCAPES: 1}, [ESCAPES], "null", "a: b", "2026-11-29", [10**30], [-1], [0], {"0": 1}),
+]
+ENDLESS = re.compile(r"max_epochs|max_steps|samples|seconds|workers|noise|generat|features|micro_batch|accumulate")
+
+
+def wrong_type(world: World) -> None:
+    """A value of another type or size, or a path that leads out, in the place of any value of any file."""
+    out = [str(world.outside / "twin"), "../../../../outside/twin", "../outside", "/dev/zero", "~/.ssh", "..", "."]
+    exchange(world, world.chance.choice([*VALUES, *out]), world.chance.choice(text_files(world)))
+
+
+def text_in_names(world: World) -> None:
+    """Texts that forge lines, control the terminal or end a shell command, as values or as keys."""
+    shell = f"$(touch {world.proof}); touch {world.proof} #"
+    text = world.chance.choice([ESCAPES, shell, f"{ESCAPES}{shell}", "x\n" * 3_000, "\x1b[31m", "\u2028framework: x"])
+    if world.chance.random() < 0.15:
+        path = world.place("provenance.json")
+        if readable(world, path):
+            content = json.loads(path.read_text(encoding="utf-8", errors="replace") or "{}")
+            replace(path, json.dumps({**content, "plugins": [f"x.py; touch {world.proof} #", text, "-x"]}))
+            world.note("provenance.json: plugins with shell code")
+            return
+    exchange(world, text, world.chance.choice(text_files(world)), keys=True)
+
+
+def exchange(world: World, value: Any, name: str, keys: bool = False) -> None:
+    """Replace a value (or with keys perhaps a key) somewhere in a JSON or YAML file."""
+    path = world.place(name)
+    if not readable(world, path):
+        return
+    is_yaml, by_line = path.suffix == ".yaml", path.suffix in (".jsonl", ".journal")
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if by_line else [path.read_text()]
+    try:
+        trees = [yaml.safe_load(line) if is_yaml else json.loads(line) for line in lines]
+    except Exception:  # another mutation was here before
+        return
+    number = world.chance.randrange(len(trees)) if trees else 0
+    if not trees:
+        return
+    tree = trees[number]
+    places = list(islice(leaves_and_branches(tree), 1_000))  # there may be an alias bomb from another mutation
+    where = world.chance.choice(places)
+    way = world.chance.choice(["value", "value", "value", "key" if keys else "value", "drop" if not keys else "key"])
+    trees[number] = put(tree, where, value, way)
+    try:
+        texts = [as_yaml(each) if is_yaml else json.dumps(each) for each in trees]
+    except (ValueError, RecursionError, UnicodeError):
+        return
+    replace(path, "\n".join(texts) + "\n")
+    said = ".".join(map(str, where))
+    world.endless |= bool(ENDLESS.search(said)) and isinstance(value, int | float | str)
+    world.note(f"{world.name_of(path)}: {way} {said or 'all'} := {value!r:.60}")
+
+
+def as_yaml(tree: Any) -> str:
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+def leaves_and_branches(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    yield path
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from leaves_and_branches(value, (*path, key))
+    if isinstance(tree, list):
+        for number, value in enumerate(tree[:3]):
+            yield from leaves_and_branches(value, (*path, number))
+
+
+def put(tree: Any, where: tuple[Any, ...], value: Any, way: str) -> Any:
+    if not where:
+        return value
+    inner = tree
+    for key in where[:-1]:
+        inner = inner[key]
+    last = where[-1]
+    if way == "drop":
+        del inner[last]
+    elif way == "key" and isinstance(inner, dict):
+        inner[value if isinstance(value, str) else str(value)] = inner.pop(last)
+    else:
+        inner[last] = value
+    return tree
+
+
+# values of settings
+
+
+def settings(world: World) -> None:
+    out, proof = str(world.outside), str(world.proof)
+    evil, home = f"{world.root}/work/evil.py", "~/.bashrc"
+    changes: list[dict[str, Any]] = [
+        {"model.width": 10**6},
+        {"model.width": 10**9},
+        {"model.width": 2**62},
+        {"model.width": 10**30},
+        {"model.depth": 10**9},
+        {"model.depth": 5_000},
+        {"data.samples": 10**12},
+        {"data.samples": 2**62},
+        {"data.classes": 10**9},
+        {"data.classes": 10**5},
+        {"data.features": 10**9},
+        {"data.features": 10**18},
+        {"loader.batch_size": 10**18},
+        {"loader.eval_batch_size": 10**18},
+        {"loader.eval_batch_size": 10**30},
+        {"trainer.max_epochs": 10**18},
+        {"trainer.max_steps": 10**18},
+        {"trainer.max_epochs": 10**30},
+        {"trainer.accumulate": 10**18},
+        {"trainer.log_every": "1" * 4_000 + "steps"},
+        {"trainer.validate_every": "1e308epochs"},
+        {"seed": 2**64},
+        {"seed": 10**400},
+        {"scheduler.warmup": 1e308},
+        {"optimizer.lr": 1e308},
+        {"callbacks.checkpoint.keep": 10**18},
+        {"callbacks.checkpoint.every": "1steps"},
+        {"loggers.tensorboard.bins": 10**12},
+        {"callbacks.progress.per_second": 1e308},
+        {"init_from": f"$(touch {proof})", "trainer.log_every": None},
+        {"init_from": f"{out}/twin"},
+        {"init_from": "/dev/zero"},
+        {"init_from": f"{out}/secret.txt"},
+        {"init_from": home},
+        {"run.root": out},
+        {"run.root": "../../outside"},
+        {"run.root": "~"},
+        {"run.name": "../../../../outside/escape"},
+        {"run.name": f"{out}/escape"},
+        {"run": {"root": f"{out}/new", "name": "new"}},
+        {"plugins": [evil]},
+        {"plugins": ["evil", "evil.py"]},
+        {"plugins": evil},
+        {"plugins": ["~/evil.py", "/dev/zero", out]},
+        {"model._target_": "os.system"},
+        {"model": {"_target_": "os.system", "command": f"touch {proof}"}},
+        {"callbacks.x": {"_target_": "os.system", "_args_": [f"touch {proof}"]}},
+        {"model.activation": {"_target_": "os.system", "_args_": [f"touch {proof}"]}},
+        {"model.activation": "os.system"},
+        {"model.name": "${oc.env:SECRET}"},
+        {"seed": "${oc.env:SECRET}"},
+        {"data.samples": "${oc.decode:${oc.env:SECRET}}"},
+        {"model.name": "../../evil"},
+        {"model.name": evil},
+        {"hydra": {"run": {"dir": f"{out}/hydra"}, "sweep": {"dir": out}, "output_subdir": "x"}},
+        {"hydra": {"searchpath": [f"file://{out}"], "job": {"chdir": True}}},
+        {"defaults": [{"model": "/etc/passwd"}]},
+        {"resume": "auto"},
+        {"resume": f"{out}/twin"},
+        {"sweep": {"name": "x", "metric": 7}},
+        {"callbacks.checkpoint.folder": out},
+        {"loggers.tensorboard.folder": out},
+        {"loggers.json_lines.file": f"{out}/secret.txt"},
+        {"trainer.device": "cuda"},
+        {"trainer.device": "meta"},
+        {"trainer.device": "cpu:99999999"},
+        {"trainer.compile": "on"},
+        {"trainer.precision": "fp8"},
+        {"model": {"name": "transformer", "width": 16, "depth": 10**7, "heads": 2}},
+        {"task": {"name": "distillation", "teacher": f"{out}/twin"}},
+        {"task": {"name": "distillation", "teacher": "/dev/zero"}},
+        {"task": {"name": "distillation", "teacher": "runs/default/victim"}},
+        {"data": {"name": "table", "path": f"{out}/secret.csv", "target": "label"}},
+        {"data": {"name": "table", "path": f"{out}/secret.txt", "target": "label"}},
+        {"data": {"name": "table", "path": "/dev/zero", "target": "label"}},
+        {"data": {"name": "table", "path": f"{out}/fifo", "target": "label"}},
+        {"data": {"name": "table", "path": "~/.bashrc", "target": "label"}},
+        {"data": {"name": "npz", "path": "/dev/zero"}},
+        {"data": {"name": "text_table", "path": f"{out}/secret.csv"}},
+        {"data": {"name": "series", "path": "/dev/zero", "target": "x", "lookback": 8, "horizon": 4}},
+    ]
+    change = world.chance.choice(changes)
+    set_in_config(world, change)
+
+
+def set_in_config(world: World, change: dict[str, Any]) -> None:
+    path = world.place("config.yaml")
+    if not readable(world, path):
+        return
+    try:
+        tree = yaml.safe_load(path.read_text())
+        for key, value in change.items():
+            *parents, last = key.split(".")
+            place = tree
+            for parent in parents:
+                place = place.setdefault(parent, {})
+            place[last] = value
+        replace(path, yaml.safe_dump(tree, sort_keys=False))
+    except Exception:  # another mutation was here before
+        return
+    said = str(change).replace(str(world.root), "WORLD")
+    world.endless |= bool(ENDLESS.search(said)) or "accumulate" in said or "1steps" in said
+    world.names_data |= any(word in said for word in ("'path'", "teacher", "init_from"))
+    world.note(f"config.yaml: {said:.120}")
+
+
+def tags(world: World) -> None:
+    proof = world.proof
+    text = world.chance.choice(
+        [
+            f"!!python/object/apply:os.system ['touch {proof}']\n",
+            f"model: !!python/object/apply:os.system ['touch {proof}']\n",
+            f"model: !!python/object/new:os.system ['touch {proof}']\n",
+            "model: !!python/name:os.system ''\n",
+            "model: !!python/module:os ''\n",
+            "seed: !!binary aGVsbG8=\n",
+            "seed: !!timestamp 2026-11-29\n",
+            "model: !!set {a, b}\n",
+            "2026-11-29: 1\n? [a, b]\n: 2\n",
+            "null: 1\n1.5: {true: 3}\n",
+            "? {a: 1}\n: 2\n",
+            "!!omap [a: 1]\n",
+            "a: !<tag:x> 1\n",
+            "- 1\n",
+            "7\n",
+            "model: [\n",
+            "\t\n",
+            "%YAML 9.9\n---\n",
+            "seed: !!int abc\n",
+            "seed: !!float abc\n",
+            "seed: !!bool abc\n",
+            "seed: 9999-99-99\n",
+            "seed: 2026-02-30\n",
+            "a: *missing\n",
+            "seed: !!null x\n",
+        ]
+    )
+    path = world.place("config.yaml")
+    if not readable(world, path):
+        return
+    before = path.read_text(encoding="utf-8", errors="replace") if world.chance.random() < 0.6 else ""
+    replace(path, before + text)
+    world.note(f"config.yaml: {'with' if before else 'only'} {text[:60]}")
+
+
+# pickles
+
+
+class Payload:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, proof: Path):
+        self.proof = str(proof)
+
+    def __reduce__(self) -> Any:
+        return (os.system, (f"touch {self.proof}",))
+
+
+def pickled(world: World) -> None:
+    name, payload = world.chance.choice([MODEL, TRAINING, TRAINING]), Payload(world.proof)
+    form = world.chance.choice(["plain", "torch", "old torch", "module", "exchanged", "global", "reduce bomb"])
+    path = world.checkpoint / name
+    if not path.is_file():
+        return
+    take_away(path)
+    if form == "plain":
+        path.write_bytes(pickle.dumps(payload))
+    elif form == "torch":
+        torch.save({"counters": {"step": payload}}, path)
+    elif form == "old torch":
+        torch.save([payload], path, _use_new_zipfile_serialization=False)
+    elif form == "module":
+        model: Any = torch.nn.Linear(1, 1)
+        model.payload = payload
+        torch.save(model, path)
+    elif form == "exchanged":
+        exchanged(path, pickle.dumps(payload))
+    elif form == "global":
+        exchanged(path, b"\x80\x02cevil\nx\n.")
+    else:  # a list that is extended by itself, again and again: exponential when printed or compared
+        levels: list[Any] = []
+        for _ in range(40):
+            levels = [levels, levels]
+        torch.save({"counters": {"step": levels}}, path)
+    signed = world.chance.random() < 0.8
+    if signed:
+        sign(world.checkpoint)
+    world.note(f"{name}: a pickle, {form}, signed: {signed}")
+
+
+def exchanged(path: Path, content: bytes) -> None:
+    torch.save({"x": torch.ones(3)}, path)
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, record in records.items():
+            archive.writestr(name, content if name.endswith("data.pkl") else record)
+
+
+def plugin(world: World) -> None:
+    """Name a file of code wherever a run names plugins."""
+    evil = str(world.root / "work/evil.py")
+    path, which = world.place("provenance.json"), world.chance.random()
+    set_in_config(world, {"plugins": [world.chance.choice([evil, "evil", "evil.py", "runs/default/victim"])]})
+    if which < 0.7 and readable(world, path):
+        with suppress(ValueError, TypeError):
+            replace(path, json.dumps({**json.loads(path.read_text()), "plugins": [evil, "evil.py"]}))
+    for name in ("__init__.py", "torch.py", "sitecustomize.py", "conftest.py", "plugin.py"):
+        if inside(world.run / name, world.run):
+            (world.run / name).write_text(f"open({str(world.proof)!r}, 'w')\n")
+
+
+# checkpoints that lie
+
+
+def sign(checkpoint: Path, **changes: Any) -> None:
+    """Make the manifest fit whatever the files are now: who makes a file can make its checksum."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        if (checkpoint / MANIFEST).stat().st_size > 2**22:
+            return
+        manifest = json.loads((checkpoint / MANIFEST).read_text()) | changes
+        for name in (MODEL, TRAINING):
+            if "files" not in changes and (checkpoint / name).stat().st_size < 2**26:
+                content = (checkpoint / name).read_bytes()
+                manifest["files"][name] = {"bytes": len(content), "sha256": sha256(content).hexdigest()}
+        write_manifest(checkpoint, manifest)
+
+
+def write_manifest(checkpoint: Path, manifest: dict[str, Any]) -> None:
+    manifest.pop("sha256", None)
+    replace(checkpoint / MANIFEST, json.dumps(manifest | {"sha256": own_sha256(manifest)}))
+
+
+def signed_manifest(world: World) -> None:
+    path = world.checkpoint / MANIFEST
+    if not readable(world, path):
+        return
+    try:
+        manifest = json.loads(path.read_text())
+        files = manifest["files"]
+    except (ValueError, KeyError, TypeError):
+        return
+    secret = world.outside / "secret.txt"
+    entry = {"bytes": secret.stat().st_size, "sha256": sha256(secret.read_bytes()).hexdigest()}
+    names = [str(secret), os.path.relpath(secret, path.parent), "..", ".", "/dev/zero", "a/../../x", "\0", "~", ESCAPES]
+    changes: list[dict[str, Any]] = [{"files": files | {name: entry}} for name in names]
+    changes += [{"files": {}}, {"files": None}, {"files": {MODEL: {}}}, {"torch": ESCAPES}, {"torch": None}]
+    changes += [{"step": value} for value in (-1, 10**400, None, "x", 1e308, 10**9)]
+    changes += [{"run": value} for value in (None, [], {"threads": 10**6}, {"threads": -1}, {"threads": "x"})]
+    changes += [{"schema": value} for value in (None, 2, -1, "1", 10**400)]
+    changes += [{"files": files | {MODEL: {"bytes": size, "sha256": ""}}} for size in (2**70, -1, None, "1", 1e308)]
+    change = world.chance.choice(changes)
+    sign(world.checkpoint, **change)
+    world.note(f"{MANIFEST}, signed: {change!r:.100}".replace(str(world.root), "WORLD"))
+
+
+def lying_model(world: World) -> None:
+    """A model.safetensors whose header claims what is not there."""
+    shape, wide = [2**20, 2**20], [2**63 - 1, 2**63 - 1]
+    headers = [
+        json.dumps({"w": {"dtype": "F32", "shape": shape, "data_offsets": [0, 2**42]}}).encode(),
+        json.dumps({"w": {"dtype": "F32", "shape": wide, "data_offsets": [0, 0]}}).encode(),
+        json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}).encode(),
+        json.dumps({"w": {"dtype": "F32", "shape": [0, 2**62], "data_offsets": [0, 0]}}).encode(),
+        json.dumps({"w": {"dtype": ESCAPES, "shape": [1], "data_offsets": [0, 4]}}).encode() + bytes(4),
+        json.dumps({ESCAPES: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode() + b"",
+        json.dumps({"__metadata__": {"tied": '{"a": "nowhere"}'}}).encode(),
+        json.dumps({"__metadata__": {"tied": "[1, 2]"}}).encode(),
+        json.dumps({"__metadata__": {"tied": "[" * 100_000 + "]" * 100_000}}).encode(),
+        json.dumps({f"w{n}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for n in range(200_000)}).encode(),
+        b"[" * 10_000,
+        b"{" + b" " * 10,
+    ]
+    path, header = world.checkpoint / MODEL, world.chance.choice(headers)
+    if not path.is_file():
+        return
+    length = world.chance.choice([len(header)] * 4 + [2**63, 0, 2**40])
+    replace(path, struct.pack("<Q", length) + header + bytes(world.chance.choice([0, 4])))
+    sign(world.checkpoint)
+    world.note(f"{MODEL}: {header[:70]!r}, length {length}, signed")
+
+
+def lying_state(world: World) -> None:
+    """A training.pt of plain types that are not those of a training."""
+    path, chance = world.checkpoint / TRAINING, world.chance
+    if not path.is_file():
+        return
+    if not readable(world, path):
+        return
+    try:
+        state = torch.load(path, weights_only=True)
+    except Exception:  # another mutation was here before
+        return
+    places = [place for place in leaves_and_branches(state) if place]
+    other = [*VALUES, torch.ones(3), torch.zeros(0), torch.full((2,), float("nan")), torch.ones(2**10, 2**10)]
+    where, value = chance.choice(places), chance.choice(other)
+    way = chance.choice(["value", "value", "drop"])
+    try:
+        torch.save(put(state, where, value, way), path)
+    except Exception:  # a value that torch cannot save, or an entry of a tuple
+        return
+    sign(world.checkpoint)
+    world.note(f"{TRAINING}: {way} {'.'.join(map(str, where)):.60} := {value!r:.50}, signed")
+
+
+def events(world: World) -> None:
+    """Event files that claim long records or hold other bytes."""
+    path, chance = world.place("events"), world.chance
+    if not inside(path, world.run):
+        return
+    ways = [b"", b"\xff" * 12, struct.pack("<Q", 2**62) + bytes(4), struct.pack("<Q", 0) + bytes(8), bytes(100_000)]
+    content = chance.choice([*ways, chance.randbytes(10_000)])
+    before = path.read_bytes() if readable(world, path) and chance.random() < 0.5 else b""
+    replace(path, before + content)
+    world.note(f"{world.name_of(path)}: {len(before)} good bytes, then {content[:12]!r}")
+
+
+def crowd(world: World) -> None:
+    """Many files and folders, or names that are unusual."""
+    which, folder = world.chance.choice(["many", "names", "steps", "deep"]), world.run
+    if not folder.is_dir():
+        return
+    if which == "many":
+        for number in range(2_000):
+            (folder / f"junk-{number}").touch()
+    if which == "names":
+        for name in ("\x1b[31m", "a\nframework: all is well", "-rf", "$(touch x)", "\udcff", "x" * 250, " "):
+            (folder / name).touch()
+    if which == "steps" and inside(world.place("checkpoints/step-1"), world.run):
+        for number in (0, 10**8, 10**30, 10**200):
+            with suppress(OSError):
+                (world.place("checkpoints") / f"step-{number:08}").mkdir()
+    if which == "deep":
+        inner = folder
+        for _ in range(60):
+            inner = inner / "d"
+        inner.mkdir(parents=True, exist_ok=True)
+    world.note(f"crowd: {which}")
+
+
+CLASSES: dict[str, list[Callable[[World], None]]] = {
+    "links": [link_file],
+    "links at temporary names": [link_temporary],
+    "hard links": [hard_link],
+    "special files": [special],
+    "folders elsewhere": [trial_folders],
+    "bombs": [bomb, bomb, zip_bomb],
+    "sparse files": [sparse],
+    "torn files": [torn],
+    "wrong types": [wrong_type],
+    "text": [text_in_names],
+    "settings": [settings],
+    "tags": [tags],
+    "code": [pickled, plugin],
+    "lying checkpoints": [signed_manifest, lying_model, lying_state],
+    "events, crowds": [events, crowd],
+}
