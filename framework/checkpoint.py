@@ -43,7 +43,7 @@ from .snapshot import Facts, Snapshot, Weights, snapshot
 MODEL, TRAINING, MANIFEST = FILES = ("model.safetensors", "training.pt", "MANIFEST.json")
 SCHEMA = 1
 LARGE = 8 * 2**20  # bytes from which threads are worth it
-LARGEST_MANIFEST = 64 * 2**20  # bytes; the names of a million tensors
+LARGEST_MANIFEST = 16 * 2**20  # bytes
 VISIBLE = re.compile(r"step-(\d{8,})")
 ASIDE = ".best"  # a link that has not got its name yet
 HIDDEN = re.compile(r"\.(step-\d{8,})-[0-9a-f]{8}(\.replaced|\.removed)?")

@@ -31,10 +31,11 @@ TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DISK = (*FULL, errno.EIO, errno.EROFS, errno.ESTALE)
 
-MOST_BYTES = 64 * 2**20  # of a file that is read at once
+MOST_BYTES = 16 * 2**20  # of a file that is read at once
 MOST_ROWS_BYTES = 4 * 2**30  # of a file that is read line by line
 MOST_LINE_BYTES = 16 * 2**20
-MOST_NODES = 1_000_000  # of a YAML or JSON document, aliases counted as often as they are used
+MOST_JSON_NODES = 1_000_000
+MOST_YAML_NODES = 100_000  # aliases counted as often as they are used; libyaml takes 20 µs for one
 MOST_DEPTH = 64
 
 
@@ -296,8 +297,8 @@ def check_tree(content: Any, path: Path) -> None:
     level, count, depth = [content], 0, 0
     while level:
         count, depth = count + len(level), depth + 1
-        if count > MOST_NODES or depth > MOST_DEPTH:
-            raise too_large(path)
+        if count > MOST_JSON_NODES or depth > MOST_DEPTH:
+            raise too_large(path, MOST_JSON_NODES)
         inner: list[Any] = []
         for node in level:
             if isinstance(node, dict):
@@ -320,7 +321,7 @@ def parse_yaml(text: bytes | str, path: Path) -> Any:
     try:
         check_yaml(yaml.parse(text, Loader=loader), path)
         return yaml.load(text, Loader=loader)  # a safe loader
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise RunError(f"{path} is no YAML: {first_words(error)}") from error
 
 
@@ -333,6 +334,7 @@ def check_yaml(events: Iterator[Any], path: Path) -> None:
 
     anchors: dict[str, tuple[int, int]] = {}  # of complete nodes: count of nodes and depth
     stack: list[list[Any]] = [[None, 0, 0]]  # of open collections: anchor, count and depth of what is in them
+    documents = 0
     for event in events:
         if isinstance(event, yaml.CollectionStartEvent):
             stack.append([event.anchor, 0, 0])
@@ -349,15 +351,18 @@ def check_yaml(events: Iterator[Any], path: Path) -> None:
                 raise RunError(f"{path} is no YAML: the alias *{event.anchor} stands for nothing before it")
             count, depth = anchors[event.anchor]
         else:
+            documents += isinstance(event, yaml.DocumentStartEvent)
+            if documents > 1:
+                raise RunError(f"{path} is no YAML: expected one document")
             continue
         stack[-1][1] += count
         stack[-1][2] = max(stack[-1][2], depth)
-        if stack[-1][1] > MOST_NODES or len(stack) + stack[-1][2] > MOST_DEPTH + 1:
-            raise too_large(path)
+        if stack[-1][1] > MOST_YAML_NODES or len(stack) + stack[-1][2] > MOST_DEPTH + 1:
+            raise too_large(path, MOST_YAML_NODES)
 
 
-def too_large(path: Path) -> RunError:
-    limits = f"at most {MOST_NODES:,} values, nested at most {MOST_DEPTH} deep"
+def too_large(path: Path, nodes: int) -> RunError:
+    limits = f"at most {nodes:,} values, nested at most {MOST_DEPTH} deep"
     return RunError(f"{path} is too large or too deep: expected {limits}")
 
 

@@ -155,6 +155,10 @@ NO_YAML = {
     "key": "? [1]\n: 2",
     "tag": "!!python/name:os.system",
     "digits": f"a: {'9' * 9999}",
+    "bool": "!!bool abc",
+    "int": "!!int ''",
+    "timestamp": "!!timestamp x",
+    "documents": "---\n" * 1000,
 }
 NO_JSON = {
     "bytes": b"\xff",
