@@ -28,7 +28,7 @@ NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL, signal.
 FROM_SCRATCH = 5  # one of so many lives is a new program, which imports everything; the others are forked
 
 COMMON = ["data=blobs", "model.width=8", "model.depth=1", "trainer.max_steps=90", "resume=auto"]
-COMMON += ["trainer.max_epochs=null", "trainer.log_every=7steps", "trainer.validate_every=20steps"]
+COMMON += ["trainer.max_epochs=null", "trainer.log_every=5steps", "trainer.validate_every=15steps"]
 COMMON += ["callbacks=[witness,checkpoint]", "callbacks.checkpoint.every=5steps", "loggers=[json_lines]"]
 COMMON += ["callbacks.checkpoint.background=false"]
 DROPOUT = "model.dropout=0.3"  # not of trials that train as one: a kill regroups them, and they share their draws
@@ -140,7 +140,12 @@ def life(tally: Tally, words: list[str], chance: random.Random, number: Any, too
     Path(campaign_witness.STATES).write_bytes(bytes(campaign_witness.SIZE))
     log = Path("log")
     pid = start(words, log, forked)
-    over = ended(pid, chance.uniform(0, took[forked]))
+    if chance.random() < 0.5:
+        over = ended(pid, chance.uniform(0, took[forked]))
+    else:  # so that a good part of the lives leaves a checkpoint to go on from
+        while not (over := ended(pid, 0.0)) and moment() not in ("in training", "in saves"):
+            time.sleep(0.002)
+        over = over or ended(pid, chance.uniform(0, took[True] / 4))
     family = descendants(pid)
     name = signal.Signals(number).name
     if not over:
