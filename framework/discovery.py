@@ -21,6 +21,7 @@ from .errors import FrameworkError, PluginError, did_you_mean
 from .exits import describe_exit
 from .paths import expanded
 from .registry import Registry
+from .signals import received
 from .user_code import describe
 
 GROUP = "framework.plugins"
@@ -330,6 +331,8 @@ def loading(what: str, reached_by: str) -> Iterator[None]:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # also a SystemExit: a plugin must not end the program
+        if isinstance(error, SystemExit) and received() is not None:
+            raise  # because of a signal
         for registry in Registry.every.values():
             registry.forget_unloaded()
         raise failure(what, reached_by, error) from error

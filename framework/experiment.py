@@ -380,6 +380,7 @@ def earlier_result(run: Path) -> Result:
     values, steps = last_values(run)
     result = Result(run, values)
     last = max(steps.values(), default=0)
+    result.steps = last
     chosen = chosen_checkpoint(run)
     if "val" in steps:
         result.weights["val"] = which_weights(steps["val"], last)

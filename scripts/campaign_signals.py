@@ -1,6 +1,7 @@
 """Sends signals to sweeps at random moments, and compares what they come to with undisturbed ones."""
 
 import contextlib
+import math
 import os
 import random
 import shutil
@@ -17,6 +18,7 @@ from typing import Any
 
 import campaign_runs
 import campaign_witness
+from safetensors.torch import load_file
 
 from framework import cli
 from framework.tuning.folder import SweepFolder
@@ -25,10 +27,12 @@ WITNESS = Path(__file__).with_name("campaign_witness.py")
 BOUND = 120.0  # seconds in which a process must end after a signal, or come to the end of its sweep
 LEFT = 10.0  # seconds in which the processes that it started must end
 NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL, signal.SIGSTOP]
+IMPORTS = 4.0  # seconds that those of a new program take
+ROUNDING = 1e-4
 FROM_SCRATCH = 5  # one of so many lives is a new program, which imports everything; the others are forked
 
 COMMON = ["data=blobs", "model.width=8", "model.depth=1", "trainer.max_steps=90", "resume=auto"]
-COMMON += ["trainer.max_epochs=null", "trainer.log_every=7steps", "trainer.validate_every=20steps"]
+COMMON += ["trainer.max_epochs=null", "trainer.log_every=5steps", "trainer.validate_every=15steps"]
 COMMON += ["callbacks=[witness,checkpoint]", "callbacks.checkpoint.every=5steps", "loggers=[json_lines]"]
 COMMON += ["callbacks.checkpoint.background=false"]
 DROPOUT = "model.dropout=0.3"  # not of trials that train as one: a kill regroups them, and they share their draws
@@ -134,13 +138,18 @@ def moment() -> str:
     return "before the first step" if campaign_witness.BEGUN in states else "in start-up"
 
 
-def life(tally: Tally, words: list[str], chance: random.Random, number: Any, took: dict[bool, float]) -> int:
+def life(tally: Tally, words: list[str], chance: random.Random, number: Any, took: float) -> int:
     """Start a sweep, send it a signal at a random moment, and wait for its end; returns its exit status."""
     forked = chance.randrange(FROM_SCRATCH) > 0
     Path(campaign_witness.STATES).write_bytes(bytes(campaign_witness.SIZE))
     log = Path("log")
     pid = start(words, log, forked)
-    over = ended(pid, chance.uniform(0, took[forked]))
+    if chance.random() < 0.5:
+        over = ended(pid, chance.uniform(0, took if forked else took + IMPORTS))
+    else:  # so that a good part of the lives leaves a checkpoint to go on from
+        while not (over := ended(pid, 0.0)) and moment() not in ("in training", "in saves"):
+            time.sleep(0.002)
+        over = over or ended(pid, chance.uniform(0, took / 4))
     family = descendants(pid)
     name = signal.Signals(number).name
     if not over:
@@ -172,39 +181,57 @@ def life(tally: Tally, words: list[str], chance: random.Random, number: Any, too
 
 
 def result(sweep: Path) -> Any:
-    """Return what a sweep came to: its table, the best trial, the runs' weights, states and metrics."""
+    """Return what a sweep came to: its table, the best trial, the runs' metrics, weights and states.
+
+    Of trials that train as one without their states: a kill regroups them, and they are equal but for rounding.
+    """
+    rounded = sweep.name.startswith("vectorized")
     rows = []
     for row in SweepFolder(sweep).trials():
         run = sweep / row.folder
-        parts = campaign_runs.weights(run), campaign_runs.training(run), campaign_runs.metrics(run)
+        parts: list[Any] = [campaign_runs.metrics(run)]
+        if rounded:
+            weights = load_file(campaign_runs.last(run) / "model.safetensors")
+            parts += [{name: tensor.flatten().tolist() for name, tensor in weights.items()}, None]
+        else:
+            parts += [campaign_runs.weights(run), campaign_runs.training(run)]
         metrics = campaign_runs.plain(row.metrics)
         rows.append([row.number, row.settings, row.folder, row.state, row.steps, metrics, *parts])
-    return rows, (sweep / "best" / "config.yaml").resolve().parent.name
+    return rounded, rows, (sweep / "best" / "config.yaml").resolve().parent.name
+
+
+def alike(a: Any, b: Any, rounded: bool) -> bool:
+    """Return whether two values are equal, or if `rounded` equal but for rounding."""
+    if not rounded:
+        return bool(a == b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(alike(a[key], b[key], True) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(alike(*pair, True) for pair in zip(a, b, strict=True))
+    return math.isclose(a, b, rel_tol=ROUNDING, abs_tol=ROUNDING) if isinstance(a, float) else bool(a == b)
 
 
 def differences(whole: Any, cut: Any) -> Iterator[str]:
-    names = ["numbers", "settings", "folders", "states", "steps", "metrics", "weights", "training states", "logs"]
-    if len(whole[0]) != len(cut[0]):
+    names = ["numbers", "settings", "folders", "states", "steps", "metrics", "logs", "weights", "training states"]
+    (rounded, whole_rows, whole_best), (_, cut_rows, cut_best) = whole, cut
+    if len(whole_rows) != len(cut_rows):
         yield "another number of trials"
         return
     for position, name in enumerate(names):
-        if [row[position] for row in whole[0]] != [row[position] for row in cut[0]]:
+        if not alike([row[position] for row in whole_rows], [row[position] for row in cut_rows], rounded):
             yield f"other {name}"
-    if whole[1] != cut[1]:
+    if whole_best != cut_best:
         yield "another best trial"
 
 
-def undisturbed(launcher: str) -> dict[bool, float]:
-    """Run a sweep twice, forked and from scratch; returns the seconds that it takes."""
-    took = {}
-    for forked in (True, False):
-        began = time.monotonic()
-        pid = start(arguments(launcher, f"{launcher}-whole-{forked}"), Path("log"), forked)
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        if status != 0:
-            raise RuntimeError(f"the undisturbed sweep failed: {Path('log').read_text()[-500:]}")
-        took[forked] = time.monotonic() - began
-    return took
+def undisturbed(launcher: str) -> float:
+    """Run a sweep; returns the seconds that it takes."""
+    began = time.monotonic()
+    pid = start(arguments(launcher, f"{launcher}-whole"), Path("log"), True)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if status != 0:
+        raise RuntimeError(f"the undisturbed sweep failed: {Path('log').read_text()[-500:]}")
+    return time.monotonic() - began
 
 
 def disturb(launcher: str, signals: int, chance: random.Random, control: bool) -> Tally:
@@ -213,7 +240,7 @@ def disturb(launcher: str, signals: int, chance: random.Random, control: bool) -
     os.environ.pop(campaign_witness.FORGET, None)
     took = undisturbed(launcher)
     folder = Path("runs/default")
-    whole = result(folder / f"{launcher}-whole-True")
+    whole = result(folder / f"{launcher}-whole")
     if control:
         os.environ[campaign_witness.FORGET] = "1"
     while sum(tally.signals.values()) < signals or tally.sweeps == 0:

@@ -60,10 +60,12 @@ def note_saves() -> None:
 
 
 def forget_state() -> None:
-    """Let a resumed run lose its random state and what the optimizer keeps."""
+    """Let a resumed run lose its random state and what the optimizer keeps, where the environment says so."""
     restore = Trainer.load_state_dict
 
     def without_state(self: Trainer, saved: dict[str, Any]) -> None:
+        if not os.environ.get(FORGET):
+            return restore(self, saved)
         fresh = self.state_dict()
         optimizer = saved["optimizer"] | {"state": fresh["optimizer"]["state"]}
         restore(self, saved | {"random": fresh["random"], "optimizer": optimizer})
@@ -72,5 +74,4 @@ def forget_state() -> None:
 
 
 note_saves()
-if os.environ.get(FORGET):
-    forget_state()
+forget_state()

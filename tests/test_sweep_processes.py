@@ -113,3 +113,15 @@ def test_a_single_run_imports_nothing_of_sweeps(tmp_path):
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
     ours = {name for name in found if name.startswith("framework.tuning.")}
     assert ours <= {"framework.tuning.settings", "framework.tuning.hydra_parts"}
+
+
+def test_a_trial_that_was_done_when_the_sweep_was_killed_has_its_steps(command):
+    """The kill comes after the run's last file, and before the row of the sweep."""
+    line = f"train {QUICK} -m seed=0,1 sweep.name=s"
+    assert command(line)[0] == 0
+    file = Path("runs/default/s/sweep.jsonl")
+    whole = rows("s")[-1]
+    file.write_text("\n".join(file.read_text().splitlines()[:-1]) + "\n")
+    assert command(f"{line} resume=auto")[0] == 0
+    assert (rows("s")[-1]["state"], rows("s")[-1]["steps"]) == ("done", whole["steps"])
+    assert results("s")["test/loss"] == whole["metrics"]["test/loss"]

@@ -192,11 +192,11 @@ def settle(trials: Trials, received: int | None) -> None:
     received: the signal that came, perhaps after the last step of the last trial.
     """
     rows: list[Trial] = [] if trials.opened is None else trials.opened.trials()
+    if received is not None:
+        sys.exit(128 + received)
     stopped = [trial.exit_status for trial in rows if trial.state == "stopped"]  # perhaps in a launcher's process
     if stopped:
         sys.exit(max(stopped) or 128 + signal.SIGINT)
-    if received is not None:
-        sys.exit(128 + received)
     failed = [trial for trial in rows if trial.state == "failed"]
     done, metric = [trial for trial in rows if trial.state == "done" and trial.metrics], next(iter(trials.by))
     if failed:
