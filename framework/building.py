@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from numbers import Integral
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
 
 from . import seeds
 from .checks import single_sample
@@ -35,8 +36,9 @@ MOST_TIMES = 8  # as many numbers as a checkpoint has: tied and replaced weights
 MOST_MORE = 2**22
 MODULES_PER_TENSOR = 10
 MOST_MODULES = 20_000
-NOT_ON_META = (RuntimeError, TypeError, ValueError, LookupError, ArithmeticError, NotImplementedError)
+MOST_IN_A_TENSOR = 2**26  # more than those of the checkpoint: a mask, a table of positions
 LARGEST_SETTING = 2**18  # a count of layers becomes a list before there are any
+TENSOR_MAKERS = {torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.full, torch.eye, torch.arange}
 
 
 def build_data(spec: Spec, refit: bool = True) -> Data:
@@ -132,32 +134,51 @@ def build_model(
 
 
 @contextmanager
-def model_limits(
-    spec: Spec,
-    in_shape: Sequence[int],
-    out_shape: Sequence[int],
-    columns: Sequence[int],
-    saved: Mapping[str, Sequence[int]],
-) -> Iterator[None]:
+def model_limits(spec: Spec, saved: Mapping[str, Sequence[int]]) -> Iterator[None]:
     """Within this context, a config that asks for a much larger model than its checkpoint holds raises BuildError.
-
-    Where the sizes allow a large weight, the model is first built without memory (on the device meta); one that cannot
-    be built there is not checked. It is not always so, as torch takes 1.5 s to import what some modules need there.
 
     Args:
         saved: the shapes of the checkpoint's tensors.
     """
     numbers = sum(map(math.prod, saved.values()))
     maker = spec.parts["model"]
-    sizes = sorted([*integers(maker), math.prod(in_shape), math.prod(out_shape), *columns], reverse=True)
-    if max(integers(maker), default=0) > max(numbers, LARGEST_SETTING):
-        raise BuildError(f"model={maker.entry.name}: a setting is {sizes[0]:,}; its checkpoint has {numbers:,} numbers")
-    limits = MOST_TIMES * numbers + MOST_MORE, MODULES_PER_TENSOR * len(saved) + MOST_MODULES
-    if math.prod(sizes[:4]) > limits[0]:
-        with SizeLimits(*limits), suppress(*NOT_ON_META), seeds.undisturbed(), torch.device("meta"):
-            maker(tuple(in_shape), tuple(out_shape), tuple(columns))
-    with SizeLimits(*limits):
+    largest = max(integers(maker), default=0)
+    if largest > max(numbers, LARGEST_SETTING):
+        raise BuildError(f"model={maker.entry.name}: a setting is {largest:,}; its checkpoint has {numbers:,} numbers")
+    with (
+        SizeLimits(MOST_TIMES * numbers + MOST_MORE, MODULES_PER_TENSOR * len(saved) + MOST_MODULES),
+        LimitedTensors(MOST_TIMES * numbers + MOST_IN_A_TENSOR),
+    ):
         yield
+
+
+class LimitedTensors(TorchFunctionMode):
+    """Within this context, a call that would make a tensor of more than `most` numbers raises BuildError instead."""
+
+    def __init__(self, most: int):
+        super().__init__()
+        self.most = most
+
+    def __torch_function__(
+        self, function: Any, types: Any, given: tuple[Any, ...] = (), settings: dict[str, Any] | None = None
+    ) -> Any:
+        settings = settings or {}
+        if function in TENSOR_MAKERS:
+            numbers = requested(function, given, settings)
+            if numbers > self.most:
+                raise BuildError(f"the config asks for a tensor of {numbers:,} numbers; its checkpoint has fewer")
+        return function(*given, **settings)
+
+
+def requested(function: Any, given: Sequence[Any], settings: Mapping[str, Any]) -> int:
+    """Return how many numbers the tensor has that a function such as `torch.empty` is asked for."""
+    if function is torch.arange:
+        ends = [float(each) for each in given[:2] if isinstance(each, int | float)] or [0.0]
+        return int(abs(ends[-1] - (ends[0] if len(ends) > 1 else 0.0)))
+    sizes = settings.get("size", given)
+    if len(sizes) and isinstance(sizes[0], list | tuple):
+        sizes = sizes[0]
+    return math.prod(size for size in sizes if isinstance(size, int))
 
 
 def integers(value: Any) -> Iterator[int]:

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from .discovery import package_version
 from .errors import CheckpointError, RunError, short
-from .files import FULL, free_disk_bytes, open_file, parse_json, read_bytes, write_file
+from .files import FULL, TEMPORARY, free_disk_bytes, open_file, parse_json, read_bytes, write_file
 from .memory import free_bytes
 from .shapes import first_line
 from .snapshot import Facts, Snapshot, Weights, snapshot
@@ -253,7 +253,9 @@ def clean(folder: Path) -> None:
         if match[2] == ".replaced" and not os.path.lexists(folder / match[1]):
             os.rename(path, folder / match[1])
         else:
-            discard(path, [*FILES, *(half.name for half in path.glob(".tmp*"))])  # save_file writes one and renames it
+            half_written = [each.name for each in path.iterdir() if TEMPORARY.fullmatch(each.name)]
+            half_written += [each.name for each in path.glob(".tmp*")]  # of save_file
+            discard(path, [*FILES, *half_written])
 
 
 def discard(folder: Path, names: Iterable[str]) -> bool:

@@ -104,7 +104,7 @@ def importing_safely(arguments: list[str]) -> Iterator[None]:
 
 def note(text: str) -> None:
     """Print a note for the person at the terminal."""
-    print(f"framework: {text}", file=sys.stderr)
+    print_note(f"framework: {text}")
 
 
 def complain(error: Exception, with_traceback: bool) -> int:
@@ -405,10 +405,10 @@ def trust(arguments: list[str]) -> int:
         parser.error("give a folder, --list or --remove FOLDER")
     if given.list:
         for folder in sorted(trusting.read_trusted()):
-            print(shown(folder))
+            print_line(folder)
     elif given.remove is not None:
         trusting.remove(given.remove)
-        print(f"{shown(os.path.realpath(given.remove))} is no longer trusted")
+        print_line(f"{os.path.realpath(given.remove)} is no longer trusted")
     else:
         return trust_folder((given.folder or Path.cwd()).resolve(), given.trust)
     return 0
@@ -418,9 +418,9 @@ def trust_folder(folder: Path, agreed: bool) -> int:
     """Trust a folder if the user agrees; return 1 if not."""
     if not folder.is_dir():
         raise FrameworkError(f"trust {shown(str(folder))}: there is no such folder")
-    print(shown(str(folder)))
+    print_line(folder)
     for line in trusting.description(folder):
-        print(f"  {line}")
+        print_line(f"  {line}")
     if not agreed:
         if not sys.stdin.isatty():
             raise FrameworkError("trust: there is no terminal to ask on; --trust answers yes")

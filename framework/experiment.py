@@ -5,7 +5,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,14 +72,20 @@ class Experiment:
     """
 
     @user_errors()
-    def __init__(self, spec: Spec, data: Data | None = None):
+    def __init__(self, spec: Spec, data: Data | None = None, saved: Mapping[str, Sequence[int]] | None = None):
+        """Build the objects.
+
+        Args:
+            saved: the shapes of the tensors of a checkpoint, than which the model is not to be much larger.
+        """
         self.spec = spec
         self.data = build_data(spec) if data is None else data
         self.task: Task = spec.parts["task"]()
         self.task.check(self.data)
         self.metrics = build_metrics(spec, self.data, self.task)
         self.out_shape = self.task.targets_of(self.data)[1]
-        self.model = build_model(spec, self.data.in_shape, self.out_shape, self.data.columns)
+        with nullcontext() if saved is None else model_limits(spec, saved):
+            self.model = build_model(spec, self.data.in_shape, self.out_shape, self.data.columns)
         self.task.check_model(self.model)
         check_loss_parameters(self.task, self.model)
         check_fit(self.model, self.data, self.out_shape)
@@ -321,15 +327,15 @@ def prepare(
     if resumed is not None and spec.fold is not None:
         refit = "fold" in read_facts(resumed.folder.path)  # a run of an older version has none
         data = data if refit else build_data(spec, refit=False)
-    with limits_of(resumed, spec):
-        built = Experiment(spec, data)
+    saved = None if resumed is None or resumed.training is None else shapes(resumed.training["model"])
+    built = Experiment(spec, data, saved)
     if spec.init_from is not None and resumed is None:
         say(start_from(built.model, spec.init_from))
     trainer, threads = built.trainer(), built.threads()
     if not any(callback.saves for callback in trainer.callbacks):
         say(UNSAVED)
     if resumed is not None:
-        check_same_data(resumed.folder.path, built, inexact)
+        check_same_data(resumed, built, inexact, say)
         try:
             check_fits(resumed, built.model, built.optimizer)
             check_optimizer(resumed, built.model, built.optimizer)
@@ -343,15 +349,6 @@ def prepare(
         for line in schedule_notes(built, resumed):
             say(line)
     return Prepared(built, trainer, threads, resumed, experiment, list(overrides), started)
-
-
-def limits_of(resumed: Resumed | None, spec: Spec) -> AbstractContextManager[None]:
-    """Return the context in which a resumed run is built: its model is not much larger than its checkpoint."""
-    if resumed is None or resumed.training is None:
-        return nullcontext()
-    facts = read_facts(resumed.folder.path)
-    sizes = facts["in_shape"], facts["out_shape"], facts.get("columns", ())
-    return model_limits(spec, *sizes, shapes(resumed.training["model"]))
 
 
 def schedule_notes(built: Experiment, resumed: Resumed) -> Iterator[str]:
@@ -450,23 +447,35 @@ def hyperparameters(spec: Spec) -> dict[str, Any]:
     return kept
 
 
-def check_same_data(run: Path, built: Experiment, inexact: bool) -> None:
-    """Raise RunError when the data of a resumed run is not what it was."""
+def check_same_data(resumed: Resumed, built: Experiment, inexact: bool, say: Callable[[str], None]) -> None:
+    """Raise RunError when the data of a resumed run is not what it was.
+
+    Other content at the same path, such as a picture that was repaired, is told only.
+    """
     if inexact:
         return
+    before = read_facts(resumed.folder.path)
     now = json.loads(dump("facts.json", facts_of(built)))
-    changed = list(data_changes(read_facts(run), now))
+    changed = list(fact_changes(before, now))
+    other_content = list(content_changes(before.get("content"), now["content"]))
+    if resumed.data_moved:
+        changed += other_content
     if changed:
-        said = f"the data of {run} has changed since it began ({'; '.join(changed)})"
+        said = f"the data of {resumed.folder.path} has changed since it began ({'; '.join(changed)})"
         raise RunError(f"{said}: --inexact goes on all the same")
+    if other_content:
+        say(f"the data has changed since the run began: {'; '.join(other_content)}")
 
 
-def data_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+def fact_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     """Yield what differs between the facts of a run's data and those of the data now."""
     for name in {**before, **now}:
         if name != "content" and before.get(name) != now.get(name):
             yield f"{name}: {json.dumps(now.get(name))[:100]}, was {json.dumps(before.get(name))[:100]}"
-    known, content = before.get("content"), now["content"]
+
+
+def content_changes(known: Any, content: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the splits whose content is not the one that a run's facts.json keeps."""
     if not isinstance(known, dict):
         return  # a run of an older version
     for split in {**known, **content}:

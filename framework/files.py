@@ -27,6 +27,7 @@ FLAGS = {
     "x": os.O_WRONLY | os.O_CREAT | os.O_EXCL,
 }
 NO_LINKS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # non-blocking: opening a FIFO does not wait for a writer
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DISK = (*FULL, errno.EIO, errno.EROFS, errno.ESTALE)
@@ -318,6 +319,8 @@ def parse_yaml(text: bytes | str, path: Path) -> Any:
     import yaml
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, ten times as fast
+    if SURROGATE.search(text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text):
+        loader = yaml.SafeLoader  # libyaml refuses the escape of a byte in a file name that is no UTF-8
     try:
         check_yaml(yaml.parse(text, Loader=loader), path)
         return yaml.load(text, Loader=loader)  # a safe loader

@@ -48,6 +48,7 @@ NOT_OF_A_RESUMED_RUN = ("run", "init_from", "resume", "plugins", "sweep", "hydra
 class Resumed:
     """A run to go on with: its folder (locked), and its newest good checkpoint (None: it was cut off before one).
 
+    data_moved: whether the data has another path than before.
     chosen: the checkpoint that the user named, if it is not to be the newest good one.
     """
 
@@ -59,6 +60,7 @@ class Resumed:
     threads: int | None = None  # of an operation, when it was cut off
     config: dict[str, Any] = field(default_factory=dict)  # as it was until now
     chosen: Path | None = None
+    data_moved: bool = False
 
     @property
     def done(self) -> bool:
@@ -234,8 +236,10 @@ def open_folder(run: Path, spec: Spec, inexact: bool = False) -> Resumed:
     before = read_config(run)
     changed = differences(before, spec.tree)
     breaking: list[str] = []
+    data_moved = False
     for path, text in changed:
         if is_path_of_data(path, spec):
+            data_moved = True
             breaking += unknown_content(run, text)  # if it is known, the data are compared when they are read
         elif not keeps_bits(path):
             breaking.append(text)
@@ -244,7 +248,7 @@ def open_folder(run: Path, spec: Spec, inexact: bool = False) -> Resumed:
         advice = "leave it as it was, or allow it with --inexact"
         raise RunError(f"{run} cannot go on exactly with {'; '.join(breaking)}: {advice}")
     resumed = Resumed(folder, changed=[text for path, text in changed if not path.startswith(("run.", "plugins"))])
-    resumed.config = before
+    resumed.config, resumed.data_moved = before, data_moved
     resumed.notes = [f"from here on {text}" for text in resumed.changed]
     checkpoints = run / "checkpoints"
     checkpoint.refuse_links(checkpoints)

@@ -125,7 +125,7 @@ def open_run(run: str | Path, which: str | None = None) -> Trained:
         raise RunError(f"{run} has no checkpoint: was it trained with callbacks.checkpoint?")
     shapes = facts["in_shape"], facts["out_shape"], facts.get("columns", ())
     try:
-        with model_limits(spec, *shapes, checkpoint.read_shapes(chosen)):
+        with model_limits(spec, checkpoint.read_shapes(chosen)):
             model = build_model(spec, *shapes)
     except (RuntimeError, TypeError, ValueError, LookupError, ArithmeticError, MemoryError) as error:
         raise RunError(f"the model of {run} cannot be built: {describe(error)}") from error

@@ -113,7 +113,7 @@ def files(flips: int, seed: int, control: bool) -> int:
     control: look at nothing but the manifests.
     """
     if control:
-        checkpoint.verify = checkpoint.read_manifest
+        checkpoint.verify = lambda checkpoint_folder, **_: checkpoint.read_manifest(checkpoint_folder)
     chance, total, wrong = random.Random(seed), Counter[tuple[str, str]](), list[str]()
     with tempfile.TemporaryDirectory(prefix="campaign-") as root:
         for number, model in enumerate(MODELS):

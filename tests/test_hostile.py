@@ -376,13 +376,6 @@ def within(seconds=2.0, megabytes=500):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < megabytes * 1024
 
 
-@pytest.fixture(scope="module")
-def imported():
-    """What torch imports at the first use of the device meta is not counted."""
-    with torch.device("meta"):
-        torch.nn.Sequential(torch.nn.Embedding(3, 4), torch.nn.LayerNorm(4))(torch.zeros(2, dtype=torch.int64))
-
-
 SIZES = {
     "width": {"width": 10**9},
     "wider than memory": {"width": 10**15},
@@ -392,10 +385,10 @@ SIZES = {
 
 
 @pytest.mark.parametrize("changes", SIZES.values(), ids=SIZES)
-def test_a_model_much_larger_than_its_checkpoint_takes_no_memory(run, changes, imported):
+def test_a_model_much_larger_than_its_checkpoint_takes_no_memory(run, changes):
     (run / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"model": MODEL_OF | changes}))
     with within():
-        refused(open_run, run, match=r"the config asks for more than|model=mlp|should be")
+        refused(open_run, run, match=r"the config asks for|model=mlp|should be")
 
 
 SHAPES = [[10**12], [10**30], [1] * 10**6, [-1], [2.5], ["64"], [[64]], {"64": 1}, None, "64", [True], [2**40] * 40]
@@ -403,7 +396,7 @@ SHAPES = [[10**12], [10**30], [1] * 10**6, [-1], [2.5], ["64"], [[64]], {"64": 1
 
 @pytest.mark.parametrize("name", ["in_shape", "out_shape"])
 @pytest.mark.parametrize("shape", SHAPES, ids=range(len(SHAPES)))
-def test_shapes_that_no_data_has_are_refused(run, name, shape, imported):
+def test_shapes_that_no_data_has_are_refused(run, name, shape):
     facts = json.loads((run / "facts.json").read_text())
     (run / "facts.json").write_text(json.dumps(facts | {name: shape}))
     with within():

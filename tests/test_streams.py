@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from framework import streams
-from framework.run import git
+from framework.git import commit_and_diff
 
 FRAMEWORK = str(Path(sys.executable).with_name("framework"))
 PLUGIN = '''\
@@ -109,4 +109,5 @@ def test_a_diff_of_another_encoding_is_kept(tmp_path):
     run("add", "notes.txt")
     run("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-m", "notes")
     (tmp_path / "notes.txt").write_bytes("größer\n".encode("latin-1"))
-    assert "+gr\ufffd\ufffder" in git(tmp_path, "diff", "HEAD")
+    _, diff = commit_and_diff(tmp_path)
+    assert "+gr\ufffd\ufffder" in diff

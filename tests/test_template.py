@@ -31,8 +31,10 @@ def python(tmp_path_factory):
     return run
 
 
-def test_the_parts_of_an_installed_package_are_found_by_name(python):
-    shown = json.loads(python("-m", "framework", "show", "bent_identity", "--json"))
+def test_the_parts_of_an_installed_package_are_found_by_name(python, tmp_path):
+    elsewhere = tmp_path / "elsewhere"  # an informing command imports nothing from the working folder
+    elsewhere.mkdir()
+    shown = json.loads(python("-m", "framework", "show", "bent_identity", "--json", cwd=elsewhere))
     assert (shown["kind"], shown["package"], shown["version"]) == ("activation", "my-parts", "0.1.0")
     assert shown["settings"][0] | {"name": "bend", "default": 1.0, "type": "float in (0, inf)"} == shown["settings"][0]
 
