@@ -4,14 +4,13 @@ import os
 import signal
 import socket
 import stat
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 from .errors import FrameworkError, RunError
 from .signals import ending_signals
-from .terminal import print_line
+from .terminal import print_line, print_note
 
 MOST_TICKED = 40  # runs; of more, TensorBoard's charts are empty at first
 
@@ -34,9 +33,8 @@ def serve(root: Path, port: int) -> int:
     server = program.TensorBoard()
     options = ["--logdir", str(root), "--host", "127.0.0.1", "--port", str(port)]
     if odd:
-        first = "".join(letter if letter.isprintable() else "?" for letter in str(odd[0]))
-        said = f"{first} leads out of {root}, or is no regular file"
-        print(f"framework: not shown: {said}; {len(odd)} such entries in all", file=sys.stderr)
+        said = f"{odd[0]} leads out of {root}, or is not a regular file"
+        print_note(f"framework: not shown: {said}; {len(odd)} such entries in all")
         options.append("--load_fast=false")
         use_plain_files()
     server.configure(argv=["", *options])

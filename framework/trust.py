@@ -220,7 +220,7 @@ def is_below(path: str, folders: Iterable[str]) -> bool:
 def paths_of_installed() -> list[str]:
     """Return the folders that packages installed in editable mode are imported from."""
     files = [file for folder in site.getsitepackages() for file in Path(folder).glob("*.pth")]
-    lines = [line.strip() for file in files for line in file.read_text(errors="replace").splitlines()]
+    lines = [line.strip() for file in files for line in file.read_text(encoding="utf-8", errors="replace").splitlines()]
     return [line for line in lines if os.path.isabs(line)]
 
 
