@@ -337,10 +337,13 @@ class Trainer(Evaluator):
     @property
     def done(self) -> bool:
         """Whether a limit is reached, or something set `state.stop`."""
-        state = self.state
-        out_of_steps = self.max_steps is not None and state.step >= self.max_steps
-        out_of_epochs = self.max_epochs is not None and state.epoch >= self.max_epochs
-        return state.stop is not None or out_of_steps or out_of_epochs
+        return self.state.stop is not None or self.at_limit
+
+    @property
+    def at_limit(self) -> bool:
+        """Whether `max_steps` or `max_epochs` is reached."""
+        out_of_steps = self.max_steps is not None and self.state.step >= self.max_steps
+        return out_of_steps or (self.max_epochs is not None and self.state.epoch >= self.max_epochs)
 
     def _epoch(self) -> None:
         """Run one epoch, from the batch where the run stands."""
@@ -359,7 +362,7 @@ class Trainer(Evaluator):
             self._check_parts()
             self._step(window)
             self.counted(window, last)
-            if self.log_every.due(state, epoch_end=last) or last:
+            if self.logs(last):
                 self.log_training()
             if self.validates(last):
                 self._validate()
@@ -479,9 +482,15 @@ class Trainer(Evaluator):
         self._emit("log")
         self._flush()
 
+    def logs(self, last: bool) -> bool:
+        """Whether training values are logged after this step: also after the last one, before its checkpoint."""
+        return last or self.at_limit or self.log_every.due(self.state, epoch_end=last)
+
     def validates(self, last: bool) -> bool:
         """Whether the validation split is to be measured after this step."""
-        return self.val_batches is not None and self.validate_every.due(self.state, epoch_end=last)
+        if self.val_batches is None:
+            return False
+        return self.at_limit or self.validate_every.due(self.state, epoch_end=last)
 
     def _validate(self) -> None:
         """Measure the validation split; training's randomness is not touched."""

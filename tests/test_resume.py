@@ -86,6 +86,34 @@ def test_the_same_command_again_goes_on_as_if_nothing_had_happened(step, monkeyp
     assert status_of(resumed.folder) == "done"
 
 
+class StopAtTheEnd(fw.Callback):
+    """Ends the process of training after the last values are logged."""
+
+    def on_fit_end(self, trainer):
+        raise KeyboardInterrupt
+
+
+def stopped_at_the_end(trainer):
+    trainer.callbacks.insert(0, StopAtTheEnd())  # before the checkpoint is told
+    return trainer
+
+
+def test_a_run_that_is_killed_after_its_last_step_logs_nothing_twice(monkeypatch):
+    from framework.experiment import Experiment
+
+    odd = ["trainer.max_steps=17", "trainer.log_every=7steps", "trainer.validate_every=5steps"]
+    odd += ["callbacks.checkpoint.every=1steps", "callbacks.checkpoint.background=false"]
+    whole, _ = go("run.name=whole", *odd)
+    make = Experiment.trainer
+    with monkeypatch.context() as patched:
+        patched.setattr(Experiment, "trainer", lambda self: stopped_at_the_end(make(self)))
+        with pytest.raises(KeyboardInterrupt):
+            go("run.name=cut", *odd)
+    resumed, said = go("run.name=cut", "resume=auto", *odd)
+    assert said[0] == "going on with runs/default/cut after step 17"
+    assert logged(resumed.folder) == logged(whole.folder)
+
+
 def test_images_in_the_format_of_pixels_go_on_exactly(monkeypatch):
     """`loader.channels_last=auto`, which a convolutional model gets, chooses the same after a resume."""
     images = ["data.image=true", "model=cnn", "model.channels=[4,8]", "transforms=[flip]"]

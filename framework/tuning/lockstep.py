@@ -259,7 +259,7 @@ class Lockstep:
 
     def _count_and_log(self, trainer: Trainer, sizes: list[Batch], last: bool) -> None:
         trainer.counted(sizes, last)
-        if trainer.log_every.due(trainer.state, epoch_end=last) or last:
+        if trainer.logs(last):
             trainer.log_training()
 
     def _validate(self, due: Sequence[Member]) -> None:
