@@ -330,17 +330,10 @@ def predict(arguments: list[str]) -> None:
 
 def write_on(given: argparse.Namespace, sampling: dict[str, Any]) -> None:
     """Print a prompt and what the run's language model puts after it."""
-    trained = opened(given)
-    data, facts = trained.spec.parts["data"].entry.part, trained.facts
-    tokens = data.encode(given.prompt, facts["data"])
-    known = data.decode(tokens.tolist(), facts["data"])
+    known, text = opened(given).generate(given.prompt, **sampling)
     if known != given.prompt:
         print_note(f"framework: the model knows a part of the prompt only; it reads {known!r}")
-    generate = getattr(trained.task, "generate", None)
-    if generate is None:
-        raise FrameworkError(f"the task of {given.run} makes no text: --prompt is for task=language_modelling")
-    made = generate(trained.model, tokens, facts["in_shape"][0], **sampling)
-    print(printable_lines(data.decode([*tokens.tolist(), *made], facts["data"])))
+    print(printable_lines(text))
 
 
 def opened(given: argparse.Namespace) -> Any:

@@ -5,6 +5,7 @@ its own). Escaped, as in a Python string, are control characters, characters tha
 are not shown or that change the direction of a line.
 """
 
+import os
 import re
 import sys
 import traceback
@@ -109,12 +110,21 @@ def print_traceback(error: BaseException) -> None:
     sys.stderr.flush()
 
 
+def is_own(filename: str) -> bool:
+    """Whether a file is one of this package or of the built-in plugins."""
+    plugins = sys.modules.get("framework_plugins")
+    folders = [os.path.dirname(__file__), *getattr(plugins, "__path__", ())]
+    return any(filename.startswith(os.path.join(folder, "")) for folder in folders)
+
+
 @contextmanager
 def printable_warnings() -> Iterator[None]:
-    """Print warnings without what could control the terminal."""
+    """Print warnings without what could control the terminal; those of this package as a line without its source."""
     before = warnings.formatwarning
 
     def formatted(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None):
+        if is_own(filename):
+            return message_line(f"framework: warning: {message}") + "\n"
         source = None if line is None else printable(line)
         text = before(message_line(message), category, printable(filename), lineno, source)  # type: ignore[arg-type]
         return printable_lines(text)

@@ -2,7 +2,8 @@
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from .run import dump, plugins_of, read_config, read_facts, run_behind, run_of_c
 from .spec import Spec, read_spec
 from .task import Task
 from .trainer import Trainer
+from .trainer_state import WRONG_FORM
 from .user_code import describe, user_errors
 
 
@@ -67,7 +69,7 @@ class Trained:
         """Read a file of inputs as the run's data set reads it. Raises DataError when it does not fit the model."""
         if not file.exists():
             raise DataError(f"there is no file {file}")
-        with user_errors(f"reading {file}", DataError):
+        with facts_that_fit(self.run), user_errors(f"reading {file}", DataError):
             inputs = self.spec.parts["data"].entry.part.read_inputs(file, self.facts["data"])
         if not isinstance(inputs, Tensor):
             found = type(inputs).__name__
@@ -87,6 +89,36 @@ class Trained:
             name = type(self.task).__name__
             raise DataError(f"{name}.predict: expected a dict of columns, got {short(columns)}")
         return columns
+
+    def generate(self, prompt: str, **sampling: Any) -> tuple[str, str]:
+        """Let a language model continue a text.
+
+        Args:
+            prompt: the beginning of the text.
+            sampling: settings of the task's `generate`, such as the temperature.
+
+        Returns:
+            What the model knows of the prompt, and the prompt with its continuation.
+        """
+        generate = getattr(self.task, "generate", None)
+        if generate is None:
+            raise RunError(f"the task of {self.run} makes no text: --prompt is for task=language_modelling")
+        data = self.spec.parts["data"].entry.part
+        with facts_that_fit(self.run):
+            tokens = data.encode(prompt, self.facts["data"])
+            known = data.decode(tokens.tolist(), self.facts["data"])
+        made = generate(self.model, tokens, self.facts["in_shape"][0], **sampling)
+        with facts_that_fit(self.run):
+            return known, data.decode([*tokens.tolist(), *made], self.facts["data"])
+
+
+@contextmanager
+def facts_that_fit(run: Path) -> Iterator[None]:
+    """Raise RunError when what a run's facts.json tells of the data has another form than its data set gives it."""
+    try:
+        yield
+    except WRONG_FORM as error:
+        raise RunError(f"{run / 'facts.json'} does not fit the data of the run: {describe(error)}") from error
 
 
 def nearly_equal(first: Scale | None, second: Scale | None) -> bool:

@@ -293,14 +293,7 @@ def test_pictures(command):
 
 def test_a_generated_text(command, monkeypatch, capsys):
     """Line breaks and tabs of a text are its own."""
-    data = SimpleNamespace(encode=lambda text, facts: np.array([0]), decode=lambda tokens, facts: f"a\tb\n{COLOUR}")
-    part = SimpleNamespace(entry=SimpleNamespace(part=data))
-    trained = SimpleNamespace(
-        spec=SimpleNamespace(parts={"data": part}),
-        facts={"data": {}, "in_shape": (4,)},
-        task=SimpleNamespace(generate=lambda *given, **settings: [1]),
-        model=None,
-    )
+    trained = SimpleNamespace(generate=lambda prompt, **settings: (prompt, f"a\tb\n{COLOUR}"))
     monkeypatch.setattr(cli, "opened", lambda given: trained)
     _, out, err = command("predict r --prompt x")
     assert out == "a\tb\n\\x1b[31m\n"
