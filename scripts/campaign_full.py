@@ -240,7 +240,7 @@ def fillings(points: int, chance: random.Random, only: str) -> list[Filling]:
             found += [Filling(command, writer, number) for number in range(times)]
     for number in range(max(points - len(found), 0)):
         command = [RUN, RUN, SWEEP, SEARCH][number % 4]
-        found.append(Filling(command, pages=chance.randrange(0, 120 if command == RUN else 60)))
+        found.append(Filling(command, pages=chance.randrange(0, 60)))
     return [filling for filling in found if only in str(filling)]
 
 
