@@ -34,7 +34,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .discovery import package_version
-from .errors import CheckpointError, RunError, short
+from .errors import CheckpointDiskFull, CheckpointError, RunError, short
 from .files import FULL, TEMPORARY, free_disk_bytes, open_file, parse_json, read_bytes, write_file
 from .memory import free_bytes
 from .shapes import first_line
@@ -87,7 +87,7 @@ def commit(folder: Path, taken: Snapshot) -> Path:
         return publish(beside, folder / folder_name(taken.step))
     except UNWRITABLE as error:
         why = cause(error, folder, needed)
-        raise CheckpointError(f"step {taken.step} cannot be saved in {folder}: {why}") from error
+        raise save_error(error)(f"step {taken.step} cannot be saved in {folder}: {why}") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)  # after a success it is no longer there
 
@@ -287,7 +287,7 @@ def link_to(saved: Path, name: str) -> None:
         else:
             os.replace(aside, link)
     except OSError as error:
-        raise CheckpointError(f"the link {link} cannot be made: {error.strerror}") from error
+        raise save_error(error)(f"the link {link} cannot be made: {error.strerror}") from error
 
 
 def set_aside(folder: Path, chosen: Path) -> None:
@@ -589,15 +589,25 @@ def own_sha256(manifest: dict[str, Any]) -> str:
 
 def cause(error: BaseException, folder: Path, needed: int) -> str:
     """Say why writing failed, with the bytes needed and free when there was no room."""
-    numbers = [e.errno for e in chain(error) if isinstance(e, OSError) and e.errno]
-    numbers += [int(found) for found in re.findall(r"\(os error (\d+)\)", str(error))]
+    number = number_of(error)
     if not folder.parent.exists():
         return f"the folder {folder.parent} does not exist any more"
-    if not numbers:
+    if number is None:
         return first_line(error)
-    full = numbers[0] in FULL
-    room = f" (needs {needed:,} bytes, free are {free_disk_bytes(folder):,})" if full else ""
-    return os.strerror(numbers[0]) + room
+    room = f" (needs {needed:,} bytes, free are {free_disk_bytes(folder):,})" if number in FULL else ""
+    return os.strerror(number) + room
+
+
+def save_error(error: BaseException) -> type[CheckpointError]:
+    """Return the class in which an error of saving is raised."""
+    return CheckpointDiskFull if number_of(error) in FULL else CheckpointError
+
+
+def number_of(error: BaseException) -> int | None:
+    """Return the system's number of an error, or of that which caused it; None when there is none."""
+    numbers = [e.errno for e in chain(error) if isinstance(e, OSError) and e.errno]
+    numbers += [int(found) for found in re.findall(r"\(os error (\d+)\)", str(error))]
+    return numbers[0] if numbers else None
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:

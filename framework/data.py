@@ -10,7 +10,7 @@ from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from .errors import DataError, FrameworkError, short
 from .kinds import Shape
 from .memory import check_room
 from .ragged import GatheredSplit, RaggedSplit as RaggedSplit, WindowSplit as WindowSplit
-from .schema import NonNegativeFloat, NonNegativeInt, PositiveInt
+from .schema import NonNegativeFloat, PositiveInt, Range
 from .workers import (
     MEMORY,
     Batch as Batch,
@@ -231,7 +231,7 @@ class Loader:
         split: Split,
         batch_size: PositiveInt = 32,
         eval_batch_size: PositiveInt = 256,
-        workers: NonNegativeInt = 0,
+        workers: Annotated[int, Range("[0, 1024]")] = 0,
         drop_last: bool = False,
         timeout_seconds: NonNegativeFloat = 0.0,
         on_bad_sample: Literal["raise", "skip"] = "raise",
@@ -249,7 +249,7 @@ class Loader:
         Args:
             batch_size: training samples a batch.
             eval_batch_size: samples a batch in validation, test and prediction.
-            workers: processes that load samples ahead (0: none; data in memory needs none).
+            workers: processes that load samples ahead (0: none; data in memory needs none; at most 1024).
             drop_last: leave out the last training batch of an epoch when it is smaller.
             timeout_seconds: how long a batch may take to come from a worker, before it is an error (0: for ever).
             on_bad_sample: what to do when a sample cannot be read: raise an error that names it, or skip it; then its

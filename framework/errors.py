@@ -56,8 +56,16 @@ class RunError(FrameworkError):
     """A run folder is missing, taken, unwritable or not what it should be."""
 
 
+class DiskFull(RunError):
+    """A disk has no room. A sweep ends then, and trains the trial again when it is resumed."""
+
+
 class CheckpointError(FrameworkError):
     """A checkpoint cannot be written, or does not verify."""
+
+
+class CheckpointDiskFull(CheckpointError, DiskFull):
+    """A disk has no room for a checkpoint."""
 
 
 def nearest(word: str, options: Iterable[str]) -> str | None:

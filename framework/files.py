@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal
 
-from .errors import RunError
+from .errors import DiskFull, RunError
 
 Mode = Literal["r", "r+", "a", "x"]
 FLAGS = {
@@ -245,7 +245,12 @@ def check_exists(folder: Path) -> None:
 
 def unwritable(path: Path, error: OSError, needed: int | None = None) -> RunError:
     """Return the error of a file that cannot be written: why, and of a full disk the bytes needed and free."""
-    return RunError(f"{path} cannot be written: {reason_of(path, error, needed)}")
+    return write_error(error)(f"{path} cannot be written: {reason_of(path, error, needed)}")
+
+
+def write_error(error: OSError) -> type[RunError]:
+    """Return the class in which an error of writing is raised: DiskFull where the disk has no room."""
+    return DiskFull if error.errno in FULL else RunError
 
 
 def reason_of(path: Path, error: OSError, needed: int | None = None) -> str:

@@ -26,18 +26,79 @@ def is_full(error: BaseException) -> bool:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Return how many bytes of memory a device has free; None where it does not tell."""
+    """Return how many bytes of memory a device has free; None where it does not tell.
+
+    On the CPU a limit of a control group counts as well, as containers and batch systems set one.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    lines = meminfo.read_text(encoding="utf-8").splitlines() if meminfo.is_file() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
+    free = numbers_in(Path("/proc/meminfo")).get("MemAvailable:")
+    left = cgroup_bytes()
+    if free is None:
+        return left
+    return free * 1024 if left is None else min(free * 1024, left)
+
+
+def cgroup_bytes(listing: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Return how many bytes of memory the control groups of this process leave to it; None without a limit.
+
+    Cached files count as free: the system drops them first.
+
+    Args:
+        listing: the file with the control groups of the process.
+        root: where control groups are mounted, of version 1 or 2.
+    """
+    found = []
+    for line in lines_in(listing):
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base, maximum, current, cached = root, "memory.max", "memory.current", "{}_file"
+        elif "memory" in controllers.split(","):
+            base, maximum, current = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cached = "total_{}_file"
+        else:
+            continue
+        group = base / path.lstrip("/")
+        for folder in (group, *group.parents):  # each of them may have a limit
+            if folder.is_relative_to(base):
+                limit, used = first_number(folder / maximum), first_number(folder / current)
+                if limit is None or used is None:
+                    continue
+                stat = numbers_in(folder / "memory.stat")
+                files = stat.get(cached.format("active"), 0) + stat.get(cached.format("inactive"), 0)
+                found.append(max(0, limit - max(0, used - files)))
+    return min(found, default=None)
+
+
+def first_number(file: Path) -> int | None:
+    """Return the number in a file; None when there is none ("max")."""
+    text = " ".join(lines_in(file))
+    return int(text) if text.isdigit() else None
+
+
+def numbers_in(file: Path) -> dict[str, int]:
+    """Return the numbers in a file with a name and a number a line; empty when there is no such file."""
+    numbers = {}
+    for line in lines_in(file):
+        name, *rest = line.split()
+        if rest and rest[0].isdigit():
+            numbers[name] = int(rest[0])
+    return numbers
+
+
+def lines_in(file: Path) -> list[str]:
+    """Return the lines of a file of the system; none when it cannot be read."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError:
+        return []
+    return [line for line in text.splitlines() if line.strip()]
 
 
 def available_bytes() -> int | None:
     """Return how many bytes of memory this process can still get; None where the system does not say.
 
-    That is what the machine has free, or less if the address space of the process is limited (`ulimit -v`).
+    That is what `free_bytes` says of the CPU, or less if the address space of the process is limited (`ulimit -v`).
     """
     free = free_bytes(torch.device("cpu"))
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
@@ -49,9 +110,9 @@ def available_bytes() -> int | None:
     return left if free is None else min(free, left)
 
 
-def check_room(needed: int, what: str) -> None:
+def check_room(needed: float, what: str) -> None:
     """Raise DataError when this machine has not so many bytes of memory free (where it tells how many it has)."""
-    free = free_bytes(torch.device("cpu"))
+    free = available_bytes()
     if free is not None and needed > free:
         raise DataError(f"{what} takes about {needed / 2**30:.3g} GiB, and {free / 2**30:.3g} GiB are free")
 

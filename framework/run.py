@@ -21,7 +21,7 @@ from weakref import ref
 
 from .discovery import package_version
 from .errors import RunError, short
-from .files import open_file, read_json, read_yaml, reason_of, remove_temporary, write_file
+from .files import open_file, read_json, read_yaml, reason_of, remove_temporary, write_error, write_file
 from .git import commit_and_diff
 from .locks import Held, are_off, is_gone, lock, this_process
 from .paths import expanded
@@ -63,7 +63,7 @@ class RunFolder:
         except OSError as error:
             where = parent / (name or "...")
             why = reason_of(where, error)
-            raise RunError(f"the run folder {where} cannot be made: {why} (run.root={root})") from None
+            raise write_error(error)(f"the run folder {where} cannot be made: {why} (run.root={root})") from None
 
     @classmethod
     def existing(cls, path: Path) -> "RunFolder":
@@ -75,7 +75,8 @@ class RunFolder:
                 folder.lock = only_writer(path)
             remove_litter(path)
         except OSError as error:
-            raise RunError(f"the run folder {path} cannot be written: {reason_of(path, error)}") from None
+            said = f"the run folder {path} cannot be written: {reason_of(path, error)}"
+            raise write_error(error)(said) from None
         return folder
 
     def write(self, file: str, content: Any) -> None:

@@ -100,13 +100,13 @@ class Trained:
         Returns:
             What the model knows of the prompt, and the prompt with its continuation.
         """
-        generate = getattr(self.task, "generate", None)
-        if generate is None:
-            raise RunError(f"the task of {self.run} makes no text: --prompt is for task=language_modelling")
         data = self.spec.parts["data"].entry.part
         with facts_that_fit(self.run):
             tokens = data.encode(prompt, self.facts["data"])
             known = data.decode(tokens.tolist(), self.facts["data"])
+        generate = getattr(self.task, "generate", None)
+        if generate is None:
+            raise RunError(f"the task of {self.run} makes no text: --prompt is for task=language_modelling")
         made = generate(self.model, tokens, self.facts["in_shape"][0], **sampling)
         with facts_that_fit(self.run):
             return known, data.decode([*tokens.tolist(), *made], self.facts["data"])

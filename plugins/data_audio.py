@@ -66,6 +66,7 @@ class SoundData(Data):
         self, classes: Sequence[str], sample_rate: int, seconds: float, resample: bool = False, min_seconds: float = 0.0
     ):
         self.classes, self.out_shape = list(classes), (len(classes),)
+        check_room(8 * seconds * sample_rate, f"a sound of {seconds:g} s at {sample_rate} samples a second")
         self.in_shape = (2, max(1, round(seconds * sample_rate)))
         self.sample_rate, self.resample, self.min_seconds = sample_rate, resample, min_seconds
 
@@ -401,6 +402,7 @@ class Tones(SoundData):
             test_fraction: share of the sounds for the test.
         """
         super().__init__(list(PITCH), sample_rate, seconds)
+        check_room(24 * samples * self.in_shape[1], f"tones with samples={samples}, seconds={seconds:g}")
         draw = seeds.generator(seed, "tones")
         labels = torch.arange(samples) % len(PITCH)
         inputs = torch.stack([self.tone(label, noise, draw) for label in labels.tolist()])

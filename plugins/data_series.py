@@ -16,6 +16,7 @@ from torch import Tensor
 
 from framework import Data, NonNegativeFloat, PositiveInt, Rate, TensorSplit, datasets, seeds
 from framework.errors import DataError, did_you_mean
+from framework.memory import check_room
 from framework_plugins.arrays import (
     as_targets,
     check_digits,
@@ -163,7 +164,9 @@ def pad(sequences: Sequence[Tensor], facts: dict[str, Any], path: Path) -> Tenso
     """Return sequences standardised, (cases, channels + 1, length). Raises DataError for one that does not fit."""
     dtype = torch.float64 if facts.get("float64") else torch.float32
     mean, std = (torch.tensor(facts[name], dtype=dtype)[:, None] for name in ("mean", "std"))
-    inputs = torch.zeros(len(sequences), len(mean) + 1, facts["length"])
+    length, channels = facts["length"], len(mean) + 1
+    check_room(4 * len(sequences) * channels * length, f"{len(sequences)} sequences of {length} frames")
+    inputs = torch.zeros(len(sequences), channels, length)
     for row, sequence in enumerate(sequences):
         channels, frames = sequence.shape
         if channels != len(mean):
@@ -506,6 +509,7 @@ class Seasonal(SeriesData):
             val_fraction: share of the rows, before those of the test, for validation.
             test_fraction: share of the rows, the last ones, for the test.
         """
+        check_room(200 * 336 * weeks, f"seasonal with weeks={weeks}")  # a time and several numbers a half-hour
         t = torch.arange(weeks * 336, dtype=torch.float64)
         new = torch.randn(len(t), generator=seeds.generator(seed, "seasonal"), dtype=torch.float64)
         lasting, drift = 0.0, []

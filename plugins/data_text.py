@@ -17,6 +17,7 @@ from torch import Tensor
 from framework import Data, NonNegativeInt, PositiveInt, Rate, datasets, seeds
 from framework.data import RaggedSplit
 from framework.errors import DataError, did_you_mean, short
+from framework.memory import check_room
 from framework.registry import Registry
 from framework.schema import PartOf
 from framework_plugins.arrays import cache_folder, fetching
@@ -81,6 +82,7 @@ class TextData(Data):
             raise DataError(f"{path} has no texts; a .txt file has one in each line")
         tokenizer = known_tokenizer(facts)
         encoded = [ids_of(text, tokenizer, facts["max_length"]) for text in texts]
+        check_room(8 * len(encoded) * facts["max_length"], f"{len(encoded)} texts of {facts['max_length']} tokens")
         inputs = torch.zeros(len(encoded), facts["max_length"], dtype=torch.int64)
         for row, ids in enumerate(encoded):
             inputs[row, : len(ids)] = ids

@@ -24,6 +24,31 @@ def score(model, data):
     return model.fit(x, y.squeeze()).score(x_test, y_test.squeeze())
 
 
+ABSURD = {
+    "blobs": [{"samples": 10**12}, {"features": 10**12}, {"classes": 10**12}, {"samples": 10**30}],
+    "spirals": [{"samples": 10**12}],
+    "friedman1": [{"samples": 10**12}, {"features": 10**12}],
+    "digits": [{"size": 10**6}],
+    "seasonal": [{"weeks": 10**12}],
+    "tones": [{"samples": 10**12}, {"seconds": 1e12}, {"seconds": 1e308}, {"sample_rate": 10**12}],
+}
+CASES = [(name, settings) for name, cases in ABSURD.items() for settings in cases]
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES, ids=[f"{name}-{key}" for name, case in CASES for key in case])
+def test_a_size_beyond_the_memory_is_refused_before_it_is_taken(name, settings):
+    with pytest.raises(DataError, match=r"takes about \S+ GiB, and \S+ GiB are free$"):
+        fw.datasets.build(name, **settings)
+
+
+def test_every_setting_of_a_size_of_made_data_is_tried():
+    """Control: a setting that is added to a data set is added above as well."""
+    sizes = {"samples", "features", "classes", "size", "weeks", "seconds", "sample_rate"}
+    tried = {name: {key for settings in cases for key in settings} for name, cases in ABSURD.items()}
+    for name in tried:
+        assert sizes & set(fw.datasets.get(name).settings) - {"classes"} <= tried[name]
+
+
 @pytest.mark.parametrize("name", NEED_NO_FILE)
 def test_every_set_keeps_the_contract(name):
     data = fw.datasets.build(name)

@@ -260,6 +260,40 @@ def test_a_limit_of_the_address_space_counts(monkeypatch):
     assert memory.available_bytes() <= 2**26 + 2**22
 
 
+def control_group(folder, **content):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in content.items():
+        (folder / name.replace("__", ".")).write_text(f"{text}\n")
+
+
+def test_a_limit_of_a_control_group_counts(tmp_path, monkeypatch):
+    listing, root = tmp_path / "cgroup", tmp_path / "groups"
+    listing.write_text("0::/system.slice/job_7\n")
+    control_group(root, memory__stat="active_file 0")
+    control_group(root / "system.slice", memory__max=5 * 2**20, memory__current=3 * 2**20)
+    control_group(root / "system.slice/job_7", memory__max="max", memory__current=2**20)
+    assert memory.cgroup_bytes(listing, root) == 2 * 2**20
+    control_group(root / "system.slice", memory__stat=f"anon 7\nactive_file {2**19}\ninactive_file {2**20}")
+    assert memory.cgroup_bytes(listing, root) == 2 * 2**20 + 2**20 + 2**19
+    control_group(root / "system.slice", memory__max="max")
+    assert memory.cgroup_bytes(listing, root) is None
+    assert memory.cgroup_bytes(tmp_path / "none", root) is None
+    monkeypatch.setattr(memory, "cgroup_bytes", lambda: 2**20)
+    assert memory.available_bytes() == 2**20
+
+
+def test_a_limit_of_a_control_group_of_version_1_counts(tmp_path):
+    listing, root = tmp_path / "cgroup", tmp_path / "groups"
+    listing.write_text("5:cpu,cpuacct:/\n4:memory:/docker/3a\n0::/\n")
+    limits = {"memory__limit_in_bytes": 4 * 2**20, "memory__usage_in_bytes": 3 * 2**20}
+    control_group(
+        root / "memory", memory__stat=f"active_file 9\ntotal_inactive_file {2**19}", **limits
+    )  # as seen inside
+    assert memory.cgroup_bytes(listing, root) == 2**20 + 2**19
+    control_group(root / "memory/docker/3a", memory__limit_in_bytes=2**20, memory__usage_in_bytes=2**21)
+    assert memory.cgroup_bytes(listing, root) == 0
+
+
 def test_a_large_picture_gives_one_line_that_names_it(tmp_path, monkeypatch, recwarn):
     (tmp_path / "p.png").write_bytes(READERS["p.png"][0])
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)

@@ -3,10 +3,13 @@
 A limit to the size of files (`ulimit -f`) stands for a disk without room: the system refuses what goes beyond it.
 """
 
+import errno
 import json
 import os
 import random
+import re
 import resource
+import shlex
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +19,9 @@ import torch
 from torch import nn
 
 import framework as fw
+import framework.run
 from framework import Callback, Trainer
+from framework.cli import main
 from framework.clock import write_trace
 from framework.errors import CheckpointError, RunError
 from framework.files import AppendFile
@@ -24,7 +29,7 @@ from framework.resume import last_values, status_of
 from framework.status import Status
 from framework.tuning.folder import SweepFolder, Trial
 from framework.tuning.live import Lines, Output
-from framework.tuning.study import Journal
+from framework.tuning.study import Journal, storage_in
 from framework_plugins.loggers import keep_lines
 from runs import logged
 from test_trainer import OPTIMIZERS, SPLIT, At, network
@@ -344,6 +349,127 @@ def test_a_sweep_whose_folder_is_deleted_ends(command, monkeypatch):
     assert status == 2
     assert err.splitlines()[-1].endswith("the folder runs/default/s does not exist any more")
     assert err.count("\n") == 1
+    assert not Path("runs/default/s").exists()
+
+
+SEARCH = (
+    "train -m data=blobs data.samples=200 trainer.max_epochs=1 loggers=[] resume=auto sweep.name=s "
+    "hydra/sweeper=optuna hydra.sweeper.trials=3 hydra.sweeper.startup=2 optimizer.lr=interval(0.001,0.1)"
+)
+ONE_BY_ONE, AS_ONE = "hydra/launcher=one_by_one", "hydra/launcher=vectorized hydra.launcher.processes=1"
+
+
+def outcomes(folder):
+    """Return what does not depend on time in the rows of a sweep."""
+    rows = SweepFolder(folder).trials()
+    return [(row.number, row.settings, row.state, row.metrics.get("val/loss")) for row in rows]
+
+
+@pytest.fixture
+def fresh(command):
+    """Run a command as in a new process, which has read no journal."""
+
+    def run(line):
+        storage_in.cache_clear()
+        return command(line)
+
+    return run
+
+
+def no_room(monkeypatch, places, number):
+    """Let the disk be full from the n-th time that a checkpoint is written, or a row of a sweep, or a run begins."""
+    module, name = places
+    left, real = iter(range(number)), getattr(module, name)
+
+    def full(*given, **named):
+        if next(left, None) is None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*given, **named)
+
+    monkeypatch.setattr(module, name, full)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The outcomes of the search, by launcher."""
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for launcher in (ONE_BY_ONE, AS_ONE):
+            storage_in.cache_clear()
+            patch.chdir(tmp_path_factory.mktemp("search"))
+            with pytest.raises(SystemExit) as exit:
+                main(shlex.split(f"{SEARCH} {launcher}"))
+            assert exit.value.code == 0
+            found[launcher] = outcomes(Path("runs/default/s"))
+    return found
+
+
+FULL_AT = {
+    "checkpoint": (ONE_BY_ONE, (fw.checkpoint, "write"), 1),
+    "run-folder": (ONE_BY_ONE, (framework.run, "only_writer"), 1),
+    "checkpoint-as-one": (AS_ONE, (fw.checkpoint, "write"), 1),
+    "run-folder-as-one": (AS_ONE, (framework.run, "only_writer"), 1),
+}
+
+
+@pytest.mark.parametrize("case", FULL_AT)
+def test_a_search_goes_on_exactly_after_a_full_disk(fresh, monkeypatch, undisturbed, case):
+    launcher, places, number = FULL_AT[case]
+    with monkeypatch.context() as patch:
+        no_room(patch, places, number)
+        status, _, err = fresh(f"{SEARCH} {launcher}")
+    assert status == 2
+    assert re.fullmatch(r"framework: .*No space left on device.*", err.splitlines()[-1])
+    states = {state for *_, state, _ in outcomes(Path("runs/default/s"))}
+    assert "stopped" in states
+    assert "failed" not in states
+    status, out, err = fresh(f"{SEARCH} {launcher}")
+    assert (status, err) == (0, ""), out
+    found = outcomes(Path("runs/default/s"))
+    if launcher == ONE_BY_ONE:
+        assert found == undisturbed[launcher]
+    else:  # trials that go on alone are equal but for rounding
+        for one, other in zip(found, undisturbed[launcher], strict=True):
+            assert one[:3] == other[:3]
+            assert one[3] == pytest.approx(other[3], rel=1e-3)
+
+
+def test_a_trial_that_fails_of_something_else_counts_as_ended(fresh, monkeypatch, undisturbed):
+    """Control: the search above is the same only since its trial was not told as failed."""
+
+    def fail(*given):
+        raise RunError("cannot be written")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fw.checkpoint, "write", fail)
+        status, _, err = fresh(f"{SEARCH} {ONE_BY_ONE}")
+    assert (status, err) == (2, "framework: 3 of 3 trials failed\n")
+    assert fresh(f"{SEARCH} {ONE_BY_ONE}")[0] == 2
+    assert {state for *_, state, _ in outcomes(Path("runs/default/s"))} == {"failed"}
+
+
+def test_a_grid_ends_at_a_full_disk(command, monkeypatch):
+    grid = "train -m data=blobs trainer.max_epochs=1 loggers=[json_lines] sweep.name=s seed=0,1,2 resume=auto"
+    with monkeypatch.context() as patch:
+        no_room(patch, (fw.checkpoint, "write"), 1)
+        status, _, err = command(f"{grid} {ONE_BY_ONE}")
+    assert status == 2
+    assert "cannot be saved in runs/default/s/001_seed-1" in err.splitlines()[-1]
+    assert [row[2] for row in outcomes(Path("runs/default/s"))] == ["done", "stopped"]
+    assert command(f"{grid} {ONE_BY_ONE}")[0] == 0
+    assert [row[2] for row in outcomes(Path("runs/default/s"))] == ["done"] * 3
+
+
+def test_a_search_whose_folder_is_deleted_ends(fresh, monkeypatch):
+    from framework.trainer import Trainer as Trains
+
+    def deleting(self):
+        shutil.rmtree("runs/default/s", ignore_errors=True)
+
+    monkeypatch.setattr(Trains, "log_training", deleting)
+    status, _, err = fresh(f"{SEARCH} {ONE_BY_ONE}")
+    assert status == 2
+    assert err.splitlines()[-1].endswith("/runs/default/s does not exist any more")
     assert not Path("runs/default/s").exists()
 
 

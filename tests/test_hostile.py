@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import struct
@@ -539,6 +540,33 @@ def resume(run, *overrides):
     spec = read_spec_of(run, altered(read_resumable(run), overrides or ["trainer.max_epochs=2"]))
     spec.resume = str(run)
     return train(spec, "default", [], say=lambda line: None)
+
+
+ABSURD = [
+    ("eval {}", "loader", "workers", r"loader\.workers=1000000: .*\[0, 1024\]"),
+    ("resume {}", "loader", "workers", r"loader\.workers=1000000: .*\[0, 1024\]"),
+    ("predict {} --input new.csv --output y.csv", "loader", "workers", r"loader\.workers=1000000: .*\[0, 1024\]"),
+    ("eval {}", "data", "samples", "blobs with samples=1000000000000, .*takes about"),
+    ("resume {}", "data", "samples", "blobs with samples=1000000000000, .*takes about"),
+]
+
+
+@pytest.mark.parametrize(
+    ("verb", "section", "name", "message"), ABSURD, ids=[f"{verb.split()[0]}-{name}" for verb, _, name, _ in ABSURD]
+)
+def test_an_absurd_setting_of_a_run_is_refused(command, trained_run, monkeypatch, verb, section, name, message):
+    Path("new.csv").write_text("a,b\n1,2\n")
+    config = yaml.safe_load((trained_run / "config.yaml").read_text())
+    config["trainer"]["max_epochs"] = 2
+    (trained_run / "status.json").unlink()  # which says that it is done
+    config.setdefault(section, {})[name] = {"workers": 10**6, "samples": 10**12}[name]
+    (trained_run / "config.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.setattr(os, "fork", lambda: pytest.fail("a process was started"))
+    with within():
+        status, out, err = command(verb.format(trained_run))
+    assert status == 2, out
+    assert re.search(message, err), err
+    assert err.count("\n") == 1
 
 
 STEP = "checkpoints/step-00000003"

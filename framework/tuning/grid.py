@@ -16,6 +16,7 @@ from ..schema import PositiveInt
 from ..signals import received
 from ..terminal import print_line
 from .combinations import Rule, combinations
+from .launcher import result_of
 from .trials import Trials, composed
 
 
@@ -53,7 +54,7 @@ class Grid(Sweeper):
         size = self.batch or len(overrides)
         for first in range(0, len(overrides), size):
             ended = self.runs.launch(overrides[first : first + size], initial_job_idx=first)
-            if received() is not None or any(trial.return_value.state == "stopped" for trial in ended):
+            if received() is not None or any(result_of(job).state == "stopped" for job in ended):
                 break
 
     def of_params(self, arguments: list[str]) -> list[str]:

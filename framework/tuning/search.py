@@ -36,6 +36,7 @@ from ..user_code import describe
 from .composer import Composer
 from .folder import SweepFolder, Trial
 from .importance import pictures, ranked, report, sign_of
+from .launcher import result_of
 from .space import Space
 from .study import Direction, Pruner, create_study, make_sampler
 from .trials import Trials
@@ -183,11 +184,14 @@ class Campaign:
         return batch
 
     def tell(self, numbers: Iterable[int]) -> bool:
-        """Tell the study how trials ended, in order; returns whether one was interrupted, and waits to go on."""
+        """Tell the study how trials ended, in order.
+
+        Returns whether one was interrupted, by a signal or a full disk, and is left for a resumed search.
+        """
         rows = {trial.number: trial for trial in self.folder.trials()}
         for number in sorted(numbers):
             row = rows.get(number)
-            if row is None or row.state == "stopped":
+            if row is None or row.state in ("running", "stopped"):
                 return True
             self.tell_one(row)
         return False
@@ -288,7 +292,8 @@ class OptunaSweeper(Sweeper):
         fine = {number: overrides for number, overrides in batch.items() if self.compose(number, overrides)}
         for first, overrides in stretches(fine):
             try:
-                self.away.launch(overrides, initial_job_idx=first)
+                for job in self.away.launch(overrides, initial_job_idx=first):
+                    result_of(job)  # raises what a launcher's process raised
                 why = "its process ended without a word"
             except FrameworkError:
                 raise
@@ -296,8 +301,12 @@ class OptunaSweeper(Sweeper):
                 why = describe(error)
                 if not any(row.number in fine for row in trials.folder.trials()):
                     raise
-            for row in trials.folder.trials():
-                if row.number in fine and row.state == "running":
+            launched = range(first, first + len(overrides))
+            rows = [row for row in trials.folder.trials() if row.number in launched]
+            if received() is not None or any(row.state == "stopped" for row in rows):
+                return
+            for row in rows:
+                if row.state == "running":
                     trials.end(replace(row, state="failed", error=why, exit_status=1))
 
     def compose(self, number: int, overrides: list[str]) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import FrameworkError, RunError
-from ..files import MOST_LINE_BYTES, MOST_ROWS_BYTES, AppendFile, open_file, parse_row
+from ..files import MOST_LINE_BYTES, MOST_ROWS_BYTES, AppendFile, open_file, parse_row, reason_of
 from ..locks import lock
 
 try:
@@ -66,7 +66,7 @@ class Journal(BaseJournalBackend):
                         found.append(log)
                     number += 1
         except OSError as error:
-            raise RunError(f"{self.path} cannot be read: {error.strerror}") from error
+            raise RunError(f"{self.path} cannot be read: {reason_of(self.path, error)}") from error
         self.read = (number, offset)
         return found
 

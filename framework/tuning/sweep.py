@@ -14,7 +14,7 @@ from omegaconf import OmegaConf, flag_override
 
 from ..compose import Composing, Job, hydra_in, to_tree
 from ..describe import console
-from ..errors import ConfigError, FrameworkError, RunError, did_you_mean
+from ..errors import ConfigError, DiskFull, FrameworkError, RunError, did_you_mean
 from ..experiment import Result
 from ..overrides import hydra_fault, of_hydra
 from ..registry import Registry
@@ -187,16 +187,22 @@ def show(trials: Trials) -> None:
 
 
 def settle(trials: Trials, received: int | None) -> None:
-    """Exit as a signal asks for. Raises FrameworkError when trials failed, or none was measured by the metric.
+    """Exit as a signal asks for.
+
+    Raises DiskFull when a trial found no room, and FrameworkError when trials failed, or none was measured by the
+    metric.
 
     received: the signal that came, perhaps after the last step of the last trial.
     """
     rows: list[Trial] = [] if trials.opened is None else trials.opened.trials()
     if received is not None:
         sys.exit(128 + received)
-    stopped = [trial.exit_status for trial in rows if trial.state == "stopped"]  # perhaps in a launcher's process
+    stopped = [trial for trial in rows if trial.state == "stopped"]  # perhaps in a launcher's process
+    for trial in stopped:
+        if trial.error:
+            raise DiskFull(trial.error)
     if stopped:
-        sys.exit(max(stopped) or 128 + signal.SIGINT)
+        sys.exit(max(trial.exit_status for trial in stopped) or 128 + signal.SIGINT)
     failed = [trial for trial in rows if trial.state == "failed"]
     done, metric = [trial for trial in rows if trial.state == "done" and trial.metrics], next(iter(trials.by))
     if failed:

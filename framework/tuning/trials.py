@@ -11,14 +11,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..compose import Composing, Job
-from ..errors import ConfigError, FrameworkError
+from ..errors import ConfigError, DiskFull, FrameworkError
 from ..experiment import Result
 from ..resume import fingerprint
 from ..signals import received
 from ..streams import prepare_streams
 from ..terminal import print_traceback
 from .composer import Composer
-from .folder import SweepFolder, Trial, run_name
+from .folder import State, SweepFolder, Trial, run_name
 from .isolation import isolated
 from .live import Lines, Output, Shown, display
 from .settings import Sweep
@@ -144,10 +144,11 @@ class Trials:
         return trial
 
     def failed(self, trial: Trial, error: Exception, seconds: float) -> Trial:
-        """Return the row of a trial that failed."""
+        """Return the row of a trial that failed; one that failed of a full disk is left for a resumed sweep."""
+        state: State = "stopped" if isinstance(error, DiskFull) else "failed"
         status = error.exit_status if isinstance(error, FrameworkError) else 1
         said = "; ".join(self.explain(error))
-        return replace(trial, state="failed", error=said, exit_status=status, seconds=added(trial, seconds))
+        return replace(trial, state=state, error=said, exit_status=status, seconds=added(trial, seconds))
 
     def end(self, trial: Trial) -> Trial:
         """Record how a trial ended, and point to the best so far."""
