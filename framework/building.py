@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from . import seeds
 from .checks import single_sample
 from .data import Data, Loader, Scale, check_data
+from .discovery import OWN
 from .errors import BuildError, DataError, FrameworkError, short
 from .folds import take_fold
 from .memory import free_bytes
@@ -34,10 +35,12 @@ from .user_code import describe, reason_of, text_of, user_errors, user_place
 
 MOST_TIMES = 8  # as many numbers as a checkpoint has: tied and replaced weights count several times
 MOST_MORE = 2**22
+FLOAT_BYTES = 4
 MODULES_PER_TENSOR = 10
 MOST_MODULES = 20_000
-MOST_IN_A_TENSOR = 2**26  # more than those of the checkpoint: a mask, a table of positions
+MOST_TENSOR_BYTES = 2**28  # more than those of the checkpoint: a mask of 16,384 positions, of one byte each
 LARGEST_SETTING = 2**18  # a count of layers becomes a list before there are any
+LARGEST_OTHER_SETTING = 2**32  # of a user's plugin, where it may be a seed
 TENSOR_MAKERS = {torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.full, torch.eye, torch.arange}
 
 
@@ -141,19 +144,16 @@ def model_limits(spec: Spec, saved: Mapping[str, Sequence[int]]) -> Iterator[Non
         saved: the shapes of the checkpoint's tensors.
     """
     numbers = sum(map(math.prod, saved.values()))
-    maker = spec.parts["model"]
-    largest = max(integers(maker), default=0)
-    if largest > max(numbers, LARGEST_SETTING):
-        raise BuildError(f"model={maker.entry.name}: a setting is {largest:,}; its checkpoint has {numbers:,} numbers")
+    check_settings(spec.parts["model"], numbers)
     with (
         SizeLimits(MOST_TIMES * numbers + MOST_MORE, MODULES_PER_TENSOR * len(saved) + MOST_MODULES),
-        LimitedTensors(MOST_TIMES * numbers + MOST_IN_A_TENSOR),
+        LimitedTensors(MOST_TIMES * FLOAT_BYTES * numbers + MOST_TENSOR_BYTES),
     ):
         yield
 
 
 class LimitedTensors(TorchFunctionMode):
-    """Within this context, a call that would make a tensor of more than `most` numbers raises BuildError instead."""
+    """Within this context, a call that would make a tensor of more than `most` bytes raises BuildError instead."""
 
     def __init__(self, most: int):
         super().__init__()
@@ -165,7 +165,9 @@ class LimitedTensors(TorchFunctionMode):
         settings = settings or {}
         if function in TENSOR_MAKERS:
             numbers = requested(function, given, settings)
-            if numbers > self.most:
+            dtype = settings.get("dtype")
+            size = dtype.itemsize if isinstance(dtype, torch.dtype) else FLOAT_BYTES
+            if numbers * size > self.most:
                 raise BuildError(f"the config asks for a tensor of {numbers:,} numbers; its checkpoint has fewer")
         return function(*given, **settings)
 
@@ -181,11 +183,39 @@ def requested(function: Any, given: Sequence[Any], settings: Mapping[str, Any]) 
     return math.prod(size for size in sizes if isinstance(size, int))
 
 
-def integers(value: Any) -> Iterator[int]:
-    """Yield the integers in the settings of a part."""
+def check_settings(value: Any, numbers: int) -> None:
+    """Raise BuildError for a part with a setting that is too large a count, also in what is nested in it.
+
+    Args:
+        numbers: how many the checkpoint holds.
+    """
+    if not isinstance(value, Maker):
+        for part in makers_in(value):
+            check_settings(part, numbers)
+        return
+    is_own = value.entry.registered.module.partition(".")[0] == OWN
+    most = max(numbers, LARGEST_SETTING if is_own else LARGEST_OTHER_SETTING)
+    largest = max(integers(value.settings), default=0)
+    if largest > most:
+        name = f"{value.entry.kind.name}={value.entry.name}"
+        raise BuildError(f"{name}: a setting is {largest:,}; its checkpoint has {numbers:,} numbers")
+    check_settings(value.settings, numbers)
+
+
+def makers_in(value: Any) -> Iterator[Maker]:
+    """Yield the parts in the settings of a part, but not those within them."""
     if isinstance(value, Maker):
-        yield from integers(value.settings)
+        yield value
     elif isinstance(value, Mapping):
+        yield from makers_in(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from makers_in(each)
+
+
+def integers(value: Any) -> Iterator[int]:
+    """Yield the integers in the settings of a part, but not those of parts within them."""
+    if isinstance(value, Mapping):
         yield from integers(list(value.values()))
     elif isinstance(value, list | tuple):
         for each in value:

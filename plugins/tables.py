@@ -21,7 +21,9 @@ from framework_plugins.arrays import Texts, mean_and_std
 from framework_plugins.data_files import one_line, open_data, parse_number, read_bytes, readable
 
 LARGEST = 3.4e38  # what a float32 can hold
+BOM = b"\xef\xbb\xbf"  # spreadsheets write it at the beginning of a CSV in UTF-8
 MISSING = {"", "?", "na", "n/a", "nan", "null", "none"}  # what an empty cell may say, in small letters or capitals
+SIGNED_NAN = {"-nan", "+nan"}  # what C prints for a number that is NaN; as a text it is no empty cell
 BLOCK_BYTES = 2**20  # of a CSV that Arrow parses at once; grows with the longest row
 BLOCK_BYTES_PER_COLUMN = 2**12  # so that a block has hundreds of rows also in a table of thousands of columns
 LARGEST_BLOCK = 2**31 - 1  # of Arrow
@@ -54,7 +56,7 @@ def read_csv(path: Path, delimiter: str | None = None) -> Table:
     """Return the columns of a CSV, texts, and null where a cell says that it is empty (see MISSING)."""
     content = read_bytes(path)
     with readable(path):
-        start = 3 if content.startswith(b"\xef\xbb\xbf") else 0
+        start = len(BOM) if content.startswith(BOM) else 0
         end = start + len(lines_of(content[start : start + 2**16]).readline())  # so far only to count delimiters
         first = content[start:end].decode("utf-8", errors="replace")
         delimiter = delimiter or max(",;\t|", key=first.count)
@@ -149,7 +151,7 @@ def check_rows(content: bytes, width: int, delimiter: str, path: Path) -> None:
         content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is no UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    for line, row in records(lines_of(content), delimiter, path):
+    for line, row in records(lines_of(content.removeprefix(BOM)), delimiter, path):
         if row and len(row) != width:
             raise DataError(f"{path}, line {line}: {len(row)} cells, but {width} columns")
 
@@ -333,7 +335,7 @@ def as_number(cell: str | float | None) -> float | None:
     if cell is None:
         return math.nan
     if isinstance(cell, str):
-        if cell.strip().lower() in MISSING:
+        if cell.strip().lower() in MISSING | SIGNED_NAN:
             return math.nan
         number = parse_number(cell)
     else:

@@ -351,17 +351,20 @@ def test_no_reader_takes_a_text_for_a_number(text, tmp_path):
         fw.datasets.build("ts_files", path=tmp_path / "c.ts")
 
 
+def read_column(path, label):
+    from framework_plugins.tables import as_column, read_table
+
+    return as_column(read_table(path)[label], label, path)
+
+
 def test_numbers_are_rounded_as_python_rounds_them(tmp_path):
     bits = np.random.default_rng(0).integers(0, 2**64, 4000, dtype=np.uint64)
     doubles = bits.view(np.float64)
     doubles = doubles[np.isfinite(doubles) & (abs(doubles) < 3e38)]
     texts = [repr(number) for number in doubles.tolist()] + [f"{number:.25g}" for number in doubles.tolist()]
     (tmp_path / "t.csv").write_text("x,y\n" + "".join(f"{text},1\n" for text in texts))
-    from framework_plugins.tables import as_column, read_table
-
-    cells = read_table(tmp_path / "t.csv")["x"]
     expected = torch.tensor([float(text) for text in texts], dtype=torch.float64)
-    assert torch.equal(as_column(cells, "x", tmp_path), expected)
+    assert torch.equal(read_column(tmp_path / "t.csv", "x"), expected)
 
 
 def test_line_separators_of_unicode_end_no_row(tmp_path):
@@ -373,3 +376,16 @@ def test_line_separators_of_unicode_end_no_row(tmp_path):
     for name in ("t.jsonl", "t.csv"):
         read = data_text.read_rows(tmp_path / name, ["text", "label"])
         assert read == [[row["text"], row["label"]] for row in rows]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path):
+    rows = '5,3" disk,p\n' + "1,cd,q\n" * 20  # one quote, so that the rows are looked at
+    (tmp_path / "t.csv").write_text('"size, cm",kind,y\n' + rows, encoding="utf-8-sig")
+    data = fw.datasets.build("table", path=tmp_path / "t.csv", target="y")
+    assert [column["name"] for column in data.facts()["columns"]] == ["size, cm", "kind"]
+
+
+@pytest.mark.parametrize("text", ["-nan", "+nan", "-NaN", "nan"])
+def test_a_number_that_was_printed_as_nan_is_an_empty_cell(text, tmp_path):
+    (tmp_path / "t.csv").write_text("x,y\n" + "1,2\n" * 9 + f"{text},2\n")
+    assert read_column(tmp_path / "t.csv", "x").isnan().sum() == 1

@@ -19,9 +19,11 @@ import torch
 import yaml
 
 from framework import checkpoint
+from framework.building import build_model, model_limits
 from framework.checkpoint import MANIFEST, MODEL, TRAINING, load, newest, own_sha256, remove, save
 from framework.errors import FrameworkError
 from framework.experiment import train
+from framework.registry import Registry
 from framework.resume import altered, find, last_values, read_resumable
 from framework.run import read_config, run_behind
 from framework.spec import read_spec
@@ -390,6 +392,28 @@ def test_a_model_much_larger_than_its_checkpoint_takes_no_memory(run, changes):
     (run / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"model": MODEL_OF | changes}))
     with within():
         refused(open_run, run, match=r"the config asks for|model=mlp|should be")
+
+
+class Seeded(torch.nn.Linear):
+    """A model of a user whose settings have large numbers that are no sizes."""
+
+    def __init__(self, in_shape, out_shape, seed: int = 0):
+        super().__init__(in_shape[0], out_shape[0])
+        self.register_buffer("mask", torch.ones(10_000, 10_000, dtype=torch.bool), persistent=False)
+
+
+@pytest.mark.parametrize("seed", [2**32 - 1, 2**40])
+def test_a_setting_of_a_users_model_may_be_a_seed(seed, run, monkeypatch):
+    monkeypatch.setattr(Registry.every["model"], "_entries", dict(Registry.every["model"]._entries))
+    Registry.every["model"].register("seeded")(Seeded)
+    spec = read_spec(CONFIG | {"model": {"name": "seeded", "seed": seed}})
+    shapes = {"weight": (3, 4), "bias": (3,)}
+    if seed > 2**32:
+        with pytest.raises(FrameworkError, match="model=seeded: a setting is"), model_limits(spec, shapes):
+            pass
+        return
+    with model_limits(spec, shapes):
+        assert isinstance(build_model(spec, (4,), (3,)), Seeded)
 
 
 SHAPES = [[10**12], [10**30], [1] * 10**6, [-1], [2.5], ["64"], [[64]], {"64": 1}, None, "64", [True], [2**40] * 40]
