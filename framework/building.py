@@ -1,6 +1,7 @@
 """The objects behind the names of a Spec, one by one, and whether they fit each other."""
 
 import math
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral
@@ -111,9 +112,17 @@ def all_metrics(maker: Maker) -> Iterator[Any]:
 
 
 def build_model(
-    spec: Spec, in_shape: Sequence[int], out_shape: Sequence[int], columns: Sequence[int] = ()
+    spec: Spec,
+    in_shape: Sequence[int],
+    out_shape: Sequence[int],
+    columns: Sequence[int] = (),
+    trained: bool = True,
 ) -> nn.Module:
     """Build the model from the seed's own stream, and fill its weights if an initializer is chosen.
+
+    Args:
+        trained: whether it will be trained from these weights, so that no other thread may draw from the generators
+            meanwhile; otherwise its weights are replaced by those of a checkpoint.
 
     Raises BuildError when the data has indices of categories and the model would take them for amounts.
     """
@@ -124,7 +133,7 @@ def build_model(
             f"model={maker.entry.name} would take the data's indices of categories for amounts: "
             f"choose one that embeds them ({fitting}), or have the data encode them one-hot"
         )
-    with seeds.fitting():  # no other thread draws from the generators meanwhile
+    with seeds.fitting() if trained else seeds.measuring():
         torch.manual_seed(seeds.derive(spec.seed, "init"))
         model = maker(tuple(in_shape), tuple(out_shape), tuple(columns))
         if spec.parts["initializer"] is not None:
@@ -225,7 +234,7 @@ def integers(value: Any) -> Iterator[int]:
 
 
 class SizeLimits:
-    """Within this context, a module that registers too many parameters and buffers raises BuildError.
+    """Within this context, a module of this thread that registers too many parameters and buffers raises BuildError.
 
     Args:
         numbers: the largest count of numbers in parameters; that of buffers is limited by the free memory.
@@ -237,6 +246,7 @@ class SizeLimits:
         self.parameter_numbers = self.bytes = self.count = 0
         self.room = free_bytes(torch.device("cpu"))
         self.handles: list[Any] = []
+        self.thread = threading.get_ident()  # the hooks are called for modules of all threads
 
     def __enter__(self) -> "SizeLimits":
         self.handles = [
@@ -251,16 +261,21 @@ class SizeLimits:
             handle.remove()
 
     def add_parameter(self, module: nn.Module, name: str, parameter: Tensor | None) -> None:
-        if parameter is not None and not is_lazy(parameter):
+        if parameter is not None and not is_lazy(parameter) and self.counts():
             self.parameter_numbers += parameter.numel()
         self.add_buffer(module, name, parameter)
 
     def add_buffer(self, module: nn.Module, name: str, tensor: Tensor | None) -> None:
-        if tensor is not None and not is_lazy(tensor):
+        if tensor is not None and not is_lazy(tensor) and self.counts():
             self.bytes += tensor.nbytes
         self.add_module(module, name, None)
 
+    def counts(self) -> bool:
+        return threading.get_ident() == self.thread
+
     def add_module(self, module: nn.Module, name: str, child: nn.Module | None) -> None:
+        if not self.counts():
+            return
         self.count += 1
         if self.parameter_numbers > self.numbers:
             raise BuildError(f"the config asks for more than {self.numbers:,} parameters; its checkpoint has fewer")

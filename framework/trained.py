@@ -158,7 +158,7 @@ def open_run(run: str | Path, which: str | None = None) -> Trained:
     shapes = facts["in_shape"], facts["out_shape"], facts.get("columns", ())
     try:
         with model_limits(spec, checkpoint.read_shapes(chosen)):
-            model = build_model(spec, *shapes)
+            model = build_model(spec, *shapes, trained=False)
     except (RuntimeError, TypeError, ValueError, LookupError, ArithmeticError, MemoryError) as error:
         raise RunError(f"the model of {run} cannot be built: {describe(error)}") from error
     fill(model, chosen, run)

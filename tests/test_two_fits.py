@@ -8,10 +8,13 @@ import torch
 from torch import nn
 
 from framework import Callback, TensorSplit, Trainer, seeds
+from framework.compose import CommandLine, run as compose
 from framework.data import Loader
 from framework.errors import FrameworkError
+from framework.experiment import train
 from framework.probe import undisturbed
 from framework.shapes import dry_run
+from framework.trained import open_run
 from framework.workers import SeededSamples
 
 INPUTS, TARGETS = torch.randn(64, 8, generator=torch.Generator().manual_seed(1)), torch.arange(64) % 3
@@ -188,6 +191,31 @@ def test_two_threads_may_predict_at_the_same_time():
         thread.join(60)
     assert len(found) == 2
     assert torch.equal(found[0], found[1])
+
+
+def test_several_threads_may_open_and_evaluate_runs_at_the_same_time(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    specs = []
+    overrides = ["data=blobs", "model.width=4", "trainer.max_steps=2", "run.name=r", "callbacks=[checkpoint]"]
+    compose(CommandLine(overrides, []), lambda job: specs.append(job.spec))
+    train(specs[0], "default", [])
+    alone = open_run("runs/default/r").evaluate()
+    together, found, errors = threading.Barrier(4, timeout=60), [], []
+
+    def evaluate():
+        together.wait()
+        try:
+            found.append(open_run("runs/default/r").evaluate())
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=evaluate) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert errors == []
+    assert found == [alone] * 4
 
 
 class Inner(Callback):
