@@ -362,7 +362,8 @@ def opened(checkpoint: Path, name: str) -> BinaryIO:
     try:
         return open_file(checkpoint, name)
     except FileNotFoundError:
-        raise CheckpointError(f"{checkpoint / name} is missing") from None
+        missing = checkpoint / name if checkpoint.is_dir() else checkpoint
+        raise CheckpointError(f"{missing} is missing") from None
     except (OSError, RunError) as error:
         raise CheckpointError(first_line(error)) from error
 
@@ -596,7 +597,7 @@ def cause(error: BaseException, folder: Path, needed: int) -> str:
     if not numbers:
         return first_line(error)
     full = numbers[0] in FULL
-    room = f" (needs {needed:,} bytes, free are {free_disk_bytes(folder):,})" if full else ""
+    room = f" ({needed:,} bytes are needed, {free_disk_bytes(folder):,} bytes are free)" if full else ""
     return os.strerror(numbers[0]) + room
 
 
