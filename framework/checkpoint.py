@@ -362,7 +362,8 @@ def opened(checkpoint: Path, name: str) -> BinaryIO:
     try:
         return open_file(checkpoint, name)
     except FileNotFoundError:
-        raise CheckpointError(f"{checkpoint / name} is missing") from None
+        missing = checkpoint / name if checkpoint.is_dir() else checkpoint
+        raise CheckpointError(f"{missing} is missing") from None
     except (OSError, RunError) as error:
         raise CheckpointError(first_line(error)) from error
 
@@ -594,7 +595,8 @@ def cause(error: BaseException, folder: Path, needed: int) -> str:
         return f"the folder {folder.parent} does not exist any more"
     if number is None:
         return first_line(error)
-    room = f" (needs {needed:,} bytes, free are {free_disk_bytes(folder):,})" if number in FULL else ""
+    full = number in FULL
+    room = f" ({needed:,} bytes are needed, {free_disk_bytes(folder):,} bytes are free)" if full else ""
     return os.strerror(number) + room
 
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -422,7 +423,7 @@ def trust_folder(folder: Path, agreed: bool) -> int:
         print("not trusted")
         return 1
     trusting.trust(folder)
-    print("trusted; `framework trust --remove` takes it back")
+    print_line(f"trusted; `framework trust --remove {shlex.quote(str(folder))}` takes it back")
     return 0
 
 

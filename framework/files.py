@@ -9,7 +9,6 @@ import errno
 import json
 import os
 import re
-import secrets
 import shutil
 import stat
 from collections.abc import Iterable, Iterator
@@ -133,7 +132,7 @@ def write_file(folder: Path, name: str, content: bytes | str | Iterable[bytes]) 
         needed = len(content)
         content = [content]
     path = folder / name
-    temporary = f".{path.name}.{secrets.token_hex(8)}.tmp"
+    temporary = f".{path.name}.{os.urandom(8).hex()}.tmp"
     try:
         directory = open_directory(folder, PurePosixPath(name).parent)
         try:

@@ -282,7 +282,8 @@ def run_behind(folder: Path) -> Path:
 def run_meant(folder: Path) -> str:
     """Return advice on which run was probably meant by a folder that is none."""
     if (folder / "sweep.json").is_file():
-        return f"; it is a sweep, whose best run is {folder / 'best'}"
+        best = folder / "best"
+        return f"; it is a sweep, {f'whose best run is {best}' if best.exists() else 'of which no run is done yet'}"
     for above in (folder.parent, folder.parent.parent):
         if (above / "config.yaml").is_file():
             return f"; did you mean {above}?"

@@ -255,13 +255,15 @@ class Checkpoint(Callback):
 
     def on_exception(self, trainer: Trainer) -> None:
         """Save where the run stands, if it failed between two steps; never hide what it failed of."""
+        cause = sys.exception()
         try:
             self.finish_saving()
             if self._sound(trainer):
                 self._save(trainer)
                 self.finish_saving()
         except CheckpointError as error:
-            if trainer.folder is not None and trainer.folder.is_dir():  # or its end is what the run failed of
+            said = isinstance(cause, CheckpointError)  # a second save that fails for the same reason
+            if not said and trainer.folder is not None and trainer.folder.is_dir():  # or the run failed of its end
                 warnings.warn(str(error), stacklevel=2)
 
     def _sound(self, trainer: Trainer) -> bool:

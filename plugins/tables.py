@@ -86,7 +86,8 @@ def records(lines: Iterator[str], delimiter: str, path: Path) -> Iterator[tuple[
         for row in reader:
             yield reader.line_num, row
     except csv.Error as error:
-        raise DataError(f"{path} is no well-formed CSV: {error}") from error
+        said = 'a quote (") is not closed' if str(error) == "unexpected end of data" else error
+        raise DataError(f"{path} is no well-formed CSV: {said}") from error
     finally:
         csv.field_size_limit(limit)
 

@@ -13,6 +13,7 @@ from framework.index import build
 from framework.paths import typed
 from framework.registry import Registry
 from framework.report import named, root_of
+from framework.run import run_meant
 from framework.trained import open_run
 
 TINY = "trainer.max_steps=1 model.depth=1 model.width=4 loader.limit=1 loggers=[json_lines]"
@@ -206,3 +207,10 @@ def test_what_show_advises_keeps_the_default_callbacks(command):
     status, out, _ = command(line)
     assert status == 0
     assert advice(out, "measure").startswith("eval runs/default/"), "there is a checkpoint"
+
+
+def test_a_sweep_without_a_finished_run_has_no_best_run_to_advise(tmp_path):
+    (tmp_path / "sweep.json").write_text("{}")
+    assert run_meant(tmp_path).endswith("of which no run is done yet")
+    (tmp_path / "best").mkdir()
+    assert run_meant(tmp_path).endswith(f"whose best run is {tmp_path}/best")

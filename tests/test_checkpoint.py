@@ -225,7 +225,7 @@ def test_without_room_the_error_has_the_bytes_and_the_earlier_checkpoint_stays(t
     big = {"w": torch.ones(50_000)}
     with (
         files_no_larger_than(20_000),
-        pytest.raises(CheckpointError, match=rf"step 2 .*{tmp_path}.*needs 200,000 bytes, free are [\d,]+"),
+        pytest.raises(CheckpointError, match=rf"step 2 .*{tmp_path}.*200,000 bytes are needed, [\d,]+ bytes are free"),
     ):
         save(tmp_path, big if place == "model" else {}, big if place == "training" else {}, 2)
     assert newest(tmp_path) == (earlier, [])
@@ -234,7 +234,7 @@ def test_without_room_the_error_has_the_bytes_and_the_earlier_checkpoint_stays(t
 
 def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
-    with pytest.raises(CheckpointError, match=r"No space left on device \(needs 112 bytes, free are 10\)"):
+    with pytest.raises(CheckpointError, match=r"No space left on device \(112 bytes are needed, 10 bytes are free\)"):
         save(tmp_path, MODEL_STATE, {"optimizer": [torch.zeros(20)]}, 1)
     assert list(tmp_path.iterdir()) == []
 

@@ -175,7 +175,7 @@ def test_columns_that_are_not_there(pets, tmp_path):
         ("x,kind\n1,1\n2,2\n3,x\n", "row 3, column 'kind': 'x' is no number; correct it, or say target_kind=class"),
         ("x,kind\n1,a\n2,a\n", "column 'kind': every target is 'a'"),
         ("x,kind\n,a\n,b\n", "column 'x' is empty in the training split"),
-        ('x,kind\n1,"a\n', "no well-formed CSV"),
+        ('x,kind\n1,"a\n', r'no well-formed CSV: a quote \("\) is not closed'),
         ('x,kind\n1,"a"b\n2,c\n', "no well-formed CSV: ',' expected after '\"'"),
         ('x,kind\n1,"a\nb"\n2\n', "line 4: 1 cells, but 2 columns"),
         ("x,kind\n1,a,\n2,b,\n", "line 2: 3 cells, but 2 columns"),

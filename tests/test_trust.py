@@ -287,6 +287,7 @@ def test_the_question(folder, command, monkeypatch, answer, trusted):
     assert status == int(not trusted)
     assert f"Trust {folder}? `list`, `show` and TAB will run its plugins. [y/N] " in out
     assert trust.is_trusted(folder) == trusted
+    assert (f"`framework trust --remove {folder}` takes it back" in out) == trusted
 
 
 @pytest.mark.parametrize("line", ["trust nowhere", "trust . --list", "trust --list --trust", "trust --remove . --list"])

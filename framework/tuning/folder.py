@@ -11,7 +11,6 @@ import json
 import math
 import os
 import re
-import secrets
 import shutil
 import time
 from collections.abc import Iterable, Mapping
@@ -175,7 +174,7 @@ class SweepFolder:
             return
         if not run.is_dir():
             return  # deleted since
-        made = self.path / f".best-{secrets.token_hex(8)}"  # whole before it gets its name
+        made = self.path / f".best-{os.urandom(8).hex()}"  # whole before it gets its name
         try:
             made.mkdir()
             for file in run.glob("[!.]*"):
