@@ -35,15 +35,14 @@ from torch import Tensor
 
 from .discovery import package_version
 from .errors import CheckpointDiskFull, CheckpointError, RunError, short
-from .files import FULL, TEMPORARY, free_disk_bytes, open_file, parse_json, read_bytes, write_file
-from .memory import free_bytes
+from .files import FULL, MOST_BYTES, TEMPORARY, free_disk_bytes, open_file, parse_json, read_bytes, write_file
+from .memory import available_bytes
 from .shapes import first_line
 from .snapshot import Facts, Snapshot, Weights, snapshot
 
 MODEL, TRAINING, MANIFEST = FILES = ("model.safetensors", "training.pt", "MANIFEST.json")
 SCHEMA = 1
 LARGE = 8 * 2**20  # bytes from which threads are worth it
-LARGEST_MANIFEST = 16 * 2**20  # bytes
 VISIBLE = re.compile(r"step-(\d{8,})")
 ASIDE = ".best"  # a link that has not got its name yet
 HIDDEN = re.compile(r"\.(step-\d{8,})-[0-9a-f]{8}(\.replaced|\.removed)?")
@@ -187,7 +186,7 @@ def read_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     try:
         with opened(checkpoint, MODEL) as file:
             length = int.from_bytes(file.read(8), "little")
-            if length > LARGEST_MANIFEST:
+            if length > MOST_BYTES:
                 raise CheckpointError(f"{path} cannot be read: its header has {length:,} bytes")
             header = parse_json(file.read(length), path)
         header.pop("__metadata__", None)
@@ -201,7 +200,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     checkpoint = target_of(checkpoint)
     path = checkpoint / MANIFEST
     try:
-        manifest = parse_json(read_bytes(checkpoint, MANIFEST, LARGEST_MANIFEST), path)
+        manifest = parse_json(read_bytes(checkpoint, MANIFEST), path)
         if manifest["schema"] > SCHEMA:
             raise CheckpointError(
                 f"{checkpoint} was written by framework {str(manifest['framework'])[:100]} "
@@ -394,7 +393,7 @@ def check_size(file: BinaryIO, expected: int, path: Path) -> None:
 
 def check_memory(checkpoint: Path, needed: int) -> None:
     """Raise CheckpointError when the files of a checkpoint do not fit into the free memory."""
-    free = free_bytes(torch.device("cpu"))
+    free = available_bytes()
     if free is not None and needed > free:
         raise CheckpointError(f"{checkpoint} has {needed:,} bytes; {free:,} bytes of memory are free")
 

@@ -7,8 +7,10 @@ from typing import Any
 
 from .index import Index, find_index
 
-VERBS: tuple[str, ...] = ("train", "resume", "eval", "predict", "list", "show", "plan", "check", "find")
-VERBS += ("trust", "board", "completion")
+VERBS = (
+    *("train", "resume", "eval", "predict", "list", "show", "plan", "check", "find"),
+    *("trust", "board", "completion"),
+)
 WITH_OVERRIDES = ("train", "plan", "check", "find")
 
 BASH = r"""# TAB completion of framework. To keep it: framework completion bash >> ~/.bashrc

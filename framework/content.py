@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -116,8 +117,10 @@ def hashes_of_files(files: Iterable[Any], pool: ThreadPoolExecutor) -> Iterator[
 def hashes_of_group(names: list[str]) -> list[bytes]:
     found = []
     for name in names:
-        descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise UnknownContent(f"{name} is not a regular file")
             found.append(hash_of_file(descriptor))
         finally:
             os.close(descriptor)

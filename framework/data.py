@@ -18,7 +18,8 @@ from torch.utils.data import ChainDataset, ConcatDataset, DataLoader, IterableDa
 
 from . import seeds
 from .device import CopyStream, channels_last, chosen_layout
-from .errors import DataError, FrameworkError, short
+from .errors import DataError, FrameworkError, RunError, short
+from .files import read_json
 from .kinds import Shape
 from .memory import check_room
 from .ragged import GatheredSplit, RaggedSplit as RaggedSplit, WindowSplit as WindowSplit
@@ -546,3 +547,13 @@ def set_epoch(source: Any, epoch: int) -> None:
         waiting += [getattr(part, name, None) for name in READS_FROM]
         if isinstance(part, ConcatDataset | ChainDataset):
             waiting += part.datasets
+
+
+def class_names(run: Path | None) -> list[str]:
+    """Return the names of the classes that a run folder keeps; [] when there is none, or its facts are damaged."""
+    if run is None:
+        return []
+    try:
+        return [str(name) for name in read_json(run, "facts.json")["classes"]]
+    except (OSError, RunError, LookupError, TypeError):
+        return []

@@ -14,12 +14,11 @@ from .errors import SettingError, UnknownName, did_you_mean
 from .index import Index
 from .paths import pasted, quoted, shorter, typed
 from .registry import no_part
-from .terminal import printable, printable_lines, shortened
+from .terminal import LONGEST_NAME, printable, printable_lines, shortened
 
 Part = dict[str, Any]  # as `part_as_dict` returns it
 OWNERS = ("model", "task", "data")  # kinds whose parts ask for parts of other kinds
 PLAIN_WIDTH = 10_000  # where no terminal limits the width, nothing is cut or wrapped
-WIDEST = 60  # characters of a name in a table
 LONGEST_DEFAULT = 300  # characters of a default value
 
 
@@ -88,7 +87,7 @@ def list_kinds(index: Index) -> RenderableType:
     table.add_column("parts", justify="right", no_wrap=True)
     table.add_column("what it is", overflow="fold")
     for kind in index.kinds.values():
-        table.add_row(line(kind["key"], most=WIDEST), str(len(kind["parts"])), line(kind["doc"]))
+        table.add_row(line(kind["key"], most=LONGEST_NAME), str(len(kind["parts"])), line(kind["doc"]))
     return table
 
 
@@ -102,7 +101,7 @@ def list_parts(index: Index, kind: str) -> RenderableType:
     table.add_column("what it is", overflow="fold")
     for part in parts:
         also = [line(", ".join(part["aliases"]))] if len(table.columns) == 3 else []
-        table.add_row(line(part["name"], most=WIDEST), *also, line(tidy(part["summary"])))
+        table.add_row(line(part["name"], most=LONGEST_NAME), *also, line(tidy(part["summary"])))
     return table
 
 
@@ -142,7 +141,7 @@ def settings_table(settings: Iterable[dict[str, Any]]) -> Table:
     for setting in settings:
         required = Text("required", "yellow")
         default = required if setting["required"] else line(default_text(setting), most=LONGEST_DEFAULT)
-        name = line(setting["name"], most=WIDEST)
+        name = line(setting["name"], most=LONGEST_NAME)
         table.add_row(name, default, line(setting["type"]), line(tidy(setting["doc"])))
     return table
 

@@ -32,6 +32,7 @@ class Evaluator:
         self.metrics: list[Metric] = []
         self._checked_first = False  # whether the first step of a measurement was checked
 
+    @seeds.measuring()
     def evaluate(
         self,
         data: Source,
@@ -48,18 +49,6 @@ class Evaluator:
 
         Raises FrameworkError while another thread of the process fits.
         """
-        with seeds.measuring():
-            return self._evaluate(data, model, task, metrics, batch_size, name)
-
-    def _evaluate(
-        self,
-        data: Source,
-        model: nn.Module | None,
-        task: Task | Callable[[Tensor, Tensor], Tensor] | None,
-        metrics: Sequence[Metric] | None,
-        batch_size: int,
-        name: str,
-    ) -> dict[str, float]:
         if task is not None:
             check_task(task)
         self._use(model, task, "model", "task")
@@ -82,6 +71,7 @@ class Evaluator:
         self._report(named)
         return named
 
+    @seeds.measuring()
     def predict(
         self,
         data: Source | Tensor,
@@ -102,16 +92,6 @@ class Evaluator:
 
         Raises FrameworkError while another thread of the process fits.
         """
-        with seeds.measuring():
-            return self._predict(data, model, task, batch_size)
-
-    def _predict(
-        self,
-        data: Source | Tensor,
-        model: nn.Module | None,
-        task: Task | Callable[[Tensor, Tensor], Tensor] | None,
-        batch_size: int,
-    ) -> Tensor:
         self._use(model, task, "model")
         check_source("data", data, needs_targets=False)
         batches = self._batches(TensorSplit(data) if isinstance(data, Tensor) else data, batch_size)

@@ -23,7 +23,6 @@ from .building import (
     build_model,
     check_fit,
     check_smallest_batch,
-    model_limits,
     scale_of,
 )
 from .checks import check_has_rate, check_loss_parameters, check_schedule, check_step_alone
@@ -34,6 +33,7 @@ from .device import intra_op_threads, suitable_threads
 from .errors import BuildError, RunError, short
 from .exits import no_exit
 from .introduction import first_batch, introduce
+from .model_limits import model_limits
 from .optimizer import build_optimizer
 from .resume import (
     Resumed,
@@ -493,7 +493,8 @@ def facts_of(built: Experiment) -> dict[str, Any]:
     if built.data.fold is not None:
         facts["fold"] = built.data.fold
     facts |= {"classes": list(built.data.classes), "samples": sizes, "data": built.data.facts()}
-    return facts | {"content": digests_of(built.data)}
+    facts["content"] = digests_of(built.data)
+    return facts
 
 
 def describe_run(folder: RunFolder, built: Experiment, overrides: list[str]) -> None:

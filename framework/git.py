@@ -29,8 +29,15 @@ OWN_SETTINGS = {
     "safe.bareRepository": "explicit",  # not a folder that is laid out as a repository itself
     "submodule.recurse": "false",
 }
-DIFF: tuple[str, ...] = ("diff", "--no-ext-diff", "--no-textconv", "--no-color")
-DIFF += ("--ignore-submodules=dirty", "--submodule=short", "HEAD")
+DIFF = (
+    "diff",
+    "--no-ext-diff",
+    "--no-textconv",
+    "--no-color",
+    "--ignore-submodules=dirty",
+    "--submodule=short",
+    "HEAD",
+)
 
 
 def commit_and_diff(folder: Path) -> tuple[str | None, str | None]:
@@ -93,7 +100,7 @@ def options(settings: Mapping[str, str]) -> Iterator[str]:
 
 def diff(program: str, folder: Path, environment: Mapping[str, str]) -> str | None:
     settings = dict(OWN_SETTINGS)
-    listed = output([program, *options(settings), "config", "--list", "--show-scope", "-z"], folder, environment)
+    listed = output([program, *options(OWN_SETTINGS), "config", "--list", "--show-scope", "-z"], folder, environment)
     if listed is None:
         return None
     for name in filters_of(listed):

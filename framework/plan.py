@@ -15,12 +15,11 @@ from .data import Batch, Data, TensorSplit
 from .probe import Layer, activation_bytes, optimizer_bytes, read_layers, size_in_bytes
 from .scheduler import factor_of
 from .task import Task
-from .terminal import printable, shortened
+from .terminal import printable, title
 
 Schedule = Callable[[int], float]  # step to factor on the learning rate
 MOST_ROWS = 40
 MOST_GROUPS = 8
-WIDEST = 60  # characters of a name in a table
 CURVE = (60, 4)  # characters; a braille character has 2 by 4 dots
 MOST_POINTS = 10_000
 
@@ -275,11 +274,6 @@ def layer_table(plan: Plan) -> Table:
         numbers = (count_text(number) if number else "-" for number in (layer.parameters, layer.flops))
         table.add_row(Text(title(layer.name)), Text(title(layer.type)), shape, *numbers)
     return table
-
-
-def title(name: str) -> str:
-    """Return a name as a table shows it."""
-    return shortened(printable(name), WIDEST)
 
 
 def fact_lines(plan: Plan) -> list[tuple[str, str]]:

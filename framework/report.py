@@ -16,9 +16,7 @@ from .files import unwritable, write_file
 from .paths import expanded, pasted, shorter
 from .run import plugins_of
 from .streams import set_errors
-from .terminal import print_line, printable, shortened
-
-WIDEST = 60  # characters of a name in a table
+from .terminal import print_line, printable, title
 
 
 def print_result(result: Result, job: str | None = None) -> None:
@@ -115,11 +113,6 @@ def metric_table(metrics: Mapping[str, float], weights: Mapping[str, str] = Mapp
         values = [metrics.get(f"{split}/{name}") for name in names]
         cells = ["" if value is None else f"{value:.4g}" for value in values]
         yield f"{label:<{first}}" + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
-
-
-def title(name: str) -> str:
-    """Return a name as a table shows it."""
-    return shortened(printable(name), WIDEST)
 
 
 def print_values(values: Mapping[str, float], checkpoint: Path) -> None:

@@ -24,7 +24,7 @@ from .files import open_file, parse_yaml, read_bytes, read_rows
 from .optimizer import check_state, group_settings, merged_groups, older_settings
 from .paths import expanded, override
 from .registry import Maker, Registry
-from .run import MOST_CONFIG, RunFolder, dump, read_config, read_facts, run_behind, run_of_checkpoint
+from .run import RunFolder, dump, read_config, read_facts, run_behind, run_of_checkpoint
 from .scheduler import observes
 from .schema import members, strip
 from .spec import Spec
@@ -119,7 +119,7 @@ def find_unfinished(root: Path, tree: Mapping[str, Any]) -> Path | None:
             status = read_status(run.path)
             if status.get("status") == "done" or status.get("config", wanted) != wanted:
                 continue
-            text = read_bytes(run.path, "config.yaml", MOST_CONFIG)
+            text = read_bytes(run.path, "config.yaml")
             if "config" not in status and comparable(text) != own:
                 parsed += 1
                 if parsed > MOST_PARSED:

@@ -29,9 +29,6 @@ from .paths import expanded
 MOST_HOLDER = 300  # bytes of the text in a lock
 PATIENCE = 2.0  # seconds for the workers of a killed run to end
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
-MOST_CONFIG = 16 * 2**20  # bytes
-MOST_FACTS = 16 * 2**20  # the names of classes, a vocabulary
-MOST_PROVENANCE = 16 * 2**20  # it has the diff of the working folder
 LARGEST_SIZE = 2**48  # numbers in a sample: a tensor with more numbers fits into no memory
 MOST_DIMENSIONS = 64  # torch's limit
 LITTER = re.compile(r"(status|config\.yaml|facts\.json|overrides\.yaml|provenance\.json)\.tmp|metrics\.jsonl\.new")
@@ -124,7 +121,7 @@ def plugins_of(run: Path, key: str = "plugins") -> list[str]:
     The file may come from a stranger: a name with control characters is left out.
     """
     try:
-        found = read_json(run, "provenance.json", MOST_PROVENANCE)[key]
+        found = read_json(run, "provenance.json")[key]
         return [plugin for plugin in found if isinstance(plugin, str) and plugin.isprintable()]
     except (OSError, RunError, KeyError, TypeError):
         return []
@@ -180,7 +177,7 @@ def read_facts(run: Path) -> dict[str, Any]:
     """Return what a run folder keeps of its data. Raises RunError when that is missing or is something else."""
     file = run / "facts.json"
     try:
-        facts = read_json(run, "facts.json", MOST_FACTS)
+        facts = read_json(run, "facts.json")
     except OSError as error:
         raise RunError(f"{file} cannot be read: {error.strerror}") from error
     if not isinstance(facts, dict):
@@ -245,7 +242,7 @@ def read_config(run: Path) -> dict[str, Any]:
     if not run.is_dir():
         raise RunError(f"there is no run folder {run}")
     try:
-        config = read_yaml(run, "config.yaml", MOST_CONFIG)
+        config = read_yaml(run, "config.yaml")
     except (FileNotFoundError, NotADirectoryError):
         raise RunError(f"{run} is not the folder of a run: it has no config.yaml{run_meant(run)}") from None
     except OSError as error:

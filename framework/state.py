@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from .errors import SettingError, short
 from .schema import Pattern
 
+COUNTERS = ("step", "epoch", "batch", "samples")
 EVERY = r"\s*(?!0+(?:\.0*)?[a-z\s])(\d+(?:\.\d+)?)\s*(steps?|epochs?|s|sec|min|h)\s*"
 Every = Annotated[str, Pattern(EVERY, "a cadence like 10steps, 1epoch or 5min")]
 SECONDS = {"s": 1.0, "sec": 1.0, "min": 60.0, "h": 3600.0}
@@ -46,13 +47,13 @@ class State:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run cannot derive, in plain types."""
-        counters = {name: getattr(self, name) for name in ("step", "epoch", "batch", "samples")}
+        counters = {name: getattr(self, name) for name in COUNTERS}
         return {"counters": counters, "metrics": dict(self.metrics), "wall_seconds": self.wall_seconds}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
         for name, value in saved["counters"].items():
-            if name not in ("step", "epoch", "batch", "samples") or type(value) is not int or value < 0:
+            if name not in COUNTERS or type(value) is not int or value < 0:
                 raise SettingError(f"resume: the counter {name} is {short(value)}")
             setattr(self, name, value)
         self.metrics = {str(name): value for name, value in saved["metrics"].items() if isinstance(value, int | float)}

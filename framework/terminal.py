@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import IO
 
 LONGEST_WORD = 300  # characters of a word in a message
+LONGEST_NAME = 60  # characters of a name in a table
 LONGEST_LINE = 2_000  # characters of a line of a message
 MOST_LINES = 50  # lines of a message
 
@@ -65,6 +66,11 @@ def shortened(text: object, most: int = LONGEST_WORD) -> str:
         return plain
     end = most // 3
     return f"{plain[: most - end - 3]}...{plain[len(plain) - end :]}"
+
+
+def title(name: object) -> str:
+    """Return a name as a table shows it: printable and shortened."""
+    return shortened(printable(name), LONGEST_NAME)
 
 
 def message_line(text: object) -> str:

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint
-from .building import build_data, build_loader, build_metrics, build_model, model_limits, scale_of
+from .building import build_data, build_loader, build_metrics, build_model, scale_of
 from .data import Data, Scale
 from .discovery import is_loaded
 from .errors import ConfigError, DataError, RunError, short
 from .experiment import fill
+from .model_limits import model_limits
 from .paths import expanded, pasted, shorter
 from .resume import chosen_checkpoint
 from .run import dump, plugins_of, read_config, read_facts, run_behind, run_of_checkpoint

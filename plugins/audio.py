@@ -22,9 +22,8 @@ from framework import (
     blocks,
     callbacks,
 )
-from framework.data import Loader
-from framework.errors import BuildError, RunError
-from framework.files import read_json
+from framework.data import Loader, class_names
+from framework.errors import BuildError
 from framework.shapes import dry_run, expect
 from framework.state import Cadence
 
@@ -289,7 +288,7 @@ class Spectrograms(Callback):
         features, outputs = heard(trainer.model, inputs.to(trainer.device))
         probability, found = outputs.float().cpu().softmax(1).max(1)
         pictures = torch.stack([framed(*each) for each in zip(features.cpu(), found == targets, strict=True)])
-        table = predictions_table(targets.tolist(), found.tolist(), probability.tolist(), class_names(trainer))
+        table = predictions_table(targets.tolist(), found.tolist(), probability.tolist(), class_names(trainer.folder))
         for logger in trainer.loggers:
             logger.images("spectrograms", pictures, trainer.state.step)
             logger.text("spectrograms/predictions", table, trainer.state.step)
@@ -329,16 +328,6 @@ def framed(features: Tensor, right: Any) -> Tensor:
     border = nn.functional.pad(torch.zeros_like(picture[0, 3:-3, 3:-3]), [3, 3, 3, 3], value=1.0) > 0
     color = torch.tensor([0.2, 0.7, 0.2] if right else [0.9, 0.1, 0.1])
     return torch.where(border, color[:, None, None], picture)
-
-
-def class_names(trainer: Trainer) -> list[str]:
-    """Return the names of the classes that the run's folder keeps, if it does."""
-    if trainer.folder is None:
-        return []
-    try:
-        return [str(name) for name in read_json(trainer.folder, "facts.json")["classes"]]
-    except (OSError, RunError, LookupError, TypeError):  # missing or damaged: numbers instead of names
-        return []
 
 
 def predictions_table(targets: list[int], found: list[int], probability: list[float], names: list[str]) -> str:

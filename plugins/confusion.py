@@ -1,14 +1,11 @@
 """A callback that shows which classes are taken for which."""
 
-from contextlib import suppress
-
 import torch
 from torch import Tensor
 
 from framework import Callback, Every, Trainer, callbacks
-from framework.data import check_read_again
-from framework.errors import RunError, SettingError
-from framework.files import read_json
+from framework.data import check_read_again, class_names
+from framework.errors import SettingError
 from framework.state import Cadence
 
 CELL = 16  # pixels
@@ -69,11 +66,8 @@ def count_pairs(trainer: Trainer) -> Tensor:
 
 def counts_table(counts: Tensor, trainer: Trainer) -> str:
     """Return the counts as a table in markdown, with the names of the classes where the run's folder keeps them."""
-    found: list[str] = []
-    if trainer.folder is not None:
-        with suppress(OSError, RunError, LookupError, TypeError):  # missing or damaged: numbers instead of names
-            found = [str(name) for name in read_json(trainer.folder, "facts.json")["classes"]]
-    names = list(found) if len(found) == len(counts) else [str(index) for index in range(len(counts))]
+    found = class_names(trainer.folder)
+    names = found if len(found) == len(counts) else [str(index) for index in range(len(counts))]
     head = [f"| is \\ taken for | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     rows = zip(names, counts.long().tolist(), strict=True)
     return "\n".join([*head, *(f"| {name} | {' | '.join(map(str, row))} |" for name, row in rows)])

@@ -11,15 +11,13 @@ from torch.utils.data import DataLoader
 from framework import Callback, PositiveFloat, Trainer, callbacks
 from framework.clock import slow_data
 from framework.state import State
-from framework.terminal import print_line, printable, shortened
+from framework.terminal import print_line, title
 
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.live import Live
 
 APART = ("train/samples_per_second", "train/seconds_per_epoch", "train/learning_rate")  # has its place, or is no result
-
-WIDEST = 60  # characters of the name of a value
 
 
 @callbacks.register("progress")
@@ -143,7 +141,7 @@ class Progress(Callback):
     def _values(self, state: State) -> list[str]:
         """The training and validation values logged last: "val/loss 0.3"."""
         return [
-            f"{shortened(printable(name), WIDEST)} {value:.4g}"
+            f"{title(name)} {value:.4g}"
             for name, value in state.metrics.items()
             if name.startswith(("train/", "val/")) and not name.startswith(APART)
         ]

@@ -83,6 +83,7 @@ FLOORS = {
         "experiment",
         "building",
         "content",
+        "model_limits",
         "folds",
         "introduction",
         "resume",

@@ -132,3 +132,13 @@ def test_a_digest_takes_a_small_part_of_the_time_of_a_start(tmp_path):
     assert digest_of(Files(names)) is not None
     assert digest_of(table) is not None
     assert time.process_time() - began < 3.0
+
+
+def test_a_file_that_is_not_regular_is_unknown_content_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+
+    class Files:
+        def content(self):
+            return [tmp_path / "fifo"]
+
+    assert digest_of(Files()) is None

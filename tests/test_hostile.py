@@ -474,7 +474,7 @@ def test_holes_in_a_file_of_data_are_read(tmp_path):
 
 
 def test_a_checkpoint_larger_than_the_free_memory_is_not_loaded(written, monkeypatch):
-    monkeypatch.setattr(checkpoint, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(checkpoint, "available_bytes", lambda: 1000)
     refused(load, written, match="1,000 bytes of memory are free")
     checkpoint.verify(written)
 

@@ -37,7 +37,6 @@ from ..run import NAME, check_encoding, claim, locked, only_writer
 State = Literal["running", "done", "pruned", "failed", "stopped"]
 ASKED = "sweep.json"
 ROWS = "sweep.jsonl"
-MOST_ASKED_BYTES = 16 * 2**20
 Number = (int, float)
 REQUIRED = {"number": int, "settings": dict, "metrics": dict}  # of a row
 LONGEST = 80  # characters of a trial's name; TensorBoard lists runs in a narrow column
@@ -103,7 +102,7 @@ class SweepFolder:
     def asked(self) -> dict[str, Any]:
         """Return what was asked for, empty when this is not the folder of a sweep."""
         try:
-            asked = read_json(self.path, ASKED, most=MOST_ASKED_BYTES)
+            asked = read_json(self.path, ASKED)
         except (OSError, RunError):
             return {}
         return asked if is_asked(asked) else {}
