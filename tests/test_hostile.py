@@ -19,10 +19,11 @@ import torch
 import yaml
 
 from framework import checkpoint
-from framework.building import build_model, model_limits
+from framework.building import build_model
 from framework.checkpoint import MANIFEST, MODEL, TRAINING, load, newest, own_sha256, remove, save
 from framework.errors import FrameworkError
 from framework.experiment import train
+from framework.model_limits import model_limits
 from framework.registry import Registry
 from framework.resume import altered, find, last_values, read_resumable
 from framework.run import read_config, run_behind
