@@ -267,8 +267,8 @@ def read_yaml(file: Path) -> dict[str, Any]:
     """Return the content of a YAML file. Raises ConfigError with the line that cannot be read."""
     try:
         text = file.read_text(encoding="utf-8")
-        content = yaml.safe_load(text) or {}
         check_yaml(yaml.parse(text, Loader=yaml.SafeLoader), file)
+        content = yaml.safe_load(text) or {}
     except (yaml.YAMLError, ValueError, OSError) as error:
         raise ConfigError([unreadable(file, error)]) from error
     if not isinstance(content, dict):

@@ -204,13 +204,13 @@ def test_what_is_printed_to_a_closed_terminal_is_dropped(tmp_path):
 # the campaign
 
 
-@pytest.mark.parametrize("control", [False, True])
+@pytest.mark.parametrize("control", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_short_campaign_of_signals(control):
     """With one launcher: joblib's workers, and more signals, take too long for a test."""
-    command = [sys.executable, SCRIPTS / "fault_campaign", "--signals", "4", "--launchers", "basic"]
+    command = [sys.executable, SCRIPTS / "fault_campaign", "--signals", "3", "--launchers", "basic"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command += ["--control"] * control
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == int(control), done.stdout + done.stderr
-    assert "after 4 signals" in done.stdout
+    assert "after 3 signals" in done.stdout
     assert ("other weights" in done.stdout) == control
