@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .errors import FrameworkError, RunError
+from .paths import real_path
 from .signals import ending_signals
 from .terminal import print_line, print_note
 
@@ -58,12 +59,12 @@ def look_through(root: Path) -> tuple[int, list[Path]]:
     """Return how many runs a folder has, and the entries that TensorBoard must not follow or read."""
     runs = 0
     odd: list[Path] = []
-    inside = root.resolve()
+    inside = real_path(root)
     for folder, below, files in os.walk(root):
         for name in [*below, *files]:
             path = Path(folder, name)
             if path.is_symlink():
-                if not path.resolve().is_relative_to(inside):
+                if not real_path(path).is_relative_to(inside):
                     odd.append(path)
             elif "tfevents" in name and name in files and not is_plain_file(path):
                 odd.append(path)

@@ -30,7 +30,7 @@ from .arguments import (
 from .errors import ConfigError, FrameworkError, did_you_mean
 from .exits import no_exit
 from .help import BOARD, CHECK, EVAL, FIND, HELP, LIST, PLAN, PREDICT, RESUME, SHOW, TRAIN, TRUSTING
-from .paths import expanded, shorter
+from .paths import expanded, real_path, shorter
 from .signals import interruptible
 from .streams import prepare_streams, silence_broken_streams
 from .terminal import (
@@ -222,7 +222,7 @@ def resume(arguments: list[str]) -> int:
     run = run_meant_by(given.run)
     spec = read_spec_of(run, altered(read_resumable(run), given.overrides))
     spec.resume, spec.without = str(given.run), given.without_plugin
-    result = train_experiment(spec, run.resolve().parent.name, [], STARTED, inexact=given.inexact)
+    result = train_experiment(spec, real_path(run).parent.name, [], STARTED, inexact=given.inexact)
     print_result(result)
     return 0 if result.signal is None else 128 + result.signal
 

@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from .discovery import discover, locate, located
 from .errors import ConfigError, FrameworkError, PluginError, did_you_mean
 from .overrides import Overrides, as_typed, groups, own_settings, rewrite
-from .paths import expanded, shorter
+from .paths import expanded, real_path, shorter
 from .registry import Registry
 from .sources import File, FileConfigSource, Sources, line_with, read_yaml, searching
 from .spec import Spec, follow, read_spec
@@ -255,8 +255,8 @@ def config_folders(line: CommandLine) -> list[Path]:
     """The folders with config files: ours, then the project's `conf` in the working folder, then --config-dir."""
     import framework_conf  # not at the top: it is data, beside the package
 
-    ours = Path(framework_conf.__path__[0]).resolve()
-    here = Path("conf").resolve()
+    ours = real_path(Path(framework_conf.__path__[0]))
+    here = real_path(Path("conf"))
     folders = [ours]
     if (here / "config.yaml").is_file() or (here / "experiment").is_dir():
         folders.append(here)
@@ -265,7 +265,7 @@ def config_folders(line: CommandLine) -> list[Path]:
             raise FrameworkError(f"--config-dir {folder}: no such folder (looked in {Path.cwd()})")
         if not any(folder.rglob("*.yaml")):
             raise FrameworkError(f"--config-dir {folder}: there is no .yaml file in it")
-        folders.append(folder.resolve())
+        folders.append(real_path(folder))
     return list(dict.fromkeys(folders))
 
 

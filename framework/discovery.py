@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from .errors import FrameworkError, PluginError, did_you_mean
 from .exits import describe_exit
-from .paths import expanded
+from .paths import expanded, real_path
 from .registry import Registry
 from .signals import received
 from .user_code import describe
@@ -120,7 +120,7 @@ def leave_out(without: Iterable[str], plugins: list[Installed]) -> list[Installe
 def located(plugin: str) -> str:
     """Return a plugin's absolute path; the name of a module stays as it is."""
     path = expanded(plugin)
-    return str(path.resolve()) if path.exists() else plugin
+    return str(real_path(path)) if path.exists() else plugin
 
 
 def locate(plugin: str, folder: Path, here: Path | None) -> str:
@@ -247,10 +247,10 @@ def import_once(name: str) -> ModuleType:
 
 def loaded_from(file: Path) -> ModuleType | None:
     """Return the module that was loaded from a file, if there is one."""
-    real = file.resolve()
+    real = real_path(file)
     for module in list(sys.modules.values()):
         loaded = getattr(module, "__dict__", {}).get("__file__")  # a plain getattr would wake lazy modules
-        if loaded and loaded.endswith(real.name) and Path(loaded).resolve() == real:
+        if loaded and loaded.endswith(real.name) and real_path(loaded) == real:
             return module
     return None
 
@@ -270,7 +270,7 @@ def load_file(file: Path) -> None:
 
     The folder is a package, so that its files import each other by `from .other import x`.
     """
-    real = file.resolve()
+    real = real_path(file)
     if loaded_from(real) is not None:
         return
     package = package_of(real.parent)

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from .paths import real_path
+
 SECONDS = 10.0
 MOST_BYTES = 2**20  # of a diff
 CUT = f"\n[cut after {MOST_BYTES:,} bytes]"
@@ -72,9 +74,9 @@ def git_program(folder: Path) -> str | None:
 
 
 def search_path(folder: Path) -> str:
-    inside = folder.resolve()
+    inside = real_path(folder)
     entries = os.environ.get("PATH", os.defpath).split(os.pathsep)
-    kept = [each for each in entries if os.path.isabs(each) and not Path(each).resolve().is_relative_to(inside)]
+    kept = [each for each in entries if os.path.isabs(each) and not real_path(Path(each)).is_relative_to(inside)]
     return os.pathsep.join(kept)
 
 

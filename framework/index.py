@@ -24,7 +24,7 @@ from typing import Any, Literal, get_args, get_origin
 from .discovery import discover, installed_plugins, leave_out, located, plugin_files
 from .errors import RunError
 from .files import write_file
-from .paths import expanded
+from .paths import expanded, real_path
 from .registry import Entry, Registry
 from .schema import (
     Range,
@@ -98,7 +98,7 @@ def find_index(
     Raises what discovery and the reading of config files raise.
     """
     plugins = [located(plugin) for plugin in plugins]
-    folders = [folder.resolve() for folder in map(expanded, folders) if folder.is_dir()]
+    folders = [real_path(folder) for folder in map(expanded, folders) if folder.is_dir()]
     believed = trusted_among(folders, trusted)
     without = sorted(set(without))
     make = partial(build, plugins, folders, believed, without)
@@ -109,7 +109,7 @@ def find_index(
 
 def project_folder() -> list[Path]:
     """Return the folder of the project's config files, if the working folder has one."""
-    here = Path("conf").resolve()
+    here = real_path(Path("conf"))
     return [here] if (here / "config.yaml").is_file() or (here / "experiment").is_dir() else []
 
 

@@ -24,6 +24,11 @@ def expanded(path: str | Path) -> Path:
     return Path(text)
 
 
+def real_path(path: str | Path) -> Path:
+    """Return the absolute path that links lead to; unlike `Path.resolve`, also if they lead in a circle."""
+    return Path(os.path.realpath(path))
+
+
 def with_homes(value: Any) -> Any:
     """Return a value in which every path, also in a list or tuple, has its `~` replaced."""
     if isinstance(value, Path):
@@ -36,7 +41,7 @@ def with_homes(value: Any) -> Any:
 def shorter(path: str | Path) -> str:
     """Return a path relative to the working folder if it is below it."""
     try:
-        return str(Path(path).resolve().relative_to(Path.cwd()))
+        return str(real_path(path).relative_to(Path.cwd()))
     except (ValueError, OSError):
         return str(path)
 

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 from .errors import FrameworkError, RunError
 from .experiment import Result
 from .files import unwritable, write_file
-from .paths import expanded, pasted, shorter
+from .paths import expanded, pasted, real_path, shorter
 from .run import plugins_of
 from .streams import set_errors
 from .terminal import print_line, printable, title
@@ -82,8 +82,8 @@ def named(run: Path) -> str:
 
 def root_of(run: Path) -> str:
     """Return the option by which `framework board` shows a run: none below the default root."""
-    root = run.parent.parent if len(run.parts) > 2 else run.resolve().parent.parent
-    return "" if root.resolve() == Path("runs").resolve() else f" --root {pasted(root)}"
+    root = run.parent.parent if len(run.parts) > 2 else real_path(run).parent.parent
+    return "" if real_path(root) == real_path(Path("runs")) else f" --root {pasted(root)}"
 
 
 def percent(shares: Mapping[str, float]) -> dict[str, int]:
@@ -178,7 +178,7 @@ def write_columns(columns: Mapping[str, list[Any]], path: Path) -> None:
     A file is written whole or not at all, also where a link leads to it; into a device or pipe it goes as it comes.
     """
     content = {".npz": npz_of, ".csv": csv_of, ".jsonl": json_lines_of}[path.suffix](columns)
-    target = path.resolve()
+    target = real_path(path)
     if target.is_file() or not target.exists():
         write_file(target.parent, target.name, content)
         return

@@ -24,7 +24,7 @@ from .errors import RunError, short
 from .files import open_file, read_json, read_yaml, reason_of, remove_temporary, write_error, write_file
 from .git import commit_and_diff
 from .locks import Held, are_off, is_gone, lock, this_process
-from .paths import expanded
+from .paths import expanded, real_path
 
 MOST_HOLDER = 300  # bytes of the text in a lock
 PATIENCE = 2.0  # seconds for the workers of a killed run to end
@@ -51,7 +51,7 @@ class RunFolder:
             if text is not None and (not re.fullmatch(NAME, text) or ".." in text):
                 raise RunError(f"{what} should be letters, digits, '.', '_' and '-' (at most 128), not {text!r}")
         parent = expanded(root) / experiment
-        check_encoding(parent.resolve())
+        check_encoding(real_path(parent))
         try:
             parent.mkdir(parents=True, exist_ok=True)
             with locked(parent):  # so that nobody sees a folder before its maker has locked it

@@ -9,6 +9,7 @@ import yaml
 
 import framework as fw
 from framework import TensorSplit, Trainer
+from framework.cli import main
 from framework.errors import SettingError
 from framework.paths import expanded, pasted, with_homes
 from framework.run import dump
@@ -122,3 +123,14 @@ def test_a_path_is_one_word_of_a_command():
     assert pasted("my runs/it's") == "'my runs/it'\"'\"'s'"
     assert pasted("-odd") == "./-odd"
     assert os.sep == "/"
+
+
+def test_links_in_a_circle_are_no_fault(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("conf", "runs", "loop"):
+        (tmp_path / name).symlink_to(name)
+    for line in ("list", "eval loop", "resume loop", "train data=blobs trainer.max_steps=1", "board --root loop"):
+        with pytest.raises(SystemExit) as exit:
+            main(line.split())
+        assert exit.value.code in (0, 2), line
+    assert "internal error" not in capsys.readouterr().err
