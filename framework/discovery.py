@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from .errors import FrameworkError, PluginError, did_you_mean
 from .exits import describe_exit
-from .paths import expanded, real_path
+from .paths import expanded, real_path, shorter
 from .registry import Registry
 from .signals import received
 from .user_code import describe
@@ -283,7 +283,7 @@ def load_file(file: Path) -> None:
     if spec is None or spec.loader is None:
         raise PluginError(f"plugin {file} is not a Python file")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    with loading(str(file), "its path"):
+    with loading(shorter(file), "its path"):
         try:
             spec.loader.exec_module(module)
         except BaseException as error:
