@@ -44,13 +44,13 @@ def serve(root: Path, port: int) -> int:
     except program.TensorBoardServerException as error:
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FrameworkError(f"TensorBoard cannot start: {why} (--port chooses another)") from error
+    done = threading.Event()
+    for number in ending_signals():  # before the address is printed: who reads it may end the server at once
+        signal.signal(number, lambda *_: done.set())
     print_line(f"TensorBoard shows {root} at {address} (Ctrl-C ends it)", flush=True)
     if runs > MOST_TICKED:
         why = f"of more than {MOST_TICKED} TensorBoard shows none by itself"
         print_line(f"tick some of the {runs} runs to see curves: {why}", flush=True)
-    done = threading.Event()
-    for number in ending_signals():
-        signal.signal(number, lambda *_: done.set())
     done.wait()
     return 0
 

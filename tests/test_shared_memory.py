@@ -4,6 +4,7 @@ import errno
 import json
 import multiprocessing
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -59,7 +60,7 @@ def has_private_mounts():
 
 def in_small_memory(script):
     """Run a script where /dev/shm has 1 MB; return what it prints and its errors."""
-    command = f"mount -t tmpfs -o size=1m tmpfs /dev/shm && exec {sys.executable} -"
+    command = f"mount -t tmpfs -o size=1m tmpfs /dev/shm && exec {shlex.quote(sys.executable)} -"
     project = Path(__file__).parent.parent
     done = subprocess.run(
         [*PRIVATE, command], input=script, cwd=project, capture_output=True, text=True, timeout=120, check=True
