@@ -11,7 +11,7 @@ from pathlib import Path
 from .errors import FrameworkError, RunError
 from .paths import real_path
 from .signals import ending_signals
-from .terminal import print_line, print_note
+from .terminal import note, print_line
 
 MOST_TICKED = 40  # runs; of more, TensorBoard's charts are empty at first
 
@@ -35,7 +35,7 @@ def serve(root: Path, port: int) -> int:
     options = ["--logdir", str(root), "--host", "127.0.0.1", "--port", str(port)]
     if odd:
         said = f"{odd[0]} leads out of {root}, or is not a regular file"
-        print_note(f"framework: not shown: {said}; {len(odd)} such entries in all")
+        note(f"not shown: {said}; {len(odd)} such entries in all")
         options.append("--load_fast=false")
         use_plain_files()
     server.configure(argv=["", *options])

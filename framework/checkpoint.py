@@ -35,7 +35,18 @@ from torch import Tensor
 
 from .discovery import package_version
 from .errors import CheckpointDiskFull, CheckpointError, RunError, short
-from .files import FULL, MOST_BYTES, TEMPORARY, free_disk_bytes, open_file, parse_json, read_bytes, write_file
+from .files import (
+    FULL,
+    MOST_BYTES,
+    MOST_DEPTH,
+    TEMPORARY,
+    free_disk_bytes,
+    levels,
+    open_file,
+    parse_json,
+    read_bytes,
+    write_file,
+)
 from .memory import available_bytes
 from .shapes import first_line
 from .snapshot import Facts, Snapshot, Weights, snapshot
@@ -48,7 +59,6 @@ ASIDE = ".best"  # a link that has not got its name yet
 HIDDEN = re.compile(r"\.(step-\d{8,})-[0-9a-f]{8}(\.replaced|\.removed)?")
 MOST_PICKLE = 64 * 2**20  # bytes of the record of a torch file that says how its tensors lie in plain types
 MOST_VALUES = 10_000_000  # of a training state, what is shared counted as often as it is used
-MOST_DEPTH = 64
 GLOBALS = re.compile(
     r"torch\._utils _rebuild_(tensor_v2|tensor_v3|sparse_tensor)|torch \w+Storage|torch\.storage UntypedStorage"
     r"|torch\.serialization _get_layout|torch Size|torch [a-z]\w*|collections OrderedDict|_codecs encode"
@@ -428,21 +438,14 @@ def check_pickle(content: bytes) -> None:
 
 def check_training(training: dict[str, Any]) -> None:
     """Raise CheckpointError for a state that would take much more memory, or time, than its file has bytes."""
-    level: list[Any] = [training]
-    count = depth = 0
-    while level:
-        count, depth = count + len(level), depth + 1
+    count = 0
+    for depth, level in enumerate(levels(training), 1):
+        count += len(level)
         if count > MOST_VALUES or depth > MOST_DEPTH:
             raise CheckpointError(f"its state has more than {MOST_VALUES:,} values, or is more than {MOST_DEPTH} deep")
-        inner: list[Any] = []
         for value in level:
-            if isinstance(value, dict):
-                inner.extend(value.values())
-            elif isinstance(value, list | tuple):
-                inner.extend(value)
-            elif isinstance(value, Tensor):
+            if isinstance(value, Tensor):
                 check_strides(value)
-        level = inner
 
 
 def check_strides(tensor: Tensor) -> None:

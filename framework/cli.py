@@ -36,9 +36,9 @@ from .streams import prepare_streams, silence_broken_streams
 from .terminal import (
     completed,
     message_lines,
+    note,
     print_line,
     print_message,
-    print_note,
     print_traceback,
     printable_lines,
     printable_warnings,
@@ -101,11 +101,6 @@ def importing_safely(arguments: list[str]) -> Iterator[None]:
             entries = ", ".join(shown(shorter(entry)) for entry in left_out)
             note(f"no module is imported from {entries}, since this folder is not trusted (`framework trust`)")
         yield
-
-
-def note(text: str) -> None:
-    """Print a note for the person at the terminal."""
-    print_note(f"framework: {text}")
 
 
 def complain(error: Exception, with_traceback: bool) -> int:
@@ -333,7 +328,7 @@ def write_on(given: argparse.Namespace, sampling: dict[str, Any]) -> None:
     """Print a prompt and what the run's language model puts after it."""
     known, text = opened(given).generate(given.prompt, **sampling)
     if known != given.prompt:
-        print_note(f"framework: the model knows a part of the prompt only; it reads {known!r}")
+        note(f"the model knows a part of the prompt only; it reads {known!r}")
     print(printable_lines(text))
 
 

@@ -26,7 +26,7 @@ from .registry import Registry
 from .sources import File, FileConfigSource, Sources, line_with, read_yaml, searching
 from .spec import Spec, follow, read_spec
 from .store import fill_store
-from .terminal import print_note, printable_lines
+from .terminal import note, printable_lines
 
 
 @dataclass
@@ -158,7 +158,7 @@ def run(
 def notes(lines: Iterable[str]) -> None:
     """Print what has no effect, and does no harm, for the person at the terminal."""
     for line in lines:
-        print_note(f"framework: {line}")
+        note(line)
 
 
 def compose(composing: Composing, arguments: list[str]) -> list[Job]:

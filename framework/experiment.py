@@ -32,6 +32,7 @@ from .data import Data, Loader
 from .device import intra_op_threads, suitable_threads
 from .errors import BuildError, RunError, short
 from .exits import no_exit
+from .files import first_words
 from .introduction import first_batch, introduce
 from .model_limits import model_limits
 from .optimizer import build_optimizer
@@ -531,4 +532,4 @@ def fill(model: nn.Module, chosen: Path, run: Path) -> None:
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise RunError(f"{chosen} does not fit the model of {run}: {' '.join(str(error).split())[:300]}") from error
+        raise RunError(f"{chosen} does not fit the model of {run}: {first_words(error)}") from error

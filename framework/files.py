@@ -299,17 +299,24 @@ def parse_json(text: bytes | str, path: Path) -> Any:
 
 
 def check_tree(content: Any, path: Path) -> None:
-    level, count, depth = [content], 0, 0
-    while level:
-        count, depth = count + len(level), depth + 1
+    count = 0
+    for depth, level in enumerate(levels(content), 1):
+        count += len(level)
         if count > MOST_JSON_NODES or depth > MOST_DEPTH:
             raise too_large(path, MOST_JSON_NODES)
+
+
+def levels(tree: Any) -> Iterator[list[Any]]:
+    """Yield the values of a tree of dicts, lists and tuples by their depth; a level is built when it is asked for."""
+    level = [tree]
+    while level:
+        yield level
         inner: list[Any] = []
-        for node in level:
-            if isinstance(node, dict):
-                inner.extend(node.values())
-            elif isinstance(node, list):
-                inner.extend(node)
+        for value in level:
+            if isinstance(value, dict):
+                inner.extend(value.values())
+            elif isinstance(value, list | tuple):
+                inner.extend(value)
         level = inner
 
 

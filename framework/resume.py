@@ -28,7 +28,7 @@ from .run import RunFolder, dump, read_config, read_facts, run_behind, run_of_ch
 from .scheduler import observes
 from .schema import members, strip
 from .spec import Spec
-from .terminal import print_note
+from .terminal import note
 
 JUDGED_BY = ("monitor", "mode", "min_delta")  # settings of a callback that decides by logged values
 SAME_BITS = (  # what may differ in a resumed run without a bit of its weights being another
@@ -188,10 +188,10 @@ def comparable(config: bytes) -> bytes:
 
 def tell(notes: Sequence[str]) -> None:
     """Print notes on the standard error, a few of them."""
-    for note in notes[:MOST_NOTES]:
-        print_note(f"framework: {note}")
+    for each in notes[:MOST_NOTES]:
+        note(each)
     if len(notes) > MOST_NOTES:
-        print_note(f"framework: {len(notes) - MOST_NOTES} more notes of this kind")
+        note(f"{len(notes) - MOST_NOTES} more notes of this kind")
 
 
 def run_meant_by(path: Path) -> Path:

@@ -101,6 +101,11 @@ def print_note(text: object) -> None:
     print(message_line(text), file=sys.stderr, flush=True)
 
 
+def note(text: object) -> None:
+    """Print a note of a command on stderr, as a line that names the program."""
+    print_note(f"framework: {text}")
+
+
 def completed(words: list[str]) -> list[str]:
     """Return the words that TAB may put on a command line: those in which a shell finds nothing to execute."""
     return [word for word in words if COMPLETED.fullmatch(word) and printable(word) == word]

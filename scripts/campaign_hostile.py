@@ -247,7 +247,7 @@ def fill(world: World, genuine: Path) -> None:
     os.mkfifo(out / "fifo")
     (out / "folder").mkdir()
     (out / "folder/file").write_text(f"{TOKEN}\n")
-    (world.root / "work/evil.py").write_text(f"open({str(world.proof)!r}, 'w')\n")
+    world.plugin.write_text(f"open({str(world.proof)!r}, 'w')\n")
 
 
 # the cases that were found by hand

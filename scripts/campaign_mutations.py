@@ -58,6 +58,11 @@ class World:
         return self.root / "work/runs/default/victim"
 
     @property
+    def plugin(self) -> Path:
+        """A plugin in the working folder that makes the proof."""
+        return self.root / "work" / "evil.py"
+
+    @property
     def outside(self) -> Path:
         return self.root / "outside"
 
@@ -508,7 +513,8 @@ def put(tree: Any, where: tuple[Any, ...], value: Any, way: str) -> Any:
 
 def settings(world: World) -> None:
     out, proof = str(world.outside), str(world.proof)
-    evil, home = f"{world.root}/work/evil.py", "~/.bashrc"
+    evil = str(world.plugin)
+    home = "~/.bashrc"
     changes: list[dict[str, Any]] = [
         {"model.width": 10**6},
         {"model.width": 10**9},
@@ -711,7 +717,7 @@ def exchanged(path: Path, content: bytes) -> None:
 
 def plugin(world: World) -> None:
     """Name a file of code wherever a run names plugins."""
-    evil = str(world.root / "work/evil.py")
+    evil = str(world.plugin)
     path, which = world.place("provenance.json"), world.chance.random()
     set_in_config(world, {"plugins": [world.chance.choice([evil, "evil", "evil.py", "runs/default/victim"])]})
     if which < 0.7 and readable(world, path):

@@ -9,12 +9,10 @@ import numpy as np
 import pytest
 
 from framework.checkpoint import link_to, listed
-from framework.compose import CommandLine, run as compose
 from framework.errors import CheckpointError, RunError
-from framework.experiment import Experiment, train
+from framework.experiment import train
 from framework.resume import chosen_checkpoint, status_of
-from runs import logged
-from test_resume import with_stop
+from runs import composed, cut_off_at, logged
 
 SMALL = [
     "data=blobs",
@@ -38,9 +36,7 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
 
 
 def spec_of(*overrides):
-    specs = []
-    compose(CommandLine([*SMALL, *overrides], []), lambda job: specs.append(job.spec))
-    return specs[0]
+    return composed([*SMALL, *overrides])
 
 
 def go(*overrides, **more):
@@ -49,11 +45,8 @@ def go(*overrides, **more):
 
 
 def cut_off(name, step, monkeypatch, *overrides):
-    whole = Experiment.trainer
-    with monkeypatch.context() as patched:
-        patched.setattr(Experiment, "trainer", lambda self: with_stop(whole(self), step))
-        with pytest.raises(KeyboardInterrupt):
-            go(f"run.name={name}", *overrides)
+    with cut_off_at(step, monkeypatch):
+        go(f"run.name={name}", *overrides)
     return Path("runs/default") / name
 
 
@@ -151,11 +144,8 @@ def test_what_was_set_aside_is_not_picked_up_after_another_interruption(monkeypa
     whole, _ = go("run.name=whole")
     run = go("run.name=a")[0].folder
     chosen = f"resume={run}/checkpoints/step-00000040"
-    whole_trainer = Experiment.trainer
-    with monkeypatch.context() as patched:
-        patched.setattr(Experiment, "trainer", lambda self: with_stop(whole_trainer(self), 42))
-        with pytest.raises(KeyboardInterrupt):
-            go(chosen)
+    with cut_off_at(42, monkeypatch):
+        go(chosen)
     assert [each.name for each in listed(run / "checkpoints")][-1] == "step-00000040"
     _, said = go(f"resume={run}")
     assert said[0] == f"going on with {run} after step 40"

@@ -12,11 +12,10 @@ import torch
 
 import framework as fw
 from framework.checkpoint import listed, load
-from framework.compose import CommandLine, run as compose
 from framework.errors import RunError
 from framework.experiment import train
 from framework.resume import differences, fingerprint, start_from, status_of
-from runs import logged
+from runs import composed, cut_off_at, logged
 
 PLUGINS = []
 SMALL = ["model.width=16", "model.dropout=0.1", "trainer.max_epochs=2", "callbacks=[checkpoint,gradient_norm]"]
@@ -28,9 +27,7 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
 
 
 def spec_of(*overrides):
-    specs = []
-    compose(CommandLine([*SMALL, *overrides], PLUGINS), lambda job: specs.append(job.spec))
-    return specs[0]
+    return composed([*SMALL, *overrides], PLUGINS)
 
 
 def go(*overrides, **more):
@@ -43,30 +40,10 @@ def weights(run):
     return (listed(Path(run) / "checkpoints")[-1] / "model.safetensors").read_bytes()
 
 
-class Stop(fw.Callback):
-    """Ends the process of training at a step, as a kill would: nothing is closed, nothing more is saved."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_done(self, trainer):
-        if trainer.state.step == self.step:
-            raise KeyboardInterrupt
-
-
 def cut_off(name, step, monkeypatch, *overrides):
     """Run until a step, then fail."""
-    from framework.experiment import Experiment
-
-    whole = Experiment.trainer
-    with monkeypatch.context() as patched:
-        patched.setattr(Experiment, "trainer", lambda self: with_stop(whole(self), step))
-        with pytest.raises(KeyboardInterrupt):
-            go(f"run.name={name}", *overrides)
-
-
-def with_stop(trainer, step):
-    return with_callback(trainer, Stop(step))
+    with cut_off_at(step, monkeypatch):
+        go(f"run.name={name}", *overrides)
 
 
 def with_callback(trainer, callback):

@@ -13,12 +13,11 @@ import framework as fw
 from framework import TensorSplit, Trainer
 from framework.callback import follows_metrics
 from framework.checkpoint import listed, load
-from framework.compose import CommandLine, run as compose
 from framework.data import Loader
 from framework.errors import RunError, SettingError
 from framework.experiment import Experiment, train
 from framework.resume import altered, differences, keeps_bits, observed_changes
-from runs import logged
+from runs import composed, logged
 
 SMALL = ["model.width=8", "model.depth=1", "trainer.max_steps=3", "callbacks=[checkpoint]", "loggers=[json_lines]"]
 INPUTS = torch.linspace(-1, 1, 24).reshape(12, 2)
@@ -28,9 +27,7 @@ LOSS = nn.MSELoss()
 
 
 def spec_of(*overrides):
-    specs = []
-    compose(CommandLine([*SMALL, *overrides], []), lambda job: specs.append(job.spec))
-    return specs[0]
+    return composed([*SMALL, *overrides])
 
 
 def go(*overrides, **more):
