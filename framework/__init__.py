@@ -3,13 +3,12 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from .signals import guard_start
+from framework.system.signals import guard_start
 
 guard_start()  # before the other imports, which take a while
 
-from .discovery import discover as discover  # noqa: E402
-from .errors import FrameworkError as FrameworkError  # noqa: E402
-from .kinds import (  # noqa: E402
+from framework.registry.discovery import discover as discover  # noqa: E402
+from framework.registry.kinds import (  # noqa: E402
     Activation as Activation,
     Block as Block,
     Dropout as Dropout,
@@ -35,7 +34,7 @@ from .kinds import (  # noqa: E402
     tasks as tasks,
     transforms as transforms,
 )
-from .schema import (  # noqa: E402
+from framework.registry.schema import (  # noqa: E402
     Fraction as Fraction,
     NonNegativeFloat as NonNegativeFloat,
     NonNegativeInt as NonNegativeInt,
@@ -45,31 +44,33 @@ from .schema import (  # noqa: E402
     Rate as Rate,
 )
 
+from .errors import FrameworkError as FrameworkError  # noqa: E402
+
 if TYPE_CHECKING:
-    from .callback import Callback as Callback
-    from .data import Data as Data, TensorSplit as TensorSplit
-    from .logger import Logger as Logger
-    from .metric import Metric as Metric
-    from .pure import PureOptimizer as PureOptimizer
-    from .scheduler import Schedule as Schedule
-    from .state import Every as Every
-    from .task import Step as Step, Task as Task
-    from .trainer import Trainer as Trainer
-    from .transform import Transform as Transform
+    from framework.contracts.callback import Callback as Callback
+    from framework.contracts.logger import Logger as Logger
+    from framework.contracts.metric import Metric as Metric
+    from framework.contracts.pure_optimizer import PureOptimizer as PureOptimizer
+    from framework.contracts.schedule import Schedule as Schedule
+    from framework.contracts.state import Every as Every
+    from framework.contracts.task import Step as Step, Task as Task
+    from framework.contracts.transform import Transform as Transform
+    from framework.data.dataset import Data as Data, TensorSplit as TensorSplit
+    from framework.training.trainer import Trainer as Trainer
 
 _LATER = {  # these import torch, which a person who only lists parts need not wait for
-    "Callback": "callback",
-    "Data": "data",
-    "Every": "state",
-    "Logger": "logger",
-    "Metric": "metric",
-    "PureOptimizer": "pure",
-    "Schedule": "scheduler",
-    "Step": "task",
-    "Task": "task",
-    "TensorSplit": "data",
-    "Trainer": "trainer",
-    "Transform": "transform",
+    "Callback": "contracts.callback",
+    "Data": "data.dataset",
+    "Every": "contracts.state",
+    "Logger": "contracts.logger",
+    "Metric": "contracts.metric",
+    "PureOptimizer": "contracts.pure_optimizer",
+    "Schedule": "contracts.schedule",
+    "Step": "contracts.task",
+    "Task": "contracts.task",
+    "TensorSplit": "data.dataset",
+    "Trainer": "training.trainer",
+    "Transform": "contracts.transform",
 }
 
 

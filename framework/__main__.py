@@ -1,5 +1,5 @@
 """`python -m framework` is `framework`."""
 
-from .cli import main
+from framework.cli.main import main
 
 main()

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from framework import Metric, Range, metrics
-from framework.alignment import same_shape
-from framework_plugins.metrics import class_rows, mean_of, wide
+from framework.contracts.alignment import same_shape
+
+from .metrics import class_rows, mean_of, wide
 
 MANTISSA_BITS = 31  # an offset of 2^20 standard deviations leaves 2^11 steps in each
 EXPONENT_BITS = 8

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from framework import Metric, PositiveInt, metrics
-from framework.alignment import class_shape, same_shape
+from framework.contracts.alignment import class_shape, same_shape
 
 Average = Literal["macro", "micro", "weighted"]
 Targets = tuple[str, ...]

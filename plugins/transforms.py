@@ -22,9 +22,9 @@ from framework import (
     Transform,
     transforms,
 )
-from framework.data import Batch
+from framework.data.dataset import Batch
 from framework.errors import BuildError, SettingError
-from framework.shapes import expect
+from framework.runtime.shapes import expect
 
 IMAGES = "images (C, H, W)"
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from campaign_runs import spec_of
 
-from framework import checkpoint
-from framework.checkpoint import FILES, listed, load, newest, verify
 from framework.errors import CheckpointError
-from framework.experiment import train
+from framework.experiment.experiment import train
+from framework.runs import checkpoint
+from framework.runs.checkpoint import FILES, listed, load, newest, verify
 
 PAGE = 4096
 MODELS = {  # of different sorts: buffers, a schedule's state, a scaler, averages

@@ -19,11 +19,12 @@ from typing import Any
 from campaign_disk import PAGE, mount, pages_free
 from campaign_runs import differences, fork, status_of
 
-from framework import checkpoint, files
-from framework.checkpoint import listed, verify
-from framework.cli import main
-from framework.files import AppendFile
-from framework.tuning.folder import SweepFolder
+from framework.cli.main import main
+from framework.runs import checkpoint
+from framework.runs.checkpoint import listed, verify
+from framework.system import files
+from framework.system.files import AppendFile
+from framework.tuning.sweep.folder import SweepFolder
 
 DISK = 48 * 2**20  # bytes
 STEPS = 24
@@ -286,7 +287,7 @@ def full_disk(points: int, seed: int, control: bool, only: str = "") -> int:
     for module in ("event_pb2", "graph_pb2"):  # here, so that no process that is forked has to
         importlib.import_module(f"tensorboard.compat.proto.{module}")
     importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
-    importlib.import_module("framework.experiment")
+    importlib.import_module("framework.experiment.experiment")
     with tempfile.TemporaryDirectory(prefix="campaign-") as folder:
         root = Path(folder)
         told = root / "told.json"

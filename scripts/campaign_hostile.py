@@ -194,7 +194,7 @@ def command_of(arguments: list[str]) -> Callable[[], Any]:
     """Return the work of a command in a process that has imported what it needs."""
 
     def work() -> Any:
-        from framework.cli import main
+        from framework.cli.main import main
 
         tempfile.tempdir = None
         main(arguments)
@@ -516,23 +516,23 @@ def spread(work: Callable[[int], Outcome], numbers: list[int], jobs: int) -> Ite
 
 def import_all() -> None:
     """Import what commands import, so that no child has to."""
-    import framework.board
-    import framework.cli
-    import framework.experiment
-    import framework.plan
-    import framework.report
-    import framework.trained
-    import framework.tuning.preflight
-    import framework.tuning.study
-    import framework.tuning.sweep  # noqa: F401
-    from framework.discovery import discover
+    import framework.cli.board
+    import framework.cli.main
+    import framework.cli.output
+    import framework.experiment.check
+    import framework.experiment.experiment
+    import framework.experiment.load
+    import framework.experiment.plan
+    import framework.tuning.search.study
+    import framework.tuning.sweep.sweep  # noqa: F401
+    from framework.registry.discovery import discover
 
     discover()
 
 
 def switch_off() -> None:
     """For the control: open files as Python does, without limits, and unpickle whatever is there."""
-    from framework import files
+    from framework.system import files
 
     unguarded = {
         files.open_file: open_plainly,

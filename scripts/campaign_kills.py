@@ -17,12 +17,12 @@ import torch
 from campaign_runs import differences, done, fork, spec_of, status_of
 
 import framework as fw
-from framework import checkpoint
-from framework.checkpoint import listed, load, step_of
+from framework.composition.spec import Spec
 from framework.errors import CheckpointError, RunError
-from framework.experiment import train
-from framework.spec import Spec
-from framework.trainer import Trainer
+from framework.experiment.experiment import train
+from framework.runs import checkpoint
+from framework.runs.checkpoint import listed, load, step_of
+from framework.training.trainer import Trainer
 
 STEPS = 60
 EVERY = 4  # steps between checkpoints, where a twist says nothing else

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import yaml
 
-from framework.checkpoint import MANIFEST, MODEL, TRAINING, own_sha256
+from framework.runs.checkpoint import MANIFEST, MODEL, TRAINING, own_sha256
 
 TERABYTE = 2**40
 CACHED: dict[str, bytes] = {}  # large contents, made once

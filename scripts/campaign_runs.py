@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from framework.checkpoint import listed, load
-from framework.compose import CommandLine, run as compose
-from framework.spec import Spec
+from framework.composition.compose import CommandLine, run as compose
+from framework.composition.spec import Spec
+from framework.runs.checkpoint import listed, load
 
 UNEQUAL = ("wall_seconds", "train/samples_per_second", "train/seconds_per_epoch")
 

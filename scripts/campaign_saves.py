@@ -18,9 +18,9 @@ from campaign_trace import Call, Fault, How, supported, traced
 from torch import nn
 
 import framework as fw
-from framework import checkpoint
-from framework.checkpoint import clean, folder_name, listed, load, newest, step_of
 from framework.errors import CheckpointError
+from framework.runs import checkpoint
+from framework.runs.checkpoint import clean, folder_name, listed, load, newest, step_of
 
 STEPS = 3  # before the save that is disturbed
 REFUSED = 3  # exit status of a save that ended in a CheckpointError

@@ -20,8 +20,8 @@ import campaign_runs
 import campaign_witness
 from safetensors.torch import load_file
 
-from framework import cli
-from framework.tuning.folder import SweepFolder
+from framework.cli import main as cli
+from framework.tuning.sweep.folder import SweepFolder
 
 WITNESS = Path(__file__).with_name("campaign_witness.py")
 BOUND = 120.0  # seconds in which a process must end after a signal, or come to the end of its sweep

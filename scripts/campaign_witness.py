@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import framework as fw
-from framework import checkpoint
-from framework.trainer import Trainer
+from framework.runs import checkpoint
+from framework.training.trainer import Trainer
 
 STATES = "campaign.states"  # the file, a byte for each trial
 FORGET = "CAMPAIGN_FORGET"  # the environment variable with which a resumed run loses a part of its state

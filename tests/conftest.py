@@ -9,8 +9,9 @@ import torch
 
 import framework as fw
 import framework_plugins
-from framework.cli import main
-from framework.registry import Registry
+from framework.cli.main import main
+from framework.registry.discovery import files_in
+from framework.registry.registry import Registry
 from shipped import shipped
 
 torch.set_num_threads(1)  # some tests fork, which a process with OpenMP threads of its own does not survive
@@ -19,11 +20,12 @@ torch.set_num_threads(1)  # some tests fork, which a process with OpenMP threads
 def leave_out_user_plugins():
     """Put an empty module in the place of each plugin that a user added to this checkout."""
     folder = Path(framework_plugins.__path__[0])
-    own = set(shipped(folder, "*.py")) | set(shipped(folder, "*/__init__.py"))
-    for file in [*folder.glob("*.py"), *folder.glob("*/__init__.py")]:
+    own = set(shipped(folder, "**/*.py"))
+    for file in files_in(folder):
         if file not in own:
-            stem = file.stem if file.parent == folder else file.parent.name
-            sys.modules[f"framework_plugins.{stem}"] = ModuleType(f"framework_plugins.{stem}")
+            module = file.parent if file.name == "__init__.py" else file.with_suffix("")
+            name = ".".join(["framework_plugins", *module.relative_to(folder).parts])
+            sys.modules[name] = ModuleType(name)
 
 
 leave_out_user_plugins()

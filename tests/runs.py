@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import framework as fw
-from framework.compose import CommandLine, run as compose
-from framework.experiment import Experiment
+from framework.composition.compose import CommandLine, run as compose
+from framework.experiment.experiment import Experiment
 
 TIMES = ("wall_seconds", "train/samples_per_second", "train/seconds_per_epoch")
 

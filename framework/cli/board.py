@@ -8,10 +8,10 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import FrameworkError, RunError
-from .paths import real_path
-from .signals import ending_signals
-from .terminal import note, print_line
+from framework.errors import FrameworkError, RunError
+from framework.errors.paths import real_path
+from framework.errors.terminal import note, print_line
+from framework.system.signals import ending_signals
 
 MOST_TICKED = 40  # runs; of more, TensorBoard's charts are empty at first
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from .index import Index, find_index
+from framework.composition.catalogue import Index, find_index
 
 VERBS = (
     *("train", "resume", "eval", "predict", "list", "show", "plan", "check", "find"),

@@ -14,26 +14,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import trust as trusting
-from .arguments import (
-    CHECKPOINT,
-    JSON,
-    RUN,
-    TRACEBACK,
-    TRUST,
-    Parser,
-    command_line,
-    composing,
-    importing_torch,
-    swept,
-)
-from .errors import ConfigError, FrameworkError, did_you_mean
-from .exits import no_exit
-from .help import BOARD, CHECK, EVAL, FIND, HELP, LIST, PLAN, PREDICT, RESUME, SHOW, TRAIN, TRUSTING
-from .paths import expanded, real_path, shorter
-from .signals import interruptible
-from .streams import prepare_streams, silence_broken_streams
-from .terminal import (
+from framework.composition import trust as trusting
+from framework.composition.trust import entries_in, importing_from_elsewhere, is_trusted, problem_of_file, shown
+from framework.errors import ConfigError, FrameworkError, did_you_mean
+from framework.errors.exits import no_exit
+from framework.errors.paths import expanded, real_path, shorter
+from framework.errors.terminal import (
     completed,
     message_lines,
     note,
@@ -43,8 +29,12 @@ from .terminal import (
     printable_lines,
     printable_warnings,
 )
-from .trust import entries_in, importing_from_elsewhere, is_trusted, problem_of_file, shown
-from .user_code import describe, internal_place, user_place
+from framework.errors.user_code import describe, internal_place, user_place
+from framework.system.signals import interruptible
+from framework.system.streams import prepare_streams, silence_broken_streams
+
+from .help_texts import BOARD, CHECK, EVAL, FIND, HELP, LIST, PLAN, PREDICT, RESUME, SHOW, TRAIN, TRUSTING
+from .parsers import CHECKPOINT, JSON, RUN, TRACEBACK, TRUST, Parser, command_line, composing, importing_torch, swept
 
 STARTED = time.monotonic()
 RUNNING = ("train", "resume", "plan", "check", "find", "eval", "predict")
@@ -163,7 +153,7 @@ def tell(as_json: bool, value: Any, table: Callable[[], Any]) -> None:
     if as_json:
         print(json.dumps(value, indent=2))
     else:
-        from .describe import console
+        from .part_tables import console
 
         console().print(table())
 
@@ -181,16 +171,16 @@ def train(arguments: list[str]) -> None:
     if given.folds is not None:
         swept(parser, given, "--folds", "fold", given.folds, [f"{k}/{given.folds}" for k in range(1, given.folds + 1)])
     line = command_line(parser, given)
-    from .compose import Job, run as compose
+    from framework.composition.compose import Job, run as compose
 
     def job(composed: Job) -> Any:
-        from .experiment import train as train_experiment
+        from framework.experiment.experiment import train as train_experiment
 
         started = STARTED if composed.number is None else None
         what = composed.spec, composed.experiment, composed.overrides
         result = train_experiment(*what, started, inexact=composed.inexact)
         if composed.number is None:
-            from .report import print_result
+            from .output import print_result
 
             print_result(result)
             if result.signal is not None:
@@ -207,11 +197,12 @@ def resume(arguments: list[str]) -> int:
     parser.add_argument("--inexact", action="store_true", help="though settings would change the outcome")
     given = parser.parse_intermixed_args(arguments)
     with importing_torch():
-        from .discovery import discover
-        from .experiment import train as train_experiment
-    from .report import print_result
-    from .resume import altered, read_resumable, run_meant_by
-    from .trained import read_spec_of
+        from framework.experiment.experiment import train as train_experiment
+        from framework.registry.discovery import discover
+    from framework.experiment.load import read_spec_of
+    from framework.experiment.resume import altered, read_resumable, run_meant_by
+
+    from .output import print_result
 
     discover(given.plugins, given.without_plugin)
     run = run_meant_by(given.run)
@@ -232,12 +223,12 @@ def plan(arguments: list[str]) -> None:
     if given.json and given.multirun:
         parser.error("--json is for one experiment, not for a sweep")
     line = command_line(parser, given)
-    from .compose import Job, run as compose
+    from framework.composition.compose import Job, run as compose
 
     def job(composed: Job) -> None:
-        from .discovery import output_for_programs
-        from .experiment import Experiment
-        from .plan import render
+        from framework.experiment.experiment import Experiment
+        from framework.experiment.plan import render
+        from framework.registry.discovery import output_for_programs
 
         with output_for_programs(given.json):
             made = Experiment(composed.spec).plan()
@@ -249,8 +240,8 @@ def plan(arguments: list[str]) -> None:
 def check(arguments: list[str]) -> None:
     parser = composing("check", "Try an experiment in seconds: build, step, validate, save, resume, learn.", CHECK)
     line = command_line(parser, parser.parse_intermixed_args(arguments))
-    from .compose import run as compose
-    from .tuning.preflight import check as check_experiment
+    from framework.composition.compose import run as compose
+    from framework.experiment.check import check as check_experiment
 
     compose(line, lambda job: check_experiment(job.spec, print_message))
 
@@ -263,8 +254,8 @@ def find(arguments: list[str]) -> None:
     if what not in ("lr", "batch_size"):
         parser.error(f"what is to be found comes first: lr or batch_size{what and f', not {what}'}")
     line = command_line(parser, given)
-    from .compose import run as compose
-    from .tuning import finders
+    from framework.composition.compose import run as compose
+    from framework.experiment import find as finders
 
     show = finders.show_learning_rates if what == "lr" else finders.show_batch_sizes
     compose(line, lambda job: show(job.spec, given.json))
@@ -277,7 +268,7 @@ def evaluate(arguments: list[str]) -> None:
     parser.add_argument("--checkpoint", **CHECKPOINT)
     parser.add_argument("--json", **JSON)
     given = parser.parse_args(arguments)
-    from .discovery import output_for_programs  # not at the top: `--help` does without it
+    from framework.registry.discovery import output_for_programs  # not at the top: `--help` does without it
 
     with output_for_programs(given.json):
         trained = opened(given)
@@ -285,7 +276,7 @@ def evaluate(arguments: list[str]) -> None:
     if given.json:
         print(json.dumps(values))
     else:
-        from .report import print_values
+        from .output import print_values
 
         print_values(values, trained.checkpoint)
 
@@ -312,8 +303,9 @@ def predict(arguments: list[str]) -> None:
         return write_on(given, sampling)
     if sampling:
         parser.error(f"--{next(iter(sampling)).replace('_', '-')} goes with --prompt")
-    from .discovery import output_for_programs
-    from .report import check_output, write_predictions
+    from framework.registry.discovery import output_for_programs
+
+    from .output import check_output, write_predictions
 
     check_output(given.output)
     with output_for_programs(given.output == "-"):
@@ -334,8 +326,8 @@ def write_on(given: argparse.Namespace, sampling: dict[str, Any]) -> None:
 
 def opened(given: argparse.Namespace) -> Any:
     with importing_torch():
-        from .discovery import discover
-        from .trained import open_run
+        from framework.experiment.load import open_run
+        from framework.registry.discovery import discover
     for problem in discover(given.plugins, given.without_plugin, tolerant=True):
         note(f"{problem}; its parts are left out")
     return open_run(given.run, given.checkpoint)
@@ -347,7 +339,7 @@ def list_parts(arguments: list[str]) -> None:
     parser.add_argument("--json", **JSON)
     parser.add_argument("--trust", **TRUST)
     given = parser.parse_args(arguments)
-    from . import describe
+    from . import part_tables as describe
 
     index = index_of(given)
     kind = given.kind and describe.kind_of(index, given.kind)
@@ -361,7 +353,7 @@ def show(arguments: list[str]) -> None:
     parser.add_argument("--json", **JSON)
     parser.add_argument("--trust", **TRUST)
     given = parser.parse_args(arguments)
-    from . import describe
+    from . import part_tables as describe
 
     index = index_of(given)
     part = describe.find(index, given.part)
@@ -370,7 +362,7 @@ def show(arguments: list[str]) -> None:
 
 def index_of(given: argparse.Namespace) -> Any:
     """Return the index of all parts; notes say which plugins are not in it."""
-    from .index import find_index
+    from framework.composition.catalogue import find_index
 
     index = find_index(given.plugins, without=given.without_plugin, trusted=given.trust)
     for problem in index.broken:

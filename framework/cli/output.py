@@ -10,13 +10,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TextIO
 
-from .errors import FrameworkError, RunError
-from .experiment import Result
-from .files import unwritable, write_file
-from .paths import expanded, pasted, real_path, shorter
-from .run import plugins_of
-from .streams import set_errors
-from .terminal import print_line, printable, title
+from framework.errors import FrameworkError, RunError
+from framework.errors.paths import expanded, pasted, real_path, shorter
+from framework.errors.terminal import print_line, printable, title
+from framework.experiment.experiment import Result
+from framework.runs.folder import plugins_of
+from framework.system.files import unwritable, write_file
+from framework.system.streams import set_errors
 
 
 def print_result(result: Result, job: str | None = None) -> None:

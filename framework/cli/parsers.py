@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from .errors import FrameworkError
-from .paths import expanded
+from framework.errors import FrameworkError
+from framework.errors.paths import expanded
 
 TRACEBACK = "--traceback"
 RUN: dict[str, Any] = {"type": expanded, "help": "the folder of a run"}
@@ -54,7 +54,7 @@ def command_line(parser: Parser, given: argparse.Namespace) -> Any:
     if given.resolve and not given.cfg:
         parser.error("--resolve goes with --cfg")
     with importing_torch():
-        from .compose import CommandLine
+        from framework.composition.compose import CommandLine
     flags = ("multirun", "cfg", "resolve", "info", "inexact", "traceback", "only_plan")
     chosen = {flag: vars(given)[flag] for flag in flags}
     return CommandLine(given.overrides, given.plugins, given.config_dir, **chosen, without=given.without_plugin)

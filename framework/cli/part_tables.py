@@ -10,11 +10,11 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from .errors import SettingError, UnknownName, did_you_mean
-from .index import Index
-from .paths import pasted, quoted, shorter, typed
-from .registry import no_part
-from .terminal import LONGEST_NAME, printable, printable_lines, shortened
+from framework.composition.catalogue import Index
+from framework.errors import SettingError, UnknownName, did_you_mean
+from framework.errors.paths import pasted, quoted, shorter, typed
+from framework.errors.terminal import LONGEST_NAME, printable, printable_lines, shortened
+from framework.registry.registry import no_part
 
 Part = dict[str, Any]  # as `part_as_dict` returns it
 OWNERS = ("model", "task", "data")  # kinds whose parts ask for parts of other kinds

@@ -14,11 +14,12 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, flag_override, open_dict
 
-from ..compose import Composing, Job, to_tree
-from ..overrides import value_of
-from ..registry import Registry
-from ..sources import Sources
-from ..spec import follow
+from framework.registry.registry import Registry
+
+from .compose import Composing, Job, to_tree
+from .config_files import Sources
+from .overrides import value_of
+from .spec import follow
 
 Path = tuple[str, ...]
 

@@ -21,22 +21,13 @@ from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from .discovery import discover, installed_plugins, leave_out, located, plugin_files
-from .errors import RunError
-from .files import write_file
-from .paths import expanded, real_path
-from .registry import Entry, Registry
-from .schema import (
-    Range,
-    Setting,
-    is_enum,
-    marks,
-    members,
-    names_parts,
-    plain_value,
-    readable,
-    strip,
-)
+from framework.errors import RunError
+from framework.errors.paths import expanded, real_path
+from framework.registry.discovery import discover, installed_plugins, leave_out, located, plugin_files
+from framework.registry.registry import Entry, Registry
+from framework.registry.schema import Range, Setting, is_enum, marks, members, names_parts, plain_value, readable, strip
+from framework.system.files import write_file
+
 from .trust import is_trusted
 
 TICK = 100_000_000  # nanoseconds: two changes of a file within a tick of its clock look the same
@@ -213,7 +204,7 @@ def build(
         without: installed plugins to leave out.
     """
     from .compose import CommandLine, config_folders, project_plugins  # not at the top: a kept index does without Hydra
-    from .sources import chosen_in, experiments_in
+    from .config_files import chosen_in, experiments_in
     from .spec import PLAIN, SECTIONS, section_settings
 
     found = config_folders(CommandLine(folders=folders))

@@ -18,15 +18,16 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .discovery import discover, locate, located
-from .errors import ConfigError, FrameworkError, PluginError, did_you_mean
+from framework.errors import ConfigError, FrameworkError, PluginError, did_you_mean
+from framework.errors.paths import expanded, real_path, shorter
+from framework.errors.terminal import note, printable_lines
+from framework.registry.discovery import discover, locate, located
+from framework.registry.registry import Registry
+
+from .config_files import File, FileConfigSource, Sources, line_with, read_yaml, searching
+from .hydra_groups import fill_store
 from .overrides import Overrides, as_typed, groups, own_settings, rewrite
-from .paths import expanded, real_path, shorter
-from .registry import Registry
-from .sources import File, FileConfigSource, Sources, line_with, read_yaml, searching
 from .spec import Spec, follow, read_spec
-from .store import fill_store
-from .terminal import note, printable_lines
 
 
 @dataclass
@@ -142,7 +143,7 @@ def run(
         arguments = hydra_arguments(overrides, Path(scratch))
         try:
             if line.multirun:
-                from .tuning.sweep import sweep  # not at the top: a single run does without
+                from framework.tuning.sweep.sweep import sweep  # not at the top: a single run does without
 
                 notes(overrides.notes)
                 sweep(composing, arguments, task, explain)

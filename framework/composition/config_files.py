@@ -19,10 +19,11 @@ from hydra.plugins.config_source import ConfigResult
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 
-from .errors import ConfigError
-from .files import check_yaml
-from .paths import shorter
-from .registry import Registry
+from framework.errors import ConfigError
+from framework.errors.paths import shorter
+from framework.registry.registry import Registry
+from framework.system.files import check_yaml
+
 from .spec import COMMAND_LINE, IMPORTS, TARGET
 
 SWEEPER: tuple[str, ...] = ("params", "max_batch_size", "n_trials", "n_jobs", "direction", "study_name", "trials")

@@ -13,11 +13,12 @@ from typing import Any
 from hydra.core.config_store import ConfigNode, ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from .discovery import discover
-from .registry import Entry, Registry
-from .schema import names_parts
+from framework.registry.discovery import discover
+from framework.registry.registry import Entry, Registry
+from framework.registry.schema import names_parts
+from framework.tuning.hydra_parts import register
+
 from .spec import PLAIN, SECTIONS, Settings, follow, plain, section_settings
-from .tuning.hydra_parts import register
 
 NONE = "_none_"  # the option of a group that holds nothing: Hydra has no `GROUP=null` on its command line
 ALSO = "also"  # the group in which `+callbacks=NAME` adds to the list of the group `callbacks`

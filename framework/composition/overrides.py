@@ -22,11 +22,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override, Quote, QuotedString
 from hydra.errors import HydraException
 
-from .errors import did_you_mean
-from .paths import quoted_override
-from .registry import Registry, with_article
+from framework.errors import did_you_mean
+from framework.errors.paths import quoted_override
+from framework.registry.registry import Registry, with_article
+
+from .hydra_groups import ALSO, NONE
 from .spec import IMPORTS, TARGET
-from .store import ALSO, NONE
 
 FORM = "should be KEY=VALUE"
 FOREIGN_WORD = r"([^\s,\[\]{}():='\"\\]*[^\x00-\x7f][^\s,\[\]{}():='\"\\]*)"

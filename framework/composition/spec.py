@@ -8,13 +8,12 @@ from pathlib import Path
 from reprlib import Repr
 from typing import Any
 
-from .data import Loader
-from .errors import ConfigError, FrameworkError, SettingError, did_you_mean
-from .optimizer import Parameters
-from .paths import quoted_override, with_homes
-from .registry import Entry, Kind, Maker, Registry, with_article
-from .run import RunFolder
-from .schema import (
+from framework.contracts.optimizer import Parameters
+from framework.data.dataset import Loader
+from framework.errors import ConfigError, FrameworkError, SettingError, did_you_mean
+from framework.errors.paths import quoted_override, with_homes
+from framework.registry.registry import Entry, Kind, Maker, Registry, with_article
+from framework.registry.schema import (
     NotPlain,
     Setting,
     is_old_text,
@@ -27,8 +26,9 @@ from .schema import (
     read_settings,
     strip,
 )
-from .trainer import Trainer
-from .tuning.settings import Sweep
+from framework.runs.folder import RunFolder
+from framework.training.trainer import Trainer
+from framework.tuning.sweep.settings import Sweep
 
 Settings = Mapping[str, Setting]
 DIRECT = ("model", "data", "task", "optimizer", "scheduler", "metric", "transform", "callback", "logger", "initializer")

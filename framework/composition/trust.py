@@ -16,13 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from .discovery import locate
-from .errors import FrameworkError, RunError
-from .files import open_file, parse_json, parse_yaml, write_file
-from .paths import expanded, shorter
+from framework.errors import FrameworkError, RunError
+from framework.errors.paths import expanded, shorter
+from framework.registry.discovery import files_in, locate
+from framework.system.files import open_file, parse_json, parse_yaml, write_file
 
 MOST_BYTES = 2**20  # of a config file, and of the file of trusted folders
-FRAMEWORK = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+FRAMEWORK = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 
 class Named(NamedTuple):
@@ -166,7 +166,7 @@ def description(folder: Path) -> list[str]:
 
 def sort_of(plugin: Path) -> str:
     if plugin.is_dir():
-        count = len(list(plugin.glob("*.py")))
+        count = len(list(files_in(plugin)))
         return f"folder with {count} .py {'file' if count == 1 else 'files'}"
     return "file" if plugin.is_file() else "module"
 

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .errors import DataError
+from framework.errors import DataError
 
 
 def same_shape(outputs: Tensor, targets: Tensor) -> Tensor:

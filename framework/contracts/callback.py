@@ -37,7 +37,7 @@ from .state import Stateful
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .trainer import Trainer
+    from framework.training.trainer import Trainer
 
 EVENTS = (
     "fit_start",

@@ -24,10 +24,11 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from framework.data.dataset import Data, TensorSplit
+from framework.errors import DataError, SettingError
+from framework.runtime.seeds import undisturbed
+
 from .alignment import call_aligned, class_shape, misaligned_outputs, probability_shape, same_shape
-from .data import Data, TensorSplit
-from .errors import DataError, SettingError
-from .seeds import undisturbed
 
 IGNORED = -100
 """The class index that metrics see in the place of a target that the loss ignores."""

@@ -8,9 +8,10 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from framework.data.dataset import Scale
+from framework.errors import DataError, SettingError, short
+
 from .alignment import call_aligned
-from .data import Scale
-from .errors import DataError, SettingError, short
 from .loss import described, portion
 
 

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import seeds
-from .errors import BuildError, SettingError, did_you_mean
-from .registry import Maker
-from .schema import PositiveFloat, Range
+from framework.errors import BuildError, SettingError, did_you_mean
+from framework.registry.registry import Maker
+from framework.registry.schema import PositiveFloat, Range
+from framework.runtime import seeds
 
 COMPILER = "torch._dynamo"
 OTHER_GROUPS = "resume: the optimizer has other parameter groups than the saved one"

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .errors import SettingError, short
+from framework.errors import SettingError, short
+
 from .state import Stateful
 
 

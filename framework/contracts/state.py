@@ -6,8 +6,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from .errors import SettingError, short
-from .schema import Pattern
+from framework.errors import SettingError, short
+from framework.registry.schema import Pattern
 
 COUNTERS = ("step", "epoch", "batch", "samples")
 EVERY = r"\s*(?!0+(?:\.0*)?[a-z\s])(\d+(?:\.\d+)?)\s*(steps?|epochs?|s|sec|min|h)\s*"

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from framework.data.dataset import Batch, Data, Target
+from framework.errors import DataError
+from framework.registry.kinds import Shape
+
 from .alignment import call_aligned
-from .data import Batch, Data, Target
-from .errors import DataError
-from .kinds import Shape
 from .loss import (
     Mean,
     check_call,

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
+from framework.data.dataset import Batch
+from framework.errors import SettingError, short
+from framework.runtime.device import channels_last
+from framework.runtime.out_of_memory import versions
+
 from .callback import Callback
-from .data import Batch
-from .device import channels_last
-from .errors import SettingError, short
-from .memory import versions
 
 
 class Transform(Callback):

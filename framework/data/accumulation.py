@@ -16,8 +16,9 @@ from torch.utils.data import (
     default_collate,
 )
 
-from .data import Batch, Data, ForeignLoader, Loader, Split, as_batch, known_length
-from .errors import DataError
+from framework.errors import DataError
+
+from .dataset import Batch, Data, ForeignLoader, Loader, Split, as_batch, known_length
 
 Batches = Loader | ForeignLoader
 RANDOM_SAMPLERS = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
-from .data import Data
+from .dataset import Data
 
 SPLITS = ("train", "val", "test")
 CHUNK_BYTES = 2**25

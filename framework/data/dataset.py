@@ -16,14 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import ChainDataset, ConcatDataset, DataLoader, IterableDataset
 
-from . import seeds
-from .device import CopyStream, channels_last, chosen_layout
-from .errors import DataError, FrameworkError, RunError, short
-from .files import read_json
-from .kinds import Shape
-from .memory import check_room
-from .ragged import GatheredSplit, RaggedSplit as RaggedSplit, WindowSplit as WindowSplit
-from .schema import NonNegativeFloat, PositiveInt, Range
+from framework.errors import DataError, FrameworkError, RunError, short
+from framework.registry.kinds import Shape
+from framework.registry.schema import NonNegativeFloat, PositiveInt, Range
+from framework.runtime import seeds
+from framework.runtime.device import CopyStream, channels_last, chosen_layout
+from framework.runtime.out_of_memory import check_room
+from framework.system.files import read_json
+
+from .token_splits import GatheredSplit, RaggedSplit as RaggedSplit, WindowSplit as WindowSplit
 from .workers import (
     MEMORY,
     Batch as Batch,

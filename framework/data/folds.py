@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
-from . import seeds
-from .data import Data, GatheredSplit, TensorSplit, check_data, is_in_memory
-from .errors import DataError
+from framework.errors import DataError
+from framework.runtime import seeds
+
+from .dataset import Data, GatheredSplit, TensorSplit, check_data, is_in_memory
 
 
 def take_fold(data: Data, fold: str, refit: bool = True) -> None:

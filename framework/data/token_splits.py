@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import seeds
-from .errors import DataError
+from framework.errors import DataError
+from framework.runtime import seeds
+
 from .workers import Batch
 
 

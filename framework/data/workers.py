@@ -17,10 +17,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import seeds
-from .errors import DataError, FrameworkError
-from .signals import ENDING, end_with_parent
-from .user_code import describe, reason_of
+from framework.errors import DataError, FrameworkError
+from framework.errors.user_code import describe, reason_of
+from framework.runtime import seeds
+from framework.system.signals import ENDING, end_with_parent
 
 Batch = tuple[Tensor, ...]
 MEMORY = "loader.read=memory"

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import PartExit
+from . import PartExit
 from .user_code import user_place
 
-OWN = (str(Path(__file__).parent), argparse.__file__)
+OWN = (str(Path(__file__).parents[1]), argparse.__file__)
 
 
 @contextmanager

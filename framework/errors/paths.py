@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from .errors import SettingError
+from . import SettingError
 from .terminal import printable
 
 

@@ -124,7 +124,7 @@ def print_traceback(error: BaseException) -> None:
 def is_own(filename: str) -> bool:
     """Whether a file is one of this package or of the built-in plugins."""
     plugins = sys.modules.get("framework_plugins")
-    folders = [os.path.dirname(__file__), *getattr(plugins, "__path__", ())]
+    folders = [os.path.dirname(os.path.dirname(__file__)), *getattr(plugins, "__path__", ())]
     return any(filename.startswith(os.path.join(folder, "")) for folder in folders)
 
 

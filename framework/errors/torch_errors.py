@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .errors import DataError, short
+from . import DataError, short
 from .user_code import frames, text_of, user_place
 
 FUNCTIONAL = "torch/nn/functional.py"

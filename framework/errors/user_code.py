@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import NamedTuple
 
-from .errors import BuildError, FrameworkError
+from . import BuildError, FrameworkError
 from .paths import shorter
 
 OWN = ("framework", "framework_plugins")

@@ -8,20 +8,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from . import seeds
-from .checks import single_sample
-from .data import Data, Loader, Scale, check_data
-from .errors import BuildError, DataError, FrameworkError, short
-from .folds import take_fold
-from .metric import InUnits, Metric
-from .optimizer import Parameters
-from .probe import undisturbed
-from .registry import Maker, Registry
-from .shapes import after, dry_run, first_output
-from .spec import Spec
-from .task import Task
-from .torch_errors import is_batch_norm
-from .user_code import describe, reason_of, text_of, user_errors, user_place
+from framework.composition.spec import Spec
+from framework.contracts.metric import InUnits, Metric
+from framework.contracts.optimizer import Parameters
+from framework.contracts.task import Task
+from framework.data.dataset import Data, Loader, Scale, check_data
+from framework.data.folds import take_fold
+from framework.errors import BuildError, DataError, FrameworkError, short
+from framework.errors.torch_errors import is_batch_norm
+from framework.errors.user_code import describe, reason_of, text_of, user_errors, user_place
+from framework.registry.registry import Maker, Registry
+from framework.runtime import seeds
+from framework.runtime.shapes import after, dry_run, first_output
+from framework.training.layer_table import undisturbed
+from framework.training.validation import single_sample
 
 
 def build_data(spec: Spec, refit: bool = True) -> Data:

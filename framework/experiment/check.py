@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 
-from .. import checkpoint
-from ..callback import Callback
-from ..data import Data, Loader, TensorSplit
-from ..device import intra_op_threads
-from ..errors import RunError
-from ..experiment import Experiment
-from ..introduction import first_batch
-from ..spec import Spec
-from ..trainer import Trainer
+from framework.composition.spec import Spec
+from framework.contracts.callback import Callback
+from framework.data.dataset import Data, Loader, TensorSplit
+from framework.errors import RunError
+from framework.runs import checkpoint
+from framework.runtime.device import intra_op_threads
+from framework.training.trainer import Trainer
+
+from .experiment import Experiment
+from .log_start import first_batch
 
 STEPS, SECONDS = 100, 10.0  # most that one batch is learnt for
 LEARNT = 0.9  # of its loss: what must be left at most

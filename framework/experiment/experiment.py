@@ -13,9 +13,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from . import checkpoint
-from .batches import count_steps, count_total
-from .building import (
+from framework.composition.spec import Spec
+from framework.contracts.optimizer import build_optimizer
+from framework.contracts.task import Task
+from framework.data.accumulation import count_steps, count_total
+from framework.data.content import digests_of
+from framework.data.dataset import Data, Loader
+from framework.errors import BuildError, RunError, short
+from framework.errors.exits import no_exit
+from framework.errors.terminal import print_message
+from framework.errors.user_code import describe, user_errors
+from framework.runs import checkpoint
+from framework.runs.folder import RunFolder, dump, provenance, read_facts
+from framework.runs.status_file import Status
+from framework.runtime.clock import slow_data
+from framework.runtime.device import intra_op_threads, suitable_threads
+from framework.system.files import first_words
+from framework.system.signals import stopping
+from framework.training.trainer import Trainer
+from framework.training.trainer_state import WRONG_FORM
+from framework.training.validation import check_has_rate, check_loss_parameters, check_schedule, check_step_alone
+
+from .build import (
     build_data,
     build_groups,
     build_loader,
@@ -25,17 +44,8 @@ from .building import (
     check_smallest_batch,
     scale_of,
 )
-from .checks import check_has_rate, check_loss_parameters, check_schedule, check_step_alone
-from .clock import slow_data
-from .content import digests_of
-from .data import Data, Loader
-from .device import intra_op_threads, suitable_threads
-from .errors import BuildError, RunError, short
-from .exits import no_exit
-from .files import first_words
-from .introduction import first_batch, introduce
+from .log_start import first_batch, introduce
 from .model_limits import model_limits
-from .optimizer import build_optimizer
 from .resume import (
     Resumed,
     check_fits,
@@ -48,15 +58,6 @@ from .resume import (
     shapes,
     start_from,
 )
-from .run import RunFolder, dump, provenance, read_facts
-from .signals import stopping
-from .spec import Spec
-from .status import Status
-from .task import Task
-from .terminal import print_message
-from .trainer import Trainer
-from .trainer_state import WRONG_FORM
-from .user_code import describe, user_errors
 
 if TYPE_CHECKING:
     from .plan import Plan

@@ -10,16 +10,17 @@ from typing import Any
 
 import torch
 
-from ..callback import Callback
-from ..checks import check_has_rate
-from ..device import intra_op_threads
-from ..discovery import output_for_programs
-from ..errors import RunError
-from ..experiment import Experiment
-from ..memory import OutOfMemory
-from ..plan import base_rate, braille
-from ..spec import Spec
-from ..trainer import Trainer
+from framework.composition.spec import Spec
+from framework.contracts.callback import Callback
+from framework.errors import RunError
+from framework.registry.discovery import output_for_programs
+from framework.runtime.device import intra_op_threads
+from framework.runtime.out_of_memory import OutOfMemory
+from framework.training.trainer import Trainer
+from framework.training.validation import check_has_rate
+
+from .experiment import Experiment
+from .plan import base_rate, braille
 
 LOWEST, HIGHEST = 1e-7, 10.0  # learning rates that are tried
 SMOOTH = 0.9  # of the running mean of the losses

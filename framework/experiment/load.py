@@ -11,21 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint
-from .building import build_data, build_loader, build_metrics, build_model, scale_of
-from .data import Data, Scale
-from .discovery import is_loaded
-from .errors import ConfigError, DataError, RunError, short
+from framework.composition.spec import Spec, read_spec
+from framework.contracts.task import Task
+from framework.data.dataset import Data, Scale
+from framework.errors import ConfigError, DataError, RunError, short
+from framework.errors.paths import expanded, pasted, shorter
+from framework.errors.user_code import describe, user_errors
+from framework.registry.discovery import is_loaded
+from framework.runs import checkpoint
+from framework.runs.folder import dump, plugins_of, read_config, read_facts, run_behind, run_of_checkpoint
+from framework.training.trainer import Trainer
+from framework.training.trainer_state import WRONG_FORM
+
+from .build import build_data, build_loader, build_metrics, build_model, scale_of
 from .experiment import fill
 from .model_limits import model_limits
-from .paths import expanded, pasted, shorter
 from .resume import chosen_checkpoint
-from .run import dump, plugins_of, read_config, read_facts, run_behind, run_of_checkpoint
-from .spec import Spec, read_spec
-from .task import Task
-from .trainer import Trainer
-from .trainer_state import WRONG_FORM
-from .user_code import describe, user_errors
 
 
 @dataclass

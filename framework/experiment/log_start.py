@@ -5,12 +5,12 @@ from typing import Any
 
 from torch import nn
 
-from . import seeds
-from .data import Batch, Loader
-from .logger import Logger
-from .probe import read_layers
-from .run import dump
-from .task import Task
+from framework.contracts.logger import Logger
+from framework.contracts.task import Task
+from framework.data.dataset import Batch, Loader
+from framework.runs.folder import dump
+from framework.runtime import seeds
+from framework.training.layer_table import read_layers
 
 
 def introduce(

@@ -20,11 +20,11 @@ from torch.nn.modules.module import (
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
-from .discovery import OWN
-from .errors import BuildError
-from .memory import available_bytes
-from .registry import Maker
-from .spec import Spec
+from framework.composition.spec import Spec
+from framework.errors import BuildError
+from framework.registry.discovery import OWN
+from framework.registry.registry import Maker
+from framework.runtime.out_of_memory import available_bytes
 
 MOST_TIMES = 8  # as many numbers as a checkpoint has: tied and replaced weights count several times
 MOST_MORE = 2**22

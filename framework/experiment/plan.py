@@ -11,11 +11,11 @@ from rich.text import Text
 from torch import nn
 from torch.optim import Optimizer
 
-from .data import Batch, Data, TensorSplit
-from .probe import Layer, activation_bytes, optimizer_bytes, read_layers, size_in_bytes
-from .scheduler import factor_of
-from .task import Task
-from .terminal import printable, title
+from framework.contracts.schedule import factor_of
+from framework.contracts.task import Task
+from framework.data.dataset import Batch, Data, TensorSplit
+from framework.errors.terminal import printable, title
+from framework.training.layer_table import Layer, activation_bytes, optimizer_bytes, read_layers, size_in_bytes
 
 Schedule = Callable[[int], float]  # step to factor on the learning rate
 MOST_ROWS = 40

@@ -17,18 +17,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import checkpoint
-from .callback import Callback, follows_metrics
-from .errors import CheckpointError, ConfigError, RunError, did_you_mean, short
-from .files import open_file, parse_yaml, read_bytes, read_rows
-from .optimizer import check_state, group_settings, merged_groups, older_settings
-from .paths import expanded, override
-from .registry import Maker, Registry
-from .run import RunFolder, dump, read_config, read_facts, run_behind, run_of_checkpoint
-from .scheduler import observes
-from .schema import members, strip
-from .spec import Spec
-from .terminal import note
+from framework.composition.spec import Spec
+from framework.contracts.callback import Callback, follows_metrics
+from framework.contracts.optimizer import check_state, group_settings, merged_groups, older_settings
+from framework.contracts.schedule import observes
+from framework.errors import CheckpointError, ConfigError, RunError, did_you_mean, short
+from framework.errors.paths import expanded, override
+from framework.errors.terminal import note
+from framework.registry.registry import Maker, Registry
+from framework.registry.schema import members, strip
+from framework.runs import checkpoint
+from framework.runs.folder import RunFolder, dump, read_config, read_facts, run_behind, run_of_checkpoint
+from framework.system.files import open_file, parse_yaml, read_bytes, read_rows
 
 JUDGED_BY = ("monitor", "mode", "min_delta")  # settings of a callback that decides by logged values
 SAME_BITS = (  # what may differ in a resumed run without a bit of its weights being another
@@ -365,7 +365,7 @@ def altered(tree: Mapping[str, Any], typed: Sequence[str]) -> dict[str, Any]:
     """Return a run's config with overrides such as trainer.max_epochs=50 put in. Raises ConfigError for no override."""
     from hydra.errors import HydraException
 
-    from .overrides import parse, quoted
+    from framework.composition.overrides import parse, quoted
 
     changed = copy.deepcopy(dict(tree))  # not through JSON, in which the keys of all dicts are texts
     for text in typed:

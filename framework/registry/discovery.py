@@ -17,14 +17,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from .errors import FrameworkError, PluginError, did_you_mean
-from .exits import describe_exit
-from .paths import expanded, real_path, shorter
+from framework.errors import FrameworkError, PluginError, did_you_mean
+from framework.errors.exits import describe_exit
+from framework.errors.paths import expanded, real_path, shorter
+from framework.errors.user_code import describe
+from framework.system.signals import received
+
 from .registry import Registry
-from .signals import received
-from .user_code import describe
 
 GROUP = "framework.plugins"
+TESTS = ("test", "tests")
+"""Packages inside a package of plugins that are not imported."""
 OWN = "framework_plugins"
 """The module of the framework's own parts."""
 
@@ -152,7 +155,7 @@ def plugin_files(plugins: Iterable[str]) -> Iterator[Path]:
     for plugin in plugins:
         path = expanded(plugin)
         if path.is_dir():
-            yield from path.glob("*.py")
+            yield from files_in(path)
         elif path.is_file():
             yield path
         else:
@@ -168,22 +171,22 @@ def module_files(name: str) -> Iterator[Path]:
     for depth, _ in enumerate(rest, 2):  # not find_spec(name), which imports the packages that it is in
         below = ".".join(name.split(".")[:depth])
         spec = spec and PathFinder.find_spec(below, spec.submodule_search_locations or [])
+    if spec is not None and spec.origin:
+        yield Path(spec.origin)
     if spec is not None:
-        modules = pkgutil.iter_modules(spec.submodule_search_locations or [])
-        inner = [found.module_finder.find_spec(f"{name}.{found.name}", None) for found in modules]
-        yield from (Path(each.origin) for each in (spec, *inner) if each is not None and each.origin)
+        for folder in spec.submodule_search_locations or ():
+            yield from (file for file in files_in(Path(folder)) if str(file) != spec.origin)
 
 
 def load(plugin: str) -> None:
     """Load one plugin: a path to a file or folder, or the name of a module."""
     path = expanded(plugin)
     if path.is_dir():
-        files = sorted(path.glob("*.py"))
+        files = list(files_in(path))
         if not files:
             raise PluginError(f"plugin {plugin}: there is no .py file in this folder")
-        files.sort(key=lambda file: file.name != "__init__.py")  # it is loaded first
         for file in files:
-            load_file(file)
+            load_file(file, path)
     elif path.is_file():
         load_file(path)
     elif path.suffix == ".py" or "/" in plugin:
@@ -203,12 +206,16 @@ def load_installed(plugin: Installed) -> list[PluginError]:
             package = import_once(plugin.module)
     except PluginError as error:
         return [error]
+    failed: list[str] = []
     for name in modules_in(package, plugin.module):
+        if any(name.startswith(f"{above}.") for above in failed):
+            continue
         try:
             with loading(name, reached_by):
                 import_once(name)
         except PluginError as error:
             errors.append(error)
+            failed.append(name)
     return errors
 
 
@@ -230,9 +237,36 @@ def load_module(name: str, reached_by: str) -> None:
             import_once(below)
 
 
-def modules_in(package: ModuleType, name: str) -> list[str]:
-    """Return the names of the modules in a package; [] for a module that is none."""
-    return [f"{name}.{found.name}" for found in pkgutil.iter_modules(getattr(package, "__path__", ()))]
+def modules_in(package: ModuleType, name: str) -> Iterator[str]:
+    """Yield the names of the modules in a package and in the packages in it; nothing for a module that is none."""
+    yield from modules_below(getattr(package, "__path__", ()), name)
+
+
+def modules_below(folders: Iterable[str], name: str) -> Iterator[str]:
+    for found in pkgutil.iter_modules(folders):
+        if (found.ispkg and found.name in TESTS) or found.name == "__main__":
+            continue
+        yield f"{name}.{found.name}"
+        if found.ispkg:
+            inner = [str(Path(folder) / found.name) for folder in folders]
+            yield from modules_below(inner, f"{name}.{found.name}")
+
+
+def files_in(folder: Path) -> Iterator[Path]:
+    """Yield the .py files of a folder, and of the packages in it: the folders that have an `__init__.py`.
+
+    The `__init__.py` of a folder comes before its other files, and these before the packages in it.
+    """
+    pending = [folder]
+    seen = set()  # a link may lead back to a folder above
+    while pending:
+        folder = pending.pop(0)
+        if real_path(folder) in seen:
+            continue
+        seen.add(real_path(folder))
+        yield from sorted(folder.glob("*.py"), key=lambda file: (file.name != "__init__.py", file))
+        packages = [file.parent for file in sorted(folder.glob("*/__init__.py"))]
+        pending = [package for package in packages if package.name not in TESTS] + pending
 
 
 def import_once(name: str) -> ModuleType:
@@ -259,21 +293,29 @@ def is_loaded(plugin: str) -> bool:
     """Whether a plugin is loaded: of a folder, each file in it."""
     path = Path(os.path.expanduser(plugin))
     if path.is_dir():
-        return all(loaded_from(file) is not None for file in path.glob("*.py"))
+        return all(loaded_from(file) is not None for file in files_in(path))
     if path.suffix == ".py" or "/" in plugin:
         return loaded_from(path) is not None
     return plugin in sys.modules
 
 
-def load_file(file: Path) -> None:
-    """Import a file as a module of its folder, unless it is loaded already under another name.
+def load_file(file: Path, folder: Path | None = None) -> None:
+    """Import a file as a module of a folder, unless it is loaded already under another name.
 
     The folder is a package, so that its files import each other by `from .other import x`.
+
+    Args:
+        file: the file.
+        folder: the folder that was named, if the file is in it or in a package in it; None: the file's own.
     """
     real = real_path(file)
     if loaded_from(real) is not None:
         return
-    package = package_of(real.parent)
+    parts: tuple[Path, ...] = ()
+    if folder is not None and real.is_relative_to(real_path(folder)):
+        parts = tuple(reversed(real.parents[: len(real.relative_to(real_path(folder)).parts) - 1]))
+    root = real_path(folder) if parts else real.parent
+    package = ".".join([package_of(root), *map(module_name, parts)])
     name = f"{package}.{module_name(real)}"
     inside = None
     if real.name == "__init__.py":
@@ -303,7 +345,7 @@ def package_of(folder: Path) -> str:
 
 
 def module_name(file: Path) -> str:
-    """Return the name of a file's module in its package, which is an identifier."""
+    """Return the name of the module of a file, or the package of a folder, which is an identifier."""
     if file.stem.isidentifier():
         return file.stem
     return f"{re.sub(r'[^0-9A-Za-z_]', '_', file.stem)}_{digest(file)}"

@@ -32,20 +32,28 @@ blocks = registry("block", "in_shape", base=MODULE, doc="a layer or group of lay
 heads = registry("head", "in_shape out_shape", "in_shape out_shape", MODULE, doc="from features to the task's outputs")
 models = registry("model", "in_shape out_shape columns", "in_shape out_shape", MODULE, doc="a whole network")
 losses = registry("loss", base=MODULE, doc="mean loss of (outputs, targets)")
-tasks = registry("task", base="framework.task.Task", doc="what one training step means")
+tasks = registry("task", base="framework.contracts.task.Task", doc="what one training step means")
 metrics = registry(
-    "metric", base="framework.metric.Metric", many=True, doc="a measure held as sums that add over batches"
+    "metric", base="framework.contracts.metric.Metric", many=True, doc="a measure held as sums that add over batches"
 )
 optimizers = registry("optimizer", "params", "params", "torch.optim.optimizer.Optimizer", doc="the update rule")
 schedulers = registry(
     "scheduler", "total_steps", "total_steps", doc="factor on the learning rate, a function of the step"
 )
 transforms = registry(
-    "transform", "in_shape out_shape", base="framework.transform.Transform", many=True, doc="changes training batches"
+    "transform",
+    "in_shape out_shape",
+    base="framework.contracts.transform.Transform",
+    many=True,
+    doc="changes training batches",
 )
-datasets = registry("data", base="framework.data.Data", doc="a data set with its splits")
-callbacks = registry("callback", base="framework.callback.Callback", many=True, doc="listens to the events of training")
-loggers = registry("logger", base="framework.logger.Logger", many=True, doc="where scalars, texts and pictures go")
+datasets = registry("data", base="framework.data.dataset.Data", doc="a data set with its splits")
+callbacks = registry(
+    "callback", base="framework.contracts.callback.Callback", many=True, doc="listens to the events of training"
+)
+loggers = registry(
+    "logger", base="framework.contracts.logger.Logger", many=True, doc="where scalars, texts and pictures go"
+)
 
 Activation = Annotated[Callable[..., Any], PartOf("activation")]
 Initializer = Annotated[Callable[..., Any], PartOf("initializer")]

@@ -20,7 +20,7 @@ from functools import cached_property
 from linecache import getlines
 from typing import Any, ClassVar, TypeVar, overload
 
-from .errors import (
+from framework.errors import (
     BuildError,
     ContractError,
     DuplicateName,
@@ -30,8 +30,10 @@ from .errors import (
     UnknownName,
     did_you_mean,
 )
-from .exits import no_exit
-from .paths import with_homes
+from framework.errors.exits import no_exit
+from framework.errors.paths import with_homes
+from framework.errors.user_code import reason_of
+
 from .schema import (
     REQUIRED,
     Names,
@@ -44,7 +46,6 @@ from .schema import (
     read_settings,
     unwrapped,
 )
-from .user_code import reason_of
 
 P = TypeVar("P", bound=Callable[..., Any])
 

@@ -23,7 +23,7 @@ from pathlib import Path, PurePath
 from reprlib import Repr
 from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin
 
-from .errors import ContractError, SettingError, nearest
+from framework.errors import ContractError, SettingError, nearest
 
 REQUIRED: Any = inspect.Parameter.empty  # the default of a setting that has none
 SCALARS = (bool, int, float, str, Path)

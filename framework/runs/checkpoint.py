@@ -33,9 +33,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .discovery import package_version
-from .errors import CheckpointDiskFull, CheckpointError, RunError, short
-from .files import (
+from framework.errors import CheckpointDiskFull, CheckpointError, RunError, short
+from framework.registry.discovery import package_version
+from framework.runtime.out_of_memory import available_bytes
+from framework.runtime.shapes import first_line
+from framework.system.files import (
     FULL,
     MOST_BYTES,
     MOST_DEPTH,
@@ -47,8 +49,7 @@ from .files import (
     read_bytes,
     write_file,
 )
-from .memory import available_bytes
-from .shapes import first_line
+
 from .snapshot import Facts, Snapshot, Weights, snapshot
 
 MODEL, TRAINING, MANIFEST = FILES = ("model.safetensors", "training.pt", "MANIFEST.json")

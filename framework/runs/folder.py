@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from weakref import ref
 
-from .discovery import package_version
-from .errors import RunError, short
-from .files import open_file, read_json, read_yaml, reason_of, remove_temporary, write_error, write_file
-from .git import commit_and_diff
-from .locks import Held, are_off, is_gone, lock, this_process
-from .paths import expanded, real_path
+from framework.errors import RunError, short
+from framework.errors.paths import expanded, real_path
+from framework.registry.discovery import package_version
+from framework.system.files import open_file, read_json, read_yaml, reason_of, remove_temporary, write_error, write_file
+from framework.system.git import commit_and_diff
+from framework.system.locks import Held, are_off, is_gone, lock, this_process
 
 MOST_HOLDER = 300  # bytes of the text in a lock
 PATIENCE = 2.0  # seconds for the workers of a killed run to end

@@ -11,7 +11,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .errors import CheckpointError
+from framework.errors import CheckpointError
 
 Weights = Mapping[str, Tensor]  # by name, buffers included
 Facts = Mapping[str, Any] | None  # of the run, in plain JSON types

@@ -14,11 +14,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .callback import Callback
-from .errors import FrameworkError, RunError
-from .files import open_file, unwritable, write_file
-from .trainer import Trainer
-from .user_code import describe
+from framework.contracts.callback import Callback
+from framework.errors import FrameworkError, RunError
+from framework.errors.user_code import describe
+from framework.system.files import open_file, unwritable, write_file
+from framework.training.trainer import Trainer
 
 FILE = "status.json"
 SIZE = 1024  # bytes of the file, at least

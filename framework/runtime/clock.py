@@ -9,9 +9,9 @@ from time import perf_counter
 
 import torch
 
-from .errors import RunError
-from .files import write_file
-from .terminal import print_line, printable_lines
+from framework.errors import RunError
+from framework.errors.terminal import print_line, printable_lines
+from framework.system.files import write_file
 
 NOTHING = nullcontext()
 TRACE = "profile.pt.trace.json"

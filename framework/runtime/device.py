@@ -8,9 +8,10 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from framework.errors import SettingError
+from framework.training.acceleration.fused_update import complete_momentum
+
 from . import seeds
-from .errors import SettingError
-from .fused import complete_momentum
 
 NOTHING = nullcontext()
 SMALL = 20_000_000  # products of a forward pass

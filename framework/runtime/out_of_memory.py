@@ -9,9 +9,9 @@ from typing import Literal
 
 import torch
 
-from .errors import DataError, FrameworkError
-from .user_code import text_of
-from .workers import Batch
+from framework.data.workers import Batch
+from framework.errors import DataError, FrameworkError
+from framework.errors.user_code import text_of
 
 
 class OutOfMemory(FrameworkError, torch.OutOfMemoryError):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .errors import FrameworkError
+from framework.errors import FrameworkError
 
 
 class Users:

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from framework.errors import BuildError, SettingError
+from framework.errors.user_code import describe, user_place
+from framework.registry.kinds import Shape
+
 from . import seeds
-from .errors import BuildError, SettingError
-from .kinds import Shape
-from .user_code import describe, user_place
 
 
 def expect(in_shape: Shape, forms: str, who: str, hint: str = "") -> Shape:

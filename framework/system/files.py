@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal
 
-from .errors import DiskFull, RunError
+from framework.errors import DiskFull, RunError
 
 Mode = Literal["r", "r+", "a", "x"]
 FLAGS = {

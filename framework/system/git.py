@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from .paths import real_path
+from framework.errors.paths import real_path
 
 SECONDS = 10.0
 MOST_BYTES = 2**20  # of a diff

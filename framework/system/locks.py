@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import IO, Any
 
-from .errors import RunError, SettingError
+from framework.errors import RunError, SettingError
 
 SWITCH = "FRAMEWORK_LOCKS"
 UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)

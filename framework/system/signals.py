@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .trainer import Trainer
+    from framework.training.trainer import Trainer
 
 Handler = Callable[[int, Any], None]
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -113,7 +113,7 @@ def is_command() -> bool:
     if os.path.basename(sys.argv[0] if sys.argv else "") == "framework":
         return True
     words = sys.orig_argv
-    return "-m" in words and words[words.index("-m") + 1 :][:1] in (["framework"], ["framework.cli"])
+    return "-m" in words and words[words.index("-m") + 1 :][:1] in (["framework"], ["framework.cli.main"])
 
 
 def guard_start() -> None:

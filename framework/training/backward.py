@@ -9,20 +9,21 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import seeds
-from .checks import check_input_dtype, check_made, check_parameters_reached, count_of
-from .clock import Clock
-from .compiled import Compile, Compiled, CompiledStep
-from .cuda_graph import CudaGraph, Graphed, GraphedStep
-from .data import Batch
-from .device import Precision
-from .errors import FrameworkError
-from .identity import identical
-from .loss import portion, share_of
-from .memory import MicroBatches, is_full, versions
-from .metric import Measures
-from .task import Phase, Step, Task
-from .whole import Whole
+from framework.contracts.loss import portion, share_of
+from framework.contracts.metric import Measures
+from framework.contracts.task import Phase, Step, Task
+from framework.data.dataset import Batch
+from framework.errors import FrameworkError
+from framework.runtime import seeds
+from framework.runtime.clock import Clock
+from framework.runtime.device import Precision
+from framework.runtime.identity import identical
+from framework.runtime.out_of_memory import MicroBatches, is_full, versions
+
+from .acceleration.compiled_step import Compile, Compiled, CompiledStep
+from .acceleration.cuda_graph import CudaGraph, Graphed, GraphedStep
+from .acceleration.single_call_step import Whole
+from .validation import check_input_dtype, check_made, check_parameters_reached, count_of
 
 ENGINE = getattr(getattr(torch.autograd.Variable, "_execution_engine", None), "run_backward", None)
 

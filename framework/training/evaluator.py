@@ -6,17 +6,26 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from . import seeds
-from .batches import Batches, Source, as_batches, known_targets
-from .checks import check_batch_size, check_input_dtype, check_made, check_metrics, check_source, check_task, count_of
-from .data import Batch, Data, TensorSplit
-from .device import Format, Precision, deterministic_algorithms, find_device
-from .errors import DataError, SettingError
-from .loss import described
-from .memory import MicroBatches, memory_errors, versions
-from .metric import Measures, Metric
-from .task import LossTask, Task
-from .torch_errors import torch_errors
+from framework.contracts.loss import described
+from framework.contracts.metric import Measures, Metric
+from framework.contracts.task import LossTask, Task
+from framework.data.accumulation import Batches, Source, as_batches, known_targets
+from framework.data.dataset import Batch, Data, TensorSplit
+from framework.errors import DataError, SettingError
+from framework.errors.torch_errors import torch_errors
+from framework.runtime import seeds
+from framework.runtime.device import Format, Precision, deterministic_algorithms, find_device
+from framework.runtime.out_of_memory import MicroBatches, memory_errors, versions
+
+from .validation import (
+    check_batch_size,
+    check_input_dtype,
+    check_made,
+    check_metrics,
+    check_source,
+    check_task,
+    count_of,
+)
 
 
 class Evaluator:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import seeds
-from .data import Batch
-from .task import Task
+from framework.contracts.task import Task
+from framework.data.dataset import Batch
+from framework.runtime import seeds
 
 
 @dataclass

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .callback import Callback
-from .errors import SettingError
-from .user_code import owner_of, place_of
+from framework.contracts.callback import Callback
+from framework.errors import SettingError
+from framework.errors.user_code import owner_of, place_of
 
 
 def checked_record(values: Any, taken: Collection[str]) -> dict[str, float | Tensor]:

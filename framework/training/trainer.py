@@ -18,11 +18,35 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from . import seeds, trainer_state
+from framework.contracts.callback import Callback, listeners
+from framework.contracts.logger import Logger
+from framework.contracts.metric import Measures, Metric
+from framework.contracts.optimizer import group_settings, mark_learning_rates, start_learning_rates
+from framework.contracts.schedule import Schedule, factor_of
+from framework.contracts.state import Cadence, Every, State
+from framework.contracts.task import Task
+from framework.contracts.transform import transformed_all, transforms_of
+from framework.data.accumulation import Source, count_steps, count_total, known_targets, other_order, steps
+from framework.data.dataset import READ_AGAIN, Batch, Data, ForeignLoader, Loader, check_data
+from framework.errors import DataError, SettingError
+from framework.errors.torch_errors import torch_errors
+from framework.errors.user_code import describe
+from framework.registry.schema import PositiveInt, check_arguments
+from framework.runtime import seeds
+from framework.runtime.clock import Clock, Profiler
+from framework.runtime.device import Format, deterministic_algorithms
+from framework.runtime.modes import Modes
+from framework.runtime.out_of_memory import MicroBatches, memory_errors
+from framework.system.files import check_disk_error, check_exists, disk_errors
+
+from . import trainer_state
+from .acceleration.compiled_step import Compile
+from .acceleration.cuda_graph import CudaGraph
+from .acceleration.fused_update import FusedStep
 from .backward import Backward
-from .batches import Source, count_steps, count_total, known_targets, other_order, steps
-from .callback import Callback, listeners
-from .checks import (
+from .evaluator import Evaluator
+from .log_record import checked_record
+from .validation import (
     check_callbacks,
     check_fit,
     check_folder,
@@ -38,28 +62,6 @@ from .checks import (
     first_update_error,
     single_sample,
 )
-from .clock import Clock, Profiler
-from .compiled import Compile
-from .cuda_graph import CudaGraph
-from .data import READ_AGAIN, Batch, Data, ForeignLoader, Loader, check_data
-from .device import Format, deterministic_algorithms
-from .errors import DataError, SettingError
-from .evaluator import Evaluator
-from .files import check_disk_error, check_exists, disk_errors
-from .fused import FusedStep
-from .logger import Logger
-from .memory import MicroBatches, memory_errors
-from .metric import Measures, Metric
-from .modes import Modes
-from .optimizer import group_settings, mark_learning_rates, start_learning_rates
-from .record import checked_record
-from .scheduler import Schedule, factor_of
-from .schema import PositiveInt, check_arguments
-from .state import Cadence, Every, State
-from .task import Task
-from .torch_errors import torch_errors
-from .transform import transformed_all, transforms_of
-from .user_code import describe
 
 
 class Trainer(Evaluator):

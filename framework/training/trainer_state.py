@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch.optim import Optimizer
 
-from . import seeds
-from .callback import keyed
-from .data import Loader
-from .errors import SettingError
-from .optimizer import group_settings, restore_optimizer, same_setting
-from .scheduler import Schedule
-from .user_code import describe
+from framework.contracts.callback import keyed
+from framework.contracts.optimizer import group_settings, restore_optimizer, same_setting
+from framework.contracts.schedule import Schedule
+from framework.data.dataset import Loader
+from framework.errors import SettingError
+from framework.errors.user_code import describe
+from framework.runtime import seeds
 
 if TYPE_CHECKING:
     from .trainer import Trainer

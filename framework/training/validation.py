@@ -16,21 +16,21 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from .callback import Callback
-from .data import Batch, Data, ForeignLoader, Loader
-from .device import Precision
-from .errors import DataError, FrameworkError, SettingError, did_you_mean, short
-from .logger import Logger
-from .loss import check_scalar, modules_in, name_of
-from .memory import MicroBatches, is_full
-from .metric import Metric
-from .paths import expanded
-from .registry import Registry
-from .scheduler import observes
-from .task import LossTask, Step, Task
-from .torch_errors import is_batch_norm
-from .user_code import describe, text_of, user_place
-from .workers import as_batch
+from framework.contracts.callback import Callback
+from framework.contracts.logger import Logger
+from framework.contracts.loss import check_scalar, modules_in, name_of
+from framework.contracts.metric import Metric
+from framework.contracts.schedule import observes
+from framework.contracts.task import LossTask, Step, Task
+from framework.data.dataset import Batch, Data, ForeignLoader, Loader
+from framework.data.workers import as_batch
+from framework.errors import DataError, FrameworkError, SettingError, did_you_mean, short
+from framework.errors.paths import expanded
+from framework.errors.torch_errors import is_batch_norm
+from framework.errors.user_code import describe, text_of, user_place
+from framework.registry.registry import Registry
+from framework.runtime.device import Precision
+from framework.runtime.out_of_memory import MicroBatches, is_full
 
 
 def as_list(name: str, given: Any, registry: str) -> list[Any]:
@@ -338,7 +338,7 @@ def check_single_sample(
     normalised = any(isinstance(module, _NormBase) for module in model.modules())
     if not normalised or task.phases or not all(isinstance(part, Tensor) for part in batch):
         return
-    from .probe import undisturbed  # not at the top: it imports torch's counter of FLOPs
+    from .layer_table import undisturbed  # not at the top: it imports torch's counter of FLOPs
 
     try:
         with undisturbed(model, train=None), torch.no_grad(), precision.autocast():

@@ -6,12 +6,16 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
-from ..errors import ConfigError, FrameworkError, SettingError
-from ..schema import read_settings
+from framework.errors import ConfigError, FrameworkError, SettingError
+from framework.registry.schema import read_settings
 
 PARTS = {
-    "sweeper": {"grid": "grid:Grid", "optuna": "search:OptunaSweeper"},
-    "launcher": {"one_by_one": "launcher:OneByOne", "vectorized": "vectorized:Vectorized", "auto": "vectorized:Auto"},
+    "sweeper": {"grid": "sweep.grid:Grid", "optuna": "search.search:OptunaSweeper"},
+    "launcher": {
+        "one_by_one": "sweep.launcher:OneByOne",
+        "vectorized": "vectorized.launcher:Vectorized",
+        "auto": "vectorized.launcher:Auto",
+    },
 }
 DEFAULTS = {"sweeper": "grid", "launcher": "one_by_one"}  # of a sweep, in the place of Hydra's `basic`
 TARGET = "hydra_plugins.framework."  # Hydra takes plugins from there alone
@@ -62,7 +66,7 @@ def choose(config: Any, group: str, chosen: bool) -> bool:
         node = {**ours, **{key: value for key, value in node.items() if key in ours and key != "_target_"}}
         OmegaConf.update(config, f"hydra.{group}", OmegaConf.create(node), merge=False)
     if name == "joblib" and node["_target_"] == JOBLIB:
-        from .joblib_launcher import Joblib
+        from .sweep.joblib_launcher import Joblib
 
         Plugins.instance().class_name_to_class[JOBLIB] = Joblib
     if name not in PARTS[group]:

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from framework import Callback, Every, NonNegativeInt, Rate, Trainer, callbacks, seeds
-from framework.checks import check_initialized
-from framework.data import Batch, check_read_again
+from framework import Callback, Every, NonNegativeInt, Rate, Trainer, callbacks
+from framework.contracts.state import Cadence
+from framework.data.dataset import Batch, check_read_again
 from framework.errors import SettingError
-from framework.identity import ModelContents
-from framework.state import Cadence
+from framework.runtime import seeds
+from framework.runtime.identity import ModelContents
+from framework.training.validation import check_initialized
 
 
 class Averaging(Callback):

@@ -12,27 +12,18 @@ from typing import Annotated, Any, Literal
 
 from torch import Tensor, nn
 
-from framework import (
-    Callback,
-    Every,
-    NonNegativeFloat,
-    PositiveFloat,
-    PositiveInt,
-    Schedule,
-    Trainer,
-    callbacks,
-)
-from framework.callback import keyed
-from framework.checkpoint import clean, folder_name, link_to, listed, read_manifest, remove, save, step_of, verify
+from framework import Callback, Every, NonNegativeFloat, PositiveFloat, PositiveInt, Schedule, Trainer, callbacks
+from framework.contracts.callback import keyed
+from framework.contracts.optimizer import state_after_a_step
+from framework.contracts.state import SECONDS, Cadence
 from framework.errors import CheckpointError, SettingError, did_you_mean
-from framework.files import make_folder
-from framework.gradients import gradient_numbers
-from framework.optimizer import state_after_a_step
-from framework.schema import Pattern
-from framework.snapshot import check_model, check_training
-from framework.state import SECONDS, Cadence
-from framework.trainer_state import capture
-from framework.writer import Writer
+from framework.registry.schema import Pattern
+from framework.runs.background_writer import Writer
+from framework.runs.checkpoint import clean, folder_name, link_to, listed, read_manifest, remove, save, step_of, verify
+from framework.runs.snapshot import check_model, check_training
+from framework.runtime.gradients import gradient_numbers
+from framework.system.files import make_folder
+from framework.training.trainer_state import capture
 
 Mode = Literal["auto", "min", "max"]
 DURATION = r"\s*(\d+(?:\.\d+)?)\s*(s|sec|min|h)\s*"

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from framework import Callback, Every, Trainer, callbacks
-from framework.data import check_read_again, class_names
+from framework.contracts.state import Cadence
+from framework.data.dataset import check_read_again, class_names
 from framework.errors import SettingError
-from framework.state import Cadence
 
 CELL = 16  # pixels
 

@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
-from framework import Callback, Every, PositiveInt, Trainer, callbacks, seeds
-from framework.data import is_in_memory
+from framework import Callback, Every, PositiveInt, Trainer, callbacks
+from framework.contracts.state import Cadence
+from framework.data.dataset import is_in_memory
 from framework.errors import SettingError
-from framework.state import Cadence
+from framework.runtime import seeds
 
 
 @callbacks.register("pictures")

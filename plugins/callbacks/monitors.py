@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from framework import Callback, Every, PositiveInt, Trainer, Transform, callbacks
-from framework.data import Batch
+from framework.contracts.state import Cadence
+from framework.data.dataset import Batch
 from framework.errors import SettingError
-from framework.gradients import numbers_of
-from framework.state import Cadence
+from framework.runtime.gradients import numbers_of
 
 
 @callbacks.register("gradient_norm")

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from framework import Callback, FrameworkError, PositiveInt, Trainer, callbacks
-from framework.callback import keyed
-from framework.checkpoint import load, newest
+from framework.contracts.callback import keyed
+from framework.contracts.optimizer import restore_optimizer
 from framework.errors import SettingError
-from framework.gradients import numbers_of
-from framework.optimizer import restore_optimizer
+from framework.runs.checkpoint import load, newest
+from framework.runtime.gradients import numbers_of
 
 ADVICE = "A lower learning rate, warm-up or clip_gradients may help."
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 from torch.utils.data import DataLoader
 
 from framework import Callback, PositiveFloat, Trainer, callbacks
-from framework.clock import slow_data
-from framework.state import State
-from framework.terminal import print_line, title
+from framework.contracts.state import State
+from framework.errors.terminal import print_line, title
+from framework.runtime.clock import slow_data
 
 if TYPE_CHECKING:
     from rich.console import Group

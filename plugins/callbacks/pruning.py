@@ -39,7 +39,10 @@ class Prune(Callback):
         self.judge: Any = None
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        from framework.tuning.study import Judge, make_pruner  # not at the top: optuna is optional, and slow to import
+        from framework.tuning.search.study import (  # not at the top: optuna is optional, and slow to import
+            Judge,
+            make_pruner,
+        )
 
         number = trial_number(trainer.folder)
         if trainer.folder is None or number is None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from framework import PositiveInt, Rate, datasets
 from framework.errors import DataError, did_you_mean
-from framework_plugins.arrays import (
+from framework_plugins.datasets.readers.arrays import (
     ArrayData,
     AutoScaling,
     as_batch_of,
@@ -20,7 +20,7 @@ from framework_plugins.arrays import (
     numbers,
     standardise,
 )
-from framework_plugins.data_files import read_bytes
+from framework_plugins.datasets.readers.data_files import read_bytes
 
 
 @datasets.register("npz")

@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from framework import Data, NonNegativeFloat, PositiveFloat, PositiveInt, Rate, TensorSplit, datasets, seeds
+from framework import Data, NonNegativeFloat, PositiveFloat, PositiveInt, Rate, TensorSplit, datasets
 from framework.errors import DataError, did_you_mean
-from framework.memory import check_room
-from framework_plugins.arrays import cache_folder, fetching, split_rows
-from framework_plugins.data_files import check_memory, one_line, open_data, readable
-from framework_plugins.data_images import part_folders
+from framework.runtime import seeds
+from framework.runtime.out_of_memory import check_room
+from framework_plugins.datasets.readers.arrays import cache_folder, fetching, split_rows
+from framework_plugins.datasets.readers.data_files import check_memory, one_line, open_data, readable
+
+from .images import part_folders
 
 ENDINGS = {".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au"}
 BYTES_OF_A_SAMPLE = 12  # while a wav is read: as float32, and as 32 bits before

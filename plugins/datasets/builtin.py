@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from framework import NonNegativeFloat, PositiveFloat, PositiveInt, Range, Rate, datasets, seeds
-from framework.memory import check_room
-from framework_plugins.arrays import ArrayData, as_batch_of, read_array, standardise
+from framework import NonNegativeFloat, PositiveFloat, PositiveInt, Range, Rate, datasets
+from framework.runtime import seeds
+from framework.runtime.out_of_memory import check_room
+from framework_plugins.datasets.readers.arrays import ArrayData, as_batch_of, read_array, standardise
 
 
 @datasets.register("digits")

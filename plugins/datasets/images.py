@@ -12,8 +12,8 @@ from torch import Tensor
 
 from framework import Data, PositiveInt, Rate, datasets
 from framework.errors import DataError, did_you_mean
-from framework_plugins.arrays import moments, read_batch, split_rows, standard_facts, standardise
-from framework_plugins.data_files import UNREADABLE, check_memory, one_line, open_data
+from framework_plugins.datasets.readers.arrays import moments, read_batch, split_rows, standard_facts, standardise
+from framework_plugins.datasets.readers.data_files import UNREADABLE, check_memory, one_line, open_data
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}

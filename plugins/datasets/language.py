@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from framework import Data, PositiveInt, Rate, datasets
-from framework.data import WindowSplit
+from framework.data.dataset import WindowSplit
 from framework.errors import DataError
-from framework.registry import Registry
-from framework.schema import PartOf
-from framework_plugins.arrays import cache_folder, fetching
-from framework_plugins.data_files import read_text
+from framework.registry.registry import Registry
+from framework.registry.schema import PartOf
+from framework_plugins.datasets.readers.arrays import cache_folder, fetching
+from framework_plugins.datasets.readers.data_files import read_text
 
 Tokens = Annotated[Callable[..., Any], PartOf("tokenizer")]
 PIECE = 50_000  # characters that are made into tokens at once

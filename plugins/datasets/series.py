@@ -14,10 +14,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from framework import Data, NonNegativeFloat, PositiveInt, Rate, TensorSplit, datasets, seeds
+from framework import Data, NonNegativeFloat, PositiveInt, Rate, TensorSplit, datasets
 from framework.errors import DataError, did_you_mean
-from framework.memory import check_room
-from framework_plugins.arrays import (
+from framework.runtime import seeds
+from framework.runtime.out_of_memory import check_room
+from framework_plugins.datasets.readers.arrays import (
     as_targets,
     check_digits,
     data_folder,
@@ -26,8 +27,8 @@ from framework_plugins.arrays import (
     needs_float64,
     split_rows,
 )
-from framework_plugins.data_files import one_line, parse_number, read_bytes, read_text
-from framework_plugins.tables import Table, as_column, read_table, rows_of
+from framework_plugins.datasets.readers.data_files import one_line, parse_number, read_bytes, read_text
+from framework_plugins.datasets.readers.tables import Table, as_column, read_table, rows_of
 
 Calendar = Literal["day", "week", "year"]
 

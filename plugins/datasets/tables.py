@@ -12,8 +12,8 @@ from torch import Tensor
 
 from framework import Data, PositiveInt, Rate, TensorSplit, datasets
 from framework.errors import DataError, did_you_mean
-from framework.paths import override
-from framework_plugins.arrays import (
+from framework.errors.paths import override
+from framework_plugins.datasets.readers.arrays import (
     Scaling,
     Targets,
     Texts,
@@ -24,7 +24,7 @@ from framework_plugins.arrays import (
     scaled,
     split_rows,
 )
-from framework_plugins.tables import (
+from framework_plugins.datasets.readers.tables import (
     Categories,
     Cells,
     Column,

@@ -14,14 +14,15 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor
 
-from framework import Data, NonNegativeInt, PositiveInt, Rate, datasets, seeds
-from framework.data import RaggedSplit
+from framework import Data, NonNegativeInt, PositiveInt, Rate, datasets
+from framework.data.dataset import RaggedSplit
 from framework.errors import DataError, did_you_mean, short
-from framework.memory import check_room
-from framework.registry import Registry
-from framework.schema import PartOf
-from framework_plugins.arrays import cache_folder, fetching
-from framework_plugins.data_files import one_line, read_bytes, read_text
+from framework.registry.registry import Registry
+from framework.registry.schema import PartOf
+from framework.runtime import seeds
+from framework.runtime.out_of_memory import check_room
+from framework_plugins.datasets.readers.arrays import cache_folder, fetching
+from framework_plugins.datasets.readers.data_files import one_line, read_bytes, read_text
 
 Tokens = Annotated[Callable[..., Any], PartOf("tokenizer")]
 Rows = Mapping[str, Tensor]

@@ -9,7 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from framework import Activation, Dropout, Norm, PositiveInt, Rate, Shape, blocks
 from framework.errors import BuildError
-from framework.shapes import chain, expect
+from framework.runtime.shapes import chain, expect
 
 EMBEDDING_STD = 0.02  # of learned positions and class tokens, as in BERT and ViT
 

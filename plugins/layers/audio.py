@@ -22,10 +22,10 @@ from framework import (
     blocks,
     callbacks,
 )
-from framework.data import Loader, class_names
+from framework.contracts.state import Cadence
+from framework.data.dataset import Loader, class_names
 from framework.errors import BuildError
-from framework.shapes import dry_run, expect
-from framework.state import Cadence
+from framework.runtime.shapes import dry_run, expect
 
 Scale = Literal["slaney", "htk"]
 WAVEFORM = "a waveform with its mask (channels+1, samples)"

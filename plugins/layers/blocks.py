@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from framework import Activation, Block, Dropout, Norm, PositiveInt, Rate, Shape, blocks
 from framework.errors import BuildError
-from framework.shapes import chain, expect
+from framework.runtime.shapes import chain, expect
 
 
 @blocks.register("linear", aliases=["dense"])

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from framework import Activation, NonNegativeInt, Norm, PositiveInt, Rate, Shape, blocks
 from framework.errors import BuildError
-from framework.registry import Maker
-from framework.shapes import expect, output_shape
+from framework.registry.registry import Maker
+from framework.runtime.shapes import expect, output_shape
 
 Padding = Literal["same"] | NonNegativeInt
 SIGNALS = "(C, L) or (C, H, W)"

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from framework import Activation, Dropout, Norm, PositiveInt, Rate, Shape, blocks, heads
-from framework.shapes import expect, output_shape
+from framework.runtime.shapes import expect, output_shape
 
 Pooling = Literal["flatten", "mean", "max", "first", "last"]
 

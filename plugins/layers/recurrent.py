@@ -5,7 +5,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from framework import PositiveInt, Rate, Shape, blocks
-from framework.shapes import expect
+from framework.runtime.shapes import expect
 
 
 class Recurrent(nn.Module):

@@ -17,20 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from framework import (
-    Activation,
-    Block,
-    Dropout,
-    Fraction,
-    Norm,
-    PositiveFloat,
-    PositiveInt,
-    Rate,
-    Shape,
-    blocks,
-)
+from framework import Activation, Block, Dropout, Fraction, Norm, PositiveFloat, PositiveInt, Rate, Shape, blocks
 from framework.errors import BuildError
-from framework.shapes import chain, expect
+from framework.runtime.shapes import chain, expect
 
 FORM, PICTURE = "(C+1, L)", "(C+1, H, L)"
 Pooling = Literal["mean", "max", "statistics", "attention"]

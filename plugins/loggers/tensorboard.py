@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from framework import Logger, PositiveInt, loggers
-from framework.files import AppendFile, make_folder
+from framework.system.files import AppendFile, make_folder
 
 
 @loggers.register("tensorboard", aliases=["tb"])
@@ -238,7 +238,7 @@ def draw(model: nn.Module, inputs: Tensor) -> bytes:
     """Return the model's graph as a serialized GraphDef, from a pass in eval mode that leaves no trace in the model."""
     from tensorboard.compat.proto.graph_pb2 import GraphDef
 
-    from framework.probe import undisturbed
+    from framework.training.layer_table import undisturbed
 
     recorder = Recorder(model, inputs)
     hooks = [hook for name, module in model.named_modules() for hook in recorder.hooks(name, module)]

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from framework import Logger, PositiveInt, loggers
-from framework.files import (
+from framework.errors.terminal import print_line
+from framework.system.files import (
     MOST_LINE_BYTES,
     MOST_ROWS_BYTES,
     AppendFile,
@@ -18,7 +19,6 @@ from framework.files import (
     unwritable,
     write_file,
 )
-from framework.terminal import print_line
 
 METRICS = "metrics.jsonl"
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from framework import Dropout, Norm, PositiveFloat, PositiveInt, Rate, Shape, blocks, models
 from framework.errors import BuildError, DataError
-from framework.shapes import expect
+from framework.runtime.shapes import expect
 
 EMBEDDING_STD = 0.02  # as in GPT-2
 Cache = list[list[Tensor]]

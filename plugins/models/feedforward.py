@@ -5,20 +5,10 @@ from typing import Literal
 
 from torch import nn
 
-from framework import (
-    Activation,
-    Dropout,
-    Norm,
-    PositiveInt,
-    Rate,
-    Shape,
-    blocks,
-    heads,
-    models,
-)
+from framework import Activation, Dropout, Norm, PositiveInt, Rate, Shape, blocks, heads, models
 from framework.errors import BuildError
-from framework.registry import Maker
-from framework.shapes import expect
+from framework.registry.registry import Maker
+from framework.runtime.shapes import expect
 
 
 def stack(in_shape: Shape, out_shape: Shape, layers: list[Maker], head: str, **settings) -> nn.Module:

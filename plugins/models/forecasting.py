@@ -26,10 +26,10 @@ from framework import (
     metrics,
     models,
 )
-from framework.alignment import same_shape
+from framework.contracts.alignment import same_shape
+from framework.contracts.state import Cadence
 from framework.errors import BuildError, SettingError
-from framework.shapes import expect
-from framework.state import Cadence
+from framework.runtime.shapes import expect
 
 
 class SeasonalNaive(nn.Module):

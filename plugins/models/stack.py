@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from framework import Block, Head, Shape, models
 from framework.errors import BuildError
-from framework.shapes import chain, output_shape
+from framework.runtime.shapes import chain, output_shape
 
 
 @models.register("stack", aliases=["sequential"])

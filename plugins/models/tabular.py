@@ -23,7 +23,7 @@ from framework import (
     models,
 )
 from framework.errors import BuildError
-from framework.shapes import expect
+from framework.runtime.shapes import expect
 
 
 class Columns(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from framework import Dropout, Norm, PositiveInt, Range, Rate, Shape, blocks, models
-from framework.shapes import expect
+from framework.runtime.shapes import expect
 
 UNKNOWN = 1
 Vocabulary = Annotated[int, Range("[2, inf)")]

@@ -13,8 +13,8 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
 from framework import NonNegativeFloat, PositiveFloat, PositiveInt, PureOptimizer, Rate, optimizers
+from framework.contracts.pure_optimizer import Settings, State, pure_updates
 from framework.errors import SettingError
-from framework.pure import Settings, State, pure_updates
 
 HIDDEN = ("maximize", "capturable", "differentiable", "foreach", "fused")  # the framework's business
 COMMON = {"lr": PositiveFloat, "weight_decay": NonNegativeFloat}

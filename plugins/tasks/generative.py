@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from framework import Activation, Data, NonNegativeFloat, Norm, PositiveInt, Shape, Step, Task, models, tasks
-from framework.alignment import same_shape
-from framework.data import Batch, Target
+from framework.contracts.alignment import same_shape
+from framework.contracts.task import Phase, check_tensor
+from framework.data.dataset import Batch, Target
 from framework.errors import BuildError, DataError
-from framework.shapes import output_shape
-from framework.task import Phase, check_tensor
+from framework.runtime.shapes import output_shape
 
 Network = Literal["mlp", "conv"]
 

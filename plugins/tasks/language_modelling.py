@@ -22,12 +22,12 @@ from framework import (
     metrics,
     tasks,
 )
-from framework.callback import Callback
-from framework.data import Batch, WindowSplit
+from framework.contracts.callback import Callback
+from framework.contracts.state import Cadence
+from framework.contracts.task import check_tensor, inputs_and_targets
+from framework.data.dataset import Batch, WindowSplit
 from framework.errors import DataError, SettingError
-from framework.state import Cadence
-from framework.task import check_tensor, inputs_and_targets
-from framework.trainer import Trainer
+from framework.training.trainer import Trainer
 
 IGNORED = -1  # the target of a token that only gives context
 

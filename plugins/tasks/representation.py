@@ -22,15 +22,16 @@ from framework import (
     Task,
     Trainer,
     callbacks,
-    seeds,
     tasks,
 )
-from framework.data import Batch, Target, check_read_again
+from framework.contracts.loss import ignored_index, without_ignored
+from framework.contracts.task import check_tensor
+from framework.data.dataset import Batch, Target, check_read_again
 from framework.errors import DataError, SettingError, did_you_mean
-from framework.kinds import Augmentation
-from framework.loss import ignored_index, without_ignored
-from framework.task import check_tensor
-from framework_plugins.tasks import Classification
+from framework.registry.kinds import Augmentation
+from framework.runtime import seeds
+
+from .supervised import Classification
 
 
 @tasks.register("contrastive", aliases=["simclr"])
@@ -142,7 +143,7 @@ class Distillation(Classification):
         self.teacher = trained.model.eval().requires_grad_(False)
 
     def read(self) -> Any:
-        from framework.trained import open_run  # here: only who trains so needs it
+        from framework.experiment.load import open_run  # here: only who trains so needs it
 
         if self.path is None:
             raise SettingError("distillation needs a teacher: task.teacher=RUN, the folder of a trained classifier")

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from framework import Data, Loss, Step, Task, tasks
-from framework.alignment import class_shape, probability_shape, same_shape
-from framework.data import Batch, Target
-from framework.errors import DataError, FrameworkError
-from framework.loss import (
+from framework.contracts.alignment import class_shape, probability_shape, same_shape
+from framework.contracts.loss import (
     Mean,
     check_classes,
     check_first,
@@ -22,8 +20,10 @@ from framework.loss import (
     weights_of,
     without_ignored,
 )
-from framework.task import check_tensor, inputs_and_targets
-from framework.user_code import describe, text_of, user_place
+from framework.contracts.task import check_tensor, inputs_and_targets
+from framework.data.dataset import Batch, Target
+from framework.errors import DataError, FrameworkError
+from framework.errors.user_code import describe, text_of, user_place
 
 WORDS = {"class": "classes", "labels": "labels", "value": "values", "none": "nothing"}
 TASKS = {"class": "classification", "labels": "multilabel", "value": "regression"}

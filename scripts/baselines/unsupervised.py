@@ -20,9 +20,9 @@ from torch.nn import functional as F
 
 import framework as fw
 import framework_conf
-from framework.trained import open_run
-from framework_plugins.pictures import discrepancy, neighbours
-from framework_plugins.representation import least_squares
+from framework.experiment.load import open_run
+from framework_plugins.callbacks.generated_images import discrepancy, neighbours
+from framework_plugins.tasks.representation import least_squares
 
 
 def splits(normalize, *names):

@@ -8,10 +8,10 @@ import torch
 
 import framework as fw
 from benchmarks.contender import EPOCHS, LOG_EVERY, Job, Watch
-from framework.data import Loader
-from framework.optimizer import implementation
-from framework.status import Status
-from framework.trainer import Trainer
+from framework.contracts.optimizer import implementation
+from framework.data.dataset import Loader
+from framework.runs.status_file import Status
+from framework.training.trainer import Trainer
 
 TYPICAL = ("progress", "checkpoint"), ("tensorboard",)  # callbacks and loggers: what the loops by hand and others have
 DEFAULT = ("progress", "checkpoint", "non_finite", "gradient_norm"), ("tensorboard", "json_lines")

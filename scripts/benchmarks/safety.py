@@ -16,9 +16,9 @@ from torch import Tensor, nn
 import framework as fw
 from benchmarks.rounds import ratio, table, take_turns
 from benchmarks.workloads import mlp
-from framework.checkpoint import save
-from framework.data import Loader
-from framework.writer import Writer
+from framework.data.dataset import Loader
+from framework.runs.background_writer import Writer
+from framework.runs.checkpoint import save
 
 State = tuple[dict[str, Tensor], dict[str, Any]]
 

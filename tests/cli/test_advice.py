@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from framework.describe import find, overrides_for
-from framework.index import build
-from framework.paths import typed
-from framework.registry import Registry
-from framework.report import named, root_of
-from framework.run import run_meant
-from framework.trained import open_run
+from framework.cli.output import named, root_of
+from framework.cli.part_tables import find, overrides_for
+from framework.composition.catalogue import build
+from framework.errors.paths import typed
+from framework.experiment.load import open_run
+from framework.registry.registry import Registry
+from framework.runs.folder import run_meant
 
 TINY = "trainer.max_steps=1 model.depth=1 model.width=4 loader.limit=1 loggers=[json_lines]"
 PLUGIN = """\
@@ -41,7 +41,7 @@ def plugin(tmp_path):
 @pytest.fixture
 def run(plugin, command, monkeypatch, forget_plugins):
     """Train in a folder with spaces and quotes; returns what was printed."""
-    monkeypatch.setattr("framework.board.serve", lambda root, port: 0 if any(root.rglob("config.yaml")) else 1)
+    monkeypatch.setattr("framework.cli.board.serve", lambda root, port: 0 if any(root.rglob("config.yaml")) else 1)
     words = f"train {TINY} activation=own_relu run.name=first --plugins 'my parts/own.py'"
     status, out, err = command(f'{words} "run.root=\\"{ROOT}\\""')
     assert status == 0, err

@@ -13,10 +13,10 @@ import pytest
 from sklearn.datasets import load_digits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from framework.checkpoint import newest
-from framework.cli import VERBS, main
-from framework.completion import VERBS as COMPLETED
-from framework.registry import Registry
+from framework.cli.completion import VERBS as COMPLETED
+from framework.cli.main import VERBS, main
+from framework.registry.registry import Registry
+from framework.runs.checkpoint import newest
 from waiting import wait_for
 
 FRAMEWORK = str(Path(sys.executable).with_name("framework"))

@@ -10,12 +10,13 @@ from typing import Literal
 
 import pytest
 
-from framework import Activation, Block, PositiveInt, cli
-from framework.completion import SCRIPTS, VERBS, candidates
+from framework import Activation, Block, PositiveInt
+from framework.cli import main as cli
+from framework.cli.completion import SCRIPTS, VERBS, candidates
+from framework.composition.catalogue import Index, read_index
 from framework.errors import FrameworkError
-from framework.index import Index, read_index
-from framework.registry import Kind, Registry
-from framework.schema import Setting
+from framework.registry.registry import Kind, Registry
+from framework.registry.schema import Setting
 
 
 @pytest.fixture(scope="module")
@@ -119,8 +120,8 @@ def bash(index, tmp_path_factory):
     program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(answer))} "$@"\n')
     answer.write_text(
         "import json, sys\n"
-        "from framework.completion import candidates\n"
-        "from framework.index import Index\n"
+        "from framework.cli.completion import candidates\n"
+        "from framework.composition.catalogue import Index\n"
         "assert sys.argv[1:3] == ['complete', '--'] and 'torch' not in sys.modules\n"
         f"index = Index(**json.load(open({str(folder / 'index.json')!r})))\n"
         "print('\\n'.join(candidates(sys.argv[3:], index)))\n"

@@ -10,10 +10,10 @@ import torch
 from rich.console import Console
 
 from framework import Activation, NonNegativeFloat, PositiveFloat, Rate
-from framework.describe import console, find, kind_of, list_kinds, list_parts, show
+from framework.cli.part_tables import console, find, kind_of, list_kinds, list_parts, show
+from framework.composition.catalogue import read_index
 from framework.errors import SettingError, UnknownName
-from framework.index import read_index
-from framework.registry import Kind, Registry
+from framework.registry.registry import Kind, Registry
 
 
 class Sgdx:

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from framework.data import Loader, TensorSplit
+from framework.cli.output import check_output, metric_table, percent, print_result, print_values, write_predictions
+from framework.data.dataset import Loader, TensorSplit
 from framework.errors import FrameworkError
-from framework.experiment import Result, data_advice
-from framework.report import check_output, metric_table, percent, print_result, print_values, write_predictions
+from framework.experiment.experiment import Result, data_advice
 
 METRICS = {
     "train/loss": 0.123456,

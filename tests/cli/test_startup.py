@@ -39,7 +39,7 @@ def imported(line, folder):
 )
 def test_a_run_imports_nothing_that_it_does_not_use(line, unused, tmp_path):
     modules = imported(line, tmp_path)
-    assert {"torch", "framework.trainer"} <= modules
+    assert {"torch", "framework.training.trainer"} <= modules
     assert not modules & (unused | {"torch._dynamo", "torch._inductor", "sklearn", "scipy", "PIL", "pandas", "pyarrow"})
 
 
@@ -54,7 +54,7 @@ import sys, torch
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 import framework as fw
-from framework.optimizer import build_optimizer
+from framework.contracts.optimizer import build_optimizer
 
 COMPILER = "torch._dynamo"
 fw.discover()
@@ -144,7 +144,7 @@ assert counter.get_total_flops() == 2 * 8 * 4 * 4
 
 
 def test_what_is_not_marked_as_torch_does_it_stays_as_it_is():
-    from framework.optimizer import unmarked
+    from framework.contracts.optimizer import unmarked
 
     assert unmarked(Path.exists) is None
     assert unmarked(len) is None
@@ -153,7 +153,7 @@ def test_what_is_not_marked_as_torch_does_it_stays_as_it_is():
 
 CYCLE = """
 import sys
-from framework.arguments import importing_torch
+from framework.cli.parsers import importing_torch
 
 class Cycle:
     def __init__(self):

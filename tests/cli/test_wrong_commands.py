@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from framework.cli import main
-from framework.registry import Registry
+from framework.cli.main import main
+from framework.registry.registry import Registry
 
 PART = "from framework import activations\nfrom torch import nn\n"
 FILES = {

@@ -7,7 +7,7 @@ import sys
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from framework.compose import CommandLine, Job, run
+from framework.composition.compose import CommandLine, Job, run
 from framework.errors import ConfigError, FrameworkError, PluginError
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from framework.discovery import load, plugin_files
-from framework.index import build, file_of, installed, kept_index
-from framework.registry import Registry
+from framework.composition.catalogue import build, file_of, installed, kept_index
+from framework.registry.discovery import load, plugin_files
+from framework.registry.registry import Registry
 
 PLUGIN = """\
 import torch
@@ -30,7 +30,7 @@ LINES = [
 ]
 PROGRAM = """
 import contextlib, io, sys
-from framework.cli import main
+from framework.cli.main import main
 for line in sys.argv[1:]:
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out), contextlib.suppress(SystemExit):

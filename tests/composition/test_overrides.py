@@ -2,7 +2,7 @@
 
 import pytest
 
-from framework.overrides import as_typed, expanded, rewrite
+from framework.composition.overrides import as_typed, expanded, rewrite
 
 
 @pytest.mark.parametrize(

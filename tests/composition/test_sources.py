@@ -2,8 +2,16 @@
 
 import pytest
 
+from framework.composition.config_files import (
+    Sources,
+    check_file,
+    choose,
+    chosen_in,
+    experiments_in,
+    line_of,
+    read_yaml,
+)
 from framework.errors import ConfigError
-from framework.sources import Sources, check_file, choose, chosen_in, experiments_in, line_of, read_yaml
 
 TEXT = """\
 # @package _global_

@@ -3,9 +3,9 @@
 import pytest
 
 import framework as fw
+from framework.composition.spec import SECTIONS, read_spec, section_settings
 from framework.errors import ConfigError
-from framework.registry import Maker
-from framework.spec import SECTIONS, read_spec, section_settings
+from framework.registry.registry import Maker
 
 SMALL = {"model": "mlp", "data": "digits", "task": "classification", "optimizer": "adamw", "trainer": {"max_steps": 1}}
 

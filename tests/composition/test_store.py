@@ -7,8 +7,8 @@ import pytest
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from framework.registry import Registry
-from framework.store import NONE, fill_store
+from framework.composition.hydra_groups import NONE, fill_store
+from framework.registry.registry import Registry
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from framework import cli, trust
+from framework.cli import main as cli
+from framework.composition import trust
+from framework.composition.catalogue import file_of, trusted_among
 from framework.errors import FrameworkError, RunError
-from framework.index import file_of, trusted_among
 
 PLUGIN = """\
 from pathlib import Path
@@ -181,7 +182,7 @@ def test_an_alias_bomb_is_refused_at_once(folder, command):
 SHADOWS = ["torch", "yaml", "numpy", "hydra", "framework_plugins", "framework_conf", "rich", "evil"]
 PROGRAM = """
 import contextlib, io, os, sys
-from framework.cli import main
+from framework.cli.main import main
 for line in sys.argv[1:]:
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out), contextlib.suppress(SystemExit):

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from framework.compose import CommandLine, run
+from framework.composition.compose import CommandLine, run
+from framework.composition.spec import read_spec
 from framework.errors import ConfigError, FrameworkError
-from framework.spec import read_spec
-from framework.tuning.space import Space
+from framework.tuning.search.space import Space
 
 TREE = {"model": "mlp", "data": "digits", "task": "classification", "optimizer": "adamw", "trainer": {"max_steps": 1}}
 SMALL = "trainer.max_steps=1 loader.limit=1 model.width=4 model.depth=1 loggers=[json_lines]"

@@ -9,8 +9,8 @@ from torch import nn
 
 import framework as fw
 from framework import Callback, Schedule, TensorSplit, Trainer
-from framework.checkpoint import listed, load
 from framework.errors import CheckpointError, SettingError
+from framework.runs.checkpoint import listed, load
 
 INPUTS = torch.linspace(-1, 1, 24).reshape(12, 2)
 SPLIT = TensorSplit(INPUTS, INPUTS.sum(1, keepdim=True))

@@ -11,10 +11,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import framework as fw
 from framework import Metric, Step, Task, Trainer
+from framework.contracts.loss import IGNORED, Mean
+from framework.contracts.task import LossTask
 from framework.errors import DataError, FrameworkError, SettingError
-from framework.loss import IGNORED, Mean
-from framework.task import LossTask
-from framework_plugins.confusion import count_pairs
+from framework_plugins.callbacks.confusion import count_pairs
 
 N, D, C = 12, 5, 3
 generator = torch.Generator().manual_seed(1)

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 import framework as fw
 from framework import Callback, Task, Trainer
+from framework.contracts.loss import Mean
 from framework.errors import SettingError
-from framework.loss import Mean
 
 X = torch.randn(12, 5, generator=torch.Generator().manual_seed(1))
 Y = torch.tensor([0, -100, 1, 2, -100, -100, -100, 1, 0, 2, 2, 1])

@@ -6,7 +6,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from torch.nn import functional as F
 
 import framework as fw
-from framework.metric import Measures
+from framework.contracts.metric import Measures
 
 CPU = torch.device("cpu")
 torch.manual_seed(11)

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import framework as fw
-from framework.compose import CommandLine, run as compose
+from framework.composition.compose import CommandLine, run as compose
 from framework.errors import DataError, RunError
-from framework.experiment import Result, train
-from framework.trained import open_run
+from framework.experiment.experiment import Result, train
+from framework.experiment.load import open_run
 from framework_plugins.auroc import as_keys
 
 

@@ -9,8 +9,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import framework as fw
 from framework import Callback, Logger, TensorSplit, Trainer
-from framework.checkpoint import listed, load, read_manifest
 from framework.errors import SettingError
+from framework.runs.checkpoint import listed, load, read_manifest
 
 INF, NAN = math.inf, math.nan
 INPUTS = torch.linspace(-1, 1, 24).reshape(12, 2)

@@ -3,12 +3,12 @@
 import copy
 
 import pytest
+from test_trainer import OPTIMIZERS, VAL, At, fit, same
 
 import framework as fw
 from framework import Callback
+from framework.contracts.state import Cadence, State
 from framework.errors import SettingError
-from framework.state import Cadence, State
-from test_trainer import OPTIMIZERS, VAL, At, fit, same
 
 
 @pytest.mark.parametrize(

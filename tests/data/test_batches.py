@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_trainer import SPLIT, Three, X, Y, fit, same
 from torch import nn
 from torch.utils.data import (
     BatchSampler,
@@ -16,10 +17,9 @@ from torch.utils.data import (
 
 import framework as fw
 from framework import Callback, Step, Task, Trainer
-from framework.batches import as_batches, count_steps, count_total, steps, windows
-from framework.data import ForeignLoader, Loader, TensorSplit
+from framework.data.accumulation import as_batches, count_steps, count_total, steps, windows
+from framework.data.dataset import ForeignLoader, Loader, TensorSplit
 from framework.errors import DataError, FrameworkError
-from test_trainer import SPLIT, Three, X, Y, fit, same
 
 CPU = torch.device("cpu")
 

@@ -6,12 +6,12 @@ import time
 import numpy
 import pytest
 import torch
+from test_data_copies import BUILDERS
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
-from framework import content
-from framework.content import digest_of, digests_of
-from framework.data import Data, TensorSplit
-from test_data_copies import BUILDERS
+from framework.data import content
+from framework.data.content import digest_of, digests_of
+from framework.data.dataset import Data, TensorSplit
 
 
 @pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from framework.data import Data, TensorSplit, check_data
+from framework.data.dataset import Data, TensorSplit, check_data
 from framework.errors import DataError, SettingError
-from framework_plugins.arrays import (
+from framework_plugins.datasets.readers.arrays import (
     ArrayData,
     as_batch_of,
     as_targets,

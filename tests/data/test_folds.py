@@ -9,11 +9,11 @@ import torch
 from sklearn.model_selection import StratifiedKFold
 
 import framework as fw
-from framework.compose import CommandLine, run as compose
+from framework.composition.compose import CommandLine, run as compose
+from framework.data.folds import fold_of, take_fold
 from framework.errors import DataError
-from framework.experiment import train
-from framework.folds import fold_of, take_fold
-from framework.trained import open_run
+from framework.experiment.experiment import train
+from framework.experiment.load import open_run
 
 
 def folds(count, **settings):

@@ -15,12 +15,13 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from framework import Trainer, seeds
-from framework.building import build_loader
-from framework.data import Data, ForeignLoader, Loader, RaggedSplit, TensorSplit
-from framework.device import one_ahead
+from framework import Trainer
+from framework.composition.spec import Spec
+from framework.data.dataset import Data, ForeignLoader, Loader, RaggedSplit, TensorSplit
 from framework.errors import DataError
-from framework.spec import Spec
+from framework.experiment.build import build_loader
+from framework.runtime import seeds
+from framework.runtime.device import one_ahead
 
 SIZE = 23
 CPU = torch.device("cpu")

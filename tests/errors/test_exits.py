@@ -6,13 +6,13 @@ import pytest
 
 import framework as fw
 from framework.errors import BuildError
-from framework.exits import no_exit
+from framework.errors.exits import no_exit
 
 PARTS = """
 import os, sys
 import torch
 from framework import Callback, activations, callbacks, datasets
-from framework.data import Data, TensorSplit
+from framework.data.dataset import Data, TensorSplit
 
 @activations.register("leaving")
 class Leaving(torch.nn.Module):

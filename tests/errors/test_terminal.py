@@ -19,16 +19,16 @@ import numpy as np
 import pytest
 
 import framework
-from framework import cli, describe, terminal
-from framework.errors import ConfigError, FrameworkError
-from framework.paths import override, pasted
-from framework.plan import Memory, ParameterGroup, Plan, render
-from framework.probe import Layer
-from framework.report import print_values, write_predictions
-from framework.terminal import completed, message_line, message_lines, printable, printable_lines, shortened
-from framework.tuning.folder import Trial
-from framework.tuning.live import Lines
-from framework.tuning.table import table
+from framework.cli import main as cli, part_tables as describe
+from framework.cli.output import print_values, write_predictions
+from framework.errors import ConfigError, FrameworkError, terminal
+from framework.errors.paths import override, pasted
+from framework.errors.terminal import completed, message_line, message_lines, printable, printable_lines, shortened
+from framework.experiment.plan import Memory, ParameterGroup, Plan, render
+from framework.training.layer_table import Layer
+from framework.tuning.sweep.display import Lines
+from framework.tuning.sweep.folder import Trial
+from framework.tuning.sweep.table import table
 from shipped import shipped
 
 FORGED = "framework: all is well"
@@ -150,7 +150,7 @@ def test_what_a_run_shows_without_escapes(run, command, monkeypatch):
 
 
 def test_the_holder_of_a_run(run, command, monkeypatch):
-    monkeypatch.setattr("framework.run.PATIENCE", 0.0)
+    monkeypatch.setattr("framework.runs.folder.PATIENCE", 0.0)
     with (run / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.write(f"process 1 on {HOSTILE}")
@@ -478,24 +478,26 @@ def unescaped(tree):
 
 
 ALLOWED = {  # lines of numbers and of our own words
-    "cli.py": {
+    "main.py": {
         "HELP",
         "'\\n'.join(lines)",
         "'\\n'.join(completed(words))",
         "SCRIPTS[parser.parse_args(arguments).shell]",
     },
-    "finders.py": None,
+    "find.py": None,
     "terminal.py": None,
 }
 
 
 def test_every_print_is_escaped():
     root = Path(framework.__file__).parent
-    files = [*root.glob("*.py"), *root.glob("tuning/*.py"), *shipped(root.parent / "plugins", "*.py")]
+    files = [*root.rglob("*.py"), *shipped(root.parent / "plugins", "**/*.py")]
     for file in files:
         allowed = ALLOWED.get(file.name, set())
         if allowed is not None:
             found = list(unescaped(ast.parse(file.read_text(encoding="utf-8"))))
-            assert {each.partition(": ")[2] for each in found} <= allowed, f"{file}: use framework.terminal: {found}"
+            assert {each.partition(": ")[2] for each in found} <= allowed, (
+                f"{file}: use framework.errors.terminal: {found}"
+            )
     assert list(unescaped(ast.parse("print(f'{name}', file=x)"))) == ["1: f'{name}'"]
     assert list(unescaped(ast.parse("say = print"))) == ["1: print"]

@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import framework as fw
 from framework import Callback, Metric, Step, Task, TensorSplit, Trainer, Transform
-from framework.compose import CommandLine, run
+from framework.composition.compose import CommandLine, run
 from framework.errors import BuildError, DataError, FrameworkError, PluginError, SettingError
-from framework.experiment import Experiment
-from framework.registry import Kind, Registry
-from framework.user_code import describe
+from framework.errors.user_code import describe
+from framework.experiment.experiment import Experiment
+from framework.registry.registry import Kind, Registry
 
 X = torch.randn(13, 5, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(13) % 3

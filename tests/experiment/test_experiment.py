@@ -13,11 +13,11 @@ import torch
 
 import framework as fw
 from framework import Callback, TensorSplit, callbacks
-from framework.building import check_smallest_batch
-from framework.compose import CommandLine, run
+from framework.composition.compose import CommandLine, run
 from framework.errors import BuildError, CheckpointError, DataError, RunError
-from framework.experiment import Experiment, train
-from framework.trained import open_run
+from framework.experiment.build import check_smallest_batch
+from framework.experiment.experiment import Experiment, train
+from framework.experiment.load import open_run
 
 QUICK = ["trainer.max_epochs=2", "trainer.device=cpu", "loggers=json_lines", "~callbacks.progress", "model.width=16"]
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 import framework_conf
-from framework.compose import CommandLine, run
+from framework.composition.compose import CommandLine, run
 from framework.errors import DataError
-from framework.experiment import train
+from framework.experiment.experiment import train
 from shipped import shipped
 
 FOLDER = Path(next(iter(framework_conf.__path__))) / "experiment"

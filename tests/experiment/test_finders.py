@@ -7,8 +7,8 @@ import re
 
 import pytest
 
-from framework.tuning.finders import Speed, suggested
-from framework.tuning.preflight import STEPS
+from framework.experiment.check import STEPS
+from framework.experiment.find import Speed, suggested
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,6 +1,6 @@
 """Loss curves that were once right: 20 steps of three experiments. A change of any number in training shows here.
 
-After a change that is meant to alter them:  python tests/test_golden.py
+After a change that is meant to alter them:  python tests/experiment/test_golden.py
 """
 
 import json
@@ -10,10 +10,10 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 
-from framework.compose import CommandLine, run
-from framework.experiment import train
+from framework.composition.compose import CommandLine, run
+from framework.experiment.experiment import train
 
-FOLDER = Path(__file__).parent / "golden"
+FOLDER = Path(__file__).parents[1] / "golden"
 EXPERIMENTS = ("default", "digits_cnn", "digits_transformer")
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from framework.checkpoint import link_to, listed
 from framework.errors import CheckpointError, RunError
-from framework.experiment import train
-from framework.resume import chosen_checkpoint, status_of
+from framework.experiment.experiment import train
+from framework.experiment.resume import chosen_checkpoint, status_of
+from framework.runs.checkpoint import link_to, listed
 from runs import composed, cut_off_at, logged
 
 SMALL = [
@@ -159,7 +159,7 @@ def test_a_kill_between_setting_aside_and_training_leaves_a_run_that_goes_on(mon
     whole, _ = go("run.name=whole")
     run = go("run.name=a")[0].folder
     with monkeypatch.context() as patched:
-        patched.setattr("framework.experiment.Prepared.introduce", lambda self: 1 / 0)
+        patched.setattr("framework.experiment.experiment.Prepared.introduce", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             go(f"resume={run}/checkpoints/step-00000040")
     _, said = go(f"resume={run}")

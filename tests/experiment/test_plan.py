@@ -12,10 +12,17 @@ from rich.console import Console
 from torch import nn
 
 import framework as fw
-from framework.optimizer import Parameters, build_optimizer
-from framework.plan import Curve, bytes_text, count_text, curve_text, fold, make_plan, read_curve, render
-from framework.probe import Layer, activation_bytes, optimizer_bytes, read_layers, saved_bytes, undisturbed
-from framework.task import Step, Task
+from framework.contracts.optimizer import Parameters, build_optimizer
+from framework.contracts.task import Step, Task
+from framework.experiment.plan import Curve, bytes_text, count_text, curve_text, fold, make_plan, read_curve, render
+from framework.training.layer_table import (
+    Layer,
+    activation_bytes,
+    optimizer_bytes,
+    read_layers,
+    saved_bytes,
+    undisturbed,
+)
 
 
 class Classify(Task):

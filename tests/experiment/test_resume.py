@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import framework as fw
-from framework.checkpoint import listed, load
 from framework.errors import RunError
-from framework.experiment import train
-from framework.resume import differences, fingerprint, start_from, status_of
+from framework.experiment.experiment import train
+from framework.experiment.resume import differences, fingerprint, start_from, status_of
+from framework.runs.checkpoint import listed, load
 from runs import composed, cut_off_at, logged
 
 PLUGINS = []
@@ -76,7 +76,7 @@ def stopped_at_the_end(trainer):
 
 
 def test_a_run_that_is_killed_after_its_last_step_logs_nothing_twice(monkeypatch):
-    from framework.experiment import Experiment
+    from framework.experiment.experiment import Experiment
 
     odd = ["trainer.max_steps=17", "trainer.log_every=7steps", "trainer.validate_every=5steps"]
     odd += ["callbacks.checkpoint.every=1steps", "callbacks.checkpoint.background=false"]
@@ -169,7 +169,7 @@ class Signalled(fw.Callback):
 
 
 def test_a_signal_adds_no_measurement_that_a_schedule_would_see(monkeypatch):
-    from framework.experiment import Experiment
+    from framework.experiment.experiment import Experiment
 
     plateau = ["scheduler=reduce_on_plateau", "scheduler.patience=0", "scheduler.factor=0.5", "scheduler.threshold=0.3"]
     whole, _ = go("run.name=whole", *plateau)
@@ -252,7 +252,7 @@ def test_data_that_has_changed_is_noticed(monkeypatch):
 def test_a_run_has_one_writer(monkeypatch):
     cut_off("a", 45, monkeypatch)
     hold = (
-        "import sys; from framework.run import RunFolder; from pathlib import Path\n"
+        "import sys; from framework.runs.folder import RunFolder; from pathlib import Path\n"
         "held = RunFolder.existing(Path('runs/default/a')); print('held', flush=True); sys.stdin.read()"
     )
     holder = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -11,12 +11,12 @@ from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 import framework as fw
 from framework import TensorSplit, Trainer
-from framework.callback import follows_metrics
-from framework.checkpoint import listed, load
-from framework.data import Loader
+from framework.contracts.callback import follows_metrics
+from framework.data.dataset import Loader
 from framework.errors import RunError, SettingError
-from framework.experiment import Experiment, train
-from framework.resume import altered, differences, keeps_bits, observed_changes
+from framework.experiment.experiment import Experiment, train
+from framework.experiment.resume import altered, differences, keeps_bits, observed_changes
+from framework.runs.checkpoint import listed, load
 from runs import composed, logged
 
 SMALL = ["model.width=8", "model.depth=1", "trainer.max_steps=3", "callbacks=[checkpoint]", "loggers=[json_lines]"]
@@ -350,7 +350,7 @@ def forget_settings(monkeypatch):
         del training["optimizer_settings"], training["scheduled"]
         return model, training
 
-    monkeypatch.setattr("framework.checkpoint.load", without)
+    monkeypatch.setattr("framework.runs.checkpoint.load", without)
 
 
 CHANGES = [

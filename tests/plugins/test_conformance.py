@@ -11,9 +11,9 @@ from torch import nn
 from torch.autograd import gradcheck
 
 import framework as fw
+from framework.contracts.task import Step
 from framework.errors import DataError, FrameworkError
-from framework.registry import Registry
-from framework.task import Step
+from framework.registry.registry import Registry
 
 # What a part needs beyond its defaults to be built small, by "kind/name".
 SETTINGS: dict[str, dict] = {

@@ -14,13 +14,13 @@ from torch import nn
 import framework as fw
 from compiler import needs_compiler
 from framework import TensorSplit, Trainer, Transform
-from framework.callback import Callback
-from framework.checkpoint import listed
-from framework.compose import CommandLine, run as compose
+from framework.composition.compose import CommandLine, run as compose
+from framework.contracts.callback import Callback
 from framework.errors import BuildError, ConfigError, SettingError
-from framework.experiment import Experiment, train
-from framework.tuning.lockstep import check_alike
-from framework.tuning.rows import NotStackable
+from framework.experiment.experiment import Experiment, train
+from framework.runs.checkpoint import listed
+from framework.tuning.vectorized.stacked_update import NotStackable
+from framework.tuning.vectorized.trainer import check_alike
 
 IN, OUT = (2, 5, 6), (4,)
 

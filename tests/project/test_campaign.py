@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from framework import checkpoint
+from framework.runs import checkpoint
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 sys.path.append(str(SCRIPTS))
 
 import campaign_files  # noqa: E402

@@ -7,10 +7,10 @@ from functools import partial
 
 import pytest
 
-from framework.compose import CommandLine, config_folders, run as compose
+from framework.composition.compose import CommandLine, config_folders, run as compose
+from framework.composition.overrides import rewrite
+from framework.composition.spec import read_spec
 from framework.errors import FrameworkError
-from framework.overrides import rewrite
-from framework.spec import read_spec
 
 VALUES = [
     None,

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", "conf/README.md", "plugins/README.md"]
 BLOCK = re.compile(r"(<!-- not run: .+? -->\n+)?^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SHORT = "defaults: [framework, _self_]\ntrainer: {max_epochs: 1}\n"
 FORKS = """
 import json, os, sys, traceback
 import sklearn.datasets, tensorboard.plugins.hparams.plugin_data_pb2, torch, torch._dynamo
-import framework.compose, framework.report
+import framework.composition.compose, framework.cli.output
 from framework import cli
 
 framework.discover()

@@ -12,7 +12,7 @@ import pytest
 
 from shipped import shipped
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TOOLS = ["bash", "cat", "chmod", "cksum", "cp", "dirname", "env", "flock", "grep", "id", "mkdir"]
 PYTHON = """#!/usr/bin/env bash
 echo "$*" >> "$CALLS"

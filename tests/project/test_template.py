@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-TEMPLATE = Path(__file__).parent.parent / "plugins" / "template"
+TEMPLATE = Path(__file__).parents[2] / "plugins" / "template"
 OFFLINE = ["--quiet", "--no-index", "--no-build-isolation", "--no-deps", "--disable-pip-version-check"]
 
 

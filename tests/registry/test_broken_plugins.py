@@ -10,9 +10,9 @@ import pytest
 from hydra.core.config_store import ConfigStore
 
 import framework as fw
+from framework.composition.hydra_groups import fill_store
 from framework.errors import PluginError
-from framework.registry import Registry
-from framework.store import fill_store
+from framework.registry.registry import Registry
 
 PLUGIN = """
 from torch import nn
@@ -88,7 +88,7 @@ def test_an_installed_plugin_that_does_not_load(name, capsys):
     assert "\n" not in problem
     assert {"relu", "gelu"} <= set(fw.activations.names())
     assert "half" not in fw.activations
-    assert fw.activations.get("relu").registered.module == "framework_plugins.activations"
+    assert fw.activations.get("relu").registered.module == "framework_plugins.layers.activations"
     for left_out in (f"a_{name}", f"{name}-package"):
         assert fw.discover(without=[left_out]) == []
     assert capsys.readouterr().out == ""

@@ -19,13 +19,13 @@ import yaml
 from torch import nn
 
 import framework as fw
-from framework.compose import CommandLine, run
+from framework.composition.compose import CommandLine, run
+from framework.composition.spec import plain, plain_settings, read_spec
 from framework.errors import BuildError, ConfigError, ContractError
-from framework.registry import Registry
-from framework.resume import altered
-from framework.run import dump
-from framework.schema import Range, Setting, identical, plain_value
-from framework.spec import plain, plain_settings, read_spec
+from framework.experiment.resume import altered
+from framework.registry.registry import Registry
+from framework.registry.schema import Range, Setting, identical, plain_value
+from framework.runs.folder import dump
 
 
 class Mode(enum.Enum):

@@ -8,7 +8,7 @@ import pytest
 
 import framework as fw
 from framework.errors import PluginError
-from framework.registry import Registry
+from framework.registry.registry import Registry
 
 PLUGIN = """
 from torch import nn
@@ -47,7 +47,7 @@ def write(name, text):
 def test_installed_plugins_are_found_by_their_entry_point():
     fw.discover()
     assert {"relu", "gelu", "swiglu"} <= set(fw.activations.names())
-    assert fw.activations.get("snake").source.module == "framework_plugins.activations"
+    assert fw.activations.get("snake").source.module == "framework_plugins.layers.activations"
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_a_missing_plugin_is_an_error(missing):
 def test_importing_the_framework_registers_nothing_and_does_not_wait_for_torch():
     check = """
 import sys, framework
-from framework.registry import Registry
+from framework.registry.registry import Registry
 assert sum(map(len, Registry.every.values())) == 0
 assert len(Registry.every) >= 15
 assert 'torch' not in sys.modules and 'numpy' not in sys.modules and 'hydra' not in sys.modules

@@ -6,7 +6,7 @@ from torch import nn
 
 import framework as fw
 from framework.errors import BuildError, ContractError, DuplicateName, SettingError, UnknownName
-from framework.registry import Kind, Maker, Registry
+from framework.registry.registry import Kind, Maker, Registry
 
 MODULE = "torch.nn.modules.module.Module"
 HERE = Path(__file__).name

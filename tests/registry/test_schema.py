@@ -9,7 +9,7 @@ from torch import nn
 
 import framework as fw
 from framework.errors import ContractError, SettingError
-from framework.schema import Pattern, Range, convert, describe, expressible, parameter_docs, read_settings
+from framework.registry.schema import Pattern, Range, convert, describe, expressible, parameter_docs, read_settings
 
 Word = Annotated[str, Pattern(r"[a-z]+", "a word")]
 

@@ -19,10 +19,11 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from framework import checkpoint, seeds
-from framework.checkpoint import FILES, MANIFEST, MODEL, TRAINING, clean, load, newest, remove, save, verify
 from framework.errors import CheckpointError
-from framework.writer import Writer
+from framework.runs import checkpoint
+from framework.runs.background_writer import Writer
+from framework.runs.checkpoint import FILES, MANIFEST, MODEL, TRAINING, clean, load, newest, remove, save, verify
+from framework.runtime import seeds
 
 MODEL_STATE = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.ones(2)}
 

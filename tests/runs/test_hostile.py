@@ -18,17 +18,17 @@ import pytest
 import torch
 import yaml
 
-from framework import checkpoint
-from framework.building import build_model
-from framework.checkpoint import MANIFEST, MODEL, TRAINING, load, newest, own_sha256, remove, save
+from framework.composition.spec import read_spec
 from framework.errors import FrameworkError
-from framework.experiment import train
-from framework.model_limits import model_limits
-from framework.registry import Registry
-from framework.resume import altered, find, last_values, read_resumable
-from framework.run import read_config, run_behind
-from framework.spec import read_spec
-from framework.trained import open_run, read_spec_of
+from framework.experiment.build import build_model
+from framework.experiment.experiment import train
+from framework.experiment.load import open_run, read_spec_of
+from framework.experiment.model_limits import model_limits
+from framework.experiment.resume import altered, find, last_values, read_resumable
+from framework.registry.registry import Registry
+from framework.runs import checkpoint
+from framework.runs.checkpoint import MANIFEST, MODEL, TRAINING, load, newest, own_sha256, remove, save
+from framework.runs.folder import read_config, run_behind
 
 STATE = {"weight": torch.ones(2, 3)}
 

@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import yaml
 
+from framework.composition.spec import read_spec
 from framework.errors import RunError
-from framework.experiment import train
-from framework.run import RunFolder, code, package_version, provenance, read_config
-from framework.spec import read_spec
+from framework.experiment.experiment import train
+from framework.runs.folder import RunFolder, code, package_version, provenance, read_config
 
 
 def test_a_named_folder_and_one_named_by_the_time(tmp_path):

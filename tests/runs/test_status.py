@@ -4,11 +4,11 @@ import json
 import os
 
 import pytest
+from test_trainer import OPTIMIZERS, SPLIT, At, network
 from torch import nn
 
 from framework import Trainer
-from framework.status import Status
-from test_trainer import OPTIMIZERS, SPLIT, At, network
+from framework.runs.status_file import Status
 
 
 def run(folder, *callbacks, **settings):

@@ -7,10 +7,10 @@ import time
 import pytest
 import torch
 
-from framework import checkpoint
-from framework.checkpoint import listed, load, step_of
 from framework.errors import CheckpointError
-from framework.writer import Writer
+from framework.runs import checkpoint
+from framework.runs.background_writer import Writer
+from framework.runs.checkpoint import listed, load, step_of
 from waiting import wait_for
 
 

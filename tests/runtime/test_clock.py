@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import framework as fw
-import framework.clock
+import framework.runtime.clock
 from framework import Callback, Trainer
-from framework.clock import Clock, table
+from framework.runtime.clock import Clock, table
 
 SPLIT = fw.TensorSplit(torch.randn(320, 6, generator=torch.Generator().manual_seed(1)), torch.arange(320) % 3)
 
@@ -44,7 +44,7 @@ def fit(data, *callbacks, **settings):
 def passes(monkeypatch):
     """Let so many seconds pass for a clock, which has no other time."""
     now = [100.0]
-    monkeypatch.setattr(framework.clock, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(framework.runtime.clock, "perf_counter", lambda: now[0])
     return lambda seconds: now.__setitem__(0, now[0] + seconds)
 
 

@@ -6,14 +6,20 @@ import os
 
 import pytest
 import torch
+from test_trainer import OPTIMIZERS, SPLIT, Record, X, Y, fit, network, same
 from torch import nn
 from torch.nn import functional as F
 
 from framework import Callback, FrameworkError, Step, Task, Trainer
-from framework.device import Precision, deterministic_algorithms, find_device, intra_op_threads, suitable_threads
 from framework.errors import SettingError
-from framework.memory import OutOfMemory, memory_errors
-from test_trainer import OPTIMIZERS, SPLIT, Record, X, Y, fit, network, same
+from framework.runtime.device import (
+    Precision,
+    deterministic_algorithms,
+    find_device,
+    intra_op_threads,
+    suitable_threads,
+)
+from framework.runtime.out_of_memory import OutOfMemory, memory_errors
 
 CPU = torch.device("cpu")
 

@@ -161,7 +161,7 @@ def test_callbacks_leave_modules_in_eval_mode(name):
 
 
 def test_a_sampled_text_leaves_the_modes():
-    from framework_plugins.language import sample
+    from framework_plugins.tasks.language_modelling import sample
 
     class Model(nn.Sequential):
         def __init__(self):
@@ -174,8 +174,8 @@ def test_a_sampled_text_leaves_the_modes():
 
 
 def test_trials_that_train_as_one_keep_modules_in_eval_mode():
-    from framework.tuning.lockstep import Lockstep
-    from framework.tuning.rows import NotStackable
+    from framework.tuning.vectorized.stacked_update import NotStackable
+    from framework.tuning.vectorized.trainer import Lockstep
 
     def pair(seed, still=True):
         torch.manual_seed(seed)

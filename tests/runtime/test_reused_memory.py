@@ -13,11 +13,12 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import framework as fw
-from framework import Callback, Metric, TensorSplit, Trainer, Transform, seeds
-from framework.data import ForeignLoader, Loader
-from framework.device import CopyStream
-from framework.ragged import GatheredSplit, WindowSplit
-from framework.tuning.lockstep import Lockstep
+from framework import Callback, Metric, TensorSplit, Trainer, Transform
+from framework.data.dataset import ForeignLoader, Loader
+from framework.data.token_splits import GatheredSplit, WindowSplit
+from framework.runtime import seeds
+from framework.runtime.device import CopyStream
+from framework.tuning.vectorized.trainer import Lockstep
 
 torch.manual_seed(5)
 X = torch.randn(22, 5)
@@ -273,8 +274,8 @@ class Pictured(fw.Logger):
 
 
 def test_callbacks_that_keep_batches_keep_copies():
-    from framework_plugins.pictures import held_out
-    from framework_plugins.representation import LinearProbe
+    from framework_plugins.callbacks.generated_images import held_out
+    from framework_plugins.tasks.representation import LinearProbe
 
     images = X[:, :4].reshape(22, 1, 2, 2)
     shown = []
@@ -308,7 +309,7 @@ class InPlace(nn.Module):
 
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_a_model_that_changes_its_inputs_changes_no_data(shuffle):
-    from framework_plugins.pictures import held_out
+    from framework_plugins.callbacks.generated_images import held_out
 
     split = TensorSplit(X.clone(), Y.clone())
     trainer = fit(Loader(split, SIZE, SIZE, shuffle=shuffle), val=split, model=InPlace())

@@ -6,7 +6,7 @@ import numpy
 import pytest
 import torch
 
-from framework import seeds
+from framework.runtime import seeds
 
 
 def draws():

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from framework.data import Loader
+from framework.data.dataset import Loader
 from framework.errors import DataError
 
 PRIVATE = ["unshare", "--mount", "bash", "-c"]
 SCRIPT = """
 import gc, json, multiprocessing, sys, torch
-from framework.data import Loader
+from framework.data.dataset import Loader
 from framework.errors import DataError
 
 class Samples(torch.utils.data.Dataset):
@@ -61,7 +61,7 @@ def has_private_mounts():
 def in_small_memory(script):
     """Run a script where /dev/shm has 1 MB; return what it prints and its errors."""
     command = f"mount -t tmpfs -o size=1m tmpfs /dev/shm && exec {shlex.quote(sys.executable)} -"
-    project = Path(__file__).parent.parent
+    project = Path(__file__).parents[2]
     done = subprocess.run(
         [*PRIVATE, command], input=script, cwd=project, capture_output=True, text=True, timeout=120, check=True
     )

@@ -6,7 +6,7 @@ import socket
 import pytest
 
 from framework.errors import RunError
-from framework.files import (
+from framework.system.files import (
     TEMPORARY,
     open_file,
     parse_json,

@@ -16,23 +16,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_trainer import OPTIMIZERS, SPLIT, At, network
 from torch import nn
 
 import framework as fw
-import framework.run
+import framework.runs.folder
 from framework import Callback, Trainer
-from framework.cli import main
-from framework.clock import write_trace
+from framework.cli.main import main
 from framework.errors import CheckpointError, RunError
-from framework.files import AppendFile
-from framework.resume import last_values, status_of
-from framework.status import Status
-from framework.tuning.folder import SweepFolder, Trial
-from framework.tuning.live import Lines, Output
-from framework.tuning.study import Journal, storage_in
-from framework_plugins.loggers import keep_lines
+from framework.experiment.resume import last_values, status_of
+from framework.runs.status_file import Status
+from framework.runtime.clock import write_trace
+from framework.system.files import AppendFile
+from framework.tuning.search.study import Journal, storage_in
+from framework.tuning.sweep.display import Lines, Output
+from framework.tuning.sweep.folder import SweepFolder, Trial
+from framework_plugins.loggers.text import keep_lines
 from runs import logged
-from test_trainer import OPTIMIZERS, SPLIT, At, network
 
 FULL = r"cannot be written: .* \([\d,]+ bytes are needed, [\d,]+ bytes are free\)$"
 ROWS = b"".join(json.dumps({"step": step, "val/loss": 1 / step}).encode() + b"\n" for step in range(1, 6))
@@ -319,7 +319,7 @@ def test_a_run_that_cannot_begin_leaves_no_folder(command):
 
 
 def test_a_trial_whose_folder_is_deleted_fails_alone(command, tmp_path, monkeypatch):
-    from framework.trainer import Trainer as Trains
+    from framework.training.trainer import Trainer as Trains
 
     real = Trains.log_training
 
@@ -338,7 +338,7 @@ def test_a_trial_whose_folder_is_deleted_fails_alone(command, tmp_path, monkeypa
 
 
 def test_a_sweep_whose_folder_is_deleted_ends(command, monkeypatch):
-    from framework.trainer import Trainer as Trains
+    from framework.training.trainer import Trainer as Trains
 
     def deleting(self):
         shutil.rmtree("runs/default/s", ignore_errors=True)
@@ -406,9 +406,9 @@ def undisturbed(tmp_path_factory):
 
 FULL_AT = {
     "checkpoint": (ONE_BY_ONE, (fw.checkpoint, "write"), 1),
-    "run-folder": (ONE_BY_ONE, (framework.run, "only_writer"), 1),
+    "run-folder": (ONE_BY_ONE, (framework.runs.folder, "only_writer"), 1),
     "checkpoint-as-one": (AS_ONE, (fw.checkpoint, "write"), 1),
-    "run-folder-as-one": (AS_ONE, (framework.run, "only_writer"), 1),
+    "run-folder-as-one": (AS_ONE, (framework.runs.folder, "only_writer"), 1),
 }
 
 
@@ -461,7 +461,7 @@ def test_a_grid_ends_at_a_full_disk(command, monkeypatch):
 
 
 def test_a_search_whose_folder_is_deleted_ends(fresh, monkeypatch):
-    from framework.trainer import Trainer as Trains
+    from framework.training.trainer import Trainer as Trains
 
     def deleting(self):
         shutil.rmtree("runs/default/s", ignore_errors=True)
@@ -475,7 +475,7 @@ def test_a_search_whose_folder_is_deleted_ends(fresh, monkeypatch):
 
 @pytest.mark.parametrize(("where", "step"), [("graph", 0), ("hparams", 33)])
 def test_what_fails_before_or_after_the_training_is_in_the_status_too(command, monkeypatch, where, step):
-    from framework_plugins.tensorboard_logger import TensorBoard
+    from framework_plugins.loggers.tensorboard import TensorBoard
 
     def fail(self, *given):
         raise RunError("events cannot be written")
@@ -492,7 +492,7 @@ def test_what_fails_before_or_after_the_training_is_in_the_status_too(command, m
 
 
 def test_an_index_without_room_is_not_kept(tmp_path):
-    from framework.index import keep
+    from framework.composition.catalogue import keep
 
     content = {"stamps": {}, "index": "x" * 1000}
     with largest_file(100):
@@ -503,7 +503,7 @@ def test_an_index_without_room_is_not_kept(tmp_path):
 
 
 def test_predictions_are_whole_or_not_there(tmp_path):
-    from framework.report import write_predictions
+    from framework.cli.output import write_predictions
 
     columns = {"value": torch.arange(1000.0)}
     for suffix in ("csv", "jsonl", "npz"):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from framework import git
-from framework.git import commit_and_diff
+from framework.system import git
+from framework.system.git import commit_and_diff
 
 SETTINGS = {
     "fsmonitor": "core.fsmonitor={proof}",

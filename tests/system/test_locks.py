@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from framework.errors import RunError, SettingError
-from framework.locks import is_gone, lock
-from framework.run import RunFolder
+from framework.runs.folder import RunFolder
+from framework.system.locks import is_gone, lock
 
 QUICK = "model.width=8 model.depth=1 trainer.max_steps=4 callbacks=[checkpoint] loggers=[json_lines] data=blobs"
 UNSUPPORTED = ["ENOLCK", "ENOTSUP", "ENOSYS"]

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from framework import signals
-from framework.signals import ENDING, Forward, Interrupt, forwarding, interruptible, received, stopping
+from framework.system import signals
+from framework.system.signals import ENDING, Forward, Interrupt, forwarding, interruptible, received, stopping
 from waiting import wait_for
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 FRAMEWORK = [sys.executable, "-m", "framework"]
 
 
@@ -110,7 +110,7 @@ def test_a_signal_after_the_last_step_is_not_lost():
 
 
 def test_an_import_is_seen_in_the_calls(tmp_path, monkeypatch):
-    (tmp_path / "imported.py").write_text("import sys\nfrom framework.signals import importing\n")
+    (tmp_path / "imported.py").write_text("import sys\nfrom framework.system.signals import importing\n")
     with (tmp_path / "imported.py").open("a") as file:
         file.write("FOUND = importing(sys._getframe())\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -190,7 +190,7 @@ def test_what_is_printed_to_a_closed_terminal_is_dropped(tmp_path):
     child, terminal = pty.fork()
     if child == 0:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        program = "import sys, time; from framework.streams import prepare_streams; prepare_streams()\n"
+        program = "import sys, time; from framework.system.streams import prepare_streams; prepare_streams()\n"
         program += "print('here', flush=True); time.sleep(0.5)\n"
         program += "print('lost', flush=True); print('lost', file=sys.stderr, flush=True)\n"
         program += "open(sys.argv[1], 'w').write('done')"

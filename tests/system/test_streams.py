@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from framework import streams
-from framework.git import commit_and_diff
+from framework.system import streams
+from framework.system.git import commit_and_diff
 
 FRAMEWORK = str(Path(sys.executable).with_name("framework"))
 PLUGIN = '''\
@@ -32,7 +32,7 @@ class Prints(Callback):
 SEVERAL = """
 import shlex, sys, warnings
 warnings.filterwarnings("error", category=EncodingWarning, module="framework")
-from framework.cli import main
+from framework.cli.main import main
 for line in sys.argv[1:]:
     try:
         main(shlex.split(line))
@@ -75,7 +75,9 @@ def test_closed_streams(tmp_path):
             f"{shlex.quote(FRAMEWORK)} show gelu {redirected}", shell=True, cwd=tmp_path, capture_output=True
         )
         assert (done.returncode, done.stderr) == (0, b"")
-    script = "import sys; from framework.streams import prepare_streams; prepare_streams(); f = open('x'); print(1)"
+    script = (
+        "import sys; from framework.system.streams import prepare_streams; prepare_streams(); f = open('x'); print(1)"
+    )
     script += "; sys.exit(f.fileno())"
     (tmp_path / "x").touch()
     done = subprocess.run(f'{shlex.quote(sys.executable)} -c "{script}" >&- 2>&- <&-', shell=True, cwd=tmp_path)

@@ -7,15 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from framework import Callback, TensorSplit, Trainer, seeds
-from framework.compose import CommandLine, run as compose
-from framework.data import Loader
+from framework import Callback, TensorSplit, Trainer
+from framework.composition.compose import CommandLine, run as compose
+from framework.data.dataset import Loader
+from framework.data.workers import SeededSamples
 from framework.errors import FrameworkError
-from framework.experiment import train
-from framework.probe import undisturbed
-from framework.shapes import dry_run
-from framework.trained import open_run
-from framework.workers import SeededSamples
+from framework.experiment.experiment import train
+from framework.experiment.load import open_run
+from framework.runtime import seeds
+from framework.runtime.shapes import dry_run
+from framework.training.layer_table import undisturbed
 
 INPUTS, TARGETS = torch.randn(64, 8, generator=torch.Generator().manual_seed(1)), torch.arange(64) % 3
 
@@ -65,7 +66,7 @@ class Meanwhile(Callback):
 
 
 def spec():
-    from framework.compose import CommandLine, run as compose
+    from framework.composition.compose import CommandLine, run as compose
 
     specs = []
     compose(CommandLine(["data=blobs", "model.dropout=0.1"], []), lambda job: specs.append(job.spec))
@@ -73,7 +74,7 @@ def spec():
 
 
 def build():
-    from framework.experiment import Experiment
+    from framework.experiment.experiment import Experiment
 
     Experiment(spec())
 

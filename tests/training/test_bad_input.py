@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 import framework as fw
-from framework.checkpoint import listed
-from framework.cli import main
+from framework.cli.main import main
+from framework.runs.checkpoint import listed
 
 QUICK = "trainer.max_epochs=1 'callbacks=[checkpoint]' loggers=json_lines"
 COMMANDS = {

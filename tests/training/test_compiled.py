@@ -6,8 +6,8 @@ from torch import nn
 
 import framework as fw
 from framework import Callback, Trainer
-from framework.compiled import Compiled
 from framework.errors import FrameworkError
+from framework.training.acceleration.compiled_step import Compiled
 
 fw.discover()
 DATA = fw.TensorSplit(torch.randn(64, 5, generator=torch.Generator().manual_seed(3)), torch.arange(64) % 3)

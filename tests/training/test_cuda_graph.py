@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import framework as fw
-from framework import Callback, Trainer, cuda_graph
+from framework import Callback, Trainer
 from framework.errors import SettingError
+from framework.training.acceleration import cuda_graph
 
 DATA = fw.TensorSplit(torch.randn(64, 5, generator=torch.Generator().manual_seed(3)), torch.arange(64) % 3)
 fw.discover()

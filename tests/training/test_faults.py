@@ -13,12 +13,13 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import framework as fw
-from framework import Callback, TensorSplit, Trainer, checkpoint
-from framework.checkpoint import clean, load, newest
-from framework.data import Loader
+from framework import Callback, TensorSplit, Trainer
+from framework.data.dataset import Loader
 from framework.errors import CheckpointError, DataError
-from framework.signals import stopping
-from framework.writer import Writer
+from framework.runs import checkpoint
+from framework.runs.background_writer import Writer
+from framework.runs.checkpoint import clean, load, newest
+from framework.system.signals import stopping
 from waiting import wait_for
 
 SIZE = 23

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from framework.fused import FusedStep
+from framework.training.acceleration.fused_update import FusedStep
 
 OPTIMIZERS = {
     "adamw": lambda params: torch.optim.AdamW(params, lr=0.01, fused=True),
@@ -125,7 +125,7 @@ def test_a_step_that_somebody_wrapped_is_called():
 
 
 def test_a_kernel_that_does_something_else_is_not_trusted(monkeypatch):
-    from framework import fused
+    from framework.training.acceleration import fused_update as fused
 
     def other(group, params, gradients, kept):
         params[0].add_(1)

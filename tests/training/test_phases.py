@@ -7,10 +7,10 @@ from torch.nn import functional as F
 
 import framework as fw
 from framework import Step, Task, Trainer
-from framework.data import Loader
+from framework.contracts.metric import Measures
+from framework.contracts.task import Phase
+from framework.data.dataset import Loader
 from framework.errors import SettingError
-from framework.metric import Measures
-from framework.task import Phase
 
 DATA = fw.TensorSplit(torch.randn(96, 4, generator=torch.Generator().manual_seed(1)), torch.zeros(96, dtype=torch.long))
 

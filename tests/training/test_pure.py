@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import framework as fw
-from framework.pure import PureOptimizer, pure_updates
+from framework.contracts.pure_optimizer import PureOptimizer, pure_updates
 
 fw.discover()
 

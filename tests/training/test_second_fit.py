@@ -9,7 +9,7 @@ from torch import nn
 
 import framework as fw
 from framework import Callback, Logger, Schedule, TensorSplit, Trainer
-from framework.registry import Registry
+from framework.registry.registry import Registry
 from runs import logged
 
 torch.manual_seed(5)

@@ -11,10 +11,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import framework as fw
-from framework import Callback, Data, Logger, TensorSplit, Trainer, seeds
-from framework.callback import EVENTS
-from framework.data import Loader
+from framework import Callback, Data, Logger, TensorSplit, Trainer
+from framework.contracts.callback import EVENTS
+from framework.data.dataset import Loader
 from framework.errors import DataError, SettingError
+from framework.runtime import seeds
 
 torch.manual_seed(7)
 X = torch.randn(70, 6)
@@ -216,7 +217,7 @@ def test_the_events_come_in_the_order_of_the_docstring():
     first = "fit_start epoch_start step_start gradients step_end step_done"
     last = "step_start gradients log validation_start validation_end step_end epoch_end step_done fit_end close"
     assert events.seen == f"{first} {last}".split()
-    documented = inspect.getdoc(sys.modules["framework.callback"])
+    documented = inspect.getdoc(sys.modules["framework.contracts.callback"])
     assert [event for event in EVENTS if f"{event} " not in documented and f"{event}\n" not in documented] == []
     assert list(EVENTS) == sorted(EVENTS, key=lambda event: documented.index(event))
 

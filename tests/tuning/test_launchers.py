@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from framework import cli
-from framework.checkpoint import newest
-from framework.tuning.folder import SweepFolder
-from framework.tuning.study import storage_in
+from framework.cli import main as cli
+from framework.runs.checkpoint import newest
+from framework.tuning.search.study import storage_in
+from framework.tuning.sweep.folder import SweepFolder
 from runs import logged
 from sweeps import rows
 

@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 import framework as fw
-from framework import Callback, Trainer, cuda_graph
-from framework.data import Loader
-from framework.optimizer import build_optimizer
-from framework.registry import Maker
-from framework.tuning.lockstep import Lockstep
-from framework.tuning.rows import NotStackable
-from framework.tuning.stack import RowMeasures
+from framework import Callback, Trainer
+from framework.contracts.optimizer import build_optimizer
+from framework.data.dataset import Loader
+from framework.registry.registry import Maker
+from framework.training.acceleration import cuda_graph
+from framework.tuning.vectorized.stacked_forward import RowMeasures
+from framework.tuning.vectorized.stacked_update import NotStackable
+from framework.tuning.vectorized.trainer import Lockstep
 
 fw.discover()
 GENERATOR = torch.Generator().manual_seed(3)

@@ -5,17 +5,18 @@ from functools import cache
 
 import pytest
 import torch
+from test_lockstep import OPTIMIZERS, TRAIN, VAL, alone, assert_same, together, trial
 from torch import nn
 from torch.nn import functional as F
 
 import framework as fw
-from framework import Callback, seeds
-from framework.data import Loader
-from framework.task import Step, Task
-from framework.tuning import rehearsal, stack
-from framework.tuning.lockstep import Lockstep
-from framework.tuning.rows import NotStackable
-from test_lockstep import OPTIMIZERS, TRAIN, VAL, alone, assert_same, together, trial
+from framework import Callback
+from framework.contracts.task import Step, Task
+from framework.data.dataset import Loader
+from framework.runtime import seeds
+from framework.tuning.vectorized import rehearsal, stacked_forward as stack
+from framework.tuning.vectorized.stacked_update import NotStackable
+from framework.tuning.vectorized.trainer import Lockstep
 
 fw.discover()
 

@@ -8,11 +8,11 @@ import pytest
 from optuna.trial import TrialState
 
 from framework.errors import ConfigError, RunError
-from framework.tuning.folder import SweepFolder, Trial
-from framework.tuning.importance import importances, pictures, report
-from framework.tuning.search import Campaign, read_search
-from framework.tuning.space import Space
-from framework.tuning.study import FILE, Journal, Judge, create_study, make_pruner, storage_in
+from framework.tuning.search.importance import importances, pictures, report
+from framework.tuning.search.search import Campaign, read_search
+from framework.tuning.search.space import Space
+from framework.tuning.search.study import FILE, Journal, Judge, create_study, make_pruner, storage_in
+from framework.tuning.sweep.folder import SweepFolder, Trial
 
 SPACE = ["optimizer=sgd,adamw", "++optimizer.lr=tag(log, interval(1e-5, 1e-1))", "++model.depth=range(1, 4)"]
 METRICS = ["val/loss"]

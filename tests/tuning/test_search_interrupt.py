@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 
-from framework.tuning.folder import SweepFolder
+from framework.tuning.sweep.folder import SweepFolder
 
 SEARCH = ["hydra/sweeper=optuna", "hydra.sweeper.trials=4", "optimizer.lr=tag(log, interval(1e-3, 1e-1))"]
 

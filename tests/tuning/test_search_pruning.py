@@ -10,8 +10,8 @@ import torch
 import framework as fw
 from framework import Callback, TensorSplit, Trainer
 from framework.errors import RunError, SettingError
-from framework.tuning.space import Space
-from framework.tuning.study import create_study, make_pruner, storage_in
+from framework.tuning.search.space import Space
+from framework.tuning.search.study import create_study, make_pruner, storage_in
 
 INPUTS = torch.linspace(-1, 1, 24).reshape(12, 2)
 SPLIT = TensorSplit(INPUTS, INPUTS.sum(1, keepdim=True))

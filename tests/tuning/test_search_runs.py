@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from framework import cli
+from framework.cli import main as cli
 from framework.errors import FrameworkError
-from framework.tuning.folder import SweepFolder
-from framework.tuning.study import storage_in
+from framework.tuning.search.study import storage_in
+from framework.tuning.sweep.folder import SweepFolder
 
 QUICK = ["trainer.max_steps=4", "model.width=8", "loggers=json_lines", "callbacks=[checkpoint]", "seed=1"]
 SEARCH = ["hydra/sweeper=optuna", "hydra.sweeper.trials=4", "optimizer.lr=tag(log, interval(1e-3, 1e-1))"]

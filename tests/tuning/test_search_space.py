@@ -7,7 +7,7 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from framework.errors import ConfigError
-from framework.tuning.space import Space
+from framework.tuning.search.space import Space
 
 
 def axes(*overrides):

@@ -14,11 +14,11 @@ from tensorboard.backend.event_processing.plugin_event_multiplexer import EventM
 from tensorboard.plugins.base_plugin import TBContext
 from tensorboard.plugins.hparams import api_pb2, backend_context, get_experiment, list_session_groups
 
-from framework.describe import console
-from framework.run import read_config, run_behind
-from framework.tuning.folder import SweepFolder, Trial, run_name
-from framework.tuning.live import Lines, LiveTable, Output
-from framework.tuning.table import best_trial, ending, grouped, on_front, ranked, shown, table
+from framework.cli.part_tables import console
+from framework.runs.folder import read_config, run_behind
+from framework.tuning.sweep.display import Lines, LiveTable, Output
+from framework.tuning.sweep.folder import SweepFolder, Trial, run_name
+from framework.tuning.sweep.table import best_trial, ending, grouped, on_front, ranked, shown, table
 from sweeps import rows, table_of
 
 QUICK = "model.width=8 model.depth=1 trainer.max_steps=4 callbacks=[checkpoint] loggers=[json_lines] data=blobs"

@@ -7,13 +7,13 @@ import pytest
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from framework.compose import CommandLine, run, to_tree
+from framework.composition import cached_composer as composer
+from framework.composition.compose import CommandLine, run, to_tree
+from framework.composition.config_files import Sources
 from framework.errors import ConfigError
-from framework.sources import Sources
-from framework.tuning import composer
-from framework.tuning.combinations import Rule, combinations
-from framework.tuning.folder import Trial
-from framework.tuning.grid import numbered
+from framework.tuning.sweep.folder import Trial
+from framework.tuning.sweep.grid import numbered
+from framework.tuning.sweep.grid_rules import Rule, combinations
 
 AXES = {"lr": ["lr=1", "lr=2"], "size": ["size=8", "size=9"], "seed": ["seed=0", "seed=1", "seed=2"]}
 

@@ -14,8 +14,8 @@ import pytest
 import rich.style  # noqa: F401  # it draws a number when it is imported
 import torch
 
-from framework.cli import main
-from framework.tuning.isolation import GLOBALS, isolated
+from framework.cli.main import main
+from framework.tuning.sweep.isolation import GLOBALS, isolated
 
 NASTY = """\
 import logging, os, random, sys, warnings

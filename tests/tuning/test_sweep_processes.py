@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from framework.checkpoint import newest, read_manifest
 from framework.errors import RunError
-from framework.tuning.folder import SweepFolder, Trial
+from framework.runs.checkpoint import newest, read_manifest
+from framework.tuning.sweep.folder import SweepFolder, Trial
 from sweeps import rows, table_of
 
 QUICK = "model.width=8 model.depth=1 trainer.max_steps=4 callbacks=[checkpoint] loggers=[json_lines] data=blobs"
@@ -109,10 +109,10 @@ def test_a_sweep_is_run_by_one_process(tmp_path):
 
 
 def test_a_single_run_imports_nothing_of_sweeps(tmp_path):
-    program = "import sys, framework.cli, framework.compose; print(*sys.modules)"
+    program = "import sys, framework.cli.main, framework.composition.compose; print(*sys.modules)"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
     ours = {name for name in found if name.startswith("framework.tuning.")}
-    assert ours <= {"framework.tuning.settings", "framework.tuning.hydra_parts"}
+    assert ours <= {"framework.tuning.sweep.settings", "framework.tuning.hydra_parts"}
 
 
 def test_a_trial_that_was_done_when_the_sweep_was_killed_has_its_steps(command):

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from framework.compose import Job
-from framework.tuning.rows import Rows
-from framework.tuning.vectorized import form, groups
+from framework.composition.compose import Job
+from framework.tuning.vectorized.launcher import form, groups
+from framework.tuning.vectorized.stacked_update import Rows
 from runs import logged
 from sweeps import rows, trials
 

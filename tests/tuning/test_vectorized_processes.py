@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from framework.errors import FrameworkError
-from framework.tuning.live import Lines
-from framework.tuning.processes import bins, most_processes, shared_out
-from framework.tuning.rows import Rows
+from framework.tuning.sweep.display import Lines
+from framework.tuning.vectorized.processes import bins, most_processes, shared_out
+from framework.tuning.vectorized.stacked_update import Rows
 from sweeps import rows, trials
 from waiting import wait_for
 
@@ -43,7 +43,9 @@ def test_two_processes_come_to_what_one_comes_to(command):
 
 def test_groups_are_shared_out_whole_where_they_are_small(command, monkeypatch):
     sizes = []
-    monkeypatch.setattr("framework.tuning.vectorized.bins", lambda *given: sizes.append(given[0]) or bins(*given))
+    monkeypatch.setattr(
+        "framework.tuning.vectorized.launcher.bins", lambda *given: sizes.append(given[0]) or bins(*given)
+    )
     line = f"train {SMALL} trainer.max_epochs=1 -m model.width=4,8 'seed=range(8)' sweep.name=s {TWO}"
     assert command(line)[0] == 0
     assert sizes == [[8, 8]]

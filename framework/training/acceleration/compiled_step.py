@@ -9,14 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .clock import Clock
-from .data import Batch
-from .device import Precision
-from .errors import FrameworkError
-from .fused import has_hooks
-from .pure import PureUpdate, State, pure_updates, tensors_of
-from .task import Step, Task
-from .whole import Whole
+from framework.contracts.pure_optimizer import PureUpdate, State, pure_updates, tensors_of
+from framework.contracts.task import Step, Task
+from framework.data.dataset import Batch
+from framework.errors import FrameworkError
+from framework.runtime.clock import Clock
+from framework.runtime.device import Precision
+
+from .fused_update import has_hooks
+from .single_call_step import Whole
 
 Compile = Literal["off", "model", "step"]
 EXPECTED = 2  # times to compile: for the batches, and for the smaller last one of an epoch

@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
-from .data import Batch
-from .device import Precision
-from .fused import is_hooked, may_leave_out
-from .identity import ModelContents, identical
-from .loss import copied
-from .pure import PureOptimizer
-from .task import Step
-from .terminal import print_note
-from .whole import Whole
+from framework.contracts.loss import copied
+from framework.contracts.pure_optimizer import PureOptimizer
+from framework.contracts.task import Step
+from framework.data.dataset import Batch
+from framework.errors.terminal import print_note
+from framework.runtime.device import Precision
+from framework.runtime.identity import ModelContents, identical
+
+from .fused_update import is_hooked, may_leave_out
+from .single_call_step import Whole
 
 CudaGraph = Literal["auto", "on", "off"]
 WARM_UP = 3  # eager passes of a form, after which lazily made things (handles, caches, the scaler's scale) are there

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, optimizer as torch_optimizer
 
-from .identity import identical, kept_tensors
+from framework.runtime.identity import identical, kept_tensors
 
 Update = Callable[[dict[str, Any], list[Tensor], list[Tensor], list[list[Tensor]]], None]
 

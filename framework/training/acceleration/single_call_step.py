@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .callback import Callback
-from .data import Batch
-from .identity import identical, kept_tensors
-from .task import Step
+from framework.contracts.callback import Callback
+from framework.contracts.task import Step
+from framework.data.dataset import Batch
+from framework.runtime.identity import identical, kept_tensors
 
 if TYPE_CHECKING:
-    from .trainer import Trainer
+    from ..trainer import Trainer
 
 
 class Whole:

@@ -22,24 +22,25 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial as Draw, TrialState
 
-from ..errors import ConfigError, FrameworkError, SettingError, did_you_mean
-from ..logger import Logger
-from ..overrides import own_settings, rewrite
-from ..registry import Registry
-from ..run import read_config
-from ..schema import NonNegativeInt, Pattern, PositiveInt, read_settings
-from ..seeds import derive
-from ..signals import received
-from ..state import SECONDS
-from ..terminal import print_line
-from ..user_code import describe
-from .composer import Composer
-from .folder import SweepFolder, Trial
+from framework.composition.cached_composer import Composer
+from framework.composition.overrides import own_settings, rewrite
+from framework.contracts.logger import Logger
+from framework.contracts.state import SECONDS
+from framework.errors import ConfigError, FrameworkError, SettingError, did_you_mean
+from framework.errors.terminal import print_line
+from framework.errors.user_code import describe
+from framework.registry.registry import Registry
+from framework.registry.schema import NonNegativeInt, Pattern, PositiveInt, read_settings
+from framework.runs.folder import read_config
+from framework.runtime.seeds import derive
+from framework.system.signals import received
+
+from ..sweep.folder import SweepFolder, Trial
+from ..sweep.launcher import result_of
+from ..sweep.trials import Trials
 from .importance import pictures, ranked, report, sign_of
-from .launcher import result_of
 from .space import Space
 from .study import Direction, Pruner, create_study, make_sampler
-from .trials import Trials
 
 SECTION = "hydra.sweeper"
 ENDED = ("done", "pruned", "failed")

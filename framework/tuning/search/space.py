@@ -18,12 +18,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from ..errors import ConfigError, did_you_mean
-from ..overrides import as_typed, expanded
-from ..registry import Registry
-from ..schema import Setting, accepts
-from ..spec import SECTIONS, section_settings
-from ..store import NONE
+from framework.composition.hydra_groups import NONE
+from framework.composition.overrides import as_typed, expanded
+from framework.composition.spec import SECTIONS, section_settings
+from framework.errors import ConfigError, did_you_mean
+from framework.registry.registry import Registry
+from framework.registry.schema import Setting, accepts
 
 LOG, PER = "log", "per "
 Choose = Callable[[str, BaseDistribution], Any]

@@ -10,9 +10,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import FrameworkError, RunError
-from ..files import MOST_LINE_BYTES, MOST_ROWS_BYTES, AppendFile, open_file, parse_row, reason_of
-from ..locks import lock
+from framework.errors import FrameworkError, RunError
+from framework.system.files import MOST_LINE_BYTES, MOST_ROWS_BYTES, AppendFile, open_file, parse_row, reason_of
+from framework.system.locks import lock
 
 try:
     import optuna

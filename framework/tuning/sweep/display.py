@@ -12,9 +12,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import RunError
-from ..files import AppendFile
-from ..terminal import message_line, print_line, printable
+from framework.errors import RunError
+from framework.errors.terminal import message_line, print_line, printable
+from framework.system.files import AppendFile
+
 from .folder import Trial
 from .table import Direction, shown, table
 
@@ -63,7 +64,7 @@ class LiveTable:
     def __init__(self, by: Direction, earlier: list[Trial], planned: int | None):
         from rich.live import Live
 
-        from ..describe import console
+        from framework.cli.part_tables import console
 
         self.by, self.planned, self.began = by, planned, time.monotonic()
         self.trials = {trial.number: trial for trial in earlier}

@@ -19,8 +19,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
 
-from ..errors import RunError
-from ..files import (
+from framework.errors import RunError
+from framework.runs.folder import NAME, check_encoding, claim, locked, only_writer
+from framework.system.files import (
     MOST_LINE_BYTES,
     MOST_ROWS_BYTES,
     AppendFile,
@@ -31,8 +32,7 @@ from ..files import (
     unwritable,
     write_file,
 )
-from ..locks import Held, are_off, lock
-from ..run import NAME, check_encoding, claim, locked, only_writer
+from framework.system.locks import Held, are_off, lock
 
 State = Literal["running", "done", "pruned", "failed", "stopped"]
 ASKED = "sweep.json"

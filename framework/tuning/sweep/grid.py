@@ -10,12 +10,13 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from ..errors import ConfigError
-from ..overrides import as_typed, depth, expanded, own_settings, rewrite, value_of
-from ..schema import PositiveInt
-from ..signals import received
-from ..terminal import print_line
-from .combinations import Rule, combinations
+from framework.composition.overrides import as_typed, depth, expanded, own_settings, rewrite, value_of
+from framework.errors import ConfigError
+from framework.errors.terminal import print_line
+from framework.registry.schema import PositiveInt
+from framework.system.signals import received
+
+from .grid_rules import Rule, combinations
 from .launcher import result_of
 from .trials import Trials, composed
 
@@ -43,7 +44,7 @@ class Grid(Sweeper):
         overrides = self.jobs([*self.of_params(arguments), *arguments])
         jobs = composed(self.trials, overrides)
         if self.trials.composing.line.only_plan:
-            from .vectorized import told  # not at the top: a sweep one by one does without
+            from ..vectorized.launcher import told  # not at the top: a sweep one by one does without
 
             for line in told(jobs):
                 print_line(line)

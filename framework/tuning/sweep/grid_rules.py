@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import ConfigError, did_you_mean
+from framework.errors import ConfigError, did_you_mean
 
 COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     "!=": operator.ne,

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .. import seeds
+from framework.runtime import seeds
 
 Pair = tuple[Callable[[], Any], Callable[[Any], Any]]
 

@@ -12,7 +12,8 @@ from hydra.core.utils import JobReturn
 from hydra_plugins.hydra_joblib_launcher.joblib_launcher import JoblibLauncher
 from joblib import effective_n_jobs
 
-from ..signals import Forward, Serve, blocked, ending_exception, ending_signals, forwarding
+from framework.system.signals import Forward, Serve, blocked, ending_exception, ending_signals, forwarding
+
 from .trials import Trials
 
 POLL_SECONDS = 0.05  # between two looks for a signal

@@ -8,8 +8,9 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from ..compose import Job
-from ..signals import received
+from framework.composition.compose import Job
+from framework.system.signals import received
+
 from .folder import Trial
 from .trials import Trials
 

@@ -12,18 +12,19 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
 from omegaconf import OmegaConf, flag_override
 
-from ..compose import Composing, Job, hydra_in, to_tree
-from ..describe import console
-from ..errors import ConfigError, DiskFull, FrameworkError, RunError, did_you_mean
-from ..experiment import Result
-from ..overrides import hydra_fault, of_hydra
-from ..registry import Registry
-from ..signals import interruptible
-from ..sources import Sources
-from ..spec import Reader, section_settings
-from ..terminal import print_line
-from . import hydra_parts
-from .composer import Composer
+from framework.cli.part_tables import console
+from framework.composition.cached_composer import Composer
+from framework.composition.compose import Composing, Job, hydra_in, to_tree
+from framework.composition.config_files import Sources
+from framework.composition.overrides import hydra_fault, of_hydra
+from framework.composition.spec import Reader, section_settings
+from framework.errors import ConfigError, DiskFull, FrameworkError, RunError, did_you_mean
+from framework.errors.terminal import print_line
+from framework.experiment.experiment import Result
+from framework.registry.registry import Registry
+from framework.system.signals import interruptible
+
+from .. import hydra_parts
 from .folder import SweepFolder, Trial
 from .settings import Sweep
 from .table import ending, table

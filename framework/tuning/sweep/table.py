@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..paths import pasted, quoted, typed
-from ..terminal import message_line, printable
+from framework.errors.paths import pasted, quoted, typed
+from framework.errors.terminal import message_line, printable
+
 from .folder import SweepFolder, Trial, short
 
 if TYPE_CHECKING:

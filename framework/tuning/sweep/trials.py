@@ -10,17 +10,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..compose import Composing, Job
-from ..errors import ConfigError, DiskFull, FrameworkError
-from ..experiment import Result
-from ..resume import fingerprint
-from ..signals import received
-from ..streams import prepare_streams
-from ..terminal import print_traceback
-from .composer import Composer
+from framework.composition.cached_composer import Composer
+from framework.composition.compose import Composing, Job
+from framework.errors import ConfigError, DiskFull, FrameworkError
+from framework.errors.terminal import print_traceback
+from framework.experiment.experiment import Result
+from framework.experiment.resume import fingerprint
+from framework.system.signals import received
+from framework.system.streams import prepare_streams
+
+from .display import Lines, Output, Shown, display
 from .folder import State, SweepFolder, Trial, run_name
 from .isolation import isolated
-from .live import Lines, Output, Shown, display
 from .settings import Sweep
 from .table import Direction, best_trial
 

@@ -12,9 +12,10 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from ..errors import short
-from ..task import Task
-from .rows import NotStackable
+from framework.contracts.task import Task
+from framework.errors import short
+
+from .stacked_update import NotStackable
 
 Key = tuple[Any, ...]
 """Where something is: the path of a module ("task": in the task), an attribute, the way into its dicts and lists."""

@@ -8,27 +8,28 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from ..building import build_data
-from ..compose import Job
-from ..data import Data
-from ..errors import RunError
-from ..experiment import Experiment, Prepared, Result, prepare
-from ..files import check_exists
-from ..introduction import first_batch
-from ..memory import OutOfMemory, free_bytes, is_full
-from ..probe import read_layers
-from ..schema import PositiveInt
-from ..signals import received, stopping
-from ..terminal import print_note
-from ..user_code import describe
-from .folder import Trial
-from .isolation import isolated
-from .launcher import OneByOne
-from .live import Elsewhere, Output
-from .lockstep import Lockstep
+from framework.composition.compose import Job
+from framework.data.dataset import Data
+from framework.errors import RunError
+from framework.errors.terminal import print_note
+from framework.errors.user_code import describe
+from framework.experiment.build import build_data
+from framework.experiment.experiment import Experiment, Prepared, Result, prepare
+from framework.experiment.log_start import first_batch
+from framework.registry.schema import PositiveInt
+from framework.runtime.out_of_memory import OutOfMemory, free_bytes, is_full
+from framework.system.files import check_exists
+from framework.system.signals import received, stopping
+from framework.training.layer_table import read_layers
+
+from ..sweep.display import Elsewhere, Output
+from ..sweep.folder import Trial
+from ..sweep.isolation import isolated
+from ..sweep.launcher import OneByOne
+from ..sweep.trials import outcome
 from .processes import bins, most_processes, shared_out
-from .rows import NotStackable
-from .trials import outcome
+from .stacked_update import NotStackable
+from .trainer import Lockstep
 
 APART = ("seed", "run", "initializer", "scheduler", "loggers", "resume", "init_from", "plugins", "sweep")
 """What each trial of a group may have of its own, whole sections."""

@@ -16,9 +16,10 @@ from typing import Any, cast
 
 import torch
 
-from ..signals import blocked, forwarding, serve
-from ..user_code import describe
-from .live import Elsewhere, Shown
+from framework.errors.user_code import describe
+from framework.system.signals import blocked, forwarding, serve
+
+from ..sweep.display import Elsewhere, Shown
 
 Work = Callable[[Elsewhere], Any]
 

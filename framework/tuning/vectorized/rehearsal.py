@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..data import Batch
-from ..device import Precision
-from ..errors import FrameworkError
-from ..seeds import seed_everything, undisturbed
-from ..task import Task
-from ..user_code import describe
-from .rows import NotStackable, Rows
-from .stack import Stack
+from framework.contracts.task import Task
+from framework.data.dataset import Batch
+from framework.errors import FrameworkError
+from framework.errors.user_code import describe
+from framework.runtime.device import Precision
+from framework.runtime.seeds import seed_everything, undisturbed
+
+from .stacked_forward import Stack
+from .stacked_update import NotStackable, Rows
 
 SAMPLES, COMPARED = 8, 8  # of a batch; of the trials, from the first to the last
 CLOSE = {torch.float64: 1e-8, torch.float32: 1e-2}  # of the largest number; by rounding, sums in another order differ

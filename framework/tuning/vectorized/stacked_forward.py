@@ -13,14 +13,15 @@ from torch.func import vmap
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ..data import Batch
-from ..device import Precision
-from ..loss import portion
-from ..metric import Held, Measures, Metric, added, computed
-from ..task import Step, Task
-from ..user_code import text_of
+from framework.contracts.loss import portion
+from framework.contracts.metric import Held, Measures, Metric, added, computed
+from framework.contracts.task import Step, Task
+from framework.data.dataset import Batch
+from framework.errors.user_code import text_of
+from framework.runtime.device import Precision
+
 from .differences import Key, Together, changed, described, differences, holder, of_loss
-from .rows import NotStackable, Rows, slots
+from .stacked_update import NotStackable, Rows, slots
 
 
 class Stack:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..errors import FrameworkError
-from ..fused import FusedStep, is_hooked
-from ..pure import PureUpdate, pure_updates, tensors_of
-from ..user_code import text_of
+from framework.contracts.pure_optimizer import PureUpdate, pure_updates, tensors_of
+from framework.errors import FrameworkError
+from framework.errors.user_code import text_of
+from framework.training.acceleration.fused_update import FusedStep, is_hooked
 
 CACHED = 2**16  # numbers of a parameter that are updated at once on a CPU: they and their state stay in its cache
 

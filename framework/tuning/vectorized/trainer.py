@@ -11,23 +11,24 @@ from typing import Any
 
 import torch
 
-from ..batches import steps
-from ..callback import Callback
-from ..cuda_graph import Graphed
-from ..data import Batch, Loader
-from ..device import deterministic_algorithms
-from ..errors import FrameworkError
-from ..exits import no_exit
-from ..loss import portion, share_of
-from ..memory import memory_errors
-from ..seeds import undisturbed
-from ..task import Step
-from ..torch_errors import torch_errors
-from ..trainer import Trainer
+from framework.contracts.callback import Callback
+from framework.contracts.loss import portion, share_of
+from framework.contracts.task import Step
+from framework.data.accumulation import steps
+from framework.data.dataset import Batch, Loader
+from framework.errors import FrameworkError
+from framework.errors.exits import no_exit
+from framework.errors.torch_errors import torch_errors
+from framework.runtime.device import deterministic_algorithms
+from framework.runtime.out_of_memory import memory_errors
+from framework.runtime.seeds import undisturbed
+from framework.training.acceleration.cuda_graph import Graphed
+from framework.training.trainer import Trainer
+
 from .differences import same
 from .rehearsal import Rehearsal
-from .rows import NotStackable, Rows
-from .stack import RowMeasures, Stack, Sums
+from .stacked_forward import RowMeasures, Stack, Sums
+from .stacked_update import NotStackable, Rows
 
 Fit = dict[str, Any]
 """The arguments of `Trainer.fit`."""

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from framework import Data, Shape, TensorSplit
-from framework.data import Scale, Target
+from framework.data.dataset import Scale, Target
 from framework.errors import DataError, SettingError
-from framework.paths import expanded, pasted, shorter
-from framework.seeds import generator
-from framework_plugins.data_files import UNREADABLE, check_member, check_memory, one_line, open_data
+from framework.errors.paths import expanded, pasted, shorter
+from framework.runtime.seeds import generator
+
+from .data_files import UNREADABLE, check_member, check_memory, one_line, open_data
 
 Pair = tuple[Tensor, Tensor]
 
@@ -223,7 +224,7 @@ def cache_folder() -> Path:
 
 def fetching(name: str) -> str:
     """Return the command that fetches a data set, by the script of a checkout or the installed copy."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[2]
     script = here.parent / "scripts" / "fetch_data"
     if not script.is_file():
         return f"bash {pasted(here / 'fetch_data')} {name}"

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from framework.errors import DataError
-from framework.memory import available_bytes
+from framework.runtime.out_of_memory import available_bytes
 
 CHUNK = 2**20
 SMALL = 2**24  # bytes that are not compared with the memory available: that would take longer than to read them

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from framework.errors import DataError, SettingError
-from framework.paths import override
-from framework_plugins.arrays import Texts, mean_and_std
-from framework_plugins.data_files import one_line, open_data, parse_number, read_bytes, readable
+from framework.errors.paths import override
+
+from .arrays import Texts, mean_and_std
+from .data_files import one_line, open_data, parse_number, read_bytes, readable
 
 LARGEST = 3.4e38  # what a float32 can hold
 BOM = b"\xef\xbb\xbf"  # spreadsheets write it at the beginning of a CSV in UTF-8

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from framework import Range
 from framework.errors import DataError
-from framework.registry import Kind, Registry
+from framework.registry.registry import Kind, Registry
 
 tokenizers = Registry(Kind("tokenizer", doc="from text to token ids and back, fitted on training texts"))
 

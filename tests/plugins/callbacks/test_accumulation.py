@@ -8,9 +8,9 @@ from torch import nn
 
 import framework as fw
 from framework import Callback, TensorSplit, Trainer
-from framework.data import Loader
+from framework.data.dataset import Loader
 from framework.errors import SettingError
-from framework.plan import make_plan
+from framework.experiment.plan import make_plan
 
 INPUTS = torch.randn(22, 3, generator=torch.Generator().manual_seed(1))
 SPLIT = TensorSplit(INPUTS, INPUTS.sum(1, keepdim=True).sin())

@@ -9,7 +9,7 @@ from torch import nn
 import framework as fw
 from framework import Callback, TensorSplit, Trainer
 from framework.errors import SettingError
-from framework.probe import saved_bytes
+from framework.training.layer_table import saved_bytes
 
 INPUTS = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 SPLIT = TensorSplit(INPUTS, (INPUTS.mean((1, 2, 3)) > 0).long())

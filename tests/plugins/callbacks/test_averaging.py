@@ -9,9 +9,9 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 
 import framework as fw
 from framework import Callback, TensorSplit, Trainer
-from framework.checkpoint import load, newest
-from framework.data import Loader
+from framework.data.dataset import Loader
 from framework.errors import SettingError
+from framework.runs.checkpoint import load, newest
 
 INPUTS = torch.linspace(-1, 1, 24).reshape(12, 2)
 SPLIT = TensorSplit(INPUTS, INPUTS.sum(1, keepdim=True))

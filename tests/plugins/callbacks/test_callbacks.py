@@ -14,8 +14,8 @@ from torch import nn
 
 import framework as fw
 from framework import Callback, Logger, Metric, TensorSplit, Trainer
-from framework.checkpoint import load, newest, read_manifest
 from framework.errors import FrameworkError, SettingError
+from framework.runs.checkpoint import load, newest, read_manifest
 
 INPUTS = torch.linspace(-1, 1, 24).reshape(12, 2)
 SPLIT = TensorSplit(INPUTS, INPUTS.sum(1, keepdim=True))

@@ -9,9 +9,9 @@ from torch import nn
 
 import framework as fw
 from framework import Callback, Logger, Metric, TensorSplit, Trainer
-from framework.checkpoint import newest
 from framework.errors import FrameworkError, SettingError
-from framework.registry import Registry
+from framework.registry.registry import Registry
+from framework.runs.checkpoint import newest
 
 INPUTS = torch.linspace(-1, 1, 24).reshape(12, 2)
 SPLIT = TensorSplit(INPUTS, INPUTS.sum(1, keepdim=True))

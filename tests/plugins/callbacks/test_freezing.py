@@ -7,8 +7,8 @@ from torch import nn
 import framework as fw
 from compiler import needs_compiler
 from framework import Callback, TensorSplit, Trainer
+from framework.contracts.optimizer import Parameters, build_optimizer
 from framework.errors import SettingError
-from framework.optimizer import Parameters, build_optimizer
 
 INPUTS = torch.linspace(-1, 1, 48).reshape(24, 2)
 SPLIT = TensorSplit(INPUTS, INPUTS.sum(1, keepdim=True))

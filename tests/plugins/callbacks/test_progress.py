@@ -137,8 +137,8 @@ def test_a_process_without_stderr_shows_nothing(monkeypatch, capsys):
 
 @pytest.mark.parametrize(("workers", "advised"), [(0, True), (1, False)])
 def test_advice_on_a_slow_data_loader(workers, advised, monkeypatch, capsys):
-    monkeypatch.setattr("framework.clock.SLOW_SECONDS", 0.0)
-    monkeypatch.setattr("framework.clock.SLOW_SHARE", 0.0)
+    monkeypatch.setattr("framework.runtime.clock.SLOW_SECONDS", 0.0)
+    monkeypatch.setattr("framework.runtime.clock.SLOW_SHARE", 0.0)
     loader = DataLoader(TensorDataset(*SPLIT.tensors), batch_size=4, num_workers=workers)
     model = nn.Linear(2, 1)
     trainer = Trainer(max_epochs=1, callbacks=[fw.callbacks.build("progress")], device="cpu")

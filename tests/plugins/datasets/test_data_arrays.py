@@ -12,9 +12,9 @@ import torch
 
 import framework as fw
 from framework.errors import DataError
-from framework_plugins import arrays
+from framework_plugins.datasets.readers import arrays
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 RNG = np.random.default_rng(0)
 
 
@@ -167,7 +167,9 @@ def test_the_advice_names_a_script_that_is_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     script = shlex.split(arrays.fetching("diamonds"))[0]
     assert Path(script).is_file()
-    monkeypatch.setattr(arrays, "__file__", str(tmp_path / "site packages/framework_plugins/arrays.py"))
+    monkeypatch.setattr(
+        arrays, "__file__", str(tmp_path / "site packages/framework_plugins/datasets/readers/arrays.py")
+    )
     installed = str(tmp_path / "site packages/framework_plugins/fetch_data")
     assert shlex.split(arrays.fetching("diamonds")) == ["bash", installed, "diamonds"]
     assert (ROOT / "plugins/fetch_data").read_text() == (ROOT / "scripts/fetch_data").read_text(), "it is packaged"

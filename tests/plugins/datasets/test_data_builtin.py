@@ -8,7 +8,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.neural_network import MLPClassifier
 
 import framework as fw
-from framework.data import check_data
+from framework.data.dataset import check_data
 from framework.errors import DataError, SettingError
 
 NEED_NO_FILE = ["digits", "blobs", "spirals", "friedman1", "iris", "wine", "breast_cancer", "diabetes"]

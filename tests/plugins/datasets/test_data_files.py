@@ -19,11 +19,17 @@ import torch
 from PIL import Image
 
 import framework as fw
-from framework import memory
 from framework.errors import DataError
-from framework_plugins import data_arrays, data_audio, data_files, data_images, data_text
-from framework_plugins.arrays import read_array
-from framework_plugins.data_files import parse_number
+from framework.runtime import out_of_memory as memory
+from framework_plugins.datasets import (
+    array_files as data_arrays,
+    audio as data_audio,
+    images as data_images,
+    text as data_text,
+)
+from framework_plugins.datasets.readers import data_files
+from framework_plugins.datasets.readers.arrays import read_array
+from framework_plugins.datasets.readers.data_files import parse_number
 
 ROWS = "x,y,text,label\n" + "".join(f"{row},{row / 2},word {row},{'ab'[row % 2]}\n" for row in range(40))
 SOUND = {"sample_rate": 8000, "resample": False, "min_seconds": 0.0, "in_shape": [2, 800]}
@@ -352,7 +358,7 @@ def test_no_reader_takes_a_text_for_a_number(text, tmp_path):
 
 
 def read_column(path, label):
-    from framework_plugins.tables import as_column, read_table
+    from framework_plugins.datasets.readers.tables import as_column, read_table
 
     return as_column(read_table(path)[label], label, path)
 

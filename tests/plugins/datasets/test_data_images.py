@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 
 import framework as fw
-from framework.compose import CommandLine, run as compose
-from framework.data import Loader
+from framework.composition.compose import CommandLine, run as compose
+from framework.data.dataset import Loader
 from framework.errors import DataError
-from framework.experiment import train
-from framework_plugins.arrays import cache_folder
-from framework_plugins.data_arrays import DEBIAN_FOLDER, idx_file, read_idx
+from framework.experiment.experiment import train
+from framework_plugins.datasets.array_files import DEBIAN_FOLDER, idx_file, read_idx
+from framework_plugins.datasets.readers.arrays import cache_folder
 
 RNG = np.random.default_rng(0)
 

@@ -14,7 +14,7 @@ import torch
 
 import framework as fw
 from framework.errors import DataError
-from framework_plugins.tables import as_texts, read_table
+from framework_plugins.datasets.readers.tables import as_texts, read_table
 
 PETS = """name,weight,colour,age,kind
 Rex,30.5,brown,4,dog

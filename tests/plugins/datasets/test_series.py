@@ -9,11 +9,11 @@ import torch
 from torch.nn import functional as F
 
 import framework as fw
-from framework.compose import CommandLine, run as compose
+from framework.composition.compose import CommandLine, run as compose
 from framework.errors import BuildError, DataError, SettingError
-from framework.experiment import Experiment, train
-from framework.trained import open_run
-from framework_plugins.arrays import data_folder
+from framework.experiment.experiment import Experiment, train
+from framework.experiment.load import open_run
+from framework_plugins.datasets.readers.arrays import data_folder
 
 TS = """# a comment
 @problemName Small

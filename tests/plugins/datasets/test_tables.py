@@ -13,12 +13,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import framework as fw
-from framework.compose import CommandLine, run as compose
-from framework.data import Scale
+from framework.composition.compose import CommandLine, run as compose
+from framework.data.dataset import Scale
 from framework.errors import BuildError, DataError
-from framework.experiment import Experiment, train
-from framework.trained import open_run
-from framework_plugins.arrays import data_folder
+from framework.experiment.experiment import Experiment, train
+from framework.experiment.load import open_run
+from framework_plugins.datasets.readers.arrays import data_folder
 
 COLOURS = ["red", "green", "blue"]
 

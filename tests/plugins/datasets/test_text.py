@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 import framework as fw
-from framework import seeds
-from framework.data import Loader, RaggedSplit
+from framework.data.dataset import Loader, RaggedSplit
 from framework.errors import DataError
-from framework.registry import Registry
-from framework_plugins.arrays import cache_folder
+from framework.registry.registry import Registry
+from framework.runtime import seeds
+from framework_plugins.datasets.readers.arrays import cache_folder
 
 TEXTS = ["def f(x):\n    return x + 1  # größer als 1 €\n", "class A:\n    pass\n", "The end."] * 5
 MODELS = ["embedding_bag", "text_lstm", "text_transformer"]

@@ -77,7 +77,7 @@ def test_a_gate_says_that_an_odd_axis_cannot_be_halved(name):
 def test_every_activation_is_checked_here():
     by_chance = {"rrelu"}
     assert FORMULAS.keys() | GATES.keys() | by_chance >= {
-        e.name for e in fw.activations if e.registered.module == "framework_plugins.activations"
+        e.name for e in fw.activations if e.registered.module == "framework_plugins.layers.activations"
     }
 
 

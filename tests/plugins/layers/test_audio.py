@@ -11,28 +11,20 @@ import torch
 from scipy import signal
 
 import framework as fw
-from framework.checkpoint import listed
-from framework.compose import CommandLine, run as compose
-from framework.data import Loader
+from framework.composition.compose import CommandLine, run as compose
+from framework.data.dataset import Loader
 from framework.errors import BuildError, DataError
-from framework.experiment import Experiment, train
-from framework.shapes import output_shape
-from framework.trained import open_run
-from framework_plugins.arrays import cache_folder
-from framework_plugins.data_audio import (
-    PITCH,
-    SOUNDS,
-    VOICES,
-    find_voices,
-    prompt_files,
-    read_waveform,
-    resampled,
-)
+from framework.experiment.experiment import Experiment, train
+from framework.experiment.load import open_run
+from framework.runs.checkpoint import listed
+from framework.runtime.shapes import output_shape
+from framework_plugins.datasets.audio import PITCH, SOUNDS, VOICES, find_voices, prompt_files, read_waveform, resampled
+from framework_plugins.datasets.readers.arrays import cache_folder
 
 RATE = 8000
 # Made with librosa 0.11.0: `filters.mel` and `feature.melspectrogram` (n_fft 256, window 200, hop 80, 24 mels, power 2,
 # zeros beyond the ends) with its Slaney and HTK scales (HTK: norm=None), and `feature.mfcc` of ln max(1e-6, mel).
-LIBROSA = dict(np.load(Path(__file__).parent / "golden" / "mel_librosa.npz"))
+LIBROSA = dict(np.load(Path(__file__).parents[2] / "golden" / "mel_librosa.npz"))
 
 
 def block(name, in_shape=(2, 4000), **settings):

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import framework as fw
 from framework.errors import BuildError
-from framework.shapes import chain, expect, output_shape
+from framework.runtime.shapes import chain, expect, output_shape
 
 VECTOR, SEQUENCE, IMAGE = (16,), (6, 16), (4, 12, 12)
 

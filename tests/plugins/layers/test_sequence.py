@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 import framework as fw
 from framework.errors import BuildError
-from framework.shapes import output_shape
+from framework.runtime.shapes import output_shape
 
 CHANNELS, LENGTHS = 6, (40, 23, 9, 1)
 

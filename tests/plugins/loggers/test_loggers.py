@@ -70,7 +70,7 @@ def test_a_killed_run_has_kept_everything(tmp_path):
     code = f"""
 import framework as fw
 from pathlib import Path
-fw.discovery.load("framework_plugins.tensorboard_logger")
+fw.discovery.load("framework_plugins.loggers.tensorboard")
 board = fw.loggers.build("tensorboard")
 board.open(Path({str(tmp_path)!r}), 0, [])
 for step in range(500):
@@ -190,7 +190,7 @@ def test_a_graph_that_cannot_be_drawn_is_a_text(tmp_path):
 def test_checksum_is_crc32c():
     from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c as theirs
 
-    from framework_plugins.tensorboard_logger import masked_crc32c
+    from framework_plugins.loggers.tensorboard import masked_crc32c
 
     for data in (b"", b"123456789", os.urandom(1000)):
         assert int.from_bytes(masked_crc32c(data), "little") == theirs(data)

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 import framework as fw
-from framework import checkpoint
+from framework.contracts.optimizer import build_optimizer, implementation
 from framework.errors import BuildError, SettingError
-from framework.optimizer import build_optimizer, implementation
+from framework.runs import checkpoint
 
 NAMES = fw.optimizers.names()
 

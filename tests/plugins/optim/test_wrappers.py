@@ -10,8 +10,8 @@ import framework as fw
 from compiler import needs_compiler
 from framework import Callback, TensorSplit, Trainer
 from framework.errors import SettingError
-from framework.tuning.lockstep import check_alike
-from framework.tuning.rows import NotStackable
+from framework.tuning.vectorized.stacked_update import NotStackable
+from framework.tuning.vectorized.trainer import check_alike
 
 INPUTS = torch.randn(24, 2, generator=torch.Generator().manual_seed(3))
 TARGETS = INPUTS.prod(1, keepdim=True)

@@ -180,7 +180,7 @@ def test_a_game_with_a_penalty_may_be_played_in_parts():
 
 
 def test_the_sample_distance_is_that_of_the_formula():
-    from framework_plugins.pictures import discrepancy
+    from framework_plugins.callbacks.generated_images import discrepancy
 
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(n, 3, generator=generator, dtype=torch.float64) for n in (5, 7))
@@ -199,7 +199,7 @@ def test_the_sample_distance_is_that_of_the_formula():
 
 
 def test_precision_and_coverage_are_those_of_the_papers():
-    from framework_plugins.pictures import neighbours
+    from framework_plugins.callbacks.generated_images import neighbours
 
     generator = torch.Generator().manual_seed(0)
     made, real = (torch.randn(n, 3, generator=generator, dtype=torch.float64) for n in (40, 60))
@@ -213,7 +213,7 @@ def test_precision_and_coverage_are_those_of_the_papers():
 
 
 def test_coverage_tells_what_the_distance_is_blind_to():
-    from framework_plugins.pictures import discrepancy, neighbours
+    from framework_plugins.callbacks.generated_images import discrepancy, neighbours
 
     data = fw.datasets.build("digits", val_fraction=0.3)
     (train, classes), (real, _) = data.train.tensors, data.val.tensors

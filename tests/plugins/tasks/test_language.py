@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import framework as fw
-from framework import seeds
-from framework.data import Loader, WindowSplit
+from framework.data.dataset import Loader, WindowSplit
 from framework.errors import BuildError, DataError, SettingError
-from framework_plugins.arrays import cache_folder
+from framework.runtime import seeds
+from framework_plugins.datasets.readers.arrays import cache_folder
 
-LANGUAGE = importlib.import_module("framework_plugins.language")
+LANGUAGE = importlib.import_module("framework_plugins.tasks.language_modelling")
 TEXT = "".join(f"if x == {n % 7}:\n    y = {n % 5} + x\n" for n in range(400))
 
 

@@ -11,7 +11,7 @@ from sklearn.linear_model import Ridge, RidgeCV
 from torch.nn import functional as F
 
 import framework as fw
-from framework.trained import open_run
+from framework.experiment.load import open_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -28,7 +28,7 @@ def by_pairs(embeddings, temperature):
 
 
 def test_the_contrastive_loss_is_that_of_the_paper():
-    from framework_plugins.representation import contrast
+    from framework_plugins.tasks.representation import contrast
 
     embeddings = torch.randn(10, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     loss, found = contrast(embeddings, 0.3)
@@ -82,7 +82,7 @@ def test_a_contrastive_run_that_was_cut_off_goes_on_exactly():
 
 
 def test_the_probe_is_a_ridge_regression():
-    from framework_plugins.representation import least_squares
+    from framework_plugins.tasks.representation import least_squares
 
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(50, 4, generator=generator, dtype=torch.float64)
@@ -96,7 +96,7 @@ def test_the_probe_is_a_ridge_regression():
 
 @pytest.mark.parametrize("noise", [0.01, 1.0, 20.0])
 def test_without_a_ridge_the_one_that_predicts_samples_left_out_is_taken(noise):
-    from framework_plugins.representation import RIDGES, least_squares
+    from framework_plugins.tasks.representation import RIDGES, least_squares
 
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(60, 50, generator=generator, dtype=torch.float64)

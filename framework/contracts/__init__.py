@@ -1,0 +1,1 @@
+"""The classes that plugins implement: task, metric, callback, logger, transform, schedule, optimizer."""

@@ -1,0 +1,1 @@
+"""Data sets, splits, loaders, workers, sample order, folds."""

@@ -1,0 +1,1 @@
+"""Named parts: registries, settings read from signatures, type conversion, plugin discovery."""

@@ -1,0 +1,1 @@
+"""What a computation runs on: device, precision, memory, random numbers, clock, shapes."""

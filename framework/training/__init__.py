@@ -1,0 +1,1 @@
+"""The Trainer: training step, evaluation, validation of its arguments."""

@@ -1,0 +1,1 @@
+"""Faster implementations of the training step and of the optimizer update."""

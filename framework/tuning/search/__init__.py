@@ -1,0 +1,1 @@
+"""Searches: trials that a sampler proposes."""

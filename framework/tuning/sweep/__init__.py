@@ -1,0 +1,1 @@
+"""Sweeps: one trial for each combination of settings."""

@@ -1,0 +1,1 @@
+"""Trials of equal shape, trained together as one stacked model."""

@@ -1,0 +1,1 @@
+"""Activations, normalizations, dropouts, initializers, blocks, heads and other layers."""
