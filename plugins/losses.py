@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from framework import Data, Fraction, NonNegativeFloat, PositiveFloat, Range, losses
+from framework import Data, DataError, Fraction, NonNegativeFloat, PositiveFloat, Range, losses
 from framework.contracts.loss import counted, distributions, zero_of_none
-from framework.errors import DataError
 
 REDUCTION = ("reduction", "size_average", "reduce")  # a loss is a mean: the trainer relies on it
 NEVER = -(2**63)  # the index that no target has

@@ -12,19 +12,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from framework import (
+    Batch,
+    BuildError,
     Fraction,
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
     Range,
+    SettingError,
     Shape,
     Trainer,
     Transform,
+    shapes,
     transforms,
 )
-from framework.data.dataset import Batch
-from framework.errors import BuildError, SettingError
-from framework.runtime.shapes import expect
 
 IMAGES = "images (C, H, W)"
 
@@ -61,7 +62,7 @@ class Flip(Transform):
     """
 
     def __init__(self, in_shape: Shape, p: Fraction = 0.5, axis: Literal["horizontal", "vertical"] = "horizontal"):
-        expect(in_shape, IMAGES, "flip")
+        shapes.expect(in_shape, IMAGES, "flip")
         self.p, self.axis = p, {"horizontal": -1, "vertical": -2}[axis]
 
     def __call__(self, batch: Batch) -> Batch:
@@ -79,7 +80,7 @@ class Crop(Transform):
     """
 
     def __init__(self, in_shape: Shape, padding: PositiveInt = 2, fill: Literal["edge", "reflect", "zero"] = "edge"):
-        _, high, wide = expect(in_shape, IMAGES, "crop")
+        _, high, wide = shapes.expect(in_shape, IMAGES, "crop")
         if fill == "reflect" and padding >= min(high, wide):
             raise BuildError(f"crop cannot mirror {padding} pixels of {tuple(in_shape)}; fill=edge can pad so many")
         self.padding = padding
@@ -114,7 +115,7 @@ class ResizedCrop(Transform):
         smallest: Annotated[float, Range("(0, 1]")] = 0.2,
         ratio: Annotated[float, Range("[1, inf)")] = 4 / 3,
     ):
-        expect(in_shape, IMAGES, "resized_crop")
+        shapes.expect(in_shape, IMAGES, "resized_crop")
         self.smallest, self.ratio = smallest, ratio
 
     def __call__(self, batch: Batch) -> Batch:
@@ -144,7 +145,7 @@ class Cutout(Transform):
     """
 
     def __init__(self, in_shape: Shape, size: PositiveInt = 8, p: Fraction = 1.0):
-        expect(in_shape, IMAGES, "cutout")
+        shapes.expect(in_shape, IMAGES, "cutout")
         self.size, self.p = size, p
 
     def __call__(self, batch: Batch) -> Batch:
@@ -183,7 +184,7 @@ class BrightnessContrast(Transform):
     """
 
     def __init__(self, in_shape: Shape, brightness: NonNegativeFloat = 0.2, contrast: Fraction = 0.2):
-        expect(in_shape, IMAGES, "brightness_contrast")
+        shapes.expect(in_shape, IMAGES, "brightness_contrast")
         self.brightness, self.contrast = brightness, contrast
 
     def __call__(self, batch: Batch) -> Batch:
@@ -276,7 +277,7 @@ class CutMix(Mixing):
     """
 
     def __init__(self, in_shape: Shape, out_shape: Shape, alpha: PositiveFloat = 1.0, p: Fraction = 1.0):
-        expect(in_shape, IMAGES, "cutmix")
+        shapes.expect(in_shape, IMAGES, "cutmix")
         super().__init__("cutmix", out_shape, alpha, p)
 
     def __call__(self, batch: Batch) -> Batch:

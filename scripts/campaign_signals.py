@@ -20,7 +20,7 @@ import campaign_runs
 import campaign_witness
 from safetensors.torch import load_file
 
-from framework.cli import main as cli
+from framework.cli import main
 from framework.tuning.sweep.folder import SweepFolder
 
 WITNESS = Path(__file__).with_name("campaign_witness.py")
@@ -90,7 +90,7 @@ def start(words: list[str], log: Path, forked: bool) -> int:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for stream in (1, 2):
             os.dup2(descriptor, stream)
-        cli.main(words)
+        main.main(words)
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else 1
     finally:

@@ -153,7 +153,7 @@ def tell(as_json: bool, value: Any, table: Callable[[], Any]) -> None:
     if as_json:
         print(json.dumps(value, indent=2))
     else:
-        from .part_tables import console
+        from framework.runtime.console import console
 
         console().print(table())
 
@@ -339,12 +339,12 @@ def list_parts(arguments: list[str]) -> None:
     parser.add_argument("--json", **JSON)
     parser.add_argument("--trust", **TRUST)
     given = parser.parse_args(arguments)
-    from . import part_tables as describe
+    from . import part_tables
 
     index = index_of(given)
-    kind = given.kind and describe.kind_of(index, given.kind)
+    kind = given.kind and part_tables.kind_of(index, given.kind)
     parts = {each: list(index.kinds[each]["parts"].values()) for each in ([kind] if kind else index.kinds)}
-    tell(given.json, parts, lambda: describe.list_parts(index, kind) if kind else describe.list_kinds(index))
+    tell(given.json, parts, lambda: part_tables.list_parts(index, kind) if kind else part_tables.list_kinds(index))
 
 
 def show(arguments: list[str]) -> None:
@@ -353,11 +353,11 @@ def show(arguments: list[str]) -> None:
     parser.add_argument("--json", **JSON)
     parser.add_argument("--trust", **TRUST)
     given = parser.parse_args(arguments)
-    from . import part_tables as describe
+    from . import part_tables
 
     index = index_of(given)
-    part = describe.find(index, given.part)
-    tell(given.json, part, lambda: describe.show(part, index, given.plugins, given.without_plugin))
+    part = part_tables.find(index, given.part)
+    tell(given.json, part, lambda: part_tables.show(part, index, given.plugins, given.without_plugin))
 
 
 def index_of(given: argparse.Namespace) -> Any:

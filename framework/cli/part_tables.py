@@ -1,47 +1,22 @@
 """What parts there are, in tables for people; what they show comes from the index."""
 
 import re
-import sys
-from collections.abc import Iterable, Iterator, Sequence
-from typing import IO, Any
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-from rich.console import Console, ConsoleOptions, Group, RenderableType
-from rich.segment import Segment
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from framework.composition.catalogue import Index
 from framework.errors import SettingError, UnknownName, did_you_mean
 from framework.errors.paths import pasted, quoted, shorter, typed
-from framework.errors.terminal import LONGEST_NAME, printable, printable_lines, shortened
+from framework.errors.terminal import LONGEST_NAME, printable, shortened
 from framework.registry.registry import no_part
 
 Part = dict[str, Any]  # as `part_as_dict` returns it
 OWNERS = ("model", "task", "data")  # kinds whose parts ask for parts of other kinds
-PLAIN_WIDTH = 10_000  # where no terminal limits the width, nothing is cut or wrapped
 LONGEST_DEFAULT = 300  # characters of a default value
-
-
-class PrintableConsole(Console):
-    """A console in which no text controls the terminal, and strings have no markup."""
-
-    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
-        """Return a string as text on one line."""
-        return super().render_str(printable(text), **(options | {"markup": False, "emoji": False}))
-
-    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
-        """Yield what is printed. Line breaks stay: the layout has put them where they are."""
-        for segment in super().render(renderable, options):
-            if segment.control is None:
-                yield Segment(printable_lines(segment.text), segment.style)
-            else:
-                yield segment
-
-
-def console(file: IO[str] | None = None) -> Console:
-    """Return a console: as wide as the terminal and in colour; plain and without wrapping in a pipe or file."""
-    file = file or sys.stdout
-    return PrintableConsole(file=file, highlight=False, width=None if file.isatty() else PLAIN_WIDTH)
 
 
 def line(text: object, style: str = "", most: int | None = None) -> Text:

@@ -9,7 +9,7 @@ import torch
 from framework.data.dataset import Batch
 from framework.errors import SettingError, short
 from framework.runtime.device import channels_last
-from framework.runtime.out_of_memory import versions
+from framework.runtime.memory import versions
 
 from .callback import Callback
 

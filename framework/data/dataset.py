@@ -21,7 +21,7 @@ from framework.registry.kinds import Shape
 from framework.registry.schema import NonNegativeFloat, PositiveInt, Range
 from framework.runtime import seeds
 from framework.runtime.device import CopyStream, channels_last, chosen_layout
-from framework.runtime.out_of_memory import check_room
+from framework.runtime.memory import check_room
 from framework.system.files import read_json
 
 from .token_splits import GatheredSplit, RaggedSplit as RaggedSplit, WindowSplit as WindowSplit

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from framework.errors import DataError
 from framework.runtime import seeds
-
-from .workers import Batch
+from framework.runtime.batch import Batch
 
 
 class GatheredSplit:

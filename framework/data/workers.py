@@ -20,9 +20,9 @@ from torch import Tensor
 from framework.errors import DataError, FrameworkError
 from framework.errors.user_code import describe, reason_of
 from framework.runtime import seeds
+from framework.runtime.batch import Batch
 from framework.system.signals import ENDING, end_with_parent
 
-Batch = tuple[Tensor, ...]
 MEMORY = "loader.read=memory"
 SHARED = Path("/dev/shm")  # where batches of worker processes lie
 TO_ALL = ENDING  # what a scheduler, or Ctrl-C, sends to every process of a run

@@ -15,7 +15,7 @@ from framework.contracts.callback import Callback
 from framework.errors import RunError
 from framework.registry.discovery import output_for_programs
 from framework.runtime.device import intra_op_threads
-from framework.runtime.out_of_memory import OutOfMemory
+from framework.runtime.memory import OutOfMemory
 from framework.training.trainer import Trainer
 from framework.training.validation import check_has_rate
 

@@ -24,7 +24,7 @@ from framework.composition.spec import Spec
 from framework.errors import BuildError
 from framework.registry.discovery import OWN
 from framework.registry.registry import Maker
-from framework.runtime.out_of_memory import available_bytes
+from framework.runtime.memory import available_bytes
 
 MOST_TIMES = 8  # as many numbers as a checkpoint has: tied and replaced weights count several times
 MOST_MORE = 2**22

@@ -311,11 +311,11 @@ def load_file(file: Path, folder: Path | None = None) -> None:
     real = real_path(file)
     if loaded_from(real) is not None:
         return
-    parts: tuple[Path, ...] = ()
+    package = package_of(real.parent)
     if folder is not None and real.is_relative_to(real_path(folder)):
-        parts = tuple(reversed(real.parents[: len(real.relative_to(real_path(folder)).parts) - 1]))
-    root = real_path(folder) if parts else real.parent
-    package = ".".join([package_of(root), *map(module_name, parts)])
+        package = package_of(real_path(folder))
+        for inner in real.parent.relative_to(real_path(folder)).parts:
+            package = f"{package}.{module_name(Path(inner))}"
     name = f"{package}.{module_name(real)}"
     inside = None
     if real.name == "__init__.py":

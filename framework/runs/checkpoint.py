@@ -35,7 +35,7 @@ from torch import Tensor
 
 from framework.errors import CheckpointDiskFull, CheckpointError, RunError, short
 from framework.registry.discovery import package_version
-from framework.runtime.out_of_memory import available_bytes
+from framework.runtime.memory import available_bytes
 from framework.runtime.shapes import first_line
 from framework.system.files import (
     FULL,

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from framework.errors import SettingError
-from framework.training.acceleration.fused_update import complete_momentum
 
 from . import seeds
+from .momentum import complete_momentum
 
 NOTHING = nullcontext()
 SMALL = 20_000_000  # products of a forward pass

@@ -8,10 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from framework.training.trainer import Trainer
+from typing import Any, Protocol
 
 Handler = Callable[[int, Any], None]
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -184,8 +181,14 @@ def remember(before: dict[signal.Signals, Any], number: int) -> None:
             earlier.received = number
 
 
+class Stoppable(Protocol):
+    """A Trainer, or what else ends when its `state.stop` is set."""
+
+    state: Any
+
+
 @contextmanager
-def stopping(trainers: Sequence["Trainer"]) -> Iterator[list[int]]:
+def stopping(trainers: Sequence[Stoppable]) -> Iterator[list[int]]:
     """On the first SIGINT, SIGTERM or SIGHUP, let runs finish their step and save; a second ends them at once.
 
     A second SIGHUP is ignored: both a shell and the system send one when a terminal is closed.

@@ -18,7 +18,7 @@ from framework.runtime import seeds
 from framework.runtime.clock import Clock
 from framework.runtime.device import Precision
 from framework.runtime.identity import identical
-from framework.runtime.out_of_memory import MicroBatches, is_full, versions
+from framework.runtime.memory import MicroBatches, is_full, versions
 
 from .acceleration.compiled_step import Compile, Compiled, CompiledStep
 from .acceleration.cuda_graph import CudaGraph, Graphed, GraphedStep

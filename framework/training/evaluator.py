@@ -15,7 +15,7 @@ from framework.errors import DataError, SettingError
 from framework.errors.torch_errors import torch_errors
 from framework.runtime import seeds
 from framework.runtime.device import Format, Precision, deterministic_algorithms, find_device
-from framework.runtime.out_of_memory import MicroBatches, memory_errors, versions
+from framework.runtime.memory import MicroBatches, memory_errors, versions
 
 from .validation import (
     check_batch_size,

@@ -35,8 +35,8 @@ from framework.registry.schema import PositiveInt, check_arguments
 from framework.runtime import seeds
 from framework.runtime.clock import Clock, Profiler
 from framework.runtime.device import Format, deterministic_algorithms
+from framework.runtime.memory import MicroBatches, memory_errors
 from framework.runtime.modes import Modes
-from framework.runtime.out_of_memory import MicroBatches, memory_errors
 from framework.system.files import check_disk_error, check_exists, disk_errors
 
 from . import trainer_state

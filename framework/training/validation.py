@@ -30,7 +30,7 @@ from framework.errors.torch_errors import is_batch_norm
 from framework.errors.user_code import describe, text_of, user_place
 from framework.registry.registry import Registry
 from framework.runtime.device import Precision
-from framework.runtime.out_of_memory import MicroBatches, is_full
+from framework.runtime.memory import MicroBatches, is_full
 
 
 def as_list(name: str, given: Any, registry: str) -> list[Any]:

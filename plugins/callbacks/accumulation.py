@@ -5,13 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
-from framework import Callback, PositiveInt, Trainer, callbacks
+from framework import Callback, PositiveInt, SettingError, Trainer, callbacks, count_steps
 from framework.contracts.schedule import Schedule
-from framework.data.accumulation import count_steps
-from framework.errors import SettingError
 
 if TYPE_CHECKING:
-    from framework.experiment.plan import Plan
+    from framework import Plan
 
 
 class Paced(Schedule):
@@ -108,7 +106,7 @@ class Accumulation(Callback):
         schedule: Callable[[int], float] | None,
     ) -> None:
         """Write into a plan what `framework plan` shall show: the steps of each epoch, and the rates by step."""
-        from framework.experiment.plan import read_curve  # here, since it draws, which no run needs
+        from framework import read_curve  # here, since it draws, which no run needs
 
         usual = trainer.accumulate
         steps = self.steps(batches, usual, trainer.max_epochs, trainer.max_steps)

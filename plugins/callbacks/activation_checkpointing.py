@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from framework import Callback, Trainer, callbacks
-from framework.errors import SettingError, did_you_mean
+from framework import Callback, SettingError, Trainer, callbacks, did_you_mean
 
 
 @callbacks.register("activation_checkpointing", aliases=["gradient_checkpointing"])

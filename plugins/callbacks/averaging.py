@@ -7,13 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from framework import Callback, Every, NonNegativeInt, Rate, Trainer, callbacks
+from framework import (
+    Batch,
+    Callback,
+    Every,
+    ModelContents,
+    NonNegativeInt,
+    Rate,
+    SettingError,
+    Trainer,
+    callbacks,
+    check_initialized,
+    check_read_again,
+    seeds,
+)
 from framework.contracts.state import Cadence
-from framework.data.dataset import Batch, check_read_again
-from framework.errors import SettingError
-from framework.runtime import seeds
-from framework.runtime.identity import ModelContents
-from framework.training.validation import check_initialized
 
 
 class Averaging(Callback):

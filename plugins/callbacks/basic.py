@@ -12,18 +12,29 @@ from typing import Annotated, Any, Literal
 
 from torch import Tensor, nn
 
-from framework import Callback, Every, NonNegativeFloat, PositiveFloat, PositiveInt, Schedule, Trainer, callbacks
+from framework import (
+    Callback,
+    CheckpointError,
+    Every,
+    NonNegativeFloat,
+    Pattern,
+    PositiveFloat,
+    PositiveInt,
+    Schedule,
+    SettingError,
+    Trainer,
+    Writer,
+    callbacks,
+    capture,
+    checkpoints,
+    did_you_mean,
+    files,
+    gradient_numbers,
+    snapshot,
+)
 from framework.contracts.callback import keyed
 from framework.contracts.optimizer import state_after_a_step
 from framework.contracts.state import SECONDS, Cadence
-from framework.errors import CheckpointError, SettingError, did_you_mean
-from framework.registry.schema import Pattern
-from framework.runs.background_writer import Writer
-from framework.runs.checkpoint import clean, folder_name, link_to, listed, read_manifest, remove, save, step_of, verify
-from framework.runs.snapshot import check_model, check_training
-from framework.runtime.gradients import gradient_numbers
-from framework.system.files import make_folder
-from framework.training.trainer_state import capture
 
 Mode = Literal["auto", "min", "max"]
 DURATION = r"\s*(\d+(?:\.\d+)?)\s*(s|sec|min|h)\s*"
@@ -207,21 +218,21 @@ class Checkpoint(Callback):
         if trainer.folder is None:
             raise SettingError("checkpoint: the run has no folder to save in; give the Trainer a `folder`")
         if "run" not in trainer.manifest:  # the folder of a run was made when it was claimed
-            make_folder(trainer.folder)
+            files.make_folder(trainer.folder)
         self.folder = trainer.folder / "checkpoints"
-        clean(self.folder)
+        checkpoints.clean(self.folder)
         step = trainer.state.step
-        if step == 0 and "run" not in trainer.manifest and listed(self.folder):  # a run's folder is claimed
+        if step == 0 and "run" not in trainer.manifest and checkpoints.listed(self.folder):  # a run's folder is claimed
             advice = "give the Trainer another folder, or go on with `fit(resume=...)`"
             raise SettingError(f"checkpoint: {self.folder} has those of another fit already: {advice}")
-        check_model(trainer.model.state_dict())
-        check_training(self._state_of_parts(trainer))
-        check_training({"optimizer": {"state": state_after_a_step(trainer.optimizer)}})
-        self.saved = step if (self.folder / folder_name(step)).exists() else None
+        snapshot.check_model(trainer.model.state_dict())
+        snapshot.check_training(self._state_of_parts(trainer))
+        snapshot.check_training({"optimizer": {"state": state_after_a_step(trainer.optimizer)}})
+        self.saved = step if (self.folder / checkpoints.folder_name(step)).exists() else None
         if self.best is not None:
             self.best.start(trainer)
-            if self.best.ranked and (best := self.folder / folder_name(self.best.ranked[0][1])).is_dir():
-                link_to(best, "best")  # a kill may have come between the checkpoint and the link
+            if self.best.ranked and (best := self.folder / checkpoints.folder_name(self.best.ranked[0][1])).is_dir():
+                checkpoints.link_to(best, "best")  # a kill may have come between the checkpoint and the link
 
     def on_log(self, trainer: Trainer) -> None:
         if self.best is not None and self.best.on_training:
@@ -274,7 +285,7 @@ class Checkpoint(Callback):
         """Raise CheckpointError at once, not at the first save, for a state that cannot be saved."""
         parts = keyed(trainer.callbacks)
         callbacks = {key: callback.state_dict() for key, callback in parts.items()}
-        check_training(self._state_of_parts(trainer) | {"callbacks": callbacks})
+        snapshot.check_training(self._state_of_parts(trainer) | {"callbacks": callbacks})
         self.checked = True
 
     def _state_of_parts(self, trainer: Trainer) -> dict[str, Any]:
@@ -295,7 +306,7 @@ class Checkpoint(Callback):
         pinned = self._pinned(trainer)
         then = partial(self._keep, step, pinned, self._is_best(step))
         if not self.background:
-            then(save(*state))
+            then(checkpoints.save(*state))
         else:
             self.recent = [*self.recent, step][-self.keep :]
             self.writer.submit(*state, then=then, stays={*pinned, *self.recent})
@@ -315,20 +326,20 @@ class Checkpoint(Callback):
         It may run in the writer's thread, so what it needs of the run is given. What is damaged stays: nobody knows
         what it is. What is of a later step stays: it is of another course of the run, which went further.
         """
-        verify(saved)
+        checkpoints.verify(saved)
         if is_best:
-            link_to(saved, "best")
+            checkpoints.link_to(saved, "best")
         good, spoiled = [], []
-        for checkpoint in listed(saved.parent):
-            if step_of(checkpoint) > step or checkpoint.is_symlink():
+        for checkpoint in checkpoints.listed(saved.parent):
+            if checkpoints.step_of(checkpoint) > step or checkpoint.is_symlink():
                 continue
             try:
-                (spoiled if read_manifest(checkpoint)["nan"] else good).append(checkpoint)
+                (spoiled if checkpoints.read_manifest(checkpoint)["nan"] else good).append(checkpoint)
             except CheckpointError:
                 continue
         for checkpoint in [*good[: -self.keep], *spoiled]:
-            if step_of(checkpoint) not in pinned:
-                remove(checkpoint)
+            if checkpoints.step_of(checkpoint) not in pinned:
+                checkpoints.remove(checkpoint)
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.best is None else self.best.state_dict()

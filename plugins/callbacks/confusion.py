@@ -3,10 +3,8 @@
 import torch
 from torch import Tensor
 
-from framework import Callback, Every, Trainer, callbacks
+from framework import Callback, Every, SettingError, Trainer, callbacks, check_read_again, class_names
 from framework.contracts.state import Cadence
-from framework.data.dataset import check_read_again, class_names
-from framework.errors import SettingError
 
 CELL = 16  # pixels
 

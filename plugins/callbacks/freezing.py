@@ -4,8 +4,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from framework import Callback, NonNegativeInt, Trainer, callbacks
-from framework.errors import SettingError, did_you_mean
+from framework import Callback, NonNegativeInt, SettingError, Trainer, callbacks, did_you_mean
 
 
 @callbacks.register("freeze", aliases=["freezing"])

@@ -3,11 +3,8 @@
 import torch
 from torch import Tensor
 
-from framework import Callback, Every, PositiveInt, Trainer, callbacks
+from framework import Callback, Every, PositiveInt, SettingError, Trainer, callbacks, is_in_memory, seeds
 from framework.contracts.state import Cadence
-from framework.data.dataset import is_in_memory
-from framework.errors import SettingError
-from framework.runtime import seeds
 
 
 @callbacks.register("pictures")

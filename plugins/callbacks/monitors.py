@@ -3,11 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from framework import Callback, Every, PositiveInt, Trainer, Transform, callbacks
+from framework import Batch, Callback, Every, PositiveInt, SettingError, Trainer, Transform, callbacks, numbers_of
 from framework.contracts.state import Cadence
-from framework.data.dataset import Batch
-from framework.errors import SettingError
-from framework.runtime.gradients import numbers_of
 
 
 @callbacks.register("gradient_norm")

@@ -7,12 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from framework import Callback, FrameworkError, PositiveInt, Trainer, callbacks
+from framework import Callback, FrameworkError, PositiveInt, SettingError, Trainer, callbacks, checkpoints, numbers_of
 from framework.contracts.callback import keyed
 from framework.contracts.optimizer import restore_optimizer
-from framework.errors import SettingError
-from framework.runs.checkpoint import load, newest
-from framework.runtime.gradients import numbers_of
 
 ADVICE = "A lower learning rate, warm-up or clip_gradients may help."
 
@@ -159,7 +156,7 @@ class NonFinite(Callback):
         for callback in trainer.callbacks:
             callback.finish_saving()  # or which one is newest would depend on the disk
         assert trainer.folder is not None
-        found, skipped = newest(trainer.folder / "checkpoints")
+        found, skipped = checkpoints.newest(trainer.folder / "checkpoints")
         if found is None:
             why = f" ({skipped[0]})" if skipped else ""
             raise Diverged(f"{self._story(trainer)} There is no good checkpoint yet to go back to{why}.")
@@ -183,7 +180,7 @@ def gradients(trainer: Trainer) -> list[Tensor]:
 
 def rewind(trainer: Trainer, checkpoint: Path) -> None:
     """Take weights, optimizer, scaler and averages from a checkpoint; counters, schedule, data and randomness go on."""
-    model, saved = load(checkpoint)
+    model, saved = checkpoints.load(checkpoint)
     trainer.model.load_state_dict(model)
     before, now = saved.get("optimizer_settings"), trainer.optimizer_settings
     restore_optimizer(trainer.optimizer, saved["optimizer"], before, now)

@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from torch.utils.data import DataLoader
 
-from framework import Callback, PositiveFloat, Trainer, callbacks
+from framework import Callback, PositiveFloat, Trainer, callbacks, slow_data, terminal
 from framework.contracts.state import State
-from framework.errors.terminal import print_line, title
-from framework.runtime.clock import slow_data
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -85,7 +83,7 @@ class Progress(Callback):
         if self.live is not None:
             self.live.console.print(advice, markup=False, highlight=False)
         else:
-            print_line(advice, self.stream, flush=True)
+            terminal.print_line(advice, self.stream, flush=True)
 
     def on_close(self, trainer: Trainer) -> None:
         """Leave the bar as it is at the end, and the cursor visible; also after an exception."""
@@ -130,7 +128,7 @@ class Progress(Callback):
         if self.live is None and self.stream is not None and self.printed != state.step:
             self.printed = state.step
             texts = (self._counts(state), *self._values(state), *self._pace(state))
-            print_line("  ".join(texts), self.stream, flush=True)
+            terminal.print_line("  ".join(texts), self.stream, flush=True)
 
     def _counts(self, state: State) -> str:
         """The epoch under way (of how many) and the steps done."""
@@ -141,7 +139,7 @@ class Progress(Callback):
     def _values(self, state: State) -> list[str]:
         """The training and validation values logged last: "val/loss 0.3"."""
         return [
-            f"{title(name)} {value:.4g}"
+            f"{terminal.title(name)} {value:.4g}"
             for name, value in state.metrics.items()
             if name.startswith(("train/", "val/")) and not name.startswith(APART)
         ]

@@ -5,8 +5,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from framework import Callback, NonNegativeInt, Trainer, callbacks
-from framework.errors import SettingError
+from framework import Callback, NonNegativeInt, SettingError, Trainer, callbacks
 
 
 @callbacks.register("prune")
@@ -39,10 +38,7 @@ class Prune(Callback):
         self.judge: Any = None
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        from framework.tuning.search.study import (  # not at the top: optuna is optional, and slow to import
-            Judge,
-            make_pruner,
-        )
+        from framework import Judge, make_pruner
 
         number = trial_number(trainer.folder)
         if trainer.folder is None or number is None:

@@ -8,8 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from framework import PositiveInt, Rate, datasets
-from framework.errors import DataError, did_you_mean
+from framework import DataError, PositiveInt, Rate, datasets, did_you_mean
 from framework_plugins.datasets.readers.arrays import (
     ArrayData,
     AutoScaling,

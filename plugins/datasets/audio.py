@@ -15,10 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from framework import Data, NonNegativeFloat, PositiveFloat, PositiveInt, Rate, TensorSplit, datasets
-from framework.errors import DataError, did_you_mean
-from framework.runtime import seeds
-from framework.runtime.out_of_memory import check_room
+from framework import (
+    Data,
+    DataError,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Rate,
+    TensorSplit,
+    datasets,
+    did_you_mean,
+    memory,
+    seeds,
+)
 from framework_plugins.datasets.readers.arrays import cache_folder, fetching, split_rows
 from framework_plugins.datasets.readers.data_files import check_memory, one_line, open_data, readable
 
@@ -52,7 +61,7 @@ class SoundFiles(torch.utils.data.Dataset):
     def in_memory(self) -> TensorSplit:
         """Read all files. Raises DataError for one that cannot be read, and when there is no room."""
         channels, samples = self.facts["in_shape"]
-        check_room(len(self) * channels * samples * 4, f"{len(self)} sounds")
+        memory.check_room(len(self) * channels * samples * 4, f"{len(self)} sounds")
         inputs = torch.zeros(len(self), channels, samples)
         for row, file in enumerate(self.files):
             inputs[row] = read_sound(file, self.facts)
@@ -68,7 +77,7 @@ class SoundData(Data):
         self, classes: Sequence[str], sample_rate: int, seconds: float, resample: bool = False, min_seconds: float = 0.0
     ):
         self.classes, self.out_shape = list(classes), (len(classes),)
-        check_room(8 * seconds * sample_rate, f"a sound of {seconds:g} s at {sample_rate} samples a second")
+        memory.check_room(8 * seconds * sample_rate, f"a sound of {seconds:g} s at {sample_rate} samples a second")
         self.in_shape = (2, max(1, round(seconds * sample_rate)))
         self.sample_rate, self.resample, self.min_seconds = sample_rate, resample, min_seconds
 
@@ -404,7 +413,7 @@ class Tones(SoundData):
             test_fraction: share of the sounds for the test.
         """
         super().__init__(list(PITCH), sample_rate, seconds)
-        check_room(24 * samples * self.in_shape[1], f"tones with samples={samples}, seconds={seconds:g}")
+        memory.check_room(24 * samples * self.in_shape[1], f"tones with samples={samples}, seconds={seconds:g}")
         draw = seeds.generator(seed, "tones")
         labels = torch.arange(samples) % len(PITCH)
         inputs = torch.stack([self.tone(label, noise, draw) for label in labels.tolist()])

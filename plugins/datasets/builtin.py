@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from framework import NonNegativeFloat, PositiveFloat, PositiveInt, Range, Rate, datasets
-from framework.runtime import seeds
-from framework.runtime.out_of_memory import check_room
+from framework import NonNegativeFloat, PositiveFloat, PositiveInt, Range, Rate, datasets, memory, seeds
 from framework_plugins.datasets.readers.arrays import ArrayData, as_batch_of, read_array, standardise
 
 
@@ -64,7 +62,7 @@ class Digits(ArrayData):
 def scaled(pixels: Any, size: int) -> Tensor:
     """Return 8x8 pictures (rows, 64) as (rows, 1, size, size), pixels in between interpolated linearly."""
     pictures = torch.as_tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8)
-    check_room(8 * len(pictures) * size**2, f"{len(pictures)} pictures of {size}x{size} pixels")
+    memory.check_room(8 * len(pictures) * size**2, f"{len(pictures)} pictures of {size}x{size} pixels")
     return F.interpolate(pictures, (size, size), mode="bilinear", align_corners=False)
 
 
@@ -110,7 +108,7 @@ class Blobs(ArrayData):
             test_fraction: share of the points for the test.
             normalize: standardise each feature.
         """
-        check_room(16 * (samples + classes) * features, f"blobs with samples={samples}, features={features}")
+        memory.check_room(16 * (samples + classes) * features, f"blobs with samples={samples}, features={features}")
         draw = seeds.generator(seed, "blobs")
         centres = torch.rand(classes, features, generator=draw) * 20 - 10
         labels = torch.arange(samples) % classes
@@ -154,7 +152,7 @@ class Spirals(ArrayData):
             test_fraction: share of the points for the test.
             normalize: standardise each feature.
         """
-        check_room(48 * samples, f"spirals with samples={samples}")
+        memory.check_room(48 * samples, f"spirals with samples={samples}")
         draw = seeds.generator(seed, "spirals")
         labels = torch.arange(samples) % classes
         radius = torch.rand(samples, generator=draw).sqrt()  # as many points near the rim as the length of arm there
@@ -197,7 +195,7 @@ class Friedman1(ArrayData):
             test_fraction: share of the rows for the test.
             normalize: standardise each feature; the target stays as it is.
         """
-        check_room(16 * samples * features, f"friedman1 with samples={samples}, features={features}")
+        memory.check_room(16 * samples * features, f"friedman1 with samples={samples}, features={features}")
         draw = seeds.generator(seed, "friedman1")
         inputs = torch.rand(samples, features, generator=draw)
         super().__init__(

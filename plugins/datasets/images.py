@@ -10,8 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from framework import Data, PositiveInt, Rate, datasets
-from framework.errors import DataError, did_you_mean
+from framework import Data, DataError, PositiveInt, Rate, datasets, did_you_mean
 from framework_plugins.datasets.readers.arrays import moments, read_batch, split_rows, standard_facts, standardise
 from framework_plugins.datasets.readers.data_files import UNREADABLE, check_memory, one_line, open_data
 

@@ -9,11 +9,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from framework import Data, PositiveInt, Rate, datasets
-from framework.data.dataset import WindowSplit
-from framework.errors import DataError
-from framework.registry.registry import Registry
-from framework.registry.schema import PartOf
+from framework import Data, DataError, PartOf, PositiveInt, Rate, Registry, WindowSplit, datasets
 from framework_plugins.datasets.readers.arrays import cache_folder, fetching
 from framework_plugins.datasets.readers.data_files import read_text
 

@@ -14,10 +14,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from framework import Data, NonNegativeFloat, PositiveInt, Rate, TensorSplit, datasets
-from framework.errors import DataError, did_you_mean
-from framework.runtime import seeds
-from framework.runtime.out_of_memory import check_room
+from framework import (
+    Data,
+    DataError,
+    NonNegativeFloat,
+    PositiveInt,
+    Rate,
+    TensorSplit,
+    datasets,
+    did_you_mean,
+    memory,
+    seeds,
+)
 from framework_plugins.datasets.readers.arrays import (
     as_targets,
     check_digits,
@@ -166,7 +174,7 @@ def pad(sequences: Sequence[Tensor], facts: dict[str, Any], path: Path) -> Tenso
     dtype = torch.float64 if facts.get("float64") else torch.float32
     mean, std = (torch.tensor(facts[name], dtype=dtype)[:, None] for name in ("mean", "std"))
     length, channels = facts["length"], len(mean) + 1
-    check_room(4 * len(sequences) * channels * length, f"{len(sequences)} sequences of {length} frames")
+    memory.check_room(4 * len(sequences) * channels * length, f"{len(sequences)} sequences of {length} frames")
     inputs = torch.zeros(len(sequences), channels, length)
     for row, sequence in enumerate(sequences):
         channels, frames = sequence.shape
@@ -510,7 +518,7 @@ class Seasonal(SeriesData):
             val_fraction: share of the rows, before those of the test, for validation.
             test_fraction: share of the rows, the last ones, for the test.
         """
-        check_room(200 * 336 * weeks, f"seasonal with weeks={weeks}")  # a time and several numbers a half-hour
+        memory.check_room(200 * 336 * weeks, f"seasonal with weeks={weeks}")  # a time and several numbers a half-hour
         t = torch.arange(weeks * 336, dtype=torch.float64)
         new = torch.randn(len(t), generator=seeds.generator(seed, "seasonal"), dtype=torch.float64)
         lasting, drift = 0.0, []

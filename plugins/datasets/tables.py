@@ -10,9 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from framework import Data, PositiveInt, Rate, TensorSplit, datasets
-from framework.errors import DataError, did_you_mean
-from framework.errors.paths import override
+from framework import Data, DataError, PositiveInt, Rate, TensorSplit, datasets, did_you_mean, paths
 from framework_plugins.datasets.readers.arrays import (
     Scaling,
     Targets,
@@ -395,7 +393,7 @@ def feature_columns(table: Table, labels: Sequence[str], categorical: Sequence[s
         need(label, table, path)
     return {
         label: as_column(
-            table[label], label, path, label in categorical or None, f", or {override('categorical', [label])}"
+            table[label], label, path, label in categorical or None, f", or {paths.override('categorical', [label])}"
         )
         for label in labels
     }

@@ -14,13 +14,21 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor
 
-from framework import Data, NonNegativeInt, PositiveInt, Rate, datasets
-from framework.data.dataset import RaggedSplit
-from framework.errors import DataError, did_you_mean, short
-from framework.registry.registry import Registry
-from framework.registry.schema import PartOf
-from framework.runtime import seeds
-from framework.runtime.out_of_memory import check_room
+from framework import (
+    Data,
+    DataError,
+    NonNegativeInt,
+    PartOf,
+    PositiveInt,
+    RaggedSplit,
+    Rate,
+    Registry,
+    datasets,
+    did_you_mean,
+    memory,
+    seeds,
+    short,
+)
 from framework_plugins.datasets.readers.arrays import cache_folder, fetching
 from framework_plugins.datasets.readers.data_files import one_line, read_bytes, read_text
 
@@ -83,7 +91,9 @@ class TextData(Data):
             raise DataError(f"{path} has no texts; a .txt file has one in each line")
         tokenizer = known_tokenizer(facts)
         encoded = [ids_of(text, tokenizer, facts["max_length"]) for text in texts]
-        check_room(8 * len(encoded) * facts["max_length"], f"{len(encoded)} texts of {facts['max_length']} tokens")
+        memory.check_room(
+            8 * len(encoded) * facts["max_length"], f"{len(encoded)} texts of {facts['max_length']} tokens"
+        )
         inputs = torch.zeros(len(encoded), facts["max_length"], dtype=torch.int64)
         for row, ids in enumerate(encoded):
             inputs[row, : len(ids)] = ids

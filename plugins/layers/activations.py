@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from framework import NonNegativeFloat, PositiveFloat, PositiveInt, activations
-from framework.errors import BuildError
+from framework import BuildError, NonNegativeFloat, PositiveFloat, PositiveInt, activations
 
 activations.register("identity", nn.Identity, aliases=["none", "linear"])
 activations.register("relu", nn.ReLU, hide=["inplace"])

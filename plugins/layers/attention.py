@@ -7,9 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from framework import Activation, Dropout, Norm, PositiveInt, Rate, Shape, blocks
-from framework.errors import BuildError
-from framework.runtime.shapes import chain, expect
+from framework import Activation, BuildError, Dropout, Norm, PositiveInt, Rate, Shape, blocks, shapes
 
 EMBEDDING_STD = 0.02  # of learned positions and class tokens, as in BERT and ViT
 
@@ -22,7 +20,7 @@ def embedding(in_shape: Shape, vocabulary: PositiveInt = 256, width: PositiveInt
         vocabulary: how many ids there are, from 0 on (256: bytes).
         width: features of a vector.
     """
-    expect(in_shape, "token ids (T,)", "embedding")
+    shapes.expect(in_shape, "token ids (T,)", "embedding")
     return nn.Embedding(vocabulary, width)
 
 
@@ -41,7 +39,7 @@ class PatchEmbedding(nn.Module):
             width: features of a vector.
         """
         super().__init__()
-        channels, high, wide = expect(in_shape, "images (C, H, W)", "patch_embedding")
+        channels, high, wide = shapes.expect(in_shape, "images (C, H, W)", "patch_embedding")
         if high % patch or wide % patch:
             divisors = [n for n in range(1, math.gcd(high, wide) + 1) if math.gcd(high, wide) % n == 0]
             raise BuildError(f"patch_embedding cannot tile {in_shape} with patch={patch}; it can with {divisors}")
@@ -57,7 +55,7 @@ class ClassToken(nn.Module):
 
     def __init__(self, in_shape: Shape):
         super().__init__()
-        _, features = expect(in_shape, "(T, D)", "class_token")
+        _, features = shapes.expect(in_shape, "(T, D)", "class_token")
         self.token = nn.Parameter(torch.randn(1, 1, features) * EMBEDDING_STD)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,7 +84,7 @@ class Position(nn.Module):
             dropout_kind: how outputs are dropped.
         """
         super().__init__()
-        steps, features = expect(in_shape, "(T, D)", "position")
+        steps, features = shapes.expect(in_shape, "(T, D)", "position")
         if position == "learned":
             self.table = nn.Parameter(torch.randn(steps, features) * EMBEDDING_STD)
         else:
@@ -130,7 +128,7 @@ class Attention(nn.Module):
             memory_width: features of a memory to attend to; null: the sequence attends to itself.
         """
         super().__init__()
-        _, features = expect(in_shape, "(T, D)", "attention")
+        _, features = shapes.expect(in_shape, "(T, D)", "attention")
         if features % heads:
             raise BuildError(f"attention cannot split {features} features into {heads} heads of one size")
         self.heads, self.causal, self.p = heads, causal, dropout
@@ -198,7 +196,7 @@ class TransformerLayer(nn.Module):
         makers = [blocks.maker("linear", activation=activation, **wide), blocks.maker("linear", **narrow)]
         self.attention = attention(causal=causal)
         self.cross_attention = attention(memory_width=memory_width) if memory_width else None
-        self.feed_forward = sublayer(nn.Sequential(*chain(makers, in_shape)[0]))
+        self.feed_forward = sublayer(nn.Sequential(*shapes.chain(makers, in_shape)[0]))
 
     def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
         x = self.attention(x)
@@ -231,7 +229,7 @@ def transformer_encoder(
         dropout_kind: how hidden features and branches are dropped.
         causal: a position sees itself and those before it.
     """
-    expect(in_shape, "(T, D)", "transformer_encoder")
+    shapes.expect(in_shape, "(T, D)", "transformer_encoder")
     return TransformerLayer(in_shape, heads, expansion, activation, norm, norm_first, dropout, dropout_kind, causal)
 
 
@@ -261,7 +259,7 @@ def transformer_decoder(
         dropout_kind: how hidden features and branches are dropped.
         memory_width: features of the memory to attend to, such as an encoder's output; null: no memory.
     """
-    expect(in_shape, "(T, D)", "transformer_decoder")
+    shapes.expect(in_shape, "(T, D)", "transformer_decoder")
     rest = {"causal": True, "memory_width": memory_width}
     return TransformerLayer(in_shape, heads, expansion, activation, norm, norm_first, dropout, dropout_kind, **rest)
 
@@ -294,7 +292,7 @@ class MLPMixer(nn.Module):
             dropout_kind: how features are dropped.
         """
         super().__init__()
-        steps, features = expect(in_shape, "(T, D)", "mlp_mixer")
+        steps, features = shapes.expect(in_shape, "(T, D)", "mlp_mixer")
         rest = {"activation": activation, "dropout": dropout, "dropout_kind": dropout_kind}
         self.norm = norm((features,))
         self.tokens = mixing((features, steps), token_width, **rest)
@@ -310,4 +308,4 @@ def mixing(shape: Shape, width: int, activation: Activation, dropout: float, dro
     rest = {"dropout": dropout, "dropout_kind": dropout_kind}
     first = blocks.maker("linear", width=width, activation=activation, **rest)
     second = blocks.maker("linear", width=shape[-1], activation=None, **rest)
-    return nn.Sequential(*chain([first, second], shape)[0])
+    return nn.Sequential(*shapes.chain([first, second], shape)[0])

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from framework import (
+    BuildError,
     Callback,
     Every,
     Fraction,
+    Loader,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -21,11 +23,10 @@ from framework import (
     Trainer,
     blocks,
     callbacks,
+    class_names,
+    shapes,
 )
 from framework.contracts.state import Cadence
-from framework.data.dataset import Loader, class_names
-from framework.errors import BuildError
-from framework.runtime.shapes import dry_run, expect
 
 Scale = Literal["slaney", "htk"]
 WAVEFORM = "a waveform with its mask (channels+1, samples)"
@@ -88,7 +89,7 @@ def log_mel(
         high_hz: where the last one ends; null: half the sample rate.
         floor: the least energy; what is below counts as silence.
     """
-    expect(in_shape, "(channels+1, samples)", "log_mel")
+    shapes.expect(in_shape, "(channels+1, samples)", "log_mel")
     if in_shape[0] < 2:
         raise BuildError(f"log_mel expects {WAVEFORM}; {tuple(in_shape)} has no channel beside the mask")
     length, hop = round(window_ms * sample_rate / 1000), round(hop_ms * sample_rate / 1000)
@@ -228,7 +229,7 @@ class SpecAugment(nn.Module):
             time_share: share of the sample's real frames that a stretch has, at most (the paper's p).
         """
         super().__init__()
-        expect(in_shape, "(C+1, L)", "spec_augment")
+        shapes.expect(in_shape, "(C+1, L)", "spec_augment")
         self.frequency_masks, self.frequency_width = frequency_masks, frequency_width
         self.time_masks, self.time_width, self.time_share = time_masks, time_width, time_share
 
@@ -310,10 +311,10 @@ def heard(model: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
     features = [inputs]
     front = next((module for module in model.modules() if isinstance(module, LogMel)), None)
     if front is None:
-        return inputs, dry_run(model, inputs)
+        return inputs, shapes.dry_run(model, inputs)
     hook = front.register_forward_hook(lambda module, given, output: features.append(output))
     try:
-        outputs = dry_run(model, inputs)
+        outputs = shapes.dry_run(model, inputs)
     finally:
         hook.remove()
     return features[-1], outputs

@@ -6,9 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from framework import Activation, Block, Dropout, Norm, PositiveInt, Rate, Shape, blocks
-from framework.errors import BuildError
-from framework.runtime.shapes import chain, expect
+from framework import Activation, Block, BuildError, Dropout, Norm, PositiveInt, Rate, Shape, blocks, shapes
 
 
 @blocks.register("linear", aliases=["dense"])
@@ -33,7 +31,7 @@ def linear(
         dropout_kind: how outputs are dropped.
         bias: whether the linear map has one.
     """
-    features = expect(in_shape, "(D,) or (T, D)", "linear", "put `flatten` before it")[-1]
+    features = shapes.expect(in_shape, "(D,) or (T, D)", "linear", "put `flatten` before it")[-1]
     layers = nn.Sequential()
     layers.add_module("linear", nn.Linear(features, width, bias=bias))
     if norm is not None:
@@ -73,7 +71,7 @@ def residual(
         activation: what follows the sum.
         norm: what follows the projection, if there is one.
     """
-    modules, out_shape = chain(blocks, in_shape)
+    modules, out_shape = shapes.chain(blocks, in_shape)
     skip = nn.Sequential(*projection(tuple(in_shape), out_shape))
     if norm is not None and len(skip):
         skip.add_module("norm", norm(out_shape[-1:] if isinstance(skip[0], nn.Linear) else out_shape))
@@ -120,7 +118,7 @@ def residual_mlp(
         dropout: probability of zeroing, after each linear layer.
         dropout_kind: how outputs are dropped.
     """
-    features = expect(in_shape, "(D,) or (T, D)", "residual_mlp", "put `flatten` before it")[-1]
+    features = shapes.expect(in_shape, "(D,) or (T, D)", "residual_mlp", "put `flatten` before it")[-1]
     rest = {"dropout": dropout, "dropout_kind": dropout_kind}
     branch = [] if norm is None else [blocks.maker("norm", norm=norm, features="last")]
     branch.append(blocks.maker("linear", width=width, activation=activation, **rest))

@@ -4,10 +4,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from framework import Activation, NonNegativeInt, Norm, PositiveInt, Rate, Shape, blocks
-from framework.errors import BuildError
-from framework.registry.registry import Maker
-from framework.runtime.shapes import expect, output_shape
+from framework import Activation, BuildError, Maker, NonNegativeInt, Norm, PositiveInt, Rate, Shape, blocks, shapes
 
 Padding = Literal["same"] | NonNegativeInt
 SIGNALS = "(C, L) or (C, H, W)"
@@ -39,7 +36,7 @@ def conv1d(
         norm: what follows the convolution; null for none.
         bias: whether the convolution has one.
     """
-    in_channels, _ = expect(in_shape, "(C, L)", "conv1d")
+    in_channels, _ = shapes.expect(in_shape, "(C, L)", "conv1d")
     check_groups("conv1d", in_channels, channels, groups)
     padding = same(kernel_size, stride, dilation) if padding == "same" else padding
     layer = nn.Conv1d(in_channels, channels, kernel_size, stride, padding, dilation, groups, bias)
@@ -72,7 +69,7 @@ def conv2d(
         norm: what follows the convolution; null for none.
         bias: whether the convolution has one.
     """
-    in_channels, _, _ = expect(in_shape, "(C, H, W)", "conv2d")
+    in_channels, _, _ = shapes.expect(in_shape, "(C, H, W)", "conv2d")
     check_groups("conv2d", in_channels, channels, groups)
     padding = same(kernel_size, stride, dilation) if padding == "same" else padding
     layer = nn.Conv2d(in_channels, channels, kernel_size, stride, padding, dilation, groups, bias)
@@ -94,7 +91,7 @@ def convolution(layer: nn.Module, in_shape: Shape, activation: Activation | None
     layers = nn.Sequential()
     layers.add_module("conv", layer)
     if norm is not None:
-        layers.add_module("norm", norm(output_shape(layer, in_shape)))
+        layers.add_module("norm", norm(shapes.output_shape(layer, in_shape)))
     if activation is not None:
         layers.add_module("activation", activation())
     return layers
@@ -120,7 +117,7 @@ def basic_block(
         norm: after each convolution; null for none.
         drop_path: probability of leaving the branch of a sample out (Huang et al. 2016, arXiv:1603.09382).
     """
-    expect(in_shape, "(C, H, W)", "basic_block")
+    shapes.expect(in_shape, "(C, H, W)", "basic_block")
     rest = {"norm": norm, "bias": norm is None}
     first = blocks.maker("conv2d", channels=channels, stride=stride, activation=activation, **rest)
     second = blocks.maker("conv2d", channels=channels, activation=None, **rest)
@@ -156,7 +153,7 @@ def bottleneck(
         norm: after each convolution; null for none.
         drop_path: probability of leaving the branch of a sample out (Huang et al. 2016, arXiv:1603.09382).
     """
-    expect(in_shape, "(C, H, W)", "bottleneck")
+    shapes.expect(in_shape, "(C, H, W)", "bottleneck")
     rest = {"norm": norm, "bias": norm is None}
     branch = [
         blocks.maker("conv2d", channels=channels, kernel_size=1, activation=activation, **rest),
@@ -185,11 +182,11 @@ def depthwise_separable(
         activation: after each convolution.
         norm: after each convolution; null for none.
     """
-    in_channels, _, _ = expect(in_shape, "(C, H, W)", "depthwise_separable")
+    in_channels, _, _ = shapes.expect(in_shape, "(C, H, W)", "depthwise_separable")
     rest = {"activation": activation, "norm": norm, "bias": norm is None}
     depthwise = {"channels": in_channels, "groups": in_channels, "kernel_size": kernel_size, "stride": stride}
     first = blocks.build("conv2d", in_shape, **depthwise, **rest)
-    second = blocks.build("conv2d", output_shape(first, in_shape), channels=channels, kernel_size=1, **rest)
+    second = blocks.build("conv2d", shapes.output_shape(first, in_shape), channels=channels, kernel_size=1, **rest)
     return nn.Sequential(first, second)
 
 
@@ -205,7 +202,7 @@ class SqueezeExcite(nn.Module):
             activation: between the two linear layers.
         """
         super().__init__()
-        channels = expect(in_shape, SIGNALS, "squeeze_excite")[0]
+        channels = shapes.expect(in_shape, SIGNALS, "squeeze_excite")[0]
         hidden = max(1, channels // reduction)
         self.squeeze = nn.Linear(channels, hidden)
         self.activation = activation()
@@ -255,7 +252,7 @@ def avg_pool(
 
 def check_window(who: str, in_shape: Shape, kernel_size: int, padding: int) -> int:
     """Return the number of axes. Raises BuildError when a window does not fit."""
-    if kernel_size > min(expect(in_shape, SIGNALS, who)[1:]) + 2 * padding:
+    if kernel_size > min(shapes.expect(in_shape, SIGNALS, who)[1:]) + 2 * padding:
         raise BuildError(f"{who} cannot fit a window of {kernel_size} into {tuple(in_shape)}")
     return len(in_shape)
 
@@ -267,7 +264,9 @@ def adaptive_avg_pool(in_shape: Shape, size: PositiveInt = 1) -> nn.Module:
     Args:
         size: output length, or height and width.
     """
-    return {2: nn.AdaptiveAvgPool1d, 3: nn.AdaptiveAvgPool2d}[len(expect(in_shape, SIGNALS, "adaptive_avg_pool"))](size)
+    return {2: nn.AdaptiveAvgPool1d, 3: nn.AdaptiveAvgPool2d}[
+        len(shapes.expect(in_shape, SIGNALS, "adaptive_avg_pool"))
+    ](size)
 
 
 @blocks.register("adaptive_max_pool")
@@ -277,7 +276,9 @@ def adaptive_max_pool(in_shape: Shape, size: PositiveInt = 1) -> nn.Module:
     Args:
         size: output length, or height and width.
     """
-    return {2: nn.AdaptiveMaxPool1d, 3: nn.AdaptiveMaxPool2d}[len(expect(in_shape, SIGNALS, "adaptive_max_pool"))](size)
+    return {2: nn.AdaptiveMaxPool1d, 3: nn.AdaptiveMaxPool2d}[
+        len(shapes.expect(in_shape, SIGNALS, "adaptive_max_pool"))
+    ](size)
 
 
 @blocks.register("global_avg_pool")
@@ -286,7 +287,7 @@ class GlobalAvgPool(nn.Module):
 
     def __init__(self, in_shape: Shape):
         super().__init__()
-        expect(in_shape, SIGNALS, "global_avg_pool")
+        shapes.expect(in_shape, SIGNALS, "global_avg_pool")
 
     def forward(self, x: Tensor) -> Tensor:
         return x.flatten(2).mean(2)

@@ -6,8 +6,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from framework import Activation, Dropout, Norm, PositiveInt, Rate, Shape, blocks, heads
-from framework.runtime.shapes import expect, output_shape
+from framework import Activation, Dropout, Norm, PositiveInt, Rate, Shape, blocks, heads, shapes
 
 Pooling = Literal["flatten", "mean", "max", "first", "last"]
 
@@ -21,9 +20,9 @@ class Pool(nn.Module):
     def __init__(self, in_shape: Shape, pool: str):
         super().__init__()
         if pool in ("first", "last"):
-            expect(in_shape, "(D,) or (T, D)", f"pool={pool}")
+            shapes.expect(in_shape, "(D,) or (T, D)", f"pool={pool}")
         elif pool != "flatten":
-            expect(in_shape, "(D,), (T, D) or (C, H, W)", f"pool={pool}")
+            shapes.expect(in_shape, "(D,), (T, D) or (C, H, W)", f"pool={pool}")
         self.pool = pool
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,7 +49,7 @@ class LinearHead(nn.Module):
         super().__init__()
         self.out_shape = tuple(out_shape)
         self.pool = Pool(in_shape, pool)
-        (features,) = output_shape(self.pool, in_shape)
+        (features,) = shapes.output_shape(self.pool, in_shape)
         self.linear = nn.Linear(features, prod(out_shape))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -84,10 +83,10 @@ class MLPHead(nn.Module):
         """
         super().__init__()
         self.pool = Pool(in_shape, pool)
-        shape = output_shape(self.pool, in_shape)
+        shape = shapes.output_shape(self.pool, in_shape)
         rest = {"activation": activation, "norm": norm, "dropout": dropout, "dropout_kind": dropout_kind}
         self.hidden = blocks.build("linear", shape, width=width, **rest)
-        self.output = heads.build("class", output_shape(self.hidden, shape), out_shape)
+        self.output = heads.build("class", shapes.output_shape(self.hidden, shape), out_shape)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.output(self.hidden(self.pool(x)))
@@ -102,7 +101,7 @@ class TokenHead(nn.Module):
 
     def __init__(self, in_shape: Shape, out_shape: Shape):
         super().__init__()
-        _, features = expect(in_shape, "(T, D)", "token head")
+        _, features = shapes.expect(in_shape, "(T, D)", "token head")
         self.linear = nn.Linear(features, out_shape[-1])
 
     def forward(self, x: Tensor) -> Tensor:

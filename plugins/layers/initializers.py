@@ -9,8 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from framework import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, initializers
-from framework.errors import BuildError
+from framework import BuildError, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, initializers
 
 GAIN = {"gain": PositiveFloat}
 SLOPE = {"a": NonNegativeFloat}

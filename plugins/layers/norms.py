@@ -5,8 +5,7 @@ One that has no meaning for a shape raises BuildError. All have a scale and a sh
 
 from torch import Tensor, nn
 
-from framework import Fraction, PositiveFloat, PositiveInt, Shape, norms
-from framework.errors import BuildError, DataError
+from framework import BuildError, DataError, Fraction, PositiveFloat, PositiveInt, Shape, norms
 
 BATCH = {2: nn.BatchNorm1d, 3: nn.BatchNorm2d, 4: nn.BatchNorm3d}
 INSTANCE = {2: nn.InstanceNorm1d, 3: nn.InstanceNorm2d, 4: nn.InstanceNorm3d}

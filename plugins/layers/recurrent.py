@@ -4,8 +4,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from framework import PositiveInt, Rate, Shape, blocks
-from framework.runtime.shapes import expect
+from framework import PositiveInt, Rate, Shape, blocks, shapes
 
 
 class Recurrent(nn.Module):
@@ -76,7 +75,7 @@ def recurrent(
     outputs: str,
     dropout: float,
 ) -> Recurrent:
-    _, features = expect(in_shape, "(T, D)", who)
+    _, features = shapes.expect(in_shape, "(T, D)", who)
     between = dropout if depth > 1 else 0.0  # torch warns of a dropout that has nowhere to go
     built = layer(features, width, depth, batch_first=True, dropout=between, bidirectional=bidirectional)
     return Recurrent(built, outputs)

@@ -17,9 +17,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from framework import Activation, Block, Dropout, Fraction, Norm, PositiveFloat, PositiveInt, Rate, Shape, blocks
-from framework.errors import BuildError
-from framework.runtime.shapes import chain, expect
+from framework import (
+    Activation,
+    Block,
+    BuildError,
+    Dropout,
+    Fraction,
+    Norm,
+    PositiveFloat,
+    PositiveInt,
+    Rate,
+    Shape,
+    blocks,
+    shapes,
+)
 
 FORM, PICTURE = "(C+1, L)", "(C+1, H, L)"
 Pooling = Literal["mean", "max", "statistics", "attention"]
@@ -37,7 +48,7 @@ def put_together(values: Tensor, mask: Tensor) -> Tensor:
 
 def expect_masked(in_shape: Shape, who: str, forms: str = FORM) -> Shape:
     """Return the shape of a sample without its mask. Raises BuildError for another shape than `forms` allow."""
-    channels, *axes = expect(in_shape, forms, who)
+    channels, *axes = shapes.expect(in_shape, forms, who)
     if channels < 2:
         raise BuildError(f"{who} expects {forms}, the last channel being the mask; {tuple(in_shape)} has no other")
     return channels - 1, *axes
@@ -59,10 +70,10 @@ class Masked(nn.Module):
         """
         super().__init__()
         channels, *axes = expect_masked(in_shape, "masked", f"{FORM} or {PICTURE}")
-        modules, out_shape = chain(blocks, (channels, *axes))
+        modules, out_shape = shapes.chain(blocks, (channels, *axes))
         self.body = nn.Sequential(*modules)
         form = f"blocks that give ({', '.join('CHL' if len(axes) == 2 else 'CL')})"
-        self.strides = find_strides(axes, expect(out_shape, form, "masked")[1:])
+        self.strides = find_strides(axes, shapes.expect(out_shape, form, "masked")[1:])
 
     def forward(self, x: Tensor) -> Tensor:
         values, mask = take_apart(x)
@@ -197,7 +208,7 @@ class MaskedResidual(nn.Module):
         """
         super().__init__()
         channels, *axes = expect_masked(in_shape, "masked_residual", f"{FORM} or {PICTURE}")
-        modules, out_shape = chain(blocks, tuple(in_shape))
+        modules, out_shape = shapes.chain(blocks, tuple(in_shape))
         self.body = nn.Sequential(*modules)
         form = PICTURE if len(axes) == 2 else FORM
         out_channels, *shortened = expect_masked(out_shape, "masked_residual around its blocks", form)

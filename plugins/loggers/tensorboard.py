@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from framework import Logger, PositiveInt, loggers
-from framework.system.files import AppendFile, make_folder
+from framework import Logger, PositiveInt, files, loggers
 
 
 @loggers.register("tensorboard", aliases=["tb"])
@@ -133,11 +132,11 @@ class EventFile:
         from tensorboard.compat.proto.event_pb2 import Event
 
         self._event, self.opened = Event, time.time()
-        make_folder(folder)
+        files.make_folder(folder)
         # TensorBoard reads a run's files in the order of their names; nanoseconds keep a quick resume in order.
         seconds, nanoseconds = divmod(time.time_ns(), 10**9)
         name = f"events.out.tfevents.{seconds:010d}.{nanoseconds:09d}.{socket.gethostname()}.{os.getpid()}"
-        self._file = AppendFile(folder, name, "x")
+        self._file = files.AppendFile(folder, name, "x")
         try:
             self._append(Event(wall_time=self.opened, file_version="brain.Event:2"))
         except BaseException:
@@ -238,7 +237,7 @@ def draw(model: nn.Module, inputs: Tensor) -> bytes:
     """Return the model's graph as a serialized GraphDef, from a pass in eval mode that leaves no trace in the model."""
     from tensorboard.compat.proto.graph_pb2 import GraphDef
 
-    from framework.training.layer_table import undisturbed
+    from framework import undisturbed
 
     recorder = Recorder(model, inputs)
     hooks = [hook for name, module in model.named_modules() for hook in recorder.hooks(name, module)]

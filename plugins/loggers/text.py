@@ -7,18 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from framework import Logger, PositiveInt, loggers
-from framework.errors.terminal import print_line
-from framework.system.files import (
-    MOST_LINE_BYTES,
-    MOST_ROWS_BYTES,
-    AppendFile,
-    make_folder,
-    open_file,
-    parse_row,
-    unwritable,
-    write_file,
-)
+from framework import Logger, PositiveInt, files, loggers, terminal
 
 METRICS = "metrics.jsonl"
 
@@ -31,7 +20,7 @@ class JsonLines(Logger):
     """
 
     def __init__(self) -> None:
-        self._file: AppendFile | None = None
+        self._file: files.AppendFile | None = None
 
     def open(self, folder: Path | None, step: int, metrics: Sequence[str]) -> None:
         """Go on with the file; what a resumed run writes again goes: lines after `step` and of the test.
@@ -41,9 +30,9 @@ class JsonLines(Logger):
         if folder is None:
             warnings.warn("the run has no folder, so the json_lines logger records nothing", stacklevel=2)
             return
-        make_folder(Path(folder))
+        files.make_folder(Path(folder))
         keep_lines(Path(folder), step)
-        self._file = AppendFile(Path(folder), METRICS)
+        self._file = files.AppendFile(Path(folder), METRICS)
 
     def scalars(self, values: dict[str, float], *, step: int, epoch: int, wall_seconds: float) -> None:
         """Append a line, whole or not at all. Raises RunError when it cannot be written."""
@@ -71,7 +60,7 @@ def keep_lines(folder: Path, step: int) -> None:
     end = 0
     cut = True  # whether all that goes is at the end
     try:
-        with open_file(folder, METRICS, most=MOST_ROWS_BYTES) as file:
+        with files.open_file(folder, METRICS, most=files.MOST_ROWS_BYTES) as file:
             for line in lines_of(file):
                 end += len(line)
                 if stays(line, step):
@@ -79,25 +68,25 @@ def keep_lines(folder: Path, step: int) -> None:
                     kept += len(line)
             if not cut:
                 file.seek(0)
-                write_file(folder, METRICS, (line for line in lines_of(file) if stays(line, step)))
+                files.write_file(folder, METRICS, (line for line in lines_of(file) if stays(line, step)))
             elif kept < end:
-                with open_file(folder, METRICS, "r+") as changed:
+                with files.open_file(folder, METRICS, "r+") as changed:
                     changed.truncate(kept)
     except FileNotFoundError:
         return
     except OSError as error:
-        raise unwritable(folder / METRICS, error) from error
+        raise files.unwritable(folder / METRICS, error) from error
 
 
 def lines_of(file: BinaryIO) -> Iterator[bytes]:
     """Yield the lines of a file with their ends; one of more than 16 MB in pieces."""
-    while line := file.readline(MOST_LINE_BYTES):
+    while line := file.readline(files.MOST_LINE_BYTES):
         yield line
 
 
 def stays(line: bytes, step: int) -> bool:
     """Whether a resumed run keeps a line: a whole one, up to a step, and not of the test."""
-    row = parse_row(line) if line.endswith(b"\n") else None
+    row = files.parse_row(line) if line.endswith(b"\n") else None
     if row is None or any(name.startswith("test/") for name in row):
         return False
     found = row.get("step")
@@ -119,4 +108,4 @@ class Console(Logger):
     def scalars(self, values: dict[str, float], *, step: int, epoch: int, wall_seconds: float) -> None:
         """Print a line."""
         shown = "".join(f"  {key} {float(value):.{self.digits}g}" for key, value in values.items())
-        print_line(f"step {step}  epoch {epoch}  {wall_seconds:.1f} s{shown}", flush=True)
+        terminal.print_line(f"step {step}  epoch {epoch}  {wall_seconds:.1f} s{shown}", flush=True)

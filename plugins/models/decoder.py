@@ -4,9 +4,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from framework import Dropout, Norm, PositiveFloat, PositiveInt, Rate, Shape, blocks, models
-from framework.errors import BuildError, DataError
-from framework.runtime.shapes import expect
+from framework import (
+    BuildError,
+    DataError,
+    Dropout,
+    Norm,
+    PositiveFloat,
+    PositiveInt,
+    Rate,
+    Shape,
+    blocks,
+    models,
+    shapes,
+)
 
 EMBEDDING_STD = 0.02  # as in GPT-2
 Cache = list[list[Tensor]]
@@ -62,7 +72,7 @@ class RotaryAttention(nn.Module):
             base: of the wavelengths, which go from 2π to 2π · base.
         """
         super().__init__()
-        context, features = expect(in_shape, "(T, D)", "rotary_attention")
+        context, features = shapes.expect(in_shape, "(T, D)", "rotary_attention")
         if features % heads:
             raise BuildError(f"rotary_attention cannot split {features} features into {heads} heads of one size")
         self.heads, self.causal, self.p = heads, causal, dropout
@@ -117,7 +127,7 @@ class GatedTransformer(nn.Module):
             base: of the wavelengths of the positions.
         """
         super().__init__()
-        _, features = expect(in_shape, "(T, D)", "gated_transformer")
+        _, features = shapes.expect(in_shape, "(T, D)", "gated_transformer")
         wide = hidden or -(-8 * features // 48) * 16
         settings = {"heads": heads, "causal": causal, "dropout": dropout, "base": base}
         self.attention_norm, self.norm = norm((features,)), norm((features,))
@@ -200,7 +210,7 @@ class Decoder(nn.Module):
             base: of the wavelengths of the positions.
         """
         super().__init__()
-        (self.context,) = expect(in_shape, "token ids (T,)", "decoder")
+        (self.context,) = shapes.expect(in_shape, "token ids (T,)", "decoder")
         settings = {"heads": heads, "hidden": hidden, "norm": norm, "base": base}
         dropping = {"dropout": dropout, "dropout_kind": dropout_kind}
         shape = (self.context, width)

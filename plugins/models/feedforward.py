@@ -5,10 +5,20 @@ from typing import Literal
 
 from torch import nn
 
-from framework import Activation, Dropout, Norm, PositiveInt, Rate, Shape, blocks, heads, models
-from framework.errors import BuildError
-from framework.registry.registry import Maker
-from framework.runtime.shapes import expect
+from framework import (
+    Activation,
+    BuildError,
+    Dropout,
+    Maker,
+    Norm,
+    PositiveInt,
+    Rate,
+    Shape,
+    blocks,
+    heads,
+    models,
+    shapes,
+)
 
 
 def stack(in_shape: Shape, out_shape: Shape, layers: list[Maker], head: str, **settings) -> nn.Module:
@@ -71,7 +81,7 @@ def cnn(
         dropout: probability of zeroing a feature of the hidden layer.
         dropout_kind: how hidden features are dropped.
     """
-    _, high, wide = expect(in_shape, "images (C, H, W)", "cnn")
+    _, high, wide = shapes.expect(in_shape, "images (C, H, W)", "cnn")
     most = min(high, wide).bit_length() - 1
     if len(channels) > most:
         raise BuildError(f"cnn halves the image {len(channels)} times; {tuple(in_shape)} allows {most} `channels`")
@@ -113,7 +123,7 @@ def resnet(
         drop_path: stochastic depth: probability of leaving the last block's branch out, for each sample; it rises to
             that in equal steps from block to block (Huang et al. 2016, arXiv:1603.09382, equation 4).
     """
-    expect(in_shape, "images (C, H, W)", "resnet")
+    shapes.expect(in_shape, "images (C, H, W)", "resnet")
     if len(depths) != len(channels):
         raise BuildError(
             f"resnet has {len(depths)} depths {list(depths)} for {len(channels)} channels {list(channels)}"

@@ -12,12 +12,14 @@ from torch.nn.functional import interpolate
 
 from framework import (
     Activation,
+    BuildError,
     Callback,
     Every,
     Metric,
     NonNegativeInt,
     PositiveInt,
     Rate,
+    SettingError,
     Shape,
     TensorSplit,
     Trainer,
@@ -25,11 +27,10 @@ from framework import (
     callbacks,
     metrics,
     models,
+    shapes,
 )
 from framework.contracts.alignment import same_shape
 from framework.contracts.state import Cadence
-from framework.errors import BuildError, SettingError
-from framework.runtime.shapes import expect
 
 
 class SeasonalNaive(nn.Module):
@@ -37,7 +38,7 @@ class SeasonalNaive(nn.Module):
 
     def __init__(self, in_shape: Shape, out_shape: Shape, season: int, who: str):
         super().__init__()
-        lookback, _ = expect(in_shape, "(T, D)", who)
+        lookback, _ = shapes.expect(in_shape, "(T, D)", who)
         if season > lookback:
             raise BuildError(f"{who}: season={season} is longer than the {lookback} steps that it looks back on")
         steps = torch.arange(prod(out_shape))
@@ -56,7 +57,7 @@ class LinearForecast(nn.Module):
 
     def __init__(self, in_shape: Shape, out_shape: Shape):
         super().__init__()
-        lookback, _ = expect(in_shape, "(T, D)", "linear_forecast")
+        lookback, _ = shapes.expect(in_shape, "(T, D)", "linear_forecast")
         self.linear = nn.Linear(lookback, prod(out_shape))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,7 +112,7 @@ class NBeats(nn.Module):
             dropout: probability of zeroing a feature.
         """
         super().__init__()
-        lookback, channels = expect(in_shape, "(T, D)", "nbeats")
+        lookback, channels = shapes.expect(in_shape, "(T, D)", "nbeats")
         sizes = (lookback + channels - 1, lookback, prod(out_shape), width, layers)
         self.naive = SeasonalNaive(in_shape, out_shape, season or 1, "nbeats")
         self.blocks = nn.ModuleList(NBeatsBlock(*sizes, activation, dropout) for _ in range(depth))

@@ -2,9 +2,7 @@
 
 from torch import Tensor, nn
 
-from framework import Block, Head, Shape, models
-from framework.errors import BuildError
-from framework.runtime.shapes import chain, output_shape
+from framework import Block, BuildError, Head, Shape, models, shapes
 
 
 @models.register("stack", aliases=["sequential"])
@@ -22,11 +20,11 @@ class Stack(nn.Module):
             head: what makes the task's outputs of what the last block gives.
         """
         super().__init__()
-        modules, shape = chain(blocks, in_shape)
+        modules, shape = shapes.chain(blocks, in_shape)
         self.blocks = nn.Sequential(*modules)
         self.head = head(shape, out_shape)
         try:
-            output_shape(self.head, shape)
+            shapes.output_shape(self.head, shape)
         except Exception as error:
             raise BuildError(f"the head cannot take {shape}: {error}") from error
 

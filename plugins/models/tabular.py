@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from framework import (
     Activation,
+    BuildError,
     Dropout,
     NonNegativeInt,
     Norm,
@@ -21,9 +22,8 @@ from framework import (
     blocks,
     heads,
     models,
+    shapes,
 )
-from framework.errors import BuildError
-from framework.runtime.shapes import expect
 
 
 class Columns(nn.Module):
@@ -34,7 +34,7 @@ class Columns(nn.Module):
 
     def __init__(self, in_shape: Shape, sizes: Sequence[int] | None, width: int, who: str):
         super().__init__()
-        (inputs,) = expect(in_shape, "columns (D,)", who)
+        (inputs,) = shapes.expect(in_shape, "columns (D,)", who)
         sizes = torch.tensor(sizes or [0] * inputs)
         if len(sizes) != inputs:
             raise BuildError(f"{who} gets {inputs} inputs, but is told of {len(sizes)} columns")

@@ -8,8 +8,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor, nn
 
-from framework import Dropout, Norm, PositiveInt, Range, Rate, Shape, blocks, models
-from framework.runtime.shapes import expect
+from framework import Dropout, Norm, PositiveInt, Range, Rate, Shape, blocks, models, shapes
 
 UNKNOWN = 1
 Vocabulary = Annotated[int, Range("[2, inf)")]
@@ -69,7 +68,7 @@ class EmbeddingBag(nn.Module):
             dropout_kind: how features are dropped.
         """
         super().__init__()
-        expect(in_shape, "token ids (T,)", "embedding_bag")
+        shapes.expect(in_shape, "token ids (T,)", "embedding_bag")
         self.words = Words(vocabulary, width)
         self.pairs = nn.Embedding(buckets, width) if pairs else None
         self.dropout = dropout_kind(dropout) if dropout > 0 else nn.Identity()
@@ -113,7 +112,7 @@ class TextLSTM(nn.Module):
             dropout_kind: how features are dropped.
         """
         super().__init__()
-        expect(in_shape, "token ids (T,)", "text_lstm")
+        shapes.expect(in_shape, "token ids (T,)", "text_lstm")
         self.words = Words(vocabulary, embedding)
         shape = (in_shape[0], embedding)
         self.forwards = blocks.build(cell, shape, width=width)
@@ -162,7 +161,7 @@ class TextTransformer(nn.Module):
             dropout_kind: how features and branches are dropped.
         """
         super().__init__()
-        expect(in_shape, "token ids (T,)", "text_transformer")
+        shapes.expect(in_shape, "token ids (T,)", "text_transformer")
         settings = {"heads": heads, "hidden": hidden, "norm": norm, "causal": False}
         dropping = {"dropout": dropout, "dropout_kind": dropout_kind}
         shape = (in_shape[0], width)

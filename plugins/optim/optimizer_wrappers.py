@@ -6,13 +6,23 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from framework import Every, Fraction, PositiveFloat, PositiveInt, Range, Rate, Trainer, Transform, callbacks
+from framework import (
+    Batch,
+    Every,
+    Fraction,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    Rate,
+    SettingError,
+    Trainer,
+    Transform,
+    callbacks,
+    seeds,
+)
 from framework.contracts.loss import share_of
 from framework.contracts.pure_optimizer import as_real
 from framework.contracts.state import Cadence
-from framework.data.dataset import Batch
-from framework.errors import SettingError
-from framework.runtime import seeds
 from framework_plugins.callbacks.averaging import Averaging, matched
 
 

@@ -12,9 +12,8 @@ from torch import Tensor, optim
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
-from framework import NonNegativeFloat, PositiveFloat, PositiveInt, PureOptimizer, Rate, optimizers
+from framework import NonNegativeFloat, PositiveFloat, PositiveInt, PureOptimizer, Rate, SettingError, optimizers
 from framework.contracts.pure_optimizer import Settings, State, pure_updates
-from framework.errors import SettingError
 
 HIDDEN = ("maximize", "capturable", "differentiable", "foreach", "fused")  # the framework's business
 COMMON = {"lr": PositiveFloat, "weight_decay": NonNegativeFloat}

@@ -9,8 +9,17 @@ import math
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from framework import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, Range, Schedule, schedulers
-from framework.errors import SettingError, did_you_mean
+from framework import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    Range,
+    Schedule,
+    SettingError,
+    did_you_mean,
+    schedulers,
+)
 
 Factor = Callable[[int], float]
 Growth = Annotated[float, Range("[1, inf)")]

@@ -8,12 +8,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from framework import Activation, Data, NonNegativeFloat, Norm, PositiveInt, Shape, Step, Task, models, tasks
+from framework import (
+    Activation,
+    Batch,
+    BuildError,
+    Data,
+    DataError,
+    NonNegativeFloat,
+    Norm,
+    PositiveInt,
+    Shape,
+    Step,
+    Target,
+    Task,
+    models,
+    shapes,
+    tasks,
+)
 from framework.contracts.alignment import same_shape
 from framework.contracts.task import Phase, check_tensor
-from framework.data.dataset import Batch, Target
-from framework.errors import BuildError, DataError
-from framework.runtime.shapes import output_shape
 
 Network = Literal["mlp", "conv"]
 
@@ -29,7 +42,7 @@ def encoder(kind: Network, in_shape: Shape, outputs: int, widths: Sequence[int],
         layers += [layer, activation()]
         features = width
     body = nn.Sequential(*layers, nn.Flatten())
-    return body.append(nn.Linear(output_shape(body, in_shape)[0], outputs))
+    return body.append(nn.Linear(shapes.output_shape(body, in_shape)[0], outputs))
 
 
 def decoder(

@@ -9,15 +9,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from framework import (
+    Batch,
     Data,
+    DataError,
     Every,
     Fraction,
     Metric,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
+    SettingError,
     Step,
     Task,
+    Trainer,
+    WindowSplit,
     callbacks,
     metrics,
     tasks,
@@ -25,9 +30,6 @@ from framework import (
 from framework.contracts.callback import Callback
 from framework.contracts.state import Cadence
 from framework.contracts.task import check_tensor, inputs_and_targets
-from framework.data.dataset import Batch, WindowSplit
-from framework.errors import DataError, SettingError
-from framework.training.trainer import Trainer
 
 IGNORED = -1  # the target of a token that only gives context
 

@@ -10,26 +10,30 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from framework import (
+    Augmentation,
+    Batch,
     Callback,
     Data,
+    DataError,
     Fraction,
     Loss,
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
+    SettingError,
     Shape,
     Step,
+    Target,
     Task,
     Trainer,
     callbacks,
+    check_read_again,
+    did_you_mean,
+    seeds,
     tasks,
 )
 from framework.contracts.loss import ignored_index, without_ignored
 from framework.contracts.task import check_tensor
-from framework.data.dataset import Batch, Target, check_read_again
-from framework.errors import DataError, SettingError, did_you_mean
-from framework.registry.kinds import Augmentation
-from framework.runtime import seeds
 
 from .supervised import Classification
 
@@ -143,7 +147,7 @@ class Distillation(Classification):
         self.teacher = trained.model.eval().requires_grad_(False)
 
     def read(self) -> Any:
-        from framework.experiment.load import open_run  # here: only who trains so needs it
+        from framework import open_run  # here: only who trains so needs it
 
         if self.path is None:
             raise SettingError("distillation needs a teacher: task.teacher=RUN, the folder of a trained classifier")

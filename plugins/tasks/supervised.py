@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from framework import Data, Loss, Step, Task, tasks
+from framework import Batch, Data, DataError, FrameworkError, Loss, Step, Target, Task, tasks, user_code
 from framework.contracts.alignment import class_shape, probability_shape, same_shape
 from framework.contracts.loss import (
     Mean,
@@ -21,9 +21,6 @@ from framework.contracts.loss import (
     without_ignored,
 )
 from framework.contracts.task import check_tensor, inputs_and_targets
-from framework.data.dataset import Batch, Target
-from framework.errors import DataError, FrameworkError
-from framework.errors.user_code import describe, text_of, user_place
 
 WORDS = {"class": "classes", "labels": "labels", "value": "values", "none": "nothing"}
 TASKS = {"class": "classification", "labels": "multilabel", "value": "regression"}
@@ -111,12 +108,12 @@ class Supervised(Task):
             raise
         except Exception as error:
             name = type(self.criterion).__name__
-            if user_place(error) is None:
+            if user_code.user_place(error) is None:
                 what = f"{WORDS[self.target]} with outputs of shape {tuple(out_shape)}"
-                raise DataError(f"the loss {name} cannot take {what}: {text_of(error)}") from error
+                raise DataError(f"the loss {name} cannot take {what}: {user_code.text_of(error)}") from error
             sizes = tuple(outputs.shape), tuple(targets.shape)
             shapes = f"outputs of shape {sizes[0]} and targets of shape {sizes[1]}"
-            said = f"{describe(error)}, while computing the loss {name} of {shapes}"
+            said = f"{user_code.describe(error)}, while computing the loss {name} of {shapes}"
             raise DataError(said) from error
         check_scalar(self.criterion, loss)
 

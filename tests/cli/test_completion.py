@@ -11,7 +11,7 @@ from typing import Literal
 import pytest
 
 from framework import Activation, Block, PositiveInt
-from framework.cli import main as cli
+from framework.cli import main
 from framework.cli.completion import SCRIPTS, VERBS, candidates
 from framework.composition.catalogue import Index, read_index
 from framework.errors import FrameworkError
@@ -97,7 +97,7 @@ def test_index_of_the_real_registries_is_plain_json():
 
 def test_unknown_shell():
     with pytest.raises(FrameworkError, match=r"invalid choice: 'zhs'.*zsh"):
-        cli.run(["completion", "zhs"])
+        main.run(["completion", "zhs"])
 
 
 @pytest.mark.parametrize("shell", SCRIPTS)

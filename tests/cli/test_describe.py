@@ -10,10 +10,11 @@ import torch
 from rich.console import Console
 
 from framework import Activation, NonNegativeFloat, PositiveFloat, Rate
-from framework.cli.part_tables import console, find, kind_of, list_kinds, list_parts, show
+from framework.cli.part_tables import find, kind_of, list_kinds, list_parts, show
 from framework.composition.catalogue import read_index
 from framework.errors import SettingError, UnknownName
 from framework.registry.registry import Kind, Registry
+from framework.runtime.console import console
 
 
 class Sgdx:

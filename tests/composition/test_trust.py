@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from framework.cli import main as cli
+from framework.cli import main
 from framework.composition import trust
 from framework.composition.catalogue import file_of, trusted_among
 from framework.errors import FrameworkError, RunError
@@ -405,4 +405,4 @@ def test_a_path_that_is_no_utf8(folder, command):
 
 
 def test_the_verbs_that_run_parts_are_known():
-    assert set(cli.RUNNING) < set(cli.VERBS)
+    assert set(main.RUNNING) < set(main.VERBS)

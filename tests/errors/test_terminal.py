@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import framework
-from framework.cli import main as cli, part_tables as describe
+from framework.cli import main, part_tables
 from framework.cli.output import print_values, write_predictions
 from framework.errors import ConfigError, FrameworkError, terminal
 from framework.errors.paths import override, pasted
@@ -59,7 +59,7 @@ def finished(tmp_path_factory):
         rows = np.random.default_rng(0).random((40, 3)).astype("float32")
         np.savez("x.npz", x=rows, y=np.array([HOSTILE, f"{HOSTILE}{MARKUP}"])[np.arange(40) % 2])
         with pytest.raises(SystemExit) as end:
-            cli.main(shlex.split(f"train {TINY} loggers=[json_lines] callbacks=[checkpoint]"))
+            main.main(shlex.split(f"train {TINY} loggers=[json_lines] callbacks=[checkpoint]"))
     finally:
         os.chdir(before)
     assert end.value.code == 0
@@ -294,7 +294,7 @@ def test_pictures(command):
 def test_a_generated_text(command, monkeypatch, capsys):
     """Line breaks and tabs of a text are its own."""
     trained = SimpleNamespace(generate=lambda prompt, **settings: (prompt, f"a\tb\n{COLOUR}"))
-    monkeypatch.setattr(cli, "opened", lambda given: trained)
+    monkeypatch.setattr(main, "opened", lambda given: trained)
     _, out, err = command("predict r --prompt x")
     assert out == "a\tb\n\\x1b[31m\n"
     assert not list(faults(err))
@@ -322,7 +322,7 @@ def test_words_of_completion(command):
 
 def printed(renderable):
     out = io.StringIO()
-    describe.console(out).print(renderable)
+    part_tables.console(out).print(renderable)
     return out.getvalue()
 
 
@@ -346,7 +346,7 @@ def test_tables():
 
 def test_the_console_escapes_by_itself():
     """Also what a table passes on as it is."""
-    shown = printed(describe.Group(HOSTILE, describe.Text(HOSTILE.replace("\n", "")), MARKUP))
+    shown = printed(part_tables.Group(HOSTILE, part_tables.Text(HOSTILE.replace("\n", "")), MARKUP))
     assert not list(faults(shown))
     assert MARKUP in shown
     assert list(faults(render_plainly(HOSTILE))), "rich escapes nothing"
@@ -354,7 +354,7 @@ def test_the_console_escapes_by_itself():
 
 def render_plainly(text):
     out = io.StringIO()
-    describe.Console(file=out, highlight=False).print(text)
+    part_tables.Console(file=out, highlight=False).print(text)
     return out.getvalue()
 
 
@@ -420,15 +420,15 @@ def test_long_texts():
 def test_a_problem_is_one_line():
     error = ConfigError([f"a=1\n{FORGED}", "b=2"])
     assert str(error) == f"a=1\\n{FORGED}\nb=2"
-    assert cli.words_of(error) == error.problems
-    assert cli.words_of(FrameworkError(f"a\n{FORGED}")) == [f"a\n{FORGED}"], "escaped when it is printed"
+    assert main.words_of(error) == error.problems
+    assert main.words_of(FrameworkError(f"a\n{FORGED}")) == [f"a\n{FORGED}"], "escaped when it is printed"
 
 
 def test_tracebacks_and_warnings(capsys):
     try:
         raise ValueError(HOSTILE) from KeyError(HOSTILE)
     except ValueError as error:
-        cli.complain(error, with_traceback=True)
+        main.complain(error, with_traceback=True)
     err = capsys.readouterr().err
     assert "Traceback (most recent call last)" in err
     assert not list(faults(err))

@@ -27,7 +27,7 @@ OPENED_ELSEWHERE = {  # modules that open files themselves, and which these are
     "framework/composition/trust.py": "the user's list of trusted folders",
     "framework/composition/compose.py": "configs of the user's project",
     "framework/composition/catalogue.py": "the index cache of the user",
-    "framework/runtime/out_of_memory.py": "/proc/meminfo",
+    "framework/runtime/memory.py": "/proc/meminfo",
     "framework/cli/output.py": "the output that the user names",
     "framework/composition/config_files.py": "configs of the user's project",
     "framework/system/streams.py": "the standard streams",

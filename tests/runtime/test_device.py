@@ -19,7 +19,7 @@ from framework.runtime.device import (
     intra_op_threads,
     suitable_threads,
 )
-from framework.runtime.out_of_memory import OutOfMemory, memory_errors
+from framework.runtime.memory import OutOfMemory, memory_errors
 
 CPU = torch.device("cpu")
 

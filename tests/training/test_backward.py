@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import framework as fw
 from framework import Callback, Trainer
-from framework.runtime.out_of_memory import MicroBatches, OutOfMemory
+from framework.runtime.memory import MicroBatches, OutOfMemory
 
 DATA = fw.TensorSplit(torch.randn(64, 5, generator=torch.Generator().manual_seed(3)), torch.arange(64) % 3)
 

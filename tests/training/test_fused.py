@@ -125,12 +125,12 @@ def test_a_step_that_somebody_wrapped_is_called():
 
 
 def test_a_kernel_that_does_something_else_is_not_trusted(monkeypatch):
-    from framework.training.acceleration import fused_update as fused
+    from framework.training.acceleration import fused_update
 
     def other(group, params, gradients, kept):
         params[0].add_(1)
 
-    monkeypatch.setitem(fused.UPDATES, torch.optim.AdamW, (("exp_avg", "exp_avg_sq", "step"), other))
+    monkeypatch.setitem(fused_update.UPDATES, torch.optim.AdamW, (("exp_avg", "exp_avg_sq", "step"), other))
     twins = Twins(OPTIMIZERS["adamw"])
     twins.train(4)
     assert not twins.direct

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from framework.cli import main as cli
+from framework.cli import main
 from framework.runs.checkpoint import newest
 from framework.tuning.search.study import storage_in
 from framework.tuning.sweep.folder import SweepFolder
@@ -45,7 +45,7 @@ def launcher(request, tmp_path, monkeypatch):
 
 def search(name, *overrides):
     space = ["optimizer.lr=tag(log, interval(1e-3, 1e-1))", f"sweep.name={name}"]
-    cli.run(["train", "-m", *QUICK, *SEARCH, *space, *overrides])
+    main.run(["train", "-m", *QUICK, *SEARCH, *space, *overrides])
     return SweepFolder(Path("runs/default") / name)
 
 

@@ -14,7 +14,7 @@ from framework import Callback
 from framework.contracts.task import Step, Task
 from framework.data.dataset import Loader
 from framework.runtime import seeds
-from framework.tuning.vectorized import rehearsal, stacked_forward as stack
+from framework.tuning.vectorized import rehearsal, stacked_forward
 from framework.tuning.vectorized.stacked_update import NotStackable
 from framework.tuning.vectorized.trainer import Lockstep
 
@@ -272,7 +272,7 @@ def test_the_form_of_cross_entropy_for_many_is_that_of_torch(smoothing, ignored,
     targets = torch.tensor([0, 2, 1, 2])
     targets[ignored] = -100
     found = []
-    for function in (F.cross_entropy, stack.cross_entropy):
+    for function in (F.cross_entropy, stacked_forward.cross_entropy):
         outputs = torch.randn(4, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
         loss = function(outputs, targets, weight, label_smoothing=smoothing)
         found.append((loss, *torch.autograd.grad(torch.where(loss.isnan(), 0.0, loss), outputs)))
@@ -283,7 +283,7 @@ def test_the_form_of_cross_entropy_for_many_is_that_of_torch(smoothing, ignored,
 def test_what_is_ignored_may_have_a_logit_of_minus_infinity():
     outputs = torch.tensor([[-torch.inf, 1.0, 2.0], [-torch.inf, 0.0, 1.0]])
     targets = torch.tensor([1, -100])
-    assert torch.equal(stack.cross_entropy(outputs, targets), F.cross_entropy(outputs, targets))
+    assert torch.equal(stacked_forward.cross_entropy(outputs, targets), F.cross_entropy(outputs, targets))
 
 
 def test_a_dropout_that_drops_all_may_stand_beside_another():

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from framework.cli import main as cli
+from framework.cli import main
 from framework.errors import FrameworkError
 from framework.tuning.search.study import storage_in
 from framework.tuning.sweep.folder import SweepFolder
@@ -38,7 +38,7 @@ def _here(tmp_path, monkeypatch):
 
 
 def search(*overrides, name="a"):
-    return cli.run(["train", "-m", *QUICK, *SEARCH, f"sweep.name={name}", *overrides])
+    return main.run(["train", "-m", *QUICK, *SEARCH, f"sweep.name={name}", *overrides])
 
 
 def rows(tmp_path, name="a"):

@@ -14,8 +14,8 @@ from tensorboard.backend.event_processing.plugin_event_multiplexer import EventM
 from tensorboard.plugins.base_plugin import TBContext
 from tensorboard.plugins.hparams import api_pb2, backend_context, get_experiment, list_session_groups
 
-from framework.cli.part_tables import console
 from framework.runs.folder import read_config, run_behind
+from framework.runtime.console import console
 from framework.tuning.sweep.display import Lines, LiveTable, Output
 from framework.tuning.sweep.folder import SweepFolder, Trial, run_name
 from framework.tuning.sweep.table import best_trial, ending, grouped, on_front, ranked, shown, table

@@ -7,7 +7,7 @@ import pytest
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from framework.composition import cached_composer as composer
+from framework.composition import cached_composer
 from framework.composition.compose import CommandLine, run, to_tree
 from framework.composition.config_files import Sources
 from framework.errors import ConfigError
@@ -149,21 +149,21 @@ def test_a_job_composed_fast_is_what_hydra_composes(typed, tmp_path, monkeypatch
         compared.append(overrides)
         return fast
 
-    made = composer.Composer.job
-    monkeypatch.setattr(composer.Composer, "job", job)
+    made = cached_composer.Composer.job
+    monkeypatch.setattr(cached_composer.Composer, "job", job)
     run(CommandLine(typed.split(), multirun=True), lambda job: None)
     assert len(compared) >= 2
 
 
 def test_hydra_composes_once_for_each_choice_of_parts(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    composed, full = [], composer.Composer._compose
+    composed, full = [], cached_composer.Composer._compose
 
     def counted(self, overrides, number):
         composed.append(overrides)
         return full(self, overrides, number)
 
-    monkeypatch.setattr(composer.Composer, "_compose", counted)
+    monkeypatch.setattr(cached_composer.Composer, "_compose", counted)
     run(CommandLine(["optimizer=sgd,adam", "optimizer.lr=0.1,0.2", "seed=range(8)"], multirun=True), lambda job: None)
     assert composed == [("optimizer=sgd",), ("optimizer=adam",)]
 

@@ -64,7 +64,7 @@ class LiveTable:
     def __init__(self, by: Direction, earlier: list[Trial], planned: int | None):
         from rich.live import Live
 
-        from framework.cli.part_tables import console
+        from framework.runtime.console import console
 
         self.by, self.planned, self.began = by, planned, time.monotonic()
         self.trials = {trial.number: trial for trial in earlier}

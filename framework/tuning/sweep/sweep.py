@@ -12,7 +12,6 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
 from omegaconf import OmegaConf, flag_override
 
-from framework.cli.part_tables import console
 from framework.composition.cached_composer import Composer
 from framework.composition.compose import Composing, Job, hydra_in, to_tree
 from framework.composition.config_files import Sources
@@ -22,6 +21,7 @@ from framework.errors import ConfigError, DiskFull, FrameworkError, RunError, di
 from framework.errors.terminal import print_line
 from framework.experiment.experiment import Result
 from framework.registry.registry import Registry
+from framework.runtime.console import console
 from framework.system.signals import interruptible
 
 from .. import hydra_parts

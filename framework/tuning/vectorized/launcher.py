@@ -17,7 +17,7 @@ from framework.experiment.build import build_data
 from framework.experiment.experiment import Experiment, Prepared, Result, prepare
 from framework.experiment.log_start import first_batch
 from framework.registry.schema import PositiveInt
-from framework.runtime.out_of_memory import OutOfMemory, free_bytes, is_full
+from framework.runtime.memory import OutOfMemory, free_bytes, is_full
 from framework.system.files import check_exists
 from framework.system.signals import received, stopping
 from framework.training.layer_table import read_layers

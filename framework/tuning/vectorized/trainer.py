@@ -20,7 +20,7 @@ from framework.errors import FrameworkError
 from framework.errors.exits import no_exit
 from framework.errors.torch_errors import torch_errors
 from framework.runtime.device import deterministic_algorithms
-from framework.runtime.out_of_memory import memory_errors
+from framework.runtime.memory import memory_errors
 from framework.runtime.seeds import undisturbed
 from framework.training.acceleration.cuda_graph import Graphed
 from framework.training.trainer import Trainer

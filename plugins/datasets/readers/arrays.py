@@ -17,11 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from framework import Data, Shape, TensorSplit
-from framework.data.dataset import Scale, Target
-from framework.errors import DataError, SettingError
-from framework.errors.paths import expanded, pasted, shorter
-from framework.runtime.seeds import generator
+from framework import Data, DataError, Scale, SettingError, Shape, Target, TensorSplit, paths, seeds
 
 from .data_files import UNREADABLE, check_member, check_memory, one_line, open_data
 
@@ -139,7 +135,7 @@ def split_rows(strata: Tensor, val_fraction: float, test_fraction: float, seed: 
             f"val_fraction {val_fraction} and test_fraction {test_fraction} leave nothing to train on; "
             "together they must be less than 1"
         )
-    shuffled = torch.randperm(len(strata), generator=generator(seed, "split"))
+    shuffled = torch.randperm(len(strata), generator=seeds.generator(seed, "split"))
     if len(strata) == 0 or (strata == strata[0]).all():
         rows = shuffled
     else:
@@ -219,7 +215,7 @@ def scaled(amounts: Tensor, scale: Scale | None) -> Tensor:
 
 def cache_folder() -> Path:
     """Return where `scripts/fetch_data` puts what it fetches."""
-    return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "framework"
+    return paths.expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "framework"
 
 
 def fetching(name: str) -> str:
@@ -227,8 +223,8 @@ def fetching(name: str) -> str:
     here = Path(__file__).parents[2]
     script = here.parent / "scripts" / "fetch_data"
     if not script.is_file():
-        return f"bash {pasted(here / 'fetch_data')} {name}"
-    return f"{pasted(shorter(script))} {name}"
+        return f"bash {paths.pasted(here / 'fetch_data')} {name}"
+    return f"{paths.pasted(paths.shorter(script))} {name}"
 
 
 def data_folder(name: str, size: str, fallback: str) -> Path:

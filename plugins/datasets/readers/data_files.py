@@ -17,8 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from framework.errors import DataError
-from framework.runtime.out_of_memory import available_bytes
+from framework import DataError, memory
 
 CHUNK = 2**20
 SMALL = 2**24  # bytes that are not compared with the memory available: that would take longer than to read them
@@ -113,7 +112,7 @@ def check_member(member: zipfile.ZipInfo, path: Path) -> None:
 def read_within(packed: io.BufferedIOBase | gzip.GzipFile | object, path: Path) -> bytes:
     """Return all that a packed file holds. Raises DataError as soon as it is more than the memory available."""
     unpacked = bytearray()
-    room = available_bytes()
+    room = memory.available_bytes()
     while chunk := packed.read(CHUNK):  # type: ignore[union-attr, attr-defined]
         unpacked += chunk
         if room is not None and 2 * len(unpacked) > room:  # a bytearray that grows is copied
@@ -125,7 +124,7 @@ def read_within(packed: io.BufferedIOBase | gzip.GzipFile | object, path: Path) 
 
 def check_memory(needed: int, path: Path) -> None:
     """Raise DataError if a file needs more bytes of memory than are available (where the system says how many)."""
-    room = available_bytes() if needed > SMALL else None
+    room = memory.available_bytes() if needed > SMALL else None
     if room is not None and needed > room:
         raise DataError(f"{path} needs {needed:,} bytes of memory; {room:,} bytes are available")
 

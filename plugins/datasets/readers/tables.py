@@ -15,8 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from framework.errors import DataError, SettingError
-from framework.errors.paths import override
+from framework import DataError, SettingError, paths
 
 from .arrays import Texts, mean_and_std
 from .data_files import one_line, open_data, parse_number, read_bytes, readable
@@ -328,7 +327,7 @@ def check_distinct(cells: Cells, values: Tensor, label: str, path: Path) -> None
         if read.setdefault(number, integer) != integer:
             raise DataError(
                 f"{path}, column {label!r}: float64 does not tell {read[number]} and {integer} "
-                f"apart; subtract an offset, or leave the column out: {override('ignore', [label])}"
+                f"apart; subtract an offset, or leave the column out: {paths.override('ignore', [label])}"
             )
 
 
@@ -399,7 +398,7 @@ def learn_texts(label: str, column: Texts, encoding: Encoding, name: str) -> dic
     if len(texts) > encoding.most_texts:
         raise DataError(
             f"{name}: column {label!r} has {len(texts)} different texts; leave it out "
-            f"({override('ignore', [label])}) or raise max_categories, now {encoding.most_texts}"
+            f"({paths.override('ignore', [label])}) or raise max_categories, now {encoding.most_texts}"
         )
     return {"name": label, "texts": texts} | ({"index": True} if encoding.categories == "index" else {})
 
@@ -426,7 +425,7 @@ def quantiles(values: Tensor, count: int) -> Tensor:
 
 
 def nothing_in(label: str, name: str) -> DataError:
-    advice = override("ignore", [label])
+    advice = paths.override("ignore", [label])
     return DataError(f"{name}: column {label!r} is empty in the training split; leave it out: {advice}")
 
 

@@ -9,9 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
-from framework import Range
-from framework.errors import DataError
-from framework.registry.registry import Kind, Registry
+from framework import DataError, Kind, Range, Registry
 
 tokenizers = Registry(Kind("tokenizer", doc="from text to token ids and back, fitted on training texts"))
 

@@ -20,11 +20,11 @@ from PIL import Image
 
 import framework as fw
 from framework.errors import DataError
-from framework.runtime import out_of_memory as memory
+from framework.runtime import memory
 from framework_plugins.datasets import (
-    array_files as data_arrays,
-    audio as data_audio,
-    images as data_images,
+    array_files,
+    audio,
+    images,
     text as data_text,
 )
 from framework_plugins.datasets.readers import data_files
@@ -107,11 +107,11 @@ READERS = {  # name of the file: what is in a good one, and what reads it
     "s.csv": (ROWS.encode(), dataset("series", target="y", lookback=4, horizon=2)),
     "a.npz": (saved(np.savez, x=CELLS, y=np.arange(40) % 2), dataset("npz")),
     "a.npy": (saved(np.save, CELLS), read_array),
-    "a-idx3-ubyte": (idx(), data_arrays.read_idx),
-    "a-idx3-ubyte.gz": (gzip.compress(idx()), data_arrays.read_idx),
-    "p.png": (picture(), lambda path: data_images.read_picture(path, {"in_shape": [3, 8, 8]})),
-    "s.wav": (wav(), lambda path: data_audio.read_sound(path, SOUND)),
-    "s.flac": (flac(), lambda path: data_audio.read_sound(path, SOUND)),
+    "a-idx3-ubyte": (idx(), array_files.read_idx),
+    "a-idx3-ubyte.gz": (gzip.compress(idx()), array_files.read_idx),
+    "p.png": (picture(), lambda path: images.read_picture(path, {"in_shape": [3, 8, 8]})),
+    "s.wav": (wav(), lambda path: audio.read_sound(path, SOUND)),
+    "s.flac": (flac(), lambda path: audio.read_sound(path, SOUND)),
     "texts.txt": (b"a\nb\n", data_files.read_text),
     "texts.csv": (ROWS.encode(), dataset("text_table")),
     "texts.jsonl": (

@@ -9,9 +9,10 @@ from typing import Literal
 
 import torch
 
-from framework.data.workers import Batch
 from framework.errors import DataError, FrameworkError
 from framework.errors.user_code import text_of
+
+from .batch import Batch
 
 
 class OutOfMemory(FrameworkError, torch.OutOfMemoryError):
