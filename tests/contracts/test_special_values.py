@@ -180,5 +180,5 @@ def test_a_checkpoint_of_complex_weights_is_whole_and_says_where_nan_is(tmp_path
     last = listed(tmp_path / "checkpoints")[-1]
     assert torch.equal(load(last)[0]["weight"], model.weight)
     model.weight.data[0, 0] = complex(1.0, NAN)
-    spoiled = fw.checkpoint.save(tmp_path / "spoiled", model.state_dict(), {}, 1)
+    spoiled = fw.checkpoints.save(tmp_path / "spoiled", model.state_dict(), {}, 1)
     assert read_manifest(spoiled)["nan"] == ["weight"]

@@ -3,9 +3,9 @@
 import copy
 
 import pytest
-from test_trainer import OPTIMIZERS, VAL, At, fit, same
 
 import framework as fw
+from fits import OPTIMIZERS, VAL, At, fit, same
 from framework import Callback
 from framework.contracts.state import Cadence, State
 from framework.errors import SettingError

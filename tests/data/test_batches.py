@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from test_trainer import SPLIT, Three, X, Y, fit, same
 from torch import nn
 from torch.utils.data import (
     BatchSampler,
@@ -16,6 +15,7 @@ from torch.utils.data import (
 )
 
 import framework as fw
+from fits import SPLIT, Three, X, Y, fit, same
 from framework import Callback, Step, Task, Trainer
 from framework.data.accumulation import as_batches, count_steps, count_total, steps, windows
 from framework.data.dataset import ForeignLoader, Loader, TensorSplit

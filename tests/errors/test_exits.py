@@ -108,4 +108,4 @@ def test_the_framework_itself_may_end_the_program(command):
     status, out, _ = command("train --help")
     assert (status, out[:5]) == (0, "usage")
     with pytest.raises(SystemExit), no_exit():
-        fw.cli.main(["--version"])
+        fw.cli.main.main(["--version"])

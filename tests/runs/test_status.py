@@ -4,9 +4,9 @@ import json
 import os
 
 import pytest
-from test_trainer import OPTIMIZERS, SPLIT, At, network
 from torch import nn
 
+from fits import OPTIMIZERS, SPLIT, At, network
 from framework import Trainer
 from framework.runs.status_file import Status
 

@@ -6,10 +6,10 @@ import os
 
 import pytest
 import torch
-from test_trainer import OPTIMIZERS, SPLIT, Record, X, Y, fit, network, same
 from torch import nn
 from torch.nn import functional as F
 
+from fits import OPTIMIZERS, SPLIT, Record, X, Y, fit, network, same
 from framework import Callback, FrameworkError, Step, Task, Trainer
 from framework.errors import SettingError
 from framework.runtime.device import (

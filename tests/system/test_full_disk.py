@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_trainer import OPTIMIZERS, SPLIT, At, network
 from torch import nn
 
 import framework as fw
 import framework.runs.folder
+from fits import OPTIMIZERS, SPLIT, At, network
 from framework import Callback, Trainer
 from framework.cli.main import main
 from framework.errors import CheckpointError, RunError
@@ -174,8 +174,8 @@ def test_a_run_without_room_has_failed_with_the_reason_and_goes_on_exactly(tmp_p
     assert state["status"] == "failed"
     assert state["reason"].endswith(str(raised.value)[-40:])
     assert not list(folder.glob("**/.*"))
-    found = fw.checkpoint.newest(folder / "checkpoints")[0]
-    weights, training = fw.checkpoint.load(found)
+    found = fw.checkpoints.newest(folder / "checkpoints")[0]
+    weights, training = fw.checkpoints.load(found)
     resumed = fit(folder, saving(), resume=training | {"model": weights})
     for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(one, other)

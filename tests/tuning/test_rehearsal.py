@@ -5,7 +5,6 @@ from functools import cache
 
 import pytest
 import torch
-from test_lockstep import OPTIMIZERS, TRAIN, VAL, alone, assert_same, together, trial
 from torch import nn
 from torch.nn import functional as F
 
@@ -17,6 +16,7 @@ from framework.runtime import seeds
 from framework.tuning.vectorized import rehearsal, stacked_forward
 from framework.tuning.vectorized.stacked_update import NotStackable
 from framework.tuning.vectorized.trainer import Lockstep
+from stacked import OPTIMIZERS, TRAIN, VAL, alone, assert_same, together, trial
 
 fw.discover()
 

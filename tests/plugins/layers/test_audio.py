@@ -2,7 +2,6 @@
 
 import math
 import sys
-import wave
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +19,8 @@ from framework.runs.checkpoint import listed
 from framework.runtime.shapes import output_shape
 from framework_plugins.datasets.audio import PITCH, SOUNDS, VOICES, find_voices, prompt_files, read_waveform, resampled
 from framework_plugins.datasets.readers.arrays import cache_folder
+from voices import RATE, small_voices, tone, write_wav
 
-RATE = 8000
 # Made with librosa 0.11.0: `filters.mel` and `feature.melspectrogram` (n_fft 256, window 200, hop 80, 24 mels, power 2,
 # zeros beyond the ends) with its Slaney and HTK scales (HTK: norm=None), and `feature.mfcc` of ln max(1e-6, mel).
 LIBROSA = dict(np.load(Path(__file__).parents[2] / "golden" / "mel_librosa.npz"))
@@ -148,19 +147,6 @@ def test_spec_augment_is_for_training_alone_and_repeats_with_the_seed():
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
-
-
-def write_wav(file, samples, rate=RATE, width=2, channels=1):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scaled = (np.asarray(samples) * (2 ** (8 * width - 1) - 1)).round().astype("<i8")
-    scaled += 128 if width == 1 else 0
-    with wave.open(str(file), "wb") as opened:
-        opened.setparams((channels, width, rate, 0, "NONE", ""))
-        opened.writeframes(scaled.view(np.uint8).reshape(-1, 8)[:, :width].tobytes())
-
-
-def tone(hertz, seconds=0.3, rate=RATE):
-    return 0.5 * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)
 
 
 @pytest.fixture
@@ -292,15 +278,6 @@ def test_a_wrong_file_is_two_lines_and_status_2(command, sounds):
 
 
 # --- data sets --------------------------------------------------------------------------------------------------------
-
-
-def small_voices(root):
-    """Write five folders of four prompts each, and what is to be left out."""
-    for voice in VOICES.values():
-        for name in ("a", "b", "digits/1", "digits/2"):
-            write_wav(root / voice / f"{name}.wav", tone(300))
-        write_wav(root / voice / "silence/1.wav", np.zeros(8000))
-        write_wav(root / voice / "short.wav", np.zeros(100))
 
 
 def test_a_prompt_is_in_one_split_with_all_its_languages(tmp_path):

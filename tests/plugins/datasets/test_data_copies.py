@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_audio import small_voices
 from test_data_images import draw
 from test_offsets import INPUTS, SOURCES, VALUES
 from torch import Tensor
 
 import framework as fw
 from framework.data.dataset import Data
+from voices import small_voices
 
 SMALL = {
     "digits": {},
