@@ -49,7 +49,7 @@ def test_a_run_folder_tells_what_ran(result):
     facts = json.loads((result.folder / "facts.json").read_text())
     assert (facts["in_shape"], facts["out_shape"], facts["classes"][:2]) == ([64], [10], ["0", "1"])
     provenance = json.loads((result.folder / "provenance.json").read_text())
-    assert provenance["parts"]["model/mlp"].endswith(f"models.py:{fw.models.get('mlp').source.line}")
+    assert provenance["parts"]["model/mlp"].endswith(f"feedforward.py:{fw.models.get('mlp').source.line}")
     assert json.loads((result.folder / "status.json").read_text())["status"] == "done"
 
 

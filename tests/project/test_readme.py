@@ -23,7 +23,7 @@ FORKS = """
 import json, os, sys, traceback
 import sklearn.datasets, tensorboard.plugins.hparams.plugin_data_pb2, torch, torch._dynamo
 import framework.composition.compose, framework.cli.output
-from framework import cli
+from framework.cli import main
 
 framework.discover()
 for line in sys.stdin:
@@ -39,7 +39,7 @@ for line in sys.stdin:
                 exec(compile(asked["python"], "README", "exec"), {"__name__": "__main__"})
                 status = 0
             else:
-                cli.main(asked["arguments"])
+                main.main(asked["arguments"])
         except SystemExit as end:
             status = end.code
         except BaseException:

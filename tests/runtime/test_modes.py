@@ -182,7 +182,7 @@ def test_trials_that_train_as_one_keep_modules_in_eval_mode():
         model = network()
         model[1].train(not still)
         trainer = Trainer(max_epochs=2, device="cpu", seed=seed)
-        data = fw.data.Loader(TensorSplit(X, Y), 8, shuffle=True)
+        data = fw.Loader(TensorSplit(X, Y), 8, shuffle=True)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         fit = {"model": model, "data": data, "task": nn.CrossEntropyLoss(), "optimizer": optimizer}
         rest = {"val": None, "schedule": None, "metrics": [], "batch_size": 8, "resume": None}

@@ -405,9 +405,9 @@ def undisturbed(tmp_path_factory):
 
 
 FULL_AT = {
-    "checkpoint": (ONE_BY_ONE, (fw.checkpoint, "write"), 1),
+    "checkpoint": (ONE_BY_ONE, (fw.checkpoints, "write"), 1),
     "run-folder": (ONE_BY_ONE, (framework.runs.folder, "only_writer"), 1),
-    "checkpoint-as-one": (AS_ONE, (fw.checkpoint, "write"), 1),
+    "checkpoint-as-one": (AS_ONE, (fw.checkpoints, "write"), 1),
     "run-folder-as-one": (AS_ONE, (framework.runs.folder, "only_writer"), 1),
 }
 
@@ -441,7 +441,7 @@ def test_a_trial_that_fails_of_something_else_counts_as_ended(fresh, monkeypatch
         raise RunError("cannot be written")
 
     with monkeypatch.context() as patch:
-        patch.setattr(fw.checkpoint, "write", fail)
+        patch.setattr(fw.checkpoints, "write", fail)
         status, _, err = fresh(f"{SEARCH} {ONE_BY_ONE}")
     assert (status, err) == (2, "framework: 3 of 3 trials failed\n")
     assert fresh(f"{SEARCH} {ONE_BY_ONE}")[0] == 2
@@ -451,7 +451,7 @@ def test_a_trial_that_fails_of_something_else_counts_as_ended(fresh, monkeypatch
 def test_a_grid_ends_at_a_full_disk(command, monkeypatch):
     grid = "train -m data=blobs trainer.max_epochs=1 loggers=[json_lines] sweep.name=s seed=0,1,2 resume=auto"
     with monkeypatch.context() as patch:
-        no_room(patch, (fw.checkpoint, "write"), 1)
+        no_room(patch, (fw.checkpoints, "write"), 1)
         status, _, err = command(f"{grid} {ONE_BY_ONE}")
     assert status == 2
     assert "cannot be saved in runs/default/s/001_seed-1" in err.splitlines()[-1]
