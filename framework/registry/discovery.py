@@ -256,6 +256,7 @@ def files_in(folder: Path) -> Iterator[Path]:
     """Yield the .py files of a folder, and of the packages in it: the folders that have an `__init__.py`.
 
     The `__init__.py` of a folder comes before its other files, and these before the packages in it.
+    Left out are programs (`__main__.py`) and packages of tests.
     """
     pending = [folder]
     seen = set()  # a link may lead back to a folder above
@@ -264,7 +265,8 @@ def files_in(folder: Path) -> Iterator[Path]:
         if real_path(folder) in seen:
             continue
         seen.add(real_path(folder))
-        yield from sorted(folder.glob("*.py"), key=lambda file: (file.name != "__init__.py", file))
+        files = [file for file in sorted(folder.glob("*.py")) if file.stem != "__main__"]
+        yield from sorted(files, key=lambda file: file.name != "__init__.py")
         packages = [file.parent for file in sorted(folder.glob("*/__init__.py"))]
         pending = [package for package in packages if package.name not in TESTS] + pending
 

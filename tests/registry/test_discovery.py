@@ -8,6 +8,7 @@ import pytest
 
 import framework as fw
 from framework.errors import PluginError
+from framework.registry.discovery import files_in
 from framework.registry.registry import Registry
 
 PLUGIN = """
@@ -160,3 +161,72 @@ assert 'torch' not in sys.modules and 'numpy' not in sys.modules and 'hydra' not
 """
     environment = {**os.environ, "PYTHONPATH": str(Path(fw.__file__).parent.parent)}
     subprocess.run([sys.executable, "-c", check], check=True, env=environment)
+
+
+BASE = "SCALE = 3\n"
+NESTED = """
+from torch import nn
+from framework import activations
+from ..base import SCALE
+from .factors import FACTOR
+
+@activations.register("{name}")
+class Nested(nn.Module):
+    \"\"\"A factor of two files.\"\"\"
+
+    def forward(self, x):
+        return SCALE * FACTOR * x
+"""
+
+
+def write_nested(folder, name="nested"):
+    write(f"{folder}/base.py", BASE)
+    write(f"{folder}/layers/__init__.py", "")
+    write(f"{folder}/layers/factors.py", "FACTOR = 5\n")
+    write(f"{folder}/layers/more.py", NESTED.format(name=name))
+
+
+@pytest.mark.parametrize("reach", ["mine", "package", "package.layers.more"])
+def test_packages_in_a_folder_are_loaded_with_relative_imports(reach):
+    write_nested(reach.partition(".")[0])
+    if reach != "mine":
+        write("package/__init__.py", "")
+    fw.discover([reach])
+    assert fw.activations.build("nested")(1) == 15
+    fw.discover([reach, f"{reach.partition('.')[0]}/layers"])  # nothing is loaded twice: a name taken twice is an error
+
+
+def test_a_package_may_lie_several_folders_deep_and_have_any_name():
+    write("mine/a-b/__init__.py", "")
+    write("mine/a-b/c/__init__.py", "from ..d import NAME\n")
+    write("mine/a-b/d.py", "NAME = 'deep'\n")
+    write("mine/a-b/c/e.py", PLUGIN.format(name="deep"))
+    fw.discover(["mine"])
+    assert "deep" in fw.activations.names()
+
+
+def test_tests_programs_and_folders_that_are_no_package_are_not_loaded():
+    write("mine/double.py", PLUGIN.format(name="double"))
+    write("mine/scripts/run.py", "raise SystemExit('a script')")
+    for package in ("test", "tests"):
+        write(f"mine/{package}/__init__.py", "raise ImportError('tests')")
+    write("package/__init__.py", "")
+    write("package/__main__.py", "raise SystemExit('a program')")
+    write("package/tests/__init__.py", "raise ImportError('tests')")
+    fw.discover(["mine", "package"])
+    assert "double" in fw.activations.names()
+
+
+def test_a_link_to_a_folder_above_ends():
+    write("mine/__init__.py", "")
+    write("mine/double.py", PLUGIN.format(name="double"))
+    Path("mine/again").symlink_to(Path("mine").resolve())
+    assert list(files_in(Path("mine"))) == [Path("mine/__init__.py"), Path("mine/double.py")]
+    fw.discover(["mine"])
+
+
+def test_an_error_in_a_package_is_told_once_with_its_file():
+    write("mine/broken/__init__.py", "import no_such_module\n")
+    write("mine/broken/part.py", PLUGIN.format(name="part"))
+    with pytest.raises(PluginError, match=r"mine/broken/__init__\.py .*no_such_module"):
+        fw.discover(["mine"])
