@@ -65,11 +65,12 @@ from .registry.schema import (  # noqa: E402
 
 if TYPE_CHECKING:
     from .contracts.callback import Callback as Callback
+    from .contracts.context import Context as Context
     from .contracts.logger import Logger as Logger
     from .contracts.metric import Metric as Metric
     from .contracts.pure_optimizer import PureOptimizer as PureOptimizer
     from .contracts.schedule import Schedule as Schedule
-    from .contracts.state import Every as Every
+    from .contracts.state import Every as Every, Stop as Stop
     from .contracts.task import Step as Step, Task as Task
     from .contracts.transform import Transform as Transform
     from .data.accumulation import count_steps as count_steps
@@ -98,13 +99,13 @@ if TYPE_CHECKING:
     from .system import files as files
     from .training.layer_table import undisturbed as undisturbed
     from .training.trainer import Trainer as Trainer
-    from .training.trainer_state import capture as capture
     from .training.validation import check_initialized as check_initialized
     from .tuning.search.study import Judge as Judge, make_pruner as make_pruner
 
 _NAMES = {  # imported at first use: most of these import torch, which a command that only lists parts does not need
     "Batch": "data.dataset",
     "Callback": "contracts.callback",
+    "Context": "contracts.context",
     "Data": "data.dataset",
     "Every": "contracts.state",
     "Judge": "tuning.search.study",
@@ -118,6 +119,7 @@ _NAMES = {  # imported at first use: most of these import torch, which a command
     "Scale": "data.dataset",
     "Schedule": "contracts.schedule",
     "Step": "contracts.task",
+    "Stop": "contracts.state",
     "Target": "data.dataset",
     "Task": "contracts.task",
     "TensorSplit": "data.dataset",
@@ -125,7 +127,6 @@ _NAMES = {  # imported at first use: most of these import torch, which a command
     "Transform": "contracts.transform",
     "WindowSplit": "data.dataset",
     "Writer": "runs.background_writer",
-    "capture": "training.trainer_state",
     "check_initialized": "training.validation",
     "check_read_again": "data.dataset",
     "class_names": "data.dataset",

@@ -10,6 +10,7 @@ import torch
 
 from framework.composition.spec import Spec
 from framework.contracts.callback import Callback
+from framework.contracts.context import Context
 from framework.data.dataset import Data, Loader, TensorSplit
 from framework.errors import RunError
 from framework.runs import checkpoint
@@ -30,10 +31,10 @@ class StopAfter(Callback):
         self.steps, self.until = steps, time.monotonic() + seconds
         self.losses: list[float] = []
 
-    def on_step_end(self, trainer: Trainer) -> None:
+    def on_step_end(self, trainer: Context) -> None:
         self.losses.append(float(trainer.loss))
         if trainer.state.step >= self.steps or time.monotonic() > self.until:
-            trainer.state.stop = "tried"
+            trainer.stop("check", "tried")
 
 
 def check(spec: Spec, say: Callable[[str], None]) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from framework.composition.spec import Spec
 from framework.contracts.optimizer import build_optimizer
+from framework.contracts.state import Stop
 from framework.contracts.task import Task
 from framework.data.accumulation import count_steps, count_total
 from framework.data.content import digests_of
@@ -175,7 +176,7 @@ class Result:
 
     folder: Path
     metrics: dict[str, float] = field(default_factory=dict)
-    stopped: str | None = None
+    stopped: Stop | None = None
     signal: int | None = None
     seconds: float = 0.0
     steps: int = 0

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
-from framework import Callback, PositiveInt, SettingError, Trainer, callbacks, count_steps
+from framework import Callback, Context, PositiveInt, SettingError, callbacks, count_steps
 from framework.contracts.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class Paced(Schedule):
     """A schedule read at the step at which the run would be if all its steps were of as many batches."""
 
-    def __init__(self, schedule: Callable[[int], float], trainer: Trainer):
+    def __init__(self, schedule: Callable[[int], float], trainer: Context):
         self.schedule, self.state = schedule, trainer.state
         self.batches, self.steps = trainer.accumulate, trainer.state.steps_per_epoch
 
@@ -60,7 +60,7 @@ class Accumulation(Callback):
         }
         self.before: tuple[int, Any] | None = None  # what the trainer had
 
-    def on_fit_start(self, trainer: Trainer) -> None:
+    def on_fit_start(self, trainer: Context) -> None:
         """Count the steps to come. Raises SettingError where the batches of an epoch cannot be counted."""
         state = trainer.state
         if not state.steps_per_epoch:
@@ -72,16 +72,16 @@ class Accumulation(Callback):
         state.total_steps = min(sum(steps), trainer.max_steps or sum(steps))
         self.on_epoch_start(trainer)
 
-    def on_epoch_start(self, trainer: Trainer) -> None:
+    def on_epoch_start(self, trainer: Context) -> None:
         assert self.before is not None
         trainer.accumulate = self.wanted(trainer.state.epoch, self.before[0])
         trainer.state.steps_per_epoch = count_steps(trainer.train_batches, trainer.accumulate)
 
-    def on_fit_end(self, trainer: Trainer) -> None:
+    def on_fit_end(self, trainer: Context) -> None:
         if self.before is not None:
             (trainer.accumulate, trainer.schedule), self.before = self.before, None
 
-    def on_exception(self, trainer: Trainer) -> None:
+    def on_exception(self, trainer: Context) -> None:
         self.on_fit_end(trainer)
 
     def wanted(self, epoch: int, usual: int) -> int:
@@ -100,7 +100,7 @@ class Accumulation(Callback):
     def amend(
         self,
         plan: "Plan",
-        trainer: Trainer,
+        trainer: Context,
         batches: int,
         optimizer: Optimizer,
         schedule: Callable[[int], float] | None,

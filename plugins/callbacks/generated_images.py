@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from framework import Callback, Every, PositiveInt, SettingError, Trainer, callbacks, is_in_memory, seeds
+from framework import Callback, Context, Every, PositiveInt, SettingError, callbacks, is_in_memory, seeds
 from framework.contracts.state import Cadence
 
 
@@ -31,17 +31,17 @@ class Pictures(Callback):
         super().reset()
         self.asked = -1
 
-    def on_fit_start(self, trainer: Trainer) -> None:
+    def on_fit_start(self, trainer: Context) -> None:
         if not hasattr(trainer.task, "pictures"):
             raise SettingError(f"callbacks.pictures: {type(trainer.task).__name__} has no pictures to show")
 
-    def on_validation_end(self, trainer: Trainer) -> None:
+    def on_validation_end(self, trainer: Context) -> None:
         self._show_if_due(trainer)
 
-    def on_step_end(self, trainer: Trainer) -> None:
+    def on_step_end(self, trainer: Context) -> None:
         self._show_if_due(trainer)
 
-    def _show_if_due(self, trainer: Trainer) -> None:
+    def _show_if_due(self, trainer: Context) -> None:
         state = trainer.state
         if self.asked == state.step:
             return
@@ -50,7 +50,7 @@ class Pictures(Callback):
             self._show(trainer)
 
     @torch.no_grad()
-    def _show(self, trainer: Trainer) -> None:
+    def _show(self, trainer: Context) -> None:
         inputs = held_out(trainer, self.count)
         with trainer.precision.inference(trainer.model), seeds.undisturbed():
             shown = trainer.task.pictures(trainer.model, inputs)  # type: ignore[attr-defined]
@@ -86,12 +86,12 @@ class SampleDistance(Callback):
         """
         self.count = count
 
-    def on_fit_start(self, trainer: Trainer) -> None:
+    def on_fit_start(self, trainer: Context) -> None:
         if not hasattr(trainer.model, "sample"):
             raise SettingError(f"callbacks.sample_distance: {type(trainer.model).__name__} makes no samples")
 
     @torch.no_grad()
-    def on_validation_end(self, trainer: Trainer) -> None:
+    def on_validation_end(self, trainer: Context) -> None:
         inputs = held_out(trainer, self.count)
         with trainer.precision.inference(trainer.model), seeds.undisturbed():
             torch.manual_seed(seeds.derive(trainer.seed, "samples"))  # the same draws each time
@@ -102,7 +102,7 @@ class SampleDistance(Callback):
         trainer.log({f"val/sample_{name}": float(value) for name, value in values.items()})  # numbers, to be watched
 
 
-def held_out(trainer: Trainer, count: int) -> Tensor:
+def held_out(trainer: Context, count: int) -> Tensor:
     """Return the first inputs of the validation split, or of the training split where there is none, on the device."""
     batches = trainer.train_batches if trainer.val_batches is None else trainer.val_batches
     split = getattr(batches, "split", None)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from framework import (
     Batch,
+    Context,
     Data,
     DataError,
     Every,
@@ -21,7 +22,6 @@ from framework import (
     SettingError,
     Step,
     Task,
-    Trainer,
     WindowSplit,
     callbacks,
     metrics,
@@ -224,11 +224,11 @@ class TextSamples(Callback):
         self.cadence, self.prompt = Cadence(every), prompt
         self.sampling = {"length": length, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
 
-    def on_step_end(self, trainer: Trainer) -> None:
+    def on_step_end(self, trainer: Context) -> None:
         if self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0):
             self.show(trainer)
 
-    def show(self, trainer: Trainer) -> None:
+    def show(self, trainer: Context) -> None:
         split = getattr(trainer.train_batches, "split", None)
         if not isinstance(split, WindowSplit) or "tokenizer" not in split.facts:
             raise SettingError("text_samples: the data is no text that a language model learns from")
