@@ -64,7 +64,7 @@ from .registry.schema import (  # noqa: E402
 )
 
 if TYPE_CHECKING:
-    from .contracts.callback import Callback as Callback
+    from .contracts.callback import Callback as Callback, SavingCallback as SavingCallback
     from .contracts.context import Context as Context
     from .contracts.logger import Logger as Logger
     from .contracts.metric import Metric as Metric
@@ -116,6 +116,7 @@ _NAMES = {  # imported at first use: most of these import torch, which a command
     "Plan": "experiment.plan",
     "PureOptimizer": "contracts.pure_optimizer",
     "RaggedSplit": "data.dataset",
+    "SavingCallback": "contracts.callback",
     "Scale": "data.dataset",
     "Schedule": "contracts.schedule",
     "Step": "contracts.task",

@@ -35,8 +35,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from .state import Stateful
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from .context import Context
 
 EVENTS = (
@@ -62,21 +60,15 @@ class Callback(Stateful):
     Attributes:
         changes_training: whether it may change what the weights become; False allows other settings, or the callback
             to come and go, in a run that is resumed exactly.
-        alone: whether it cannot serve one of many trials that train as one. If it does not say, it can when it changes
-            nothing of training. One that changes no more than gradients, learning rates, or weights in their place can
-            too (False); what else it did to its trial's model, loss or optimizer, the others' model would not know.
         follows_metrics: whether it decides by logged values how a run continues, or when it ends;
             then a resumed run may not measure them at other times. None: it does if it may change
             training and listens to validations or logs.
-        saves: whether it saves checkpoints; a run without such a callback prints a note.
         recordable: whether `on_gradients` is nothing but arithmetic on the device, the same in each step, so that a
             CUDA graph may replay it.
     """
 
     changes_training: ClassVar[bool] = True
-    alone: bool | None = None
     follows_metrics: ClassVar[bool | None] = None
-    saves: ClassVar[bool] = False
     recordable: bool = False
 
     def on_fit_start(self, trainer: Context) -> None: ...
@@ -109,27 +101,23 @@ class Callback(Stateful):
         """
         return True
 
-    def among(self, trials: int) -> None:
-        """Prepare to serve one of so many trials that train as one: what takes turns has to wait longer."""
-
-    @staticmethod
-    def clip_rows(callbacks: Sequence[Callback], gradients: Tensor) -> None:
-        """Do what `on_gradients` does, for many trials at once: their callbacks, and their gradients (trials, numbers).
-
-        Where it is not given, `on_gradients` is called for each trial.
-        """
-
     def on_save(self, model_state: dict[str, Any], own_state: dict[str, Any]) -> None:
         """Change what a checkpoint will hold: the model's weights as `predict` shall use them, and this one's state."""
 
     def on_rewind(self, own_state: dict[str, Any]) -> None:
         """Take back what `on_save` made of `own_state`: the run goes back to that checkpoint's weights."""
 
+
+class SavingCallback(Callback):
+    """Base of callbacks that save checkpoints. A run without one prints that it cannot be resumed."""
+
+    changes_training = False
+
     def hurry_saving(self) -> None:
-        """Write now what waits to be written, without waiting for it: `finish_saving` comes soon."""
+        """Start to write what waits to be written, without waiting for it: `finish_saving` follows."""
 
     def finish_saving(self) -> None:
-        """Wait until everything that is being saved is on the disk."""
+        """Wait until all checkpoints are on the disk. Raises CheckpointError if one cannot be written."""
 
 
 def follows_metrics(kind: Any) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from framework.composition.spec import Spec
+from framework.contracts.callback import SavingCallback
 from framework.contracts.optimizer import build_optimizer
 from framework.contracts.state import Stop
 from framework.contracts.task import Task
@@ -335,7 +336,7 @@ def prepare(
     if spec.init_from is not None and resumed is None:
         say(start_from(built.model, spec.init_from))
     trainer, threads = built.trainer(), built.threads()
-    if not any(callback.saves for callback in trainer.callbacks):
+    if not any(isinstance(callback, SavingCallback) for callback in trainer.callbacks):
         say(UNSAVED)
     if resumed is not None:
         check_same_data(resumed, built, inexact, say)

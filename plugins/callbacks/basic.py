@@ -21,6 +21,7 @@ from framework import (
     Pattern,
     PositiveFloat,
     PositiveInt,
+    SavingCallback,
     Schedule,
     SettingError,
     Writer,
@@ -163,16 +164,13 @@ class EarlyStop(Callback):
 
 
 @callbacks.register("checkpoint", aliases=["model_checkpoint"])
-class Checkpoint(Callback):
+class Checkpoint(SavingCallback):
     """Saves all that it takes to go on, in the run's folder under `checkpoints`; always at the end too.
 
     The newest ones stay, and the best, to the first of which the link `checkpoints/best` leads. A checkpoint is written
     when all of a step is done, so a run resumed from it goes on as if nothing had happened; also when the run is told
     to stop by a signal, and when it fails between two steps (in reading data).
     """
-
-    changes_training = False
-    saves = True
 
     def __init__(
         self,

@@ -7,7 +7,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from framework import Callback, Context, FrameworkError, PositiveInt, SettingError, callbacks, checkpoints, numbers_of
+from framework import (
+    Callback,
+    Context,
+    FrameworkError,
+    PositiveInt,
+    SavingCallback,
+    SettingError,
+    callbacks,
+    checkpoints,
+    numbers_of,
+)
 from framework.contracts.callback import keyed
 from framework.contracts.optimizer import restore_optimizer
 
@@ -154,7 +164,8 @@ class NonFinite(Callback):
 
     def _checkpoint(self, trainer: Context) -> Path:
         for callback in trainer.callbacks:
-            callback.finish_saving()  # or which one is newest would depend on the disk
+            if isinstance(callback, SavingCallback):
+                callback.finish_saving()  # or which one is newest would depend on the disk
         assert trainer.folder is not None
         found, skipped = checkpoints.newest(trainer.folder / "checkpoints")
         if found is None:
