@@ -77,6 +77,7 @@ if TYPE_CHECKING:
     from .data.dataset import (
         Batch as Batch,
         Data as Data,
+        LabelledSplit as LabelledSplit,
         Loader as Loader,
         RaggedSplit as RaggedSplit,
         Scale as Scale,
@@ -89,7 +90,6 @@ if TYPE_CHECKING:
     )
     from .errors import paths as paths, terminal as terminal, user_code as user_code
     from .experiment.load import open_run as open_run
-    from .experiment.plan import Plan as Plan, read_curve as read_curve
     from .runs import checkpoint as checkpoints, snapshot as snapshot  # noqa: F401
     from .runs.background_writer import Writer as Writer
     from .runtime import memory as memory, seeds as seeds, shapes as shapes
@@ -109,11 +109,11 @@ _NAMES = {  # imported at first use: most of these import torch, which a command
     "Data": "data.dataset",
     "Every": "contracts.state",
     "Judge": "tuning.search.study",
+    "LabelledSplit": "data.dataset",
     "Loader": "data.dataset",
     "Logger": "contracts.logger",
     "Metric": "contracts.metric",
     "ModelContents": "runtime.identity",
-    "Plan": "experiment.plan",
     "PureOptimizer": "contracts.pure_optimizer",
     "RaggedSplit": "data.dataset",
     "SavingCallback": "contracts.callback",
@@ -137,7 +137,6 @@ _NAMES = {  # imported at first use: most of these import torch, which a command
     "make_pruner": "tuning.search.study",
     "numbers_of": "runtime.gradients",
     "open_run": "experiment.load",
-    "read_curve": "experiment.plan",
     "slow_data": "runtime.clock",
     "undisturbed": "training.layer_table",
 }

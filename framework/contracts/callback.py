@@ -30,6 +30,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .state import Stateful
@@ -52,6 +53,24 @@ EVENTS = (
     "exception",
     "close",
 )
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How batches make steps, where a callback changes it during the run.
+
+    Attributes:
+        total_steps: optimizer steps of the run.
+        batches_per_step: their mean.
+        text: the steps of each epoch, in words.
+        schedule_step: step -> the step of the schedule that gives its learning rate; None if that
+            is the step itself.
+    """
+
+    total_steps: int
+    batches_per_step: float
+    text: str
+    schedule_step: Callable[[int], int] | None = None
 
 
 class Callback(Stateful):
@@ -94,6 +113,14 @@ class Callback(Stateful):
         """
         return ()
 
+    def pace(self, trainer: Context, batches: int) -> Pace | None:
+        """Return how it spreads batches over steps, for `framework plan`; None if it does not.
+
+        Args:
+            batches: of an epoch.
+        """
+        return None
+
     def needs_gradients(self, trainer: Context) -> bool:
         """Whether `on_gradients` must be called in the step to come even if all gradients are finite.
 
@@ -118,6 +145,13 @@ class SavingCallback(Callback):
 
     def finish_saving(self) -> None:
         """Wait until all checkpoints are on the disk. Raises CheckpointError if one cannot be written."""
+
+
+def changes_training(part: Any) -> bool:
+    """Whether a part may change the weights: a class of callbacks says so, a function may."""
+    if not isinstance(part, type) or not issubclass(part, Callback):
+        return True
+    return part.changes_training
 
 
 def follows_metrics(kind: Any) -> bool:

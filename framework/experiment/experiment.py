@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from framework.composition.spec import Spec
-from framework.contracts.callback import SavingCallback
+from framework.contracts.callback import SavingCallback, changes_training
 from framework.contracts.optimizer import build_optimizer
 from framework.contracts.state import Stop
 from framework.contracts.task import Task
@@ -157,8 +157,9 @@ class Experiment:
         trainer = self.trainer()
         made.batches_per_step = trainer.accumulate
         for callback in trainer.callbacks:
-            if hasattr(callback, "amend"):  # it changes how batches make steps
-                callback.amend(made, trainer, len(self.train_batches), self.optimizer, self.schedule)
+            pace = callback.pace(trainer, len(self.train_batches))
+            if pace is not None:
+                made.follow(pace, self.optimizer, self.schedule)
         return made
 
 
@@ -446,7 +447,7 @@ def hyperparameters(spec: Spec) -> dict[str, Any]:
     """Return the settings that the outcome may depend on: not where a run lies, nor how it is watched."""
     kept = {key: value for key, value in spec.tree.items() if key not in WATCHING}
     kept["trainer"] = {key: value for key, value in kept["trainer"].items() if key not in WATCHING}
-    watching = [m.entry.name for m in spec.parts["callback"] if not getattr(m.entry.part, "changes_training", True)]
+    watching = [m.entry.name for m in spec.parts["callback"] if not changes_training(m.entry.part)]
     kept["callbacks"] = {name: value for name, value in kept["callbacks"].items() if name not in watching}
     return kept
 

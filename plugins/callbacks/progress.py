@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from torch.utils.data import DataLoader
 
-from framework import Callback, Context, PositiveFloat, callbacks, slow_data, terminal
+from framework import Callback, Context, Loader, PositiveFloat, callbacks, slow_data, terminal
 from framework.contracts.state import State
 
 if TYPE_CHECKING:
@@ -156,7 +156,9 @@ class Progress(Callback):
 
 def data_loader_advice(trainer: Context) -> str | None:
     """Say how to wait less for a DataLoader without workers, if that took much of the time."""
-    loader = getattr(trainer.train_batches, "batches", None)
+    if isinstance(trainer.train_batches, Loader):  # `data_advice` of an experiment is about it
+        return None
+    loader = trainer.train_batches.batches
     share = slow_data(trainer.clock.shares(), trainer.clock.elapsed)
     if share is None or not isinstance(loader, DataLoader) or loader.num_workers > 0:
         return None

@@ -167,7 +167,7 @@ class Predictions(Callback):
         self.cadence, self.curves, self.samples = Cadence(every), curves, samples
 
     def on_fit_start(self, trainer: Context) -> None:
-        split = getattr(trainer.val_batches, "split", None)
+        split = None if trainer.val_batches is None else trainer.val_batches.split
         missing = None
         if trainer.val_batches is None:
             missing = "there is no validation split"
