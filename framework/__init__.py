@@ -64,18 +64,20 @@ from .registry.schema import (  # noqa: E402
 )
 
 if TYPE_CHECKING:
-    from .contracts.callback import Callback as Callback
+    from .contracts.callback import Callback as Callback, SavingCallback as SavingCallback
+    from .contracts.context import Context as Context
     from .contracts.logger import Logger as Logger
     from .contracts.metric import Metric as Metric
     from .contracts.pure_optimizer import PureOptimizer as PureOptimizer
     from .contracts.schedule import Schedule as Schedule
-    from .contracts.state import Every as Every
+    from .contracts.state import Every as Every, Stop as Stop
     from .contracts.task import Step as Step, Task as Task
     from .contracts.transform import Transform as Transform
     from .data.accumulation import count_steps as count_steps
     from .data.dataset import (
         Batch as Batch,
         Data as Data,
+        LabelledSplit as LabelledSplit,
         Loader as Loader,
         RaggedSplit as RaggedSplit,
         Scale as Scale,
@@ -88,7 +90,6 @@ if TYPE_CHECKING:
     )
     from .errors import paths as paths, terminal as terminal, user_code as user_code
     from .experiment.load import open_run as open_run
-    from .experiment.plan import Plan as Plan, read_curve as read_curve
     from .runs import checkpoint as checkpoints, snapshot as snapshot  # noqa: F401
     from .runs.background_writer import Writer as Writer
     from .runtime import memory as memory, seeds as seeds, shapes as shapes
@@ -98,26 +99,28 @@ if TYPE_CHECKING:
     from .system import files as files
     from .training.layer_table import undisturbed as undisturbed
     from .training.trainer import Trainer as Trainer
-    from .training.trainer_state import capture as capture
     from .training.validation import check_initialized as check_initialized
     from .tuning.search.study import Judge as Judge, make_pruner as make_pruner
 
 _NAMES = {  # imported at first use: most of these import torch, which a command that only lists parts does not need
     "Batch": "data.dataset",
     "Callback": "contracts.callback",
+    "Context": "contracts.context",
     "Data": "data.dataset",
     "Every": "contracts.state",
     "Judge": "tuning.search.study",
+    "LabelledSplit": "data.dataset",
     "Loader": "data.dataset",
     "Logger": "contracts.logger",
     "Metric": "contracts.metric",
     "ModelContents": "runtime.identity",
-    "Plan": "experiment.plan",
     "PureOptimizer": "contracts.pure_optimizer",
     "RaggedSplit": "data.dataset",
+    "SavingCallback": "contracts.callback",
     "Scale": "data.dataset",
     "Schedule": "contracts.schedule",
     "Step": "contracts.task",
+    "Stop": "contracts.state",
     "Target": "data.dataset",
     "Task": "contracts.task",
     "TensorSplit": "data.dataset",
@@ -125,7 +128,6 @@ _NAMES = {  # imported at first use: most of these import torch, which a command
     "Transform": "contracts.transform",
     "WindowSplit": "data.dataset",
     "Writer": "runs.background_writer",
-    "capture": "training.trainer_state",
     "check_initialized": "training.validation",
     "check_read_again": "data.dataset",
     "class_names": "data.dataset",
@@ -135,7 +137,6 @@ _NAMES = {  # imported at first use: most of these import torch, which a command
     "make_pruner": "tuning.search.study",
     "numbers_of": "runtime.gradients",
     "open_run": "experiment.load",
-    "read_curve": "experiment.plan",
     "slow_data": "runtime.clock",
     "undisturbed": "training.layer_table",
 }

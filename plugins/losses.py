@@ -13,8 +13,20 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import TensorDataset
 
-from framework import Data, DataError, Fraction, NonNegativeFloat, PositiveFloat, Range, losses
+from framework import (
+    Data,
+    DataError,
+    Fraction,
+    LabelledSplit,
+    NonNegativeFloat,
+    PositiveFloat,
+    RaggedSplit,
+    Range,
+    TensorSplit,
+    losses,
+)
 from framework.contracts.loss import counted, distributions, zero_of_none
 
 REDUCTION = ("reduction", "size_average", "reduce")  # a loss is a mean: the trainer relies on it
@@ -102,9 +114,14 @@ def balanced(targets: Tensor, classes: int, ignored: int | None = None) -> Tenso
 
 def targets_of(data: Data) -> Tensor:
     """Return the training targets. Raises DataError where every sample would have to be read for them."""
-    split: Any = data.train
-    held = getattr(split, "tensors", None) or getattr(split, "others", None)  # in memory: as arrays, or beside texts
-    targets = held[-1] if held else getattr(split, "labels", None)
+    split = data.train
+    targets: Any = None
+    if isinstance(split, TensorSplit | TensorDataset):
+        targets = split.tensors[-1]
+    elif isinstance(split, RaggedSplit) and split.others:
+        targets = split.others[-1]
+    elif isinstance(split, LabelledSplit):
+        targets = split.labels
     if not isinstance(targets, Tensor) or targets.is_floating_point():
         what = f"the training split of {type(data).__name__} does not give its classes beforehand"
         raise DataError(f"loss.weight=balanced: {what}; give one number a class instead")

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from framework import (
     Batch,
     BuildError,
+    Context,
     Fraction,
     NonNegativeFloat,
     PositiveFloat,
@@ -21,7 +22,6 @@ from framework import (
     Range,
     SettingError,
     Shape,
-    Trainer,
     Transform,
     shapes,
     transforms,
@@ -202,7 +202,7 @@ class Mixing(Transform):
         self.who, self.classes, self.alpha, self.p = who, out_shape[0], alpha, p
         self.criterion: nn.Module | None = None
 
-    def on_fit_start(self, trainer: Trainer) -> None:
+    def on_fit_start(self, trainer: Context) -> None:
         self.criterion = trainer.task.criterion
 
     def draw(self, inputs: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,21 +23,20 @@ Before fit_start, `reset` makes each callback forget an earlier fit; when a fit 
 `load_state_dict` follows.
 They may replace parameters and modules of the model and change the groups of the optimizer, but not replace the model,
 the task or the optimizer as a whole. A batch that one wants to keep after the step has to be copied.
-To end a run: `trainer.state.stop = "reason"`; the step under way is finished first.
+To end a run: `trainer.stop(name, reason)`; the step under way is finished first.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .state import Stateful
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from framework.training.trainer import Trainer
+    from .context import Context
 
 EVENTS = (
     "fit_start",
@@ -56,42 +55,54 @@ EVENTS = (
 )
 
 
+@dataclass(frozen=True)
+class Pace:
+    """How batches make steps, where a callback changes it during the run.
+
+    Attributes:
+        total_steps: optimizer steps of the run.
+        batches_per_step: their mean.
+        text: the steps of each epoch, in words.
+        schedule_step: step -> the step of the schedule that gives its learning rate; None if that
+            is the step itself.
+    """
+
+    total_steps: int
+    batches_per_step: float
+    text: str
+    schedule_step: Callable[[int], int] | None = None
+
+
 class Callback(Stateful):
     """Base of all callbacks; each `on_...` takes the trainer, with its `state`, `model`, `optimizer` and `log`.
 
     Attributes:
         changes_training: whether it may change what the weights become; False allows other settings, or the callback
             to come and go, in a run that is resumed exactly.
-        alone: whether it cannot serve one of many trials that train as one. If it does not say, it can when it changes
-            nothing of training. One that changes no more than gradients, learning rates, or weights in their place can
-            too (False); what else it did to its trial's model, loss or optimizer, the others' model would not know.
         follows_metrics: whether it decides by logged values how a run continues, or when it ends;
             then a resumed run may not measure them at other times. None: it does if it may change
             training and listens to validations or logs.
-        saves: whether it saves checkpoints; a run without such a callback prints a note.
         recordable: whether `on_gradients` is nothing but arithmetic on the device, the same in each step, so that a
             CUDA graph may replay it.
     """
 
     changes_training: ClassVar[bool] = True
-    alone: bool | None = None
     follows_metrics: ClassVar[bool | None] = None
-    saves: ClassVar[bool] = False
     recordable: bool = False
 
-    def on_fit_start(self, trainer: Trainer) -> None: ...
-    def on_epoch_start(self, trainer: Trainer) -> None: ...
-    def on_step_start(self, trainer: Trainer) -> None: ...
-    def on_gradients(self, trainer: Trainer) -> None: ...
-    def on_step_end(self, trainer: Trainer) -> None: ...
-    def on_log(self, trainer: Trainer) -> None: ...
-    def on_validation_start(self, trainer: Trainer) -> None: ...
-    def on_validation_end(self, trainer: Trainer) -> None: ...
-    def on_epoch_end(self, trainer: Trainer) -> None: ...
-    def on_step_done(self, trainer: Trainer) -> None: ...
-    def on_fit_end(self, trainer: Trainer) -> None: ...
-    def on_exception(self, trainer: Trainer) -> None: ...
-    def on_close(self, trainer: Trainer) -> None: ...
+    def on_fit_start(self, trainer: Context) -> None: ...
+    def on_epoch_start(self, trainer: Context) -> None: ...
+    def on_step_start(self, trainer: Context) -> None: ...
+    def on_gradients(self, trainer: Context) -> None: ...
+    def on_step_end(self, trainer: Context) -> None: ...
+    def on_log(self, trainer: Context) -> None: ...
+    def on_validation_start(self, trainer: Context) -> None: ...
+    def on_validation_end(self, trainer: Context) -> None: ...
+    def on_epoch_end(self, trainer: Context) -> None: ...
+    def on_step_done(self, trainer: Context) -> None: ...
+    def on_fit_end(self, trainer: Context) -> None: ...
+    def on_exception(self, trainer: Context) -> None: ...
+    def on_close(self, trainer: Context) -> None: ...
 
     @classmethod
     def depends_on(cls, settings: Mapping[str, Any]) -> Sequence[str]:
@@ -102,22 +113,20 @@ class Callback(Stateful):
         """
         return ()
 
-    def needs_gradients(self, trainer: Trainer) -> bool:
+    def pace(self, trainer: Context, batches: int) -> Pace | None:
+        """Return how it spreads batches over steps, for `framework plan`; None if it does not.
+
+        Args:
+            batches: of an epoch.
+        """
+        return None
+
+    def needs_gradients(self, trainer: Context) -> bool:
         """Whether `on_gradients` must be called in the step to come even if all gradients are finite.
 
         Where nobody needs them, a compiled step goes from the batch to the new weights.
         """
         return True
-
-    def among(self, trials: int) -> None:
-        """Prepare to serve one of so many trials that train as one: what takes turns has to wait longer."""
-
-    @staticmethod
-    def clip_rows(callbacks: Sequence[Callback], gradients: Tensor) -> None:
-        """Do what `on_gradients` does, for many trials at once: their callbacks, and their gradients (trials, numbers).
-
-        Where it is not given, `on_gradients` is called for each trial.
-        """
 
     def on_save(self, model_state: dict[str, Any], own_state: dict[str, Any]) -> None:
         """Change what a checkpoint will hold: the model's weights as `predict` shall use them, and this one's state."""
@@ -125,11 +134,24 @@ class Callback(Stateful):
     def on_rewind(self, own_state: dict[str, Any]) -> None:
         """Take back what `on_save` made of `own_state`: the run goes back to that checkpoint's weights."""
 
+
+class SavingCallback(Callback):
+    """Base of callbacks that save checkpoints. A run without one prints that it cannot be resumed."""
+
+    changes_training = False
+
     def hurry_saving(self) -> None:
-        """Write now what waits to be written, without waiting for it: `finish_saving` comes soon."""
+        """Start to write what waits to be written, without waiting for it: `finish_saving` follows."""
 
     def finish_saving(self) -> None:
-        """Wait until everything that is being saved is on the disk."""
+        """Wait until all checkpoints are on the disk. Raises CheckpointError if one cannot be written."""
+
+
+def changes_training(part: Any) -> bool:
+    """Whether a part may change the weights: a class of callbacks says so, a function may."""
+    if not isinstance(part, type) or not issubclass(part, Callback):
+        return True
+    return part.changes_training
 
 
 def follows_metrics(kind: Any) -> bool:
@@ -143,7 +165,7 @@ def follows_metrics(kind: Any) -> bool:
     return kind.changes_training and (validations or logs)
 
 
-def listeners(callbacks: Sequence[Callback]) -> dict[str, list[Callable[[Trainer], None]]]:
+def listeners(callbacks: Sequence[Callback]) -> dict[str, list[Callable[[Context], None]]]:
     """Return for each event the methods that listen to it: those that are not the empty ones of `Callback`."""
     methods = {event: f"on_{event}" for event in EVENTS}
     return {

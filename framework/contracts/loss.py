@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from types import BuiltinFunctionType, MethodType, ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,15 @@ IGNORED = -100
 
 Form = Literal["classes", "indices", "values", "label sets", "classes or labels", "any"]
 Items = Literal["weights", "kept", "targets", "vectors", "rows", "own"]
+
+
+@runtime_checkable
+class DataDependentLoss(Protocol):
+    """A loss with something that is measured on the training targets, such as class weights."""
+
+    def learn(self, data: Data) -> None:
+        """Measure it. A task calls this before the first step."""
+
 
 MODULES: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.CrossEntropyLoss: F.cross_entropy,

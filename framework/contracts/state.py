@@ -4,6 +4,7 @@ import copy
 import re
 import time
 from dataclasses import dataclass, field
+from signal import Signals
 from typing import Annotated, Any
 
 from framework.errors import SettingError, short
@@ -13,6 +14,30 @@ COUNTERS = ("step", "epoch", "batch", "samples")
 EVERY = r"\s*(?!0+(?:\.0*)?[a-z\s])(\d+(?:\.\d+)?)\s*(steps?|epochs?|s|sec|min|h)\s*"
 Every = Annotated[str, Pattern(EVERY, "a cadence like 10steps, 1epoch or 5min")]
 SECONDS = {"s": 1.0, "sec": 1.0, "min": 60.0, "h": 3600.0}
+
+
+CALLBACK = "callback"  # what ends a run that was given only a text as its reason
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Why a run ends before its last step. `str(stop)` is the text in status.json and at the terminal.
+
+    Attributes:
+        by: the name of the callback that ends the run, such as "early_stop"; "callback" for one
+            that sets `state.stop` to a text, "signal" for a signal.
+        reason: a text for people; for a signal its name, such as "SIGTERM".
+        signal: the signal that ends the run, if it is one.
+    """
+
+    by: str
+    reason: str
+    signal: Signals | None = None
+
+    def __str__(self) -> str:
+        if self.by == CALLBACK or self.signal is not None:
+            return self.reason
+        return f"{self.by}: {self.reason}"
 
 
 @dataclass
@@ -27,7 +52,7 @@ class State:
         total_steps: optimizer steps of the whole run.
         steps_per_epoch: optimizer steps of an epoch.
         metrics: the last value of every logged scalar, e.g. {"val/accuracy": 0.97}.
-        stop: why the run ends before its last step, or None; a callback sets it.
+        stop: why the run ends before its last step, or None; `trainer.stop` sets it.
     """
 
     step: int = 0
@@ -37,8 +62,17 @@ class State:
     total_steps: int = 0
     steps_per_epoch: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
-    stop: str | None = None
     started: float = field(default_factory=time.monotonic)
+    _stop: Stop | None = field(default=None, init=False)
+
+    @property
+    def stop(self) -> Stop | None:
+        return self._stop
+
+    @stop.setter
+    def stop(self, stop: Stop | str | None) -> None:
+        """Set it; a text becomes the reason of a Stop by "callback"."""
+        self._stop = Stop(CALLBACK, stop) if isinstance(stop, str) else stop
 
     @property
     def wall_seconds(self) -> float:

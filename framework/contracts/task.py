@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from framework.registry.kinds import Shape
 
 from .alignment import call_aligned
 from .loss import (
+    DataDependentLoss,
     Mean,
     check_call,
     check_classes,
@@ -108,6 +109,28 @@ class Task:
         """Raise BuildError when the model has not the parts that this task calls."""
 
 
+@runtime_checkable
+class TextTask(Protocol):
+    """A task whose model continues a text, as `framework predict --prompt` asks for."""
+
+    def generate(self, model: nn.Module, tokens: Tensor, context: int, **sampling: Any) -> list[int]:
+        """Return the tokens after some.
+
+        Args:
+            tokens: of the text to continue, shape (length,).
+            context: the most tokens that the model takes.
+            sampling: how to draw, such as `length` and `temperature`.
+        """
+
+
+@runtime_checkable
+class PictureTask(Protocol):
+    """A task that shows what its model makes, for the callback `pictures`."""
+
+    def pictures(self, model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
+        """Return rows of the inputs' shape, by tag; generated inputs by the tag "samples"."""
+
+
 def inputs_and_targets(batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the two tensors of a batch. Raises DataError when there are more or fewer."""
     if len(batch) != 2:
@@ -167,7 +190,7 @@ class LossTask(Task):
     def check(self, data: Data) -> None:
         if self.mean.form == "classes" and data.target == "class" and hasattr(data, "out_shape"):
             check_classes(data, self.mean.ignored)
-        if hasattr(self.loss, "learn"):
+        if isinstance(self.loss, DataDependentLoss):
             self.loss.learn(data)
 
     def check_first(self, step: Step) -> None:

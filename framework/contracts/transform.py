@@ -22,8 +22,6 @@ class Transform(Callback):
     events: a Trainer takes it among its callbacks.
     """
 
-    alone = True  # trials that train as one read a batch once for all of them
-
     def __call__(self, batch: Batch) -> Batch:
         """Return a changed batch, in new tensors; those of the given batch stay as they are.
 

@@ -10,7 +10,7 @@ from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -115,6 +115,8 @@ class Data:
         out_shape: (classes,) for classes, (labels,) for labels, (values,) for values.
         target: "class" (int64 index, shape ()), "labels" (0/1 floats, shape (labels,)), "value" (floats, (values,)).
         classes: the names of classes or labels, in the order of the outputs; empty for values.
+        characters: of a text as tokens, the characters that each token stands for, shape
+            (vocabulary,); None for other data.
         columns: of a table with categories as indices, for each input: 0 for a number, n for an index from 0 to n - 1.
         scale: how values were scaled; metrics and predictions are scaled back.
         rows: of each split, which of the samples read it has, as tensors of their numbers, for
@@ -145,6 +147,7 @@ class Data:
     out_shape: Shape
     target: Target = "class"
     classes: Sequence[str] = ()
+    characters: Tensor | None = None
     columns: Sequence[int] = ()
     scale: Scale | None = None
     rows: Mapping[str, Tensor] = MappingProxyType({})
@@ -196,12 +199,23 @@ def known_length(source: Any) -> int | None:
         return None
 
 
+@runtime_checkable
+class LabelledSplit(Protocol):
+    """A split that knows the targets of all its samples, in their order, without reading them."""
+
+    labels: Tensor
+
+
 class EvenClasses:
     """Draws samples with replacement: each class is as likely as any other, and within it each sample."""
 
     def __init__(self, split: Split):
         """Sort the samples by class. Raises DataError where their classes are not known without reading them."""
-        known: Any = split.tensors[-1] if isinstance(split, TensorSplit) else getattr(split, "labels", None)
+        known: Any = None
+        if isinstance(split, TensorSplit):
+            known = split.tensors[-1]
+        elif isinstance(split, LabelledSplit):
+            known = split.labels
         if not isinstance(known, Tensor) or known.ndim != 1 or known.is_floating_point():
             raise DataError(
                 f"loader.sampling=weighted: {type(split).__name__} does not give one class for each sample beforehand; "
@@ -428,6 +442,8 @@ class ForeignLoader:
     """
 
     hold = 1
+    split: None = None  # what the samples are read from is not known
+    batch_size: None = None
 
     def __init__(self, batches: Iterable[Any]):
         """Wrap an iterable of batches. Raises DataError for what is not iterable."""

@@ -274,6 +274,7 @@ def read_batches(
     except (RuntimeError, OSError, EOFError) as error:  # OSError: memory that a process shared is gone with it
         for process in processes:
             process.join(0.1)
+        # torch raises a RuntimeError for a batch that has taken too long, too, while all processes live.
         if "DataLoader" not in str(error) and all(process.is_alive() for process in processes):
             raise
         raise fault(samples, processes, timeout_seconds) from error
@@ -319,7 +320,7 @@ def discard_started(error: BaseException) -> None:
 def lacks_shared_memory(error: BaseException) -> bool:
     """Whether an error says that a semaphore or a tensor found no room in shared memory."""
     full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-    return full or "shared memory" in str(error)
+    return full or "shared memory" in str(error)  # torch raises a RuntimeError without an errno
 
 
 def shared_memory_is_full() -> str:

@@ -11,6 +11,16 @@ class FrameworkError(Exception):
 
     exit_status = 2
 
+    def with_text(self, text: str) -> "FrameworkError":
+        """Return an error of the same class and attributes with another text.
+
+        It does not call `__init__`, which may take other arguments than a text.
+        """
+        cls = type(self)
+        error = cls.__new__(cls, text)
+        error.__dict__.update(vars(self))
+        return error
+
 
 class UnknownName(FrameworkError):
     """No part of that kind has this name."""
@@ -34,6 +44,9 @@ class ConfigError(FrameworkError):
     def __init__(self, problems: Iterable[str]):
         self.problems = list(map(printable, problems))
         super().__init__("\n".join(self.problems))
+
+    def with_text(self, text: str) -> "ConfigError":
+        return ConfigError(text.splitlines())
 
 
 class PluginError(FrameworkError):

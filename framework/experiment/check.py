@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from framework.composition.spec import Spec
-from framework.contracts.callback import Callback
+from framework.contracts.callback import Callback, changes_training
+from framework.contracts.context import Context
 from framework.data.dataset import Data, Loader, TensorSplit
 from framework.errors import RunError
 from framework.runs import checkpoint
@@ -30,10 +31,10 @@ class StopAfter(Callback):
         self.steps, self.until = steps, time.monotonic() + seconds
         self.losses: list[float] = []
 
-    def on_step_end(self, trainer: Trainer) -> None:
+    def on_step_end(self, trainer: Context) -> None:
         self.losses.append(float(trainer.loss))
         if trainer.state.step >= self.steps or time.monotonic() > self.until:
-            trainer.state.stop = "tried"
+            trainer.stop("check", "tried")
 
 
 def check(spec: Spec, say: Callable[[str], None]) -> None:
@@ -75,7 +76,7 @@ def fit(
 ) -> Trainer:
     """Take some steps with all that has a say in the training; writes nothing of its own."""
     limits = {"max_epochs": None, "max_steps": steps, "profile": False}
-    own = [maker() for maker in built.spec.parts["callback"] if getattr(maker.entry.part, "changes_training", True)]
+    own = [maker() for maker in built.spec.parts["callback"] if changes_training(maker.entry.part)]
     settings = built.spec.sections["trainer"] | limits
     every = [*built.transforms, *own, *callbacks]
     trainer = Trainer(**settings, seed=built.spec.seed, callbacks=every, folder=folder)

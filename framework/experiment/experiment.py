@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 from framework.composition.spec import Spec
+from framework.contracts.callback import SavingCallback, changes_training
 from framework.contracts.optimizer import build_optimizer
+from framework.contracts.state import Stop
 from framework.contracts.task import Task
 from framework.data.accumulation import count_steps, count_total
 from framework.data.content import digests_of
@@ -155,8 +157,9 @@ class Experiment:
         trainer = self.trainer()
         made.batches_per_step = trainer.accumulate
         for callback in trainer.callbacks:
-            if hasattr(callback, "amend"):  # it changes how batches make steps
-                callback.amend(made, trainer, len(self.train_batches), self.optimizer, self.schedule)
+            pace = callback.pace(trainer, len(self.train_batches))
+            if pace is not None:
+                made.follow(pace, self.optimizer, self.schedule)
         return made
 
 
@@ -175,7 +178,7 @@ class Result:
 
     folder: Path
     metrics: dict[str, float] = field(default_factory=dict)
-    stopped: str | None = None
+    stopped: Stop | None = None
     signal: int | None = None
     seconds: float = 0.0
     steps: int = 0
@@ -334,7 +337,7 @@ def prepare(
     if spec.init_from is not None and resumed is None:
         say(start_from(built.model, spec.init_from))
     trainer, threads = built.trainer(), built.threads()
-    if not any(callback.saves for callback in trainer.callbacks):
+    if not any(isinstance(callback, SavingCallback) for callback in trainer.callbacks):
         say(UNSAVED)
     if resumed is not None:
         check_same_data(resumed, built, inexact, say)
@@ -444,7 +447,7 @@ def hyperparameters(spec: Spec) -> dict[str, Any]:
     """Return the settings that the outcome may depend on: not where a run lies, nor how it is watched."""
     kept = {key: value for key, value in spec.tree.items() if key not in WATCHING}
     kept["trainer"] = {key: value for key, value in kept["trainer"].items() if key not in WATCHING}
-    watching = [m.entry.name for m in spec.parts["callback"] if not getattr(m.entry.part, "changes_training", True)]
+    watching = [m.entry.name for m in spec.parts["callback"] if not changes_training(m.entry.part)]
     kept["callbacks"] = {name: value for name, value in kept["callbacks"].items() if name not in watching}
     return kept
 

@@ -12,6 +12,7 @@ import torch
 
 from framework.composition.spec import Spec
 from framework.contracts.callback import Callback
+from framework.contracts.context import Context
 from framework.errors import RunError
 from framework.registry.discovery import output_for_programs
 from framework.runtime.device import intra_op_threads
@@ -49,11 +50,11 @@ class Sweeping(Callback):
         self.losses: list[float] = []
         self.mean = 0.0
 
-    def on_step_end(self, trainer: Trainer) -> None:
+    def on_step_end(self, trainer: Context) -> None:
         self.mean = SMOOTH * self.mean + (1 - SMOOTH) * float(trainer.loss)
         self.losses.append(self.mean / (1 - SMOOTH ** (len(self.losses) + 1)))
         if not math.isfinite(self.losses[-1]) or self.losses[-1] > DIVERGED * min(self.losses):
-            trainer.state.stop = "the loss explodes"
+            trainer.stop("find", "the loss explodes")
 
 
 def find_learning_rate(spec: Spec, steps: int = 100) -> RangeTest:
@@ -125,11 +126,11 @@ class Timing(Callback):
     def __init__(self) -> None:
         self.times: list[float] = []
 
-    def on_step_end(self, trainer: Trainer) -> None:
+    def on_step_end(self, trainer: Context) -> None:
         trainer.loss.item()  # the step is done when its loss can be read
         self.times.append(time.perf_counter())
         if len(self.times) > WARM_UP + 1 and self.times[-1] - self.times[WARM_UP] > TIMED:
-            trainer.state.stop = "measured"
+            trainer.stop("find", "measured")
 
 
 def measured(built: Experiment, size: int) -> Speed:

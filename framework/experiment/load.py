@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from framework.composition.spec import Spec, read_spec
-from framework.contracts.task import Task
+from framework.contracts.task import Task, TextTask
 from framework.data.dataset import Data, Scale
 from framework.errors import ConfigError, DataError, RunError, short
 from framework.errors.paths import expanded, pasted, shorter
@@ -106,10 +106,9 @@ class Trained:
         with facts_that_fit(self.run):
             tokens = data.encode(prompt, self.facts["data"])
             known = data.decode(tokens.tolist(), self.facts["data"])
-        generate = getattr(self.task, "generate", None)
-        if generate is None:
+        if not isinstance(self.task, TextTask):
             raise RunError(f"the task of {self.run} makes no text: --prompt is for task=language_modelling")
-        made = generate(self.model, tokens, self.facts["in_shape"][0], **sampling)
+        made = self.task.generate(self.model, tokens, self.facts["in_shape"][0], **sampling)
         with facts_that_fit(self.run):
             return known, data.decode([*tokens.tolist(), *made], self.facts["data"])
 

@@ -11,6 +11,7 @@ from rich.text import Text
 from torch import nn
 from torch.optim import Optimizer
 
+from framework.contracts.callback import Pace
 from framework.contracts.schedule import factor_of
 from framework.contracts.task import Task
 from framework.data.dataset import Batch, Data, TensorSplit
@@ -97,6 +98,17 @@ class Plan:
     loader: str | None = None
     batches_per_step: float = 1
     pace: str | None = None  # which epochs have how many steps, where they differ
+
+    def follow(self, pace: Pace, optimizer: Optimizer, schedule: Schedule | None) -> None:
+        """Take the steps and the learning rates of a run whose batches a callback spreads over steps."""
+        self.total_steps = pace.total_steps
+        self.batches_per_step = pace.batches_per_step
+        self.pace = pace.text
+        place = pace.schedule_step
+        if schedule is None or place is None:
+            self.curve = read_curve(optimizer, schedule, pace.total_steps)
+        else:
+            self.curve = read_curve(optimizer, lambda step: schedule(place(step)), pace.total_steps)
 
 
 def make_plan(

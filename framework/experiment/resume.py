@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from framework.composition.spec import Spec
-from framework.contracts.callback import Callback, follows_metrics
+from framework.contracts.callback import Callback, changes_training, follows_metrics
 from framework.contracts.optimizer import check_state, group_settings, merged_groups, older_settings
 from framework.contracts.schedule import observes
 from framework.errors import CheckpointError, ConfigError, RunError, did_you_mean, short
@@ -56,7 +56,7 @@ class Resumed:
     step: int = 0
     training: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
-    changed: list[str] = field(default_factory=list)
+    changed: dict[str, str] = field(default_factory=dict)
     threads: int | None = None  # of an operation, when it was cut off
     config: dict[str, Any] = field(default_factory=dict)  # as it was until now
     chosen: Path | None = None
@@ -76,7 +76,7 @@ class Resumed:
         checkpoint.set_aside(self.folder.path / "checkpoints", self.chosen)
 
     def changes(self, path: str) -> bool:
-        return any(text.startswith(f"{path}=") for text in self.changed)
+        return path in self.changed
 
 
 def find(spec: Spec, experiment: str) -> Path | None:
@@ -247,9 +247,10 @@ def open_folder(run: Path, spec: Spec, inexact: bool = False) -> Resumed:
     if breaking and not inexact:
         advice = "leave it as it was, or allow it with --inexact"
         raise RunError(f"{run} cannot go on exactly with {'; '.join(breaking)}: {advice}")
-    resumed = Resumed(folder, changed=[text for path, text in changed if not path.startswith(("run.", "plugins"))])
+    resumed = Resumed(folder)
+    resumed.changed = {path: text for path, text in changed if not path.startswith(("run.", "plugins"))}
     resumed.config, resumed.data_moved = before, data_moved
-    resumed.notes = [f"from here on {text}" for text in resumed.changed]
+    resumed.notes = [f"from here on {text}" for text in resumed.changed.values()]
     checkpoints = run / "checkpoints"
     checkpoint.refuse_links(checkpoints)
     if not checkpoints.is_dir():
@@ -344,8 +345,8 @@ def check_optimizer(resumed: Resumed, model: nn.Module, optimizer: Optimizer) ->
 def changed_settings(resumed: Resumed) -> set[str]:
     """Return the settings of parameter groups that the changes in the config may concern."""
     found: set[str] = set()
-    for text in resumed.changed:
-        section, _, setting = text.partition("=")[0].partition(".")
+    for path in resumed.changed:
+        section, _, setting = path.partition(".")
         if section == "optimizer":
             found.add(setting.partition(".")[0])
         if section == "parameters":
@@ -396,7 +397,7 @@ def keeps_bits(path: str) -> bool:
     if path.startswith("callbacks."):
         name = path.split(".")[1]
         entry = Registry.every["callback"]
-        return name in entry and not getattr(entry.get(name).part, "changes_training", True)
+        return name in entry and not changes_training(entry.get(name).part)
     return path.startswith(SAME_BITS)
 
 

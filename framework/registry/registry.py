@@ -150,7 +150,7 @@ class Entry:
                 value = value if name not in settings else setting.convert(value)
                 bound[name] = as_makers(setting, value) if setting.part else value
             except FrameworkError as error:
-                raise type(error)(f"{self}: {name}: {error}") from None
+                raise error.with_text(f"{self}: {name}: {error}") from None
         return {name: value for name, value in bound.items() if name in settings or self.settings[name].part}
 
     def converted_defaults(self) -> dict[str, Any]:

@@ -611,6 +611,7 @@ def save_error(error: BaseException) -> type[CheckpointError]:
 def number_of(error: BaseException) -> int | None:
     """Return the system's number of an error, or of that which caused it; None when there is none."""
     numbers = [e.errno for e in chain(error) if isinstance(e, OSError) and e.errno]
+    # A SafetensorError has the number in its text only.
     numbers += [int(found) for found in re.findall(r"\(os error (\d+)\)", str(error))]
     return numbers[0] if numbers else None
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from framework.contracts.callback import Callback
+from framework.contracts.context import Context
 from framework.errors import FrameworkError, RunError
 from framework.errors.user_code import describe
 from framework.system.files import open_file, unwritable, write_file
-from framework.training.trainer import Trainer
 
 FILE = "status.json"
 SIZE = 1024  # bytes of the file, at least
@@ -38,25 +38,25 @@ class Status(Callback):
     def among(self, trials: int) -> None:
         self.seconds = trials * Status.seconds
 
-    def claim(self, trainer: Trainer) -> None:
+    def claim(self, trainer: Context) -> None:
         """Write the first state of a new run, so that whatever it fails of has its place in the file."""
         self._write(trainer, "running")
 
-    def on_fit_start(self, trainer: Trainer) -> None:
+    def on_fit_start(self, trainer: Context) -> None:
         self._write(trainer, "running")
 
-    def on_log(self, trainer: Trainer) -> None:
+    def on_log(self, trainer: Context) -> None:
         if time.monotonic() - self.written >= self.seconds:
             self._write(trainer, "running")
 
-    def on_fit_end(self, trainer: Trainer) -> None:
+    def on_fit_end(self, trainer: Context) -> None:
         self._write(trainer, "testing" if trainer.state.stop is None else "stopped")
 
-    def done(self, trainer: Trainer) -> None:
+    def done(self, trainer: Context) -> None:
         """Say that nothing is left to do."""
         self._write(trainer, "done")
 
-    def on_exception(self, trainer: Trainer) -> None:
+    def on_exception(self, trainer: Context) -> None:
         error = sys.exception()
         assert error is not None
         reason = describe(error)
@@ -65,15 +65,17 @@ class Status(Callback):
         with suppress(RunError):  # the run has failed already, in most cases of the same cause
             self._write(trainer, "failed", reason)
 
-    def _write(self, trainer: Trainer, status: str, reason: str | None = None) -> None:
+    def _write(self, trainer: Context, status: str, reason: str | None = None) -> None:
         if trainer.folder is None:
             return
         state, self.written = trainer.state, time.monotonic()
+        if reason is None and state.stop is not None:
+            reason = str(state.stop)
         seconds_per_step = state.wall_seconds / max(state.step, 1)
         left = max(state.total_steps - state.step, 0)
         content: dict[str, Any] = {
             "status": status,
-            "reason": reason or state.stop,
+            "reason": reason,
             "step": state.step,
             "total_steps": state.total_steps,
             "epoch": state.epoch,

@@ -14,6 +14,10 @@ from framework.registry.kinds import Shape
 from . import seeds
 
 
+class NoTensorError(BuildError):
+    """A module returns something else than a tensor. Its text goes on after the name of the module."""
+
+
 def expect(in_shape: Shape, forms: str, who: str, hint: str = "") -> Shape:
     """Return `in_shape` when it has as many axes as one of `forms`, such as "(D,) or images (C, H, W)".
 
@@ -41,7 +45,7 @@ def dry_run(module: nn.Module, batch: Tensor) -> Tensor:
         for part, flag in training.items():
             part.training = flag
     if not isinstance(output, Tensor):
-        raise BuildError(f"returns a {type(output).__name__}, not a tensor")
+        raise NoTensorError(f"returns a {type(output).__name__}, not a tensor")
     return output
 
 
@@ -75,7 +79,7 @@ def chain(makers: Iterable[Callable[..., Any]], in_shape: Shape) -> tuple[list[n
         try:
             module = maker(shape)
         except (BuildError, SettingError) as error:
-            raise type(error)(after(where, name, error)) from error
+            raise error.with_text(after(where, name, error)) from error
         try:
             output = first_output(module, shape) if output is None else dry_run(module, output)
         except BuildError as error:
@@ -96,10 +100,12 @@ def maker_name(maker: Callable[..., Any]) -> str:
 
 
 def after(where: str, name: str, error: Exception) -> str:
-    """Return the error's text led by its place; a text that begins with a verb or the part's name is continued."""
+    """Return the error's text led by its place, without saying the part's name twice."""
     text = str(error)
-    continued = text.removeprefix(f"{name} ")
-    return f"{where} {continued}" if continued != text or text.startswith("returns ") else f"{where}: {text}"
+    if isinstance(error, NoTensorError):
+        return f"{where} {text}"
+    rest = text.removeprefix(f"{name} ")
+    return f"{where}: {text}" if rest == text else f"{where} {rest}"
 
 
 def first_line(error: BaseException) -> str:

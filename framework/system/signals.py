@@ -182,9 +182,9 @@ def remember(before: dict[signal.Signals, Any], number: int) -> None:
 
 
 class Stoppable(Protocol):
-    """A Trainer, or what else ends when its `state.stop` is set."""
+    """A run that can be told to end, such as a Trainer."""
 
-    state: Any
+    def stop(self, by: str, reason: str, signal: signal.Signals | None = None) -> None: ...
 
 
 @contextmanager
@@ -202,8 +202,9 @@ def stopping(trainers: Sequence[Stoppable]) -> Iterator[list[int]]:
                 return
             raise ending_exception(number)
         got.append(number)
+        ending = signal.Signals(number)
         for trainer in trainers:
-            trainer.state.stop = f"{signal.Signals(number).name}"
+            trainer.stop("signal", ending.name, ending)
 
     handed_on = [each for each in HANDED_ON if callable(signal.getsignal(each))]
     with handled((*ending_signals(), *handed_on), stop) as before:

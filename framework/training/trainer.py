@@ -7,12 +7,12 @@ The loop and its events are drawn in `callback.py`; `_step` is the training step
 """
 
 import copy
-import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from signal import Signals
 from typing import Any, Literal
 
 import torch
@@ -23,7 +23,7 @@ from framework.contracts.logger import Logger
 from framework.contracts.metric import Measures, Metric
 from framework.contracts.optimizer import group_settings, mark_learning_rates, start_learning_rates
 from framework.contracts.schedule import Schedule, factor_of
-from framework.contracts.state import Cadence, Every, State
+from framework.contracts.state import Cadence, Every, State, Stop
 from framework.contracts.task import Task
 from framework.contracts.transform import transformed_all, transforms_of
 from framework.data.accumulation import Source, count_steps, count_total, known_targets, other_order, steps
@@ -68,7 +68,7 @@ class Trainer(Evaluator):
     """Fits, evaluates and predicts with a model, some data, a task and an optimizer.
 
     Attributes:
-        state: counters and the last metrics; `state.stop = "reason"` ends the run after the step under way.
+        state: counters and the last metrics.
         at_boundary: no step is under way, so that `state_dict` is that of a run which can go on exactly.
         resumed_from: the step that `fit` went on from, or None.
         manifest: facts of the run that its checkpoints keep in their manifest.
@@ -135,6 +135,7 @@ class Trainer(Evaluator):
         self._find_listeners()
         self.manifest: dict[str, Any] = {}
         self.resumed_from: int | None = None
+        self._was_fitted = False  # a fit has begun
         self._record, self._open = dict[str, float | Tensor](), 0
         self._left: trainer_state.Left | None = None
         self._opened_at: int | None = None  # the step that the loggers went on from
@@ -159,7 +160,7 @@ class Trainer(Evaluator):
         batch_size: int = 32,
         resume: dict[str, Any] | None = None,
     ) -> State:
-        """Train a model until a limit, or until a callback sets `state.stop`; return the final state.
+        """Train a model until a limit, or until a callback calls `stop`; return the final state.
 
         Each call is a fit of its own: it starts at step 0 with the trainer's seed, so that calls in
         a loop read the samples in the same order and draw the same dropout masks (another `seed`
@@ -305,14 +306,16 @@ class Trainer(Evaluator):
     def _prepare(self, resume: dict[str, Any] | None) -> None:
         """Make everything that the first step needs: counters, scaler, sums, seeds, open loggers."""
         seeds.seed_everything(seeds.derive(self.seed, "train"))
-        asked = None if hasattr(self, "measures") else self.state.stop  # by a signal that came before the first fit
-        self.state = State(steps_per_epoch=count_steps(self.train_batches, self.accumulate), stop=asked)
+        before_first_fit = None if self._was_fitted else self.state.stop  # of a signal during start-up
+        self.state = State(steps_per_epoch=count_steps(self.train_batches, self.accumulate))
+        self.state.stop = before_first_fit
         self.state.total_steps = count_total(self.state.steps_per_epoch, self.max_epochs, self.max_steps)
         trainer_state.reset(self)
         start_learning_rates(self.optimizer, self.schedule is not None)
         self.optimizer_settings = trainer_state.given_settings(self)
         self._own_names = self._names_to_come()
         self.measures = Measures(self.metrics, self.device, self.train_batches.hold)
+        self._was_fitted = True
         self.clock = Profiler(self.device, self.folder) if self.profile else Clock()
         self._backward = Backward(
             *(self.model, self.task, self.optimizer, self.measures, self.clock),
@@ -336,9 +339,22 @@ class Trainer(Evaluator):
                 warnings.warn(said, stacklevel=4)
         self._rate_from = (time.perf_counter(), self.state.samples)
 
+    def stop(self, by: str, reason: str, signal: Signals | None = None) -> None:
+        """End the run after the step under way.
+
+        The first call counts, but a signal always does: the run may go on later.
+
+        Args:
+            by: the name of the callback that ends it, such as "early_stop".
+            reason: a text for people.
+            signal: the signal that ends it, if it is one.
+        """
+        if self.state.stop is None or signal is not None:
+            self.state.stop = Stop(by, reason, signal)
+
     @property
     def done(self) -> bool:
-        """Whether a limit is reached, or something set `state.stop`."""
+        """Whether a limit is reached, or the run was stopped."""
         return self.state.stop is not None or self.at_limit
 
     @property
@@ -518,7 +534,8 @@ class Trainer(Evaluator):
 
         Not after a signal: the run may go on, and would come to other numbers with a measurement more.
         """
-        if self.state.stop in signal.Signals.__members__:
+        stop = self.state.stop
+        if stop is not None and stop.signal is not None:
             return
         self.at_boundary = False  # or a run that fails here would go on without what is not logged yet
         if not self.measures.empty:
@@ -572,12 +589,16 @@ class Trainer(Evaluator):
                 for logger in self.loggers:
                     logger.scalars(values, step=state.step, epoch=state.epoch, wall_seconds=state.wall_seconds)
 
+    def capture(self) -> dict[str, Any]:
+        """Return what `state_dict` returns, but with the tensors in use, which the next step changes."""
+        return trainer_state.capture(self)
+
     def state_dict(self) -> dict[str, Any]:
         """Return all that a run needs to go on from here, in plain types and tensors.
 
         The tensors are copies on their devices: the state stays as it is while training goes on.
         """
-        return copy.deepcopy(trainer_state.capture(self))
+        return copy.deepcopy(self.capture())
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""

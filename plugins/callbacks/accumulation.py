@@ -1,21 +1,17 @@
 """Batches a step that change while training goes on: small steps first, large batches in the end."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch.optim import Optimizer
-
-from framework import Callback, PositiveInt, SettingError, Trainer, callbacks, count_steps
+from framework import Callback, Context, PositiveInt, SettingError, callbacks, count_steps
+from framework.contracts.callback import Pace
 from framework.contracts.schedule import Schedule
-
-if TYPE_CHECKING:
-    from framework import Plan
 
 
 class Paced(Schedule):
     """A schedule read at the step at which the run would be if all its steps were of as many batches."""
 
-    def __init__(self, schedule: Callable[[int], float], trainer: Trainer):
+    def __init__(self, schedule: Callable[[int], float], trainer: Context):
         self.schedule, self.state = schedule, trainer.state
         self.batches, self.steps = trainer.accumulate, trainer.state.steps_per_epoch
 
@@ -60,7 +56,7 @@ class Accumulation(Callback):
         }
         self.before: tuple[int, Any] | None = None  # what the trainer had
 
-    def on_fit_start(self, trainer: Trainer) -> None:
+    def on_fit_start(self, trainer: Context) -> None:
         """Count the steps to come. Raises SettingError where the batches of an epoch cannot be counted."""
         state = trainer.state
         if not state.steps_per_epoch:
@@ -72,16 +68,16 @@ class Accumulation(Callback):
         state.total_steps = min(sum(steps), trainer.max_steps or sum(steps))
         self.on_epoch_start(trainer)
 
-    def on_epoch_start(self, trainer: Trainer) -> None:
+    def on_epoch_start(self, trainer: Context) -> None:
         assert self.before is not None
         trainer.accumulate = self.wanted(trainer.state.epoch, self.before[0])
         trainer.state.steps_per_epoch = count_steps(trainer.train_batches, trainer.accumulate)
 
-    def on_fit_end(self, trainer: Trainer) -> None:
+    def on_fit_end(self, trainer: Context) -> None:
         if self.before is not None:
             (trainer.accumulate, trainer.schedule), self.before = self.before, None
 
-    def on_exception(self, trainer: Trainer) -> None:
+    def on_exception(self, trainer: Context) -> None:
         self.on_fit_end(trainer)
 
     def wanted(self, epoch: int, usual: int) -> int:
@@ -97,31 +93,19 @@ class Accumulation(Callback):
             done += steps[-1]
         return steps
 
-    def amend(
-        self,
-        plan: "Plan",
-        trainer: Trainer,
-        batches: int,
-        optimizer: Optimizer,
-        schedule: Callable[[int], float] | None,
-    ) -> None:
-        """Write into a plan what `framework plan` shall show: the steps of each epoch, and the rates by step."""
-        from framework import read_curve  # here, since it draws, which no run needs
-
+    def pace(self, trainer: Context, batches: int) -> Pace:
         usual = trainer.accumulate
         steps = self.steps(batches, usual, trainer.max_epochs, trainer.max_steps)
-        plan.total_steps = min(sum(steps), trainer.max_steps or sum(steps))
-        plan.batches_per_step = batches * len(steps) / sum(steps)
-        plan.pace = told(steps, plan.total_steps)
-        if schedule is not None and trainer.max_steps is None:
-            places = [
-                epoch * -(-batches // usual) + step * self.wanted(epoch, usual) // usual
-                for epoch, count in enumerate(steps)
-                for step in range(count)
-            ]
-            plan.curve = read_curve(optimizer, lambda step: schedule(places[step]), plan.total_steps)
-        else:
-            plan.curve = read_curve(optimizer, schedule, plan.total_steps)
+        total = min(sum(steps), trainer.max_steps or sum(steps))
+        mean = batches * len(steps) / sum(steps)
+        if trainer.max_steps is not None:
+            return Pace(total, mean, told(steps, total))
+        usual_steps = -(-batches // usual)
+        schedule_steps: list[int] = []
+        for epoch, count in enumerate(steps):
+            wanted = self.wanted(epoch, usual)
+            schedule_steps += [epoch * usual_steps + step * wanted // usual for step in range(count)]
+        return Pace(total, mean, told(steps, total), schedule_steps.__getitem__)
 
 
 def told(steps: Sequence[int], total: int) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from framework import Callback, SettingError, Trainer, callbacks, did_you_mean
+from framework import Callback, Context, SettingError, callbacks, did_you_mean
 
 
 @callbacks.register("activation_checkpointing", aliases=["gradient_checkpointing"])
@@ -35,7 +35,7 @@ class ActivationCheckpointing(Callback):
         self.patterns = patterns
         self.wrapped: list[tuple[nn.Module, Any]] = []  # with the module's own `forward`
 
-    def on_fit_start(self, trainer: Trainer) -> None:
+    def on_fit_start(self, trainer: Context) -> None:
         """Wrap the blocks. Raises SettingError for a pattern that fits none, where steps are compiled, or replayed."""
         for name in ("compile", "cuda_graph"):
             if getattr(trainer, name) != "off":
@@ -52,10 +52,10 @@ class ActivationCheckpointing(Callback):
             self.wrapped.append((module, vars(module).get("forward")))
             module.forward = partial(again, module, module.forward)
 
-    def on_fit_end(self, trainer: Trainer) -> None:
+    def on_fit_end(self, trainer: Context) -> None:
         self.unwrap()
 
-    def on_exception(self, trainer: Trainer) -> None:
+    def on_exception(self, trainer: Context) -> None:
         self.unwrap()
 
     def unwrap(self) -> None:

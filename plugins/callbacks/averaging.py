@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from framework import (
     Batch,
     Callback,
+    Context,
     Every,
     ModelContents,
     NonNegativeInt,
     Rate,
     SettingError,
-    Trainer,
     callbacks,
     check_initialized,
     check_read_again,
@@ -39,7 +39,7 @@ class Averaging(Callback):
         self.seen = -1  # the last step taken into account
         self.averaged = False  # whether it is the model that holds the average, and `others` the weights
         self.others: list[Tensor] = []
-        self.trainer: Trainer | None = None
+        self.trainer: Context | None = None
         self.saved: dict[str, Any] = {}
 
     def reset(self) -> None:
@@ -51,11 +51,11 @@ class Averaging(Callback):
         self.trainer = None
         self.saved = {}
 
-    def take_in(self, trainer: Trainer) -> None:
+    def take_in(self, trainer: Context) -> None:
         """Change `others` (and the weights, if need be) after a step that is done."""
         raise NotImplementedError
 
-    def on_fit_start(self, trainer: Trainer) -> None:
+    def on_fit_start(self, trainer: Context) -> None:
         self._check_alone(trainer)
         check_initialized(trainer.model, type(self).__name__)
         self.trainer, self.seen = trainer, trainer.state.step
@@ -89,21 +89,21 @@ class Averaging(Callback):
         """Match what is kept of the parameters with the new ones. before: the old parameters."""
         self.others = matched(self.parameters, before, self.others)
 
-    def on_step_end(self, trainer: Trainer) -> None:
+    def on_step_end(self, trainer: Context) -> None:
         self._update()
 
-    def on_validation_start(self, trainer: Trainer) -> None:
-        self._update()
-        self._swap()
-
-    def on_validation_end(self, trainer: Trainer) -> None:
-        self._swap()
-
-    def on_fit_end(self, trainer: Trainer) -> None:
+    def on_validation_start(self, trainer: Context) -> None:
         self._update()
         self._swap()
 
-    def on_exception(self, trainer: Trainer) -> None:
+    def on_validation_end(self, trainer: Context) -> None:
+        self._swap()
+
+    def on_fit_end(self, trainer: Context) -> None:
+        self._update()
+        self._swap()
+
+    def on_exception(self, trainer: Context) -> None:
         if self.averaged:
             self._swap()
 
@@ -134,7 +134,7 @@ class Averaging(Callback):
         self._follow()
         self.take_in(self.trainer)
 
-    def _check_alone(self, trainer: Trainer) -> None:
+    def _check_alone(self, trainer: Context) -> None:
         """Raise SettingError where two such callbacks would evaluate each its own weights."""
         names = [type(each).__name__ for each in trainer.callbacks if isinstance(each, Averaging)]
         if len(names) > 1:
@@ -213,7 +213,7 @@ class Ema(Averaging):
         super().__init__()
         self.decay, self.warmup, self.cadence = decay, warmup, Cadence(every)
 
-    def take_in(self, trainer: Trainer) -> None:
+    def take_in(self, trainer: Context) -> None:
         state = trainer.state
         if self.cadence.due(state, epoch_end=state.batch == 0):
             longest = (1 + self.updates) / (10 + self.updates) if self.warmup else 1.0
@@ -252,7 +252,7 @@ class Swa(Averaging):
         statistics = {n: b for n, b in buffers if ".running_" in f".{n}" and has_fractions(b)}
         return super().averaged_of(model) | statistics
 
-    def on_fit_start(self, trainer: Trainer) -> None:
+    def on_fit_start(self, trainer: Context) -> None:
         state = trainer.state
         by_steps = trainer.max_steps / state.steps_per_epoch if trainer.max_steps and state.steps_per_epoch else None
         epochs = min((limit for limit in (trainer.max_epochs, by_steps) if limit is not None), default=None)
@@ -269,7 +269,7 @@ class Swa(Averaging):
         state = super().state_dict()
         return state if self.trainer is None else state | {"first": self.first}
 
-    def take_in(self, trainer: Trainer) -> None:
+    def take_in(self, trainer: Context) -> None:
         """Follow the weights until there is a first epoch to average."""
         state = trainer.state
         if state.batch == 0 and state.epoch > self.first:
@@ -279,13 +279,13 @@ class Swa(Averaging):
         elif not self.updates:
             torch._foreach_copy_(self.others, self.parameters)
 
-    def norms(self, trainer: Trainer) -> list[nn.Module]:
+    def norms(self, trainer: Context) -> list[nn.Module]:
         """Return the modules whose running statistics are averaged."""
         running = set(map(id, self.parameters))
         norms = [m for m in trainer.model.modules() if m.training and hasattr(m, "momentum")]
         return [m for m in norms if any(id(buffer) in running for buffer in m.buffers(recurse=False))]
 
-    def measure(self, trainer: Trainer) -> None:
+    def measure(self, trainer: Context) -> None:
         """Put the statistics of the mean weights' activations in the place of their running ones."""
         running = set(map(id, self.parameters))
         norms = self.norms(trainer)
@@ -308,12 +308,12 @@ class Swa(Averaging):
                 buffer.copy_(before)
         self._swap()
 
-    def look_at(self, trainer: Trainer, batch: Batch) -> None:
+    def look_at(self, trainer: Context, batch: Batch) -> None:
         placed = tuple(tensor.to(trainer.device) for tensor in batch)
         with trainer.precision.autocast():
             trainer.task.step(trainer.model, placed)
 
-    def on_fit_end(self, trainer: Trainer) -> None:
+    def on_fit_end(self, trainer: Context) -> None:
         super().on_fit_end(trainer)
         if not self.updates and trainer.state.stop is None:
             warnings.warn(f"swa averaged nothing: the run ended before its epoch {self.first + 1} did", stacklevel=2)

@@ -15,17 +15,17 @@ from torch import Tensor, nn
 from framework import (
     Callback,
     CheckpointError,
+    Context,
     Every,
     NonNegativeFloat,
     Pattern,
     PositiveFloat,
     PositiveInt,
+    SavingCallback,
     Schedule,
     SettingError,
-    Trainer,
     Writer,
     callbacks,
-    capture,
     checkpoints,
     did_you_mean,
     files,
@@ -50,7 +50,7 @@ class Best:
         self.ranked: list[tuple[float, int]] = []  # (value, step)
         self.restored: dict[str, Any] = {}
 
-    def start(self, trainer: Trainer) -> bool:
+    def start(self, trainer: Context) -> bool:
         """Find out which way is better, and drop restored values of another metric.
 
         Returns whether the restored values were kept.
@@ -65,7 +65,7 @@ class Best:
         self.ranked = []
         return False
 
-    def _sign(self, trainer: Trainer) -> float:
+    def _sign(self, trainer: Context) -> float:
         better = {"loss": "lower"} | {metric.name: metric.better for metric in trainer.metrics}
         name = self.monitor.partition("/")[2]
         if name not in better:
@@ -76,7 +76,7 @@ class Best:
             )
         return 1.0 if better[name] == "higher" else -1.0
 
-    def improved(self, trainer: Trainer) -> bool:
+    def improved(self, trainer: Context) -> bool:
         """Whether the newest value is among the best, by more than `min_delta`. Raises SettingError without one."""
         metrics = trainer.state.metrics
         if self.monitor not in metrics:
@@ -128,7 +128,7 @@ class EarlyStop(Callback):
         """
         self.best, self.patience, self.waited = Best(monitor, mode, min_delta), patience, 0
 
-    def on_fit_start(self, trainer: Trainer) -> None:
+    def on_fit_start(self, trainer: Context) -> None:
         if not self.best.start(trainer):
             self.waited = 0
         if self.best.monitor.startswith("val/") and trainer.val_batches is None:
@@ -136,24 +136,24 @@ class EarlyStop(Callback):
                 f"early_stop: there is no validation split to measure {self.best.monitor} on; monitor train/loss"
             )
 
-    def on_log(self, trainer: Trainer) -> None:
+    def on_log(self, trainer: Context) -> None:
         if self.best.on_training:
             self._look(trainer)
 
-    def on_validation_end(self, trainer: Trainer) -> None:
+    def on_validation_end(self, trainer: Context) -> None:
         if not self.best.on_training:
             self._look(trainer)
 
-    def _look(self, trainer: Trainer) -> None:
+    def _look(self, trainer: Context) -> None:
         if self.best.improved(trainer):
             self.waited = 0
             return
         self.waited += 1
-        if self.waited >= self.patience and trainer.state.stop is None:
+        if self.waited >= self.patience:
             best = [f"is best at {value:.6g} (step {step})" for value, step in self.best.ranked]
             since = best[0] if best else "has never been finite"
             name, times = self.best.monitor, self.waited
-            trainer.state.stop = f"early_stop: {name} {since} and did not improve {times} times in a row"
+            trainer.stop("early_stop", f"{name} {since} and did not improve {times} times in a row")
 
     def state_dict(self) -> dict[str, Any]:
         return {**self.best.state_dict(), "waited": self.waited}
@@ -164,16 +164,13 @@ class EarlyStop(Callback):
 
 
 @callbacks.register("checkpoint", aliases=["model_checkpoint"])
-class Checkpoint(Callback):
+class Checkpoint(SavingCallback):
     """Saves all that it takes to go on, in the run's folder under `checkpoints`; always at the end too.
 
     The newest ones stay, and the best, to the first of which the link `checkpoints/best` leads. A checkpoint is written
     when all of a step is done, so a run resumed from it goes on as if nothing had happened; also when the run is told
     to stop by a signal, and when it fails between two steps (in reading data).
     """
-
-    changes_training = False
-    saves = True
 
     def __init__(
         self,
@@ -214,7 +211,7 @@ class Checkpoint(Callback):
     def among(self, trials: int) -> None:
         self.writer.pause, self.writer.rest = trials * Writer.pause, trials * Writer.rest
 
-    def on_fit_start(self, trainer: Trainer) -> None:
+    def on_fit_start(self, trainer: Context) -> None:
         if trainer.folder is None:
             raise SettingError("checkpoint: the run has no folder to save in; give the Trainer a `folder`")
         if "run" not in trainer.manifest:  # the folder of a run was made when it was claimed
@@ -234,15 +231,15 @@ class Checkpoint(Callback):
             if self.best.ranked and (best := self.folder / checkpoints.folder_name(self.best.ranked[0][1])).is_dir():
                 checkpoints.link_to(best, "best")  # a kill may have come between the checkpoint and the link
 
-    def on_log(self, trainer: Trainer) -> None:
+    def on_log(self, trainer: Context) -> None:
         if self.best is not None and self.best.on_training:
             self.found_better |= self.best.improved(trainer)
 
-    def on_validation_end(self, trainer: Trainer) -> None:
+    def on_validation_end(self, trainer: Context) -> None:
         if self.best is not None and not self.best.on_training:
             self.found_better |= self.best.improved(trainer)
 
-    def on_step_done(self, trainer: Trainer) -> None:
+    def on_step_done(self, trainer: Context) -> None:
         self.writer.check()
         if not self.checked:
             self._check_state(trainer)
@@ -250,12 +247,12 @@ class Checkpoint(Callback):
         if self.cadence.due(state, epoch_end=state.batch == 0) or self.found_better:
             self._save(trainer)
 
-    def on_fit_end(self, trainer: Trainer) -> None:
+    def on_fit_end(self, trainer: Context) -> None:
         if self.saved != trainer.state.step or self.found_better:
             self._save(trainer)
         self.finish_saving()
 
-    def on_exception(self, trainer: Trainer) -> None:
+    def on_exception(self, trainer: Context) -> None:
         """Save where the run stands, if it failed between two steps; never hide what it failed of."""
         cause = sys.exception()
         try:
@@ -268,7 +265,7 @@ class Checkpoint(Callback):
             if not said and trainer.folder is not None and trainer.folder.is_dir():  # or the run failed of its end
                 warnings.warn(str(error), stacklevel=2)
 
-    def _sound(self, trainer: Trainer) -> bool:
+    def _sound(self, trainer: Context) -> bool:
         """Whether the state is that after a whole step, not saved yet, and whoever ended the run has time for it."""
         failed = isinstance(sys.exception(), Exception) and not isinstance(sys.exception(), CheckpointError)
         new = self.folder is not None and trainer.state.step > 0 and self.saved != trainer.state.step
@@ -281,24 +278,24 @@ class Checkpoint(Callback):
         """Wait until every checkpoint asked for is on the disk; raise what went wrong."""
         self.writer.join()
 
-    def _check_state(self, trainer: Trainer) -> None:
+    def _check_state(self, trainer: Context) -> None:
         """Raise CheckpointError at once, not at the first save, for a state that cannot be saved."""
         parts = keyed(trainer.callbacks)
         callbacks = {key: callback.state_dict() for key, callback in parts.items()}
         snapshot.check_training(self._state_of_parts(trainer) | {"callbacks": callbacks})
         self.checked = True
 
-    def _state_of_parts(self, trainer: Trainer) -> dict[str, Any]:
+    def _state_of_parts(self, trainer: Context) -> dict[str, Any]:
         """Return the state of what a user gives to `fit`, which is there before its first event."""
         schedule = trainer.schedule.state_dict() if isinstance(trainer.schedule, Schedule) else {}
         return {"optimizer": trainer.optimizer.state_dict(), "schedule": schedule}
 
-    def _save(self, trainer: Trainer) -> None:
+    def _save(self, trainer: Context) -> None:
         with trainer.clock.part("checkpoint"):
             self._submit(trainer)
 
-    def _submit(self, trainer: Trainer) -> None:
-        training = capture(trainer)
+    def _submit(self, trainer: Context) -> None:
+        training = trainer.capture()
         model, step = training.pop("model"), trainer.state.step
         for key, callback in keyed(trainer.callbacks).items():
             callback.on_save(model, training["callbacks"][key])
@@ -315,7 +312,7 @@ class Checkpoint(Callback):
     def _is_best(self, step: int) -> bool:
         return self.found_better and self.best is not None and self.best.ranked[0][1] == step
 
-    def _pinned(self, trainer: Trainer) -> set[int | None]:
+    def _pinned(self, trainer: Context) -> set[int | None]:
         """The steps whose checkpoints stay, whatever else is removed."""
         best = [] if self.best is None else [step for _, step in self.best.ranked]
         return {trainer.state.step, trainer.resumed_from, *best}
@@ -377,7 +374,7 @@ class ClipGradients(Callback):
         super().reset()
         self.measured = None
 
-    def on_gradients(self, trainer: Trainer) -> None:
+    def on_gradients(self, trainer: Context) -> None:
         parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
         if self.norm is not None:
             self.measured = clip_norm(parameters, self.norm)
@@ -395,7 +392,7 @@ class ClipGradients(Callback):
             if each.value is not None:
                 gradients[row].clamp_(-each.value, each.value)
 
-    def on_log(self, trainer: Trainer) -> None:
+    def on_log(self, trainer: Context) -> None:
         if self.measured is not None:
             trainer.log({"train/gradient_norm": self.measured})
 
@@ -446,17 +443,17 @@ class Timer(Callback):
     def reset(self) -> None:
         self.spent_before = 0.0
 
-    def on_fit_start(self, trainer: Trainer) -> None:
+    def on_fit_start(self, trainer: Context) -> None:
         self.began = self.epoch_began = time.monotonic()
 
-    def on_epoch_start(self, trainer: Trainer) -> None:
+    def on_epoch_start(self, trainer: Context) -> None:
         self.epoch_began = time.monotonic()
 
-    def on_step_end(self, trainer: Trainer) -> None:
-        if self.spent > self.seconds and trainer.state.stop is None:
-            trainer.state.stop = f"timer: the limit of {self.limit} is reached"
+    def on_step_end(self, trainer: Context) -> None:
+        if self.spent > self.seconds:
+            trainer.stop("timer", f"the limit of {self.limit} is reached")
 
-    def on_epoch_end(self, trainer: Trainer) -> None:
+    def on_epoch_end(self, trainer: Context) -> None:
         trainer.log({"train/seconds_per_epoch": time.monotonic() - self.epoch_began})
 
     @property

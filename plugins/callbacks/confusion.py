@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from framework import Callback, Every, SettingError, Trainer, callbacks, check_read_again, class_names
+from framework import Callback, Context, Every, SettingError, callbacks, check_read_again, class_names
 from framework.contracts.state import Cadence
 
 CELL = 16  # pixels
@@ -26,11 +26,11 @@ class Confusion(Callback):
         """
         self.cadence = Cadence(every)
 
-    def on_fit_start(self, trainer: Trainer) -> None:
+    def on_fit_start(self, trainer: Context) -> None:
         if trainer.val_batches is not None:
             check_read_again(trainer.val_batches, "callbacks.confusion")
 
-    def on_validation_end(self, trainer: Trainer) -> None:
+    def on_validation_end(self, trainer: Context) -> None:
         if self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0):
             counts = count_pairs(trainer)
             shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
@@ -41,7 +41,7 @@ class Confusion(Callback):
 
 
 @torch.no_grad()
-def count_pairs(trainer: Trainer) -> Tensor:
+def count_pairs(trainer: Context) -> Tensor:
     """Return how often a class (row) is taken for each class (column) in the validation split, float64 on the CPU.
 
     Raises SettingError when the targets are no classes.
@@ -62,7 +62,7 @@ def count_pairs(trainer: Trainer) -> Tensor:
     return counts
 
 
-def counts_table(counts: Tensor, trainer: Trainer) -> str:
+def counts_table(counts: Tensor, trainer: Context) -> str:
     """Return the counts as a table in markdown, with the names of the classes where the run's folder keeps them."""
     found = class_names(trainer.folder)
     names = found if len(found) == len(counts) else [str(index) for index in range(len(counts))]

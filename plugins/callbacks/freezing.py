@@ -4,7 +4,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from framework import Callback, NonNegativeInt, SettingError, Trainer, callbacks, did_you_mean
+from framework import Callback, Context, NonNegativeInt, SettingError, callbacks, did_you_mean
 
 
 @callbacks.register("freeze", aliases=["freezing"])
@@ -33,7 +33,7 @@ class Freeze(Callback):
         self.held: dict[str, nn.Parameter] = {}  # what was frozen by these names
         self.still: list[nn.Module] = []
 
-    def on_fit_start(self, trainer: Trainer) -> None:
+    def on_fit_start(self, trainer: Context) -> None:
         """Freeze what the epoch under way has frozen. Raises SettingError for a pattern that fits nothing."""
         names = [name for name, p in trainer.model.named_parameters() if p.requires_grad or name in self.frozen]
         self.names = {each: [name for name in names if fnmatchcase(name, each)] for each in self.patterns}
@@ -44,20 +44,20 @@ class Freeze(Callback):
             raise SettingError("freeze: the patterns fit every parameter, so that nothing is left to train")
         self.apply(trainer)
 
-    def on_epoch_start(self, trainer: Trainer) -> None:
+    def on_epoch_start(self, trainer: Context) -> None:
         self.apply(trainer)
 
-    def on_step_start(self, trainer: Trainer) -> None:
+    def on_step_start(self, trainer: Context) -> None:
         for module in self.still:  # each epoch, and whoever else calls `model.train()`, wakes them
             module.training = False
 
-    def on_fit_end(self, trainer: Trainer) -> None:
+    def on_fit_end(self, trainer: Context) -> None:
         self.set(trainer.model, set())
 
-    def on_exception(self, trainer: Trainer) -> None:
+    def on_exception(self, trainer: Context) -> None:
         self.set(trainer.model, set())
 
-    def needs_gradients(self, trainer: Trainer) -> bool:
+    def needs_gradients(self, trainer: Context) -> bool:
         return False
 
     def wanted(self, epoch: int) -> set[str]:
@@ -68,7 +68,7 @@ class Freeze(Callback):
                 frozen.update(self.names[pattern])
         return frozen
 
-    def apply(self, trainer: Trainer) -> None:
+    def apply(self, trainer: Context) -> None:
         wanted = self.wanted(trainer.state.epoch)
         if wanted == self.frozen and self._replaced(trainer.model):
             self.set(trainer.model, wanted)

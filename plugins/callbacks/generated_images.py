@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
-from framework import Callback, Every, PositiveInt, SettingError, Trainer, callbacks, is_in_memory, seeds
+from framework import Callback, Context, Every, PositiveInt, SettingError, callbacks, is_in_memory, seeds
+from framework.contracts.model import GenerativeModel
 from framework.contracts.state import Cadence
+from framework.contracts.task import PictureTask
 
 
 @callbacks.register("pictures")
@@ -31,17 +33,17 @@ class Pictures(Callback):
         super().reset()
         self.asked = -1
 
-    def on_fit_start(self, trainer: Trainer) -> None:
-        if not hasattr(trainer.task, "pictures"):
+    def on_fit_start(self, trainer: Context) -> None:
+        if not isinstance(trainer.task, PictureTask):
             raise SettingError(f"callbacks.pictures: {type(trainer.task).__name__} has no pictures to show")
 
-    def on_validation_end(self, trainer: Trainer) -> None:
+    def on_validation_end(self, trainer: Context) -> None:
         self._show_if_due(trainer)
 
-    def on_step_end(self, trainer: Trainer) -> None:
+    def on_step_end(self, trainer: Context) -> None:
         self._show_if_due(trainer)
 
-    def _show_if_due(self, trainer: Trainer) -> None:
+    def _show_if_due(self, trainer: Context) -> None:
         state = trainer.state
         if self.asked == state.step:
             return
@@ -50,10 +52,11 @@ class Pictures(Callback):
             self._show(trainer)
 
     @torch.no_grad()
-    def _show(self, trainer: Trainer) -> None:
+    def _show(self, trainer: Context) -> None:
         inputs = held_out(trainer, self.count)
+        assert isinstance(trainer.task, PictureTask)
         with trainer.precision.inference(trainer.model), seeds.undisturbed():
-            shown = trainer.task.pictures(trainer.model, inputs)  # type: ignore[attr-defined]
+            shown = trainer.task.pictures(trainer.model, inputs)
         low, high = inputs.min(), inputs.max()
         for tag, pictures in shown.items():
             pictures = ((pictures.float() - low) / (high - low)).clamp(0, 1)
@@ -86,27 +89,28 @@ class SampleDistance(Callback):
         """
         self.count = count
 
-    def on_fit_start(self, trainer: Trainer) -> None:
-        if not hasattr(trainer.model, "sample"):
+    def on_fit_start(self, trainer: Context) -> None:
+        if not isinstance(trainer.model, GenerativeModel):
             raise SettingError(f"callbacks.sample_distance: {type(trainer.model).__name__} makes no samples")
 
     @torch.no_grad()
-    def on_validation_end(self, trainer: Trainer) -> None:
+    def on_validation_end(self, trainer: Context) -> None:
         inputs = held_out(trainer, self.count)
+        assert isinstance(trainer.task, PictureTask)
         with trainer.precision.inference(trainer.model), seeds.undisturbed():
             torch.manual_seed(seeds.derive(trainer.seed, "samples"))  # the same draws each time
-            made = trainer.task.pictures(trainer.model, inputs)["samples"]  # type: ignore[attr-defined]
+            made = trainer.task.pictures(trainer.model, inputs)["samples"]
         made, inputs = made.float().flatten(1), inputs.float().flatten(1)
         precision, coverage = neighbours(made, inputs)
         values = {"distance": discrepancy(made, inputs), "precision": precision, "coverage": coverage}
         trainer.log({f"val/sample_{name}": float(value) for name, value in values.items()})  # numbers, to be watched
 
 
-def held_out(trainer: Trainer, count: int) -> Tensor:
+def held_out(trainer: Context, count: int) -> Tensor:
     """Return the first inputs of the validation split, or of the training split where there is none, on the device."""
     batches = trainer.train_batches if trainer.val_batches is None else trainer.val_batches
-    split = getattr(batches, "split", None)
-    if is_in_memory(split):
+    split = batches.split
+    if split is not None and is_in_memory(split):
         inputs = split.tensors[0][:count]
         return inputs.to(trainer.device, copy=True)  # a model may change its inputs
     found: list[Tensor] = []

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from framework import Batch, Callback, Every, PositiveInt, SettingError, Trainer, Transform, callbacks, numbers_of
+from framework import Batch, Callback, Context, Every, PositiveInt, SettingError, Transform, callbacks, numbers_of
 from framework.contracts.state import Cadence
 
 
@@ -16,17 +16,17 @@ class GradientNorm(Callback):
     def __init__(self) -> None:
         self.measured: Tensor | None = None
 
-    def needs_gradients(self, trainer: Trainer) -> bool:
+    def needs_gradients(self, trainer: Context) -> bool:
         return will_log(trainer)
 
-    def on_gradients(self, trainer: Trainer) -> None:
+    def on_gradients(self, trainer: Context) -> None:
         self.measured = None
         if will_log(trainer):
             groups = trainer.optimizer.param_groups
             gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
             self.measured = total_norm(gradients)
 
-    def on_log(self, trainer: Trainer) -> None:
+    def on_log(self, trainer: Context) -> None:
         if self.measured is not None:
             trainer.log({"train/gradient_norm": self.measured})
 
@@ -40,7 +40,7 @@ class LearningRate(Callback):
 
     changes_training = False
 
-    def on_log(self, trainer: Trainer) -> None:
+    def on_log(self, trainer: Context) -> None:
         groups = trainer.optimizer.param_groups
         for number, group in enumerate(groups if len(groups) > 1 else ()):
             if "lr" in group:
@@ -56,7 +56,7 @@ def total_norm(gradients: list[Tensor]) -> Tensor:
         return nn.utils.get_total_norm([numbers_of(gradient) for gradient in gradients])
 
 
-def will_log(trainer: Trainer) -> bool:
+def will_log(trainer: Context) -> bool:
     """Whether the step under way ends with a log point, or may (by the clock, or in epochs of unknown length)."""
     state, cadence = trainer.state, trainer.log_every
     step = state.step + 1
@@ -85,19 +85,19 @@ class Histograms(Callback):
         """
         self.cadence = Cadence(every)
 
-    def needs_gradients(self, trainer: Trainer) -> bool:
+    def needs_gradients(self, trainer: Context) -> bool:
         by_clock = self.cadence.unit not in ("step", "epoch")  # which may be asked but once a step
         return by_clock or self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0)
 
-    def on_gradients(self, trainer: Trainer) -> None:
+    def on_gradients(self, trainer: Context) -> None:
         if self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0):
             self._show(trainer, "weights", dict(trainer.model.named_parameters()))
             self._show(trainer, "gradients", {name: p.grad for name, p in trainer.model.named_parameters()})
 
-    def on_fit_end(self, trainer: Trainer) -> None:
+    def on_fit_end(self, trainer: Context) -> None:
         self._show(trainer, "weights", dict(trainer.model.named_parameters()))
 
-    def _show(self, trainer: Trainer, what: str, tensors: dict[str, Tensor | None]) -> None:
+    def _show(self, trainer: Context, what: str, tensors: dict[str, Tensor | None]) -> None:
         for name, tensor in tensors.items():
             if tensor is None or not len(values := finite(tensor)):
                 continue
@@ -128,7 +128,7 @@ class Augmented(Transform):
         self.shown = batch[0][: self.count].clone()  # a loader may write there before the step ends
         return batch
 
-    def on_step_end(self, trainer: Trainer) -> None:
+    def on_step_end(self, trainer: Context) -> None:
         due = self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0)
         if self.shown is not None and (due or trainer.state.step == 1):
             picture = side_by_side(as_pictures(self.shown))

@@ -7,7 +7,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from framework import Callback, FrameworkError, PositiveInt, SettingError, Trainer, callbacks, checkpoints, numbers_of
+from framework import (
+    Callback,
+    Context,
+    FrameworkError,
+    PositiveInt,
+    SavingCallback,
+    SettingError,
+    callbacks,
+    checkpoints,
+    numbers_of,
+)
 from framework.contracts.callback import keyed
 from framework.contracts.optimizer import restore_optimizer
 
@@ -47,7 +57,7 @@ class NonFinite(Callback):
         self.skipped = self.in_a_row = 0
         self.checked = 0  # the last step that is known to be finite
         self.late = self.together = False
-        self.trainer: Trainer | None = None
+        self.trainer: Context | None = None
         self.found: Tensor | None = None  # on the device: whether something was not finite
 
     def reset(self) -> None:
@@ -63,7 +73,7 @@ class NonFinite(Callback):
     def among(self, trials: int) -> None:
         self.together = True  # the gradients of all are read at once in each step: nothing is gained by waiting
 
-    def on_fit_start(self, trainer: Trainer) -> None:
+    def on_fit_start(self, trainer: Context) -> None:
         if self.policy == "rewind" and trainer.folder is None:
             raise SettingError("non_finite: to rewind, the run needs a folder with checkpoints")
         self.trainer, self.checked = trainer, trainer.state.step
@@ -72,15 +82,15 @@ class NonFinite(Callback):
         on_device = trainer.device.type != "cpu" and fused and not self.together
         self.late = self.recordable = self.policy == "raise" and on_device
 
-    def on_step_start(self, trainer: Trainer) -> None:
+    def on_step_start(self, trainer: Context) -> None:
         if self.policy != "raise":
             self.measured = trainer.measures.mark()
             self.buffers = [buffer.clone() for buffer in trainer.model.buffers()]
 
-    def needs_gradients(self, trainer: Trainer) -> bool:
+    def needs_gradients(self, trainer: Context) -> bool:
         return False
 
-    def on_gradients(self, trainer: Trainer) -> None:
+    def on_gradients(self, trainer: Context) -> None:
         tensors = [trainer.loss, *gradients(trainer)]
         try:
             torch._amp_foreach_non_finite_check_and_unscale_(tensors, self.found, self.one)  # all of them in one call
@@ -94,22 +104,22 @@ class NonFinite(Callback):
         else:
             self.in_a_row = 0
 
-    def on_log(self, trainer: Trainer) -> None:
+    def on_log(self, trainer: Context) -> None:
         self._look()
         if self.policy != "raise":
             trainer.log({"train/skipped_steps": self.skipped})
 
-    def on_validation_start(self, trainer: Trainer) -> None:
+    def on_validation_start(self, trainer: Context) -> None:
         self._look()
 
-    def on_fit_end(self, trainer: Trainer) -> None:
+    def on_fit_end(self, trainer: Context) -> None:
         self._look()
         self._release(trainer)
 
-    def on_exception(self, trainer: Trainer) -> None:
+    def on_exception(self, trainer: Context) -> None:
         self._release(trainer)
 
-    def _release(self, trainer: Trainer) -> None:
+    def _release(self, trainer: Context) -> None:
         """Let the optimizer make all its updates again after the fit."""
         if self.found is not None and getattr(trainer.optimizer, "found_inf", None) is self.found:
             del trainer.optimizer.found_inf  # type: ignore[attr-defined]
@@ -126,7 +136,7 @@ class NonFinite(Callback):
             )
         self.checked = step
 
-    def _act(self, trainer: Trainer) -> None:
+    def _act(self, trainer: Context) -> None:
         self.in_a_row += 1
         if self.policy == "raise" or self.in_a_row > self.most_skips:
             raise Diverged(self._story(trainer))
@@ -139,7 +149,7 @@ class NonFinite(Callback):
             rewind(trainer, self._checkpoint(trainer))
         trainer.optimizer.zero_grad(set_to_none=True)  # without gradients an optimizer changes nothing
 
-    def _story(self, trainer: Trainer) -> str:
+    def _story(self, trainer: Context) -> str:
         told = [f"the loss is {float(trainer.loss):.6g} at step {trainer.state.step + 1}"]
         named = ((name, p.grad) for name, p in trainer.model.named_parameters() if p.grad is not None)
         bad = next((name for name, grad in named if not numbers_of(grad).isfinite().all()), None)
@@ -152,9 +162,10 @@ class NonFinite(Callback):
             told.append(f"{self.in_a_row - 1} updates before were left out in a row (most_skips)")
         return f"non_finite: {'; '.join(told)}. {ADVICE}"
 
-    def _checkpoint(self, trainer: Trainer) -> Path:
+    def _checkpoint(self, trainer: Context) -> Path:
         for callback in trainer.callbacks:
-            callback.finish_saving()  # or which one is newest would depend on the disk
+            if isinstance(callback, SavingCallback):
+                callback.finish_saving()  # or which one is newest would depend on the disk
         assert trainer.folder is not None
         found, skipped = checkpoints.newest(trainer.folder / "checkpoints")
         if found is None:
@@ -170,7 +181,7 @@ class NonFinite(Callback):
         self.skipped, self.in_a_row = state.get("skipped", 0), state.get("in_a_row", 0)
 
 
-def gradients(trainer: Trainer) -> list[Tensor]:
+def gradients(trainer: Context) -> list[Tensor]:
     """All gradients of the optimizer's parameters; none where a scaler looks after them."""
     if trainer.precision.scaler is not None:
         return []
@@ -178,7 +189,7 @@ def gradients(trainer: Trainer) -> list[Tensor]:
     return [grad for group in groups for p in group["params"] if (grad := p.grad) is not None]
 
 
-def rewind(trainer: Trainer, checkpoint: Path) -> None:
+def rewind(trainer: Context, checkpoint: Path) -> None:
     """Take weights, optimizer, scaler and averages from a checkpoint; counters, schedule, data and randomness go on."""
     model, saved = checkpoints.load(checkpoint)
     trainer.model.load_state_dict(model)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from torch.utils.data import DataLoader
 
-from framework import Callback, PositiveFloat, Trainer, callbacks, slow_data, terminal
+from framework import Callback, Context, Loader, PositiveFloat, callbacks, slow_data, terminal
 from framework.contracts.state import State
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Progress(Callback):
         self.validation_seconds = math.inf
         self.printed = None
 
-    def on_fit_start(self, trainer: Trainer) -> None:
+    def on_fit_start(self, trainer: Context) -> None:
         if self.live is not None:
             self.live.stop()  # of the fit before, in a trainer that is still open
             self.live = None
@@ -59,23 +59,23 @@ class Progress(Callback):
             self.live = open_live(self.stream)
             self._draw("")
 
-    def on_step_end(self, trainer: Trainer) -> None:
+    def on_step_end(self, trainer: Context) -> None:
         if self.live is not None and time.monotonic() >= self.next_drawing:
             self._draw("")
 
-    def on_validation_start(self, trainer: Trainer) -> None:
+    def on_validation_start(self, trainer: Context) -> None:
         self.validating_since = time.monotonic()
         if self.live is not None and self.validation_seconds > self.interval:  # a short one is not worth a drawing
             self._draw("validating")
 
-    def on_validation_end(self, trainer: Trainer) -> None:
+    def on_validation_end(self, trainer: Context) -> None:
         self.validation_seconds = time.monotonic() - self.validating_since
         self._print(trainer.state)
 
-    def on_epoch_end(self, trainer: Trainer) -> None:
+    def on_epoch_end(self, trainer: Context) -> None:
         self._print(trainer.state)
 
-    def on_fit_end(self, trainer: Trainer) -> None:
+    def on_fit_end(self, trainer: Context) -> None:
         self._print(trainer.state)
         advice = data_loader_advice(trainer)
         if advice is None or self.stream is None:
@@ -85,7 +85,7 @@ class Progress(Callback):
         else:
             terminal.print_line(advice, self.stream, flush=True)
 
-    def on_close(self, trainer: Trainer) -> None:
+    def on_close(self, trainer: Context) -> None:
         """Leave the bar as it is at the end, and the cursor visible; also after an exception."""
         if self.live is not None:
             self._draw("")
@@ -154,9 +154,11 @@ class Progress(Callback):
         return shown
 
 
-def data_loader_advice(trainer: Trainer) -> str | None:
+def data_loader_advice(trainer: Context) -> str | None:
     """Say how to wait less for a DataLoader without workers, if that took much of the time."""
-    loader = getattr(trainer.train_batches, "batches", None)
+    if isinstance(trainer.train_batches, Loader):  # `data_advice` of an experiment is about it
+        return None
+    loader = trainer.train_batches.batches
     share = slow_data(trainer.clock.shares(), trainer.clock.elapsed)
     if share is None or not isinstance(loader, DataLoader) or loader.num_workers > 0:
         return None

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from framework import Callback, NonNegativeInt, SettingError, Trainer, callbacks
+from framework import Callback, Context, NonNegativeInt, SettingError, callbacks
 
 
 @callbacks.register("prune")
@@ -37,7 +37,7 @@ class Prune(Callback):
         self.looks = 0
         self.judge: Any = None
 
-    def on_fit_start(self, trainer: Trainer) -> None:
+    def on_fit_start(self, trainer: Context) -> None:
         from framework import Judge, make_pruner
 
         number = trial_number(trainer.folder)
@@ -51,15 +51,15 @@ class Prune(Callback):
         if self.looks > 0 and self.looks == self.judge.last:
             self._decide(trainer, math.nan)  # a kill may have come between the decision and the end
 
-    def on_log(self, trainer: Trainer) -> None:
+    def on_log(self, trainer: Context) -> None:
         if self.monitor.startswith("train/"):
             self._look(trainer)
 
-    def on_validation_end(self, trainer: Trainer) -> None:
+    def on_validation_end(self, trainer: Context) -> None:
         if not self.monitor.startswith("train/"):
             self._look(trainer)
 
-    def _look(self, trainer: Trainer) -> None:
+    def _look(self, trainer: Context) -> None:
         self.looks += 1
         if self.monitor not in trainer.state.metrics:
             raise SettingError(f"prune: nothing logs {self.monitor!r}, the metric of the search, while a trial trains")
@@ -67,10 +67,11 @@ class Prune(Callback):
         if math.isfinite(value):
             self._decide(trainer, value)
 
-    def _decide(self, trainer: Trainer, value: float) -> None:
+    def _decide(self, trainer: Context, value: float) -> None:
         state = trainer.state
-        if self.judge.prunes(value, self.looks) and state.stop is None and state.step != state.total_steps:
-            state.stop = f"prune: {self.monitor} is behind that of other trials ({self.pruner}, look {self.looks})"
+        if self.judge.prunes(value, self.looks) and state.step != state.total_steps:
+            rule = f"{self.pruner}, look {self.looks}"
+            trainer.stop("prune", f"{self.monitor} is behind that of other trials ({rule})")
 
     def state_dict(self) -> dict[str, Any]:
         return {"looks": self.looks}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from framework import (
     BuildError,
     Callback,
+    Context,
     Every,
     Fraction,
     Loader,
@@ -20,7 +21,6 @@ from framework import (
     PositiveFloat,
     PositiveInt,
     Shape,
-    Trainer,
     blocks,
     callbacks,
     class_names,
@@ -277,11 +277,11 @@ class Spectrograms(Callback):
         """
         self.samples, self.cadence = samples, Cadence(every)
 
-    def on_validation_end(self, trainer: Trainer) -> None:
+    def on_validation_end(self, trainer: Context) -> None:
         if self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0):
             self.show(trainer)
 
-    def show(self, trainer: Trainer) -> None:
+    def show(self, trainer: Context) -> None:
         chosen = validation_samples(trainer, self.samples)
         if chosen is None:
             return
@@ -295,7 +295,7 @@ class Spectrograms(Callback):
             logger.text("spectrograms/predictions", table, trainer.state.step)
 
 
-def validation_samples(trainer: Trainer, count: int) -> tuple[Tensor, Tensor] | None:
+def validation_samples(trainer: Context, count: int) -> tuple[Tensor, Tensor] | None:
     """Return inputs (rows, channels + 1, length) and classes of some validation samples; None where there are none."""
     batches = trainer.val_batches
     if not isinstance(batches, Loader):

@@ -14,6 +14,7 @@ from framework import (
     Activation,
     BuildError,
     Callback,
+    Context,
     Every,
     Metric,
     NonNegativeInt,
@@ -22,7 +23,6 @@ from framework import (
     SettingError,
     Shape,
     TensorSplit,
-    Trainer,
     blocks,
     callbacks,
     metrics,
@@ -166,8 +166,8 @@ class Predictions(Callback):
         """
         self.cadence, self.curves, self.samples = Cadence(every), curves, samples
 
-    def on_fit_start(self, trainer: Trainer) -> None:
-        split = getattr(trainer.val_batches, "split", None)
+    def on_fit_start(self, trainer: Context) -> None:
+        split = None if trainer.val_batches is None else trainer.val_batches.split
         missing = None
         if trainer.val_batches is None:
             missing = "there is no validation split"
@@ -179,12 +179,12 @@ class Predictions(Callback):
             said = "it shows predicted values beside the targets of a validation split in memory"
             raise SettingError(f"callbacks.predictions: {said}; {missing}")
 
-    def on_step_end(self, trainer: Trainer) -> None:
+    def on_step_end(self, trainer: Context) -> None:
         if self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0):
             self._show(trainer)
 
     @torch.no_grad()
-    def _show(self, trainer: Trainer) -> None:
+    def _show(self, trainer: Context) -> None:
         split = trainer.val_batches.split  # type: ignore[union-attr]
         several = split.tensors[-1][0].numel() > 1
         count = min(self.curves if several else self.samples, len(split))

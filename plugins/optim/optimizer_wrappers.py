@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from framework import (
     Batch,
+    Context,
     Every,
     Fraction,
     PositiveFloat,
@@ -15,7 +16,6 @@ from framework import (
     Range,
     Rate,
     SettingError,
-    Trainer,
     Transform,
     callbacks,
     seeds,
@@ -32,19 +32,19 @@ class Again(Transform):
     def __init__(self) -> None:
         self.batches: list[Batch] = []
 
-    def on_fit_start(self, trainer: Trainer) -> None:
+    def on_fit_start(self, trainer: Context) -> None:
         if trainer.precision.scaler is not None:
             who = type(self).__name__
             raise SettingError(f"{who} takes gradients twice a step, for which fp16's scaler has no place: use bf16")
 
-    def on_step_start(self, trainer: Trainer) -> None:
+    def on_step_start(self, trainer: Context) -> None:
         self.batches = []
 
     def __call__(self, batch: Batch) -> Batch:
         self.batches.append(batch)
         return batch
 
-    def again(self, trainer: Trainer, parts: Sequence[Batch]) -> None:
+    def again(self, trainer: Context, parts: Sequence[Batch]) -> None:
         """Put the gradients of the mean loss of the parts into the parameters; running statistics stay."""
         buffers = [buffer.clone() for buffer in trainer.model.buffers()]
         counts = [trainer.task.count(part) for part in parts]
@@ -58,11 +58,11 @@ class Again(Transform):
         for buffer, kept in zip(trainer.model.buffers(), buffers, strict=True):
             buffer.copy_(kept)
 
-    def split(self, trainer: Trainer) -> list[Batch]:
+    def split(self, trainer: Context) -> list[Batch]:
         return [part for batch in self.batches for part in trainer.micro_batches.split(batch)]
 
 
-def trained(trainer: Trainer) -> list[Tensor]:
+def trained(trainer: Context) -> list[Tensor]:
     """Return the parameters that have a gradient."""
     return [p for group in trainer.optimizer.param_groups for p in group["params"] if p.grad is not None]
 
@@ -89,7 +89,7 @@ class Sam(Again):
         super().__init__()
         self.rho = rho
 
-    def on_gradients(self, trainer: Trainer) -> None:
+    def on_gradients(self, trainer: Context) -> None:
         parameters = trained(trainer)
         before = [p.detach().clone() for p in parameters]
         gradients = [p.grad for p in parameters if p.grad is not None]
@@ -127,13 +127,13 @@ class NoiseScale(Again):
         self.cadence, self.parts, self.decay = Cadence(every), parts, decay
         self.trace, self.squared, self.measured = 0.0, 0.0, 0
 
-    def needs_gradients(self, trainer: Trainer) -> bool:
+    def needs_gradients(self, trainer: Context) -> bool:
         return self.due(trainer)
 
-    def due(self, trainer: Trainer) -> bool:
+    def due(self, trainer: Context) -> bool:
         return self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0)
 
-    def on_gradients(self, trainer: Trainer) -> None:
+    def on_gradients(self, trainer: Context) -> None:
         if not self.due(trainer) or len(self.batches[0][0]) < self.parts:
             return
         parameters = trained(trainer)
@@ -148,7 +148,7 @@ class NoiseScale(Again):
         large = float(torch.stack(gradients).mean(0).square().sum())
         self.take(small, large, size, size * self.parts)
 
-    def of(self, trainer: Trainer, parameters: Sequence[Tensor], piece: Batch) -> Tensor:
+    def of(self, trainer: Context, parameters: Sequence[Tensor], piece: Batch) -> Tensor:
         self.again(trainer, [piece])
         return torch.cat([as_real(dense(p)).reshape(-1) for p in parameters])
 
@@ -160,7 +160,7 @@ class NoiseScale(Again):
         self.trace = self.decay * self.trace + (1 - self.decay) * trace
         self.measured += 1
 
-    def on_log(self, trainer: Trainer) -> None:
+    def on_log(self, trainer: Context) -> None:
         if self.measured and self.squared > 0:  # both averages began at 0, which their ratio does not show
             trainer.log({"train/gradient_noise_scale": self.trace / self.squared})
 
@@ -189,7 +189,7 @@ class Lookahead(Averaging):
         super().__init__()
         self.k, self.alpha = k, alpha
 
-    def take_in(self, trainer: Trainer) -> None:
+    def take_in(self, trainer: Context) -> None:
         if trainer.state.step % self.k == 0:
             torch._foreach_lerp_(self.others, self.parameters, self.alpha)
             torch._foreach_copy_(self.parameters, self.others)
@@ -214,7 +214,7 @@ class ScheduleFree(Averaging):
         self.beta, self.total = beta, 0.0
         self.z: list[Tensor] = []
 
-    def on_fit_start(self, trainer: Trainer) -> None:
+    def on_fit_start(self, trainer: Context) -> None:
         for group in trainer.optimizer.param_groups:
             if "lr" not in group:
                 name = type(trainer.optimizer).__name__
@@ -236,7 +236,7 @@ class ScheduleFree(Averaging):
         super().keep_in_step(before)
         self.z = matched(self.parameters, before, self.z)
 
-    def take_in(self, trainer: Trainer) -> None:
+    def take_in(self, trainer: Context) -> None:
         """Carry the optimizer's move of y over to z, and make the new x and y."""
         before = torch._foreach_lerp(self.z, self.others, self.beta)
         torch._foreach_add_(self.z, torch._foreach_sub(self.parameters, before))

@@ -26,6 +26,7 @@ from framework import (
     tasks,
 )
 from framework.contracts.alignment import same_shape
+from framework.contracts.model import GenerativeModel
 from framework.contracts.task import Phase, check_tensor
 
 Network = Literal["mlp", "conv"]
@@ -193,8 +194,8 @@ class OfInputs(Task):
         """Return what a person should see, rows of inputs' shape: here each input, and what became of it."""
         given = self.predict(model(inputs))["reconstruction"]
         shown = {"reconstructions": torch.stack([inputs, given], 1).flatten(0, 1)}
-        if hasattr(model, "sample"):
-            shown["samples"] = self.predict(model.sample(len(inputs)))["reconstruction"]  # type: ignore[operator]
+        if isinstance(model, GenerativeModel):
+            shown["samples"] = self.predict(model.sample(len(inputs)))["reconstruction"]
         return shown
 
 

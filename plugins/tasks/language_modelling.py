@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from framework import (
     Batch,
+    Context,
     Data,
     DataError,
     Every,
@@ -21,13 +22,13 @@ from framework import (
     SettingError,
     Step,
     Task,
-    Trainer,
     WindowSplit,
     callbacks,
     metrics,
     tasks,
 )
 from framework.contracts.callback import Callback
+from framework.contracts.model import CachedDecoder
 from framework.contracts.state import Cadence
 from framework.contracts.task import check_tensor, inputs_and_targets
 
@@ -84,7 +85,7 @@ class LanguageModelling(Task):
         return {"token": token, "probability": probability}
 
     def check(self, data: Data) -> None:
-        characters = getattr(data, "characters", None)
+        characters = data.characters
         if characters is None and data.target != "class":
             raise DataError(f"data {type(data).__name__} holds no tokens: choose a text, such as data=stdlib_source")
         self.criterion.characters = None if characters is None else characters.float()
@@ -151,7 +152,7 @@ def sample(
     text, hop, draw = list(tokens) or [1], max(context // 2, 1), torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
     modes = {module: module.training for module in model.modules()}
-    cached = cached and hasattr(model, "new_cache")
+    cached = cached and isinstance(model, CachedDecoder)
     start = seen = 0
     cache: Any = None
     model.eval()
@@ -224,12 +225,12 @@ class TextSamples(Callback):
         self.cadence, self.prompt = Cadence(every), prompt
         self.sampling = {"length": length, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
 
-    def on_step_end(self, trainer: Trainer) -> None:
+    def on_step_end(self, trainer: Context) -> None:
         if self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0):
             self.show(trainer)
 
-    def show(self, trainer: Trainer) -> None:
-        split = getattr(trainer.train_batches, "split", None)
+    def show(self, trainer: Context) -> None:
+        split = trainer.train_batches.split
         if not isinstance(split, WindowSplit) or "tokenizer" not in split.facts:
             raise SettingError("text_samples: the data is no text that a language model learns from")
         tokenizer = split.facts["tokenizer"]

@@ -13,6 +13,7 @@ from framework import (
     Augmentation,
     Batch,
     Callback,
+    Context,
     Data,
     DataError,
     Fraction,
@@ -25,7 +26,6 @@ from framework import (
     Step,
     Target,
     Task,
-    Trainer,
     callbacks,
     check_read_again,
     did_you_mean,
@@ -257,7 +257,7 @@ class LinearProbe(Callback):
         """
         self.layer, self.count, self.ridge = layer, count, ridge
 
-    def on_fit_start(self, trainer: Trainer) -> None:
+    def on_fit_start(self, trainer: Context) -> None:
         check_read_again(trainer.train_batches, "callbacks.linear_probe")
         if trainer.val_batches is not None:
             check_read_again(trainer.val_batches, "callbacks.linear_probe")
@@ -266,7 +266,7 @@ class LinearProbe(Callback):
             raise SettingError(f"callbacks.linear_probe.layer={self.layer}: {did_you_mean(self.layer, names)}")
 
     @torch.no_grad()
-    def on_validation_end(self, trainer: Trainer) -> None:
+    def on_validation_end(self, trainer: Context) -> None:
         assert trainer.val_batches is not None
         with seeds.undisturbed():
             features, classes = self._features(trainer, trainer.train_batches, self.count)
@@ -277,7 +277,7 @@ class LinearProbe(Callback):
         right = (found.argmax(1) == truth).double().mean()
         trainer.log({"val/probe_accuracy": float(right)})  # a number at once: callbacks after this one may watch it
 
-    def _features(self, trainer: Trainer, batches: Any, count: int | None) -> tuple[Tensor, Tensor]:
+    def _features(self, trainer: Context, batches: Any, count: int | None) -> tuple[Tensor, Tensor]:
         """Return the features (rows, D) in float64, and the classes, of a split's first samples.
 
         Samples whose class is negative, or ignored by the loss of the task, are left out.

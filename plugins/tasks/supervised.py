@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from framework import Batch, Data, DataError, FrameworkError, Loss, Step, Target, Task, tasks, user_code
 from framework.contracts.alignment import class_shape, probability_shape, same_shape
 from framework.contracts.loss import (
+    DataDependentLoss,
     Mean,
     check_classes,
     check_first,
@@ -75,7 +76,7 @@ class Supervised(Task):
             )
         if self.target != "class":
             self.row_size = math.prod(data.out_shape)
-        if hasattr(self.criterion, "learn"):
+        if isinstance(self.criterion, DataDependentLoss):
             self.criterion.learn(data)
         self.try_loss(data.out_shape)
         self.check_mean(data.out_shape)

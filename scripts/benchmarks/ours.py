@@ -26,7 +26,8 @@ class RoundEnds(fw.Callback):
     def on_epoch_end(self, trainer: Trainer) -> None:
         if self.watch.round_ends:  # what is still being written belongs to this round, not to whoever comes next
             for callback in trainer.callbacks:
-                callback.finish_saving()
+                if isinstance(callback, fw.SavingCallback):
+                    callback.finish_saving()
         self.watch.epoch_end()
 
 

@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from signal import SIGINT
 
 import numpy as np
 import pytest
 import torch
 
 from framework.cli.output import check_output, metric_table, percent, print_result, print_values, write_predictions
+from framework.contracts.state import Stop
 from framework.data.dataset import Loader, TensorSplit
 from framework.errors import FrameworkError
 from framework.experiment.experiment import Result, data_advice
@@ -41,11 +43,11 @@ def test_the_end_of_a_run(capsys, tmp_path, monkeypatch):
         "\n1,200 steps in 3.2 s\nrun      runs/default/x\n"
         "measure  framework eval runs/default/x\nwatch    framework board\n"
     )
-    print_result(Result(Path("runs/default/y"), METRICS, stopped="SIGINT", signal=2))
+    print_result(Result(Path("runs/default/y"), METRICS, stopped=Stop("signal", "SIGINT", SIGINT), signal=2))
     assert capsys.readouterr().out.endswith(
         "run      runs/default/y\ngo on    framework resume runs/default/y\nwatch    framework board\n"
     )
-    print_result(Result(Path("x"), METRICS, stopped="early_stop: enough", seconds=240, steps=1), "seed=3")
+    print_result(Result(Path("x"), METRICS, stopped=Stop("early_stop", "enough"), seconds=240, steps=1), "seed=3")
     said = capsys.readouterr().out
     assert said.startswith("\nseed=3\n")
     assert said.endswith("\n1 step in 4.0 min, stopped: early_stop: enough\nrun      x\n")

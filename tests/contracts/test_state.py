@@ -1,13 +1,14 @@
 """Counters, cadences, and going on from a saved state as if nothing had happened."""
 
 import copy
+import signal
 
 import pytest
 
 import framework as fw
 from fits import OPTIMIZERS, VAL, At, fit, same
 from framework import Callback
-from framework.contracts.state import Cadence, State
+from framework.contracts.state import Cadence, State, Stop
 from framework.errors import SettingError
 
 
@@ -105,3 +106,26 @@ def test_callbacks_of_one_class_have_a_state_each():
     one, two = Count(1), Count(10)
     fit(callbacks=[Callback(), one, two], resume=saved)  # one more of another class shifts none
     assert (one.total, two.total) == (15, 150)
+
+
+# why a run stops
+
+
+def test_a_text_is_the_reason_of_a_stop_by_a_callback():
+    state = State()
+    state.stop = "enough"
+    assert state.stop == Stop(by="callback", reason="enough")
+    assert str(state.stop) == "enough"
+    state.stop = None
+    assert state.stop is None
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [
+        (Stop("early_stop", "val/loss did not improve"), "early_stop: val/loss did not improve"),
+        (Stop("signal", "SIGTERM", signal.SIGTERM), "SIGTERM"),
+    ],
+)
+def test_the_text_of_a_stop_names_who_stops_the_run(stop, text):
+    assert str(stop) == text

@@ -23,7 +23,10 @@ class Run:
     """What `stopping` needs of a trainer."""
 
     def __init__(self):
-        self.state = type("State", (), {"stop": None})()
+        self.stops = []
+
+    def stop(self, by, reason, signal=None):
+        self.stops.append((by, reason, signal))
 
 
 def send(*numbers):
@@ -63,7 +66,7 @@ def test_a_hangup_that_is_ignored_stays_ignored():
         run = Run()
         with interruptible(), stopping([run]) as got:
             send(signal.SIGHUP)
-        assert (got, run.state.stop) == ([], None)
+        assert (got, run.stops) == ([], [])
     finally:
         signal.signal(signal.SIGHUP, before)
 
@@ -76,7 +79,7 @@ def test_each_signal_stops_a_run_after_its_step(number):
     run = Run()
     with stopping([run]) as got:
         send(number)
-    assert (got, run.state.stop) == ([number], number.name)
+    assert (got, run.stops) == ([number], [("signal", number.name, number)])
 
 
 def test_a_second_hangup_does_not_end_the_save():
@@ -97,7 +100,7 @@ def test_a_signal_whose_exception_is_lost_stops_the_next_run():
             send(signal.SIGTERM)
         assert received() == signal.SIGTERM
         with stopping([run]) as got:
-            assert run.state.stop == "SIGTERM"
+            assert run.stops == [("signal", "SIGTERM", signal.SIGTERM)]
         assert got == [signal.SIGTERM]
     assert interrupt.received == signal.SIGTERM
 

@@ -1,6 +1,7 @@
 """The Trainer against loops written by hand: the same numbers, bit for bit, whatever is switched; and its events."""
 
 import inspect
+import signal
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ import framework as fw
 from fits import OPTIMIZERS, SPLIT, VAL, At, Record, Three, X, Y, fit, network, same
 from framework import Callback, TensorSplit, Trainer
 from framework.contracts.callback import EVENTS
+from framework.contracts.state import Stop
 from framework.data.dataset import Loader
 from framework.errors import DataError, SettingError
 from framework.runtime import seeds
@@ -232,11 +234,12 @@ def test_callbacks_that_are_added_later_are_called():
 
 def test_a_callback_stops_a_run_with_a_reason():
     def stop(trainer):
-        trainer.state.stop = "enough"
+        trainer.stop("at", "enough")
+        trainer.stop("other", "more than enough")
 
     events = Events()
     trainer, record = fit(callbacks=[At(7, stop), events], val=VAL, log_every="1epoch")
-    assert (trainer.state.step, trainer.state.stop) == (7, "enough")
+    assert (trainer.state.step, trainer.state.stop) == (7, Stop("at", "enough"))
     assert record.steps("train/loss") == record.steps("val/loss") == [5, 7]
     assert events.seen[-2:] == ["fit_end", "close"]
     assert "exception" not in events.seen
@@ -246,7 +249,7 @@ def test_a_stop_before_the_first_step_holds_and_a_second_fit_begins_anew():
     trainer = Trainer(max_epochs=1, device="cpu")
     model = network()
     parts = {"task": nn.CrossEntropyLoss(), "optimizer": OPTIMIZERS["sgd"](model)}
-    trainer.state.stop = "SIGTERM"
+    trainer.stop("signal", "SIGTERM", signal.SIGTERM)
     assert trainer.fit(model, SPLIT, **parts).step == 0
     trainer = Trainer(max_epochs=1, device="cpu", callbacks=[At(2, lambda t: setattr(t.state, "stop", "enough"))])
     assert trainer.fit(model, SPLIT, **parts).step == 2

@@ -1,6 +1,7 @@
 """Trials that train as one: each comes out as it would alone."""
 
 import copy
+import signal
 from functools import partial
 
 import pytest
@@ -352,11 +353,11 @@ class Stop(Callback):
 
     def on_fit_start(self, trainer):
         if self.step is None:
-            trainer.state.stop = "SIGINT"
+            trainer.stop("signal", "SIGINT", signal.SIGINT)
 
     def on_step_end(self, trainer):
         if trainer.state.step == self.step:
-            trainer.state.stop = "SIGTERM"
+            trainer.stop("signal", "SIGTERM", signal.SIGTERM)
 
 
 STATEFUL = [

@@ -68,7 +68,8 @@ def train(folder, values, resume=None, more=(), **settings):
 
 def test_a_trial_behind_the_others_ends(study, tmp_path):
     state = train(tmp_path / "003_seed-3", BAD)
-    assert state.stop.startswith("prune: val/loss is behind")
+    assert state.stop.by == "prune"
+    assert state.stop.reason.startswith("val/loss is behind")
     assert state.epoch == 2
     assert study.trials[3].intermediate_values == {1: 5.0, 2: 4.5}
 

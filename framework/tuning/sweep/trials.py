@@ -25,7 +25,7 @@ from .isolation import isolated
 from .settings import Sweep
 from .table import Direction, best_trial
 
-PRUNED = "prune:"  # with what a run begins to say why it stopped, when it was pruned
+PRUNE = "prune"  # the callback that ends bad trials
 
 
 @dataclass
@@ -185,7 +185,7 @@ def outcome(trial: Trial, result: Result | None) -> Trial:
     numbers["seconds"] = added(trial, result.seconds)
     if result.signal is not None:
         return replace(trial, state="stopped", exit_status=128 + result.signal, **numbers)
-    pruned = (result.stopped or "").startswith(PRUNED)
+    pruned = result.stopped is not None and result.stopped.by == PRUNE
     return replace(trial, state="pruned" if pruned else "done", **numbers)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from framework.contracts.callback import Callback
+from framework.contracts.callback import SavingCallback
 from framework.contracts.loss import portion, share_of
 from framework.contracts.task import Step
 from framework.data.accumulation import steps
@@ -25,6 +25,7 @@ from framework.runtime.seeds import undisturbed
 from framework.training.acceleration.cuda_graph import Graphed
 from framework.training.trainer import Trainer
 
+from .callbacks import check_stackable, clip_rows_of, prepare
 from .differences import same
 from .rehearsal import Rehearsal
 from .stacked_forward import RowMeasures, Stack, Sums
@@ -41,7 +42,7 @@ class Member:
         self.number, self.trainer, self.fit = number, trainer, fit
         self.way: AbstractContextManager[None] = trainer.fitting()
         self.looking = [listener.__self__ for listener in trainer._listeners["gradients"]]  # type: ignore[attr-defined]
-        self.alone = [each for each in self.looking if looks_alone(each)]
+        self.alone = [each for each in self.looking if clip_rows_of(type(each)) is None]
 
     def wants_gradients(self) -> bool:
         """Whether somebody who cannot look at all rows at once must see them, though they are finite."""
@@ -85,8 +86,7 @@ class Lockstep:
             if not same(loader.split, first.split):  # before `begin` moves the first one's to the device
                 raise NotStackable(f"{name} is not the same")
         for trial in self.trials:
-            for callback in trial.trainer.callbacks:
-                callback.among(len(self.trials))
+            prepare(trial.trainer.callbacks, len(self.trials))
             for _, loader, first in self._loaders(trial):
                 loader.split, loader.whole = first.split, first.whole  # one copy on the device for all
             trial.trainer.begin(**trial.fit)
@@ -222,11 +222,12 @@ class Lockstep:
         for row in looked:
             self.rows.lend_gradients(row)
         for position, listener in enumerate(self.trials[0].looking):
-            if not looks_alone(listener):
+            clip_rows = clip_rows_of(type(listener))
+            if clip_rows is not None:
                 for row in looked:
                     if self._take_gradients(row):  # a callback before it may have put others in their place
                         self.rows.lend_gradients(row)
-                type(listener).clip_rows([trial.looking[position] for trial in self.trials], self.rows.gradients)
+                clip_rows([trial.looking[position] for trial in self.trials], self.rows.gradients)
                 continue
             for row in looked:
                 self._show_gradients(row, position)
@@ -304,7 +305,8 @@ class Lockstep:
         leaving = [self.trials[row] for row in done]
         self._keep([row for row in range(len(self.trials)) if row not in done])
         for callback in (callback for trial in leaving for callback in trial.trainer.callbacks):
-            callback.hurry_saving()  # all at once, where each would wait for its own disk writes below
+            if isinstance(callback, SavingCallback):
+                callback.hurry_saving()  # all at once, where each would wait for its own disk writes below
         for trial in leaving:
             self._close(trial, None)
 
@@ -333,31 +335,16 @@ class Lockstep:
         self.ended(trial.number, error)
 
 
-def looks_alone(callback: Callback) -> bool:
-    """Whether it has no `clip_rows`, or one that is older than its `on_gradients`."""
-    first = next(each for each in type(callback).__mro__ if {"clip_rows", "on_gradients"} & vars(each).keys())
-    return first is Callback or "clip_rows" not in vars(first)
-
-
 def loader_of(trainer: Trainer) -> Loader:
     if not isinstance(trainer.train_batches, Loader):
         raise NotStackable("their data is an iterable of batches")
     return trainer.train_batches
 
 
-OWN = "works with a trial of its own"
-UNKNOWN = (
-    "may change training (`changes_training = False` says that it does not, and `alone = False` that it changes no "
-    "more than gradients, learning rates, or weights in their place)"
-)
-
-
 def check_alike(trainers: Sequence[Trainer]) -> None:
     """Raise NotStackable for settings that train a model in another way than step by step, or not all in the same."""
     for trainer in trainers:
-        for callback in trainer.callbacks:
-            if callback.alone or (callback.alone is None and callback.changes_training):
-                raise NotStackable(f"{type(callback).__name__} {OWN if callback.alone else UNKNOWN}")
+        check_stackable(trainer.callbacks)
         if trainer.compile != "off" or trainer.profile or trainer.micro_batches.size or trainer.micro_batches.auto:
             raise NotStackable("trainer.compile, trainer.profile and trainer.micro_batch are for one trial")
         if trainer.precision.scaler is not None:

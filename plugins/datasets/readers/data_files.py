@@ -138,7 +138,7 @@ def readable(path: Path) -> Iterator[None]:
         raise not_utf8(path, error.start) from error
     except UNREADABLE as error:
         raise DataError(f"{path} cannot be read: {one_line(error)}") from error
-    except RuntimeError as error:
+    except RuntimeError as error:  # zipfile has no class of its own for a password that it needs
         if "encrypted" not in str(error) and "password" not in str(error):
             raise
         raise DataError(f"{path} is encrypted; unpack it") from error

@@ -123,14 +123,14 @@ def saved(folder: Path) -> list[int]:
 def test_early_stop_waits_for_its_patience(values, settings, stops_after):
     trainer, _ = fit(Script("val/loss", values), build("early_stop", **settings), epochs=6)
     assert trainer.state.epoch == (stops_after or 6)
-    assert (trainer.state.stop or "").startswith("early_stop: val/loss" if stops_after else "")
+    assert str(trainer.state.stop or "").startswith("early_stop: val/loss" if stops_after else "")
 
 
 def test_early_stop_says_why():
     trainer, _ = fit(Script("val/loss", [5, 4, 4, 4]), build("early_stop", patience=2))
-    assert trainer.state.stop == "early_stop: val/loss is best at 4 (step 6) and did not improve 2 times in a row"
+    assert str(trainer.state.stop) == "early_stop: val/loss is best at 4 (step 6) and did not improve 2 times in a row"
     trainer, _ = fit(Script("val/loss", [math.nan] * 4), build("early_stop", patience=2))
-    assert trainer.state.stop == "early_stop: val/loss has never been finite and did not improve 2 times in a row"
+    assert str(trainer.state.stop) == "early_stop: val/loss has never been finite and did not improve 2 times in a row"
 
 
 def test_which_way_is_better_comes_from_the_metric_itself():
@@ -363,7 +363,7 @@ def test_the_timer_logs_each_epoch_and_stops_at_its_limit(monkeypatch):
     clock = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
     trainer, record = fit(build("timer", limit="7s"), Wait(clock))
-    assert (trainer.state.step, trainer.state.stop) == (8, "timer: the limit of 7s is reached")
+    assert (trainer.state.step, str(trainer.state.stop)) == (8, "timer: the limit of 7s is reached")
     assert record.of("train/seconds_per_epoch") == {3: 3.0, 6: 3.0}
     trainer, _ = fit(build("timer", limit="0.2min"), Wait(clock), epochs=9, resume=trainer.state_dict())
     assert trainer.state.step == 13  # 12 seconds, of which the first part took 8

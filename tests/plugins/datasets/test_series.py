@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import framework as fw
 from framework.composition.compose import CommandLine, run as compose
+from framework.data.dataset import ForeignLoader
 from framework.errors import BuildError, DataError, SettingError
 from framework.experiment.experiment import Experiment, train
 from framework.experiment.load import open_run
@@ -289,7 +290,8 @@ class TestPictures:
         with pytest.raises(SettingError, match="the targets here are classes"):
             self.shown(torch.arange(10) % 2, torch.nn.Linear(1, 2))
         callback = fw.callbacks.build("predictions")
-        for val, said in ((None, "there is no validation split"), ([], "the validation split is not in memory")):
+        stream = ForeignLoader([])
+        for val, said in ((None, "there is no validation split"), (stream, "the validation split is not in memory")):
             with pytest.raises(SettingError, match=said):
                 callback.on_fit_start(SimpleNamespace(val_batches=val))
 
