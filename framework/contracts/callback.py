@@ -23,6 +23,8 @@ Before fit_start, `reset` makes each callback forget an earlier fit; when a fit 
 `load_state_dict` follows.
 They may replace parameters and modules of the model and change the groups of the optimizer, but not replace the model,
 the task or the optimizer as a whole. A batch that one wants to keep after the step has to be copied.
+What compiled steps and CUDA graphs ask of a callback that listens to `gradients` is in
+`training/acceleration/callbacks.py`.
 To end a run: `trainer.state.stop = "reason"`; the step under way is finished first.
 """
 
@@ -69,15 +71,12 @@ class Callback(Stateful):
             then a resumed run may not measure them at other times. None: it does if it may change
             training and listens to validations or logs.
         saves: whether it saves checkpoints; a run without such a callback prints a note.
-        recordable: whether `on_gradients` is nothing but arithmetic on the device, the same in each step, so that a
-            CUDA graph may replay it.
     """
 
     changes_training: ClassVar[bool] = True
     alone: bool | None = None
     follows_metrics: ClassVar[bool | None] = None
     saves: ClassVar[bool] = False
-    recordable: bool = False
 
     def on_fit_start(self, trainer: Trainer) -> None: ...
     def on_epoch_start(self, trainer: Trainer) -> None: ...
@@ -101,13 +100,6 @@ class Callback(Stateful):
             settings: those of this callback that differ from their defaults.
         """
         return ()
-
-    def needs_gradients(self, trainer: Trainer) -> bool:
-        """Whether `on_gradients` must be called in the step to come even if all gradients are finite.
-
-        Where nobody needs them, a compiled step goes from the batch to the new weights.
-        """
-        return True
 
     def among(self, trials: int) -> None:
         """Prepare to serve one of so many trials that train as one: what takes turns has to wait longer."""
