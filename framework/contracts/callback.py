@@ -23,6 +23,8 @@ Before fit_start, `reset` makes each callback forget an earlier fit; when a fit 
 `load_state_dict` follows.
 They may replace parameters and modules of the model and change the groups of the optimizer, but not replace the model,
 the task or the optimizer as a whole. A batch that one wants to keep after the step has to be copied.
+What compiled steps and CUDA graphs ask of a callback that listens to `gradients` is in
+`training/acceleration/callbacks.py`.
 To end a run: `trainer.stop(name, reason)`; the step under way is finished first.
 """
 
@@ -82,13 +84,10 @@ class Callback(Stateful):
         follows_metrics: whether it decides by logged values how a run continues, or when it ends;
             then a resumed run may not measure them at other times. None: it does if it may change
             training and listens to validations or logs.
-        recordable: whether `on_gradients` is nothing but arithmetic on the device, the same in each step, so that a
-            CUDA graph may replay it.
     """
 
     changes_training: ClassVar[bool] = True
     follows_metrics: ClassVar[bool | None] = None
-    recordable: bool = False
 
     def on_fit_start(self, trainer: Context) -> None: ...
     def on_epoch_start(self, trainer: Context) -> None: ...
@@ -120,13 +119,6 @@ class Callback(Stateful):
             batches: of an epoch.
         """
         return None
-
-    def needs_gradients(self, trainer: Context) -> bool:
-        """Whether `on_gradients` must be called in the step to come even if all gradients are finite.
-
-        Where nobody needs them, a compiled step goes from the batch to the new weights.
-        """
-        return True
 
     def on_save(self, model_state: dict[str, Any], own_state: dict[str, Any]) -> None:
         """Change what a checkpoint will hold: the model's weights as `predict` shall use them, and this one's state."""

@@ -372,7 +372,7 @@ class Loader:
             epoch = 0
         else:
             set_epoch(self.split, epoch)
-        indices = self._order(epoch)[: len(self) * self.batch_size]
+        indices = self.order(epoch)[: len(self) * self.batch_size]
         if self.tensors is not None:
             return self._gather(self.tensors, indices, start)
         if isinstance(self.split, GatheredSplit):
@@ -386,9 +386,9 @@ class Loader:
 
     def indices(self, epoch: int, start: int, batches: int) -> list[int]:
         """Return which samples the batches from number `start` on hold."""
-        return self._order(epoch)[start * self.batch_size : (start + batches) * self.batch_size].tolist()
+        return self.order(epoch)[start * self.batch_size : (start + batches) * self.batch_size].tolist()
 
-    def _order(self, epoch: int) -> Tensor:
+    def order(self, epoch: int) -> Tensor:
         """Return the samples of an epoch in their order, a pure function of (seed, epoch)."""
         if self.even is not None:
             return self.even.order(self.seed, epoch)

@@ -271,8 +271,8 @@ class Prepared:
         result.fit_seconds = trainer.clock.elapsed
         result.fit_steps = state.step - (trainer.resumed_from or 0)
         result.advice = data_advice(self.built.train_batches, result.shares, result.fit_seconds)
-        if trainer._validated > 0:
-            result.weights["val"] = which_weights(trainer._validated, state.step)
+        if trainer.validated_step > 0:
+            result.weights["val"] = which_weights(trainer.validated_step, state.step)
         if state.stop is None or not stopped:
             measured = finish(trainer, self.built) or state.step
             if self.built.data.test is not None:

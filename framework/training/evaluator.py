@@ -14,6 +14,7 @@ from framework.data.dataset import Batch, Data, TensorSplit
 from framework.errors import DataError, SettingError
 from framework.errors.torch_errors import torch_errors
 from framework.runtime import seeds
+from framework.runtime.batch import move_batch
 from framework.runtime.device import Format, Precision, deterministic_algorithms, find_device
 from framework.runtime.memory import MicroBatches, memory_errors, versions
 
@@ -107,7 +108,7 @@ class Evaluator:
         outputs: list[Tensor] = []
         with self._inference():
             for batch in batches.epoch():
-                for part in self.micro_batches.split(self._place(batch)):
+                for part in self.micro_batches.split(move_batch(batch, self.device)):
                     made = self._output(part)
                     # a copy: the outputs may be in the memory of the batch, or of the last outputs
                     outputs.append(made.to("cpu", at_least_float32(made.dtype), copy=True))
@@ -137,7 +138,7 @@ class Evaluator:
         with self._inference():
             for batch in batches.epoch():
                 empty = False
-                self._measure_batch(self._place(batch), measures)
+                self._measure_batch(move_batch(batch, self.device), measures)
             if empty:
                 raise DataError("the data to measure on has no batch: it is empty or used up")
             return measures.read()
@@ -197,12 +198,6 @@ class Evaluator:
     def _batches(self, source: Source, batch_size: int, *, shuffle: bool = False) -> Batches:
         check_batch_size(batch_size)
         return as_batches(source, batch_size, shuffle=shuffle, seed=self.seed, device=self.device)
-
-    def _place(self, batch: Batch) -> Batch:
-        if all(tensor.device == self.device for tensor in batch):
-            return batch
-        asynchronous = self.device.type == "cuda"  # other devices may read the memory too late
-        return tuple(tensor.to(self.device, non_blocking=asynchronous) for tensor in batch)
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -3,7 +3,7 @@
     trainer = Trainer(max_epochs=10)
     trainer.fit(model, loader, task=nn.CrossEntropyLoss(), optimizer=torch.optim.AdamW(model.parameters()))
 
-The loop and its events are drawn in `callback.py`; `_step` is the training step, whole.
+`loop.py` is the loop, and `step.py` the training step; `contracts/callback.py` lists the events.
 """
 
 import copy
@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from signal import Signals
 from typing import Any, Literal
@@ -22,10 +23,10 @@ from framework.contracts.callback import Callback, listeners
 from framework.contracts.logger import Logger
 from framework.contracts.metric import Measures, Metric
 from framework.contracts.optimizer import group_settings, mark_learning_rates, start_learning_rates
-from framework.contracts.schedule import Schedule, factor_of
+from framework.contracts.schedule import Schedule
 from framework.contracts.state import Cadence, Every, State, Stop
 from framework.contracts.task import Task
-from framework.contracts.transform import transformed_all, transforms_of
+from framework.contracts.transform import transforms_of
 from framework.data.accumulation import Source, count_steps, count_total, known_targets, other_order, steps
 from framework.data.dataset import READ_AGAIN, Batch, Data, ForeignLoader, Loader, check_data
 from framework.errors import DataError, SettingError
@@ -33,6 +34,7 @@ from framework.errors.torch_errors import torch_errors
 from framework.errors.user_code import describe
 from framework.registry.schema import PositiveInt, check_arguments
 from framework.runtime import seeds
+from framework.runtime.batch import move_batch
 from framework.runtime.clock import Clock, Profiler
 from framework.runtime.device import Format, deterministic_algorithms
 from framework.runtime.memory import MicroBatches, memory_errors
@@ -40,17 +42,18 @@ from framework.runtime.modes import Modes
 from framework.system.files import check_disk_error, check_exists, disk_errors
 
 from . import trainer_state
+from .acceleration.callbacks import GradientCallbacks, gradient_callbacks
 from .acceleration.compiled_step import Compile
 from .acceleration.cuda_graph import CudaGraph
-from .acceleration.fused_update import FusedStep
-from .backward import Backward
 from .evaluator import Evaluator
 from .log_record import checked_record
+from .loop import run_epoch
+from .parameters import Parameters
+from .step import TrainingStep, select_step, select_update
 from .validation import (
     check_callbacks,
     check_fit,
     check_folder,
-    check_gradients,
     check_loggers,
     check_metrics,
     check_micro_batches,
@@ -59,7 +62,6 @@ from .validation import (
     check_schedule,
     check_single_sample,
     check_source,
-    first_update_error,
     single_sample,
 )
 
@@ -124,28 +126,35 @@ class Trainer(Evaluator):
         super().__init__(device, precision, deterministic, seed, MicroBatches(micro_batch))
         if cuda_graph == "on" and (self.device.type != "cuda" or compile == "step"):
             raise SettingError(f"cuda_graph=on needs a CUDA device, not {self.device}, and no compile=step")
-        self.max_epochs, self.max_steps = max_epochs, max_steps
-        self.validate_every, self.log_every = Cadence(validate_every, "validate_every"), Cadence(log_every, "log_every")
-        self.accumulate, self.compile, self.profile = accumulate, compile, profile
-        self.folder = check_folder(folder)
+        self.max_epochs = max_epochs
+        self.max_steps = max_steps
+        self.validate_every = Cadence(validate_every, "validate_every")
+        self.log_every = Cadence(log_every, "log_every")
+        self.accumulate = accumulate
+        self.compile = compile
         self.cuda_graph: CudaGraph = cuda_graph if self.device.type == "cuda" else "off"
-        self.callbacks, self.loggers = check_callbacks(callbacks), check_loggers(loggers)
-        self.state, self.clock = State(), Clock()
+        self.profile = profile
+        self.folder = check_folder(folder)
+        self.callbacks = check_callbacks(callbacks)
+        self.loggers = check_loggers(loggers)
+        self.state = State()
+        self.clock = Clock()
         self.schedule: Callable[[int], float] | None = None
-        self._find_listeners()
         self.manifest: dict[str, Any] = {}
         self.resumed_from: int | None = None
-        self._was_fitted = False  # a fit has begun
-        self._record, self._open = dict[str, float | Tensor](), 0
-        self._left: trainer_state.Left | None = None
-        self._opened_at: int | None = None  # the step that the loggers went on from
+        self._find_listeners()
+        self._was_prepared = False  # for a first fit
+        self._last_fit: trainer_state.FitSettings | None = None
+        self._record: dict[str, float | Tensor] = {}  # the values of the step that begins
         self._own_names: set[str] = set()  # of the values that the trainer itself logs
+        self._open_count = 0  # how many `with trainer:` are open
+        self._opened_at: int | None = None  # the step at which the loggers were opened
 
     def _find_listeners(self) -> None:
         """Find what each event calls, also of callbacks that were added since the last time."""
         check_callbacks(self.callbacks)
         self._listeners = listeners(self.callbacks)
-        self._transforms = transforms_of(self.callbacks)
+        self.transforms = transforms_of(self.callbacks)
 
     def fit(
         self,
@@ -203,14 +212,24 @@ class Trainer(Evaluator):
         Raises DataError when the data is empty or does not fit the task, OutOfMemory when memory is full.
         """
         with seeds.fitting(), torch.inference_mode(False), torch.enable_grad():  # whatever the caller has set
-            self.begin(model, data, task, optimizer, val, schedule, metrics, batch_size, resume)
+            self.prepare_fit(
+                model=model,
+                data=data,
+                task=task,
+                optimizer=optimizer,
+                val=val,
+                schedule=schedule,
+                metrics=metrics,
+                batch_size=batch_size,
+                resume=resume,
+            )
             deterministic = deterministic_algorithms(self.deterministic)
             with deterministic, memory_errors(self.device), self.fitting(), torch_errors():
                 while not self.done:
-                    self._epoch()
+                    run_epoch(self)
         return self.state
 
-    def begin(
+    def prepare_fit(
         self,
         model: nn.Module,
         data: Source,
@@ -222,7 +241,7 @@ class Trainer(Evaluator):
         batch_size: int,
         resume: dict[str, Any] | None,
     ) -> None:
-        """Take what `fit` was given, up to the first step."""
+        """Check and take the arguments of `fit`, and make what its first step needs."""
         metrics = check_metrics(metrics)
         check_fit(model, task, optimizer, schedule)
         needs_targets = not isinstance(task, Task)
@@ -236,7 +255,8 @@ class Trainer(Evaluator):
         check_phases(self.task, self.compile, self.cuda_graph)
         check_micro_batches(self.task, self.micro_batches)
         self._find_listeners()
-        self.optimizer, self.schedule = optimizer, schedule
+        self.optimizer = optimizer
+        self.schedule = schedule
         if isinstance(data, Data):
             check_data(data)
             self.task.check(data)
@@ -272,7 +292,7 @@ class Trainer(Evaluator):
         loaders = [self.train_batches]
         if self.val_batches is not None:
             loaders.append(self.val_batches)
-        self.task.know_targets(None if self._transforms else known_targets(*loaders))
+        self.task.know_targets(None if self.transforms else known_targets(*loaders))
 
     @contextmanager
     def fitting(self) -> Iterator[None]:
@@ -283,11 +303,11 @@ class Trainer(Evaluator):
                     self._closing.close()
                     self._open_loggers()
                 self.modes.train()
-                self._emit("fit_start")
+                self.emit("fit_start")
                 self.modes.keep_choice()
                 yield
                 self._finish()
-                self._emit("fit_end")
+                self.emit("fit_end")
                 self._flush()
             except BaseException:
                 self._emit_exception()
@@ -295,41 +315,42 @@ class Trainer(Evaluator):
             finally:
                 if self.schedule is not None:
                     mark_learning_rates(self.optimizer)
-                settings = group_settings(self.optimizer, self.model)
-                self._left = trainer_state.Left(self.optimizer, settings, self.optimizer_settings)
+                self._last_fit = trainer_state.FitSettings(
+                    optimizer=self.optimizer,
+                    after_fit=group_settings(self.optimizer, self.model),
+                    given=self.optimizer_settings,
+                )
                 self._opened_at = None
-                self._clear_others()
+                self._training_step.parameters.clear_other_gradients()
                 self.clock.finish()
                 self.modes.leave()
                 self.task.know_targets(None)
 
     def _prepare(self, resume: dict[str, Any] | None) -> None:
-        """Make everything that the first step needs: counters, scaler, sums, seeds, open loggers."""
+        """Make what the first step needs: counters, scaler, sums, the training step."""
         seeds.seed_everything(seeds.derive(self.seed, "train"))
-        before_first_fit = None if self._was_fitted else self.state.stop  # of a signal during start-up
+        stop = None if self._was_prepared else self.state.stop  # by a signal before the first fit
         self.state = State(steps_per_epoch=count_steps(self.train_batches, self.accumulate))
-        self.state.stop = before_first_fit
+        self.state.stop = stop
         self.state.total_steps = count_total(self.state.steps_per_epoch, self.max_epochs, self.max_steps)
+        self._record = {}
         trainer_state.reset(self)
         start_learning_rates(self.optimizer, self.schedule is not None)
-        self.optimizer_settings = trainer_state.given_settings(self)
+        self.optimizer_settings = trainer_state.given_settings(
+            optimizer=self.optimizer,
+            model=self.model,
+            last_fit=self._last_fit,
+        )
         self._own_names = self._names_to_come()
         self.measures = Measures(self.metrics, self.device, self.train_batches.hold)
-        self._was_fitted = True
+        self._was_prepared = True
         self.clock = Profiler(self.device, self.folder) if self.profile else Clock()
-        self._backward = Backward(
-            *(self.model, self.task, self.optimizer, self.measures, self.clock),
-            *(self.precision, self.micro_batches, self.compile, "off" if self.task.phases else self.cuda_graph),
-        )
-        if self._backward.whole is not None:
-            listening = [listener.__self__ for listener in self._listeners["gradients"]]  # type: ignore[attr-defined]
-            self._backward.whole.attach(self, listening)
-        self._fused = FusedStep(self.optimizer)
-        self._update: Callable[[], Any] = self._first_update
-        self._first_step = True
+        self._training_step = self._make_training_step()
         self._single = single_sample(self.train_batches, self.micro_batches.size)
         self.loss = torch.zeros((), device=self.device)
-        self._validated, self.at_boundary, self.resumed_from = -1, True, None
+        self.validated_step = -1
+        self.at_boundary = True
+        self.resumed_from = None
         if resume is not None:
             self.load_state_dict(resume)
             self.resumed_from = self.state.step
@@ -352,6 +373,42 @@ class Trainer(Evaluator):
         if self.state.stop is None or signal is not None:
             self.state.stop = Stop(by, reason, signal)
 
+    def _make_training_step(self) -> TrainingStep:
+        parameters = Parameters(self.model, self.optimizer)
+        callbacks = GradientCallbacks(gradient_callbacks(self.callbacks), self)
+        forward_backward = select_step(
+            model=self.model,
+            task=self.task,
+            optimizer=self.optimizer,
+            parameters=parameters,
+            precision=self.precision,
+            micro_batches=self.micro_batches,
+            clock=self.clock,
+            compile=self.compile,
+            cuda_graph=self.cuda_graph,
+            callbacks=callbacks,
+            call_recordable=partial(self._call_recordable, callbacks),
+        )
+        return TrainingStep(
+            model=self.model,
+            task=self.task,
+            optimizer=self.optimizer,
+            device=self.device,
+            precision=self.precision,
+            micro_batches=self.micro_batches,
+            measures=self.measures,
+            clock=self.clock,
+            parameters=parameters,
+            forward_backward=forward_backward,
+            update=select_update(self.optimizer, self.precision),
+        )
+
+    def _call_recordable(self, callbacks: GradientCallbacks, loss: Tensor) -> None:
+        """Let callbacks see the gradients of a step that a CUDA graph records."""
+        self.loss = loss
+        for callback in callbacks.recordable():
+            callback.on_gradients(self)
+
     @property
     def done(self) -> bool:
         """Whether a limit is reached, or the run was stopped."""
@@ -363,37 +420,54 @@ class Trainer(Evaluator):
         out_of_steps = self.max_steps is not None and self.state.step >= self.max_steps
         return out_of_steps or (self.max_epochs is not None and self.state.epoch >= self.max_epochs)
 
-    def _epoch(self) -> None:
-        """Run one epoch, from the batch where the run stands."""
-        state = self.state
+    def start_epoch(self) -> None:
+        """Put the model into training mode, and emit `epoch_start` if an epoch begins."""
         self.modes.train()
-        if state.batch == 0:
-            self._emit("epoch_start")
+        if self.state.batch == 0:
+            self.emit("epoch_start")
             self.modes.keep_training()
+
+    def windows(self) -> Iterator[tuple[list[Batch], bool]]:
+        """Yield the batches of each step left in the epoch, and whether it is the last step.
+
+        Raises DataError if the data ends before the last step.
+        """
+        state = self.state
         batches = self.train_batches.epoch(state.epoch, state.batch)
         if self._single is not None:
-            batches = self._after_a_single_sample(batches)
-        steps_left = state.steps_per_epoch - state.batch // self.accumulate if state.steps_per_epoch else 0
+            batches = self._try_single_sample(batches)
+        steps_left = 0
+        if state.steps_per_epoch:
+            steps_left = state.steps_per_epoch - state.batch // self.accumulate
         waited = time.perf_counter()
-        for window, last in steps(batches, self.accumulate, steps_left, self.train_batches.keep):
+        for window in steps(batches, self.accumulate, steps_left, self.train_batches.keep):
             self.clock.add("waiting for data", time.perf_counter() - waited)
-            self._check_parts()
-            self._step(window)
-            self.counted(window, last)
-            if self.logs(last):
-                self.log_training()
-            if self.validates(last):
-                self._validate()
-            self.stepped(last)
-            if last or self.done:
-                return
+            yield window
             waited = time.perf_counter()
-        expected = f"its length says {len(self.train_batches)}" if steps_left else "can it be read only once?"
-        raise DataError(f"epoch {state.epoch + 1} of the training data ended after {state.batch} batches; {expected}")
+        expected = "can it be read only once?"
+        if steps_left:
+            expected = f"its length says {len(self.train_batches)}"
+        ended = f"epoch {state.epoch + 1} of the training data ended after {state.batch} batches"
+        raise DataError(f"{ended}; {expected}")
+
+    def _try_single_sample(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Yield batches; before the first of a fit, try one sample, as a batch to come is one."""
+        for batch in batches:
+            if self._single is not None:
+                placed = move_batch(batch, self.device)
+                check_single_sample(self.model, self.task, placed, self.precision, self._single)
+                self._single = None
+            yield batch
+
+    def train_step(self, window: Sequence[Batch]) -> None:
+        """Make one step of the optimizer (see `step.py`)."""
+        self._check_parts()
+        self.at_boundary = False
+        self._training_step(self, window)
 
     def _check_parts(self) -> None:
         """Raise SettingError when a callback has replaced a part that this fit was prepared for."""
-        prepared = self._backward
+        prepared = self._training_step
         same = self.model is prepared.model and self.task is prepared.task
         if same and self.optimizer is prepared.optimizer:
             return
@@ -402,73 +476,23 @@ class Trainer(Evaluator):
                 advice = "change it in place, or start a new fit"
                 raise SettingError(f"trainer.{name} was replaced during fit: {advice}")
 
-    def _step(self, window: list[Batch]) -> None:
-        """The training step: the gradients of all its batches (`backward.py`), then one update, compiled or not.
-
-        In a task of several phases, the same for each of them in turn.
-        """
-        self.at_boundary = False
-        self._clear_others()
-        self._emit("step_start")
-        with self.clock.detail("copy"):
-            batches = [self._place(batch) for batch in window]
-            if self._transforms:
-                batches = transformed_all(batches, self._transforms)
-        self._set_learning_rate()
-        for phase in self.task.phases or (None,):
-            self.loss = self._backward(batches) if phase is None else self._backward.in_phase(phase, batches)
-            if not self._backward.updated:
-                if self._first_step:
-                    check_gradients(self._backward.parameters)
-                self.precision.unscale(self.optimizer)
-                self._emit("gradients")
-                with self.clock.detail("optimizer"):
-                    self.precision.step(self.optimizer, self._update)
-            for parameter in self._backward.parameters:
-                parameter.grad = None
-        self._first_step = False
-
-    def _clear_others(self) -> None:
-        """Delete gradients of parameters that are not in the optimizer; until here callbacks may use them."""
-        for parameter in self._backward.others:
-            parameter.grad = None
-
-    def _after_a_single_sample(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Yield batches; before the first of a fit, try one sample, as a batch to come is one."""
-        for batch in batches:
-            if self._single is not None:
-                placed = self._place(batch)
-                check_single_sample(self.model, self.task, placed, self.precision, self._single)
-                self._single = None
-            yield batch
-
-    def _first_update(self) -> None:
-        """Do the first update. Raises SettingError if the optimizer needs more than that."""
-        self._update = self._fused
-        try:
-            self._fused()
-        except Exception as error:
-            explained = first_update_error(self.optimizer, error)
-            if explained is None:
-                raise
-            raise explained from error
-
-    def counted(self, window: list[Batch], last: bool) -> None:
+    def count_step(self, window: Sequence[Batch], last: bool) -> None:
         """Count a step that is done."""
         state = self.state
         state.step += 1
         state.batch += len(window)
-        state.samples += sum(len(batch[0]) for batch in window)
+        state.samples += sum([len(batch[0]) for batch in window])
         if last:
-            state.epoch, state.batch = state.epoch + 1, 0
+            state.epoch += 1
+            state.batch = 0
 
-    def stepped(self, last: bool) -> None:
-        """Tell that all of a step is done."""
-        self._emit("step_end")
+    def finish_step(self, last: bool) -> None:
+        """Emit the events that end a step, and hand its values to the loggers."""
+        self.emit("step_end")
         if last:
-            self._emit("epoch_end")
+            self.emit("epoch_end")
         self._flush()
-        self._emit("step_done")
+        self.emit("step_done")
         self.clock.step()
         self.at_boundary = True
 
@@ -478,17 +502,15 @@ class Trainer(Evaluator):
             return None
         return self.train_batches.indices(self.state.epoch, self.state.batch, self.accumulate)
 
-    def _set_learning_rate(self) -> None:
-        if self.schedule is None:
-            return
-        factor = factor_of(self.schedule, self.state.step)
-        for group in self.optimizer.param_groups:
-            base = group.setdefault("initial_lr", group["lr"])  # a callback may have added it
-            group["lr"] = base * factor
+    def log_if_due(self, last: bool) -> None:
+        """Log at the cadence, at the end of an epoch, and after the last step of the run."""
+        if last or self.at_limit or self.log_every.due(self.state, epoch_end=last):
+            self.log_training()
 
     def log_training(self) -> None:
         """Read the training sums since the last time, and give them to the callbacks and loggers."""
-        now, samples = time.perf_counter(), self.state.samples
+        now = time.perf_counter()
+        samples = self.state.samples
         since, before = self._rate_from
         self._rate_from = (now, samples)
         values = {f"train/{name}": value for name, value in self.measures.read().items()}
@@ -497,15 +519,16 @@ class Trainer(Evaluator):
             values["train/learning_rate"] = max(rates)
         values["train/samples_per_second"] = (samples - before) / max(now - since, 1e-9)
         self._log_own(values)
-        self._emit("log")
+        self.emit("log")
         self._flush()
 
-    def logs(self, last: bool) -> bool:
-        """Whether training values are logged after this step: also after the last one, before its checkpoint."""
-        return last or self.at_limit or self.log_every.due(self.state, epoch_end=last)
+    def validate_if_due(self, last: bool) -> None:
+        """Validate at the cadence, and after the last step of the run."""
+        if self.validation_is_due(last):
+            self._validate()
 
-    def validates(self, last: bool) -> bool:
-        """Whether the validation split is to be measured after this step."""
+    def validation_is_due(self, last: bool) -> bool:
+        """Return whether to validate after this step; a cadence in minutes counts from here on."""
         if self.val_batches is None:
             return False
         return self.at_limit or self.validate_every.due(self.state, epoch_end=last)
@@ -513,26 +536,26 @@ class Trainer(Evaluator):
     def _validate(self) -> None:
         """Measure the validation split; training's randomness is not touched."""
         assert self.val_batches is not None
-        self._emit("validation_start")
+        self.emit("validation_start")
         began = time.perf_counter()
         with self.clock.part("validation"):
             values = self._measure(self.val_batches)
-        self.validated(values, time.perf_counter() - began)
+        self.record_validation(values, time.perf_counter() - began)
 
-    def validated(self, values: dict[str, float], seconds: float) -> None:
-        """Take what the validation split came to."""
-        self._validated = self.state.step
+    def record_validation(self, values: dict[str, float], seconds: float) -> None:
+        """Log the values of a validation, and tell the schedule and the callbacks."""
+        self.validated_step = self.state.step
         self._log_own({f"val/{name}": value for name, value in values.items()})
         if isinstance(self.schedule, Schedule):
             self.schedule.observe(self.state.metrics)  # type: ignore[arg-type]
-        self._emit("validation_end")
+        self.emit("validation_end")
         self._flush()
         self._rate_from = (self._rate_from[0] + seconds, self._rate_from[1])
 
     def _finish(self) -> None:
-        """After the last step: what the cadences left unlogged and unmeasured.
+        """Log and validate once more after the last step if needed.
 
-        Not after a signal: the run may go on, and would come to other numbers with a measurement more.
+        Not after a signal: the run may go on, and another measurement would change its numbers.
         """
         stop = self.state.stop
         if stop is not None and stop.signal is not None:
@@ -540,7 +563,7 @@ class Trainer(Evaluator):
         self.at_boundary = False  # or a run that fails here would go on without what is not logged yet
         if not self.measures.empty:
             self.log_training()
-        if self.val_batches is not None and self._validated != self.state.step:
+        if self.val_batches is not None and self.validated_step != self.state.step:
             self._validate()
         self.at_boundary = True
 
@@ -583,7 +606,7 @@ class Trainer(Evaluator):
         values = {name: float(value) for name, value in self._record.items()}
         self._record = {}
         self.state.metrics.update(values)
-        if self._open:
+        if self._open_count:
             state = self.state
             with self.clock.part("logging"), disk_errors(self.folder):
                 for logger in self.loggers:
@@ -606,9 +629,9 @@ class Trainer(Evaluator):
 
     def __enter__(self) -> "Trainer":
         """Keep loggers open until the end of the `with`, so that `evaluate` after `fit` is logged too."""
-        if self._open == 0:
+        if self._open_count == 0:
             self._open_loggers()
-        self._open += 1
+        self._open_count += 1
         return self
 
     def _open_loggers(self) -> None:
@@ -623,10 +646,10 @@ class Trainer(Evaluator):
         self._opened_at = self.state.step
 
     def __exit__(self, *_: object) -> None:
-        self._open -= 1
-        if self._open == 0:
+        self._open_count -= 1
+        if self._open_count == 0:
             with self._closing:
-                self._emit("close")
+                self.emit("close")
 
     def _emit_exception(self) -> None:
         """Tell callbacks that the fit fails; an error of theirs does not hide what it fails of."""
@@ -637,7 +660,8 @@ class Trainer(Evaluator):
                 said = f"on_exception of a callback fails too: {describe(error)}"
                 warnings.warn(said, stacklevel=2)
 
-    def _emit(self, event: str) -> None:
+    def emit(self, event: str) -> None:
+        """Call the callbacks that listen to an event."""
         if self._listeners[event]:
             with self.clock.detail("callbacks"):
                 try:

@@ -2,27 +2,54 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
+from torch import nn
 from torch.optim import Optimizer
 
-from framework.contracts.callback import keyed
+from framework.contracts.callback import Callback, keyed
+from framework.contracts.metric import Measures
 from framework.contracts.optimizer import group_settings, restore_optimizer, same_setting
 from framework.contracts.schedule import Schedule
+from framework.contracts.state import Cadence, State
+from framework.data.accumulation import Batches
 from framework.data.dataset import Loader
 from framework.errors import SettingError
 from framework.errors.user_code import describe
 from framework.runtime import seeds
-
-if TYPE_CHECKING:
-    from .trainer import Trainer
+from framework.runtime.device import Precision
+from framework.runtime.memory import MicroBatches
 
 WRONG_FORM = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError)
 
 
-def reset(trainer: Trainer) -> None:
+class TrainerParts(Protocol):
+    """The parts of a trainer that have state.
+
+    Attributes:
+        optimizer_settings: those that the user gave the groups of the optimizer.
+        validated_step: the step of the last validation; -1 before the first.
+    """
+
+    state: State
+    model: nn.Module
+    optimizer: Optimizer
+    optimizer_settings: list[dict[str, Any]]
+    schedule: Callable[[int], float] | None
+    precision: Precision
+    micro_batches: MicroBatches
+    callbacks: list[Callback]
+    measures: Measures
+    train_batches: Batches
+    accumulate: int
+    validate_every: Cadence
+    log_every: Cadence
+    validated_step: int
+
+
+def reset(trainer: TrainerParts) -> None:
     """Make every part of a trainer forget an earlier fit, and delete existing gradients."""
-    trainer._record = {}
     trainer.validate_every.restart()
     trainer.log_every.restart()
     trainer.precision.reset()
@@ -40,32 +67,36 @@ def reset(trainer: Trainer) -> None:
         callback.reset()
 
 
-def given_settings(trainer: Trainer) -> list[dict[str, Any]]:
+class FitSettings(NamedTuple):
+    """The settings of an optimizer after a fit, and those that the user had given it."""
+
+    optimizer: Optimizer
+    after_fit: list[dict[str, Any]]
+    given: list[dict[str, Any]]
+
+
+def given_settings(
+    optimizer: Optimizer,
+    model: nn.Module,
+    last_fit: FitSettings | None,
+) -> list[dict[str, Any]]:
     """Return the settings that the user gave the groups of the optimizer.
 
-    Changes that an earlier fit of this trainer has left in them do not count, unless the user has
-    changed the setting since.
+    Changes that the last fit has left in them do not count, unless the user has changed the setting
+    since.
     """
-    now = group_settings(trainer.optimizer, trainer.model)
-    if trainer._left is None or trainer._left.optimizer is not trainer.optimizer:
+    now = group_settings(optimizer, model)
+    if last_fit is None or last_fit.optimizer is not optimizer:
         return now
-    for group, left, given in zip(now, trainer._left.settings, trainer._left.given, strict=False):
+    for group, after, given in zip(now, last_fit.after_fit, last_fit.given, strict=False):
         settings = group["settings"]
-        for name in settings.keys() & left["settings"].keys() & given["settings"].keys():
-            if same_setting(settings[name], left["settings"][name]):
+        for name in settings.keys() & after["settings"].keys() & given["settings"].keys():
+            if same_setting(settings[name], after["settings"][name]):
                 settings[name] = given["settings"][name]
     return now
 
 
-class Left(NamedTuple):
-    """An optimizer after a fit: its settings then, and those that the user had given it."""
-
-    optimizer: Optimizer
-    settings: list[dict[str, Any]]
-    given: list[dict[str, Any]]
-
-
-def capture(trainer: Trainer) -> dict[str, Any]:
+def capture(trainer: TrainerParts) -> dict[str, Any]:
     """Return the state of the model, and of everything that the next steps depend on.
 
     The tensors are the live ones, which the next step changes.
@@ -81,14 +112,14 @@ def capture(trainer: Trainer) -> dict[str, Any]:
         "micro_batches": trainer.micro_batches.state_dict(),
         "callbacks": {key: callback.state_dict() for key, callback in keyed(trainer.callbacks).items()},
         "measures": trainer.measures.state_dict(),
-        "validated": trainer._validated,
+        "validated": trainer.validated_step,
         "batch_size": trainer.train_batches.batch_size,
         "skipped": getattr(trainer.train_batches, "skipped", 0),
         "random": seeds.capture(),
     }
 
 
-def restore(trainer: Trainer, saved: dict[str, Any]) -> None:
+def restore(trainer: TrainerParts, saved: dict[str, Any]) -> None:
     """Take back what `capture` gave, into a trainer with the same parts.
 
     Raises SettingError for a state of another form, as a damaged checkpoint, or one of other parts, may have.
@@ -99,7 +130,7 @@ def restore(trainer: Trainer, saved: dict[str, Any]) -> None:
         raise SettingError(f"resume: the state does not fit this trainer: {describe(error)}") from error
 
 
-def restore_parts(trainer: Trainer, saved: dict[str, Any]) -> None:
+def restore_parts(trainer: TrainerParts, saved: dict[str, Any]) -> None:
     trainer.model.load_state_dict(saved["model"])
     kind = type(trainer.optimizer).__name__
     if saved.get("optimizer_class", kind) != kind:
@@ -118,13 +149,13 @@ def restore_parts(trainer: Trainer, saved: dict[str, Any]) -> None:
     trainer.measures.load_state_dict(saved["measures"])
     trainer.state.load_state_dict(saved)
     keep_place_in_epoch(trainer, saved.get("batch_size"))
-    trainer._validated = saved["validated"]
+    trainer.validated_step = saved["validated"]
     if isinstance(trainer.train_batches, Loader):
         trainer.train_batches.skipped = saved["skipped"]
     seeds.restore(saved["random"])
 
 
-def keep_place_in_epoch(trainer: Trainer, size_before: int | None) -> None:
+def keep_place_in_epoch(trainer: TrainerParts, size_before: int | None) -> None:
     """Count the batches done in the epoch under way in batches of the present size.
 
     Args:

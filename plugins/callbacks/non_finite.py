@@ -43,6 +43,7 @@ class NonFinite(Callback):
     """
 
     follows_metrics = False
+    recordable = False
 
     def __init__(self, policy: Literal["raise", "skip", "rewind"] = "raise", most_skips: PositiveInt = 10):
         """Choose what happens.

@@ -46,7 +46,11 @@ class Supervised(Task):
         targets = self.fit(outputs, targets)
         loss = self.mean.call(self.criterion, outputs, targets, self.all_kept)
         check_scalar(self.criterion, loss)
-        return Step(loss, outputs, targets)
+        return Step(loss, outputs, self.metric_targets(targets))
+
+    def metric_targets(self, targets: Tensor) -> Tensor:
+        """Return the targets that metrics see."""
+        return targets
 
     def count(self, batch: Batch) -> int | Tensor:
         """Return the number of items that the loss's mean is over."""
@@ -134,13 +138,12 @@ class Classification(Supervised):
     def __init__(self, loss: Loss = "cross_entropy"):
         self.criterion = loss()
 
-    def step(self, model: nn.Module, batch: Batch) -> Step:
-        step = super().step(model, batch)
-        if step.targets.is_floating_point():
-            return step._replace(targets=step.targets.argmax(1))
+    def metric_targets(self, targets: Tensor) -> Tensor:
+        if targets.is_floating_point():
+            return targets.argmax(1)
         if self.all_kept or self.mean.ignored is None:
-            return step
-        return step._replace(targets=without_ignored(step.targets, self.mean.ignored))
+            return targets
+        return without_ignored(targets, self.mean.ignored)
 
     def fit(self, outputs: Tensor, targets: Tensor) -> Tensor:
         if targets.is_floating_point():

@@ -28,6 +28,7 @@ def fit(*callbacks, model=None, optimizer="adamw", mode="off", device="cpu", res
     made = fw.optimizers.build(optimizer, list(model.parameters())) if isinstance(optimizer, str) else optimizer(model)
     trainer = Trainer(callbacks=callbacks, **({"max_steps": 30, "seed": 5, "device": device} | settings))
     trainer.cuda_graph = mode  # which on a CPU is off
+    Again.trainer = trainer
     trainer.fit(
         *(model, DATA),
         task=nn.CrossEntropyLoss(),
@@ -57,6 +58,16 @@ def fused_sgd(model):
 
 def name_of(optimizer):
     return getattr(optimizer, "__name__", optimizer)
+
+
+def whole_step(trainer):
+    """The graphs of whole steps."""
+    return trainer._training_step.forward_backward.single_call.graphed
+
+
+def gradients(trainer):
+    """The graphs of forward and backward alone."""
+    return trainer._training_step.forward_backward.gradients
 
 
 def assert_close(one, other, tolerance=1e-6):
@@ -107,14 +118,8 @@ def recorded(monkeypatch):
         made.append(Again(run))
         return made[-1], made[-1].made
 
-    def begin(self, trainer, listening):
-        Again.trainer = trainer
-        attach(self, trainer, listening)
-
-    attach = cuda_graph.Whole.attach
-    monkeypatch.setattr(cuda_graph.Whole, "attach", begin)
     monkeypatch.setattr(cuda_graph, "record", record)
-    monkeypatch.setattr(cuda_graph, "aside", torch.enable_grad)
+    monkeypatch.setattr(cuda_graph, "side_stream", torch.enable_grad)
     return made
 
 
@@ -122,7 +127,7 @@ def recorded(monkeypatch):
 def test_the_whole_step_is_replayed(recorded, optimizer):
     replayed = fit(mode="on", optimizer=optimizer, model=Small(norm=True))
     assert_close(replayed, fit(optimizer=optimizer, model=Small(norm=True)))
-    whole, apart = replayed._backward.whole.graphed, replayed._backward.graphed
+    whole, apart = whole_step(replayed), gradients(replayed)
     assert len(whole.captured) == 2, "one for batches, one for the last of an epoch"
     assert not apart.captured, "all steps but the first are whole ones"
     assert sum(whole.seen.values()) == 29
@@ -147,7 +152,7 @@ def test_clipping_is_part_of_it(recorded):
         return fw.callbacks.build("clip_gradients", norm=0.05)
 
     replayed = fit(clip(), mode="on", optimizer=fused)
-    assert len(replayed._backward.whole.graphed.captured) == 2
+    assert len(whole_step(replayed).captured) == 2
     assert_close(replayed, eager := fit(clip(), optimizer=fused))
     norms = [trainer.state.metrics["train/gradient_norm"] for trainer in (replayed, eager)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
@@ -157,15 +162,15 @@ def test_who_must_see_gradients_sees_them(recorded):
     """A step that a callback looks at is none, and nor is any where one acts on what is not finite from Python."""
     for names in (["noise_scale"], ["non_finite"], ["clip_gradients", "histograms"]):
         watched = fit(*(fw.callbacks.build(name) for name in names), mode="on", optimizer=fused)
-        assert not watched._backward.whole.graphed.seen
-        assert len(watched._backward.graphed.captured) == 2, "forward and backward are replayed all the same"
+        assert not whole_step(watched).seen
+        assert len(gradients(watched).captured) == 2, "forward and backward are replayed all the same"
         assert_close(watched, fit(*(fw.callbacks.build(name) for name in names), optimizer=fused))
 
 
 def test_an_optimizer_that_may_count_in_python_takes_its_step_itself(recorded):
     replayed = fit(mode="on", optimizer="rmsprop")
-    assert not replayed._backward.whole.graphed.seen
-    assert len(replayed._backward.graphed.captured) == 2
+    assert not whole_step(replayed).seen
+    assert len(gradients(replayed).captured) == 2
     assert_close(replayed, fit(optimizer="rmsprop"))
 
 
@@ -237,21 +242,21 @@ def test_what_was_replaced_or_moved_is_captured_again(recorded, change, optimize
 @pytest.mark.parametrize(("quick", "chosen"), [("replayed", "as a graph"), ("eager", "eager")])
 def test_auto_times_some_steps_each_way_and_says_what_it_chose(recorded, monkeypatch, capsys, quick, chosen):
     took, clock = {"eager": 2e-3, "replayed": 2e-3, quick: 1e-3}, [0.0]
-    either = cuda_graph.Graphed._either
+    replay_or_run = cuda_graph.Graphed._replay_or_run
 
-    def timed(self, batch, beside):
-        made, manner = either(self, batch, beside)
-        clock[0] += took.get(manner, 5.0)
-        return made, manner
+    def timed(self, batch, settings):
+        made, how = replay_or_run(self, batch, settings)
+        clock[0] += took.get(how, 5.0)
+        return made, how
 
-    monkeypatch.setattr(cuda_graph, "now", lambda: clock[0])
-    monkeypatch.setattr(cuda_graph.Graphed, "_either", timed)
+    monkeypatch.setattr(cuda_graph, "synchronized_time", lambda: clock[0])
+    monkeypatch.setattr(cuda_graph.Graphed, "_replay_or_run", timed)
     model = fit(mode="auto", optimizer=fused, max_steps=80)
     said = capsys.readouterr().err
     assert said.count("cuda_graph=auto: the whole step takes") == 1
     assert f"1 ms {'as a graph' if quick == 'replayed' else 'eager'}" in said
     assert f": {chosen} from now on" in said
-    assert model._backward.whole.graphed.times is None, "later steps are not timed"
+    assert whole_step(model).times is None, "later steps are not timed"
     assert_close(model, fit(optimizer=fused, max_steps=80))
 
 
@@ -282,7 +287,7 @@ def test_a_cuda_graph_does_what_the_eager_step_does(settings, optimizer):
     replayed, eager = run("on"), run("off")
     assert_close(replayed, eager, 1e-4 if "precision" not in settings else 1e-2)
     if not settings:
-        graphs = replayed._backward.whole.graphed if optimizer in (fused, fused_sgd) else replayed._backward.graphed
+        graphs = whole_step(replayed) if optimizer in (fused, fused_sgd) else gradients(replayed)
         assert graphs.captured
         assert not graphs.refused
 

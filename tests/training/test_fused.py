@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from framework.training.acceleration.fused_update import FusedStep
+from framework.runtime.torch_internals.fused_kernels import FusedKernel
+from framework.training.acceleration.fused_update import FusedUpdate
 
 OPTIMIZERS = {
     "adamw": lambda params: torch.optim.AdamW(params, lr=0.01, fused=True),
@@ -25,14 +26,14 @@ OTHERS = {
 
 
 class Twins:
-    """Two equal models, one updated by `FusedStep`, one by `step()`."""
+    """Two equal models, one updated by `FusedUpdate`, one by `step()`."""
 
     def __init__(self, make):
         torch.manual_seed(0)
         self.ours = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3, bias=False))
         self.theirs = copy.deepcopy(self.ours)
         self.optimizers = [make(list(model.parameters())) for model in (self.ours, self.theirs)]
-        self.step = FusedStep(self.optimizers[0])
+        self.step = FusedUpdate(self.optimizers[0])
 
     def train(self, steps, without=()):
         for _ in range(steps):
@@ -54,7 +55,7 @@ class Twins:
     @property
     def direct(self):
         """Whether the next update goes past `step()`."""
-        return self.step._current() is not None
+        return self.step.current_inputs() is not None
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
@@ -130,7 +131,8 @@ def test_a_kernel_that_does_something_else_is_not_trusted(monkeypatch):
     def other(group, params, gradients, kept):
         params[0].add_(1)
 
-    monkeypatch.setitem(fused_update.UPDATES, torch.optim.AdamW, (("exp_avg", "exp_avg_sq", "step"), other))
+    kernel = FusedKernel(("exp_avg", "exp_avg_sq", "step"), other)
+    monkeypatch.setattr(fused_update, "fused_kernel", lambda kind: kernel)
     twins = Twins(OPTIMIZERS["adamw"])
     twins.train(4)
     assert not twins.direct

@@ -60,7 +60,7 @@ def test_what_all_trials_do_may_be_replayed_as_a_graph(monkeypatch):
             for old, new in zip(self.made[:3], self.run()[:3], strict=True):
                 old.detach().copy_(new)
 
-    monkeypatch.setattr(cuda_graph, "aside", torch.enable_grad)
+    monkeypatch.setattr(cuda_graph, "side_stream", torch.enable_grad)
     monkeypatch.setattr(cuda_graph, "record", lambda run: (again := Again(run), again.made))
     recipes = [{"seed": 0, "max_epochs": 34}, {"seed": 1, "max_epochs": 20}, {"seed": 2, "max_epochs": 34}]
     made = [trial(**recipe) for recipe in recipes]

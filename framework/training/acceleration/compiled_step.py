@@ -10,14 +10,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from framework.contracts.pure_optimizer import PureUpdate, State, pure_updates, tensors_of
-from framework.contracts.task import Step, Task
+from framework.contracts.task import Phase, Step, Task
 from framework.data.dataset import Batch
 from framework.errors import FrameworkError
 from framework.runtime.clock import Clock
 from framework.runtime.device import Precision
+from framework.runtime.memory import is_full
+from framework.runtime.torch_internals.optimizer_hooks import has_step_hooks
+from framework.training.parameters import Parameters
+from framework.training.validation import check_made
 
-from .fused_update import has_hooks
-from .single_call_step import Whole
+from .callbacks import GradientCallbacks
+from .fused_update import skips_on_device
+from .single_call_step import SingleCallStep
 
 Compile = Literal["off", "model", "step"]
 EXPECTED = 2  # times to compile: for the batches, and for the smaller last one of an epoch
@@ -71,73 +76,198 @@ class Compiled:
         warnings.warn(f"compile={self.what}: compiled {self.times} times ({why}){last}", stacklevel=2)
 
 
-class CompiledStep(Whole):
-    """Forward, backward and the optimizer's update as one compiled function.
+class CompiledStep:
+    """Forward and backward as one compiled function, with the update where that is possible.
 
-    Where callbacks listen, an update that is not finite is left out, and the gradients are kept for them.
+    It is a `StepImplementation` (see `training/step.py`).
+
+    Args:
+        model: the model.
+        task: the task, which has no phases.
+        parameters: whose gradients are computed.
+        precision: the number format of the forward pass.
+        clock: gets the time of compilations.
+        single_call: the whole step, for steps of one batch; None if batches may have to be split.
     """
 
-    def __init__(self, model: nn.Module, task: Task, optimizer: Optimizer, precision: Precision, clock: Clock):
-        super().__init__(optimizer)
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        parameters: Parameters,
+        precision: Precision,
+        clock: Clock,
+        single_call: "CompiledSingleCall | None",
+    ):
+        self.model, self.task, self.parameters = model, task, parameters
+        self.precision, self.clock, self.single_call = precision, clock, single_call
+        self.compiled_gradients = Compiled(self._gradients, "step", clock)
+
+    def __call__(
+        self,
+        batch: Batch,
+        share: float | Tensor | None,
+        phase: Phase | None = None,
+    ) -> tuple[Step, bool]:
+        if share is None and self.single_call is not None and self.single_call.is_ready():
+            with self.clock.detail("forward, backward and update"):
+                return self.single_call(batch)
+        factor = self._factor(share)
+        with self.clock.detail("forward and backward"):
+            made, gradients = self.compiled_gradients(batch, factor)
+        for parameter, gradient in zip(self.parameters.optimized, gradients, strict=True):
+            if gradient is None:
+                continue
+            if parameter.grad is not None:
+                gradient = parameter.grad + gradient
+            parameter.grad = gradient
+        return made, False
+
+    def _factor(self, share: float | Tensor | None) -> Tensor | None:
+        """Return the factor of the loss: its share in the step, times the scale of fp16."""
+        device = self.precision.device
+        factor = None if share is None else torch.as_tensor(share, device=device)
+        if self.precision.scaler is None:
+            return factor
+        return self.precision.scaled(torch.ones((), device=device) if factor is None else factor)
+
+    def _gradients(self, batch: Batch, factor: Tensor | None) -> tuple[Step, list[Tensor | None]]:
+        with self.precision.autocast():
+            made = self.task.step(self.model, batch)
+        loss = made.loss if factor is None else made.loss * factor
+        parameters = self.parameters.optimized
+        trainable = [parameter for parameter in parameters if parameter.requires_grad]
+        found = iter(torch.autograd.grad(loss, trainable, allow_unused=True))
+        gradients = [next(found) if parameter.requires_grad else None for parameter in parameters]
+        return made.detach(), gradients
+
+
+class CompiledSingleCall(SingleCallStep):
+    """Forward, backward and the optimizer's update as one compiled function.
+
+    If callbacks listen to `gradients`, an update with a loss or gradient that is not finite is left
+    out, and the gradients are kept for the callbacks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        optimizer: Optimizer,
+        precision: Precision,
+        clock: Clock,
+        callbacks: GradientCallbacks,
+    ):
+        super().__init__(optimizer, callbacks)
         self.model, self.task, self.precision = model, task, precision
-        self.update: PureUpdate | None = None if precision.scaler is not None else pure_updates.find(optimizer)
+        self.update: PureUpdate | None = None
+        if precision.scaler is None:
+            self.update = pure_updates.find(optimizer)
+        self.checks_finite = bool(callbacks.callbacks)
         self.compiled = Compiled(self._step, "step", clock)
         self.states: list[State] = []
 
-    @property
-    def guarded(self) -> bool:
-        return bool(self.listening)
+    def __call__(self, batch: Batch) -> tuple[Step, bool]:
+        settings = [plain_settings(group) for group in self.optimizer.param_groups]
+        self.set_learning_rates()
+        made, gradients, finite = self.compiled(batch, self.learning_rates, settings)
+        updated = not self.checks_finite or bool(finite)
+        if not updated:
+            for parameter, gradient in zip(self.trainable, gradients, strict=True):
+                parameter.grad = gradient
+        return made, updated
 
-    def able(self) -> bool:
-        waits = self.guarded and self.precision.device.type != "cpu"  # each step would wait for the device
-        if self.update is None or waits or has_hooks(self.optimizer):
+    def is_supported(self) -> bool:
+        if self.update is None or has_step_hooks(self.optimizer) or skips_on_device(self.optimizer):
             return False
+        if self.checks_finite and self.precision.device.type != "cpu":
+            return False  # each step would wait for the device
         return pure_updates.find(self.optimizer) is self.update  # its settings may have changed
 
-    def begun(self) -> bool:
-        groups, state = self.optimizer.param_groups, self.optimizer.state
-        self.states = [tensors_of(state.get(p)) for p in self.trained]
-        return all(state.get(p) for p in self.trained) or all(map(self._stateless, groups))
+    def prepare_state(self) -> bool:
+        state = self.optimizer.state
+        self.states = [tensors_of(state.get(p)) for p in self.trainable]
+        if all(state.get(p) for p in self.trainable):
+            return True
+        return all(self._is_stateless(group) for group in self.optimizer.param_groups)
 
-    def _stateless(self, group: dict[str, Any]) -> bool:
-        """Whether the update keeps nothing (SGD without momentum)."""
-        assert self.update is not None
+    def _is_stateless(self, group: dict[str, Any]) -> bool:
+        """Return whether the update keeps nothing (SGD without momentum)."""
+        if self.update is None:
+            return False
         number = torch.zeros(1)
         try:
             return not self.update(number, number, {}, group)[1]
         except KeyError:
             return False
 
-    def __call__(self, batch: Batch) -> tuple[Step, bool]:
-        settings = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in self.optimizer.param_groups]
-        self.set_rates()
-        made, gradients, finite = self.compiled(batch, self.rates, settings)
-        updated = not self.guarded or bool(finite)
-        if not updated:
-            for parameter, gradient in zip(self.trained, gradients, strict=True):
-                parameter.grad = gradient
-        return made, updated
-
     def _step(self, batch: Batch, rates: list[Tensor], settings: list[dict[str, Any]]) -> Any:
         assert self.update is not None
         with self.precision.autocast():
             made = self.task.step(self.model, batch)
-        gradients = torch.autograd.grad(made.loss, self.trained, allow_unused=True)
-        finite = all_finite([made.loss, *gradients]) if self.guarded else None
+        gradients = torch.autograd.grad(made.loss, self.trainable, allow_unused=True)
+        finite = all_finite([made.loss, *gradients]) if self.checks_finite else None
         with torch.no_grad():
-            for p, g, state, number in zip(self.trained, gradients, self.states, self.groups, strict=True):
-                if g is not None:
-                    p_new, state_new = self.update(p, g, state, {**settings[number], "lr": rates[number]})
-                    put(p, p_new, finite)
-                    for name, tensor in state_new.items():
-                        put(state[name], tensor, finite)
-        return made.detach(), gradients if self.guarded else (), finite
+            for p, gradient, state, index in zip(
+                self.trainable, gradients, self.states, self.group_indices, strict=True
+            ):
+                if gradient is None:
+                    continue
+                own = {**settings[index], "lr": rates[index]}
+                p_new, state_new = self.update(p, gradient, state, own)
+                write_if(finite, p, p_new)
+                for name, tensor in state_new.items():
+                    write_if(finite, state[name], tensor)
+        return made.detach(), gradients if self.checks_finite else (), finite
+
+
+class ExplainedStep:
+    """Runs a compiled step; if it fails, runs the task eagerly, whose error says more.
+
+    It is a `StepImplementation` (see `training/step.py`), as is the step that it runs.
+    """
+
+    def __init__(
+        self,
+        step: Callable[..., tuple[Step, bool]],
+        model: nn.Module,
+        task: Task,
+        parameters: Parameters,
+        precision: Precision,
+    ):
+        self.step, self.model, self.task = step, model, task
+        self.parameters, self.precision = parameters, precision
+
+    def __call__(
+        self,
+        batch: Batch,
+        share: float | Tensor | None,
+        phase: Phase | None = None,
+    ) -> tuple[Step, bool]:
+        try:
+            return self.step(batch, share, phase)
+        except (FrameworkError, AttributeError, TypeError, RuntimeError) as error:
+            if not is_full(error):
+                self._run_eagerly(batch)
+            raise
+
+    def _run_eagerly(self, batch: Batch) -> None:
+        with self.precision.autocast():
+            made = self.task.step(self.model, batch)
+        check_made(self.task, made, self.parameters.optimized)
+
+
+def plain_settings(group: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a group, without its parameters and learning rate."""
+    return {name: value for name, value in group.items() if name not in ("params", "lr")}
 
 
 def all_finite(tensors: Iterable[Tensor | None]) -> Tensor:
-    finite = torch.stack([tensor.isfinite().all() for tensor in tensors if tensor is not None])
-    return finite.all()
+    """Return whether all numbers are finite, as a tensor."""
+    finite = [tensor.isfinite().all() for tensor in tensors if tensor is not None]
+    return torch.stack(finite).all()
 
 
-def put(old: Tensor, new: Tensor, wanted: Tensor | None) -> None:
-    old.copy_(new if wanted is None else torch.where(wanted, new, old))
+def write_if(condition: Tensor | None, old: Tensor, new: Tensor) -> None:
+    """Write new numbers into a tensor, if the condition is None or true."""
+    old.copy_(new if condition is None else torch.where(condition, new, old))

@@ -1,164 +1,183 @@
-"""torch's fused optimizers, without what `step()` prepares anew each time (lists of tensors, by device and type).
+"""The update of torch's fused optimizers without what `step()` prepares anew each time.
 
-The update is the very operation that `step()` ends in, on the same tensors: the same numbers, bit for bit. For six
-small tensors it takes a third of the time.
+It is the operation that `step()` ends in, on the same tensors: the same numbers, bit for bit, in a
+third of the time for six small tensors.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer, optimizer as torch_optimizer
+from torch.optim import Optimizer
 
 from framework.runtime.identity import identical, kept_tensors
 from framework.runtime.momentum import complete_momentum
-
-Update = Callable[[dict[str, Any], list[Tensor], list[Tensor], list[list[Tensor]]], None]
-
-
-def adam(kernel: Callable[..., None]) -> Update:
-    def update(group: dict[str, Any], params: list[Tensor], gradients: list[Tensor], kept: list[list[Tensor]]) -> None:
-        averages, squares, steps = kept
-        torch._foreach_add_(steps, 1)
-        kernel(
-            *(params, gradients, averages, squares, [], steps),
-            amsgrad=False,
-            lr=group["lr"],
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=group["maximize"],
-        )
-
-    return update
+from framework.runtime.torch_internals.fused_kernels import Kernel, fused_kernel
+from framework.runtime.torch_internals.optimizer_hooks import has_step_hooks
 
 
-def sgd(group: dict[str, Any], params: list[Tensor], gradients: list[Tensor], kept: list[list[Tensor]]) -> None:
-    names = ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize")
-    torch._fused_sgd_(params, gradients, kept[0], **{name: group[name] for name in names}, is_first_step=False)
-
-
-UPDATES: dict[type, tuple[tuple[str, ...], Update | None]] = {
-    Adam: (("exp_avg", "exp_avg_sq", "step"), adam(torch._fused_adam_)),
-    AdamW: (("exp_avg", "exp_avg_sq", "step"), adam(torch._fused_adamw_)),
-    SGD: (("momentum_buffer",), sgd),
-}
-
-
-class Lists(NamedTuple):
-    """What the update of a group of parameters takes."""
+class KernelInputs(NamedTuple):
+    """What the kernel takes for a group of parameters, except their gradients."""
 
     group: dict[str, Any]
-    params: list[Tensor]
-    names: tuple[str, ...]
-    kept: list[list[Tensor]]
+    parameters: list[Tensor]
+    state_names: tuple[str, ...]
+    state: list[list[Tensor]]
 
 
-class FusedStep:
-    """Calls the update of an optimizer; wherever that is not plainly the same as its `step()`, calls `step()`."""
+class FusedUpdate:
+    """Updates the parameters of an optimizer.
+
+    It calls the kernel of a fused optimizer where that does exactly what `step()` does. Everywhere
+    else it calls `step()`: in the first step, with hooks, for a parameter without a gradient.
+
+    Attributes:
+        kernel: None if only `step()` will do.
+        state_names: the state that the kernel keeps of each parameter.
+    """
 
     def __init__(self, optimizer: Optimizer):
         self.optimizer = optimizer
-        unknown: tuple[tuple[str, ...], Update | None] = ((), None)
-        self.names, self.update = UPDATES.get(type(optimizer), unknown)
-        self.lists: list[Lists] | None = None
-        self.made_for: Any = None
-        self.kept: list[Tensor] = []  # all that the optimizer kept when the lists were made
-        if self.update is None or not all(map(plain, optimizer.param_groups)) or not self._reproduces(self.update):
-            self.update = None
+        found = fused_kernel(type(optimizer))
+        self.kernel: Kernel | None = None
+        self.state_names: tuple[str, ...] = ()
+        if found is not None:
+            self.state_names, self.kernel = found
+        # What the kernel is called with, and what that was made from:
+        self.inputs: list[KernelInputs] | None = None
+        self.inputs_state: Any = None
+        self.inputs_tensors: list[Tensor] = []
+        plain = all(is_plain(group) for group in optimizer.param_groups)
+        if self.kernel is None or not plain or not self._reproduces_step(self.kernel):
+            self.kernel = None
 
     def __call__(self) -> None:
-        lists = self._current()
-        gradients = None if lists is None else [[p.grad for p in each.params] for each in lists]
-        if lists is None or gradients is None or any(g is None for each in gradients for g in each):
+        inputs = self.current_inputs()
+        gradients = None if inputs is None else gradients_of(inputs)
+        if inputs is None or gradients is None or self.kernel is None:
             complete_momentum(self.optimizer)
             self.optimizer.step()
             return
         with torch.no_grad():
-            for (group, params, _, kept), grads in zip(lists, gradients, strict=True):
-                self.update(group, params, grads, kept)  # type: ignore[misc, arg-type]
+            for each, own in zip(inputs, gradients, strict=True):
+                self.kernel(each.group, each.parameters, own, each.state)
 
-    def _current(self) -> list[Lists] | None:
-        """Return the lists for the optimizer as it is now; None where only its `step()` will do."""
-        optimizer, groups = self.optimizer, self.optimizer.param_groups
-        if self.update is None or "step" in optimizer.__dict__ or has_hooks(optimizer):
+    def current_inputs(self) -> list[KernelInputs] | None:
+        """Return what to call the kernel with now; None where only `step()` will do."""
+        optimizer = self.optimizer
+        if self.kernel is None or "step" in optimizer.__dict__:  # somebody wrapped it
             return None
-        if self.lists is None or self.made_for is not optimizer.state or not self._fits(groups):
-            made = [self._listed(group) for group in groups]
-            self.lists = [each for each in made if each is not None] if all(made) else None
-            self.made_for, self.kept = optimizer.state, kept_tensors(optimizer.state)
-        return self.lists
+        if skips_on_device(optimizer) or has_step_hooks(optimizer):
+            return None
+        if not self._is_current():
+            self.inputs = self._make_inputs()
+            self.inputs_state = optimizer.state
+            self.inputs_tensors = self._tensors()
+        return self.inputs
 
-    def _fits(self, groups: list[dict[str, Any]]) -> bool:
-        assert self.lists is not None
-        kept = kept_tensors(self.optimizer.state)
-        if len(groups) != len(self.lists) or not identical(kept, self.kept):
+    def _is_current(self) -> bool:
+        """Return whether `inputs` are those of the optimizer as it is."""
+        groups, state = self.optimizer.param_groups, self.optimizer.state
+        if self.inputs is None or self.inputs_state is not state:
             return False
-        for group, lists in zip(groups, self.lists, strict=True):
-            if group is not lists.group or not identical(group["params"], lists.params):
+        if len(groups) != len(self.inputs):
+            return False
+        for group, inputs in zip(groups, self.inputs, strict=True):
+            if group is not inputs.group or len(group["params"]) != len(inputs.parameters):
                 return False
-            if not plain(group) or self._kept_names(group) != lists.names:
+            has_state = group.get("momentum") != 0
+            if not is_plain(group) or has_state != bool(inputs.state_names):
                 return False
-        return True
+        return identical(self._tensors(), self.inputs_tensors)
 
-    def _kept_names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return () if group.get("momentum") == 0 else self.names
+    def _tensors(self) -> list[Tensor]:
+        """Return the tensors of the state, and the parameters of all groups."""
+        tensors = kept_tensors(self.optimizer.state)
+        for group in self.optimizer.param_groups:
+            tensors += group["params"]
+        return tensors
 
-    def _listed(self, group: dict[str, Any]) -> Lists | None:
-        """Return the lists of a group; None before its first step, and where the tensors are not all of one kind."""
-        params, names = list(group["params"]), self._kept_names(group)
-        states = [self.optimizer.state.get(p, {}) for p in params]
-        whole = all(isinstance(state.get(name), Tensor) for state in states for name in names)
-        if not whole or not plain(group) or len({(p.device, p.dtype) for p in params}) != 1:
+    def _make_inputs(self) -> list[KernelInputs] | None:
+        made = []
+        for group in self.optimizer.param_groups:
+            inputs = self._inputs_of(group)
+            if inputs is None:
+                return None
+            made.append(inputs)
+        return made
+
+    def _inputs_of(self, group: dict[str, Any]) -> KernelInputs | None:
+        """Return the inputs for a group.
+
+        None before its first step, and for tensors of several types or devices.
+        """
+        parameters = list(group["params"])
+        names = self.state_names_of(group)
+        if not is_plain(group) or len({(p.device, p.dtype) for p in parameters}) != 1:
             return None
+        states = [self.optimizer.state.get(p, {}) for p in parameters]
+        for state in states:
+            if not all(isinstance(state.get(name), Tensor) for name in names):
+                return None
         kept = [[state[name] for state in states] for name in names]
-        return Lists(group, params, names, kept or [[]])
+        return KernelInputs(group, parameters, names, kept or [[]])
 
-    def _reproduces(self, update: Update) -> bool:
-        """Whether, on one number, the update does exactly what a `step()` does in this release of torch."""
+    def state_names_of(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """Return the names of what is kept of the parameters of a group."""
+        return () if group.get("momentum") == 0 else self.state_names
+
+    def _reproduces_step(self, kernel: Kernel) -> bool:
+        """Return whether, on one number, the kernel does what a `step()` of this torch does."""
         given = self.optimizer.param_groups[0]
         like = {"device": given["params"][0].device, "dtype": given["params"][0].dtype}
-        ours, theirs = (nn.Parameter(torch.ones(1, **like)) for _ in range(2))
+        settings = {name: value for name, value in given.items() if name != "params"}
+        kind: Any = type(self.optimizer)
+        ours, theirs = nn.Parameter(torch.ones(1, **like)), nn.Parameter(torch.ones(1, **like))
         try:
-            make: Callable[..., Optimizer] = type(self.optimizer)
-            pair = [make([parameter]) for parameter in (ours, theirs)]
-            for optimizer in pair:
-                optimizer.param_groups[0].update({name: value for name, value in given.items() if name != "params"})
-                optimizer.param_groups[0]["params"][0].grad = torch.full((1,), 0.5, **like)
+            by_kernel, by_step = kind([ours]), kind([theirs])
+            for optimizer, parameter in ((by_kernel, ours), (by_step, theirs)):
+                optimizer.param_groups[0].update(settings)
+                parameter.grad = torch.full((1,), 0.5, **like)
                 optimizer.step()
-            pair[1].step()
-            kept = [[pair[0].state[ours][name]] for name in (() if given.get("momentum") == 0 else self.names)]
+            by_step.step()
+            group = by_kernel.param_groups[0]
+            kept = [[by_kernel.state[ours][name]] for name in self.state_names_of(given)]
             with torch.no_grad():
-                update(pair[0].param_groups[0], [ours], [torch.full((1,), 0.5, **like)], kept or [[]])
+                kernel(group, [ours], [torch.full((1,), 0.5, **like)], kept or [[]])
         except (RuntimeError, TypeError, ValueError, KeyError, NotImplementedError):
             return False
         return torch.equal(ours, theirs)
 
 
-@torch.no_grad()
-def plain(group: dict[str, Any]) -> bool:
-    """Whether a group's settings leave the update as simple as it is here."""
+def gradients_of(inputs: list[KernelInputs]) -> list[list[Tensor]] | None:
+    """Return the gradients of each group; None if one is missing."""
+    found = []
+    for each in inputs:
+        gradients = []
+        for parameter in each.parameters:
+            if parameter.grad is None:
+                return None
+            gradients.append(parameter.grad)
+        found.append(gradients)
+    return found
+
+
+def is_plain(group: dict[str, Any]) -> bool:
+    """Return whether the settings of a group are those of which the kernel takes account."""
     if not group.get("fused") or not group["params"]:
         return False
     if group.get("amsgrad") or group.get("capturable") or group.get("differentiable"):
         return False
-    if isinstance(group["lr"], Tensor):
-        return False
-    return not any(isinstance(beta, Tensor) for beta in group.get("betas", ()))
+    beta1, beta2 = group.get("betas", (0.0, 0.0))
+    tensors = isinstance(group["lr"], Tensor) or isinstance(beta1, Tensor)
+    return not (tensors or isinstance(beta2, Tensor))
 
 
-def has_hooks(optimizer: Optimizer) -> bool:
-    """Whether somebody wants to be told of a step, or has a word in it (a scaler, `non_finite`)."""
-    return may_leave_out(optimizer) or is_hooked(optimizer)
+def skips_on_device(optimizer: Optimizer) -> bool:
+    """Return whether the update is left out on the device if a gradient is not finite.
 
-
-def may_leave_out(optimizer: Optimizer) -> bool:
-    """Whether the device decides itself if an update is left out: where a number was not finite."""
-    return getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None
-
-
-def is_hooked(optimizer: Optimizer) -> bool:
-    own = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-    return bool(own or torch_optimizer._global_optimizer_pre_hooks or torch_optimizer._global_optimizer_post_hooks)
+    A gradient scaler and the callback `non_finite` set these attributes of fused optimizers.
+    """
+    if getattr(optimizer, "grad_scale", None) is not None:
+        return True
+    return getattr(optimizer, "found_inf", None) is not None

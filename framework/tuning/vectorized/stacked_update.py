@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 from framework.contracts.pure_optimizer import PureUpdate, pure_updates, tensors_of
 from framework.errors import FrameworkError
 from framework.errors.user_code import text_of
-from framework.training.acceleration.fused_update import FusedStep, is_hooked
+from framework.runtime.torch_internals.optimizer_hooks import has_step_hooks
+from framework.training.acceleration.fused_update import FusedUpdate
 
 CACHED = 2**16  # numbers of a parameter that are updated at once on a CPU: they and their state stay in its cache
 
@@ -282,7 +283,7 @@ def laid_out(model: nn.Module, optimizer: Optimizer) -> Any:
 
 def has_hooks(optimizer: Optimizer) -> bool:
     held = (parameter for group in optimizer.param_groups for parameter in group["params"])
-    return is_hooked(optimizer) or any(p._backward_hooks or p._post_accumulate_grad_hooks for p in held)
+    return has_step_hooks(optimizer) or any(p._backward_hooks or p._post_accumulate_grad_hooks for p in held)
 
 
 Update = Callable[[Rows, list[dict[str, Any]], list[int], slice, int], None]
@@ -291,8 +292,8 @@ Update = Callable[[Rows, list[dict[str, Any]], list[int], slice, int], None]
 
 def find_update(optimizer: Optimizer) -> Update:
     """Return how rows are updated: by the optimizer's own fused kernel, a row at a time, or by its pure update."""
-    fused = FusedStep(optimizer)
-    if fused.update is not None and optimizer.param_groups[0]["params"][0].device.type == "cpu":
+    fused = FusedUpdate(optimizer)
+    if fused.kernel is not None and optimizer.param_groups[0]["params"][0].device.type == "cpu":
         return by_kernel(fused)
     pure = pure_updates.find(optimizer)
     if pure is None:
@@ -300,17 +301,17 @@ def find_update(optimizer: Optimizer) -> Update:
     return by_function(pure)
 
 
-def by_kernel(fused: FusedStep) -> Update:
+def by_kernel(fused: FusedUpdate) -> Update:
     """On a CPU torch's fused kernel is one pass over a row and its state, which no composed operations are. Trials
     whose settings are the same take it in one call."""
 
     def update(rows: Rows, groups: list[dict[str, Any]], chosen: list[int], span: slice, first: int) -> None:
-        assert fused.update is not None
+        assert fused.kernel is not None
         for alike in rows_alike(groups, chosen):
             key = (first, *alike)
             if key not in rows.lists:
-                rows.lists[key] = views(rows, fused.names, alike, span, first)
-            fused.update(groups[alike[0]], *rows.lists[key])
+                rows.lists[key] = views(rows, fused.state_names, alike, span, first)
+            fused.kernel(groups[alike[0]], *rows.lists[key])
 
     return update
 

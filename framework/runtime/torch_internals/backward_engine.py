@@ -1,0 +1,47 @@
+"""The autograd engine, without the checks of `Tensor.backward`."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def find_engine() -> Callable[..., Any] | None:
+    """Return the engine's entry point; None in a release of torch that has none of this name."""
+    engine = getattr(torch.autograd.Variable, "_execution_engine", None)
+    return getattr(engine, "run_backward", None)
+
+
+RUN_BACKWARD = find_engine()
+
+
+@cache
+def ones_scalar(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.ones((), dtype=dtype, device=device)
+
+
+def run_backward(loss: Tensor) -> None:
+    """Do what `loss.backward()` does.
+
+    The engine is called without the argument checks of `Tensor.backward` and with a cached gradient
+    of 1, which saves a tenth of the step of a small model. For anything but a plain scalar with a
+    graph, and without an engine, `loss.backward()` itself is called.
+    """
+    if RUN_BACKWARD is None or type(loss) is not Tensor or loss.ndim or not loss.requires_grad:
+        loss.backward()
+        return
+    gradient = ones_scalar(loss.dtype, loss.device)
+    if gradient._version:  # a hook or an autograd.Function has changed it in place
+        ones_scalar.cache_clear()
+        gradient = ones_scalar(loss.dtype, loss.device)
+    RUN_BACKWARD(
+        (loss,),
+        (gradient,),
+        False,  # keep_graph
+        False,  # create_graph
+        (),  # inputs: all leaves
+        allow_unreachable=True,
+        accumulate_grad=True,
+    )

@@ -1,0 +1,95 @@
+"""The kernels of torch's fused optimizers, for lists of tensors that the caller has prepared."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+Kernel = Callable[[dict[str, Any], list[Tensor], list[Tensor], list[list[Tensor]]], None]
+"""(group, parameters, gradients, a list for each name of the state): updates them in place."""
+
+
+class FusedKernel(NamedTuple):
+    """A kernel, and the names of the state that it reads and writes."""
+
+    state_names: tuple[str, ...]
+    update: Kernel
+
+
+def fused_kernel(optimizer: type[Optimizer]) -> FusedKernel | None:
+    """Return the kernel that the fused `step()` of an optimizer class ends in.
+
+    `step()` sorts its tensors by device and type each time. The kernel alone, on lists that are
+    kept, takes a third of the time for six small tensors. Returns None for other optimizers and for
+    a release of torch without these names; `optimizer.step()` does the same.
+    """
+    if optimizer is Adam:
+        return adam_kernel("_fused_adam_")
+    if optimizer is AdamW:
+        return adam_kernel("_fused_adamw_")
+    if optimizer is SGD:
+        return sgd_kernel("_fused_sgd_")
+    return None
+
+
+def adam_kernel(name: str) -> FusedKernel | None:
+    kernel = getattr(torch, name, None)
+    foreach_add = getattr(torch, "_foreach_add_", None)
+    if kernel is None or foreach_add is None:
+        return None
+
+    def update(
+        group: dict[str, Any],
+        parameters: list[Tensor],
+        gradients: list[Tensor],
+        state: list[list[Tensor]],
+    ) -> None:
+        averages, squares, steps = state
+        foreach_add(steps, 1)
+        beta1, beta2 = group["betas"]
+        kernel(
+            parameters,
+            gradients,
+            averages,
+            squares,
+            [],
+            steps,
+            amsgrad=False,
+            lr=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=group["maximize"],
+        )
+
+    return FusedKernel(("exp_avg", "exp_avg_sq", "step"), update)
+
+
+def sgd_kernel(name: str) -> FusedKernel | None:
+    kernel = getattr(torch, name, None)
+    if kernel is None:
+        return None
+
+    def update(
+        group: dict[str, Any],
+        parameters: list[Tensor],
+        gradients: list[Tensor],
+        state: list[list[Tensor]],
+    ) -> None:
+        kernel(
+            parameters,
+            gradients,
+            state[0],
+            weight_decay=group["weight_decay"],
+            momentum=group["momentum"],
+            lr=group["lr"],
+            dampening=group["dampening"],
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+            is_first_step=False,
+        )
+
+    return FusedKernel(("momentum_buffer",), update)

@@ -1,0 +1,390 @@
+"""The training step: from the batches of one step to the updated parameters.
+
+`TrainingStep.__call__` and `TrainingStep.backward` are the step. How forward and backward run is
+chosen once, when a fit starts (`select_step`): eagerly, compiled or as a CUDA graph.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from framework.contracts.loss import portion, share_of
+from framework.contracts.metric import Mark, Measures
+from framework.contracts.schedule import factor_of
+from framework.contracts.state import State
+from framework.contracts.task import Phase, Step, Task
+from framework.contracts.transform import Transform, transformed_all
+from framework.data.dataset import Batch
+from framework.runtime import seeds
+from framework.runtime.batch import move_batch
+from framework.runtime.clock import Clock
+from framework.runtime.device import Precision
+from framework.runtime.memory import MicroBatches, versions
+from framework.runtime.torch_internals.backward_engine import run_backward
+
+from .acceleration.callbacks import GradientCallbacks
+from .acceleration.compiled_step import (
+    Compile,
+    Compiled,
+    CompiledSingleCall,
+    CompiledStep,
+    ExplainedStep,
+)
+from .acceleration.cuda_graph import CudaGraph, GraphedSingleCall, GraphedStep
+from .acceleration.fused_update import FusedUpdate
+from .parameters import Parameters
+from .validation import (
+    check_gradients,
+    check_input_dtype,
+    check_made,
+    check_parameters_reached,
+    count_of,
+    first_update_error,
+)
+
+ALL_PARAMETERS = nullcontext()
+
+
+class StepContext(Protocol):
+    """What a training step uses of the trainer."""
+
+    state: State
+    schedule: Callable[[int], float] | None
+    transforms: list[Transform]
+    loss: Tensor
+
+    def emit(self, event: str) -> None:
+        """Call the callbacks that listen to an event."""
+
+
+class StepImplementation(Protocol):
+    """How forward and backward run, and perhaps the update with them."""
+
+    def __call__(
+        self,
+        batch: Batch,
+        share: float | Tensor | None,
+        phase: Phase | None = None,
+    ) -> tuple[Step, bool]:
+        """Add the gradients of the loss of a batch, which is on the device, to those there are.
+
+        Args:
+            batch: a batch of the step, or a part of one.
+            share: a factor on the loss, the share of the batch in the items of the step; None for
+                the only batch of a step.
+            phase: the phase of the step. Only eager steps have phases (see `check_phases`).
+
+        Returns:
+            What the task made of the batch, and whether the parameters are updated already.
+        """
+
+
+@dataclass(kw_only=True, eq=False)
+class TrainingStep:
+    """The training step of a fit.
+
+    Attributes:
+        parameters: those of the optimizer, and the others of the model.
+        measures: get the loss, outputs and targets of each batch.
+        forward_backward: how forward and backward run.
+        update: does what `optimizer.step()` does.
+    """
+
+    model: nn.Module
+    task: Task
+    optimizer: Optimizer
+    device: torch.device
+    precision: Precision
+    micro_batches: MicroBatches
+    measures: Measures
+    clock: Clock
+    parameters: Parameters
+    forward_backward: StepImplementation
+    update: Callable[[], None]
+    is_first: bool = field(default=True, init=False)
+    is_first_update: bool = field(default=True, init=False)
+    checked_reach: set[str | None] = field(default_factory=set, init=False)
+    checked_task: set[str | None] = field(default_factory=set, init=False)
+
+    def __call__(self, trainer: StepContext, window: Sequence[Batch]) -> None:
+        """Train on some batches, whose gradients make one update together.
+
+        A task with phases makes an update in each of them, on the same batches.
+        """
+        if self.parameters.others:
+            self.parameters.clear_other_gradients()
+        trainer.emit("step_start")
+        with self.clock.detail("copy"):
+            batches = [move_batch(batch, self.device) for batch in window]
+            if trainer.transforms:
+                batches = transformed_all(batches, trainer.transforms)
+        set_learning_rates(self.optimizer, trainer.schedule, trainer.state.step)
+
+        backward = self.backward_with_retry if self.micro_batches.auto else self.backward
+        for phase in self.task.phases or (None,):
+            with ALL_PARAMETERS if phase is None else only_trains(self.model, phase):
+                try:
+                    trainer.loss, updated = backward(batches, phase)
+                except RuntimeError as error:
+                    check_input_dtype(error, self.model, batches[0])
+                    raise
+            if not updated:
+                if self.is_first:
+                    check_gradients(self.parameters.optimized)
+                if self.precision.scaler is not None:
+                    self.precision.scaler.unscale_(self.optimizer)
+                trainer.emit("gradients")
+                with self.clock.detail("optimizer"):
+                    if self.is_first_update:
+                        self.first_update()
+                    else:
+                        self.update()
+            for parameter in self.parameters.optimized:
+                parameter.grad = None
+        self.is_first = False
+
+    def backward(self, batches: Sequence[Batch], phase: Phase | None) -> tuple[Tensor, bool]:
+        """Add the gradients of the mean loss over all items of the batches.
+
+        Returns the mean loss, and whether the parameters are updated already.
+        """
+        self.parameters.refresh()
+        parts: list[Batch] = []
+        for batch in batches:
+            parts += self.micro_batches.split(batch)
+        counts = [count_of(self.task, part) for part in parts]  # a model may change its inputs
+        shares: Sequence[float | Tensor | None] = [None]
+        if len(parts) > 1:
+            shares = shares_of(counts)
+
+        losses = []
+        for part, count, share in zip(parts, counts, shares, strict=True):
+            made, updated = self.forward_backward(part, share, phase)
+            self.check_first(made, phase, len(part[0]))
+            # Outputs of phases differ from those that the metrics are for.
+            outputs, targets = (made.outputs, made.targets) if phase is None else (None, None)
+            self.measures.add(made.loss, outputs, targets, count, made.values)
+            loss = made.loss.detach()
+            losses.append(loss if share is None else portion(loss, share))
+        return sum(losses[1:], losses[0]), updated
+
+    # What only some steps do:
+
+    def backward_with_retry(
+        self,
+        batches: Sequence[Batch],
+        phase: Phase | None,
+    ) -> tuple[Tensor, bool]:
+        """Do what `backward` does; when memory is full, again with smaller micro-batches."""
+        before = Snapshot(self.measures.mark(), clones(self.model.buffers()), seeds.capture())
+        unchanged = versions(batches)
+        while True:
+            try:
+                return self.backward(batches, phase)
+            except (MemoryError, RuntimeError) as error:
+                if not self.micro_batches.halve(error, versions(batches) == unchanged):
+                    raise
+            self.undo(before)  # not in `except`: the traceback keeps the tensors of the pass
+
+    def undo(self, before: "Snapshot") -> None:
+        """Return to the state before a backward pass that failed."""
+        self.measures.undo(before.measures)
+        for buffer, saved in zip(self.model.buffers(), before.buffers, strict=True):
+            buffer.copy_(saved)  # running statistics have seen some of the batch
+        seeds.restore(before.random)
+        for parameter in (*self.parameters.optimized, *self.parameters.others):
+            parameter.grad = None
+
+    def first_update(self) -> None:
+        """Do the first update. Raises SettingError if the optimizer needs more than `step()`."""
+        self.is_first_update = False
+        try:
+            self.update()
+        except Exception as error:
+            explained = None
+            if self.precision.scaler is None:
+                explained = first_update_error(self.optimizer, error)
+            if explained is None:
+                raise
+            raise explained from error
+
+    def check_first(self, made: Step, phase: Phase | None, samples: int) -> None:
+        """Check the first step of each phase, before it changes the parameters.
+
+        Some errors show only in a batch of several samples: the first one of these is checked.
+        """
+        name = None if phase is None else phase.name
+        if name in self.checked_task:
+            return
+        if name not in self.checked_reach:
+            self.checked_reach.add(name)
+            check_parameters_reached(self.task, made.loss, self.model)
+        if samples > 1:
+            self.checked_task.add(name)
+            self.task.check_first(made)
+
+
+class Snapshot(NamedTuple):
+    """What a backward pass changes, besides gradients."""
+
+    measures: Mark
+    buffers: list[Tensor]
+    random: dict[str, Any]
+
+
+class EagerStep:
+    """Forward and backward without any compilation, except perhaps that of the model.
+
+    Args:
+        forward: the model, or a compiled function that does the same.
+        task: the task.
+        parameters: those that are trained, for errors.
+        precision: the number format.
+        clock: for the profiler.
+    """
+
+    def __init__(
+        self,
+        forward: nn.Module | Callable[..., Any],
+        task: Task,
+        parameters: Parameters,
+        precision: Precision,
+        clock: Clock,
+    ):
+        self.forward: Any = forward
+        self.task, self.parameters = task, parameters
+        self.precision, self.clock = precision, clock
+
+    def __call__(
+        self,
+        batch: Batch,
+        share: float | Tensor | None,
+        phase: Phase | None = None,
+    ) -> tuple[Step, bool]:
+        with self.clock.detail("forward"), self.precision.autocast():
+            if phase is None:
+                made = self.task.step(self.forward, batch)
+            else:
+                made = self.task.phase(phase.name, self.forward, batch)
+        with self.clock.detail("backward"):
+            try:
+                loss = made.loss if share is None else made.loss * share
+                scaler = self.precision.scaler
+                run_backward(loss if scaler is None else scaler.scale(loss))
+            except (AttributeError, TypeError, RuntimeError):
+                check_made(self.task, made, self.parameters.optimized)
+                raise
+        return made, False
+
+
+def select_step(
+    *,
+    model: nn.Module,
+    task: Task,
+    optimizer: Optimizer,
+    parameters: Parameters,
+    precision: Precision,
+    micro_batches: MicroBatches,
+    clock: Clock,
+    compile: Compile,
+    cuda_graph: CudaGraph,
+    callbacks: GradientCallbacks,
+    call_recordable: Callable[[Tensor], None],
+) -> StepImplementation:
+    """Return how forward and backward run in a fit.
+
+    Args:
+        model: the model.
+        task: the task.
+        optimizer: the optimizer.
+        parameters: those of the optimizer, and the others of the model.
+        precision: the number format.
+        micro_batches: without `auto`, a step may include the update.
+        clock: of the fit.
+        compile: what to compile.
+        cuda_graph: whether to capture CUDA graphs.
+        callbacks: those that listen to `gradients`.
+        call_recordable: calls the recordable ones of them; it takes the loss of the step.
+    """
+    step: StepImplementation
+    forward = Compiled(model, compile, clock) if compile == "model" else model
+    step = eager = EagerStep(forward, task, parameters, precision, clock)
+    with_update = not micro_batches.auto  # an update cannot be undone when memory is full
+    if compile == "step":
+        compiled_call = None
+        if with_update:
+            compiled_call = CompiledSingleCall(model, task, optimizer, precision, clock, callbacks)
+        step = CompiledStep(model, task, parameters, precision, clock, compiled_call)
+    elif cuda_graph != "off" and not task.phases:
+        graphed_call = None
+        if with_update:
+            graphed_call = GraphedSingleCall(
+                eager=eager,
+                optimizer=optimizer,
+                precision=precision,
+                mode=cuda_graph,
+                model=model,
+                callbacks=callbacks,
+                call_recordable=call_recordable,
+            )
+        step = GraphedStep(eager, parameters, cuda_graph, model, graphed_call, clock)
+    if compile != "off":
+        step = ExplainedStep(step, model, task, parameters, precision)
+    return step
+
+
+def select_update(optimizer: Optimizer, precision: Precision) -> Callable[[], None]:
+    """Return a function that does what `optimizer.step()` does, with the scaler of fp16 if any."""
+    if precision.scaler is None:
+        return FusedUpdate(optimizer)
+    return lambda: precision.step(optimizer, optimizer.step)
+
+
+def set_learning_rates(
+    optimizer: Optimizer,
+    schedule: Callable[[int], float] | None,
+    step: int,
+) -> None:
+    """Set the learning rate of each group for a step."""
+    if schedule is None:
+        return
+    factor = factor_of(schedule, step)
+    for group in optimizer.param_groups:
+        base = group.setdefault("initial_lr", group["lr"])  # a callback may have added the group
+        group["lr"] = base * factor
+
+
+def shares_of(counts: Sequence[int | Tensor]) -> list[float | Tensor]:
+    """Return the share of each batch in the items of a step.
+
+    With these factors the sum of the mean losses is the mean over all items.
+    """
+    total = sum(counts)
+    return [share_of(count, total) for count in counts]
+
+
+@contextmanager
+def only_trains(model: nn.Module, phase: Phase) -> Iterator[None]:
+    """Compute gradients only for the parameters that a phase moves."""
+    frozen = []
+    for name, parameter in model.named_parameters():
+        moves = any(fnmatch(name, pattern) for pattern in phase.moves)
+        if parameter.requires_grad and not moves:
+            frozen.append(parameter)
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+
+
+def clones(tensors: Iterator[Tensor]) -> list[Tensor]:
+    return [tensor.clone() for tensor in tensors]
