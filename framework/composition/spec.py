@@ -181,7 +181,7 @@ class Reader:
                 part = self.nested(where, setting, given.get(key, fallback))
                 if part is not OWN_DEFAULT:
                     found[key] = part
-            elif key in given and given[key] != "???" and not means_default(given[key], setting):
+            elif key in given and given[key] != "???" and (setting.is_typeable or not means_default(given[key], setting)):
                 found[key] = self.value(setting, given[key], where)
                 if isinstance(owner, str):
                     found[key] = self.with_homes(found[key], where)
@@ -241,7 +241,7 @@ class Reader:
         return self.part(kind, kind.key, chosen, default if isinstance(default, str) else None)
 
     def value(self, setting: Setting, value: Any, path: str) -> Any:
-        if is_old_text(value, setting):
+        if isinstance(value, str | list | dict) and is_old_text(value, setting):
             self.problem(path, value, OLD_TEXT)
             return setting.default
         try:
@@ -252,14 +252,14 @@ class Reader:
                 return self.value(setting, value["name"], path)
             self.problem(path, value, f"{error}{self.quoting(setting, value, path)}")
             return setting.default
-        if self.is_altered(converted, value, path):
+        if type(value) is int and isinstance(converted, str | Path) and self.is_altered(value, path):
             said = f"is read as the number {value}"
             self.problem(path, self.typed[path].partition("=")[2], said + self.quoting(setting, value, path))
         return converted
 
-    def is_altered(self, converted: Any, value: Any, path: str) -> bool:
-        """Whether a text was read as a number, and so lost how it was typed: 1_000 becomes 1000."""
-        if path not in self.typed or type(value) is not int or not isinstance(converted, str | Path):
+    def is_altered(self, value: int, path: str) -> bool:
+        """Whether a number that stands for a text was typed otherwise: 1_000 becomes 1000."""
+        if path not in self.typed:
             return False
         if "${" in self.typed[path]:  # it refers to a number
             return False
