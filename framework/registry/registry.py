@@ -187,7 +187,7 @@ class Entry:
         missing = [name for name, setting in self.settings.items() if setting.required and name not in settings]
         if missing:
             raise SettingError(f"{self} needs a value for {', '.join(missing)}")
-        arguments = self.defaults(without=settings) | settings
+        arguments = {**self.defaults(without=settings), **settings}
         for name, value in arguments.items():
             arguments[name] = with_homes(value)
         for name in self.asks_for:
@@ -229,7 +229,7 @@ class Maker:
             said = f"{expected} by position, not {len(given)} arguments"
             raise SettingError(f"{self.entry} takes {said}; give settings by name")
         passed = dict(zip(names, given, strict=False))
-        settings = {}
+        settings: dict[str, Any] = {}
         for name, value in more.items():
             (passed if name in names else settings)[name] = value
         return self.entry.build(passed, {**self.settings, **self.entry.checked(settings)})
