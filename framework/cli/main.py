@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
     prepare_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
-    arguments.sort(key=lambda argument: argument == TRACEBACK)  # it may stand anywhere, also before the verb
+    arguments.sort(key=TRACEBACK.__eq__)  # it may stand anywhere, also before the verb
     with interruptible() as interrupt:
         status = status_of(arguments)
     if interrupt.received is not None and status == 0:  # after the last of the work, or its exception was lost

@@ -184,10 +184,13 @@ class Entry:
             given: what the framework passes, by the names of the kind's given parameters.
             settings: as `checked` returns them.
         """
-        missing = [name for name, setting in self.settings.items() if setting.required and name not in settings]
+        missing = []
+        for name, setting in self.settings.items():
+            if setting.required and name not in settings:
+                missing.append(name)
         if missing:
             raise SettingError(f"{self} needs a value for {', '.join(missing)}")
-        arguments = {**self.defaults(without=settings), **settings}
+        arguments = {**self.defaults(without=settings.keys()), **settings}
         for name, value in arguments.items():
             arguments[name] = with_homes(value)
         for name in self.asks_for:

@@ -146,18 +146,18 @@ class Setting:
         Raises SettingError that says what was expected.
         """
         try:
-            converted = convert(value, self.annotation)
-        except SettingError:
+            found = converted(value, self.annotation)
+        except Mismatch:
             if not self.is_default(value):
-                raise
+                raise mismatch_error(value, self.annotation) from None
             return self.default
-        if isinstance(self.default, tuple) and isinstance(converted, list) and allows_tuples(self.annotation):
-            return restore_tuples(converted, self.default)
+        if isinstance(self.default, tuple) and isinstance(found, list) and allows_tuples(self.annotation):
+            return restore_tuples(found, self.default)
         if self.required or not is_loose(self.annotation):
-            return converted
-        if self.annotation is not Any and isinstance(converted, list) and isinstance(self.default, tuple):
-            return restore_tuples(converted, list(self.default))
-        return restore_tuples(converted, self.default)
+            return found
+        if self.annotation is not Any and isinstance(found, list) and isinstance(self.default, tuple):
+            return restore_tuples(found, list(self.default))
+        return restore_tuples(found, self.default)
 
 
 def allows_tuples(annotation: Any) -> bool:
@@ -528,8 +528,11 @@ def convert(value: Any, annotation: Any) -> Any:
     try:
         return converted(value, annotation)
     except Mismatch:
-        hint = close_member(value, annotation)
-        raise SettingError(f"should be {describe(annotation)}, not {value!r}{hint}") from None
+        raise mismatch_error(value, annotation) from None
+
+
+def mismatch_error(value: Any, annotation: Any) -> SettingError:
+    return SettingError(f"should be {describe(annotation)}, not {value!r}{close_member(value, annotation)}")
 
 
 def close_member(value: Any, annotation: Any) -> str:
