@@ -9,6 +9,7 @@ import pytest
 import framework as fw
 from framework.composition.compose import CommandLine, run as compose
 from framework.experiment.experiment import Experiment
+from framework.tuning.sweep.sweep import sweep
 
 TIMES = ("wall_seconds", "train/samples_per_second", "train/seconds_per_epoch")
 
@@ -51,3 +52,8 @@ def cut_off_at(step, monkeypatch):
         patched.setattr(Experiment, "trainer", stopped)
         with pytest.raises(KeyboardInterrupt):
             yield
+
+
+def run_line(line, task):
+    """Compose a command line and run a task on its job, or on those of its sweep."""
+    (sweep if line.multirun else compose)(line, task)

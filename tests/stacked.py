@@ -8,7 +8,6 @@ import framework as fw
 from framework import Trainer
 from framework.contracts.optimizer import build_optimizer
 from framework.data.dataset import Loader
-from framework.registry.registry import Maker
 from framework.tuning.vectorized.trainer import Lockstep
 
 GENERATOR = torch.Generator().manual_seed(3)
@@ -57,7 +56,7 @@ def trial(
     name, more = optimizer
     more = more | {"lr": more["lr"] * lr}
     fused = more.pop("fused", False)
-    maker = Maker(fw.optimizers.get(name), more)
+    maker = fw.optimizers.maker(name, **more)
     made = build_optimizer(maker, model.parameters()) if fused else maker(list(model.parameters()))
     assert bool(made.defaults.get("fused")) == fused
     fit = {

@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
+import framework.tuning.sections  # noqa: F401  registers the section `sweep`, sweepers and launchers
 from framework.composition import trust as trusting
 from framework.composition.trust import entries_in, importing_from_elsewhere, is_trusted, problem_of_file, shown
 from framework.errors import ConfigError, FrameworkError, did_you_mean
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
     prepare_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
-    arguments.sort(key=lambda argument: argument == TRACEBACK)  # it may stand anywhere, also before the verb
+    arguments.sort(key=TRACEBACK.__eq__)  # it may stand anywhere, also before the verb
     with interruptible() as interrupt:
         status = status_of(arguments)
     if interrupt.received is not None and status == 0:  # after the last of the work, or its exception was lost
@@ -160,8 +161,8 @@ def tell(as_json: bool, value: Any, table: Callable[[], Any]) -> None:
 
 def train(arguments: list[str]) -> None:
     parser = composing("train", "Compose an experiment and train it.", TRAIN)
-    sweep = "sweep: try every combination of a,b,c or range(3)"
-    parser.add_argument("-m", "--multirun", action="store_true", help=sweep)
+    about = "sweep: try every combination of a,b,c or range(3)"
+    parser.add_argument("-m", "--multirun", action="store_true", help=about)
     parser.add_argument("--inexact", action="store_true", help="resume though settings would change the outcome")
     parser.add_argument("--repeat", type=int, metavar="N", help="sweep over N seeds: mean and standard error")
     parser.add_argument("--folds", type=int, metavar="N", help="cross-validation: sweep over N folds")
@@ -187,7 +188,12 @@ def train(arguments: list[str]) -> None:
                 sys.exit(128 + result.signal)
         return result
 
-    compose(line, job, words_of)
+    if line.multirun:
+        from framework.tuning.sweep.sweep import sweep
+
+        sweep(line, job, words_of)
+    else:
+        compose(line, job)
 
 
 def resume(arguments: list[str]) -> int:
@@ -216,9 +222,8 @@ def resume(arguments: list[str]) -> int:
 def plan(arguments: list[str]) -> None:
     parser = composing("plan", "Show what an experiment would be, without training.", PLAN)
     parser.add_argument("--json", **JSON)
-    sweep = "sweep: how many trials there would be, and which can train as one"
-    parser.add_argument("-m", "--multirun", action="store_true", help=sweep)
-    parser.set_defaults(only_plan=True)
+    about = "sweep: how many trials there would be, and which can train as one"
+    parser.add_argument("-m", "--multirun", action="store_true", help=about)
     given = parser.parse_intermixed_args(arguments)
     if given.json and given.multirun:
         parser.error("--json is for one experiment, not for a sweep")
@@ -234,7 +239,13 @@ def plan(arguments: list[str]) -> None:
             made = Experiment(composed.spec).plan()
         tell(given.json, asdict(made), lambda: render(made))
 
-    compose(line, job)
+    if line.multirun:
+        from framework.tuning.sweep.sweep import sweep
+        from framework.tuning.vectorized.launcher import told
+
+        sweep(line, job, plan=told)
+    else:
+        compose(line, job)
 
 
 def check(arguments: list[str]) -> None:

@@ -44,7 +44,7 @@ def composing(verb: str, does: str, epilog: str) -> Parser:
     parser.add_argument("--resolve", action="store_true", help="with --cfg: fill in the references")
     shown = ("defaults", "defaults-tree", "searchpath", "config", "plugins", "all")
     parser.add_argument("--info", choices=shown, metavar="WHAT", help=f"print and stop: {', '.join(shown)}")
-    parser.set_defaults(multirun=False, inexact=False, only_plan=False)
+    parser.set_defaults(multirun=False, inexact=False)
     return parser
 
 
@@ -55,7 +55,7 @@ def command_line(parser: Parser, given: argparse.Namespace) -> Any:
         parser.error("--resolve goes with --cfg")
     with importing_torch():
         from framework.composition.compose import CommandLine
-    flags = ("multirun", "cfg", "resolve", "info", "inexact", "traceback", "only_plan")
+    flags = ("multirun", "cfg", "resolve", "info", "inexact", "traceback")
     chosen = {flag: vars(given)[flag] for flag in flags}
     return CommandLine(given.overrides, given.plugins, given.config_dir, **chosen, without=given.without_plugin)
 

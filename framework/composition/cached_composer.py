@@ -10,14 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hydra.core.config_loader import ConfigLoader
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf, flag_override, open_dict
+from omegaconf import DictConfig, OmegaConf
 
 from framework.registry.registry import Registry
 
-from .compose import Composing, Job, to_tree
-from .config_files import Sources
+from .compose import Composing, Job, to_tree, without_hydra
+from .hydra_internals import ConfigLoader, compose_job, current_config
 from .overrides import value_of
 from .spec import follow
 
@@ -38,7 +36,6 @@ class Composer:
 
     def __init__(self, loader: ConfigLoader, master: DictConfig, composing: Composing):
         self.loader, self.master, self.composing = loader, master, composing
-        self.source = Sources(composing.overrides.typed, composing.files)
         self.bases: dict[tuple[str, ...], Base] = {}
         self.swept = tuple(f"++{key}=" for key in composing.overrides.swept)
 
@@ -66,14 +63,12 @@ class Composer:
         return self.bases[overrides]
 
     def _compose(self, overrides: tuple[str, ...], number: int) -> Base:
-        config = self.loader.load_sweep_config(self.master, list(overrides))
-        with open_dict(config):
-            config.hydra.job.id, config.hydra.job.num = str(number), number
-        HydraConfig.instance().set_config(config)
+        config = compose_job(self.loader, self.master, overrides, number)
         experiment = config.hydra.runtime.choices.get("experiment")
-        with flag_override(config, ["struct", "readonly"], False):
-            del config["hydra"]
-        return Base(to_tree(config, self.source), experiment, not list(references(OmegaConf.to_container(config))))
+        with current_config(config):
+            rest = without_hydra(config)
+            tree = to_tree(rest, self.composing.sources)
+        return Base(tree, experiment, not list(references(OmegaConf.to_container(rest))))
 
 
 def path_of(override: str) -> Path:

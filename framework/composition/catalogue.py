@@ -203,11 +203,12 @@ def build(
             paths in them may lead there.
         without: installed plugins to leave out.
     """
-    from .compose import CommandLine, config_folders, project_plugins  # not at the top: a kept index does without Hydra
+    from .compose import config_folders, project_plugins  # not at the top: a kept index does without Hydra
     from .config_files import chosen_in, experiments_in
-    from .spec import PLAIN, SECTIONS, section_settings
+    from .sections import SECTIONS, section_settings
+    from .spec import PLAIN
 
-    found = config_folders(CommandLine(folders=folders))
+    found = config_folders(folders)
     here = Path.cwd() if Path.cwd() in trusted else None
     ours = [folder for folder in found if folder in trusted or folder not in [*project_folder(), *folders]]
     listed = [plugin for plugin in project_plugins(ours, (), here) if here is not None or not is_in_reach(plugin)]

@@ -1,21 +1,16 @@
 """Composition: a command line becomes a checked Spec, through Hydra, so that sweepers, launchers and --cfg work."""
 
 import io
-import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hydra import version
-from hydra._internal.hydra import Hydra
-from hydra._internal.utils import create_config_search_path
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 from framework.errors import ConfigError, FrameworkError, PluginError, did_you_mean
@@ -24,9 +19,11 @@ from framework.errors.terminal import note, printable_lines
 from framework.registry.discovery import discover, locate, located
 from framework.registry.registry import Registry
 
-from .config_files import File, FileConfigSource, Sources, line_with, read_yaml, searching
-from .hydra_groups import fill_store
+from . import hydra_internals
+from .config_files import checked_files
+from .hydra_groups import filled_store
 from .overrides import Overrides, as_typed, groups, own_settings, rewrite
+from .sources import File, Sources, line_with, read_yaml
 from .spec import Spec, follow, read_spec
 
 
@@ -61,7 +58,6 @@ class CommandLine:
     info: str | None = None
     inexact: bool = False
     traceback: bool = False
-    only_plan: bool = False
     without: list[str] = field(default_factory=list)
 
     @property
@@ -71,28 +67,45 @@ class CommandLine:
 
 @dataclass
 class Composing:
-    """What it takes to make a job of a config that Hydra composed: the command line as read, the files behind it."""
+    """What it takes to make a job of a config that Hydra composed: the command line as read, the files behind it.
+
+    Attributes:
+        arguments: of Hydra.
+        files: those that Hydra has read so far.
+    """
 
     line: CommandLine
     overrides: Overrides
+    arguments: list[str]
     files: list[File]
     plugins: list[str]
     folders: list[Path]
 
+    @property
+    def sources(self) -> Sources:
+        return Sources(self.overrides.typed, self.files)
+
     def job(self, config: Any) -> Job:
-        """Check a composed config, with what was wrong on the command line, and report all of it together."""
+        """Check the config of a job of a sweep, which Hydra has composed and made current. Raises ConfigError."""
         hydra = HydraConfig.get()
-        multirun = hydra.mode is not None and hydra.mode.name == "MULTIRUN"
-        typed = list(hydra.overrides.task) if multirun else None
-        tree = to_tree(config, Sources(self.overrides.typed, self.files))
-        return self.checked(tree, hydra.runtime.choices.get("experiment"), typed, hydra.job.num if multirun else None)
+        tree = to_tree(config, self.sources)
+        return self.checked(tree, hydra.runtime.choices.get("experiment"), list(hydra.overrides.task), hydra.job.num)
 
     def checked(
         self, tree: dict[str, Any], experiment: str | None, typed: list[str] | None, number: int | None = None
     ) -> Job:
-        """Do so with the tree of plain values. `typed`: the overrides of a job of a sweep. Raises ConfigError."""
+        """Check a composed tree of plain values, with what was wrong on the command line; report all of it together.
+
+        Args:
+            tree: the experiment in plain values.
+            experiment: the chosen experiment file, if any.
+            typed: of a job of a sweep, its overrides.
+            number: of a job of a sweep.
+
+        Raises ConfigError.
+        """
         try:
-            spec = read_spec(tree, Sources(self.overrides.typed, self.files), self.overrides.typed)
+            spec = read_spec(tree, self.sources)
         except ConfigError as error:
             raise ConfigError([*self.overrides.problems, *error.problems]) from None
         problems = [*self.overrides.problems, *self.idle(spec)]
@@ -120,40 +133,54 @@ class Composing:
         ]
 
 
-def run(
-    line: CommandLine, task: Callable[[Job], Any], explain: Callable[[Exception], list[str]] = lambda e: [str(e)]
-) -> None:
-    """Compose what the command line says and run the task on it: on a job, or on each of a sweep.
+def run(line: CommandLine, task: Callable[[Job], Any]) -> None:
+    """Compose what the command line says, and run the task on it; only print it with `cfg` or `info`.
 
-    All jobs of a sweep are checked before the first runs; then one that fails does not stop the others, and `explain`
-    gives the lines that say why.
-    Raises ConfigError with every problem, PluginError for plugins that do not load, and FrameworkError that counts the
-    failed jobs of a sweep.
+    Raises ConfigError with every problem, and PluginError for plugins that do not load.
     """
-    folders = config_folders(line)
-    named = [*project_plugins(folders, line.overrides, Path.cwd()), *line.plugins]
+    with opened(line) as (composing, hydra):
+        job = None if line.shows else compose(composing, hydra)
+        if job is None:
+            show(composing, hydra)
+    notes(composing.overrides.notes)
+    if job is not None:
+        task(job)
+
+
+@contextmanager
+def opened(line: CommandLine) -> Iterator[tuple[Composing, hydra_internals.Hydra]]:
+    """Load the plugins, read the overrides and open Hydra on the folders of config files.
+
+    Raises PluginError for plugins that do not load. Every problem that Hydra finds is raised as a ConfigError, after
+    those of the command line.
+    """
+    folders = config_folders(line.folders)
+    chosen = [text.partition("=")[2] for text in line.overrides if text.startswith("experiment=")]
+    named = [*project_plugins(folders, chosen, Path.cwd()), *line.plugins]
     plugins = [located(plugin) for plugin in named]
     discover(plugins, line.without)
-    fill_store(plugins, line.without)
     overrides = rewrite(line.overrides, folders, line.multirun, line.shows)
     if overrides.problems and line.shows:
         raise ConfigError(overrides.problems)
-    with searching(folders) as files, tempfile.TemporaryDirectory(prefix="framework-") as scratch:
-        composing = Composing(line, overrides, files, plugins, folders)
-        arguments = hydra_arguments(overrides, Path(scratch))
+    with ExitStack() as stack:
+        files = stack.enter_context(checked_files())
+        stack.enter_context(filled_store(plugins, line.without).in_use())
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="framework-")))
+        composing = Composing(line, overrides, hydra_arguments(overrides, scratch), files, plugins, folders)
         try:
-            if line.multirun:
-                from framework.tuning.sweep.sweep import sweep  # not at the top: a single run does without
-
-                notes(overrides.notes)
-                sweep(composing, arguments, task, explain)
-                return
-            made = compose(composing, arguments)
+            with hydra_errors(files), hydra_internals.opened_hydra(folders) as hydra:
+                yield composing, hydra
         except ConfigError as error:
             raise ConfigError(dict.fromkeys([*overrides.problems, *error.problems])) from error.__cause__
-    notes(overrides.notes)
-    for job in made:
-        task(job)
+
+
+@contextmanager
+def hydra_errors(files: list[File]) -> Iterator[None]:
+    """Raise the errors of Hydra as ours."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError([words_of(error, files)]) from error
 
 
 def notes(lines: Iterable[str]) -> None:
@@ -162,35 +189,32 @@ def notes(lines: Iterable[str]) -> None:
         note(line)
 
 
-def compose(composing: Composing, arguments: list[str]) -> list[Job]:
-    """Let Hydra compose the job; none when it only prints what was asked for."""
-    line, made, problems = composing.line, list[Job](), list[str]()
-
-    def collect(config: Any) -> None:
-        try:
-            made.append(composing.job(config))
-            composing.overrides.notes += sweep_without_flag(HydraConfig.get())
-        except ConfigError as error:  # raised here, Hydra would put words of its own to it
-            problems.extend(error.problems)
-
-    with hydra_in(composing.folders) as hydra:
-        if line.shows:
-            show(hydra, line, arguments)
-        else:
-            hydra.run("config", collect, [*arguments, "hydra.mode=RUN"])
-    if problems:
-        raise ConfigError(problems)
-    return made
+def compose(composing: Composing, hydra: hydra_internals.Hydra) -> Job:
+    """Let Hydra compose the experiment, and check it. Raises ConfigError."""
+    config = hydra_internals.compose_config(hydra, composing.arguments, multirun=False)
+    own = config.hydra
+    with hydra_internals.current_config(config):
+        tree = to_tree(without_hydra(config), composing.sources)
+    job = composing.checked(tree, own.runtime.choices.get("experiment"), None)
+    composing.overrides.notes += sweep_without_flag(own)
+    return job
 
 
-def show(hydra: Hydra, line: CommandLine, arguments: list[str]) -> None:
+def without_hydra(config: DictConfig) -> DictConfig:
+    """Take the node `hydra`, which is no part of the experiment, out of a composed config, and return the config."""
+    with flag_override(config, ["struct", "readonly"], False):
+        del config["hydra"]
+    return config
+
+
+def show(composing: Composing, hydra: hydra_internals.Hydra) -> None:
     """Let Hydra print what it composed."""
-    printed = io.StringIO()
+    line, printed = composing.line, io.StringIO()
     with redirect_stdout(printed):
         if line.cfg:
-            hydra.show_cfg("config", arguments, line.cfg, package=None, resolve=line.resolve)
+            hydra_internals.print_config(hydra, composing.arguments, line.cfg, line.resolve)
         elif line.info:
-            hydra.show_info(line.info, "config", arguments)
+            hydra_internals.print_info(hydra, composing.arguments, line.info)
     print(printable_lines(printed.getvalue()), end="")
 
 
@@ -209,30 +233,17 @@ def hydra_arguments(overrides: Overrides, scratch: Path) -> list[str]:
     return [*ours, *overrides.arguments]
 
 
-@contextmanager
-def hydra_in(folders: list[Path]) -> Iterator[Hydra]:
-    """Open Hydra on folders of config files. Its errors are raised as ours."""
-    version.setbase("1.3")
-    try:
-        yield Hydra.create_main_hydra2("compose", create_config_search_path(str(folders[0])))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError([words_of(error)]) from error
-    finally:
-        GlobalHydra.instance().clear()
-
-
-def to_tree(config: Any, source: Sources) -> dict[str, Any]:
+def to_tree(config: Any, sources: Sources) -> dict[str, Any]:
     """Return the config in plain values; references to other keys are resolved, those that follow a kind kept."""
-    raw = OmegaConf.to_container(config, resolve=False)
+    raw: Any = OmegaConf.to_container(config, resolve=False)
     try:
-        resolved = OmegaConf.to_container(config, resolve=True)
+        tree: Any = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
-        key, said = str(error.full_key), str(error.msg).splitlines()[0]
-        said = re.sub(r".*key '([^']+)' not found.*", r"refers to \1, which is not there", said)
-        said = "refers to itself" if said.startswith("Recursive") else said.replace("Interpolation", "a reference")
-        raise ConfigError([f"{key}={value_at(raw, key)}: {said} ({source(key)})"]) from None
-    tree = keep_following(raw, resolved)
-    for key, names in source.of_others(tree).items():
+        key = str(error.full_key)
+        said = hydra_internals.unresolved_reference(error)
+        raise ConfigError([f"{key}={value_at(raw, key)}: {said} ({sources(key)})"]) from None
+    keep_following(raw, tree, {follow(kind) for kind in Registry.every})
+    for key, names in sources.of_others(tree).items():
         tree[key] = {name: value for name, value in tree[key].items() if name not in names}
     return tree
 
@@ -243,17 +254,18 @@ def value_at(tree: Any, path: str) -> Any:
     return tree
 
 
-def keep_following(raw: Any, resolved: Any) -> Any:
-    """Replace by what was written each resolved value that follows the experiment's choice, such as ${activation}."""
-    if isinstance(raw, dict) and isinstance(resolved, dict):
-        return {key: keep_following(raw[key], resolved[key]) for key in raw}
-    if isinstance(raw, list) and isinstance(resolved, list):
-        return [keep_following(a, b) for a, b in zip(raw, resolved, strict=True)]
-    return raw if isinstance(raw, str) and raw in map(follow, Registry.every) else resolved
+def keep_following(raw: Any, resolved: Any, following: set[str]) -> None:
+    """Put back what was written where a value follows the experiment's choice of a kind, such as ${activation}."""
+    for key in range(len(raw)) if isinstance(raw, list) else raw:
+        if isinstance(raw[key], dict | list):
+            if isinstance(resolved[key], dict | list):
+                keep_following(raw[key], resolved[key], following)
+        elif raw[key] in following:
+            resolved[key] = raw[key]
 
 
-def config_folders(line: CommandLine) -> list[Path]:
-    """The folders with config files: ours, then the project's `conf` in the working folder, then --config-dir."""
+def config_folders(more: Iterable[Path] = ()) -> list[Path]:
+    """Return the folders with config files: ours, the project's `conf` in the working folder, and those given."""
     import framework_conf  # not at the top: it is data, beside the package
 
     ours = real_path(Path(framework_conf.__path__[0]))
@@ -261,7 +273,7 @@ def config_folders(line: CommandLine) -> list[Path]:
     folders = [ours]
     if (here / "config.yaml").is_file() or (here / "experiment").is_dir():
         folders.append(here)
-    for folder in map(expanded, line.folders):
+    for folder in map(expanded, more):
         if not folder.is_dir():
             raise FrameworkError(f"--config-dir {folder}: no such folder (looked in {Path.cwd()})")
         if not any(folder.rglob("*.yaml")):
@@ -270,13 +282,17 @@ def config_folders(line: CommandLine) -> list[Path]:
     return list(dict.fromkeys(folders))
 
 
-def project_plugins(folders: list[Path], overrides: Iterable[str], here: Path | None) -> Iterator[str]:
-    """Yield what `plugins:` names in the project's config.yaml and in the chosen experiment, before composing.
+def project_plugins(folders: list[Path], experiments: Iterable[str], here: Path | None) -> Iterator[str]:
+    """Yield what `plugins:` names in the project's config.yaml and in the chosen experiments, before composing.
 
-    here: the working folder, for plugins with a relative path; None: they are looked for beside the config files only.
+    Args:
+        folders: with config files.
+        experiments: names, also several in a text: "one,two".
+        here: the working folder, for plugins with a relative path; None: they are looked for beside the config files.
     """
-    chosen = [name for o in overrides if o.startswith("experiment=") for name in o.partition("=")[2].split(",")]
-    names = ["config", *(f"experiment/{name}" for name in chosen)]
+    names = ["config"]
+    for text in experiments:
+        names += [f"experiment/{name}" for name in text.split(",")]
     for name in names:  # the list grows by what an experiment builds on
         for folder in [f for f in reversed(folders) if (f / f"{name}.yaml").is_file()][:1]:  # the one that Hydra reads
             file = folder / f"{name}.yaml"
@@ -289,44 +305,43 @@ def project_plugins(folders: list[Path], overrides: Iterable[str], here: Path | 
             yield from (locate(plugin, folder, here) for plugin in listed)
 
 
-ADVICE: tuple[str, ...] = ("To append", "Set the env", "Did you mean to override", "See ", "Config search path")
-ADVICE += ("provider=", "full_key", "object_type", "reference_type")
+def words_of(error: Exception, files: list[File]) -> str:
+    """Return an error of Hydra in our words: which file and line, what is missing, what there is; without its advice.
 
-
-def words_of(error: Exception) -> str:
-    """Return a Hydra error in our words: which file and line, what is missing, what there is; without its advice."""
-    text = f"{error}\n{error.__cause__ or ''}"
-    inside = re.match(r"In '([^']+)': ", text)
-    missing = re.search(r"Could not (?:find|load|override) '([^']+)'", text)
-    if missing:
-        said, word = no_such(missing[1], text)
-    elif match := re.search(r"Could not delete (?:from config\. )?'([^']+)'", text):
-        said, word = f"~{match[1]}: there is no {match[1]} to take away", match[1]
-    elif match := re.search(r"Error merging override \+*([^=]+)=.*; *list index out of range", text, re.DOTALL):
-        said, word = f"{match[1]}: the list has no such item", ""
-    elif "INTERVAL_SWEEP" in text:
-        said, word = "interval(...) is for a sweeper that draws values: write a,b,c or range(...)", ""
+    files: those that Hydra has read.
+    """
+    failure = hydra_internals.failure_of(error)
+    path, word = failure.path, failure.path
+    if failure.kind in ("option", "override"):
+        said = no_such(path, failure.options)
+        word = path if path.startswith("hydra.") else path.rpartition("/")[2]
+    elif failure.kind == "delete":
+        said = f"~{path}: there is no {path} to take away"
+    elif failure.kind == "item":
+        said = f"{path}: the list has no such item"
+    elif failure.kind == "interval":
+        said = "interval(...) is for a sweeper that draws values: write a,b,c or range(...)"
     else:
-        lines = [line.strip() for line in text.removeprefix(inside[0] if inside else "").splitlines()]
-        said, word = "; ".join(dict.fromkeys(line for line in lines if line and not line.startswith(ADVICE))), ""
-    files = [file for file, _ in reversed(FileConfigSource.read)] if word else []
-    read = [file for file in files if word in file.read_text(encoding="utf-8")]
-    return f"{shorter(read[0])}:{line_with(read[0], word)}: {said}" if read and (inside or missing) else said
+        said = failure.text
+    if not failure.in_file:
+        return said
+    for file, _ in reversed(files):
+        if word in file.read_text(encoding="utf-8"):
+            return f"{shorter(file)}:{line_with(file, word)}: {said}"
+    return said
 
 
-def no_such(path: str, text: str) -> tuple[str, str]:
-    """Say that a group has no such option, or that there is no such group; returns it and the word that is wrong."""
+def no_such(path: str, options: Iterable[str]) -> str:
+    """Say that a group has no such option, or that there is no such group."""
     group, _, name = path.rpartition("/")
     if group in groups():
-        return groups()[group].unknown(name), name
+        return groups()[group].unknown(name)
     if path.startswith("hydra."):
-        return f"{path}: Hydra has no such setting (--cfg hydra shows them)", path
-    listed = text.partition("Available options in")[2].splitlines()[1:]
-    options = [line.strip() for line in listed if line.startswith("\t") and ":" not in line]
+        return f"{path}: Hydra has no such setting (--cfg hydra shows them)"
     if group in ("hydra/launcher", "hydra/sweeper"):
         package = f"hydra-{name.replace('_', '-')}-{group.partition('/')[2]}"
         chosen = path.replace(f"/{name}", f"={name}")
-        return f"{chosen}: not installed ({package}?); there is: {', '.join(options)}", name
+        return f"{chosen}: not installed ({package}?); there is: {', '.join(options)}"
     if group:
-        return f"there is no {group} {name!r}; {did_you_mean(name, options)}", name
-    return f"there is no group {name!r} of parts; {did_you_mean(name, groups())}", name
+        return f"there is no {group} {name!r}; {did_you_mean(name, options)}"
+    return f"there is no group {name!r} of parts; {did_you_mean(name, groups())}"

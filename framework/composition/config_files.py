@@ -1,4 +1,4 @@
-"""The config files of an experiment: where they are found, what may stand in them, and in which line a value is.
+"""The config files of an experiment: what may stand in them, and how they choose parts.
 
 Hydra would import what a config names in its own settings (callbacks, logging classes, `_target_`) and set environment
 variables. So each file is checked when Hydra reads it: it may choose parts and set their settings, and little else.
@@ -7,49 +7,32 @@ variables. So each file is checked when Hydra reads it: it may choose parts and 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
-from hydra._internal.core_plugins import file_config_source
-from hydra._internal.sources_registry import SourcesRegistry
-from hydra.core.config_search_path import ConfigSearchPath
-from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigResult
-from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 
 from framework.errors import ConfigError
 from framework.errors.paths import shorter
 from framework.registry.registry import Registry
-from framework.system.files import check_yaml
 
-from .spec import COMMAND_LINE, IMPORTS, TARGET
+from . import hydra_internals
+from .sections import HYDRA_PLUGINS, plugin_settings
+from .sources import File, line_of, line_with, own_name, read_yaml, unreadable
+from .spec import IMPORTS, TARGET
 
-SWEEPER: tuple[str, ...] = ("params", "max_batch_size", "n_trials", "n_jobs", "direction", "study_name", "trials")
-SWEEPER += ("sampler", "seed", "pruner", "warmup", "parallel", "startup", "patience", "timeout", "target")
-HYDRA_KEYS = (("hydra", "launcher", "n_jobs"), *(("hydra", "sweeper", key) for key in SWEEPER))
-"""What a config file may say to Hydra itself; the rest is for the command line."""
+FOREIGN_SETTINGS = {"launcher": ("n_jobs",), "sweeper": ("n_trials", "n_jobs", "direction", "study_name")}
+"""Settings of Hydra's joblib launcher and of its own Optuna sweeper that a config file may give, too."""
 OWN = "Hydra's own settings are not for a config file: give those that have an effect on the command line"
 
-File = tuple[Path, str]
-"""A config file and the package, such as "optimizer" or "", at which its content lies in the experiment."""
 
-
-class ConfigFolders(SearchPathPlugin):
-    """Makes Hydra look in several folders, the last first."""
-
-    folders: ClassVar[list[Path]] = []
-
-    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        for folder in self.folders:
-            search_path.prepend("framework", f"file://{folder}")
-
-
-class FileConfigSource(file_config_source.FileConfigSource):
+class FileConfigSource(hydra_internals.FileConfigSource):
     """Reads config files as Hydra does, checks each, and remembers which were read.
 
-    It has the name of the class that it replaces: in a launcher's process Hydra registers that one, and compares names.
+    It has the name of the class that it replaces: see `replaced_file_source`.
     """
 
     read: ClassVar[list[File]] = []
@@ -78,16 +61,21 @@ class FileConfigSource(file_config_source.FileConfigSource):
 
 
 @contextmanager
-def searching(folders: Iterable[Path]) -> Iterator[list[File]]:
-    """Let Hydra read checked config files from these folders, the last first; yields the list of those read."""
-    Plugins.instance().register(ConfigFolders)
-    types = SourcesRegistry.instance().types
-    before = types["file"]
-    types["file"], ConfigFolders.folders, FileConfigSource.read = FileConfigSource, list(folders), []
-    try:
+def checked_files() -> Iterator[list[File]]:
+    """Let Hydra check the config files that it reads. Yields the list of those that were read, which grows."""
+    FileConfigSource.read = []
+    with hydra_internals.replaced_file_source(FileConfigSource):
         yield FileConfigSource.read
-    finally:
-        types["file"], ConfigFolders.folders = before, []
+
+
+@cache
+def settings_in_files(group: str) -> frozenset[str]:
+    """Return the settings of sweepers, or of launchers, that a config file may give."""
+    found = set(FOREIGN_SETTINGS[group])
+    for plugin in HYDRA_PLUGINS.values():
+        if plugin.group == group and plugin.in_files:
+            found |= plugin_settings(plugin).keys()
+    return frozenset(found)
 
 
 def check_file(file: Path, config_path: str, package: str, content: Any) -> Iterator[str]:
@@ -110,10 +98,15 @@ def check_file(file: Path, config_path: str, package: str, content: Any) -> Iter
     for path in paths(content):
         if IMPORTS & set(path):
             yield f"{'.'.join(path)}: {TARGET} ({shorter(file)}:{line_of(file, path)})"
-    foreign = [path for path in paths(content) if path[0] == "hydra" and path[:3] not in HYDRA_KEYS]
-    foreign += [path for path in paths(content) if path[:3] in HYDRA_KEYS and says_hydra(".".join(path[3:]))]
-    for path in dict.fromkeys(path[:2] for path in foreign):
+    refused = [path[:2] for path in paths(content) if path[0] == "hydra" and not is_for_sweeps(path)]
+    for path in dict.fromkeys(refused):
         yield f"{'.'.join(path)}: {OWN} ({shorter(file)}:{line_of(file, path)})"
+
+
+def is_for_sweeps(path: Sequence[str]) -> bool:
+    """Whether the path of a value below the key `hydra` is one that a config file may give."""
+    group, setting = (*path, "", "")[1:3]
+    return group in FOREIGN_SETTINGS and setting in settings_in_files(group) and not says_hydra(".".join(path[3:]))
 
 
 def check_entry(entry: Any) -> Iterator[tuple[str, str]]:
@@ -154,12 +147,6 @@ def choose(content: dict[str, Any]) -> dict[str, Any]:
     return rest | {"defaults": [*defaults, *chosen]} if chosen else content
 
 
-def own_name(part: Any, registry: Registry) -> str:
-    """Return the name of a part of a list, its own where that is an alias."""
-    name = str(part["name"] if isinstance(part, Mapping) else part)
-    return registry.get(name).name if name in registry else name
-
-
 def unnamed(parts: Sequence[Any]) -> list[Any]:
     """Return what in a list of parts is neither a name nor settings with one."""
     return [part for part in parts if not isinstance(part.get("name") if isinstance(part, Mapping) else part, str)]
@@ -189,97 +176,3 @@ def paths(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     items = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, list) else ()
     below = [deeper for key, value in items for deeper in paths(value, (*path, str(key)))]
     yield from below or ([path] if path else [])
-
-
-class Sources:
-    """Looks a path such as "optimizer.lr" up in what was typed, then in the config files, the last first."""
-
-    def __init__(self, typed: Mapping[str, str], files: Iterable[File]):
-        self.typed, self.files = dict(typed), list(files)
-
-    def __call__(self, path: str) -> str:
-        """Return "command line", "conf/experiment/spam.yaml:7", or "" for a default."""
-        if any(path == key or key.startswith(f"{path}.") for key in self.typed):
-            return COMMAND_LINE
-        above = {key: text for key, text in self.typed.items() if path.startswith(f"{key}.")}
-        if any("{" in text for text in above.values()):  # the settings themselves; otherwise only whose they are
-            return COMMAND_LINE
-        for file, package in reversed(self.files):
-            if f"{path}.".startswith(f"{package}." if package else ""):
-                line = line_of(file, path.removeprefix(package).strip(".").split("."))
-                if line is not None:
-                    return f"{shorter(file)}:{line}"
-        return COMMAND_LINE if above else ""
-
-    def of_others(self, tree: Mapping[str, Any]) -> dict[str, set[str]]:
-        """Return by key the settings that files give beside the name of another part than the one in the tree, and
-        the parts that they give settings in a list that is not the one chosen.
-
-        `optimizer: {name: sgd, momentum: 0.9}` in an experiment says nothing of adamw, when that is chosen instead.
-        """
-        contents = [read_yaml(file) for file, package in self.files if not package]
-        typed = {tuple(key.split(".")[:2]) for key in self.typed}
-        found: dict[str, set[str]] = {}
-        for key in [registry.kind.key for registry in Registry.every.values() if not registry.kind.many]:
-            chosen = tree.get(key)
-            given = [content[key] for content in contents if isinstance(content.get(key), Mapping)]
-            if isinstance(chosen, Mapping) and given:
-                others = [each for each in given if each.get("name", chosen.get("name")) != chosen.get("name")]
-                own = {name for each in given if each not in others for name in each}
-                found[key] = {name for each in others for name in each if (key, name) not in typed} - own - {"name"}
-        for registry in [registry for registry in Registry.every.values() if registry.kind.many]:
-            key, parts = registry.kind.key, tree.get(registry.kind.key)
-            if isinstance(parts, Mapping):
-                given = [content.get(key) for content in contents]
-                listed = {own_name(part, registry) for each in given if isinstance(each, list) for part in each}
-                added = {name for each in given if isinstance(each, Mapping) for name in each}
-                added |= {name for name, settings in parts.items() if "name" in (settings or ())}  # they are chosen
-                found[key] = {name for name in listed - added if (key, name) not in typed}
-        return found
-
-
-def line_of(file: Path, keys: Iterable[str]) -> int | None:
-    """Return the line of a YAML file where a nested key, or item of a list, stands, or None."""
-    try:
-        node: Any = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
-    line = None
-    for key in keys:
-        if isinstance(node, yaml.SequenceNode) and key.isdigit() and int(key) < len(node.value):
-            node = node.value[int(key)]
-            line = node.start_mark.line + 1
-            continue
-        pairs = node.value if isinstance(node, yaml.MappingNode) else ()
-        pair = next((pair for pair in pairs if pair[0].value == key), None)
-        if pair is None:
-            return None
-        line, node = pair[0].start_mark.line + 1, pair[1]
-    return line
-
-
-def line_with(file: Path, text: str) -> int:
-    """Return the first line of a file that holds a text; 1 when none does."""
-    lines = file.read_text(encoding="utf-8").splitlines()
-    return next((number for number, line in enumerate(lines, 1) if text in line), 1)
-
-
-def read_yaml(file: Path) -> dict[str, Any]:
-    """Return the content of a YAML file. Raises ConfigError with the line that cannot be read."""
-    try:
-        text = file.read_text(encoding="utf-8")
-        check_yaml(yaml.parse(text, Loader=yaml.SafeLoader), file)
-        content = yaml.safe_load(text) or {}
-    except (yaml.YAMLError, ValueError, OSError) as error:
-        raise ConfigError([unreadable(file, error)]) from error
-    if not isinstance(content, dict):
-        raise ConfigError([f"{shorter(file)}: should hold `key: value` lines"])
-    return content
-
-
-def unreadable(file: Path, error: Exception) -> str:
-    """Say in which line a YAML file cannot be read, and why."""
-    mark = getattr(error, "problem_mark", None)
-    place = f"{shorter(file)}:{mark.line + 1}" if mark is not None else shorter(file)
-    why = getattr(error, "problem", None) or getattr(error, "strerror", None) or str(error).splitlines()[0]
-    return f"{place}: cannot be read as YAML: {why}"

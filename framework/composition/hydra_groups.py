@@ -1,7 +1,4 @@
-"""The registries as Hydra config groups. Options are built when they are chosen, not before.
-
-Hydra copies its whole ConfigStore for each composition, and a schema for every part would cost half a second a run.
-"""
+"""The registries as Hydra config groups. Options are made when they are chosen, not before."""
 
 import re
 from collections.abc import Iterable
@@ -10,68 +7,56 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from hydra.core.config_store import ConfigNode, ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from framework.registry.discovery import discover
 from framework.registry.registry import Entry, Registry
 from framework.registry.schema import names_parts
-from framework.tuning.hydra_parts import register
 
-from .spec import PLAIN, SECTIONS, Settings, follow, plain, section_settings
+from .hydra_internals import LazyStore, plugin_target
+from .sections import HYDRA_PLUGINS, SECTIONS, HydraPlugin, Section, plugin_settings, register, section_settings
+from .spec import PLAIN, Settings, follow, plain
 
 NONE = "_none_"  # the option of a group that holds nothing: Hydra has no `GROUP=null` on its command line
 ALSO = "also"  # the group in which `+callbacks=NAME` adds to the list of the group `callbacks`
 
 
-class LazyNode(ConfigNode):
-    """An option of a group, made from a registered part when Hydra asks for it."""
+def filled_store(plugins: Iterable[str] = (), without: Iterable[str] = ()) -> LazyStore:
+    """Return a store for Hydra with every registered part, the sections, and the sweepers and launchers.
 
-    def __init__(self, name: str, group: str | None, package: str | None, content: Any):
-        self.name, self.group, self.package, self.provider = f"{name}.yaml", group, package, "framework"
-        self.content = content
-
-    @property
-    def node(self) -> DictConfig:  # type: ignore[override]
-        return OmegaConf.create(self.content())
-
-    @node.setter
-    def node(self, value: DictConfig) -> None:
-        """Hydra puts a deep copy back; each reading is fresh anyway."""
-
-
-def fill_store(plugins: Iterable[str] = (), without: Iterable[str] = ()) -> None:
-    """Put every registered part, and the sections, into Hydra's ConfigStore.
-
-    A launcher that runs jobs in processes of their own sends the store there: as the `plugins` to fill it from, and
-    the installed ones to leave out.
+    A launcher that runs jobs in processes of their own sends the store there: as the `plugins` to fill it from, the
+    installed ones to leave out, and what is registered besides parts.
     """
-    store, loaded = ConfigStore.instance(), (tuple(plugins), tuple(without))
-    ConfigStore.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]  # see above
-    ConfigStore.__reduce__ = lambda self: (filled_store, loaded)  # type: ignore[method-assign, assignment]
-    add(store.repo, "sections", None, None, sections)
-    add(store.repo, "framework", None, None, ours)
-    register(lambda name, group, content: add(store.repo, name, group, None, content))
+    registered = (*SECTIONS.values(), *HYDRA_PLUGINS.values())
+    store = LazyStore.extended(restored_store, tuple(plugins), tuple(without), registered)
+    store.add("sections", None, None, sections)
+    store.add("framework", None, None, ours)
+    for plugin in HYDRA_PLUGINS.values():
+        if plugin.replaces is None:
+            store.add(plugin.name, f"hydra/{plugin.group}", None, partial(plugin_option, plugin))
     for registry in Registry.every.values():
         key = registry.kind.key
-        add(store.repo, NONE, key, "_global_", dict)
+        store.add(NONE, key, "_global_", dict)
         groups = (key, f"{ALSO}/{key}") if registry.kind.many else (key,)
         for entry, group in product(registry, groups):
             for name in (entry.name, *entry.aliases):
-                add(store.repo, name, group, key, partial(option, entry))
+                store.add(name, group, key, partial(option, entry))
+    return store
 
 
-def filled_store(plugins: Iterable[str], without: Iterable[str] = ()) -> ConfigStore:
+def restored_store(
+    plugins: Iterable[str], without: Iterable[str], registered: Iterable[Section | HydraPlugin]
+) -> LazyStore:
     """Load the plugins and return the store, in the process of a job."""
+    register(*registered)
     discover(plugins, without)
-    fill_store(plugins, without)
-    return ConfigStore.instance()
+    return filled_store(plugins, without)
 
 
-def add(repo: dict[str, Any], name: str, group: str | None, package: str | None, content: Any) -> None:
-    for part in group.split("/") if group else ():
-        repo = repo.setdefault(part, {})
-    repo[f"{name}.yaml"] = LazyNode(name, group, package, content)
+def plugin_option(plugin: HydraPlugin) -> dict[str, Any]:
+    """Return what the option of a sweeper or launcher holds: what Hydra builds, and its settings with defaults."""
+    settings = {name: setting.default for name, setting in plugin_settings(plugin).items()}
+    return {"_target_": plugin_target(plugin.owner), **settings}
 
 
 def option(entry: Entry) -> dict[str, Any]:

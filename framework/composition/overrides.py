@@ -15,11 +15,10 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override, Quote, QuotedString
 from hydra.errors import HydraException
 
 from framework.errors import did_you_mean
@@ -27,6 +26,7 @@ from framework.errors.paths import quoted_override
 from framework.registry.registry import Registry, with_article
 
 from .hydra_groups import ALSO, NONE
+from .hydra_internals import Glob, Override, parse_override, quoted_text
 from .spec import IMPORTS, TARGET
 
 FORM = "should be KEY=VALUE"
@@ -58,32 +58,42 @@ def rewrite(typed: Iterable[str], folders: Iterable[Path], multirun: bool = Fals
     found, folders = Overrides(), list(folders)
     kept: dict[str, Kept] = {}  # by what they are about
     inside: dict[str, tuple[str, str]] = {}  # by path: a setting in {name: sgd, lr: 0.1}, and that override
-    for text in map(quoted, typed):
+    for text in typed:
         try:
             text, override = parse(text)
         except HydraException:
             found.problems.append(f"{text}: {unreadable(text)} (command line)")
             continue
-        key = override.key_or_group
-        found.typed[key.replace("/", ".")] = text
-        found.swept = [each for each in found.swept if each != key.replace("/", ".")]
-        found.swept += [key.replace("/", ".")] if override.is_sweep_override() else []
+        group = override.key_or_group
+        key = group.replace("/", ".")
+        found.typed[key] = text
+        if key in found.swept:
+            found.swept.remove(key)
+        if override.is_sweep_override():
+            found.swept.append(key)
         problems = faults(text, override, folders, multirun, shows)
-        found.problems += [f"{text}: {problem} (command line)" for problem in problems]
+        for problem in problems:
+            found.problems.append(f"{text}: {problem} (command line)")
         if problems:
             continue
-        arguments, about = rewritten(override, text), subject(override, text)
+        if of_hydra(key):
+            arguments = [text]
+        elif group in groups() or group == "experiment":
+            arguments = choice_overrides(override, text)
+        else:
+            arguments = value_overrides(override, text)
+        about = subject(override, text)
         before = kept.pop(about, None)
         if before is not None and before.text != text:
-            if adds_part(override):
+            if about.startswith("+"):
                 arguments = joined(before.arguments, arguments)
             else:
                 found.notes.append(f"{before.text} has no effect: {text} follows it")
-        kept[about] = Kept(text, depth(key), arguments)
+        kept[about] = Kept(text, depth(group), arguments)
         value: Any = override.value()
-        if isinstance(value, Mapping):
-            inside |= {f"{about}.{name}": (name, text) for name in value}
-    for each in sorted(kept.values(), key=lambda each: each.depth):
+        for name in value if isinstance(value, Mapping) else ():
+            inside[f"{about}.{name}"] = (name, text)
+    for each in sorted(kept.values(), key=attrgetter("depth")):
         found.arguments += each.arguments
     for path in inside.keys() & found.typed.keys():
         name, text = inside[path]
@@ -107,33 +117,53 @@ def depth(override: str) -> int:
 
 
 def parse(text: str) -> tuple[str, Override]:
-    """Parse an override, with words quoted where Hydra has no such letters. Raises HydraException."""
-    parser = OverridesParser.create()
+    """Parse an override, quoted where Hydra's grammar cannot read it otherwise, and return both.
+
+    Paths such as ~/data.csv, the rules of sweep.where and words with letters such as é need quotes.
+
+    Raises HydraException.
+    """
+    key, equals, value = text.partition("=")
+    if key == "sweep.where":
+        text = f"{key}{equals}{quoted_rules(value)}"
+    elif "~" in value and not set(value) & {"'", '"'}:
+        text = HOME.sub(lambda path: single(path[0]), text)
     try:
-        return text, parser.parse_override(text)
+        return text, parse_override(text)
     except HydraException:
         key, equals, value = text.partition("=")
         with_quotes = re.sub(FOREIGN_WORD, r"'\1'", value)
         if with_quotes == value or not equals:
             raise
-        return f"{key}={with_quotes}", parser.parse_override(f"{key}={with_quotes}")
+        return f"{key}={with_quotes}", parse_override(f"{key}={with_quotes}")
+
+
+def quoted_rules(value: str) -> str:
+    """Return the value of `sweep.where`, a rule or a list of rules, with each rule quoted."""
+    if not value or value[0] in "'\"":
+        return value
+    if value[0] == "[" and value[-1] == "]":
+        return f"[{','.join(single(rule) for rule in value[1:-1].split(','))}]"
+    return single(value)
+
+
+def single(text: str) -> str:
+    return text if text[:1] in ("'", '"') else "'" + text.strip().replace("'", "\\'") + "'"
 
 
 def subject(override: Override, text: str) -> str:
-    """Return what an override is about; of two about the same thing only the last counts."""
+    """Return what an override is about; of two about the same thing only the last counts.
+
+    An override such as +callbacks=early_stop adds to a list of parts: two of them count both. Theirs begins with "+".
+    """
     key = override.key_or_group.replace("/", ".")
     if override.is_delete() and "=" in text:
         return f"~{key}.{text.partition('=')[2]}"  # one part of a list
     if override.is_delete() and "." in key:
         return f"~{key}"
-    return f"+{key}" if adds_part(override) else key
-
-
-def adds_part(override: Override) -> bool:
-    """Whether an override adds to a list of parts, as +callbacks=early_stop does."""
-    key = override.key_or_group
     many = key in groups() and groups()[key].kind.many
-    return override.is_add() and many and not override.is_sweep_override()
+    adds_part = override.is_add() and many and not override.is_sweep_override()
+    return f"+{key}" if adds_part else key
 
 
 def joined(before: list[str], added: list[str]) -> list[str]:
@@ -148,22 +178,6 @@ groups = Registry.by_key
 
 
 HOME = re.compile(r"(?<=[=,\[(: ])~[^\s,=()\[\]{}:'\"]*")  # ~/data.csv, alone or in a list
-
-
-def quoted(text: str) -> str:
-    """Quote what Hydra's grammar cannot read: paths such as ~/data.csv, rules of sweep.where."""
-    key, _, value = text.partition("=")
-    if key != "sweep.where" and "~" in value and not set(value) & {"'", '"'}:
-        return HOME.sub(lambda path: single(path[0]), text)
-    if key != "sweep.where" or not value or value[0] in "'\"":
-        return text
-    if value[0] == "[" and value[-1] == "]":
-        return f"{key}=[{','.join(single(rule) for rule in value[1:-1].split(','))}]"
-    return f"{key}={single(value)}"
-
-
-def single(text: str) -> str:
-    return text if text[:1] in ("'", '"') else "'" + text.strip().replace("'", "\\'") + "'"
 
 
 def unreadable(text: str) -> str:
@@ -295,13 +309,9 @@ def several_values(override: Override) -> list[Any]:
     return [value_of(f"{override.key_or_group}={text}") for text in texts]
 
 
-def rewritten(override: Override, text: str) -> list[str]:
-    """Return what Hydra gets for an override that has no fault in itself."""
+def choice_overrides(override: Override, text: str) -> list[str]:
+    """Return what Hydra gets for an override that chooses parts or an experiment, and has no fault in itself."""
     key, value = override.key_or_group, text.partition("=")[2]
-    if key.split(".")[0].split("/")[0] == "hydra":
-        return [text]
-    if key not in groups() and key != "experiment":
-        return [text] if override.is_delete() else value_overrides(override, key.replace("/", "."), value)
     many = key in groups() and groups()[key].kind.many
     if key in groups() and has_settings(override):
         return [text] if override.is_sweep_override() else with_settings(override)
@@ -345,7 +355,7 @@ def as_text(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ",".join(map(as_text, value)) + "]"
     if isinstance(value, str):
-        return QuotedString(text=value, quote=Quote.single).with_quotes()
+        return quoted_text(value)
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(value)
@@ -355,11 +365,14 @@ def expanded(override: str) -> list[str]:
     """Return the overrides of one job of a sweep that stand for one with a part and its settings."""
     if override.startswith("++") or override.partition("=")[0].lstrip("+") not in groups():
         return [override]
-    return rewritten(OverridesParser.create().parse_override(override), override)
+    return choice_overrides(parse_override(override), override)
 
 
-def value_overrides(override: Override, key: str, value: str) -> list[str]:
+def value_overrides(override: Override, text: str) -> list[str]:
     """Return the override of a value so that Hydra sets it whether or not the key is there yet."""
+    if override.is_delete():
+        return [text]
+    key, value = override.key_or_group.replace("/", "."), text.partition("=")[2]
     names_part = key.rpartition(".")[2] in part_settings() and "." in key
     if not names_part or value in ("null", "") or value[0] in "{[" or has_settings(override):
         return [f"++{key}={value}"]
@@ -401,4 +414,4 @@ def own_settings(overrides: Iterable[str], all_typed: Overrides) -> dict[str, An
 @cache
 def value_of(override: str) -> Any:
     """Return the value in an override: a number, a text, a list ..."""
-    return OverridesParser.create().parse_override(override).value()
+    return parse_override(override).value()

@@ -1,16 +1,13 @@
 """From a composed tree of plain values to a checked specification: one pass that finds every problem at once."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from reprlib import Repr
 from typing import Any
 
-from framework.contracts.optimizer import Parameters
-from framework.data.dataset import Loader
-from framework.errors import ConfigError, FrameworkError, SettingError, did_you_mean
+from framework.errors import ConfigError, SettingError, did_you_mean
 from framework.errors.paths import quoted_override, with_homes
 from framework.registry.registry import Entry, Kind, Maker, Registry, with_article
 from framework.registry.schema import (
@@ -23,26 +20,17 @@ from framework.registry.schema import (
     parameters_of,
     plain_key,
     plain_value,
-    read_settings,
     strip,
 )
-from framework.runs.folder import RunFolder
-from framework.training.trainer import Trainer
-from framework.tuning.sweep.settings import Sweep
+from framework.training.validation import settings_refused
+
+from .sections import SECTIONS, section_settings
+from .sources import COMMAND_LINE, Sources
 
 Settings = Mapping[str, Setting]
 DIRECT = ("model", "data", "task", "optimizer", "scheduler", "metric", "transform", "callback", "logger", "initializer")
 """Kinds that an experiment builds itself; a choice of any other kind is for the parts that ask for one."""
 
-SECTIONS: dict[str, Callable] = {
-    "trainer": Trainer,
-    "parameters": Parameters,
-    "loader": Loader,
-    "run": RunFolder,
-    "sweep": Sweep,
-}
-AROUND = ("sweep",)  # no part of the experiment itself: a run does not depend on it
-GIVEN = ("seed", "callbacks", "loggers", "folder", "split", "shuffle", "experiment")
 PLAIN = {
     "seed": Setting("seed", int, 0, "of everything random: initial weights, order of samples, dropout"),
     "plugins": Setting("plugins", list[str], [], "files, folders or modules with parts of your own"),
@@ -52,12 +40,6 @@ PLAIN = {
     "fold": Setting("fold", str | None, None, "K/N: validate on the K-th of N folds of training and validation data"),
     "init_from": Setting("init_from", str | None, None, "a run, checkpoint or .safetensors file to take weights from"),
 }
-
-
-@cache
-def section_settings(name: str) -> dict[str, Setting]:
-    """The settings of `trainer`, `loader`, `run` or `sweep`, from the signature of the class behind it."""
-    return read_settings(SECTIONS[name], GIVEN)
 
 
 @dataclass
@@ -79,25 +61,23 @@ class Spec:
     tree: dict[str, Any] = field(default_factory=dict)
 
 
-def read_spec(
-    tree: Mapping[str, Any],
-    source: Callable[[str], str] = lambda path: "",
-    typed: Mapping[str, str] | None = None,
-) -> Spec:
+def read_spec(tree: Mapping[str, Any], sources: Sources | None = None) -> Spec:
     """Check a composed tree and return the specification. Raises ConfigError with all problems.
 
-    source: says where the value at a path such as "optimizer.lr" was written, for the messages.
-    typed: the overrides of the command line by path, such as "optimizer.lr=1e-3".
+    Args:
+        tree: the experiment in plain values.
+        sources: where the values were written, for the messages.
     """
-    return Reader(tree, source, typed or {}).read()
+    return Reader(tree, sources or Sources()).read()
 
 
 class Reader:
     """Walks a tree once, gathering problems and the kinds that its parts ask for."""
 
-    def __init__(self, tree: Mapping[str, Any], source: Callable[[str], str], typed: Mapping[str, str] | None = None):
-        self.tree, self.source = tree, source
-        self.typed = typed or {}
+    def __init__(self, tree: Mapping[str, Any], sources: Sources):
+        self.tree = tree
+        self.source = sources
+        self.typed = sources.typed
         self.problems: list[str] = []
         self.asked: dict[str, list[str]] = {}  # by kind: where parts have a choice of their own
         self.followed: set[str] = set()  # kinds of which the experiment's choice is used
@@ -181,8 +161,12 @@ class Reader:
                 part = self.nested(where, setting, given.get(key, fallback))
                 if part is not OWN_DEFAULT:
                     found[key] = part
-            elif key in given and given[key] != "???" and not means_default(given[key], setting):
-                found[key] = self.value(setting, given[key], where)
+                continue
+            value = given.get(key, "???")
+            if not setting.is_typeable and means_default(value, setting):
+                value = "???"
+            if value != "???":
+                found[key] = self.value(setting, value, where)
                 if isinstance(owner, str):
                     found[key] = self.with_homes(found[key], where)
             elif not setting.required and isinstance(owner, str):
@@ -241,7 +225,7 @@ class Reader:
         return self.part(kind, kind.key, chosen, default if isinstance(default, str) else None)
 
     def value(self, setting: Setting, value: Any, path: str) -> Any:
-        if is_old_text(value, setting):
+        if isinstance(value, str | list | dict) and is_old_text(value, setting):
             self.problem(path, value, OLD_TEXT)
             return setting.default
         try:
@@ -252,14 +236,14 @@ class Reader:
                 return self.value(setting, value["name"], path)
             self.problem(path, value, f"{error}{self.quoting(setting, value, path)}")
             return setting.default
-        if self.is_altered(converted, value, path):
+        if type(value) is int and isinstance(converted, str | Path) and self.is_altered(value, path):
             said = f"is read as the number {value}"
             self.problem(path, self.typed[path].partition("=")[2], said + self.quoting(setting, value, path))
         return converted
 
-    def is_altered(self, converted: Any, value: Any, path: str) -> bool:
-        """Whether a text was read as a number, and so lost how it was typed: 1_000 becomes 1000."""
-        if path not in self.typed or type(value) is not int or not isinstance(converted, str | Path):
+    def is_altered(self, value: int, path: str) -> bool:
+        """Whether a number that stands for a text was typed otherwise: 1_000 becomes 1000."""
+        if path not in self.typed:
             return False
         if "${" in self.typed[path]:  # it refers to a number
             return False
@@ -309,18 +293,14 @@ class Reader:
 
     def check_trainer(self, settings: Mapping[str, Any]) -> None:
         """Find now what the trainer will refuse (a device that is not there), before any data is read."""
-        limits = {name: settings[name] for name in ("max_epochs", "max_steps")}
-        if limits == {"max_epochs": None, "max_steps": None}:
-            limits["max_steps"] = 1
-            if not any(problem.startswith(("trainer.max_epochs", "trainer.max_steps")) for problem in self.problems):
-                advice = "give it with trainer.max_epochs=... or trainer.max_steps=..."
-                self.problem("trainer", None, f"needs a limit: {advice}")
-        if refusal(**{**settings, **limits}) is None:
-            return
-        for name in [name for name in settings if name not in limits]:
-            said = refusal(**{**limits, name: settings[name]})
-            if said is not None:
-                self.problem(f"trainer.{name}", settings[name], said)
+        no_limit = settings["max_epochs"] is None and settings["max_steps"] is None
+        if no_limit and not any(text.startswith(("trainer.max_epochs", "trainer.max_steps")) for text in self.problems):
+            advice = "give it with trainer.max_epochs=... or trainer.max_steps=..."
+            self.problem("trainer", None, f"needs a limit: {advice}")
+        refused = settings_refused(settings)
+        for name in settings:
+            if name in refused:
+                self.problem(f"trainer.{name}", settings[name], refused[name])
 
     def unknown_key(self, key: str, value: Any, known: set[str]) -> None:
         owners = [section for section in SECTIONS if key in section_settings(section)]
@@ -378,24 +358,14 @@ class Reader:
                     tree[key][maker.entry.name] = plain_settings(maker.settings, maker.entry.settings)
             else:
                 tree[key] = plain(made)
-        for name, settings in [pair for pair in spec.sections.items() if pair[0] not in AROUND]:
-            tree[name] = plain_settings(settings, section_settings(name))
+        for name, settings in spec.sections.items():
+            if SECTIONS[name].of_run:
+                tree[name] = plain_settings(settings, section_settings(name))
         if spec.fold is not None:
             tree["fold"] = spec.fold
         return tree | {"seed": spec.seed, "plugins": spec.plugins, "init_from": spec.init_from}
 
 
-@cache
-def refusal(**settings: Any) -> str | None:
-    """Say why a trainer refuses its settings, or nothing."""
-    try:
-        Trainer(**settings)
-    except FrameworkError as error:
-        return str(error)
-    return None
-
-
-COMMAND_LINE = "command line"  # what `source` says of an override
 IMPORTS = frozenset({"_target_", "_partial_", "_args_", "_recursive_", "_convert_"})
 TARGET = "is refused: a config names registered parts (`name: ...`), never something to import"
 

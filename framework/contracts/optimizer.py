@@ -8,9 +8,8 @@ import copy
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from fnmatch import fnmatchcase
-from functools import partial, wraps
+from functools import wraps
 from importlib.abc import MetaPathFinder
 from itertools import groupby
 from typing import Annotated, Any, Literal
@@ -101,10 +100,9 @@ def build_optimizer(maker: Maker, params: Iterable[Any]) -> Optimizer:
     """Build the optimizer, fused where it can be; a `fused` or `foreach` among the maker's settings is left alone."""
     unmark_for_compiler()
     params, entry = list(params), maker.entry
-    if not maker.settings.keys() & {"fused", "foreach"}:
-        entry = replace(entry, part=partial(entry.part, **implementation(entry.part, params)))
+    chosen = {} if maker.settings.keys() & {"fused", "foreach"} else implementation(entry.part, params)
     try:
-        return Maker(entry, maker.settings)(params)
+        return entry.build({"params": params}, {**maker.settings, **chosen})
     except BuildError as error:
         cause = error.__cause__
         if not isinstance(cause, FORM_ERRORS):

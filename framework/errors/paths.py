@@ -30,11 +30,13 @@ def real_path(path: str | Path) -> Path:
 
 
 def with_homes(value: Any) -> Any:
-    """Return a value in which every path, also in a list or tuple, has its `~` replaced."""
+    """Return a value in which every path has its `~` replaced, also in lists, tuples and dicts, which are copied."""
     if isinstance(value, Path):
         return expanded(value)
     if type(value) in (list, tuple):
         return type(value)(with_homes(item) for item in value)
+    if type(value) is dict:
+        return {key: with_homes(item) for key, item in value.items()}
     return value
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from framework.composition.sources import Sources
 from framework.composition.spec import Spec, read_spec
 from framework.contracts.task import Task, TextTask
 from framework.data.dataset import Data, Scale
@@ -172,7 +173,7 @@ def read_spec_of(run: Path, tree: Mapping[str, Any]) -> Spec:
     Raises ConfigError; when plugins of the run are not loaded, with nothing but how to give them.
     """
     try:
-        return read_spec(tree, lambda path: f"{run}/config.yaml")
+        return read_spec(tree, Sources(fallback=f"{run}/config.yaml"))
     except ConfigError as error:
         missing = [plugin for plugin in plugins_of(run) if not is_loaded(plugin)]
         if not missing:

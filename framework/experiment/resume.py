@@ -366,12 +366,12 @@ def altered(tree: Mapping[str, Any], typed: Sequence[str]) -> dict[str, Any]:
     """Return a run's config with overrides such as trainer.max_epochs=50 put in. Raises ConfigError for no override."""
     from hydra.errors import HydraException
 
-    from framework.composition.overrides import parse, quoted
+    from framework.composition.overrides import parse
 
     changed = copy.deepcopy(dict(tree))  # not through JSON, in which the keys of all dicts are texts
     for text in typed:
         try:
-            _, override = parse(quoted(text))
+            _, override = parse(text)
             *parents, key = override.key_or_group.replace("/", ".").split(".")
             value = override.value()
         except HydraException as error:

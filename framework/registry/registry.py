@@ -14,7 +14,7 @@ A name is given once: a second part of that name is an error that names both fil
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from functools import cached_property
 from linecache import getlines
@@ -35,7 +35,6 @@ from framework.errors.paths import with_homes
 from framework.errors.user_code import reason_of
 
 from .schema import (
-    REQUIRED,
     Names,
     Setting,
     Types,
@@ -136,42 +135,67 @@ class Entry:
         except (TypeError, OSError):
             return self.registered
 
-    def bind(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Return settings with checked types, and every nested part as a maker. Raises SettingError."""
+    def checked(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return settings as their types, and every nested part as a maker.
+
+        Raises SettingError for an unknown name or a value of another type.
+        """
         for name in settings:
             if name not in self.settings:
                 raise SettingError(f"{self} has no setting {name!r}; {did_you_mean(name, self.settings)}")
-        bound = {}
-        for name, setting in self.settings.items():
-            value = settings.get(name, setting.default)
-            if value is REQUIRED:
-                continue
-            try:
-                value = value if name not in settings else setting.convert(value)
-                bound[name] = as_makers(setting, value) if setting.part else value
-            except FrameworkError as error:
-                raise error.with_text(f"{self}: {name}: {error}") from None
-        return {name: value for name, value in bound.items() if name in settings or self.settings[name].part}
-
-    def converted_defaults(self) -> dict[str, Any]:
-        """Return the defaults that are given as another type than they are written: 0 as 0.0 for a float."""
         found = {}
         for name, setting in self.settings.items():
-            if setting.in_config and setting.part is None:
+            if name not in settings:
+                continue
+            try:
+                value = setting.convert(settings[name])
+                found[name] = as_makers(setting, value) if setting.part else value
+            except FrameworkError as error:
+                raise error.with_text(f"{self}: {name}: {error}") from None
+        return found
+
+    def defaults(self, without: Container[str] = ()) -> dict[str, Any]:
+        """Return the defaults that the part itself would not supply in this form.
+
+        These are nested parts, as makers, and values of another type than their annotation: 0 is 0.0 for a float.
+
+        Args:
+            without: names of settings whose defaults are not needed.
+        """
+        found = {}
+        for name, setting in self.settings.items():
+            if name in without or setting.required:
+                continue
+            if setting.part is not None:
+                try:
+                    found[name] = as_makers(setting, setting.default)
+                except FrameworkError as error:
+                    raise error.with_text(f"{self}: {name}: {error}") from None
+            elif setting.in_config:
                 default = setting.initial()
                 if not identical(default, setting.default):
                     found[name] = default
         return found
 
     def build(self, given: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
-        """Call the part with what it asks for of `given`, and its settings. Raises BuildError naming the part."""
-        arguments = self.bind(settings)
-        missing = [n for n, s in self.settings.items() if s.required and n not in arguments]
+        """Call the part with what it asks for of `given`, and its settings. Raises BuildError naming the part.
+
+        Args:
+            given: what the framework passes, by the names of the kind's given parameters.
+            settings: as `checked` returns them.
+        """
+        missing = []
+        for name, setting in self.settings.items():
+            if setting.required and name not in settings:
+                missing.append(name)
         if missing:
             raise SettingError(f"{self} needs a value for {', '.join(missing)}")
-        arguments = self.converted_defaults() | arguments
-        arguments = {name: with_homes(value) for name, value in arguments.items()}
-        arguments |= {name: given[name] for name in self.asks_for if name in given}
+        arguments = {**self.defaults(without=settings.keys()), **settings}
+        for name, value in arguments.items():
+            arguments[name] = with_homes(value)
+        for name in self.asks_for:
+            if name in given:
+                arguments[name] = given[name]
         positional, named = call_arguments(self.part, arguments)
         try:
             with no_exit():
@@ -187,22 +211,31 @@ class Entry:
         return built
 
 
+@dataclass(eq=False, repr=False)
 class Maker:
-    """A named part with its settings, from which a layer gets a fresh one: `activation()`, `norm(in_shape)`."""
+    """A named part with its settings, from which a layer gets a fresh one: `activation()`, `norm(in_shape)`.
 
-    def __init__(self, entry: Entry, settings: Mapping[str, Any] | None = None):
-        self.entry = entry
-        self.settings = dict(settings or {})
+    `Registry.maker` makes one and checks its settings.
+
+    Attributes:
+        settings: as `Entry.checked` returns them; they are not checked again when the part is built.
+    """
+
+    entry: Entry
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, *given: Any, **more: Any) -> Any:
         """Build the part; positional arguments are the kind's given parameters in their order."""
-        if len(given) > len(self.entry.kind.given):
-            expected = f"only {', '.join(self.entry.kind.given)}" if self.entry.kind.given else "nothing"
+        names = self.entry.kind.given
+        if len(given) > len(names):
+            expected = f"only {', '.join(names)}" if names else "nothing"
             said = f"{expected} by position, not {len(given)} arguments"
             raise SettingError(f"{self.entry} takes {said}; give settings by name")
-        named = dict(zip(self.entry.kind.given, given, strict=False))
-        settings = self.settings | {k: v for k, v in more.items() if k not in self.entry.kind.given}
-        return self.entry.build(named | {k: v for k, v in more.items() if k in self.entry.kind.given}, settings)
+        passed = dict(zip(names, given, strict=False))
+        settings: dict[str, Any] = {}
+        for name, value in more.items():
+            (passed if name in names else settings)[name] = value
+        return self.entry.build(passed, {**self.settings, **self.entry.checked(settings)})
 
     def __repr__(self) -> str:
         return f"{self.entry}({', '.join(f'{k}={v!r}' for k, v in self.settings.items())})"
@@ -296,8 +329,7 @@ class Registry:
     def maker(self, name: str, **settings: Any) -> Maker:
         """Return a maker of the part of that name, with these settings. Raises UnknownName or SettingError."""
         entry = self.get(name)
-        entry.bind(settings)
-        return Maker(entry, settings)
+        return Maker(entry, entry.checked(settings))
 
     def forget_unloaded(self) -> None:
         """Remove the parts of modules that are not loaded, so that a plugin that failed half-way can be mended."""

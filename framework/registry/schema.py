@@ -146,18 +146,18 @@ class Setting:
         Raises SettingError that says what was expected.
         """
         try:
-            converted = convert(value, self.annotation)
-        except SettingError:
+            found = converted(value, self.annotation)
+        except Mismatch:
             if not self.is_default(value):
-                raise
+                raise mismatch_error(value, self.annotation) from None
             return self.default
-        if isinstance(self.default, tuple) and isinstance(converted, list) and allows_tuples(self.annotation):
-            return restore_tuples(converted, self.default)
+        if isinstance(self.default, tuple) and isinstance(found, list) and allows_tuples(self.annotation):
+            return restore_tuples(found, self.default)
         if self.required or not is_loose(self.annotation):
-            return converted
-        if self.annotation is not Any and isinstance(converted, list) and isinstance(self.default, tuple):
-            return restore_tuples(converted, list(self.default))
-        return restore_tuples(converted, self.default)
+            return found
+        if self.annotation is not Any and isinstance(found, list) and isinstance(self.default, tuple):
+            return restore_tuples(found, list(self.default))
+        return restore_tuples(found, self.default)
 
 
 def allows_tuples(annotation: Any) -> bool:
@@ -528,8 +528,11 @@ def convert(value: Any, annotation: Any) -> Any:
     try:
         return converted(value, annotation)
     except Mismatch:
-        hint = close_member(value, annotation)
-        raise SettingError(f"should be {describe(annotation)}, not {value!r}{hint}") from None
+        raise mismatch_error(value, annotation) from None
+
+
+def mismatch_error(value: Any, annotation: Any) -> SettingError:
+    return SettingError(f"should be {describe(annotation)}, not {value!r}{close_member(value, annotation)}")
 
 
 def close_member(value: Any, annotation: Any) -> str:
@@ -552,8 +555,10 @@ def converted(value: Any, annotation: Any) -> Any:
         if any(isinstance(mark, PartOf) for mark in annotation.__metadata__):
             return value  # a part is checked by its registry
         number = converted(value, arguments[0])
-        limits = [mark for mark in annotation.__metadata__ if isinstance(mark, Range | Pattern)]
-        return matching(number, number is None or all(number in limit for limit in limits))
+        for mark in annotation.__metadata__:
+            if isinstance(mark, Range | Pattern) and number is not None and number not in mark:
+                raise Mismatch
+        return number
     if origin in (Union, types.UnionType):
         return convert_union(value, arguments)
     if is_enum(annotation):
@@ -614,21 +619,29 @@ def convert_key(key: Any, annotation: Any) -> Any:
 
 
 def convert_scalar(value: Any, annotation: Any) -> Any:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if annotation is None or annotation is type(None):
-        return matching(value, value is None)
-    if annotation is bool:
-        return matching(value, isinstance(value, bool))
-    if annotation is int:  # 1e3 is an int, in words
-        return int(matching(value, number and math.isfinite(value) and value == int(value)))
-    if annotation is float:
-        try:
-            return float(matching(value, number))
-        except OverflowError:
-            raise Mismatch from None
+        fits = value is None
+    elif annotation is bool:
+        fits = isinstance(value, bool)
+    elif annotation is int:  # 1e3 is an int, in words
+        fits = is_number and math.isfinite(value) and value == int(value)
+    elif annotation is float:
+        fits = is_number
+    elif annotation in (str, Path):
+        fits = isinstance(value, str | Path) or (is_number and isinstance(value, int))
+    else:
+        return value
+    if not fits:
+        raise Mismatch
     if annotation in (str, Path):
-        return annotation(str(matching(value, isinstance(value, str | Path) or (number and isinstance(value, int)))))
-    return value
+        return annotation(str(value))
+    if annotation not in (int, float):
+        return value
+    try:
+        return annotation(value)
+    except OverflowError:  # an int that is larger than any float
+        raise Mismatch from None
 
 
 class NotPlain(Exception):
@@ -727,8 +740,11 @@ def readable(default: Any) -> str:
 
 
 def means_default(value: Any, setting: Setting) -> bool:
-    """Whether a value in a config stands for a default that the config itself cannot hold."""
-    if setting.required or setting.is_typeable:
+    """Whether a value in a config stands for a default that the config itself cannot hold.
+
+    setting: one whose default is not typeable.
+    """
+    if setting.required:
         return False
     if makes_anew(setting.default):
         return value == str(setting.default) and not accepts(setting, value)  # of an earlier version
@@ -748,11 +764,11 @@ def accepts(setting: Setting, value: Any) -> bool:
 
 
 def is_old_text(value: Any, setting: Setting) -> bool:
-    """Whether a value is the text that an earlier version wrote for a default that a config cannot hold.
+    """Whether a text, or a list or dict, is what an earlier version wrote for a default that a config cannot hold.
 
     It does not tell whether the run was trained with the default or with that text.
     """
-    if setting.required or not isinstance(value, str | list | dict):
+    if setting.required:
         return False
     try:
         written = old_text(setting.default)

@@ -62,6 +62,7 @@ from .validation import (
     check_schedule,
     check_single_sample,
     check_source,
+    settings_refused,
     single_sample,
 )
 
@@ -120,12 +121,14 @@ class Trainer(Evaluator):
 
         Raises SettingError for a setting outside its range, and for a device that is not there.
         """
-        check_arguments(Trainer, locals())
+        settings = dict(locals())
+        check_arguments(Trainer, settings)
         if max_epochs is None and max_steps is None:
             raise SettingError("a Trainer needs max_epochs or max_steps")
+        refused = settings_refused(settings)
+        if refused:
+            raise SettingError(next(iter(refused.values())))
         super().__init__(device, precision, deterministic, seed, MicroBatches(micro_batch))
-        if cuda_graph == "on" and (self.device.type != "cuda" or compile == "step"):
-            raise SettingError(f"cuda_graph=on needs a CUDA device, not {self.device}, and no compile=step")
         self.max_epochs = max_epochs
         self.max_steps = max_steps
         self.validate_every = Cadence(validate_every, "validate_every")

@@ -21,6 +21,7 @@ from framework.contracts.logger import Logger
 from framework.contracts.loss import check_scalar, modules_in, name_of
 from framework.contracts.metric import Metric
 from framework.contracts.schedule import observes
+from framework.contracts.state import Cadence
 from framework.contracts.task import LossTask, Step, Task
 from framework.data.dataset import Batch, Data, ForeignLoader, Loader
 from framework.data.workers import as_batch
@@ -29,8 +30,30 @@ from framework.errors.paths import expanded
 from framework.errors.torch_errors import is_batch_norm
 from framework.errors.user_code import describe, text_of, user_place
 from framework.registry.registry import Registry
-from framework.runtime.device import Precision
+from framework.runtime.device import Precision, find_device
 from framework.runtime.memory import MicroBatches, is_full
+
+
+def settings_refused(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return why a Trainer refuses some of its settings, by name. They have the right types.
+
+    `Trainer` raises the first; an experiment is told all of them before any data is read.
+    """
+    refused: dict[str, str] = {}
+    try:
+        device = find_device(settings["device"])
+    except SettingError as error:
+        refused["device"] = str(error)
+    else:
+        replays = settings["cuda_graph"] == "on"
+        if replays and (device.type != "cuda" or settings["compile"] == "step"):
+            refused["cuda_graph"] = f"cuda_graph=on needs a CUDA device, not {device}, and no compile=step"
+    for name in ("validate_every", "log_every"):
+        try:
+            Cadence(settings[name], name)
+        except SettingError as error:
+            refused[name] = str(error)
+    return refused
 
 
 def as_list(name: str, given: Any, registry: str) -> list[Any]:

@@ -7,8 +7,9 @@ import sys
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from framework.composition.compose import CommandLine, Job, run
+from framework.composition.compose import CommandLine, Job
 from framework.errors import ConfigError, FrameworkError, PluginError
+from runs import run_line
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def write(tmp_path, monkeypatch):
 
 def compose(*overrides, plugins=(), folders=(), multirun=False) -> list[Job]:
     jobs: list[Job] = []
-    run(CommandLine(list(overrides), list(plugins), list(folders), multirun), jobs.append)
+    run_line(CommandLine(list(overrides), list(plugins), list(folders), multirun), jobs.append)
     return jobs
 
 
@@ -222,7 +223,7 @@ def test_a_sweep_written_in_an_experiment_file(write):
 def test_no_job_of_a_sweep_runs_when_one_cannot(write):
     jobs: list[Job] = []
     with pytest.raises(ConfigError) as error:
-        run(CommandLine(["optimizer=sgd,adam", "optimizer.momentum=0.9", "seed=1,x"], multirun=True), jobs.append)
+        run_line(CommandLine(["optimizer=sgd,adam", "optimizer.momentum=0.9", "seed=1,x"], multirun=True), jobs.append)
     assert jobs == []
     assert len(error.value.problems) == 2
 
@@ -237,11 +238,11 @@ def test_a_job_that_fails_does_not_stop_the_others(write, kind, status):
             raise kind("no")
 
     with pytest.raises(FrameworkError, match="1 of 3 trials failed") as error:
-        run(CommandLine(["seed=1,2,3"], multirun=True), task)
+        run_line(CommandLine(["seed=1,2,3"], multirun=True), task)
     assert ran == [1, 2, 3]
     assert error.value.exit_status == status
     with pytest.raises(kind, match="no"):
-        run(CommandLine(["seed=2"]), task)
+        run_line(CommandLine(["seed=2"]), task)
 
 
 CREATE = "{{handlers: {{x: {{class: logging.FileHandler, filename: {file}}}}}, root: {{handlers: [x]}}, version: 1}}"
@@ -298,10 +299,10 @@ def test_hydra_is_left_as_it_was(write):
 
 
 def test_what_hydra_prints(write, capsys):
-    run(CommandLine(["optimizer.lr=0.5"], cfg="job"), lambda job: pytest.fail("only shown"))
+    run_line(CommandLine(["optimizer.lr=0.5"], cfg="job"), lambda job: pytest.fail("only shown"))
     assert "  lr: 0.5\n" in capsys.readouterr().out
-    run(CommandLine([], cfg="job", resolve=True), lambda job: pytest.fail("only shown"))
+    run_line(CommandLine([], cfg="job", resolve=True), lambda job: pytest.fail("only shown"))
     assert "${" not in capsys.readouterr().out
-    run(CommandLine([], info="defaults"), lambda job: pytest.fail("only shown"))
+    run_line(CommandLine([], info="defaults"), lambda job: pytest.fail("only shown"))
     with pytest.raises(ConfigError, match="did you mean 'sgd'"):
-        run(CommandLine(["optimizer=sgdd"], cfg="job"), lambda job: None)
+        run_line(CommandLine(["optimizer=sgdd"], cfg="job"), lambda job: None)

@@ -2,15 +2,8 @@
 
 import pytest
 
-from framework.composition.config_files import (
-    Sources,
-    check_file,
-    choose,
-    chosen_in,
-    experiments_in,
-    line_of,
-    read_yaml,
-)
+from framework.composition.config_files import check_file, choose, chosen_in, experiments_in
+from framework.composition.sources import Sources, line_of, read_yaml
 from framework.errors import ConfigError
 
 TEXT = """\

@@ -3,7 +3,9 @@
 import pytest
 
 import framework as fw
-from framework.composition.spec import SECTIONS, read_spec, section_settings
+from framework.composition.sections import SECTIONS, section_settings
+from framework.composition.sources import Sources
+from framework.composition.spec import read_spec
 from framework.errors import ConfigError
 from framework.registry.registry import Maker
 
@@ -12,7 +14,7 @@ SMALL = {"model": "mlp", "data": "digits", "task": "classification", "optimizer"
 
 def problems(**changes):
     with pytest.raises(ConfigError) as error:
-        read_spec(SMALL | changes, lambda path: "here")
+        read_spec(SMALL | changes, Sources(fallback="here"))
     return error.value.problems
 
 

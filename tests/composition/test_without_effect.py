@@ -4,10 +4,12 @@ import json
 
 import pytest
 
-from framework.composition.compose import CommandLine, run
+from framework.composition.compose import CommandLine
+from framework.composition.sources import Sources
 from framework.composition.spec import read_spec
 from framework.errors import ConfigError, FrameworkError
 from framework.tuning.search.space import Space
+from runs import run_line
 
 TREE = {"model": "mlp", "data": "digits", "task": "classification", "optimizer": "adamw", "trainer": {"max_steps": 1}}
 SMALL = "trainer.max_steps=1 loader.limit=1 model.width=4 model.depth=1 loggers=[json_lines]"
@@ -20,13 +22,13 @@ def _folder(tmp_path, monkeypatch):
 
 def problems_of(line, multirun=False):
     with pytest.raises(FrameworkError) as raised:
-        run(CommandLine(line.split(), multirun=multirun), lambda job: None)
+        run_line(CommandLine(line.split(), multirun=multirun), lambda job: None)
     return getattr(raised.value, "problems", [str(raised.value)])
 
 
 def composed(*overrides, multirun=False):
     specs = []
-    run(CommandLine(list(overrides), multirun=multirun), lambda job: specs.append(job.spec))
+    run_line(CommandLine(list(overrides), multirun=multirun), lambda job: specs.append(job.spec))
     return specs
 
 
@@ -159,13 +161,13 @@ def test_settings_without_a_name_are_of_the_default():
 )
 def test_a_text_that_looks_like_a_number_is_refused_with_the_way_to_write_it(text, value):
     with pytest.raises(ConfigError) as raised:
-        read_spec(TREE | {"run": {"name": value}}, typed={"run.name": f"run.name={text}"})
+        read_spec(TREE | {"run": {"name": value}}, Sources({"run.name": f"run.name={text}"}))
     assert f"""for a text write run.name="'{text}'\"""" in raised.value.problems[0]
 
 
 @pytest.mark.parametrize(("text", "value"), [("12", 12), ("${seed}", 12)])
 def test_a_number_that_is_a_text_as_it_stands(text, value):
-    spec = read_spec(TREE | {"run": {"name": value}}, typed={"run.name": f"run.name={text}"})
+    spec = read_spec(TREE | {"run": {"name": value}}, Sources({"run.name": f"run.name={text}"}))
     assert spec.sections["run"]["name"] == "12"
 
 

@@ -42,7 +42,7 @@ OPENED_ELSEWHERE = {  # modules that open files themselves, and which these are
     "framework/composition/catalogue.py": "the index cache of the user",
     "framework/runtime/memory.py": "/proc/meminfo",
     "framework/cli/output.py": "the output that the user names",
-    "framework/composition/config_files.py": "configs of the user's project",
+    "framework/composition/sources.py": "configs of the user's project",
     "framework/system/streams.py": "the standard streams",
     "framework/runtime/clock.py": "a trace in a private temporary folder, which is copied",
     "framework/training/trainer.py": "loggers are opened",

@@ -106,7 +106,7 @@ def test_a_config_with_a_mistake_is_refused_or_is_another_config(tree, number):
 
 @pytest.mark.parametrize("number", [500, pytest.param(2_000, marks=pytest.mark.slow)])
 def test_a_command_line_with_a_mistake_reaches_hydra_only_when_it_can_be_read(number):
-    chance, folders = random.Random(number), config_folders(CommandLine())
+    chance, folders = random.Random(number), config_folders()
     for _ in range(number):
         found = rewrite([misspell(chance.choice(LINES), chance) for _ in range(2)], folders, False)
         assert few_lines(found.problems), found.problems

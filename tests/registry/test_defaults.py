@@ -19,13 +19,14 @@ import yaml
 from torch import nn
 
 import framework as fw
-from framework.composition.compose import CommandLine, run
+from framework.composition.compose import CommandLine
 from framework.composition.spec import plain, plain_settings, read_spec
 from framework.errors import BuildError, ConfigError, ContractError
 from framework.experiment.resume import altered
 from framework.registry.registry import Registry
 from framework.registry.schema import Range, Setting, identical, plain_value
 from framework.runs.folder import dump
+from runs import run_line
 
 
 class Mode(enum.Enum):
@@ -135,7 +136,7 @@ def odd():
 def composed(*overrides, multirun=False):
     """Return the specs that a command line composes."""
     specs = []
-    run(CommandLine(list(overrides), multirun=multirun), lambda job: specs.append(job.spec))
+    run_line(CommandLine(list(overrides), multirun=multirun), lambda job: specs.append(job.spec))
     return specs
 
 

@@ -9,7 +9,8 @@ from optuna.trial import TrialState
 
 from framework.errors import ConfigError, RunError
 from framework.tuning.search.importance import importances, pictures, report
-from framework.tuning.search.search import Campaign, read_search
+from framework.tuning.search.search import Campaign
+from framework.tuning.search.settings import read_search
 from framework.tuning.search.space import Space
 from framework.tuning.search.study import FILE, Journal, Judge, create_study, make_pruner, storage_in
 from framework.tuning.sweep.folder import SweepFolder, Trial

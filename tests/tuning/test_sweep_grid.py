@@ -9,11 +9,12 @@ from omegaconf import OmegaConf
 
 from framework.composition import cached_composer
 from framework.composition.compose import CommandLine, run, to_tree
-from framework.composition.config_files import Sources
+from framework.composition.sources import Sources
 from framework.errors import ConfigError
 from framework.tuning.sweep.folder import Trial
 from framework.tuning.sweep.grid import numbered
 from framework.tuning.sweep.grid_rules import Rule, combinations
+from framework.tuning.sweep.sweep import sweep as run_sweep
 
 AXES = {"lr": ["lr=1", "lr=2"], "size": ["size=8", "size=9"], "seed": ["seed=0", "seed=1", "seed=2"]}
 
@@ -84,7 +85,7 @@ def sweep(tmp_path, monkeypatch):
 
     def sweep(*overrides):
         jobs = []
-        run(CommandLine(list(overrides), multirun=True), jobs.append)
+        run_sweep(CommandLine(list(overrides), multirun=True), jobs.append)
         return [job.settings for job in jobs]
 
     return sweep
@@ -151,7 +152,7 @@ def test_a_job_composed_fast_is_what_hydra_composes(typed, tmp_path, monkeypatch
 
     made = cached_composer.Composer.job
     monkeypatch.setattr(cached_composer.Composer, "job", job)
-    run(CommandLine(typed.split(), multirun=True), lambda job: None)
+    run_sweep(CommandLine(typed.split(), multirun=True), lambda job: None)
     assert len(compared) >= 2
 
 
@@ -164,7 +165,8 @@ def test_hydra_composes_once_for_each_choice_of_parts(tmp_path, monkeypatch):
         return full(self, overrides, number)
 
     monkeypatch.setattr(cached_composer.Composer, "_compose", counted)
-    run(CommandLine(["optimizer=sgd,adam", "optimizer.lr=0.1,0.2", "seed=range(8)"], multirun=True), lambda job: None)
+    line = CommandLine(["optimizer=sgd,adam", "optimizer.lr=0.1,0.2", "seed=range(8)"], multirun=True)
+    run_sweep(line, lambda job: None)
     assert composed == [("optimizer=sgd",), ("optimizer=adam",)]
 
 

@@ -112,7 +112,7 @@ def test_a_single_run_imports_nothing_of_sweeps(tmp_path):
     program = "import sys, framework.cli.main, framework.composition.compose; print(*sys.modules)"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
     ours = {name for name in found if name.startswith("framework.tuning.")}
-    assert ours <= {"framework.tuning.sweep", "framework.tuning.sweep.settings", "framework.tuning.hydra_parts"}
+    assert ours == {"framework.tuning.sections"}
 
 
 def test_a_trial_that_was_done_when_the_sweep_was_killed_has_its_steps(command):

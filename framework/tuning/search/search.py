@@ -5,15 +5,12 @@ the same choices: `study.journal` is Optuna's, `sweep.jsonl` says how each trial
 """
 
 import math
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from importlib.util import find_spec
+from dataclasses import replace
 from itertools import count, takewhile
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
@@ -23,96 +20,27 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial as Draw, TrialState
 
 from framework.composition.cached_composer import Composer
+from framework.composition.hydra_internals import make_launcher, result_of
 from framework.composition.overrides import own_settings, rewrite
 from framework.contracts.logger import Logger
-from framework.contracts.state import SECONDS
-from framework.errors import ConfigError, FrameworkError, SettingError, did_you_mean
+from framework.errors import ConfigError, FrameworkError
 from framework.errors.terminal import print_line
 from framework.errors.user_code import describe
 from framework.registry.registry import Registry
-from framework.registry.schema import NonNegativeInt, Pattern, PositiveInt, read_settings
 from framework.runs.folder import read_config
 from framework.runtime.seeds import derive
 from framework.system.signals import received
 
 from ..sweep.folder import SweepFolder, Trial
-from ..sweep.launcher import result_of
 from ..sweep.trials import Trials
 from .importance import pictures, ranked, report, sign_of
+from .settings import SECTION, Search, read_search, seconds_of
 from .space import Space
-from .study import Direction, Pruner, create_study, make_sampler
+from .study import Direction, create_study, make_sampler
 
-SECTION = "hydra.sweeper"
 ENDED = ("done", "pruned", "failed")
-DURATION = r"(\d+(?:\.\d+)?)\s*(s|sec|min|h)"
 Batch = dict[int, list[str]]
 """The overrides of trials, by number."""
-
-
-@dataclass
-class Search:
-    """The settings of a search: `hydra.sweeper.trials=40`.
-
-    Args:
-        trials: how many in all, those before a resume and those that failed included.
-        sampler: who chooses; auto: tpe, and nsga2 for several metrics.
-        seed: of the sampler; with it, and one trial at a time, the same search can be had again.
-        pruner: what ends bad trials while they train.
-        warmup: validations of a trial before it may be ended.
-        parallel: trials that a launcher gets at once; they are chosen without knowing of each other's results.
-            null: 8 for one that trains them as one, else 1.
-        startup: trials at random before the sampler learns.
-        patience: trials without a better one, after which the search ends; null for no such end.
-        timeout: how long the search may take, all resumed parts of it together; null for no limit.
-        target: a value that is good enough to end the search; null for none.
-        params: the space, key by key, as an experiment file has it.
-    """
-
-    trials: PositiveInt = 20
-    sampler: Literal["auto", "tpe", "cma_es", "random", "nsga2"] = "auto"
-    seed: NonNegativeInt = 0
-    pruner: Pruner = "none"
-    warmup: NonNegativeInt = 2
-    parallel: PositiveInt | None = None
-    startup: PositiveInt = 10
-    patience: PositiveInt | None = None
-    timeout: Annotated[str, Pattern(DURATION, "a duration like 90s, 30min or 1.5h")] | None = None
-    target: float | None = None
-    params: dict[str, Any] | None = None
-
-
-def settings() -> dict[str, Any]:
-    """Return what Hydra's `hydra/sweeper=optuna` holds, with the defaults."""
-    return {name: setting.default for name, setting in read_settings(Search).items()}
-
-
-def read_search(given: dict[str, Any], metrics: Sequence[str]) -> Search:
-    """Check the settings of a search for some metrics. Raises ConfigError with all that is wrong."""
-    known, values, problems = read_settings(Search), {}, []
-    for name, value in given.items():
-        if name not in known:
-            problems.append(f"{SECTION}.{name}: there is no such setting; {did_you_mean(name, known)}")
-            continue
-        try:
-            values[name] = known[name].convert(value)
-        except SettingError as error:
-            problems.append(f"{SECTION}.{name}={value}: {error}")
-    search = Search(**values) if not problems else Search()
-    if len(metrics) > 1:
-        one = [name for name in ("patience", "target") if getattr(search, name) is not None]
-        one += ["pruner"] if search.pruner != "none" else []
-        problems += [f"{SECTION}.{name}: goes with one sweep.metric, not with {len(metrics)}" for name in one]
-        problems += [f"{SECTION}.sampler=cma_es: takes one sweep.metric"] if search.sampler == "cma_es" else []
-    if search.pruner != "none" and metrics[0].startswith("test/"):
-        advice = "choose one of val/..., or pruner=none"
-        problems.append(f"{SECTION}.pruner={search.pruner}: {metrics[0]} is measured when a trial is over; {advice}")
-    if search.sampler == "cma_es" and find_spec("cmaes") is None:
-        problems.append(f"{SECTION}.sampler=cma_es: needs cmaes: pip install 'framework[tuning]'")
-    if problems:
-        raise ConfigError(problems)
-    if search.sampler == "auto":
-        search = replace(search, sampler="nsga2" if len(metrics) > 1 else "tpe")
-    return search
 
 
 class Asking:
@@ -240,8 +168,7 @@ class OptunaSweeper(Sweeper):
         """Make the launcher."""
         assert isinstance(task_function, Trials)
         self.trials, self.loader = task_function, hydra_context.config_loader
-        make: Any = Plugins.instance().instantiate_launcher
-        self.away: Any = make(hydra_context=hydra_context, task_function=task_function, config=config)
+        self.away = make_launcher(hydra_context, config, task_function)
 
     def sweep(self, arguments: list[str]) -> None:
         """Search, with the overrides of the command line. Raises ConfigError for what is wrong with them."""
@@ -354,9 +281,3 @@ def stretches(batch: Batch) -> Iterator[tuple[int, list[list[str]]]]:
     for first in [number for number in sorted(batch) if number - 1 not in batch]:
         numbers = takewhile(batch.__contains__, count(first))
         yield first, [batch[number] for number in numbers]
-
-
-def seconds_of(duration: str) -> float:
-    match = re.fullmatch(DURATION, duration)
-    assert match is not None  # it has been checked
-    return float(match[1]) * SECONDS[match[2]]

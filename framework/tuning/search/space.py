@@ -13,14 +13,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hydra.core.config_loader import ConfigLoader
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from framework.composition.hydra_groups import NONE
+from framework.composition.hydra_internals import ConfigLoader, IntervalSweep, Override, RangeSweep, parse_overrides
 from framework.composition.overrides import as_typed, expanded
-from framework.composition.spec import SECTIONS, section_settings
+from framework.composition.sections import SECTIONS, section_settings
 from framework.errors import ConfigError, did_you_mean
 from framework.registry.registry import Registry
 from framework.registry.schema import Setting, accepts
@@ -53,7 +51,7 @@ class Space:
 
     def __init__(self, arguments: Sequence[str], loader: ConfigLoader | None = None):
         """Read Hydra's overrides, of a key the last one."""
-        parsed = OverridesParser.create(loader).parse_overrides(list(arguments))
+        parsed = parse_overrides(arguments, loader)
         by_key = {key_of(override): override for override in parsed}
         self.problems: list[str] = []
         sweeps = {key for key, override in by_key.items() if override.is_sweep_override()}

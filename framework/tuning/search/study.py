@@ -14,6 +14,8 @@ from framework.errors import FrameworkError, RunError
 from framework.system.files import MOST_LINE_BYTES, MOST_ROWS_BYTES, AppendFile, open_file, parse_row, reason_of
 from framework.system.locks import lock
 
+from .settings import Pruner
+
 try:
     import optuna
 except ImportError:
@@ -26,7 +28,6 @@ from optuna.storages.journal import BaseJournalBackend
 from optuna.trial import FrozenTrial, Trial
 
 Sampler = Literal["tpe", "cma_es", "random", "nsga2"]
-Pruner = Literal["none", "median", "halving", "hyperband"]
 Direction = Literal["minimize", "maximize"]
 FILE, NAME = "study.journal", "search"
 

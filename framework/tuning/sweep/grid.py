@@ -3,13 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+from framework.composition.hydra_internals import Override, make_launcher, parse_overrides, result_of
 from framework.composition.overrides import as_typed, depth, expanded, own_settings, rewrite, value_of
 from framework.errors import ConfigError
 from framework.errors.terminal import print_line
@@ -17,7 +15,6 @@ from framework.registry.schema import PositiveInt
 from framework.system.signals import received
 
 from .grid_rules import Rule, combinations
-from .launcher import result_of
 from .trials import Trials, composed
 
 
@@ -36,17 +33,14 @@ class Grid(Sweeper):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         assert isinstance(task_function, Trials)
         self.trials, self.loader = task_function, hydra_context.config_loader
-        make: Any = Plugins.instance().instantiate_launcher
-        self.runs = make(hydra_context=hydra_context, task_function=task_function, config=config)
+        self.runs = make_launcher(hydra_context, config, task_function)
 
     def sweep(self, arguments: list[str]) -> None:
         """Run the trials, in batches."""
         overrides = self.jobs([*self.of_params(arguments), *arguments])
         jobs = composed(self.trials, overrides)
-        if self.trials.composing.line.only_plan:
-            from ..vectorized.launcher import told  # not at the top: a sweep one by one does without
-
-            for line in told(jobs):
+        if self.trials.plan is not None:
+            for line in self.trials.plan(jobs):
                 print_line(line)
             return
         self.trials.planned = len(jobs)
@@ -71,7 +65,7 @@ class Grid(Sweeper):
 
     def jobs(self, texts: list[str]) -> list[tuple[str, ...]]:
         """Return the overrides of each job. Raises ConfigError for what is wrong with `sweep.zip` or `sweep.where`."""
-        parsed = OverridesParser.create(config_loader=self.loader).parse_overrides(texts)
+        parsed = parse_overrides(texts, self.loader)
         endless = [as_typed(str(each.input_line)) for each in parsed if each.is_interval_sweep()]
         if endless:
             advice = "interval(...) is for a sweeper that draws values: write a,b,c or range(...)"

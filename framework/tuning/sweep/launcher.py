@@ -43,13 +43,6 @@ class OneByOne(Launcher):
         return ended
 
 
-def result_of(done: JobReturn) -> Any:
-    """Return the result of a job, or raise its error; `done.return_value` would also print a line of Hydra's."""
-    if done.status == JobStatus.FAILED:
-        raise done._return_value
-    return done.return_value
-
-
 def returned(value: Any, overrides: Sequence[str]) -> JobReturn:
     """Return what Hydra's sweepers take for the result of a job."""
     done = JobReturn(overrides=overrides, status=JobStatus.COMPLETED)

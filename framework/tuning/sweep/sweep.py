@@ -8,15 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hydra.core.plugins import Plugins
-from hydra.types import HydraContext, RunMode
 from omegaconf import OmegaConf, flag_override
 
 from framework.composition.cached_composer import Composer
-from framework.composition.compose import Composing, Job, hydra_in, to_tree
-from framework.composition.config_files import Sources
+from framework.composition.compose import CommandLine, Composing, Job, notes, opened, to_tree
+from framework.composition.hydra_internals import compose_config, make_sweeper, plugin_classes
 from framework.composition.overrides import hydra_fault, of_hydra
-from framework.composition.spec import Reader, section_settings
+from framework.composition.sections import HYDRA_PLUGINS, section_settings
+from framework.composition.spec import Reader
 from framework.errors import ConfigError, DiskFull, FrameworkError, RunError, did_you_mean
 from framework.errors.terminal import print_line
 from framework.experiment.experiment import Result
@@ -24,11 +23,11 @@ from framework.registry.registry import Registry
 from framework.runtime.console import console
 from framework.system.signals import interruptible
 
-from .. import hydra_parts
 from .folder import SweepFolder, Trial
+from .hydra_plugins import choose
 from .settings import Sweep
 from .table import ending, table
-from .trials import Trials
+from .trials import Plan, Trials
 
 Explain = Callable[[Exception], Sequence[str]]
 NOT_ASKED = re.compile(r"\+*(resume|sweep\.name|run\.root|hydra/launcher|hydra\.(?!sweeper\.params))")
@@ -37,37 +36,56 @@ ANY_TIME = ("resume", "sweep.", "run.", "hydra.", "hydra/", "loggers", "trainer.
 """What may differ in a command that goes on with a sweep by its name."""
 
 
-def sweep(composing: Composing, arguments: list[str], task: Callable[[Job], Result | None], explain: Explain) -> None:
-    """Run a task on each job of a sweep, and show what came of them.
+def sweep(
+    line: CommandLine,
+    task: Callable[[Job], Result | None],
+    explain: Explain = lambda error: [str(error)],
+    plan: Plan | None = None,
+) -> None:
+    """Compose a sweep, run a task on each of its jobs, and show what came of them.
 
-    Raises ConfigError before the first runs, with all that is wrong; and FrameworkError that counts failed trials.
+    All jobs are checked before the first runs; then one that fails does not stop the others.
+
+    Args:
+        line: the command line.
+        task: trains a job.
+        explain: gives the lines that say why a job failed.
+        plan: yields lines on the jobs, which are printed; then none is run.
+
+    Raises ConfigError before the first runs, with all that is wrong; PluginError for plugins that do not load; and
+    FrameworkError that counts failed trials.
     """
-    with hydra_in(composing.folders) as hydra:
-        config = hydra.compose_config("config", [*arguments, "hydra.mode=MULTIRUN"], RunMode.MULTIRUN, False)
+    with opened(line) as (composing, hydra):
+        notes(composing.overrides.notes)
+        config = compose_config(hydra, composing.arguments, multirun=True)
+        typed = composing.overrides.typed
         with flag_override(config, ["struct", "readonly"], False):
-            typed = composing.overrides.typed
-            ours = hydra_parts.choose(config, "sweeper", "hydra.sweeper" in typed)
-            hydra_parts.choose(config, "launcher", "hydra.launcher" in typed)
+            sweeper_class = choose(config, "sweeper", "hydra.sweeper" in typed)
+            launcher_class = choose(config, "launcher", "hydra.launcher" in typed)
         check_hydra(composing, config.hydra.runtime.choices["hydra/launcher"])
-        if composing.line.only_plan and config.hydra.runtime.choices["hydra/sweeper"] not in ("basic", "grid"):
+        if plan is not None and config.hydra.runtime.choices["hydra/sweeper"] not in ("basic", "grid"):
             raise ConfigError(["plan -m tells the trials of a grid; a search draws its trials while it runs"])
         trials = prepare(composing, config, task, explain)
-        trials.composer, trials.gives_value = Composer(hydra.config_loader, config, composing), not ours
-        context = HydraContext(config_loader=hydra.config_loader, callbacks=hydra_callbacks())
-        sweeper = Plugins.instance().instantiate_sweeper(config=config, hydra_context=context, task_function=trials)
-        try:
-            with interruptible() as interrupt:
-                sweeper.sweep(list(OmegaConf.to_container(config.hydra.overrides.task, resolve=False)))  # type: ignore
-        finally:
-            show(trials)
-            if trials.opened is not None:
-                trials.opened.release()
+        trials.composer = Composer(hydra.config_loader, config, composing)
+        trials.gives_value = not sweeper_class
+        trials.plan = plan
+        overrides: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+        with plugin_classes(sweeper_class | launcher_class):
+            sweeper = make_sweeper(hydra, config, trials)
+            try:
+                with interruptible() as interrupt:
+                    sweeper.sweep(overrides)
+            finally:
+                show(trials)
+                if trials.opened is not None:
+                    trials.opened.release()
     settle(trials, interrupt.received)
 
 
 def check_hydra(composing: Composing, launcher: str) -> None:
     """Raise ConfigError for Hydra's own settings that only a launcher of Hydra's would use."""
-    if launcher not in ("basic", *hydra_parts.PARTS["launcher"]):
+    plugin = HYDRA_PLUGINS.get(("launcher", launcher))
+    if launcher != "basic" and (plugin is None or plugin.replaces is not None):
         return
     problems = []
     for key, text in composing.overrides.typed.items():
@@ -77,19 +95,14 @@ def check_hydra(composing: Composing, launcher: str) -> None:
         raise ConfigError(problems)
 
 
-def hydra_callbacks() -> Any:
-    from hydra._internal.callbacks import Callbacks
-
-    return Callbacks()
-
-
 def prepare(composing: Composing, config: Any, task: Any, explain: Explain) -> Trials:
     """Read what the config says of the sweep as a whole. Raises ConfigError."""
-    source = Sources(composing.overrides.typed, composing.files)
     experiment = config.hydra.runtime.choices.get("experiment") or "default"
     rest = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
-    raw_name, tree = OmegaConf.to_container(rest)["run"].get("name"), to_tree(rest, source)  # type: ignore
-    reader = Reader(tree, source)
+    raw: Any = OmegaConf.to_container(rest)
+    raw_name = raw["run"].get("name")
+    tree = to_tree(rest, composing.sources)
+    reader = Reader(tree, composing.sources)
     sections = {name: reader.settings(name, section_settings(name), tree[name], name) for name in ("sweep", "run")}
     metrics = reader.many(Registry.every["metric"].kind)
     if tree.get("resume") not in ("never", "auto"):

@@ -25,6 +25,7 @@ from .isolation import isolated
 from .settings import Sweep
 from .table import Direction, best_trial
 
+Plan = Callable[[Sequence[Job]], Iterator[str]]
 PRUNE = "prune"  # the callback that ends bad trials
 
 
@@ -49,6 +50,7 @@ class Trials:
     opening: Callable[[], SweepFolder]
     composer: Composer | None = None
     gives_value: bool = False  # to a sweeper that is not ours, which wants the metric
+    plan: Plan | None = None  # yields the lines of `plan -m`; then no trial is run
     ready: dict[int, Job] = field(default_factory=dict)
     numbers: dict[int, int] = field(default_factory=dict)
     planned: int | None = None
@@ -65,6 +67,7 @@ class Trials:
         """For a launcher's process: the sweep's folder without its lock, and nothing that is for this one."""
         away: dict[str, Any] = {
             "composer": None,
+            "plan": None,
             "ready": {},
             "shown": None,
             "opened": SweepFolder(self.folder.path),
