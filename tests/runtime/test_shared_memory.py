@@ -91,16 +91,16 @@ def samples():
 @pytest.mark.parametrize("so_many", [0, 1, 2])
 def test_no_semaphore_to_be_had(so_many, monkeypatch):
     """A stand-in for a full /dev/shm: some queues can be made, the next one cannot."""
-    queue = torch.multiprocessing.Queue
+    queue = multiprocessing.context.BaseContext.Queue
     made = []
 
-    def full():
+    def full(context):
         if len(made) == so_many:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        made.append(queue())
+        made.append(queue(context))
         return made[-1]
 
-    monkeypatch.setattr(torch.multiprocessing, "Queue", full)
+    monkeypatch.setattr(multiprocessing.context.BaseContext, "Queue", full)
     with pytest.raises(DataError, match="/dev/shm is full"):
         next(iter(Loader(samples(), eval_batch_size=2, workers=2).epoch()))
     assert multiprocessing.active_children() == []
