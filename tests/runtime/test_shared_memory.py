@@ -107,9 +107,9 @@ def test_no_semaphore_to_be_had(so_many, monkeypatch):
 
 
 def test_other_errors_at_the_start_of_processes_stay_what_they_are(monkeypatch):
-    def fails():
+    def fails(context):
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr(torch.multiprocessing, "Queue", fails)
+    monkeypatch.setattr(multiprocessing.context.BaseContext, "Queue", fails)
     with pytest.raises(OSError, match="Too many open files"):
         next(iter(Loader(samples(), eval_batch_size=2, workers=2).epoch()))
