@@ -96,6 +96,8 @@ if TYPE_CHECKING:
     from .runtime.clock import slow_data as slow_data
     from .runtime.gradients import gradient_numbers as gradient_numbers, numbers_of as numbers_of
     from .runtime.identity import ModelContents as ModelContents
+    from .runtime.torch_internals import foreach as foreach
+    from .runtime.torch_internals.non_finite import NonFiniteFlag as NonFiniteFlag
     from .system import files as files
     from .training.layer_table import undisturbed as undisturbed
     from .training.trainer import Trainer as Trainer
@@ -114,6 +116,7 @@ _NAMES = {  # imported at first use: most of these import torch, which a command
     "Logger": "contracts.logger",
     "Metric": "contracts.metric",
     "ModelContents": "runtime.identity",
+    "NonFiniteFlag": "runtime.torch_internals.non_finite",
     "PureOptimizer": "contracts.pure_optimizer",
     "RaggedSplit": "data.dataset",
     "SavingCallback": "contracts.callback",
@@ -143,6 +146,7 @@ _NAMES = {  # imported at first use: most of these import torch, which a command
 _MODULES = {
     "checkpoints": "runs.checkpoint",
     "files": "system.files",
+    "foreach": "runtime.torch_internals.foreach",
     "memory": "runtime.memory",
     "paths": "errors.paths",
     "seeds": "runtime.seeds",

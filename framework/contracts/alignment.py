@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from framework.errors import DataError
+from framework.runtime.torch_internals.pytree import tree_leaves
 
 
 def same_shape(outputs: Tensor, targets: Tensor) -> Tensor:

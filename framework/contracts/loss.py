@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from framework.data.dataset import Data, TensorSplit
 from framework.errors import DataError, SettingError
 from framework.runtime.seeds import undisturbed
+from framework.runtime.torch_internals.pytree import tree_leaves, tree_map
 
 from .alignment import call_aligned, class_shape, misaligned_outputs, probability_shape, same_shape
 

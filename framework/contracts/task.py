@@ -7,11 +7,11 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from framework.data.dataset import Batch, Data, Target
 from framework.errors import DataError
 from framework.registry.kinds import Shape
+from framework.runtime.torch_internals.pytree import tree_map
 
 from .alignment import call_aligned
 from .loss import (

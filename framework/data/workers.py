@@ -7,9 +7,9 @@ import random
 import shutil
 import signal
 import sys
-import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +21,7 @@ from framework.errors import DataError, FrameworkError
 from framework.errors.user_code import describe, reason_of
 from framework.runtime import seeds
 from framework.runtime.batch import Batch
+from framework.runtime.torch_internals.data_workers import abandon, defer_deaths, shut_down
 from framework.system.signals import ENDING, end_with_parent
 
 MEMORY = "loader.read=memory"
@@ -243,6 +244,29 @@ def described(part: Any) -> str:
     return f"{type(part).__name__} of {', '.join(kinds)}{more}"
 
 
+class RecordingContext:
+    """The default multiprocessing context, with a list of the processes that were made in it."""
+
+    def __init__(self) -> None:
+        self.context = copy(multiprocessing.get_context())
+        self.processes: list[BaseProcess] = []
+        make_process: Callable[..., BaseProcess] = self.context.Process
+
+        def recorded(*args: Any, **kwargs: Any) -> BaseProcess:
+            process = make_process(*args, **kwargs)
+            self.processes.append(process)
+            return process
+
+        self.context.Process = recorded  # type: ignore[assignment, misc]
+
+    def kill(self) -> None:
+        """Kill every process that has started, and wait for its end."""
+        for process in self.processes:
+            if process.pid is not None:
+                process.kill()
+                process.join()
+
+
 def read_batches(
     samples: SeededSamples, chunks: IndexBatches, workers: int, timeout_seconds: float, pin: bool = False
 ) -> Generator[Read, None, None]:
@@ -251,6 +275,7 @@ def read_batches(
     pin: read them into memory that a CUDA device can copy from by itself.
     Raises DataError naming the sample when a process dies, or when no batch has come for `timeout_seconds` (0: never).
     """
+    recording = RecordingContext()
     loader: Any = torch.utils.data.DataLoader(
         samples,
         batch_sampler=chunks,
@@ -260,10 +285,11 @@ def read_batches(
         timeout=timeout_seconds if workers else 0,
         generator=torch.Generator(),  # DataLoader would draw from the global one, which the model uses
         pin_memory=pin,
+        multiprocessing_context=recording.context if workers else None,
     )
-    batches = started(loader)
-    processes: Sequence[BaseProcess] = getattr(batches, "_workers", ())
-    wait = waiting() if processes else nullcontext
+    batches = started(loader, recording)
+    processes = recording.processes
+    wait = defer_deaths() if processes else nullcontext
     try:
         while True:
             with wait():
@@ -281,40 +307,22 @@ def read_batches(
     finally:
         try:
             if processes:
-                batches._shutdown_workers()
+                shut_down(batches)
         finally:
-            for process in processes:
-                process.kill()  # one that hangs ignores everything else, and this program could never end
-                process.join()
+            recording.kill()  # one that hangs ignores everything else, and this program could never end
 
 
-def started(loader: Any) -> Any:
+def started(loader: Any, recording: RecordingContext) -> Any:
     """Return an iterator of a DataLoader, whose processes run. Raises DataError if there is no shared memory."""
     try:
         with undisturbed_start():
             return iter(loader)
     except (OSError, RuntimeError) as error:
-        discard_started(error)
+        abandon(error)
+        recording.kill()
         if not lacks_shared_memory(error):
             raise
         raise DataError(shared_memory_is_full()) from error
-
-
-def discard_started(error: BaseException) -> None:
-    """End the processes of an iterator whose `__init__` failed, and let its `__del__` do nothing.
-
-    torch's `__del__` needs attributes that `__init__` has not set then, and would print a traceback.
-    """
-    iterator: Any = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
-    traceback = error.__traceback__
-    while traceback is not None:
-        made = traceback.tb_frame.f_locals.get("self")
-        if isinstance(made, iterator):
-            made._shutdown = True
-            for process in getattr(made, "_workers", ()):
-                process.kill()
-                process.join()
-        traceback = traceback.tb_next
 
 
 def lacks_shared_memory(error: BaseException) -> bool:
@@ -347,44 +355,6 @@ def fault(samples: SeededSamples, processes: Sequence[BaseProcess], timeout_seco
         return DataError(shared_memory_is_full())
     how = f"of {signal.Signals(-status).name}" if status < 0 else f"with exit status {status}"
     return DataError(f"{what} has died {how}" + ", perhaps for want of memory" * (status == -signal.SIGKILL))
-
-
-class WorkerDeaths:
-    """A SIGCHLD handler that lets torch report a dead worker only while a batch is awaited.
-
-    torch's own raises wherever the main thread happens to be: in the middle of a step, after which nothing is sound.
-    """
-
-    def __init__(self, report: Callable[..., Any]):
-        self.report, self.awaited, self.missed = report, False, False
-
-    def __call__(self, number: int, frame: Any) -> None:
-        self.missed |= not self.awaited
-        if self.awaited:
-            self.report(number, frame)
-
-    @contextmanager
-    def wait(self) -> Iterator[None]:
-        self.awaited = True
-        try:
-            if self.missed:
-                self.missed = False
-                self.report(signal.SIGCHLD, None)
-            yield
-        finally:
-            self.awaited = False
-
-
-def waiting() -> Callable[[], Any]:
-    """Return what to wait for a batch in, once torch has set its handler (it does so in the main thread only)."""
-    handler = signal.getsignal(signal.SIGCHLD)
-    if isinstance(handler, WorkerDeaths):
-        return handler.wait
-    if not callable(handler) or threading.current_thread() is not threading.main_thread():
-        return nullcontext
-    deaths = WorkerDeaths(handler)
-    signal.signal(signal.SIGCHLD, deaths)
-    return deaths.wait
 
 
 @contextmanager

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .torch_internals.module_contents import buffers_of, parameters_of, submodules_of
+
 
 def identical(first: Sequence[Any], second: Sequence[Any]) -> bool:
     """Return whether two sequences hold the same objects in the same order."""
@@ -26,9 +28,6 @@ def kept_tensors(state: Mapping[Any, Any]) -> list[Tensor]:
 class ModelContents:
     """The parameters, buffers and submodules that a model had at one moment.
 
-    It reads the dictionaries of the modules, which takes a fifth of the time that
-    `model.named_parameters()` takes.
-
     Args:
         model: the model to watch.
         buffers: whether buffers count.
@@ -41,14 +40,14 @@ class ModelContents:
 
     def remember(self) -> None:
         """Take the present contents as those to compare with."""
-        self.tensor_owners: list[dict[str, Any]] = []
-        self.module_owners: list[dict[str, Any]] = []
+        self.tensor_owners: list[Mapping[str, Any]] = []
+        self.module_owners: list[Mapping[str, Any]] = []
         self.modules = list(self.model.modules())
         for module in self.modules:
-            self.tensor_owners.append(module._parameters)
+            self.tensor_owners.append(parameters_of(module))
             if self.buffers:
-                self.tensor_owners.append(module._buffers)
-            self.module_owners.append(module._modules)
+                self.tensor_owners.append(buffers_of(module))
+            self.module_owners.append(submodules_of(module))
         self.tensors = values_of(self.tensor_owners)
         self.submodules = values_of(self.module_owners)
 
@@ -67,5 +66,5 @@ class ModelContents:
         return tuple([module.training for module in self.modules])
 
 
-def values_of(owners: Sequence[dict[str, Any]]) -> list[Any]:
+def values_of(owners: Sequence[Mapping[str, Any]]) -> list[Any]:
     return [value for owner in owners for value in owner.values()]

@@ -2,7 +2,7 @@
 
 import resource
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -13,6 +13,7 @@ from framework.errors import DataError, FrameworkError
 from framework.errors.user_code import text_of
 
 from .batch import Batch
+from .torch_internals.tensor_version import version_of
 
 
 class OutOfMemory(FrameworkError, torch.OutOfMemoryError):
@@ -131,11 +132,11 @@ def memory_errors(device: torch.device) -> Iterator[None]:
         raise OutOfMemory(f"{device} has no room for this run: {advice}. torch says: {words}") from error
 
 
-def versions(batches: Iterable[Batch]) -> list[int]:
-    """Return how often each tensor was changed in place, as autograd counts it."""
-    found = []
+def versions(batches: Iterable[Batch]) -> list[Hashable]:
+    """Return a value for each tensor that differs after an in-place change."""
+    found: list[Hashable] = []
     for batch in batches:
-        found += [0 if tensor.is_inference() else tensor._version for tensor in batch]
+        found += [version_of(tensor) for tensor in batch]
     return found
 
 

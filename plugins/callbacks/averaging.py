@@ -19,6 +19,7 @@ from framework import (
     callbacks,
     check_initialized,
     check_read_again,
+    foreach,
     seeds,
 )
 from framework.contracts.state import Cadence
@@ -217,7 +218,7 @@ class Ema(Averaging):
         state = trainer.state
         if self.cadence.due(state, epoch_end=state.batch == 0):
             longest = (1 + self.updates) / (10 + self.updates) if self.warmup else 1.0
-            torch._foreach_lerp_(self.others, self.parameters, 1 - min(self.decay, longest))
+            foreach.lerp_(self.others, self.parameters, 1 - min(self.decay, longest))
             self.updates += 1
 
 
@@ -274,10 +275,10 @@ class Swa(Averaging):
         state = trainer.state
         if state.batch == 0 and state.epoch > self.first:
             self.updates += 1
-            torch._foreach_lerp_(self.others, self.parameters, 1 / self.updates)
+            foreach.lerp_(self.others, self.parameters, 1 / self.updates)
             self.measure(trainer)
         elif not self.updates:
-            torch._foreach_copy_(self.others, self.parameters)
+            foreach.copy_(self.others, self.parameters)
 
     def norms(self, trainer: Context) -> list[nn.Module]:
         """Return the modules whose running statistics are averaged."""

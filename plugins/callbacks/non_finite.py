@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from framework import (
     Callback,
     Context,
     FrameworkError,
+    NonFiniteFlag,
     PositiveInt,
     SavingCallback,
     SettingError,
@@ -59,7 +59,7 @@ class NonFinite(Callback):
         self.checked = 0  # the last step that is known to be finite
         self.late = self.together = False
         self.trainer: Context | None = None
-        self.found: Tensor | None = None  # on the device: whether something was not finite
+        self.found: NonFiniteFlag | None = None
 
     def reset(self) -> None:
         self.skipped = self.in_a_row = 0
@@ -78,7 +78,7 @@ class NonFinite(Callback):
         if self.policy == "rewind" and trainer.folder is None:
             raise SettingError("non_finite: to rewind, the run needs a folder with checkpoints")
         self.trainer, self.checked = trainer, trainer.state.step
-        self.found, self.one = torch.zeros((), device=trainer.device), torch.ones((), device=trainer.device)
+        self.found = NonFiniteFlag(trainer.device)
         fused = bool(trainer.optimizer.defaults.get("fused"))
         on_device = trainer.device.type != "cpu" and fused and not self.together
         self.late = self.recordable = self.policy == "raise" and on_device
@@ -92,15 +92,10 @@ class NonFinite(Callback):
         return False
 
     def on_gradients(self, trainer: Context) -> None:
-        tensors = [trainer.loss, *gradients(trainer)]
-        try:
-            torch._amp_foreach_non_finite_check_and_unscale_(tensors, self.found, self.one)  # all of them in one call
-        except NotImplementedError:
-            tensors = [numbers_of(tensor) for tensor in tensors]
-            torch._amp_foreach_non_finite_check_and_unscale_(tensors, self.found, self.one)
+        self.found.check([trainer.loss, *gradients(trainer)])
         if self.late:
-            trainer.optimizer.found_inf = self.found  # type: ignore[attr-defined]
-        elif self.found.item():
+            trainer.optimizer.found_inf = self.found.value  # type: ignore[attr-defined]
+        elif self.found.value.item():
             self._act(trainer)
         else:
             self.in_a_row = 0
@@ -122,7 +117,7 @@ class NonFinite(Callback):
 
     def _release(self, trainer: Context) -> None:
         """Let the optimizer make all its updates again after the fit."""
-        if self.found is not None and getattr(trainer.optimizer, "found_inf", None) is self.found:
+        if self.found is not None and getattr(trainer.optimizer, "found_inf", None) is self.found.value:
             del trainer.optimizer.found_inf  # type: ignore[attr-defined]
 
     def _look(self) -> None:
@@ -130,7 +125,7 @@ class NonFinite(Callback):
         if not self.late or self.trainer is None:
             return
         step = self.trainer.state.step
-        if self.found.item():
+        if self.found.value.item():
             raise Diverged(
                 f"non_finite: the loss or a gradient is not finite in a step from {self.checked + 1} to {step}; the "
                 f"weights are those before it. {ADVICE}"
@@ -141,7 +136,7 @@ class NonFinite(Callback):
         self.in_a_row += 1
         if self.policy == "raise" or self.in_a_row > self.most_skips:
             raise Diverged(self._story(trainer))
-        self.found.zero_()
+        self.found.value.zero_()
         self.skipped += 1
         trainer.measures.undo(self.measured)
         for buffer, before in zip(trainer.model.buffers(), self.buffers, strict=True):

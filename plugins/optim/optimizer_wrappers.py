@@ -18,6 +18,7 @@ from framework import (
     SettingError,
     Transform,
     callbacks,
+    foreach,
     seeds,
 )
 from framework.contracts.loss import share_of
@@ -98,10 +99,10 @@ class Sam(Again):
             raise SettingError(f"sam: {cause}, which it cannot follow")
         norm = nn.utils.get_total_norm(gradients)
         with torch.no_grad():
-            torch._foreach_add_(parameters, torch._foreach_mul(gradients, self.rho / (norm + 1e-12)))
+            foreach.add_(parameters, foreach.mul(gradients, self.rho / (norm + 1e-12)))
         self.again(trainer, self.split(trainer))
         with torch.no_grad():
-            torch._foreach_copy_(parameters, before)
+            foreach.copy_(parameters, before)
 
 
 @callbacks.register("noise_scale", aliases=["gradient_noise_scale"])
@@ -191,8 +192,8 @@ class Lookahead(Averaging):
 
     def take_in(self, trainer: Context) -> None:
         if trainer.state.step % self.k == 0:
-            torch._foreach_lerp_(self.others, self.parameters, self.alpha)
-            torch._foreach_copy_(self.parameters, self.others)
+            foreach.lerp_(self.others, self.parameters, self.alpha)
+            foreach.copy_(self.parameters, self.others)
 
 
 @callbacks.register("schedule_free")
@@ -238,12 +239,12 @@ class ScheduleFree(Averaging):
 
     def take_in(self, trainer: Context) -> None:
         """Carry the optimizer's move of y over to z, and make the new x and y."""
-        before = torch._foreach_lerp(self.z, self.others, self.beta)
-        torch._foreach_add_(self.z, torch._foreach_sub(self.parameters, before))
+        before = foreach.lerp(self.z, self.others, self.beta)
+        foreach.add_(self.z, foreach.sub(self.parameters, before))
         weight = float(trainer.optimizer.param_groups[0]["lr"]) ** 2
         self.total += weight
-        torch._foreach_lerp_(self.others, self.z, weight / self.total if self.total else 1.0)
-        torch._foreach_copy_(self.parameters, torch._foreach_lerp(self.z, self.others, self.beta))
+        foreach.lerp_(self.others, self.z, weight / self.total if self.total else 1.0)
+        foreach.copy_(self.parameters, foreach.lerp(self.z, self.others, self.beta))
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()

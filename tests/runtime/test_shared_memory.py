@@ -91,25 +91,25 @@ def samples():
 @pytest.mark.parametrize("so_many", [0, 1, 2])
 def test_no_semaphore_to_be_had(so_many, monkeypatch):
     """A stand-in for a full /dev/shm: some queues can be made, the next one cannot."""
-    queue = torch.multiprocessing.Queue
+    queue = multiprocessing.context.BaseContext.Queue
     made = []
 
-    def full():
+    def full(context):
         if len(made) == so_many:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        made.append(queue())
+        made.append(queue(context))
         return made[-1]
 
-    monkeypatch.setattr(torch.multiprocessing, "Queue", full)
+    monkeypatch.setattr(multiprocessing.context.BaseContext, "Queue", full)
     with pytest.raises(DataError, match="/dev/shm is full"):
         next(iter(Loader(samples(), eval_batch_size=2, workers=2).epoch()))
     assert multiprocessing.active_children() == []
 
 
 def test_other_errors_at_the_start_of_processes_stay_what_they_are(monkeypatch):
-    def fails():
+    def fails(context):
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr(torch.multiprocessing, "Queue", fails)
+    monkeypatch.setattr(multiprocessing.context.BaseContext, "Queue", fails)
     with pytest.raises(OSError, match="Too many open files"):
         next(iter(Loader(samples(), eval_batch_size=2, workers=2).epoch()))

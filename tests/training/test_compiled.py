@@ -1,5 +1,7 @@
 """A step as one function, from the batch to the new weights: what it does is what the eager one does."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,8 @@ from torch import nn
 import framework as fw
 from framework import Callback, Trainer
 from framework.errors import FrameworkError
+from framework.runtime.torch_internals.compiler import CompiledFunction
+from framework.training.acceleration import compiled_step
 from framework.training.acceleration.compiled_step import Compiled
 
 fw.discover()
@@ -154,11 +158,41 @@ def test_it_is_said_when_and_why_a_step_is_compiled_again():
         fit(compile="step", model=Growing(5, 3).double(), max_steps=6)
 
 
-def test_each_run_of_a_process_may_be_compiled_as_often(monkeypatch):
+@pytest.fixture
+def backend(monkeypatch):
+    """The compiler traces functions, and runs what it has traced eagerly."""
+    monkeypatch.setattr(compiled_step, "CompiledFunction", partial(CompiledFunction, backend="eager"))
+
+
+def test_each_run_of_a_process_may_be_compiled_as_often(backend):
     import torch._dynamo
 
-    compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, dynamic, options: compiler(function, backend="eager"))
     with torch._dynamo.config.patch(recompile_limit=3):  # torch's own is 8
-        for _ in range(2):
+        for _ in range(3):
             assert single_call(fit(compile="step")).times == 2
+
+
+@pytest.mark.parametrize("compile", ["step", "model"])
+def test_a_fit_leaves_functions_alone_that_the_user_has_compiled(compile, backend):
+    import torch._dynamo
+
+    compiled = []
+
+    def count(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    @torch.compile(backend=count)
+    def users_own(x):
+        return x.square().sum()
+
+    def config():
+        return {name: getattr(torch._dynamo.config, name, None) for name in ("trace_autograd_ops", "recompile_limit")}
+
+    before = config()
+    users_own(torch.ones(3))
+    assert len(compiled) == 1
+    fit(compile=compile)
+    users_own(torch.ones(3))
+    assert len(compiled) == 1
+    assert config() == before

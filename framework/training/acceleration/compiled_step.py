@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Iterable
-from time import perf_counter
 from typing import Any, Literal
 
 import torch
@@ -16,6 +15,7 @@ from framework.errors import FrameworkError
 from framework.runtime.clock import Clock
 from framework.runtime.device import Precision
 from framework.runtime.memory import is_full
+from framework.runtime.torch_internals.compiler import CompilationError, CompiledFunction
 from framework.runtime.torch_internals.optimizer_hooks import has_step_hooks
 from framework.training.parameters import Parameters
 from framework.training.validation import check_made
@@ -31,48 +31,37 @@ EXPECTED = 2  # times to compile: for the batches, and for the smaller last one 
 class Compiled:
     """A function through torch.compile, for fixed shapes; its random numbers are those of the eager one.
 
-    Tells when it is compiled again, and why; that time is the clock's "compiling".
+    Warns when it is compiled again, with the reason; the time of compiling is the clock's "compiling".
     """
 
     def __init__(self, function: Callable, what: Compile, clock: Clock):
-        import torch._dynamo  # takes a second, which only those who compile should pay
-        from torch._dynamo.utils import counters, guard_failures
+        self.function = CompiledFunction(function, traces_backward=what == "step")
+        self.what = what
+        self.clock = clock
+        self.times = 0
 
-        if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # before torch 2.11 the backward pass is its own graph
-            torch._dynamo.config.trace_autograd_ops = True
-        torch.compiler.reset()  # it counts by code how often it compiled: without, from the fifth run on none would be
-        options: dict[str, Any] = {"fallback_random": True}
-        options["cpp_wrapper"] = not torch.cuda.is_available()  # a fifth less for a small model
-        self.made = torch.compile(function, dynamic=False, options=options)
-        self.what, self.clock, self.times = what, clock, 0
-        self.frames, self.reasons = counters["frames"], guard_failures
-        self.failure = torch._dynamo.exc.TorchDynamoException
-        self.limit = getattr(torch._dynamo.config, "recompile_limit", 8)
-
-    def __call__(self, *given: Any) -> Any:
+    def __call__(self, *inputs: Any) -> Any:
         """Raises FrameworkError that says it was for `compile` when torch cannot compile the function."""
-        frames, began = self.frames["total"], perf_counter()
         try:
-            made = self.made(*given)
-        except self.failure as error:
-            cause = str(error).strip().splitlines()[0]
+            result = self.function(*inputs)
+        except CompilationError as error:
+            cause = str(error)
             if " " in torch.__path__[0]:
                 cause = f"it does not work from a folder with a space in its name ({torch.__path__[0]})"
             raise FrameworkError(
                 f"compile={self.what}: torch cannot compile this; with compile=off it runs: {cause}"
             ) from error
-        if self.frames["total"] != frames:
-            self.clock.add("compiling", perf_counter() - began)
-            self._tell()
-        return made
+        if self.function.compile_seconds:
+            self.clock.add("compiling", self.function.compile_seconds)
+            self.times += 1
+            if self.times > EXPECTED:
+                self._warn()
+        return result
 
-    def _tell(self) -> None:
-        self.times += 1
-        if self.times <= EXPECTED:
-            return
-        told = next((reasons[-1] for reasons in reversed(self.reasons.values()) if reasons), "torch does not say why")
-        why = " ".join(told.splitlines()[0].partition("#")[0].split())
-        last = f"; after {self.limit} times torch runs what does not fit eagerly"
+    def _warn(self) -> None:
+        reason = self.function.reason() or "torch does not say why"
+        why = " ".join(reason.splitlines()[0].partition("#")[0].split())
+        last = f"; after {self.function.limit} times torch runs what does not fit eagerly"
         warnings.warn(f"compile={self.what}: compiled {self.times} times ({why}){last}", stacklevel=2)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from framework.contracts.task import Task
 from framework.errors import short
+from framework.runtime.torch_internals.module_contents import buffers_of, hooks_of, parameters_of
 
 from .stacked_update import NotStackable
 
@@ -21,7 +22,6 @@ Key = tuple[Any, ...]
 """Where something is: the path of a module ("task": in the task), an attribute, the way into its dicts and lists."""
 Description = dict[Key, Any]
 OWN = frozenset(vars(nn.Module()))  # what every module has: its parameters, modules, hooks
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 LOSS = "criterion"
 DEEPEST = 50  # levels of things within things
 
@@ -84,10 +84,9 @@ def described_by(whole: Together) -> Iterator[tuple[Key, Any]]:
         yield (path, ""), type(owner)
         held = dict(vars(owner))
         if isinstance(owner, nn.Module):
-            hooks = {name: list(held[name].values()) for name in HOOKS}
-            held = {name: value for name, value in held.items() if name not in OWN} | hooks
+            held = {name: value for name, value in held.items() if name not in OWN} | hooks_of(owner)
             if of_loss((path,)):
-                held |= {**owner._buffers, **owner._parameters}
+                held |= {**buffers_of(owner), **parameters_of(owner)}
         for name, value in held.items():
             if value is not whole.task and value is not whole.criterion:
                 yield from (leaf for leaf in leaves((path, name), value) if id(leaf[1]) not in stacked)
@@ -108,7 +107,7 @@ def holder(whole: Together, key: Key) -> tuple[Any, Any]:
     owner = whole.task if path == "task" else whole.get_submodule(path)
     held: Any = vars(owner)
     if isinstance(owner, nn.Module):
-        held = next((each for each in (owner._buffers, owner._parameters) if way[0] in each), held)
+        held = next((each for each in (buffers_of(owner), parameters_of(owner)) if way[0] in each), held)
     for part in way[:-1]:
         held = held[part]
     return held, way[-1]

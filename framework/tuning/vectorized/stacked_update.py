@@ -4,7 +4,7 @@ A trial's model and optimizer go on holding them, as views: its checkpoint, its 
 what they would find if it trained alone.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from itertools import pairwise
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -16,12 +16,16 @@ from torch.optim import Optimizer
 from framework.contracts.pure_optimizer import PureUpdate, pure_updates, tensors_of
 from framework.errors import FrameworkError
 from framework.errors.user_code import text_of
+from framework.runtime.torch_internals import foreach
+from framework.runtime.torch_internals.module_contents import buffers_of, has_gradient_hooks, parameters_of
 from framework.runtime.torch_internals.optimizer_hooks import has_step_hooks
 from framework.training.acceleration.fused_update import FusedUpdate
 
 CACHED = 2**16  # numbers of a parameter that are updated at once on a CPU: they and their state stay in its cache
 
 CANNOT = "which a trial that trains as one of many cannot follow: hydra/launcher=one_by_one"
+Slot = tuple[MutableMapping[str, Any], str]
+"""A mapping in which a module keeps a tensor, and its key."""
 NO_SETTINGS = ("params", "param_names")  # of what an optimizer's group has
 
 
@@ -112,7 +116,7 @@ class Rows:
         """Put the gradients of each trial's loss into its row, or add them. losses: (trials,)."""
         found = torch.autograd.grad(losses.sum(), list(self.leaves.values()), allow_unused=True)
         pairs = [(into, g) for into, g in zip(self.into, found, strict=True) if g is not None]
-        combine = torch._foreach_add_ if add else torch._foreach_copy_
+        combine = foreach.add_ if add else foreach.copy_
         combine([into for into, _ in pairs], [gradient for _, gradient in pairs])
         for into, gradient in zip(self.into, found, strict=True):
             if gradient is None and not add:
@@ -233,11 +237,11 @@ class Rows:
             state.update({name: value.clone() for name, value in state.items() if isinstance(value, Tensor)})
 
 
-def slots(model: nn.Module) -> dict[str, list[tuple[dict[str, Any], str]]]:
-    """Return for each parameter and buffer, by its first name, all (dictionary, key) where modules keep it."""
-    kept: dict[int, list[tuple[dict[str, Any], str]]] = {}
+def slots(model: nn.Module) -> dict[str, list[Slot]]:
+    """Return for each parameter and buffer, by its first name, all places where modules keep it."""
+    kept: dict[int, list[Slot]] = {}
     for module in model.modules():
-        for owner in (module._parameters, module._buffers):
+        for owner in (parameters_of(module), buffers_of(module)):
             for key, tensor in owner.items():
                 kept.setdefault(id(tensor), []).append((owner, key))
     return {name: kept[id(tensor)] for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
@@ -283,7 +287,7 @@ def laid_out(model: nn.Module, optimizer: Optimizer) -> Any:
 
 def has_hooks(optimizer: Optimizer) -> bool:
     held = (parameter for group in optimizer.param_groups for parameter in group["params"])
-    return has_step_hooks(optimizer) or any(p._backward_hooks or p._post_accumulate_grad_hooks for p in held)
+    return has_step_hooks(optimizer) or any(map(has_gradient_hooks, held))
 
 
 Update = Callable[[Rows, list[dict[str, Any]], list[int], slice, int], None]

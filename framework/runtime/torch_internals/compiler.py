@@ -1,0 +1,93 @@
+"""torch's compiler: functions whose compilations count for themselves alone, and how often each was compiled."""
+
+import inspect
+from collections.abc import Callable
+from time import perf_counter
+from types import FunctionType
+from typing import Any
+
+import torch
+
+
+class CompiledFunction:
+    """A function through torch.compile, for fixed shapes, independent of all others that are compiled.
+
+    torch counts by code object how often a function was compiled, and gives up at its limit. Each object has a code
+    object of its own, so that a fifth fit in a process may still compile, and no function of the user is affected.
+
+    Args:
+        function: what is compiled.
+        traces_backward: whether it calls `torch.autograd.grad`. Gain: forward and backward pass are one graph. Before
+            torch 2.11 the backward pass is a graph of its own.
+        backend: "inductor", or another one of torch's.
+
+    Attributes:
+        compile_seconds: how long the last call took if it compiled something, else 0.
+        limit: after how many compilations torch runs eagerly what does not fit.
+    """
+
+    def __init__(self, function: Callable[..., Any], traces_backward: bool = False, backend: str = "inductor"):
+        import torch._dynamo  # takes a second, which only those who compile should pay
+
+        self.config = torch._dynamo.config
+        self.frames = torch._dynamo.utils.counters["frames"]
+        self.limit: int = getattr(self.config, "recompile_limit", 8)
+        self.compile_seconds = 0.0
+        self.traces_backward = traces_backward and hasattr(self.config, "trace_autograd_ops")
+        arguments: dict[str, Any] = {"dynamic": False, "backend": backend}
+        if backend == "inductor":
+            cpp_wrapper = not torch.cuda.is_available()  # a fifth less for a small model
+            arguments["options"] = {"fallback_random": True, "cpp_wrapper": cpp_wrapper}  # the eager random numbers
+        if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # parts after a graph break too
+            arguments["isolate_recompiles"] = True
+        self.code_owner = with_own_code(function)
+        self.compiled = torch.compile(self.code_owner, **arguments)
+        self.earlier_reasons = len(self._reasons())
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Raises CompilationError when torch cannot compile the function."""
+        frames_before = self.frames["total"]
+        start = perf_counter()
+        try:
+            result = self._call_traced(inputs) if self.traces_backward else self.compiled(*inputs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise CompilationError(str(error).strip().splitlines()[0]) from error
+        has_compiled = self.frames["total"] != frames_before
+        self.compile_seconds = perf_counter() - start if has_compiled else 0.0
+        return result
+
+    def _call_traced(self, inputs: tuple[Any, ...]) -> Any:
+        """Let the compiler trace `torch.autograd.grad` during this call.
+
+        `config.patch` does the same in twice the time, a hundredth of a small model's step.
+        """
+        config: Any = self.config
+        before = config.trace_autograd_ops
+        config.trace_autograd_ops = True
+        try:
+            return self.compiled(*inputs)
+        finally:
+            config.trace_autograd_ops = before
+
+    def reason(self) -> str | None:
+        """Return why it was compiled again last, or None when torch does not say."""
+        reasons = self._reasons()
+        return reasons[-1] if len(reasons) > self.earlier_reasons else None
+
+    def _reasons(self) -> list[str]:
+        """Return the reasons for which this code, and code that is equal to it, was compiled again."""
+        reasons: list[str] = torch._dynamo.utils.guard_failures.get(self.code_owner.__code__, [])
+        return reasons
+
+
+class CompilationError(Exception):
+    """torch cannot compile a function."""
+
+
+def with_own_code(function: Callable[..., Any]) -> FunctionType:
+    """Return a function that calls another one, with a code object that no other function has."""
+
+    def call(*inputs: Any) -> Any:
+        return function(*inputs)
+
+    return FunctionType(call.__code__.replace(), call.__globals__, call.__name__, None, call.__closure__)

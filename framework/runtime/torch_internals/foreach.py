@@ -1,0 +1,59 @@
+"""Operations on lists of tensors of the same length.
+
+Gain: on an accelerator one kernel serves all tensors of a list, where a loop launches one for each: an average of the
+weights of a ResNet-50 takes 1 or 2 launches in place of 161. On a CPU torch runs the same loop as the fallback. The
+numbers are the same, bit for bit.
+"""
+
+import torch
+from torch import Tensor
+
+Tensors = list[Tensor] | tuple[Tensor, ...]
+
+
+def copy_(tensors: Tensors, sources: Tensors) -> None:
+    """Copy each source into its tensor."""
+    if hasattr(torch, "_foreach_copy_"):
+        torch._foreach_copy_(tensors, sources)
+        return
+    for tensor, source in zip(tensors, sources, strict=True):
+        tensor.copy_(source)
+
+
+def add_(tensors: Tensors, others: Tensors) -> None:
+    """Add each other tensor to its tensor, in place."""
+    if hasattr(torch, "_foreach_add_"):
+        torch._foreach_add_(tensors, others)
+        return
+    for tensor, other in zip(tensors, others, strict=True):
+        tensor.add_(other)
+
+
+def sub(tensors: Tensors, others: Tensors) -> Tensors:
+    """Return the differences."""
+    if hasattr(torch, "_foreach_sub"):
+        return torch._foreach_sub(tensors, others)
+    return [tensor.sub(other) for tensor, other in zip(tensors, others, strict=True)]
+
+
+def mul(tensors: Tensors, factor: float | Tensor) -> Tensors:
+    """Return each tensor times the factor, a number or a tensor without axes."""
+    if hasattr(torch, "_foreach_mul"):
+        return torch._foreach_mul(tensors, factor)
+    return [tensor.mul(factor) for tensor in tensors]
+
+
+def lerp(tensors: Tensors, ends: Tensors, weight: float) -> Tensors:
+    """Return the points at `weight` between each tensor (0) and its end (1)."""
+    if hasattr(torch, "_foreach_lerp"):
+        return torch._foreach_lerp(tensors, ends, weight)
+    return [tensor.lerp(end, weight) for tensor, end in zip(tensors, ends, strict=True)]
+
+
+def lerp_(tensors: Tensors, ends: Tensors, weight: float) -> None:
+    """Move each tensor by `weight` of the way to its end, in place."""
+    if hasattr(torch, "_foreach_lerp_"):
+        torch._foreach_lerp_(tensors, ends, weight)
+        return
+    for tensor, end in zip(tensors, ends, strict=True):
+        tensor.lerp_(end, weight)

@@ -1,0 +1,109 @@
+"""Functions through torch's compiler, each with compilations of its own."""
+
+import pytest
+import torch
+from torch import nn
+
+from compiler import needs_compiler
+from framework.runtime.torch_internals.compiler import CompilationError, CompiledFunction
+
+pytestmark = needs_compiler
+
+
+class Step:
+    def __init__(self):
+        self.model = nn.Linear(3, 1)
+
+    def gradients(self, batch):
+        return torch.autograd.grad(self.model(batch).sum(), list(self.model.parameters()))
+
+    def breaks(self, batch):
+        torch._dynamo.graph_break()
+        return self.part(batch)
+
+    def part(self, batch):
+        return self.model(batch) + 1
+
+
+def times_compiled(function, sizes):
+    times = 0
+    for size in sizes:
+        function(torch.ones(size, 3))
+        times += function.compile_seconds > 0
+    return times
+
+
+@pytest.mark.parametrize("name", ["gradients", "model"])
+def test_every_object_compiles_as_often_as_torch_allows(name):
+    import torch._dynamo
+
+    kept = []
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for _ in range(5):
+            step = Step()
+            function = CompiledFunction(getattr(step, name), traces_backward=name == "gradients", backend="eager")
+            kept += [step, function]
+            assert times_compiled(function, [4, 5, 4, 5]) == 2
+            assert "size mismatch" in function.reason()
+
+
+def test_the_same_function_in_two_objects():
+    step = Step()
+    one, other = [CompiledFunction(step.gradients, traces_backward=True, backend="eager") for _ in range(2)]
+    assert times_compiled(one, [4, 4]) == times_compiled(other, [4, 4]) == 1
+    assert one.reason() is other.reason() is None
+    for ours, theirs in zip(one(torch.ones(4, 3)), step.gradients(torch.ones(4, 3)), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_parts_after_a_graph_break_count_for_their_object_too():
+    import torch._dynamo
+
+    if "isolate_recompiles" not in torch.compile.__kwdefaults__:
+        pytest.skip("this release of torch counts them by code object")
+    kept = []
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for _ in range(5):
+            step = Step()
+            function = CompiledFunction(step.breaks, backend="eager")
+            kept += [step, function]
+            assert times_compiled(function, [4, 5]) == 2
+
+
+def test_settings_of_the_compiler_are_as_before_the_call():
+    import torch._dynamo
+
+    config = torch._dynamo.config
+    if not hasattr(config, "trace_autograd_ops"):
+        pytest.skip("this release of torch traces no backward pass")
+    seen = []
+
+    def look(batch):
+        seen.append(config.trace_autograd_ops)
+        return batch
+
+    traced = CompiledFunction(look, traces_backward=True, backend="eager")
+    traced.compiled = look
+    traced(torch.ones(2))
+    assert seen == [True]
+    assert not config.trace_autograd_ops
+
+    def fails(batch):
+        raise ValueError("uncompilable")
+
+    traced.compiled = fails
+    with pytest.raises(ValueError, match="uncompilable"):
+        traced(torch.ones(2))
+    assert not config.trace_autograd_ops
+
+
+def test_what_cannot_be_compiled_is_an_error_of_its_own():
+    import torch._dynamo
+
+    def fails(*inputs):
+        raise torch._dynamo.exc.TorchDynamoException("first line\nsecond line")
+
+    function = CompiledFunction(fails, backend="eager")
+    function.compiled = fails
+    with pytest.raises(CompilationError, match=r"^first line$"):
+        function(torch.ones(2))
