@@ -1,1 +1,1 @@
-"""Optimizers, learning rate schedules and optimizer wrappers."""
+"""Optimizers and learning rate schedules."""

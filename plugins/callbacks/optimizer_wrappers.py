@@ -24,7 +24,8 @@ from framework import (
 from framework.contracts.loss import share_of
 from framework.contracts.pure_optimizer import as_real
 from framework.contracts.state import Cadence
-from framework_plugins.callbacks.averaging import Averaging, matched
+
+from .averaging import Averaging, matched
 
 
 class Again(Transform):
