@@ -5,7 +5,7 @@ Those that mix samples mix their targets too: of classes they make class probabi
 """
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -200,7 +200,7 @@ class Mixing(Transform):
 
     def __init__(self, who: str, out_shape: Shape, alpha: float, p: float):
         self.who, self.classes, self.alpha, self.p = who, out_shape[0], alpha, p
-        self.criterion: nn.Module | None = None
+        self.criterion: Any = None
 
     def on_fit_start(self, trainer: Context) -> None:
         self.criterion = trainer.task.criterion
@@ -232,7 +232,7 @@ class Mixing(Transform):
                 f"{self.who} makes class probabilities of targets, which the loss {loss} does not take; "
                 "cross_entropy does"
             )
-        ignored = getattr(self.criterion, "ignore_index", None)
+        ignored = None if self.criterion is None else self.criterion.ignore_index
         if ignored is not None and 0 <= ignored < self.classes:
             raise SettingError(
                 f"{self.who} mixes all classes, also those that the loss ignores: ignore_index={ignored}"

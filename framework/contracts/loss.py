@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from framework.data.dataset import Data, TensorSplit
+from framework.data.dataset import Data, TensorSplit, splits_of
 from framework.errors import DataError, SettingError
 from framework.runtime.seeds import undisturbed
 from framework.runtime.torch_internals.pytree import tree_leaves, tree_map
@@ -121,7 +121,7 @@ class Mean:
             form = "any"
         form = getattr(loss, "target_form", form)
         ignored = ignored_index(loss)
-        if callable(getattr(loss, "count", None)):
+        if own_count(loss) is not None:
             return cls(form, "own", ignored)
         if function is None and not isinstance(unwrapped(loss), nn.Module):
             return cls.of_function(loss)
@@ -230,6 +230,16 @@ class Mean:
         return not any(bool((each == self.ignored).any()) for each in indices)
 
 
+def own_count(loss: Callable[..., Any]) -> Callable[[Tensor], Any] | None:
+    """Return the `count` of a loss that says itself over how many items its mean is.
+
+    It is a method of a module, or an attribute of a function. A module may have a number or a
+    buffer of that name, which is something else.
+    """
+    count = getattr(loss, "count", None)
+    return count if callable(count) else None
+
+
 def check_range(where: str, targets: Tensor, classes: int, ignored: int | None) -> None:
     """Raise DataError for an index that is no class, which would end a process on a GPU."""
     counting = targets if ignored is None else targets[targets != ignored]
@@ -244,8 +254,7 @@ def check_range(where: str, targets: Tensor, classes: int, ignored: int | None) 
 
 def check_classes(data: Data, ignored: int | None) -> None:
     """Raise DataError when a split in memory has a target that is no class."""
-    for name in ("train", "val", "test"):
-        split = getattr(data, name, None)
+    for name, split in splits_of(data).items():
         if not isinstance(split, TensorSplit) or len(split.tensors) != 2:
             continue
         if not split.tensors[1].is_floating_point():
@@ -563,7 +572,7 @@ def check_first(loss: Callable[..., Any], outputs: Any, targets: Tensor) -> None
         return
     with unchanged(tried):
         check_alignment(name, tried, outputs, targets)
-        summed = not callable(getattr(loss, "count", None)) and is_sum(tried, outputs, targets)
+        summed = own_count(loss) is None and is_sum(tried, outputs, targets)
     if summed:
         raise DataError(f"{name} is a sum over the samples of a batch: expected their mean")
 

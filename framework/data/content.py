@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
-from .dataset import Data
+from .dataset import Data, splits_of
 
-SPLITS = ("train", "val", "test")
 CHUNK_BYTES = 2**25
 READ_BYTES = 2**20
 MOST_FILE_BYTES = 2**30  # of the files of a split; reading more would delay the start by many seconds
@@ -32,7 +31,7 @@ def digests_of(data: Data) -> dict[str, str | None]:
     """
     known = vars(data).get("_digests")
     if known is None:
-        known = {name: digest_of(split) for name in SPLITS if (split := getattr(data, name, None)) is not None}
+        known = {name: digest_of(split) for name, split in splits_of(data).items()}
         data._digests = known  # type: ignore[attr-defined]
     return known
 

@@ -37,6 +37,7 @@ from .workers import (
     read_whole,
 )
 
+SPLITS = ("train", "val", "test")
 Target = Literal["class", "labels", "value", "none"]
 READS_FROM = ("loader", "dataloader", "batch_sampler", "sampler", "dataset")
 READ_AGAIN = "pass a list of batches or a DataLoader, which can be read again"
@@ -181,13 +182,19 @@ class Data:
         raise DataError(f"{cls.__name__} holds no text")
 
 
+def splits_of(data: Data) -> dict[str, Split]:
+    """Return the splits that a data set has by name; a plugin's `__init__` may have left some out."""
+    found = {name: getattr(data, name, None) for name in SPLITS}
+    return {name: split for name, split in found.items() if split is not None}
+
+
 def check_data(data: Data) -> None:
     """Raise DataError when a split is empty."""
-    for name in ("train", "val", "test"):
-        split = getattr(data, name, None)
-        if split is not None and known_length(split) == 0:
+    splits = splits_of(data)
+    for name, split in splits.items():
+        if known_length(split) == 0:
             raise DataError(f"the {name} split of {type(data).__name__} is empty")
-    if getattr(data, "train", None) is None:
+    if "train" not in splits:
         raise DataError(f"{type(data).__name__} has no train split")
 
 
@@ -444,6 +451,7 @@ class ForeignLoader:
     hold = 1
     split: None = None  # what the samples are read from is not known
     batch_size: None = None
+    skipped = 0
 
     def __init__(self, batches: Iterable[Any]):
         """Wrap an iterable of batches. Raises DataError for what is not iterable."""

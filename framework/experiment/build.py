@@ -12,7 +12,7 @@ from framework.composition.spec import Spec
 from framework.contracts.metric import InUnits, Metric
 from framework.contracts.optimizer import Parameters
 from framework.contracts.task import Task
-from framework.data.dataset import Data, Loader, Scale, check_data
+from framework.data.dataset import Data, Loader, Scale, check_data, splits_of
 from framework.data.folds import take_fold
 from framework.errors import BuildError, DataError, FrameworkError, short
 from framework.errors.torch_errors import is_batch_norm
@@ -48,17 +48,16 @@ def check_contract(data: Data) -> None:
         if not isinstance(shape, tuple | list) or not all(isinstance(size, Integral) for size in shape):
             expected = f"its __init__ should set {name} to a tuple of ints"
             raise DataError(f"{owner}: {expected}, not {short(shape)}")
-    for name in ("train", "val", "test"):
-        split = getattr(data, name, None)
+    for name, split in splits_of(data).items():
         able = hasattr(split, "__len__") and hasattr(split, "__getitem__")
-        if split is not None and not able:
+        if not able:
             expected = f"its {name} split should have __len__ and __getitem__"
             raise DataError(f"{owner}: {expected}, as a {type(split).__name__} has not")
 
 
 def build_loader(spec: Spec, model: nn.Module, data: Data, split: str, shuffle: bool = False) -> Loader:
     """Return the reader of a split for a model. Raises DataError when the data has none of that name."""
-    chosen = getattr(data, split, None)
+    chosen = splits_of(data).get(split)
     if chosen is None:
         raise DataError(f"{type(data).__name__} has no {split} split")
     reader = model if len(data.in_shape) == 3 else None

@@ -20,7 +20,7 @@ from framework.contracts.state import Stop
 from framework.contracts.task import Task
 from framework.data.accumulation import count_steps, count_total
 from framework.data.content import digests_of
-from framework.data.dataset import Data, Loader
+from framework.data.dataset import Data, Loader, splits_of
 from framework.errors import BuildError, RunError, short
 from framework.errors.exits import no_exit
 from framework.errors.terminal import print_message
@@ -490,7 +490,7 @@ def content_changes(known: Any, content: Mapping[str, Any]) -> Iterator[str]:
 
 def facts_of(built: Experiment) -> dict[str, Any]:
     facts: dict[str, Any] = {"in_shape": list(built.data.in_shape), "out_shape": list(built.out_shape)}
-    sizes = {name: len(split) for name in ("train", "val", "test") if (split := getattr(built.data, name, None))}
+    sizes = {name: len(split) for name, split in splits_of(built.data).items() if len(split)}
     if built.data.columns:
         facts["columns"] = list(built.data.columns)
     if (scale := scale_of(built.data, built.task)) is not None:

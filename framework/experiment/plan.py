@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from framework.contracts.callback import Pace
 from framework.contracts.schedule import factor_of
 from framework.contracts.task import Task
-from framework.data.dataset import Batch, Data, TensorSplit
+from framework.data.dataset import Batch, Data, TensorSplit, splits_of
 from framework.errors.terminal import printable, title
 from framework.training.layer_table import Layer, activation_bytes, optimizer_bytes, read_layers, size_in_bytes
 
@@ -139,7 +139,7 @@ def make_plan(
     layers, unused = read_layers(model, batch, task)
     every = list(model.parameters())
     trainable = [p for p in every if p.requires_grad]
-    named = [(name, getattr(data, name, None)) for name in ("train", "val", "test")]
+    splits = {} if data is None else splits_of(data)
     memory = Memory(
         parameters=size_in_bytes(every),
         buffers=size_in_bytes(model.buffers()),
@@ -162,7 +162,7 @@ def make_plan(
         groups=[] if optimizer is None else read_groups(optimizer),
         transforms=list(transforms),
         curve=read_curve(optimizer, schedule, total_steps),
-        splits=[Split(name, len(split), split_bytes(split)) for name, split in named if split is not None],
+        splits=[Split(name, len(split), split_bytes(split)) for name, split in splits.items()],
         threads=threads,
         loader=loader,
     )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from framework.errors import BuildError, SettingError
 from framework.errors.user_code import describe, user_place
 from framework.registry.kinds import Shape
+from framework.registry.registry import Maker
 
 from . import seeds
 
@@ -95,8 +96,9 @@ def chain(makers: Iterable[Callable[..., Any]], in_shape: Shape) -> tuple[list[n
 
 
 def maker_name(maker: Callable[..., Any]) -> str:
-    entry = getattr(maker, "entry", None)
-    return entry.name if entry is not None else getattr(maker, "__name__", type(maker).__name__)
+    if isinstance(maker, Maker):
+        return maker.entry.name
+    return getattr(maker, "__name__", type(maker).__name__)
 
 
 def after(where: str, name: str, error: Exception) -> str:

@@ -113,7 +113,7 @@ def capture(trainer: TrainerParts) -> dict[str, Any]:
         "callbacks": {key: callback.state_dict() for key, callback in keyed(trainer.callbacks).items()},
         "measures": trainer.measures.state_dict(),
         "validated": trainer.validated_step,
-        "batch_size": trainer.train_batches.batch_size,
+        "batch_size": getattr(trainer.train_batches, "batch_size", None),
         "skipped": getattr(trainer.train_batches, "skipped", 0),
         "random": seeds.capture(),
     }
@@ -164,7 +164,7 @@ def keep_place_in_epoch(trainer: TrainerParts, size_before: int | None) -> None:
     state, batches = trainer.state, trainer.train_batches
     if state.batch == 0 or state.steps_per_epoch == 0:
         return
-    size = batches.batch_size
+    size = getattr(batches, "batch_size", None)
     if size is not None and size_before is not None and size != size_before:
         done = state.batch * size_before // size
         state.batch = done - done % trainer.accumulate

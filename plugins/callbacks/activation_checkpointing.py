@@ -37,9 +37,9 @@ class ActivationCheckpointing(Callback):
 
     def on_fit_start(self, trainer: Context) -> None:
         """Wrap the blocks. Raises SettingError for a pattern that fits none, where steps are compiled, or replayed."""
-        for name in ("compile", "cuda_graph"):
-            if getattr(trainer, name) != "off":
-                raise SettingError(f"activation_checkpointing goes with {name}=off, not {getattr(trainer, name)}")
+        for name, value in {"compile": trainer.compile, "cuda_graph": trainer.cuda_graph}.items():
+            if value != "off":
+                raise SettingError(f"activation_checkpointing goes with {name}=off, not {value}")
         modules = {name: each for name, each in trainer.model.named_modules() if name and runs(each)}
         for pattern in self.patterns:
             if not any(fnmatchcase(name, pattern) for name in modules):

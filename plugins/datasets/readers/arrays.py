@@ -590,7 +590,10 @@ class ArrayData(Data):
         return read_batch(path, facts)
 
     def facts(self) -> dict[str, Any]:
-        return standard_facts(self)
+        facts = standard_facts(self)
+        if self.float64:
+            facts["float64"] = True
+        return facts
 
 
 def take_rows(read: Sequence[Pair], rows: Tensor) -> Pair:
@@ -606,16 +609,13 @@ def take_rows(read: Sequence[Pair], rows: Tensor) -> Pair:
 
 def standard_facts(data: Any) -> dict[str, Any]:
     """Return how an input becomes what the model was trained on, and the classes, of a data set with a mean and std."""
-    facts = {
+    return {
         "in_shape": list(data.in_shape),
         "mean": data.mean,
         "std": data.std,
         "target": data.target,
         "classes": list(data.classes),
     }
-    if getattr(data, "float64", False):
-        facts["float64"] = True
-    return facts
 
 
 def read_parts(
