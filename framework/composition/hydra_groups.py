@@ -13,7 +13,7 @@ from framework.registry.discovery import discover
 from framework.registry.registry import Entry, Registry
 from framework.registry.schema import names_parts
 
-from .hydra_internals import LazyStore, plugin_target
+from .hydra_internals import LazyStore
 from .sections import HYDRA_PLUGINS, SECTIONS, HydraPlugin, Section, plugin_settings, register, section_settings
 from .spec import PLAIN, Settings, follow, plain
 
@@ -54,9 +54,9 @@ def restored_store(
 
 
 def plugin_option(plugin: HydraPlugin) -> dict[str, Any]:
-    """Return what the option of a sweeper or launcher holds: what Hydra builds, and its settings with defaults."""
+    """Return what the option of a sweeper or launcher holds: its class, and its settings with their defaults."""
     settings = {name: setting.default for name, setting in plugin_settings(plugin).items()}
-    return {"_target_": plugin_target(plugin.owner), **settings}
+    return {"_target_": plugin.owner.replace(":", "."), **settings}
 
 
 def option(entry: Entry) -> dict[str, Any]:

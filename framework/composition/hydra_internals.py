@@ -1,7 +1,7 @@
 """Everything that Hydra does not document as public, one function for each use.
 
 Hydra has no public way to compose with a command line of one's own, to offer options that are made when they are
-chosen, or to build sweepers and launchers outside of the package `hydra_plugins`. All other modules use the functions
+chosen, or to use sweepers and launchers outside of the package `hydra_plugins`. All other modules use the functions
 here. Whatever is replaced in Hydra is put back afterwards, so that other Hydra applications in the process do not
 notice. Works with Hydra 1.3.8 and 1.4.
 """
@@ -38,12 +38,13 @@ from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import MissingConfigException
 from hydra.plugins.config_source import ConfigSource
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigIndexError, InterpolationKeyError, InterpolationResolutionError
 
 BEFORE_1_4 = tuple(int(number) for number in hydra.__version__.split(".")[:2]) < (1, 4)
-PLUGIN_PACKAGE = "hydra_plugins.framework"
 
 
 # composing
@@ -200,40 +201,38 @@ def copy_of_groups(repo: Mapping[str, Any]) -> dict[str, Any]:
 # sweepers and launchers
 
 
-def plugin_target(owner: str) -> str:
-    """Return the `_target_` of a sweeper or launcher outside of the package `hydra_plugins`.
-
-    Hydra 1.3 accepts targets in that package only, whatever class stands behind them; 1.4 only builds a class whose
-    own name is the target.
-
-    owner: "module:Class".
-    """
-    module, _, name = owner.partition(":")
-    return f"{PLUGIN_PACKAGE if BEFORE_1_4 else module}.{name}"
-
-
 @contextmanager
-def plugin_classes(classes: Mapping[str, type]) -> Iterator[None]:
-    """Let Hydra build sweepers and launchers of these classes, by their targets."""
-    known: dict[str, type] = Plugins.instance().class_name_to_class  # type: ignore[assignment]
-    before = dict(known)
-    known.update(classes)
+def launcher_in_use(launcher: Launcher) -> Iterator[None]:
+    """Give sweepers a launcher when they ask for that of the config.
+
+    Hydra 1.3 builds launchers of the package `hydra_plugins` only, 1.4 only the class that the config names; and the
+    config must stay as it was composed, since 1.4 compares that of each job with it.
+    """
+
+    def instantiate_launcher(hydra_context: HydraContext, task_function: Any, config: DictConfig) -> Launcher:
+        launcher.setup(hydra_context=hydra_context, task_function=task_function, config=config)
+        return launcher
+
+    plugins: Any = Plugins.instance()
+    plugins.instantiate_launcher = instantiate_launcher  # of the instance, in front of the method
     try:
         yield
     finally:
-        known.clear()
-        known.update(before)
-
-
-def make_sweeper(opened: Hydra, config: DictConfig, task: Any) -> Any:
-    """Build and set up the sweeper of a config, without Hydra's callbacks, which a config cannot have."""
-    context = HydraContext(config_loader=opened.config_loader, callbacks=Callbacks())
-    return Plugins.instance().instantiate_sweeper(hydra_context=context, task_function=task, config=config)
+        del plugins.instantiate_launcher
 
 
 def make_launcher(context: HydraContext, config: DictConfig, task: Any) -> Any:
-    """Build and set up the launcher of a config. Hydra's own sweepers do the same."""
+    """Return the launcher of a config, set up. Hydra's own sweepers get theirs like this."""
     return Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=config)
+
+
+def set_up_sweeper(sweeper: Sweeper | None, opened: Hydra, config: DictConfig, task: Any) -> Sweeper:
+    """Set up a sweeper, or that of the config, without Hydra's callbacks, which a config cannot have."""
+    context = HydraContext(config_loader=opened.config_loader, callbacks=Callbacks())
+    if sweeper is None:
+        return Plugins.instance().instantiate_sweeper(hydra_context=context, task_function=task, config=config)
+    sweeper.setup(hydra_context=context, task_function=task, config=config)
+    return sweeper
 
 
 def result_of(done: JobReturn) -> Any:
@@ -306,9 +305,9 @@ def failure_of(error: Exception) -> Failure:
     if isinstance(error.__cause__, ConfigIndexError):
         key = re.sub(r"\[(\d+)\]", r".\1", str(error.__cause__.full_key))
         return Failure("item", key)
-    # ConfigCompositionException: "Could not override 'x'", "Could not delete from config. 'x' does not exist"
-    if match := re.search(r"Could not override '([^']+)'", text):
-        return Failure("override", match[1], in_file=True)
+    # ConfigCompositionException; the second text is that of Hydra 1.4 for the defaults list of a file
+    if match := re.search(r"Could not override '([^']+)'|Invalid Defaults List override '([^':]+)", text):
+        return Failure("override", match[1] or match[2], in_file=True)
     if match := re.search(r"Could not delete (?:from config\. )?'([^']+)'", text):
         return Failure("delete", match[1], in_file=place is not None)
     if "INTERVAL_SWEEP" in text:  # HydraException of the sweeper `basic`

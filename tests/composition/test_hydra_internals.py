@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-from types import SimpleNamespace
 
 import hydra
 import pytest
@@ -14,6 +13,7 @@ from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -25,17 +25,17 @@ from framework.composition.hydra_internals import (
     compose_job,
     current_config,
     failure_of,
+    launcher_in_use,
     make_launcher,
     opened_hydra,
     parse_override,
     parse_overrides,
-    plugin_classes,
-    plugin_target,
     print_config,
     print_info,
     quoted_text,
     replaced_file_source,
     result_of,
+    set_up_sweeper,
     unresolved_reference,
 )
 
@@ -137,9 +137,6 @@ def test_options_are_made_when_they_are_chosen_and_are_gone_afterwards(folder):
 
 
 class AnyLauncher(Launcher):
-    def __init__(self, most: int):
-        self.most = most
-
     def setup(self, *, hydra_context, task_function, config):
         self.task = task_function
 
@@ -147,16 +144,31 @@ class AnyLauncher(Launcher):
         return []
 
 
-def test_a_launcher_of_any_package_is_built(opened):
-    target = plugin_target(f"{__name__}:AnyLauncher")
-    config = compose_config(opened, [], multirun=False)
-    config.hydra.launcher = {"_target_": target, "most": 3}
-    known = dict(Plugins.instance().class_name_to_class)
-    context = SimpleNamespace(config_loader=opened.config_loader, callbacks=None)
-    with plugin_classes({target: AnyLauncher}):
-        launcher = make_launcher(context, config, print)
-    assert (type(launcher), launcher.most, launcher.task) == (AnyLauncher, 3, print)
-    assert Plugins.instance().class_name_to_class == known
+class AnySweeper(Sweeper):
+    def setup(self, *, hydra_context, task_function, config):
+        self.context, self.task = hydra_context, task_function
+
+    def sweep(self, arguments):
+        pass
+
+
+def test_sweepers_get_our_launcher_for_a_while(opened):
+    config = compose_config(opened, ["size=small,large"], multirun=True)
+    ours = AnyLauncher()
+    with launcher_in_use(ours):
+        assert make_launcher(None, config, print) is ours
+        assert ours.task is print
+        sweeper = set_up_sweeper(None, opened, config, len)
+        assert sweeper.launcher is ours, "also Hydra's own sweeper"
+        assert ours.task is len
+    assert type(make_launcher(None, config, print)).__name__ == "BasicLauncher"
+
+
+def test_our_sweeper_is_set_up(opened):
+    config = compose_config(opened, ["size=small,large"], multirun=True)
+    ours = AnySweeper()
+    assert set_up_sweeper(ours, opened, config, print) is ours
+    assert (ours.task, ours.context.config_loader) == (print, opened.config_loader)
 
 
 def test_the_result_of_a_job_or_its_error(capsys):

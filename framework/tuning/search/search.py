@@ -13,7 +13,7 @@ from typing import Any
 
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler
 from optuna.study import Study
@@ -173,7 +173,7 @@ class OptunaSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> None:
         """Search, with the overrides of the command line. Raises ConfigError for what is wrong with them."""
         trials, metrics = self.trials, list(self.trials.by)
-        search = read_search(OmegaConf.to_container(OmegaConf.create(self.given)), metrics)  # type: ignore[arg-type]
+        search = read_search(self.given, metrics)
         search.parallel = search.parallel or getattr(self.away, "at_once", 1)
         space = Space([*self.written(search), *arguments], self.loader)
         self.enroll(space)

@@ -4,15 +4,16 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf, flag_override
+from omegaconf import OmegaConf
 
 from framework.composition.cached_composer import Composer
 from framework.composition.compose import CommandLine, Composing, Job, notes, opened, to_tree
-from framework.composition.hydra_internals import compose_config, make_sweeper, plugin_classes
+from framework.composition.hydra_internals import compose_config, launcher_in_use, set_up_sweeper
 from framework.composition.overrides import hydra_fault, of_hydra
 from framework.composition.sections import HYDRA_PLUGINS, section_settings
 from framework.composition.spec import Reader
@@ -24,7 +25,7 @@ from framework.runtime.console import console
 from framework.system.signals import interruptible
 
 from .folder import SweepFolder, Trial
-from .hydra_plugins import choose
+from .hydra_plugins import build
 from .settings import Sweep
 from .table import ending, table
 from .trials import Plan, Trials
@@ -59,19 +60,18 @@ def sweep(
         notes(composing.overrides.notes)
         config = compose_config(hydra, composing.arguments, multirun=True)
         typed = composing.overrides.typed
-        with flag_override(config, ["struct", "readonly"], False):
-            sweeper_class = choose(config, "sweeper", "hydra.sweeper" in typed)
-            launcher_class = choose(config, "launcher", "hydra.launcher" in typed)
+        sweeper = build(config, "sweeper", "hydra.sweeper" in typed)
+        launcher = build(config, "launcher", "hydra.launcher" in typed)
         check_hydra(composing, config.hydra.runtime.choices["hydra/launcher"])
         if plan is not None and config.hydra.runtime.choices["hydra/sweeper"] not in ("basic", "grid"):
             raise ConfigError(["plan -m tells the trials of a grid; a search draws its trials while it runs"])
         trials = prepare(composing, config, task, explain)
         trials.composer = Composer(hydra.config_loader, config, composing)
-        trials.gives_value = not sweeper_class
+        trials.gives_value = sweeper is None
         trials.plan = plan
         overrides: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
-        with plugin_classes(sweeper_class | launcher_class):
-            sweeper = make_sweeper(hydra, config, trials)
+        with nullcontext() if launcher is None else launcher_in_use(launcher):
+            sweeper = set_up_sweeper(sweeper, hydra, config, trials)
             try:
                 with interruptible() as interrupt:
                     sweeper.sweep(overrides)
