@@ -13,6 +13,7 @@ from framework.cli.main import main
 from framework.registry.discovery import files_in
 from framework.registry.registry import Registry
 from shipped import shipped
+from suites import suite_of
 
 torch.set_num_threads(1)  # some tests fork, which a process with OpenMP threads of its own does not survive
 
@@ -30,6 +31,12 @@ def leave_out_user_plugins():
 
 leave_out_user_plugins()
 fw.discover()
+
+
+def pytest_itemcollected(item):
+    suite = suite_of(item.path)
+    if suite is not None:
+        item.add_marker(suite)
 
 
 @pytest.fixture(autouse=True)

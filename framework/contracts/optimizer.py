@@ -6,25 +6,21 @@ The trainer multiplies each group's own "lr" by the schedule's factor, and calls
 
 import copy
 import inspect
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from functools import wraps
-from importlib.abc import MetaPathFinder
 from itertools import groupby
 from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from framework.errors import BuildError, SettingError, did_you_mean
 from framework.registry.registry import Maker
 from framework.registry.schema import PositiveFloat, Range
 from framework.runtime import seeds
+from framework.runtime.torch_internals.lazy_compiler import defer_compiler
 
-COMPILER = "torch._dynamo"
 OTHER_GROUPS = "resume: the optimizer has other parameter groups than the saved one"
 LEFT = "scheduled_lr"  # in a parameter group: the learning rate after a fit with a schedule
 FORM_ERRORS = (KeyError, RuntimeError, AssertionError, AttributeError, TypeError)
@@ -98,7 +94,7 @@ def layer_of(name: str) -> str:
 
 def build_optimizer(maker: Maker, params: Iterable[Any]) -> Optimizer:
     """Build the optimizer, fused where it can be; a `fused` or `foreach` among the maker's settings is left alone."""
-    unmark_for_compiler()
+    defer_compiler()
     params, entry = list(params), maker.entry
     chosen = {} if maker.settings.keys() & {"fused", "foreach"} else implementation(entry.part, params)
     try:
@@ -353,68 +349,3 @@ def tensors(params: Iterable[Any]) -> Iterator[Tensor]:
             yield from tensors(item["params"] if not isinstance(item["params"], Tensor) else [item["params"]])
         else:
             yield item[1] if isinstance(item, tuple) else item
-
-
-def unmark_for_compiler() -> None:
-    """Let a run that compiles nothing do without the import of torch's compiler, as long as that of torch itself.
-
-    torch marks methods of optimizers (and of modes, such as those that count FLOPs) for the compiler, and each mark
-    imports it when the method is called. While it is not imported, nothing is compiled and a mark says nothing to
-    anybody; when it is, `Marks` has put them back. Where a release of torch marks otherwise, all stays as it is.
-    """
-    if COMPILER in sys.modules:
-        return
-    marked: dict[Any, Any] = {}
-    for cls, name, method in methods():
-        plain = unmarked(method)
-        if plain is not None:
-            marked[plain] = method
-            setattr(cls, name, plain)
-    if marked:
-        sys.meta_path.insert(0, Marks(marked))
-
-
-def methods() -> list[tuple[type, str, Any]]:
-    classes: list[type[Any]] = [Optimizer, TorchDispatchMode]
-    for cls in classes:  # the list grows as it is walked, until all below them are in it
-        classes += cls.__subclasses__()
-    return [(cls, name, method) for cls in classes for name, method in vars(cls).items() if inspect.isfunction(method)]
-
-
-def unmarked(method: Any) -> Callable[..., Any] | None:
-    """Return a method without its mark: what `torch._disable_dynamo` or `_use_grad_for_differentiable` was put on."""
-    home, inner = getattr(method, "__globals__", {}).get("__name__"), getattr(method, "__wrapped__", None)
-    if home == "torch._compile":
-        return inner
-    step = home == "torch.optim.optimizer" and method.__code__.co_name == "_use_grad"
-    return differentiable(inner) if step and inner is not None else None
-
-
-def differentiable(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Do what `_use_grad_for_differentiable` does in a program that compiles nothing."""
-
-    @wraps(step)
-    def with_grad(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        with torch.set_grad_enabled(self.defaults["differentiable"]):
-            return step(self, *args, **kwargs)
-
-    return with_grad
-
-
-class Marks(MetaPathFinder):
-    """Puts the marks back before the compiler is imported, by whomever; it finds no module itself."""
-
-    def __init__(self, marked: dict[Any, Any]):
-        self.marked = marked
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
-        if name != COMPILER or not self.marked:
-            return
-        for cls, method_name, method in methods():
-            if method in self.marked:
-                setattr(cls, method_name, self.marked[method])
-            elif getattr(method, "hooked", False) and method.__wrapped__ in self.marked:  # by `Optimizer.__init__`
-                hooked: Any = Optimizer.profile_hook_step(self.marked[method.__wrapped__])
-                hooked.hooked = True
-                setattr(cls, method_name, hooked)
-        self.marked = {}

@@ -1,0 +1,99 @@
+"""Training without the import of torch's compiler, which takes about as long as the import of torch itself.
+
+torch decorates methods of its optimizers (and of dispatch modes, such as its counter of FLOPs) so that the compiler
+leaves them alone. Each decorator imports the compiler when the method is called. While the compiler is not imported,
+nothing is compiled and the decorators have no effect, so `defer_compiler` takes them off; a hook on the import of the
+compiler, by whatever code, puts them back first.
+
+Gain: MEASURED
+
+The environment variable FRAMEWORK_LAZY_COMPILER=off leaves torch as it is. So does a release of torch that decorates its
+methods in another way: then nothing is found to take off.
+"""
+
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from importlib.abc import MetaPathFinder
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+COMPILER = "torch._dynamo"
+SWITCH = "FRAMEWORK_LAZY_COMPILER"
+
+
+def defer_compiler() -> None:
+    """Do not import torch's compiler with the first call of an optimizer, unless it is imported already."""
+    if COMPILER in sys.modules or os.environ.get(SWITCH) == "off":
+        return
+    decorated: dict[Any, Any] = {}
+    for cls, name, method in methods():
+        plain = undecorated(method)
+        if plain is not None:
+            decorated[plain] = method
+            setattr(cls, name, plain)
+    if decorated:
+        sys.meta_path.insert(0, CompilerImportHook(decorated))
+
+
+def methods() -> list[tuple[type, str, Any]]:
+    """Return (class, name, method) of all optimizers and dispatch modes."""
+    classes: list[type[Any]] = [Optimizer, TorchDispatchMode]
+    for cls in classes:  # the list grows as it is walked, until all subclasses are in it
+        classes += cls.__subclasses__()
+    found = []
+    for cls in classes:
+        found += [(cls, name, method) for name, method in vars(cls).items() if inspect.isfunction(method)]
+    return found
+
+
+def undecorated(method: Any) -> Callable[..., Any] | None:
+    """Return a method without the decorator that imports the compiler; None if it has none."""
+    module = getattr(method, "__globals__", {}).get("__name__")
+    inner = getattr(method, "__wrapped__", None)
+    if module == "torch._compile":  # `torch._disable_dynamo`
+        return inner
+    is_step = module == "torch.optim.optimizer" and method.__code__.co_name == "_use_grad"
+    if is_step and inner is not None:
+        return with_grad_if_differentiable(inner)
+    return None
+
+
+def with_grad_if_differentiable(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Do what torch's `_use_grad_for_differentiable` does where nothing is compiled."""
+
+    @wraps(step)
+    def with_grad(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            return step(self, *args, **kwargs)
+
+    return with_grad
+
+
+class CompilerImportHook(MetaPathFinder):
+    """Decorates the methods again before the compiler is imported; it finds no module itself.
+
+    Args:
+        decorated: the decorated method for each plain one.
+    """
+
+    def __init__(self, decorated: dict[Any, Any]):
+        self.decorated = decorated
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name != COMPILER or not self.decorated:
+            return
+        for cls, method_name, method in methods():
+            if method in self.decorated:
+                setattr(cls, method_name, self.decorated[method])
+            elif getattr(method, "hooked", False) and method.__wrapped__ in self.decorated:
+                # `Optimizer.__init__` has wrapped the plain method, so that it calls the optimizer's hooks
+                hooked: Any = Optimizer.profile_hook_step(self.decorated[method.__wrapped__])
+                hooked.hooked = True
+                setattr(cls, method_name, hooked)
+        self.decorated = {}

@@ -1,0 +1,193 @@
+"""Private names of torch and Hydra are used in one place for each library: a new release can break only that place."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import dataloader
+
+import framework
+from shipped import shipped
+
+ROOT = Path(framework.__file__).parent.parent
+ALLOWED = {
+    "torch": "framework/runtime/torch_internals/",
+    "hydra": "framework/composition/hydra_internals.py",
+    "omegaconf": "framework/composition/hydra_internals.py",
+}
+NOT_YET_MOVED = (  # to be removed when these files have been rewritten
+    "framework/composition/compose.py",
+    "framework/composition/config_files.py",
+    "framework/tuning/sweep/sweep.py",
+    "framework/training/acceleration/cuda_graph.py",
+    "framework/training/acceleration/fused_update.py",
+    "framework/training/backward.py",
+    "framework/training/layer_table.py",
+    "framework/training/validation.py",
+)
+CLASSES = (
+    nn.Module,
+    torch.Tensor,
+    torch.optim.Optimizer,
+    torch.optim.SGD,
+    LRScheduler,
+    torch.amp.GradScaler,
+    torch.autograd.Variable,
+    dataloader.DataLoader,
+    dataloader._BaseDataLoaderIter,
+    dataloader._MultiProcessingDataLoaderIter,
+)
+TEXT = re.compile(rf"({'|'.join(ALLOWED)})(\.\w+)+")  # a module's name as a text, such as a key of sys.modules
+ATTRIBUTE_FUNCTIONS = ("getattr", "setattr", "hasattr", "delattr")
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def members_of(cls: type) -> set[str]:
+    """Private attributes of a class and of its instances, which its methods name."""
+    names = set(dir(cls))
+    for method in vars(cls).values():
+        names.update(getattr(getattr(method, "__code__", None), "co_names", ()))
+    return set(filter(is_private, names))
+
+
+def defined_in(tree: ast.AST) -> Iterator[str]:
+    """Names that own code defines: they are not torch's."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and on_self(node):
+            yield node.attr
+
+
+def on_self(node: ast.Attribute) -> bool:
+    return isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+
+
+def imported_in(tree: ast.AST) -> dict[str, str]:
+    """What the names that a file imports stand for: {"F": "torch.nn.functional"}."""
+    names = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for each in node.names:
+                if each.asname:
+                    names[each.asname] = each.name
+                else:
+                    names[each.name] = each.name
+                    names[each.name.partition(".")[0]] = each.name.partition(".")[0]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            for each in node.names:
+                names[each.asname or each.name] = f"{node.module}.{each.name}"
+    return names
+
+
+def path_of(node: ast.expr, imported: dict[str, str]) -> str:
+    """The dotted path of an expression, or "" when it does not begin with something imported."""
+    if isinstance(node, ast.Name):
+        return imported.get(node.id, "")
+    if isinstance(node, ast.Attribute):
+        owner = path_of(node.value, imported)
+        return owner and f"{owner}.{node.attr}"
+    return ""
+
+
+def private_names(tree: ast.AST, members: set[str]) -> Iterator[tuple[str, str]]:
+    """Yield (library, name) for each use of a private name.
+
+    members: private attributes of torch's objects, which are found on any object.
+    """
+    imported = imported_in(tree)
+    paths = list(imported.values())
+    attributes = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            path = path_of(node, imported)
+            paths.append(path)
+            if not path:
+                attributes.append(node.attr)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if TEXT.fullmatch(node.value):
+                paths.append(node.value)
+            attributes.append(node.value)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ATTRIBUTE_FUNCTIONS:
+            name = node.args[1]
+            if isinstance(name, ast.Constant) and isinstance(name.value, str):
+                owner = path_of(node.args[0], imported)
+                paths.append(owner and f"{owner}.{name.value}")
+    for path in paths:
+        library = path.partition(".")[0]
+        if library in ALLOWED and any(map(is_private, path.split("."))):
+            yield library, path
+    for name in attributes:
+        if name in members:
+            yield "torch", f".{name}"
+
+
+def read(file: Path) -> ast.AST:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+FILES = [*sorted((ROOT / "framework").rglob("*.py")), *shipped(ROOT / "plugins", "**/*.py")]
+TREES = {str(file.relative_to(ROOT)): read(file) for file in FILES}
+OWN = {name for tree in TREES.values() for name in defined_in(tree)}
+MEMBERS = set().union(*map(members_of, CLASSES)) - OWN
+
+
+def forbidden_in(file: str) -> list[str]:
+    used = private_names(TREES[file], MEMBERS)
+    return sorted({name for library, name in used if not file.startswith(ALLOWED[library])})
+
+
+@pytest.mark.parametrize("file", [file for file in TREES if file not in NOT_YET_MOVED])
+def test_private_names_are_used_in_one_place_for_each_library(file):
+    assert forbidden_in(file) == [], f"use a function of {' or '.join(sorted(set(ALLOWED.values())))}"
+
+
+@pytest.mark.parametrize("file", NOT_YET_MOVED)
+def test_an_exception_is_needed(file):
+    assert forbidden_in(file), "remove the file from NOT_YET_MOVED"
+
+
+CODE = """
+import torch, torch.nn.functional as F
+from torch import optim
+from torch.utils._pytree import tree_map
+from torch.optim.optimizer import _global_optimizer_pre_hooks as hooks
+from hydra import _internal
+import torch._dynamo
+torch._foreach_add_(a, b)
+getattr(torch, "_fused_adam_")
+F._Reduction
+module._parameters["weight"]
+getattr(module, "_buffers")
+for name in ("_forward_hooks",): vars(module)[name]
+iterator._workers
+tensor._version
+"torch._inductor" in sys.modules
+"""
+FINE = """
+import torch
+class Part(torch.nn.Module):
+    def _mine(self): return self._mine, torch.__version__, self._theirs
+"torch is fine", "a._version of this"
+"""
+
+
+def test_the_search_finds_private_names():
+    found = [name for _, name in private_names(ast.parse(CODE), MEMBERS)]
+    expected = {
+        *("torch.utils._pytree.tree_map", "torch.optim.optimizer._global_optimizer_pre_hooks", "hydra._internal"),
+        *("torch._dynamo", "torch._foreach_add_", "torch._fused_adam_", "torch.nn.functional._Reduction"),
+        *("._parameters", "._buffers", "._forward_hooks", "._workers", "._version", "torch._inductor"),
+    }
+    assert set(found) == expected
+    assert list(private_names(ast.parse(FINE), MEMBERS)) == []

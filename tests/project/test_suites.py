@@ -1,0 +1,27 @@
+"""Every test file belongs to one suite."""
+
+from pathlib import Path
+
+from shipped import shipped
+from suites import SUITE_OF, SUITES, TESTS, suite_of
+
+
+def test_every_file_has_a_suite():
+    without = [str(file.relative_to(TESTS)) for file in shipped(TESTS, "**/test_*.py") if suite_of(file) is None]
+    assert without == [], "give them, or their folder, an entry in tests/suites.py"
+
+
+def test_every_entry_is_of_a_file_or_folder_and_a_suite():
+    assert set(SUITE_OF.values()) == set(SUITES)
+    assert [entry for entry in SUITE_OF if not (TESTS / entry).exists()] == []
+
+
+def test_the_longest_entry_counts():
+    assert suite_of(TESTS / "tuning/test_sweep.py") == "system"
+    assert suite_of(TESTS / "tuning/test_stack.py") == "training"
+    assert suite_of(TESTS / "elsewhere/test_sweep.py") is None
+    assert suite_of(Path("/elsewhere/tuning/test_sweep.py")) is None
+
+
+def test_a_test_is_marked_with_the_suite_of_its_file(request):
+    assert {mark.name for mark in request.node.iter_markers()} & set(SUITES) == {"system"}

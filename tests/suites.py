@@ -1,0 +1,75 @@
+"""The suite of each test file: `scripts/test unit`, `training` or `system` runs one of them.
+
+- unit: parts, settings, files and errors; nothing is trained, no process is started.
+- training: short fits and commands in this process.
+- system: other processes, signals, sweeps, searches, servers, scripts and benchmarks.
+
+Files are in one table, not marked one by one, so that a suite can be read as a whole and a new file belongs to one at
+once: the longest entry that a path begins with counts.
+"""
+
+from pathlib import Path
+
+SUITES = ("unit", "training", "system")
+TESTS = Path(__file__).parent
+SUITE_OF = {
+    "cli": "system",
+    "cli/test_advice.py": "training",
+    "cli/test_describe.py": "unit",
+    "cli/test_report.py": "training",
+    "composition": "unit",
+    "composition/test_compose.py": "training",
+    "composition/test_trust.py": "training",
+    "composition/test_without_effect.py": "training",
+    "contracts": "training",
+    "contracts/test_measures.py": "unit",
+    "contracts/test_state.py": "unit",
+    "data": "unit",
+    "data/test_batches.py": "training",
+    "data/test_folds.py": "training",
+    "data/test_loader.py": "training",
+    "errors": "training",
+    "experiment": "training",
+    "experiment/test_plan.py": "unit",
+    "plugins": "unit",
+    "plugins/callbacks": "training",
+    "plugins/datasets/test_text.py": "training",
+    "plugins/layers/test_audio.py": "training",
+    "plugins/optim/test_optimizers.py": "training",
+    "plugins/optim/test_wrappers.py": "training",
+    "plugins/tasks": "training",
+    "plugins/tasks/test_tasks.py": "unit",
+    "plugins/test_conformance.py": "training",
+    "plugins/test_transforms.py": "training",
+    "project": "system",
+    "project/test_private_names.py": "unit",
+    "registry": "unit",
+    "runs": "unit",
+    "runs/test_hostile.py": "training",
+    "runs/test_status.py": "training",
+    "runtime": "training",
+    "runtime/test_seeds.py": "unit",
+    "runtime/test_shared_memory.py": "system",
+    "runtime/torch_internals": "unit",
+    "runtime/torch_internals/test_lazy_compiler.py": "system",
+    "system": "system",
+    "system/test_files.py": "unit",
+    "training": "training",
+    "training/test_pure.py": "unit",
+    "tuning": "system",
+    "tuning/test_lockstep.py": "training",
+    "tuning/test_rehearsal.py": "training",
+    "tuning/test_search_space.py": "unit",
+    "tuning/test_stack.py": "training",
+}
+
+
+def suite_of(file: Path) -> str | None:
+    """Return the suite of a test file; None for a file outside of this folder, or without an entry."""
+    if not file.is_relative_to(TESTS):
+        return None
+    path = file.relative_to(TESTS)
+    for entry in (path, *path.parents):
+        if str(entry) in SUITE_OF:
+            return SUITE_OF[str(entry)]
+    return None
