@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from framework.contracts.task import Task
 from framework.data.dataset import Batch
 from framework.runtime import seeds
+from framework.runtime.torch_internals.module_contents import buffers_of
 
 
 @dataclass
@@ -48,7 +49,7 @@ def undisturbed(model: nn.Module, train: bool | None = False) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     buffers = []
     for owner in model.modules():
-        for name, buffer in owner._buffers.items():
+        for name, buffer in buffers_of(owner).items():
             if buffer is not None:
                 buffers.append((owner, name, buffer, buffer.clone()))
     devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
@@ -63,7 +64,7 @@ def undisturbed(model: nn.Module, train: bool | None = False) -> Iterator[None]:
         with torch.no_grad():
             for owner, name, buffer, before in buffers:
                 buffer.copy_(before)
-                owner._buffers[name] = buffer  # the forward pass may have replaced it
+                buffers_of(owner)[name] = buffer  # the forward pass may have replaced it
 
 
 def call(model: nn.Module, batch: Batch, task: Task | None, samples: int) -> None:

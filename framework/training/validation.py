@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -32,6 +31,7 @@ from framework.errors.user_code import describe, text_of, user_place
 from framework.registry.registry import Registry
 from framework.runtime.device import Precision, find_device
 from framework.runtime.memory import MicroBatches, is_full
+from framework.runtime.torch_internals.norms import has_statistics
 
 
 def settings_refused(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -358,7 +358,7 @@ def check_single_sample(
         precision: of the training.
         why: what makes a batch of one sample.
     """
-    normalised = any(isinstance(module, _NormBase) for module in model.modules())
+    normalised = any(map(has_statistics, model.modules()))
     if not normalised or task.phases or not all(isinstance(part, Tensor) for part in batch):
         return
     from .layer_table import undisturbed  # not at the top: it imports torch's counter of FLOPs

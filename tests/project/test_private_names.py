@@ -20,16 +20,6 @@ ALLOWED = {
     "hydra": "framework/composition/hydra_internals.py",
     "omegaconf": "framework/composition/hydra_internals.py",
 }
-NOT_YET_MOVED = (  # to be removed when these files have been rewritten
-    "framework/composition/compose.py",
-    "framework/composition/config_files.py",
-    "framework/tuning/sweep/sweep.py",
-    "framework/training/acceleration/cuda_graph.py",
-    "framework/training/acceleration/fused_update.py",
-    "framework/training/backward.py",
-    "framework/training/layer_table.py",
-    "framework/training/validation.py",
-)
 CLASSES = (
     nn.Module,
     torch.Tensor,
@@ -147,14 +137,9 @@ def forbidden_in(file: str) -> list[str]:
     return sorted({name for library, name in used if not file.startswith(ALLOWED[library])})
 
 
-@pytest.mark.parametrize("file", [file for file in TREES if file not in NOT_YET_MOVED])
+@pytest.mark.parametrize("file", TREES)
 def test_private_names_are_used_in_one_place_for_each_library(file):
     assert forbidden_in(file) == [], f"use a function of {' or '.join(sorted(set(ALLOWED.values())))}"
-
-
-@pytest.mark.parametrize("file", NOT_YET_MOVED)
-def test_an_exception_is_needed(file):
-    assert forbidden_in(file), "remove the file from NOT_YET_MOVED"
 
 
 CODE = """

@@ -15,7 +15,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map
 
 from framework.contracts.loss import copied
 from framework.contracts.pure_optimizer import PureOptimizer
@@ -26,6 +25,7 @@ from framework.runtime.clock import Clock
 from framework.runtime.device import Precision
 from framework.runtime.identity import ModelContents, identical
 from framework.runtime.torch_internals.optimizer_hooks import has_step_hooks
+from framework.runtime.torch_internals.pytree import tree_map
 from framework.training.parameters import Parameters
 
 from .callbacks import GradientCallbacks
