@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from framework.contracts.callback import Callback, listeners
 from framework.contracts.logger import Logger
 from framework.contracts.metric import Measures, Metric
-from framework.contracts.optimizer import group_settings, mark_learning_rates, start_learning_rates
 from framework.contracts.schedule import Schedule, factor_of
 from framework.contracts.state import Cadence, Every, State
 from framework.contracts.task import Task
@@ -46,6 +45,7 @@ from .acceleration.fused_update import FusedStep
 from .backward import Backward
 from .evaluator import Evaluator
 from .log_record import checked_record
+from .optimizer_state import group_settings, mark_learning_rates, start_learning_rates
 from .validation import (
     check_callbacks,
     check_fit,

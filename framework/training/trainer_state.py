@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch.optim import Optimizer
 
 from framework.contracts.callback import keyed
-from framework.contracts.optimizer import group_settings, restore_optimizer, same_setting
 from framework.contracts.schedule import Schedule
 from framework.data.dataset import Loader
 from framework.errors import SettingError
 from framework.errors.user_code import describe
 from framework.runtime import seeds
+
+from .optimizer_state import group_settings, restore_optimizer, same_setting
 
 if TYPE_CHECKING:
     from .trainer import Trainer
