@@ -100,6 +100,10 @@ if TYPE_CHECKING:
     from .runtime.torch_internals.non_finite import NonFiniteFlag as NonFiniteFlag
     from .system import files as files
     from .training.layer_table import undisturbed as undisturbed
+    from .training.optimizer_state import (
+        restore_optimizer as restore_optimizer,
+        state_after_a_step as state_after_a_step,
+    )
     from .training.trainer import Trainer as Trainer
     from .training.validation import check_initialized as check_initialized
     from .tuning.search.study import Judge as Judge, make_pruner as make_pruner
@@ -140,7 +144,9 @@ _NAMES = {  # imported at first use: most of these import torch, which a command
     "make_pruner": "tuning.search.study",
     "numbers_of": "runtime.gradients",
     "open_run": "experiment.load",
+    "restore_optimizer": "training.optimizer_state",
     "slow_data": "runtime.clock",
+    "state_after_a_step": "training.optimizer_state",
     "undisturbed": "training.layer_table",
 }
 _MODULES = {

@@ -19,7 +19,6 @@ from torch.optim import Optimizer
 
 from framework.composition.spec import Spec
 from framework.contracts.callback import Callback, changes_training, follows_metrics
-from framework.contracts.optimizer import check_state, group_settings, merged_groups, older_settings
 from framework.contracts.schedule import observes
 from framework.errors import CheckpointError, ConfigError, RunError, did_you_mean, short
 from framework.errors.paths import expanded, override
@@ -29,6 +28,7 @@ from framework.registry.schema import members, strip
 from framework.runs import checkpoint
 from framework.runs.folder import RunFolder, dump, read_config, read_facts, run_behind, run_of_checkpoint
 from framework.system.files import open_file, parse_yaml, read_bytes, read_rows
+from framework.training.optimizer_state import check_state, group_settings, merged_groups, older_settings
 
 JUDGED_BY = ("monitor", "mode", "min_delta")  # settings of a callback that decides by logged values
 SAME_BITS = (  # what may differ in a resumed run without a bit of its weights being another

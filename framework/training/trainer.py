@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from framework.contracts.callback import Callback, listeners
 from framework.contracts.logger import Logger
 from framework.contracts.metric import Measures, Metric
-from framework.contracts.optimizer import group_settings, mark_learning_rates, start_learning_rates
 from framework.contracts.schedule import Schedule
 from framework.contracts.state import Cadence, Every, State, Stop
 from framework.contracts.task import Task
@@ -48,6 +47,7 @@ from .acceleration.cuda_graph import CudaGraph
 from .evaluator import Evaluator
 from .log_record import checked_record
 from .loop import run_epoch
+from .optimizer_state import group_settings, mark_learning_rates, start_learning_rates
 from .parameters import Parameters
 from .step import TrainingStep, select_step, select_update
 from .validation import (

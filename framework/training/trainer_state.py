@@ -10,7 +10,6 @@ from torch.optim import Optimizer
 
 from framework.contracts.callback import Callback, keyed
 from framework.contracts.metric import Measures
-from framework.contracts.optimizer import group_settings, restore_optimizer, same_setting
 from framework.contracts.schedule import Schedule
 from framework.contracts.state import Cadence, State
 from framework.data.accumulation import Batches
@@ -20,6 +19,8 @@ from framework.errors.user_code import describe
 from framework.runtime import seeds
 from framework.runtime.device import Precision
 from framework.runtime.memory import MicroBatches
+
+from .optimizer_state import group_settings, restore_optimizer, same_setting
 
 WRONG_FORM = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError)
 

@@ -31,9 +31,9 @@ from framework import (
     files,
     gradient_numbers,
     snapshot,
+    state_after_a_step,
 )
 from framework.contracts.callback import keyed
-from framework.contracts.optimizer import state_after_a_step
 from framework.contracts.state import SECONDS, Cadence
 
 Mode = Literal["auto", "min", "max"]

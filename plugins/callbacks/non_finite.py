@@ -17,9 +17,9 @@ from framework import (
     callbacks,
     checkpoints,
     numbers_of,
+    restore_optimizer,
 )
 from framework.contracts.callback import keyed
-from framework.contracts.optimizer import restore_optimizer
 
 ADVICE = "A lower learning rate, warm-up or clip_gradients may help."
 

@@ -7,8 +7,8 @@ compiler, by whatever code, puts them back first.
 
 Gain: MEASURED
 
-The environment variable FRAMEWORK_LAZY_COMPILER=off leaves torch as it is. So does a release of torch that decorates its
-methods in another way: then nothing is found to take off.
+The environment variable FRAMEWORK_LAZY_COMPILER=off leaves torch as it is. So does a release of torch that
+decorates its methods in another way: then nothing is found to take off.
 """
 
 import inspect
