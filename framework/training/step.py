@@ -94,6 +94,10 @@ class TrainingStep:
         measures: get the loss, outputs and targets of each batch.
         forward_backward: how forward and backward run.
         update: does what `optimizer.step()` does.
+        is_first: no step is done yet.
+        is_first_update: no update is done yet.
+        checked_reach: the phases of which it was checked what parameters the loss reaches.
+        checked_task: the phases whose step the task has checked.
     """
 
     model: nn.Module
@@ -128,7 +132,8 @@ class TrainingStep:
 
         backward = self.backward_with_retry if self.micro_batches.auto else self.backward
         for phase in self.task.phases or (None,):
-            with ALL_PARAMETERS if phase is None else only_trains(self.model, phase):
+            trained = ALL_PARAMETERS if phase is None else only_trains(self.model, phase)
+            with trained:
                 try:
                     trainer.loss, updated = backward(batches, phase)
                 except RuntimeError as error:
