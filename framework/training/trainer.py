@@ -306,9 +306,9 @@ class Trainer(Evaluator):
     def _prepare(self, resume: dict[str, Any] | None) -> None:
         """Make everything that the first step needs: counters, scaler, sums, seeds, open loggers."""
         seeds.seed_everything(seeds.derive(self.seed, "train"))
-        before_first_fit = None if self._was_fitted else self.state.stop  # of a signal during start-up
+        stop = None if self._was_fitted else self.state.stop  # by a signal before the first fit
         self.state = State(steps_per_epoch=count_steps(self.train_batches, self.accumulate))
-        self.state.stop = before_first_fit
+        self.state.stop = stop
         self.state.total_steps = count_total(self.state.steps_per_epoch, self.max_epochs, self.max_steps)
         trainer_state.reset(self)
         start_learning_rates(self.optimizer, self.schedule is not None)
@@ -590,7 +590,7 @@ class Trainer(Evaluator):
                     logger.scalars(values, step=state.step, epoch=state.epoch, wall_seconds=state.wall_seconds)
 
     def capture(self) -> dict[str, Any]:
-        """Return what `state_dict` returns, but with the tensors in use, which the next step changes."""
+        """Return what `state_dict` returns without copies: the next step changes the tensors."""
         return trainer_state.capture(self)
 
     def state_dict(self) -> dict[str, Any]:
