@@ -128,15 +128,18 @@ class Callback(Stateful):
 
 
 class SavingCallback(Callback):
-    """Base of callbacks that save checkpoints. A run without one prints that it cannot be resumed."""
+    """Base of callbacks that save checkpoints; a run without one prints a note."""
 
     changes_training = False
 
     def hurry_saving(self) -> None:
-        """Start to write what waits to be written, without waiting for it: `finish_saving` follows."""
+        """Start pending writes without waiting for them: `finish_saving` follows."""
 
     def finish_saving(self) -> None:
-        """Wait until all checkpoints are on the disk. Raises CheckpointError if one cannot be written."""
+        """Wait until all checkpoints are on the disk.
+
+        Raises CheckpointError if one cannot be written.
+        """
 
 
 def changes_training(part: Any) -> bool:

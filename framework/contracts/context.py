@@ -120,7 +120,13 @@ class Context(Protocol):
         None for batches of the user's own.
         """
 
-    def evaluate(self, data: Source, *, batch_size: int = 256, name: str = "test") -> dict[str, float]:
+    def evaluate(
+        self,
+        data: Source,
+        *,
+        batch_size: int = 256,
+        name: str = "test",
+    ) -> dict[str, float]:
         """Measure the model on a split or loader, log the values and return them."""
 
     def predict(self, data: Source | Tensor, *, batch_size: int = 256) -> Tensor:

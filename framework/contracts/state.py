@@ -21,7 +21,9 @@ CALLBACK = "callback"  # what ends a run that was given only a text as its reaso
 
 @dataclass(frozen=True)
 class Stop:
-    """Why a run ends before its last step. `str(stop)` is the text in status.json and at the terminal.
+    """Why a run ends before its last step.
+
+    `str(stop)` is the text in status.json and at the terminal.
 
     Attributes:
         by: the name of the callback that ends the run, such as "early_stop"; "callback" for one

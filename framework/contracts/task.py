@@ -113,7 +113,13 @@ class Task:
 class TextTask(Protocol):
     """A task whose model continues a text, as `framework predict --prompt` asks for."""
 
-    def generate(self, model: nn.Module, tokens: Tensor, context: int, **sampling: Any) -> list[int]:
+    def generate(
+        self,
+        model: nn.Module,
+        tokens: Tensor,
+        context: int,
+        **sampling: Any,
+    ) -> list[int]:
         """Return the tokens after some.
 
         Args:

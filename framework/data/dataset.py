@@ -183,7 +183,7 @@ class Data:
 
 
 def splits_of(data: Data) -> dict[str, Split]:
-    """Return the splits that a data set has by name; a plugin's `__init__` may have left some out."""
+    """Return the splits that a data set has, by name."""
     found = {name: getattr(data, name, None) for name in SPLITS}
     return {name: split for name, split in found.items() if split is not None}
 

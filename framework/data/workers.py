@@ -300,7 +300,7 @@ def read_batches(
     except (RuntimeError, OSError, EOFError) as error:  # OSError: memory that a process shared is gone with it
         for process in processes:
             process.join(0.1)
-        # torch raises a RuntimeError for a batch that has taken too long, too, while all processes live.
+        # Of a timeout only the text tells: torch raises a RuntimeError, and all processes live.
         if "DataLoader" not in str(error) and all(process.is_alive() for process in processes):
             raise
         raise fault(samples, processes, timeout_seconds) from error

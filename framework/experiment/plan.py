@@ -100,7 +100,7 @@ class Plan:
     pace: str | None = None  # which epochs have how many steps, where they differ
 
     def follow(self, pace: Pace, optimizer: Optimizer, schedule: Schedule | None) -> None:
-        """Take the steps and the learning rates of a run whose batches a callback spreads over steps."""
+        """Use the steps and learning rates of a callback that changes how batches make steps."""
         self.total_steps = pace.total_steps
         self.batches_per_step = pace.batches_per_step
         self.pace = pace.text

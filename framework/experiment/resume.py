@@ -248,7 +248,9 @@ def open_folder(run: Path, spec: Spec, inexact: bool = False) -> Resumed:
         advice = "leave it as it was, or allow it with --inexact"
         raise RunError(f"{run} cannot go on exactly with {'; '.join(breaking)}: {advice}")
     resumed = Resumed(folder)
-    resumed.changed = {path: text for path, text in changed if not path.startswith(("run.", "plugins"))}
+    for path, text in changed:
+        if not path.startswith(("run.", "plugins")):
+            resumed.changed[path] = text
     resumed.config, resumed.data_moved = before, data_moved
     resumed.notes = [f"from here on {text}" for text in resumed.changed.values()]
     checkpoints = run / "checkpoints"

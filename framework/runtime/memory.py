@@ -24,7 +24,7 @@ def is_full(error: BaseException) -> bool:
     """Whether an error is one of the forms in which torch or Python say that memory is full."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return "can't allocate memory" in text_of(error)  # torch's allocator for the CPU: a RuntimeError
+    return "can't allocate memory" in text_of(error)  # on the CPU torch raises a RuntimeError
 
 
 def free_bytes(device: torch.device) -> int | None:

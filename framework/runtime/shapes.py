@@ -16,7 +16,7 @@ from . import seeds
 
 
 class NoTensorError(BuildError):
-    """A module returns something else than a tensor. Its text goes on after the name of the module."""
+    """A module returns something other than a tensor; the text follows the module's name."""
 
 
 def expect(in_shape: Shape, forms: str, who: str, hint: str = "") -> Shape:

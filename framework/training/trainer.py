@@ -616,7 +616,7 @@ class Trainer(Evaluator):
                     logger.scalars(values, step=state.step, epoch=state.epoch, wall_seconds=state.wall_seconds)
 
     def capture(self) -> dict[str, Any]:
-        """Return what `state_dict` returns, but with the tensors in use, which the next step changes."""
+        """Return what `state_dict` returns without copies: the next step changes the tensors."""
         return trainer_state.capture(self)
 
     def state_dict(self) -> dict[str, Any]:

@@ -103,8 +103,9 @@ class Accumulation(Callback):
         usual_steps = -(-batches // usual)
         schedule_steps: list[int] = []
         for epoch, count in enumerate(steps):
+            first = epoch * usual_steps
             wanted = self.wanted(epoch, usual)
-            schedule_steps += [epoch * usual_steps + step * wanted // usual for step in range(count)]
+            schedule_steps += [first + step * wanted // usual for step in range(count)]
         return Pace(total, mean, told(steps, total), schedule_steps.__getitem__)
 
 

@@ -51,6 +51,8 @@ def test_it_is_written_at_most_once_a_second(tmp_path):
 def test_a_stopped_run_says_why_and_so_does_a_failed_one(tmp_path):
     run(tmp_path, At(3, lambda trainer: setattr(trainer.state, "stop", "enough")))
     assert (read(tmp_path)["status"], read(tmp_path)["reason"]) == ("stopped", "enough")
+    run(tmp_path, At(3, lambda trainer: trainer.stop("at", "enough")))
+    assert (read(tmp_path)["status"], read(tmp_path)["reason"]) == ("stopped", "at: enough")
     with pytest.raises(ZeroDivisionError):
         run(tmp_path, At(3, lambda trainer: 1 / 0))
     assert read(tmp_path)["status"] == "failed"

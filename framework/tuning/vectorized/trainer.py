@@ -359,7 +359,7 @@ class Lockstep:
         self._keep([row for row in range(len(self.trials)) if row not in done])
         for callback in (callback for trial in leaving for callback in trial.trainer.callbacks):
             if isinstance(callback, SavingCallback):
-                callback.hurry_saving()  # all at once, where each would wait for its own disk writes below
+                callback.hurry_saving()  # all at once: below, each waits for its own writes
         for trial in leaving:
             self._close(trial, None)
 

@@ -86,7 +86,8 @@ def records(lines: Iterator[str], delimiter: str, path: Path) -> Iterator[tuple[
         for row in reader:
             yield reader.line_num, row
     except csv.Error as error:
-        open_quote = str(error) == "unexpected end of data"  # csv.Error has neither a code nor subclasses
+        # csv.Error has neither a code nor subclasses.
+        open_quote = str(error) == "unexpected end of data"
         said = 'a quote (") is not closed' if open_quote else error
         raise DataError(f"{path} is no well-formed CSV: {said}") from error
     finally:
@@ -131,7 +132,7 @@ def parse_rows(content: bytes, start: int, header: Sequence[str], delimiter: str
             table = arrow_csv.read_csv(pyarrow.BufferReader(rows), reading, parsing, converting)
             return dict(zip(header, table.columns, strict=True))
         except pyarrow.ArrowInvalid as error:
-            # A row longer than a block; pyarrow raises ArrowInvalid for whatever is wrong with a file.
+            # A row longer than a block; ArrowInvalid stands for all that is wrong with a file.
             if "straddl" in str(error) and block < min(len(content), LARGEST_BLOCK):
                 block = min(LARGEST_BLOCK, 16 * block)
                 continue
