@@ -138,10 +138,12 @@ def run(line: CommandLine, task: Callable[[Job], Any]) -> None:
 
     Raises ConfigError with every problem, and PluginError for plugins that do not load.
     """
+    job = None
     with opened(line) as (composing, hydra):
-        job = None if line.shows else compose(composing, hydra)
-        if job is None:
+        if line.shows:
             show(composing, hydra)
+        else:
+            job = compose(composing, hydra)
     notes(composing.overrides.notes)
     if job is not None:
         task(job)

@@ -7,7 +7,6 @@ variables. So each file is checked when Hydra reads it: it may choose parts and 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -68,14 +67,13 @@ def checked_files() -> Iterator[list[File]]:
         yield FileConfigSource.read
 
 
-@cache
-def settings_in_files(group: str) -> frozenset[str]:
+def settings_in_files(group: str) -> set[str]:
     """Return the settings of sweepers, or of launchers, that a config file may give."""
     found = set(FOREIGN_SETTINGS[group])
     for plugin in HYDRA_PLUGINS.values():
         if plugin.group == group and plugin.in_files:
             found |= plugin_settings(plugin).keys()
-    return frozenset(found)
+    return found
 
 
 def check_file(file: Path, config_path: str, package: str, content: Any) -> Iterator[str]:

@@ -9,7 +9,6 @@ the signature supplies it when the part is built.
 
 import ast
 import inspect
-import math
 import operator
 import re
 import textwrap
@@ -625,7 +624,7 @@ def convert_scalar(value: Any, annotation: Any) -> Any:
     elif annotation is bool:
         fits = isinstance(value, bool)
     elif annotation is int:  # 1e3 is an int, in words
-        fits = is_number and math.isfinite(value) and value == int(value)
+        fits = is_number and (isinstance(value, int) or value.is_integer())
     elif annotation is float:
         fits = is_number
     elif annotation in (str, Path):
