@@ -1,14 +1,15 @@
-"""Runs the unit and training suites with several releases of Python, torch and Hydra, and prints a table in Markdown.
+"""Runs the unit and training suites with several releases of Python, torch and Hydra.
 
     scripts/test --matrix                       every combination
-    scripts/test --matrix=3.11/2.13/1.3.8       one: PYTHON/TORCH/HYDRA; * stands for all, as in */newest/1.3.8
-    scripts/test --matrix --matrix-keep         environments stay for the next run; otherwise each goes after its use
+    scripts/test --matrix=3.11/2.13/1.3.8       one: PYTHON/TORCH/HYDRA; * for all: */newest/1.3.8
+    scripts/test --matrix --matrix-keep         keep environments for the next run
     scripts/test --matrix -x tests/runs         with arguments for pytest
 
-Environments are in the cache folder of the user, with the logs of pip and pytest: 1 to 2 GB each, or 5 to 8 GB with a
-torch for CUDA. FRAMEWORK_TORCH_INDEX names another index for torch, e.g. https://download.pytorch.org/whl/cpu for
-builds without CUDA. A Python that is
-not on this machine (on the PATH, or of pyenv or uv) has a row that says so. The exit status is 1 if anything failed.
+It prints a table in Markdown. Environments are in the cache folder of the user, with the logs of
+pip and pytest: 1 to 2 GB each, or 5 to 8 GB with a torch for CUDA. FRAMEWORK_TORCH_INDEX names
+another index for torch, e.g. https://download.pytorch.org/whl/cpu for builds without CUDA. A Python
+that is not on this machine (on the PATH, or of pyenv or uv) has a row that says so. The exit status
+is 1 if anything failed.
 """
 
 import hashlib
@@ -29,7 +30,8 @@ PYTHONS = ("3.11", "3.13")
 TORCHES = ("2.10", "2.13", "newest")
 HYDRAS = ("1.3.8", "1.4.0rc3")
 REPLACED = ("torch", "hydra-core")
-UNPINNED = ("torch", "hydra-core", "omegaconf", "antlr4-python3-runtime", "sympy", "networkx")  # as torch or Hydra asks
+# Packages whose versions torch and Hydra choose.
+UNPINNED = ("torch", "hydra-core", "omegaconf", "antlr4-python3-runtime", "sympy", "networkx")
 GIGABYTES = 12  # free disk space that an environment needs, with what pip unpacks on the way
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "framework-matrix"
@@ -70,12 +72,14 @@ def main(arguments: list[str]) -> int:
         elif argument not in ("--matrix", "--matrix-keep"):
             pytest_arguments.append(argument)
     if len(chosen) != 3:
-        print("matrix: expected --matrix=PYTHON/TORCH/HYDRA, e.g. --matrix=3.11/2.13/1.3.8", file=sys.stderr)
+        form = "--matrix=PYTHON/TORCH/HYDRA, e.g. --matrix=3.11/2.13/1.3.8"
+        print(f"matrix: expected {form}", file=sys.stderr)
         return 2
-    options = zip(chosen, (PYTHONS, TORCHES, HYDRAS), strict=True)
-    pythons, torches, hydras = [known if wanted in ("*", "") else (wanted,) for wanted, known in options]
+    axes = []
+    for wanted, known in zip(chosen, (PYTHONS, TORCHES, HYDRAS), strict=True):
+        axes.append(known if wanted in ("*", "") else (wanted,))
     rows = []
-    for combination in product(pythons, torches, hydras):
+    for combination in product(*axes):
         row = result_of(combination, keep, pytest_arguments)
         print(f"matrix: {row}", file=sys.stderr, flush=True)
         rows.append(row)
@@ -86,19 +90,20 @@ def main(arguments: list[str]) -> int:
     return int(any(row.failed for row in rows))
 
 
-def result_of(combination: tuple[str, str, str], keep: bool, pytest_arguments: list[str]) -> Row:
+def result_of(combination: tuple[str, ...], keep: bool, pytest_arguments: list[str]) -> Row:
     """Make the environment of a combination, and run the suites in it."""
     version, torch, hydra = combination
+    asked = (version, torch, hydra)
     interpreter = find_python(version)
     if interpreter is None:
-        return Row(combination, None, f"no python{version}", failed=False)
+        return Row(asked, None, f"no python{version}", failed=False)
     folder = CACHE / "-".join(combination)
     log = CACHE / f"{folder.name}.log"
     try:
         python = environment(interpreter, folder, torch, hydra, log)
         return run_tests(python, log, pytest_arguments)
     except MatrixError as error:
-        return Row(combination, None, str(error), failed=True)
+        return Row(asked, None, str(error), failed=True)
     finally:
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
@@ -109,7 +114,8 @@ def find_python(version: str) -> str | None:
     candidates = [sys.executable, shutil.which(f"python{version}")]
     if pyenv := shutil.which("pyenv"):
         root = Path(output_of([pyenv, "root"]))
-        candidates += [str(path) for path in sorted(root.glob(f"versions/{version}.*/bin/python"), reverse=True)]
+        installed = sorted(root.glob(f"versions/{version}.*/bin/python"), reverse=True)
+        candidates += map(str, installed)
     if uv := shutil.which("uv"):
         candidates.append(output_of([uv, "python", "find", version]))
     for candidate in filter(None, candidates):
@@ -129,7 +135,7 @@ def output_of(command: list[str]) -> str:
 
 
 def environment(interpreter: str, folder: Path, torch: str, hydra: str, log: Path) -> Path:
-    """Return the Python of an environment with these releases; one that is there already is used again."""
+    """Return the Python of an environment with these releases, made unless it is there."""
     python = folder / "bin/python"
     stamp = folder / "installed"
     requirements = requirements_for(torch, hydra)
@@ -155,7 +161,7 @@ def environment(interpreter: str, folder: Path, torch: str, hydra: str, log: Pat
 
 
 def requirements_for(torch: str, hydra: str) -> list[str]:
-    """Return the requirements of the project, and of its tests, with other releases of torch and Hydra."""
+    """Return what the project and its tests require, with these releases of torch and Hydra."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     asked = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
     kept = [each for each in asked if name_of(each) not in REPLACED]
@@ -178,7 +184,13 @@ def call(command: list[str], log: Path, **variables: str) -> None:
     """Run a command with its output in the log. Raises MatrixError when it fails."""
     with log.open("a", encoding="utf-8") as file:
         environ = os.environ | variables
-        done = subprocess.run(command, env=environ, stdout=file, stderr=subprocess.STDOUT, check=False)
+        done = subprocess.run(
+            command,
+            env=environ,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
     if done.returncode != 0:
         raise MatrixError(f"cannot be installed: see {log}")
 
@@ -188,17 +200,24 @@ def run_tests(python: Path, log: Path, pytest_arguments: list[str]) -> Row:
     versions = installed_versions(python)
     report = log.with_suffix(".xml")
     report.unlink(missing_ok=True)
-    suites = ["-m", "(unit or training) and not slow"]
-    command = [str(python), "-m", "pytest", "-n", "2", "--dist", "loadfile", *suites, "-p", "no:cacheprovider"]
+    command = [str(python), "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    command += ["-n", "2", "--dist", "loadfile", "-m", "(unit or training) and not slow"]
     environ = {"OMP_NUM_THREADS": "1"} | os.environ
     environ["PATH"] = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
     start = time.monotonic()
     with log.open("a", encoding="utf-8") as file:
-        arguments = [*command, f"--junitxml={report}", *pytest_arguments]
-        done = subprocess.run(arguments, cwd=ROOT, env=environ, stdout=file, stderr=subprocess.STDOUT, check=False)
+        done = subprocess.run(
+            [*command, *pytest_arguments],
+            cwd=ROOT,
+            env=environ,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
     seconds = time.monotonic() - start
     if not report.is_file():
-        return Row(versions, None, f"pytest did not end (status {done.returncode}): see {log}", failed=True)
+        note = f"pytest did not end (status {done.returncode}): see {log}"
+        return Row(versions, None, note, failed=True)
     counts = counts_in(report)
     note = f"{seconds:.0f} s"
     if done.returncode != 0:

@@ -4,8 +4,8 @@
 - training: short fits and commands in this process.
 - system: other processes, signals, sweeps, searches, servers, scripts and benchmarks.
 
-Files are in one table, not marked one by one, so that a suite can be read as a whole and a new file belongs to one at
-once: the longest entry that a path begins with counts.
+Files are in one table, not marked one by one, so that a suite can be read as a whole and a new file
+belongs to one at once: the longest entry that a path begins with counts.
 """
 
 from pathlib import Path
@@ -65,7 +65,7 @@ SUITE_OF = {
 
 
 def suite_of(file: Path) -> str | None:
-    """Return the suite of a test file; None for a file outside of this folder, or without an entry."""
+    """Return the suite of a test file; None for one without an entry, or of another folder."""
     if not file.is_relative_to(TESTS):
         return None
     path = file.relative_to(TESTS)

@@ -1,4 +1,4 @@
-"""The state of an optimizer in a fit: its learning rates, the settings it was built with, restoring a saved one."""
+"""The state of an optimizer in a fit: learning rates, settings, restoring a saved state."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Private names of torch and Hydra are used in one place for each library: a new release can break only that place."""
+"""Private names of torch and Hydra are used in one place for each library."""
 
 import ast
 import re

@@ -16,8 +16,9 @@ if hasattr(dataloader, "_MultiProcessingDataLoaderIter"):
 def shut_down(iterator: Any) -> None:
     """Let the workers of a DataLoader's iterator finish and end.
 
-    Gain: an iterator that an error interrupts is still referenced by the error's traceback, and so would not be
-    collected, which is torch's public way to end its workers. Without the method the caller's `Process.kill` ends them.
+    Gain: an iterator that an error interrupts is still referenced by the error's traceback, and so
+    would not be collected, which is torch's public way to end its workers. Without the method the
+    caller's `Process.kill` ends them.
     """
     if hasattr(iterator, "_shutdown_workers"):
         iterator._shutdown_workers()
@@ -26,8 +27,8 @@ def shut_down(iterator: Any) -> None:
 def abandon(error: BaseException) -> None:
     """Mark the iterator whose construction raised this error as shut down.
 
-    Gain: `__del__` of the unfinished iterator would miss attributes, and print a traceback that tells users nothing.
-    Where torch has renamed these, that traceback is printed.
+    Gain: `__del__` of the unfinished iterator would miss attributes, and print a traceback that
+    tells users nothing. Where torch has renamed these, that traceback is printed.
     """
     traceback = error.__traceback__
     while traceback is not None:
@@ -40,8 +41,9 @@ def abandon(error: BaseException) -> None:
 class DeferredDeaths:
     """A SIGCHLD handler that calls torch's only while a batch is awaited.
 
-    Gain: torch's own handler raises wherever the main thread happens to be when a worker dies: in the middle of a step,
-    after which model and optimizer are in no defined state. A release of torch without such a handler needs none.
+    Gain: torch's own handler raises wherever the main thread happens to be when a worker dies: in
+    the middle of a step, after which model and optimizer are in no defined state. A release of
+    torch without such a handler needs none.
     """
 
     def __init__(self, torch_handler: Callable[..., Any]):
@@ -69,7 +71,7 @@ class DeferredDeaths:
 
 
 def defer_deaths() -> Callable[[], AbstractContextManager[None]]:
-    """Return the context manager in which to wait for a batch. Call it once the workers have started.
+    """Return the context manager to wait for a batch in, once the workers have started.
 
     torch sets its handler in the main thread only; in another thread nothing is changed.
     """

@@ -1,8 +1,8 @@
 """Operations on lists of tensors of the same length.
 
-Gain: on an accelerator one kernel serves all tensors of a list, where a loop launches one for each: an average of the
-weights of a ResNet-50 takes 1 or 2 launches in place of 161. On a CPU torch runs the same loop as the fallback. The
-numbers are the same, bit for bit.
+Gain: on an accelerator one kernel serves all tensors of a list, where a loop launches one for each:
+an average of the weights of a ResNet-50 takes 1 or 2 launches in place of 161. On a CPU torch runs
+the same loop as the fallback. The numbers are the same, bit for bit.
 """
 
 import torch

@@ -1,14 +1,15 @@
-"""Training without the import of torch's compiler, which takes about as long as the import of torch itself.
+"""Training without the import of torch's compiler.
 
-torch decorates methods of its optimizers (and of dispatch modes, such as its counter of FLOPs) so that the compiler
-leaves them alone. Each decorator imports the compiler when the method is called. While the compiler is not imported,
-nothing is compiled and the decorators have no effect, so `defer_compiler` takes them off; a hook on the import of the
-compiler, by whatever code, puts them back first.
+torch decorates methods of its optimizers (and of dispatch modes, such as its counter of FLOPs) so
+that the compiler leaves them alone. Each decorator imports the compiler when the method is called.
+While the compiler is not imported, nothing is compiled and the decorators have no effect, so
+`defer_compiler` takes them off; a hook on the import of the compiler, by whatever code, puts them
+back first.
 
 Gain: MEASURED
 
-The environment variable FRAMEWORK_LAZY_COMPILER=off leaves torch as it is. So does a release of torch that
-decorates its methods in another way: then nothing is found to take off.
+The environment variable FRAMEWORK_LAZY_COMPILER=off leaves torch as it is. So does a release of
+torch that decorates its methods in another way: then nothing is found to take off.
 """
 
 import inspect
@@ -28,7 +29,7 @@ SWITCH = "FRAMEWORK_LAZY_COMPILER"
 
 
 def defer_compiler() -> None:
-    """Do not import torch's compiler with the first call of an optimizer, unless it is imported already."""
+    """Keep the first call of an optimizer from importing torch's compiler."""
     if COMPILER in sys.modules or os.environ.get(SWITCH) == "off":
         return
     decorated: dict[Any, Any] = {}
@@ -48,7 +49,9 @@ def methods() -> list[tuple[type, str, Any]]:
         classes += cls.__subclasses__()
     found = []
     for cls in classes:
-        found += [(cls, name, method) for name, method in vars(cls).items() if inspect.isfunction(method)]
+        for name, method in vars(cls).items():
+            if inspect.isfunction(method):
+                found.append((cls, name, method))
     return found
 
 
@@ -92,7 +95,7 @@ class CompilerImportHook(MetaPathFinder):
             if method in self.decorated:
                 setattr(cls, method_name, self.decorated[method])
             elif getattr(method, "hooked", False) and method.__wrapped__ in self.decorated:
-                # `Optimizer.__init__` has wrapped the plain method, so that it calls the optimizer's hooks
+                # `Optimizer.__init__` has wrapped the plain method, to call the optimizer's hooks
                 hooked: Any = Optimizer.profile_hook_step(self.decorated[method.__wrapped__])
                 hooked.hooked = True
                 setattr(cls, method_name, hooked)

@@ -1,6 +1,7 @@
-"""The parameters, buffers, submodules and hooks that a module holds itself, without those of its submodules."""
+"""What a module holds itself, without its submodules: parameters, buffers, submodules, hooks."""
 
 from collections.abc import Callable, Iterator, MutableMapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ class PublicContents(MutableMapping[str, Any]):
 
     def __setitem__(self, name: str, value: Any) -> None:
         if isinstance(self[name], nn.Parameter) and not isinstance(value, nn.Parameter):
-            delattr(self.module, name)  # a module accepts no plain tensor in the place of a parameter
+            delattr(self.module, name)  # a module accepts no plain tensor for a parameter
         setattr(self.module, name, value)
 
     def __delitem__(self, name: str) -> None:
@@ -42,19 +43,22 @@ class PublicContents(MutableMapping[str, Any]):
 def parameters_of(module: nn.Module) -> MutableMapping[str, nn.Parameter | None]:
     """Return the module's own parameters by name; the mapping follows the module.
 
-    Gain: to compare all of a model takes a fifth of the time of `model.named_parameters()`, which callbacks that follow
-    the weights would need in each step. A plain tensor can also stand in for a parameter, as vmap needs.
+    Gain: to compare all of a model takes a fifth of the time of `model.named_parameters()`, which
+    callbacks that follow the weights would need in each step. A plain tensor can also stand in for
+    a parameter, as vmap needs.
     """
     if HAS_DICTIONARIES:
         return module._parameters
-    return PublicContents(module, lambda: module.named_parameters(recurse=False, remove_duplicate=False))
+    read = partial(module.named_parameters, recurse=False, remove_duplicate=False)
+    return PublicContents(module, read)
 
 
 def buffers_of(module: nn.Module) -> MutableMapping[str, Tensor | None]:
     """Return the module's own buffers by name (see `parameters_of`)."""
     if HAS_DICTIONARIES:
         return module._buffers
-    return PublicContents(module, lambda: module.named_buffers(recurse=False, remove_duplicate=False))
+    read = partial(module.named_buffers, recurse=False, remove_duplicate=False)
+    return PublicContents(module, read)
 
 
 def submodules_of(module: nn.Module) -> MutableMapping[str, nn.Module | None]:
@@ -67,8 +71,9 @@ def submodules_of(module: nn.Module) -> MutableMapping[str, nn.Module | None]:
 def hooks_of(module: nn.Module) -> dict[str, list[Any]]:
     """Return the hooks of forward and backward, by kind.
 
-    Gain: trials whose modules have different hooks are not trained together. torch has no public list of hooks; where
-    their names have changed none are found, and the comparison of stacked and single losses has to tell.
+    Gain: trials whose modules have different hooks are not trained together. torch has no public
+    list of hooks; where their names have changed none are found, and the comparison of stacked and
+    single losses has to tell.
     """
     if not HAS_DICTIONARIES:
         return {}
@@ -76,7 +81,7 @@ def hooks_of(module: nn.Module) -> dict[str, list[Any]]:
 
 
 def has_gradient_hooks(parameter: Tensor) -> bool:
-    """Return whether a hook is called for the gradient of a parameter (`register_hook` and its like).
+    """Return whether a hook is called for the gradient of a parameter.
 
     Gain: there is no public way to ask. Where torch has renamed the attributes, none are found.
     """

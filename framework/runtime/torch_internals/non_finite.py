@@ -11,9 +11,9 @@ from ..gradients import numbers_of
 class NonFiniteFlag:
     """A flag on a device that tensors with a number that is not finite raise.
 
-    Gain: torch's kernel for gradient scalers reads all tensors in one call. For six small gradients on a CPU it takes
-    a twentieth of the time of `isfinite().all()` for each, or of a norm; `non_finite` calls it in each step of the
-    default experiment.
+    Gain: torch's kernel for gradient scalers reads all tensors in one call. For six small gradients
+    on a CPU it takes a twentieth of the time of `isfinite().all()` for each, or of a norm;
+    `non_finite` calls it in each step of the default experiment.
 
     Attributes:
         value: a tensor without axes: 0.0, or 1.0 once a number was not finite.
@@ -24,7 +24,7 @@ class NonFiniteFlag:
         self._scale = torch.ones((), device=device)
 
     def check(self, tensors: Sequence[Tensor]) -> None:
-        """Raise the flag when a number of these tensors is not finite. Nothing is read from the device."""
+        """Raise the flag when a number of these is not finite; nothing is read from the device."""
         kernel = getattr(torch, "_amp_foreach_non_finite_check_and_unscale_", None)
         if kernel is None:
             check_each(tensors, self.value)

@@ -1,7 +1,7 @@
 """Nested outputs of a model, as tuples, lists and dicts of tensors.
 
-Gain: torch's own functions also look into classes that a library has registered with them, such as the outputs of
-Hugging Face models. torch has no public module for them.
+Gain: torch's own functions also look into classes that a library has registered with them, such as
+the outputs of Hugging Face models. torch has no public module for them.
 """
 
 from collections.abc import Callable

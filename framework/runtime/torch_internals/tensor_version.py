@@ -9,8 +9,8 @@ from torch import Tensor
 def version_of(tensor: Tensor) -> Hashable:
     """Return a value that differs after an in-place change of the tensor.
 
-    Gain: autograd's counter costs nothing. The fallback hashes the content, which copies it to the CPU. The counter
-    does not exist for inference tensors; they count as never changed.
+    Gain: autograd's counter costs nothing. The fallback hashes the content, which copies it to the
+    CPU. The counter does not exist for inference tensors; they count as never changed.
     """
     if tensor.is_inference():
         return 0

@@ -107,3 +107,19 @@ def test_what_cannot_be_compiled_is_an_error_of_its_own():
     function.compiled = fails
     with pytest.raises(CompilationError, match=r"^first line$"):
         function(torch.ones(2))
+
+
+def test_without_torch_s_counters_a_function_is_compiled_all_the_same(monkeypatch):
+    import torch._dynamo
+
+    for owner, name in (
+        (torch._dynamo.utils, "counters"),
+        (torch._dynamo.utils, "guard_failures"),
+        (torch._dynamo.exc, "TorchDynamoException"),
+    ):
+        monkeypatch.delattr(owner, name)
+    step = Step()
+    function = CompiledFunction(step.model, backend="eager")
+    assert torch.equal(function(torch.ones(2, 3)), step.model(torch.ones(2, 3)))
+    assert function.compile_seconds == 0
+    assert function.reason() is None

@@ -1,4 +1,4 @@
-"""Each function that uses a private name of torch does the same through the public API, where torch lacks that name."""
+"""Functions that use a private name of torch do the same through the public API."""
 
 from typing import NamedTuple
 

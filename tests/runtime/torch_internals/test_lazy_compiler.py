@@ -1,4 +1,4 @@
-"""Training without the import of torch's compiler: the same numbers, and torch as it was once it is imported."""
+"""Training without the import of torch's compiler, and torch as it was once it is imported."""
 
 import os
 import subprocess
