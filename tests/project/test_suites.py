@@ -17,10 +17,10 @@ def test_every_entry_is_of_a_file_or_folder_and_a_suite():
 
 
 def test_the_longest_entry_counts():
-    assert suite_of(TESTS / "tuning/test_sweep.py") == "system"
-    assert suite_of(TESTS / "tuning/test_stack.py") == "training"
+    assert suite_of(TESTS / "tuning/sweep/test_sweep.py") == "system"
+    assert suite_of(TESTS / "tuning/vectorized/test_stacked_forward.py") == "training"
     assert suite_of(TESTS / "elsewhere/test_sweep.py") is None
-    assert suite_of(Path("/elsewhere/tuning/test_sweep.py")) is None
+    assert suite_of(Path("/elsewhere/tuning/sweep/test_sweep.py")) is None
 
 
 def test_a_test_is_marked_with_the_suite_of_its_file(request):

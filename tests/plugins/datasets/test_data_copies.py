@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_data_images import draw
+from test_images import draw
 from test_offsets import INPUTS, SOURCES, VALUES
 from torch import Tensor
 
