@@ -99,7 +99,7 @@ if TYPE_CHECKING:
     from .runtime.torch_internals import foreach as foreach
     from .runtime.torch_internals.non_finite import NonFiniteFlag as NonFiniteFlag
     from .system import files as files
-    from .training.layer_table import undisturbed as undisturbed
+    from .training.layer_table import model_undisturbed as model_undisturbed
     from .training.optimizer_state import (
         restore_optimizer as restore_optimizer,
         state_after_a_step as state_after_a_step,
@@ -147,7 +147,7 @@ _NAMES = {  # imported at first use: most of these import torch, which a command
     "restore_optimizer": "training.optimizer_state",
     "slow_data": "runtime.clock",
     "state_after_a_step": "training.optimizer_state",
-    "undisturbed": "training.layer_table",
+    "model_undisturbed": "training.layer_table",
 }
 _MODULES = {
     "checkpoints": "runs.checkpoint",

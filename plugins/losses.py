@@ -27,7 +27,7 @@ from framework import (
     TensorSplit,
     losses,
 )
-from framework.contracts.loss import counted, distributions, zero_of_none
+from framework.contracts.loss import count_targets, distributions, zero_of_none
 
 REDUCTION = ("reduction", "size_average", "reduce")  # a loss is a mean: the trainer relies on it
 NEVER = -(2**63)  # the index that no target has
@@ -70,7 +70,7 @@ class ByClass:
         """Return the number of targets that are not ignored, or the sum of their weights."""
         if targets.is_floating_point():
             return distributions(targets)
-        return counted(targets, self.factors(), self.ignore_index)
+        return count_targets(targets, self.factors(), self.ignore_index)
 
     def mean(self, loss: Callable[..., Tensor], outputs: Tensor, targets: Tensor, **settings: float) -> Tensor:
         """Return the mean of a loss of torch, or 0 when no target counts."""

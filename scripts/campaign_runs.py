@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from framework.composition.compose import CommandLine, run as compose
+from framework.composition.compose import CommandLine, run_composed as compose
 from framework.composition.spec import Spec
 from framework.runs.checkpoint import listed, load
 

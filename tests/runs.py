@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import framework as fw
-from framework.composition.compose import CommandLine, run as compose
+from framework.composition.compose import CommandLine, run_composed as compose
 from framework.experiment.experiment import Experiment
 from framework.tuning.sweep.sweep import sweep
 

@@ -16,7 +16,7 @@ from framework.system.signals import ending_signals
 MOST_TICKED = 40  # runs; of more, TensorBoard's charts are empty at first
 
 
-def serve(root: Path, port: int) -> int:
+def serve_board(root: Path, port: int) -> int:
     """Start TensorBoard, print its address, and wait for SIGINT, SIGTERM or SIGHUP; returns the exit status 0.
 
     Event files that are links, FIFOs or devices, and folders behind links that lead out of `root`, are not shown. If

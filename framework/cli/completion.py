@@ -80,7 +80,7 @@ def answer(words: list[str]) -> list[str]:
     try:
         folders = map(Path, following(words, "--config-dir"))
         index = find_index(following(words, "--plugins"), folders, following(words, "--without-plugin"))
-        return candidates(words, index)
+        return completions(words, index)
     except Exception:  # half a word is no reason for a message in the middle of a line
         return []
 
@@ -90,7 +90,7 @@ def following(words: list[str], flag: str) -> list[str]:
     return [word for before, word in pairwise(words[:-1]) if before == flag]
 
 
-def candidates(words: list[str], index: Index) -> list[str]:
+def completions(words: list[str], index: Index) -> list[str]:
     """Return what the last of `words` (after the program's name) may become; several ends mean more is to come."""
     *before, current = words or [""]
     if not before:
@@ -99,11 +99,11 @@ def candidates(words: list[str], index: Index) -> list[str]:
     if before == ["find"]:
         return starting(current, ("lr", "batch_size"))
     if verb in WITH_OVERRIDES:
-        return override(current, before[1:], index)
+        return override_words(current, before[1:], index)
     if verb == "list":
         return starting(current, index.keys)
     if verb == "show":
-        return shown(current, index)
+        return part_words(current, index)
     return starting(current, SCRIPTS) if verb == "completion" else []
 
 
@@ -111,7 +111,7 @@ def starting(current: str, options: Iterable[str]) -> list[str]:
     return [option for option in options if option.startswith(current)]
 
 
-def shown(current: str, index: Index) -> list[str]:
+def part_words(current: str, index: Index) -> list[str]:
     """KIND/ first, then KIND/NAME."""
     kind, slash, _ = current.partition("/")
     if not slash:
@@ -119,7 +119,7 @@ def shown(current: str, index: Index) -> list[str]:
     return starting(current, [f"{kind}/{name}" for name in index.parts(kind)])
 
 
-def override(current: str, before: list[str], index: Index) -> list[str]:
+def override_words(current: str, before: list[str], index: Index) -> list[str]:
     """Complete an override: a key, a path of settings, or the value after `=`."""
     bare = current.lstrip("+~")
     mark = current[: len(current) - len(bare)]
@@ -127,22 +127,22 @@ def override(current: str, before: list[str], index: Index) -> list[str]:
     path, equals, value = bare.partition("=")
     if equals:
         return [f"{mark}{path}={option}" for option in values(path, value, said, index)]
-    return [mark + option for option in paths(bare, said, index)]
+    return [mark + option for option in path_words(bare, said, index)]
 
 
-def paths(path: str, said: Mapping[str, str], index: Index) -> list[str]:
+def path_words(path: str, said: Mapping[str, str], index: Index) -> list[str]:
     """Return keys and settings that continue a path, with the `=` or `.` that follows."""
     stem, dot, _ = path.rpartition(".")
     if dot:
         follows = "." if stem in index.keys and index.many(stem) else "="
-        return starting(path, [f"{stem}.{name}{follows}" for name in settings_at(stem, said, index)])
+        return starting(path, [f"{stem}.{name}{follows}" for name in settings_below(stem, said, index)])
     options = [f"{key}=" for key in (*index.keys, "experiment")]
     options += [f"{name}." if settings else f"{name}=" for name, settings in index.sections.items()]
     options += [f"{path}."] if path in index.keys else []
     return sorted(starting(path, options))
 
 
-def settings_at(path: str, said: Mapping[str, str], index: Index) -> dict[str, Choice]:
+def settings_below(path: str, said: Mapping[str, str], index: Index) -> dict[str, Choice]:
     """Return the settings below a path such as `optimizer`, `callbacks.checkpoint` or `model.activation`."""
     head, *rest = path.replace("/", ".").split(".")
     if head in index.sections:
@@ -151,7 +151,7 @@ def settings_at(path: str, said: Mapping[str, str], index: Index) -> dict[str, C
         return {}
     many = index.many(head)
     if many and not rest:
-        return {name: {} for name in chosen_names(head, said, index)}
+        return {name: {} for name in list_words(head, said, index)}
     name = rest.pop(0) if many else said.get(head, index.chosen.get(head))
     settings = by_name(index.settings(index.keys[head], str(name)))
     for number, step in enumerate(rest):
@@ -167,7 +167,7 @@ def by_name(settings: Iterable[Choice]) -> dict[str, Choice]:
     return {setting["name"]: setting for setting in settings}
 
 
-def chosen_names(key: str, said: Mapping[str, str], index: Index) -> list[str]:
+def list_words(key: str, said: Mapping[str, str], index: Index) -> list[str]:
     """The parts of a list: those named in an earlier word, else the usual ones, else all."""
     if key in said:
         return [name for name in said[key].strip("[]").split(",") if name]
@@ -190,7 +190,7 @@ def options_at(path: str, said: Mapping[str, str], index: Index) -> tuple[list[s
     if path in index.keys:
         return index.parts(index.keys[path]), index.many(path)
     stem, _, leaf = path.replace("/", ".").rpartition(".")
-    choice = settings_at(stem, said, index).get(leaf)
+    choice = settings_below(stem, said, index).get(leaf)
     if not choice:
         return [], False
     parts = index.parts(choice["part"]) if "part" in choice else []

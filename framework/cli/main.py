@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import framework.tuning.sections  # noqa: F401  registers the section `sweep`, sweepers and launchers
 from framework.composition import trust as trusting
-from framework.composition.trust import entries_in, importing_from_elsewhere, is_trusted, problem_of_file, shown
+from framework.composition.trust import entries_in, escaped, importing_from_elsewhere, is_trusted, problem_of_file
 from framework.errors import ConfigError, FrameworkError, did_you_mean
 from framework.errors.exits import no_exit
 from framework.errors.paths import expanded, real_path, shorter
@@ -48,13 +48,13 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     arguments = list(sys.argv[1:] if argv is None else argv)
     arguments.sort(key=TRACEBACK.__eq__)  # it may stand anywhere, also before the verb
     with interruptible() as interrupt:
-        status = status_of(arguments)
+        status = exit_status_of(arguments)
     if interrupt.received is not None and status == 0:  # after the last of the work, or its exception was lost
         status = 128 + interrupt.received
     sys.exit(status)
 
 
-def status_of(arguments: list[str]) -> int:
+def exit_status_of(arguments: list[str]) -> int:
     """Run a verb; print the error that ends it. Returns the exit status."""
     try:
         with no_exit(), printable_warnings(), importing_safely(arguments):
@@ -89,7 +89,7 @@ def importing_safely(arguments: list[str]) -> Iterator[None]:
     named += [word.partition("=")[2] for word in arguments if word.startswith("--plugins=")]
     with importing_from_elsewhere(os.curdir, named) as left_out:
         if left_out and verb in ("list", "show") and os.environ.get("PYTHONPATH"):
-            entries = ", ".join(shown(shorter(entry)) for entry in left_out)
+            entries = ", ".join(escaped(shorter(entry)) for entry in left_out)
             note(f"no module is imported from {entries}, since this folder is not trusted (`framework trust`)")
         yield
 
@@ -98,7 +98,7 @@ def complain(error: Exception, with_traceback: bool) -> int:
     """Print an error with its place, in user code or in the framework; return the exit status."""
     if with_traceback:
         print_traceback(error)
-    lines = [f"framework: {line}" for line in message_lines(words_of(error))]
+    lines = [f"framework: {line}" for line in message_lines(error_lines(error))]
     if not with_traceback and has_calls(error):
         lines[-1] += f"; {TRACEBACK} shows the calls"
     try:
@@ -117,7 +117,7 @@ def has_calls(error: Exception) -> bool:
     return place is not None and str(place) in str(error)
 
 
-def words_of(error: Exception) -> list[str]:
+def error_lines(error: Exception) -> list[str]:
     """Return the lines of an error, with its location: one for each problem of a ConfigError, else one."""
     if isinstance(error, ConfigError) and error.problems:
         return error.problems
@@ -149,7 +149,7 @@ def run(arguments: list[str]) -> int:
     return VERBS[verb](rest) or 0
 
 
-def tell(as_json: bool, value: Any, table: Callable[[], Any]) -> None:
+def print_result(as_json: bool, value: Any, table: Callable[[], Any]) -> None:
     """Print a value for programs, or the table of it for people."""
     if as_json:
         print(json.dumps(value, indent=2))
@@ -172,7 +172,7 @@ def train(arguments: list[str]) -> None:
     if given.folds is not None:
         swept(parser, given, "--folds", "fold", given.folds, [f"{k}/{given.folds}" for k in range(1, given.folds + 1)])
     line = command_line(parser, given)
-    from framework.composition.compose import Job, run as compose
+    from framework.composition.compose import Job, run_composed as compose
 
     def job(composed: Job) -> Any:
         from framework.experiment.experiment import train as train_experiment
@@ -191,7 +191,7 @@ def train(arguments: list[str]) -> None:
     if line.multirun:
         from framework.tuning.sweep.sweep import sweep
 
-        sweep(line, job, words_of)
+        sweep(line, job, error_lines)
     else:
         compose(line, job)
 
@@ -228,7 +228,7 @@ def plan(arguments: list[str]) -> None:
     if given.json and given.multirun:
         parser.error("--json is for one experiment, not for a sweep")
     line = command_line(parser, given)
-    from framework.composition.compose import Job, run as compose
+    from framework.composition.compose import Job, run_composed as compose
 
     def job(composed: Job) -> None:
         from framework.experiment.experiment import Experiment
@@ -237,7 +237,7 @@ def plan(arguments: list[str]) -> None:
 
         with output_for_programs(given.json):
             made = Experiment(composed.spec).plan()
-        tell(given.json, asdict(made), lambda: render(made))
+        print_result(given.json, asdict(made), lambda: render(made))
 
     if line.multirun:
         from framework.tuning.sweep.sweep import sweep
@@ -251,8 +251,8 @@ def plan(arguments: list[str]) -> None:
 def check(arguments: list[str]) -> None:
     parser = composing("check", "Try an experiment in seconds: build, step, validate, save, resume, learn.", CHECK)
     line = command_line(parser, parser.parse_intermixed_args(arguments))
-    from framework.composition.compose import run as compose
-    from framework.experiment.check import check as check_experiment
+    from framework.composition.compose import run_composed as compose
+    from framework.experiment.check import run_check as check_experiment
 
     compose(line, lambda job: check_experiment(job.spec, print_message))
 
@@ -265,7 +265,7 @@ def find(arguments: list[str]) -> None:
     if what not in ("lr", "batch_size"):
         parser.error(f"what is to be found comes first: lr or batch_size{what and f', not {what}'}")
     line = command_line(parser, given)
-    from framework.composition.compose import run as compose
+    from framework.composition.compose import run_composed as compose
     from framework.experiment import find as finders
 
     show = finders.show_learning_rates if what == "lr" else finders.show_batch_sizes
@@ -282,7 +282,7 @@ def evaluate(arguments: list[str]) -> None:
     from framework.registry.discovery import output_for_programs  # not at the top: `--help` does without it
 
     with output_for_programs(given.json):
-        trained = opened(given)
+        trained = opened_run(given)
         values = trained.evaluate(given.split)
     if given.json:
         print(json.dumps(values))
@@ -320,7 +320,7 @@ def predict(arguments: list[str]) -> None:
 
     check_output(given.output)
     with output_for_programs(given.output == "-"):
-        trained = opened(given)
+        trained = opened_run(given)
         columns = trained.predict(trained.read_inputs(given.input))
     rows = write_predictions(columns, trained.facts["classes"], given.output)
     if given.output != "-":
@@ -329,13 +329,13 @@ def predict(arguments: list[str]) -> None:
 
 def write_on(given: argparse.Namespace, sampling: dict[str, Any]) -> None:
     """Print a prompt and what the run's language model puts after it."""
-    known, text = opened(given).generate(given.prompt, **sampling)
+    known, text = opened_run(given).generate(given.prompt, **sampling)
     if known != given.prompt:
         note(f"the model knows a part of the prompt only; it reads {known!r}")
     print(printable_lines(text))
 
 
-def opened(given: argparse.Namespace) -> Any:
+def opened_run(given: argparse.Namespace) -> Any:
     with importing_torch():
         from framework.experiment.load import open_run
         from framework.registry.discovery import discover
@@ -355,7 +355,9 @@ def list_parts(arguments: list[str]) -> None:
     index = index_of(given)
     kind = given.kind and part_tables.kind_of(index, given.kind)
     parts = {each: list(index.kinds[each]["parts"].values()) for each in ([kind] if kind else index.kinds)}
-    tell(given.json, parts, lambda: part_tables.list_parts(index, kind) if kind else part_tables.list_kinds(index))
+    print_result(
+        given.json, parts, lambda: part_tables.parts_table(index, kind) if kind else part_tables.list_kinds(index)
+    )
 
 
 def show(arguments: list[str]) -> None:
@@ -367,8 +369,8 @@ def show(arguments: list[str]) -> None:
     from . import part_tables
 
     index = index_of(given)
-    part = part_tables.find(index, given.part)
-    tell(given.json, part, lambda: part_tables.show(part, index, given.plugins, given.without_plugin))
+    part = part_tables.find_part(index, given.part)
+    print_result(given.json, part, lambda: part_tables.part_page(part, index, given.plugins, given.without_plugin))
 
 
 def index_of(given: argparse.Namespace) -> Any:
@@ -379,7 +381,7 @@ def index_of(given: argparse.Namespace) -> Any:
     for problem in index.broken:
         note(f"{problem}; its parts are left out")
     if index.not_trusted:
-        plugins = ", ".join(dict.fromkeys(shown(shorter(plugin)) for plugin in index.not_trusted))
+        plugins = ", ".join(dict.fromkeys(escaped(shorter(plugin)) for plugin in index.not_trusted))
         problem = problem_of_file() or "this folder is not trusted"
         note(f"plugins of conf/config.yaml are not loaded: {plugins}: {problem}. `framework trust` allows it")
     return index
@@ -399,7 +401,7 @@ def trust(arguments: list[str]) -> int:
         for folder in sorted(trusting.read_trusted()):
             print_line(folder)
     elif given.remove is not None:
-        trusting.remove(given.remove)
+        trusting.untrust(given.remove)
         print_line(f"{os.path.realpath(given.remove)} is no longer trusted")
     else:
         return trust_folder((given.folder or Path.cwd()).resolve(), given.trust)
@@ -409,14 +411,14 @@ def trust(arguments: list[str]) -> int:
 def trust_folder(folder: Path, agreed: bool) -> int:
     """Trust a folder if the user agrees; return 1 if not."""
     if not folder.is_dir():
-        raise FrameworkError(f"trust {shown(str(folder))}: there is no such folder")
+        raise FrameworkError(f"trust {escaped(str(folder))}: there is no such folder")
     print_line(folder)
     for line in trusting.description(folder):
         print_line(f"  {line}")
     if not agreed:
         if not sys.stdin.isatty():
             raise FrameworkError("trust: there is no terminal to ask on; --trust answers yes")
-        agreed = answer_of(f"Trust {shown(str(folder))}? `list`, `show` and TAB will run its plugins. [y/N] ")
+        agreed = answer_of(f"Trust {escaped(str(folder))}? `list`, `show` and TAB will run its plugins. [y/N] ")
     if not agreed:
         print("not trusted")
         return 1
@@ -440,9 +442,9 @@ def board(arguments: list[str]) -> int:
     parser.add_argument("--root", type=expanded, default=Path("runs"), help=about)
     parser.add_argument("--port", type=int, default=6006, help="0 takes any free one")
     given = parser.parse_args(arguments)
-    from .board import serve
+    from .board import serve_board
 
-    return serve(given.root, given.port)
+    return serve_board(given.root, given.port)
 
 
 def completion(arguments: list[str]) -> None:

@@ -52,8 +52,8 @@ def print_result(result: Result, job: str | None = None) -> None:
 def effort(result: Result) -> str:
     """Return steps and seconds of the training in this process, then what else took time."""
     if not result.fit_seconds:
-        return f"{counted(result.steps)} in {duration(result.seconds)}"
-    text = f"{counted(result.fit_steps)} in {duration(result.fit_seconds)}"
+        return f"{steps_text(result.steps)} in {duration(result.seconds)}"
+    text = f"{steps_text(result.fit_steps)} in {duration(result.fit_seconds)}"
     if result.steps != result.fit_steps:
         text += f" (with those before: {result.steps:,})"
     if result.seconds > result.fit_seconds:
@@ -62,7 +62,7 @@ def effort(result: Result) -> str:
     return text
 
 
-def counted(steps: int) -> str:
+def steps_text(steps: int) -> str:
     return "1 step" if steps == 1 else f"{steps:,} steps"
 
 

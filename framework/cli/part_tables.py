@@ -32,7 +32,7 @@ def kind_of(index: Index, kind: str) -> str:
     raise UnknownName(f"there is no kind of part {kind!r}; {did_you_mean(kind, index.kinds, most=20)}")
 
 
-def find(index: Index, target: str) -> Part:
+def find_part(index: Index, target: str) -> Part:
     """Return the part of "optimizer/adamw", or of "adamw" when one kind only has it.
 
     Raises UnknownName when there is none, SettingError when several kinds have the name.
@@ -66,7 +66,7 @@ def list_kinds(index: Index) -> RenderableType:
     return table
 
 
-def list_parts(index: Index, kind: str) -> RenderableType:
+def parts_table(index: Index, kind: str) -> RenderableType:
     """Return a table of the parts of a kind: name, other names, the first sentence of the docstring."""
     parts = index.kinds[kind]["parts"].values()
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
@@ -80,7 +80,7 @@ def list_parts(index: Index, kind: str) -> RenderableType:
     return table
 
 
-def show(
+def part_page(
     part: Part,
     index: Index | None = None,
     plugins: Sequence[str] = (),

@@ -17,7 +17,7 @@ from framework.registry.registry import Registry
 from .compose import Composing, Job, to_tree, without_hydra
 from .hydra_internals import ConfigLoader, compose_job, current_config
 from .overrides import value_of
-from .spec import follow
+from .spec import followed_kind
 
 Path = tuple[str, ...]
 
@@ -49,10 +49,10 @@ class Composer:
 
     def _split(self, overrides: Sequence[str]) -> tuple[Base, dict[Path, Any] | None]:
         """Return the tree of a job's parts and the values that make the job of it; None when Hydra has to compose."""
-        swept = {path_of(text): value_of(text) for text in overrides if text.startswith(self.swept)}
+        swept = {key_path(text): value_of(text) for text in overrides if text.startswith(self.swept)}
         rest = tuple(text for text in overrides if not text.startswith(self.swept))
         base = self._base(rest)
-        fixed = [path_of(text) for text in rest if text[0] in "+~"]
+        fixed = [key_path(text) for text in rest if text[0] in "+~"]
         alone = not any(related(path, other) for path in swept for other in (*fixed, *swept.keys() - {path}))
         fits = base.plain and alone and all(put_in(base.tree, path, value) for path, value in swept.items())
         return base, (swept if fits else None)
@@ -71,7 +71,7 @@ class Composer:
         return Base(tree, experiment, not list(references(OmegaConf.to_container(rest))))
 
 
-def path_of(override: str) -> Path:
+def key_path(override: str) -> Path:
     return tuple(re.split(r"[./]", override.lstrip("+~").partition("=")[0]))
 
 
@@ -105,6 +105,6 @@ def with_values(tree: Mapping[str, Any], values: Mapping[Path, Any]) -> dict[str
 
 def references(tree: Any) -> Iterator[str]:
     """Yield every reference to another key but those by which a part follows the experiment's choice of a kind."""
-    following = {follow(kind) for kind in Registry.every}
+    following = {followed_kind(kind) for kind in Registry.every}
     texts = re.findall(r'"((?:[^"\\]|\\.)*)"', json.dumps(tree, default=str))
     yield from (text for text in texts if "${" in text and text not in following)

@@ -123,7 +123,7 @@ def kept_index(file: Path, build: Callable[[], tuple[Index, dict[str, list[str]]
     begun = time.time_ns()
     try:
         digest, _, text = file.read_text(encoding="utf-8").partition("\n")
-        kept = json.loads(text) if digest == digest_of(text) else {}
+        kept = json.loads(text) if digest == text_digest(text) else {}
         if kept["stamps"] == stamps(**kept["of"]):
             return Index(**kept["index"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -146,10 +146,10 @@ def file_of(
     made_of = [plugins, folders, project, list(trusted), list(without), python]
     homes = map(os.path.expanduser, (os.environ.get("XDG_CACHE_HOME", ""), "~/.cache", os.devnull))
     home = next(path for path in homes if os.path.isabs(path))
-    return Path(home, "framework", f"{digest_of(repr(made_of))}.json")
+    return Path(home, "framework", f"{text_digest(repr(made_of))}.json")
 
 
-def digest_of(text: str) -> str:
+def text_digest(text: str) -> str:
     return blake2b(text.encode(), digest_size=16).hexdigest()
 
 
@@ -161,7 +161,7 @@ def keep(file: Path, begun: int, content: dict[str, Any]) -> None:
     text = json.dumps(content, default=str)
     with suppress(OSError, RunError):  # a home that cannot be written: slower, not wrong
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_file(file.parent, file.name, f"{digest_of(text)}\n{text}")
+        write_file(file.parent, file.name, f"{text_digest(text)}\n{text}")
 
 
 def stamps(modules: list[str], plugins: list[str], files: list[str], folders: list[str]) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def stamps(modules: list[str], plugins: list[str], files: list[str], folders: li
     configs = [Path(folder, "config.yaml") for folder in folders]
     configs += [file for folder in folders for file in Path(folder, "experiment").glob("*.yaml")]
     paths = [*map(str, [*plugin_files([*modules, *plugins]), *configs]), *map(os.path.abspath, plugins)]
-    return {path: stamp(path) for path in [*files, *paths, *installed()]}
+    return {path: stamp(path) for path in [*files, *paths, *entry_point_files()]}
 
 
 def stamp(path: str) -> list[int] | None:
@@ -180,7 +180,7 @@ def stamp(path: str) -> list[int] | None:
     return [status.st_mtime_ns, status.st_ctime_ns, status.st_size] if not os.path.isdir(path) else []
 
 
-def installed() -> Iterator[str]:
+def entry_point_files() -> Iterator[str]:
     """Yield for each package that is installed the file of its entry points; its folder's name has the version."""
     for folder in sys.path:
         with suppress(OSError):
@@ -256,7 +256,7 @@ def read_index(
 
 def part_as_dict(entry: Entry) -> dict[str, Any]:
     """Return a part in plain types: infinities and everything that JSON lacks as text."""
-    package, number = package_of(entry)
+    package, number = package_of_part(entry)
     return {
         "kind": entry.kind.name,
         "key": entry.kind.key,
@@ -282,7 +282,7 @@ def setting_as_dict(setting: Setting) -> dict[str, Any]:
     """
     found = {"name": setting.name, "type": setting.type_text, "doc": setting.doc, "required": setting.required}
     if not setting.required and shows_default(setting):
-        found["default"] = plain(setting.default)
+        found["default"] = json_default(setting.default)
     elif not setting.required:
         found["default_text"] = f"{readable(setting.default)} (set in the code)"
     if setting.part:
@@ -308,12 +308,12 @@ def shows_default(setting: Setting) -> bool:
     return names_parts(setting.default) if setting.part is not None else setting.is_typeable
 
 
-def plain(value: Any) -> Any:
+def json_default(value: Any) -> Any:
     """Return a default that a config can hold as JSON can hold it: infinities and NaN as text."""
     if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in plain_value(value).items()}
+        return {str(key): json_default(item) for key, item in plain_value(value).items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [json_default(item) for item in value]
     found = plain_value(value)
     return found if not isinstance(found, float) or math.isfinite(found) else str(found)
 
@@ -323,7 +323,7 @@ def packages() -> dict[str, list[str]]:
     return dict(packages_distributions())
 
 
-def package_of(entry: Entry) -> tuple[str | None, str | None]:
+def package_of_part(entry: Entry) -> tuple[str | None, str | None]:
     """Return the installed package that a part's code comes from, and its version; None for a loose file."""
     found = packages().get(entry.part.__module__.partition(".")[0], [])
     return (found[0], version(found[0])) if found else (None, None)

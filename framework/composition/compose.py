@@ -24,7 +24,7 @@ from .config_files import checked_files
 from .hydra_groups import filled_store
 from .overrides import Overrides, as_typed, groups, own_settings, rewrite
 from .sources import File, Sources, line_with, read_yaml
-from .spec import Spec, follow, read_spec
+from .spec import Spec, followed_kind, read_spec
 
 
 @dataclass
@@ -133,7 +133,7 @@ class Composing:
         ]
 
 
-def run(line: CommandLine, task: Callable[[Job], Any]) -> None:
+def run_composed(line: CommandLine, task: Callable[[Job], Any]) -> None:
     """Compose what the command line says, and run the task on it; only print it with `cfg` or `info`.
 
     Raises ConfigError with every problem, and PluginError for plugins that do not load.
@@ -141,7 +141,7 @@ def run(line: CommandLine, task: Callable[[Job], Any]) -> None:
     job = None
     with opened(line) as (composing, hydra):
         if line.shows:
-            show(composing, hydra)
+            show_composed(composing, hydra)
         else:
             job = compose(composing, hydra)
     notes(composing.overrides.notes)
@@ -182,7 +182,7 @@ def hydra_errors(files: list[File]) -> Iterator[None]:
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError([words_of(error, files)]) from error
+        raise ConfigError([hydra_error_lines(error, files)]) from error
 
 
 def notes(lines: Iterable[str]) -> None:
@@ -209,7 +209,7 @@ def without_hydra(config: DictConfig) -> DictConfig:
     return config
 
 
-def show(composing: Composing, hydra: hydra_internals.Hydra) -> None:
+def show_composed(composing: Composing, hydra: hydra_internals.Hydra) -> None:
     """Let Hydra print what it composed."""
     line, printed = composing.line, io.StringIO()
     with redirect_stdout(printed):
@@ -244,7 +244,7 @@ def to_tree(config: Any, sources: Sources) -> dict[str, Any]:
         key = str(error.full_key)
         said = hydra_internals.unresolved_reference(error)
         raise ConfigError([f"{key}={value_at(raw, key)}: {said} ({sources(key)})"]) from None
-    keep_following(raw, tree, {follow(kind) for kind in Registry.every})
+    keep_following(raw, tree, {followed_kind(kind) for kind in Registry.every})
     for key, names in sources.of_others(tree).items():
         tree[key] = {name: value for name, value in tree[key].items() if name not in names}
     return tree
@@ -307,7 +307,7 @@ def project_plugins(folders: list[Path], experiments: Iterable[str], here: Path 
             yield from (locate(plugin, folder, here) for plugin in listed)
 
 
-def words_of(error: Exception, files: list[File]) -> str:
+def hydra_error_lines(error: Exception, files: list[File]) -> str:
     """Return an error of Hydra in our words: which file and line, what is missing, what there is; without its advice.
 
     files: those that Hydra has read.

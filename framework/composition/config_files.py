@@ -55,7 +55,7 @@ class FileConfigSource(hydra_internals.FileConfigSource):
             self.read.append((file, package))
         if not package and isinstance(result.config, DictConfig):
             content: Any = OmegaConf.to_container(result.config, resolve=False)
-            result.config = OmegaConf.create(choose(content))
+            result.config = OmegaConf.create(expand_choices(content))
         return result
 
 
@@ -117,7 +117,7 @@ def check_entry(entry: Any) -> Iterator[tuple[str, str]]:
         yield str(key), f"{key}: {OWN}"
 
 
-def choose(content: dict[str, Any]) -> dict[str, Any]:
+def expand_choices(content: dict[str, Any]) -> dict[str, Any]:
     """Turn `optimizer: sgd`, `optimizer: {name: sgd, lr: 0.1}`, `metrics: [f1, {name: top_k, k: 3}]` into choices.
 
     In the defaults list the command line can choose otherwise; the settings of what was chosen before do not linger.

@@ -15,7 +15,7 @@ from framework.registry.schema import names_parts
 
 from .hydra_internals import LazyStore
 from .sections import HYDRA_PLUGINS, SECTIONS, HydraPlugin, Section, plugin_settings, register, section_settings
-from .spec import PLAIN, Settings, follow, plain
+from .spec import PLAIN, Settings, config_value, followed_kind
 
 NONE = "_none_"  # the option of a group that holds nothing: Hydra has no `GROUP=null` on its command line
 ALSO = "also"  # the group in which `+callbacks=NAME` adds to the list of the group `callbacks`
@@ -73,11 +73,11 @@ def defaults(settings: Settings, kind: str | None = None) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, setting in settings.items():
         if setting.part not in (None, kind) and not setting.many:
-            found[name] = follow(str(setting.part))
+            found[name] = followed_kind(str(setting.part))
         elif setting.required:
             found[name] = "???"
         elif setting.in_config and (setting.part is None or names_parts(setting.default)):
-            found[name] = escaped(plain(setting.default))
+            found[name] = escaped(config_value(setting.default))
     return found
 
 

@@ -86,7 +86,7 @@ def rewrite(typed: Iterable[str], folders: Iterable[Path], multirun: bool = Fals
         before = kept.pop(about, None)
         if before is not None and before.text != text:
             if about.startswith("+"):
-                arguments = joined(before.arguments, arguments)
+                arguments = join_lists(before.arguments, arguments)
             else:
                 found.notes.append(f"{before.text} has no effect: {text} follows it")
         kept[about] = Kept(text, depth(group), arguments)
@@ -166,7 +166,7 @@ def subject(override: Override, text: str) -> str:
     return f"+{key}" if adds_part else key
 
 
-def joined(before: list[str], added: list[str]) -> list[str]:
+def join_lists(before: list[str], added: list[str]) -> list[str]:
     """Return the overrides that add the parts of two others, each of which begins with names."""
     key, _, names = before[0].partition("=")
     more = added[0].partition("=")[2]
@@ -361,7 +361,7 @@ def as_text(value: Any) -> str:
     return str(value)
 
 
-def expanded(override: str) -> list[str]:
+def expand_job(override: str) -> list[str]:
     """Return the overrides of one job of a sweep that stand for one with a part and its settings."""
     if override.startswith("++") or override.partition("=")[0].lstrip("+") not in groups():
         return [override]

@@ -154,7 +154,7 @@ class Reader:
         for key, setting in settings.items():
             where = f"{path}.{key}"
             if setting.part is not None:
-                fallback = follow(setting.part)
+                fallback = followed_kind(setting.part)
                 if isinstance(owner, Entry) and path == owner.kind.key == setting.part:
                     # to follow the choice of its own kind would be to follow itself
                     fallback = "???" if setting.required else setting.default
@@ -182,7 +182,7 @@ class Reader:
         own_choices = self.asked.setdefault(setting.part, [])
         registry = Registry.every[setting.part]
         if setting.many:
-            if value == follow(setting.part):
+            if value == followed_kind(setting.part):
                 value = setting.default
             if value is setting.default and not names_parts(value):
                 return OWN_DEFAULT
@@ -195,11 +195,11 @@ class Reader:
             self.problem(path, None, f"needs {with_article(setting.part)}: choose one with {path}=NAME")
             return None
         nameless = isinstance(value, Mapping) and "name" not in value
-        if value == follow(setting.part) or nameless:
+        if value == followed_kind(setting.part) or nameless:
             self.followed.add(setting.part)
         else:
             own_choices.append(path)
-        if value == follow(setting.part):
+        if value == followed_kind(setting.part):
             if chosen is None and setting.required:
                 self.problem(path, None, f"needs a {setting.part}: choose one with {path}=NAME or {setting.part}=NAME")
                 return None
@@ -357,7 +357,7 @@ class Reader:
                 for maker in made:
                     tree[key][maker.entry.name] = plain_settings(maker.settings, maker.entry.settings)
             else:
-                tree[key] = plain(made)
+                tree[key] = config_value(made)
         for name, settings in spec.sections.items():
             if SECTIONS[name].of_run:
                 tree[name] = plain_settings(settings, section_settings(name))
@@ -370,7 +370,7 @@ IMPORTS = frozenset({"_target_", "_partial_", "_args_", "_recursive_", "_convert
 TARGET = "is refused: a config names registered parts (`name: ...`), never something to import"
 
 
-def follow(kind: str) -> str:
+def followed_kind(kind: str) -> str:
     """What a config shows where a part follows the experiment's choice of a kind."""
     return f"${{{Registry.every[kind].kind.key}}}"
 
@@ -382,7 +382,7 @@ OLD_TEXT = (
 )
 
 
-def plain(value: Any) -> Any:
+def config_value(value: Any) -> Any:
     """Return makers, tuples, paths and members of enumerations as a config holds them.
 
     Raises SettingError for an object that no config can hold.
@@ -390,9 +390,9 @@ def plain(value: Any) -> Any:
     if isinstance(value, Maker):
         return {"name": value.entry.name} | plain_settings(value.settings, value.entry.settings)
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [config_value(item) for item in value]
     if isinstance(value, Mapping):
-        return {plain_key(key): plain(item) for key, item in value.items()}
+        return {plain_key(key): config_value(item) for key, item in value.items()}
     try:
         return plain_value(value)
     except NotPlain:
@@ -404,9 +404,9 @@ def plain_settings(given: Mapping[str, Any], settings: Settings) -> dict[str, An
     found = {}
     for key, setting in settings.items():
         if key in given:
-            found[key] = plain(given[key])
+            found[key] = config_value(given[key])
         elif setting.in_config:
-            found[key] = plain(setting.default)
+            found[key] = config_value(setting.default)
     return found
 
 

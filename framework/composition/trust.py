@@ -86,20 +86,20 @@ def problem_of_file() -> str | None:
 
 def trust(folder: Path) -> None:
     """Trust a folder from now on. Raises RunError when that cannot be written."""
-    write_trusted(known() | {os.path.realpath(folder): os.stat(folder).st_uid})
+    write_trusted(known_folders() | {os.path.realpath(folder): os.stat(folder).st_uid})
 
 
-def remove(folder: Path) -> None:
+def untrust(folder: Path) -> None:
     """Trust a folder no longer. Raises FrameworkError when it was not trusted."""
     path = os.path.realpath(folder)
-    folders = known()
+    folders = known_folders()
     if path not in folders:
-        raise FrameworkError(f"{shown(path)} is not trusted (`framework trust --list` shows the folders that are)")
+        raise FrameworkError(f"{escaped(path)} is not trusted (`framework trust --list` shows the folders that are)")
     del folders[path]
     write_trusted(folders)
 
 
-def known() -> dict[str, int]:
+def known_folders() -> dict[str, int]:
     """Return the trusted folders; {} when the file is damaged or another user's: it is replaced."""
     try:
         return read_trusted()
@@ -153,7 +153,7 @@ def description(folder: Path) -> list[str]:
     lines = []
     for file, plugin in named_plugins(folder):
         path = folder / expanded(plugin)
-        lines.append(f"{shown(shorter(file))} names the plugin {shown(shorter(plugin))} ({sort_of(path)})")
+        lines.append(f"{escaped(shorter(file))} names the plugin {escaped(shorter(plugin))} ({sort_of(path)})")
     if not lines:
         lines.append("its config files name no plugins so far")
     status = folder.stat()
@@ -171,7 +171,7 @@ def sort_of(plugin: Path) -> str:
     return "file" if plugin.is_file() else "module"
 
 
-def shown(text: str) -> str:
+def escaped(text: str) -> str:
     """Return a path as it is or, with control characters in it, escaped."""
     return text if text.isprintable() else ascii(text)
 

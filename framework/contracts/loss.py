@@ -115,7 +115,7 @@ class Mean:
 
         Raises SettingError for a loss of torch that is not a mean.
         """
-        function, written_anew = known(loss)
+        function, written_anew = known_function(loss)
         form, items = MEANS.get(function, ("any", "targets"))
         if written_anew:  # it may take other outputs and targets than the class that it extends
             form = "any"
@@ -123,17 +123,17 @@ class Mean:
         ignored = ignored_index(loss)
         if own_count(loss) is not None:
             return cls(form, "own", ignored)
-        if function is None and not isinstance(unwrapped(loss), nn.Module):
+        if function is None and not isinstance(loss_function(loss), nn.Module):
             return cls.of_function(loss)
         certain = function is not None and not written_anew
         weight = class_weights(loss)
         if function is not None and certain:
             check_reduction(loss, function)
-            if option(loss, "reduction", "mean") == "batchmean":
+            if loss_setting(loss, "reduction", "mean") == "batchmean":
                 items = "rows"
         elif isinstance(loss, nn.Module) and (weight is not None or ignored is not None):
             weights = function in CLASS_LOSSES or with_classes(loss) is not loss
-            items = measured(loss, fallback="weights" if weights else "kept")
+            items = measure_count(loss, fallback="weights" if weights else "kept")
         elif isinstance(loss, nn.Module):
             return replace(cls.of_function(loss), form=form)
         if items == "weights" and weight is None:
@@ -160,8 +160,8 @@ class Mean:
             return targets
         if not isinstance(outputs, Tensor):
             raise DataError(
-                f"the loss {name_of(loss)} takes one tensor, but the model returns "
-                f"{described(outputs)}: choose one with `task=lambda outputs, targets: ...`, or write a Task"
+                f"the loss {loss_name(loss)} takes one tensor, but the model returns "
+                f"{describe_outputs(outputs)}: choose one with `task=lambda outputs, targets: ...`, or write a Task"
             )
         if self.form == "values":
             floating = targets.is_floating_point() or targets.is_complex()
@@ -209,7 +209,7 @@ class Mean:
             weight = self.weight.to(targets.device)
         elif self.items == "weights":
             weight = class_weights(loss)
-        return counted(targets, weight, None if all_kept else self.ignored)
+        return count_targets(targets, weight, None if all_kept else self.ignored)
 
     def shown(self, targets: Tensor, all_kept: bool = False) -> Tensor:
         """Return the targets that metrics see: likeliest classes, and -100 for ignored targets."""
@@ -269,7 +269,7 @@ def without_ignored(targets: Tensor, ignored: int | None) -> Tensor:
     return torch.where(targets == ignored, IGNORED, targets)
 
 
-def counted(targets: Tensor, weight: Tensor | None, ignored: int | None) -> int | Tensor:
+def count_targets(targets: Tensor, weight: Tensor | None, ignored: int | None) -> int | Tensor:
     """Return the number of targets that are not ignored, or the sum of their classes' weights."""
     weights = weights_of(targets, weight, ignored)
     return targets.numel() if weights is None else weights.sum()
@@ -312,9 +312,9 @@ def portion(loss: Tensor, share: float | Tensor) -> Tensor:
     return loss * share if share else torch.zeros_like(loss)
 
 
-def known(loss: Callable[..., Any]) -> tuple[Callable[..., Tensor] | None, bool]:
+def known_function(loss: Callable[..., Any]) -> tuple[Callable[..., Tensor] | None, bool]:
     """Return the function of `torch.nn.functional` that a loss is, and whether a subclass overrides it."""
-    loss = unwrapped(loss)
+    loss = loss_function(loss)
     if not isinstance(loss, nn.Module):
         return next((function for function in MEANS if function is loss), None), False
     for module, function in MODULES.items():
@@ -323,7 +323,7 @@ def known(loss: Callable[..., Any]) -> tuple[Callable[..., Tensor] | None, bool]
     return None, False
 
 
-def unwrapped(loss: Callable[..., Any]) -> Any:
+def loss_function(loss: Callable[..., Any]) -> Any:
     """Return what a partial, or the method of a module, calls."""
     while isinstance(loss, partial):
         loss = loss.func
@@ -332,32 +332,32 @@ def unwrapped(loss: Callable[..., Any]) -> Any:
     return loss
 
 
-def option(loss: Callable[..., Any], name: str, default: Any) -> Any:
+def loss_setting(loss: Callable[..., Any], name: str, default: Any) -> Any:
     """Return a setting of a loss: an argument of a partial, or an attribute of a module."""
     while isinstance(loss, partial):
         if name in loss.keywords:
             return loss.keywords[name]
         loss = loss.func
-    return getattr(unwrapped(loss), name, default)
+    return getattr(loss_function(loss), name, default)
 
 
 def class_weights(loss: Callable[..., Any]) -> Tensor | None:
     """Return the weights of the classes, shape (classes,), of a loss that has such."""
-    weight = option(with_classes(loss), "weight", None)
+    weight = loss_setting(with_classes(loss), "weight", None)
     return weight if isinstance(weight, Tensor) and weight.ndim == 1 else None
 
 
 def ignored_index(loss: Callable[..., Any]) -> int | None:
     """Return the class index whose targets a loss ignores, if it has such."""
     loss = with_classes(loss)
-    standard = IGNORED if known(loss)[0] in CLASS_LOSSES else None
-    index = option(loss, "ignore_index", standard)
+    standard = IGNORED if known_function(loss)[0] in CLASS_LOSSES else None
+    index = loss_setting(loss, "ignore_index", standard)
     return index if isinstance(index, int) else None
 
 
 def with_classes(loss: Callable[..., Any]) -> Callable[..., Any]:
     """Return the only cross entropy in a module without class weights and ignored index."""
-    module = unwrapped(loss)
+    module = loss_function(loss)
     if not isinstance(module, nn.Module) or hasattr(module, "ignore_index"):
         return loss
     if isinstance(getattr(module, "weight", None), Tensor):
@@ -373,13 +373,13 @@ def has_zero(weight: Tensor | None) -> bool:
 
 def check_reduction(loss: Callable[..., Any], function: Callable[..., Any]) -> None:
     """Raise SettingError for a loss of torch that is not a mean."""
-    reduction = option(loss, "reduction", "mean")
-    older = [name for name in ("size_average", "reduce") if option(loss, name, None) is not None]
+    reduction = loss_setting(loss, "reduction", "mean")
+    older = [name for name in ("size_average", "reduce") if loss_setting(loss, name, None) is not None]
     fitting = ("mean", "batchmean") if function is F.kl_div else ("mean",)
     if reduction not in fitting or older:
         got = older[0] if older else f"reduction={reduction!r}"
         expected = " or ".join(map(repr, fitting))
-        raise SettingError(f"the loss {name_of(loss)}: expected reduction={expected}, got {got}")
+        raise SettingError(f"the loss {loss_name(loss)}: expected reduction={expected}, got {got}")
 
 
 def check_call(loss: Callable[..., Any]) -> None:
@@ -395,7 +395,7 @@ def check_call(loss: Callable[..., Any]) -> None:
         signature.bind(None, None)
     except TypeError as error:
         raise SettingError(
-            f"the loss {name_of(loss)} cannot be called with (outputs, targets): {error}. Write a "
+            f"the loss {loss_name(loss)} cannot be called with (outputs, targets): {error}. Write a "
             "function of the two, or a Task"
         ) from error
 
@@ -510,7 +510,7 @@ def recorded(loss: Callable[..., Any]) -> dict[str, Any] | None:
     return call if mean and torch.equal(call["target"].flatten(), targets) else None
 
 
-def measured(loss: nn.Module, fallback: Items) -> Items:
+def measure_count(loss: nn.Module, fallback: Items) -> Items:
     """Return what the mean of a loss with class weights or ignored targets is over, by calling it.
 
     Of eight targets, its mean must be that of the two halves, weighted by their counts. The halves
@@ -552,7 +552,7 @@ def measured(loss: nn.Module, fallback: Items) -> Items:
         if math.isclose(whole, expected, rel_tol=1e-4):
             return items
     warnings.warn(
-        f"the loss {name_of(loss)}: its mean is neither over the targets that it does not ignore nor over their "
+        f"the loss {loss_name(loss)}: its mean is neither over the targets that it does not ignore nor over their "
         "weights. Batches of a step and of an evaluation are weighted by their targets: give the loss a method "
         "`count(targets)` if that is wrong",
         stacklevel=2,
@@ -566,7 +566,7 @@ def check_first(loss: Callable[..., Any], outputs: Any, targets: Tensor) -> None
     It calls a copy of the loss with copies, and restores all random generators. A function that may
     change something when it is called is not called.
     """
-    name = f"the loss {name_of(loss)}"
+    name = f"the loss {loss_name(loss)}"
     tried = harmless(loss)
     if tried is None:
         return
@@ -582,7 +582,7 @@ def check_alignment(name: str, loss: Callable[..., Any], outputs: Any, targets: 
     if not misaligned_outputs(outputs, targets):
         return
     try:
-        call_aligned(name, loss, tree_map(copied, outputs), targets.clone())
+        call_aligned(name, loss, tree_map(copied_tensors, outputs), targets.clone())
     except DataError:
         raise
     except Exception:  # ignored targets are -100 by now, which the loss may refuse
@@ -593,7 +593,7 @@ def check_alignment(name: str, loss: Callable[..., Any], outputs: Any, targets: 
 def unchanged(loss: Callable[..., Any]) -> Iterator[None]:
     """Call a loss without gradients, and restore its buffers and all random generators."""
     buffers: list[Tensor] = []
-    for module in modules_in(loss):
+    for module in loss_modules(loss):
         buffers += module.buffers()
     before = [buffer.clone() for buffer in buffers]
     try:
@@ -633,7 +633,7 @@ def copied_rows(value: Any, rows: slice) -> Any:
     return value[rows].detach().clone() if is_batch(value) else value
 
 
-def copied(value: Any) -> Any:
+def copied_tensors(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
@@ -650,30 +650,30 @@ def check_scalar(loss: Callable[..., Any] | str, value: Any) -> None:
     """
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
         return
-    name = loss if isinstance(loss, str) else f"the loss {name_of(loss)}"
+    name = loss if isinstance(loss, str) else f"the loss {loss_name(loss)}"
     if not isinstance(value, Tensor):
-        raise DataError(f"{name}: expected a tensor with one number, got {described(value)}")
+        raise DataError(f"{name}: expected a tensor with one number, got {describe_outputs(value)}")
     kind = str(value.dtype).removeprefix("torch.")
     expected = "expected one real number, the mean over the batch"
     raise DataError(f"{name}: {expected}, got {kind} of shape {tuple(value.shape)}")
 
 
-def modules_in(loss: Callable[..., Any]) -> list[nn.Module]:
+def loss_modules(loss: Callable[..., Any]) -> list[nn.Module]:
     """Return the modules of a loss: itself, the arguments of a partial, the owner of a method."""
     held: list[Any] = []
     while isinstance(loss, partial):
         held += [*loss.args, *loss.keywords.values()]
         loss = loss.func
-    held.append(unwrapped(loss))
+    held.append(loss_function(loss))
     return [value for value in held if isinstance(value, nn.Module)]
 
 
-def name_of(loss: Callable[..., Any]) -> str:
-    inner = unwrapped(loss)
+def loss_name(loss: Callable[..., Any]) -> str:
+    inner = loss_function(loss)
     return str(getattr(inner, "__name__", type(inner).__name__))
 
 
-def described(value: Any) -> str:
+def describe_outputs(value: Any) -> str:
     """Write what a value is: "a dict (logits, loss)", "a tuple of 2", "a float"."""
     name = type(value).__name__
     if isinstance(value, dict):

@@ -12,7 +12,7 @@ from framework.data.dataset import Scale
 from framework.errors import DataError, SettingError, short
 
 from .alignment import call_aligned
-from .loss import described, portion
+from .loss import describe_outputs, portion
 
 
 class Metric:
@@ -53,7 +53,7 @@ class InUnits(Metric):
         return self.metric.compute(sums)
 
 
-class Held(NamedTuple):
+class BufferedBatch(NamedTuple):
     """A batch that is not summed up yet; without outputs and targets where no metric asks for them."""
 
     loss: Tensor
@@ -71,7 +71,7 @@ class Held(NamedTuple):
         return [(t.shape[1:], t.dtype) for t in (self.outputs, self.targets) if t is not None]
 
 
-Mark = tuple[Tensor, list[Tensor], dict[str, Tensor], list[Held], int]
+Mark = tuple[Tensor, list[Tensor], dict[str, Tensor], list[BufferedBatch], int]
 
 
 def together(tensors: Sequence[Tensor | None]) -> Tensor:
@@ -89,7 +89,7 @@ def sums_of(metric: Metric, outputs: Tensor, targets: Tensor) -> Tensor:
     return sums
 
 
-def added(metric: Metric, before: Tensor | None, fresh: Tensor, restored: bool = False) -> Tensor:
+def add_sums(metric: Metric, before: Tensor | None, fresh: Tensor, restored: bool = False) -> Tensor:
     """Return the sums of a metric with those of further batches.
 
     Args:
@@ -158,7 +158,7 @@ class Measures:
         self.sums: list[Tensor] = []
         self.restored = False  # whether `sums` may come from a checkpoint
         self.values: dict[str, Tensor] = {}  # of each name the sum, and over how many items
-        self.held: list[Held] = []
+        self.held: list[BufferedBatch] = []
         self.numbers = 0
         self.first: list[Tensor] = []  # the tensors of the first batch, until the second comes
         self.checked_memory = self.hold == 1
@@ -178,14 +178,14 @@ class Measures:
         if self.metrics and outputs is not None and not isinstance(outputs, Tensor):
             raise DataError(
                 f"metrics={self.metrics[0].name}: a metric takes outputs as one tensor, but the task "
-                f"gives {described(outputs)}: write a Task whose `step` returns "
+                f"gives {describe_outputs(outputs)}: write a Task whose `step` returns "
                 "Step(loss, outputs, targets) with a tensor"
             )
         seen = (outputs.detach(), targets) if self.metrics and outputs is not None else (None, None)
         means = values
         if values:
             means = {name: detached(name, value) for name, value in values.items()}
-        one = Held(loss.detach(), count, seen[0], seen[1], means)
+        one = BufferedBatch(loss.detach(), count, seen[0], seen[1], means)
         if not self.checked_memory:
             one = self._own(one)
         if self.held and one.form() != self.held[0].form():
@@ -195,7 +195,7 @@ class Measures:
         if len(self.held) >= self.hold or self.numbers > self.large:
             self._sum_up()
 
-    def _own(self, one: Held) -> Held:
+    def _own(self, one: BufferedBatch) -> BufferedBatch:
         """Return a batch that can be held back: for the first one, copies of its tensors.
 
         If a tensor of the second batch is in the same memory as that of the first, the model or the
@@ -219,7 +219,7 @@ class Measures:
     @torch.no_grad()
     def _sum_up(self) -> None:
         """Add what is held back to the sums."""
-        for is_number, alike in groupby(self.held, Held.number):
+        for is_number, alike in groupby(self.held, BufferedBatch.number):
             losses, counts = zip(*((one.loss, one.items) for one in alike), strict=True)
             if is_number is None:
                 weights = torch.stack(counts).to(self.loss)
@@ -234,7 +234,7 @@ class Measures:
             fresh = [sums_of(metric, outputs, targets).to(self.loss) for metric in self.metrics]
             before: list[Tensor | None] = [*self.sums] or [None] * len(fresh)
             triples = zip(self.metrics, before, fresh, strict=True)
-            self.sums = [added(*each, self.restored) for each in triples]
+            self.sums = [add_sums(*each, self.restored) for each in triples]
         for name in dict.fromkeys(name for one in self.held for name in one.values):
             there = [one for one in self.held if name in one.values]
             weights = torch.stack([torch.as_tensor(one.items).to(self.loss) for one in there])
@@ -303,5 +303,5 @@ class Measures:
         losses = (loss.to(self.loss.device) for loss in held["losses"])
         kept = held.get("values", [{}] * len(held["sizes"]))
         values = ({name: value.to(self.loss.device) for name, value in each.items()} for each in kept)
-        self.held = [Held(*one) for one in zip(losses, held["counts"], *parts, values, strict=True)]
+        self.held = [BufferedBatch(*one) for one in zip(losses, held["counts"], *parts, values, strict=True)]
         self.numbers = sum(one.outputs.numel() for one in self.held if one.outputs is not None)

@@ -57,7 +57,7 @@ class PureOptimizer(Optimizer):
                 number, gradient, kept = as_real(p), as_real(p.grad), state
                 if p.is_complex():
                     kept = {name: as_real(tensor) for name, tensor in state.items()}
-                write(number, kept, self.update(number, gradient, kept, group))
+                write_update(number, kept, self.update(number, gradient, kept, group))
         return loss
 
 
@@ -66,7 +66,7 @@ def as_real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def write(p: Tensor, state: State, new: tuple[Tensor, State]) -> None:
+def write_update(p: Tensor, state: State, new: tuple[Tensor, State]) -> None:
     """Put what an update gave into the tensors that it was made from."""
     p.copy_(new[0])
     for name, tensor in new[1].items():

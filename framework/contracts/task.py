@@ -21,9 +21,9 @@ from .loss import (
     check_classes,
     check_first,
     check_scalar,
-    described,
+    describe_outputs,
     harmless,
-    name_of,
+    loss_name,
     without_graph,
 )
 
@@ -147,11 +147,11 @@ def inputs_and_targets(batch: Batch) -> tuple[Tensor, Tensor]:
     return batch[0], batch[1]
 
 
-def check_tensor(model: nn.Module, outputs: Any) -> None:
+def check_tensor_output(model: nn.Module, outputs: Any) -> None:
     """Raise DataError when a model returns more, or something else, than one tensor."""
     if not isinstance(outputs, Tensor):
         name = type(model).__name__
-        what = described(outputs)
+        what = describe_outputs(outputs)
         raise DataError(f"the model {name} returns {what}: this task takes one tensor")
 
 
@@ -180,7 +180,7 @@ class LossTask(Task):
         targets = self.mean.fit(self.loss, outputs, targets)
         function = self.loss
         if self.watched and not torch.compiler.is_compiling():
-            function = partial(call_aligned, f"the loss {name_of(self.loss)}", self.loss)
+            function = partial(call_aligned, f"the loss {loss_name(self.loss)}", self.loss)
         loss = self.mean.call(function, outputs, targets, self.all_kept)
         check_scalar(self.loss, loss)
         return Step(loss, outputs, self.mean.shown(targets, self.all_kept))

@@ -30,7 +30,7 @@ from .workers import (
     Batch as Batch,
     IndexBatches,
     SeededSamples,
-    Split as Split,
+    SplitProtocol as Split,
     SteadySamples,
     as_batch,
     read_batches,

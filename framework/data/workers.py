@@ -29,7 +29,7 @@ SHARED = Path("/dev/shm")  # where batches of worker processes lie
 TO_ALL = ENDING  # what a scheduler, or Ctrl-C, sends to every process of a run
 
 
-class Split(Protocol):
+class SplitProtocol(Protocol):
     """What a split must have; any map-style torch Dataset does."""
 
     def __len__(self) -> int: ...
@@ -65,7 +65,7 @@ class SeededSamples(torch.utils.data.Dataset):
     that begins with sample i: a dead one cannot tell.
     """
 
-    def __init__(self, split: Split, seed: int, skip: bool = False, workers: int = 0):
+    def __init__(self, split: SplitProtocol, seed: int, skip: bool = False, workers: int = 0):
         self.split, self.seed, self.skip = split, seed, skip
         self.at_once: Callable[[list[int]], Iterable[Any]] | None = getattr(split, "__getitems__", None)
         self.reading = multiprocessing.Array("q", [-1] * max(workers, 1), lock=False)
@@ -221,7 +221,7 @@ def as_batch(batch: Any) -> Batch:
     parts = (batch,) if isinstance(batch, Tensor) else batch
     tensors = isinstance(parts, tuple | list) and all(isinstance(part, Tensor) for part in parts)
     if not tensors or len(parts) == 0:
-        held = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else described(batch)
+        held = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else describe_batch_part(batch)
         advice = ""
         several = isinstance(parts, tuple | list)
         if several and any(isinstance(part, tuple | list) for part in parts):
@@ -233,7 +233,7 @@ def as_batch(batch: Any) -> Batch:
     return tuple(parts)
 
 
-def described(part: Any) -> str:
+def describe_batch_part(part: Any) -> str:
     """Return what a part of a batch is, in a few words: "tuple of Tensor, ndarray"."""
     if not isinstance(part, tuple | list):
         return type(part).__name__

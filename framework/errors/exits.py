@@ -21,12 +21,12 @@ def no_exit() -> Iterator[None]:
     try:
         yield
     except SystemExit as error:
-        if is_own(error):
+        if is_own_exit(error):
             raise
         raise PartExit(describe_exit(error)) from error
 
 
-def is_own(error: SystemExit) -> bool:
+def is_own_exit(error: SystemExit) -> bool:
     """Whether this package itself ends the program, with the status of a command or after a signal; submitit does so in
     its signal handler, when it has queued a job again."""
     frames = traceback.extract_tb(error.__traceback__)

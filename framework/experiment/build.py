@@ -20,7 +20,7 @@ from framework.errors.user_code import describe, reason_of, text_of, user_errors
 from framework.registry.registry import Maker, Registry
 from framework.runtime import seeds
 from framework.runtime.shapes import after, dry_run, first_output
-from framework.training.layer_table import undisturbed
+from framework.training.layer_table import model_undisturbed
 from framework.training.validation import single_sample
 
 
@@ -130,7 +130,7 @@ def build_groups(spec: Spec, model: nn.Module) -> list[Any]:
     return Parameters(**spec.sections["parameters"]).groups(model, spec.parts["optimizer"])
 
 
-def check_fit(model: nn.Module, data: Data, out_shape: Sequence[int]) -> None:
+def check_output_shape(model: nn.Module, data: Data, out_shape: Sequence[int]) -> None:
     """Run one training sample through the model. Raises BuildError when the output has another shape than it must."""
     sample = first_input(data)
     name = type(model).__name__
@@ -176,7 +176,7 @@ def check_smallest_batch(model: nn.Module, batches: Loader, micro_batch: int | N
         return
     sample = torch.as_tensor(batches.split[0][0]).unsqueeze(0)
     try:
-        with undisturbed(model, train=True), torch.no_grad():
+        with model_undisturbed(model, train=True), torch.no_grad():
             model(sample)
     except ValueError as error:
         section = "trainer" if single.setting == "micro_batch" else "loader"

@@ -37,7 +37,7 @@ class StopAfter(Callback):
             trainer.stop("check", "tried")
 
 
-def check(spec: Spec, say: Callable[[str], None]) -> None:
+def run_check(spec: Spec, say: Callable[[str], None]) -> None:
     """Build an experiment, take two steps with a validation, save after the first, resume, learn a batch by heart.
 
     Nothing of it is kept. Raises what goes wrong; RunError when a resumed run comes to other weights, and when the loss

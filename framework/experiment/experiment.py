@@ -42,7 +42,7 @@ from .build import (
     build_loader,
     build_metrics,
     build_model,
-    check_fit,
+    check_output_shape,
     check_smallest_batch,
     scale_of,
 )
@@ -53,7 +53,7 @@ from .resume import (
     check_fits,
     check_optimizer,
     chosen_checkpoint,
-    find,
+    find_run,
     fingerprint,
     last_values,
     open_folder,
@@ -92,7 +92,7 @@ class Experiment:
             self.model = build_model(spec, self.data.in_shape, self.out_shape, self.data.columns)
         self.task.check_model(self.model)
         check_loss_parameters(self.task, self.model)
-        check_fit(self.model, self.data, self.out_shape)
+        check_output_shape(self.model, self.data, self.out_shape)
         self.optimizer = build_optimizer(spec.parts["optimizer"], build_groups(spec, self.model))
         check_step_alone(self.optimizer)
         self.transforms = [maker(self.data.in_shape, self.data.out_shape) for maker in spec.parts["transform"]]
@@ -213,7 +213,7 @@ class Prepared:
                 self.built.status.claim(self.trainer)
                 describe_run(folder, self.built, self.overrides)
             except BaseException:
-                discard(folder)
+                discard_run(folder)
                 raise
         else:
             folder = self.resumed.folder
@@ -288,7 +288,7 @@ class Prepared:
 @no_exit()
 def train(*given: Any, **named: Any) -> Result:
     """Run what `prepare` builds of these arguments: fit, then measure the best checkpoint on the test split."""
-    ready = prepare(*given, **named)
+    ready = prepare_run(*given, **named)
     if isinstance(ready, Result):
         return ready
     try:
@@ -305,7 +305,7 @@ def train(*given: Any, **named: Any) -> Result:
 
 
 @no_exit()
-def prepare(
+def prepare_run(
     spec: Spec,
     experiment: str,
     overrides: Sequence[str],
@@ -323,7 +323,7 @@ def prepare(
     resumed run differ. say: takes lines for the person who waits. data: that of the spec, if it is there already.
     """
     started = time.monotonic() if started is None else started
-    run = find(spec, experiment)
+    run = find_run(spec, experiment)
     resumed = None if run is None else open_folder(run, spec, inexact)
     if resumed is not None and resumed.done:
         say(f"{run} is done already")
@@ -513,7 +513,7 @@ def describe_run(folder: RunFolder, built: Experiment, overrides: list[str]) -> 
     folder.write("config.yaml", built.spec.tree)  # the last one: with it there is a run to go on with
 
 
-def discard(folder: RunFolder) -> None:
+def discard_run(folder: RunFolder) -> None:
     """Remove what was written into the folder of a run that cannot begin; then the folder, if nothing else is in it."""
     folder.lock.close()
     with suppress(OSError):

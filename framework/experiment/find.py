@@ -104,7 +104,7 @@ def find_batch_size(spec: Spec, most: int = 2**14) -> Iterator[Speed]:
         data = built.data
         if len(built.train_batches.split) < size:
             return
-        speed = measured(built, size)
+        speed = measure_batch_size(built, size)
         yield speed
         if speed.samples_per_second is None:
             return
@@ -133,7 +133,7 @@ class Timing(Callback):
             trainer.stop("find", "measured")
 
 
-def measured(built: Experiment, size: int) -> Speed:
+def measure_batch_size(built: Experiment, size: int) -> Speed:
     timing, cuda = Timing(), torch.cuda.is_available()
     if cuda:
         torch.cuda.reset_peak_memory_stats()

@@ -26,7 +26,7 @@ MOST_POINTS = 10_000
 
 
 @dataclass
-class Split:
+class SplitSize:
     """A split: samples, and bytes when it lies in memory."""
 
     name: str
@@ -93,7 +93,7 @@ class Plan:
     groups: list[ParameterGroup] = field(default_factory=list)
     transforms: list[str] = field(default_factory=list)
     curve: Curve | None = None
-    splits: list[Split] = field(default_factory=list)
+    splits: list[SplitSize] = field(default_factory=list)
     threads: int | None = None
     loader: str | None = None
     batches_per_step: float = 1
@@ -162,7 +162,7 @@ def make_plan(
         groups=[] if optimizer is None else read_groups(optimizer),
         transforms=list(transforms),
         curve=read_curve(optimizer, schedule, total_steps),
-        splits=[Split(name, len(split), split_bytes(split)) for name, split in splits.items()],
+        splits=[SplitSize(name, len(split), split_bytes(split)) for name, split in splits.items()],
         threads=threads,
         loader=loader,
     )
@@ -312,7 +312,7 @@ def fact_lines(plan: Plan) -> list[tuple[str, str]]:
     return lines
 
 
-def split_text(split: Split) -> str:
+def split_text(split: SplitSize) -> str:
     size = "" if split.bytes is None else f" ({bytes_text(split.bytes)})"
     return f"{split.name} {split.samples:,}{size}"
 

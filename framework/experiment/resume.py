@@ -79,7 +79,7 @@ class Resumed:
         return path in self.changed
 
 
-def find(spec: Spec, experiment: str) -> Path | None:
+def find_run(spec: Spec, experiment: str) -> Path | None:
     """Return the folder that `resume=` means: the run of a path; for auto the run of this name, or else the newest
     unfinished run of the same config; None when a new run is to begin. Raises RunError for a path that is no run, and
     no checkpoint of one.
@@ -114,7 +114,7 @@ def find_unfinished(root: Path, tree: Mapping[str, Any]) -> Path | None:
     wanted, own = fingerprint(tree), comparable(dump("config.yaml", tree).encode())
     parsed = 0
     found = None
-    for run in candidates(root, skipped):
+    for run in resumable_runs(root, skipped):
         try:
             status = read_status(run.path)
             if status.get("status") == "done" or status.get("config", wanted) != wanted:
@@ -132,11 +132,11 @@ def find_unfinished(root: Path, tree: Mapping[str, Any]) -> Path | None:
             skipped.append(f"skipped {run.path}: {error}")
     if parsed > MOST_PARSED:
         skipped.append(f"not compared: {parsed - MOST_PARSED} older runs, whose status.json has no config")
-    tell(skipped)
+    print_notes(skipped)
     return found
 
 
-def candidates(root: Path, skipped: list[str]) -> list[Candidate]:
+def resumable_runs(root: Path, skipped: list[str]) -> list[Candidate]:
     """Return the runs below a folder, the newest first; what is no run is added to `skipped` if it looks like one."""
     found = []
     try:
@@ -186,7 +186,7 @@ def comparable(config: bytes) -> bytes:
     return re.sub(rb"(?m)^(run|plugins):.*\n(?:[ -].*\n)*", b"", config)
 
 
-def tell(notes: Sequence[str]) -> None:
+def print_notes(notes: Sequence[str]) -> None:
     """Print notes on the standard error, a few of them."""
     for each in notes[:MOST_NOTES]:
         note(each)
@@ -234,7 +234,7 @@ def open_folder(run: Path, spec: Spec, inexact: bool = False) -> Resumed:
     """
     folder = RunFolder.existing(run)
     before = read_config(run)
-    changed = differences(before, spec.tree)
+    changed = changed_values(before, spec.tree)
     breaking: list[str] = []
     data_moved = False
     for path, text in changed:
@@ -483,9 +483,9 @@ def measures(path: str, monitor: str | None, spec: Spec) -> bool:
     return False
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, str]]:
+def changed_values(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return (path, "optimizer.lr=0.1 (was 0.001)") for every setting that differs."""
-    before, after = dict(leaves(old)), dict(leaves(new))
+    before, after = dict(setting_leaves(old)), dict(setting_leaves(new))
     changed = [path for path in {**before, **after} if not same(before.get(path), after.get(path))]
     return [(path, f"{path}={after.get(path)} (was {before.get(path)})") for path in changed]
 
@@ -495,18 +495,18 @@ def same(one: Any, other: Any) -> bool:
     return one == other or json.dumps(one, default=str) == json.dumps(other, default=str)
 
 
-def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def setting_leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Yield every setting with its path; an empty mapping counts as one, so that a part without settings shows."""
     if isinstance(tree, Mapping) and tree:
         for key, value in tree.items():
-            yield from leaves(value, f"{path}.{key}" if path else str(key))
+            yield from setting_leaves(value, f"{path}.{key}" if path else str(key))
     else:
         yield path, tree
 
 
 def fingerprint(tree: Mapping[str, Any]) -> str:
     """Return a hash of what makes two runs the same experiment: all but where it lies and how it is watched."""
-    same = {path: value for path, value in leaves(tree) if not path.startswith(("run.", "plugins"))}
+    same = {path: value for path, value in setting_leaves(tree) if not path.startswith(("run.", "plugins"))}
     return sha256(json.dumps(same, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -66,10 +66,10 @@ def discover(plugins: Iterable[str] = (), without: Iterable[str] = (), tolerant:
         for plugin in leave_out(without, installed_plugins()):
             errors = load_installed(plugin)
             if errors and not tolerant:
-                raise refused(plugin, errors[0])
+                raise with_advice(plugin, errors[0])
             problems += map(str, errors)
         for named in plugins:
-            load(named)
+            load_plugin(named)
     return problems
 
 
@@ -178,7 +178,7 @@ def module_files(name: str) -> Iterator[Path]:
             yield from (file for file in files_in(Path(folder)) if str(file) != spec.origin)
 
 
-def load(plugin: str) -> None:
+def load_plugin(plugin: str) -> None:
     """Load one plugin: a path to a file or folder, or the name of a module."""
     path = expanded(plugin)
     if path.is_dir():
@@ -219,7 +219,7 @@ def load_installed(plugin: Installed) -> list[PluginError]:
     return errors
 
 
-def refused(plugin: Installed, error: PluginError) -> PluginError:
+def with_advice(plugin: Installed, error: PluginError) -> PluginError:
     """Return the error of an installed plugin with the way to leave it out."""
     if plugin.module == OWN:
         return error

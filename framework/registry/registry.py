@@ -40,7 +40,7 @@ from .schema import (
     Types,
     call_arguments,
     first_sentence,
-    identical,
+    identical_values,
     parameters_of,
     read_settings,
     unwrapped,
@@ -131,7 +131,7 @@ class Entry:
         part = unwrapped(self.part)
         try:
             file = inspect.getsourcefile(part) or self.registered.file
-            return Where(file, first_line(part, file), part.__module__)
+            return Where(file, first_line_number(part, file), part.__module__)
         except (TypeError, OSError):
             return self.registered
 
@@ -173,7 +173,7 @@ class Entry:
                     raise error.with_text(f"{self}: {name}: {error}") from None
             elif setting.in_config:
                 default = setting.initial()
-                if not identical(default, setting.default):
+                if not identical_values(default, setting.default):
                     found[name] = default
         return found
 
@@ -350,7 +350,7 @@ class Registry:
         return len(self._entries)
 
 
-def first_line(part: Callable[..., Any], file: str) -> int:
+def first_line_number(part: Callable[..., Any], file: str) -> int:
     """Return where a function or a class begins; for a class `inspect` would parse the whole file."""
     begins = re.compile(rf"\s*class {part.__name__}\b") if inspect.isclass(part) else None
     found = [n for n, line in enumerate(getlines(file), 1) if begins.match(line)] if begins else []

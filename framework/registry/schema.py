@@ -105,7 +105,7 @@ class Setting:
             return False
         try:
             default = self.initial()
-            return identical(self.convert(plain_value(default)), default)
+            return identical_values(self.convert(plain_value(default)), default)
         except (NotPlain, SettingError):
             return False
 
@@ -114,7 +114,7 @@ class Setting:
         if self.required or not is_builtin(self.default):
             return False
         try:
-            return identical(value, self.default) or identical(value, plain_value(self.default))
+            return identical_values(value, self.default) or identical_values(value, plain_value(self.default))
         except NotPlain:
             return False
 
@@ -137,7 +137,7 @@ class Setting:
 
     @property
     def type_text(self) -> str:
-        return describe(self.annotation)
+        return describe_type(self.annotation)
 
     def convert(self, value: Any) -> Any:
         """Return `value` as the setting's type; the default is always allowed, also outside of its range.
@@ -233,7 +233,7 @@ def read_settings(
         if strict and not inherited and contradicts(setting):
             raise ContractError(
                 f"parameter {parameter.name!r} of {name_of(part)} has the default {readable(parameter.default)}, "
-                f"which is not {describe(annotation)}: correct the default or the annotation"
+                f"which is not {describe_type(annotation)}: correct the default or the annotation"
             )
         found[parameter.name] = setting
     return found
@@ -490,30 +490,30 @@ def is_loose(annotation: Any) -> bool:
     return any(is_loose(each) for each in get_args(annotation))
 
 
-def describe(annotation: Any) -> str:
+def describe_type(annotation: Any) -> str:
     """Return a type in words: "float in (0, 1]", "one of mean, sum", "int or list of int"."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        text = describe(arguments[0])
+        text = describe_type(arguments[0])
         for mark in annotation.__metadata__:
             if isinstance(mark, PartOf):
                 return f"name of {'an' if mark.kind[0] in 'aeiou' else 'a'} {mark.kind}"
             text = mark.form if isinstance(mark, Pattern) else f"{text} in {mark}" if isinstance(mark, Range) else text
         return text
     if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(describe(a) for a in arguments if expressible(a)))
+        return " or ".join(dict.fromkeys(describe_type(a) for a in arguments if expressible(a)))
     if origin is Literal:
         names = [choice.name if isinstance(choice, Enum) else str(choice) for choice in arguments]
         return "one of " * (len(arguments) > 1) + ", ".join(map(str, names))
     if is_enum(annotation):
         return "one of " * (len(annotation) > 1) + ", ".join(annotation.__members__)
     if origin is tuple and Ellipsis not in arguments:
-        return "[" + ", ".join(describe(a) for a in arguments) + "]"
+        return "[" + ", ".join(describe_type(a) for a in arguments) + "]"
     if origin in (list, tuple, Sequence, Iterable):
-        return f"list of {describe(arguments[0])}"
+        return f"list of {describe_type(arguments[0])}"
     if origin is dict:
-        keys = f"{describe(arguments[0])} to " if arguments[0] not in (str, Any) else ""
-        return f"dict of {keys}{describe(arguments[1])}"
+        keys = f"{describe_type(arguments[0])} to " if arguments[0] not in (str, Any) else ""
+        return f"dict of {keys}{describe_type(arguments[1])}"
     if annotation in (None, type(None)):
         return "null"
     return "path" if annotation is Path else getattr(annotation, "__name__", str(annotation)).replace("Any", "any")
@@ -531,7 +531,7 @@ def convert(value: Any, annotation: Any) -> Any:
 
 
 def mismatch_error(value: Any, annotation: Any) -> SettingError:
-    return SettingError(f"should be {describe(annotation)}, not {value!r}{close_member(value, annotation)}")
+    return SettingError(f"should be {describe_type(annotation)}, not {value!r}{close_member(value, annotation)}")
 
 
 def close_member(value: Any, annotation: Any) -> str:
@@ -692,15 +692,15 @@ def is_builtin(value: Any, depth: int = 0) -> bool:
     return value is None or type(value) in (bool, int, float, str)
 
 
-def identical(one: Any, other: Any) -> bool:
+def identical_values(one: Any, other: Any) -> bool:
     """Whether two plain values are equal in all their types, NaN and the signs of zeros included."""
     if type(one) is not type(other):
         return False
     if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(identical(a, b) for a, b in zip(one, other, strict=True))
+        return len(one) == len(other) and all(identical_values(a, b) for a, b in zip(one, other, strict=True))
     if isinstance(one, dict):
         pairs = zip(one.items(), other.items(), strict=False)
-        return len(one) == len(other) and all(identical(a, b) for a, b in pairs)
+        return len(one) == len(other) and all(identical_values(a, b) for a, b in pairs)
     if isinstance(one, float):
         return repr(one) == repr(other)
     return bool(one == other)
@@ -748,7 +748,7 @@ def means_default(value: Any, setting: Setting) -> bool:
     if makes_anew(setting.default):
         return value == str(setting.default) and not accepts(setting, value)  # of an earlier version
     try:
-        return identical(value, plain_value(setting.default))
+        return identical_values(value, plain_value(setting.default))
     except NotPlain:
         return False
 
@@ -771,7 +771,7 @@ def is_old_text(value: Any, setting: Setting) -> bool:
         return False
     try:
         written = old_text(setting.default)
-        if identical(written, plain_value(setting.default)):
+        if identical_values(written, plain_value(setting.default)):
             return False
     except NotPlain:
         pass

@@ -10,7 +10,7 @@ from .checkpoint import commit
 from .snapshot import Copies, Snapshot, snapshot
 
 
-class Job(NamedTuple):
+class WriteJob(NamedTuple):
     """A copy of a state that is to be written, and what follows then."""
 
     folder: Path
@@ -35,7 +35,7 @@ class Writer:
     most_bytes = 256 * 2**20  # of copies, besides one
 
     def __init__(self) -> None:
-        self.jobs: list[Job] = []  # the first may be under way
+        self.jobs: list[WriteJob] = []  # the first may be under way
         self.spare: list[Copies] = []
         self.changed = threading.Condition()
         self.thread: threading.Thread | None = None
@@ -62,7 +62,7 @@ class Writer:
         self.check()
         taken = snapshot(*state, copies=copies)
         with self.changed:
-            self.jobs.append(Job(folder, taken, copies, then))
+            self.jobs.append(WriteJob(folder, taken, copies, then))
             if self.thread is None:
                 self.thread = threading.Thread(target=self._work, name="checkpoint")
                 self.thread.start()
@@ -93,7 +93,7 @@ class Writer:
                     lambda: self.hurry, timeout=max(self.pause, self.rest * (time.monotonic() - began))
                 )
 
-    def _next(self) -> Job | None:
+    def _next(self) -> WriteJob | None:
         """Return what to write now; after an error nothing is written any more."""
         with self.changed:
             if self.error is not None:

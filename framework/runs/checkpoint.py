@@ -114,7 +114,7 @@ def load(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             check_torch_file(file)
             file.seek(0)
             training = dict(torch.load(path_of(file), map_location="cpu", weights_only=True))
-        check_training(training)
+        check_training_size(training)
         return model, training
     except Exception as error:  # the files are what was written, so whatever it is, it is not for this program
         raise CheckpointError(f"{checkpoint} cannot be read: {first_line(error)}") from error
@@ -437,7 +437,7 @@ def check_pickle(content: bytes) -> None:
             raise CheckpointError(f"it names {str(argument)[:100]}, which is neither a tensor nor a plain type")
 
 
-def check_training(training: dict[str, Any]) -> None:
+def check_training_size(training: dict[str, Any]) -> None:
     """Raise CheckpointError for a state that would take much more memory, or time, than its file has bytes."""
     count = 0
     for depth, level in enumerate(levels(training), 1):
@@ -610,13 +610,13 @@ def save_error(error: BaseException) -> type[CheckpointError]:
 
 def number_of(error: BaseException) -> int | None:
     """Return the system's number of an error, or of that which caused it; None when there is none."""
-    numbers = [e.errno for e in chain(error) if isinstance(e, OSError) and e.errno]
+    numbers = [e.errno for e in error_chain(error) if isinstance(e, OSError) and e.errno]
     # A SafetensorError has the number in its text only.
     numbers += [int(found) for found in re.findall(r"\(os error (\d+)\)", str(error))]
     return numbers[0] if numbers else None
 
 
-def chain(error: BaseException | None) -> Iterator[BaseException]:
+def error_chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

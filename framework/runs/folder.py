@@ -22,9 +22,17 @@ from weakref import ref
 from framework.errors import RunError, short
 from framework.errors.paths import expanded, real_path
 from framework.registry.discovery import package_version
-from framework.system.files import open_file, read_json, read_yaml, reason_of, remove_temporary, write_error, write_file
+from framework.system.files import (
+    open_file,
+    read_json,
+    read_yaml,
+    remove_temporary,
+    write_error,
+    write_failure_reason,
+    write_file,
+)
 from framework.system.git import commit_and_diff
-from framework.system.locks import Held, are_off, is_gone, lock, this_process
+from framework.system.locks import HeldLock, are_off, is_gone, lock, this_process
 
 MOST_HOLDER = 300  # bytes of the text in a lock
 PATIENCE = 2.0  # seconds for the workers of a killed run to end
@@ -59,7 +67,7 @@ class RunFolder:
                 self.lock = only_writer(self.path)
         except OSError as error:
             where = parent / (name or "...")
-            why = reason_of(where, error)
+            why = write_failure_reason(where, error)
             raise write_error(error)(f"the run folder {where} cannot be made: {why} (run.root={root})") from None
 
     @classmethod
@@ -72,7 +80,7 @@ class RunFolder:
                 folder.lock = only_writer(path)
             remove_litter(path)
         except OSError as error:
-            said = f"the run folder {path} cannot be written: {reason_of(path, error)}"
+            said = f"the run folder {path} cannot be written: {write_failure_reason(path, error)}"
             raise write_error(error)(said) from None
         return folder
 
@@ -135,7 +143,7 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def only_writer(run: Path, name: str = ".lock") -> Held:
+def only_writer(run: Path, name: str = ".lock") -> HeldLock:
     """Lock a folder until the returned object is closed (a kill releases it). Raises RunError when taken.
 
     Without locks (see `locks.py`), the process that the file names is taken for the writer unless it has ended.
@@ -160,7 +168,7 @@ def only_writer(run: Path, name: str = ".lock") -> Held:
         raise
     held = ref(file)  # a forked data worker would hold the lock on
     os.register_at_fork(after_in_child=lambda: close(held()))
-    return Held(file)
+    return HeldLock(file)
 
 
 def holder_in(file: BinaryIO) -> str:

@@ -64,7 +64,7 @@ def snapshot(model: Weights, training: Any, step: int, run: Facts = None, *, cop
     """
     take = own_memory if copies is None else copies.begin()
     facts = {"threads": torch.get_num_threads(), **(run or {})}  # a thread that writes has a number of its own
-    return Snapshot(step, *without_copies(model, take), plain(training, take), facts)
+    return Snapshot(step, *without_copies(model, take), plain_copy(training, take), facts)
 
 
 def without_copies(state: Weights, take: Take) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -75,7 +75,7 @@ def without_copies(state: Weights, take: Take) -> tuple[dict[str, Tensor], dict[
     memory: set[int] = set()
     for name, tensor in state.items():
         check_tensor(name, tensor)
-        first = first_of.setdefault(place_of(tensor), name) if tensor.numel() else name
+        first = first_of.setdefault(memory_of(tensor), name) if tensor.numel() else name
         if first != name:
             tied[name] = first
             continue
@@ -96,7 +96,7 @@ def check_model(state: Weights) -> None:
 
 def check_training(state: Any) -> None:
     """Raise CheckpointError for a value that is not plain, naming its path. Nothing is copied."""
-    plain(state, lambda tensor: tensor)
+    plain_copy(state, lambda tensor: tensor)
 
 
 def check_tensor(name: str, tensor: Any) -> None:
@@ -131,7 +131,7 @@ def storable(dtype: torch.dtype) -> bool:
     return True
 
 
-def place_of(tensor: Tensor) -> Any:
+def memory_of(tensor: Tensor) -> Any:
     """Equal for two tensors only when they are the same numbers in the same memory."""
     if tensor.layout is not torch.strided:
         return id(tensor)
@@ -149,7 +149,7 @@ def own_memory(tensor: Tensor) -> Tensor:
     return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def plain(value: Any, take: Take, path: str = "") -> Any:
+def plain_copy(value: Any, take: Take, path: str = "") -> Any:
     """Return a value made of plain types only. Raises CheckpointError naming the path of anything else.
 
     Subclasses are refused too: a numpy.float64 is a float, but is pickled as code that makes one.
@@ -161,9 +161,9 @@ def plain(value: Any, take: Take, path: str = "") -> Any:
         return take(value)
     if kind in (dict, OrderedDict):
         items = ((key, f"{path}.{key}".lstrip("."), item) for key, item in value.items())
-        return {plain(key, take, f"{path} (a key)"): plain(item, take, where) for key, where, item in items}
+        return {plain_copy(key, take, f"{path} (a key)"): plain_copy(item, take, where) for key, where, item in items}
     if kind in (list, tuple):
-        return kind(plain(item, take, f"{path}.{index}".lstrip(".")) for index, item in enumerate(value))
+        return kind(plain_copy(item, take, f"{path}.{index}".lstrip(".")) for index, item in enumerate(value))
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
     raise CheckpointError(
         f"{path or 'the training state'} is a {name}, which no checkpoint may hold; state_dict must give "

@@ -119,7 +119,10 @@ class Profiler(Clock):
         recorder, self.recorder = self.recorder, None
         recorder.__exit__(None, None, None)
         spent = {name: seconds - self.before.get(name, 0.0) for name, seconds in self.seconds.items()}
-        print(printable_lines(table(spent | {"the rest": whole - sum(spent.values())}, whole, count)), file=sys.stderr)
+        print(
+            printable_lines(times_table(spent | {"the rest": whole - sum(spent.values())}, whole, count)),
+            file=sys.stderr,
+        )
         if self.folder is not None:
             write_trace(recorder, self.folder)
             print_line(f"trace: {self.folder / TRACE} (open it in https://ui.perfetto.dev)", sys.stderr)
@@ -139,7 +142,7 @@ def write_trace(recorder: torch.profiler.profile, folder: Path) -> None:
     write_file(folder, TRACE, trace)
 
 
-def table(seconds: dict[str, float], whole: float, steps: int) -> str:
+def times_table(seconds: dict[str, float], whole: float, steps: int) -> str:
     """Return a table of parts, the longest first: microseconds a step, and their share of the whole."""
     rows = sorted(((spent, name) for name, spent in seconds.items() if spent > 0), reverse=True)
     lines = [f"{'of a step (mean of ' + str(steps) + ')':<28}{'µs':>10}{'share':>8}"]

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch import nn
 
 
-class Left(NamedTuple):
+class FitModes(NamedTuple):
     """What a fit noted of a module when it left it in evaluation mode.
 
     Attributes:
@@ -61,7 +61,7 @@ class Modes:
         self.model.eval()
         fit = object()
         for module in self.model.modules():
-            setattr(module, NOTE, Left(fit, module not in self.set_by_user))
+            setattr(module, NOTE, FitModes(fit, module not in self.set_by_user))
 
     def names(self) -> Sequence[str]:
         """Return the names of the modules that stay in evaluation mode."""

@@ -66,7 +66,7 @@ def output_shape(module: nn.Module, in_shape: Shape) -> Shape:
     return tuple(first_output(module, in_shape).shape[1:])
 
 
-def chain(makers: Iterable[Callable[..., Any]], in_shape: Shape) -> tuple[list[nn.Module], Shape]:
+def build_chain(makers: Iterable[Callable[..., Any]], in_shape: Shape) -> tuple[list[nn.Module], Shape]:
     """Build blocks one after another, each for the shape that the one before it gives.
 
     Returns the blocks and the shape that the last one gives. Raises BuildError that counts the blocks from 1:

@@ -55,7 +55,7 @@ def commit_and_diff(folder: Path) -> tuple[str | None, str | None]:
     commit = output([program, *options(OWN_SETTINGS), "rev-parse", "HEAD"], folder, environment)
     if commit is None:
         return None, None
-    return text_of(commit), diff(program, folder, environment)
+    return decoded(commit), diff(program, folder, environment)
 
 
 def repository_of(folder: Path) -> Path | None:
@@ -111,7 +111,7 @@ def diff(program: str, folder: Path, environment: Mapping[str, str]) -> str | No
         settings |= {f"filter.{name}.{key}": "" for key in ("clean", "smudge", "process")}
         settings[f"filter.{name}.required"] = "false"
     found = output([program, *options(settings), *DIFF], folder, environment)
-    return None if found is None else text_of(found)
+    return None if found is None else decoded(found)
 
 
 def filters_of(listed: bytes) -> list[str]:
@@ -174,7 +174,7 @@ def read_until(deadline: float, pipe: int) -> bytes:
     return bytes(content[: MOST_BYTES + 1])
 
 
-def text_of(content: bytes) -> str:
+def decoded(content: bytes) -> str:
     """Return what git printed; a diff may hold a file of any encoding."""
     text = content[:MOST_BYTES].decode("utf-8", errors="replace").strip()
     return text + CUT if len(content) > MOST_BYTES else text

@@ -49,7 +49,7 @@ def lock(file: IO[Any], path: Path, *, wait: bool) -> bool:
     return True
 
 
-class Held:
+class HeldLock:
     """The lock file of a folder whose only writer this process is, until it is closed.
 
     It names the process. Without locks that is all there is: it is emptied when it is closed.

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from framework.contracts.loss import described
+from framework.contracts.loss import describe_outputs
 from framework.contracts.metric import Measures, Metric
 from framework.contracts.task import LossTask, Task
 from framework.data.accumulation import Batches, Source, as_batches, known_targets
@@ -126,7 +126,7 @@ class Evaluator:
         if not isinstance(output, Tensor):
             raise DataError(
                 "predict takes a model that returns one tensor, but "
-                f"{type(self.model).__name__} returns {described(output)}: wrap it in a module that "
+                f"{type(self.model).__name__} returns {describe_outputs(output)}: wrap it in a module that "
                 "returns the tensor to predict"
             )
         return output

@@ -39,7 +39,7 @@ class Layer:
 
 
 @contextmanager
-def undisturbed(model: nn.Module, train: bool | None = False) -> Iterator[None]:
+def model_undisturbed(model: nn.Module, train: bool | None = False) -> Iterator[None]:
     """Run a model; afterwards its modes, buffers and the random state are as before.
 
     Args:
@@ -134,7 +134,7 @@ def read_layers(model: nn.Module, batch: Batch, task: Task | None = None) -> tup
     """Return the layers in the order of their first call, and the names of parameters that no layer uses."""
     counter = FlopCounterMode(display=False)
     probe = _Probe(model, counter)
-    with undisturbed(model), torch.no_grad(), counted_as_written(), counter, probe.watch():
+    with model_undisturbed(model), torch.no_grad(), counted_as_written(), counter, probe.watch():
         call(model, batch, task, samples=1)
     counted: set[Tensor] = set()
     called = [(module, make_layer(probe, module, counted)) for module in probe.flops]
@@ -195,7 +195,7 @@ def saved_bytes(model: nn.Module, batch: Batch, task: Task | None, samples: int)
         return tensor.detach()  # an output kept by its own node would be a cycle that only the collector frees
 
     saving = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with undisturbed(model, train=True), torch.enable_grad(), saving:
+    with model_undisturbed(model, train=True), torch.enable_grad(), saving:
         call(model, batch, task, samples)
     return total
 

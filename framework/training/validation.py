@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from framework.contracts.callback import Callback
 from framework.contracts.logger import Logger
-from framework.contracts.loss import check_scalar, modules_in, name_of
+from framework.contracts.loss import check_scalar, loss_modules, loss_name
 from framework.contracts.metric import Metric
 from framework.contracts.schedule import observes
 from framework.contracts.state import Cadence
@@ -274,7 +274,7 @@ def check_made(task: Task, made: Any, parameters: Sequence[Tensor] = ()) -> None
         got = "None" if made is None else type(made).__name__
         raise SettingError(f"{type(task).__name__}.step: {expected}, got {got}")
     loss = made.loss
-    check_scalar(loss_name(task), loss)
+    check_scalar(name_of_loss(task), loss)
     if not parameters or loss.requires_grad:
         return
     if not any(parameter.requires_grad for parameter in parameters):
@@ -282,15 +282,15 @@ def check_made(task: Task, made: Any, parameters: Sequence[Tensor] = ()) -> None
         raise SettingError(f"model: {said}, so that nothing would be trained")
     causes = "detach(), item(), argmax or no_grad() on the way from the model to the loss"
     said = f"it does not depend on the parameters ({causes}?)"
-    raise SettingError(f"{loss_name(task)} has no gradient: {said}")
+    raise SettingError(f"{name_of_loss(task)} has no gradient: {said}")
 
 
-def loss_name(task: Task) -> str:
+def name_of_loss(task: Task) -> str:
     """Return what to call the loss of a task in a message."""
     loss = task.loss if isinstance(task, LossTask) else task.criterion
     if loss is None:
         return f"the loss of {type(task).__name__}"
-    return f"the loss {name_of(loss)}"
+    return f"the loss {loss_name(loss)}"
 
 
 class SingleSample(NamedTuple):
@@ -361,10 +361,10 @@ def check_single_sample(
     normalised = any(map(has_statistics, model.modules()))
     if not normalised or task.phases or not all(isinstance(part, Tensor) for part in batch):
         return
-    from .layer_table import undisturbed  # not at the top: it imports torch's counter of FLOPs
+    from .layer_table import model_undisturbed  # not at the top: it imports torch's counter of FLOPs
 
     try:
-        with undisturbed(model, train=None), torch.no_grad(), precision.autocast():
+        with model_undisturbed(model, train=None), torch.no_grad(), precision.autocast():
             task.step(model, tuple(part[:1] for part in batch))
     except Exception as error:  # any other error is of that batch alone, or of this try
         if is_batch_norm(error):
@@ -436,7 +436,7 @@ def check_loss_parameters(task: Any, model: nn.Module) -> None:
     if loss is None:
         return
     own = set(model.parameters())
-    for module in modules_in(loss):
+    for module in loss_modules(loss):
         for name, parameter in module.named_parameters():
             if parameter.requires_grad and parameter not in own:
                 raise SettingError(lost_parameter(f"the loss {type(module).__name__}", f"`{name}`"))

@@ -237,12 +237,12 @@ def draw(model: nn.Module, inputs: Tensor) -> bytes:
     """Return the model's graph as a serialized GraphDef, from a pass in eval mode that leaves no trace in the model."""
     from tensorboard.compat.proto.graph_pb2 import GraphDef
 
-    from framework import undisturbed
+    from framework import model_undisturbed
 
     recorder = Recorder(model, inputs)
     hooks = [hook for name, module in model.named_modules() for hook in recorder.hooks(name, module)]
     try:
-        with undisturbed(model), torch.no_grad(), recorder:
+        with model_undisturbed(model), torch.no_grad(), recorder:
             outputs = model(inputs)
     finally:
         for hook in hooks:

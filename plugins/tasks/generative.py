@@ -27,7 +27,7 @@ from framework import (
 )
 from framework.contracts.alignment import same_shape
 from framework.contracts.model import GenerativeModel
-from framework.contracts.task import Phase, check_tensor
+from framework.contracts.task import Phase, check_tensor_output
 
 Network = Literal["mlp", "conv"]
 
@@ -216,7 +216,7 @@ class Reconstruction(OfInputs):
         inputs = batch[0]
         seen = inputs + self.noise * torch.randn_like(inputs) if self.noise and model.training else inputs
         outputs = model(seen)
-        check_tensor(model, outputs)
+        check_tensor_output(model, outputs)
         return Step(F.mse_loss(outputs, same_shape(outputs, inputs)), outputs, inputs)
 
     def count(self, batch: Batch) -> int | float:

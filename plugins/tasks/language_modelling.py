@@ -30,7 +30,7 @@ from framework import (
 from framework.contracts.callback import Callback
 from framework.contracts.model import CachedDecoder
 from framework.contracts.state import Cadence
-from framework.contracts.task import check_tensor, inputs_and_targets
+from framework.contracts.task import check_tensor_output, inputs_and_targets
 
 IGNORED = -1  # the target of a token that only gives context
 
@@ -65,7 +65,7 @@ class LanguageModelling(Task):
     def step(self, model: nn.Module, batch: Batch) -> Step:
         inputs, targets = inputs_and_targets(batch)
         outputs = model(inputs)
-        check_tensor(model, outputs)
+        check_tensor_output(model, outputs)
         logits, targets = outputs.flatten(0, -2), targets.flatten()
         losses = self.criterion(logits, targets)
         kept = targets != IGNORED

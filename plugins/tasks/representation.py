@@ -33,7 +33,7 @@ from framework import (
     tasks,
 )
 from framework.contracts.loss import ignored_index, without_ignored
-from framework.contracts.task import check_tensor
+from framework.contracts.task import check_tensor_output
 
 from .supervised import Classification
 
@@ -76,7 +76,7 @@ class Contrastive(Task):
                 torch.manual_seed(0)
             both = torch.cat([self.view(inputs), self.view(inputs)])
         outputs = model(both)
-        check_tensor(model, outputs)
+        check_tensor_output(model, outputs)
         loss, found = contrast(outputs, self.temperature)
         return Step(loss, outputs, torch.zeros_like(outputs), {"found": found})
 
@@ -210,7 +210,7 @@ class MultiTask(Classification):
     def step(self, model: nn.Module, batch: Batch) -> Step:
         inputs = batch[0]
         outputs = model(inputs)
-        check_tensor(model, outputs)
+        check_tensor_output(model, outputs)
         logits, given = self.apart(outputs, inputs[0].numel())
         first = super().step(lambda _: logits, batch)  # type: ignore[arg-type]
         error = self.error(given, inputs.flatten(1), batch[1])
@@ -268,7 +268,7 @@ class LinearProbe(Callback):
     @torch.no_grad()
     def on_validation_end(self, trainer: Context) -> None:
         assert trainer.val_batches is not None
-        with seeds.undisturbed():
+        with seeds.model_undisturbed():
             features, classes = self._features(trainer, trainer.train_batches, self.count)
             seen, truth = self._features(trainer, trainer.val_batches, None)
         mean, deviation = features.mean(0), features.std(0) + 1e-6

@@ -21,7 +21,7 @@ from framework.contracts.loss import (
     weights_of,
     without_ignored,
 )
-from framework.contracts.task import check_tensor, inputs_and_targets
+from framework.contracts.task import check_tensor_output, inputs_and_targets
 
 WORDS = {"class": "classes", "labels": "labels", "value": "values", "none": "nothing"}
 TASKS = {"class": "classification", "labels": "multilabel", "value": "regression"}
@@ -42,7 +42,7 @@ class Supervised(Task):
     def step(self, model: nn.Module, batch: Batch) -> Step:
         inputs, targets = inputs_and_targets(batch)
         outputs = model(inputs)
-        check_tensor(model, outputs)
+        check_tensor_output(model, outputs)
         targets = self.fit(outputs, targets)
         loss = self.mean.call(self.criterion, outputs, targets, self.all_kept)
         check_scalar(self.criterion, loss)

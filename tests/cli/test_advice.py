@@ -9,7 +9,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from framework.cli.output import named, root_of
-from framework.cli.part_tables import find, overrides_for
+from framework.cli.part_tables import find_part, overrides_for
 from framework.composition.catalogue import build
 from framework.errors.paths import typed
 from framework.experiment.load import open_run
@@ -41,7 +41,9 @@ def plugin(tmp_path):
 @pytest.fixture
 def run(plugin, command, monkeypatch, forget_plugins):
     """Train in a folder with spaces and quotes; returns what was printed."""
-    monkeypatch.setattr("framework.cli.board.serve", lambda root, port: 0 if any(root.rglob("config.yaml")) else 1)
+    monkeypatch.setattr(
+        "framework.cli.board.serve_board", lambda root, port: 0 if any(root.rglob("config.yaml")) else 1
+    )
     words = f"train {TINY} activation=own_relu run.name=first --plugins 'my parts/own.py'"
     status, out, err = command(f'{words} "run.root=\\"{ROOT}\\""')
     assert status == 0, err
@@ -185,7 +187,7 @@ def index():
     ],
 )
 def test_what_show_advises_chooses_the_part_and_keeps_the_rest(part, words, index):
-    assert overrides_for(find(index, part), index) == words
+    assert overrides_for(find_part(index, part), index) == words
 
 
 def test_what_show_advises_is_read_as_it_was_meant(plugin, command, forget_plugins):

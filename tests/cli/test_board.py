@@ -12,7 +12,7 @@ import urllib.request
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from framework.cli.board import look_through, serve
+from framework.cli.board import look_through, serve_board
 from framework.errors import FrameworkError, RunError
 
 
@@ -104,7 +104,7 @@ def test_a_folder_with_odd_event_files_is_served_without_them(tmp_path):
 
 def test_no_runs(tmp_path):
     with pytest.raises(RunError, match=r"there is no folder of runs .*: train something first, or name it with --root"):
-        serve(tmp_path / "runs", 0)
+        serve_board(tmp_path / "runs", 0)
 
 
 def test_a_port_that_cannot_be(tmp_path):
@@ -113,6 +113,6 @@ def test_a_port_that_cannot_be(tmp_path):
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(FrameworkError, match=f"--port {port}: Address already in use; another one, or 0"):
-            serve(tmp_path, port)
+            serve_board(tmp_path, port)
     with pytest.raises(FrameworkError, match="--port should be 0 to 65535, not 70000"):
-        serve(tmp_path, 70000)
+        serve_board(tmp_path, 70000)

@@ -12,7 +12,7 @@ import pytest
 
 from framework import Activation, Block, PositiveInt
 from framework.cli import main
-from framework.cli.completion import SCRIPTS, VERBS, candidates
+from framework.cli.completion import SCRIPTS, VERBS, completions
 from framework.composition.catalogue import Index, read_index
 from framework.errors import FrameworkError
 from framework.registry.registry import Kind, Registry
@@ -85,13 +85,13 @@ def index() -> Index:
     ],
 )
 def test_candidates(index, line, expected):
-    assert candidates(line.split(" "), index) == expected.split()
+    assert completions(line.split(" "), index) == expected.split()
 
 
 def test_index_of_the_real_registries_is_plain_json():
     index = read_index()
-    assert "optimizer=adamw" in candidates(["train", "optimizer=ad"], index)
-    assert candidates(["train", "optimizer=adamw", "optimizer.weight"], index) == ["optimizer.weight_decay="]
+    assert "optimizer=adamw" in completions(["train", "optimizer=ad"], index)
+    assert completions(["train", "optimizer=adamw", "optimizer.weight"], index) == ["optimizer.weight_decay="]
     assert Index(**json.loads(json.dumps(asdict(index)))) == index
 
 

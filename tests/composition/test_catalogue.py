@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from framework.composition.catalogue import build, file_of, installed, kept_index
-from framework.registry.discovery import load, plugin_files
+from framework.composition.catalogue import build, entry_point_files, file_of, kept_index
+from framework.registry.discovery import load_plugin, plugin_files
 from framework.registry.registry import Registry
 
 PLUGIN = """\
@@ -241,7 +241,7 @@ def test_the_files_of_a_plugin_are_those_that_are_loaded(project, name):
     for file in ("humps/__init__.py", "humps/one.py", "humps/deep/__init__.py", "humps/deep/two.py"):
         project.write(file, "")
     found, before = {file.resolve() for file in plugin_files([name])}, set(sys.modules)
-    load(name)
+    load_plugin(name)
     modules = [sys.modules[each] for each in set(sys.modules) - before]
     files = [module.__file__ for module in modules if hasattr(module, "__file__")]  # a folder has none
     loaded = {Path(file).resolve() for file in files}
@@ -256,4 +256,4 @@ def test_what_is_not_there_has_no_files(name, tmp_path, monkeypatch):
 
 
 def test_what_is_installed_has_its_version_in_its_path():
-    assert any(Path(path).parent.name.startswith("hydra_core-") for path in installed())
+    assert any(Path(path).parent.name.startswith("hydra_core-") for path in entry_point_files())

@@ -2,7 +2,7 @@
 
 import pytest
 
-from framework.composition.config_files import check_file, choose, chosen_in, experiments_in
+from framework.composition.config_files import check_file, chosen_in, expand_choices, experiments_in
 from framework.composition.sources import Sources, line_of, read_yaml
 from framework.errors import ConfigError
 
@@ -83,7 +83,7 @@ def test_the_last_file_goes_first_and_a_file_of_a_group_lies_below_its_key(file,
 )
 def test_a_part_named_in_the_content_is_a_choice_of_the_defaults_list(content, chosen, rest):
     """So the command line may choose another, and no setting of the one before lingers."""
-    made = choose(content)
+    made = expand_choices(content)
     assert made.pop("defaults", None) == chosen
     assert made == rest
 
@@ -161,15 +161,15 @@ def test_what_there_is_to_complete(tmp_path):
 
 
 def test_a_list_of_parts_in_a_file_is_the_choice_of_those():
-    assert choose({"metrics": ["accuracy", "f1"], "seed": 1}) == {
+    assert expand_choices({"metrics": ["accuracy", "f1"], "seed": 1}) == {
         "seed": 1,
         "defaults": ["_self_", {"override /metrics": ["accuracy", "f1"]}],
     }
-    assert choose({"metrics": {"f1": {}}}) == {"metrics": {"f1": {}}}
+    assert expand_choices({"metrics": {"f1": {}}}) == {"metrics": {"f1": {}}}
 
 
 def test_a_part_of_a_list_may_have_settings_there():
-    assert choose({"metrics": ["accuracy", {"name": "top_k", "k": 3}]}) == {
+    assert expand_choices({"metrics": ["accuracy", {"name": "top_k", "k": 3}]}) == {
         "metrics": {"top_k": {"k": 3}},
         "defaults": ["_self_", {"override /metrics": ["accuracy", "top_k"]}],
     }

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from framework.composition import hydra_internals
-from framework.composition.compose import CommandLine, run
+from framework.composition.compose import CommandLine, run_composed
 from framework.composition.hydra_internals import (
     LazyStore,
     compose_config,
@@ -242,7 +242,7 @@ def test_another_hydra_application_of_the_process_does_not_notice(tmp_path, fold
         (tmp_path / "elsewhere").mkdir()
         monkeypatch.chdir(tmp_path / "elsewhere")
         jobs = []
-        run(CommandLine(["optimizer=sgd"]), jobs.append)
+        run_composed(CommandLine(["optimizer=sgd"]), jobs.append)
         assert jobs[0].spec.tree["optimizer"]["name"] == "sgd"
         assert GlobalHydra.instance().hydra is before
         assert ConfigStore.instance().repo.keys() == options

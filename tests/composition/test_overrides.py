@@ -2,7 +2,7 @@
 
 import pytest
 
-from framework.composition.overrides import as_typed, expanded, rewrite
+from framework.composition.overrides import as_typed, expand_job, rewrite
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_a_sweep_that_is_replaced_by_a_value_is_none():
     ],
 )
 def test_what_a_job_of_a_sweep_gets(of_a_sweep, of_a_job):
-    assert expanded(of_a_sweep) == of_a_job
+    assert expand_job(of_a_sweep) == of_a_job
 
 
 @pytest.mark.parametrize(

@@ -248,7 +248,7 @@ def test_the_kept_index_of_a_trusted_folder_is_another_one(folder, monkeypatch):
     before = file()
     trust.trust(folder)
     trusted = file()
-    trust.remove(folder)
+    trust.untrust(folder)
     assert before == file() != trusted
 
 

@@ -9,7 +9,7 @@ import torch
 from sklearn.model_selection import StratifiedKFold
 
 import framework as fw
-from framework.composition.compose import CommandLine, run as compose
+from framework.composition.compose import CommandLine, run_composed as compose
 from framework.data.folds import fold_of, take_fold
 from framework.errors import DataError
 from framework.experiment.experiment import train

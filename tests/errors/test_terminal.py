@@ -294,7 +294,7 @@ def test_pictures(command):
 def test_a_generated_text(command, monkeypatch, capsys):
     """Line breaks and tabs of a text are its own."""
     trained = SimpleNamespace(generate=lambda prompt, **settings: (prompt, f"a\tb\n{COLOUR}"))
-    monkeypatch.setattr(main, "opened", lambda given: trained)
+    monkeypatch.setattr(main, "opened_run", lambda given: trained)
     _, out, err = command("predict r --prompt x")
     assert out == "a\tb\n\\x1b[31m\n"
     assert not list(faults(err))
@@ -420,8 +420,8 @@ def test_long_texts():
 def test_a_problem_is_one_line():
     error = ConfigError([f"a=1\n{FORGED}", "b=2"])
     assert str(error) == f"a=1\\n{FORGED}\nb=2"
-    assert main.words_of(error) == error.problems
-    assert main.words_of(FrameworkError(f"a\n{FORGED}")) == [f"a\n{FORGED}"], "escaped when it is printed"
+    assert main.error_lines(error) == error.problems
+    assert main.error_lines(FrameworkError(f"a\n{FORGED}")) == [f"a\n{FORGED}"], "escaped when it is printed"
 
 
 def test_tracebacks_and_warnings(capsys):

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import framework as fw
 from framework import Callback, Metric, Step, Task, TensorSplit, Trainer, Transform
-from framework.composition.compose import CommandLine, run
+from framework.composition.compose import CommandLine, run_composed
 from framework.errors import BuildError, DataError, FrameworkError, PluginError, SettingError
 from framework.errors.user_code import describe
 from framework.experiment.experiment import Experiment
@@ -214,7 +214,7 @@ def trained(user_file, command, forget_plugins):
         status, _, err = command(" ".join([*others, *defaults, settings]))
         return status, err
 
-    return run
+    return run_composed
 
 
 @pytest.mark.parametrize(
@@ -885,7 +885,7 @@ class Lazy(nn.Module):
 def test_an_initializer_fills_lazy_weights(user_file, forget_plugins):
     user_file(LAZY)
     jobs = []
-    run(CommandLine(["model=lazy", "initializer=ones", "data=blobs"], ["mine.py"]), jobs.append)
+    run_composed(CommandLine(["model=lazy", "initializer=ones", "data=blobs"], ["mine.py"]), jobs.append)
     assert Experiment(jobs[0].spec).model.linear.weight.unique().tolist() == [1.0]
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from framework import SettingError, activations
 from framework.errors import ConfigError, DataError, FrameworkError
 from framework.runtime.memory import OutOfMemory
-from framework.runtime.shapes import chain
+from framework.runtime.shapes import build_chain
 
 
 class Numbered(FrameworkError):
@@ -54,4 +54,4 @@ def test_a_block_that_gives_no_tensor_is_named_once():
         return Pair()
 
     with pytest.raises(FrameworkError, match=r"^block 1 \(pair\) returns a tuple, not a tensor$"):
-        chain([pair], (3,))
+        build_chain([pair], (3,))

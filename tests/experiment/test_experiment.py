@@ -13,7 +13,7 @@ import torch
 
 import framework as fw
 from framework import Callback, TensorSplit, callbacks
-from framework.composition.compose import CommandLine, run
+from framework.composition.compose import CommandLine, run_composed
 from framework.errors import BuildError, CheckpointError, DataError, RunError
 from framework.experiment.build import check_smallest_batch
 from framework.experiment.experiment import Experiment, train
@@ -24,7 +24,7 @@ QUICK = ["trainer.max_epochs=2", "trainer.device=cpu", "loggers=json_lines", "~c
 
 def composed(*overrides):
     jobs = []
-    run(CommandLine(list(overrides)), jobs.append)
+    run_composed(CommandLine(list(overrides)), jobs.append)
     return jobs[0]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import framework_conf
-from framework.composition.compose import CommandLine, run
+from framework.composition.compose import CommandLine, run_composed
 from framework.errors import DataError
 from framework.experiment.experiment import train
 from shipped import shipped
@@ -68,7 +68,7 @@ def trained(experiment, folder, *overrides):
     results = []
     line = CommandLine([*chosen, f"run.root={folder}", *overrides])
     try:
-        run(line, lambda job: results.append(train(job.spec, job.experiment, job.overrides)))
+        run_composed(line, lambda job: results.append(train(job.spec, job.experiment, job.overrides)))
     except DataError as error:
         if "fetch" in str(error):
             pytest.skip(str(error))

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 
-from framework.composition.compose import CommandLine, run
+from framework.composition.compose import CommandLine, run_composed
 from framework.experiment.experiment import train
 
 FOLDER = Path(__file__).parents[1] / "golden"
@@ -26,7 +26,7 @@ def curve(experiment: str, folder: Path) -> dict[int, float]:
     results = []
     try:
         line = CommandLine([*chosen, *limits, "loggers=json_lines", "callbacks=null", f"run.root={folder}"])
-        run(line, lambda job: results.append(train(job.spec, job.experiment, job.overrides)))
+        run_composed(line, lambda job: results.append(train(job.spec, job.experiment, job.overrides)))
     finally:
         torch.set_num_threads(threads)
     lines = map(json.loads, (results[0].folder / "metrics.jsonl").read_text().splitlines())

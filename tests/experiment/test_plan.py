@@ -18,10 +18,10 @@ from framework.experiment.plan import Curve, bytes_text, count_text, curve_text,
 from framework.training.layer_table import (
     Layer,
     activation_bytes,
+    model_undisturbed,
     optimizer_bytes,
     read_layers,
     saved_bytes,
-    undisturbed,
 )
 
 
@@ -88,7 +88,7 @@ def test_nothing_is_disturbed():
     batch = batch_of(8, 10)
     before, random, modes = copy.deepcopy(model.state_dict()), torch.get_rng_state(), [m.training for m in model]
     make_plan(model, batch, task=Classify(), optimizer=optimizer, steps_per_epoch=1, total_steps=1)
-    with pytest.raises(ZeroDivisionError), undisturbed(model, train=True):
+    with pytest.raises(ZeroDivisionError), model_undisturbed(model, train=True):
         torch.rand(3)
         model(batch[0])
         _ = 1 / 0

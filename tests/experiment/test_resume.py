@@ -13,7 +13,7 @@ import torch
 import framework as fw
 from framework.errors import RunError
 from framework.experiment.experiment import train
-from framework.experiment.resume import differences, fingerprint, start_from, status_of
+from framework.experiment.resume import changed_values, fingerprint, start_from, status_of
 from framework.runs.checkpoint import listed, load
 from runs import composed, cut_off_at, logged
 
@@ -286,7 +286,7 @@ def test_what_makes_two_runs_the_same():
     one, other = spec_of("run.name=a").tree, spec_of("run.name=b").tree
     assert fingerprint(one) == fingerprint(other)
     assert fingerprint(one) != fingerprint(spec_of("optimizer.lr=0.1").tree)
-    assert differences({"a": {"b": 1}}, {"a": {"b": 2, "c": {}}}) == [
+    assert changed_values({"a": {"b": 1}}, {"a": {"b": 2, "c": {}}}) == [
         ("a.b", "a.b=2 (was 1)"),
         ("a.c", "a.c={} (was None)"),
     ]

@@ -15,7 +15,7 @@ from framework.contracts.callback import follows_metrics
 from framework.data.dataset import Loader
 from framework.errors import RunError, SettingError
 from framework.experiment.experiment import Experiment, train
-from framework.experiment.resume import altered, differences, keeps_bits, observed_changes
+from framework.experiment.resume import altered, changed_values, keeps_bits, observed_changes
 from framework.runs.checkpoint import listed, load
 from runs import composed, logged
 
@@ -420,7 +420,7 @@ TRAIN = ["+callbacks=early_stop", "callbacks.early_stop.monitor=train/loss"]
 def test_changed_measurements_are_refused_if_a_part_decides_by_them(parts, refused, allowed):
     spec = spec_of(*parts)
     for override in refused + allowed:
-        changed = differences(spec.tree, altered(spec.tree, [override]))
+        changed = changed_values(spec.tree, altered(spec.tree, [override]))
         exact = all(keeps_bits(path) for path, _ in changed) and not list(observed_changes(changed, spec.tree, spec))
         assert exact is (override in allowed), override
 

@@ -14,7 +14,7 @@ from torch import nn
 import framework as fw
 from compiler import needs_compiler
 from framework import TensorSplit, Trainer, Transform
-from framework.composition.compose import CommandLine, run as compose
+from framework.composition.compose import CommandLine, run_composed as compose
 from framework.contracts.callback import Callback
 from framework.errors import BuildError, ConfigError, SettingError
 from framework.experiment.experiment import Experiment, train

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 
-from framework.composition.compose import CommandLine, config_folders, run as compose
+from framework.composition.compose import CommandLine, config_folders, run_composed as compose
 from framework.composition.overrides import rewrite
 from framework.composition.spec import read_spec
 from framework.errors import FrameworkError

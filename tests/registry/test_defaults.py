@@ -20,11 +20,11 @@ from torch import nn
 
 import framework as fw
 from framework.composition.compose import CommandLine
-from framework.composition.spec import plain, plain_settings, read_spec
+from framework.composition.spec import config_value, plain_settings, read_spec
 from framework.errors import BuildError, ConfigError, ContractError
 from framework.experiment.resume import altered
 from framework.registry.registry import Registry
-from framework.registry.schema import Range, Setting, identical, plain_value
+from framework.registry.schema import Range, Setting, identical_values, plain_value
 from framework.runs.folder import dump
 from runs import run_line
 
@@ -168,7 +168,7 @@ def is_default(value, default):
 def check_received(arguments):
     for name, parameter in inspect.signature(odd_init).parameters.items():
         if name == "rate":
-            assert identical(arguments[name], 1.0), "1 is given as the float that the annotation asks for"
+            assert identical_values(arguments[name], 1.0), "1 is given as the float that the annotation asks for"
         elif name == "activation":
             assert arguments[name] is nn.GELU
         elif name != "self":
@@ -231,7 +231,7 @@ def test_the_defaults_of_every_part_come_back_from_a_file(entry):
     kept = yaml.safe_load(dump("config.yaml", plain_settings({}, entry.settings)))
     for name, setting in entry.settings.items():
         if not setting.required and setting.part is None:
-            assert identical(setting.convert(kept[name]), setting.initial()), name
+            assert identical_values(setting.convert(kept[name]), setting.initial()), name
 
 
 def test_a_run_with_such_defaults_is_opened_again(command, tmp_path, forget_plugins):
@@ -485,7 +485,7 @@ def test_a_container_has_the_type_of_its_default_where_the_annotation_allows_it(
     assert setting.convert(typed) == arrives
     initial = setting.initial()
     assert type(initial) is type(arrives)
-    assert plain(initial) == plain(default)
+    assert config_value(initial) == config_value(default)
 
 
 def test_a_number_is_no_default_of_a_text():

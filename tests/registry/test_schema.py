@@ -9,7 +9,7 @@ from torch import nn
 
 import framework as fw
 from framework.errors import ContractError, SettingError
-from framework.registry.schema import Pattern, Range, convert, describe, expressible, parameter_docs, read_settings
+from framework.registry.schema import Pattern, Range, convert, describe_type, expressible, parameter_docs, read_settings
 
 Word = Annotated[str, Pattern(r"[a-z]+", "a word")]
 
@@ -104,11 +104,11 @@ def test_a_malformed_interval_is_found_where_it_is_written(wrong):
 
 
 def test_types_in_words():
-    assert describe(fw.Activation) == "name of an activation"
-    assert describe(list[fw.Block]) == "list of name of a block"
-    assert describe(float | torch.Tensor | None) == "float or null"
-    assert describe(Path) == "path"
-    assert describe(Any) == "any"
+    assert describe_type(fw.Activation) == "name of an activation"
+    assert describe_type(list[fw.Block]) == "list of name of a block"
+    assert describe_type(float | torch.Tensor | None) == "float or null"
+    assert describe_type(Path) == "path"
+    assert describe_type(Any) == "any"
 
 
 def test_what_a_config_can_express():

@@ -24,7 +24,7 @@ from framework.experiment.build import build_model
 from framework.experiment.experiment import train
 from framework.experiment.load import open_run, read_spec_of
 from framework.experiment.model_limits import model_limits
-from framework.experiment.resume import altered, find, last_values, read_resumable
+from framework.experiment.resume import altered, find_run, last_values, read_resumable
 from framework.registry.registry import Registry
 from framework.runs import checkpoint
 from framework.runs.checkpoint import MANIFEST, MODEL, TRAINING, load, newest, own_sha256, remove, save
@@ -808,7 +808,7 @@ def test_broken_runs_in_the_root_are_skipped_with_a_note(trained_run, older, cap
     (root / "esc\x1b[31m").mkdir()
     (root / "esc\x1b[31m" / "config.yaml").mkdir()
     with within():
-        assert find(spec, "default") == trained_run
+        assert find_run(spec, "default") == trained_run
     lines = capsys.readouterr().err.splitlines()
     assert 2 <= len(lines) <= 4
     assert all(line.startswith("framework: ") and line.isprintable() for line in lines)
@@ -829,7 +829,7 @@ def test_many_other_runs_cost_little_time(trained_run, older, capsys):
         (other / "status.json").write_text(json.dumps(status))
     assert text != (root / "other1" / "config.yaml").read_text()
     began = time.process_time()
-    assert find(spec, "default") == trained_run
+    assert find_run(spec, "default") == trained_run
     allowed = 5 * count / 10_000
     if older:
         allowed += 1.0  # as configs are read, at most 500 of however many runs
@@ -841,10 +841,10 @@ def test_a_fingerprint_that_is_older_than_the_config_is_not_believed(trained_run
     spec = unfinished(trained_run)
     status = json.loads((trained_run / "status.json").read_text())
     (trained_run / "status.json").write_text(json.dumps(status | {"config": "another"}))
-    assert find(spec, "default") is None
+    assert find_run(spec, "default") is None
     later = (trained_run / "status.json").stat().st_mtime + 10
     os.utime(trained_run / "config.yaml", (later, later))
-    assert find(spec, "default") == trained_run
+    assert find_run(spec, "default") == trained_run
 
 
 def test_a_run_that_claims_another_config_is_not_taken(trained_run):
@@ -852,4 +852,4 @@ def test_a_run_that_claims_another_config_is_not_taken(trained_run):
     text = (trained_run / "config.yaml").read_text()
     (trained_run / "config.yaml").write_text(text.replace("width: 4", "width: 5"))
     os.utime(trained_run / "config.yaml", (0, 0))
-    assert find(spec, "default") is None
+    assert find_run(spec, "default") is None

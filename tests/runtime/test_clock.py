@@ -10,7 +10,7 @@ from torch import nn
 import framework as fw
 import framework.runtime.clock
 from framework import Callback, Trainer
-from framework.runtime.clock import Clock, table
+from framework.runtime.clock import Clock, times_table
 
 SPLIT = fw.TensorSplit(torch.randn(320, 6, generator=torch.Generator().manual_seed(1)), torch.arange(320) % 3)
 
@@ -113,6 +113,6 @@ def test_profiling_changes_no_number():
 
 
 def test_the_table_has_the_longest_part_first():
-    lines = table({"data": 0.001, "forward": 0.003, "nothing": 0.0}, whole=0.004, steps=10).splitlines()
+    lines = times_table({"data": 0.001, "forward": 0.003, "nothing": 0.0}, whole=0.004, steps=10).splitlines()
     assert [line.split()[0] for line in lines[1:]] == ["forward", "data", "in"]
     assert lines[1].split()[1:] == ["300", "75.0%"]

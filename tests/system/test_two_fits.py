@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from framework import Callback, TensorSplit, Trainer
-from framework.composition.compose import CommandLine, run as compose
+from framework.composition.compose import CommandLine, run_composed as compose
 from framework.data.dataset import Loader
 from framework.data.workers import SeededSamples
 from framework.errors import FrameworkError
@@ -16,7 +16,7 @@ from framework.experiment.experiment import train
 from framework.experiment.load import open_run
 from framework.runtime import seeds
 from framework.runtime.shapes import dry_run
-from framework.training.layer_table import undisturbed
+from framework.training.layer_table import model_undisturbed
 
 INPUTS, TARGETS = torch.randn(64, 8, generator=torch.Generator().manual_seed(1)), torch.arange(64) % 3
 
@@ -66,7 +66,7 @@ class Meanwhile(Callback):
 
 
 def spec():
-    from framework.composition.compose import CommandLine, run as compose
+    from framework.composition.compose import CommandLine, run_composed as compose
 
     specs = []
     compose(CommandLine(["data=blobs", "model.dropout=0.1"], []), lambda job: specs.append(job.spec))
@@ -90,7 +90,7 @@ def measure():
 
 
 def probe():
-    with undisturbed(NET):
+    with model_undisturbed(NET):
         torch.rand(3)
 
 

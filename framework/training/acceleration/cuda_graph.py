@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from framework.contracts.loss import copied
+from framework.contracts.loss import copied_tensors
 from framework.contracts.pure_optimizer import PureOptimizer
 from framework.contracts.task import Phase, Step
 from framework.data.dataset import Batch
@@ -153,7 +153,7 @@ class Graphed:
             parameter.grad = gradient
         loss, outputs, targets, values = captured.made.detach()
         copies = {name: value.clone() for name, value in values.items()}
-        return Step(loss.clone(), tree_map(copied, outputs), targets.clone(), copies)
+        return Step(loss.clone(), tree_map(copied_tensors, outputs), targets.clone(), copies)
 
     def _is_outdated(self) -> bool:
         """Return whether a tensor was replaced or moved, or a mode has changed, since the capture."""

@@ -24,7 +24,7 @@ def finished(study: Study) -> list[FrozenTrial]:
     return study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
 
 
-def ranked(study: Study, objective: int = 0) -> list[FrozenTrial]:
+def ranked_trials(study: Study, objective: int = 0) -> list[FrozenTrial]:
     """Return the finished trials, the best of one objective first; of equals, the earlier one."""
     sign = sign_of(study, objective)
     return sorted(finished(study), key=lambda trial: (sign * trial.values[objective], trial.number))
@@ -50,7 +50,7 @@ def importances(study: Study, objective: int = 0) -> dict[str, float]:
 def report(study: Study, metrics: Sequence[str]) -> Iterator[str]:
     """Yield lines: for each metric a table of hyperparameters, with bars, the best value and where the best lie."""
     for objective, metric in enumerate(metrics):
-        shares, best = importances(study, objective), ranked(study, objective)
+        shares, best = importances(study, objective), ranked_trials(study, objective)
         if not shares:
             continue
         rows = [("", f"matters for {metric}", "best", "best quarter")]
@@ -128,7 +128,7 @@ def draw_bars(shares: dict[str, float]) -> Tensor:
     return canvas.tensor()
 
 
-class Scale:
+class AxisScale:
     """Where values lie on an upright axis, from 0 (below) to 1, and the labels beside it."""
 
     def __init__(self, values: Sequence[Any], drawn: BaseDistribution | None = None):
@@ -155,9 +155,9 @@ def draw_parallel(study: Study, names: Sequence[str], metric: str, objective: in
 
     A trial that has no such hyperparameter passes its axis by.
     """
-    best = ranked(study, objective)
-    scales = [Scale([t.params[n] for t in best if n in t.params], last_distribution(best, n)) for n in names]
-    scales.append(Scale([trial.values[objective] for trial in best]))
+    best = ranked_trials(study, objective)
+    scales = [AxisScale([t.params[n] for t in best if n in t.params], last_distribution(best, n)) for n in names]
+    scales.append(AxisScale([trial.values[objective] for trial in best]))
     canvas = Canvas(2 * MARGIN + STEP * len(names), HEIGHT)
     for number, trial in reversed(list(enumerate(best))):
         share = number / max(len(best) - 1, 1)

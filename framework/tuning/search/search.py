@@ -33,7 +33,7 @@ from framework.system.signals import received
 
 from ..sweep.folder import SweepFolder, Trial
 from ..sweep.trials import Trials
-from .importance import pictures, ranked, report, sign_of
+from .importance import pictures, ranked_trials, report, sign_of
 from .settings import SECTION, Search, read_search, seconds_of
 from .space import Space
 from .study import Direction, create_study, make_sampler
@@ -260,7 +260,7 @@ def conclude(study: Study, metrics: Sequence[str], folder: SweepFolder) -> None:
     """Say what was learned, and draw it where the runs' own loggers draw."""
     for line in report(study, metrics):
         print_line(line)
-    best = {trial.number for trial in ranked(study)[:1]}
+    best = {trial.number for trial in ranked_trials(study)[:1]}
     rows = [row for row in folder.trials() if row.number in best]
     used = read_config(folder.path / rows[0].folder).get("loggers") or {} if rows else {}
     loggers = [Registry.every["logger"].build(name, **settings) for name, settings in used.items()]

@@ -17,7 +17,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from framework.composition.hydra_groups import NONE
 from framework.composition.hydra_internals import ConfigLoader, IntervalSweep, Override, RangeSweep, parse_overrides
-from framework.composition.overrides import as_typed, expanded
+from framework.composition.overrides import as_typed, expand_job
 from framework.composition.sections import SECTIONS, section_settings
 from framework.errors import ConfigError, did_you_mean
 from framework.registry.registry import Registry
@@ -52,15 +52,17 @@ class Space:
     def __init__(self, arguments: Sequence[str], loader: ConfigLoader | None = None):
         """Read Hydra's overrides, of a key the last one."""
         parsed = parse_overrides(arguments, loader)
-        by_key = {key_of(override): override for override in parsed}
+        by_key = {typed_key(override): override for override in parsed}
         self.problems: list[str] = []
         sweeps = {key for key, override in by_key.items() if override.is_sweep_override()}
         self.fixed = [
-            str(each.input_line) for each in parsed if not each.is_sweep_override() and key_of(each) not in sweeps
+            str(each.input_line) for each in parsed if not each.is_sweep_override() and typed_key(each) not in sweeps
         ]
         axes = [self._axis(key, by_key[key]) for key in by_key if key in sweeps]
         self.given = {key: each.value() for key, each in by_key.items() if key not in sweeps}
-        self.axes = sorted([axis for axis in axes if axis], key=lambda axis: (axis.per is not None, depth(axis.key)))
+        self.axes = sorted(
+            [axis for axis in axes if axis], key=lambda axis: (axis.per is not None, key_depth(axis.key))
+        )
         for axis in self.axes:
             self._check_reach(axis)
         if "fold" in sweeps:
@@ -121,11 +123,11 @@ class Space:
         own: list[str] = []
         for axis in self.axes:
             if axis.key in chosen:
-                own += expanded(f"{axis.written}={text_of(chosen[axis.key], axis)}")
+                own += expand_job(f"{axis.written}={override_text(chosen[axis.key], axis)}")
         return [*self.fixed, *own]
 
 
-def key_of(override: Override) -> str:
+def typed_key(override: Override) -> str:
     """Return the key as a person types it: `optimizer`, `model.activation`."""
     return as_typed(f"{override.key_or_group}=_").partition("=")[0].replace("/", ".")
 
@@ -134,7 +136,7 @@ def parent(key: str) -> str:
     return key.rpartition(".")[0]
 
 
-def depth(key: str) -> int:
+def key_depth(key: str) -> int:
     return key.count(".")
 
 
@@ -193,10 +195,10 @@ def has_setting(path: str, name: str, setting: str) -> bool:
     return any(setting in entry.settings for entry in found)
 
 
-def text_of(value: Any, axis: Axis) -> str:
+def override_text(value: Any, axis: Axis) -> str:
     """Write a value as an override does, a real number with the digits that matter."""
     if isinstance(value, list):
-        return f"[{','.join(text_of(each, axis) for each in value)}]"
+        return f"[{','.join(override_text(each, axis) for each in value)}]"
     drawn = axis.distribution
     if isinstance(value, float) and isinstance(drawn, FloatDistribution) and drawn.step is None:
         return repr(min(max(rounded(value, drawn), drawn.low), drawn.high))

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from framework.errors import FrameworkError, RunError
-from framework.system.files import MOST_LINE_BYTES, MOST_ROWS_BYTES, AppendFile, open_file, parse_row, reason_of
+from framework.system.files import (
+    MOST_LINE_BYTES,
+    MOST_ROWS_BYTES,
+    AppendFile,
+    open_file,
+    parse_row,
+    write_failure_reason,
+)
 from framework.system.locks import lock
 
 from .settings import Pruner
@@ -67,7 +74,7 @@ class Journal(BaseJournalBackend):
                         found.append(log)
                     number += 1
         except OSError as error:
-            raise RunError(f"{self.path} cannot be read: {reason_of(self.path, error)}") from error
+            raise RunError(f"{self.path} cannot be read: {write_failure_reason(self.path, error)}") from error
         self.read = (number, offset)
         return found
 

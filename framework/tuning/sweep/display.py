@@ -17,7 +17,7 @@ from framework.errors.terminal import message_line, print_line, printable
 from framework.system.files import AppendFile
 
 from .folder import Trial
-from .table import Direction, shown, table
+from .table import Direction, table, table_text
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -54,7 +54,7 @@ class Lines:
 
 
 def label(trial: Trial) -> str:
-    settings = [f"{shown(key)}={shown(value)}" for key, value in trial.settings.items()]
+    settings = [f"{table_text(key)}={table_text(value)}" for key, value in trial.settings.items()]
     return " ".join([f"{trial.number:03}", *settings])
 
 

@@ -28,11 +28,11 @@ from framework.system.files import (
     open_file,
     parse_row,
     read_json,
-    reason_of,
     unwritable,
+    write_failure_reason,
     write_file,
 )
-from framework.system.locks import Held, are_off, lock
+from framework.system.locks import HeldLock, are_off, lock
 
 State = Literal["running", "done", "pruned", "failed", "stopped"]
 ASKED = "sweep.json"
@@ -68,7 +68,7 @@ class SweepFolder:
 
     def __init__(self, path: Path):
         self.path = path
-        self.lock: BinaryIO | Held | None = None
+        self.lock: BinaryIO | HeldLock | None = None
         self.rows: dict[int, Trial] = {}  # those read so far
         self.offset = 0
 
@@ -94,9 +94,8 @@ class SweepFolder:
                         folder.path.rmdir()
                     raise
         except OSError as error:
-            raise RunError(
-                f"the sweep's folder in {parent} cannot be made: {reason_of(parent / '...', error)} (run.root={root})"
-            ) from None
+            reason = write_failure_reason(parent / "...", error)
+            raise RunError(f"the sweep's folder in {parent} cannot be made: {reason} (run.root={root})") from None
         return folder
 
     def asked(self) -> dict[str, Any]:
@@ -227,19 +226,19 @@ def read_row(line: bytes) -> Trial | None:
 
 def run_name(number: int, settings: Mapping[str, Any]) -> str:
     """Return the name of a trial's run folder: 003_lr-0.01_seed-2."""
-    names = short(settings)
-    pieces = [f"{names[key]}-{plain(value)}" for key, value in settings.items()]
+    names = short_key(settings)
+    pieces = [f"{names[key]}-{file_name_part(value)}" for key, value in settings.items()]
     return re.sub(r"\.{2,}", ".", "_".join([f"{number:03}", *pieces]))[:LONGEST].rstrip("._-")
 
 
-def short(keys: Iterable[str]) -> dict[str, str]:
+def short_key(keys: Iterable[str]) -> dict[str, str]:
     """Return `lr` for optimizer.lr where no other key has that last word."""
     last = {key: key.rpartition(".")[2] for key in keys}
     names = list(last.values())
     return {key: name if names.count(name) == 1 else key for key, name in last.items()}
 
 
-def plain(value: Any) -> str:
+def file_name_part(value: Any) -> str:
     """Return a value as part of a file's name."""
     text = "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
     return re.sub(r"[^A-Za-z0-9.+-]+", "-", text).replace("+", "").strip("-") or "x"

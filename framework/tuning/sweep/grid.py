@@ -8,7 +8,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from framework.composition.hydra_internals import Override, make_launcher, parse_overrides, result_of
-from framework.composition.overrides import as_typed, depth, expanded, own_settings, rewrite, value_of
+from framework.composition.overrides import as_typed, depth, expand_job, own_settings, rewrite, value_of
 from framework.errors import ConfigError
 from framework.errors.terminal import print_line
 from framework.registry.schema import PositiveInt
@@ -72,7 +72,7 @@ class Grid(Sweeper):
             raise ConfigError([f"{text}: {advice}" for text in endless])
         fixed = tuple(str(each.input_line) for each in parsed if not each.is_sweep_override())
         section, given = self.trials.sweep, self.trials.composing.overrides
-        swept = {key_of(str(each.input_line)): values_of(each) for each in parsed if each.is_sweep_override()}
+        swept = {key_of(str(each.input_line)): sweep_values(each) for each in parsed if each.is_sweep_override()}
         axes = dict(sorted(swept.items(), key=lambda pair: given.swept.index(pair[0])))  # as typed
         known = {key_of(text): value_of(text) for text in fixed if not text.startswith("~")}
         empty = [given.typed.get(key, key) for key, values in axes.items() if not values]
@@ -90,7 +90,7 @@ def with_parts_first(overrides: Sequence[str]) -> tuple[str, ...]:
     """Return the overrides of a job, each part before its settings."""
     found: list[str] = []
     for text in overrides:
-        found += expanded(text)
+        found += expand_job(text)
     return tuple(sorted(found, key=depth))
 
 
@@ -99,7 +99,7 @@ def key_of(override: str) -> str:
     return as_typed(override).lstrip("+~").partition("=")[0].replace("/", ".")
 
 
-def values_of(override: Override) -> list[str]:
+def sweep_values(override: Override) -> list[str]:
     """Return the override with each of its values."""
     return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
 

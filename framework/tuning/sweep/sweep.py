@@ -65,7 +65,7 @@ def sweep(
         check_hydra(composing, config.hydra.runtime.choices["hydra/launcher"])
         if plan is not None and config.hydra.runtime.choices["hydra/sweeper"] not in ("basic", "grid"):
             raise ConfigError(["plan -m tells the trials of a grid; a search draws its trials while it runs"])
-        trials = prepare(composing, config, task, explain)
+        trials = prepare_sweep(composing, config, task, explain)
         trials.composer = Composer(hydra.config_loader, config, composing)
         trials.gives_value = sweeper is None
         trials.plan = plan
@@ -76,7 +76,7 @@ def sweep(
                 with interruptible() as interrupt:
                     sweeper.sweep(overrides)
             finally:
-                show(trials)
+                show_table(trials)
                 if trials.opened is not None:
                     trials.opened.release()
     settle(trials, interrupt.received)
@@ -95,7 +95,7 @@ def check_hydra(composing: Composing, launcher: str) -> None:
         raise ConfigError(problems)
 
 
-def prepare(composing: Composing, config: Any, task: Any, explain: Explain) -> Trials:
+def prepare_sweep(composing: Composing, config: Any, task: Any, explain: Explain) -> Trials:
     """Read what the config says of the sweep as a whole. Raises ConfigError."""
     experiment = config.hydra.runtime.choices.get("experiment") or "default"
     rest = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
@@ -116,7 +116,7 @@ def prepare(composing: Composing, config: Any, task: Any, explain: Explain) -> T
     by = objectives(section, names)
     line = composing.line
     asked = {"command": line.overrides, "plugins": line.plugins, "by": by, "swept": sorted(composing.overrides.swept)}
-    opening = partial(open_folder, Path(sections["run"]["root"]), experiment, section.name, tree["resume"], asked)
+    opening = partial(open_sweep, Path(sections["run"]["root"]), experiment, section.name, tree["resume"], asked)
     return Trials(composing, task, explain, section, by, opening)
 
 
@@ -144,9 +144,9 @@ def objectives(section: Sweep, better: Mapping[str, str]) -> dict[str, str]:
     return by
 
 
-def open_folder(root: Path, experiment: str, name: str | None, resume: str, asked: Mapping[str, Any]) -> SweepFolder:
+def open_sweep(root: Path, experiment: str, name: str | None, resume: str, asked: Mapping[str, Any]) -> SweepFolder:
     """Return the folder of a new sweep, or with resume=auto of that which is to go on. Raises RunError."""
-    found = find(root / experiment, name, asked) if resume == "auto" else None
+    found = find_sweep(root / experiment, name, asked) if resume == "auto" else None
     folder = SweepFolder.claim(root, experiment, name, asked) if found is None else found
     folder.conduct()
     if found is not None:
@@ -155,7 +155,7 @@ def open_folder(root: Path, experiment: str, name: str | None, resume: str, aske
     return folder
 
 
-def find(parent: Path, name: str | None, asked: Mapping[str, Any]) -> SweepFolder | None:
+def find_sweep(parent: Path, name: str | None, asked: Mapping[str, Any]) -> SweepFolder | None:
     """Return the sweep of that name, or else the newest of the same command."""
     if name is None:
         folders = [SweepFolder(file.parent) for file in parent.glob("*/sweep.json")]
@@ -188,7 +188,7 @@ def fixed(asked: Mapping[str, Any]) -> set[str]:
     return {text for text, key in keys.items() if key not in own and not key.startswith(ANY_TIME)}
 
 
-def show(trials: Trials) -> None:
+def show_table(trials: Trials) -> None:
     """Print the table of a sweep, if it has begun."""
     rows = trials.opened.trials() if trials.opened is not None else []
     if rows and trials.opened is not None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from framework.errors.paths import pasted, quoted, typed
 from framework.errors.terminal import message_line, printable
 
-from .folder import SweepFolder, Trial, short
+from .folder import SweepFolder, Trial, short_key
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -76,13 +76,15 @@ def best_trial(trials: Sequence[Trial], by: Direction) -> Trial | None:
     """Return the best trial of the best settings, or None when none has a value of the metric."""
     metric, mode = next(iter(by.items()))
     for group in ranked(grouped(trials), by)[:1]:
-        fine = [trial for trial in group.trials if trial.state == "done" and math.isfinite(value_of(trial, metric))]
+        fine = [trial for trial in group.trials if trial.state == "done" and math.isfinite(metric_value(trial, metric))]
         if fine:
-            return min(fine, key=lambda trial: -value_of(trial, metric) if mode == "max" else value_of(trial, metric))
+            return min(
+                fine, key=lambda trial: -metric_value(trial, metric) if mode == "max" else metric_value(trial, metric)
+            )
     return None
 
 
-def value_of(trial: Trial, metric: str) -> float:
+def metric_value(trial: Trial, metric: str) -> float:
     return trial.metrics.get(metric, math.nan)
 
 
@@ -121,13 +123,13 @@ def table(trials: Sequence[Trial], by: Direction, most: int | None = None) -> "T
         count = "folds" if kinds == {"fold"} else "runs"
     front = on_front(groups, by) if len(by) > 1 else []
     drawn = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in (*([] if seeds else ["trial"]), *map(short(settings).get, settings), *([count] if seeds else [])):
-        drawn.add_column(Text(shown(name)), no_wrap=True, justify="left")
+    for name in (*([] if seeds else ["trial"]), *map(short_key(settings).get, settings), *([count] if seeds else [])):
+        drawn.add_column(Text(table_text(name)), no_wrap=True, justify="left")
     for name in (*metrics, *(["front"] if front else []), "state"):
-        drawn.add_column(Text(shown(name)), no_wrap=True, justify="right" if name in metrics else "left")
+        drawn.add_column(Text(table_text(name)), no_wrap=True, justify="right" if name in metrics else "left")
     for group in groups[:most]:
         cells = [] if seeds else [f"{group.trials[0].number:03}"]
-        cells += [shown(group.settings[key]) if key in group.settings else "" for key in settings]
+        cells += [table_text(group.settings[key]) if key in group.settings else "" for key in settings]
         cells += [str(len(group.values(next(iter(by)))))] if seeds else []
         cells += [measured(group, metric) for metric in metrics]
         cells += [("*" if group in front else "")] if front else []
@@ -135,7 +137,7 @@ def table(trials: Sequence[Trial], by: Direction, most: int | None = None) -> "T
     return drawn
 
 
-def shown(value: Any) -> str:
+def table_text(value: Any) -> str:
     """Return a name or a value as the table shows it."""
     if value is None:
         return "null"

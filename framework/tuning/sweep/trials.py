@@ -123,7 +123,7 @@ class Trials:
                 print_traceback(error)
             return self.end(self.failed(trial, error, time.monotonic() - began))
         except BaseException:  # a second signal, or one before the training
-            self.end(replace(trial, state="stopped", seconds=added(trial, time.monotonic() - began)))
+            self.end(replace(trial, state="stopped", seconds=total_seconds(trial, time.monotonic() - began)))
             raise
         return self.end(outcome(trial, result))
 
@@ -152,7 +152,7 @@ class Trials:
         state: State = "stopped" if isinstance(error, DiskFull) else "failed"
         status = error.exit_status if isinstance(error, FrameworkError) else 1
         said = "; ".join(self.explain(error))
-        return replace(trial, state=state, error=said, exit_status=status, seconds=added(trial, seconds))
+        return replace(trial, state=state, error=said, exit_status=status, seconds=total_seconds(trial, seconds))
 
     def end(self, trial: Trial) -> Trial:
         """Record how a trial ended, and point to the best so far."""
@@ -185,14 +185,14 @@ def outcome(trial: Trial, result: Result | None) -> Trial:
     if result is None:
         return replace(trial, state="done")
     numbers: dict[str, Any] = {"metrics": dict(result.metrics), "steps": result.steps}
-    numbers["seconds"] = added(trial, result.seconds)
+    numbers["seconds"] = total_seconds(trial, result.seconds)
     if result.signal is not None:
         return replace(trial, state="stopped", exit_status=128 + result.signal, **numbers)
     pruned = result.stopped is not None and result.stopped.by == PRUNE
     return replace(trial, state="pruned" if pruned else "done", **numbers)
 
 
-def added(trial: Trial, seconds: float) -> float:
+def total_seconds(trial: Trial, seconds: float) -> float:
     """Return how long a trial took, together with what it took before it was cut off."""
     return round(trial.seconds + seconds, 3)
 

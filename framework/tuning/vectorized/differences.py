@@ -73,7 +73,7 @@ def of_loss(key: Key) -> bool:
     return bool(key[0].partition(".")[0] == LOSS)
 
 
-def described(whole: Together) -> Description:
+def describe_trial(whole: Together) -> Description:
     """Return what a model and its task are made of, but for the model's parameters and buffers."""
     return dict(described_by(whole))
 

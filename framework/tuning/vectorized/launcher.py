@@ -14,7 +14,7 @@ from framework.errors import RunError
 from framework.errors.terminal import print_note
 from framework.errors.user_code import describe
 from framework.experiment.build import build_data
-from framework.experiment.experiment import Experiment, Prepared, Result, prepare
+from framework.experiment.experiment import Experiment, Prepared, Result, prepare_run
 from framework.experiment.log_start import first_batch
 from framework.registry.schema import PositiveInt
 from framework.runtime.memory import OutOfMemory, free_bytes, is_full
@@ -172,7 +172,7 @@ class Vectorized(OneByOne):
             try:
                 if data is None:
                     data = build_data(job.spec)
-                made = prepare(job.spec, job.experiment, job.overrides, inexact=job.inexact, data=data)
+                made = prepare_run(job.spec, job.experiment, job.overrides, inexact=job.inexact, data=data)
             except Exception as error:
                 rows[place] = self.trials.end(self.trials.failed(self.trials.begin(job), error, 0.0))
                 continue
@@ -275,7 +275,9 @@ def manner(jobs: Sequence[Job]) -> str:
     if len(jobs) < 2:
         return "alone"
     data = build_data(jobs[0].spec)
-    ready = [prepare(replace(job.spec, resume="never"), job.experiment, [], data=data) for job in (jobs[0], jobs[-1])]
+    ready = [
+        prepare_run(replace(job.spec, resume="never"), job.experiment, [], data=data) for job in (jobs[0], jobs[-1])
+    ]
     try:
         pairs = [(each.trainer, each.fit_arguments()) for each in ready if isinstance(each, Prepared)]
         Lockstep([trainer for trainer, _ in pairs], [fit for _, fit in pairs])

@@ -14,13 +14,13 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from framework.contracts.loss import portion
-from framework.contracts.metric import Held, Measures, Metric, added, computed
+from framework.contracts.metric import BufferedBatch, Measures, Metric, add_sums, computed
 from framework.contracts.task import Step, Task
 from framework.data.dataset import Batch
 from framework.errors.user_code import text_of
 from framework.runtime.device import Precision
 
-from .differences import Key, Together, changed, described, differences, holder, of_loss
+from .differences import Key, Together, changed, describe_trial, differences, holder, of_loss
 from .stacked_update import NotStackable, Rows, slots
 
 
@@ -45,7 +45,7 @@ class Stack:
         if tasks[0].phases:
             raise NotStackable(f"{type(tasks[0]).__name__} updates in phases")
         wholes = [Together(model, task) for model, task in zip(models, tasks, strict=True)]
-        descriptions = [described(whole) for whole in wholes]
+        descriptions = [describe_trial(whole) for whole in wholes]
         self.values, self.taken = differences(descriptions, next(models[0].parameters())), descriptions[0]
         try:
             self.skeleton, self.precision = copy.deepcopy(wholes[0]), precision
@@ -101,7 +101,7 @@ class Stack:
 
     def changed(self) -> str | None:
         """Return what a pass has changed for itself, beside tensors."""
-        return changed(self.taken, described(self.skeleton))
+        return changed(self.taken, describe_trial(self.skeleton))
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with some of the trials."""
@@ -186,14 +186,14 @@ class Sums:
         self.loss = torch.zeros(trials, 2, dtype=self.dtype, device=device)
         self.sums: list[Tensor] = []
         self.values: dict[str, Tensor] = {}  # of each name the sums, and over how many items, (trials, 2)
-        self.held: list[Held] = []
+        self.held: list[BufferedBatch] = []
 
     def add(self, step: Step, count: int | Tensor) -> None:
         """Add a batch of each trial. count: of the items that each mean loss is over, one number or (trials,)."""
         seen = (step.outputs.detach(), step.targets) if self.metrics else (None, None)
         values = {name: mean.detach() for name, mean in step.values.items()}
-        one = Held(step.loss.detach(), count, seen[0], seen[1], values)
-        if self.held and shapes(one) != shapes(self.held[0]):
+        one = BufferedBatch(step.loss.detach(), count, seen[0], seen[1], values)
+        if self.held and batch_shapes(one) != batch_shapes(self.held[0]):
             self.sum_up()
         self.held.append(one)
         if len(self.held) >= self.hold or len(self.held) * step.outputs.numel() > Measures.large * 2:
@@ -213,7 +213,7 @@ class Sums:
         if not held or held[0].outputs is None:
             return
         outputs, targets = (torch.cat([one[n] for one in held], 1) for n in (2, 3))  # type: ignore[misc]
-        fresh = [sums_of(metric, outputs, targets).to(self.dtype) for metric in self.metrics]
+        fresh = [stacked_sums(metric, outputs, targets).to(self.dtype) for metric in self.metrics]
         self.sums = [a + b for a, b in zip(self.sums, fresh, strict=True)] if self.sums else fresh
 
     def read(self) -> list[dict[str, float]]:
@@ -235,11 +235,11 @@ class Sums:
         self.values = {name: each[list(rows)] for name, each in self.values.items()}
 
 
-def shapes(held: Held) -> list[torch.Size]:
+def batch_shapes(held: BufferedBatch) -> list[torch.Size]:
     return [tensor.shape for tensor in (held.outputs, held.targets) if tensor is not None]
 
 
-def sums_of(metric: Metric, outputs: Tensor, targets: Tensor) -> Tensor:
+def stacked_sums(metric: Metric, outputs: Tensor, targets: Tensor) -> Tensor:
     """Return a metric's sums for each trial, (trials, ...)."""
     try:
         return vmap(metric.sums)(outputs, targets)
@@ -271,7 +271,7 @@ class RowMeasures(Measures):
         if mine:
             before: list[Tensor | None] = [*self.sums] or [None] * len(mine)
             triples = zip(self.metrics, before, mine, strict=True)
-            self.sums = [added(*each, self.restored) for each in triples]
+            self.sums = [add_sums(*each, self.restored) for each in triples]
         for name, total in self.all.values.items():
             self.values[name] = self.values[name] + total[self.row] if name in self.values else total[self.row].clone()
         for each in (self.all.loss, *self.all.sums, *self.all.values.values()):

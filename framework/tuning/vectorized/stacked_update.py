@@ -33,7 +33,7 @@ class NotStackable(FrameworkError):
     """Trials that cannot train as one; it says what stands in the way."""
 
 
-class Place(NamedTuple):
+class ParameterSlot(NamedTuple):
     """Where a parameter is in a row: its name in the model, its shape, its columns."""
 
     name: str
@@ -52,7 +52,7 @@ class Rows:
         self.update_of = find_update(optimizers[0])
         if any(form_of(optimizer) != form_of(optimizers[0]) for optimizer in optimizers):
             raise NotStackable("the optimizer is not the same, or its settings make it work in another way")
-        if any(map(has_hooks, optimizers)):
+        if any(map(has_module_hooks, optimizers)):
             raise NotStackable("somebody wants to be told of each update, or gradient, of a trial's own")
         self.places = list(places(models[0], optimizers[0]))
         if len({laid_out(*pair) for pair in zip(models, optimizers, strict=True)}) > 1:
@@ -104,10 +104,10 @@ class Rows:
     def groups(self) -> int:
         return len(self.optimizers[0].param_groups)
 
-    def _whole(self, matrix: Tensor, place: Place) -> Tensor:
+    def _whole(self, matrix: Tensor, place: ParameterSlot) -> Tensor:
         return matrix[:, place.columns].view(len(self), *place.shape)
 
-    def _of(self, matrix: Tensor, row: int, place: Place) -> Tensor:
+    def _of(self, matrix: Tensor, row: int, place: ParameterSlot) -> Tensor:
         return matrix[row, place.columns].view(place.shape)
 
     # gradients
@@ -247,7 +247,7 @@ def slots(model: nn.Module) -> dict[str, list[Slot]]:
     return {name: kept[id(tensor)] for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
 
 
-def places(model: nn.Module, optimizer: Optimizer) -> Iterator[Place]:
+def places(model: nn.Module, optimizer: Optimizer) -> Iterator[ParameterSlot]:
     """Yield the places of an optimizer's parameters, group after group, in a row."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     start = 0
@@ -255,7 +255,7 @@ def places(model: nn.Module, optimizer: Optimizer) -> Iterator[Place]:
         for parameter in group["params"]:
             if id(parameter) not in names or not parameter.requires_grad:
                 raise NotStackable("their optimizer has parameters that are not trained, or not the model's")
-            yield Place(names[id(parameter)], parameter.shape, slice(start, start := start + parameter.numel()))
+            yield ParameterSlot(names[id(parameter)], parameter.shape, slice(start, start := start + parameter.numel()))
 
 
 def form_of(optimizer: Optimizer) -> list[Any]:
@@ -285,7 +285,7 @@ def laid_out(model: nn.Module, optimizer: Optimizer) -> Any:
     return sizes, tuple((place.name, place.shape) for place in places(model, optimizer))
 
 
-def has_hooks(optimizer: Optimizer) -> bool:
+def has_module_hooks(optimizer: Optimizer) -> bool:
     held = (parameter for group in optimizer.param_groups for parameter in group["params"])
     return has_step_hooks(optimizer) or any(map(has_gradient_hooks, held))
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import framework as fw
-from framework.composition.compose import CommandLine, run as compose
+from framework.composition.compose import CommandLine, run_composed as compose
 from framework.data.dataset import Loader
 from framework.errors import DataError
 from framework.experiment.experiment import train

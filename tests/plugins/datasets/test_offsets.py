@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import framework as fw
-from framework.composition.compose import CommandLine, run as compose
+from framework.composition.compose import CommandLine, run_composed as compose
 from framework.errors import DataError, RunError
 from framework.experiment.experiment import Result, train
 from framework.experiment.load import open_run

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 import framework as fw
-from framework.composition.compose import CommandLine, run as compose
+from framework.composition.compose import CommandLine, run_composed as compose
 from framework.data.dataset import ForeignLoader
 from framework.errors import BuildError, DataError, SettingError
 from framework.experiment.experiment import Experiment, train

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import framework as fw
-from framework.composition.compose import CommandLine, run as compose
+from framework.composition.compose import CommandLine, run_composed as compose
 from framework.data.dataset import Scale
 from framework.errors import BuildError, DataError
 from framework.experiment.experiment import Experiment, train

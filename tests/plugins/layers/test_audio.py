@@ -10,7 +10,7 @@ import torch
 from scipy import signal
 
 import framework as fw
-from framework.composition.compose import CommandLine, run as compose
+from framework.composition.compose import CommandLine, run_composed as compose
 from framework.data.dataset import Loader
 from framework.errors import BuildError, DataError
 from framework.experiment.experiment import Experiment, train

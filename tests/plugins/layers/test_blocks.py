@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import framework as fw
 from framework.errors import BuildError
-from framework.runtime.shapes import chain, expect, output_shape
+from framework.runtime.shapes import build_chain, expect, output_shape
 
 VECTOR, SEQUENCE, IMAGE = (16,), (6, 16), (4, 12, 12)
 
@@ -305,13 +305,13 @@ def test_measuring_a_shape_leaves_no_trace():
 
 
 def test_chain_takes_any_function_of_a_shape_and_passes_on_what_a_block_gives():
-    modules, shape = chain([lazy_linear], (3,))
+    modules, shape = build_chain([lazy_linear], (3,))
     assert shape == (4,)
     assert modules[0].in_features == 3
     with pytest.raises(BuildError, match=r"block 2 \(embedding\) cannot take \(4,\)"):
-        chain([lazy_linear, fw.blocks.maker("embedding")], (3,))  # floats are no token ids
+        build_chain([lazy_linear, fw.blocks.maker("embedding")], (3,))  # floats are no token ids
     with pytest.raises(BuildError, match=r"block 1 \(bare_lstm\) returns a tuple, not a tensor"):
-        chain([bare_lstm], (5, 3))
+        build_chain([bare_lstm], (5, 3))
 
 
 def lazy_linear(in_shape):

@@ -8,7 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from framework.composition import cached_composer
-from framework.composition.compose import CommandLine, run, to_tree
+from framework.composition.compose import CommandLine, run_composed, to_tree
 from framework.composition.sources import Sources
 from framework.errors import ConfigError
 from framework.tuning.sweep.folder import Trial
@@ -204,10 +204,10 @@ def test_what_cannot_be_asked_of_a_sweep(sweep, typed, said):
 def test_a_single_run_has_nothing_to_do_with_the_section_sweep(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     jobs = []
-    run(CommandLine([]), jobs.append)
+    run_composed(CommandLine([]), jobs.append)
     assert "sweep" not in jobs[0].spec.tree
     with pytest.raises(ConfigError, match=r"sweep\.name=a: is about a whole sweep: add -m for one, or leave it out"):
-        run(CommandLine(["sweep.name=a"]), jobs.append)
+        run_composed(CommandLine(["sweep.name=a"]), jobs.append)
 
 
 def test_a_resumed_sweep_knows_a_number_that_is_written_otherwise():

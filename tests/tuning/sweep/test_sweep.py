@@ -18,7 +18,7 @@ from framework.runs.folder import read_config, run_behind
 from framework.runtime.console import console
 from framework.tuning.sweep.display import Lines, LiveTable, Output
 from framework.tuning.sweep.folder import SweepFolder, Trial, run_name
-from framework.tuning.sweep.table import best_trial, ending, grouped, on_front, ranked, shown, table
+from framework.tuning.sweep.table import best_trial, ending, grouped, on_front, ranked, table, table_text
 from sweeps import rows, table_of
 
 QUICK = "model.width=8 model.depth=1 trainer.max_steps=4 callbacks=[checkpoint] loggers=[json_lines] data=blobs"
@@ -229,5 +229,5 @@ def test_a_long_value_does_not_make_the_table_wide():
 
 
 def test_a_long_value_does_not_widen_the_table():
-    assert shown(list(range(100))) == "[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11..."
-    assert (shown(None), shown(0.1), shown("sgd")) == ("null", "0.1", "sgd")
+    assert table_text(list(range(100))) == "[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11..."
+    assert (table_text(None), table_text(0.1), table_text("sgd")) == ("null", "0.1", "sgd")
