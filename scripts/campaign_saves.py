@@ -18,7 +18,7 @@ from campaign_trace import Call, Fault, How, supported, traced
 from torch import nn
 
 import framework as fw
-from framework.errors import CheckpointError, DiskFull
+from framework.errors import CheckpointError
 from framework.runs import checkpoint
 from framework.runs.checkpoint import clean, folder_name, listed, load, newest, step_of
 
@@ -63,7 +63,7 @@ class Case:
             saving.on_step_done(trainer)
             saving.finish_saving()
         except CheckpointError as error:
-            return REFUSED if isinstance(error, DiskFull) else 1
+            return REFUSED if "No space left on device" in str(error) else 1
         return 0
 
 
