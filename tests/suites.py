@@ -52,6 +52,7 @@ SUITE_OF = {
     "runtime/test_shared_memory.py": "system",
     "runtime/torch_internals": "unit",
     "runtime/torch_internals/test_lazy_compiler.py": "system",
+    "runtime/torch_internals/test_missing_names.py": "system",
     "system": "system",
     "system/test_files.py": "unit",
     "training": "training",

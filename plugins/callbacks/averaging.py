@@ -296,7 +296,7 @@ class Swa(Averaging):
         rest = [(buffer, buffer.clone()) for buffer in trainer.model.buffers() if id(buffer) not in running]
         momenta = [norm.momentum for norm in norms]
         try:
-            with seeds.model_undisturbed():
+            with seeds.undisturbed():
                 batches = trainer.train_batches.epoch(trainer.state.epoch)
                 for number, batch in enumerate(islice(batches, self.batches), 1):
                     for norm in norms:

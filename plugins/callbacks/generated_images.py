@@ -55,7 +55,7 @@ class Pictures(Callback):
     def _show(self, trainer: Context) -> None:
         inputs = held_out(trainer, self.count)
         assert isinstance(trainer.task, PictureTask)
-        with trainer.precision.inference(trainer.model), seeds.model_undisturbed():
+        with trainer.precision.inference(trainer.model), seeds.undisturbed():
             shown = trainer.task.pictures(trainer.model, inputs)
         low, high = inputs.min(), inputs.max()
         for tag, pictures in shown.items():
@@ -97,7 +97,7 @@ class SampleDistance(Callback):
     def on_validation_end(self, trainer: Context) -> None:
         inputs = held_out(trainer, self.count)
         assert isinstance(trainer.task, PictureTask)
-        with trainer.precision.inference(trainer.model), seeds.model_undisturbed():
+        with trainer.precision.inference(trainer.model), seeds.undisturbed():
             torch.manual_seed(seeds.derive(trainer.seed, "samples"))  # the same draws each time
             made = trainer.task.pictures(trainer.model, inputs)["samples"]
         made, inputs = made.float().flatten(1), inputs.float().flatten(1)
@@ -114,7 +114,7 @@ def held_out(trainer: Context, count: int) -> Tensor:
         inputs = split.tensors[0][:count]
         return inputs.to(trainer.device, copy=True)  # a model may change its inputs
     found: list[Tensor] = []
-    with seeds.model_undisturbed():
+    with seeds.undisturbed():
         for batch in batches.epoch():
             found.append(batch[0].to(trainer.device, copy=True))  # a loader may reuse its memory
             if sum(map(len, found)) >= count:

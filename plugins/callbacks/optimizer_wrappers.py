@@ -142,7 +142,7 @@ class NoiseScale(Again):
         kept = [p.grad for p in parameters]
         size = len(self.batches[0][0]) // self.parts
         pieces = [tuple(t[i * size : (i + 1) * size] for t in self.batches[0]) for i in range(self.parts)]
-        with seeds.model_undisturbed():
+        with seeds.undisturbed():
             gradients = [self.of(trainer, parameters, piece) for piece in pieces]
         for p, gradient in zip(parameters, kept, strict=True):
             p.grad = gradient

@@ -268,7 +268,7 @@ class LinearProbe(Callback):
     @torch.no_grad()
     def on_validation_end(self, trainer: Context) -> None:
         assert trainer.val_batches is not None
-        with seeds.model_undisturbed():
+        with seeds.undisturbed():
             features, classes = self._features(trainer, trainer.train_batches, self.count)
             seen, truth = self._features(trainer, trainer.val_batches, None)
         mean, deviation = features.mean(0), features.std(0) + 1e-6

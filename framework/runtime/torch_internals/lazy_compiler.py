@@ -6,7 +6,8 @@ While the compiler is not imported, nothing is compiled and the decorators have 
 `defer_compiler` takes them off; a hook on the import of the compiler, by whatever code, puts them
 back first.
 
-Gain: MEASURED
+Gain: 2.0 of 5.8 s of processor time from the start of `framework train` to the end of its first
+step with torch 2.13 (medians of 9 runs), 2.4 of 6.8 s with torch 2.15 (of 3).
 
 The environment variable FRAMEWORK_LAZY_COMPILER=off leaves torch as it is. So does a release of
 torch that decorates its methods in another way: then nothing is found to take off.
