@@ -196,7 +196,7 @@ class TransformerLayer(nn.Module):
         makers = [blocks.maker("linear", activation=activation, **wide), blocks.maker("linear", **narrow)]
         self.attention = attention(causal=causal)
         self.cross_attention = attention(memory_width=memory_width) if memory_width else None
-        self.feed_forward = sublayer(nn.Sequential(*shapes.chain(makers, in_shape)[0]))
+        self.feed_forward = sublayer(nn.Sequential(*shapes.build_chain(makers, in_shape)[0]))
 
     def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
         x = self.attention(x)
@@ -308,4 +308,4 @@ def mixing(shape: Shape, width: int, activation: Activation, dropout: float, dro
     rest = {"dropout": dropout, "dropout_kind": dropout_kind}
     first = blocks.maker("linear", width=width, activation=activation, **rest)
     second = blocks.maker("linear", width=shape[-1], activation=None, **rest)
-    return nn.Sequential(*shapes.chain([first, second], shape)[0])
+    return nn.Sequential(*shapes.build_chain([first, second], shape)[0])

@@ -71,7 +71,7 @@ def residual(
         activation: what follows the sum.
         norm: what follows the projection, if there is one.
     """
-    modules, out_shape = shapes.chain(blocks, in_shape)
+    modules, out_shape = shapes.build_chain(blocks, in_shape)
     skip = nn.Sequential(*projection(tuple(in_shape), out_shape))
     if norm is not None and len(skip):
         skip.add_module("norm", norm(out_shape[-1:] if isinstance(skip[0], nn.Linear) else out_shape))

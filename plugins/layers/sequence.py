@@ -70,7 +70,7 @@ class Masked(nn.Module):
         """
         super().__init__()
         channels, *axes = expect_masked(in_shape, "masked", f"{FORM} or {PICTURE}")
-        modules, out_shape = shapes.chain(blocks, (channels, *axes))
+        modules, out_shape = shapes.build_chain(blocks, (channels, *axes))
         self.body = nn.Sequential(*modules)
         form = f"blocks that give ({', '.join('CHL' if len(axes) == 2 else 'CL')})"
         self.strides = find_strides(axes, shapes.expect(out_shape, form, "masked")[1:])
@@ -208,7 +208,7 @@ class MaskedResidual(nn.Module):
         """
         super().__init__()
         channels, *axes = expect_masked(in_shape, "masked_residual", f"{FORM} or {PICTURE}")
-        modules, out_shape = shapes.chain(blocks, tuple(in_shape))
+        modules, out_shape = shapes.build_chain(blocks, tuple(in_shape))
         self.body = nn.Sequential(*modules)
         form = PICTURE if len(axes) == 2 else FORM
         out_channels, *shortened = expect_masked(out_shape, "masked_residual around its blocks", form)

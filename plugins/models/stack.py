@@ -20,7 +20,7 @@ class Stack(nn.Module):
             head: what makes the task's outputs of what the last block gives.
         """
         super().__init__()
-        modules, shape = shapes.chain(blocks, in_shape)
+        modules, shape = shapes.build_chain(blocks, in_shape)
         self.blocks = nn.Sequential(*modules)
         self.head = head(shape, out_shape)
         try:

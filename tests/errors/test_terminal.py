@@ -25,6 +25,7 @@ from framework.errors import ConfigError, FrameworkError, terminal
 from framework.errors.paths import override, pasted
 from framework.errors.terminal import completed, message_line, message_lines, printable, printable_lines, shortened
 from framework.experiment.plan import Memory, ParameterGroup, Plan, render
+from framework.runtime.console import Console, console
 from framework.training.layer_table import Layer
 from framework.tuning.sweep.display import Lines
 from framework.tuning.sweep.folder import Trial
@@ -322,7 +323,7 @@ def test_words_of_completion(command):
 
 def printed(renderable):
     out = io.StringIO()
-    part_tables.console(out).print(renderable)
+    console(out).print(renderable)
     return out.getvalue()
 
 
@@ -354,7 +355,7 @@ def test_the_console_escapes_by_itself():
 
 def render_plainly(text):
     out = io.StringIO()
-    part_tables.Console(file=out, highlight=False).print(text)
+    Console(file=out, highlight=False).print(text)
     return out.getvalue()
 
 

@@ -40,7 +40,7 @@ def test_a_part_that_raises_a_config_error_within_a_part_is_named(monkeypatch):
 
     monkeypatch.setattr(type(entry.settings["alpha"]), "convert", refuse)
     with pytest.raises(ConfigError) as caught:
-        entry.bind({"alpha": 1.0})
+        entry.checked({"alpha": 1.0})
     assert caught.value.problems == [f"{entry}: alpha: one", "two"]
 
 
