@@ -1,25 +1,15 @@
-"""Callbacks that act on a run: early stopping, checkpoints, clipping, a time limit."""
+"""Checkpoints of a run: the newest and the best."""
 
-import math
-import re
 import sys
-import time
 import warnings
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from torch import Tensor, nn
+from typing import Any
 
 from framework import (
-    Callback,
     CheckpointError,
     Context,
     Every,
-    NonNegativeFloat,
-    Pattern,
-    PositiveFloat,
     PositiveInt,
     SavingCallback,
     Schedule,
@@ -27,140 +17,14 @@ from framework import (
     Writer,
     callbacks,
     checkpoints,
-    did_you_mean,
     files,
-    gradient_numbers,
     snapshot,
     state_after_a_step,
 )
 from framework.contracts.callback import keyed
-from framework.contracts.state import SECONDS, Cadence
+from framework.contracts.state import Cadence
 
-Mode = Literal["auto", "min", "max"]
-DURATION = r"\s*(\d+(?:\.\d+)?)\s*(s|sec|min|h)\s*"
-Duration = Annotated[str, Pattern(DURATION, "a duration like 90s, 30min or 1.5h")]
-
-
-class Best:
-    """The best values so far of one logged metric, the very best first; NaN and infinity never are."""
-
-    def __init__(self, monitor: str, mode: Mode, min_delta: float = 0.0, most: int = 1):
-        self.monitor, self.mode, self.min_delta, self.most = monitor, mode, min_delta, most
-        self.sign = {"min": -1.0, "max": 1.0}.get(mode, 0.0)
-        self.ranked: list[tuple[float, int]] = []  # (value, step)
-        self.restored: dict[str, Any] = {}
-
-    def start(self, trainer: Context) -> bool:
-        """Find out which way is better, and drop restored values of another metric.
-
-        Returns whether the restored values were kept.
-        Raises SettingError when `mode` is auto and nobody says it.
-        """
-        if self.mode == "auto":
-            self.sign = self._sign(trainer)
-        monitor = self.restored.get("monitor", self.monitor)
-        sign = self.restored.get("sign", self.sign)
-        if monitor == self.monitor and sign == self.sign:
-            return True
-        self.ranked = []
-        return False
-
-    def _sign(self, trainer: Context) -> float:
-        better = {"loss": "lower"} | {metric.name: metric.better for metric in trainer.metrics}
-        name = self.monitor.partition("/")[2]
-        if name not in better:
-            known = [f"{split}/{known}" for known in better for split in ("train", "val")]
-            raise SettingError(
-                f"cannot tell whether {self.monitor!r} is better high or low; {did_you_mean(self.monitor, known)} "
-                f"(for a value logged by a part of your own, set mode to min or max)"
-            )
-        return 1.0 if better[name] == "higher" else -1.0
-
-    def improved(self, trainer: Context) -> bool:
-        """Whether the newest value is among the best, by more than `min_delta`. Raises SettingError without one."""
-        metrics = trainer.state.metrics
-        if self.monitor not in metrics:
-            raise SettingError(f"nothing logs {self.monitor!r}; {did_you_mean(self.monitor, metrics)}")
-        value = metrics[self.monitor]
-        if not math.isfinite(value):
-            return False
-        if len(self.ranked) == self.most and self.sign * (value - self.ranked[-1][0]) <= self.min_delta:
-            return False
-        others = [each for each in self.ranked if each[1] != trainer.state.step]
-        ranked = sorted([*others, (value, trainer.state.step)], key=lambda each: -self.sign * each[0])
-        self.ranked = ranked[: self.most]
-        return True
-
-    @property
-    def on_training(self) -> bool:
-        return self.monitor.startswith("train/")
-
-    def state_dict(self) -> dict[str, Any]:
-        ranked = [list(each) for each in self.ranked]
-        return {"best": ranked, "monitor": self.monitor, "sign": self.sign}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.restored = state
-        self.ranked = [(value, step) for value, step in state.get("best", [])][: self.most]
-
-
-@callbacks.register("early_stop", aliases=["early_stopping"])
-class EarlyStop(Callback):
-    """Ends the run when a metric has not improved for some validations."""
-
-    changes_training = False
-    follows_metrics = True
-
-    def __init__(
-        self,
-        monitor: str = "val/loss",
-        mode: Mode = "auto",
-        patience: PositiveInt = 10,
-        min_delta: NonNegativeFloat = 0.0,
-    ):
-        """Watch one metric.
-
-        Args:
-            monitor: val/... is looked at after each validation, train/... whenever it is logged.
-            mode: whether low (min) or high (max) is better; auto: as the metric itself says.
-            patience: looks in a row without improvement before the run ends.
-            min_delta: what is less than this is no improvement.
-        """
-        self.best, self.patience, self.waited = Best(monitor, mode, min_delta), patience, 0
-
-    def on_fit_start(self, trainer: Context) -> None:
-        if not self.best.start(trainer):
-            self.waited = 0
-        if self.best.monitor.startswith("val/") and trainer.val_batches is None:
-            raise SettingError(
-                f"early_stop: there is no validation split to measure {self.best.monitor} on; monitor train/loss"
-            )
-
-    def on_log(self, trainer: Context) -> None:
-        if self.best.on_training:
-            self._look(trainer)
-
-    def on_validation_end(self, trainer: Context) -> None:
-        if not self.best.on_training:
-            self._look(trainer)
-
-    def _look(self, trainer: Context) -> None:
-        if self.best.improved(trainer):
-            self.waited = 0
-            return
-        self.waited += 1
-        if self.waited >= self.patience:
-            best = [f"is best at {value:.6g} (step {step})" for value, step in self.best.ranked]
-            since = best[0] if best else "has never been finite"
-            name, times = self.best.monitor, self.waited
-            trainer.stop("early_stop", f"{name} {since} and did not improve {times} times in a row")
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**self.best.state_dict(), "waited": self.waited}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best.load_state_dict(state)
-        self.waited = state.get("waited", 0)
+from .best import Best, Mode
 
 
 @callbacks.register("checkpoint", aliases=["model_checkpoint"])
@@ -344,125 +208,3 @@ class Checkpoint(SavingCallback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self.best is not None:
             self.best.load_state_dict(state)
-
-
-@callbacks.register("clip_gradients", aliases=["gradient_clipping"])
-class ClipGradients(Callback):
-    """Limits the gradients before each update, and logs their norm before that as train/gradient_norm.
-
-    By norm: g · min(1, norm / ‖g‖₂) over all parameters together (Pascanu et al. 2013, arXiv:1211.5063, section 3.2).
-    Nothing is read off the device but at log points.
-    """
-
-    alone, recordable = False, True
-    follows_metrics = False
-
-    def __init__(self, norm: PositiveFloat | None = 1.0, value: PositiveFloat | None = None):
-        """Say how far gradients may go; by norm first, if both are set.
-
-        Args:
-            norm: the largest 2-norm of all gradients together; null for no limit.
-            value: the largest absolute value of a single component (the real or imaginary part of
-                a complex number); null for no limit.
-        """
-        if norm is None and value is None:
-            raise SettingError("clip_gradients: with neither `norm` nor `value` there is nothing to clip")
-        self.norm, self.value = norm, value
-        self.measured: Tensor | None = None
-
-    def reset(self) -> None:
-        super().reset()
-        self.measured = None
-
-    def on_gradients(self, trainer: Context) -> None:
-        parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
-        if self.norm is not None:
-            self.measured = clip_norm(parameters, self.norm)
-        if self.value is not None:
-            clip_values(parameters, self.value)
-
-    @staticmethod
-    def clip_rows(callbacks: Sequence[Callback], gradients: Tensor) -> None:
-        """Clip a row of gradients for each of the callbacks."""
-        for row, each in enumerate(callbacks):
-            assert isinstance(each, ClipGradients)
-            if each.norm is not None:
-                each.measured = gradients[row].norm()
-                gradients[row].mul_((each.norm / (each.measured + 1e-6)).clamp(max=1.0))  # as torch does
-            if each.value is not None:
-                gradients[row].clamp_(-each.value, each.value)
-
-    def on_log(self, trainer: Context) -> None:
-        if self.measured is not None:
-            trainer.log({"train/gradient_norm": self.measured})
-
-
-def clip_norm(parameters: Sequence[Tensor], norm: float) -> Tensor:
-    """Scale gradients so that their 2-norm is at most `norm`; return what it was."""
-    try:
-        return nn.utils.clip_grad_norm_(parameters, norm)
-    except NotImplementedError:  # torch does not clip sparse gradients
-        gradients = gradient_numbers(parameters)
-    measured = nn.utils.get_total_norm(gradients)
-    factor = (norm / (measured + 1e-6)).clamp(max=1.0)  # as torch does
-    for gradient in gradients:
-        gradient.mul_(factor)
-    return measured
-
-
-def clip_values(parameters: Sequence[Tensor], value: float) -> None:
-    """Limit the absolute value of each component of the gradients."""
-    try:
-        nn.utils.clip_grad_value_(parameters, value)
-    except NotImplementedError:  # torch clips neither sparse nor complex gradients
-        for gradient in gradient_numbers(parameters):
-            gradient.clamp_(-value, value)
-
-
-@callbacks.register("timer")
-class Timer(Callback):
-    """Logs train/seconds_per_epoch, and ends the run when it has taken long enough."""
-
-    changes_training = False
-
-    def __init__(self, limit: Duration | None = None):
-        """Set a limit, or none.
-
-        Args:
-            limit: how long the run may take, all resumed parts of it together, e.g. 30min; null for no limit.
-        """
-        self.limit, self.seconds = limit, math.inf
-        if limit is not None:
-            match = re.fullmatch(DURATION, limit)
-            if match is None:
-                raise SettingError(f"timer: limit should be a duration like 90s, 30min or 1.5h, not {limit!r}")
-            self.seconds = float(match[1]) * SECONDS[match[2]]
-        self.spent_before = 0.0
-        self.began = self.epoch_began = time.monotonic()
-
-    def reset(self) -> None:
-        self.spent_before = 0.0
-
-    def on_fit_start(self, trainer: Context) -> None:
-        self.began = self.epoch_began = time.monotonic()
-
-    def on_epoch_start(self, trainer: Context) -> None:
-        self.epoch_began = time.monotonic()
-
-    def on_step_end(self, trainer: Context) -> None:
-        if self.spent > self.seconds:
-            trainer.stop("timer", f"the limit of {self.limit} is reached")
-
-    def on_epoch_end(self, trainer: Context) -> None:
-        trainer.log({"train/seconds_per_epoch": time.monotonic() - self.epoch_began})
-
-    @property
-    def spent(self) -> float:
-        """Seconds since the run began, without the time between being stopped and resumed."""
-        return self.spent_before + time.monotonic() - self.began
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self.spent}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.spent_before = state.get("seconds", 0.0)

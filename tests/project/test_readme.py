@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = ["README.md", "conf/README.md", "plugins/README.md"]
+PAGES = ["README.md", "conf/README.md", "framework/README.md", "plugins/README.md"]
 BLOCK = re.compile(r"(<!-- not run: .+? -->\n+)?^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SHORT = "defaults: [framework, _self_]\ntrainer: {max_epochs: 1}\n"
 FORKS = """

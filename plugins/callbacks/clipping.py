@@ -1,0 +1,87 @@
+"""Gradient clipping."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from framework import (
+    Callback,
+    Context,
+    PositiveFloat,
+    SettingError,
+    callbacks,
+    gradient_numbers,
+)
+
+
+@callbacks.register("clip_gradients", aliases=["gradient_clipping"])
+class ClipGradients(Callback):
+    """Limits the gradients before each update, and logs their norm before that as train/gradient_norm.
+
+    By norm: g · min(1, norm / ‖g‖₂) over all parameters together (Pascanu et al. 2013, arXiv:1211.5063, section 3.2).
+    Nothing is read off the device but at log points.
+    """
+
+    alone, recordable = False, True
+    follows_metrics = False
+
+    def __init__(self, norm: PositiveFloat | None = 1.0, value: PositiveFloat | None = None):
+        """Say how far gradients may go; by norm first, if both are set.
+
+        Args:
+            norm: the largest 2-norm of all gradients together; null for no limit.
+            value: the largest absolute value of a single component (the real or imaginary part of
+                a complex number); null for no limit.
+        """
+        if norm is None and value is None:
+            raise SettingError("clip_gradients: with neither `norm` nor `value` there is nothing to clip")
+        self.norm, self.value = norm, value
+        self.measured: Tensor | None = None
+
+    def reset(self) -> None:
+        super().reset()
+        self.measured = None
+
+    def on_gradients(self, trainer: Context) -> None:
+        parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+        if self.norm is not None:
+            self.measured = clip_norm(parameters, self.norm)
+        if self.value is not None:
+            clip_values(parameters, self.value)
+
+    @staticmethod
+    def clip_rows(callbacks: Sequence[Callback], gradients: Tensor) -> None:
+        """Clip a row of gradients for each of the callbacks."""
+        for row, each in enumerate(callbacks):
+            assert isinstance(each, ClipGradients)
+            if each.norm is not None:
+                each.measured = gradients[row].norm()
+                gradients[row].mul_((each.norm / (each.measured + 1e-6)).clamp(max=1.0))  # as torch does
+            if each.value is not None:
+                gradients[row].clamp_(-each.value, each.value)
+
+    def on_log(self, trainer: Context) -> None:
+        if self.measured is not None:
+            trainer.log({"train/gradient_norm": self.measured})
+
+
+def clip_norm(parameters: Sequence[Tensor], norm: float) -> Tensor:
+    """Scale gradients so that their 2-norm is at most `norm`; return what it was."""
+    try:
+        return nn.utils.clip_grad_norm_(parameters, norm)
+    except NotImplementedError:  # torch does not clip sparse gradients
+        gradients = gradient_numbers(parameters)
+    measured = nn.utils.get_total_norm(gradients)
+    factor = (norm / (measured + 1e-6)).clamp(max=1.0)  # as torch does
+    for gradient in gradients:
+        gradient.mul_(factor)
+    return measured
+
+
+def clip_values(parameters: Sequence[Tensor], value: float) -> None:
+    """Limit the absolute value of each component of the gradients."""
+    try:
+        nn.utils.clip_grad_value_(parameters, value)
+    except NotImplementedError:  # torch clips neither sparse nor complex gradients
+        for gradient in gradient_numbers(parameters):
+            gradient.clamp_(-value, value)

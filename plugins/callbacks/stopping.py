@@ -1,0 +1,130 @@
+"""Callbacks that end a run: early stopping and a time limit."""
+
+import math
+import re
+import time
+from typing import Annotated, Any
+
+from framework import (
+    Callback,
+    Context,
+    NonNegativeFloat,
+    Pattern,
+    PositiveInt,
+    SettingError,
+    callbacks,
+)
+from framework.contracts.state import SECONDS
+
+from .best import Best, Mode
+
+DURATION = r"\s*(\d+(?:\.\d+)?)\s*(s|sec|min|h)\s*"
+Duration = Annotated[str, Pattern(DURATION, "a duration like 90s, 30min or 1.5h")]
+
+
+@callbacks.register("early_stop", aliases=["early_stopping"])
+class EarlyStop(Callback):
+    """Ends the run when a metric has not improved for some validations."""
+
+    changes_training = False
+    follows_metrics = True
+
+    def __init__(
+        self,
+        monitor: str = "val/loss",
+        mode: Mode = "auto",
+        patience: PositiveInt = 10,
+        min_delta: NonNegativeFloat = 0.0,
+    ):
+        """Watch one metric.
+
+        Args:
+            monitor: val/... is looked at after each validation, train/... whenever it is logged.
+            mode: whether low (min) or high (max) is better; auto: as the metric itself says.
+            patience: looks in a row without improvement before the run ends.
+            min_delta: what is less than this is no improvement.
+        """
+        self.best, self.patience, self.waited = Best(monitor, mode, min_delta), patience, 0
+
+    def on_fit_start(self, trainer: Context) -> None:
+        if not self.best.start(trainer):
+            self.waited = 0
+        if self.best.monitor.startswith("val/") and trainer.val_batches is None:
+            raise SettingError(
+                f"early_stop: there is no validation split to measure {self.best.monitor} on; monitor train/loss"
+            )
+
+    def on_log(self, trainer: Context) -> None:
+        if self.best.on_training:
+            self._look(trainer)
+
+    def on_validation_end(self, trainer: Context) -> None:
+        if not self.best.on_training:
+            self._look(trainer)
+
+    def _look(self, trainer: Context) -> None:
+        if self.best.improved(trainer):
+            self.waited = 0
+            return
+        self.waited += 1
+        if self.waited >= self.patience:
+            best = [f"is best at {value:.6g} (step {step})" for value, step in self.best.ranked]
+            since = best[0] if best else "has never been finite"
+            name, times = self.best.monitor, self.waited
+            trainer.stop("early_stop", f"{name} {since} and did not improve {times} times in a row")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self.best.state_dict(), "waited": self.waited}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best.load_state_dict(state)
+        self.waited = state.get("waited", 0)
+
+
+@callbacks.register("timer")
+class Timer(Callback):
+    """Logs train/seconds_per_epoch, and ends the run when it has taken long enough."""
+
+    changes_training = False
+
+    def __init__(self, limit: Duration | None = None):
+        """Set a limit, or none.
+
+        Args:
+            limit: how long the run may take, all resumed parts of it together, e.g. 30min; null for no limit.
+        """
+        self.limit, self.seconds = limit, math.inf
+        if limit is not None:
+            match = re.fullmatch(DURATION, limit)
+            if match is None:
+                raise SettingError(f"timer: limit should be a duration like 90s, 30min or 1.5h, not {limit!r}")
+            self.seconds = float(match[1]) * SECONDS[match[2]]
+        self.spent_before = 0.0
+        self.began = self.epoch_began = time.monotonic()
+
+    def reset(self) -> None:
+        self.spent_before = 0.0
+
+    def on_fit_start(self, trainer: Context) -> None:
+        self.began = self.epoch_began = time.monotonic()
+
+    def on_epoch_start(self, trainer: Context) -> None:
+        self.epoch_began = time.monotonic()
+
+    def on_step_end(self, trainer: Context) -> None:
+        if self.spent > self.seconds:
+            trainer.stop("timer", f"the limit of {self.limit} is reached")
+
+    def on_epoch_end(self, trainer: Context) -> None:
+        trainer.log({"train/seconds_per_epoch": time.monotonic() - self.epoch_began})
+
+    @property
+    def spent(self) -> float:
+        """Seconds since the run began, without the time between being stopped and resumed."""
+        return self.spent_before + time.monotonic() - self.began
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self.spent}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.spent_before = state.get("seconds", 0.0)
