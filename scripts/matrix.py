@@ -96,7 +96,7 @@ def result_of(combination: tuple[str, ...], keep: bool, pytest_arguments: list[s
     asked = (version, torch, hydra)
     interpreter = find_python(version)
     if interpreter is None:
-        return Row(asked, None, f"no python{version}", failed=False)
+        return Row(asked, None, f"no python{version}", failed=True)
     folder = CACHE / "-".join(combination)
     log = CACHE / f"{folder.name}.log"
     try:
@@ -141,7 +141,8 @@ def environment(interpreter: str, folder: Path, torch: str, hydra: str, log: Pat
     requirements = requirements_for(torch, hydra)
     pins = constraints()
     wanted = hashlib.sha256("\n".join([str(ROOT), *requirements, pins]).encode()).hexdigest()
-    if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
+    may_reuse = torch != "newest"  # another release may be the newest since
+    if may_reuse and stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
         return python
     CACHE.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(CACHE).free / 1e9

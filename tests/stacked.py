@@ -8,7 +8,7 @@ import framework as fw
 from framework import Trainer
 from framework.contracts.optimizer import build_optimizer
 from framework.data.dataset import Loader
-from framework.tuning.vectorized.trainer import Lockstep
+from framework.tuning.vectorized.trainer import StackedTrainer
 
 GENERATOR = torch.Generator().manual_seed(3)
 
@@ -81,7 +81,7 @@ def alone(recipe):
 
 def together(*recipes):
     outcomes = {}
-    Lockstep([t for t, _ in recipes], [fit for _, fit in recipes], outcomes.__setitem__).run()
+    StackedTrainer([t for t, _ in recipes], [fit for _, fit in recipes], outcomes.__setitem__).run()
     return [t for t, _ in recipes], [outcomes[number] for number in range(len(recipes))]
 
 

@@ -1,6 +1,6 @@
 """The suite of each test file: `scripts/test unit`, `training` or `system` runs one of them.
 
-- unit: parts, settings, files and errors; nothing is trained, no process is started.
+- unit: parts, settings, files and errors; seconds for each file.
 - training: short fits and commands in this process.
 - system: other processes, signals, sweeps, searches, servers, scripts and benchmarks.
 

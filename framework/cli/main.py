@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import framework.tuning.sections  # noqa: F401  registers the section `sweep`, sweepers and launchers
 from framework.composition import trust as trusting
-from framework.composition.trust import entries_in, escaped, importing_from_elsewhere, is_trusted, problem_of_file
+from framework.composition.trust import entries_in, escaped_path, importing_from_elsewhere, is_trusted, problem_of_file
 from framework.errors import ConfigError, FrameworkError, did_you_mean
 from framework.errors.exits import no_exit
 from framework.errors.paths import expanded, real_path, shorter
@@ -89,7 +89,7 @@ def importing_safely(arguments: list[str]) -> Iterator[None]:
     named += [word.partition("=")[2] for word in arguments if word.startswith("--plugins=")]
     with importing_from_elsewhere(os.curdir, named) as left_out:
         if left_out and verb in ("list", "show") and os.environ.get("PYTHONPATH"):
-            entries = ", ".join(escaped(shorter(entry)) for entry in left_out)
+            entries = ", ".join(escaped_path(shorter(entry)) for entry in left_out)
             note(f"no module is imported from {entries}, since this folder is not trusted (`framework trust`)")
         yield
 
@@ -149,7 +149,7 @@ def run(arguments: list[str]) -> int:
     return VERBS[verb](rest) or 0
 
 
-def print_result(as_json: bool, value: Any, table: Callable[[], Any]) -> None:
+def print_json_or_table(as_json: bool, value: Any, table: Callable[[], Any]) -> None:
     """Print a value for programs, or the table of it for people."""
     if as_json:
         print(json.dumps(value, indent=2))
@@ -237,7 +237,7 @@ def plan(arguments: list[str]) -> None:
 
         with output_for_programs(given.json):
             made = Experiment(composed.spec).plan()
-        print_result(given.json, asdict(made), lambda: render(made))
+        print_json_or_table(given.json, asdict(made), lambda: render(made))
 
     if line.multirun:
         from framework.tuning.sweep.sweep import sweep
@@ -355,7 +355,7 @@ def list_parts(arguments: list[str]) -> None:
     index = index_of(given)
     kind = given.kind and part_tables.kind_of(index, given.kind)
     parts = {each: list(index.kinds[each]["parts"].values()) for each in ([kind] if kind else index.kinds)}
-    print_result(
+    print_json_or_table(
         given.json, parts, lambda: part_tables.parts_table(index, kind) if kind else part_tables.list_kinds(index)
     )
 
@@ -370,7 +370,9 @@ def show(arguments: list[str]) -> None:
 
     index = index_of(given)
     part = part_tables.find_part(index, given.part)
-    print_result(given.json, part, lambda: part_tables.part_page(part, index, given.plugins, given.without_plugin))
+    print_json_or_table(
+        given.json, part, lambda: part_tables.part_page(part, index, given.plugins, given.without_plugin)
+    )
 
 
 def index_of(given: argparse.Namespace) -> Any:
@@ -381,7 +383,7 @@ def index_of(given: argparse.Namespace) -> Any:
     for problem in index.broken:
         note(f"{problem}; its parts are left out")
     if index.not_trusted:
-        plugins = ", ".join(dict.fromkeys(escaped(shorter(plugin)) for plugin in index.not_trusted))
+        plugins = ", ".join(dict.fromkeys(escaped_path(shorter(plugin)) for plugin in index.not_trusted))
         problem = problem_of_file() or "this folder is not trusted"
         note(f"plugins of conf/config.yaml are not loaded: {plugins}: {problem}. `framework trust` allows it")
     return index
@@ -411,14 +413,14 @@ def trust(arguments: list[str]) -> int:
 def trust_folder(folder: Path, agreed: bool) -> int:
     """Trust a folder if the user agrees; return 1 if not."""
     if not folder.is_dir():
-        raise FrameworkError(f"trust {escaped(str(folder))}: there is no such folder")
+        raise FrameworkError(f"trust {escaped_path(str(folder))}: there is no such folder")
     print_line(folder)
     for line in trusting.description(folder):
         print_line(f"  {line}")
     if not agreed:
         if not sys.stdin.isatty():
             raise FrameworkError("trust: there is no terminal to ask on; --trust answers yes")
-        agreed = answer_of(f"Trust {escaped(str(folder))}? `list`, `show` and TAB will run its plugins. [y/N] ")
+        agreed = answer_of(f"Trust {escaped_path(str(folder))}? `list`, `show` and TAB will run its plugins. [y/N] ")
     if not agreed:
         print("not trusted")
         return 1

@@ -182,7 +182,7 @@ def hydra_errors(files: list[File]) -> Iterator[None]:
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError([hydra_error_lines(error, files)]) from error
+        raise ConfigError([hydra_error_text(error, files)]) from error
 
 
 def notes(lines: Iterable[str]) -> None:
@@ -307,7 +307,7 @@ def project_plugins(folders: list[Path], experiments: Iterable[str], here: Path 
             yield from (locate(plugin, folder, here) for plugin in listed)
 
 
-def hydra_error_lines(error: Exception, files: list[File]) -> str:
+def hydra_error_text(error: Exception, files: list[File]) -> str:
     """Return an error of Hydra in our words: which file and line, what is missing, what there is; without its advice.
 
     files: those that Hydra has read.

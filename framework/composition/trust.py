@@ -94,7 +94,9 @@ def untrust(folder: Path) -> None:
     path = os.path.realpath(folder)
     folders = known_folders()
     if path not in folders:
-        raise FrameworkError(f"{escaped(path)} is not trusted (`framework trust --list` shows the folders that are)")
+        raise FrameworkError(
+            f"{escaped_path(path)} is not trusted (`framework trust --list` shows the folders that are)"
+        )
     del folders[path]
     write_trusted(folders)
 
@@ -153,7 +155,9 @@ def description(folder: Path) -> list[str]:
     lines = []
     for file, plugin in named_plugins(folder):
         path = folder / expanded(plugin)
-        lines.append(f"{escaped(shorter(file))} names the plugin {escaped(shorter(plugin))} ({sort_of(path)})")
+        lines.append(
+            f"{escaped_path(shorter(file))} names the plugin {escaped_path(shorter(plugin))} ({sort_of(path)})"
+        )
     if not lines:
         lines.append("its config files name no plugins so far")
     status = folder.stat()
@@ -171,7 +175,7 @@ def sort_of(plugin: Path) -> str:
     return "file" if plugin.is_file() else "module"
 
 
-def escaped(text: str) -> str:
+def escaped_path(text: str) -> str:
     """Return a path as it is or, with control characters in it, escaped."""
     return text if text.isprintable() else ascii(text)
 

@@ -133,7 +133,7 @@ class Mean:
                 items = "rows"
         elif isinstance(loss, nn.Module) and (weight is not None or ignored is not None):
             weights = function in CLASS_LOSSES or with_classes(loss) is not loss
-            items = measure_count(loss, fallback="weights" if weights else "kept")
+            items = measure_items(loss, fallback="weights" if weights else "kept")
         elif isinstance(loss, nn.Module):
             return replace(cls.of_function(loss), form=form)
         if items == "weights" and weight is None:
@@ -510,7 +510,7 @@ def recorded(loss: Callable[..., Any]) -> dict[str, Any] | None:
     return call if mean and torch.equal(call["target"].flatten(), targets) else None
 
 
-def measure_count(loss: nn.Module, fallback: Items) -> Items:
+def measure_items(loss: nn.Module, fallback: Items) -> Items:
     """Return what the mean of a loss with class weights or ignored targets is over, by calling it.
 
     Of eight targets, its mean must be that of the two halves, weighted by their counts. The halves

@@ -30,7 +30,7 @@ from .workers import (
     Batch as Batch,
     IndexBatches,
     SeededSamples,
-    SplitProtocol as Split,
+    Split,
     SteadySamples,
     as_batch,
     read_batches,

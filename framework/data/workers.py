@@ -29,7 +29,7 @@ SHARED = Path("/dev/shm")  # where batches of worker processes lie
 TO_ALL = ENDING  # what a scheduler, or Ctrl-C, sends to every process of a run
 
 
-class SplitProtocol(Protocol):
+class Split(Protocol):
     """What a split must have; any map-style torch Dataset does."""
 
     def __len__(self) -> int: ...
@@ -65,7 +65,7 @@ class SeededSamples(torch.utils.data.Dataset):
     that begins with sample i: a dead one cannot tell.
     """
 
-    def __init__(self, split: SplitProtocol, seed: int, skip: bool = False, workers: int = 0):
+    def __init__(self, split: Split, seed: int, skip: bool = False, workers: int = 0):
         self.split, self.seed, self.skip = split, seed, skip
         self.at_once: Callable[[list[int]], Iterable[Any]] | None = getattr(split, "__getitems__", None)
         self.reading = multiprocessing.Array("q", [-1] * max(workers, 1), lock=False)

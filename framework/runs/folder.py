@@ -23,12 +23,12 @@ from framework.errors import RunError, short
 from framework.errors.paths import expanded, real_path
 from framework.registry.discovery import package_version
 from framework.system.files import (
+    failure_reason,
     open_file,
     read_json,
     read_yaml,
     remove_temporary,
     write_error,
-    write_failure_reason,
     write_file,
 )
 from framework.system.git import commit_and_diff
@@ -67,7 +67,7 @@ class RunFolder:
                 self.lock = only_writer(self.path)
         except OSError as error:
             where = parent / (name or "...")
-            why = write_failure_reason(where, error)
+            why = failure_reason(where, error)
             raise write_error(error)(f"the run folder {where} cannot be made: {why} (run.root={root})") from None
 
     @classmethod
@@ -80,7 +80,7 @@ class RunFolder:
                 folder.lock = only_writer(path)
             remove_litter(path)
         except OSError as error:
-            said = f"the run folder {path} cannot be written: {write_failure_reason(path, error)}"
+            said = f"the run folder {path} cannot be written: {failure_reason(path, error)}"
             raise write_error(error)(said) from None
         return folder
 

@@ -244,7 +244,7 @@ def check_exists(folder: Path) -> None:
 
 def unwritable(path: Path, error: OSError, needed: int | None = None) -> RunError:
     """Return the error of a file that cannot be written: why, and of a full disk the bytes needed and free."""
-    return write_error(error)(f"{path} cannot be written: {write_failure_reason(path, error, needed)}")
+    return write_error(error)(f"{path} cannot be written: {failure_reason(path, error, needed)}")
 
 
 def write_error(error: OSError) -> type[RunError]:
@@ -252,7 +252,7 @@ def write_error(error: OSError) -> type[RunError]:
     return DiskFull if error.errno in FULL else RunError
 
 
-def write_failure_reason(path: Path, error: OSError, needed: int | None = None) -> str:
+def failure_reason(path: Path, error: OSError, needed: int | None = None) -> str:
     """Return why a file or folder cannot be written, in words for a message that names it."""
     reason = error.strerror or str(error)
     if error.errno in FULL:

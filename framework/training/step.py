@@ -187,7 +187,7 @@ class TrainingStep:
         phase: Phase | None,
     ) -> tuple[Tensor, bool]:
         """Do what `backward` does; when memory is full, again with smaller micro-batches."""
-        before = Snapshot(self.measures.mark(), clones(self.model.buffers()), seeds.capture())
+        before = StepSnapshot(self.measures.mark(), clones(self.model.buffers()), seeds.capture())
         unchanged = versions(batches)
         while True:
             try:
@@ -197,7 +197,7 @@ class TrainingStep:
                     raise
             self.undo(before)  # not in `except`: the traceback keeps the tensors of the pass
 
-    def undo(self, before: "Snapshot") -> None:
+    def undo(self, before: "StepSnapshot") -> None:
         """Return to the state before a backward pass that failed."""
         self.measures.undo(before.measures)
         for buffer, saved in zip(self.model.buffers(), before.buffers, strict=True):
@@ -235,7 +235,7 @@ class TrainingStep:
             self.task.check_first(made)
 
 
-class Snapshot(NamedTuple):
+class StepSnapshot(NamedTuple):
     """What a backward pass changes, besides gradients."""
 
     measures: Mark

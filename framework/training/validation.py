@@ -274,7 +274,7 @@ def check_made(task: Task, made: Any, parameters: Sequence[Tensor] = ()) -> None
         got = "None" if made is None else type(made).__name__
         raise SettingError(f"{type(task).__name__}.step: {expected}, got {got}")
     loss = made.loss
-    check_scalar(name_of_loss(task), loss)
+    check_scalar(loss_of_task(task), loss)
     if not parameters or loss.requires_grad:
         return
     if not any(parameter.requires_grad for parameter in parameters):
@@ -282,10 +282,10 @@ def check_made(task: Task, made: Any, parameters: Sequence[Tensor] = ()) -> None
         raise SettingError(f"model: {said}, so that nothing would be trained")
     causes = "detach(), item(), argmax or no_grad() on the way from the model to the loss"
     said = f"it does not depend on the parameters ({causes}?)"
-    raise SettingError(f"{name_of_loss(task)} has no gradient: {said}")
+    raise SettingError(f"{loss_of_task(task)} has no gradient: {said}")
 
 
-def name_of_loss(task: Task) -> str:
+def loss_of_task(task: Task) -> str:
     """Return what to call the loss of a task in a message."""
     loss = task.loss if isinstance(task, LossTask) else task.criterion
     if loss is None:

@@ -1,4 +1,4 @@
-"""Blocks for sequences of floats of unequal length (the models made of them are in `sequence_models.py`).
+"""Blocks for sequences of floats of unequal length (the models made of them are in `models/sequence.py`).
 
 The convention: a sample is (channels + 1, length), filled up with zeros at the end, and its last channel is the mask:
 1 where a frame is real, 0 where it is padding. A block here takes such a sample and gives one, with the channels of the

@@ -23,9 +23,8 @@ def test_it_serves_the_runs_and_ends_with_a_signal(tmp_path):
         run = tmp_path / "runs" / "default" / str(number)
         run.mkdir()
         (run / "events.out.tfevents.1").touch()
-    command = (
-        f"from pathlib import Path; from framework.cli.board import serve; serve(Path({str(tmp_path / 'runs')!r}), 0)"
-    )
+    start = "from pathlib import Path; from framework.cli.board import serve_board"
+    command = f"{start}; serve_board(Path({str(tmp_path / 'runs')!r}), 0)"
     process = subprocess.Popen(
         [sys.executable, "-c", command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
@@ -82,9 +81,8 @@ def test_a_folder_with_odd_event_files_is_served_without_them(tmp_path):
             writer.add_scalar(tag, 0.5, 1)
     for make in (make_fifo, make_folder_link):
         make(run, outside)
-    command = (
-        f"from pathlib import Path; from framework.cli.board import serve; serve(Path({str(tmp_path / 'runs')!r}), 0)"
-    )
+    start = "from pathlib import Path; from framework.cli.board import serve_board"
+    command = f"{start}; serve_board(Path({str(tmp_path / 'runs')!r}), 0)"
     process = subprocess.Popen(
         [sys.executable, "-c", command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )

@@ -84,7 +84,7 @@ def index() -> Index:
         ("nonsense ", ""),
     ],
 )
-def test_candidates(index, line, expected):
+def test_completions(index, line, expected):
     assert completions(line.split(" "), index) == expected.split()
 
 
@@ -120,11 +120,11 @@ def bash(index, tmp_path_factory):
     program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(answer))} "$@"\n')
     answer.write_text(
         "import json, sys\n"
-        "from framework.cli.completion import candidates\n"
+        "from framework.cli.completion import completions\n"
         "from framework.composition.catalogue import Index\n"
         "assert sys.argv[1:3] == ['complete', '--'] and 'torch' not in sys.modules\n"
         f"index = Index(**json.load(open({str(folder / 'index.json')!r})))\n"
-        "print('\\n'.join(candidates(sys.argv[3:], index)))\n"
+        "print('\\n'.join(completions(sys.argv[3:], index)))\n"
     )
     program.chmod(0o755)
     (folder / "script").write_text(SCRIPTS["bash"])

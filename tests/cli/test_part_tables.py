@@ -103,7 +103,7 @@ def test_show(shop):
     )  # no marks of reStructuredText
     assert "[0.9,0.999]" in shown
     assert "required" in shown
-    assert "test_describe.py:" in shown
+    assert "test_part_tables.py:" in shown
     assert "framework train optimizer=sgdx optimizer.lr=..." in " ".join(shown.split())
     assert "framework train +callbacks=adam callbacks.adam.every=1epoch" in text(
         part_page(find_part(shop, "callback/adam")), 200

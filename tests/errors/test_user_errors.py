@@ -214,7 +214,7 @@ def trained(user_file, command, forget_plugins):
         status, _, err = command(" ".join([*others, *defaults, settings]))
         return status, err
 
-    return run_composed
+    return run
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ def test_a_sampled_text_leaves_the_modes():
 
 def test_trials_that_train_as_one_keep_modules_in_eval_mode():
     from framework.tuning.vectorized.stacked_update import NotStackable
-    from framework.tuning.vectorized.trainer import Lockstep
+    from framework.tuning.vectorized.trainer import StackedTrainer
 
     def pair(seed, still=True):
         torch.manual_seed(seed)
@@ -189,13 +189,13 @@ def test_trials_that_train_as_one_keep_modules_in_eval_mode():
         return trainer, fit | rest
 
     trainers, fits = zip(pair(0), pair(1), strict=True)
-    Lockstep(trainers, fits).run()
+    StackedTrainer(trainers, fits).run()
     for each in fits:
         assert not moved(each["model"])
         assert each["model"][1].weight.ne(1).all()
     trainers, fits = zip(pair(0), pair(1, still=False), strict=True)
     with pytest.raises(NotStackable, match="evaluation mode"):
-        Lockstep(trainers, fits)
+        StackedTrainer(trainers, fits)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -18,7 +18,7 @@ from framework.data.dataset import ForeignLoader, Loader
 from framework.data.token_splits import GatheredSplit, WindowSplit
 from framework.runtime import seeds
 from framework.runtime.device import CopyStream
-from framework.tuning.vectorized.trainer import Lockstep
+from framework.tuning.vectorized.trainer import StackedTrainer
 
 torch.manual_seed(5)
 X = torch.randn(22, 5)
@@ -441,7 +441,7 @@ def test_trials_that_train_as_one_read_a_split_that_gathers_into_one_memory():
     alone, given = trial(0.3)
     alone.fit(given.pop("model"), given.pop("data"), **given)
     trainers, fits = zip(trial(0.1), trial(0.3), strict=True)
-    Lockstep(trainers, fits).run()
+    StackedTrainer(trainers, fits).run()
     assert_same(trainers[1].model, alone.model, tolerance=1e-5)
     accuracy = alone.state.metrics["train/accuracy"]
     assert trainers[1].state.metrics["train/accuracy"] == pytest.approx(accuracy)

@@ -157,7 +157,7 @@ class CompiledSingleCall(SingleCallStep):
         self.states: list[State] = []
 
     def __call__(self, batch: Batch) -> tuple[Step, bool]:
-        settings = [plain_settings(group) for group in self.optimizer.param_groups]
+        settings = [tensor_free_settings(group) for group in self.optimizer.param_groups]
         self.set_learning_rates()
         made, gradients, finite = self.compiled(batch, self.learning_rates, settings)
         updated = not self.checks_finite or bool(finite)
@@ -246,7 +246,7 @@ class ExplainedStep:
         check_made(self.task, made, self.parameters.optimized)
 
 
-def plain_settings(group: dict[str, Any]) -> dict[str, Any]:
+def tensor_free_settings(group: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of a group, without its parameters and learning rate."""
     return {name: value for name, value in group.items() if name not in ("params", "lr")}
 

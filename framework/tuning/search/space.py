@@ -123,7 +123,7 @@ class Space:
         own: list[str] = []
         for axis in self.axes:
             if axis.key in chosen:
-                own += expand_job(f"{axis.written}={override_text(chosen[axis.key], axis)}")
+                own += expand_job(f"{axis.written}={value_text(chosen[axis.key], axis)}")
         return [*self.fixed, *own]
 
 
@@ -195,10 +195,10 @@ def has_setting(path: str, name: str, setting: str) -> bool:
     return any(setting in entry.settings for entry in found)
 
 
-def override_text(value: Any, axis: Axis) -> str:
+def value_text(value: Any, axis: Axis) -> str:
     """Write a value as an override does, a real number with the digits that matter."""
     if isinstance(value, list):
-        return f"[{','.join(override_text(each, axis) for each in value)}]"
+        return f"[{','.join(value_text(each, axis) for each in value)}]"
     drawn = axis.distribution
     if isinstance(value, float) and isinstance(drawn, FloatDistribution) and drawn.step is None:
         return repr(min(max(rounded(value, drawn), drawn.low), drawn.high))

@@ -15,9 +15,9 @@ from framework.system.files import (
     MOST_LINE_BYTES,
     MOST_ROWS_BYTES,
     AppendFile,
+    failure_reason,
     open_file,
     parse_row,
-    write_failure_reason,
 )
 from framework.system.locks import lock
 
@@ -74,7 +74,7 @@ class Journal(BaseJournalBackend):
                         found.append(log)
                     number += 1
         except OSError as error:
-            raise RunError(f"{self.path} cannot be read: {write_failure_reason(self.path, error)}") from error
+            raise RunError(f"{self.path} cannot be read: {failure_reason(self.path, error)}") from error
         self.read = (number, offset)
         return found
 

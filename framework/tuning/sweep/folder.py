@@ -25,11 +25,11 @@ from framework.system.files import (
     MOST_LINE_BYTES,
     MOST_ROWS_BYTES,
     AppendFile,
+    failure_reason,
     open_file,
     parse_row,
     read_json,
     unwritable,
-    write_failure_reason,
     write_file,
 )
 from framework.system.locks import HeldLock, are_off, lock
@@ -94,7 +94,7 @@ class SweepFolder:
                         folder.path.rmdir()
                     raise
         except OSError as error:
-            reason = write_failure_reason(parent / "...", error)
+            reason = failure_reason(parent / "...", error)
             raise RunError(f"the sweep's folder in {parent} cannot be made: {reason} (run.root={root})") from None
         return folder
 
@@ -226,12 +226,12 @@ def read_row(line: bytes) -> Trial | None:
 
 def run_name(number: int, settings: Mapping[str, Any]) -> str:
     """Return the name of a trial's run folder: 003_lr-0.01_seed-2."""
-    names = short_key(settings)
+    names = short_keys(settings)
     pieces = [f"{names[key]}-{file_name_part(value)}" for key, value in settings.items()]
     return re.sub(r"\.{2,}", ".", "_".join([f"{number:03}", *pieces]))[:LONGEST].rstrip("._-")
 
 
-def short_key(keys: Iterable[str]) -> dict[str, str]:
+def short_keys(keys: Iterable[str]) -> dict[str, str]:
     """Return `lr` for optimizer.lr where no other key has that last word."""
     last = {key: key.rpartition(".")[2] for key in keys}
     names = list(last.values())

@@ -30,14 +30,14 @@ def build(config: DictConfig, group: str, chosen: bool) -> Any:
     plugin = HYDRA_PLUGINS.get((group, name))
     if plugin is None or plugin.replaces not in (None, target):
         return None
-    owner = load_plugin(plugin)
+    owner = load_owner(plugin)
     problems = list(faults(plugin, settings))
     if problems:
         raise ConfigError(problems)
     return owner(**settings)
 
 
-def load_plugin(plugin: HydraPlugin) -> type:
+def load_owner(plugin: HydraPlugin) -> type:
     """Import the class of a sweeper or launcher. Raises FrameworkError when what it needs is not installed."""
     try:
         owner: Any = load(plugin.owner)

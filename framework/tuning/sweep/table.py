@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from framework.errors.paths import pasted, quoted, typed
 from framework.errors.terminal import message_line, printable
 
-from .folder import SweepFolder, Trial, short_key
+from .folder import SweepFolder, Trial, short_keys
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -123,7 +123,7 @@ def table(trials: Sequence[Trial], by: Direction, most: int | None = None) -> "T
         count = "folds" if kinds == {"fold"} else "runs"
     front = on_front(groups, by) if len(by) > 1 else []
     drawn = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in (*([] if seeds else ["trial"]), *map(short_key(settings).get, settings), *([count] if seeds else [])):
+    for name in (*([] if seeds else ["trial"]), *map(short_keys(settings).get, settings), *([count] if seeds else [])):
         drawn.add_column(Text(table_text(name)), no_wrap=True, justify="left")
     for name in (*metrics, *(["front"] if front else []), "state"):
         drawn.add_column(Text(table_text(name)), no_wrap=True, justify="right" if name in metrics else "left")

@@ -1,7 +1,6 @@
 """How a callback serves trials that train as one."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -49,21 +48,11 @@ class StackableCallback(Protocol):
         """
 
 
-@dataclass(frozen=True)
-class Stacking:
-    """The members of `StackableCallback` that a callback has; None for the others."""
-
-    alone: bool | None
-    among: Callable[[int], None] | None
-    clip_rows: ClipRows | None
-
-
-def stacking_of(callback: Callback) -> Stacking:
-    """Return what a callback has for trials that train as one."""
-    alone = getattr(callback, "alone", None)
+def is_alone(callback: Callback) -> bool | None:
+    """Return the `alone` of a callback; None if it does not say."""
     if isinstance(callback, Transform):
-        alone = True  # a batch is read once for all trials
-    return Stacking(alone, getattr(callback, "among", None), clip_rows_of(type(callback)))
+        return True  # a batch is read once for all trials
+    return getattr(callback, "alone", None)
 
 
 def clip_rows_of(kind: type[Callback]) -> ClipRows | None:
@@ -79,15 +68,15 @@ def clip_rows_of(kind: type[Callback]) -> ClipRows | None:
 def prepare(callbacks: Sequence[Callback], trials: int) -> None:
     """Tell the callbacks of a trial how many trials train as one."""
     for callback in callbacks:
-        stacking = stacking_of(callback)
-        if stacking.among is not None:
-            stacking.among(trials)
+        among = getattr(callback, "among", None)
+        if among is not None:
+            among(trials)
 
 
 def check_stackable(callbacks: Sequence[Callback]) -> None:
     """Raise NotStackable for a callback that cannot serve one of several trials."""
     for callback in callbacks:
-        alone = stacking_of(callback).alone
+        alone = is_alone(callback)
         if alone:
             raise NotStackable(f"{type(callback).__name__} {OWN}")
         if alone is None and callback.changes_training:

@@ -29,7 +29,7 @@ from ..sweep.launcher import OneByOne
 from ..sweep.trials import outcome
 from .processes import bins, most_processes, shared_out
 from .stacked_update import NotStackable
-from .trainer import Lockstep
+from .trainer import StackedTrainer
 
 APART = ("seed", "run", "initializer", "scheduler", "loggers", "resume", "init_from", "plugins", "sweep")
 """What each trial of a group may have of its own, whole sections."""
@@ -187,7 +187,7 @@ class Vectorized(OneByOne):
         trainers = [each.prepared.trainer for each in ready]
         with ExitStack() as opened, stopping(trainers) as signals:
             ended = partial(self._ended, ready, rows, signals)
-            lockstep = Lockstep(trainers, [each.prepared.fit_arguments() for each in ready], ended)
+            lockstep = StackedTrainer(trainers, [each.prepared.fit_arguments() for each in ready], ended)
             layers: str | None = None
             check_exists(self.trials.folder.path)
             try:
@@ -250,7 +250,7 @@ def is_over(rows: dict[int, Trial]) -> bool:
 
 
 def groups(jobs: Sequence[Job], without: Any = ()) -> list[list[int]]:
-    """Return the places of jobs that may train as one; whether they can, `Lockstep` finds out."""
+    """Return the places of jobs that may train as one; whether they can, `StackedTrainer` finds out."""
     found: dict[str, list[int]] = {}
     for place, job in enumerate(jobs):
         if place not in without:
@@ -280,7 +280,7 @@ def manner(jobs: Sequence[Job]) -> str:
     ]
     try:
         pairs = [(each.trainer, each.fit_arguments()) for each in ready if isinstance(each, Prepared)]
-        Lockstep([trainer for trainer, _ in pairs], [fit for _, fit in pairs])
+        StackedTrainer([trainer for trainer, _ in pairs], [fit for _, fit in pairs])
     except NotStackable as why:
         return f"one by one: {why} "
     return "as one"

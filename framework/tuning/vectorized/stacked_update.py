@@ -52,7 +52,7 @@ class Rows:
         self.update_of = find_update(optimizers[0])
         if any(form_of(optimizer) != form_of(optimizers[0]) for optimizer in optimizers):
             raise NotStackable("the optimizer is not the same, or its settings make it work in another way")
-        if any(map(has_module_hooks, optimizers)):
+        if any(map(has_update_hooks, optimizers)):
             raise NotStackable("somebody wants to be told of each update, or gradient, of a trial's own")
         self.places = list(places(models[0], optimizers[0]))
         if len({laid_out(*pair) for pair in zip(models, optimizers, strict=True)}) > 1:
@@ -285,7 +285,7 @@ def laid_out(model: nn.Module, optimizer: Optimizer) -> Any:
     return sizes, tuple((place.name, place.shape) for place in places(model, optimizer))
 
 
-def has_module_hooks(optimizer: Optimizer) -> bool:
+def has_update_hooks(optimizer: Optimizer) -> bool:
     held = (parameter for group in optimizer.param_groups for parameter in group["params"])
     return has_step_hooks(optimizer) or any(map(has_gradient_hooks, held))
 

@@ -1,6 +1,6 @@
 """Trains many trials as one: the arithmetic of a step is done for all of them at once.
 
-`Lockstep` is a run of the trainer's loop (`training/loop.py`). It hands each part of the loop on to
+`StackedTrainer` is a run of the trainer's loop (`training/loop.py`). It hands each part of the loop on to
 the trainers of the trials, which keep their own counters, callbacks, loggers, schedule and folder;
 only forward, backward, update, sums and validation are computed for all of them together.
 """
@@ -65,7 +65,7 @@ class StackedTrial:
 Ended = Callable[[int, BaseException | None], None]
 
 
-class Lockstep:
+class StackedTrainer:
     """Fits trainers together. `ended` is called with a trial's number when it is done, and with what it failed by.
 
     Raises NotStackable before anything is done when they cannot.

@@ -266,7 +266,7 @@ MEASURE = """
 import resource, sys, time
 import torch, pyarrow.csv
 import framework as fw
-from framework_plugins import data_tables
+from framework_plugins.datasets import tables
 torch.set_num_threads(1)
 pyarrow.set_cpu_count(1)
 kind, path = sys.argv[1:]

@@ -15,7 +15,7 @@ from framework.data.dataset import Loader
 from framework.runtime import seeds
 from framework.tuning.vectorized import rehearsal, stacked_forward
 from framework.tuning.vectorized.stacked_update import NotStackable
-from framework.tuning.vectorized.trainer import Lockstep
+from framework.tuning.vectorized.trainer import StackedTrainer
 from stacked import OPTIMIZERS, TRAIN, VAL, alone, assert_same, together, trial
 
 fw.discover()
@@ -221,10 +221,10 @@ def test_samples_read_one_by_one_are_read_once_for_all():
 
 
 def test_a_rehearsal_moves_no_generator(monkeypatch):
-    begun, begin = [], Lockstep._begin
-    monkeypatch.setattr(Lockstep, "_begin", lambda self: begun.append((begin(self), str(seeds.capture()))))
+    begun, begin = [], StackedTrainer._begin
+    monkeypatch.setattr(StackedTrainer, "_begin", lambda self: begun.append((begin(self), str(seeds.capture()))))
     made = [trial(seed, task=Draws) for seed in (1, 2)]
-    Lockstep([trainer for trainer, _ in made], [fit for _, fit in made])
+    StackedTrainer([trainer for trainer, _ in made], [fit for _, fit in made])
     assert begun == [(None, str(seeds.capture()))]
 
 

@@ -13,7 +13,7 @@ from framework import Callback
 from framework.training.acceleration import cuda_graph
 from framework.tuning.vectorized.stacked_forward import RowMeasures
 from framework.tuning.vectorized.stacked_update import NotStackable
-from framework.tuning.vectorized.trainer import Lockstep
+from framework.tuning.vectorized.trainer import StackedTrainer
 from stacked import OPTIMIZERS, alone, assert_same, network, together, trial
 
 fw.discover()
@@ -67,7 +67,7 @@ def test_what_all_trials_do_may_be_replayed_as_a_graph(monkeypatch):
     for trainer, _ in made:
         trainer.cuda_graph = "on"  # which on a CPU is off
     outcomes = {}
-    lockstep = Lockstep([t for t, _ in made], [fit for _, fit in made], outcomes.__setitem__)
+    lockstep = StackedTrainer([t for t, _ in made], [fit for _, fit in made], outcomes.__setitem__)
     lockstep.run()
     assert outcomes == {0: None, 1: None, 2: None}
     assert sum(lockstep.graphed.seen.values()) == 102

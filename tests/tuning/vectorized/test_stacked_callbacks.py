@@ -5,7 +5,7 @@ import torch
 
 import framework as fw
 from framework import Callback, SavingCallback, Transform
-from framework.tuning.vectorized.callbacks import check_stackable, clip_rows_of, prepare, stacking_of
+from framework.tuning.vectorized.callbacks import check_stackable, clip_rows_of, is_alone, prepare
 from framework.tuning.vectorized.stacked_update import NotStackable
 
 
@@ -83,11 +83,11 @@ def test_clip_rows_counts_unless_a_subclass_changes_what_it_stands_for():
 
 
 def test_what_the_built_in_callbacks_say():
-    clip = stacking_of(fw.callbacks.build("clip_gradients"))
-    assert clip.alone is False
-    assert clip.clip_rows is not None
-    assert stacking_of(fw.callbacks.build("non_finite")).alone is False
-    assert stacking_of(fw.callbacks.build("non_finite", policy="skip")).alone is True
+    clip = fw.callbacks.build("clip_gradients")
+    assert is_alone(clip) is False
+    assert clip_rows_of(type(clip)) is not None
+    assert is_alone(fw.callbacks.build("non_finite")) is False
+    assert is_alone(fw.callbacks.build("non_finite", policy="skip")) is True
     checkpoint = fw.callbacks.build("checkpoint")
     assert isinstance(checkpoint, SavingCallback)
-    assert stacking_of(checkpoint).among is not None
+    checkpoint.among(3)
