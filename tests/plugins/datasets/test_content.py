@@ -19,7 +19,7 @@ def test_data_at_another_path_has_the_same_content(build, tmp_path, monkeypatch)
     found = []
     for name in ("here", "there"):
         (tmp_path / name).mkdir()
-        monkeypatch.setattr("test_data_images.RNG", numpy.random.default_rng(0))  # it draws the same pictures
+        monkeypatch.setattr("test_images.RNG", numpy.random.default_rng(0))  # it draws the same pictures
         found.append(digests_of(build(tmp_path / name)))
     assert found[0] == found[1]
     assert all(digest.startswith("sha256:") for digest in found[0].values())

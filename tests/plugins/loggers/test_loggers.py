@@ -70,7 +70,7 @@ def test_a_killed_run_has_kept_everything(tmp_path):
     code = f"""
 import framework as fw
 from pathlib import Path
-fw.registry.discovery.load("framework_plugins.loggers.tensorboard")
+fw.registry.discovery.load_plugin("framework_plugins.loggers.tensorboard")
 board = fw.loggers.build("tensorboard")
 board.open(Path({str(tmp_path)!r}), 0, [])
 for step in range(500):
