@@ -11,7 +11,6 @@ from benchmarks.contender import EPOCHS, LOG_EVERY, Job, Watch
 from framework.contracts.optimizer import implementation
 from framework.data.dataset import Loader
 from framework.runs.status_file import Status
-from framework.training.trainer import Trainer
 
 TYPICAL = ("progress", "checkpoint"), ("tensorboard",)  # callbacks and loggers: what the loops by hand and others have
 DEFAULT = ("progress", "checkpoint", "non_finite", "gradient_norm"), ("tensorboard", "json_lines")
@@ -23,7 +22,7 @@ class RoundEnds(fw.Callback):
     def __init__(self, watch: Watch):
         self.watch = watch
 
-    def on_epoch_end(self, trainer: Trainer) -> None:
+    def on_epoch_end(self, trainer: fw.Context) -> None:
         if self.watch.round_ends:  # what is still being written belongs to this round, not to whoever comes next
             for callback in trainer.callbacks:
                 if isinstance(callback, fw.SavingCallback):

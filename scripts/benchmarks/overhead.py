@@ -15,7 +15,7 @@ from benchmarks.safety import stepping
 class Quiet(fw.Callback):
     """Listens to the end of a run only."""
 
-    def on_fit_end(self, trainer: fw.Trainer) -> None:
+    def on_fit_end(self, trainer: fw.Context) -> None:
         pass
 
 
@@ -27,16 +27,16 @@ class Laps(fw.Callback):
         self.microseconds: list[float] = []
         self.megabytes: list[float] = []
 
-    def on_fit_start(self, trainer: fw.Trainer) -> None:
+    def on_fit_start(self, trainer: fw.Context) -> None:
         self.began = time.perf_counter()
 
-    def on_step_end(self, trainer: fw.Trainer) -> None:
+    def on_step_end(self, trainer: fw.Context) -> None:
         if self.steps and trainer.state.step % self.steps == 0:
             now = time.perf_counter()
             self.microseconds.append((now - self.began) / self.steps * 1e6)
             self.began = now
 
-    def on_epoch_end(self, trainer: fw.Trainer) -> None:
+    def on_epoch_end(self, trainer: fw.Context) -> None:
         if self.epochs and trainer.state.epoch % self.epochs == 0:
             self.megabytes.append(resident())
 

@@ -127,7 +127,7 @@ class Clock(fw.Callback):
     def __init__(self, block: int):
         self.block, self.began, self.microseconds = block, 0.0, 0.0
 
-    def on_step_start(self, trainer: fw.Trainer) -> None:
+    def on_step_start(self, trainer: fw.Context) -> None:
         if trainer.state.step == 10:
             self.began = time.perf_counter()
         elif trainer.state.step == self.block + 9:
