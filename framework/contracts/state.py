@@ -41,6 +41,9 @@ class Stop:
             return self.reason
         return f"{self.by}: {self.reason}"
 
+    def __format__(self, spec: str) -> str:
+        return format(str(self), spec)
+
 
 @dataclass
 class State:
@@ -72,9 +75,11 @@ class State:
         return self._stop
 
     @stop.setter
-    def stop(self, stop: Stop | str | None) -> None:
-        """Set it; a text becomes the reason of a Stop by "callback"."""
-        self._stop = Stop(CALLBACK, stop) if isinstance(stop, str) else stop
+    def stop(self, stop: Stop | str | bool | None) -> None:
+        """Set it; a text, or another value such as True, becomes the reason of a Stop by "callback"."""
+        if stop is not None and not isinstance(stop, Stop):
+            stop = Stop(CALLBACK, str(stop))
+        self._stop = stop
 
     @property
     def wall_seconds(self) -> float:

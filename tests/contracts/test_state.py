@@ -116,8 +116,19 @@ def test_a_text_is_the_reason_of_a_stop_by_a_callback():
     state.stop = "enough"
     assert state.stop == Stop(by="callback", reason="enough")
     assert str(state.stop) == "enough"
+    assert f"{state.stop:>8}" == "  enough"
     state.stop = None
     assert state.stop is None
+
+
+def test_a_run_may_be_stopped_by_true():
+    """Only the reason is less telling."""
+
+    def stop(trainer):
+        trainer.state.stop = True
+
+    trainer, _ = fit(callbacks=[At(2, stop)])
+    assert (trainer.state.step, str(trainer.state.stop)) == (2, "True")
 
 
 @pytest.mark.parametrize(
