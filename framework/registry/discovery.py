@@ -8,7 +8,7 @@ import pkgutil
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
 from functools import cache
 from importlib.machinery import PathFinder
@@ -239,17 +239,26 @@ def load_module(name: str, reached_by: str) -> None:
 
 def modules_in(package: ModuleType, name: str) -> Iterator[str]:
     """Yield the names of the modules in a package and in the packages in it; nothing for a module that is none."""
-    yield from modules_below(getattr(package, "__path__", ()), name)
+    folders = [str(folder) for folder in getattr(package, "__path__", ())]
+    yield from modules_below(folders, name, set(map(real_path, folders)))
 
 
-def modules_below(folders: Iterable[str], name: str) -> Iterator[str]:
+def modules_below(folders: Sequence[str], name: str, seen: set[Path]) -> Iterator[str]:
     for found in pkgutil.iter_modules(folders):
-        if (found.ispkg and found.name in TESTS) or found.name == "__main__":
+        if (found.ispkg and not holds_plugins(found.name)) or found.name == "__main__":
             continue
+        inner = [str(Path(folder) / found.name) for folder in folders]
+        if found.ispkg and seen.intersection(map(real_path, inner)):
+            continue  # a link to a folder above
         yield f"{name}.{found.name}"
         if found.ispkg:
-            inner = [str(Path(folder) / found.name) for folder in folders]
-            yield from modules_below(inner, f"{name}.{found.name}")
+            seen.update(map(real_path, inner))
+            yield from modules_below(inner, f"{name}.{found.name}", seen)
+
+
+def holds_plugins(package: str) -> bool:
+    """Whether a package inside a folder of plugins is loaded: no tests, and nothing hidden such as .git."""
+    return package not in (*TESTS, "__pycache__") and not package.startswith(".")
 
 
 def files_in(folder: Path) -> Iterator[Path]:
@@ -268,7 +277,7 @@ def files_in(folder: Path) -> Iterator[Path]:
         files = [file for file in sorted(folder.glob("*.py")) if file.stem != "__main__"]
         yield from sorted(files, key=lambda file: file.name != "__init__.py")
         packages = [file.parent for file in sorted(folder.glob("*/__init__.py"))]
-        pending = [package for package in packages if package.name not in TESTS] + pending
+        pending = [package for package in packages if holds_plugins(package.name)] + pending
 
 
 def import_once(name: str) -> ModuleType:

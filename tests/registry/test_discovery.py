@@ -8,7 +8,7 @@ import pytest
 
 import framework as fw
 from framework.errors import PluginError
-from framework.registry.discovery import files_in
+from framework.registry.discovery import files_in, load_module
 from framework.registry.registry import Registry
 
 PLUGIN = """
@@ -230,3 +230,19 @@ def test_an_error_in_a_package_is_told_once_with_its_file():
     write("mine/broken/part.py", PLUGIN.format(name="part"))
     with pytest.raises(PluginError, match=r"mine/broken/__init__\.py .*no_such_module"):
         fw.discover(["mine"])
+
+
+def test_hidden_packages_are_not_loaded():
+    write("mine/double.py", PLUGIN.format(name="double"))
+    for package in (".git", "__pycache__"):
+        write(f"mine/{package}/__init__.py", "raise ImportError('hidden')")
+    fw.discover(["mine"])
+    assert "double" in fw.activations.names()
+
+
+def test_a_link_in_a_package_to_a_folder_above_ends():
+    write("package/__init__.py", "")
+    write("package/inner/__init__.py", PLUGIN.format(name="double"))
+    Path("package/inner/again").symlink_to("..")
+    load_module("package", "the test")
+    assert "double" in fw.activations.names()
