@@ -295,13 +295,12 @@ class GraphedSingleCall(SingleCallStep):
         return self.graphed(batch, settings=repr(settings)), True
 
     def gradients_needed(self) -> bool:
-        unrecordable = self.callbacks.unrecordable()
-        if not unrecordable.callbacks:
+        if self.callbacks.all_recordable():
             return False
         scaled = self.precision.scaler is not None
         if not scaled and not skips_on_device(self.optimizer):
             return True  # they would see a gradient that is not finite after the update
-        return unrecordable.need_gradients()
+        return self.callbacks.need_gradients(except_recordable=True)
 
     def is_supported(self) -> bool:
         if not self.keeps_state_on_device or self.graphed.refused:
