@@ -75,10 +75,7 @@ def opened_hydra(folders: Sequence[Path]) -> Iterator[Hydra]:
 def compose_config(opened: Hydra, arguments: Sequence[str], multirun: bool) -> DictConfig:
     """Compose the main config with its node `hydra`, which `hydra.compose` leaves out."""
     mode = RunMode.MULTIRUN if multirun else RunMode.RUN
-    composed = opened.compose_config(
-        "config", [*arguments, f"hydra.mode={mode.name}"], mode, with_log_configuration=False
-    )
-    return composed
+    return opened.compose_config("config", [*arguments, f"hydra.mode={mode.name}"], mode, with_log_configuration=False)
 
 
 def compose_job(loader: ConfigLoader, master: DictConfig, overrides: Sequence[str], number: int) -> DictConfig:

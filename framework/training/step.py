@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from framework.contracts.context import Context
 from framework.contracts.loss import portion, share_of
 from framework.contracts.metric import Mark, Measures
 from framework.contracts.schedule import factor_of
-from framework.contracts.state import State
 from framework.contracts.task import Phase, Step, Task
 from framework.contracts.transform import Transform, transformed_all
 from framework.data.dataset import Batch
@@ -51,13 +51,10 @@ from .validation import (
 ALL_PARAMETERS = nullcontext()
 
 
-class StepContext(Protocol):
-    """What a training step uses of the trainer."""
+class StepContext(Context, Protocol):
+    """What a training step uses of the trainer, besides what callbacks may use."""
 
-    state: State
-    schedule: Callable[[int], float] | None
     transforms: list[Transform]
-    loss: Tensor
 
     def emit(self, event: str) -> None:
         """Call the callbacks that listen to an event."""
@@ -142,8 +139,7 @@ class TrainingStep:
             if not updated:
                 if self.is_first:
                     check_gradients(self.parameters.optimized)
-                if self.precision.scaler is not None:
-                    self.precision.scaler.unscale_(self.optimizer)
+                self.precision.unscale(self.optimizer)
                 trainer.emit("gradients")
                 with self.clock.detail("optimizer"):
                     if self.is_first_update:
@@ -280,8 +276,7 @@ class EagerStep:
         with self.clock.detail("backward"):
             try:
                 loss = made.loss if share is None else made.loss * share
-                scaler = self.precision.scaler
-                run_backward(loss if scaler is None else scaler.scale(loss))
+                run_backward(self.precision.scaled(loss))
             except (AttributeError, TypeError, RuntimeError):
                 check_made(self.task, made, self.parameters.optimized)
                 raise

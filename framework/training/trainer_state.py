@@ -2,50 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 from torch import nn
 from torch.optim import Optimizer
 
-from framework.contracts.callback import Callback, keyed
-from framework.contracts.metric import Measures
+from framework.contracts.callback import keyed
+from framework.contracts.context import Context
 from framework.contracts.schedule import Schedule
-from framework.contracts.state import Cadence, State
-from framework.data.accumulation import Batches
+from framework.contracts.state import Cadence
 from framework.data.dataset import Loader
 from framework.errors import SettingError
 from framework.errors.user_code import describe
 from framework.runtime import seeds
-from framework.runtime.device import Precision
-from framework.runtime.memory import MicroBatches
 
 from .optimizer_state import group_settings, restore_optimizer, same_setting
 
 WRONG_FORM = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError)
 
 
-class TrainerParts(Protocol):
-    """The parts of a trainer that have state.
+class TrainerParts(Context, Protocol):
+    """The parts of a trainer that have state: those that callbacks may use, and two more.
 
     Attributes:
-        optimizer_settings: those that the user gave the groups of the optimizer.
+        validate_every: when the validation split is measured.
         validated_step: the step of the last validation; -1 before the first.
     """
 
-    state: State
-    model: nn.Module
-    optimizer: Optimizer
-    optimizer_settings: list[dict[str, Any]]
-    schedule: Callable[[int], float] | None
-    precision: Precision
-    micro_batches: MicroBatches
-    callbacks: list[Callback]
-    measures: Measures
-    train_batches: Batches
-    accumulate: int
     validate_every: Cadence
-    log_every: Cadence
     validated_step: int
 
 
@@ -114,8 +98,8 @@ def capture(trainer: TrainerParts) -> dict[str, Any]:
         "callbacks": {key: callback.state_dict() for key, callback in keyed(trainer.callbacks).items()},
         "measures": trainer.measures.state_dict(),
         "validated": trainer.validated_step,
-        "batch_size": getattr(trainer.train_batches, "batch_size", None),
-        "skipped": getattr(trainer.train_batches, "skipped", 0),
+        "batch_size": trainer.train_batches.batch_size,
+        "skipped": trainer.train_batches.skipped,
         "random": seeds.capture(),
     }
 
@@ -165,7 +149,7 @@ def keep_place_in_epoch(trainer: TrainerParts, size_before: int | None) -> None:
     state, batches = trainer.state, trainer.train_batches
     if state.batch == 0 or state.steps_per_epoch == 0:
         return
-    size = getattr(batches, "batch_size", None)
+    size = batches.batch_size
     if size is not None and size_before is not None and size != size_before:
         done = state.batch * size_before // size
         state.batch = done - done % trainer.accumulate

@@ -106,10 +106,8 @@ class StackedTrainer:
         for trial in self.trials:
             prepare(trial.trainer.callbacks, len(self.trials))
             for _, loader, first in self._loaders(trial):
-                loader.split, loader.whole = (
-                    first.split,
-                    first.whole,
-                )  # one copy on the device for all
+                loader.split = first.split  # one copy on the device for all
+                loader.whole = first.whole
             trial.trainer.prepare_fit(**trial.fit)
         if not all(same(trial.trainer.metrics, self.first.metrics) for trial in self.trials):
             raise NotStackable("their metrics are not the same")
