@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,16 @@ def test_import_contracts(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+def test_every_package_is_installed():
+    """pyproject.toml lists them by hand; an editable install works without."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    found = {"framework_conf"}
+    for folder, package in (("framework", "framework"), ("plugins", "framework_plugins")):
+        for file in shipped(ROOT / folder, "**/__init__.py"):
+            found.add(".".join([package, *file.parent.relative_to(ROOT / folder).parts]))
+    assert set(project["tool"]["setuptools"]["packages"]) == found
 
 
 OPENING = {"read_text", "write_text", "read_bytes", "write_bytes", "touch"}
