@@ -1,1 +1,1 @@
-"""The parts that come with the framework, one file a kind. Drop your own file here: it is found."""
+"""The parts that come with the framework, by kind. A file of yours in this folder is found, too."""

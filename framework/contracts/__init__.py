@@ -1,1 +1,1 @@
-"""The classes that plugins implement: task, metric, callback, logger, transform, schedule, optimizer."""
+"""What plugins implement, one file each, and what a callback may read and do during a fit (`context.py`)."""

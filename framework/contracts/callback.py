@@ -4,10 +4,12 @@
     for each epoch:
         epoch_start
         for each step:
-            step_start                  # before the first forward pass of the step
-            forward, backward           # of each micro-batch
+            step_start                  # the learning rate is still that of the step before
+            move, transform, schedule
+            forward, backward           # of each micro-batch; from here to optimizer, for each phase of the task
             gradients                   # they are complete and unscaled: look, clip, change
-            optimizer, schedule, count
+            optimizer
+            count
             log                         # at the trainer's cadence: trainer.state.metrics has fresh train/... values
             validation_start
             validation_end              # trainer.state.metrics has fresh val/... values

@@ -52,7 +52,7 @@ class State:
     Attributes:
         step: optimizer steps done.
         epoch: epochs done.
-        batch: micro-batches done in the epoch under way.
+        batch: batches done in the epoch under way.
         samples: training samples seen.
         total_steps: optimizer steps of the whole run.
         steps_per_epoch: optimizer steps of an epoch.

@@ -287,7 +287,7 @@ class Prepared:
 
 @no_exit()
 def train(*given: Any, **named: Any) -> Result:
-    """Run what `prepare` builds of these arguments: fit, then measure the best checkpoint on the test split."""
+    """Run what `prepare_run` builds of these arguments: fit, then measure the best checkpoint on the test split."""
     ready = prepare_run(*given, **named)
     if isinstance(ready, Result):
         return ready

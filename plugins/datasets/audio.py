@@ -1,7 +1,7 @@
 """Sound in files, a folder for each class; the spoken prompts of Asterisk; and tones made by a formula.
 
-An input is (2, samples): the waveform, channels averaged, in [-1, 1], and its mask (see `sequence.py`). A longer sound
-is cut to its middle, a shorter one filled up with zeros.
+An input is (2, samples): the waveform, channels averaged, in [-1, 1], and its mask (see `layers/sequence.py`). A longer
+sound is cut to its middle, a shorter one filled up with zeros.
 """
 
 import math

@@ -1,6 +1,7 @@
 """Features of sound as blocks, so that a model takes waveforms; SpecAugment; and pictures of what a model hears.
 
-Waveforms and features follow the convention of `sequence.py`: (channels + 1, length), the last channel being the mask.
+Waveforms and features follow the convention of `sequence.py` here: (channels + 1, length), the last channel being
+the mask.
 """
 
 import math

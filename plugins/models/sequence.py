@@ -1,4 +1,4 @@
-"""Models for sequences of floats of unequal length, made of the blocks of `sequence.py` (its convention is there)."""
+"""Models for sequences of floats of unequal length, made of the blocks of `layers/sequence.py`, by its convention."""
 
 from collections.abc import Sequence
 from typing import Literal

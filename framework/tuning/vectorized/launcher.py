@@ -187,7 +187,7 @@ class Vectorized(OneByOne):
         trainers = [each.prepared.trainer for each in ready]
         with ExitStack() as opened, stopping(trainers) as signals:
             ended = partial(self._ended, ready, rows, signals)
-            lockstep = StackedTrainer(trainers, [each.prepared.fit_arguments() for each in ready], ended)
+            stacked = StackedTrainer(trainers, [each.prepared.fit_arguments() for each in ready], ended)
             layers: str | None = None
             check_exists(self.trials.folder.path)
             try:
@@ -200,7 +200,7 @@ class Vectorized(OneByOne):
                 for each in (each for each in ready if each.row is not None):
                     each.job.spec = replace(each.job.spec, resume="auto")
                 raise NotStackable(str(error)) from error
-            lockstep.run()
+            stacked.run()
 
     def _ended(
         self, ready: Sequence[Ready], rows: dict[int, Trial], signals: list[int], number: int, error: Any

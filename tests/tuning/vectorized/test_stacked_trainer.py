@@ -67,11 +67,11 @@ def test_what_all_trials_do_may_be_replayed_as_a_graph(monkeypatch):
     for trainer, _ in made:
         trainer.cuda_graph = "on"  # which on a CPU is off
     outcomes = {}
-    lockstep = StackedTrainer([t for t, _ in made], [fit for _, fit in made], outcomes.__setitem__)
-    lockstep.run()
+    stacked = StackedTrainer([t for t, _ in made], [fit for _, fit in made], outcomes.__setitem__)
+    stacked.run()
     assert outcomes == {0: None, 1: None, 2: None}
-    assert sum(lockstep.graphed.seen.values()) == 102
-    assert len(lockstep.graphed.seen) == 4, "two sizes of batch, for three trials and for two"
+    assert sum(stacked.graphed.seen.values()) == 102
+    assert len(stacked.graphed.seen) == 4, "two sizes of batch, for three trials and for two"
     for (trainer, _), recipe in zip(made, recipes, strict=True):
         assert_same(trainer, alone(trial(**recipe)))
 
