@@ -46,6 +46,16 @@ def channels_last(tensor: Tensor) -> Tensor:
     return pixels.as_strided(tensor.shape, strides)  # of one channel torch would leave the strides as they were
 
 
+def overruns_memory(layer: nn.Module) -> bool:
+    """Return whether the backward pass of a layer on `channels_last` images writes past the end of a buffer.
+
+    oneDNN's kernel for processors with AVX2 but without AVX-512 does so, as of torch 2.13: the process crashes.
+    """
+    if not isinstance(layer, nn.Conv2d) or layer.groups != 1:
+        return False
+    return layer.kernel_size == (1, 1) and layer.stride != (1, 1) and layer.in_channels < 8
+
+
 def chosen_layout(wanted: bool | Literal["auto"], model: nn.Module | None) -> tuple[bool, str]:
     """Return whether a model's images are to be `channels_last`, and what to say of it; auto looks at its layers only.
 
@@ -56,6 +66,8 @@ def chosen_layout(wanted: bool | Literal["auto"], model: nn.Module | None) -> tu
     convolutions = sum(isinstance(part, nn.Conv2d) for part in parts)
     if wanted != "auto" or convolutions < 2:
         return wanted is True, ", channels last" * (wanted is True)
+    if any(map(overruns_memory, parts)):
+        return False, ", channels first (for a 1x1 convolution with a stride and fewer than 8 input channels)"
     steps = [part.stride for part in parts if isinstance(part, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d)]
     if any(step not in (1, (1, 1)) for step in steps[1:]):  # the first may cut patches
         return True, f", channels last (for {convolutions} convolutions that go on to smaller images)"

@@ -20,7 +20,7 @@ SMALLER = {
     "lm_char": ["data.characters=300000", "model.depth=1", "model.buckets=500"],
     "fashion_mnist_cnn": ["model.channels=[2]"],
     "fashion_mnist_cnn_quick": ["model.channels=[2]"],
-    "fashion_mnist_resnet": ["model.channels=[2,2,2]"],
+    "fashion_mnist_resnet": ["model.channels=[8,8,8]"],
     "fine_tune_digits": ["init_from=null"],
 }
 LARGE = {"diamonds_transformer", "flights", "lm_bpe", "bible"}  # data, or model

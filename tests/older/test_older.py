@@ -114,8 +114,8 @@ def checksum_of_plain_training():
     weights = hashlib.sha256()
     optimizers = (partial(torch.optim.Adam, amsgrad=True), partial(torch.optim.SGD, momentum=0.9))
     for make in optimizers:
-        layers = [nn.Linear(13, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.1), nn.Linear(8, 3)]
-        model = nn.Sequential(*layers)
+        hidden = [nn.BatchNorm1d(8), nn.GELU(), nn.Linear(8, 8), nn.Tanh(), nn.Dropout(0.1)]
+        model = nn.Sequential(nn.Linear(13, 8), *hidden, nn.Linear(8, 3))
         optimizer = make(model.parameters(), lr=0.02)
         for start in range(0, 480, 16):
             rows = slice(start % 48, start % 48 + 16)

@@ -14,6 +14,7 @@ from framework import Callback, FrameworkError, Step, Task, Trainer
 from framework.errors import SettingError
 from framework.runtime.device import (
     Precision,
+    chosen_layout,
     deterministic_algorithms,
     find_device,
     intra_op_threads,
@@ -40,6 +41,18 @@ def test_what_is_no_device(name):
 def test_a_device_that_is_not_there(name):
     with pytest.raises(SettingError, match=f"device {name} is not on this machine"):
         find_device(name)
+
+
+# memory format of images
+
+
+@pytest.mark.parametrize(("channels", "is_last"), [(4, False), (7, False), (8, True)])
+def test_a_strided_shortcut_of_few_channels_keeps_images_channels_first(channels, is_last):
+    """oneDNN for AVX2 corrupts memory in its backward pass; see `overruns_memory`."""
+    shortcut = nn.Conv2d(channels, 16, 1, stride=2)
+    model = nn.Sequential(nn.Conv2d(3, channels, 3), nn.Conv2d(channels, channels, 3, stride=2), shortcut)
+    assert chosen_layout("auto", model)[0] is is_last
+    assert chosen_layout(True, model)[0]
 
 
 # number formats
