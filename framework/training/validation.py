@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from framework.contracts.callback import Callback
+from framework.contracts.callback import Callback, SavingCallback
 from framework.contracts.logger import Logger
 from framework.contracts.loss import check_scalar, loss_modules, loss_name
 from framework.contracts.metric import Metric
@@ -67,12 +67,15 @@ def as_list(name: str, given: Any, registry: str) -> list[Any]:
 
 
 def check_callbacks(given: Any) -> list[Callback]:
-    """Return them. Raises SettingError for what is no callback, and for a method with the name of no event."""
+    """Return them. Raises SettingError for what is no callback, and for methods that would never be called."""
     callbacks = as_list("callbacks", given, "callbacks")
     known = [name for name in dir(Callback) if name.startswith("on_")]
     for callback in callbacks:
         if not isinstance(callback, Callback):
             raise SettingError(f"callbacks: {wrong(callback, 'callbacks')}")
+        if hasattr(callback, "finish_saving") and not isinstance(callback, SavingCallback):
+            name = type(callback).__name__
+            raise SettingError(f"{name}.finish_saving would never be called: derive {name} from SavingCallback")
         for name in dir(type(callback)):
             if name.startswith("on_") and name not in known:
                 said = f"{type(callback).__name__}.{name} would never be called: no event has that name"

@@ -161,6 +161,10 @@ class Misspelt(Callback):
     def on_epoch_ends(self, trainer): ...
 
 
+class SavesWithoutBase(Callback):
+    def finish_saving(self): ...
+
+
 class Nameless(fw.Metric): ...
 
 
@@ -175,6 +179,10 @@ LOSS = nn.CrossEntropyLoss()
             "callbacks: 'progress' is none; by name one is made with fw.callbacks.build",
         ),
         ({"callbacks": [Misspelt()]}, "on_epoch_ends would never be called: .*did you mean 'on_epoch_end'"),
+        (
+            {"callbacks": [SavesWithoutBase()]},
+            "SavesWithoutBase.finish_saving would never be called: derive SavesWithoutBase from SavingCallback",
+        ),
         ({"metrics": ["accuracy"]}, r"metrics: 'accuracy' is none; .*fw\.metrics\.build\('accuracy'\)"),
         ({"metrics": [Nameless()]}, "Nameless has no `name`"),
         ({"metrics": [fw.metrics.build("accuracy")] * 2}, "two are logged by the name 'accuracy'"),
