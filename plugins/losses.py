@@ -38,7 +38,9 @@ losses.register("l1", nn.L1Loss, aliases=["mae"], hide=REDUCTION)
 losses.register("smooth_l1", nn.SmoothL1Loss, hide=REDUCTION, types={"beta": NonNegativeFloat})
 losses.register("huber", nn.HuberLoss, hide=REDUCTION, types={"delta": PositiveFloat})
 losses.register("poisson_nll", nn.PoissonNLLLoss, hide=REDUCTION, types={"eps": PositiveFloat})
-losses.register("multi_margin", nn.MultiMarginLoss, hide=(*REDUCTION, "weight"), types={"p": Literal[1, 2]})
+losses.register(
+    "multi_margin", nn.MultiMarginLoss, hide=(*REDUCTION, "weight"), types={"p": Literal[1, 2]}
+)
 losses.register("multilabel_soft_margin", nn.MultiLabelSoftMarginLoss, hide=(*REDUCTION, "weight"))
 
 
@@ -72,7 +74,9 @@ class ByClass:
             return distributions(targets)
         return count_targets(targets, self.factors(), self.ignore_index)
 
-    def mean(self, loss: Callable[..., Tensor], outputs: Tensor, targets: Tensor, **settings: float) -> Tensor:
+    def mean(
+        self, loss: Callable[..., Tensor], outputs: Tensor, targets: Tensor, **settings: float
+    ) -> Tensor:
         """Return the mean of a loss of torch, or 0 when no target counts."""
         ignored = NEVER if self.ignore_index is None else self.ignore_index
         none_counts = self.zero_weights and not targets.is_floating_point()
@@ -87,12 +91,16 @@ class ByClass:
     def learn(self, data: Data) -> None:
         """Take from the training targets what `balanced` needs; a task that is given data calls this first."""
         if self.balanced and self.weight is not None:
-            self.weight = balanced(targets_of(data), data.out_shape[0], self.ignore_index).to(self.weight)
+            self.weight = balanced(targets_of(data), data.out_shape[0], self.ignore_index).to(
+                self.weight
+            )
 
     def factors(self) -> Tensor | None:
         """Return the factor of each class. Raises DataError when they were to be learnt, and were not."""
         if self.balanced and self.weight is not None and not len(self.weight):
-            raise DataError("loss.weight=balanced: this task shows the loss no data; give one number a class instead")
+            raise DataError(
+                "loss.weight=balanced: this task shows the loss no data; give one number a class instead"
+            )
         return self.weight
 
 
@@ -139,7 +147,12 @@ class CrossEntropy(ByClass, nn.CrossEntropyLoss):
         label_smoothing: share of each target that is spread evenly over all classes (Szegedy et al. 2016, section 7).
     """
 
-    def __init__(self, weight: Weight = None, ignore_index: int | None = None, label_smoothing: Fraction = 0.0):
+    def __init__(
+        self,
+        weight: Weight = None,
+        ignore_index: int | None = None,
+        label_smoothing: Fraction = 0.0,
+    ):
         super().__init__(label_smoothing=label_smoothing)
         self.set(weight, ignore_index)
 
@@ -157,7 +170,9 @@ class LabelSmoothing(CrossEntropy):
         ignore_index: targets with this value count for nothing.
     """
 
-    def __init__(self, smoothing: Fraction = 0.1, weight: Weight = None, ignore_index: int | None = None):
+    def __init__(
+        self, smoothing: Fraction = 0.1, weight: Weight = None, ignore_index: int | None = None
+    ):
         super().__init__(weight, ignore_index, smoothing)
 
 
@@ -217,14 +232,20 @@ class Focal(nn.Module):
 
     target_form = "classes or labels"
 
-    def __init__(self, gamma: NonNegativeFloat = 2.0, alpha: Fraction | list[Fraction] | None = None):
+    def __init__(
+        self, gamma: NonNegativeFloat = 2.0, alpha: Fraction | list[Fraction] | None = None
+    ):
         super().__init__()
         self.gamma = gamma
         self.alpha: Tensor | None
         self.register_buffer("alpha", None if alpha is None else torch.tensor(alpha))
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return self.of_labels(outputs, targets) if targets.is_floating_point() else self.of_classes(outputs, targets)
+        return (
+            self.of_labels(outputs, targets)
+            if targets.is_floating_point()
+            else self.of_classes(outputs, targets)
+        )
 
     def of_classes(self, outputs: Tensor, targets: Tensor) -> Tensor:
         loss = F.cross_entropy(outputs, targets, reduction="none", ignore_index=NEVER)

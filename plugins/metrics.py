@@ -32,7 +32,9 @@ def decisions(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     if targets.is_floating_point():
         return outputs > 0, same_shape(outputs, targets) > 0.5
     outputs, targets = class_rows(outputs, targets)
-    index = torch.arange(outputs.shape[1], device=outputs.device)  # not one_hot, which reads the values on the host
+    index = torch.arange(
+        outputs.shape[1], device=outputs.device
+    )  # not one_hot, which reads the values on the host
     predicted = (outputs.argmax(1, keepdim=True) == index) & (targets >= 0).unsqueeze(1)
     return predicted, targets.unsqueeze(1) == index
 
@@ -131,7 +133,9 @@ class Averaged(Counts):
         if self.average == "micro":
             sums = sums.sum(1, keepdim=True)
         right, predicted, true = sums[:, sums[1] + sums[2] > 0]
-        scores = right / self.whole(predicted, true).clamp_min(1)  # without a whole nothing is right: 0
+        scores = right / self.whole(predicted, true).clamp_min(
+            1
+        )  # without a whole nothing is right: 0
         if self.average == "weighted":
             return ratio((scores * true).sum(), true.sum())
         return mean_of(scores)

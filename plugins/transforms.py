@@ -61,13 +61,21 @@ class Flip(Transform):
         axis: horizontal: left and right change places; vertical: top and bottom.
     """
 
-    def __init__(self, in_shape: Shape, p: Fraction = 0.5, axis: Literal["horizontal", "vertical"] = "horizontal"):
+    def __init__(
+        self,
+        in_shape: Shape,
+        p: Fraction = 0.5,
+        axis: Literal["horizontal", "vertical"] = "horizontal",
+    ):
         shapes.expect(in_shape, IMAGES, "flip")
         self.p, self.axis = p, {"horizontal": -1, "vertical": -2}[axis]
 
     def __call__(self, batch: Batch) -> Batch:
         images, *rest = batch
-        return (torch.where(each(chosen(self.p, images), images), images.flip(self.axis), images), *rest)
+        return (
+            torch.where(each(chosen(self.p, images), images), images.flip(self.axis), images),
+            *rest,
+        )
 
 
 @transforms.register("crop", aliases=["random_crop"])
@@ -79,10 +87,17 @@ class Crop(Transform):
         fill: what is padded: edge: the outermost pixels again; reflect: the picture mirrored; zero: the mean.
     """
 
-    def __init__(self, in_shape: Shape, padding: PositiveInt = 2, fill: Literal["edge", "reflect", "zero"] = "edge"):
+    def __init__(
+        self,
+        in_shape: Shape,
+        padding: PositiveInt = 2,
+        fill: Literal["edge", "reflect", "zero"] = "edge",
+    ):
         _, high, wide = shapes.expect(in_shape, IMAGES, "crop")
         if fill == "reflect" and padding >= min(high, wide):
-            raise BuildError(f"crop cannot mirror {padding} pixels of {tuple(in_shape)}; fill=edge can pad so many")
+            raise BuildError(
+                f"crop cannot mirror {padding} pixels of {tuple(in_shape)}; fill=edge can pad so many"
+            )
         self.padding = padding
         self.mode = {"edge": "replicate", "reflect": "reflect", "zero": "constant"}[fill]
 
@@ -121,17 +136,26 @@ class ResizedCrop(Transform):
     def __call__(self, batch: Batch) -> Batch:
         images, *rest = batch
         if not images.is_floating_point():
-            raise SettingError(f"resized_crop: the inputs are {images.dtype}, which cannot be interpolated")
+            raise SettingError(
+                f"resized_crop: the inputs are {images.dtype}, which cannot be interpolated"
+            )
         share, stretch, left, top = torch.rand(4, len(images), device=images.device)
         share = 1 - (1 - self.smallest) * share
-        widest = (-share.log()).clamp(max=math.log(self.ratio))  # with more it would be wider than the image
+        widest = (-share.log()).clamp(
+            max=math.log(self.ratio)
+        )  # with more it would be wider than the image
         stretch = ((2 * stretch - 1) * widest).exp()
         wide, high = (share * stretch).sqrt(), (share / stretch).sqrt()
         none = torch.zeros_like(share)
-        x, y = (2 * left - 1) * (1 - wide), (2 * top - 1) * (1 - high)  # of the middle; the image goes from -1 to 1
+        x, y = (
+            (2 * left - 1) * (1 - wide),
+            (2 * top - 1) * (1 - high),
+        )  # of the middle; the image goes from -1 to 1
         maps = torch.stack([wide, none, x, none, high, y], 1).reshape(-1, 2, 3)
         grid = F.affine_grid(maps, list(images.shape), align_corners=False)
-        cut = F.grid_sample(images, grid.to(images.dtype), padding_mode="border", align_corners=False)
+        cut = F.grid_sample(
+            images, grid.to(images.dtype), padding_mode="border", align_corners=False
+        )
         return (cut, *rest)
 
 
@@ -150,9 +174,17 @@ class Cutout(Transform):
 
     def __call__(self, batch: Batch) -> Batch:
         images, *rest = batch
-        tops = torch.randint(0, images.shape[-2], (len(images),), device=images.device) - self.size // 2
-        lefts = torch.randint(0, images.shape[-1], (len(images),), device=images.device) - self.size // 2
-        erased = boxes(tops, tops + self.size, lefts, lefts + self.size, images) & each(chosen(self.p, images), images)
+        tops = (
+            torch.randint(0, images.shape[-2], (len(images),), device=images.device)
+            - self.size // 2
+        )
+        lefts = (
+            torch.randint(0, images.shape[-1], (len(images),), device=images.device)
+            - self.size // 2
+        )
+        erased = boxes(tops, tops + self.size, lefts, lefts + self.size, images) & each(
+            chosen(self.p, images), images
+        )
         return (images.masked_fill(erased, 0.0), *rest)
 
 
@@ -170,7 +202,9 @@ class Noise(Transform):
     def __call__(self, batch: Batch) -> Batch:
         inputs, *rest = batch
         if not inputs.is_floating_point():
-            raise SettingError(f"noise: the inputs are {inputs.dtype}, which are no amounts to add noise to")
+            raise SettingError(
+                f"noise: the inputs are {inputs.dtype}, which are no amounts to add noise to"
+            )
         return (inputs + self.std * torch.randn_like(inputs), *rest)
 
 
@@ -183,7 +217,9 @@ class BrightnessContrast(Transform):
         contrast: c is uniform between minus this and this.
     """
 
-    def __init__(self, in_shape: Shape, brightness: NonNegativeFloat = 0.2, contrast: Fraction = 0.2):
+    def __init__(
+        self, in_shape: Shape, brightness: NonNegativeFloat = 0.2, contrast: Fraction = 0.2
+    ):
         shapes.expect(in_shape, IMAGES, "brightness_contrast")
         self.brightness, self.contrast = brightness, contrast
 
@@ -238,7 +274,9 @@ class Mixing(Transform):
                 f"{self.who} mixes all classes, also those that the loss ignores: ignore_index={ignored}"
             )
         if targets.ndim != 1:
-            raise SettingError(f"{self.who} mixes one class a sample, not targets of shape {tuple(targets.shape)}")
+            raise SettingError(
+                f"{self.who} mixes one class a sample, not targets of shape {tuple(targets.shape)}"
+            )
 
 
 @transforms.register("mixup")
@@ -261,7 +299,11 @@ class Mixup(Mixing):
             raise SettingError(f"mixup: the inputs are {inputs.dtype}, which cannot be mixed")
         share, other = self.draw(inputs)
         kept = each(share, inputs)
-        return (kept * inputs + (1 - kept) * inputs[other], self.mixed(targets, share, other), *rest)
+        return (
+            kept * inputs + (1 - kept) * inputs[other],
+            self.mixed(targets, share, other),
+            *rest,
+        )
 
 
 @transforms.register("cutmix")
@@ -276,7 +318,9 @@ class CutMix(Mixing):
         p: probability for each image.
     """
 
-    def __init__(self, in_shape: Shape, out_shape: Shape, alpha: PositiveFloat = 1.0, p: Fraction = 1.0):
+    def __init__(
+        self, in_shape: Shape, out_shape: Shape, alpha: PositiveFloat = 1.0, p: Fraction = 1.0
+    ):
         shapes.expect(in_shape, IMAGES, "cutmix")
         super().__init__("cutmix", out_shape, alpha, p)
 

@@ -17,16 +17,36 @@ PAGE = 4096
 MODELS = {  # of different sorts: buffers, a schedule's state, a scaler, averages
     "mlp": ["model=mlp", "model.width=64", "+callbacks=ema"],
     "cnn": ["model=cnn", "model.channels=[8,16]", "data.image=true", "trainer.precision=fp16"],
-    "transformer": ["model=transformer", "model.width=32", "data.image=true", "scheduler=reduce_on_plateau"],
+    "transformer": [
+        "model=transformer",
+        "model.width=32",
+        "data.image=true",
+        "scheduler=reduce_on_plateau",
+    ],
 }
 Damage = tuple[str, str, bytes]  # what was done, to which file, and what it is now
 
 
 def trained(name: str, root: Path) -> Path:
     """Train for a few steps and return the folder with its two checkpoints."""
-    limits = ["trainer.max_steps=6", "trainer.max_epochs=null", "trainer.validate_every=6steps", "loader.batch_size=64"]
-    saving = ["callbacks=[checkpoint]", "callbacks.checkpoint.every=3steps", "loggers=[]", f"run.root={root}"]
-    result = train(spec_of([*MODELS[name], *limits, *saving, f"run.name={name}"]), "files", [], say=lambda line: None)
+    limits = [
+        "trainer.max_steps=6",
+        "trainer.max_epochs=null",
+        "trainer.validate_every=6steps",
+        "loader.batch_size=64",
+    ]
+    saving = [
+        "callbacks=[checkpoint]",
+        "callbacks.checkpoint.every=3steps",
+        "loggers=[]",
+        f"run.root={root}",
+    ]
+    result = train(
+        spec_of([*MODELS[name], *limits, *saving, f"run.name={name}"]),
+        "files",
+        [],
+        say=lambda line: None,
+    )
     return result.folder / "checkpoints"
 
 
@@ -49,11 +69,19 @@ class Originals:
 
     def pages(self, count: int) -> Iterator[Damage]:
         """Fill a page of 4 KiB with zeros, one that was not all zero."""
-        starts = [(name, at) for name, content in self.contents.items() for at in range(0, len(content), PAGE)]
+        starts = [
+            (name, at)
+            for name, content in self.contents.items()
+            for at in range(0, len(content), PAGE)
+        ]
         whole = [(name, at) for name, at in starts if any(self.contents[name][at : at + PAGE])]
         for name, at in self.chance.choices(whole, k=count):
             content = self.contents[name]
-            yield "zeroed page", name, content[:at] + bytes(len(content[at : at + PAGE])) + content[at + PAGE :]
+            yield (
+                "zeroed page",
+                name,
+                content[:at] + bytes(len(content[at : at + PAGE])) + content[at + PAGE :],
+            )
 
     def cuts(self, count: int) -> Iterator[Damage]:
         """Cut each file in turn, to nothing at first and then to any length."""
@@ -87,10 +115,16 @@ def undetected(folder: Path, name: str, content: bytes) -> Iterator[str]:
         (damaged / name).write_bytes(whole)
 
 
-def damage(folder: Path, counts: list[int], chance: random.Random) -> tuple[Counter[tuple[str, str]], list[str]]:
+def damage(
+    folder: Path, counts: list[int], chance: random.Random
+) -> tuple[Counter[tuple[str, str]], list[str]]:
     """Flip, zero and cut so many times; return the counts by (sort, file), and of each that goes undetected why."""
     originals = Originals(listed(folder)[-1], chance)
-    kinds: list[Callable[[int], Iterator[Damage]]] = [originals.flips, originals.pages, originals.cuts]
+    kinds: list[Callable[[int], Iterator[Damage]]] = [
+        originals.flips,
+        originals.pages,
+        originals.cuts,
+    ]
     done: Counter[tuple[str, str]] = Counter()
     wrong: list[str] = []
     for make, count in zip(kinds, counts, strict=True):
@@ -113,7 +147,9 @@ def files(flips: int, seed: int, control: bool) -> int:
     control: look at nothing but the manifests.
     """
     if control:
-        checkpoint.verify = lambda checkpoint_folder, **_: checkpoint.read_manifest(checkpoint_folder)
+        checkpoint.verify = lambda checkpoint_folder, **_: checkpoint.read_manifest(
+            checkpoint_folder
+        )
     chance, total, wrong = random.Random(seed), Counter[tuple[str, str]](), list[str]()
     with tempfile.TemporaryDirectory(prefix="campaign-") as root:
         for number, model in enumerate(MODELS):
@@ -125,5 +161,7 @@ def files(flips: int, seed: int, control: bool) -> int:
         print(f"{sum(total[what, name] for name in FILES):5} x {what:<12} ({by_file})")
     for each in wrong[:20]:
         print(f"UNDETECTED {each}")
-    print(f"{len(wrong)} undetected of {total.total()} damages to real checkpoints of {len(MODELS)} models")
+    print(
+        f"{len(wrong)} undetected of {total.total()} damages to real checkpoints of {len(MODELS)} models"
+    )
     return int(bool(wrong))

@@ -45,8 +45,18 @@ WRITERS = {  # the files that meet the full disk, by command
         *("status.json", "facts.json", "overrides.yaml", "provenance.json", "config.yaml"),
         *("metrics.jsonl", "events", "checkpoint"),
     ],
-    f"{RUN} trainer.profile=true".replace(f"max_steps={STEPS}", "max_steps=60"): ["profile.pt.trace.json"],
-    SWEEP: ["sweep.json", "sweep.jsonl", "output.txt", "config.yaml", "metrics.jsonl", "events", "checkpoint"],
+    f"{RUN} trainer.profile=true".replace(f"max_steps={STEPS}", "max_steps=60"): [
+        "profile.pt.trace.json"
+    ],
+    SWEEP: [
+        "sweep.json",
+        "sweep.jsonl",
+        "output.txt",
+        "config.yaml",
+        "metrics.jsonl",
+        "events",
+        "checkpoint",
+    ],
     SEARCH: ["study.journal", "sweep.jsonl", "checkpoint"],
 }
 
@@ -61,8 +71,14 @@ class Filling:
     pages: int = 0
 
     def __str__(self) -> str:
-        verb = "search" if "optuna" in self.command else "sweep" if " -m " in self.command else "run"
-        return f"{verb}, {self.writer} {self.number}" if self.writer else f"{verb}, {self.pages} pages left"
+        verb = (
+            "search" if "optuna" in self.command else "sweep" if " -m " in self.command else "run"
+        )
+        return (
+            f"{verb}, {self.writer} {self.number}"
+            if self.writer
+            else f"{verb}, {self.pages} pages left"
+        )
 
 
 class Disk:
@@ -138,7 +154,9 @@ def do(command: str, root: Path, said: Path, before: Callable[[], None] = lambda
 
 
 def runs_in(root: Path) -> list[Path]:
-    return sorted(file.parent for file in root.glob("runs/default/**/config.yaml") if "best" not in file.parts)
+    return sorted(
+        file.parent for file in root.glob("runs/default/**/config.yaml") if "best" not in file.parts
+    )
 
 
 def torn(root: Path) -> Iterator[str]:
@@ -204,7 +222,9 @@ def rows_in(root: Path) -> list[tuple[Any, ...]]:
     rows: list[tuple[Any, ...]] = []
     for path in root.glob("runs/default/*/sweep.jsonl"):
         for trial in SweepFolder(path.parent).trials():
-            measured = {name: value for name, value in trial.metrics.items() if name.startswith("val/")}
+            measured = {
+                name: value for name, value in trial.metrics.items() if name.startswith("val/")
+            }
             rows.append((trial.number, trial.settings, trial.state, measured))
     return rows
 
@@ -237,7 +257,13 @@ def fillings(points: int, chance: random.Random, only: str) -> list[Filling]:
     found = []
     for command, writers in WRITERS.items():
         for writer in writers:
-            times = 1 if writer.endswith((".yaml", "facts.json", "provenance.json", "sweep.json", ".trace.json")) else 3
+            times = (
+                1
+                if writer.endswith(
+                    (".yaml", "facts.json", "provenance.json", "sweep.json", ".trace.json")
+                )
+                else 3
+            )
             found += [Filling(command, writer, number) for number in range(times)]
     for number in range(max(points - len(found), 0)):
         command = [RUN, RUN, SWEEP, SEARCH][number % 4]
@@ -261,13 +287,19 @@ def on_a_small_disk(chosen: list[Filling], root: Path, control: bool) -> Any:
             whole[filling.command] = root / f"whole-{len(whole)}"
             whole[filling.command].mkdir()
             if do(filling.command, whole[filling.command], said):
-                tally.wrong.append(f"{filling}: the undisturbed command failed: {said.read_text()[-500:]}")
+                tally.wrong.append(
+                    f"{filling}: the undisturbed command failed: {said.read_text()[-500:]}"
+                )
                 continue
         what, wrong = point(filling, disk, said, whole[filling.command])
         tally.points[what] += 1
         tally.writers[filling.writer or "random"] += what == "met"
         tally.wrong += [f"{filling}: {each}" for each in wrong]
-        print(f"{filling}: {what}{', WRONG: ' * bool(wrong)}{'; '.join(wrong)}", file=sys.stderr, flush=True)
+        print(
+            f"{filling}: {what}{', WRONG: ' * bool(wrong)}{'; '.join(wrong)}",
+            file=sys.stderr,
+            flush=True,
+        )
     return tally.points, tally.writers, tally.wrong
 
 
@@ -291,7 +323,9 @@ def full_disk(points: int, seed: int, control: bool, only: str = "") -> int:
     with tempfile.TemporaryDirectory(prefix="campaign-") as folder:
         root = Path(folder)
         told = root / "told.json"
-        if status_of(fork(lambda: told.write_text(json.dumps(on_a_small_disk(chosen, root, control))))):
+        if status_of(
+            fork(lambda: told.write_text(json.dumps(on_a_small_disk(chosen, root, control))))
+        ):
             print("the campaign itself failed")
             return 1
         found = json.loads(told.read_text(encoding="utf-8"))
@@ -299,7 +333,9 @@ def full_disk(points: int, seed: int, control: bool, only: str = "") -> int:
         print(found)
         return 0
     counts, writers, wrong = found
-    print(f"the disk was full at {counts.get('met', 0)} points, and had room at {counts.get('room enough', 0)}:")
+    print(
+        f"the disk was full at {counts.get('met', 0)} points, and had room at {counts.get('room enough', 0)}:"
+    )
     print("  " + ", ".join(f"{count} {writer}" for writer, count in writers.items()))
     for each in wrong[:30]:
         print(f"WRONG {each}")

@@ -106,7 +106,14 @@ def sweep_commands(kind: str) -> dict[str, list[str]]:
 READING = ("eval", "predict", "plan", "unrelated")  # verbs that train nothing of the hostile config
 REFUSED = ("eval sweep", "board")  # also of a genuine folder; the board is ended by a signal
 MOST_HANGS = 3  # of a folder, whose other commands are then left out
-FEW = ("check init_from", "find lr init_from", "resume=RUN", "eval last", "eval sweep", "plan resume")
+FEW = (
+    "check init_from",
+    "find lr init_from",
+    "resume=RUN",
+    "eval last",
+    "eval sweep",
+    "plan resume",
+)
 
 
 @dataclass
@@ -139,7 +146,10 @@ def templates(root: Path) -> dict[str, Path]:
     for kind in ("stopped", "done", "grid", "search"):
         world = root / kind
         empty(world)
-        extra = {"grid": ["-m", *GRID, "sweep.name=victim"], "search": ["-m", *SEARCH, "sweep.name=victim"]}
+        extra = {
+            "grid": ["-m", *GRID, "sweep.name=victim"],
+            "search": ["-m", *SEARCH, "sweep.name=victim"],
+        }
         arguments = ["train", *OWN, *extra.get(kind, ["run.name=victim"])]
         ended = run(command_of(arguments), world, environment(world))
         if ended.status != 0:
@@ -169,11 +179,19 @@ def with_token(folder: Path, copy: Path) -> None:
     """Copy a genuine folder; the copy's files hold the token, in places that commands print."""
     shutil.copytree(folder, copy, symlinks=True)
     for path in copy.rglob("*"):
-        if path.is_symlink() or path.suffix not in (".json", ".jsonl", ".yaml") or path.name == "MANIFEST.json":
+        if (
+            path.is_symlink()
+            or path.suffix not in (".json", ".jsonl", ".yaml")
+            or path.name == "MANIFEST.json"
+        ):
             continue
         text = path.read_text()
-        text = text.replace("name: victim", f"name: {TOKEN}").replace('"plugins": []', f'"plugins": ["{TOKEN}.py"]')
-        text = text.replace('"0",', f'"{TOKEN}",').replace('"val/loss"', f'"val/{TOKEN}": 1, "val/loss"')
+        text = text.replace("name: victim", f"name: {TOKEN}").replace(
+            '"plugins": []', f'"plugins": ["{TOKEN}.py"]'
+        )
+        text = text.replace('"0",', f'"{TOKEN}",').replace(
+            '"val/loss"', f'"val/{TOKEN}": 1, "val/loss"'
+        )
         path.write_text(text.replace('"reason": null', f'"reason": "{TOKEN}"'))
 
 
@@ -184,9 +202,19 @@ def empty(world: Path) -> None:
 
 
 def environment(world: Path) -> dict[str, str]:
-    named = {"HOME": "home", "XDG_CACHE_HOME": "cache", "XDG_CONFIG_HOME": "config", "TMPDIR": "tmp"}
+    named = {
+        "HOME": "home",
+        "XDG_CACHE_HOME": "cache",
+        "XDG_CONFIG_HOME": "config",
+        "TMPDIR": "tmp",
+    }
     kept = {name: os.environ[name] for name in ("PATH", "LANG", "LC_ALL") if name in os.environ}
-    values = {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "SECRET": TOKEN, "XDG_DATA_HOME": str(world / "config")}
+    values = {
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "200",
+        "SECRET": TOKEN,
+        "XDG_DATA_HOME": str(world / "config"),
+    }
     return kept | values | {name: str(world / folder) for name, folder in named.items()}
 
 
@@ -205,7 +233,9 @@ def command_of(arguments: list[str]) -> Callable[[], Any]:
 # hostile folders
 
 
-def make_world(root: Path, genuine: dict[str, Path], seed: int, number: int) -> tuple[World, Outcome]:
+def make_world(
+    root: Path, genuine: dict[str, Path], seed: int, number: int
+) -> tuple[World, Outcome]:
     """Make the world with the folder of this number, always the same."""
     chance = random.Random(f"{seed}-{number}")
     cases = list(CASES.items())
@@ -236,7 +266,9 @@ def fill(world: World, genuine: Path) -> None:
     """Copy a genuine run, and make what no command may touch."""
     shutil.copytree(genuine, world.run, symlinks=True)
     out, home = world.outside, world.root / "home"
-    shutil.copytree(genuine.parents[3].with_name(f"{genuine.parents[3].name}-twin"), out / "twin", symlinks=True)
+    shutil.copytree(
+        genuine.parents[3].with_name(f"{genuine.parents[3].name}-twin"), out / "twin", symlinks=True
+    )
     (home / ".ssh").mkdir()
     (home / ".ssh/id").write_text(f"{TOKEN}\n")
     (home / ".bashrc").write_text(f"# {TOKEN}\n")
@@ -342,7 +374,11 @@ def forged_names(world: World) -> None:
 def forged_metrics(world: World) -> None:
     torn_line(world, json.dumps({"step": 99, f"val/{ESCAPES}": 1.0}).encode() + b"\n")
     file = world.run / "provenance.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"plugins": [f"x.py; touch {world.proof} #", ESCAPES]}))
+    file.write_text(
+        json.dumps(
+            json.loads(file.read_text()) | {"plugins": [f"x.py; touch {world.proof} #", ESCAPES]}
+        )
+    )
     facts = world.run / "facts.json"
     facts.write_text(facts.read_text().replace('"0"', json.dumps(ESCAPES), 1))
     world.note("names with control characters in metrics, plugins and classes")
@@ -352,10 +388,19 @@ CASES: dict[str, tuple[str, Callable[[World], None]]] = {
     "case: git diff": ("stopped", diff_of_bytes),
     "case: link .lock": ("stopped", lambda world: links_at_written_names(world, ".lock")),
     "case: link status.tmp": ("stopped", lambda world: links_at_written_names(world, "status.tmp")),
-    "case: link config.yaml.tmp": ("stopped", lambda world: links_at_written_names(world, "config.yaml.tmp")),
-    "case: link status.json.tmp": ("stopped", lambda world: links_at_written_names(world, "status.json.tmp")),
+    "case: link config.yaml.tmp": (
+        "stopped",
+        lambda world: links_at_written_names(world, "config.yaml.tmp"),
+    ),
+    "case: link status.json.tmp": (
+        "stopped",
+        lambda world: links_at_written_names(world, "status.json.tmp"),
+    ),
     "case: link metrics.jsonl.new": ("stopped", later_lines),
-    "case: link status.json": ("stopped", lambda world: links_to_twin(world, "status.json", "facts.json")),
+    "case: link status.json": (
+        "stopped",
+        lambda world: links_to_twin(world, "status.json", "facts.json"),
+    ),
     "case: link checkpoints": ("stopped", lambda world: links_to_twin(world, "checkpoints")),
     "case: link to .bashrc": ("stopped", shell_start),
     "case: alias bomb": ("stopped", alias_bombs),
@@ -366,7 +411,10 @@ CASES: dict[str, tuple[str, Callable[[World], None]]] = {
     "case: large hole": ("stopped", hole),
     "case: pickle": ("stopped", code_in_state),
     "case: torn line": ("done", lambda world: torn_line(world, b'{"step": 40, "ep')),
-    "case: line of other bytes": ("done", lambda world: torn_line(world, b'{"step": 40, "caf\xe9": 1}\n')),
+    "case: line of other bytes": (
+        "done",
+        lambda world: torn_line(world, b'{"step": 40, "caf\xe9": 1}\n'),
+    ),
     "case: forged config": ("stopped", forged_names),
     "case: forged metrics": ("done", forged_metrics),
 }
@@ -375,7 +423,9 @@ CASES: dict[str, tuple[str, Callable[[World], None]]] = {
 # one folder
 
 
-def commands_for(world: World, outcome: Outcome, chance: random.Random | None) -> Iterator[tuple[str, list[str]]]:
+def commands_for(
+    world: World, outcome: Outcome, chance: random.Random | None
+) -> Iterator[tuple[str, list[str]]]:
     """Yield the commands that a folder is given to; chance: that leaves some out."""
     every = sweep_commands(outcome.base) if world.sweep else run_commands(outcome.base)
     case = outcome.name.startswith("case")
@@ -392,7 +442,13 @@ def filled_in(words: list[str], world: World) -> list[str]:
 
 
 def attack(
-    root: Path, genuine: dict[str, Path], seed: int, only: str | None, most: int | None, access: bool, number: int
+    root: Path,
+    genuine: dict[str, Path],
+    seed: int,
+    only: str | None,
+    most: int | None,
+    access: bool,
+    number: int,
 ) -> Outcome:
     """Make a folder, and run commands on it, each time on a fresh one. most: so many of them."""
     chance = random.Random(f"commands {seed}-{number}")
@@ -420,7 +476,9 @@ def attack(
     return outcome
 
 
-def one_command(world: World, outcome: Outcome, name: str, words: list[str], real: bool, access: bool) -> None:
+def one_command(
+    world: World, outcome: Outcome, name: str, words: list[str], real: bool, access: bool
+) -> None:
     talk = ask_board if words[0] == "board" else None
     work = program(words) if real else command_of(words)
     ended, wrong = judge(world, work, access, talk)
@@ -434,7 +492,9 @@ def one_command(world: World, outcome: Outcome, name: str, words: list[str], rea
         outcome.failures.append(Failure(kind, name, detail.replace(str(world.root), "WORLD")))
 
 
-def judge(world: World, work: Callable[[], Any], access: bool, talk: Any = None) -> tuple[Ended, list[tuple[str, str]]]:
+def judge(
+    world: World, work: Callable[[], Any], access: bool, talk: Any = None
+) -> tuple[Ended, list[tuple[str, str]]]:
     """Run a command in a world, and return what it did wrong, by kind.
 
     Args:
@@ -467,7 +527,12 @@ def judge(world: World, work: Callable[[], Any], access: bool, talk: Any = None)
 
 
 def hostile(
-    folders: int, seed: int, control: bool, only: str | None = None, most: int | None = None, jobs: int = 1
+    folders: int,
+    seed: int,
+    control: bool,
+    only: str | None = None,
+    most: int | None = None,
+    jobs: int = 1,
 ) -> int:
     """Run the campaign and return its exit status.
 
@@ -483,7 +548,9 @@ def hostile(
     root, began = Path(tempfile.mkdtemp(prefix="hostile-")), time.monotonic()
     access = times_of_access(root)
     if not access:
-        print("the file system keeps no times of access: that a file is read shows only by what is in outputs")
+        print(
+            "the file system keeps no times of access: that a file is read shows only by what is in outputs"
+        )
     if control:
         switch_off()
     genuine = templates(root / "genuine")
@@ -501,7 +568,9 @@ def hostile(
         shutil.rmtree(root, ignore_errors=True)
     if control:
         found = {failure.kind for outcome in outcomes for failure in outcome.failures}
-        print(f"without the protections, found are: {', '.join(kind for kind in KINDS if kind in found)}")
+        print(
+            f"without the protections, found are: {', '.join(kind for kind in KINDS if kind in found)}"
+        )
     return int(any(outcome.failures for outcome in outcomes))
 
 
@@ -556,7 +625,9 @@ def open_plainly(folder: Path, name: str, mode: str = "r", most: int | None = No
 
 
 def write_plainly(folder: Path, name: str, content: bytes | str) -> None:
-    data = content.encode("utf-8", errors="backslashreplace") if isinstance(content, str) else content
+    data = (
+        content.encode("utf-8", errors="backslashreplace") if isinstance(content, str) else content
+    )
     temporary = folder / f"{name}.tmp"
     temporary.write_bytes(data)
     os.replace(temporary, folder / name)
@@ -585,7 +656,11 @@ def summary(outcomes: list[Outcome]) -> Iterator[str]:
     names = list(dict.fromkeys(class_of(outcome) for outcome in outcomes))
     for name in [*names, "all"]:
         of = [outcome for outcome in outcomes if name in ("all", class_of(outcome))]
-        counts = [len(of), sum(outcome.commands for outcome in of), sum(outcome.accepted for outcome in of)]
+        counts = [
+            len(of),
+            sum(outcome.commands for outcome in of),
+            sum(outcome.accepted for outcome in of),
+        ]
         counts += [sum(failed(outcome, kind) for outcome in of) for kind in KINDS]
         cells = "".join(f"{count:>10}" for count in counts)
         yield f"{name:<26}{cells}  {max(outcome.slowest for outcome in of):.1f} s CPU"

@@ -31,25 +31,66 @@ REFUSED = 3  # exit status of a process that may not write
 
 MODELS = {
     "mlp": ["model=mlp", "model.width=24", "model.dropout=0.1"],
-    "cnn": ["model=cnn", "model.channels=[4,8]", "model.norm=batch", "model.dropout=0.2", "data.image=true"],
-    "transformer": ["model=transformer", "model.width=16", "model.depth=1", "model.heads=2", "model.dropout=0.1"],
+    "cnn": [
+        "model=cnn",
+        "model.channels=[4,8]",
+        "model.norm=batch",
+        "model.dropout=0.2",
+        "data.image=true",
+    ],
+    "transformer": [
+        "model=transformer",
+        "model.width=16",
+        "model.depth=1",
+        "model.heads=2",
+        "model.dropout=0.1",
+    ],
 }
 MODELS["transformer"] += ["data.image=true"]
 MODELS |= {  # other tasks: two updates a step, draws of codes, views of inputs, values beside the loss, a teacher
     "gan": ["model=gan", "model.widths=[16]", "task=adversarial", "task.penalty=1", "metrics=[]"],
     "autoencoder": ["model=autoencoder", "model.widths=[16]", "task=reconstruction", "metrics=[]"],
-    "vae": ["model=vae", "model.widths=[16]", "task=variational", "task.likelihood=gaussian", "metrics=[]"],
+    "vae": [
+        "model=vae",
+        "model.widths=[16]",
+        "task=variational",
+        "task.likelihood=gaussian",
+        "metrics=[]",
+    ],
     "contrastive": [*MODELS["cnn"], "task=contrastive", "metrics=[]"],
     "multi_task": [*MODELS["mlp"], "task=multi_task"],
     "distillation": [*MODELS["mlp"], "task=distillation", "task.teacher={root}/campaign/teacher"],
 }
 OWN_DATA = {  # texts of unequal length in pools, windows of a long text, tables, series
     "text": ["data=text_table", "data.path={root}/texts.csv", "model=text_lstm", "model.width=8"],
-    "language": ["data=stdlib_source", "data.characters=60000", "data.length=32", "task=language_modelling"],
-    "table": ["data=diabetes", "task=regression", "metrics=[mae]", "model.width=24", "model.dropout=0.1"],
-    "series": ["data=series", "data.path={root}/series.csv", "data.target=load", "data.lookback=8", "data.horizon=4"],
+    "language": [
+        "data=stdlib_source",
+        "data.characters=60000",
+        "data.length=32",
+        "task=language_modelling",
+    ],
+    "table": [
+        "data=diabetes",
+        "task=regression",
+        "metrics=[mae]",
+        "model.width=24",
+        "model.dropout=0.1",
+    ],
+    "series": [
+        "data=series",
+        "data.path={root}/series.csv",
+        "data.target=load",
+        "data.lookback=8",
+        "data.horizon=4",
+    ],
 }
-OWN_DATA["language"] += ["model=decoder", "model.width=16", "model.depth=1", "model.heads=2", "metrics=[]"]
+OWN_DATA["language"] += [
+    "model=decoder",
+    "model.width=16",
+    "model.depth=1",
+    "model.heads=2",
+    "metrics=[]",
+]
 OWN_DATA["series"] += ["task=regression", "metrics=[mae]", "model=linear_forecast"]
 MODELS |= OWN_DATA
 BACKGROUND, EACH_STEP = "callbacks.checkpoint.background=true", "callbacks.checkpoint.every=1steps"
@@ -59,13 +100,28 @@ TWISTS = {
     "accumulate": ["trainer.accumulate=3"],
     "fp16": FP16,
     "ema": ["+callbacks=ema"],
-    "clip, one_cycle": ["+callbacks=clip_gradients", "scheduler=one_cycle", "optimizer=sgd", "optimizer.momentum=0.9"],
+    "clip, one_cycle": [
+        "+callbacks=clip_gradients",
+        "scheduler=one_cycle",
+        "optimizer=sgd",
+        "optimizer.momentum=0.9",
+    ],
     "augmented, workers": [*AUGMENTED, "loader.workers=2"],
     "augmented": AUGMENTED,
-    "plateau, early stop": ["scheduler=reduce_on_plateau", "+callbacks=early_stop", "optimizer=rmsprop", BACKGROUND],
+    "plateau, early stop": [
+        "scheduler=reduce_on_plateau",
+        "+callbacks=early_stop",
+        "optimizer=rmsprop",
+        BACKGROUND,
+    ],
     "accumulate, fp16": ["trainer.accumulate=3", *FP16],
     "accumulate, workers": [*AUGMENTED, "loader.workers=2", "trainer.accumulate=2"],
-    "bad samples skipped": [*AUGMENTED, "data.spoiled=3", "callbacks.non_finite.policy=skip", BACKGROUND],
+    "bad samples skipped": [
+        *AUGMENTED,
+        "data.spoiled=3",
+        "callbacks.non_finite.policy=skip",
+        BACKGROUND,
+    ],
     "background": [BACKGROUND],
     "background, ema, fp16": [BACKGROUND, "+callbacks=ema", *FP16],
     "background, workers": [BACKGROUND, *AUGMENTED, "loader.workers=2"],
@@ -87,7 +143,11 @@ class NoisyDigits(fw.Data):
         """
         digits = fw.datasets.build("digits", image=image)
         self.train, self.val, self.test = Noisy(digits.train, spoiled), digits.val, digits.test
-        self.in_shape, self.out_shape, self.classes = digits.in_shape, digits.out_shape, digits.classes
+        self.in_shape, self.out_shape, self.classes = (
+            digits.in_shape,
+            digits.out_shape,
+            digits.classes,
+        )
 
 
 class Noisy(torch.utils.data.Dataset):
@@ -110,7 +170,9 @@ class Sight(NamedTuple):
     step: float = 0.0  # the last whole one
     saving: float = 0.0  # 1: a checkpoint was being written
     saved: float = 0.0  # the step of the newest checkpoint
-    unsaved: float = 0.0  # seconds of work since then, at most, at the moment when the next one was there
+    unsaved: float = (
+        0.0  # seconds of work since then, at most, at the moment when the next one was there
+    )
     began_at: float = 0.0  # the step of the checkpoint that it went on from; 0: none
     ends: tuple[float, ...] = (0.0,) * (STEPS + 1)  # when each step ended
 
@@ -136,7 +198,12 @@ class Witness(fw.Callback):
             self.note(began=time.monotonic())
 
     def on_step_end(self, trainer: Trainer) -> None:
-        struct.pack_into("d", self.memory, 8 * (Sight._fields.index("ends") + trainer.state.step), time.monotonic())
+        struct.pack_into(
+            "d",
+            self.memory,
+            8 * (Sight._fields.index("ends") + trainer.state.step),
+            time.monotonic(),
+        )
         self.note(step=trainer.state.step)
 
     @classmethod
@@ -183,9 +250,14 @@ class Outcome:
             except CheckpointError as error:
                 self.wrong.append(f"unreadable under a final name: {error}")
         lost, seconds = int(seen.step) - newest, seen.unsaved_at(now, newest)
-        self.most_lost, self.seconds_lost = max(self.most_lost, lost), max(self.seconds_lost, seconds)
+        self.most_lost, self.seconds_lost = (
+            max(self.most_lost, lost),
+            max(self.seconds_lost, seconds),
+        )
         if lost > self.interval and not (self.background and seconds <= UNSAVED * self.unsaved):
-            self.wrong.append(f"lost {lost} steps, {seconds:.2f} s, after {self.unsaved:.2f} s at most were unsaved")
+            self.wrong.append(
+                f"lost {lost} steps, {seconds:.2f} s, after {self.unsaved:.2f} s at most were unsaved"
+            )
 
     def __str__(self) -> str:
         verdict = "; ".join(dict.fromkeys(self.wrong)) or "equal"
@@ -198,12 +270,29 @@ class Outcome:
 def choose(number: int, root: Path) -> tuple[str, list[str]]:
     """Return the name and overrides of a run: all pairs of model and twist in turn, each with a seed of its own."""
     model = list(MODELS)[number % len(MODELS)]
-    twist = list(TWISTS)[number % len(TWISTS)]  # 13 and 16 have no divisor in common: all pairs come up
+    twist = list(TWISTS)[
+        number % len(TWISTS)
+    ]  # 13 and 16 have no divisor in common: all pairs come up
     own = [word.replace("{root}", str(root)) for word in MODELS[model]]
-    twisted = [word for word in TWISTS[twist] if model not in OWN_DATA or not word.startswith("data")]
-    fixed = [f"run.root={root}", f"seed={number}", f"trainer.max_steps={STEPS}", "trainer.max_epochs=null"]
-    fixed += ["trainer.validate_every=10steps", "trainer.log_every=5steps", "loader.batch_size=64", "resume=auto"]
-    fixed += ["callbacks=[witness,checkpoint,non_finite,gradient_norm]", f"callbacks.checkpoint.every={EVERY}steps"]
+    twisted = [
+        word for word in TWISTS[twist] if model not in OWN_DATA or not word.startswith("data")
+    ]
+    fixed = [
+        f"run.root={root}",
+        f"seed={number}",
+        f"trainer.max_steps={STEPS}",
+        "trainer.max_epochs=null",
+    ]
+    fixed += [
+        "trainer.validate_every=10steps",
+        "trainer.log_every=5steps",
+        "loader.batch_size=64",
+        "resume=auto",
+    ]
+    fixed += [
+        "callbacks=[witness,checkpoint,non_finite,gradient_norm]",
+        f"callbacks.checkpoint.every={EVERY}steps",
+    ]
     fixed += ["callbacks.checkpoint.background=false"]
     return f"{model}, {twist}", [*fixed, *own, *twisted]
 
@@ -249,14 +338,18 @@ def note_saves() -> None:
     def noted_publish(*arguments: Any) -> Path:
         final, seen = publish(*arguments), Witness.read()
         Witness.note(
-            unsaved=max(seen.unsaved, seen.unsaved_at(time.monotonic(), seen.saved)), saved=step_of(final), saving=0
+            unsaved=max(seen.unsaved, seen.unsaved_at(time.monotonic(), seen.saved)),
+            saved=step_of(final),
+            saving=0,
         )
         return final
 
     vars(checkpoint).update(write=noted_write, publish=noted_publish)
 
 
-def campaign_run(number: int, kills: int, root: Path, chance: random.Random, forget: bool) -> Outcome:
+def campaign_run(
+    number: int, kills: int, root: Path, chance: random.Random, forget: bool
+) -> Outcome:
     """Run once undisturbed, then the same with kills, and compare."""
     name, overrides = choose(number, root)
     outcome = Outcome(name, 1 if EACH_STEP in overrides else EVERY, BACKGROUND in overrides)
@@ -330,17 +423,25 @@ def kill(child: int) -> None:
 
 def kills(runs: int, each: int, seed: int, control: bool) -> int:
     """Run the campaign and return its exit status. control: resume without the random state and the optimizer's."""
-    root, began, chance = Path(tempfile.mkdtemp(prefix="campaign-")), time.monotonic(), random.Random(seed)
+    root, began, chance = (
+        Path(tempfile.mkdtemp(prefix="campaign-")),
+        time.monotonic(),
+        random.Random(seed),
+    )
     outcomes: list[Outcome] = []
     provide(root)
     for number in range(runs):
-        owed = each * (number + 1) - sum(o.kills for o in outcomes)  # a run may end before it has had its share
+        owed = each * (number + 1) - sum(
+            o.kills for o in outcomes
+        )  # a run may end before it has had its share
         outcomes.append(campaign_run(number, owed, root, chance, control))
         print(f"{number:3} {outcomes[-1]}", flush=True)
     survived, killed = sum(not o.wrong for o in outcomes), sum(o.kills for o in outcomes)
     in_saves = sum(o.in_saves for o in outcomes)
     resumed, fewest = sum(o.resumed for o in outcomes), min(o.resumed for o in outcomes)
-    print(f"{survived} of {runs} runs bitwise equal after {killed} kills, {in_saves} of them inside saves;")
+    print(
+        f"{survived} of {runs} runs bitwise equal after {killed} kills, {in_saves} of them inside saves;"
+    )
     print(f"{resumed} lives began from a checkpoint, {fewest} or more of each run")
     print(*losses(outcomes), sep="\n")
     keep = survived != runs and not control

@@ -26,15 +26,54 @@ from framework.runs.checkpoint import MANIFEST, MODEL, TRAINING, own_sha256
 TERABYTE = 2**40
 CACHED: dict[str, bytes] = {}  # large contents, made once
 
-FILES = ["config.yaml", "overrides.yaml", "provenance.json", "facts.json", "status.json", "metrics.jsonl", ".lock"]
+FILES = [
+    "config.yaml",
+    "overrides.yaml",
+    "provenance.json",
+    "facts.json",
+    "status.json",
+    "metrics.jsonl",
+    ".lock",
+]
 OF_CHECKPOINT = [MANIFEST, MODEL, TRAINING]
-SWEEP_FILES = ["sweep.json", "sweep.jsonl", "sweep.lock", ".lock", "study.journal", "best/config.yaml"]
+SWEEP_FILES = [
+    "sweep.json",
+    "sweep.jsonl",
+    "sweep.lock",
+    ".lock",
+    "study.journal",
+    "best/config.yaml",
+]
 SWEEP_FILES += ["best/facts.json", "best/status.json", "best/metrics.jsonl"]
 FOLDERS = ["checkpoints", "checkpoints/step-1", "checkpoints/step-2", "checkpoints/best"]
-TEMPORARY = ["status.tmp", "status.json.tmp", "config.yaml.tmp", "facts.json.tmp", "provenance.json.tmp"]
-TEMPORARY += ["overrides.yaml.tmp", "metrics.jsonl.new", "metrics.jsonl.tmp", "checkpoints/.best", "output.txt"]
-TEMPORARY += ["checkpoints/step-3", "checkpoints/.step-3", "events.new", ".status.json.0000000000000000.tmp"]
-SWEEP_TEMPORARY = ["sweep.json.tmp", "sweep.jsonl.tmp", "study.journal.tmp", "sweep.lock", "output.txt", ".best"]
+TEMPORARY = [
+    "status.tmp",
+    "status.json.tmp",
+    "config.yaml.tmp",
+    "facts.json.tmp",
+    "provenance.json.tmp",
+]
+TEMPORARY += [
+    "overrides.yaml.tmp",
+    "metrics.jsonl.new",
+    "metrics.jsonl.tmp",
+    "checkpoints/.best",
+    "output.txt",
+]
+TEMPORARY += [
+    "checkpoints/step-3",
+    "checkpoints/.step-3",
+    "events.new",
+    ".status.json.0000000000000000.tmp",
+]
+SWEEP_TEMPORARY = [
+    "sweep.json.tmp",
+    "sweep.jsonl.tmp",
+    "study.journal.tmp",
+    "sweep.lock",
+    "output.txt",
+    ".best",
+]
 
 
 @dataclass
@@ -50,7 +89,9 @@ class World:
     sweep: bool
     chance: random.Random
     notes: list[str] = field(default_factory=list)
-    endless: bool = False  # the config asks for a training without an end: commands that train are left out
+    endless: bool = (
+        False  # the config asks for a training without an end: commands that train are left out
+    )
     names_data: bool = False  # the config names outside files as its data, which a command may read
 
     @property
@@ -72,12 +113,18 @@ class World:
 
     def place(self, name: str) -> Path:
         """Return the path of a name such as checkpoints/step-2 or events, below the folder of a run."""
-        base = self.trial if self.sweep and name not in {*SWEEP_FILES, *SWEEP_TEMPORARY, "best"} else self.run
+        base = (
+            self.trial
+            if self.sweep and name not in {*SWEEP_FILES, *SWEEP_TEMPORARY, "best"}
+            else self.run
+        )
         steps = sorted(path.name for path in (base / "checkpoints").glob("step-*"))
         steps = steps or ["step-00000001"]
         last = int(steps[-1][5:])
         name = name.replace("step-1", steps[0]).replace("step-2", steps[-1])
-        name = name.replace(".step-3", f".step-{last + 7:08}-0123abcd").replace("step-3", f"step-{last + 7:08}")
+        name = name.replace(".step-3", f".step-{last + 7:08}-0123abcd").replace(
+            "step-3", f"step-{last + 7:08}"
+        )
         if name == "events":
             found = sorted(base.glob("events.out.tfevents.*"))
             return found[0] if found else base / "events.out.tfevents.1.vm"
@@ -107,7 +154,9 @@ class World:
         return SWEEP_TEMPORARY if self.sweep else TEMPORARY
 
     def note(self, text: str) -> None:
-        self.notes.append(text.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n")[:160])
+        self.notes.append(
+            text.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n")[:160]
+        )
 
     def name_of(self, path: Path) -> str:
         return str(path.relative_to(self.run)) if path.is_relative_to(self.run) else str(path)
@@ -134,7 +183,14 @@ def readable(world: World, path: Path) -> bool:
 
 # links
 
-DEVICES = ["/dev/zero", "/dev/full", "/dev/null", "/proc/self/environ", "/proc/self/cmdline", "/proc/self/fd/0"]
+DEVICES = [
+    "/dev/zero",
+    "/dev/full",
+    "/dev/null",
+    "/proc/self/environ",
+    "/proc/self/cmdline",
+    "/proc/self/fd/0",
+]
 
 
 def link(world: World, names: list[str]) -> None:
@@ -154,8 +210,17 @@ def inside(path: Path, folder: Path) -> bool:
 def targets(world: World, path: Path) -> list[str]:
     out = world.outside
     up = os.path.relpath(out / "secret.txt", path.parent)
-    files = [str(out / name) for name in ("secret.txt", "secret.json", "empty", "missing", "folder")]
-    files += [str(world.root / "home/.bashrc"), str(world.root / "home/.ssh"), up, path.name, "..", "."]
+    files = [
+        str(out / name) for name in ("secret.txt", "secret.json", "empty", "missing", "folder")
+    ]
+    files += [
+        str(world.root / "home/.bashrc"),
+        str(world.root / "home/.ssh"),
+        up,
+        path.name,
+        "..",
+        ".",
+    ]
     return [*files, str(world.proof), *world.chance.sample(DEVICES, 2)]
 
 
@@ -187,7 +252,14 @@ def special(world: World) -> None:
     path = world.place(world.chance.choice([*world.files(), *world.folders(), *world.temporary()]))
     if not inside(path, world.run):
         return
-    kinds: list[Callable[[Path], None]] = [os.mkfifo, os.mkfifo, bind, Path.mkdir, with_files, Path.touch]
+    kinds: list[Callable[[Path], None]] = [
+        os.mkfifo,
+        os.mkfifo,
+        bind,
+        Path.mkdir,
+        with_files,
+        Path.touch,
+    ]
     if os.geteuid() == 0:
         kinds.append(zero_device)
     kind = world.chance.choice(kinds)
@@ -258,7 +330,10 @@ def json_bombs(text: str) -> list[tuple[str, str]]:
     opened = text.rstrip().removesuffix("}").rstrip()
     return [
         ("100,000 levels", opened + ', "deep": ' + "[" * 100_000 + "]" * 100_000 + "}\n"),
-        ("100,000 levels of objects", opened + ', "deep": ' + '{"a":' * 100_000 + "1" + "}" * 100_000 + "}\n"),
+        (
+            "100,000 levels of objects",
+            opened + ', "deep": ' + '{"a":' * 100_000 + "1" + "}" * 100_000 + "}\n",
+        ),
         ("900 levels", opened + ', "deep": ' + "[" * 900 + "]" * 900 + "}\n"),
         ("unclosed levels", "[" * 1_000_000),
         ("3,000,000 values", opened + ', "wide": [' + "1," * 3_000_000 + "1]}\n"),
@@ -266,9 +341,15 @@ def json_bombs(text: str) -> list[tuple[str, str]]:
         ("a number of 4,000 digits", opened + ', "n": ' + "9" * 4_000 + "}\n"),
         ("a number of 1,000,000 digits", opened + ', "n": ' + "9" * 1_000_000 + "}\n"),
         ("80 MB of text", opened + ', "t": "' + "x" * (80 * 2**20) + '"}\n'),
-        ("500,000 lines", text + '{"step": 1, "epoch": 1, "wall_seconds": 1, "val/loss": 1}\n' * 500_000),
+        (
+            "500,000 lines",
+            text + '{"step": 1, "epoch": 1, "wall_seconds": 1, "val/loss": 1}\n' * 500_000,
+        ),
         ("a line of 40 MB", text + '{"step": 1, "val/loss": ' + " " * (40 * 2**20) + "1}\n"),
-        ("100,000 metrics", text + "{" + "".join(f'"val/m{n}": 1, ' for n in range(100_000)) + '"step": 2}\n'),
+        (
+            "100,000 metrics",
+            text + "{" + "".join(f'"val/m{n}": 1, ' for n in range(100_000)) + '"step": 2}\n',
+        ),
     ]
 
 
@@ -284,7 +365,13 @@ def bomb(world: World) -> None:
 
 
 def text_files(world: World) -> list[str]:
-    own = [*FILES[:6], "config.yaml", "config.yaml", "status.json", f"checkpoints/step-2/{MANIFEST}"]
+    own = [
+        *FILES[:6],
+        "config.yaml",
+        "config.yaml",
+        "status.json",
+        f"checkpoints/step-2/{MANIFEST}",
+    ]
     return ["sweep.json", "sweep.jsonl", "study.journal", *own] if world.sweep else own
 
 
@@ -321,7 +408,9 @@ def zip_contents(choice: str, made: Path) -> None:
         records = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for name, content in records.items():
-            if (choice == "zeros" and name.endswith("data/0")) or (choice == "pickle" and name.endswith("data.pkl")):
+            if (choice == "zeros" and name.endswith("data/0")) or (
+                choice == "pickle" and name.endswith("data.pkl")
+            ):
                 with archive.open(name, "w", force_zip64=True) as file:
                     for _ in range(3 * 64):
                         file.write(bytes(2**24))
@@ -339,7 +428,9 @@ def trial_folders(world: World) -> None:
     if not world.sweep or not readable(world, path):
         return
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    folder = world.chance.choice([str(out), "../../../../outside/twin", "..", ".", "", "best", "\0", ESCAPES])
+    folder = world.chance.choice(
+        [str(out), "../../../../outside/twin", "..", ".", "", "best", "\0", ESCAPES]
+    )
     for row in rows:
         row["folder"] = folder
         row["metrics"] = {"val/loss": -1e9}
@@ -421,29 +512,85 @@ def torn(world: World) -> None:
 
 ESCAPES = "\x1b]0;owned\x07\x1b[31mred\x1b[2J\nframework: all is well\r\x9b1m\u202e"
 VALUES: list[Any] = [
-    *(None, [], {}, [[]], {"a": {"b": []}}, "", "text", "-", "0", True, False, 0, -1, 1, 2**31, 2**63, 2**64, 10**400),
-    *(-(10**400), float("nan"), float("inf"), float("-inf"), 1e308, -1e308, 1e-320, "NaN", "9" * 5_000, "x" * 200_000),
-    *(ESCAPES, "\0", "\ud800", [None], [1, "a", None], {"name": None}, {"name": []}, {"": ""}, [1e308], "1" * 400),
+    *(
+        None,
+        [],
+        {},
+        [[]],
+        {"a": {"b": []}},
+        "",
+        "text",
+        "-",
+        "0",
+        True,
+        False,
+        0,
+        -1,
+        1,
+        2**31,
+        2**63,
+        2**64,
+        10**400,
+    ),
+    *(
+        -(10**400),
+        float("nan"),
+        float("inf"),
+        float("-inf"),
+        1e308,
+        -1e308,
+        1e-320,
+        "NaN",
+        "9" * 5_000,
+        "x" * 200_000,
+    ),
+    *(
+        ESCAPES,
+        "\0",
+        "\ud800",
+        [None],
+        [1, "a", None],
+        {"name": None},
+        {"name": []},
+        {"": ""},
+        [1e308],
+        "1" * 400,
+    ),
     *({ESCAPES: 1}, [ESCAPES], "null", "a: b", "2026-11-29", [10**30], [-1], [0], {"0": 1}),
 ]
-ENDLESS = re.compile(r"max_epochs|max_steps|samples|seconds|workers|noise|generat|features|micro_batch|accumulate")
+ENDLESS = re.compile(
+    r"max_epochs|max_steps|samples|seconds|workers|noise|generat|features|micro_batch|accumulate"
+)
 
 
 def wrong_type(world: World) -> None:
     """A value of another type or size, or a path that leads out, in the place of any value of any file."""
-    out = [str(world.outside / "twin"), "../../../../outside/twin", "../outside", "/dev/zero", "~/.ssh", "..", "."]
+    out = [
+        str(world.outside / "twin"),
+        "../../../../outside/twin",
+        "../outside",
+        "/dev/zero",
+        "~/.ssh",
+        "..",
+        ".",
+    ]
     exchange(world, world.chance.choice([*VALUES, *out]), world.chance.choice(text_files(world)))
 
 
 def text_in_names(world: World) -> None:
     """Texts that forge lines, control the terminal or end a shell command, as values or as keys."""
     shell = f"$(touch {world.proof}); touch {world.proof} #"
-    text = world.chance.choice([ESCAPES, shell, f"{ESCAPES}{shell}", "x\n" * 3_000, "\x1b[31m", "\u2028framework: x"])
+    text = world.chance.choice(
+        [ESCAPES, shell, f"{ESCAPES}{shell}", "x\n" * 3_000, "\x1b[31m", "\u2028framework: x"]
+    )
     if world.chance.random() < 0.15:
         path = world.place("provenance.json")
         if readable(world, path):
             content = json.loads(path.read_text(encoding="utf-8", errors="replace") or "{}")
-            replace(path, json.dumps({**content, "plugins": [f"x.py; touch {world.proof} #", text, "-x"]}))
+            replace(
+                path,
+                json.dumps({**content, "plugins": [f"x.py; touch {world.proof} #", text, "-x"]}),
+            )
             world.note("provenance.json: plugins with shell code")
             return
     exchange(world, text, world.chance.choice(text_files(world)), keys=True)
@@ -455,7 +602,11 @@ def exchange(world: World, value: Any, name: str, keys: bool = False) -> None:
     if not readable(world, path):
         return
     is_yaml, by_line = path.suffix == ".yaml", path.suffix in (".jsonl", ".journal")
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if by_line else [path.read_text()]
+    lines = (
+        path.read_text(encoding="utf-8", errors="replace").splitlines()
+        if by_line
+        else [path.read_text()]
+    )
     try:
         trees = [yaml.safe_load(line) if is_yaml else json.loads(line) for line in lines]
     except Exception:  # another mutation was here before
@@ -464,9 +615,13 @@ def exchange(world: World, value: Any, name: str, keys: bool = False) -> None:
     if not trees:
         return
     tree = trees[number]
-    places = list(islice(leaves_and_branches(tree), 1_000))  # there may be an alias bomb from another mutation
+    places = list(
+        islice(leaves_and_branches(tree), 1_000)
+    )  # there may be an alias bomb from another mutation
     where = world.chance.choice(places)
-    way = world.chance.choice(["value", "value", "value", "key" if keys else "value", "drop" if not keys else "key"])
+    way = world.chance.choice(
+        ["value", "value", "value", "key" if keys else "value", "drop" if not keys else "key"]
+    )
     trees[number] = put(tree, where, value, way)
     try:
         texts = [as_yaml(each) if is_yaml else json.dumps(each) for each in trees]
@@ -595,7 +750,15 @@ def settings(world: World) -> None:
         {"data": {"name": "table", "path": "~/.bashrc", "target": "label"}},
         {"data": {"name": "npz", "path": "/dev/zero"}},
         {"data": {"name": "text_table", "path": f"{out}/secret.csv"}},
-        {"data": {"name": "series", "path": "/dev/zero", "target": "x", "lookback": 8, "horizon": 4}},
+        {
+            "data": {
+                "name": "series",
+                "path": "/dev/zero",
+                "target": "x",
+                "lookback": 8,
+                "horizon": 4,
+            }
+        },
     ]
     change = world.chance.choice(changes)
     set_in_config(world, change)
@@ -656,7 +819,9 @@ def tags(world: World) -> None:
     path = world.place("config.yaml")
     if not readable(world, path):
         return
-    before = path.read_text(encoding="utf-8", errors="replace") if world.chance.random() < 0.6 else ""
+    before = (
+        path.read_text(encoding="utf-8", errors="replace") if world.chance.random() < 0.6 else ""
+    )
     replace(path, before + text)
     world.note(f"config.yaml: {'with' if before else 'only'} {text[:60]}")
 
@@ -676,7 +841,9 @@ class Payload:
 
 def pickled(world: World) -> None:
     name, payload = world.chance.choice([MODEL, TRAINING, TRAINING]), Payload(world.proof)
-    form = world.chance.choice(["plain", "torch", "old torch", "module", "exchanged", "global", "reduce bomb"])
+    form = world.chance.choice(
+        ["plain", "torch", "old torch", "module", "exchanged", "global", "reduce bomb"]
+    )
     path = world.checkpoint / name
     if not path.is_file():
         return
@@ -719,10 +886,14 @@ def plugin(world: World) -> None:
     """Name a file of code wherever a run names plugins."""
     evil = str(world.plugin)
     path, which = world.place("provenance.json"), world.chance.random()
-    set_in_config(world, {"plugins": [world.chance.choice([evil, "evil", "evil.py", "runs/default/victim"])]})
+    set_in_config(
+        world, {"plugins": [world.chance.choice([evil, "evil", "evil.py", "runs/default/victim"])]}
+    )
     if which < 0.7 and readable(world, path):
         with suppress(ValueError, TypeError):
-            replace(path, json.dumps({**json.loads(path.read_text()), "plugins": [evil, "evil.py"]}))
+            replace(
+                path, json.dumps({**json.loads(path.read_text()), "plugins": [evil, "evil.py"]})
+            )
     for name in ("__init__.py", "torch.py", "sitecustomize.py", "conftest.py", "plugin.py"):
         if inside(world.run / name, world.run):
             (world.run / name).write_text(f"open({str(world.proof)!r}, 'w')\n")
@@ -740,7 +911,10 @@ def sign(checkpoint: Path, **changes: Any) -> None:
         for name in (MODEL, TRAINING):
             if "files" not in changes and (checkpoint / name).stat().st_size < 2**26:
                 content = (checkpoint / name).read_bytes()
-                manifest["files"][name] = {"bytes": len(content), "sha256": sha256(content).hexdigest()}
+                manifest["files"][name] = {
+                    "bytes": len(content),
+                    "sha256": sha256(content).hexdigest(),
+                }
         write_manifest(checkpoint, manifest)
 
 
@@ -760,13 +934,35 @@ def signed_manifest(world: World) -> None:
         return
     secret = world.outside / "secret.txt"
     entry = {"bytes": secret.stat().st_size, "sha256": sha256(secret.read_bytes()).hexdigest()}
-    names = [str(secret), os.path.relpath(secret, path.parent), "..", ".", "/dev/zero", "a/../../x", "\0", "~", ESCAPES]
+    names = [
+        str(secret),
+        os.path.relpath(secret, path.parent),
+        "..",
+        ".",
+        "/dev/zero",
+        "a/../../x",
+        "\0",
+        "~",
+        ESCAPES,
+    ]
     changes: list[dict[str, Any]] = [{"files": files | {name: entry}} for name in names]
-    changes += [{"files": {}}, {"files": None}, {"files": {MODEL: {}}}, {"torch": ESCAPES}, {"torch": None}]
+    changes += [
+        {"files": {}},
+        {"files": None},
+        {"files": {MODEL: {}}},
+        {"torch": ESCAPES},
+        {"torch": None},
+    ]
     changes += [{"step": value} for value in (-1, 10**400, None, "x", 1e308, 10**9)]
-    changes += [{"run": value} for value in (None, [], {"threads": 10**6}, {"threads": -1}, {"threads": "x"})]
+    changes += [
+        {"run": value}
+        for value in (None, [], {"threads": 10**6}, {"threads": -1}, {"threads": "x"})
+    ]
     changes += [{"schema": value} for value in (None, 2, -1, "1", 10**400)]
-    changes += [{"files": files | {MODEL: {"bytes": size, "sha256": ""}}} for size in (2**70, -1, None, "1", 1e308)]
+    changes += [
+        {"files": files | {MODEL: {"bytes": size, "sha256": ""}}}
+        for size in (2**70, -1, None, "1", 1e308)
+    ]
     change = world.chance.choice(changes)
     sign(world.checkpoint, **change)
     world.note(f"{MANIFEST}, signed: {change!r:.100}".replace(str(world.root), "WORLD"))
@@ -780,12 +976,19 @@ def lying_model(world: World) -> None:
         json.dumps({"w": {"dtype": "F32", "shape": wide, "data_offsets": [0, 0]}}).encode(),
         json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}).encode(),
         json.dumps({"w": {"dtype": "F32", "shape": [0, 2**62], "data_offsets": [0, 0]}}).encode(),
-        json.dumps({"w": {"dtype": ESCAPES, "shape": [1], "data_offsets": [0, 4]}}).encode() + bytes(4),
-        json.dumps({ESCAPES: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode() + b"",
+        json.dumps({"w": {"dtype": ESCAPES, "shape": [1], "data_offsets": [0, 4]}}).encode()
+        + bytes(4),
+        json.dumps({ESCAPES: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+        + b"",
         json.dumps({"__metadata__": {"tied": '{"a": "nowhere"}'}}).encode(),
         json.dumps({"__metadata__": {"tied": "[1, 2]"}}).encode(),
         json.dumps({"__metadata__": {"tied": "[" * 100_000 + "]" * 100_000}}).encode(),
-        json.dumps({f"w{n}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for n in range(200_000)}).encode(),
+        json.dumps(
+            {
+                f"w{n}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+                for n in range(200_000)
+            }
+        ).encode(),
         b"[" * 10_000,
         b"{" + b" " * 10,
     ]
@@ -810,7 +1013,13 @@ def lying_state(world: World) -> None:
     except Exception:  # another mutation was here before
         return
     places = [place for place in leaves_and_branches(state) if place]
-    other = [*VALUES, torch.ones(3), torch.zeros(0), torch.full((2,), float("nan")), torch.ones(2**10, 2**10)]
+    other = [
+        *VALUES,
+        torch.ones(3),
+        torch.zeros(0),
+        torch.full((2,), float("nan")),
+        torch.ones(2**10, 2**10),
+    ]
     where, value = chance.choice(places), chance.choice(other)
     way = chance.choice(["value", "value", "drop"])
     try:
@@ -826,7 +1035,13 @@ def events(world: World) -> None:
     path, chance = world.place("events"), world.chance
     if not inside(path, world.run):
         return
-    ways = [b"", b"\xff" * 12, struct.pack("<Q", 2**62) + bytes(4), struct.pack("<Q", 0) + bytes(8), bytes(100_000)]
+    ways = [
+        b"",
+        b"\xff" * 12,
+        struct.pack("<Q", 2**62) + bytes(4),
+        struct.pack("<Q", 0) + bytes(8),
+        bytes(100_000),
+    ]
     content = chance.choice([*ways, chance.randbytes(10_000)])
     before = path.read_bytes() if readable(world, path) and chance.random() < 0.5 else b""
     replace(path, before + content)
@@ -842,7 +1057,15 @@ def crowd(world: World) -> None:
         for number in range(2_000):
             (folder / f"junk-{number}").touch()
     if which == "names":
-        for name in ("\x1b[31m", "a\nframework: all is well", "-rf", "$(touch x)", "\udcff", "x" * 250, " "):
+        for name in (
+            "\x1b[31m",
+            "a\nframework: all is well",
+            "-rf",
+            "$(touch x)",
+            "\udcff",
+            "x" * 250,
+            " ",
+        ):
             (folder / name).touch()
     if which == "steps" and inside(world.place("checkpoints/step-1"), world.run):
         for number in (0, 10**8, 10**30, 10**200):

@@ -55,7 +55,12 @@ def done(run: Path) -> bool:
 
 def differences(whole: Path, killed: Path) -> Iterator[str]:
     """Yield what differs between the two runs."""
-    for what, read in {"weights": weights, "training state": training, "metrics": metrics, "board": board}.items():
+    for what, read in {
+        "weights": weights,
+        "training state": training,
+        "metrics": metrics,
+        "board": board,
+    }.items():
         if read(whole) != read(killed):
             yield f"other {what}"
 
@@ -75,7 +80,11 @@ def training(run: Path) -> Any:
 def plain(value: Any) -> Any:
     """Return a state as something that == compares: tensors as bytes, times left out."""
     if isinstance(value, torch.Tensor):
-        return str(value.dtype), tuple(value.shape), value.reshape(-1).view(torch.uint8).numpy().tobytes()
+        return (
+            str(value.dtype),
+            tuple(value.shape),
+            value.reshape(-1).view(torch.uint8).numpy().tobytes(),
+        )
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items() if key not in UNEQUAL}
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
@@ -89,7 +98,9 @@ def metrics(run: Path) -> list[Any]:
 def board(run: Path) -> dict[str, list[tuple[int, float]]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # that it drops what a resumed run made void is the point
+    logging.getLogger("tensorboard").setLevel(
+        logging.ERROR
+    )  # that it drops what a resumed run made void is the point
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
     tags = [tag for tag in events.Tags()["scalars"] if tag not in UNEQUAL]
     return {tag: [(scalar.step, scalar.value) for scalar in events.Scalars(tag)] for tag in tags}

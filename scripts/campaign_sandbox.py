@@ -23,7 +23,17 @@ ROOM = 4 * 2**30  # bytes of address space beyond those at the start
 OLD = 10**18  # nanoseconds: a time of access before all others
 
 Kind = str  # executed, written, read, hang, traceback, memory, output, process, others
-KINDS = ("executed", "written", "read", "hang", "traceback", "memory", "output", "process", "others")
+KINDS = (
+    "executed",
+    "written",
+    "read",
+    "hang",
+    "traceback",
+    "memory",
+    "output",
+    "process",
+    "others",
+)
 
 
 @dataclass
@@ -40,7 +50,9 @@ class Ended:
     left: bool = False
 
 
-def run(work: Callable[[], Any], world: Path, environment: dict[str, str], talk: Any = None) -> Ended:
+def run(
+    work: Callable[[], Any], world: Path, environment: dict[str, str], talk: Any = None
+) -> Ended:
     """Call a function in a forked process, whose exit status is what it returns.
 
     Args:
@@ -61,12 +73,18 @@ def run(work: Callable[[], Any], world: Path, environment: dict[str, str], talk:
     if left:
         with suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)
-    out, err = (file.read_bytes()[:5_000_000].decode("utf-8", "surrogateescape") for file in streams)
+    out, err = (
+        file.read_bytes()[:5_000_000].decode("utf-8", "surrogateescape") for file in streams
+    )
     cpu, seconds = used.ru_utime + used.ru_stime, time.monotonic() - began
-    return Ended(os.waitstatus_to_exitcode(status), out, err, seconds, cpu, used.ru_maxrss, hang, left)
+    return Ended(
+        os.waitstatus_to_exitcode(status), out, err, seconds, cpu, used.ru_maxrss, hang, left
+    )
 
 
-def become(work: Callable[[], Any], world: Path, environment: dict[str, str], streams: list[Path]) -> None:
+def become(
+    work: Callable[[], Any], world: Path, environment: dict[str, str], streams: list[Path]
+) -> None:
     """In the child: set limits, streams and folders, and do the work."""
     status = 1
     try:
@@ -162,7 +180,10 @@ def ask_board(out: Path) -> None:
     time.sleep(0.5)  # until the data has been read
     for page in ("data/runs", "data/plugin/scalars/tags", "data/plugin/text/tags"):
         answer = ""
-        with suppress(OSError, ValueError), urllib.request.urlopen(found[0] + page, timeout=5) as reply:
+        with (
+            suppress(OSError, ValueError),
+            urllib.request.urlopen(found[0] + page, timeout=5) as reply,
+        ):
             answer = reply.read().decode("utf-8", "replace")
         with out.open("a", encoding="utf-8") as file:
             file.write(f"{page}: {len(answer)} characters {answer if 'TOKEN' in answer else ''}\n")
@@ -197,7 +218,9 @@ def look(path: Path, found: dict[str, Sentinel]) -> None:
     if stat.S_ISREG(status.st_mode):
         content = sha256(path.read_bytes()).hexdigest() if status.st_size < 2**24 else "large"
     size = 0 if stat.S_ISDIR(status.st_mode) else status.st_size
-    found[str(path)] = Sentinel(status.st_mode, size, status.st_mtime_ns, status.st_atime_ns, content)
+    found[str(path)] = Sentinel(
+        status.st_mode, size, status.st_mtime_ns, status.st_atime_ns, content
+    )
     if stat.S_ISDIR(status.st_mode):
         for inner in sorted(os.listdir(path)):
             look(path / inner, found)
@@ -231,7 +254,12 @@ def changes(before: dict[str, Sentinel], after: dict[str, Sentinel]) -> tuple[li
         old, new = before.get(path), after.get(path)
         if old is None or new is None:
             written.append(f"{'made' if old is None else 'removed'}: {path}")
-        elif (old.kind, old.size, old.written, old.content) != (new.kind, new.size, new.written, new.content):
+        elif (old.kind, old.size, old.written, old.content) != (
+            new.kind,
+            new.size,
+            new.written,
+            new.content,
+        ):
             written.append(f"changed: {path}")
         elif new.read != OLD and not stat.S_ISLNK(old.kind):
             read.append(f"read: {path}")
@@ -246,14 +274,21 @@ def holds(folder: Path, token: bytes, but: set[tuple[int, int]]) -> list[str]:
             path = Path(above, name)
             status = path.lstat()
             known = (status.st_dev, status.st_ino) in but
-            if stat.S_ISREG(status.st_mode) and not known and status.st_size < 2**24 and token in path.read_bytes():
+            if (
+                stat.S_ISREG(status.st_mode)
+                and not known
+                and status.st_size < 2**24
+                and token in path.read_bytes()
+            ):
                 found.append(str(path))
     return found
 
 
 # what is said
 
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]|[\udc80-\udcff]")
+CONTROL = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]|[\udc80-\udcff]"
+)
 FAULTS = {
     "a traceback": re.compile(r"Traceback \(most recent call last\)"),
     "an internal error": re.compile(r"internal error at \S+|framework: a fault at \S+"),
@@ -291,7 +326,11 @@ def faults(ended: Ended, token: str) -> list[tuple[Kind, str]]:
         wrong.append(("output", f"exit status 2 without a message: {last_line(ended)}"))
     if max(map(len, ended.err.splitlines()), default=0) > 4_000 or len(ended.err) > 60_000:
         wrong.append(("output", f"an error of {len(ended.err):,} characters: {ended.err[:80]!r}"))
-    commands = [line for line in text.splitlines() if line.startswith(("measure ", "go on ", "watch ", "best "))]
+    commands = [
+        line
+        for line in text.splitlines()
+        if line.startswith(("measure ", "go on ", "watch ", "best "))
+    ]
     unquoted = [line for line in commands if SHELL.search(re.sub(r"'[^']*'", "", line))]
     if unquoted:
         wrong.append(("output", f"an unquoted command: {unquoted[0][:120]}"))

@@ -76,7 +76,9 @@ def cases() -> list[Case]:
             Case(f"new step{where}", settings),
             Case(f"same step again{where}", settings, again=True),
             Case(f"rotation{where}", settings | {"keep": 1}),
-            Case(f"rotation, best{where}", settings | {"keep": 1, "monitor": "val/loss"}, better=True),
+            Case(
+                f"rotation, best{where}", settings | {"keep": 1, "monitor": "val/loss"}, better=True
+            ),
         ]
     return found
 
@@ -114,7 +116,13 @@ class Rehearsal:
         if found is None or skipped:
             return "none", [*wrong, "the newest is not good", *skipped]
         saved = {step_of(found): plain(load(found))}
-        which = "new" if saved == newest_of(self.new) else "old" if saved == newest_of(self.old) else "other"
+        which = (
+            "new"
+            if saved == newest_of(self.new)
+            else "old"
+            if saved == newest_of(self.old)
+            else "other"
+        )
         if which == "other" or (status == 0 and which == "old"):
             wrong.append(f"the newest is {which} {found.name}, after status {status}")
         wrong += litter(folder)
@@ -208,12 +216,16 @@ def in_place(written: Path, final: Path) -> Path:
     return final
 
 
-def disturb(case: Case, chance: random.Random, sorts: Sequence[How] = get_args(How), every: int = 1) -> Tally:
+def disturb(
+    case: Case, chance: random.Random, sorts: Sequence[How] = get_args(How), every: int = 1
+) -> Tally:
     """Go through every fault (or every n-th one) of some sorts, each on a fresh copy of the folder."""
     tally = Tally(case.name)
     with tempfile.TemporaryDirectory(prefix="campaign-") as root:
         rehearsal = Rehearsal(case, Path(root))
-        for fault in [each for each in faults(rehearsal.calls, chance) if each.how in sorts][::every]:
+        for fault in [each for each in faults(rehearsal.calls, chance) if each.how in sorts][
+            ::every
+        ]:
             rehearsal.set_up()
             calls, status = traced(rehearsal.save, rehearsal.place, fault)
             which, wrong = rehearsal.judge(status)
@@ -230,7 +242,11 @@ def fill_up(case: Case) -> Tally | str:
         if status_of(fork(lambda: told.write_text(json.dumps(on_a_small_disk(case, Path(root)))))):
             return Tally(case.name, wrong=["the campaign itself failed"])
         tally = json.loads(told.read_text(encoding="utf-8"))
-        return tally if isinstance(tally, str) else Tally(case.name, Counter(tally[0]), Counter(tally[1]), tally[2])
+        return (
+            tally
+            if isinstance(tally, str)
+            else Tally(case.name, Counter(tally[0]), Counter(tally[1]), tally[2])
+        )
 
 
 def on_a_small_disk(case: Case, root: Path) -> Any:
@@ -275,6 +291,9 @@ def saves(seed: int, control: bool, only: str = "") -> int:
         for tally in (disturb(case, chance), fill_up(case)):
             print(tally, flush=True)
             tallies += [tally] if isinstance(tally, Tally) else []
-    points, wrong = sum(tally.points.total() for tally in tallies), [each for tally in tallies for each in tally.wrong]
+    points, wrong = (
+        sum(tally.points.total() for tally in tallies),
+        [each for tally in tallies for each in tally.wrong],
+    )
     print(f"{len(wrong)} of {points} points left something wrong")
     return int(bool(wrong))

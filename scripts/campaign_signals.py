@@ -29,11 +29,17 @@ LEFT = 10.0  # seconds in which the processes that it started must end
 NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL, signal.SIGSTOP]
 IMPORTS = 4.0  # seconds that those of a new program take
 ROUNDING = 1e-4
-FROM_SCRATCH = 5  # one of so many lives is a new program, which imports everything; the others are forked
+FROM_SCRATCH = (
+    5  # one of so many lives is a new program, which imports everything; the others are forked
+)
 
 COMMON = ["data=blobs", "model.width=8", "model.depth=1", "trainer.max_steps=90", "resume=auto"]
 COMMON += ["trainer.max_epochs=null", "trainer.log_every=5steps", "trainer.validate_every=15steps"]
-COMMON += ["callbacks=[witness,checkpoint]", "callbacks.checkpoint.every=5steps", "loggers=[json_lines]"]
+COMMON += [
+    "callbacks=[witness,checkpoint]",
+    "callbacks.checkpoint.every=5steps",
+    "loggers=[json_lines]",
+]
 COMMON += ["callbacks.checkpoint.background=false"]
 DROPOUT = "model.dropout=0.3"  # not of trials that train as one: a kill regroups them, and they share their draws
 LAUNCHERS = {
@@ -45,7 +51,13 @@ LAUNCHERS = {
         "hydra/sweeper=optuna",
         "hydra.sweeper.trials=4",
     ],
-    "joblib": [DROPOUT, "optimizer.lr=1e-3,1e-2", "seed=0,1", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
+    "joblib": [
+        DROPOUT,
+        "optimizer.lr=1e-3,1e-2",
+        "seed=0,1",
+        "hydra/launcher=joblib",
+        "hydra.launcher.n_jobs=2",
+    ],
 }
 
 
@@ -68,7 +80,15 @@ class Tally:
 
 
 def arguments(launcher: str, name: str) -> list[str]:
-    return ["train", "--plugins", str(WITNESS), *COMMON, "-m", *LAUNCHERS[launcher], f"sweep.name={name}"]
+    return [
+        "train",
+        "--plugins",
+        str(WITNESS),
+        *COMMON,
+        "-m",
+        *LAUNCHERS[launcher],
+        f"sweep.name={name}",
+    ]
 
 
 def start(words: list[str], log: Path, forked: bool) -> int:
@@ -110,7 +130,11 @@ def ended(pid: int, seconds: float) -> bool:
 
 def started_by(pid: int, before: set[int]) -> set[int]:
     """Return the processes of a sweep that are left: those that were found when it was alive, and are still there."""
-    return {each for each in before | descendants(pid) if each != pid and state_of(each) not in ("Z", "")}
+    return {
+        each
+        for each in before | descendants(pid)
+        if each != pid and state_of(each) not in ("Z", "")
+    }
 
 
 def descendants(pid: int) -> set[int]:
@@ -175,7 +199,9 @@ def life(tally: Tally, words: list[str], chance: random.Random, number: Any, too
     expected = {0, -number, 128 + number} if number != signal.SIGSTOP else {0}
     if status not in expected:
         tally.wrong.append(f"ended with {status} after {name}: {' '.join(said.split())[-200:]}")
-    if number != signal.SIGKILL and any(words in said for words in ("Traceback", "terminate called")):
+    if number != signal.SIGKILL and any(
+        words in said for words in ("Traceback", "terminate called")
+    ):
         tally.wrong.append(f"a traceback after {name}: {' '.join(said.split())[-300:]}")
     return status
 
@@ -208,17 +234,33 @@ def alike(a: Any, b: Any, rounded: bool) -> bool:
         return a.keys() == b.keys() and all(alike(a[key], b[key], True) for key in a)
     if isinstance(a, list):
         return len(a) == len(b) and all(alike(*pair, True) for pair in zip(a, b, strict=True))
-    return math.isclose(a, b, rel_tol=ROUNDING, abs_tol=ROUNDING) if isinstance(a, float) else bool(a == b)
+    return (
+        math.isclose(a, b, rel_tol=ROUNDING, abs_tol=ROUNDING)
+        if isinstance(a, float)
+        else bool(a == b)
+    )
 
 
 def differences(whole: Any, cut: Any) -> Iterator[str]:
-    names = ["numbers", "settings", "folders", "states", "steps", "metrics", "logs", "weights", "training states"]
+    names = [
+        "numbers",
+        "settings",
+        "folders",
+        "states",
+        "steps",
+        "metrics",
+        "logs",
+        "weights",
+        "training states",
+    ]
     (rounded, whole_rows, whole_best), (_, cut_rows, cut_best) = whole, cut
     if len(whole_rows) != len(cut_rows):
         yield "another number of trials"
         return
     for position, name in enumerate(names):
-        if not alike([row[position] for row in whole_rows], [row[position] for row in cut_rows], rounded):
+        if not alike(
+            [row[position] for row in whole_rows], [row[position] for row in cut_rows], rounded
+        ):
             yield f"other {name}"
     if whole_best != cut_best:
         yield "another best trial"
@@ -286,7 +328,10 @@ def signalled(signals: int, seed: int, control: bool, launchers: list[str] | Non
     sweeps, equal = sum(tally.sweeps for tally in tallies), sum(tally.equal for tally in tallies)
     print(f"{equal} of {sweeps} sweeps equal after {sent} signals: {dict(sorted(moments.items()))}")
     wrong = any(tally.wrong for tally in tallies)
-    print(f"  {time.monotonic() - began:.0f} s" + (f"; the sweeps are in {root}" if wrong and not control else ""))
+    print(
+        f"  {time.monotonic() - began:.0f} s"
+        + (f"; the sweeps are in {root}" if wrong and not control else "")
+    )
     if control or not wrong:
         shutil.rmtree(root)
     if control and any(not tally.wrong for tally in tallies):

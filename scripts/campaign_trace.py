@@ -28,10 +28,26 @@ BY_NAME = {
     87: "unlink",
     88: "symlink",
 }
-BY_NAME |= {90: "chmod", 258: "mkdir", 263: "unlink", 264: "rename", 265: "link", 266: "symlink", 316: "rename"}
+BY_NAME |= {
+    90: "chmod",
+    258: "mkdir",
+    263: "unlink",
+    264: "rename",
+    265: "link",
+    266: "symlink",
+    316: "rename",
+}
 OPEN, OPENAT, CREATES_OR_CUTS = 2, 257, os.O_CREAT | os.O_TRUNC
 WRITES = {1: "write", 18: "write"}  # of a buffer, whose length is the third argument
-BY_DESCRIPTOR = {20: "write", 74: "fsync", 75: "fsync", 77: "truncate", 91: "chmod", 285: "allocate", 296: "write"}
+BY_DESCRIPTOR = {
+    20: "write",
+    74: "fsync",
+    75: "fsync",
+    77: "truncate",
+    91: "chmod",
+    285: "allocate",
+    296: "write",
+}
 BY_DESCRIPTOR |= WRITES | {40: "write", 326: "write"}
 
 TRACE_ME, CONTINUE_TO_CALL, SET_OPTIONS, CALL_INFO, POKE_USER = 0, 24, 0x4200, 0x420E, 6
@@ -72,7 +88,9 @@ def supported() -> str | None:
         return f"the kernel allows no tracing: {error.strerror}"
 
 
-def traced(work: Callable[[], Any], folder: Path, fault: Fault | None = None) -> tuple[list[Call], int]:
+def traced(
+    work: Callable[[], Any], folder: Path, fault: Fault | None = None
+) -> tuple[list[Call], int]:
     """Do some work in a process of its own, with a fault or without.
 
     Returns the calls by which it changed files in that folder, and its exit status (less than 0: a signal).
@@ -164,7 +182,11 @@ def _change(thread: int, values: tuple[int, ...], folder: bytes) -> Call | None:
         path = os.readlink(os.fsencode(f"/proc/{thread}/fd/{first}"))
     except OSError:
         return None
-    return Call(BY_DESCRIPTOR[number], third if number in WRITES else 0) if path.startswith(folder) else None
+    return (
+        Call(BY_DESCRIPTOR[number], third if number in WRITES else 0)
+        if path.startswith(folder)
+        else None
+    )
 
 
 def _resume(thread: int, number: int = 0) -> None:

@@ -11,7 +11,9 @@ from framework.runs import checkpoint
 from framework.training.trainer import Trainer
 
 STATES = "campaign.states"  # the file, a byte for each trial
-FORGET = "CAMPAIGN_FORGET"  # the environment variable with which a resumed run loses a part of its state
+FORGET = (
+    "CAMPAIGN_FORGET"  # the environment variable with which a resumed run loses a part of its state
+)
 BEGUN, STEPS, SAVING = 1, 2, 3
 SIZE = 64
 

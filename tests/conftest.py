@@ -15,7 +15,9 @@ from framework.registry.registry import Registry
 from shipped import shipped
 from suites import suite_of
 
-torch.set_num_threads(1)  # some tests fork, which a process with OpenMP threads of its own does not survive
+torch.set_num_threads(
+    1
+)  # some tests fork, which a process with OpenMP threads of its own does not survive
 
 
 def leave_out_user_plugins():

@@ -19,11 +19,15 @@ VAL = TensorSplit(X[:20] + 0.1, Y[:20])
 
 def network():
     torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 3))
+    return nn.Sequential(
+        nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 3)
+    )
 
 
 OPTIMIZERS = {
-    "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3),
+    "sgd": lambda model: torch.optim.SGD(
+        model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3
+    ),
     "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=0.01, fused=True),
 }
 
@@ -61,7 +65,9 @@ class At(Callback):
             self.do(trainer)
 
 
-def fit(data=SPLIT, *, model=None, optimizer="sgd", callbacks=(), resume=None, task=None, **settings):
+def fit(
+    data=SPLIT, *, model=None, optimizer="sgd", callbacks=(), resume=None, task=None, **settings
+):
     """Returns (trainer, record). Names of `Trainer` go to it, the others to `fit`."""
     ours = inspect.signature(Trainer).parameters
     limits = {name: settings.pop(name) for name in list(settings) if name in ours}

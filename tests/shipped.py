@@ -10,7 +10,9 @@ def shipped(folder: Path, pattern: str) -> list[Path]:
     found = sorted(folder.glob(pattern))
     if shutil.which("git") is None:
         return found
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=folder, capture_output=True, text=True, check=False)
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=folder, capture_output=True, text=True, check=False
+    )
     tracked = set(listed.stdout.split("\0")) - {""}
     if not tracked:
         return found

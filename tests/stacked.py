@@ -40,12 +40,25 @@ class Recorder(fw.Logger):
 
 def network(seed=0, dropout=0.0, norm=False):
     torch.manual_seed(seed)
-    layers = [nn.Linear(6, 9), nn.BatchNorm1d(9) if norm else nn.Identity(), nn.Tanh(), nn.Dropout(dropout)]
+    layers = [
+        nn.Linear(6, 9),
+        nn.BatchNorm1d(9) if norm else nn.Identity(),
+        nn.Tanh(),
+        nn.Dropout(dropout),
+    ]
     return nn.Sequential(*layers, nn.Linear(9, 3)).double()
 
 
 def trial(
-    seed=0, lr=1.0, optimizer=OPTIMIZERS[3], callbacks=(), model=None, loss=None, schedule=None, task=None, **settings
+    seed=0,
+    lr=1.0,
+    optimizer=OPTIMIZERS[3],
+    callbacks=(),
+    model=None,
+    loss=None,
+    schedule=None,
+    task=None,
+    **settings,
 ):
     model = network(seed) if model is None else model
     recorder = Recorder()
@@ -63,7 +76,9 @@ def trial(
         "model": model,
         "data": Loader(TRAIN, 32, 64, shuffle=True, seed=seed),
         "val": Loader(VAL, 32, 64),
-        "task": task() if task else fw.tasks.build("classification", loss=loss or (lambda: nn.CrossEntropyLoss())),
+        "task": task()
+        if task
+        else fw.tasks.build("classification", loss=loss or (lambda: nn.CrossEntropyLoss())),
         "optimizer": made,
         "schedule": schedule,
         "metrics": trainer.metrics,
@@ -86,13 +101,17 @@ def together(*recipes):
 
 
 def assert_same(one, other, atol=1e-10):
-    for (name, a), b in zip(one.model.state_dict().items(), other.model.state_dict().values(), strict=True):
+    for (name, a), b in zip(
+        one.model.state_dict().items(), other.model.state_dict().values(), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=0, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
     mine, theirs = one.state_dict()["optimizer"]["state"], other.state_dict()["optimizer"]["state"]
     for number, state in theirs.items():
         for name, value in state.items():
             torch.testing.assert_close(mine[number][name], value, rtol=0, atol=max(atol, 1e-9))
     assert len(one.recorder.lines) == len(other.recorder.lines)
-    for (step, epoch, values), (step_, epoch_, expected) in zip(one.recorder.lines, other.recorder.lines, strict=True):
+    for (step, epoch, values), (step_, epoch_, expected) in zip(
+        one.recorder.lines, other.recorder.lines, strict=True
+    ):
         assert (step, epoch) == (step_, epoch_)
         assert values == pytest.approx(expected, abs=1e-8)

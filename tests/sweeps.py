@@ -6,7 +6,10 @@ from pathlib import Path
 
 def rows(name="s"):
     """The lines of sweep.jsonl, a row at the beginning and one at the end of each trial."""
-    return [json.loads(line) for line in Path(f"runs/default/{name}/sweep.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in Path(f"runs/default/{name}/sweep.jsonl").read_text().splitlines()
+    ]
 
 
 def trials(name="s"):

@@ -26,7 +26,9 @@ def serve_board(root: Path, port: int) -> int:
     Raises RunError when the folder is missing, FrameworkError when the port is taken.
     """
     if not root.is_dir():
-        raise RunError(f"there is no folder of runs {root}: train something first, or name it with --root")
+        raise RunError(
+            f"there is no folder of runs {root}: train something first, or name it with --root"
+        )
     check_port(port)
     runs, odd = look_through(root)
     from tensorboard import program
@@ -45,7 +47,9 @@ def serve_board(root: Path, port: int) -> int:
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FrameworkError(f"TensorBoard cannot start: {why} (--port chooses another)") from error
     done = threading.Event()
-    for number in ending_signals():  # before the address is printed: who reads it may end the server at once
+    for (
+        number
+    ) in ending_signals():  # before the address is printed: who reads it may end the server at once
         signal.signal(number, lambda *_: done.set())
     print_line(f"TensorBoard shows {root} at {address} (Ctrl-C ends it)", flush=True)
     if runs > MOST_TICKED:
@@ -104,4 +108,6 @@ def check_port(port: int) -> None:
     except OverflowError:
         raise FrameworkError(f"--port should be 0 to 65535, not {port}") from None
     except OSError as error:
-        raise FrameworkError(f"--port {port}: {error.strerror}; another one, or 0 for any free one?") from error
+        raise FrameworkError(
+            f"--port {port}: {error.strerror}; another one, or 0 for any free one?"
+        ) from error

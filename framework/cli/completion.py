@@ -79,7 +79,9 @@ def answer(words: list[str]) -> list[str]:
     """Return what the last word may become, in the working folder; [] when anything is amiss."""
     try:
         folders = map(Path, following(words, "--config-dir"))
-        index = find_index(following(words, "--plugins"), folders, following(words, "--without-plugin"))
+        index = find_index(
+            following(words, "--plugins"), folders, following(words, "--without-plugin")
+        )
         return completions(words, index)
     except Exception:  # half a word is no reason for a message in the middle of a line
         return []
@@ -135,7 +137,9 @@ def path_words(path: str, said: Mapping[str, str], index: Index) -> list[str]:
     stem, dot, _ = path.rpartition(".")
     if dot:
         follows = "." if stem in index.keys and index.many(stem) else "="
-        return starting(path, [f"{stem}.{name}{follows}" for name in settings_below(stem, said, index)])
+        return starting(
+            path, [f"{stem}.{name}{follows}" for name in settings_below(stem, said, index)]
+        )
     options = [f"{key}=" for key in (*index.keys, "experiment")]
     options += [f"{name}." if settings else f"{name}=" for name, settings in index.sections.items()]
     options += [f"{path}."] if path in index.keys else []
@@ -159,7 +163,9 @@ def settings_below(path: str, said: Mapping[str, str], index: Index) -> dict[str
         if not choice or "part" not in choice:
             return {}
         deeper = ".".join([head, *([str(name)] if many else []), *rest[: number + 1]])
-        settings = by_name(index.settings(choice["part"], said.get(deeper, str(choice.get("default")))))
+        settings = by_name(
+            index.settings(choice["part"], said.get(deeper, str(choice.get("default"))))
+        )
     return settings
 
 

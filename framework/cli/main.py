@@ -16,7 +16,13 @@ from typing import Any, NoReturn
 
 import framework.tuning.sections  # noqa: F401  registers the section `sweep`, sweepers and launchers
 from framework.composition import trust as trusting
-from framework.composition.trust import entries_in, escaped_path, importing_from_elsewhere, is_trusted, problem_of_file
+from framework.composition.trust import (
+    entries_in,
+    escaped_path,
+    importing_from_elsewhere,
+    is_trusted,
+    problem_of_file,
+)
 from framework.errors import ConfigError, FrameworkError, did_you_mean
 from framework.errors.exits import no_exit
 from framework.errors.paths import expanded, real_path, shorter
@@ -34,8 +40,32 @@ from framework.errors.user_code import describe, internal_place, user_place
 from framework.system.signals import interruptible
 from framework.system.streams import prepare_streams, silence_broken_streams
 
-from .help_texts import BOARD, CHECK, EVAL, FIND, HELP, LIST, PLAN, PREDICT, RESUME, SHOW, TRAIN, TRUSTING
-from .parsers import CHECKPOINT, JSON, RUN, TRACEBACK, TRUST, Parser, command_line, composing, importing_torch, swept
+from .help_texts import (
+    BOARD,
+    CHECK,
+    EVAL,
+    FIND,
+    HELP,
+    LIST,
+    PLAN,
+    PREDICT,
+    RESUME,
+    SHOW,
+    TRAIN,
+    TRUSTING,
+)
+from .parsers import (
+    CHECKPOINT,
+    JSON,
+    RUN,
+    TRACEBACK,
+    TRUST,
+    Parser,
+    command_line,
+    composing,
+    importing_torch,
+    swept,
+)
 
 STARTED = time.monotonic()
 RUNNING = ("train", "resume", "plan", "check", "find", "eval", "predict")
@@ -49,7 +79,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     arguments.sort(key=TRACEBACK.__eq__)  # it may stand anywhere, also before the verb
     with interruptible() as interrupt:
         status = exit_status_of(arguments)
-    if interrupt.received is not None and status == 0:  # after the last of the work, or its exception was lost
+    if (
+        interrupt.received is not None and status == 0
+    ):  # after the last of the work, or its exception was lost
         status = 128 + interrupt.received
     sys.exit(status)
 
@@ -90,7 +122,9 @@ def importing_safely(arguments: list[str]) -> Iterator[None]:
     with importing_from_elsewhere(os.curdir, named) as left_out:
         if left_out and verb in ("list", "show") and os.environ.get("PYTHONPATH"):
             entries = ", ".join(escaped_path(shorter(entry)) for entry in left_out)
-            note(f"no module is imported from {entries}, since this folder is not trusted (`framework trust`)")
+            note(
+                f"no module is imported from {entries}, since this folder is not trusted (`framework trust`)"
+            )
         yield
 
 
@@ -163,14 +197,27 @@ def train(arguments: list[str]) -> None:
     parser = composing("train", "Compose an experiment and train it.", TRAIN)
     about = "sweep: try every combination of a,b,c or range(3)"
     parser.add_argument("-m", "--multirun", action="store_true", help=about)
-    parser.add_argument("--inexact", action="store_true", help="resume though settings would change the outcome")
-    parser.add_argument("--repeat", type=int, metavar="N", help="sweep over N seeds: mean and standard error")
-    parser.add_argument("--folds", type=int, metavar="N", help="cross-validation: sweep over N folds")
+    parser.add_argument(
+        "--inexact", action="store_true", help="resume though settings would change the outcome"
+    )
+    parser.add_argument(
+        "--repeat", type=int, metavar="N", help="sweep over N seeds: mean and standard error"
+    )
+    parser.add_argument(
+        "--folds", type=int, metavar="N", help="cross-validation: sweep over N folds"
+    )
     given = parser.parse_intermixed_args(arguments)
     if given.repeat is not None:
         swept(parser, given, "--repeat", "seed", given.repeat, range(given.repeat))
     if given.folds is not None:
-        swept(parser, given, "--folds", "fold", given.folds, [f"{k}/{given.folds}" for k in range(1, given.folds + 1)])
+        swept(
+            parser,
+            given,
+            "--folds",
+            "fold",
+            given.folds,
+            [f"{k}/{given.folds}" for k in range(1, given.folds + 1)],
+        )
     line = command_line(parser, given)
     from framework.composition.compose import Job, run_composed as compose
 
@@ -198,9 +245,15 @@ def train(arguments: list[str]) -> None:
 
 def resume(arguments: list[str]) -> int:
     parser = Parser("resume", "Go on with a run that was cut off, as if it had not been.", RESUME)
-    parser.add_argument("run", **RUN | {"help": "the folder of a run, or of the checkpoint of one to go on from"})
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="what is to differ from here on")
-    parser.add_argument("--inexact", action="store_true", help="though settings would change the outcome")
+    parser.add_argument(
+        "run", **RUN | {"help": "the folder of a run, or of the checkpoint of one to go on from"}
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="what is to differ from here on"
+    )
+    parser.add_argument(
+        "--inexact", action="store_true", help="though settings would change the outcome"
+    )
     given = parser.parse_intermixed_args(arguments)
     with importing_torch():
         from framework.experiment.experiment import train as train_experiment
@@ -249,7 +302,9 @@ def plan(arguments: list[str]) -> None:
 
 
 def check(arguments: list[str]) -> None:
-    parser = composing("check", "Try an experiment in seconds: build, step, validate, save, resume, learn.", CHECK)
+    parser = composing(
+        "check", "Try an experiment in seconds: build, step, validate, save, resume, learn.", CHECK
+    )
     line = command_line(parser, parser.parse_intermixed_args(arguments))
     from framework.composition.compose import run_composed as compose
     from framework.experiment.check import run_check as check_experiment
@@ -279,7 +334,9 @@ def evaluate(arguments: list[str]) -> None:
     parser.add_argument("--checkpoint", **CHECKPOINT)
     parser.add_argument("--json", **JSON)
     given = parser.parse_args(arguments)
-    from framework.registry.discovery import output_for_programs  # not at the top: `--help` does without it
+    from framework.registry.discovery import (
+        output_for_programs,
+    )  # not at the top: `--help` does without it
 
     with output_for_programs(given.json):
         trained = opened_run(given)
@@ -293,22 +350,42 @@ def evaluate(arguments: list[str]) -> None:
 
 
 def predict(arguments: list[str]) -> None:
-    parser = Parser("predict", "Run a trained model on a file, or let a language model go on with a text.", PREDICT)
+    parser = Parser(
+        "predict",
+        "Run a trained model on a file, or let a language model go on with a text.",
+        PREDICT,
+    )
     parser.add_argument("run", **RUN)
     like = "like those that the run's data set reads"
     parser.add_argument("--input", type=expanded, metavar="FILE", help=like)
-    parser.add_argument("--output", metavar="FILE", help=".csv, .jsonl, .npz, or - for the terminal")
+    parser.add_argument(
+        "--output", metavar="FILE", help=".csv, .jsonl, .npz, or - for the terminal"
+    )
     parser.add_argument("--prompt", metavar="TEXT", help="what a language model is to go on with")
-    parser.add_argument("--length", type=int, metavar="N", help="with --prompt: tokens (default 200)")
-    parser.add_argument("--temperature", type=float, metavar="X", help="with --prompt: 0 is greedy (default 0.8)")
-    parser.add_argument("--top-k", type=int, metavar="K", help="with --prompt: draw from the K likeliest tokens")
-    parser.add_argument("--top-p", type=float, metavar="P", help="with --prompt: and from those that make up P")
-    parser.add_argument("--seed", type=int, metavar="N", help="with --prompt: of the draws (default 0)")
+    parser.add_argument(
+        "--length", type=int, metavar="N", help="with --prompt: tokens (default 200)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, metavar="X", help="with --prompt: 0 is greedy (default 0.8)"
+    )
+    parser.add_argument(
+        "--top-k", type=int, metavar="K", help="with --prompt: draw from the K likeliest tokens"
+    )
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", help="with --prompt: and from those that make up P"
+    )
+    parser.add_argument(
+        "--seed", type=int, metavar="N", help="with --prompt: of the draws (default 0)"
+    )
     parser.add_argument("--checkpoint", **CHECKPOINT)
     given = parser.parse_args(arguments)
-    chosen = {name: getattr(given, name) for name in ("length", "temperature", "top_k", "top_p", "seed")}
+    chosen = {
+        name: getattr(given, name) for name in ("length", "temperature", "top_k", "top_p", "seed")
+    }
     sampling = {name: value for name, value in chosen.items() if value is not None}
-    if (given.prompt is None) == (given.input is None) or (given.input is None) != (given.output is None):
+    if (given.prompt is None) == (given.input is None) or (given.input is None) != (
+        given.output is None
+    ):
         parser.error("give --input FILE --output FILE, or --prompt TEXT for a language model")
     if given.prompt is not None:
         return write_on(given, sampling)
@@ -354,9 +431,14 @@ def list_parts(arguments: list[str]) -> None:
 
     index = index_of(given)
     kind = given.kind and part_tables.kind_of(index, given.kind)
-    parts = {each: list(index.kinds[each]["parts"].values()) for each in ([kind] if kind else index.kinds)}
+    parts = {
+        each: list(index.kinds[each]["parts"].values())
+        for each in ([kind] if kind else index.kinds)
+    }
     print_json_or_table(
-        given.json, parts, lambda: part_tables.parts_table(index, kind) if kind else part_tables.list_kinds(index)
+        given.json,
+        parts,
+        lambda: part_tables.parts_table(index, kind) if kind else part_tables.list_kinds(index),
     )
 
 
@@ -371,7 +453,9 @@ def show(arguments: list[str]) -> None:
     index = index_of(given)
     part = part_tables.find_part(index, given.part)
     print_json_or_table(
-        given.json, part, lambda: part_tables.part_page(part, index, given.plugins, given.without_plugin)
+        given.json,
+        part,
+        lambda: part_tables.part_page(part, index, given.plugins, given.without_plugin),
     )
 
 
@@ -383,19 +467,27 @@ def index_of(given: argparse.Namespace) -> Any:
     for problem in index.broken:
         note(f"{problem}; its parts are left out")
     if index.not_trusted:
-        plugins = ", ".join(dict.fromkeys(escaped_path(shorter(plugin)) for plugin in index.not_trusted))
+        plugins = ", ".join(
+            dict.fromkeys(escaped_path(shorter(plugin)) for plugin in index.not_trusted)
+        )
         problem = problem_of_file() or "this folder is not trusted"
-        note(f"plugins of conf/config.yaml are not loaded: {plugins}: {problem}. `framework trust` allows it")
+        note(
+            f"plugins of conf/config.yaml are not loaded: {plugins}: {problem}. `framework trust` allows it"
+        )
     return index
 
 
 def trust(arguments: list[str]) -> int:
-    parser = Parser("trust", "Let `list`, `show` and TAB run the plugins of a project, too.", TRUSTING)
+    parser = Parser(
+        "trust", "Let `list`, `show` and TAB run the plugins of a project, too.", TRUSTING
+    )
     about = "the folder of the project (default: this one)"
     parser.add_argument("folder", nargs="?", type=expanded, metavar="FOLDER", help=about)
     parser.add_argument("--trust", action="store_true", help="do not ask, for scripts")
     parser.add_argument("--list", action="store_true", help="print the trusted folders")
-    parser.add_argument("--remove", type=expanded, metavar="FOLDER", help="trust a folder no longer")
+    parser.add_argument(
+        "--remove", type=expanded, metavar="FOLDER", help="trust a folder no longer"
+    )
     given = parser.parse_args(arguments)
     if sum([given.list, given.remove is not None, given.folder is not None or given.trust]) > 1:
         parser.error("give a folder, --list or --remove FOLDER")
@@ -420,7 +512,9 @@ def trust_folder(folder: Path, agreed: bool) -> int:
     if not agreed:
         if not sys.stdin.isatty():
             raise FrameworkError("trust: there is no terminal to ask on; --trust answers yes")
-        agreed = answer_of(f"Trust {escaped_path(str(folder))}? `list`, `show` and TAB will run its plugins. [y/N] ")
+        agreed = answer_of(
+            f"Trust {escaped_path(str(folder))}? `list`, `show` and TAB will run its plugins. [y/N] "
+        )
     if not agreed:
         print("not trusted")
         return 1
@@ -439,7 +533,9 @@ def answer_of(question: str) -> bool:
 
 
 def board(arguments: list[str]) -> int:
-    parser = Parser("board", "Start TensorBoard on the runs, on this machine alone, until Ctrl-C.", BOARD)
+    parser = Parser(
+        "board", "Start TensorBoard on the runs, on this machine alone, until Ctrl-C.", BOARD
+    )
     about = "the folder of runs (default: runs)"
     parser.add_argument("--root", type=expanded, default=Path("runs"), help=about)
     parser.add_argument("--port", type=int, default=6006, help="0 takes any free one")

@@ -36,7 +36,9 @@ def print_result(result: Result, job: str | None = None) -> None:
         print_line(effort(result) + (f", stopped: {result.stopped}" if result.stopped else ""))
     if result.shares and job is None:
         shares = percent(result.shares)
-        print_line(f"time     {', '.join(f'{share}% {part}' for part, share in shares.items() if share)}")
+        print_line(
+            f"time     {', '.join(f'{share}% {part}' for part, share in shares.items() if share)}"
+        )
     if result.advice is not None:
         print_line(f"advice   {result.advice}")
     print_line(f"run      {result.folder}")
@@ -94,25 +96,35 @@ def percent(shares: Mapping[str, float]) -> dict[str, int]:
     return {name: whole + (name in most_cut[:missing]) for name, whole in cut.items()}
 
 
-def metric_table(metrics: Mapping[str, float], weights: Mapping[str, str] = MappingProxyType({})) -> Iterator[str]:
+def metric_table(
+    metrics: Mapping[str, float], weights: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[str]:
     """Yield lines: a row for each split, a column for each measure of validation or test data.
 
     Args:
         metrics: by "split/measure".
         weights: by split, the weights that were measured; written behind the split.
     """
-    splits = [s for s in ("train", "val", "test") if any(name.startswith(f"{s}/") for name in metrics)]
+    splits = [
+        s for s in ("train", "val", "test") if any(name.startswith(f"{s}/") for name in metrics)
+    ]
     measured = [name.partition("/")[2] for name in metrics if name.startswith(("val/", "test/"))]
     names = list(dict.fromkeys(measured or [n.partition("/")[2] for n in metrics]))
     titles = [title(name) for name in names]
     widths = [max(len(name), 9) for name in titles]
-    labels = [title(f"{split} ({weights[split]})") if split in weights else split for split in splits]
+    labels = [
+        title(f"{split} ({weights[split]})") if split in weights else split for split in splits
+    ]
     first = max([5, *map(len, labels)]) + 1
-    yield " " * first + "".join(f"  {name:>{width}}" for name, width in zip(titles, widths, strict=True))
+    yield " " * first + "".join(
+        f"  {name:>{width}}" for name, width in zip(titles, widths, strict=True)
+    )
     for split, label in zip(splits, labels, strict=True):
         values = [metrics.get(f"{split}/{name}") for name in names]
         cells = ["" if value is None else f"{value:.4g}" for value in values]
-        yield f"{label:<{first}}" + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        yield f"{label:<{first}}" + "".join(
+            f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True)
+        )
 
 
 def print_values(values: Mapping[str, float], checkpoint: Path) -> None:
@@ -129,9 +141,13 @@ def check_output(output: str) -> None:
     if output == "-":
         return
     if path.suffix not in (".csv", ".jsonl", ".npz"):
-        raise FrameworkError(f"--output {output}: the suffix should be .csv, .jsonl or .npz, or - for the terminal")
+        raise FrameworkError(
+            f"--output {output}: the suffix should be .csv, .jsonl or .npz, or - for the terminal"
+        )
     if path.is_dir() or not path.parent.is_dir():
-        raise FrameworkError(f"--output {output}: {'is a folder' if path.is_dir() else f'no folder {path.parent}'}")
+        raise FrameworkError(
+            f"--output {output}: {'is a folder' if path.is_dir() else f'no folder {path.parent}'}"
+        )
 
 
 def write_predictions(columns: Mapping[str, Any], classes: Sequence[str], output: str) -> int:
@@ -165,7 +181,9 @@ def flatten(columns: Mapping[str, Any], classes: Sequence[str]) -> dict[str, lis
             flat["index"] = listed
         elif listed and isinstance(listed[0], list):
             width = len(listed[0])
-            names = list(classes) if len(classes) == width else [str(number) for number in range(width)]
+            names = (
+                list(classes) if len(classes) == width else [str(number) for number in range(width)]
+            )
             flat |= {f"{name}:{label}": [row[i] for row in listed] for i, label in enumerate(names)}
         else:
             flat[name] = listed
@@ -210,7 +228,9 @@ def json_lines_of(columns: Mapping[str, list[Any]]) -> bytes:
     return "".join(lines).encode()
 
 
-def write_csv(columns: Mapping[str, list[Any]], file: TextIO, shown: Callable[[Any], str] = str) -> None:
+def write_csv(
+    columns: Mapping[str, list[Any]], file: TextIO, shown: Callable[[Any], str] = str
+) -> None:
     """Write columns as CSV, with their names and texts as `shown` returns them."""
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(map(shown, columns))

@@ -14,7 +14,10 @@ TRACEBACK = "--traceback"
 RUN: dict[str, Any] = {"type": expanded, "help": "the folder of a run"}
 CHECKPOINT: dict[str, Any] = {"metavar": "WHICH"}
 CHECKPOINT["help"] = "best (default), last, or the folder of a checkpoint"
-TRUST: dict[str, Any] = {"action": "store_true", "help": "load the plugins that conf/config.yaml names, this once"}
+TRUST: dict[str, Any] = {
+    "action": "store_true",
+    "help": "load the plugins that conf/config.yaml names, this once",
+}
 JSON: dict[str, Any] = {"action": "store_true", "help": "for programs"}
 
 
@@ -25,7 +28,11 @@ class Parser(argparse.ArgumentParser):
         super().__init__(f"framework {verb}", description=does, epilog=epilog, allow_abbrev=False)
         self.formatter_class = argparse.RawDescriptionHelpFormatter
         self.repeated("--plugins", metavar="FILE", help="parts of your own, or a module")
-        self.repeated("--without-plugin", metavar="NAME", help="leave an installed plugin out, such as a broken one")
+        self.repeated(
+            "--without-plugin",
+            metavar="NAME",
+            help="leave an installed plugin out, such as a broken one",
+        )
         self.add_argument(TRACEBACK, action="store_true", help="show where an error arose")
 
     def repeated(self, flag: str, **about: Any) -> None:
@@ -37,13 +44,19 @@ class Parser(argparse.ArgumentParser):
 
 def composing(verb: str, does: str, epilog: str) -> Parser:
     parser = Parser(verb, does, epilog)
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="what differs from the default experiment")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="what differs from the default experiment"
+    )
     about = "a folder with experiment/*.yaml"
     parser.repeated("--config-dir", type=expanded, metavar="DIR", help=about)
-    parser.add_argument("--cfg", choices=["job", "hydra", "all"], help="print the composed config and stop")
+    parser.add_argument(
+        "--cfg", choices=["job", "hydra", "all"], help="print the composed config and stop"
+    )
     parser.add_argument("--resolve", action="store_true", help="with --cfg: fill in the references")
     shown = ("defaults", "defaults-tree", "searchpath", "config", "plugins", "all")
-    parser.add_argument("--info", choices=shown, metavar="WHAT", help=f"print and stop: {', '.join(shown)}")
+    parser.add_argument(
+        "--info", choices=shown, metavar="WHAT", help=f"print and stop: {', '.join(shown)}"
+    )
     parser.set_defaults(multirun=False, inexact=False)
     return parser
 
@@ -57,7 +70,9 @@ def command_line(parser: Parser, given: argparse.Namespace) -> Any:
         from framework.composition.compose import CommandLine
     flags = ("multirun", "cfg", "resolve", "info", "inexact", "traceback")
     chosen = {flag: vars(given)[flag] for flag in flags}
-    return CommandLine(given.overrides, given.plugins, given.config_dir, **chosen, without=given.without_plugin)
+    return CommandLine(
+        given.overrides, given.plugins, given.config_dir, **chosen, without=given.without_plugin
+    )
 
 
 @contextmanager
@@ -74,7 +89,14 @@ def importing_torch() -> Iterator[None]:
         gc.enable()
 
 
-def swept(parser: Parser, given: argparse.Namespace, flag: str, key: str, count: int, values: Sequence[Any]) -> None:
+def swept(
+    parser: Parser,
+    given: argparse.Namespace,
+    flag: str,
+    key: str,
+    count: int,
+    values: Sequence[Any],
+) -> None:
     """Make the command a sweep over so many values of a key."""
     if count < 2:
         parser.error(f"{flag} {count}: should be 2 or more")

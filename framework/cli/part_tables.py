@@ -29,7 +29,9 @@ def kind_of(index: Index, kind: str) -> str:
     for name, about in index.kinds.items():
         if kind in (name, about["key"], f"{name}s", f"{name}es"):
             return name
-    raise UnknownName(f"there is no kind of part {kind!r}; {did_you_mean(kind, index.kinds, most=20)}")
+    raise UnknownName(
+        f"there is no kind of part {kind!r}; {did_you_mean(kind, index.kinds, most=20)}"
+    )
 
 
 def find_part(index: Index, target: str) -> Part:
@@ -45,14 +47,22 @@ def find_part(index: Index, target: str) -> Part:
         several = ", ".join(f"{part['kind']}/{part['name']}" for part in found)
         raise SettingError(f"{target!r} is several parts: {several}. Name its kind too.")
     if not found and slash:
-        raise UnknownName(no_part(kinds[0], name, {kind: names_of(index, kind) for kind in index.kinds}))
+        raise UnknownName(
+            no_part(kinds[0], name, {kind: names_of(index, kind) for kind in index.kinds})
+        )
     if not found:
-        raise UnknownName(f"there is no part {target!r}; {did_you_mean(target, [part['name'] for part in parts])}")
+        raise UnknownName(
+            f"there is no part {target!r}; {did_you_mean(target, [part['name'] for part in parts])}"
+        )
     return found[0]
 
 
 def names_of(index: Index, kind: str) -> list[str]:
-    return [name for part in index.kinds[kind]["parts"].values() for name in (part["name"], *part["aliases"])]
+    return [
+        name
+        for part in index.kinds[kind]["parts"].values()
+        for name in (part["name"], *part["aliases"])
+    ]
 
 
 def list_kinds(index: Index) -> RenderableType:
@@ -62,7 +72,9 @@ def list_kinds(index: Index) -> RenderableType:
     table.add_column("parts", justify="right", no_wrap=True)
     table.add_column("what it is", overflow="fold")
     for kind in index.kinds.values():
-        table.add_row(line(kind["key"], most=LONGEST_NAME), str(len(kind["parts"])), line(kind["doc"]))
+        table.add_row(
+            line(kind["key"], most=LONGEST_NAME), str(len(kind["parts"])), line(kind["doc"])
+        )
     return table
 
 
@@ -115,7 +127,9 @@ def settings_table(settings: Iterable[dict[str, Any]]) -> Table:
     table.add_column("meaning", overflow="fold", style="dim")
     for setting in settings:
         required = Text("required", "yellow")
-        default = required if setting["required"] else line(default_text(setting), most=LONGEST_DEFAULT)
+        default = (
+            required if setting["required"] else line(default_text(setting), most=LONGEST_DEFAULT)
+        )
         name = line(setting["name"], most=LONGEST_NAME)
         table.add_row(name, default, line(setting["type"]), line(tidy(setting["doc"])))
     return table

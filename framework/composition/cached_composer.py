@@ -49,12 +49,20 @@ class Composer:
 
     def _split(self, overrides: Sequence[str]) -> tuple[Base, dict[Path, Any] | None]:
         """Return the tree of a job's parts and the values that make the job of it; None when Hydra has to compose."""
-        swept = {key_path(text): value_of(text) for text in overrides if text.startswith(self.swept)}
+        swept = {
+            key_path(text): value_of(text) for text in overrides if text.startswith(self.swept)
+        }
         rest = tuple(text for text in overrides if not text.startswith(self.swept))
         base = self._base(rest)
         fixed = [key_path(text) for text in rest if text[0] in "+~"]
-        alone = not any(related(path, other) for path in swept for other in (*fixed, *swept.keys() - {path}))
-        fits = base.plain and alone and all(put_in(base.tree, path, value) for path, value in swept.items())
+        alone = not any(
+            related(path, other) for path in swept for other in (*fixed, *swept.keys() - {path})
+        )
+        fits = (
+            base.plain
+            and alone
+            and all(put_in(base.tree, path, value) for path, value in swept.items())
+        )
         return base, (swept if fits else None)
 
     def _base(self, overrides: tuple[str, ...]) -> Base:

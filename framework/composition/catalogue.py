@@ -23,9 +23,25 @@ from typing import Any, Literal, get_args, get_origin
 
 from framework.errors import RunError
 from framework.errors.paths import expanded, real_path
-from framework.registry.discovery import discover, installed_plugins, leave_out, located, plugin_files
+from framework.registry.discovery import (
+    discover,
+    installed_plugins,
+    leave_out,
+    located,
+    plugin_files,
+)
 from framework.registry.registry import Entry, Registry
-from framework.registry.schema import Range, Setting, is_enum, marks, members, names_parts, plain_value, readable, strip
+from framework.registry.schema import (
+    Range,
+    Setting,
+    is_enum,
+    marks,
+    members,
+    names_parts,
+    plain_value,
+    readable,
+    strip,
+)
 from framework.system.files import write_file
 
 from .trust import is_trusted
@@ -93,7 +109,9 @@ def find_index(
     believed = trusted_among(folders, trusted)
     without = sorted(set(without))
     make = partial(build, plugins, folders, believed, without)
-    if any(Registry.every.values()):  # a program with parts of its own: it is asked itself, and nothing is kept
+    if any(
+        Registry.every.values()
+    ):  # a program with parts of its own: it is asked itself, and nothing is kept
         return make()[0]
     return kept_index(file_of(plugins, folders, believed, without), make)
 
@@ -114,7 +132,9 @@ def trusted_among(folders: list[Path], everything: bool = False) -> list[Path]:
     here = everything or is_trusted(Path.cwd())
     found = [Path.cwd(), *project_folder()] if here else []
     others = [folder for folder in folders if folder not in project_folder()]
-    found += [folder for folder in others if everything or is_trusted(folder) or is_trusted(folder.parent)]
+    found += [
+        folder for folder in others if everything or is_trusted(folder) or is_trusted(folder.parent)
+    ]
     return found
 
 
@@ -164,11 +184,16 @@ def keep(file: Path, begun: int, content: dict[str, Any]) -> None:
         write_file(file.parent, file.name, f"{text_digest(text)}\n{text}")
 
 
-def stamps(modules: list[str], plugins: list[str], files: list[str], folders: list[str]) -> dict[str, Any]:
+def stamps(
+    modules: list[str], plugins: list[str], files: list[str], folders: list[str]
+) -> dict[str, Any]:
     """Return every path that an index depends on, with when and how large it was written; None: it is not there."""
     configs = [Path(folder, "config.yaml") for folder in folders]
     configs += [file for folder in folders for file in Path(folder, "experiment").glob("*.yaml")]
-    paths = [*map(str, [*plugin_files([*modules, *plugins]), *configs]), *map(os.path.abspath, plugins)]
+    paths = [
+        *map(str, [*plugin_files([*modules, *plugins]), *configs]),
+        *map(os.path.abspath, plugins),
+    ]
     return {path: stamp(path) for path in [*files, *paths, *entry_point_files()]}
 
 
@@ -177,14 +202,20 @@ def stamp(path: str) -> list[int] | None:
         status = os.stat(path)
     except OSError:
         return None
-    return [status.st_mtime_ns, status.st_ctime_ns, status.st_size] if not os.path.isdir(path) else []
+    return (
+        [status.st_mtime_ns, status.st_ctime_ns, status.st_size] if not os.path.isdir(path) else []
+    )
 
 
 def entry_point_files() -> Iterator[str]:
     """Yield for each package that is installed the file of its entry points; its folder's name has the version."""
     for folder in sys.path:
         with suppress(OSError):
-            names = [name for name in os.listdir(folder or ".") if name.endswith((".dist-info", ".egg-info"))]
+            names = [
+                name
+                for name in os.listdir(folder or ".")
+                if name.endswith((".dist-info", ".egg-info"))
+            ]
             yield from (os.path.join(folder, name, "entry_points.txt") for name in names)
 
 
@@ -203,24 +234,42 @@ def build(
             paths in them may lead there.
         without: installed plugins to leave out.
     """
-    from .compose import config_folders, project_plugins  # not at the top: a kept index does without Hydra
+    from .compose import (
+        config_folders,
+        project_plugins,
+    )  # not at the top: a kept index does without Hydra
     from .config_files import chosen_in, experiments_in
     from .sections import SECTIONS, section_settings
     from .spec import PLAIN
 
     found = config_folders(folders)
     here = Path.cwd() if Path.cwd() in trusted else None
-    ours = [folder for folder in found if folder in trusted or folder not in [*project_folder(), *folders]]
-    listed = [plugin for plugin in project_plugins(ours, (), here) if here is not None or not is_in_reach(plugin)]
+    ours = [
+        folder
+        for folder in found
+        if folder in trusted or folder not in [*project_folder(), *folders]
+    ]
+    listed = [
+        plugin
+        for plugin in project_plugins(ours, (), here)
+        if here is not None or not is_in_reach(plugin)
+    ]
     not_trusted = [] if ours == found else project_plugins(found, (), Path.cwd())
     plugins = [*listed, *plugins]
     broken = discover(plugins, without, tolerant=True)
     sections: dict[str, Mapping[str, Setting]] = {name: section_settings(name) for name in SECTIONS}
-    index = read_index(sections | {name: {} for name in PLAIN}, experiments_in(found), chosen_in(found))
+    index = read_index(
+        sections | {name: {} for name in PLAIN}, experiments_in(found), chosen_in(found)
+    )
     index.broken = broken
     index.not_trusted = [plugin for plugin in not_trusted if plugin not in listed]
     modules = [plugin.module for plugin in leave_out(without, installed_plugins()) if plugin.module]
-    return index, {"modules": modules, "plugins": plugins, "files": own_files(), "folders": [*map(str, found)]}
+    return index, {
+        "modules": modules,
+        "plugins": plugins,
+        "files": own_files(),
+        "folders": [*map(str, found)],
+    }
 
 
 def is_in_reach(plugin: str) -> bool:
@@ -230,10 +279,16 @@ def is_in_reach(plugin: str) -> bool:
 
 def own_files() -> list[str]:
     """Return the file of every loaded module but Python's and the installed ones, save those of packages with parts."""
-    own = {entry.registered.module.partition(".")[0] for registry in Registry.every.values() for entry in registry}
+    own = {
+        entry.registered.module.partition(".")[0]
+        for registry in Registry.every.values()
+        for entry in registry
+    }
     stdlib, found = sysconfig.get_path("stdlib"), set()
     for name, module in list(sys.modules.items()):
-        file = getattr(module, "__dict__", {}).get("__file__") or stdlib  # a plain getattr would wake lazy modules
+        file = (
+            getattr(module, "__dict__", {}).get("__file__") or stdlib
+        )  # a plain getattr would wake lazy modules
         in_packages = re.search("(site|dist)-packages", file)
         library = name.partition(".")[0] not in own if in_packages else file.startswith(stdlib)
         found |= set() if library else {file}
@@ -248,9 +303,16 @@ def read_index(
     """Return the index of all registered parts; see `Index` for the arguments."""
     kinds: dict[str, dict[str, Any]] = {}
     for name, registry in Registry.every.items():
-        kinds[name] = {"key": registry.kind.key, "many": registry.kind.many, "doc": registry.kind.doc}
+        kinds[name] = {
+            "key": registry.kind.key,
+            "many": registry.kind.many,
+            "doc": registry.kind.doc,
+        }
         kinds[name]["parts"] = {entry.name: part_as_dict(entry) for entry in registry}
-    settings = {name: [setting_as_dict(s) for s in found.values()] for name, found in (sections or {}).items()}
+    settings = {
+        name: [setting_as_dict(s) for s in found.values()]
+        for name, found in (sections or {}).items()
+    }
     return Index(kinds, settings, sorted(experiments), dict(chosen or {}))
 
 
@@ -280,7 +342,12 @@ def setting_as_dict(setting: Setting) -> dict[str, Any]:
 
     `part` is the kind of part that it names, `many` whether it is a list of them, `values` the words that it may be.
     """
-    found = {"name": setting.name, "type": setting.type_text, "doc": setting.doc, "required": setting.required}
+    found = {
+        "name": setting.name,
+        "type": setting.type_text,
+        "doc": setting.doc,
+        "required": setting.required,
+    }
     if not setting.required and shows_default(setting):
         found["default"] = json_default(setting.default)
     elif not setting.required:
@@ -296,7 +363,9 @@ def words(setting: Setting) -> Iterator[str]:
     """Yield the values of a setting that are words: choices, truth values, null."""
     for member in map(strip, members(setting.annotation)):
         if get_origin(member) is Literal:
-            yield from (each.name if isinstance(each, Enum) else str(each) for each in get_args(member))
+            yield from (
+                each.name if isinstance(each, Enum) else str(each) for each in get_args(member)
+            )
         elif is_enum(member):
             yield from member.__members__
         elif member in (bool, None, type(None)):

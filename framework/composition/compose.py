@@ -35,14 +35,18 @@ class Job:
     experiment: str
     overrides: list[str]
     number: int | None = None
-    settings: dict[str, Any] = field(default_factory=dict)  # its own: {"optimizer.lr": 0.1, "model": "cnn"}
+    settings: dict[str, Any] = field(
+        default_factory=dict
+    )  # its own: {"optimizer.lr": 0.1, "model": "cnn"}
     sweep: Path | None = None  # the folder of its sweep, which holds that of its run
     inexact: bool = False
     traceback: bool = False
 
     @property
     def label(self) -> str:
-        return " ".join(f"{key}={'null' if value is None else value}" for key, value in self.settings.items())
+        return " ".join(
+            f"{key}={'null' if value is None else value}" for key, value in self.settings.items()
+        )
 
 
 @dataclass
@@ -89,10 +93,16 @@ class Composing:
         """Check the config of a job of a sweep, which Hydra has composed and made current. Raises ConfigError."""
         hydra = HydraConfig.get()
         tree = to_tree(config, self.sources)
-        return self.checked(tree, hydra.runtime.choices.get("experiment"), list(hydra.overrides.task), hydra.job.num)
+        return self.checked(
+            tree, hydra.runtime.choices.get("experiment"), list(hydra.overrides.task), hydra.job.num
+        )
 
     def checked(
-        self, tree: dict[str, Any], experiment: str | None, typed: list[str] | None, number: int | None = None
+        self,
+        tree: dict[str, Any],
+        experiment: str | None,
+        typed: list[str] | None,
+        number: int | None = None,
     ) -> Job:
         """Check a composed tree of plain values, with what was wrong on the command line; report all of it together.
 
@@ -168,12 +178,16 @@ def opened(line: CommandLine) -> Iterator[tuple[Composing, hydra_internals.Hydra
         files = stack.enter_context(checked_files())
         stack.enter_context(filled_store(plugins, line.without).in_use())
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="framework-")))
-        composing = Composing(line, overrides, hydra_arguments(overrides, scratch), files, plugins, folders)
+        composing = Composing(
+            line, overrides, hydra_arguments(overrides, scratch), files, plugins, folders
+        )
         try:
             with hydra_errors(files), hydra_internals.opened_hydra(folders) as hydra:
                 yield composing, hydra
         except ConfigError as error:
-            raise ConfigError(dict.fromkeys([*overrides.problems, *error.problems])) from error.__cause__
+            raise ConfigError(
+                dict.fromkeys([*overrides.problems, *error.problems])
+            ) from error.__cause__
 
 
 @contextmanager
@@ -228,7 +242,12 @@ def sweep_without_flag(hydra: Any) -> list[str]:
 
 def hydra_arguments(overrides: Overrides, scratch: Path) -> list[str]:
     """Return Hydra's arguments: with those that keep it from writing folders, files and logs of its own."""
-    own = {"hydra.run.dir": ".", "hydra.output_subdir": "null", "hydra.sweep.dir": scratch, "hydra.sweep.subdir": "."}
+    own = {
+        "hydra.run.dir": ".",
+        "hydra.output_subdir": "null",
+        "hydra.sweep.dir": scratch,
+        "hydra.sweep.subdir": ".",
+    }
     own |= {"hydra/job_logging": "none", "hydra/hydra_logging": "none"}
     typed = {text.partition("=")[0].lstrip("+~").replace("/", ".") for text in overrides.arguments}
     ours = [f"{key}={value}" for key, value in own.items() if key.replace("/", ".") not in typed]
@@ -284,7 +303,9 @@ def config_folders(more: Iterable[Path] = ()) -> list[Path]:
     return list(dict.fromkeys(folders))
 
 
-def project_plugins(folders: list[Path], experiments: Iterable[str], here: Path | None) -> Iterator[str]:
+def project_plugins(
+    folders: list[Path], experiments: Iterable[str], here: Path | None
+) -> Iterator[str]:
     """Yield what `plugins:` names in the project's config.yaml and in the chosen experiments, before composing.
 
     Args:
@@ -296,14 +317,21 @@ def project_plugins(folders: list[Path], experiments: Iterable[str], here: Path 
     for text in experiments:
         names += [f"experiment/{name}" for name in text.split(",")]
     for name in names:  # the list grows by what an experiment builds on
-        for folder in [f for f in reversed(folders) if (f / f"{name}.yaml").is_file()][:1]:  # the one that Hydra reads
+        for folder in [f for f in reversed(folders) if (f / f"{name}.yaml").is_file()][
+            :1
+        ]:  # the one that Hydra reads
             file = folder / f"{name}.yaml"
             content = read_yaml(file)
             below, listed = content.get("defaults"), content.get("plugins") or []
-            wider = [f"experiment/{each}" for each in (below if isinstance(below, list) and name != "config" else ())]
+            wider = [
+                f"experiment/{each}"
+                for each in (below if isinstance(below, list) and name != "config" else ())
+            ]
             names += [each for each in wider if each not in names]
             if not isinstance(listed, list) or not all(isinstance(each, str) for each in listed):
-                raise PluginError(f"{file}: plugins should be a list of paths or module names, not {listed!r}")
+                raise PluginError(
+                    f"{file}: plugins should be a list of paths or module names, not {listed!r}"
+                )
             yield from (locate(plugin, folder, here) for plugin in listed)
 
 

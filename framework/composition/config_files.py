@@ -23,7 +23,10 @@ from .sections import HYDRA_PLUGINS, plugin_settings
 from .sources import File, line_of, line_with, own_name, read_yaml, unreadable
 from .spec import IMPORTS, TARGET
 
-FOREIGN_SETTINGS = {"launcher": ("n_jobs",), "sweeper": ("n_trials", "n_jobs", "direction", "study_name")}
+FOREIGN_SETTINGS = {
+    "launcher": ("n_jobs",),
+    "sweeper": ("n_trials", "n_jobs", "direction", "study_name"),
+}
 """Settings of Hydra's joblib launcher and of its own Optuna sweeper that a config file may give, too."""
 OWN = "Hydra's own settings are not for a config file: give those that have an effect on the command line"
 
@@ -44,10 +47,18 @@ class FileConfigSource(hydra_internals.FileConfigSource):
             raise ConfigError([unreadable(file, error)]) from error
         group = config_path.rpartition("/")[0]
         if group == "experiment" and result.header["package"] is None:
-            result.header["package"] = "_global_"  # an experiment is about the whole, also without Hydra's header
-        package = (result.header["package"] or "_group_").replace("_group_", group.replace("/", "."))
+            result.header["package"] = (
+                "_global_"  # an experiment is about the whole, also without Hydra's header
+            )
+        package = (result.header["package"] or "_group_").replace(
+            "_group_", group.replace("/", ".")
+        )
         package = package.replace("_name_", config_path.rpartition("/")[2])
-        problems = list(check_file(file, config_path, package, OmegaConf.to_container(result.config, resolve=False)))
+        problems = list(
+            check_file(
+                file, config_path, package, OmegaConf.to_container(result.config, resolve=False)
+            )
+        )
         if problems:
             raise ConfigError(problems)
         package = package.removeprefix("_global_").strip(".")
@@ -89,14 +100,22 @@ def check_file(file: Path, config_path: str, package: str, content: Any) -> Iter
         yield f"{shorter(file)}: {OWN}"
     defaults = content.get("defaults")
     for entry in defaults if isinstance(defaults, list) else ():
-        yield from (f"{shorter(file)}:{line_with(file, text)}: {said}" for text, said in check_entry(entry))
+        yield from (
+            f"{shorter(file)}:{line_with(file, text)}: {said}" for text, said in check_entry(entry)
+        )
     for key, registry in kinds.items():
-        if registry.kind.many and isinstance(content.get(key), list) and (strange := unnamed(content[key])):
+        if (
+            registry.kind.many
+            and isinstance(content.get(key), list)
+            and (strange := unnamed(content[key]))
+        ):
             yield f"{shorter(file)}:{line_of(file, (key,))}: {key}: {strange[0]} is no name, nor {{name: ..., ...}}"
     for path in paths(content):
         if IMPORTS & set(path):
             yield f"{'.'.join(path)}: {TARGET} ({shorter(file)}:{line_of(file, path)})"
-    refused = [path[:2] for path in paths(content) if path[0] == "hydra" and not is_for_sweeps(path)]
+    refused = [
+        path[:2] for path in paths(content) if path[0] == "hydra" and not is_for_sweeps(path)
+    ]
     for path in dict.fromkeys(refused):
         yield f"{'.'.join(path)}: {OWN} ({shorter(file)}:{line_of(file, path)})"
 
@@ -104,16 +123,26 @@ def check_file(file: Path, config_path: str, package: str, content: Any) -> Iter
 def is_for_sweeps(path: Sequence[str]) -> bool:
     """Whether the path of a value below the key `hydra` is one that a config file may give."""
     group, setting = (*path, "", "")[1:3]
-    return group in FOREIGN_SETTINGS and setting in settings_in_files(group) and not says_hydra(".".join(path[3:]))
+    return (
+        group in FOREIGN_SETTINGS
+        and setting in settings_in_files(group)
+        and not says_hydra(".".join(path[3:]))
+    )
 
 
 def check_entry(entry: Any) -> Iterator[tuple[str, str]]:
     """Yield the text and the fault of an entry of a defaults list that would change Hydra itself."""
     (key, value), *_ = entry.items() if isinstance(entry, Mapping) and entry else [(entry, None)]
     group, _, package = re.sub(r"^((override|optional)\s+)+", "", str(key)).partition("@")
-    plugin = group.lstrip("/") in ("hydra/launcher", "hydra/sweeper") and not package and str(value).isidentifier()
+    plugin = (
+        group.lstrip("/") in ("hydra/launcher", "hydra/sweeper")
+        and not package
+        and str(value).isidentifier()
+    )
     hidden = "$" in package or "_name_" in package  # it could come to say hydra
-    if not plugin and (hidden or says_hydra(package) or says_hydra(group.lstrip("/").split("/")[0])):
+    if not plugin and (
+        hidden or says_hydra(package) or says_hydra(group.lstrip("/").split("/")[0])
+    ):
         yield str(key), f"{key}: {OWN}"
 
 
@@ -124,12 +153,17 @@ def expand_choices(content: dict[str, Any]) -> dict[str, Any]:
     """
     defaults, rest = list(content.get("defaults") or ()), dict(content)
     chosen: list[dict[str, Any]] = []
-    listed = {str(key).split("/")[-1] for entry in defaults if isinstance(entry, Mapping) for key in entry}
+    listed = {
+        str(key).split("/")[-1] for entry in defaults if isinstance(entry, Mapping) for key in entry
+    }
     for registry in Registry.every.values():
         kind, key, value = registry.kind, registry.kind.key, rest.get(registry.kind.key, {})
         if kind.many:
             if isinstance(value, list) and key not in listed and not unnamed(value):
-                parts = [dict(one) if isinstance(one, Mapping) else {"name": one} for one in rest.pop(key)]
+                parts = [
+                    dict(one) if isinstance(one, Mapping) else {"name": one}
+                    for one in rest.pop(key)
+                ]
                 names = [own_name(part.pop("name"), registry) for part in parts]
                 chosen.append({f"override /{key}": names})
                 settings = {name: part for name, part in zip(names, parts, strict=True) if part}
@@ -138,21 +172,31 @@ def expand_choices(content: dict[str, Any]) -> dict[str, Any]:
         settings = dict(value) if isinstance(value, Mapping) else {"name": value}
         if "name" in settings and key not in listed:
             chosen.append({f"override /{key}": settings.pop("name")})
-            rest = {k: v for k, v in rest.items() if k != key} | ({key: settings} if settings else {})
+            rest = {k: v for k, v in rest.items() if k != key} | (
+                {key: settings} if settings else {}
+            )
     if chosen and "_self_" not in defaults:
-        first_override = next((n for n, entry in enumerate(defaults) if "override " in str(entry)), len(defaults))
+        first_override = next(
+            (n for n, entry in enumerate(defaults) if "override " in str(entry)), len(defaults)
+        )
         defaults.insert(first_override, "_self_")
     return rest | {"defaults": [*defaults, *chosen]} if chosen else content
 
 
 def unnamed(parts: Sequence[Any]) -> list[Any]:
     """Return what in a list of parts is neither a name nor settings with one."""
-    return [part for part in parts if not isinstance(part.get("name") if isinstance(part, Mapping) else part, str)]
+    return [
+        part
+        for part in parts
+        if not isinstance(part.get("name") if isinstance(part, Mapping) else part, str)
+    ]
 
 
 def experiments_in(folders: Iterable[Path]) -> list[str]:
     """Return the names for `experiment=NAME`."""
-    return sorted({file.stem for folder in folders for file in (folder / "experiment").glob("*.yaml")})
+    return sorted(
+        {file.stem for folder in folders for file in (folder / "experiment").glob("*.yaml")}
+    )
 
 
 def chosen_in(folders: Iterable[Path]) -> dict[str, Any]:
@@ -161,7 +205,10 @@ def chosen_in(folders: Iterable[Path]) -> dict[str, Any]:
     chosen: dict[str, Any] = {}
     for entry in [entry for file in files for entry in read_yaml(file).get("defaults") or ()]:
         if isinstance(entry, Mapping):
-            chosen |= {str(key).removeprefix("override ").lstrip("/"): value for key, value in entry.items()}
+            chosen |= {
+                str(key).removeprefix("override ").lstrip("/"): value
+                for key, value in entry.items()
+            }
     return {key: value for key, value in chosen.items() if value}
 
 
@@ -171,6 +218,12 @@ def says_hydra(text: str) -> bool:
 
 def paths(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     """Yield the path of every leaf of a tree."""
-    items = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, list) else ()
+    items = (
+        tree.items()
+        if isinstance(tree, Mapping)
+        else enumerate(tree)
+        if isinstance(tree, list)
+        else ()
+    )
     below = [deeper for key, value in items for deeper in paths(value, (*path, str(key)))]
     yield from below or ([path] if path else [])

@@ -14,7 +14,15 @@ from framework.registry.registry import Entry, Registry
 from framework.registry.schema import names_parts
 
 from .hydra_internals import LazyStore
-from .sections import HYDRA_PLUGINS, SECTIONS, HydraPlugin, Section, plugin_settings, register, section_settings
+from .sections import (
+    HYDRA_PLUGINS,
+    SECTIONS,
+    HydraPlugin,
+    Section,
+    plugin_settings,
+    register,
+    section_settings,
+)
 from .spec import PLAIN, Settings, config_value, followed_kind
 
 NONE = "_none_"  # the option of a group that holds nothing: Hydra has no `GROUP=null` on its command line
@@ -98,7 +106,9 @@ def ours() -> DictConfig:
 
 
 def sections() -> dict[str, Any]:
-    tree: dict[str, Any] = {registry.kind.key: None for registry in Registry.every.values() if not registry.kind.many}
+    tree: dict[str, Any] = {
+        registry.kind.key: None for registry in Registry.every.values() if not registry.kind.many
+    }
     tree |= {name: setting.default for name, setting in PLAIN.items()}
     for name in SECTIONS:
         tree[name] = defaults(section_settings(name))

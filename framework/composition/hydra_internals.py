@@ -75,10 +75,14 @@ def opened_hydra(folders: Sequence[Path]) -> Iterator[Hydra]:
 def compose_config(opened: Hydra, arguments: Sequence[str], multirun: bool) -> DictConfig:
     """Compose the main config with its node `hydra`, which `hydra.compose` leaves out."""
     mode = RunMode.MULTIRUN if multirun else RunMode.RUN
-    return opened.compose_config("config", [*arguments, f"hydra.mode={mode.name}"], mode, with_log_configuration=False)
+    return opened.compose_config(
+        "config", [*arguments, f"hydra.mode={mode.name}"], mode, with_log_configuration=False
+    )
 
 
-def compose_job(loader: ConfigLoader, master: DictConfig, overrides: Sequence[str], number: int) -> DictConfig:
+def compose_job(
+    loader: ConfigLoader, master: DictConfig, overrides: Sequence[str], number: int
+) -> DictConfig:
     """Compose the config of a job of a sweep, with its node `hydra`. Sweepers that validate their jobs do the same."""
     config = loader.load_sweep_config(master, list(overrides))
     with open_dict(config):
@@ -134,8 +138,15 @@ def replaced_file_source(source: type[ConfigSource]) -> Iterator[None]:
 class LazyNode(ConfigNode):
     """An option whose content is made when Hydra asks for it; of 1,000 options a run uses ten."""
 
-    def __init__(self, name: str, group: str | None, package: str | None, content: Callable[[], Any]):
-        self.name, self.group, self.package, self.provider = f"{name}.yaml", group, package, "framework"
+    def __init__(
+        self, name: str, group: str | None, package: str | None, content: Callable[[], Any]
+    ):
+        self.name, self.group, self.package, self.provider = (
+            f"{name}.yaml",
+            group,
+            package,
+            "framework",
+        )
         self.content = content
 
     @property
@@ -165,7 +176,9 @@ class LazyStore(ConfigStore):
         store.remake = (remake, arguments)
         return store
 
-    def add(self, name: str, group: str | None, package: str | None, content: Callable[[], Any]) -> None:
+    def add(
+        self, name: str, group: str | None, package: str | None, content: Callable[[], Any]
+    ) -> None:
         """Add an option; `content` returns what it holds."""
         options = self.repo
         for part in group.split("/") if group else ():
@@ -192,7 +205,10 @@ class LazyStore(ConfigStore):
 
 def copy_of_groups(repo: Mapping[str, Any]) -> dict[str, Any]:
     """Return a store's tree of groups with the same options."""
-    return {key: copy_of_groups(value) if isinstance(value, dict) else value for key, value in repo.items()}
+    return {
+        key: copy_of_groups(value) if isinstance(value, dict) else value
+        for key, value in repo.items()
+    }
 
 
 # sweepers and launchers
@@ -206,7 +222,9 @@ def launcher_in_use(launcher: Launcher) -> Iterator[None]:
     config must stay as it was composed, since 1.4 compares that of each job with it.
     """
 
-    def instantiate_launcher(hydra_context: HydraContext, task_function: Any, config: DictConfig) -> Launcher:
+    def instantiate_launcher(
+        hydra_context: HydraContext, task_function: Any, config: DictConfig
+    ) -> Launcher:
         launcher.setup(hydra_context=hydra_context, task_function=task_function, config=config)
         return launcher
 
@@ -220,14 +238,20 @@ def launcher_in_use(launcher: Launcher) -> Iterator[None]:
 
 def make_launcher(context: HydraContext, config: DictConfig, task: Any) -> Any:
     """Return the launcher of a config, set up. Hydra's own sweepers get theirs like this."""
-    return Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=config)
+    return Plugins.instance().instantiate_launcher(
+        hydra_context=context, task_function=task, config=config
+    )
 
 
-def set_up_sweeper(sweeper: Sweeper | None, opened: Hydra, config: DictConfig, task: Any) -> Sweeper:
+def set_up_sweeper(
+    sweeper: Sweeper | None, opened: Hydra, config: DictConfig, task: Any
+) -> Sweeper:
     """Set up a sweeper, or that of the config, without Hydra's callbacks, which a config cannot have."""
     context = HydraContext(config_loader=opened.config_loader, callbacks=Callbacks())
     if sweeper is None:
-        return Plugins.instance().instantiate_sweeper(hydra_context=context, task_function=task, config=config)
+        return Plugins.instance().instantiate_sweeper(
+            hydra_context=context, task_function=task, config=config
+        )
     sweeper.setup(hydra_context=context, task_function=task, config=config)
     return sweeper
 
@@ -303,7 +327,9 @@ def failure_of(error: Exception) -> Failure:
         key = re.sub(r"\[(\d+)\]", r".\1", str(error.__cause__.full_key))
         return Failure("item", key)
     # ConfigCompositionException; the second text is that of Hydra 1.4 for the defaults list of a file
-    if match := re.search(r"Could not override '([^']+)'|Invalid Defaults List override '([^':]+)", text):
+    if match := re.search(
+        r"Could not override '([^']+)'|Invalid Defaults List override '([^':]+)", text
+    ):
         return Failure("override", match[1] or match[2], in_file=True)
     if match := re.search(r"Could not delete (?:from config\. )?'([^']+)'", text):
         return Failure("delete", match[1], in_file=place is not None)

@@ -49,7 +49,9 @@ class Overrides:
     swept: list[str] = field(default_factory=list)
 
 
-def rewrite(typed: Iterable[str], folders: Iterable[Path], multirun: bool = False, shows: bool = False) -> Overrides:
+def rewrite(
+    typed: Iterable[str], folders: Iterable[Path], multirun: bool = False, shows: bool = False
+) -> Overrides:
     """Rewrite the overrides of a command line; `folders` hold config files of the user's and ours.
 
     A part comes before its settings, whatever the order in which they were typed. `shows`: Hydra only prints what is
@@ -57,7 +59,9 @@ def rewrite(typed: Iterable[str], folders: Iterable[Path], multirun: bool = Fals
     """
     found, folders = Overrides(), list(folders)
     kept: dict[str, Kept] = {}  # by what they are about
-    inside: dict[str, tuple[str, str]] = {}  # by path: a setting in {name: sgd, lr: 0.1}, and that override
+    inside: dict[
+        str, tuple[str, str]
+    ] = {}  # by path: a setting in {name: sgd, lr: 0.1}, and that override
     for text in typed:
         try:
             text, override = parse(text)
@@ -193,7 +197,9 @@ def unreadable(text: str) -> str:
     return f"{FORM}" + (f": {' or '.join(meant)}" if meant else "")
 
 
-def faults(text: str, override: Override, folders: list[Path], multirun: bool, shows: bool) -> list[str]:
+def faults(
+    text: str, override: Override, folders: list[Path], multirun: bool, shows: bool
+) -> list[str]:
     """Return what is wrong with an override in itself, whatever the experiment is."""
     key = override.key_or_group
     if not key:
@@ -201,7 +207,10 @@ def faults(text: str, override: Override, folders: list[Path], multirun: bool, s
     if IMPORTS & set(re.split(r"\W+", text)):
         return [TARGET]
     if key.startswith("sweep.") and (not multirun or override.is_sweep_override()):
-        return ["is about a whole sweep: " + (f"write {key}=[a,b]" if multirun else "add -m for one, or leave it out")]
+        return [
+            "is about a whole sweep: "
+            + (f"write {key}=[a,b]" if multirun else "add -m for one, or leave it out")
+        ]
     if override.is_sweep_override() and not multirun:
         key, _, value = text.partition("=")
         advice = quoted_override(f"{key}=[{value}]")
@@ -254,7 +263,13 @@ def option_faults(override: Override, folders: list[Path]) -> list[str]:
             nameless = any(name_in(part) is NAMELESS for part in chosen_parts(override))
         if nameless or (isinstance(value, list) and not many):
             noun = with_article(groups()[key].kind.name if key in groups() else key)
-            more = ", or a list of names" if many else f" (-m {key}=a,b tries each)" if len(names) > 1 else ""
+            more = (
+                ", or a list of names"
+                if many
+                else f" (-m {key}=a,b tries each)"
+                if len(names) > 1
+                else ""
+            )
             settings = ""
             if key != "experiment":
                 settings = f"; settings follow as {key}{'.NAME' * many}.KEY=VALUE, or {{name: NAME, KEY: VALUE}}"
@@ -263,7 +278,11 @@ def option_faults(override: Override, folders: list[Path]) -> list[str]:
     if many and twice and not override.is_sweep_override():
         return [f"{', '.join(twice)} is there twice"]
     files = {file.stem for folder in folders for file in (folder / key).glob("*.yaml")}
-    unknown = [name for name in names if name not in files and not (key in groups() and name in groups()[key])]
+    unknown = [
+        name
+        for name in names
+        if name not in files and not (key in groups() and name in groups()[key])
+    ]
     return [no_option(key, name, files, folders) for name in unknown]
 
 
@@ -273,7 +292,9 @@ def no_option(key: str, name: str, files: Iterable[str], folders: Iterable[Path]
     if list(files):
         return f"there is no experiment {name!r}; {did_you_mean(name, files)}"
     looked = ", ".join(str(folder / "experiment") for folder in folders)
-    return f"there is no experiment {name!r}: no {name}.yaml in {looked} (--config-dir adds a folder)"
+    return (
+        f"there is no experiment {name!r}: no {name}.yaml in {looked} (--config-dir adds a folder)"
+    )
 
 
 def chosen_names(override: Override) -> list[str]:
@@ -327,7 +348,9 @@ def choice_overrides(override: Override, text: str) -> list[str]:
 
 def has_settings(override: Override) -> bool:
     """Whether a part, or one of a list or a sweep, is given with settings: {name: sgd, lr: 0.1}."""
-    return not override.is_delete() and any(isinstance(part, Mapping) for part in chosen_parts(override))
+    return not override.is_delete() and any(
+        isinstance(part, Mapping) for part in chosen_parts(override)
+    )
 
 
 def with_settings(override: Override) -> list[str]:
@@ -384,7 +407,13 @@ def value_overrides(override: Override, text: str) -> list[str]:
 def part_settings() -> set[str]:
     """The names of all settings that name a part."""
     registries = Registry.every.values()
-    return {n for registry in registries for e in registry for n, s in e.settings.items() if s.part and not s.many}
+    return {
+        n
+        for registry in registries
+        for e in registry
+        for n, s in e.settings.items()
+        if s.part and not s.many
+    }
 
 
 def as_typed(override: str) -> str:

@@ -67,7 +67,9 @@ def register(*entries: Section | HydraPlugin) -> None:
         else:
             before = HYDRA_PLUGINS.setdefault((entry.group, entry.name), entry)
         if before != entry:
-            raise ContractError(f"{entry.name!r} is registered twice: for {before.owner} and for {entry.owner}")
+            raise ContractError(
+                f"{entry.name!r} is registered twice: for {before.owner} and for {entry.owner}"
+            )
 
 
 def load(owner: str) -> Callable:
@@ -83,7 +85,9 @@ def section_settings(name: str) -> dict[str, Setting]:
     owner = load(section.owner)
     strange = set(section.given) - parameters_of(owner).keys()
     if strange:
-        raise ContractError(f"section {name}: {section.owner} has no parameter {', '.join(sorted(strange))}")
+        raise ContractError(
+            f"section {name}: {section.owner} has no parameter {', '.join(sorted(strange))}"
+        )
     return read_settings(owner, section.given)
 
 
@@ -93,7 +97,11 @@ def plugin_settings(plugin: HydraPlugin) -> dict[str, Setting]:
 
 
 register(
-    Section("trainer", "framework.training.trainer:Trainer", given=("seed", "callbacks", "loggers", "folder")),
+    Section(
+        "trainer",
+        "framework.training.trainer:Trainer",
+        given=("seed", "callbacks", "loggers", "folder"),
+    ),
     Section("parameters", "framework.contracts.optimizer:Parameters"),
     Section("loader", "framework.data.dataset:Loader", given=("split", "shuffle", "seed", "model")),
     Section("run", "framework.runs.folder:RunFolder", given=("experiment",)),

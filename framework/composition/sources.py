@@ -36,7 +36,9 @@ class Sources:
         if any(path == key or key.startswith(f"{path}.") for key in self.typed):
             return COMMAND_LINE
         above = {key: text for key, text in self.typed.items() if path.startswith(f"{key}.")}
-        if any("{" in text for text in above.values()):  # the settings themselves; otherwise only whose they are
+        if any(
+            "{" in text for text in above.values()
+        ):  # the settings themselves; otherwise only whose they are
             return COMMAND_LINE
         for file, package in reversed(self.files):
             if f"{path}.".startswith(f"{package}." if package else ""):
@@ -54,20 +56,37 @@ class Sources:
         contents = [read_yaml(file) for file, package in self.files if not package]
         typed = {tuple(key.split(".")[:2]) for key in self.typed}
         found: dict[str, set[str]] = {}
-        for key in [registry.kind.key for registry in Registry.every.values() if not registry.kind.many]:
+        for key in [
+            registry.kind.key for registry in Registry.every.values() if not registry.kind.many
+        ]:
             chosen = tree.get(key)
             given = [content[key] for content in contents if isinstance(content.get(key), Mapping)]
             if isinstance(chosen, Mapping) and given:
-                others = [each for each in given if each.get("name", chosen.get("name")) != chosen.get("name")]
+                others = [
+                    each
+                    for each in given
+                    if each.get("name", chosen.get("name")) != chosen.get("name")
+                ]
                 own = {name for each in given if each not in others for name in each}
-                found[key] = {name for each in others for name in each if (key, name) not in typed} - own - {"name"}
+                found[key] = (
+                    {name for each in others for name in each if (key, name) not in typed}
+                    - own
+                    - {"name"}
+                )
         for registry in [registry for registry in Registry.every.values() if registry.kind.many]:
             key, parts = registry.kind.key, tree.get(registry.kind.key)
             if isinstance(parts, Mapping):
                 given = [content.get(key) for content in contents]
-                listed = {own_name(part, registry) for each in given if isinstance(each, list) for part in each}
+                listed = {
+                    own_name(part, registry)
+                    for each in given
+                    if isinstance(each, list)
+                    for part in each
+                }
                 added = {name for each in given if isinstance(each, Mapping) for name in each}
-                added |= {name for name, settings in parts.items() if "name" in (settings or ())}  # they are chosen
+                added |= {
+                    name for name, settings in parts.items() if "name" in (settings or ())
+                }  # they are chosen
                 found[key] = {name for name in listed - added if (key, name) not in typed}
         return found
 
@@ -115,7 +134,11 @@ def unreadable(file: Path, error: Exception) -> str:
     """Say in which line a YAML file cannot be read, and why."""
     mark = getattr(error, "problem_mark", None)
     place = f"{shorter(file)}:{mark.line + 1}" if mark is not None else shorter(file)
-    why = getattr(error, "problem", None) or getattr(error, "strerror", None) or str(error).splitlines()[0]
+    why = (
+        getattr(error, "problem", None)
+        or getattr(error, "strerror", None)
+        or str(error).splitlines()[0]
+    )
     return f"{place}: cannot be read as YAML: {why}"
 
 

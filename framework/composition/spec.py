@@ -28,17 +28,42 @@ from .sections import SECTIONS, section_settings
 from .sources import COMMAND_LINE, Sources
 
 Settings = Mapping[str, Setting]
-DIRECT = ("model", "data", "task", "optimizer", "scheduler", "metric", "transform", "callback", "logger", "initializer")
+DIRECT = (
+    "model",
+    "data",
+    "task",
+    "optimizer",
+    "scheduler",
+    "metric",
+    "transform",
+    "callback",
+    "logger",
+    "initializer",
+)
 """Kinds that an experiment builds itself; a choice of any other kind is for the parts that ask for one."""
 
 PLAIN = {
-    "seed": Setting("seed", int, 0, "of everything random: initial weights, order of samples, dropout"),
-    "plugins": Setting("plugins", list[str], [], "files, folders or modules with parts of your own"),
-    "resume": Setting(
-        "resume", str, "never", "never, auto (the same command goes on), or the folder of a run or checkpoint"
+    "seed": Setting(
+        "seed", int, 0, "of everything random: initial weights, order of samples, dropout"
     ),
-    "fold": Setting("fold", str | None, None, "K/N: validate on the K-th of N folds of training and validation data"),
-    "init_from": Setting("init_from", str | None, None, "a run, checkpoint or .safetensors file to take weights from"),
+    "plugins": Setting(
+        "plugins", list[str], [], "files, folders or modules with parts of your own"
+    ),
+    "resume": Setting(
+        "resume",
+        str,
+        "never",
+        "never, auto (the same command goes on), or the folder of a run or checkpoint",
+    ),
+    "fold": Setting(
+        "fold",
+        str | None,
+        None,
+        "K/N: validate on the K-th of N folds of training and validation data",
+    ),
+    "init_from": Setting(
+        "init_from", str | None, None, "a run, checkpoint or .safetensors file to take weights from"
+    ),
 }
 
 
@@ -90,15 +115,23 @@ class Reader:
                 self.unknown_key(str(key), self.tree[key], known)
         for kind_name in DIRECT:
             kind = Registry.every[kind_name].kind
-            spec.parts[kind_name] = self.many(kind) if kind.many else self.part(kind, kind.key, self.tree.get(kind.key))
+            spec.parts[kind_name] = (
+                self.many(kind) if kind.many else self.part(kind, kind.key, self.tree.get(kind.key))
+            )
         for name in SECTIONS:
-            spec.sections[name] = self.settings(name, section_settings(name), self.tree.get(name) or {}, name)
+            spec.sections[name] = self.settings(
+                name, section_settings(name), self.tree.get(name) or {}, name
+            )
         for name, setting in PLAIN.items():
             setattr(spec, name, self.value(setting, self.tree.get(name, setting.default), name))
         self.check_choices_reach(spec.parts)
         for name in ("model", "data", "task", "optimizer"):
             if spec.parts[name] is None and not self.problems:
-                self.problem(name, None, f"an experiment needs {with_article(name)}: choose one with {name}=NAME")
+                self.problem(
+                    name,
+                    None,
+                    f"an experiment needs {with_article(name)}: choose one with {name}=NAME",
+                )
         if spec.sections["trainer"]:
             self.check_trainer(spec.sections["trainer"])
         if self.problems:
@@ -114,12 +147,20 @@ class Reader:
             return None
         if not isinstance(value, Mapping):
             noun = with_article(kind.name)
-            self.problem(path, value, f"should be the name of {noun}, or a mapping with its `name` and settings")
+            self.problem(
+                path,
+                value,
+                f"should be the name of {noun}, or a mapping with its `name` and settings",
+            )
             return None
         name = value.get("name", default)
         if not isinstance(name, str) or name not in Registry.every[kind.name]:
             nothing = f"these are settings of no {kind.name} yet: choose one with {path}=NAME"
-            self.problem(path, name, nothing if name is None else Registry.every[kind.name].unknown(str(name)))
+            self.problem(
+                path,
+                name,
+                nothing if name is None else Registry.every[kind.name].unknown(str(name)),
+            )
             return None
         entry = Registry.every[kind.name].get(str(name))
         given = {key: item for key, item in value.items() if key != "name"}
@@ -137,12 +178,16 @@ class Reader:
         makers: list[Maker | None] = []
         for name, settings in value.items():
             if isinstance(settings, Mapping | None):
-                makers.append(self.part(kind, f"{kind.key}.{name}", {"name": name, **(settings or {})}))
+                makers.append(
+                    self.part(kind, f"{kind.key}.{name}", {"name": name, **(settings or {})})
+                )
             else:
                 self.problem(f"{kind.key}.{name}", settings, "should be a mapping of settings")
         return [maker for maker in makers if maker is not None]
 
-    def settings(self, path: str, settings: Settings, given: Any, owner: Entry | str) -> dict[str, Any]:
+    def settings(
+        self, path: str, settings: Settings, given: Any, owner: Entry | str
+    ) -> dict[str, Any]:
         """Return the checked settings of a part or section."""
         if not isinstance(given, Mapping):
             self.problem(path, given, "should be a mapping of settings")
@@ -170,10 +215,14 @@ class Reader:
                 if isinstance(owner, str):
                     found[key] = self.with_homes(found[key], where)
             elif not setting.required and isinstance(owner, str):
-                found[key] = setting.initial()  # a section is taken apart by its settings; a maker knows its defaults
+                found[key] = (
+                    setting.initial()
+                )  # a section is taken apart by its settings; a maker knows its defaults
             elif setting.required:
                 name = owner if isinstance(owner, str) else owner.name
-                self.problems.append(f"{name} needs {where}: give it with {where}=... ({setting.type_text})")
+                self.problems.append(
+                    f"{name} needs {where}: give it with {where}=... ({setting.type_text})"
+                )
         return found
 
     def nested(self, path: str, setting: Setting, value: Any) -> Any:
@@ -189,10 +238,15 @@ class Reader:
             if not isinstance(value, list | tuple):
                 self.problem(path, value, f"should be a {setting.type_text}")
                 return []
-            return [self.part(registry.kind, f"{path}.{number}", item) for number, item in enumerate(value)]
+            return [
+                self.part(registry.kind, f"{path}.{number}", item)
+                for number, item in enumerate(value)
+            ]
         chosen = self.tree.get(registry.kind.key)
         if value == "???":
-            self.problem(path, None, f"needs {with_article(setting.part)}: choose one with {path}=NAME")
+            self.problem(
+                path, None, f"needs {with_article(setting.part)}: choose one with {path}=NAME"
+            )
             return None
         nameless = isinstance(value, Mapping) and "name" not in value
         if value == followed_kind(setting.part) or nameless:
@@ -201,13 +255,19 @@ class Reader:
             own_choices.append(path)
         if value == followed_kind(setting.part):
             if chosen is None and setting.required:
-                self.problem(path, None, f"needs a {setting.part}: choose one with {path}=NAME or {setting.part}=NAME")
+                self.problem(
+                    path,
+                    None,
+                    f"needs a {setting.part}: choose one with {path}=NAME or {setting.part}=NAME",
+                )
                 return None
             if chosen is None:
                 if not names_parts(setting.default):
                     return OWN_DEFAULT
                 return self.part(registry.kind, path, setting.default)
-            return self.settings_of_default(registry.kind, chosen or setting.default, setting.default)
+            return self.settings_of_default(
+                registry.kind, chosen or setting.default, setting.default
+            )
         if value is setting.default and not names_parts(value):
             return OWN_DEFAULT
         default = setting.default if isinstance(setting.default, str) else None
@@ -236,9 +296,15 @@ class Reader:
                 return self.value(setting, value["name"], path)
             self.problem(path, value, f"{error}{self.quoting(setting, value, path)}")
             return setting.default
-        if type(value) is int and isinstance(converted, str | Path) and self.is_altered(value, path):
+        if (
+            type(value) is int
+            and isinstance(converted, str | Path)
+            and self.is_altered(value, path)
+        ):
             said = f"is read as the number {value}"
-            self.problem(path, self.typed[path].partition("=")[2], said + self.quoting(setting, value, path))
+            self.problem(
+                path, self.typed[path].partition("=")[2], said + self.quoting(setting, value, path)
+            )
         return converted
 
     def is_altered(self, value: int, path: str) -> bool:
@@ -268,7 +334,9 @@ class Reader:
 
     def check_choices_reach(self, parts: Mapping[str, Any]) -> None:
         """An experiment's choice of a kind that no part asks for would be a silent no-op."""
-        askers = " nor ".join(parts[name].entry.name for name in ("model", "task") if parts[name] is not None)
+        askers = " nor ".join(
+            parts[name].entry.name for name in ("model", "task") if parts[name] is not None
+        )
         for name, registry in Registry.every.items():
             key = registry.kind.key
             chosen = self.tree.get(key)
@@ -277,8 +345,12 @@ class Reader:
             chosen = chosen.get("name") if isinstance(chosen, Mapping) else chosen
             own_choices = self.asked.get(name)
             if own_choices is None:
-                self.problem(key, chosen, f"reaches nothing: neither {askers} asks for {with_article(name)}")
-            elif self.source(key) == COMMAND_LINE and any(self.name_at(path) != chosen for path in own_choices):
+                self.problem(
+                    key, chosen, f"reaches nothing: neither {askers} asks for {with_article(name)}"
+                )
+            elif self.source(key) == COMMAND_LINE and any(
+                self.name_at(path) != chosen for path in own_choices
+            ):
                 places = ", ".join(dict.fromkeys(own_choices))
                 written = self.source(own_choices[0])
                 where = f" in {written}" if written not in ("", COMMAND_LINE) else ""
@@ -294,7 +366,9 @@ class Reader:
     def check_trainer(self, settings: Mapping[str, Any]) -> None:
         """Find now what the trainer will refuse (a device that is not there), before any data is read."""
         no_limit = settings["max_epochs"] is None and settings["max_steps"] is None
-        if no_limit and not any(text.startswith(("trainer.max_epochs", "trainer.max_steps")) for text in self.problems):
+        if no_limit and not any(
+            text.startswith(("trainer.max_epochs", "trainer.max_steps")) for text in self.problems
+        ):
             advice = "give it with trainer.max_epochs=... or trainer.max_steps=..."
             self.problem("trainer", None, f"needs a limit: {advice}")
         refused = settings_refused(settings)
@@ -315,7 +389,11 @@ class Reader:
             advice = quoted_override(f"{owners[0]}.{path}={shorten(value)}")
             self.problem(path, value, f"is a setting of {owners[0]}: write {advice}")
         else:
-            self.problem(path, value, f"there is no key {key!r} in an experiment; {did_you_mean(key, known, most=30)}")
+            self.problem(
+                path,
+                value,
+                f"there is no key {key!r} in an experiment; {did_you_mean(key, known, most=30)}",
+            )
 
     def has(self, choice: str, key: str) -> bool:
         """Whether the part that the experiment chooses of a kind has a setting of that name."""
@@ -323,7 +401,9 @@ class Reader:
         name = value.get("name") if isinstance(value, Mapping) else value
         return isinstance(name, str) and name in registry and key in registry.get(name).settings
 
-    def unknown_setting(self, path: str, key: Any, value: Any, settings: Settings, owner: Entry | str) -> None:
+    def unknown_setting(
+        self, path: str, key: Any, value: Any, settings: Settings, owner: Entry | str
+    ) -> None:
         """Say whose setting it is, when it is one of another part: momentum is a setting of sgd, not of adam."""
         if key in IMPORTS:
             return self.problem(path, value, TARGET)
@@ -332,10 +412,14 @@ class Reader:
         if isinstance(owner, Entry) and key in parameters_of(owner.part):
             given = key in owner.kind.given
             by = "is given by the framework" if given else "has a type that no config can hold"
-            return self.problem(path, value, f"the parameter {key} of {name} {by}, so it is no setting")
+            return self.problem(
+                path, value, f"the parameter {key} of {name} {by}, so it is no setting"
+            )
         if isinstance(owner, Entry):
             others = [e.name for e in Registry.every[owner.kind.name] if key in e.settings]
-        others += [section for section in SECTIONS if section != name and key in section_settings(section)]
+        others += [
+            section for section in SECTIONS if section != name and key in section_settings(section)
+        ]
         if others:
             said = ", ".join(others[:4]) + (" ..." if len(others) > 4 else "")
             return self.problem(path, value, f"{key} is a setting of {said}, not of {name}")
@@ -355,7 +439,9 @@ class Reader:
             if isinstance(made, list):
                 tree[key] = {}
                 for maker in made:
-                    tree[key][maker.entry.name] = plain_settings(maker.settings, maker.entry.settings)
+                    tree[key][maker.entry.name] = plain_settings(
+                        maker.settings, maker.entry.settings
+                    )
             else:
                 tree[key] = config_value(made)
         for name, settings in spec.sections.items():
@@ -375,7 +461,9 @@ def followed_kind(kind: str) -> str:
     return f"${{{Registry.every[kind].kind.key}}}"
 
 
-OWN_DEFAULT: Any = object()  # in the place of a part that a signature has as an object, not by its name
+OWN_DEFAULT: Any = (
+    object()
+)  # in the place of a part that a signature has as an object, not by its name
 OLD_TEXT = (
     "is what an earlier version wrote for a default that no config can hold, so whether the part had the default "
     "or this text is not known: take the line out to use the default"

@@ -112,7 +112,9 @@ def known_folders() -> dict[str, int]:
 def write_trusted(folders: dict[str, int]) -> None:
     file = trust_file()
     if file is None:
-        raise FrameworkError("trusted folders cannot be kept: neither XDG_STATE_HOME nor HOME is an absolute path")
+        raise FrameworkError(
+            "trusted folders cannot be kept: neither XDG_STATE_HOME nor HOME is an absolute path"
+        )
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -135,7 +137,11 @@ def named_plugins(folder: Path) -> list[Named]:
 def config_folders_of(folder: Path) -> list[Path]:
     """Return `conf` of a project; and the folder itself, if it can be given to --config-dir."""
     candidates = (folder / "conf", folder)
-    return [each for each in candidates if (each / "config.yaml").is_file() or (each / "experiment").is_dir()]
+    return [
+        each
+        for each in candidates
+        if (each / "config.yaml").is_file() or (each / "experiment").is_dir()
+    ]
 
 
 def plugins_in(file: Path) -> list[str]:
@@ -147,7 +153,11 @@ def plugins_in(file: Path) -> list[str]:
     except (OSError, RunError):
         return []
     plugins = content.get("plugins") if isinstance(content, dict) else None
-    return [plugin for plugin in plugins if isinstance(plugin, str)] if isinstance(plugins, list) else []
+    return (
+        [plugin for plugin in plugins if isinstance(plugin, str)]
+        if isinstance(plugins, list)
+        else []
+    )
 
 
 def description(folder: Path) -> list[str]:
@@ -191,7 +201,9 @@ def importing_from_elsewhere(folder: str | Path, needed: Sequence[str] = ()) -> 
     lies in it, or one of the modules `needed`, which the user has named.
     """
     before = list(sys.path)
-    left_out = [entry for entry in entries_in(folder) if not any(holds(entry, module) for module in needed)]
+    left_out = [
+        entry for entry in entries_in(folder) if not any(holds(entry, module) for module in needed)
+    ]
     sys.path[:] = [entry for entry in before if entry not in left_out]
     try:
         yield left_out
@@ -206,11 +218,17 @@ def entries_in(folder: str | Path) -> list[str]:
         real = os.path.realpath(folder)
     except OSError:
         return []
-    entries = [entry for entry in sys.path if is_below(entry, [real]) and os.path.exists(entry or ".")]
+    entries = [
+        entry for entry in sys.path if is_below(entry, [real]) and os.path.exists(entry or ".")
+    ]
     if not entries:
         return []
     installed = [sys.prefix, sys.base_prefix, *site.getsitepackages(), site.getusersitepackages()]
-    other = [entry for entry in entries if not is_below(entry, installed) and os.path.realpath(entry) != FRAMEWORK]
+    other = [
+        entry
+        for entry in entries
+        if not is_below(entry, installed) and os.path.realpath(entry) != FRAMEWORK
+    ]
     listed = paths_of_installed() if other else []
     return [entry for entry in other if not is_below(entry, listed)]
 
@@ -224,7 +242,11 @@ def is_below(path: str, folders: Iterable[str]) -> bool:
 def paths_of_installed() -> list[str]:
     """Return the folders that packages installed in editable mode are imported from."""
     files = [file for folder in site.getsitepackages() for file in Path(folder).glob("*.pth")]
-    lines = [line.strip() for file in files for line in file.read_text(encoding="utf-8", errors="replace").splitlines()]
+    lines = [
+        line.strip()
+        for file in files
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines()
+    ]
     return [line for line in lines if os.path.isabs(line)]
 
 

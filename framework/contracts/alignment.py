@@ -139,7 +139,9 @@ class Alignment(TorchFunctionMode):
         for output in outputs:
             self.from_outputs[output] = True
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
         given = tensors_in((args, kwargs))
@@ -155,7 +157,9 @@ class Alignment(TorchFunctionMode):
                 self.from_targets[tensor] = True
         return result
 
-    def _check(self, function: Any, outputs: list[Tensor], targets: list[Tensor], made: list[Tensor]) -> None:
+    def _check(
+        self, function: Any, outputs: list[Tensor], targets: list[Tensor], made: list[Tensor]
+    ) -> None:
         shapes = {output.shape for output in outputs} & self.output_shapes
         if not shapes or all(target.shape != self.target_shape for target in targets):
             return

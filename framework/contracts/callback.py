@@ -166,7 +166,11 @@ def listeners(callbacks: Sequence[Callback]) -> dict[str, list[Callable[[Context
     """Return for each event the methods that listen to it: those that are not the empty ones of `Callback`."""
     methods = {event: f"on_{event}" for event in EVENTS}
     return {
-        event: [getattr(c, name) for c in callbacks if getattr(type(c), name) is not getattr(Callback, name)]
+        event: [
+            getattr(c, name)
+            for c in callbacks
+            if getattr(type(c), name) is not getattr(Callback, name)
+        ]
         for event, name in methods.items()
     }
 

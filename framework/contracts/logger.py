@@ -13,7 +13,9 @@ class Logger:
     def open(self, folder: Path | None, step: int, metrics: Sequence[str]) -> None:
         """Begin (or go on) at a step. `folder`: the run's, or None. `metrics`: "loss", "accuracy" ..."""
 
-    def scalars(self, values: dict[str, float], *, step: int, epoch: int, wall_seconds: float) -> None:
+    def scalars(
+        self, values: dict[str, float], *, step: int, epoch: int, wall_seconds: float
+    ) -> None:
         """Record values at a step."""
 
     def text(self, tag: str, markdown: str, step: int = 0) -> None:

@@ -174,7 +174,9 @@ class Mean:
             return probability_shape(outputs, targets)
         return class_shape(outputs, targets).long()
 
-    def call(self, loss: Callable[..., Any], outputs: Any, targets: Tensor, all_kept: bool = False) -> Any:
+    def call(
+        self, loss: Callable[..., Any], outputs: Any, targets: Tensor, all_kept: bool = False
+    ) -> Any:
         """Return the mean loss, and 0 with gradients of 0 when no target counts.
 
         all_kept: it is known that no target is ignored.
@@ -362,7 +364,9 @@ def with_classes(loss: Callable[..., Any]) -> Callable[..., Any]:
         return loss
     if isinstance(getattr(module, "weight", None), Tensor):
         return loss
-    inner = [each for each in module.modules() if isinstance(each, nn.CrossEntropyLoss | nn.NLLLoss)]
+    inner = [
+        each for each in module.modules() if isinstance(each, nn.CrossEntropyLoss | nn.NLLLoss)
+    ]
     return inner[0] if len(inner) == 1 else loss
 
 
@@ -374,7 +378,9 @@ def has_zero(weight: Tensor | None) -> bool:
 def check_reduction(loss: Callable[..., Any], function: Callable[..., Any]) -> None:
     """Raise SettingError for a loss of torch that is not a mean."""
     reduction = loss_setting(loss, "reduction", "mean")
-    older = [name for name in ("size_average", "reduce") if loss_setting(loss, name, None) is not None]
+    older = [
+        name for name in ("size_average", "reduce") if loss_setting(loss, name, None) is not None
+    ]
     fitting = ("mean", "batchmean") if function is F.kl_div else ("mean",)
     if reduction not in fitting or older:
         got = older[0] if older else f"reduction={reduction!r}"
@@ -425,7 +431,9 @@ def is_fixed(value: Any, seen: set[Any]) -> bool:
     if isinstance(value, tuple):
         return all(is_fixed(item, seen) for item in value)
     if isinstance(value, partial):
-        return all(is_fixed(item, seen) for item in (value.func, *value.args, *value.keywords.values()))
+        return all(
+            is_fixed(item, seen) for item in (value.func, *value.args, *value.keywords.values())
+        )
     if isinstance(value, nn.Module):
         return type(value).__module__ == nn.CrossEntropyLoss.__module__  # the losses of torch
     if not inspect.isfunction(value) or value in seen:
@@ -439,11 +447,27 @@ def is_fixed(value: Any, seen: set[Any]) -> bool:
         if writes_closure or instruction.opname == "STORE_GLOBAL":
             return False
     captured = inspect.getclosurevars(value)
-    referred = [*captured.nonlocals.values(), *captured.globals.values(), *(value.__defaults__ or ())]
+    referred = [
+        *captured.nonlocals.values(),
+        *captured.globals.values(),
+        *(value.__defaults__ or ()),
+    ]
     return not vars(value) and all(is_fixed(each, seen) for each in referred)
 
 
-FIXED_TYPES = (bool, int, float, str, bytes, Tensor, torch.dtype, torch.device, ModuleType, type, BuiltinFunctionType)
+FIXED_TYPES = (
+    bool,
+    int,
+    float,
+    str,
+    bytes,
+    Tensor,
+    torch.dtype,
+    torch.device,
+    ModuleType,
+    type,
+    BuiltinFunctionType,
+)
 
 
 class AnyOutputs(Tensor):
@@ -464,7 +488,9 @@ class Recorder(TorchFunctionMode):
         self.value = torch.tensor(value)
         self.calls: list[dict[str, Any]] = []
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         if function in CLASS_LOSSES:
             bound = inspect.signature(function).bind(*args, **kwargs)
@@ -622,7 +648,11 @@ def is_sum(loss: Callable[..., Any], outputs: Any, targets: Tensor) -> bool:
         return False
     whole, first, second = losses
     added = math.isclose(whole, first + second, rel_tol=1e-4)
-    return math.isfinite(whole) and added and not math.isclose(whole, (first + second) / 2, rel_tol=1e-4)
+    return (
+        math.isfinite(whole)
+        and added
+        and not math.isclose(whole, (first + second) / 2, rel_tol=1e-4)
+    )
 
 
 def is_batch(value: Any) -> bool:

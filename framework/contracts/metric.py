@@ -89,7 +89,9 @@ def sums_of(metric: Metric, outputs: Tensor, targets: Tensor) -> Tensor:
     return sums
 
 
-def add_sums(metric: Metric, before: Tensor | None, fresh: Tensor, restored: bool = False) -> Tensor:
+def add_sums(
+    metric: Metric, before: Tensor | None, fresh: Tensor, restored: bool = False
+) -> Tensor:
     """Return the sums of a metric with those of further batches.
 
     Args:
@@ -252,8 +254,13 @@ class Measures:
         """Return {"loss": ..., "accuracy": ...} over what was added, in one transfer, and begin anew."""
         self._sum_up()
         totals = [self.loss, *self.values.values(), *(total.reshape(-1) for total in self.sums)]
-        parts = torch.cat(totals).to("cpu", torch.float64).split([total.numel() for total in totals])
-        values = {name: float(part[0] / part[1]) for name, part in zip(["loss", *self.values], parts, strict=False)}
+        parts = (
+            torch.cat(totals).to("cpu", torch.float64).split([total.numel() for total in totals])
+        )
+        values = {
+            name: float(part[0] / part[1])
+            for name, part in zip(["loss", *self.values], parts, strict=False)
+        }
         for metric, total, part in zip(self.metrics, self.sums, parts[len(values) :], strict=False):
             values[metric.name] = computed(metric, part.reshape(total.shape))
         self.loss.zero_()
@@ -282,8 +289,12 @@ class Measures:
                 "losses": torch.stack([one.loss for one in self.held]),
                 "counts": [one.items for one in self.held],
                 "sizes": [0 if one.outputs is None else len(one.outputs) for one in self.held],
-                "outputs": None if self.held[0].outputs is None else together([one.outputs for one in self.held]),
-                "targets": None if self.held[0].targets is None else together([one.targets for one in self.held]),
+                "outputs": None
+                if self.held[0].outputs is None
+                else together([one.outputs for one in self.held]),
+                "targets": None
+                if self.held[0].targets is None
+                else together([one.targets for one in self.held]),
             }
             if any(one.values for one in self.held):
                 state["held"]["values"] = [dict(one.values) for one in self.held]
@@ -299,9 +310,16 @@ class Measures:
         held = state.get("held", {"losses": (), "counts": (), "sizes": ()})
         parts: list[Any] = [[None] * len(held["sizes"])] * 2
         if same and held.get("outputs") is not None:
-            parts = [held[name].to(self.loss.device).split(held["sizes"]) for name in ("outputs", "targets")]
+            parts = [
+                held[name].to(self.loss.device).split(held["sizes"])
+                for name in ("outputs", "targets")
+            ]
         losses = (loss.to(self.loss.device) for loss in held["losses"])
         kept = held.get("values", [{}] * len(held["sizes"]))
-        values = ({name: value.to(self.loss.device) for name, value in each.items()} for each in kept)
-        self.held = [BufferedBatch(*one) for one in zip(losses, held["counts"], *parts, values, strict=True)]
+        values = (
+            {name: value.to(self.loss.device) for name, value in each.items()} for each in kept
+        )
+        self.held = [
+            BufferedBatch(*one) for one in zip(losses, held["counts"], *parts, values, strict=True)
+        ]
         self.numbers = sum(one.outputs.numel() for one in self.held if one.outputs is not None)

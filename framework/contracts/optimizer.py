@@ -51,20 +51,34 @@ class Parameters:
         pattern that fits no parameter.
         """
         names, known = list(dict(model.named_parameters())), maker.entry.settings
-        settings = {name: maker.settings.get(name, setting.default) for name, setting in known.items()}
+        settings = {
+            name: maker.settings.get(name, setting.default) for name, setting in known.items()
+        }
         if (self.rates or self.layer_decay != 1.0) and "lr" not in settings:
             setting = "rates" if self.rates else "layer_decay"
             said = f"{maker.entry} has no learning rate `lr` that could differ"
             raise SettingError(f"parameters.{setting}: {said}")
-        factors, spared = self.factors(names), self.decay == "weights" and bool(settings.get("weight_decay"))
+        factors, spared = (
+            self.factors(names),
+            self.decay == "weights" and bool(settings.get("weight_decay")),
+        )
         found: list[dict[str, Any]] = []
         for factor, run in groupby(names, factors.__getitem__):
             each = {name: model.get_parameter(name) for name in run}
-            for name, few in (("weights", False), ("biases and norms", True)) if spared else (("all", None),):
+            for name, few in (
+                (("weights", False), ("biases and norms", True)) if spared else (("all", None),)
+            ):
                 chosen = [p for p in each.values() if few is None or (p.ndim < 2) == few]
-                group: dict[str, Any] = {"params": chosen, "name": name if factor == 1 else f"{name} x {factor:.3g}"}
+                group: dict[str, Any] = {
+                    "params": chosen,
+                    "name": name if factor == 1 else f"{name} x {factor:.3g}",
+                }
                 group |= {"weight_decay": 0.0} if few else {}
-                found += [group | ({} if factor == 1 else {"lr": settings["lr"] * factor})] if chosen else []
+                found += (
+                    [group | ({} if factor == 1 else {"lr": settings["lr"] * factor})]
+                    if chosen
+                    else []
+                )
         plain = len(found) == 1 and not found[0].keys() & {"lr", "weight_decay"}
         return found[0]["params"] if plain else found
 
@@ -76,7 +90,9 @@ class Parameters:
             if not any(fnmatchcase(name, pattern) for name in names):
                 said = did_you_mean(pattern, names, most=10)
                 raise SettingError(f"parameters.rates: no parameter fits {pattern!r}; {said}")
-        first = {n: next((f for p, f in self.rates.items() if fnmatchcase(n, p)), 1.0) for n in names}
+        first = {
+            n: next((f for p, f in self.rates.items() if fnmatchcase(n, p)), 1.0) for n in names
+        }
         return {name: first[name] * self.layer_decay ** depth[name] for name in names}
 
 
@@ -91,7 +107,9 @@ def build_optimizer(maker: Maker, params: Iterable[Any]) -> Optimizer:
     """Build the optimizer, fused where it can be; a `fused` or `foreach` among the maker's settings is left alone."""
     defer_compiler()
     params, entry = list(params), maker.entry
-    chosen = {} if maker.settings.keys() & {"fused", "foreach"} else implementation(entry.part, params)
+    chosen = (
+        {} if maker.settings.keys() & {"fused", "foreach"} else implementation(entry.part, params)
+    )
     try:
         return entry.build({"params": params}, {**maker.settings, **chosen})
     except BuildError as error:
@@ -131,6 +149,8 @@ def tensors(params: Iterable[Any]) -> Iterator[Tensor]:
     """Yield the parameters, whether they come bare, as (name, tensor) pairs or in groups."""
     for item in params:
         if isinstance(item, Mapping):
-            yield from tensors(item["params"] if not isinstance(item["params"], Tensor) else [item["params"]])
+            yield from tensors(
+                item["params"] if not isinstance(item["params"], Tensor) else [item["params"]]
+            )
         else:
             yield item[1] if isinstance(item, tuple) else item

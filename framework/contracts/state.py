@@ -89,7 +89,11 @@ class State:
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run cannot derive, in plain types."""
         counters = {name: getattr(self, name) for name in COUNTERS}
-        return {"counters": counters, "metrics": dict(self.metrics), "wall_seconds": self.wall_seconds}
+        return {
+            "counters": counters,
+            "metrics": dict(self.metrics),
+            "wall_seconds": self.wall_seconds,
+        }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
@@ -97,7 +101,11 @@ class State:
             if name not in COUNTERS or type(value) is not int or value < 0:
                 raise SettingError(f"resume: the counter {name} is {short(value)}")
             setattr(self, name, value)
-        self.metrics = {str(name): value for name, value in saved["metrics"].items() if isinstance(value, int | float)}
+        self.metrics = {
+            str(name): value
+            for name, value in saved["metrics"].items()
+            if isinstance(value, int | float)
+        }
         self.started = time.monotonic() - saved["wall_seconds"]
 
 
@@ -110,7 +118,9 @@ class Cadence:
     def __init__(self, every: str, setting: str = "every"):
         match = re.fullmatch(EVERY, every)
         if match is None or float(match[1]) <= 0:
-            raise SettingError(f"{setting} should be a cadence like 10steps, 1epoch or 5min, not {every!r}")
+            raise SettingError(
+                f"{setting} should be a cadence like 10steps, 1epoch or 5min, not {every!r}"
+            )
         self.every = every
         self.unit = match[2].rstrip("s") if match[2] != "s" else "s"
         self.number = float(match[1])

@@ -172,7 +172,9 @@ class LossTask(Task):
         self.loss = loss
         self.criterion = loss if isinstance(loss, nn.Module) else None
         self.mean = Mean.of(loss)
-        self.watched = harmless(loss) is None  # no copy of it can be tried, so that its real calls are checked
+        self.watched = (
+            harmless(loss) is None
+        )  # no copy of it can be tried, so that its real calls are checked
 
     def step(self, model: nn.Module, batch: Batch) -> Step:
         inputs, targets = inputs_and_targets(batch)

@@ -26,10 +26,14 @@ Source = Data | Split | Loader | Iterable[Any]
 Keep = Callable[[Batch], Batch]
 
 
-def as_batches(source: Source, batch_size: int, *, shuffle: bool, seed: int, device: torch.device) -> Batches:
+def as_batches(
+    source: Source, batch_size: int, *, shuffle: bool, seed: int, device: torch.device
+) -> Batches:
     """Return a reader of the source's batches; it reads for the device. Raises DataError for a whole Data."""
     if isinstance(source, Data):
-        raise DataError(f"{type(source).__name__} has several splits: pass one of them, such as `data.test`")
+        raise DataError(
+            f"{type(source).__name__} has several splits: pass one of them, such as `data.test`"
+        )
     if isinstance(source, IterableDataset):  # torch gives it a `__getitem__` that only raises
         source = DataLoader(source, batch_size=batch_size)
     elif is_map_style(source):

@@ -18,7 +18,9 @@ from .dataset import Data, splits_of
 
 CHUNK_BYTES = 2**25
 READ_BYTES = 2**20
-MOST_FILE_BYTES = 2**30  # of the files of a split; reading more would delay the start by many seconds
+MOST_FILE_BYTES = (
+    2**30
+)  # of the files of a split; reading more would delay the start by many seconds
 READERS = 8  # threads: a network disk answers several at once
 OWN = {TensorDataset: ("tensors",), Subset: ("indices", "dataset"), ConcatDataset: ("datasets",)}
 """torch's data sets, and the attributes that hold what their samples are made of."""
@@ -75,7 +77,11 @@ def pieces(value: Any, pool: ThreadPoolExecutor) -> Iterator[bytes]:
     elif value is None or isinstance(value, bool | int | float | str | bytes):
         text = repr(value).encode()
         yield b"%s %d " % (type(value).__name__.encode(), len(text)) + text
-    elif isinstance(value, list | tuple | range) and value and all(isinstance(each, Path) for each in value):
+    elif (
+        isinstance(value, list | tuple | range)
+        and value
+        and all(isinstance(each, Path) for each in value)
+    ):
         yield f"files {len(value)} ".encode()
         yield from hashes_of_files(value, pool)
     elif isinstance(value, Path):

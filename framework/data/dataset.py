@@ -49,7 +49,9 @@ class TensorSplit:
     def __init__(self, *tensors: Tensor):
         sizes = {len(tensor) for tensor in tensors}
         if len(sizes) != 1:
-            raise DataError(f"the tensors of a split must have one length, not {[len(t) for t in tensors]}")
+            raise DataError(
+                f"the tensors of a split must have one length, not {[len(t) for t in tensors]}"
+            )
         self.tensors = tensors
 
     def __len__(self) -> int:
@@ -169,12 +171,16 @@ class Data:
         facts: what `facts` gave when the model was trained; the training data need not be there.
         Raises DataError when the file cannot be read, and here, where no way of reading is known.
         """
-        raise DataError(f"{path}: {cls.__name__} does not say how to read a file of inputs (`read_inputs`)")
+        raise DataError(
+            f"{path}: {cls.__name__} does not say how to read a file of inputs (`read_inputs`)"
+        )
 
     @classmethod
     def encode(cls, text: str, facts: dict[str, Any]) -> Tensor:
         """Return a text as token ids, shape (length,). Raises DataError where the data are no texts to go on with."""
-        raise DataError(f"{cls.__name__} holds no text to go on with: --prompt is for language models")
+        raise DataError(
+            f"{cls.__name__} holds no text to go on with: --prompt is for language models"
+        )
 
     @classmethod
     def decode(cls, tokens: Sequence[int], facts: dict[str, Any]) -> str:
@@ -302,26 +308,35 @@ class Loader:
         self.batch_size = batch_size if shuffle else eval_batch_size
         self.drop_last, self.limit = drop_last and shuffle, limit
         if self.drop_last and len(split) < self.batch_size:
-            raise DataError(f"drop_last leaves no batch: {len(split)} samples, batch_size {self.batch_size}")
+            raise DataError(
+                f"drop_last leaves no batch: {len(split)} samples, batch_size {self.batch_size}"
+            )
         self.even = EvenClasses(self.split) if shuffle and sampling == "weighted" else None
         self.copies: CopyStream | None = None
         self.whole: SteadySamples | None = None  # what is to be read into memory
         if read == "workers" and isinstance(self.split, GatheredSplit):
-            raise DataError(f"loader.read=workers: a {type(split).__name__} makes its batches in memory")
+            raise DataError(
+                f"loader.read=workers: a {type(split).__name__} makes its batches in memory"
+            )
         ready = is_in_memory(self.split) or isinstance(self.split, GatheredSplit)
         if read == "memory" and not ready:
             if callable(getattr(split, "set_epoch", None)):
                 why = "has `set_epoch`, and may give other samples in each epoch"
                 raise DataError(f"{MEMORY} reads each sample once: {type(split).__name__} {why}")
             if on_bad_sample == "skip":
-                raise DataError(f"{MEMORY} needs every sample: it does not go with loader.on_bad_sample=skip")
+                raise DataError(
+                    f"{MEMORY} needs every sample: it does not go with loader.on_bad_sample=skip"
+                )
             self.whole = SteadySamples(self.split, 0, workers=workers)
             check_room(self.whole.probe(), f"{MEMORY}: {type(split).__name__}")
 
     def to(self, device: torch.device) -> "Loader":
         """Prepare to read for a device, and return this loader: what shall be in memory is read, and goes there."""
         if self.whole is not None:
-            self.split, self.whole = TensorSplit(*read_whole(self.whole, self.workers, self.timeout_seconds)), None
+            self.split, self.whole = (
+                TensorSplit(*read_whole(self.whole, self.workers, self.timeout_seconds)),
+                None,
+            )
         if self.tensors is not None or isinstance(self.split, GatheredSplit):
             self.split = self.split.to(device)  # type: ignore[attr-defined]
         elif device.type == "cuda":
@@ -393,7 +408,9 @@ class Loader:
 
     def indices(self, epoch: int, start: int, batches: int) -> list[int]:
         """Return which samples the batches from number `start` on hold."""
-        return self.order(epoch)[start * self.batch_size : (start + batches) * self.batch_size].tolist()
+        return self.order(epoch)[
+            start * self.batch_size : (start + batches) * self.batch_size
+        ].tolist()
 
     def order(self, epoch: int) -> Tensor:
         """Return the samples of an epoch in their order, a pure function of (seed, epoch)."""
@@ -427,7 +444,9 @@ class Loader:
         workers = min(self.workers, len(chunks))
         seed = seeds.derive(self.seed, "sample", epoch)
         samples = SeededSamples(self.split, seed, self.on_bad_sample == "skip", workers)
-        reads = read_batches(samples, chunks, workers, self.timeout_seconds, pin=self.copies is not None)
+        reads = read_batches(
+            samples, chunks, workers, self.timeout_seconds, pin=self.copies is not None
+        )
         with closing(reads):  # at once: an error that is raised here keeps this frame
             for batch, left_out in reads if self.copies is None else self.copies.ahead(reads):
                 self.skipped += len(left_out)
@@ -543,7 +562,9 @@ def check_read_again(batches: Loader | ForeignLoader, reader: str) -> None:
     """
     if isinstance(batches, ForeignLoader) and batches.single_pass:
         kind = type(batches.batches).__name__
-        raise DataError(f"{reader}: expected data that can be read again, got a {kind}; {READ_AGAIN}")
+        raise DataError(
+            f"{reader}: expected data that can be read again, got a {kind}; {READ_AGAIN}"
+        )
 
 
 def makes_fresh_batches(batches: Any) -> bool:

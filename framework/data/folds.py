@@ -70,12 +70,20 @@ def cut_as_they_are(data: Data, fold: str, number: int, count: int) -> None:
     """Cut the samples as they are, prepared by what was measured before."""
     splits = [data.train] if data.val is None else [data.train, data.val]
     if any(isinstance(split, GatheredSplit) for split in splits):
-        raise DataError(f"fold={fold}: {type(data).__name__} is cut out of one text, and cannot be cut into folds")
+        raise DataError(
+            f"fold={fold}: {type(data).__name__} is cut out of one text, and cannot be cut into folds"
+        )
     samples = sum(map(len, splits))
     check_number(samples, fold, count)
     if all(is_in_memory(split) for split in splits):
-        whole = TensorSplit(*(torch.cat(parts) for parts in zip(*(s.tensors for s in splits), strict=True)))  # type: ignore
-        strata = whole.tensors[1] if data.target == "class" and len(whole.tensors) > 1 else torch.zeros(samples)
+        whole = TensorSplit(
+            *(torch.cat(parts) for parts in zip(*(s.tensors for s in splits), strict=True))
+        )  # type: ignore
+        strata = (
+            whole.tensors[1]
+            if data.target == "class" and len(whole.tensors) > 1
+            else torch.zeros(samples)
+        )
         rows, others = fold_of(strata, number, count)
         data.val, data.train = TensorSplit(*whole[rows]), TensorSplit(*whole[others])
         return

@@ -59,10 +59,16 @@ class RaggedSplit(GatheredSplit):
         """
         empty = next((row for row, tokens in enumerate(sequences) if not len(tokens)), None)
         if empty is not None:
-            raise DataError(f"sequence {empty} is empty; a model that averages over tokens needs at least one")
+            raise DataError(
+                f"sequence {empty} is empty; a model that averages over tokens needs at least one"
+            )
         if any(len(other) != len(sequences) for other in others):
-            raise DataError(f"{len(sequences)} sequences do not go with {[len(other) for other in others]} of the rest")
-        self.tokens = torch.cat([*sequences, torch.zeros(1, dtype=torch.int32)]).int()  # what lies past the last one
+            raise DataError(
+                f"{len(sequences)} sequences do not go with {[len(other) for other in others]} of the rest"
+            )
+        self.tokens = torch.cat(
+            [*sequences, torch.zeros(1, dtype=torch.int32)]
+        ).int()  # what lies past the last one
         self.lengths = torch.tensor([len(tokens) for tokens in sequences])
         self.starts = self.lengths.cumsum(0) - self.lengths
         self.others, self.bucket = others, bucket
@@ -88,9 +94,13 @@ class RaggedSplit(GatheredSplit):
         if not shuffle or self.bucket < 2 or full == 0:
             return plain
         pools = plain[:full].split(self.bucket * batch_size)
-        batches = torch.cat([pool[self.lengths[pool].argsort(stable=True)] for pool in pools]).view(-1, batch_size)
+        batches = torch.cat([pool[self.lengths[pool].argsort(stable=True)] for pool in pools]).view(
+            -1, batch_size
+        )
         mixed = torch.randperm(len(batches), generator=seeds.generator(seed, "batches", epoch))
-        return torch.cat([batches[mixed].flatten(), plain[full:]])  # a smaller batch can only be the last
+        return torch.cat(
+            [batches[mixed].flatten(), plain[full:]]
+        )  # a smaller batch can only be the last
 
 
 class WindowSplit(GatheredSplit):
@@ -111,9 +121,13 @@ class WindowSplit(GatheredSplit):
         facts: kept as `facts`, for those who look at samples (what makes text of tokens).
         """
         if len(tokens) < 2 * length:
-            raise DataError(f"{len(tokens)} tokens are too few for windows of {length}: {2 * length} are needed")
+            raise DataError(
+                f"{len(tokens)} tokens are too few for windows of {length}: {2 * length} are needed"
+            )
         if not 0 <= (context or 0) < length:
-            raise DataError(f"windows of {length} tokens can overlap by 0 to {length - 1} tokens, not {context}")
+            raise DataError(
+                f"windows of {length} tokens can overlap by 0 to {length - 1} tokens, not {context}"
+            )
         self.tokens, self.length, self.context, self.facts = tokens, length, context, facts
 
     @property
@@ -129,7 +143,9 @@ class WindowSplit(GatheredSplit):
     def order(self, seed: int, epoch: int, batch_size: int, shuffle: bool) -> Tensor:
         windows = torch.arange(len(self)) * self.stride
         if not shuffle:
-            return windows.clamp(max=len(self.tokens) - 1 - self.length)  # the last one ends with the text
+            return windows.clamp(
+                max=len(self.tokens) - 1 - self.length
+            )  # the last one ends with the text
         start = torch.randint(self.length, (), generator=seeds.generator(seed, "windows", epoch))
         return windows[seeds.order(seed, epoch, len(self))] + start
 
@@ -142,7 +158,9 @@ class WindowSplit(GatheredSplit):
         window = self.tokens[places].long()
         inputs, targets = window[:, :-1], window[:, 1:]
         if self.context is not None:
-            before = (indices - 1).div(self.stride, rounding_mode="floor") * self.stride  # where the last one began
+            before = (indices - 1).div(
+                self.stride, rounding_mode="floor"
+            ) * self.stride  # where the last one began
             seen = torch.where(indices > 0, before + self.length - indices, 0)
             targets = targets.masked_fill(torch.arange(self.length) < seen[:, None], -1)
         # Clones, since the inputs and targets of a single window would share its memory.

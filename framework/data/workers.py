@@ -67,7 +67,9 @@ class SeededSamples(torch.utils.data.Dataset):
 
     def __init__(self, split: Split, seed: int, skip: bool = False, workers: int = 0):
         self.split, self.seed, self.skip = split, seed, skip
-        self.at_once: Callable[[list[int]], Iterable[Any]] | None = getattr(split, "__getitems__", None)
+        self.at_once: Callable[[list[int]], Iterable[Any]] | None = getattr(
+            split, "__getitems__", None
+        )
         self.reading = multiprocessing.Array("q", [-1] * max(workers, 1), lock=False)
 
     def __len__(self) -> int:
@@ -145,7 +147,10 @@ class SteadySamples(SeededSamples):
         """Look at some samples; return about how many bytes all of them take. Raises DataError for random ones."""
         few = torch.linspace(0, len(self) - 1, min(8, len(self))).long().unique().tolist()
         first, again = (raised(collate(self.__getitems__(few))) for _ in range(2))
-        if not all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(first, again, strict=True)):
+        if not all(
+            torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+            for a, b in zip(first, again, strict=True)
+        ):
             raise self.frozen("a sample that is read twice comes out other")
         return sum(part.nbytes for part in first) * len(self) // len(few)
 
@@ -157,10 +162,14 @@ class SteadySamples(SeededSamples):
         read = super().read_all(indices, worker)
         if generators() == before or isinstance(read[0], FrameworkError):
             return read
-        return self.frozen(f"one of the samples {indices[0]} to {indices[-1]} draws random numbers"), []
+        return self.frozen(
+            f"one of the samples {indices[0]} to {indices[-1]} draws random numbers"
+        ), []
 
     def frozen(self, evidence: str) -> DataError:
-        return DataError(f"{MEMORY} would freeze what is random in {type(self.split).__name__}: {evidence}")
+        return DataError(
+            f"{MEMORY} would freeze what is random in {type(self.split).__name__}: {evidence}"
+        )
 
 
 def generators() -> list[Any]:
@@ -189,7 +198,9 @@ def read_whole(samples: SteadySamples, workers: int, timeout_seconds: float) -> 
         for tensor, part in zip(whole, batch, strict=True):
             if (tensor.shape[1:], tensor.dtype) != (part.shape[1:], part.dtype):
                 found = f"the first is {list(tensor.shape[1:])} {tensor.dtype}, sample {at} {list(part.shape[1:])}"
-                raise DataError(f"{MEMORY} needs samples of one shape and type: {found} {part.dtype}")
+                raise DataError(
+                    f"{MEMORY} needs samples of one shape and type: {found} {part.dtype}"
+                )
             tensor[at : at + len(part)] = part
         at += len(batch[0])
     return whole
@@ -221,7 +232,9 @@ def as_batch(batch: Any) -> Batch:
     parts = (batch,) if isinstance(batch, Tensor) else batch
     tensors = isinstance(parts, tuple | list) and all(isinstance(part, Tensor) for part in parts)
     if not tensors or len(parts) == 0:
-        held = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else describe_batch_part(batch)
+        held = (
+            ", ".join(map(str, batch)) if isinstance(batch, Mapping) else describe_batch_part(batch)
+        )
         advice = ""
         several = isinstance(parts, tuple | list)
         if several and any(isinstance(part, tuple | list) for part in parts):
@@ -268,7 +281,11 @@ class RecordingContext:
 
 
 def read_batches(
-    samples: SeededSamples, chunks: IndexBatches, workers: int, timeout_seconds: float, pin: bool = False
+    samples: SeededSamples,
+    chunks: IndexBatches,
+    workers: int,
+    timeout_seconds: float,
+    pin: bool = False,
 ) -> Generator[Read, None, None]:
     """Yield batches, read here or by other processes, in order; after the last one no process is left.
 
@@ -297,7 +314,11 @@ def read_batches(
             if read is None:
                 return
             yield read[0], read[1]
-    except (RuntimeError, OSError, EOFError) as error:  # OSError: memory that a process shared is gone with it
+    except (
+        RuntimeError,
+        OSError,
+        EOFError,
+    ) as error:  # OSError: memory that a process shared is gone with it
         for process in processes:
             process.join(0.1)
         # Of a timeout only the text tells: torch raises a RuntimeError, and all processes live.
@@ -338,7 +359,9 @@ def shared_memory_is_full() -> str:
     return f"{said}, which loader.workers need: use loader.workers=0, or a larger {SHARED} (docker run --shm-size=...)"
 
 
-def fault(samples: SeededSamples, processes: Sequence[BaseProcess], timeout_seconds: float) -> DataError:
+def fault(
+    samples: SeededSamples, processes: Sequence[BaseProcess], timeout_seconds: float
+) -> DataError:
     """Say which sample a dead process was reading, or one that takes too long; the latter is killed."""
     dead = [number for number, process in enumerate(processes) if not process.is_alive()]
     late = [number for number, index in enumerate(samples.reading) if index != -1]
@@ -349,12 +372,16 @@ def fault(samples: SeededSamples, processes: Sequence[BaseProcess], timeout_seco
     if not dead:
         for stuck in late:
             processes[stuck].kill()
-        return DataError(f"no batch has come for {timeout_seconds:g} s (loader.timeout_seconds): {what} hangs")
+        return DataError(
+            f"no batch has come for {timeout_seconds:g} s (loader.timeout_seconds): {what} hangs"
+        )
     status = processes[number].exitcode or 0
     if status == -signal.SIGBUS:  # a page of shared memory was written for which there is no room
         return DataError(shared_memory_is_full())
     how = f"of {signal.Signals(-status).name}" if status < 0 else f"with exit status {status}"
-    return DataError(f"{what} has died {how}" + ", perhaps for want of memory" * (status == -signal.SIGKILL))
+    return DataError(
+        f"{what} has died {how}" + ", perhaps for want of memory" * (status == -signal.SIGKILL)
+    )
 
 
 @contextmanager

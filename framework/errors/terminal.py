@@ -52,7 +52,10 @@ def printable_lines(text: object) -> str:
 
 def joined(text: str) -> str:
     """Return a text in which bytes that stand one by one, as surrogates, are the character that they encode."""
-    return BYTES.sub(lambda run: run[0].encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape"), text)
+    return BYTES.sub(
+        lambda run: run[0].encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape"),
+        text,
+    )
 
 
 def escape(found: re.Match[str]) -> str:
@@ -75,7 +78,9 @@ def title(name: object) -> str:
 
 def message_line(text: object) -> str:
     """Return a line of a message: printable, with long words and long lines shortened in the middle."""
-    words = WORD.sub(lambda word: shortened(word[0]), printable(shortened(text, 100 * LONGEST_LINE)))
+    words = WORD.sub(
+        lambda word: shortened(word[0]), printable(shortened(text, 100 * LONGEST_LINE))
+    )
     return shortened(words, LONGEST_LINE)
 
 
@@ -116,7 +121,9 @@ def print_traceback(error: BaseException) -> None:
     for part in traceback.format_exception(error):
         lines = printable_lines(part).split("\n")
         if not part.startswith("\n"):  # otherwise it says how two errors belong together
-            lines[1:] = [line if line[:1].isspace() or not line else f"    {line}" for line in lines[1:]]
+            lines[1:] = [
+                line if line[:1].isspace() or not line else f"    {line}" for line in lines[1:]
+            ]
         print("\n".join(lines), end="", file=sys.stderr)
     sys.stderr.flush()
 
@@ -133,7 +140,13 @@ def printable_warnings() -> Iterator[None]:
     """Print warnings without what could control the terminal; those of this package as a line without its source."""
     before = warnings.formatwarning
 
-    def formatted(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None):
+    def formatted(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        line: str | None = None,
+    ):
         if is_own(filename):
             return message_line(f"framework: warning: {message}") + "\n"
         source = None if line is None else printable(line)

@@ -45,7 +45,9 @@ def check_contract(data: Data) -> None:
     owner = type(data).__name__
     for name in ("in_shape", "out_shape"):
         shape = getattr(data, name, None)
-        if not isinstance(shape, tuple | list) or not all(isinstance(size, Integral) for size in shape):
+        if not isinstance(shape, tuple | list) or not all(
+            isinstance(size, Integral) for size in shape
+        ):
             expected = f"its __init__ should set {name} to a tuple of ints"
             raise DataError(f"{owner}: {expected}, not {short(shape)}")
     for name, split in splits_of(data).items():
@@ -55,7 +57,9 @@ def check_contract(data: Data) -> None:
             raise DataError(f"{owner}: {expected}, as a {type(split).__name__} has not")
 
 
-def build_loader(spec: Spec, model: nn.Module, data: Data, split: str, shuffle: bool = False) -> Loader:
+def build_loader(
+    spec: Spec, model: nn.Module, data: Data, split: str, shuffle: bool = False
+) -> Loader:
     """Return the reader of a split for a model. Raises DataError when the data has none of that name."""
     chosen = splits_of(data).get(split)
     if chosen is None:
@@ -86,7 +90,9 @@ def scale_of(data: Data, task: Task) -> Scale | None:
 
 
 def all_metrics(maker: Maker) -> Iterator[Any]:
-    return (entry for entry in Registry.every[maker.entry.kind.name] if isinstance(entry.part, type))
+    return (
+        entry for entry in Registry.every[maker.entry.kind.name] if isinstance(entry.part, type)
+    )
 
 
 def build_model(
@@ -106,7 +112,10 @@ def build_model(
     """
     maker = spec.parts["model"]
     if any(columns) and "columns" not in maker.entry.asks_for:
-        fitting = ", ".join(e.name for e in Registry.every["model"] if "columns" in e.asks_for) or "one with `columns`"
+        fitting = (
+            ", ".join(e.name for e in Registry.every["model"] if "columns" in e.asks_for)
+            or "one with `columns`"
+        )
         raise BuildError(
             f"model={maker.entry.name} would take the data's indices of categories for amounts: "
             f"choose one that embeds them ({fitting}), or have the data encode them one-hot"
@@ -116,7 +125,9 @@ def build_model(
         model = maker(tuple(in_shape), tuple(out_shape), tuple(columns))
         if spec.parts["initializer"] is not None:
             if any(is_lazy(parameter) for parameter in model.parameters()):
-                first_output(model, tuple(in_shape))  # makes the weights, which have no shape before
+                first_output(
+                    model, tuple(in_shape)
+                )  # makes the weights, which have no shape before
             for weight in model.parameters():
                 if weight.ndim >= 2:  # the rest are biases and scales of norms
                     spec.parts["initializer"](weight)
@@ -147,7 +158,9 @@ def check_output_shape(model: nn.Module, data: Data, out_shape: Sequence[int]) -
         situation = f"while running {name} on one training sample of shape {tuple(sample.shape)}"
         raise BuildError(f"{describe(error)}, {situation}") from error
     if shape != tuple(out_shape):
-        raise BuildError(f"{type(model).__name__} gives outputs of shape {shape}; the task needs {tuple(out_shape)}")
+        raise BuildError(
+            f"{type(model).__name__} gives outputs of shape {shape}; the task needs {tuple(out_shape)}"
+        )
 
 
 def first_input(data: Data) -> Tensor:

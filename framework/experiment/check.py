@@ -49,15 +49,26 @@ def run_check(spec: Spec, say: Callable[[str], None]) -> None:
         whole = timed(say, "2 steps and a validation", lambda: fit(built, Path(folder)))
         cut = fit(Experiment(spec, data), Path(folder), StopAfter(1))
         state = timed(say, "checkpoint after a step", lambda: through_disk(cut, Path(folder)))
-        rest = timed(say, "resume from it", lambda: fit(Experiment(spec, data), Path(folder), resume=state))
+        rest = timed(
+            say, "resume from it", lambda: fit(Experiment(spec, data), Path(folder), resume=state)
+        )
         after = rest.model.state_dict()
         other = next(
-            (name for name, one in whole.model.state_dict().items() if not torch.equal(one, after[name])), None
+            (
+                name
+                for name, one in whole.model.state_dict().items()
+                if not torch.equal(one, after[name])
+            ),
+            None,
         )
         if other is not None:
-            raise RunError(f"a resumed run comes to other weights ({other}): is something random kept in a part?")
+            raise RunError(
+                f"a resumed run comes to other weights ({other}): is something random kept in a part?"
+            )
         say("the resumed run comes to the same weights, bit for bit")
-        losses = timed(say, "one batch by heart", lambda: by_heart(Experiment(spec, data), data, Path(folder)))
+        losses = timed(
+            say, "one batch by heart", lambda: by_heart(Experiment(spec, data), data, Path(folder))
+        )
     told = f"loss of one batch: {losses[0]:.4g}, after {len(losses)} steps {losses[-1]:.4g}"
     if not losses[-1] < max(LEARNT * losses[0], losses[0] - abs(losses[0]) / 10):
         raise RunError(f"{told}: it does not learn; look at optimizer.lr, the loss and the targets")
@@ -72,7 +83,12 @@ def timed(say: Callable[[str], None], what: str, do: Callable[[], Any]) -> Any:
 
 
 def fit(
-    built: Experiment, folder: Path, *callbacks: Callback, steps: int = 2, resume: Any = None, **given: Any
+    built: Experiment,
+    folder: Path,
+    *callbacks: Callback,
+    steps: int = 2,
+    resume: Any = None,
+    **given: Any,
 ) -> Trainer:
     """Take some steps with all that has a say in the training; writes nothing of its own."""
     limits = {"max_epochs": None, "max_steps": steps, "profile": False}
@@ -85,7 +101,12 @@ def fit(
         "val": None if built.data.val is None else built.batches("val"),
         "schedule": built.schedule,
     }
-    arguments |= {"model": built.model, "task": built.task, "optimizer": built.optimizer, "metrics": built.metrics}
+    arguments |= {
+        "model": built.model,
+        "task": built.task,
+        "optimizer": built.optimizer,
+        "metrics": built.metrics,
+    }
     with trainer:
         trainer.fit(**arguments | given, resume=resume)
     return trainer

@@ -34,7 +34,12 @@ from framework.system.files import first_words
 from framework.system.signals import stopping
 from framework.training.trainer import Trainer
 from framework.training.trainer_state import WRONG_FORM
-from framework.training.validation import check_has_rate, check_loss_parameters, check_schedule, check_step_alone
+from framework.training.validation import (
+    check_has_rate,
+    check_loss_parameters,
+    check_schedule,
+    check_step_alone,
+)
 
 from .build import (
     build_data,
@@ -76,7 +81,9 @@ class Experiment:
     """
 
     @user_errors()
-    def __init__(self, spec: Spec, data: Data | None = None, saved: Mapping[str, Sequence[int]] | None = None):
+    def __init__(
+        self, spec: Spec, data: Data | None = None, saved: Mapping[str, Sequence[int]] | None = None
+    ):
         """Build the objects.
 
         Args:
@@ -95,14 +102,18 @@ class Experiment:
         check_output_shape(self.model, self.data, self.out_shape)
         self.optimizer = build_optimizer(spec.parts["optimizer"], build_groups(spec, self.model))
         check_step_alone(self.optimizer)
-        self.transforms = [maker(self.data.in_shape, self.data.out_shape) for maker in spec.parts["transform"]]
+        self.transforms = [
+            maker(self.data.in_shape, self.data.out_shape) for maker in spec.parts["transform"]
+        ]
         self.train_batches = self.batches("train")
         limits = spec.sections["trainer"]
         parts = limits["micro_batch"] if isinstance(limits["micro_batch"], int) else None
         check_smallest_batch(self.model, self.train_batches, parts)
         self.status = Status()
         self.steps_per_epoch = count_steps(self.train_batches, limits["accumulate"])
-        self.total_steps = count_total(self.steps_per_epoch, limits["max_epochs"], limits["max_steps"])
+        self.total_steps = count_total(
+            self.steps_per_epoch, limits["max_epochs"], limits["max_steps"]
+        )
         scheduler = spec.parts["scheduler"]
         self.schedule = None
         if scheduler is not None:
@@ -133,7 +144,9 @@ class Experiment:
         """Return how many threads an operation on the CPU may use."""
         loader, shape = self.spec.sections["loader"], self.data.in_shape
         tokens = len(shape) == 1 and not torch.as_tensor(self.data.train[0][0]).is_floating_point()
-        features = 1 if tokens else shape[0] if len(shape) == 3 else shape[-1]  # images have theirs first
+        features = (
+            1 if tokens else shape[0] if len(shape) == 3 else shape[-1]
+        )  # images have theirs first
         rows = loader["batch_size"] * math.prod(shape) // features
         return suitable_threads(self.model, rows, loader["workers"])
 
@@ -220,8 +233,15 @@ class Prepared:
             self.resumed.rewind()
             if self.resumed.changed:
                 folder.write("config.yaml", spec.tree)
-        self.folder, self.trainer.folder = folder, folder.path  # the lock lives as long as the object
-        manifest = {"run": str(folder.path), "config": fingerprint(spec.tree), "threads": self.threads}
+        self.folder, self.trainer.folder = (
+            folder,
+            folder.path,
+        )  # the lock lives as long as the object
+        manifest = {
+            "run": str(folder.path),
+            "config": fingerprint(spec.tree),
+            "threads": self.threads,
+        }
         self.trainer.manifest = manifest
         return folder.path
 
@@ -332,7 +352,9 @@ def prepare_run(
     if resumed is not None and spec.fold is not None:
         refit = "fold" in read_facts(resumed.folder.path)  # a run of an older version has none
         data = data if refit else build_data(spec, refit=False)
-    saved = None if resumed is None or resumed.training is None else shapes(resumed.training["model"])
+    saved = (
+        None if resumed is None or resumed.training is None else shapes(resumed.training["model"])
+    )
     built = Experiment(spec, data, saved)
     if spec.init_from is not None and resumed is None:
         say(start_from(built.model, spec.init_from))
@@ -346,10 +368,15 @@ def prepare_run(
             check_optimizer(resumed, built.model, built.optimizer)
         except WRONG_FORM as error:
             path = resumed.folder.path
-            raise RunError(f"{path} cannot go on: its checkpoint has another form: {describe(error)}") from error
+            raise RunError(
+                f"{path} cannot go on: its checkpoint has another form: {describe(error)}"
+            ) from error
         trainer.state.step = resumed.step  # loggers go on from there
         threads = resumed.threads or threads  # as many make the same bits
-        for line in (f"going on with {resumed.folder.path} after step {resumed.step}", *resumed.notes):
+        for line in (
+            f"going on with {resumed.folder.path} after step {resumed.step}",
+            *resumed.notes,
+        ):
             say(line)
         for line in schedule_notes(built, resumed):
             say(line)
@@ -448,11 +475,15 @@ def hyperparameters(spec: Spec) -> dict[str, Any]:
     kept = {key: value for key, value in spec.tree.items() if key not in WATCHING}
     kept["trainer"] = {key: value for key, value in kept["trainer"].items() if key not in WATCHING}
     watching = [m.entry.name for m in spec.parts["callback"] if not changes_training(m.entry.part)]
-    kept["callbacks"] = {name: value for name, value in kept["callbacks"].items() if name not in watching}
+    kept["callbacks"] = {
+        name: value for name, value in kept["callbacks"].items() if name not in watching
+    }
     return kept
 
 
-def check_same_data(resumed: Resumed, built: Experiment, inexact: bool, say: Callable[[str], None]) -> None:
+def check_same_data(
+    resumed: Resumed, built: Experiment, inexact: bool, say: Callable[[str], None]
+) -> None:
     """Raise RunError when the data of a resumed run is not what it was.
 
     Other content at the same path, such as a picture that was repaired, is told only.
@@ -466,7 +497,9 @@ def check_same_data(resumed: Resumed, built: Experiment, inexact: bool, say: Cal
     if resumed.data_moved:
         changed += other_content
     if changed:
-        said = f"the data of {resumed.folder.path} has changed since it began ({'; '.join(changed)})"
+        said = (
+            f"the data of {resumed.folder.path} has changed since it began ({'; '.join(changed)})"
+        )
         raise RunError(f"{said}: --inexact goes on all the same")
     if other_content:
         say(f"the data has changed since the run began: {'; '.join(other_content)}")
@@ -489,7 +522,10 @@ def content_changes(known: Any, content: Mapping[str, Any]) -> Iterator[str]:
 
 
 def facts_of(built: Experiment) -> dict[str, Any]:
-    facts: dict[str, Any] = {"in_shape": list(built.data.in_shape), "out_shape": list(built.out_shape)}
+    facts: dict[str, Any] = {
+        "in_shape": list(built.data.in_shape),
+        "out_shape": list(built.out_shape),
+    }
     sizes = {name: len(split) for name, split in splits_of(built.data).items() if len(split)}
     if built.data.columns:
         facts["columns"] = list(built.data.columns)
@@ -504,13 +540,19 @@ def facts_of(built: Experiment) -> dict[str, Any]:
 
 def describe_run(folder: RunFolder, built: Experiment, overrides: list[str]) -> None:
     """Write what the run is made of, before it starts."""
-    parts = [maker for made in built.spec.parts.values() for maker in (made if isinstance(made, list) else [made])]
+    parts = [
+        maker
+        for made in built.spec.parts.values()
+        for maker in (made if isinstance(made, list) else [made])
+    ]
     sources = {str(maker.entry): str(maker.entry.source) for maker in parts if maker is not None}
     folder.write("facts.json", facts_of(built))
     folder.write("overrides.yaml", overrides)
     loaded = {"plugins": built.spec.plugins, "without_plugins": built.spec.without}
     folder.write("provenance.json", provenance(sources) | loaded)
-    folder.write("config.yaml", built.spec.tree)  # the last one: with it there is a run to go on with
+    folder.write(
+        "config.yaml", built.spec.tree
+    )  # the last one: with it there is a run to go on with
 
 
 def discard_run(folder: RunFolder) -> None:

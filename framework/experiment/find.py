@@ -76,12 +76,16 @@ def find_learning_rate(spec: Spec, steps: int = 100) -> RangeTest:
     losses = [loss for loss in sweeping.losses if math.isfinite(loss)]
     rates = [rate(step) for step in range(len(losses))]
     if len(losses) < 10:
-        raise RunError(f"the loss is not finite after {len(losses)} steps at a rate of {rate(len(losses)):.1g}")
+        raise RunError(
+            f"the loss is not finite after {len(losses)} steps at a rate of {rate(len(losses)):.1g}"
+        )
     lowest = min(range(len(losses)), key=losses.__getitem__)
     slopes = [losses[n + 1] - losses[n - 1] for n in range(1, max(lowest, 3))]
     steepest = min(range(len(slopes)), key=slopes.__getitem__) + 1
     if slopes[steepest - 1] >= 0:
-        raise RunError("the loss falls at no learning rate from 1e-7 to 10: look at the data and the model first")
+        raise RunError(
+            "the loss falls at no learning rate from 1e-7 to 10: look at the data and the model first"
+        )
     return RangeTest(rates, losses, rates[steepest], rates[lowest])
 
 
@@ -99,7 +103,10 @@ def find_batch_size(spec: Spec, most: int = 2**14) -> Iterator[Speed]:
     data = None
     size = 8
     while size <= most:
-        sized = replace(spec, sections=spec.sections | {"loader": spec.sections["loader"] | {"batch_size": size}})
+        sized = replace(
+            spec,
+            sections=spec.sections | {"loader": spec.sections["loader"] | {"batch_size": size}},
+        )
         built = Experiment(sized, data)
         data = built.data
         if len(built.train_batches.split) < size:
@@ -115,7 +122,9 @@ def suggested(speeds: Sequence[Speed]) -> Speed:
     """Return the smallest batch size after which doubling is hardly quicker. Raises RunError when none fits."""
     fitting = [speed for speed in speeds if speed.samples_per_second is not None]
     if not fitting:
-        raise RunError("not even 8 samples fit into memory: take a smaller model, or trainer.micro_batch")
+        raise RunError(
+            "not even 8 samples fit into memory: take a smaller model, or trainer.micro_batch"
+        )
     best = max(speed.samples_per_second or 0 for speed in fitting)
     return next(speed for speed in fitting if (speed.samples_per_second or 0) * GAIN >= best)
 
@@ -150,14 +159,23 @@ def measure_batch_size(built: Experiment, size: int) -> Speed:
 @contextmanager
 def alone(built: Experiment, callbacks: Sequence[Callback], **limits: Any) -> Iterator[Trainer]:
     """A trainer of the experiment that writes nothing: with these callbacks alone, and these limits."""
-    settings = built.spec.sections["trainer"] | {"max_epochs": None, "max_steps": None, "profile": False} | limits
+    settings = (
+        built.spec.sections["trainer"]
+        | {"max_epochs": None, "max_steps": None, "profile": False}
+        | limits
+    )
     trainer = Trainer(**settings, seed=built.spec.seed, callbacks=[*built.transforms, *callbacks])
     with intra_op_threads(built.threads()):
         yield trainer
 
 
 def without_validation(built: Experiment) -> dict[str, Any]:
-    given = {"model": built.model, "data": built.train_batches, "task": built.task, "optimizer": built.optimizer}
+    given = {
+        "model": built.model,
+        "data": built.train_batches,
+        "task": built.task,
+        "optimizer": built.optimizer,
+    }
     return given | {"metrics": built.metrics}
 
 
@@ -172,13 +190,19 @@ def show_learning_rates(spec: Spec, as_json: bool) -> None:
     lines = braille([min(loss, top) for loss in found.losses])
     for label, line in zip([f"{top:.3g}", "", "loss", "0"], lines, strict=True):
         print(f"{label:>9} {line}")
-    print(f"{'':>9} {found.rates[0]:<10.1g}{'learning rate, logarithmic':^40}{found.rates[-1]:>10.2g}")
+    print(
+        f"{'':>9} {found.rates[0]:<10.1g}{'learning rate, logarithmic':^40}{found.rates[-1]:>10.2g}"
+    )
     print(f"suggest  optimizer.lr={found.suggestion:.2g}, where the loss falls most steeply")
     print(f"         from {found.lowest:.2g} on it does not fall any more")
 
 
 def print_speed(speed: Speed) -> None:
-    rate = "memory is full" if speed.samples_per_second is None else f"{speed.samples_per_second:10,.0f} samples/s"
+    rate = (
+        "memory is full"
+        if speed.samples_per_second is None
+        else f"{speed.samples_per_second:10,.0f} samples/s"
+    )
     memory = "" if speed.memory is None else f"  {speed.memory / 2**30:.2f} GiB"
     print(f"batch_size {speed.batch_size:6,}  {rate}{memory}", flush=True)
 
@@ -193,6 +217,12 @@ def show_batch_sizes(spec: Spec, as_json: bool) -> None:
                 print_speed(speed)
     chosen = suggested(speeds)
     if as_json:
-        print(json.dumps({"measured": [asdict(speed) for speed in speeds], "suggestion": chosen.batch_size}))
+        print(
+            json.dumps(
+                {"measured": [asdict(speed) for speed in speeds], "suggestion": chosen.batch_size}
+            )
+        )
     else:
-        print(f"suggest  loader.batch_size={chosen.batch_size}; a larger one is less than 5 % quicker")
+        print(
+            f"suggest  loader.batch_size={chosen.batch_size}; a larger one is less than 5 % quicker"
+        )

@@ -20,7 +20,14 @@ from framework.errors.paths import expanded, pasted, shorter
 from framework.errors.user_code import describe, user_errors
 from framework.registry.discovery import is_loaded
 from framework.runs import checkpoint
-from framework.runs.folder import dump, plugins_of, read_config, read_facts, run_behind, run_of_checkpoint
+from framework.runs.folder import (
+    dump,
+    plugins_of,
+    read_config,
+    read_facts,
+    run_behind,
+    run_of_checkpoint,
+)
 from framework.training.trainer import Trainer
 from framework.training.trainer_state import WRONG_FORM
 
@@ -42,7 +49,10 @@ class Trained:
     checkpoint: Path
 
     def trainer(self) -> Trainer:
-        wanted = {name: self.spec.sections["trainer"][name] for name in ("device", "precision", "deterministic")}
+        wanted = {
+            name: self.spec.sections["trainer"][name]
+            for name in ("device", "precision", "deterministic")
+        }
         return Trainer(max_steps=1, **wanted, seed=self.spec.seed)
 
     def evaluate(self, split: str = "test") -> dict[str, float]:
@@ -55,7 +65,9 @@ class Trained:
             warnings.warn(f"the data of {self.run} has changed since it was trained", stacklevel=2)
         loader = build_loader(self.spec, self.model, data, split)
         metrics = build_metrics(self.spec, data, self.task)
-        return self.trainer().evaluate(loader, model=self.model, task=self.task, metrics=metrics, name=split)
+        return self.trainer().evaluate(
+            loader, model=self.model, task=self.task, metrics=metrics, name=split
+        )
 
     def check_scale(self, data: Data) -> None:
         """Raise RunError when the targets are scaled in another way than those learnt."""
@@ -108,7 +120,9 @@ class Trained:
             tokens = data.encode(prompt, self.facts["data"])
             known = data.decode(tokens.tolist(), self.facts["data"])
         if not isinstance(self.task, TextTask):
-            raise RunError(f"the task of {self.run} makes no text: --prompt is for task=language_modelling")
+            raise RunError(
+                f"the task of {self.run} makes no text: --prompt is for task=language_modelling"
+            )
         made = self.task.generate(self.model, tokens, self.facts["in_shape"][0], **sampling)
         with facts_that_fit(self.run):
             return known, data.decode([*tokens.tolist(), *made], self.facts["data"])
@@ -120,7 +134,9 @@ def facts_that_fit(run: Path) -> Iterator[None]:
     try:
         yield
     except WRONG_FORM as error:
-        raise RunError(f"{run / 'facts.json'} does not fit the data of the run: {describe(error)}") from error
+        raise RunError(
+            f"{run / 'facts.json'} does not fit the data of the run: {describe(error)}"
+        ) from error
 
 
 def nearly_equal(first: Scale | None, second: Scale | None) -> bool:
@@ -161,7 +177,14 @@ def open_run(run: str | Path, which: str | None = None) -> Trained:
     try:
         with model_limits(spec, checkpoint.read_shapes(chosen)):
             model = build_model(spec, *shapes, trained=False)
-    except (RuntimeError, TypeError, ValueError, LookupError, ArithmeticError, MemoryError) as error:
+    except (
+        RuntimeError,
+        TypeError,
+        ValueError,
+        LookupError,
+        ArithmeticError,
+        MemoryError,
+    ) as error:
         raise RunError(f"the model of {run} cannot be built: {describe(error)}") from error
     fill(model, chosen, run)
     return Trained(spec, run, model, spec.parts["task"](), facts, chosen)

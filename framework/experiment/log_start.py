@@ -51,9 +51,13 @@ def layers_in_markdown(model: nn.Module, batch: Batch, task: Task) -> str:
     rows = ["| layer | type | output | parameters | FLOPs |", "|---|---|---|--:|--:|"]
     for layer in layers:
         shape = " × ".join(map(str, layer.out_shape))
-        rows.append(f"| {layer.name} | {layer.type} | {shape} | {layer.parameters:,} | {layer.flops:,} |")
+        rows.append(
+            f"| {layer.name} | {layer.type} | {shape} | {layer.parameters:,} | {layer.flops:,} |"
+        )
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return "\n".join([*rows, f"| total | | | {parameters:,} | {sum(layer.flops for layer in layers):,} |"])
+    return "\n".join(
+        [*rows, f"| total | | | {parameters:,} | {sum(layer.flops for layer in layers):,} |"]
+    )
 
 
 def first_batch(batches: Loader) -> Batch:

@@ -31,10 +31,21 @@ MOST_MORE = 2**22
 FLOAT_BYTES = 4
 MODULES_PER_TENSOR = 10
 MOST_MODULES = 20_000
-MOST_TENSOR_BYTES = 2**28  # more than those of the checkpoint: a mask of 16,384 positions, of one byte each
+MOST_TENSOR_BYTES = (
+    2**28
+)  # more than those of the checkpoint: a mask of 16,384 positions, of one byte each
 LARGEST_SETTING = 2**18  # a count of layers becomes a list before there are any
 LARGEST_OTHER_SETTING = 2**32  # of a user's plugin, where it may be a seed
-TENSOR_MAKERS = {torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.full, torch.eye, torch.arange}
+TENSOR_MAKERS = {
+    torch.empty,
+    torch.zeros,
+    torch.ones,
+    torch.rand,
+    torch.randn,
+    torch.full,
+    torch.eye,
+    torch.arange,
+}
 
 
 @contextmanager
@@ -47,7 +58,9 @@ def model_limits(spec: Spec, saved: Mapping[str, Sequence[int]]) -> Iterator[Non
     numbers = sum(map(math.prod, saved.values()))
     check_settings(spec.parts["model"], numbers)
     with (
-        SizeLimits(MOST_TIMES * numbers + MOST_MORE, MODULES_PER_TENSOR * len(saved) + MOST_MODULES),
+        SizeLimits(
+            MOST_TIMES * numbers + MOST_MORE, MODULES_PER_TENSOR * len(saved) + MOST_MODULES
+        ),
         LimitedTensors(MOST_TIMES * FLOAT_BYTES * numbers + MOST_TENSOR_BYTES),
     ):
         yield
@@ -61,7 +74,11 @@ class LimitedTensors(TorchFunctionMode):
         self.most = most
 
     def __torch_function__(
-        self, function: Any, types: Any, given: tuple[Any, ...] = (), settings: dict[str, Any] | None = None
+        self,
+        function: Any,
+        types: Any,
+        given: tuple[Any, ...] = (),
+        settings: dict[str, Any] | None = None,
     ) -> Any:
         settings = settings or {}
         if function in TENSOR_MAKERS:
@@ -69,7 +86,9 @@ class LimitedTensors(TorchFunctionMode):
             dtype = settings.get("dtype")
             size = dtype.itemsize if isinstance(dtype, torch.dtype) else FLOAT_BYTES
             if numbers * size > self.most:
-                raise BuildError(f"the config asks for a tensor of {numbers:,} numbers; its checkpoint has fewer")
+                raise BuildError(
+                    f"the config asks for a tensor of {numbers:,} numbers; its checkpoint has fewer"
+                )
         return function(*given, **settings)
 
 
@@ -99,7 +118,9 @@ def check_settings(value: Any, numbers: int) -> None:
     largest = max(integers(value.settings), default=0)
     if largest > most:
         name = f"{value.entry.kind.name}={value.entry.name}"
-        raise BuildError(f"{name}: a setting is {largest:,}; its checkpoint has {numbers:,} numbers")
+        raise BuildError(
+            f"{name}: a setting is {largest:,}; its checkpoint has {numbers:,} numbers"
+        )
     check_settings(value.settings, numbers)
 
 
@@ -170,8 +191,14 @@ class SizeLimits:
             return
         self.count += 1
         if self.parameter_numbers > self.numbers:
-            raise BuildError(f"the config asks for more than {self.numbers:,} parameters; its checkpoint has fewer")
+            raise BuildError(
+                f"the config asks for more than {self.numbers:,} parameters; its checkpoint has fewer"
+            )
         if self.room is not None and self.bytes > self.room:
-            raise BuildError(f"the config asks for a model of {self.bytes:,} bytes; {self.room:,} bytes are free")
+            raise BuildError(
+                f"the config asks for a model of {self.bytes:,} bytes; {self.room:,} bytes are free"
+            )
         if self.count > self.modules:
-            raise BuildError(f"the config asks for more than {self.modules:,} layers; its checkpoint has fewer")
+            raise BuildError(
+                f"the config asks for more than {self.modules:,} layers; its checkpoint has fewer"
+            )

@@ -16,7 +16,13 @@ from framework.contracts.schedule import factor_of
 from framework.contracts.task import Task
 from framework.data.dataset import Batch, Data, TensorSplit, splits_of
 from framework.errors.terminal import printable, title
-from framework.training.layer_table import Layer, activation_bytes, optimizer_bytes, read_layers, size_in_bytes
+from framework.training.layer_table import (
+    Layer,
+    activation_bytes,
+    optimizer_bytes,
+    read_layers,
+    size_in_bytes,
+)
 
 Schedule = Callable[[int], float]  # step to factor on the learning rate
 MOST_ROWS = 40
@@ -72,7 +78,13 @@ class Memory:
     total: int = 0
 
     def __post_init__(self):
-        self.total = self.parameters + self.buffers + self.gradients + (self.optimizer or 0) + self.activations
+        self.total = (
+            self.parameters
+            + self.buffers
+            + self.gradients
+            + (self.optimizer or 0)
+            + self.activations
+        )
 
 
 @dataclass
@@ -168,7 +180,9 @@ def make_plan(
     )
 
 
-def read_curve(optimizer: Optimizer | None, schedule: Schedule | None, total_steps: int) -> Curve | None:
+def read_curve(
+    optimizer: Optimizer | None, schedule: Schedule | None, total_steps: int
+) -> Curve | None:
     """Return the learning rate over the run: the optimizer's own, of which a group may have its factor."""
     if optimizer is None or total_steps < 1:
         return None
@@ -194,7 +208,9 @@ def read_groups(optimizer: Optimizer) -> list[ParameterGroup]:
     """Return the groups; those of `Parameters` have names, which may end in their factor."""
     base, found = base_rate(optimizer), []
     for number, group in enumerate(optimizer.param_groups, 1):
-        name = str(group.get("name", number if len(optimizer.param_groups) > 1 else "all")).partition(" x ")[0]
+        name = str(
+            group.get("name", number if len(optimizer.param_groups) > 1 else "all")
+        ).partition(" x ")[0]
         rate = group.get("initial_lr", group.get("lr"))
         factor = float(rate) / base if base and rate is not None else 1.0
         size = sum(parameter.numel() for parameter in group["params"])
@@ -225,7 +241,10 @@ def fold_to(layers: Sequence[Layer], depth: int) -> list[Layer]:
 
 def merged(name: str, layers: Sequence[Layer]) -> Layer:
     kind = layers[0].type if len(layers) == 1 else "..."
-    parameters, flops = sum(layer.parameters for layer in layers), sum(layer.flops for layer in layers)
+    parameters, flops = (
+        sum(layer.parameters for layer in layers),
+        sum(layer.flops for layer in layers),
+    )
     return Layer(name, kind, layers[-1].out_shape, parameters, flops)
 
 
@@ -233,7 +252,10 @@ def braille(rates: Sequence[float], columns: int = CURVE[0], rows: int = CURVE[1
     """Draw values from 0 to their maximum as lines of braille characters, the highest first."""
     dots = 4 * rows
     top = max((abs(rate) for rate in rates), default=0) or 1.0
-    bits = ((0x40, 0x04, 0x02, 0x01), (0x80, 0x20, 0x10, 0x08))  # of a character's two columns, from the bottom up
+    bits = (
+        (0x40, 0x04, 0x02, 0x01),
+        (0x80, 0x20, 0x10, 0x08),
+    )  # of a character's two columns, from the bottom up
     cells = [[0x2800] * columns for _ in range(rows)]
     for x in range(2 * columns):
         rate = rates[round(x * (len(rates) - 1) / max(2 * columns - 1, 1))]
@@ -256,7 +278,9 @@ def bytes_text(number: int | None) -> str:
 
 def in_units(number: float, units: Mapping[str, float]) -> str | None:
     """Write a number in the first unit that it fills; None when it fills none."""
-    return next((f"{number / size:.3g} {unit}" for unit, size in units.items() if number >= size), None)
+    return next(
+        (f"{number / size:.3g} {unit}" for unit, size in units.items() if number >= size), None
+    )
 
 
 def render(plan: Plan) -> RenderableType:
@@ -273,39 +297,69 @@ def render(plan: Plan) -> RenderableType:
 
 
 def layer_table(plan: Plan) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_footer=True)
+    table = Table(
+        box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_footer=True
+    )
     layers = fold(plan.layers)
     folded = f" ({len(plan.layers)} layers, folded)" if len(layers) < len(plan.layers) else ""
-    table.add_column(Text(f"{title(plan.model)}{folded}"), "total", no_wrap=True, footer_style="bold")
+    table.add_column(
+        Text(f"{title(plan.model)}{folded}"), "total", no_wrap=True, footer_style="bold"
+    )
     table.add_column("type", no_wrap=True, style="dim")
     table.add_column("output", no_wrap=True)
-    table.add_column("parameters", f"{plan.parameters:,}", justify="right", no_wrap=True, footer_style="bold")
-    table.add_column("FLOPs", count_text(plan.flops), justify="right", no_wrap=True, footer_style="bold")
+    table.add_column(
+        "parameters", f"{plan.parameters:,}", justify="right", no_wrap=True, footer_style="bold"
+    )
+    table.add_column(
+        "FLOPs", count_text(plan.flops), justify="right", no_wrap=True, footer_style="bold"
+    )
     for layer in layers:
         shape = " × ".join(map(str, layer.out_shape))
-        numbers = (count_text(number) if number else "-" for number in (layer.parameters, layer.flops))
+        numbers = (
+            count_text(number) if number else "-" for number in (layer.parameters, layer.flops)
+        )
         table.add_row(Text(title(layer.name)), Text(title(layer.type)), shape, *numbers)
     return table
 
 
 def fact_lines(plan: Plan) -> list[tuple[str, str]]:
     lines = [("data", ", ".join(map(split_text, plan.splits)))] if plan.splits else []
-    together = f", {plan.batches_per_step:.3g} a step" * (plan.batches_per_step > 1) + " on average" * bool(plan.pace)
-    pace = plan.pace or f"{plan.total_steps / max(plan.steps_per_epoch, 1):.4g} epochs of {plan.steps_per_epoch:,}"
+    together = f", {plan.batches_per_step:.3g} a step" * (
+        plan.batches_per_step > 1
+    ) + " on average" * bool(plan.pace)
+    pace = (
+        plan.pace
+        or f"{plan.total_steps / max(plan.steps_per_epoch, 1):.4g} epochs of {plan.steps_per_epoch:,}"
+    )
     steps = f"{plan.total_steps:,} = {pace}, batches of {plan.batch_size:,}{together}"
     # The backward pass costs twice the forward one.
-    training = count_text(3 * plan.flops * plan.batch_size * plan.total_steps * plan.batches_per_step)
+    training = count_text(
+        3 * plan.flops * plan.batch_size * plan.total_steps * plan.batches_per_step
+    )
     cost = f"{count_text(plan.flops)} FLOPs a sample forward (multiply-add: 2), about {training} to train"
     lines += [("steps", steps), ("cost", cost), ("memory", memory_text(plan))]
     if plan.groups:
-        rest = [f"and {len(plan.groups) - MOST_GROUPS} groups more"] if len(plan.groups) > MOST_GROUPS else []
+        rest = (
+            [f"and {len(plan.groups) - MOST_GROUPS} groups more"]
+            if len(plan.groups) > MOST_GROUPS
+            else []
+        )
         first, *others = [*map(group_text, plan.groups[:MOST_GROUPS]), *rest]
         lines += [("trained", first), *(("", other) for other in others)]
-    threads = f"{plan.threads} for an operation on the CPU (OMP_NUM_THREADS sets another number)" * bool(plan.threads)
-    more = [("transforms", ", ".join(plan.transforms)), ("loader", plan.loader or ""), ("threads", threads)]
+    threads = (
+        f"{plan.threads} for an operation on the CPU (OMP_NUM_THREADS sets another number)"
+        * bool(plan.threads)
+    )
+    more = [
+        ("transforms", ", ".join(plan.transforms)),
+        ("loader", plan.loader or ""),
+        ("threads", threads),
+    ]
     lines += [(name, text) for name, text in more if text]
     if plan.trainable < plan.parameters:
-        lines.append(("frozen", f"{plan.parameters - plan.trainable:,} of {plan.parameters:,} parameters"))
+        lines.append(
+            ("frozen", f"{plan.parameters - plan.trainable:,} of {plan.parameters:,} parameters")
+        )
     if plan.unused:
         named = ", ".join(map(title, plan.unused[:5])) + (", ..." if len(plan.unused) > 5 else "")
         lines.append(("unused", f"the forward pass calls no layer that has {named}"))
@@ -326,7 +380,11 @@ def group_text(group: ParameterGroup) -> str:
 
 def memory_text(plan: Plan) -> str:
     memory = plan.memory
-    items = [("parameters", memory.parameters), ("gradients", memory.gradients), ("buffers", memory.buffers)]
+    items = [
+        ("parameters", memory.parameters),
+        ("gradients", memory.gradients),
+        ("buffers", memory.buffers),
+    ]
     listed = [f"{name} {bytes_text(size)}" for name, size in items if size]
     if plan.optimizer is not None:
         listed.append(f"{title(plan.optimizer)} state {bytes_text(memory.optimizer)}")
@@ -343,6 +401,12 @@ def curve_text(curve: Curve, total_steps: int) -> Text:
         text.append(f"{label:>9} ", "dim").append(line + "\n", "cyan")
     last = f"step {total_steps:,}"
     text.append(f"{'':>9} step 1{last:>{CURVE[0] - 6}}\n", "dim")
-    peak = "" if curve.peak in (curve.start, curve.end) else f", peak {curve.peak:.3g} at step {curve.peak_step + 1:,}"
-    text.append("learning rate", "bold").append(f"  start {curve.start:.3g}{peak}, end {curve.end:.3g}")
+    peak = (
+        ""
+        if curve.peak in (curve.start, curve.end)
+        else f", peak {curve.peak:.3g} at step {curve.peak_step + 1:,}"
+    )
+    text.append("learning rate", "bold").append(
+        f"  start {curve.start:.3g}{peak}, end {curve.end:.3g}"
+    )
     return text

@@ -26,14 +26,40 @@ from framework.errors.terminal import note
 from framework.registry.registry import Maker, Registry
 from framework.registry.schema import members, strip
 from framework.runs import checkpoint
-from framework.runs.folder import RunFolder, dump, read_config, read_facts, run_behind, run_of_checkpoint
+from framework.runs.folder import (
+    RunFolder,
+    dump,
+    read_config,
+    read_facts,
+    run_behind,
+    run_of_checkpoint,
+)
 from framework.system.files import open_file, parse_yaml, read_bytes, read_rows
-from framework.training.optimizer_state import check_state, group_settings, merged_groups, older_settings
+from framework.training.optimizer_state import (
+    check_state,
+    group_settings,
+    merged_groups,
+    older_settings,
+)
 
 JUDGED_BY = ("monitor", "mode", "min_delta")  # settings of a callback that decides by logged values
 SAME_BITS = (  # what may differ in a resumed run without a bit of its weights being another
-    *("run.", "plugins", "init_from", "loggers.", "metrics.", "loader.workers", "loader.eval_batch_size"),
-    *("trainer.max_epochs", "trainer.max_steps", "trainer.log_every", "trainer.validate_every", "trainer.profile"),
+    *(
+        "run.",
+        "plugins",
+        "init_from",
+        "loggers.",
+        "metrics.",
+        "loader.workers",
+        "loader.eval_batch_size",
+    ),
+    *(
+        "trainer.max_epochs",
+        "trainer.max_steps",
+        "trainer.log_every",
+        "trainer.validate_every",
+        "trainer.profile",
+    ),
 )
 
 MOST_STATUS = 2**20  # bytes
@@ -131,7 +157,9 @@ def find_unfinished(root: Path, tree: Mapping[str, Any]) -> Path | None:
         except (OSError, RunError, RecursionError, ValueError) as error:
             skipped.append(f"skipped {run.path}: {error}")
     if parsed > MOST_PARSED:
-        skipped.append(f"not compared: {parsed - MOST_PARSED} older runs, whose status.json has no config")
+        skipped.append(
+            f"not compared: {parsed - MOST_PARSED} older runs, whose status.json has no config"
+        )
     print_notes(skipped)
     return found
 
@@ -148,7 +176,9 @@ def resumable_runs(root: Path, skipped: list[str]) -> list[Candidate]:
         try:
             if not entry.is_dir(follow_symlinks=False):
                 if entry.is_symlink() and entry.is_dir():
-                    skipped.append(f"skipped {entry.path}: it is a symbolic link (resume={entry.path} follows it)")
+                    skipped.append(
+                        f"skipped {entry.path}: it is a symbolic link (resume={entry.path} follows it)"
+                    )
                 continue
             about = os.lstat(config)
         except FileNotFoundError:
@@ -222,7 +252,9 @@ def named_checkpoint(resume: str) -> Path | None:
     chosen = beside if beside.is_dir() else path
     spoiled = checkpoint.verify(chosen)["nan"]
     if spoiled:
-        raise RunError(f"{chosen} cannot be resumed: {str(spoiled[0])[:200]} holds NaN; choose an earlier checkpoint")
+        raise RunError(
+            f"{chosen} cannot be resumed: {str(spoiled[0])[:200]} holds NaN; choose an earlier checkpoint"
+        )
     return chosen
 
 
@@ -240,7 +272,9 @@ def open_folder(run: Path, spec: Spec, inexact: bool = False) -> Resumed:
     for path, text in changed:
         if is_path_of_data(path, spec):
             data_moved = True
-            breaking += unknown_content(run, text)  # if it is known, the data are compared when they are read
+            breaking += unknown_content(
+                run, text
+            )  # if it is known, the data are compared when they are read
         elif not keeps_bits(path):
             breaking.append(text)
     breaking += list(observed_changes(changed, before, spec))
@@ -281,7 +315,9 @@ def open_folder(run: Path, spec: Spec, inexact: bool = False) -> Resumed:
 
 def later_notes(checkpoints: Path, step: int) -> Iterator[str]:
     """Yield what becomes of the checkpoints after the one that a run is resumed from."""
-    later = [each.name for each in checkpoint.listed(checkpoints) if checkpoint.step_of(each) > step]
+    later = [
+        each.name for each in checkpoint.listed(checkpoints) if checkpoint.step_of(each) > step
+    ]
     if later:
         yield f"set aside in {checkpoints}: {', '.join(later)} (now named *.aside; delete what you do not need)"
 
@@ -303,7 +339,9 @@ def check_fits(resumed: Resumed, model: nn.Module, optimizer: Optimizer) -> None
     other = None
     if wrong is not None:
         other = f"another model: {wrong} has shape {saved.get(wrong)} in its checkpoint, and {own.get(wrong)} here"
-    elif sizes(resumed.training["optimizer"]) != sizes(optimizer.state_dict()) or resumed.changes("optimizer.name"):
+    elif sizes(resumed.training["optimizer"]) != sizes(optimizer.state_dict()) or resumed.changes(
+        "optimizer.name"
+    ):
         other = "another optimizer, or other groups of parameters, of which something else is kept"
     if other is not None:
         run = resumed.folder.path
@@ -319,7 +357,9 @@ def check_form(training: Mapping[str, Any]) -> None:
     if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
         raise RunError("its newest checkpoint is damaged: it holds no state of an optimizer")
     if not all(isinstance(group.get("params"), list) for group in groups):
-        raise RunError("its newest checkpoint is damaged: its optimizer has groups without parameters")
+        raise RunError(
+            "its newest checkpoint is damaged: its optimizer has groups without parameters"
+        )
 
 
 def check_optimizer(resumed: Resumed, model: nn.Module, optimizer: Optimizer) -> None:
@@ -370,7 +410,9 @@ def altered(tree: Mapping[str, Any], typed: Sequence[str]) -> dict[str, Any]:
 
     from framework.composition.overrides import parse
 
-    changed = copy.deepcopy(dict(tree))  # not through JSON, in which the keys of all dicts are texts
+    changed = copy.deepcopy(
+        dict(tree)
+    )  # not through JSON, in which the keys of all dicts are texts
     for text in typed:
         try:
             _, override = parse(text)
@@ -381,7 +423,9 @@ def altered(tree: Mapping[str, Any], typed: Sequence[str]) -> dict[str, Any]:
         if override.is_sweep_override():
             raise ConfigError([f"{text}: a run goes on with one value; a sweep is for new ones"])
         if (parents or [key])[0] in NOT_OF_A_RESUMED_RUN:
-            raise ConfigError([f"{text}: has no effect on a run that goes on: it keeps its folder and weights"])
+            raise ConfigError(
+                [f"{text}: has no effect on a run that goes on: it keeps its folder and weights"]
+            )
         place = changed
         for parent in parents:
             place = place.setdefault(parent, {})
@@ -506,7 +550,11 @@ def setting_leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def fingerprint(tree: Mapping[str, Any]) -> str:
     """Return a hash of what makes two runs the same experiment: all but where it lies and how it is watched."""
-    same = {path: value for path, value in setting_leaves(tree) if not path.startswith(("run.", "plugins"))}
+    same = {
+        path: value
+        for path, value in setting_leaves(tree)
+        if not path.startswith(("run.", "plugins"))
+    }
     return sha256(json.dumps(same, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -545,9 +593,15 @@ def start_from(model: nn.Module, source: str) -> str:
     weights = read_weights(expanded(source))
     state = model.state_dict()
     own = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
-    fitting = {name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape}
+    fitting = {
+        name: tensor
+        for name, tensor in weights.items()
+        if name in own and own[name].shape == tensor.shape
+    }
     if not fitting:
-        raise RunError(f"init_from={source}: none of its {len(weights)} tensors has the name and shape of one here")
+        raise RunError(
+            f"init_from={source}: none of its {len(weights)} tensors has the name and shape of one here"
+        )
     matrices = [name for name, tensor in own.items() if tensor.ndim > 1]
     if matrices and not fitting.keys() & set(matrices):
         raise RunError(
@@ -558,7 +612,11 @@ def start_from(model: nn.Module, source: str) -> str:
     model.load_state_dict(fitting, strict=False)
     taken = sum(tensor.numel() for tensor in fitting.values())
     share = taken / max(sum(tensor.numel() for tensor in own.values()), 1)
-    shapes = [f"{n} {tuple(weights[n].shape)} for {tuple(own[n].shape)}" for n in weights if n in own.keys() - fitting]
+    shapes = [
+        f"{n} {tuple(weights[n].shape)} for {tuple(own[n].shape)}"
+        for n in weights
+        if n in own.keys() - fitting
+    ]
     groups = {
         "of another shape": shapes,
         "left as initialized": sorted(own.keys() - weights.keys()),
@@ -590,7 +648,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             path = chosen
         return checkpoint.load_model(path)
     except (OSError, SafetensorError, CheckpointError) as error:
-        raise RunError(f"init_from={path}: should be a run, a checkpoint or a .safetensors file: {error}") from error
+        raise RunError(
+            f"init_from={path}: should be a run, a checkpoint or a .safetensors file: {error}"
+        ) from error
 
 
 def chosen_checkpoint(run: Path, which: str = "best") -> Path | None:
@@ -603,6 +663,10 @@ def chosen_checkpoint(run: Path, which: str = "best") -> Path | None:
         named = folder / which
         return named if named.is_dir() else run_behind(expanded(which))
     checkpoint.refuse_links(folder)
-    if which == "best" and os.path.lexists(folder / "best") and checkpoint.target_of(folder / "best").is_dir():
+    if (
+        which == "best"
+        and os.path.lexists(folder / "best")
+        and checkpoint.target_of(folder / "best").is_dir()
+    ):
         return folder / "best"
     return checkpoint.newest(folder)[0] if folder.is_dir() else None

@@ -9,10 +9,23 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import (
+    AbstractContextManager,
+    contextmanager,
+    nullcontext,
+    redirect_stdout,
+    suppress,
+)
 from functools import cache
 from importlib.machinery import PathFinder
-from importlib.metadata import Distribution, EntryPoint, PackageNotFoundError, distributions, entry_points, version
+from importlib.metadata import (
+    Distribution,
+    EntryPoint,
+    PackageNotFoundError,
+    distributions,
+    entry_points,
+    version,
+)
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -45,7 +58,9 @@ class Installed(NamedTuple):
         return f"{self.name} of package {self.package} {self.version}".rstrip()
 
 
-def discover(plugins: Iterable[str] = (), without: Iterable[str] = (), tolerant: bool = False) -> list[str]:
+def discover(
+    plugins: Iterable[str] = (), without: Iterable[str] = (), tolerant: bool = False
+) -> list[str]:
     """Load every installed plugin, then those named: a .py file, a folder of them, or an importable module.
 
     Doing it twice loads nothing twice, however a file is reached. What plugins print goes to standard error: the
@@ -94,7 +109,9 @@ def installed(point: EntryPoint, package: Distribution | None) -> Installed:
 def plugins_of_package(package: Distribution) -> Iterator[Installed]:
     """Yield the plugins of a package; of one whose entry points cannot be read, that with its problem."""
     try:
-        yield from [installed(point, package) for point in package.entry_points if point.group == GROUP]
+        yield from [
+            installed(point, package) for point in package.entry_points if point.group == GROUP
+        ]
     except Exception as error:
         with suppress(Exception):
             if GROUP not in (package.read_text("entry_points.txt") or ""):
@@ -105,19 +122,33 @@ def plugins_of_package(package: Distribution) -> Iterator[Installed]:
 
 def name_and_version(package: Distribution | None) -> tuple[str, str]:
     try:
-        return (package.metadata["Name"] or "", package.metadata["Version"] or "") if package is not None else ("", "")
+        return (
+            (package.metadata["Name"] or "", package.metadata["Version"] or "")
+            if package is not None
+            else ("", "")
+        )
     except Exception:  # metadata that is missing or damaged
         return "", ""
 
 
 def leave_out(without: Iterable[str], plugins: list[Installed]) -> list[Installed]:
     """Return the plugins without those named. Raises PluginError for a name that none has."""
-    names = {name for plugin in plugins if plugin.module != OWN for name in (plugin.name, plugin.package)}
+    names = {
+        name for plugin in plugins if plugin.module != OWN for name in (plugin.name, plugin.package)
+    }
     without = set(without)
     for name in sorted(without - names):
-        advice = did_you_mean(name, names) if names else "no plugin is installed beside the framework's own"
-        raise PluginError(f"--without-plugin {name}: there is no installed plugin of this name; {advice}")
-    return [each for each in plugins if each.module == OWN or not without & {each.name, each.package}]
+        advice = (
+            did_you_mean(name, names)
+            if names
+            else "no plugin is installed beside the framework's own"
+        )
+        raise PluginError(
+            f"--without-plugin {name}: there is no installed plugin of this name; {advice}"
+        )
+    return [
+        each for each in plugins if each.module == OWN or not without & {each.name, each.package}
+    ]
 
 
 def located(plugin: str) -> str:
@@ -168,7 +199,9 @@ def module_files(name: str) -> Iterator[Path]:
         spec = importlib.util.find_spec(top)
     except ValueError:  # no name of a module
         return
-    for depth, _ in enumerate(rest, 2):  # not find_spec(name), which imports the packages that it is in
+    for depth, _ in enumerate(
+        rest, 2
+    ):  # not find_spec(name), which imports the packages that it is in
         below = ".".join(name.split(".")[:depth])
         spec = spec and PathFinder.find_spec(below, spec.submodule_search_locations or [])
     if spec is not None and spec.origin:
@@ -198,8 +231,14 @@ def load_plugin(plugin: str) -> None:
 def load_installed(plugin: Installed) -> list[PluginError]:
     """Import the modules of an installed plugin; return the error of each that does not load."""
     if plugin.problem:
-        return [PluginError(f"plugin {plugin} cannot be loaded: its entry points cannot be read: {plugin.problem}")]
-    reached_by = f"the entry point {plugin.name!r} of package {plugin.package} {plugin.version}".rstrip()
+        return [
+            PluginError(
+                f"plugin {plugin} cannot be loaded: its entry points cannot be read: {plugin.problem}"
+            )
+        ]
+    reached_by = (
+        f"the entry point {plugin.name!r} of package {plugin.package} {plugin.version}".rstrip()
+    )
     errors: list[PluginError] = []
     try:
         with loading(plugin.module, reached_by):
@@ -284,7 +323,11 @@ def import_once(name: str) -> ModuleType:
     """Import a module, unless its file is loaded already under another name (by its path)."""
     if name not in sys.modules:
         spec = importlib.util.find_spec(name)
-        loaded = loaded_from(Path(spec.origin)) if spec is not None and spec.has_location and spec.origin else None
+        loaded = (
+            loaded_from(Path(spec.origin))
+            if spec is not None and spec.has_location and spec.origin
+            else None
+        )
         if loaded is not None:
             return loaded
     return importlib.import_module(name)
@@ -294,7 +337,9 @@ def loaded_from(file: Path) -> ModuleType | None:
     """Return the module that was loaded from a file, if there is one."""
     real = real_path(file)
     for module in list(sys.modules.values()):
-        loaded = getattr(module, "__dict__", {}).get("__file__")  # a plain getattr would wake lazy modules
+        loaded = getattr(module, "__dict__", {}).get(
+            "__file__"
+        )  # a plain getattr would wake lazy modules
         if loaded and loaded.endswith(real.name) and real_path(loaded) == real:
             return module
     return None

@@ -18,27 +18,60 @@ Shape = tuple[int, ...]
 MODULE = "torch.nn.modules.module.Module"
 
 
-def registry(name: str, given: str = "", needs: str = "", base: str | None = None, many: bool = False, doc: str = ""):
+def registry(
+    name: str,
+    given: str = "",
+    needs: str = "",
+    base: str | None = None,
+    many: bool = False,
+    doc: str = "",
+):
     return Registry(Kind(name, tuple(given.split()), tuple(needs.split()), base, many, doc))
 
 
-activations = registry("activation", base=MODULE, doc="elementwise non-linearity (or a gate over the last axis)")
+activations = registry(
+    "activation", base=MODULE, doc="elementwise non-linearity (or a gate over the last axis)"
+)
 initializers = registry("initializer", "tensor", "tensor", doc="fills a weight tensor in place")
 norms = registry(
-    "norm", "in_shape", "in_shape", MODULE, doc="normalisation: of features (D,), or of (C, L) or (C, H, W)"
+    "norm",
+    "in_shape",
+    "in_shape",
+    MODULE,
+    doc="normalisation: of features (D,), or of (C, L) or (C, H, W)",
 )
-dropouts = registry("dropout", "p", "p", MODULE, doc="random zeroing with probability p, in training only")
-blocks = registry("block", "in_shape", base=MODULE, doc="a layer or group of layers; its output shape is measured")
-heads = registry("head", "in_shape out_shape", "in_shape out_shape", MODULE, doc="from features to the task's outputs")
-models = registry("model", "in_shape out_shape columns", "in_shape out_shape", MODULE, doc="a whole network")
+dropouts = registry(
+    "dropout", "p", "p", MODULE, doc="random zeroing with probability p, in training only"
+)
+blocks = registry(
+    "block", "in_shape", base=MODULE, doc="a layer or group of layers; its output shape is measured"
+)
+heads = registry(
+    "head",
+    "in_shape out_shape",
+    "in_shape out_shape",
+    MODULE,
+    doc="from features to the task's outputs",
+)
+models = registry(
+    "model", "in_shape out_shape columns", "in_shape out_shape", MODULE, doc="a whole network"
+)
 losses = registry("loss", base=MODULE, doc="mean loss of (outputs, targets)")
 tasks = registry("task", base="framework.contracts.task.Task", doc="what one training step means")
 metrics = registry(
-    "metric", base="framework.contracts.metric.Metric", many=True, doc="a measure held as sums that add over batches"
+    "metric",
+    base="framework.contracts.metric.Metric",
+    many=True,
+    doc="a measure held as sums that add over batches",
 )
-optimizers = registry("optimizer", "params", "params", "torch.optim.optimizer.Optimizer", doc="the update rule")
+optimizers = registry(
+    "optimizer", "params", "params", "torch.optim.optimizer.Optimizer", doc="the update rule"
+)
 schedulers = registry(
-    "scheduler", "total_steps", "total_steps", doc="factor on the learning rate, a function of the step"
+    "scheduler",
+    "total_steps",
+    "total_steps",
+    doc="factor on the learning rate, a function of the step",
 )
 transforms = registry(
     "transform",
@@ -49,10 +82,16 @@ transforms = registry(
 )
 datasets = registry("data", base="framework.data.dataset.Data", doc="a data set with its splits")
 callbacks = registry(
-    "callback", base="framework.contracts.callback.Callback", many=True, doc="listens to the events of training"
+    "callback",
+    base="framework.contracts.callback.Callback",
+    many=True,
+    doc="listens to the events of training",
 )
 loggers = registry(
-    "logger", base="framework.contracts.logger.Logger", many=True, doc="where scalars, texts and pictures go"
+    "logger",
+    base="framework.contracts.logger.Logger",
+    many=True,
+    doc="where scalars, texts and pictures go",
 )
 
 Activation = Annotated[Callable[..., Any], PartOf("activation")]

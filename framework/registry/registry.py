@@ -142,7 +142,9 @@ class Entry:
         """
         for name in settings:
             if name not in self.settings:
-                raise SettingError(f"{self} has no setting {name!r}; {did_you_mean(name, self.settings)}")
+                raise SettingError(
+                    f"{self} has no setting {name!r}; {did_you_mean(name, self.settings)}"
+                )
         found = {}
         for name, setting in self.settings.items():
             if name not in settings:
@@ -207,7 +209,11 @@ class Entry:
         except Exception as error:
             reason = reason_of(error)
             raise BuildError(f"{self} ({self.registered}) cannot be built: {reason}") from error
-        check_base(self.kind, type(built), f"{self} ({self.registered}) builds a {type(built).__qualname__}, which")
+        check_base(
+            self.kind,
+            type(built),
+            f"{self} ({self.registered}) builds a {type(built).__qualname__}, which",
+        )
         return built
 
 
@@ -255,7 +261,9 @@ class Registry:
     @overload
     def register(self, name: str, *, aliases: Names = ...) -> Callable[[P], P]: ...
     @overload
-    def register(self, name: str, part: P, *, aliases: Names = ..., hide: Names = ..., types: Types = ...) -> P: ...
+    def register(
+        self, name: str, part: P, *, aliases: Names = ..., hide: Names = ..., types: Types = ...
+    ) -> P: ...
     def register(self, name, part=None, *, aliases=(), hide=(), types=None):
         """Give a part a name; a decorator when `part` is left out.
 
@@ -269,9 +277,13 @@ class Registry:
         Raises DuplicateName when the name is taken, ContractError when the signature does not fit the kind.
         """
         if not isinstance(name, str):
-            raise ContractError(f'{with_article(self.kind.name)} needs a name, register("..."), not {name!r}')
+            raise ContractError(
+                f'{with_article(self.kind.name)} needs a name, register("..."), not {name!r}'
+            )
         caller = sys._getframe(1)
-        where = Where(caller.f_code.co_filename, caller.f_lineno, caller.f_globals.get("__name__", ""))
+        where = Where(
+            caller.f_code.co_filename, caller.f_lineno, caller.f_globals.get("__name__", "")
+        )
 
         def add(part: P) -> P:
             entry = Entry(self.kind, name, part, where, tuple(aliases), tuple(hide), types or {})
@@ -291,7 +303,9 @@ class Registry:
         where, who = entry.registered, f"{entry} ({entry.registered})"
         for name in (entry.name, *entry.aliases):
             if not name.isidentifier() or name != name.lower():
-                raise ContractError(f"{name!r} ({where}) is no name for a part: use lower-case letters, digits and _")
+                raise ContractError(
+                    f"{name!r} ({where}) is no name for a part: use lower-case letters, digits and _"
+                )
             if name in self:
                 said = f"{self.kind.name}/{name}: {self.get(name).registered} and {where}"
                 raise DuplicateName(f"two parts are called {said}. Rename one of them.")
@@ -300,9 +314,13 @@ class Registry:
         try:
             lacking = [name for name in self.kind.needs if name not in entry.asks_for]
             if "name" in entry.settings:
-                raise ContractError("no setting may be called 'name': a config names the part itself by it")
+                raise ContractError(
+                    "no setting may be called 'name': a config names the part itself by it"
+                )
             if "defaults" in entry.settings:
-                raise ContractError("no setting may be called 'defaults': in a config it lists choices of parts")
+                raise ContractError(
+                    "no setting may be called 'defaults': in a config it lists choices of parts"
+                )
         except ContractError as error:
             raise ContractError(f"{who}: {error}") from error
         if lacking:
@@ -320,7 +338,9 @@ class Registry:
 
     def unknown(self, name: str) -> str:
         """Say that there is no such part, and what was probably meant."""
-        return no_part(self.kind.name, name, {k: [*r._entries, *r._aliases] for k, r in Registry.every.items()})
+        return no_part(
+            self.kind.name, name, {k: [*r._entries, *r._aliases] for k, r in Registry.every.items()}
+        )
 
     def build(self, name: str, *given: Any, **arguments: Any) -> Any:
         """Build the part of that name; positional arguments are the kind's given parameters in their order."""
@@ -333,7 +353,11 @@ class Registry:
 
     def forget_unloaded(self) -> None:
         """Remove the parts of modules that are not loaded, so that a plugin that failed half-way can be mended."""
-        gone = {name for name, entry in self._entries.items() if entry.registered.module not in sys.modules}
+        gone = {
+            name
+            for name, entry in self._entries.items()
+            if entry.registered.module not in sys.modules
+        }
         self._entries = {name: entry for name, entry in self._entries.items() if name not in gone}
         self._aliases = {alias: name for alias, name in self._aliases.items() if name not in gone}
 
@@ -372,7 +396,9 @@ def as_makers(setting: Setting, value: Any) -> Any:
         name = value.get("name", setting.default)
         if isinstance(name, str):
             return registry.maker(name, **settings)
-        raise SettingError(f"should have the `name` of {with_article(setting.part)}, not {dict(value)!r}")
+        raise SettingError(
+            f"should have the `name` of {with_article(setting.part)}, not {dict(value)!r}"
+        )
     raise SettingError(f"should be {setting.type_text}, not {value!r}")
 
 

@@ -41,7 +41,9 @@ class Range:
     def __post_init__(self):
         number = r"\s*[-+]?(inf|\d+(\.\d*)?(e[-+]?\d+)?)\s*"
         if re.fullmatch(rf"[\[(]{number},{number}[\])]", self.interval) is None:
-            raise ContractError(f"{self.interval!r} is no interval; write it like [0, 1) or (0, inf)")
+            raise ContractError(
+                f"{self.interval!r} is no interval; write it like [0, 1) or (0, inf)"
+            )
 
     def __contains__(self, number: float) -> bool:
         low, high = (float(end) for end in self.interval[1:-1].split(","))
@@ -114,7 +116,9 @@ class Setting:
         if self.required or not is_builtin(self.default):
             return False
         try:
-            return identical_values(value, self.default) or identical_values(value, plain_value(self.default))
+            return identical_values(value, self.default) or identical_values(
+                value, plain_value(self.default)
+            )
         except NotPlain:
             return False
 
@@ -128,12 +132,16 @@ class Setting:
     @property
     def part(self) -> str | None:
         """The kind of the part that this setting names, if it names one (or a list of them)."""
-        return next((mark.kind for mark in marks(self.annotation) if isinstance(mark, PartOf)), None)
+        return next(
+            (mark.kind for mark in marks(self.annotation) if isinstance(mark, PartOf)), None
+        )
 
     @property
     def many(self) -> bool:
         """Whether the setting is a list of parts."""
-        return self.part is not None and any(get_origin(strip(each)) is list for each in members(self.annotation))
+        return self.part is not None and any(
+            get_origin(strip(each)) is list for each in members(self.annotation)
+        )
 
     @property
     def type_text(self) -> str:
@@ -150,11 +158,19 @@ class Setting:
             if not self.is_default(value):
                 raise mismatch_error(value, self.annotation) from None
             return self.default
-        if isinstance(self.default, tuple) and isinstance(found, list) and allows_tuples(self.annotation):
+        if (
+            isinstance(self.default, tuple)
+            and isinstance(found, list)
+            and allows_tuples(self.annotation)
+        ):
             return restore_tuples(found, self.default)
         if self.required or not is_loose(self.annotation):
             return found
-        if self.annotation is not Any and isinstance(found, list) and isinstance(self.default, tuple):
+        if (
+            self.annotation is not Any
+            and isinstance(found, list)
+            and isinstance(self.default, tuple)
+        ):
             return restore_tuples(found, list(self.default))
         return restore_tuples(found, self.default)
 
@@ -245,7 +261,9 @@ def contradicts(setting: Setting) -> bool:
         return False
     if makes_anew(setting.default) or not fully_expressible(setting.annotation):
         return False
-    of_numpy = type(setting.default).__module__ == "numpy"  # a scalar, which is a number like any other
+    of_numpy = (
+        type(setting.default).__module__ == "numpy"
+    )  # a scalar, which is a number like any other
     types = [strip(each) for each in members(setting.annotation)]
     if (of_numpy or isinstance(setting.default, bool)) and (int in types or float in types):
         return False
@@ -353,11 +371,17 @@ def is_super_init(node: ast.AST) -> TypeGuard[ast.Call]:
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
         return False
     owner = node.func.value
-    of_super = isinstance(owner, ast.Call) and isinstance(owner.func, ast.Name) and owner.func.id == "super"
+    of_super = (
+        isinstance(owner, ast.Call)
+        and isinstance(owner.func, ast.Name)
+        and owner.func.id == "super"
+    )
     return of_super and node.func.attr == "__init__"
 
 
-def call_arguments(part: Callable, arguments: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+def call_arguments(
+    part: Callable, arguments: Mapping[str, Any]
+) -> tuple[list[Any], dict[str, Any]]:
     """Return arguments by name as those to give by position (where a signature wants that) and those by name."""
     named = dict(arguments)
     positional: list[Any] = []
@@ -380,9 +404,13 @@ def signature(part: Callable) -> inspect.Signature:
     try:
         return inspect.signature(part, eval_str=True)
     except (NameError, SyntaxError) as error:
-        raise ContractError(f"the annotations of {name_of(part)} cannot be read: {error}") from error
+        raise ContractError(
+            f"the annotations of {name_of(part)} cannot be read: {error}"
+        ) from error
     except (ValueError, TypeError) as error:
-        raise ContractError(f"{name_of(part)} has no signature that Python can read: {error}") from error
+        raise ContractError(
+            f"{name_of(part)} has no signature that Python can read: {error}"
+        ) from error
 
 
 def unwrapped(part: Any) -> Any:
@@ -473,7 +501,9 @@ def expressible(annotation: Any) -> bool:
     if origin in (list, tuple, Sequence, Iterable):
         return all(expressible(a) for a in get_args(annotation) if a is not Ellipsis)
     if origin is Literal:
-        return all(isinstance(choice, bool | int | str | Enum | None) for choice in get_args(annotation))
+        return all(
+            isinstance(choice, bool | int | str | Enum | None) for choice in get_args(annotation)
+        )
     return is_enum(annotation) or annotation in (*SCALARS, None, type(None), Any, list, tuple, dict)
 
 
@@ -498,7 +528,13 @@ def describe_type(annotation: Any) -> str:
         for mark in annotation.__metadata__:
             if isinstance(mark, PartOf):
                 return f"name of {'an' if mark.kind[0] in 'aeiou' else 'a'} {mark.kind}"
-            text = mark.form if isinstance(mark, Pattern) else f"{text} in {mark}" if isinstance(mark, Range) else text
+            text = (
+                mark.form
+                if isinstance(mark, Pattern)
+                else f"{text} in {mark}"
+                if isinstance(mark, Range)
+                else text
+            )
         return text
     if origin in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(describe_type(a) for a in arguments if expressible(a)))
@@ -516,7 +552,11 @@ def describe_type(annotation: Any) -> str:
         return f"dict of {keys}{describe_type(arguments[1])}"
     if annotation in (None, type(None)):
         return "null"
-    return "path" if annotation is Path else getattr(annotation, "__name__", str(annotation)).replace("Any", "any")
+    return (
+        "path"
+        if annotation is Path
+        else getattr(annotation, "__name__", str(annotation)).replace("Any", "any")
+    )
 
 
 def convert(value: Any, annotation: Any) -> Any:
@@ -531,7 +571,9 @@ def convert(value: Any, annotation: Any) -> Any:
 
 
 def mismatch_error(value: Any, annotation: Any) -> SettingError:
-    return SettingError(f"should be {describe_type(annotation)}, not {value!r}{close_member(value, annotation)}")
+    return SettingError(
+        f"should be {describe_type(annotation)}, not {value!r}{close_member(value, annotation)}"
+    )
 
 
 def close_member(value: Any, annotation: Any) -> str:
@@ -564,7 +606,9 @@ def converted(value: Any, annotation: Any) -> Any:
         return convert_enum(value, annotation)
     if origin is Literal:
         same = [choice for choice in arguments if value == choice and type(value) is type(choice)]
-        same += [choice for choice in arguments if isinstance(choice, Enum) and choice.name == value]
+        same += [
+            choice for choice in arguments if isinstance(choice, Enum) and choice.name == value
+        ]
         if type(value) is int:  # `precision=16` where the choices are texts
             same += [choice for choice in arguments if choice == str(value)]
         return matching(same, bool(same))[0]
@@ -581,7 +625,9 @@ def matching(value: Any, matches: bool) -> Any:
 
 def convert_union(value: Any, alternatives: Iterable[Any]) -> Any:
     alternatives = [a for a in alternatives if expressible(a)]
-    exact = sorted(alternatives, key=lambda a: (strip(a) is not type(value), strip(a) in (str, Path)))  # 3 is no text
+    exact = sorted(
+        alternatives, key=lambda a: (strip(a) is not type(value), strip(a) in (str, Path))
+    )  # 3 is no text
     for alternative in exact:
         with suppress(Mismatch):
             return converted(value, alternative)
@@ -604,7 +650,9 @@ def convert_container(value: Any, kind: Any, inner: Sequence[Any]) -> Any:
     if kind is dict:
         matching(value, isinstance(value, Mapping))
         key_type, item_type = inner or (Any, Any)
-        return {convert_key(key, key_type): converted(item, item_type) for key, item in value.items()}
+        return {
+            convert_key(key, key_type): converted(item, item_type) for key, item in value.items()
+        }
     matching(value, isinstance(value, Sequence) and not isinstance(value, str))
     if kind is tuple and inner and Ellipsis not in inner:
         matching(value, len(value) == len(inner))
@@ -697,7 +745,9 @@ def identical_values(one: Any, other: Any) -> bool:
     if type(one) is not type(other):
         return False
     if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(identical_values(a, b) for a, b in zip(one, other, strict=True))
+        return len(one) == len(other) and all(
+            identical_values(a, b) for a, b in zip(one, other, strict=True)
+        )
     if isinstance(one, dict):
         pairs = zip(one.items(), other.items(), strict=False)
         return len(one) == len(other) and all(identical_values(a, b) for a, b in pairs)
@@ -713,7 +763,9 @@ def restore_tuples(value: Any, like: Any) -> Any:
     if not isinstance(value, list | tuple) or type(like) not in (list, tuple):
         return value
     last = like[-1] if like else None
-    items = [restore_tuples(item, like[n] if n < len(like) else last) for n, item in enumerate(value)]
+    items = [
+        restore_tuples(item, like[n] if n < len(like) else last) for n, item in enumerate(value)
+    ]
     return tuple(items) if isinstance(value, tuple) or type(like) is tuple else items
 
 
@@ -746,7 +798,9 @@ def means_default(value: Any, setting: Setting) -> bool:
     if setting.required:
         return False
     if makes_anew(setting.default):
-        return value == str(setting.default) and not accepts(setting, value)  # of an earlier version
+        return value == str(setting.default) and not accepts(
+            setting, value
+        )  # of an earlier version
     try:
         return identical_values(value, plain_value(setting.default))
     except NotPlain:

@@ -43,7 +43,11 @@ class Writer:
         self.error: BaseException | None = None
 
     def submit(
-        self, folder: Path, *state: Any, then: Callable[[Path], None], stays: Collection[int | None] | None = None
+        self,
+        folder: Path,
+        *state: Any,
+        then: Callable[[Path], None],
+        stays: Collection[int | None] | None = None,
     ) -> None:
         """Copy a state (the arguments of `snapshot`) and return; the thread calls `then` with the written folder.
 
@@ -53,7 +57,9 @@ class Writer:
         with self.changed:
             if stays is not None:
                 self._drop(stays)
-            if not self._has_room():  # only then is the thread woken, which costs as much as the copy
+            if (
+                not self._has_room()
+            ):  # only then is the thread woken, which costs as much as the copy
                 self.hurry = True
                 self.changed.notify_all()
                 self.changed.wait_for(self._has_room)
@@ -90,7 +96,8 @@ class Writer:
                 self.writing = False
                 self.changed.notify_all()
                 self.changed.wait_for(
-                    lambda: self.hurry, timeout=max(self.pause, self.rest * (time.monotonic() - began))
+                    lambda: self.hurry,
+                    timeout=max(self.pause, self.rest * (time.monotonic() - began)),
                 )
 
     def _next(self) -> WriteJob | None:

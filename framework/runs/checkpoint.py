@@ -58,7 +58,9 @@ LARGE = 8 * 2**20  # bytes from which threads are worth it
 VISIBLE = re.compile(r"step-(\d{8,})")
 ASIDE = ".best"  # a link that has not got its name yet
 HIDDEN = re.compile(r"\.(step-\d{8,})-[0-9a-f]{8}(\.replaced|\.removed)?")
-MOST_PICKLE = 64 * 2**20  # bytes of the record of a torch file that says how its tensors lie in plain types
+MOST_PICKLE = (
+    64 * 2**20
+)  # bytes of the record of a torch file that says how its tensors lie in plain types
 MOST_VALUES = 10_000_000  # of a training state, what is shared counted as often as it is used
 GLOBALS = re.compile(
     r"torch\._utils _rebuild_(tensor_v2|tensor_v3|sparse_tensor)|torch \w+Storage|torch\.storage UntypedStorage"
@@ -116,7 +118,9 @@ def load(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             training = dict(torch.load(path_of(file), map_location="cpu", weights_only=True))
         check_training_size(training)
         return model, training
-    except Exception as error:  # the files are what was written, so whatever it is, it is not for this program
+    except (
+        Exception
+    ) as error:  # the files are what was written, so whatever it is, it is not for this program
         raise CheckpointError(f"{checkpoint} cannot be read: {first_line(error)}") from error
 
 
@@ -125,7 +129,10 @@ def load_model(checkpoint: Path) -> dict[str, Tensor]:
     checkpoint = target_of(checkpoint)
     verify(checkpoint, to_load=True)
     try:
-        with opened(checkpoint, MODEL) as model, safe_open(path_of(model), "pt", device="cpu") as file:
+        with (
+            opened(checkpoint, MODEL) as model,
+            safe_open(path_of(model), "pt", device="cpu") as file,
+        ):
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
             tied = json.loads((file.metadata() or {}).get("tied", "{}"))
         return tensors | {name: tensors[first] for name, first in tied.items()}
@@ -202,7 +209,15 @@ def read_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
             header = parse_json(file.read(length), path)
         header.pop("__metadata__", None)
         return {name: tuple(map(int, tensor["shape"])) for name, tensor in header.items()}
-    except (OSError, RunError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+    except (
+        OSError,
+        RunError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+    ) as error:
         raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from error
 
 
@@ -218,12 +233,16 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
                 f"(format {short(manifest['schema'])}); "
                 f"this version reads formats up to {SCHEMA}"
             )
-        files = {name: (wanted["bytes"], wanted["sha256"]) for name, wanted in manifest["files"].items()}
+        files = {
+            name: (wanted["bytes"], wanted["sha256"]) for name, wanted in manifest["files"].items()
+        }
         whole = {MODEL, TRAINING} <= set(files) and isinstance(manifest["nan"], list)
         if manifest.pop("sha256") != own_sha256(manifest) or not whole:
             raise CheckpointError(f"{path} is damaged: it does not match its own sha256")
     except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointError(f"{checkpoint} is no complete checkpoint: it has no {MANIFEST}") from None
+        raise CheckpointError(
+            f"{checkpoint} is no complete checkpoint: it has no {MANIFEST}"
+        ) from None
     except RunError as error:
         raise CheckpointError(str(error)) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -290,7 +309,9 @@ def link_to(saved: Path, name: str) -> None:
         aside.unlink(missing_ok=True)
         aside.symlink_to(saved.name)
         if link.is_dir() and not link.is_symlink():
-            copy = saved.with_name(f".{saved.name}-{uuid4().hex[:8]}.removed")  # `clean` knows this name
+            copy = saved.with_name(
+                f".{saved.name}-{uuid4().hex[:8]}.removed"
+            )  # `clean` knows this name
             os.rename(link, copy)
             os.replace(aside, link)
             discard(copy, FILES)
@@ -320,7 +341,9 @@ def set_aside(folder: Path, chosen: Path) -> None:
         elif best == chosen and not (folder / folder_name(step)).exists():
             os.rename(best, folder / folder_name(step))
     except OSError as error:
-        raise CheckpointError(f"the later checkpoints of {folder} cannot be renamed: {error.strerror}") from error
+        raise CheckpointError(
+            f"the later checkpoints of {folder} cannot be renamed: {error.strerror}"
+        ) from error
 
 
 def step_in(checkpoint: Path) -> int:
@@ -344,7 +367,9 @@ def free_name(folder: Path, step: int) -> Path:
 def refuse_links(*paths: Path) -> None:
     for path in paths:
         if path.is_symlink():
-            raise CheckpointError(f"{path} is a symbolic link; checkpoints are not read or written through links")
+            raise CheckpointError(
+                f"{path} is a symbolic link; checkpoints are not read or written through links"
+            )
 
 
 def target_of(checkpoint: Path) -> Path:
@@ -360,7 +385,9 @@ def target_of(checkpoint: Path) -> Path:
     name = os.readlink(checkpoint)
     beside = checkpoint.parent / name
     if VISIBLE.fullmatch(name) is None or beside.is_symlink():
-        raise CheckpointError(f"{checkpoint} is a symbolic link to {name!r}; expected a checkpoint beside it")
+        raise CheckpointError(
+            f"{checkpoint} is a symbolic link to {name!r}; expected a checkpoint beside it"
+        )
     return beside
 
 
@@ -397,7 +424,9 @@ def check_size(file: BinaryIO, expected: int, path: Path) -> None:
         try:
             start = os.lseek(file.fileno(), end, os.SEEK_DATA)
         except OSError:  # there is no more data
-            raise CheckpointError(f"{path} has {size:,} bytes, but data for {data:,} bytes only") from None
+            raise CheckpointError(
+                f"{path} has {size:,} bytes, but data for {data:,} bytes only"
+            ) from None
         end = os.lseek(file.fileno(), start, os.SEEK_HOLE)
         data += end - start
 
@@ -406,7 +435,9 @@ def check_memory(checkpoint: Path, needed: int) -> None:
     """Raise CheckpointError when the files of a checkpoint do not fit into the free memory."""
     free = available_bytes()
     if free is not None and needed > free:
-        raise CheckpointError(f"{checkpoint} has {needed:,} bytes; {free:,} bytes of memory are free")
+        raise CheckpointError(
+            f"{checkpoint} has {needed:,} bytes; {free:,} bytes of memory are free"
+        )
 
 
 def check_torch_file(file: BinaryIO) -> None:
@@ -416,7 +447,9 @@ def check_torch_file(file: BinaryIO) -> None:
     size = os.fstat(file.fileno()).st_size
     with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
-        compressed = [record.filename for record in records if record.compress_type != zipfile.ZIP_STORED]
+        compressed = [
+            record.filename for record in records if record.compress_type != zipfile.ZIP_STORED
+        ]
         if compressed:
             raise CheckpointError(f"its record {compressed[0]} is compressed")
         if sum(record.file_size for record in records) > size:
@@ -425,7 +458,9 @@ def check_torch_file(file: BinaryIO) -> None:
             if not record.filename.endswith("/data.pkl"):
                 continue
             if record.file_size > MOST_PICKLE:
-                raise CheckpointError(f"its record {record.filename} has {record.file_size:,} bytes")
+                raise CheckpointError(
+                    f"its record {record.filename} has {record.file_size:,} bytes"
+                )
             check_pickle(archive.read(record))
 
 
@@ -434,7 +469,9 @@ def check_pickle(content: bytes) -> None:
         if code.name in OTHER_GLOBALS:
             raise CheckpointError(f"it has the instruction {code.name}, which no checkpoint has")
         if code.name == "GLOBAL" and GLOBALS.fullmatch(str(argument)) is None:
-            raise CheckpointError(f"it names {str(argument)[:100]}, which is neither a tensor nor a plain type")
+            raise CheckpointError(
+                f"it names {str(argument)[:100]}, which is neither a tensor nor a plain type"
+            )
 
 
 def check_training_size(training: dict[str, Any]) -> None:
@@ -443,7 +480,9 @@ def check_training_size(training: dict[str, Any]) -> None:
     for depth, level in enumerate(levels(training), 1):
         count += len(level)
         if count > MOST_VALUES or depth > MOST_DEPTH:
-            raise CheckpointError(f"its state has more than {MOST_VALUES:,} values, or is more than {MOST_DEPTH} deep")
+            raise CheckpointError(
+                f"its state has more than {MOST_VALUES:,} values, or is more than {MOST_DEPTH} deep"
+            )
         for value in level:
             if isinstance(value, Tensor):
                 check_strides(value)
@@ -452,7 +491,9 @@ def check_training_size(training: dict[str, Any]) -> None:
 def check_strides(tensor: Tensor) -> None:
     """Raise CheckpointError for a tensor with more numbers than are stored."""
     if tensor.layout is torch.strided and tensor.nbytes > tensor.untyped_storage().nbytes():
-        raise CheckpointError(f"a tensor of shape {short(list(tensor.shape))} is stored with fewer numbers")
+        raise CheckpointError(
+            f"a tensor of shape {short(list(tensor.shape))} is stored with fewer numbers"
+        )
 
 
 # writing
@@ -486,8 +527,12 @@ def write_model(path: Path, taken: Snapshot) -> None:
     try:
         save_file(taken.tensors, path, metadata={"tied": json.dumps(taken.tied)})
     except (ValueError, KeyError) as error:
-        raise CheckpointError(f"step {taken.step} cannot be saved: the model's state: {first_line(error)}") from error
-    os.chmod(path, path.parent.stat().st_mode & 0o666)  # safetensors makes a private file, whatever the umask
+        raise CheckpointError(
+            f"step {taken.step} cannot be saved: the model's state: {first_line(error)}"
+        ) from error
+    os.chmod(
+        path, path.parent.stat().st_mode & 0o666
+    )  # safetensors makes a private file, whatever the umask
 
 
 def write_training(path: Path, training: Any) -> None:
@@ -501,14 +546,21 @@ def write_at_once(folder: Path, taken: Snapshot) -> dict[str, Any]:
     Hashing 100 MB takes half as long as writing them.
     """
     paths = [folder / MODEL, folder / TRAINING]
-    writers = [partial(write_model, paths[0], taken), partial(write_training, paths[1], taken.training)]
+    writers = [
+        partial(write_model, paths[0], taken),
+        partial(write_training, paths[1], taken.training),
+    ]
     with ThreadPoolExecutor(4) as beside:
         done = [threading.Event() for _ in paths]
-        digests = [beside.submit(follow, path, event) for path, event in zip(paths, done, strict=True)]
+        digests = [
+            beside.submit(follow, path, event) for path, event in zip(paths, done, strict=True)
+        ]
         both = [beside.submit(written, *each) for each in zip(writers, paths, done, strict=True)]
         sizes = [each.result() for each in both]
         found = zip(paths, sizes, digests, strict=True)
-        return {path.name: {"bytes": size, "sha256": digest.result()} for path, size, digest in found}
+        return {
+            path.name: {"bytes": size, "sha256": digest.result()} for path, size, digest in found
+        }
 
 
 def written(write: Callable[[], None], path: Path, done: threading.Event) -> int:
@@ -541,8 +593,12 @@ def holds_nan(tensor: Tensor) -> bool:
     """Whether a tensor has a NaN; infinity is no fault, a mask has it."""
     if not tensor.is_floating_point() and not tensor.is_complex():
         return False
-    values = tensor if tensor.element_size() > 1 else tensor.float()  # there is no arithmetic on float8
-    return bool(values.sum().isnan()) and bool(values.isnan().any())  # the sum is quick, but ∞ - ∞ is NaN too
+    values = (
+        tensor if tensor.element_size() > 1 else tensor.float()
+    )  # there is no arithmetic on float8
+    return bool(values.sum().isnan()) and bool(
+        values.isnan().any()
+    )  # the sum is quick, but ∞ - ∞ is NaN too
 
 
 def publish(written: Path, final: Path) -> Path:
@@ -599,7 +655,11 @@ def cause(error: BaseException, folder: Path, needed: int) -> str:
     if number is None:
         return first_line(error)
     full = number in FULL
-    room = f" ({needed:,} bytes are needed, {free_disk_bytes(folder):,} bytes are free)" if full else ""
+    room = (
+        f" ({needed:,} bytes are needed, {free_disk_bytes(folder):,} bytes are free)"
+        if full
+        else ""
+    )
     return os.strerror(number) + room
 
 

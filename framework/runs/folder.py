@@ -39,14 +39,18 @@ PATIENCE = 2.0  # seconds for the workers of a killed run to end
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 LARGEST_SIZE = 2**48  # numbers in a sample: a tensor with more numbers fits into no memory
 MOST_DIMENSIONS = 64  # torch's limit
-LITTER = re.compile(r"(status|config\.yaml|facts\.json|overrides\.yaml|provenance\.json)\.tmp|metrics\.jsonl\.new")
+LITTER = re.compile(
+    r"(status|config\.yaml|facts\.json|overrides\.yaml|provenance\.json)\.tmp|metrics\.jsonl\.new"
+)
 """Temporary files of earlier versions."""
 
 
 class RunFolder:
     """Claims a new folder for a run, under `root`."""
 
-    def __init__(self, root: Path = Path("runs"), name: str | None = None, *, experiment: str = "default"):
+    def __init__(
+        self, root: Path = Path("runs"), name: str | None = None, *, experiment: str = "default"
+    ):
         """Create the folder root/experiment/name.
 
         Args:
@@ -57,7 +61,9 @@ class RunFolder:
         """
         for what, text in (("experiment", experiment), ("run.name", name)):
             if text is not None and (not re.fullmatch(NAME, text) or ".." in text):
-                raise RunError(f"{what} should be letters, digits, '.', '_' and '-' (at most 128), not {text!r}")
+                raise RunError(
+                    f"{what} should be letters, digits, '.', '_' and '-' (at most 128), not {text!r}"
+                )
         parent = expanded(root) / experiment
         check_encoding(real_path(parent))
         try:
@@ -68,7 +74,9 @@ class RunFolder:
         except OSError as error:
             where = parent / (name or "...")
             why = failure_reason(where, error)
-            raise write_error(error)(f"the run folder {where} cannot be made: {why} (run.root={root})") from None
+            raise write_error(error)(
+                f"the run folder {where} cannot be made: {why} (run.root={root})"
+            ) from None
 
     @classmethod
     def existing(cls, path: Path) -> "RunFolder":
@@ -195,7 +203,9 @@ def read_facts(run: Path) -> dict[str, Any]:
             raise RunError(f"{file} cannot be read: it has no {name}")
     for name, (is_valid, expected) in FACTS.items():
         if name in facts and not is_valid(facts[name]):
-            raise RunError(f"{file} cannot be read: expected {name} to be {expected}, got {short(facts[name])}")
+            raise RunError(
+                f"{file} cannot be read: expected {name} to be {expected}, got {short(facts[name])}"
+            )
     return facts
 
 
@@ -204,11 +214,15 @@ def is_shape(value: Any) -> bool:
 
 
 def is_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(each) is int and 0 <= each <= LARGEST_SIZE for each in value)
+    return isinstance(value, list) and all(
+        type(each) is int and 0 <= each <= LARGEST_SIZE for each in value
+    )
 
 
 def is_classes(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(each, str | int | float | None) for each in value)
+    return isinstance(value, list) and all(
+        isinstance(each, str | int | float | None) for each in value
+    )
 
 
 def is_scale(value: Any) -> bool:
@@ -237,7 +251,9 @@ def dump(file: str, content: Any) -> str:
         return json.dumps(content, indent=2, default=str) + "\n"
     import yaml
 
-    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # libyaml's writes the same ten times as fast
+    dumper = getattr(
+        yaml, "CSafeDumper", yaml.SafeDumper
+    )  # libyaml's writes the same ten times as fast
     try:
         return yaml.dump(content, Dumper=dumper, sort_keys=False)
     except UnicodeEncodeError:  # a path that is no UTF-8, which libyaml cannot escape
@@ -252,7 +268,9 @@ def read_config(run: Path) -> dict[str, Any]:
     try:
         config = read_yaml(run, "config.yaml")
     except (FileNotFoundError, NotADirectoryError):
-        raise RunError(f"{run} is not the folder of a run: it has no config.yaml{run_meant(run)}") from None
+        raise RunError(
+            f"{run} is not the folder of a run: it has no config.yaml{run_meant(run)}"
+        ) from None
     except OSError as error:
         raise RunError(f"{file} cannot be read: {error.strerror}") from error
     if not isinstance(config, dict):
@@ -279,8 +297,15 @@ def run_behind(folder: Path) -> Path:
     name = text if link == folder else text.removeprefix("../").removesuffix("/config.yaml")
     run = folder.parent / name
     plain = re.fullmatch(NAME, name) is not None and ".." not in name
-    if not plain or (link != folder and text != f"../{name}/config.yaml") or run.is_symlink() or not run.is_dir():
-        raise RunError(f"{link} is a symbolic link to {text!r}; expected a run of the sweep {sweep}")
+    if (
+        not plain
+        or (link != folder and text != f"../{name}/config.yaml")
+        or run.is_symlink()
+        or not run.is_dir()
+    ):
+        raise RunError(
+            f"{link} is a symbolic link to {text!r}; expected a run of the sweep {sweep}"
+        )
     return run
 
 
@@ -305,14 +330,23 @@ def run_of_checkpoint(folder: Path) -> Path | None:
 
 def provenance(parts: dict[str, str]) -> dict[str, Any]:
     """Return what the run was made of: versions, machine, git commit and diff of the working folder, parts' sources."""
-    return {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **machine(), **code(Path.cwd()), "parts": parts}
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        **machine(),
+        **code(Path.cwd()),
+        "parts": parts,
+    }
 
 
 @cache
 def machine() -> dict[str, Any]:
     packages = ("framework", "torch", "hydra-core", "numpy", "scikit-learn", "tensorboard")
     versions = {name: package_version(name) for name in packages}
-    return {"python": platform.python_version(), "platform": platform.platform(), "packages": versions}
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": versions,
+    }
 
 
 @cache

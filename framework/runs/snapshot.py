@@ -57,13 +57,18 @@ class Copies:
         return kept.copy_(tensor.detach())
 
 
-def snapshot(model: Weights, training: Any, step: int, run: Facts = None, *, copies: Copies | None = None) -> Snapshot:
+def snapshot(
+    model: Weights, training: Any, step: int, run: Facts = None, *, copies: Copies | None = None
+) -> Snapshot:
     """Check a state and bring it to the CPU; without `copies`, tensors that are there already are shared.
 
     Raises CheckpointError when a value is not plain (named by its path, "callbacks.early_stop.best").
     """
     take = own_memory if copies is None else copies.begin()
-    facts = {"threads": torch.get_num_threads(), **(run or {})}  # a thread that writes has a number of its own
+    facts = {
+        "threads": torch.get_num_threads(),
+        **(run or {}),
+    }  # a thread that writes has a number of its own
     return Snapshot(step, *without_copies(model, take), plain_copy(training, take), facts)
 
 
@@ -161,10 +166,20 @@ def plain_copy(value: Any, take: Take, path: str = "") -> Any:
         return take(value)
     if kind in (dict, OrderedDict):
         items = ((key, f"{path}.{key}".lstrip("."), item) for key, item in value.items())
-        return {plain_copy(key, take, f"{path} (a key)"): plain_copy(item, take, where) for key, where, item in items}
+        return {
+            plain_copy(key, take, f"{path} (a key)"): plain_copy(item, take, where)
+            for key, where, item in items
+        }
     if kind in (list, tuple):
-        return kind(plain_copy(item, take, f"{path}.{index}".lstrip(".")) for index, item in enumerate(value))
-    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+        return kind(
+            plain_copy(item, take, f"{path}.{index}".lstrip("."))
+            for index, item in enumerate(value)
+        )
+    name = (
+        kind.__qualname__
+        if kind.__module__ == "builtins"
+        else f"{kind.__module__}.{kind.__qualname__}"
+    )
     raise CheckpointError(
         f"{path or 'the training state'} is a {name}, which no checkpoint may hold; state_dict must give "
         f"dict, list, tuple, str, int, float, bool, None, bytes or tensors"
@@ -175,5 +190,11 @@ def bytes_of(value: Any) -> int:
     """The bytes of all tensors in a plain value."""
     if isinstance(value, Tensor):
         return value.nbytes if value.layout is torch.strided else 0
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    items = (
+        value.values()
+        if isinstance(value, dict)
+        else value
+        if isinstance(value, list | tuple)
+        else ()
+    )
     return sum(map(bytes_of, items))

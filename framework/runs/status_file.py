@@ -80,13 +80,17 @@ class Status(Callback):
             "total_steps": state.total_steps,
             "epoch": state.epoch,
             "wall_seconds": round(state.wall_seconds, 3),
-            "eta_seconds": round(seconds_per_step * left, 1) if state.step and status == "running" else None,
+            "eta_seconds": round(seconds_per_step * left, 1)
+            if state.step and status == "running"
+            else None,
             "samples_per_second": state.metrics.get("train/samples_per_second"),
             "pid": os.getpid(),
             "updated": time.time(),
         }
         if "config" in trainer.manifest:
-            content["config"] = trainer.manifest["config"]  # `resume=auto` compares it without reading the config
+            content["config"] = trainer.manifest[
+                "config"
+            ]  # `resume=auto` compares it without reading the config
         try:
             write_file(trainer.folder, FILE, padded(content))
         except RunError:

@@ -118,14 +118,20 @@ class Profiler(Clock):
         whole, count = perf_counter() - self.from_second, self.steps - SKIPPED
         recorder, self.recorder = self.recorder, None
         recorder.__exit__(None, None, None)
-        spent = {name: seconds - self.before.get(name, 0.0) for name, seconds in self.seconds.items()}
+        spent = {
+            name: seconds - self.before.get(name, 0.0) for name, seconds in self.seconds.items()
+        }
         print(
-            printable_lines(times_table(spent | {"the rest": whole - sum(spent.values())}, whole, count)),
+            printable_lines(
+                times_table(spent | {"the rest": whole - sum(spent.values())}, whole, count)
+            ),
             file=sys.stderr,
         )
         if self.folder is not None:
             write_trace(recorder, self.folder)
-            print_line(f"trace: {self.folder / TRACE} (open it in https://ui.perfetto.dev)", sys.stderr)
+            print_line(
+                f"trace: {self.folder / TRACE} (open it in https://ui.perfetto.dev)", sys.stderr
+            )
 
 
 def write_trace(recorder: torch.profiler.profile, folder: Path) -> None:
@@ -146,5 +152,7 @@ def times_table(seconds: dict[str, float], whole: float, steps: int) -> str:
     """Return a table of parts, the longest first: microseconds a step, and their share of the whole."""
     rows = sorted(((spent, name) for name, spent in seconds.items() if spent > 0), reverse=True)
     lines = [f"{'of a step (mean of ' + str(steps) + ')':<28}{'µs':>10}{'share':>8}"]
-    lines += [f"{name:<28}{spent / steps * 1e6:>10,.0f}{spent / whole:>8.1%}" for spent, name in rows]
+    lines += [
+        f"{name:<28}{spent / steps * 1e6:>10,.0f}{spent / whole:>8.1%}" for spent, name in rows
+    ]
     return "\n".join([*lines, f"{'in all':<28}{whole / steps * 1e6:>10,.0f}{1:>8.0%}"])

@@ -20,7 +20,9 @@ class PrintableConsole(Console):
         """Return a string as text on one line."""
         return super().render_str(printable(text), **(options | {"markup": False, "emoji": False}))
 
-    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterator[Segment]:
         """Yield what is printed. Line breaks stay: the layout has put them where they are."""
         for segment in super().render(renderable, options):
             if segment.control is None:
@@ -32,4 +34,6 @@ class PrintableConsole(Console):
 def console(file: IO[str] | None = None) -> Console:
     """Return a console: as wide as the terminal and in colour; plain and without wrapping in a pipe or file."""
     file = file or sys.stdout
-    return PrintableConsole(file=file, highlight=False, width=None if file.isatty() else PLAIN_WIDTH)
+    return PrintableConsole(
+        file=file, highlight=False, width=None if file.isatty() else PLAIN_WIDTH
+    )

@@ -22,14 +22,28 @@ Item = TypeVar("Item")
 def find_device(name: str) -> torch.device:
     """Return the device of that name; auto is cuda, else mps, else cpu. Raises SettingError when it is not there."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise SettingError(f"device should be auto, cpu, cuda, cuda:N or mps, not {name!r}") from error
-    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+        raise SettingError(
+            f"device should be auto, cpu, cuda, cuda:N or mps, not {name!r}"
+        ) from error
+    there = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+    }
     if (device.index or 0) >= there.get(device.type, 0):
-        raise SettingError(f"device {name} is not on this machine (it has {there['cuda']} CUDA devices)")
+        raise SettingError(
+            f"device {name} is not on this machine (it has {there['cuda']} CUDA devices)"
+        )
     return device
 
 
@@ -43,7 +57,9 @@ def channels_last(tensor: Tensor) -> Tensor:
     _, channels, height, width = tensor.shape
     pixels = tensor.permute(0, 2, 3, 1).contiguous()
     strides = (channels * height * width, 1, width * channels, channels)
-    return pixels.as_strided(tensor.shape, strides)  # of one channel torch would leave the strides as they were
+    return pixels.as_strided(
+        tensor.shape, strides
+    )  # of one channel torch would leave the strides as they were
 
 
 def overruns_memory(layer: nn.Module) -> bool:
@@ -67,11 +83,22 @@ def chosen_layout(wanted: bool | Literal["auto"], model: nn.Module | None) -> tu
     if wanted != "auto" or convolutions < 2:
         return wanted is True, ", channels last" * (wanted is True)
     if any(map(overruns_memory, parts)):
-        return False, ", channels first (for a 1x1 convolution with a stride and fewer than 8 input channels)"
-    steps = [part.stride for part in parts if isinstance(part, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d)]
+        return (
+            False,
+            ", channels first (for a 1x1 convolution with a stride and fewer than 8 input channels)",
+        )
+    steps = [
+        part.stride for part in parts if isinstance(part, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d)
+    ]
     if any(step not in (1, (1, 1)) for step in steps[1:]):  # the first may cut patches
-        return True, f", channels last (for {convolutions} convolutions that go on to smaller images)"
-    return False, f", channels first (for {convolutions} convolutions that do not go on to smaller images)"
+        return (
+            True,
+            f", channels last (for {convolutions} convolutions that go on to smaller images)",
+        )
+    return (
+        False,
+        f", channels first (for {convolutions} convolutions that do not go on to smaller images)",
+    )
 
 
 class CopyStream:
@@ -101,7 +128,9 @@ class CopyStream:
                 current = torch.cuda.current_stream(self.device)
                 current.wait_event(done)
                 for tensor in batch:
-                    tensor.record_stream(current)  # its memory is of the other stream, which might use it again
+                    tensor.record_stream(
+                        current
+                    )  # its memory is of the other stream, which might use it again
             yield batch, beside
 
     def _begin(self, read: tuple[Any, Any]) -> tuple[Any, Any, torch.cuda.Event | None]:
@@ -142,7 +171,9 @@ def suitable_threads(model: nn.Module, rows: int, workers: int = 0) -> int:
     """
     if "OMP_NUM_THREADS" in os.environ:
         return torch.get_num_threads()
-    products = rows * sum(parameter.numel() for parameter in model.parameters() if parameter.ndim > 1)
+    products = rows * sum(
+        parameter.numel() for parameter in model.parameters() if parameter.ndim > 1
+    )
     return 1 if products < SMALL else max(torch.get_num_threads() - workers, 1)
 
 
@@ -160,9 +191,14 @@ def intra_op_threads(number: int) -> Iterator[None]:
 @contextmanager
 def deterministic_algorithms(wanted: bool) -> Iterator[None]:
     """Run with deterministic algorithms only, if wanted; afterwards torch is set as before."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for one fixed workspace
+        os.environ.setdefault(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        )  # cuBLAS asks for one fixed workspace
         torch.use_deterministic_algorithms(True)
     try:
         yield

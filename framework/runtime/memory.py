@@ -41,7 +41,9 @@ def free_bytes(device: torch.device) -> int | None:
     return free * 1024 if left is None else min(free * 1024, left)
 
 
-def cgroup_bytes(listing: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int | None:
+def cgroup_bytes(
+    listing: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+) -> int | None:
     """Return how many bytes of memory the control groups of this process leave to it; None without a limit.
 
     Cached files count as free: the system drops them first.
@@ -56,7 +58,11 @@ def cgroup_bytes(listing: Path = Path("/proc/self/cgroup"), root: Path = Path("/
         if controllers == "":
             base, maximum, current, cached = root, "memory.max", "memory.current", "{}_file"
         elif "memory" in controllers.split(","):
-            base, maximum, current = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            base, maximum, current = (
+                root / "memory",
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+            )
             cached = "total_{}_file"
         else:
             continue
@@ -67,7 +73,9 @@ def cgroup_bytes(listing: Path = Path("/proc/self/cgroup"), root: Path = Path("/
                 if limit is None or used is None:
                     continue
                 stat = numbers_in(folder / "memory.stat")
-                files = stat.get(cached.format("active"), 0) + stat.get(cached.format("inactive"), 0)
+                files = stat.get(cached.format("active"), 0) + stat.get(
+                    cached.format("inactive"), 0
+                )
                 found.append(max(0, limit - max(0, used - files)))
     return min(found, default=None)
 
@@ -116,7 +124,9 @@ def check_room(needed: float, what: str) -> None:
     """Raise DataError when this machine has not so many bytes of memory free (where it tells how many it has)."""
     free = available_bytes()
     if free is not None and needed > free:
-        raise DataError(f"{what} takes about {needed / 2**30:.3g} GiB, and {free / 2**30:.3g} GiB are free")
+        raise DataError(
+            f"{what} takes about {needed / 2**30:.3g} GiB, and {free / 2**30:.3g} GiB are free"
+        )
 
 
 @contextmanager
@@ -129,7 +139,9 @@ def memory_errors(device: torch.device) -> Iterator[None]:
             raise
         words = (str(error).strip() or "memory is full").splitlines()[0]
         advice = "a smaller batch, micro_batch=auto (the step stays the same), or precision bf16, takes less"
-        raise OutOfMemory(f"{device} has no room for this run: {advice}. torch says: {words}") from error
+        raise OutOfMemory(
+            f"{device} has no room for this run: {advice}. torch says: {words}"
+        ) from error
 
 
 def versions(batches: Iterable[Batch]) -> list[Hashable]:
@@ -184,7 +196,10 @@ class MicroBatches:
                 f"micro_batch below {self.largest}"
             ) from error
         self.size = -(-self.largest // 2)
-        warnings.warn(f"memory is full with {self.largest} samples at once: going on with {self.size}", stacklevel=2)
+        warnings.warn(
+            f"memory is full with {self.largest} samples at once: going on with {self.size}",
+            stacklevel=2,
+        )
         return True
 
     def state_dict(self) -> dict:

@@ -103,8 +103,18 @@ def capture() -> dict[str, Any]:
     numpy_state: Any = numpy.random.get_state()
     kind, keys, position, has_gauss, numpy_gauss = numpy_state
     return {
-        "python": [version, torch.from_numpy(numpy.array(internal)), gauss],  # as 625 numbers it takes a millisecond
-        "numpy": [str(kind), torch.from_numpy(keys.astype("int64")), int(position), int(has_gauss), float(numpy_gauss)],
+        "python": [
+            version,
+            torch.from_numpy(numpy.array(internal)),
+            gauss,
+        ],  # as 625 numbers it takes a millisecond
+        "numpy": [
+            str(kind),
+            torch.from_numpy(keys.astype("int64")),
+            int(position),
+            int(has_gauss),
+            float(numpy_gauss),
+        ],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
     }

@@ -26,7 +26,9 @@ def expect(in_shape: Shape, forms: str, who: str, hint: str = "") -> Shape:
     """
     ranks = [len(axes.replace(",", " ").split()) for axes in re.findall(r"\(([^)]*)\)", forms)]
     if len(in_shape) not in ranks:
-        raise BuildError(f"{who} expects {forms}, gets {tuple(in_shape)}" + (f"; {hint}" if hint else ""))
+        raise BuildError(
+            f"{who} expects {forms}, gets {tuple(in_shape)}" + (f"; {hint}" if hint else "")
+        )
     return tuple(in_shape)
 
 
@@ -66,7 +68,9 @@ def output_shape(module: nn.Module, in_shape: Shape) -> Shape:
     return tuple(first_output(module, in_shape).shape[1:])
 
 
-def build_chain(makers: Iterable[Callable[..., Any]], in_shape: Shape) -> tuple[list[nn.Module], Shape]:
+def build_chain(
+    makers: Iterable[Callable[..., Any]], in_shape: Shape
+) -> tuple[list[nn.Module], Shape]:
     """Build blocks one after another, each for the shape that the one before it gives.
 
     Returns the blocks and the shape that the last one gives. Raises BuildError that counts the blocks from 1:

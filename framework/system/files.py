@@ -25,7 +25,9 @@ FLAGS = {
     "a": os.O_RDWR | os.O_APPEND | os.O_CREAT,
     "x": os.O_WRONLY | os.O_CREAT | os.O_EXCL,
 }
-NO_LINKS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # non-blocking: opening a FIFO does not wait for a writer
+NO_LINKS = (
+    os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+)  # non-blocking: opening a FIFO does not wait for a writer
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -95,7 +97,9 @@ def open_directory(folder: Path, below: PurePosixPath) -> int:
 def refused(error: OSError, path: Path) -> Exception:
     """Return the error of opening `path` as a RunError if the file is not of a kind that is ever opened."""
     if path.is_symlink():
-        return RunError(f"{path} is a symbolic link; files of a run are not read or written through links")
+        return RunError(
+            f"{path} is a symbolic link; files of a run are not read or written through links"
+        )
     if error.errno in (errno.ENXIO, errno.EISDIR):
         return RunError(f"{path} is not a regular file")
     return OSError(error.errno, error.strerror, str(path))
@@ -106,7 +110,9 @@ def check_descriptor(descriptor: int, path: Path, most: int | None) -> None:
     if not stat.S_ISREG(found.st_mode):
         raise RunError(f"{path} is not a regular file")
     if found.st_nlink > 1:
-        raise RunError(f"{path} has {found.st_nlink} hard links, so it may be another file; copy the run (cp -r)")
+        raise RunError(
+            f"{path} has {found.st_nlink} hard links, so it may be another file; copy the run (cp -r)"
+        )
     if most is not None and found.st_size > most:
         raise RunError(f"{path} has {found.st_size:,} bytes; expected at most {most:,}")
 
@@ -201,7 +207,9 @@ class AppendFile:
             raise
 
     def close(self) -> None:
-        with suppress(OSError):  # each record was written by a call of its own, which has told its error
+        with suppress(
+            OSError
+        ):  # each record was written by a call of its own, which has told its error
             self.file.close()
 
 
@@ -257,7 +265,9 @@ def failure_reason(path: Path, error: OSError, needed: int | None = None) -> str
     reason = error.strerror or str(error)
     if error.errno in FULL:
         room = f"{free_disk_bytes(path):,} bytes are free"
-        return reason + (f" ({room})" if needed is None else f" ({needed:,} bytes are needed, {room})")
+        return reason + (
+            f" ({room})" if needed is None else f" ({needed:,} bytes are needed, {room})"
+        )
     if not path.parent.exists():
         return f"the folder {path.parent} does not exist any more"
     return reason
@@ -331,11 +341,20 @@ def parse_yaml(text: bytes | str, path: Path) -> Any:
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, ten times as fast
     if SURROGATE.search(text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text):
-        loader = yaml.SafeLoader  # libyaml refuses the escape of a byte in a file name that is no UTF-8
+        loader = (
+            yaml.SafeLoader
+        )  # libyaml refuses the escape of a byte in a file name that is no UTF-8
     try:
         check_yaml(yaml.parse(text, Loader=loader), path)
         return yaml.load(text, Loader=loader)  # a safe loader
-    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+    except (
+        yaml.YAMLError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise RunError(f"{path} is no YAML: {first_words(error)}") from error
 
 
@@ -347,7 +366,9 @@ def check_yaml(events: Iterator[Any], path: Path) -> None:
     import yaml
 
     anchors: dict[str, tuple[int, int]] = {}  # of complete nodes: count of nodes and depth
-    stack: list[list[Any]] = [[None, 0, 0]]  # of open collections: anchor, count and depth of what is in them
+    stack: list[list[Any]] = [
+        [None, 0, 0]
+    ]  # of open collections: anchor, count and depth of what is in them
     documents = 0
     for event in events:
         if isinstance(event, yaml.CollectionStartEvent):
@@ -362,7 +383,9 @@ def check_yaml(events: Iterator[Any], path: Path) -> None:
             anchors[event.anchor] = (count, depth)
         elif isinstance(event, yaml.AliasEvent):
             if event.anchor not in anchors:
-                raise RunError(f"{path} is no YAML: the alias *{event.anchor} stands for nothing before it")
+                raise RunError(
+                    f"{path} is no YAML: the alias *{event.anchor} stands for nothing before it"
+                )
             count, depth = anchors[event.anchor]
         else:
             documents += isinstance(event, yaml.DocumentStartEvent)

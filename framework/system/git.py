@@ -64,7 +64,9 @@ def repository_of(folder: Path) -> Path | None:
         if (each / ".git").is_file() or (each / ".git" / "HEAD").exists():
             return each
         if (each / "HEAD").exists() and (each / "objects").exists():
-            return None  # laid out as a repository itself: an older git would read its configuration
+            return (
+                None  # laid out as a repository itself: an older git would read its configuration
+            )
     return None
 
 
@@ -76,22 +78,35 @@ def git_program(folder: Path) -> str | None:
 def search_path(folder: Path) -> str:
     inside = real_path(folder)
     entries = os.environ.get("PATH", os.defpath).split(os.pathsep)
-    kept = [each for each in entries if os.path.isabs(each) and not real_path(Path(each)).is_relative_to(inside)]
+    kept = [
+        each
+        for each in entries
+        if os.path.isabs(each) and not real_path(Path(each)).is_relative_to(inside)
+    ]
     return os.pathsep.join(kept)
 
 
 def environment_of(top: Path, program: str) -> dict[str, str]:
     """Return the environment of git: without the user's GIT_* variables, which are about another command."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_") or name in KEPT}
-    return environment | {
-        "PATH": search_path(top),
-        "GIT_CEILING_DIRECTORIES": str(top.parent),
-        "GIT_WORK_TREE": str(top),  # core.worktree could name a folder of which the diff should not hold a copy
-        "GIT_NO_LAZY_FETCH": "1",
-        "GIT_ALLOW_PROTOCOL": "none",  # nothing is fetched, also not by a git that does not know the line above
-        "GIT_TERMINAL_PROMPT": "0",
-        "LC_ALL": "C",
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("GIT_") or name in KEPT
     }
+    return (
+        environment
+        | {
+            "PATH": search_path(top),
+            "GIT_CEILING_DIRECTORIES": str(top.parent),
+            "GIT_WORK_TREE": str(
+                top
+            ),  # core.worktree could name a folder of which the diff should not hold a copy
+            "GIT_NO_LAZY_FETCH": "1",
+            "GIT_ALLOW_PROTOCOL": "none",  # nothing is fetched, also not by a git that does not know the line above
+            "GIT_TERMINAL_PROMPT": "0",
+            "LC_ALL": "C",
+        }
+    )
 
 
 def options(settings: Mapping[str, str]) -> Iterator[str]:
@@ -102,7 +117,11 @@ def options(settings: Mapping[str, str]) -> Iterator[str]:
 
 def diff(program: str, folder: Path, environment: Mapping[str, str]) -> str | None:
     settings = dict(OWN_SETTINGS)
-    listed = output([program, *options(OWN_SETTINGS), "config", "--list", "--show-scope", "-z"], folder, environment)
+    listed = output(
+        [program, *options(OWN_SETTINGS), "config", "--list", "--show-scope", "-z"],
+        folder,
+        environment,
+    )
     if listed is None:
         return None
     for name in filters_of(listed):

@@ -12,7 +12,10 @@ from typing import Any, Protocol
 
 Handler = Callable[[int, Any], None]
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-HANDED_ON = (signal.SIGUSR1, signal.SIGUSR2)  # a cluster's, that time is up: who handles one queues the job again
+HANDED_ON = (
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)  # a cluster's, that time is up: who handles one queues the job again
 PR_SET_PDEATHSIG = 1
 POLL_SECONDS = 0.5  # between two looks whether the parent is alive, where the system does not tell
 
@@ -46,7 +49,9 @@ class Interrupt:
         is_first = self.received is None
         if is_first:
             self.received = number
-        elif number == signal.SIGHUP:  # a shell and the system may both send it when a terminal is closed
+        elif (
+            number == signal.SIGHUP
+        ):  # a shell and the system may both send it when a terminal is closed
             return
         if is_first and self.defers:
             return
@@ -110,7 +115,10 @@ def is_command() -> bool:
     if os.path.basename(sys.argv[0] if sys.argv else "") == "framework":
         return True
     words = sys.orig_argv
-    return "-m" in words and words[words.index("-m") + 1 :][:1] in (["framework"], ["framework.cli.main"])
+    return "-m" in words and words[words.index("-m") + 1 :][:1] in (
+        ["framework"],
+        ["framework.cli.main"],
+    )
 
 
 def guard_start() -> None:
@@ -147,7 +155,9 @@ def received() -> int | None:
 
 
 @contextmanager
-def handled(numbers: Iterable[signal.Signals], handler: Handler) -> Iterator[dict[signal.Signals, Any]]:
+def handled(
+    numbers: Iterable[signal.Signals], handler: Handler
+) -> Iterator[dict[signal.Signals, Any]]:
     """Let signals be handled so; gives what handled each before. Outside the main thread nothing is changed."""
     before: dict[signal.Signals, Any] = {}
     try:
@@ -208,7 +218,11 @@ def stopping(trainers: Sequence[Stoppable]) -> Iterator[list[int]]:
 
     handed_on = [each for each in HANDED_ON if callable(signal.getsignal(each))]
     with handled((*ending_signals(), *handed_on), stop) as before:
-        missed = [each.received for each in before.values() if isinstance(each, Interrupt) and each.received]
+        missed = [
+            each.received
+            for each in before.values()
+            if isinstance(each, Interrupt) and each.received
+        ]
         if missed:
             stop(missed[0], None)
         yield got

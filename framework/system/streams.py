@@ -54,7 +54,9 @@ def outlasting(stream: Any) -> Any:
     terminal: Any = Terminal(raw.fileno(), "w", closefd=False)
     if raw is not buffer:
         terminal = io.BufferedWriter(terminal)
-    return io.TextIOWrapper(terminal, stream.encoding, stream.errors, line_buffering=True, write_through=True)
+    return io.TextIOWrapper(
+        terminal, stream.encoding, stream.errors, line_buffering=True, write_through=True
+    )
 
 
 def set_errors(stream: Any, errors: str) -> None:

@@ -35,7 +35,14 @@ class Evaluator:
     model: nn.Module
     task: Task
 
-    def __init__(self, device: str, precision: Format, deterministic: bool, seed: int, micro_batches: MicroBatches):
+    def __init__(
+        self,
+        device: str,
+        precision: Format,
+        deterministic: bool,
+        seed: int,
+        micro_batches: MicroBatches,
+    ):
         self.device = find_device(device)
         self.precision = Precision(precision, self.device)
         self.deterministic, self.seed, self.micro_batches = deterministic, seed, micro_batches

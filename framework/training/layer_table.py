@@ -68,7 +68,9 @@ def model_undisturbed(model: nn.Module, train: bool | None = False) -> Iterator[
 
 
 def call(model: nn.Module, batch: Batch, task: Task | None, samples: int) -> None:
-    few = tuple(tensor[:samples].clone() for tensor in batch)  # cloned, so that no storage is larger than its tensor
+    few = tuple(
+        tensor[:samples].clone() for tensor in batch
+    )  # cloned, so that no storage is larger than its tensor
     if task is None:
         model(few[0])
     else:
@@ -130,7 +132,9 @@ def shape_of(output: Any) -> tuple[int, ...]:
     return tuple(output.shape[1:]) if isinstance(output, Tensor) else ()
 
 
-def read_layers(model: nn.Module, batch: Batch, task: Task | None = None) -> tuple[list[Layer], list[str]]:
+def read_layers(
+    model: nn.Module, batch: Batch, task: Task | None = None
+) -> tuple[list[Layer], list[str]]:
     """Return the layers in the order of their first call, and the names of parameters that no layer uses."""
     counter = FlopCounterMode(display=False)
     probe = _Probe(model, counter)
@@ -138,8 +142,14 @@ def read_layers(model: nn.Module, batch: Batch, task: Task | None = None) -> tup
         call(model, batch, task, samples=1)
     counted: set[Tensor] = set()
     called = [(module, make_layer(probe, module, counted)) for module in probe.flops]
-    layers = [layer for module, layer in called if module in probe.leaves or layer.parameters or layer.flops]
-    return layers, [name for name, parameter in model.named_parameters() if parameter not in counted]
+    layers = [
+        layer
+        for module, layer in called
+        if module in probe.leaves or layer.parameters or layer.flops
+    ]
+    return layers, [
+        name for name, parameter in model.named_parameters() if parameter not in counted
+    ]
 
 
 def make_layer(probe: _Probe, module: nn.Module, counted: set[Tensor]) -> Layer:
@@ -148,7 +158,9 @@ def make_layer(probe: _Probe, module: nn.Module, counted: set[Tensor]) -> Layer:
     counted.update(own)
     name = probe.names[module] or "(itself)"
     size = sum(p.numel() for p in own)
-    return Layer(name, type(module).__name__, probe.shapes.get(module, ()), size, probe.flops[module])
+    return Layer(
+        name, type(module).__name__, probe.shapes.get(module, ()), size, probe.flops[module]
+    )
 
 
 @contextmanager
@@ -192,7 +204,9 @@ def saved_bytes(model: nn.Module, batch: Batch, task: Task | None, samples: int)
             storages.add(storage.data_ptr())
             kept.append(tensor.detach())
             total += storage.nbytes()
-        return tensor.detach()  # an output kept by its own node would be a cycle that only the collector frees
+        return (
+            tensor.detach()
+        )  # an output kept by its own node would be a cycle that only the collector frees
 
     saving = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with model_undisturbed(model, train=True), torch.enable_grad(), saving:
@@ -212,7 +226,10 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int | None:
     for device in ("meta", "cpu"):
         try:
             states = stepped_copy(optimizer, device).state.values()
-            return sum(size_in_bytes(v for v in state.values() if isinstance(v, Tensor)) for state in states)
+            return sum(
+                size_in_bytes(v for v in state.values() if isinstance(v, Tensor))
+                for state in states
+            )
         except Exception:  # an optimizer may fail in any way where no value can be read
             continue
     return None

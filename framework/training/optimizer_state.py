@@ -222,5 +222,9 @@ def match_layout(optimizer: Optimizer) -> None:
         if not isinstance(parameter, Tensor) or not isinstance(state, dict):
             continue  # some optimizers keep values of their own beside those of the parameters
         for name, value in state.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+            if (
+                isinstance(value, Tensor)
+                and value.shape == parameter.shape
+                and value.stride() != parameter.stride()
+            ):
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

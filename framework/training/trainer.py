@@ -26,7 +26,14 @@ from framework.contracts.schedule import Schedule
 from framework.contracts.state import Cadence, Every, State, Stop
 from framework.contracts.task import Task
 from framework.contracts.transform import transforms_of
-from framework.data.accumulation import Source, count_steps, count_total, known_targets, other_order, steps
+from framework.data.accumulation import (
+    Source,
+    count_steps,
+    count_total,
+    known_targets,
+    other_order,
+    steps,
+)
 from framework.data.dataset import READ_AGAIN, Batch, Data, ForeignLoader, Loader, check_data
 from framework.errors import DataError, SettingError
 from framework.errors.torch_errors import torch_errors
@@ -214,7 +221,11 @@ class Trainer(Evaluator):
 
         Raises DataError when the data is empty or does not fit the task, OutOfMemory when memory is full.
         """
-        with seeds.fitting(), torch.inference_mode(False), torch.enable_grad():  # whatever the caller has set
+        with (
+            seeds.fitting(),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+        ):  # whatever the caller has set
             self.prepare_fit(
                 model=model,
                 data=data,
@@ -266,7 +277,9 @@ class Trainer(Evaluator):
             val = data.val if val is None else val
             data = data.train
         self.train_batches = self._batches(data, batch_size, shuffle=True)
-        self.val_batches = None if val is None else self._batches(val, 4 * batch_size)  # without gradients
+        self.val_batches = (
+            None if val is None else self._batches(val, 4 * batch_size)
+        )  # without gradients
         if self.val_batches is not None:
             count_steps(self.val_batches, 1, "validation")
         check_schedule(schedule, self.val_batches is not None)
@@ -335,7 +348,9 @@ class Trainer(Evaluator):
         stop = None if self._was_prepared else self.state.stop  # by a signal before the first fit
         self.state = State(steps_per_epoch=count_steps(self.train_batches, self.accumulate))
         self.state.stop = stop
-        self.state.total_steps = count_total(self.state.steps_per_epoch, self.max_epochs, self.max_steps)
+        self.state.total_steps = count_total(
+            self.state.steps_per_epoch, self.max_epochs, self.max_steps
+        )
         self._record = {}
         trainer_state.reset(self)
         start_learning_rates(self.optimizer, self.schedule is not None)
@@ -563,7 +578,9 @@ class Trainer(Evaluator):
         stop = self.state.stop
         if stop is not None and stop.signal is not None:
             return
-        self.at_boundary = False  # or a run that fails here would go on without what is not logged yet
+        self.at_boundary = (
+            False  # or a run that fails here would go on without what is not logged yet
+        )
         if not self.measures.empty:
             self.log_training()
         if self.val_batches is not None and self.validated_step != self.state.step:
@@ -600,7 +617,9 @@ class Trainer(Evaluator):
 
     def _add(self, values: Mapping[str, float | Tensor]) -> None:
         self._record.update(values)
-        self.state.metrics.update({name: v for name, v in values.items() if not isinstance(v, Tensor)})
+        self.state.metrics.update(
+            {name: v for name, v in values.items() if not isinstance(v, Tensor)}
+        )
 
     def _flush(self) -> None:
         """Hand the record of this step to the loggers."""
@@ -613,7 +632,9 @@ class Trainer(Evaluator):
             state = self.state
             with self.clock.part("logging"), disk_errors(self.folder):
                 for logger in self.loggers:
-                    logger.scalars(values, step=state.step, epoch=state.epoch, wall_seconds=state.wall_seconds)
+                    logger.scalars(
+                        values, step=state.step, epoch=state.epoch, wall_seconds=state.wall_seconds
+                    )
 
     def capture(self) -> dict[str, Any]:
         """Return what `state_dict` returns without copies: the next step changes the tensors."""

@@ -95,7 +95,9 @@ def capture(trainer: TrainerParts) -> dict[str, Any]:
         "scheduled": trainer.schedule is not None,
         "scaler": trainer.precision.state_dict(),
         "micro_batches": trainer.micro_batches.state_dict(),
-        "callbacks": {key: callback.state_dict() for key, callback in keyed(trainer.callbacks).items()},
+        "callbacks": {
+            key: callback.state_dict() for key, callback in keyed(trainer.callbacks).items()
+        },
         "measures": trainer.measures.state_dict(),
         "validated": trainer.validated_step,
         "batch_size": trainer.train_batches.batch_size,
@@ -112,14 +114,18 @@ def restore(trainer: TrainerParts, saved: dict[str, Any]) -> None:
     try:
         restore_parts(trainer, saved)
     except WRONG_FORM as error:
-        raise SettingError(f"resume: the state does not fit this trainer: {describe(error)}") from error
+        raise SettingError(
+            f"resume: the state does not fit this trainer: {describe(error)}"
+        ) from error
 
 
 def restore_parts(trainer: TrainerParts, saved: dict[str, Any]) -> None:
     trainer.model.load_state_dict(saved["model"])
     kind = type(trainer.optimizer).__name__
     if saved.get("optimizer_class", kind) != kind:
-        raise SettingError(f"resume: the state is of the optimizer {saved['optimizer_class']}, not {kind}")
+        raise SettingError(
+            f"resume: the state is of the optimizer {saved['optimizer_class']}, not {kind}"
+        )
     before, now = saved.get("optimizer_settings"), trainer.optimizer_settings
     restore_optimizer(trainer.optimizer, saved["optimizer"], before, now)
     if trainer.schedule is None and saved.get("scheduled"):

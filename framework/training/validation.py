@@ -47,7 +47,9 @@ def settings_refused(settings: Mapping[str, Any]) -> dict[str, str]:
     else:
         replays = settings["cuda_graph"] == "on"
         if replays and (device.type != "cuda" or settings["compile"] == "step"):
-            refused["cuda_graph"] = f"cuda_graph=on needs a CUDA device, not {device}, and no compile=step"
+            refused["cuda_graph"] = (
+                f"cuda_graph=on needs a CUDA device, not {device}, and no compile=step"
+            )
     for name in ("validate_every", "log_every"):
         try:
             Cadence(settings[name], name)
@@ -75,7 +77,9 @@ def check_callbacks(given: Any) -> list[Callback]:
             raise SettingError(f"callbacks: {wrong(callback, 'callbacks')}")
         if hasattr(callback, "finish_saving") and not isinstance(callback, SavingCallback):
             name = type(callback).__name__
-            raise SettingError(f"{name}.finish_saving would never be called: derive {name} from SavingCallback")
+            raise SettingError(
+                f"{name}.finish_saving would never be called: derive {name} from SavingCallback"
+            )
         for name in dir(type(callback)):
             if name.startswith("on_") and name not in known:
                 said = f"{type(callback).__name__}.{name} would never be called: no event has that name"
@@ -117,7 +121,9 @@ def check_metrics(given: Any) -> list[Metric]:
     names = [metric.name for metric in metrics]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise SettingError(f"metrics: two are logged by the name {twice!r}: give one of them another `name`")
+        raise SettingError(
+            f"metrics: two are logged by the name {twice!r}: give one of them another `name`"
+        )
     return metrics
 
 
@@ -171,9 +177,17 @@ def check_fit(model: Any, task: Any, optimizer: Any, schedule: Any) -> None:
     if isinstance(schedule, type):
         raise SettingError(f"schedule: {wrong(schedule, 'schedulers', ', total_steps')}")
     if schedule is not None and not isinstance(schedule, Callable):  # type: ignore[arg-type]
-        advice = "one of torch's changes the optimizer by itself" if isinstance(schedule, LRScheduler) else ""
-        made = "a function from the step to a factor of the learning rate, lambda step: 0.99**step say"
-        raise SettingError(f"schedule: should be {made}, not {short(schedule)}; {advice}".rstrip("; "))
+        advice = (
+            "one of torch's changes the optimizer by itself"
+            if isinstance(schedule, LRScheduler)
+            else ""
+        )
+        made = (
+            "a function from the step to a factor of the learning rate, lambda step: 0.99**step say"
+        )
+        raise SettingError(
+            f"schedule: should be {made}, not {short(schedule)}; {advice}".rstrip("; ")
+        )
     check_values(model)
     check_parameters(model, optimizer)
     if schedule is not None:
@@ -195,7 +209,9 @@ def check_parameters(model: nn.Module, optimizer: Optimizer) -> None:
     held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     own = {parameter: name for name, parameter in model.named_parameters()}
     if not held & own.keys():
-        raise SettingError("optimizer: it holds no parameter of this model, so that nothing would be trained")
+        raise SettingError(
+            "optimizer: it holds no parameter of this model, so that nothing would be trained"
+        )
     foreign = held - own.keys()
     if not foreign:
         return
@@ -364,7 +380,9 @@ def check_single_sample(
     normalised = any(map(has_statistics, model.modules()))
     if not normalised or task.phases or not all(isinstance(part, Tensor) for part in batch):
         return
-    from .layer_table import model_undisturbed  # not at the top: it imports torch's counter of FLOPs
+    from .layer_table import (
+        model_undisturbed,
+    )  # not at the top: it imports torch's counter of FLOPs
 
     try:
         with model_undisturbed(model, train=None), torch.no_grad(), precision.autocast():
@@ -411,7 +429,10 @@ def first_update_error(optimizer: Optimizer, error: Exception) -> SettingError |
 
 def check_phases(task: Task, compile: str, cuda_graph: str) -> None:
     """Raise SettingError for settings that make one call of a step, when the task updates in phases."""
-    for said, chosen in (("compile=step", compile == "step"), ("cuda_graph=on", cuda_graph == "on")):
+    for said, chosen in (
+        ("compile=step", compile == "step"),
+        ("cuda_graph=on", cuda_graph == "on"),
+    ):
         if chosen and task.phases:
             raise SettingError(f"{said}: {type(task).__name__} updates in phases")
 
@@ -462,7 +483,9 @@ def check_parameters_reached(task: Task, loss: Tensor, model: nn.Module) -> None
         node = waiting.pop()
         leaf = getattr(node, "variable", None)
         if isinstance(leaf, nn.Parameter) and leaf not in own:
-            said = lost_parameter("the task or its loss", f"a parameter of shape {tuple(leaf.shape)}")
+            said = lost_parameter(
+                "the task or its loss", f"a parameter of shape {tuple(leaf.shape)}"
+            )
             if leaf in held:
                 raise SettingError(said)
             warnings.warn(said, stacklevel=2)

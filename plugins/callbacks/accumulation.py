@@ -50,9 +50,12 @@ class Accumulation(Callback):
         wrong = next((epoch for epoch in schedule if not epoch.isdecimal()), None)
         if wrong is not None or not schedule:
             given = f"{wrong!r} is no epoch" if schedule else "it is empty"
-            raise SettingError(f"accumulation.schedule: {given}; epochs are counted from 0, such as {{0: 1, 10: 4}}")
+            raise SettingError(
+                f"accumulation.schedule: {given}; epochs are counted from 0, such as {{0: 1, 10: 4}}"
+            )
         self.schedule = {
-            int(epoch): batches for epoch, batches in sorted(schedule.items(), key=lambda each: int(each[0]))
+            int(epoch): batches
+            for epoch, batches in sorted(schedule.items(), key=lambda each: int(each[0]))
         }
         self.before: tuple[int, Any] | None = None  # what the trainer had
 
@@ -64,7 +67,9 @@ class Accumulation(Callback):
         self.before = trainer.accumulate, trainer.schedule
         if trainer.schedule is not None and trainer.max_steps is None:
             trainer.schedule = Paced(trainer.schedule, trainer)
-        steps = self.steps(len(trainer.train_batches), trainer.accumulate, trainer.max_epochs, trainer.max_steps)
+        steps = self.steps(
+            len(trainer.train_batches), trainer.accumulate, trainer.max_epochs, trainer.max_steps
+        )
         state.total_steps = min(sum(steps), trainer.max_steps or sum(steps))
         self.on_epoch_start(trainer)
 
@@ -82,9 +87,13 @@ class Accumulation(Callback):
 
     def wanted(self, epoch: int, usual: int) -> int:
         """Return the batches of a step in an epoch, counted from 0."""
-        return next((batches for first, batches in reversed(self.schedule.items()) if first <= epoch), usual)
+        return next(
+            (batches for first, batches in reversed(self.schedule.items()) if first <= epoch), usual
+        )
 
-    def steps(self, batches: int, usual: int, max_epochs: int | None, max_steps: int | None) -> list[int]:
+    def steps(
+        self, batches: int, usual: int, max_epochs: int | None, max_steps: int | None
+    ) -> list[int]:
         """Return the steps of each epoch, up to the one in which a limit is reached."""
         steps: list[int] = []
         done = 0
@@ -112,6 +121,10 @@ class Accumulation(Callback):
 def told(steps: Sequence[int], total: int) -> str:
     """Write: 5 epochs of 6, 3 from epoch 1 on. The last epoch may end early."""
     epochs = len(steps) - (sum(steps) - total) / steps[-1]
-    changes = [epoch for epoch, count in enumerate(steps) if epoch == 0 or count != steps[epoch - 1]]
-    each = ", ".join(f"{steps[epoch]:,}" + f" from epoch {epoch} on" * (epoch > 0) for epoch in changes)
+    changes = [
+        epoch for epoch, count in enumerate(steps) if epoch == 0 or count != steps[epoch - 1]
+    ]
+    each = ", ".join(
+        f"{steps[epoch]:,}" + f" from epoch {epoch} on" * (epoch > 0) for epoch in changes
+    )
     return f"{epochs:.4g} epochs of {each}"

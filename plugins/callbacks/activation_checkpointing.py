@@ -31,7 +31,9 @@ class ActivationCheckpointing(Callback):
             patterns: of modules' names, as those of layers in `plan` begin, e.g. [blocks.*].
         """
         if not patterns:
-            raise SettingError("activation_checkpointing: `patterns` is empty, so no block would be run again")
+            raise SettingError(
+                "activation_checkpointing: `patterns` is empty, so no block would be run again"
+            )
         self.patterns = patterns
         self.wrapped: list[tuple[nn.Module, Any]] = []  # with the module's own `forward`
 
@@ -40,13 +42,19 @@ class ActivationCheckpointing(Callback):
         for name, value in {"compile": trainer.compile, "cuda_graph": trainer.cuda_graph}.items():
             if value != "off":
                 raise SettingError(f"activation_checkpointing goes with {name}=off, not {value}")
-        modules = {name: each for name, each in trainer.model.named_modules() if name and runs(each)}
+        modules = {
+            name: each for name, each in trainer.model.named_modules() if name and runs(each)
+        }
         for pattern in self.patterns:
             if not any(fnmatchcase(name, pattern) for name in modules):
                 said = did_you_mean(pattern, modules)
                 raise SettingError(f"activation_checkpointing: no module fits {pattern!r}; {said}")
-        chosen = [name for name in modules if any(fnmatchcase(name, pattern) for pattern in self.patterns)]
-        outermost = [name for name in chosen if not any(name.startswith(f"{other}.") for other in chosen)]
+        chosen = [
+            name for name in modules if any(fnmatchcase(name, pattern) for pattern in self.patterns)
+        ]
+        outermost = [
+            name for name in chosen if not any(name.startswith(f"{other}.") for other in chosen)
+        ]
         self.unwrap()
         for module in dict.fromkeys(map(modules.__getitem__, outermost)):
             self.wrapped.append((module, vars(module).get("forward")))
@@ -75,7 +83,9 @@ def again(module: nn.Module, forward: Callable[..., Any], *inputs: Any, **named:
     """Run a module's forward pass such that the backward pass runs it again."""
     if not torch.is_grad_enabled():
         return forward(*inputs, **named)
-    return checkpoint(forward, *inputs, use_reentrant=False, context_fn=partial(contexts, module), **named)
+    return checkpoint(
+        forward, *inputs, use_reentrant=False, context_fn=partial(contexts, module), **named
+    )
 
 
 def contexts(module: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
@@ -86,7 +96,9 @@ def contexts(module: nn.Module) -> tuple[AbstractContextManager, AbstractContext
 
 @contextmanager
 def as_they_were(module: nn.Module, before: list[Tensor]) -> Iterator[None]:
-    buffers = [buffer.data for buffer in module.buffers()]  # which autograd does not watch for changes
+    buffers = [
+        buffer.data for buffer in module.buffers()
+    ]  # which autograd does not watch for changes
     now = [buffer.clone() for buffer in buffers]
     for buffer, value in zip(buffers, before, strict=True):
         buffer.copy_(value)

@@ -38,7 +38,9 @@ class Averaging(Callback):
     def __init__(self) -> None:
         self.updates = 0
         self.seen = -1  # the last step taken into account
-        self.averaged = False  # whether it is the model that holds the average, and `others` the weights
+        self.averaged = (
+            False  # whether it is the model that holds the average, and `others` the weights
+        )
         self.others: list[Tensor] = []
         self.trainer: Context | None = None
         self.saved: dict[str, Any] = {}
@@ -112,11 +114,18 @@ class Averaging(Callback):
         """Put the average in the place of the weights, and the weights into the state of this callback."""
         if self.averaged or self.trainer is None:
             return
-        own_state["weights"] = {name: p.detach() for name, p in zip(self.names, self.parameters, strict=True)}
+        own_state["weights"] = {
+            name: p.detach() for name, p in zip(self.names, self.parameters, strict=True)
+        }
         averages = own_state.pop("average")
-        places = {id(p): averages[name] for name, p in zip(self.names, self.parameters, strict=True)}
+        places = {
+            id(p): averages[name] for name, p in zip(self.names, self.parameters, strict=True)
+        }
         model = self.trainer.model
-        known = model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+        known = (
+            model.named_parameters(remove_duplicate=False),
+            model.named_buffers(remove_duplicate=False),
+        )
         for name, tensor in chain(*known):
             if id(tensor) in places:
                 model_state[name] = places[id(tensor)]
@@ -139,7 +148,9 @@ class Averaging(Callback):
         """Raise SettingError where two such callbacks would evaluate each its own weights."""
         names = [type(each).__name__ for each in trainer.callbacks if isinstance(each, Averaging)]
         if len(names) > 1:
-            raise SettingError(f"{' and '.join(names)} each have their own weights to evaluate: choose one")
+            raise SettingError(
+                f"{' and '.join(names)} each have their own weights to evaluate: choose one"
+            )
 
     @torch.no_grad()
     def _swap(self) -> None:
@@ -255,10 +266,18 @@ class Swa(Averaging):
 
     def on_fit_start(self, trainer: Context) -> None:
         state = trainer.state
-        by_steps = trainer.max_steps / state.steps_per_epoch if trainer.max_steps and state.steps_per_epoch else None
-        epochs = min((limit for limit in (trainer.max_epochs, by_steps) if limit is not None), default=None)
+        by_steps = (
+            trainer.max_steps / state.steps_per_epoch
+            if trainer.max_steps and state.steps_per_epoch
+            else None
+        )
+        epochs = min(
+            (limit for limit in (trainer.max_epochs, by_steps) if limit is not None), default=None
+        )
         if self.start is None and epochs is None:
-            raise SettingError("swa cannot tell how many epochs there will be: it needs `start`, or trainer.max_epochs")
+            raise SettingError(
+                "swa cannot tell how many epochs there will be: it needs `start`, or trainer.max_epochs"
+            )
         self.first = self.start if self.start is not None else int(0.75 * (epochs or 0))
         if self.updates:  # a longer run that averages already goes on with it
             self.first = min(self.first, self.saved.get("first", self.first))
@@ -284,7 +303,9 @@ class Swa(Averaging):
         """Return the modules whose running statistics are averaged."""
         running = set(map(id, self.parameters))
         norms = [m for m in trainer.model.modules() if m.training and hasattr(m, "momentum")]
-        return [m for m in norms if any(id(buffer) in running for buffer in m.buffers(recurse=False))]
+        return [
+            m for m in norms if any(id(buffer) in running for buffer in m.buffers(recurse=False))
+        ]
 
     def measure(self, trainer: Context) -> None:
         """Put the statistics of the mean weights' activations in the place of their running ones."""
@@ -293,7 +314,11 @@ class Swa(Averaging):
         if not norms:
             return
         self._swap()
-        rest = [(buffer, buffer.clone()) for buffer in trainer.model.buffers() if id(buffer) not in running]
+        rest = [
+            (buffer, buffer.clone())
+            for buffer in trainer.model.buffers()
+            if id(buffer) not in running
+        ]
         momenta = [norm.momentum for norm in norms]
         try:
             with seeds.undisturbed():
@@ -317,4 +342,7 @@ class Swa(Averaging):
     def on_fit_end(self, trainer: Context) -> None:
         super().on_fit_end(trainer)
         if not self.updates and trainer.state.stop is None:
-            warnings.warn(f"swa averaged nothing: the run ended before its epoch {self.first + 1} did", stacklevel=2)
+            warnings.warn(
+                f"swa averaged nothing: the run ended before its epoch {self.first + 1} did",
+                stacklevel=2,
+            )

@@ -51,14 +51,21 @@ class Best:
         """Whether the newest value is among the best, by more than `min_delta`. Raises SettingError without one."""
         metrics = trainer.state.metrics
         if self.monitor not in metrics:
-            raise SettingError(f"nothing logs {self.monitor!r}; {did_you_mean(self.monitor, metrics)}")
+            raise SettingError(
+                f"nothing logs {self.monitor!r}; {did_you_mean(self.monitor, metrics)}"
+            )
         value = metrics[self.monitor]
         if not math.isfinite(value):
             return False
-        if len(self.ranked) == self.most and self.sign * (value - self.ranked[-1][0]) <= self.min_delta:
+        if (
+            len(self.ranked) == self.most
+            and self.sign * (value - self.ranked[-1][0]) <= self.min_delta
+        ):
             return False
         others = [each for each in self.ranked if each[1] != trainer.state.step]
-        ranked = sorted([*others, (value, trainer.state.step)], key=lambda each: -self.sign * each[0])
+        ranked = sorted(
+            [*others, (value, trainer.state.step)], key=lambda each: -self.sign * each[0]
+        )
         self.ranked = ranked[: self.most]
         return True
 

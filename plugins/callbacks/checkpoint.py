@@ -77,23 +77,34 @@ class Checkpoint(SavingCallback):
 
     def on_fit_start(self, trainer: Context) -> None:
         if trainer.folder is None:
-            raise SettingError("checkpoint: the run has no folder to save in; give the Trainer a `folder`")
+            raise SettingError(
+                "checkpoint: the run has no folder to save in; give the Trainer a `folder`"
+            )
         if "run" not in trainer.manifest:  # the folder of a run was made when it was claimed
             files.make_folder(trainer.folder)
         self.folder = trainer.folder / "checkpoints"
         checkpoints.clean(self.folder)
         step = trainer.state.step
-        if step == 0 and "run" not in trainer.manifest and checkpoints.listed(self.folder):  # a run's folder is claimed
+        if (
+            step == 0 and "run" not in trainer.manifest and checkpoints.listed(self.folder)
+        ):  # a run's folder is claimed
             advice = "give the Trainer another folder, or go on with `fit(resume=...)`"
-            raise SettingError(f"checkpoint: {self.folder} has those of another fit already: {advice}")
+            raise SettingError(
+                f"checkpoint: {self.folder} has those of another fit already: {advice}"
+            )
         snapshot.check_model(trainer.model.state_dict())
         snapshot.check_training(self._state_of_parts(trainer))
         snapshot.check_training({"optimizer": {"state": state_after_a_step(trainer.optimizer)}})
         self.saved = step if (self.folder / checkpoints.folder_name(step)).exists() else None
         if self.best is not None:
             self.best.start(trainer)
-            if self.best.ranked and (best := self.folder / checkpoints.folder_name(self.best.ranked[0][1])).is_dir():
-                checkpoints.link_to(best, "best")  # a kill may have come between the checkpoint and the link
+            if (
+                self.best.ranked
+                and (best := self.folder / checkpoints.folder_name(self.best.ranked[0][1])).is_dir()
+            ):
+                checkpoints.link_to(
+                    best, "best"
+                )  # a kill may have come between the checkpoint and the link
 
     def on_log(self, trainer: Context) -> None:
         if self.best is not None and self.best.on_training:
@@ -125,14 +136,22 @@ class Checkpoint(SavingCallback):
                 self._save(trainer)
                 self.finish_saving()
         except CheckpointError as error:
-            said = isinstance(cause, CheckpointError)  # a second save that fails for the same reason
-            if not said and trainer.folder is not None and trainer.folder.is_dir():  # or the run failed of its end
+            said = isinstance(
+                cause, CheckpointError
+            )  # a second save that fails for the same reason
+            if (
+                not said and trainer.folder is not None and trainer.folder.is_dir()
+            ):  # or the run failed of its end
                 warnings.warn(str(error), stacklevel=2)
 
     def _sound(self, trainer: Context) -> bool:
         """Whether the state is that after a whole step, not saved yet, and whoever ended the run has time for it."""
-        failed = isinstance(sys.exception(), Exception) and not isinstance(sys.exception(), CheckpointError)
-        new = self.folder is not None and trainer.state.step > 0 and self.saved != trainer.state.step
+        failed = isinstance(sys.exception(), Exception) and not isinstance(
+            sys.exception(), CheckpointError
+        )
+        new = (
+            self.folder is not None and trainer.state.step > 0 and self.saved != trainer.state.step
+        )
         return failed and new and trainer.at_boundary
 
     def hurry_saving(self) -> None:
@@ -195,7 +214,9 @@ class Checkpoint(SavingCallback):
             if checkpoints.step_of(checkpoint) > step or checkpoint.is_symlink():
                 continue
             try:
-                (spoiled if checkpoints.read_manifest(checkpoint)["nan"] else good).append(checkpoint)
+                (spoiled if checkpoints.read_manifest(checkpoint)["nan"] else good).append(
+                    checkpoint
+                )
             except CheckpointError:
                 continue
         for checkpoint in [*good[: -self.keep], *spoiled]:

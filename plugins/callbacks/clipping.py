@@ -34,7 +34,9 @@ class ClipGradients(Callback):
                 a complex number); null for no limit.
         """
         if norm is None and value is None:
-            raise SettingError("clip_gradients: with neither `norm` nor `value` there is nothing to clip")
+            raise SettingError(
+                "clip_gradients: with neither `norm` nor `value` there is nothing to clip"
+            )
         self.norm, self.value = norm, value
         self.measured: Tensor | None = None
 
@@ -56,7 +58,9 @@ class ClipGradients(Callback):
             assert isinstance(each, ClipGradients)
             if each.norm is not None:
                 each.measured = gradients[row].norm()
-                gradients[row].mul_((each.norm / (each.measured + 1e-6)).clamp(max=1.0))  # as torch does
+                gradients[row].mul_(
+                    (each.norm / (each.measured + 1e-6)).clamp(max=1.0)
+                )  # as torch does
             if each.value is not None:
                 gradients[row].clamp_(-each.value, each.value)
 

@@ -3,7 +3,15 @@
 import torch
 from torch import Tensor
 
-from framework import Callback, Context, Every, SettingError, callbacks, check_read_again, class_names
+from framework import (
+    Callback,
+    Context,
+    Every,
+    SettingError,
+    callbacks,
+    check_read_again,
+    class_names,
+)
 from framework.contracts.state import Cadence
 
 CELL = 16  # pixels
@@ -50,10 +58,14 @@ def count_pairs(trainer: Context) -> Tensor:
     assert trainer.val_batches is not None
     with trainer.precision.inference(trainer.model):
         for batch in trainer.val_batches.epoch():
-            step = trainer.task.step(trainer.model, tuple(part.to(trainer.device) for part in batch))
+            step = trainer.task.step(
+                trainer.model, tuple(part.to(trainer.device) for part in batch)
+            )
             targets, outputs = step.targets.cpu(), step.outputs.cpu()
             if targets.is_floating_point() or targets.ndim != 1 or outputs.ndim != 2:
-                raise SettingError("callbacks.confusion needs one class for each sample; this task has other targets")
+                raise SettingError(
+                    "callbacks.confusion needs one class for each sample; this task has other targets"
+                )
             classes = outputs.shape[1]
             known = targets >= 0
             pairs = targets[known] * classes + outputs.argmax(1)[known]

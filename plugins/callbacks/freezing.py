@@ -18,7 +18,9 @@ class Freeze(Callback):
 
     alone = True  # one of many trials that train as one cannot freeze what the others train
 
-    def __init__(self, patterns: list[str], epochs: NonNegativeInt | None = None, every: NonNegativeInt = 0):
+    def __init__(
+        self, patterns: list[str], epochs: NonNegativeInt | None = None, every: NonNegativeInt = 0
+    ):
         """Say what is frozen and for how long.
 
         Args:
@@ -35,13 +37,23 @@ class Freeze(Callback):
 
     def on_fit_start(self, trainer: Context) -> None:
         """Freeze what the epoch under way has frozen. Raises SettingError for a pattern that fits nothing."""
-        names = [name for name, p in trainer.model.named_parameters() if p.requires_grad or name in self.frozen]
-        self.names = {each: [name for name in names if fnmatchcase(name, each)] for each in self.patterns}
+        names = [
+            name
+            for name, p in trainer.model.named_parameters()
+            if p.requires_grad or name in self.frozen
+        ]
+        self.names = {
+            each: [name for name in names if fnmatchcase(name, each)] for each in self.patterns
+        }
         for pattern, fitting in self.names.items():
             if not fitting:
-                raise SettingError(f"freeze: no parameter fits {pattern!r}; {did_you_mean(pattern, names)}")
+                raise SettingError(
+                    f"freeze: no parameter fits {pattern!r}; {did_you_mean(pattern, names)}"
+                )
         if self.wanted(0) >= set(names):
-            raise SettingError("freeze: the patterns fit every parameter, so that nothing is left to train")
+            raise SettingError(
+                "freeze: the patterns fit every parameter, so that nothing is left to train"
+            )
         self.apply(trainer)
 
     def on_epoch_start(self, trainer: Context) -> None:
@@ -87,5 +99,12 @@ class Freeze(Callback):
             model.get_parameter(name).requires_grad_(name not in wanted)
         self.frozen = wanted
         self.held = {name: model.get_parameter(name) for name in wanted}
-        owned = {name: [key for key, _ in module.named_parameters(name)] for name, module in model.named_modules()}
-        self.still = [model.get_submodule(name) for name, keys in owned.items() if keys and wanted.issuperset(keys)]
+        owned = {
+            name: [key for key, _ in module.named_parameters(name)]
+            for name, module in model.named_modules()
+        }
+        self.still = [
+            model.get_submodule(name)
+            for name, keys in owned.items()
+            if keys and wanted.issuperset(keys)
+        ]

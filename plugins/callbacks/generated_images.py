@@ -3,7 +3,16 @@
 import torch
 from torch import Tensor
 
-from framework import Callback, Context, Every, PositiveInt, SettingError, callbacks, is_in_memory, seeds
+from framework import (
+    Callback,
+    Context,
+    Every,
+    PositiveInt,
+    SettingError,
+    callbacks,
+    is_in_memory,
+    seeds,
+)
 from framework.contracts.model import GenerativeModel
 from framework.contracts.state import Cadence
 from framework.contracts.task import PictureTask
@@ -35,7 +44,9 @@ class Pictures(Callback):
 
     def on_fit_start(self, trainer: Context) -> None:
         if not isinstance(trainer.task, PictureTask):
-            raise SettingError(f"callbacks.pictures: {type(trainer.task).__name__} has no pictures to show")
+            raise SettingError(
+                f"callbacks.pictures: {type(trainer.task).__name__} has no pictures to show"
+            )
 
     def on_validation_end(self, trainer: Context) -> None:
         self._show_if_due(trainer)
@@ -91,7 +102,9 @@ class SampleDistance(Callback):
 
     def on_fit_start(self, trainer: Context) -> None:
         if not isinstance(trainer.model, GenerativeModel):
-            raise SettingError(f"callbacks.sample_distance: {type(trainer.model).__name__} makes no samples")
+            raise SettingError(
+                f"callbacks.sample_distance: {type(trainer.model).__name__} makes no samples"
+            )
 
     @torch.no_grad()
     def on_validation_end(self, trainer: Context) -> None:
@@ -102,8 +115,14 @@ class SampleDistance(Callback):
             made = trainer.task.pictures(trainer.model, inputs)["samples"]
         made, inputs = made.float().flatten(1), inputs.float().flatten(1)
         precision, coverage = neighbours(made, inputs)
-        values = {"distance": discrepancy(made, inputs), "precision": precision, "coverage": coverage}
-        trainer.log({f"val/sample_{name}": float(value) for name, value in values.items()})  # numbers, to be watched
+        values = {
+            "distance": discrepancy(made, inputs),
+            "precision": precision,
+            "coverage": coverage,
+        }
+        trainer.log(
+            {f"val/sample_{name}": float(value) for name, value in values.items()}
+        )  # numbers, to be watched
 
 
 def held_out(trainer: Context, count: int) -> Tensor:
@@ -140,7 +159,11 @@ def discrepancy(made: Tensor, real: Tensor) -> Tensor:
         return (similar.sum() - similar.diagonal().sum()) / (len(similar) * (len(similar) - 1))
 
     pairs = mean_similarity(torch.cdist(made, real), itself=False)
-    return mean_similarity(torch.cdist(made, made), itself=True) + mean_similarity(among, itself=True) - 2 * pairs
+    return (
+        mean_similarity(torch.cdist(made, made), itself=True)
+        + mean_similarity(among, itself=True)
+        - 2 * pairs
+    )
 
 
 def neighbours(made: Tensor, real: Tensor, count: int = 5) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,17 @@
 import torch
 from torch import Tensor, nn
 
-from framework import Batch, Callback, Context, Every, PositiveInt, SettingError, Transform, callbacks, numbers_of
+from framework import (
+    Batch,
+    Callback,
+    Context,
+    Every,
+    PositiveInt,
+    SettingError,
+    Transform,
+    callbacks,
+    numbers_of,
+)
 from framework.contracts.state import Cadence
 
 
@@ -92,7 +102,9 @@ class Histograms(Callback):
     def on_gradients(self, trainer: Context) -> None:
         if self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0):
             self._show(trainer, "weights", dict(trainer.model.named_parameters()))
-            self._show(trainer, "gradients", {name: p.grad for name, p in trainer.model.named_parameters()})
+            self._show(
+                trainer, "gradients", {name: p.grad for name, p in trainer.model.named_parameters()}
+            )
 
     def on_fit_end(self, trainer: Context) -> None:
         self._show(trainer, "weights", dict(trainer.model.named_parameters()))
@@ -141,7 +153,9 @@ def as_pictures(inputs: Tensor) -> Tensor:
     """Return images (N, C, H, W) between 0 and 1, in colour or grey. Raises SettingError for what are no images."""
     if inputs.ndim != 4 or not inputs.is_floating_point():
         shape = tuple(inputs.shape[1:])
-        raise SettingError(f"callbacks.augmented: it shows images (C, H, W); the inputs are {inputs.dtype} {shape}")
+        raise SettingError(
+            f"callbacks.augmented: it shows images (C, H, W); the inputs are {inputs.dtype} {shape}"
+        )
     images = inputs.detach().float()
     images = images if images.shape[1] in (1, 3) else images.mean(1, keepdim=True)
     low, high = images.aminmax()

@@ -45,7 +45,9 @@ class NonFinite(Callback):
     follows_metrics = False
     recordable = False
 
-    def __init__(self, policy: Literal["raise", "skip", "rewind"] = "raise", most_skips: PositiveInt = 10):
+    def __init__(
+        self, policy: Literal["raise", "skip", "rewind"] = "raise", most_skips: PositiveInt = 10
+    ):
         """Choose what happens.
 
         Args:
@@ -72,7 +74,9 @@ class NonFinite(Callback):
         return ["callbacks.checkpoint."] if settings.get("policy") == "rewind" else []
 
     def among(self, trials: int) -> None:
-        self.together = True  # the gradients of all are read at once in each step: nothing is gained by waiting
+        self.together = (
+            True  # the gradients of all are read at once in each step: nothing is gained by waiting
+        )
 
     def on_fit_start(self, trainer: Context) -> None:
         if self.policy == "rewind" and trainer.folder is None:
@@ -117,7 +121,10 @@ class NonFinite(Callback):
 
     def _release(self, trainer: Context) -> None:
         """Let the optimizer make all its updates again after the fit."""
-        if self.found is not None and getattr(trainer.optimizer, "found_inf", None) is self.found.value:
+        if (
+            self.found is not None
+            and getattr(trainer.optimizer, "found_inf", None) is self.found.value
+        ):
             del trainer.optimizer.found_inf  # type: ignore[attr-defined]
 
     def _look(self) -> None:
@@ -143,13 +150,21 @@ class NonFinite(Callback):
             buffer.copy_(before)  # running statistics have seen the batch
         if self.policy == "rewind":
             rewind(trainer, self._checkpoint(trainer))
-        trainer.optimizer.zero_grad(set_to_none=True)  # without gradients an optimizer changes nothing
+        trainer.optimizer.zero_grad(
+            set_to_none=True
+        )  # without gradients an optimizer changes nothing
 
     def _story(self, trainer: Context) -> str:
         told = [f"the loss is {float(trainer.loss):.6g} at step {trainer.state.step + 1}"]
-        named = ((name, p.grad) for name, p in trainer.model.named_parameters() if p.grad is not None)
+        named = (
+            (name, p.grad) for name, p in trainer.model.named_parameters() if p.grad is not None
+        )
         bad = next((name for name, grad in named if not numbers_of(grad).isfinite().all()), None)
-        told.append("all gradients are finite" if bad is None else f"the first gradient not finite is of {bad}")
+        told.append(
+            "all gradients are finite"
+            if bad is None
+            else f"the first gradient not finite is of {bad}"
+        )
         samples = trainer.sample_indices()
         if samples:
             more = f" and {len(samples) - 8} more" if len(samples) > 8 else ""
@@ -166,7 +181,9 @@ class NonFinite(Callback):
         found, skipped = checkpoints.newest(trainer.folder / "checkpoints")
         if found is None:
             why = f" ({skipped[0]})" if skipped else ""
-            raise Diverged(f"{self._story(trainer)} There is no good checkpoint yet to go back to{why}.")
+            raise Diverged(
+                f"{self._story(trainer)} There is no good checkpoint yet to go back to{why}."
+            )
         return found
 
     def state_dict(self) -> dict[str, Any]:

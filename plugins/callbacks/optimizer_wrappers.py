@@ -37,7 +37,9 @@ class Again(Transform):
     def on_fit_start(self, trainer: Context) -> None:
         if trainer.precision.scaler is not None:
             who = type(self).__name__
-            raise SettingError(f"{who} takes gradients twice a step, for which fp16's scaler has no place: use bf16")
+            raise SettingError(
+                f"{who} takes gradients twice a step, for which fp16's scaler has no place: use bf16"
+            )
 
     def on_step_start(self, trainer: Context) -> None:
         self.batches = []
@@ -66,7 +68,9 @@ class Again(Transform):
 
 def trained(trainer: Context) -> list[Tensor]:
     """Return the parameters that have a gradient."""
-    return [p for group in trainer.optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return [
+        p for group in trainer.optimizer.param_groups for p in group["params"] if p.grad is not None
+    ]
 
 
 def dense(parameter: Tensor) -> Tensor:
@@ -117,7 +121,12 @@ class NoiseScale(Again):
 
     changes_training = False
 
-    def __init__(self, every: Every = "10steps", parts: Annotated[int, Range("[2, inf)")] = 4, decay: Rate = 0.9):
+    def __init__(
+        self,
+        every: Every = "10steps",
+        parts: Annotated[int, Range("[2, inf)")] = 4,
+        decay: Rate = 0.9,
+    ):
         """Say how often and how finely.
 
         Args:
@@ -141,7 +150,9 @@ class NoiseScale(Again):
         parameters = trained(trainer)
         kept = [p.grad for p in parameters]
         size = len(self.batches[0][0]) // self.parts
-        pieces = [tuple(t[i * size : (i + 1) * size] for t in self.batches[0]) for i in range(self.parts)]
+        pieces = [
+            tuple(t[i * size : (i + 1) * size] for t in self.batches[0]) for i in range(self.parts)
+        ]
         with seeds.undisturbed():
             gradients = [self.of(trainer, parameters, piece) for piece in pieces]
         for p, gradient in zip(parameters, kept, strict=True):
@@ -163,7 +174,9 @@ class NoiseScale(Again):
         self.measured += 1
 
     def on_log(self, trainer: Context) -> None:
-        if self.measured and self.squared > 0:  # both averages began at 0, which their ratio does not show
+        if (
+            self.measured and self.squared > 0
+        ):  # both averages began at 0, which their ratio does not show
             trainer.log({"train/gradient_noise_scale": self.trace / self.squared})
 
     def state_dict(self) -> dict[str, Any]:
@@ -225,7 +238,9 @@ class ScheduleFree(Averaging):
             momentum = group.get("betas", (group.get("momentum", 0.0),))[0]
             if momentum:
                 name = "betas=[0,0.999]" if "betas" in group else "momentum=0"
-                raise SettingError(f"schedule_free is a momentum of its own: it needs optimizer.{name}")
+                raise SettingError(
+                    f"schedule_free is a momentum of its own: it needs optimizer.{name}"
+                )
         super().on_fit_start(trainer)
 
     def restore(self) -> None:

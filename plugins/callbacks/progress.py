@@ -15,7 +15,11 @@ if TYPE_CHECKING:
     from rich.console import Group
     from rich.live import Live
 
-APART = ("train/samples_per_second", "train/seconds_per_epoch", "train/learning_rate")  # has its place, or is no result
+APART = (
+    "train/samples_per_second",
+    "train/seconds_per_epoch",
+    "train/learning_rate",
+)  # has its place, or is no result
 
 
 @callbacks.register("progress")
@@ -28,7 +32,9 @@ class Progress(Callback):
 
     changes_training = False
 
-    def __init__(self, style: Literal["auto", "bar", "lines"] = "auto", per_second: PositiveFloat = 5.0):
+    def __init__(
+        self, style: Literal["auto", "bar", "lines"] = "auto", per_second: PositiveFloat = 5.0
+    ):
         """Say how to show it.
 
         Args:
@@ -65,7 +71,9 @@ class Progress(Callback):
 
     def on_validation_start(self, trainer: Context) -> None:
         self.validating_since = time.monotonic()
-        if self.live is not None and self.validation_seconds > self.interval:  # a short one is not worth a drawing
+        if (
+            self.live is not None and self.validation_seconds > self.interval
+        ):  # a short one is not worth a drawing
             self._draw("validating")
 
     def on_validation_end(self, trainer: Context) -> None:
@@ -109,10 +117,14 @@ class Progress(Callback):
         line = Table.grid(padding=(0, 2, 0, 0))
         for _ in range(3):
             line.add_column(no_wrap=True)
-        bar = ProgressBar(total=total, completed=min(state.step, total or 0), width=16, pulse=total is None)
+        bar = ProgressBar(
+            total=total, completed=min(state.step, total or 0), width=16, pulse=total is None
+        )
         line.add_row(Text(self._counts(state)), bar, Text("  ".join(self._pace(state))))
         values = [
-            Text.assemble((f"{split:<6}", "bold cyan"), "  ".join(shown), overflow="ellipsis", no_wrap=True)
+            Text.assemble(
+                (f"{split:<6}", "bold cyan"), "  ".join(shown), overflow="ellipsis", no_wrap=True
+            )
             for split in ("train", "val")
             if (shown := self._shown(split, doing))
         ]
@@ -121,7 +133,9 @@ class Progress(Callback):
     def _shown(self, split: str, doing: str) -> list[str]:
         """What stands behind "train" or "val": its values, and that it is being measured."""
         texts = [text for text in self._values(self.trainer.state) if text.startswith(f"{split}/")]
-        return [text.removeprefix(f"{split}/") for text in texts] + [doing] * (split == "val" and doing != "")
+        return [text.removeprefix(f"{split}/") for text in texts] + [doing] * (
+            split == "val" and doing != ""
+        )
 
     def _print(self, state: State) -> None:
         """Print a line for this step, unless there is one."""

@@ -42,7 +42,9 @@ class Prune(Callback):
 
         number = trial_number(trainer.folder)
         if trainer.folder is None or number is None:
-            raise SettingError("prune: this run is no trial of a search; use it with -m hydra/sweeper=optuna")
+            raise SettingError(
+                "prune: this run is no trial of a search; use it with -m hydra/sweeper=optuna"
+            )
         rule = make_pruner(self.pruner, self.startup, self.warmup)
         self.judge = Judge(trainer.folder.parent, number, rule)
         self.monitor = self.judge.metrics[0]
@@ -62,7 +64,9 @@ class Prune(Callback):
     def _look(self, trainer: Context) -> None:
         self.looks += 1
         if self.monitor not in trainer.state.metrics:
-            raise SettingError(f"prune: nothing logs {self.monitor!r}, the metric of the search, while a trial trains")
+            raise SettingError(
+                f"prune: nothing logs {self.monitor!r}, the metric of the search, while a trial trains"
+            )
         value = trainer.state.metrics[self.monitor]
         if math.isfinite(value):
             self._decide(trainer, value)

@@ -97,7 +97,9 @@ class Timer(Callback):
         if limit is not None:
             match = re.fullmatch(DURATION, limit)
             if match is None:
-                raise SettingError(f"timer: limit should be a duration like 90s, 30min or 1.5h, not {limit!r}")
+                raise SettingError(
+                    f"timer: limit should be a duration like 90s, 30min or 1.5h, not {limit!r}"
+                )
             self.seconds = float(match[1]) * SECONDS[match[2]]
         self.spent_before = 0.0
         self.began = self.epoch_began = time.monotonic()

@@ -60,7 +60,10 @@ class Npz(ArrayData):
         arrays = load_arrays(path)
         ending = "" if inputs in arrays else "_train"
         pairs = {
-            part: (shaped(find(arrays, inputs + end, path), shape, path), find(arrays, targets + end, path))
+            part: (
+                shaped(find(arrays, inputs + end, path), shape, path),
+                find(arrays, targets + end, path),
+            )
             for part, end in (("train", ending), ("val", "_val"), ("test", "_test"))
             if part == "train" or inputs + end in arrays
         }
@@ -93,7 +96,9 @@ def shaped(array: Any, shape: Sequence[int] | None, path: Path) -> Any:
     if shape is None:
         return array
     if array.ndim == 0 or math.prod(array.shape[1:]) != math.prod(shape):
-        raise DataError(f"{path}: rows of shape {array.shape[1:]} cannot be brought to shape {list(shape)}")
+        raise DataError(
+            f"{path}: rows of shape {array.shape[1:]} cannot be brought to shape {list(shape)}"
+        )
     return array.reshape(len(array), *shape)
 
 
@@ -145,8 +150,21 @@ class Idx(ArrayData):
         return standardise(as_batch_of(pictures, facts["in_shape"], path), facts)
 
 
-DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where the package dataset-fashion-mnist puts it
-FASHION = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
+DEBIAN_FOLDER = Path(
+    "/usr/share/datasets/fashion-mnist"
+)  # where the package dataset-fashion-mnist puts it
+FASHION = [
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+]
 
 
 @datasets.register("fashion_mnist")
@@ -180,7 +198,14 @@ class FashionMnist(Idx):
 
 
 MOST_AXES = 32  # of any file that was made on purpose; NumPy stops at 64
-IDX_TYPES = {8: "u1", 9: "i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}  # the third byte of the file
+IDX_TYPES = {
+    8: "u1",
+    9: "i1",
+    11: ">i2",
+    12: ">i4",
+    13: ">f4",
+    14: ">f8",
+}  # the third byte of the file
 
 
 def idx_file(folder: Path, part: str) -> Path:
@@ -202,7 +227,9 @@ def read_idx(path: Path) -> Any:
 
     content = read_bytes(path)
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in IDX_TYPES:
-        raise DataError(f"{path} is no IDX file: it begins with {content[:4].hex(' ') or 'nothing'}")
+        raise DataError(
+            f"{path} is no IDX file: it begins with {content[:4].hex(' ') or 'nothing'}"
+        )
     if content[3] > MOST_AXES:
         raise DataError(f"{path} is no IDX file: it says that it has {content[3]} axes")
     start = 4 + 4 * content[3]

@@ -29,7 +29,12 @@ from framework import (
     seeds,
 )
 from framework_plugins.datasets.readers.arrays import cache_folder, fetching, split_rows
-from framework_plugins.datasets.readers.data_files import check_memory, one_line, open_data, readable
+from framework_plugins.datasets.readers.data_files import (
+    check_memory,
+    one_line,
+    open_data,
+    readable,
+)
 
 from .images import part_folders
 
@@ -74,16 +79,26 @@ class SoundData(Data):
     measures_training = False
 
     def __init__(
-        self, classes: Sequence[str], sample_rate: int, seconds: float, resample: bool = False, min_seconds: float = 0.0
+        self,
+        classes: Sequence[str],
+        sample_rate: int,
+        seconds: float,
+        resample: bool = False,
+        min_seconds: float = 0.0,
     ):
         self.classes, self.out_shape = list(classes), (len(classes),)
-        memory.check_room(8 * seconds * sample_rate, f"a sound of {seconds:g} s at {sample_rate} samples a second")
+        memory.check_room(
+            8 * seconds * sample_rate, f"a sound of {seconds:g} s at {sample_rate} samples a second"
+        )
         self.in_shape = (2, max(1, round(seconds * sample_rate)))
         self.sample_rate, self.resample, self.min_seconds = sample_rate, resample, min_seconds
 
     def facts(self) -> dict[str, Any]:
         """Return how a sound becomes an input, and the classes."""
-        given = {name: getattr(self, name) for name in ("sample_rate", "resample", "min_seconds", "target")}
+        given = {
+            name: getattr(self, name)
+            for name in ("sample_rate", "resample", "min_seconds", "target")
+        }
         return {**given, "in_shape": list(self.in_shape), "classes": list(self.classes)}
 
     @classmethod
@@ -91,7 +106,9 @@ class SoundData(Data):
         """Read a sound file, or those of a folder in the order of their names."""
         if not path.exists():
             raise DataError(f"{path}: there is no such file or folder (looked from {Path.cwd()})")
-        return torch.stack([read_sound(file, facts) for file in (sound_files(path) if path.is_dir() else [path])])
+        return torch.stack(
+            [read_sound(file, facts) for file in (sound_files(path) if path.is_dir() else [path])]
+        )
 
 
 @datasets.register("audio_folder")
@@ -125,7 +142,9 @@ class AudioFolder(SoundData):
             split_seed: seed of the drawing.
         """
         folders = part_folders(path.expanduser())
-        super().__init__(class_folders(folders["train"]), sample_rate, seconds, resample, min_seconds)
+        super().__init__(
+            class_folders(folders["train"]), sample_rate, seconds, resample, min_seconds
+        )
         given = {part: self.list_files(folder) for part, folder in folders.items()}
         shares = {"val": val_fraction, "test": test_fraction} | dict.fromkeys(given, 0.0)
         rows = split_rows(given["train"].labels, shares["val"], shares["test"], split_seed)
@@ -140,7 +159,9 @@ class AudioFolder(SoundData):
         files, labels = [], []
         for name in class_folders(folder):
             if name not in self.classes:
-                raise DataError(f"{folder / name}: no such class in train; {did_you_mean(name, self.classes)}")
+                raise DataError(
+                    f"{folder / name}: no such class in train; {did_you_mean(name, self.classes)}"
+                )
             found = sound_files(folder / name)
             files += found
             labels += [self.classes.index(name)] * len(found)
@@ -149,17 +170,25 @@ class AudioFolder(SoundData):
 
 def class_folders(folder: Path) -> list[str]:
     """Return the names of the sub-folders, sorted. Raises DataError for fewer than two of a folder to train on."""
-    names = sorted(each.name for each in folder.iterdir() if each.is_dir() and not each.name.startswith("."))
+    names = sorted(
+        each.name for each in folder.iterdir() if each.is_dir() and not each.name.startswith(".")
+    )
     if not names:
-        raise DataError(f"{folder} has no folders; put the sounds of each class into a folder named after it")
+        raise DataError(
+            f"{folder} has no folders; put the sounds of each class into a folder named after it"
+        )
     if len(names) == 1 and folder.name not in ("val", "valid", "validation", "test"):
-        raise DataError(f"{folder} has one class only, {names[0]!r}; classes to tell apart are two or more")
+        raise DataError(
+            f"{folder} has one class only, {names[0]!r}; classes to tell apart are two or more"
+        )
     return names
 
 
 def sound_files(folder: Path) -> list[Path]:
     """Return the sound files in a folder, at any depth, sorted. Raises DataError when there is none."""
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in ENDINGS and not f.name.startswith("."))
+    files = sorted(
+        f for f in folder.rglob("*") if f.suffix.lower() in ENDINGS and not f.name.startswith(".")
+    )
     if not files:
         raise DataError(f"{folder} has no sounds; known are {', '.join(sorted(ENDINGS))}")
     return files
@@ -171,7 +200,9 @@ def read_sound(file: Path, facts: dict[str, Any]) -> Tensor:
     wanted = facts["sample_rate"]
     if len(waveform) < max(1, facts["min_seconds"] * rate):
         least = f"at least {facts['min_seconds']:g} s (data.min_seconds) are needed"
-        raise DataError(f"{file} is {len(waveform) / rate:g} s long; {least}: delete it, or put the sound back")
+        raise DataError(
+            f"{file} is {len(waveform) / rate:g} s long; {least}: delete it, or put the sound back"
+        )
     if not waveform.isfinite().all():
         raise DataError(f"{file} holds NaN or infinity; delete it, or put the sound back")
     if rate != wanted and not facts["resample"]:
@@ -216,9 +247,13 @@ def read_pcm(file: Path) -> tuple[Tensor, int]:
         rate = opened.getframerate()
         check_header(file, rate, channels, width)
         check_memory(BYTES_OF_A_SAMPLE * min(size, frames * channels * width) // width, file)
-        content = opened.readframes(min(frames, size // (channels * width)))  # a header may claim any number
+        content = opened.readframes(
+            min(frames, size // (channels * width))
+        )  # a header may claim any number
     if len(content) != frames * channels * width:
-        raise DataError(f"{file} is cut off: {len(content) // (channels * width)} of {frames} frames; replace it")
+        raise DataError(
+            f"{file} is cut off: {len(content) // (channels * width)} of {frames} frames; replace it"
+        )
     octets = numpy.frombuffer(content, numpy.uint8).reshape(-1, width)
     if width == 1:  # the only width without a sign
         octets = octets ^ 0x80
@@ -231,7 +266,9 @@ def read_pcm(file: Path) -> tuple[Tensor, int]:
 def check_header(file: Path, rate: int, channels: int, width: int) -> None:
     """Raise DataError for a header that no sound has."""
     if rate < 1 or channels < 1:
-        raise DataError(f"{file} is damaged: it says that it has {channels} channels of {rate} samples a second")
+        raise DataError(
+            f"{file} is damaged: it says that it has {channels} channels of {rate} samples a second"
+        )
     if width not in (1, 2, 3, 4):
         raise DataError(f"{file} has integers of {width} bytes a sample; expected 1 to 4")
 
@@ -240,15 +277,25 @@ def read_by_soundfile(file: Path, why: str) -> tuple[Tensor, int]:
     try:
         import soundfile
     except (ImportError, OSError) as error:  # OSError: its library is not there
-        raise DataError(f"{file} needs soundfile ({why}): pip install 'framework[audio]'") from error
+        raise DataError(
+            f"{file} needs soundfile ({why}): pip install 'framework[audio]'"
+        ) from error
     with open_data(file) as raw:
         try:
             with soundfile.SoundFile(raw.fileno(), closefd=False) as opened:
                 check_header(file, opened.samplerate, opened.channels, 4)
                 check_memory(2 * 4 * opened.frames * opened.channels, file)
                 samples, rate = opened.read(dtype="float32", always_2d=True), opened.samplerate
-        except (soundfile.LibsndfileError, RuntimeError, TypeError, ValueError, MemoryError) as error:
-            raise DataError(f"{file} cannot be read as sound ({one_line(error)}); delete or replace it") from error
+        except (
+            soundfile.LibsndfileError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+            MemoryError,
+        ) as error:
+            raise DataError(
+                f"{file} cannot be read as sound ({one_line(error)}); delete or replace it"
+            ) from error
     return torch.from_numpy(samples).mean(1), int(rate)
 
 
@@ -272,7 +319,9 @@ def resampled(waveform: Tensor, rate: int, wanted: int) -> Tensor:
     reach = -(-half // up)  # samples of the input that an output looks at, before and after
     taps = torch.arange(-reach, reach + down + 1)
     place = torch.arange(up)[:, None] * down - taps * up + half
-    phases = torch.where((place >= 0) & (place <= 2 * half), low_pass[place.clamp(0, 2 * half)], 0.0)
+    phases = torch.where(
+        (place >= 0) & (place <= 2 * half), low_pass[place.clamp(0, 2 * half)], 0.0
+    )
     length = -(-len(waveform) * up // down)
     padded = torch.nn.functional.pad(waveform.double(), [reach, reach + 2 * down])
     outputs = torch.nn.functional.conv1d(padded[None, None], phases[:, None], stride=down)
@@ -282,7 +331,9 @@ def resampled(waveform: Tensor, rate: int, wanted: int) -> Tensor:
 def sinc_filter(half: int, cutoff: float) -> Tensor:
     """Return a low-pass of 2 half + 1 taps with unit gain at 0; cutoff as a share of half the rate."""
     time = torch.arange(-half, half + 1, dtype=torch.float64)
-    window = torch.kaiser_window(2 * half + 1, periodic=False, beta=KAISER_BETA, dtype=torch.float64)
+    window = torch.kaiser_window(
+        2 * half + 1, periodic=False, beta=KAISER_BETA, dtype=torch.float64
+    )
     taps = torch.sinc(cutoff * time) * window
     return taps / taps.sum()
 
@@ -413,7 +464,9 @@ class Tones(SoundData):
             test_fraction: share of the sounds for the test.
         """
         super().__init__(list(PITCH), sample_rate, seconds)
-        memory.check_room(24 * samples * self.in_shape[1], f"tones with samples={samples}, seconds={seconds:g}")
+        memory.check_room(
+            24 * samples * self.in_shape[1], f"tones with samples={samples}, seconds={seconds:g}"
+        )
         draw = seeds.generator(seed, "tones")
         labels = torch.arange(samples) % len(PITCH)
         inputs = torch.stack([self.tone(label, noise, draw) for label in labels.tolist()])
@@ -427,4 +480,7 @@ class Tones(SoundData):
         octaves = PITCH[self.classes[label]](torch.linspace(0, 1, samples))
         turns = phase + (200 * 2.5**pitch * 2**octaves).cumsum(0) / self.sample_rate
         sound = sum((2 * math.pi * harmonic * turns).sin() / harmonic for harmonic in range(1, 5))
-        return fitted((0.1 + 0.15 * loudness) * sound + noise * torch.randn(samples, generator=draw), self.in_shape[1])
+        return fitted(
+            (0.1 + 0.15 * loudness) * sound + noise * torch.randn(samples, generator=draw),
+            self.in_shape[1],
+        )

@@ -9,8 +9,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from framework import NonNegativeFloat, PositiveFloat, PositiveInt, Range, Rate, datasets, memory, seeds
-from framework_plugins.datasets.readers.arrays import ArrayData, as_batch_of, read_array, standardise
+from framework import (
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    Rate,
+    datasets,
+    memory,
+    seeds,
+)
+from framework_plugins.datasets.readers.arrays import (
+    ArrayData,
+    as_batch_of,
+    read_array,
+    standardise,
+)
 
 
 @datasets.register("digits")
@@ -62,7 +76,9 @@ class Digits(ArrayData):
 def scaled(pixels: Any, size: int) -> Tensor:
     """Return 8x8 pictures (rows, 64) as (rows, 1, size, size), pixels in between interpolated linearly."""
     pictures = torch.as_tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8)
-    memory.check_room(8 * len(pictures) * size**2, f"{len(pictures)} pictures of {size}x{size} pixels")
+    memory.check_room(
+        8 * len(pictures) * size**2, f"{len(pictures)} pictures of {size}x{size} pixels"
+    )
     return F.interpolate(pictures, (size, size), mode="bilinear", align_corners=False)
 
 
@@ -108,7 +124,10 @@ class Blobs(ArrayData):
             test_fraction: share of the points for the test.
             normalize: standardise each feature.
         """
-        memory.check_room(16 * (samples + classes) * features, f"blobs with samples={samples}, features={features}")
+        memory.check_room(
+            16 * (samples + classes) * features,
+            f"blobs with samples={samples}, features={features}",
+        )
         draw = seeds.generator(seed, "blobs")
         centres = torch.rand(classes, features, generator=draw) * 20 - 10
         labels = torch.arange(samples) % classes
@@ -155,7 +174,9 @@ class Spirals(ArrayData):
         memory.check_room(48 * samples, f"spirals with samples={samples}")
         draw = seeds.generator(seed, "spirals")
         labels = torch.arange(samples) % classes
-        radius = torch.rand(samples, generator=draw).sqrt()  # as many points near the rim as the length of arm there
+        radius = torch.rand(
+            samples, generator=draw
+        ).sqrt()  # as many points near the rim as the length of arm there
         angle = 2 * math.pi * (turns * radius + labels / classes)
         arms = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1)
         super().__init__(
@@ -195,7 +216,9 @@ class Friedman1(ArrayData):
             test_fraction: share of the rows for the test.
             normalize: standardise each feature; the target stays as it is.
         """
-        memory.check_room(16 * samples * features, f"friedman1 with samples={samples}, features={features}")
+        memory.check_room(
+            16 * samples * features, f"friedman1 with samples={samples}, features={features}"
+        )
         draw = seeds.generator(seed, "friedman1")
         inputs = torch.rand(samples, features, generator=draw)
         super().__init__(

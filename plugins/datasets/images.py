@@ -11,8 +11,19 @@ import torch
 from torch import Tensor
 
 from framework import Data, DataError, PositiveInt, Rate, datasets, did_you_mean
-from framework_plugins.datasets.readers.arrays import moments, read_batch, split_rows, standard_facts, standardise
-from framework_plugins.datasets.readers.data_files import UNREADABLE, check_memory, one_line, open_data
+from framework_plugins.datasets.readers.arrays import (
+    moments,
+    read_batch,
+    split_rows,
+    standard_facts,
+    standardise,
+)
+from framework_plugins.datasets.readers.data_files import (
+    UNREADABLE,
+    check_memory,
+    one_line,
+    open_data,
+)
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
@@ -30,7 +41,9 @@ class PictureFiles(torch.utils.data.Dataset):
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return standardise(read_picture(self.files[index], self.facts), self.facts), self.labels[index]
+        return standardise(read_picture(self.files[index], self.facts), self.facts), self.labels[
+            index
+        ]
 
     def content(self) -> Any:
         """Return the files and labels, by which the data is the same at another path."""
@@ -38,7 +51,9 @@ class PictureFiles(torch.utils.data.Dataset):
 
     def subset(self, rows: Tensor) -> "PictureFiles":
         """Return the part with these row numbers."""
-        return PictureFiles([self.files[row] for row in rows.tolist()], self.labels[rows], self.facts)
+        return PictureFiles(
+            [self.files[row] for row in rows.tolist()], self.labels[rows], self.facts
+        )
 
 
 @datasets.register("image_folder")
@@ -69,7 +84,10 @@ class ImageFolder(Data):
         pillow()
         folders = part_folders(path.expanduser())
         self.classes = class_names(folders["train"])
-        self.in_shape, self.out_shape = (3 if color == "rgb" else 1, size, size), (len(self.classes),)
+        self.in_shape, self.out_shape = (
+            (3 if color == "rgb" else 1, size, size),
+            (len(self.classes),),
+        )
         self.mean, self.std = 0.0, 255.0
         given = {part: self.list_files(folder) for part, folder in folders.items()}
         shares = {"val": val_fraction, "test": test_fraction} | dict.fromkeys(given, 0.0)
@@ -97,7 +115,9 @@ class ImageFolder(Data):
         files, labels = [], []
         for name in class_names(folder):
             if name not in self.classes:
-                raise DataError(f"{folder / name}: no such class in train; {did_you_mean(name, self.classes)}")
+                raise DataError(
+                    f"{folder / name}: no such class in train; {did_you_mean(name, self.classes)}"
+                )
             found = picture_files(folder / name)
             files += found
             labels += [self.classes.index(name)] * len(found)
@@ -122,31 +142,50 @@ class ImageFolder(Data):
 def part_folders(root: Path) -> dict[str, Path]:
     """Return the folders of train, val and test; of a root without a train folder, itself as train."""
     if root.is_file():
-        raise DataError(f"{root} is a file; data.path is the folder that has a folder for each class")
+        raise DataError(
+            f"{root} is a file; data.path is the folder that has a folder for each class"
+        )
     if not root.is_dir():
         raise DataError(f"{root}: there is no such folder (looked from {Path.cwd()})")
-    found = {part: root / name for part, names in FOLDERS.items() for name in names if (root / name).is_dir()}
+    found = {
+        part: root / name
+        for part, names in FOLDERS.items()
+        for name in names
+        if (root / name).is_dir()
+    }
     return found if "train" in found else {"train": root}
 
 
 def class_names(folder: Path) -> list[str]:
-    names = sorted(each.name for each in folder.iterdir() if each.is_dir() and not each.name.startswith("."))
+    names = sorted(
+        each.name for each in folder.iterdir() if each.is_dir() and not each.name.startswith(".")
+    )
     if not names:
-        raise DataError(f"{folder} has no folders; put the pictures of each class into a folder named after it")
+        raise DataError(
+            f"{folder} has no folders; put the pictures of each class into a folder named after it"
+        )
     if len(names) == 1 and folder.name not in (*FOLDERS["val"], *FOLDERS["test"]):
-        raise DataError(f"{folder} has one class only, {names[0]!r}; classes to tell apart are two or more")
+        raise DataError(
+            f"{folder} has one class only, {names[0]!r}; classes to tell apart are two or more"
+        )
     return names
 
 
 def picture_files(folder: Path) -> list[Path]:
     """Return the picture files in a folder, at any depth, sorted. Raises DataError for none and for an empty one."""
-    named = [file for file in folder.rglob("*") if file.suffix.lower() in ENDINGS and not file.name.startswith(".")]
+    named = [
+        file
+        for file in folder.rglob("*")
+        if file.suffix.lower() in ENDINGS and not file.name.startswith(".")
+    ]
     files = sorted(file for file in named if not file.is_dir())
     if not files:
         raise DataError(f"{folder} has no pictures; known are {', '.join(sorted(ENDINGS))}")
     astray = next((file for file in files if not file.exists()), None)
     if astray is not None:
-        raise DataError(f"{astray} is a link to what is not there; delete it or put the picture back")
+        raise DataError(
+            f"{astray} is a link to what is not there; delete it or put the picture back"
+        )
     hollow = next((file for file in files if file.stat().st_size == 0), None)
     if hollow is not None:
         raise DataError(f"{hollow} is an empty file; delete it or put the picture back")
@@ -166,13 +205,19 @@ def read_picture(file: Path, facts: dict[str, Any]) -> Tensor:
         try:
             with Image.open(content) as opened:
                 check_pixels(opened, file)
-                upright = in_8_bits(ImageOps.exif_transpose(opened)).convert("RGB" if channels == 3 else "L")
+                upright = in_8_bits(ImageOps.exif_transpose(opened)).convert(
+                    "RGB" if channels == 3 else "L"
+                )
             pixels = numpy.array(ImageOps.fit(upright, size[::-1]))
         except (*UNREADABLE, SyntaxError, ValueError, TypeError, struct.error) as error:
             reason = one_line(error).replace(repr(content), "it")
-            raise DataError(f"{file} cannot be read as a picture ({reason}); delete or replace it") from error
+            raise DataError(
+                f"{file} cannot be read as a picture ({reason}); delete or replace it"
+            ) from error
         except (Image.DecompressionBombError, MemoryError) as error:
-            raise DataError(f"{file} has too many pixels ({one_line(error)}); delete or replace it") from error
+            raise DataError(
+                f"{file} has too many pixels ({one_line(error)}); delete or replace it"
+            ) from error
     return torch.from_numpy(pixels).reshape(*size, channels).permute(2, 0, 1)
 
 
@@ -180,7 +225,9 @@ def ignore_pillow_warning() -> None:
     """Leave out Pillow's warning of large pictures, which does not name the file; `check_pixels` gives one."""
     from PIL import Image
 
-    if all(category is not Image.DecompressionBombWarning for _, _, category, *_ in warnings.filters):
+    if all(
+        category is not Image.DecompressionBombWarning for _, _, category, *_ in warnings.filters
+    ):
         warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
@@ -191,7 +238,9 @@ def check_pixels(picture: Any, file: Path) -> None:
     width, height = picture.size
     check_memory(BYTES_OF_A_PIXEL * width * height, file)
     if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
-        warnings.warn(f"{file} has {width:,} x {height:,} pixels, which take long to decode", stacklevel=2)
+        warnings.warn(
+            f"{file} has {width:,} x {height:,} pixels, which take long to decode", stacklevel=2
+        )
 
 
 def in_8_bits(picture: Any) -> Any:

@@ -52,11 +52,20 @@ class LanguageData(Data):
         shared = int(overlap * length)
         for part, cut in (("val", text[val:test][:measured]), ("test", self.held_out)):
             setattr(self, part, WindowSplit(self.tokens(cut), length, shared) if cut else None)
-        self.in_shape, self.out_shape, self.target = (length,), (length, self.tokenizer.size), "none"
+        self.in_shape, self.out_shape, self.target = (
+            (length,),
+            (length, self.tokenizer.size),
+            "none",
+        )
 
     def tokens(self, text: str) -> Tensor:
         """Return a text's ids as one row."""
-        return torch.cat([torch.tensor(self.tokenizer.encode(piece), dtype=torch.int32) for piece in pieces(text)])
+        return torch.cat(
+            [
+                torch.tensor(self.tokenizer.encode(piece), dtype=torch.int32)
+                for piece in pieces(text)
+            ]
+        )
 
     def facts(self) -> dict[str, Any]:
         """Return the tokenizer with all that it has learned."""
@@ -117,8 +126,12 @@ class StandardLibrarySource(LanguageData):
             if is_source(file.relative_to(library)) and len(text) < (characters or math.inf):
                 text += read(file)
         if not text:
-            raise DataError(f"{library} has not the source of Python's standard library; take another data=...")
-        self.learn(text[:characters], tokenizer, length, overlap, val_fraction, test_fraction, measured)
+            raise DataError(
+                f"{library} has not the source of Python's standard library; take another data=..."
+            )
+        self.learn(
+            text[:characters], tokenizer, length, overlap, val_fraction, test_fraction, measured
+        )
 
 
 def is_source(file: Path) -> bool:
@@ -161,7 +174,9 @@ class Bible(LanguageData):
         """
         path = path.expanduser() if path is not None else cache_folder() / "bible" / "kjv.txt"
         if not path.is_file():
-            raise DataError(f"there is no {path}; fetch it ({fetching('bible')}), or take data=stdlib_source")
+            raise DataError(
+                f"there is no {path}; fetch it ({fetching('bible')}), or take data=stdlib_source"
+            )
         text = read_text(path)
         if not text:
             raise DataError(f"{path} is empty; fetch it again ({fetching('bible')})")

@@ -35,7 +35,12 @@ from framework_plugins.datasets.readers.arrays import (
     needs_float64,
     split_rows,
 )
-from framework_plugins.datasets.readers.data_files import one_line, parse_number, read_bytes, read_text
+from framework_plugins.datasets.readers.data_files import (
+    one_line,
+    parse_number,
+    read_bytes,
+    read_text,
+)
 from framework_plugins.datasets.readers.tables import Table, as_column, read_table, rows_of
 
 Calendar = Literal["day", "week", "year"]
@@ -66,12 +71,16 @@ class TsFiles(Data):
             split_seed: seed of the drawing.
             normalize: standardise each channel by the frames of the training split.
         """
-        parts = [(file, *read_ts(file.expanduser())) for file in (path, test_path) if file is not None]
+        parts = [
+            (file, *read_ts(file.expanduser())) for file in (path, test_path) if file is not None
+        ]
         sequences = [sequence for _, read, _ in parts for sequence in read]
         labels = [label for _, _, named in parts for label in named]
         own = len(parts[0][1])
         targets = as_targets(labels, "class", name=str(path))
-        rows = split_rows(targets.tensor[:own], val_fraction, 0.0 if test_path else test_fraction, split_seed)
+        rows = split_rows(
+            targets.tensor[:own], val_fraction, 0.0 if test_path else test_fraction, split_seed
+        )
         if test_path is not None:
             rows["test"] = torch.arange(own, len(sequences))
 
@@ -137,14 +146,20 @@ def read_ts(path: Path) -> tuple[list[Tensor], list[str]]:
         raise DataError(f"{path} is no .ts file: it has no line @data")
     labelled = any(line.startswith("@classlabel true") for line in header)
     first = next(number for number, line in enumerate(lines, 1) if line.strip().lower() == "@data")
-    cases = [(number, line.strip()) for number, line in enumerate(lines[first:], first + 1) if line.strip()]
+    cases = [
+        (number, line.strip())
+        for number, line in enumerate(lines[first:], first + 1)
+        if line.strip()
+    ]
     sequences = [read_case(line, labelled, f"{path}, line {number}") for number, line in cases]
     if not sequences:
         raise DataError(f"{path} has no cases")
     channels = len(sequences[0])
     for (number, _), sequence in zip(cases, sequences, strict=True):
         if len(sequence) != channels:
-            raise DataError(f"{path}, line {number}: {len(sequence)} channels, but {channels} in the first case")
+            raise DataError(
+                f"{path}, line {number}: {len(sequence)} channels, but {channels} in the first case"
+            )
     labels = [line.rpartition(":")[2].strip() if labelled else "" for _, line in cases]
     if labelled and "" in labels:
         raise DataError(f"{path}, line {cases[labels.index('')][0]}: it ends without a class")
@@ -155,7 +170,9 @@ def read_case(line: str, labelled: bool, where: str) -> Tensor:
     parts = line.split(":")[: -1 if labelled else None]
     channels = [[frame(text, where) for text in part.split(",")] for part in parts]
     if not channels or len({len(channel) for channel in channels}) != 1:
-        raise DataError(f"{where}: its channels have {[len(channel) for channel in channels]} frames; all need as many")
+        raise DataError(
+            f"{where}: its channels have {[len(channel) for channel in channels]} frames; all need as many"
+        )
     sequence = torch.tensor(channels, dtype=torch.float64)
     if not sequence.float().isfinite().all():
         raise DataError(f"{where}: a frame is no finite number")
@@ -174,14 +191,20 @@ def pad(sequences: Sequence[Tensor], facts: dict[str, Any], path: Path) -> Tenso
     dtype = torch.float64 if facts.get("float64") else torch.float32
     mean, std = (torch.tensor(facts[name], dtype=dtype)[:, None] for name in ("mean", "std"))
     length, channels = facts["length"], len(mean) + 1
-    memory.check_room(4 * len(sequences) * channels * length, f"{len(sequences)} sequences of {length} frames")
+    memory.check_room(
+        4 * len(sequences) * channels * length, f"{len(sequences)} sequences of {length} frames"
+    )
     inputs = torch.zeros(len(sequences), channels, length)
     for row, sequence in enumerate(sequences):
         channels, frames = sequence.shape
         if channels != len(mean):
-            raise DataError(f"{path}, case {row + 1}: {channels} channels; the model takes {len(mean)}")
+            raise DataError(
+                f"{path}, case {row + 1}: {channels} channels; the model takes {len(mean)}"
+            )
         if frames > facts["length"]:
-            raise DataError(f"{path}, case {row + 1}: {frames} frames; the model takes {facts['length']} (data.length)")
+            raise DataError(
+                f"{path}, case {row + 1}: {frames} frames; the model takes {facts['length']} (data.length)"
+            )
         inputs[row, :-1, :frames] = (sequence.to(dtype) - mean) / std
         inputs[row, -1, :frames] = 1
     return inputs
@@ -195,7 +218,11 @@ class Vowels(TsFiles):
     """
 
     def __init__(
-        self, path: Path | None = None, val_fraction: Rate = 0.15, split_seed: int = 0, normalize: bool = True
+        self,
+        path: Path | None = None,
+        val_fraction: Rate = 0.15,
+        split_seed: int = 0,
+        normalize: bool = True,
     ):
         """Read the files that `scripts/fetch_data vowels` puts in place.
 
@@ -207,7 +234,9 @@ class Vowels(TsFiles):
         """
         folder = path or data_folder("vowels", "6 MB", "data=digits model=rnn data.image=true")
         files = [folder / f"JapaneseVowels_{part}.ts" for part in ("TRAIN", "TEST")]
-        super().__init__(*files, val_fraction=val_fraction, split_seed=split_seed, normalize=normalize)
+        super().__init__(
+            *files, val_fraction=val_fraction, split_seed=split_seed, normalize=normalize
+        )
 
 
 class SeriesData(Data):
@@ -240,7 +269,11 @@ class SeriesData(Data):
             test_fraction: share of the rows, the last ones, for the test.
         """
         rows = len(amounts)
-        ends = [round(rows * (1 - val_fraction - test_fraction)), round(rows * (1 - test_fraction)), rows]
+        ends = [
+            round(rows * (1 - val_fraction - test_fraction)),
+            round(rows * (1 - test_fraction)),
+            rows,
+        ]
         lookback, horizon = settings["lookback"], settings["horizon"]
         if ends[0] < lookback + horizon:
             raise DataError(
@@ -295,11 +328,18 @@ class SeriesData(Data):
                 f"window of {lookback} + {horizon} rows that follow each other; lower lookback and "
                 "horizon, or take other folds"
             )
-        self.in_shape, self.out_shape, self.target = (lookback, channels.shape[1]), (horizon,), "value"
+        self.in_shape, self.out_shape, self.target = (
+            (lookback, channels.shape[1]),
+            (horizon,),
+            "value",
+        )
 
     def facts(self) -> dict[str, Any]:
         """Return how rows become inputs."""
-        return {name: str(value) if isinstance(value, Path) else value for name, value in self.given.items()}
+        return {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in self.given.items()
+        }
 
     @classmethod
     def read_inputs(cls, path: Path, facts: dict[str, Any]) -> Tensor:
@@ -311,7 +351,9 @@ class SeriesData(Data):
             raise DataError(f"{path} has {rows} rows; the model looks back on {lookback}")
         last = {label: cells[rows - lookback :] for label, cells in table.items()}
         skipped = rows - lookback
-        return as_channels(read_channels(last, facts, skipped), read_times(last, facts, skipped), facts)[None]
+        return as_channels(
+            read_channels(last, facts, skipped), read_times(last, facts, skipped), facts
+        )[None]
 
 
 def as_slice(places: Tensor) -> Tensor | slice:
@@ -330,7 +372,9 @@ def read_channels(table: Table, settings: dict[str, Any], skipped: int = 0) -> T
         column = as_column(table[label], label, path, text=False)
         if column.isnan().any():
             row = int(column.isnan().nonzero()[0, 0]) + skipped + 1
-            raise DataError(f"{path}, row {row}: {label!r} is empty; a series needs a number in every row")
+            raise DataError(
+                f"{path}, row {row}: {label!r} is empty; a series needs a number in every row"
+            )
         columns.append(column)
     return torch.stack(columns, dim=1)
 
@@ -360,7 +404,9 @@ def read_times(table: Table, settings: dict[str, Any], skipped: int = 0) -> list
             moments.append(datetime.fromisoformat(str(cell)))
         except ValueError:
             found = "the cell is empty, but should be a" if cell is None else f"{cell!r} is no"
-            raise DataError(f"{path}, row {row}, column {label!r}: {found} time such as 2000-06-05T14:30") from None
+            raise DataError(
+                f"{path}, row {row}, column {label!r}: {found} time such as 2000-06-05T14:30"
+            ) from None
         if len(moments) > 2:
             check_step(moments, f"{path}, row {row}")
     return moments
@@ -384,7 +430,9 @@ def calendar(moments: Sequence[datetime], part: str) -> Tensor:
         days = torch.tensor([moment.weekday() for moment in moments])
         return (days[:, None] == torch.arange(7)).double()
     if part == "day":
-        turns = [(moment.hour + moment.minute / 60 + moment.second / 3600) / 24 for moment in moments]
+        turns = [
+            (moment.hour + moment.minute / 60 + moment.second / 3600) / 24 for moment in moments
+        ]
     else:
         turns = [moment.timetuple().tm_yday / 365.25 for moment in moments]
     angle = 2 * math.pi * torch.tensor(turns, dtype=torch.float64)
@@ -468,7 +516,9 @@ class Electricity(SeriesData):
         path = path or data_folder("electricity", "1 MB", "data=seasonal") / "taylor.py"
         settings = {"path": path, **HALF_HOURS, "lookback": lookback, "horizon": horizon}
         megawatts = torch.tensor(longest_list(path), dtype=torch.float64)
-        self.learn(megawatts[:, None], half_hours(len(megawatts)), settings, val_fraction, test_fraction)
+        self.learn(
+            megawatts[:, None], half_hours(len(megawatts)), settings, val_fraction, test_fraction
+        )
 
 
 def longest_list(path: Path) -> list[float]:
@@ -479,7 +529,9 @@ def longest_list(path: Path) -> list[float]:
         found = ast.literal_eval(max(lists, key=lambda node: len(node.elts)))
         numbers = torch.tensor(found, dtype=torch.float64)
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError, RuntimeError) as error:
-        raise DataError(f"{path} holds no list of numbers ({one_line(error)}); fetch it again") from error
+        raise DataError(
+            f"{path} holds no list of numbers ({one_line(error)}); fetch it again"
+        ) from error
     if numbers.ndim != 1 or not len(numbers) or not numbers.isfinite().all():
         raise DataError(f"{path} holds no list of finite numbers; fetch it again")
     return numbers.tolist()
@@ -518,7 +570,9 @@ class Seasonal(SeriesData):
             val_fraction: share of the rows, before those of the test, for validation.
             test_fraction: share of the rows, the last ones, for the test.
         """
-        memory.check_room(200 * 336 * weeks, f"seasonal with weeks={weeks}")  # a time and several numbers a half-hour
+        memory.check_room(
+            200 * 336 * weeks, f"seasonal with weeks={weeks}"
+        )  # a time and several numbers a half-hour
         t = torch.arange(weeks * 336, dtype=torch.float64)
         new = torch.randn(len(t), generator=seeds.generator(seed, "seasonal"), dtype=torch.float64)
         lasting, drift = 0.0, []
@@ -528,5 +582,12 @@ class Seasonal(SeriesData):
         turn = 2 * math.pi * t / 48
         weekend = (t // 48 % 7 >= 5).double()
         amounts = 100 + 20 * turn.sin() + 8 * (2 * turn).sin() - 15 * weekend + torch.tensor(drift)
-        settings = {"path": Path("seasonal"), **HALF_HOURS, "lookback": lookback, "horizon": horizon}
-        self.learn(amounts[:, None], half_hours(len(amounts)), settings, val_fraction, test_fraction)
+        settings = {
+            "path": Path("seasonal"),
+            **HALF_HOURS,
+            "lookback": lookback,
+            "horizon": horizon,
+        }
+        self.learn(
+            amounts[:, None], half_hours(len(amounts)), settings, val_fraction, test_fraction
+        )

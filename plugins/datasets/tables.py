@@ -70,7 +70,9 @@ class TableData(Data):
         self.refit = partial(self.learn, table, targets, encoding, scaling, name)
         self.strata = targets.tensor if targets.kind == "class" else None
         chosen = rows["train"]
-        self.learnt = [learn_column(label, column[chosen], encoding, name) for label, column in table.items()]
+        self.learnt = [
+            learn_column(label, column[chosen], encoding, name) for label, column in table.items()
+        ]
         if not (encoding.normalize or encoding.quantile):
             for label, column in table.items():
                 check_column(label, column[chosen], name)
@@ -92,7 +94,9 @@ class TableData(Data):
     def read_inputs(cls, path: Path, facts: dict[str, Any]) -> Tensor:
         """Read the feature columns of a CSV or Parquet file; its other columns are passed over."""
         table = read_table(path, facts.get("delimiter"))
-        return encode({c["name"]: read_like(c, table, path) for c in facts["columns"]}, facts["columns"])
+        return encode(
+            {c["name"]: read_like(c, table, path) for c in facts["columns"]}, facts["columns"]
+        )
 
 
 @datasets.register("table", aliases=["csv", "parquet"])
@@ -148,10 +152,15 @@ class TableFile(TableData):
         table = self.read(path)
         labels = choose(table, target, features, ignore or [], path)
         columns = feature_columns(table, labels, categorical or [], path)
-        answers, test_rows = target_cells(table[need(target, table, path)], target, target_kind, path), 0
+        answers, test_rows = (
+            target_cells(table[need(target, table, path)], target, target_kind, path),
+            0,
+        )
         del table  # its texts: numbers are in memory once
         if test_path is not None:
-            answers, test_rows = self.append(test_path.expanduser(), columns, answers, target, target_kind)
+            answers, test_rows = self.append(
+                test_path.expanduser(), columns, answers, target, target_kind
+            )
         targets = as_targets(answers, target_kind, name=f"{path}, column {target!r}")
 
         own = len(targets.tensor) - test_rows
@@ -167,7 +176,12 @@ class TableFile(TableData):
         return read_table(path, self.delimiter)
 
     def append(
-        self, path: Path, columns: dict[str, Column], answers: Answers, target: str, kind: str | None
+        self,
+        path: Path,
+        columns: dict[str, Column],
+        answers: Answers,
+        target: str,
+        kind: str | None,
     ) -> tuple[Answers, int]:
         """Add the rows of the official test set to the columns; return all targets and the number of those rows."""
         table = read_table(path, self.delimiter)
@@ -206,7 +220,9 @@ class ScikitTable(TableData):
 
         read = getattr(sklearn.datasets, f"load_{self.source}")()
         cells = torch.from_numpy(read.data.T).double().contiguous()
-        columns: dict[str, Column] = {str(label): row for label, row in zip(read.feature_names, cells, strict=True)}
+        columns: dict[str, Column] = {
+            str(label): row for label, row in zip(read.feature_names, cells, strict=True)
+        }
         named = [str(label) for label in getattr(read, "target_names", ())]
         targets = as_targets(read.target, "class" if named else "value", named, self.source)
         strata = targets.tensor if named else torch.zeros(len(targets.tensor))
@@ -283,8 +299,28 @@ class Diamonds(TableFile):
         )
 
 
-FLIGHT = ["month", "day", "hour", "minute", "sched_arr_time", "carrier", "origin", "dest", "distance"]
-WEATHER = ["temp", "dewp", "humid", "wind_dir", "wind_speed", "wind_gust", "precip", "pressure", "visib"]
+FLIGHT = [
+    "month",
+    "day",
+    "hour",
+    "minute",
+    "sched_arr_time",
+    "carrier",
+    "origin",
+    "dest",
+    "distance",
+]
+WEATHER = [
+    "temp",
+    "dewp",
+    "humid",
+    "wind_dir",
+    "wind_speed",
+    "wind_gust",
+    "precip",
+    "pressure",
+    "visib",
+]
 
 
 @datasets.register("flights")
@@ -353,7 +389,9 @@ class Flights(TableFile):
             table[label] = weather[label].take(row)
         table["weekday"] = pyarrow.chunked_array([weekdays(table, path)])
         late = (delays[~delays.isnan()] > 15).numpy()
-        table["late"] = pyarrow.chunked_array([compute.if_else(pyarrow.array(late), "late", "on time")])
+        table["late"] = pyarrow.chunked_array(
+            [compute.if_else(pyarrow.array(late), "late", "on time")]
+        )
         return table
 
 
@@ -361,7 +399,9 @@ def as_hours(table: Table) -> Any:
     """Return where and when each row was, as one text."""
     from pyarrow import compute
 
-    return compute.binary_join_element_wise(table["origin"], table["time_hour"], "\n").combine_chunks()
+    return compute.binary_join_element_wise(
+        table["origin"], table["time_hour"], "\n"
+    ).combine_chunks()
 
 
 def weekdays(table: Table, path: Path) -> Any:
@@ -376,7 +416,9 @@ def weekdays(table: Table, path: Path) -> Any:
         try:
             names.append(date(*map(int, day.split("-"))).strftime("%a"))
         except ValueError as error:
-            raise DataError(f"{path}: {day!r} of the columns year, month and day is no date: {error}") from error
+            raise DataError(
+                f"{path}: {day!r} of the columns year, month and day is no date: {error}"
+            ) from error
     return pyarrow.array([*names, None]).take(pyarrow.array((codes % (len(names) + 1)).numpy()))
 
 
@@ -387,19 +429,27 @@ def check_column(label: str, column: Column, name: str) -> None:
         check_digits(numbers[:, None], f"{name}: the numbers of column {label!r}", "normalize=true")
 
 
-def feature_columns(table: Table, labels: Sequence[str], categorical: Sequence[str], path: Path) -> dict[str, Column]:
+def feature_columns(
+    table: Table, labels: Sequence[str], categorical: Sequence[str], path: Path
+) -> dict[str, Column]:
     """Return the columns as numbers or texts; those in `categorical` as texts."""
     for label in categorical:
         need(label, table, path)
     return {
         label: as_column(
-            table[label], label, path, label in categorical or None, f", or {paths.override('categorical', [label])}"
+            table[label],
+            label,
+            path,
+            label in categorical or None,
+            f", or {paths.override('categorical', [label])}",
         )
         for label in labels
     }
 
 
-def choose(table: Table, target: str, features: Sequence[str] | None, ignore: Sequence[str], path: Path) -> list[str]:
+def choose(
+    table: Table, target: str, features: Sequence[str] | None, ignore: Sequence[str], path: Path
+) -> list[str]:
     """Return the feature columns. Raises DataError for a name that no column has."""
     for label in (target, *(features or ()), *ignore):
         need(label, table, path)
@@ -407,7 +457,9 @@ def choose(table: Table, target: str, features: Sequence[str] | None, ignore: Se
         raise DataError(f"{path}: {target!r} is the target and cannot be a feature too")
     chosen = [label for label in features or table if label not in (target, *ignore)]
     if not chosen:
-        raise DataError(f"{path}: no column is left to predict {target!r} from; it has {', '.join(table)}")
+        raise DataError(
+            f"{path}: no column is left to predict {target!r} from; it has {', '.join(table)}"
+        )
     return chosen
 
 
@@ -457,7 +509,9 @@ def target_cells(cells: Cells, label: str, kind: str | None, path: Path) -> Answ
     values, wrong = as_numbers(cells)
     if values.isnan().any():
         row = int(values.isnan().nonzero()[0, 0])
-        raise DataError(f"{path}, row {row + 1}: the target {label!r} is empty; fill it in or drop the row")
+        raise DataError(
+            f"{path}, row {row + 1}: the target {label!r} is empty; fill it in or drop the row"
+        )
     if pyarrow.types.is_boolean(cells.type):  # of a Parquet file, which knows its types
         return cells.to_numpy()
     if pyarrow.types.is_floating(cells.type):
@@ -468,7 +522,9 @@ def target_cells(cells: Cells, label: str, kind: str | None, path: Path) -> Answ
             return integers
     if kind == "class":
         return as_texts(cells)
-    column = as_column(cells, label, path, False if kind == "value" else None, ", or say target_kind=class")
+    column = as_column(
+        cells, label, path, False if kind == "value" else None, ", or say target_kind=class"
+    )
     return column if isinstance(column, Texts) else column.numpy()
 
 

@@ -66,19 +66,34 @@ class TextData(Data):
         self.tokenizer.fit(texts[row] for row in numbers["train"])
         for part, taken in numbers.items():
             encoded = {row: ids_of(texts[row], self.tokenizer, max_length) for row in taken}
-            chosen = taken if part == "train" else sorted(taken, key=lambda row: len(encoded[row]))  # less padding
+            chosen = (
+                taken if part == "train" else sorted(taken, key=lambda row: len(encoded[row]))
+            )  # less padding
             answers = torch.tensor([labels[row] for row in chosen])
             setattr(
-                self, part, RaggedSplit([encoded[row] for row in chosen], answers, bucket=bucket) if chosen else None
+                self,
+                part,
+                RaggedSplit([encoded[row] for row in chosen], answers, bucket=bucket)
+                if chosen
+                else None,
             )
-        self.in_shape, self.out_shape, self.target, self.classes = (max_length,), (len(classes),), "class", classes
+        self.in_shape, self.out_shape, self.target, self.classes = (
+            (max_length,),
+            (len(classes),),
+            "class",
+            classes,
+        )
         self.vocabulary = self.tokenizer.size
         self.texts = {part: [texts[row] for row in taken] for part, taken in numbers.items()}
         self.labels = {part: [labels[row] for row in taken] for part, taken in numbers.items()}
 
     def facts(self) -> dict[str, Any]:
         """Return the tokenizer with all that it has learned."""
-        return {"tokenizer": self.name, "learned": self.tokenizer.state(), "max_length": self.max_length}
+        return {
+            "tokenizer": self.name,
+            "learned": self.tokenizer.state(),
+            "max_length": self.max_length,
+        }
 
     @classmethod
     def read_inputs(cls, path: Path, facts: dict[str, Any]) -> Tensor:
@@ -92,7 +107,8 @@ class TextData(Data):
         tokenizer = known_tokenizer(facts)
         encoded = [ids_of(text, tokenizer, facts["max_length"]) for text in texts]
         memory.check_room(
-            8 * len(encoded) * facts["max_length"], f"{len(encoded)} texts of {facts['max_length']} tokens"
+            8 * len(encoded) * facts["max_length"],
+            f"{len(encoded)} texts of {facts['max_length']} tokens",
         )
         inputs = torch.zeros(len(encoded), facts["max_length"], dtype=torch.int64)
         for row, ids in enumerate(encoded):
@@ -152,8 +168,12 @@ class Docstrings(TextData):
         found = {package: list(docstrings(library / package)) for package in PACKAGES.split()}
         classes = [package for package, texts in found.items() if len(texts) >= FEWEST]
         if len(classes) < 2:
-            raise DataError(f"{library} has not the source of Python's standard library, so there are no docstrings")
-        owners = {text: label for label, package in enumerate(classes) for text in found[package]}  # each text once
+            raise DataError(
+                f"{library} has not the source of Python's standard library, so there are no docstrings"
+            )
+        owners = {
+            text: label for label, package in enumerate(classes) for text in found[package]
+        }  # each text once
         texts, labels = list(owners), list(owners.values())
         rows = drawn(labels, val_fraction, test_fraction, split_seed)
         self.learn(texts, labels, classes, tokenizer, max_length, bucket, rows)
@@ -206,8 +226,12 @@ class Spam(TextData):
             folder: with a folder of .json files for each group; null: where scripts/fetch_data puts it.
         """
         folder = folder.expanduser() if folder is not None else cache_folder() / "spam"
-        if not all((folder / group).is_dir() for groups in self.groups.values() for group in groups):
-            raise DataError(f"{folder} has not the mails; fetch them ({fetching('spam')}), or take data=docstrings")
+        if not all(
+            (folder / group).is_dir() for groups in self.groups.values() for group in groups
+        ):
+            raise DataError(
+                f"{folder} has not the mails; fetch them ({fetching('spam')}), or take data=docstrings"
+            )
         owners: dict[str, tuple[int, str]] = {}  # each mail once, where it comes first
         for part, groups in self.groups.items():
             for group in groups:
@@ -280,14 +304,20 @@ class TextFolder(OwnTexts):
         path = path.expanduser()
         folders = sorted(folder for folder in path.glob("*") if folder.is_dir())
         if not folders:
-            raise DataError(f"{path} has no folders; it should have one for each class, with .txt files")
+            raise DataError(
+                f"{path} has no folders; it should have one for each class, with .txt files"
+            )
         files = {folder: sorted(folder.glob("*.txt")) for folder in folders}
         for folder, own in files.items():
             if not own:
-                raise DataError(f"{folder} has no .txt file; a class needs some, or remove its folder")
+                raise DataError(
+                    f"{folder} has no .txt file; a class needs some, or remove its folder"
+                )
         texts = [read_text(file) for own in files.values() for file in own]
         names = [folder.name for folder, own in files.items() for _ in own]
-        self.split_up(texts, names, (val_fraction, test_fraction, split_seed), (tokenizer, max_length, bucket))
+        self.split_up(
+            texts, names, (val_fraction, test_fraction, split_seed), (tokenizer, max_length, bucket)
+        )
 
 
 @datasets.register("text_table")
@@ -321,7 +351,9 @@ class TextTable(OwnTexts):
         """
         self.text = text
         texts, names = zip(*read_rows(path.expanduser(), [text, label]), strict=True)
-        self.split_up(texts, names, (val_fraction, test_fraction, split_seed), (tokenizer, max_length, bucket))
+        self.split_up(
+            texts, names, (val_fraction, test_fraction, split_seed), (tokenizer, max_length, bucket)
+        )
 
     def facts(self) -> dict[str, Any]:
         """Return the tokenizer, and the column of texts."""
@@ -332,9 +364,12 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[list[str]]:
     """Return the cells of some columns, row by row. Raises DataError with file and line for a missing or empty one."""
     readers = {".csv": csv_rows, ".tsv": csv_rows, ".jsonl": json_rows}
     if path.suffix not in readers:
-        raise DataError(f"{path}: the suffix should be .csv, .tsv or .jsonl (or .txt, to predict: a text in each line)")
+        raise DataError(
+            f"{path}: the suffix should be .csv, .tsv or .jsonl (or .txt, to predict: a text in each line)"
+        )
     rows = [
-        [cell(row, column, f"{path}, line {line}") for column in columns] for line, row in readers[path.suffix](path)
+        [cell(row, column, f"{path}, line {line}") for column in columns]
+        for line, row in readers[path.suffix](path)
     ]
     if not rows:
         raise DataError(f"{path} has no rows")
@@ -345,10 +380,14 @@ def csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     text = read_text(path)
     limit = csv.field_size_limit(2**31 - 1)
     try:
-        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ",")
+        reader = csv.DictReader(
+            io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ","
+        )
         for row in reader:
             if None in row or None in row.values():
-                raise DataError(f"{path}, line {reader.line_num}: not as many cells as the first line has columns")
+                raise DataError(
+                    f"{path}, line {reader.line_num}: not as many cells as the first line has columns"
+                )
             yield reader.line_num, row
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num}: {error}") from error
@@ -363,7 +402,9 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}, line {number} is no JSON: {one_line(error)}") from error
         if not isinstance(row, dict):
-            raise DataError(f'{path}, line {number} should be an object such as {{"text": ..., "label": ...}}')
+            raise DataError(
+                f'{path}, line {number} should be an object such as {{"text": ..., "label": ...}}'
+            )
         yield number, row
 
 

@@ -15,15 +15,24 @@ activations.register("identity", nn.Identity, aliases=["none", "linear"])
 activations.register("relu", nn.ReLU, hide=["inplace"])
 activations.register("relu6", nn.ReLU6, hide=["inplace"])
 activations.register("leaky_relu", nn.LeakyReLU, hide=["inplace"])
-activations.register("prelu", nn.PReLU, hide=["device", "dtype"], types={"num_parameters": PositiveInt})
-activations.register("rrelu", nn.RReLU, hide=["inplace"], types={"lower": NonNegativeFloat, "upper": NonNegativeFloat})
+activations.register(
+    "prelu", nn.PReLU, hide=["device", "dtype"], types={"num_parameters": PositiveInt}
+)
+activations.register(
+    "rrelu",
+    nn.RReLU,
+    hide=["inplace"],
+    types={"lower": NonNegativeFloat, "upper": NonNegativeFloat},
+)
 activations.register("elu", nn.ELU, hide=["inplace"], types={"alpha": PositiveFloat})
 activations.register("celu", nn.CELU, hide=["inplace"], types={"alpha": PositiveFloat})
 activations.register("selu", nn.SELU, hide=["inplace"])
 activations.register("gelu", nn.GELU, types={"approximate": Literal["none", "tanh"]})
 activations.register("silu", nn.SiLU, aliases=["swish"], hide=["inplace"])
 activations.register("mish", nn.Mish, hide=["inplace"])
-activations.register("softplus", nn.Softplus, types={"beta": PositiveFloat, "threshold": PositiveFloat})
+activations.register(
+    "softplus", nn.Softplus, types={"beta": PositiveFloat, "threshold": PositiveFloat}
+)
 activations.register("sigmoid", nn.Sigmoid)
 activations.register("logsigmoid", nn.LogSigmoid, aliases=["log_sigmoid"])
 activations.register("tanh", nn.Tanh)
@@ -31,9 +40,13 @@ activations.register("tanhshrink", nn.Tanhshrink)
 activations.register("softsign", nn.Softsign)
 activations.register("softshrink", nn.Softshrink, types={"lambd": NonNegativeFloat})
 activations.register("hardshrink", nn.Hardshrink, types={"lambd": NonNegativeFloat})
-activations.register("hardtanh", nn.Hardtanh, aliases=["hard_tanh"], hide=["min_value", "max_value", "inplace"])
+activations.register(
+    "hardtanh", nn.Hardtanh, aliases=["hard_tanh"], hide=["min_value", "max_value", "inplace"]
+)
 activations.register("hardsigmoid", nn.Hardsigmoid, aliases=["hard_sigmoid"], hide=["inplace"])
-activations.register("hardswish", nn.Hardswish, aliases=["hard_swish", "hard_silu"], hide=["inplace"])
+activations.register(
+    "hardswish", nn.Hardswish, aliases=["hard_swish", "hard_silu"], hide=["inplace"]
+)
 activations.register("glu", nn.GLU, hide=["dim"])
 
 
@@ -178,6 +191,8 @@ class SwiGLU(nn.Module):
 def halves(x: Tensor) -> tuple[Tensor, Tensor]:
     """Split the last axis in two. Raises BuildError when it is odd."""
     if x.shape[-1] % 2:
-        raise BuildError(f"a gate halves the last axis, so that must be even; it is {x.shape[-1]} in {tuple(x.shape)}")
+        raise BuildError(
+            f"a gate halves the last axis, so that must be even; it is {x.shape[-1]} in {tuple(x.shape)}"
+        )
     a, b = x.chunk(2, dim=-1)
     return a, b

@@ -7,7 +7,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from framework import Activation, BuildError, Dropout, Norm, PositiveInt, Rate, Shape, blocks, shapes
+from framework import (
+    Activation,
+    BuildError,
+    Dropout,
+    Norm,
+    PositiveInt,
+    Rate,
+    Shape,
+    blocks,
+    shapes,
+)
 
 EMBEDDING_STD = 0.02  # of learned positions and class tokens, as in BERT and ViT
 
@@ -41,8 +51,12 @@ class PatchEmbedding(nn.Module):
         super().__init__()
         channels, high, wide = shapes.expect(in_shape, "images (C, H, W)", "patch_embedding")
         if high % patch or wide % patch:
-            divisors = [n for n in range(1, math.gcd(high, wide) + 1) if math.gcd(high, wide) % n == 0]
-            raise BuildError(f"patch_embedding cannot tile {in_shape} with patch={patch}; it can with {divisors}")
+            divisors = [
+                n for n in range(1, math.gcd(high, wide) + 1) if math.gcd(high, wide) % n == 0
+            ]
+            raise BuildError(
+                f"patch_embedding cannot tile {in_shape} with patch={patch}; it can with {divisors}"
+            )
         self.projection = nn.Conv2d(channels, width, patch, stride=patch)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -130,7 +144,9 @@ class Attention(nn.Module):
         super().__init__()
         _, features = shapes.expect(in_shape, "(T, D)", "attention")
         if features % heads:
-            raise BuildError(f"attention cannot split {features} features into {heads} heads of one size")
+            raise BuildError(
+                f"attention cannot split {features} features into {heads} heads of one size"
+            )
         self.heads, self.causal, self.p = heads, causal, dropout
         self.query = nn.Linear(features, features, bias=bias)
         self.key_value = nn.Linear(memory_width or features, 2 * features, bias=bias)
@@ -139,7 +155,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
         if self.needs_memory and memory is None:
-            raise ValueError("attention with a memory_width needs a memory: call it as block(x, memory)")
+            raise ValueError(
+                "attention with a memory_width needs a memory: call it as block(x, memory)"
+            )
         source = x if memory is None else memory
         query = self.split(self.query(x))
         key, value = map(self.split, self.key_value(source).chunk(2, dim=-1))
@@ -186,14 +204,21 @@ class TransformerLayer(nn.Module):
 
         def sublayer(module: nn.Module) -> Sublayer:
             normed = norm((features,))
-            return Sublayer(module, normed, dropout_kind(dropout) if dropout > 0 else nn.Identity(), norm_first)
+            return Sublayer(
+                module, normed, dropout_kind(dropout) if dropout > 0 else nn.Identity(), norm_first
+            )
 
         def attention(**settings) -> Sublayer:
-            return sublayer(blocks.build("attention", in_shape, heads=heads, dropout=dropout, **settings))
+            return sublayer(
+                blocks.build("attention", in_shape, heads=heads, dropout=dropout, **settings)
+            )
 
         wide = {"width": expansion * features, "dropout": dropout, "dropout_kind": dropout_kind}
         narrow = {"width": features, "activation": None}
-        makers = [blocks.maker("linear", activation=activation, **wide), blocks.maker("linear", **narrow)]
+        makers = [
+            blocks.maker("linear", activation=activation, **wide),
+            blocks.maker("linear", **narrow),
+        ]
         self.attention = attention(causal=causal)
         self.cross_attention = attention(memory_width=memory_width) if memory_width else None
         self.feed_forward = sublayer(nn.Sequential(*shapes.build_chain(makers, in_shape)[0]))
@@ -230,7 +255,9 @@ def transformer_encoder(
         causal: a position sees itself and those before it.
     """
     shapes.expect(in_shape, "(T, D)", "transformer_encoder")
-    return TransformerLayer(in_shape, heads, expansion, activation, norm, norm_first, dropout, dropout_kind, causal)
+    return TransformerLayer(
+        in_shape, heads, expansion, activation, norm, norm_first, dropout, dropout_kind, causal
+    )
 
 
 @blocks.register("transformer_decoder")
@@ -261,7 +288,9 @@ def transformer_decoder(
     """
     shapes.expect(in_shape, "(T, D)", "transformer_decoder")
     rest = {"causal": True, "memory_width": memory_width}
-    return TransformerLayer(in_shape, heads, expansion, activation, norm, norm_first, dropout, dropout_kind, **rest)
+    return TransformerLayer(
+        in_shape, heads, expansion, activation, norm, norm_first, dropout, dropout_kind, **rest
+    )
 
 
 @blocks.register("mlp_mixer")
@@ -303,7 +332,9 @@ class MLPMixer(nn.Module):
         return self.features(mixed)
 
 
-def mixing(shape: Shape, width: int, activation: Activation, dropout: float, dropout_kind: Dropout) -> nn.Sequential:
+def mixing(
+    shape: Shape, width: int, activation: Activation, dropout: float, dropout_kind: Dropout
+) -> nn.Sequential:
     """Return two linear layers over the last axis of `shape`, which they keep."""
     rest = {"dropout": dropout, "dropout_kind": dropout_kind}
     first = blocks.maker("linear", width=width, activation=activation, **rest)

@@ -50,7 +50,13 @@ class LogMel(nn.Module):
         ):  # half the bits are too few for energies before the logarithm
             n_fft = 2 * (self.filters.shape[1] - 1)
             spectrum = torch.stft(
-                wave, n_fft, self.hop, len(self.window), self.window, pad_mode="constant", return_complex=True
+                wave,
+                n_fft,
+                self.hop,
+                len(self.window),
+                self.window,
+                pad_mode="constant",
+                return_complex=True,
             )
             power = torch.view_as_real(spectrum).square().sum(-1)
             energies = (self.filters @ power).clamp(min=self.floor).log()
@@ -92,7 +98,9 @@ def log_mel(
     """
     shapes.expect(in_shape, "(channels+1, samples)", "log_mel")
     if in_shape[0] < 2:
-        raise BuildError(f"log_mel expects {WAVEFORM}; {tuple(in_shape)} has no channel beside the mask")
+        raise BuildError(
+            f"log_mel expects {WAVEFORM}; {tuple(in_shape)} has no channel beside the mask"
+        )
     length, hop = round(window_ms * sample_rate / 1000), round(hop_ms * sample_rate / 1000)
     n_fft = n_fft or 2 ** math.ceil(math.log2(max(length, 2)))
     high_hz = high_hz or sample_rate / 2
@@ -102,12 +110,18 @@ def log_mel(
     return LogMel(shape, filters, hop, floor)
 
 
-def check_frames(sample_rate: int, length: int, hop: int, n_fft: int, low_hz: float, high_hz: float) -> None:
+def check_frames(
+    sample_rate: int, length: int, hop: int, n_fft: int, low_hz: float, high_hz: float
+) -> None:
     """Raise BuildError for frames and bands that cannot be."""
     if length < 1 or hop < 1:
-        raise BuildError(f"log_mel: window_ms and hop_ms must be a sample at least, {1000 / sample_rate:g} ms")
+        raise BuildError(
+            f"log_mel: window_ms and hop_ms must be a sample at least, {1000 / sample_rate:g} ms"
+        )
     if n_fft < length or n_fft % 2:
-        raise BuildError(f"log_mel: n_fft={n_fft} must be even, and hold the window of {length} samples")
+        raise BuildError(
+            f"log_mel: n_fft={n_fft} must be even, and hold the window of {length} samples"
+        )
     if not low_hz < high_hz <= sample_rate / 2:
         raise BuildError(
             f"log_mel: bands from low_hz={low_hz:g} to high_hz={high_hz:g} must lie, in this order, below half of "
@@ -115,7 +129,9 @@ def check_frames(sample_rate: int, length: int, hop: int, n_fft: int, low_hz: fl
         )
 
 
-def mel_filters(sample_rate: int, n_fft: int, mels: int, scale: Scale, low_hz: float, high_hz: float) -> Tensor:
+def mel_filters(
+    sample_rate: int, n_fft: int, mels: int, scale: Scale, low_hz: float, high_hz: float
+) -> Tensor:
     """Return the triangles over the bins of a spectrum, (mels, n_fft / 2 + 1). Raises BuildError for an empty one."""
     ends = torch.tensor([low_hz, high_hz], dtype=torch.float64)
     low, high = hz_to_mel(ends, scale).tolist()
@@ -126,13 +142,19 @@ def mel_filters(sample_rate: int, n_fft: int, mels: int, scale: Scale, low_hz: f
     filters = torch.minimum(rising, falling).clamp(min=0)
     empty = int((filters.amax(1) == 0).sum())
     if empty:
-        raise BuildError(f"log_mel: {empty} of {mels} mels fall between the points of n_fft={n_fft}; take fewer mels")
+        raise BuildError(
+            f"log_mel: {empty} of {mels} mels fall between the points of n_fft={n_fft}; take fewer mels"
+        )
     if scale == "slaney":
         filters *= (2 / (corners[2:] - corners[:-2]))[:, None]
     return filters.float()
 
 
-BREAK_HZ, BREAK_MEL, LOG_STEP = 1000.0, 15.0, math.log(6.4) / 27  # of Slaney's scale: linear below, logarithmic above
+BREAK_HZ, BREAK_MEL, LOG_STEP = (
+    1000.0,
+    15.0,
+    math.log(6.4) / 27,
+)  # of Slaney's scale: linear below, logarithmic above
 
 
 def hz_to_mel(hz: Tensor, scale: Scale) -> Tensor:
@@ -196,7 +218,9 @@ def mfcc(
         floor: the least energy; what is below counts as silence.
     """
     if coefficients > mels:
-        raise BuildError(f"mfcc: {mels} mels have no {coefficients} coefficients; take at most as many")
+        raise BuildError(
+            f"mfcc: {mels} mels have no {coefficients} coefficients; take at most as many"
+        )
     spectrum = {"window_ms": window_ms, "hop_ms": hop_ms, "n_fft": n_fft, "window": window}
     bands = {"mels": mels, "scale": scale, "low_hz": low_hz, "high_hz": high_hz, "floor": floor}
     energies = blocks.build("log_mel", in_shape, sample_rate=sample_rate, **spectrum, **bands)
@@ -241,7 +265,12 @@ class SpecAugment(nn.Module):
         channels = torch.full((len(x), 1), float(values.shape[1]), device=x.device)
         frames = (mask > 0).sum(2).to(channels.dtype)
         widest = (self.time_share * frames).floor().clamp(max=self.time_width)
-        bands = draw_bands(self.frequency_masks, channels.clamp(max=self.frequency_width), channels, values.shape[1])
+        bands = draw_bands(
+            self.frequency_masks,
+            channels.clamp(max=self.frequency_width),
+            channels,
+            values.shape[1],
+        )
         stretches = draw_bands(self.time_masks, widest, frames, values.shape[2])
         hidden = bands.unsqueeze(2) | stretches.unsqueeze(1)
         return torch.cat([values.masked_fill(hidden, 0.0), mask], dim=1)
@@ -252,7 +281,9 @@ def draw_bands(count: int, widest: Tensor, size: Tensor, positions: int) -> Tens
 
     widest, size: (batch, 1): the greatest width of a band, and of how many positions it is drawn.
     """
-    width = (torch.rand(len(size), count, device=size.device) * (widest + 1)).floor().minimum(widest)
+    width = (
+        (torch.rand(len(size), count, device=size.device) * (widest + 1)).floor().minimum(widest)
+    )
     start = (torch.rand(len(size), count, device=size.device) * (size - width + 1)).floor()
     position = torch.arange(positions, device=size.device)
     inside = (position >= start.unsqueeze(2)) & (position < (start + width).unsqueeze(2))
@@ -289,8 +320,12 @@ class Spectrograms(Callback):
         inputs, targets = chosen
         features, outputs = heard(trainer.model, inputs.to(trainer.device))
         probability, found = outputs.float().cpu().softmax(1).max(1)
-        pictures = torch.stack([framed(*each) for each in zip(features.cpu(), found == targets, strict=True)])
-        table = predictions_table(targets.tolist(), found.tolist(), probability.tolist(), class_names(trainer.folder))
+        pictures = torch.stack(
+            [framed(*each) for each in zip(features.cpu(), found == targets, strict=True)]
+        )
+        table = predictions_table(
+            targets.tolist(), found.tolist(), probability.tolist(), class_names(trainer.folder)
+        )
         for logger in trainer.loggers:
             logger.images("spectrograms", pictures, trainer.state.step)
             logger.text("spectrograms/predictions", table, trainer.state.step)
@@ -304,7 +339,11 @@ def validation_samples(trainer: Context, count: int) -> tuple[Tensor, Tensor] | 
     size = len(batches.split)
     rows = [batches.split[row] for row in range(0, size, -(-size // count))]
     inputs, targets = (torch.stack([torch.as_tensor(row[n]) for row in rows]) for n in (0, 1))
-    return (inputs, targets) if inputs.ndim == 3 and targets.ndim == 1 and not targets.is_floating_point() else None
+    return (
+        (inputs, targets)
+        if inputs.ndim == 3 and targets.ndim == 1 and not targets.is_floating_point()
+        else None
+    )
 
 
 def heard(model: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -327,12 +366,16 @@ def framed(features: Tensor, right: Any) -> Tensor:
     low, high = values[:, real].aminmax() if real.any() else (values.min(), values.max())
     grey = ((values - low) / (high - low).clamp(min=1e-6) * real).flip(0).clamp(0, 1)
     picture = nn.functional.pad(grey.repeat_interleave(2, 0).expand(3, -1, -1), [3, 3, 3, 3])
-    border = nn.functional.pad(torch.zeros_like(picture[0, 3:-3, 3:-3]), [3, 3, 3, 3], value=1.0) > 0
+    border = (
+        nn.functional.pad(torch.zeros_like(picture[0, 3:-3, 3:-3]), [3, 3, 3, 3], value=1.0) > 0
+    )
     color = torch.tensor([0.2, 0.7, 0.2] if right else [0.9, 0.1, 0.1])
     return torch.where(border, color[:, None, None], picture)
 
 
-def predictions_table(targets: list[int], found: list[int], probability: list[float], names: list[str]) -> str:
+def predictions_table(
+    targets: list[int], found: list[int], probability: list[float], names: list[str]
+) -> str:
     """Return a table in markdown: what each sample is, and what it is taken for."""
 
     def name(index: int) -> str:
@@ -340,6 +383,8 @@ def predictions_table(targets: list[int], found: list[int], probability: list[fl
 
     rows = [
         f"| {number} | {name(target)} | {name(guess)} | {share:.2f} |"
-        for number, (target, guess, share) in enumerate(zip(targets, found, probability, strict=True), 1)
+        for number, (target, guess, share) in enumerate(
+            zip(targets, found, probability, strict=True), 1
+        )
     ]
     return "\n".join(["| sample | is | taken for | probability |", "|---|---|---|---|", *rows])

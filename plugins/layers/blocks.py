@@ -6,7 +6,18 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from framework import Activation, Block, BuildError, Dropout, Norm, PositiveInt, Rate, Shape, blocks, shapes
+from framework import (
+    Activation,
+    Block,
+    BuildError,
+    Dropout,
+    Norm,
+    PositiveInt,
+    Rate,
+    Shape,
+    blocks,
+    shapes,
+)
 
 
 @blocks.register("linear", aliases=["dense"])
@@ -74,7 +85,9 @@ def residual(
     modules, out_shape = shapes.build_chain(blocks, in_shape)
     skip = nn.Sequential(*projection(tuple(in_shape), out_shape))
     if norm is not None and len(skip):
-        skip.add_module("norm", norm(out_shape[-1:] if isinstance(skip[0], nn.Linear) else out_shape))
+        skip.add_module(
+            "norm", norm(out_shape[-1:] if isinstance(skip[0], nn.Linear) else out_shape)
+        )
     layers = nn.Sequential(Residual(nn.Sequential(*modules), skip))
     if activation is not None:
         layers.add_module("activation", activation())
@@ -87,7 +100,9 @@ def projection(in_shape: Shape, out_shape: Shape) -> list[nn.Module]:
         return []
     if len(in_shape) == len(out_shape) <= 2 and in_shape[:-1] == out_shape[:-1]:
         return [nn.Linear(in_shape[-1], out_shape[-1], bias=False)]
-    strides = tuple(-(-size // smaller) for size, smaller in zip(in_shape[1:], out_shape[1:], strict=False))
+    strides = tuple(
+        -(-size // smaller) for size, smaller in zip(in_shape[1:], out_shape[1:], strict=False)
+    )
     shrunk = tuple(-(-size // stride) for size, stride in zip(in_shape[1:], strides, strict=False))
     convolution = {2: nn.Conv1d, 3: nn.Conv2d}.get(len(in_shape))
     if convolution is None or len(in_shape) != len(out_shape) or shrunk != out_shape[1:]:
@@ -118,7 +133,9 @@ def residual_mlp(
         dropout: probability of zeroing, after each linear layer.
         dropout_kind: how outputs are dropped.
     """
-    features = shapes.expect(in_shape, "(D,) or (T, D)", "residual_mlp", "put `flatten` before it")[-1]
+    features = shapes.expect(in_shape, "(D,) or (T, D)", "residual_mlp", "put `flatten` before it")[
+        -1
+    ]
     rest = {"dropout": dropout, "dropout_kind": dropout_kind}
     branch = [] if norm is None else [blocks.maker("norm", norm=norm, features="last")]
     branch.append(blocks.maker("linear", width=width, activation=activation, **rest))
@@ -137,7 +154,9 @@ def activation(activation: Activation = "relu") -> nn.Module:
 
 
 @blocks.register("norm")
-def norm(in_shape: Shape, norm: Norm = "layer", features: Literal["first", "last"] = "first") -> nn.Module:
+def norm(
+    in_shape: Shape, norm: Norm = "layer", features: Literal["first", "last"] = "first"
+) -> nn.Module:
     """A norm as a block.
 
     Args:
@@ -193,7 +212,9 @@ class Permute(nn.Module):
         """
         super().__init__()
         if sorted(axes) != list(range(len(in_shape))):
-            raise BuildError(f"permute expects each axis of {tuple(in_shape)} once, gets {list(axes)}")
+            raise BuildError(
+                f"permute expects each axis of {tuple(in_shape)} once, gets {list(axes)}"
+            )
         self.axes = (0, *(axis + 1 for axis in axes))
 
     def forward(self, x: Tensor) -> Tensor:

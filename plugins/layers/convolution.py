@@ -4,7 +4,18 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from framework import Activation, BuildError, Maker, NonNegativeInt, Norm, PositiveInt, Rate, Shape, blocks, shapes
+from framework import (
+    Activation,
+    BuildError,
+    Maker,
+    NonNegativeInt,
+    Norm,
+    PositiveInt,
+    Rate,
+    Shape,
+    blocks,
+    shapes,
+)
 
 Padding = Literal["same"] | NonNegativeInt
 SIGNALS = "(C, L) or (C, H, W)"
@@ -78,7 +89,9 @@ def conv2d(
 
 def check_groups(who: str, in_channels: int, channels: int, groups: int) -> None:
     if in_channels % groups or channels % groups:
-        raise BuildError(f"{who} cannot split {in_channels} input and {channels} output channels into {groups} groups")
+        raise BuildError(
+            f"{who} cannot split {in_channels} input and {channels} output channels into {groups} groups"
+        )
 
 
 def same(kernel_size: int, stride: int, dilation: int) -> int | str:
@@ -87,7 +100,9 @@ def same(kernel_size: int, stride: int, dilation: int) -> int | str:
     return "same" if stride == 1 and total % 2 else total // 2
 
 
-def convolution(layer: nn.Module, in_shape: Shape, activation: Activation | None, norm: Norm | None) -> nn.Sequential:
+def convolution(
+    layer: nn.Module, in_shape: Shape, activation: Activation | None, norm: Norm | None
+) -> nn.Sequential:
     layers = nn.Sequential()
     layers.add_module("conv", layer)
     if norm is not None:
@@ -158,7 +173,9 @@ def bottleneck(
     branch = [
         blocks.maker("conv2d", channels=channels, kernel_size=1, activation=activation, **rest),
         blocks.maker("conv2d", channels=channels, stride=stride, activation=activation, **rest),
-        blocks.maker("conv2d", channels=expansion * channels, kernel_size=1, activation=None, **rest),
+        blocks.maker(
+            "conv2d", channels=expansion * channels, kernel_size=1, activation=None, **rest
+        ),
         *dropped(drop_path),
     ]
     return blocks.build("residual", in_shape, blocks=branch, activation=activation, norm=norm)
@@ -184,9 +201,16 @@ def depthwise_separable(
     """
     in_channels, _, _ = shapes.expect(in_shape, "(C, H, W)", "depthwise_separable")
     rest = {"activation": activation, "norm": norm, "bias": norm is None}
-    depthwise = {"channels": in_channels, "groups": in_channels, "kernel_size": kernel_size, "stride": stride}
+    depthwise = {
+        "channels": in_channels,
+        "groups": in_channels,
+        "kernel_size": kernel_size,
+        "stride": stride,
+    }
     first = blocks.build("conv2d", in_shape, **depthwise, **rest)
-    second = blocks.build("conv2d", shapes.output_shape(first, in_shape), channels=channels, kernel_size=1, **rest)
+    second = blocks.build(
+        "conv2d", shapes.output_shape(first, in_shape), channels=channels, kernel_size=1, **rest
+    )
     return nn.Sequential(first, second)
 
 
@@ -194,7 +218,9 @@ def depthwise_separable(
 class SqueezeExcite(nn.Module):
     """x · sigmoid(W₂ activation(W₁ mean(x))), a gate for each channel (Hu et al. 2018, arXiv:1709.01507, section 3)."""
 
-    def __init__(self, in_shape: Shape, reduction: PositiveInt = 16, activation: Activation = "relu"):
+    def __init__(
+        self, in_shape: Shape, reduction: PositiveInt = 16, activation: Activation = "relu"
+    ):
         """Build the two linear layers.
 
         Args:
@@ -228,7 +254,9 @@ def max_pool(
         stride: step between windows; null: kernel_size, so that they do not overlap.
         padding: cells added at each side, at most half of kernel_size.
     """
-    layer = {2: nn.MaxPool1d, 3: nn.MaxPool2d}[check_window("max_pool", in_shape, kernel_size, padding)]
+    layer = {2: nn.MaxPool1d, 3: nn.MaxPool2d}[
+        check_window("max_pool", in_shape, kernel_size, padding)
+    ]
     return layer(kernel_size, stride, padding)
 
 
@@ -246,7 +274,9 @@ def avg_pool(
         stride: step between windows; null: kernel_size, so that they do not overlap.
         padding: cells added at each side, at most half of kernel_size.
     """
-    layer = {2: nn.AvgPool1d, 3: nn.AvgPool2d}[check_window("avg_pool", in_shape, kernel_size, padding)]
+    layer = {2: nn.AvgPool1d, 3: nn.AvgPool2d}[
+        check_window("avg_pool", in_shape, kernel_size, padding)
+    ]
     return layer(kernel_size, stride, padding)
 
 

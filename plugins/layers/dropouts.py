@@ -8,7 +8,9 @@ from framework import dropouts
 
 dropouts.register("dropout", nn.Dropout, hide=["inplace"])
 dropouts.register("alpha", nn.AlphaDropout, aliases=["alpha_dropout"], hide=["inplace"])
-dropouts.register("feature_alpha", nn.FeatureAlphaDropout, aliases=["feature_alpha_dropout"], hide=["inplace"])
+dropouts.register(
+    "feature_alpha", nn.FeatureAlphaDropout, aliases=["feature_alpha_dropout"], hide=["inplace"]
+)
 
 
 @dropouts.register("feature", aliases=["dropout1d", "dropout2d", "spatial"])

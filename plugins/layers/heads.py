@@ -32,7 +32,9 @@ class Pool(nn.Module):
             return x[:, 0 if self.pool == "first" else -1]
         positions = (1,) if x.ndim == 3 else (2, 3)
         if self.pool == "mean" and x.ndim == 4 and x.stride(1) == 1:
-            return F.avg_pool2d(x, x.shape[2:]).flatten(1)  # its gradient is in the format of x: channels last
+            return F.avg_pool2d(x, x.shape[2:]).flatten(
+                1
+            )  # its gradient is in the format of x: channels last
         return x.mean(positions) if self.pool == "mean" else x.amax(positions)
 
 
@@ -84,7 +86,12 @@ class MLPHead(nn.Module):
         super().__init__()
         self.pool = Pool(in_shape, pool)
         shape = shapes.output_shape(self.pool, in_shape)
-        rest = {"activation": activation, "norm": norm, "dropout": dropout, "dropout_kind": dropout_kind}
+        rest = {
+            "activation": activation,
+            "norm": norm,
+            "dropout": dropout,
+            "dropout_kind": dropout_kind,
+        }
         self.hidden = blocks.build("linear", shape, width=width, **rest)
         self.output = heads.build("class", shapes.output_shape(self.hidden, shape), out_shape)
 

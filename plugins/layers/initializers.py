@@ -9,14 +9,27 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from framework import BuildError, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, initializers
+from framework import (
+    BuildError,
+    Fraction,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    initializers,
+)
 
 GAIN = {"gain": PositiveFloat}
 SLOPE = {"a": NonNegativeFloat}
 
-initializers.register("xavier_uniform", nn.init.xavier_uniform_, aliases=["glorot_uniform"], types=GAIN)
-initializers.register("xavier_normal", nn.init.xavier_normal_, aliases=["glorot_normal"], types=GAIN)
-initializers.register("kaiming_uniform", nn.init.kaiming_uniform_, aliases=["he_uniform"], types=SLOPE)
+initializers.register(
+    "xavier_uniform", nn.init.xavier_uniform_, aliases=["glorot_uniform"], types=GAIN
+)
+initializers.register(
+    "xavier_normal", nn.init.xavier_normal_, aliases=["glorot_normal"], types=GAIN
+)
+initializers.register(
+    "kaiming_uniform", nn.init.kaiming_uniform_, aliases=["he_uniform"], types=SLOPE
+)
 initializers.register("kaiming_normal", nn.init.kaiming_normal_, aliases=["he_normal"], types=SLOPE)
 initializers.register("orthogonal", nn.init.orthogonal_, types=GAIN)
 initializers.register("zeros", nn.init.zeros_)
@@ -45,7 +58,9 @@ def normal(tensor: Tensor, mean: float = 0.0, std: NonNegativeFloat = 0.02) -> T
 
 
 @initializers.register("trunc_normal", aliases=["truncated_normal"])
-def trunc_normal(tensor: Tensor, mean: float = 0.0, std: PositiveFloat = 0.02, cut: PositiveFloat = 2.0) -> Tensor:
+def trunc_normal(
+    tensor: Tensor, mean: float = 0.0, std: PositiveFloat = 0.02, cut: PositiveFloat = 2.0
+) -> Tensor:
     """Draw from a normal distribution, without its tails.
 
     Args:
@@ -65,7 +80,9 @@ def uniform(tensor: Tensor, a: float = -0.05, b: float = 0.05) -> Tensor:
         b: upper end.
     """
     if a > b:
-        raise BuildError(f"uniform draws from [a, b), so a must not be above b; given a={a:g}, b={b:g}")
+        raise BuildError(
+            f"uniform draws from [a, b), so a must not be above b; given a={a:g}, b={b:g}"
+        )
     return nn.init.uniform_(tensor, a, b)
 
 
@@ -96,7 +113,9 @@ def variance_scaling(
         distribution: shape of the distribution.
     """
     if tensor.ndim < 2:
-        raise BuildError(f"a fan needs a weight of 2 or more axes, not one of shape {tuple(tensor.shape)}")
+        raise BuildError(
+            f"a fan needs a weight of 2 or more axes, not one of shape {tuple(tensor.shape)}"
+        )
     positions = math.prod(tensor.shape[2:])
     fan_in, fan_out = tensor.shape[1] * positions, tensor.shape[0] * positions
     fan = {"fan_in": fan_in, "fan_out": fan_out, "fan_avg": (fan_in + fan_out) / 2}[mode]

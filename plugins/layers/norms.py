@@ -27,7 +27,9 @@ def batch(
 
 
 @norms.register("layer", aliases=["layer_norm"])
-def layer(in_shape: Shape, eps: PositiveFloat = 1e-5, affine: bool = True, bias: bool = True) -> nn.Module:
+def layer(
+    in_shape: Shape, eps: PositiveFloat = 1e-5, affine: bool = True, bias: bool = True
+) -> nn.Module:
     """Normalise over the channels, at each position by itself (Ba et al. 2016, arXiv:1607.06450).
 
     For channels-first shapes this is ConvNeXt's variant (Liu et al. 2022, arXiv:2201.03545, section 2.6); for one mean
@@ -58,7 +60,10 @@ def rms(in_shape: Shape, eps: PositiveFloat | None = None, affine: bool = True) 
 
 @norms.register("group", aliases=["group_norm"])
 def group(
-    in_shape: Shape, groups: PositiveInt | None = None, eps: PositiveFloat = 1e-5, affine: bool = True
+    in_shape: Shape,
+    groups: PositiveInt | None = None,
+    eps: PositiveFloat = 1e-5,
+    affine: bool = True,
 ) -> nn.Module:
     """Normalise over each group of channels and all its positions (Wu & He 2018, arXiv:1803.08494).
 
@@ -140,7 +145,9 @@ def default_groups(channels: int) -> int:
 
 def check_rank(in_shape: Shape, name: str) -> None:
     if not 1 <= len(in_shape) <= 4:
-        raise BuildError(f"{name} norm takes (D,), (C, L), (C, H, W) or (C, D, H, W), not in_shape {tuple(in_shape)}")
+        raise BuildError(
+            f"{name} norm takes (D,), (C, L), (C, H, W) or (C, D, H, W), not in_shape {tuple(in_shape)}"
+        )
 
 
 def check_several(in_shape: Shape, name: str) -> None:

@@ -77,5 +77,7 @@ def recurrent(
 ) -> Recurrent:
     _, features = shapes.expect(in_shape, "(T, D)", who)
     between = dropout if depth > 1 else 0.0  # torch warns of a dropout that has nowhere to go
-    built = layer(features, width, depth, batch_first=True, dropout=between, bidirectional=bidirectional)
+    built = layer(
+        features, width, depth, batch_first=True, dropout=between, bidirectional=bidirectional
+    )
     return Recurrent(built, outputs)

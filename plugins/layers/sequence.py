@@ -50,7 +50,9 @@ def expect_masked(in_shape: Shape, who: str, forms: str = FORM) -> Shape:
     """Return the shape of a sample without its mask. Raises BuildError for another shape than `forms` allow."""
     channels, *axes = shapes.expect(in_shape, forms, who)
     if channels < 2:
-        raise BuildError(f"{who} expects {forms}, the last channel being the mask; {tuple(in_shape)} has no other")
+        raise BuildError(
+            f"{who} expects {forms}, the last channel being the mask; {tuple(in_shape)} has no other"
+        )
     return channels - 1, *axes
 
 
@@ -87,7 +89,9 @@ def find_strides(axes: Sequence[int], shortened: Sequence[int]) -> list[int]:
 
 def thinned(x: Tensor, strides: Sequence[int], size: Sequence[int]) -> Tensor:
     """Return each so many-th position of every axis, as many as `size` says."""
-    return x[:, :, *(slice(0, end * step, step) for end, step in zip(size[2:], strides, strict=True))]
+    return x[
+        :, :, *(slice(0, end * step, step) for end, step in zip(size[2:], strides, strict=True))
+    ]
 
 
 def find_stride(length: int, shortened: int) -> int:
@@ -95,7 +99,9 @@ def find_stride(length: int, shortened: int) -> int:
     for stride in (-(-length // shortened), length // shortened):
         if stride and shortened in (-(-length // stride), length // stride):
             return stride
-    raise BuildError(f"masked cannot follow its mask from {length} frames to {shortened}; pad so that none is lost")
+    raise BuildError(
+        f"masked cannot follow its mask from {length} frames to {shortened}; pad so that none is lost"
+    )
 
 
 @blocks.register("masked_conv1d")
@@ -122,7 +128,12 @@ def masked_conv1d(
         dropout: probability of zeroing an output.
         dropout_kind: how outputs are dropped.
     """
-    settings = {"channels": channels, "kernel_size": kernel_size, "stride": stride, "dilation": dilation}
+    settings = {
+        "channels": channels,
+        "kernel_size": kernel_size,
+        "stride": stride,
+        "dilation": dilation,
+    }
     settings |= {"activation": activation, "norm": norm}
     return masked_convolution("conv1d", in_shape, settings, dropout, dropout_kind)
 
@@ -132,7 +143,9 @@ def masked_convolution(
 ) -> nn.Module:
     """Return the convolution of that name within `masked`, and a dropout after it."""
     if settings["kernel_size"] % 2 == 0:
-        raise BuildError(f"masked_{name} needs an odd kernel_size, with a middle, not {settings['kernel_size']}")
+        raise BuildError(
+            f"masked_{name} needs an odd kernel_size, with a middle, not {settings['kernel_size']}"
+        )
     layers = [blocks.maker(name, **settings)]
     if dropout > 0:
         layers.append(blocks.maker("dropout", p=dropout, kind=dropout_kind))
@@ -211,7 +224,9 @@ class MaskedResidual(nn.Module):
         modules, out_shape = shapes.build_chain(blocks, tuple(in_shape))
         self.body = nn.Sequential(*modules)
         form = PICTURE if len(axes) == 2 else FORM
-        out_channels, *shortened = expect_masked(out_shape, "masked_residual around its blocks", form)
+        out_channels, *shortened = expect_masked(
+            out_shape, "masked_residual around its blocks", form
+        )
         strides = find_strides(axes, shortened)
         same = out_channels == channels and set(strides) == {1}
         layer = nn.Conv2d if len(axes) == 2 else nn.Conv1d
@@ -246,14 +261,22 @@ class MaskedNorm(nn.Module):
         values, mask = take_apart(x)
         mean, variance = masked_moments(values, mask)
         centred = values - mean
-        return put_together(centred * (variance + self.eps).rsqrt() if self.scale else centred, mask)
+        return put_together(
+            centred * (variance + self.eps).rsqrt() if self.scale else centred, mask
+        )
 
 
 @blocks.register("masked_batch_norm")
 class MaskedBatchNorm(nn.Module):
     """Batch norm (Ioffe & Szegedy 2015, arXiv:1502.03167) over the real frames: padding counts for nothing."""
 
-    def __init__(self, in_shape: Shape, eps: PositiveFloat = 1e-5, momentum: Fraction = 0.1, affine: bool = True):
+    def __init__(
+        self,
+        in_shape: Shape,
+        eps: PositiveFloat = 1e-5,
+        momentum: Fraction = 0.1,
+        affine: bool = True,
+    ):
         """Begin with mean 0 and variance 1.
 
         Args:
@@ -276,12 +299,16 @@ class MaskedBatchNorm(nn.Module):
             frames = mask.sum().clamp(min=1)
             mean = (values * mask).sum((0, 2)).unsqueeze(1) / frames
             variance = ((values - mean).square() * mask).sum((0, 2)).unsqueeze(1) / frames
-            with torch.no_grad():  # the running variance is the unbiased one, as in torch's batch norm
+            with (
+                torch.no_grad()
+            ):  # the running variance is the unbiased one, as in torch's batch norm
                 unbiased = variance * frames / (frames - 1).clamp(min=1)
                 for running, new in ((self.running_mean, mean), (self.running_variance, unbiased)):
                     running.mul_(1 - self.momentum).add_(new, alpha=self.momentum)
         values = (values - mean) * (variance + self.eps).rsqrt()
-        return put_together(values if self.scale is None else values * self.scale + self.shift, mask)
+        return put_together(
+            values if self.scale is None else values * self.scale + self.shift, mask
+        )
 
 
 def masked_moments(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -310,12 +337,16 @@ class MaskedPool(nn.Module):
         channels, _ = expect_masked(in_shape, "masked_pool")
         self.pool = pool
         if pool == "attention":
-            self.score = nn.Sequential(nn.Conv1d(channels, width, 1), nn.Tanh(), nn.Conv1d(width, 1, 1, bias=False))
+            self.score = nn.Sequential(
+                nn.Conv1d(channels, width, 1), nn.Tanh(), nn.Conv1d(width, 1, 1, bias=False)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         values, mask = take_apart(x)
         if self.pool == "max":
-            return torch.where(mask.amax(2) > 0, values.masked_fill(mask == 0, -torch.inf).amax(2), 0.0)
+            return torch.where(
+                mask.amax(2) > 0, values.masked_fill(mask == 0, -torch.inf).amax(2), 0.0
+            )
         if self.pool == "attention":
             score = self.score(values).masked_fill(mask == 0, torch.finfo(values.dtype).min)
             return (score.softmax(2) * values * mask).sum(2)
@@ -357,14 +388,23 @@ class MaskedTransformer(nn.Module):
         channels, length = expect_masked(in_shape, "masked_transformer")
         heads = heads or math.gcd(channels, 4)
         if channels % heads:
-            raise BuildError(f"masked_transformer cannot split {channels} channels into {heads} heads of one size")
+            raise BuildError(
+                f"masked_transformer cannot split {channels} channels into {heads} heads of one size"
+            )
         self.heads, self.p = heads, dropout
         self.norm = norm((channels,))
         self.query_key_value = nn.Linear(channels, 3 * channels)
         self.output = nn.Linear(channels, channels)
         self.dropout = dropout_kind(dropout) if dropout > 0 else nn.Identity()
-        rest = {"activation": activation, "norm": norm, "dropout": dropout, "dropout_kind": dropout_kind}
-        self.feed_forward = blocks.build("residual_mlp", (length, channels), width=expansion * channels, **rest)
+        rest = {
+            "activation": activation,
+            "norm": norm,
+            "dropout": dropout,
+            "dropout_kind": dropout_kind,
+        }
+        self.feed_forward = blocks.build(
+            "residual_mlp", (length, channels), width=expansion * channels, **rest
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         values, mask = take_apart(x)
@@ -374,7 +414,9 @@ class MaskedTransformer(nn.Module):
 
     def attend(self, frames: Tensor, real: Tensor) -> Tensor:
         """Return what each frame gathers; `real` is (batch, 1, 1, L). Where nothing is real, all is looked at."""
-        split = self.query_key_value(frames).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        split = (
+            self.query_key_value(frames).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        )
         p = self.p if self.training else 0.0
         seen = real | ~real.any(3, keepdim=True)
         mixed = scaled_dot_product_attention(*split.unbind(0), attn_mask=seen, dropout_p=p)

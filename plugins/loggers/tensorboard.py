@@ -42,7 +42,9 @@ class TensorBoard(Logger):
     def open(self, folder: Path | None, step: int, metrics: Sequence[str]) -> None:
         """Begin an event file in `folder`; what earlier files hold after `step` is marked as void."""
         if folder is None:
-            warnings.warn("the run has no folder, so the tensorboard logger records nothing", stacklevel=2)
+            warnings.warn(
+                "the run has no folder, so the tensorboard logger records nothing", stacklevel=2
+            )
             return
         before = list(Path(folder).glob("events.out.tfevents.*"))
         self._file, self._step = EventFile(Path(folder)), step
@@ -52,15 +54,21 @@ class TensorBoard(Logger):
             self._file.void_after(step)
         self._file.write(value=[layout_value(metrics)])
 
-    def scalars(self, values: dict[str, float], *, step: int, epoch: int, wall_seconds: float) -> None:
+    def scalars(
+        self, values: dict[str, float], *, step: int, epoch: int, wall_seconds: float
+    ) -> None:
         """Record values at a step, all in one event (a seventh of the cost of an event each)."""
         self._step = step
         self._logged.update(values)
-        self._write(step, [{"tag": tag, "simple_value": float(value)} for tag, value in values.items()])
+        self._write(
+            step, [{"tag": tag, "simple_value": float(value)} for tag, value in values.items()]
+        )
 
     def text(self, tag: str, markdown: str, step: int = 0) -> None:
         """Record a text, shown as markdown."""
-        self._write(step, [tensor_value(tag, "text", "DT_STRING", [1], string_val=[markdown.encode()])])
+        self._write(
+            step, [tensor_value(tag, "text", "DT_STRING", [1], string_val=[markdown.encode()])]
+        )
 
     def histogram(self, tag: str, values: Tensor, step: int) -> None:
         """Record the distribution of the finite values, counted on the device where they are."""
@@ -68,7 +76,14 @@ class TensorBoard(Logger):
             return
         bars = histogram_bars(values, self.bins)
         content = bars.numpy().tobytes()
-        self._write(step, [tensor_value(tag, "histograms", "DT_DOUBLE", list(bars.shape), tensor_content=content)])
+        self._write(
+            step,
+            [
+                tensor_value(
+                    tag, "histograms", "DT_DOUBLE", list(bars.shape), tensor_content=content
+                )
+            ],
+        )
 
     def images(self, tag: str, images: Tensor, step: int) -> None:
         """Record pictures, (N, C, H, W) in [0, 1] with 1 or 3 channels, side by side under one tag."""
@@ -76,7 +91,9 @@ class TensorBoard(Logger):
             return
         height, width = images.shape[-2:]
         pictures = [str(width).encode(), str(height).encode(), *map(png, images.detach().cpu())]
-        self._write(step, [tensor_value(tag, "images", "DT_STRING", [len(pictures)], string_val=pictures)])
+        self._write(
+            step, [tensor_value(tag, "images", "DT_STRING", [len(pictures)], string_val=pictures)]
+        )
 
     def graph(self, model: nn.Module, inputs: Tensor) -> None:
         """Record the graph, from the first of `inputs`; a model that does not run on it leaves a text that says why."""
@@ -84,9 +101,13 @@ class TensorBoard(Logger):
             return
         try:
             drawn = draw(model, inputs[:1])
-        except Exception as error:  # a model may fail in any way, and the run has no need of a drawing
+        except (
+            Exception
+        ) as error:  # a model may fail in any way, and the run has no need of a drawing
             said = str(error).strip().split("\n")[0][:300]
-            self.text("graph", f"The model's graph cannot be drawn: `{type(error).__name__}: {said}`")
+            self.text(
+                "graph", f"The model's graph cannot be drawn: `{type(error).__name__}: {said}`"
+            )
             return
         self._file.write(graph_def=drawn)
 
@@ -107,9 +128,16 @@ class TensorBoard(Logger):
         start.session_start_info.start_time_secs = self._file.opened
         for name, value in flat(settings).items():
             field = "bool_value" if isinstance(value, bool) else "string_value"
-            field = "number_value" if isinstance(value, int | float) and not isinstance(value, bool) else field
+            field = (
+                "number_value"
+                if isinstance(value, int | float) and not isinstance(value, bool)
+                else field
+            )
             setattr(start.session_start_info.hparams[name], field, value)
-        end.session_end_info.status, end.session_end_info.end_time_secs = 1, time.time()  # 1: STATUS_SUCCESS
+        end.session_end_info.status, end.session_end_info.end_time_secs = (
+            1,
+            time.time(),
+        )  # 1: STATUS_SUCCESS
         for tag, data in (("session_start_info", start), ("session_end_info", end)):
             content = data.SerializeToString()
             self._write(0, [tensor_value(f"_hparams_/{tag}", "hparams", "DT_FLOAT", [0], content)])
@@ -150,7 +178,9 @@ class EventFile:
         event.session_log.status = 1  # SessionLog.START
         self._append(event)
 
-    def write(self, step: int = 0, value: list[dict[str, Any]] | None = None, **content: Any) -> None:
+    def write(
+        self, step: int = 0, value: list[dict[str, Any]] | None = None, **content: Any
+    ) -> None:
         summary = {"summary": {"value": value}} if value else {}
         self._append(self._event(wall_time=time.time(), step=step, **summary, **content))
 
@@ -198,12 +228,17 @@ def layout_value(metrics: Sequence[str]) -> dict[str, Any]:
 
     names = list(dict.fromkeys(["loss", *metrics]))
     charts = [
-        {"title": name, "multiline": {"tag": [f"^{split}/{re.escape(name)}$" for split in ("train", "val")]}}
+        {
+            "title": name,
+            "multiline": {"tag": [f"^{split}/{re.escape(name)}$" for split in ("train", "val")]},
+        }
         for name in names
     ]
     layout = Layout(category=[{"title": "training and validation", "chart": charts}])
     content = [layout.SerializeToString()]
-    return tensor_value("custom_scalars__config__", "custom_scalars", "DT_STRING", [], string_val=content)
+    return tensor_value(
+        "custom_scalars__config__", "custom_scalars", "DT_STRING", [], string_val=content
+    )
 
 
 def histogram_bars(values: Tensor, bins: int) -> Tensor:
@@ -216,7 +251,9 @@ def histogram_bars(values: Tensor, bins: int) -> Tensor:
     if low == high:
         return torch.tensor([[low, high, values.numel()]], dtype=torch.float64)
     place = ((values - low) * (bins / (high - low))).long().clamp_(0, bins - 1)
-    counts = place.bincount(minlength=bins).double().cpu()  # histc refuses to run when algorithms must be deterministic
+    counts = (
+        place.bincount(minlength=bins).double().cpu()
+    )  # histc refuses to run when algorithms must be deterministic
     edges = torch.linspace(low, high, bins + 1, dtype=torch.float64)
     return torch.stack([edges[:-1], edges[1:], counts], dim=1)
 
@@ -226,10 +263,18 @@ def png(picture: Tensor) -> bytes:
     channels, height, width = picture.shape
     pixels = (picture.float().nan_to_num(0).clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
     rows = pixels.reshape(height, width * channels)
-    rows = torch.cat([rows.new_zeros(height, 1), rows], dim=1)  # filter type 0 at the start of each row
+    rows = torch.cat(
+        [rows.new_zeros(height, 1), rows], dim=1
+    )  # filter type 0 at the start of each row
     header = struct.pack(">IIBBBBB", width, height, 8, {1: 0, 3: 2}[channels], 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows.contiguous().numpy().tobytes())), (b"IEND", b"")]
-    framed = [struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks]
+    chunks = [
+        (b"IHDR", header),
+        (b"IDAT", zlib.compress(rows.contiguous().numpy().tobytes())),
+        (b"IEND", b""),
+    ]
+    framed = [
+        struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks
+    ]
     return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
 
 
@@ -240,7 +285,9 @@ def draw(model: nn.Module, inputs: Tensor) -> bytes:
     from framework import model_undisturbed
 
     recorder = Recorder(model, inputs)
-    hooks = [hook for name, module in model.named_modules() for hook in recorder.hooks(name, module)]
+    hooks = [
+        hook for name, module in model.named_modules() for hook in recorder.hooks(name, module)
+    ]
     try:
         with model_undisturbed(model), torch.no_grad(), recorder:
             outputs = model(inputs)
@@ -257,7 +304,9 @@ class Recorder(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, inputs: Tensor):
         super().__init__()
-        self.stored = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
+        self.stored = {
+            id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())
+        }
         self.nodes: list[dict[str, Any]] = []
         self.scopes = [""]
         self.scope_of: dict[str, str] = {}
@@ -282,7 +331,12 @@ class Recorder(TorchFunctionMode):
         made = tensors_in(output)
         if made:
             operation = function.__name__.strip("_")
-            self.add(self.unique(self.scopes[-1] + operation), operation, tensors_in((args, kwargs)), made)
+            self.add(
+                self.unique(self.scopes[-1] + operation),
+                operation,
+                tensors_in((args, kwargs)),
+                made,
+            )
         return output
 
     def unique(self, name: str) -> str:
@@ -313,7 +367,11 @@ def tensors_in(value: Any) -> list[Tensor]:
         return [value]
     if isinstance(value, dict):
         value = tuple(value.values())
-    return [tensor for item in value for tensor in tensors_in(item)] if isinstance(value, list | tuple) else []
+    return (
+        [tensor for item in value for tensor in tensors_in(item)]
+        if isinstance(value, list | tuple)
+        else []
+    )
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:

@@ -28,18 +28,26 @@ class JsonLines(Logger):
         Raises RunError when the file cannot be written.
         """
         if folder is None:
-            warnings.warn("the run has no folder, so the json_lines logger records nothing", stacklevel=2)
+            warnings.warn(
+                "the run has no folder, so the json_lines logger records nothing", stacklevel=2
+            )
             return
         files.make_folder(Path(folder))
         keep_lines(Path(folder), step)
         self._file = files.AppendFile(Path(folder), METRICS)
 
-    def scalars(self, values: dict[str, float], *, step: int, epoch: int, wall_seconds: float) -> None:
+    def scalars(
+        self, values: dict[str, float], *, step: int, epoch: int, wall_seconds: float
+    ) -> None:
         """Append a line, whole or not at all. Raises RunError when it cannot be written."""
         if self._file is None:
             return
         numbers = {key: float(value) for key, value in values.items()}
-        row: dict[str, float | None] = {"step": step, "epoch": epoch, "wall_seconds": round(wall_seconds, 3)}
+        row: dict[str, float | None] = {
+            "step": step,
+            "epoch": epoch,
+            "wall_seconds": round(wall_seconds, 3),
+        }
         row |= {key: value if math.isfinite(value) else None for key, value in numbers.items()}
         self._file.append(json.dumps(row, allow_nan=False).encode() + b"\n")
 
@@ -68,7 +76,9 @@ def keep_lines(folder: Path, step: int) -> None:
                     kept += len(line)
             if not cut:
                 file.seek(0)
-                files.write_file(folder, METRICS, (line for line in lines_of(file) if stays(line, step)))
+                files.write_file(
+                    folder, METRICS, (line for line in lines_of(file) if stays(line, step))
+                )
             elif kept < end:
                 with files.open_file(folder, METRICS, "r+") as changed:
                     changed.truncate(kept)
@@ -105,7 +115,9 @@ class Console(Logger):
         """
         self.digits = digits
 
-    def scalars(self, values: dict[str, float], *, step: int, epoch: int, wall_seconds: float) -> None:
+    def scalars(
+        self, values: dict[str, float], *, step: int, epoch: int, wall_seconds: float
+    ) -> None:
         """Print a line."""
         shown = "".join(f"  {key} {float(value):.{self.digits}g}" for key, value in values.items())
         terminal.print_line(f"step {step}  epoch {epoch}  {wall_seconds:.1f} s{shown}", flush=True)

@@ -32,7 +32,9 @@ class Rotary(nn.Module):
     def __init__(self, features: int, context: int, base: float):
         super().__init__()
         if features % 2:
-            raise BuildError(f"rotary positions turn pairs of features; {features} a head are not even")
+            raise BuildError(
+                f"rotary positions turn pairs of features; {features} a head are not even"
+            )
         angles = torch.arange(context)[:, None] * base ** -(torch.arange(0, features, 2) / features)
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
@@ -42,7 +44,9 @@ class Rotary(nn.Module):
         """Turn (..., T, D), whose first position is `start`. Raises DataError beyond the context."""
         end = start + x.shape[-2]
         if end > self.context:
-            raise DataError(f"a sequence of {end} tokens is longer than the model's context of {self.context}")
+            raise DataError(
+                f"a sequence of {end} tokens is longer than the model's context of {self.context}"
+            )
         cos, sin = self.cos[start:end].to(x.dtype), self.sin[start:end].to(x.dtype)
         a, b = x.chunk(2, dim=-1)
         return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
@@ -74,13 +78,17 @@ class RotaryAttention(nn.Module):
         super().__init__()
         context, features = shapes.expect(in_shape, "(T, D)", "rotary_attention")
         if features % heads:
-            raise BuildError(f"rotary_attention cannot split {features} features into {heads} heads of one size")
+            raise BuildError(
+                f"rotary_attention cannot split {features} features into {heads} heads of one size"
+            )
         self.heads, self.causal, self.p = heads, causal, dropout
         self.input = nn.Linear(features, 3 * features, bias=False)
         self.output = nn.Linear(features, features, bias=False)
         self.rotary = Rotary(features // heads, context, base)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, cache: list[Tensor] | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, cache: list[Tensor] | None = None
+    ) -> Tensor:
         query, key, value = self.input(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         start = cache[0].shape[2] if cache else 0
         query, key = self.rotary(query, start), self.rotary(key, start)
@@ -90,10 +98,14 @@ class RotaryAttention(nn.Module):
             cache[:] = key, value
         seen = None if mask is None else mask[:, None, None, :]
         if start and self.causal:  # new queries against all keys: position i of them sees start + i
-            seen = torch.ones(x.shape[1], key.shape[2], dtype=torch.bool, device=x.device).tril(start)
+            seen = torch.ones(x.shape[1], key.shape[2], dtype=torch.bool, device=x.device).tril(
+                start
+            )
         causal = self.causal and seen is None
         p = self.p if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(query, key, value, seen, dropout_p=p, is_causal=causal)
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, seen, dropout_p=p, is_causal=causal
+        )
         return self.output(mixed.transpose(1, 2).flatten(2))
 
 
@@ -132,12 +144,17 @@ class GatedTransformer(nn.Module):
         settings = {"heads": heads, "causal": causal, "dropout": dropout, "base": base}
         self.attention_norm, self.norm = norm((features,)), norm((features,))
         self.attention = blocks.build("rotary_attention", in_shape, **settings)
-        self.input, self.output = nn.Linear(features, 2 * wide, bias=False), nn.Linear(wide, features, bias=False)
+        self.input, self.output = (
+            nn.Linear(features, 2 * wide, bias=False),
+            nn.Linear(wide, features, bias=False),
+        )
         self.dropout = dropout_kind(dropout) if dropout > 0 else nn.Identity()
         for last in (self.attention.output, self.output):
             nn.init.zeros_(last.weight)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, cache: list[Tensor] | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, cache: list[Tensor] | None = None
+    ) -> Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x), mask, cache))
         value, gate = self.input(self.norm(x)).chunk(2, dim=-1)
         return x + self.dropout(self.output(value * F.silu(gate)))

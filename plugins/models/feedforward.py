@@ -21,8 +21,12 @@ from framework import (
 )
 
 
-def stack(in_shape: Shape, out_shape: Shape, layers: list[Maker], head: str, **settings) -> nn.Module:
-    return models.build("stack", in_shape, out_shape, blocks=layers, head=heads.maker(head, **settings))
+def stack(
+    in_shape: Shape, out_shape: Shape, layers: list[Maker], head: str, **settings
+) -> nn.Module:
+    return models.build(
+        "stack", in_shape, out_shape, blocks=layers, head=heads.maker(head, **settings)
+    )
 
 
 @models.register("mlp")
@@ -47,7 +51,12 @@ def mlp(
         dropout_kind: how hidden features are dropped.
     """
     widths = [width] * depth if isinstance(width, int) else width
-    rest = {"activation": activation, "norm": norm, "dropout": dropout, "dropout_kind": dropout_kind}
+    rest = {
+        "activation": activation,
+        "norm": norm,
+        "dropout": dropout,
+        "dropout_kind": dropout_kind,
+    }
     layers = [blocks.maker("linear", width=features, **rest) for features in widths]
     if len(in_shape) != 1:
         layers.insert(0, blocks.maker("flatten"))
@@ -84,11 +93,19 @@ def cnn(
     _, high, wide = shapes.expect(in_shape, "images (C, H, W)", "cnn")
     most = min(high, wide).bit_length() - 1
     if len(channels) > most:
-        raise BuildError(f"cnn halves the image {len(channels)} times; {tuple(in_shape)} allows {most} `channels`")
+        raise BuildError(
+            f"cnn halves the image {len(channels)} times; {tuple(in_shape)} allows {most} `channels`"
+        )
     layers = []
     for count in channels:
         layers.append(
-            blocks.maker("conv2d", channels=count, kernel_size=kernel_size, activation=None, bias=norm is None)
+            blocks.maker(
+                "conv2d",
+                channels=count,
+                kernel_size=kernel_size,
+                activation=None,
+                bias=norm is None,
+            )
         )
         layers.append(blocks.maker(f"{pooling}_pool"))
         layers += [] if norm is None else [blocks.maker("norm", norm=norm)]
@@ -135,7 +152,9 @@ def resnet(
         for position in range(depth):
             stride, built = 2 if stage > 0 and position == 0 else 1, built + 1
             dropped = drop_path * built / sum(depths)
-            layers.append(blocks.maker(name, channels=count, stride=stride, drop_path=dropped, **rest))
+            layers.append(
+                blocks.maker(name, channels=count, stride=stride, drop_path=dropped, **rest)
+            )
     return stack(in_shape, out_shape, layers, "class", pool="mean")
 
 
@@ -223,7 +242,9 @@ def transformer(
         dropout_kind: how hidden features and branches are dropped.
     """
     if causal and pool == "class_token":
-        raise BuildError("transformer puts the class token first, where it sees nothing when causal; use pool=last")
+        raise BuildError(
+            "transformer puts the class token first, where it sees nothing when causal; use pool=last"
+        )
     layers = token_layers("transformer", in_shape, vocabulary, width)
     if len(in_shape) == 3:
         layers.append(blocks.maker("patch_embedding", patch=patch, width=width))
@@ -234,7 +255,13 @@ def transformer(
     drop = {"dropout": dropout, "dropout_kind": dropout_kind}
     if position != "none":
         layers.append(blocks.maker("position", position=position, **drop))
-    rest = {"heads": heads, "expansion": expansion, "activation": activation, "norm": norm, "causal": causal}
+    rest = {
+        "heads": heads,
+        "expansion": expansion,
+        "activation": activation,
+        "norm": norm,
+        "causal": causal,
+    }
     layers += [blocks.maker("transformer_encoder", **rest, **drop) for _ in range(depth)]
     layers.append(blocks.maker("norm", norm=norm, features="last"))
     return stack(in_shape, out_shape, layers, **readout(pool))
@@ -245,7 +272,11 @@ def token_layers(who: str, in_shape: Shape, vocabulary: int | None, width: int) 
     if len(in_shape) not in ((2, 3) if vocabulary is None else (1,)):
         forms = "(T, D) or images (C, H, W), or with a `vocabulary` token ids (T,)"
         raise BuildError(f"{who} expects {forms}, gets {tuple(in_shape)}")
-    return [] if vocabulary is None else [blocks.maker("embedding", vocabulary=vocabulary, width=width)]
+    return (
+        []
+        if vocabulary is None
+        else [blocks.maker("embedding", vocabulary=vocabulary, width=width)]
+    )
 
 
 def readout(pool: str) -> dict[str, str]:

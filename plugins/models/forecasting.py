@@ -40,7 +40,9 @@ class SeasonalNaive(nn.Module):
         super().__init__()
         lookback, _ = shapes.expect(in_shape, "(T, D)", who)
         if season > lookback:
-            raise BuildError(f"{who}: season={season} is longer than the {lookback} steps that it looks back on")
+            raise BuildError(
+                f"{who}: season={season} is longer than the {lookback} steps that it looks back on"
+            )
         steps = torch.arange(prod(out_shape))
         self.register_buffer("rows", lookback - season + steps % season, persistent=False)
 
@@ -68,12 +70,23 @@ class LinearForecast(nn.Module):
 class NBeatsBlock(nn.Module):
     """Linear layers, and from them what a block explains of the past and says of the future."""
 
-    def __init__(self, inputs: int, lookback: int, horizon: int, width: int, layers: int, activation, dropout: float):
+    def __init__(
+        self,
+        inputs: int,
+        lookback: int,
+        horizon: int,
+        width: int,
+        layers: int,
+        activation,
+        dropout: float,
+    ):
         super().__init__()
         rest = {"width": width, "activation": activation, "dropout": dropout}
         makers = [blocks.maker("linear", **rest) for _ in range(layers)]
         sizes = [inputs, *[width] * (layers - 1)]
-        self.body = nn.Sequential(*(maker((size,)) for maker, size in zip(makers, sizes, strict=True)))
+        self.body = nn.Sequential(
+            *(maker((size,)) for maker, size in zip(makers, sizes, strict=True))
+        )
         self.backcast, self.forecast = nn.Linear(width, lookback), nn.Linear(width, horizon)
 
     def forward(self, past: Tensor, now: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,7 +169,9 @@ class Predictions(Callback):
 
     changes_training = False
 
-    def __init__(self, every: Every = "1epoch", curves: PositiveInt = 4, samples: PositiveInt = 4096):
+    def __init__(
+        self, every: Every = "1epoch", curves: PositiveInt = 4, samples: PositiveInt = 4096
+    ):
         """Say how often and how many.
 
         Args:
@@ -200,7 +215,10 @@ class Predictions(Callback):
 def scatter(outputs: Tensor, targets: Tensor, size: int = 160) -> Tensor:
     """Return a picture (1, 3, size, size) of outputs against targets, from the lowest to the highest target."""
     low, high = targets.min(), targets.max()
-    across, up = (((x - low) / (high - low).clamp_min(1e-12)).clamp(0, 1) * (size - 1) for x in (targets, outputs))
+    across, up = (
+        ((x - low) / (high - low).clamp_min(1e-12)).clamp(0, 1) * (size - 1)
+        for x in (targets, outputs)
+    )
     cells = (size - 1 - up.round().long()) * size + across.round().long()
     counts = cells.flatten().bincount(minlength=size * size).reshape(size, size).float()
     ink = counts.log1p() / counts.max().log1p()
@@ -212,7 +230,9 @@ def curves(outputs: Tensor, targets: Tensor, height: int = 120, width: int = 320
     """Return a picture (samples, 3, height, width) of each sample's outputs, red, over its targets, black."""
     both = torch.cat([outputs, targets], dim=1)
     low, high = both.amin(1, keepdim=True), both.amax(1, keepdim=True)
-    true, predicted = (line((x - low) / (high - low).clamp_min(1e-12), height, width) for x in (targets, outputs))
+    true, predicted = (
+        line((x - low) / (high - low).clamp_min(1e-12), height, width) for x in (targets, outputs)
+    )
     paper = 1 - torch.maximum(true, predicted)
     return torch.stack([torch.maximum(paper, predicted), paper, paper], dim=1)
 
@@ -222,6 +242,9 @@ def line(shares: Tensor, height: int, width: int) -> Tensor:
     points = interpolate(shares[:, None], width, mode="linear", align_corners=True)[:, 0]
     rows = (1 - points) * (height - 1)
     after = torch.cat([rows[:, 1:], rows[:, -1:]], dim=1)
-    low, high = torch.minimum(rows, after).floor()[:, None], torch.maximum(rows, after).ceil()[:, None]
+    low, high = (
+        torch.minimum(rows, after).floor()[:, None],
+        torch.maximum(rows, after).ceil()[:, None],
+    )
     row = torch.arange(height)[:, None]
     return ((row >= low) & (row <= high)).float()

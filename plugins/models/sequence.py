@@ -5,7 +5,19 @@ from typing import Literal
 
 from torch import nn
 
-from framework import Activation, Block, Dropout, NonNegativeInt, Norm, PositiveInt, Rate, Shape, blocks, heads, models
+from framework import (
+    Activation,
+    Block,
+    Dropout,
+    NonNegativeInt,
+    Norm,
+    PositiveInt,
+    Rate,
+    Shape,
+    blocks,
+    heads,
+    models,
+)
 
 Pooling = Literal["mean", "max", "statistics", "attention"]
 
@@ -123,11 +135,19 @@ def sequence_transformer(
         dropout_kind: how features and branches are dropped.
     """
     drop = {"dropout": dropout, "dropout_kind": dropout_kind}
-    stem = blocks.maker("masked_conv1d", channels=width, stride=2 if halvings else 1, activation=activation, norm=norm)
+    stem = blocks.maker(
+        "masked_conv1d",
+        channels=width,
+        stride=2 if halvings else 1,
+        activation=activation,
+        norm=norm,
+    )
     layers = [*front, *[stem] * max(halvings, 1)]
     if position != "none":
         turn = blocks.maker("permute", axes=[1, 0])
-        layers.append(blocks.maker("masked", blocks=[turn, blocks.maker("position", position=position), turn]))
+        layers.append(
+            blocks.maker("masked", blocks=[turn, blocks.maker("position", position=position), turn])
+        )
     rest = {"heads": heads, "expansion": expansion, "activation": activation, "norm": norm}
     layers += [blocks.maker("masked_transformer", **rest, **drop) for _ in range(depth)]
     layers.append(blocks.maker("masked", blocks=[blocks.maker("norm", norm=norm)]))
@@ -135,7 +155,12 @@ def sequence_transformer(
 
 
 def read_out(
-    in_shape: Shape, out_shape: Shape, layers: list, pool: str, dropout: float, dropout_kind: Dropout
+    in_shape: Shape,
+    out_shape: Shape,
+    layers: list,
+    pool: str,
+    dropout: float,
+    dropout_kind: Dropout,
 ) -> nn.Module:
     """Return the layers with the pooling and a linear head."""
     layers.append(blocks.maker("masked_pool", pool=pool))

@@ -12,7 +12,9 @@ class Stack(nn.Module):
     Raises BuildError at the first block that cannot take its shape: "block 4 (conv2d) expects (C, H, W), gets (128,)".
     """
 
-    def __init__(self, in_shape: Shape, out_shape: Shape, blocks: list[Block] = (), head: Head = "class"):
+    def __init__(
+        self, in_shape: Shape, out_shape: Shape, blocks: list[Block] = (), head: Head = "class"
+    ):
         """Build and run every part once on zeros.
 
         Args:

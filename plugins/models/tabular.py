@@ -47,7 +47,9 @@ class Columns(nn.Module):
             self.register_buffer(name, buffer, persistent=False)
         self.table = nn.Embedding(int(sizes.sum()), width)
         with torch.no_grad():
-            self.table.weight.uniform_(-(width**-0.5), width**-0.5)  # as in the authors' code of Gorishniy et al. 2021
+            self.table.weight.uniform_(
+                -(width**-0.5), width**-0.5
+            )  # as in the authors' code of Gorishniy et al. 2021
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         if not self.categories:
@@ -66,7 +68,9 @@ class FeatureTokenizer(nn.Module):
     Gorishniy et al. 2021, arXiv:2106.11959, section 3.3.
     """
 
-    def __init__(self, in_shape: Shape, width: PositiveInt = 64, sizes: list[NonNegativeInt] | None = None):
+    def __init__(
+        self, in_shape: Shape, width: PositiveInt = 64, sizes: list[NonNegativeInt] | None = None
+    ):
         """Build the vectors.
 
         Args:
@@ -89,7 +93,9 @@ class FeatureTokenizer(nn.Module):
 class ColumnEmbedding(nn.Module):
     """The numbers as they are, then a learned vector for each category: (columns,) -> (D,)."""
 
-    def __init__(self, in_shape: Shape, width: PositiveInt = 16, sizes: list[NonNegativeInt] | None = None):
+    def __init__(
+        self, in_shape: Shape, width: PositiveInt = 16, sizes: list[NonNegativeInt] | None = None
+    ):
         """Build the vectors.
 
         Args:
@@ -137,7 +143,10 @@ def tabular_resnet(
     layers = [
         blocks.maker("column_embedding", width=embedding, sizes=list(columns) or None),
         blocks.maker("linear", width=width, activation=None),
-        *[blocks.maker("residual_mlp", width=hidden, activation=activation, norm=norm, **drop) for _ in range(depth)],
+        *[
+            blocks.maker("residual_mlp", width=hidden, activation=activation, norm=norm, **drop)
+            for _ in range(depth)
+        ],
         blocks.maker("norm", norm=norm),
         blocks.maker("activation", activation=activation),
     ]

@@ -124,7 +124,9 @@ class TextLSTM(nn.Module):
         mask, x = tokens != 0, self.dropout(self.words(tokens))
         steps = self.forwards(x)  # what comes after a text cannot change its own steps
         if self.backwards is not None:
-            steps = torch.cat([steps, self.backwards(mirrored(x, mask))], 2)  # their mean has no order
+            steps = torch.cat(
+                [steps, self.backwards(mirrored(x, mask))], 2
+            )  # their mean has no order
         return self.output(self.dropout(mean_of(steps, mask)))
 
 

@@ -12,25 +12,47 @@ from torch import Tensor, optim
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
-from framework import NonNegativeFloat, PositiveFloat, PositiveInt, PureOptimizer, Rate, SettingError, optimizers
+from framework import (
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    PureOptimizer,
+    Rate,
+    SettingError,
+    optimizers,
+)
 from framework.contracts.pure_optimizer import Settings, State, pure_updates
 
-HIDDEN = ("maximize", "capturable", "differentiable", "foreach", "fused")  # the framework's business
+HIDDEN = (
+    "maximize",
+    "capturable",
+    "differentiable",
+    "foreach",
+    "fused",
+)  # the framework's business
 COMMON = {"lr": PositiveFloat, "weight_decay": NonNegativeFloat}
 BETAS = COMMON | {"betas": tuple[Rate, Rate], "eps": PositiveFloat}
 
-optimizers.register("adadelta", optim.Adadelta, hide=HIDDEN, types=COMMON | {"rho": Rate, "eps": PositiveFloat})
+optimizers.register(
+    "adadelta", optim.Adadelta, hide=HIDDEN, types=COMMON | {"rho": Rate, "eps": PositiveFloat}
+)
 optimizers.register(
     "adafactor",
     optim.Adafactor,
     hide=HIDDEN,
-    types=COMMON | {"beta2_decay": float, "eps": tuple[PositiveFloat | None, PositiveFloat], "d": PositiveFloat},
+    types=COMMON
+    | {"beta2_decay": float, "eps": tuple[PositiveFloat | None, PositiveFloat], "d": PositiveFloat},
 )
 optimizers.register(
     "adagrad",
     optim.Adagrad,
     hide=HIDDEN,
-    types=COMMON | {"lr_decay": NonNegativeFloat, "initial_accumulator_value": NonNegativeFloat, "eps": PositiveFloat},
+    types=COMMON
+    | {
+        "lr_decay": NonNegativeFloat,
+        "initial_accumulator_value": NonNegativeFloat,
+        "eps": PositiveFloat,
+    },
 )
 optimizers.register("adam", optim.Adam, hide=HIDDEN, types=BETAS)
 optimizers.register("adamw", optim.AdamW, hide=HIDDEN, types=BETAS)
@@ -41,18 +63,29 @@ optimizers.register(
     hide=HIDDEN,
     types=COMMON | {"lambd": NonNegativeFloat, "alpha": PositiveFloat, "t0": NonNegativeFloat},
 )
-optimizers.register("nadam", optim.NAdam, hide=HIDDEN, types=BETAS | {"momentum_decay": NonNegativeFloat})
+optimizers.register(
+    "nadam", optim.NAdam, hide=HIDDEN, types=BETAS | {"momentum_decay": NonNegativeFloat}
+)
 optimizers.register("radam", optim.RAdam, hide=HIDDEN, types=BETAS)
 optimizers.register(
-    "rmsprop", optim.RMSprop, hide=HIDDEN, types=COMMON | {"alpha": Rate, "eps": PositiveFloat, "momentum": Rate}
+    "rmsprop",
+    optim.RMSprop,
+    hide=HIDDEN,
+    types=COMMON | {"alpha": Rate, "eps": PositiveFloat, "momentum": Rate},
 )
 optimizers.register(
     "rprop",
     optim.Rprop,
     hide=HIDDEN,
-    types={"lr": PositiveFloat, "etas": tuple[Rate, PositiveFloat], "step_sizes": tuple[PositiveFloat, PositiveFloat]},
+    types={
+        "lr": PositiveFloat,
+        "etas": tuple[Rate, PositiveFloat],
+        "step_sizes": tuple[PositiveFloat, PositiveFloat],
+    },
 )
-optimizers.register("sgd", optim.SGD, hide=HIDDEN, types=COMMON | {"momentum": Rate, "dampening": NonNegativeFloat})
+optimizers.register(
+    "sgd", optim.SGD, hide=HIDDEN, types=COMMON | {"momentum": Rate, "dampening": NonNegativeFloat}
+)
 
 
 def adam(p: Tensor, g: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
@@ -70,7 +103,9 @@ def adam(p: Tensor, g: Tensor, state: State, settings: Settings) -> tuple[Tensor
         square = new["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], square)
     number = step.to(p.dtype)
     scale = lr / (1 - beta1**number)
-    return p - scale * (average / (square.sqrt() / (1 - beta2**number).sqrt() + settings["eps"])), new
+    return p - scale * (
+        average / (square.sqrt() / (1 - beta2**number).sqrt() + settings["eps"])
+    ), new
 
 
 def sgd(p: Tensor, g: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
@@ -79,7 +114,9 @@ def sgd(p: Tensor, g: Tensor, state: State, settings: Settings) -> tuple[Tensor,
     if is_zero(momentum):
         return p - settings["lr"] * g, {}
     buffer = state["momentum_buffer"] * momentum + g * (1 - settings["dampening"])
-    return p - settings["lr"] * (g + momentum * buffer if settings["nesterov"] else buffer), {"momentum_buffer": buffer}
+    return p - settings["lr"] * (g + momentum * buffer if settings["nesterov"] else buffer), {
+        "momentum_buffer": buffer
+    }
 
 
 def rmsprop(p: Tensor, g: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
@@ -101,7 +138,10 @@ def adagrad(p: Tensor, g: Tensor, state: State, settings: Settings) -> tuple[Ten
     g = decayed(p, g, settings["weight_decay"])
     lr = settings["lr"] / (1 + state["step"].to(p.dtype) * settings["lr_decay"])
     total = state["sum"] + g * g
-    return p - lr * (g / (total.sqrt() + settings["eps"])), {"step": state["step"] + 1, "sum": total}
+    return p - lr * (g / (total.sqrt() + settings["eps"])), {
+        "step": state["step"] + 1,
+        "sum": total,
+    }
 
 
 def decayed(p: Tensor, g: Tensor, weight_decay: Any) -> Tensor:
@@ -199,14 +239,29 @@ class Muon(optim.Optimizer):
         betas: tuple[Rate, Rate] = (0.9, 0.999),
         eps: PositiveFloat = 1e-8,
     ):
-        of_hidden = {"momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps, "adjust_lr": adjust_lr}
-        of_all = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "hidden": False}
-        super().__init__(params, of_all | of_hidden)  # all in the groups: a copied optimizer keeps nothing else
+        of_hidden = {
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_steps": ns_steps,
+            "adjust_lr": adjust_lr,
+        }
+        of_all = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "betas": betas,
+            "eps": eps,
+            "hidden": False,
+        }
+        super().__init__(
+            params, of_all | of_hidden
+        )  # all in the groups: a copied optimizer keeps nothing else
         if any(p.is_complex() for group in self.param_groups for p in group["params"]):
             raise SettingError("optimizer=muon: expected real parameters, got complex ones")
         matrices = [p for group in self.param_groups for p in group["params"] if is_matrix(p)]
         hidden = {id(p) for p in matrices[embedding : len(matrices) - 1]}
-        self.param_groups = [part for group in self.param_groups for part in split(group, hidden, adamw_lr)]
+        self.param_groups = [
+            part for group in self.param_groups for part in split(group, hidden, adamw_lr)
+        ]
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -226,7 +281,10 @@ class Muon(optim.Optimizer):
             direction = p.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
             direction = orthogonalise(direction.flatten(1), group["ns_steps"])
             p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.add_(direction.reshape(p.shape), alpha=-group["lr"] * scale(group["adjust_lr"], *direction.shape))
+            p.add_(
+                direction.reshape(p.shape),
+                alpha=-group["lr"] * scale(group["adjust_lr"], *direction.shape),
+            )
 
     def step_adamw(self, params: list[Tensor], group: dict[str, Any]) -> None:
         for p in params:
@@ -234,7 +292,9 @@ class Muon(optim.Optimizer):
                 zeros = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
                 self.state[p].update(step=torch.zeros((), dtype=torch.float32), **zeros)
         states = [self.state[p] for p in params]
-        averages, squares, steps = ([s[name] for s in states] for name in ("exp_avg", "exp_avg_sq", "step"))
+        averages, squares, steps = (
+            [s[name] for s in states] for name in ("exp_avg", "exp_avg_sq", "step")
+        )
         beta1, beta2 = group["betas"]
         settings = {name: group[name] for name in ("lr", "weight_decay", "eps")}
         adamw(

@@ -38,9 +38,13 @@ def after_warmup(total_steps: int, warmup: float, main: Callable[[int, int], flo
     return lambda step: (step + 1) / (rise + 1) if step < rise else main(step - rise, span)
 
 
-def falling(total_steps: int, warmup: float, final: float, shape: Callable[[float], float]) -> Factor:
+def falling(
+    total_steps: int, warmup: float, final: float, shape: Callable[[float], float]
+) -> Factor:
     """Return the ramp followed by final + (1 - final) shape(progress), progress from 0 to 1."""
-    return after_warmup(total_steps, warmup, lambda step, span: final + (1 - final) * shape(min(1.0, step / span)))
+    return after_warmup(
+        total_steps, warmup, lambda step, span: final + (1 - final) * shape(min(1.0, step / span))
+    )
 
 
 def times_warmup(total_steps: int, warmup: float, main: Factor) -> Factor:
@@ -87,7 +91,10 @@ def cosine(total_steps: int, warmup: NonNegativeFloat = 0.0, final: Fraction = 0
 
 @schedulers.register("polynomial", aliases=["poly"])
 def polynomial(
-    total_steps: int, warmup: NonNegativeFloat = 0.0, power: PositiveFloat = 2.0, final: Fraction = 0.0
+    total_steps: int,
+    warmup: NonNegativeFloat = 0.0,
+    power: PositiveFloat = 2.0,
+    final: Fraction = 0.0,
 ) -> Factor:
     """(1 - progress)^power, from 1 to `final` at the end of the run.
 
@@ -111,7 +118,12 @@ def exponential(total_steps: int, warmup: NonNegativeFloat = 0.0, final: Decay =
 
 
 @schedulers.register("step")
-def step(total_steps: int, warmup: NonNegativeFloat = 0.0, period: PositiveFloat = 0.3, gamma: Decay = 0.1) -> Factor:
+def step(
+    total_steps: int,
+    warmup: NonNegativeFloat = 0.0,
+    period: PositiveFloat = 0.3,
+    gamma: Decay = 0.1,
+) -> Factor:
     """gamma^k after k periods, counted from the run's first step.
 
     Args:
@@ -138,7 +150,9 @@ def multi_step(
         gamma: factor of each fall.
     """
     falls = [steps(milestone, total_steps) for milestone in milestones]
-    return times_warmup(total_steps, warmup, lambda step: gamma ** sum(step >= fall for fall in falls))
+    return times_warmup(
+        total_steps, warmup, lambda step: gamma ** sum(step >= fall for fall in falls)
+    )
 
 
 @schedulers.register("one_cycle")
@@ -206,7 +220,9 @@ def inverse_sqrt(total_steps: int, warmup: NonNegativeFloat = 0.0) -> Factor:
         warmup: steps (or, below 1, fraction of the run) in which the factor rises from near 0.
     """
     rise = steps(warmup, total_steps)
-    return after_warmup(total_steps, warmup, lambda step, span: math.sqrt((rise + 1) / (step + rise + 1)))
+    return after_warmup(
+        total_steps, warmup, lambda step, span: math.sqrt((rise + 1) / (step + rise + 1))
+    )
 
 
 @schedulers.register("cosine_restarts", aliases=["sgdr"])
@@ -269,7 +285,12 @@ class ReduceOnPlateau(Schedule):
     ):
         self.rise = steps(warmup, total_steps)
         self.monitor, self.mode, self.threshold = monitor, mode, threshold
-        self.factor, self.patience, self.cooldown, self.min_factor = factor, patience, cooldown, min_factor
+        self.factor, self.patience, self.cooldown, self.min_factor = (
+            factor,
+            patience,
+            cooldown,
+            min_factor,
+        )
         self.scale, self.bad, self.cooling = 1.0, 0, 0
         self.best: float | None = None
 
@@ -279,7 +300,9 @@ class ReduceOnPlateau(Schedule):
     def observe(self, metrics: dict[str, float]) -> None:
         if self.monitor not in metrics:
             hint = did_you_mean(self.monitor, metrics)
-            raise SettingError(f"scheduler.monitor: no validation value is called {self.monitor!r}; {hint}")
+            raise SettingError(
+                f"scheduler.monitor: no validation value is called {self.monitor!r}; {hint}"
+            )
         if self.improves(metrics[self.monitor]):
             self.best, self.bad = metrics[self.monitor], 0
         else:

@@ -32,14 +32,22 @@ from framework.contracts.task import Phase, check_tensor_output
 Network = Literal["mlp", "conv"]
 
 
-def encoder(kind: Network, in_shape: Shape, outputs: int, widths: Sequence[int], activation: Activation) -> nn.Module:
+def encoder(
+    kind: Network, in_shape: Shape, outputs: int, widths: Sequence[int], activation: Activation
+) -> nn.Module:
     """Return a network from an input to `outputs` numbers: hidden layers, or convolutions that each halve the image."""
     layers: list[nn.Module] = [] if kind == "conv" else [nn.Flatten()]
     features = in_shape[0] if kind == "conv" else prod(in_shape)
-    if kind == "conv" and (len(in_shape) != 3 or any(size % 2 ** len(widths) for size in in_shape[1:])):
-        raise BuildError(f"network=conv halves images (C, H, W) {len(widths)} times (`widths`), not {in_shape}")
+    if kind == "conv" and (
+        len(in_shape) != 3 or any(size % 2 ** len(widths) for size in in_shape[1:])
+    ):
+        raise BuildError(
+            f"network=conv halves images (C, H, W) {len(widths)} times (`widths`), not {in_shape}"
+        )
     for width in widths:
-        layer = nn.Conv2d(features, width, 4, 2, 1) if kind == "conv" else nn.Linear(features, width)
+        layer = (
+            nn.Conv2d(features, width, 4, 2, 1) if kind == "conv" else nn.Linear(features, width)
+        )
         layers += [layer, activation()]
         features = width
     body = nn.Sequential(*layers, nn.Flatten())
@@ -60,9 +68,15 @@ def decoder(
     if kind == "conv":
         halved = 2 ** len(widths)
         if len(out_shape) != 3 or any(size % halved for size in out_shape[1:]):
-            raise BuildError(f"network=conv doubles images {len(widths)} times (`widths`), not to {tuple(out_shape)}")
+            raise BuildError(
+                f"network=conv doubles images {len(widths)} times (`widths`), not to {tuple(out_shape)}"
+            )
         shape = (widths[-1], *(size // halved for size in out_shape[1:]))
-        layers = [nn.Linear(code, prod(shape)), nn.Unflatten(1, shape), *after(shape, activation, norm)]
+        layers = [
+            nn.Linear(code, prod(shape)),
+            nn.Unflatten(1, shape),
+            *after(shape, activation, norm),
+        ]
     for width in [*reversed(widths[:-1]), out_shape[0]] if kind == "conv" else reversed(widths):
         if kind == "conv":
             layers.append(nn.ConvTranspose2d(shape[0], width, 4, 2, 1))
@@ -70,7 +84,9 @@ def decoder(
         else:
             layers.append(nn.Linear(shape[0], width))
             shape = (width,)
-        layers += after(shape, activation, norm) if kind == "mlp" or shape != tuple(out_shape) else []
+        layers += (
+            after(shape, activation, norm) if kind == "mlp" or shape != tuple(out_shape) else []
+        )
     if kind == "mlp":
         layers += [nn.Linear(shape[0], prod(out_shape)), nn.Unflatten(1, tuple(out_shape))]
     return nn.Sequential(*layers)
@@ -178,7 +194,9 @@ class Gan(nn.Module):
         return self.discriminator(x)
 
     def sample(self, count: int) -> Tensor:
-        return self.generator(torch.randn(count, self.latent, device=next(self.parameters()).device))
+        return self.generator(
+            torch.randn(count, self.latent, device=next(self.parameters()).device)
+        )
 
 
 class OfInputs(Task):
@@ -214,7 +232,11 @@ class Reconstruction(OfInputs):
 
     def step(self, model: nn.Module, batch: Batch) -> Step:
         inputs = batch[0]
-        seen = inputs + self.noise * torch.randn_like(inputs) if self.noise and model.training else inputs
+        seen = (
+            inputs + self.noise * torch.randn_like(inputs)
+            if self.noise and model.training
+            else inputs
+        )
         outputs = model(seen)
         check_tensor_output(model, outputs)
         return Step(F.mse_loss(outputs, same_shape(outputs, inputs)), outputs, inputs)
@@ -235,7 +257,11 @@ class Variational(OfInputs):
     Logged beside the loss: `reconstruction` and `divergence`, the two terms.
     """
 
-    def __init__(self, beta: NonNegativeFloat = 1.0, likelihood: Literal["bernoulli", "gaussian"] = "bernoulli"):
+    def __init__(
+        self,
+        beta: NonNegativeFloat = 1.0,
+        likelihood: Literal["bernoulli", "gaussian"] = "bernoulli",
+    ):
         """Say what is weighed.
 
         Args:
@@ -329,8 +355,15 @@ class Adversarial(Task):
             loss = F.softplus(-real).mean() + F.softplus(fake).mean()
         else:
             loss = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
-        outputs, targets = torch.cat([real, fake]), torch.cat([torch.ones_like(real), torch.zeros_like(fake)])
-        values = {"discriminator_loss": loss, "real": real.sigmoid().mean(), "fake": fake.sigmoid().mean()}
+        outputs, targets = (
+            torch.cat([real, fake]),
+            torch.cat([torch.ones_like(real), torch.zeros_like(fake)]),
+        )
+        values = {
+            "discriminator_loss": loss,
+            "real": real.sigmoid().mean(),
+            "fake": fake.sigmoid().mean(),
+        }
         if penalised:
             (gradient,) = torch.autograd.grad(real.sum(), inputs, create_graph=True)
             values["slope"] = gradient.flatten(1).square().sum(1).mean()
@@ -347,4 +380,6 @@ class Adversarial(Task):
 
 def needs(model: nn.Module, first: str, second: str, advice: str) -> None:
     if not (hasattr(model, first) and hasattr(model, second)):
-        raise BuildError(f"{type(model).__name__} has no `{first}` and `{second}`, which this task calls: {advice}")
+        raise BuildError(
+            f"{type(model).__name__} has no `{first}` and `{second}`, which this task calls: {advice}"
+        )

@@ -87,10 +87,14 @@ class LanguageModelling(Task):
     def check(self, data: Data) -> None:
         characters = data.characters
         if characters is None and data.target != "class":
-            raise DataError(f"data {type(data).__name__} holds no tokens: choose a text, such as data=stdlib_source")
+            raise DataError(
+                f"data {type(data).__name__} holds no tokens: choose a text, such as data=stdlib_source"
+            )
         self.criterion.characters = None if characters is None else characters.float()
 
-    def generate(self, model: nn.Module, tokens: Tensor, context: int, **sampling: Any) -> list[int]:
+    def generate(
+        self, model: nn.Module, tokens: Tensor, context: int, **sampling: Any
+    ) -> list[int]:
         """Return the tokens that the model puts after some; see `sample` for what can be said of how."""
         return sample(model, tokens.tolist(), context, **sampling)
 
@@ -102,7 +106,9 @@ class OfTexts(Metric):
     targets: ClassVar[tuple[str, ...]] = ("none",)
 
     def sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return torch.stack([outputs[:, 0].double().sum(), outputs[:, 1].double().sum(), (targets != IGNORED).sum()])
+        return torch.stack(
+            [outputs[:, 0].double().sum(), outputs[:, 1].double().sum(), (targets != IGNORED).sum()]
+        )
 
 
 @metrics.register("bits_per_character")
@@ -182,7 +188,11 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
 
 
 def choose(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, draw: torch.Generator | None
+    logits: Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    draw: torch.Generator | None,
 ) -> int:
     """Draw a token from logits (vocabulary,), by what `sample` says."""
     if temperature == 0:
@@ -190,7 +200,9 @@ def choose(
     values, ids = (logits / temperature).sort(descending=True, stable=True)
     probabilities = values[:top_k].softmax(0)
     if top_p is not None:
-        before = probabilities.cumsum(0) - probabilities  # of the likelier ones; the likeliest always stays
+        before = (
+            probabilities.cumsum(0) - probabilities
+        )  # of the likelier ones; the likeliest always stays
         probabilities = probabilities.where(before < top_p, 0.0)
     return int(ids[torch.multinomial(probabilities, 1, generator=draw)])
 
@@ -223,7 +235,13 @@ class TextSamples(Callback):
             seed: of the drawing.
         """
         self.cadence, self.prompt = Cadence(every), prompt
-        self.sampling = {"length": length, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        self.sampling = {
+            "length": length,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "seed": seed,
+        }
 
     def on_step_end(self, trainer: Context) -> None:
         if self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0):
@@ -232,9 +250,13 @@ class TextSamples(Callback):
     def show(self, trainer: Context) -> None:
         split = trainer.train_batches.split
         if not isinstance(split, WindowSplit) or "tokenizer" not in split.facts:
-            raise SettingError("text_samples: the data is no text that a language model learns from")
+            raise SettingError(
+                "text_samples: the data is no text that a language model learns from"
+            )
         tokenizer = split.facts["tokenizer"]
         made = sample(trainer.model, tokenizer.encode(self.prompt), split.length, **self.sampling)
-        text = "".join(f"    {line}\n" for line in (self.prompt + tokenizer.decode(made)).splitlines())
+        text = "".join(
+            f"    {line}\n" for line in (self.prompt + tokenizer.decode(made)).splitlines()
+        )
         for logger in trainer.loggers:
             logger.text("samples", text, trainer.state.step)

@@ -102,7 +102,9 @@ def contrast(embeddings: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """
     unit = F.normalize(embeddings.float(), dim=1)
     similar = unit @ unit.T / temperature
-    similar = similar.masked_fill(torch.eye(len(similar), dtype=torch.bool, device=similar.device), -math.inf)
+    similar = similar.masked_fill(
+        torch.eye(len(similar), dtype=torch.bool, device=similar.device), -math.inf
+    )
     other = torch.arange(len(similar), device=similar.device).roll(len(similar) // 2)
     return F.cross_entropy(similar, other), (similar.argmax(1) == other).float().mean()
 
@@ -150,7 +152,9 @@ class Distillation(Classification):
         from framework import open_run  # here: only who trains so needs it
 
         if self.path is None:
-            raise SettingError("distillation needs a teacher: task.teacher=RUN, the folder of a trained classifier")
+            raise SettingError(
+                "distillation needs a teacher: task.teacher=RUN, the folder of a trained classifier"
+            )
         return open_run(self.path)
 
     def step(self, model: nn.Module, batch: Batch) -> Step:
@@ -246,7 +250,9 @@ class LinearProbe(Callback):
 
     changes_training = False
 
-    def __init__(self, layer: str = "blocks", count: PositiveInt = 2000, ridge: PositiveFloat | None = None):
+    def __init__(
+        self, layer: str = "blocks", count: PositiveInt = 2000, ridge: PositiveFloat | None = None
+    ):
         """Say where the features are.
 
         Args:
@@ -263,7 +269,9 @@ class LinearProbe(Callback):
             check_read_again(trainer.val_batches, "callbacks.linear_probe")
         names = [name for name, _ in trainer.model.named_children()]
         if self.layer not in dict(trainer.model.named_modules()):
-            raise SettingError(f"callbacks.linear_probe.layer={self.layer}: {did_you_mean(self.layer, names)}")
+            raise SettingError(
+                f"callbacks.linear_probe.layer={self.layer}: {did_you_mean(self.layer, names)}"
+            )
 
     @torch.no_grad()
     def on_validation_end(self, trainer: Context) -> None:
@@ -272,10 +280,14 @@ class LinearProbe(Callback):
             features, classes = self._features(trainer, trainer.train_batches, self.count)
             seen, truth = self._features(trainer, trainer.val_batches, None)
         mean, deviation = features.mean(0), features.std(0) + 1e-6
-        weights = least_squares((features - mean) / deviation, F.one_hot(classes).to(features), self.ridge)
+        weights = least_squares(
+            (features - mean) / deviation, F.one_hot(classes).to(features), self.ridge
+        )
         found = ((seen - mean) / deviation) @ weights[:-1] + weights[-1]
         right = (found.argmax(1) == truth).double().mean()
-        trainer.log({"val/probe_accuracy": float(right)})  # a number at once: callbacks after this one may watch it
+        trainer.log(
+            {"val/probe_accuracy": float(right)}
+        )  # a number at once: callbacks after this one may watch it
 
     def _features(self, trainer: Context, batches: Any, count: int | None) -> tuple[Tensor, Tensor]:
         """Return the features (rows, D) in float64, and the classes, of a split's first samples.

@@ -9,7 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from framework import Batch, Data, DataError, FrameworkError, Loss, Step, Target, Task, tasks, user_code
+from framework import (
+    Batch,
+    Data,
+    DataError,
+    FrameworkError,
+    Loss,
+    Step,
+    Target,
+    Task,
+    tasks,
+    user_code,
+)
 from framework.contracts.alignment import class_shape, probability_shape, same_shape
 from framework.contracts.loss import (
     DataDependentLoss,
@@ -103,7 +114,9 @@ class Supervised(Task):
 
     def try_loss(self, out_shape: Sequence[int]) -> None:
         """Raise DataError when the loss refuses outputs and targets of such shapes and types."""
-        rows = 3 if out_shape[0] == 2 else 2  # other than the classes, or the shapes could fit by accident
+        rows = (
+            3 if out_shape[0] == 2 else 2
+        )  # other than the classes, or the shapes could fit by accident
         outputs, targets = self.example(rows, out_shape)
         try:
             with warnings.catch_warnings():
@@ -115,7 +128,9 @@ class Supervised(Task):
             name = type(self.criterion).__name__
             if user_code.user_place(error) is None:
                 what = f"{WORDS[self.target]} with outputs of shape {tuple(out_shape)}"
-                raise DataError(f"the loss {name} cannot take {what}: {user_code.text_of(error)}") from error
+                raise DataError(
+                    f"the loss {name} cannot take {what}: {user_code.text_of(error)}"
+                ) from error
             sizes = tuple(outputs.shape), tuple(targets.shape)
             shapes = f"outputs of shape {sizes[0]} and targets of shape {sizes[1]}"
             said = f"{user_code.describe(error)}, while computing the loss {name} of {shapes}"

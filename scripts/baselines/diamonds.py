@@ -14,7 +14,9 @@ data = fw.datasets.build("diamonds", categories="index")
 x, y = (tensor.numpy() for tensor in data.train.tensors)
 categorical = [size > 0 for size in data.columns]
 started = time.monotonic()
-model = HistGradientBoostingRegressor(max_iter=500, categorical_features=categorical, random_state=0).fit(x, y[:, 0])
+model = HistGradientBoostingRegressor(
+    max_iter=500, categorical_features=categorical, random_state=0
+).fit(x, y[:, 0])
 inputs, targets = data.test.tensors
 predicted = torch.from_numpy(model.predict(inputs.numpy()))[:, None]
 price, expected = data.scale.back(predicted), data.scale.back(targets)

@@ -15,4 +15,6 @@ data = fw.datasets.build("fashion_mnist")
 began = time.perf_counter()
 model = LogisticRegression(C=0.01, max_iter=100).fit(x, y)
 accuracy, seconds = model.score(test_x, test_y), time.perf_counter() - began
-print(f"logistic regression on {x.shape[1]} pixels: test accuracy {accuracy:.4f} in {seconds:.0f} s")
+print(
+    f"logistic regression on {x.shape[1]} pixels: test accuracy {accuracy:.4f} in {seconds:.0f} s"
+)

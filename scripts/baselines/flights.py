@@ -12,7 +12,9 @@ import framework as fw
 
 def auc(model, data: fw.Data) -> float:
     """Return the area under the curve of a model on the test split, of the second class."""
-    (x, y), (inputs, targets) = ([tensor.numpy() for tensor in split[:]] for split in (data.train, data.test))
+    (x, y), (inputs, targets) = (
+        [tensor.numpy() for tensor in split[:]] for split in (data.train, data.test)
+    )
     return roc_auc_score(targets, model.fit(x, y).predict_proba(inputs)[:, 1])
 
 

@@ -19,7 +19,10 @@ def statistics(inputs: torch.Tensor) -> torch.Tensor:
     mfcc = fw.blocks.build("mfcc", shape, sample_rate=8000, coefficients=20)
     features = torch.cat([mfcc(part) for part in inputs.split(64)])
     slopes = torch.cat([features[:, :-1].diff(dim=2), features[:, -1:, 1:]], dim=1)
-    pools = [fw.blocks.build("masked_pool", tuple(x.shape[1:]), pool="statistics")(x) for x in (features, slopes)]
+    pools = [
+        fw.blocks.build("masked_pool", tuple(x.shape[1:]), pool="statistics")(x)
+        for x in (features, slopes)
+    ]
     return torch.cat(pools, dim=1)
 
 
@@ -27,10 +30,14 @@ def main() -> None:
     fw.discover()
     data = fw.datasets.build("asterisk")
     with torch.no_grad():
-        splits = [(statistics(split.tensors[0]), split.tensors[1]) for split in (data.train, data.val, data.test)]
+        splits = [
+            (statistics(split.tensors[0]), split.tensors[1])
+            for split in (data.train, data.val, data.test)
+        ]
     train, val, test = splits
     models = [
-        make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000)).fit(*train) for c in (0.01, 0.1, 1, 10)
+        make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000)).fit(*train)
+        for c in (0.01, 0.1, 1, 10)
     ]
     best = max(models, key=lambda model: model.score(*val))
     most_frequent = test[1].bincount().max() / len(test[1])

@@ -42,7 +42,9 @@ def probabilities(train: np.ndarray, test: np.ndarray, order: int, vocabulary: i
         totals = np.add.reduceat(times, first)  # n-grams of one history lie side by side
         wanted = keys(test, length)
         t, c = (found(histories, counts, wanted >> LAST) for counts in (different, totals))
-        likely = np.where(c > 0, (found(seen, times, wanted) + t * likely) / np.maximum(c + t, 1), likely)
+        likely = np.where(
+            c > 0, (found(seen, times, wanted) + t * likely) / np.maximum(c + t, 1), likely
+        )
     return likely
 
 
@@ -53,11 +55,15 @@ def main(name: str = "stdlib_source", order: str = "6") -> None:
     vocabulary = data.tokenizer.size
     if vocabulary > 256 or int(order) > MOST:
         raise SystemExit(f"{vocabulary} characters and n-grams of {order} do not fit into 64 bits")
-    train, test = (np.array(data.tokenizer.encode(text), np.uint64) for text in (data.fitted_on, data.held_out))
+    train, test = (
+        np.array(data.tokenizer.encode(text), np.uint64) for text in (data.fitted_on, data.held_out)
+    )
     bits = -np.log2(probabilities(train, test, int(order), vocabulary)).mean()
     seconds = time.perf_counter() - began
     what = f"{len(train):,} characters, measured on {len(test):,}"
-    print(f"{name}: Witten-Bell {order}-grams of {what}: {bits:.4f} bits per character, {seconds:.0f} s")
+    print(
+        f"{name}: Witten-Bell {order}-grams of {what}: {bits:.4f} bits per character, {seconds:.0f} s"
+    )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,10 @@ def main(name: str) -> None:
     data = fw.datasets.build(name)
     began = time.perf_counter()
     scores = []
-    for weight in (None, "balanced"):  # evenly, where the classes of the test are not as frequent as in training
+    for weight in (
+        None,
+        "balanced",
+    ):  # evenly, where the classes of the test are not as frequent as in training
         last = LogisticRegression(C=10, max_iter=1000, class_weight=weight)
         model = make_pipeline(TfidfVectorizer(sublinear_tf=True, min_df=2), last)
         model.fit(data.texts["train"], data.labels["train"])

@@ -76,7 +76,9 @@ def probes(features, counts=(2000, None)):
         )
     for count in counts:
         mean, deviation = seen[:count].mean(0), seen[:count].std(0) + 1e-6
-        weights = least_squares((seen[:count] - mean) / deviation, F.one_hot(classes[:count]).double())
+        weights = least_squares(
+            (seen[:count] - mean) / deviation, F.one_hot(classes[:count]).double()
+        )
         found = (held - mean) / deviation @ weights[:-1] + weights[-1]
         yield float((found.argmax(1) == truth).double().mean())
 
@@ -103,7 +105,9 @@ def principal(count=64):
 def kinds(made):
     """How often each class is seen, and the exponential of the entropy of that: 10 for classes that come evenly."""
     ((train, classes),) = splits(False, "train")
-    judge = LogisticRegression(C=0.1, max_iter=300).fit(train.flatten(1)[:20000].numpy(), classes[:20000].numpy())
+    judge = LogisticRegression(C=0.1, max_iter=300).fit(
+        train.flatten(1)[:20000].numpy(), classes[:20000].numpy()
+    )
     shares = np.bincount(judge.predict(made.flatten(1).numpy()), minlength=10) / len(made)
     entropy = -sum(share * np.log(share) for share in shares if share)
     return float(np.exp(entropy)), " ".join(f"{share:.2f}" for share in shares)
@@ -114,10 +118,14 @@ def measure(run):
     trained = open_run(Path(run))
     model, data = trained.model.eval(), trained.facts["data"]
     if not hasattr(model, "sample"):
-        return "linear map of its features, 2,000 labels and all  {:.4f}  {:.4f}".format(*probes(model.blocks))
+        return "linear map of its features, 2,000 labels and all  {:.4f}  {:.4f}".format(
+            *probes(model.blocks)
+        )
     torch.manual_seed(0)
     with torch.no_grad():
-        made = (model.sample(1000).double() * data["std"] + data["mean"]) / 255  # as pixels, from 0 to 1
+        made = (
+            model.sample(1000).double() * data["std"] + data["mean"]
+        ) / 255  # as pixels, from 0 to 1
     number, shares = kinds(made)
     values = "distance {:.4f} precision {:.3f} coverage {:.3f}".format(*quality(made))
     return f"{values}  kinds {number:.2f} of 10 ({shares})"
@@ -130,6 +138,18 @@ if __name__ == "__main__":
     print(f"autoencoder  mean squared error of 32 principal components  {components():.4f}")
     print(f"vae          nats a picture of the mean picture             {mean_picture():.1f}")
     for name, made in other_samples().items():
-        print("gan          {:11s}  distance {:.4f} precision {:.3f} coverage {:.3f}".format(name, *quality(made)))
-    for name, features in {"pixels": lambda x: x, "64 components": principal(), "untrained": untrained()}.items():
-        print("contrastive  {:13s}  2,000 labels {:.4f}  all labels {:.4f}".format(name, *probes(features)))
+        print(
+            "gan          {:11s}  distance {:.4f} precision {:.3f} coverage {:.3f}".format(
+                name, *quality(made)
+            )
+        )
+    for name, features in {
+        "pixels": lambda x: x,
+        "64 components": principal(),
+        "untrained": untrained(),
+    }.items():
+        print(
+            "contrastive  {:13s}  2,000 labels {:.4f}  all labels {:.4f}".format(
+                name, *probes(features)
+            )
+        )

@@ -14,7 +14,9 @@ def resampled(split: fw.TensorSplit) -> tuple[torch.Tensor, torch.Tensor]:
     """Return each utterance as FRAMES frames, linear between its own, and the speakers."""
     inputs, speakers = split[:]
     rows = [x[None, :-1, : int(x[-1].sum())] for x in inputs]
-    return torch.cat([interpolate(row, FRAMES, mode="linear", align_corners=True) for row in rows]).flatten(1), speakers
+    return torch.cat(
+        [interpolate(row, FRAMES, mode="linear", align_corners=True) for row in rows]
+    ).flatten(1), speakers
 
 
 fw.discover()

@@ -35,7 +35,9 @@ class Job(NamedTuple):
     """What to train, and what to do besides."""
 
     workload: str
-    typical: bool  # TensorBoard, accuracy, validation, checkpoints, a progress bar; else nothing of it
+    typical: (
+        bool  # TensorBoard, accuracy, validation, checkpoints, a progress bar; else nothing of it
+    )
     device: str
     folder: str
     data: str
@@ -62,7 +64,12 @@ class Job(NamedTuple):
         """Return the loader that people write for tensors; of the training split it is shuffled."""
         training = split == "train"
         size, pinned = self.batch_size if training else 256, self.device != "cpu"
-        return DataLoader(TensorDataset(*self.tensors(split)), batch_size=size, shuffle=training, pin_memory=pinned)
+        return DataLoader(
+            TensorDataset(*self.tensors(split)),
+            batch_size=size,
+            shuffle=training,
+            pin_memory=pinned,
+        )
 
 
 class Watch:
@@ -78,7 +85,9 @@ class Watch:
     def on(self, model: nn.Module, optimizer: Any) -> None:
         """Watch a torch model and its optimizer, which must be Adam's kind."""
         first = next(model.parameters())
-        self.updates = lambda: int(optimizer.state[first]["step"]) if first in optimizer.state else 0
+        self.updates = lambda: (
+            int(optimizer.state[first]["step"]) if first in optimizer.state else 0
+        )
         self.loss = lambda: training_loss(model, self.job)
 
     @property
@@ -96,7 +105,13 @@ class Watch:
         seconds = time.perf_counter() - self.began
         assert self.loss is not None and self.updates is not None  # noqa: PT018 (set together)
         updates = self.updates()
-        answer(self.answers, seconds=seconds, steps=updates - self.steps_before, epochs=self.epochs, loss=self.loss())
+        answer(
+            self.answers,
+            seconds=seconds,
+            steps=updates - self.steps_before,
+            epochs=self.epochs,
+            loss=self.loss(),
+        )
         if json.loads(sys.stdin.readline() or '"stop"') != "go":
             raise Enough("no more rounds")  # fastai wants words in every exception
         self.until, self.steps_before = self.epochs + self.job.epochs_per_round, updates

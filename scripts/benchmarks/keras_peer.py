@@ -14,7 +14,10 @@ def build(workload: str) -> Any:
     from keras import Input, Sequential, layers
 
     if workload == "cnn":
-        pairs = [(layers.Conv2D(width, 3, padding="same", activation="relu"), layers.MaxPool2D()) for width in (16, 32)]
+        pairs = [
+            (layers.Conv2D(width, 3, padding="same", activation="relu"), layers.MaxPool2D())
+            for width in (16, 32)
+        ]
         hidden: list[Any] = [layer for pair in pairs for layer in pair] + [layers.Flatten()]
         shape: tuple[int, ...] = (SIDE, SIDE, 1)
     else:
@@ -32,12 +35,16 @@ def keras(job: Job, watch: Watch) -> None:
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"] if job.typical else None,
     )
-    (inputs, targets), val = ([part.numpy() for part in job.tensors(name)] for name in ("train", "val"))
+    (inputs, targets), val = (
+        [part.numpy() for part in job.tensors(name)] for name in ("train", "val")
+    )
     if job.workload == "cnn":  # channels last is the layout that it has by default
         inputs, val[0] = inputs.transpose(0, 2, 3, 1), val[0].transpose(0, 2, 3, 1)
 
     class RoundEnds(keras.callbacks.Callback):
-        def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:  # when the epoch before is wholly done
+        def on_epoch_begin(
+            self, epoch: int, logs: Any = None
+        ) -> None:  # when the epoch before is wholly done
             if epoch:
                 watch.epoch_end()
 
@@ -45,7 +52,10 @@ def keras(job: Job, watch: Watch) -> None:
     watch.loss = lambda: loss_of(model, inputs[:512], targets[:512])
     extras = []
     if job.typical:
-        extras = [writer(job), keras.callbacks.ModelCheckpoint(str(Path(job.folder, "checkpoint.keras")))]
+        extras = [
+            writer(job),
+            keras.callbacks.ModelCheckpoint(str(Path(job.folder, "checkpoint.keras"))),
+        ]
     model.fit(
         *(inputs, targets),
         batch_size=job.batch_size,

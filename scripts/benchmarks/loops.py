@@ -17,9 +17,19 @@ from benchmarks.contender import EPOCHS, LOG_EVERY, Job, Watch, log_folder
 class Extras:
     """What the typical mode does besides training, by the usual means; nothing in the bare mode."""
 
-    def __init__(self, job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, val: Callable[[], Iterable[Any]]):
+    def __init__(
+        self,
+        job: Job,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        val: Callable[[], Iterable[Any]],
+    ):
         self.job, self.model, self.optimizer, self.val = job, model, optimizer, val
-        self.step, self.correct, self.seen = 0, torch.zeros((), dtype=torch.int64, device=job.device), 0
+        self.step, self.correct, self.seen = (
+            0,
+            torch.zeros((), dtype=torch.int64, device=job.device),
+            0,
+        )
         if job.typical:
             from torch.utils.tensorboard import SummaryWriter  # the bare loop does not pay for it
 
@@ -55,7 +65,11 @@ class Extras:
         self.model.train()
         self.writer.add_scalar("val/loss", loss / seen, self.step)
         self.writer.add_scalar("val/accuracy", correct / seen, self.step)
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "epoch": epoch}
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "epoch": epoch,
+        }
         torch.save(state, Path(self.job.folder, "checkpoint.pt"))
 
     def bar(self, batches: DataLoader, epoch: int) -> Iterable[Any]:
@@ -109,16 +123,23 @@ def tight_compiled(job: Job, watch: Watch) -> None:
     """The same with the whole step in one graph. torch's `optimizer.step()` breaks it, so AdamW is written out."""
     import torch._dynamo
 
-    if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # before torch 2.11 there was no such thing
+    if hasattr(
+        torch._dynamo.config, "trace_autograd_ops"
+    ):  # before torch 2.11 there was no such thing
         torch._dynamo.config.trace_autograd_ops = True
     model = job.model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=job.lr)
     parameters = list(model.parameters())
     count = torch.zeros((), device=job.device)
     for parameter in parameters:
-        moments = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+        moments = {
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
         optimizer.state[parameter] = {"step": count, **moments}
-    states = [(p, optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"]) for p in parameters]
+    states = [
+        (p, optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"]) for p in parameters
+    ]
 
     def step(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         outputs = model(inputs)
@@ -137,7 +158,9 @@ def tight_compiled(job: Job, watch: Watch) -> None:
     run_tight(job, watch, model, optimizer, torch.compile(step, dynamic=False))
 
 
-def run_tight(job: Job, watch: Watch, model: nn.Module, optimizer: Any, step: Callable[..., Any]) -> None:
+def run_tight(
+    job: Job, watch: Watch, model: nn.Module, optimizer: Any, step: Callable[..., Any]
+) -> None:
     """Run a step over whole tensors, in a new order each epoch."""
     inputs, targets = (tensor.to(job.device) for tensor in job.tensors("train"))
     val = [tensor.to(job.device) for tensor in job.tensors("val")]

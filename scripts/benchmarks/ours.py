@@ -12,7 +12,10 @@ from framework.contracts.optimizer import implementation
 from framework.data.dataset import Loader
 from framework.runs.status_file import Status
 
-TYPICAL = ("progress", "checkpoint"), ("tensorboard",)  # callbacks and loggers: what the loops by hand and others have
+TYPICAL = (
+    ("progress", "checkpoint"),
+    ("tensorboard",),
+)  # callbacks and loggers: what the loops by hand and others have
 DEFAULT = ("progress", "checkpoint", "non_finite", "gradient_norm"), ("tensorboard", "json_lines")
 
 
@@ -23,7 +26,9 @@ class RoundEnds(fw.Callback):
         self.watch = watch
 
     def on_epoch_end(self, trainer: fw.Context) -> None:
-        if self.watch.round_ends:  # what is still being written belongs to this round, not to whoever comes next
+        if (
+            self.watch.round_ends
+        ):  # what is still being written belongs to this round, not to whoever comes next
             for callback in trainer.callbacks:
                 if isinstance(callback, fw.SavingCallback):
                     callback.finish_saving()

@@ -51,9 +51,17 @@ def overhead(rounds: int, steps: int, epochs: int) -> int:
 
 def listeners(rounds: int) -> str:
     """Return the microseconds of a step with 0, 5 and 20 callbacks; 0 twice, for the noise."""
-    with stepping([]) as none, stepping([]) as again, stepping(quiet(5)) as five, stepping(quiet(20)) as twenty:
+    with (
+        stepping([]) as none,
+        stepping([]) as again,
+        stepping(quiet(5)) as five,
+        stepping(quiet(20)) as twenty,
+    ):
         times = take_turns({"0": none, "0 again": again, "5": five, "20": twenty}, rounds, warm=3)
-    rows = [[name, f"{median(each):.0f}", f"{ratio(each, times['0']):.3f}"] for name, each in times.items()]
+    rows = [
+        [name, f"{median(each):.0f}", f"{ratio(each, times['0']):.3f}"]
+        for name, each in times.items()
+    ]
     return table(["callbacks that listen to no step", "µs a step", "against 0"], rows)
 
 
@@ -77,10 +85,14 @@ def many_epochs(epochs: int) -> str:
     fit(laps, samples=96, max_epochs=epochs)
     first, last = laps.megabytes[0], laps.megabytes[-1]
     row = [f"{epochs:,}", f"{first:.1f}", f"{last:.1f}", f"{last - first:+.2f}"]
-    return table(["epochs of one run, resident MB", "after a tenth", "at the end", "difference"], [row])
+    return table(
+        ["epochs of one run, resident MB", "after a tenth", "at the end", "difference"], [row]
+    )
 
 
-def fit(laps: Laps, samples: int, max_steps: int | None = None, max_epochs: int | None = None) -> None:
+def fit(
+    laps: Laps, samples: int, max_steps: int | None = None, max_epochs: int | None = None
+) -> None:
     """Train a very small model, with validation and a metric, so that it is the loop that is measured."""
     fw.discover()
     model = nn.Linear(8, 10)
@@ -88,7 +100,9 @@ def fit(laps: Laps, samples: int, max_steps: int | None = None, max_epochs: int 
     trainer = fw.Trainer(max_epochs=max_epochs, max_steps=max_steps, device="cpu", callbacks=[laps])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     metrics = [fw.metrics.build("accuracy")]
-    trainer.fit(model, data, val=data, task=nn.CrossEntropyLoss(), optimizer=optimizer, metrics=metrics)
+    trainer.fit(
+        model, data, val=data, task=nn.CrossEntropyLoss(), optimizer=optimizer, metrics=metrics
+    )
 
 
 def resident() -> float:

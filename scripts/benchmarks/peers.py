@@ -56,7 +56,9 @@ def lightning(job: Job, watch: Watch) -> None:
             return optimizer
 
     class RoundEnds(L.Callback):
-        def on_train_epoch_start(self, trainer: Any, module: Any) -> None:  # when the epoch before is wholly done
+        def on_train_epoch_start(
+            self, trainer: Any, module: Any
+        ) -> None:  # when the epoch before is wholly done
             if trainer.current_epoch:
                 watch.epoch_end()
 
@@ -77,12 +79,16 @@ def accelerate(job: Job, watch: Watch) -> None:
     from accelerate import Accelerator
     from tqdm import tqdm
 
-    accelerator = Accelerator(log_with="tensorboard" if job.typical else None, project_dir=job.folder)
+    accelerator = Accelerator(
+        log_with="tensorboard" if job.typical else None, project_dir=job.folder
+    )
     if job.typical:
         accelerator.init_trackers("run")
     model = job.model()
     optimizer = adamw(job, model)
-    model, optimizer, train, val = accelerator.prepare(model, optimizer, job.loader("train"), job.loader("val"))
+    model, optimizer, train, val = accelerator.prepare(
+        model, optimizer, job.loader("train"), job.loader("val")
+    )
     criterion, step = nn.CrossEntropyLoss(), 0
     watch.on(model, optimizer)
     for _ in range(EPOCHS):
@@ -94,7 +100,10 @@ def accelerate(job: Job, watch: Watch) -> None:
             optimizer.step()
             step += 1
             if job.typical and step % LOG_EVERY == 0:
-                values = {"train/loss": loss.item(), "train/accuracy": accuracy(outputs, targets).item()}
+                values = {
+                    "train/loss": loss.item(),
+                    "train/accuracy": accuracy(outputs, targets).item(),
+                }
                 accelerator.log(values, step=step)
         if job.typical:
             accelerator.log(validate(accelerator, model, val), step=step)
@@ -105,7 +114,9 @@ def accelerate(job: Job, watch: Watch) -> None:
 @torch.no_grad()
 def validate(accelerator: Any, model: nn.Module, batches: Any) -> dict[str, float]:
     model.eval()
-    found = [accelerator.gather_for_metrics((model(inputs), targets)) for inputs, targets in batches]
+    found = [
+        accelerator.gather_for_metrics((model(inputs), targets)) for inputs, targets in batches
+    ]
     model.train()
     outputs, targets = (torch.cat(each) for each in zip(*found, strict=True))
     loss = nn.functional.cross_entropy(outputs, targets)
@@ -158,21 +169,33 @@ def transformers(job: Job, watch: Watch) -> None:
         arguments,
         train_dataset=rows("train"),
         eval_dataset=rows("val"),
-        compute_metrics=lambda seen: {"accuracy": float((seen.predictions.argmax(1) == seen.label_ids).mean())},
+        compute_metrics=lambda seen: {
+            "accuracy": float((seen.predictions.argmax(1) == seen.label_ids).mean())
+        },
         callbacks=[RoundEnds()],
     ).train()
 
 
 def ignite(job: Job, watch: Watch) -> None:
     from ignite.engine import Events, create_supervised_evaluator, create_supervised_trainer
-    from ignite.handlers import Checkpoint, DiskSaver, ProgressBar, TensorboardLogger, global_step_from_engine
+    from ignite.handlers import (
+        Checkpoint,
+        DiskSaver,
+        ProgressBar,
+        TensorboardLogger,
+        global_step_from_engine,
+    )
     from ignite.metrics import Accuracy, Loss
 
     model, criterion = job.model(), nn.CrossEntropyLoss()
     optimizer = adamw(job, model)
     watch.on(model, optimizer)
     engine = create_supervised_trainer(
-        model, optimizer, criterion, device=job.device, output_transform=lambda x, y, outputs, loss: (outputs, y, loss)
+        model,
+        optimizer,
+        criterion,
+        device=job.device,
+        output_transform=lambda x, y, outputs, loss: (outputs, y, loss),
     )
     if job.typical:
         scores = {"accuracy": Accuracy(), "loss": Loss(criterion)}
@@ -188,9 +211,15 @@ def ignite(job: Job, watch: Watch) -> None:
         )
         step = global_step_from_engine(engine)
         writer.attach_output_handler(
-            evaluator, Events.EPOCH_COMPLETED, tag="val", metric_names="all", global_step_transform=step
+            evaluator,
+            Events.EPOCH_COMPLETED,
+            tag="val",
+            metric_names="all",
+            global_step_transform=step,
         )
-        saver = Checkpoint({"model": model, "optimizer": optimizer}, DiskSaver(job.folder, require_empty=False))
+        saver = Checkpoint(
+            {"model": model, "optimizer": optimizer}, DiskSaver(job.folder, require_empty=False)
+        )
         engine.add_event_handler(Events.EPOCH_COMPLETED, saver)
     engine.add_event_handler(Events.EPOCH_COMPLETED, watch.epoch_end)
     engine.run(job.loader("train"), max_epochs=EPOCHS)
@@ -206,7 +235,9 @@ def skorch(job: Job, watch: Watch) -> None:
         def on_train_begin(self, net: Any, **given: Any) -> None:
             watch.on(net.module_, net.optimizer_)
 
-        def on_epoch_begin(self, net: Any, **given: Any) -> None:  # when the callbacks of the epoch before are done
+        def on_epoch_begin(
+            self, net: Any, **given: Any
+        ) -> None:  # when the callbacks of the epoch before are done
             if len(net.history) > 1:
                 watch.epoch_end()
 
@@ -223,16 +254,24 @@ def skorch(job: Job, watch: Watch) -> None:
             self.step += training
             if training and self.step % LOG_EVERY == 0:
                 self.writer.add_scalar("train/loss", loss.item(), self.step)
-                self.writer.add_scalar("train/accuracy", accuracy(y_pred, batch[1]).item(), self.step)
+                self.writer.add_scalar(
+                    "train/accuracy", accuracy(y_pred, batch[1]).item(), self.step
+                )
 
         def on_epoch_end(self, net: Any, **given: Any) -> None:
             for name in ("valid_loss", "valid_accuracy"):
                 self.writer.add_scalar(name, net.history[-1, name], self.step)
 
     def score(net: Any, data: Any, targets: Any) -> float:
-        return float((torch.as_tensor(net.predict(data)).argmax(1) == job.tensors("val")[1]).float().mean())
+        return float(
+            (torch.as_tensor(net.predict(data)).argmax(1) == job.tensors("val")[1]).float().mean()
+        )
 
-    extras = [EpochScoring(score, name="valid_accuracy", lower_is_better=False), Writer(), ProgressBar()]
+    extras = [
+        EpochScoring(score, name="valid_accuracy", lower_is_better=False),
+        Writer(),
+        ProgressBar(),
+    ]
     NeuralNet(
         job.model(),
         criterion=nn.CrossEntropyLoss,
@@ -243,7 +282,10 @@ def skorch(job: Job, watch: Watch) -> None:
         train_split=predefined_split(TensorDataset(*job.tensors("val"))) if job.typical else None,
         iterator_train__shuffle=True,
         iterator_valid__batch_size=256,
-        callbacks=[*([*extras, Checkpoint(dirname=job.folder, monitor=None)] if job.typical else []), RoundEnds()],
+        callbacks=[
+            *([*extras, Checkpoint(dirname=job.folder, monitor=None)] if job.typical else []),
+            RoundEnds(),
+        ],
         **({} if job.typical else {"callbacks__print_log": None}),
         device=job.device,
         verbose=int(job.typical),
@@ -282,7 +324,9 @@ def fastai(job: Job, watch: Watch) -> None:
             self.step += self.learn.training
             if self.learn.training and self.step % LOG_EVERY == 0:
                 self.writer.add_scalar("train/loss", self.learn.loss.item(), self.step)
-                self.writer.add_scalar("train/accuracy", accuracy(self.learn.pred, *self.learn.yb).item(), self.step)
+                self.writer.add_scalar(
+                    "train/accuracy", accuracy(self.learn.pred, *self.learn.yb).item(), self.step
+                )
 
         def after_epoch(self) -> None:
             self.writer.add_scalar("val/loss", self.learn.recorder.values[-1][1], self.step)
@@ -290,7 +334,11 @@ def fastai(job: Job, watch: Watch) -> None:
     train, val = (TensorDataset(*job.tensors(name)) for name in ("train", "val"))
     loaders = [DataLoader(train, bs=job.batch_size, shuffle=True, device=job.device)]
     loaders += [DataLoader(val, bs=256, device=job.device)]
-    extras = [SaveModelCallback(every_epoch=True, with_opt=True), Writer()] if job.typical else [NoValidation()]
+    extras = (
+        [SaveModelCallback(every_epoch=True, with_opt=True), Writer()]
+        if job.typical
+        else [NoValidation()]
+    )
     learner = Learner(
         DataLoaders(*loaders, device=job.device),
         job.model(),
@@ -324,7 +372,11 @@ def poutyne(job: Job, watch: Watch) -> None:
         file = str(Path(job.folder, "checkpoint.pt"))
         extras = [TensorBoardLogger(SummaryWriter(log_folder(job))), ModelCheckpoint(file)]
     model = Model(
-        network, optimizer, nn.CrossEntropyLoss(), batch_metrics=["accuracy"] if job.typical else [], device=job.device
+        network,
+        optimizer,
+        nn.CrossEntropyLoss(),
+        batch_metrics=["accuracy"] if job.typical else [],
+        device=job.device,
     )
     model.fit_generator(
         job.loader("train"),

@@ -35,9 +35,21 @@ class Process:
         self.contender = contender
         self.said: deque[bytes] = deque(maxlen=200)
         mine, its = pty.openpty()
-        hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}  # peers take an accelerator wherever it is
-        environment = os.environ | hidden | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT), "TERM": "xterm"}
-        command = [contender.python, "-m", "benchmarks.contender", contender.module, contender.function]
+        hidden = (
+            {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+        )  # peers take an accelerator wherever it is
+        environment = (
+            os.environ
+            | hidden
+            | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT), "TERM": "xterm"}
+        )
+        command = [
+            contender.python,
+            "-m",
+            "benchmarks.contender",
+            contender.module,
+            contender.function,
+        ]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": its}
         self.child = subprocess.Popen(command, env=environment, text=True, **pipes)  # type: ignore[call-overload]
         os.close(its)
@@ -65,7 +77,11 @@ class Process:
     def _last_words(self) -> str:
         self.child.wait()
         self.reader.join(1)
-        words = [each for each in b"".join(self.said).decode(errors="replace").splitlines() if each.strip()]
+        words = [
+            each
+            for each in b"".join(self.said).decode(errors="replace").splitlines()
+            if each.strip()
+        ]
         return (words or ["it ended without a word"])[-1].strip()[:200]
 
     def close(self) -> None:
@@ -79,7 +95,9 @@ class Process:
         self.child.stdout.close()
 
 
-def take_turns(parts: Mapping[str, Callable[[], float]], rounds: int, warm: int = 1) -> dict[str, list[float]]:
+def take_turns(
+    parts: Mapping[str, Callable[[], float]], rounds: int, warm: int = 1
+) -> dict[str, list[float]]:
     """Call each in turn, again and again; return what they gave after the first `warm` times."""
     given: dict[str, list[float]] = {name: [] for name in parts}
     for number in range(rounds + warm):
@@ -100,7 +118,10 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
 
     def line(row: Sequence[str]) -> str:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        cells = [
+            row[0].ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
+        ]
         return f"| {' | '.join(cells)} |"
 
     rule = "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])])

@@ -25,7 +25,9 @@ State = tuple[dict[str, Tensor], dict[str, Any]]
 
 def safety(megabytes: Sequence[int], rounds: int, folder: Path | None) -> int:
     """Print the three tables."""
-    with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as place:  # a save may still be under way
+    with tempfile.TemporaryDirectory(
+        dir=folder, ignore_cleanup_errors=True
+    ) as place:  # a save may still be under way
         print(saving(megabytes, rounds, Path(place)), end="\n\n", flush=True)
     print(health(rounds * 5), end="\n\n", flush=True)
     print(order(rounds * 5))
@@ -41,7 +43,9 @@ def state_of(megabytes: int) -> State:
         number: {"step": torch.tensor(1.0), "exp_avg": weight * 0.1, "exp_avg_sq": weight**2}
         for number, weight in enumerate(weights.values())
     }
-    return weights, {"optimizer": {"state": moments, "param_groups": [{"lr": 1e-3, "params": list(moments)}]}}
+    return weights, {
+        "optimizer": {"state": moments, "param_groups": [{"lr": 1e-3, "params": list(moments)}]}
+    }
 
 
 def saving(megabytes: Sequence[int], rounds: int, folder: Path) -> str:
@@ -96,8 +100,15 @@ def health(rounds: int) -> str:
     with stepping([]) as bare, stepping([fw.callbacks.build("non_finite")]) as looking:
         times = take_turns({"without": bare, "with": looking}, rounds, warm=3)
     share = ratio(times["with"], times["without"]) - 1
-    row = ["non_finite", f"{median(times['without']):.0f}", f"{median(times['with']):.0f}", f"{share:+.1%}"]
-    return table(["health check, µs a step of the tiny MLP", "without", "with", "share of the step"], [row])
+    row = [
+        "non_finite",
+        f"{median(times['without']):.0f}",
+        f"{median(times['with']):.0f}",
+        f"{share:+.1%}",
+    ]
+    return table(
+        ["health check, µs a step of the tiny MLP", "without", "with", "share of the step"], [row]
+    )
 
 
 @contextmanager
@@ -114,9 +125,13 @@ def training(callbacks: Sequence[fw.Callback], block: int) -> Generator[float]:
     model = mlp()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     clock = Clock(block)
-    data = fw.TensorSplit(torch.randn(32 * (block + 10), 64), torch.randint(0, 10, (32 * (block + 10),)))
+    data = fw.TensorSplit(
+        torch.randn(32 * (block + 10), 64), torch.randint(0, 10, (32 * (block + 10),))
+    )
     while True:
-        trainer = fw.Trainer(max_epochs=1, device="cpu", callbacks=[*callbacks, clock], log_every="1epoch")
+        trainer = fw.Trainer(
+            max_epochs=1, device="cpu", callbacks=[*callbacks, clock], log_every="1epoch"
+        )
         trainer.fit(model, data, task=nn.CrossEntropyLoss(), optimizer=optimizer)
         yield clock.microseconds
 
@@ -145,16 +160,32 @@ def order(rounds: int, samples: int = 60_000, batch_size: int = 32) -> str:
         return timed(lambda: exhaust(loader.epoch(next(epochs)))) * 1e3 / len(loader)
 
     def gathered() -> float:
-        return timed(lambda: exhaust(gather(inputs, targets, ready, batch_size))) * 1e3 / len(loader)
+        return (
+            timed(lambda: exhaust(gather(inputs, targets, ready, batch_size))) * 1e3 / len(loader)
+        )
 
     times = take_turns({"ours": ours, "ready": gathered}, rounds)
-    difference = median(mine - other for mine, other in zip(times["ours"], times["ready"], strict=True))
-    row = ["order and gather", f"{median(times['ours']):.1f}", f"{median(times['ready']):.1f}", f"{difference:+.1f}"]
-    header = ["in memory, µs a batch", "ours, order of (seed, epoch)", "ready permutation", "difference"]
+    difference = median(
+        mine - other for mine, other in zip(times["ours"], times["ready"], strict=True)
+    )
+    row = [
+        "order and gather",
+        f"{median(times['ours']):.1f}",
+        f"{median(times['ready']):.1f}",
+        f"{difference:+.1f}",
+    ]
+    header = [
+        "in memory, µs a batch",
+        "ours, order of (seed, epoch)",
+        "ready permutation",
+        "difference",
+    ]
     return table(header, [row])
 
 
-def gather(inputs: Tensor, targets: Tensor, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def gather(
+    inputs: Tensor, targets: Tensor, order: Tensor, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     for index in order.split(batch_size):
         yield inputs.index_select(0, index), targets.index_select(0, index)
 

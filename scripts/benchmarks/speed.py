@@ -21,7 +21,10 @@ OWN = {  # name: file, function
     "tight": ("loops", "tight"),
     "tight, compiled step": ("loops", "tight_compiled"),
     "ours": ("ours", "eager"),
-    "ours, all defaults": ("ours", "as_by_default"),  # looks for NaN, gradient norms, JSON lines, status.json
+    "ours, all defaults": (
+        "ours",
+        "as_by_default",
+    ),  # looks for NaN, gradient norms, JSON lines, status.json
     "ours, compile=step": ("ours", "compiled"),
     "ours, cuda_graph=on": ("ours", "graphed"),
     "ours, channels first": ("ours", "channels_first"),
@@ -40,7 +43,9 @@ LACKING = {("keras", "transformer")}  # it takes no torch model
 LACKING |= {("ours, channels first", name) for name in WORKLOADS if name != "cnn"}  # no images
 SECONDS_EACH = 40.0  # for each contender, unless it is said how long all may take
 LEAST_ROUNDS = 2
-PROGRESS = 0.8  # of the fall of the loss that the median contender reaches; less is another training
+PROGRESS = (
+    0.8  # of the fall of the loss that the median contender reaches; less is another training
+)
 
 
 class Course(NamedTuple):
@@ -72,7 +77,10 @@ class Plan(NamedTuple):
 
 def contenders(peers: Path | None) -> list[Contender]:
     """Return who can take part: all of ours, and what is installed beside the Python of a venv."""
-    own = [Contender(name, sys.executable, f"benchmarks.{file}", function) for name, (file, function) in OWN.items()]
+    own = [
+        Contender(name, sys.executable, f"benchmarks.{file}", function)
+        for name, (file, function) in OWN.items()
+    ]
     if peers is None:
         return own
     python = str(peers / "bin" / "python")
@@ -80,8 +88,16 @@ def contenders(peers: Path | None) -> list[Contender]:
     try:
         asked = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        raise BadPeers(f"--peers {peers}: {python} does not run ({error}); give a virtual environment") from None
-    return [*own, *(Contender(name, python, f"benchmarks.{PEERS[name]}", name) for name in asked.stdout.split())]
+        raise BadPeers(
+            f"--peers {peers}: {python} does not run ({error}); give a virtual environment"
+        ) from None
+    return [
+        *own,
+        *(
+            Contender(name, python, f"benchmarks.{PEERS[name]}", name)
+            for name in asked.stdout.split()
+        ),
+    ]
 
 
 def speed(plan: Plan, chosen: Sequence[Contender]) -> int:
@@ -96,12 +112,22 @@ def speed(plan: Plan, chosen: Sequence[Contender]) -> int:
             for number, (workload, mode) in enumerate(pairs):
                 job, said = prepare(plan, workload, mode, Path(folder, f"{number}"))
                 until = time.monotonic() + max(0.0, ends - time.monotonic()) / (len(pairs) - number)
-                able = {name: process for name, process in processes.items() if (name, workload) not in LACKING}
+                able = {
+                    name: process
+                    for name, process in processes.items()
+                    if (name, workload) not in LACKING
+                }
                 courses[mode] = compete(able, job, plan.rounds, until)
                 problems += [f"{workload}, {mode}: {each}" for each in unsound(courses[mode], job)]
                 if mode == plan.modes[-1]:
-                    done = " and ".join(str(max(len(run.losses) for run in each.values())) for each in courses.values())
-                    print(f"\n{workload}: {said}, batch {job.batch_size}; rounds: {done}\n", flush=True)
+                    done = " and ".join(
+                        str(max(len(run.losses) for run in each.values()))
+                        for each in courses.values()
+                    )
+                    print(
+                        f"\n{workload}: {said}, batch {job.batch_size}; rounds: {done}\n",
+                        flush=True,
+                    )
                     print(compared(courses), flush=True)
     finally:
         for process in processes.values():
@@ -117,7 +143,9 @@ def prepare(plan: Plan, workload: str, mode: str, folder: Path) -> tuple[Job, st
     folder.mkdir()
     torch.save(splits, folder / "data.pt")
     epochs, data = WORKLOADS[workload].epochs_per_round, str(folder / "data.pt")
-    return Job(workload, mode == "typical", plan.device, str(folder), data, min(2, epochs), epochs), said
+    return Job(
+        workload, mode == "typical", plan.device, str(folder), data, min(2, epochs), epochs
+    ), said
 
 
 def compete(processes: dict[str, Process], job: Job, rounds: int, until: float) -> Courses:
@@ -127,7 +155,9 @@ def compete(processes: dict[str, Process], job: Job, rounds: int, until: float) 
         folder = Path(job.folder, name)
         folder.mkdir()
         process.tell(job._replace(folder=str(folder))._asdict())
-    running = {name: process for name, process in processes.items() if heard(courses, name, process)}
+    running = {
+        name: process for name, process in processes.items() if heard(courses, name, process)
+    }
     for number in range(rounds):
         if number >= LEAST_ROUNDS and time.monotonic() > until:
             break
@@ -136,7 +166,9 @@ def compete(processes: dict[str, Process], job: Job, rounds: int, until: float) 
             if (said := heard(courses, name, process)) is None:
                 del running[name]
                 continue
-            courses[name].microseconds.append(said["seconds"] / said["steps"] * 1e6 if said["steps"] else math.inf)
+            courses[name].microseconds.append(
+                said["seconds"] / said["steps"] * 1e6 if said["steps"] else math.inf
+            )
             courses[name].steps.append(said["steps"])
             courses[name].losses.append(said["loss"])
     for name, process in running.items():
@@ -160,13 +192,17 @@ def unsound(courses: Courses, job: Job) -> list[str]:
     wanted = job.epochs_per_round * math.ceil(workload.train / workload.batch_size)
     before = training_loss(job._replace(device="cpu").model(), job._replace(device="cpu"))
     done = {name: course for name, course in courses.items() if not course.failed}
-    problems = [f"{name} failed: {course.failed}" for name, course in courses.items() if course.failed]
+    problems = [
+        f"{name} failed: {course.failed}" for name, course in courses.items() if course.failed
+    ]
     for name, course in done.items():
         if set(course.steps) != {wanted}:
             problems.append(f"{name} made {course.steps} steps in its rounds, not {wanted} in each")
         last, usual = course.losses[-1], median(other.losses[-1] for other in done.values())
         if not before - last >= PROGRESS * (before - usual) > 0:
-            problems.append(f"{name} brought the loss from {before:.3g} to {last:.3g}; usual was {usual:.3g}")
+            problems.append(
+                f"{name} brought the loss from {before:.3g} to {last:.3g}; usual was {usual:.3g}"
+            )
     return problems
 
 
@@ -176,7 +212,14 @@ def compared(courses: dict[str, Courses]) -> str:
     for mode in courses:
         header += [f"{mode}, µs a step", "against handwritten", "against tight"]
     header += ["typical/bare"] * (len(courses) == 2) + ["loss"]
-    rows, names = [], [name for name in next(iter(courses.values())) if any(e[name].losses for e in courses.values())]
+    rows, names = (
+        [],
+        [
+            name
+            for name in next(iter(courses.values()))
+            if any(e[name].losses for e in courses.values())
+        ],
+    )
     for name in names:
         row, runs = [name], [each[name] for each in courses.values()]
         for others, run in zip(courses.values(), runs, strict=True):
@@ -185,7 +228,11 @@ def compared(courses: dict[str, Courses]) -> str:
             row += [against(others, base, times) for base in ("handwritten", "tight")]
         if len(runs) == 2:
             whole = all(run.microseconds for run in runs)
-            row.append(f"{median(runs[1].microseconds) / median(runs[0].microseconds):.2f}" if whole else "-")
+            row.append(
+                f"{median(runs[1].microseconds) / median(runs[0].microseconds):.2f}"
+                if whole
+                else "-"
+            )
         rows.append([*row, f"{next(run.losses[-1] for run in reversed(runs) if run.losses):.2g}"])
     return "\n".join([table(header, rows), *fastest_peer(courses)])
 
@@ -199,9 +246,15 @@ def fastest_peer(courses: dict[str, Courses]) -> list[str]:
     """Say how ours compares with the fastest peer, if there is one."""
     lines = []
     for mode, each in courses.items():
-        peers = {name: median(each[name].microseconds) for name in PEERS if name in each and each[name].microseconds}
+        peers = {
+            name: median(each[name].microseconds)
+            for name in PEERS
+            if name in each and each[name].microseconds
+        }
         if not peers or "ours" not in each:
             continue
         best = min(peers, key=peers.__getitem__)
-        lines.append(f"{mode}: ours against {best}, the fastest peer: {against(each, best, each['ours'].microseconds)}")
+        lines.append(
+            f"{mode}: ours against {best}, the fastest peer: {against(each, best, each['ours'].microseconds)}"
+        )
     return ["", *lines] if lines else []

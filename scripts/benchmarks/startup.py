@@ -54,7 +54,9 @@ Command = list[str]
 def startup(rounds: int, fused: bool) -> int:
     """Print the seconds of ours and of what it is compared with, in pairs."""
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "plain.py").write_text(PLAIN.replace("FUSED", "fused=True" if fused else ""), encoding="utf-8")
+        Path(folder, "plain.py").write_text(
+            PLAIN.replace("FUSED", "fused=True" if fused else ""), encoding="utf-8"
+        )
         Path(folder, "first_step.py").write_text(FIRST_STEP, encoding="utf-8")
         framework = [sys.executable, "-m", "framework"]
         training = [*framework, "train", "--plugins", "first_step.py", "+callbacks=first_step"]
@@ -64,7 +66,9 @@ def startup(rounds: int, fused: bool) -> int:
                 first_step, [sys.executable, "plain.py"]
             ),
             "first step: framework train": partial(first_step, training),
-            "python -c 'import torch'": partial(seconds, [sys.executable, "-c", "import torch"], folder),
+            "python -c 'import torch'": partial(
+                seconds, [sys.executable, "-c", "import torch"], folder
+            ),
             "framework list": partial(seconds, [*framework, "list"], folder),
         }
         times = take_turns(parts, rounds)
@@ -97,7 +101,9 @@ def seconds(command: Command, folder: str) -> float:
 
 def run(command: Command, folder: str, environment: dict[str, str] | None = None) -> str:
     """Return what a command prints. Raises Failed with its last words."""
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         words = done.stderr.strip().splitlines() or ["no word"]
         raise Failed(f"{' '.join(command[1:])} ended with status {done.returncode}: {words[-1]}")

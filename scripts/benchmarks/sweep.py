@@ -16,7 +16,10 @@ LAUNCHERS = {
     "Hydra's basic": ["hydra/launcher=basic"],
     "joblib, 2 processes": ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
 }
-NOT_OURS = ("OMP_NUM_THREADS", "PYTHONDONTWRITEBYTECODE")  # each takes as many threads as suit it, and starts as usual
+NOT_OURS = (
+    "OMP_NUM_THREADS",
+    "PYTHONDONTWRITEBYTECODE",
+)  # each takes as many threads as suit it, and starts as usual
 MODELS = {
     "mlp": ["model.width=128", "model.depth=2"],
     "cnn": ["data.image=true", "model=cnn", "model.channels=[8, 16]"],
@@ -25,7 +28,9 @@ MODELS = {
 
 def sweep(models: Sequence[str], trials: Sequence[int], rounds: int, epochs: int) -> int:
     """Print a table of trials per second, and how many times as many as with Hydra's basic launcher."""
-    chosen = {name: more for name, more in LAUNCHERS.items() if "joblib" not in name or has_joblib()}
+    chosen = {
+        name: more for name, more in LAUNCHERS.items() if "joblib" not in name or has_joblib()
+    }
     rows = []
     for model in models:
         for count in trials:
@@ -36,14 +41,23 @@ def sweep(models: Sequence[str], trials: Sequence[int], rounds: int, epochs: int
             basic = seconds["Hydra's basic"]
             for name, spent in seconds.items():
                 per_second = count / sorted(spent)[len(spent) // 2]
-                rows.append([f"{model}, {count} trials, {name}", f"{per_second:.2f}", f"{ratio(basic, spent):.2f}"])
+                rows.append(
+                    [
+                        f"{model}, {count} trials, {name}",
+                        f"{per_second:.2f}",
+                        f"{ratio(basic, spent):.2f}",
+                    ]
+                )
                 print(rows[-1], file=sys.stderr, flush=True)
     print(table([f"{epochs} epochs of digits each", "trials/s", "times basic"], rows))
     return 0
 
 
 def has_joblib() -> bool:
-    return find_spec("hydra_plugins") is not None and find_spec("hydra_plugins.hydra_joblib_launcher") is not None
+    return (
+        find_spec("hydra_plugins") is not None
+        and find_spec("hydra_plugins.hydra_joblib_launcher") is not None
+    )
 
 
 def run(overrides: Sequence[str], trials: int, epochs: int) -> float:
@@ -53,7 +67,9 @@ def run(overrides: Sequence[str], trials: int, epochs: int) -> float:
     free = {name: value for name, value in os.environ.items() if name not in NOT_OURS}
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
-        done = subprocess.run(command, cwd=folder, env=free | {"TERM": "dumb"}, capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=folder, env=free | {"TERM": "dumb"}, capture_output=True, text=True
+        )
         if done.returncode != 0 or f"{trials}: done" not in done.stdout:
             raise Failed(f"{' '.join(command)}: {done.stdout[-300:]} {done.stderr[-300:]}")
         return time.perf_counter() - began

@@ -52,10 +52,14 @@ class CharacterTransformer(nn.Module):
     def __init__(self, width: int = 64, depth: int = 2, heads: int = 4):
         super().__init__()
         self.characters, self.places = nn.Embedding(CHARACTERS, width), nn.Embedding(CONTEXT, width)
-        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(
+            width, heads, 4 * width, dropout=0.0, batch_first=True, norm_first=True
+        )
         self.blocks = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
         self.head = nn.Linear(width, CHARACTERS)
-        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(CONTEXT), persistent=False)
+        self.register_buffer(
+            "mask", nn.Transformer.generate_square_subsequent_mask(CONTEXT), persistent=False
+        )
         self.register_buffer("position", torch.arange(CONTEXT), persistent=False)
 
     def forward(self, text: Tensor) -> Tensor:
@@ -75,7 +79,10 @@ def split(inputs: Tensor, targets: Tensor, train: int, val: int) -> dict[str, Te
     """Return the first samples of a fixed shuffle for training, those after them for validation."""
     order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))
     parts = {"train": order[:train], "val": order[train : train + val]}
-    return {name: (inputs[index].contiguous(), targets[index].contiguous()) for name, index in parts.items()}
+    return {
+        name: (inputs[index].contiguous(), targets[index].contiguous())
+        for name, index in parts.items()
+    }
 
 
 def read(name: str) -> tuple[dict[str, Tensors], str]:
@@ -88,7 +95,9 @@ def read(name: str) -> tuple[dict[str, Tensors], str]:
 
 
 def digits() -> tuple[Tensor, Tensor, str]:
-    from sklearn.datasets import load_digits  # a peer's environment need not have it: the splits come in a file
+    from sklearn.datasets import (
+        load_digits,
+    )  # a peer's environment need not have it: the splits come in a file
 
     inputs, targets = load_digits(return_X_y=True)
     return torch.tensor(inputs / 16, dtype=torch.float32), torch.tensor(targets), "digits"
@@ -109,7 +118,9 @@ def pictures() -> tuple[Tensor, Tensor, str]:
         inputs = torch.randn(8192, 1, SIDE, SIDE, generator=generator)
         for number in range(CLASSES):
             row, column = divmod(number, 5)
-            inputs[targets == number, :, row * 14 : row * 14 + 5, column * 5 : column * 5 + 5] += 1.0
+            inputs[targets == number, :, row * 14 : row * 14 + 5, column * 5 : column * 5 + 5] += (
+                1.0
+            )
         return inputs, targets, "noise in the shape of Fashion-MNIST"
 
 

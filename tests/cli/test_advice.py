@@ -42,7 +42,8 @@ def plugin(tmp_path):
 def run(plugin, command, monkeypatch, forget_plugins):
     """Train in a folder with spaces and quotes; returns what was printed."""
     monkeypatch.setattr(
-        "framework.cli.board.serve_board", lambda root, port: 0 if any(root.rglob("config.yaml")) else 1
+        "framework.cli.board.serve_board",
+        lambda root, port: 0 if any(root.rglob("config.yaml")) else 1,
     )
     words = f"train {TINY} activation=own_relu run.name=first --plugins 'my parts/own.py'"
     status, out, err = command(f'{words} "run.root=\\"{ROOT}\\""')
@@ -68,7 +69,12 @@ def test_the_default_root_needs_no_option(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "linked").symlink_to("runs")
     (tmp_path / "runs/default/a").mkdir(parents=True)
-    for run in ("runs/default/a", "./runs/default/a", tmp_path / "runs/default/a", "linked/default/a"):
+    for run in (
+        "runs/default/a",
+        "./runs/default/a",
+        tmp_path / "runs/default/a",
+        "linked/default/a",
+    ):
         assert root_of(Path(run)) == ""
     assert root_of(Path("other/default/a")) == " --root other"
     monkeypatch.chdir(tmp_path / "runs/default")
@@ -114,8 +120,13 @@ def test_a_missing_plugin_is_all_that_is_said(run, command, request):
     for verb in ("eval", "resume"):
         status, _, err = command(f"{verb} {shlex.quote(ROOT)}/default/first")
         assert status == 2
-        assert err == f"framework: {ROOT}/default/first was trained with plugins: give --plugins 'my parts/own.py'\n"
-    assert command(f"eval {shlex.quote(ROOT)}/default/first {err[err.index('--plugins') :]}")[0] == 0
+        assert (
+            err
+            == f"framework: {ROOT}/default/first was trained with plugins: give --plugins 'my parts/own.py'\n"
+        )
+    assert (
+        command(f"eval {shlex.quote(ROOT)}/default/first {err[err.index('--plugins') :]}")[0] == 0
+    )
 
 
 def test_a_plugin_that_is_given_is_not_asked_for_again(run, command, plugin):

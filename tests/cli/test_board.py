@@ -26,7 +26,10 @@ def test_it_serves_the_runs_and_ends_with_a_signal(tmp_path):
     start = "from pathlib import Path; from framework.cli.board import serve_board"
     command = f"{start}; serve_board(Path({str(tmp_path / 'runs')!r}), 0)"
     process = subprocess.Popen(
-        [sys.executable, "-c", command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [sys.executable, "-c", command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     )
     try:
         line = process.stdout.readline()
@@ -61,13 +64,17 @@ def make_loop(run, outside):
     (run / "linked").symlink_to("/")
 
 
-@pytest.mark.parametrize("make", [make_fifo, make_device, make_file_link, make_folder_link, make_loop])
+@pytest.mark.parametrize(
+    "make", [make_fifo, make_device, make_file_link, make_folder_link, make_loop]
+)
 def test_odd_event_files_are_found(tmp_path, make):
     run, outside = tmp_path / "runs" / "default" / "first", tmp_path / "outside"
     for folder, tag in ((run, "mine"), (outside, "secret")):
         with SummaryWriter(str(folder)) as writer:
             writer.add_scalar(tag, 0.5, 1)
-    (run / "inner").symlink_to("../first")  # a sweep's `best` has links too, which stay below the root
+    (run / "inner").symlink_to(
+        "../first"
+    )  # a sweep's `best` has links too, which stay below the root
     assert look_through(tmp_path / "runs") == (1, [])
     make(run, outside)
     runs, odd = look_through(tmp_path / "runs")
@@ -84,7 +91,10 @@ def test_a_folder_with_odd_event_files_is_served_without_them(tmp_path):
     start = "from pathlib import Path; from framework.cli.board import serve_board"
     command = f"{start}; serve_board(Path({str(tmp_path / 'runs')!r}), 0)"
     process = subprocess.Popen(
-        [sys.executable, "-c", command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [sys.executable, "-c", command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     )
     try:
         address = process.stdout.readline().split(" at ")[1].split()[0]
@@ -101,7 +111,10 @@ def test_a_folder_with_odd_event_files_is_served_without_them(tmp_path):
 
 
 def test_no_runs(tmp_path):
-    with pytest.raises(RunError, match=r"there is no folder of runs .*: train something first, or name it with --root"):
+    with pytest.raises(
+        RunError,
+        match=r"there is no folder of runs .*: train something first, or name it with --root",
+    ):
         serve_board(tmp_path / "runs", 0)
 
 
@@ -110,7 +123,9 @@ def test_a_port_that_cannot_be(tmp_path):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(FrameworkError, match=f"--port {port}: Address already in use; another one, or 0"):
+        with pytest.raises(
+            FrameworkError, match=f"--port {port}: Address already in use; another one, or 0"
+        ):
             serve_board(tmp_path, port)
     with pytest.raises(FrameworkError, match="--port should be 0 to 65535, not 70000"):
         serve_board(tmp_path, 70000)

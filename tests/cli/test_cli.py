@@ -95,7 +95,9 @@ def test_predict_from_a_file_to_a_file(command, run, tmp_path):
     named = np.array([row[0] for row in rows[1:]], int)
     assert (named == digits.target[:50]).mean() > 0.7
     assert command(f"predict {run} --input x.npz --output y.jsonl")[0] == 0
-    assert [json.loads(line)["class"] for line in (tmp_path / "y.jsonl").open()] == [row[0] for row in rows[1:]]
+    assert [json.loads(line)["class"] for line in (tmp_path / "y.jsonl").open()] == [
+        row[0] for row in rows[1:]
+    ]
     assert command(f"predict {run} --input x.npz --output y.npz")[0] == 0
     with np.load(tmp_path / "y.npz") as archive:
         assert archive["index"].tolist() == named.tolist()
@@ -106,7 +108,9 @@ def test_plan_list_and_show_for_programs(command):
     assert json.loads(command("plan --json")[1])["parameters"] > 1000
     listed = json.loads(command("list --json")[1])
     assert listed.keys() == Registry.every.keys()
-    assert {part["name"] for part in json.loads(command("list optimizer --json")[1])["optimizer"]} >= {"sgd", "adamw"}
+    assert {
+        part["name"] for part in json.loads(command("list optimizer --json")[1])["optimizer"]
+    } >= {"sgd", "adamw"}
     shown = json.loads(command("show optimizer/adamw --json")[1])
     assert shown["settings"][0]["name"] == "lr"
 
@@ -139,7 +143,9 @@ def test_every_verb_is_completed(command, tmp_path, monkeypatch):
     assert command("complete -- train optimizer=sg")[1] == "optimizer=sgd\n"
     assert command("complete -- train loader.batch_s")[1] == "loader.batch_size=\n"
     assert command("complete -- train callbacks.ear")[1] == "\n"
-    assert command("complete -- train --plugins nowhere.py optimizer=s") == (0, "\n", ""), "TAB never complains"
+    assert command("complete -- train --plugins nowhere.py optimizer=s") == (0, "\n", ""), (
+        "TAB never complains"
+    )
 
 
 def test_a_fault_in_a_plugin_names_its_line(command, plugin, tmp_path):
@@ -160,11 +166,21 @@ def test_a_sweep_goes_on_after_a_job_that_fails(command):
     quick = "trainer.max_steps=1 callbacks=[] loggers=[] sweep.name=s"
     status, out, err = command(f"train {quick} -m loss=mse,cross_entropy,focal")
     assert (status, err) == (2, "framework: 1 of 3 trials failed\n")
-    lines = [line.partition("  ")[::2] for line in out.splitlines() if line[:2] == "00" and "loss=" in line]
-    assert [label for label, _ in lines] == ["000 loss=mse", "001 loss=cross_entropy", "002 loss=focal"]
+    lines = [
+        line.partition("  ")[::2]
+        for line in out.splitlines()
+        if line[:2] == "00" and "loss=" in line
+    ]
+    assert [label for label, _ in lines] == [
+        "000 loss=mse",
+        "001 loss=cross_entropy",
+        "002 loss=focal",
+    ]
     assert "failed" in lines[0][1]
     assert "MSELoss cannot take classes" in lines[0][1]
-    assert len(list(Path("runs/default/s").glob("*/config.yaml"))) == 3, "two that ended well, and the best once more"
+    assert len(list(Path("runs/default/s").glob("*/config.yaml"))) == 3, (
+        "two that ended well, and the best once more"
+    )
     assert os.listdir() == ["runs"], "Hydra leaves nothing of its own"
 
 
@@ -172,9 +188,16 @@ def test_sigterm_ends_a_run_in_good_order(tmp_path):
     """The step ends, a checkpoint is written, everything is closed."""
     line = "train run.name=a trainer.max_epochs=100000 callbacks=[checkpoint] loggers=[tensorboard,json_lines]"
     run = tmp_path / "runs/default/a"
-    process = subprocess.Popen([FRAMEWORK, *line.split()], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [FRAMEWORK, *line.split()], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
     try:
-        wait_for(lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count("\n") > 3)
+        wait_for(
+            lambda: (
+                (run / "metrics.jsonl").exists()
+                and (run / "metrics.jsonl").read_text().count("\n") > 3
+            )
+        )
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=60)
     finally:
@@ -185,7 +208,9 @@ def test_sigterm_ends_a_run_in_good_order(tmp_path):
     checkpoint, skipped = newest(run / "checkpoints")
     assert checkpoint.name == f"step-{status['step']:08d}"
     assert skipped == []
-    assert EventAccumulator(str(run)).Reload().Scalars("train/loss")[-1].step == last_line(run)["step"]
+    assert (
+        EventAccumulator(str(run)).Reload().Scalars("train/loss")[-1].step == last_line(run)["step"]
+    )
 
 
 @pytest.mark.parametrize(("number", "ended"), [(1, "stopped"), (2, "failed")])
@@ -201,5 +226,7 @@ def test_sigint_in_a_sweep_ends_the_sweep(command, plugin, number, ended):
 
 def test_a_reader_that_goes_away(tmp_path):
     line = f"{shlex.quote(FRAMEWORK)} --help | true; echo ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     assert (done.stdout, done.stderr) == ("141\n", "")

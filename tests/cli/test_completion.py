@@ -23,7 +23,11 @@ from framework.registry.schema import Setting
 def index() -> Index:
     every = Registry.every
     Registry.every = {}
-    activation, block, model = Registry(Kind("activation")), Registry(Kind("block")), Registry(Kind("model"))
+    activation, block, model = (
+        Registry(Kind("activation")),
+        Registry(Kind("block")),
+        Registry(Kind("model")),
+    )
     optimizer, callback = Registry(Kind("optimizer")), Registry(Kind("callback", many=True))
 
     def leaky(slope: float = 0.1): ...
@@ -66,7 +70,10 @@ def index() -> Index:
         ("train optimizer.", "optimizer.lr= optimizer.fused= optimizer.mode="),
         ("train optimizer=sgd optimizer.", "optimizer.lr= optimizer.nesterov="),
         ("train optimizer=no_such optimizer.", ""),
-        ("train optimizer.fused=", "optimizer.fused=false optimizer.fused=true optimizer.fused=null"),
+        (
+            "train optimizer.fused=",
+            "optimizer.fused=false optimizer.fused=true optimizer.fused=null",
+        ),
         ("train optimizer.mode=", "optimizer.mode=a optimizer.mode=b"),
         ("train callbacks=", "callbacks=[checkpoint callbacks=[early_stop"),
         ("train callbacks=[checkpoint,", "callbacks=[checkpoint,early_stop"),
@@ -91,7 +98,9 @@ def test_completions(index, line, expected):
 def test_index_of_the_real_registries_is_plain_json():
     index = read_index()
     assert "optimizer=adamw" in completions(["train", "optimizer=ad"], index)
-    assert completions(["train", "optimizer=adamw", "optimizer.weight"], index) == ["optimizer.weight_decay="]
+    assert completions(["train", "optimizer=adamw", "optimizer.weight"], index) == [
+        "optimizer.weight_decay="
+    ]
     assert Index(**json.loads(json.dumps(asdict(index)))) == index
 
 
@@ -117,7 +126,9 @@ def bash(index, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bash")
     (folder / "index.json").write_text(json.dumps(asdict(index)))
     program, answer = folder / "framework", folder / "answer.py"
-    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(answer))} "$@"\n')
+    program.write_text(
+        f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(answer))} "$@"\n'
+    )
     answer.write_text(
         "import json, sys\n"
         "from framework.cli.completion import completions\n"
@@ -149,7 +160,10 @@ def bash(index, tmp_path_factory):
     ("line", "replies"),
     [
         ("framework pl", ["plan"]),
-        ("framework train optimizer=s", ["sgd"]),  # bash splits words at =, so it wants the rest only
+        (
+            "framework train optimizer=s",
+            ["sgd"],
+        ),  # bash splits words at =, so it wants the rest only
         ("framework train optimizer=sgd optimizer.l", ["optimizer.lr="]),
         ("framework train 'callbacks=[e", ["callbacks=[early_stop"]),  # but not inside a quote
         ("framework train callbacks=[e", ["[early_stop"]),

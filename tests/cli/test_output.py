@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from framework.cli.output import check_output, metric_table, percent, print_result, print_values, write_predictions
+from framework.cli.output import (
+    check_output,
+    metric_table,
+    percent,
+    print_result,
+    print_values,
+    write_predictions,
+)
 from framework.contracts.state import Stop
 from framework.data.dataset import Loader, TensorSplit
 from framework.errors import FrameworkError
@@ -43,11 +50,16 @@ def test_the_end_of_a_run(capsys, tmp_path, monkeypatch):
         "\n1,200 steps in 3.2 s\nrun      runs/default/x\n"
         "measure  framework eval runs/default/x\nwatch    framework board\n"
     )
-    print_result(Result(Path("runs/default/y"), METRICS, stopped=Stop("signal", "SIGINT", SIGINT), signal=2))
+    print_result(
+        Result(Path("runs/default/y"), METRICS, stopped=Stop("signal", "SIGINT", SIGINT), signal=2)
+    )
     assert capsys.readouterr().out.endswith(
         "run      runs/default/y\ngo on    framework resume runs/default/y\nwatch    framework board\n"
     )
-    print_result(Result(Path("x"), METRICS, stopped=Stop("early_stop", "enough"), seconds=240, steps=1), "seed=3")
+    print_result(
+        Result(Path("x"), METRICS, stopped=Stop("early_stop", "enough"), seconds=240, steps=1),
+        "seed=3",
+    )
     said = capsys.readouterr().out
     assert said.startswith("\nseed=3\n")
     assert said.endswith("\n1 step in 4.0 min, stopped: early_stop: enough\nrun      x\n")
@@ -76,24 +88,35 @@ TRAIN = "train model.depth=1 model.width=4 loader.batch_size=1000 optimizer.lr=0
 
 
 def test_the_table_of_a_run_agrees_with_its_checkpoints(command):
-    _, out, _ = command(f"{TRAIN} trainer.max_epochs=4 callbacks.checkpoint.mode=max")  # the first is the best
+    _, out, _ = command(
+        f"{TRAIN} trainer.max_epochs=4 callbacks.checkpoint.mode=max"
+    )  # the first is the best
     rows = {line.split("  ")[0]: line.split()[-2] for line in out.splitlines()[:4] if "(" in line}
     best = Path("runs/default/first/checkpoints/best").resolve()
     assert best.name != "step-00000008"
     assert list(rows) == ["val (last, step 8)", f"test (best, step {int(best.name[5:])})"]
     measured = json.loads(command("eval runs/default/first --json")[1])
     assert f"{measured['test/loss']:.4g}" == rows[f"test (best, step {int(best.name[5:])})"]
-    measured = json.loads(command("eval runs/default/first --checkpoint last --split val --json")[1])
+    measured = json.loads(
+        command("eval runs/default/first --checkpoint last --split val --json")[1]
+    )
     assert f"{measured['val/loss']:.4g}" == rows["val (last, step 8)"]
     _, again, _ = command("resume runs/default/first")
-    assert again.splitlines()[1:5] == out.splitlines()[:4], "a run that is done already has the same table"
+    assert again.splitlines()[1:5] == out.splitlines()[:4], (
+        "a run that is done already has the same table"
+    )
 
 
 def test_a_run_that_saves_nothing_says_so(command):
     _, out, _ = command(f"{TRAIN} trainer.max_steps=1 callbacks=[gradient_norm]")
-    assert out.startswith("no checkpoints are saved, so the run cannot be resumed or evaluated: +callbacks=checkpoint")
+    assert out.startswith(
+        "no checkpoints are saved, so the run cannot be resumed or evaluated: +callbacks=checkpoint"
+    )
     assert "test (last, step 1)" in out
-    assert "no checkpoints" not in command(f"{TRAIN} trainer.max_steps=1 callbacks=[checkpoint] run.name=b")[1]
+    assert (
+        "no checkpoints"
+        not in command(f"{TRAIN} trainer.max_steps=1 callbacks=[checkpoint] run.name=b")[1]
+    )
 
 
 @pytest.mark.parametrize(
@@ -105,7 +128,12 @@ def test_a_run_that_saves_nothing_says_so(command):
             {},
             "70% of the time waited for data: loader.workers=2 reads ahead; loader.read",
         ),
-        ({"waiting for data": 0.7}, 10, {"workers": 2}, "70% of the time waited for data: loader.read=memory"),
+        (
+            {"waiting for data": 0.7},
+            10,
+            {"workers": 2},
+            "70% of the time waited for data: loader.read=memory",
+        ),
         ({"waiting for data": 0.7}, 1, {}, None),
         ({"waiting for data": 0.2}, 10, {}, None),
         ({"steps": 1.0}, 10, {}, None),
@@ -116,7 +144,9 @@ def test_advice_on_slow_data(shares, seconds, settings, said, monkeypatch):
     split = TensorSplit(torch.zeros(8, 1), torch.zeros(8))
     advice = data_advice(Loader(split, read="workers", **settings), shares, seconds)
     assert advice is said if said is None else advice.startswith(said)
-    assert data_advice(Loader(split), shares, seconds) is None, "what is in memory cannot be read ahead"
+    assert data_advice(Loader(split), shares, seconds) is None, (
+        "what is in memory cannot be read ahead"
+    )
 
 
 def test_the_values_of_an_evaluation(capsys):
@@ -143,11 +173,20 @@ def test_predictions_as_csv(tmp_path, capsys):
 def test_predictions_as_json_lines(tmp_path):
     write_predictions(COLUMNS, CLASSES, str(tmp_path / "y.jsonl"))
     first, _ = map(json.loads, (tmp_path / "y.jsonl").read_text().splitlines())
-    assert first == {"class": "dog, big", "index": 1, "probability:cat": 0.25, "probability:dog, big": 0.75}
+    assert first == {
+        "class": "dog, big",
+        "index": 1,
+        "probability:cat": 0.25,
+        "probability:dog, big": 0.75,
+    }
 
 
 def test_predictions_of_any_type(tmp_path):
-    columns = {"z": torch.tensor([1 + 2j]), "yes": torch.tensor([True]), "id": torch.tensor([2**53 + 1])}
+    columns = {
+        "z": torch.tensor([1 + 2j]),
+        "yes": torch.tensor([True]),
+        "id": torch.tensor([2**53 + 1]),
+    }
     for suffix in ("csv", "jsonl", "npz"):
         assert write_predictions(columns, [], str(tmp_path / f"y.{suffix}")) == 1
     assert (tmp_path / "y.csv").read_text() == f"z,yes,id\n(1+2j),True,{2**53 + 1}\n"
@@ -171,7 +210,10 @@ def test_columns_without_classes(tmp_path):
 @pytest.mark.parametrize(
     ("output", "said"),
     [
-        ("y.txt", "--output y.txt: the suffix should be .csv, .jsonl or .npz, or - for the terminal"),
+        (
+            "y.txt",
+            "--output y.txt: the suffix should be .csv, .jsonl or .npz, or - for the terminal",
+        ),
         ("y", "--output y: the suffix"),
         ("no/y.csv", "--output no/y.csv: no folder no"),
         ("folder.csv", "--output folder.csv: is a folder"),
@@ -193,9 +235,15 @@ def test_an_output_that_cannot_be_written():
 @pytest.mark.parametrize(
     ("shares", "said"),
     [
-        ({"steps": 0.914, "validation": 0.081, "logging": 0.005}, "91% steps, 8% validation, 1% logging"),
+        (
+            {"steps": 0.914, "validation": 0.081, "logging": 0.005},
+            "91% steps, 8% validation, 1% logging",
+        ),
         ({"steps": 0.914, "validation": 0.082, "logging": 0.004}, "92% steps, 8% validation"),
-        ({"steps": 0.335, "compiling": 0.335, "logging": 0.33}, "34% steps, 33% compiling, 33% logging"),
+        (
+            {"steps": 0.335, "compiling": 0.335, "logging": 0.33},
+            "34% steps, 33% compiling, 33% logging",
+        ),
         ({"steps": 0.29, "waiting for data": 0.71}, "29% steps, 71% waiting for data"),
         ({"steps": 1.0}, "100% steps"),
     ],
@@ -207,7 +255,9 @@ def test_where_the_time_went_adds_up_to_a_hundred(shares, said, capsys):
 
 def test_shares_of_any_run_add_up_to_a_hundred():
     for seed in range(200):
-        parts = torch.rand(7, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) ** 4
+        parts = (
+            torch.rand(7, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) ** 4
+        )
         shares = dict(enumerate((parts / parts.sum()).tolist()))
         rounded = percent(shares)
         assert sum(rounded.values()) == 100

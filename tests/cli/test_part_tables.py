@@ -29,7 +29,11 @@ class Sgdx:
     """
 
     def __init__(
-        self, params, lr: PositiveFloat, betas: tuple[Rate, Rate] = (0.9, 0.999), limit: NonNegativeFloat = math.inf
+        self,
+        params,
+        lr: PositiveFloat,
+        betas: tuple[Rate, Rate] = (0.9, 0.999),
+        limit: NonNegativeFloat = math.inf,
     ): ...
 
 
@@ -40,7 +44,9 @@ def shop(monkeypatch):
     callback = Registry(Kind("callback", many=True, doc="listens"))
     optimizer.register("sgdx", Sgdx, aliases=["sx"])
     optimizer.register("adam", torch.optim.Adam)
-    callback.register("adam", lambda every="1epoch", activation="relu": None, types={"activation": Activation})
+    callback.register(
+        "adam", lambda every="1epoch", activation="relu": None, types={"activation": Activation}
+    )
     return read_index()
 
 
@@ -52,10 +58,15 @@ def text(renderable, width=80) -> str:
 
 def test_find(shop):
     assert find_part(shop, "sgdx") == find_part(shop, "sx") == find_part(shop, "optimizer/sx")
-    assert (find_part(shop, "sgdx")["kind"], find_part(shop, "sgdx")["name"]) == ("optimizer", "sgdx")
+    assert (find_part(shop, "sgdx")["kind"], find_part(shop, "sgdx")["name"]) == (
+        "optimizer",
+        "sgdx",
+    )
     assert find_part(shop, "callbacks/adam") == find_part(shop, "callback/adam")
     assert kind_of(shop, "optimizers") == "optimizer"
-    with pytest.raises(SettingError, match="'adam' is several parts: optimizer/adam, callback/adam"):
+    with pytest.raises(
+        SettingError, match="'adam' is several parts: optimizer/adam, callback/adam"
+    ):
         find_part(shop, "adam")
     with pytest.raises(UnknownName, match="no part 'sgdd'; did you mean 'sgdx'"):
         find_part(shop, "sgdd")
@@ -124,7 +135,9 @@ def test_lists(shop):
 def test_every_real_part_fits_the_width(width):
     index = read_index()
     for kind, about in index.kinds.items():
-        pages = [parts_table(index, kind), *map(part_page, about["parts"].values())][: None if width == 80 else 1]
+        pages = [parts_table(index, kind), *map(part_page, about["parts"].values())][
+            : None if width == 80 else 1
+        ]
         for page in pages:
             assert max(map(len, text(page, width).splitlines())) <= width
 

@@ -23,9 +23,19 @@ class FirstStep(Callback):
 def imported(line, folder):
     """Return the modules that are imported when the first step of `framework train LINE` is done."""
     (folder / "first_step.py").write_text(FIRST_STEP)
-    command = [sys.executable, "-m", "framework", "train", "--plugins", "first_step.py", *line.split()]
+    command = [
+        sys.executable,
+        "-m",
+        "framework",
+        "train",
+        "--plugins",
+        "first_step.py",
+        *line.split(),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
     return set(done.stdout.splitlines()[-1].split())
 
 
@@ -33,13 +43,19 @@ def imported(line, folder):
     ("line", "unused"),
     [
         ("+callbacks=first_step", {"rich", "sympy"}),
-        ("callbacks=[first_step] loggers=[json_lines] data=blobs optimizer=sgd", {"rich", "sympy", "tensorboard"}),
+        (
+            "callbacks=[first_step] loggers=[json_lines] data=blobs optimizer=sgd",
+            {"rich", "sympy", "tensorboard"},
+        ),
     ],
 )
 def test_a_run_imports_nothing_that_it_does_not_use(line, unused, tmp_path):
     modules = imported(line, tmp_path)
     assert {"torch", "framework.training.trainer"} <= modules
-    assert not modules & (unused | {"torch._dynamo", "torch._inductor", "sklearn", "scipy", "PIL", "pandas", "pyarrow"})
+    assert not modules & (
+        unused
+        | {"torch._dynamo", "torch._inductor", "sklearn", "scipy", "PIL", "pandas", "pyarrow"}
+    )
 
 
 CYCLE = """
@@ -62,5 +78,7 @@ Cycle()
 
 def test_at_exit_objects_in_cycles_are_finalized(tmp_path):
     """Libraries such as nanobind report as leaks what the last garbage collection has not found."""
-    done = subprocess.run([sys.executable, "-c", CYCLE], cwd=tmp_path, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", CYCLE], cwd=tmp_path, stdout=subprocess.PIPE, text=True, check=True
+    )
     assert done.stdout == "finalized\n"

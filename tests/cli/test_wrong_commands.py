@@ -20,7 +20,8 @@ FILES = {
     "plugins/syntax.py": "def f(:\n",
     "plugins/crash.py": "import nothing_of_that_name\n",
     "plugins/twice.py": PART + '@activations.register("relu")\nclass Other(nn.Module): ...\n',
-    "plugins/contract.py": PART + '@activations.register("oops")\nclass Oops:\n    """Not a module."""\n',
+    "plugins/contract.py": PART
+    + '@activations.register("oops")\nclass Oops:\n    """Not a module."""\n',
     "plugins/required.py": PART + '@activations.register("oops")\nclass Oops(nn.Module):\n'
     "    def __init__(self, f: object): ...\n",
     "conf/experiment/keys.yaml": "trainer:\n  max_epocs: 3\noptimizer:\n  lr: fast\nnope: 1\n",
@@ -67,7 +68,9 @@ def refuse(folder, capsys):
 
 
 def surroundings(folder):
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCH")}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("TORCH")
+    }
     files = sorted(file for file in folder.rglob("*") if "__pycache__" not in file.parts)
     return files, list(sys.argv), environment, GlobalHydra.instance().is_initialized()
 
@@ -76,7 +79,12 @@ def surroundings(folder):
     ("overrides", "said"),
     [
         # names
-        ("optimizr=sgd", ["optimizr=sgd: there is no key 'optimizr' in an experiment; did you mean 'optimizer'?"]),
+        (
+            "optimizr=sgd",
+            [
+                "optimizr=sgd: there is no key 'optimizr' in an experiment; did you mean 'optimizer'?"
+            ],
+        ),
         ("optimizer=sgdd", ["optimizer=sgdd: there is no optimizer 'sgdd'; did you mean 'sgd'?"]),
         (
             "model=relu optimizer= scheduler=[cosine,linear] +callbacks=early_stp 'loggers=[tensorboard,jsonlines]'",
@@ -103,7 +111,10 @@ def surroundings(folder):
                 "model.norm=relu: there is no norm 'relu'; 'relu' is an activation",
             ],
         ),
-        ("model=stack 'model.blocks=[dens]'", ["model.blocks.0=dens: there is no block 'dens'; did you mean 'dense'?"]),
+        (
+            "model=stack 'model.blocks=[dens]'",
+            ["model.blocks.0=dens: there is no block 'dens'; did you mean 'dense'?"],
+        ),
         # settings
         (
             "optimizer.lrr=1 model.activation.slope=1 loader.batchsize=3 model.momentum=2",
@@ -114,7 +125,10 @@ def surroundings(folder):
                 "model.momentum=2: mlp has no setting 'momentum'; there is: ",
             ],
         ),
-        ("optimizer=adam optimizer.momentum=0.9", ["momentum is a setting of muon, rmsprop, sgd, not of adam"]),
+        (
+            "optimizer=adam optimizer.momentum=0.9",
+            ["momentum is a setting of muon, rmsprop, sgd, not of adam"],
+        ),
         (
             "lr=0.1 max_epochs=3 +unknown.key=1 ++x.y=1",
             [
@@ -150,9 +164,15 @@ def surroundings(folder):
         ),
         (
             "trainer.log_every=0steps trainer.device=cuda:77",
-            ["trainer.log_every=0steps: ", "trainer.device=cuda:77: device cuda:77 is not on this machine"],
+            [
+                "trainer.log_every=0steps: ",
+                "trainer.device=cuda:77: device cuda:77 is not on this machine",
+            ],
         ),
-        ("trainer.max_epochs=null", ["trainer: needs a limit: give it with trainer.max_epochs=... or"]),
+        (
+            "trainer.max_epochs=null",
+            ["trainer: needs a limit: give it with trainer.max_epochs=... or"],
+        ),
         ("'seed=${nope}'", ["seed=${nope}: refers to nope, which is not there"]),
         ("'seed=${seed}'", ["seed=${seed}: refers to itself"]),
         # nothing to import, and nothing that has another door
@@ -189,30 +209,66 @@ def test_an_override_that_cannot_be(refuse, overrides, said):
     ("overrides", "said"),
     [
         ("~callbacks.nope", "~callbacks.nope: there is no callbacks.nope to take away"),
-        ("~optimizer", "optimizer: an experiment needs an optimizer: choose one with optimizer=NAME"),
-        ("block=conv2d", "block=conv2d: reaches nothing: neither mlp nor classification asks for a block (command"),
+        (
+            "~optimizer",
+            "optimizer: an experiment needs an optimizer: choose one with optimizer=NAME",
+        ),
+        (
+            "block=conv2d",
+            "block=conv2d: reaches nothing: neither mlp nor classification asks for a block (command",
+        ),
         ("data=csv data.target=x", "table needs data.path: give it with data.path=... (path)"),
         ("data=csv data.target=x data.path=no.csv", "no.csv"),
         ("data=csv data.target=label data.path=header.csv", "header.csv has no rows"),
         ("model=cnn", "cnn expects images (C, H, W), gets (64,)"),
         ("model=stack 'model.blocks=[dense,conv2d]'", "block 2 (conv2d) expects (C, H, W), gets ("),
-        ("task=regression", "Digits has classes as targets; regression needs values: task=classification"),
-        ("metrics=[mse]", "metrics=mse: it measures value targets, but Digits has class targets: choose from accuracy"),
+        (
+            "task=regression",
+            "Digits has classes as targets; regression needs values: task=classification",
+        ),
+        (
+            "metrics=[mse]",
+            "metrics=mse: it measures value targets, but Digits has class targets: choose from accuracy",
+        ),
         ("loss=mse", "cannot take classes with outputs of shape (10,)"),
-        ("run.name=../x", "run.name should be letters, digits, '.', '_' and '-' (at most 128), not '../x'"),
+        (
+            "run.name=../x",
+            "run.name should be letters, digits, '.', '_' and '-' (at most 128), not '../x'",
+        ),
         ("run.root=file", "the run folder file/default/"),
         ("run.root=/proc/nope", "the run folder /proc/nope/default/"),
-        ("-m hydra/launcher=jobs", "hydra/launcher=jobs: not installed (hydra-jobs-launcher?); there is: auto, basic"),
-        ("-m hydra.sweeper.nope=1", "hydra.sweeper.nope: Hydra has no such setting (--cfg hydra shows them)"),
+        (
+            "-m hydra/launcher=jobs",
+            "hydra/launcher=jobs: not installed (hydra-jobs-launcher?); there is: auto, basic",
+        ),
+        (
+            "-m hydra.sweeper.nope=1",
+            "hydra.sweeper.nope: Hydra has no such setting (--cfg hydra shows them)",
+        ),
         # experiment files, by line
-        ("experiment=broken", "conf/experiment/broken.yaml:3: cannot be read as YAML: expected ',' or ']'"),
+        (
+            "experiment=broken",
+            "conf/experiment/broken.yaml:3: cannot be read as YAML: expected ',' or ']'",
+        ),
         ("experiment=list", "conf/experiment/list.yaml: should hold `key: value` lines"),
-        ("experiment=option", "conf/experiment/option.yaml:3: there is no optimizer 'sgdd'; did you mean 'sgd'?"),
-        ("experiment=name", "conf/experiment/name.yaml:2: there is no optimizer 'sgdd'; did you mean 'sgd'?"),
-        ("experiment=group", "conf/experiment/group.yaml:2: there is no group 'optimizr' of parts; did you mean"),
+        (
+            "experiment=option",
+            "conf/experiment/option.yaml:3: there is no optimizer 'sgdd'; did you mean 'sgd'?",
+        ),
+        (
+            "experiment=name",
+            "conf/experiment/name.yaml:2: there is no optimizer 'sgdd'; did you mean 'sgd'?",
+        ),
+        (
+            "experiment=group",
+            "conf/experiment/group.yaml:2: there is no group 'optimizr' of parts; did you mean",
+        ),
         ("experiment=target", "model.blocks.0._target_: is refused"),
         ("experiment=target", "(conf/experiment/target.yaml:3)"),
-        ("experiment=momentum optimizer=adam optimizer.momentum=0.8", "sgd, not of adam (command line)"),
+        (
+            "experiment=momentum optimizer=adam optimizer.momentum=0.8",
+            "sgd, not of adam (command line)",
+        ),
     ],
 )
 def test_an_experiment_that_cannot_be(refuse, overrides, said):
@@ -236,7 +292,10 @@ def test_all_problems_are_told_at_once(refuse):
     ("line", "said"),
     [
         ("trian", "there is no verb 'trian'; did you mean 'train'?"),
-        ("train --epochs=3", "unrecognized arguments: --epochs=3 (`framework train --help` shows how)"),
+        (
+            "train --epochs=3",
+            "unrecognized arguments: --epochs=3 (`framework train --help` shows how)",
+        ),
         ("train --cfg tree", "invalid choice: 'tree'"),
         ("train --cfg job optimizer=sgdd", "there is no optimizer 'sgdd'"),
         ("train -m --cfg job", "give one of them"),
@@ -244,7 +303,10 @@ def test_all_problems_are_told_at_once(refuse):
         ("plan --resolve", "--resolve goes with --cfg"),
         ("train --config-dir nowhere", "--config-dir nowhere: no such folder"),
         ("train --plugins nowhere.py", "plugin nowhere.py: no such file or folder"),
-        ("train --plugins no_such_module", "no_such_module (reached by --plugins or the config's `plugins`) cannot be"),
+        (
+            "train --plugins no_such_module",
+            "no_such_module (reached by --plugins or the config's `plugins`) cannot be",
+        ),
         ("train --plugins plugins/syntax.py", "SyntaxError"),
         ("train --plugins plugins/syntax.py", "plugins/syntax.py:1"),
         ("train --plugins plugins/crash.py", "'nothing_of_that_name' (plugins/crash.py:1)"),
@@ -254,9 +316,15 @@ def test_all_problems_are_told_at_once(refuse):
         ("plan -m --json seed=1,2", "--json is for one experiment, not for a sweep"),
         ("train -m seed=1,x", "seed=x: should be int, not 'x' (command line)"),
         ("train -m 'seed=range(a)'", "cannot be read; sweeps are written a,b,c or range(3)"),
-        ("train -m seed=1,2 run.name=one", "run.name=one: each trial has a name of its own; sweep.name="),
+        (
+            "train -m seed=1,2 run.name=one",
+            "run.name=one: each trial has a name of its own; sweep.name=",
+        ),
         ("train -m 'seed=interval(0,1)'", "interval(...) is for a sweeper that draws values"),
-        ("train -m hydra/sweeper=ax seed=1,2", "hydra/sweeper=ax: not installed (hydra-ax-sweeper?)"),
+        (
+            "train -m hydra/sweeper=ax seed=1,2",
+            "hydra/sweeper=ax: not installed (hydra-ax-sweeper?)",
+        ),
         ("list optimiser", "there is no kind of part 'optimiser'; did you mean 'optimizer'?"),
         ("show optimizer/adamm", "there is no optimizer 'adamm'; did you mean 'adam'?"),
         ("show nonesuch", "there is no part 'nonesuch'"),
@@ -265,8 +333,14 @@ def test_all_problems_are_told_at_once(refuse):
         ("eval", "the following arguments are required: run"),
         ("eval nowhere", "there is no run folder nowhere"),
         ("eval conf", "conf is not the folder of a run: it has no config.yaml"),
-        ("predict nowhere", "give --input FILE --output FILE, or --prompt TEXT for a language model"),
-        ("predict nowhere --input x --output y.txt", "--output y.txt: the suffix should be .csv, .jsonl or .npz"),
+        (
+            "predict nowhere",
+            "give --input FILE --output FILE, or --prompt TEXT for a language model",
+        ),
+        (
+            "predict nowhere --input x --output y.txt",
+            "--output y.txt: the suffix should be .csv, .jsonl or .npz",
+        ),
         ("predict nowhere --input x --output no/y.csv", "--output no/y.csv: no folder no"),
         ("predict nowhere --input x --output -", "there is no run folder nowhere"),
     ],
@@ -281,7 +355,8 @@ def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     plugin = root / "mine.py"
     plugin.write_text(
-        PART + '@activations.register("mine")\nclass Mine(nn.Module):\n    def forward(self, x): return x\n'
+        PART
+        + '@activations.register("mine")\nclass Mine(nn.Module):\n    def forward(self, x): return x\n'
     )
     quick = f"trainer.max_steps=2 loggers=[] run.root={root}"
     for line in (
@@ -305,7 +380,10 @@ def runs(tmp_path_factory):
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("train run.root={runs} run.name=good", "default/good exists already: choose another run.name, or"),
+        (
+            "train run.root={runs} run.name=good",
+            "default/good exists already: choose another run.name, or",
+        ),
         ("eval {runs}/default/bare", "has no checkpoint"),
         ("eval {runs}/default/good --checkpoint nowhere", "nowhere"),
         ("eval {runs}/default/good --split validation", "invalid choice: 'validation'"),
@@ -333,7 +411,12 @@ def test_a_port_that_is_taken(refuse, runs):
 
 
 def test_a_mistake_in_a_real_process(folder):
-    command = [str(Path(sys.executable).with_name("framework")), "train", "optimizer.lrr=1", "seed=x"]
+    command = [
+        str(Path(sys.executable).with_name("framework")),
+        "train",
+        "optimizer.lrr=1",
+        "seed=x",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stdout == ""

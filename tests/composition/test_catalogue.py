@@ -24,9 +24,26 @@ def part(height: float = HEIGHT) -> torch.nn.Module:
     \"\"\"{doc}\"\"\"
 """
 LINES = [
-    *("list", "list optimizer", "list --json", "list data --json", "show optimizer/sgd", "show gelu --json"),
-    *("show rnn", "show optimizer/sgdd", "show activation/sgd", "show nothing_like_it", "list optimiser"),
-    *("complete -- train optimizer.l", "complete -- train model.activation=g", "complete -- show loss/"),
+    *(
+        "list",
+        "list optimizer",
+        "list --json",
+        "list data --json",
+        "show optimizer/sgd",
+        "show gelu --json",
+    ),
+    *(
+        "show rnn",
+        "show optimizer/sgdd",
+        "show activation/sgd",
+        "show nothing_like_it",
+        "list optimiser",
+    ),
+    *(
+        "complete -- train optimizer.l",
+        "complete -- train model.activation=g",
+        "complete -- show loss/",
+    ),
 ]
 PROGRAM = """
 import contextlib, io, sys
@@ -44,13 +61,19 @@ def answers(folder, home, lines):
     """Type lines in a folder, with a cache of its own; returns what each prints, and whether torch was imported."""
     environment = os.environ | {"XDG_CACHE_HOME": str(home), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *lines], cwd=folder, env=environment, stdout=subprocess.PIPE, check=True
+        [sys.executable, "-c", PROGRAM, *lines],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        check=True,
     )
     *printed, with_torch = done.stdout.split(b"\0")
     return printed, with_torch == b"True\n"
 
 
-def test_the_same_is_printed_with_the_kept_index_and_without_and_then_torch_is_not_imported(tmp_path):
+def test_the_same_is_printed_with_the_kept_index_and_without_and_then_torch_is_not_imported(
+    tmp_path,
+):
     fresh, with_torch = answers(tmp_path, tmp_path / "home", LINES)
     assert with_torch
     assert len(list((tmp_path / "home/framework").glob("*.json"))) == 1, "kept for every line alike"
@@ -63,7 +86,9 @@ def test_the_same_is_printed_with_the_kept_index_and_without_and_then_torch_is_n
 def test_help_never_waits_for_torch(tmp_path):
     verbs = ("train", "resume", "plan", "eval", "predict", "list", "show", "board", "completion")
     printed, with_torch = answers(
-        tmp_path, os.devnull, ["--help", "--version", "completion bash", *(f"{verb} --help" for verb in verbs)]
+        tmp_path,
+        os.devnull,
+        ["--help", "--version", "completion bash", *(f"{verb} --help" for verb in verbs)],
     )
     assert all(len(answer.splitlines()) > 1 for answer in printed)
     assert not with_torch
@@ -73,7 +98,12 @@ class Project:
     """A folder with plugins, and the index of them, kept in `index.json`."""
 
     def __init__(self, folder: Path):
-        self.folder, self.file, self.plugins, self.built = folder, folder / "home/index.json", ["parts"], 0
+        self.folder, self.file, self.plugins, self.built = (
+            folder,
+            folder / "home/index.json",
+            ["parts"],
+            0,
+        )
         self.trusted = [folder.resolve(), folder.resolve() / "conf"]
 
     def write(self, name: str, text: str) -> Path:
@@ -94,7 +124,9 @@ class Project:
         forget(self.folder)
         importlib.invalidate_caches()
         self.built += 1
-        return build([str((self.folder / name).resolve()) for name in self.plugins], [], self.trusted)
+        return build(
+            [str((self.folder / name).resolve()) for name in self.plugins], [], self.trusted
+        )
 
 
 def forget(folder):
@@ -144,7 +176,9 @@ def test_what_a_plugin_imports_of_its_own_counts_too(project):
 
 def test_a_plugin_file_that_is_added_or_taken_away(project):
     assert project.describe("other") is None
-    other = project.write("parts/other.py", PLUGIN.format(name="other", helper="heights", doc="Added."))
+    other = project.write(
+        "parts/other.py", PLUGIN.format(name="other", helper="heights", doc="Added.")
+    )
     assert project.describe("other") == ("Added", 1.0, True)
     other.unlink()
     assert project.describe("other") is None
@@ -154,7 +188,9 @@ def test_the_plugins_of_a_project_belong_to_it(project):
     project.plugins = []
     assert project.describe() is None
     config = project.write("conf/config.yaml", "defaults: [framework, _self_]\nplugins: [parts]\n")
-    project.file = project.folder / "home/another.json"  # as `file_of` says for a folder with a config
+    project.file = (
+        project.folder / "home/another.json"
+    )  # as `file_of` says for a folder with a config
     assert project.describe() == ("First", 1.0, True)
     assert project.describe() == ("First", 1.0, False)
     project.write("conf/experiment/wide.yaml", "model: {width: 9}\n")
@@ -167,7 +203,9 @@ def test_the_plugins_of_a_folder_that_is_not_trusted_are_named_only(project):
     project.plugins, project.trusted = [], []
     project.write("conf/config.yaml", "defaults: [framework, _self_]\nplugins: [parts]\n")
     assert project.describe() is None
-    assert kept_index(project.file, project.build).not_trusted == [str(project.folder.resolve() / "parts")]
+    assert kept_index(project.file, project.build).not_trusted == [
+        str(project.folder.resolve() / "parts")
+    ]
 
 
 def test_each_project_set_of_plugins_and_interpreter_has_a_file_of_its_own(project, monkeypatch):
@@ -211,7 +249,9 @@ def test_a_damaged_or_foreign_file_is_not_believed(project, damage):
         damaged = {"changed": text.replace("First", "Fjrst"), "cut": text[:-1]}
         project.file.write_text(damaged.get(damage, damage))
     assert project.describe() == ("First", 1.0, True)
-    assert project.describe() == ("First", 1.0, damage == "folder"), "it was written anew, where that can be"
+    assert project.describe() == ("First", 1.0, damage == "folder"), (
+        "it was written anew, where that can be"
+    )
 
 
 @pytest.mark.parametrize("home", ["heights.py", "/proc", "/dev/null"])
@@ -238,18 +278,31 @@ def test_what_was_changed_as_it_was_read_is_not_kept(project):
 
 @pytest.mark.parametrize("name", ["parts", "parts/hump.py", "humps", "humps.deep"])
 def test_the_files_of_a_plugin_are_those_that_are_loaded(project, name):
-    for file in ("humps/__init__.py", "humps/one.py", "humps/deep/__init__.py", "humps/deep/two.py"):
+    for file in (
+        "humps/__init__.py",
+        "humps/one.py",
+        "humps/deep/__init__.py",
+        "humps/deep/two.py",
+    ):
         project.write(file, "")
     found, before = {file.resolve() for file in plugin_files([name])}, set(sys.modules)
     load_plugin(name)
     modules = [sys.modules[each] for each in set(sys.modules) - before]
-    files = [module.__file__ for module in modules if hasattr(module, "__file__")]  # a folder has none
+    files = [
+        module.__file__ for module in modules if hasattr(module, "__file__")
+    ]  # a folder has none
     loaded = {Path(file).resolve() for file in files}
     stem = name.partition("/")[0].replace(".", "/")  # not what it imports from elsewhere
-    assert found == {file for file in loaded if file.is_relative_to(project.folder.resolve() / stem)} != set()
+    assert (
+        found
+        == {file for file in loaded if file.is_relative_to(project.folder.resolve() / stem)}
+        != set()
+    )
 
 
-@pytest.mark.parametrize("name", ["no_such_module", "no.such", "json.no_such", "", "..", "no/such.py"])
+@pytest.mark.parametrize(
+    "name", ["no_such_module", "no.such", "json.no_such", "", "..", "no/such.py"]
+)
 def test_what_is_not_there_has_no_files(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert not list(plugin_files([name]))

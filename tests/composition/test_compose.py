@@ -95,7 +95,13 @@ def test_an_experiment_file_and_the_command_line_over_it(write):
     assert (found["optimizer"]["name"], found["scheduler"]) == ("sgd", None)
     assert found["model"]["activation"]["name"] == "gelu"
     assert found["trainer"]["max_steps"] == 5
-    found = tree("experiment=spam", "optimizer=adam", "activation=relu", "scheduler=cosine", "trainer.max_steps=6")
+    found = tree(
+        "experiment=spam",
+        "optimizer=adam",
+        "activation=relu",
+        "scheduler=cosine",
+        "trainer.max_steps=6",
+    )
     assert (found["optimizer"]["name"], found["scheduler"]["name"]) == ("adam", "cosine")
     assert found["model"]["activation"]["name"] == "relu"
     assert found["trainer"]["max_steps"] == 6
@@ -119,7 +125,10 @@ def test_the_folder_named_last_is_looked_in_first(write, tmp_path):
 
 
 def test_a_projects_own_config_and_options(write):
-    write("conf/config.yaml", "defaults: [framework, _self_]\noptimizer: mine\nseed: 9\ntrainer: {max_epochs: 2}\n")
+    write(
+        "conf/config.yaml",
+        "defaults: [framework, _self_]\noptimizer: mine\nseed: 9\ntrainer: {max_epochs: 2}\n",
+    )
     write("conf/optimizer/mine.yaml", "defaults: [sgd, _self_]\nmomentum: 0.7\n")
     found = tree()
     assert (found["seed"], found["trainer"]["max_epochs"]) == (9, 2)
@@ -143,7 +152,12 @@ def test_plugins_of_the_project_the_experiment_and_the_command_line(write, forge
     write("conf/experiment/spam.yaml", "plugins: [one.py, two.py]\nactivation: two\n")
     (job,) = compose("experiment=spam", plugins=["three.py"])
     assert job.spec.tree["model"]["activation"]["name"] == "two"
-    assert [os.path.basename(plugin) for plugin in job.spec.plugins] == ["one.py", "one.py", "two.py", "three.py"]
+    assert [os.path.basename(plugin) for plugin in job.spec.plugins] == [
+        "one.py",
+        "one.py",
+        "two.py",
+        "three.py",
+    ]
     assert all(os.path.isabs(plugin) for plugin in job.spec.plugins)
     assert tree("model.activation=three")["model"]["activation"]["name"] == "three"
     write("conf/experiment/wider.yaml", "defaults: [spam]\n")
@@ -186,7 +200,9 @@ transforms: [{name: gaussian_noise, std: 0.3}, {name: mixup, alpha: 0.7}]
 def test_parts_of_a_list_go_with_their_settings_when_another_list_is_chosen(write):
     write("conf/experiment/noisy.yaml", LISTED)
     write("conf/experiment/plain.yaml", "defaults: [noisy]\ntransforms: []\n")
-    write("conf/experiment/more.yaml", "defaults: [noisy, _self_]\ntransforms: {noise: {std: 0.4}}\n")
+    write(
+        "conf/experiment/more.yaml", "defaults: [noisy, _self_]\ntransforms: {noise: {std: 0.4}}\n"
+    )
     both = {"noise": {"std": 0.3}, "mixup": {"alpha": 0.7, "p": 1.0}}
     made = {
         "experiment=noisy": both,
@@ -205,7 +221,9 @@ def test_parts_of_a_list_go_with_their_settings_when_another_list_is_chosen(writ
 
 def test_a_sweep_runs_each_job(write):
     jobs = compose("seed=1,2", "model.activation=relu,gelu", "optimizer.lr=0.1", multirun=True)
-    made = [(job.number, job.spec.seed, job.spec.tree["model"]["activation"]["name"]) for job in jobs]
+    made = [
+        (job.number, job.spec.seed, job.spec.tree["model"]["activation"]["name"]) for job in jobs
+    ]
     assert made == [(0, 1, "relu"), (1, 1, "gelu"), (2, 2, "relu"), (3, 2, "gelu")]
     assert jobs[1].label == "seed=1 model.activation=gelu"
     assert set(jobs[1].overrides) == {"seed=1", "model.activation=gelu", "optimizer.lr=0.1"}
@@ -214,7 +232,10 @@ def test_a_sweep_runs_each_job(write):
 
 
 def test_a_sweep_written_in_an_experiment_file(write):
-    write("conf/experiment/grid.yaml", "hydra: {sweeper: {params: {optimizer.lr: '1e-3,1e-2'}}}\nseed: 3\n")
+    write(
+        "conf/experiment/grid.yaml",
+        "hydra: {sweeper: {params: {optimizer.lr: '1e-3,1e-2'}}}\nseed: 3\n",
+    )
     jobs = compose("experiment=grid", multirun=True)
     assert [job.spec.tree["optimizer"]["lr"] for job in jobs] == [1e-3, 1e-2]
     assert jobs[0].label == "optimizer.lr=0.001"
@@ -223,7 +244,12 @@ def test_a_sweep_written_in_an_experiment_file(write):
 def test_no_job_of_a_sweep_runs_when_one_cannot(write):
     jobs: list[Job] = []
     with pytest.raises(ConfigError) as error:
-        run_line(CommandLine(["optimizer=sgd,adam", "optimizer.momentum=0.9", "seed=1,x"], multirun=True), jobs.append)
+        run_line(
+            CommandLine(
+                ["optimizer=sgd,adam", "optimizer.momentum=0.9", "seed=1,x"], multirun=True
+            ),
+            jobs.append,
+        )
     assert jobs == []
     assert len(error.value.problems) == 2
 
@@ -264,7 +290,9 @@ PAYLOADS = {
 @pytest.mark.parametrize("payload", PAYLOADS)
 def test_an_experiment_file_of_a_strangers_runs_nothing(write, tmp_path, payload, multirun):
     create = CREATE.format(file=tmp_path / "made")
-    write("conf/experiment/evil.yaml", PAYLOADS[payload].format(file=tmp_path / "made", create=create))
+    write(
+        "conf/experiment/evil.yaml", PAYLOADS[payload].format(file=tmp_path / "made", create=create)
+    )
     write("conf/hydra/job_logging/evil.yaml", create)
     write("conf/optimizer/evil.yaml", create)
     with pytest.raises(ConfigError, match=r"evil\.yaml"):

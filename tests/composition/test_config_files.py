@@ -43,7 +43,9 @@ def test_the_line_of_a_key(file, path, line):
 
 
 def test_what_was_typed_goes_before_what_a_file_says(file):
-    sources = Sources({"optimizer.lr": "optimizer.lr=1", "unknown.key": "+unknown.key=1"}, [(file, "")])
+    sources = Sources(
+        {"optimizer.lr": "optimizer.lr=1", "unknown.key": "+unknown.key=1"}, [(file, "")]
+    )
     assert sources("optimizer.lr") == "command line"
     assert sources("unknown") == "command line"
     assert sources("optimizer") == "command line"
@@ -70,7 +72,11 @@ def test_the_last_file_goes_first_and_a_file_of_a_group_lies_below_its_key(file,
     ("content", "chosen", "rest"),
     [
         ({"optimizer": "sgd"}, ["_self_", {"override /optimizer": "sgd"}], {}),
-        ({"optimizer": {"name": "sgd", "lr": 1}}, ["_self_", {"override /optimizer": "sgd"}], {"optimizer": {"lr": 1}}),
+        (
+            {"optimizer": {"name": "sgd", "lr": 1}},
+            ["_self_", {"override /optimizer": "sgd"}],
+            {"optimizer": {"lr": 1}},
+        ),
         ({"scheduler": None, "seed": 1}, ["_self_", {"override /scheduler": None}], {"seed": 1}),
         ({"optimizer": {"lr": 1}}, None, {"optimizer": {"lr": 1}}),
         (
@@ -92,12 +98,24 @@ def test_a_part_named_in_the_content_is_a_choice_of_the_defaults_list(content, c
     ("path", "package", "content"),
     [
         ("experiment/x", "_global_", {"hydra": {"callbacks": {"x": {"a": 1}}}}),
-        ("experiment/x", "_global_", {"hydra": {"job_logging": {"handlers": {"x": {"class": "logging.FileHandler"}}}}}),
+        (
+            "experiment/x",
+            "_global_",
+            {"hydra": {"job_logging": {"handlers": {"x": {"class": "logging.FileHandler"}}}}},
+        ),
         ("experiment/x", "_global_", {"hydra": {"job": {"env_set": {"PATH": "/tmp"}}}}),
         ("experiment/x", "_global_", {"hydra": {"searchpath": ["/tmp"]}}),
         ("experiment/x", "_global_", {"hydra": {"launcher": {"setup": ["rm -r /"]}}}),
-        ("experiment/x", "_global_", {"hydra": {"sweeper": {"params": {"hydra.job.env_set.A": "1,2"}}}}),
-        ("experiment/x", "_global_", {"hydra": {"sweeper": {"params": {"++hydra/job_logging": "a,b"}}}}),
+        (
+            "experiment/x",
+            "_global_",
+            {"hydra": {"sweeper": {"params": {"hydra.job.env_set.A": "1,2"}}}},
+        ),
+        (
+            "experiment/x",
+            "_global_",
+            {"hydra": {"sweeper": {"params": {"++hydra/job_logging": "a,b"}}}},
+        ),
         ("experiment/x", "_global_", {"defaults": [{"override hydra/job_logging": "mine"}]}),
         ("experiment/x", "_global_", {"defaults": [{"override /hydra/job_logging": "mine"}]}),
         ("experiment/x", "_global_", {"defaults": ["/hydra/job_logging/mine"]}),
@@ -126,8 +144,18 @@ def test_what_a_config_file_may_not_say(file, path, package, content):
     "content",
     [
         {"optimizer": "sgd", "defaults": [{"override /model": "cnn"}, "_self_"]},
-        {"hydra": {"sweeper": {"params": {"optimizer.lr": "1e-3,1e-2"}, "n_trials": 20}, "launcher": {"n_jobs": 2}}},
-        {"defaults": [{"override /hydra/launcher": "joblib"}, {"override /hydra/sweeper": "optuna"}]},
+        {
+            "hydra": {
+                "sweeper": {"params": {"optimizer.lr": "1e-3,1e-2"}, "n_trials": 20},
+                "launcher": {"n_jobs": 2},
+            }
+        },
+        {
+            "defaults": [
+                {"override /hydra/launcher": "joblib"},
+                {"override /hydra/sweeper": "optuna"},
+            ]
+        },
         {"defaults": [{"override hydra/launcher": "joblib"}]},
         {},
     ],
@@ -155,7 +183,9 @@ def test_a_file_that_cannot_be_read(tmp_path, monkeypatch, text, said):
 def test_what_there_is_to_complete(tmp_path):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "spam.yaml").write_text("seed: 1\n")
-    (tmp_path / "config.yaml").write_text("defaults: [_self_, {model: cnn}, {override /metrics: [f1]}, {norm: null}]\n")
+    (tmp_path / "config.yaml").write_text(
+        "defaults: [_self_, {model: cnn}, {override /metrics: [f1]}, {norm: null}]\n"
+    )
     assert experiments_in([tmp_path]) == ["spam"]
     assert chosen_in([tmp_path]) == {"model": "cnn", "metrics": ["f1"]}
 

@@ -212,7 +212,9 @@ def test_what_an_error_is_about(opened, override, kind, path, in_file):
 
 
 def test_what_a_config_file_overrides_without_having_it(folder):
-    (folder / "config.yaml").write_text("defaults:\n  - size: small\n  - override colour: red\n  - _self_\n")
+    (folder / "config.yaml").write_text(
+        "defaults:\n  - size: small\n  - override colour: red\n  - _self_\n"
+    )
     with opened_hydra([folder]) as opened, pytest.raises(HydraException) as raised:
         compose_config(opened, [], multirun=False)
     failure = failure_of(raised.value)

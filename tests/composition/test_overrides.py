@@ -70,7 +70,9 @@ def test_one_override_of_a_sweep(typed, given):
     assert f"{typed}: has several values: add -m to try each" in problem
 
 
-@pytest.mark.parametrize("launched", ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweeper.params.a=1"])
+@pytest.mark.parametrize(
+    "launched", ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweeper.params.a=1"]
+)
 def test_settings_of_hydra_are_for_sweeps(launched):
     assert rewrite([launched], [], multirun=True).arguments == [launched]
     assert rewrite([launched], [], shows=True).arguments == [launched]
@@ -82,7 +84,10 @@ def test_settings_of_hydra_are_for_sweeps(launched):
     ("typed", "given"),
     [
         ("+callbacks=early_stop +callbacks=ema", "also/callbacks=[early_stop,ema]"),
-        ("+callbacks=[early_stop] +callbacks=[ema,lookahead]", "also/callbacks=[early_stop,ema,lookahead]"),
+        (
+            "+callbacks=[early_stop] +callbacks=[ema,lookahead]",
+            "also/callbacks=[early_stop,ema,lookahead]",
+        ),
         (
             "+callbacks=ema +callbacks={name:early_stop,patience:2}",
             "also/callbacks=[ema,early_stop] ++callbacks.early_stop={name:'early_stop',patience:2}",
@@ -106,7 +111,10 @@ def test_a_sweep_that_is_replaced_by_a_value_is_none():
     [
         ("scheduler=null", ["scheduler=_none_"]),
         ("optimizer={name: sgd, lr: 1}", ["optimizer=sgd", "++optimizer={name:'sgd',lr:1}"]),
-        ("+metrics=[{name: top_k, k: 3}]", ["also/metrics=[top_k]", "++metrics.top_k={name:'top_k',k:3}"]),
+        (
+            "+metrics=[{name: top_k, k: 3}]",
+            ["also/metrics=[top_k]", "++metrics.top_k={name:'top_k',k:3}"],
+        ),
         ("++optimizer={name: sgd}", ["++optimizer={name: sgd}"]),
         ("optimizer=sgd", ["optimizer=sgd"]),
     ],
@@ -159,7 +167,9 @@ def test_of_two_overrides_of_one_key_the_last_counts_and_it_is_said(typed, given
 def test_a_part_goes_before_its_settings_whatever_was_typed_first():
     typed = ["model.activation.alpha=2", "optimizer.lr=1", "model.activation=elu", "optimizer=sgd"]
     arguments = rewrite(typed, []).arguments
-    assert arguments.index("++model.activation.name=elu") < arguments.index("++model.activation.alpha=2")
+    assert arguments.index("++model.activation.name=elu") < arguments.index(
+        "++model.activation.alpha=2"
+    )
     assert arguments[0] == "optimizer=sgd"
 
 
@@ -173,7 +183,9 @@ def test_a_faulty_override_is_told_and_left_out():
 
 
 @pytest.mark.parametrize("key", ["_target_", "optimizer._partial_", "hydra.launcher._target_"])
-@pytest.mark.parametrize("form", ["{}=os.system", "+{}=os.system", "++model={{a: {{{}: x}}}}", "x=${{{}}}"])
+@pytest.mark.parametrize(
+    "form", ["{}=os.system", "+{}=os.system", "++model={{a: {{{}: x}}}}", "x=${{{}}}"]
+)
 def test_nothing_to_import_in_any_place(key, form):
     (problem,) = rewrite([form.format(key)], []).problems
     assert "is refused: a config names registered parts" in problem

@@ -8,7 +8,14 @@ import pytest
 
 from framework.composition import sections
 from framework.composition.hydra_groups import filled_store
-from framework.composition.sections import HYDRA_PLUGINS, SECTIONS, HydraPlugin, Section, register, section_settings
+from framework.composition.sections import (
+    HYDRA_PLUGINS,
+    SECTIONS,
+    HydraPlugin,
+    Section,
+    register,
+    section_settings,
+)
 from framework.errors import ContractError
 
 
@@ -29,7 +36,9 @@ def _registered():
 
 def test_every_parameter_is_a_setting_but_those_that_are_declared_as_given():
     register(Section("cluster", f"{__name__}:Cluster", given=("folder",)))
-    assert section_settings("cluster").keys() == {"queue", "split"}, "another section is given a `split`"
+    assert section_settings("cluster").keys() == {"queue", "split"}, (
+        "another section is given a `split`"
+    )
 
 
 def test_a_given_parameter_exists():
@@ -51,7 +60,9 @@ def test_the_owners_of_sections_are_there(name):
     assert section_settings(name)
 
 
-@pytest.mark.parametrize("plugin", HYDRA_PLUGINS.values(), ids=lambda plugin: f"{plugin.group}-{plugin.name}")
+@pytest.mark.parametrize(
+    "plugin", HYDRA_PLUGINS.values(), ids=lambda plugin: f"{plugin.group}-{plugin.name}"
+)
 def test_the_classes_of_sweepers_and_launchers_are_there(plugin):
     if plugin.replaces is not None:
         pytest.importorskip(plugin.replaces.rpartition(".")[0])
@@ -70,6 +81,14 @@ def test_the_process_of_a_job_registers_what_the_command_has():
 
 def test_registering_imports_no_owner():
     program = "import sys, framework.tuning.sections; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     imported = set(done.stdout.split())
-    assert not imported & {"torch", "hydra", "optuna", "framework.training.trainer", "framework.tuning.sweep"}
+    assert not imported & {
+        "torch",
+        "hydra",
+        "optuna",
+        "framework.training.trainer",
+        "framework.tuning.sweep",
+    }

@@ -105,7 +105,9 @@ def test_experiments_are_completed_without_trust(folder, command):
     assert "experiment=wide" in command("complete -- train experiment=")[1].split()
 
 
-@pytest.mark.parametrize("plugin", ["evil", "./parts/evil.py", "{folder}/parts/evil.py", "conf/../parts"])
+@pytest.mark.parametrize(
+    "plugin", ["evil", "./parts/evil.py", "{folder}/parts/evil.py", "conf/../parts"]
+)
 def test_however_a_plugin_is_named(folder, command, proofs, plugin, monkeypatch):
     monkeypatch.syspath_prepend(folder / "parts")
     (folder / "conf/config.yaml").write_text(f"plugins: ['{plugin.format(folder=folder)}']\n")
@@ -117,7 +119,9 @@ def test_however_a_plugin_is_named(folder, command, proofs, plugin, monkeypatch)
     sys.modules.pop("evil", None)
 
 
-def test_a_folder_reached_by_a_link_is_the_same_folder(folder, command, proofs, tmp_path_factory, monkeypatch):
+def test_a_folder_reached_by_a_link_is_the_same_folder(
+    folder, command, proofs, tmp_path_factory, monkeypatch
+):
     link = tmp_path_factory.mktemp("links") / "link"
     link.symlink_to(folder)
     monkeypatch.chdir(link)
@@ -153,7 +157,9 @@ def test_plugins_of_another_folder_with_config_files(tmp_path, command, proofs, 
     assert proofs() == ["evil"], "nor when the other folder has no such plugin"
 
 
-def test_config_files_that_are_a_link_into_a_trusted_folder(tmp_path, command, proofs, tmp_path_factory):
+def test_config_files_that_are_a_link_into_a_trusted_folder(
+    tmp_path, command, proofs, tmp_path_factory
+):
     other = write_project(tmp_path_factory.mktemp("other"), proofs)
     trust.trust(other)
     (tmp_path / "conf").symlink_to(other / "conf")
@@ -197,16 +203,24 @@ def test_nothing_is_imported_from_the_working_folder(tmp_path, proofs):
         (tmp_path / f"{name}.py").write_text(f"open({proofs.folder!r} + '/{name}', 'w')\n")
     (tmp_path / "evil-1.0.dist-info").mkdir()
     (tmp_path / "evil-1.0.dist-info/METADATA").write_text("Name: evil\nVersion: 1.0\n")
-    (tmp_path / "evil-1.0.dist-info/entry_points.txt").write_text("[framework.plugins]\nevil = evil\n")
+    (tmp_path / "evil-1.0.dist-info/entry_points.txt").write_text(
+        "[framework.plugins]\nevil = evil\n"
+    )
     (tmp_path / "hydra_plugins").mkdir()
-    (tmp_path / "hydra_plugins/evil.py").write_text(f"open({proofs.folder!r} + '/hydra_plugins', 'w')\n")
+    (tmp_path / "hydra_plugins/evil.py").write_text(
+        f"open({proofs.folder!r} + '/hydra_plugins', 'w')\n"
+    )
     link = tmp_path / "link"
     link.symlink_to(tmp_path)
     environment = os.environ | {"PYTHONPATH": f"{link}::.:{tmp_path}", "OMP_NUM_THREADS": "1"}
     lines = ["--help", "list", "show relu", "complete -- train activation=", "board --help"]
-    subprocess.run([sys.executable, "-c", PROGRAM, *lines], cwd=tmp_path, env=environment, check=True)
+    subprocess.run(
+        [sys.executable, "-c", PROGRAM, *lines], cwd=tmp_path, env=environment, check=True
+    )
     assert proofs() == []
-    subprocess.run([sys.executable, "-c", "import torch, evil"], cwd=tmp_path, env=environment, check=True)
+    subprocess.run(
+        [sys.executable, "-c", "import torch, evil"], cwd=tmp_path, env=environment, check=True
+    )
     assert proofs() == ["evil", "torch"], "they would be imported"
 
 
@@ -224,7 +238,11 @@ def test_entries_of_the_import_path_in_a_folder(tmp_path, monkeypatch):
     installed = str(tmp_path / "venv/lib/site-packages")
     Path(installed).mkdir(parents=True)
     monkeypatch.setattr(sys, "prefix", str(tmp_path / "venv"))
-    monkeypatch.setattr(sys, "path", ["", str(inside), "lib", str(tmp_path.parent), installed, "/usr", trust.FRAMEWORK])
+    monkeypatch.setattr(
+        sys,
+        "path",
+        ["", str(inside), "lib", str(tmp_path.parent), installed, "/usr", trust.FRAMEWORK],
+    )
     assert trust.entries_in(tmp_path) == ["", str(inside), "lib"]
     monkeypatch.setattr(trust, "paths_of_installed", lambda: [str(inside)])
     assert trust.entries_in(tmp_path) == [""], "a package that is installed in editable mode"
@@ -271,12 +289,16 @@ def test_the_verb_stores_lists_and_removes(folder, command):
 
 def test_without_a_terminal_there_is_no_question(folder, command, monkeypatch):
     status, _, err = command("trust")
-    assert (status, err) == (2, "framework: trust: there is no terminal to ask on; --trust answers yes\n")
+    assert (status, err) == (
+        2,
+        "framework: trust: there is no terminal to ask on; --trust answers yes\n",
+    )
     assert not trust.is_trusted(folder)
 
 
 @pytest.mark.parametrize(
-    ("answer", "trusted"), [("y\n", True), ("Yes\n", True), ("\n", False), ("n\n", False), ("", False)]
+    ("answer", "trusted"),
+    [("y\n", True), ("Yes\n", True), ("\n", False), ("n\n", False), ("", False)],
 )
 def test_the_question(folder, command, monkeypatch, answer, trusted):
     ours, theirs = pty.openpty()
@@ -291,7 +313,9 @@ def test_the_question(folder, command, monkeypatch, answer, trusted):
     assert (f"`framework trust --remove {folder}` takes it back" in out) == trusted
 
 
-@pytest.mark.parametrize("line", ["trust nowhere", "trust . --list", "trust --list --trust", "trust --remove . --list"])
+@pytest.mark.parametrize(
+    "line", ["trust nowhere", "trust . --list", "trust --list --trust", "trust --remove . --list"]
+)
 def test_a_wrong_command_line(folder, command, line):
     status, _, err = command(line)
     assert status == 2

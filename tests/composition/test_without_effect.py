@@ -11,7 +11,13 @@ from framework.errors import ConfigError, FrameworkError
 from framework.tuning.search.space import Space
 from runs import run_line
 
-TREE = {"model": "mlp", "data": "digits", "task": "classification", "optimizer": "adamw", "trainer": {"max_steps": 1}}
+TREE = {
+    "model": "mlp",
+    "data": "digits",
+    "task": "classification",
+    "optimizer": "adamw",
+    "trainer": {"max_steps": 1},
+}
 SMALL = "trainer.max_steps=1 loader.limit=1 model.width=4 model.depth=1 loggers=[json_lines]"
 
 
@@ -63,7 +69,10 @@ def test_the_choice_of_a_file_may_be_replaced(tmp_path):
     [
         ("seed=1,1", "seed=1 is given 2 times"),
         ("optimizer.lr=1e-3,0.001", "optimizer.lr=0.001 is given 2 times"),
-        ("seed=0,0 optimizer.lr=1,1 sweep.zip=[seed,optimizer.lr]", "seed=0 optimizer.lr=1 is given 2 times"),
+        (
+            "seed=0,0 optimizer.lr=1,1 sweep.zip=[seed,optimizer.lr]",
+            "seed=0 optimizer.lr=1 is given 2 times",
+        ),
         ("loss=cross_entropy,null", "are one experiment: what differs has no effect"),
         ("optimizer=glob(zzz*)", "there is no such value"),
         ("seed=0,1 hydra.sweep.dir=x", "run.root=DIR and sweep.name=NAME say where a sweep lies"),
@@ -76,12 +85,19 @@ def test_a_sweep_of_the_same_again(line, said, tmp_path):
 
 
 def test_what_differs_by_its_pair_is_another_trial():
-    assert len(composed("seed=0,0", "optimizer.lr=1,2", "sweep.zip=[seed,optimizer.lr]", multirun=True)) == 2
+    assert (
+        len(
+            composed("seed=0,0", "optimizer.lr=1,2", "sweep.zip=[seed,optimizer.lr]", multirun=True)
+        )
+        == 2
+    )
 
 
 def test_what_does_no_harm_is_noted(command, tmp_path, capsys):
     (tmp_path / "conf/experiment").mkdir(parents=True)
-    (tmp_path / "conf/experiment/rates.yaml").write_text("hydra: {sweeper: {params: {seed: '0,1'}}}\n")
+    (tmp_path / "conf/experiment/rates.yaml").write_text(
+        "hydra: {sweeper: {params: {seed: '0,1'}}}\n"
+    )
     line = f"train experiment=rates seed=1 seed=2 {SMALL}"
     status, _, err = command(line)
     assert status == 0
@@ -90,8 +106,13 @@ def test_what_does_no_harm_is_noted(command, tmp_path, capsys):
         "framework: seed=1 has no effect: seed=2 follows it",
         "framework: hydra.sweeper.params has no effect without -m: seed",
     ]
-    assert composed("optimizer={name: sgd, lr: 1}", "optimizer.lr=2")[0].tree["optimizer"]["lr"] == 2.0
-    assert "lr in optimizer={name: sgd, lr: 1} has no effect: optimizer.lr=2 follows it" in capsys.readouterr().err
+    assert (
+        composed("optimizer={name: sgd, lr: 1}", "optimizer.lr=2")[0].tree["optimizer"]["lr"] == 2.0
+    )
+    assert (
+        "lr in optimizer={name: sgd, lr: 1} has no effect: optimizer.lr=2 follows it"
+        in capsys.readouterr().err
+    )
     (run,) = (tmp_path / "runs/rates").glob("2*")
     for override in ("run.name=y", "init_from=z", "resume=auto"):
         status, _, err = command(f"resume {run} {override}")
@@ -122,7 +143,10 @@ def test_a_part_with_its_settings_in_one_override(chosen, optimizer):
 
 
 def test_parts_of_a_list_with_their_settings():
-    (spec,) = composed("callbacks=[non_finite,{name: checkpoint, every: 7steps}]", "+callbacks={name: ema, decay: 0.5}")
+    (spec,) = composed(
+        "callbacks=[non_finite,{name: checkpoint, every: 7steps}]",
+        "+callbacks={name: ema, decay: 0.5}",
+    )
     assert list(spec.tree["callbacks"]) == ["non_finite", "checkpoint", "ema"]
     assert spec.tree["callbacks"]["checkpoint"]["every"] == "7steps"
     assert spec.tree["callbacks"]["ema"]["decay"] == 0.5

@@ -60,7 +60,10 @@ def test_a_model_says_by_a_method_what_it_can_do():
     gan = fw.models.build("gan", in_shape=(4,), out_shape=(1,))
     decoder = fw.models.build("decoder", in_shape=(8,), out_shape=(16,))
     assert (isinstance(gan, GenerativeModel), isinstance(gan, CachedDecoder)) == (True, False)
-    assert (isinstance(decoder, GenerativeModel), isinstance(decoder, CachedDecoder)) == (False, True)
+    assert (isinstance(decoder, GenerativeModel), isinstance(decoder, CachedDecoder)) == (
+        False,
+        True,
+    )
 
 
 class Files(torch.utils.data.Dataset):
@@ -90,6 +93,8 @@ class Looks(Callback):
     changes_training = False
 
 
-@pytest.mark.parametrize(("part", "expected"), [(Callback, True), (Looks, False), (lambda: Looks(), True)])
+@pytest.mark.parametrize(
+    ("part", "expected"), [(Callback, True), (Looks, False), (lambda: Looks(), True)]
+)
 def test_whether_a_part_changes_training(part, expected):
     assert changes_training(part) is expected

@@ -35,7 +35,9 @@ def test_head_replaced_after_building_the_optimizer_is_an_error():
     model = network()
     optimizer = SGD(model.parameters())
     model[1] = nn.Linear(4, 1)
-    with pytest.raises(SettingError, match=r"2 of its 4 parameters do not belong .*2 of the model's 4 .*1\.weight"):
+    with pytest.raises(
+        SettingError, match=r"2 of its 4 parameters do not belong .*2 of the model's 4 .*1\.weight"
+    ):
         fit(model, optimizer)
 
 
@@ -144,14 +146,21 @@ class Odd(Schedule):
 @pytest.mark.parametrize(
     ("make", "callbacks", "path", "steps"),
     [
-        (lambda p: SGD([{"params": p, "kind": torch.float32}]), [], r"optimizer\.param_groups\.0\.kind", 0),
+        (
+            lambda p: SGD([{"params": p, "kind": torch.float32}]),
+            [],
+            r"optimizer\.param_groups\.0\.kind",
+            0,
+        ),
         (lambda p: Queued(p, lr=0.1), [], r"optimizer\.state\.0\.past", 0),
         (lambda p: Picky(p, lr=0.1), [], r"optimizer\.state\.0\.past", 1),
         (lambda p: SGD(p, lr=0.1), [Set()], r"callbacks\.0:Set\.seen", 1),
     ],
     ids=["setting", "state", "state of an optimizer that cannot be tried", "callback"],
 )
-def test_a_training_state_that_cannot_be_saved_is_found_at_once(make, callbacks, path, steps, tmp_path):
+def test_a_training_state_that_cannot_be_saved_is_found_at_once(
+    make, callbacks, path, steps, tmp_path
+):
     model, counting = network(), Steps()
     saving = fw.callbacks.build("checkpoint", monitor=None)
     with pytest.raises(CheckpointError, match=f"^{path} is a "):
@@ -184,7 +193,9 @@ def with_extra_state():
 
 BUFFERS = {
     "sparse": lambda: torch.eye(3).to_sparse(),
-    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+    "nested": lambda: torch.nested.nested_tensor(
+        [torch.ones(2), torch.ones(3)], layout=torch.jagged
+    ),
     "quantized": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8),
     "complex128": lambda: torch.ones(3, dtype=torch.complex128),
 }

@@ -112,8 +112,14 @@ def counted_function():
 
 FUNCTIONS = {
     "function": (lambda: F.cross_entropy, GAPS),
-    "partial": (lambda: partial(F.cross_entropy, ignore_index=2, weight=WEIGHT.clone().double()), Y),
-    "partial of partial": (lambda: partial(partial(F.cross_entropy, ignore_index=1), ignore_index=2), Y),
+    "partial": (
+        lambda: partial(F.cross_entropy, ignore_index=2, weight=WEIGHT.clone().double()),
+        Y,
+    ),
+    "partial of partial": (
+        lambda: partial(partial(F.cross_entropy, ignore_index=1), ignore_index=2),
+        Y,
+    ),
     "method": (lambda: nn.CrossEntropyLoss(ignore_index=2).forward, Y),
     "lambda": (lambda: lambda outputs, targets: ((outputs - targets) ** 2).mean(), VALUES),
     "smooth_l1": (lambda: F.smooth_l1_loss, VALUES),
@@ -124,7 +130,12 @@ FUNCTIONS = {
     "closure": (lambda: closure_of(nn.CrossEntropyLoss()), GAPS),
     "attribute": (counted_function, VALUES),
 }
-TASKS = {"bce": "multilabel", "soft margin": "multilabel", "mse": "regression", "own count": "regression"}
+TASKS = {
+    "bce": "multilabel",
+    "soft margin": "multilabel",
+    "mse": "regression",
+    "own count": "regression",
+}
 
 
 def bare(name):
@@ -205,7 +216,11 @@ def ragged(classes):
         (nn.MSELoss(), False, lambda o, t: F.mse_loss(o, t, reduction="sum")),
         (fw.tasks.build("regression"), False, lambda o, t: F.mse_loss(o, t, reduction="sum")),
         (fw.tasks.build("reconstruction"), None, lambda o, t: F.mse_loss(o, t, reduction="sum")),
-        (fw.tasks.build("classification", loss=nn.CrossEntropyLoss), True, partial(F.cross_entropy, reduction="sum")),
+        (
+            fw.tasks.build("classification", loss=nn.CrossEntropyLoss),
+            True,
+            partial(F.cross_entropy, reduction="sum"),
+        ),
     ],
     ids=["cross_entropy", "lambda", "mse", "regression", "reconstruction", "classification"],
 )
@@ -238,10 +253,13 @@ def test_a_batch_without_a_target_that_counts_adds_nothing(way, weight):
     if way == "lambda":
         task = closure_of(task)
     if way == "factory":
-        task = fw.tasks.build("classification", loss=lambda: nn.CrossEntropyLoss(tensor, ignore_index=ignored))
+        task = fw.tasks.build(
+            "classification", loss=lambda: nn.CrossEntropyLoss(tensor, ignore_index=ignored)
+        )
     if way == "registered":
         task = fw.tasks.build(
-            "classification", loss={"name": "cross_entropy", "weight": weight, "ignore_index": ignored}
+            "classification",
+            loss={"name": "cross_entropy", "weight": weight, "ignore_index": ignored},
         )
     rest = [batches[0], batches[2]]
     _, with_none = train(task, batches, model=network().float(), accumulate=3)
@@ -250,7 +268,9 @@ def test_a_batch_without_a_target_that_counts_adds_nothing(way, weight):
     value = trainer.evaluate(batches)["test/loss"]
     assert value == pytest.approx(trainer.evaluate(rest)["test/loss"], rel=1e-6)
     for accumulate in (1, 2):
-        trainer, step = train(task, [batches[1]] * 2, model=network().float(), accumulate=accumulate)
+        trainer, step = train(
+            task, [batches[1]] * 2, model=network().float(), accumulate=accumulate
+        )
         assert torch.equal(step, torch.zeros_like(step))
         assert float(trainer.loss) == 0
 
@@ -259,7 +279,12 @@ def test_a_task_whose_loss_is_nan_without_items_adds_nothing():
     class Own(Task):
         def step(self, model, batch):
             outputs = model(batch[0])
-            return Step(F.cross_entropy(outputs, batch[1]), outputs, batch[1], {"more": outputs.mean() / 0 * 0})
+            return Step(
+                F.cross_entropy(outputs, batch[1]),
+                outputs,
+                batch[1],
+                {"more": outputs.mean() / 0 * 0},
+            )
 
         def count(self, batch):
             return (batch[1] != -100).sum()
@@ -375,10 +400,14 @@ def test_a_sum_is_refused_by_a_named_task_before_training():
 
 
 @pytest.mark.parametrize(
-    "loss", [nn.TripletMarginLoss(), nn.CTCLoss(), lambda o: o.mean(), F.gaussian_nll_loss], ids=name_of
+    "loss",
+    [nn.TripletMarginLoss(), nn.CTCLoss(), lambda o: o.mean(), F.gaussian_nll_loss],
+    ids=name_of,
 )
 def test_a_loss_of_other_arguments_is_refused_before_training(loss):
-    with pytest.raises(SettingError, match=r"the loss .* cannot be called with \(outputs, targets\)"):
+    with pytest.raises(
+        SettingError, match=r"the loss .* cannot be called with \(outputs, targets\)"
+    ):
         train(loss, batches_of(VALUES, PARTS))
 
 
@@ -391,7 +420,9 @@ def test_a_function_that_works_in_place_changes_nothing_that_metrics_see():
             return x * 0
 
     mae = fw.metrics.build("mae")
-    found = Trainer(max_steps=1).evaluate([(VALUES, VALUES)], model=Zero(), task=loss, metrics=[mae])
+    found = Trainer(max_steps=1).evaluate(
+        [(VALUES, VALUES)], model=Zero(), task=loss, metrics=[mae]
+    )
     assert found["test/mae"] == pytest.approx(2 * float(VALUES.abs().mean()))  # of -targets
 
 
@@ -400,7 +431,9 @@ def contrast(outputs, targets):
     return F.cross_entropy(unit @ unit.T / 0.5, torch.arange(len(outputs)).roll(1))
 
 
-@pytest.mark.parametrize("loss", [contrast, nn.SmoothL1Loss(), lambda o, t: (o - t).abs().mean()], ids=name_of)
+@pytest.mark.parametrize(
+    "loss", [contrast, nn.SmoothL1Loss(), lambda o, t: (o - t).abs().mean()], ids=name_of
+)
 def test_a_loss_that_is_no_sum_is_taken(loss):
     train(loss, batches_of(VALUES, PARTS))
 
@@ -418,9 +451,13 @@ def test_metrics_and_confusion_leave_out_the_targets_that_the_loss_ignores(way, 
     if way == "lambda":
         task = closure_of(task)
     if way == "factory":
-        task = fw.tasks.build("classification", loss=lambda: nn.CrossEntropyLoss(ignore_index=index))
+        task = fw.tasks.build(
+            "classification", loss=lambda: nn.CrossEntropyLoss(ignore_index=index)
+        )
     if way == "registered":
-        task = fw.tasks.build("classification", loss={"name": "cross_entropy", "ignore_index": index})
+        task = fw.tasks.build(
+            "classification", loss={"name": "cross_entropy", "ignore_index": index}
+        )
     model = network().float()
     names = ("accuracy", "f1", "perplexity", "top_k", "balanced_accuracy", "auroc")
     metrics = [fw.metrics.build(name, **({"k": 2} if name == "top_k" else {})) for name in names]
@@ -435,8 +472,12 @@ def test_metrics_and_confusion_leave_out_the_targets_that_the_loss_ignores(way, 
         sk.recall_score(truth, outputs.argmax(1), average="macro", labels=truth.unique())
     )
     assert found["test/f1"] == pytest.approx(sk.f1_score(truth, outputs.argmax(1), average="macro"))
-    assert found["test/top2"] == pytest.approx(sk.top_k_accuracy_score(truth, outputs, k=2, labels=range(C)))
-    assert found["test/perplexity"] == pytest.approx(float(F.cross_entropy(outputs, truth).exp()), rel=1e-5)
+    assert found["test/top2"] == pytest.approx(
+        sk.top_k_accuracy_score(truth, outputs, k=2, labels=range(C))
+    )
+    assert found["test/perplexity"] == pytest.approx(
+        float(F.cross_entropy(outputs, truth).exp()), rel=1e-5
+    )
     assert found["test/perplexity"] == pytest.approx(2.718281828 ** found["test/loss"], rel=1e-5)
     trainer.val_batches = trainer._batches(split, 5)
     assert count_pairs(trainer).sum() == kept.sum()
@@ -446,7 +487,9 @@ def test_metrics_see_the_likeliest_class_of_probabilities():
     trainer = Trainer(max_steps=1, device="cpu")
     accuracy = [fw.metrics.build("accuracy")]
     for task in (nn.CrossEntropyLoss(), fw.tasks.build("classification")):
-        found = trainer.evaluate([(SHARES.log(), SHARES)], model=nn.Identity(), task=task, metrics=accuracy)
+        found = trainer.evaluate(
+            [(SHARES.log(), SHARES)], model=nn.Identity(), task=task, metrics=accuracy
+        )
         assert found["test/accuracy"] == 1
 
 
@@ -466,7 +509,12 @@ def test_targets_in_memory_that_are_never_ignored_cost_no_kernel():
         def on_step_end(self, trainer):
             seen.append(trainer.task.all_kept)
 
-    inputs = [loader, batches_of(Y, PARTS, list), batches_of(GAPS, PARTS, list), batches_of(Y, PARTS)]
+    inputs = [
+        loader,
+        batches_of(Y, PARTS, list),
+        batches_of(GAPS, PARTS, list),
+        batches_of(Y, PARTS),
+    ]
     for data in inputs:
         trainer, _ = train(nn.CrossEntropyLoss(), data, callbacks=[See()], accumulate=9)
         assert not trainer.task.all_kept
@@ -489,7 +537,12 @@ def test_samples_of_a_data_are_counted_and_other_targets_by_their_numbers(name):
 
 def test_a_step_of_a_plain_loss_reads_nothing_off_the_device():
     outputs = torch.zeros(4, 3, device="meta")  # has no values: reading one is an error
-    for loss in (nn.MSELoss(), F.l1_loss, nn.CrossEntropyLoss(), partial(F.cross_entropy, ignore_index=0)):
+    for loss in (
+        nn.MSELoss(),
+        F.l1_loss,
+        nn.CrossEntropyLoss(),
+        partial(F.cross_entropy, ignore_index=0),
+    ):
         classes = Mean.of(loss).form == "classes"
         batch = (outputs, outputs[:, 0].long() if classes else outputs)
         LossTask(loss).step(nn.Identity(), batch)
@@ -499,20 +552,28 @@ def test_a_step_of_a_plain_loss_reads_nothing_off_the_device():
 # shapes and types
 
 
-REGISTERED = [fw.losses.build(name) for name in ("hinge", "quantile", "log_cosh", "focal", "poisson_nll")]
+REGISTERED = [
+    fw.losses.build(name) for name in ("hinge", "quantile", "log_cosh", "focal", "poisson_nll")
+]
 
 
 @pytest.mark.parametrize(
-    "loss", [nn.MSELoss(), F.mse_loss, nn.HuberLoss(), nn.BCEWithLogitsLoss(), *REGISTERED], ids=name_of
+    "loss",
+    [nn.MSELoss(), F.mse_loss, nn.HuberLoss(), nn.BCEWithLogitsLoss(), *REGISTERED],
+    ids=name_of,
 )
 @pytest.mark.parametrize("shapes", [((8, 1), (8,)), ((8,), (8, 1))], ids=str)
 def test_targets_are_never_broadcast_by_a_loss_of_torch(loss, shapes):
     outputs, targets = (torch.rand(8, generator=generator).reshape(shape) for shape in shapes)
-    found = Trainer(max_steps=1).evaluate([(outputs, targets)], model=nn.Identity(), task=loss)["test/loss"]
+    found = Trainer(max_steps=1).evaluate([(outputs, targets)], model=nn.Identity(), task=loss)[
+        "test/loss"
+    ]
     assert found == pytest.approx(float(loss(outputs.flatten(), targets.flatten())))
 
 
-@pytest.mark.parametrize("loss", [nn.MSELoss(), F.mse_loss, nn.KLDivLoss(reduction="batchmean")], ids=name_of)
+@pytest.mark.parametrize(
+    "loss", [nn.MSELoss(), F.mse_loss, nn.KLDivLoss(reduction="batchmean")], ids=name_of
+)
 @pytest.mark.parametrize("shape", [(4, 1), (4,), (1, 4), (4, 4, 2)], ids=str)
 def test_targets_of_another_shape_are_refused_by_a_loss_of_torch(loss, shape):
     with pytest.raises(DataError, match=r"targets have shape .* but the model's outputs \(4, 4\)"):
@@ -617,10 +678,14 @@ def test_metrics_never_broadcast_what_a_task_of_a_user_gives_them():
     trainer = Trainer(max_steps=1)
     for name in ("mae", "mse", "rmse", "r2", "mape", "r2_log"):
         metric = fw.metrics.build(name)
-        found = trainer.evaluate([(outputs, targets)], model=nn.Identity(), task=Own(), metrics=[metric])
+        found = trainer.evaluate(
+            [(outputs, targets)], model=nn.Identity(), task=Own(), metrics=[metric]
+        )
         same = metric.compute(metric.sums(outputs, targets[:, None]).double())
         assert found[f"test/{metric.name}"] == pytest.approx(same), name
-    with pytest.raises(DataError, match=r"the metric naive broadcasts outputs of shape \(12, 1\) and targets"):
+    with pytest.raises(
+        DataError, match=r"the metric naive broadcasts outputs of shape \(12, 1\) and targets"
+    ):
         trainer.evaluate([(outputs, targets)], model=nn.Identity(), task=Own(), metrics=[Naive()])
 
 
@@ -636,7 +701,9 @@ def test_every_registered_metric_reshapes_or_refuses_targets(entry):
             metric.sums(outputs, targets[:5])
 
 
-@pytest.mark.parametrize("targets", [Y.float(), F.one_hot(Y, C)], ids=["floating indices", "integer table"])
+@pytest.mark.parametrize(
+    "targets", [Y.float(), F.one_hot(Y, C)], ids=["floating indices", "integer table"]
+)
 def test_targets_that_are_neither_indices_nor_probabilities_are_refused(targets):
     for task in (nn.CrossEntropyLoss(), fw.tasks.build("classification")):
         with pytest.raises(DataError, match=r"targets have shape \(5.*class indices"):
@@ -666,10 +733,14 @@ def test_float64_targets_are_taken(name):
         torch.testing.assert_close(step, steps[0])
 
 
-@pytest.mark.parametrize("task", [nn.CrossEntropyLoss(), fw.tasks.build("classification")], ids=["bare", "named"])
+@pytest.mark.parametrize(
+    "task", [nn.CrossEntropyLoss(), fw.tasks.build("classification")], ids=["bare", "named"]
+)
 def test_inputs_of_another_type_than_the_model_are_named(task):
     batches = batches_of(Y, N)
-    with pytest.raises(DataError, match=r"the inputs are torch.int64, but the model's parameters torch.float32"):
+    with pytest.raises(
+        DataError, match=r"the inputs are torch.int64, but the model's parameters torch.float32"
+    ):
         train(task, [(X.long(), Y)], model=network().float())
     message = "the inputs are torch.float64, but the model's parameters torch.float32"
     with pytest.raises(DataError, match=message):
@@ -680,10 +751,14 @@ def test_inputs_of_another_type_than_the_model_are_named(task):
         Trainer(max_steps=1).predict(batches, model=network().float())
 
 
-@pytest.mark.parametrize("task", [nn.CrossEntropyLoss(), fw.tasks.build("classification"), F.mse_loss])
+@pytest.mark.parametrize(
+    "task", [nn.CrossEntropyLoss(), fw.tasks.build("classification"), F.mse_loss]
+)
 @pytest.mark.parametrize("tensors", [1, 3])
 def test_a_batch_of_more_or_fewer_tensors_than_two_is_refused(task, tensors):
-    with pytest.raises(DataError, match=rf"a batch has {tensors} tensors; this task takes \(inputs, targets\)"):
+    with pytest.raises(
+        DataError, match=rf"a batch has {tensors} tensors; this task takes \(inputs, targets\)"
+    ):
         train(task, [(X.double(), Y, Y)[:tensors]])
 
 
@@ -695,7 +770,11 @@ class Pair(nn.Linear):
 @pytest.mark.parametrize("model", [Pair(D, C), Picked(nn.Linear(D, C))], ids=["tuple", "dict"])
 def test_a_model_that_returns_more_than_a_tensor_is_named(model):
     said = r"a tuple of 2" if isinstance(model, Pair) else r"a dict \(y\)"
-    for task in (nn.CrossEntropyLoss(), fw.tasks.build("classification"), fw.tasks.build("reconstruction")):
+    for task in (
+        nn.CrossEntropyLoss(),
+        fw.tasks.build("classification"),
+        fw.tasks.build("reconstruction"),
+    ):
         with pytest.raises(DataError, match=said):
             train(task, [(X, Y)], model=model)
     trainer = Trainer(max_steps=1)
@@ -706,7 +785,9 @@ def test_a_model_that_returns_more_than_a_tensor_is_named(model):
         return F.cross_entropy(outputs["y"] if isinstance(outputs, dict) else outputs[0], targets)
 
     assert trainer.evaluate([(X, Y)], model=model, task=picking)["test/loss"] > 0
-    with pytest.raises(DataError, match=f"metrics=accuracy: a metric takes outputs as one tensor.*{said}"):
+    with pytest.raises(
+        DataError, match=f"metrics=accuracy: a metric takes outputs as one tensor.*{said}"
+    ):
         trainer.evaluate([(X, Y)], task=picking, metrics=[fw.metrics.build("accuracy")])
 
 
@@ -756,7 +837,9 @@ def closure():
 def test_a_loss_with_a_parameter_of_its_own_is_refused_before_a_weight_changes(make):
     model = nn.Linear(D, C)
     start = model.weight.detach().clone()
-    with pytest.raises(SettingError, match="only parameters of the model are trained and saved") as error:
+    with pytest.raises(
+        SettingError, match="only parameters of the model are trained and saved"
+    ) as error:
         train(make(), [(X, Y)], model=model)
     assert "requires_grad_(False)" in str(error.value)
     assert torch.equal(model.weight, start)
@@ -773,7 +856,10 @@ def test_frozen_parameters_buffers_and_parameters_of_the_model_are_fine_in_a_los
     loss = Learnt()
     model.loss = loss
     train(loss, [(X, Y)], model=model)
-    assert Trainer(max_steps=1).evaluate([(X, Y)], model=nn.Linear(D, C), task=Learnt())["test/loss"] > 0
+    assert (
+        Trainer(max_steps=1).evaluate([(X, Y)], model=nn.Linear(D, C), task=Learnt())["test/loss"]
+        > 0
+    )
 
 
 PLUGIN = """
@@ -795,7 +881,9 @@ losses.register("any_reduction", nn.CrossEntropyLoss)
 """
 
 
-def test_a_plugins_loss_is_refused_on_the_command_line_before_a_run_begins(command, tmp_path, forget_plugins):
+def test_a_plugins_loss_is_refused_on_the_command_line_before_a_run_begins(
+    command, tmp_path, forget_plugins
+):
     (tmp_path / "parts.py").write_text(PLUGIN)
     quick = "train --plugins parts.py trainer.max_steps=1 run.name=a model.width=4 model.depth=1"
     for chosen, said in (

@@ -90,7 +90,9 @@ def test_a_loss_with_state_trains_as_in_a_plain_loop(make):
             optimizer.step()
     model = network()
     trainer = Trainer(max_epochs=2, device="cpu")
-    trainer.fit(model, batches(), task=make(), optimizer=torch.optim.SGD(model.parameters(), lr=0.5))
+    trainer.fit(
+        model, batches(), task=make(), optimizer=torch.optim.SGD(model.parameters(), lr=0.5)
+    )
     for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
 
@@ -119,7 +121,9 @@ class Inside(nn.Module):
         return F.cross_entropy(outputs.transpose(1, 2), targets, ignore_index=-100)
 
 
-@pytest.mark.parametrize("loss", [viewed, transposed, picked, taken, Inside()], ids=lambda loss: type(loss).__name__)
+@pytest.mark.parametrize(
+    "loss", [viewed, transposed, picked, taken, Inside()], ids=lambda loss: type(loss).__name__
+)
 def test_the_mean_of_a_cross_entropy_is_over_the_targets_that_it_does_not_ignore(loss):
     targets = torch.tensor([[0, -100, 2], [1, 3, -100]])
     assert int(Mean.of(loss).count(loss, targets)) == 4
@@ -204,7 +208,9 @@ def test_a_parameter_of_a_task_is_refused_and_a_network_of_it_gives_a_warning(si
     def fit(task):
         model = network()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        Trainer(max_steps=1, device="cpu").fit(model, batches(size=size), task=task, optimizer=optimizer)
+        Trainer(max_steps=1, device="cpu").fit(
+            model, batches(size=size), task=task, optimizer=optimizer
+        )
 
     with pytest.raises(SettingError, match="only parameters of the model are trained"):
         fit(Own(scale=nn.Parameter(torch.zeros(()))))

@@ -30,7 +30,9 @@ def test_uneven_batches_add_up_to_the_whole(size):
     values = measured.read()
     assert values["loss"] == pytest.approx(F.cross_entropy(LOGITS, TARGETS).item(), rel=1e-6)
     assert values["accuracy"] == accuracy_score(TARGETS, LOGITS.argmax(1))
-    assert values["f1"] == pytest.approx(f1_score(TARGETS, LOGITS.argmax(1), average="macro"), rel=1e-12)
+    assert values["f1"] == pytest.approx(
+        f1_score(TARGETS, LOGITS.argmax(1), average="macro"), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("kind", [int, torch.tensor])
@@ -58,7 +60,9 @@ def test_a_million_small_losses_lose_no_digits():
     measured.add(torch.tensor(1e7), outputs, outputs, 1)
     for _ in range(1000):
         measured.add(loss, outputs, outputs, 1)
-    assert measured.read()["loss"] * 1001 == pytest.approx(1e7 + 1000 * loss.item(), rel=1e-14)  # float32 would say 1e7
+    assert measured.read()["loss"] * 1001 == pytest.approx(
+        1e7 + 1000 * loss.item(), rel=1e-14
+    )  # float32 would say 1e7
 
 
 def test_sums_are_saved_and_go_on():

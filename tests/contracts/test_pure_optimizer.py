@@ -44,7 +44,10 @@ def test_a_pure_update_does_what_step_does(name, settings):
     start = torch.randn(7, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
     parameter, optimizer = after_one_step(name, settings, start)
     update = pure_updates.find(optimizer)
-    p, state = parameter.detach().clone(), {k: v.clone() for k, v in optimizer.state[parameter].items()}
+    p, state = (
+        parameter.detach().clone(),
+        {k: v.clone() for k, v in optimizer.state[parameter].items()},
+    )
     for step in range(1, 50):
         parameter.grad = gradient(step)
         optimizer.step()
@@ -63,13 +66,17 @@ def test_settings_may_be_tensors_with_a_value_for_each_row(name, settings):
     update = pure_updates.find(alone[0][1])
     rows = torch.stack([p.detach() for p, _ in alone])
     state = {k: rows_of([o.state[p][k] for p, o in alone]) for k in alone[0][1].state[alone[0][0]]}
-    group = dict(alone[0][1].param_groups[0], lr=torch.tensor(rates, dtype=torch.float64).unsqueeze(1))
+    group = dict(
+        alone[0][1].param_groups[0], lr=torch.tensor(rates, dtype=torch.float64).unsqueeze(1)
+    )
     for step in range(1, 20):
         rows, state = update(rows, gradient(step).expand(3, -1), state, group)
         for parameter, optimizer in alone:
             parameter.grad = gradient(step)
             optimizer.step()
-    torch.testing.assert_close(rows, torch.stack([p.detach() for p, _ in alone]), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        rows, torch.stack([p.detach() for p, _ in alone]), rtol=0, atol=1e-12
+    )
 
 
 def rows_of(tensors):
@@ -104,7 +111,10 @@ def test_an_optimizer_of_ones_own_is_a_class_with_an_update():
 def test_where_only_step_will_do_there_is_no_pure_update():
     parameter = nn.Parameter(torch.ones(2, 2))
     assert pure_updates.find(torch.optim.SGD([parameter], lr=0.1, maximize=True)) is None
-    assert pure_updates.find(fw.optimizers.build("muon", [parameter, nn.Parameter(torch.ones(2))])) is None
+    assert (
+        pure_updates.find(fw.optimizers.build("muon", [parameter, nn.Parameter(torch.ones(2))]))
+        is None
+    )
 
     class Changed(torch.optim.AdamW):
         def step(self, closure=None):

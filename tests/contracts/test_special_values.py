@@ -33,7 +33,9 @@ class Script(Callback):
 def fit(*callbacks, steps, folder=None):
     torch.manual_seed(1)
     model = nn.Linear(2, 1)
-    trainer = Trainer(max_steps=steps, validate_every="1steps", callbacks=callbacks, folder=folder, device="cpu")
+    trainer = Trainer(
+        max_steps=steps, validate_every="1steps", callbacks=callbacks, folder=folder, device="cpu"
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     trainer.fit(model, SPLIT, val=SPLIT, task=LOSS, optimizer=optimizer, batch_size=12)
     return trainer
@@ -67,13 +69,19 @@ def test_a_plateau_forgets_an_infinite_best_value_of_an_older_checkpoint():
 
 
 @pytest.mark.parametrize("first", FIRST, ids=str)
-@pytest.mark.parametrize(("mode", "min_delta"), [("min", 0.0), ("min", 0.5), ("max", 0.0), ("max", 0.5)])
-def test_best_checkpoint_and_early_stop_start_with_the_first_finite_value(first, mode, min_delta, tmp_path):
+@pytest.mark.parametrize(
+    ("mode", "min_delta"), [("min", 0.0), ("min", 0.5), ("max", 0.0), ("max", 0.5)]
+)
+def test_best_checkpoint_and_early_stop_start_with_the_first_finite_value(
+    first, mode, min_delta, tmp_path
+):
     sign = 1 if mode == "max" else -1
     values = [*first, 1.0 * sign, 2.0 * sign, 2.0 * sign, 2.0 * sign]
     stop = fw.callbacks.build("early_stop", mode=mode, min_delta=min_delta, patience=4)
     stop.patience = 2 if len(first) == 1 else 4
-    checkpoint = fw.callbacks.build("checkpoint", mode=mode, every="1steps", keep=9, background=False)
+    checkpoint = fw.callbacks.build(
+        "checkpoint", mode=mode, every="1steps", keep=9, background=False
+    )
     trainer = fit(Script(values), stop, checkpoint, steps=len(values), folder=tmp_path)
     best = len(first) + 2
     assert (tmp_path / "checkpoints" / "best").resolve().name == f"step-{best:08d}"
@@ -105,7 +113,9 @@ class Record(Logger):
         self.lines, self.histograms = [], []
 
     def scalars(self, values, *, step, epoch, wall_seconds):
-        self.lines += [(step, name, value) for name, value in values.items() if "second" not in name]
+        self.lines += [
+            (step, name, value) for name, value in values.items() if "second" not in name
+        ]
 
     def histogram(self, tag, values, step):
         self.histograms.append((step, tag, values.tolist()))
@@ -118,7 +128,12 @@ def fit_complex(pairs, optimizer, callbacks, folder=None, **settings):
     model, record = Complex(pairs), Record()
     split = TensorSplit(INPUTS, TARGETS)
     trainer = Trainer(
-        max_epochs=2, log_every="1steps", callbacks=callbacks, loggers=[record], folder=folder, device="cpu"
+        max_epochs=2,
+        log_every="1steps",
+        callbacks=callbacks,
+        loggers=[record],
+        folder=folder,
+        device="cpu",
     )
     made = fw.optimizers.build(optimizer, model.parameters(), lr=0.05, **settings)
     trainer.fit(model, split, val=split, task=LOSS, optimizer=made, batch_size=4)
@@ -145,7 +160,10 @@ CALLBACKS = [
 @pytest.mark.parametrize(("name", "settings"), CALLBACKS)
 def test_complex_weights_are_trained_like_pairs_of_reals(name, settings, optimizer):
     own = {"betas": [0.0, 0.99]} if name == "schedule_free" and optimizer != "sgd" else {}
-    made = [fit_complex(pairs, optimizer, [fw.callbacks.build(name, **settings)], **own) for pairs in (False, True)]
+    made = [
+        fit_complex(pairs, optimizer, [fw.callbacks.build(name, **settings)], **own)
+        for pairs in (False, True)
+    ]
     (model, record), (pairs, expected) = made
     torch.testing.assert_close(torch.view_as_real(model.weight.detach()), pairs.weight.detach())
     torch.testing.assert_close(model.bias.detach(), pairs.bias.detach())

@@ -40,7 +40,9 @@ def test_a_cadence_in_minutes_goes_by_the_clock(monkeypatch):
     assert due == [220.0, 345.0, 465.0]
 
 
-@pytest.mark.parametrize("every", ["", "10", "steps", "-1steps", "0steps", "1.5steps", "1day", "1steps 2"])
+@pytest.mark.parametrize(
+    "every", ["", "10", "steps", "-1steps", "0steps", "1.5steps", "1day", "1steps 2"]
+)
 def test_what_is_no_cadence(every):
     with pytest.raises(SettingError, match=r"^pause should be a .*(steps|10steps).*, not"):
         Cadence(every, "pause")
@@ -71,7 +73,12 @@ class Warm(fw.Schedule):
 @pytest.mark.parametrize("at", [5, 7, 10, 15], ids=lambda at: f"after {at}")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_resumed_run_is_the_uninterrupted_one(at, optimizer):
-    settings = {"val": VAL, "log_every": "4steps", "metrics": [fw.metrics.build("accuracy")], "optimizer": optimizer}
+    settings = {
+        "val": VAL,
+        "log_every": "4steps",
+        "metrics": [fw.metrics.build("accuracy")],
+        "optimizer": optimizer,
+    }
     kept = {}
     keep = At(at, lambda trainer: kept.update(copy.deepcopy(trainer.state_dict())))
     whole, record = fit(callbacks=[keep], schedule=Warm(), **settings)
@@ -79,9 +86,14 @@ def test_a_resumed_run_is_the_uninterrupted_one(at, optimizer):
     assert same(whole.model, resumed.model)
 
     def lines(record):
-        return [(step, {k: v for k, v in values.items() if "second" not in k}) for step, values in record.lines]
+        return [
+            (step, {k: v for k, v in values.items() if "second" not in k})
+            for step, values in record.lines
+        ]
 
-    assert lines(rest) == [line for line in lines(record) if line[0] > at]  # also the sums since the last log point
+    assert lines(rest) == [
+        line for line in lines(record) if line[0] > at
+    ]  # also the sums since the last log point
     assert rest.opened == [(at, ["loss", "accuracy"])]
     assert resumed.state.metrics.keys() == whole.state.metrics.keys()
     assert resumed.state.wall_seconds > kept["wall_seconds"]

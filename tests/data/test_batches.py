@@ -46,24 +46,36 @@ def test_what_is_a_loader_already_stays_as_it_is():
 
 
 def test_a_whole_data_is_refused_with_what_to_pass():
-    with pytest.raises(DataError, match=r"Three has several splits: pass one of them, such as `data\.test`"):
+    with pytest.raises(
+        DataError, match=r"Three has several splits: pass one of them, such as `data\.test`"
+    ):
         read(Three())
 
 
-@pytest.mark.parametrize(("length", "size", "expected"), [(7, 3, [3, 3, 1]), (6, 3, [3, 3]), (2, 3, [2]), (0, 3, [])])
+@pytest.mark.parametrize(
+    ("length", "size", "expected"), [(7, 3, [3, 3, 1]), (6, 3, [3, 3]), (2, 3, [2]), (0, 3, [])]
+)
 def test_windows_and_their_number(length, size, expected):
     batches = [(torch.tensor([number]),) for number in range(length)]
     assert [len(window) for window in windows(batches, size)] == expected
     counted = [(len(window), last) for window, last in steps(batches, size, len(expected))]
     assert counted == list(zip(expected, [False] * (len(expected) - 1) + [True], strict=False))
-    assert counted == [(len(window), last) for window, last in steps(iter(batches), size, 0)]  # without a known length
+    assert counted == [
+        (len(window), last) for window, last in steps(iter(batches), size, 0)
+    ]  # without a known length
     if length:
         assert count_steps(ForeignLoader(batches), size) == len(expected)
 
 
 @pytest.mark.parametrize(
     ("limits", "expected"),
-    [((10, 3, None), 30), ((10, 3, 12), 12), ((10, None, 12), 12), ((0, 3, None), 0), ((0, 3, 5), 5)],
+    [
+        ((10, 3, None), 30),
+        ((10, 3, 12), 12),
+        ((10, None, 12), 12),
+        ((0, 3, None), 0),
+        ((0, 3, 5), 5),
+    ],
 )
 def test_the_steps_of_a_run(limits, expected):
     assert count_total(*limits) == expected
@@ -163,7 +175,10 @@ def loaders_that_are_told():
     whole, subset = ToldLoader(data, 16), ToldSet(X, Y)
     return {
         "sampler": (DataLoader(SPLIT, 16, sampler=ToldSampler(X)), lambda loader: [loader.sampler]),
-        "batch sampler": (DataLoader(data, batch_sampler=batches), lambda _: [data, batches, sampler]),
+        "batch sampler": (
+            DataLoader(data, batch_sampler=batches),
+            lambda _: [data, batches, sampler],
+        ),
         "stream": (DataLoader(stream, 16), lambda loader: [stream]),
         "loader": (whole, lambda loader: [whole, whole.dataset]),
         "subset": (DataLoader(Subset(subset, range(70)), 16), lambda loader: [subset]),
@@ -361,7 +376,9 @@ class Tokens(Task):
         return self.criterion.weight[kept].sum()
 
 
-@pytest.mark.parametrize("task", [nn.CrossEntropyLoss(), Tokens()], ids=["samples", "weighted tokens"])
+@pytest.mark.parametrize(
+    "task", [nn.CrossEntropyLoss(), Tokens()], ids=["samples", "weighted tokens"]
+)
 def test_accumulated_batches_are_one_big_batch(task):
     """Of 70 samples: big batches of 32, 32 and 6, small ones of 8, in windows of four and one that is left."""
     torch.manual_seed(1)

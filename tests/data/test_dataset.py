@@ -21,7 +21,10 @@ from framework_plugins.datasets.readers.arrays import (
 def test_targets_are_told_by_what_they_hold():
     assert as_targets(["cat", "ant", "cat"]).classes == ["ant", "cat"]
     assert as_targets(["cat", "ant", "cat"]).tensor.tolist() == [1, 0, 1]
-    assert as_targets([10, 2, 10]).classes == ["2", "10"]  # in the order of numbers, not of their texts
+    assert as_targets([10, 2, 10]).classes == [
+        "2",
+        "10",
+    ]  # in the order of numbers, not of their texts
     assert as_targets([True, False]).classes == ["False", "True"]
     assert as_targets([[3], [4]]).kind == "class"
     assert as_targets([2.0, 1.0], kind="class").classes == ["1", "2"]
@@ -152,7 +155,9 @@ def test_inputs_for_prediction_are_prepared_as_in_training(tmp_path):
     np.savez(tmp_path / "x.npz", other=raw[:1], x=raw[:7].reshape(7, 2, 2))
     assert torch.equal(ArrayData.read_inputs(tmp_path / "x.npz", facts), data.train.tensors[0][:7])
     np.save(tmp_path / "one.npy", raw[0])
-    assert torch.equal(ArrayData.read_inputs(tmp_path / "one.npy", facts), data.train.tensors[0][:1])
+    assert torch.equal(
+        ArrayData.read_inputs(tmp_path / "one.npy", facts), data.train.tensors[0][:1]
+    )
     with pytest.raises(DataError, match=r"a row has shape \(3,\), but the model takes \(4,\)"):
         as_batch_of(torch.zeros(5, 3), facts["in_shape"], tmp_path)
 
@@ -162,7 +167,9 @@ def test_files_that_are_no_arrays(tmp_path):
     np.savez(tmp_path / "whole.npz", x=np.arange(10000.0))
     content = (tmp_path / "whole.npz").read_bytes()
     (tmp_path / "cut.npz").write_bytes(content[:5000])
-    (tmp_path / "flipped.npz").write_bytes(content[:500] + bytes([content[500] ^ 1]) + content[501:])
+    (tmp_path / "flipped.npz").write_bytes(
+        content[:500] + bytes([content[500] ^ 1]) + content[501:]
+    )
     (tmp_path / "text.npz").write_text("a,b\n1,2\n")
     (tmp_path / "empty.npz").write_bytes(b"")
     for name in ("objects.npy", "cut.npz", "flipped.npz", "text.npz", "empty.npz"):

@@ -56,7 +56,9 @@ def test_folds_of_classes_are_the_same_as_of_the_samples_as_they_are():
     take_fold(refitted, "2/3")
     take_fold(as_they_are, "2/3", refit=False)
     for name in ("train", "val"):
-        pairs = zip(getattr(refitted, name).tensors, getattr(as_they_are, name).tensors, strict=True)
+        pairs = zip(
+            getattr(refitted, name).tensors, getattr(as_they_are, name).tensors, strict=True
+        )
         assert all(torch.equal(*pair) for pair in pairs)
 
 
@@ -91,12 +93,16 @@ def test_a_fold_is_normalised_by_its_own_training_rows(build, tmp_path):
         data, as_it_was = build(tmp_path), build(tmp_path)
         take_fold(data, f"{number}/3")
         take_fold(as_it_was, f"{number}/3", refit=False)
-        inputs, targets = (tensor.flatten(1) if tensor.ndim > 1 else tensor for tensor in data.train.tensors)
+        inputs, targets = (
+            tensor.flatten(1) if tensor.ndim > 1 else tensor for tensor in data.train.tensors
+        )
         for values in [inputs[:, 0], targets[:, 0]] if data.target == "value" else [inputs[:, 0]]:
             assert values.mean().item() == pytest.approx(0, abs=1e-6)
             assert values.std(correction=0).item() == pytest.approx(1, abs=1e-6)
         spreads.append(as_it_was.train.tensors[0].flatten(1)[:, 0].std(correction=0).item())
-    assert max(abs(spread - 1) for spread in spreads) > 0.1  # of the original training split, which also validates
+    assert (
+        max(abs(spread - 1) for spread in spreads) > 0.1
+    )  # of the original training split, which also validates
 
 
 def test_the_vocabulary_of_a_fold_is_that_of_its_own_training_texts(tmp_path):
@@ -104,10 +110,15 @@ def test_the_vocabulary_of_a_fold_is_that_of_its_own_training_texts(tmp_path):
     (tmp_path / "d.csv").write_text("\n".join(lines))
     seen = []
     for number in (1, 2, 3):
-        data = fw.datasets.build("text_table", path=tmp_path / "d.csv", val_fraction=0.2, test_fraction=0.2)
+        data = fw.datasets.build(
+            "text_table", path=tmp_path / "d.csv", val_fraction=0.2, test_fraction=0.2
+        )
         take_fold(data, f"{number}/3")
         known = set(data.tokenizer.state()["tokens"])
-        texts = {part: {word for text in data.texts[part] for word in text.split()} for part in ("train", "val")}
+        texts = {
+            part: {word for text in data.texts[part] for word in text.split()}
+            for part in ("train", "val")
+        }
         assert texts["train"] <= known
         assert not (texts["val"] - {"common"}) & known
         seen += data.texts["val"]
@@ -119,11 +130,15 @@ def test_folds_of_a_series_are_blocks_of_time_that_training_does_not_see(tmp_pat
     lines = ["v", *map(str, range(100))]
     (tmp_path / "d.csv").write_text("\n".join(lines))
     for number in (1, 2, 4):
-        data = fw.datasets.build("series", path=tmp_path / "d.csv", target="v", lookback=5, horizon=2)
+        data = fw.datasets.build(
+            "series", path=tmp_path / "d.csv", target="v", lookback=5, horizon=2
+        )
         take_fold(data, f"{number}/4")
         rows = {part: set() for part in ("train", "val", "test")}
         for part, found in rows.items():
-            inputs, targets = (data.scale.back(tensor).round().int() for tensor in getattr(data, part).tensors)
+            inputs, targets = (
+                data.scale.back(tensor).round().int() for tensor in getattr(data, part).tensors
+            )
             found |= set(targets.flatten().tolist())
             found |= set(inputs.flatten().tolist()) if part == "train" else set()
         block = range(round(85 * (number - 1) / 4 + 0.49), round(85 * number / 4 + 0.49))
@@ -144,14 +159,28 @@ def test_a_fold_too_short_for_a_window_is_refused():
 @pytest.mark.usefixtures("one_thread")
 def test_a_run_of_a_fold_is_measured_by_the_statistics_of_the_fold(tmp_path):
     table(tmp_path)
-    settings = ["data=table", f"data.path={tmp_path / 'd.csv'}", "data.target=y", "task=regression", "metrics=[r2]"]
-    settings += ["fold=2/3", "trainer.max_epochs=2", "trainer.device=cpu", "loggers=[]", "model.depth=1"]
+    settings = [
+        "data=table",
+        f"data.path={tmp_path / 'd.csv'}",
+        "data.target=y",
+        "task=regression",
+        "metrics=[r2]",
+    ]
+    settings += [
+        "fold=2/3",
+        "trainer.max_epochs=2",
+        "trainer.device=cpu",
+        "loggers=[]",
+        "model.depth=1",
+    ]
     results = []
     line = CommandLine([*settings, f"run.root={tmp_path / 'runs'}"])
     compose(line, lambda job: results.append(train(job.spec, job.experiment, job.overrides)))
     metrics, folder = results[0].metrics, results[0].folder
     run = open_run(folder)
-    assert run.evaluate("test") == {name: value for name, value in metrics.items() if name.startswith("test/")}
+    assert run.evaluate("test") == {
+        name: value for name, value in metrics.items() if name.startswith("test/")
+    }
 
     data = fw.datasets.build("table", path=tmp_path / "d.csv", target="y")
     old = {"columns": data.facts()["columns"], "scale": list(data.scale)}
@@ -190,7 +219,9 @@ def test_samples_that_are_read_one_by_one_are_cut_too():
     for number in (1, 2, 3):
         data = fw.Data()
         data.train, data.val = Samples(range(7)), Samples(range(7, 10))
-        with pytest.warns(UserWarning, match=f"fold={number}/3: Data has no `refit`: what it measured"):
+        with pytest.warns(
+            UserWarning, match=f"fold={number}/3: Data has no `refit`: what it measured"
+        ):
             take_fold(data, f"{number}/3")
         seen += [float(data.val[i][0]) for i in range(len(data.val))]
         assert len(data.val) + len(data.train) == 10

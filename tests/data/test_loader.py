@@ -93,11 +93,18 @@ def test_a_batch_is_no_view_of_the_data():
 def test_random_reading_is_the_same_for_any_number_of_workers():
     expected = batches(Loader(Noisy(), batch_size=5, shuffle=True), epoch=1)
     for workers in (1, 2):
-        assert batches(Loader(Noisy(), batch_size=5, workers=workers, shuffle=True), epoch=1) == expected
+        assert (
+            batches(Loader(Noisy(), batch_size=5, workers=workers, shuffle=True), epoch=1)
+            == expected
+        )
     assert batches(Loader(Noisy(), batch_size=5, shuffle=True), epoch=2) != expected
-    by_sample = dict(zip(seeds.order(0, 1, SIZE).tolist(), (row for x, _ in expected for row in x), strict=True))
+    by_sample = dict(
+        zip(seeds.order(0, 1, SIZE).tolist(), (row for x, _ in expected for row in x), strict=True)
+    )
     rebatched = batches(Loader(Noisy(), batch_size=4, shuffle=True), epoch=1)
-    assert [row for x, _ in rebatched for row in x] == [by_sample[i] for i in seeds.order(0, 1, SIZE).tolist()]
+    assert [row for x, _ in rebatched for row in x] == [
+        by_sample[i] for i in seeds.order(0, 1, SIZE).tolist()
+    ]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -130,14 +137,22 @@ class Labelled(Dataset):
 
 def rare(labelled=False):
     """Sample 7 is the only one of its class, of four: 1, 4, 10 and 85 of 100."""
-    classes = torch.full((100,), 3).index_fill(0, torch.arange(60, 70), 0).index_fill(0, torch.arange(4), 5)
+    classes = (
+        torch.full((100,), 3)
+        .index_fill(0, torch.arange(60, 70), 0)
+        .index_fill(0, torch.arange(4), 5)
+    )
     classes[7] = 1
     split = TensorSplit(torch.arange(100)[:, None].float(), classes)
     return Labelled(split) if labelled else split
 
 
 def drawn(loader, epochs):
-    parts = [torch.cat(column) for e in epochs for column in [list(t) for t in zip(*loader.epoch(e), strict=True)]]
+    parts = [
+        torch.cat(column)
+        for e in epochs
+        for column in [list(t) for t in zip(*loader.epoch(e), strict=True)]
+    ]
     return torch.cat(parts[::2]).flatten().long(), torch.cat(parts[1::2])
 
 
@@ -146,10 +161,14 @@ def test_every_class_is_drawn_equally_often_and_so_is_each_sample_of_it():
     assert len(rows) == 100 * 100, "an epoch is as long as without"
     assert torch.equal(rare()[rows][1], classes)
     share = classes.bincount() / len(classes)
-    torch.testing.assert_close(share[[0, 1, 3, 5]], torch.full((4,), 0.25), atol=5 * 0.0043, rtol=0)  # 5 deviations
+    torch.testing.assert_close(
+        share[[0, 1, 3, 5]], torch.full((4,), 0.25), atol=5 * 0.0043, rtol=0
+    )  # 5 deviations
     within = rows[classes == 0].bincount()[60:70] / (classes == 0).sum()
     torch.testing.assert_close(within, torch.full((10,), 0.1), atol=5 * 0.006, rtol=0)
-    assert set(rows[classes == 3].tolist()) == set(range(100)) - {0, 1, 2, 3, 7} - set(range(60, 70))
+    assert set(rows[classes == 3].tolist()) == set(range(100)) - {0, 1, 2, 3, 7} - set(
+        range(60, 70)
+    )
 
 
 @pytest.mark.parametrize("labelled", [False, True])
@@ -180,7 +199,9 @@ def test_evaluation_draws_nothing():
     ids=["values", "labels", "not in memory", "texts"],
 )
 def test_classes_that_are_not_known_cannot_be_drawn_evenly(split):
-    with pytest.raises(DataError, match=r"loader\.sampling=weighted: \w+ does not give one class for each sample"):
+    with pytest.raises(
+        DataError, match=r"loader\.sampling=weighted: \w+ does not give one class for each sample"
+    ):
         Loader(split, sampling="weighted", shuffle=True)
 
 
@@ -238,7 +259,9 @@ class Dicts(Squares):
 def test_samples_that_make_no_batch(workers):
     with pytest.raises(DataError, match="have they one shape"):
         batches(Loader(Ragged(), workers=workers))
-    with pytest.raises(DataError, match=r"must be a tuple of tensors \(inputs, targets\), not dict \(x, y\)"):
+    with pytest.raises(
+        DataError, match=r"must be a tuple of tensors \(inputs, targets\), not dict \(x, y\)"
+    ):
         batches(Loader(Dicts(), workers=workers))
 
 
@@ -300,7 +323,9 @@ def test_a_stream_is_no_split():
         def __iter__(self):
             yield from ()
 
-    with pytest.raises(DataError, match="expected a split with `__len__` and `__getitem__`, got Stream"):
+    with pytest.raises(
+        DataError, match="expected a split with `__len__` and `__getitem__`, got Stream"
+    ):
         Loader(Stream())
 
 
@@ -310,7 +335,13 @@ def test_a_stream_is_no_split():
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_forced_ways_of_reading_give_the_same_batches(workers, shuffle):
-    settings = {"batch_size": 5, "eval_batch_size": 5, "shuffle": shuffle, "seed": 7, "workers": workers}
+    settings = {
+        "batch_size": 5,
+        "eval_batch_size": 5,
+        "shuffle": shuffle,
+        "seed": 7,
+        "workers": workers,
+    }
     expected = batches(Loader(in_memory(), **settings), epoch=2)
     kept = Loader(Squares(), read="memory", **settings)
     assert batches(kept, epoch=2) == expected, "before it is read"
@@ -362,9 +393,18 @@ class SeldomRandom(Squares):
 @pytest.mark.parametrize(
     ("split", "said"),
     [
-        (Noisy(), "would freeze what is random in Noisy: one of the samples 0 to 22 draws random numbers"),
-        (OwnGenerator(), "would freeze what is random in OwnGenerator: a sample that is read twice comes out other"),
-        (SeldomRandom(), "would freeze what is random in SeldomRandom: one of the samples 0 to 22 draws"),
+        (
+            Noisy(),
+            "would freeze what is random in Noisy: one of the samples 0 to 22 draws random numbers",
+        ),
+        (
+            OwnGenerator(),
+            "would freeze what is random in OwnGenerator: a sample that is read twice comes out other",
+        ),
+        (
+            SeldomRandom(),
+            "would freeze what is random in SeldomRandom: one of the samples 0 to 22 draws",
+        ),
     ],
     ids=["random", "own generator", "seldom"],
 )
@@ -381,7 +421,10 @@ def test_a_split_larger_than_the_memory_is_refused_before_it_is_read():
         def __getitem__(self, index):
             return torch.zeros(1), torch.tensor(0)
 
-    with pytest.raises(DataError, match=r"^loader.read=memory: Huge takes about 1\.12e\+07 GiB, and .* GiB are free$"):
+    with pytest.raises(
+        DataError,
+        match=r"^loader.read=memory: Huge takes about 1\.12e\+07 GiB, and .* GiB are free$",
+    ):
         Loader(Huge(), read="memory")
 
 
@@ -436,7 +479,10 @@ class AtOnce(Squares):
     def __getitems__(self, indices):
         self.calls["at once"] += 1
         self.at_once(indices)
-        return ((torch.tensor([float(index)]) + self.draw(), torch.tensor(index**2)) for index in indices)
+        return (
+            (torch.tensor([float(index)]) + self.draw(), torch.tensor(index**2))
+            for index in indices
+        )
 
 
 class AugmentedAtOnce(AtOnce):
@@ -451,7 +497,9 @@ class Augmented(Squares):
 
 def test_a_set_that_can_is_asked_for_a_whole_batch():
     split = AtOnce()
-    assert batches(Loader(split, eval_batch_size=5)) == batches(Loader(Squares(), eval_batch_size=5))
+    assert batches(Loader(split, eval_batch_size=5)) == batches(
+        Loader(Squares(), eval_batch_size=5)
+    )
     assert split.calls == {"at once": 5, "one": 0}
 
 
@@ -492,7 +540,9 @@ def one_less(indices):
     [(lambda _: divide(), "ZeroDivisionError"), (one_less, "it gives 22 samples for 23 indices")],
 )
 def test_a_set_that_reads_wrongly_at_once_is_told(fault, said):
-    with pytest.raises(DataError, match=rf"samples 0, ... cannot be read at once .*, though each alone can: {said}"):
+    with pytest.raises(
+        DataError, match=rf"samples 0, ... cannot be read at once .*, though each alone can: {said}"
+    ):
         batches(Loader(AtOnce(fault)))
 
 
@@ -502,7 +552,9 @@ def test_a_batch_that_hangs_is_named_by_its_first_sample():
         if 17 in indices:
             threading.Event().wait()
 
-    with pytest.raises(DataError, match="the process that read a batch that begins with sample 15 hangs"):
+    with pytest.raises(
+        DataError, match="the process that read a batch that begins with sample 15 hangs"
+    ):
         batches(Loader(AtOnce(hang), eval_batch_size=5, workers=1, timeout_seconds=1.0))
 
 
@@ -582,11 +634,16 @@ def test_batches_copied_ahead_to_a_gpu_are_the_same(workers):
     expected = batches(Loader(Squares(), batch_size=2, shuffle=True), 1)
     ours = Loader(Squares(), batch_size=2, workers=workers, shuffle=True).to(cuda)
     theirs = ForeignLoader(DataLoader(Squares(), batch_size=2, pin_memory=True)).to(cuda)
-    for loader, wanted in ((ours, expected), (theirs, batches(Loader(Squares(), eval_batch_size=2)))):
+    for loader, wanted in (
+        (ours, expected),
+        (theirs, batches(Loader(Squares(), eval_batch_size=2))),
+    ):
         got = []
         for batch in loader.epoch(1):
             assert all(part.is_cuda for part in batch)
-            torch.cuda._sleep(10_000_000)  # the device is behind, and memory is asked for again meanwhile
+            torch.cuda._sleep(
+                10_000_000
+            )  # the device is behind, and memory is asked for again meanwhile
             got.append([part.clone() for part in batch])
         assert [tuple(part.tolist() for part in batch) for batch in got] == wanted
 
@@ -608,7 +665,9 @@ def test_channels_last_is_the_same_images_in_another_order(channels, read):
         assert torch.equal(x, same_x)
         assert torch.equal(y, same_y)
         assert same_x.stride() == (channels * 20, 1, channels * 5, channels)
-        assert convolution(same_x).is_contiguous(memory_format=torch.channels_last), "it goes on in this format"
+        assert convolution(same_x).is_contiguous(memory_format=torch.channels_last), (
+            "it goes on in this format"
+        )
 
 
 def convolution(inputs, outputs, stride=1, size=3):
@@ -618,8 +677,14 @@ def convolution(inputs, outputs, stride=1, size=3):
 IMAGE_MODELS = {  # and what auto says of their images
     "pooled between": ([convolution(3, 4), torch.nn.MaxPool2d(2), convolution(4, 4)], "last"),
     "strided": ([convolution(3, 4), convolution(4, 4, stride=2)], "last"),
-    "strided from the first on": ([convolution(3, 4, stride=2), convolution(4, 4, stride=2)], "last"),
-    "all of one size": ([convolution(3, 4), convolution(4, 4), torch.nn.MaxPool2d(3, 1, 1)], "first"),
+    "strided from the first on": (
+        [convolution(3, 4, stride=2), convolution(4, 4, stride=2)],
+        "last",
+    ),
+    "all of one size": (
+        [convolution(3, 4), convolution(4, 4), torch.nn.MaxPool2d(3, 1, 1)],
+        "first",
+    ),
     "patches, then of one size": ([torch.nn.Conv2d(3, 4, 4, 4), convolution(4, 4)], "first"),
     "patches only": ([torch.nn.Conv2d(3, 4, 4, 4), torch.nn.Flatten()], None),
     "no convolution": ([torch.nn.Flatten(), torch.nn.Linear(192, 4)], None),
@@ -652,7 +717,9 @@ class Pictures(Data):
 
     def __init__(self, *shape):
         self.in_shape, self.out_shape = shape, (2,)
-        self.train = self.val = TensorSplit(torch.randn(6, *shape), torch.zeros(6, dtype=torch.int64))
+        self.train = self.val = TensorSplit(
+            torch.randn(6, *shape), torch.zeros(6, dtype=torch.int64)
+        )
 
 
 def test_the_loader_of_a_run_looks_at_its_model():
@@ -665,7 +732,9 @@ def test_the_loader_of_a_run_looks_at_its_model():
     assert train.channels_last
     assert val.channels_last
     unfolded = torch.nn.Sequential(torch.nn.Unflatten(1, (3, 8, 8)), model)
-    assert "channels" not in build_loader(spec, unfolded, Pictures(192), "train").manner, "what it reads are no images"
+    assert "channels" not in build_loader(spec, unfolded, Pictures(192), "train").manner, (
+        "what it reads are no images"
+    )
     with pytest.raises(DataError, match="Pictures has no test split"):
         build_loader(spec, model, Pictures(3, 8, 8), "test")
 
@@ -677,12 +746,16 @@ def test_channels_last_learns_the_same_but_for_rounding():
     ends = []
     for forced in (False, True):
         torch.manual_seed(1)
-        model = torch.nn.Sequential(convolution(3, 4), torch.nn.ReLU(), convolution(4, 4, stride=2), torch.nn.Flatten())
+        model = torch.nn.Sequential(
+            convolution(3, 4), torch.nn.ReLU(), convolution(4, 4, stride=2), torch.nn.Flatten()
+        )
         model = torch.nn.Sequential(model, torch.nn.Linear(64, 2)).double()
         loader = Loader(split, 8, shuffle=True, channels_last=forced)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
         start = torch.cat([weight.detach().flatten() for weight in model.parameters()])
-        Trainer(max_epochs=4, device="cpu").fit(model, loader, task=torch.nn.CrossEntropyLoss(), optimizer=optimizer)
+        Trainer(max_epochs=4, device="cpu").fit(
+            model, loader, task=torch.nn.CrossEntropyLoss(), optimizer=optimizer
+        )
         ends.append(torch.cat([weight.detach().flatten() for weight in model.parameters()]))
     assert (ends[0] - start).abs().max() > 0.05, "it has learnt"
     assert torch.allclose(*ends, rtol=1e-7, atol=1e-10)

@@ -65,7 +65,9 @@ def test_a_run_lies_in_the_home_folder_and_is_found_there(home, trained, command
 
 
 def test_the_config_keeps_what_was_typed_so_that_old_runs_go_on(home, command):
-    np.savez(home / "x.npz", x_train=np.random.rand(20, 3).astype("float32"), y_train=np.arange(20) % 2)
+    np.savez(
+        home / "x.npz", x_train=np.random.rand(20, 3).astype("float32"), y_train=np.arange(20) % 2
+    )
     line = f"train {TINY} data=npz data.path=~/x.npz run.name=first"
     assert command(line)[0] == 0
     assert "path: ~/x.npz" in Path("runs/default/first/config.yaml").read_text()
@@ -85,7 +87,11 @@ def test_plugins_config_folders_and_settings_of_plugins(home, command, forget_pl
 
 def test_a_user_who_is_not_there(home, command):
     said = "names the home folder of an unknown user 'nosuch'"
-    for line in (f"train {TINY} run.root=~nosuch/x", "eval '~nosuch/x'", f"train {TINY} init_from=~nosuch/x"):
+    for line in (
+        f"train {TINY} run.root=~nosuch/x",
+        "eval '~nosuch/x'",
+        f"train {TINY} init_from=~nosuch/x",
+    ):
         status, _, err = command(line)
         assert status == 2
         assert said in err
@@ -107,7 +113,9 @@ def test_a_root_that_is_no_utf_8_is_refused(tmp_path, command):
 def test_from_python(home):
     trainer = Trainer(max_steps=1, folder="~/out")
     assert trainer.folder == home / "out"
-    np.savez(home / "x.npz", x_train=np.random.rand(20, 3).astype("float32"), y_train=np.arange(20) % 2)
+    np.savez(
+        home / "x.npz", x_train=np.random.rand(20, 3).astype("float32"), y_train=np.arange(20) % 2
+    )
     assert isinstance(fw.datasets.build("npz", path="~/x.npz").train, TensorSplit)
     assert with_homes([Path("~/a"), ("~/b", 3)]) == [home / "a", ("~/b", 3)], "a text is no path"
 
@@ -129,7 +137,13 @@ def test_links_in_a_circle_are_no_fault(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("conf", "runs", "loop"):
         (tmp_path / name).symlink_to(name)
-    for line in ("list", "eval loop", "resume loop", "train data=blobs trainer.max_steps=1", "board --root loop"):
+    for line in (
+        "list",
+        "eval loop",
+        "resume loop",
+        "train data=blobs trainer.max_steps=1",
+        "board --root loop",
+    ):
         with pytest.raises(SystemExit) as exit:
             main(line.split())
         assert exit.value.code in (0, 2), line

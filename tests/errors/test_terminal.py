@@ -23,7 +23,14 @@ from framework.cli import main, part_tables
 from framework.cli.output import print_values, write_predictions
 from framework.errors import ConfigError, FrameworkError, terminal
 from framework.errors.paths import override, pasted
-from framework.errors.terminal import completed, message_line, message_lines, printable, printable_lines, shortened
+from framework.errors.terminal import (
+    completed,
+    message_line,
+    message_lines,
+    printable,
+    printable_lines,
+    shortened,
+)
 from framework.experiment.plan import Memory, ParameterGroup, Plan, render
 from framework.runtime.console import Console, console
 from framework.training.layer_table import Layer
@@ -34,9 +41,7 @@ from shipped import shipped
 
 FORGED = "framework: all is well"
 COLOUR, CLIPBOARD, TITLE = "\x1b[31m", "\x1b]52;c;aGk=\x07", "\x1b]0;pwned\x9c"
-HOSTILE = (
-    f"x{COLOUR}{CLIPBOARD}{TITLE}\x9b31m\u202e\u2066\u200b\u200f\U000e0041\x7f\x08\r{FORGED}\u2028{FORGED}\n{FORGED}"
-)
+HOSTILE = f"x{COLOUR}{CLIPBOARD}{TITLE}\x9b31m\u202e\u2066\u200b\u200f\U000e0041\x7f\x08\r{FORGED}\u2028{FORGED}\n{FORGED}"
 NAME = HOSTILE.replace("/", "")  # of a file
 MARKUP = "[bold]bold[/bold][link=https://example.org]link[/link]"
 TINY = "model.depth=1 model.width=4 loader.limit=8 trainer.max_steps=1 data=npz data.path=x.npz run.name=r"
@@ -95,7 +100,10 @@ def metrics(run):
 
 
 def plugins(run):
-    changed(run / "provenance.json", lambda content: content.update(plugins=[f"{HOSTILE}; touch PWNED #.py"]))
+    changed(
+        run / "provenance.json",
+        lambda content: content.update(plugins=[f"{HOSTILE}; touch PWNED #.py"]),
+    )
 
 
 def config_value(run):
@@ -118,7 +126,9 @@ def manifest(run):
 
 
 def facts(run):
-    changed(run / "facts.json", lambda content: content.update({HOSTILE: HOSTILE, "classes": HOSTILE}))
+    changed(
+        run / "facts.json", lambda content: content.update({HOSTILE: HOSTILE, "classes": HOSTILE})
+    )
 
 
 PLACES = [nothing, metrics, plugins, config_value, config_key, broken_config, manifest, facts]
@@ -278,7 +288,9 @@ def write_csv(rows):
 )
 def test_a_table(command, rows):
     write_csv(rows)
-    tiny = "model.depth=1 model.width=4 trainer.max_steps=1 data=table data.path=t.csv data.target=y"
+    tiny = (
+        "model.depth=1 model.width=4 trainer.max_steps=1 data=table data.path=t.csv data.target=y"
+    )
     _, out, err = command(f"train {tiny}")
     assert not list(faults(out + err))
 
@@ -309,7 +321,9 @@ def test_words_of_completion(command):
     found = out.split("\n")
     assert "experiment=fine" in found
     assert not [word for word in found if re.search(r"[$`; \\\x1b]|all is well", word)]
-    assert completed(["model=mlp", "callbacks=[a,b", "+callbacks.", "~model", "größe", "a&b", "a\x1b"]) == [
+    assert completed(
+        ["model=mlp", "callbacks=[a,b", "+callbacks.", "~model", "größe", "a&b", "a\x1b"]
+    ) == [
         "model=mlp",
         "callbacks=[a,b",
         "+callbacks.",
@@ -329,15 +343,24 @@ def printed(renderable):
 
 def test_tables():
     trials = [
-        Trial(n, {f"a{HOSTILE}{MARKUP}": f"{n}{MARKUP}", "b": n}, metrics={f"val/{MARKUP}{HOSTILE}": 0.5})
+        Trial(
+            n,
+            {f"a{HOSTILE}{MARKUP}": f"{n}{MARKUP}", "b": n},
+            metrics={f"val/{MARKUP}{HOSTILE}": 0.5},
+        )
         for n in (0, 1)
     ]
     shown = printed(table(trials, {"val/loss": "min"}))
     assert not list(faults(shown))
     assert "[bold]" in shown
     layer = Layer(f"{MARKUP}{HOSTILE}", f"{MARKUP}{HOSTILE}", (3,), 1, 1)
-    plan = Plan(f"{MARKUP}{HOSTILE}", [layer], 1, 1, [HOSTILE], 1, 1, 1, 1, Memory(1, 1, 1, 1, 1), HOSTILE)
-    plan.groups = [ParameterGroup(f"{MARKUP}{HOSTILE}", 1, 1.0, 0.0), ParameterGroup("second", 1, 1.0, 0.0)]
+    plan = Plan(
+        f"{MARKUP}{HOSTILE}", [layer], 1, 1, [HOSTILE], 1, 1, 1, 1, Memory(1, 1, 1, 1, 1), HOSTILE
+    )
+    plan.groups = [
+        ParameterGroup(f"{MARKUP}{HOSTILE}", 1, 1.0, 0.0),
+        ParameterGroup("second", 1, 1.0, 0.0),
+    ]
     plan.transforms, plan.loader = [HOSTILE], HOSTILE
     shown = printed(render(plan))
     assert not list(faults(shown))
@@ -360,7 +383,9 @@ def render_plainly(text):
 
 
 def test_lines_of_a_sweep(capsys):
-    Lines({"val/loss": "min"}).ends(Trial(1, {HOSTILE: HOSTILE}, state="failed", error=HOSTILE * 100))
+    Lines({"val/loss": "min"}).ends(
+        Trial(1, {HOSTILE: HOSTILE}, state="failed", error=HOSTILE * 100)
+    )
     out = capsys.readouterr().out
     assert not list(faults(out))
     assert out.count("\n") == 1
@@ -382,7 +407,10 @@ def test_values_and_predictions(capsys, tmp_path):
 
 def test_printable():
     assert printable("a\x1b[31m\n\t\r") == "a\\x1b[31m\\n\\t\\r"
-    assert printable("\u202e\u2028\x85\x9b\x7f\U000e0041") == "\\u202e\\u2028\\x85\\x9b\\x7f\\U000e0041"
+    assert (
+        printable("\u202e\u2028\x85\x9b\x7f\U000e0041")
+        == "\\u202e\\u2028\\x85\\x9b\\x7f\\U000e0041"
+    )
     assert printable(printable(HOSTILE)) == printable(HOSTILE)
     for text in (
         "größe 大 ± α→β",
@@ -403,8 +431,12 @@ def test_printable():
 def test_bytes_that_are_no_utf_8():
     name = os.fsdecode(b"caf\xe9")
     assert printable(name) == name, "printed as it is in the folder"
-    assert printable("\udc9b31m") == "\\udc9b31m", "a byte by which some terminals begin a control sequence"
-    assert printable("\udcc2\udc9b\udce2\udc80\udcae") == "\\x9b\\u202e", "bytes that together are UTF-8"
+    assert printable("\udc9b31m") == "\\udc9b31m", (
+        "a byte by which some terminals begin a control sequence"
+    )
+    assert printable("\udcc2\udc9b\udce2\udc80\udcae") == "\\x9b\\u202e", (
+        "bytes that together are UTF-8"
+    )
     assert printable("\ud800") == "\\ud800"
 
 
@@ -422,7 +454,9 @@ def test_a_problem_is_one_line():
     error = ConfigError([f"a=1\n{FORGED}", "b=2"])
     assert str(error) == f"a=1\\n{FORGED}\nb=2"
     assert main.error_lines(error) == error.problems
-    assert main.error_lines(FrameworkError(f"a\n{FORGED}")) == [f"a\n{FORGED}"], "escaped when it is printed"
+    assert main.error_lines(FrameworkError(f"a\n{FORGED}")) == [f"a\n{FORGED}"], (
+        "escaped when it is printed"
+    )
 
 
 def test_tracebacks_and_warnings(capsys):
@@ -436,17 +470,23 @@ def test_tracebacks_and_warnings(capsys):
     with terminal.printable_warnings():
         text = warnings.formatwarning(UserWarning(HOSTILE), UserWarning, f"{NAME}.py", 1, HOSTILE)
     assert not list(faults(text))
-    assert list(faults(warnings.formatwarning(UserWarning(HOSTILE), UserWarning, "x.py", 1))), "it is undone"
+    assert list(faults(warnings.formatwarning(UserWarning(HOSTILE), UserWarning, "x.py", 1))), (
+        "it is undone"
+    )
 
 
-@pytest.mark.parametrize("name", ["a b", "it's", "-x", "$(touch x)", "~x", f"a'\\{NAME}", os.fsdecode(b"caf\xe9\x1b")])
+@pytest.mark.parametrize(
+    "name", ["a b", "it's", "-x", "$(touch x)", "~x", f"a'\\{NAME}", os.fsdecode(b"caf\xe9\x1b")]
+)
 def test_a_path_in_a_suggested_command(tmp_path, name):
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / name).touch()
     word = pasted(name)
     assert not list(faults(word))
-    done = subprocess.run(["bash", "-c", f"ls -d {word} && rm {word}"], cwd=folder, capture_output=True)
+    done = subprocess.run(
+        ["bash", "-c", f"ls -d {word} && rm {word}"], cwd=folder, capture_output=True
+    )
     assert done.returncode == 0, done.stderr
     assert not list(folder.iterdir())
 
@@ -460,7 +500,13 @@ def test_an_override_in_a_suggested_command():
 
 # the rule: what is printed goes through this module
 
-PRINTING = {"print", "sys.stdout.write", "sys.stderr.write", "traceback.print_exception", "traceback.print_exc"}
+PRINTING = {
+    "print",
+    "sys.stdout.write",
+    "sys.stderr.write",
+    "traceback.print_exception",
+    "traceback.print_exc",
+}
 SAFE = {"printable", "printable_lines", "message_line", "json.dumps", "version"}
 
 

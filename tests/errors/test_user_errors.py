@@ -275,14 +275,26 @@ def test_an_error_in_training_names_the_line_and_is_not_hidden(trained, settings
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ("data=d data.place=shape", "D: its __init__ should set out_shape to a tuple of ints, not 3"),
-        ("data=d '+data.place=no shape'", "D: its __init__ should set in_shape to a tuple of ints, not None"),
-        ("data=d data.place=generator", "D: its train split should have __len__ and __getitem__, as a list_iterator"),
+        (
+            "data=d data.place=shape",
+            "D: its __init__ should set out_shape to a tuple of ints, not 3",
+        ),
+        (
+            "data=d '+data.place=no shape'",
+            "D: its __init__ should set in_shape to a tuple of ints, not None",
+        ),
+        (
+            "data=d data.place=generator",
+            "D: its train split should have __len__ and __getitem__, as a list_iterator",
+        ),
         (
             "data=d data.place=dict",
             "the first training sample of D: expected a tuple (input, target) of tensors, got a dict",
         ),
-        ("data=d data.place=range", "a batch has the target 10; with 3 classes they go from 0 to 2"),
+        (
+            "data=d data.place=range",
+            "a batch has the target 10; with 3 classes they go from 0 to 2",
+        ),
         ("scheduler=forgetful", "expected a function from the step to a factor, got None"),
     ],
 )
@@ -547,7 +559,10 @@ def no_mean(outputs, targets):
             {"task": lambda *_: None},
             "the loss <lambda>: expected a tensor with one number, got None",
         ),
-        ({"task": lambda *_: 1.5}, "the loss <lambda>: expected a tensor with one number, got a float"),
+        (
+            {"task": lambda *_: 1.5},
+            "the loss <lambda>: expected a tensor with one number, got a float",
+        ),
         (
             {"task": no_mean},
             r"the loss no_mean: expected one real number, .*, got float32 of shape \(4,\)",
@@ -885,7 +900,9 @@ class Lazy(nn.Module):
 def test_an_initializer_fills_lazy_weights(user_file, forget_plugins):
     user_file(LAZY)
     jobs = []
-    run_composed(CommandLine(["model=lazy", "initializer=ones", "data=blobs"], ["mine.py"]), jobs.append)
+    run_composed(
+        CommandLine(["model=lazy", "initializer=ones", "data=blobs"], ["mine.py"]), jobs.append
+    )
     assert Experiment(jobs[0].spec).model.linear.weight.unique().tolist() == [1.0]
 
 

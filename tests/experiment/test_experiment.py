@@ -19,7 +19,13 @@ from framework.experiment.build import check_smallest_batch
 from framework.experiment.experiment import Experiment, train
 from framework.experiment.load import open_run
 
-QUICK = ["trainer.max_epochs=2", "trainer.device=cpu", "loggers=json_lines", "~callbacks.progress", "model.width=16"]
+QUICK = [
+    "trainer.max_epochs=2",
+    "trainer.device=cpu",
+    "loggers=json_lines",
+    "~callbacks.progress",
+    "model.width=16",
+]
 
 
 def composed(*overrides):
@@ -49,12 +55,16 @@ def test_a_run_folder_tells_what_ran(result):
     facts = json.loads((result.folder / "facts.json").read_text())
     assert (facts["in_shape"], facts["out_shape"], facts["classes"][:2]) == ([64], [10], ["0", "1"])
     provenance = json.loads((result.folder / "provenance.json").read_text())
-    assert provenance["parts"]["model/mlp"].endswith(f"feedforward.py:{fw.models.get('mlp').source.line}")
+    assert provenance["parts"]["model/mlp"].endswith(
+        f"feedforward.py:{fw.models.get('mlp').source.line}"
+    )
     assert json.loads((result.folder / "status.json").read_text())["status"] == "done"
 
 
 def test_the_result_holds_the_metrics_of_all_splits(result):
-    wanted = {f"{split}/{name}" for split in ("train", "val", "test") for name in ("loss", "accuracy")}
+    wanted = {
+        f"{split}/{name}" for split in ("train", "val", "test") for name in ("loss", "accuracy")
+    }
     assert wanted <= result.metrics.keys()
     assert (result.steps, result.stopped, result.signal) == (80, None, None)
     assert lines(result.folder)[-1]["test/accuracy"] == result.metrics["test/accuracy"]
@@ -62,16 +72,23 @@ def test_the_result_holds_the_metrics_of_all_splits(result):
 
 def test_a_run_read_back_measures_and_predicts_the_same(result):
     opened = open_run(result.folder)
-    assert opened.evaluate() == {name: value for name, value in result.metrics.items() if name.startswith("test/")}
+    assert opened.evaluate() == {
+        name: value for name, value in result.metrics.items() if name.startswith("test/")
+    }
     assert opened.evaluate("val")["val/loss"] == pytest.approx(
         result.metrics["val/loss"], rel=1e-6
     )  # the best is the last
     test = fw.datasets.build("digits").test
     assert isinstance(test, TensorSplit)
     predicted = opened.predict(test.tensors[0])["class"]
-    assert (predicted == test.tensors[1]).float().mean().item() == pytest.approx(result.metrics["test/accuracy"])
+    assert (predicted == test.tensors[1]).float().mean().item() == pytest.approx(
+        result.metrics["test/accuracy"]
+    )
     assert open_run(result.folder, "last").checkpoint.name == "step-00000080"
-    assert open_run(result.folder, result.folder / "checkpoints" / "step-00000040").checkpoint.name == "step-00000040"
+    assert (
+        open_run(result.folder, result.folder / "checkpoints" / "step-00000040").checkpoint.name
+        == "step-00000040"
+    )
 
 
 def test_a_run_that_cannot_be_read_back_says_why(result, tmp_path):
@@ -100,14 +117,29 @@ def test_a_run_that_cannot_be_read_back_says_why(result, tmp_path):
 
 def test_one_command_in_two_processes_gives_the_same_bytes(tmp_path):
     def one(name):
-        command = [sys.executable, "-m", "framework", "train", *QUICK, "model.dropout=0.2", f"run.name={name}"]
+        command = [
+            sys.executable,
+            "-m",
+            "framework",
+            "train",
+            *QUICK,
+            "model.dropout=0.2",
+            f"run.name={name}",
+        ]
         subprocess.run(
-            command, cwd=tmp_path, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+            command,
+            cwd=tmp_path,
+            check=True,
+            capture_output=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
         folder = tmp_path / "runs" / "default" / name
         weights = folder / "checkpoints" / "step-00000080" / "model.safetensors"
         timed = ("wall_seconds", "train/samples_per_second")
-        kept = [{key: value for key, value in line.items() if key not in timed} for line in lines(folder)]
+        kept = [
+            {key: value for key, value in line.items() if key not in timed}
+            for line in lines(folder)
+        ]
         return hashlib.sha256(weights.read_bytes()).hexdigest(), kept
 
     assert one("first") == one("second")
@@ -147,7 +179,11 @@ def test_an_initializer_fills_matrices_and_leaves_biases():
             DataError,
             r"one sample|batch norm needs 2 or more rows in a training batch",
         ),
-        (["loader.batch_size=2000", "loader.drop_last=true"], DataError, r"drop_last leaves no batch: 1257 samples"),
+        (
+            ["loader.batch_size=2000", "loader.drop_last=true"],
+            DataError,
+            r"drop_last leaves no batch: 1257 samples",
+        ),
     ],
 )
 def test_parts_that_do_not_fit(overrides, error, message, tmp_path):
@@ -167,7 +203,8 @@ def test_a_plain_batch_norm_is_found_out_too():
     experiment = Experiment(composed(*QUICK, "loader.batch_size=157").spec)
     model = torch.nn.Sequential(torch.nn.BatchNorm1d(64), torch.nn.Linear(64, 10))
     with pytest.raises(
-        DataError, match=r"batch_size=157 makes a batch of one sample \(the last of 1,257.*drop_last=true"
+        DataError,
+        match=r"batch_size=157 makes a batch of one sample \(the last of 1,257.*drop_last=true",
     ):
         check_smallest_batch(model, experiment.train_batches)
     assert model[0].num_batches_tracked == 0
@@ -200,7 +237,9 @@ def interrupt():
     del callbacks._entries["interrupt"]
 
 
-@pytest.mark.parametrize(("number", "step"), [(signal.SIGINT, 5), (signal.SIGTERM, 5), (signal.SIGTERM, 0)])
+@pytest.mark.parametrize(
+    ("number", "step"), [(signal.SIGINT, 5), (signal.SIGTERM, 5), (signal.SIGTERM, 0)]
+)
 def test_a_signal_ends_a_run_in_order(interrupt, tmp_path, number, step):
     before = signal.getsignal(number)
     sent = [f"callbacks.interrupt.number={int(number)}", f"callbacks.interrupt.step={step}"]

@@ -16,7 +16,12 @@ FOLDER = Path(next(iter(framework_conf.__path__))) / "experiment"
 EXPERIMENTS = shipped(FOLDER, "*.yaml")
 SMALLER = {
     "bible": ["data.tokenizer.vocabulary=300", "model.depth=1", "model.buckets=500"],
-    "lm_bpe": ["data.characters=300000", "data.tokenizer.vocabulary=300", "model.depth=1", "model.buckets=500"],
+    "lm_bpe": [
+        "data.characters=300000",
+        "data.tokenizer.vocabulary=300",
+        "model.depth=1",
+        "model.buckets=500",
+    ],
     "lm_char": ["data.characters=300000", "model.depth=1", "model.buckets=500"],
     "fashion_mnist_cnn": ["model.channels=[2]"],
     "fashion_mnist_cnn_quick": ["model.channels=[2]"],
@@ -24,7 +29,14 @@ SMALLER = {
     "fine_tune_digits": ["init_from=null"],
 }
 LARGE = {"diamonds_transformer", "flights", "lm_bpe", "bible"}  # data, or model
-LARGE |= {"languages", "languages_2d", "languages_transformer", "spam", "spam_lstm", "spam_transformer"}
+LARGE |= {
+    "languages",
+    "languages_2d",
+    "languages_transformer",
+    "spam",
+    "spam_lstm",
+    "spam_transformer",
+}
 REACHED = {  # a name with "<": at most
     "autoencoder": ("loss", "<", 0.12),
     "contrastive": ("found", 0.4),
@@ -60,7 +72,10 @@ REACHED = {  # a name with "<": at most
     "spirals": ("accuracy", 0.98),
     "spirals_snake": ("accuracy", 0.98),
 }
-MEASURED = {"contrastive": ("val/probe_accuracy", 0.83), "gan": ("val/sample_coverage", 0.45)}  # by callbacks
+MEASURED = {
+    "contrastive": ("val/probe_accuracy", 0.83),
+    "gan": ("val/sample_coverage", 0.45),
+}  # by callbacks
 
 
 def trained(experiment, folder, *overrides):
@@ -68,7 +83,9 @@ def trained(experiment, folder, *overrides):
     results = []
     line = CommandLine([*chosen, f"run.root={folder}", *overrides])
     try:
-        run_composed(line, lambda job: results.append(train(job.spec, job.experiment, job.overrides)))
+        run_composed(
+            line, lambda job: results.append(train(job.spec, job.experiment, job.overrides))
+        )
     except DataError as error:
         if "fetch" in str(error):
             pytest.skip(str(error))
@@ -83,13 +100,20 @@ def taught(folder):
 
 @pytest.mark.parametrize(
     "file",
-    [pytest.param(file, id=file.stem, marks=[pytest.mark.slow] * (file.stem in LARGE)) for file in EXPERIMENTS],
+    [
+        pytest.param(file, id=file.stem, marks=[pytest.mark.slow] * (file.stem in LARGE))
+        for file in EXPERIMENTS
+    ],
 )
 def test_a_shipped_experiment_runs(file, tmp_path):
     assert file.read_text().startswith("# "), "the first line says what it shows"
     if file.stem in ("lm_bpe", "bible"):
         pytest.importorskip("tokenizers")
-    smaller = [f"task.teacher={taught(tmp_path)}"] if file.stem == "distillation" else SMALLER.get(file.stem, [])
+    smaller = (
+        [f"task.teacher={taught(tmp_path)}"]
+        if file.stem == "distillation"
+        else SMALLER.get(file.stem, [])
+    )
     short = ["trainer.max_steps=3", "loader.limit=2", "loggers=json_lines"]
     result = trained(file.stem, tmp_path, *short, *smaller)
     assert result.steps == 3
@@ -114,4 +138,7 @@ def test_it_reaches_what_it_says(experiment, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_the_default_reaches_it_with_any_seed(seed, tmp_path):
-    assert trained("default", tmp_path, f"seed={seed}").metrics["test/accuracy"] >= REACHED["default"][1]
+    assert (
+        trained("default", tmp_path, f"seed={seed}").metrics["test/accuracy"]
+        >= REACHED["default"][1]
+    )

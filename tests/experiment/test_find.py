@@ -61,7 +61,9 @@ def test_batch_sizes_are_measured_up_to_the_data(command):
     status, out, err = command("find batch_size --json")
     assert status in (0, None), err
     told = json.loads(out)
-    assert [each["batch_size"] for each in told["measured"]] == [8 * 2**n for n in range(8)]  # 1,257 samples
+    assert [each["batch_size"] for each in told["measured"]] == [
+        8 * 2**n for n in range(8)
+    ]  # 1,257 samples
     assert all(each["samples_per_second"] > 0 for each in told["measured"])
     assert told["suggestion"] >= 64
 
@@ -82,7 +84,10 @@ def test_a_check_goes_through_all_of_it(command):
     status, out, err = command("check data.image=true model=cnn +transforms=crop model.dropout=0.2")
     assert status in (0, None), err
     assert "the same weights, bit for bit" in out
-    first, last = (float(text.split()[0].rstrip(",")) for text in (out.split("one batch: ")[1], out.split("steps ")[2]))
+    first, last = (
+        float(text.split()[0].rstrip(","))
+        for text in (out.split("one batch: ")[1], out.split("steps ")[2])
+    )
     assert last < first / 4
 
 
@@ -101,7 +106,9 @@ def test_a_check_finds_what_forgets_its_state(command, forget_plugins, tmp_path)
         "        self.calls += self.training\n"
         "        return x * (1 + self.calls)\n"
     )
-    status, _, err = command("check --plugins forgetful.py model=stack 'model.blocks=[linear,forgetful]'")
+    status, _, err = command(
+        "check --plugins forgetful.py model=stack 'model.blocks=[linear,forgetful]'"
+    )
     assert status == 2
     assert "a resumed run comes to other weights" in err
 

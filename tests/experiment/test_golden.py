@@ -20,13 +20,22 @@ EXPERIMENTS = ("default", "digits_cnn", "digits_transformer")
 def curve(experiment: str, folder: Path) -> dict[int, float]:
     """Train 20 steps on one thread and return the loss of each."""
     chosen = [] if experiment == "default" else [f"experiment={experiment}"]
-    limits = ["trainer.max_steps=20", "trainer.max_epochs=null", "trainer.log_every=1steps", "trainer.device=cpu"]
+    limits = [
+        "trainer.max_steps=20",
+        "trainer.max_epochs=null",
+        "trainer.log_every=1steps",
+        "trainer.device=cpu",
+    ]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     results = []
     try:
-        line = CommandLine([*chosen, *limits, "loggers=json_lines", "callbacks=null", f"run.root={folder}"])
-        run_composed(line, lambda job: results.append(train(job.spec, job.experiment, job.overrides)))
+        line = CommandLine(
+            [*chosen, *limits, "loggers=json_lines", "callbacks=null", f"run.root={folder}"]
+        )
+        run_composed(
+            line, lambda job: results.append(train(job.spec, job.experiment, job.overrides))
+        )
     finally:
         torch.set_num_threads(threads)
     lines = map(json.loads, (results[0].folder / "metrics.jsonl").read_text().splitlines())
@@ -50,4 +59,6 @@ if __name__ == "__main__":
     for name in EXPERIMENTS:
         with TemporaryDirectory() as scratch:
             losses = curve(name, Path(scratch))
-        (FOLDER / f"{name}.txt").write_text("".join(f"{step} {loss:.6f}\n" for step, loss in losses.items()))
+        (FOLDER / f"{name}.txt").write_text(
+            "".join(f"{step} {loss:.6f}\n" for step, loss in losses.items())
+        )

@@ -137,7 +137,9 @@ def test_a_run_goes_on_from_a_chosen_checkpoint_as_if_the_rest_had_not_been(fini
     assert any("set aside" in line and later[0] in line for line in said)
     assert resumed.folder == run
     same_end(run, whole.folder)
-    assert sorted(each.name for each in (run / "checkpoints").glob("*.aside")) == [f"{name}.aside" for name in later]
+    assert sorted(each.name for each in (run / "checkpoints").glob("*.aside")) == [
+        f"{name}.aside" for name in later
+    ]
 
 
 def test_what_was_set_aside_is_not_picked_up_after_another_interruption(monkeypatch):
@@ -191,7 +193,12 @@ def test_a_best_checkpoint_that_is_set_aside_is_found_again_or_there_is_none(mon
     best = int(best_of(run)[0].partition("-")[2])
     chosen = listed(run / "checkpoints")[0]
     assert best > 10
-    go(f"resume={chosen}", "trainer.max_steps=16", "callbacks.checkpoint.monitor=null", inexact=True)
+    go(
+        f"resume={chosen}",
+        "trainer.max_steps=16",
+        "callbacks.checkpoint.monitor=null",
+        inexact=True,
+    )
     assert not (run / "checkpoints/best").is_symlink()
     assert chosen_checkpoint(run).name == "step-00000016"
 
@@ -199,7 +206,9 @@ def test_a_best_checkpoint_that_is_set_aside_is_found_again_or_there_is_none(mon
 def test_a_checkpoint_that_is_missing_or_damaged_is_refused_and_all_stays():
     run = go("run.name=a")[0].folder
     before = sorted((run / "checkpoints").iterdir())
-    with pytest.raises(RunError, match=r"there is no checkpoint .*step-00000041; did you mean 'step-"):
+    with pytest.raises(
+        RunError, match=r"there is no checkpoint .*step-00000041; did you mean 'step-"
+    ):
         go(f"resume={run}/checkpoints/step-00000041")
     damaged = run / "checkpoints/step-00000040/model.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
@@ -245,7 +254,10 @@ def test_a_sweep_that_was_copied_without_links_goes_on(command):
 
 def write_table(folder, rows=120, value="0.5"):
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [f"{row % 7},{row * 0.1:.1f},{value if row == 50 else row % 5},{'ab'[row % 2]}" for row in range(rows)]
+    lines = [
+        f"{row % 7},{row * 0.1:.1f},{value if row == 50 else row % 5},{'ab'[row % 2]}"
+        for row in range(rows)
+    ]
     (folder / "t.csv").write_text("\n".join(["x,y,z,label", *lines]) + "\n")
     return folder / "t.csv"
 
@@ -266,7 +278,10 @@ def test_data_at_another_path_with_the_same_content_is_the_same_data(monkeypatch
 
 
 OTHER = {
-    "one_value": ({"value": "0.25"}, r"data .*has changed since it began \(.*other content in the .* split.*--inexact"),
+    "one_value": (
+        {"value": "0.25"},
+        r"data .*has changed since it began \(.*other content in the .* split.*--inexact",
+    ),
     "fewer_rows": ({"rows": 100}, r"has changed since it began \(.*samples: .*--inexact"),
 }
 
@@ -298,7 +313,9 @@ def test_a_run_of_an_older_version_goes_on_with_its_data_in_place_only(monkeypat
     facts = json.loads((run / "facts.json").read_text())
     del facts["content"]
     (run / "facts.json").write_text(json.dumps(facts))
-    with pytest.raises(RunError, match=r"data.path=new/t.csv \(was old/t.csv\) \(the run is of an older version"):
+    with pytest.raises(
+        RunError, match=r"data.path=new/t.csv \(was old/t.csv\) \(the run is of an older version"
+    ):
         go("run.name=cut", "resume=auto", *table_at(new))
     go("run.name=cut", "resume=auto", *table_at(old))
 

@@ -14,7 +14,16 @@ from torch import nn
 import framework as fw
 from framework.contracts.optimizer import Parameters, build_optimizer
 from framework.contracts.task import Step, Task
-from framework.experiment.plan import Curve, bytes_text, count_text, curve_text, fold, make_plan, read_curve, render
+from framework.experiment.plan import (
+    Curve,
+    bytes_text,
+    count_text,
+    curve_text,
+    fold,
+    make_plan,
+    read_curve,
+    render,
+)
 from framework.training.layer_table import (
     Layer,
     activation_bytes,
@@ -75,10 +84,17 @@ def test_layers_against_hand_formulas():
     assert by_name["recurrent"].out_shape == (64, 8)
     assert by_name["convolution"].parameters == 16 * 3 * 3 * 3
     assert by_name["(itself)"].parameters == 64 * 16
-    assert by_name["encoder.self_attn"].parameters == sum(p.numel() for p in model.encoder.self_attn.parameters())
-    assert (by_name["head"].parameters, by_name["again"].parameters) == (8 * 8 + 8, 8)  # tied weights count once
+    assert by_name["encoder.self_attn"].parameters == sum(
+        p.numel() for p in model.encoder.self_attn.parameters()
+    )
+    assert (by_name["head"].parameters, by_name["again"].parameters) == (
+        8 * 8 + 8,
+        8,
+    )  # tied weights count once
     assert unused == ["unused.weight", "unused.bias"]
-    assert sum(layer.parameters for layer in layers) + 12 == sum(p.numel() for p in model.parameters())
+    assert sum(layer.parameters for layer in layers) + 12 == sum(
+        p.numel() for p in model.parameters()
+    )
 
 
 def test_nothing_is_disturbed():
@@ -86,7 +102,11 @@ def test_nothing_is_disturbed():
     model[1].eval()
     optimizer = torch.optim.AdamW(model.parameters())
     batch = batch_of(8, 10)
-    before, random, modes = copy.deepcopy(model.state_dict()), torch.get_rng_state(), [m.training for m in model]
+    before, random, modes = (
+        copy.deepcopy(model.state_dict()),
+        torch.get_rng_state(),
+        [m.training for m in model],
+    )
     make_plan(model, batch, task=Classify(), optimizer=optimizer, steps_per_epoch=1, total_steps=1)
     with pytest.raises(ZeroDivisionError), model_undisturbed(model, train=True):
         torch.rand(3)
@@ -105,12 +125,16 @@ def test_activation_memory_by_hand():
     n = 64
     floats = n * 10 + n * 32 + n * 5 + 1
     assert saved_bytes(mlp(), batch_of(n, 10), Classify(), n) == 4 * floats + 8 * n
-    assert activation_bytes(mlp(), batch_of(n, 10), Classify()) == 4 * floats + 8 * n  # from two and four samples
+    assert (
+        activation_bytes(mlp(), batch_of(n, 10), Classify()) == 4 * floats + 8 * n
+    )  # from two and four samples
 
 
 @pytest.mark.parametrize("size", [1, 3, 4, 33])
 def test_activation_memory_of_any_batch_is_what_it_would_be_measured(size):
-    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.GELU(), nn.Flatten(), nn.Dropout(0.1), nn.Linear(144, 5))
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.GELU(), nn.Flatten(), nn.Dropout(0.1), nn.Linear(144, 5)
+    )
     batch = batch_of(size, 1, 8, 8)
     assert activation_bytes(model, batch, Classify()) == saved_bytes(model, batch, Classify(), size)
 
@@ -122,7 +146,12 @@ def test_optimizer_memory_is_that_of_a_real_step(name):
     estimated = optimizer_bytes(optimizer)
     Classify().step(model, batch_of(4, 10)).loss.backward()
     optimizer.step()
-    tensors = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    tensors = [
+        v
+        for state in optimizer.state.values()
+        for v in state.values()
+        if isinstance(v, torch.Tensor)
+    ]
     assert estimated == sum(t.numel() * t.element_size() for t in tensors)
 
 
@@ -140,7 +169,11 @@ def test_curve_of_a_warm_up_and_cosine(total):
     warm = total // 10
 
     def factor(step):
-        return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / (total - warm)))
+        return (
+            (step + 1) / warm
+            if step < warm
+            else 0.5 * (1 + math.cos(math.pi * (step - warm) / (total - warm)))
+        )
 
     curve = read_curve(optimizer, factor, total)
     assert (curve.start, curve.end) == (0.5 * factor(0), 0.5 * factor(total - 1))
@@ -150,7 +183,9 @@ def test_curve_of_a_warm_up_and_cosine(total):
 
 
 def test_curve_is_drawn_high_where_the_rate_is_high():
-    drawn = curve_text(Curve(1.0, 1.0, 0, 0.0, [1 - i / 119 for i in range(120)]), 500).plain.splitlines()
+    drawn = curve_text(
+        Curve(1.0, 1.0, 0, 0.0, [1 - i / 119 for i in range(120)]), 500
+    ).plain.splitlines()
     assert drawn[0].startswith("        1 ⠉")
     assert drawn[0].endswith("⠀")
     assert drawn[3].startswith("        0 ⠀")
@@ -167,7 +202,15 @@ def test_plan_as_json_and_on_a_terminal():
     split = fw.TensorSplit(*batch_of(100, 10))
     data = fw.Data()
     data.train, data.val = split, [1, 2, 3]
-    plan = make_plan(model, batch, task=Classify(), optimizer=optimizer, data=data, steps_per_epoch=4, total_steps=40)
+    plan = make_plan(
+        model,
+        batch,
+        task=Classify(),
+        optimizer=optimizer,
+        data=data,
+        steps_per_epoch=4,
+        total_steps=40,
+    )
     given = json.loads(json.dumps(asdict(plan)))
     parameters = 10 * 32 + 32 + 32 * 5 + 5
     assert (given["parameters"], given["trainable"]) == (parameters, parameters - 32)
@@ -199,7 +242,14 @@ def test_groups_of_parameters_are_told_with_their_rates_and_decays():
     model = mlp()
     maker = fw.optimizers.maker("adamw", lr=0.01, weight_decay=0.5)
     optimizer = build_optimizer(maker, Parameters(rates={"2.*": 10.0}).groups(model, maker))
-    plan = make_plan(model, batch_of(8, 10), task=Classify(), optimizer=optimizer, steps_per_epoch=1, total_steps=9)
+    plan = make_plan(
+        model,
+        batch_of(8, 10),
+        task=Classify(),
+        optimizer=optimizer,
+        steps_per_epoch=1,
+        total_steps=9,
+    )
     assert [(g.name, g.parameters, g.weight_decay) for g in plan.groups] == [
         ("weights", 320, 0.5),
         ("biases and norms", 32, 0.0),
@@ -213,13 +263,19 @@ def test_groups_of_parameters_are_told_with_their_rates_and_decays():
     assert "start 0.01" in shown, "the optimizer's own rate"
 
 
-@pytest.mark.parametrize(("count", "last"), [(8, "8: 2, lr x 8, no weight decay"), (11, "and 3 groups more")])
+@pytest.mark.parametrize(
+    ("count", "last"), [(8, "8: 2, lr x 8, no weight decay"), (11, "and 3 groups more")]
+)
 def test_groups_without_names_are_numbered_and_many_are_cut_short(count, last):
     layers = [nn.Linear(2, 1, bias=False) for _ in range(count)]
-    groups = [{"params": layer.parameters(), "lr": 0.5 * number} for number, layer in enumerate(layers, 1)]
+    groups = [
+        {"params": layer.parameters(), "lr": 0.5 * number} for number, layer in enumerate(layers, 1)
+    ]
     model = nn.Sequential(*(nn.Sequential(nn.Linear(1, 2), layer) for layer in layers))
     optimizer = torch.optim.SGD(groups, lr=0.5)
-    plan = make_plan(model, (torch.ones(4, 1),), optimizer=optimizer, steps_per_epoch=1, total_steps=1)
+    plan = make_plan(
+        model, (torch.ones(4, 1),), optimizer=optimizer, steps_per_epoch=1, total_steps=1
+    )
     shown = shown_of(plan)
     assert len(plan.groups) == count
     assert "1: 2, no weight decay" in shown
@@ -229,8 +285,14 @@ def test_groups_without_names_are_numbered_and_many_are_cut_short(count, last):
 
 def test_a_single_group_and_the_transforms_are_lines_too():
     optimizer = torch.optim.SGD(mlp().parameters(), lr=0.5, weight_decay=0.25)
-    wanted = {"steps_per_epoch": 1, "total_steps": 1, "transforms": ["crop(padding=2)", "mixup(alpha=0.2)"]}
-    shown = shown_of(make_plan(mlp(), batch_of(8, 10), task=Classify(), optimizer=optimizer, **wanted))
+    wanted = {
+        "steps_per_epoch": 1,
+        "total_steps": 1,
+        "transforms": ["crop(padding=2)", "mixup(alpha=0.2)"],
+    }
+    shown = shown_of(
+        make_plan(mlp(), batch_of(8, 10), task=Classify(), optimizer=optimizer, **wanted)
+    )
     assert "all: 517, weight decay 0.25" in shown
     assert "transforms  crop(padding=2), mixup(alpha=0.2)" in shown
 
@@ -254,5 +316,15 @@ def test_many_layers_are_folded_without_loss():
 
 
 def test_numbers_for_people():
-    assert [count_text(n) for n in (0, 999_999, 23_456_789, 1.5e12)] == ["0", "999,999", "23.5 M", "1.5 T"]
-    assert [bytes_text(n) for n in (None, 12, 1536, 3 * 2**30)] == ["unknown", "12 B", "1.5 KiB", "3 GiB"]
+    assert [count_text(n) for n in (0, 999_999, 23_456_789, 1.5e12)] == [
+        "0",
+        "999,999",
+        "23.5 M",
+        "1.5 T",
+    ]
+    assert [bytes_text(n) for n in (None, 12, 1536, 3 * 2**30)] == [
+        "unknown",
+        "12 B",
+        "1.5 KiB",
+        "3 GiB",
+    ]

@@ -18,7 +18,12 @@ from framework.runs.checkpoint import listed, load
 from runs import composed, cut_off_at, logged
 
 PLUGINS = []
-SMALL = ["model.width=16", "model.dropout=0.1", "trainer.max_epochs=2", "callbacks=[checkpoint,gradient_norm]"]
+SMALL = [
+    "model.width=16",
+    "model.dropout=0.1",
+    "trainer.max_epochs=2",
+    "callbacks=[checkpoint,gradient_norm]",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -133,7 +138,9 @@ class Counts(Callback):
 
 
 @pytest.mark.parametrize("step", [23, 40, 61])
-def test_a_callback_that_comes_after_the_checkpoint_goes_on_too(step, monkeypatch, tmp_path, forget_plugins):
+def test_a_callback_that_comes_after_the_checkpoint_goes_on_too(
+    step, monkeypatch, tmp_path, forget_plugins
+):
     (tmp_path / "counts.py").write_text(COUNTS)
     counting = ["+callbacks=counts", "callbacks.checkpoint.every=5steps", "scheduler=null"]
     monkeypatch.setitem(globals(), "PLUGINS", ["counts.py"])
@@ -147,14 +154,21 @@ def test_a_callback_that_comes_after_the_checkpoint_goes_on_too(step, monkeypatc
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("model.width=8", r"another model: .*bias has shape \(16,\) in its checkpoint, and \(8,\) here"),
+        (
+            "model.width=8",
+            r"another model: .*bias has shape \(16,\) in its checkpoint, and \(8,\) here",
+        ),
         ("optimizer=sgd", "another optimizer"),
         ("parameters.decay=all", "other groups of parameters"),
     ],
 )
 def test_another_model_or_optimizer_is_refused_and_the_run_left_as_it_was(override, said):
     run, _ = go("run.name=a", "trainer.max_epochs=1")
-    before = {file: file.read_bytes() for file in run.folder.iterdir() if file.is_file() and file.name != ".lock"}
+    before = {
+        file: file.read_bytes()
+        for file in run.folder.iterdir()
+        if file.is_file() and file.name != ".lock"
+    }
     with pytest.raises(RunError, match=f"cannot go on with .*{said}.*init_from=runs/default/a"):
         go("run.name=a", "resume=auto", override, inexact=True)
     assert {file: file.read_bytes() for file in before} == before
@@ -171,11 +185,18 @@ class Signalled(fw.Callback):
 def test_a_signal_adds_no_measurement_that_a_schedule_would_see(monkeypatch):
     from framework.experiment.experiment import Experiment
 
-    plateau = ["scheduler=reduce_on_plateau", "scheduler.patience=0", "scheduler.factor=0.5", "scheduler.threshold=0.3"]
+    plateau = [
+        "scheduler=reduce_on_plateau",
+        "scheduler.patience=0",
+        "scheduler.factor=0.5",
+        "scheduler.threshold=0.3",
+    ]
     whole, _ = go("run.name=whole", *plateau)
     trainer_of = Experiment.trainer
     with monkeypatch.context() as patched:
-        patched.setattr(Experiment, "trainer", lambda self: with_callback(trainer_of(self), Signalled()))
+        patched.setattr(
+            Experiment, "trainer", lambda self: with_callback(trainer_of(self), Signalled())
+        )
         assert go("run.name=cut", *plateau)[0].steps == 31
     resumed, said = go("run.name=cut", "resume=auto", *plateau)
     assert said[0] == "going on with runs/default/cut after step 31"
@@ -208,10 +229,14 @@ def test_what_would_change_the_bits_is_refused_and_what_would_not_is_not(monkeyp
         go("run.name=a", "resume=auto", "optimizer.lr=0.1")
     with pytest.raises(RunError, match="seed=1"):
         go("run.name=a", "resume=auto", "seed=1")
-    resumed, said = go("run.name=a", "resume=auto", "trainer.log_every=7steps", "trainer.max_epochs=3")
+    resumed, said = go(
+        "run.name=a", "resume=auto", "trainer.log_every=7steps", "trainer.max_epochs=3"
+    )
     assert resumed.steps == 120
     assert "from here on trainer.max_epochs=3 (was 2)" in said
-    changed, _ = go("run.name=a", "resume=auto", "trainer.max_epochs=4", "optimizer.lr=0.01", inexact=True)
+    changed, _ = go(
+        "run.name=a", "resume=auto", "trainer.max_epochs=4", "optimizer.lr=0.01", inexact=True
+    )
     training = load(listed(changed.folder / "checkpoints")[-1])[1]
     assert training["optimizer"]["param_groups"][0]["initial_lr"] == 0.01
 
@@ -255,7 +280,9 @@ def test_a_run_has_one_writer(monkeypatch):
         "import sys; from framework.runs.folder import RunFolder; from pathlib import Path\n"
         "held = RunFolder.existing(Path('runs/default/a')); print('held', flush=True); sys.stdin.read()"
     )
-    holder = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(RunError, match=f"is being written by process {holder.pid}"):
         go("run.name=a", "resume=auto")
@@ -273,10 +300,13 @@ def test_starting_from_what_another_run_has_learned():
     assert "3 of 6 tensors" in said[0]
     assert "of another shape" in said[0]
     with pytest.raises(
-        RunError, match=r"only 1 of 6 tensors match, .*none of the 3 weight matrices: .*\(16, 64\) there"
+        RunError,
+        match=r"only 1 of 6 tensors match, .*none of the 3 weight matrices: .*\(16, 64\) there",
     ):
         go(f"init_from={first.folder}", "model.width=8", "trainer.max_steps=1")
-    with pytest.raises(RunError, match=r"init_from=nope: should be a run, a checkpoint or a \.safetensors file"):
+    with pytest.raises(
+        RunError, match=r"init_from=nope: should be a run, a checkpoint or a \.safetensors file"
+    ):
         go("init_from=nope")
     with pytest.raises(RunError, match="none of its"):
         start_from(torch.nn.Linear(3, 3), str(first.folder))
@@ -309,7 +339,9 @@ def test_a_real_kill_and_the_same_command_again(tmp_path):
 
 def test_a_short_campaign():
     script = Path(fw.__file__).parent.parent / "scripts" / "fault_campaign"
-    done = subprocess.run([sys.executable, script, "--runs", "3", "--kills", "4"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, script, "--runs", "3", "--kills", "4"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "3 of 3 runs bitwise equal after" in done.stdout
 

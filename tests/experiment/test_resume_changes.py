@@ -19,7 +19,13 @@ from framework.experiment.resume import altered, changed_values, keeps_bits, obs
 from framework.runs.checkpoint import listed, load
 from runs import composed, logged
 
-SMALL = ["model.width=8", "model.depth=1", "trainer.max_steps=3", "callbacks=[checkpoint]", "loggers=[json_lines]"]
+SMALL = [
+    "model.width=8",
+    "model.depth=1",
+    "trainer.max_steps=3",
+    "callbacks=[checkpoint]",
+    "loggers=[json_lines]",
+]
 INPUTS = torch.linspace(-1, 1, 24).reshape(12, 2)
 TARGETS = INPUTS.sum(1, keepdim=True)
 SPLIT = TensorSplit(INPUTS, TARGETS)
@@ -53,7 +59,10 @@ def halving(step):
 def groups_of(model, rates):
     """Return a group for each layer; `rates` are its settings."""
     layers = [model[0], model[2]]
-    return [{"params": list(layer.parameters()), **own} for layer, own in zip(layers, rates, strict=True)]
+    return [
+        {"params": list(layer.parameters()), **own}
+        for layer, own in zip(layers, rates, strict=True)
+    ]
 
 
 class Groups(fw.Callback):
@@ -66,7 +75,9 @@ class Groups(fw.Callback):
 
     def on_step_end(self, trainer):
         groups = trainer.optimizer.param_groups
-        self.seen.append([{name: value for name, value in each.items() if name != "params"} for each in groups])
+        self.seen.append(
+            [{name: value for name, value in each.items() if name != "params"} for each in groups]
+        )
 
 
 class LogMae(fw.Callback):
@@ -145,7 +156,9 @@ def test_changed_optimizer_settings_take_effect(name, first, then, factor):
 
 def test_changed_rate_of_one_group_takes_effect():
     model, resumed = network(), network()
-    trainer = fit(model, torch.optim.SGD(groups_of(model, [{"lr": 0.1}, {"lr": 0.2}])), 2, schedule=halving)
+    trainer = fit(
+        model, torch.optim.SGD(groups_of(model, [{"lr": 0.1}, {"lr": 0.2}])), 2, schedule=halving
+    )
     optimizer = torch.optim.SGD(groups_of(resumed, [{"lr": 0.1}, {"lr": 0.02}]))
     seen = Groups()
     fit(resumed, optimizer, 3, seen, schedule=halving, resume=trainer.state_dict())
@@ -161,7 +174,9 @@ class Decay(fw.Callback):
             group["lr"] *= 0.9
 
 
-@pytest.mark.parametrize("changed", [{}, {"momentum": 0.5}], ids=["exact", "another setting changed"])
+@pytest.mark.parametrize(
+    "changed", [{}, {"momentum": 0.5}], ids=["exact", "another setting changed"]
+)
 def test_settings_changed_by_a_callback_are_restored(changed):
     whole, half, rest = network(), network(), network()
     make = torch.optim.SGD
@@ -172,7 +187,10 @@ def test_settings_changed_by_a_callback_are_restored(changed):
     fit(rest, make(rest.parameters(), **settings), 4, seen, Decay(), resume=trainer.state_dict())
     assert seen.seen[0][0]["weight_decay"] == pytest.approx(0.2)
     assert seen.seen[0][0]["lr"] == pytest.approx(0.1 * 0.9**2)
-    same = [torch.equal(one, other) for one, other in zip(whole.parameters(), rest.parameters(), strict=True)]
+    same = [
+        torch.equal(one, other)
+        for one, other in zip(whole.parameters(), rest.parameters(), strict=True)
+    ]
     assert all(same) is not bool(changed)
 
 
@@ -188,16 +206,25 @@ def test_resume_with_the_optimizer_of_an_earlier_fit():
     trainer.fit(model, SPLIT, resume=saved, **given)
     trainer.max_steps = 4
     trainer.fit(model, SPLIT, resume=saved, **given)
-    assert all(torch.equal(one, other) for one, other in zip(whole.parameters(), model.parameters(), strict=True))
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(whole.parameters(), model.parameters(), strict=True)
+    )
 
 
 def test_best_value_is_dropped_when_the_monitor_changes():
-    old, new = (fw.schedulers.build("plateau", 9, monitor=name, patience=0) for name in ("val/loss", "val/mae"))
+    old, new = (
+        fw.schedulers.build("plateau", 9, monitor=name, patience=0)
+        for name in ("val/loss", "val/mae")
+    )
     old.observe({"val/loss": 0.1})
     new.load_state_dict(old.state_dict())
     new.observe({"val/mae": 5.0})
     assert (new.best, new(0)) == (5.0, 1.0)
-    stop, other = (fw.callbacks.build("early_stop", monitor=name, mode="min") for name in ("val/loss", "val/mae"))
+    stop, other = (
+        fw.callbacks.build("early_stop", monitor=name, mode="min")
+        for name in ("val/loss", "val/mae")
+    )
     stop.best.ranked, stop.waited = [(0.1, 3)], 7
     other.load_state_dict(stop.state_dict())
     model = network()
@@ -209,7 +236,9 @@ def test_removing_the_schedule_restores_the_base_rate():
     model, resumed = network(), network()
     trainer = fit(model, torch.optim.SGD(model.parameters(), lr=0.1), 2, schedule=halving)
     seen = Groups()
-    fit(resumed, torch.optim.SGD(resumed.parameters(), lr=0.1), 3, seen, resume=trainer.state_dict())
+    fit(
+        resumed, torch.optim.SGD(resumed.parameters(), lr=0.1), 3, seen, resume=trainer.state_dict()
+    )
     assert seen.seen[0][0]["lr"] == 0.1
 
 
@@ -272,7 +301,9 @@ def test_changed_batch_size_continues_after_the_samples_done(size, limit, expect
 
     def one(steps, loader, resume=None):
         model = network()
-        model.register_forward_pre_hook(lambda module, inputs: seen.extend(inputs[0][:, 0].tolist()))
+        model.register_forward_pre_hook(
+            lambda module, inputs: seen.extend(inputs[0][:, 0].tolist())
+        )
         trainer = Trainer(max_epochs=1, max_steps=steps, device="cpu")
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         trainer.fit(model, loader, task=LOSS, optimizer=optimizer, resume=resume)
@@ -331,7 +362,9 @@ def test_a_resume_with_a_data_loader_is_exact_or_warns(settings, step, exact):
 
     same, warned = resumed_after(step, make)
     assert same is exact
-    assert [text.startswith("resume: the result differs") for text in warned] == [True] * (not exact)
+    assert [text.startswith("resume: the result differs") for text in warned] == [True] * (
+        not exact
+    )
 
 
 # from the command line
@@ -339,7 +372,10 @@ def test_a_resume_with_a_data_loader_is_exact_or_warns(settings, step, exact):
 
 def saved_groups(run):
     _, training = load(listed(run.folder / "checkpoints")[-1])
-    return [{name: each[name] for name in each if name != "params"} for each in training["optimizer"]["param_groups"]]
+    return [
+        {name: each[name] for name in each if name != "params"}
+        for each in training["optimizer"]["param_groups"]
+    ]
 
 
 def forget_settings(monkeypatch):
@@ -354,7 +390,12 @@ def forget_settings(monkeypatch):
 
 
 CHANGES = [
-    *("optimizer.lr=0.3", "optimizer.weight_decay=0.5", "optimizer.betas=[0.5,0.6]", "optimizer.eps=0.1"),
+    *(
+        "optimizer.lr=0.3",
+        "optimizer.weight_decay=0.5",
+        "optimizer.betas=[0.5,0.6]",
+        "optimizer.eps=0.1",
+    ),
     "parameters.rates={blocks.*:0.01}",
 ]
 
@@ -365,20 +406,30 @@ def test_after_inexact_the_groups_are_those_of_a_new_run(older, monkeypatch):
         forget_settings(monkeypatch)
     started = ["scheduler=null", "parameters.rates={blocks.*:0.5}"]
     go(*started)
-    resumed, said = go("scheduler=null", "resume=auto", "trainer.max_steps=4", *CHANGES, inexact=True)
+    resumed, said = go(
+        "scheduler=null", "resume=auto", "trainer.max_steps=4", *CHANGES, inexact=True
+    )
     assert "from here on optimizer.lr=0.3 (was 0.001)" in said
     expected = Experiment(spec_of("scheduler=null", *CHANGES)).optimizer.param_groups
     for group, new in zip(saved_groups(resumed), expected, strict=True):
-        wanted = {name: value for name, value in new.items() if name != "params"} | {"initial_lr": new["lr"]}
+        wanted = {name: value for name, value in new.items() if name != "params"} | {
+            "initial_lr": new["lr"]
+        }
         assert group == wanted
-    rates = [line["train/learning_rate"] for line in logged(resumed.folder) if "train/learning_rate" in line]
+    rates = [
+        line["train/learning_rate"]
+        for line in logged(resumed.folder)
+        if "train/learning_rate" in line
+    ]
     assert rates[-1] == 0.3
 
 
 def test_schedule_over_a_new_length_is_announced():
     go()
     _, said = go("resume=auto", "trainer.max_steps=4")
-    assert any(line.startswith("scheduler=cosine is laid out anew over 4 steps (was 3)") for line in said)
+    assert any(
+        line.startswith("scheduler=cosine is laid out anew over 4 steps (was 3)") for line in said
+    )
     before = Path("runs/default/a/config.yaml").read_bytes()
     with pytest.raises(SettingError, match=r"max_exp_avg_sq.*amsgrad"):
         go("resume=auto", "trainer.max_steps=4", "optimizer.amsgrad=true", inexact=True)
@@ -395,15 +446,31 @@ TRAIN = ["+callbacks=early_stop", "callbacks.early_stop.monitor=train/loss"]
     [
         (
             PLATEAU,
-            ["trainer.validate_every=3steps", "loader.eval_batch_size=5", "metrics.accuracy.ignore=1"],
+            [
+                "trainer.validate_every=3steps",
+                "loader.eval_batch_size=5",
+                "metrics.accuracy.ignore=1",
+            ],
             ["trainer.log_every=3steps", "trainer.max_steps=9", "metrics.f1.average=micro"],
         ),
         (
             STOP,
-            ["trainer.validate_every=3steps", "callbacks.early_stop.min_delta=1", "callbacks.early_stop.mode=max"],
-            ["trainer.log_every=3steps", "callbacks.early_stop.patience=99", "metrics.accuracy.ignore=1"],
+            [
+                "trainer.validate_every=3steps",
+                "callbacks.early_stop.min_delta=1",
+                "callbacks.early_stop.mode=max",
+            ],
+            [
+                "trainer.log_every=3steps",
+                "callbacks.early_stop.patience=99",
+                "metrics.accuracy.ignore=1",
+            ],
         ),
-        (TRAIN, ["trainer.log_every=3steps"], ["trainer.validate_every=3steps", "loader.eval_batch_size=5"]),
+        (
+            TRAIN,
+            ["trainer.log_every=3steps"],
+            ["trainer.validate_every=3steps", "loader.eval_batch_size=5"],
+        ),
         (
             ["+callbacks=non_finite", "callbacks.non_finite.policy=rewind"],
             ["callbacks.checkpoint.every=3steps"],
@@ -412,7 +479,11 @@ TRAIN = ["+callbacks=early_stop", "callbacks.early_stop.monitor=train/loss"]
         (
             ["+callbacks=ema"],
             ["model.width=4"],
-            ["callbacks.checkpoint.every=3steps", "trainer.validate_every=3steps", "trainer.log_every=3steps"],
+            [
+                "callbacks.checkpoint.every=3steps",
+                "trainer.validate_every=3steps",
+                "trainer.log_every=3steps",
+            ],
         ),
     ],
     ids=["plateau", "early stop", "early stop on training", "rewind", "neither"],
@@ -421,7 +492,9 @@ def test_changed_measurements_are_refused_if_a_part_decides_by_them(parts, refus
     spec = spec_of(*parts)
     for override in refused + allowed:
         changed = changed_values(spec.tree, altered(spec.tree, [override]))
-        exact = all(keeps_bits(path) for path, _ in changed) and not list(observed_changes(changed, spec.tree, spec))
+        exact = all(keeps_bits(path) for path, _ in changed) and not list(
+            observed_changes(changed, spec.tree, spec)
+        )
         assert exact is (override in allowed), override
 
 
@@ -430,15 +503,22 @@ class Reacts(fw.Callback):
 
 
 def test_which_callbacks_decide_by_logged_values():
-    built_in = [entry for entry in fw.callbacks if entry.source.module.startswith("framework_plugins")]
-    assert {entry.name for entry in built_in if follows_metrics(entry.part)} == {"early_stop", "prune"}
+    built_in = [
+        entry for entry in fw.callbacks if entry.source.module.startswith("framework_plugins")
+    ]
+    assert {entry.name for entry in built_in if follows_metrics(entry.part)} == {
+        "early_stop",
+        "prune",
+    }
     assert follows_metrics(Reacts)
     assert not follows_metrics(Groups)
 
 
 def test_error_names_the_part_that_depends_on_validations():
     go("scheduler=reduce_on_plateau")
-    with pytest.raises(RunError, match=r"validate_every=1steps .*used by scheduler/reduce_on_plateau.*--inexact"):
+    with pytest.raises(
+        RunError, match=r"validate_every=1steps .*used by scheduler/reduce_on_plateau.*--inexact"
+    ):
         go("scheduler=reduce_on_plateau", "resume=auto", "trainer.validate_every=1steps")
 
 

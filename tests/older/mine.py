@@ -12,7 +12,9 @@ from framework import Callback, PositiveInt, Rate, Shape, Trainer, callbacks, mo
 class Small(nn.Module):
     """One hidden layer with batch norm and dropout."""
 
-    def __init__(self, in_shape: Shape, out_shape: Shape, width: PositiveInt = 6, dropout: Rate = 0.1):
+    def __init__(
+        self, in_shape: Shape, out_shape: Shape, width: PositiveInt = 6, dropout: Rate = 0.1
+    ):
         super().__init__()
         self.layers = nn.Sequential(
             nn.Linear(in_shape[0], width),

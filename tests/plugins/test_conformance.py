@@ -31,13 +31,25 @@ NOT_ALONE = {"task/distillation"}
 # Inputs tried in order until one fits: shapes without the batch axis; "tokens" are integers.
 SHAPES = [(8,), (4, 8), (3, 8, 8), (1, 28, 28), ("tokens", 8)]
 OUT_SHAPE = (5,)
-GIVEN = {"activation": 0, "dropout": 0, "norm": 1, "block": 1, "head": 2, "model": 2}  # how many shapes a kind is given
+GIVEN = {
+    "activation": 0,
+    "dropout": 0,
+    "norm": 1,
+    "block": 1,
+    "head": 2,
+    "model": 2,
+}  # how many shapes a kind is given
 # Gradients that no finite difference can confirm: drawn anew at each call even in evaluation, or rounded on purpose.
 NOT_DIFFERENTIABLE: set[str] = set()
 TARGETS = ("class", "labels", "value")
 # Losses for other targets than these.
 LOSS_TARGETS = {"loss/kl_div": ("probabilities",)}
-REFUSALS = (FrameworkError, RuntimeError, ValueError, IndexError)  # how a part says that a shape is not for it
+REFUSALS = (
+    FrameworkError,
+    RuntimeError,
+    ValueError,
+    IndexError,
+)  # how a part says that a shape is not for it
 
 
 def entries(*kinds):
@@ -83,7 +95,11 @@ def with_input(entry):
 
 def batch(target, rows):
     outputs, values = torch.randn(2, rows, 4, dtype=torch.float64)
-    targets = {"class": torch.arange(rows) % 4, "labels": (values > 0).double(), "probabilities": values.softmax(1)}
+    targets = {
+        "class": torch.arange(rows) % 4,
+        "labels": (values > 0).double(),
+        "probabilities": values.softmax(1),
+    }
     return outputs, targets.get(target, values)
 
 
@@ -104,11 +120,15 @@ def test_its_defaults_are_of_their_own_types(entry):
         if setting.required:
             continue
         converted = setting.convert(setting.default)
-        assert converted == (list(setting.default) if isinstance(converted, list) else setting.default), name
+        assert converted == (
+            list(setting.default) if isinstance(converted, list) else setting.default
+        ), name
         assert setting.type_text
         if isinstance(setting.default, str) and setting.part:
             assert setting.default in Registry.every[setting.part]
-    assert "name" not in entry.settings, "`name` is the key under which a config names the part itself"
+    assert "name" not in entry.settings, (
+        "`name` is the key under which a config names the part itself"
+    )
 
 
 # --- modules ----------------------------------------------------------------------------------------------------------
@@ -174,7 +194,9 @@ def test_a_loss_is_a_differentiable_scalar(entry):
         taken.append(target)
         assert value.shape == ()
         assert value.isfinite()
-        assert gradcheck(lambda x, targets=targets: build(entry).double()(x, targets), (outputs,), fast_mode=True)
+        assert gradcheck(
+            lambda x, targets=targets: build(entry).double()(x, targets), (outputs,), fast_mode=True
+        )
     assert taken, "it takes neither classes nor labels nor values"
 
 
@@ -185,7 +207,10 @@ def test_the_sums_of_a_metric_add_over_batches(entry):
     for target in metric.targets:
         outputs, targets = batch(target, 10)
         whole = metric.sums(outputs, targets).double()
-        parts = [metric.sums(o, t).double() for o, t in zip(outputs.split(3), targets.split(3), strict=True)]
+        parts = [
+            metric.sums(o, t).double()
+            for o, t in zip(outputs.split(3), targets.split(3), strict=True)
+        ]
         torch.testing.assert_close(sum(parts), whole)
         assert math.isfinite(metric.compute(whole))
 
@@ -196,7 +221,9 @@ def test_a_task_makes_a_loss_and_predictions_of_a_batch(entry):
         def __init__(self, target):
             outputs, targets = batch(target, 6)
             self.target, self.in_shape, self.out_shape = target, (4,), (4,)
-            self.train = fw.TensorSplit(outputs.float(), targets if target == "class" else targets.float())
+            self.train = fw.TensorSplit(
+                outputs.float(), targets if target == "class" else targets.float()
+            )
 
     if str(entry) in NOT_ALONE:
         pytest.skip("it needs a trained model")

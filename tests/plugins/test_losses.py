@@ -35,7 +35,9 @@ def test_every_loss_is_a_differentiable_mean_over_samples(name, kind):
     loss = fw.losses.build(name).double()
     outputs, targets = batch(kind)
     whole = loss(outputs, targets)
-    parts = [loss(o, t) * len(o) / 12 for o, t in zip(outputs.split(5), targets.split(5), strict=True)]
+    parts = [
+        loss(o, t) * len(o) / 12 for o, t in zip(outputs.split(5), targets.split(5), strict=True)
+    ]
     assert whole.shape == ()
     torch.testing.assert_close(sum(parts), whole)
     assert torch.autograd.gradcheck(lambda o: loss(o, targets), outputs)
@@ -54,12 +56,18 @@ def test_cross_entropy_is_torchs_with_weights_smoothing_and_ignored_targets():
     outputs, targets = batch(CLASS)
     targets[:3] = 2
     ours = fw.losses.build("ce", weight=[1, 2, 3, 4], ignore_index=2, label_smoothing=0.1).double()
-    torchs = nn.CrossEntropyLoss(torch.tensor([1.0, 2, 3, 4]).double(), ignore_index=2, label_smoothing=0.1)
+    torchs = nn.CrossEntropyLoss(
+        torch.tensor([1.0, 2, 3, 4]).double(), ignore_index=2, label_smoothing=0.1
+    )
     torch.testing.assert_close(ours(outputs, targets), torchs(outputs, targets))
     named = fw.losses.build("label_smoothing")
-    torch.testing.assert_close(named(outputs, targets), F.cross_entropy(outputs, targets, label_smoothing=0.1))
+    torch.testing.assert_close(
+        named(outputs, targets), F.cross_entropy(outputs, targets, label_smoothing=0.1)
+    )
     nll = fw.losses.build("nll", weight=[1, 2, 3, 4]).double()
-    torch.testing.assert_close(nll(outputs.log_softmax(1), targets), F.cross_entropy(outputs, targets, nll.weight))
+    torch.testing.assert_close(
+        nll(outputs.log_softmax(1), targets), F.cross_entropy(outputs, targets, nll.weight)
+    )
 
 
 def test_class_weights_move_with_the_module_and_are_not_silently_wrong():
@@ -85,7 +93,9 @@ def test_balanced_weights_are_those_of_scikit_learn_in_the_training_split(name):
     assert loss.weight[targets].sum() == pytest.approx(100), "on the whole as much as without"
     outputs = torch.randn(100, 3).log_softmax(1)
     smoothing = 0.1 if name == "label_smoothing" else 0.0
-    reference = F.cross_entropy(outputs, targets, torch.from_numpy(expected).float(), label_smoothing=smoothing)
+    reference = F.cross_entropy(
+        outputs, targets, torch.from_numpy(expected).float(), label_smoothing=smoothing
+    )
     torch.testing.assert_close(loss(outputs, targets), reference)
 
 
@@ -96,7 +106,9 @@ def test_a_run_with_balanced_weights_finds_the_rare_class(command):
     recall = {}
     for name, weight in (("plain", "[1,1]"), ("balanced", "balanced")):
         quick = f"run.name={name} trainer.max_epochs=5 optimizer.lr=0.01 loggers=json_lines 'callbacks=[checkpoint]'"
-        status, _, err = command(f"train data=npz data.path=a.npz loss=cross_entropy 'loss.weight={weight}' {quick}")
+        status, _, err = command(
+            f"train data=npz data.path=a.npz loss=cross_entropy 'loss.weight={weight}' {quick}"
+        )
         assert status in (0, None), err
         status, _, err = command(f"predict runs/default/{name} --input a.npz --output {name}.npz")
         assert status in (0, None), err
@@ -115,11 +127,15 @@ def test_a_class_that_training_lacks_weighs_as_if_it_were_there_once():
 
 def test_balanced_without_classes_that_can_be_counted_is_refused():
     loss = fw.losses.build("ce", weight="balanced")
-    with pytest.raises(DataError, match=r"loss\.weight=balanced: this task shows the loss no data; give one number"):
+    with pytest.raises(
+        DataError, match=r"loss\.weight=balanced: this task shows the loss no data; give one number"
+    ):
         loss(torch.zeros(2, 3), torch.tensor([0, 1]))
     data = labelled(torch.tensor([0]))
     data.train = torch.utils.data.Subset(data.train, [0])
-    with pytest.raises(DataError, match=r"the training split of Data does not give its classes beforehand"):
+    with pytest.raises(
+        DataError, match=r"the training split of Data does not give its classes beforehand"
+    ):
         loss.learn(data)
 
 
@@ -175,7 +191,9 @@ def test_dice_is_a_measure_of_overlap():
     assert loss(sure, mask) < 1e-6
     assert loss(-sure, mask) == 1
     p, t = torch.rand(1, 6), torch.tensor([[1.0, 0, 1, 0, 0, 1]])
-    expected = 1 - 2 * (p * t).sum() / ((p**2).sum() + (t**2).sum())  # V-Net, the equation of section 3
+    expected = 1 - 2 * (p * t).sum() / (
+        (p**2).sum() + (t**2).sum()
+    )  # V-Net, the equation of section 3
     torch.testing.assert_close(loss(p.logit(), t), expected)
     empty = torch.zeros(1, 6, requires_grad=True)
     fw.losses.build("dice")(empty, torch.zeros(1, 6)).backward()
@@ -192,15 +210,21 @@ def test_kl_div_is_the_divergence_of_the_samples():
 def test_quantile_is_least_at_the_quantile_and_hinge_at_the_margin():
     values = torch.arange(101.0)
     loss = fw.losses.build("pinball", q=0.9)
-    assert min(range(101), key=lambda guess: float(loss(torch.full_like(values, guess), values))) == 90
+    assert (
+        min(range(101), key=lambda guess: float(loss(torch.full_like(values, guess), values))) == 90
+    )
     outputs, labels = torch.tensor([[2.0, 0.5, 0.5]]), torch.tensor([[1.0, 1.0, 0.0]])
     assert float(fw.losses.build("hinge")(outputs, labels)) == pytest.approx((0 + 0.5 + 1.5) / 3)
-    assert float(fw.losses.build("hinge", squared=True)(outputs, labels)) == pytest.approx((0.25 + 2.25) / 3)
+    assert float(fw.losses.build("hinge", squared=True)(outputs, labels)) == pytest.approx(
+        (0.25 + 2.25) / 3
+    )
 
 
 def test_log_cosh_bears_what_cosh_does_not():
     loss = fw.losses.build("log_cosh")
-    assert float(loss(torch.tensor([1.5]), torch.zeros(1))) == pytest.approx(math.log(math.cosh(1.5)))
+    assert float(loss(torch.tensor([1.5]), torch.zeros(1))) == pytest.approx(
+        math.log(math.cosh(1.5))
+    )
     assert float(loss(torch.tensor([1e4]), torch.zeros(1))) == pytest.approx(1e4 - math.log(2))
 
 

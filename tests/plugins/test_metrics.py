@@ -11,7 +11,9 @@ from framework import Metric
 CLASSES = 6  # of which one never occurs, neither as a target nor as a prediction
 
 
-def value(metric: Metric, outputs: torch.Tensor, targets: torch.Tensor, sizes=(7, 1, 40, 52)) -> float:
+def value(
+    metric: Metric, outputs: torch.Tensor, targets: torch.Tensor, sizes=(7, 1, 40, 52)
+) -> float:
     """Return the metric over batches of unequal size, as the framework adds them up."""
     pieces = zip(outputs.split(sizes), targets.split(sizes), strict=True)
     sums = [metric.sums(output, target) for output, target in pieces]
@@ -63,7 +65,9 @@ def test_scores_of_classes_and_labels_are_those_of_scikit_learn(name, average, c
 )
 def test_class_metrics_are_those_of_scikit_learn(name, reference, classes):
     outputs, targets = classes
-    assert value(fw.metrics.build(name), outputs, targets) == pytest.approx(reference(targets, outputs.argmax(1)))
+    assert value(fw.metrics.build(name), outputs, targets) == pytest.approx(
+        reference(targets, outputs.argmax(1))
+    )
 
 
 def test_top_k_is_that_of_scikit_learn_and_1_when_there_are_no_more_classes(classes):
@@ -106,7 +110,9 @@ def test_metrics_of_values_are_those_of_scikit_learn(name, reference, values):
     outputs, targets = values
     expected = reference(targets.double(), outputs.double())
     assert value(fw.metrics.build(name), outputs, targets) == pytest.approx(expected)
-    one = value(fw.metrics.build(name), outputs[:, 1], targets[:, 1:2])  # (batch,) beside (batch, 1) is no table
+    one = value(
+        fw.metrics.build(name), outputs[:, 1], targets[:, 1:2]
+    )  # (batch,) beside (batch, 1) is no table
     assert one == pytest.approx(reference(targets[:, 1].double(), outputs[:, 1].double()))
 
 
@@ -150,9 +156,15 @@ def test_every_metric_says_what_is_better_and_has_a_name(entry, classes, labels,
         if kind == "none":  # tokens: -log p, and characters
             surprise = torch.nn.functional.cross_entropy(outputs, targets, reduction="none")
             outputs = torch.stack([surprise, torch.ones_like(surprise)], 1)
-            assert value(metric, outputs * torch.tensor([0.5, 1.0]), targets) < value(metric, outputs, targets)
+            assert value(metric, outputs * torch.tensor([0.5, 1.0]), targets) < value(
+                metric, outputs, targets
+            )
             continue
-        good = targets.float() if kind == "value" else 20 * (2 * outputs.new_tensor(one_hot(targets)) - 1)
+        good = (
+            targets.float()
+            if kind == "value"
+            else 20 * (2 * outputs.new_tensor(one_hot(targets)) - 1)
+        )
         better, worse = value(metric, good, targets), value(metric, outputs, targets)
         assert better > worse if metric.better == "higher" else better < worse
 

@@ -39,7 +39,16 @@ def apply(transform, *batch, seed=1):
 
 
 TARGETS = torch.arange(40) % 4
-EVERY = ["flip", "crop", "resized_crop", "cutout", "noise", "brightness_contrast", "mixup", "cutmix"]
+EVERY = [
+    "flip",
+    "crop",
+    "resized_crop",
+    "cutout",
+    "noise",
+    "brightness_contrast",
+    "mixup",
+    "cutmix",
+]
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -56,7 +65,9 @@ def test_a_transform_changes_the_batch_and_not_the_data(name):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_the_same_seed_gives_the_same_batch_and_another_seed_another(name):
-    first, again, other = (apply(build(name), images(), TARGETS, seed=seed)[0] for seed in (1, 1, 2))
+    first, again, other = (
+        apply(build(name), images(), TARGETS, seed=seed)[0] for seed in (1, 1, 2)
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
@@ -109,7 +120,9 @@ def shifted(image, top, left, fill):
 
 def ramps(count, high, wide):
     """Images whose two channels are the row and the column of each pixel: interpolation leaves them straight."""
-    rows, columns = torch.meshgrid(torch.arange(float(high)), torch.arange(float(wide)), indexing="ij")
+    rows, columns = torch.meshgrid(
+        torch.arange(float(high)), torch.arange(float(wide)), indexing="ij"
+    )
     return torch.stack([rows, columns]).expand(count, -1, -1, -1)
 
 
@@ -146,7 +159,10 @@ def test_a_resized_crop_is_a_box_inside_the_image_scaled_to_the_whole():
 def test_a_resized_crop_of_all_of_the_image_is_the_image():
     out, _ = apply(build("resized_crop", smallest=1.0), images(), TARGETS)
     torch.testing.assert_close(out, images(), atol=1e-5, rtol=0)
-    with pytest.raises(SettingError, match=r"resized_crop: the inputs are torch.uint8, which cannot be interpolated"):
+    with pytest.raises(
+        SettingError,
+        match=r"resized_crop: the inputs are torch.uint8, which cannot be interpolated",
+    ):
         apply(build("resized_crop"), images().byte(), TARGETS)
 
 
@@ -185,7 +201,9 @@ def test_brightness_and_contrast_are_drawn_for_each_image():
     for before, after in zip(x, out, strict=True):
         stretches.append(float((after - after.mean()).norm() / (before - before.mean()).norm()))
         shifts.append(float(after.mean() - before.mean()))
-        torch.testing.assert_close(before.mean() + stretches[-1] * (before - before.mean()) + shifts[-1], after)
+        torch.testing.assert_close(
+            before.mean() + stretches[-1] * (before - before.mean()) + shifts[-1], after
+        )
     assert -0.3 < min(shifts) < -0.25 < 0.25 < max(shifts) < 0.3
     assert 0.5 < min(stretches) < 0.55 < 1.45 < max(stretches) < 1.5
 
@@ -200,7 +218,9 @@ def test_mixup_mixes_two_samples_and_their_targets_in_one_share():
     for row in range(40):
         kept = float(share[row])
         torch.testing.assert_close(out[row], kept * x[row] + (1 - kept) * x[other[row]])
-        torch.testing.assert_close(targets[row], kept * one_hot[row] + (1 - kept) * one_hot[other[row]])
+        torch.testing.assert_close(
+            targets[row], kept * one_hot[row] + (1 - kept) * one_hot[other[row]]
+        )
     assert float(share.min()) < 0.1 < 0.9 < float(share.max())
 
 
@@ -217,14 +237,18 @@ def test_cutmix_puts_a_box_of_another_image_in_and_targets_go_by_area():
             (other,) = out[row, 0][inside].unique().long().tolist()
             expected = expected + share * torch.eye(4)[y[other]]
             rows, columns = inside.nonzero().unbind(1)
-            assert bool(inside[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1].all()), "one rectangle"
+            assert bool(
+                inside[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1].all()
+            ), "one rectangle"
             boxed += 1
         torch.testing.assert_close(targets[row], expected)
     assert boxed > 25
 
 
 def test_the_share_that_cutmix_draws_is_that_of_the_paper():
-    length = [high - low for low, high in (each_side(0.36, 10), each_side(1.0, 10), each_side(0.0, 10))]
+    length = [
+        high - low for low, high in (each_side(0.36, 10), each_side(1.0, 10), each_side(0.0, 10))
+    ]
     assert [int(each) for each in length] == [8, 0, 10]  # side times the root of 1 - λ
 
 
@@ -240,7 +264,9 @@ def test_targets_that_are_values_or_probabilities_already_are_mixed_as_they_are(
     assert not torch.equal(targets, values)
     for row in targets:  # each lies on the line from one of the values to another
         lines = [(share_of(row, one, other), one, other) for one in values for other in values]
-        assert any(torch.allclose(s * one + (1 - s) * other, row, atol=1e-5) for s, one, other in lines)
+        assert any(
+            torch.allclose(s * one + (1 - s) * other, row, atol=1e-5) for s, one, other in lines
+        )
 
 
 def share_of(row, one, other):
@@ -249,9 +275,13 @@ def share_of(row, one, other):
     return float(((row - other) @ between / (between @ between).clamp_min(1e-9)).clamp(0, 1))
 
 
-@pytest.mark.parametrize("name", ["flip", "crop", "resized_crop", "cutout", "cutmix", "brightness_contrast"])
+@pytest.mark.parametrize(
+    "name", ["flip", "crop", "resized_crop", "cutout", "cutmix", "brightness_contrast"]
+)
 def test_what_is_for_images_says_so_when_it_is_built(name):
-    with pytest.raises((BuildError, ConfigError), match=rf"{name} expects images \(C, H, W\), gets \(64,\)"):
+    with pytest.raises(
+        (BuildError, ConfigError), match=rf"{name} expects images \(C, H, W\), gets \(64,\)"
+    ):
         fw.transforms.build(name, (64,), (10,))
 
 
@@ -280,7 +310,14 @@ def fit(*transforms, loss=None, **settings):
     split = TensorSplit(images(), TARGETS)
     trainer = Trainer(max_epochs=2, device="cpu", callbacks=transforms, **settings)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    trainer.fit(model, split, task=loss or nn.CrossEntropyLoss(), optimizer=optimizer, val=split, batch_size=10)
+    trainer.fit(
+        model,
+        split,
+        task=loss or nn.CrossEntropyLoss(),
+        optimizer=optimizer,
+        val=split,
+        batch_size=10,
+    )
     return trainer, model
 
 
@@ -292,11 +329,16 @@ def test_training_batches_go_through_them_in_order_and_validation_does_not():
     _, untrained = fit(Seen(), Seen())
     assert torch.equal(model[1].weight, untrained[1].weight), "zeros teach the weights nothing"
     inputs, expected = images(), nn.CrossEntropyLoss()
-    assert trainer.state.metrics["val/loss"] == pytest.approx(expected(model(inputs), TARGETS).item(), rel=1e-5)
+    assert trainer.state.metrics["val/loss"] == pytest.approx(
+        expected(model(inputs), TARGETS).item(), rel=1e-5
+    )
 
 
 def test_a_loss_that_takes_no_probabilities_is_refused_by_name():
-    with pytest.raises(SettingError, match="mixup makes class probabilities of targets, which the loss Focal does not"):
+    with pytest.raises(
+        SettingError,
+        match="mixup makes class probabilities of targets, which the loss Focal does not",
+    ):
         fit(build("mixup"), loss=fw.losses.build("focal"))
 
 
@@ -318,8 +360,19 @@ def test_a_compiled_step_trains_on_what_they_make():
     torch.testing.assert_close(with_step[1].weight, fit(build("mixup"), build("flip"))[1][1].weight)
 
 
-SMALL = ["data.image=true", "model=cnn", "model.channels=[4]", "model.width=8", "transforms=[crop,noise,cutmix]"]
-LIMITS = ["trainer.max_epochs=2", "callbacks=[checkpoint]", "callbacks.checkpoint.every=5steps", "loggers=json_lines"]
+SMALL = [
+    "data.image=true",
+    "model=cnn",
+    "model.channels=[4]",
+    "model.width=8",
+    "transforms=[crop,noise,cutmix]",
+]
+LIMITS = [
+    "trainer.max_epochs=2",
+    "callbacks=[checkpoint]",
+    "callbacks.checkpoint.every=5steps",
+    "loggers=json_lines",
+]
 
 
 def spec_of(*overrides):
@@ -346,7 +399,9 @@ def test_a_run_cut_off_in_mid_epoch_goes_on_bit_for_bit(tmp_path, monkeypatch):
             train(spec_of("run.name=cut"), "default", [])
     resumed = train(spec_of("run.name=cut", "resume=auto"), "default", [], say=lambda line: None)
     assert weights(whole.folder) == weights(resumed.folder)
-    assert weights(whole.folder) != weights(train(spec_of("transforms=[crop,noise]"), "default", []).folder)
+    assert weights(whole.folder) != weights(
+        train(spec_of("transforms=[crop,noise]"), "default", []).folder
+    )
 
 
 def add(trainer):
@@ -374,8 +429,13 @@ def test_the_config_of_a_run_has_their_settings(tmp_path, monkeypatch):
 def shown_in(folder):
     """The pictures that TensorBoard has under "augmented", by step: arrays (height, width)."""
     events = EventAccumulator(str(folder), size_guidance={"tensors": 0}).Reload()
-    protos = {event.step: event.tensor_proto.string_val[2:] for event in events.Tensors("augmented")}
-    return {step: [np.asarray(Image.open(io.BytesIO(each))) for each in pictures] for step, pictures in protos.items()}
+    protos = {
+        event.step: event.tensor_proto.string_val[2:] for event in events.Tensors("augmented")
+    }
+    return {
+        step: [np.asarray(Image.open(io.BytesIO(each))) for each in pictures]
+        for step, pictures in protos.items()
+    }
 
 
 def test_tensorboard_shows_what_the_model_was_given(tmp_path):
@@ -396,14 +456,19 @@ def test_tensorboard_shows_what_the_model_was_given(tmp_path):
         loggers=[fw.loggers.build("tensorboard")],
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    trainer.fit(model, split, task=nn.CrossEntropyLoss(), optimizer=optimizer, val=split, batch_size=10)
+    trainer.fit(
+        model, split, task=nn.CrossEntropyLoss(), optimizer=optimizer, val=split, batch_size=10
+    )
     shown = shown_in(tmp_path)
     assert list(shown) == [1, 4, 8], "after the first step and each epoch of four"
     for step, pictures in shown.items():
         expected = given[step - 1][:, 0]
         expected = (expected - expected.min()) / (expected.max() - expected.min())
         assert len(expected) == 10
-        above, below = np.hstack(expected[:8]), np.hstack([*expected[8:], *np.zeros((6, *expected[0].shape))])
+        above, below = (
+            np.hstack(expected[:8]),
+            np.hstack([*expected[8:], *np.zeros((6, *expected[0].shape))]),
+        )
         np.testing.assert_allclose(pictures[0] / 255, np.vstack([above, below]), atol=1 / 255)
 
 
@@ -413,5 +478,9 @@ def test_what_is_shown_changes_nothing_and_must_be_pictures():
     split = TensorSplit(torch.randn(8, 6), TARGETS[:8])
     model = nn.Linear(6, 4)
     trainer = Trainer(max_steps=1, device="cpu", callbacks=[fw.callbacks.build("augmented")])
-    with pytest.raises(SettingError, match=r"callbacks.augmented: it shows images .* are torch.float32 \(6,\)"):
-        trainer.fit(model, split, task=nn.CrossEntropyLoss(), optimizer=torch.optim.SGD(model.parameters()))
+    with pytest.raises(
+        SettingError, match=r"callbacks.augmented: it shows images .* are torch.float32 \(6,\)"
+    ):
+        trainer.fit(
+            model, split, task=nn.CrossEntropyLoss(), optimizer=torch.optim.SGD(model.parameters())
+        )

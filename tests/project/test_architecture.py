@@ -27,7 +27,9 @@ def test_import_contracts(tmp_path):
             shutil.copy(file, copy)
     command = [Path(sys.executable).parent / "lint-imports", "--no-cache", ROOT / "pyproject.toml"]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout
 
 
@@ -42,7 +44,15 @@ def test_every_package_is_installed():
 
 
 OPENING = {"read_text", "write_text", "read_bytes", "write_bytes", "touch"}
-OF_PACKAGES = {"torch.load", "load_file", "save_file", "safe_open", "os.open", "os.replace", "os.rename"}
+OF_PACKAGES = {
+    "torch.load",
+    "load_file",
+    "save_file",
+    "safe_open",
+    "os.open",
+    "os.replace",
+    "os.rename",
+}
 OPENED_ELSEWHERE = {  # modules that open files themselves, and which these are
     "framework/system/files.py": "the functions that the others use",
     "framework/runs/checkpoint.py": "torch and safetensors open what `open_file` has opened; folders are renamed",
@@ -82,7 +92,9 @@ def test_files_of_a_run_are_opened_by_one_module(file):
     if name in OPENED_ELSEWHERE:
         assert found, "remove the entry of OPENED_ELSEWHERE"
     else:
-        assert found == [], "use `open_file`, `write_file` and the readers of framework/system/files.py"
+        assert found == [], (
+            "use `open_file`, `write_file` and the readers of framework/system/files.py"
+        )
 
 
 def test_the_search_for_open_files_finds_them(tmp_path):
@@ -93,12 +105,16 @@ def test_the_search_for_open_files_finds_them(tmp_path):
 
 def test_conf_holds_composition_only():
     found = {path.relative_to(ROOT / "conf") for path in (ROOT / "conf").rglob("*.yaml")}
-    per_part = [str(path) for path in found if path.name != "config.yaml" and path.parts[0] != "experiment"]
+    per_part = [
+        str(path) for path in found if path.name != "config.yaml" and path.parts[0] != "experiment"
+    ]
     assert not per_part, "a part's settings are its signature: no YAML per part"
 
 
 def test_the_core_stands_without_plugins(tmp_path):
-    shutil.copytree(ROOT / "framework", tmp_path / "framework", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "framework", tmp_path / "framework", ignore=shutil.ignore_patterns("__pycache__")
+    )
     check = """
 import importlib, pkgutil, sys
 sys.modules["framework_plugins"] = None
@@ -110,4 +126,6 @@ for module in pkgutil.walk_packages(framework.__path__, "framework."):
     importlib.import_module(module.name)
 """
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", check, str(tmp_path)], check=True, cwd=tmp_path, env=environment)
+    subprocess.run(
+        [sys.executable, "-c", check, str(tmp_path)], check=True, cwd=tmp_path, env=environment
+    )

@@ -157,7 +157,9 @@ def world(tmp_path):
 
 
 def judge(world, work):
-    return campaign_hostile.judge(world, work, access=campaign_sandbox.times_of_access(world.root))[1]
+    return campaign_hostile.judge(world, work, access=campaign_sandbox.times_of_access(world.root))[
+        1
+    ]
 
 
 def writes(world):
@@ -211,9 +213,13 @@ HARMS = {
 def test_what_a_command_does_beside_its_work_is_seen(world, monkeypatch, harm):
     monkeypatch.setattr(campaign_sandbox, "IDLE", 0.3)
     lines = Path("/proc/self/status").read_text().splitlines()
-    [used] = [int(line.split()[1]) for line in lines if line.startswith("RssAnon")]  # kB, which a fork begins with
+    [used] = [
+        int(line.split()[1]) for line in lines if line.startswith("RssAnon")
+    ]  # kB, which a fork begins with
     monkeypatch.setattr(campaign_sandbox, "MOST_MEMORY", used + 20_000)
-    assert {kind for kind, _ in judge(world, lambda: HARMS[harm](world))} == {harm.partition(",")[0]}
+    assert {kind for kind, _ in judge(world, lambda: HARMS[harm](world))} == {
+        harm.partition(",")[0]
+    }
 
 
 def test_a_command_that_keeps_to_its_run_is_in_order(world):

@@ -23,7 +23,9 @@ def test_torch_and_hydra_take_the_place_of_the_project_s_requirements(matrix):
     found = matrix.requirements_for("2.10", "1.4.0rc3")
     assert found[:2] == ["torch==2.10.*", "hydra-core==1.4.0rc3"]
     assert [each for each in found[2:] if matrix.name_of(each) in ("torch", "hydra-core")] == []
-    assert {"pytest", "tensorboard", "hydra-joblib-launcher"} <= {matrix.name_of(each) for each in found}
+    assert {"pytest", "tensorboard", "hydra-joblib-launcher"} <= {
+        matrix.name_of(each) for each in found
+    }
     assert matrix.requirements_for("newest", "1.3.8")[0] == "torch"
     assert matrix.requirements_for("2.13.0", "1.3.8")[0] == "torch==2.13.0"
     pinned = {matrix.name_of(line) for line in matrix.constraints().splitlines()}
@@ -48,7 +50,9 @@ def test_tests_are_counted(matrix, tmp_path):
 
 
 def test_the_table_has_a_row_for_each_environment(matrix, monkeypatch, capsys):
-    monkeypatch.setattr(matrix, "find_python", lambda version: None if version == "3.13" else sys.executable)
+    monkeypatch.setattr(
+        matrix, "find_python", lambda version: None if version == "3.13" else sys.executable
+    )
     asked = []
 
     def environment(interpreter, folder, torch, hydra, log):

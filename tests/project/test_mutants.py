@@ -44,7 +44,10 @@ LINES = [
 @pytest.fixture(scope="module")
 def tree():
     trees = []
-    compose(CommandLine(["+callbacks=early_stop", "model.norm=layer"]), lambda job: trees.append(job.spec.tree))
+    compose(
+        CommandLine(["+callbacks=early_stop", "model.norm=layer"]),
+        lambda job: trees.append(job.spec.tree),
+    )
     return trees[0]
 
 

@@ -32,7 +32,9 @@ CLASSES = (
     dataloader._BaseDataLoaderIter,
     dataloader._MultiProcessingDataLoaderIter,
 )
-TEXT = re.compile(rf"({'|'.join(ALLOWED)})(\.\w+)+")  # a module's name as a text, such as a key of sys.modules
+TEXT = re.compile(
+    rf"({'|'.join(ALLOWED)})(\.\w+)+"
+)  # a module's name as a text, such as a key of sys.modules
 ATTRIBUTE_FUNCTIONS = ("getattr", "setattr", "hasattr", "delattr")
 
 
@@ -108,7 +110,11 @@ def private_names(tree: ast.AST, members: set[str]) -> Iterator[tuple[str, str]]
             if TEXT.fullmatch(node.value):
                 paths.append(node.value)
             attributes.append(node.value)
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ATTRIBUTE_FUNCTIONS:
+        elif (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id in ATTRIBUTE_FUNCTIONS
+        ):
             name = node.args[1]
             if isinstance(name, ast.Constant) and isinstance(name.value, str):
                 owner = path_of(node.args[0], imported)
@@ -139,7 +145,9 @@ def forbidden_in(file: str) -> list[str]:
 
 @pytest.mark.parametrize("file", TREES)
 def test_private_names_are_used_in_one_place_for_each_library(file):
-    assert forbidden_in(file) == [], f"use a function of {' or '.join(sorted(set(ALLOWED.values())))}"
+    assert forbidden_in(file) == [], (
+        f"use a function of {' or '.join(sorted(set(ALLOWED.values())))}"
+    )
 
 
 CODE = """
@@ -170,9 +178,25 @@ class Part(torch.nn.Module):
 def test_the_search_finds_private_names():
     found = [name for _, name in private_names(ast.parse(CODE), MEMBERS)]
     expected = {
-        *("torch.utils._pytree.tree_map", "torch.optim.optimizer._global_optimizer_pre_hooks", "hydra._internal"),
-        *("torch._dynamo", "torch._foreach_add_", "torch._fused_adam_", "torch.nn.functional._Reduction"),
-        *("._parameters", "._buffers", "._forward_hooks", "._workers", "._version", "torch._inductor"),
+        *(
+            "torch.utils._pytree.tree_map",
+            "torch.optim.optimizer._global_optimizer_pre_hooks",
+            "hydra._internal",
+        ),
+        *(
+            "torch._dynamo",
+            "torch._foreach_add_",
+            "torch._fused_adam_",
+            "torch.nn.functional._Reduction",
+        ),
+        *(
+            "._parameters",
+            "._buffers",
+            "._forward_hooks",
+            "._workers",
+            "._version",
+            "torch._inductor",
+        ),
     }
     assert set(found) == expected
     assert list(private_names(ast.parse(FINE), MEMBERS)) == []

@@ -55,7 +55,9 @@ def forks(tmp_path_factory):
     """Run a command of the framework, or Python, in a fork of a process that has everything imported."""
     output = tmp_path_factory.mktemp("forks") / "output.txt"
     pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    pipe["env"] = os.environ | {"OMP_NUM_THREADS": "1"}  # a fork of a process with threads could hang
+    pipe["env"] = os.environ | {
+        "OMP_NUM_THREADS": "1"
+    }  # a fork of a process with threads could hang
     with subprocess.Popen([sys.executable, "-c", FORKS], **pipe) as server:
 
         def run(cwd, **asked):
@@ -69,7 +71,9 @@ def forks(tmp_path_factory):
 
 
 def blocks(page):
-    return [(why, language, code) for why, language, code in BLOCK.findall((ROOT / page).read_text())]
+    return [
+        (why, language, code) for why, language, code in BLOCK.findall((ROOT / page).read_text())
+    ]
 
 
 def commands(code):
@@ -93,7 +97,9 @@ def test_every_block_runs(page, forks, tmp_path):
             check(code, *forks(tmp_path, python=code))
         elif language == "bash":
             for program, *arguments in commands(code):
-                assert program == "framework", f"{page}: only `framework` can be run here; mark the block as not run"
+                assert program == "framework", (
+                    f"{page}: only `framework` can be run here; mark the block as not run"
+                )
                 check([program, *arguments], *forks(tmp_path, arguments=arguments))
         else:
             pytest.fail(f"{page}: a block of {language} is neither a file nor runs")
@@ -117,5 +123,7 @@ def test_few_blocks_are_not_run():
 
 def test_the_pages_name_no_part_that_is_not_there():
     for page in PAGES:
-        for file in re.findall(r"`(framework/\w+\.py|scripts/\w+|conf/[\w/]+\.yaml)`", (ROOT / page).read_text()):
+        for file in re.findall(
+            r"`(framework/\w+\.py|scripts/\w+|conf/[\w/]+\.yaml)`", (ROOT / page).read_text()
+        ):
             assert (ROOT / file).exists() or file.startswith("conf/"), f"{page} names {file}"

@@ -32,7 +32,11 @@ class Checkout:
     """A copy of what the scripts need, in a folder with a space in its name, and a PATH with few programs."""
 
     def __init__(self, folder):
-        self.root, self.calls, self.bin = folder / "a checkout", folder / "calls.txt", folder / "bin"
+        self.root, self.calls, self.bin = (
+            folder / "a checkout",
+            folder / "calls.txt",
+            folder / "bin",
+        )
         self.bin.mkdir()
         shutil.copytree(ROOT / "scripts", self.root / "scripts")
         shutil.copy(ROOT / "pyproject.toml", self.root)
@@ -47,7 +51,9 @@ class Checkout:
         self.calls.write_text("")
         command = [str(self.root / "scripts" / script), *arguments]
         environment |= {"PATH": str(self.bin), "CALLS": str(self.calls), "HOME": str(self.root)}
-        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            command, cwd=cwd, env=environment, capture_output=True, text=True, check=False
+        )
 
     def asked(self, text):
         return [call for call in self.calls.read_text().splitlines() if text in call]
@@ -88,7 +94,9 @@ def test_a_moved_checkout_is_set_up_anew(checkout):
 
 def test_a_torch_that_is_there_is_left_alone(checkout):
     assert checkout.run(FRAMEWORK_TORCH="skip").returncode == 0
-    assert checkout.asked("-m venv") == [f"-m venv --clear --system-site-packages {checkout.root}/.venv"]
+    assert checkout.asked("-m venv") == [
+        f"-m venv --clear --system-site-packages {checkout.root}/.venv"
+    ]
     pins = (checkout.root / ".venv/constraints.txt").read_text()
     assert "numpy==" in pins
     assert "\ntorch==" not in pins
@@ -101,10 +109,16 @@ def test_a_torch_that_is_there_is_left_alone(checkout):
 @pytest.mark.parametrize(
     ("environment", "said"),
     [
-        ({"VERSION": "3.10"}, "no Python 3.11, 3.12 or 3.13 is on the PATH; on Debian or Ubuntu: sudo apt-get install"),
+        (
+            {"VERSION": "3.10"},
+            "no Python 3.11, 3.12 or 3.13 is on the PATH; on Debian or Ubuntu: sudo apt-get install",
+        ),
         ({"NO_VENV": "1"}, "sudo apt-get install python3.12-venv"),
         ({"PYTHON": "python9"}, "PYTHON=python9 is not a Python 3.11, 3.12 or 3.13 that runs"),
-        ({"FRAMEWORK_TORCH": "mine"}, "FRAMEWORK_TORCH should be skip, or pinned (the default), not mine"),
+        (
+            {"FRAMEWORK_TORCH": "mine"},
+            "FRAMEWORK_TORCH should be skip, or pinned (the default), not mine",
+        ),
     ],
 )
 def test_setup_says_what_is_missing(checkout, environment, said):
@@ -132,11 +146,19 @@ def test_every_dependency_is_pinned_exactly():
         *(each for extra in project["optional-dependencies"].values() for each in extra),
     ]
     assert {re.match(r"[\w-]+", each)[0] for each in wanted} <= pins.keys()
-    assert all(re.fullmatch(r"\d+(\.\d+)*", version) for version in pins.values()), "no local builds such as +cpu"
+    assert all(re.fullmatch(r"\d+(\.\d+)*", version) for version in pins.values()), (
+        "no local builds such as +cpu"
+    )
 
 
 def test_the_scripts_can_be_run():
-    for script in ["scripts/setup", "scripts/train", "scripts/test", "scripts/fetch_data", ".ci/run"]:
+    for script in [
+        "scripts/setup",
+        "scripts/train",
+        "scripts/test",
+        "scripts/fetch_data",
+        ".ci/run",
+    ]:
         assert os.access(ROOT / script, os.X_OK), script
         subprocess.run(["bash", "-n", ROOT / script], check=True)
     python = ("bench", "fault_campaign", "search_campaign")
@@ -145,7 +167,9 @@ def test_the_scripts_can_be_run():
 
 def test_folders_that_a_user_makes_do_not_change_the_order_of_imports(tmp_path):
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__", "golden"))
+    shutil.copytree(
+        ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__", "golden")
+    )
     for name in ("runs", "sweeps", "torch"):
         (tmp_path / name).mkdir()
     command = [sys.executable, "-m", "ruff", "check", "--no-cache", "--select", "I", "."]
@@ -156,7 +180,9 @@ def test_folders_that_a_user_makes_do_not_change_the_order_of_imports(tmp_path):
 def test_files_that_git_does_not_track_are_not_shipped(tmp_path):
     for name in ("ours.py", "mine.py"):
         (tmp_path / name).touch()
-    assert [path.name for path in shipped(tmp_path, "*.py")] == ["mine.py", "ours.py"], "not a repository"
+    assert [path.name for path in shipped(tmp_path, "*.py")] == ["mine.py", "ours.py"], (
+        "not a repository"
+    )
     subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, check=True)
     subprocess.run(["git", "add", "ours.py"], cwd=tmp_path, check=True)
     assert [path.name for path in shipped(tmp_path, "*.py")] == ["ours.py"]

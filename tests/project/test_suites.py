@@ -7,7 +7,11 @@ from suites import SUITE_OF, SUITES, TESTS, suite_of
 
 
 def test_every_file_has_a_suite():
-    without = [str(file.relative_to(TESTS)) for file in shipped(TESTS, "**/test_*.py") if suite_of(file) is None]
+    without = [
+        str(file.relative_to(TESTS))
+        for file in shipped(TESTS, "**/test_*.py")
+        if suite_of(file) is None
+    ]
     assert without == [], "give them, or their folder, an entry in tests/suites.py"
 
 

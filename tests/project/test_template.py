@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 
 TEMPLATE = Path(__file__).parents[2] / "plugins" / "template"
-OFFLINE = ["--quiet", "--no-index", "--no-build-isolation", "--no-deps", "--disable-pip-version-check"]
+OFFLINE = [
+    "--quiet",
+    "--no-index",
+    "--no-build-isolation",
+    "--no-deps",
+    "--disable-pip-version-check",
+]
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +29,9 @@ def python(tmp_path_factory):
 
     def run(*arguments, cwd=folder):
         command = [sys.executable, *map(str, arguments)]
-        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=cwd, env=environment, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -32,15 +40,29 @@ def python(tmp_path_factory):
 
 
 def test_the_parts_of_an_installed_package_are_found_by_name(python, tmp_path):
-    elsewhere = tmp_path / "elsewhere"  # an informing command imports nothing from the working folder
+    elsewhere = (
+        tmp_path / "elsewhere"
+    )  # an informing command imports nothing from the working folder
     elsewhere.mkdir()
     shown = json.loads(python("-m", "framework", "show", "bent_identity", "--json", cwd=elsewhere))
-    assert (shown["kind"], shown["package"], shown["version"]) == ("activation", "my-parts", "0.1.0")
-    assert shown["settings"][0] | {"name": "bend", "default": 1.0, "type": "float in (0, inf)"} == shown["settings"][0]
+    assert (shown["kind"], shown["package"], shown["version"]) == (
+        "activation",
+        "my-parts",
+        "0.1.0",
+    )
+    assert (
+        shown["settings"][0] | {"name": "bend", "default": 1.0, "type": "float in (0, inf)"}
+        == shown["settings"][0]
+    )
 
 
 def test_an_experiment_trains_with_them(python, tmp_path):
-    overrides = ["activation=bent_identity", "activation.bend=0.5", "+metrics=confidence", "trainer.max_epochs=1"]
+    overrides = [
+        "activation=bent_identity",
+        "activation.bend=0.5",
+        "+metrics=confidence",
+        "trainer.max_epochs=1",
+    ]
     python("-m", "framework", "train", *overrides, "run.name=own", cwd=tmp_path)
     lines = (tmp_path / "runs/default/own/metrics.jsonl").read_text().splitlines()
     assert 0.1 < json.loads(lines[-1])["test/confidence"] <= 1
@@ -49,7 +71,9 @@ def test_an_experiment_trains_with_them(python, tmp_path):
 def test_the_tests_of_the_template_pass(python, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(TEMPLATE, copy)
-    assert "2 passed" in python("-m", "pytest", "-q", "-p", "no:cacheprovider", copy / "tests", cwd=copy)
+    assert "2 passed" in python(
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", copy / "tests", cwd=copy
+    )
 
 
 def test_the_template_is_no_part_of_the_built_in_plugins():

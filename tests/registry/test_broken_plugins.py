@@ -76,10 +76,10 @@ def broken(tmp_path_factory, monkeypatch):
 def test_an_installed_plugin_that_does_not_load(name, capsys):
     text, cause = BROKEN[name]
     install(text, name)
-    named = (
-        rf"plugin a_{name} \(reached by the entry point 'a_{name}' of package {name}-package 1\.0\) cannot be loaded"
-    )
-    with pytest.raises(PluginError, match=rf"{named}: .*{cause}.*`--without-plugin a_{name}` leaves it out"):
+    named = rf"plugin a_{name} \(reached by the entry point 'a_{name}' of package {name}-package 1\.0\) cannot be loaded"
+    with pytest.raises(
+        PluginError, match=rf"{named}: .*{cause}.*`--without-plugin a_{name}` leaves it out"
+    ):
         fw.discover()
     (problem,) = fw.discover(tolerant=True)
     assert re.match(rf"{named}: .*{cause}", problem)
@@ -92,11 +92,15 @@ def test_an_installed_plugin_that_does_not_load(name, capsys):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("content", [b"[framework.plugins]\nnonsense\n", b"\xff[framework.plugins]\na=b\n"])
+@pytest.mark.parametrize(
+    "content", [b"[framework.plugins]\nnonsense\n", b"\xff[framework.plugins]\na=b\n"]
+)
 def test_entry_points_that_cannot_be_read(content):
     install("", "odd")
     write("odd_package-1.0.dist-info/entry_points.txt", content)
-    with pytest.raises(PluginError, match=r"odd-package.*`--without-plugin odd-package` leaves it out"):
+    with pytest.raises(
+        PluginError, match=r"odd-package.*`--without-plugin odd-package` leaves it out"
+    ):
         fw.discover()
     (problem,) = fw.discover(tolerant=True)
     assert "odd-package" in problem
@@ -110,7 +114,10 @@ def test_other_entry_points_of_a_package_do_no_harm():
 
 
 def test_only_what_is_installed_can_be_left_out():
-    with pytest.raises(PluginError, match=r"--without-plugin any: .*no plugin is installed beside the framework's own"):
+    with pytest.raises(
+        PluginError,
+        match=r"--without-plugin any: .*no plugin is installed beside the framework's own",
+    ):
         fw.discover(without=["any"])
     install("", "good")
     assert fw.discover(without=["a_good"]) == []
@@ -120,7 +127,9 @@ def test_only_what_is_installed_can_be_left_out():
         fw.discover(without=["builtin"])
 
 
-@pytest.mark.parametrize("line", ["list", "show relu", "list --json", "--help", "complete -- train activation=rel"])
+@pytest.mark.parametrize(
+    "line", ["list", "show relu", "list --json", "--help", "complete -- train activation=rel"]
+)
 def test_a_broken_plugin_does_not_stop_commands_that_only_inform(command, broken, line):
     status, out, err = command(line)
     assert status == 0
@@ -131,7 +140,13 @@ def test_a_broken_plugin_does_not_stop_commands_that_only_inform(command, broken
 
 def test_a_broken_plugin_stops_training_until_it_is_left_out(command, broken, tmp_path):
     small = "data=blobs trainer.max_epochs=1 data.samples=64"
-    for line in (f"train {small}", f"plan {small}", f"check {small}", f"find lr {small}", f"train -m seed=1,2 {small}"):
+    for line in (
+        f"train {small}",
+        f"plan {small}",
+        f"check {small}",
+        f"find lr {small}",
+        f"train -m seed=1,2 {small}",
+    ):
         status, _, err = command(line)
         assert status == 2, line
         assert "a_broken" in err

@@ -159,7 +159,9 @@ def is_default(value, default):
     if type(value) is not type(default):
         return False
     if isinstance(default, dict):
-        return list(value) == list(default) and all(is_default(value[k], default[k]) for k in default)
+        return list(value) == list(default) and all(
+            is_default(value[k], default[k]) for k in default
+        )
     if isinstance(default, list | tuple):
         return len(value) == len(default) and all(map(is_default, value, default))
     return value == default or (value != value and default != default)
@@ -168,7 +170,9 @@ def is_default(value, default):
 def check_received(arguments):
     for name, parameter in inspect.signature(odd_init).parameters.items():
         if name == "rate":
-            assert identical_values(arguments[name], 1.0), "1 is given as the float that the annotation asks for"
+            assert identical_values(arguments[name], 1.0), (
+                "1 is given as the float that the annotation asks for"
+            )
         elif name == "activation":
             assert arguments[name] is nn.GELU
         elif name != "self":
@@ -226,7 +230,9 @@ def test_what_is_given_takes_the_place_of_such_a_default(odd):
     }
 
 
-@pytest.mark.parametrize("entry", [entry for registry in Registry.every.values() for entry in registry], ids=str)
+@pytest.mark.parametrize(
+    "entry", [entry for registry in Registry.every.values() for entry in registry], ids=str
+)
 def test_the_defaults_of_every_part_come_back_from_a_file(entry):
     kept = yaml.safe_load(dump("config.yaml", plain_settings({}, entry.settings)))
     for name, setting in entry.settings.items():
@@ -275,7 +281,9 @@ class Watching(Callback):
         assert status == 0, err
         logged = (tmp_path / f"runs/default/{name}/metrics.jsonl").read_text().splitlines()[-1]
         assert json.loads(out)["test/loss"] == pytest.approx(json.loads(logged)["test/loss"])
-        status, _, err = command(f"resume --plugins parts.py runs/default/{name} trainer.max_steps=2")
+        status, _, err = command(
+            f"resume --plugins parts.py runs/default/{name} trainer.max_steps=2"
+        )
         assert status == 0, err
 
 
@@ -288,7 +296,9 @@ def sentinel(x: int | None = UNSET) -> nn.Module: ...
 
 @pytest.mark.parametrize("part", [number, tensor, texts, member, sentinel])
 def test_a_default_that_contradicts_its_annotation_is_refused_where_it_is_written(part):
-    with pytest.raises(ContractError, match=r"test_defaults.py:\d+\): parameter '\w+' of \w+ has the default"):
+    with pytest.raises(
+        ContractError, match=r"test_defaults.py:\d+\): parameter '\w+' of \w+ has the default"
+    ):
         fw.activations.register("wrong", part)
     assert "wrong" not in fw.activations
 
@@ -354,7 +364,9 @@ def test_settings_that_a_class_hands_on_to_its_base():
     assert (made.alpha, made.beta, made.gamma, made.delta) == (0.5, 2.0, 4, 5)
     assert spec.tree["model"]["activation"] == {"name": "sub", "beta": 2.0, "alpha": 0.5}
     (spec,) = composed("activation=sub", "activation.alpha=1.0")
-    assert spec.parts["model"].settings["activation"].settings["alpha"] == 1.0, "given, though it is the default"
+    assert spec.parts["model"].settings["activation"].settings["alpha"] == 1.0, (
+        "given, though it is the default"
+    )
     fw.activations.register("swallows", Swallows)
     assert fw.activations.get("swallows").settings.keys() == {"beta"}
 
@@ -425,7 +437,11 @@ OLD = "<built-in method relu of type object at 0x7fb0fb4cea40>"
 def test_the_text_that_an_earlier_version_wrote_is_told(odd):
     (spec,) = composed("model.activation=odd")
     functions = [OLD, {"a": OLD.replace("relu", "tanh")}]
-    spec.tree["model"]["activation"] |= {"function": OLD, "dtype": "torch.float64", "functions": functions}
+    spec.tree["model"]["activation"] |= {
+        "function": OLD,
+        "dtype": "torch.float64",
+        "functions": functions,
+    }
     with pytest.raises(ConfigError) as raised:
         read_spec(spec.tree)
     assert len(raised.value.problems) == 3
@@ -480,7 +496,9 @@ class Unit(enum.Enum):
     ],
     ids=str,
 )
-def test_a_container_has_the_type_of_its_default_where_the_annotation_allows_it(annotation, default, typed, arrives):
+def test_a_container_has_the_type_of_its_default_where_the_annotation_allows_it(
+    annotation, default, typed, arrives
+):
     setting = Setting("x", annotation, default)
     assert setting.convert(typed) == arrives
     initial = setting.initial()

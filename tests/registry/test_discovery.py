@@ -52,18 +52,24 @@ def test_installed_plugins_are_found_by_their_entry_point():
 
 
 @pytest.mark.parametrize(
-    "reach", ["mine/double.py", "./mine/double.py", "mine", "mine/", "mine.double", "{here}/mine/double.py"]
+    "reach",
+    ["mine/double.py", "./mine/double.py", "mine", "mine/", "mine.double", "{here}/mine/double.py"],
 )
 def test_a_plugin_is_a_file_a_folder_or_a_module(reach):
     write("mine/__init__.py", "")
     write("mine/double.py", PLUGIN.format(name="double"))
     fw.discover([reach.format(here=Path.cwd())])
     assert fw.activations.build("double")(3) == 6
-    assert Path(fw.activations.get("double").registered.file).resolve() == Path("mine/double.py").resolve()
+    assert (
+        Path(fw.activations.get("double").registered.file).resolve()
+        == Path("mine/double.py").resolve()
+    )
 
 
 @pytest.mark.parametrize("first", ["mine/double.py", "mine", "mine.double"])
-@pytest.mark.parametrize("then", ["mine/double.py", "mine/../mine", "link/double.py", "mine.double", "mine"])
+@pytest.mark.parametrize(
+    "then", ["mine/double.py", "mine/../mine", "link/double.py", "mine.double", "mine"]
+)
 def test_a_file_is_loaded_once_however_it_is_reached(first, then):
     write("mine/__init__.py", "")
     write("mine/double.py", PLUGIN.format(name="double"))
@@ -101,7 +107,11 @@ def test_postponed_annotations_keep_nested_parts():
     write("postponed.py", text.replace("\n    ", "\n"))
     fw.discover(["postponed.py"])
     settings = fw.blocks.get("postponed").settings
-    assert [settings[name].part for name in ("width", "activation", "norm")] == [None, "activation", "norm"]
+    assert [settings[name].part for name in ("width", "activation", "norm")] == [
+        None,
+        "activation",
+        "norm",
+    ]
     assert type(fw.blocks.build("postponed", (4,), activation="tanh").activation).__name__ == "Tanh"
     assert settings["width"].type_text == "int in [1, inf)"
 
@@ -116,7 +126,10 @@ def test_postponed_annotations_keep_nested_parts():
         ("x = (", r"SyntaxError: .* \(.*broken.py:1.*"),
         ("def f():\n    1 / 0\nf()", r"ZeroDivisionError: division by zero \(.*broken.py:2.*"),
         ("from torch import nn\nnn.Linear(-1, 'x')", r"TypeError: .* \(.*broken.py:2.*"),
-        ("from framework import losses\nlosses.register('Big', print)", "'Big' .*broken.py:2.* is no name for a part"),
+        (
+            "from framework import losses\nlosses.register('Big', print)",
+            "'Big' .*broken.py:2.* is no name for a part",
+        ),
     ],
 )
 @pytest.mark.parametrize("reach", ["broken.py", "broken"])
@@ -141,7 +154,9 @@ def test_a_plugin_that_failed_half_way_can_be_mended_and_loaded_again(reach):
 def test_two_plugins_with_one_name_are_both_named():
     write("one.py", PLUGIN.format(name="twice"))
     write("two.py", PLUGIN.format(name="twice"))
-    with pytest.raises(PluginError, match=r"two parts are called activation/twice: .*one\.py:5 and .*two\.py:5"):
+    with pytest.raises(
+        PluginError, match=r"two parts are called activation/twice: .*one\.py:5 and .*two\.py:5"
+    ):
         fw.discover(["one.py", "two.py"])
 
 
@@ -193,7 +208,9 @@ def test_packages_in_a_folder_are_loaded_with_relative_imports(reach):
         write("package/__init__.py", "")
     fw.discover([reach])
     assert fw.activations.build("nested")(1) == 15
-    fw.discover([reach, f"{reach.partition('.')[0]}/layers"])  # nothing is loaded twice: a name taken twice is an error
+    fw.discover(
+        [reach, f"{reach.partition('.')[0]}/layers"]
+    )  # nothing is loaded twice: a name taken twice is an error
 
 
 def test_a_package_may_lie_several_folders_deep_and_have_any_name():

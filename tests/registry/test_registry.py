@@ -29,7 +29,9 @@ def layers():
 class Apple:
     """A fruit. It keeps."""
 
-    def __init__(self, weight: float, sweetness: fw.Fraction = 0.5, sort: Literal["red", "green"] = "red"):
+    def __init__(
+        self, weight: float, sweetness: fw.Fraction = 0.5, sort: Literal["red", "green"] = "red"
+    ):
         """Grow it.
 
         Args:
@@ -90,7 +92,9 @@ def test_a_build_passes_what_is_given_to_those_who_ask(fruits):
 
 def test_too_many_positions_are_refused(fruits):
     fruits.register("apple", Apple)
-    with pytest.raises(SettingError, match="fruit/apple takes only weight, size by position, not 3 arguments"):
+    with pytest.raises(
+        SettingError, match="fruit/apple takes only weight, size by position, not 3 arguments"
+    ):
         fruits.build("apple", 1.0, 2.0, 0.5)
     with pytest.raises(SettingError, match="activation/relu takes nothing by position"):
         fw.activations.build("relu", 0.1)
@@ -100,14 +104,17 @@ def test_a_duplicate_name_is_an_error_that_names_both_files(fruits):
     fruits.register("apple", Apple, aliases=["pomme"])
     for name, aliases in [("apple", []), ("pomme", []), ("pear", ["apple"])]:
         with pytest.raises(
-            DuplicateName, match=rf"two parts are called fruit/(apple|pomme): .*{HERE}:\d+ and .*{HERE}:\d+"
+            DuplicateName,
+            match=rf"two parts are called fruit/(apple|pomme): .*{HERE}:\d+ and .*{HERE}:\d+",
         ):
             fruits.register(name, Apple, aliases=aliases)
     assert fruits.names() == ["apple"]
 
 
 def test_a_decorator_without_a_name_is_an_error(fruits):
-    with pytest.raises(ContractError, match=r'a fruit needs a name, register\("\.\.\."\), not <class'):
+    with pytest.raises(
+        ContractError, match=r'a fruit needs a name, register\("\.\.\."\), not <class'
+    ):
 
         @fruits.register
         class Pear: ...
@@ -126,7 +133,9 @@ def test_an_unknown_name_is_answered_with_the_nearest():
         ("hard-swish", "hardswish"),
         ("swich", "swish"),
     ]:
-        with pytest.raises(UnknownName, match=f"there is no activation {given!r}; did you mean '(hard_)?{meant}'"):
+        with pytest.raises(
+            UnknownName, match=f"there is no activation {given!r}; did you mean '(hard_)?{meant}'"
+        ):
             fw.activations.build(given)
 
 
@@ -145,17 +154,25 @@ def test_an_unknown_name_far_from_all_lists_what_there_is(fruits):
 
 
 def test_without_any_part_the_error_says_how_to_find_them(fruits):
-    with pytest.raises(UnknownName, match=r"none is registered. Call framework\.discover\(\) first"):
+    with pytest.raises(
+        UnknownName, match=r"none is registered. Call framework\.discover\(\) first"
+    ):
         fruits.build("apple")
 
 
 def test_settings_are_checked_before_anything_is_built(fruits):
     fruits.register("apple", Apple)
-    with pytest.raises(SettingError, match=r"^fruit/apple: sweetness: should be float in \[0, 1\], not 2$"):
+    with pytest.raises(
+        SettingError, match=r"^fruit/apple: sweetness: should be float in \[0, 1\], not 2$"
+    ):
         fruits.build("apple", 1.0, sweetness=2)
-    with pytest.raises(SettingError, match="fruit/apple: sort: should be one of red, green, not 'blue'"):
+    with pytest.raises(
+        SettingError, match="fruit/apple: sort: should be one of red, green, not 'blue'"
+    ):
         fruits.maker("apple", sort="blue")
-    with pytest.raises(SettingError, match="fruit/apple has no setting 'sweetnes'; did you mean 'sweetness'"):
+    with pytest.raises(
+        SettingError, match="fruit/apple has no setting 'sweetnes'; did you mean 'sweetness'"
+    ):
         fruits.maker("apple", sweetnes=0.1)
 
 
@@ -192,7 +209,10 @@ def test_a_contract_is_checked_at_registration(layers):
 
     for part, said in [
         (NoModule, f"layer/part .* is not a {MODULE}, as every layer must be"),
-        (NoShape, "layer/part .* must have a parameter 'in_shape': the framework passes it to every layer"),
+        (
+            NoShape,
+            "layer/part .* must have a parameter 'in_shape': the framework passes it to every layer",
+        ),
         (Strange, "layer/part .*parameter 'hook' of .*Strange has type .* no config can express"),
         (Named, "layer/part .*no setting may be called 'name'"),
         (3, "layer/part .* is a int, not a class or function"),
@@ -204,7 +224,9 @@ def test_a_contract_is_checked_at_registration(layers):
 
 def test_what_a_function_builds_is_checked_when_it_is_built(layers):
     layers.register("function", lambda in_shape: "no module")
-    with pytest.raises(ContractError, match=rf"layer/function .* builds a str, which is not a {MODULE}"):
+    with pytest.raises(
+        ContractError, match=rf"layer/function .* builds a str, which is not a {MODULE}"
+    ):
         layers.build("function", (3,))
 
 
@@ -276,7 +298,11 @@ def test_settings_without_a_name_are_those_of_the_default(fruits):
             UnknownName,
             "fruit/bowl: activation: there is no activation 'group'; 'group' is a norm",
         ),
-        ({"activation": 3}, SettingError, "fruit/bowl: activation: should be name of an activation, not 3"),
+        (
+            {"activation": 3},
+            SettingError,
+            "fruit/bowl: activation: should be name of an activation, not 3",
+        ),
         ({"norm": {"eps": 1}}, SettingError, "norm: should have the `name` of a norm"),
         (
             {"more": ["elu", {"name": "elu", "alpha": 0}]},

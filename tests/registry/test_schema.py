@@ -9,7 +9,15 @@ from torch import nn
 
 import framework as fw
 from framework.errors import ContractError, SettingError
-from framework.registry.schema import Pattern, Range, convert, describe_type, expressible, parameter_docs, read_settings
+from framework.registry.schema import (
+    Pattern,
+    Range,
+    convert,
+    describe_type,
+    expressible,
+    parameter_docs,
+    read_settings,
+)
 
 Word = Annotated[str, Pattern(r"[a-z]+", "a word")]
 
@@ -75,7 +83,11 @@ def test_a_value_becomes_the_annotated_type(value, annotation, expected):
         ([1], dict[str, int], "should be dict of int, not [1]"),
         ({"a": "b"}, dict[str, int], "should be dict of int, not {'a': 'b'}"),
         ("A1", Word, "should be a word, not 'A1'"),
-        (-1, fw.PositiveInt | list[fw.PositiveInt], "should be int in [1, inf) or list of int in [1, inf), not -1"),
+        (
+            -1,
+            fw.PositiveInt | list[fw.PositiveInt],
+            "should be int in [1, inf) or list of int in [1, inf), not -1",
+        ),
     ],
 )
 def test_a_wrong_value_is_told_what_would_be_right(value, annotation, said):
@@ -112,8 +124,15 @@ def test_types_in_words():
 
 
 def test_what_a_config_can_express():
-    assert all(map(expressible, [int, None, Any, list[int], dict[str, float], fw.Norm | None, float | torch.Tensor]))
-    assert not any(map(expressible, [torch.Tensor, Callable, torch.Tensor | None, list[torch.Tensor], type]))
+    assert all(
+        map(
+            expressible,
+            [int, None, Any, list[int], dict[str, float], fw.Norm | None, float | torch.Tensor],
+        )
+    )
+    assert not any(
+        map(expressible, [torch.Tensor, Callable, torch.Tensor | None, list[torch.Tensor], type])
+    )
 
 
 def test_settings_are_read_from_the_signature():
@@ -151,7 +170,9 @@ def test_settings_are_read_from_the_signature():
 def test_a_required_parameter_must_be_expressible():
     def part(hook: type[nn.Module]): ...
 
-    with pytest.raises(ContractError, match=r"parameter 'hook' of .*part has type .*Give it a default"):
+    with pytest.raises(
+        ContractError, match=r"parameter 'hook' of .*part has type .*Give it a default"
+    ):
         read_settings(part)
     assert read_settings(part, hide=["hook"]) == {}
     assert read_settings(part, types={"hook": str})["hook"].annotation is str
@@ -160,7 +181,9 @@ def test_a_required_parameter_must_be_expressible():
 def test_annotations_that_do_not_exist_are_reported():
     def part(x: "Missing" = 1): ...  # noqa: F821
 
-    with pytest.raises(ContractError, match=r"annotations of .*part cannot be read: name 'Missing'"):
+    with pytest.raises(
+        ContractError, match=r"annotations of .*part cannot be read: name 'Missing'"
+    ):
         read_settings(part)
 
 
@@ -203,7 +226,12 @@ def test_torchs_own_docs_are_read():
 
 
 def test_a_setting_knows_its_part():
-    def part(activation: fw.Activation = "relu", blocks: list[fw.Block] = (), norm: fw.Norm | None = None, width=1): ...
+    def part(
+        activation: fw.Activation = "relu",
+        blocks: list[fw.Block] = (),
+        norm: fw.Norm | None = None,
+        width=1,
+    ): ...
 
     settings = read_settings(part)
     assert [s.part for s in settings.values()] == ["activation", "block", "norm", None]

@@ -26,7 +26,9 @@ def steps(folder):
 
 def submit(writer, folder, step, size=10, **more):
     state = {"w": torch.full((size,), float(step))}
-    writer.submit(folder, state, {"step": step}, step, then=more.pop("then", lambda written: None), **more)
+    writer.submit(
+        folder, state, {"step": step}, step, then=more.pop("then", lambda written: None), **more
+    )
 
 
 def test_what_waits_and_need_not_stay_is_never_written(tmp_path):

@@ -22,14 +22,28 @@ from torch import nn
 from framework.errors import CheckpointError
 from framework.runs import checkpoint
 from framework.runs.background_writer import Writer
-from framework.runs.checkpoint import FILES, MANIFEST, MODEL, TRAINING, clean, load, newest, remove, save, verify
+from framework.runs.checkpoint import (
+    FILES,
+    MANIFEST,
+    MODEL,
+    TRAINING,
+    clean,
+    load,
+    newest,
+    remove,
+    save,
+    verify,
+)
 from framework.runtime import seeds
 
 MODEL_STATE = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.ones(2)}
 
 
 def a_run(folder: Path, steps: int = 3) -> list[Path]:
-    return [save(folder, {"w": torch.full((50,), float(step))}, {"step": step}, step) for step in range(1, steps + 1)]
+    return [
+        save(folder, {"w": torch.full((50,), float(step))}, {"step": step}, step)
+        for step in range(1, steps + 1)
+    ]
 
 
 def flip(path: Path, position: int) -> None:
@@ -56,7 +70,11 @@ def test_a_model_its_optimizer_and_the_generators_come_back_bitwise(tmp_path):
     optimizer = torch.optim.AdamW(model.parameters(), amsgrad=True)
     model(torch.randn(5, 4, dtype=torch.float64)).sum().backward()
     optimizer.step()
-    training = {"optimizer": optimizer.state_dict(), "random": seeds.capture(), "note": [None, (1, b"x"), 2.5, True]}
+    training = {
+        "optimizer": optimizer.state_dict(),
+        "random": seeds.capture(),
+        "note": [None, (1, b"x"), 2.5, True],
+    }
     written = save(tmp_path, model.state_dict(), training, 12)
     assert written == tmp_path / "step-00000012"
     assert sorted(os.listdir(written)) == sorted(FILES)
@@ -65,9 +83,15 @@ def test_a_model_its_optimizer_and_the_generators_come_back_bitwise(tmp_path):
     assert same(training, loaded_training)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64, torch.bool, torch.uint8])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.int64, torch.bool, torch.uint8]
+)
 def test_every_usual_number_format_is_kept(tmp_path, dtype):
-    state = {"x": torch.tensor([[0, 1], [1, 0]]).to(dtype), "scalar": torch.tensor(1).to(dtype), "none": torch.zeros(0)}
+    state = {
+        "x": torch.tensor([[0, 1], [1, 0]]).to(dtype),
+        "scalar": torch.tensor(1).to(dtype),
+        "none": torch.zeros(0),
+    }
     assert same(state, load(save(tmp_path, state, {}, 1))[0])
 
 
@@ -114,7 +138,9 @@ def test_what_could_not_be_read_back_safely_is_refused_by_its_path(tmp_path, val
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("value", [{"a": 1}, torch.zeros(2).to_sparse(), torch.zeros(2, dtype=torch.complex128)])
+@pytest.mark.parametrize(
+    "value", [{"a": 1}, torch.zeros(2).to_sparse(), torch.zeros(2, dtype=torch.complex128)]
+)
 def test_a_model_state_that_safetensors_cannot_hold_is_refused(tmp_path, value):
     with pytest.raises(CheckpointError):
         save(tmp_path, {"extra": value}, {}, 1)
@@ -126,9 +152,14 @@ def test_a_checkpoint_with_code_in_it_is_not_loaded(tmp_path):
     torch.save({"trap": print}, written / TRAINING)
     manifest = json.loads((written / MANIFEST).read_text())
     content = (written / TRAINING).read_bytes()
-    manifest["files"][TRAINING] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    manifest["files"][TRAINING] = {
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
     del manifest["sha256"]
-    (written / MANIFEST).write_text(json.dumps(manifest | {"sha256": checkpoint.own_sha256(manifest)}))
+    (written / MANIFEST).write_text(
+        json.dumps(manifest | {"sha256": checkpoint.own_sha256(manifest)})
+    )
     with pytest.raises(CheckpointError, match="cannot be read"):
         load(written)
 
@@ -170,9 +201,13 @@ def test_the_newest_good_one_is_found_and_what_was_skipped_is_said(tmp_path):
     assert load(four)[1] == {}  # whoever asks for it by name gets it
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float8_e4m3fn]
+)
 def test_infinity_in_a_mask_is_no_fault_but_nan_is(tmp_path, dtype):
-    mask = torch.zeros(4) if dtype.itemsize == 1 else torch.tensor([0.0, -torch.inf, torch.inf, 1.0])
+    mask = (
+        torch.zeros(4) if dtype.itemsize == 1 else torch.tensor([0.0, -torch.inf, torch.inf, 1.0])
+    )
     fine = save(tmp_path, {"mask": mask.to(dtype), "count": torch.tensor(3)}, {}, 1)
     spoiled = save(tmp_path, {"mask": torch.tensor([0.0, torch.nan]).to(dtype)}, {}, 2)
     assert (verify(fine)["nan"], verify(spoiled)["nan"]) == ([], ["mask"])
@@ -226,7 +261,10 @@ def test_without_room_the_error_has_the_bytes_and_the_earlier_checkpoint_stays(t
     big = {"w": torch.ones(50_000)}
     with (
         files_no_larger_than(20_000),
-        pytest.raises(CheckpointError, match=rf"step 2 .*{tmp_path}.*200,000 bytes are needed, [\d,]+ bytes are free"),
+        pytest.raises(
+            CheckpointError,
+            match=rf"step 2 .*{tmp_path}.*200,000 bytes are needed, [\d,]+ bytes are free",
+        ),
     ):
         save(tmp_path, big if place == "model" else {}, big if place == "training" else {}, 2)
     assert newest(tmp_path) == (earlier, [])
@@ -235,7 +273,10 @@ def test_without_room_the_error_has_the_bytes_and_the_earlier_checkpoint_stays(t
 
 def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
-    with pytest.raises(CheckpointError, match=r"No space left on device \(112 bytes are needed, 10 bytes are free\)"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"No space left on device \(112 bytes are needed, 10 bytes are free\)",
+    ):
         save(tmp_path, MODEL_STATE, {"optimizer": [torch.zeros(20)]}, 1)
     assert list(tmp_path.iterdir()) == []
 
@@ -277,7 +318,10 @@ def test_a_large_checkpoint_is_what_was_saved(tmp_path):
     files = verify(written)["files"]
     assert sum(file["bytes"] for file in files.values()) > checkpoint.LARGE
     assert {name: checkpoint.measured(written / name) for name in files} == files
-    assert all(same(one, other) for one, other in zip(load(written), (LARGE_STATE, LARGE_TRAINING), strict=True))
+    assert all(
+        same(one, other)
+        for one, other in zip(load(written), (LARGE_STATE, LARGE_TRAINING), strict=True)
+    )
 
 
 @pytest.mark.parametrize("what", ["write_model", "write_training"])
@@ -293,7 +337,9 @@ def test_a_large_checkpoint_that_fails_leaves_nothing(tmp_path, monkeypatch, wha
 
     monkeypatch.setattr(checkpoint, what, full)
     threads = threading.active_count()
-    with pytest.raises(CheckpointError, match=r"step 2 cannot be saved in .*: No space left on device"):
+    with pytest.raises(
+        CheckpointError, match=r"step 2 cannot be saved in .*: No space left on device"
+    ):
         save(tmp_path, LARGE_STATE, LARGE_TRAINING, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     assert threading.active_count() == threads
@@ -309,13 +355,19 @@ def test_what_is_changed_right_after_a_submission_is_saved_as_it_was(tmp_path):
         weight.fill_(step), moments.fill_(step), tied.fill_(step)
         model = {"w": weight, "tied": tied, "again": tied}
         counters = {"step": step}
-        writer.submit(tmp_path, model, {"m": moments, "counters": counters}, step, then=lambda written: None)
+        writer.submit(
+            tmp_path, model, {"m": moments, "counters": counters}, step, then=lambda written: None
+        )
         weight.fill_(-1), moments.fill_(-1), tied.fill_(-1)
         counters["step"] = -1
     writer.join()
     for step, written in enumerate(checkpoint.listed(tmp_path), 1):
         model, training = load(written)
-        assert same(model, {"w": torch.full((big,), float(step))} | dict.fromkeys(("tied", "again"), model["tied"]))
+        assert same(
+            model,
+            {"w": torch.full((big,), float(step))}
+            | dict.fromkeys(("tied", "again"), model["tied"]),
+        )
         assert model["tied"].eq(step).all()
         assert same(training, {"m": torch.full((500,), float(step)), "counters": {"step": step}})
 
@@ -323,7 +375,9 @@ def test_what_is_changed_right_after_a_submission_is_saved_as_it_was(tmp_path):
 def test_the_copies_take_other_shapes_and_kinds_when_the_state_changes(tmp_path):
     writer = Writer()
     states = [{"a": torch.ones(3), "b": torch.ones(4)}, {"a": torch.ones(2, 2).bfloat16()}, {}]
-    states.append({"a": torch.ones(3), "b": torch.ones(4, dtype=torch.int64), "c": torch.tensor(1.5)})
+    states.append(
+        {"a": torch.ones(3), "b": torch.ones(4, dtype=torch.int64), "c": torch.tensor(1.5)}
+    )
     for step, state in enumerate(states):
         writer.submit(tmp_path, state, state, step, then=lambda written: None)
     writer.join()
@@ -403,13 +457,17 @@ def test_a_manifest_that_leads_out_of_its_folder_is_not_obeyed(tmp_path):
     manifest = json.loads((written / MANIFEST).read_text())
     manifest["files"]["../precious"] = {"bytes": 1, "sha256": ""}
     del manifest["sha256"]
-    (written / MANIFEST).write_text(json.dumps(manifest | {"sha256": checkpoint.own_sha256(manifest)}))
+    (written / MANIFEST).write_text(
+        json.dumps(manifest | {"sha256": checkpoint.own_sha256(manifest)})
+    )
     with pytest.raises(CheckpointError, match=r"lists '\.\./precious'"):
         remove(written)
     assert (tmp_path / "precious").exists()
 
 
-@pytest.mark.parametrize("half", [".step-00000002-0123abcd/.tmpA1b2C3", ".step-00000002-0123abcd/training.pt", ".best"])
+@pytest.mark.parametrize(
+    "half", [".step-00000002-0123abcd/.tmpA1b2C3", ".step-00000002-0123abcd/training.pt", ".best"]
+)
 def test_cleaning_takes_what_a_kill_left_half_done(tmp_path, half):
     """The first is what safetensors writes to, and renames when all is in it; the last a link without its name."""
     (whole,) = a_run(tmp_path, 1)

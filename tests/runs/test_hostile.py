@@ -27,7 +27,16 @@ from framework.experiment.model_limits import model_limits
 from framework.experiment.resume import altered, find_run, last_values, read_resumable
 from framework.registry.registry import Registry
 from framework.runs import checkpoint
-from framework.runs.checkpoint import MANIFEST, MODEL, TRAINING, load, newest, own_sha256, remove, save
+from framework.runs.checkpoint import (
+    MANIFEST,
+    MODEL,
+    TRAINING,
+    load,
+    newest,
+    own_sha256,
+    remove,
+    save,
+)
 from framework.runs.folder import read_config, run_behind
 
 STATE = {"weight": torch.ones(2, 3)}
@@ -146,7 +155,9 @@ def test_globals_of_a_pickle_are_not_even_imported(written, tmp_path, monkeypatc
     assert "innocent_looking" not in sys.modules
 
 
-@pytest.mark.parametrize("name", ["../precious", "../../precious", "sub/precious", "/etc/hostname", "..", "."])
+@pytest.mark.parametrize(
+    "name", ["../precious", "../../precious", "sub/precious", "/etc/hostname", "..", "."]
+)
 def test_a_manifest_leads_nowhere_else(written, tmp_path, name):
     for place in (tmp_path, written.parent):
         (place / "precious").write_text("mine")
@@ -359,7 +370,9 @@ def test_code_in_the_checkpoint_of_a_run_is_not_run(run, proof, form):
 
 
 @pytest.mark.parametrize(
-    "content", ["[]", "{}", "null", '{"in_shape": "../..", "out_shape": [10]}', bomb(100_000)], ids=range(5)
+    "content",
+    ["[]", "{}", "null", '{"in_shape": "../..", "out_shape": [10]}', bomb(100_000)],
+    ids=range(5),
 )
 def test_facts_that_are_none_are_refused(run, content):
     (run / "facts.json").write_text(content)
@@ -410,14 +423,30 @@ def test_a_setting_of_a_users_model_may_be_a_seed(seed, run, monkeypatch):
     spec = read_spec(CONFIG | {"model": {"name": "seeded", "seed": seed}})
     shapes = {"weight": (3, 4), "bias": (3,)}
     if seed > 2**32:
-        with pytest.raises(FrameworkError, match="model=seeded: a setting is"), model_limits(spec, shapes):
+        with (
+            pytest.raises(FrameworkError, match="model=seeded: a setting is"),
+            model_limits(spec, shapes),
+        ):
             pass
         return
     with model_limits(spec, shapes):
         assert isinstance(build_model(spec, (4,), (3,)), Seeded)
 
 
-SHAPES = [[10**12], [10**30], [1] * 10**6, [-1], [2.5], ["64"], [[64]], {"64": 1}, None, "64", [True], [2**40] * 40]
+SHAPES = [
+    [10**12],
+    [10**30],
+    [1] * 10**6,
+    [-1],
+    [2.5],
+    ["64"],
+    [[64]],
+    {"64": 1},
+    None,
+    "64",
+    [True],
+    [2**40] * 40,
+]
 
 
 @pytest.mark.parametrize("name", ["in_shape", "out_shape"])
@@ -438,7 +467,8 @@ OTHER_FACTS = {
 
 
 @pytest.mark.parametrize(
-    ("name", "index"), [(name, i) for name, values in OTHER_FACTS.items() for i in range(len(values))]
+    ("name", "index"),
+    [(name, i) for name, values in OTHER_FACTS.items() for i in range(len(values))],
 )
 def test_facts_of_other_types_are_refused(run, name, index):
     facts = json.loads((run / "facts.json").read_text())
@@ -536,7 +566,11 @@ def test_a_training_state_that_grows_when_it_is_read(written, make):
 
 
 def spec_in(root, name=None):
-    more = {"callbacks": {"checkpoint": {}}, "loggers": {"json_lines": {}}, "data": {"name": "blobs", "samples": 100}}
+    more = {
+        "callbacks": {"checkpoint": {}},
+        "loggers": {"json_lines": {}},
+        "data": {"name": "blobs", "samples": 100},
+    }
     return read_spec(CONFIG | more | {"run": {"root": str(root), "name": name}})
 
 
@@ -570,16 +604,25 @@ def resume(run, *overrides):
 ABSURD = [
     ("eval {}", "loader", "workers", r"loader\.workers=1000000: .*\[0, 1024\]"),
     ("resume {}", "loader", "workers", r"loader\.workers=1000000: .*\[0, 1024\]"),
-    ("predict {} --input new.csv --output y.csv", "loader", "workers", r"loader\.workers=1000000: .*\[0, 1024\]"),
+    (
+        "predict {} --input new.csv --output y.csv",
+        "loader",
+        "workers",
+        r"loader\.workers=1000000: .*\[0, 1024\]",
+    ),
     ("eval {}", "data", "samples", "blobs with samples=1000000000000, .*takes about"),
     ("resume {}", "data", "samples", "blobs with samples=1000000000000, .*takes about"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("verb", "section", "name", "message"), ABSURD, ids=[f"{verb.split()[0]}-{name}" for verb, _, name, _ in ABSURD]
+    ("verb", "section", "name", "message"),
+    ABSURD,
+    ids=[f"{verb.split()[0]}-{name}" for verb, _, name, _ in ABSURD],
 )
-def test_an_absurd_setting_of_a_run_is_refused(command, trained_run, monkeypatch, verb, section, name, message):
+def test_an_absurd_setting_of_a_run_is_refused(
+    command, trained_run, monkeypatch, verb, section, name, message
+):
     Path("new.csv").write_text("a,b\n1,2\n")
     config = yaml.safe_load((trained_run / "config.yaml").read_text())
     config["trainer"]["max_epochs"] = 2
@@ -642,16 +685,22 @@ FORMS_OF_FILES = [link, hard_link, fifo, device, folder]
 
 @pytest.mark.parametrize("make", FORMS_OF_FILES, ids=lambda make: make.__name__)
 @pytest.mark.parametrize("name", OURS)
-def test_a_file_that_is_none_of_the_run_is_neither_read_nor_written(trained_run, victim, name, make):
+def test_a_file_that_is_none_of_the_run_is_neither_read_nor_written(
+    trained_run, victim, name, make
+):
     put(make, trained_run / name, victim)
     with within():
         if name.startswith("checkpoints"):
             refused(open_run, trained_run)
             said = []
-            spec = read_spec_of(trained_run, altered(read_resumable(trained_run), ["trainer.max_epochs=2"]))
+            spec = read_spec_of(
+                trained_run, altered(read_resumable(trained_run), ["trainer.max_epochs=2"])
+            )
             spec.resume = str(trained_run)
             message = error_of(train, spec, "default", [], say=said.append)
-            assert any("skipped" in line for line in said) if message is None else "\n" not in message
+            assert (
+                any("skipped" in line for line in said) if message is None else "\n" not in message
+            )
         else:
             refused(resume, trained_run, match="link|regular file|directory")
 
@@ -675,7 +724,9 @@ def test_a_folder_of_a_run_is_no_link(trained_run, tmp_path, name, target):
     outside = Path(shutil.copytree(trained_run / STEP, tmp_path / "outside"))
     before = {path.name: path.read_bytes() for path in outside.iterdir()}
     path = trained_run / name
-    put(lambda path, victim: path.symlink_to(outside if target == "outside" else target), path, None)
+    put(
+        lambda path, victim: path.symlink_to(outside if target == "outside" else target), path, None
+    )
     refused(open_run, trained_run, match="symbolic link|not good|no checkpoint")
     with within():
         message = error_of(resume, trained_run)
@@ -697,13 +748,17 @@ def sweep(trained_run):
 
 def test_the_best_of_a_sweep_is_the_run_beside_it(sweep):
     assert run_behind(sweep / "best") == sweep / "r"
-    assert run_behind(sweep / "best" / "checkpoints" / "best") == sweep / "r" / "checkpoints" / "best"
+    assert (
+        run_behind(sweep / "best" / "checkpoints" / "best") == sweep / "r" / "checkpoints" / "best"
+    )
     assert open_run(sweep / "best").run == sweep / "r"
     assert open_run(sweep / "best" / STEP).checkpoint == sweep / "r" / STEP
     assert resume(sweep / "best").folder == sweep / "r"
 
 
-@pytest.mark.parametrize("text", ["../../outside/config.yaml", "/etc/passwd", "../s/config.yaml", "../r/facts.json"])
+@pytest.mark.parametrize(
+    "text", ["../../outside/config.yaml", "/etc/passwd", "../s/config.yaml", "../r/facts.json"]
+)
 def test_the_best_of_a_sweep_leads_nowhere_else(sweep, tmp_path, text):
     shutil.copytree(sweep / "r", tmp_path / "outside", symlinks=True)
     (sweep / "s").symlink_to(tmp_path / "outside")
@@ -752,8 +807,14 @@ def test_facts_in_a_manifest_that_are_none_are_left_out(trained_run, facts):
 
 
 def test_torn_and_undecodable_lines_of_metrics_are_skipped(trained_run):
-    for line in ('{"step": 40, "ep', '\n[1]\n{"step": "x", "val/loss": 1}\n{"step": 2, "val/loss": {}}\n', "\udcff"):
-        with (trained_run / "metrics.jsonl").open("a", encoding="utf-8", errors="surrogateescape") as file:
+    for line in (
+        '{"step": 40, "ep',
+        '\n[1]\n{"step": "x", "val/loss": 1}\n{"step": 2, "val/loss": {}}\n',
+        "\udcff",
+    ):
+        with (trained_run / "metrics.jsonl").open(
+            "a", encoding="utf-8", errors="surrogateescape"
+        ) as file:
             file.write(line)
         assert last_values(trained_run)[1] == last_values(trained_run)[1]
     resume(trained_run, "trainer.max_epochs=1")
@@ -797,7 +858,9 @@ def test_broken_runs_in_the_root_are_skipped_with_a_note(trained_run, older, cap
         make(root / make.__name__ / "config.yaml", victim)
         for name in ("status", "folder"):
             (root / f"{name} {make.__name__}").mkdir()
-            shutil.copy(trained_run / "config.yaml", root / f"{name} {make.__name__}" / "config.yaml")
+            shutil.copy(
+                trained_run / "config.yaml", root / f"{name} {make.__name__}" / "config.yaml"
+            )
         with (root / f"folder {make.__name__}" / "config.yaml").open("a") as file:
             file.write("other: 1\n")
         make(root / f"status {make.__name__}" / "status.json", victim)
@@ -825,7 +888,9 @@ def test_many_other_runs_cost_little_time(trained_run, older, capsys):
         other = root / f"other{number}"
         other.mkdir()
         (other / "config.yaml").write_text(text.replace("seed: 0", f"seed: {number + 1}"))
-        status = {"status": "done" if number % 2 else "stopped"} | ({} if older else {"config": f"{number}"})
+        status = {"status": "done" if number % 2 else "stopped"} | (
+            {} if older else {"config": f"{number}"}
+        )
         (other / "status.json").write_text(json.dumps(status))
     assert text != (root / "other1" / "config.yaml").read_text()
     began = time.process_time()

@@ -73,7 +73,9 @@ def test_what_is_no_run(tmp_path, content, message):
     with pytest.raises(RunError, match="there is no run folder"):
         read_config(tmp_path / "none")
     if content is not None:
-        (tmp_path / "config.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
+        (tmp_path / "config.yaml").write_bytes(
+            content if isinstance(content, bytes) else content.encode()
+        )
     with pytest.raises(RunError, match=message):
         read_config(tmp_path)
 
@@ -86,9 +88,20 @@ def test_a_config_cannot_make_objects(tmp_path):
 
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o077, 0o000])
 def test_all_files_of_a_run_follow_the_umask(tmp_path, mask):
-    parts = {"data": {"name": "blobs", "samples": 100}, "model": {"name": "mlp"}, "task": {"name": "classification"}}
-    parts |= {"optimizer": {"name": "sgd"}, "trainer": {"max_epochs": 1}, "callbacks": {"checkpoint": {}}}
-    parts |= {"loggers": {"json_lines": {}, "tensorboard": {}}, "run": {"root": str(tmp_path), "name": "r"}}
+    parts = {
+        "data": {"name": "blobs", "samples": 100},
+        "model": {"name": "mlp"},
+        "task": {"name": "classification"},
+    }
+    parts |= {
+        "optimizer": {"name": "sgd"},
+        "trainer": {"max_epochs": 1},
+        "callbacks": {"checkpoint": {}},
+    }
+    parts |= {
+        "loggers": {"json_lines": {}, "tensorboard": {}},
+        "run": {"root": str(tmp_path), "name": "r"},
+    }
     before = os.umask(mask)
     try:
         result = train(read_spec(parts), "default", [], say=lambda line: None)
@@ -99,7 +112,14 @@ def test_all_files_of_a_run_follow_the_umask(tmp_path, mask):
         if not path.is_symlink():
             allowed = 0o777 if path.is_dir() else 0o666
             found[path.name] = (path.stat().st_mode & 0o777, allowed & ~mask)
-    assert {"model.safetensors", "training.pt", "MANIFEST.json", "status.json", ".lock", "metrics.jsonl"} <= set(found)
+    assert {
+        "model.safetensors",
+        "training.pt",
+        "MANIFEST.json",
+        "status.json",
+        ".lock",
+        "metrics.jsonl",
+    } <= set(found)
     assert {name: modes for name, modes in found.items() if modes[0] != modes[1]} == {}
 
 
@@ -121,7 +141,9 @@ def test_provenance_tells_the_code_down_to_what_is_not_committed(tmp_path, monke
 
     def git(*arguments):
         identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
-        done = subprocess.run(["git", *identity, *arguments], check=True, capture_output=True, text=True)
+        done = subprocess.run(
+            ["git", *identity, *arguments], check=True, capture_output=True, text=True
+        )
         return done.stdout.strip()
 
     git("init", "-q")
@@ -132,7 +154,9 @@ def test_provenance_tells_the_code_down_to_what_is_not_committed(tmp_path, monke
     code.cache_clear()  # another process
     inside = provenance({})
     (tmp_path / "part.py").write_text("three\n")
-    assert provenance({})["git_diff"] == inside["git_diff"]  # what is loaded is still what was read first
+    assert (
+        provenance({})["git_diff"] == inside["git_diff"]
+    )  # what is loaded is still what was read first
     code.cache_clear()
     assert inside["git_commit"] == git("rev-parse", "HEAD")
     assert "-one\n+two" in inside["git_diff"]

@@ -17,7 +17,9 @@ def run(folder, *callbacks, **settings):
     status.seconds = 0
     settings = {"max_epochs": 2, "log_every": "1steps", "device": "cpu"} | settings
     trainer = Trainer(callbacks=[*callbacks, status], folder=folder, **settings)
-    trainer.fit(model, SPLIT, task=nn.CrossEntropyLoss(), optimizer=OPTIMIZERS["sgd"](model), batch_size=16)
+    trainer.fit(
+        model, SPLIT, task=nn.CrossEntropyLoss(), optimizer=OPTIMIZERS["sgd"](model), batch_size=16
+    )
     if trainer.state.stop is None:
         assert folder is None or read(folder)["status"] == "testing"
         status.done(trainer)
@@ -31,20 +33,37 @@ def test_a_run_is_running_and_then_done(tmp_path):
     seen = []
     run(tmp_path, At(4, lambda trainer: seen.append(read(tmp_path))))
     [during], after = seen, read(tmp_path)
-    assert (during["status"], during["step"], during["total_steps"], during["epoch"]) == ("running", 4, 10, 0)
+    assert (during["status"], during["step"], during["total_steps"], during["epoch"]) == (
+        "running",
+        4,
+        10,
+        0,
+    )
     assert during["eta_seconds"] == pytest.approx(during["wall_seconds"] / 4 * 6, abs=0.06)
     assert during["samples_per_second"] > 0
     assert during["pid"] == os.getpid()
-    assert (after["status"], after["step"], after["eta_seconds"], after["reason"]) == ("done", 10, None, None)
+    assert (after["status"], after["step"], after["eta_seconds"], after["reason"]) == (
+        "done",
+        10,
+        None,
+        None,
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
 
 
 def test_it_is_written_at_most_once_a_second(tmp_path):
     status = Status()
-    trainer = Trainer(max_steps=5, log_every="1steps", callbacks=[status], folder=tmp_path, device="cpu")
+    trainer = Trainer(
+        max_steps=5, log_every="1steps", callbacks=[status], folder=tmp_path, device="cpu"
+    )
     model, written = network(), []
-    trainer.callbacks[0]._write = lambda trainer, what, real=status._write: (written.append(what), real(trainer, what))
-    trainer.fit(model, SPLIT, task=nn.CrossEntropyLoss(), optimizer=OPTIMIZERS["sgd"](model), batch_size=16)
+    trainer.callbacks[0]._write = lambda trainer, what, real=status._write: (
+        written.append(what),
+        real(trainer, what),
+    )
+    trainer.fit(
+        model, SPLIT, task=nn.CrossEntropyLoss(), optimizer=OPTIMIZERS["sgd"](model), batch_size=16
+    )
     assert written == ["running", "testing"]
 
 

@@ -12,7 +12,9 @@ import framework.runtime.clock
 from framework import Callback, Trainer
 from framework.runtime.clock import Clock, times_table
 
-SPLIT = fw.TensorSplit(torch.randn(320, 6, generator=torch.Generator().manual_seed(1)), torch.arange(320) % 3)
+SPLIT = fw.TensorSplit(
+    torch.randn(320, 6, generator=torch.Generator().manual_seed(1)), torch.arange(320) % 3
+)
 
 
 class Slow(Callback):
@@ -36,7 +38,9 @@ def fit(data, *callbacks, **settings):
     model = nn.Linear(6, 3)
     trainer = Trainer(max_epochs=2, callbacks=callbacks, device="cpu", **settings)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    trainer.fit(model, data, val=SPLIT, task=nn.CrossEntropyLoss(), optimizer=optimizer, batch_size=4)
+    trainer.fit(
+        model, data, val=SPLIT, task=nn.CrossEntropyLoss(), optimizer=optimizer, batch_size=4
+    )
     return trainer
 
 
@@ -89,8 +93,13 @@ def test_a_profile_names_the_slow_part_and_leaves_a_trace(tmp_path, capfd):
     rows = [line.rsplit(maxsplit=2) for line in shown.splitlines() if line.endswith("%")]
     assert rows[0][0] == "callbacks"
     assert float(rows[0][1].replace(",", "")) > 2_000
-    assert {"forward", "backward", "optimizer", "waiting for data", "copy"} <= {row[0] for row in rows}
-    named = {event.get("name") for event in json.loads((tmp_path / "profile.pt.trace.json").read_text())["traceEvents"]}
+    assert {"forward", "backward", "optimizer", "waiting for data", "copy"} <= {
+        row[0] for row in rows
+    }
+    named = {
+        event.get("name")
+        for event in json.loads((tmp_path / "profile.pt.trace.json").read_text())["traceEvents"]
+    }
     assert {"forward", "backward", "optimizer"} <= named
     assert trainer.state.step == 160
 
@@ -113,6 +122,8 @@ def test_profiling_changes_no_number():
 
 
 def test_the_table_has_the_longest_part_first():
-    lines = times_table({"data": 0.001, "forward": 0.003, "nothing": 0.0}, whole=0.004, steps=10).splitlines()
+    lines = times_table(
+        {"data": 0.001, "forward": 0.003, "nothing": 0.0}, whole=0.004, steps=10
+    ).splitlines()
     assert [line.split()[0] for line in lines[1:]] == ["forward", "data", "in"]
     assert lines[1].split()[1:] == ["300", "75.0%"]

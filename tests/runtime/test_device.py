@@ -26,14 +26,22 @@ CPU = torch.device("cpu")
 
 
 def test_auto_is_the_fastest_device_there_is():
-    fastest = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    fastest = (
+        "cuda"
+        if torch.cuda.is_available()
+        else "mps"
+        if torch.backends.mps.is_available()
+        else "cpu"
+    )
     assert find_device("auto").type == fastest
     assert find_device("cpu") == CPU
 
 
 @pytest.mark.parametrize("name", ["gpu", "", "cuda:x", "cuda:-1"])
 def test_what_is_no_device(name):
-    with pytest.raises(SettingError, match=f"device should be auto, cpu, cuda, cuda:N or mps, not '{name}'"):
+    with pytest.raises(
+        SettingError, match=f"device should be auto, cpu, cuda, cuda:N or mps, not '{name}'"
+    ):
         find_device(name)
 
 
@@ -50,7 +58,9 @@ def test_a_device_that_is_not_there(name):
 def test_a_strided_shortcut_of_few_channels_keeps_images_channels_first(channels, is_last):
     """oneDNN for AVX2 corrupts memory in its backward pass; see `overruns_memory`."""
     shortcut = nn.Conv2d(channels, 16, 1, stride=2)
-    model = nn.Sequential(nn.Conv2d(3, channels, 3), nn.Conv2d(channels, channels, 3, stride=2), shortcut)
+    model = nn.Sequential(
+        nn.Conv2d(3, channels, 3), nn.Conv2d(channels, channels, 3, stride=2), shortcut
+    )
     assert chosen_layout("auto", model)[0] is is_last
     assert chosen_layout(True, model)[0]
 
@@ -98,7 +108,9 @@ class Norms(Callback):
         self.norms, self.weights = [], []
 
     def on_gradients(self, trainer):
-        self.norms.append(nn.utils.get_total_norm([p.grad for p in trainer.model.parameters()]).item())
+        self.norms.append(
+            nn.utils.get_total_norm([p.grad for p in trainer.model.parameters()]).item()
+        )
 
     def on_step_end(self, trainer):
         self.weights.append(copy.deepcopy(trainer.model.state_dict()))
@@ -112,7 +124,14 @@ def linear():
 def test_fp16_shows_unscaled_gradients_and_skips_a_step_that_overflows():
     seen, plain = Norms(), Norms()
     model = linear()
-    trainer, _ = fit(model=model, task=Exploding(), precision="fp16", max_epochs=None, max_steps=4, callbacks=[seen])
+    trainer, _ = fit(
+        model=model,
+        task=Exploding(),
+        precision="fp16",
+        max_epochs=None,
+        max_steps=4,
+        callbacks=[seen],
+    )
     fit(model=linear(), max_epochs=None, max_steps=1, callbacks=[plain])
     assert seen.norms[0] == pytest.approx(plain.norms[0], rel=1e-2)  # of 65,536 times as much
     assert not math.isfinite(seen.norms[1])
@@ -122,7 +141,9 @@ def test_fp16_shows_unscaled_gradients_and_skips_a_step_that_overflows():
     assert trainer.state.step == 4
     assert trainer.state_dict()["scaler"]["scale"] == 65536 / 2
 
-    resumed, _ = fit(model=linear(), precision="fp16", max_epochs=None, max_steps=6, resume=trainer.state_dict())
+    resumed, _ = fit(
+        model=linear(), precision="fp16", max_epochs=None, max_steps=6, resume=trainer.state_dict()
+    )
     assert resumed.precision.scaler.get_scale() == 65536 / 2
 
 
@@ -137,7 +158,10 @@ def test_fp16_accumulates_and_clips_like_fp32():
         return model.weight
 
     torch.testing.assert_close(
-        clipped("fp16", batch_size=8, accumulate=4), clipped("fp32", batch_size=32), rtol=0.01, atol=1e-3
+        clipped("fp16", batch_size=8, accumulate=4),
+        clipped("fp32", batch_size=32),
+        rtol=0.01,
+        atol=1e-3,
     )
 
 
@@ -168,12 +192,18 @@ def test_deterministic_algorithms_are_wanted_only_inside(monkeypatch):
 
 @pytest.mark.parametrize(
     "error",
-    [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), MemoryError(), None],
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        MemoryError(),
+        None,
+    ],
     ids=["cuda", "python", "cpu"],
 )
 def test_full_memory_is_said_with_what_takes_less(error):
     with (
-        pytest.raises(OutOfMemory, match=r"a smaller batch, micro_batch=auto .* takes less") as caught,
+        pytest.raises(
+            OutOfMemory, match=r"a smaller batch, micro_batch=auto .* takes less"
+        ) as caught,
         memory_errors(CPU),
     ):
         if error is not None:
@@ -207,8 +237,12 @@ def test_a_step_that_does_not_fit_ends_as_an_error_of_the_run():
 def test_a_gpu_learns_what_the_cpu_learns(precision):
     parts = {"val": SPLIT, "max_epochs": 2}
     cpu, _ = fit(**(parts | {"model": linear()}))
-    gpu, record = fit(**(parts | {"model": linear()}), device="cuda", precision=precision, deterministic=True)
-    again, same_record = fit(**(parts | {"model": linear()}), device="cuda", precision=precision, deterministic=True)
+    gpu, record = fit(
+        **(parts | {"model": linear()}), device="cuda", precision=precision, deterministic=True
+    )
+    again, same_record = fit(
+        **(parts | {"model": linear()}), device="cuda", precision=precision, deterministic=True
+    )
     assert gpu.model.weight.is_cuda
     torch.testing.assert_close(gpu.model.weight.cpu(), cpu.model.weight, rtol=0.05, atol=0.02)
     assert same(gpu.model, again.model)

@@ -8,7 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import framework as fw
 from framework import Callback, Trainer
 
-SPLIT = fw.TensorSplit(torch.randn(640, 6, generator=torch.Generator().manual_seed(1)), torch.arange(640) % 3)
+SPLIT = fw.TensorSplit(
+    torch.randn(640, 6, generator=torch.Generator().manual_seed(1)), torch.arange(640) % 3
+)
 READS = ("item", "tolist", "numpy", "__float__", "__int__", "__bool__", "__index__")
 
 
@@ -49,7 +51,9 @@ def run(device, *callbacks, **settings):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.1), nn.Linear(8, 3))
     parts = [fw.callbacks.build(name) for name in ("clip_gradients", "gradient_norm", "ema")]
-    trainer = Trainer(max_steps=60, log_every="20steps", callbacks=[*callbacks, *parts], device=device, **settings)
+    trainer = Trainer(
+        max_steps=60, log_every="20steps", callbacks=[*callbacks, *parts], device=device, **settings
+    )
     trainer.fit(
         model.to(device),
         SPLIT,
@@ -62,7 +66,9 @@ def run(device, *callbacks, **settings):
     return trainer
 
 
-@pytest.mark.parametrize("settings", [{}, {"accumulate": 2}, {"precision": "bf16"}, {"micro_batch": 3}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"accumulate": 2}, {"precision": "bf16"}, {"micro_batch": 3}], ids=str
+)
 def test_values_are_read_at_log_points_alone(reads, settings):
     with reads:
         run("cpu", reads, **settings)

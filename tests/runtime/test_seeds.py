@@ -14,14 +14,25 @@ def draws():
 
 
 def test_streams_are_functions_of_their_names():
-    names = [(0,), (1,), (0, "order"), (0, "order", 0), (0, "order", 1), (0, "sample", 1), (1, "order", 1)]
+    names = [
+        (0,),
+        (1,),
+        (0, "order"),
+        (0, "order", 0),
+        (0, "order", 1),
+        (0, "sample", 1),
+        (1, "order", 1),
+    ]
     derived = [seeds.derive(*name) for name in names]
     assert len(set(derived)) == len(names)
     assert derived == [seeds.derive(*name) for name in names]
     assert all(0 <= seed < 2**63 for seed in derived)
-    assert seeds.derive(0, "train") == 8791238859303715374  # may never change: runs would no longer repeat
+    assert (
+        seeds.derive(0, "train") == 8791238859303715374
+    )  # may never change: runs would no longer repeat
     assert torch.equal(
-        torch.rand(3, generator=seeds.generator(1, "x")), torch.rand(3, generator=seeds.generator(1, "x"))
+        torch.rand(3, generator=seeds.generator(1, "x")),
+        torch.rand(3, generator=seeds.generator(1, "x")),
     )
 
 

@@ -55,7 +55,10 @@ print(json.dumps([found, len(multiprocessing.active_children())]))
 def has_private_mounts():
     if os.geteuid() != 0 or shutil.which("unshare") is None:
         return False
-    return subprocess.run([*PRIVATE, "mount -t tmpfs tmpfs /dev/shm"], capture_output=True).returncode == 0
+    return (
+        subprocess.run([*PRIVATE, "mount -t tmpfs tmpfs /dev/shm"], capture_output=True).returncode
+        == 0
+    )
 
 
 def in_small_memory(script):
@@ -63,7 +66,13 @@ def in_small_memory(script):
     command = f"mount -t tmpfs -o size=1m tmpfs /dev/shm && exec {shlex.quote(sys.executable)} -"
     project = Path(__file__).parents[2]
     done = subprocess.run(
-        [*PRIVATE, command], input=script, cwd=project, capture_output=True, text=True, timeout=120, check=True
+        [*PRIVATE, command],
+        input=script,
+        cwd=project,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
     )
     return json.loads(done.stdout), done.stderr
 

@@ -82,7 +82,9 @@ def test_the_folder_itself_may_be_reached_through_a_link(tmp_path):
     assert read_bytes(tmp_path / "run", "file") == b"x"
 
 
-@pytest.mark.parametrize("make", [make_link, make_hard_link, os.mkfifo], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make", [make_link, make_hard_link, os.mkfifo], ids=lambda make: make.__name__
+)
 def test_writing_replaces_a_link_and_not_what_it_leads_to(tmp_path, make):
     make(tmp_path / "file")
     write_file(tmp_path, "file", "new")
@@ -105,7 +107,10 @@ def test_a_full_disk_is_named_with_its_bytes(tmp_path, monkeypatch):
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(os, "rename", full)
-    with pytest.raises(RunError, match=r"file cannot be written: No space left on device \(1,000 bytes are needed, "):
+    with pytest.raises(
+        RunError,
+        match=r"file cannot be written: No space left on device \(1,000 bytes are needed, ",
+    ):
         write_file(tmp_path, "file", "x" * 1000)
     assert os.listdir(tmp_path) == []
 
@@ -137,7 +142,9 @@ def test_a_size_limit_is_checked_before_reading(tmp_path):
         read_json(tmp_path, "file")
 
 
-BOMB = "a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n" + "".join(f"a{n}: &a{n} [{f'*a{n - 1},' * 10}]\n" for n in range(1, 10))
+BOMB = "a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"a{n}: &a{n} [{f'*a{n - 1},' * 10}]\n" for n in range(1, 10)
+)
 DEEP = "[" * 100 + "]" * 100
 
 
@@ -194,5 +201,7 @@ def test_what_is_no_json_within_the_limits(tmp_path, text):
 
 
 def test_torn_and_undecodable_rows_are_skipped(tmp_path):
-    (tmp_path / "rows").write_bytes(b'{"a": 1}\n\xff\n[1]\n{"b"\n' + b"[" * 10**5 + b'\n\n{"c": 3}\n{"d": 4}')
+    (tmp_path / "rows").write_bytes(
+        b'{"a": 1}\n\xff\n[1]\n{"b"\n' + b"[" * 10**5 + b'\n\n{"c": 3}\n{"d": 4}'
+    )
     assert list(read_rows(tmp_path, "rows")) == [{"a": 1}, {"c": 3}]

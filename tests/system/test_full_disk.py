@@ -35,7 +35,9 @@ from framework_plugins.loggers.text import keep_lines
 from runs import logged
 
 FULL = r"cannot be written: .* \([\d,]+ bytes are needed, [\d,]+ bytes are free\)$"
-ROWS = b"".join(json.dumps({"step": step, "val/loss": 1 / step}).encode() + b"\n" for step in range(1, 6))
+ROWS = b"".join(
+    json.dumps({"step": step, "val/loss": 1 / step}).encode() + b"\n" for step in range(1, 6)
+)
 
 
 @contextmanager
@@ -128,14 +130,23 @@ def fit(folder, *callbacks, resume=None, **settings):
     torch.manual_seed(1)
     model = network()
     parts = {"callbacks": [*callbacks, Status()], "loggers": [fw.loggers.build("json_lines")]}
-    trainer = Trainer(max_epochs=2, log_every="1steps", folder=folder, device="cpu", **parts, **settings)
+    trainer = Trainer(
+        max_epochs=2, log_every="1steps", folder=folder, device="cpu", **parts, **settings
+    )
     trainer.callbacks[-1].seconds = 0
     trainer.manifest = {"run": str(folder)}
     optimizer = OPTIMIZERS["sgd"](model)
     if resume is not None:
         trainer.state.step = resume["counters"]["step"]  # the loggers go on from there
     with trainer:
-        trainer.fit(model, SPLIT, task=nn.CrossEntropyLoss(), optimizer=optimizer, batch_size=16, resume=resume)
+        trainer.fit(
+            model,
+            SPLIT,
+            task=nn.CrossEntropyLoss(),
+            optimizer=optimizer,
+            batch_size=16,
+            resume=resume,
+        )
     return trainer
 
 
@@ -235,7 +246,13 @@ def damaged(content, chance, count):
         flipped = bytearray(content)
         flipped[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
         yield bytes(flipped)
-    yield from (b"", b"\0" * 100, b"\xff\xfe\n", b"[]\n3\nnull\n" + content, content + b'{"step": 40, "ep')
+    yield from (
+        b"",
+        b"\0" * 100,
+        b"\xff\xfe\n",
+        b"[]\n3\nnull\n" + content,
+        content + b'{"step": 40, "ep',
+    )
 
 
 def test_torn_metrics_are_skipped(tmp_path):
@@ -282,7 +299,11 @@ def test_torn_logs_of_a_study_are_skipped(tmp_path):
 @pytest.mark.parametrize("name", ["status.json", "sweep.json"])
 def test_a_torn_state_is_an_unknown_one(tmp_path, name):
     content = b'{"status": "done", "command": ["a=1"], "swept": ["a"], "began": 1.0}'
-    for torn in [*damaged(content, random.Random(4), 100), b'{"status": 3, "command": 5}', b"[" * 10**5]:
+    for torn in [
+        *damaged(content, random.Random(4), 100),
+        b'{"status": 3, "command": 5}',
+        b"[" * 10**5,
+    ]:
         (tmp_path / name).write_bytes(torn)
         assert isinstance(status_of(tmp_path), str | None)
         assert isinstance(SweepFolder(tmp_path).asked().get("command", []), list)
@@ -332,7 +353,11 @@ def test_a_trial_whose_folder_is_deleted_fails_alone(command, tmp_path, monkeypa
     small = "data=blobs trainer.max_epochs=1 callbacks=[] loggers=[json_lines]"
     status, out, _ = command(f"train -m {small} seed=0,1,2 sweep.name=s hydra/launcher=basic")
     assert status == 2
-    assert [trial.state for trial in SweepFolder(Path("runs/default/s")).trials()] == ["done", "failed", "done"]
+    assert [trial.state for trial in SweepFolder(Path("runs/default/s")).trials()] == [
+        "done",
+        "failed",
+        "done",
+    ]
     assert "does not exist any more" in out
     assert not list(Path("runs/default/s").glob("001*"))
 
@@ -356,7 +381,10 @@ SEARCH = (
     "train -m data=blobs data.samples=200 trainer.max_epochs=1 loggers=[] resume=auto sweep.name=s "
     "hydra/sweeper=optuna hydra.sweeper.trials=3 hydra.sweeper.startup=2 optimizer.lr=interval(0.001,0.1)"
 )
-ONE_BY_ONE, AS_ONE = "hydra/launcher=one_by_one", "hydra/launcher=vectorized hydra.launcher.processes=1"
+ONE_BY_ONE, AS_ONE = (
+    "hydra/launcher=one_by_one",
+    "hydra/launcher=vectorized hydra.launcher.processes=1",
+)
 
 
 def outcomes(folder):
@@ -474,7 +502,9 @@ def test_a_search_whose_folder_is_deleted_ends(fresh, monkeypatch):
 
 
 @pytest.mark.parametrize(("where", "step"), [("graph", 0), ("hparams", 33)])
-def test_what_fails_before_or_after_the_training_is_in_the_status_too(command, monkeypatch, where, step):
+def test_what_fails_before_or_after_the_training_is_in_the_status_too(
+    command, monkeypatch, where, step
+):
     from framework_plugins.loggers.tensorboard import TensorBoard
 
     def fail(self, *given):
@@ -485,7 +515,11 @@ def test_what_fails_before_or_after_the_training_is_in_the_status_too(command, m
     train = "train data=blobs trainer.max_epochs=1 run.name=r resume=auto loggers=[tensorboard]"
     assert command(train)[0] == 2
     state = status(Path("runs/default/r"))
-    assert (state["status"], state["step"], state["reason"]) == ("failed", step, "RunError: events cannot be written")
+    assert (state["status"], state["step"], state["reason"]) == (
+        "failed",
+        step,
+        "RunError: events cannot be written",
+    )
     monkeypatch.setattr(TensorBoard, where, real)
     assert command(train)[0] == 0
     assert status(Path("runs/default/r"))["status"] == "done"

@@ -47,7 +47,9 @@ def repository(tmp_path, monkeypatch):
 
 def run(*arguments, **environment):
     command = ["git", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | environment).stdout
+    return subprocess.run(
+        command, capture_output=True, text=True, check=True, env=os.environ | environment
+    ).stdout
 
 
 def use(setting, proof):
@@ -74,11 +76,19 @@ def test_nothing_that_a_repository_names_is_run(repository, tmp_path, name):
     assert ("-one\n+two" in diff) != (name == "odd name"), diff
 
 
-@pytest.mark.parametrize("name", ["fsmonitor", "external diff", "driver", "textconv", "clean filter", "filter process"])
+@pytest.mark.parametrize(
+    "name", ["fsmonitor", "external diff", "driver", "textconv", "clean filter", "filter process"]
+)
 def test_a_plain_git_diff_runs_it(repository, tmp_path, name):
     """Or the test above would show nothing."""
     use(SETTINGS[name], tmp_path / "program")
-    subprocess.run(["git", "diff", "HEAD"], stdin=subprocess.DEVNULL, capture_output=True, timeout=20, check=False)
+    subprocess.run(
+        ["git", "diff", "HEAD"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=20,
+        check=False,
+    )
     assert (tmp_path / "proof").exists()
 
 
@@ -130,7 +140,13 @@ def test_a_missing_object_is_not_fetched(repository, tmp_path):
     (repository / ".git/objects" / blob[:2] / blob[2:]).unlink()
     assert commit_and_diff(repository)[1] is None
     assert not (tmp_path / "proof").exists()
-    subprocess.run(["git", "diff", "HEAD"], stdin=subprocess.DEVNULL, capture_output=True, timeout=20, check=False)
+    subprocess.run(
+        ["git", "diff", "HEAD"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=20,
+        check=False,
+    )
     assert (tmp_path / "proof").exists(), "a plain git diff runs it"
 
 

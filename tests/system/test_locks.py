@@ -58,7 +58,9 @@ def test_every_command_works_without_locks(monkeypatch, command):
 def test_without_locks_a_writer_is_known_by_the_name_of_its_process(monkeypatch, tmp_path):
     monkeypatch.setenv("FRAMEWORK_LOCKS", "off")
     folder = RunFolder(tmp_path, "a")
-    with pytest.raises(RunError, match=rf"being written by process {os.getpid()} on .*delete .*\.lock"):
+    with pytest.raises(
+        RunError, match=rf"being written by process {os.getpid()} on .*delete .*\.lock"
+    ):
         RunFolder.existing(folder.path)
     folder.lock.close()
     RunFolder.existing(folder.path).lock.close()
@@ -94,7 +96,9 @@ def test_another_value_of_the_variable_is_refused_and_other_errors_stay(monkeypa
             lock(file, tmp_path / "file", wait=True)
 
 
-@pytest.mark.parametrize("holder", ["", "process x on y", "process 1 on another", f"process 1 on {platform.node()}"])
+@pytest.mark.parametrize(
+    "holder", ["", "process x on y", "process 1 on another", f"process 1 on {platform.node()}"]
+)
 def test_who_may_still_be_there(holder):
     assert not is_gone(holder)
     assert is_gone(f"process {10**30} on {platform.node()}")

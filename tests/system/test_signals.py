@@ -12,7 +12,15 @@ from pathlib import Path
 import pytest
 
 from framework.system import signals
-from framework.system.signals import ENDING, Forward, Interrupt, forwarding, interruptible, received, stopping
+from framework.system.signals import (
+    ENDING,
+    Forward,
+    Interrupt,
+    forwarding,
+    interruptible,
+    received,
+    stopping,
+)
 from waiting import wait_for
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -37,10 +45,14 @@ def send(*numbers):
 # from the first import on
 
 
-@pytest.mark.parametrize(("number", "after"), [("SIGINT", 0.12), ("SIGHUP", 0.5), ("SIGINT", 1.0), ("SIGTERM", 2.0)])
+@pytest.mark.parametrize(
+    ("number", "after"), [("SIGINT", 0.12), ("SIGHUP", 0.5), ("SIGINT", 1.0), ("SIGTERM", 2.0)]
+)
 def test_a_signal_at_the_start_ends_the_command(tmp_path, number, after):
     command = [*FRAMEWORK, "train", "data=blobs", "trainer.max_epochs=100000"]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         wait_for(lambda: "signals" in maps(process.pid) or process.poll() is not None, pause=0.005)
         time.sleep(after)
         process.send_signal(getattr(signal, number))
@@ -113,7 +125,9 @@ def test_a_signal_after_the_last_step_is_not_lost():
 
 
 def test_an_import_is_seen_in_the_calls(tmp_path, monkeypatch):
-    (tmp_path / "imported.py").write_text("import sys\nfrom framework.system.signals import importing\n")
+    (tmp_path / "imported.py").write_text(
+        "import sys\nfrom framework.system.signals import importing\n"
+    )
     with (tmp_path / "imported.py").open("a") as file:
         file.write("FOUND = importing(sys._getframe())\n")
     monkeypatch.syspath_prepend(tmp_path)

@@ -57,13 +57,20 @@ def test_every_command_in_a_poor_terminal(tmp_path):
         "show unicode --plugins unicode.py": 0,
         "eval runs/größe/大": 2,
     }
-    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+        "OMP_NUM_THREADS": "1",
+    }
     environment |= {"PYTHONIOENCODING": "ascii"}
     command = [sys.executable, "-X", "warn_default_encoding", "-c", SEVERAL, *lines]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
     errors, output = done.stderr.decode("ascii"), done.stdout.decode("ascii")
     ended = [line for line in errors.splitlines() if line.startswith("status ")]
-    assert [line.partition(":")[0] for line in ended] == [f"status {status}" for status in lines.values()], errors
+    assert [line.partition(":")[0] for line in ended] == [
+        f"status {status}" for status in lines.values()
+    ], errors
     assert "a fault at" not in errors
     assert r"gr\xf6\xdfe" in output, "predictions on stdout lose nothing"
     assert "größe" in (tmp_path / "y.csv").read_text(encoding="utf-8")
@@ -72,21 +79,29 @@ def test_every_command_in_a_poor_terminal(tmp_path):
 def test_closed_streams(tmp_path):
     for redirected in (">&-", "2>&-", ">&- 2>&- <&-"):
         done = subprocess.run(
-            f"{shlex.quote(FRAMEWORK)} show gelu {redirected}", shell=True, cwd=tmp_path, capture_output=True
+            f"{shlex.quote(FRAMEWORK)} show gelu {redirected}",
+            shell=True,
+            cwd=tmp_path,
+            capture_output=True,
         )
         assert (done.returncode, done.stderr) == (0, b"")
-    script = (
-        "import sys; from framework.system.streams import prepare_streams; prepare_streams(); f = open('x'); print(1)"
-    )
+    script = "import sys; from framework.system.streams import prepare_streams; prepare_streams(); f = open('x'); print(1)"
     script += "; sys.exit(f.fileno())"
     (tmp_path / "x").touch()
-    done = subprocess.run(f'{shlex.quote(sys.executable)} -c "{script}" >&- 2>&- <&-', shell=True, cwd=tmp_path)
-    assert done.returncode == 3, "a file that is opened later does not get the descriptor of a closed stream"
+    done = subprocess.run(
+        f'{shlex.quote(sys.executable)} -c "{script}" >&- 2>&- <&-', shell=True, cwd=tmp_path
+    )
+    assert done.returncode == 3, (
+        "a file that is opened later does not get the descriptor of a closed stream"
+    )
 
 
 def test_a_reader_that_ends_early(tmp_path):
     done = subprocess.run(
-        f"{shlex.quote(FRAMEWORK)} list --json | head -1", shell=True, cwd=tmp_path, capture_output=True
+        f"{shlex.quote(FRAMEWORK)} list --json | head -1",
+        shell=True,
+        cwd=tmp_path,
+        capture_output=True,
     )
     assert (done.stdout, done.stderr) == (b"{\n", b"")
 

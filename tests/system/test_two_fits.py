@@ -18,7 +18,10 @@ from framework.runtime import seeds
 from framework.runtime.shapes import dry_run
 from framework.training.layer_table import model_undisturbed
 
-INPUTS, TARGETS = torch.randn(64, 8, generator=torch.Generator().manual_seed(1)), torch.arange(64) % 3
+INPUTS, TARGETS = (
+    torch.randn(64, 8, generator=torch.Generator().manual_seed(1)),
+    torch.arange(64) % 3,
+)
 
 
 def model():
@@ -69,7 +72,9 @@ def spec():
     from framework.composition.compose import CommandLine, run_composed as compose
 
     specs = []
-    compose(CommandLine(["data=blobs", "model.dropout=0.1"], []), lambda job: specs.append(job.spec))
+    compose(
+        CommandLine(["data=blobs", "model.dropout=0.1"], []), lambda job: specs.append(job.spec)
+    )
     return specs[0]
 
 
@@ -86,7 +91,9 @@ def sample():
 
 
 def measure():
-    Trainer(max_steps=1).evaluate(TensorSplit(INPUTS, TARGETS), model=NET, task=nn.CrossEntropyLoss())
+    Trainer(max_steps=1).evaluate(
+        TensorSplit(INPUTS, TARGETS), model=NET, task=nn.CrossEntropyLoss()
+    )
 
 
 def probe():
@@ -197,7 +204,13 @@ def test_two_threads_may_predict_at_the_same_time():
 def test_several_threads_may_open_and_evaluate_runs_at_the_same_time(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     specs = []
-    overrides = ["data=blobs", "model.width=4", "trainer.max_steps=2", "run.name=r", "callbacks=[checkpoint]"]
+    overrides = [
+        "data=blobs",
+        "model.width=4",
+        "trainer.max_steps=2",
+        "run.name=r",
+        "callbacks=[checkpoint]",
+    ]
     compose(CommandLine(overrides, []), lambda job: specs.append(job.spec))
     train(specs[0], "default", [])
     alone = open_run("runs/default/r").evaluate()

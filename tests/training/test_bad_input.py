@@ -44,7 +44,9 @@ def sound(file, samples=900, rate=8000, channels=1):
         opened.setnchannels(channels)
         opened.setsampwidth(2)
         opened.setframerate(rate)
-        opened.writeframes(np.random.default_rng(0).integers(-999, 999, samples * channels).astype("<i2").tobytes())
+        opened.writeframes(
+            np.random.default_rng(0).integers(-999, 999, samples * channels).astype("<i2").tobytes()
+        )
 
 
 def good(folder):
@@ -55,9 +57,14 @@ def good(folder):
             sound(folder / "sounds" / kind / f"{number}.wav")
             (folder / "texts" / kind).mkdir(parents=True, exist_ok=True)
             (folder / "texts" / kind / f"{number}.txt").write_text(f"the {kind} number {number}")
-    rows = [f"{row},{('red', 'blue')[row % 2]},{row / 2 + 0.25},{('cat', 'dog')[row % 2]}" for row in range(40)]
+    rows = [
+        f"{row},{('red', 'blue')[row % 2]},{row / 2 + 0.25},{('cat', 'dog')[row % 2]}"
+        for row in range(40)
+    ]
     (folder / "t.csv").write_text("\n".join(["size,colour,amount,kind", *rows]))
-    (folder / "s.csv").write_text("\n".join(["load,wind", *(f"{100 + row % 7},{row}" for row in range(60))]))
+    (folder / "s.csv").write_text(
+        "\n".join(["load,wind", *(f"{100 + row % 7},{row}" for row in range(60))])
+    )
     cases = [f"{row},1,2:{row},3,4:{'ab'[row % 2]}" for row in range(30)]
     (folder / "c.ts").write_text("\n".join(["@classLabel true a b", "@data", *cases]))
     np.savez(folder / "a.npz", x=np.random.default_rng(0).random((40, 3)), y=np.arange(40) % 2)
@@ -101,13 +108,37 @@ def refused(command, tmp_path):
     ("sort", "spoil", "said"),
     [
         # pictures: those that training standardises by are read before it starts
-        ("images", lambda: cut("pets/cat/00.png", 60), "pets/cat/00.png cannot be read as a picture"),
-        ("images", lambda: Path("pets/cat/00.png").write_text("hello"), "pets/cat/00.png cannot be read as a picture"),
-        ("images", lambda: Path("pets/dog/01.png").write_bytes(b""), "pets/dog/01.png is an empty file; delete it or"),
-        ("images", lambda: Path("pets/dog/x.png").symlink_to("gone"), "pets/dog/x.png is a link to what is not there"),
+        (
+            "images",
+            lambda: cut("pets/cat/00.png", 60),
+            "pets/cat/00.png cannot be read as a picture",
+        ),
+        (
+            "images",
+            lambda: Path("pets/cat/00.png").write_text("hello"),
+            "pets/cat/00.png cannot be read as a picture",
+        ),
+        (
+            "images",
+            lambda: Path("pets/dog/01.png").write_bytes(b""),
+            "pets/dog/01.png is an empty file; delete it or",
+        ),
+        (
+            "images",
+            lambda: Path("pets/dog/x.png").symlink_to("gone"),
+            "pets/dog/x.png is a link to what is not there",
+        ),
         ("images", lambda: Path("pets/eel").mkdir(), "pets/eel has no pictures; known are .bmp, "),
-        ("images", lambda: shutil.rmtree("pets/dog"), "pets has one class only, 'cat'; classes to tell apart are two"),
-        ("images", lambda: [shutil.rmtree(f"pets/{kind}") for kind in ("cat", "dog")], "pets has no folders; put the"),
+        (
+            "images",
+            lambda: shutil.rmtree("pets/dog"),
+            "pets has one class only, 'cat'; classes to tell apart are two",
+        ),
+        (
+            "images",
+            lambda: [shutil.rmtree(f"pets/{kind}") for kind in ("cat", "dog")],
+            "pets has no folders; put the",
+        ),
         ("images", lambda: shutil.rmtree("pets"), "pets: there is no such folder (looked from "),
         (
             "images",
@@ -116,7 +147,11 @@ def refused(command, tmp_path):
         ),
         (
             "images",
-            lambda: [Path(f"pets/{kind}/{n:02}.png").unlink() for kind in ("cat", "dog") for n in range(1, 12)],
+            lambda: [
+                Path(f"pets/{kind}/{n:02}.png").unlink()
+                for kind in ("cat", "dog")
+                for n in range(1, 12)
+            ],
             "2 rows are too few for a validation and a test split; get more, or take none with data.val_fraction=0",
         ),
         # sounds
@@ -125,43 +160,111 @@ def refused(command, tmp_path):
             lambda: sound(Path("sounds/cat/3.wav"), rate=16_000),
             "sounds/cat/3.wav has 16000 samples a second, not 8000: give data.sample_rate=16000 if all have, or",
         ),
-        ("sounds", lambda: sound(Path("sounds/cat/3.wav"), samples=0), "sounds/cat/3.wav is 0 s long; at least 0.01 s"),
-        ("sounds", lambda: cut("sounds/cat/3.wav", 500), "sounds/cat/3.wav is cut off: 228 of 900 frames; replace it"),
-        ("sounds", lambda: Path("sounds/eel").mkdir(), "sounds/eel has no sounds; known are .aif, "),
+        (
+            "sounds",
+            lambda: sound(Path("sounds/cat/3.wav"), samples=0),
+            "sounds/cat/3.wav is 0 s long; at least 0.01 s",
+        ),
+        (
+            "sounds",
+            lambda: cut("sounds/cat/3.wav", 500),
+            "sounds/cat/3.wav is cut off: 228 of 900 frames; replace it",
+        ),
+        (
+            "sounds",
+            lambda: Path("sounds/eel").mkdir(),
+            "sounds/eel has no sounds; known are .aif, ",
+        ),
         # tables; row 1 is the first below the header
         (
             "table",
             lambda: row("t.csv", 7, "large,red,1,cat"),
             "t.csv, row 7, column 'size': 'large' is no number; correct it, or categorical=[size]",
         ),
-        ("table", lambda: row("t.csv", 7, "1e39,red,1,cat"), "t.csv, row 7, column 'size': '1e39' is no number"),
-        ("table", lambda: row("t.csv", 7, "7,red,1,"), "t.csv, row 7: the target 'kind' is empty; fill it in or drop"),
+        (
+            "table",
+            lambda: row("t.csv", 7, "1e39,red,1,cat"),
+            "t.csv, row 7, column 'size': '1e39' is no number",
+        ),
+        (
+            "table",
+            lambda: row("t.csv", 7, "7,red,1,"),
+            "t.csv, row 7: the target 'kind' is empty; fill it in or drop",
+        ),
         ("table", lambda: row("t.csv", 7, "7,red,cat"), "t.csv, line 8: 3 cells, but 4 columns"),
-        ("table", lambda: row("t.csv", 0, "size,colour,amount,kinds"), "t.csv has no column 'kind'; did you mean"),
-        ("table", lambda: row("t.csv", 0, ",colour,amount,kind"), "t.csv: column 1 has no name (row numbers?); name"),
+        (
+            "table",
+            lambda: row("t.csv", 0, "size,colour,amount,kinds"),
+            "t.csv has no column 'kind'; did you mean",
+        ),
+        (
+            "table",
+            lambda: row("t.csv", 0, ",colour,amount,kind"),
+            "t.csv: column 1 has no name (row numbers?); name",
+        ),
         ("table", lambda: Path("t.csv").write_text("size,kind\n"), "t.csv has no rows"),
-        ("table", lambda: [Path("t.csv").unlink(), Path("t.csv").mkdir()], "t.csv is a folder; a table is one file"),
+        (
+            "table",
+            lambda: [Path("t.csv").unlink(), Path("t.csv").mkdir()],
+            "t.csv is a folder; a table is one file",
+        ),
         (
             "amounts",
             lambda: row("t.csv", 7, "7,red,NaN,cat"),
             "t.csv, row 7: the target 'amount' is empty; fill it in or drop the row",
         ),
-        ("amounts", lambda: row("t.csv", 7, "7,red,many,cat"), "t.csv, row 7, column 'amount': 'many' is no number"),
+        (
+            "amounts",
+            lambda: row("t.csv", 7, "7,red,many,cat"),
+            "t.csv, row 7, column 'amount': 'many' is no number",
+        ),
         # series, and sequences of unequal length
-        ("series", lambda: row("s.csv", 30, ",1"), "s.csv, row 30: 'load' is empty; a series needs a number in every"),
-        ("series", lambda: row("s.csv", 30, "low,1"), "s.csv, row 30, column 'load': 'low' is no number; correct it"),
+        (
+            "series",
+            lambda: row("s.csv", 30, ",1"),
+            "s.csv, row 30: 'load' is empty; a series needs a number in every",
+        ),
+        (
+            "series",
+            lambda: row("s.csv", 30, "low,1"),
+            "s.csv, row 30, column 'load': 'low' is no number; correct it",
+        ),
         (
             "series",
             lambda: Path("s.csv").write_text("load\n" + "5\n" * 15),
             "s.csv: the training span of 10 of 15 rows has no window of 8 + 4 rows; lower lookback and horizon",
         ),
-        ("sequences", lambda: row("c.ts", 4, "1,2,3:1,2:a"), "c.ts, line 5: its channels have [3, 2] frames"),
-        ("sequences", lambda: row("c.ts", 4, "1,2,?:1,2,3:a"), "c.ts, line 5: a frame should be a number, not '?'"),
-        ("sequences", lambda: row("c.ts", 4, "1,2,3:1,2,3:"), "c.ts, line 5: it ends without a class"),
+        (
+            "sequences",
+            lambda: row("c.ts", 4, "1,2,3:1,2:a"),
+            "c.ts, line 5: its channels have [3, 2] frames",
+        ),
+        (
+            "sequences",
+            lambda: row("c.ts", 4, "1,2,?:1,2,3:a"),
+            "c.ts, line 5: a frame should be a number, not '?'",
+        ),
+        (
+            "sequences",
+            lambda: row("c.ts", 4, "1,2,3:1,2,3:"),
+            "c.ts, line 5: it ends without a class",
+        ),
         # texts and arrays
-        ("texts", lambda: Path("texts/cat/3.txt").write_bytes(b"caf\xe9"), "texts/cat/3.txt is no UTF-8 text (byte 3)"),
-        ("texts", lambda: Path("texts/eel").mkdir(), "texts/eel has no .txt file; a class needs some, or remove its"),
-        ("arrays", lambda: arrays(x=np.full((40, 3), np.nan)), "a.npz: the train inputs: row 1 holds NaN or infinity"),
+        (
+            "texts",
+            lambda: Path("texts/cat/3.txt").write_bytes(b"caf\xe9"),
+            "texts/cat/3.txt is no UTF-8 text (byte 3)",
+        ),
+        (
+            "texts",
+            lambda: Path("texts/eel").mkdir(),
+            "texts/eel has no .txt file; a class needs some, or remove its",
+        ),
+        (
+            "arrays",
+            lambda: arrays(x=np.full((40, 3), np.nan)),
+            "a.npz: the train inputs: row 1 holds NaN or infinity",
+        ),
         ("arrays", lambda: arrays(y=np.arange(39) % 2), "a.npz: 40 train inputs, but 39 targets"),
         ("arrays", lambda: cut("a.npz", 300), "a.npz cannot be read as an array"),
     ],
@@ -213,13 +316,21 @@ def runs(tmp_path_factory):
         ("images", "notes.png", "notes.png cannot be read as a picture"),
         ("images", "hollow", "hollow has no pictures"),
         ("images", "nan.npy", "nan.npy: row 1 holds NaN or infinity"),
-        ("images", "wide.npy", "wide.npy: a row has shape (3, 8, 9), but the model takes (3, 8, 8)"),
+        (
+            "images",
+            "wide.npy",
+            "wide.npy: a row has shape (3, 8, 9), but the model takes (3, 8, 8)",
+        ),
         ("sounds", "quick.wav", "quick.wav has 16000 samples a second, not 8000"),
         ("table", "text.csv", "text.csv, row 2, column 'size': 'two' is no number; correct it"),
         ("table", "color.csv", "color.csv has no column 'colour'; did you mean 'color'?"),
         ("table", "header.csv", "header.csv has no rows"),
         ("series", "few.csv", "few.csv has 5 rows; the model looks back on 8"),
-        ("series", "gap.csv", "gap.csv, row 9: 'load' is empty; a series needs a number in every row"),
+        (
+            "series",
+            "gap.csv",
+            "gap.csv, row 9: 'load' is empty; a series needs a number in every row",
+        ),
         ("sequences", "long.ts", "long.ts, case 2: 5 frames; the model takes 3 (data.length)"),
     ],
 )
@@ -261,7 +372,12 @@ def test_sounds_of_another_rate_or_length_can_be_brought_to_the_right_one(comman
     status, _, err = command(f"train {COMMANDS['sounds']} data.resample=true {QUICK}")
     assert status in (0, None), err
     data = fw.datasets.build(
-        "audio_folder", path=tmp_path / "sounds", sample_rate=8000, seconds=0.1, resample=True, test_fraction=0.0
+        "audio_folder",
+        path=tmp_path / "sounds",
+        sample_rate=8000,
+        seconds=0.1,
+        resample=True,
+        test_fraction=0.0,
     )
     real = torch.cat([data.train.tensors[0], data.val.tensors[0]])[:, 1].sum(1)
     assert real.tolist() == [800] * 20, "the middle of what is longer"
@@ -274,18 +390,24 @@ def test_a_grey_picture_of_16_bits_is_not_all_white(tmp_path):
         Image.fromarray(ramp).save(tmp_path / kind / "0.png")
     for color in ("gray", "rgb"):
         data = fw.datasets.build(
-            "image_folder", path=tmp_path, size=8, color=color, normalize=False, val_fraction=0, test_fraction=0
+            "image_folder",
+            path=tmp_path,
+            size=8,
+            color=color,
+            normalize=False,
+            val_fraction=0,
+            test_fraction=0,
         )
         for channel in data.train[0][0]:
-            torch.testing.assert_close(channel, torch.from_numpy(ramp / 65535).float(), atol=1 / 255, rtol=0)
+            torch.testing.assert_close(
+                channel, torch.from_numpy(ramp / 65535).float(), atol=1 / 255, rtol=0
+            )
 
 
 class TestMetInMidRun:
     """A picture that is spoilt, and not among those that are read before training: the run has begun."""
 
-    line = (
-        f"train {COMMANDS['images']} data.normalize=false data.val_fraction=0 data.test_fraction=0 loader.batch_size=4"
-    )
+    line = f"train {COMMANDS['images']} data.normalize=false data.val_fraction=0 data.test_fraction=0 loader.batch_size=4"
     line += " trainer.max_epochs=2 'callbacks=[checkpoint]' callbacks.checkpoint.every=1steps loggers=json_lines"
 
     def weights(self, run):

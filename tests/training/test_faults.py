@@ -71,15 +71,20 @@ def test_a_worker_that_dies_during_a_step_is_an_error_of_the_next_batch_and_not_
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
     wait_for(lambda: not multiprocessing.active_children())  # nothing is raised here
     with pytest.raises(
-        DataError, match=r"^(a process that loads data|the process that read sample \d+) has died of SIGKILL"
+        DataError,
+        match=r"^(a process that loads data|the process that read sample \d+) has died of SIGKILL",
     ):
         list(batches)
 
 
 def test_a_worker_that_hangs_is_an_error_in_time_and_is_ended_though_it_ignores_sigterm():
     began = time.monotonic()
-    loader = Loader(Squares([17], lambda: time.sleep(60)), eval_batch_size=5, workers=2, timeout_seconds=0.6)
-    with pytest.raises(DataError, match=r"no batch has come for 0\.6 s .*: the process that read sample 17 hangs"):
+    loader = Loader(
+        Squares([17], lambda: time.sleep(60)), eval_batch_size=5, workers=2, timeout_seconds=0.6
+    )
+    with pytest.raises(
+        DataError, match=r"no batch has come for 0\.6 s .*: the process that read sample 17 hangs"
+    ):
         numbers(loader)
     assert time.monotonic() - began < 30  # it would have hung for 60
     assert not multiprocessing.active_children()
@@ -91,7 +96,9 @@ def test_workers_die_with_their_parent():
     if child == 0:
         batches = Loader(Squares([9], lambda: time.sleep(60)), eval_batch_size=1, workers=2).epoch()
         next(batches)
-        os.write(write, " ".join(str(each.pid) for each in multiprocessing.active_children()).encode())
+        os.write(
+            write, " ".join(str(each.pid) for each in multiprocessing.active_children()).encode()
+        )
         time.sleep(60)
     workers = [int(pid) for pid in os.read(read, 100).split()]
     assert len(workers) == 2
@@ -110,7 +117,9 @@ def alive(pid):
 
 @pytest.mark.filterwarnings("ignore:sample")
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_bad_samples_are_skipped_and_counted_alike_by_any_number_of_workers_and_after_a_restart(workers):
+def test_bad_samples_are_skipped_and_counted_alike_by_any_number_of_workers_and_after_a_restart(
+    workers,
+):
     def loader(split, **settings):
         return Loader(split, batch_size=4, workers=workers, shuffle=True, seed=3, **settings)
 
@@ -119,7 +128,10 @@ def test_bad_samples_are_skipped_and_counted_alike_by_any_number_of_workers_and_
     assert numbers(skipping, 1) == expected
     assert skipping.skipped == 2
     for start in (2, 4):
-        assert numbers(loader(Squares([2, 11], corrupt), on_bad_sample="skip"), 1, start) == expected[start:]
+        assert (
+            numbers(loader(Squares([2, 11], corrupt), on_bad_sample="skip"), 1, start)
+            == expected[start:]
+        )
 
 
 def test_what_is_skipped_is_said():
@@ -131,8 +143,12 @@ def test_what_is_skipped_is_said():
 @pytest.mark.filterwarnings("ignore:sample")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_batch_without_a_sample_left_is_refused(workers):
-    loader = Loader(Squares([4, 5], corrupt), eval_batch_size=2, workers=workers, on_bad_sample="skip")
-    with pytest.raises(DataError, match=r"^no sample of a batch can be read: sample 4 cannot be read: OSError"):
+    loader = Loader(
+        Squares([4, 5], corrupt), eval_batch_size=2, workers=workers, on_bad_sample="skip"
+    )
+    with pytest.raises(
+        DataError, match=r"^no sample of a batch can be read: sample 4 cannot be read: OSError"
+    ):
         numbers(loader)
 
 
@@ -142,7 +158,9 @@ def test_a_batch_without_a_sample_left_is_refused(workers):
 def fit(folder, split, *callbacks, epochs=3, batch_size=4, resume=None, **settings):
     torch.manual_seed(1)
     model = nn.Linear(1, 1)
-    trainer = Trainer(max_epochs=epochs, callbacks=callbacks, folder=folder, device="cpu", log_every="100epochs")
+    trainer = Trainer(
+        max_epochs=epochs, callbacks=callbacks, folder=folder, device="cpu", log_every="100epochs"
+    )
     loader = Loader(split, batch_size, shuffle=True, **settings)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
     with stopping([trainer]) as stopped:
@@ -152,11 +170,15 @@ def fit(folder, split, *callbacks, epochs=3, batch_size=4, resume=None, **settin
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("background", [True, False])
-def test_a_signal_to_the_group_ends_the_run_with_a_checkpoint_of_its_last_step(tmp_path, number, background):
+def test_a_signal_to_the_group_ends_the_run_with_a_checkpoint_of_its_last_step(
+    tmp_path, number, background
+):
     child = os.fork()
     if child == 0:
         os.setpgid(0, 0)
-        saving = fw.callbacks.build("checkpoint", monitor=None, every="1epoch", background=background)
+        saving = fw.callbacks.build(
+            "checkpoint", monitor=None, every="1epoch", background=background
+        )
         trainer, stopped = fit(tmp_path, Squares(), saving, epochs=10**4, workers=1)
         (tmp_path / "ended").write_text(f"{trainer.state.step} {stopped} {trainer.state.stop}")
         os._exit(0)
@@ -165,7 +187,10 @@ def test_a_signal_to_the_group_ends_the_run_with_a_checkpoint_of_its_last_step(t
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     step, *words = (tmp_path / "ended").read_text().split()
     assert words == [f"[{int(number)}]", number.name]
-    assert newest(tmp_path / "checkpoints") == (tmp_path / "checkpoints" / checkpoint.folder_name(int(step)), [])
+    assert newest(tmp_path / "checkpoints") == (
+        tmp_path / "checkpoints" / checkpoint.folder_name(int(step)),
+        [],
+    )
 
 
 class Boundary(Callback):
@@ -214,7 +239,11 @@ def test_a_bad_sample_costs_no_step(tmp_path):
     saving = fw.callbacks.build("checkpoint", monitor=None, every="9epochs")
     with pytest.raises(DataError, match="sample 17"):
         fit(tmp_path, Squares([17], corrupt), saving, Boundary())
-    reached = next(i for i, batch in enumerate(numbers(Loader(Squares(), batch_size=4, shuffle=True))) if 17 in batch)
+    reached = next(
+        i
+        for i, batch in enumerate(numbers(Loader(Squares(), batch_size=4, shuffle=True)))
+        if 17 in batch
+    )
     assert newest(tmp_path / "checkpoints")[0].name == checkpoint.folder_name(reached)
 
 
@@ -264,7 +293,13 @@ def test_a_link_to_the_best_that_a_kill_prevented_is_made_when_the_run_goes_on(t
     model, training = load(newest(tmp_path / "checkpoints")[0])
     optimizer = torch.optim.SGD(trainer.model.parameters(), lr=1e-6)
     loader = Loader(Squares(), 4, shuffle=True)
-    resumed.fit(trainer.model, loader, task=nn.MSELoss(), optimizer=optimizer, resume=training | {"model": model})
+    resumed.fit(
+        trainer.model,
+        loader,
+        task=nn.MSELoss(),
+        optimizer=optimizer,
+        resume=training | {"model": model},
+    )
     assert str(best.readlink()) == str(led_to) == checkpoint.folder_name(step)
 
 
@@ -282,9 +317,13 @@ def test_what_goes_wrong_in_saving_ends_the_run_at_the_next_step_and_leaves_the_
 
     monkeypatch.setattr(checkpoint, "write", write)
     saving = fw.callbacks.build("checkpoint", monitor=None, every="1steps", background=background)
-    with pytest.raises(CheckpointError, match=r"step \d+ cannot be saved in .*: No space left on device"):
+    with pytest.raises(
+        CheckpointError, match=r"step \d+ cannot be saved in .*: No space left on device"
+    ):
         fit(tmp_path, Squares(), saving)
-    good = [step for step in steps if step < 3]  # in the background the disk may be too slow for each
+    good = [
+        step for step in steps if step < 3
+    ]  # in the background the disk may be too slow for each
     assert background or steps == [1, 2, 3]
     assert steps[len(good)] >= 3
     found = newest(tmp_path / "checkpoints")[0]
@@ -318,7 +357,9 @@ def test_a_resumed_run_goes_on_counting_what_is_skipped(tmp_path):
     assert (half.train_batches.skipped, whole.train_batches.skipped) == (2, 3)
 
 
-@pytest.mark.parametrize(("number", "raised"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+@pytest.mark.parametrize(
+    ("number", "raised"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
+)
 def test_a_second_signal_ends_the_run_at_once_with_its_own_status(tmp_path, number, raised):
     class Twice(Callback):
         def on_step_start(self, trainer):

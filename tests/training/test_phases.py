@@ -12,7 +12,10 @@ from framework.contracts.task import Phase
 from framework.data.dataset import Loader
 from framework.errors import SettingError
 
-DATA = fw.TensorSplit(torch.randn(96, 4, generator=torch.Generator().manual_seed(1)), torch.zeros(96, dtype=torch.long))
+DATA = fw.TensorSplit(
+    torch.randn(96, 4, generator=torch.Generator().manual_seed(1)),
+    torch.zeros(96, dtype=torch.long),
+)
 
 
 class Duel(nn.Module):
@@ -34,7 +37,10 @@ class Duelling(Task):
     def phase(self, name, model, batch):
         made = model.maker(batch[0][:, :2])
         if name == "judge":
-            loss = F.softplus(-model.judge(batch[0])).mean() + F.softplus(model.judge(made.detach())).mean()
+            loss = (
+                F.softplus(-model.judge(batch[0])).mean()
+                + F.softplus(model.judge(made.detach())).mean()
+            )
         else:
             loss = F.softplus(-model.judge(made)).mean()
         return Step(loss, made, batch[0], {f"{name}_loss": loss})
@@ -46,7 +52,9 @@ class Duelling(Task):
 def fit(*callbacks, task=None, resume=None, **settings):
     model = Duel()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    trainer = Trainer(callbacks=callbacks, **({"max_epochs": 4, "seed": 2, "device": "cpu"} | settings))
+    trainer = Trainer(
+        callbacks=callbacks, **({"max_epochs": 4, "seed": 2, "device": "cpu"} | settings)
+    )
     loader = Loader(DATA, 32, shuffle=True, seed=2)
     trainer.fit(model, loader, task=task or Duelling(), optimizer=optimizer, resume=resume)
     return trainer
@@ -92,7 +100,13 @@ class Gradients(fw.Callback):
         self.seen = []
 
     def on_gradients(self, trainer):
-        self.seen.append({name.split(".")[0] for name, p in trainer.model.named_parameters() if p.grad is not None})
+        self.seen.append(
+            {
+                name.split(".")[0]
+                for name, p in trainer.model.named_parameters()
+                if p.grad is not None
+            }
+        )
 
 
 def test_each_phase_has_gradients_of_its_own_alone():
@@ -129,11 +143,20 @@ def test_a_loss_that_is_not_finite_moves_no_phase(policy):
             step = super().phase(name, model, batch)
             return step._replace(loss=step.loss * torch.inf)
 
-    non_finite = fw.callbacks.build("non_finite", policy=policy, **({"most_skips": 99} if policy == "skip" else {}))
-    with pytest.raises(Exception, match="the loss is inf at step 1") if policy == "raise" else torch.no_grad():
+    non_finite = fw.callbacks.build(
+        "non_finite", policy=policy, **({"most_skips": 99} if policy == "skip" else {})
+    )
+    with (
+        pytest.raises(Exception, match="the loss is inf at step 1")
+        if policy == "raise"
+        else torch.no_grad()
+    ):
         with torch.enable_grad():
             trainer = fit(non_finite, task=Broken())
-        assert all(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), Duel().parameters(), strict=True))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(trainer.model.parameters(), Duel().parameters(), strict=True)
+        )
         assert non_finite.skipped == 24
 
 

@@ -37,7 +37,14 @@ SETTINGS = {
     "progress": {"style": "lines"},
     "confusion": {"every": "2epochs"},
 }
-OTHER_TASKS = {"pictures", "sample_distance", "predictions", "text_samples", "spectrograms", "prune"}
+OTHER_TASKS = {
+    "pictures",
+    "sample_distance",
+    "predictions",
+    "text_samples",
+    "spectrograms",
+    "prune",
+}
 """Callbacks that need another task or a search; a test below covers those that keep state."""
 
 
@@ -91,7 +98,11 @@ def assert_same(one, two):
 
 
 def names_of(kind):
-    return [entry.name for entry in Registry.every[kind] if entry.source.module.startswith("framework_plugins")]
+    return [
+        entry.name
+        for entry in Registry.every[kind]
+        if entry.source.module.startswith("framework_plugins")
+    ]
 
 
 @pytest.mark.parametrize("name", sorted(set(names_of("callback")) - OTHER_TASKS))
@@ -99,7 +110,9 @@ def test_second_fit_equals_the_first_for_each_callback(name, tmp_path, capsys):
     record = Record()
     callback = fw.callbacks.build(name, **SETTINGS.get(name, {}))
     callbacks = [Explode(), callback] if name == "non_finite" else [callback]
-    trainer = Trainer(max_epochs=3, log_every="2steps", callbacks=callbacks, loggers=[record], device="cpu")
+    trainer = Trainer(
+        max_epochs=3, log_every="2steps", callbacks=callbacks, loggers=[record], device="cpu"
+    )
     found = []
     for folder in ("first", "second"):
         trainer.folder = tmp_path / folder
@@ -111,7 +124,10 @@ def test_second_fit_equals_the_first_for_each_callback(name, tmp_path, capsys):
 
 def shown(capsys):
     """Return the lines on stderr up to the speed."""
-    return [line.partition(" samples/s")[0].rpartition("  ")[0] for line in capsys.readouterr().err.splitlines()]
+    return [
+        line.partition(" samples/s")[0].rpartition("  ")[0]
+        for line in capsys.readouterr().err.splitlines()
+    ]
 
 
 @pytest.mark.parametrize("name", names_of("scheduler"))
@@ -132,12 +148,23 @@ def test_pictures_are_shown_in_each_fit():
     for _ in range(2):
         torch.manual_seed(0)
         model = fw.models.build("autoencoder", (1, 4, 4), (1, 4, 4), widths=[4], code=2)
-        found.append(fit(trainer, record, model=model, data=data, val=data, task=fw.tasks.build("reconstruction")))
+        found.append(
+            fit(
+                trainer,
+                record,
+                model=model,
+                data=data,
+                val=data,
+                task=fw.tasks.build("reconstruction"),
+            )
+        )
     assert any(line[1] == "reconstructions" for line in found[0][0])
     assert_same(*found)
 
 
-@pytest.mark.parametrize("folders", [["one", "one"], ["one", "other"]], ids=["the same folder", "another folder"])
+@pytest.mark.parametrize(
+    "folders", [["one", "one"], ["one", "other"]], ids=["the same folder", "another folder"]
+)
 def test_loggers_write_the_same_in_each_fit(folders, tmp_path):
     both = [fw.loggers.build(name) for name in ("json_lines", "tensorboard")]
     trainer = Trainer(max_steps=2, log_every="1steps", loggers=both, device="cpu")
@@ -149,14 +176,19 @@ def test_loggers_write_the_same_in_each_fit(folders, tmp_path):
             fit(trainer, Record())
             both[1].hparams({}, {"test/loss": 0.5})
         board = EventAccumulator(str(trainer.folder)).Reload()
-        curves = {tag: [(event.step, event.value) for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
+        curves = {
+            tag: [(event.step, event.value) for event in board.Scalars(tag)]
+            for tag in board.Tags()["scalars"]
+        }
         found.append((logged(trainer.folder), curves.get("train/loss"), curves.get("test/loss")))
     assert found[0][:2] == found[1][:2]
     assert found[0][2] == found[1][2] or folders[0] == folders[1]
 
 
 def test_progress_prints_in_each_fit(capsys):
-    trainer = Trainer(max_epochs=1, callbacks=[fw.callbacks.build("progress", style="lines")], device="cpu")
+    trainer = Trainer(
+        max_epochs=1, callbacks=[fw.callbacks.build("progress", style="lines")], device="cpu"
+    )
     for _ in range(2):
         fit(trainer, Record())
         assert len(shown(capsys)) == 1
@@ -231,13 +263,19 @@ class Halve(Schedule):
 @pytest.mark.parametrize("callback", [Count, Late])
 def test_third_party_callbacks_and_schedules_are_reset(trainers, callback):
     counting, schedule, record = callback(), Halve(), Record()
-    made = [Trainer(max_epochs=2, callbacks=[counting], loggers=[record], device="cpu") for _ in range(trainers)]
+    made = [
+        Trainer(max_epochs=2, callbacks=[counting], loggers=[record], device="cpu")
+        for _ in range(trainers)
+    ]
     first = fit(made[0], record, schedule=schedule)
     assert_same(first, fit(made[-1], record, schedule=schedule))
 
 
 def test_fresh_fit_after_a_resumed_fit_equals_the_first():
-    record, callbacks = Record(), [fw.callbacks.build("early_stop", patience=1), Count(), fw.callbacks.build("timer")]
+    record, callbacks = (
+        Record(),
+        [fw.callbacks.build("early_stop", patience=1), Count(), fw.callbacks.build("timer")],
+    )
     trainer = Trainer(max_epochs=3, callbacks=callbacks, loggers=[record], device="cpu")
     first = fit(trainer, record)
     state = trainer.state_dict()
@@ -254,7 +292,11 @@ def halving(step):
 
 
 def rates(record):
-    return [values["train/learning_rate"] for _, _, values in record.lines if "train/learning_rate" in values]
+    return [
+        values["train/learning_rate"]
+        for _, _, values in record.lines
+        if "train/learning_rate" in values
+    ]
 
 
 @pytest.mark.parametrize(
@@ -306,7 +348,9 @@ def leave_by_a_backward(model):
 
 def leave_by_a_fit_of_the_last_layer(model):
     optimizer = torch.optim.SGD(model[3].parameters(), lr=0.5)
-    Trainer(max_epochs=2, device="cpu").fit(model, SPLIT, task=LOSS, optimizer=optimizer, batch_size=4)
+    Trainer(max_epochs=2, device="cpu").fit(
+        model, SPLIT, task=LOSS, optimizer=optimizer, batch_size=4
+    )
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -326,14 +370,18 @@ def leave_by_an_interrupt(model):
 
 
 @pytest.mark.parametrize(
-    "leave", [leave_by_a_backward, leave_by_a_fit_of_the_last_layer, leave_by_an_interrupt], ids=lambda f: f.__name__
+    "leave",
+    [leave_by_a_backward, leave_by_a_fit_of_the_last_layer, leave_by_an_interrupt],
+    ids=lambda f: f.__name__,
 )
 def test_existing_gradients_are_not_added_to_the_first_step(leave):
     model = network()
     leave(model)
     expected = step_by_hand(model, 0.5)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    Trainer(max_steps=1, device="cpu").fit(model, SPLIT, task=LOSS, optimizer=optimizer, batch_size=12)
+    Trainer(max_steps=1, device="cpu").fit(
+        model, SPLIT, task=LOSS, optimizer=optimizer, batch_size=12
+    )
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.detach(), expected[name])
 

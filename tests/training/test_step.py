@@ -9,7 +9,9 @@ import framework as fw
 from framework import Callback, Trainer
 from framework.runtime.memory import MicroBatches, OutOfMemory
 
-DATA = fw.TensorSplit(torch.randn(64, 5, generator=torch.Generator().manual_seed(3)), torch.arange(64) % 3)
+DATA = fw.TensorSplit(
+    torch.randn(64, 5, generator=torch.Generator().manual_seed(3)), torch.arange(64) % 3
+)
 
 
 class Small(nn.Module):
@@ -42,10 +44,18 @@ class Gradients(Callback):
 
 def fit(model, *callbacks, resume=None, **settings):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    trainer = Trainer(callbacks=callbacks, **({"max_steps": 4, "seed": 5, "device": "cpu"} | settings))
+    trainer = Trainer(
+        callbacks=callbacks, **({"max_steps": 4, "seed": 5, "device": "cpu"} | settings)
+    )
     metrics = [fw.metrics.build("accuracy")]
     trainer.fit(
-        model, DATA, task=nn.CrossEntropyLoss(), optimizer=optimizer, batch_size=24, metrics=metrics, resume=resume
+        model,
+        DATA,
+        task=nn.CrossEntropyLoss(),
+        optimizer=optimizer,
+        batch_size=24,
+        metrics=metrics,
+        resume=resume,
     )
     return trainer
 
@@ -63,7 +73,9 @@ def test_micro_batches_have_the_gradients_of_the_whole_batch(size):
     assert max(other.model.seen) == size
     for a, b in zip(whole.kept, split.kept, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    assert other.state.metrics["train/loss"] == pytest.approx(one.state.metrics["train/loss"], rel=1e-5)
+    assert other.state.metrics["train/loss"] == pytest.approx(
+        one.state.metrics["train/loss"], rel=1e-5
+    )
     assert other.state.samples == one.state.samples
 
 
@@ -88,7 +100,9 @@ def test_a_step_done_again_has_the_same_random_numbers_statistics_and_sums():
     settings = {"dropout": 0.5, "norm": True}
     first = fit(Small(room=6, **settings), micro_batch="auto")
     second = fit(Small(**settings), micro_batch=6)
-    for a, b in zip(first.model.state_dict().values(), second.model.state_dict().values(), strict=True):
+    for a, b in zip(
+        first.model.state_dict().values(), second.model.state_dict().values(), strict=True
+    ):
         assert torch.equal(a, b)
     assert first.state.metrics["train/loss"] == second.state.metrics["train/loss"]
     assert first.state.metrics["train/accuracy"] == second.state.metrics["train/accuracy"]
@@ -117,9 +131,13 @@ def test_evaluation_goes_on_with_less_too():
     trainer = Trainer(max_epochs=1, micro_batch="auto", device="cpu")
     values = trainer.evaluate(DATA, model=model, task=nn.CrossEntropyLoss())
     assert max(model.seen[1:]) >= 7 > trainer.micro_batches.size
-    assert values["test/loss"] == pytest.approx(F.cross_entropy(model(DATA[:7][0]), DATA[:7][1]).item(), abs=0.5)
     assert values["test/loss"] == pytest.approx(
-        Trainer(max_epochs=1, device="cpu").evaluate(DATA, model=Small(), task=nn.CrossEntropyLoss())["test/loss"],
+        F.cross_entropy(model(DATA[:7][0]), DATA[:7][1]).item(), abs=0.5
+    )
+    assert values["test/loss"] == pytest.approx(
+        Trainer(max_epochs=1, device="cpu").evaluate(
+            DATA, model=Small(), task=nn.CrossEntropyLoss()
+        )["test/loss"],
         rel=1e-6,
     )
 
@@ -130,11 +148,17 @@ def test_other_errors_are_no_reason_to_try_again():
 
 @pytest.mark.slow  # it compiles: a minute
 @pytest.mark.parametrize("mode", ["model", "step"])
-@pytest.mark.parametrize("settings", [{}, {"accumulate": 2}, {"precision": "bf16"}, {"micro_batch": 8}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"accumulate": 2}, {"precision": "bf16"}, {"micro_batch": 8}], ids=str
+)
 def test_a_compiled_step_does_what_the_eager_one_does(mode, settings):
     eager = fit(Small(dropout=0.3), **settings)
     made = fit(Small(dropout=0.3), compile=mode, **settings)
     for a, b in zip(eager.model.parameters(), made.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=2e-2 if "precision" in settings else 1e-4, atol=1e-3)
-    assert made.state.metrics["train/accuracy"] == pytest.approx(eager.state.metrics["train/accuracy"], abs=0.05)
-    assert [name for name, _ in made.model.named_parameters()] == [name for name, _ in eager.model.named_parameters()]
+    assert made.state.metrics["train/accuracy"] == pytest.approx(
+        eager.state.metrics["train/accuracy"], abs=0.05
+    )
+    assert [name for name, _ in made.model.named_parameters()] == [
+        name for name, _ in eager.model.named_parameters()
+    ]

@@ -61,7 +61,9 @@ def in_order(epoch, seed=0, size=16):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize(
-    "extra", [{}, {"factor": lambda step: 1 / (1 + step)}, {"clip": 0.5}], ids=["", "factor", "clip"]
+    "extra",
+    [{}, {"factor": lambda step: 1 / (1 + step)}, {"clip": 0.5}],
+    ids=["", "factor", "clip"],
 )
 def test_fit_is_the_loop_written_by_hand(optimizer, extra):
     model = network()
@@ -77,7 +79,9 @@ def test_fit_is_the_loop_written_by_hand(optimizer, extra):
 
 def test_a_plain_data_loader_is_read_as_by_hand():
     def loader():
-        return DataLoader(TensorDataset(X, Y), 16, shuffle=True, generator=torch.Generator().manual_seed(5))
+        return DataLoader(
+            TensorDataset(X, Y), 16, shuffle=True, generator=torch.Generator().manual_seed(5)
+        )
 
     model, batches = network(), loader()
     losses = by_hand(model, OPTIMIZERS["adamw"](model), 3, lambda epoch: batches)
@@ -91,7 +95,10 @@ def test_a_plain_data_loader_is_read_as_by_hand():
     [
         {"val": VAL, "metrics": [fw.metrics.build("accuracy")]},
         {"val": VAL, "validate_every": "2steps"},
-        {"val": DataLoader(TensorDataset(*VAL.tensors), 7, shuffle=True), "validate_every": "1steps"},
+        {
+            "val": DataLoader(TensorDataset(*VAL.tensors), 7, shuffle=True),
+            "validate_every": "1steps",
+        },
         {"log_every": "4steps", "metrics": [fw.metrics.build("f1")]},
         {"log_every": "1h"},
         {"data": Loader(SPLIT, 16, shuffle=True)},
@@ -153,7 +160,11 @@ def test_the_events_come_in_the_order_of_the_docstring():
     last = "step_start gradients log validation_start validation_end step_end epoch_end step_done fit_end close"
     assert events.seen == f"{first} {last}".split()
     documented = inspect.getdoc(sys.modules["framework.contracts.callback"])
-    assert [event for event in EVENTS if f"{event} " not in documented and f"{event}\n" not in documented] == []
+    assert [
+        event
+        for event in EVENTS
+        if f"{event} " not in documented and f"{event}\n" not in documented
+    ] == []
     assert list(EVENTS) == sorted(EVENTS, key=lambda event: documented.index(event))
 
 
@@ -178,37 +189,66 @@ LOSS = nn.CrossEntropyLoss()
             {"callbacks": ["progress"]},
             "callbacks: 'progress' is none; by name one is made with fw.callbacks.build",
         ),
-        ({"callbacks": [Misspelt()]}, "on_epoch_ends would never be called: .*did you mean 'on_epoch_end'"),
+        (
+            {"callbacks": [Misspelt()]},
+            "on_epoch_ends would never be called: .*did you mean 'on_epoch_end'",
+        ),
         (
             {"callbacks": [SavesWithoutBase()]},
             "SavesWithoutBase.finish_saving would never be called: derive SavesWithoutBase from SavingCallback",
         ),
-        ({"metrics": ["accuracy"]}, r"metrics: 'accuracy' is none; .*fw\.metrics\.build\('accuracy'\)"),
+        (
+            {"metrics": ["accuracy"]},
+            r"metrics: 'accuracy' is none; .*fw\.metrics\.build\('accuracy'\)",
+        ),
         ({"metrics": [Nameless()]}, "Nameless has no `name`"),
         ({"metrics": [fw.metrics.build("accuracy")] * 2}, "two are logged by the name 'accuracy'"),
         ({"task": "classification"}, r"task: 'classification' is none; .*fw\.tasks\.build"),
         ({"task": 3}, "task: 3 is none"),
-        ({"optimizer": "sgd"}, r"optimizer: 'sgd' is none; .*fw\.optimizers\.build\('sgd', model\.parameters\(\)\)"),
-        ({"optimizer": torch.optim.SGD(network().parameters())}, "it holds no parameter of this model"),
+        (
+            {"optimizer": "sgd"},
+            r"optimizer: 'sgd' is none; .*fw\.optimizers\.build\('sgd', model\.parameters\(\)\)",
+        ),
+        (
+            {"optimizer": torch.optim.SGD(network().parameters())},
+            "it holds no parameter of this model",
+        ),
         ({"schedule": 0.5}, "schedule: should be a function from the step .*, not 0.5$"),
-        ({"schedule": torch.optim.lr_scheduler.StepLR(torch.optim.SGD(network().parameters()), 1)}, "one of torch's"),
+        (
+            {
+                "schedule": torch.optim.lr_scheduler.StepLR(
+                    torch.optim.SGD(network().parameters()), 1
+                )
+            },
+            "one of torch's",
+        ),
     ],
 )
 def test_what_fit_cannot_be_given_is_named(given, said):
     model = network()
     parts = {"task": LOSS, "optimizer": torch.optim.SGD(model.parameters())} | given
     with pytest.raises(SettingError, match=said):
-        Trainer(max_steps=1, device="cpu", callbacks=parts.pop("callbacks", ())).fit(model, SPLIT, **parts)
+        Trainer(max_steps=1, device="cpu", callbacks=parts.pop("callbacks", ())).fit(
+            model, SPLIT, **parts
+        )
 
 
 def test_a_folder_may_be_a_text_and_serves_one_fit(tmp_path):
     def once():
         model = network()
-        trainer = Trainer(max_steps=1, device="cpu", folder=str(tmp_path), callbacks=[fw.callbacks.build("checkpoint")])
+        trainer = Trainer(
+            max_steps=1,
+            device="cpu",
+            folder=str(tmp_path),
+            callbacks=[fw.callbacks.build("checkpoint")],
+        )
         trainer.fit(model, SPLIT, task=LOSS, optimizer=torch.optim.SGD(model.parameters()))
 
     once()
-    with pytest.raises(SettingError, match=r"checkpoints has those of another fit already: give the Trainer another"):
+    with pytest.raises(
+        SettingError,
+        match=r"checkpoints has those of another fit already: give the Trainer another",
+    ):
         once()
 
 
@@ -219,7 +259,9 @@ def test_sums_that_are_no_tensor_name_their_metric():
         def sums(self, outputs, targets):
             return 1.0
 
-    with pytest.raises(SettingError, match="metric Floats: its `sums` should return a tensor, not a float"):
+    with pytest.raises(
+        SettingError, match="metric Floats: its `sums` should return a tensor, not a float"
+    ):
         fit(metrics=[Floats()])
 
 
@@ -259,7 +301,9 @@ def test_a_stop_before_the_first_step_holds_and_a_second_fit_begins_anew():
     parts = {"task": nn.CrossEntropyLoss(), "optimizer": OPTIMIZERS["sgd"](model)}
     trainer.stop("signal", "SIGTERM", signal.SIGTERM)
     assert trainer.fit(model, SPLIT, **parts).step == 0
-    trainer = Trainer(max_epochs=1, device="cpu", callbacks=[At(2, lambda t: setattr(t.state, "stop", "enough"))])
+    trainer = Trainer(
+        max_epochs=1, device="cpu", callbacks=[At(2, lambda t: setattr(t.state, "stop", "enough"))]
+    )
     assert trainer.fit(model, SPLIT, **parts).step == 2
     trainer.callbacks[0].step = 99
     assert trainer.fit(model, SPLIT, **parts).step == 3
@@ -292,7 +336,10 @@ def test_a_logger_that_cannot_open_or_close_leaves_none_open():
 
 
 def test_what_a_callback_logs_belongs_to_its_step():
-    _, record = fit(log_every="1epoch", callbacks=[At(3, lambda trainer: trainer.log({"mine": torch.tensor(2.0)}))])
+    _, record = fit(
+        log_every="1epoch",
+        callbacks=[At(3, lambda trainer: trainer.log({"mine": torch.tensor(2.0)}))],
+    )
     assert (3, {"mine": 2.0}) in record.lines
 
 
@@ -319,7 +366,9 @@ def test_evaluate_and_predict_before_and_after_a_fit():
         trainer.evaluate(SPLIT)
     with pytest.raises(SettingError, match="pass `task=`"):
         trainer.evaluate(SPLIT, model=model)
-    values = trainer.evaluate(SPLIT, model=model, task=nn.CrossEntropyLoss(), metrics=[accuracy], batch_size=32)
+    values = trainer.evaluate(
+        SPLIT, model=model, task=nn.CrossEntropyLoss(), metrics=[accuracy], batch_size=32
+    )
     assert values["test/loss"] == pytest.approx(F.cross_entropy(logits, Y).item(), rel=1e-6)
     assert values["test/accuracy"] == pytest.approx((logits.argmax(1) == Y).float().mean().item())
     torch.testing.assert_close(trainer.predict(X, batch_size=32), logits)
@@ -338,7 +387,9 @@ def test_a_whole_data_is_trained_validated_and_tested_on_its_own_splits():
     trainer, record = fit(Three())
     assert record.steps("val/loss") == [5, 10, 15]
     assert trainer.evaluate(Three()) == trainer.evaluate(Three().test)
-    assert trainer.evaluate(Three(), name="val")["val/loss"] == pytest.approx(record.of("val/loss")[-1])
+    assert trainer.evaluate(Three(), name="val")["val/loss"] == pytest.approx(
+        record.of("val/loss")[-1]
+    )
     with pytest.raises(DataError, match="several splits"):
         trainer.predict(Three())
     with pytest.raises(DataError, match="no test split"):

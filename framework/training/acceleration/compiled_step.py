@@ -47,7 +47,9 @@ class Compiled:
         except CompilationError as error:
             cause = str(error)
             if " " in torch.__path__[0]:
-                cause = f"it does not work from a folder with a space in its name ({torch.__path__[0]})"
+                cause = (
+                    f"it does not work from a folder with a space in its name ({torch.__path__[0]})"
+                )
             raise FrameworkError(
                 f"compile={self.what}: torch cannot compile this; with compile=off it runs: {cause}"
             ) from error
@@ -62,7 +64,9 @@ class Compiled:
         reason = self.function.reason() or "torch does not say why"
         why = " ".join(reason.splitlines()[0].partition("#")[0].split())
         last = f"; after {self.function.limit} times torch runs what does not fit eagerly"
-        warnings.warn(f"compile={self.what}: compiled {self.times} times ({why}){last}", stacklevel=2)
+        warnings.warn(
+            f"compile={self.what}: compiled {self.times} times ({why}){last}", stacklevel=2
+        )
 
 
 class CompiledStep:

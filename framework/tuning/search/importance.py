@@ -58,12 +58,19 @@ def report(study: Study, metrics: Sequence[str]) -> Iterator[str]:
             value = best[0].params.get(name)
             bar = f"{'█' * round(share * BAR):<{BAR}} {share:4.0%}"
             rows.append(
-                (name, bar, "" if value is None else brief(value), span(best[: math.ceil(len(best) / 4)], name))
+                (
+                    name,
+                    bar,
+                    "" if value is None else brief(value),
+                    span(best[: math.ceil(len(best) / 4)], name),
+                )
             )
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
         yield ""
         for row in rows:
-            yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            yield "  ".join(
+                cell.ljust(width) for cell, width in zip(row, widths, strict=True)
+            ).rstrip()
 
 
 def span(trials: Sequence[FrozenTrial], name: str) -> str:
@@ -74,7 +81,9 @@ def span(trials: Sequence[FrozenTrial], name: str) -> str:
     if all(isinstance(value, int | float) for value in values):
         low, high = brief(min(values)), brief(max(values))
         return low if low == high else f"{low} to {high}"
-    return ", ".join(sorted(set(map(str, values)), key=lambda each: -sum(str(value) == each for value in values)))
+    return ", ".join(
+        sorted(set(map(str, values)), key=lambda each: -sum(str(value) == each for value in values))
+    )
 
 
 def brief(value: Any) -> str:
@@ -88,7 +97,9 @@ def pictures(study: Study, metrics: Sequence[str]) -> dict[str, Tensor]:
         shares = importances(study, objective)
         if shares:
             drawn[f"search/importance of hyperparameters for {metric}"] = draw_bars(shares)
-            drawn[f"search/parallel coordinates, {metric}"] = draw_parallel(study, list(shares), metric, objective)
+            drawn[f"search/parallel coordinates, {metric}"] = draw_parallel(
+                study, list(shares), metric, objective
+            )
     return drawn
 
 
@@ -96,7 +107,11 @@ class Canvas:
     """A white picture, drawn at twice its size so that lines are smooth."""
 
     def __init__(self, width: int, height: int):
-        from PIL import Image, ImageDraw, ImageFont  # not at the top: only a search that ends needs it
+        from PIL import (
+            Image,
+            ImageDraw,
+            ImageFont,
+        )  # not at the top: only a search that ends needs it
 
         self.image = Image.new("RGB", (2 * width, 2 * height), "white")
         self.draw = ImageDraw.Draw(self.image)
@@ -142,7 +157,9 @@ class AxisScale:
     def __call__(self, value: Any) -> float:
         if self.choices:
             return (self.choices.index(value) + 0.5) / len(self.choices)
-        low, high, value = (math.log(each) if self.log else each for each in (self.low, self.high, float(value)))
+        low, high, value = (
+            math.log(each) if self.log else each for each in (self.low, self.high, float(value))
+        )
         return 0.5 if low == high else (value - low) / (high - low)
 
     def labels(self) -> list[tuple[float, str]]:
@@ -156,14 +173,19 @@ def draw_parallel(study: Study, names: Sequence[str], metric: str, objective: in
     A trial that has no such hyperparameter passes its axis by.
     """
     best = ranked_trials(study, objective)
-    scales = [AxisScale([t.params[n] for t in best if n in t.params], last_distribution(best, n)) for n in names]
+    scales = [
+        AxisScale([t.params[n] for t in best if n in t.params], last_distribution(best, n))
+        for n in names
+    ]
     scales.append(AxisScale([trial.values[objective] for trial in best]))
     canvas = Canvas(2 * MARGIN + STEP * len(names), HEIGHT)
     for number, trial in reversed(list(enumerate(best))):
         share = number / max(len(best) - 1, 1)
         values = [trial.params.get(name) for name in names] + [trial.values[objective]]
         points = [
-            (MARGIN + STEP * axis, place(scales[axis](value))) for axis, value in enumerate(values) if value is not None
+            (MARGIN + STEP * axis, place(scales[axis](value)))
+            for axis, value in enumerate(values)
+            if value is not None
         ]
         canvas.line(points, mixed(share), 5 if number == 0 else 2)
     for axis, (name, scale) in enumerate(zip([*names, metric], scales, strict=True)):
@@ -176,7 +198,9 @@ def draw_parallel(study: Study, names: Sequence[str], metric: str, objective: in
 
 
 def last_distribution(trials: Sequence[FrozenTrial], name: str) -> BaseDistribution | None:
-    return next((trial.distributions[name] for trial in trials if name in trial.distributions), None)
+    return next(
+        (trial.distributions[name] for trial in trials if name in trial.distributions), None
+    )
 
 
 def place(height: float) -> float:

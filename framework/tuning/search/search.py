@@ -14,7 +14,12 @@ from typing import Any
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial as Draw, TrialState
@@ -48,7 +53,9 @@ class Asking:
     the search was killed between: each draw has a generator of its own, and what was drawn stays.
     """
 
-    def __init__(self, study: Study, space: Space, sampler: Callable[[int], BaseSampler], seed: int):
+    def __init__(
+        self, study: Study, space: Space, sampler: Callable[[int], BaseSampler], seed: int
+    ):
         self.study, self.space, self.sampler, self.seed = study, space, sampler, seed
 
     def ask(self) -> list[str]:
@@ -65,14 +72,20 @@ class Asking:
         self.study.sampler = self.sampler(derive(self.seed, "search", *names) % 2**31)
 
     def _draw(self, trial: Draw) -> list[str]:
-        _ = trial.relative_params  # what is drawn together is drawn when first read: now, with the trial's own seed
+        _ = (
+            trial.relative_params
+        )  # what is drawn together is drawn when first read: now, with the trial's own seed
 
         def choose(name: str, drawn: BaseDistribution) -> Any:
             self._reseed(trial.number, name)
             if isinstance(drawn, IntDistribution):
-                return trial.suggest_int(name, drawn.low, drawn.high, step=drawn.step, log=drawn.log)
+                return trial.suggest_int(
+                    name, drawn.low, drawn.high, step=drawn.step, log=drawn.log
+                )
             if isinstance(drawn, FloatDistribution):
-                return trial.suggest_float(name, drawn.low, drawn.high, step=drawn.step, log=drawn.log)
+                return trial.suggest_float(
+                    name, drawn.low, drawn.high, step=drawn.step, log=drawn.log
+                )
             assert isinstance(drawn, CategoricalDistribution)
             return trial.suggest_categorical(name, drawn.choices)
 
@@ -82,11 +95,20 @@ class Asking:
 class Campaign:
     """The loop of a search: a batch of trials is asked for, trained and told, until there are enough."""
 
-    def __init__(self, search: Search, study: Study, space: Space, folder: SweepFolder, metrics: Sequence[str]):
+    def __init__(
+        self,
+        search: Search,
+        study: Study,
+        space: Space,
+        folder: SweepFolder,
+        metrics: Sequence[str],
+    ):
         self.search, self.study, self.folder, self.metrics = search, study, folder, metrics
         assert search.sampler != "auto"
         kind, startup = search.sampler, search.startup
-        self.asking = Asking(study, space, lambda seed: make_sampler(kind, startup, seed), search.seed)
+        self.asking = Asking(
+            study, space, lambda seed: make_sampler(kind, startup, seed), search.seed
+        )
 
     def run(self, train: Callable[[Batch], Any]) -> str:
         """Have trained what is missing; returns why the search ended before its last trial, if it did."""
@@ -106,7 +128,11 @@ class Campaign:
         A batch is full before any of it is told, so that a kill makes no difference to what is chosen.
         """
         trials = self.study.get_trials(deepcopy=False)
-        batch = {trial.number: self.asking.again(trial) for trial in trials if trial.state == TrialState.RUNNING}
+        batch = {
+            trial.number: self.asking.again(trial)
+            for trial in trials
+            if trial.state == TrialState.RUNNING
+        }
         first, size = min(batch, default=len(trials)), self.search.parallel or 1
         for number in range(len(trials), min((first // size + 1) * size, self.search.trials)):
             batch[number] = self.asking.ask()
@@ -140,7 +166,10 @@ class Campaign:
 
     def over(self) -> str | None:
         """Say why no more trials are wanted; nothing of enough trials, None while there are too few."""
-        search, done = self.search, self.study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+        search, done = (
+            self.search,
+            self.study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]),
+        )
         told = sum(trial.state.is_finished() for trial in self.study.get_trials(deepcopy=False))
         if told >= search.trials:
             return ""
@@ -151,7 +180,9 @@ class Campaign:
         sign = sign_of(self.study, 0)
         best = min(done, key=lambda trial: (sign * trial.values[0], trial.number))
         if search.target is not None and sign * best.values[0] <= sign * search.target:
-            return f"{self.metrics[0]} {best.values[0]:.6g} of trial {best.number} reaches the target"
+            return (
+                f"{self.metrics[0]} {best.values[0]:.6g} of trial {best.number} reaches the target"
+            )
         if search.patience is not None and told - 1 - best.number >= search.patience:
             return f"none of {search.patience} trials was better than trial {best.number}"
         return None
@@ -164,7 +195,9 @@ class OptunaSweeper(Sweeper):
         """Keep the settings; they are checked when the metrics are known."""
         self.given = given
 
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
         """Make the launcher."""
         assert isinstance(task_function, Trials)
         self.trials, self.loader = task_function, hydra_context.config_loader
@@ -179,8 +212,15 @@ class OptunaSweeper(Sweeper):
         self.enroll(space)
         for end in (lowest, highest):  # most mistakes show at the ends, before there is a folder
             self.composer.job(space.sample(end), 0)
-        asked = {"metric": metrics, "space": space.texts, "sampler": search.sampler, "seed": search.seed}
-        directions: list[Direction] = ["minimize" if mode == "min" else "maximize" for mode in trials.by.values()]
+        asked = {
+            "metric": metrics,
+            "space": space.texts,
+            "sampler": search.sampler,
+            "seed": search.seed,
+        }
+        directions: list[Direction] = [
+            "minimize" if mode == "min" else "maximize" for mode in trials.by.values()
+        ]
         study, trials.planned = create_study(trials.folder.path, directions, asked), search.trials
         try:
             with trials.showing():
@@ -198,9 +238,15 @@ class OptunaSweeper(Sweeper):
     def written(self, search: Search) -> list[str]:
         """Return the overrides that the settings stand for: the space, and the callback that prunes."""
         composing = self.trials.composing
-        space = rewrite([f"{key}={text}" for key, text in (search.params or {}).items()], composing.folders, True)
+        space = rewrite(
+            [f"{key}={text}" for key, text in (search.params or {}).items()],
+            composing.folders,
+            True,
+        )
         if space.problems:
-            raise ConfigError([text.replace("(command line)", f"({SECTION}.params)") for text in space.problems])
+            raise ConfigError(
+                [text.replace("(command line)", f"({SECTION}.params)") for text in space.problems]
+            )
         if search.pruner == "none":
             return space.arguments
         prune = {"callbacks.prune.pruner": search.pruner, "callbacks.prune.warmup": search.warmup}
@@ -212,12 +258,18 @@ class OptunaSweeper(Sweeper):
         """Say which settings the trials have of their own, and that those with one value each need no Hydra."""
         overrides = self.trials.composing.overrides
         overrides.swept += [axis.key for axis in space.axes if axis.key not in overrides.swept]
-        self.composer.swept += tuple(f"{axis.written}=" for axis in space.axes if axis.written.startswith("++"))
+        self.composer.swept += tuple(
+            f"{axis.written}=" for axis in space.axes if axis.written.startswith("++")
+        )
 
     def train(self, batch: Batch) -> None:
         """Have a batch trained; one that cannot be composed, or whose process dies, has failed."""
         trials = self.trials
-        fine = {number: overrides for number, overrides in batch.items() if self.compose(number, overrides)}
+        fine = {
+            number: overrides
+            for number, overrides in batch.items()
+            if self.compose(number, overrides)
+        }
         for first, overrides in stretches(fine):
             try:
                 for job in self.away.launch(overrides, initial_job_idx=first):
@@ -243,7 +295,9 @@ class OptunaSweeper(Sweeper):
             self.trials.ready[number] = self.trials.place(self.composer.job(overrides, number))
         except ConfigError as error:
             own = own_settings(overrides, self.trials.composing.overrides)
-            self.trials.end(Trial(number, own, state="failed", error="; ".join(error.problems), exit_status=2))
+            self.trials.end(
+                Trial(number, own, state="failed", error="; ".join(error.problems), exit_status=2)
+            )
             return False
         return True
 

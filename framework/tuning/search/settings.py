@@ -52,7 +52,9 @@ def read_search(given: dict[str, Any], metrics: Sequence[str]) -> Search:
     known, values, problems = read_settings(Search), {}, []
     for name, value in given.items():
         if name not in known:
-            problems.append(f"{SECTION}.{name}: there is no such setting; {did_you_mean(name, known)}")
+            problems.append(
+                f"{SECTION}.{name}: there is no such setting; {did_you_mean(name, known)}"
+            )
             continue
         try:
             values[name] = known[name].convert(value)
@@ -62,11 +64,19 @@ def read_search(given: dict[str, Any], metrics: Sequence[str]) -> Search:
     if len(metrics) > 1:
         one = [name for name in ("patience", "target") if getattr(search, name) is not None]
         one += ["pruner"] if search.pruner != "none" else []
-        problems += [f"{SECTION}.{name}: goes with one sweep.metric, not with {len(metrics)}" for name in one]
-        problems += [f"{SECTION}.sampler=cma_es: takes one sweep.metric"] if search.sampler == "cma_es" else []
+        problems += [
+            f"{SECTION}.{name}: goes with one sweep.metric, not with {len(metrics)}" for name in one
+        ]
+        problems += (
+            [f"{SECTION}.sampler=cma_es: takes one sweep.metric"]
+            if search.sampler == "cma_es"
+            else []
+        )
     if search.pruner != "none" and metrics[0].startswith("test/"):
         advice = "choose one of val/..., or pruner=none"
-        problems.append(f"{SECTION}.pruner={search.pruner}: {metrics[0]} is measured when a trial is over; {advice}")
+        problems.append(
+            f"{SECTION}.pruner={search.pruner}: {metrics[0]} is measured when a trial is over; {advice}"
+        )
     if search.sampler == "cma_es" and find_spec("cmaes") is None:
         problems.append(f"{SECTION}.sampler=cma_es: needs cmaes: pip install 'framework[tuning]'")
     if problems:

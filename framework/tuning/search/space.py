@@ -13,10 +13,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 
 from framework.composition.hydra_groups import NONE
-from framework.composition.hydra_internals import ConfigLoader, IntervalSweep, Override, RangeSweep, parse_overrides
+from framework.composition.hydra_internals import (
+    ConfigLoader,
+    IntervalSweep,
+    Override,
+    RangeSweep,
+    parse_overrides,
+)
 from framework.composition.overrides import as_typed, expand_job
 from framework.composition.sections import SECTIONS, section_settings
 from framework.errors import ConfigError, did_you_mean
@@ -40,7 +51,11 @@ class Axis:
     @property
     def options(self) -> list[str]:
         chosen = self.distribution
-        return [str(name) for name in chosen.choices] if isinstance(chosen, CategoricalDistribution) else []
+        return (
+            [str(name) for name in chosen.choices]
+            if isinstance(chosen, CategoricalDistribution)
+            else []
+        )
 
 
 class Space:
@@ -56,12 +71,15 @@ class Space:
         self.problems: list[str] = []
         sweeps = {key for key, override in by_key.items() if override.is_sweep_override()}
         self.fixed = [
-            str(each.input_line) for each in parsed if not each.is_sweep_override() and typed_key(each) not in sweeps
+            str(each.input_line)
+            for each in parsed
+            if not each.is_sweep_override() and typed_key(each) not in sweeps
         ]
         axes = [self._axis(key, by_key[key]) for key in by_key if key in sweeps]
         self.given = {key: each.value() for key, each in by_key.items() if key not in sweeps}
         self.axes = sorted(
-            [axis for axis in axes if axis], key=lambda axis: (axis.per is not None, key_depth(axis.key))
+            [axis for axis in axes if axis],
+            key=lambda axis: (axis.per is not None, key_depth(axis.key)),
         )
         for axis in self.axes:
             self._check_reach(axis)
@@ -71,14 +89,19 @@ class Space:
                 "expected one fold, such as fold=1/5; for all folds of some settings, sweep without optuna"
             )
         if not axes:
-            self.problems.append("a search needs something to choose: optimizer.lr='tag(log, interval(1e-5, 1e-1))'")
+            self.problems.append(
+                "a search needs something to choose: optimizer.lr='tag(log, interval(1e-5, 1e-1))'"
+            )
         if self.problems:
             raise ConfigError(self.problems)
 
     @property
     def texts(self) -> list[str]:
         """What is searched, in plain words: a search goes on with the same space."""
-        return sorted(f"{axis.key}{f' per {axis.per}' if axis.per else ''}: {axis.distribution}" for axis in self.axes)
+        return sorted(
+            f"{axis.key}{f' per {axis.per}' if axis.per else ''}: {axis.distribution}"
+            for axis in self.axes
+        )
 
     def _axis(self, key: str, override: Override) -> Axis | None:
         value, written = override.value(), str(override.input_line).partition("=")[0]
@@ -90,18 +113,26 @@ class Space:
                     raise ValueError(f"the tag {tag!r} is none of: log, 'per SETTING'")
             return Axis(key, written, distribution_of(key, override, LOG in tags), per)
         except (ValueError, TypeError) as error:
-            self.problems.append(f"{as_typed(str(override.input_line))}: {' '.join(str(error).split())}")
+            self.problems.append(
+                f"{as_typed(str(override.input_line))}: {' '.join(str(error).split())}"
+            )
             return None
 
     def _check_reach(self, axis: Axis) -> None:
         """Find what no choice of a part has, and a count that is nowhere."""
         owner = self._axis_of(parent(axis.key))
         last = axis.key.rpartition(".")[2]
-        if owner is not None and not any(has_setting(owner.key, option, last) for option in owner.options):
-            self.problems.append(f"{axis.key}: none of {', '.join(owner.options)} has a setting {last!r}")
+        if owner is not None and not any(
+            has_setting(owner.key, option, last) for option in owner.options
+        ):
+            self.problems.append(
+                f"{axis.key}: none of {', '.join(owner.options)} has a setting {last!r}"
+            )
         if axis.per is not None and axis.per not in self.given and self._axis_of(axis.per) is None:
             known = [each.key for each in self.axes if each.per is None]
-            self.problems.append(f"{axis.key}: nothing says how many: per {axis.per}; {did_you_mean(axis.per, known)}")
+            self.problems.append(
+                f"{axis.key}: nothing says how many: per {axis.per}; {did_you_mean(axis.per, known)}"
+            )
 
     def _axis_of(self, key: str) -> Axis | None:
         return next((axis for axis in self.axes if axis.key == key), None)
@@ -119,7 +150,10 @@ class Space:
                 chosen[axis.key] = choose(axis.key, axis.distribution)
             else:
                 count: Any = chosen.get(axis.per, self.given.get(axis.per))
-                chosen[axis.key] = [choose(f"{axis.key}.{number}", axis.distribution) for number in range(int(count))]
+                chosen[axis.key] = [
+                    choose(f"{axis.key}.{number}", axis.distribution)
+                    for number in range(int(count))
+                ]
         own: list[str] = []
         for axis in self.axes:
             if axis.key in chosen:
@@ -146,7 +180,11 @@ def distribution_of(key: str, override: Override, log: bool) -> BaseDistribution
     if isinstance(value, IntervalSweep):
         low, high = float(value.start or 0), float(value.end or 0)
         whole = isinstance(value.start, int) or takes_whole_numbers(key, low, high)
-        return IntDistribution(int(low), int(high), log=log) if whole else FloatDistribution(low, high, log=log)
+        return (
+            IntDistribution(int(low), int(high), log=log)
+            if whole
+            else FloatDistribution(low, high, log=log)
+        )
     if isinstance(value, RangeSweep):
         series, step = sorted(value.range()), abs(value.step)
         if log and step != 1:
@@ -154,7 +192,9 @@ def distribution_of(key: str, override: Override, log: bool) -> BaseDistribution
         if not series:
             raise ValueError("nothing is in this range")
         make: Any = IntDistribution if isinstance(series[0], int) else FloatDistribution
-        return make(series[0], series[-1], log=log, step=None if log and make is FloatDistribution else step)
+        return make(
+            series[0], series[-1], log=log, step=None if log and make is FloatDistribution else step
+        )
     if log:
         raise ValueError("log goes with interval(...) and range(...)")
     choices = list(override.sweep_string_iterator())
@@ -175,7 +215,12 @@ def settings_at(key: str) -> list[Setting]:
     owner, last = parent(key), key.rpartition(".")[2]
     if owner in SECTIONS:
         return [setting for name, setting in section_settings(owner).items() if name == last]
-    return [e.settings[last] for registry in registries_at(owner) for e in registry if last in e.settings]
+    return [
+        e.settings[last]
+        for registry in registries_at(owner)
+        for e in registry
+        if last in e.settings
+    ]
 
 
 def registries_at(path: str) -> list[Registry]:
@@ -185,13 +230,20 @@ def registries_at(path: str) -> list[Registry]:
     if parent(path) in Registry.by_key() and Registry.by_key()[parent(path)].kind.many:
         return [Registry.by_key()[parent(path)]]
     last = path.rpartition(".")[2]
-    settings = [e.settings[last] for registry in Registry.every.values() for e in registry if last in e.settings]
+    settings = [
+        e.settings[last]
+        for registry in Registry.every.values()
+        for e in registry
+        if last in e.settings
+    ]
     return [Registry.every[kind] for kind in dict.fromkeys(s.part for s in settings) if kind]
 
 
 def has_setting(path: str, name: str, setting: str) -> bool:
     """Whether the part of that name, chosen at that path, has such a setting."""
-    found = [registry.get(name) for registry in registries_at(path) if name != NONE and name in registry]
+    found = [
+        registry.get(name) for registry in registries_at(path) if name != NONE and name in registry
+    ]
     return any(setting in entry.settings for entry in found)
 
 

@@ -28,7 +28,13 @@ try:
 except ImportError:
     raise FrameworkError("a search needs optuna: pip install 'framework[tuning]'") from None
 
-from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
+from optuna.pruners import (
+    BasePruner,
+    HyperbandPruner,
+    MedianPruner,
+    NopPruner,
+    SuccessiveHalvingPruner,
+)
 from optuna.samplers import BaseSampler, CmaEsSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import BaseJournalBackend
@@ -74,7 +80,9 @@ class Journal(BaseJournalBackend):
                         found.append(log)
                     number += 1
         except OSError as error:
-            raise RunError(f"{self.path} cannot be read: {failure_reason(self.path, error)}") from error
+            raise RunError(
+                f"{self.path} cannot be read: {failure_reason(self.path, error)}"
+            ) from error
         self.read = (number, offset)
         return found
 
@@ -93,7 +101,11 @@ class Journal(BaseJournalBackend):
 def read_log(line: bytes) -> dict[str, Any] | None:
     """Return the log of a line of the journal; None if it is none."""
     log = parse_row(line)
-    if log is None or not isinstance(log.get("op_code"), int) or not isinstance(log.get("worker_id"), str):
+    if (
+        log is None
+        or not isinstance(log.get("op_code"), int)
+        or not isinstance(log.get("worker_id"), str)
+    ):
         return None
     return log
 
@@ -121,15 +133,27 @@ def storage_of(folder: Path) -> JournalStorage:
     """Return the storage of a sweep folder. Raises RunError when its journal cannot be read as one."""
     try:
         return storage_in(folder.resolve())
-    except (LookupError, ValueError, TypeError, AttributeError, AssertionError) as error:  # Optuna checks no types
+    except (
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+    ) as error:  # Optuna checks no types
         said = f"{type(error).__name__}: {error}"
-        raise RunError(f"{folder / FILE} is damaged, so that the search cannot go on: {said}") from error
+        raise RunError(
+            f"{folder / FILE} is damaged, so that the search cannot go on: {said}"
+        ) from error
 
 
-def create_study(folder: Path, directions: Sequence[Direction], asked: dict[str, Any]) -> optuna.Study:
+def create_study(
+    folder: Path, directions: Sequence[Direction], asked: dict[str, Any]
+) -> optuna.Study:
     """Make the study of a sweep folder, or go on with it. Raises RunError when that was asked for something else."""
     storage = storage_of(folder)
-    study = optuna.create_study(storage=storage, study_name=NAME, directions=directions, load_if_exists=True)
+    study = optuna.create_study(
+        storage=storage, study_name=NAME, directions=directions, load_if_exists=True
+    )
     for what, value in asked.items():
         before = study.user_attrs.get(what)
         if before is None:
@@ -152,7 +176,11 @@ def make_sampler(kind: Sampler, startup: int, seed: int) -> BaseSampler:
         return TPESampler(n_startup_trials=startup, seed=seed)
     if kind == "cma_es":
         return CmaEsSampler(n_startup_trials=startup, seed=seed, warn_independent_sampling=False)
-    return Generations(population_size=max(startup, 2), seed=seed) if kind == "nsga2" else RandomSampler(seed=seed)
+    return (
+        Generations(population_size=max(startup, 2), seed=seed)
+        if kind == "nsga2"
+        else RandomSampler(seed=seed)
+    )
 
 
 def make_pruner(kind: Pruner, startup: int, warmup: int) -> BasePruner:
@@ -174,12 +202,16 @@ class Judge:
         if not (sweep / FILE).is_file():
             raise RunError(f"{sweep} is not the folder of a search: there is no {FILE}")
         storage = storage_of(sweep)
-        study = optuna.load_study(study_name=NAME, storage=storage, sampler=RandomSampler(), pruner=pruner)
+        study = optuna.load_study(
+            study_name=NAME, storage=storage, sampler=RandomSampler(), pruner=pruner
+        )
         trials = study.get_trials(deepcopy=False)
         if number >= len(trials):
             raise RunError(f"the search in {sweep} has no trial {number}")
         self.metrics = [str(name) for name in study.user_attrs["metric"]]
-        self.trial = None if trials[number].state.is_finished() else Trial(study, trials[number]._trial_id)
+        self.trial = (
+            None if trials[number].state.is_finished() else Trial(study, trials[number]._trial_id)
+        )
         self.last = trials[number].last_step or 0
 
     def prunes(self, value: float, point: int) -> bool:

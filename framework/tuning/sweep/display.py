@@ -46,7 +46,11 @@ class Lines:
         if trial.error:
             first = self.errors.setdefault(trial.error, trial.number)
             same = first != trial.number
-            told += f": the same error as trial {first:03}" if same else f": {message_line(trial.error)}"
+            told += (
+                f": the same error as trial {first:03}"
+                if same
+                else f": {message_line(trial.error)}"
+            )
         print_line(told, flush=True)
 
     def close(self) -> None:
@@ -70,7 +74,9 @@ class LiveTable:
         self.trials = {trial.number: trial for trial in earlier}
         self.now: dict[int, str] = {}
         self.line, self.next_drawing = "", 0.0
-        plain = partial(Live, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)  # no thread
+        plain = partial(
+            Live, auto_refresh=False, redirect_stdout=False, redirect_stderr=False
+        )  # no thread
         self.live = plain(console=console(sys.stderr), transient=True)
         self.live.start()
 

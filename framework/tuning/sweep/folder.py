@@ -55,7 +55,9 @@ class Trial:
     steps: int = 0
     error: str = ""
     exit_status: int = 0  # of a failed one: as of the command line
-    config: str = ""  # the fingerprint of its config, by which a resumed sweep knows that it is done
+    config: str = (
+        ""  # the fingerprint of its config, by which a resumed sweep knows that it is done
+    )
 
     @property
     def over(self) -> bool:
@@ -73,29 +75,39 @@ class SweepFolder:
         self.offset = 0
 
     @classmethod
-    def claim(cls, root: Path, experiment: str, name: str | None, asked: Mapping[str, Any]) -> "SweepFolder":
+    def claim(
+        cls, root: Path, experiment: str, name: str | None, asked: Mapping[str, Any]
+    ) -> "SweepFolder":
         """Make a new one, and keep what was asked for. Raises RunError when the name is not allowed or taken."""
         if name is not None and (not re.fullmatch(NAME, name) or ".." in name):
-            raise RunError(f"sweep.name should be letters, digits, '.', '_' and '-' (at most 128), not {name!r}")
+            raise RunError(
+                f"sweep.name should be letters, digits, '.', '_' and '-' (at most 128), not {name!r}"
+            )
         parent = root / experiment
         check_encoding(parent.resolve())
         try:
             parent.mkdir(parents=True, exist_ok=True)
             with locked(parent):
-                if name is not None and any((parent / name / file).exists() for file in ("sweep.json", "config.yaml")):
+                if name is not None and any(
+                    (parent / name / file).exists() for file in ("sweep.json", "config.yaml")
+                ):
                     advice = "choose another sweep.name, or go on with it by resume=auto"
                     raise RunError(f"{parent / name} exists already: {advice}")
                 folder = cls(claim(parent, name))
                 content = {**asked, "began": time.time()}
                 try:
-                    write_file(folder.path, ASKED, json.dumps(content, indent=2, default=str) + "\n")
+                    write_file(
+                        folder.path, ASKED, json.dumps(content, indent=2, default=str) + "\n"
+                    )
                 except RunError:
                     with suppress(OSError):
                         folder.path.rmdir()
                     raise
         except OSError as error:
             reason = failure_reason(parent / "...", error)
-            raise RunError(f"the sweep's folder in {parent} cannot be made: {reason} (run.root={root})") from None
+            raise RunError(
+                f"the sweep's folder in {parent} cannot be made: {reason} (run.root={root})"
+            ) from None
         return folder
 
     def asked(self) -> dict[str, Any]:
@@ -117,7 +129,9 @@ class SweepFolder:
             raise unwritable(self.path / "sweep.lock", error) from error
         if not lock(file, self.path / "sweep.lock", wait=False):
             file.close()
-            raise RunError(f"{self.path} is run by another process: wait for it, or choose another sweep.name")
+            raise RunError(
+                f"{self.path} is run by another process: wait for it, or choose another sweep.name"
+            )
         self.lock = file
 
     def release(self) -> None:
@@ -130,7 +144,9 @@ class SweepFolder:
         Raises RunError when it cannot be written, then nothing of it is.
         """
         row = asdict(trial)
-        row["metrics"] = {key: value if math.isfinite(value) else None for key, value in trial.metrics.items()}
+        row["metrics"] = {
+            key: value if math.isfinite(value) else None for key, value in trial.metrics.items()
+        }
         line = json.dumps(row, default=str).encode() + b"\n"
         rows = AppendFile(self.path, ROWS)
         try:
@@ -168,7 +184,9 @@ class SweepFolder:
 
     def _link_best(self, trial: Trial) -> None:
         best, run = self.path / "best", self.path / trial.folder
-        if (best / "config.yaml").exists() and (best / "config.yaml").resolve().parent.name == trial.folder:
+        if (best / "config.yaml").exists() and (
+            best / "config.yaml"
+        ).resolve().parent.name == trial.folder:
             return
         if not run.is_dir():
             return  # deleted since
@@ -214,11 +232,20 @@ def read_row(line: bytes) -> Trial | None:
         return None
     known = {each.name: row[each.name] for each in fields(Trial) if each.name in row}
     trial = Trial(**known)
-    trial.metrics = {key: math.nan if value is None else value for key, value in trial.metrics.items()}
-    own: list[tuple[Any, Any]] = [(trial.folder, str), (trial.state, str), (trial.error, str), (trial.config, str)]
+    trial.metrics = {
+        key: math.nan if value is None else value for key, value in trial.metrics.items()
+    }
+    own: list[tuple[Any, Any]] = [
+        (trial.folder, str),
+        (trial.state, str),
+        (trial.error, str),
+        (trial.config, str),
+    ]
     own += [(trial.seconds, Number), (trial.steps, int), (trial.exit_status, int)]
     own += [(value, Number) for value in trial.metrics.values()]
-    if not all(isinstance(value, kind) for value, kind in own) or trial.state not in get_args(State):
+    if not all(isinstance(value, kind) for value, kind in own) or trial.state not in get_args(
+        State
+    ):
         return None
     inside = re.fullmatch(NAME, trial.folder) and ".." not in trial.folder
     return trial if inside or not trial.folder else None

@@ -7,8 +7,20 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from framework.composition.hydra_internals import Override, make_launcher, parse_overrides, result_of
-from framework.composition.overrides import as_typed, depth, expand_job, own_settings, rewrite, value_of
+from framework.composition.hydra_internals import (
+    Override,
+    make_launcher,
+    parse_overrides,
+    result_of,
+)
+from framework.composition.overrides import (
+    as_typed,
+    depth,
+    expand_job,
+    own_settings,
+    rewrite,
+    value_of,
+)
 from framework.errors import ConfigError
 from framework.errors.terminal import print_line
 from framework.registry.schema import PositiveInt
@@ -21,7 +33,9 @@ from .trials import Trials, composed
 class Grid(Sweeper):
     """Tries every combination but those that the section `sweep` leaves out. All are checked before the first runs."""
 
-    def __init__(self, params: dict[str, Any] | None = None, max_batch_size: PositiveInt | None = None):
+    def __init__(
+        self, params: dict[str, Any] | None = None, max_batch_size: PositiveInt | None = None
+    ):
         """Keep it.
 
         Args:
@@ -30,7 +44,9 @@ class Grid(Sweeper):
         """
         self.params, self.batch = dict(params or {}), max_batch_size
 
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
         assert isinstance(task_function, Trials)
         self.trials, self.loader = task_function, hydra_context.config_loader
         self.runs = make_launcher(hydra_context, config, task_function)
@@ -56,11 +72,22 @@ class Grid(Sweeper):
         """Return the overrides of `params`, as if typed; what is typed takes the place of one. Raises ConfigError."""
         composing = self.trials.composing
         typed = {key_of(text) for text in arguments}
-        wanted = [f"{key}={value}" for key, value in self.params.items() if key.replace("/", ".") not in typed]
+        wanted = [
+            f"{key}={value}"
+            for key, value in self.params.items()
+            if key.replace("/", ".") not in typed
+        ]
         found = rewrite(wanted, composing.folders, multirun=True)
         if found.problems:
-            raise ConfigError([text.replace("(command line)", "(hydra.sweeper.params)") for text in found.problems])
-        composing.overrides.swept += [key for key in found.typed if key not in composing.overrides.swept]
+            raise ConfigError(
+                [
+                    text.replace("(command line)", "(hydra.sweeper.params)")
+                    for text in found.problems
+                ]
+            )
+        composing.overrides.swept += [
+            key for key in found.typed if key not in composing.overrides.swept
+        ]
         return found.arguments
 
     def jobs(self, texts: list[str]) -> list[tuple[str, ...]]:
@@ -72,7 +99,11 @@ class Grid(Sweeper):
             raise ConfigError([f"{text}: {advice}" for text in endless])
         fixed = tuple(str(each.input_line) for each in parsed if not each.is_sweep_override())
         section, given = self.trials.sweep, self.trials.composing.overrides
-        swept = {key_of(str(each.input_line)): sweep_values(each) for each in parsed if each.is_sweep_override()}
+        swept = {
+            key_of(str(each.input_line)): sweep_values(each)
+            for each in parsed
+            if each.is_sweep_override()
+        }
         axes = dict(sorted(swept.items(), key=lambda pair: given.swept.index(pair[0])))  # as typed
         known = {key_of(text): value_of(text) for text in fixed if not text.startswith("~")}
         empty = [given.typed.get(key, key) for key, values in axes.items() if not values]
@@ -80,7 +111,11 @@ class Grid(Sweeper):
             raise ConfigError([f"{text}: there is no such value" for text in empty])
         rules = [Rule(text, {**known, **axes}) for text in section.rules]
         chosen = combinations(axes, section.zipped)
-        kept = [own for own in chosen if all(rule.holds({**known, **own_settings(own, given)}) for rule in rules)]
+        kept = [
+            own
+            for own in chosen
+            if all(rule.holds({**known, **own_settings(own, given)}) for rule in rules)
+        ]
         if not kept:
             raise ConfigError([f"sweep.where: none of the {len(chosen)} combinations is left"])
         return [with_parts_first([*fixed, *own]) for own in kept]

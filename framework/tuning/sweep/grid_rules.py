@@ -43,13 +43,17 @@ def combinations(axes: Axes, zipped: Sequence[Sequence[str]]) -> list[tuple[str,
         if key == next(each for each in axes if each in group):  # its first stands for all
             members = [each for each in axes if each in group]
             joined.append(list(zip(*(axes[each] for each in members), strict=True)))
-    return [tuple(text for chosen in combination for text in chosen) for combination in product(*joined)]
+    return [
+        tuple(text for chosen in combination for text in chosen) for combination in product(*joined)
+    ]
 
 
 def zip_faults(axes: Axes, keys: Sequence[str]) -> Iterable[str]:
     """Yield what is wrong with settings that are to go in pairs."""
     unknown = [key for key in keys if key not in axes]
-    yield from (f"sweep.zip: {key} has no list of values here; {did_you_mean(key, axes)}" for key in unknown)
+    yield from (
+        f"sweep.zip: {key} has no list of values here; {did_you_mean(key, axes)}" for key in unknown
+    )
     lengths = {key: len(axes[key]) for key in keys if key in axes}
     if len(keys) < 2:
         yield f"sweep.zip: pairs need two settings, as in [optimizer.lr, seed]; there is: {', '.join(keys) or 'none'}"
@@ -68,7 +72,11 @@ class Test:
 
     def holds(self, settings: Mapping[str, Any]) -> bool:
         given, compare = settings[self.key], COMPARE[self.compare]
-        numbers = [each for each in (given, self.value) if isinstance(each, int | float) and not isinstance(each, bool)]
+        numbers = [
+            each
+            for each in (given, self.value)
+            if isinstance(each, int | float) and not isinstance(each, bool)
+        ]
         if len(numbers) == 2:
             return compare(*numbers)
         return self.compare in ("=", "!=") and compare(given, self.value)
@@ -86,20 +94,29 @@ class Rule:
         self.sides = [self._alternatives(side) for side in sides]
 
     def _alternatives(self, text: str) -> list[list[Test]]:
-        return [[self._test(test) for test in re.split(r"\s+and\s+", each)] for each in re.split(r"\s+or\s+", text)]
+        return [
+            [self._test(test) for test in re.split(r"\s+and\s+", each)]
+            for each in re.split(r"\s+or\s+", text)
+        ]
 
     def _test(self, text: str) -> Test:
         match = TEST.fullmatch(text.strip())
         if match is None:
-            raise ConfigError([f"sweep.where={self.text}: {text.strip()!r} cannot be read; it {FORM}"])
+            raise ConfigError(
+                [f"sweep.where={self.text}: {text.strip()!r} cannot be read; it {FORM}"]
+            )
         key, compare, value = match.groups()
         if key not in self.known:
             advice = did_you_mean(key, self.known)
-            raise ConfigError([f"sweep.where={self.text}: {key} is not given in this sweep; {advice}"])
+            raise ConfigError(
+                [f"sweep.where={self.text}: {key} is not given in this sweep; {advice}"]
+            )
         return Test(key, compare, scalar(value))
 
     def holds(self, settings: Mapping[str, Any]) -> bool:
-        *premise, conclusion = [any(all(t.holds(settings) for t in ts) for ts in side) for side in self.sides]
+        *premise, conclusion = [
+            any(all(t.holds(settings) for t in ts) for ts in side) for side in self.sides
+        ]
         return conclusion or premise == [False]
 
 
@@ -107,7 +124,15 @@ def scalar(text: str) -> Any:
     """Return the number, truth value, null or text that a person wrote; 1e-3 is a number, as in an override."""
     try:
         number = float(text)
-        return int(number) if re.fullmatch(r"[+-]?\d+", text) else number if math.isfinite(number) else text
+        return (
+            int(number)
+            if re.fullmatch(r"[+-]?\d+", text)
+            else number
+            if math.isfinite(number)
+            else text
+        )
     except ValueError:
-        value = yaml.safe_load(text) if re.fullmatch(r"null|true|false", text, re.IGNORECASE) else text
+        value = (
+            yaml.safe_load(text) if re.fullmatch(r"null|true|false", text, re.IGNORECASE) else text
+        )
         return value.strip("'\"") if isinstance(value, str) else value

@@ -42,7 +42,11 @@ def load_owner(plugin: HydraPlugin) -> type:
     try:
         owner: Any = load(plugin.owner)
     except ModuleNotFoundError as error:
-        if plugin.needs is None or error.name is None or error.name.partition(".")[0] != plugin.needs:
+        if (
+            plugin.needs is None
+            or error.name is None
+            or error.name.partition(".")[0] != plugin.needs
+        ):
             raise
         needed = f"hydra/{plugin.group}={plugin.name} needs {plugin.needs}"
         raise FrameworkError(f"{needed}: pip install 'framework[tuning]'") from None

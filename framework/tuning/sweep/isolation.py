@@ -36,7 +36,10 @@ def isolated() -> Iterator[None]:
     """
     before = [read() for read, _ in GLOBALS]
     cudnn = {name: getattr(torch.backends.cudnn, name) for name in CUDNN}
-    environment, loggers = dict(os.environ), [(logger, state_of(logger)) for logger in all_loggers()]
+    environment, loggers = (
+        dict(os.environ),
+        [(logger, state_of(logger)) for logger in all_loggers()],
+    )
     try:
         with seeds.undisturbed(), warnings.catch_warnings():
             yield
@@ -70,7 +73,11 @@ def restore_loggers(loggers: list[tuple[logging.Logger, dict[str, Any]]]) -> Non
     """Take back what was done to loggers, those that are new included."""
     logging.disable(logging.NOTSET)
     known = {logger for logger, _ in loggers}
-    fresh = [(logger, {"handlers": [], "level": logging.NOTSET}) for logger in all_loggers() if logger not in known]
+    fresh = [
+        (logger, {"handlers": [], "level": logging.NOTSET})
+        for logger in all_loggers()
+        if logger not in known
+    ]
     for logger, state in (*loggers, *fresh):
         for handler in [each for each in logger.handlers if each not in state["handlers"]]:
             logger.removeHandler(handler)

@@ -12,7 +12,14 @@ from hydra.core.utils import JobReturn
 from hydra_plugins.hydra_joblib_launcher.joblib_launcher import JoblibLauncher
 from joblib import effective_n_jobs
 
-from framework.system.signals import Forward, Serve, blocked, ending_exception, ending_signals, forwarding
+from framework.system.signals import (
+    Forward,
+    Serve,
+    blocked,
+    ending_exception,
+    ending_signals,
+    forwarding,
+)
 
 from .trials import Trials
 
@@ -24,7 +31,9 @@ class Joblib(JoblibLauncher):
 
     joblib: dict[str, Any]
 
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
         """Run jobs in workers; after a signal those that have not begun return at once, as stopped."""
         if effective_n_jobs(self.joblib.get("n_jobs", 1)) == 1:  # in this process
             return super().launch(job_overrides, initial_job_idx)
@@ -41,7 +50,11 @@ class Joblib(JoblibLauncher):
                 self.joblib = settings
                 if forward.received is not None:
                     stop_workers()  # they begin no more trials, whatever they are asked
-        if forward.received is not None and isinstance(self.task_function, Trials) and self.task_function.gives_value:
+        if (
+            forward.received is not None
+            and isinstance(self.task_function, Trials)
+            and self.task_function.gives_value
+        ):
             raise ending_exception(forward.received)  # another sweeper would go on
         return done
 

@@ -22,16 +22,23 @@ class OneByOne(Launcher):
 
     trials: Trials
 
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
         assert isinstance(task_function, Trials)
         self.trials = task_function
 
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
         """Run jobs; returns as many results, or fewer after a signal."""
         jobs = self.trials.jobs(job_overrides, initial_job_idx)
         with self.trials.showing():
             ended = self.run(jobs)
-        return [returned(self.trials.returned(trial), job.overrides) for trial, job in zip(ended, jobs, strict=False)]
+        return [
+            returned(self.trials.returned(trial), job.overrides)
+            for trial, job in zip(ended, jobs, strict=False)
+        ]
 
     def run(self, jobs: list[Job]) -> list[Trial]:
         """Run jobs in turn, until one is stopped by a signal."""

@@ -29,6 +29,11 @@ class Sweep:
         self.name = name
         self.metrics = [metric] if isinstance(metric, str) else list(metric)
         self.modes = [mode] * len(self.metrics) if isinstance(mode, str) else list(mode)
-        groups = [[each for each in zip if isinstance(each, str)], *(list(e) for e in zip if not isinstance(e, str))]
+        groups = [
+            [each for each in zip if isinstance(each, str)],
+            *(list(e) for e in zip if not isinstance(e, str)),
+        ]
         self.zipped = [group for group in groups if group]
-        self.rules = [rule for rule in ([where] if isinstance(where, str) else where) if rule.strip()]
+        self.rules = [
+            rule for rule in ([where] if isinstance(where, str) else where) if rule.strip()
+        ]

@@ -31,7 +31,9 @@ from .table import ending, table
 from .trials import Plan, Trials
 
 Explain = Callable[[Exception], Sequence[str]]
-NOT_ASKED = re.compile(r"\+*(resume|sweep\.name|run\.root|hydra/launcher|hydra\.(?!sweeper\.params))")
+NOT_ASKED = re.compile(
+    r"\+*(resume|sweep\.name|run\.root|hydra/launcher|hydra\.(?!sweeper\.params))"
+)
 """What may differ between a command and the same command that goes on."""
 ANY_TIME = ("resume", "sweep.", "run.", "hydra.", "hydra/", "loggers", "trainer.device")
 """What may differ in a command that goes on with a sweep by its name."""
@@ -63,8 +65,13 @@ def sweep(
         sweeper = build(config, "sweeper", "hydra.sweeper" in typed)
         launcher = build(config, "launcher", "hydra.launcher" in typed)
         check_hydra(composing, config.hydra.runtime.choices["hydra/launcher"])
-        if plan is not None and config.hydra.runtime.choices["hydra/sweeper"] not in ("basic", "grid"):
-            raise ConfigError(["plan -m tells the trials of a grid; a search draws its trials while it runs"])
+        if plan is not None and config.hydra.runtime.choices["hydra/sweeper"] not in (
+            "basic",
+            "grid",
+        ):
+            raise ConfigError(
+                ["plan -m tells the trials of a grid; a search draws its trials while it runs"]
+            )
         trials = prepare_sweep(composing, config, task, explain)
         trials.composer = Composer(hydra.config_loader, config, composing)
         trials.gives_value = sweeper is None
@@ -103,20 +110,42 @@ def prepare_sweep(composing: Composing, config: Any, task: Any, explain: Explain
     raw_name = raw["run"].get("name")
     tree = to_tree(rest, composing.sources)
     reader = Reader(tree, composing.sources)
-    sections = {name: reader.settings(name, section_settings(name), tree[name], name) for name in ("sweep", "run")}
+    sections = {
+        name: reader.settings(name, section_settings(name), tree[name], name)
+        for name in ("sweep", "run")
+    }
     metrics = reader.many(Registry.every["metric"].kind)
     if tree.get("resume") not in ("never", "auto"):
-        reader.problem("resume", tree["resume"], "goes on with one run; a sweep goes on with resume=auto")
-    if raw_name is not None and "${" not in str(raw_name) and "run.name" not in composing.overrides.swept:
-        reader.problem("run.name", raw_name, "each trial has a name of its own; sweep.name=... names the sweep")
+        reader.problem(
+            "resume", tree["resume"], "goes on with one run; a sweep goes on with resume=auto"
+        )
+    if (
+        raw_name is not None
+        and "${" not in str(raw_name)
+        and "run.name" not in composing.overrides.swept
+    ):
+        reader.problem(
+            "run.name", raw_name, "each trial has a name of its own; sweep.name=... names the sweep"
+        )
     if reader.problems:
         raise ConfigError(reader.problems)
     section = Sweep(**sections["sweep"])
-    names = {} if "metrics" in composing.overrides.swept else {m.name: m.better for m in (make() for make in metrics)}
+    names = (
+        {}
+        if "metrics" in composing.overrides.swept
+        else {m.name: m.better for m in (make() for make in metrics)}
+    )
     by = objectives(section, names)
     line = composing.line
-    asked = {"command": line.overrides, "plugins": line.plugins, "by": by, "swept": sorted(composing.overrides.swept)}
-    opening = partial(open_sweep, Path(sections["run"]["root"]), experiment, section.name, tree["resume"], asked)
+    asked = {
+        "command": line.overrides,
+        "plugins": line.plugins,
+        "by": by,
+        "swept": sorted(composing.overrides.swept),
+    }
+    opening = partial(
+        open_sweep, Path(sections["run"]["root"]), experiment, section.name, tree["resume"], asked
+    )
     return Trials(composing, task, explain, section, by, opening)
 
 
@@ -128,23 +157,35 @@ def objectives(section: Sweep, better: Mapping[str, str]) -> dict[str, str]:
     """
     if len(section.modes) != len(section.metrics):
         counts = f"{len(section.metrics)} metrics and {len(section.modes)} modes"
-        raise ConfigError([f"sweep.mode: should be one, or one for each sweep.metric; there are {counts}"])
+        raise ConfigError(
+            [f"sweep.mode: should be one, or one for each sweep.metric; there are {counts}"]
+        )
     by = {}
     for metric, mode in zip(section.metrics, section.modes, strict=True):
         split, _, name = metric.partition("/")
         known = [f"{each}/{measure}" for each in ("val", "test") for measure in ("loss", *better)]
         if metric not in known and better and split in ("val", "test"):
-            raise ConfigError([f"sweep.metric={metric}: no trial measures it; {did_you_mean(metric, known)}"])
+            raise ConfigError(
+                [f"sweep.metric={metric}: no trial measures it; {did_you_mean(metric, known)}"]
+            )
         if not name:
-            raise ConfigError([f"sweep.metric={metric}: should be like val/{metric}; {did_you_mean(metric, known)}"])
+            raise ConfigError(
+                [
+                    f"sweep.metric={metric}: should be like val/{metric}; {did_you_mean(metric, known)}"
+                ]
+            )
         if mode == "auto" and name not in ("loss", *better):
-            raise ConfigError([f"sweep.metric={metric}: say what is better with sweep.mode=min or max"])
+            raise ConfigError(
+                [f"sweep.metric={metric}: say what is better with sweep.mode=min or max"]
+            )
         found = "min" if name == "loss" or better.get(name) == "lower" else "max"
         by[metric] = found if mode == "auto" else mode
     return by
 
 
-def open_sweep(root: Path, experiment: str, name: str | None, resume: str, asked: Mapping[str, Any]) -> SweepFolder:
+def open_sweep(
+    root: Path, experiment: str, name: str | None, resume: str, asked: Mapping[str, Any]
+) -> SweepFolder:
     """Return the folder of a new sweep, or with resume=auto of that which is to go on. Raises RunError."""
     found = find_sweep(root / experiment, name, asked) if resume == "auto" else None
     folder = SweepFolder.claim(root, experiment, name, asked) if found is None else found
@@ -166,13 +207,17 @@ def find_sweep(parent: Path, name: str | None, asked: Mapping[str, Any]) -> Swee
         return None
     before = folder.asked().get("swept", [])
     if before != asked["swept"]:
-        said = f"{folder.path} tries values of {', '.join(before)}, not of {', '.join(asked['swept'])}"
+        said = (
+            f"{folder.path} tries values of {', '.join(before)}, not of {', '.join(asked['swept'])}"
+        )
         raise RunError(f"{said}: choose another sweep.name")
     was, now = fixed(folder.asked()), fixed(asked)
     other = {"with": " ".join(sorted(was - now)), "without": " ".join(sorted(now - was))}
     if was != now:
         said = " and ".join(f"{how} {texts}" for how, texts in other.items() if texts)
-        raise RunError(f"{folder.path} was begun {said}: leave that as it was, or choose another sweep.name")
+        raise RunError(
+            f"{folder.path} was begun {said}: leave that as it was, or choose another sweep.name"
+        )
     return folder
 
 
@@ -211,14 +256,19 @@ def settle(trials: Trials, received: int | None) -> None:
     rows: list[Trial] = [] if trials.opened is None else trials.opened.trials()
     if received is not None:
         sys.exit(128 + received)
-    stopped = [trial for trial in rows if trial.state == "stopped"]  # perhaps in a launcher's process
+    stopped = [
+        trial for trial in rows if trial.state == "stopped"
+    ]  # perhaps in a launcher's process
     for trial in stopped:
         if trial.error:
             raise DiskFull(trial.error)
     if stopped:
         sys.exit(max(trial.exit_status for trial in stopped) or 128 + signal.SIGINT)
     failed = [trial for trial in rows if trial.state == "failed"]
-    done, metric = [trial for trial in rows if trial.state == "done" and trial.metrics], next(iter(trials.by))
+    done, metric = (
+        [trial for trial in rows if trial.state == "done" and trial.metrics],
+        next(iter(trials.by)),
+    )
     if failed:
         counted = FrameworkError(f"{len(failed)} of {len(rows)} trials failed")
         counted.exit_status = 2 if all(trial.exit_status == 2 for trial in failed) else 1

@@ -33,7 +33,11 @@ class Group:
 
     def distinct(self) -> list[Trial]:
         """Return the trials that ended well, one of each setting: a search may try one again."""
-        found = {repr(sorted(trial.settings.items())): trial for trial in self.trials if trial.state == "done"}
+        found = {
+            repr(sorted(trial.settings.items())): trial
+            for trial in self.trials
+            if trial.state == "done"
+        }
         return list(found.values())
 
     def mean(self, metric: str) -> float:
@@ -76,10 +80,17 @@ def best_trial(trials: Sequence[Trial], by: Direction) -> Trial | None:
     """Return the best trial of the best settings, or None when none has a value of the metric."""
     metric, mode = next(iter(by.items()))
     for group in ranked(grouped(trials), by)[:1]:
-        fine = [trial for trial in group.trials if trial.state == "done" and math.isfinite(metric_value(trial, metric))]
+        fine = [
+            trial
+            for trial in group.trials
+            if trial.state == "done" and math.isfinite(metric_value(trial, metric))
+        ]
         if fine:
             return min(
-                fine, key=lambda trial: -metric_value(trial, metric) if mode == "max" else metric_value(trial, metric)
+                fine,
+                key=lambda trial: (
+                    -metric_value(trial, metric) if mode == "max" else metric_value(trial, metric)
+                ),
             )
     return None
 
@@ -91,9 +102,13 @@ def metric_value(trial: Trial, metric: str) -> float:
 def on_front(groups: Sequence[Group], by: Direction) -> list[Group]:
     """Return those that none is better than in one metric without being worse in another (the Pareto front)."""
     signs = {metric: 1 if mode == "min" else -1 for metric, mode in by.items()}
-    points = [(group, [sign * group.mean(metric) for metric, sign in signs.items()]) for group in groups]
+    points = [
+        (group, [sign * group.mean(metric) for metric, sign in signs.items()]) for group in groups
+    ]
     points = [(group, point) for group, point in points if all(map(math.isfinite, point))]
-    return [group for group, point in points if not any(dominates(other, point) for _, other in points)]
+    return [
+        group for group, point in points if not any(dominates(other, point) for _, other in points)
+    ]
 
 
 def dominates(one: Sequence[float], other: Sequence[float]) -> bool:
@@ -103,8 +118,12 @@ def dominates(one: Sequence[float], other: Sequence[float]) -> bool:
 def columns(trials: Sequence[Trial], by: Direction) -> tuple[list[str], list[str]]:
     """Return the settings that differ, seeds apart, and the metrics to show: those asked for first."""
     keys = dict.fromkeys(key for trial in trials for key in trial.settings if not is_seed(key))
-    differ = [key for key in keys if len({repr(trial.settings.get(key, "")) for trial in trials}) > 1]
-    measured = dict.fromkeys(n for trial in trials for n in trial.metrics if n.startswith(("val/", "test/")))
+    differ = [
+        key for key in keys if len({repr(trial.settings.get(key, "")) for trial in trials}) > 1
+    ]
+    measured = dict.fromkeys(
+        n for trial in trials for n in trial.metrics if n.startswith(("val/", "test/"))
+    )
     metrics = list(dict.fromkeys([*by, *measured]))
     return differ, metrics[: max(MOST_COLUMNS, len(by))]
 
@@ -123,13 +142,21 @@ def table(trials: Sequence[Trial], by: Direction, most: int | None = None) -> "T
         count = "folds" if kinds == {"fold"} else "runs"
     front = on_front(groups, by) if len(by) > 1 else []
     drawn = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in (*([] if seeds else ["trial"]), *map(short_keys(settings).get, settings), *([count] if seeds else [])):
+    for name in (
+        *([] if seeds else ["trial"]),
+        *map(short_keys(settings).get, settings),
+        *([count] if seeds else []),
+    ):
         drawn.add_column(Text(table_text(name)), no_wrap=True, justify="left")
     for name in (*metrics, *(["front"] if front else []), "state"):
-        drawn.add_column(Text(table_text(name)), no_wrap=True, justify="right" if name in metrics else "left")
+        drawn.add_column(
+            Text(table_text(name)), no_wrap=True, justify="right" if name in metrics else "left"
+        )
     for group in groups[:most]:
         cells = [] if seeds else [f"{group.trials[0].number:03}"]
-        cells += [table_text(group.settings[key]) if key in group.settings else "" for key in settings]
+        cells += [
+            table_text(group.settings[key]) if key in group.settings else "" for key in settings
+        ]
         cells += [str(len(group.values(next(iter(by)))))] if seeds else []
         cells += [measured(group, metric) for metric in metrics]
         cells += [("*" if group in front else "")] if front else []

@@ -82,13 +82,20 @@ class Trials:
         number = received()
         if number is not None:
             assert job.number is not None
-            return self.returned(Trial(job.number, job.settings, state="stopped", exit_status=128 + number))
+            return self.returned(
+                Trial(job.number, job.settings, state="stopped", exit_status=128 + number)
+            )
         earlier = self.earlier(job)
         if earlier is not None and earlier.config == fingerprint(job.spec.tree):
             job.spec = replace(job.spec, resume="auto")
         trial = self.run(job)
-        if trial.exit_status == 128 + signal.SIGTERM and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
-            sys.exit(trial.exit_status)  # without a result: submitit then waits for SLURM, which queues the job again
+        if (
+            trial.exit_status == 128 + signal.SIGTERM
+            and os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
+        ):
+            sys.exit(
+                trial.exit_status
+            )  # without a result: submitit then waits for SLURM, which queues the job again
         return self.returned(trial)
 
     def returned(self, trial: Trial) -> Any:
@@ -98,13 +105,20 @@ class Trials:
         """Return the jobs for these overrides, numbered from `first` on. Raises ConfigError."""
         assert self.composer is not None
         numbered = enumerate(overrides, first)
-        return [self.ready[n] if n in self.ready else self.place(self.composer.job(each, n)) for n, each in numbered]
+        return [
+            self.ready[n] if n in self.ready else self.place(self.composer.job(each, n))
+            for n, each in numbered
+        ]
 
     def place(self, job: Job) -> Job:
         """Give a job its number among the trials, and its run a folder in that of the sweep."""
         path, run = self.folder.path, job.spec.sections["run"]
         assert job.number is not None
-        job.number, job.sweep, job.experiment = self.numbers.get(job.number, job.number), path, path.name
+        job.number, job.sweep, job.experiment = (
+            self.numbers.get(job.number, job.number),
+            path,
+            path.name,
+        )
         run |= {"name": run["name"] or run_name(job.number, job.settings), "root": path.parent}
         job.spec.tree["run"] = {"root": str(path.parent), "name": run["name"]}
         return job
@@ -123,14 +137,22 @@ class Trials:
                 print_traceback(error)
             return self.end(self.failed(trial, error, time.monotonic() - began))
         except BaseException:  # a second signal, or one before the training
-            self.end(replace(trial, state="stopped", seconds=total_seconds(trial, time.monotonic() - began)))
+            self.end(
+                replace(
+                    trial, state="stopped", seconds=total_seconds(trial, time.monotonic() - began)
+                )
+            )
             raise
         return self.end(outcome(trial, result))
 
     def finished(self, job: Job) -> Trial | None:
         """Return the row of a trial that is over, with the same config."""
         row = None if job.spec.resume == "never" else self.earlier(job)
-        return row if row is not None and row.over and row.config == fingerprint(job.spec.tree) else None
+        return (
+            row
+            if row is not None and row.over and row.config == fingerprint(job.spec.tree)
+            else None
+        )
 
     def earlier(self, job: Job) -> Trial | None:
         """Return the row of a job's trial, if it has begun before."""
@@ -142,7 +164,9 @@ class Trials:
         name = str(job.spec.sections["run"]["name"])
         cut_off = None if job.spec.resume == "never" else self.earlier(job)
         seconds = 0.0 if cut_off is None else cut_off.seconds
-        trial = Trial(job.number, job.settings, name, seconds=seconds, config=fingerprint(job.spec.tree))
+        trial = Trial(
+            job.number, job.settings, name, seconds=seconds, config=fingerprint(job.spec.tree)
+        )
         self.folder.record(trial)
         self.show().begins(trial)
         return trial
@@ -152,7 +176,13 @@ class Trials:
         state: State = "stopped" if isinstance(error, DiskFull) else "failed"
         status = error.exit_status if isinstance(error, FrameworkError) else 1
         said = "; ".join(self.explain(error))
-        return replace(trial, state=state, error=said, exit_status=status, seconds=total_seconds(trial, seconds))
+        return replace(
+            trial,
+            state=state,
+            error=said,
+            exit_status=status,
+            seconds=total_seconds(trial, seconds),
+        )
 
     def end(self, trial: Trial) -> Trial:
         """Record how a trial ended, and point to the best so far."""
@@ -210,7 +240,9 @@ def composed(trials: Trials, overrides: Sequence[Sequence[str]]) -> list[Job]:
     names = [str(job.spec.sections["run"]["name"]) for job in jobs]
     taken = next((name for name in names if name != "None" and names.count(name) > 1), None)
     if taken is not None:
-        problems[f"run.name={taken}: each job of a sweep needs a folder of its own: leave the name out"] = None
+        problems[
+            f"run.name={taken}: each job of a sweep needs a folder of its own: leave the name out"
+        ] = None
     problems.update(dict.fromkeys(identical_trials(jobs)))
     if problems:
         raise ConfigError(problems)

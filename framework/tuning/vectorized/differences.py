@@ -51,10 +51,14 @@ def differences(trials: Sequence[Description], like: Tensor) -> dict[Key, Tensor
             continue
         if all(isinstance(value, float) for value in values):
             found[key] = like.new_tensor(values)
-        elif of_loss(key) and all(isinstance(value, Tensor) and value.shape == values[0].shape for value in values):
+        elif of_loss(key) and all(
+            isinstance(value, Tensor) and value.shape == values[0].shape for value in values
+        ):
             found[key] = torch.stack([value.detach() for value in values])
         else:
-            raise NotStackable(f"{named(key)} is not the same: {short(values[0])}, {short(values[-1])}")
+            raise NotStackable(
+                f"{named(key)} is not the same: {short(values[0])}, {short(values[-1])}"
+            )
     return found
 
 
@@ -84,12 +88,16 @@ def described_by(whole: Together) -> Iterator[tuple[Key, Any]]:
         yield (path, ""), type(owner)
         held = dict(vars(owner))
         if isinstance(owner, nn.Module):
-            held = {name: value for name, value in held.items() if name not in OWN} | hooks_of(owner)
+            held = {name: value for name, value in held.items() if name not in OWN} | hooks_of(
+                owner
+            )
             if of_loss((path,)):
                 held |= {**buffers_of(owner), **parameters_of(owner)}
         for name, value in held.items():
             if value is not whole.task and value is not whole.criterion:
-                yield from (leaf for leaf in leaves((path, name), value) if id(leaf[1]) not in stacked)
+                yield from (
+                    leaf for leaf in leaves((path, name), value) if id(leaf[1]) not in stacked
+                )
 
 
 def leaves(key: Key, value: Any) -> Iterator[tuple[Key, Any]]:
@@ -107,7 +115,9 @@ def holder(whole: Together, key: Key) -> tuple[Any, Any]:
     owner = whole.task if path == "task" else whole.get_submodule(path)
     held: Any = vars(owner)
     if isinstance(owner, nn.Module):
-        held = next((each for each in (buffers_of(owner), parameters_of(owner)) if way[0] in each), held)
+        held = next(
+            (each for each in (buffers_of(owner), parameters_of(owner)) if way[0] in each), held
+        )
     for part in way[:-1]:
         held = held[part]
     return held, way[-1]
@@ -129,7 +139,9 @@ def same(one: Any, other: Any, within: frozenset[int] = frozenset()) -> bool:
     if inside is None or theirs is None:
         return bool(one == other)
     within |= {id(one)}
-    return len(inside) == len(theirs) and all(same(*pair, within) for pair in zip(inside, theirs, strict=True))
+    return len(inside) == len(theirs) and all(
+        same(*pair, within) for pair in zip(inside, theirs, strict=True)
+    )
 
 
 def parts(thing: Any) -> list[Any] | None:

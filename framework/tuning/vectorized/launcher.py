@@ -31,7 +31,17 @@ from .processes import bins, most_processes, shared_out
 from .stacked_update import NotStackable
 from .trainer import StackedTrainer
 
-APART = ("seed", "run", "initializer", "scheduler", "loggers", "resume", "init_from", "plugins", "sweep")
+APART = (
+    "seed",
+    "run",
+    "initializer",
+    "scheduler",
+    "loggers",
+    "resume",
+    "init_from",
+    "plugins",
+    "sweep",
+)
 """What each trial of a group may have of its own, whole sections."""
 STRICT = ("data", "loader", "trainer")  # where a number decides what is computed
 LIMITS = ("max_epochs", "max_steps")
@@ -61,7 +71,9 @@ class Vectorized(OneByOne):
 
     at_once = 8  # trials that a search asks for, before it knows of their results
 
-    def __init__(self, most: PositiveInt = 256, fewest: PositiveInt = 2, processes: PositiveInt | None = None):
+    def __init__(
+        self, most: PositiveInt = 256, fewest: PositiveInt = 2, processes: PositiveInt | None = None
+    ):
         """Say how many trials may train as one.
 
         Args:
@@ -75,20 +87,29 @@ class Vectorized(OneByOne):
 
     def run(self, jobs: list[Job]) -> list[Trial]:
         """Run jobs, group by group, until a signal; the rows come in the order of the jobs."""
-        rows = {place: row for place, job in enumerate(jobs) if (row := self.trials.finished(job)) is not None}
+        rows = {
+            place: row
+            for place, job in enumerate(jobs)
+            if (row := self.trials.finished(job)) is not None
+        }
         found = [{place: jobs[place] for place in group} for group in groups(jobs, rows)]
         left, worth = len(jobs) - len(rows), self.fewest if self.processes else A_PROCESS
         number = min(self.processes or most_processes(), left // worth)
         rows |= self._apart(found, number) if number > 1 else {}
         for group in found:
-            rows |= self._here(Share({place: job for place, job in group.items() if place not in rows}), rows)
+            rows |= self._here(
+                Share({place: job for place, job in group.items() if place not in rows}), rows
+            )
         return [rows[place] for place in sorted(rows)]
 
     def _apart(self, found: Sequence[dict[int, Job]], number: int) -> dict[int, Trial]:
         """Run groups in so many processes; returns the rows of those for which that is right."""
         most = math.ceil(sum(map(len, found)) / number)
         shares = [share for group in found for share in self._shares(group, most)]
-        filled = [[shares[place] for place in each] for each in bins([len(share.jobs) for share in shares], number)]
+        filled = [
+            [shares[place] for place in each]
+            for each in bins([len(share.jobs) for share in shares], number)
+        ]
         if len(filled) < 2:
             return {}
         works = [partial(self._process, each, len(filled)) for each in filled]
@@ -113,7 +134,10 @@ class Vectorized(OneByOne):
                 return []
         except Exception:  # it is told when the trial is built to train
             return []
-        return [Share({place: jobs[place] for place in places[one::number]}, data) for one in range(number)]
+        return [
+            Share({place: jobs[place] for place in places[one::number]}, data)
+            for one in range(number)
+        ]
 
     def _process(self, shares: Sequence[Share], beside: int, shown: Elsewhere) -> dict[int, Trial]:
         """Run jobs in a process that is for them, one of so many."""
@@ -155,7 +179,9 @@ class Vectorized(OneByOne):
             go = "go on" if any(each.row for each in ready) else "train"
             told = "memory is full" if isinstance(why, OutOfMemory) else why
             print_note(f"{len(jobs.keys() - rows)} trials {go} one by one: {told}")
-        except Exception as error:  # of the step that they take together: it is each one's row by now
+        except (
+            Exception
+        ) as error:  # of the step that they take together: it is each one's row by now
             if not any(each.row for each in ready):
                 print_note(f"{len(jobs)} trials train one by one: {describe(error)}")
             elif not all(each.place in rows for each in ready if each.row is not None):
@@ -165,16 +191,22 @@ class Vectorized(OneByOne):
                 each.prepared.release()
         return rows
 
-    def _prepare(self, jobs: dict[int, Job], rows: dict[int, Trial], data: Data | None) -> list[Ready]:
+    def _prepare(
+        self, jobs: dict[int, Job], rows: dict[int, Trial], data: Data | None
+    ) -> list[Ready]:
         """Build the trials; the rows of those that cannot be, or need not be, are set."""
         ready = []
         for place, job in jobs.items():
             try:
                 if data is None:
                     data = build_data(job.spec)
-                made = prepare_run(job.spec, job.experiment, job.overrides, inexact=job.inexact, data=data)
+                made = prepare_run(
+                    job.spec, job.experiment, job.overrides, inexact=job.inexact, data=data
+                )
             except Exception as error:
-                rows[place] = self.trials.end(self.trials.failed(self.trials.begin(job), error, 0.0))
+                rows[place] = self.trials.end(
+                    self.trials.failed(self.trials.begin(job), error, 0.0)
+                )
                 continue
             if isinstance(made, Result):
                 rows[place] = self.trials.end(outcome(self.trials.begin(job), made))
@@ -187,7 +219,9 @@ class Vectorized(OneByOne):
         trainers = [each.prepared.trainer for each in ready]
         with ExitStack() as opened, stopping(trainers) as signals:
             ended = partial(self._ended, ready, rows, signals)
-            stacked = StackedTrainer(trainers, [each.prepared.fit_arguments() for each in ready], ended)
+            stacked = StackedTrainer(
+                trainers, [each.prepared.fit_arguments() for each in ready], ended
+            )
             layers: str | None = None
             check_exists(self.trials.folder.path)
             try:
@@ -203,13 +237,20 @@ class Vectorized(OneByOne):
             stacked.run()
 
     def _ended(
-        self, ready: Sequence[Ready], rows: dict[int, Trial], signals: list[int], number: int, error: Any
+        self,
+        ready: Sequence[Ready],
+        rows: dict[int, Trial],
+        signals: list[int],
+        number: int,
+        error: Any,
     ) -> None:
         """Record how a trial ended, after its last measurements; not of one that cannot go on among the others."""
         each = ready[number]
         assert each.row is not None
         if isinstance(error, NotStackable) or (error is not None and is_full(error)):
-            each.job.spec = replace(each.job.spec, resume="auto")  # it goes on alone, in the folder that is there
+            each.job.spec = replace(
+                each.job.spec, resume="auto"
+            )  # it goes on alone, in the folder that is there
             return
         try:
             if error is not None:
@@ -226,7 +267,9 @@ class Vectorized(OneByOne):
 class Auto(Vectorized):
     """Trains trials as one where that pays: eight or more of them."""
 
-    def __init__(self, most: PositiveInt = 256, fewest: PositiveInt = 8, processes: PositiveInt | None = None):
+    def __init__(
+        self, most: PositiveInt = 256, fewest: PositiveInt = 8, processes: PositiveInt | None = None
+    ):
         """Say how many trials may train as one.
 
         Args:
@@ -264,8 +307,16 @@ def told(jobs: Sequence[Job]) -> Iterator[str]:
     yield f"{len(jobs)} trials in {len(found)} group{'s' * (len(found) > 1)} for hydra/launcher=vectorized"
     for places in found:
         own = [jobs[place].settings for place in places]
-        common = {key: value for key, value in own[0].items() if all(each.get(key) == value for each in own)}
-        apart = {key: value for key, value in common.items() if any(job.settings.get(key) != value for job in jobs)}
+        common = {
+            key: value
+            for key, value in own[0].items()
+            if all(each.get(key) == value for each in own)
+        }
+        apart = {
+            key: value
+            for key, value in common.items()
+            if any(job.settings.get(key) != value for job in jobs)
+        }
         named = " ".join(f"{key}={value}" for key, value in apart.items())
         yield f"{len(places):>4}  {manner([jobs[place] for place in places]):<12}{named}".rstrip()
 
@@ -276,10 +327,13 @@ def manner(jobs: Sequence[Job]) -> str:
         return "alone"
     data = build_data(jobs[0].spec)
     ready = [
-        prepare_run(replace(job.spec, resume="never"), job.experiment, [], data=data) for job in (jobs[0], jobs[-1])
+        prepare_run(replace(job.spec, resume="never"), job.experiment, [], data=data)
+        for job in (jobs[0], jobs[-1])
     ]
     try:
-        pairs = [(each.trainer, each.fit_arguments()) for each in ready if isinstance(each, Prepared)]
+        pairs = [
+            (each.trainer, each.fit_arguments()) for each in ready if isinstance(each, Prepared)
+        ]
         StackedTrainer([trainer for trainer, _ in pairs], [fit for _, fit in pairs])
     except NotStackable as why:
         return f"one by one: {why} "
@@ -288,7 +342,10 @@ def manner(jobs: Sequence[Job]) -> str:
 
 def form(tree: dict[str, Any]) -> str:
     """Return what the configs of a group have in common, as a text."""
-    common = {key: tree[key] if key in STRICT else without_numbers(tree[key]) for key in tree.keys() - {*APART}}
+    common = {
+        key: tree[key] if key in STRICT else without_numbers(tree[key])
+        for key in tree.keys() - {*APART}
+    }
     common["trainer"] = {key: value for key, value in tree["trainer"].items() if key not in LIMITS}
     return json.dumps(common, sort_keys=True, default=str)
 

@@ -49,9 +49,13 @@ def shared_out(works: Sequence[Work], shown: Shown) -> list[Any]:
     numbers, processes, raised = dict[Connection, int](), list[BaseProcess](), list[BaseException]()
 
     def pids() -> list[int]:
-        return [process.pid for process in processes if process.pid is not None and process.is_alive()]
+        return [
+            process.pid for process in processes if process.pid is not None and process.is_alive()
+        ]
 
-    with forwarding(pids) as forward:  # their trials finish their step and save; this process waits for them
+    with forwarding(
+        pids
+    ) as forward:  # their trials finish their step and save; this process waits for them
         for number, work in enumerate(works):
             if forward.received is not None:
                 break

@@ -19,7 +19,10 @@ from .stacked_forward import Stack
 from .stacked_update import NotStackable, Rows
 
 SAMPLES, COMPARED = 8, 8  # of a batch; of the trials, from the first to the last
-CLOSE = {torch.float64: 1e-8, torch.float32: 1e-2}  # of the largest number; by rounding, sums in another order differ
+CLOSE = {
+    torch.float64: 1e-8,
+    torch.float32: 1e-2,
+}  # of the largest number; by rounding, sums in another order differ
 
 
 class Pass(NamedTuple):
@@ -35,7 +38,14 @@ class Rehearsal:
     Nothing is changed by it: not a weight, a buffer, a random number, nor what a forward pass keeps for itself.
     """
 
-    def __init__(self, models: Sequence[nn.Module], tasks: Sequence[Task], batch: Batch, shared: bool, how: Precision):
+    def __init__(
+        self,
+        models: Sequence[nn.Module],
+        tasks: Sequence[Task],
+        batch: Batch,
+        shared: bool,
+        how: Precision,
+    ):
         """Run some trials alone. batch: of all trials, or with a first axis of trials when it is not shared."""
         self.shared, self.how = shared, how
         self.batch = tuple(tensor[:SAMPLES] if shared else tensor[:, :SAMPLES] for tensor in batch)
@@ -46,7 +56,11 @@ class Rehearsal:
 
     def _one(self, model: nn.Module, task: Task, batch: Batch) -> Pass:
         copied = copy.deepcopy(model).eval()
-        trained = {name: parameter for name, parameter in copied.named_parameters() if parameter.requires_grad}
+        trained = {
+            name: parameter
+            for name, parameter in copied.named_parameters()
+            if parameter.requires_grad
+        }
         with self.how.autocast():
             loss = task.step(copied, batch).loss
         found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
@@ -67,43 +81,62 @@ class Rehearsal:
         """Run all trials as one. Raises NotStackable where that cannot be, or is not what each gives alone."""
         loss, found = self._all(stack, rows, training=True)
         if loss.shape != (len(rows),):
-            raise NotStackable(f"the task's loss has shape {tuple(loss.shape[1:])}, not that of a number")
+            raise NotStackable(
+                f"the task's loss has shape {tuple(loss.shape[1:])}, not that of a number"
+            )
         missed = next((name for name, gradients in found.items() if gradients is None), None)
         if missed is not None:
             raise NotStackable(f"the loss does not reach {missed}, which alone would get no update")
         loss, found = self._all(stack, rows, training=False)
         for row, expected in self.alone.items():
             largest = max(size(each) for each in (expected.loss, *expected.gradients.values()))
-            pairs = {f"the gradient of {name}": (found[name], expected.gradients[name]) for name in found}
+            pairs = {
+                f"the gradient of {name}": (found[name], expected.gradients[name]) for name in found
+            }
             for what, (all_of_them, one) in ({"the loss": (loss, expected.loss)} | pairs).items():
                 mine = None if all_of_them is None else all_of_them[row]
                 if differ(mine, one, largest, self.how.dtype or loss.dtype):
                     raise NotStackable(f"{what} is not what it is alone")
 
-    def _all(self, stack: Stack, rows: Rows, training: bool) -> tuple[Tensor, dict[str, Tensor | None]]:
+    def _all(
+        self, stack: Stack, rows: Rows, training: bool
+    ) -> tuple[Tensor, dict[str, Tensor | None]]:
         """Return the losses of all trials, and the gradients of each parameter in all of them."""
-        kept = [(tensor, tensor.clone()) for tensor in (rows.weights, *rows.fixed.values(), *rows.buffers.values())]
+        kept = [
+            (tensor, tensor.clone())
+            for tensor in (rows.weights, *rows.fixed.values(), *rows.buffers.values())
+        ]
         try:
             return self._aside(partial(self._pass, stack, rows, training))
         finally:
             for tensor, before in kept:
                 tensor.copy_(before)
 
-    def _pass(self, stack: Stack, rows: Rows, training: bool) -> tuple[Tensor, dict[str, Tensor | None]]:
+    def _pass(
+        self, stack: Stack, rows: Rows, training: bool
+    ) -> tuple[Tensor, dict[str, Tensor | None]]:
         loss = stack(rows, self.batch, self.shared, training).loss
         what = stack.changed()
         if what is not None:
-            raise NotStackable(f"a pass changes {what}, which each trial would have to keep for itself")
+            raise NotStackable(
+                f"a pass changes {what}, which each trial would have to keep for itself"
+            )
         found = torch.autograd.grad(loss.sum(), list(rows.leaves.values()), allow_unused=True)
         return loss.detach(), dict(zip(rows.leaves, found, strict=True))
 
 
 def size(tensor: Tensor | None) -> float:
     """Return the largest finite number of a tensor."""
-    return float(tensor.abs().nan_to_num(posinf=0.0).max()) if tensor is not None and tensor.numel() else 0.0
+    return (
+        float(tensor.abs().nan_to_num(posinf=0.0).max())
+        if tensor is not None and tensor.numel()
+        else 0.0
+    )
 
 
-def differ(found: Tensor | None, expected: Tensor | None, largest: float, computed_in: torch.dtype) -> bool:
+def differ(
+    found: Tensor | None, expected: Tensor | None, largest: float, computed_in: torch.dtype
+) -> bool:
     """Whether two tensors differ by more than rounding can do, next to the largest of all gradients too."""
     if found is None or expected is None:
         return size(found) != size(expected)

@@ -46,7 +46,10 @@ class Stack:
             raise NotStackable(f"{type(tasks[0]).__name__} updates in phases")
         wholes = [Together(model, task) for model, task in zip(models, tasks, strict=True)]
         descriptions = [describe_trial(whole) for whole in wholes]
-        self.values, self.taken = differences(descriptions, next(models[0].parameters())), descriptions[0]
+        self.values, self.taken = (
+            differences(descriptions, next(models[0].parameters())),
+            descriptions[0],
+        )
         try:
             self.skeleton, self.precision = copy.deepcopy(wholes[0]), precision
         except Exception as error:
@@ -65,7 +68,9 @@ class Stack:
         if self.mode != training:
             self._set_mode(training)
         state = rows.leaves | rows.fixed | rows.buffers
-        randomness = "different" if training else "same"  # a measurement with random numbers is alike for all
+        randomness = (
+            "different" if training else "same"
+        )  # a measurement with random numbers is alike for all
         run = vmap(self._one, in_dims=(0, 0, None if shared else 0), randomness=randomness)
         with self.precision.autocast(), Forms():
             return Step(*run(state, self.values, batch))
@@ -93,7 +98,9 @@ class Stack:
                 owner[key] = tensor
             made = self.skeleton(batch)
             if any(owner[key] is not tensor for (owner, key), tensor in places):
-                raise NotStackable("the model puts another tensor in the place of a buffer, instead of changing it")
+                raise NotStackable(
+                    "the model puts another tensor in the place of a buffer, instead of changing it"
+                )
             return made
         finally:
             for ((owner, key), _), was in zip(places, before, strict=True):
@@ -111,7 +118,9 @@ class Stack:
 class Forms(TorchFunctionMode):
     """Functions in a form for many trials, which take a tensor for a number: dropout's rate, the labels' smoothing."""
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return FORMS.get(function, function)(*args, **(kwargs or {}))
 
 
@@ -142,7 +151,9 @@ def cross_entropy(
     classes alike. Under vmap torch's takes a detour through Python, and a second of imports for it."""
     if input.ndim != 2 or target.is_floating_point() or reduction != "mean":
         if isinstance(label_smoothing, Tensor):
-            raise TypeError("label_smoothing differs, and the loss is not a plain mean over class indices")
+            raise TypeError(
+                "label_smoothing differs, and the loss is not a plain mean over class indices"
+            )
         named: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
         return F.cross_entropy(input, target, weight, reduction=reduction, **named)
     logarithms = input.log_softmax(1) if weight is None else input.log_softmax(1) * weight
@@ -167,13 +178,21 @@ def embedding(
     """Under vmap torch's keeps the padding's vector still in the first trial only."""
     if padding_idx is not None:
         if max_norm is not None:
-            raise TypeError("an embedding with padding_idx and max_norm changes its weights in each pass")
-        still = torch.arange(len(weight), device=weight.device).unsqueeze(1) == padding_idx % len(weight)
+            raise TypeError(
+                "an embedding with padding_idx and max_norm changes its weights in each pass"
+            )
+        still = torch.arange(len(weight), device=weight.device).unsqueeze(1) == padding_idx % len(
+            weight
+        )
         weight = torch.where(still, weight.detach(), weight)
     return F.embedding(input, weight, None, max_norm, *more, **named)
 
 
-FORMS: dict[Any, Callable[..., Tensor]] = {F.linear: linear, F.dropout: dropout, F.cross_entropy: cross_entropy}
+FORMS: dict[Any, Callable[..., Tensor]] = {
+    F.linear: linear,
+    F.dropout: dropout,
+    F.cross_entropy: cross_entropy,
+}
 FORMS[F.embedding] = embedding
 
 
@@ -185,7 +204,9 @@ class Sums:
         self.dtype = torch.float32 if device.type == "mps" else torch.float64
         self.loss = torch.zeros(trials, 2, dtype=self.dtype, device=device)
         self.sums: list[Tensor] = []
-        self.values: dict[str, Tensor] = {}  # of each name the sums, and over how many items, (trials, 2)
+        self.values: dict[
+            str, Tensor
+        ] = {}  # of each name the sums, and over how many items, (trials, 2)
         self.held: list[BufferedBatch] = []
 
     def add(self, step: Step, count: int | Tensor) -> None:
@@ -196,7 +217,10 @@ class Sums:
         if self.held and batch_shapes(one) != batch_shapes(self.held[0]):
             self.sum_up()
         self.held.append(one)
-        if len(self.held) >= self.hold or len(self.held) * step.outputs.numel() > Measures.large * 2:
+        if (
+            len(self.held) >= self.hold
+            or len(self.held) * step.outputs.numel() > Measures.large * 2
+        ):
             self.sum_up()
 
     @torch.no_grad()
@@ -204,7 +228,9 @@ class Sums:
         """Add what is held back to the sums."""
         held, self.held = self.held, []
         for losses, count, *_, values in held:
-            one = count.to(self.dtype) if isinstance(count, Tensor) else self.loss.new_full((), count)
+            one = (
+                count.to(self.dtype) if isinstance(count, Tensor) else self.loss.new_full((), count)
+            )
             counts = one.expand(len(losses))
             self.loss += torch.stack([portion(losses.to(self.dtype), counts), counts], 1)
             for name, means in values.items():
@@ -221,7 +247,9 @@ class Sums:
         self.sum_up()
         totals = {"loss": self.loss} | self.values
         means = {name: (total[:, 0] / total[:, 1]).tolist() for name, total in totals.items()}
-        pairs = list(zip(self.metrics, [each.to("cpu", torch.float64) for each in self.sums], strict=False))
+        pairs = list(
+            zip(self.metrics, [each.to("cpu", torch.float64) for each in self.sums], strict=False)
+        )
         return [
             {name: mean[row] for name, mean in means.items()}
             | {metric.name: computed(metric, each[row]) for metric, each in pairs}
@@ -273,7 +301,11 @@ class RowMeasures(Measures):
             triples = zip(self.metrics, before, mine, strict=True)
             self.sums = [add_sums(*each, self.restored) for each in triples]
         for name, total in self.all.values.items():
-            self.values[name] = self.values[name] + total[self.row] if name in self.values else total[self.row].clone()
+            self.values[name] = (
+                self.values[name] + total[self.row]
+                if name in self.values
+                else total[self.row].clone()
+            )
         for each in (self.all.loss, *self.all.sums, *self.all.values.values()):
             each[self.row] = 0
 

@@ -17,11 +17,17 @@ from framework.contracts.pure_optimizer import PureUpdate, pure_updates, tensors
 from framework.errors import FrameworkError
 from framework.errors.user_code import text_of
 from framework.runtime.torch_internals import foreach
-from framework.runtime.torch_internals.module_contents import buffers_of, has_gradient_hooks, parameters_of
+from framework.runtime.torch_internals.module_contents import (
+    buffers_of,
+    has_gradient_hooks,
+    parameters_of,
+)
 from framework.runtime.torch_internals.optimizer_hooks import has_step_hooks
 from framework.training.acceleration.fused_update import FusedUpdate
 
-CACHED = 2**16  # numbers of a parameter that are updated at once on a CPU: they and their state stay in its cache
+CACHED = (
+    2**16
+)  # numbers of a parameter that are updated at once on a CPU: they and their state stay in its cache
 
 CANNOT = "which a trial that trains as one of many cannot follow: hydra/launcher=one_by_one"
 Slot = tuple[MutableMapping[str, Any], str]
@@ -51,9 +57,13 @@ class Rows:
         self.models, self.optimizers = list(models), list(optimizers)
         self.update_of = find_update(optimizers[0])
         if any(form_of(optimizer) != form_of(optimizers[0]) for optimizer in optimizers):
-            raise NotStackable("the optimizer is not the same, or its settings make it work in another way")
+            raise NotStackable(
+                "the optimizer is not the same, or its settings make it work in another way"
+            )
         if any(map(has_update_hooks, optimizers)):
-            raise NotStackable("somebody wants to be told of each update, or gradient, of a trial's own")
+            raise NotStackable(
+                "somebody wants to be told of each update, or gradient, of a trial's own"
+            )
         self.places = list(places(models[0], optimizers[0]))
         if len({laid_out(*pair) for pair in zip(models, optimizers, strict=True)}) > 1:
             raise NotStackable("their optimizers hold other parameters, or in another order")
@@ -63,16 +73,26 @@ class Rows:
         if len({(p.dtype, p.device) for p in trained[0]}) > 1:
             raise NotStackable("the parameters are not all of one number format and device")
         self.trained = trained
-        self.weights = torch.stack([torch.cat([p.detach().reshape(-1) for p in each]) for each in trained])
+        self.weights = torch.stack(
+            [torch.cat([p.detach().reshape(-1) for p in each]) for each in trained]
+        )
         self.gradients = torch.zeros_like(self.weights)
         taken = {id(p) for p in trained[0]}
         names = [name for name, p in models[0].named_parameters() if id(p) not in taken]
-        self.fixed = {name: torch.stack([m.get_parameter(name).detach() for m in models]) for name in names}
+        self.fixed = {
+            name: torch.stack([m.get_parameter(name).detach() for m in models]) for name in names
+        }
         self.slots = [slots(model) for model in models]
-        self.buffers = {n: torch.stack([m.get_buffer(n) for m in models]) for n, _ in models[0].named_buffers()}
-        self.wide: dict[str, Tensor] = {}  # what an optimizer keeps of each number, (trials, numbers)
+        self.buffers = {
+            n: torch.stack([m.get_buffer(n) for m in models]) for n, _ in models[0].named_buffers()
+        }
+        self.wide: dict[
+            str, Tensor
+        ] = {}  # what an optimizer keeps of each number, (trials, numbers)
         self.narrow: dict[str, Tensor] = {}  # what it keeps of each parameter, (trials, parameters)
-        self.begun = any(tensors_of(state) for o in optimizers for state in o.state.values())  # they are resumed
+        self.begun = any(
+            tensors_of(state) for o in optimizers for state in o.state.values()
+        )  # they are resumed
         self._attach()
         if self.begun:
             self.adopt_state()
@@ -85,11 +105,17 @@ class Rows:
 
     def _attach(self) -> None:
         """Let the trials' tensors be views of the rows, and make the leaves that gradients are asked of."""
-        ends = [sum(len(g["params"]) for g in self.optimizers[0].param_groups[:n]) for n in range(self.groups + 1)]
+        ends = [
+            sum(len(g["params"]) for g in self.optimizers[0].param_groups[:n])
+            for n in range(self.groups + 1)
+        ]
         columns = [place.columns for place in self.places]
         self.spans = [slice(columns[a].start, columns[b - 1].stop) for a, b in pairwise(ends)]
         self.firsts = ends[:-1]
-        self.leaves = {place.name: self._whole(self.weights, place).detach().requires_grad_() for place in self.places}
+        self.leaves = {
+            place.name: self._whole(self.weights, place).detach().requires_grad_()
+            for place in self.places
+        }
         self.into = [self._whole(self.gradients, place) for place in self.places]
         for row, (model, parameters) in enumerate(zip(self.models, self.trained, strict=True)):
             for parameter, place in zip(parameters, self.places, strict=True):
@@ -169,7 +195,9 @@ class Rows:
             self.lend_gradients(row)
             optimizer.step()
             self.take_gradients(row)
-            if row in left_out:  # the rows need its state all the same: as it is before a first step
+            if (
+                row in left_out
+            ):  # the rows need its state all the same: as it is before a first step
                 self.weights[row] = before
                 for state in optimizer.state.values():
                     for kept in tensors_of(state).values():
@@ -179,20 +207,30 @@ class Rows:
 
     def adopt_state(self) -> None:
         """Take over what the optimizers keep; all of them have been through a step, or none."""
-        kept = [[tensors_of(optimizer.state.get(p)) for p in each] for optimizer, each in self._pairs()]
+        kept = [
+            [tensors_of(optimizer.state.get(p)) for p in each] for optimizer, each in self._pairs()
+        ]
         names = set(kept[0][0])
         if any(set(state) != names for each in kept for state in each):
             raise NotStackable("their optimizer does not keep the same of every parameter")
         for name in names:
             values = [[state[name] for state in each] for each in kept]
             if all(v.shape == p.shape for v, p in zip(values[0], self.trained[0], strict=True)):
-                self.wide[name] = torch.stack([torch.cat([v.reshape(-1) for v in each]) for each in values])
+                self.wide[name] = torch.stack(
+                    [torch.cat([v.reshape(-1) for v in each]) for each in values]
+                )
             elif all(v.ndim == 0 for v in values[0]):
-                self.narrow[name] = torch.stack([torch.stack(list(each)) for each in values]).to(self.weights.device)
+                self.narrow[name] = torch.stack([torch.stack(list(each)) for each in values]).to(
+                    self.weights.device
+                )
                 if not torch.equal(self.narrow[name], self.narrow[name][:, self._owners()]):
-                    raise NotStackable("some of their parameters have been through fewer steps than others")
+                    raise NotStackable(
+                        "some of their parameters have been through fewer steps than others"
+                    )
             else:
-                raise NotStackable(f"their optimizer keeps {name} in another shape than the parameters'")
+                raise NotStackable(
+                    f"their optimizer keeps {name} in another shape than the parameters'"
+                )
         self._attach_state()
 
     def _pairs(self) -> Iterator[tuple[Optimizer, list[Tensor]]]:
@@ -211,12 +249,17 @@ class Rows:
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with some of the trials; those that leave get tensors of their own."""
-        stay, index = set(rows), torch.tensor(list(rows), dtype=torch.int64, device=self.weights.device)
+        stay, index = (
+            set(rows),
+            torch.tensor(list(rows), dtype=torch.int64, device=self.weights.device),
+        )
         for row in set(range(len(self))) - stay:
             self._release(row)
         for name in ("models", "optimizers", "trained", "slots"):
             setattr(self, name, [getattr(self, name)[row] for row in rows])
-        self.weights, self.gradients = (m.index_select(0, index) for m in (self.weights, self.gradients))
+        self.weights, self.gradients = (
+            m.index_select(0, index) for m in (self.weights, self.gradients)
+        )
         for stacked in (self.fixed, self.buffers, self.wide, self.narrow):
             for name, tensor in stacked.items():
                 stacked[name] = tensor.index_select(0, index)
@@ -234,7 +277,9 @@ class Rows:
         for name in self.buffers:
             self._set_buffer(row, name, model.get_buffer(name).clone())
         for state in optimizer.state.values():
-            state.update({name: value.clone() for name, value in state.items() if isinstance(value, Tensor)})
+            state.update(
+                {name: value.clone() for name, value in state.items() if isinstance(value, Tensor)}
+            )
 
 
 def slots(model: nn.Module) -> dict[str, list[Slot]]:
@@ -244,7 +289,10 @@ def slots(model: nn.Module) -> dict[str, list[Slot]]:
         for owner in (parameters_of(module), buffers_of(module)):
             for key, tensor in owner.items():
                 kept.setdefault(id(tensor), []).append((owner, key))
-    return {name: kept[id(tensor)] for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    return {
+        name: kept[id(tensor)]
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+    }
 
 
 def places(model: nn.Module, optimizer: Optimizer) -> Iterator[ParameterSlot]:
@@ -254,8 +302,14 @@ def places(model: nn.Module, optimizer: Optimizer) -> Iterator[ParameterSlot]:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if id(parameter) not in names or not parameter.requires_grad:
-                raise NotStackable("their optimizer has parameters that are not trained, or not the model's")
-            yield ParameterSlot(names[id(parameter)], parameter.shape, slice(start, start := start + parameter.numel()))
+                raise NotStackable(
+                    "their optimizer has parameters that are not trained, or not the model's"
+                )
+            yield ParameterSlot(
+                names[id(parameter)],
+                parameter.shape,
+                slice(start, start := start + parameter.numel()),
+            )
 
 
 def form_of(optimizer: Optimizer) -> list[Any]:
@@ -264,7 +318,9 @@ def form_of(optimizer: Optimizer) -> list[Any]:
     form: list[Any] = [type(optimizer)]
     for group in optimizer.param_groups:
         given = {name: value for name, value in group.items() if name not in NO_SETTINGS}
-        form.append({name: value for name, value in given.items() if isinstance(value, bool | str | None)})
+        form.append(
+            {name: value for name, value in given.items() if isinstance(value, bool | str | None)}
+        )
         number = nn.Parameter(torch.zeros_like(group["params"][0].reshape(-1)[:1]))
         number.grad = torch.zeros_like(number)
         make: Callable[..., Optimizer] = type(optimizer)
@@ -309,7 +365,9 @@ def by_kernel(fused: FusedUpdate) -> Update:
     """On a CPU torch's fused kernel is one pass over a row and its state, which no composed operations are. Trials
     whose settings are the same take it in one call."""
 
-    def update(rows: Rows, groups: list[dict[str, Any]], chosen: list[int], span: slice, first: int) -> None:
+    def update(
+        rows: Rows, groups: list[dict[str, Any]], chosen: list[int], span: slice, first: int
+    ) -> None:
         assert fused.kernel is not None
         for alike in rows_alike(groups, chosen):
             key = (first, *alike)
@@ -329,28 +387,41 @@ def rows_alike(groups: list[dict[str, Any]], chosen: list[int]) -> Iterable[list
     return found.values()
 
 
-def views(rows: Rows, names: Sequence[str], some: list[int], span: slice, first: int) -> tuple[list[Tensor], ...]:
+def views(
+    rows: Rows, names: Sequence[str], some: list[int], span: slice, first: int
+) -> tuple[list[Tensor], ...]:
     """Return what a fused kernel takes of some rows: weights, gradients, and lists of what is kept of them."""
     kept = [
-        [rows.wide[name][row, span] if name in rows.wide else rows.narrow[name][row, first] for row in some]
+        [
+            rows.wide[name][row, span] if name in rows.wide else rows.narrow[name][row, first]
+            for row in some
+        ]
         for name in names
         if name in rows
     ]
-    weights, gradients = ([matrix[row, span] for row in some] for matrix in (rows.weights, rows.gradients))
+    weights, gradients = (
+        [matrix[row, span] for row in some] for matrix in (rows.weights, rows.gradients)
+    )
     return weights, gradients, kept or [[] for _ in some]  # type: ignore[return-value]
 
 
 def by_function(pure: PureUpdate) -> Update:
-    def update(rows: Rows, groups: list[dict[str, Any]], chosen: list[int], span: slice, first: int) -> None:
+    def update(
+        rows: Rows, groups: list[dict[str, Any]], chosen: list[int], span: slice, first: int
+    ) -> None:
         width = span.stop - span.start
         at_once = max(CACHED // width, 1) if rows.weights.device.type == "cpu" else len(chosen)
         for start in range(0, len(chosen), at_once):
             some = chosen[start : start + at_once]
             block = slice(some[0], some[-1] + 1) if some[-1] - some[0] + 1 == len(some) else some
             state = {name: wide[block, span] for name, wide in rows.wide.items()}
-            state |= {name: narrow[block, first : first + 1] for name, narrow in rows.narrow.items()}
+            state |= {
+                name: narrow[block, first : first + 1] for name, narrow in rows.narrow.items()
+            }
             settings = settings_of([groups[row] for row in some], rows.weights)
-            weights, new = pure(rows.weights[block, span], rows.gradients[block, span], state, settings)
+            weights, new = pure(
+                rows.weights[block, span], rows.gradients[block, span], state, settings
+            )
             rows.weights[block, span] = weights
             for name, tensor in new.items():
                 if name in rows.wide:
@@ -363,7 +434,11 @@ def by_function(pure: PureUpdate) -> Update:
 
 def settings_of(groups: Sequence[dict[str, Any]], like: Tensor) -> dict[str, Any]:
     """Return the settings of several groups as those of one: what differs as a column of numbers."""
-    return {name: column([group[name] for group in groups], like) for name in groups[0] if name not in NO_SETTINGS}
+    return {
+        name: column([group[name] for group in groups], like)
+        for name in groups[0]
+        if name not in NO_SETTINGS
+    }
 
 
 def column(values: Sequence[Any], like: Tensor) -> Any:

@@ -58,7 +58,9 @@ class StackedTrial:
         self.number, self.trainer, self.fit = number, trainer, fit
         self.fitting: AbstractContextManager[None] = trainer.fitting()
         self.gradient_callbacks = gradient_callbacks(trainer.callbacks)
-        for_one_trial = [each for each in self.gradient_callbacks if clip_rows_of(type(each)) is None]
+        for_one_trial = [
+            each for each in self.gradient_callbacks if clip_rows_of(type(each)) is None
+        ]
         self.for_one_trial = GradientCallbacks(for_one_trial, trainer)
 
 
@@ -78,7 +80,10 @@ class StackedTrainer:
         ended: Ended = lambda number, error: None,
     ):
         check_alike(trainers)
-        self.trials = [StackedTrial(number, *pair) for number, pair in enumerate(zip(trainers, fits, strict=True))]
+        self.trials = [
+            StackedTrial(number, *pair)
+            for number, pair in enumerate(zip(trainers, fits, strict=True))
+        ]
         self.first = trainers[0]
         self.ended = ended
         self._begin()
@@ -92,7 +97,9 @@ class StackedTrainer:
         self.stack = Stack(models, tasks, self.first.precision, still)
         self.rows = Rows(models, [t.optimizer for t in trainers])
         self.graphed: Graphed | None = None
-        if self.first.cuda_graph != "off":  # without, nothing refers to itself, and all is freed when trials are done
+        if (
+            self.first.cuda_graph != "off"
+        ):  # without, nothing refers to itself, and all is freed when trials are done
             run, mode = self._forward_and_backward, self.first.cuda_graph
             self.graphed = Graphed("the step of all trials", run, lambda: [], mode)
         self.failed: dict[int, BaseException] = {}
@@ -101,7 +108,9 @@ class StackedTrainer:
 
     def _begin(self) -> None:
         for name, loader, first in [pair for trial in self.trials for pair in self._loaders(trial)]:
-            if not same(loader.split, first.split):  # before `prepare_fit` moves the first one's to the device
+            if not same(
+                loader.split, first.split
+            ):  # before `prepare_fit` moves the first one's to the device
                 raise NotStackable(f"{name} is not the same")
         for trial in self.trials:
             prepare(trial.trainer.callbacks, len(self.trials))
@@ -121,7 +130,9 @@ class StackedTrainer:
         if len({trial.trainer.val_batches is None for trial in self.trials}) > 1:
             raise NotStackable("some have data to validate on, and some have none")
         if len({loader.seed for loader in loaders}) > 1 and loaders[0].tensors is None:
-            raise NotStackable("they read samples in different orders, and the data is not in memory")
+            raise NotStackable(
+                "they read samples in different orders, and the data is not in memory"
+            )
 
     def _loaders(self, trial: StackedTrial) -> Iterator[tuple[str, Loader, Loader]]:
         """Yield a trial's loaders, each with that of the first trial."""
@@ -131,7 +142,9 @@ class StackedTrainer:
                 yield name, loader, first
 
     def _make_sums(self) -> None:
-        self.sums = Sums(self.first.metrics, len(self.trials), self.first.device, self.first.train_batches.hold)
+        self.sums = Sums(
+            self.first.metrics, len(self.trials), self.first.device, self.first.train_batches.hold
+        )
         for row, trial in enumerate(self.trials):
             resumed = trial.trainer.measures
             trial.trainer.measures = RowMeasures(self.sums, row)
@@ -290,7 +303,9 @@ class StackedTrainer:
             for row in lent:
                 if self._take_gradients(row):  # a callback before it may have replaced them
                     self.rows.lend_gradients(row)
-            clip_rows([trial.gradient_callbacks[position] for trial in self.trials], self.rows.gradients)
+            clip_rows(
+                [trial.gradient_callbacks[position] for trial in self.trials], self.rows.gradients
+            )
         return [row for row in lent if not self._take_gradients(row) or row in self.failed]
 
     def _take_gradients(self, row: int) -> bool:
@@ -326,7 +341,9 @@ class StackedTrainer:
         with undisturbed():
             for batch in batches.epoch():
                 placed = move_batch(batch, self.first.device)
-                sums.add(self.stack(self.rows, placed, True, training=False), self._count(placed, True))
+                sums.add(
+                    self.stack(self.rows, placed, True, training=False), self._count(placed, True)
+                )
         return sums.read()
 
     def _each(
@@ -380,7 +397,9 @@ class StackedTrainer:
     def _close(self, trial: StackedTrial, error: BaseException | None) -> None:
         """End a trial's fit, well or not, and tell how."""
         try:
-            trial.fitting.__exit__(type(error) if error else None, error, error.__traceback__ if error else None)
+            trial.fitting.__exit__(
+                type(error) if error else None, error, error.__traceback__ if error else None
+            )
         except BaseException as raised:  # what it was given, or what ending it led to
             error = raised
         self.ended(trial.number, error)
@@ -396,15 +415,26 @@ def check_alike(trainers: Sequence[Trainer]) -> None:
     """Raise NotStackable for settings that train a model in another way than step by step, or not all in the same."""
     for trainer in trainers:
         check_stackable(trainer.callbacks)
-        if trainer.compile != "off" or trainer.profile or trainer.micro_batches.size or trainer.micro_batches.auto:
-            raise NotStackable("trainer.compile, trainer.profile and trainer.micro_batch are for one trial")
+        if (
+            trainer.compile != "off"
+            or trainer.profile
+            or trainer.micro_batches.size
+            or trainer.micro_batches.auto
+        ):
+            raise NotStackable(
+                "trainer.compile, trainer.profile and trainer.micro_batch are for one trial"
+            )
         if trainer.precision.scaler is not None:
-            raise NotStackable("trainer.precision=fp16 scales the loss of each trial by its own factor")
+            raise NotStackable(
+                "trainer.precision=fp16 scales the loss of each trial by its own factor"
+            )
     if len({tuple(map(type, trainer.callbacks)) for trainer in trainers}) > 1:
         raise NotStackable("their callbacks are not the same")
     for name in ("accumulate", "device", "deterministic"):
         if len({getattr(trainer, name) for trainer in trainers}) > 1:
             raise NotStackable(f"trainer.{name} is not the same")
-    cadences = {(each.precision.dtype, each.log_every.every, each.validate_every.every) for each in trainers}
+    cadences = {
+        (each.precision.dtype, each.log_every.every, each.validate_every.every) for each in trainers
+    }
     if len(cadences) > 1:
         raise NotStackable("trainer.precision, log_every or validate_every are not the same")

@@ -29,7 +29,9 @@ AutoScaling = Literal["auto", "standard", "log", "none"]
 FAR = 1000
 # So much of a standard deviation may be lost in float32 where nothing is standardised.
 LOST = 0.01
-MOST_CLASSES = 20  # integers with more different values than this are taken for amounts, not for classes
+MOST_CLASSES = (
+    20  # integers with more different values than this are taken for amounts, not for classes
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,9 @@ class Targets(NamedTuple):
         return (len(self.classes),) if self.kind == "class" else tuple(self.tensor.shape[1:])
 
 
-def as_targets(values: Any, kind: Target | None = None, classes: Sequence[str] = (), name: str = "the data") -> Targets:
+def as_targets(
+    values: Any, kind: Target | None = None, classes: Sequence[str] = (), name: str = "the data"
+) -> Targets:
     """Return targets of the given kind.
 
     Without a kind, a text, a truth value or one of at most 20 different integers a row is a class; other numbers are
@@ -73,7 +77,9 @@ def as_targets(values: Any, kind: Target | None = None, classes: Sequence[str] =
         values = values[:, 0]
     if values.dtype.kind == "f" and not numpy.isfinite(values).all():
         row = int(numpy.argwhere(~numpy.isfinite(values))[0, 0])
-        raise DataError(f"{name}: the target of row {row + 1} is {values[row]}; drop the row or fill it in")
+        raise DataError(
+            f"{name}: the target of row {row + 1} is {values[row]}; drop the row or fill it in"
+        )
     if kind is None:
         kind = "class" if looks_like_classes(values) else "value"
     if kind == "class":
@@ -86,7 +92,11 @@ def as_targets(values: Any, kind: Target | None = None, classes: Sequence[str] =
         tensor = tensor.float()
     if kind == "labels" and not ((tensor == 0) | (tensor == 1)).all():
         raise DataError(f"{name}: targets that are labels must be 0 or 1, one column a label")
-    names = list(classes) or [str(column) for column in range(tensor.shape[1])] if kind == "labels" else []
+    names = (
+        list(classes) or [str(column) for column in range(tensor.shape[1])]
+        if kind == "labels"
+        else []
+    )
     return Targets(tensor, kind, names)
 
 
@@ -100,16 +110,22 @@ def class_targets(labels: Any, classes: Sequence[str], name: str) -> Targets:
     import numpy
 
     if labels.ndim != 1 or labels.dtype.kind not in "USbiuf":
-        raise DataError(f"{name}: a class is one number or text a row, not {labels.dtype} of shape {labels.shape[1:]}")
+        raise DataError(
+            f"{name}: a class is one number or text a row, not {labels.dtype} of shape {labels.shape[1:]}"
+        )
     found, indices = numpy.unique(labels, return_inverse=True)
     if len(found) < 2:
-        raise DataError(f"{name}: every target is {''.join(map(str, found))!r}; classes to tell apart are two or more")
+        raise DataError(
+            f"{name}: every target is {''.join(map(str, found))!r}; classes to tell apart are two or more"
+        )
     if not classes:
         whole = found.dtype.kind == "f" and (found == found.round()).all()
         names = [str(label) for label in (found.astype(int) if whole else found).tolist()]
         return Targets(torch.from_numpy(indices.reshape(-1)), "class", names)
     if found.dtype.kind not in "iu" or found[0] < 0 or found[-1] >= len(classes):
-        raise DataError(f"{name}: labels go from {found[0]} to {found[-1]}, but {len(classes)} classes are named")
+        raise DataError(
+            f"{name}: labels go from {found[0]} to {found[-1]}, but {len(classes)} classes are named"
+        )
     return Targets(torch.from_numpy(labels.astype(numpy.int64)), "class", list(classes))
 
 
@@ -118,13 +134,17 @@ def text_targets(texts: Texts, name: str) -> Targets:
     used = texts.codes.unique().tolist()
     names = sorted(texts.known[code] for code in used)
     if len(names) < 2:
-        raise DataError(f"{name}: every target is {''.join(names)!r}; classes to tell apart are two or more")
+        raise DataError(
+            f"{name}: every target is {''.join(names)!r}; classes to tell apart are two or more"
+        )
     places = {text: place for place, text in enumerate(names)}
     indices = torch.tensor([places.get(text, -1) for text in texts.known])
     return Targets(indices[texts.codes], "class", names)
 
 
-def split_rows(strata: Tensor, val_fraction: float, test_fraction: float, seed: int = 0) -> dict[str, Tensor]:
+def split_rows(
+    strata: Tensor, val_fraction: float, test_fraction: float, seed: int = 0
+) -> dict[str, Tensor]:
     """Return row numbers of train, val and test (left out when its fraction is 0), each ascending.
 
     strata: the class of each row, shape (rows,); every class has its share in each part, to within a row, and at least
@@ -139,7 +159,9 @@ def split_rows(strata: Tensor, val_fraction: float, test_fraction: float, seed: 
     if len(strata) == 0 or (strata == strata[0]).all():
         rows = shuffled
     else:
-        rows = shuffled[strata[shuffled].argsort(stable=True)]  # class by class, at random within each
+        rows = shuffled[
+            strata[shuffled].argsort(stable=True)
+        ]  # class by class, at random within each
     first = torch.ones(len(rows), dtype=torch.bool)
     first[1:] = strata[rows][1:] != strata[rows][:-1]
     kept, rest = rows[first], rows[~first]
@@ -319,7 +341,9 @@ def check_integers(inputs: Tensor, where: str) -> None:
     lost = narrow & (error.abs().amax(axes) > LOST * known.std(axes, correction=0))
     if lost.any():
         largest = int(inputs.abs().max())
-        raise DataError(f"{where}: float64 cannot hold integers up to {largest}; subtract an offset")
+        raise DataError(
+            f"{where}: float64 cannot hold integers up to {largest}; subtract an offset"
+        )
 
 
 def check_digits(inputs: Tensor, where: str, instead: str) -> None:
@@ -350,7 +374,9 @@ def numbers(array: Any, where: str) -> Tensor:
         array = array.detach().cpu().numpy()
     array = numpy.asarray(array)
     if array.dtype.kind not in "biuf":
-        raise DataError(f"{where}: {array.dtype} is no type of numbers; store an array of integers or floats")
+        raise DataError(
+            f"{where}: {array.dtype} is no type of numbers; store an array of integers or floats"
+        )
     if array.ndim == 0 or len(array) == 0:
         raise DataError(f"{where}: the array is empty")
     kept = array.dtype.kind == "b" or array.dtype == numpy.uint8
@@ -388,7 +414,9 @@ class Arrays(Mapping[str, Any]):
             if file.peek(2)[:2] != ZIP:  # type: ignore[attr-defined]
                 return
             with zipfile.ZipFile(file) as archive:
-                self.members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
+                self.members = {
+                    member.filename.removesuffix(".npy"): member for member in archive.infolist()
+                }
 
     def __contains__(self, name: object) -> bool:
         return name in self.members
@@ -416,7 +444,9 @@ def array_errors(path: Path) -> Iterator[None]:
         yield
     except (*UNREADABLE, *MALFORMED) as error:
         reason = one_line(error).replace(" when allow_pickle=False", "")
-        raise DataError(f"{path} cannot be read as an array ({reason}); save it anew, as numbers") from error
+        raise DataError(
+            f"{path} cannot be read as an array ({reason}); save it anew, as numbers"
+        ) from error
 
 
 def read_npy(file: Any, size: int, path: Path) -> Any:
@@ -426,11 +456,17 @@ def read_npy(file: Any, size: int, path: Path) -> Any:
     version = numpy.lib.format.read_magic(file)
     if version > (2, 0):
         raise ValueError("the names of its fields are no ASCII")
-    read = numpy.lib.format.read_array_header_1_0 if version == (1, 0) else numpy.lib.format.read_array_header_2_0
+    read = (
+        numpy.lib.format.read_array_header_1_0
+        if version == (1, 0)
+        else numpy.lib.format.read_array_header_2_0
+    )
     shape, _, kind = read(file)
     needed = math.prod(shape) * kind.itemsize
     if not kind.hasobject and needed > size:
-        raise DataError(f"{path} is damaged: an array of shape {shape} has {needed:,} bytes, more than the file holds")
+        raise DataError(
+            f"{path} is damaged: an array of shape {shape} has {needed:,} bytes, more than the file holds"
+        )
     check_memory(needed, path)
     file.seek(0)
     return numpy.lib.format.read_array(file, allow_pickle=False)
@@ -459,7 +495,9 @@ def as_batch_of(inputs: Tensor, in_shape: Sequence[int], path: Path) -> Tensor:
         return inputs.reshape(-1, *shape)
     if inputs.numel() == math.prod(shape):
         return inputs.reshape(1, *shape)
-    raise DataError(f"{path}: a row has shape {tuple(inputs.shape[1:])}, but the model takes {shape}")
+    raise DataError(
+        f"{path}: a row has shape {tuple(inputs.shape[1:])}, but the model takes {shape}"
+    )
 
 
 def standardise(inputs: Tensor, facts: dict[str, Any]) -> Tensor:
@@ -478,7 +516,9 @@ def standardise(inputs: Tensor, facts: dict[str, Any]) -> Tensor:
 
 def read_batch(path: Path, facts: dict[str, Any]) -> Tensor:
     """Read `.npy`, or of `.npz` the array facts["array"], `x`, `inputs` or else the first, prepared as in training."""
-    return standardise(as_batch_of(read_array(path, facts.get("array")), facts["in_shape"], path), facts)
+    return standardise(
+        as_batch_of(read_array(path, facts.get("array")), facts["in_shape"], path), facts
+    )
 
 
 class ArrayData(Data):
@@ -532,10 +572,14 @@ class ArrayData(Data):
         Raises DataError for lengths that differ, values that are no finite numbers and fewer than two classes.
         """
         given = {"train": (inputs, targets), "val": val, "test": test}
-        parts, known = read_parts({part: pair for part, pair in given.items() if pair}, target, classes, name)
+        parts, known = read_parts(
+            {part: pair for part, pair in given.items() if pair}, target, classes, name
+        )
         x, y = parts["train"]
         strata = y if known.kind == "class" else torch.zeros(len(x))
-        rows = split_rows(strata, 0.0 if val else val_fraction, 0.0 if test else test_fraction, split_seed)
+        rows = split_rows(
+            strata, 0.0 if val else val_fraction, 0.0 if test else test_fraction, split_seed
+        )
         start = 0
         for part, (inputs, _) in parts.items():
             rows.setdefault(part, torch.arange(start, start + len(inputs)))
@@ -633,6 +677,8 @@ def read_parts(
                 f"{name}: {part} inputs have shape {tuple(inputs[part].shape[1:])}, "
                 f"those for training {tuple(inputs['train'].shape[1:])}"
             )
-    known = as_targets(numpy.concatenate([numpy.asarray(y) for _, y in given.values()]), target, classes, name)
+    known = as_targets(
+        numpy.concatenate([numpy.asarray(y) for _, y in given.values()]), target, classes, name
+    )
     pieces = known.tensor.split([len(x) for x in inputs.values()])
     return {part: (inputs[part], piece) for part, piece in zip(given, pieces, strict=True)}, known

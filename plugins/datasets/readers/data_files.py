@@ -20,7 +20,9 @@ from typing import BinaryIO
 from framework import DataError, memory
 
 CHUNK = 2**20
-SMALL = 2**24  # bytes that are not compared with the memory available: that would take longer than to read them
+SMALL = (
+    2**24
+)  # bytes that are not compared with the memory available: that would take longer than to read them
 GZIP = b"\x1f\x8b"
 MOST_RATIO = 1032  # deflate packs at most so many bytes into one
 NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
@@ -51,7 +53,9 @@ def open_data(path: Path) -> BinaryIO:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(f"{path}: there is no such file (looked from {Path.cwd()})") from error
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise DataError(
+            f"{path} cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from error
     try:
         mode = os.fstat(descriptor).st_mode
         if stat.S_ISDIR(mode):
@@ -90,7 +94,9 @@ def read_gzip(file: BinaryIO, path: Path) -> bytes:
 
 def read_zip(file: BinaryIO, path: Path) -> bytes:
     with zipfile.ZipFile(file) as archive:
-        members = [member for member in archive.infolist() if not member.filename.startswith("__MACOSX")]
+        members = [
+            member for member in archive.infolist() if not member.filename.startswith("__MACOSX")
+        ]
         if len(members) != 1:
             raise DataError(f"{path} holds {len(members)} files; unpack it and name one of them")
         check_member(members[0], path)
@@ -102,7 +108,9 @@ def check_member(member: zipfile.ZipInfo, path: Path) -> None:
     """Raise DataError for a file in a zip that is encrypted, larger than it can be, or than the memory available."""
     if member.flag_bits & 1:
         raise DataError(f"{path} is encrypted; unpack it")
-    if member.compress_type == zipfile.ZIP_DEFLATED and member.file_size > MOST_RATIO * (member.compress_size + 64):
+    if member.compress_type == zipfile.ZIP_DEFLATED and member.file_size > MOST_RATIO * (
+        member.compress_size + 64
+    ):
         raise DataError(
             f"{path} is damaged: it says that {member.compress_size:,} bytes unpack to {member.file_size:,} bytes"
         )

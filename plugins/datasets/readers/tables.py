@@ -22,10 +22,23 @@ from .data_files import one_line, open_data, parse_number, read_bytes, readable
 
 LARGEST = 3.4e38  # what a float32 can hold
 BOM = b"\xef\xbb\xbf"  # spreadsheets write it at the beginning of a CSV in UTF-8
-MISSING = {"", "?", "na", "n/a", "nan", "null", "none"}  # what an empty cell may say, in small letters or capitals
-SIGNED_NAN = {"-nan", "+nan"}  # what C prints for a number that is NaN; as a text it is no empty cell
+MISSING = {
+    "",
+    "?",
+    "na",
+    "n/a",
+    "nan",
+    "null",
+    "none",
+}  # what an empty cell may say, in small letters or capitals
+SIGNED_NAN = {
+    "-nan",
+    "+nan",
+}  # what C prints for a number that is NaN; as a text it is no empty cell
 BLOCK_BYTES = 2**20  # of a CSV that Arrow parses at once; grows with the longest row
-BLOCK_BYTES_PER_COLUMN = 2**12  # so that a block has hundreds of rows also in a table of thousands of columns
+BLOCK_BYTES_PER_COLUMN = (
+    2**12
+)  # so that a block has hundreds of rows also in a table of thousands of columns
 LARGEST_BLOCK = 2**31 - 1  # of Arrow
 
 Cells = Any
@@ -57,7 +70,9 @@ def read_csv(path: Path, delimiter: str | None = None) -> Table:
     content = read_bytes(path)
     with readable(path):
         start = len(BOM) if content.startswith(BOM) else 0
-        end = start + len(lines_of(content[start : start + 2**16]).readline())  # so far only to count delimiters
+        end = start + len(
+            lines_of(content[start : start + 2**16]).readline()
+        )  # so far only to count delimiters
         first = content[start:end].decode("utf-8", errors="replace")
         delimiter = delimiter or max(",;\t|", key=first.count)
         check_delimiter(delimiter)
@@ -75,7 +90,9 @@ def check_delimiter(delimiter: str) -> None:
 
 def lines_of(content: bytes) -> io.TextIOWrapper:
     """Return the lines of bytes, which end with \\n, \\r or both; invalid UTF-8 is kept as surrogates."""
-    return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8", errors="surrogateescape", newline="")
+    return io.TextIOWrapper(
+        io.BytesIO(content), encoding="utf-8", errors="surrogateescape", newline=""
+    )
 
 
 def records(lines: Iterator[str], delimiter: str, path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -110,7 +127,9 @@ def read_header(content: bytes, start: int, delimiter: str, path: Path) -> tuple
     return [], used
 
 
-def parse_rows(content: bytes, start: int, header: Sequence[str], delimiter: str, path: Path) -> Table:
+def parse_rows(
+    content: bytes, start: int, header: Sequence[str], delimiter: str, path: Path
+) -> Table:
     import pyarrow
     from pyarrow import csv as arrow_csv
 
@@ -154,7 +173,9 @@ def check_rows(content: bytes, width: int, delimiter: str, path: Path) -> None:
     try:
         content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no UTF-8 text (byte {error.start}); save it as UTF-8") from error
+        raise DataError(
+            f"{path} is no UTF-8 text (byte {error.start}); save it as UTF-8"
+        ) from error
     for line, row in records(lines_of(content.removeprefix(BOM)), delimiter, path):
         if row and len(row) != width:
             raise DataError(f"{path}, line {line}: {len(row)} cells, but {width} columns")
@@ -170,9 +191,13 @@ def check_header(header: Sequence[str], path: Path) -> None:
         seen.add(label)
     if "" in header:
         place = header.index("") + 1
-        raise DataError(f"{path}: column {place} has no name (row numbers?); name it in the first line, or take it out")
+        raise DataError(
+            f"{path}: column {place} has no name (row numbers?); name it in the first line, or take it out"
+        )
     if all(as_number(label) is not None for label in header):
-        raise DataError(f"{path}: the first line must name the columns, but it holds numbers: {', '.join(header[:5])}")
+        raise DataError(
+            f"{path}: the first line must name the columns, but it holds numbers: {', '.join(header[:5])}"
+        )
 
 
 def read_parquet(path: Path) -> Table:
@@ -184,7 +209,10 @@ def read_parquet(path: Path) -> Table:
             table = pyarrow.parquet.read_table(file)
         except pyarrow.ArrowException as error:
             raise DataError(f"{path} is no readable Parquet file: {one_line(error)}") from error
-        return {label: plain_cells(cells) for label, cells in zip(table.column_names, table.columns, strict=True)}
+        return {
+            label: plain_cells(cells)
+            for label, cells in zip(table.column_names, table.columns, strict=True)
+        }
 
 
 def plain_cells(cells: Cells) -> Cells:
@@ -202,11 +230,15 @@ def plain_cells(cells: Cells) -> Cells:
     plain = (types.is_integer, types.is_floating, types.is_boolean, types.is_null, types.is_string)
     if any(is_kind(kind) for is_kind in plain):
         return cells
-    texts = [None if cell is None else str(cell) for cell in cells.to_pylist()]  # dates and lists, most often too many
+    texts = [
+        None if cell is None else str(cell) for cell in cells.to_pylist()
+    ]  # dates and lists, most often too many
     return pyarrow.chunked_array([texts], type=pyarrow.large_string())
 
 
-def as_column(cells: Cells, label: str, path: Path, text: bool | None = None, way_out: str = "") -> Column:
+def as_column(
+    cells: Cells, label: str, path: Path, text: bool | None = None, way_out: str = ""
+) -> Column:
     """Return a column as numbers (NaN where it is empty) or as texts.
 
     text: which of them; None infers it: numbers when all are, texts when fewer than half are, else an error naming
@@ -238,7 +270,9 @@ def as_numbers(cells: Cells) -> tuple[Tensor, Tensor | None]:
     codes, known = encoded(cells)
     numbers = [as_number(cell) for cell in known]
     wrong = torch.tensor([*(number is None for number in numbers), False])[codes]
-    values = torch.tensor([*(number or 0.0 for number in numbers), math.nan], dtype=torch.float64)[codes]
+    values = torch.tensor([*(number or 0.0 for number in numbers), math.nan], dtype=torch.float64)[
+        codes
+    ]
     return values, wrong if wrong.any() else None
 
 
@@ -253,7 +287,9 @@ def text_numbers(cells: Cells) -> Tensor | None:
             values = to_float64(trimmed)
         except pyarrow.ArrowInvalid:
             continue
-        strange = values.isnan().any() and int(values.isnan().sum()) != cells.null_count  # such as "nan(x)"
+        strange = (
+            values.isnan().any() and int(values.isnan().sum()) != cells.null_count
+        )  # such as "nan(x)"
         return None if strange else values
     return None
 
@@ -403,7 +439,9 @@ def learn_texts(label: str, column: Texts, encoding: Encoding, name: str) -> dic
             f"{name}: column {label!r} has {len(texts)} different texts; leave it out "
             f"({paths.override('ignore', [label])}) or raise max_categories, now {encoding.most_texts}"
         )
-    return {"name": label, "texts": texts} | ({"index": True} if encoding.categories == "index" else {})
+    return {"name": label, "texts": texts} | (
+        {"index": True} if encoding.categories == "index" else {}
+    )
 
 
 def learn_numbers(label: str, values: Tensor, encoding: Encoding, name: str) -> dict[str, Any]:
@@ -429,7 +467,9 @@ def quantiles(values: Tensor, count: int) -> Tensor:
 
 def nothing_in(label: str, name: str) -> DataError:
     advice = paths.override("ignore", [label])
-    return DataError(f"{name}: column {label!r} is empty in the training split; leave it out: {advice}")
+    return DataError(
+        f"{name}: column {label!r} is empty in the training split; leave it out: {advice}"
+    )
 
 
 def encode(table: Mapping[str, Column], columns: Sequence[dict[str, Any]]) -> Tensor:
@@ -438,14 +478,18 @@ def encode(table: Mapping[str, Column], columns: Sequence[dict[str, Any]]) -> Te
 
 
 def encode_column(cells: Column, column: dict[str, Any]) -> Tensor:
-    return encode_texts(cells, column) if isinstance(cells, Texts) else encode_numbers(cells, column)
+    return (
+        encode_texts(cells, column) if isinstance(cells, Texts) else encode_numbers(cells, column)
+    )
 
 
 def encode_texts(cells: Texts, column: dict[str, Any]) -> Tensor:
     """Return an input for each text, or the one index; 0 is what training never saw."""
     places = {text: place for place, text in enumerate(column["texts"], 1)}
     empty = len(places) + 1 if column.get("missing") else 0
-    index = torch.tensor([*(places.get(text, 0) for text in cells.known), empty])[cells.codes][:, None]
+    index = torch.tensor([*(places.get(text, 0) for text in cells.known), empty])[cells.codes][
+        :, None
+    ]
     if column.get("index"):
         return index.float()
     return (index == torch.arange(1, len(places) + bool(column.get("missing")) + 1)).float()
@@ -455,7 +499,11 @@ def encode_numbers(values: Tensor, column: dict[str, Any]) -> Tensor:
     """Return the number, and where the training has empty cells, 1 in a second input for those."""
     empty = values.isnan()
     values = values.nan_to_num(column["fill"])
-    scaled = normal_scores(values, column["knots"]) if "knots" in column else (values - column["mean"]) / column["std"]
+    scaled = (
+        normal_scores(values, column["knots"])
+        if "knots" in column
+        else (values - column["mean"]) / column["std"]
+    )
     if not column.get("missing"):
         return scaled.float()[:, None]
     return torch.stack([scaled.float(), empty.float()], dim=1)

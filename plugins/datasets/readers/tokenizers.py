@@ -11,7 +11,9 @@ from typing import Annotated, Any
 
 from framework import DataError, Kind, Range, Registry
 
-tokenizers = Registry(Kind("tokenizer", doc="from text to token ids and back, fitted on training texts"))
+tokenizers = Registry(
+    Kind("tokenizer", doc="from text to token ids and back, fitted on training texts")
+)
 
 PADDING, UNKNOWN = 0, 1
 SPECIAL = 2  # ids below this stand for no text
@@ -56,7 +58,11 @@ class Bytes(Tokenizer):
         return [byte + SPECIAL for byte in text.encode("utf-8", "replace")]
 
     def decode(self, ids: Sequence[int]) -> str:
-        shown = (b"\xef\xbf\xbd" if number == UNKNOWN else bytes([number - SPECIAL]) for number in ids if number)
+        shown = (
+            b"\xef\xbf\xbd" if number == UNKNOWN else bytes([number - SPECIAL])
+            for number in ids
+            if number
+        )
         return b"".join(shown).decode("utf-8", "replace")
 
     def characters(self) -> list[int]:
@@ -84,7 +90,9 @@ class Listed(Tokenizer):
         ranked = sorted(
             counts.items(), key=lambda pair: (-pair[1], pair[0])
         )  # ties by the alphabet: the same each time
-        self.learn([token for token, count in ranked if count >= self.min_count][: self.most - SPECIAL])
+        self.learn(
+            [token for token, count in ranked if count >= self.min_count][: self.most - SPECIAL]
+        )
 
     def learn(self, tokens: Sequence[str]) -> None:
         self.tokens = list(tokens)
@@ -133,7 +141,9 @@ class Words(Listed):
 
     joint = " "
 
-    def __init__(self, vocabulary: Vocabulary = 20_000, min_count: Annotated[int, Range("[1, inf)")] = 2):
+    def __init__(
+        self, vocabulary: Vocabulary = 20_000, min_count: Annotated[int, Range("[1, inf)")] = 2
+    ):
         """Set the size.
 
         Args:
@@ -174,7 +184,10 @@ class BytePairs(Tokenizer):
         trainer = package.trainers.BpeTrainer(
             vocab_size=self.most,
             show_progress=False,
-            special_tokens=["\ue000padding", "\ue000unknown"],  # private signs, or a text might hold them
+            special_tokens=[
+                "\ue000padding",
+                "\ue000unknown",
+            ],  # private signs, or a text might hold them
             initial_alphabet=sorted(package.pre_tokenizers.ByteLevel.alphabet()),
         )
         model.train_from_iterator(texts, trainer)
@@ -191,7 +204,14 @@ class BytePairs(Tokenizer):
         vocabulary = json.loads(self.model.to_str())["model"]["vocab"]
         written = {number: token for token, number in vocabulary.items()}
         bytes_of = {sign: byte for byte, sign in byte_signs().items()}
-        return [0, 1, *(sum(begins_character(bytes_of[sign]) for sign in written[n]) for n in range(2, self.size))]
+        return [
+            0,
+            1,
+            *(
+                sum(begins_character(bytes_of[sign]) for sign in written[n])
+                for n in range(2, self.size)
+            ),
+        ]
 
     def state(self) -> dict[str, Any]:
         return {"bpe": self.model.to_str()}
@@ -225,4 +245,6 @@ def byte_signs() -> dict[int, str]:
     """Return the printable sign by which byte-level BPE writes each byte: itself, or the next one from 256 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + place) for place, byte in enumerate(rest)}
+    return {byte: chr(byte) for byte in printable} | {
+        byte: chr(256 + place) for place, byte in enumerate(rest)
+    }

@@ -20,7 +20,9 @@ class Noisy(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.layers = nn.ModuleList([nn.Conv2d(channels, channels, 3, padding=1), nn.Dropout(0.3), nn.GELU()])
+        self.layers = nn.ModuleList(
+            [nn.Conv2d(channels, channels, 3, padding=1), nn.Dropout(0.3), nn.GELU()]
+        )
         self.norm = nn.BatchNorm2d(channels)
         self.register_buffer("calls", torch.zeros(()))
 
@@ -35,7 +37,12 @@ class Noisy(nn.Module):
 def network():
     torch.manual_seed(2)
     blocks = nn.Sequential(*(Noisy(4) for _ in range(3)))
-    parts = {"stem": nn.Conv2d(3, 4, 1), "blocks": blocks, "flat": nn.Flatten(), "head": nn.Linear(256, 2)}
+    parts = {
+        "stem": nn.Conv2d(3, 4, 1),
+        "blocks": blocks,
+        "flat": nn.Flatten(),
+        "head": nn.Linear(256, 2),
+    }
     return nn.Sequential(OrderedDict(parts))
 
 
@@ -51,14 +58,18 @@ class Watch(Callback):
         self.bytes = saved_bytes(trainer.model, SPLIT[:], trainer.task, 16)
 
     def on_step_end(self, trainer):
-        self.states.append({name: tensor.clone() for name, tensor in trainer.model.state_dict().items()})
+        self.states.append(
+            {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+        )
 
 
 def fit(*callbacks, **settings):
     model, watch = network(), Watch()
     trainer = Trainer(max_epochs=2, callbacks=[*callbacks, watch], device="cpu", **settings)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    trainer.fit(model, SPLIT, task=nn.CrossEntropyLoss(), optimizer=optimizer, val=SPLIT, batch_size=4)
+    trainer.fit(
+        model, SPLIT, task=nn.CrossEntropyLoss(), optimizer=optimizer, val=SPLIT, batch_size=4
+    )
     return model, watch
 
 
@@ -66,7 +77,9 @@ def checkpointing(*patterns):
     return fw.callbacks.build("activation_checkpointing", patterns=list(patterns))
 
 
-@pytest.mark.parametrize("settings", [{}, {"accumulate": 2}, {"micro_batch": 2}, {"precision": "bf16"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"accumulate": 2}, {"micro_batch": 2}, {"precision": "bf16"}], ids=str
+)
 def test_the_numbers_are_bitwise_the_same_and_the_bytes_fewer(settings):
     _, plain = fit(**settings)
     _, less = fit(checkpointing("blocks.*"), **settings)
@@ -74,7 +87,11 @@ def test_the_numbers_are_bitwise_the_same_and_the_bytes_fewer(settings):
     for one, other in zip(plain.states, less.states, strict=True):
         for name, tensor in one.items():
             assert torch.equal(tensor, other[name]), name
-    assert plain.states[-1]["blocks.0.norm.num_batches_tracked"] == plain.states[-1]["blocks.0.calls"] > 0
+    assert (
+        plain.states[-1]["blocks.0.norm.num_batches_tracked"]
+        == plain.states[-1]["blocks.0.calls"]
+        > 0
+    )
     assert less.bytes < plain.bytes / 2
 
 
@@ -111,7 +128,11 @@ def test_afterwards_the_model_is_as_it_was(fails):
     ("patterns", "settings", "said"),
     [
         (["block.*"], {}, r"no module fits 'block\.\*'; .*blocks"),
-        (["blocks.0.layers"], {}, "no module fits 'blocks.0.layers'"),  # a list of modules is never called itself
+        (
+            ["blocks.0.layers"],
+            {},
+            "no module fits 'blocks.0.layers'",
+        ),  # a list of modules is never called itself
         ([], {}, "`patterns` is empty"),
         (["blocks.*"], {"compile": "model"}, "goes with compile=off, not model"),
     ],
@@ -122,7 +143,10 @@ def test_what_makes_no_sense_is_refused(patterns, settings, said):
 
 
 def test_blocks_of_a_registered_model_have_the_names_that_plan_shows():
-    task, batch = nn.CrossEntropyLoss(), (torch.randn(4, 1, 16, 16), torch.zeros(4, dtype=torch.long))
+    task, batch = (
+        nn.CrossEntropyLoss(),
+        (torch.randn(4, 1, 16, 16), torch.zeros(4, dtype=torch.long)),
+    )
     torch.manual_seed(0)
     model = fw.models.build("resnet", (1, 16, 16), (2,), depths=[2, 2], channels=[4, 8])
     watch = []
@@ -133,7 +157,9 @@ def test_blocks_of_a_registered_model_have_the_names_that_plan_shows():
 
     for parts in ([], [checkpointing("blocks.*")]):
         trainer = Trainer(max_steps=1, callbacks=[*parts, Bytes()], device="cpu")
-        trainer.fit(model, TensorSplit(*batch), task=task, optimizer=torch.optim.SGD(model.parameters()))
+        trainer.fit(
+            model, TensorSplit(*batch), task=task, optimizer=torch.optim.SGD(model.parameters())
+        )
     assert watch[1] < watch[0] / 2
 
 

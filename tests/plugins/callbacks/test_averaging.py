@@ -29,7 +29,9 @@ def fit(*callbacks, epochs=4, folder=None, resume=None, model=None):
     model = network() if model is None else model
     trainer = Trainer(max_epochs=epochs, callbacks=callbacks, folder=folder, device="cpu")
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
-    trainer.fit(model, SPLIT, task=nn.MSELoss(), optimizer=optimizer, val=SPLIT, batch_size=4, resume=resume)
+    trainer.fit(
+        model, SPLIT, task=nn.MSELoss(), optimizer=optimizer, val=SPLIT, batch_size=4, resume=resume
+    )
     return trainer
 
 
@@ -82,7 +84,9 @@ def average(history, decay, warmup, every=1):
 def test_the_average_is_that_of_a_plain_loop(settings, every):
     history = Collect()
     trainer = fit(history, build(**settings))
-    expected = average(history.weights, settings.get("decay", 0.999), settings.get("warmup", True), every)
+    expected = average(
+        history.weights, settings.get("decay", 0.999), settings.get("warmup", True), every
+    )
     for name, parameter in trainer.model.named_parameters():
         torch.testing.assert_close(parameter.detach(), expected[name], rtol=1e-5, atol=1e-6)
 
@@ -110,7 +114,10 @@ def test_a_checkpoint_has_the_average_to_use_and_the_weights_to_go_on_with(tmp_p
     fit(history, *([ema, saving] if first == "ema" else [saving, ema]), folder=tmp_path)
     for step in (4, 6, 12):
         model, training = load(tmp_path / "checkpoints" / f"step-{step:08d}")
-        expected, state = average(history.weights[: step + 1], 0.9, True), training["callbacks"]["0:Ema"]
+        expected, state = (
+            average(history.weights[: step + 1], 0.9, True),
+            training["callbacks"]["0:Ema"],
+        )
         assert state["updates"] == step
         assert torch.equal(model["0.weight"], model["3.weight"])
         for name, weight in history.weights[step].items():
@@ -130,7 +137,10 @@ def test_a_resumed_average_is_bitwise_the_uninterrupted_one(tmp_path, first, at,
                 trainer.state.stop = "enough"
 
     def parts():
-        ema, saving = build(), fw.callbacks.build("checkpoint", every="2steps", background=background)
+        ema, saving = (
+            build(),
+            fw.callbacks.build("checkpoint", every="2steps", background=background),
+        )
         return [ema, saving] if first == "ema" else [saving, ema]
 
     whole = fit(*parts(), epochs=6, folder=tmp_path / "whole")
@@ -147,7 +157,10 @@ def test_a_resumed_average_is_bitwise_the_uninterrupted_one(tmp_path, first, at,
 def test_what_the_trainer_gives_is_enough_to_go_on_without_a_checkpoint():
     whole, half = fit(build(), epochs=4), fit(build(), epochs=2)
     again = fit(build(), epochs=4, resume=half.state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True)
+    )
 
 
 def test_a_failure_in_a_validation_leaves_the_weights_of_training():
@@ -201,7 +214,9 @@ def averaged_by_torch(history, epochs):
         model.load_state_dict(history.weights[3 * epoch], strict=False)
         theirs.update_parameters(model)
     theirs.module[2].p = 0.0
-    update_bn(Loader(SPLIT, 4, shuffle=True).epoch(epochs[-1]), theirs)  # a mean of variances is one of these batches
+    update_bn(
+        Loader(SPLIT, 4, shuffle=True).epoch(epochs[-1]), theirs
+    )  # a mean of variances is one of these batches
     return theirs.module
 
 
@@ -212,7 +227,8 @@ def without_dropout():
 
 
 @pytest.mark.parametrize(
-    ("settings", "epochs"), [({"start": 2}, [3, 4, 5, 6]), ({}, [5, 6]), ({"start": 0}, range(1, 7))]
+    ("settings", "epochs"),
+    [({"start": 2}, [3, 4, 5, 6]), ({}, [5, 6]), ({"start": 0}, range(1, 7))],
 )
 def test_swa_is_torchs_with_its_batch_norms_measured_anew(settings, epochs):
     history = Collect()
@@ -220,7 +236,9 @@ def test_swa_is_torchs_with_its_batch_norms_measured_anew(settings, epochs):
     expected = averaged_by_torch(history, epochs)
     for name, tensor in expected.state_dict().items():
         if "num_batches" not in name:
-            torch.testing.assert_close(trainer.model.state_dict()[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+            torch.testing.assert_close(
+                trainer.model.state_dict()[name], tensor, rtol=1e-5, atol=1e-6, msg=name
+            )
     assert trainer.model[1].num_batches_tracked == 6 * 3, "measuring is no training"
     assert trainer.model[1].momentum == 0.1
 
@@ -231,8 +249,12 @@ def test_swa_leaves_training_bitwise_as_it_is_and_is_what_is_evaluated():
     fit(without, epochs=6)
     for a, b in zip(with_one.weights, without.weights, strict=True):
         assert all(torch.equal(a[name], b[name]) for name in a)
-    assert trainer.evaluate(SPLIT, name="val")["val/loss"] == pytest.approx(with_one.validated[-1]["val/loss"])
-    assert with_one.validated[0]["val/loss"] == without.validated[0]["val/loss"], "before there is a mean"
+    assert trainer.evaluate(SPLIT, name="val")["val/loss"] == pytest.approx(
+        with_one.validated[-1]["val/loss"]
+    )
+    assert with_one.validated[0]["val/loss"] == without.validated[0]["val/loss"], (
+        "before there is a mean"
+    )
     assert with_one.validated[-1]["val/loss"] != without.validated[-1]["val/loss"]
 
 
@@ -248,7 +270,10 @@ def test_swa_can_leave_the_statistics_of_training():
 @pytest.mark.parametrize("first", ["swa", "checkpoint"])
 def test_a_resumed_swa_is_bitwise_the_uninterrupted_one(tmp_path, at, first):
     def parts():
-        mean, saving = swa(start=2), fw.callbacks.build("checkpoint", every="2steps", background=False)
+        mean, saving = (
+            swa(start=2),
+            fw.callbacks.build("checkpoint", every="2steps", background=False),
+        )
         return [mean, saving] if first == "swa" else [saving, mean]
 
     def stop(trainer):
@@ -265,11 +290,15 @@ def test_a_resumed_swa_is_bitwise_the_uninterrupted_one(tmp_path, at, first):
     assert all(torch.equal(ours[0][name], theirs[0][name]) for name in theirs[0])
     weights = [each[1]["callbacks"]["0:Swa"]["weights"] for each in (ours, theirs)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
-    assert not torch.equal(weights[0]["1.running_mean"], ours[0]["1.running_mean"]), "those of training"
+    assert not torch.equal(weights[0]["1.running_mean"], ours[0]["1.running_mean"]), (
+        "those of training"
+    )
 
 
 def test_swa_that_never_began_says_so():
-    with pytest.warns(UserWarning, match="swa averaged nothing: the run ended before its epoch 5 did"):
+    with pytest.warns(
+        UserWarning, match="swa averaged nothing: the run ended before its epoch 5 did"
+    ):
         fit(swa(start=4), epochs=4)
     with pytest.raises(SettingError, match="swa cannot tell how many epochs there will be"):
         model = network()

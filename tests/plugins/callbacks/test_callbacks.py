@@ -85,11 +85,26 @@ def linear():
     return nn.Linear(2, 1)
 
 
-def fit(*callbacks, epochs=4, model=None, optimizer=None, lr=0.1, folder=None, resume=None, log_every="1epoch", **fit):
+def fit(
+    *callbacks,
+    epochs=4,
+    model=None,
+    optimizer=None,
+    lr=0.1,
+    folder=None,
+    resume=None,
+    log_every="1epoch",
+    **fit,
+):
     """Three steps an epoch; returns (trainer, record)."""
     record, model = Record(), model or linear()
     trainer = Trainer(
-        max_epochs=epochs, log_every=log_every, callbacks=callbacks, loggers=[record], folder=folder, device="cpu"
+        max_epochs=epochs,
+        log_every=log_every,
+        callbacks=callbacks,
+        loggers=[record],
+        folder=folder,
+        device="cpu",
     )
     optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=lr)
     fit = {"task": nn.MSELoss(), "val": SPLIT, "batch_size": 4} | fit
@@ -128,32 +143,48 @@ def test_early_stop_waits_for_its_patience(values, settings, stops_after):
 
 def test_early_stop_says_why():
     trainer, _ = fit(Script("val/loss", [5, 4, 4, 4]), build("early_stop", patience=2))
-    assert str(trainer.state.stop) == "early_stop: val/loss is best at 4 (step 6) and did not improve 2 times in a row"
+    assert (
+        str(trainer.state.stop)
+        == "early_stop: val/loss is best at 4 (step 6) and did not improve 2 times in a row"
+    )
     trainer, _ = fit(Script("val/loss", [math.nan] * 4), build("early_stop", patience=2))
-    assert str(trainer.state.stop) == "early_stop: val/loss has never been finite and did not improve 2 times in a row"
+    assert (
+        str(trainer.state.stop)
+        == "early_stop: val/loss has never been finite and did not improve 2 times in a row"
+    )
 
 
 def test_which_way_is_better_comes_from_the_metric_itself():
     script = Script("val/correct", [0.1, 0.2, 0.3, 0.4])
-    trainer, _ = fit(script, build("early_stop", monitor="val/correct", patience=1), metrics=[Correct()])
+    trainer, _ = fit(
+        script, build("early_stop", monitor="val/correct", patience=1), metrics=[Correct()]
+    )
     assert trainer.state.epoch == 4
     script = Script("val/correct", [0.4, 0.3, 0.2, 0.1])
-    trainer, _ = fit(script, build("early_stop", monitor="val/correct", patience=1), metrics=[Correct()])
+    trainer, _ = fit(
+        script, build("early_stop", monitor="val/correct", patience=1), metrics=[Correct()]
+    )
     assert trainer.state.epoch == 2
 
 
 @pytest.mark.parametrize("name", ["early_stop", "checkpoint"])
 def test_a_metric_that_nobody_knows_is_an_error_before_the_first_step(tmp_path, name):
-    with pytest.raises(SettingError, match="'val/corect' is better high or low; did you mean 'val/correct'"):
+    with pytest.raises(
+        SettingError, match="'val/corect' is better high or low; did you mean 'val/correct'"
+    ):
         fit(build(name, monitor="val/corect"), metrics=[Correct()], folder=tmp_path)
     with pytest.raises(SettingError, match="nothing logs 'val/mine'"):
         fit(build(name, monitor="val/mine", mode="max"), folder=tmp_path)
 
 
 def test_early_stop_needs_something_to_look_at():
-    with pytest.raises(SettingError, match="no validation split to measure val/loss on; monitor train/loss"):
+    with pytest.raises(
+        SettingError, match="no validation split to measure val/loss on; monitor train/loss"
+    ):
         fit(build("early_stop"), val=None)
-    trainer, _ = fit(build("early_stop", monitor="train/loss", patience=1, min_delta=0.01), val=None, lr=0.0)
+    trainer, _ = fit(
+        build("early_stop", monitor="train/loss", patience=1, min_delta=0.01), val=None, lr=0.0
+    )
     assert trainer.state.epoch == 2
 
 
@@ -183,14 +214,20 @@ def test_nothing_but_the_end_is_saved_when_nothing_else_is_asked_for(tmp_path):
     assert training["counters"]["epoch"] == 4
 
 
-@pytest.mark.parametrize(("every", "steps"), [("5steps", [5, 10, 12]), ("2epochs", [6, 12]), ("1h", [12])])
+@pytest.mark.parametrize(
+    ("every", "steps"), [("5steps", [5, 10, 12]), ("2epochs", [6, 12]), ("1h", [12])]
+)
 def test_cadences(tmp_path, every, steps):
     fit(build("checkpoint", every=every, monitor=None, keep=9), folder=tmp_path)
     assert saved(tmp_path) == steps
 
 
 def test_the_best_is_saved_even_when_nothing_is_due(tmp_path):
-    fit(Script("val/loss", [3, 1, 2, 2]), build("checkpoint", every="9epochs", keep=1), folder=tmp_path)
+    fit(
+        Script("val/loss", [3, 1, 2, 2]),
+        build("checkpoint", every="9epochs", keep=1),
+        folder=tmp_path,
+    )
     assert saved(tmp_path) == [6, 12]
 
 
@@ -203,7 +240,9 @@ def test_the_best_k_stay(tmp_path):
 
 def test_the_ranking_goes_on_after_a_resume_and_the_one_resumed_from_stays(tmp_path):
     values = [4, 1, 3, 2, 9, 9, 9]
-    first, _ = fit(Script("val/loss", values), build("checkpoint", keep=1, best=2), epochs=3, folder=tmp_path)
+    first, _ = fit(
+        Script("val/loss", values), build("checkpoint", keep=1, best=2), epochs=3, folder=tmp_path
+    )
     assert saved(tmp_path) == [6, 9]
 
     class From(Callback):
@@ -211,7 +250,14 @@ def test_the_ranking_goes_on_after_a_resume_and_the_one_resumed_from_stays(tmp_p
             trainer.resumed_from = trainer.state.step
 
     again = build("checkpoint", keep=1, best=2)
-    fit(From(), Script("val/loss", values), again, epochs=7, folder=tmp_path, resume=first.state_dict())
+    fit(
+        From(),
+        Script("val/loss", values),
+        again,
+        epochs=7,
+        folder=tmp_path,
+        resume=first.state_dict(),
+    )
     assert saved(tmp_path) == [6, 9, 12, 21]
     assert again.state_dict()["best"] == [[1, 6], [2, 12]]
 
@@ -223,7 +269,11 @@ def test_the_manifest_has_the_facts_of_the_run(tmp_path):
 
     fit(Facts(), build("checkpoint"), epochs=1, folder=tmp_path)
     manifest = read_manifest(tmp_path / "checkpoints" / "step-00000003")
-    assert manifest["run"] == {"threads": torch.get_num_threads(), "run_id": "abc", "config_hash": "123"}
+    assert manifest["run"] == {
+        "threads": torch.get_num_threads(),
+        "run_id": "abc",
+        "config_hash": "123",
+    }
 
 
 @pytest.mark.parametrize("background", [True, False])
@@ -268,7 +318,10 @@ def test_a_run_resumed_from_its_checkpoint_ends_bitwise_as_the_uninterrupted_one
     assert (found.name, skipped) == (f"step-{at:08d}", [])
     model, training = load(found)
     again, _ = fit(
-        build("checkpoint", every="1steps"), folder=tmp_path / "cut", resume={"model": model} | training, **parts()
+        build("checkpoint", every="1steps"),
+        folder=tmp_path / "cut",
+        resume={"model": model} | training,
+        **parts(),
     )
     for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -304,8 +357,15 @@ def test_gradients_are_clipped_by_norm_and_then_by_value():
     assert not torch.allclose(by_norm, by_both)
     for settings, wanted in (({"norm": 0.01}, by_norm), ({"norm": 0.01, "value": 0.004}, by_both)):
         before, model = linear(), linear()
-        _, record = fit(build("clip_gradients", **settings), epochs=1, model=model, lr=1.0, batch_size=12)
-        change = torch.cat([(b - a).flatten() for b, a in zip(before.parameters(), model.parameters(), strict=True)])
+        _, record = fit(
+            build("clip_gradients", **settings), epochs=1, model=model, lr=1.0, batch_size=12
+        )
+        change = torch.cat(
+            [
+                (b - a).flatten()
+                for b, a in zip(before.parameters(), model.parameters(), strict=True)
+            ]
+        )
         torch.testing.assert_close(change, wanted, rtol=1e-4, atol=1e-7)
         assert record.of("train/gradient_norm") == {1: pytest.approx(float(norm), rel=1e-5)}
 
@@ -333,7 +393,9 @@ def test_the_gradient_norm_is_measured_on_logged_steps_only(log_every, steps):
     _, record = fit(callback, Watch(), epochs=2, log_every=log_every)
     assert list(record.of("train/gradient_norm")) == measured == steps
     _, clipped = fit(build("clip_gradients", norm=1e9), epochs=2, log_every=log_every)
-    assert record.of("train/gradient_norm") == pytest.approx(clipped.of("train/gradient_norm"), rel=1e-5)
+    assert record.of("train/gradient_norm") == pytest.approx(
+        clipped.of("train/gradient_norm"), rel=1e-5
+    )
 
 
 # what is worth seeing
@@ -344,9 +406,15 @@ def test_every_group_s_learning_rate_is_logged():
     groups = [{"params": [model.weight]}, {"params": [model.bias], "lr": 0.5, "name": "bias"}]
     optimizer = torch.optim.SGD(groups, lr=0.1)
     _, record = fit(
-        build("learning_rate"), epochs=2, model=model, optimizer=optimizer, schedule=lambda step: 1 / (1 + step)
+        build("learning_rate"),
+        epochs=2,
+        model=model,
+        optimizer=optimizer,
+        schedule=lambda step: 1 / (1 + step),
     )
-    assert record.of("train/learning_rate") == pytest.approx({3: 0.5 / 3, 6: 0.5 / 6}), "the largest"
+    assert record.of("train/learning_rate") == pytest.approx({3: 0.5 / 3, 6: 0.5 / 6}), (
+        "the largest"
+    )
     assert record.of("train/learning_rate/0") == pytest.approx({3: 0.1 / 3, 6: 0.1 / 6})
     assert record.of("train/learning_rate/bias") == pytest.approx({3: 0.5 / 3, 6: 0.5 / 6})
 
@@ -365,7 +433,9 @@ def test_the_timer_logs_each_epoch_and_stops_at_its_limit(monkeypatch):
     trainer, record = fit(build("timer", limit="7s"), Wait(clock))
     assert (trainer.state.step, str(trainer.state.stop)) == (8, "timer: the limit of 7s is reached")
     assert record.of("train/seconds_per_epoch") == {3: 3.0, 6: 3.0}
-    trainer, _ = fit(build("timer", limit="0.2min"), Wait(clock), epochs=9, resume=trainer.state_dict())
+    trainer, _ = fit(
+        build("timer", limit="0.2min"), Wait(clock), epochs=9, resume=trainer.state_dict()
+    )
     assert trainer.state.step == 13  # 12 seconds, of which the first part took 8
 
 

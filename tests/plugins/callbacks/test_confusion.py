@@ -21,7 +21,9 @@ class Kept(fw.Logger):
 def fit(data, task, outputs, **more):
     kept, model = Kept(), torch.nn.Linear(data.in_shape[0], outputs)
     trainer = fw.Trainer(callbacks=[fw.callbacks.build("confusion")], loggers=[kept], **more)
-    trainer.fit(model, data, task=task, optimizer=torch.optim.SGD(model.parameters(), 0.1), batch_size=20)
+    trainer.fit(
+        model, data, task=task, optimizer=torch.optim.SGD(model.parameters(), 0.1), batch_size=20
+    )
     return kept, trainer
 
 
@@ -29,7 +31,9 @@ def test_it_is_that_of_scikit_learn():
     data = fw.datasets.build("blobs", samples=400, noise=4.0, val_fraction=0.4)
     kept, trainer = fit(data, torch.nn.CrossEntropyLoss(), 3, max_epochs=2)
     expected = confusion_matrix(data.val.tensors[1], trainer.predict(data.val).argmax(1))
-    assert 0 < expected.trace() < expected.sum(), "some are right and some wrong, or it would show nothing"
+    assert 0 < expected.trace() < expected.sum(), (
+        "some are right and some wrong, or it would show nothing"
+    )
     rows = [line.strip("| ").split(" | ")[1:] for line in kept.table.splitlines()[2:]]
     assert [list(map(int, row)) for row in rows] == expected.tolist()
     assert kept.picture.shape == (1, 1, 48, 48)
@@ -45,7 +49,9 @@ def test_looking_changes_nothing():
         model = torch.nn.Sequential(torch.nn.Dropout(0.3), torch.nn.Linear(2, 3))
         trainer = fw.Trainer(max_epochs=3, callbacks=callbacks, validate_every="1steps")
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        trainer.fit(model, data, task=torch.nn.CrossEntropyLoss(), optimizer=optimizer, batch_size=20)
+        trainer.fit(
+            model, data, task=torch.nn.CrossEntropyLoss(), optimizer=optimizer, batch_size=20
+        )
         weights.append(model[1].weight.detach())
     assert torch.equal(*weights)
 

@@ -16,7 +16,9 @@ SPLIT = TensorSplit(INPUTS, INPUTS.sum(1, keepdim=True))
 
 def network():
     torch.manual_seed(1)
-    body = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 3), nn.Dropout(0.3))
+    body = nn.Sequential(
+        nn.Linear(2, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 3), nn.Dropout(0.3)
+    )
     return nn.Sequential(*body, nn.Linear(3, 1))
 
 
@@ -27,7 +29,9 @@ class Watch(Callback):
         self.steps = []
 
     def on_step_end(self, trainer):
-        self.steps.append({name: tensor.clone() for name, tensor in trainer.model.state_dict().items()})
+        self.steps.append(
+            {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+        )
 
 
 class Cut(Callback):
@@ -39,7 +43,9 @@ class Cut(Callback):
     def on_step_end(self, trainer):
         if trainer.state.step == self.step:
             state = trainer.state_dict()
-            self.kept = torch.utils._pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, state)
+            self.kept = torch.utils._pytree.tree_map(
+                lambda x: x.clone() if isinstance(x, torch.Tensor) else x, state
+            )
             trainer.state.stop = "cut"
 
 
@@ -48,7 +54,9 @@ def fit(*callbacks, epochs=4, resume=None, model=None, **settings):
     model = network() if model is None else model
     trainer = Trainer(max_epochs=epochs, callbacks=callbacks, device="cpu", **settings)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
-    trainer.fit(model, SPLIT, task=nn.MSELoss(), optimizer=optimizer, val=SPLIT, batch_size=6, resume=resume)
+    trainer.fit(
+        model, SPLIT, task=nn.MSELoss(), optimizer=optimizer, val=SPLIT, batch_size=6, resume=resume
+    )
     return trainer
 
 
@@ -66,7 +74,14 @@ def moved(watch, name):
 def test_what_is_frozen_stays_and_the_rest_learns():
     watch = Watch()
     trainer = fit(freeze("0.*", "1.*"), watch)
-    for name in ("0.weight", "0.bias", "1.weight", "1.bias", "1.running_mean", "1.num_batches_tracked"):
+    for name in (
+        "0.weight",
+        "0.bias",
+        "1.weight",
+        "1.bias",
+        "1.running_mean",
+        "1.num_batches_tracked",
+    ):
         assert moved(watch, name) == set(), name
     assert moved(watch, "3.weight") == moved(watch, "5.weight") == {0, 1, 2, 3}
     assert trainer.state.metrics["train/frozen_parameters"] == 2 * 3 + 3 + 3 + 3
@@ -103,7 +118,9 @@ def test_a_compiled_step_freezes_too():
         torch.manual_seed(1)
         return nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
 
-    eager, compiled = (fit(freeze("0.*", epochs=2), model=plain(), compile=way) for way in ("off", "step"))
+    eager, compiled = (
+        fit(freeze("0.*", epochs=2), model=plain(), compile=way) for way in ("off", "step")
+    )
     assert not torch.equal(compiled.model[0].weight, plain()[0].weight)
     for name, tensor in eager.model.state_dict().items():
         torch.testing.assert_close(tensor, compiled.model.state_dict()[name], rtol=1e-3, atol=1e-4)
@@ -111,7 +128,11 @@ def test_a_compiled_step_freezes_too():
 
 @pytest.mark.parametrize(
     ("patterns", "said"),
-    [(["2.*"], r"no parameter fits '2\.\*'"), (["*"], "nothing is left to train"), ([], "`patterns` is empty")],
+    [
+        (["2.*"], r"no parameter fits '2\.\*'"),
+        (["*"], "nothing is left to train"),
+        ([], "`patterns` is empty"),
+    ],
 )
 def test_what_makes_no_sense_is_refused(patterns, said):
     with pytest.raises(SettingError, match=said):
@@ -126,9 +147,15 @@ def groups(model=None, maker=None, **settings):
     names = {id(p): name for name, p in model.named_parameters()}
     optimizer = build_optimizer(
         maker or fw.optimizers.maker("adamw", lr=0.1, weight_decay=0.5),
-        Parameters(**settings).groups(model, maker or fw.optimizers.maker("adamw", lr=0.1, weight_decay=0.5)),
+        Parameters(**settings).groups(
+            model, maker or fw.optimizers.maker("adamw", lr=0.1, weight_decay=0.5)
+        ),
     )
-    return {names[id(p)]: (g["lr"], g.get("weight_decay")) for g in optimizer.param_groups for p in g["params"]}
+    return {
+        names[id(p)]: (g["lr"], g.get("weight_decay"))
+        for g in optimizer.param_groups
+        for p in g["params"]
+    }
 
 
 def test_biases_and_norms_are_not_decayed():
@@ -137,7 +164,9 @@ def test_biases_and_norms_are_not_decayed():
     assert groups(decay="all") == dict.fromkeys(expected, (0.1, 0.5))
 
 
-@pytest.mark.parametrize(("name", "settings"), [("sgd", {}), ("rprop", {}), ("adam", {"weight_decay": 0.0})])
+@pytest.mark.parametrize(
+    ("name", "settings"), [("sgd", {}), ("rprop", {}), ("adam", {"weight_decay": 0.0})]
+)
 def test_where_nothing_is_decayed_there_is_one_group(name, settings):
     maker = fw.optimizers.maker(name, **settings)
     assert len(build_optimizer(maker, Parameters().groups(network(), maker)).param_groups) == 1
@@ -147,7 +176,14 @@ def test_rates_go_by_pattern_and_the_first_that_fits_counts():
     found = groups(rates={"0.bias": 0.1, "0.*": 0.5, "5.*": 10.0})
     rates = {name: lr for name, (lr, _) in found.items()}
     assert rates == pytest.approx(
-        {"0.weight": 0.05, "0.bias": 0.01, "1.weight": 0.1, "1.bias": 0.1, "3.weight": 0.1, "3.bias": 0.1}
+        {
+            "0.weight": 0.05,
+            "0.bias": 0.01,
+            "1.weight": 0.1,
+            "1.bias": 0.1,
+            "3.weight": 0.1,
+            "3.bias": 0.1,
+        }
         | {"5.weight": 1.0, "5.bias": 1.0}
     )
 
@@ -172,7 +208,9 @@ def test_groups_keep_the_order_of_the_model_so_that_muon_knows_the_last_matrix()
 
 
 def test_a_pattern_that_fits_nothing_is_an_error():
-    with pytest.raises(SettingError, match=r"parameters\.rates: no parameter fits '7\.\*'; there is: 0\.bias"):
+    with pytest.raises(
+        SettingError, match=r"parameters\.rates: no parameter fits '7\.\*'; there is: 0\.bias"
+    ):
         groups(rates={"7.*": 1.0})
 
 
@@ -182,7 +220,14 @@ def test_a_schedule_moves_every_group_by_its_own_rate():
     optimizer = build_optimizer(maker, Parameters(rates={"0.*": 0.0001}).groups(model, maker))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trainer = Trainer(max_steps=1, device="cpu")
-    trainer.fit(model, SPLIT, task=nn.MSELoss(), optimizer=optimizer, schedule=lambda step: 0.5, batch_size=24)
+    trainer.fit(
+        model,
+        SPLIT,
+        task=nn.MSELoss(),
+        optimizer=optimizer,
+        schedule=lambda step: 0.5,
+        batch_size=24,
+    )
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.5e-5, 0.05])
     assert (model[0].weight - before["0.weight"]).abs().max().item() < 1e-4
     assert (model[5].weight - before["5.weight"]).abs().max().item() > 1e-3

@@ -48,13 +48,18 @@ class Weights(Callback):
 
     def on_step_end(self, trainer):
         step = trainer.state.step
-        self.model[step] = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+        self.model[step] = {
+            name: tensor.clone() for name, tensor in trainer.model.state_dict().items()
+        }
         self.optimizer[step] = [tensor.clone() for tensor in momenta(trainer.optimizer)]
 
 
 def momenta(optimizer):
     return [
-        tensor for state in optimizer.state.values() for tensor in state.values() if isinstance(tensor, torch.Tensor)
+        tensor
+        for state in optimizer.state.values()
+        for tensor in state.values()
+        if isinstance(tensor, torch.Tensor)
     ]
 
 
@@ -73,10 +78,27 @@ def build(**settings):
     return fw.callbacks.build("non_finite", **settings)
 
 
-def fit(*callbacks, epochs=4, split=SPLIT, model=None, folder=None, resume=None, fused=False, lr=0.01, **options):
+def fit(
+    *callbacks,
+    epochs=4,
+    split=SPLIT,
+    model=None,
+    folder=None,
+    resume=None,
+    fused=False,
+    lr=0.01,
+    **options,
+):
     """Three steps an epoch; returns (trainer, logged values)."""
     record, model = Record(), model or network()
-    trainer = Trainer(max_epochs=epochs, callbacks=callbacks, loggers=[record], folder=folder, device="cpu", **options)
+    trainer = Trainer(
+        max_epochs=epochs,
+        callbacks=callbacks,
+        loggers=[record],
+        folder=folder,
+        device="cpu",
+        **options,
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=fused)
     settings = {"task": nn.MSELoss(), "optimizer": optimizer, "batch_size": 4, "resume": resume}
     trainer.fit(model, split, metrics=[Mean()], **settings)
@@ -137,7 +159,9 @@ def test_a_loss_that_is_not_finite_is_enough():
     trainer = Trainer(max_steps=3, callbacks=[build()], device="cpu")
     model = network()
     with pytest.raises(FrameworkError, match="loss is inf at step 1; all gradients are finite"):
-        trainer.fit(model, SPLIT, task=Loss(), optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+        trainer.fit(
+            model, SPLIT, task=Loss(), optimizer=torch.optim.SGD(model.parameters(), lr=0.1)
+        )
 
 
 def test_a_skipped_update_changes_nothing_but_the_counters():
@@ -148,11 +172,19 @@ def test_a_skipped_update_changes_nothing_but_the_counters():
     for step in range(2, 13):
         unchanged = same(seen.model[step], seen.model[step - 1])
         assert unchanged == (step in bad)
-        assert step == bad[0] or same(seen.optimizer[step], seen.optimizer[step - 1]) == (step in bad)
-    assert all(tensor.isfinite().all() for tensor in seen.model[12].values())  # the running statistics too
+        assert step == bad[0] or same(seen.optimizer[step], seen.optimizer[step - 1]) == (
+            step in bad
+        )
+    assert all(
+        tensor.isfinite().all() for tensor in seen.model[12].values()
+    )  # the running statistics too
     assert policy.skipped == 4
-    assert [step for step, value in logged["train/loss"].items() if math.isnan(value)] == bad  # nothing was measured
-    assert list(logged["train/skipped_steps"].values()) == [sum(b <= step for b in bad) for step in range(1, 13)]
+    assert [
+        step for step, value in logged["train/loss"].items() if math.isnan(value)
+    ] == bad  # nothing was measured
+    assert list(logged["train/skipped_steps"].values()) == [
+        sum(b <= step for b in bad) for step in range(1, 13)
+    ]
 
 
 def test_what_was_measured_before_a_skipped_step_stays():
@@ -163,7 +195,10 @@ def test_what_was_measured_before_a_skipped_step_stays():
 
 def test_too_many_in_a_row_end_the_run_and_others_do_not():
     fit(Poison(2, 3, 5, 6, 8, 9), build(policy="skip", most_skips=2))
-    with pytest.raises(FrameworkError, match=r"at step 7; .*; 2 updates before were left out in a row \(most_skips\)"):
+    with pytest.raises(
+        FrameworkError,
+        match=r"at step 7; .*; 2 updates before were left out in a row \(most_skips\)",
+    ):
         fit(Poison(2, 3, 5, 6, 7), build(policy="skip", most_skips=2))
 
 
@@ -176,7 +211,9 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_been_cut(tmp_path, policy, backg
                 trainer.state.stop = "enough"
 
     def parts():
-        saving = fw.callbacks.build("checkpoint", monitor=None, every="2steps", keep=9, background=background)
+        saving = fw.callbacks.build(
+            "checkpoint", monitor=None, every="2steps", keep=9, background=background
+        )
         return Poison(4, 6, 9), build(policy=policy), saving
 
     whole, _ = fit(*parts(), folder=tmp_path / "whole")
@@ -218,7 +255,9 @@ def test_a_device_that_leaves_out_updates_by_itself_is_asked_at_the_next_look():
             policy.late = True
 
     seen, policy = Weights(), build()
-    with pytest.raises(FrameworkError, match="not finite in a step from 4 to 6; the weights are those before it"):
+    with pytest.raises(
+        FrameworkError, match="not finite in a step from 4 to 6; the weights are those before it"
+    ):
         fit(Poison(5), policy, Late(), seen, fused=True)
     weight = {step: model["0.weight"] for step, model in seen.model.items()}
     assert torch.equal(weight[5], weight[4])
@@ -259,7 +298,12 @@ def test_sparse_and_complex_gradients_are_looked_at():
         model = Odd()
         trainer = Trainer(max_steps=1, callbacks=[Spoil(), build()], device="cpu")
         with pytest.raises(FrameworkError, match=f"of {name}"):
-            trainer.fit(model, SPLIT, task=nn.MSELoss(), optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+            trainer.fit(
+                model,
+                SPLIT,
+                task=nn.MSELoss(),
+                optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            )
 
 
 @pytest.mark.parametrize("name", [entry.name for entry in Registry.every["optimizer"]])

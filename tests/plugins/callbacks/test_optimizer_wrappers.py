@@ -27,7 +27,16 @@ def adamw(model, momentum=0.0):
     return torch.optim.AdamW(model.parameters(), lr=0.05, betas=(momentum, 0.99), weight_decay=0.1)
 
 
-def fit(*callbacks, model=None, optimizer=None, epochs=12, batch_size=24, resume=None, schedule=None, **settings):
+def fit(
+    *callbacks,
+    model=None,
+    optimizer=None,
+    epochs=12,
+    batch_size=24,
+    resume=None,
+    schedule=None,
+    **settings,
+):
     """One step an epoch, of all the data, unless the batch is smaller."""
     model = network() if model is None else model
     trainer = Trainer(max_epochs=epochs, callbacks=callbacks, device="cpu", **settings)
@@ -189,7 +198,10 @@ def test_schedule_free_refuses_a_momentum():
     with pytest.raises(SettingError, match=r"it needs optimizer\.betas=\[0,0\.999\]"):
         fit(build("schedule_free"), optimizer=lambda model: adamw(model, 0.9))
     with pytest.raises(SettingError, match=r"it needs optimizer\.momentum=0"):
-        fit(build("schedule_free"), optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.5))
+        fit(
+            build("schedule_free"),
+            optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.5),
+        )
 
 
 # --- gradient noise scale ---------------------------------------------------------------------------------------------
@@ -200,7 +212,9 @@ def test_the_noise_scale_of_single_samples_is_the_trace_of_their_covariance_by_t
     each = []
     for x, y in zip(INPUTS, TARGETS, strict=True):
         loss = nn.functional.mse_loss(model(x[None]), y[None])
-        each.append(torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, list(model.parameters()))]))
+        each.append(
+            torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, list(model.parameters()))])
+        )
     gradients = torch.stack(each).double()
     trace = float(torch.cov(gradients.T).trace())
     squared = (
@@ -209,7 +223,9 @@ def test_the_noise_scale_of_single_samples_is_the_trace_of_their_covariance_by_t
     noise = build("noise_scale", every="1steps", parts=24, decay=0.0)
     trainer = fit(noise, epochs=1, log_every="1steps")
     assert (noise.trace, noise.squared) == pytest.approx((trace, squared), rel=1e-4)
-    assert trainer.state.metrics["train/gradient_noise_scale"] == pytest.approx(trace / squared, rel=1e-3)
+    assert trainer.state.metrics["train/gradient_noise_scale"] == pytest.approx(
+        trace / squared, rel=1e-3
+    )
 
 
 def test_measuring_the_noise_scale_changes_no_bit():
@@ -235,7 +251,10 @@ def test_a_run_cut_off_goes_on_bit_for_bit(name, step):
     cut = Cut(step)
     fit(build(name), cut, model=network(nn.Dropout(0.3)), **settings)
     resumed = fit(build(name), model=network(nn.Dropout(0.3)), resume=cut.kept, **settings)
-    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -246,5 +265,7 @@ def test_many_trials_as_one_refuse_it_by_name(name):
 
 
 def test_two_sets_of_weights_to_evaluate_are_refused():
-    with pytest.raises(SettingError, match="Ema and Lookahead each have their own weights to evaluate: choose one"):
+    with pytest.raises(
+        SettingError, match="Ema and Lookahead each have their own weights to evaluate: choose one"
+    ):
         fit(build("ema"), build("lookahead"))

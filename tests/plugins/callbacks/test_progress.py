@@ -24,7 +24,12 @@ def fit(*callbacks, val=SPLIT, epochs=2, **limits):
     model = nn.Linear(2, 1)
     trainer = Trainer(max_epochs=epochs, callbacks=callbacks, device="cpu", **limits)
     trainer.fit(
-        model, SPLIT, task=nn.MSELoss(), optimizer=torch.optim.SGD(model.parameters(), 0.1), val=val, batch_size=4
+        model,
+        SPLIT,
+        task=nn.MSELoss(),
+        optimizer=torch.optim.SGD(model.parameters(), 0.1),
+        val=val,
+        batch_size=4,
     )
     return trainer
 
@@ -67,9 +72,12 @@ def lines(monkeypatch, *callbacks, **settings) -> list[str]:
 def test_without_a_terminal_each_epoch_is_one_plain_line(monkeypatch):
     first, last = lines(monkeypatch)
     assert re.fullmatch(
-        r"epoch 1/2  step 3/6  train/loss [\d.e-]+  val/loss [\d.e-]+  [\d,]+ samples/s  ETA \d+:\d\d", first
+        r"epoch 1/2  step 3/6  train/loss [\d.e-]+  val/loss [\d.e-]+  [\d,]+ samples/s  ETA \d+:\d\d",
+        first,
     )
-    assert re.fullmatch(r"epoch 2/2  step 6/6  train/loss [\d.e-]+  val/loss [\d.e-]+  [\d,]+ samples/s", last)
+    assert re.fullmatch(
+        r"epoch 2/2  step 6/6  train/loss [\d.e-]+  val/loss [\d.e-]+  [\d,]+ samples/s", last
+    )
 
 
 def test_without_a_validation_split_and_in_the_middle_of_an_epoch(monkeypatch):
@@ -88,7 +96,9 @@ def test_a_terminal_gets_a_live_bar_and_its_cursor_and_stderr_back(monkeypatch):
     with terminal(monkeypatch) as screen:
         fit(fw.callbacks.build("progress", per_second=1e6))
     shown, same_stderr = screen
-    assert all(words in shown for words in ("step 0/6", "step 6/6", "validating", "val", "loss", "━"))
+    assert all(
+        words in shown for words in ("step 0/6", "step 6/6", "validating", "val", "loss", "━")
+    )
     assert shown.index(HIDE_CURSOR) < shown.rindex(SHOW_CURSOR)
     assert HIDE_CURSOR not in shown[shown.rindex(SHOW_CURSOR) :]
     assert same_stderr
@@ -142,5 +152,7 @@ def test_advice_on_a_slow_data_loader(workers, advised, monkeypatch, capsys):
     loader = DataLoader(TensorDataset(*SPLIT.tensors), batch_size=4, num_workers=workers)
     model = nn.Linear(2, 1)
     trainer = Trainer(max_epochs=1, callbacks=[fw.callbacks.build("progress")], device="cpu")
-    trainer.fit(model, loader, task=nn.MSELoss(), optimizer=torch.optim.SGD(model.parameters(), 0.1))
+    trainer.fit(
+        model, loader, task=nn.MSELoss(), optimizer=torch.optim.SGD(model.parameters(), 0.1)
+    )
     assert ("DataLoader(..., num_workers=2) reads ahead" in capsys.readouterr().err) == advised

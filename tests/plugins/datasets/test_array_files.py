@@ -19,7 +19,11 @@ RNG = np.random.default_rng(0)
 
 
 def write_idx(path, array, code=8):
-    content = bytes([0, 0, code, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+    content = (
+        bytes([0, 0, code, array.ndim])
+        + struct.pack(f">{array.ndim}I", *array.shape)
+        + array.tobytes()
+    )
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
 
 
@@ -29,7 +33,9 @@ def idx(tmp_path):
     for part, rows, ending in (("train", 60, ".gz"), ("t10k", 20, "")):
         pictures = RNG.integers(0, 256, (rows, 6, 5), dtype=np.uint8)
         write_idx(tmp_path / f"{part}-images-idx3-ubyte{ending}", pictures)
-        write_idx(tmp_path / f"{part}-labels-idx1-ubyte{ending}", np.arange(rows, dtype=np.uint8) % 3)
+        write_idx(
+            tmp_path / f"{part}-labels-idx1-ubyte{ending}", np.arange(rows, dtype=np.uint8) % 3
+        )
         np.save(tmp_path / f"{part}.npy", pictures)
     return tmp_path
 
@@ -39,10 +45,16 @@ def test_idx_files_are_read(idx):
     pixels = np.load(idx / "train.npy").astype("float64")
     x, y = data.train.tensors
     np.testing.assert_allclose(x[:, 0], (pixels - pixels.mean()) / pixels.std(), atol=1e-5)
-    assert (data.in_shape, data.classes, y[:4].tolist()) == ((1, 6, 5), ["0", "1", "2"], [0, 1, 2, 0])
+    assert (data.in_shape, data.classes, y[:4].tolist()) == (
+        (1, 6, 5),
+        ["0", "1", "2"],
+        [0, 1, 2, 0],
+    )
     assert (len(data.test), data.val) == (20, None)
     plain = fw.datasets.build("idx", path=idx, normalize=False, classes=["a", "b", "c"])
-    np.testing.assert_allclose(plain.test.tensors[0][:, 0] * 255, np.load(idx / "t10k.npy"), atol=1e-4)
+    np.testing.assert_allclose(
+        plain.test.tensors[0][:, 0] * 255, np.load(idx / "t10k.npy"), atol=1e-4
+    )
     assert (len(plain.train), len(plain.val), plain.classes) == (54, 6, ["a", "b", "c"])
 
 
@@ -55,9 +67,14 @@ def test_pictures_to_predict(idx):
         type(data).read_inputs(idx / "t10k-labels-idx1-ubyte", facts)
 
 
-@pytest.mark.parametrize(("code", "kind"), [(8, "u1"), (9, "i1"), (11, ">i2"), (12, ">i4"), (13, ">f4"), (14, ">f8")])
+@pytest.mark.parametrize(
+    ("code", "kind"), [(8, "u1"), (9, "i1"), (11, ">i2"), (12, ">i4"), (13, ">f4"), (14, ">f8")]
+)
 def test_every_idx_type_is_read(idx, code, kind):
-    data, array = fw.datasets.build("idx", path=idx, normalize=False), np.arange(90).reshape(3, 6, 5).astype(kind)
+    data, array = (
+        fw.datasets.build("idx", path=idx, normalize=False),
+        np.arange(90).reshape(3, 6, 5).astype(kind),
+    )
     write_idx(idx / "other", array, code)
     read = type(data).read_inputs(idx / "other", data.facts())
     np.testing.assert_allclose(read[:, 0] * 255, array.astype(float), rtol=1e-5)
@@ -69,7 +86,10 @@ def test_every_idx_type_is_read(idx, code, kind):
         (lambda content: b"", "is no IDX file: it begins with nothing"),
         (lambda content: b"GIF89a", "is no IDX file: it begins with 47 49 46 38"),
         (lambda content: content[:9], "ends within its header"),
-        (lambda content: content[:-1], r"holds 599 bytes of values, but 600 for shape \(20, 6, 5\)"),
+        (
+            lambda content: content[:-1],
+            r"holds 599 bytes of values, but 600 for shape \(20, 6, 5\)",
+        ),
         (lambda content: content + b"x", "holds 601 bytes"),
         (lambda content: gzip.compress(content)[:-20], "cannot be read"),
     ],
@@ -86,7 +106,9 @@ def test_missing_idx_files(idx):
     with pytest.raises(DataError, match="20 test inputs, but 19 targets"):
         fw.datasets.build("idx", path=idx)
     (idx / "t10k-labels-idx1-ubyte").unlink()
-    with pytest.raises(DataError, match=r"has no file t10k-labels-idx1-ubyte or t10k-labels-idx1-ubyte\.gz"):
+    with pytest.raises(
+        DataError, match=r"has no file t10k-labels-idx1-ubyte or t10k-labels-idx1-ubyte\.gz"
+    ):
         fw.datasets.build("idx", path=idx)
     with pytest.raises(DataError, match=r"scripts/fetch_data'? fashion_mnist"):
         fw.datasets.build("fashion_mnist", path=idx / "nowhere")
@@ -106,7 +128,9 @@ def test_fashion_mnist_is_found_in_the_cache(idx, tmp_path_factory, monkeypatch)
 
 def test_fetch_data_lists_what_it_knows():
     def fetch(*name):
-        return subprocess.run(["bash", "scripts/fetch_data", *name], cwd=ROOT, capture_output=True, text=True)
+        return subprocess.run(
+            ["bash", "scripts/fetch_data", *name], cwd=ROOT, capture_output=True, text=True
+        )
 
     assert "fashion_mnist" in fetch().stdout
     unknown = fetch("fashion")
@@ -114,7 +138,10 @@ def test_fetch_data_lists_what_it_knows():
     assert "there is no data set 'fashion' to fetch; there is: fashion_mnist" in unknown.stderr
 
 
-@pytest.mark.skipif(not Path("/usr/share/datasets/fashion-mnist").is_dir(), reason="scripts/fetch_data fashion_mnist")
+@pytest.mark.skipif(
+    not Path("/usr/share/datasets/fashion-mnist").is_dir(),
+    reason="scripts/fetch_data fashion_mnist",
+)
 def test_fashion_mnist():
     data = fw.datasets.build("fashion_mnist")
     assert [len(split) for split in (data.train, data.val, data.test)] == [54000, 6000, 10000]
@@ -130,16 +157,31 @@ def test_npz_with_one_part_or_three(tmp_path):
     one = fw.datasets.build("npz", path=tmp_path / "one.npz", shape=[2, 2])
     assert (one.in_shape, one.classes) == ((2, 2), ["no", "yes"])
     assert [len(split) for split in (one.train, one.val, one.test)] == [28, 6, 6]
-    np.savez(tmp_path / "three.npz", a_test=x[:5], b_test=y[:5], a_val=x[:6], b_val=y[:6], a_train=x, b_train=y)
+    np.savez(
+        tmp_path / "three.npz",
+        a_test=x[:5],
+        b_test=y[:5],
+        a_val=x[:6],
+        b_val=y[:6],
+        a_train=x,
+        b_train=y,
+    )
     three = fw.datasets.build("npz", path=tmp_path / "three.npz", inputs="a", targets="b")
     assert [len(split) for split in (three.train, three.val, three.test)] == [40, 6, 5]
     np.testing.assert_allclose(three.train.tensors[0], (x - x.mean(0)) / x.std(0), atol=1e-5)
     facts = json.loads(json.dumps(three.facts()))
-    assert torch.equal(type(three).read_inputs(tmp_path / "three.npz", facts), three.train.tensors[0])
+    assert torch.equal(
+        type(three).read_inputs(tmp_path / "three.npz", facts), three.train.tensors[0]
+    )
 
 
 def test_npz_targets(tmp_path):
-    np.savez(tmp_path / "d.npz", x=np.zeros((4, 1)), y=[0.0, 1.0, 0.0, 1.0], many=[[0, 1], [1, 1], [0, 0], [1, 0]])
+    np.savez(
+        tmp_path / "d.npz",
+        x=np.zeros((4, 1)),
+        y=[0.0, 1.0, 0.0, 1.0],
+        many=[[0, 1], [1, 1], [0, 0], [1, 0]],
+    )
     settings = {"path": tmp_path / "d.npz", "val_fraction": 0.0, "test_fraction": 0.0}
     assert fw.datasets.build("npz", **settings).target == "value"
     assert fw.datasets.build("npz", target_kind="class", **settings).classes == ["0", "1"]
@@ -154,7 +196,10 @@ def test_npz_that_cannot_be_used(tmp_path):
         ({}, "has no array 'y'; did you mean 'yy'?"),
         ({"inputs": "images"}, "has no array 'images_train'; there is: x, yy"),
         ({"targets": "yy"}, "4 train inputs, but 3 targets"),
-        ({"targets": "yy", "shape": [2, 2]}, r"rows of shape \(3,\) cannot be brought to shape \[2, 2\]"),
+        (
+            {"targets": "yy", "shape": [2, 2]},
+            r"rows of shape \(3,\) cannot be brought to shape \[2, 2\]",
+        ),
     ):
         with pytest.raises(DataError, match=said):
             fw.datasets.build("npz", path=path, **settings)
@@ -168,8 +213,12 @@ def test_the_advice_names_a_script_that_is_there(tmp_path, monkeypatch):
     script = shlex.split(arrays.fetching("diamonds"))[0]
     assert Path(script).is_file()
     monkeypatch.setattr(
-        arrays, "__file__", str(tmp_path / "site packages/framework_plugins/datasets/readers/arrays.py")
+        arrays,
+        "__file__",
+        str(tmp_path / "site packages/framework_plugins/datasets/readers/arrays.py"),
     )
     installed = str(tmp_path / "site packages/framework_plugins/fetch_data")
     assert shlex.split(arrays.fetching("diamonds")) == ["bash", installed, "diamonds"]
-    assert (ROOT / "plugins/fetch_data").read_text() == (ROOT / "scripts/fetch_data").read_text(), "it is packaged"
+    assert (ROOT / "plugins/fetch_data").read_text() == (ROOT / "scripts/fetch_data").read_text(), (
+        "it is packaged"
+    )

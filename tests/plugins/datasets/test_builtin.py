@@ -11,7 +11,16 @@ import framework as fw
 from framework.data.dataset import check_data
 from framework.errors import DataError, SettingError
 
-NEED_NO_FILE = ["digits", "blobs", "spirals", "friedman1", "iris", "wine", "breast_cancer", "diabetes"]
+NEED_NO_FILE = [
+    "digits",
+    "blobs",
+    "spirals",
+    "friedman1",
+    "iris",
+    "wine",
+    "breast_cancer",
+    "diabetes",
+]
 
 
 def arrays(split):
@@ -35,7 +44,9 @@ ABSURD = {
 CASES = [(name, settings) for name, cases in ABSURD.items() for settings in cases]
 
 
-@pytest.mark.parametrize(("name", "settings"), CASES, ids=[f"{name}-{key}" for name, case in CASES for key in case])
+@pytest.mark.parametrize(
+    ("name", "settings"), CASES, ids=[f"{name}-{key}" for name, case in CASES for key in case]
+)
 def test_a_size_beyond_the_memory_is_refused_before_it_is_taken(name, settings):
     with pytest.raises(DataError, match=r"takes about \S+ GiB, and \S+ GiB are free$"):
         fw.datasets.build(name, **settings)
@@ -44,7 +55,9 @@ def test_a_size_beyond_the_memory_is_refused_before_it_is_taken(name, settings):
 def test_every_setting_of_a_size_of_made_data_is_tried():
     """Control: a setting that is added to a data set is added above as well."""
     sizes = {"samples", "features", "classes", "size", "weeks", "seconds", "sample_rate"}
-    tried = {name: {key for settings in cases for key in settings} for name, cases in ABSURD.items()}
+    tried = {
+        name: {key for settings in cases for key in settings} for name, cases in ABSURD.items()
+    }
     for name in tried:
         assert sizes & set(fw.datasets.get(name).settings) - {"classes"} <= tried[name]
 
@@ -81,7 +94,9 @@ def stretched(pictures, size):
     """Linear interpolation along each axis, pixels being squares of which the values are those of the centres."""
     at = (np.arange(size) + 0.5) * 8 / size - 0.5
     for axis in (1, 2):
-        pictures = np.apply_along_axis(lambda line: np.interp(at, np.arange(8), line), axis, pictures)
+        pictures = np.apply_along_axis(
+            lambda line: np.interp(at, np.arange(8), line), axis, pictures
+        )
     return pictures
 
 
@@ -104,7 +119,9 @@ def test_digits_of_another_size_are_interpolated(tmp_path):
 @pytest.mark.filterwarnings("ignore:Stochastic Optimizer")
 def test_digits_can_be_told_apart():
     data = fw.datasets.build("digits")
-    assert score(MLPClassifier(128, max_iter=60, random_state=0, early_stopping=False), data) >= 0.97
+    assert (
+        score(MLPClassifier(128, max_iter=60, random_state=0, early_stopping=False), data) >= 0.97
+    )
 
 
 def test_digits_predict_from_raw_pixels(tmp_path):
@@ -123,7 +140,9 @@ def test_spirals_need_a_curve_and_blobs_do_not():
 
 
 def test_blobs_have_the_noise_asked_for():
-    data = fw.datasets.build("blobs", samples=6000, classes=2, features=3, noise=0.5, normalize=False)
+    data = fw.datasets.build(
+        "blobs", samples=6000, classes=2, features=3, noise=0.5, normalize=False
+    )
     x, y = data.train.tensors
     for label in (0, 1):
         torch.testing.assert_close(x[y == label].std(0), torch.full((3,), 0.5), atol=0.03, rtol=0)
@@ -132,13 +151,25 @@ def test_blobs_have_the_noise_asked_for():
 def test_friedman1_is_the_formula_of_the_paper():
     data = fw.datasets.build("friedman1", features=7, noise=0.0, normalize=False)
     x, y = (part.astype("float64") for part in arrays(data.train))
-    expected = 10 * np.sin(np.pi * x[:, 0] * x[:, 1]) + 20 * (x[:, 2] - 0.5) ** 2 + 10 * x[:, 3] + 5 * x[:, 4]
+    expected = (
+        10 * np.sin(np.pi * x[:, 0] * x[:, 1])
+        + 20 * (x[:, 2] - 0.5) ** 2
+        + 10 * x[:, 3]
+        + 5 * x[:, 4]
+    )
     np.testing.assert_allclose(y[:, 0], expected, rtol=1e-5)
     noisy = fw.datasets.build("friedman1", features=7, noise=2.0, samples=20000, normalize=False)
     x, y = (part.astype("float64") for part in arrays(noisy.train))
-    expected = 10 * np.sin(np.pi * x[:, 0] * x[:, 1]) + 20 * (x[:, 2] - 0.5) ** 2 + 10 * x[:, 3] + 5 * x[:, 4]
+    expected = (
+        10 * np.sin(np.pi * x[:, 0] * x[:, 1])
+        + 20 * (x[:, 2] - 0.5) ** 2
+        + 10 * x[:, 3]
+        + 5 * x[:, 4]
+    )
     assert np.std(y[:, 0] - expected) == pytest.approx(2.0, rel=0.03)
-    assert 0.5 < score(Ridge(), fw.datasets.build("friedman1")) < 0.85  # what a straight line can and cannot say
+    assert (
+        0.5 < score(Ridge(), fw.datasets.build("friedman1")) < 0.85
+    )  # what a straight line can and cannot say
 
 
 def test_seeds_decide():

@@ -19,7 +19,9 @@ def test_data_at_another_path_has_the_same_content(build, tmp_path, monkeypatch)
     found = []
     for name in ("here", "there"):
         (tmp_path / name).mkdir()
-        monkeypatch.setattr("test_images.RNG", numpy.random.default_rng(0))  # it draws the same pictures
+        monkeypatch.setattr(
+            "test_images.RNG", numpy.random.default_rng(0)
+        )  # it draws the same pictures
         found.append(digests_of(build(tmp_path / name)))
     assert found[0] == found[1]
     assert all(digest.startswith("sha256:") for digest in found[0].values())
@@ -59,7 +61,9 @@ OTHERS = {
 @pytest.mark.parametrize("tensors", OTHERS.values(), ids=OTHERS)
 def test_other_samples_have_another_digest(tensors):
     assert digest_of(TensorSplit(*tensors)) != digest_of(TensorSplit(NUMBERS, CLASSES))
-    assert digest_of(TensorSplit(NUMBERS.clone(), CLASSES)) == digest_of(TensorSplit(NUMBERS, CLASSES))
+    assert digest_of(TensorSplit(NUMBERS.clone(), CLASSES)) == digest_of(
+        TensorSplit(NUMBERS, CLASSES)
+    )
 
 
 def test_a_digest_does_not_depend_on_the_memory_of_a_tensor(monkeypatch):
@@ -95,7 +99,9 @@ def test_files_that_are_missing_or_too_large_have_no_digest(tmp_path, monkeypatc
 
 def test_data_sets_of_torch_have_the_content_of_what_they_hold():
     plain = TensorDataset(NUMBERS, CLASSES)
-    assert digest_of(Subset(plain, [0, 1])) == digest_of(Subset(TensorSplit(NUMBERS, CLASSES), [0, 1]))
+    assert digest_of(Subset(plain, [0, 1])) == digest_of(
+        Subset(TensorSplit(NUMBERS, CLASSES), [0, 1])
+    )
     assert digest_of(Subset(plain, [0, 1])) != digest_of(Subset(plain, [1, 0]))
     assert digest_of(ConcatDataset([plain, plain])) != digest_of(plain)
 
@@ -109,7 +115,12 @@ def test_a_split_that_reads_in_its_own_way_has_no_digest_until_it_says_its_conte
         def content(self):
             return [*self.tensors, "mine", {"scale": 2.0}]
 
-    for unknown in (Own(NUMBERS), [NUMBERS], Subset(Own(NUMBERS), [0]), TensorSplit(NUMBERS.to_sparse())):
+    for unknown in (
+        Own(NUMBERS),
+        [NUMBERS],
+        Subset(Own(NUMBERS), [0]),
+        TensorSplit(NUMBERS.to_sparse()),
+    ):
         assert digest_of(unknown) is None
     assert digest_of(Told(NUMBERS)) is not None
 

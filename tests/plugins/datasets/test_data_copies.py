@@ -38,7 +38,9 @@ def source_without_files(name: str) -> Callable[[Path], Data]:
 def text_table(folder: Path) -> Data:
     lines = ["text,label", *(f"word{row} common,{'ab'[row % 2]}" for row in range(30))]
     (folder / "d.csv").write_text("\n".join(lines))
-    return fw.datasets.build("text_table", path=folder / "d.csv", tokenizer={"name": "word", "min_count": 1})
+    return fw.datasets.build(
+        "text_table", path=folder / "d.csv", tokenizer={"name": "word", "min_count": 1}
+    )
 
 
 def image_folder(folder: Path) -> Data:

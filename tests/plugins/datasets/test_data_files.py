@@ -31,7 +31,9 @@ from framework_plugins.datasets.readers import data_files
 from framework_plugins.datasets.readers.arrays import read_array
 from framework_plugins.datasets.readers.data_files import parse_number
 
-ROWS = "x,y,text,label\n" + "".join(f"{row},{row / 2},word {row},{'ab'[row % 2]}\n" for row in range(40))
+ROWS = "x,y,text,label\n" + "".join(
+    f"{row},{row / 2},word {row},{'ab'[row % 2]}\n" for row in range(40)
+)
 SOUND = {"sample_rate": 8000, "resample": False, "min_seconds": 0.0, "in_shape": [2, 800]}
 
 
@@ -54,7 +56,9 @@ def zipped(name, content, method=zipfile.ZIP_DEFLATED):
 
 def parquet():
     file = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table({"x": np.arange(40), "y": np.random.default_rng(0).random(40)}), file)
+    pyarrow.parquet.write_table(
+        pyarrow.table({"x": np.arange(40), "y": np.random.default_rng(0).random(40)}), file
+    )
     return file.getvalue()
 
 
@@ -115,12 +119,17 @@ READERS = {  # name of the file: what is in a good one, and what reads it
     "texts.txt": (b"a\nb\n", data_files.read_text),
     "texts.csv": (ROWS.encode(), dataset("text_table")),
     "texts.jsonl": (
-        "".join(json.dumps({"text": f"word {row}", "label": "ab"[row % 2]}) + "\n" for row in range(40)).encode(),
+        "".join(
+            json.dumps({"text": f"word {row}", "label": "ab"[row % 2]}) + "\n" for row in range(40)
+        ).encode(),
         dataset("text_table"),
     ),
     "plain.txt": (b"some words, and more of them. " * 40, dataset("plain_text", length=8)),
     "c.ts": (TS.encode(), dataset("ts_files")),
-    "taylor.py": (f"data = {list(range(400))}".encode(), dataset("electricity", lookback=4, horizon=2)),
+    "taylor.py": (
+        f"data = {list(range(400))}".encode(),
+        dataset("electricity", lookback=4, horizon=2),
+    ),
     "1.json": (json.dumps({"text": "Subject: a\n\nb"}).encode(), mail),
 }
 VALID = {  # what is read all the same
@@ -187,7 +196,9 @@ def check_refused(read, path):
 
 def lying_npy(shape):
     file = io.BytesIO()
-    np.lib.format.write_array_header_1_0(file, {"descr": "<f8", "fortran_order": False, "shape": shape})
+    np.lib.format.write_array_header_1_0(
+        file, {"descr": "<f8", "fortran_order": False, "shape": shape}
+    )
     return file.getvalue() + bytes(800)
 
 
@@ -209,25 +220,71 @@ def with_flag(content, position, value):
 
 def wav_header(channels=1, rate=8000, width=2, size=1600):
     form = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, channels, rate, rate * width, width, 8 * width)
-    return b"RIFF" + struct.pack("<I", 36 + size) + b"WAVE" + form + struct.pack("<4sI", b"data", size) + bytes(1600)
+    return (
+        b"RIFF"
+        + struct.pack("<I", 36 + size)
+        + b"WAVE"
+        + form
+        + struct.pack("<4sI", b"data", size)
+        + bytes(1600)
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
         pytest.param("a.npy", lying_npy((10**12,)), "is damaged: an array of shape", id="huge npy"),
-        pytest.param("a.npz", zipped("x.npy", lying_npy((10**12,))), "is damaged: an array of", id="huge npy in npz"),
-        pytest.param("a.npz", lying_zip(2**31), "is damaged: it says that .* unpack to 2,147,483,648", id="huge npz"),
+        pytest.param(
+            "a.npz",
+            zipped("x.npy", lying_npy((10**12,))),
+            "is damaged: an array of",
+            id="huge npy in npz",
+        ),
+        pytest.param(
+            "a.npz",
+            lying_zip(2**31),
+            "is damaged: it says that .* unpack to 2,147,483,648",
+            id="huge npz",
+        ),
         pytest.param("t.csv.zip", lying_zip(2**31), "is damaged: it says", id="huge zip"),
-        pytest.param("t.csv.zip", with_flag(zipped("t.csv", ROWS), 6, 1), "is encrypted; unpack it", id="encrypted"),
-        pytest.param("a.npz", with_flag(READERS["a.npz"][0], 6, 1), "is encrypted; unpack it", id="encrypted npz"),
-        pytest.param("t.csv.zip", with_flag(zipped("t.csv", ROWS), 8, 77), "compression method", id="unknown method"),
-        pytest.param("t.csv.gz", ROWS.encode(), "is no gzip file: it begins with 78 2c", id="no gzip"),
-        pytest.param("a-idx3-ubyte", idx(axes=100, shape=(1,) * 100, count=1), "says that it has 100 axes", id="axes"),
-        pytest.param("a-idx3-ubyte", idx(shape=(2**32 - 1,) * 3), "100 bytes of values, but", id="huge idx"),
+        pytest.param(
+            "t.csv.zip",
+            with_flag(zipped("t.csv", ROWS), 6, 1),
+            "is encrypted; unpack it",
+            id="encrypted",
+        ),
+        pytest.param(
+            "a.npz",
+            with_flag(READERS["a.npz"][0], 6, 1),
+            "is encrypted; unpack it",
+            id="encrypted npz",
+        ),
+        pytest.param(
+            "t.csv.zip",
+            with_flag(zipped("t.csv", ROWS), 8, 77),
+            "compression method",
+            id="unknown method",
+        ),
+        pytest.param(
+            "t.csv.gz", ROWS.encode(), "is no gzip file: it begins with 78 2c", id="no gzip"
+        ),
+        pytest.param(
+            "a-idx3-ubyte",
+            idx(axes=100, shape=(1,) * 100, count=1),
+            "says that it has 100 axes",
+            id="axes",
+        ),
+        pytest.param(
+            "a-idx3-ubyte", idx(shape=(2**32 - 1,) * 3), "100 bytes of values, but", id="huge idx"
+        ),
         pytest.param("s.wav", wav_header(rate=0), "1 channels of 0 samples a second", id="rate 0"),
         pytest.param("s.wav", wav_header(width=6), "integers of 6 bytes a sample", id="6 bytes"),
-        pytest.param("s.wav", wav_header(size=2**32 - 99), "is cut off: 800 of 2147483598 frames", id="huge wav"),
+        pytest.param(
+            "s.wav",
+            wav_header(size=2**32 - 99),
+            "is cut off: 800 of 2147483598 frames",
+            id="huge wav",
+        ),
         pytest.param("texts.jsonl", b"[" * 100_000, "line 1 is no JSON", id="deep"),
         pytest.param("taylor.py", b"[" * 100_000, "holds no list of numbers", id="deep list"),
     ],
@@ -245,7 +302,9 @@ def test_what_unpacks_to_more_than_the_memory_is_refused_before(name, tmp_path, 
     content = {
         "t.csv.gz": lambda: gzip.compress(table.encode(), 1),
         "t.csv.zip": lambda: zipped("t.csv", table),
-        "a.npz": lambda: saved(np.savez_compressed, x=np.zeros((4, size // 32)), y=np.arange(4) % 2),
+        "a.npz": lambda: saved(
+            np.savez_compressed, x=np.zeros((4, size // 32)), y=np.arange(4) % 2
+        ),
         "a-idx3-ubyte.gz": lambda: gzip.compress(bytes(size), 1),
     }[name]()
     (tmp_path / name).write_bytes(content)
@@ -279,7 +338,9 @@ def test_a_limit_of_a_control_group_counts(tmp_path, monkeypatch):
     control_group(root / "system.slice", memory__max=5 * 2**20, memory__current=3 * 2**20)
     control_group(root / "system.slice/job_7", memory__max="max", memory__current=2**20)
     assert memory.cgroup_bytes(listing, root) == 2 * 2**20
-    control_group(root / "system.slice", memory__stat=f"anon 7\nactive_file {2**19}\ninactive_file {2**20}")
+    control_group(
+        root / "system.slice", memory__stat=f"anon 7\nactive_file {2**19}\ninactive_file {2**20}"
+    )
     assert memory.cgroup_bytes(listing, root) == 2 * 2**20 + 2**20 + 2**19
     control_group(root / "system.slice", memory__max="max")
     assert memory.cgroup_bytes(listing, root) is None
@@ -296,7 +357,9 @@ def test_a_limit_of_a_control_group_of_version_1_counts(tmp_path):
         root / "memory", memory__stat=f"active_file 9\ntotal_inactive_file {2**19}", **limits
     )  # as seen inside
     assert memory.cgroup_bytes(listing, root) == 2**20 + 2**19
-    control_group(root / "memory/docker/3a", memory__limit_in_bytes=2**20, memory__usage_in_bytes=2**21)
+    control_group(
+        root / "memory/docker/3a", memory__limit_in_bytes=2**20, memory__usage_in_bytes=2**21
+    )
     assert memory.cgroup_bytes(listing, root) == 0
 
 
@@ -312,7 +375,22 @@ def test_a_large_picture_gives_one_line_that_names_it(tmp_path, monkeypatch, rec
         READERS["p.png"][1](tmp_path / "p.png")
 
 
-NUMBERS = ["3", "+3", "-3", " 3 ", "\t3", "007", "3.", ".5", "-.5", "1e5", "1E-5", "1e400", "1e-400", "-0"]
+NUMBERS = [
+    "3",
+    "+3",
+    "-3",
+    " 3 ",
+    "\t3",
+    "007",
+    "3.",
+    ".5",
+    "-.5",
+    "1e5",
+    "1E-5",
+    "1e400",
+    "1e-400",
+    "-0",
+]
 TEXTS = [
     "3_400",
     "1,5",
@@ -367,7 +445,9 @@ def test_numbers_are_rounded_as_python_rounds_them(tmp_path):
     bits = np.random.default_rng(0).integers(0, 2**64, 4000, dtype=np.uint64)
     doubles = bits.view(np.float64)
     doubles = doubles[np.isfinite(doubles) & (abs(doubles) < 3e38)]
-    texts = [repr(number) for number in doubles.tolist()] + [f"{number:.25g}" for number in doubles.tolist()]
+    texts = [repr(number) for number in doubles.tolist()] + [
+        f"{number:.25g}" for number in doubles.tolist()
+    ]
     (tmp_path / "t.csv").write_text("x,y\n" + "".join(f"{text},1\n" for text in texts))
     expected = torch.tensor([float(text) for text in texts], dtype=torch.float64)
     assert torch.equal(read_column(tmp_path / "t.csv", "x"), expected)
@@ -375,9 +455,12 @@ def test_numbers_are_rounded_as_python_rounds_them(tmp_path):
 
 def test_line_separators_of_unicode_end_no_row(tmp_path):
     rows = [{"text": f"one\u2028two\x0b{row}", "label": "ab"[row % 2]} for row in range(10)]
-    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    (tmp_path / "t.jsonl").write_text(
+        "\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8"
+    )
     (tmp_path / "t.csv").write_text(
-        "text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in rows), encoding="utf-8"
+        "text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in rows),
+        encoding="utf-8",
     )
     for name in ("t.jsonl", "t.csv"):
         read = data_text.read_rows(tmp_path / name, ["text", "label"])

@@ -42,16 +42,24 @@ def test_folders_are_classes(pets):
     assert data.val.labels.bincount().tolist() == [4, 2]
     inputs = torch.stack([x for x, _ in data.train])
     torch.testing.assert_close(inputs.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
-    torch.testing.assert_close(inputs.std((0, 2, 3), correction=0), torch.ones(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        inputs.std((0, 2, 3), correction=0), torch.ones(3), atol=1e-5, rtol=0
+    )
 
 
 def test_a_picture_is_its_middle_square(pets):
-    data = fw.datasets.build("image_folder", path=pets, size=8, normalize=False, val_fraction=0.0, test_fraction=0.0)
+    data = fw.datasets.build(
+        "image_folder", path=pets, size=8, normalize=False, val_fraction=0.0, test_fraction=0.0
+    )
     pixels = np.array(Image.open(pets / "cat/03.png"))[:, 2:10]
     x, y = data.train[3]
     np.testing.assert_allclose(x * 255, pixels.transpose(2, 0, 1), atol=1e-4)
     assert (x.dtype, y.item()) == (torch.float32, 0)
-    assert fw.datasets.build("image_folder", path=pets, size=4, color="gray").train[0][0].shape == (1, 4, 4)
+    assert fw.datasets.build("image_folder", path=pets, size=4, color="gray").train[0][0].shape == (
+        1,
+        4,
+        4,
+    )
 
 
 def test_parts_with_folders_are_kept(tmp_path):
@@ -67,16 +75,22 @@ def test_parts_with_folders_are_kept(tmp_path):
 
 def test_workers_decode_the_same(pets):
     data = fw.datasets.build("image_folder", path=pets, size=8)
-    one, two = (list(Loader(data.train, batch_size=8, shuffle=True, workers=w).epoch()) for w in (0, 2))
+    one, two = (
+        list(Loader(data.train, batch_size=8, shuffle=True, workers=w).epoch()) for w in (0, 2)
+    )
     assert all(
-        torch.equal(a, b) for left, right in zip(one, two, strict=True) for a, b in zip(left, right, strict=True)
+        torch.equal(a, b)
+        for left, right in zip(one, two, strict=True)
+        for a, b in zip(left, right, strict=True)
     )
 
 
 def test_pictures_to_predict(pets):
     data = fw.datasets.build("image_folder", path=pets, size=8, val_fraction=0.0, test_fraction=0.0)
     facts, read = json.loads(json.dumps(data.facts())), type(data).read_inputs
-    assert torch.equal(read(pets / "cat", facts), torch.stack([data.train[row][0] for row in range(20)]))
+    assert torch.equal(
+        read(pets / "cat", facts), torch.stack([data.train[row][0] for row in range(20)])
+    )
     assert torch.equal(read(pets / "cat/07.png", facts)[0], data.train[7][0])
     np.save(pets / "pixels.npy", np.zeros((2, 3, 8, 8), np.uint8))
     assert read(pets / "pixels.npy", facts).shape == (2, 3, 8, 8)
@@ -94,8 +108,12 @@ def test_turned_and_transparent_pictures(tmp_path):
     exif[0x0112] = 3  # turned by 180 degrees
     turned.save(tmp_path / "a/00.png", exif=exif)
     Image.new("RGBA", (8, 8), (255, 0, 0, 128)).save(tmp_path / "b/00.png")
-    data = fw.datasets.build("image_folder", path=tmp_path, size=8, normalize=False, val_fraction=0, test_fraction=0)
-    np.testing.assert_allclose(data.train[0][0][0] * 255, np.arange(64).reshape(8, 8)[::-1, ::-1], atol=1e-4)
+    data = fw.datasets.build(
+        "image_folder", path=tmp_path, size=8, normalize=False, val_fraction=0, test_fraction=0
+    )
+    np.testing.assert_allclose(
+        data.train[0][0][0] * 255, np.arange(64).reshape(8, 8)[::-1, ::-1], atol=1e-4
+    )
     assert data.train[1][0][:, 0, 0].tolist() == [1, 0, 0]
 
 
@@ -143,22 +161,35 @@ def test_without_pillow_the_error_says_what_to_install(pets, monkeypatch):
 @pytest.fixture(scope="module")
 def clothes(tmp_path_factory):
     """The first 2,000 pictures to train on and the first 500 of the test, as files of their own."""
-    found = [folder for folder in (DEBIAN_FOLDER, cache_folder() / "fashion-mnist") if folder.is_dir()]
+    found = [
+        folder for folder in (DEBIAN_FOLDER, cache_folder() / "fashion-mnist") if folder.is_dir()
+    ]
     if not found:
         pytest.skip("Fashion-MNIST is not here: scripts/fetch_data fashion_mnist")
     folder = tmp_path_factory.mktemp("clothes")
     for part, count in (("train", 2000), ("t10k", 500)):
-        pixels, labels = (read_idx(idx_file(found[0], f"{part}-{what}"))[:count] for what in ("images", "labels"))
+        pixels, labels = (
+            read_idx(idx_file(found[0], f"{part}-{what}"))[:count] for what in ("images", "labels")
+        )
         images = struct.pack(">4B3I", 0, 0, 8, 3, *pixels.shape) + pixels.tobytes()
         (folder / f"{part}-images-idx3-ubyte").write_bytes(images)
-        (folder / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">4BI", 0, 0, 8, 1, count) + labels.tobytes())
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(
+            struct.pack(">4BI", 0, 0, 8, 1, count) + labels.tobytes()
+        )
     return folder
 
 
 def test_clothes_are_told_apart(clothes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    small = ["model.channels=[8,16]", "model.width=32", "loader.batch_size=32", "trainer.max_epochs=2"]
+    small = [
+        "model.channels=[8,16]",
+        "model.width=32",
+        "loader.batch_size=32",
+        "trainer.max_epochs=2",
+    ]
     results = []
-    line = CommandLine(["experiment=fashion_mnist_cnn", f"data.path={clothes}", *small, "callbacks=[checkpoint]"])
+    line = CommandLine(
+        ["experiment=fashion_mnist_cnn", f"data.path={clothes}", *small, "callbacks=[checkpoint]"]
+    )
     compose(line, lambda job: results.append(train(job.spec, job.experiment, job.overrides)))
     assert results[0].metrics["test/accuracy"] > 0.6  # always the same class: 0.1

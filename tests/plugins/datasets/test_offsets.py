@@ -30,7 +30,16 @@ def value(metric: fw.Metric, outputs: Tensor, targets: Tensor, size: int = 97) -
 class TestR2:
     @pytest.mark.parametrize(
         ("mean", "std"),
-        [(0, 1), (1e6, 0.5), (2_451_545, 0.9), (1.7e9, 1000), (1.7e9, 0.5), (-1e12, 1), (0, 1e-12), (1e-6, 1e-12)],
+        [
+            (0, 1),
+            (1e6, 0.5),
+            (2_451_545, 0.9),
+            (1.7e9, 1000),
+            (1.7e9, 0.5),
+            (-1e12, 1),
+            (0, 1e-12),
+            (1e-6, 1e-12),
+        ],
     )
     def test_it_is_that_of_scikit_learn_however_far_targets_are_from_0(self, mean, std):
         targets = mean + std * torch.randn(1000, 1, dtype=torch.float64)
@@ -53,8 +62,12 @@ class TestR2:
         assert value(fw.metrics.build("r2"), targets + 1e-6, targets) == 0
 
     def test_of_several_values_it_is_the_mean(self):
-        targets = torch.randn(300, 3, dtype=torch.float64) * torch.tensor([1e-9, 1, 1e6]) + torch.tensor([5, 1e7, 0])
-        outputs = targets + torch.randn(300, 3, dtype=torch.float64) * torch.tensor([1e-9, 0.1, 3e5])
+        targets = torch.randn(300, 3, dtype=torch.float64) * torch.tensor(
+            [1e-9, 1, 1e6]
+        ) + torch.tensor([5, 1e7, 0])
+        outputs = targets + torch.randn(300, 3, dtype=torch.float64) * torch.tensor(
+            [1e-9, 0.1, 3e5]
+        )
         expected = r2_score(targets, outputs)
         assert value(fw.metrics.build("r2"), outputs, targets) == pytest.approx(expected, abs=1e-6)
 
@@ -79,7 +92,9 @@ class TestAreaUnderCurve:
 
     @pytest.mark.parametrize("offset", [0.0, 8.0, -8.0, 1000.0, 1e4, -1e4])
     @pytest.mark.parametrize("factor", [1e-3, 1.0, 20.0, 1e4])
-    def test_it_is_that_of_scikit_learn_for_logits_of_any_scale_and_offset(self, scores, factor, offset):
+    def test_it_is_that_of_scikit_learn_for_logits_of_any_scale_and_offset(
+        self, scores, factor, offset
+    ):
         logits, own = scores[0] * factor + offset, scores[1]
         expected = roc_auc_score(own, logits)
         metric = fw.metrics.build("auroc")
@@ -89,14 +104,17 @@ class TestAreaUnderCurve:
         labels = own.float().unsqueeze(1)
         assert value(metric, logits.unsqueeze(1), labels, 5000) == pytest.approx(expected, abs=1e-3)
 
-    @pytest.mark.parametrize("kind", ["rounded", "half of them equal", "two groups", "heavy tails", "outliers"])
+    @pytest.mark.parametrize(
+        "kind", ["rounded", "half of them equal", "two groups", "heavy tails", "outliers"]
+    )
     def test_ties_and_uneven_scores_are_counted_rightly(self, scores, kind):
         logits, own = scores
         made = {
             "rounded": logits.round(),
             "half of them equal": torch.where(torch.arange(self.ROWS) % 2 == 0, 1e4, 1e4 + logits),
             "two groups": torch.where(torch.arange(self.ROWS) % 2 == 0, 1e4 + logits, logits - 1e4),
-            "heavy tails": logits * torch.linspace(-8, 8, self.ROWS)[torch.randperm(self.ROWS)].exp(),
+            "heavy tails": logits
+            * torch.linspace(-8, 8, self.ROWS)[torch.randperm(self.ROWS)].exp(),
             "outliers": torch.where(torch.arange(self.ROWS) % 5000 == 0, -1e9, 1e4 + logits),
         }[kind]
         found = value(fw.metrics.build("auroc"), made.unsqueeze(1), own.float().unsqueeze(1), 5000)
@@ -105,7 +123,9 @@ class TestAreaUnderCurve:
     @pytest.mark.parametrize("factor", [1.0, 100.0, 1e4])
     def test_saturated_probabilities_of_many_classes_keep_their_order(self, factor):
         targets = torch.randint(4, (4000,))
-        logits = (torch.randn(4000, 4) + F.one_hot(targets, 4)) * factor + torch.tensor([0.0, 8.0, -8.0, 500.0])
+        logits = (torch.randn(4000, 4) + F.one_hot(targets, 4)) * factor + torch.tensor(
+            [0.0, 8.0, -8.0, 500.0]
+        )
         exact = logits.double()
         areas = []
         for index in range(4):
@@ -125,7 +145,9 @@ class TestAreaUnderCurve:
     def test_a_logit_that_is_no_number_gives_none(self, scores):
         logits, own = scores[0][:500].clone(), scores[1][:500]
         logits[7] = math.nan
-        assert math.isnan(value(fw.metrics.build("auroc"), logits.unsqueeze(1), own.float().unsqueeze(1)))
+        assert math.isnan(
+            value(fw.metrics.build("auroc"), logits.unsqueeze(1), own.float().unsqueeze(1))
+        )
 
 
 def test_matthews_of_large_counts_is_exact():
@@ -140,7 +162,15 @@ DRAW = np.random.default_rng(0)
 INPUTS = DRAW.normal(size=(ROWS, 3))
 VALUES = INPUTS @ [1.0, 2.0, -1.0] + 0.1 * DRAW.normal(size=ROWS)
 CLASSES = np.arange(ROWS) % 3
-CHANGES = [(1.0, 1e6), (1.0, -1e8), (3.0, 1e3), (1e-12, 0.0), (1e-12, 1e-6), (1e9, 1e15), (86_400.0, 1.7e9)]
+CHANGES = [
+    (1.0, 1e6),
+    (1.0, -1e8),
+    (3.0, 1e3),
+    (1e-12, 0.0),
+    (1e-12, 1e-6),
+    (1e9, 1e15),
+    (86_400.0, 1.7e9),
+]
 """Factors and offsets of numbers whose mean is 0 and whose standard deviation is about 1."""
 
 
@@ -199,7 +229,9 @@ def of_parquet(folder, inputs, values):
 
 
 def of_diamonds(folder, inputs, values):
-    path = csv(folder / "diamonds.csv", {"carat": inputs[:, 0], "depth": inputs[:, 1], "price": values})
+    path = csv(
+        folder / "diamonds.csv", {"carat": inputs[:, 0], "depth": inputs[:, 1], "price": values}
+    )
     return fw.datasets.build("diamonds", path=path, scale_target="standard")
 
 
@@ -232,12 +264,16 @@ def test_neither_inputs_nor_targets_of_a_data_source_depend_on_unit_and_offset(s
     for factor, offset in CHANGES:
         data = source(tmp_path, factor * INPUTS + offset, factor * VALUES + offset)
         for part in ("train", "val", "test"):
-            for found, expected in zip(getattr(data, part).tensors, getattr(plain, part).tensors, strict=True):
+            for found, expected in zip(
+                getattr(data, part).tensors, getattr(plain, part).tensors, strict=True
+            ):
                 assert found.dtype == expected.dtype
                 torch.testing.assert_close(found, expected, rtol=1e-5, atol=5e-5)
         if data.scale is not None:
             found = (data.scale.back(data.test.tensors[1]) - offset) / factor
-            torch.testing.assert_close(found, plain.scale.back(plain.test.tensors[1]), rtol=1e-5, atol=5e-5)
+            torch.testing.assert_close(
+                found, plain.scale.back(plain.test.tensors[1]), rtol=1e-5, atol=5e-5
+            )
 
 
 @pytest.mark.parametrize("kind", ["npz", "table"])
@@ -252,7 +288,9 @@ def test_integers_far_from_0_are_told_apart(kind, tmp_path):
             path = csv(tmp_path / "d.csv", {"a": inputs[:, 0], "y": VALUES})
             made.append(fw.datasets.build("table", path=path, target="y"))
     for data in made[1:]:
-        torch.testing.assert_close(data.train.tensors[0], made[0].train.tensors[0], rtol=1e-5, atol=5e-5)
+        torch.testing.assert_close(
+            data.train.tensors[0], made[0].train.tensors[0], rtol=1e-5, atol=5e-5
+        )
 
 
 def test_a_constant_feature_stays_0_whatever_it_is(tmp_path):
@@ -284,26 +322,37 @@ class TestWhatFloat32CannotHold:
     def test_inputs_that_are_not_standardised(self, tmp_path):
         np.savez(tmp_path / "d.npz", x=INPUTS + 1e8, y=CLASSES)
         with pytest.raises(
-            DataError, match=r"float32 cannot hold numbers up to 1e\+08 with .*; use data.normalize=true"
+            DataError,
+            match=r"float32 cannot hold numbers up to 1e\+08 with .*; use data.normalize=true",
         ):
             fw.datasets.build("npz", path=tmp_path / "d.npz", normalize=False)
         path = csv(tmp_path / "d.csv", {"a": INPUTS[:, 0] + 1e8, "y": VALUES})
-        with pytest.raises(DataError, match=r"column 'a': float32 cannot hold .*; use normalize=true"):
+        with pytest.raises(
+            DataError, match=r"column 'a': float32 cannot hold .*; use normalize=true"
+        ):
             fw.datasets.build("table", path=path, target="y", normalize=False)
-        with pytest.raises(DataError, match=r"frames: float32 cannot hold .*; use data.normalize=true"):
+        with pytest.raises(
+            DataError, match=r"frames: float32 cannot hold .*; use data.normalize=true"
+        ):
             fw.datasets.build("ts_files", path=ts(tmp_path / "d.ts", INPUTS + 1e8), normalize=False)
 
     def test_targets_that_are_not_scaled(self, tmp_path):
         path = csv(tmp_path / "d.csv", {"a": INPUTS[:, 0], "y": VALUES + 1e8})
-        with pytest.raises(DataError, match=r"targets: float32 cannot hold .*; use scale_target=standard"):
+        with pytest.raises(
+            DataError, match=r"targets: float32 cannot hold .*; use scale_target=standard"
+        ):
             fw.datasets.build("table", path=path, target="y", scale_target="none")
 
     def test_integers_that_float64_cannot_hold_either(self, tmp_path):
         np.savez(tmp_path / "d.npz", x=2**62 + np.arange(ROWS)[:, None], y=CLASSES)
-        with pytest.raises(DataError, match=r"float64 cannot hold integers up to 46116\d+; subtract an offset"):
+        with pytest.raises(
+            DataError, match=r"float64 cannot hold integers up to 46116\d+; subtract an offset"
+        ):
             fw.datasets.build("npz", path=tmp_path / "d.npz")
         path = csv(tmp_path / "d.csv", {"a": 2**62 + np.arange(ROWS), "y": VALUES})
-        with pytest.raises(DataError, match=r"column 'a': float64 does not tell 46116\d+ and 46116\d+ apart"):
+        with pytest.raises(
+            DataError, match=r"column 'a': float64 does not tell 46116\d+ and 46116\d+ apart"
+        ):
             fw.datasets.build("table", path=path, target="y")
 
 
@@ -324,7 +373,12 @@ def test_values_of_an_array_are_scaled_only_where_they_must_be(tmp_path):
 
 def trained(folder: Path, *overrides: str) -> Result:
     results = []
-    limits = ["trainer.max_epochs=6", "trainer.device=cpu", "optimizer.lr=0.01", "loader.batch_size=16"]
+    limits = [
+        "trainer.max_epochs=6",
+        "trainer.device=cpu",
+        "optimizer.lr=0.01",
+        "loader.batch_size=16",
+    ]
     model = ["model.depth=1", "model.width=16", "model.dropout=0"]
     parts = ["task=regression", "metrics=[r2,mae]", "loggers=[]", "callbacks=checkpoint"]
     line = CommandLine([*limits, *model, *parts, *overrides, f"run.root={folder / 'runs'}"])
@@ -345,7 +399,10 @@ def test_metrics_and_predictions_do_not_depend_on_unit_and_offset(kind, tmp_path
             np.savez(folder / "d.npz", x=inputs, y=targets)
             settings = ["data=npz", f"data.path={folder / 'd.npz'}", "data.scale_target=standard"]
         else:
-            csv(folder / "d.csv", {"a": inputs[:, 0], "b": inputs[:, 1], "c": inputs[:, 2], "y": targets})
+            csv(
+                folder / "d.csv",
+                {"a": inputs[:, 0], "b": inputs[:, 1], "c": inputs[:, 2], "y": targets},
+            )
             settings = [f"data={kind}", f"data.path={folder / 'd.csv'}", "data.target=y"]
         if kind == "series":
             settings += ["data.features=[a,b]", "data.lookback=4", "data.horizon=2"]
@@ -353,7 +410,9 @@ def test_metrics_and_predictions_do_not_depend_on_unit_and_offset(kind, tmp_path
         run = open_run(result.folder)
         predicted = next(iter(run.predict(run.read_inputs(next(folder.glob("d.*")))).values()))
         assert predicted.dtype == torch.float64
-        assert run.evaluate() == pytest.approx({k: v for k, v in result.metrics.items() if "test" in k})
+        assert run.evaluate() == pytest.approx(
+            {k: v for k, v in result.metrics.items() if "test" in k}
+        )
         found.append((result.metrics, factor, (predicted - offset) / factor))
     plain = found[0][0]
     assert -1 < plain["test/r2"] < 0.999
@@ -371,7 +430,9 @@ def test_predictions_of_a_float64_model_keep_their_digits():
 
 def test_a_run_whose_targets_were_scaled_in_another_way_is_not_measured(tmp_path):
     path = csv(tmp_path / "d.csv", {"a": INPUTS[:, 0], "y": VALUES})
-    result = trained(tmp_path, "data=table", f"data.path={path}", "data.target=y", "trainer.max_epochs=1")
+    result = trained(
+        tmp_path, "data=table", f"data.path={path}", "data.target=y", "trainer.max_epochs=1"
+    )
     facts = json.loads((result.folder / "facts.json").read_text())
     for scale in (None, [100.0, 1.0, False]):
         changed = {name: value for name, value in facts.items() if name != "scale"}

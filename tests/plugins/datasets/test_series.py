@@ -52,7 +52,9 @@ class TestSequences:
         return tmp_path / "small.ts"
 
     def whole(self, path, **settings):
-        return fw.datasets.build("ts_files", path=path, val_fraction=0.0, test_fraction=0.0, **settings)
+        return fw.datasets.build(
+            "ts_files", path=path, val_fraction=0.0, test_fraction=0.0, **settings
+        )
 
     def test_they_are_padded_and_carry_their_mask(self, small):
         inputs, targets = self.whole(small, normalize=False).train.tensors
@@ -72,7 +74,10 @@ class TestSequences:
     @pytest.mark.parametrize(
         ("text", "said"),
         [
-            (TS.replace("40", "forty"), r"bad\.ts, line 6: a frame should be a number, not 'forty'"),
+            (
+                TS.replace("40", "forty"),
+                r"bad\.ts, line 6: a frame should be a number, not 'forty'",
+            ),
             (TS.replace("40", "?"), r"line 6: .*'\?'"),
             (TS.replace("40", "nan"), "line 6: a frame should be a number, not 'nan'"),
             (TS.replace("4:40:b", "4:40,41:b"), r"line 6: its channels have \[1, 2\] frames"),
@@ -92,15 +97,26 @@ class TestSequences:
 
     def test_what_a_model_says_does_not_depend_on_the_padding(self):
         fetched("vowels")
-        model = fw.models.build("sequence_cnn", (13, 29), (9,), channels=[8, 8], stride=1, pool="attention").eval()
+        model = fw.models.build(
+            "sequence_cnn", (13, 29), (9,), channels=[8, 8], stride=1, pool="attention"
+        ).eval()
         x = fw.datasets.build("vowels").test[:4][0]
         longest = int(x[:, -1].sum(1).max())
-        torch.testing.assert_close(model(x[:, :, :longest]), model(F.pad(x, (0, 5))), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            model(x[:, :, :longest]), model(F.pad(x, (0, 5))), atol=1e-5, rtol=1e-5
+        )
 
     def test_speakers_are_told_apart(self):
         fetched("vowels")
-        settings = ["trainer.max_epochs=5", "model.channels=[32]", "optimizer.lr=0.01", "callbacks=[checkpoint]"]
-        assert trained("experiment=vowels", *settings).metrics["test/accuracy"] > 0.8  # the commonest speaker: 0.24
+        settings = [
+            "trainer.max_epochs=5",
+            "model.channels=[32]",
+            "optimizer.lr=0.01",
+            "callbacks=[checkpoint]",
+        ]
+        assert (
+            trained("experiment=vowels", *settings).metrics["test/accuracy"] > 0.8
+        )  # the commonest speaker: 0.24
 
 
 class TestForecasts:
@@ -111,7 +127,13 @@ class TestForecasts:
         return tmp_path / "s.csv"
 
     def build(self, path, **settings):
-        defaults = {"target": "load", "lookback": 8, "horizon": 4, "val_fraction": 0.2, "test_fraction": 0.2}
+        defaults = {
+            "target": "load",
+            "lookback": 8,
+            "horizon": 4,
+            "val_fraction": 0.2,
+            "test_fraction": 0.2,
+        }
         return fw.datasets.build("series", path=path, **{**defaults, **settings})
 
     def test_windows_are_those_of_a_loop_and_do_not_leak(self, tmp_path):
@@ -131,16 +153,21 @@ class TestForecasts:
         data = self.build(path, features=["wind"], time="when", calendar=["day", "week"])
         x = data.train[0][0]
         assert data.in_shape == (8, 2 + 2 + 7)
-        assert x[:, 2:4].round().tolist() == [[0, 1], [1, 0], [0, -1], [-1, 0]] * 2  # 0, 6, 12 and 18 o'clock
+        assert (
+            x[:, 2:4].round().tolist() == [[0, 1], [1, 0], [0, -1], [-1, 0]] * 2
+        )  # 0, 6, 12 and 18 o'clock
         assert x[:, 4:].argmax(1).tolist() == [0, 0, 0, 0, 1, 1, 1, 1]  # Monday, Tuesday
         wind = torch.arange(36) % 4
-        torch.testing.assert_close(x[:, 1], ((wind - wind.float().mean()) / wind.float().std(correction=0))[:8])
+        torch.testing.assert_close(
+            x[:, 1], ((wind - wind.float().mean()) / wind.float().std(correction=0))[:8]
+        )
 
     def test_a_file_to_forecast_from_gives_its_last_rows(self, tmp_path):
         path = self.written(tmp_path)
         data = self.build(path, time="when", calendar=["day"])
         assert torch.equal(
-            type(data).read_inputs(path, data.facts())[:, :4], data.test[len(data.test) - 1][0][None, 4:]
+            type(data).read_inputs(path, data.facts())[:, :4],
+            data.test[len(data.test) - 1][0][None, 4:],
         )
         short = self.written(tmp_path, rows=5)
         with pytest.raises(DataError, match=r"s\.csv has 5 rows; the model looks back on 8"):
@@ -151,7 +178,11 @@ class TestForecasts:
         [
             (",107,", ",lots,", r"s\.csv, row 8, column 'load': 'lots' is no number"),
             (",107,", ",,", "row 8: 'load' is empty; a series needs a number in every row"),
-            ("2024-01-02T18", "2024-01-02T19", "row 8: 2024-01-02 19:00:00 should be 2024-01-02 18:00:00"),
+            (
+                "2024-01-02T18",
+                "2024-01-02T19",
+                "row 8: 2024-01-02 19:00:00 should be 2024-01-02 18:00:00",
+            ),
             ("2024-01-02T18:00:00", "soon", "row 8, column 'when': 'soon' is no time"),
         ],
     )
@@ -162,7 +193,9 @@ class TestForecasts:
             self.build(path, time="when")
 
     def test_too_few_rows_for_a_window(self, tmp_path):
-        with pytest.raises(DataError, match="the training span of 12 of 20 rows has no window of 16 \\+ 4 rows"):
+        with pytest.raises(
+            DataError, match="the training span of 12 of 20 rows has no window of 16 \\+ 4 rows"
+        ):
             self.build(self.written(tmp_path, rows=20), lookback=16)
 
     def test_before_training_nbeats_is_the_naive_forecast(self):
@@ -170,13 +203,18 @@ class TestForecasts:
         by_season = fw.models.build("nbeats", (20, 2), (10,), season=7).eval()(x)
         expected = torch.stack([x[:, 20 - 7 + step % 7, 0] for step in range(10)], dim=1)
         torch.testing.assert_close(by_season, expected)
-        torch.testing.assert_close(fw.models.build("nbeats", (20, 2), (10,))(x), x[:, -1:, 0].expand(3, 10))
+        torch.testing.assert_close(
+            fw.models.build("nbeats", (20, 2), (10,))(x), x[:, -1:, 0].expand(3, 10)
+        )
         with pytest.raises(BuildError, match="season=21 is longer than the 20 steps"):
             fw.models.build("nbeats", (20, 2), (10,), season=21)
 
     def test_nbeats_is_that_of_the_paper(self):
         torch.manual_seed(0)
-        model, x = fw.models.build("nbeats", (6, 3), (2,), depth=2, layers=2, width=5), torch.randn(4, 6, 3)
+        model, x = (
+            fw.models.build("nbeats", (6, 3), (2,), depth=2, layers=2, width=5),
+            torch.randn(4, 6, 3),
+        )
         for block in model.blocks:
             torch.nn.init.normal_(block.forecast.weight)
         past, forecast = x[:, :, 0] - x[:, -1:, 0], x[:, -1:, 0].expand(4, 2)
@@ -193,29 +231,57 @@ class TestForecasts:
         torch.testing.assert_close(model(x + 5), model(x) + 5)
 
     def test_mape(self):
-        targets, outputs = torch.tensor([[2.0, 0.0], [4.0, -8.0]]), torch.tensor([[1.0, 3.0], [5.0, -8.0]])
+        targets, outputs = (
+            torch.tensor([[2.0, 0.0], [4.0, -8.0]]),
+            torch.tensor([[1.0, 3.0], [5.0, -8.0]]),
+        )
         metric = fw.metrics.build("mape")
-        assert metric.compute(metric.sums(outputs, targets)) == pytest.approx(100 * (1 / 2 + 1 / 4 + 0) / 3)
+        assert metric.compute(metric.sums(outputs, targets)) == pytest.approx(
+            100 * (1 / 2 + 1 / 4 + 0) / 3
+        )
 
     @pytest.mark.parametrize("data", ["seasonal", "electricity"])
     def test_it_learns_a_day_that_it_does_not_start_from(self, data):
         if data == "electricity":
             fetched("electricity")
-        small = ["model.season=0", "model.width=64", "model.depth=2", "trainer.max_epochs=4", "optimizer.lr=0.002"]
+        small = [
+            "model.season=0",
+            "model.width=64",
+            "model.depth=2",
+            "trainer.max_epochs=4",
+            "optimizer.lr=0.002",
+        ]
         result = trained("experiment=electricity", f"data={data}", *small, "callbacks=[checkpoint]")
         built = fw.datasets.build(data)
         past, future = built.test[:]
-        mean, last = (float((each - future).abs().mean()) * built.scale.std for each in (0, past[:, -1:, 0]))
-        assert result.metrics["test/mae"] < 0.35 * min(mean, last)  # the last value is where it starts from
+        mean, last = (
+            float((each - future).abs().mean()) * built.scale.std for each in (0, past[:, -1:, 0])
+        )
+        assert result.metrics["test/mae"] < 0.35 * min(
+            mean, last
+        )  # the last value is where it starts from
 
     def test_forecasts_of_a_run_are_in_the_unit_of_the_series(self, tmp_path):
         path = self.written(tmp_path, rows=200)
-        settings = ["data=series", f"data.path={path}", "data.target=load", "data.lookback=8", "data.horizon=4"]
-        settings += ["task=regression", "model=linear_forecast", "metrics=[mae]", "optimizer.lr=0.01"]
+        settings = [
+            "data=series",
+            f"data.path={path}",
+            "data.target=load",
+            "data.lookback=8",
+            "data.horizon=4",
+        ]
+        settings += [
+            "task=regression",
+            "model=linear_forecast",
+            "metrics=[mae]",
+            "optimizer.lr=0.01",
+        ]
         result = trained(*settings, "trainer.max_epochs=40", "callbacks=[checkpoint]")
         run = open_run(result.folder)
         forecast = [column.item() for column in run.predict(run.read_inputs(path)).values()]
-        assert forecast == pytest.approx([300, 301, 302, 303], abs=1.5)  # the series goes on by 1 a row
+        assert forecast == pytest.approx(
+            [300, 301, 302, 303], abs=1.5
+        )  # the series goes on by 1 a row
         assert result.metrics["test/mae"] < 1.5
 
     def test_a_run_cut_off_in_mid_epoch_goes_on_bit_for_bit(self, monkeypatch):
@@ -226,7 +292,11 @@ class TestForecasts:
             "model.depth=1",
             "trainer.max_epochs=2",
         ]
-        settings += ["callbacks=[checkpoint,predictions]", "callbacks.checkpoint.every=5steps", "data.weeks=4"]
+        settings += [
+            "callbacks=[checkpoint,predictions]",
+            "callbacks.checkpoint.every=5steps",
+            "data.weeks=4",
+        ]
         unbroken = trained(*settings, "run.name=unbroken")
         made = Experiment.trainer
 
@@ -246,7 +316,9 @@ class TestForecasts:
                 trained(*settings, "run.name=cut")
         resumed = trained(*settings, "run.name=cut", "resume=auto")
         one, other = (
-            (sorted((run.folder / "checkpoints").glob("step-*"))[-1] / "model.safetensors").read_bytes()
+            (
+                sorted((run.folder / "checkpoints").glob("step-*"))[-1] / "model.safetensors"
+            ).read_bytes()
             for run in (unbroken, resumed)
         )
         assert one == other
@@ -261,10 +333,22 @@ class TestPictures:
             self.pictures.append((tag, images, step))
 
     def shown(self, targets, model):
-        split, album = fw.TensorSplit(torch.linspace(-1, 1, len(targets))[:, None], targets), self.Album()
-        trainer = fw.Trainer(max_steps=1, callbacks=[fw.callbacks.build("predictions")], loggers=[album])
+        split, album = (
+            fw.TensorSplit(torch.linspace(-1, 1, len(targets))[:, None], targets),
+            self.Album(),
+        )
+        trainer = fw.Trainer(
+            max_steps=1, callbacks=[fw.callbacks.build("predictions")], loggers=[album]
+        )
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        trainer.fit(model, split, val=split, task=torch.nn.MSELoss(), optimizer=optimizer, batch_size=len(targets))
+        trainer.fit(
+            model,
+            split,
+            val=split,
+            task=torch.nn.MSELoss(),
+            optimizer=optimizer,
+            batch_size=len(targets),
+        )
         return album.pictures
 
     def test_one_value_is_drawn_against_the_true_one(self):
@@ -275,7 +359,9 @@ class TestPictures:
         assert (tag, step, picture.shape) == ("predictions", 1, (3, 160, 160))
         dark = picture[0] < 0.9  # where samples are
         equal = torch.eye(160, dtype=torch.bool).flip(1)
-        assert dark[equal].float().mean() > 0.95  # all on the diagonal, from the lower left to the upper right
+        assert (
+            dark[equal].float().mean() > 0.95
+        )  # all on the diagonal, from the lower left to the upper right
         assert not dark[~equal].any()
 
     def test_several_values_are_drawn_as_curves(self):
@@ -291,7 +377,10 @@ class TestPictures:
             self.shown(torch.arange(10) % 2, torch.nn.Linear(1, 2))
         callback = fw.callbacks.build("predictions")
         stream = ForeignLoader([])
-        for val, said in ((None, "there is no validation split"), (stream, "the validation split is not in memory")):
+        for val, said in (
+            (None, "there is no validation split"),
+            (stream, "the validation split is not in memory"),
+        ):
             with pytest.raises(SettingError, match=said):
                 callback.on_fit_start(SimpleNamespace(val_batches=val))
 
@@ -299,5 +388,7 @@ class TestPictures:
 def test_data_that_is_not_there_is_told_how_to_fetch(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for name in ("vowels", "electricity"):
-        with pytest.raises(DataError, match=rf"{name} is not in .* with: .*scripts/fetch_data'? {name} \(data="):
+        with pytest.raises(
+            DataError, match=rf"{name} is not in .* with: .*scripts/fetch_data'? {name} \(data="
+        ):
             fw.datasets.build(name)

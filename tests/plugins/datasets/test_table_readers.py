@@ -37,7 +37,9 @@ def pets(tmp_path):
 
 def whole(path, target="kind", **settings):
     """All rows in train, so that rows stay in the order of the file."""
-    return fw.datasets.build("table", path=path, target=target, val_fraction=0.0, test_fraction=0.0, **settings)
+    return fw.datasets.build(
+        "table", path=path, target=target, val_fraction=0.0, test_fraction=0.0, **settings
+    )
 
 
 def refused(path, said, target="kind", **settings):
@@ -52,9 +54,21 @@ def test_columns_become_inputs(pets):
     age = np.array([4, np.nan, 2, 9, 1, np.nan, 7, 3])
     age_filled = np.nan_to_num(age, nan=np.nanmean(age))
     np.testing.assert_allclose(x[:, 0], (weight - weight.mean()) / weight.std(), rtol=1e-6)
-    np.testing.assert_allclose(x[:, 4], (age_filled - np.nanmean(age)) / np.nanstd(age), rtol=1e-5, atol=1e-6)
-    assert x[:, 1:4].tolist()[:5] == [[0, 1, 0], [1, 0, 0], [0, 0, 1], [0, 1, 0], [0, 0, 0]]  # black, brown, white
-    assert (data.in_shape, data.classes, y.tolist()) == ((5,), ["cat", "dog"], [1, 0, 0, 1, 0, 1, 0, 1])
+    np.testing.assert_allclose(
+        x[:, 4], (age_filled - np.nanmean(age)) / np.nanstd(age), rtol=1e-5, atol=1e-6
+    )
+    assert x[:, 1:4].tolist()[:5] == [
+        [0, 1, 0],
+        [1, 0, 0],
+        [0, 0, 1],
+        [0, 1, 0],
+        [0, 0, 0],
+    ]  # black, brown, white
+    assert (data.in_shape, data.classes, y.tolist()) == (
+        (5,),
+        ["cat", "dog"],
+        [1, 0, 0, 1, 0, 1, 0, 1],
+    )
 
 
 def test_features_are_chosen_and_codes_are_texts(pets):
@@ -76,7 +90,9 @@ def test_features_are_chosen_and_codes_are_texts(pets):
     ],
 )
 def test_the_kind_of_target_is_inferred_or_given(tmp_path, cells, settings, kind, classes):
-    (tmp_path / "t.csv").write_text("x,y\n" + "".join(f"{i},{cell}\n" for i, cell in enumerate(cells)))
+    (tmp_path / "t.csv").write_text(
+        "x,y\n" + "".join(f"{i},{cell}\n" for i, cell in enumerate(cells))
+    )
     data = whole(tmp_path / "t.csv", "y", **settings)
     assert (data.target, data.classes) == (kind, classes)
     if kind == "value":
@@ -102,7 +118,9 @@ def test_means_and_texts_are_those_of_the_training_split(tmp_path):
 
 def test_an_official_test_file_is_kept(pets, tmp_path):
     (tmp_path / "test.csv").write_text("kind,age,weight,colour\nbird,1,0.5,green\ncat,2,5,black\n")
-    data = fw.datasets.build("table", path=pets, target="kind", ignore=["name"], test_path=tmp_path / "test.csv")
+    data = fw.datasets.build(
+        "table", path=pets, target="kind", ignore=["name"], test_path=tmp_path / "test.csv"
+    )
     assert data.classes == ["bird", "cat", "dog"]
     assert data.test.tensors[1].tolist() == [0, 1]
     width, age = data.test.tensors[0].shape[1], 2 if data.learnt[-1].get("missing") else 1
@@ -123,7 +141,9 @@ def test_rows_to_predict_need_only_the_feature_columns(pets, tmp_path):
     with pytest.raises(DataError, match=r"has no column 'colour'; did you mean 'color'\?"):
         type(data).read_inputs(file, facts)
     file.write_text("age,colour,weight\n1,red,3\n2,red,heavy\n")
-    with pytest.raises(DataError, match=r"new\.csv, row 2, column 'weight': 'heavy' is no number; correct it$"):
+    with pytest.raises(
+        DataError, match=r"new\.csv, row 2, column 'weight': 'heavy' is no number; correct it$"
+    ):
         type(data).read_inputs(file, facts)
 
 
@@ -131,7 +151,9 @@ def test_parquet_gzip_and_other_delimiters_read_the_same(pets, tmp_path):
     expected = whole(pets, ignore=["name"]).train.tensors[0]
     with gzip.open(tmp_path / "pets.csv.gz", "wt") as file:
         file.write(PETS)
-    (tmp_path / "semicolon.csv").write_text("\ufeff" + PETS.replace(",", ";") + "\n", encoding="utf-8")
+    (tmp_path / "semicolon.csv").write_text(
+        "\ufeff" + PETS.replace(",", ";") + "\n", encoding="utf-8"
+    )
     (tmp_path / "tabs.tsv").write_text(PETS.replace(",", "\t"))
     columns = [line.split(",") for line in PETS.splitlines()]
     table = {label: cells for label, *cells in zip(*columns, strict=True)}
@@ -144,7 +166,11 @@ def test_parquet_gzip_and_other_delimiters_read_the_same(pets, tmp_path):
 
 
 def test_parquet_knows_its_types(tmp_path):
-    table = {"flag": [True, False, True], "day": np.array(["2020-01-01"] * 3, "datetime64[D]"), "y": [1.0, 2.0, 3.0]}
+    table = {
+        "flag": [True, False, True],
+        "day": np.array(["2020-01-01"] * 3, "datetime64[D]"),
+        "y": [1.0, 2.0, 3.0],
+    }
     pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "t.parquet")
     assert whole(tmp_path / "t.parquet", "y").target == "value"
     assert whole(tmp_path / "t.parquet", "flag", ignore=["day"]).classes == ["False", "True"]
@@ -169,10 +195,16 @@ def test_columns_that_are_not_there(pets, tmp_path):
         ("1,2\n3,4\n", "must name the columns, but it holds numbers: 1, 2"),
         ("x,x,kind\n1,2,a\n", "two columns are called 'x'"),
         ("x,kind\n1,a\n2,b,c\n", "line 3: 3 cells, but 2 columns"),
-        ("x,kind\n1,a\n2,b\nthree,a\n4,b\n", r"row 3, column 'x': 'three' is no number; .* or categorical=\[x\]"),
+        (
+            "x,kind\n1,a\n2,b\nthree,a\n4,b\n",
+            r"row 3, column 'x': 'three' is no number; .* or categorical=\[x\]",
+        ),
         ("x,kind\n1,a\ninf,b\n3,a\n", "row 2, column 'x': 'inf' is no number"),
         ("x,kind\n1,a\n2,\n", "row 2: the target 'kind' is empty"),
-        ("x,kind\n1,1\n2,2\n3,x\n", "row 3, column 'kind': 'x' is no number; correct it, or say target_kind=class"),
+        (
+            "x,kind\n1,1\n2,2\n3,x\n",
+            "row 3, column 'kind': 'x' is no number; correct it, or say target_kind=class",
+        ),
         ("x,kind\n1,a\n2,a\n", "column 'kind': every target is 'a'"),
         ("x,kind\n,a\n,b\n", "column 'x' is empty in the training split"),
         ('x,kind\n1,"a\n', r'no well-formed CSV: a quote \("\) is not closed'),
@@ -213,14 +245,22 @@ def test_spellings_of_one_table(tmp_path, text):
 def test_cells_of_several_lines_and_of_megabytes(tmp_path):
     cells = ["one\nline", "b" * 2**21, 'a "quoted" word', "one\nline"]
     with open(tmp_path / "t.csv", "w", newline="") as file:
-        csv.writer(file).writerows([["the\ntext", "y"], *([cell, row] for row, cell in enumerate(cells))])
+        csv.writer(file).writerows(
+            [["the\ntext", "y"], *([cell, row] for row, cell in enumerate(cells))]
+        )
     data = whole(tmp_path / "t.csv", "y", target_kind="value")
     assert data.learnt == [{"name": "the\ntext", "texts": sorted(set(cells))}]
 
 
 def test_thousands_of_columns(tmp_path):
     numbers = np.random.default_rng(0).normal(size=(20, 5000))
-    np.savetxt(tmp_path / "t.csv", numbers, delimiter=",", header=",".join(f"c{n}" for n in range(5000)), comments="")
+    np.savetxt(
+        tmp_path / "t.csv",
+        numbers,
+        delimiter=",",
+        header=",".join(f"c{n}" for n in range(5000)),
+        comments="",
+    )
     data = whole(tmp_path / "t.csv", "c0", normalize=False)
     np.testing.assert_allclose(data.train.tensors[0], numbers[:, 1:], rtol=1e-6)
 
@@ -236,29 +276,57 @@ def test_thousands_of_columns(tmp_path):
     ],
 )
 def test_classes_are_named_as_they_are_written(tmp_path, cells, classes):
-    (tmp_path / "t.csv").write_text("x,y\n" + "".join(f"{row},{cell}\n" for row, cell in enumerate(cells)))
+    (tmp_path / "t.csv").write_text(
+        "x,y\n" + "".join(f"{row},{cell}\n" for row, cell in enumerate(cells))
+    )
     assert whole(tmp_path / "t.csv", "y", target_kind="class").classes == classes
 
 
 def test_integers_that_float64_does_not_tell_apart_are_refused(tmp_path):
     (tmp_path / "t.csv").write_text("x,y\n9007199254740992,1\n9007199254740993,2\n,3\n")
-    refused(tmp_path / "t.csv", "float64 does not tell 9007199254740992 and 9007199254740993 apart", "y")
+    refused(
+        tmp_path / "t.csv", "float64 does not tell 9007199254740992 and 9007199254740993 apart", "y"
+    )
 
 
 def test_any_csv_is_read_as_by_pythons_own_reader(tmp_path):
     draw = np.random.default_rng(0)
-    known = ["1", "-2.5", "1e3", "", "NA", "null", " 4 ", "+5", "a", "b c", "x,y", 'q"r', "ä", "l1\nl2", "007", "nan"]
+    known = [
+        "1",
+        "-2.5",
+        "1e3",
+        "",
+        "NA",
+        "null",
+        " 4 ",
+        "+5",
+        "a",
+        "b c",
+        "x,y",
+        'q"r',
+        "ä",
+        "l1\nl2",
+        "007",
+        "nan",
+    ]
     for number in range(40):
-        rows = [[known[place] for place in draw.integers(0, len(known), 3)] for _ in range(draw.integers(1, 9))]
+        rows = [
+            [known[place] for place in draw.integers(0, len(known), 3)]
+            for _ in range(draw.integers(1, 9))
+        ]
         with open(tmp_path / "t.csv", "w", newline="", encoding="utf-8") as file:
-            csv.writer(file, delimiter=",;\t|"[number % 4]).writerows([["one", "two", "three"], *rows])
+            csv.writer(file, delimiter=",;\t|"[number % 4]).writerows(
+                [["one", "two", "three"], *rows]
+            )
         table = read_table(tmp_path / "t.csv")
         for place, label in enumerate(("one", "two", "three")):
             texts = [row[place].strip() for row in rows]
             empty = [text.lower() in ("", "na", "null", "nan") for text in texts]
             column = as_texts(table[label])
             found = [None if code < 0 else column.known[code] for code in column.codes.tolist()]
-            assert found == [None if missing else text for text, missing in zip(texts, empty, strict=True)]
+            assert found == [
+                None if missing else text for text, missing in zip(texts, empty, strict=True)
+            ]
 
 
 PAIRS = 7
@@ -288,16 +356,22 @@ def test_a_million_rows_are_read_about_as_fast_as_by_arrow(tmp_path):
     """From the file to the tensors of the splits, in turn with pyarrow.csv and a standardisation of its columns."""
     numbers = np.random.default_rng(0).normal(size=(10**6, 10)).round(4)
     path = tmp_path / "t.csv"
-    pyarrow.csv.write_csv(pyarrow.table({f"x{place}": numbers[:, place] for place in range(10)}), path)
+    pyarrow.csv.write_csv(
+        pyarrow.table({f"x{place}": numbers[:, place] for place in range(10)}), path
+    )
     figures = {"arrow": [], "table": []}
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for _ in range(PAIRS):
         for kind, own in figures.items():
             command = [sys.executable, "-c", MEASURE, kind, str(path)]
-            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+            done = subprocess.run(
+                command, env=environment, stdout=subprocess.PIPE, text=True, check=True
+            )
             own.append([float(figure) for figure in done.stdout.split()])
     arrow, table = np.median(figures["arrow"], axis=0), np.median(figures["table"], axis=0)
-    print(f"arrow {arrow[0]:.2f} s, {arrow[1] / 1024:.0f} MiB; table {table[0]:.2f} s, {table[1] / 1024:.0f} MiB")
+    print(
+        f"arrow {arrow[0]:.2f} s, {arrow[1] / 1024:.0f} MiB; table {table[0]:.2f} s, {table[1] / 1024:.0f} MiB"
+    )
     assert table[0] < 1.5 * arrow[0]
     assert table[1] < 4 * arrow[1]
 

@@ -36,14 +36,18 @@ def houses(tmp_path):
     for row in range(600):
         area, colour = draw.uniform(20, 200), draw.integers(3)
         price = 1000 * area * (1, 2, 4)[colour]
-        rows.append(f"{'' if row % 50 == 7 else round(area, 2)},{COLOURS[colour]},{draw.normal():.3f},{price:.2f}")
+        rows.append(
+            f"{'' if row % 50 == 7 else round(area, 2)},{COLOURS[colour]},{draw.normal():.3f},{price:.2f}"
+        )
     path = tmp_path / "houses.csv"
     path.write_text("\n".join(rows))
     return path
 
 
 def whole(path, target, **settings):
-    return fw.datasets.build("table", path=path, target=target, val_fraction=0.0, test_fraction=0.0, **settings)
+    return fw.datasets.build(
+        "table", path=path, target=target, val_fraction=0.0, test_fraction=0.0, **settings
+    )
 
 
 def written(tmp_path, text):
@@ -53,7 +57,10 @@ def written(tmp_path, text):
 
 def experiment(*overrides):
     specs = []
-    compose(CommandLine([*overrides]), lambda job: specs.append((job.spec, job.experiment, job.overrides)))
+    compose(
+        CommandLine([*overrides]),
+        lambda job: specs.append((job.spec, job.experiment, job.overrides)),
+    )
     return specs[0]
 
 
@@ -62,7 +69,10 @@ def of_houses(path):
 
 
 def trained(*overrides):
-    return train(*experiment("callbacks=[checkpoint]", "loggers=json_lines", *overrides), say=lambda line: None)
+    return train(
+        *experiment("callbacks=[checkpoint]", "loggers=json_lines", *overrides),
+        say=lambda line: None,
+    )
 
 
 class TestColumns:
@@ -73,15 +83,24 @@ class TestColumns:
         assert data.train.tensors[0][:, 1].tolist() == [2, 1, 2]
         (tmp_path / "new.csv").write_text("size,shape\n3,square\n3,flat\n")
         read = type(data).read_inputs(tmp_path / "new.csv", json.loads(json.dumps(data.facts())))
-        assert read.tolist() == [[0, 0], [0, 1]]  # never seen in training; the mean of the sizes is 3
+        assert read.tolist() == [
+            [0, 0],
+            [0, 1],
+        ]  # never seen in training; the mean of the sizes is 3
 
     @pytest.mark.parametrize("categories", ["one_hot", "index"])
     def test_empty_cells_have_an_input_and_a_category_of_their_own(self, tmp_path, categories):
-        data = whole(written(tmp_path, "size,shape,y\n1,round,0.5\n,flat,1.5\n5,,2.5\n"), "y", categories=categories)
+        data = whole(
+            written(tmp_path, "size,shape,y\n1,round,0.5\n,flat,1.5\n5,,2.5\n"),
+            "y",
+            categories=categories,
+        )
         size, missing, *shape = data.train.tensors[0].T.tolist()
         assert size == [-1, 0, 1]
         assert missing == [0, 1, 0]
-        assert shape == ([[0, 1, 0], [1, 0, 0], [0, 0, 1]] if categories == "one_hot" else [[2, 1, 3]])
+        assert shape == (
+            [[0, 1, 0], [1, 0, 0], [0, 0, 1]] if categories == "one_hot" else [[2, 1, 3]]
+        )
         assert data.columns == (() if categories == "one_hot" else [0, 0, 4])
 
     def test_empty_cells_are_the_mean_and_nothing_when_they_are_not_marked(self, tmp_path):
@@ -90,10 +109,14 @@ class TestColumns:
         assert data.train.tensors[0].tolist() == [[-1, 0, 1], [0, 1, 0], [1, 0, 0]]
 
     def test_quantiles_are_those_of_scikit_learn(self, tmp_path):
-        values = np.round(np.random.default_rng(0).lognormal(size=1000), 1)  # with many that are equal
+        values = np.round(
+            np.random.default_rng(0).lognormal(size=1000), 1
+        )  # with many that are equal
         text = "x,y\n" + "\n".join(f"{value},{row}" for row, value in enumerate(values))
         data = whole(written(tmp_path, text), "y", quantile=True)
-        reference = QuantileTransformer(n_quantiles=256, output_distribution="normal", subsample=None)
+        reference = QuantileTransformer(
+            n_quantiles=256, output_distribution="normal", subsample=None
+        )
         expected = reference.fit_transform(values[:, None])
         np.testing.assert_allclose(data.train.tensors[0], expected, atol=1e-3)
         (tmp_path / "new.csv").write_text("x\n-5\n1e9\n")
@@ -122,20 +145,32 @@ class TestTargets:
         raw = fw.datasets.build("table", path=houses, target="price", scale_target="none")
         expected = raw.train.tensors[1].log() if scaling == "log" else raw.train.tensors[1]
         scaled = data.train.tensors[1]
-        torch.testing.assert_close(scaled, (expected - expected.mean()) / expected.std(correction=0), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            scaled, (expected - expected.mean()) / expected.std(correction=0), atol=1e-5, rtol=0
+        )
         prices = raw.test.tensors[1].double()
-        torch.testing.assert_close(data.scale.back(data.test.tensors[1]), prices, rtol=1e-5, atol=1e-3)
+        torch.testing.assert_close(
+            data.scale.back(data.test.tensors[1]), prices, rtol=1e-5, atol=1e-3
+        )
         assert raw.scale is None
 
     def test_what_has_no_logarithm_is_refused(self, tmp_path):
         path = written(tmp_path, "x,y\n1,0.5\n2,0\n3,2.5\n")
-        with pytest.raises(DataError, match=r"the target of row 2 is \[0.0\], which has no logarithm"):
+        with pytest.raises(
+            DataError, match=r"the target of row 2 is \[0.0\], which has no logarithm"
+        ):
             whole(path, "y", target_kind="value", scale_target="log")
 
     def test_metrics_and_predictions_are_in_the_unit_of_the_target(self, houses, tmp_path):
         result = trained(
             *(*of_houses(houses), "data.scale_target=log"),
-            *("task=regression", "model=tabular_resnet", "model.width=32", "model.depth=1", "model.dropout=0"),
+            *(
+                "task=regression",
+                "model=tabular_resnet",
+                "model.width=32",
+                "model.depth=1",
+                "model.dropout=0",
+            ),
             *("metrics=[mae,r2]", "trainer.max_epochs=20", "optimizer.lr=0.01"),
         )
         data = fw.datasets.build("table", path=houses, target="price", scale_target="none")
@@ -147,7 +182,9 @@ class TestTargets:
         test = (prices[:, None] == data.test.tensors[1].flatten()).any(1)
         mae = (predicted[test] - prices[test]).abs().mean()
         assert mae.item() == pytest.approx(result.metrics["test/mae"], rel=1e-4)
-        assert r2_score(prices[test], predicted[test]) == pytest.approx(result.metrics["test/r2"], abs=1e-4)
+        assert r2_score(prices[test], predicted[test]) == pytest.approx(
+            result.metrics["test/r2"], abs=1e-4
+        )
         assert result.metrics["test/r2"] > 0.8
 
     def test_a_scale_is_undone(self):
@@ -161,7 +198,10 @@ class TestModels:
 
     def inputs(self, rows=6):
         torch.manual_seed(0)
-        return torch.stack([torch.randn(rows), torch.arange(rows) % 3, torch.randn(rows), torch.arange(rows) % 5], 1)
+        return torch.stack(
+            [torch.randn(rows), torch.arange(rows) % 3, torch.randn(rows), torch.arange(rows) % 5],
+            1,
+        )
 
     def test_a_token_of_each_column_is_that_of_the_paper(self):
         tokenizer = fw.blocks.build("feature_tokenizer", (4,), width=8, sizes=list(self.COLUMNS))
@@ -173,18 +213,30 @@ class TestModels:
                 torch.testing.assert_close(found[row, token], expected)
             for token, column in enumerate((1, 3)):
                 index = int(x[row, column])
-                vector = tables[token][index] if index else torch.zeros(8)  # 0: never seen in training
-                torch.testing.assert_close(found[row, 2 + token], tokenizer.bias[2 + token] + vector)
+                vector = (
+                    tables[token][index] if index else torch.zeros(8)
+                )  # 0: never seen in training
+                torch.testing.assert_close(
+                    found[row, 2 + token], tokenizer.bias[2 + token] + vector
+                )
 
     def test_the_residual_network_is_that_of_the_paper(self):
-        model = fw.models.build("tabular_resnet", (4,), (2,), self.COLUMNS, width=8, depth=2, embedding=3).eval()
-        state = {name: tensor for name, tensor in model.state_dict().items() if "num_batches" not in name}
+        model = fw.models.build(
+            "tabular_resnet", (4,), (2,), self.COLUMNS, width=8, depth=2, embedding=3
+        ).eval()
+        state = {
+            name: tensor for name, tensor in model.state_dict().items() if "num_batches" not in name
+        }
         linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
         norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm1d)]
-        x, table = self.inputs(), next(tensor for name, tensor in state.items() if name.endswith("table.weight"))
+        x, table = (
+            self.inputs(),
+            next(tensor for name, tensor in state.items() if name.endswith("table.weight")),
+        )
         first, second = table.split([3, 5])
         vectors = [
-            torch.where(x[:, [column]] > 0, part[x[:, column].long()], 0) for column, part in ((1, first), (3, second))
+            torch.where(x[:, [column]] > 0, part[x[:, column].long()], 0)
+            for column, part in ((1, first), (3, second))
         ]
         hidden = linears[0](torch.cat([x[:, [0, 2]], *vectors], dim=1))
         for block in range(2):
@@ -199,7 +251,13 @@ class TestModels:
         F.cross_entropy(model(x), torch.arange(30) % 2).backward()
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith("table.weight"):
-                assert [bool(row.any()) for row in parameter.grad] == [False, True, True, False, *[True] * 4]
+                assert [bool(row.any()) for row in parameter.grad] == [
+                    False,
+                    True,
+                    True,
+                    False,
+                    *[True] * 4,
+                ]
             else:
                 assert parameter.grad.any(), parameter_name
 
@@ -208,7 +266,10 @@ class TestModels:
             fw.models.build("ft_transformer", (4,), (2,), (0, 3))
 
     def test_a_model_that_would_take_indices_for_amounts_is_refused(self, houses):
-        with pytest.raises(BuildError, match=r"model=mlp would take .* choose one that embeds them \(ft_transformer, "):
+        with pytest.raises(
+            BuildError,
+            match=r"model=mlp would take .* choose one that embeds them \(ft_transformer, ",
+        ):
             Experiment(experiment(*of_houses(houses), "task=regression", "metrics=mae")[0])
 
 
@@ -221,7 +282,9 @@ class TestMeasures:
         logits[:500] = logits[0].clone()  # ties
         metric, shares = fw.metrics.build("auroc"), logits.softmax(1)
         of_class = [roc_auc_score(targets == index, shares[:, index]) for index in range(classes)]
-        assert metric.compute(metric.sums(logits, targets).double()) == pytest.approx(np.mean(of_class), abs=5e-4)
+        assert metric.compute(metric.sums(logits, targets).double()) == pytest.approx(
+            np.mean(of_class), abs=5e-4
+        )
         ignored = torch.cat([targets, -torch.ones(5, dtype=torch.int64)])
         more = metric.sums(torch.cat([logits, torch.randn(5, classes)]), ignored)
         assert torch.equal(more, metric.sums(logits, targets))
@@ -249,9 +312,25 @@ class TestRealData:
     @pytest.mark.parametrize("model", ["tabular_resnet", "ft_transformer"])
     def test_diamonds_are_priced(self, diamonds, model):
         result = trained(
-            *("data=diamonds", f"data.path={diamonds}", "data.categories=index", "data.quantile=true"),
-            *("task=regression", f"model={model}", "model.width=32", "model.depth=1", "model.dropout=0"),
-            *("metrics=[mae,r2_log]", "trainer.max_epochs=8", "optimizer.lr=0.01", "loader.batch_size=64"),
+            *(
+                "data=diamonds",
+                f"data.path={diamonds}",
+                "data.categories=index",
+                "data.quantile=true",
+            ),
+            *(
+                "task=regression",
+                f"model={model}",
+                "model.width=32",
+                "model.depth=1",
+                "model.dropout=0",
+            ),
+            *(
+                "metrics=[mae,r2_log]",
+                "trainer.max_epochs=8",
+                "optimizer.lr=0.01",
+                "loader.batch_size=64",
+            ),
         )
         assert result.metrics["test/r2_log"] > 0.9  # the mean has 0
         assert result.metrics["test/mae"] < 1000  # dollars; the mean price has 3,000
@@ -272,7 +351,9 @@ class TestRealData:
 
     def test_flights_that_will_be_late_are_told_apart(self, flights):
         small = ["model.width=32", "model.depth=1", "trainer.max_epochs=2", "loader.batch_size=64"]
-        result = trained("experiment=flights", f"data.path={flights}", *small, "callbacks=[checkpoint]")
+        result = trained(
+            "experiment=flights", f"data.path={flights}", *small, "callbacks=[checkpoint]"
+        )
         assert result.metrics["test/auroc"] > 0.65  # of a model that knows nothing: 0.5
 
     def test_data_that_is_not_there_is_told_how_to_fetch(self, monkeypatch, tmp_path):
@@ -288,8 +369,17 @@ class TestRealData:
             "origin,dest,air_time,distance,hour,minute,time_hour\n"
         )
         row = "2013,1,{day},517,515,2,830,819,{delay},UA,1545,N1,{origin},IAH,227,1400,5,15,2013-01-0{day}T10:00:00Z\n"
-        delays = [("EWR", 1, 11), ("EWR", 2, 20), ("LGA", 1, "NA"), ("LGA", 2, 15), ("JFK", 1, 16), ("EWR", 2, 99)]
-        flights += "".join(row.format(origin=origin, day=day, delay=delay) for origin, day, delay in delays)
+        delays = [
+            ("EWR", 1, 11),
+            ("EWR", 2, 20),
+            ("LGA", 1, "NA"),
+            ("LGA", 2, 15),
+            ("JFK", 1, 16),
+            ("EWR", 2, 99),
+        ]
+        flights += "".join(
+            row.format(origin=origin, day=day, delay=delay) for origin, day, delay in delays
+        )
         names = "temp,dewp,humid,wind_dir,wind_speed,wind_gust,precip,pressure,visib"
         weather = f"origin,year,month,day,hour,{names},time_hour\n"
         weather += f"EWR,2013,1,2,5,{','.join('123456789')},2013-01-02T10:00:00Z\n"
@@ -297,19 +387,45 @@ class TestRealData:
         with zipfile.ZipFile(tmp_path / "flights.csv.zip", "w") as archive:
             archive.writestr("flights.csv", flights)
         (tmp_path / "weather.csv").write_text(weather)
-        data = fw.datasets.build("flights", path=tmp_path, categories="index", val_fraction=0.0, test_fraction=0.0)
+        data = fw.datasets.build(
+            "flights", path=tmp_path, categories="index", val_fraction=0.0, test_fraction=0.0
+        )
         assert data.classes == ["late", "on time"]
-        assert data.train.tensors[1].tolist() == [1, 0, 1, 0, 0]  # the flight that did not arrive is left out
-        names = [name for column in data.learnt for name in [column["name"]] * (1 + bool(column.get("missing")))]
-        inputs = dict(zip(names, data.train.tensors[0].T.tolist(), strict=True))  # of two inputs, the second one
+        assert data.train.tensors[1].tolist() == [
+            1,
+            0,
+            1,
+            0,
+            0,
+        ]  # the flight that did not arrive is left out
+        names = [
+            name
+            for column in data.learnt
+            for name in [column["name"]] * (1 + bool(column.get("missing")))
+        ]
+        inputs = dict(
+            zip(names, data.train.tensors[0].T.tolist(), strict=True)
+        )  # of two inputs, the second one
         assert inputs["temp"] == [1, 0, 0, 1, 0]  # no weather is known for two of them
-        assert inputs["weekday"] == [1, 2, 2, 1, 2]  # 1 January 2013 was a Tuesday, the second in the alphabet
+        assert inputs["weekday"] == [
+            1,
+            2,
+            2,
+            1,
+            2,
+        ]  # 1 January 2013 was a Tuesday, the second in the alphabet
 
 
 def test_a_run_cut_off_in_mid_epoch_goes_on_bit_for_bit(houses, monkeypatch):
     settings = [
         *of_houses(houses),
-        *("task=regression", "model=ft_transformer", "model.width=16", "model.depth=1", "metrics=[mae]"),
+        *(
+            "task=regression",
+            "model=ft_transformer",
+            "model.width=16",
+            "model.depth=1",
+            "metrics=[mae]",
+        ),
         *("trainer.max_epochs=2", "callbacks.checkpoint.every=5steps"),
     ]
     unbroken = trained(*settings, "run.name=unbroken")

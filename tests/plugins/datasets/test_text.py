@@ -48,7 +48,9 @@ def test_what_was_learned_goes_through_json(name):
     again.load(json.loads(json.dumps(made.state())))
     assert again.size == made.size
     assert [again.encode(text) for text in TEXTS] == [made.encode(text) for text in TEXTS]
-    assert tokenizer(name).state() == made.state(), "fitted anew, it is the same: a resumed run needs that"
+    assert tokenizer(name).state() == made.state(), (
+        "fitted anew, it is the same: a resumed run needs that"
+    )
 
 
 def test_the_vocabulary_is_the_most_frequent_and_the_rest_is_unknown():
@@ -82,7 +84,9 @@ def test_a_batch_is_its_texts_padded_to_the_longest():
         assert tokens.dtype == torch.int64
         assert tokens.shape[1] == max(len(rows[label]) for label in labels)
         for row, label in zip(tokens, labels, strict=True):
-            assert torch.equal(row, nn.functional.pad(rows[label], (0, tokens.shape[1] - len(rows[label]))))
+            assert torch.equal(
+                row, nn.functional.pad(rows[label], (0, tokens.shape[1] - len(rows[label])))
+            )
     assert torch.equal(split[56][0], rows[56])
 
 
@@ -108,7 +112,9 @@ def test_bucketing_spares_padding_and_evaluation_keeps_the_order():
 
     assert padding(16) < padding(0) / 3
     split, _ = ragged()
-    labels = [label for _, batch in Loader(split, eval_batch_size=8).epoch(0) for label in batch.tolist()]
+    labels = [
+        label for _, batch in Loader(split, eval_batch_size=8).epoch(0) for label in batch.tolist()
+    ]
     assert labels == list(range(57))
 
 
@@ -118,14 +124,18 @@ def test_an_epoch_goes_on_where_it_was_left(start):
     whole, rest = list(loader.epoch(1)), list(loader.epoch(1, start))
     assert len(rest) == 12 - start
     assert all(
-        torch.equal(a, b) for one, two in zip(whole[start:], rest, strict=True) for a, b in zip(one, two, strict=True)
+        torch.equal(a, b)
+        for one, two in zip(whole[start:], rest, strict=True)
+        for a, b in zip(one, two, strict=True)
     )
 
 
 def test_what_makes_no_batches():
     with pytest.raises(DataError, match="sequence 1 is empty"):
         RaggedSplit([torch.ones(2), torch.ones(0)])
-    with pytest.raises(DataError, match=r"loader.read=workers: a RaggedSplit makes its batches in memory"):
+    with pytest.raises(
+        DataError, match=r"loader.read=workers: a RaggedSplit makes its batches in memory"
+    ):
         Loader(ragged()[0], read="workers")
 
 
@@ -137,7 +147,9 @@ def build(name, **settings):
     model = fw.models.build(name, (20,), (3,), vocabulary=50, **settings)
     for parameter in model.parameters():
         if parameter.ndim > 1 and not parameter.any():
-            nn.init.normal_(parameter, std=0.2)  # branches that begin at zero would hide what they do
+            nn.init.normal_(
+                parameter, std=0.2
+            )  # branches that begin at zero would hide what they do
     return model.eval()
 
 
@@ -150,7 +162,9 @@ def test_padding_changes_nothing(name):
     other = torch.randint(2, 50, (1, 16))
     torch.testing.assert_close(model(torch.cat([padded, other]))[:1], alone, atol=1e-5, rtol=1e-5)
     assert model(torch.zeros(2, 5, dtype=torch.int64)).isfinite().all()
-    torch.testing.assert_close(model(text.where(text != text[0, 0], 777)), model(text.where(text != text[0, 0], 1)))
+    torch.testing.assert_close(
+        model(text.where(text != text[0, 0], 777)), model(text.where(text != text[0, 0], 1))
+    )
 
 
 def test_an_embedding_bag_is_the_mean_of_words_and_of_pairs():
@@ -167,15 +181,22 @@ def test_an_lstm_reads_backwards_from_the_last_word():
     text = torch.randint(2, 50, (1, 6))
     x = model.words(text)
     forwards, backwards = model.forwards(x), model.backwards(x.flip(1))
-    torch.testing.assert_close(model(text), model.output(torch.cat([forwards.mean(1), backwards.mean(1)], 1)))
+    torch.testing.assert_close(
+        model(text), model.output(torch.cat([forwards.mean(1), backwards.mean(1)], 1))
+    )
 
 
 def test_a_transformer_is_pytorchs_attention_with_a_key_padding_mask():
-    block = fw.blocks.build("rotary_attention", (6, 8), heads=2, causal=False, base=1e30)  # positions hardly turn
+    block = fw.blocks.build(
+        "rotary_attention", (6, 8), heads=2, causal=False, base=1e30
+    )  # positions hardly turn
     nn.init.normal_(block.output.weight)
     x, mask = torch.randn(2, 6, 8), torch.arange(6) < torch.tensor([[6], [4]])
     reference = nn.MultiheadAttention(8, 2, bias=False, batch_first=True)
-    reference.in_proj_weight.data, reference.out_proj.weight.data = block.input.weight.data, block.output.weight.data
+    reference.in_proj_weight.data, reference.out_proj.weight.data = (
+        block.input.weight.data,
+        block.output.weight.data,
+    )
     block.rotary.cos.fill_(1.0), block.rotary.sin.fill_(0.0)
     expected = reference(x, x, x, key_padding_mask=~mask)[0]
     torch.testing.assert_close(block(x, mask)[mask], expected[mask], atol=1e-5, rtol=1e-5)
@@ -201,7 +222,9 @@ def folder(tmp_path):
 def table_of(folder, path):
     rows = [(file.read_text(), file.parent.name) for file in sorted(folder.glob("*/*.txt"))]
     if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows))
+        path.write_text(
+            "".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows)
+        )
     else:
         path.write_text("text,label\n" + "".join(f'"{text}",{label}\n' for text, label in rows))
     return path
@@ -212,10 +235,14 @@ def test_folders_and_tables_are_the_same_data(folder, tmp_path):
     assert (one.in_shape, one.out_shape, one.classes) == ((4,), (2,), ["cat", "dog"])
     assert [len(split) for split in (one.train, one.val, one.test)] == [36, 7, 7]
     for name in ("t.csv", "t.jsonl"):
-        other = fw.datasets.build("text_table", path=table_of(folder, tmp_path / name), max_length=4)
+        other = fw.datasets.build(
+            "text_table", path=table_of(folder, tmp_path / name), max_length=4
+        )
         assert torch.equal(other.train.tokens, one.train.tokens)
         assert torch.equal(other.test.others[0], one.test.others[0])
-    assert not set(one.tokenizer.tokens) - {word for text in one.texts["train"] for word in text.split()}
+    assert not set(one.tokenizer.tokens) - {
+        word for text in one.texts["train"] for word in text.split()
+    }
 
 
 def test_what_is_predicted_on_is_prepared_as_in_training(folder, tmp_path):
@@ -233,13 +260,21 @@ def test_what_is_predicted_on_is_prepared_as_in_training(folder, tmp_path):
     ("name", "content", "message"),
     [
         ("t.csv", "text,label\nhello,a\n,b\n", r"t.csv, line 3: 'text' should be a text, not ''"),
-        ("t.csv", "text,label\nhello\n", r"t.csv, line 2: not as many cells as the first line has columns"),
+        (
+            "t.csv",
+            "text,label\nhello\n",
+            r"t.csv, line 2: not as many cells as the first line has columns",
+        ),
         ("t.csv", "words,label\nhello,a\n", r"t.csv, line 2 has no 'text'; .*words"),
         ("t.csv", "text,label\n", r"t.csv has no rows"),
         ("t.csv", "text,label\nhello,a\n", r"there is one class only, 'a'"),
         ("t.jsonl", '{"text": "a", "label": "b"}\n{"text"\n', r"t.jsonl, line 2 is no JSON"),
         ("t.jsonl", "[1]\n", r"t.jsonl, line 1 should be an object"),
-        ("t.jsonl", '{"text": ["a"], "label": "b"}\n', r"t.jsonl, line 1: 'text' should be a text, not \['a'\]"),
+        (
+            "t.jsonl",
+            '{"text": ["a"], "label": "b"}\n',
+            r"t.jsonl, line 1: 'text' should be a text, not \['a'\]",
+        ),
         ("t.xls", "", r"t.xls: the suffix should be .csv, .tsv or .jsonl"),
     ],
 )
@@ -251,7 +286,9 @@ def test_a_bad_row_is_named(tmp_path, name, content, message):
 
 def test_bad_folders_are_named(folder):
     (folder / "bird").mkdir()
-    with pytest.raises(DataError, match=r"texts/bird has no .txt file; a class needs some, or remove its folder"):
+    with pytest.raises(
+        DataError, match=r"texts/bird has no .txt file; a class needs some, or remove its folder"
+    ):
         fw.datasets.build("text_folder", path=folder)
     (folder / "bird" / "1.txt").write_bytes(b"tweet \xff")
     with pytest.raises(DataError, match=r"bird/1.txt is no UTF-8 text \(byte 6\)"):
@@ -274,7 +311,9 @@ def test_mails_are_subject_and_body_and_no_mail_is_in_two_splits(tmp_path):
     data = fw.datasets.build("spam", folder=tmp_path)
     assert data.texts["train"][0] == "about easy 0\nbody"
     assert len(data.train) + len(data.val) == 18
-    assert sorted(data.texts["test"]) == [f"about hard {number}\nbody" for number in range(9)]  # the rest is known
+    assert sorted(data.texts["test"]) == [
+        f"about hard {number}\nbody" for number in range(9)
+    ]  # the rest is known
     (tmp_path / "spam-1" / "3.json").write_text("{")
     with pytest.raises(DataError, match=r"3.json is no mail of the corpus"):
         fw.datasets.build("spam", folder=tmp_path)
@@ -301,9 +340,13 @@ def test_each_model_learns_whose_docstring_it_is(docstrings, name):
     """Twice as often as by always naming the most frequent package, which is the best without reading."""
     torch.manual_seed(0)
     small = {"width": 32, "depth": 1} if name == "text_transformer" else {"width": 32}
-    model = fw.models.build(name, docstrings.in_shape, docstrings.out_shape, vocabulary=docstrings.vocabulary, **small)
+    model = fw.models.build(
+        name, docstrings.in_shape, docstrings.out_shape, vocabulary=docstrings.vocabulary, **small
+    )
     trainer = fit(model, docstrings, max_steps=180)
-    accuracy = trainer.evaluate(docstrings.test, metrics=[fw.metrics.build("accuracy")])["test/accuracy"]
+    accuracy = trainer.evaluate(docstrings.test, metrics=[fw.metrics.build("accuracy")])[
+        "test/accuracy"
+    ]
     answers = torch.tensor(docstrings.labels["test"])
     assert accuracy > 2 * (answers == answers.mode().values).float().mean()
 
@@ -314,7 +357,13 @@ def test_spam_is_told_from_ham_on_a_slice(tmp_path, name):
     whole = cache_folder() / "spam"
     if not whole.is_dir():
         pytest.skip("the mails are not fetched")
-    for group, count in {"easy-ham-1": 150, "spam-1": 150, "easy-ham-2": 90, "hard-ham-1": 10, "spam-2": 100}.items():
+    for group, count in {
+        "easy-ham-1": 150,
+        "spam-1": 150,
+        "easy-ham-2": 90,
+        "hard-ham-1": 10,
+        "spam-2": 100,
+    }.items():
         (tmp_path / group).mkdir()
         for file in sorted((whole / group).glob("*.json"))[:count]:
             (tmp_path / group / file.name).symlink_to(file)
@@ -322,7 +371,9 @@ def test_spam_is_told_from_ham_on_a_slice(tmp_path, name):
     torch.manual_seed(0)
     small = {"width": 32, "depth": 1} if name == "text_transformer" else {"width": 32}
     trainer = fit(
-        fw.models.build(name, data.in_shape, data.out_shape, vocabulary=data.vocabulary, **small), data, max_steps=120
+        fw.models.build(name, data.in_shape, data.out_shape, vocabulary=data.vocabulary, **small),
+        data,
+        max_steps=120,
     )
     values = trainer.evaluate(data.test, metrics=[fw.metrics.build("accuracy")])
     assert values["test/accuracy"] > 0.75
@@ -332,13 +383,17 @@ def test_spam_is_told_from_ham_on_a_slice(tmp_path, name):
 def test_a_run_that_stops_in_mid_epoch_goes_on_bit_for_bit(docstrings, name):
     def fresh():
         torch.manual_seed(0)
-        return fw.models.build(name, (32,), docstrings.out_shape, vocabulary=5000, width=16, dropout=0.3)
+        return fw.models.build(
+            name, (32,), docstrings.out_shape, vocabulary=5000, width=16, dropout=0.3
+        )
 
     whole = fit(fresh(), docstrings, max_steps=100)
     state = copy.deepcopy(fit(fresh(), docstrings, max_steps=37).state_dict())
     resumed = fit(fresh(), docstrings, resume=state, max_steps=100)
     weights = resumed.model.state_dict()
-    assert all(torch.equal(tensor, weights[key]) for key, tensor in whole.model.state_dict().items())
+    assert all(
+        torch.equal(tensor, weights[key]) for key, tensor in whole.model.state_dict().items()
+    )
 
 
 def test_a_text_file_is_predicted_from_the_command_line(command, folder):

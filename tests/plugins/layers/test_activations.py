@@ -77,7 +77,9 @@ def test_a_gate_says_that_an_odd_axis_cannot_be_halved(name):
 def test_every_activation_is_checked_here():
     by_chance = {"rrelu"}
     assert FORMULAS.keys() | GATES.keys() | by_chance >= {
-        e.name for e in fw.activations if e.registered.module == "framework_plugins.layers.activations"
+        e.name
+        for e in fw.activations
+        if e.registered.module == "framework_plugins.layers.activations"
     }
 
 
@@ -95,18 +97,25 @@ def test_settings_reach_the_formula():
     torch.testing.assert_close(build("snake", alpha=2.0)(X), X + torch.sin(2 * X) ** 2 / 2)
     torch.testing.assert_close(build("squareplus", b=1.0)(X), (X + torch.sqrt(X**2 + 1)) / 2)
     torch.testing.assert_close(build("sine", omega=30.0)(X), torch.sin(30 * X))
-    torch.testing.assert_close(build("threshold", threshold=1.0, value=-2.0)(X), torch.where(X > 1, X, -2.0))
+    torch.testing.assert_close(
+        build("threshold", threshold=1.0, value=-2.0)(X), torch.where(X > 1, X, -2.0)
+    )
     torch.testing.assert_close(build("leaky_relu", negative_slope=0.3)(-X.abs()), -0.3 * X.abs())
 
 
 def test_the_frequency_of_snake_is_learned_on_request():
-    fixed, learned = fw.activations.build("snake"), fw.activations.build("snake", alpha=0.7, trainable=True)
+    fixed, learned = (
+        fw.activations.build("snake"),
+        fw.activations.build("snake", alpha=0.7, trainable=True),
+    )
     assert list(fixed.parameters()) == []
     assert learned.alpha.item() == pytest.approx(0.7)
     points = X.clone().requires_grad_()
     assert gradcheck(learned.double(), (points,))
     learned(points).sum().backward()
-    slope = (X * torch.sin(1.4 * X) / 0.7 - torch.sin(0.7 * X) ** 2 / 0.49).sum()  # d/dα of sin²(αx)/α
+    slope = (
+        X * torch.sin(1.4 * X) / 0.7 - torch.sin(0.7 * X) ** 2 / 0.49
+    ).sum()  # d/dα of sin²(αx)/α
     torch.testing.assert_close(learned.alpha.grad, slope, rtol=1e-6, atol=1e-6)
 
 

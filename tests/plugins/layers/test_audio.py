@@ -17,7 +17,15 @@ from framework.experiment.experiment import Experiment, train
 from framework.experiment.load import open_run
 from framework.runs.checkpoint import listed
 from framework.runtime.shapes import output_shape
-from framework_plugins.datasets.audio import PITCH, SOUNDS, VOICES, find_voices, prompt_files, read_waveform, resampled
+from framework_plugins.datasets.audio import (
+    PITCH,
+    SOUNDS,
+    VOICES,
+    find_voices,
+    prompt_files,
+    read_waveform,
+    resampled,
+)
 from framework_plugins.datasets.readers.arrays import cache_folder
 from voices import RATE, small_voices, tone, write_wav
 
@@ -45,7 +53,10 @@ def test_log_mel_is_that_of_librosa(scale):
     np.testing.assert_allclose(mel.filters, LIBROSA[f"filters_{scale}"], atol=1e-6)
     expected = np.log(np.maximum(LIBROSA[f"mel_{scale}"], 1e-6))
     features = mel(with_mask(LIBROSA["wave"]))[0]
-    assert features.shape == (25, 25)  # librosa has a frame more: it is about a sample after the last
+    assert features.shape == (
+        25,
+        25,
+    )  # librosa has a frame more: it is about a sample after the last
     np.testing.assert_allclose(features[:-1], expected[:, :25], atol=2e-3)
 
 
@@ -60,9 +71,15 @@ def test_a_frame_is_the_fourier_sum_of_its_window():
     n_fft, length, hop, frame = 128, 100, 50, 7
     window = 0.54 - 0.46 * np.cos(2 * np.pi * np.arange(length) / length)
     around = np.zeros(n_fft)
-    around[14 : 14 + length] = window * waveform[frame * hop - length // 2 : frame * hop + length // 2]
-    bins = np.exp(-2j * np.pi * np.outer(np.arange(n_fft // 2 + 1), np.arange(n_fft)) / n_fft) @ around
-    mel = block("log_mel", sample_rate=1000, mels=8, window_ms=100, hop_ms=50, window="hamming", n_fft=n_fft)
+    around[14 : 14 + length] = (
+        window * waveform[frame * hop - length // 2 : frame * hop + length // 2]
+    )
+    bins = (
+        np.exp(-2j * np.pi * np.outer(np.arange(n_fft // 2 + 1), np.arange(n_fft)) / n_fft) @ around
+    )
+    mel = block(
+        "log_mel", sample_rate=1000, mels=8, window_ms=100, hop_ms=50, window="hamming", n_fft=n_fft
+    )
     expected = np.log(mel.filters.double().numpy() @ np.abs(bins) ** 2)
     np.testing.assert_allclose(mel(with_mask(waveform))[0, :-1, frame], expected, rtol=1e-4)
 
@@ -88,7 +105,9 @@ def test_what_lies_behind_the_mask_is_not_heard():
 def test_features_have_shapes_and_refuse_what_cannot_be():
     assert output_shape(block("log_mel", (2, 16000)), (2, 16000)) == (41, 100)
     assert output_shape(block("mfcc", (2, 16001), coefficients=20), (2, 16001)) == (21, 101)
-    with pytest.raises(BuildError, match=r"log_mel expects \(channels\+1, samples\), gets \(8000,\)"):
+    with pytest.raises(
+        BuildError, match=r"log_mel expects \(channels\+1, samples\), gets \(8000,\)"
+    ):
         block("log_mel", (8000,))
     with pytest.raises(BuildError, match="no channel beside the mask"):
         block("log_mel", (1, 8000))
@@ -112,7 +131,9 @@ def features_of_ones(rows, lengths, channels=40, frames=100):
 def test_spec_augment_draws_bands_as_the_paper_defines_them():
     """One mask: f uniform in 0..F, then its place uniform in 0..channels - f; over time likewise."""
     x = features_of_ones(20_000, [], 12, 1)
-    out = block("spec_augment", (13, 1), frequency_masks=1, frequency_width=4, time_masks=0).train()(x)
+    out = block(
+        "spec_augment", (13, 1), frequency_masks=1, frequency_width=4, time_masks=0
+    ).train()(x)
     hidden = out[:, :-1, 0] == 0
     width = hidden.sum(1)
     assert width.bincount().tolist() == pytest.approx([4000] * 5, rel=0.08)
@@ -120,15 +141,21 @@ def test_spec_augment_draws_bands_as_the_paper_defines_them():
     for wide in range(1, 5):
         places = 12 - wide + 1
         rows = width == wide
-        assert all(hidden[rows, first[rows] + n].all() for n in range(wide)), "a band is in one piece"
+        assert all(hidden[rows, first[rows] + n].all() for n in range(wide)), (
+            "a band is in one piece"
+        )
         each = rows.sum().item() / places
-        assert first[rows].bincount(minlength=places).tolist() == pytest.approx([each] * places, rel=0.25)
+        assert first[rows].bincount(minlength=places).tolist() == pytest.approx(
+            [each] * places, rel=0.25
+        )
 
 
 def test_spec_augment_hides_time_within_the_real_frames_and_its_share():
     lengths = [100, 50, 20, 4]
     x = features_of_ones(4 * 1000, lengths * 1000)
-    out = block("spec_augment", (41, 100), frequency_masks=0, time_masks=1, time_width=8, time_share=0.2).train()(x)
+    out = block(
+        "spec_augment", (41, 100), frequency_masks=0, time_masks=1, time_width=8, time_share=0.2
+    ).train()(x)
     assert torch.equal(out[:, -1], x[:, -1]), "the mask stays: a hidden frame is still a frame"
     hidden = ((out[:, 0] == 0) & (x[:, -1] == 1)).sum(1).reshape(1000, 4)
     assert hidden.amax(0).tolist() == [8, 8, 4, 0]
@@ -153,12 +180,17 @@ def test_spec_augment_is_for_training_alone_and_repeats_with_the_seed():
 def sounds(tmp_path):
     for name, hertz in (("high", 1500), ("low", 300)):
         for number in range(10):
-            write_wav(tmp_path / "sounds" / name / f"{number:02}.wav", tone(hertz + 20 * number, 0.1 + 0.05 * number))
+            write_wav(
+                tmp_path / "sounds" / name / f"{number:02}.wav",
+                tone(hertz + 20 * number, 0.1 + 0.05 * number),
+            )
     return tmp_path / "sounds"
 
 
 def folder(path, **settings):
-    return fw.datasets.build("audio_folder", path=path, **{"sample_rate": RATE, "seconds": 0.4} | settings)
+    return fw.datasets.build(
+        "audio_folder", path=path, **{"sample_rate": RATE, "seconds": 0.4} | settings
+    )
 
 
 @pytest.mark.parametrize(("width", "tolerance"), [(1, 5e-3), (2, 2e-5), (3, 1e-6), (4, 1e-6)])
@@ -188,7 +220,9 @@ def test_soundfile_reads_what_the_standard_library_does_not(tmp_path, ending):
 def test_without_soundfile_the_error_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "soundfile", None)
     (tmp_path / "a.flac").write_bytes(b"fLaC")
-    with pytest.raises(DataError, match=r"a.flac needs soundfile.*pip install 'framework\[audio\]'"):
+    with pytest.raises(
+        DataError, match=r"a.flac needs soundfile.*pip install 'framework\[audio\]'"
+    ):
         read_waveform(tmp_path / "a.flac")
 
 
@@ -213,13 +247,18 @@ def test_in_memory_or_by_workers_the_batches_are_the_same(sounds):
     ]
     for left, right in ((batches[0], batches[1]), (batches[0], batches[2])):
         assert all(
-            torch.equal(a, b) for one, two in zip(left, right, strict=True) for a, b in zip(one, two, strict=True)
+            torch.equal(a, b)
+            for one, two in zip(left, right, strict=True)
+            for a, b in zip(one, two, strict=True)
         )
 
 
 def test_another_rate_is_an_error_that_names_the_file_or_is_resampled(sounds):
     write_wav(sounds / "low" / "05.wav", tone(400, rate=11025), rate=11025)
-    with pytest.raises(DataError, match=r"low/05.wav has 11025 samples a second, not 8000: give .*data.resample=true"):
+    with pytest.raises(
+        DataError,
+        match=r"low/05.wav has 11025 samples a second, not 8000: give .*data.resample=true",
+    ):
         folder(sounds)
     data = folder(sounds, resample=True, val_fraction=0.0, test_fraction=0.0)
     heard = data.train[15][0]
@@ -227,7 +266,9 @@ def test_another_rate_is_an_error_that_names_the_file_or_is_resampled(sounds):
     np.testing.assert_allclose(heard[0, 100:2300], tone(400)[100:2300], atol=2e-3)
 
 
-@pytest.mark.parametrize(("rate", "wanted"), [(8000, 16000), (16000, 8000), (44100, 16000), (11025, 16000), (7, 3)])
+@pytest.mark.parametrize(
+    ("rate", "wanted"), [(8000, 16000), (16000, 8000), (44100, 16000), (11025, 16000), (7, 3)]
+)
 @pytest.mark.parametrize("samples", [1, 5, 997])
 def test_resampling_is_that_of_scipy(rate, wanted, samples):
     waveform = np.random.default_rng(0).standard_normal(samples)
@@ -243,14 +284,29 @@ def test_bad_files_are_named(sounds):
         with pytest.raises(DataError, match=said):
             folder(sounds)
         with pytest.raises(DataError, match=said):
-            list(Loader(folder(sounds, in_memory=False, val_fraction=0, test_fraction=0).train).epoch())
+            list(
+                Loader(
+                    folder(sounds, in_memory=False, val_fraction=0, test_fraction=0).train
+                ).epoch()
+            )
         (sounds / file).write_bytes(before)
 
-    refused(r"low/03.wav is 0 s long; at least 0.01 s .*min_seconds", write=lambda file: write_wav(file, []))
+    refused(
+        r"low/03.wav is 0 s long; at least 0.01 s .*min_seconds",
+        write=lambda file: write_wav(file, []),
+    )
     refused("low/03.wav is 0.005 s long", write=lambda file: write_wav(file, np.zeros(40)))
-    refused("low/03.wav is cut off: 100 of 2000 frames", write=lambda f: f.write_bytes(f.read_bytes()[:244]))
-    refused(r"low/03.wav (cannot be read as sound|needs soundfile)", write=lambda f: f.write_bytes(b"no sound at all"))
-    refused(r"low/03.wav (cannot be read as sound|needs soundfile)", write=lambda f: f.write_bytes(b""))
+    refused(
+        "low/03.wav is cut off: 100 of 2000 frames",
+        write=lambda f: f.write_bytes(f.read_bytes()[:244]),
+    )
+    refused(
+        r"low/03.wav (cannot be read as sound|needs soundfile)",
+        write=lambda f: f.write_bytes(b"no sound at all"),
+    )
+    refused(
+        r"low/03.wav (cannot be read as sound|needs soundfile)", write=lambda f: f.write_bytes(b"")
+    )
 
 
 def test_folders_that_are_no_data_set(sounds):
@@ -282,7 +338,9 @@ def test_a_wrong_file_is_two_lines_and_status_2(command, sounds):
 
 def test_a_prompt_is_in_one_split_with_all_its_languages(tmp_path):
     small_voices(tmp_path)
-    data = fw.datasets.build("asterisk", path=tmp_path, seconds=0.5, val_fraction=0.25, test_fraction=0.25)
+    data = fw.datasets.build(
+        "asterisk", path=tmp_path, seconds=0.5, val_fraction=0.25, test_fraction=0.25
+    )
     assert [len(split) for split in (data.train, data.val, data.test)] == [10, 5, 5]
     assert data.test.tensors[1].tolist() == [0, 1, 2, 3, 4]
     assert data.classes == ["English", "Spanish", "French", "Italian", "Russian"]
@@ -321,7 +379,13 @@ FRONT = "model.front=[{name: log_mel, sample_rate: 8000, hop_ms: 20, mels: 24},m
 CNN = ("data=tones", "model=sequence_cnn", "model.channels=[16,24]", FRONT)
 CNN_2D = ("data=tones", "model=spectrogram_cnn", "model.channels=[8,16]", FRONT)
 TRANSFORMER = ("data=tones", "model=sequence_transformer", "model.width=32", "model.depth=1", FRONT)
-QUICK = ("scheduler=one_cycle", "optimizer.lr=0.01", "callbacks=[checkpoint]", "loggers=[]", "trainer.max_epochs=8")
+QUICK = (
+    "scheduler=one_cycle",
+    "optimizer.lr=0.01",
+    "callbacks=[checkpoint]",
+    "loggers=[]",
+    "trainer.max_epochs=8",
+)
 TONES = len(PITCH)
 
 
@@ -375,13 +439,20 @@ def test_tones_are_told_apart_by_2d_convolutions(tmp_path):
 
 
 def test_tones_are_told_apart_by_a_transformer(tmp_path):
-    assert go(tmp_path, *TRANSFORMER, *QUICK, "trainer.max_epochs=6").metrics["test/accuracy"] > 3.5 / TONES
+    assert (
+        go(tmp_path, *TRANSFORMER, *QUICK, "trainer.max_epochs=6").metrics["test/accuracy"]
+        > 3.5 / TONES
+    )
 
 
 @pytest.mark.parametrize("model", [CNN[1:], CNN_2D[1:]], ids=["1d", "2d"])
 def test_languages_are_learnt_on_a_slice(tmp_path, model):
     """80 prompts in five languages; the most frequent language is a fifth of them."""
-    root = find_voices([SOUNDS, cache_folder() / "asterisk"]) if asterisk_is_here() else pytest.skip("not fetched")
+    root = (
+        find_voices([SOUNDS, cache_folder() / "asterisk"])
+        if asterisk_is_here()
+        else pytest.skip("not fetched")
+    )
     every = [prompt_files(root / folder) for folder in VOICES.values()]
     names = sorted(set.intersection(*map(set, every)))[-80:]
     for folder, files in zip(VOICES.values(), every, strict=True):
@@ -417,7 +488,14 @@ def weights(run):
 @pytest.mark.parametrize("model", [CNN, CNN_2D], ids=["1d", "2d"])
 def test_stopped_in_mid_epoch_and_resumed_the_weights_are_the_same(tmp_path, model):
     """SpecAugment and dropout draw at each step: what they drew before the cut must not be drawn again."""
-    short = (*model, *QUICK, "model.dropout=0.1", "trainer.max_epochs=2", "data.samples=60", "loader.batch_size=8")
+    short = (
+        *model,
+        *QUICK,
+        "model.dropout=0.1",
+        "trainer.max_epochs=2",
+        "data.samples=60",
+        "loader.batch_size=8",
+    )
     often = "callbacks.checkpoint.every=2steps"
     whole = go(tmp_path, *short, often, "run.name=whole")
     assert whole.steps == 12
@@ -432,7 +510,9 @@ def test_a_run_predicts_from_sound_files(heard, tmp_path):
     fresh = fw.datasets.build("tones", samples=40, seed=7, val_fraction=0.0, test_fraction=0.0)
     for row in range(40):
         x, label = fresh.train[row]
-        write_wav(tmp_path / "sounds" / f"{row:02}_{fresh.classes[label]}.wav", x[0, x[1] > 0].numpy())
+        write_wav(
+            tmp_path / "sounds" / f"{row:02}_{fresh.classes[label]}.wav", x[0, x[1] > 0].numpy()
+        )
     inputs = trained.read_inputs(tmp_path / "sounds")
     torch.testing.assert_close(inputs, fresh.train.tensors[0], atol=1e-4, rtol=0)
     found = [trained.facts["classes"][each] for each in trained.predict(inputs)["class"]]
@@ -460,7 +540,11 @@ def test_what_is_heard_is_shown(heard):
 
 def test_without_classes_nothing_is_shown():
     kept, data = Kept(), fw.datasets.build("friedman1", samples=40)
-    trainer = fw.Trainer(max_steps=1, callbacks=[fw.callbacks.build("spectrograms")], loggers=[kept])
+    trainer = fw.Trainer(
+        max_steps=1, callbacks=[fw.callbacks.build("spectrograms")], loggers=[kept]
+    )
     model = torch.nn.Linear(10, 1)
-    trainer.fit(model, data, task=torch.nn.MSELoss(), optimizer=torch.optim.SGD(model.parameters(), 0.01))
+    trainer.fit(
+        model, data, task=torch.nn.MSELoss(), optimizer=torch.optim.SGD(model.parameters(), 0.01)
+    )
     assert not kept.pictures

@@ -37,16 +37,41 @@ def wake(module):
         ("linear", {"width": 8, "activation": "glu"}, VECTOR, (4,)),
         ("conv1d", {"channels": 8}, (4, 50), (8, 50)),
         ("conv1d", {"channels": 8, "kernel_size": 4}, (4, 50), (8, 50)),
-        ("conv1d", {"channels": 8, "kernel_size": 5, "padding": 0, "dilation": 2, "norm": "batch"}, (4, 50), (8, 42)),
+        (
+            "conv1d",
+            {"channels": 8, "kernel_size": 5, "padding": 0, "dilation": 2, "norm": "batch"},
+            (4, 50),
+            (8, 42),
+        ),
         ("conv2d", {"channels": 8, "norm": "group"}, IMAGE, (8, 12, 12)),
         ("conv2d", {"channels": 8, "stride": 2}, (4, 13, 12), (8, 7, 6)),
         ("conv2d", {"channels": 8, "groups": 4, "padding": 2}, IMAGE, (8, 14, 14)),
         ("residual", {"blocks": ["flatten"]}, VECTOR, VECTOR),
-        ("residual", {"blocks": [{"name": "linear", "width": 3}], "norm": "batch"}, SEQUENCE, (6, 3)),
-        ("residual", {"blocks": [{"name": "conv1d", "channels": 8, "stride": 2}]}, (4, 51), (8, 26)),
-        ("residual", {"blocks": ["conv2d", "avg_pool"], "activation": "relu", "norm": "batch"}, IMAGE, (32, 6, 6)),
+        (
+            "residual",
+            {"blocks": [{"name": "linear", "width": 3}], "norm": "batch"},
+            SEQUENCE,
+            (6, 3),
+        ),
+        (
+            "residual",
+            {"blocks": [{"name": "conv1d", "channels": 8, "stride": 2}]},
+            (4, 51),
+            (8, 26),
+        ),
+        (
+            "residual",
+            {"blocks": ["conv2d", "avg_pool"], "activation": "relu", "norm": "batch"},
+            IMAGE,
+            (32, 6, 6),
+        ),
         ("residual_mlp", {"width": 32}, VECTOR, VECTOR),
-        ("residual_mlp", {"activation": "glu", "dropout": 0.1, "dropout_kind": "drop_path"}, SEQUENCE, SEQUENCE),
+        (
+            "residual_mlp",
+            {"activation": "glu", "dropout": 0.1, "dropout_kind": "drop_path"},
+            SEQUENCE,
+            SEQUENCE,
+        ),
         ("basic_block", {"channels": 8, "stride": 2}, IMAGE, (8, 6, 6)),
         ("basic_block", {"channels": 4, "norm": None}, IMAGE, IMAGE),
         ("bottleneck", {"channels": 8, "stride": 2}, (4, 13, 13), (32, 7, 7)),
@@ -71,15 +96,27 @@ def wake(module):
         ("class_token", {}, SEQUENCE, (7, 16)),
         ("position", {"dropout": 0.1}, SEQUENCE, SEQUENCE),
         ("position", {"position": "sinusoidal"}, (6, 5), (6, 5)),
-        ("lstm", {"width": 8, "bidirectional": True, "depth": 2, "dropout": 0.1}, SEQUENCE, (6, 16)),
+        (
+            "lstm",
+            {"width": 8, "bidirectional": True, "depth": 2, "dropout": 0.1},
+            SEQUENCE,
+            (6, 16),
+        ),
         ("gru", {"width": 8, "outputs": "last"}, SEQUENCE, (8,)),
         ("attention", {"causal": True, "bias": False}, SEQUENCE, SEQUENCE),
-        ("transformer_encoder", {"norm": "rms", "activation": "glu", "dropout": 0.1}, SEQUENCE, SEQUENCE),
+        (
+            "transformer_encoder",
+            {"norm": "rms", "activation": "glu", "dropout": 0.1},
+            SEQUENCE,
+            SEQUENCE,
+        ),
         ("transformer_decoder", {"norm": "batch", "norm_first": False}, SEQUENCE, SEQUENCE),
         ("mlp_mixer", {"dropout": 0.1}, SEQUENCE, SEQUENCE),
     ],
 )
-def test_a_block_gives_its_shape_and_a_gradient_to_every_parameter(name, settings, in_shape, out_shape):
+def test_a_block_gives_its_shape_and_a_gradient_to_every_parameter(
+    name, settings, in_shape, out_shape
+):
     block = build(name, in_shape, **settings)
     assert output_shape(block, in_shape) == out_shape
     x = torch.randint(7, (3, *in_shape)) if name == "embedding" else torch.randn(3, *in_shape)
@@ -94,15 +131,30 @@ def test_a_block_gives_its_shape_and_a_gradient_to_every_parameter(name, setting
     ("name", "settings", "in_shape", "count"),
     [
         ("linear", {"width": 8, "norm": "layer"}, (16,), 16 * 8 + 8 + 2 * 8),
-        ("conv2d", {"channels": 8, "kernel_size": 5, "groups": 2, "bias": False}, IMAGE, 8 * 2 * 25),
+        (
+            "conv2d",
+            {"channels": 8, "kernel_size": 5, "groups": 2, "bias": False},
+            IMAGE,
+            8 * 2 * 25,
+        ),
         ("residual_mlp", {"width": 32}, (16,), 2 * 16 + (16 * 32 + 32) + (32 * 16 + 16)),
         ("basic_block", {"channels": 8}, IMAGE, 9 * 4 * 8 + 9 * 8 * 8 + 4 * 8 + 3 * 2 * 8),
-        ("bottleneck", {"channels": 8}, IMAGE, 4 * 8 + 9 * 64 + 8 * 32 + 4 * 32 + 2 * (8 + 8 + 32 + 32)),
+        (
+            "bottleneck",
+            {"channels": 8},
+            IMAGE,
+            4 * 8 + 9 * 64 + 8 * 32 + 4 * 32 + 2 * (8 + 8 + 32 + 32),
+        ),
         ("depthwise_separable", {"channels": 8}, IMAGE, 4 * 9 + 2 * 4 + 4 * 8 + 2 * 8),
         ("squeeze_excite", {"reduction": 2}, IMAGE, (4 * 2 + 2) + (2 * 4 + 4)),
         ("patch_embedding", {"patch": 4, "width": 10}, IMAGE, 4 * 16 * 10 + 10),
         ("transformer_encoder", {}, SEQUENCE, 4 * (16 * 16 + 16) + 2 * 16 * 64 + 64 + 16 + 4 * 16),
-        ("mlp_mixer", {"token_width": 5, "width": 7}, (6, 16), 2 * 30 + 5 + 6 + 2 * 112 + 7 + 16 + 4 * 16),
+        (
+            "mlp_mixer",
+            {"token_width": 5, "width": 7},
+            (6, 16),
+            2 * 30 + 5 + 6 + 2 * 112 + 7 + 16 + 4 * 16,
+        ),
     ],
 )
 def test_parameters_are_as_many_as_the_formula_says(name, settings, in_shape, count):
@@ -160,7 +212,9 @@ def test_pooling_and_patches_by_hand():
 @pytest.mark.parametrize(("name", "layer"), [("lstm", nn.LSTM), ("gru", nn.GRU)])
 def test_recurrent_blocks_are_torchs_layers(name, layer, bidirectional):
     settings = {"width": 5, "depth": 2, "bidirectional": bidirectional}
-    every, last = (build(name, SEQUENCE, outputs=outputs, **settings) for outputs in ("all", "last"))
+    every, last = (
+        build(name, SEQUENCE, outputs=outputs, **settings) for outputs in ("all", "last")
+    )
     theirs = layer(16, 5, 2, batch_first=True, bidirectional=bidirectional)
     every.layer.load_state_dict(theirs.state_dict())
     last.layer.load_state_dict(theirs.state_dict())
@@ -223,12 +277,18 @@ def test_transformer_layers_are_torchs(norm_first):
     theirs = wake(nn.TransformerDecoderLayer(16, 4, 64, **settings))
     ours = build("transformer_decoder", SEQUENCE, norm_first=norm_first, memory_width=16)
     copy_layer(ours, theirs)
-    torch.testing.assert_close(ours(x, memory), theirs(x, memory, tgt_mask=mask), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        ours(x, memory), theirs(x, memory, tgt_mask=mask), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [("attention", {"causal": True}), ("transformer_encoder", {"causal": True}), ("transformer_decoder", {})],
+    [
+        ("attention", {"causal": True}),
+        ("transformer_encoder", {"causal": True}),
+        ("transformer_decoder", {}),
+    ],
 )
 def test_the_future_does_not_change_the_past(name, settings):
     block = build(name, SEQUENCE, **settings)
@@ -263,7 +323,9 @@ def test_mixer_mixes_positions_and_features():
     x = torch.randn(3, *SEQUENCE)
     mixed = x + block.tokens(block.norm(x).mT).mT  # equation 1, first line
     norm, up, down = block.features[0].body
-    expected = mixed + F.linear(F.gelu(up.linear(norm(mixed))), down.linear.weight, down.linear.bias)
+    expected = mixed + F.linear(
+        F.gelu(up.linear(norm(mixed))), down.linear.weight, down.linear.bias
+    )
     torch.testing.assert_close(block(x), expected)
 
 
@@ -278,14 +340,29 @@ def test_dropout_works_in_training_only():
     ("name", "settings", "in_shape", "message"),
     [
         ("conv2d", {}, VECTOR, r"conv2d expects \(C, H, W\), gets \(16,\)"),
-        ("linear", {}, IMAGE, r"linear expects \(D,\) or \(T, D\), gets .*; put `flatten` before it"),
-        ("conv1d", {"groups": 3}, (4, 50), "cannot split 4 input and 32 output channels into 3 groups"),
+        (
+            "linear",
+            {},
+            IMAGE,
+            r"linear expects \(D,\) or \(T, D\), gets .*; put `flatten` before it",
+        ),
+        (
+            "conv1d",
+            {"groups": 3},
+            (4, 50),
+            "cannot split 4 input and 32 output channels into 3 groups",
+        ),
         ("attention", {"heads": 3}, SEQUENCE, "cannot split 16 features into 3 heads"),
         ("patch_embedding", {"patch": 5}, IMAGE, r"patch=5; it can with \[1, 2, 3, 4, 6, 12\]"),
         ("max_pool", {"kernel_size": 13}, IMAGE, "cannot fit a window of 13"),
         ("reshape", {"shape": [7, -1]}, IMAGE, r"cannot make \(7, -1\) of \(4, 12, 12\)"),
         ("permute", {"axes": [0, 0]}, SEQUENCE, r"each axis of \(6, 16\) once, gets \[0, 0\]"),
-        ("residual", {"blocks": ["flatten"]}, IMAGE, r"cannot add its input \(4, 12, 12\) to .* \(576,\)"),
+        (
+            "residual",
+            {"blocks": ["flatten"]},
+            IMAGE,
+            r"cannot add its input \(4, 12, 12\) to .* \(576,\)",
+        ),
         ("embedding", {}, IMAGE, r"expects token ids \(T,\)"),
     ],
 )

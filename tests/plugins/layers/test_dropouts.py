@@ -27,7 +27,9 @@ def test_p_is_the_whole_range(name):
         fw.dropouts.build(name, 1.5)
 
 
-@pytest.mark.parametrize(("name", "draws"), [("dropout", IMAGES.numel()), ("feature", 6000), ("drop_path", 200)])
+@pytest.mark.parametrize(
+    ("name", "draws"), [("dropout", IMAGES.numel()), ("feature", 6000), ("drop_path", 200)]
+)
 def test_a_share_p_is_zeroed_and_the_rest_grows_to_keep_the_mean(name, draws):
     out = dropped(name)
     tolerance = 4 * (0.3 * 0.7 / draws) ** 0.5

@@ -42,7 +42,10 @@ def test_the_mlp_head_has_a_hidden_layer():
     hidden = head.hidden.norm(head.hidden.linear(x.mean(1))).tanh()
     torch.testing.assert_close(head(x), head.output.linear(hidden))
     assert sum(p.numel() for p in head.parameters()) == (5 * 6 + 6) + 2 * 6 + (6 * 10 + 10)
-    assert fw.heads.build("mlp", VECTOR, (10,), activation="glu")(torch.randn(2, 5)).shape == (2, 10)
+    assert fw.heads.build("mlp", VECTOR, (10,), activation="glu")(torch.randn(2, 5)).shape == (
+        2,
+        10,
+    )
 
 
 @pytest.mark.parametrize("out_shape", [(10,), (7, 10)])
@@ -56,7 +59,12 @@ def test_the_token_head_is_the_same_at_every_position(out_shape):
 @pytest.mark.parametrize(
     ("name", "settings", "in_shape", "message"),
     [
-        ("class", {"pool": "last"}, IMAGE, r"pool=last expects \(D,\) or \(T, D\), gets \(5, 4, 3\)"),
+        (
+            "class",
+            {"pool": "last"},
+            IMAGE,
+            r"pool=last expects \(D,\) or \(T, D\), gets \(5, 4, 3\)",
+        ),
         ("mlp", {"pool": "mean"}, (5, 4, 3, 2), r"pool=mean expects"),
         ("token", {}, IMAGE, r"token head expects \(T, D\), gets \(5, 4, 3\)"),
     ],

@@ -29,7 +29,11 @@ def draw(name, shape=LINEAR, **settings):
         ("lecun_uniform", {}, lambda i, o: 1 / i),
         ("variance_scaling", {}, lambda i, o: 1 / i),
         ("variance_scaling", {"scale": 2.0, "mode": "fan_out"}, lambda i, o: 2 / o),
-        ("variance_scaling", {"mode": "fan_avg", "distribution": "uniform"}, lambda i, o: 2 / (i + o)),
+        (
+            "variance_scaling",
+            {"mode": "fan_avg", "distribution": "uniform"},
+            lambda i, o: 2 / (i + o),
+        ),
         ("normal", {}, lambda i, o: 0.02**2),
         ("uniform", {}, lambda i, o: 0.1**2 / 12),
     ],
@@ -53,16 +57,28 @@ def test_it_fills_a_weight_in_place(name, shape):
 
 def test_uniform_and_normal_have_their_shapes():
     bound = math.sqrt(3 / 300)
-    assert stats.kstest(draw("lecun_uniform").flatten()[:5000], stats.uniform(-bound, 2 * bound).cdf).pvalue > 0.01
-    assert stats.kstest(draw("normal", std=2.0).flatten()[:5000], stats.norm(0, 2).cdf).pvalue > 0.01
-    assert stats.kstest(draw("uniform", a=1.0, b=3.0).flatten()[:5000], stats.uniform(1, 2).cdf).pvalue > 0.01
+    assert (
+        stats.kstest(
+            draw("lecun_uniform").flatten()[:5000], stats.uniform(-bound, 2 * bound).cdf
+        ).pvalue
+        > 0.01
+    )
+    assert (
+        stats.kstest(draw("normal", std=2.0).flatten()[:5000], stats.norm(0, 2).cdf).pvalue > 0.01
+    )
+    assert (
+        stats.kstest(draw("uniform", a=1.0, b=3.0).flatten()[:5000], stats.uniform(1, 2).cdf).pvalue
+        > 0.01
+    )
 
 
 def test_the_cut_of_trunc_normal_is_in_standard_deviations():
     weight = draw("trunc_normal", mean=1.0, std=0.1, cut=1.5)
     assert weight.min() >= 0.85
     assert weight.max() <= 1.15
-    assert weight.std().item() == pytest.approx(stats.truncnorm(-1.5, 1.5, scale=0.1).std(), rel=0.02)
+    assert weight.std().item() == pytest.approx(
+        stats.truncnorm(-1.5, 1.5, scale=0.1).std(), rel=0.02
+    )
 
 
 @pytest.mark.parametrize("shape", [(40, 30), (30, 40), (16, 8, 3, 3)], ids=str)
@@ -76,14 +92,20 @@ def test_orthogonal_weights_have_orthonormal_rows_or_columns(shape):
 def test_identity_layers_return_their_input():
     features, image = torch.randn(2, 6), torch.randn(2, 6, 5, 5)
     torch.testing.assert_close(features @ draw("identity", (6, 6)).T, features)
-    torch.testing.assert_close(torch.nn.functional.conv2d(image, draw("eye", (6, 6, 3, 3)), padding=1), image)
-    grouped = torch.nn.functional.conv2d(image, draw("dirac", (6, 3, 3, 3), groups=2), padding=1, groups=2)
+    torch.testing.assert_close(
+        torch.nn.functional.conv2d(image, draw("eye", (6, 6, 3, 3)), padding=1), image
+    )
+    grouped = torch.nn.functional.conv2d(
+        image, draw("dirac", (6, 3, 3, 3), groups=2), padding=1, groups=2
+    )
     torch.testing.assert_close(grouped, image)
 
 
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
 def test_sparse_zeroes_a_share_of_each_column(memory):
-    weight = fw.initializers.build("sparse", torch.empty(50, 4, 3, 3).to(memory_format=memory), sparsity=0.8, std=1.0)
+    weight = fw.initializers.build(
+        "sparse", torch.empty(50, 4, 3, 3).to(memory_format=memory), sparsity=0.8, std=1.0
+    )
     assert (weight.reshape(50, -1) == 0).sum(0).tolist() == [40] * 36
 
 

@@ -19,7 +19,9 @@ def normalised(name, shape, **settings):
 
 def over(x, *axes):
     """The formula: (x - mean) / √(variance + ε) over some axes."""
-    return (x - x.mean(axes, keepdim=True)) / (x.var(axes, correction=0, keepdim=True) + 1e-5).sqrt()
+    return (x - x.mean(axes, keepdim=True)) / (
+        x.var(axes, correction=0, keepdim=True) + 1e-5
+    ).sqrt()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -47,10 +49,14 @@ def test_group_normalises_channels_in_groups_with_their_positions(shape):
 @pytest.mark.parametrize("shape", CHANNELS_FIRST, ids=str)
 def test_instance_normalises_each_channel_over_its_positions(shape):
     x = inputs(shape)
-    torch.testing.assert_close(fw.norms.build("instance", shape).double()(x), over(x, *range(2, x.ndim)))
+    torch.testing.assert_close(
+        fw.norms.build("instance", shape).double()(x), over(x, *range(2, x.ndim))
+    )
 
 
-@pytest.mark.parametrize(("name", "settings"), [("batch", {}), ("layer", {}), ("rms", {}), ("group", {"groups": 2})])
+@pytest.mark.parametrize(
+    ("name", "settings"), [("batch", {}), ("layer", {}), ("rms", {}), ("group", {"groups": 2})]
+)
 def test_features_may_have_more_axes_before_them(name, settings):
     sequence = inputs((5, 6))
     norm = fw.norms.build(name, (6,), **settings).double()
@@ -74,7 +80,8 @@ def test_batch_norm_of_a_single_row_says_what_to_do():
 
 
 @pytest.mark.parametrize(
-    ("channels", "groups"), [(3, 1), (1, 1), (8, 2), (10, 2), (12, 3), (64, 16), (128, 32), (256, 32), (48, 12), (7, 1)]
+    ("channels", "groups"),
+    [(3, 1), (1, 1), (8, 2), (10, 2), (12, 3), (64, 16), (128, 32), (256, 32), (48, 12), (7, 1)],
 )
 def test_groups_are_chosen_to_divide_the_channels(channels, groups):
     assert fw.norms.build("group", (channels, 4, 4)).num_groups == groups
@@ -100,7 +107,12 @@ def test_plain_torch_layers_are_used_where_they_do():
 @pytest.mark.parametrize(
     ("name", "shape", "settings", "said"),
     [
-        ("group", (10, 4, 4), {"groups": 4}, r"4 groups do not divide 10 channels.*use one of 1, 2, 5, 10"),
+        (
+            "group",
+            (10, 4, 4),
+            {"groups": 4},
+            r"4 groups do not divide 10 channels.*use one of 1, 2, 5, 10",
+        ),
         ("group", (4,), {"groups": 4}, "over a single channel"),
         ("layer", (1, 28, 28), {}, "layer norm over a single channel"),
         ("rms", (1,), {}, "rms norm over a single channel"),

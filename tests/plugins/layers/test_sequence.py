@@ -62,8 +62,13 @@ PICTURES = [
 
 def makers(settings):
     """Return settings with the blocks in them as makers, as the command line gives them."""
-    named = [{"name": each} if isinstance(each, str) else each for each in settings.get("blocks", ())]
-    made = [fw.blocks.maker(each["name"], **{k: v for k, v in each.items() if k != "name"}) for each in named]
+    named = [
+        {"name": each} if isinstance(each, str) else each for each in settings.get("blocks", ())
+    ]
+    made = [
+        fw.blocks.maker(each["name"], **{k: v for k, v in each.items() if k != "name"})
+        for each in named
+    ]
     return settings | ({"blocks": made} if made else {})
 
 
@@ -76,11 +81,15 @@ def test_padding_changes_nothing(name, settings, train):
     torch.testing.assert_close(wider if wider.ndim == 2 else wider[:, :, : whole.shape[2]], whole)
     for row in range(len(LENGTHS)) if name != "masked_batch_norm" or not train else ():
         single = block(alone(ragged(), row))
-        kept = whole[row : row + 1] if whole.ndim == 2 else whole[row : row + 1, :, : single.shape[2]]
+        kept = (
+            whole[row : row + 1] if whole.ndim == 2 else whole[row : row + 1, :, : single.shape[2]]
+        )
         torch.testing.assert_close(kept, single)
 
 
-@pytest.mark.parametrize(("name", "settings"), [each for each in BLOCKS if each[0] != "masked_pool"])
+@pytest.mark.parametrize(
+    ("name", "settings"), [each for each in BLOCKS if each[0] != "masked_pool"]
+)
 def test_what_is_padding_stays_zero_and_the_mask_a_mask(name, settings):
     out = build("blocks", name, (CHANNELS + 1, max(LENGTHS)), **makers(settings))(ragged())
     stride = -(-max(LENGTHS) // out.shape[2])
@@ -93,10 +102,14 @@ def test_what_is_padding_stays_zero_and_the_mask_a_mask(name, settings):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("pool", ["mean", "max", "statistics", "attention"])
 def test_a_model_says_the_same_of_a_sequence_alone_and_among_longer_ones(name, pool):
-    model = build("models", name, (CHANNELS + 1, max(LENGTHS) + 5), (4,), pool=pool, dropout=0.2).eval()
+    model = build(
+        "models", name, (CHANNELS + 1, max(LENGTHS) + 5), (4,), pool=pool, dropout=0.2
+    ).eval()
     together = model(ragged(padding=5))
     for row in range(len(LENGTHS)):
-        torch.testing.assert_close(together[row : row + 1], model(alone(ragged(), row)), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            together[row : row + 1], model(alone(ragged(), row)), atol=1e-5, rtol=1e-5
+        )
 
 
 def picture(x):
@@ -110,7 +123,9 @@ def test_a_picture_has_the_channels_as_rows_and_is_a_sequence_again():
     shown = picture(x)
     assert shown.shape == (len(LENGTHS), 2, CHANNELS, 40)
     assert torch.equal(shown[0, 0], x[0, :-1])
-    assert torch.equal(shown[1], torch.stack([ragged()[1, :-1], ragged()[1, -1].expand(CHANNELS, -1)]))
+    assert torch.equal(
+        shown[1], torch.stack([ragged()[1, :-1], ragged()[1, -1].expand(CHANNELS, -1)])
+    )
     assert torch.equal(build("blocks", "as_sequence", (2, CHANNELS, 40))(shown), ragged())
 
 
@@ -129,7 +144,15 @@ def test_padding_changes_nothing_in_a_picture(name, settings):
 
 def test_a_masked_2d_convolution_is_a_convolution_of_the_frames_in_both_directions():
     x = ragged()
-    block = build("blocks", "masked_conv2d", (2, CHANNELS, 40), channels=4, stride=2, norm=None, activation=None)
+    block = build(
+        "blocks",
+        "masked_conv2d",
+        (2, CHANNELS, 40),
+        channels=4,
+        stride=2,
+        norm=None,
+        activation=None,
+    )
     convolution, out = block.body[0].conv, block(picture(x))
     for row, length in enumerate(LENGTHS):
         frames = F.pad(alone(x, row)[0, :-1], [1, 1, 1, 1])
@@ -166,7 +189,9 @@ def test_the_norm_is_over_the_real_frames():
     out = build("blocks", "masked_norm", (CHANNELS + 1, 40), eps=1e-12)(ragged(dtype=torch.float64))
     frames = out[1, :-1, :23]
     torch.testing.assert_close(frames.mean(1), torch.zeros(CHANNELS, dtype=torch.float64))
-    torch.testing.assert_close(frames.var(1, correction=0), torch.ones(CHANNELS, dtype=torch.float64))
+    torch.testing.assert_close(
+        frames.var(1, correction=0), torch.ones(CHANNELS, dtype=torch.float64)
+    )
 
 
 def test_the_transformer_layer_is_that_of_torch():
@@ -176,8 +201,14 @@ def test_the_transformer_layer_is_that_of_torch():
     rest = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
     theirs = torch.nn.TransformerEncoderLayer(CHANNELS, 3, 2 * CHANNELS, **rest).eval()
     linears = [part for part in ours.feed_forward.modules() if isinstance(part, torch.nn.Linear)]
-    norm = next(part for part in ours.feed_forward.modules() if isinstance(part, torch.nn.LayerNorm))
-    pairs = [(theirs.self_attn.out_proj, ours.output), (theirs.norm1, ours.norm), (theirs.norm2, norm)]
+    norm = next(
+        part for part in ours.feed_forward.modules() if isinstance(part, torch.nn.LayerNorm)
+    )
+    pairs = [
+        (theirs.self_attn.out_proj, ours.output),
+        (theirs.norm1, ours.norm),
+        (theirs.norm2, norm),
+    ]
     for there, here in [*pairs, (theirs.linear1, linears[0]), (theirs.linear2, linears[1])]:
         there.load_state_dict(here.state_dict())
     theirs.self_attn.in_proj_weight.data = ours.query_key_value.weight.data
@@ -188,7 +219,9 @@ def test_the_transformer_layer_is_that_of_torch():
 
 def test_a_masked_convolution_is_a_convolution_of_the_frames():
     x = ragged()
-    block = build("blocks", "masked_conv1d", tuple(x.shape[1:]), channels=4, norm=None, activation=None)
+    block = build(
+        "blocks", "masked_conv1d", tuple(x.shape[1:]), channels=4, norm=None, activation=None
+    )
     convolution = block.body[0].conv
     for row in range(len(LENGTHS)):
         frames = alone(x, row)
@@ -197,8 +230,12 @@ def test_a_masked_convolution_is_a_convolution_of_the_frames():
 
 
 def test_shapes_and_mistakes():
-    assert output_shape(build("blocks", "masked_conv1d", (4, 41), channels=9, stride=2), (4, 41)) == (10, 21)
-    shortened = build("blocks", "masked", (4, 41), blocks=[fw.blocks.maker("max_pool", kernel_size=2)])
+    assert output_shape(
+        build("blocks", "masked_conv1d", (4, 41), channels=9, stride=2), (4, 41)
+    ) == (10, 21)
+    shortened = build(
+        "blocks", "masked", (4, 41), blocks=[fw.blocks.maker("max_pool", kernel_size=2)]
+    )
     assert output_shape(shortened, (4, 41)) == (4, 20)
     with pytest.raises(BuildError, match=r"masked_norm expects \(C\+1, L\), gets \(5,\)"):
         build("blocks", "masked_norm", (5,))
@@ -215,7 +252,9 @@ def test_shapes_and_mistakes():
     with pytest.raises(BuildError, match="6 channels into 4 heads"):
         build("blocks", "masked_transformer", (7, 8), heads=4)
     with pytest.raises(BuildError, match="cannot follow its mask from 8 frames to 6"):
-        build("blocks", "masked", (4, 8), blocks=[fw.blocks.maker("conv1d", kernel_size=3, padding=0)])
+        build(
+            "blocks", "masked", (4, 8), blocks=[fw.blocks.maker("conv1d", kernel_size=3, padding=0)]
+        )
 
 
 def test_zeros_without_a_real_frame_give_numbers():
@@ -227,7 +266,10 @@ def test_zeros_without_a_real_frame_give_numbers():
 
 def test_batch_norm_is_that_of_torch_on_the_real_frames_alone():
     x = ragged()
-    ours, theirs = build("blocks", "masked_batch_norm", tuple(x.shape[1:])), torch.nn.BatchNorm1d(CHANNELS)
+    ours, theirs = (
+        build("blocks", "masked_batch_norm", tuple(x.shape[1:])),
+        torch.nn.BatchNorm1d(CHANNELS),
+    )
     for train in (True, False):
         real = x[:, -1] > 0
         expected = theirs.train(train)(x[:, :-1].transpose(1, 2)[real])

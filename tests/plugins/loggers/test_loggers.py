@@ -89,23 +89,38 @@ def test_charts_lay_training_over_validation(tmp_path):
     log(tmp_path, metrics=["loss", "f1.macro"]).close()
     layout = Layout.FromString(tensors(read(tmp_path), "custom_scalars__config__")[0].string_val[0])
     charts = {chart.title: list(chart.multiline.tag) for chart in layout.category[0].chart}
-    assert charts == {"loss": ["^train/loss$", "^val/loss$"], "f1.macro": [r"^train/f1\.macro$", r"^val/f1\.macro$"]}
+    assert charts == {
+        "loss": ["^train/loss$", "^val/loss$"],
+        "f1.macro": [r"^train/f1\.macro$", r"^val/f1\.macro$"],
+    }
 
 
 def test_hparams_are_in_the_same_run_with_their_types(tmp_path):
     board = log(tmp_path)
     scalars(board, {"val/loss": 0.1}, step=40)
-    optimizer = {"name": "adamw", "lr": 1e-3, "betas": [0.9, 0.999], "amsgrad": False, "momentum": None}
+    optimizer = {
+        "name": "adamw",
+        "lr": 1e-3,
+        "betas": [0.9, 0.999],
+        "amsgrad": False,
+        "momentum": None,
+    }
     board.hparams({"optimizer": optimizer, "seed": 3}, {"val/loss": 0.1, "test/accuracy": 0.9})
     board.close()
     assert len(list(tmp_path.rglob("*"))) == 1  # one file, no folder for a second run
     events = read(tmp_path)
     assert [(e.step, e.value) for e in events.Scalars("val/loss")] == [(40, pytest.approx(0.1))]
-    assert [(e.step, e.value) for e in events.Scalars("test/accuracy")] == [(40, pytest.approx(0.9))]
-    content = {tag: HParamsPluginData.FromString(c) for tag, c in events.PluginTagToContent("hparams").items()}
+    assert [(e.step, e.value) for e in events.Scalars("test/accuracy")] == [
+        (40, pytest.approx(0.9))
+    ]
+    content = {
+        tag: HParamsPluginData.FromString(c)
+        for tag, c in events.PluginTagToContent("hparams").items()
+    }
     start = content["_hparams_/session_start_info"].session_start_info.hparams
     assert {
-        name: (value.WhichOneof("kind"), getattr(value, value.WhichOneof("kind"))) for name, value in start.items()
+        name: (value.WhichOneof("kind"), getattr(value, value.WhichOneof("kind")))
+        for name, value in start.items()
     } == {
         "optimizer": ("string_value", "adamw"),
         "optimizer.lr": ("number_value", 1e-3),
@@ -180,7 +195,10 @@ def test_a_graph_that_cannot_be_drawn_is_a_text(tmp_path):
     board = log(tmp_path)
     board.graph(nn.Linear(3, 3), torch.rand(2, 4))
     board.close()
-    assert b"mat1 and mat2 shapes cannot be multiplied" in tensors(read(tmp_path), "graph")[0].string_val[0]
+    assert (
+        b"mat1 and mat2 shapes cannot be multiplied"
+        in tensors(read(tmp_path), "graph")[0].string_val[0]
+    )
     quiet = log(tmp_path / "quiet", graph=False)
     quiet.graph(nn.Linear(3, 3), torch.rand(2, 3))
     quiet.close()
@@ -200,7 +218,9 @@ def test_files_of_one_second_are_read_in_order(tmp_path):
     for _ in range(3):
         log(tmp_path).close()
         time.sleep(0.001)
-    names = [file.name for file in sorted(tmp_path.iterdir(), key=lambda file: file.stat().st_mtime_ns)]
+    names = [
+        file.name for file in sorted(tmp_path.iterdir(), key=lambda file: file.stat().st_mtime_ns)
+    ]
     assert names == sorted(names)
 
 
@@ -208,21 +228,35 @@ def lines(folder):
     def refuse(constant):
         raise ValueError(f"{constant} is no JSON")
 
-    return [json.loads(line, parse_constant=refuse) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line, parse_constant=refuse)
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def test_json_lines_are_on_disk_at_once_and_always_json(tmp_path):
     logger = log(tmp_path, "json_lines")
     scalars(logger, {"val/loss": 0.08, "val/accuracy": 1}, step=450, epoch=10, wall_seconds=3.20049)
-    assert lines(tmp_path) == [{"step": 450, "epoch": 10, "wall_seconds": 3.2, "val/loss": 0.08, "val/accuracy": 1.0}]
+    assert lines(tmp_path) == [
+        {"step": 450, "epoch": 10, "wall_seconds": 3.2, "val/loss": 0.08, "val/accuracy": 1.0}
+    ]
     scalars(logger, {"a": math.nan, "b": -math.inf, "c": torch.tensor(0.5)}, step=451)
     logger.close()
-    assert lines(tmp_path)[1] == {"step": 451, "epoch": 0, "wall_seconds": 0.0, "a": None, "b": None, "c": 0.5}
+    assert lines(tmp_path)[1] == {
+        "step": 451,
+        "epoch": 0,
+        "wall_seconds": 0.0,
+        "a": None,
+        "b": None,
+        "c": 0.5,
+    }
 
 
 @pytest.mark.parametrize(("resumed_at", "kept"), [(0, []), (2, [1, 2]), (9, [1, 2, 3])])
 def test_json_lines_of_a_resumed_run(tmp_path, resumed_at, kept):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "tr')
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "tr'
+    )
     logger = log(tmp_path, "json_lines", step=resumed_at)
     scalars(logger, {}, step=10)
     logger.close()
@@ -231,9 +265,13 @@ def test_json_lines_of_a_resumed_run(tmp_path, resumed_at, kept):
 
 def test_console(capsys):
     logger = log(None, "console", digits=2)
-    scalars(logger, {"val/loss": 0.0812, "val/accuracy": 0.97}, step=450, epoch=10, wall_seconds=3.21)
+    scalars(
+        logger, {"val/loss": 0.0812, "val/accuracy": 0.97}, step=450, epoch=10, wall_seconds=3.21
+    )
     logger.close()
-    assert capsys.readouterr().out == "step 450  epoch 10  3.2 s  val/loss 0.081  val/accuracy 0.97\n"
+    assert (
+        capsys.readouterr().out == "step 450  epoch 10  3.2 s  val/loss 0.081  val/accuracy 0.97\n"
+    )
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "json_lines"])

@@ -18,19 +18,39 @@ def parameters(model):
     ("name", "settings", "in_shape"),
     [
         ("mlp", {}, (64,)),
-        ("mlp", {"width": [32, 16], "norm": "batch", "dropout": 0.1, "activation": "gelu"}, (1, 8, 8)),
+        (
+            "mlp",
+            {"width": [32, 16], "norm": "batch", "dropout": 0.1, "activation": "gelu"},
+            (1, 8, 8),
+        ),
         ("mlp", {"width": 32, "depth": 1, "activation": "glu"}, (4, 6)),
         ("cnn", {}, (1, 8, 8)),
-        ("cnn", {"channels": [4, 8, 16], "norm": None, "pooling": "avg", "dropout": 0.1}, (3, 16, 11)),
+        (
+            "cnn",
+            {"channels": [4, 8, 16], "norm": None, "pooling": "avg", "dropout": 0.1},
+            (3, 16, 11),
+        ),
         ("resnet", {"depths": [1, 1], "channels": [4, 8]}, (3, 9, 9)),
-        ("resnet", {"depths": [1, 1], "channels": [4, 8], "block": "bottleneck", "stem": "large"}, (1, 32, 32)),
+        (
+            "resnet",
+            {"depths": [1, 1], "channels": [4, 8], "block": "bottleneck", "stem": "large"},
+            (1, 32, 32),
+        ),
         ("resnet", {"depths": [1], "channels": [4], "norm": None, "activation": "gelu"}, (1, 8, 8)),
         ("rnn", {}, (12, 5)),
-        ("rnn", {"cell": "gru", "depth": 2, "bidirectional": True, "pool": "mean", "dropout": 0.1}, (1, 8, 8)),
+        (
+            "rnn",
+            {"cell": "gru", "depth": 2, "bidirectional": True, "pool": "mean", "dropout": 0.1},
+            (1, 8, 8),
+        ),
         ("rnn", {"vocabulary": 9, "embedding": 8}, (12,)),
         ("transformer", {"dropout": 0.1}, (12, 5)),
         ("transformer", {"pool": "class_token", "norm": "rms", "activation": "glu"}, (3, 8, 8)),
-        ("transformer", {"vocabulary": 9, "position": "sinusoidal", "causal": True, "pool": "last"}, (12,)),
+        (
+            "transformer",
+            {"vocabulary": 9, "position": "sinusoidal", "causal": True, "pool": "last"},
+            (12,),
+        ),
     ],
 )
 def test_a_model_maps_its_shape_to_the_outputs_and_trains_every_parameter(name, settings, in_shape):
@@ -45,8 +65,20 @@ def test_a_model_maps_its_shape_to_the_outputs_and_trains_every_parameter(name, 
 @pytest.mark.parametrize(
     ("name", "settings", "in_shape", "classes", "count"),
     [
-        ("mlp", {"width": 32, "depth": 2}, (64,), 10, (64 * 32 + 32) + (32 * 32 + 32) + (32 * 10 + 10)),
-        ("mlp", {"width": [32, 16]}, (1, 8, 8), 10, (64 * 32 + 32) + (32 * 16 + 16) + (16 * 10 + 10)),
+        (
+            "mlp",
+            {"width": 32, "depth": 2},
+            (64,),
+            10,
+            (64 * 32 + 32) + (32 * 32 + 32) + (32 * 10 + 10),
+        ),
+        (
+            "mlp",
+            {"width": [32, 16]},
+            (1, 8, 8),
+            10,
+            (64 * 32 + 32) + (32 * 16 + 16) + (16 * 10 + 10),
+        ),
         ("cnn", {"norm": None}, (1, 28, 28), 10, 320 + 18_496 + (64 * 49 * 128 + 128) + 1_290),
         ("rnn", {"width": 32}, (12, 5), 10, 4 * 32 * (5 + 32 + 2) + 330),
         ("resnet", RESNET18, (3, 224, 224), 1000, 11_689_512),  # as in torchvision
@@ -61,7 +93,9 @@ def test_a_model_maps_its_shape_to_the_outputs_and_trains_every_parameter(name, 
         ),
     ],
 )
-def test_parameters_are_as_many_as_the_papers_and_formulas_say(name, settings, in_shape, classes, count):
+def test_parameters_are_as_many_as_the_papers_and_formulas_say(
+    name, settings, in_shape, classes, count
+):
     with torch.device("meta"):
         assert parameters(fw.models.build(name, in_shape, (classes,), **settings)) == count
 
@@ -72,7 +106,9 @@ def test_parameters_are_as_many_as_the_papers_and_formulas_say(name, settings, i
 @pytest.mark.parametrize("name", ["basic_block", "bottleneck"])
 def test_a_branch_is_left_out_for_some_samples_and_the_mean_is_that_of_evaluation(name):
     torch.manual_seed(0)
-    block = fw.blocks.build(name, (2, 4, 4), channels=2, activation="identity", norm=None, drop_path=0.3)
+    block = fw.blocks.build(
+        name, (2, 4, 4), channels=2, activation="identity", norm=None, drop_path=0.3
+    )
     x = torch.randn(1, 2, 4, 4)
     with torch.no_grad():
         whole, skipped = block.eval()(x), block[0].skip(x)
@@ -91,7 +127,9 @@ def test_a_resnet_leaves_deeper_blocks_out_more_often():
     rates = [module.p for module in model.modules() if type(module).__name__ == "DropPath"]
     assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
     plain = fw.models.build("resnet", (1, 16, 16), (10,), **settings)
-    assert plain.state_dict().keys() == model.state_dict().keys(), "their checkpoints fit each other"
+    assert plain.state_dict().keys() == model.state_dict().keys(), (
+        "their checkpoints fit each other"
+    )
     assert not [module for module in plain.modules() if isinstance(module, nn.Dropout)]
     plain.load_state_dict(model.state_dict())
     x = torch.randn(8, 1, 16, 16)
@@ -109,7 +147,9 @@ def test_resnet_20_has_20_layers_and_the_papers_size():
 
 def test_mlp_computes_what_plain_pytorch_does():
     model = fw.models.build("mlp", (64,), (10,), width=32, activation="gelu")
-    plain = nn.Sequential(nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 10))
+    plain = nn.Sequential(
+        nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 10)
+    )
     plain.load_state_dict(dict(zip(plain.state_dict(), model.state_dict().values(), strict=True)))
     x = torch.randn(5, 64)
     torch.testing.assert_close(model(x), plain(x))
@@ -118,12 +158,24 @@ def test_mlp_computes_what_plain_pytorch_does():
 def test_cnn_computes_what_plain_pytorch_does():
     model = fw.models.build("cnn", (1, 8, 8), (10,))
     plain = nn.Sequential(
-        *(nn.Conv2d(1, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(32, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2)),
+        *(
+            nn.Conv2d(1, 32, 3, padding=1, bias=False),
+            nn.BatchNorm2d(32),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        ),
+        *(
+            nn.Conv2d(32, 64, 3, padding=1, bias=False),
+            nn.BatchNorm2d(64),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        ),
         *(nn.Flatten(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10)),
     )
     plain.load_state_dict(dict(zip(plain.state_dict(), model.state_dict().values(), strict=True)))
-    x = torch.randn(5, 1, 8, 8)  # in evaluation, norm and pooling may change places: the scales are positive
+    x = torch.randn(
+        5, 1, 8, 8
+    )  # in evaluation, norm and pooling may change places: the scales are positive
     torch.testing.assert_close(model.eval()(x), plain.eval()(x))
 
 
@@ -148,11 +200,14 @@ def test_pool_none_gives_outputs_at_every_position_that_see_only_the_past(name):
 
 
 @pytest.mark.parametrize(
-    ("settings", "in_shape"), [({"pool": "class_token"}, (1, 8, 8)), ({"pool": "mean", "vocabulary": 9}, (12,))]
+    ("settings", "in_shape"),
+    [({"pool": "class_token"}, (1, 8, 8)), ({"pool": "mean", "vocabulary": 9}, (12,))],
 )
 def test_without_positions_a_transformer_does_not_know_the_order(settings, in_shape):
     x = torch.randint(9, (2, 12)) if "vocabulary" in settings else torch.randn(2, *in_shape)
-    turned = x.flip(1) if "vocabulary" in settings else x.roll(4, dims=2)  # tokens, or rows of patches
+    turned = (
+        x.flip(1) if "vocabulary" in settings else x.roll(4, dims=2)
+    )  # tokens, or rows of patches
     for position in ("none", "learned"):
         model = fw.models.build("transformer", in_shape, (10,), position=position, **settings)
         same = torch.allclose(model(x), model(turned), atol=1e-5)
@@ -168,7 +223,10 @@ def test_a_small_cnn_learns_digits():
     from sklearn.datasets import load_digits
 
     images, classes = load_digits(return_X_y=True)
-    x, y = torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16, torch.tensor(classes)
+    x, y = (
+        torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16,
+        torch.tensor(classes),
+    )
     model = fw.models.build("cnn", (1, 8, 8), (10,), channels=[8, 16], width=32)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(3):
@@ -184,10 +242,20 @@ def test_a_small_cnn_learns_digits():
     ("name", "settings", "in_shape", "message"),
     [
         ("cnn", {}, (64,), r"cnn expects images \(C, H, W\), gets \(64,\)"),
-        ("cnn", {"channels": [4] * 4}, (1, 8, 8), r"halves the image 4 times; \(1, 8, 8\) allows 3 `channels`"),
+        (
+            "cnn",
+            {"channels": [4] * 4},
+            (1, 8, 8),
+            r"halves the image 4 times; \(1, 8, 8\) allows 3 `channels`",
+        ),
         ("resnet", {}, (6, 16), r"resnet expects images \(C, H, W\), gets \(6, 16\)"),
         ("resnet", {"depths": [1, 1]}, (1, 8, 8), r"2 depths \[1, 1\] for 3 channels"),
-        ("rnn", {}, (64,), r"rnn expects \(T, D\) or images \(C, H, W\), or with a `vocabulary` .*, gets \(64,\)"),
+        (
+            "rnn",
+            {},
+            (64,),
+            r"rnn expects \(T, D\) or images \(C, H, W\), or with a `vocabulary` .*, gets \(64,\)",
+        ),
         ("transformer", {"vocabulary": 9}, (1, 8, 8), r"transformer expects .* gets \(1, 8, 8\)"),
         ("transformer", {"patch": 3}, (1, 8, 8), r"block 1 \(patch_embedding\) cannot tile"),
         ("transformer", {"heads": 5}, (12, 5), "cannot split 64 features into 5 heads"),

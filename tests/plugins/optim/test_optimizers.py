@@ -15,7 +15,12 @@ NAMES = fw.optimizers.names()
 def small_model(double: bool = False) -> nn.Module:
     torch.manual_seed(3)
     model = nn.Sequential(
-        nn.Conv1d(1, 4, 3), nn.Flatten(), nn.Linear(24, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 3)
+        nn.Conv1d(1, 4, 3),
+        nn.Flatten(),
+        nn.Linear(24, 6),
+        nn.LayerNorm(6),
+        nn.Tanh(),
+        nn.Linear(6, 3),
     )
     return model.double() if double else model
 
@@ -61,7 +66,9 @@ def test_every_optimizer_learns_goes_on_after_a_restart_and_can_be_copied(name):
 
 @pytest.mark.parametrize("entry", fw.optimizers, ids=lambda entry: entry.name)
 def test_only_the_rule_itself_is_configured_and_its_defaults_are_in_range(entry):
-    assert not {"maximize", "capturable", "differentiable", "foreach", "fused"} & entry.settings.keys()
+    assert (
+        not {"maximize", "capturable", "differentiable", "foreach", "fused"} & entry.settings.keys()
+    )
     for setting in entry.settings.values():
         setting.convert(setting.default)
 
@@ -84,10 +91,17 @@ class TestImplementation:
     def test_fused_is_chosen_where_a_step_of_it_runs(self):
         params = [nn.Parameter(torch.ones(2))]
         assert implementation(torch.optim.AdamW, params) == {"fused": True}
-        assert implementation(torch.optim.AdamW, [{"params": params}, {"params": params[0]}]) == {"fused": True}
+        assert implementation(torch.optim.AdamW, [{"params": params}, {"params": params[0]}]) == {
+            "fused": True
+        }
         assert implementation(torch.optim.AdamW, [("weight", params[0])]) == {"fused": True}
         assert implementation(torch.optim.RMSprop, params) == {}
-        assert implementation(torch.optim.AdamW, [*params, nn.Parameter(torch.ones(2, dtype=torch.cfloat))]) == {}
+        assert (
+            implementation(
+                torch.optim.AdamW, [*params, nn.Parameter(torch.ones(2, dtype=torch.cfloat))]
+            )
+            == {}
+        )
 
     def test_a_class_that_only_names_fused_is_left_alone(self):
         class Claims(torch.optim.SGD):
@@ -108,7 +122,10 @@ class TestImplementation:
         first, second = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
         groups = [{"params": [first], "weight_decay": 0.0}, {"params": [second]}]
         optimizer = build_optimizer(fw.optimizers.maker("adamw", weight_decay=0.3), groups)
-        assert [(group["weight_decay"], group["fused"]) for group in optimizer.param_groups] == [(0, True), (0.3, True)]
+        assert [(group["weight_decay"], group["fused"]) for group in optimizer.param_groups] == [
+            (0, True),
+            (0.3, True),
+        ]
 
 
 def test_lion_takes_the_papers_steps():
@@ -130,7 +147,14 @@ class TestMuon:
         optimizer = fw.optimizers.build("muon", model.named_parameters())
         hidden, rest = optimizer.param_groups
         assert hidden["param_names"] == ["0.weight", "2.weight"]
-        assert rest["param_names"] == ["0.bias", "2.bias", "3.weight", "3.bias", "5.weight", "5.bias"]
+        assert rest["param_names"] == [
+            "0.bias",
+            "2.bias",
+            "3.weight",
+            "3.bias",
+            "5.weight",
+            "5.bias",
+        ]
         twin = small_model()
         names = dict(twin.named_parameters())
         adamw = torch.optim.AdamW([names[name] for name in rest["param_names"]], lr=1e-3)
@@ -164,7 +188,9 @@ class TestMuon:
     def test_it_is_torchs_muon_but_for_the_rounding_of_bfloat16(self, adjust_lr):
         ours, torchs = (nn.Parameter(torch.ones(8, 5)) for _ in range(2))
         head = nn.Parameter(torch.zeros(2, 8))
-        mine = fw.optimizers.build("muon", [ours, head], lr=0.1, weight_decay=0.1, adjust_lr=adjust_lr)
+        mine = fw.optimizers.build(
+            "muon", [ours, head], lr=0.1, weight_decay=0.1, adjust_lr=adjust_lr
+        )
         theirs = torch.optim.Muon([torchs], lr=0.1, weight_decay=0.1, adjust_lr_fn=adjust_lr)
         for _ in range(3):
             ours.grad = torch.randn(8, 5)
@@ -175,23 +201,38 @@ class TestMuon:
 
     def test_an_embedding_and_a_lone_matrix_are_adamws(self):
         table, hidden, head = (nn.Parameter(torch.ones(4, 4)) for _ in range(3))
-        groups = fw.optimizers.build("muon", [table, hidden, head], embedding=True, adamw_lr=0.5).param_groups
+        groups = fw.optimizers.build(
+            "muon", [table, hidden, head], embedding=True, adamw_lr=0.5
+        ).param_groups
         assert [(len(group["params"]), group["hidden"], group["lr"]) for group in groups] == [
             (1, True, 5e-3),
             (2, False, 0.5),
         ]
-        assert [group["hidden"] for group in fw.optimizers.build("muon", [head]).param_groups] == [False]
+        assert [group["hidden"] for group in fw.optimizers.build("muon", [head]).param_groups] == [
+            False
+        ]
 
 
 def test_a_model_in_another_memory_format_goes_on_exactly_from_its_checkpoint(tmp_path):
-    images = fw.TensorSplit(torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 5)
+    images = fw.TensorSplit(
+        torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 5
+    )
 
     def run(steps, resume=None):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 5)).to(memory_format=torch.channels_last)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 5)).to(
+            memory_format=torch.channels_last
+        )
         trainer = fw.Trainer(max_steps=steps, device="cpu")
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
-        trainer.fit(model, images, task=nn.CrossEntropyLoss(), optimizer=optimizer, batch_size=16, resume=resume)
+        trainer.fit(
+            model,
+            images,
+            task=nn.CrossEntropyLoss(),
+            optimizer=optimizer,
+            batch_size=16,
+            resume=resume,
+        )
         return trainer
 
     state = run(4).state_dict()

@@ -30,17 +30,37 @@ def torch_factors(scheduler: type, steps: int, **settings) -> list[float]:
     ("ours", "settings", "theirs", "their_settings"),
     [
         ("constant", {}, torchs.ConstantLR, {"factor": 1.0}),
-        ("linear", {"final": 0.1}, torchs.LinearLR, {"start_factor": 1, "end_factor": 0.1, "total_iters": 60}),
+        (
+            "linear",
+            {"final": 0.1},
+            torchs.LinearLR,
+            {"start_factor": 1, "end_factor": 0.1, "total_iters": 60},
+        ),
         ("cosine", {"final": 0.2}, torchs.CosineAnnealingLR, {"T_max": 60, "eta_min": 0.2}),
         ("polynomial", {"power": 3}, torchs.PolynomialLR, {"total_iters": 60, "power": 3}),
         ("exponential", {"final": 0.01}, torchs.ExponentialLR, {"gamma": 0.01 ** (1 / 60)}),
         ("step", {"period": 13, "gamma": 0.5}, torchs.StepLR, {"step_size": 13, "gamma": 0.5}),
         ("step", {"period": 0.25}, torchs.StepLR, {"step_size": 15, "gamma": 0.1}),
         ("multi_step", {}, torchs.MultiStepLR, {"milestones": [30, 45], "gamma": 0.1}),
-        ("multi_step", {"milestones": [7, 0.5, 40]}, torchs.MultiStepLR, {"milestones": [7, 30, 40], "gamma": 0.1}),
-        ("one_cycle", {}, torchs.OneCycleLR, {"max_lr": 1.0, "total_steps": 61, "pct_start": 18 / 61}),
+        (
+            "multi_step",
+            {"milestones": [7, 0.5, 40]},
+            torchs.MultiStepLR,
+            {"milestones": [7, 30, 40], "gamma": 0.1},
+        ),
+        (
+            "one_cycle",
+            {},
+            torchs.OneCycleLR,
+            {"max_lr": 1.0, "total_steps": 61, "pct_start": 18 / 61},
+        ),
         ("cosine_restarts", {"period": 20}, torchs.CosineAnnealingWarmRestarts, {"T_0": 20}),
-        ("cosine_restarts", {"period": 8, "growth": 2}, torchs.CosineAnnealingWarmRestarts, {"T_0": 8, "T_mult": 2}),
+        (
+            "cosine_restarts",
+            {"period": 8, "growth": 2},
+            torchs.CosineAnnealingWarmRestarts,
+            {"T_0": 8, "T_mult": 2},
+        ),
     ],
 )
 def test_a_run_has_the_factors_of_torchs_scheduler(ours, settings, theirs, their_settings):
@@ -64,7 +84,9 @@ def test_inverse_sqrt_is_the_transformers_schedule():
     assert factors("noam", 60, warmup=warmup) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("shape", "half"), [("linear", 0.5), ("cosine", 0.5), ("sqrt", 1 - math.sqrt(0.5))])
+@pytest.mark.parametrize(
+    ("shape", "half"), [("linear", 0.5), ("cosine", 0.5), ("sqrt", 1 - math.sqrt(0.5))]
+)
 def test_wsd_warms_up_holds_and_decays(shape, half):
     found = factors("wsd", 100, more=1, warmup=0.1, decay=20, shape=shape)
     assert found[:10] == pytest.approx([(s + 1) / 11 for s in range(10)])

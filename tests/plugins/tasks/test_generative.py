@@ -78,9 +78,17 @@ def test_the_bound_is_that_of_the_distributions():
     step = fw.tasks.build("variational").step(model.eval(), (IMAGES,))
     mean, log_variance = model.posterior(IMAGES)
     posterior = Normal(mean, (log_variance / 2).exp())
-    code = mean + posterior.scale * torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
+    code = mean + posterior.scale * torch.randn(
+        mean.shape, generator=torch.Generator().manual_seed(0)
+    )
     divergence = kl_divergence(posterior, Normal(0.0, 1.0)).sum(1).mean()
-    likelihood = Bernoulli(logits=model.decode(code), validate_args=False).log_prob(IMAGES).flatten(1).sum(1).mean()
+    likelihood = (
+        Bernoulli(logits=model.decode(code), validate_args=False)
+        .log_prob(IMAGES)
+        .flatten(1)
+        .sum(1)
+        .mean()
+    )
     torch.testing.assert_close(step.values["divergence"], divergence)
     torch.testing.assert_close(step.values["reconstruction"], -likelihood)
     torch.testing.assert_close(step.loss, divergence - likelihood)
@@ -109,14 +117,18 @@ def test_the_game_is_that_of_the_paper():
     torch.testing.assert_close(step.loss, expected)
     torch.manual_seed(1)
     generator = task.phase("generator", model, (IMAGES,)).loss
-    torch.testing.assert_close(generator, -model(model.sample(6)).sigmoid().log().mean(), atol=1, rtol=1)
+    torch.testing.assert_close(
+        generator, -model(model.sample(6)).sigmoid().log().mean(), atol=1, rtol=1
+    )
     torch.manual_seed(1)
     torch.testing.assert_close(generator, -model(model.sample(6)).sigmoid().log().mean())
 
 
 def test_samples_stay_within_the_range_of_an_output_activation():
     torch.manual_seed(0)
-    model = fw.models.build("gan", (1, 8, 8), (1,), network="conv", widths=[8, 8], norm="batch", output="sigmoid")
+    model = fw.models.build(
+        "gan", (1, 8, 8), (1,), network="conv", widths=[8, 8], norm="batch", output="sigmoid"
+    )
     with torch.no_grad():
         model.generator[-2].weight *= 100
         made = model.sample(50)
@@ -141,7 +153,9 @@ def test_the_penalty_is_the_squared_slope_at_the_inputs():
     plain, task = (fw.tasks.build("adversarial", penalty=penalty) for penalty in (0.0, 3.0))
     x = IMAGES.double()
     first, step = plain.step(model, (x,)), task.step(model, (x,))
-    torch.testing.assert_close(step.values["slope"], slope_by_differences(model, x), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        step.values["slope"], slope_by_differences(model, x), rtol=1e-5, atol=0
+    )
     torch.testing.assert_close(step.loss, first.loss + 1.5 * step.values["slope"])
     weight = model.discriminator[1].weight
     (gradient,) = torch.autograd.grad(step.loss - first.loss, weight)
@@ -150,7 +164,9 @@ def test_the_penalty_is_the_squared_slope_at_the_inputs():
         for moved in (1e-4, -2e-4):
             weight[2, 3] += moved
             slopes.append(slope_by_differences(model, x))
-    torch.testing.assert_close(gradient[2, 3], 1.5 * (slopes[0] - slopes[1]) / 2e-4, rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(
+        gradient[2, 3], 1.5 * (slopes[0] - slopes[1]) / 2e-4, rtol=1e-4, atol=1e-9
+    )
     assert x.grad is None
     evaluated = task.step(model.eval(), (x,))
     assert "slope" not in evaluated.values
@@ -160,9 +176,22 @@ def test_the_penalty_is_the_squared_slope_at_the_inputs():
 def play(steps=None, resume=None, **settings):
     """An adversarial network of digits with all that its experiment has, for 12 epochs of 20 steps."""
     data = digits()
-    callbacks = [fw.callbacks.build("sample_distance", count=250), fw.callbacks.build("ema", decay=0.98)]
+    callbacks = [
+        fw.callbacks.build("sample_distance", count=250),
+        fw.callbacks.build("ema", decay=0.98),
+    ]
     task = fw.tasks.build("adversarial", penalty=1.0)
-    return fit("gan", task, data, *callbacks, epochs=12, lr=2e-3, resume=resume, max_steps=steps, **settings)
+    return fit(
+        "gan",
+        task,
+        data,
+        *callbacks,
+        epochs=12,
+        lr=2e-3,
+        resume=resume,
+        max_steps=steps,
+        **settings,
+    )
 
 
 def test_an_adversarial_network_comes_nearer_to_the_data_and_resumes_exactly():
@@ -184,7 +213,9 @@ def test_the_sample_distance_is_that_of_the_formula():
 
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(n, 3, generator=generator, dtype=torch.float64) for n in (5, 7))
-    nearest = sorted(min(float((a - b).norm()) for j, b in enumerate(y) if i != j) for i, a in enumerate(y))
+    nearest = sorted(
+        min(float((a - b).norm()) for j, b in enumerate(y) if i != j) for i, a in enumerate(y)
+    )
     width = nearest[len(y) // 2] ** 2
 
     def kernel(a, b):
@@ -222,7 +253,9 @@ def test_coverage_tells_what_the_distance_is_blind_to():
     distances = [float(discrepancy(rows, real)) for rows in (train, noise)]
     assert distances[0] < 0.02
     assert distances[1] < 0.3
-    precisions, coverages = zip(*(map(float, neighbours(rows, real)) for rows in (train, few, noise)), strict=True)
+    precisions, coverages = zip(
+        *(map(float, neighbours(rows, real)) for rows in (train, few, noise)), strict=True
+    )
     assert precisions[0] > 0.9
     assert precisions[1] > 0.9
     assert precisions[2] == 0
@@ -244,7 +277,9 @@ def test_pictures_are_what_a_person_can_look_at():
     task = fw.tasks.build("reconstruction")
     model = fw.models.build("autoencoder", data.in_shape, data.in_shape)
     trainer = fw.Trainer(
-        max_steps=2, callbacks=[fw.callbacks.build("pictures", count=4, every="1step")], loggers=[shown]
+        max_steps=2,
+        callbacks=[fw.callbacks.build("pictures", count=4, every="1step")],
+        loggers=[shown],
     )
     with trainer:
         trainer.fit(model, data, task=task, optimizer=torch.optim.Adam(model.parameters()))
@@ -268,17 +303,28 @@ def test_pictures_are_of_the_weights_that_are_measured():
     given = data.val.tensors[0][:4]
     low, high = given.min(), given.max()
     with torch.no_grad():
-        averaged = ((model.eval()(given) - low) / (high - low)).clamp(0, 1)  # the model keeps the average
+        averaged = ((model.eval()(given) - low) / (high - low)).clamp(
+            0, 1
+        )  # the model keeps the average
     torch.testing.assert_close(shown.tags["reconstructions"][1::2], averaged)
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("model=mlp task=adversarial metrics=[]", "no `generator` and `discriminator`.*: model=gan"),
-        ("model=mlp task=variational data.normalize=false metrics=[]", "no `posterior`.*: model=vae"),
+        (
+            "model=mlp task=adversarial metrics=[]",
+            "no `generator` and `discriminator`.*: model=gan",
+        ),
+        (
+            "model=mlp task=variational data.normalize=false metrics=[]",
+            "no `posterior`.*: model=vae",
+        ),
         ("model=vae task=variational metrics=[]", "takes inputs from 0 to 1: data.normalize=false"),
-        ("model=autoencoder task=reconstruction", "Reconstruction has value targets: choose from .*mae"),
+        (
+            "model=autoencoder task=reconstruction",
+            "Reconstruction has value targets: choose from .*mae",
+        ),
         ("model=gan task=adversarial metrics=[] model.network=conv", "halves images"),
         ("+callbacks=pictures", "Classification has no pictures to show"),
         ("+callbacks=sample_distance", "Stack makes no samples"),

@@ -41,7 +41,9 @@ def test_an_epoch_is_the_text_in_windows_from_a_drawn_start():
         assert inputs[:, 0].tolist() == (order * 10 + first).tolist()
         starts[epoch] = first
     assert set(starts.values()) == set(range(10))
-    assert [int(x[0, 0]) for x, _ in loader.epoch(3, 1)] == [int(x[0, 0]) for x, _ in loader.epoch(3)][1:]
+    assert [int(x[0, 0]) for x, _ in loader.epoch(3, 1)] == [
+        int(x[0, 0]) for x, _ in loader.epoch(3)
+    ][1:]
     assert loader.indices(3, 1, 1) == [int(x) for x in list(loader.epoch(3))[1][0][:, 0]]
 
 
@@ -72,10 +74,14 @@ def test_windows_that_do_not_fit():
 
 def decoder(context=12, vocabulary=30, **settings):
     torch.manual_seed(2)
-    model = fw.models.build("decoder", (context,), (context, vocabulary), width=16, depth=2, heads=2, **settings)
+    model = fw.models.build(
+        "decoder", (context,), (context, vocabulary), width=16, depth=2, heads=2, **settings
+    )
     for parameter in model.parameters():
         if parameter.ndim > 1:
-            nn.init.normal_(parameter, std=0.3)  # branches begin at zero, which would hide what they do
+            nn.init.normal_(
+                parameter, std=0.3
+            )  # branches begin at zero, which would hide what they do
     return model.eval()
 
 
@@ -93,7 +99,10 @@ def test_rotary_positions_are_the_complex_turns_of_the_paper():
 def test_attention_depends_on_distances_alone():
     block = fw.blocks.build("rotary_attention", (40, 16), heads=2)
     query, key = torch.randn(2, 8)
-    scores = [float(block.rotary(query[None], m)[0] @ block.rotary(key[None], n)[0]) for m, n in ((5, 2), (30, 27))]
+    scores = [
+        float(block.rotary(query[None], m)[0] @ block.rotary(key[None], n)[0])
+        for m, n in ((5, 2), (30, 27))
+    ]
     assert scores[0] == pytest.approx(scores[1], abs=1e-4)
 
 
@@ -104,7 +113,9 @@ def test_a_layer_is_its_formula():
     x = torch.randn(1, 6, 8)
 
     def rms(v, scale):
-        return v / (v.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt() * scale
+        return (
+            v / (v.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt() * scale
+        )
 
     rows = x + layer.attention(rms(x, layer.attention_norm.weight))
     value, gate = (rms(rows, layer.norm.weight) @ layer.input.weight.T).split(5, -1)
@@ -123,8 +134,15 @@ def test_a_position_sees_itself_and_those_before_it(ngrams):
 
 def test_tied_weights_are_one_matrix_and_the_last_one():
     tied, untied = decoder(), decoder(tied=False)
-    assert sum(p.numel() for p in untied.parameters()) - sum(p.numel() for p in tied.parameters()) == 30 * 16
-    assert [p for p in tied.parameters() if p.ndim > 1][-1] is tied.embedding.weight is tied.output.weight
+    assert (
+        sum(p.numel() for p in untied.parameters()) - sum(p.numel() for p in tied.parameters())
+        == 30 * 16
+    )
+    assert (
+        [p for p in tied.parameters() if p.ndim > 1][-1]
+        is tied.embedding.weight
+        is tied.output.weight
+    )
 
 
 def test_a_position_has_the_vectors_of_the_pair_and_triple_that_end_there():
@@ -135,11 +153,15 @@ def test_a_position_has_the_vectors_of_the_pair_and_triple_that_end_there():
         triple = (pair * 1_000_003 + text[at] + 3) % (2**31 - 1)
         expected[at] += model.ngrams.table.weight[[pair % 50, triple % 50]].sum(0)
     torch.testing.assert_close(model.embed(torch.tensor([tokens]), [])[0], expected)
-    assert next(p for p in model.parameters() if p.ndim > 1) is model.ngrams.table.weight  # for optimizer.embedding
+    assert (
+        next(p for p in model.parameters() if p.ndim > 1) is model.ngrams.table.weight
+    )  # for optimizer.embedding
 
 
 def test_what_the_model_cannot_take():
-    with pytest.raises(DataError, match="a sequence of 13 tokens is longer than the model's context of 12"):
+    with pytest.raises(
+        DataError, match="a sequence of 13 tokens is longer than the model's context of 12"
+    ):
         decoder()(torch.zeros(1, 13, dtype=torch.int64))
     with pytest.raises(BuildError, match="turn pairs of features; 5 a head are not even"):
         fw.blocks.build("rotary_attention", (4, 10), heads=2)
@@ -202,7 +224,11 @@ def test_tokens_are_drawn_as_they_should_be():
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"temperature": -1}, "temperature -1"), ({"top_k": 0}, "top_k 0"), ({"top_p": 1.5}, r"top_p 1.5 .*\(0, 1\]")],
+    [
+        ({"temperature": -1}, "temperature -1"),
+        ({"top_k": 0}, "top_k 0"),
+        ({"top_p": 1.5}, r"top_p 1.5 .*\(0, 1\]"),
+    ],
 )
 def test_drawing_that_means_nothing(settings, message):
     with pytest.raises(SettingError, match=message):
@@ -244,7 +270,9 @@ def test_bits_per_character_are_those_of_the_whole_text(text_file, tokenizer):
         losses = F.cross_entropy(logits, tokens[start + 1 : start + 33], reduction="none")
         total, done = total + float(losses[done - start :].sum()), start + 32
     characters = len(data.held_out) - int(data.characters[tokens[0]])
-    assert values["test/bits_per_character"] == pytest.approx(total / math.log(2) / characters, rel=1e-4)
+    assert values["test/bits_per_character"] == pytest.approx(
+        total / math.log(2) / characters, rel=1e-4
+    )
     assert values["test/loss"] == pytest.approx(total / (len(tokens) - 1), rel=1e-4)
     assert values["test/perplexity"] == pytest.approx(math.exp(values["test/loss"]), rel=1e-4)
 
@@ -263,7 +291,11 @@ def test_n_grams_are_those_of_the_definition():
         history = ["\0" * 3 + train[:at] for at in range(len(train))]
         after = Counter(train[at] for at in range(len(train)) if history[at].endswith(before))
         shorter = witten_bell(before[1:] if before else None, sign)
-        return (after[sign] + len(after) * shorter) / (after.total() + len(after)) if after else shorter
+        return (
+            (after[sign] + len(after) * shorter) / (after.total() + len(after))
+            if after
+            else shorter
+        )
 
     expected = [witten_bell(("\0\0" + test)[at : at + 2], sign) for at, sign in enumerate(test)]
     train, test = (np.array([ids[sign] for sign in text], np.uint64) for text in (train, test))
@@ -275,7 +307,14 @@ def test_n_grams_are_those_of_the_definition():
 
 def fit(data, resume=None, dropout=0.0, ngrams=1, **settings):
     torch.manual_seed(0)
-    small = {"width": 32, "depth": 1, "heads": 2, "dropout": dropout, "ngrams": ngrams, "buckets": 500}
+    small = {
+        "width": 32,
+        "depth": 1,
+        "heads": 2,
+        "dropout": dropout,
+        "ngrams": ngrams,
+        "buckets": 500,
+    }
     model = fw.models.build("decoder", data.in_shape, data.out_shape, **small)
     task = fw.tasks.build("language_modelling")
     task.check(data)
@@ -307,9 +346,15 @@ def unigram(data):
 
 @pytest.mark.parametrize(
     ("text", "tokenizer", "ngrams"),
-    [(standard_library, "char", 1), (standard_library, "char", 5), (bible, {"name": "bpe", "vocabulary": 400}, 3)],
+    [
+        (standard_library, "char", 1),
+        (standard_library, "char", 5),
+        (bible, {"name": "bpe", "vocabulary": 400}, 3),
+    ],
 )
-def test_a_small_model_learns_a_text_better_than_its_characters_frequencies(text, tokenizer, ngrams, tmp_path):
+def test_a_small_model_learns_a_text_better_than_its_characters_frequencies(
+    text, tokenizer, ngrams, tmp_path
+):
     if tokenizer != "char":
         pytest.importorskip("tokenizers")
     data = text(tmp_path, tokenizer=tokenizer, length=64)
@@ -318,7 +363,9 @@ def test_a_small_model_learns_a_text_better_than_its_characters_frequencies(text
     assert values["test/bits_per_character"] < unigram(data) - 1
 
 
-@pytest.mark.parametrize(("tokenizer", "ngrams"), [("char", 1), ("char", 3), ({"name": "bpe", "vocabulary": 280}, 1)])
+@pytest.mark.parametrize(
+    ("tokenizer", "ngrams"), [("char", 1), ("char", 3), ({"name": "bpe", "vocabulary": 280}, 1)]
+)
 def test_a_run_that_stops_in_mid_epoch_goes_on_bit_for_bit(text_file, tokenizer, ngrams):
     data = text_data(text_file, tokenizer)
     whole = fit(data, max_steps=40, dropout=0.1, ngrams=ngrams)
@@ -326,24 +373,37 @@ def test_a_run_that_stops_in_mid_epoch_goes_on_bit_for_bit(text_file, tokenizer,
     resumed = fit(data, resume=state, max_steps=40, dropout=0.1, ngrams=ngrams)
     assert whole.state.steps_per_epoch not in (1, 23, 40)
     weights = resumed.model.state_dict()
-    assert all(torch.equal(tensor, weights[key]) for key, tensor in whole.model.state_dict().items())
+    assert all(
+        torch.equal(tensor, weights[key]) for key, tensor in whole.model.state_dict().items()
+    )
 
 
 SMALL = "task=language_modelling model=decoder model.width=32 model.depth=1 optimizer=muon optimizer.lr=0.02"
 SMALL += " 'metrics=[bits_per_character,token_perplexity]' data=plain_text data.path=text.txt data.length=32"
 
 
-@pytest.mark.parametrize("model", ["", " model=rnn model.pool=none model.vocabulary=100 optimizer=adamw"])
+@pytest.mark.parametrize(
+    "model", ["", " model=rnn model.pool=none model.vocabulary=100 optimizer=adamw"]
+)
 def test_a_run_goes_on_with_a_prompt(command, text_file, model):
     more = "trainer.max_steps=120 trainer.validate_every=60steps loggers=json_lines run.name=a"
-    line = SMALL.replace("model=decoder model.width=32 model.depth=1 optimizer=muon ", "") + model if model else SMALL
+    line = (
+        SMALL.replace("model=decoder model.width=32 model.depth=1 optimizer=muon ", "") + model
+        if model
+        else SMALL
+    )
     status, _, err = command(f"train {line} {more}")
     assert status == 0, err
-    status, out, err = command("predict runs/default/a --prompt 'if x == ' --length 40 --temperature 0.5")
+    status, out, err = command(
+        "predict runs/default/a --prompt 'if x == ' --length 40 --temperature 0.5"
+    )
     assert status == 0, err
     assert out.startswith("if x == ")
     assert len(out) == len("if x == ") + 40 + 1
-    assert command("predict runs/default/a --prompt 'if x == ' --length 40 --temperature 0.5")[1] == out
+    assert (
+        command("predict runs/default/a --prompt 'if x == ' --length 40 --temperature 0.5")[1]
+        == out
+    )
     if not model:
         assert "y = " in out
         check_other_prompts(command)
@@ -352,7 +412,9 @@ def test_a_run_goes_on_with_a_prompt(command, text_file, model):
 def check_other_prompts(command):
     """Longer than the 32 tokens that the model sees at once; with a sign that it never saw; with nothing in it."""
     long = "if x == 3: " * 20
-    status, out, err = command(f"predict runs/default/a --prompt '{long}' --length 40 --temperature 0")
+    status, out, err = command(
+        f"predict runs/default/a --prompt '{long}' --length 40 --temperature 0"
+    )
     assert (status, out[: len(long)], len(out)) == (0, long, len(long) + 40 + 1), err
     other = command(f"predict runs/default/a --prompt 'y{long[1:]}' --length 40 --temperature 0")[1]
     assert other == f"y{out[1:]}", "what lies before the window does not count"
@@ -376,11 +438,18 @@ def test_samples_are_shown_and_change_nothing(text_file):
     plain = fit(data, max_steps=20)
     logger = Texts()
     settings = {"prompt": "if x", "every": "10steps", "length": 20}
-    shown = fit(data, max_steps=20, callbacks=[fw.callbacks.build("text_samples", **settings)], loggers=[logger])
+    shown = fit(
+        data,
+        max_steps=20,
+        callbacks=[fw.callbacks.build("text_samples", **settings)],
+        loggers=[logger],
+    )
     assert [(tag, step) for tag, _, step in logger.said] == [("samples", 10), ("samples", 20)]
     assert all(markdown.startswith("    if x") for _, markdown, _ in logger.said)
     weights = shown.model.state_dict()
-    assert all(torch.equal(tensor, weights[key]) for key, tensor in plain.model.state_dict().items())
+    assert all(
+        torch.equal(tensor, weights[key]) for key, tensor in plain.model.state_dict().items()
+    )
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
@@ -389,20 +458,34 @@ def test_samples_are_shown_and_change_nothing(text_file):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("predict runs/default/a --prompt x --input y --output -", "give --input FILE --output FILE, or --prompt TEXT"),
+        (
+            "predict runs/default/a --prompt x --input y --output -",
+            "give --input FILE --output FILE, or --prompt TEXT",
+        ),
         ("predict runs/default/a", "give --input FILE --output FILE, or --prompt TEXT"),
         ("predict runs/default/a --input x.npz --output - --top-k 3", "--top-k goes with --prompt"),
         ("predict runs/default/a --prompt x", "Digits holds no text to go on with"),
         ("train task=language_modelling data=friedman1", "Friedman1 holds no tokens"),
-        ("train task=classification data=stdlib_source data.characters=9999 data.length=40", "has nothing as targets"),
-        ("train data=plain_text data.path=nope task=language_modelling", "nope: there is no such file"),
+        (
+            "train task=classification data=stdlib_source data.characters=9999 data.length=40",
+            "has nothing as targets",
+        ),
+        (
+            "train data=plain_text data.path=nope task=language_modelling",
+            "nope: there is no such file",
+        ),
         ("train data=bible data.path=nope task=language_modelling", " bible), or take"),
-        ("train data=stdlib_source data.tokenizer=word task=language_modelling", "choose data.tokenizer=char, byte"),
+        (
+            "train data=stdlib_source data.tokenizer=word task=language_modelling",
+            "choose data.tokenizer=char, byte",
+        ),
     ],
 )
 def test_a_mistake_is_told_in_a_line(command, line, message):
     if "runs/default/a" in line:
-        assert command("train model.width=8 trainer.max_steps=2 loggers=json_lines run.name=a")[0] == 0
+        assert (
+            command("train model.width=8 trainer.max_steps=2 loggers=json_lines run.name=a")[0] == 0
+        )
     status, _, err = command(line)
     assert (status, message in err) == (2, True), err
     assert len(err.splitlines()) <= 2

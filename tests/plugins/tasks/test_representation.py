@@ -22,7 +22,9 @@ def by_pairs(embeddings, temperature):
     losses = []
     for i in range(2 * n):
         j = (i + n) % (2 * n)
-        similar = [math.exp(F.cosine_similarity(embeddings[i], e, dim=0) / temperature) for e in embeddings]
+        similar = [
+            math.exp(F.cosine_similarity(embeddings[i], e, dim=0) / temperature) for e in embeddings
+        ]
         losses.append(-math.log(similar[j] / sum(s for k, s in enumerate(similar) if k != i)))
     return sum(losses) / len(losses)
 
@@ -40,14 +42,23 @@ def test_the_contrastive_loss_is_that_of_the_paper():
 
 def contrastive(folder=None, epochs=10, **settings):
     data = fw.datasets.build("digits", image=True)
-    views = [{"name": "resized_crop", "smallest": 0.5}, "brightness_contrast"]  # digits are no mirror images
+    views = [
+        {"name": "resized_crop", "smallest": 0.5},
+        "brightness_contrast",
+    ]  # digits are no mirror images
     task = fw.tasks.build("contrastive", views=views, dimensions=32)
     torch.manual_seed(0)
     model = fw.models.build("cnn", data.in_shape, (32,), channels=[16, 32])
     probe = fw.callbacks.build("linear_probe", count=300)
     trainer = fw.Trainer(max_epochs=epochs, callbacks=[probe], device="cpu", **settings)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    return trainer, {"model": model, "data": data, "task": task, "optimizer": optimizer, "batch_size": 128}
+    return trainer, {
+        "model": model,
+        "data": data,
+        "task": task,
+        "optimizer": optimizer,
+        "batch_size": 128,
+    }
 
 
 def test_features_learnt_without_labels_tell_the_classes():
@@ -115,9 +126,7 @@ def teacher(command):
 
 
 def test_a_student_learns_from_a_teacher(command, teacher):
-    words = (
-        f"task=distillation task.teacher={teacher} task.weight=1 model.width=16 trainer.max_epochs=20 run.name=pupil"
-    )
+    words = f"task=distillation task.teacher={teacher} task.weight=1 model.width=16 trainer.max_epochs=20 run.name=pupil"
     status, _, err = command(f"train {words}")
     assert status in (0, None), err
     pupil = open_run(Path("runs/default/pupil"))
@@ -133,9 +142,7 @@ def test_a_student_learns_from_a_teacher(command, teacher):
     assert agree > 0.9  # though it has seen no label
 
 
-PROBED = (
-    "task=contrastive data.image=true model=cnn metrics=[] +callbacks=linear_probe callbacks.linear_probe.layer=block"
-)
+PROBED = "task=contrastive data.image=true model=cnn metrics=[] +callbacks=linear_probe callbacks.linear_probe.layer=block"
 
 
 @pytest.mark.parametrize(
@@ -143,7 +150,10 @@ PROBED = (
     [
         ("task=distillation", "needs a teacher: task.teacher=RUN"),
         ("task=distillation task.teacher=runs/none", "runs/none"),
-        ("task=distillation task.teacher=runs/default/teacher data=wine", r"takes \(64,\) .* Wine has \(13,\)"),
+        (
+            "task=distillation task.teacher=runs/default/teacher data=wine",
+            r"takes \(64,\) .* Wine has \(13,\)",
+        ),
         (PROBED, "mean 'blocks'"),
     ],
 )
@@ -162,9 +172,14 @@ def test_two_goals_are_weighed():
     model = fw.models.build("mlp", (64,), shape)
     batch = data.train[:20]
     step, outputs = task.step(model, batch), model(batch[0])
-    entropy, error = F.cross_entropy(outputs[:, :10], batch[1]), F.mse_loss(outputs[:, 10:], batch[0])
+    entropy, error = (
+        F.cross_entropy(outputs[:, :10], batch[1]),
+        F.mse_loss(outputs[:, 10:], batch[0]),
+    )
     torch.testing.assert_close(step.loss, 2 * entropy + 0.5 * error)
-    torch.testing.assert_close(dict(step.values), {"classification": entropy, "reconstruction": error})
+    torch.testing.assert_close(
+        dict(step.values), {"classification": entropy, "reconstruction": error}
+    )
     assert torch.equal(step.outputs, outputs[:, :10])
 
 
@@ -175,7 +190,13 @@ def test_both_goals_are_learnt():
     model = fw.models.build("mlp", (64,), task.targets_of(data)[1], width=128)
     trainer = fw.Trainer(max_epochs=12, device="cpu")
     metrics = [fw.metrics.build("accuracy")]
-    trainer.fit(model, data, task=task, optimizer=torch.optim.Adam(model.parameters(), lr=3e-3), metrics=metrics)
+    trainer.fit(
+        model,
+        data,
+        task=task,
+        optimizer=torch.optim.Adam(model.parameters(), lr=3e-3),
+        metrics=metrics,
+    )
     assert trainer.state.metrics["val/accuracy"] > 0.93
     assert trainer.state.metrics["val/reconstruction"] < 0.25  # of a variance of 1
 

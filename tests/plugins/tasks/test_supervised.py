@@ -8,7 +8,9 @@ from framework import Data, TensorSplit
 from framework.errors import DataError
 
 
-def make_data(target: str, targets: Tensor, out_shape: tuple[int, ...], *, in_memory: bool = True) -> Data:
+def make_data(
+    target: str, targets: Tensor, out_shape: tuple[int, ...], *, in_memory: bool = True
+) -> Data:
     class Flowers(Data):
         pass
 
@@ -34,10 +36,22 @@ VALUES = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
         ("classification", {}, CLASS),
         ("classification", {"loss": {"name": "cross_entropy", "weight": [0.1, 1, 2, 5]}}, CLASS),
         ("classification", {"loss": {"name": "cross_entropy", "ignore_index": 2}}, CLASS),
-        ("classification", {"loss": {"name": "label_smoothing", "weight": [0.1, 1, 2, 5], "ignore_index": 1}}, CLASS),
-        ("classification", {"loss": {"name": "cross_entropy", "ignore_index": -1}}, torch.where(CLASS == 3, -1, CLASS)),
+        (
+            "classification",
+            {"loss": {"name": "label_smoothing", "weight": [0.1, 1, 2, 5], "ignore_index": 1}},
+            CLASS,
+        ),
+        (
+            "classification",
+            {"loss": {"name": "cross_entropy", "ignore_index": -1}},
+            torch.where(CLASS == 3, -1, CLASS),
+        ),
         ("classification", {"loss": {"name": "nll", "weight": [0.1, 1, 2, 5]}}, CLASS),
-        ("classification", {"loss": lambda: nn.CrossEntropyLoss(torch.tensor([0.1, 1, 2, 5]))}, CLASS),
+        (
+            "classification",
+            {"loss": lambda: nn.CrossEntropyLoss(torch.tensor([0.1, 1, 2, 5]))},
+            CLASS,
+        ),
         ("classification", {"loss": "focal"}, CLASS),
         ("classification", {"loss": "dice"}, CLASS),
         ("classification", {}, VALUES.softmax(1)),
@@ -47,7 +61,9 @@ VALUES = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
         ("regression", {"loss": "huber"}, VALUES),
     ],
 )
-def test_micro_batches_weighted_by_count_have_the_gradient_of_the_whole_batch(task, settings, targets):
+def test_micro_batches_weighted_by_count_have_the_gradient_of_the_whole_batch(
+    task, settings, targets
+):
     task = fw.tasks.build(task, **settings)
     task.criterion.double()
     model = nn.Linear(3, 4).double()
@@ -71,7 +87,8 @@ def test_the_count_of_plain_targets_costs_no_kernel():
 
 
 @pytest.mark.parametrize(
-    "setting", [{}, {"weight": [1, 2, 3]}, {"ignore_index": 1}, {"weight": [1, 2, 3], "ignore_index": 1}]
+    "setting",
+    [{}, {"weight": [1, 2, 3]}, {"ignore_index": 1}, {"weight": [1, 2, 3], "ignore_index": 1}],
 )
 def test_a_step_reads_nothing_off_the_device(setting):
     outputs = torch.zeros(4, 3, device="meta")  # has no values: reading one is an error
@@ -107,14 +124,21 @@ class TestTargets:
 
     def test_outputs_without_classes_are_refused(self):
         with pytest.raises(DataError, match=r"not \(batch, classes\)"):
-            fw.tasks.build("classification").step(nn.Identity(), (torch.zeros(4), torch.zeros(4, dtype=torch.long)))
+            fw.tasks.build("classification").step(
+                nn.Identity(), (torch.zeros(4), torch.zeros(4, dtype=torch.long))
+            )
 
     def test_integers_of_any_width_are_classes_and_numbers(self):
         narrow = torch.tensor([[0], [2]], dtype=torch.uint8)
         step = fw.tasks.build("classification").step(nn.Identity(), (torch.zeros(2, 3), narrow))
         assert step.targets.tolist() == [0, 2]
-        assert fw.tasks.build("regression").step(nn.Identity(), (torch.zeros(2, 1), narrow)).loss == 2
-        assert fw.tasks.build("multilabel").step(nn.Identity(), (torch.zeros(2, 1), narrow > 0)).loss > 0
+        assert (
+            fw.tasks.build("regression").step(nn.Identity(), (torch.zeros(2, 1), narrow)).loss == 2
+        )
+        assert (
+            fw.tasks.build("multilabel").step(nn.Identity(), (torch.zeros(2, 1), narrow > 0)).loss
+            > 0
+        )
 
     def test_metrics_see_the_likeliest_of_mixed_classes(self):
         mixed = torch.tensor([[0.3, 0.7], [0.9, 0.1]])
@@ -139,18 +163,24 @@ def test_predictions_are_columns():
 
 
 class TestCheck:
-    @pytest.mark.parametrize("loss", ["cross_entropy", "focal", "dice", "multi_margin", "label_smoothing"])
+    @pytest.mark.parametrize(
+        "loss", ["cross_entropy", "focal", "dice", "multi_margin", "label_smoothing"]
+    )
     def test_data_that_fits_passes(self, loss):
         for classes in (2, 3, 4):
             targets = torch.arange(12) % classes
-            fw.tasks.build("classification", loss=loss).check(make_data("class", targets, (classes,)))
+            fw.tasks.build("classification", loss=loss).check(
+                make_data("class", targets, (classes,))
+            )
         fw.tasks.build("multilabel").check(make_data("labels", LABELS, (4,)))
         fw.tasks.build("regression").check(make_data("value", VALUES, (4,)))
 
     def test_other_targets_name_the_task_that_fits(self):
         with pytest.raises(DataError) as error:
             fw.tasks.build("classification").check(make_data("value", VALUES, (4,)))
-        assert str(error.value) == ("data Flowers has values as targets; classification needs classes: task=regression")
+        assert str(error.value) == (
+            "data Flowers has values as targets; classification needs classes: task=regression"
+        )
 
     @pytest.mark.parametrize("loss", ["mse", "bce_with_logits", "huber"])
     @pytest.mark.parametrize("classes", [2, 3, 10])
@@ -161,18 +191,29 @@ class TestCheck:
     def test_so_is_a_weight_too_few_and_a_loss_that_is_no_mean(self):
         data = make_data("class", CLASS, (4,))
         with pytest.raises(DataError, match="weight"):
-            fw.tasks.build("classification", loss={"name": "cross_entropy", "weight": [1, 2]}).check(data)
+            fw.tasks.build(
+                "classification", loss={"name": "cross_entropy", "weight": [1, 2]}
+            ).check(data)
         with pytest.raises(DataError, match=r"expected one real number, .* of shape \(2,\)"):
-            fw.tasks.build("classification", loss=lambda: nn.CrossEntropyLoss(reduction="none")).check(data)
+            fw.tasks.build(
+                "classification", loss=lambda: nn.CrossEntropyLoss(reduction="none")
+            ).check(data)
 
     def test_a_target_that_is_no_class_is_found_before_training(self):
         with pytest.raises(
-            DataError, match="the train split of Flowers has a target 4; with 4 classes they go from 0 to 3"
+            DataError,
+            match="the train split of Flowers has a target 4; with 4 classes they go from 0 to 3",
         ):
-            fw.tasks.build("classification").check(make_data("class", torch.tensor([0, 4, 1]), (4,)))
+            fw.tasks.build("classification").check(
+                make_data("class", torch.tensor([0, 4, 1]), (4,))
+            )
         stray = make_data("class", torch.tensor([0, -100, 1]), (4,))
         with pytest.raises(DataError, match="-100"):
             fw.tasks.build("classification").check(stray)
-        fw.tasks.build("classification", loss={"name": "cross_entropy", "ignore_index": -100}).check(stray)
-        unread = make_data("class", torch.tensor([0, 4, 1]), (4,), in_memory=False)  # only what is in memory is read
+        fw.tasks.build(
+            "classification", loss={"name": "cross_entropy", "ignore_index": -100}
+        ).check(stray)
+        unread = make_data(
+            "class", torch.tensor([0, 4, 1]), (4,), in_memory=False
+        )  # only what is in memory is read
         fw.tasks.build("classification").check(unread)

@@ -41,7 +41,9 @@ def test_every_object_compiles_as_often_as_torch_allows(name):
     with torch._dynamo.config.patch(recompile_limit=2):
         for _ in range(5):
             step = Step()
-            function = CompiledFunction(getattr(step, name), traces_backward=name == "gradients", backend="eager")
+            function = CompiledFunction(
+                getattr(step, name), traces_backward=name == "gradients", backend="eager"
+            )
             kept += [step, function]
             assert times_compiled(function, [4, 5, 4, 5]) == 2
             assert "size mismatch" in function.reason()
@@ -49,7 +51,9 @@ def test_every_object_compiles_as_often_as_torch_allows(name):
 
 def test_the_same_function_in_two_objects():
     step = Step()
-    one, other = [CompiledFunction(step.gradients, traces_backward=True, backend="eager") for _ in range(2)]
+    one, other = [
+        CompiledFunction(step.gradients, traces_backward=True, backend="eager") for _ in range(2)
+    ]
     assert times_compiled(one, [4, 4]) == times_compiled(other, [4, 4]) == 1
     assert one.reason() is other.reason() is None
     for ours, theirs in zip(one(torch.ones(4, 3)), step.gradients(torch.ones(4, 3)), strict=True):

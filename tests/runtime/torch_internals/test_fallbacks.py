@@ -8,7 +8,12 @@ from torch import nn
 
 from framework.runtime.identity import ModelContents
 from framework.runtime.torch_internals import foreach, module_contents, pytree
-from framework.runtime.torch_internals.module_contents import buffers_of, has_gradient_hooks, hooks_of, parameters_of
+from framework.runtime.torch_internals.module_contents import (
+    buffers_of,
+    has_gradient_hooks,
+    hooks_of,
+    parameters_of,
+)
 from framework.runtime.torch_internals.non_finite import NonFiniteFlag
 from framework.runtime.torch_internals.tensor_version import content_hash, version_of
 
@@ -42,7 +47,9 @@ def test_a_tree_keeps_its_structure(names):
 
 def lists():
     generator = torch.Generator().manual_seed(1)
-    return [[torch.randn(shape, generator=generator) for shape in ((3, 4), (5,), ())] for _ in range(2)]
+    return [
+        [torch.randn(shape, generator=generator) for shape in ((3, 4), (5,), ())] for _ in range(2)
+    ]
 
 
 OPERATIONS = {
@@ -109,7 +116,10 @@ def test_changed_contents_of_a_model_are_found(names):
 
 def test_another_tensor_takes_the_place_of_a_parameter_and_of_a_buffer(names):
     model = network()
-    for owned, name in ((parameters_of(model[0]), "weight"), (buffers_of(model[1]), "running_mean")):
+    for owned, name in (
+        (parameters_of(model[0]), "weight"),
+        (buffers_of(model[1]), "running_mean"),
+    ):
         assert name in owned
         before, other = owned[name], torch.full_like(owned[name], 3.0)
         owned[name] = other
@@ -131,7 +141,9 @@ def test_hooks_are_listed():
 
 
 @pytest.mark.parametrize("version", [version_of, content_hash])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64]
+)
 def test_a_change_in_place_gives_another_version(version, dtype):
     tensor = torch.zeros(3, 2, dtype=dtype).t()
     before = version(tensor)

@@ -10,7 +10,10 @@ from framework.runtime.torch_internals.lazy_compiler import undecorated
 
 def python(text, folder):
     """Run a program of its own, as what is imported cannot be taken back."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
+    }
     subprocess.run([sys.executable, "-c", text], cwd=folder, env=environment, check=True)
 
 

@@ -14,7 +14,9 @@ from framework.training.acceleration import compiled_step
 from framework.training.acceleration.compiled_step import Compiled
 
 fw.discover()
-DATA = fw.TensorSplit(torch.randn(64, 5, generator=torch.Generator().manual_seed(3)), torch.arange(64) % 3)
+DATA = fw.TensorSplit(
+    torch.randn(64, 5, generator=torch.Generator().manual_seed(3)), torch.arange(64) % 3
+)
 RECIPES = [
     ("sgd", {"lr": 0.1}),
     ("sgd", {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
@@ -49,9 +51,13 @@ def network():
     return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 3)).double()
 
 
-def fit(*callbacks, optimizer=("adamw", {"lr": 0.01}), data=DATA, resume=None, model=None, **settings):
+def fit(
+    *callbacks, optimizer=("adamw", {"lr": 0.01}), data=DATA, resume=None, model=None, **settings
+):
     model = network() if model is None else model
-    trainer = Trainer(callbacks=callbacks, **({"max_steps": 12, "seed": 5, "device": "cpu"} | settings))
+    trainer = Trainer(
+        callbacks=callbacks, **({"max_steps": 12, "seed": 5, "device": "cpu"} | settings)
+    )
     trainer.fit(
         model,
         fw.TensorSplit(data[:][0].double(), data[:][1]),
@@ -73,13 +79,17 @@ def single_call(trainer):
 def assert_same(one, other):
     for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
-    assert one.state.metrics["train/loss"] == pytest.approx(other.state.metrics["train/loss"], rel=1e-9)
+    assert one.state.metrics["train/loss"] == pytest.approx(
+        other.state.metrics["train/loss"], rel=1e-9
+    )
 
 
 @pytest.mark.parametrize("optimizer", RECIPES, ids=str)
 def test_a_whole_step_does_what_the_eager_one_does(optimizer, uncompiled):
     whole = fit(fw.callbacks.build("non_finite"), optimizer=optimizer, compile="step")
-    first = "_step" if optimizer in (RECIPES[0], RECIPES[5]) else "_gradients"  # no state, or there from the beginning
+    first = (
+        "_step" if optimizer in (RECIPES[0], RECIPES[5]) else "_gradients"
+    )  # no state, or there from the beginning
     assert [call.__name__ for call in uncompiled] == [first] + ["_step"] * 11
     assert_same(whole, fit(optimizer=optimizer))
 
@@ -113,7 +123,10 @@ def test_who_looks_at_gradients_gets_them(uncompiled):
 
 
 def test_gradient_norms_are_those_of_the_eager_run(uncompiled):
-    logged = [fit(fw.callbacks.build("gradient_norm"), log_every="4steps", compile=c) for c in ("step", "off")]
+    logged = [
+        fit(fw.callbacks.build("gradient_norm"), log_every="4steps", compile=c)
+        for c in ("step", "off")
+    ]
     norms = [trainer.state.metrics["train/gradient_norm"] for trainer in logged]
     assert norms[0] == pytest.approx(norms[1], rel=1e-9)
 
@@ -126,12 +139,20 @@ def spoiled(row=40):
 
 def test_no_update_is_made_from_what_is_not_finite(uncompiled):
     with pytest.raises(FrameworkError, match=r"first gradient not finite is of 0\.weight"):
-        fit(fw.callbacks.build("non_finite"), data=spoiled(), compile="step", model=(model := network()))
+        fit(
+            fw.callbacks.build("non_finite"),
+            data=spoiled(),
+            compile="step",
+            model=(model := network()),
+        )
     assert all(p.isfinite().all() for p in model.parameters())
 
 
 def test_skipped_steps_are_those_of_the_eager_run(uncompiled):
-    made = [fit(fw.callbacks.build("non_finite", policy="skip"), data=spoiled(), compile=c) for c in ("step", "off")]
+    made = [
+        fit(fw.callbacks.build("non_finite", policy="skip"), data=spoiled(), compile=c)
+        for c in ("step", "off")
+    ]
     assert_same(*made)
     assert made[0].callbacks[0].skipped == made[1].callbacks[0].skipped == 4
 
@@ -161,7 +182,9 @@ def test_it_is_said_when_and_why_a_step_is_compiled_again():
 @pytest.fixture
 def backend(monkeypatch):
     """The compiler traces functions, and runs what it has traced eagerly."""
-    monkeypatch.setattr(compiled_step, "CompiledFunction", partial(CompiledFunction, backend="eager"))
+    monkeypatch.setattr(
+        compiled_step, "CompiledFunction", partial(CompiledFunction, backend="eager")
+    )
 
 
 def test_each_run_of_a_process_may_be_compiled_as_often(backend):
@@ -187,7 +210,10 @@ def test_a_fit_leaves_functions_alone_that_the_user_has_compiled(compile, backen
         return x.square().sum()
 
     def config():
-        return {name: getattr(torch._dynamo.config, name, None) for name in ("trace_autograd_ops", "recompile_limit")}
+        return {
+            name: getattr(torch._dynamo.config, name, None)
+            for name in ("trace_autograd_ops", "recompile_limit")
+        }
 
     before = config()
     users_own(torch.ones(3))

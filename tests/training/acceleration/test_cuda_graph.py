@@ -11,7 +11,9 @@ from framework import Callback, Trainer
 from framework.errors import SettingError
 from framework.training.acceleration import cuda_graph
 
-DATA = fw.TensorSplit(torch.randn(64, 5, generator=torch.Generator().manual_seed(3)), torch.arange(64) % 3)
+DATA = fw.TensorSplit(
+    torch.randn(64, 5, generator=torch.Generator().manual_seed(3)), torch.arange(64) % 3
+)
 fw.discover()
 
 
@@ -19,14 +21,25 @@ class Small(nn.Sequential):
     def __init__(self, norm=False):
         torch.manual_seed(0)
         super().__init__(
-            nn.Linear(5, 8, bias=not norm), nn.BatchNorm1d(8) if norm else nn.Identity(), nn.Tanh(), nn.Linear(8, 3)
+            nn.Linear(5, 8, bias=not norm),
+            nn.BatchNorm1d(8) if norm else nn.Identity(),
+            nn.Tanh(),
+            nn.Linear(8, 3),
         )
 
 
-def fit(*callbacks, model=None, optimizer="adamw", mode="off", device="cpu", resume=None, **settings):
+def fit(
+    *callbacks, model=None, optimizer="adamw", mode="off", device="cpu", resume=None, **settings
+):
     model = Small() if model is None else model
-    made = fw.optimizers.build(optimizer, list(model.parameters())) if isinstance(optimizer, str) else optimizer(model)
-    trainer = Trainer(callbacks=callbacks, **({"max_steps": 30, "seed": 5, "device": device} | settings))
+    made = (
+        fw.optimizers.build(optimizer, list(model.parameters()))
+        if isinstance(optimizer, str)
+        else optimizer(model)
+    )
+    trainer = Trainer(
+        callbacks=callbacks, **({"max_steps": 30, "seed": 5, "device": device} | settings)
+    )
     trainer.cuda_graph = mode  # which on a CPU is off
     Again.trainer = trainer
     trainer.fit(
@@ -71,9 +84,13 @@ def gradients(trainer):
 
 
 def assert_close(one, other, tolerance=1e-6):
-    for a, b in zip(one.model.state_dict().values(), other.model.state_dict().values(), strict=True):
+    for a, b in zip(
+        one.model.state_dict().values(), other.model.state_dict().values(), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
-    assert one.state.metrics["train/loss"] == pytest.approx(other.state.metrics["train/loss"], rel=1e-4)
+    assert one.state.metrics["train/loss"] == pytest.approx(
+        other.state.metrics["train/loss"], rel=1e-4
+    )
 
 
 class Again:
@@ -163,7 +180,9 @@ def test_who_must_see_gradients_sees_them(recorded):
     for names in (["noise_scale"], ["non_finite"], ["clip_gradients", "histograms"]):
         watched = fit(*(fw.callbacks.build(name) for name in names), mode="on", optimizer=fused)
         assert not whole_step(watched).seen
-        assert len(gradients(watched).captured) == 2, "forward and backward are replayed all the same"
+        assert len(gradients(watched).captured) == 2, (
+            "forward and backward are replayed all the same"
+        )
         assert_close(watched, fit(*(fw.callbacks.build(name) for name in names), optimizer=fused))
 
 
@@ -240,7 +259,9 @@ def test_what_was_replaced_or_moved_is_captured_again(recorded, change, optimize
 
 
 @pytest.mark.parametrize(("quick", "chosen"), [("replayed", "as a graph"), ("eager", "eager")])
-def test_auto_times_some_steps_each_way_and_says_what_it_chose(recorded, monkeypatch, capsys, quick, chosen):
+def test_auto_times_some_steps_each_way_and_says_what_it_chose(
+    recorded, monkeypatch, capsys, quick, chosen
+):
     took, clock = {"eager": 2e-3, "replayed": 2e-3, quick: 1e-3}, [0.0]
     replay_or_run = cuda_graph.Graphed._replay_or_run
 
@@ -271,7 +292,13 @@ def test_what_cannot_be_is_said():
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-REAL = [{}, {"precision": "fp16"}, {"precision": "bf16"}, {"accumulate": 2}, {"max_steps": 80, "cuda_graph": "auto"}]
+REAL = [
+    {},
+    {"precision": "fp16"},
+    {"precision": "bf16"},
+    {"accumulate": 2},
+    {"max_steps": 80, "cuda_graph": "auto"},
+]
 
 
 @needs_gpu
@@ -279,7 +306,9 @@ REAL = [{}, {"precision": "fp16"}, {"precision": "bf16"}, {"accumulate": 2}, {"m
 @pytest.mark.parametrize("settings", REAL, ids=str)
 def test_a_cuda_graph_does_what_the_eager_step_does(settings, optimizer):
     def run(mode):
-        watchers = [fw.callbacks.build(name) for name in ("non_finite", "clip_gradients", "gradient_norm")]
+        watchers = [
+            fw.callbacks.build(name) for name in ("non_finite", "clip_gradients", "gradient_norm")
+        ]
         own = settings | {"cuda_graph": settings.get("cuda_graph", "on") if mode == "on" else "off"}
         given = {"device": "cuda", "optimizer": optimizer, "model": Small(norm=True)}
         return fit(*watchers, mode=own["cuda_graph"], **given, **own)
@@ -295,7 +324,9 @@ def test_a_cuda_graph_does_what_the_eager_step_does(settings, optimizer):
 @needs_gpu
 def test_dropout_draws_what_it_would_have_drawn():
     model = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.5), nn.Linear(8, 3))
-    losses = fit(model=model, device="cuda", mode="on", optimizer=fused, log_every="1steps").state.metrics
+    losses = fit(
+        model=model, device="cuda", mode="on", optimizer=fused, log_every="1steps"
+    ).state.metrics
     assert 0 < losses["train/loss"] < 2
 
 

@@ -11,10 +11,16 @@ from framework.training.acceleration.fused_update import FusedUpdate
 
 OPTIMIZERS = {
     "adamw": lambda params: torch.optim.AdamW(params, lr=0.01, fused=True),
-    "adam": lambda params: torch.optim.Adam(params, lr=0.01, betas=(0.8, 0.99), weight_decay=0.1, fused=True),
+    "adam": lambda params: torch.optim.Adam(
+        params, lr=0.01, betas=(0.8, 0.99), weight_decay=0.1, fused=True
+    ),
     "sgd": lambda params: torch.optim.SGD(params, lr=0.1, fused=True),
-    "momentum": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, nesterov=True, fused=True),
-    "dampening": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, dampening=0.3, fused=True),
+    "momentum": lambda params: torch.optim.SGD(
+        params, lr=0.1, momentum=0.9, nesterov=True, fused=True
+    ),
+    "dampening": lambda params: torch.optim.SGD(
+        params, lr=0.1, momentum=0.9, dampening=0.3, fused=True
+    ),
     "maximize": lambda params: torch.optim.AdamW(params, lr=0.01, maximize=True, fused=True),
 }
 OTHERS = {
@@ -48,7 +54,11 @@ class Twins:
 
     def same(self):
         states = [optimizer.state_dict()["state"] for optimizer in self.optimizers]
-        pairs = [(a[name], b[name]) for a, b in zip(states[0].values(), states[1].values(), strict=True) for name in a]
+        pairs = [
+            (a[name], b[name])
+            for a, b in zip(states[0].values(), states[1].values(), strict=True)
+            for name in a
+        ]
         pairs += zip(self.ours.parameters(), self.theirs.parameters(), strict=True)
         return all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in pairs)
 
@@ -87,7 +97,9 @@ def test_settings_groups_and_states_may_change_at_any_time(make):
         optimizer.load_state_dict(copy.deepcopy(saved))
     twins.train(3)
     extra = [nn.Parameter(torch.ones(2)) for _ in range(2)]
-    for model, parameter, optimizer in zip((twins.ours, twins.theirs), extra, twins.optimizers, strict=True):
+    for model, parameter, optimizer in zip(
+        (twins.ours, twins.theirs), extra, twins.optimizers, strict=True
+    ):
         optimizer.add_param_group({"params": [parameter], "lr": 0.3})
         model[0].register_forward_hook(lambda module, given, output, p=parameter: output + p.sum())
     twins.train(4)
@@ -118,7 +130,9 @@ def test_hooks_are_called(where):
 
 def test_a_step_that_somebody_wrapped_is_called():
     twins = Twins(OPTIMIZERS["adamw"])
-    scheduler = torch.optim.lr_scheduler.StepLR(twins.optimizers[0], 1)  # wraps `step` to count its calls
+    scheduler = torch.optim.lr_scheduler.StepLR(
+        twins.optimizers[0], 1
+    )  # wraps `step` to count its calls
     twins.train(2)
     assert not twins.direct
     assert twins.same()

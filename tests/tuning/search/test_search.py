@@ -12,10 +12,21 @@ from framework.tuning.search.importance import importances, pictures, report
 from framework.tuning.search.search import Campaign
 from framework.tuning.search.settings import read_search
 from framework.tuning.search.space import Space
-from framework.tuning.search.study import FILE, Journal, Judge, create_study, make_pruner, storage_in
+from framework.tuning.search.study import (
+    FILE,
+    Journal,
+    Judge,
+    create_study,
+    make_pruner,
+    storage_in,
+)
 from framework.tuning.sweep.folder import SweepFolder, Trial
 
-SPACE = ["optimizer=sgd,adamw", "++optimizer.lr=tag(log, interval(1e-5, 1e-1))", "++model.depth=range(1, 4)"]
+SPACE = [
+    "optimizer=sgd,adamw",
+    "++optimizer.lr=tag(log, interval(1e-5, 1e-1))",
+    "++model.depth=range(1, 4)",
+]
 METRICS = ["val/loss"]
 
 
@@ -177,10 +188,22 @@ def test_a_search_ends_early(tmp_path):
     ("given", "metrics", "said"),
     [
         ({"trials": 0}, METRICS, r"hydra.sweeper.trials=0: should be int in \[1, inf\)"),
-        ({"trails": 9}, METRICS, "hydra.sweeper.trails: there is no such setting; did you mean 'trials'"),
+        (
+            {"trails": 9},
+            METRICS,
+            "hydra.sweeper.trails: there is no such setting; did you mean 'trials'",
+        ),
         ({"sampler": "tbe"}, METRICS, "hydra.sweeper.sampler=tbe: should be one of auto, tpe"),
-        ({"timeout": "1 week"}, METRICS, "hydra.sweeper.timeout=1 week: should be a duration like 90s"),
-        ({"pruner": "median"}, ["val/loss", "val/accuracy"], "goes with one sweep.metric, not with 2"),
+        (
+            {"timeout": "1 week"},
+            METRICS,
+            "hydra.sweeper.timeout=1 week: should be a duration like 90s",
+        ),
+        (
+            {"pruner": "median"},
+            ["val/loss", "val/accuracy"],
+            "goes with one sweep.metric, not with 2",
+        ),
         ({"pruner": "median"}, ["test/loss"], "test/loss is measured when a trial is over"),
     ],
 )

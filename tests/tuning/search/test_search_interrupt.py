@@ -7,7 +7,11 @@ import time
 
 from framework.tuning.sweep.folder import SweepFolder
 
-SEARCH = ["hydra/sweeper=optuna", "hydra.sweeper.trials=4", "optimizer.lr=tag(log, interval(1e-3, 1e-1))"]
+SEARCH = [
+    "hydra/sweeper=optuna",
+    "hydra.sweeper.trials=4",
+    "optimizer.lr=tag(log, interval(1e-3, 1e-1))",
+]
 
 
 def test_ctrl_c_leaves_a_table_and_a_trial_to_go_on_with(tmp_path):

@@ -58,11 +58,19 @@ def study(tmp_path):
 
 def train(folder, values, resume=None, more=(), **settings):
     prune = fw.callbacks.build("prune", **{"startup": 2, "warmup": 0, **settings})
-    trainer = Trainer(max_epochs=len(values), callbacks=[Script(values), prune, *more], folder=folder)
+    trainer = Trainer(
+        max_epochs=len(values), callbacks=[Script(values), prune, *more], folder=folder
+    )
     model = torch.nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     return trainer.fit(
-        model, SPLIT, val=SPLIT, task=torch.nn.MSELoss(), optimizer=optimizer, batch_size=4, resume=resume
+        model,
+        SPLIT,
+        val=SPLIT,
+        task=torch.nn.MSELoss(),
+        optimizer=optimizer,
+        batch_size=4,
+        resume=resume,
     )
 
 
@@ -78,7 +86,9 @@ def test_a_trial_ahead_goes_on(study, tmp_path):
     assert train(tmp_path / "003_seed-3", [value - 1 for value in GOOD]).stop is None
 
 
-@pytest.mark.parametrize(("settings", "epochs"), [({"warmup": 3}, 4), ({"startup": 4}, 5), ({"pruner": "halving"}, 3)])
+@pytest.mark.parametrize(
+    ("settings", "epochs"), [({"warmup": 3}, 4), ({"startup": 4}, 5), ({"pruner": "halving"}, 3)]
+)
 def test_the_rule_can_be_chosen(study, tmp_path, settings, epochs):
     assert train(tmp_path / "003_seed-3", BAD, **settings).epoch == epochs
 
@@ -113,5 +123,7 @@ def test_outside_a_search_it_says_so(tmp_path):
 
 def test_it_costs_no_import_until_a_search_begins():
     script = "import sys, framework as fw; fw.discover(); fw.callbacks.build('prune'); print('optuna' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "False"

@@ -9,8 +9,18 @@ from framework.errors import FrameworkError
 from framework.tuning.search.study import storage_in
 from framework.tuning.sweep.folder import SweepFolder
 
-QUICK = ["trainer.max_steps=4", "model.width=8", "loggers=json_lines", "callbacks=[checkpoint]", "seed=1"]
-SEARCH = ["hydra/sweeper=optuna", "hydra.sweeper.trials=4", "optimizer.lr=tag(log, interval(1e-3, 1e-1))"]
+QUICK = [
+    "trainer.max_steps=4",
+    "model.width=8",
+    "loggers=json_lines",
+    "callbacks=[checkpoint]",
+    "seed=1",
+]
+SEARCH = [
+    "hydra/sweeper=optuna",
+    "hydra.sweeper.trials=4",
+    "optimizer.lr=tag(log, interval(1e-3, 1e-1))",
+]
 
 FAULTY = """
 import torch
@@ -61,7 +71,9 @@ def test_the_same_command_goes_on_to_the_same_total(tmp_path, capsys):
     search("hydra.sweeper.trials=1")
     search("hydra.sweeper.trials=3", "resume=auto")
     search("hydra.sweeper.trials=3", name="b")
-    assert len((tmp_path / "runs/default/a/sweep.jsonl").read_text().splitlines()) == 6  # a row at begin and end
+    assert (
+        len((tmp_path / "runs/default/a/sweep.jsonl").read_text().splitlines()) == 6
+    )  # a row at begin and end
     one, other = ([row.metrics["val/loss"] for row in rows(tmp_path, name)] for name in "ab")
     assert one == other
 
@@ -92,7 +104,9 @@ def test_pruned_trials_end_early_and_are_told_apart(tmp_path, capsys):
     found = rows(tmp_path)
     pruned = [row for row in found if row.state == "pruned"]
     assert pruned
-    assert all(row.settings.keys() == {"optimizer.lr"} for row in found), "all have it: it tells nothing"
+    assert all(row.settings.keys() == {"optimizer.lr"} for row in found), (
+        "all have it: it tells nothing"
+    )
     longest = max(row.steps for row in found)
     assert all(row.steps < longest for row in pruned)
     assert {row.steps for row in found if row.state == "done"} == {longest}
@@ -110,7 +124,9 @@ def test_trials_that_train_as_one_are_pruned_one_by_one(tmp_path, capsys):
     assert len(found) == 16
     longest = max(row.steps for row in found)
     for row in found:
-        curve = (tmp_path / "runs/default/v" / row.folder / "metrics.jsonl").read_text().splitlines()
+        curve = (
+            (tmp_path / "runs/default/v" / row.folder / "metrics.jsonl").read_text().splitlines()
+        )
         steps = [json.loads(line)["step"] for line in curve]
         assert max(steps) == row.steps, "what is pruned trains no further, what is not goes on"
         assert (row.steps < longest) == (row.state == "pruned")
@@ -131,7 +147,10 @@ def test_several_metrics_have_a_front(tmp_path, capsys):
         (["optimizer.lr=tag(log, interval(0, 1))"], "`low > 0` must hold"),
         (["optimizer.lr=0.1"], "a search needs something to choose"),
         (["model.depht=range(1, 3)"], "mlp has no setting 'depht'; did you mean 'depth'?"),
-        (["sweep.metric=[val/loss,val/accuracy]", "hydra.sweeper.pruner=median"], "goes with one sweep.metric"),
+        (
+            ["sweep.metric=[val/loss,val/accuracy]", "hydra.sweeper.pruner=median"],
+            "goes with one sweep.metric",
+        ),
     ],
 )
 def test_a_wrong_search_is_told_before_there_is_a_folder(overrides, said, tmp_path):

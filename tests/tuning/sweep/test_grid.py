@@ -16,12 +16,21 @@ from framework.tuning.sweep.grid import numbered
 from framework.tuning.sweep.grid_rules import Rule, combinations
 from framework.tuning.sweep.sweep import sweep as run_sweep
 
-AXES = {"lr": ["lr=1", "lr=2"], "size": ["size=8", "size=9"], "seed": ["seed=0", "seed=1", "seed=2"]}
+AXES = {
+    "lr": ["lr=1", "lr=2"],
+    "size": ["size=8", "size=9"],
+    "seed": ["seed=0", "seed=1", "seed=2"],
+}
 
 
 def test_every_combination_the_last_key_changing_fastest():
     found = combinations({key: AXES[key] for key in ("lr", "seed")}, [])
-    assert found[:4] == [("lr=1", "seed=0"), ("lr=1", "seed=1"), ("lr=1", "seed=2"), ("lr=2", "seed=0")]
+    assert found[:4] == [
+        ("lr=1", "seed=0"),
+        ("lr=1", "seed=1"),
+        ("lr=1", "seed=2"),
+        ("lr=2", "seed=0"),
+    ]
     assert len(found) == 6
 
 
@@ -59,7 +68,11 @@ def test_a_zip_that_cannot_be(zipped, said):
     ],
 )
 def test_a_rule_leaves_combinations_out(rule, left):
-    trials = [{"model": model, "norm": norm, "lr": 1} for model in ("rnn", "mlp") for norm in ("layer", None)]
+    trials = [
+        {"model": model, "norm": norm, "lr": 1}
+        for model in ("rnn", "mlp")
+        for norm in ("layer", None)
+    ]
     kept = [trial for trial in trials if Rule(rule, trials[0]).holds(trial)]
     assert [f"{t['model']} {t['norm'] or 'null'} {t['lr']}" for t in kept] == left
 
@@ -68,7 +81,10 @@ def test_a_rule_leaves_combinations_out(rule, left):
     ("rule", "said"),
     [
         ("modle=rnn", "modle is not given in this sweep; did you mean 'model'?"),
-        ("model is rnn", "'model is rnn' cannot be read; it should be like model=rnn -> norm=layer"),
+        (
+            "model is rnn",
+            "'model is rnn' cannot be read; it should be like model=rnn -> norm=layer",
+        ),
         ("__import__('os').getcwd()", "cannot be read"),
         ("model=a -> model=b -> model=c", "should be like"),
     ],
@@ -92,7 +108,11 @@ def sweep(tmp_path, monkeypatch):
 
 
 def test_zip_and_where_on_the_command_line(sweep):
-    zipped = sweep("optimizer.lr=1e-3,1e-2", "loader.batch_size=16,32", "sweep.zip=[optimizer.lr,loader.batch_size]")
+    zipped = sweep(
+        "optimizer.lr=1e-3,1e-2",
+        "loader.batch_size=16,32",
+        "sweep.zip=[optimizer.lr,loader.batch_size]",
+    )
     assert [tuple(each.values()) for each in zipped] == [(1e-3, 16), (1e-2, 32)]
     ruled = sweep("optimizer=sgd,adam", "seed=1,2", "sweep.where=optimizer=sgd -> seed=1")
     assert [tuple(each.values()) for each in ruled] == [("sgd", 1), ("adam", 1), ("adam", 2)]
@@ -108,10 +128,18 @@ def test_a_grid_in_an_experiment_file(sweep, tmp_path):
     text = f"hydra: {{sweeper: {{params: {params}}}}}\nsweep: {rules}\n"
     (tmp_path / "conf/experiment/grid.yaml").write_text(text)
     found = sweep("experiment=grid")
-    assert [tuple(each.values()) for each in found] == [(1e-3, "relu", 0), (1e-3, "elu", 0), (1e-2, "relu", 1)]
+    assert [tuple(each.values()) for each in found] == [
+        (1e-3, "relu", 0),
+        (1e-3, "elu", 0),
+        (1e-2, "relu", 1),
+    ]
     typed = sweep("experiment=grid", "optimizer.lr=3,4")
-    assert {each["optimizer.lr"] for each in typed} == {3, 4}, "what is typed takes the place of what is in the file"
-    (tmp_path / "conf/experiment/grid.yaml").write_text("hydra: {sweeper: {params: {modle: 'a,b'}}}\n")
+    assert {each["optimizer.lr"] for each in typed} == {3, 4}, (
+        "what is typed takes the place of what is in the file"
+    )
+    (tmp_path / "conf/experiment/grid.yaml").write_text(
+        "hydra: {sweeper: {params: {modle: 'a,b'}}}\n"
+    )
     with pytest.raises(ConfigError, match="there is no key 'modle'"):
         sweep("experiment=grid")
 
@@ -135,8 +163,12 @@ EQUAL = [
 def test_a_job_composed_fast_is_what_hydra_composes(typed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "conf/experiment").mkdir(parents=True)
-    (tmp_path / "conf/experiment/one.yaml").write_text("optimizer: {name: sgd, momentum: 0.5}\nmodel: {width: 16}\n")
-    (tmp_path / "conf/experiment/two.yaml").write_text("defaults: [one]\nmodel: {dropout: 0.1}\nseed: 4\n")
+    (tmp_path / "conf/experiment/one.yaml").write_text(
+        "optimizer: {name: sgd, momentum: 0.5}\nmodel: {width: 16}\n"
+    )
+    (tmp_path / "conf/experiment/two.yaml").write_text(
+        "defaults: [one]\nmodel: {dropout: 0.1}\nseed: 4\n"
+    )
     compared = []
 
     def job(self, overrides, number):
@@ -144,9 +176,16 @@ def test_a_job_composed_fast_is_what_hydra_composes(typed, tmp_path, monkeypatch
         config = self.loader.load_sweep_config(self.master, list(overrides))
         HydraConfig.instance().set_config(config)
         experiment = config.hydra.runtime.choices.get("experiment")
-        tree = to_tree(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]), Sources({}, []))
+        tree = to_tree(
+            OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]),
+            Sources({}, []),
+        )
         full = self.composing.checked(tree, experiment, list(overrides), number)
-        assert (fast.spec.tree, fast.experiment, fast.settings) == (full.spec.tree, full.experiment, full.settings)
+        assert (fast.spec.tree, fast.experiment, fast.settings) == (
+            full.spec.tree,
+            full.experiment,
+            full.settings,
+        )
         compared.append(overrides)
         return fast
 
@@ -165,7 +204,9 @@ def test_hydra_composes_once_for_each_choice_of_parts(tmp_path, monkeypatch):
         return full(self, overrides, number)
 
     monkeypatch.setattr(cached_composer.Composer, "_compose", counted)
-    line = CommandLine(["optimizer=sgd,adam", "optimizer.lr=0.1,0.2", "seed=range(8)"], multirun=True)
+    line = CommandLine(
+        ["optimizer=sgd,adam", "optimizer.lr=0.1,0.2", "seed=range(8)"], multirun=True
+    )
     run_sweep(line, lambda job: None)
     assert composed == [("optimizer=sgd",), ("optimizer=adam",)]
 
@@ -186,9 +227,15 @@ def test_every_problem_of_every_job_is_told_at_once(sweep):
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
-        ("sweep.metric=val/acuracy", "sweep.metric=val/acuracy: no trial measures it; did you mean 'val/accuracy'?"),
+        (
+            "sweep.metric=val/acuracy",
+            "sweep.metric=val/acuracy: no trial measures it; did you mean 'val/accuracy'?",
+        ),
         ("sweep.metric=accuracy", "sweep.metric=accuracy: should be like val/accuracy"),
-        ("sweep.metric=weights/norm", "sweep.metric=weights/norm: say what is better with sweep.mode=min or max"),
+        (
+            "sweep.metric=weights/norm",
+            "sweep.metric=weights/norm: say what is better with sweep.mode=min or max",
+        ),
         ("sweep.mode=[min,max]", "sweep.mode: should be one, or one for each sweep.metric"),
         ("sweep.mode=low", "sweep.mode=low: should be one of auto, min, max"),
         ("sweep.name=a,b", "sweep.name=a,b: is about a whole sweep: write sweep.name=[a,b]"),
@@ -206,7 +253,9 @@ def test_a_single_run_has_nothing_to_do_with_the_section_sweep(tmp_path, monkeyp
     jobs = []
     run_composed(CommandLine([]), jobs.append)
     assert "sweep" not in jobs[0].spec.tree
-    with pytest.raises(ConfigError, match=r"sweep\.name=a: is about a whole sweep: add -m for one, or leave it out"):
+    with pytest.raises(
+        ConfigError, match=r"sweep\.name=a: is about a whole sweep: add -m for one, or leave it out"
+    ):
         run_composed(CommandLine(["sweep.name=a"]), jobs.append)
 
 

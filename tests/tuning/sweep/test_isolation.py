@@ -55,10 +55,20 @@ def shared():
     root, spoilt = logging.getLogger(), logging.getLogger("framework.spoilt")
     return {
         "globals": [read() for read, _ in GLOBALS],
-        "generators": (random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()),
+        "generators": (
+            random.getstate(),
+            numpy.random.get_state()[1].tolist(),
+            torch.get_rng_state().tolist(),
+        ),
         "cudnn": torch.backends.cudnn.benchmark,
         "warnings": list(warnings.filters),
-        "loggers": (root.level, list(root.handlers), root.manager.disable, spoilt.level, spoilt.propagate),
+        "loggers": (
+            root.level,
+            list(root.handlers),
+            root.manager.disable,
+            spoilt.level,
+            spoilt.propagate,
+        ),
         "process": (dict(os.environ), os.getcwd(), list(sys.path)),
     }
 
@@ -92,11 +102,17 @@ def test_trials_around_a_nasty_one_are_as_if_alone(tmp_path, monkeypatch, capsys
         with pytest.raises(SystemExit):
             main(shlex.split(f"{line} trainer.max_steps=4 loggers=[json_lines] -m {trials}"))
     assert shared() == before
-    rows = [json.loads(line) for line in Path("runs/default/together/sweep.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in Path("runs/default/together/sweep.jsonl").read_text().splitlines()
+    ]
     assert [row["state"] for row in rows if row["state"] != "running"] == ["done", "failed", "done"]
     assert "ValueError: spoilt (nasty.py:" in rows[3]["error"]
     alone = json.loads(Path("runs/default/alone/sweep.jsonl").read_text().splitlines()[-1])
-    measured = [{k: v for k, v in row["metrics"].items() if "per_second" not in k} for row in (rows[-1], alone)]
+    measured = [
+        {k: v for k, v in row["metrics"].items() if "per_second" not in k}
+        for row in (rows[-1], alone)
+    ]
     assert measured[0] == measured[1]
     weights = [
         Path(f"runs/default/{run}/checkpoints/best/model.safetensors").read_bytes()

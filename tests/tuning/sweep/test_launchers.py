@@ -15,7 +15,12 @@ from runs import logged
 from sweeps import rows
 
 QUICK = ["trainer.max_steps=4", "model.width=8", "loggers=json_lines", "callbacks=[checkpoint]"]
-SEARCH = ["hydra/sweeper=optuna", "hydra.sweeper.trials=2", "hydra.sweeper.parallel=2", "hydra.sweeper.seed=3"]
+SEARCH = [
+    "hydra/sweeper=optuna",
+    "hydra.sweeper.trials=2",
+    "hydra.sweeper.parallel=2",
+    "hydra.sweeper.seed=3",
+]
 LAUNCHERS = {
     "joblib": ("hydra_plugins.hydra_joblib_launcher", ["hydra.launcher.n_jobs=2"]),
     "submitit_local": (
@@ -54,8 +59,12 @@ def test_a_search_with_a_launcher_finds_what_it_finds_alone(launcher, capsys):
     storage_in.cache_clear()
     here = search("here", f"hydra.sweeper.trials={len(away.trials())}")
     assert [trial.state for trial in away.trials()] == ["done"] * len(here.trials())
-    assert [trial.settings for trial in away.trials()] == [trial.settings for trial in here.trials()]
-    assert [t.metrics["val/loss"] for t in away.trials()] == [t.metrics["val/loss"] for t in here.trials()]
+    assert [trial.settings for trial in away.trials()] == [
+        trial.settings for trial in here.trials()
+    ]
+    assert [t.metrics["val/loss"] for t in away.trials()] == [
+        t.metrics["val/loss"] for t in here.trials()
+    ]
     assert all((away.path / trial.folder / "config.yaml").is_file() for trial in away.trials())
 
 
@@ -104,7 +113,9 @@ def preempting(command, tmp_path, forget_plugins):
     assert command(f"{TRIALS} sweep.name=whole")[0] == 0
 
     def run(launcher, signals):
-        Path("signals").write_text("".join(f"{step} {number.value}\n" for step, number in signals.items()))
+        Path("signals").write_text(
+            "".join(f"{step} {number.value}\n" for step, number in signals.items())
+        )
         ended = command(f"{TRIALS} sweep.name=cut {launcher}")
         assert Path("signals").read_text() == ""
         return ended
@@ -130,7 +141,9 @@ def states():
 
 def weights(name):
     """Those that seed 1 has come to."""
-    return (newest(Path(f"runs/default/{name}/001_seed-1/checkpoints"))[0] / "model.safetensors").read_bytes()
+    return (
+        newest(Path(f"runs/default/{name}/001_seed-1/checkpoints"))[0] / "model.safetensors"
+    ).read_bytes()
 
 
 def run(name):
@@ -163,11 +176,15 @@ def test_a_job_that_is_told_to_end_saves_and_the_same_command_goes_on(preempting
     assert logged(run("cut")) == logged(run("whole"))
 
 
-def test_a_job_of_slurm_goes_on_when_its_time_is_up_and_when_its_machine_is_taken(preempting, slurm):
+def test_a_job_of_slurm_goes_on_when_its_time_is_up_and_when_its_machine_is_taken(
+    preempting, slurm
+):
     """At SIGUSR2 submitit queues it again; SIGTERM says that SLURM does."""
     status, out, _ = preempting(slurm, {6: signal.SIGUSR2, 8: signal.SIGTERM})
     assert status == 0, Path("log").read_text()
-    assert said().splitlines() == [f"going on with runs/default/cut/001_seed-1 after step {step}" for step in (6, 8)]
+    assert said().splitlines() == [
+        f"going on with runs/default/cut/001_seed-1 after step {step}" for step in (6, 8)
+    ]
     assert states() == [*["running", "stopped"] * 2, "running", "done"]
     assert "trials   2: done; 20 steps" in out
     assert weights("cut") == weights("whole")

@@ -39,7 +39,11 @@ def command(command, tmp_path, forget_plugins):
 
 def results(name):
     """What the last trial came to, speed apart."""
-    return {key: value for key, value in rows(name)[-1]["metrics"].items() if not key.endswith("per_second")}
+    return {
+        key: value
+        for key, value in rows(name)[-1]["metrics"].items()
+        if not key.endswith("per_second")
+    }
 
 
 def test_a_killed_sweep_comes_to_what_it_would_have_come_to(command):
@@ -49,14 +53,18 @@ def test_a_killed_sweep_comes_to_what_it_would_have_come_to(command):
     assert command(f"{line} sweep.name=whole")[0] == 0
     Path("kill").touch()
     killed = [sys.executable, "-m", "framework", *shlex.split(f"{line} sweep.name=cut")]
-    assert subprocess.run(killed, stdout=subprocess.DEVNULL, check=False).returncode == -signal.SIGKILL
+    assert (
+        subprocess.run(killed, stdout=subprocess.DEVNULL, check=False).returncode == -signal.SIGKILL
+    )
     assert [row["state"] for row in rows("cut")] == ["running", "done", "running"]
     os.remove("kill")
     status, out, _ = command(f"{line} sweep.name=cut resume=auto")
     assert status == 0
     assert "of which 1 trials are done\n001 seed=1" in out
     assert "after step 3" in Path("runs/default/cut/001_seed-1/output.txt").read_text()
-    weights = [sums(Path(f"runs/default/{name}/001_seed-1/checkpoints")) for name in ("whole", "cut")]
+    weights = [
+        sums(Path(f"runs/default/{name}/001_seed-1/checkpoints")) for name in ("whole", "cut")
+    ]
     assert weights[0] == weights[1]
     assert results("cut") == results("whole")
 
@@ -79,17 +87,24 @@ def test_joblib_gives_the_same_trials(command):
 def record(folder, first):
     for number in range(first, first + 50):
         SweepFolder(folder).record(Trial(number, {"seed": number}))
-        SweepFolder(folder).record(Trial(number, {"seed": number}, state="done", metrics={"val/loss": float("nan")}))
+        SweepFolder(folder).record(
+            Trial(number, {"seed": number}, state="done", metrics={"val/loss": float("nan")})
+        )
 
 
 def test_processes_record_at_once_and_a_torn_row_is_no_row(tmp_path):
-    writers = [multiprocessing.get_context("fork").Process(target=record, args=(tmp_path, 50 * n)) for n in range(4)]
+    writers = [
+        multiprocessing.get_context("fork").Process(target=record, args=(tmp_path, 50 * n))
+        for n in range(4)
+    ]
     for writer in writers:
         writer.start()
     for writer in writers:
         writer.join()
     folder = SweepFolder(tmp_path)
-    assert [(trial.number, trial.state) for trial in folder.trials()] == [(n, "done") for n in range(200)]
+    assert [(trial.number, trial.state) for trial in folder.trials()] == [
+        (n, "done") for n in range(200)
+    ]
     with (tmp_path / "sweep.jsonl").open("a") as file:
         file.write('{"number": 3, "settings": {"se')
     assert len(folder.trials()) == 200
@@ -110,7 +125,9 @@ def test_a_sweep_is_run_by_one_process(tmp_path):
 
 def test_a_single_run_imports_nothing_of_sweeps(tmp_path):
     program = "import sys, framework.cli.main, framework.composition.compose; print(*sys.modules)"
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    found = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout.split()
     ours = {name for name in found if name.startswith("framework.tuning.")}
     assert ours == {"framework.tuning.sections"}
 

@@ -34,7 +34,10 @@ class Own(nn.Module):
 
 class Words(Own):
     def prepare(self):
-        self.table, self.last = nn.Embedding(5, 4, padding_idx=2).double(), nn.Linear(24, 3).double()
+        self.table, self.last = (
+            nn.Embedding(5, 4, padding_idx=2).double(),
+            nn.Linear(24, 3).double(),
+        )
 
     def forward(self, inputs):
         return self.last(self.table((inputs * 2).long().clamp(0, 4)).flatten(1))
@@ -158,7 +161,9 @@ def test_a_model_that_begins_with_its_first_batch_is_refused_and_left_as_it_was(
 def test_a_part_that_follows_another_comes_out_as_alone():
     def made(seed):
         trainer, fit = trial(seed, model=of(Follows, seed), max_epochs=3)
-        return trainer, fit | {"optimizer": torch.optim.SGD(fit["model"].last.parameters(), lr=0.1 * seed)}
+        return trainer, fit | {
+            "optimizer": torch.optim.SGD(fit["model"].last.parameters(), lr=0.1 * seed)
+        }
 
     trained, _ = together(*(made(seed) for seed in (1, 2)))
     for trainer, seed in zip(trained, (1, 2), strict=True):
@@ -212,7 +217,9 @@ class Listed:
 def test_samples_read_one_by_one_are_read_once_for_all():
     def made(seed):
         trainer, fit = trial(seed, max_epochs=2)
-        return trainer, fit | {"data": Loader(Listed(), 32, 64, shuffle=True, seed=seed, read="memory")}
+        return trainer, fit | {
+            "data": Loader(Listed(), 32, 64, shuffle=True, seed=seed, read="memory")
+        }
 
     trained, _ = together(*(made(seed) for seed in (1, 2)))
     assert trained[0].train_batches.tensors[0] is trained[1].train_batches.tensors[0]
@@ -222,7 +229,9 @@ def test_samples_read_one_by_one_are_read_once_for_all():
 
 def test_a_rehearsal_moves_no_generator(monkeypatch):
     begun, begin = [], StackedTrainer._begin
-    monkeypatch.setattr(StackedTrainer, "_begin", lambda self: begun.append((begin(self), str(seeds.capture()))))
+    monkeypatch.setattr(
+        StackedTrainer, "_begin", lambda self: begun.append((begin(self), str(seeds.capture())))
+    )
     made = [trial(seed, task=Draws) for seed in (1, 2)]
     StackedTrainer([trainer for trainer, _ in made], [fit for _, fit in made])
     assert begun == [(None, str(seeds.capture()))]
@@ -247,7 +256,9 @@ class Noisy(Task):
     def step(self, model, batch):
         inputs, targets = batch
         if not model.training:
-            noise = torch.randn(inputs.shape, generator=torch.Generator().manual_seed(7), dtype=inputs.dtype)
+            noise = torch.randn(
+                inputs.shape, generator=torch.Generator().manual_seed(7), dtype=inputs.dtype
+            )
             inputs = inputs + noise
         outputs = model(inputs)
         return Step(F.cross_entropy(outputs, targets), outputs, targets)
@@ -267,13 +278,17 @@ def test_measuring_is_as_alone(more):
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("ignored", [[], [1], [0, 1, 2, 3]], ids=["none", "one", "all"])
-@pytest.mark.parametrize("weight", [None, torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)], ids=["even", "weighted"])
+@pytest.mark.parametrize(
+    "weight", [None, torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)], ids=["even", "weighted"]
+)
 def test_the_form_of_cross_entropy_for_many_is_that_of_torch(smoothing, ignored, weight):
     targets = torch.tensor([0, 2, 1, 2])
     targets[ignored] = -100
     found = []
     for function in (F.cross_entropy, stacked_forward.cross_entropy):
-        outputs = torch.randn(4, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
+        outputs = torch.randn(
+            4, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+        ).requires_grad_()
         loss = function(outputs, targets, weight, label_smoothing=smoothing)
         found.append((loss, *torch.autograd.grad(torch.where(loss.isnan(), 0.0, loss), outputs)))
     for one, other in zip(*found, strict=True):
@@ -283,7 +298,9 @@ def test_the_form_of_cross_entropy_for_many_is_that_of_torch(smoothing, ignored,
 def test_what_is_ignored_may_have_a_logit_of_minus_infinity():
     outputs = torch.tensor([[-torch.inf, 1.0, 2.0], [-torch.inf, 0.0, 1.0]])
     targets = torch.tensor([1, -100])
-    assert torch.equal(stacked_forward.cross_entropy(outputs, targets), F.cross_entropy(outputs, targets))
+    assert torch.equal(
+        stacked_forward.cross_entropy(outputs, targets), F.cross_entropy(outputs, targets)
+    )
 
 
 def test_a_dropout_that_drops_all_may_stand_beside_another():
@@ -314,11 +331,28 @@ def reverse(trainer, fit):
     [
         (reverse, "hold other parameters"),
         (lambda _, fit: fit["model"][0].weight.requires_grad_(False), "not trained"),
-        (lambda _, fit: fit["model"][0].weight.register_hook(lambda g: 2 * g), "told of each update"),
-        (lambda _, fit: fit["optimizer"].register_step_post_hook(lambda *_: None), "told of each update"),
-        (lambda _, fit: fit["model"][0].register_full_backward_hook(lambda *_: None), "_backward_hooks"),
-        (lambda _, fit: fit.update(data=Loader(fw.TensorSplit(*TRAIN[:]), 32, 32, shuffle=False)), "sampling"),
-        (lambda _, fit: fit.update(data=Loader(shifted(TRAIN), 32, 64, shuffle=True)), "data is not the same"),
+        (
+            lambda _, fit: fit["model"][0].weight.register_hook(lambda g: 2 * g),
+            "told of each update",
+        ),
+        (
+            lambda _, fit: fit["optimizer"].register_step_post_hook(lambda *_: None),
+            "told of each update",
+        ),
+        (
+            lambda _, fit: fit["model"][0].register_full_backward_hook(lambda *_: None),
+            "_backward_hooks",
+        ),
+        (
+            lambda _, fit: fit.update(
+                data=Loader(fw.TensorSplit(*TRAIN[:]), 32, 32, shuffle=False)
+            ),
+            "sampling",
+        ),
+        (
+            lambda _, fit: fit.update(data=Loader(shifted(TRAIN), 32, 64, shuffle=True)),
+            "data is not the same",
+        ),
         (lambda _, fit: fit.update(val=None), "some have none"),
         (
             lambda _, fit: fit.update(val=Loader(fw.TensorSplit(VAL[:][0] + 1, VAL[:][1]), 32, 64)),
@@ -379,8 +413,12 @@ def take_away(trainer):
 
 
 def test_a_gradient_that_is_gone_ends_that_trial_alone():
-    trained, outcomes = together(*(trial(seed, callbacks=[that_does(take_away)()], max_epochs=3) for seed in (1, 2, 3)))
-    with pytest.raises(fw.errors.FrameworkError, match=r"the gradient of 0\.weight is gone, .*launcher=one_by_one$"):
+    trained, outcomes = together(
+        *(trial(seed, callbacks=[that_does(take_away)()], max_epochs=3) for seed in (1, 2, 3))
+    )
+    with pytest.raises(
+        fw.errors.FrameworkError, match=r"the gradient of 0\.weight is gone, .*launcher=one_by_one$"
+    ):
         raise outcomes[1]
     assert outcomes[::2] == [None, None]
     assert_same(trained[2], alone(trial(3, max_epochs=3)))
@@ -413,6 +451,8 @@ def more_decay(trainer):
 def test_settings_of_the_optimizer_may_change_on_the_way():
     more = {"optimizer": OPTIMIZERS[3], "max_epochs": 3}
     event = "on_epoch_end"
-    trained, _ = together(*(trial(seed, callbacks=[that_does(more_decay, event)()], **more) for seed in (1, 2)))
+    trained, _ = together(
+        *(trial(seed, callbacks=[that_does(more_decay, event)()], **more) for seed in (1, 2))
+    )
     for trainer, seed in zip(trained, (1, 2), strict=True):
         assert_same(trainer, alone(trial(seed, callbacks=[that_does(more_decay, event)()], **more)))

@@ -38,7 +38,12 @@ def test_a_list_of_names_and_settings_is_a_model():
 def test_a_stack_computes_what_plain_pytorch_does():
     model = stack(IMAGE, ["conv2d", "max_pool", "flatten", {"name": "linear", "width": 16}])
     plain = nn.Sequential(
-        nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(512, 16), nn.ReLU()
+        nn.Conv2d(1, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(512, 16),
+        nn.ReLU(),
     )
     plain.append(nn.Linear(16, 10))
     for theirs, ours in zip(plain.parameters(), model.parameters(), strict=True):
@@ -50,11 +55,17 @@ def test_a_stack_computes_what_plain_pytorch_does():
 def test_no_block_makes_a_linear_model():
     model = stack(IMAGE)
     x = torch.randn(3, *IMAGE)
-    torch.testing.assert_close(model(x), x.flatten(1) @ model.head.linear.weight.T + model.head.linear.bias)
+    torch.testing.assert_close(
+        model(x), x.flatten(1) @ model.head.linear.weight.T + model.head.linear.bias
+    )
 
 
 def test_token_ids_go_through_an_embedding():
-    model = stack((6,), [{"name": "embedding", "vocabulary": 9}, "position", "transformer_decoder"], head="token")
+    model = stack(
+        (6,),
+        [{"name": "embedding", "vocabulary": 9}, "position", "transformer_decoder"],
+        head="token",
+    )
     assert model(torch.randint(9, (3, 6))).shape == (3, 6, 10)
 
 
@@ -65,7 +76,9 @@ def test_each_block_has_parameters_of_its_own():
 
 def test_building_leaves_statistics_and_random_numbers_as_they_were():
     torch.manual_seed(1)
-    model = stack(IMAGE, [{"name": "conv2d", "norm": "batch"}, {"name": "dropout", "p": 0.5}, "flatten"])
+    model = stack(
+        IMAGE, [{"name": "conv2d", "norm": "batch"}, {"name": "dropout", "p": 0.5}, "flatten"]
+    )
     after = torch.rand(1)
     torch.manual_seed(1)
     nn.Conv2d(1, 32, 3)
@@ -77,7 +90,10 @@ def test_building_leaves_statistics_and_random_numbers_as_they_were():
 
 def test_building_on_the_meta_device_touches_no_memory():
     with torch.device("meta"):
-        model = stack((1, 64, 64), [{"name": "conv2d", "channels": 64}, "flatten", {"name": "linear", "width": 10**6}])
+        model = stack(
+            (1, 64, 64),
+            [{"name": "conv2d", "channels": 64}, "flatten", {"name": "linear", "width": 10**6}],
+        )
     assert model.blocks[2].linear.weight.is_meta
     assert model.blocks[2].linear.weight.shape == (10**6, 64 * 64 * 64)
 
@@ -92,19 +108,39 @@ def test_building_on_the_meta_device_touches_no_memory():
             r"^block 4 \(conv2d\) expects \(C, H, W\), gets \(128,\)",
         ),
         (["flatten", "conv"], {}, BuildError, r"block 2 \(conv2d\) expects"),
-        (["linear"], {}, BuildError, r"block 1 \(linear\) expects .* gets \(1, 8, 8\); put `flatten` before it"),
+        (
+            ["linear"],
+            {},
+            BuildError,
+            r"block 1 \(linear\) expects .* gets \(1, 8, 8\); put `flatten` before it",
+        ),
         (
             ["flatten", {"name": "residual", "blocks": ["lstm"]}],
             {},
             BuildError,
             r"block 2 \(residual\): block 1 \(lstm\)",
         ),
-        (["max_pool"] * 4, {}, BuildError, r"block 4 \(max_pool\) cannot fit a window of 2 into \(1, 1, 1\)"),
-        ([{"name": "conv2d", "kernel_size": 9, "padding": 0}], {}, BuildError, r"block 1 \(conv2d\)"),
+        (
+            ["max_pool"] * 4,
+            {},
+            BuildError,
+            r"block 4 \(max_pool\) cannot fit a window of 2 into \(1, 1, 1\)",
+        ),
+        (
+            [{"name": "conv2d", "kernel_size": 9, "padding": 0}],
+            {},
+            BuildError,
+            r"block 1 \(conv2d\)",
+        ),
         (["flatten"], {"head": "token"}, BuildError, r"token head expects \(T, D\), gets \(64,\)"),
         (["conv2", "flatten"], {}, UnknownName, "conv2d"),
         ([{"name": "conv2d", "chanels": 3}], {}, SettingError, "did you mean 'channels'"),
-        ([{"name": "conv2d", "channels": 0}], {}, SettingError, r"channels: should be int in \[1, inf\), not 0"),
+        (
+            [{"name": "conv2d", "channels": 0}],
+            {},
+            SettingError,
+            r"channels: should be int in \[1, inf\), not 0",
+        ),
     ],
 )
 def test_a_mismatch_is_a_sentence_at_build_time(blocks, settings, error, message):

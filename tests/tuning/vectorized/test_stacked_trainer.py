@@ -32,8 +32,14 @@ def test_each_trial_comes_out_as_alone(optimizer):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
 def test_on_a_gpu_each_trial_comes_out_as_alone(optimizer):
     def made(seed, **more):
-        watching = [fw.callbacks.build("non_finite"), fw.callbacks.build("ema"), StopsAt(7 if seed == 2 else 500)]
-        return trial(seed, optimizer=optimizer, callbacks=watching, max_epochs=5, device="cuda", **more)
+        watching = [
+            fw.callbacks.build("non_finite"),
+            fw.callbacks.build("ema"),
+            StopsAt(7 if seed == 2 else 500),
+        ]
+        return trial(
+            seed, optimizer=optimizer, callbacks=watching, max_epochs=5, device="cuda", **more
+        )
 
     trained, outcomes = together(made(1), made(2), made(3), made(4, lr=1e308))
     assert [type(outcome).__name__ for outcome in outcomes] == ["NoneType"] * 3 + ["Diverged"]
@@ -62,7 +68,11 @@ def test_what_all_trials_do_may_be_replayed_as_a_graph(monkeypatch):
 
     monkeypatch.setattr(cuda_graph, "side_stream", torch.enable_grad)
     monkeypatch.setattr(cuda_graph, "record", lambda run: (again := Again(run), again.made))
-    recipes = [{"seed": 0, "max_epochs": 34}, {"seed": 1, "max_epochs": 20}, {"seed": 2, "max_epochs": 34}]
+    recipes = [
+        {"seed": 0, "max_epochs": 34},
+        {"seed": 1, "max_epochs": 20},
+        {"seed": 2, "max_epochs": 34},
+    ]
     made = [trial(**recipe) for recipe in recipes]
     for trainer, _ in made:
         trainer.cuda_graph = "on"  # which on a CPU is off
@@ -79,10 +89,19 @@ def test_what_all_trials_do_may_be_replayed_as_a_graph(monkeypatch):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_schedules_clipping_and_averages_are_each_trials_own(accumulate):
     def recipe(number):
-        callbacks = [fw.callbacks.build("clip_gradients", norm=0.1 * number), fw.callbacks.build("ema", decay=0.8)]
+        callbacks = [
+            fw.callbacks.build("clip_gradients", norm=0.1 * number),
+            fw.callbacks.build("ema", decay=0.8),
+        ]
         callbacks += [fw.callbacks.build("non_finite"), fw.callbacks.build("gradient_norm")]
         schedule = fw.schedulers.build("cosine", 40 * number)
-        return {"lr": number, "callbacks": callbacks, "schedule": schedule, "accumulate": accumulate, "max_epochs": 9}
+        return {
+            "lr": number,
+            "callbacks": callbacks,
+            "schedule": schedule,
+            "accumulate": accumulate,
+            "max_epochs": 9,
+        }
 
     trained, outcomes = together(*(trial(**recipe(number)) for number in (1, 2, 3)))
     assert outcomes == [None] * 3
@@ -130,8 +149,14 @@ def test_the_weights_of_classes_may_differ(seeds, more):
 
 
 def test_other_tensors_and_numbers_of_a_loss_may_differ():
-    losses = [("focal", {"gamma": 2.0, "alpha": [0.2, 0.5, 0.3]}), ("focal", {"gamma": 0.5, "alpha": [1.0, 0.1, 0.1]})]
-    recipes = [{"loss": lambda a=a, b=b: fw.losses.build(a, **b).double(), "max_epochs": 4} for a, b in losses]
+    losses = [
+        ("focal", {"gamma": 2.0, "alpha": [0.2, 0.5, 0.3]}),
+        ("focal", {"gamma": 0.5, "alpha": [1.0, 0.1, 0.1]}),
+    ]
+    recipes = [
+        {"loss": lambda a=a, b=b: fw.losses.build(a, **b).double(), "max_epochs": 4}
+        for a, b in losses
+    ]
     trained, _ = together(*(trial(**recipe) for recipe in recipes))
     for trainer, recipe in zip(trained, recipes, strict=True):
         assert_same(trainer, alone(trial(**recipe)))
@@ -185,7 +210,9 @@ KEPT = {
 
 @pytest.mark.parametrize("way", KEPT)
 def test_numbers_may_differ_wherever_a_module_keeps_them(way):
-    recipes = [lambda by=by: {"model": scaled(*KEPT[way], by), "max_epochs": 4} for by in (0.5, 2.0)]
+    recipes = [
+        lambda by=by: {"model": scaled(*KEPT[way], by), "max_epochs": 4} for by in (0.5, 2.0)
+    ]
     trained, _ = together(*(trial(**recipe()) for recipe in recipes))
     for trainer, recipe in zip(trained, recipes, strict=True):
         assert_same(trainer, alone(trial(**recipe())))
@@ -199,7 +226,10 @@ def test_numbers_may_differ_wherever_a_module_keeps_them(way):
         (lambda by: (by, 1), lambda module: module.kept[0]),
         (Thing, lambda module: module.kept.number),
         (lambda by: torch.tensor(by), lambda module: module.kept),
-        (lambda by: torch.Generator().manual_seed(int(by)), lambda module: module.kept.initial_seed()),
+        (
+            lambda by: torch.Generator().manual_seed(int(by)),
+            lambda module: module.kept.initial_seed(),
+        ),
     ],
     ids=["closure", "partial", "tuple", "object", "tensor", "generator"],
 )
@@ -213,7 +243,10 @@ def test_what_is_alike_but_not_the_same_is_no_difference():
         def __init__(self):
             self.own, self.parts = self, {"names": ("".join(["a", "b"]), 0.5), "f": lambda: self}
 
-    made = [trial(model=scaled(lambda by: [Thing(), partial(max, 1)], lambda module: 1.0, 1.0)) for _ in range(2)]
+    made = [
+        trial(model=scaled(lambda by: [Thing(), partial(max, 1)], lambda module: 1.0, 1.0))
+        for _ in range(2)
+    ]
     assert together(*made)[1] == [None, None]
 
 
@@ -226,8 +259,14 @@ def test_dropout_rates_may_differ_and_each_trial_drops_its_own():
             self.dropout, self.last = nn.Dropout(p), nn.Linear(1, 3, bias=False).double()
 
         def forward(self, inputs):
-            dropped = (self.dropout(torch.ones(len(inputs), 400, dtype=inputs.dtype)) == 0).double().mean(1)
-            return self.last.weight.sum() * 0 + torch.stack([dropped, inputs[:, 0], inputs[:, 1]], 1)
+            dropped = (
+                (self.dropout(torch.ones(len(inputs), 400, dtype=inputs.dtype)) == 0)
+                .double()
+                .mean(1)
+            )
+            return self.last.weight.sum() * 0 + torch.stack(
+                [dropped, inputs[:, 0], inputs[:, 1]], 1
+            )
 
     class Keep(fw.Metric):
         name, targets = "kept", ("class",)
@@ -242,13 +281,18 @@ def test_dropout_rates_may_differ_and_each_trial_drops_its_own():
     for trainer, fit in recipes:
         trainer.metrics = fit["metrics"] = [Keep()]
     trained, _ = together(*recipes)
-    lines = [[values for _, _, values in trainer.recorder.lines if "train/kept" in values] for trainer in trained]
+    lines = [
+        [values for _, _, values in trainer.recorder.lines if "train/kept" in values]
+        for trainer in trained
+    ]
     first, second, third = ([values["train/kept"] for values in each] for each in lines)
     assert first != second  # masks of their own
     assert sum(first) / 140 == pytest.approx(0.2, abs=0.02)  # 2 epochs of 70 samples
     assert sum(second) / 140 == pytest.approx(0.2, abs=0.02)
     assert sum(third) / 140 == pytest.approx(0.7, abs=0.02)
-    assert all(line[2]["val/kept"] == 0 for line in trained[2].recorder.lines if "val/kept" in line[2])
+    assert all(
+        line[2]["val/kept"] == 0 for line in trained[2].recorder.lines if "val/kept" in line[2]
+    )
 
 
 class StopsAt(Callback):
@@ -290,10 +334,18 @@ class Fails(Callback):
 
 
 def test_a_trial_that_fails_or_diverges_leaves_the_others_alone():
-    recipes = [{"seed": seed, "callbacks": [fw.callbacks.build("non_finite"), Fails()]} for seed in (1, 2, 3, 4)]
+    recipes = [
+        {"seed": seed, "callbacks": [fw.callbacks.build("non_finite"), Fails()]}
+        for seed in (1, 2, 3, 4)
+    ]
     recipes[1]["lr"] = 1e308
     trained, outcomes = together(*(trial(optimizer=OPTIMIZERS[0], **recipe) for recipe in recipes))
-    assert [type(outcome).__name__ for outcome in outcomes] == ["NoneType", "Diverged", "RuntimeError", "NoneType"]
+    assert [type(outcome).__name__ for outcome in outcomes] == [
+        "NoneType",
+        "Diverged",
+        "RuntimeError",
+        "NoneType",
+    ]
     assert "non_finite: the loss is" in str(outcomes[1])
     for number in (0, 3):
         assert_same(trained[number], alone(trial(optimizer=OPTIMIZERS[0], **recipes[number])))
@@ -327,13 +379,22 @@ def test_what_cannot_be_done_for_many_at_once_is_named():
             return super().forward(inputs if inputs.sum() > 0 else -inputs)
 
     cases = [
-        ([trial(seed, model=Reads(6, 3).double()) for seed in range(2)], "data-dependent control flow"),
+        (
+            [trial(seed, model=Reads(6, 3).double()) for seed in range(2)],
+            "data-dependent control flow",
+        ),
         ([trial(optimizer=("muon", {"lr": 0.1})) for _ in range(2)], "Muon has no pure update"),
         ([trial(), trial(model=nn.Linear(6, 3).double())], "model.* is not the same"),
-        ([trial(callbacks=[fw.callbacks.build("non_finite", policy="skip")]), trial()], "NonFinite works with a trial"),
+        (
+            [trial(callbacks=[fw.callbacks.build("non_finite", policy="skip")]), trial()],
+            "NonFinite works with a trial",
+        ),
         ([trial(), trial(optimizer=OPTIMIZERS[0])], "optimizer is not the same"),
         ([trial(log_every="1epoch"), trial()], "log_every"),
-        ([measured_by(fw.metrics.build("top_k", k=k)) for k in (1, 2)], "their metrics are not the same"),
+        (
+            [measured_by(fw.metrics.build("top_k", k=k)) for k in (1, 2)],
+            "their metrics are not the same",
+        ),
     ]
     for recipes, why in cases:
         with pytest.raises(NotStackable, match=why):
@@ -379,16 +440,24 @@ RESUMED = {name: {"callbacks": [name]} for name in STATEFUL} | {
     "accumulate": {"accumulate": 2},
     "half": {"precision": "bf16"},
 }
-SETTINGS = {"freeze": {"patterns": ["0.*"]}, "accumulation": {"schedule": {"0": 2}}, "swa": {"start": 1}}
+SETTINGS = {
+    "freeze": {"patterns": ["0.*"]},
+    "accumulation": {"schedule": {"0": 2}},
+    "swa": {"start": 1},
+}
 ALONE = ("swa", "freeze", "accumulation", "sam")  # they work with a trial of its own
 
 
 def resumed_recipe(twist, seed, step, resume=None):
     settings = dict(RESUMED[twist])
-    made = [fw.callbacks.build(name, **SETTINGS.get(name, {})) for name in settings.pop("callbacks", [])]
+    made = [
+        fw.callbacks.build(name, **SETTINGS.get(name, {})) for name in settings.pop("callbacks", [])
+    ]
     if "schedule" in settings:
         settings["schedule"] = fw.schedulers.build(settings["schedule"], total_steps=100)
-    trainer, fit = trial(seed, callbacks=[*made, Stop(step)], **(settings | {"log_every": "7steps"}))
+    trainer, fit = trial(
+        seed, callbacks=[*made, Stop(step)], **(settings | {"log_every": "7steps"})
+    )
     fit["resume"] = resume
     return trainer, fit
 
@@ -414,7 +483,9 @@ def fit_all(fits, recipes):
 
 def check_stopped_resume(fits, twist):
     before = fit_all(fits, [resumed_recipe(twist, seed, 8) for seed in (0, 1)])
-    after = fit_all(fits, [resumed_recipe(twist, seed, None, copy.deepcopy(before[seed])) for seed in (0, 1)])
+    after = fit_all(
+        fits, [resumed_recipe(twist, seed, None, copy.deepcopy(before[seed])) for seed in (0, 1)]
+    )
     assert [state["counters"]["step"] for state in before] == [8, 8]
     assert comparable(after) == comparable(before)
 

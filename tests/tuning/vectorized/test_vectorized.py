@@ -17,7 +17,11 @@ SWEEP = f"train {SMALL} 'loggers=[tensorboard,json_lines]' -m optimizer.lr=1e-3,
 
 
 def files(run):
-    return sorted(p.name.partition(".tfevents")[0] for p in run.rglob("*") if p.is_file() and p.name != "output.txt")
+    return sorted(
+        p.name.partition(".tfevents")[0]
+        for p in run.rglob("*")
+        if p.is_file() and p.name != "output.txt"
+    )
 
 
 def test_trials_that_train_as_one_leave_the_runs_of_trials_alone(command):
@@ -26,16 +30,24 @@ def test_trials_that_train_as_one_leave_the_runs_of_trials_alone(command):
     pairs = list(zip(trials("one"), trials("alone"), strict=True))
     assert len(pairs) == 3
     for mine, other in pairs:
-        assert (mine["folder"], mine["settings"], mine["state"]) == (other["folder"], other["settings"], "done")
+        assert (mine["folder"], mine["settings"], mine["state"]) == (
+            other["folder"],
+            other["settings"],
+            "done",
+        )
         assert mine["metrics"].keys() == other["metrics"].keys()
         runs = [Path("runs/default") / name / mine["folder"] for name in ("one", "alone")]
         assert files(runs[0]) == files(runs[1])
         assert len(logged(runs[0])) == len(logged(runs[1])) > 3
         for line, expected in zip(*map(logged, runs), strict=True):
-            assert line == pytest.approx(expected, rel=2e-3, abs=1e-4)  # float32, summed in another order
+            assert line == pytest.approx(
+                expected, rel=2e-3, abs=1e-4
+            )  # float32, summed in another order
     status, out, _ = command(f"eval runs/default/one/{pairs[0][0]['folder']} --json")
     assert status == 0
-    assert json.loads(out)["test/loss"] == pytest.approx(pairs[0][0]["metrics"]["test/loss"], rel=1e-5)
+    assert json.loads(out)["test/loss"] == pytest.approx(
+        pairs[0][0]["metrics"]["test/loss"], rel=1e-5
+    )
 
 
 def test_a_trial_of_a_stack_goes_on_alone(command):
@@ -73,7 +85,9 @@ def test_when_memory_is_full_trials_go_on_one_by_one(command, monkeypatch):
     assert (status, steps) == (0, [2] * 5), err
     assert "2 trials go on one by one: memory is full" in out + err
     assert [row["state"] for row in trials("s")] == ["done", "done"]
-    assert [line["epoch"] for line in logged(Path("runs/default/s") / trials("s")[0]["folder"])][-1] == 3
+    assert [line["epoch"] for line in logged(Path("runs/default/s") / trials("s")[0]["folder"])][
+        -1
+    ] == 3
 
 
 GROWS = """\
@@ -97,10 +111,17 @@ class Grows(nn.Module):
 
 def test_trials_that_turn_out_not_to_go_together_go_on_one_by_one(command, tmp_path):
     (tmp_path / "grows.py").write_text(GROWS)
-    line = "train --plugins grows.py data=digits model=grows trainer.max_epochs=2 loggers=[json_lines]"
-    status, out, err = command(f"{line} -m optimizer.lr=1e-3,1e-2 sweep.name=s hydra/launcher=vectorized")
+    line = (
+        "train --plugins grows.py data=digits model=grows trainer.max_epochs=2 loggers=[json_lines]"
+    )
+    status, out, err = command(
+        f"{line} -m optimizer.lr=1e-3,1e-2 sweep.name=s hydra/launcher=vectorized"
+    )
     assert status == 0, err
-    assert "2 trials go on one by one: the model puts another tensor in the place of a buffer" in out + err
+    assert (
+        "2 trials go on one by one: the model puts another tensor in the place of a buffer"
+        in out + err
+    )
     for row in trials("s"):
         run = Path("runs/default/s") / row["folder"]
         assert (row["state"], logged(run)[-1]["epoch"]) == ("done", 2)
@@ -125,9 +146,13 @@ def test_a_sweep_that_was_cut_off_goes_on_where_its_trials_stood(command, monkey
     assert whole == 0
     epoch = trials("whole")[0]["steps"] // 3
     assert 3 * epoch > 50 > epoch
-    assert len(steps) == 50 + 2 * epoch + 3 * epoch  # it went on from the checkpoints of the first epoch
+    assert (
+        len(steps) == 50 + 2 * epoch + 3 * epoch
+    )  # it went on from the checkpoints of the first epoch
     for mine, other in zip(trials("s"), trials("whole"), strict=True):
-        assert mine["metrics"]["test/loss"] == pytest.approx(other["metrics"]["test/loss"], rel=1e-4)
+        assert mine["metrics"]["test/loss"] == pytest.approx(
+            other["metrics"]["test/loss"], rel=1e-4
+        )
 
 
 def test_a_fault_of_the_step_that_all_take_fails_them_and_nothing_else(command, monkeypatch):
@@ -166,7 +191,12 @@ def test_plan_tells_the_groups_and_leaves_nothing(command):
 
 class Of:
     def __init__(self, **tree):
-        self.tree = {"trainer": {"max_epochs": 3, "accumulate": 1}, "data": {"noise": 0.1}, "loader": {}, **tree}
+        self.tree = {
+            "trainer": {"max_epochs": 3, "accumulate": 1},
+            "data": {"noise": 0.1},
+            "loader": {},
+            **tree,
+        }
 
 
 def test_groups_have_in_common_what_decides_on_shapes():
@@ -175,7 +205,11 @@ def test_groups_have_in_common_what_decides_on_shapes():
         {"optimizer": {"lr": 0.2}, "model": {"width": 8, "dropout": 0.5}, "seed": 2},
         {"optimizer": {"lr": 0.1}, "model": {"width": 16, "dropout": 0.1}, "seed": 1},
         {"optimizer": {"lr": 0.1}, "model": {"width": 8, "dropout": 0.1}, "data": {"noise": 0.2}},
-        {"optimizer": {"lr": 0.1}, "model": {"width": 8, "dropout": 0.3}, "scheduler": {"name": "step"}},
+        {
+            "optimizer": {"lr": 0.1},
+            "model": {"width": 8, "dropout": 0.3},
+            "scheduler": {"name": "step"},
+        },
     ]
     jobs = [Job(Of(**recipe), "default", []) for recipe in recipes]
     assert groups(jobs) == [[0, 1, 4], [2], [3]]

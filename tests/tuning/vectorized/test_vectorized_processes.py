@@ -16,9 +16,13 @@ from framework.tuning.vectorized.stacked_update import Rows
 from sweeps import rows, trials
 from waiting import wait_for
 
-SMALL = "data=blobs model.width=8 model.depth=1 callbacks=[checkpoint,non_finite] loggers=[json_lines]"
+SMALL = (
+    "data=blobs model.width=8 model.depth=1 callbacks=[checkpoint,non_finite] loggers=[json_lines]"
+)
 TWO = "hydra/launcher=vectorized hydra.launcher.processes=2"
-pytestmark = pytest.mark.skipif(most_processes() < 2, reason="a fork is not safe here, or there is one core")
+pytestmark = pytest.mark.skipif(
+    most_processes() < 2, reason="a fork is not safe here, or there is one core"
+)
 
 
 def states(name):
@@ -26,27 +30,37 @@ def states(name):
 
 
 def came_to(name):
-    return {row["number"]: row["metrics"]["test/loss"] for row in rows(name) if row["state"] == "done"}
+    return {
+        row["number"]: row["metrics"]["test/loss"] for row in rows(name) if row["state"] == "done"
+    }
 
 
 def test_two_processes_come_to_what_one_comes_to(command):
     line = f"train {SMALL} trainer.max_epochs=3 -m optimizer.lr=1e-3,1e-2 'seed=range(8)'"
-    assert command(f"{line} sweep.name=one hydra/launcher=vectorized hydra.launcher.processes=1")[0] == 0
+    assert (
+        command(f"{line} sweep.name=one hydra/launcher=vectorized hydra.launcher.processes=1")[0]
+        == 0
+    )
     status, out, err = command(f"{line} sweep.name=two {TWO}")
     assert status == 0, err
     assert states("two") == ["done"] * 16
     assert came_to("two") == pytest.approx(came_to("one"), rel=1e-4)
     assert len(rows("two")) == 32  # each began once
-    assert sum(line.startswith("0") and " s" in line for line in out.splitlines()) >= 16  # told by this process
+    assert (
+        sum(line.startswith("0") and " s" in line for line in out.splitlines()) >= 16
+    )  # told by this process
     assert "16: done" in out
 
 
 def test_groups_are_shared_out_whole_where_they_are_small(command, monkeypatch):
     sizes = []
     monkeypatch.setattr(
-        "framework.tuning.vectorized.launcher.bins", lambda *given: sizes.append(given[0]) or bins(*given)
+        "framework.tuning.vectorized.launcher.bins",
+        lambda *given: sizes.append(given[0]) or bins(*given),
     )
-    line = f"train {SMALL} trainer.max_epochs=1 -m model.width=4,8 'seed=range(8)' sweep.name=s {TWO}"
+    line = (
+        f"train {SMALL} trainer.max_epochs=1 -m model.width=4,8 'seed=range(8)' sweep.name=s {TWO}"
+    )
     assert command(line)[0] == 0
     assert sizes == [[8, 8]]
     assert states("s") == ["done"] * 16
@@ -67,7 +81,9 @@ def test_the_trials_of_a_process_that_died_go_on_in_this_one(command, monkeypatc
         differentiate(self, losses, add)
 
     monkeypatch.setattr(Rows, "differentiate", killed)
-    status, out, err = command(f"train {SMALL} trainer.max_epochs=2 -m 'seed=range(16)' sweep.name=s {TWO}")
+    status, out, err = command(
+        f"train {SMALL} trainer.max_epochs=2 -m 'seed=range(16)' sweep.name=s {TWO}"
+    )
     assert status == 0, err
     assert "a process died: its trials go on in this one" in out + err
     assert states("s") == ["done"] * 16
@@ -124,7 +140,10 @@ def test_processes_end_with_the_one_that_was_killed(command):
     assert len(theirs) == 2
     process.kill()
     process.wait()
-    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() and "Z" not in stat(pid) for pid in theirs), 10)
+    wait_for(
+        lambda: not any(Path(f"/proc/{pid}").exists() and "Z" not in stat(pid) for pid in theirs),
+        10,
+    )
     assert states("s") == ["running"] * 16
 
 
