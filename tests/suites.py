@@ -42,6 +42,7 @@ SUITE_OF = {
     "plugins/test_transforms.py": "training",
     "older": "training",
     "project": "system",
+    "project/test_messages.py": "unit",
     "project/test_private_names.py": "unit",
     "registry": "unit",
     "runs": "unit",

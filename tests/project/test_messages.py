@@ -1,0 +1,44 @@
+"""The wording of all messages is in one file, so that a change of wording is read as a whole."""
+
+import ast
+
+import pytest
+
+import messages
+
+
+def collect(source):
+    tree = ast.parse(source)
+    return messages.messages_of(tree, messages.BUILT_IN_ERRORS | {"DataError"})
+
+
+def test_the_snapshot_has_all_messages():
+    """After a change, run `python tests/messages.py`, and read the difference."""
+    assert messages.collected() == messages.SNAPSHOT.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("source", "line"),
+    [
+        ("raise DataError(f'{path} has no rows')", "DataError: {path} has no rows"),
+        (
+            "where = f'{path}: '\nraise DataError(where + 'it is empty')",
+            "DataError: {path}: it is empty",
+        ),
+        (
+            "raise DataError('it is ' + ('empty' if not rows else 'full'))",
+            "DataError: it is (empty | full)",
+        ),
+        ("def told(path) -> str:\n    return f'no {path}'", "told: no {path}"),
+        ("warnings.warn('no rows', stacklevel=2)", "warn: no rows"),
+    ],
+)
+def test_a_message_is_found(source, line):
+    assert collect(source) == [line]
+
+
+@pytest.mark.parametrize(
+    "source", ["raise OtherError('no rows')", "rows = 'no rows'", "DataError(text)"]
+)
+def test_other_texts_are_no_messages(source):
+    assert collect(source) == []
