@@ -23,8 +23,8 @@ from framework.contracts.schedule import observes
 from framework.errors import CheckpointError, ConfigError, RunError, did_you_mean, short
 from framework.errors.paths import expanded, override
 from framework.errors.terminal import note
+from framework.registry.annotations import members, strip
 from framework.registry.registry import Maker, Registry
-from framework.registry.schema import members, strip
 from framework.runs import checkpoint
 from framework.runs.folder import (
     RunFolder,

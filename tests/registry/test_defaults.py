@@ -23,8 +23,10 @@ from framework.composition.compose import CommandLine
 from framework.composition.spec import config_value, plain_settings, read_spec
 from framework.errors import BuildError, ConfigError, ContractError
 from framework.experiment.resume import altered
+from framework.registry.annotations import Range
+from framework.registry.plain_values import identical_values, plain_value
 from framework.registry.registry import Registry
-from framework.registry.schema import Range, Setting, identical_values, plain_value
+from framework.registry.schema import Setting
 from framework.runs.folder import dump
 from runs import run_line
 
@@ -404,7 +406,7 @@ def problem_of(*overrides):
 
 
 def test_a_member_is_told_by_its_name(odd):
-    said = "should be one of SOFT, HARD, not 'HRD'; did you mean 'HARD'?"
+    said = "expected one of SOFT, HARD, got 'HRD'; did you mean 'HARD'?"
     assert said in problem_of("activation=odd", "activation.mode=HRD")
 
 

@@ -128,7 +128,7 @@ def test_postponed_annotations_keep_nested_parts():
         ("from torch import nn\nnn.Linear(-1, 'x')", r"TypeError: .* \(.*broken.py:2.*"),
         (
             "from framework import losses\nlosses.register('Big', print)",
-            "'Big' .*broken.py:2.* is no name for a part",
+            "'Big' .*broken.py:2.* is not a valid name for a part",
         ),
     ],
 )

@@ -211,7 +211,7 @@ def test_a_git_that_hangs_is_ended_with_its_children(tmp_path, monkeypatch):
     program = tmp_path / "hang"
     program.write_text("#!/bin/sh\nsleep 60 & echo $! > child\nwait\n")
     program.chmod(0o755)
-    monkeypatch.setattr(git, "SECONDS", 0.3)
+    monkeypatch.setattr(git, "TIMEOUT", 0.3)
     began = time.monotonic()
     assert git.output([str(program)], tmp_path, os.environ) is None
     assert time.monotonic() - began < 5

@@ -12,7 +12,7 @@ import pytest
 
 from framework.errors import RunError, SettingError
 from framework.runs.folder import RunFolder
-from framework.system.locks import is_gone, lock
+from framework.system.locks import has_ended, lock
 
 QUICK = "model.width=8 model.depth=1 trainer.max_steps=4 callbacks=[checkpoint] loggers=[json_lines] data=blobs"
 UNSUPPORTED = ["ENOLCK", "ENOTSUP", "ENOSYS"]
@@ -100,5 +100,5 @@ def test_another_value_of_the_variable_is_refused_and_other_errors_stay(monkeypa
     "holder", ["", "process x on y", "process 1 on another", f"process 1 on {platform.node()}"]
 )
 def test_who_may_still_be_there(holder):
-    assert not is_gone(holder)
-    assert is_gone(f"process {10**30} on {platform.node()}")
+    assert not has_ended(holder)
+    assert has_ended(f"process {10**30} on {platform.node()}")

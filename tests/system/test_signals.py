@@ -144,11 +144,11 @@ def test_a_signal_is_passed_on_once_to_each_worker(monkeypatch):
     sent, pids = [], [11]
     monkeypatch.setattr(os, "kill", lambda *given: sent.append(given))
     forward = Forward(lambda: pids)
-    forward.tell()
+    forward.send_pending()
     forward(signal.SIGINT, None)
     pids.append(12)
-    forward.tell()
-    forward.tell()
+    forward.send_pending()
+    forward.send_pending()
     assert sent == [(11, signal.SIGINT), (12, signal.SIGINT)]
     forward(signal.SIGHUP, None)
     forward(signal.SIGTERM, None)
@@ -157,7 +157,7 @@ def test_a_signal_is_passed_on_once_to_each_worker(monkeypatch):
 
 def test_a_signal_that_was_passed_on_ends_the_sweep():
     with interruptible() as interrupt:
-        with forwarding(lambda: []):
+        with forwarding(list):
             send(signal.SIGHUP)
             assert received() == signal.SIGHUP
         assert interrupt.received == signal.SIGHUP
