@@ -106,7 +106,7 @@ class ShortRepr(Repr):
     def repr_instance(self, x: Any, level: int) -> str:
         if isinstance(x, str):
             return self.repr_str(str(x), level)
-        if isinstance(x, int | float | Enum | PurePath | None):
+        if isinstance(x, int | float | complex | Enum | PurePath | None):
             return repr(x)
         if isinstance(x, list | tuple):
             return self.repr1(list(x), level)
