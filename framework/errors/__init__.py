@@ -104,14 +104,20 @@ class ShortRepr(Repr):
         self.maxstring = 60
 
     def repr_instance(self, x: Any, level: int) -> str:
+        if isinstance(x, Enum):
+            return str(x)
         if isinstance(x, str):
             return self.repr_str(str(x), level)
-        if isinstance(x, int | float | complex | Enum | PurePath | None):
+        if isinstance(x, int | float | complex | PurePath | None):
             return repr(x)
-        if isinstance(x, list | tuple):
-            return self.repr1(list(x), level)
-        name = getattr(x, "__name__", None)
-        return name if isinstance(name, str) else with_article(type(x).__name__)
+        if isinstance(x, tuple):
+            return self.repr_tuple(tuple(x), level)
+        if isinstance(x, list):
+            return self.repr_list(list(x), level)
+        name = getattr(x, "__name__", None)  # of a class or function
+        if isinstance(name, str):
+            return name
+        return with_article(type(x).__name__)
 
 
 SHORT = ShortRepr()
@@ -125,8 +131,9 @@ def short(value: object, most: int = 60, quote: bool = True) -> str:
         most: the largest number of characters; the middle of a longer text is left out.
         quote: show a text in quotation marks.
     """
-    text = value if isinstance(value, str) and not quote else SHORT.repr(value)
-    return shortened(text, most)
+    if isinstance(value, str) and not quote:
+        return shortened(value, most)
+    return shortened(SHORT.repr(value), most)
 
 
 def nearest(word: str, options: Iterable[str]) -> str | None:

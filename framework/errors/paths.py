@@ -52,8 +52,9 @@ def shorter(path: str | Path) -> str:
 def pasted(path: str | Path) -> str:
     """Return a path as an argument of a shell command in the working folder."""
     text = str(path)
-    is_like_option = text.startswith("-")
-    return quoted(f"./{text}" if is_like_option else text)
+    if text.startswith("-"):
+        text = f"./{text}"  # not an option
+    return quoted(text)
 
 
 def quoted(word: str) -> str:
@@ -77,8 +78,9 @@ def quoted(word: str) -> str:
 
 def override(key: str, value: bool | int | float | str | list[str]) -> str:
     """Return an override for a shell command, such as data.path=x.csv or ignore=[name]."""
-    text = f"[{','.join(map(typed, value))}]" if isinstance(value, list) else typed(value)
-    return quoted_override(f"{key}={text}")
+    if isinstance(value, list):
+        return quoted_override(f"{key}=[{','.join(map(typed, value))}]")
+    return quoted_override(f"{key}={typed(value)}")
 
 
 def quoted_override(text: str) -> str:

@@ -57,11 +57,11 @@ class Place(NamedTuple):
     function: str = ""
 
     def __str__(self) -> str:
-        function = f" in {self.function}" if self.function else ""
         file = shorter(self.file)
         for folder in INSTALLED:
             file = file.rpartition(folder)[2]
-        return f"{file}:{self.line}{function}"
+        place = f"{file}:{self.line}"
+        return f"{place} in {self.function}" if self.function else place
 
 
 def user_place(error: BaseException) -> Place | None:
@@ -150,9 +150,12 @@ def describe(error: BaseException) -> str:
         text = linecache.getline(place.file, place.line).strip()  # the condition of a bare assert
     if isinstance(error, BaseExceptionGroup):
         text = f"{text}, the first: {describe(error.exceptions[0])}"
-    name = type(error).__name__
-    description = f"{name}: {text}" if text else name
-    return description if place is None else f"{description} ({place})"
+    description = type(error).__name__
+    if text:
+        description += f": {text}"
+    if place is not None:
+        description += f" ({place})"
+    return description
 
 
 def reason_of(error: BaseException) -> str:
@@ -177,5 +180,7 @@ def user_errors(doing: str = "", kind: type[FrameworkError] = BuildError) -> Ite
     except Exception as error:
         if user_place(error) is None:
             raise
-        situation = f", while {doing}" if doing else ""
-        raise kind(f"{describe(error)}{situation}") from error
+        message = describe(error)
+        if doing:
+            message += f", while {doing}"
+        raise kind(message) from error

@@ -508,7 +508,7 @@ def fact_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[
     """Yield what differs between the facts of a run's data and those of the data now."""
     for name in {**before, **now}:
         if name != "content" and before.get(name) != now.get(name):
-            yield f"{name}: {json.dumps(now.get(name))[:100]}, was {json.dumps(before.get(name))[:100]}"
+            yield f"{name}: {short(now.get(name), 100)}, was {short(before.get(name), 100)}"
 
 
 def content_changes(known: Any, content: Mapping[str, Any]) -> Iterator[str]:

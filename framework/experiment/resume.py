@@ -253,7 +253,7 @@ def named_checkpoint(resume: str) -> Path | None:
     spoiled = checkpoint.verify(chosen)["nan"]
     if spoiled:
         raise RunError(
-            f"{chosen} cannot be resumed: {str(spoiled[0])[:200]} holds NaN; choose an earlier checkpoint"
+            f"{chosen} cannot be resumed: {short(spoiled[0], most=200, quote=False)} holds NaN; choose an earlier checkpoint"
         )
     return chosen
 

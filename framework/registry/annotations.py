@@ -104,8 +104,10 @@ def describe_type(annotation: Any) -> str:
         return f"dict of {keys}{describe_type(item)}"
     if annotation in (None, NoneType):
         return "null"
-    if annotation in (Any, Path):
-        return str(annotation.__name__).lower()
+    if annotation is Any:
+        return "any"
+    if annotation is Path:
+        return "path"
     return getattr(annotation, "__name__", str(annotation))
 
 

@@ -236,7 +236,9 @@ def test_overrides_replace_unusual_defaults(odd):
     }
 
 
-@pytest.mark.parametrize("entry", [*itertools.chain.from_iterable(Registry.every.values())], ids=str)
+@pytest.mark.parametrize(
+    "entry", [*itertools.chain.from_iterable(Registry.every.values())], ids=str
+)
 def test_the_defaults_of_every_part_are_restored_from_a_file(entry):
     kept = yaml.safe_load(dump("config.yaml", plain_settings({}, entry.settings)))
     for name, setting in entry.settings.items():
