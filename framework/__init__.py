@@ -65,23 +65,14 @@ from .registry.kinds import (  # noqa: E402  # after guard_start
 from .registry.registry import Kind, Maker, Registry  # noqa: E402  # after guard_start
 
 if TYPE_CHECKING:
-    from .contracts.callback import (
-        Callback,
-        SavingCallback,
-    )
+    from .contracts.callback import Callback, SavingCallback
     from .contracts.context import Context
     from .contracts.logger import Logger
     from .contracts.metric import Metric
     from .contracts.pure_optimizer import PureOptimizer
     from .contracts.schedule import Schedule
-    from .contracts.state import (
-        Every,
-        Stop,
-    )
-    from .contracts.task import (
-        Step,
-        Task,
-    )
+    from .contracts.state import Every, Stop
+    from .contracts.task import Step, Task
     from .contracts.transform import Transform
     from .data.dataset import (
         Batch,
@@ -112,10 +103,7 @@ if TYPE_CHECKING:  # not public: for the built-in plugins only
     from .runs.background_writer import Writer as Writer
     from .runtime import memory as memory, seeds as seeds, shapes as shapes
     from .runtime.clock import slow_data as slow_data
-    from .runtime.gradients import (
-        gradient_numbers as gradient_numbers,
-        numbers_of as numbers_of,
-    )
+    from .runtime.gradients import gradient_numbers as gradient_numbers, numbers_of as numbers_of
     from .runtime.identity import ModelContents as ModelContents
     from .runtime.torch_internals import foreach as foreach
     from .runtime.torch_internals.non_finite import NonFiniteFlag as NonFiniteFlag
@@ -126,10 +114,7 @@ if TYPE_CHECKING:  # not public: for the built-in plugins only
         state_after_a_step as state_after_a_step,
     )
     from .training.validation import check_initialized as check_initialized
-    from .tuning.search.study import (
-        Judge as Judge,
-        make_pruner as make_pruner,
-    )
+    from .tuning.search.study import Judge as Judge, make_pruner as make_pruner
 
 __all__ = [
     "Activation",

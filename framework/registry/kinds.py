@@ -21,19 +21,10 @@ Shape = tuple[int, ...]
 MODULE = "torch.nn.modules.module.Module"
 
 activations = Registry(
-    Kind(
-        "activation",
-        base=MODULE,
-        doc="elementwise non-linearity (or a gate over the last axis)",
-    )
+    Kind("activation", base=MODULE, doc="elementwise non-linearity (or a gate over the last axis)")
 )
 initializers = Registry(
-    Kind(
-        "initializer",
-        given=("tensor",),
-        needs=("tensor",),
-        doc="fills a weight tensor in place",
-    )
+    Kind("initializer", given=("tensor",), needs=("tensor",), doc="fills a weight tensor in place")
 )
 norms = Registry(
     Kind(
@@ -79,19 +70,9 @@ models = Registry(
         doc="a whole network",
     )
 )
-losses = Registry(
-    Kind(
-        "loss",
-        base=MODULE,
-        doc="mean loss of (outputs, targets)",
-    )
-)
+losses = Registry(Kind("loss", base=MODULE, doc="mean loss of (outputs, targets)"))
 tasks = Registry(
-    Kind(
-        "task",
-        base="framework.contracts.task.Task",
-        doc="the computation of one training step",
-    )
+    Kind("task", base="framework.contracts.task.Task", doc="the computation of one training step")
 )
 metrics = Registry(
     Kind(
@@ -128,11 +109,7 @@ transforms = Registry(
     )
 )
 datasets = Registry(
-    Kind(
-        "data",
-        base="framework.data.dataset.Data",
-        doc="a data set with its splits",
-    )
+    Kind("data", base="framework.data.dataset.Data", doc="a data set with its splits")
 )
 callbacks = Registry(
     Kind(
