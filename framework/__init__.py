@@ -1,96 +1,105 @@
-"""Named parts, composed into experiments, trained on PyTorch. Importing this registers nothing.
+"""Named parts, composed into experiments, trained on PyTorch.
 
-Plugins import from here and from `framework.contracts`; the other packages may change without notice.
+`__all__` is the public API, together with `framework.contracts`. Everything else may change without
+notice. Importing the package registers no parts: `discover` does.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .system.signals import guard_start
 
 guard_start()  # before the other imports, which take a while
 
-from .errors import (  # noqa: E402
-    BuildError as BuildError,
-    CheckpointError as CheckpointError,
-    ConfigError as ConfigError,
-    ContractError as ContractError,
-    DataError as DataError,
-    FrameworkError as FrameworkError,
-    RunError as RunError,
-    SettingError as SettingError,
-    did_you_mean as did_you_mean,
-    short as short,
+from .errors import (  # noqa: E402  # after guard_start
+    BuildError,
+    CheckpointError,
+    ConfigError,
+    ContractError,
+    DataError,
+    FrameworkError,
+    RunError,
+    SettingError,
+    did_you_mean,
+    short,
 )
-from .registry.discovery import discover as discover  # noqa: E402
-from .registry.kinds import (  # noqa: E402
-    Activation as Activation,
-    Augmentation as Augmentation,
-    Block as Block,
-    Dropout as Dropout,
-    Head as Head,
-    Initializer as Initializer,
-    Loss as Loss,
-    Norm as Norm,
-    Shape as Shape,
-    activations as activations,
-    blocks as blocks,
-    callbacks as callbacks,
-    datasets as datasets,
-    dropouts as dropouts,
-    heads as heads,
-    initializers as initializers,
-    loggers as loggers,
-    losses as losses,
-    metrics as metrics,
-    models as models,
-    norms as norms,
-    optimizers as optimizers,
-    schedulers as schedulers,
-    tasks as tasks,
-    transforms as transforms,
+from .registry.annotations import (  # noqa: E402  # after guard_start
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PartOf,
+    Pattern,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    Rate,
 )
-from .registry.registry import Kind as Kind, Maker as Maker, Registry as Registry  # noqa: E402
-from .registry.schema import (  # noqa: E402
-    Fraction as Fraction,
-    NonNegativeFloat as NonNegativeFloat,
-    NonNegativeInt as NonNegativeInt,
-    PartOf as PartOf,
-    Pattern as Pattern,
-    PositiveFloat as PositiveFloat,
-    PositiveInt as PositiveInt,
-    Range as Range,
-    Rate as Rate,
+from .registry.discovery import discover  # noqa: E402  # after guard_start
+from .registry.kinds import (  # noqa: E402  # after guard_start
+    Activation,
+    Augmentation,
+    Block,
+    Dropout,
+    Head,
+    Initializer,
+    Loss,
+    Norm,
+    Shape,
+    activations,
+    blocks,
+    callbacks,
+    datasets,
+    dropouts,
+    heads,
+    initializers,
+    loggers,
+    losses,
+    metrics,
+    models,
+    norms,
+    optimizers,
+    schedulers,
+    tasks,
+    transforms,
 )
+from .registry.registry import Kind, Maker, Registry  # noqa: E402  # after guard_start
 
 if TYPE_CHECKING:
-    from .contracts.callback import Callback as Callback, SavingCallback as SavingCallback
-    from .contracts.context import Context as Context
-    from .contracts.logger import Logger as Logger
-    from .contracts.metric import Metric as Metric
-    from .contracts.pure_optimizer import PureOptimizer as PureOptimizer
-    from .contracts.schedule import Schedule as Schedule
-    from .contracts.state import Every as Every, Stop as Stop
-    from .contracts.task import Step as Step, Task as Task
-    from .contracts.transform import Transform as Transform
+    from .contracts.callback import Callback, SavingCallback
+    from .contracts.context import Context
+    from .contracts.logger import Logger
+    from .contracts.metric import Metric
+    from .contracts.pure_optimizer import PureOptimizer
+    from .contracts.schedule import Schedule
+    from .contracts.state import Every, Stop
+    from .contracts.task import Step, Task
+    from .contracts.transform import Transform
+    from .data.dataset import (
+        Batch,
+        Data,
+        LabelledSplit,
+        Loader,
+        RaggedSplit,
+        Scale,
+        Target,
+        TensorSplit,
+        WindowSplit,
+    )
+    from .experiment.load import open_run
+    from .training.trainer import Trainer
+
+if TYPE_CHECKING:  # not public: for the built-in plugins only
     from .data.accumulation import count_steps as count_steps
     from .data.dataset import (
-        Batch as Batch,
-        Data as Data,
-        LabelledSplit as LabelledSplit,
-        Loader as Loader,
-        RaggedSplit as RaggedSplit,
-        Scale as Scale,
-        Target as Target,
-        TensorSplit as TensorSplit,
-        WindowSplit as WindowSplit,
         check_read_again as check_read_again,
         class_names as class_names,
         is_in_memory as is_in_memory,
     )
     from .errors import paths as paths, terminal as terminal, user_code as user_code
-    from .experiment.load import open_run as open_run
-    from .runs import checkpoint as checkpoints, snapshot as snapshot  # noqa: F401
+    from .runs import (
+        checkpoint as checkpoints,  # noqa: F401  # in _MODULES
+        snapshot as snapshot,
+    )
     from .runs.background_writer import Writer as Writer
     from .runtime import memory as memory, seeds as seeds, shapes as shapes
     from .runtime.clock import slow_data as slow_data
@@ -104,23 +113,94 @@ if TYPE_CHECKING:
         restore_optimizer as restore_optimizer,
         state_after_a_step as state_after_a_step,
     )
-    from .training.trainer import Trainer as Trainer
     from .training.validation import check_initialized as check_initialized
     from .tuning.search.study import Judge as Judge, make_pruner as make_pruner
 
-_NAMES = {  # imported at first use: most of these import torch, which a command that only lists parts does not need
+__all__ = [
+    "Activation",
+    "Augmentation",
+    "Batch",
+    "Block",
+    "BuildError",
+    "Callback",
+    "CheckpointError",
+    "ConfigError",
+    "Context",
+    "ContractError",
+    "Data",
+    "DataError",
+    "Dropout",
+    "Every",
+    "Fraction",
+    "FrameworkError",
+    "Head",
+    "Initializer",
+    "Kind",
+    "LabelledSplit",
+    "Loader",
+    "Logger",
+    "Loss",
+    "Maker",
+    "Metric",
+    "NonNegativeFloat",
+    "NonNegativeInt",
+    "Norm",
+    "PartOf",
+    "Pattern",
+    "PositiveFloat",
+    "PositiveInt",
+    "PureOptimizer",
+    "RaggedSplit",
+    "Range",
+    "Rate",
+    "Registry",
+    "RunError",
+    "SavingCallback",
+    "Scale",
+    "Schedule",
+    "SettingError",
+    "Shape",
+    "Step",
+    "Stop",
+    "Target",
+    "Task",
+    "TensorSplit",
+    "Trainer",
+    "Transform",
+    "WindowSplit",
+    "activations",
+    "blocks",
+    "callbacks",
+    "datasets",
+    "did_you_mean",
+    "discover",
+    "dropouts",
+    "heads",
+    "initializers",
+    "loggers",
+    "losses",
+    "metrics",
+    "models",
+    "norms",
+    "open_run",
+    "optimizers",
+    "schedulers",
+    "short",
+    "tasks",
+    "transforms",
+]
+
+# Imported at first use: most of these modules import torch, which `framework list` does not need.
+_NAMES = {
     "Batch": "data.dataset",
     "Callback": "contracts.callback",
     "Context": "contracts.context",
     "Data": "data.dataset",
     "Every": "contracts.state",
-    "Judge": "tuning.search.study",
     "LabelledSplit": "data.dataset",
     "Loader": "data.dataset",
     "Logger": "contracts.logger",
     "Metric": "contracts.metric",
-    "ModelContents": "runtime.identity",
-    "NonFiniteFlag": "runtime.torch_internals.non_finite",
     "PureOptimizer": "contracts.pure_optimizer",
     "RaggedSplit": "data.dataset",
     "SavingCallback": "contracts.callback",
@@ -134,6 +214,11 @@ _NAMES = {  # imported at first use: most of these import torch, which a command
     "Trainer": "training.trainer",
     "Transform": "contracts.transform",
     "WindowSplit": "data.dataset",
+    "open_run": "experiment.load",
+    # Not public: for the built-in plugins only.
+    "Judge": "tuning.search.study",
+    "ModelContents": "runtime.identity",
+    "NonFiniteFlag": "runtime.torch_internals.non_finite",
     "Writer": "runs.background_writer",
     "check_initialized": "training.validation",
     "check_read_again": "data.dataset",
@@ -142,14 +227,13 @@ _NAMES = {  # imported at first use: most of these import torch, which a command
     "gradient_numbers": "runtime.gradients",
     "is_in_memory": "data.dataset",
     "make_pruner": "tuning.search.study",
+    "model_undisturbed": "training.layer_table",
     "numbers_of": "runtime.gradients",
-    "open_run": "experiment.load",
     "restore_optimizer": "training.optimizer_state",
     "slow_data": "runtime.clock",
     "state_after_a_step": "training.optimizer_state",
-    "model_undisturbed": "training.layer_table",
 }
-_MODULES = {
+_MODULES = {  # not public: for the built-in plugins only
     "checkpoints": "runs.checkpoint",
     "files": "system.files",
     "foreach": "runtime.torch_internals.foreach",
@@ -163,13 +247,15 @@ _MODULES = {
 }
 
 
-def __getattr__(name: str):
-    if name in _MODULES:
-        return import_module(f".{_MODULES[name]}", __name__)
-    if name in _NAMES:
-        return getattr(import_module(f".{_NAMES[name]}", __name__), name)
-    raise AttributeError(f"module 'framework' has no attribute {name!r}")
+if not TYPE_CHECKING:  # a type checker would accept every name
+
+    def __getattr__(name: str) -> Any:
+        if name in _MODULES:
+            return import_module(f".{_MODULES[name]}", __name__)
+        if name in _NAMES:
+            return getattr(import_module(f".{_NAMES[name]}", __name__), name)
+        raise AttributeError(f"module 'framework' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_NAMES, *_MODULES})
+    return sorted(__all__)

@@ -1,4 +1,4 @@
-"""`python -m framework` is `framework`."""
+"""`python -m framework` runs the command line, like `framework`."""
 
 from framework.cli.main import main
 

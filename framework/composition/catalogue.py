@@ -23,6 +23,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from framework.errors import RunError
 from framework.errors.paths import expanded, real_path
+from framework.registry.annotations import Range, is_enum, marks, members, strip
 from framework.registry.discovery import (
     discover,
     installed_plugins,
@@ -30,18 +31,9 @@ from framework.registry.discovery import (
     located,
     plugin_files,
 )
+from framework.registry.plain_values import plain_value, readable
 from framework.registry.registry import Entry, Registry
-from framework.registry.schema import (
-    Range,
-    Setting,
-    is_enum,
-    marks,
-    members,
-    names_parts,
-    plain_value,
-    readable,
-    strip,
-)
+from framework.registry.schema import Setting, names_parts
 from framework.system.files import write_file
 
 from .trust import is_trusted

@@ -21,9 +21,9 @@ from typing import Any
 
 from hydra.errors import HydraException
 
-from framework.errors import did_you_mean
+from framework.errors import did_you_mean, with_article
 from framework.errors.paths import quoted_override
-from framework.registry.registry import Registry, with_article
+from framework.registry.registry import Registry
 
 from .hydra_groups import ALSO, NONE
 from .hydra_internals import Glob, Override, parse_override, quoted_text

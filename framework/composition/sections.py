@@ -11,7 +11,8 @@ from importlib import import_module
 from typing import Literal
 
 from framework.errors import ContractError
-from framework.registry.schema import Setting, parameters_of, read_settings
+from framework.registry.schema import Setting, read_settings
+from framework.registry.signatures import parameters_of
 
 
 @dataclass(frozen=True)

@@ -4,24 +4,16 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from reprlib import Repr
 from typing import Any
 
-from framework.errors import ConfigError, SettingError, did_you_mean
+from framework.errors import ConfigError, SettingError, did_you_mean, short, with_article
 from framework.errors.paths import quoted_override, with_homes
-from framework.registry.registry import Entry, Kind, Maker, Registry, with_article
-from framework.registry.schema import (
-    NotPlain,
-    Setting,
-    is_old_text,
-    means_default,
-    members,
-    names_parts,
-    parameters_of,
-    plain_key,
-    plain_value,
-    strip,
-)
+from framework.registry.annotations import members, strip
+from framework.registry.older_defaults import is_old_text, means_default
+from framework.registry.plain_values import NotPlain, plain_key, plain_value
+from framework.registry.registry import Entry, Kind, Maker, Registry
+from framework.registry.schema import Setting, names_parts
+from framework.registry.signatures import parameters_of
 from framework.training.validation import settings_refused
 
 from .sections import SECTIONS, section_settings
@@ -386,7 +378,7 @@ class Reader:
         if key in IMPORTS:
             self.problem(key, value, TARGET)
         elif owners:
-            advice = quoted_override(f"{owners[0]}.{path}={shorten(value)}")
+            advice = quoted_override(f"{owners[0]}.{path}={short(value, quote=False)}")
             self.problem(path, value, f"is a setting of {owners[0]}: write {advice}")
         else:
             self.problem(
@@ -428,7 +420,7 @@ class Reader:
 
     def problem(self, path: str, value: Any, message: str) -> None:
         source = self.source(path)
-        shown = path if value is None else f"{path}={shorten(value)}"
+        shown = path if value is None else f"{path}={short(value, quote=False)}"
         self.problems.append(f"{shown}: {message}" + (f" ({source})" if source else ""))
 
     def complete(self, spec: Spec) -> dict[str, Any]:
@@ -484,7 +476,7 @@ def config_value(value: Any) -> Any:
     try:
         return plain_value(value)
     except NotPlain:
-        raise SettingError(f"{shorten(value)} cannot be written into a config") from None
+        raise SettingError(f"{short(value, quote=False)} cannot be written into a config") from None
 
 
 def plain_settings(given: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
@@ -496,12 +488,3 @@ def plain_settings(given: Mapping[str, Any], settings: Settings) -> dict[str, An
         elif setting.in_config:
             found[key] = config_value(setting.default)
     return found
-
-
-SHORT = Repr()  # writes a few items of a collection, so that none can fill the memory
-SHORT.maxlevel, SHORT.maxstring = 3, 60
-
-
-def shorten(value: Any, width: int = 60) -> str:
-    text = value if isinstance(value, str) else SHORT.repr(value)
-    return text if len(text) <= width else text[: width - 3] + "..."

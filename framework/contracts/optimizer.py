@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from framework.errors import BuildError, SettingError, did_you_mean
+from framework.registry.annotations import PositiveFloat, Range
 from framework.registry.registry import Maker
-from framework.registry.schema import PositiveFloat, Range
 from framework.runtime.torch_internals.lazy_compiler import defer_compiler
 
 FORM_ERRORS = (KeyError, RuntimeError, AssertionError, AttributeError, TypeError)

@@ -8,7 +8,7 @@ from signal import Signals
 from typing import Annotated, Any
 
 from framework.errors import SettingError, short
-from framework.registry.schema import Pattern
+from framework.registry.annotations import Pattern
 
 COUNTERS = ("step", "epoch", "batch", "samples")
 EVERY = r"\s*(?!0+(?:\.0*)?[a-z\s])(\d+(?:\.\d+)?)\s*(steps?|epochs?|s|sec|min|h)\s*"

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import ChainDataset, ConcatDataset, DataLoader, IterableDataset
 
 from framework.errors import DataError, FrameworkError, RunError, short
+from framework.registry.annotations import NonNegativeFloat, PositiveInt, Range
 from framework.registry.kinds import Shape
-from framework.registry.schema import NonNegativeFloat, PositiveInt, Range
 from framework.runtime import seeds
 from framework.runtime.device import CopyStream, channels_last, chosen_layout
 from framework.runtime.memory import check_room

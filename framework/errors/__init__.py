@@ -1,20 +1,24 @@
-"""What a person did that cannot be done, in words for the person at the terminal."""
+"""Errors of the framework, and texts for their messages."""
 
 import difflib
 from collections.abc import Iterable
+from enum import Enum
+from pathlib import PurePath
+from reprlib import Repr
+from typing import Any
 
-from .terminal import printable
+from .terminal import printable, shortened
 
 
 class FrameworkError(Exception):
-    """A mistake that its maker can mend; the command line prints it without a traceback and exits with 2."""
+    """A user error. The command line prints it without traceback and exits with status 2."""
 
     exit_status = 2
 
     def with_text(self, text: str) -> "FrameworkError":
         """Return an error of the same class and attributes with another text.
 
-        It does not call `__init__`, which may take other arguments than a text.
+        `__init__` is not called, because a subclass may take other arguments than a text.
         """
         cls = type(self)
         error = cls.__new__(cls, text)
@@ -23,23 +27,27 @@ class FrameworkError(Exception):
 
 
 class UnknownName(FrameworkError):
-    """No part of that kind has this name."""
+    """No part of a kind has this name."""
 
 
 class DuplicateName(FrameworkError):
-    """Two files registered a part of one kind under one name."""
+    """Two parts of a kind are registered under one name."""
 
 
 class ContractError(FrameworkError):
-    """A part does not keep the contract of its kind (a wrong signature, a wrong base class)."""
+    """A part violates the contract of its kind: a wrong signature or base class."""
 
 
 class SettingError(FrameworkError):
-    """A setting has a value that its type, range or choices forbid, or no part has such a setting."""
+    """The value of a setting has a wrong type or is out of range, or the setting does not exist."""
 
 
 class ConfigError(FrameworkError):
-    """The composed experiment has problems; `problems` holds all of them, one line each."""
+    """The composed experiment has problems.
+
+    Args:
+        problems: all of them, one line each.
+    """
 
     def __init__(self, problems: Iterable[str]):
         self.problems = list(map(printable, problems))
@@ -54,7 +62,7 @@ class PluginError(FrameworkError):
 
 
 class PartExit(FrameworkError):
-    """Code of a part calls `sys.exit`."""
+    """The code of a part calls `sys.exit`."""
 
 
 class DataError(FrameworkError):
@@ -62,47 +70,105 @@ class DataError(FrameworkError):
 
 
 class BuildError(FrameworkError):
-    """A part refused the settings or the shapes that it was given."""
+    """A part cannot be built with these settings or shapes."""
 
 
 class RunError(FrameworkError):
-    """A run folder is missing, taken, unwritable or not what it should be."""
+    """A run folder is missing, in use, not writable or damaged."""
 
 
 class DiskFull(RunError):
-    """A disk has no room. A sweep ends then, and trains the trial again when it is resumed."""
+    """The disk is full. It ends a sweep; a resumed sweep trains the trial again."""
 
 
 class CheckpointError(FrameworkError):
-    """A checkpoint cannot be written, or does not verify."""
+    """A checkpoint cannot be written or is damaged."""
 
 
 class CheckpointDiskFull(CheckpointError, DiskFull):
-    """A disk has no room for a checkpoint."""
+    """The disk is full, so that a checkpoint cannot be written."""
+
+
+class ShortRepr(Repr):
+    """Shows plain values as Python writes them, and other objects by their name or type.
+
+    The limits keep the text of a large collection cheap.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.maxdict = 10
+        self.maxlist = 20
+        self.maxtuple = 20
+        self.maxstring = 60
+
+    def repr_instance(self, x: Any, level: int) -> str:
+        if isinstance(x, Enum):
+            return str(x)
+        if isinstance(x, str):
+            return self.repr_str(str(x), level)
+        if isinstance(x, int | float | complex | PurePath | None):
+            return repr(x)
+        if isinstance(x, tuple):
+            return self.repr_tuple(tuple(x), level)
+        if isinstance(x, list):
+            return self.repr_list(list(x), level)
+        name = getattr(x, "__name__", None)  # of a class or function
+        if isinstance(name, str):
+            return name
+        return with_article(type(x).__name__)
+
+
+SHORT = ShortRepr()
+
+
+def short(value: object, most: int = 60, quote: bool = True) -> str:
+    """Return a value for a message: `'fast'`, `[1, 2]`, `relu` for a function, `a Tensor`.
+
+    Args:
+        value: any object.
+        most: the largest number of characters; the middle of a longer text is left out.
+        quote: show a text in quotation marks.
+    """
+    if isinstance(value, str) and not quote:
+        return shortened(value, most)
+    return shortened(SHORT.repr(value), most)
 
 
 def nearest(word: str, options: Iterable[str]) -> str | None:
-    """Return the option that looks most like `word` ("LeakyReLU" like "leaky_relu"), or None when none is close."""
-    by_letters = {plain(option): str(option) for option in options}
-    close = difflib.get_close_matches(plain(word), by_letters, n=1, cutoff=0.55)
+    """Return the option that is most similar to `word`; None if none is similar.
+
+    Upper case, hyphens and underscores do not count: "LeakyReLU" is similar to "leaky_relu".
+    """
+    by_letters = {letters(option): str(option) for option in options}
+    close = difflib.get_close_matches(letters(word), by_letters, n=1, cutoff=0.55)
     return by_letters[close[0]] if close else None
 
 
-def plain(word: object) -> str:
+def letters(word: object) -> str:
+    """Return a name in lower case without hyphens and underscores."""
     return str(word).lower().replace("-", "").replace("_", "")
 
 
-def short(value: object) -> str:
-    """Return a value as it is written, or what it is, for a message."""
-    plain = isinstance(value, str | int | float | list | tuple | None)
-    return repr(value)[:60] if plain else getattr(value, "__name__", f"a {type(value).__name__}")
-
-
 def did_you_mean(word: str, options: Iterable[str], most: int = 12) -> str:
-    """Return "did you mean 'x'?" when one option is close, else the list of options."""
+    """Return "did you mean 'x'?" if an option is similar to `word`, else the list of options.
+
+    Args:
+        word: an unknown name.
+        options: the known names.
+        most: how many of them are listed.
+    """
     options = sorted(options)
     close = nearest(word, options)
     if close is not None:
         return f"did you mean {close!r}?"
-    listed = ", ".join(options[:most]) + (", ..." if len(options) > most else "")
-    return f"there is: {listed}" if options else "there is none"
+    if not options:
+        return "none is available"
+    more = ", ..." if len(options) > most else ""
+    return f"available: {', '.join(options[:most])}{more}"
+
+
+def with_article(noun: str) -> str:
+    """Return a noun with "a" or "an"."""
+    return f"an {noun}" if noun[0] in "aeiouAEIOU" else f"a {noun}"

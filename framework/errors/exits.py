@@ -1,4 +1,4 @@
-"""Code of a part that ends the program: `sys.exit` in a plugin, a callback or a data set."""
+"""Parts that end the program: `sys.exit` in a plugin, a callback or a data set."""
 
 import argparse
 import traceback
@@ -9,14 +9,14 @@ from pathlib import Path
 from . import PartExit
 from .user_code import user_place
 
-OWN = (str(Path(__file__).parents[1]), argparse.__file__)
+MAY_EXIT = (str(Path(__file__).parents[1]), argparse.__file__)
 
 
 @contextmanager
 def no_exit() -> Iterator[None]:
-    """Raise PartExit in the place of a SystemExit that neither this package nor argparse raised.
+    """Raise PartExit instead of a SystemExit of a part.
 
-    Such an exit would end the program with its status, often 0, and nothing would tell that the work is not done.
+    Such an exit would end the program, often with status 0, although the work is not done.
     """
     try:
         yield
@@ -27,17 +27,19 @@ def no_exit() -> Iterator[None]:
 
 
 def is_own_exit(error: SystemExit) -> bool:
-    """Whether this package itself ends the program, with the status of a command or after a signal; submitit does so in
-    its signal handler, when it has queued a job again."""
+    """Return whether the framework or argparse ends the program.
+
+    Submitit also may: its signal handler exits after it has requeued a job.
+    """
     frames = traceback.extract_tb(error.__traceback__)
     if not frames:
         return True
     file = frames[-1].filename
-    return file.startswith(OWN) or "submitit" in Path(file).parts
+    return file.startswith(MAY_EXIT) or "submitit" in Path(file).parts
 
 
 def describe_exit(error: SystemExit) -> str:
-    """Say where the program would have been ended."""
+    """Return a message with the place of the `sys.exit`."""
     status = "" if error.code is None else repr(error.code)
     place = user_place(error)
     where = "" if place is None else f" at {place}"

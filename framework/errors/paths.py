@@ -1,4 +1,4 @@
-"""Paths as a user types them, and paths and values as suggested commands show them."""
+"""Paths with `~` as a user types them; paths and overrides in suggested commands."""
 
 import os
 import re
@@ -11,11 +11,12 @@ from .terminal import printable
 
 
 def expanded(path: str | Path) -> Path:
-    """Return a path with a leading `~` or `~user` replaced by that home folder.
+    """Return a path with a leading `~` or `~user` replaced by the home folder.
 
-    A file or folder of the working folder whose name begins with `~` stays as it is.
+    An existing file or folder with a name that begins with `~` has priority.
 
-    Raises SettingError when there is no such user.
+    Raises:
+        SettingError: the user does not exist.
     """
     text = os.path.expanduser(path)
     first = text.partition(os.sep)[0]
@@ -25,12 +26,12 @@ def expanded(path: str | Path) -> Path:
 
 
 def real_path(path: str | Path) -> Path:
-    """Return the absolute path that links lead to; unlike `Path.resolve`, also if they lead in a circle."""
+    """Return the absolute path without links; unlike `Path.resolve`, it accepts circular links."""
     return Path(os.path.realpath(path))
 
 
 def with_homes(value: Any) -> Any:
-    """Return a value in which every path has its `~` replaced, also in lists, tuples and dicts, which are copied."""
+    """Return a value with `~` replaced in every path, also in copies of lists, tuples and dicts."""
     if isinstance(value, Path):
         return expanded(value)
     if type(value) in (list, tuple):
@@ -41,7 +42,7 @@ def with_homes(value: Any) -> Any:
 
 
 def shorter(path: str | Path) -> str:
-    """Return a path relative to the working folder if it is below it."""
+    """Return a path below the working folder relative to it, any other path unchanged."""
     try:
         return str(real_path(path).relative_to(Path.cwd()))
     except (ValueError, OSError):
@@ -49,47 +50,50 @@ def shorter(path: str | Path) -> str:
 
 
 def pasted(path: str | Path) -> str:
-    """Return a path as a word of a shell command that works in the working folder."""
+    """Return a path as an argument of a shell command in the working folder."""
     text = str(path)
     if text.startswith("-"):
-        text = f"./{text}"  # otherwise it would be read as an option
+        text = f"./{text}"  # not an option
     return quoted(text)
 
 
 def quoted(word: str) -> str:
-    """Return a word of a shell command.
+    """Return a text as an argument of a shell command.
 
-    Characters that must not reach the terminal, and bytes that are no UTF-8, are written as in $'\\x1b' (bash, zsh).
+    Characters that must not reach the terminal, and bytes that are not UTF-8, are written as in
+    $'\\x1b' (bash, zsh).
     """
     if printable(word) == word and not re.search(r"[\udc80-\udcff]", word):
         return shlex.quote(word)
-    coded = ""
+    escaped = ""
     for character in word:
         if character in "\\'":
-            coded += f"\\{character}"
+            escaped += f"\\{character}"
         elif character.isprintable():
-            coded += character
+            escaped += character
         else:
-            coded += "".join(f"\\x{byte:02x}" for byte in os.fsencode(character))
-    return f"$'{coded}'"
+            escaped += "".join(f"\\x{byte:02x}" for byte in os.fsencode(character))
+    return f"$'{escaped}'"
 
 
 def override(key: str, value: bool | int | float | str | list[str]) -> str:
-    """Return an override as a word of a shell command, such as data.path=x.csv or ignore=[name]."""
+    """Return an override for a shell command, such as data.path=x.csv or ignore=[name]."""
     if isinstance(value, list):
         return quoted_override(f"{key}=[{','.join(map(typed, value))}]")
     return quoted_override(f"{key}={typed(value)}")
 
 
 def quoted_override(text: str) -> str:
-    """Return an override as a word of a shell command. The brackets of a list need no quotes."""
+    """Return an override as an argument of a shell command; brackets of a list are not quoted."""
     return text if re.fullmatch(r"[\w.+~=/:,\[\]-]+", text) else quoted(text)
 
 
 def typed(value: bool | int | float | str) -> str:
     """Return a value as it is typed after the = of an override."""
+    if isinstance(value, bool):
+        return repr(value).lower()
     if not isinstance(value, str):
-        return repr(value).lower() if isinstance(value, bool) else repr(value)
+        return repr(value)
     if re.fullmatch(r"[\w./][\w./:+-]*", value) and not is_other_type(value):
         return value
     escaped = value.replace("\\", "\\\\").replace("'", "\\'")
@@ -97,7 +101,7 @@ def typed(value: bool | int | float | str) -> str:
 
 
 def is_other_type(text: str) -> bool:
-    """Whether a text without quotes would be read as a number, a truth value or null."""
+    """Return whether a text without quotes would be read as a number, a truth value or null."""
     if text.lower() in ("null", "true", "false"):
         return True
     try:

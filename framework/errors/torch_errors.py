@@ -1,4 +1,4 @@
-"""Errors of torch's own functions that come of a common mistake in the data, in one line."""
+"""Errors of torch's own functions that a common mistake in the data causes, as one line."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,18 +18,18 @@ BATCH_SIZE = "_verify_batch_size"
 
 @contextmanager
 def torch_errors() -> Iterator[None]:
-    """Raise DataError for no outputs, a class out of range, and a batch norm of one sample."""
+    """Raise DataError for missing outputs, a class out of range, and a batch norm of one sample."""
     try:
         yield
     except (IndexError, ValueError, TypeError) as error:
-        said = explain(error)
-        if said is None:
+        explanation = explain(error)
+        if explanation is None:
             raise
-        raise DataError(said) from error
+        raise DataError(explanation) from error
 
 
 def explain(error: BaseException) -> str | None:
-    """Return what an error of torch's functions means; None for all others."""
+    """Return the meaning of an error of torch's functions; None for all other errors."""
     innermost: FrameType | None = None
     for frame, _ in frames(error):
         innermost = frame
@@ -45,30 +45,38 @@ def explain(error: BaseException) -> str | None:
     return None
 
 
-def no_outputs(given: dict[str, Any]) -> str | None:
-    """Return what a loss of torch got as outputs, from its arguments; None if that is a tensor."""
-    if "input" not in given or isinstance(given["input"], Tensor):
+def no_outputs(arguments: dict[str, Any]) -> str | None:
+    """Return a message on the outputs that a loss of torch received; None if they are a tensor.
+
+    Args:
+        arguments: of the loss function, by name.
+    """
+    if "input" not in arguments or isinstance(arguments["input"], Tensor):
         return None
-    return f"the model's outputs: the loss expects a tensor, got {short(given['input'])}"
+    return f"the model's outputs: the loss expects a tensor, got {short(arguments['input'])}"
 
 
-def is_batch_norm(error: BaseException) -> bool:
-    """Whether an error says that a norm over the batch was given one sample."""
-    return any(frame.f_code.co_name == BATCH_SIZE for frame, _ in frames(error))
+def wrong_class(arguments: dict[str, Any]) -> str | None:
+    """Return a message on the first target that is out of range; None if none is.
 
-
-def wrong_class(given: dict[str, Any]) -> str | None:
-    """Return which target is out of range, from the arguments of torch's loss; None if none is."""
-    outputs = given.get("input")
-    targets = given.get("target")
+    Args:
+        arguments: of torch's loss function, by name.
+    """
+    outputs = arguments.get("input")
+    targets = arguments.get("target")
     if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
         return None
     if targets.is_floating_point():
         return None
     classes = outputs.shape[1] if outputs.ndim > 1 else outputs.shape[0]
-    counted = targets[targets != given.get("ignore_index", -100)]
+    counted = targets[targets != arguments.get("ignore_index", -100)]
     wrong = counted[(counted < 0) | (counted >= classes)]
     if not len(wrong):
         return None
-    range_of = f"with {classes} classes they go from 0 to {classes - 1}"
-    return f"a batch has the target {int(wrong[0])}; {range_of}"
+    expected = f"expected 0 to {classes - 1} ({classes} classes)"
+    return f"a batch has the target {int(wrong[0])}, {expected}"
+
+
+def is_batch_norm(error: BaseException) -> bool:
+    """Return whether a norm over the batch got one sample."""
+    return any(frame.f_code.co_name == BATCH_SIZE for frame, _ in frames(error))

@@ -1,11 +1,11 @@
-"""Where an error in user code arose, and how it is shown in one line.
+"""Errors of user code, shown in one line with their place.
 
-User code is every part, callback, data set or script that is not the framework's own. An error of
-it, whatever its type, is shown as
+User code is every part, callback, data set or script outside of the framework. Its errors, of any
+type, are shown as
 
     ValueError: the width is odd (mine.py:15 in forward)
 
-The line is the innermost one of the user's own files, not that of a library which they call.
+The place is the innermost line of the user's own files, not a line of a library that they call.
 """
 
 import linecache
@@ -18,9 +18,10 @@ from typing import NamedTuple
 
 from . import BuildError, FrameworkError
 from .paths import shorter
+from .terminal import shortened
 
 OWN = ("framework", "framework_plugins")
-LONGEST = 300  # characters of an error's text
+LONGEST_TEXT = 300  # characters of an error's text
 PYTHON = sysconfig.get_path("stdlib")
 INSTALLED = ("/site-packages/", "/dist-packages/")
 DEPENDENCIES = {
@@ -45,28 +46,29 @@ DEPENDENCIES = {
     "tokenizers",
     "torch",
 }
-"""Installed packages whose lines tell a user nothing of their own code."""
+"""Installed packages that are not user code."""
 
 
 class Place(NamedTuple):
-    """A line of a file, and the function that it is in ("" at module level)."""
+    """A line of a file and its function ("" at module level)."""
 
     file: str
     line: int
     function: str = ""
 
     def __str__(self) -> str:
-        within = f" in {self.function}" if self.function else ""
         file = shorter(self.file)
         for folder in INSTALLED:
             file = file.rpartition(folder)[2]
-        return f"{file}:{self.line}{within}"
+        place = f"{file}:{self.line}"
+        return f"{place} in {self.function}" if self.function else place
 
 
 def user_place(error: BaseException) -> Place | None:
-    """Return the innermost line of user code that an error went through; None if there is none.
+    """Return the innermost line of user code in the traceback of an error; None if there is none.
 
-    The user's own files come first, then installed packages of third parties.
+    The user's own files have priority over installed packages of third parties. An error without
+    user code has the place of its cause, or of an error in the group.
     """
     if isinstance(error, SyntaxError) and Path(error.filename or "").is_file():
         return Place(str(error.filename), error.lineno or 1)
@@ -76,27 +78,34 @@ def user_place(error: BaseException) -> Place | None:
         owner = owner_of(frame)
         if owner == "user":
             own = place_of(frame, line)
-        if owner == "third party":
+        elif owner == "third party":
             third_party = place_of(frame, line)
-    if own is not None or third_party is not None:
-        return own or third_party
-    inner = [*error.exceptions] if isinstance(error, BaseExceptionGroup) else []
-    causes = [*inner, error.__cause__]
-    found = [user_place(cause) for cause in causes if cause is not None]
-    return next((place for place in found if place is not None), None)
+    place = own or third_party
+    if place is not None:
+        return place
+    causes: list[BaseException] = []
+    if isinstance(error, BaseExceptionGroup):
+        causes += error.exceptions
+    if error.__cause__ is not None:
+        causes.append(error.__cause__)
+    for cause in causes:
+        place = user_place(cause)
+        if place is not None:
+            return place
+    return None
 
 
 def internal_place(error: BaseException) -> Place | None:
-    """Return the innermost line of the framework that an error went through."""
-    found: Place | None = None
+    """Return the innermost line of the framework in the traceback of an error."""
+    place: Place | None = None
     for frame, line in frames(error):
         if owner_of(frame) == "framework":
-            found = place_of(frame, line)
-    return found
+            place = place_of(frame, line)
+    return place
 
 
 def frames(error: BaseException) -> Iterator[tuple[FrameType, int]]:
-    """Yield the frames of an error's traceback with their lines, the innermost last."""
+    """Yield the frames of an error's traceback and their line numbers, the innermost last."""
     step: TracebackType | None = error.__traceback__
     while step is not None:
         yield step.tb_frame, step.tb_lineno
@@ -104,12 +113,12 @@ def frames(error: BaseException) -> Iterator[tuple[FrameType, int]]:
 
 
 def owner_of(frame: FrameType) -> str:
-    """Return whose code a frame runs: "user", "third party", "framework" or "library"."""
+    """Return the owner of a frame's code: "user", "third party", "framework" or "library"."""
     file = frame.f_code.co_filename
     package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
     if package in OWN:
         return "framework"
-    if file.startswith("<"):  # code that is made at run time, of which there is no line to show
+    if file.startswith("<"):  # generated at run time: there is no line to show
         return "library"
     if any(folder in file for folder in INSTALLED):
         return "library" if package in DEPENDENCIES else "third party"
@@ -117,37 +126,40 @@ def owner_of(frame: FrameType) -> str:
 
 
 def place_of(frame: FrameType, line: int) -> Place:
+    """Return the place of a line in a frame."""
     function = frame.f_code.co_name
     return Place(frame.f_code.co_filename, line, "" if function == "<module>" else function)
 
 
 def text_of(error: BaseException) -> str:
-    """Return an error's text on one line; it does not fail where the error's own `__str__` does."""
+    """Return an error's text on one line, shortened, also if its own `__str__` fails."""
     try:
         text = error.msg if isinstance(error, SyntaxError) else str(error)
     except Exception as failure:
         return f"no text, since its __str__ raises {type(failure).__name__}"
-    text = " ".join(text.split())
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
+    return shortened(" ".join(text.split()), LONGEST_TEXT)
 
 
 def describe(error: BaseException) -> str:
     """Return an error with its place in user code: "KeyError: 'a' (mine.py:3 in step)"."""
-    said = text_of(error)
+    text = text_of(error)
     if isinstance(error, FrameworkError):
-        return said
+        return text
     place = user_place(error)
-    if not said and place is not None:
-        said = linecache.getline(place.file, place.line).strip()  # a bare assert says nothing else
+    if not text and place is not None:
+        text = linecache.getline(place.file, place.line).strip()  # the condition of a bare assert
     if isinstance(error, BaseExceptionGroup):
-        said = f"{said}, the first: {describe(error.exceptions[0])}"
-    name = type(error).__name__
-    described = f"{name}: {said}" if said else name
-    return described if place is None else f"{described} ({place})"
+        text = f"{text}, the first: {describe(error.exceptions[0])}"
+    description = type(error).__name__
+    if text:
+        description += f": {text}"
+    if place is not None:
+        description += f" ({place})"
+    return description
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the error as `describe` shows it or, if no user code is involved, its text alone."""
+    """Return the error as `describe` shows it; without user code, only its text."""
     if user_place(error) is not None:
         return describe(error)
     return text_of(error) or type(error).__name__
@@ -155,11 +167,11 @@ def reason_of(error: BaseException) -> str:
 
 @contextmanager
 def user_errors(doing: str = "", kind: type[FrameworkError] = BuildError) -> Iterator[None]:
-    """Raise an error of user code as a FrameworkError that says where it arose; other errors pass.
+    """Raise an error of user code as a FrameworkError with its place; other errors pass unchanged.
 
     Args:
-        doing: what the framework was doing, such as "reading the first sample".
-        kind: the class of the error that is raised.
+        doing: the activity of the framework, such as "reading the first sample".
+        kind: the class of the raised error.
     """
     try:
         yield
@@ -168,5 +180,7 @@ def user_errors(doing: str = "", kind: type[FrameworkError] = BuildError) -> Ite
     except Exception as error:
         if user_place(error) is None:
             raise
-        situation = f", while {doing}" if doing else ""
-        raise kind(f"{describe(error)}{situation}") from error
+        message = describe(error)
+        if doing:
+            message += f", while {doing}"
+        raise kind(message) from error

@@ -24,13 +24,12 @@ from framework.data.dataset import Data, Loader, splits_of
 from framework.errors import BuildError, RunError, short
 from framework.errors.exits import no_exit
 from framework.errors.terminal import print_message
-from framework.errors.user_code import describe, user_errors
+from framework.errors.user_code import describe, text_of, user_errors
 from framework.runs import checkpoint
 from framework.runs.folder import RunFolder, dump, provenance, read_facts
 from framework.runs.status_file import Status
 from framework.runtime.clock import slow_data
 from framework.runtime.device import intra_op_threads, suitable_threads
-from framework.system.files import first_words
 from framework.system.signals import stopping
 from framework.training.trainer import Trainer
 from framework.training.trainer_state import WRONG_FORM
@@ -509,7 +508,7 @@ def fact_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[
     """Yield what differs between the facts of a run's data and those of the data now."""
     for name in {**before, **now}:
         if name != "content" and before.get(name) != now.get(name):
-            yield f"{name}: {json.dumps(now.get(name))[:100]}, was {json.dumps(before.get(name))[:100]}"
+            yield f"{name}: {short(now.get(name), 100)}, was {short(before.get(name), 100)}"
 
 
 def content_changes(known: Any, content: Mapping[str, Any]) -> Iterator[str]:
@@ -578,4 +577,4 @@ def fill(model: nn.Module, chosen: Path, run: Path) -> None:
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise RunError(f"{chosen} does not fit the model of {run}: {first_words(error)}") from error
+        raise RunError(f"{chosen} does not fit the model of {run}: {text_of(error)}") from error

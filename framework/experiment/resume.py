@@ -23,8 +23,8 @@ from framework.contracts.schedule import observes
 from framework.errors import CheckpointError, ConfigError, RunError, did_you_mean, short
 from framework.errors.paths import expanded, override
 from framework.errors.terminal import note
+from framework.registry.annotations import members, strip
 from framework.registry.registry import Maker, Registry
-from framework.registry.schema import members, strip
 from framework.runs import checkpoint
 from framework.runs.folder import (
     RunFolder,
@@ -253,7 +253,7 @@ def named_checkpoint(resume: str) -> Path | None:
     spoiled = checkpoint.verify(chosen)["nan"]
     if spoiled:
         raise RunError(
-            f"{chosen} cannot be resumed: {str(spoiled[0])[:200]} holds NaN; choose an earlier checkpoint"
+            f"{chosen} cannot be resumed: {short(spoiled[0], most=200, quote=False)} holds NaN; choose an earlier checkpoint"
         )
     return chosen
 

@@ -1,4 +1,7 @@
-"""Finding plugins: installed packages (entry points), files, folders and modules named by the user. Each file once."""
+"""Plugin discovery: load installed packages (entry points), and files, folders and modules by name.
+
+Each file is loaded once, also if it is found in several places.
+"""
 
 import hashlib
 import importlib
@@ -39,10 +42,8 @@ from framework.system.signals import received
 from .registry import Registry
 
 GROUP = "framework.plugins"
-TESTS = ("test", "tests")
-"""Packages inside a package of plugins that are not imported."""
-OWN = "framework_plugins"
-"""The module of the framework's own parts."""
+OWN = "framework_plugins"  # the module of the built-in parts
+NOT_LOADED = ("test", "tests", "__pycache__")  # packages inside a package of plugins
 
 
 class Installed(NamedTuple):
@@ -61,109 +62,115 @@ class Installed(NamedTuple):
 def discover(
     plugins: Iterable[str] = (), without: Iterable[str] = (), tolerant: bool = False
 ) -> list[str]:
-    """Load every installed plugin, then those named: a .py file, a folder of them, or an importable module.
+    """Load every installed plugin, then the plugins in `plugins`. Each file is loaded once.
 
-    Doing it twice loads nothing twice, however a file is reached. What plugins print goes to standard error: the
-    output of a command may be for a program.
+    Output of plugins goes to standard error, because a program may read the standard output.
 
     Args:
-        plugins: paths and names of modules.
-        without: installed plugins that are not loaded, by the name of the entry point or of the package.
-        tolerant: go on when an installed plugin does not load. Those in `plugins` must load all the same.
+        plugins: .py files, folders of them, and names of importable modules.
+        without: installed plugins that are not loaded, by the name of the entry point or package.
+        tolerant: continue if an installed plugin does not load. Those in `plugins` must load.
 
     Returns:
         With `tolerant`, a message for each module of an installed plugin that does not load.
 
-    Raises PluginError naming the plugin that does not load, and why; or a name in `without` that is not installed.
+    Raises:
+        PluginError: a plugin does not load, or a name in `without` is not installed.
     """
     problems: list[str] = []
     with output_for_programs(True):
-        for plugin in leave_out(without, installed_plugins()):
-            errors = load_installed(plugin)
+        for installed in leave_out(without, installed_plugins()):
+            errors = load_installed(installed)
             if errors and not tolerant:
-                raise with_advice(plugin, errors[0])
+                raise with_advice(installed, errors[0])
             problems += map(str, errors)
-        for named in plugins:
-            load_plugin(named)
+        for plugin in plugins:
+            load_plugin(plugin)
     return problems
 
 
 def output_for_programs(wanted: bool) -> AbstractContextManager[Any]:
-    """Send what parts print to standard error, where the output of a command is for a program."""
+    """Send the output of parts to standard error, if a program reads that of the command."""
     return redirect_stdout(sys.stderr) if wanted else nullcontext()
 
 
 def installed_plugins() -> list[Installed]:
-    """Return the plugins of installed packages, the framework's own first: a name that they have is theirs."""
+    """Return the plugins of installed packages, the built-in ones first: their names are taken."""
     try:
-        found = [installed(point, point.dist) for point in entry_points(group=GROUP)]
-    except Exception:  # the entry points of some package cannot be read
-        found = [plugin for package in distributions() for plugin in plugins_of_package(package)]
-    return sorted(set(found), key=lambda plugin: (plugin.module != OWN, plugin))
+        found = {as_installed(point, point.dist) for point in entry_points(group=GROUP)}
+    except Exception:  # the entry points of one of the packages cannot be read
+        found = set()
+        for package in distributions():
+            found.update(plugins_of_package(package))
+    return sorted(found, key=lambda plugin: (plugin.module != OWN, plugin))
 
 
-def installed(point: EntryPoint, package: Distribution | None) -> Installed:
-    return Installed(point.name, point.value.partition(":")[0].strip(), *name_and_version(package))
-
-
-def plugins_of_package(package: Distribution) -> Iterator[Installed]:
-    """Yield the plugins of a package; of one whose entry points cannot be read, that with its problem."""
+def plugins_of_package(package: Distribution) -> list[Installed]:
+    """Return the plugins of a package, or one with a problem if the entry points are unreadable."""
     try:
-        yield from [
-            installed(point, package) for point in package.entry_points if point.group == GROUP
-        ]
+        points = [point for point in package.entry_points if point.group == GROUP]
+        return [as_installed(point, package) for point in points]
     except Exception as error:
         with suppress(Exception):
             if GROUP not in (package.read_text("entry_points.txt") or ""):
-                return
+                return []
         name, number = name_and_version(package)
-        yield Installed(name, "", name, number, describe(error))
+        return [Installed(name, "", name, number, describe(error))]
+
+
+def as_installed(point: EntryPoint, package: Distribution | None) -> Installed:
+    """Return the plugin of an entry point."""
+    name, number = name_and_version(package)
+    return Installed(point.name, point.value.partition(":")[0].strip(), name, number)
 
 
 def name_and_version(package: Distribution | None) -> tuple[str, str]:
+    """Return the name and the version of a package; empty if they are unknown."""
+    if package is None:
+        return "", ""
     try:
-        return (
-            (package.metadata["Name"] or "", package.metadata["Version"] or "")
-            if package is not None
-            else ("", "")
-        )
-    except Exception:  # metadata that is missing or damaged
+        return package.metadata["Name"] or "", package.metadata["Version"] or ""
+    except Exception:  # metadata are missing or damaged
         return "", ""
 
 
 def leave_out(without: Iterable[str], plugins: list[Installed]) -> list[Installed]:
-    """Return the plugins without those named. Raises PluginError for a name that none has."""
-    names = {
-        name for plugin in plugins if plugin.module != OWN for name in (plugin.name, plugin.package)
-    }
-    without = set(without)
-    for name in sorted(without - names):
-        advice = (
-            did_you_mean(name, names)
-            if names
-            else "no plugin is installed beside the framework's own"
-        )
+    """Return the plugins except those in `without`, which are names of plugins or packages.
+
+    Raises:
+        PluginError: no plugin has one of the names.
+    """
+    excluded = set(without)
+    kept: list[Installed] = []
+    names: set[str] = set()
+    for plugin in plugins:
+        own_names = set() if plugin.module == OWN else {plugin.name, plugin.package}
+        names |= own_names
+        if not excluded & own_names:
+            kept.append(plugin)
+    for name in sorted(excluded - names):
+        advice = "only the built-in plugins are installed"
+        if names:
+            advice = did_you_mean(name, names)
         raise PluginError(
-            f"--without-plugin {name}: there is no installed plugin of this name; {advice}"
+            f"--without-plugin {name}: there is no installed plugin {name!r}; {advice}"
         )
-    return [
-        each for each in plugins if each.module == OWN or not without & {each.name, each.package}
-    ]
+    return kept
 
 
 def located(plugin: str) -> str:
-    """Return a plugin's absolute path; the name of a module stays as it is."""
+    """Return a plugin's absolute path; the name of a module is returned unchanged."""
     path = expanded(plugin)
     return str(real_path(path)) if path.exists() else plugin
 
 
 def locate(plugin: str, folder: Path, here: Path | None) -> str:
-    """Return the path of a plugin named in a config file; the name of a module stays as it is.
+    """Return the path of a plugin in a config file; the name of a module is returned unchanged.
 
     Args:
         plugin: a path or the name of a module.
-        folder: the folder with the config files. The plugin lies beside it, or in it.
-        here: the working folder, where the plugin is looked for first; None: it is not.
+        folder: the folder of the config files. Its parent and then itself are searched.
+        here: the working folder, which is searched first; None to leave it out.
     """
     bases = [folder.parent, folder] if here is None else [here, folder.parent, folder]
     for base in bases:
@@ -174,7 +181,7 @@ def locate(plugin: str, folder: Path, here: Path | None) -> str:
 
 @cache
 def package_version(name: str) -> str | None:
-    """Return the version of an installed package; None when it is not installed."""
+    """Return the version of a package; None if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -182,7 +189,7 @@ def package_version(name: str) -> str | None:
 
 
 def plugin_files(plugins: Iterable[str]) -> Iterator[Path]:
-    """Yield the files that loading these plugins would load first, without loading any."""
+    """Yield the files of plugins, without loading them."""
     for plugin in plugins:
         path = expanded(plugin)
         if path.is_dir():
@@ -194,21 +201,28 @@ def plugin_files(plugins: Iterable[str]) -> Iterator[Path]:
 
 
 def module_files(name: str) -> Iterator[Path]:
-    top, *rest = name.split(".")
+    """Yield the file of a module and, for a package, those of its modules.
+
+    `importlib.util.find_spec` would import the parent packages of the module.
+    """
+    module, *rest = name.split(".")
     try:
-        spec = importlib.util.find_spec(top)
-    except ValueError:  # no name of a module
+        spec = importlib.util.find_spec(module)
+    except ValueError:  # not the name of a module
         return
-    for depth, _ in enumerate(
-        rest, 2
-    ):  # not find_spec(name), which imports the packages that it is in
-        below = ".".join(name.split(".")[:depth])
-        spec = spec and PathFinder.find_spec(below, spec.submodule_search_locations or [])
-    if spec is not None and spec.origin:
+    for part in rest:
+        if spec is None:
+            return
+        module = f"{module}.{part}"
+        spec = PathFinder.find_spec(module, spec.submodule_search_locations or [])
+    if spec is None:
+        return
+    if spec.origin:
         yield Path(spec.origin)
-    if spec is not None:
-        for folder in spec.submodule_search_locations or ():
-            yield from (file for file in files_in(Path(folder)) if str(file) != spec.origin)
+    for folder in spec.submodule_search_locations or ():
+        for file in files_in(Path(folder)):
+            if str(file) != spec.origin:
+                yield file
 
 
 def load_plugin(plugin: str) -> None:
@@ -223,7 +237,7 @@ def load_plugin(plugin: str) -> None:
     elif path.is_file():
         load_file(path)
     elif path.suffix == ".py" or "/" in plugin:
-        raise PluginError(f"plugin {plugin}: no such file or folder (looked in {Path.cwd()})")
+        raise PluginError(f"plugin {plugin}: no such file or folder (searched {Path.cwd()})")
     else:
         load_module(plugin, "--plugins or the config's `plugins`")
 
@@ -231,14 +245,10 @@ def load_plugin(plugin: str) -> None:
 def load_installed(plugin: Installed) -> list[PluginError]:
     """Import the modules of an installed plugin; return the error of each that does not load."""
     if plugin.problem:
-        return [
-            PluginError(
-                f"plugin {plugin} cannot be loaded: its entry points cannot be read: {plugin.problem}"
-            )
-        ]
-    reached_by = (
-        f"the entry point {plugin.name!r} of package {plugin.package} {plugin.version}".rstrip()
-    )
+        reason = f"its entry points cannot be read: {plugin.problem}"
+        return [PluginError(f"plugin {plugin} cannot be loaded: {reason}")]
+    package_name = f"{plugin.package} {plugin.version}".rstrip()
+    reached_by = f"the entry point {plugin.name!r} of package {package_name}"
     errors: list[PluginError] = []
     try:
         with loading(plugin.module, reached_by):
@@ -247,7 +257,7 @@ def load_installed(plugin: Installed) -> list[PluginError]:
         return [error]
     failed: list[str] = []
     for name in modules_in(package, plugin.module):
-        if any(name.startswith(f"{above}.") for above in failed):
+        if any(name.startswith(f"{parent}.") for parent in failed):
             continue
         try:
             with loading(name, reached_by):
@@ -259,55 +269,67 @@ def load_installed(plugin: Installed) -> list[PluginError]:
 
 
 def with_advice(plugin: Installed, error: PluginError) -> PluginError:
-    """Return the error of an installed plugin with the way to leave it out."""
+    """Return the error of an installed plugin with the option that leaves it out."""
     if plugin.module == OWN:
         return error
-    refusal = PluginError(f"{error}. `--without-plugin {shlex.quote(plugin.name)}` leaves it out")
-    refusal.__cause__ = error.__cause__
-    return refusal
+    advice = f"`--without-plugin {shlex.quote(plugin.name)}` leaves it out"
+    advised = PluginError(f"{error}. {advice}")
+    advised.__cause__ = error.__cause__
+    return advised
 
 
 def load_module(name: str, reached_by: str) -> None:
-    """Import a module; of a package, each of its modules."""
+    """Import a module and, for a package, each of its modules."""
     with loading(name, reached_by):
         module = import_once(name)
-    for below in modules_in(module, name):
-        with loading(below, reached_by):
-            import_once(below)
+    for submodule in modules_in(module, name):
+        with loading(submodule, reached_by):
+            import_once(submodule)
 
 
 def modules_in(package: ModuleType, name: str) -> Iterator[str]:
-    """Yield the names of the modules in a package and in the packages in it; nothing for a module that is none."""
+    """Yield the names of the modules in a package, at any depth; none for a simple module."""
     folders = [str(folder) for folder in getattr(package, "__path__", ())]
     yield from modules_below(folders, name, set(map(real_path, folders)))
 
 
 def modules_below(folders: Sequence[str], name: str, seen: set[Path]) -> Iterator[str]:
-    for found in pkgutil.iter_modules(folders):
-        if (found.ispkg and not holds_plugins(found.name)) or found.name == "__main__":
+    """Yield the names of the modules in the folders of a package.
+
+    Args:
+        folders: of the package; several for a namespace package.
+        name: of the package.
+        seen: real paths of the folders that were searched; a link may lead back to a parent.
+    """
+    for module in pkgutil.iter_modules(folders):
+        full_name = f"{name}.{module.name}"
+        if module.name == "__main__":
             continue
-        inner = [str(Path(folder) / found.name) for folder in folders]
-        if found.ispkg and seen.intersection(map(real_path, inner)):
-            continue  # a link to a folder above
-        yield f"{name}.{found.name}"
-        if found.ispkg:
-            seen.update(map(real_path, inner))
-            yield from modules_below(inner, f"{name}.{found.name}", seen)
+        if not module.ispkg:
+            yield full_name
+            continue
+        inner = [str(Path(folder) / module.name) for folder in folders]
+        real = set(map(real_path, inner))
+        if not holds_plugins(module.name) or seen & real:
+            continue
+        seen |= real
+        yield full_name
+        yield from modules_below(inner, full_name, seen)
 
 
 def holds_plugins(package: str) -> bool:
-    """Whether a package inside a folder of plugins is loaded: no tests, and nothing hidden such as .git."""
-    return package not in (*TESTS, "__pycache__") and not package.startswith(".")
+    """Return whether a package in a folder of plugins is loaded; tests and hidden ones are not."""
+    return package not in NOT_LOADED and not package.startswith(".")
 
 
 def files_in(folder: Path) -> Iterator[Path]:
-    """Yield the .py files of a folder, and of the packages in it: the folders that have an `__init__.py`.
+    """Yield the .py files of a folder and of its packages (folders with an `__init__.py`).
 
-    The `__init__.py` of a folder comes before its other files, and these before the packages in it.
-    Left out are programs (`__main__.py`) and packages of tests.
+    The `__init__.py` of a folder comes first, then its other files, then its packages. Programs
+    (`__main__.py`) and packages of tests are left out.
     """
     pending = [folder]
-    seen = set()  # a link may lead back to a folder above
+    seen = set()  # a link may lead back to a parent folder
     while pending:
         folder = pending.pop(0)
         if real_path(folder) in seen:
@@ -320,33 +342,28 @@ def files_in(folder: Path) -> Iterator[Path]:
 
 
 def import_once(name: str) -> ModuleType:
-    """Import a module, unless its file is loaded already under another name (by its path)."""
-    if name not in sys.modules:
-        spec = importlib.util.find_spec(name)
-        loaded = (
-            loaded_from(Path(spec.origin))
-            if spec is not None and spec.has_location and spec.origin
-            else None
-        )
+    """Import a module, unless its file is already loaded under another name (by its path)."""
+    spec = None if name in sys.modules else importlib.util.find_spec(name)
+    if spec is not None and spec.has_location and spec.origin:
+        loaded = loaded_from(Path(spec.origin))
         if loaded is not None:
             return loaded
     return importlib.import_module(name)
 
 
 def loaded_from(file: Path) -> ModuleType | None:
-    """Return the module that was loaded from a file, if there is one."""
+    """Return the module that was loaded from a file; None if there is none."""
     real = real_path(file)
     for module in list(sys.modules.values()):
-        loaded = getattr(module, "__dict__", {}).get(
-            "__file__"
-        )  # a plain getattr would wake lazy modules
+        attributes = getattr(module, "__dict__", {})  # lazy modules react to getattr
+        loaded = attributes.get("__file__")
         if loaded and loaded.endswith(real.name) and real_path(loaded) == real:
             return module
     return None
 
 
 def is_loaded(plugin: str) -> bool:
-    """Whether a plugin is loaded: of a folder, each file in it."""
+    """Return whether a plugin is loaded; for a folder, each of its files."""
     path = Path(os.path.expanduser(plugin))
     if path.is_dir():
         return all(loaded_from(file) is not None for file in files_in(path))
@@ -356,28 +373,32 @@ def is_loaded(plugin: str) -> bool:
 
 
 def load_file(file: Path, folder: Path | None = None) -> None:
-    """Import a file as a module of a folder, unless it is loaded already under another name.
+    """Import a file as a module of a folder, unless it is already loaded under another name.
 
     The folder is a package, so that its files import each other by `from .other import x`.
 
     Args:
         file: the file.
-        folder: the folder that was named, if the file is in it or in a package in it; None: the file's own.
+        folder: the folder of the plugin, of which the file may be in a package; None for the
+            folder of the file.
     """
     real = real_path(file)
     if loaded_from(real) is not None:
         return
-    package = package_of(real.parent)
-    if folder is not None and real.is_relative_to(real_path(folder)):
-        package = package_of(real_path(folder))
-        for inner in real.parent.relative_to(real_path(folder)).parts:
-            package = f"{package}.{module_name(Path(inner))}"
+    top = real.parent if folder is None else real_path(folder)
+    if not real.is_relative_to(top):  # a link to another folder
+        top = real.parent
+    package = package_of(top)
+    for inner in real.parent.relative_to(top).parts:
+        package = f"{package}.{module_name(Path(inner))}"
     name = f"{package}.{module_name(real)}"
-    inside = None
+    search_folders = None
     if real.name == "__init__.py":
         name = package
-        inside = [str(real.parent)]
-    spec = importlib.util.spec_from_file_location(name, real, submodule_search_locations=inside)
+        search_folders = [str(real.parent)]
+    spec = importlib.util.spec_from_file_location(
+        name, real, submodule_search_locations=search_folders
+    )
     if spec is None or spec.loader is None:
         raise PluginError(f"plugin {file} is not a Python file")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
@@ -391,7 +412,7 @@ def load_file(file: Path, folder: Path | None = None) -> None:
 
 
 def package_of(folder: Path) -> str:
-    """Return the name of the package of a folder's plugin files; it is made at the first call."""
+    """Return the name of the package of a folder's plugin files; the first call creates it."""
     name = f"framework_plugin_{digest(folder)}"
     if name not in sys.modules:
         package = ModuleType(name)
@@ -401,46 +422,53 @@ def package_of(folder: Path) -> str:
 
 
 def module_name(file: Path) -> str:
-    """Return the name of the module of a file, or the package of a folder, which is an identifier."""
+    """Return an identifier for the module of a file or the package of a folder."""
     if file.stem.isidentifier():
         return file.stem
     return f"{re.sub(r'[^0-9A-Za-z_]', '_', file.stem)}_{digest(file)}"
 
 
 def digest(path: Path) -> str:
+    """Return eight hexadecimal digits that distinguish a path."""
     return hashlib.blake2b(str(path).encode(), digest_size=4).hexdigest()
 
 
 def advise_relative(error: BaseException, folder: Path) -> None:
-    """Say how to import a file of the plugin's folder, if that is what an import did not find."""
+    """Add advice to an import error for a file of the plugin's own folder."""
     if not isinstance(error, ModuleNotFoundError):
         return
     missing = error.name or ""
     if missing and (folder / f"{missing}.py").is_file():
-        advice = f"{missing}.py is beside the plugin: write `from .{missing} import ...`"
+        advice = f"{missing}.py is in the plugin's folder: write `from .{missing} import ...`"
         error.msg = f"{error}; {advice}"
 
 
 @contextmanager
-def loading(what: str, reached_by: str) -> Iterator[None]:
-    """Raise PluginError when something does not load, and leave no part of it behind."""
+def loading(plugin: str, reached_by: str) -> Iterator[None]:
+    """Raise PluginError if a plugin does not load; its parts are removed from the registries.
+
+    Args:
+        plugin: the name of a module or the path of a file.
+        reached_by: an entry point, an option or a path, for the message.
+    """
     try:
         yield
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # also a SystemExit: a plugin must not end the program
         if isinstance(error, SystemExit) and received() is not None:
-            raise  # because of a signal
+            raise  # a signal ends the command
         for registry in Registry.every.values():
             registry.forget_unloaded()
-        raise failure(what, reached_by, error) from error
+        raise load_error(plugin, reached_by, error) from error
 
 
-def failure(what: str, reached_by: str, error: BaseException) -> PluginError:
+def load_error(plugin: str, reached_by: str, error: BaseException) -> PluginError:
+    """Return the error of a plugin that does not load."""
     if isinstance(error, FrameworkError):
         reason = str(error)
     elif isinstance(error, SystemExit):
         reason = describe_exit(error)
     else:
         reason = describe(error)
-    return PluginError(f"plugin {what} (reached by {reached_by}) cannot be loaded: {reason}")
+    return PluginError(f"plugin {plugin} (reached by {reached_by}) cannot be loaded: {reason}")

@@ -1,97 +1,131 @@
-"""The kinds of parts, a line each, and the annotations by which a part asks for parts of another kind.
+"""The kinds of parts, and the annotations by which a part asks for parts of another kind.
 
     class Residual(nn.Module):
-        def __init__(self, in_shape: Shape, activation: Activation = "relu", norm: Norm | None = None): ...
+        def __init__(
+            self, in_shape: Shape, activation: Activation = "relu", norm: Norm | None = None
+        ): ...
 
-A parameter annotated so receives a maker: `activation()` builds a fresh one. Its default is a name, or None for none.
+A parameter with such an annotation receives a maker: each call of `activation()` builds a new
+activation. The default is the name of a registered part, or None.
 """
 
 from collections.abc import Callable
 from typing import Annotated, Any
 
+from .annotations import PartOf
 from .registry import Kind, Registry
-from .schema import PartOf
 
 Shape = tuple[int, ...]
-"""A sample's shape without the batch axis: (features,), (channels, height, width), (time, features)."""
+"""The shape of a sample, without the batch axis: (features,), (channels, height, width), ..."""
 
 MODULE = "torch.nn.modules.module.Module"
 
-
-def registry(
-    name: str,
-    given: str = "",
-    needs: str = "",
-    base: str | None = None,
-    many: bool = False,
-    doc: str = "",
-):
-    return Registry(Kind(name, tuple(given.split()), tuple(needs.split()), base, many, doc))
-
-
-activations = registry(
-    "activation", base=MODULE, doc="elementwise non-linearity (or a gate over the last axis)"
+activations = Registry(
+    Kind("activation", base=MODULE, doc="elementwise non-linearity (or a gate over the last axis)")
 )
-initializers = registry("initializer", "tensor", "tensor", doc="fills a weight tensor in place")
-norms = registry(
-    "norm",
-    "in_shape",
-    "in_shape",
-    MODULE,
-    doc="normalisation: of features (D,), or of (C, L) or (C, H, W)",
+initializers = Registry(
+    Kind("initializer", given=("tensor",), needs=("tensor",), doc="fills a weight tensor in place")
 )
-dropouts = registry(
-    "dropout", "p", "p", MODULE, doc="random zeroing with probability p, in training only"
+norms = Registry(
+    Kind(
+        "norm",
+        given=("in_shape",),
+        needs=("in_shape",),
+        base=MODULE,
+        doc="normalisation: of features (D,), or of (C, L) or (C, H, W)",
+    )
 )
-blocks = registry(
-    "block", "in_shape", base=MODULE, doc="a layer or group of layers; its output shape is measured"
+dropouts = Registry(
+    Kind(
+        "dropout",
+        given=("p",),
+        needs=("p",),
+        base=MODULE,
+        doc="random zeroing with probability p, in training only",
+    )
 )
-heads = registry(
-    "head",
-    "in_shape out_shape",
-    "in_shape out_shape",
-    MODULE,
-    doc="from features to the task's outputs",
+blocks = Registry(
+    Kind(
+        "block",
+        given=("in_shape",),
+        base=MODULE,
+        doc="a layer or group of layers; its output shape is measured",
+    )
 )
-models = registry(
-    "model", "in_shape out_shape columns", "in_shape out_shape", MODULE, doc="a whole network"
+heads = Registry(
+    Kind(
+        "head",
+        given=("in_shape", "out_shape"),
+        needs=("in_shape", "out_shape"),
+        base=MODULE,
+        doc="from features to the task's outputs",
+    )
 )
-losses = registry("loss", base=MODULE, doc="mean loss of (outputs, targets)")
-tasks = registry("task", base="framework.contracts.task.Task", doc="what one training step means")
-metrics = registry(
-    "metric",
-    base="framework.contracts.metric.Metric",
-    many=True,
-    doc="a measure held as sums that add over batches",
+models = Registry(
+    Kind(
+        "model",
+        given=("in_shape", "out_shape", "columns"),
+        needs=("in_shape", "out_shape"),
+        base=MODULE,
+        doc="a whole network",
+    )
 )
-optimizers = registry(
-    "optimizer", "params", "params", "torch.optim.optimizer.Optimizer", doc="the update rule"
+losses = Registry(Kind("loss", base=MODULE, doc="mean loss of (outputs, targets)"))
+tasks = Registry(
+    Kind("task", base="framework.contracts.task.Task", doc="the computation of one training step")
 )
-schedulers = registry(
-    "scheduler",
-    "total_steps",
-    "total_steps",
-    doc="factor on the learning rate, a function of the step",
+metrics = Registry(
+    Kind(
+        "metric",
+        base="framework.contracts.metric.Metric",
+        many=True,
+        doc="a measure held as sums that add over batches",
+    )
 )
-transforms = registry(
-    "transform",
-    "in_shape out_shape",
-    base="framework.contracts.transform.Transform",
-    many=True,
-    doc="changes training batches",
+optimizers = Registry(
+    Kind(
+        "optimizer",
+        given=("params",),
+        needs=("params",),
+        base="torch.optim.optimizer.Optimizer",
+        doc="the update rule",
+    )
 )
-datasets = registry("data", base="framework.data.dataset.Data", doc="a data set with its splits")
-callbacks = registry(
-    "callback",
-    base="framework.contracts.callback.Callback",
-    many=True,
-    doc="listens to the events of training",
+schedulers = Registry(
+    Kind(
+        "scheduler",
+        given=("total_steps",),
+        needs=("total_steps",),
+        doc="factor on the learning rate, a function of the step",
+    )
 )
-loggers = registry(
-    "logger",
-    base="framework.contracts.logger.Logger",
-    many=True,
-    doc="where scalars, texts and pictures go",
+transforms = Registry(
+    Kind(
+        "transform",
+        given=("in_shape", "out_shape"),
+        base="framework.contracts.transform.Transform",
+        many=True,
+        doc="changes training batches",
+    )
+)
+datasets = Registry(
+    Kind("data", base="framework.data.dataset.Data", doc="a data set with its splits")
+)
+callbacks = Registry(
+    Kind(
+        "callback",
+        base="framework.contracts.callback.Callback",
+        many=True,
+        doc="listens to the events of training",
+    )
+)
+loggers = Registry(
+    Kind(
+        "logger",
+        base="framework.contracts.logger.Logger",
+        many=True,
+        doc="writes scalars, texts and images",
+    )
 )
 
 Activation = Annotated[Callable[..., Any], PartOf("activation")]

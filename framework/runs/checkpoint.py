@@ -147,7 +147,7 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
         try:
             if not (spoiled := verify(checkpoint)["nan"]):
                 return checkpoint, skipped
-            skipped.append(f"{checkpoint}: {str(spoiled[0])[:200]} holds NaN")
+            skipped.append(f"{checkpoint}: {short(spoiled[0], most=200, quote=False)} holds NaN")
         except CheckpointError as error:
             skipped.append(str(error))
     return None, skipped
@@ -229,7 +229,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         manifest = parse_json(read_bytes(checkpoint, MANIFEST), path)
         if manifest["schema"] > SCHEMA:
             raise CheckpointError(
-                f"{checkpoint} was written by framework {str(manifest['framework'])[:100]} "
+                f"{checkpoint} was written by framework {short(manifest['framework'], quote=False)} "
                 f"(format {short(manifest['schema'])}); "
                 f"this version reads formats up to {SCHEMA}"
             )
@@ -470,7 +470,7 @@ def check_pickle(content: bytes) -> None:
             raise CheckpointError(f"it has the instruction {code.name}, which no checkpoint has")
         if code.name == "GLOBAL" and GLOBALS.fullmatch(str(argument)) is None:
             raise CheckpointError(
-                f"it names {str(argument)[:100]}, which is neither a tensor nor a plain type"
+                f"it names {short(argument, most=100, quote=False)}, which is neither a tensor nor a plain type"
             )
 
 

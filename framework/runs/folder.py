@@ -32,7 +32,7 @@ from framework.system.files import (
     write_file,
 )
 from framework.system.git import commit_and_diff
-from framework.system.locks import HeldLock, are_off, is_gone, lock, this_process
+from framework.system.locks import HeldLock, are_off, has_ended, lock, this_process
 
 MOST_HOLDER = 300  # bytes of the text in a lock
 PATIENCE = 2.0  # seconds for the workers of a killed run to end
@@ -160,12 +160,12 @@ def only_writer(run: Path, name: str = ".lock") -> HeldLock:
     try:
         while not lock(file, run / name, wait=False):
             holder = holder_in(file)
-            if not is_gone(holder) or time.monotonic() > until:
+            if not has_ended(holder) or time.monotonic() > until:
                 advice = "wait for it, or choose another run.name"
                 raise RunError(f"{run} is being written by {holder or 'another process'}: {advice}")
             time.sleep(0.01)
         holder = holder_in(file)
-        if are_off() and holder and not is_gone(holder):
+        if are_off() and holder and not has_ended(holder):
             advice = f"wait for it; if it has ended, delete {run / name}"
             raise RunError(f"{run} is being written by {holder}: {advice}")
         file.truncate(0)

@@ -1,1 +1,1 @@
-"""The process and the operating system: signals, standard streams, files of runs, locks, git."""
+"""The process and the operating system: signals, standard streams, files, locks, git."""

@@ -1,7 +1,8 @@
-"""Commit and uncommitted changes of a folder, read with git; nothing that the repository configures is run.
+"""Commit and uncommitted changes of a folder, read with git, without running its programs.
 
-A repository's own configuration may name programs: file system monitors, external diffs, text conversions, filters,
-hooks, transports. A folder from a stranger has such a configuration, so that git is called without them.
+The configuration of a repository may name programs: file system monitors, external diffs, text
+conversions, filters, hooks, transports. The repository may be untrusted, so that git is called with
+all of them disabled.
 """
 
 import os
@@ -17,10 +18,13 @@ from pathlib import Path
 
 from framework.errors.paths import real_path
 
-SECONDS = 10.0
+TIMEOUT = 10.0  # seconds
 MOST_BYTES = 2**20  # of a diff
 CUT = f"\n[cut after {MOST_BYTES:,} bytes]"
-NOT_RECORDED = "[not recorded: the configuration of the repository names a filter {name!r}, which git would run]"
+NOT_RECORDED = (
+    "[not recorded: the configuration of the repository names a filter {name!r}, which git would "
+    "run]"
+)
 FILTERS = re.compile(r"filter\.(.+)\.(?:clean|smudge|process|required)", re.DOTALL)
 KEPT = ("GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM", "GIT_CONFIG_NOSYSTEM")
 OWN_SETTINGS = {
@@ -28,7 +32,7 @@ OWN_SETTINGS = {
     "core.hooksPath": os.devnull,
     "core.pager": "cat",
     "diff.external": "",
-    "safe.bareRepository": "explicit",  # not a folder that is laid out as a repository itself
+    "safe.bareRepository": "explicit",  # a folder with the files of a repository is not one
     "submodule.recurse": "false",
 }
 DIFF = (
@@ -43,9 +47,9 @@ DIFF = (
 
 
 def commit_and_diff(folder: Path) -> tuple[str | None, str | None]:
-    """Return the commit of a folder and the changes since then; None outside a repository or without git.
+    """Return the commit of a folder and its uncommitted changes, cut after 1 MB.
 
-    A diff is cut after 1 MB. None too if git takes more than 10 s.
+    Both are None outside of a repository, without git, or if git fails or takes more than 10 s.
     """
     top = repository_of(folder)
     program = git_program(folder)
@@ -59,82 +63,89 @@ def commit_and_diff(folder: Path) -> tuple[str | None, str | None]:
 
 
 def repository_of(folder: Path) -> Path | None:
-    """Return the work tree that a folder lies in, as git looks for it: the nearest folder with a `.git`."""
-    for each in (folder, *folder.parents):
-        if (each / ".git").is_file() or (each / ".git" / "HEAD").exists():
-            return each
-        if (each / "HEAD").exists() and (each / "objects").exists():
-            return (
-                None  # laid out as a repository itself: an older git would read its configuration
-            )
+    """Return the work tree of a folder: itself or its nearest parent with a `.git`, as in git.
+
+    None for a bare repository: an older git would read its configuration.
+    """
+    for candidate in (folder, *folder.parents):
+        if (candidate / ".git").is_file() or (candidate / ".git" / "HEAD").exists():
+            return candidate
+        is_bare = (candidate / "HEAD").exists() and (candidate / "objects").exists()
+        if is_bare:
+            return None
     return None
 
 
 def git_program(folder: Path) -> str | None:
-    """Return git from the PATH, but none in the folder itself: a PATH may hold "." or an empty entry."""
+    """Return git from the PATH, without entries in the folder itself such as "."."""
     return shutil.which("git", path=search_path(folder))
 
 
 def search_path(folder: Path) -> str:
-    inside = real_path(folder)
+    """Return the PATH without relative entries and without those in a folder."""
+    excluded = real_path(folder)
+
+    def is_allowed(entry: str) -> bool:
+        return os.path.isabs(entry) and not real_path(entry).is_relative_to(excluded)
+
     entries = os.environ.get("PATH", os.defpath).split(os.pathsep)
-    kept = [
-        each
-        for each in entries
-        if os.path.isabs(each) and not real_path(Path(each)).is_relative_to(inside)
-    ]
-    return os.pathsep.join(kept)
+    return os.pathsep.join(filter(is_allowed, entries))
 
 
 def environment_of(top: Path, program: str) -> dict[str, str]:
-    """Return the environment of git: without the user's GIT_* variables, which are about another command."""
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith("GIT_") or name in KEPT
+    """Return the environment of git, without the user's GIT_* variables.
+
+    Args:
+        top: the work tree.
+        program: the path of git.
+    """
+
+    def is_kept(name: str) -> bool:
+        return not name.startswith("GIT_") or name in KEPT
+
+    kept = {name: value for name, value in os.environ.items() if is_kept(name)}
+    return kept | {
+        "PATH": search_path(top),
+        "GIT_CEILING_DIRECTORIES": str(top.parent),
+        "GIT_WORK_TREE": str(top),  # core.worktree could name any folder
+        "GIT_NO_LAZY_FETCH": "1",
+        "GIT_ALLOW_PROTOCOL": "none",  # for a git that does not know GIT_NO_LAZY_FETCH
+        "GIT_TERMINAL_PROMPT": "0",
+        "LC_ALL": "C",
     }
-    return (
-        environment
-        | {
-            "PATH": search_path(top),
-            "GIT_CEILING_DIRECTORIES": str(top.parent),
-            "GIT_WORK_TREE": str(
-                top
-            ),  # core.worktree could name a folder of which the diff should not hold a copy
-            "GIT_NO_LAZY_FETCH": "1",
-            "GIT_ALLOW_PROTOCOL": "none",  # nothing is fetched, also not by a git that does not know the line above
-            "GIT_TERMINAL_PROMPT": "0",
-            "LC_ALL": "C",
-        }
-    )
 
 
 def options(settings: Mapping[str, str]) -> Iterator[str]:
+    """Yield the options of git that set its configuration."""
     yield "--no-pager"
     for name, value in settings.items():
-        yield from ("-c", f"{name}={value}")
+        yield "-c"
+        yield f"{name}={value}"
 
 
 def diff(program: str, folder: Path, environment: Mapping[str, str]) -> str | None:
+    """Return the uncommitted changes; None if git fails. Filters of the repository do not run."""
     settings = dict(OWN_SETTINGS)
-    listed = output(
-        [program, *options(OWN_SETTINGS), "config", "--list", "--show-scope", "-z"],
-        folder,
-        environment,
-    )
+    list_settings = ["config", "--list", "--show-scope", "-z"]
+    listed = output([program, *options(settings), *list_settings], folder, environment)
     if listed is None:
         return None
     for name in filters_of(listed):
-        if not re.fullmatch(r"[\w.-]+", name):  # it could not be given with -c
+        if not re.fullmatch(r"[\w.-]+", name):  # -c cannot set it
             return NOT_RECORDED.format(name=name)
-        settings |= {f"filter.{name}.{key}": "" for key in ("clean", "smudge", "process")}
+        for key in ("clean", "smudge", "process"):
+            settings[f"filter.{name}.{key}"] = ""
         settings[f"filter.{name}.required"] = "false"
-    found = output([program, *options(settings), *DIFF], folder, environment)
-    return None if found is None else decoded(found)
+    changes = output([program, *options(settings), *DIFF], folder, environment)
+    return None if changes is None else decoded(changes)
 
 
 def filters_of(listed: bytes) -> list[str]:
-    """Return the names of the filters that the configuration of the repository itself defines."""
+    """Return the names of the filters that the repository itself defines.
+
+    Args:
+        listed: the output of `git config --list --show-scope -z`.
+    """
     fields = listed.decode("utf-8", errors="surrogateescape").split("\0")
     names = []
     for scope, setting in zip(fields[::2], fields[1::2], strict=False):
@@ -145,11 +156,11 @@ def filters_of(listed: bytes) -> list[str]:
 
 
 def output(command: list[str], folder: Path, environment: Mapping[str, str]) -> bytes | None:
-    """Return at most MOST_BYTES + 1 bytes of what a command prints; None if it fails or takes too long.
+    """Return at most MOST_BYTES + 1 bytes of a command's output; None if it fails or times out.
 
-    Afterwards neither it nor a process that it started runs any more.
+    All processes of the command are killed at the end.
     """
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + TIMEOUT
     try:
         process = subprocess.Popen(
             command,
@@ -165,9 +176,10 @@ def output(command: list[str], folder: Path, environment: Mapping[str, str]) -> 
     assert process.stdout is not None
     try:
         content = read_until(deadline, process.stdout.fileno())
-        if len(content) <= MOST_BYTES and process.wait(max(deadline - time.monotonic(), 0.1)) != 0:
-            return None
-        return content
+        if len(content) > MOST_BYTES:
+            return content
+        status = process.wait(max(deadline - time.monotonic(), 0.1))
+        return content if status == 0 else None
     except (TimeoutError, subprocess.TimeoutExpired):
         return None
     finally:
@@ -178,13 +190,21 @@ def output(command: list[str], folder: Path, environment: Mapping[str, str]) -> 
 
 
 def read_until(deadline: float, pipe: int) -> bytes:
-    """Return what a pipe yields until it is closed, or MOST_BYTES + 1 bytes. Raises TimeoutError."""
-    waiting = select.poll()
-    waiting.register(pipe, select.POLLIN)
+    """Read a pipe until it is closed, or for MOST_BYTES + 1 bytes.
+
+    Args:
+        deadline: a time of `time.monotonic`.
+        pipe: the descriptor.
+
+    Raises:
+        TimeoutError: the deadline has passed.
+    """
+    poll = select.poll()
+    poll.register(pipe, select.POLLIN)
     content = bytearray()
     while len(content) <= MOST_BYTES:
-        left = deadline - time.monotonic()
-        if left <= 0 or not waiting.poll(left * 1000):
+        seconds = deadline - time.monotonic()
+        if seconds <= 0 or not poll.poll(seconds * 1000):
             raise TimeoutError
         piece = os.read(pipe, 2**16)
         if not piece:
@@ -194,6 +214,6 @@ def read_until(deadline: float, pipe: int) -> bytes:
 
 
 def decoded(content: bytes) -> str:
-    """Return what git printed; a diff may hold a file of any encoding."""
+    """Return git's output as text. A diff may contain files of any encoding."""
     text = content[:MOST_BYTES].decode("utf-8", errors="replace").strip()
     return text + CUT if len(content) > MOST_BYTES else text

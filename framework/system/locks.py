@@ -1,4 +1,4 @@
-"""Locks on the files of runs and sweeps, and file systems that have none."""
+"""Locks on the files of runs and sweeps, also on file systems without locks."""
 
 import errno
 import fcntl
@@ -15,15 +15,19 @@ UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errn
 
 
 def are_off() -> bool:
-    """Whether the environment says FRAMEWORK_LOCKS=off. Raises SettingError for any value but on and off."""
+    """Return whether locks are disabled by the environment variable FRAMEWORK_LOCKS=off.
+
+    Raises:
+        SettingError: the variable is neither on nor off.
+    """
     value = os.environ.get(SWITCH, "on")
     if value not in ("on", "off"):
-        raise SettingError(f"the environment variable {SWITCH}={value}: expected on or off")
+        raise SettingError(f"environment variable {SWITCH}={value}: expected on or off")
     return value == "off"
 
 
 def lock(file: IO[Any], path: Path, *, wait: bool) -> bool:
-    """Lock an open file until it is closed (a kill closes it); return False if another process holds the lock.
+    """Lock an open file until it is closed, at the latest when the process ends.
 
     With FRAMEWORK_LOCKS=off nothing is locked.
 
@@ -32,12 +36,17 @@ def lock(file: IO[Any], path: Path, *, wait: bool) -> bool:
         path: its path, for the message.
         wait: wait for the lock instead of returning False.
 
-    Raises RunError if the file system does not support locks.
+    Returns:
+        Whether this process has the lock; False if another process holds it.
+
+    Raises:
+        RunError: the file system does not support locks.
     """
     if are_off():
         return True
+    operation = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
     try:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, operation)
     except BlockingIOError:
         return False
     except OSError as error:
@@ -50,28 +59,30 @@ def lock(file: IO[Any], path: Path, *, wait: bool) -> bool:
 
 
 class HeldLock:
-    """The lock file of a folder whose only writer this process is, until it is closed.
+    """The locked file of a folder to which only this process may write.
 
-    It names the process. Without locks that is all there is: it is emptied when it is closed.
+    The file contains the name of the process. With FRAMEWORK_LOCKS=off this name is the only lock,
+    so that `close` removes it.
     """
 
     def __init__(self, file: IO[Any]):
-        self.file, self.process = file, os.getpid()
+        self.file = file
+        self.process = os.getpid()
 
     def close(self) -> None:
-        """Let others write. In a forked process, only close the file."""
+        """Release the lock. A forked process only closes its copy of the file."""
         if not self.file.closed and are_off() and os.getpid() == self.process:
             self.file.truncate(0)
         self.file.close()
 
 
 def this_process() -> str:
-    """Return what a lock file says of its holder."""
+    """Return the name of this process, as a lock file contains it."""
     return f"process {os.getpid()} on {platform.node()}"
 
 
-def is_gone(holder: str) -> bool:
-    """Whether the holder that a lock file names was a process of this machine that has ended."""
+def has_ended(holder: str) -> bool:
+    """Return whether a holder, as `this_process` names it, has ended on this machine."""
     match = re.fullmatch(rf"process (\d+) on {re.escape(platform.node())}", holder)
     if match is None:
         return False

@@ -1,4 +1,4 @@
-"""What a command and its runs do about signals, and how worker processes end with their parent."""
+"""Signals: how they end commands and runs, and how worker processes end with their parent."""
 
 import os
 import signal
@@ -12,50 +12,48 @@ from typing import Any, Protocol
 
 Handler = Callable[[int, Any], None]
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-HANDED_ON = (
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-)  # a cluster's, that time is up: who handles one queues the job again
+# Sent by a cluster before its time limit; a handler of them requeues the job.
+TIME_LIMIT = (signal.SIGUSR1, signal.SIGUSR2)
 PR_SET_PDEATHSIG = 1
-POLL_SECONDS = 0.5  # between two looks whether the parent is alive, where the system does not tell
+POLL_SECONDS = 0.5  # between checks that the parent is alive, except on Linux
 
 
 def ending_signals() -> list[signal.Signals]:
-    """Return the signals that end a command; not SIGHUP where it was ignored at the start, as `nohup` does."""
+    """Return the signals that end a command; not SIGHUP if it is ignored, as by `nohup`."""
     ignores_hangup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return [number for number in ENDING if number != signal.SIGHUP or not ignores_hangup]
 
 
 class Interrupt:
-    """A signal handler that ends a command by KeyboardInterrupt or SystemExit, for signals outside of training.
+    """A signal handler outside of training: it raises KeyboardInterrupt or SystemExit.
 
-    An exception that is raised during an import may be lost: C code that imports a module clears
-    it, or ends the process because of it. There the process exits at once.
+    During an import the process exits immediately instead: C code that imports a module may clear
+    the exception, or abort the process because of it.
 
     Args:
-        defers: only keep the first signal, for the next `stopping` or `received`; for worker processes.
+        defers: only record the first signal, for the next `stopping` or `received`; for worker
+            processes.
 
     Attributes:
-        at_once: the process exits at once, because nobody handles an exception: before and after the command.
-        received: the first signal, or None. Who finds it set after an exception was lost ends the command.
+        exits: the process exits immediately, because no code handles an exception: before and after
+            the command.
+        received: the first signal, or None. It ends the command also if the exception was lost.
     """
 
     def __init__(self, defers: bool = False):
         self.defers = defers
-        self.at_once = False
+        self.exits = False
         self.received: int | None = None
 
     def __call__(self, number: int, frame: Any) -> None:
         is_first = self.received is None
         if is_first:
             self.received = number
-        elif (
-            number == signal.SIGHUP
-        ):  # a shell and the system may both send it when a terminal is closed
+        elif number == signal.SIGHUP:  # shell and system may both send it for a closed terminal
             return
         if is_first and self.defers:
             return
-        if self.at_once or importing(frame):
+        if self.exits or importing(frame):
             with suppress(Exception):
                 sys.stdout.flush()
             os._exit(128 + number)
@@ -63,17 +61,18 @@ class Interrupt:
 
 
 class Forward(Interrupt):
-    """A signal handler that passes signals on to worker processes, each of them once to each process.
+    """A signal handler that forwards each signal once to each worker process.
 
     Args:
-        pids: returns the ids of the processes that are there; a later one gets the last signal by `tell`.
+        pids: returns the ids of the running processes. Processes that start later get the last
+            signal from `send_pending`.
     """
 
     def __init__(self, pids: Callable[[], Iterable[int]]):
         super().__init__()
         self.pids = pids
         self.last: int | None = None
-        self.told: set[int] = set()
+        self.notified: set[int] = set()
 
     def __call__(self, number: int, frame: Any) -> None:
         if self.received is None:
@@ -81,17 +80,17 @@ class Forward(Interrupt):
         elif number == signal.SIGHUP:
             return
         self.last = number
-        self.told.clear()
-        self.tell()
+        self.notified.clear()
+        self.send_pending()
 
-    def tell(self) -> None:
-        """Send the last signal to processes that have not got it."""
+    def send_pending(self) -> None:
+        """Send the last signal to processes that have not received it."""
         if self.last is None:
             return
         for pid in self.pids():
-            if pid in self.told:
+            if pid in self.notified:
                 continue
-            self.told.add(pid)
+            self.notified.add(pid)
             with suppress(ProcessLookupError):
                 os.kill(pid, self.last)
 
@@ -102,7 +101,7 @@ def ending_exception(number: int) -> BaseException:
 
 
 def importing(frame: Any) -> bool:
-    """Return whether a module is being imported in the calls that lead to a frame."""
+    """Return whether a frame, or one of its callers, imports a module."""
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             return True
@@ -111,37 +110,38 @@ def importing(frame: Any) -> bool:
 
 
 def is_command() -> bool:
-    """Return whether this process is the command line program, and not another one that imports the package."""
-    if os.path.basename(sys.argv[0] if sys.argv else "") == "framework":
+    """Return whether this process is the command line program."""
+    if sys.argv and os.path.basename(sys.argv[0]) == "framework":
         return True
-    words = sys.orig_argv
-    return "-m" in words and words[words.index("-m") + 1 :][:1] in (
-        ["framework"],
-        ["framework.cli.main"],
-    )
+    arguments = sys.orig_argv
+    if "-m" not in arguments[:-1]:
+        return False
+    module = arguments[arguments.index("-m") + 1]
+    return module in ("framework", "framework.cli.main")
 
 
 def guard_start() -> None:
-    """Handle signals from the first import of the command line program on."""
-    if is_command() and threading.current_thread() is threading.main_thread():
-        interrupt = Interrupt()
-        interrupt.at_once = True
-        for number in ending_signals():
-            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
-                signal.signal(number, interrupt)
+    """Handle signals of the command line program from its first import on."""
+    if not is_command() or threading.current_thread() is not threading.main_thread():
+        return
+    interrupt = Interrupt()
+    interrupt.exits = True
+    for number in ending_signals():
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, interrupt)
 
 
 @contextmanager
 def interruptible() -> Iterator[Interrupt]:
-    """Let signals end the command; gives the handler, which is that of an outer `interruptible` if there is one."""
+    """Let signals end the command; yield the handler, which nested blocks share."""
     current = signal.getsignal(signal.SIGTERM)
     if isinstance(current, Interrupt):
-        outer = current.at_once
-        current.at_once = False
+        exited = current.exits
+        current.exits = False
         try:
             yield current
         finally:
-            current.at_once = outer
+            current.exits = exited
         return
     interrupt = Interrupt()
     with handled(ending_signals(), interrupt):
@@ -149,7 +149,7 @@ def interruptible() -> Iterator[Interrupt]:
 
 
 def received() -> int | None:
-    """Return the signal because of which nothing more should begin, or None."""
+    """Return the signal that ends the command, so that no more work should start, or None."""
     current = signal.getsignal(signal.SIGTERM)
     return current.received if isinstance(current, Interrupt) else None
 
@@ -158,51 +158,61 @@ def received() -> int | None:
 def handled(
     numbers: Iterable[signal.Signals], handler: Handler
 ) -> Iterator[dict[signal.Signals, Any]]:
-    """Let signals be handled so; gives what handled each before. Outside the main thread nothing is changed."""
+    """Handle signals in a block; yield the former handlers.
+
+    Outside of the main thread nothing changes.
+    """
     before: dict[signal.Signals, Any] = {}
     try:
         for number in numbers:
             before[number] = signal.signal(number, handler)
-    except ValueError:  # not the main thread: its owner handles signals
+    except ValueError:  # not the main thread, which handles the signals
         pass
     try:
         yield before
     finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
+        for number, former in before.items():
+            signal.signal(number, former)
 
 
 @contextmanager
 def forwarding(pids: Callable[[], Iterable[int]]) -> Iterator[Forward]:
-    """Pass signals that end a command on to worker processes."""
+    """Forward signals that end a command to worker processes."""
     forward = Forward(pids)
     with handled(ending_signals(), forward) as before:
         try:
             yield forward
         finally:
             if forward.received is not None:
-                remember(before, forward.received)
+                record(before.values(), forward.received)
 
 
-def remember(before: dict[signal.Signals, Any], number: int) -> None:
-    """Let the handlers that were there before know of a signal that was handled in their place."""
-    for earlier in before.values():
-        if isinstance(earlier, Interrupt) and earlier.received is None:
-            earlier.received = number
+def record(handlers: Iterable[Any], number: int) -> None:
+    """Record a signal in the handlers that were replaced while it arrived."""
+    for handler in handlers:
+        if isinstance(handler, Interrupt) and handler.received is None:
+            handler.received = number
 
 
 class Stoppable(Protocol):
-    """A run that can be told to end, such as a Trainer."""
+    """A run that can be stopped, such as a Trainer."""
 
     def stop(self, by: str, reason: str, signal: signal.Signals | None = None) -> None: ...
 
 
 @contextmanager
 def stopping(trainers: Sequence[Stoppable]) -> Iterator[list[int]]:
-    """On the first SIGINT, SIGTERM or SIGHUP, let runs finish their step and save; a second ends them at once.
+    """Let runs finish their step and save on the first SIGINT, SIGTERM or SIGHUP.
 
-    A second SIGHUP is ignored: both a shell and the system send one when a terminal is closed.
-    So too on SIGUSR1 or SIGUSR2 where there is a handler for it, which is called when all is saved.
+    A second signal ends them immediately, except SIGHUP: shell and system may both send it for a
+    closed terminal. SIGUSR1 and SIGUSR2, if they have a handler, stop the runs too; their handler
+    is called after the block.
+
+    Args:
+        trainers: the runs.
+
+    Yields:
+        The signals received so far.
     """
     got: list[int] = []
 
@@ -212,30 +222,31 @@ def stopping(trainers: Sequence[Stoppable]) -> Iterator[list[int]]:
                 return
             raise ending_exception(number)
         got.append(number)
-        ending = signal.Signals(number)
+        name = signal.Signals(number).name
         for trainer in trainers:
-            trainer.stop("signal", ending.name, ending)
+            trainer.stop("signal", name, signal.Signals(number))
 
-    handed_on = [each for each in HANDED_ON if callable(signal.getsignal(each))]
-    with handled((*ending_signals(), *handed_on), stop) as before:
-        missed = [
-            each.received
-            for each in before.values()
-            if isinstance(each, Interrupt) and each.received
-        ]
-        if missed:
-            stop(missed[0], None)
+    time_limit = [number for number in TIME_LIMIT if callable(signal.getsignal(number))]
+    with handled((*ending_signals(), *time_limit), stop) as before:
+        for handler in before.values():
+            if isinstance(handler, Interrupt) and handler.received:  # its exception was lost
+                stop(handler.received, None)
+                break
         yield got
         for number in got:
             if number in ENDING:
-                remember(before, number)
-    for late in [each for each in HANDED_ON if each in got]:
-        before[late](late, None)
+                record(before.values(), number)
+    for late in TIME_LIMIT:
+        if late in got:
+            before[late](late, None)
 
 
 @contextmanager
 def blocked() -> Iterator[None]:
-    """Block the signals that end a command, also in processes that are started meanwhile, until they `serve`."""
+    """Block the signals that end a command.
+
+    A process that starts in the block inherits this until it calls `init_worker`.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ending_signals())
     try:
         yield
@@ -243,12 +254,13 @@ def blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def serve(parent: int) -> None:
-    """Let this process work for its parent: end with it, and keep a signal until the trial under way has seen it.
+def init_worker(parent: int) -> None:
+    """Make this process a worker: it ends with its parent, and the current trial handles signals.
 
-    It gets signals from its parent alone: those of a terminal would come a second time.
+    Args:
+        parent: the process id of the parent, which forwards signals.
     """
-    os.setpgrp()
+    os.setpgrp()  # without signals of the terminal, which would arrive twice
     end_with_parent(parent)
     interrupt = Interrupt(defers=True)
     for number in ending_signals():
@@ -257,23 +269,23 @@ def serve(parent: int) -> None:
 
 
 @dataclass(frozen=True)
-class Serve:
-    """Calls `serve`; the initializer of a worker process of joblib, which compares it with that of present workers."""
+class InitWorker:
+    """Calls `init_worker`; joblib reuses worker processes with an equal initializer."""
 
     parent: int
 
     def __call__(self) -> None:
-        serve(self.parent)
+        init_worker(self.parent)
 
 
 def end_with_parent(parent: int) -> None:
-    """Let this process be killed when its parent process ends.
+    """End this process when its parent process ends, or immediately if it has ended.
 
     Args:
-        parent: the process id of the parent. If it has ended already, so does this process.
+        parent: the process id of the parent.
     """
     if sys.platform == "linux":
-        import ctypes  # not at the top: a command that starts no process does without
+        import ctypes  # here, because most commands do not need it
 
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     else:
@@ -283,7 +295,7 @@ def end_with_parent(parent: int) -> None:
 
 
 def watch(parent: int) -> None:
-    """End this process when its parent process has ended."""
+    """Wait until the parent process has ended, then end this process."""
     while os.getppid() == parent:
         time.sleep(POLL_SECONDS)
     os._exit(1)

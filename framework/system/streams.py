@@ -1,4 +1,4 @@
-"""The standard streams of a command, whatever the terminal can encode, and when they are closed."""
+"""Standard streams that cannot encode a character, or are closed."""
 
 import errno
 import io
@@ -9,10 +9,10 @@ from typing import Any
 
 
 def prepare_streams() -> None:
-    """Let stdout and stderr replace characters that they cannot encode, and discard output to closed ones.
+    """Make stdout and stderr replace characters that they cannot encode; discard output if closed.
 
-    Python sets a stream that was closed before the start to None. Its descriptor would be given to
-    the next file that is opened.
+    Python sets a stream that was closed before the start to None. The next opened file would get
+    its descriptor.
     """
     for descriptor in range(3):
         try:
@@ -20,17 +20,17 @@ def prepare_streams() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor, which is this one
     if sys.stdout is None:
-        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 (never closed)
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115  # never closed
     if sys.stderr is None:
-        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
-    sys.stdout = outlasting(sys.stdout)
-    sys.stderr = outlasting(sys.stderr)
+        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115  # never closed
+    sys.stdout = closable(sys.stdout)
+    sys.stderr = closable(sys.stderr)
     set_errors(sys.stdout, "replace")
     set_errors(sys.stderr, "backslashreplace")
 
 
 class Terminal(io.FileIO):
-    """A terminal, to which writing is possible after it is closed: then the output is discarded."""
+    """A terminal; output after it is closed is discarded."""
 
     def write(self, data: Any) -> int:
         try:
@@ -44,8 +44,8 @@ class Terminal(io.FileIO):
         return len(data)
 
 
-def outlasting(stream: Any) -> Any:
-    """Return a stream of the standard streams which a terminal that is closed does no harm to."""
+def closable(stream: Any) -> Any:
+    """Return a standard stream that ignores that its terminal is closed."""
     buffer = getattr(stream, "buffer", None)
     raw = getattr(buffer, "raw", buffer)  # the same where PYTHONUNBUFFERED is set
     if type(raw) is not io.FileIO or not raw.isatty():
@@ -60,17 +60,17 @@ def outlasting(stream: Any) -> Any:
 
 
 def set_errors(stream: Any, errors: str) -> None:
-    """Set what a text stream does with a character that it cannot encode."""
+    """Set the handling of characters that a text stream cannot encode: "replace", for example."""
     if not hasattr(stream, "reconfigure"):
         return
     if stream.errors == "surrogateescape" and stream.encoding.lower() == "utf-8":
-        return  # the bytes of file names that are no UTF-8 are printed as they are
-    with suppress(ValueError, OSError):  # a stream that has been closed
+        return  # bytes of file names that are not UTF-8 are printed unchanged
+    with suppress(ValueError, OSError):  # the stream is closed
         stream.reconfigure(errors=errors)
 
 
 def silence_broken_streams() -> None:
-    """Discard what is not printed yet, after the reader of a pipe has ended.
+    """Discard buffered output after the reader of a pipe has ended.
 
     Otherwise Python reports an error at exit.
     """

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from framework.contracts.callback import Callback
-from framework.errors import SettingError
+from framework.errors import SettingError, short
 from framework.errors.user_code import owner_of, place_of
 
 
@@ -61,7 +61,7 @@ def what(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
     if value is None or isinstance(value, str | bool | int | float | complex):
-        return repr(value)[:60]
+        return short(value)
     return f"a value of type {type(value).__name__}"
 
 

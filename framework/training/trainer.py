@@ -38,7 +38,8 @@ from framework.data.dataset import READ_AGAIN, Batch, Data, ForeignLoader, Loade
 from framework.errors import DataError, SettingError
 from framework.errors.torch_errors import torch_errors
 from framework.errors.user_code import describe
-from framework.registry.schema import PositiveInt, check_arguments
+from framework.registry.annotations import PositiveInt
+from framework.registry.schema import check_arguments
 from framework.runtime import seeds
 from framework.runtime.batch import move_batch
 from framework.runtime.clock import Clock, Profiler

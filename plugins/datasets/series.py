@@ -25,6 +25,7 @@ from framework import (
     did_you_mean,
     memory,
     seeds,
+    short,
 )
 from framework_plugins.datasets.readers.arrays import (
     as_targets,
@@ -182,7 +183,7 @@ def read_case(line: str, labelled: bool, where: str) -> Tensor:
 def frame(text: str, where: str) -> float:
     number = parse_number(text)
     if number is None:
-        raise DataError(f"{where}: a frame should be a number, not {text[:60]!r}")
+        raise DataError(f"{where}: a frame should be a number, not {short(text)}")
     return number
 
 

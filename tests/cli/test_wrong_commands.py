@@ -122,7 +122,7 @@ def surroundings(folder):
                 "optimizer.lrr=1: adamw has no setting 'lrr'; did you mean 'lr'?",
                 "model.activation.slope=1: relu has no settings",
                 "loader.batchsize=3: loader has no setting 'batchsize'; did you mean 'batch_size'?",
-                "model.momentum=2: mlp has no setting 'momentum'; there is: ",
+                "model.momentum=2: mlp has no setting 'momentum'; available: ",
             ],
         ),
         (
@@ -134,7 +134,7 @@ def surroundings(folder):
             [
                 "lr=0.1: is a setting of optimizer: write optimizer.lr=0.1",
                 "max_epochs=3: is a setting of trainer: write trainer.max_epochs=3",
-                "unknown.key=1: there is no key 'unknown' in an experiment; there is: activation, ",
+                "unknown.key=1: there is no key 'unknown' in an experiment; available: activation, ",
                 "x.y=1: there is no key 'x' in an experiment",
             ],
         ),
@@ -144,22 +144,22 @@ def surroundings(folder):
             "optimizer.lr=fast 'optimizer.betas=[0.9,2]' model.width=1.5 trainer.max_epochs=0"
             " trainer.precision=fp8 seed=",
             [
-                "optimizer.lr=fast: should be float in (0, inf), not 'fast'",
-                "optimizer.betas=[0.9, 2]: should be [float in [0, 1), float in [0, 1)], not [0.9, 2]",
-                "model.width=1.5: should be int in [1, inf)",
-                "trainer.max_epochs=0: should be int in [1, inf) or null, not 0",
-                "trainer.precision=fp8: should be one of fp32, bf16, fp16, not 'fp8'",
-                "seed=: should be int, not ''",
+                "optimizer.lr=fast: expected float in (0, inf), got 'fast'",
+                "optimizer.betas=[0.9, 2]: expected [float in [0, 1), float in [0, 1)], got [0.9, 2]",
+                "model.width=1.5: expected int in [1, inf)",
+                "trainer.max_epochs=0: expected int in [1, inf) or null, got 0",
+                "trainer.precision=fp8: expected one of fp32, bf16, fp16, got 'fp8'",
+                "seed=: expected int, got ''",
             ],
         ),
         (
             "optimizer.lr=-1 optimizer.amsgrad=2 trainer.log_every=often run.name=[a] loader.batch_size=null",
             [
-                "optimizer.lr=-1: should be float in (0, inf), not -1",
-                "optimizer.amsgrad=2: should be bool, not 2",
-                "trainer.log_every=often: should be a cadence like 10steps, 1epoch or 5min, not 'often'",
-                "run.name=['a']: should be str or null, not ['a']",
-                "loader.batch_size: should be int in [1, inf), not None",
+                "optimizer.lr=-1: expected float in (0, inf), got -1",
+                "optimizer.amsgrad=2: expected bool, got 2",
+                "trainer.log_every=often: expected a cadence like 10steps, 1epoch or 5min, got 'often'",
+                "run.name=['a']: expected str or null, got ['a']",
+                "loader.batch_size: expected int in [1, inf), got None",
             ],
         ),
         (
@@ -280,10 +280,10 @@ def test_all_problems_are_told_at_once(refuse):
         "train optimizer=sgdd seed=x trainer.max_epocs=0 model.width=a,b experiment=keys",
         "optimizer=sgdd: there is no optimizer 'sgdd'; did you mean 'sgd'? (command line)",
         "model.width=a,b: has several values: add -m",
-        "seed=x: should be int, not 'x' (command line)",
+        "seed=x: expected int, got 'x' (command line)",
         "trainer.max_epocs=0: trainer has no setting 'max_epocs'; did you mean 'max_epochs'? (command line)",
-        "optimizer.lr=fast: should be float in (0, inf), not 'fast' (conf/experiment/keys.yaml:4)",
-        "nope=1: there is no key 'nope' in an experiment; there is: ",
+        "optimizer.lr=fast: expected float in (0, inf), got 'fast' (conf/experiment/keys.yaml:4)",
+        "nope=1: there is no key 'nope' in an experiment; available: ",
         problems=6,
     )
 
@@ -314,7 +314,7 @@ def test_all_problems_are_told_at_once(refuse):
         ("train --plugins plugins/contract.py", "is not a torch.nn"),
         ("train --plugins plugins/required.py", "parameter 'f' of Oops has type"),
         ("plan -m --json seed=1,2", "--json is for one experiment, not for a sweep"),
-        ("train -m seed=1,x", "seed=x: should be int, not 'x' (command line)"),
+        ("train -m seed=1,x", "seed=x: expected int, got 'x' (command line)"),
         ("train -m 'seed=range(a)'", "cannot be read; sweeps are written a,b,c or range(3)"),
         (
             "train -m seed=1,2 run.name=one",
@@ -422,6 +422,6 @@ def test_a_mistake_in_a_real_process(folder):
     assert done.stdout == ""
     assert done.stderr == (
         "framework: optimizer.lrr=1: adamw has no setting 'lrr'; did you mean 'lr'? (command line)\n"
-        "framework: seed=x: should be int, not 'x' (command line)\n"
+        "framework: seed=x: expected int, got 'x' (command line)\n"
     )
     assert not (folder / "runs").exists()

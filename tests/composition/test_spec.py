@@ -104,7 +104,7 @@ def test_the_complete_tree_gives_the_same_spec_again():
     [
         (
             {"optimizer": {"name": "sgd", "lr": 0}},
-            ["optimizer.lr=0: should be float in (0, inf), not 0 (here)"],
+            ["optimizer.lr=0: expected float in (0, inf), got 0 (here)"],
         ),
         ({"optimizer": 3}, ["optimizer=3: should be the name of an optimizer, or a mapping"]),
         (
@@ -146,7 +146,7 @@ def test_the_complete_tree_gives_the_same_spec_again():
             {"model": "rnn", "block": "conv2d"},
             ["block=conv2d: reaches nothing: neither rnn nor classification asks for a block"],
         ),
-        ({"plugins": "x.py"}, ["plugins=x.py: should be list of str"]),
+        ({"plugins": "x.py"}, ["plugins=x.py: expected list of str"]),
     ],
 )
 def test_problems(tree, said):
@@ -168,7 +168,7 @@ def test_every_problem_is_told_once():
 def test_a_long_value_is_cut():
     (problem,) = problems(seed="x" * 500)
     assert len(problem) < 700
-    assert problem.startswith("seed=" + "x" * 57 + "...: should be int")
+    assert problem.startswith("seed=" + "x" * 37 + "..." + "x" * 20 + ": expected int")
 
 
 def test_a_tree_and_python_build_the_same():

@@ -1,4 +1,4 @@
-"""A part that calls `sys.exit` never ends a command as if all had gone well."""
+"""A part that calls `sys.exit` is an error of the command."""
 
 import sys
 
@@ -60,7 +60,9 @@ def parts(tmp_path, forget_plugins):
         ("raise Odd", "check"),
     ],
 )
-def test_a_plugin_that_ends_the_program_is_told(command, tmp_path, raised, line, forget_plugins):
+def test_a_plugin_that_ends_the_program_is_an_error(
+    command, tmp_path, raised, line, forget_plugins
+):
     (tmp_path / "quits.py").write_text(f"import sys\nclass Odd(BaseException): ...\n{raised}\n")
     status, out, err = command(f"{line} --plugins quits.py")
     assert (status, out) == (2, "")
@@ -76,14 +78,14 @@ def test_a_plugin_that_ends_the_program_is_told(command, tmp_path, raised, line,
         ("data=leaving metrics=[]", "parts.py:26"),
     ],
 )
-def test_a_part_that_ends_the_program_is_told(command, parts, chosen, place):
+def test_a_part_that_ends_the_program_is_an_error(command, parts, chosen, place):
     status, _, err = command(f"train --plugins parts.py {chosen} {SMALL}")
     assert status == 2
     assert place in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("launcher", ["one_by_one", "vectorized hydra.launcher.processes=1"])
-def test_a_trial_that_ends_the_program_fails_and_the_others_go_on(command, parts, launcher):
+def test_a_trial_that_ends_the_program_fails_and_the_others_continue(command, parts, launcher):
     line = f"train --plugins parts.py -m +callbacks=leaving callbacks.leaving.only=1 {SMALL}"
     status, out, err = command(f"{line} seed=0,1,2 hydra/launcher={launcher}")
     assert status == 2, err

@@ -1,4 +1,4 @@
-"""A leading `~` is the home folder in every path that a user can type."""
+"""A leading `~` is the home folder in every path that a user types."""
 
 import os
 from pathlib import Path
@@ -52,8 +52,10 @@ def test_a_run_lies_in_the_home_folder_and_is_found_there(home, trained, command
         "predict '~/runs/default/first' --input='~/x.npz' --output='~/y.csv'",
         "resume '~/runs/default/first' trainer.max_steps=2",
         f"train {TINY} resume=~/runs/default/first trainer.max_steps=2",
-        f"train {TINY} \"run.root='~/runs'\" init_from=~/runs/default/first task=distillation "
-        "task.teacher=~/runs/default/first",
+        (
+            f"train {TINY} \"run.root='~/runs'\" init_from=~/runs/default/first "
+            "task=distillation task.teacher=~/runs/default/first"
+        ),
         f"train -m {TINY} run.root=~/runs sweep.name=two seed=0,1",
     ):
         status, out, err = command(line)
@@ -61,10 +63,10 @@ def test_a_run_lies_in_the_home_folder_and_is_found_there(home, trained, command
     assert (home / "y.csv").is_file()
     assert (home / "runs/default/two/sweep.json").is_file()
     assert open_run("~/runs/default/first").checkpoint.is_dir()
-    assert not list(Path.cwd().glob("~*")), "no folder is called ~"
+    assert not list(Path.cwd().glob("~*")), "no folder has the name ~"
 
 
-def test_the_config_keeps_what_was_typed_so_that_old_runs_go_on(home, command):
+def test_the_config_keeps_the_typed_path_so_that_a_run_can_be_resumed(home, command):
     np.savez(
         home / "x.npz", x_train=np.random.rand(20, 3).astype("float32"), y_train=np.arange(20) % 2
     )
@@ -85,7 +87,7 @@ def test_plugins_config_folders_and_settings_of_plugins(home, command, forget_pl
     assert (status, "name: homely" in out) == (0, True), err
 
 
-def test_a_user_who_is_not_there(home, command):
+def test_an_unknown_user_is_an_error(home, command):
     said = "names the home folder of an unknown user 'nosuch'"
     for line in (
         f"train {TINY} run.root=~nosuch/x",
@@ -98,26 +100,26 @@ def test_a_user_who_is_not_there(home, command):
     with pytest.raises(SettingError, match=said):
         expanded("~nosuch/x")
     Path("~nosuch").mkdir()
-    assert expanded("~nosuch/x") == Path("~nosuch/x"), "a folder that is called so"
+    assert expanded("~nosuch/x") == Path("~nosuch/x"), "a folder with this name exists"
 
 
-def test_a_root_that_is_no_utf_8_is_refused(tmp_path, command):
-    root = os.fsdecode(b"gr\xf6\xdfe")  # as a folder of an old disk may be called
+def test_a_root_that_is_not_utf_8_is_refused(tmp_path, command):
+    root = os.fsdecode(b"gr\xf6\xdfe")  # the name of a folder on an old disk
     status, _, err = command(f"train {TINY} \"run.root='{root}'\" run.name=first")
     assert (status, "expected a path in UTF-8" in err) == (2, True)
     assert not Path(root).exists()
     tree = {"run": {"root": root, "other": "größe"}}
-    assert yaml.safe_load(dump("config.yaml", tree)) == tree, "such as the path of data"
+    assert yaml.safe_load(dump("config.yaml", tree)) == tree, "the path of data may be any text"
 
 
-def test_from_python(home):
+def test_paths_given_in_python_are_expanded(home):
     trainer = Trainer(max_steps=1, folder="~/out")
     assert trainer.folder == home / "out"
     np.savez(
         home / "x.npz", x_train=np.random.rand(20, 3).astype("float32"), y_train=np.arange(20) % 2
     )
     assert isinstance(fw.datasets.build("npz", path="~/x.npz").train, TensorSplit)
-    assert with_homes([Path("~/a"), ("~/b", 3)]) == [home / "a", ("~/b", 3)], "a text is no path"
+    assert with_homes([Path("~/a"), ("~/b", 3)]) == [home / "a", ("~/b", 3)], "a text is not a path"
 
 
 def test_the_cache_is_in_the_home_folder(home, command, monkeypatch):
@@ -126,14 +128,14 @@ def test_the_cache_is_in_the_home_folder(home, command, monkeypatch):
     assert f"{home}/cache/framework/diamonds" in err
 
 
-def test_a_path_is_one_word_of_a_command():
+def test_a_pasted_path_is_one_argument_of_a_command():
     assert pasted("runs/a") == "runs/a"
     assert pasted("my runs/it's") == "'my runs/it'\"'\"'s'"
     assert pasted("-odd") == "./-odd"
     assert os.sep == "/"
 
 
-def test_links_in_a_circle_are_no_fault(tmp_path, monkeypatch, capsys):
+def test_circular_links_are_no_internal_error(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("conf", "runs", "loop"):
         (tmp_path / name).symlink_to(name)
@@ -144,7 +146,7 @@ def test_links_in_a_circle_are_no_fault(tmp_path, monkeypatch, capsys):
         "train data=blobs trainer.max_steps=1",
         "board --root loop",
     ):
-        with pytest.raises(SystemExit) as exit:
+        with pytest.raises(SystemExit) as end:
             main(line.split())
-        assert exit.value.code in (0, 2), line
+        assert end.value.code in (0, 2), line
     assert "internal error" not in capsys.readouterr().err

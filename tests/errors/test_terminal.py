@@ -1,4 +1,4 @@
-"""Names and values from files neither control the terminal nor forge lines of a command's output."""
+"""Names and values from files cannot control the terminal or forge lines of the output."""
 
 import ast
 import csv
@@ -40,15 +40,23 @@ from framework.tuning.sweep.table import table
 from shipped import shipped
 
 FORGED = "framework: all is well"
-COLOUR, CLIPBOARD, TITLE = "\x1b[31m", "\x1b]52;c;aGk=\x07", "\x1b]0;pwned\x9c"
-HOSTILE = f"x{COLOUR}{CLIPBOARD}{TITLE}\x9b31m\u202e\u2066\u200b\u200f\U000e0041\x7f\x08\r{FORGED}\u2028{FORGED}\n{FORGED}"
+COLOUR = "\x1b[31m"
+CLIPBOARD = "\x1b]52;c;aGk=\x07"
+TITLE = "\x1b]0;pwned\x9c"
+HOSTILE = (
+    f"x{COLOUR}{CLIPBOARD}{TITLE}\x9b31m\u202e\u2066\u200b\u200f\U000e0041\x7f\x08\r"
+    f"{FORGED}\u2028{FORGED}\n{FORGED}"
+)
 NAME = HOSTILE.replace("/", "")  # of a file
 MARKUP = "[bold]bold[/bold][link=https://example.org]link[/link]"
-TINY = "model.depth=1 model.width=4 loader.limit=8 trainer.max_steps=1 data=npz data.path=x.npz run.name=r"
+TINY = (
+    "model.depth=1 model.width=4 loader.limit=8 trainer.max_steps=1 data=npz data.path=x.npz "
+    "run.name=r"
+)
 
 
 def faults(output):
-    """What must not reach a terminal, and lines that none of our messages begins with."""
+    """Yield characters that must not reach a terminal, and forged lines."""
     for character in set(output) - {"\n"}:
         if unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp"):
             yield repr(character)
@@ -57,7 +65,7 @@ def faults(output):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The folder of a run with hostile classes that has been trained to the end."""
+    """Train a run with hostile names of classes; return its working folder."""
     folder = tmp_path_factory.mktemp("finished")
     before = Path.cwd()
     os.chdir(folder)
@@ -74,7 +82,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def run(command, finished):
-    """A copy of that run, in the working folder."""
+    """Copy that run into the working folder."""
     shutil.copytree(finished, Path.cwd(), dirs_exist_ok=True, symlinks=True)
     return Path("runs/default/r")
 
@@ -85,11 +93,11 @@ def changed(file, change):
     file.write_text(json.dumps(content))
 
 
-# the places of a run folder that a stranger may have written
+# places of a run folder that may be untrusted
 
 
 def nothing(run):
-    """The classes are hostile already."""
+    """Change nothing: the classes are hostile already."""
 
 
 def metrics(run):
@@ -143,15 +151,15 @@ VERBS = [
 
 
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: place.__name__)
-def test_a_run_of_a_stranger(run, command, place):
+def test_an_untrusted_run_controls_nothing(run, command, place):
     place(run)
     for line in VERBS:
         _, out, err = command(line)
         assert not list(faults(out + err)), line
 
 
-def test_what_a_run_shows_without_escapes(run, command, monkeypatch):
-    """Without them each of these places shows on the terminal, or the test above would say nothing."""
+def test_without_escapes_an_untrusted_run_controls_the_terminal(run, command, monkeypatch):
+    """Control: these places reach the terminal."""
     metrics(run)
     monkeypatch.setattr(terminal, "UNSAFE", re.compile("(?!)"))
     assert list(faults(command("resume runs/default/r")[1]))
@@ -160,7 +168,7 @@ def test_what_a_run_shows_without_escapes(run, command, monkeypatch):
     assert list(faults(command("eval runs/default/r")[2]))
 
 
-def test_the_holder_of_a_run(run, command, monkeypatch):
+def test_the_holder_in_a_lock_file_is_escaped(run, command, monkeypatch):
     monkeypatch.setattr("framework.runs.folder.PATIENCE", 0.0)
     with (run / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -171,7 +179,7 @@ def test_the_holder_of_a_run(run, command, monkeypatch):
     assert "process 1 on x\\x1b" in err
 
 
-# names and contents of the user's other files
+# names and contents of other files of the user
 
 MODULE = '''
 import torch
@@ -206,7 +214,7 @@ def evil(in_shape, out_shape):
 
 
 def write_module():
-    """A plugin with hostile texts: of its docstrings, defaults, values, errors and classes."""
+    """Write a plugin with hostile docstrings, defaults, values, errors and classes."""
     coded = "".join(f"\\U{ord(character):08x}" for character in HOSTILE)
     Path("evil.py").write_text(MODULE.replace("HOSTILE", coded).replace("MARKUP", MARKUP))
 
@@ -217,12 +225,14 @@ PLUGIN_COMMANDS = {
     "plan": f"plan {TINY} model=evil --plugins evil.py".replace("model.depth=1 model.width=4 ", ""),
     "train": f"train {TINY} callbacks=[evil,progress] loggers=[console] --plugins evil.py",
     "sweep": f"train -m {TINY} seed=0,1 run.name=null callbacks=[evil] --plugins evil.py",
-    "sweep with traceback": f"train -m {TINY} seed=0,1 run.name=null callbacks=[evil] --plugins evil.py --traceback",
+    "sweep with traceback": (
+        f"train -m {TINY} seed=0,1 run.name=null callbacks=[evil] --plugins evil.py --traceback"
+    ),
 }
 
 
 @pytest.mark.parametrize("line", PLUGIN_COMMANDS.values(), ids=PLUGIN_COMMANDS)
-def test_a_plugin(command, finished, forget_plugins, line):
+def test_texts_of_a_plugin_are_escaped(command, finished, forget_plugins, line):
     shutil.copy(finished / "x.npz", "x.npz")
     write_module()
     _, out, err = command(line)
@@ -252,12 +262,12 @@ COMMANDS = {
     "what Hydra knows": "plan --info config init_from={quoted}",
     "an option": "eval --{hostile}",
     "an output": "predict r --input x --output {hostile}",
-    "what is to be found": "find {hostile}",
+    "a quantity to find": "find {hostile}",
 }
 
 
 @pytest.mark.parametrize("line", COMMANDS.values(), ids=COMMANDS)
-def test_a_command(command, line):
+def test_arguments_of_a_command_are_escaped(command, line):
     quoted = "'" + HOSTILE.replace("'", "") + "'"
     words = [word.format(hostile=HOSTILE, quoted=quoted) for word in line.split()]
     _, out, err = command(shlex.join(words))
@@ -265,7 +275,7 @@ def test_a_command(command, line):
     assert len(out + err) > 20
 
 
-def test_an_environment_variable(command, monkeypatch):
+def test_an_environment_variable_is_escaped(command, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", f"/tmp/{NAME}")
     status, out, err = command("train data=diamonds")
     assert (status, list(faults(out + err))) == (2, [])
@@ -286,7 +296,7 @@ def write_csv(rows):
     ],
     ids=["a column", "an empty target", "cells", "a row of another length"],
 )
-def test_a_table(command, rows):
+def test_cells_of_a_table_are_escaped(command, rows):
     write_csv(rows)
     tiny = (
         "model.depth=1 model.width=4 trainer.max_steps=1 data=table data.path=t.csv data.target=y"
@@ -295,7 +305,7 @@ def test_a_table(command, rows):
     assert not list(faults(out + err))
 
 
-def test_pictures(command):
+def test_names_of_image_files_are_escaped(command):
     for name in (f"a{NAME}", "b"):
         folder = Path("img", "train", name)
         folder.mkdir(parents=True)
@@ -304,8 +314,7 @@ def test_pictures(command):
     assert (status, list(faults(out + err))) == (2, [])
 
 
-def test_a_generated_text(command, monkeypatch, capsys):
-    """Line breaks and tabs of a text are its own."""
+def test_a_generated_text_keeps_its_line_breaks_and_tabs(command, monkeypatch, capsys):
     trained = SimpleNamespace(generate=lambda prompt, **settings: (prompt, f"a\tb\n{COLOUR}"))
     monkeypatch.setattr(main, "opened_run", lambda given: trained)
     _, out, err = command("predict r --prompt x")
@@ -313,7 +322,7 @@ def test_a_generated_text(command, monkeypatch, capsys):
     assert not list(faults(err))
 
 
-def test_words_of_completion(command):
+def test_completion_offers_no_code(command):
     Path("conf/experiment").mkdir(parents=True)
     for name in (NAME, "$(touch PWNED)", "a`touch PWNED`", "a;b", "a b", "fine"):
         Path("conf/experiment", f"{name}.yaml").write_text("seed: 1\n")
@@ -341,7 +350,7 @@ def printed(renderable):
     return out.getvalue()
 
 
-def test_tables():
+def test_markup_in_tables_is_shown_as_text():
     trials = [
         Trial(
             n,
@@ -361,15 +370,15 @@ def test_tables():
         ParameterGroup(f"{MARKUP}{HOSTILE}", 1, 1.0, 0.0),
         ParameterGroup("second", 1, 1.0, 0.0),
     ]
-    plan.transforms, plan.loader = [HOSTILE], HOSTILE
+    plan.transforms = [HOSTILE]
+    plan.loader = HOSTILE
     shown = printed(render(plan))
     assert not list(faults(shown))
     assert "[bold]" in shown
     assert re.search(r"\n +second: 1,", shown), "groups have lines of their own"
 
 
-def test_the_console_escapes_by_itself():
-    """Also what a table passes on as it is."""
+def test_the_console_escapes_texts_of_tables():
     shown = printed(part_tables.Group(HOSTILE, part_tables.Text(HOSTILE.replace("\n", "")), MARKUP))
     assert not list(faults(shown))
     assert MARKUP in shown
@@ -382,7 +391,7 @@ def render_plainly(text):
     return out.getvalue()
 
 
-def test_lines_of_a_sweep(capsys):
+def test_lines_of_a_sweep_are_escaped_and_short(capsys):
     Lines({"val/loss": "min"}).ends(
         Trial(1, {HOSTILE: HOSTILE}, state="failed", error=HOSTILE * 100)
     )
@@ -392,20 +401,20 @@ def test_lines_of_a_sweep(capsys):
     assert len(out) < 4_000
 
 
-def test_values_and_predictions(capsys, tmp_path):
+def test_values_and_predictions_are_escaped_on_the_terminal_only(capsys, tmp_path):
     print_values({f"test/{HOSTILE}": 0.5, "x" * 100_000: 1.0}, Path(HOSTILE))
     write_predictions({"class": [0, 1], "text": [HOSTILE, "=x"]}, [HOSTILE, "größe"], "-")
     out = capsys.readouterr().out
     assert not list(faults(out))
     assert len(out) < 4_000
     write_predictions({"class": [0]}, [HOSTILE], str(tmp_path / "y.csv"))
-    assert HOSTILE.encode() in (tmp_path / "y.csv").read_bytes(), "a file has what the data has"
+    assert HOSTILE.encode() in (tmp_path / "y.csv").read_bytes(), "a file has the original text"
 
 
 # the functions
 
 
-def test_printable():
+def test_printable_escapes_controls_and_keeps_writing_systems():
     assert printable("a\x1b[31m\n\t\r") == "a\\x1b[31m\\n\\t\\r"
     assert (
         printable("\u202e\u2028\x85\x9b\x7f\U000e0041")
@@ -428,19 +437,17 @@ def test_printable():
         assert printable(chr(number)) != chr(number)
 
 
-def test_bytes_that_are_no_utf_8():
+def test_bytes_of_file_names_that_are_not_utf_8_are_kept():
     name = os.fsdecode(b"caf\xe9")
-    assert printable(name) == name, "printed as it is in the folder"
+    assert printable(name) == name, "printed as in the folder"
     assert printable("\udc9b31m") == "\\udc9b31m", (
-        "a byte by which some terminals begin a control sequence"
+        "some terminals begin a control sequence by this byte"
     )
-    assert printable("\udcc2\udc9b\udce2\udc80\udcae") == "\\x9b\\u202e", (
-        "bytes that together are UTF-8"
-    )
+    assert printable("\udcc2\udc9b\udce2\udc80\udcae") == "\\x9b\\u202e", "these bytes are UTF-8"
     assert printable("\ud800") == "\\ud800"
 
 
-def test_long_texts():
+def test_long_texts_are_shortened_in_the_middle():
     assert shortened("x" * 100_000, 9) == "xxx...xxx"
     line = message_line("column " + "x" * 100_000 + " is empty")
     assert line.startswith("column xxx")
@@ -455,11 +462,11 @@ def test_a_problem_is_one_line():
     assert str(error) == f"a=1\\n{FORGED}\nb=2"
     assert main.error_lines(error) == error.problems
     assert main.error_lines(FrameworkError(f"a\n{FORGED}")) == [f"a\n{FORGED}"], (
-        "escaped when it is printed"
+        "escaped when printed"
     )
 
 
-def test_tracebacks_and_warnings(capsys):
+def test_tracebacks_and_warnings_are_escaped(capsys):
     try:
         raise ValueError(HOSTILE) from KeyError(HOSTILE)
     except ValueError as error:
@@ -471,14 +478,14 @@ def test_tracebacks_and_warnings(capsys):
         text = warnings.formatwarning(UserWarning(HOSTILE), UserWarning, f"{NAME}.py", 1, HOSTILE)
     assert not list(faults(text))
     assert list(faults(warnings.formatwarning(UserWarning(HOSTILE), UserWarning, "x.py", 1))), (
-        "it is undone"
+        "the format is restored"
     )
 
 
 @pytest.mark.parametrize(
     "name", ["a b", "it's", "-x", "$(touch x)", "~x", f"a'\\{NAME}", os.fsdecode(b"caf\xe9\x1b")]
 )
-def test_a_path_in_a_suggested_command(tmp_path, name):
+def test_a_path_in_a_suggested_command_is_one_argument(tmp_path, name):
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / name).touch()
@@ -491,14 +498,14 @@ def test_a_path_in_a_suggested_command(tmp_path, name):
     assert not list(folder.iterdir())
 
 
-def test_an_override_in_a_suggested_command():
+def test_an_override_in_a_suggested_command_is_one_argument():
     assert override("data.path", "runs/x.csv") == "data.path=runs/x.csv"
     assert override("ignore", ["name"]) == "ignore=[name]"
     assert shlex.split(override("ignore", ["a b; touch x"])) == ["ignore=['a b; touch x']"]
     assert not list(faults(override("ignore", [HOSTILE])))
 
 
-# the rule: what is printed goes through this module
+# the rule: every printed text passes through this module
 
 PRINTING = {
     "print",
@@ -511,7 +518,7 @@ SAFE = {"printable", "printable_lines", "message_line", "json.dumps", "version"}
 
 
 def unescaped(tree):
-    """Yield the lines that print something but constants, JSON and what has been escaped, or pass `print` on."""
+    """Yield the lines that print a text without escaping it, or that pass `print` as a function."""
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     called = {id(call.func) for call in calls}
     for node in ast.walk(tree):
@@ -524,7 +531,7 @@ def unescaped(tree):
                 yield f"{call.lineno}: {ast.unparse(argument)}"
 
 
-ALLOWED = {  # lines of numbers and of our own words
+ALLOWED = {  # numbers and constant texts
     "main.py": {
         "HELP",
         "'\\n'.join(lines)",

@@ -1,4 +1,4 @@
-"""An error is told again with its place, and stays the error that it was."""
+"""An error with another text keeps its class and its attributes."""
 
 import pytest
 import torch
@@ -16,23 +16,23 @@ class Numbered(FrameworkError):
         super().__init__(f"{place} {number}")
 
 
-def test_class_and_attributes_stay():
+def test_class_and_attributes_are_kept():
     error = Numbered(7, place="row").with_text("data.csv: row 7")
     assert (type(error), str(error), error.number) == (Numbered, "data.csv: row 7", 7)
 
 
 @pytest.mark.parametrize("cls", [DataError, SettingError, OutOfMemory])
-def test_an_error_of_one_text_gets_the_other(cls):
+def test_the_text_is_replaced(cls):
     error = cls("no").with_text("a: no")
     assert (type(error), str(error)) == (cls, "a: no")
 
 
-def test_the_problems_of_a_config_are_lines():
+def test_the_problems_of_a_config_are_the_lines_of_the_text():
     error = ConfigError(["a=1: no"]).with_text("model: a=1: no")
     assert error.problems == ["model: a=1: no"]
 
 
-def test_a_part_that_raises_a_config_error_within_a_part_is_named(monkeypatch):
+def test_a_config_error_of_a_setting_names_the_part(monkeypatch):
     entry = activations.get("elu")
 
     def refuse(self, value):
@@ -49,7 +49,7 @@ class Pair(nn.Module):
         return x, x
 
 
-def test_a_block_that_gives_no_tensor_is_named_once():
+def test_a_block_that_returns_no_tensor_is_named_once():
     def pair(shape):
         return Pair()
 

@@ -108,7 +108,7 @@ def test_a_run_that_cannot_be_read_back_says_why(result, tmp_path):
     with pytest.raises(CheckpointError):
         open_run(copy, copy / "checkpoints" / "step-00000040")
     (copy / "facts.json").write_text("{")
-    with pytest.raises(RunError, match=r"facts\.json is no JSON"):
+    with pytest.raises(RunError, match=r"facts\.json is not valid JSON"):
         open_run(copy)
 
 

@@ -232,5 +232,5 @@ def test_log_cosh_bears_what_cosh_does_not():
     ("name", "setting"), [("huber", {"delta": 0}), ("quantile", {"q": 1}), ("focal", {"gamma": -1})]
 )
 def test_a_setting_out_of_range_is_refused(name, setting):
-    with pytest.raises(SettingError, match="should be"):
+    with pytest.raises(SettingError, match="expected"):
         fw.losses.build(name, **setting)

@@ -1,4 +1,4 @@
-"""Installed plugins that do not load: commands that only inform go on and name them, others refuse."""
+"""Installed plugins that do not load are a note in commands that inform, an error in others."""
 
 import importlib
 import pickle
@@ -25,7 +25,7 @@ class Part(nn.ReLU):
 
 @pytest.fixture(autouse=True)
 def _clean(tmp_path, monkeypatch):
-    """A folder in which packages are installed; afterwards their modules and parts are gone."""
+    """Make the working folder a place of packages; remove their modules and parts afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     yield
@@ -56,7 +56,7 @@ BROKEN = {
 
 
 def install(text, name, folder="."):
-    """Install a package with a plugin; names that begin with "a" come first where plugins are sorted by name."""
+    """Install a package with a plugin; its name begins with "a" to be loaded first."""
     if text is not None:
         write(f"{folder}/a_{name}.py", text)
     info = f"{folder}/{name}_package-1.0.dist-info"
@@ -66,17 +66,18 @@ def install(text, name, folder="."):
 
 @pytest.fixture
 def broken(tmp_path_factory, monkeypatch):
-    """Install a plugin that does not load; not in the working folder, from which some commands import nothing."""
+    """Install a broken plugin; some commands import nothing from the working folder."""
     folder = tmp_path_factory.mktemp("site")
     monkeypatch.syspath_prepend(folder)
     install("raise ValueError('no')", "broken", folder)
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_an_installed_plugin_that_does_not_load(name, capsys):
+def test_an_installed_plugin_that_does_not_load_can_be_left_out(name, capsys):
     text, cause = BROKEN[name]
     install(text, name)
-    named = rf"plugin a_{name} \(reached by the entry point 'a_{name}' of package {name}-package 1\.0\) cannot be loaded"
+    reached_by = rf"reached by the entry point 'a_{name}' of package {name}-package 1\.0"
+    named = rf"plugin a_{name} \({reached_by}\) cannot be loaded"
     with pytest.raises(
         PluginError, match=rf"{named}: .*{cause}.*`--without-plugin a_{name}` leaves it out"
     ):
@@ -95,7 +96,7 @@ def test_an_installed_plugin_that_does_not_load(name, capsys):
 @pytest.mark.parametrize(
     "content", [b"[framework.plugins]\nnonsense\n", b"\xff[framework.plugins]\na=b\n"]
 )
-def test_entry_points_that_cannot_be_read(content):
+def test_a_package_with_unreadable_entry_points_can_be_left_out(content):
     install("", "odd")
     write("odd_package-1.0.dist-info/entry_points.txt", content)
     with pytest.raises(
@@ -113,10 +114,10 @@ def test_other_entry_points_of_a_package_do_no_harm():
     fw.discover()
 
 
-def test_only_what_is_installed_can_be_left_out():
+def test_only_installed_plugins_can_be_left_out():
     with pytest.raises(
         PluginError,
-        match=r"--without-plugin any: .*no plugin is installed beside the framework's own",
+        match=r"--without-plugin any: .*only the built-in plugins are installed",
     ):
         fw.discover(without=["any"])
     install("", "good")
@@ -130,7 +131,7 @@ def test_only_what_is_installed_can_be_left_out():
 @pytest.mark.parametrize(
     "line", ["list", "show relu", "list --json", "--help", "complete -- train activation=rel"]
 )
-def test_a_broken_plugin_does_not_stop_commands_that_only_inform(command, broken, line):
+def test_a_broken_plugin_does_not_stop_commands_that_inform(command, broken, line):
     status, out, err = command(line)
     assert status == 0
     assert out.strip()
@@ -163,7 +164,7 @@ def test_a_broken_plugin_stops_training_until_it_is_left_out(command, broken, tm
     assert command("eval runs/default/first --without-plugin a_broken")[2] == ""
 
 
-def test_plugins_are_left_out_in_other_processes_too(broken):
+def test_plugins_are_left_out_in_other_processes(broken):
     fw.discover(without=["a_broken"])
     assert "optimizer" in pickle.loads(pickle.dumps(filled_store((), ["a_broken"]))).repo
     with pytest.raises(PluginError, match="a_broken"):

@@ -1,4 +1,4 @@
-"""A part gets the default of its signature, however it is chosen, and again when its run is opened."""
+"""A part gets the default of its signature in every way to choose it, and in a reopened run."""
 
 # ruff: noqa: B006, B008  # unusual defaults are what is tested
 
@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import functools
 import inspect
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -23,8 +24,10 @@ from framework.composition.compose import CommandLine
 from framework.composition.spec import config_value, plain_settings, read_spec
 from framework.errors import BuildError, ConfigError, ContractError
 from framework.experiment.resume import altered
+from framework.registry.annotations import Range
+from framework.registry.plain_values import identical_values, plain_value
 from framework.registry.registry import Registry
-from framework.registry.schema import Range, Setting, identical_values, plain_value
+from framework.registry.schema import Setting
 from framework.runs.folder import dump
 from runs import run_line
 
@@ -119,12 +122,13 @@ PARTS = {"activation": OddActivation, "loss": OddLoss, "callback": OddCallback}
 
 @pytest.fixture(autouse=True)
 def _forget():
-    """Take back what a test registers here, and what its parts received."""
+    """Remove the parts that a test registers, and the arguments that they received."""
     before = {kind: (dict(r._entries), dict(r._aliases)) for kind, r in Registry.every.items()}
     RECEIVED.clear()
     yield
     for kind, (entries, aliases) in before.items():
-        Registry.every[kind]._entries, Registry.every[kind]._aliases = entries, aliases
+        Registry.every[kind]._entries = entries
+        Registry.every[kind]._aliases = aliases
 
 
 @pytest.fixture
@@ -141,10 +145,12 @@ def composed(*overrides, multirun=False):
 
 
 def built(spec, kind):
-    """Build the odd part of a spec; returns what it received."""
+    """Build the odd part of a spec; return its arguments."""
     RECEIVED.clear()
     if kind == "callback":
-        [maker() for maker in spec.parts["callback"] if maker.entry.name == "odd"]
+        for maker in spec.parts["callback"]:
+            if maker.entry.name == "odd":
+                maker()
     elif kind == "loss":
         spec.parts["task"]()
     else:
@@ -153,7 +159,7 @@ def built(spec, kind):
 
 
 def is_default(value, default):
-    """Whether a value is the default: the object itself, or an equal one of plain types."""
+    """Return whether a value is the default itself, or an equal one of plain types."""
     if value is default:
         return True
     if type(value) is not type(default):
@@ -188,7 +194,7 @@ def check_received(arguments):
         ["model=stack", "model.blocks=[{name: linear, activation: odd}]"],
     ],
 )
-def test_the_default_arrives_however_the_part_is_chosen(odd, overrides):
+def test_a_part_receives_its_defaults_in_every_way_to_choose_it(odd, overrides):
     (spec,) = composed(*overrides)
     text = dump("config.yaml", spec.tree)
     assert " at 0x" not in text
@@ -201,21 +207,21 @@ def test_the_default_arrives_however_the_part_is_chosen(odd, overrides):
         check_received(built(resumed, kind))
 
 
-def test_the_default_arrives_in_a_sweep(odd, tmp_path, monkeypatch):
+def test_a_part_receives_its_defaults_in_a_sweep(odd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     specs = composed("activation=odd,relu", multirun=True)
     check_received(built(specs[0], "activation"))
     assert specs[0].tree != specs[1].tree
 
 
-def test_the_default_arrives_in_python(odd):
+def test_a_part_receives_its_defaults_in_python(odd):
     fw.activations.build("odd")
     Registry.every["activation"].maker("odd")()
     for arguments in RECEIVED:
         check_received(arguments)
 
 
-def test_what_is_given_takes_the_place_of_such_a_default(odd):
+def test_overrides_replace_unusual_defaults(odd):
     overrides = ["activation.pair=[3,4,5]", "activation.counts={5: 2}", "activation.mode=HARD"]
     overrides += ["activation.text=${seed}", "activation.access=READ", "activation.function=3"]
     (spec,) = composed("activation=odd", "seed=7", *overrides)
@@ -231,16 +237,16 @@ def test_what_is_given_takes_the_place_of_such_a_default(odd):
 
 
 @pytest.mark.parametrize(
-    "entry", [entry for registry in Registry.every.values() for entry in registry], ids=str
+    "entry", [*itertools.chain.from_iterable(Registry.every.values())], ids=str
 )
-def test_the_defaults_of_every_part_come_back_from_a_file(entry):
+def test_the_defaults_of_every_part_are_restored_from_a_file(entry):
     kept = yaml.safe_load(dump("config.yaml", plain_settings({}, entry.settings)))
     for name, setting in entry.settings.items():
         if not setting.required and setting.part is None:
             assert identical_values(setting.convert(kept[name]), setting.initial()), name
 
 
-def test_a_run_with_such_defaults_is_opened_again(command, tmp_path, forget_plugins):
+def test_a_run_with_unusual_defaults_can_be_reopened(command, tmp_path, forget_plugins):
     (tmp_path / "parts.py").write_text(
         """
 import dataclasses
@@ -295,7 +301,7 @@ def sentinel(x: int | None = UNSET) -> nn.Module: ...
 
 
 @pytest.mark.parametrize("part", [number, tensor, texts, member, sentinel])
-def test_a_default_that_contradicts_its_annotation_is_refused_where_it_is_written(part):
+def test_a_default_that_contradicts_its_annotation_is_refused_with_its_place(part):
     with pytest.raises(
         ContractError, match=r"test_defaults.py:\d+\): parameter '\w+' of \w+ has the default"
     ):
@@ -303,7 +309,7 @@ def test_a_default_that_contradicts_its_annotation_is_refused_where_it_is_writte
     assert "wrong" not in fw.activations
 
 
-def test_what_a_class_of_others_has_for_a_default_is_kept():
+def test_a_contradicting_default_of_a_library_is_kept():
     class Others(nn.Module):
         def __init__(self, k: int = "auto"):
             super().__init__()
@@ -319,7 +325,7 @@ def test_what_a_class_of_others_has_for_a_default_is_kept():
 def listing(defaults: float = 1.0) -> nn.Module: ...
 
 
-def test_a_setting_that_a_config_would_take_for_a_list_of_choices():
+def test_a_setting_may_not_be_called_defaults():
     with pytest.raises(ContractError, match="no setting may be called 'defaults'"):
         fw.activations.register("listing", listing)
 
@@ -333,7 +339,8 @@ class Base(nn.Module):
 
     def __init__(self, alpha: float = 1.0, gamma: fw.PositiveInt = 3):
         super().__init__()
-        self.alpha, self.gamma = alpha, gamma
+        self.alpha = alpha
+        self.gamma = gamma
 
 
 class Middle(Base):
@@ -351,10 +358,11 @@ class Sub(Middle):
 class Swallows(Base):
     def __init__(self, beta: float = 2.0, **kwargs):
         super().__init__()
-        self.beta, self.more = beta, kwargs
+        self.beta = beta
+        self.more = kwargs
 
 
-def test_settings_that_a_class_hands_on_to_its_base():
+def test_settings_of_a_base_class_are_those_it_receives_as_kwargs():
     fw.activations.register("sub", Sub)
     settings = fw.activations.get("sub").settings
     assert settings.keys() == {"beta", "delta", "alpha"}, "gamma is fixed by the class"
@@ -365,7 +373,7 @@ def test_settings_that_a_class_hands_on_to_its_base():
     assert spec.tree["model"]["activation"] == {"name": "sub", "beta": 2.0, "alpha": 0.5}
     (spec,) = composed("activation=sub", "activation.alpha=1.0")
     assert spec.parts["model"].settings["activation"].settings["alpha"] == 1.0, (
-        "given, though it is the default"
+        "it was given, although it equals the default"
     )
     fw.activations.register("swallows", Swallows)
     assert fw.activations.get("swallows").settings.keys() == {"beta"}
@@ -381,12 +389,12 @@ class ByPosition(nn.Module):
     ("settings", "values"),
     [({}, (1.0, 2.0, 3.0)), ({"b": 5.0}, (1.0, 5.0, 3.0)), ({"a": 0.0, "c": 4.0}, (0.0, 2.0, 4.0))],
 )
-def test_parameters_that_are_given_by_position(settings, values):
+def test_positional_parameters_are_passed_by_position(settings, values):
     fw.activations.register("by_position", ByPosition)
     assert fw.activations.build("by_position", **settings).values == values
 
 
-def test_a_partial_is_shown_as_what_it_wraps():
+def test_a_partial_is_described_by_its_class():
     entry_name = "partial_leaky"
     fw.activations.register(entry_name, functools.partial(nn.LeakyReLU, negative_slope=0.3))
     entry = fw.activations.get(entry_name)
@@ -403,18 +411,19 @@ def problem_of(*overrides):
     return problem
 
 
-def test_a_member_is_told_by_its_name(odd):
-    said = "should be one of SOFT, HARD, not 'HRD'; did you mean 'HARD'?"
+def test_the_error_of_an_enumeration_names_its_members(odd):
+    said = "expected one of SOFT, HARD, got 'HRD'; did you mean 'HARD'?"
     assert said in problem_of("activation=odd", "activation.mode=HRD")
 
 
 class Outer(nn.Module):
     def __init__(self, inner: fw.Activation, other: fw.Activation = "gelu"):
         super().__init__()
-        self.inner, self.other = inner(), other()
+        self.inner = inner()
+        self.other = other()
 
 
-def test_a_part_of_a_part_of_its_own_kind():
+def test_a_part_may_have_a_part_of_its_own_kind():
     fw.activations.register("outer", Outer)
     (spec,) = composed("activation=outer", "activation.inner=relu")
     made = spec.parts["model"].settings["activation"]()
@@ -425,7 +434,7 @@ def test_a_part_of_a_part_of_its_own_kind():
 def hooked(hook: type[nn.Module] = nn.ReLU, height: float = 1.0) -> nn.Module: ...
 
 
-def test_a_parameter_that_no_config_can_hold_is_told():
+def test_setting_a_parameter_that_no_config_can_hold_is_an_error():
     fw.activations.register("hooked", hooked)
     said = "the parameter hook of hooked has a type that no config can hold"
     assert said in problem_of("activation=hooked", "activation.hook=relu")
@@ -434,7 +443,7 @@ def test_a_parameter_that_no_config_can_hold_is_told():
 OLD = "<built-in method relu of type object at 0x7fb0fb4cea40>"
 
 
-def test_the_text_that_an_earlier_version_wrote_is_told(odd):
+def test_the_text_of_an_object_in_an_old_config_is_an_error(odd):
     (spec,) = composed("model.activation=odd")
     functions = [OLD, {"a": OLD.replace("relu", "tanh")}]
     spec.tree["model"]["activation"] |= {
@@ -456,14 +465,14 @@ class Listed(nn.Module):
         super().__init__()
 
 
-def test_a_run_of_an_earlier_version_with_a_default_factory_is_opened():
+def test_an_old_config_with_a_default_factory_can_be_read():
     fw.activations.register("listed", Listed)
     (spec,) = composed("model.activation=listed")
     spec.tree["model"]["activation"]["names"] = "<factory>"
     assert read_spec(spec.tree).parts["model"].settings["activation"]().names == ["a"]
 
 
-def test_an_object_is_never_written_as_its_text():
+def test_an_object_is_not_written_into_a_config():
     fw.activations.register("odd", OddActivation)
     maker = fw.activations.maker("odd", function=torch.tanh)
     with pytest.raises(fw.FrameworkError, match="cannot be written into a config"):
@@ -471,7 +480,7 @@ def test_an_object_is_never_written_as_its_text():
     assert plain_value({"a": (Path("b"), Mode.SOFT)}) == {"a": ["b", "SOFT"]}
 
 
-def test_what_a_part_says_of_its_arguments_is_told():
+def test_an_error_of_a_part_about_its_arguments_is_shown():
     class Refusing(nn.Module):
         def __init__(self, a: int = 1, /):
             raise ValueError("no")
@@ -496,7 +505,7 @@ class Unit(enum.Enum):
     ],
     ids=str,
 )
-def test_a_container_has_the_type_of_its_default_where_the_annotation_allows_it(
+def test_a_container_has_the_type_of_its_default_if_the_annotation_allows_it(
     annotation, default, typed, arrives
 ):
     setting = Setting("x", annotation, default)
@@ -506,9 +515,9 @@ def test_a_container_has_the_type_of_its_default_where_the_annotation_allows_it(
     assert config_value(initial) == config_value(default)
 
 
-def test_a_number_is_no_default_of_a_text():
+def test_a_number_is_not_a_default_of_a_text():
     def part(s: str = 3): ...
 
     with pytest.raises(ContractError, match="has the default 3, which is not str"):
         fw.activations.register("number_as_text", part)
-    assert Setting("s", str, 3).initial() == 3, "in a class of a library it stays as it is"
+    assert Setting("s", str, 3).initial() == 3, "for a class of a library it is unchanged"

@@ -26,7 +26,7 @@ class Double(nn.Module):
 
 @pytest.fixture(autouse=True)
 def _clean(tmp_path, monkeypatch):
-    """A folder to write plugins in and to import from; what they register is gone afterwards."""
+    """Import plugins from a new working folder; remove their modules and parts afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     before = set(sys.modules)
@@ -45,7 +45,7 @@ def write(name, text):
     return path
 
 
-def test_installed_plugins_are_found_by_their_entry_point():
+def test_installed_plugins_are_found_by_their_entry_points():
     fw.discover()
     assert {"relu", "gelu", "swiglu"} <= set(fw.activations.names())
     assert fw.activations.get("snake").source.module == "framework_plugins.layers.activations"
@@ -70,7 +70,7 @@ def test_a_plugin_is_a_file_a_folder_or_a_module(reach):
 @pytest.mark.parametrize(
     "then", ["mine/double.py", "mine/../mine", "link/double.py", "mine.double", "mine"]
 )
-def test_a_file_is_loaded_once_however_it_is_reached(first, then):
+def test_a_file_is_loaded_once_from_all_its_paths(first, then):
     write("mine/__init__.py", "")
     write("mine/double.py", PLUGIN.format(name="double"))
     Path("link").symlink_to("mine")
@@ -99,7 +99,11 @@ def test_postponed_annotations_keep_nested_parts():
         \"\"\"A block.\"\"\"
 
         def __init__(
-            self, in_shape: Shape, width: PositiveInt = 3, activation: Activation = "gelu", norm: Norm | None = None
+            self,
+            in_shape: Shape,
+            width: PositiveInt = 3,
+            activation: Activation = "gelu",
+            norm: Norm | None = None,
         ):
             super().__init__()
             self.activation, self.width = activation(), width
@@ -128,7 +132,7 @@ def test_postponed_annotations_keep_nested_parts():
         ("from torch import nn\nnn.Linear(-1, 'x')", r"TypeError: .* \(.*broken.py:2.*"),
         (
             "from framework import losses\nlosses.register('Big', print)",
-            "'Big' .*broken.py:2.* is no name for a part",
+            "'Big' .*broken.py:2.* is not a valid name for a part",
         ),
     ],
 )
@@ -140,7 +144,7 @@ def test_a_broken_plugin_is_named_with_file_line_and_cause(text, cause, reach):
 
 
 @pytest.mark.parametrize("reach", ["late.py", "late"])
-def test_a_plugin_that_failed_half_way_can_be_mended_and_loaded_again(reach):
+def test_a_plugin_that_failed_can_be_corrected_and_loaded_again(reach):
     good = PLUGIN.format(name="late")
     write("late.py", good + "\nraise RuntimeError('not yet')\n")
     with pytest.raises(PluginError, match="not yet"):
@@ -151,7 +155,7 @@ def test_a_plugin_that_failed_half_way_can_be_mended_and_loaded_again(reach):
     assert fw.activations.build("late")(1) == 2
 
 
-def test_two_plugins_with_one_name_are_both_named():
+def test_the_error_of_a_duplicate_name_has_both_files():
     write("one.py", PLUGIN.format(name="twice"))
     write("two.py", PLUGIN.format(name="twice"))
     with pytest.raises(
@@ -166,7 +170,7 @@ def test_a_missing_plugin_is_an_error(missing):
         fw.discover([missing])
 
 
-def test_importing_the_framework_registers_nothing_and_does_not_wait_for_torch():
+def test_importing_the_framework_registers_nothing_and_does_not_import_torch():
     check = """
 import sys, framework
 from framework.registry.registry import Registry
@@ -208,12 +212,11 @@ def test_packages_in_a_folder_are_loaded_with_relative_imports(reach):
         write("package/__init__.py", "")
     fw.discover([reach])
     assert fw.activations.build("nested")(1) == 15
-    fw.discover(
-        [reach, f"{reach.partition('.')[0]}/layers"]
-    )  # nothing is loaded twice: a name taken twice is an error
+    again = [reach, f"{reach.partition('.')[0]}/layers"]
+    fw.discover(again)  # loads no file twice, which would be an error: the name is taken
 
 
-def test_a_package_may_lie_several_folders_deep_and_have_any_name():
+def test_packages_may_be_nested_and_have_any_name():
     write("mine/a-b/__init__.py", "")
     write("mine/a-b/c/__init__.py", "from ..d import NAME\n")
     write("mine/a-b/d.py", "NAME = 'deep'\n")
@@ -222,7 +225,7 @@ def test_a_package_may_lie_several_folders_deep_and_have_any_name():
     assert "deep" in fw.activations.names()
 
 
-def test_tests_programs_and_folders_that_are_no_package_are_not_loaded():
+def test_tests_programs_and_other_folders_than_packages_are_not_loaded():
     write("mine/double.py", PLUGIN.format(name="double"))
     write("mine/scripts/run.py", "raise SystemExit('a script')")
     for package in ("test", "tests"):
@@ -234,7 +237,7 @@ def test_tests_programs_and_folders_that_are_no_package_are_not_loaded():
     assert "double" in fw.activations.names()
 
 
-def test_a_link_to_a_folder_above_ends():
+def test_a_link_to_a_parent_folder_is_not_followed():
     write("mine/__init__.py", "")
     write("mine/double.py", PLUGIN.format(name="double"))
     Path("mine/again").symlink_to(Path("mine").resolve())
@@ -242,7 +245,7 @@ def test_a_link_to_a_folder_above_ends():
     fw.discover(["mine"])
 
 
-def test_an_error_in_a_package_is_told_once_with_its_file():
+def test_an_error_in_a_package_names_its_file():
     write("mine/broken/__init__.py", "import no_such_module\n")
     write("mine/broken/part.py", PLUGIN.format(name="part"))
     with pytest.raises(PluginError, match=r"mine/broken/__init__\.py .*no_such_module"):
@@ -257,7 +260,7 @@ def test_hidden_packages_are_not_loaded():
     assert "double" in fw.activations.names()
 
 
-def test_a_link_in_a_package_to_a_folder_above_ends():
+def test_a_link_in_a_package_to_a_parent_folder_is_not_followed():
     write("package/__init__.py", "")
     write("package/inner/__init__.py", PLUGIN.format(name="double"))
     Path("package/inner/again").symlink_to("..")

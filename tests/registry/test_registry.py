@@ -14,14 +14,14 @@ HERE = Path(__file__).name
 
 @pytest.fixture
 def fruits():
-    """A kind whose parts are given a weight and need not ask for it."""
+    """A kind with given parameters that its parts need not have."""
     yield Registry(Kind("fruit", given=("weight", "size")))
     del Registry.every["fruit"]
 
 
 @pytest.fixture
 def layers():
-    """A kind whose parts must take in_shape and be modules."""
+    """A kind of modules that must have the parameter in_shape."""
     yield Registry(Kind("layer", given=("in_shape",), needs=("in_shape",), base=MODULE, many=True))
     del Registry.every["layer"]
 
@@ -37,10 +37,12 @@ class Apple:
         Args:
             sweetness: share of sugar.
         """
-        self.weight, self.sweetness, self.sort = weight, sweetness, sort
+        self.weight = weight
+        self.sweetness = sweetness
+        self.sort = sort
 
 
-def test_a_decorator_gives_a_name_and_leaves_the_class_as_it_is(fruits):
+def test_a_decorator_registers_a_class_and_does_not_change_it(fruits):
     @fruits.register("pear", aliases=["birne"])
     class Pear:
         """A pear."""
@@ -53,7 +55,7 @@ def test_a_decorator_gives_a_name_and_leaves_the_class_as_it_is(fruits):
     assert [entry.name for entry in fruits] == ["pear"]
 
 
-def test_an_entry_tells_what_and_where_it_is(fruits):
+def test_an_entry_has_name_summary_settings_and_source(fruits):
     fruits.register("apple", Apple)
     entry = fruits.get("apple")
     assert str(entry) == "fruit/apple"
@@ -81,7 +83,7 @@ def test_the_summary_is_the_first_sentence(fruits, doc, summary):
     assert fruits.get("part").summary == summary
 
 
-def test_a_build_passes_what_is_given_to_those_who_ask(fruits):
+def test_given_parameters_are_passed_to_the_parts_that_have_them(fruits):
     fruits.register("apple", Apple)
     fruits.register("stone", lambda: "hard")
     apple = fruits.build("apple", 3.0, 9.0, sweetness=1, sort="green")
@@ -90,7 +92,7 @@ def test_a_build_passes_what_is_given_to_those_who_ask(fruits):
     assert fruits.build("stone", 3.0) == "hard"
 
 
-def test_too_many_positions_are_refused(fruits):
+def test_too_many_positional_arguments_are_refused(fruits):
     fruits.register("apple", Apple)
     with pytest.raises(
         SettingError, match="fruit/apple takes only weight, size by position, not 3 arguments"
@@ -100,7 +102,7 @@ def test_too_many_positions_are_refused(fruits):
         fw.activations.build("relu", 0.1)
 
 
-def test_a_duplicate_name_is_an_error_that_names_both_files(fruits):
+def test_a_duplicate_name_is_an_error_with_both_places(fruits):
     fruits.register("apple", Apple, aliases=["pomme"])
     for name, aliases in [("apple", []), ("pomme", []), ("pear", ["apple"])]:
         with pytest.raises(
@@ -113,7 +115,7 @@ def test_a_duplicate_name_is_an_error_that_names_both_files(fruits):
 
 def test_a_decorator_without_a_name_is_an_error(fruits):
     with pytest.raises(
-        ContractError, match=r'a fruit needs a name, register\("\.\.\."\), not <class'
+        ContractError, match=r'a fruit needs a name: register\("\.\.\."\), got Pear'
     ):
 
         @fruits.register
@@ -126,7 +128,7 @@ def test_a_name_is_lower_case(fruits, name):
         fruits.register(name, Apple)
 
 
-def test_an_unknown_name_is_answered_with_the_nearest():
+def test_an_unknown_name_is_an_error_with_the_most_similar_name():
     for given, meant in [
         ("gellu", "gelu"),
         ("LeakyReLU", "leaky_relu"),
@@ -139,35 +141,35 @@ def test_an_unknown_name_is_answered_with_the_nearest():
             fw.activations.build(given)
 
 
-def test_an_unknown_name_may_be_one_of_another_kind():
+def test_the_error_of_an_unknown_name_mentions_another_kind_with_this_name():
     with pytest.raises(UnknownName, match="there is no activation 'group'; 'group' is a norm"):
         fw.activations.get("group")
     with pytest.raises(UnknownName, match="there is no norm 'relu'; 'relu' is an activation"):
         fw.norms.get("relu")
 
 
-def test_an_unknown_name_far_from_all_lists_what_there_is(fruits):
+def test_the_error_of_an_unknown_name_lists_the_names_if_none_is_similar(fruits):
     fruits.register("apple", Apple)
     fruits.register("pear", Apple)
-    with pytest.raises(UnknownName, match="no fruit 'zzz'; there is: apple, pear"):
+    with pytest.raises(UnknownName, match="no fruit 'zzz'; available: apple, pear"):
         fruits.get("zzz")
 
 
-def test_without_any_part_the_error_says_how_to_find_them(fruits):
+def test_without_any_part_the_error_suggests_to_discover_plugins(fruits):
     with pytest.raises(
         UnknownName, match=r"none is registered. Call framework\.discover\(\) first"
     ):
         fruits.build("apple")
 
 
-def test_settings_are_checked_before_anything_is_built(fruits):
+def test_settings_are_checked_before_a_part_is_built(fruits):
     fruits.register("apple", Apple)
     with pytest.raises(
-        SettingError, match=r"^fruit/apple: sweetness: should be float in \[0, 1\], not 2$"
+        SettingError, match=r"^fruit/apple: sweetness: expected float in \[0, 1\], got 2$"
     ):
         fruits.build("apple", 1.0, sweetness=2)
     with pytest.raises(
-        SettingError, match="fruit/apple: sort: should be one of red, green, not 'blue'"
+        SettingError, match="fruit/apple: sort: expected one of red, green, got 'blue'"
     ):
         fruits.maker("apple", sort="blue")
     with pytest.raises(
@@ -176,21 +178,21 @@ def test_settings_are_checked_before_anything_is_built(fruits):
         fruits.maker("apple", sweetnes=0.1)
 
 
-def test_a_required_setting_must_be_given(fruits):
+def test_a_missing_required_setting_is_an_error(fruits):
     fruits.register("melon", lambda seeds: seeds)
     with pytest.raises(SettingError, match="fruit/melon needs a value for seeds"):
         fruits.build("melon")
     assert fruits.build("melon", seeds=[1]) == [1]
 
 
-def test_a_part_that_fails_to_build_is_named_with_its_file(fruits):
+def test_the_error_of_a_part_that_cannot_be_built_has_its_place(fruits):
     def rotten(softness: float = 1.0):
         raise ValueError("it is too soft")
 
     fruits.register("rotten", rotten)
     reason = rf"ValueError: it is too soft \(.*{HERE}:\d+ in rotten\)"
-    said = rf"fruit/rotten \(.*{HERE}:\d+\) cannot be built: {reason}"
-    with pytest.raises(BuildError, match=said):
+    message = rf"fruit/rotten \(.*{HERE}:\d+\) cannot be built: {reason}"
+    with pytest.raises(BuildError, match=message):
         fruits.build("rotten")
 
 
@@ -211,18 +213,18 @@ def test_a_contract_is_checked_at_registration(layers):
         (NoModule, f"layer/part .* is not a {MODULE}, as every layer must be"),
         (
             NoShape,
-            "layer/part .* must have a parameter 'in_shape': the framework passes it to every layer",
+            "layer/part .* must have a parameter 'in_shape': the framework passes it to every",
         ),
         (Strange, "layer/part .*parameter 'hook' of .*Strange has type .* no config can express"),
         (Named, "layer/part .*no setting may be called 'name'"),
-        (3, "layer/part .* is a int, not a class or function"),
+        (3, "layer/part .* is an int, not a class or function"),
     ]:
         with pytest.raises(ContractError, match=said):
             layers.register("part", part)
     assert len(layers) == 0
 
 
-def test_what_a_function_builds_is_checked_when_it_is_built(layers):
+def test_the_class_of_a_built_object_is_checked(layers):
     layers.register("function", lambda in_shape: "no module")
     with pytest.raises(
         ContractError, match=rf"layer/function .* builds a str, which is not a {MODULE}"
@@ -230,7 +232,7 @@ def test_what_a_function_builds_is_checked_when_it_is_built(layers):
         layers.build("function", (3,))
 
 
-def test_hidden_and_retyped_parameters(fruits):
+def test_parameters_can_be_hidden_and_annotated_at_registration(fruits):
     fruits.register("dropout", nn.Dropout, hide=["inplace"], types={"p": fw.Fraction})
     assert fruits.get("dropout").settings.keys() == {"p"}
     assert fruits.get("dropout").settings["p"].type_text == "float in [0, 1]"
@@ -243,7 +245,7 @@ def test_the_config_key_of_a_kind():
     assert Kind("callback", many=True).key == "callbacks"
 
 
-# --- parts of parts ---------------------------------------------------------------------------------------------------
+# --- parts of parts -------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -262,14 +264,15 @@ def bowl(fruits):
 def test_a_part_receives_makers_of_its_parts(bowl):
     activation, norm, more = bowl.build("bowl")
     assert isinstance(activation, Maker)
-    first, second = activation(), activation()
+    first = activation()
+    second = activation()
     assert isinstance(first, nn.ReLU)
     assert first is not second
     assert norm is None
     assert more == []
 
 
-def test_parts_are_given_by_name_by_mapping_in_lists_or_as_any_callable(bowl):
+def test_a_part_of_a_part_is_a_name_a_mapping_a_list_or_a_callable(bowl):
     activation, norm, more = bowl.build(
         "bowl",
         activation={"name": "leaky_relu", "negative_slope": 0.2},
@@ -282,7 +285,7 @@ def test_parts_are_given_by_name_by_mapping_in_lists_or_as_any_callable(bowl):
     assert repr(activation) == "activation/leaky_relu(negative_slope=0.2)"
 
 
-def test_settings_without_a_name_are_those_of_the_default(fruits):
+def test_settings_without_a_name_belong_to_the_default_part(fruits):
     @fruits.register("leaky")
     def leaky(activation: fw.Activation = "leaky_relu"):
         return activation()
@@ -301,15 +304,15 @@ def test_settings_without_a_name_are_those_of_the_default(fruits):
         (
             {"activation": 3},
             SettingError,
-            "fruit/bowl: activation: should be name of an activation, not 3",
+            "fruit/bowl: activation: expected name of an activation, got 3",
         ),
-        ({"norm": {"eps": 1}}, SettingError, "norm: should have the `name` of a norm"),
+        ({"norm": {"eps": 1}}, SettingError, "norm: expected the `name` of a norm"),
         (
             {"more": ["elu", {"name": "elu", "alpha": 0}]},
             SettingError,
-            r"more: activation/elu: alpha: .*\(0, inf\), not 0",
+            r"more: activation/elu: alpha: .*\(0, inf\), got 0",
         ),
-        ({"more": "elu"}, SettingError, "more: should be list of name of an activation, not 'elu'"),
+        ({"more": "elu"}, SettingError, "more: expected list of name of an activation, got 'elu'"),
         (
             {"activation": {"name": "elu", "alhpa": 1}},
             SettingError,
@@ -317,6 +320,6 @@ def test_settings_without_a_name_are_those_of_the_default(fruits):
         ),
     ],
 )
-def test_a_wrong_part_is_found_before_it_is_built(bowl, settings, error, said):
+def test_a_wrong_part_of_a_part_is_an_error_before_the_build(bowl, settings, error, said):
     with pytest.raises(error, match=said):
         bowl.build("bowl", **settings)

@@ -405,7 +405,7 @@ SIZES = {
 def test_a_model_much_larger_than_its_checkpoint_takes_no_memory(run, changes):
     (run / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"model": MODEL_OF | changes}))
     with within():
-        refused(open_run, run, match=r"the config asks for|model=mlp|should be")
+        refused(open_run, run, match=r"the config asks for|model=mlp|expected")
 
 
 class Seeded(torch.nn.Linear):

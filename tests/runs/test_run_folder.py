@@ -64,9 +64,9 @@ def test_files_are_written_whole_and_read_back(tmp_path):
     ("content", "message"),
     [
         (None, "it has no config.yaml"),
-        ("a: [", "is no YAML"),
+        ("a: [", "is not valid YAML"),
         ("- a", "holds no config"),
-        (b"\xff", "is no YAML"),
+        (b"\xff", "is not valid YAML"),
     ],
 )
 def test_what_is_no_run(tmp_path, content, message):
@@ -82,7 +82,7 @@ def test_what_is_no_run(tmp_path, content, message):
 
 def test_a_config_cannot_make_objects(tmp_path):
     (tmp_path / "config.yaml").write_text("a: !!python/object/apply:os.getcwd []")
-    with pytest.raises(RunError, match="is no YAML"):
+    with pytest.raises(RunError, match="is not valid YAML"):
         read_config(tmp_path)
 
 

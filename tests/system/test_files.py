@@ -1,4 +1,4 @@
-"""Files of a run folder: opened without links and within limits, written whole or not at all."""
+"""Files of a run folder are opened without links, within limits, and written atomically."""
 
 import os
 import socket
@@ -46,7 +46,7 @@ ODD = [make_link, make_device_link, os.mkfifo, os.mkdir, make_socket, make_hard_
 
 @pytest.mark.parametrize("mode", ["r", "r+", "a"])
 @pytest.mark.parametrize("make", ODD, ids=lambda make: make.__name__)
-def test_what_is_no_file_of_its_own_is_not_opened(tmp_path, make, mode):
+def test_links_and_irregular_files_are_not_opened(tmp_path, make, mode):
     make(tmp_path / "file")
     with pytest.raises(RunError, match=r"link|regular file"):
         open_file(tmp_path, "file", mode)
@@ -55,15 +55,15 @@ def test_what_is_no_file_of_its_own_is_not_opened(tmp_path, make, mode):
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "below/../../outside"])
-def test_a_name_does_not_lead_out(tmp_path, name):
+def test_a_name_outside_of_the_folder_is_refused(tmp_path, name):
     (tmp_path / "below").mkdir()
-    with pytest.raises(RunError, match="leads out"):
+    with pytest.raises(RunError, match="is outside of"):
         open_file(tmp_path, name)
-    with pytest.raises(RunError, match="leads out"):
+    with pytest.raises(RunError, match="is outside of"):
         write_file(tmp_path, name, "x")
 
 
-def test_a_linked_folder_below_is_not_entered(tmp_path):
+def test_a_link_to_a_folder_is_not_followed(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "file").write_text("precious")
     (tmp_path / "run").mkdir()
@@ -75,7 +75,7 @@ def test_a_linked_folder_below_is_not_entered(tmp_path):
     assert (tmp_path / "real" / "file").read_text() == "precious"
 
 
-def test_the_folder_itself_may_be_reached_through_a_link(tmp_path):
+def test_the_path_of_the_folder_itself_may_contain_links(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "run").symlink_to("real")
     write_file(tmp_path / "run", "file", "x")
@@ -85,7 +85,7 @@ def test_the_folder_itself_may_be_reached_through_a_link(tmp_path):
 @pytest.mark.parametrize(
     "make", [make_link, make_hard_link, os.mkfifo], ids=lambda make: make.__name__
 )
-def test_writing_replaces_a_link_and_not_what_it_leads_to(tmp_path, make):
+def test_writing_replaces_a_link_and_not_its_target(tmp_path, make):
     make(tmp_path / "file")
     write_file(tmp_path, "file", "new")
     assert (tmp_path / "file").read_text() == "new"
@@ -93,7 +93,7 @@ def test_writing_replaces_a_link_and_not_what_it_leads_to(tmp_path, make):
     assert not outside.exists() or outside.read_text() == "precious"
 
 
-def test_a_failed_write_leaves_nothing_and_names_the_file(tmp_path):
+def test_a_failed_write_leaves_no_file_and_names_the_path(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(RunError, match=r"folder cannot be written: Is a directory"):
         write_file(tmp_path, "folder", "x")
@@ -102,7 +102,7 @@ def test_a_failed_write_leaves_nothing_and_names_the_file(tmp_path):
         write_file(tmp_path / "removed", "file", "x")
 
 
-def test_a_full_disk_is_named_with_its_bytes(tmp_path, monkeypatch):
+def test_the_error_of_a_full_disk_has_the_bytes_needed(tmp_path, monkeypatch):
     def full(*arguments, **more):
         raise OSError(28, os.strerror(28))
 
@@ -116,7 +116,7 @@ def test_a_full_disk_is_named_with_its_bytes(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o077, 0o000])
-def test_the_umask_decides_who_may_read(tmp_path, mask):
+def test_the_umask_determines_the_permissions(tmp_path, mask):
     before = os.umask(mask)
     try:
         write_file(tmp_path, "written", "x")
@@ -146,8 +146,6 @@ BOMB = "a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"a{n}: &a{n} [{f'*a{n - 1},' * 10}]\n" for n in range(1, 10)
 )
 DEEP = "[" * 100 + "]" * 100
-
-
 DEEPER = "[1, " * 70 + "1" + "]" * 70
 YAML_BOMBS = {
     "aliases": BOMB,
@@ -179,24 +177,24 @@ NO_JSON = {
 
 
 @pytest.mark.parametrize("text", YAML_BOMBS.values(), ids=YAML_BOMBS)
-def test_yaml_beyond_the_limits(tmp_path, text):
-    with pytest.raises(RunError, match=r"too large or too deep|stands for nothing"):
+def test_yaml_beyond_the_limits_is_refused(tmp_path, text):
+    with pytest.raises(RunError, match=r"too large or too deep|undefined alias"):
         parse_yaml(text, tmp_path)
 
 
 @pytest.mark.parametrize("text", NO_YAML.values(), ids=NO_YAML)
-def test_what_is_no_plain_yaml(tmp_path, text):
-    with pytest.raises(RunError, match="is no YAML"):
+def test_invalid_yaml_is_refused(tmp_path, text):
+    with pytest.raises(RunError, match="is not valid YAML"):
         parse_yaml(text, tmp_path)
 
 
-def test_aliases_are_read_where_they_are_few(tmp_path):
+def test_a_few_aliases_are_read(tmp_path):
     assert parse_yaml("a: &a [1, 2]\nb: [*a, *a]", tmp_path)["b"] == [[1, 2], [1, 2]]
 
 
 @pytest.mark.parametrize("text", NO_JSON.values(), ids=NO_JSON)
-def test_what_is_no_json_within_the_limits(tmp_path, text):
-    with pytest.raises(RunError, match=r"is no JSON|too large or too deep"):
+def test_invalid_or_large_json_is_refused(tmp_path, text):
+    with pytest.raises(RunError, match=r"is not valid JSON|too large or too deep"):
         parse_json(text, tmp_path)
 
 

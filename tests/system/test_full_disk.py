@@ -1,9 +1,10 @@
-"""Full disks, deleted folders and torn files: one line with the file, a status that says so, and an exact resume.
+"""Full disks, deleted folders and torn files: a one-line error, a status, and an exact resume.
 
-A limit to the size of files (`ulimit -f`) stands for a disk without room: the system refuses what goes beyond it.
+A limit to the size of files (`ulimit -f`) simulates a full disk: the system refuses larger files.
 """
 
 import errno
+import itertools
 import json
 import os
 import random
@@ -42,7 +43,7 @@ ROWS = b"".join(
 
 @contextmanager
 def largest_file(size):
-    """Let no file grow beyond that many bytes."""
+    """Limit the size of files to `size` bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -52,7 +53,7 @@ def largest_file(size):
 
 
 class Record:
-    """Writers of records, each with a name, as a function that appends one record."""
+    """Each method returns a function that appends one record."""
 
     def metrics(self, folder):
         logger = fw.loggers.build("json_lines")
@@ -83,7 +84,7 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("name", RECORDS)
-def test_a_record_without_room_is_one_line_and_leaves_nothing_of_it(tmp_path, name):
+def test_a_record_on_a_full_disk_is_an_error_and_leaves_no_part_of_it(tmp_path, name):
     append = getattr(Record(), name)(tmp_path)
     append()
     before = contents(tmp_path)
@@ -92,13 +93,13 @@ def test_a_record_without_room_is_one_line_and_leaves_nothing_of_it(tmp_path, na
         append()
     assert str(tmp_path) in str(raised.value)
     assert contents(tmp_path) == before
-    append()  # there is room again
+    append()  # the disk is no longer full
     (after,) = [content for content in contents(tmp_path).values() if content]
     assert after.startswith(next(filter(None, before.values())))
     assert len(after) > size
 
 
-def test_a_partial_write_is_what_is_taken_back(tmp_path):
+def test_a_partial_write_is_truncated(tmp_path):
     """Control: the system writes a part of a record before it refuses the rest."""
     with largest_file(5), (tmp_path / "a").open("wb", buffering=0) as file:
         assert file.write(b"0123456789") == 5
@@ -109,13 +110,13 @@ def test_a_partial_write_is_what_is_taken_back(tmp_path):
 
 
 @pytest.mark.parametrize("name", RECORDS)
-def test_a_deleted_folder_is_named_and_not_made_again(tmp_path, name):
+def test_a_deleted_folder_is_named_and_not_created_again(tmp_path, name):
     folder = tmp_path / "run"
     folder.mkdir()
     append = getattr(Record(), name)(folder)
     append()
     shutil.rmtree(folder)
-    if name == "output":  # it waits for the folder, as before the run has one
+    if name == "output":  # waits until the run has a folder
         append()
     else:
         with pytest.raises(RunError, match=f"{folder} does not exist any more"):
@@ -137,7 +138,7 @@ def fit(folder, *callbacks, resume=None, **settings):
     trainer.manifest = {"run": str(folder)}
     optimizer = OPTIMIZERS["sgd"](model)
     if resume is not None:
-        trainer.state.step = resume["counters"]["step"]  # the loggers go on from there
+        trainer.state.step = resume["counters"]["step"]  # the loggers continue from this step
     with trainer:
         trainer.fit(
             model,
@@ -159,20 +160,21 @@ def status(folder):
 
 
 class Limit(Callback):
-    """Leaves no room for larger files from a step on, until the run has failed."""
+    """Limits the size of files from a step on, until the run has failed."""
 
     changes_training = False
 
     def __init__(self, step, size):
-        self.step, self.size = step, size
+        self.step = step
+        self.size = size
 
     def on_step_start(self, trainer):
         if trainer.state.step == self.step:
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, -1))
 
 
-def test_a_run_without_room_has_failed_with_the_reason_and_goes_on_exactly(tmp_path):
-    whole = fit(tmp_path, saving())
+def test_a_run_on_a_full_disk_fails_with_the_reason_and_resumes_exactly(tmp_path):
+    uninterrupted = fit(tmp_path, saving())
     folder = tmp_path / "full"
     folder.mkdir()
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -188,13 +190,14 @@ def test_a_run_without_room_has_failed_with_the_reason_and_goes_on_exactly(tmp_p
     found = fw.checkpoints.newest(folder / "checkpoints")[0]
     weights, training = fw.checkpoints.load(found)
     resumed = fit(folder, saving(), resume=training | {"model": weights})
-    for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+    expected = uninterrupted.model.parameters()
+    for one, other in zip(expected, resumed.model.parameters(), strict=True):
         assert torch.equal(one, other)
     assert logged(folder) == logged(tmp_path)
 
 
 @pytest.mark.parametrize("how", ["deleted", "renamed"])
-def test_a_run_whose_folder_is_gone_ends_and_leaves_nothing_in_its_place(tmp_path, how):
+def test_a_run_with_a_deleted_or_renamed_folder_ends_and_creates_no_other(tmp_path, how):
     folder = tmp_path / "run"
     folder.mkdir()
 
@@ -209,14 +212,14 @@ def test_a_run_whose_folder_is_gone_ends_and_leaves_nothing_in_its_place(tmp_pat
     assert not folder.exists()
 
 
-def test_a_failure_fits_into_the_status_before_it(tmp_path, monkeypatch):
+def test_a_failure_is_written_into_the_existing_status_file(tmp_path, monkeypatch):
     folder = tmp_path / "run"
     folder.mkdir()
     fit(folder)
     old = (folder / "status.json").stat()
     trainer = Trainer(max_steps=1, folder=folder, device="cpu")
     trainer.state.step = 7
-    monkeypatch.setattr(os, "rename", refuse)  # the disk has no room for a second file
+    monkeypatch.setattr(os, "rename", refuse)  # no second file fits on the disk
     raise_in(trainer, RunError("no room " + "é" * 2000))
     state = status(folder)
     assert (state["status"], state["step"]) == ("failed", 7)
@@ -240,7 +243,7 @@ def raise_in(trainer, error):
 
 
 def damaged(content, chance, count):
-    """Yield a file cut at any place, and with bytes flipped."""
+    """Yield a file cut at random places, and with random bits flipped."""
     for _ in range(count):
         yield content[: chance.randrange(len(content))]
         flipped = bytearray(content)
@@ -264,7 +267,7 @@ def test_torn_metrics_are_skipped(tmp_path):
         assert kept == sorted(kept)
         assert set(kept) <= {1, 2, 3, 4}
     with pytest.raises(ValueError, match="Unterminated string"):
-        json.loads(content.splitlines()[-1])  # control: what is skipped is no row
+        json.loads(content.splitlines()[-1])  # control: the skipped line is not valid
 
 
 def test_torn_rows_of_a_sweep_are_skipped(tmp_path):
@@ -297,7 +300,7 @@ def test_torn_logs_of_a_study_are_skipped(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["status.json", "sweep.json"])
-def test_a_torn_state_is_an_unknown_one(tmp_path, name):
+def test_a_torn_state_is_unknown(tmp_path, name):
     content = b'{"status": "done", "command": ["a=1"], "swept": ["a"], "began": 1.0}'
     for torn in [
         *damaged(content, random.Random(4), 100),
@@ -309,7 +312,7 @@ def test_a_torn_state_is_an_unknown_one(tmp_path, name):
         assert isinstance(SweepFolder(tmp_path).asked().get("command", []), list)
 
 
-def test_lines_at_the_end_are_cut_off_without_room_for_another_file(tmp_path, monkeypatch):
+def test_last_lines_are_removed_without_writing_a_second_file(tmp_path, monkeypatch):
     (tmp_path / "metrics.jsonl").write_bytes(ROWS + b'{"step": 6, "tr')
     monkeypatch.setattr(os, "rename", refuse)
     keep_lines(tmp_path, 3)
@@ -330,7 +333,7 @@ def test_a_finished_run_with_torn_metrics_is_done_already(command):
     assert "is done already" in out
 
 
-def test_a_run_that_cannot_begin_leaves_no_folder(command):
+def test_a_run_that_cannot_start_leaves_no_folder(command):
     with largest_file(200):
         status, _, err = command("train data=blobs trainer.max_epochs=1 run.name=r")
     assert status == 2
@@ -339,7 +342,7 @@ def test_a_run_that_cannot_begin_leaves_no_folder(command):
     assert not Path("runs/default/r").exists()
 
 
-def test_a_trial_whose_folder_is_deleted_fails_alone(command, tmp_path, monkeypatch):
+def test_only_the_trial_with_a_deleted_folder_fails(command, tmp_path, monkeypatch):
     from framework.training.trainer import Trainer as Trains
 
     real = Trains.log_training
@@ -362,7 +365,7 @@ def test_a_trial_whose_folder_is_deleted_fails_alone(command, tmp_path, monkeypa
     assert not list(Path("runs/default/s").glob("001*"))
 
 
-def test_a_sweep_whose_folder_is_deleted_ends(command, monkeypatch):
+def test_a_sweep_with_a_deleted_folder_ends(command, monkeypatch):
     from framework.training.trainer import Trainer as Trains
 
     def deleting(self):
@@ -379,23 +382,22 @@ def test_a_sweep_whose_folder_is_deleted_ends(command, monkeypatch):
 
 SEARCH = (
     "train -m data=blobs data.samples=200 trainer.max_epochs=1 loggers=[] resume=auto sweep.name=s "
-    "hydra/sweeper=optuna hydra.sweeper.trials=3 hydra.sweeper.startup=2 optimizer.lr=interval(0.001,0.1)"
+    "hydra/sweeper=optuna hydra.sweeper.trials=3 hydra.sweeper.startup=2 "
+    "optimizer.lr=interval(0.001,0.1)"
 )
-ONE_BY_ONE, AS_ONE = (
-    "hydra/launcher=one_by_one",
-    "hydra/launcher=vectorized hydra.launcher.processes=1",
-)
+ONE_BY_ONE = "hydra/launcher=one_by_one"
+AS_ONE = "hydra/launcher=vectorized hydra.launcher.processes=1"
 
 
 def outcomes(folder):
-    """Return what does not depend on time in the rows of a sweep."""
+    """Return the values in the rows of a sweep that do not depend on time."""
     rows = SweepFolder(folder).trials()
     return [(row.number, row.settings, row.state, row.metrics.get("val/loss")) for row in rows]
 
 
 @pytest.fixture
 def fresh(command):
-    """Run a command as in a new process, which has read no journal."""
+    """Run a command as in a new process, without a cached journal."""
 
     def run(line):
         storage_in.cache_clear()
@@ -404,15 +406,20 @@ def fresh(command):
     return run
 
 
-def no_room(monkeypatch, places, number):
-    """Let the disk be full from the n-th time that a checkpoint is written, or a row of a sweep, or a run begins."""
-    module, name = places
-    left, real = iter(range(number)), getattr(module, name)
+def no_room(monkeypatch, place, number):
+    """Simulate a disk that is full after `number` calls of a function.
 
-    def full(*given, **named):
-        if next(left, None) is None:
+    Args:
+        place: a module and the name of its function.
+    """
+    module, name = place
+    real = getattr(module, name)
+    calls = itertools.count()
+
+    def full(*args, **kwargs):
+        if next(calls) >= number:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return real(*given, **named)
+        return real(*args, **kwargs)
 
     monkeypatch.setattr(module, name, full)
 
@@ -425,9 +432,9 @@ def undisturbed(tmp_path_factory):
         for launcher in (ONE_BY_ONE, AS_ONE):
             storage_in.cache_clear()
             patch.chdir(tmp_path_factory.mktemp("search"))
-            with pytest.raises(SystemExit) as exit:
+            with pytest.raises(SystemExit) as end:
                 main(shlex.split(f"{SEARCH} {launcher}"))
-            assert exit.value.code == 0
+            assert end.value.code == 0
             found[launcher] = outcomes(Path("runs/default/s"))
     return found
 
@@ -441,10 +448,10 @@ FULL_AT = {
 
 
 @pytest.mark.parametrize("case", FULL_AT)
-def test_a_search_goes_on_exactly_after_a_full_disk(fresh, monkeypatch, undisturbed, case):
-    launcher, places, number = FULL_AT[case]
+def test_a_search_resumes_exactly_after_a_full_disk(fresh, monkeypatch, undisturbed, case):
+    launcher, place, number = FULL_AT[case]
     with monkeypatch.context() as patch:
-        no_room(patch, places, number)
+        no_room(patch, place, number)
         status, _, err = fresh(f"{SEARCH} {launcher}")
     assert status == 2
     assert re.fullmatch(r"framework: .*No space left on device.*", err.splitlines()[-1])
@@ -456,14 +463,14 @@ def test_a_search_goes_on_exactly_after_a_full_disk(fresh, monkeypatch, undistur
     found = outcomes(Path("runs/default/s"))
     if launcher == ONE_BY_ONE:
         assert found == undisturbed[launcher]
-    else:  # trials that go on alone are equal but for rounding
+    else:  # trials that are resumed one by one differ by rounding
         for one, other in zip(found, undisturbed[launcher], strict=True):
             assert one[:3] == other[:3]
             assert one[3] == pytest.approx(other[3], rel=1e-3)
 
 
-def test_a_trial_that_fails_of_something_else_counts_as_ended(fresh, monkeypatch, undisturbed):
-    """Control: the search above is the same only since its trial was not told as failed."""
+def test_a_trial_that_fails_for_another_reason_counts_as_ended(fresh, monkeypatch, undisturbed):
+    """Control: a trial that counts as failed is not trained again."""
 
     def fail(*given):
         raise RunError("cannot be written")
@@ -477,7 +484,8 @@ def test_a_trial_that_fails_of_something_else_counts_as_ended(fresh, monkeypatch
 
 
 def test_a_grid_ends_at_a_full_disk(command, monkeypatch):
-    grid = "train -m data=blobs trainer.max_epochs=1 loggers=[json_lines] sweep.name=s seed=0,1,2 resume=auto"
+    grid = "train -m data=blobs trainer.max_epochs=1 loggers=[json_lines] sweep.name=s seed=0,1,2"
+    grid += " resume=auto"
     with monkeypatch.context() as patch:
         no_room(patch, (fw.checkpoints, "write"), 1)
         status, _, err = command(f"{grid} {ONE_BY_ONE}")
@@ -488,7 +496,7 @@ def test_a_grid_ends_at_a_full_disk(command, monkeypatch):
     assert [row[2] for row in outcomes(Path("runs/default/s"))] == ["done"] * 3
 
 
-def test_a_search_whose_folder_is_deleted_ends(fresh, monkeypatch):
+def test_a_search_with_a_deleted_folder_ends(fresh, monkeypatch):
     from framework.training.trainer import Trainer as Trains
 
     def deleting(self):
@@ -502,9 +510,7 @@ def test_a_search_whose_folder_is_deleted_ends(fresh, monkeypatch):
 
 
 @pytest.mark.parametrize(("where", "step"), [("graph", 0), ("hparams", 33)])
-def test_what_fails_before_or_after_the_training_is_in_the_status_too(
-    command, monkeypatch, where, step
-):
+def test_errors_before_and_after_the_training_are_in_the_status(command, monkeypatch, where, step):
     from framework_plugins.loggers.tensorboard import TensorBoard
 
     def fail(self, *given):
@@ -525,7 +531,7 @@ def test_what_fails_before_or_after_the_training_is_in_the_status_too(
     assert status(Path("runs/default/r"))["status"] == "done"
 
 
-def test_an_index_without_room_is_not_kept(tmp_path):
+def test_an_index_on_a_full_disk_is_not_kept(tmp_path):
     from framework.composition.catalogue import keep
 
     content = {"stamps": {}, "index": "x" * 1000}
@@ -536,7 +542,7 @@ def test_an_index_without_room_is_not_kept(tmp_path):
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["index.json"]
 
 
-def test_predictions_are_whole_or_not_there(tmp_path):
+def test_predictions_are_written_atomically(tmp_path):
     from framework.cli.output import write_predictions
 
     columns = {"value": torch.arange(1000.0)}
@@ -550,7 +556,7 @@ def test_predictions_are_whole_or_not_there(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["y.csv", "y.jsonl", "y.npz"]
 
 
-def test_a_trace_is_whole_or_not_there(tmp_path):
+def test_a_trace_is_written_atomically(tmp_path):
     class Recorder:
         def export_chrome_trace(self, path):
             Path(path).write_text(self.text)

@@ -1,4 +1,4 @@
-"""Git is read without running anything that a repository, or the working folder, configures."""
+"""Commit and diff are read without running programs of the repository or the working folder."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ SETTINGS = {
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
-    """A repository with an uncommitted change, and a program that leaves a proof when it is run."""
+    """Create a repository with a change, and a program that creates the file `proof`."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     folder = tmp_path / "repository"
     folder.mkdir()
@@ -59,7 +59,7 @@ def use(setting, proof):
         Path(".gitattributes").write_text("* filter=a=b\n")
 
 
-def test_the_change_is_read(repository):
+def test_the_commit_and_the_change_are_read(repository):
     commit, diff = commit_and_diff(repository)
     assert commit == run("rev-parse", "HEAD").strip()
     assert "-one\n+two" in diff
@@ -68,7 +68,7 @@ def test_the_change_is_read(repository):
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_nothing_that_a_repository_names_is_run(repository, tmp_path, name):
+def test_no_program_that_a_repository_configures_is_run(repository, tmp_path, name):
     use(SETTINGS[name], tmp_path / "program")
     commit, diff = commit_and_diff(repository)
     assert not (tmp_path / "proof").exists()
@@ -79,8 +79,8 @@ def test_nothing_that_a_repository_names_is_run(repository, tmp_path, name):
 @pytest.mark.parametrize(
     "name", ["fsmonitor", "external diff", "driver", "textconv", "clean filter", "filter process"]
 )
-def test_a_plain_git_diff_runs_it(repository, tmp_path, name):
-    """Or the test above would show nothing."""
+def test_a_plain_git_diff_runs_these_programs(repository, tmp_path, name):
+    """Control of the test above."""
     use(SETTINGS[name], tmp_path / "program")
     subprocess.run(
         ["git", "diff", "HEAD"],
@@ -92,7 +92,7 @@ def test_a_plain_git_diff_runs_it(repository, tmp_path, name):
     assert (tmp_path / "proof").exists()
 
 
-def test_what_is_included_counts_too(repository, tmp_path):
+def test_filters_of_an_included_file_are_not_run(repository, tmp_path):
     Path("more").write_text(f'[filter "any"]\n\tclean = {tmp_path}/program\n\trequired = true\n')
     run("config", "include.path", str(repository / "more"))
     assert "-one\n+two" in commit_and_diff(repository)[1]
@@ -127,7 +127,7 @@ def test_a_submodule_runs_nothing(repository, tmp_path):
 
 
 def test_a_missing_object_is_not_fetched(repository, tmp_path):
-    """Of a partial clone git fetches it by a program that the repository names."""
+    """A plain git fetches an object of a partial clone by a program that the repository names."""
     for name, value in {
         "core.repositoryformatversion": "1",
         "extensions.partialClone": "origin",
@@ -176,7 +176,7 @@ def test_a_work_tree_elsewhere_is_not_copied(repository, tmp_path):
     assert "password" not in commit_and_diff(repository)[1]
 
 
-def test_a_folder_that_is_itself_a_repository_is_none(repository, tmp_path):
+def test_a_bare_repository_is_not_read(repository, tmp_path):
     run("clone", "-q", "--bare", ".", "bare")
     run("-C", "bare", "config", "core.fsmonitor", str(tmp_path / "program"))
     run("-C", "bare", "config", "core.worktree", str(repository))
@@ -191,7 +191,7 @@ def test_an_empty_folder_named_git_is_no_repository(repository):
     assert commit_and_diff(repository / "below") == (None, None)
 
 
-def test_outside_a_repository_there_is_neither(tmp_path):
+def test_outside_of_a_repository_there_is_no_commit_and_no_diff(tmp_path):
     assert commit_and_diff(tmp_path) == (None, None)
 
 
@@ -202,16 +202,16 @@ def test_a_large_diff_is_cut(repository):
     assert diff.endswith(git.CUT)
 
 
-def test_any_bytes_can_be_in_a_diff(repository):
+def test_a_diff_may_contain_any_bytes(repository):
     Path("part.py").write_bytes(b"caf\xe9\n")
     assert "caf\ufffd" in commit_and_diff(repository)[1]
 
 
-def test_a_git_that_hangs_is_ended_with_its_children(tmp_path, monkeypatch):
+def test_a_hanging_git_is_killed_with_its_children(tmp_path, monkeypatch):
     program = tmp_path / "hang"
     program.write_text("#!/bin/sh\nsleep 60 & echo $! > child\nwait\n")
     program.chmod(0o755)
-    monkeypatch.setattr(git, "SECONDS", 0.3)
+    monkeypatch.setattr(git, "TIMEOUT", 0.3)
     began = time.monotonic()
     assert git.output([str(program)], tmp_path, os.environ) is None
     assert time.monotonic() - began < 5

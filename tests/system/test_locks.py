@@ -1,4 +1,4 @@
-"""File systems without locks: the message names the setting, with which everything works."""
+"""On file systems without locks the message names the setting that makes all commands work."""
 
 import errno
 import fcntl
@@ -12,9 +12,10 @@ import pytest
 
 from framework.errors import RunError, SettingError
 from framework.runs.folder import RunFolder
-from framework.system.locks import is_gone, lock
+from framework.system.locks import has_ended, lock
 
-QUICK = "model.width=8 model.depth=1 trainer.max_steps=4 callbacks=[checkpoint] loggers=[json_lines] data=blobs"
+QUICK = "model.width=8 model.depth=1 trainer.max_steps=4 callbacks=[checkpoint]"
+QUICK += " loggers=[json_lines] data=blobs"
 UNSUPPORTED = ["ENOLCK", "ENOTSUP", "ENOSYS"]
 
 
@@ -55,7 +56,7 @@ def test_every_command_works_without_locks(monkeypatch, command):
     assert (status, "is being written by process 1 on another-machine" in err) == (2, True)
 
 
-def test_without_locks_a_writer_is_known_by_the_name_of_its_process(monkeypatch, tmp_path):
+def test_without_locks_a_writer_is_identified_by_the_name_of_its_process(monkeypatch, tmp_path):
     monkeypatch.setenv("FRAMEWORK_LOCKS", "off")
     folder = RunFolder(tmp_path, "a")
     with pytest.raises(
@@ -85,7 +86,7 @@ def test_a_forked_process_does_not_release_a_folder(monkeypatch, tmp_path):
     folder.lock.close()
 
 
-def test_another_value_of_the_variable_is_refused_and_other_errors_stay(monkeypatch, tmp_path):
+def test_another_value_of_the_variable_is_refused_and_other_errors_pass(monkeypatch, tmp_path):
     with (tmp_path / "file").open("w") as file:
         monkeypatch.setenv("FRAMEWORK_LOCKS", "no")
         with pytest.raises(SettingError, match="FRAMEWORK_LOCKS=no: expected on or off"):
@@ -99,6 +100,6 @@ def test_another_value_of_the_variable_is_refused_and_other_errors_stay(monkeypa
 @pytest.mark.parametrize(
     "holder", ["", "process x on y", "process 1 on another", f"process 1 on {platform.node()}"]
 )
-def test_who_may_still_be_there(holder):
-    assert not is_gone(holder)
-    assert is_gone(f"process {10**30} on {platform.node()}")
+def test_a_holder_has_ended_only_if_this_machine_knows_it(holder):
+    assert not has_ended(holder)
+    assert has_ended(f"process {10**30} on {platform.node()}")

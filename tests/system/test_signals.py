@@ -1,4 +1,4 @@
-"""Signals: from the first import to the exit, between trials, in workers, and when the terminal is closed."""
+"""Signals: during imports, in training, between trials, in workers, and of a closed terminal."""
 
 import os
 import pty
@@ -28,7 +28,7 @@ FRAMEWORK = [sys.executable, "-m", "framework"]
 
 
 class Run:
-    """What `stopping` needs of a trainer."""
+    """A run that records its stops, in the place of a trainer."""
 
     def __init__(self):
         self.stops = []
@@ -42,7 +42,7 @@ def send(*numbers):
         os.kill(os.getpid(), number)
 
 
-# from the first import on
+# during imports
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_a_signal_at_the_start_ends_the_command(tmp_path, number, after):
 
 
 def maps(pid):
-    """A word once the process handles SIGTERM, which is the first that the package does."""
+    """Return "signals" once the process handles SIGTERM, which the package does first; else ""."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -72,7 +72,7 @@ def maps(pid):
     return "signals" if caught >> (signal.SIGTERM - 1) & 1 else ""
 
 
-def test_a_hangup_that_is_ignored_stays_ignored():
+def test_an_ignored_hangup_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         run = Run()
@@ -124,7 +124,7 @@ def test_a_signal_after_the_last_step_is_not_lost():
         assert interrupt.received == signal.SIGINT
 
 
-def test_an_import_is_seen_in_the_calls(tmp_path, monkeypatch):
+def test_an_import_is_found_in_the_stack(tmp_path, monkeypatch):
     (tmp_path / "imported.py").write_text(
         "import sys\nfrom framework.system.signals import importing\n"
     )
@@ -140,24 +140,25 @@ def test_an_import_is_seen_in_the_calls(tmp_path, monkeypatch):
 # workers
 
 
-def test_a_signal_is_passed_on_once_to_each_worker(monkeypatch):
-    sent, pids = [], [11]
-    monkeypatch.setattr(os, "kill", lambda *given: sent.append(given))
+def test_a_signal_is_forwarded_once_to_each_worker(monkeypatch):
+    sent = []
+    pids = [11]
+    monkeypatch.setattr(os, "kill", lambda *args: sent.append(args))
     forward = Forward(lambda: pids)
-    forward.tell()
+    forward.send_pending()
     forward(signal.SIGINT, None)
     pids.append(12)
-    forward.tell()
-    forward.tell()
+    forward.send_pending()
+    forward.send_pending()
     assert sent == [(11, signal.SIGINT), (12, signal.SIGINT)]
     forward(signal.SIGHUP, None)
     forward(signal.SIGTERM, None)
     assert sent[2:] == [(11, signal.SIGTERM), (12, signal.SIGTERM)]
 
 
-def test_a_signal_that_was_passed_on_ends_the_sweep():
+def test_a_forwarded_signal_ends_the_sweep():
     with interruptible() as interrupt:
-        with forwarding(lambda: []):
+        with forwarding(list):
             send(signal.SIGHUP)
             assert received() == signal.SIGHUP
         assert interrupt.received == signal.SIGHUP
@@ -173,7 +174,7 @@ def test_a_worker_keeps_the_first_signal_and_raises_at_the_second():
 
 @pytest.mark.parametrize("watched", [False, True])
 def test_a_process_ends_with_its_parent(tmp_path, monkeypatch, watched):
-    """Also where the system does not tell a process that its parent ends."""
+    """With `watched`, as on systems without a signal for the death of the parent."""
     if watched:
         monkeypatch.setattr(sys, "platform", "another")
         monkeypatch.setattr(signals, "POLL_SECONDS", 0.01)
@@ -200,14 +201,16 @@ def alive(pid):
         return False
 
 
-# a terminal that is closed
+# a closed terminal
 
 
-def test_what_is_printed_to_a_closed_terminal_is_dropped(tmp_path):
+def test_output_to_a_closed_terminal_is_discarded(tmp_path):
     child, terminal = pty.fork()
     if child == 0:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        program = "import sys, time; from framework.system.streams import prepare_streams; prepare_streams()\n"
+        program = "import sys, time\n"
+        program += "from framework.system.streams import prepare_streams\n"
+        program += "prepare_streams()\n"
         program += "print('here', flush=True); time.sleep(0.5)\n"
         program += "print('lost', flush=True); print('lost', file=sys.stderr, flush=True)\n"
         program += "open(sys.argv[1], 'w').write('done')"
@@ -223,7 +226,7 @@ def test_what_is_printed_to_a_closed_terminal_is_dropped(tmp_path):
 
 @pytest.mark.parametrize("control", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_short_campaign_of_signals(control):
-    """With one launcher: joblib's workers, and more signals, take too long for a test."""
+    """With one launcher: workers of joblib, and more signals, take too long for a test."""
     command = [sys.executable, SCRIPTS / "fault_campaign", "--signals", "3", "--launchers", "basic"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command += ["--control"] * control

@@ -1,4 +1,4 @@
-"""What a terminal cannot encode, or a closed stream, ends no command; files are UTF-8 in every locale."""
+"""Characters that a terminal cannot encode and closed streams end no command; files are UTF-8."""
 
 import io
 import os
@@ -28,7 +28,8 @@ class Prints(Callback):
     def on_fit_end(self, trainer):
         print("α→β")
 '''
-# Runs commands in one process, each with its exit status; reports every file that is opened in the locale's encoding.
+# Runs commands in one process and prints their exit status. Opening a file in the encoding of the
+# locale is an error.
 SEVERAL = """
 import shlex, sys, warnings
 warnings.filterwarnings("error", category=EncodingWarning, module="framework")
@@ -42,7 +43,7 @@ for line in sys.argv[1:]:
 TINY = "model.depth=1 model.width=4 loader.limit=1 trainer.max_steps=1"
 
 
-def test_every_command_in_a_poor_terminal(tmp_path):
+def test_every_command_works_in_an_ascii_terminal(tmp_path):
     (tmp_path / "unicode.py").write_text(PLUGIN, encoding="utf-8")
     classes = np.array(["größe", "大"])[np.arange(40) % 2]
     np.savez(tmp_path / "x.npz", x=np.random.rand(40, 3).astype("float32"), y=classes)
@@ -66,17 +67,18 @@ def test_every_command_in_a_poor_terminal(tmp_path):
     environment |= {"PYTHONIOENCODING": "ascii"}
     command = [sys.executable, "-X", "warn_default_encoding", "-c", SEVERAL, *lines]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
-    errors, output = done.stderr.decode("ascii"), done.stdout.decode("ascii")
+    errors = done.stderr.decode("ascii")
+    output = done.stdout.decode("ascii")
     ended = [line for line in errors.splitlines() if line.startswith("status ")]
     assert [line.partition(":")[0] for line in ended] == [
         f"status {status}" for status in lines.values()
     ], errors
     assert "a fault at" not in errors
-    assert r"gr\xf6\xdfe" in output, "predictions on stdout lose nothing"
+    assert r"gr\xf6\xdfe" in output, "predictions on stdout are complete"
     assert "größe" in (tmp_path / "y.csv").read_text(encoding="utf-8")
 
 
-def test_closed_streams(tmp_path):
+def test_commands_work_with_closed_streams(tmp_path):
     for redirected in (">&-", "2>&-", ">&- 2>&- <&-"):
         done = subprocess.run(
             f"{shlex.quote(FRAMEWORK)} show gelu {redirected}",
@@ -85,18 +87,18 @@ def test_closed_streams(tmp_path):
             capture_output=True,
         )
         assert (done.returncode, done.stderr) == (0, b"")
-    script = "import sys; from framework.system.streams import prepare_streams; prepare_streams(); f = open('x'); print(1)"
-    script += "; sys.exit(f.fileno())"
+    script = "import sys; from framework.system.streams import prepare_streams; prepare_streams()"
+    script += "; f = open('x'); print(1); sys.exit(f.fileno())"
     (tmp_path / "x").touch()
     done = subprocess.run(
         f'{shlex.quote(sys.executable)} -c "{script}" >&- 2>&- <&-', shell=True, cwd=tmp_path
     )
     assert done.returncode == 3, (
-        "a file that is opened later does not get the descriptor of a closed stream"
+        "a file opened later does not get the descriptor of a closed stream"
     )
 
 
-def test_a_reader_that_ends_early(tmp_path):
+def test_a_reader_that_ends_early_is_no_error(tmp_path):
     done = subprocess.run(
         f"{shlex.quote(FRAMEWORK)} list --json | head -1",
         shell=True,
@@ -106,7 +108,7 @@ def test_a_reader_that_ends_early(tmp_path):
     assert (done.stdout, done.stderr) == (b"{\n", b"")
 
 
-def test_only_what_cannot_be_encoded_is_replaced(monkeypatch):
+def test_only_characters_that_cannot_be_encoded_are_replaced(monkeypatch):
     written = io.BytesIO()
     stream = io.TextIOWrapper(written, encoding="latin-1")
     monkeypatch.setattr(sys, "stdout", stream)

@@ -1,4 +1,4 @@
-"""Two fits at the same time in one process: refused in threads, possible one inside the other."""
+"""Two fits at the same time in one process are refused in two threads, and may be nested in one."""
 
 import os
 import threading
@@ -12,16 +12,14 @@ from framework.composition.compose import CommandLine, run_composed as compose
 from framework.data.dataset import Loader
 from framework.data.workers import SeededSamples
 from framework.errors import FrameworkError
-from framework.experiment.experiment import train
+from framework.experiment.experiment import Experiment, train
 from framework.experiment.load import open_run
 from framework.runtime import seeds
 from framework.runtime.shapes import dry_run
 from framework.training.layer_table import model_undisturbed
 
-INPUTS, TARGETS = (
-    torch.randn(64, 8, generator=torch.Generator().manual_seed(1)),
-    torch.arange(64) % 3,
-)
+INPUTS = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
+TARGETS = torch.arange(64) % 3
 
 
 def model():
@@ -51,10 +49,11 @@ def alone():
 
 
 class Meanwhile(Callback):
-    """Runs a function in another thread while a fit is under way, and waits for it."""
+    """Runs a function in another thread during a fit, and waits for it."""
 
     def __init__(self, function):
-        self.function, self.error = function, None
+        self.function = function
+        self.error = None
 
     def on_epoch_end(self, trainer):
         thread = threading.Thread(target=self._run)
@@ -69,8 +68,6 @@ class Meanwhile(Callback):
 
 
 def spec():
-    from framework.composition.compose import CommandLine, run_composed as compose
-
     specs = []
     compose(
         CommandLine(["data=blobs", "model.dropout=0.1"], []), lambda job: specs.append(job.spec)
@@ -79,13 +76,11 @@ def spec():
 
 
 def build():
-    from framework.experiment.experiment import Experiment
-
     Experiment(spec())
 
 
 def sample():
-    """Read a batch of a split that is not in memory: its samples have generators of their own."""
+    """Read a batch of a split that is not in memory; its samples have their own generators."""
     split = [(INPUTS[row], TARGETS[row]) for row in range(8)]
     next(iter(Loader(split).epoch()))
 
@@ -115,9 +110,10 @@ USES = {
 
 
 @pytest.mark.parametrize("use", USES.values(), ids=USES)
-def test_another_thread_is_refused_during_a_fit_which_stays_as_it_would_be_alone(use):
+def test_another_thread_is_refused_during_a_fit_and_does_not_change_it(use):
     expected = alone()
-    other, net = Meanwhile(use), model()
+    other = Meanwhile(use)
+    net = model()
     fit(net, other)
     assert isinstance(other.error, FrameworkError), other.error
     assert "another thread of this process fits" in str(other.error)
@@ -125,8 +121,8 @@ def test_another_thread_is_refused_during_a_fit_which_stays_as_it_would_be_alone
     assert equal(weights(net), expected)
 
 
-def test_the_generators_that_another_thread_moves_would_change_a_fit():
-    """A control: the comparison of weights notices what is not refused."""
+def test_random_numbers_in_another_thread_would_change_a_fit():
+    """Control: the comparison of weights finds uses that are not refused."""
     expected = alone()
     net = model()
     fit(net, Meanwhile(lambda: torch.rand(3)))
@@ -156,7 +152,8 @@ def test_after_a_fit_another_thread_may_fit(fails):
     assert equal(weights(nets[0]), expected)
 
 
-def test_a_fit_is_refused_while_another_thread_predicts_whose_end_would_turn_the_generators_back():
+def test_a_fit_is_refused_while_another_thread_predicts():
+    """At its end the prediction would restore the generators."""
     errors = []
 
     class Slow(nn.Module):
@@ -164,7 +161,7 @@ def test_a_fit_is_refused_while_another_thread_predicts_whose_end_would_turn_the
             try:
                 thread.start()
                 thread.join(60)
-            except RuntimeError:  # it was started by an earlier batch
+            except RuntimeError:  # an earlier batch has started it
                 pass
             return x
 
@@ -181,7 +178,8 @@ def test_a_fit_is_refused_while_another_thread_predicts_whose_end_would_turn_the
 
 
 def test_two_threads_may_predict_at_the_same_time():
-    net, both = model(), threading.Barrier(2, timeout=60)
+    net = model()
+    both = threading.Barrier(2, timeout=60)
     found = []
 
     class Together(nn.Module):
@@ -213,8 +211,10 @@ def test_several_threads_may_open_and_evaluate_runs_at_the_same_time(tmp_path, m
     ]
     compose(CommandLine(overrides, []), lambda job: specs.append(job.spec))
     train(specs[0], "default", [])
-    alone = open_run("runs/default/r").evaluate()
-    together, found, errors = threading.Barrier(4, timeout=60), [], []
+    expected = open_run("runs/default/r").evaluate()
+    together = threading.Barrier(4, timeout=60)
+    found = []
+    errors = []
 
     def evaluate():
         together.wait()
@@ -229,7 +229,7 @@ def test_several_threads_may_open_and_evaluate_runs_at_the_same_time(tmp_path, m
     for thread in threads:
         thread.join(60)
     assert errors == []
-    assert found == [alone] * 4
+    assert found == [expected] * 4
 
 
 class Inner(Callback):
@@ -248,7 +248,8 @@ class Inner(Callback):
 
 def test_a_callback_may_fit_another_model_in_the_same_thread():
     expected = alone()
-    net, inner = model(), Inner()
+    net = model()
+    inner = Inner()
     fit(net, inner)
     assert equal(weights(net), expected)
     assert len(inner.found) == 3
@@ -261,7 +262,7 @@ def test_reading_samples_in_this_thread_is_not_refused_within_a_measurement():
         assert len(samples.__getitems__([0])[0]) == 1
 
 
-def test_a_process_that_is_forked_during_a_fit_is_free():
+def test_a_process_forked_during_a_fit_may_fit():
     class Forks(Callback):
         def on_epoch_end(self, trainer):
             child = os.fork()

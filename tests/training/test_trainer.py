@@ -412,12 +412,12 @@ def test_values_measured_while_the_trainer_is_open_are_logged():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"max_epochs": 0}, r"max_epochs should be int in \[1, inf\).* not 0"),
+        ({"max_epochs": 0}, r"max_epochs: expected int in \[1, inf\).* got 0"),
         ({"max_epochs": None}, "needs max_epochs or max_steps"),
-        ({"accumulate": 0}, "accumulate should be"),
-        ({"precision": "fp8"}, "precision should be one of fp32, bf16, fp16"),
-        ({"log_every": "often"}, "log_every should be a cadence"),
-        ({"validate_every": "0steps"}, "validate_every should be a cadence"),
+        ({"accumulate": 0}, "accumulate: expected"),
+        ({"precision": "fp8"}, "precision: expected one of fp32, bf16, fp16"),
+        ({"log_every": "often"}, "log_every: expected a cadence"),
+        ({"validate_every": "0steps"}, "validate_every: expected a cadence"),
         ({"validate_every": "0.5epochs"}, "validate_every should be a whole number of epochs"),
         ({"device": "gpu"}, "device should be"),
     ],

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 
 from framework.contracts.state import SECONDS
 from framework.errors import ConfigError, SettingError, did_you_mean
-from framework.registry.schema import NonNegativeInt, Pattern, PositiveInt, read_settings
+from framework.registry.annotations import NonNegativeInt, Pattern, PositiveInt
+from framework.registry.schema import read_settings
 
 SECTION = "hydra.sweeper"
 DURATION = r"(\d+(?:\.\d+)?)\s*(s|sec|min|h)"

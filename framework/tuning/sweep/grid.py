@@ -23,7 +23,7 @@ from framework.composition.overrides import (
 )
 from framework.errors import ConfigError
 from framework.errors.terminal import print_line
-from framework.registry.schema import PositiveInt
+from framework.registry.annotations import PositiveInt
 from framework.system.signals import received
 
 from .grid_rules import Rule, combinations

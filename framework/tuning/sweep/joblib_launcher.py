@@ -14,7 +14,7 @@ from joblib import effective_n_jobs
 
 from framework.system.signals import (
     Forward,
-    Serve,
+    InitWorker,
     blocked,
     ending_exception,
     ending_signals,
@@ -38,7 +38,7 @@ class Joblib(JoblibLauncher):
         if effective_n_jobs(self.joblib.get("n_jobs", 1)) == 1:  # in this process
             return super().launch(job_overrides, initial_job_idx)
         settings = self.joblib
-        self.joblib = settings | {"initializer": Serve(os.getpid())}
+        self.joblib = settings | {"initializer": InitWorker(os.getpid())}
         with forwarding(worker_pids) as forward, watching(forward):
             try:
                 done = super().launch(job_overrides, initial_job_idx)
@@ -70,7 +70,7 @@ def watching(forward: Forward) -> Iterator[None]:
             for number in numbers & signal.sigpending():
                 signal.sigwait([number])
                 forward(number, None)
-            forward.tell()  # workers that have started since
+            forward.send_pending()  # workers that have started since
 
     with blocked():
         thread = threading.Thread(target=watch, daemon=True)

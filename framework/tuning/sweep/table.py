@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from framework.errors.paths import pasted, quoted, typed
-from framework.errors.terminal import message_line, printable
+from framework.errors.terminal import message_line, printable, shortened
 
 from .folder import SweepFolder, Trial, short_keys
 
@@ -169,7 +169,7 @@ def table_text(value: Any) -> str:
     if value is None:
         return "null"
     text = printable(f"{value:.5g}" if isinstance(value, float) else value)
-    return text if len(text) <= WIDEST else f"{text[: WIDEST - 3]}..."
+    return shortened(text, WIDEST)
 
 
 def measured(group: Group, metric: str) -> str:

@@ -16,7 +16,7 @@ from framework.errors.user_code import describe
 from framework.experiment.build import build_data
 from framework.experiment.experiment import Experiment, Prepared, Result, prepare_run
 from framework.experiment.log_start import first_batch
-from framework.registry.schema import PositiveInt
+from framework.registry.annotations import PositiveInt
 from framework.runtime.memory import OutOfMemory, free_bytes, is_full
 from framework.system.files import check_exists
 from framework.system.signals import received, stopping

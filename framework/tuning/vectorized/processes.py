@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 
 from framework.errors.user_code import describe
-from framework.system.signals import blocked, forwarding, serve
+from framework.system.signals import blocked, forwarding, init_worker
 
 from ..sweep.display import Elsewhere, Shown
 
@@ -64,7 +64,7 @@ def shared_out(works: Sequence[Work], shown: Shown) -> list[Any]:
             with blocked(), warnings.catch_warnings(action="ignore", category=DeprecationWarning):
                 worker.start()  # the warning is of threads; torch's are not used
             processes.append(worker)
-            forward.tell()
+            forward.send_pending()
             its.close()
             numbers[mine] = number
         while numbers:
@@ -89,7 +89,7 @@ def shared_out(works: Sequence[Work], shown: Shown) -> list[Any]:
 
 def do(work: Work, pipe: Connection, parent: int) -> None:
     """Do a piece of work in a new process, with one thread, and send what comes of it."""
-    serve(parent)
+    init_worker(parent)
     torch.set_num_threads(1)
     there = Elsewhere(pipe)
     try:

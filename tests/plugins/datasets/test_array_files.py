@@ -194,7 +194,7 @@ def test_npz_that_cannot_be_used(tmp_path):
     np.savez(path, x=np.zeros((4, 3)), yy=np.zeros(3))
     for settings, said in (
         ({}, "has no array 'y'; did you mean 'yy'?"),
-        ({"inputs": "images"}, "has no array 'images_train'; there is: x, yy"),
+        ({"inputs": "images"}, "has no array 'images_train'; available: x, yy"),
         ({"targets": "yy"}, "4 train inputs, but 3 targets"),
         (
             {"targets": "yy", "shape": [2, 2]},

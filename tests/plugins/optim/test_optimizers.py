@@ -76,9 +76,9 @@ def test_only_the_rule_itself_is_configured_and_its_defaults_are_in_range(entry)
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("adam", {"lr": 0}, r"lr: should be float in \(0, inf\)"),
-        ("adamw", {"betas": [0.9, 1.0]}, "betas: should be"),
-        ("sgd", {"momentum": 1.0}, "momentum: should be"),
+        ("adam", {"lr": 0}, r"lr: expected float in \(0, inf\)"),
+        ("adamw", {"betas": [0.9, 1.0]}, "betas: expected"),
+        ("sgd", {"momentum": 1.0}, "momentum: expected"),
         ("adam", {"momentum": 0.9}, "no setting 'momentum'"),
     ],
 )

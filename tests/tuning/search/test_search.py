@@ -187,17 +187,17 @@ def test_a_search_ends_early(tmp_path):
 @pytest.mark.parametrize(
     ("given", "metrics", "said"),
     [
-        ({"trials": 0}, METRICS, r"hydra.sweeper.trials=0: should be int in \[1, inf\)"),
+        ({"trials": 0}, METRICS, r"hydra.sweeper.trials=0: expected int in \[1, inf\)"),
         (
             {"trails": 9},
             METRICS,
             "hydra.sweeper.trails: there is no such setting; did you mean 'trials'",
         ),
-        ({"sampler": "tbe"}, METRICS, "hydra.sweeper.sampler=tbe: should be one of auto, tpe"),
+        ({"sampler": "tbe"}, METRICS, "hydra.sweeper.sampler=tbe: expected one of auto, tpe"),
         (
             {"timeout": "1 week"},
             METRICS,
-            "hydra.sweeper.timeout=1 week: should be a duration like 90s",
+            "hydra.sweeper.timeout=1 week: expected a duration like 90s",
         ),
         (
             {"pruner": "median"},

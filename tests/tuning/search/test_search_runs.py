@@ -141,8 +141,8 @@ def test_several_metrics_have_a_front(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["hydra.sweeper.trials=0"], "hydra.sweeper.trials=0: should be int in"),
-        (["hydra.sweeper.sampler=tbe"], "hydra.sweeper.sampler=tbe: should be one of auto, tpe"),
+        (["hydra.sweeper.trials=0"], "hydra.sweeper.trials=0: expected int in"),
+        (["hydra.sweeper.sampler=tbe"], "hydra.sweeper.sampler=tbe: expected one of auto, tpe"),
         (["hydra.sweeper.trails=4"], "hydra.sweeper.trails"),
         (["optimizer.lr=tag(log, interval(0, 1))"], "`low > 0` must hold"),
         (["optimizer.lr=0.1"], "a search needs something to choose"),

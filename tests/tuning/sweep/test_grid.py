@@ -237,7 +237,7 @@ def test_every_problem_of_every_job_is_told_at_once(sweep):
             "sweep.metric=weights/norm: say what is better with sweep.mode=min or max",
         ),
         ("sweep.mode=[min,max]", "sweep.mode: should be one, or one for each sweep.metric"),
-        ("sweep.mode=low", "sweep.mode=low: should be one of auto, min, max"),
+        ("sweep.mode=low", "sweep.mode=low: expected one of auto, min, max"),
         ("sweep.name=a,b", "sweep.name=a,b: is about a whole sweep: write sweep.name=[a,b]"),
         ("optimizer.lr=interval(0,1)", "interval(...) is for a sweeper that draws values"),
         ("hydra/launcher=jobib", "hydra/launcher=jobib: not installed"),

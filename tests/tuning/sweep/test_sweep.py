@@ -295,5 +295,5 @@ def test_a_long_value_does_not_make_the_table_wide():
 
 
 def test_a_long_value_does_not_widen_the_table():
-    assert table_text(list(range(100))) == "[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11..."
+    assert table_text(list(range(100))) == "[0, 1, 2, 3, 4, 5, 6, 7,..., 97, 98, 99]"
     assert (table_text(None), table_text(0.1), table_text("sgd")) == ("null", "0.1", "sgd")

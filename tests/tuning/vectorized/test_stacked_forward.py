@@ -139,7 +139,7 @@ def test_building_on_the_meta_device_touches_no_memory():
             [{"name": "conv2d", "channels": 0}],
             {},
             SettingError,
-            r"channels: should be int in \[1, inf\), not 0",
+            r"channels: expected int in \[1, inf\), got 0",
         ),
     ],
 )
