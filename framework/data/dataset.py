@@ -20,8 +20,9 @@ from framework.errors import DataError, FrameworkError, RunError, short
 from framework.registry.kinds import Shape
 from framework.registry.schema import NonNegativeFloat, PositiveInt, Range
 from framework.runtime import seeds
-from framework.runtime.device import CopyStream, channels_last, chosen_layout
+from framework.runtime.copy_stream import CopyStream
 from framework.runtime.memory import check_room
+from framework.runtime.memory_format import channels_last, chosen_layout
 from framework.system.files import read_json
 
 from .token_splits import GatheredSplit, RaggedSplit as RaggedSplit, WindowSplit as WindowSplit

@@ -29,7 +29,7 @@ from framework.runs import checkpoint
 from framework.runs.folder import RunFolder, dump, provenance, read_facts
 from framework.runs.status_file import Status
 from framework.runtime.clock import slow_data
-from framework.runtime.device import intra_op_threads, suitable_threads
+from framework.runtime.threads import intra_op_threads, suitable_threads
 from framework.system.files import first_words
 from framework.system.signals import stopping
 from framework.training.trainer import Trainer

@@ -42,9 +42,10 @@ from framework.registry.schema import PositiveInt, check_arguments
 from framework.runtime import seeds
 from framework.runtime.batch import move_batch
 from framework.runtime.clock import Clock, Profiler
-from framework.runtime.device import Format, deterministic_algorithms
+from framework.runtime.determinism import deterministic_algorithms
 from framework.runtime.memory import MicroBatches, memory_errors
 from framework.runtime.modes import Modes
+from framework.runtime.precision import Format
 from framework.system.files import check_disk_error, check_exists, disk_errors
 
 from . import trainer_state

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from benchmarks.rounds import ratio, table, take_turns
 from benchmarks.workloads import CLASSES, cnn, dense
-from framework.runtime.device import channels_last, chosen_layout
+from framework.runtime.memory_format import channels_last, chosen_layout
 
 SECONDS = 0.03  # of steps between two looks at the clock
 WIN = 1.05  # times as fast: less is noise

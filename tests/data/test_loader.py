@@ -21,7 +21,7 @@ from framework.data.dataset import Data, ForeignLoader, Loader, RaggedSplit, Ten
 from framework.errors import DataError
 from framework.experiment.build import build_loader
 from framework.runtime import seeds
-from framework.runtime.device import one_ahead
+from framework.runtime.copy_stream import one_ahead
 
 SIZE = 23
 CPU = torch.device("cpu")

@@ -12,15 +12,12 @@ from torch.nn import functional as F
 from fits import OPTIMIZERS, SPLIT, Record, X, Y, fit, network, same
 from framework import Callback, FrameworkError, Step, Task, Trainer
 from framework.errors import SettingError
-from framework.runtime.device import (
-    Precision,
-    chosen_layout,
-    deterministic_algorithms,
-    find_device,
-    intra_op_threads,
-    suitable_threads,
-)
+from framework.runtime.determinism import deterministic_algorithms
+from framework.runtime.device import find_device
 from framework.runtime.memory import OutOfMemory, memory_errors
+from framework.runtime.memory_format import chosen_layout
+from framework.runtime.precision import Precision
+from framework.runtime.threads import intra_op_threads, suitable_threads
 
 CPU = torch.device("cpu")
 

@@ -17,7 +17,7 @@ from framework import Callback, Metric, TensorSplit, Trainer, Transform
 from framework.data.dataset import ForeignLoader, Loader
 from framework.data.token_splits import GatheredSplit, WindowSplit
 from framework.runtime import seeds
-from framework.runtime.device import CopyStream
+from framework.runtime.copy_stream import CopyStream
 from framework.tuning.vectorized.trainer import StackedTrainer
 
 torch.manual_seed(5)

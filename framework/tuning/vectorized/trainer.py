@@ -21,7 +21,7 @@ from framework.errors import FrameworkError
 from framework.errors.exits import no_exit
 from framework.errors.torch_errors import torch_errors
 from framework.runtime.batch import move_batch
-from framework.runtime.device import deterministic_algorithms
+from framework.runtime.determinism import deterministic_algorithms
 from framework.runtime.memory import memory_errors
 from framework.runtime.seeds import undisturbed
 from framework.training.acceleration.callbacks import GradientCallbacks, gradient_callbacks
