@@ -164,7 +164,7 @@ class Experiment:
             schedule=self.schedule,
             data=self.data,
             threads=self.threads(),
-            loader=self.train_batches.manner,
+            loader=self.train_batches.description,
             transforms=[repr(maker).partition("/")[2] for maker in self.spec.parts["transform"]],
         )
         trainer = self.trainer()

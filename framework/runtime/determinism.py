@@ -1,4 +1,4 @@
-"""Deterministic algorithms."""
+"""Deterministic algorithms of torch."""
 
 import os
 from collections.abc import Iterator
@@ -8,19 +8,21 @@ import torch
 
 
 @contextmanager
-def deterministic_algorithms(wanted: bool) -> Iterator[None]:
-    """Run with deterministic algorithms only, if wanted; afterwards torch is set as before."""
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    if wanted:
-        os.environ.setdefault(
-            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-        )  # cuBLAS asks for one fixed workspace
-        torch.use_deterministic_algorithms(True)
+def deterministic_algorithms(enabled: bool) -> Iterator[None]:
+    """Allow deterministic algorithms only; restore the setting of torch afterwards.
+
+    Args:
+        enabled: False changes nothing.
+    """
+    if not enabled:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    # cuBLAS is deterministic only with a workspace of fixed size.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        if wanted:  # torch imports its compiler here, which takes a second
-            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)

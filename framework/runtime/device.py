@@ -1,4 +1,4 @@
-"""Where tensors are."""
+"""The device on which a model runs."""
 
 import torch
 
@@ -6,28 +6,35 @@ from framework.errors import SettingError
 
 
 def find_device(name: str) -> torch.device:
-    """Return the device of that name; auto is cuda, else mps, else cpu. Raises SettingError when it is not there."""
+    """Return a device by its name.
+
+    Args:
+        name: cpu, cuda, cuda:N or mps; auto is CUDA if it is available, else MPS, else the CPU.
+
+    Raises:
+        SettingError: the name is unknown, or this machine has no such device.
+    """
     if name == "auto":
-        name = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
+        return fastest_device()
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise SettingError(
-            f"device should be auto, cpu, cuda, cuda:N or mps, not {name!r}"
+            f"expected device auto, cpu, cuda, cuda:N or mps, got {name!r}"
         ) from error
-    there = {
-        "cpu": 1,
-        "cuda": torch.cuda.device_count(),
-        "mps": int(torch.backends.mps.is_available()),
-    }
-    if (device.index or 0) >= there.get(device.type, 0):
+    cuda_devices = torch.cuda.device_count()
+    available = {"cpu": 1, "cuda": cuda_devices, "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= available.get(device.type, 0):
         raise SettingError(
-            f"device {name} is not on this machine (it has {there['cuda']} CUDA devices)"
+            f"device {name} is not available: this machine has {cuda_devices} CUDA devices"
         )
     return device
+
+
+def fastest_device() -> torch.device:
+    """Return the CUDA device, else the MPS device, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")

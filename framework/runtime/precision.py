@@ -1,4 +1,4 @@
-"""Number formats of the arithmetic."""
+"""The number format of the arithmetic, and the scaling of the loss that fp16 needs."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -8,61 +8,81 @@ import torch
 from torch import Tensor, nn
 
 from . import seeds
+from .modes import restored_modes
 from .momentum import complete_momentum
 
-NOTHING = nullcontext()
 Format = Literal["fp32", "bf16", "fp16"]
+AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+NO_AUTOCAST = nullcontext()
 
 
 class Precision:
-    """Runs forward passes in a number format, and scales the loss where the format needs it (fp16)."""
+    """Runs forward passes in a number format.
 
-    def __init__(self, format: Format, device: torch.device):
+    Args:
+        number_format: fp32, or bf16 or fp16 for automatic mixed precision.
+        device: the device of the model.
+
+    Attributes:
+        dtype: the dtype of autocast; None for fp32.
+        scaler: scales the loss, so that small gradients do not vanish; None except for fp16.
+    """
+
+    def __init__(self, number_format: Format, device: torch.device):
         self.device = device
-        self.dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[format]
+        self.dtype = AUTOCAST_DTYPES[number_format]
         self.scaler: torch.amp.GradScaler | None = None
-        self.needs_scaler = format == "fp16"
+        self.needs_scaler = number_format == "fp16"
         self.reset()
 
     def reset(self) -> None:
-        """Forget the scale of an earlier fit."""
+        """Forget the loss scale of an earlier fit."""
         self.scaler = torch.amp.GradScaler(self.device.type) if self.needs_scaler else None
 
-    def autocast(self) -> AbstractContextManager:
-        return NOTHING if self.dtype is None else torch.autocast(self.device.type, self.dtype)
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context manager for a forward pass and the loss."""
+        return NO_AUTOCAST if self.dtype is None else torch.autocast(self.device.type, self.dtype)
 
     @contextmanager
     def inference(self, model: nn.Module) -> Iterator[None]:
-        """Run a model as it is used after training; its modules' modes and the random generators stay as they are."""
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
-        try:
+        """Run a model in evaluation mode without gradients.
+
+        Afterwards the modes of its modules and the global random generators are as before. Its
+        buffers are not copied, which a large model would pay for in each validation.
+        """
+        with restored_modes(model):
+            model.eval()
             with seeds.undisturbed(), torch.no_grad(), self.autocast():
                 yield
-        finally:
-            model.train(modes[model])  # some modules do more in `train` than set a flag
-            for module, mode in modes.items():
-                module.training = mode
 
     def scaled(self, loss: Tensor) -> Tensor:
+        """Return the loss to call `backward` on."""
         return loss if self.scaler is None else self.scaler.scale(loss)
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divide the gradients of an optimizer by the loss scale."""
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
 
     def step(self, optimizer: torch.optim.Optimizer, update: Callable[[], Any]) -> None:
-        """Update the parameters; with a scaler, only when no gradient overflowed. `update` does as `optimizer.step`."""
+        """Update the parameters; with a scaler, only if all gradients are finite.
+
+        Args:
+            optimizer: the optimizer of the parameters.
+            update: does the same as `optimizer.step`; called where there is no scaler.
+        """
         if self.scaler is None:
             update()
-        else:
-            complete_momentum(optimizer)
-            self.scaler.step(optimizer)
-            self.scaler.update()
+            return
+        complete_momentum(optimizer)
+        self.scaler.step(optimizer)
+        self.scaler.update()
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the scaler; empty without one."""
         return {} if self.scaler is None else self.scaler.state_dict()
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state of the scaler."""
         if self.scaler is not None and state:
             self.scaler.load_state_dict(state)

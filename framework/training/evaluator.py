@@ -142,7 +142,7 @@ class Evaluator:
 
     def _measure(self, batches: Batches) -> dict[str, float]:
         """Return the loss and metrics of the model over all batches, in eval mode. Raises DataError for no batch."""
-        measures = Measures(self.metrics, self.device, batches.hold)
+        measures = Measures(self.metrics, self.device, batches.max_buffered)
         empty = True
         with self._inference():
             for batch in batches.epoch():

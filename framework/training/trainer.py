@@ -361,7 +361,7 @@ class Trainer(Evaluator):
             last_fit=self._last_fit,
         )
         self._own_names = self._names_to_come()
-        self.measures = Measures(self.metrics, self.device, self.train_batches.hold)
+        self.measures = Measures(self.metrics, self.device, self.train_batches.max_buffered)
         self._was_prepared = True
         self.clock = Profiler(self.device, self.folder) if self.profile else Clock()
         self._training_step = self._make_training_step()
