@@ -346,24 +346,6 @@ class Loader:
         if read == "memory" and not self.in_memory:
             self.uncached = self._samples_to_cache()
 
-    def _samples_to_cache(self) -> DeterministicSamples:
-        """Return the samples that `to` reads into memory.
-
-        Raises:
-            DataError: the samples may be random or bad, or do not fit into memory.
-        """
-        name = type(self.split).__name__
-        if callable(getattr(self.split, "set_epoch", None)):
-            reason = "has `set_epoch`, and may give other samples in each epoch"
-            raise DataError(f"{MEMORY} reads each sample once: {name} {reason}")
-        if self.on_bad_sample == "skip":
-            raise DataError(
-                f"{MEMORY} needs every sample: loader.on_bad_sample=skip is not possible"
-            )
-        samples = DeterministicSamples(self.split, seed=0, workers=self.workers)
-        check_room(samples.probe(), f"{MEMORY}: {name}")
-        return samples
-
     def to(self, device: torch.device) -> "Loader":
         """Prepare to read for a device, and return this loader.
 
@@ -378,44 +360,6 @@ class Loader:
         elif device.type == "cuda":
             self.copies = CopyStream(device)
         return self
-
-    @property
-    def tensors(self) -> Sequence[Tensor] | None:
-        """The tensors that batches are read from; None if the split is not read by indexing."""
-        if self.read == "workers" or not is_in_memory(self.split):
-            return None
-        return self.split.tensors
-
-    @property
-    def in_memory(self) -> bool:
-        """Whether batches are made from memory, so that workers would not help."""
-        return self.tensors is not None or isinstance(self.split, GatheredSplit)
-
-    @property
-    def reuses_memory(self) -> bool:
-        """Whether a batch may be overwritten when the next one is read."""
-        return isinstance(self.split, GatheredSplit) and self.split.reuses_memory
-
-    @property
-    def max_buffered(self) -> int:
-        """The number of batches that `Measures` may buffer."""
-        return 1 if self.reuses_memory else 16
-
-    @property
-    def description(self) -> str:
-        """A short text on how batches are read."""
-        if self.tensors is not None:
-            text = f"in memory, {self._batches_per_read(self.tensors)} batches per read"
-        elif isinstance(self.split, GatheredSplit):
-            text = "in memory, gathered batch by batch"
-        else:
-            text = f"torch's DataLoader, {self.workers or 'no'} workers"
-            if self.uncached is not None:
-                text = f"in memory after one pass of {text}"
-        text += self.memory_format.description
-        if self.class_sampler is not None:
-            text += ", balanced classes"
-        return text
 
     def __len__(self) -> int:
         """Return the number of batches of an epoch."""
@@ -462,6 +406,62 @@ class Loader:
     def keep(self, batch: Batch) -> Batch:
         """Return a batch that stays valid after the next one is read: a copy if necessary."""
         return copy_batch(batch) if self.reuses_memory else batch
+
+    @property
+    def tensors(self) -> Sequence[Tensor] | None:
+        """The tensors that batches are read from; None if the split is not read by indexing."""
+        if self.read == "workers" or not is_in_memory(self.split):
+            return None
+        return self.split.tensors
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether batches are made from memory, so that workers would not help."""
+        return self.tensors is not None or isinstance(self.split, GatheredSplit)
+
+    @property
+    def reuses_memory(self) -> bool:
+        """Whether a batch may be overwritten when the next one is read."""
+        return isinstance(self.split, GatheredSplit) and self.split.reuses_memory
+
+    @property
+    def max_buffered(self) -> int:
+        """The number of batches that `Measures` may buffer."""
+        return 1 if self.reuses_memory else 16
+
+    @property
+    def description(self) -> str:
+        """A short text on how batches are read."""
+        if self.tensors is not None:
+            text = f"in memory, {self._batches_per_read(self.tensors)} batches per read"
+        elif isinstance(self.split, GatheredSplit):
+            text = "in memory, gathered batch by batch"
+        else:
+            text = f"torch's DataLoader, {self.workers or 'no'} workers"
+            if self.uncached is not None:
+                text = f"in memory after one pass of {text}"
+        text += self.memory_format.description
+        if self.class_sampler is not None:
+            text += ", balanced classes"
+        return text
+
+    def _samples_to_cache(self) -> DeterministicSamples:
+        """Return the samples that `to` reads into memory.
+
+        Raises:
+            DataError: the samples may be random or bad, or do not fit into memory.
+        """
+        name = type(self.split).__name__
+        if callable(getattr(self.split, "set_epoch", None)):
+            reason = "has `set_epoch`, and may give other samples in each epoch"
+            raise DataError(f"{MEMORY} reads each sample once: {name} {reason}")
+        if self.on_bad_sample == "skip":
+            raise DataError(
+                f"{MEMORY} needs every sample: loader.on_bad_sample=skip is not possible"
+            )
+        samples = DeterministicSamples(self.split, seed=0, workers=self.workers)
+        check_room(samples.probe(), f"{MEMORY}: {name}")
+        return samples
 
     def _batches_per_read(self, tensors: Sequence[Tensor]) -> int:
         bytes_per_sample = sum(tensor[:1].nbytes for tensor in tensors)

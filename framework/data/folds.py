@@ -69,8 +69,8 @@ def cut_prepared_samples(data: Data, fold: str, number: int, count: int) -> None
     splits = [data.train] if data.val is None else [data.train, data.val]
     if any(isinstance(split, GatheredSplit) for split in splits):
         raise DataError(
-            f"fold={fold}: {type(data).__name__} cannot be cut into folds: its samples are parts of "
-            "one text"
+            f"fold={fold}: {type(data).__name__} cannot be cut into folds: its samples are parts "
+            "of one text"
         )
     samples = sum(map(len, splits))
     check_count(samples, fold, count)
