@@ -1,7 +1,9 @@
 """A fit keeps the modes that the user has set, and other state of torch."""
 
 import copy
+import random
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,10 @@ from torch.nn import functional as F
 
 import framework as fw
 from framework import Callback, TensorSplit, Trainer
+from framework.runtime import seeds
+from framework.runtime.modes import restored_modes
+from framework.runtime.precision import Precision
+from framework.runtime.shapes import dry_run
 
 X = torch.randn(24, 5, generator=torch.Generator().manual_seed(5)) * 3 + 1
 Y = torch.arange(24) % 3
@@ -230,3 +236,62 @@ def test_a_diverged_fit_leaves_no_flag_in_the_optimizer():
     with pytest.raises(fw.FrameworkError, match="not finite"):
         trainer.fit(model, bad, task=nn.CrossEntropyLoss(), optimizer=optimizer)
     assert getattr(optimizer, "found_inf", None) is None
+
+
+class Merging(nn.Linear):
+    """Does more in `train` than set a flag, like a layer that merges weights for inference."""
+
+    merged = False
+
+    def train(self, mode=True):
+        self.merged = not mode
+        return super().train(mode)
+
+    def forward(self, inputs):
+        assert self.merged == (not self.training)
+        random.random()
+        numpy.random.rand()
+        return super().forward(inputs) + torch.rand(1)
+
+
+def draws():
+    return random.random(), numpy.random.rand(), torch.rand(1).item()
+
+
+def run_by_precision(model):
+    with Precision("fp32", torch.device("cpu")).inference(model):
+        model(X)
+
+
+def run_undisturbed(model):
+    with fw.model_undisturbed(model):
+        model(X)
+
+
+RUNS = {
+    "dry run": lambda model: dry_run(model, X),
+    "inference": run_by_precision,
+    "model_undisturbed": run_undisturbed,
+}
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+def test_running_a_model_in_eval_mode_restores_its_modes_and_all_generators(run):
+    model = nn.Sequential(Merging(5, 3), nn.Dropout())
+    model[1].eval()
+    state = seeds.capture()
+    run(model)
+    drawn = draws()
+    assert [module.training for module in model.modules()] == [True, True, False]
+    assert not model[0].merged
+    seeds.restore(state)
+    assert draws() == drawn
+
+
+def test_modes_are_restored_after_an_error():
+    model = network()
+    model[1].eval()
+    with pytest.raises(ZeroDivisionError), restored_modes(model):
+        model.eval()
+        raise ZeroDivisionError
+    assert [module.training for module in model] == [True, False, True, True]
