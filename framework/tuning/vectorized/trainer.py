@@ -125,12 +125,10 @@ class StackedTrainer:
         loaders = [loader_of(trial.trainer) for trial in self.trials]
         if len({(len(loader), loader.batch_size) for loader in loaders}) > 1:
             raise NotStackable("loader.batch_size is not the same")
-        if (
-            len(
-                {(loader.shuffle, loader.class_sampler is None, loader.limit) for loader in loaders}
-            )
-            > 1
-        ):
+        orders = {
+            (loader.shuffle, loader.class_sampler is None, loader.limit) for loader in loaders
+        }
+        if len(orders) > 1:
             raise NotStackable("loader.sampling or loader.limit is not the same")
         if len({trial.trainer.val_batches is None for trial in self.trials}) > 1:
             raise NotStackable("some have data to validate on, and some have none")

@@ -100,7 +100,7 @@ def test_settings_of_the_compiler_are_as_before_the_call():
     assert not config.trace_autograd_ops
 
 
-def test_what_cannot_be_compiled_is_an_error_of_its_own():
+def test_a_function_that_cannot_be_compiled_raises_a_compilation_error():
     import torch._dynamo
 
     def fails(*inputs):
@@ -112,7 +112,7 @@ def test_what_cannot_be_compiled_is_an_error_of_its_own():
         function(torch.ones(2))
 
 
-def test_without_torch_s_counters_a_function_is_compiled_all_the_same(monkeypatch):
+def test_without_the_counters_of_torch_a_function_is_still_compiled(monkeypatch):
     import torch._dynamo
 
     for owner, name in (
