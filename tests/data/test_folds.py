@@ -33,7 +33,8 @@ def test_every_sample_is_validated_once():
     all_rows = rows_of(whole.train) | rows_of(whole.val)
     validated = []
     for data in folds(4, normalize=False):
-        train, val = rows_of(data.train), rows_of(data.val)
+        train = rows_of(data.train)
+        val = rows_of(data.val)
         assert not train & val
         assert train | val == all_rows
         assert rows_of(data.test) == rows_of(whole.test)

@@ -38,7 +38,7 @@ def test_bf16_is_equal_to_a_loop_with_autocast():
 
 
 class Exploding(Task):
-    """A task whose second step has infinite gradients after the scaling of fp16."""
+    """A task with infinite gradients in its second step, after the scaling of fp16."""
 
     def __init__(self):
         self.steps = 0

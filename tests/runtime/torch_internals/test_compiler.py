@@ -1,4 +1,4 @@
-"""Compiled functions, whose compilations are counted separately."""
+"""Compiled functions count their compilations separately."""
 
 import pytest
 import torch
