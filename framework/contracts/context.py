@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from framework.data.accumulation import Batches, Source
 from framework.runtime.clock import Clock
-from framework.runtime.device import Precision
 from framework.runtime.memory import MicroBatches
+from framework.runtime.precision import Precision
 
 from .logger import Logger
 from .metric import Measures, Metric

@@ -47,7 +47,9 @@ class InUnits(Metric):
         self.better, self.targets = metric.better, metric.targets  # type: ignore[misc]
 
     def sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return self.metric.sums(self.scale.back(outputs), self.scale.back(targets))
+        return self.metric.sums(
+            self.scale.inverse_transform(outputs), self.scale.inverse_transform(targets)
+        )
 
     def compute(self, sums: Tensor) -> float:
         return self.metric.compute(sums)

@@ -8,8 +8,8 @@ import torch
 
 from framework.data.dataset import Batch
 from framework.errors import SettingError, short
-from framework.runtime.device import channels_last
 from framework.runtime.memory import versions
+from framework.runtime.memory_format import channels_last
 
 from .callback import Callback
 

@@ -19,7 +19,7 @@ from framework.errors.torch_errors import is_batch_norm
 from framework.errors.user_code import describe, reason_of, text_of, user_errors, user_place
 from framework.registry.registry import Maker, Registry
 from framework.runtime import seeds
-from framework.runtime.shapes import after, dry_run, first_output
+from framework.runtime.shapes import dry_run, first_output, message_at
 from framework.training.layer_table import model_undisturbed
 from framework.training.validation import single_sample
 
@@ -148,7 +148,7 @@ def check_output_shape(model: nn.Module, data: Data, out_shape: Sequence[int]) -
     try:
         shape = tuple(dry_run(model, sample).shape[1:])
     except BuildError as error:
-        raise BuildError(after(name, name, error)) from error
+        raise BuildError(message_at(name, name, error)) from error
     except FrameworkError:
         raise
     except Exception as error:

@@ -14,7 +14,7 @@ from framework.contracts.context import Context
 from framework.data.dataset import Data, Loader, TensorSplit
 from framework.errors import RunError
 from framework.runs import checkpoint
-from framework.runtime.device import intra_op_threads
+from framework.runtime.threads import intra_op_threads
 from framework.training.trainer import Trainer
 
 from .experiment import Experiment

@@ -29,7 +29,7 @@ from framework.runs import checkpoint
 from framework.runs.folder import RunFolder, dump, provenance, read_facts
 from framework.runs.status_file import Status
 from framework.runtime.clock import slow_data
-from framework.runtime.device import intra_op_threads, suitable_threads
+from framework.runtime.threads import intra_op_threads, suitable_threads
 from framework.system.signals import stopping
 from framework.training.trainer import Trainer
 from framework.training.trainer_state import WRONG_FORM
@@ -163,7 +163,7 @@ class Experiment:
             schedule=self.schedule,
             data=self.data,
             threads=self.threads(),
-            loader=self.train_batches.manner,
+            loader=self.train_batches.description,
             transforms=[repr(maker).partition("/")[2] for maker in self.spec.parts["transform"]],
         )
         trainer = self.trainer()

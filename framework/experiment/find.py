@@ -15,8 +15,8 @@ from framework.contracts.callback import Callback
 from framework.contracts.context import Context
 from framework.errors import RunError
 from framework.registry.discovery import output_for_programs
-from framework.runtime.device import intra_op_threads
 from framework.runtime.memory import OutOfMemory
+from framework.runtime.threads import intra_op_threads
 from framework.training.trainer import Trainer
 from framework.training.validation import check_has_rate
 

@@ -99,7 +99,9 @@ class Trained:
         batch_size = self.spec.sections["loader"]["eval_batch_size"]
         outputs = self.trainer().predict(inputs, model=self.model, batch_size=batch_size)
         scale = self.facts.get("scale")
-        columns = self.task.predict(outputs if scale is None else Scale(*scale).back(outputs))
+        columns = self.task.predict(
+            outputs if scale is None else Scale(*scale).inverse_transform(outputs)
+        )
         if not isinstance(columns, Mapping):
             name = type(self.task).__name__
             raise DataError(f"{name}.predict: expected a dict of columns, got {short(columns)}")

@@ -15,8 +15,10 @@ from framework.errors import DataError, SettingError
 from framework.errors.torch_errors import torch_errors
 from framework.runtime import seeds
 from framework.runtime.batch import move_batch
-from framework.runtime.device import Format, Precision, deterministic_algorithms, find_device
+from framework.runtime.determinism import deterministic_algorithms
+from framework.runtime.device import find_device
 from framework.runtime.memory import MicroBatches, memory_errors, versions
+from framework.runtime.precision import Format, Precision
 
 from .validation import (
     check_batch_size,
@@ -140,7 +142,7 @@ class Evaluator:
 
     def _measure(self, batches: Batches) -> dict[str, float]:
         """Return the loss and metrics of the model over all batches, in eval mode. Raises DataError for no batch."""
-        measures = Measures(self.metrics, self.device, batches.hold)
+        measures = Measures(self.metrics, self.device, batches.max_buffered)
         empty = True
         with self._inference():
             for batch in batches.epoch():

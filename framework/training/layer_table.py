@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from framework.contracts.task import Task
 from framework.data.dataset import Batch
 from framework.runtime import seeds
+from framework.runtime.modes import restored_modes
 from framework.runtime.torch_internals.module_contents import buffers_of
 
 
@@ -46,21 +47,17 @@ def model_undisturbed(model: nn.Module, train: bool | None = False) -> Iterator[
         model: any module.
         train: whether it is in training mode meanwhile; None keeps the modes.
     """
-    modes = {module: module.training for module in model.modules()}
     buffers = []
     for owner in model.modules():
         for name, buffer in buffers_of(owner).items():
             if buffer is not None:
                 buffers.append((owner, name, buffer, buffer.clone()))
-    devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
     try:
-        with seeds.measuring(), torch.random.fork_rng(devices=sorted(devices)):
+        with restored_modes(model), seeds.undisturbed():
             if train is not None:
                 model.train(train)
             yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         with torch.no_grad():
             for owner, name, buffer, before in buffers:
                 buffer.copy_(before)

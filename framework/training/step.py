@@ -24,8 +24,8 @@ from framework.data.dataset import Batch
 from framework.runtime import seeds
 from framework.runtime.batch import move_batch
 from framework.runtime.clock import Clock
-from framework.runtime.device import Precision
 from framework.runtime.memory import MicroBatches, versions
+from framework.runtime.precision import Precision
 from framework.runtime.torch_internals.backward_engine import run_backward
 
 from .acceleration.callbacks import GradientCallbacks

@@ -43,9 +43,10 @@ from framework.registry.schema import check_arguments
 from framework.runtime import seeds
 from framework.runtime.batch import move_batch
 from framework.runtime.clock import Clock, Profiler
-from framework.runtime.device import Format, deterministic_algorithms
+from framework.runtime.determinism import deterministic_algorithms
 from framework.runtime.memory import MicroBatches, memory_errors
 from framework.runtime.modes import Modes
+from framework.runtime.precision import Format
 from framework.system.files import check_disk_error, check_exists, disk_errors
 
 from . import trainer_state
@@ -361,7 +362,7 @@ class Trainer(Evaluator):
             last_fit=self._last_fit,
         )
         self._own_names = self._names_to_come()
-        self.measures = Measures(self.metrics, self.device, self.train_batches.hold)
+        self.measures = Measures(self.metrics, self.device, self.train_batches.max_buffered)
         self._was_prepared = True
         self.clock = Profiler(self.device, self.folder) if self.profile else Clock()
         self._training_step = self._make_training_step()

@@ -29,8 +29,9 @@ from framework.errors.paths import expanded
 from framework.errors.torch_errors import is_batch_norm
 from framework.errors.user_code import describe, text_of, user_place
 from framework.registry.registry import Registry
-from framework.runtime.device import Precision, find_device
+from framework.runtime.device import find_device
 from framework.runtime.memory import MicroBatches, is_full
+from framework.runtime.precision import Precision
 from framework.runtime.torch_internals.norms import has_statistics
 
 

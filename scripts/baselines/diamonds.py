@@ -19,7 +19,8 @@ model = HistGradientBoostingRegressor(
 ).fit(x, y[:, 0])
 inputs, targets = data.test.tensors
 predicted = torch.from_numpy(model.predict(inputs.numpy()))[:, None]
-price, expected = data.scale.back(predicted), data.scale.back(targets)
+price = data.scale.inverse_transform(predicted)
+expected = data.scale.inverse_transform(targets)
 print(
     f"HistGradientBoosting, {model.n_iter_} trees: test r2_log {r2_score(expected.log(), price.log()):.4f}, "
     f"r2 {r2_score(expected, price):.4f}, mae {mean_absolute_error(expected, price):.1f}, "

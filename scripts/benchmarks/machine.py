@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from benchmarks.rounds import ratio, table, take_turns
 from benchmarks.workloads import CLASSES, cnn, dense
-from framework.runtime.device import channels_last, chosen_layout
+from framework.runtime.memory_format import channels_last, choose_memory_format
 
 SECONDS = 0.03  # of steps between two looks at the clock
 WIN = 1.05  # times as fast: less is noise
@@ -195,7 +195,10 @@ def formats(rounds: int, threads: int) -> int:
     print(
         table(["convolutional model", *(f"µs, {name}" for name in LAYOUTS), "times as fast"], rows)
     )
-    chosen = [name for name, case in FORMATS.items() if chosen_layout("auto", case.model())[0]]
+    chosen = []
+    for name, case in FORMATS.items():
+        if choose_memory_format("auto", case.model()).channels_last:
+            chosen.append(name)
     print(f"\nloader.channels_last=auto takes channels last for {'; '.join(chosen)}")
     return 0
 

@@ -166,7 +166,7 @@ def surroundings(folder):
             "trainer.log_every=0steps trainer.device=cuda:77",
             [
                 "trainer.log_every=0steps: ",
-                "trainer.device=cuda:77: device cuda:77 is not on this machine",
+                "trainer.device=cuda:77: device cuda:77 is not available",
             ],
         ),
         (

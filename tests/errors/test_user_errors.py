@@ -459,7 +459,7 @@ def test_replacing_a_value_of_the_trainer_gives_a_warning():
             r"val: expected batches of \(inputs, targets\), got a tuple; framework.TensorSplit",
         ),
         ({"val": {"x": X}}, "val: expected a split, got a dict of x"),
-        ({"val": [1, 2]}, "a batch must be a tuple of tensors"),
+        ({"val": [1, 2]}, "expected a batch as a tuple of tensors"),
         ({"val": []}, "the validation data has no batch"),
         ({"data": 5}, "data: expected a split, a Data or an iterable of batches, got 5"),
         ({"data": TensorDataset}, "data: expected a split, .*, got TensorDataset"),

@@ -87,8 +87,8 @@ def test_when_memory_is_full_the_step_is_done_again_in_halves():
     with pytest.warns(UserWarning, match="memory is full with") as said:
         trainer = fit(Small(room=7), micro_batch="auto")
     assert [str(warning.message).removeprefix("memory is full with ") for warning in said] == [
-        "24 samples at once: going on with 12",
-        "12 samples at once: going on with 6",
+        "24 samples at once: continuing with 12",
+        "12 samples at once: continuing with 6",
     ]
     assert trainer.micro_batches.size == 6
     assert trainer.model.seen[:4] == [24, 12, 6, 6]

@@ -419,7 +419,7 @@ def test_values_measured_while_the_trainer_is_open_are_logged():
         ({"log_every": "often"}, "log_every: expected a cadence"),
         ({"validate_every": "0steps"}, "validate_every: expected a cadence"),
         ({"validate_every": "0.5epochs"}, "validate_every should be a whole number of epochs"),
-        ({"device": "gpu"}, "device should be"),
+        ({"device": "gpu"}, "expected device"),
     ],
 )
 def test_wrong_settings_are_named(wrong, message):

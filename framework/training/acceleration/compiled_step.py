@@ -13,8 +13,8 @@ from framework.contracts.task import Phase, Step, Task
 from framework.data.dataset import Batch
 from framework.errors import FrameworkError
 from framework.runtime.clock import Clock
-from framework.runtime.device import Precision
 from framework.runtime.memory import is_full
+from framework.runtime.precision import Precision
 from framework.runtime.torch_internals.compiler import CompilationError, CompiledFunction
 from framework.runtime.torch_internals.optimizer_hooks import has_step_hooks
 from framework.training.parameters import Parameters

@@ -22,8 +22,8 @@ from framework.contracts.task import Phase, Step
 from framework.data.dataset import Batch
 from framework.errors.terminal import print_note
 from framework.runtime.clock import Clock
-from framework.runtime.device import Precision
 from framework.runtime.identity import ModelContents, identical
+from framework.runtime.precision import Precision
 from framework.runtime.torch_internals.optimizer_hooks import has_step_hooks
 from framework.runtime.torch_internals.pytree import tree_map
 from framework.training.parameters import Parameters

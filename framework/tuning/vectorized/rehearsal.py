@@ -12,7 +12,7 @@ from framework.contracts.task import Task
 from framework.data.dataset import Batch
 from framework.errors import FrameworkError
 from framework.errors.user_code import describe
-from framework.runtime.device import Precision
+from framework.runtime.precision import Precision
 from framework.runtime.seeds import seed_everything, undisturbed
 
 from .stacked_forward import Stack

@@ -18,7 +18,7 @@ from framework.contracts.metric import BufferedBatch, Measures, Metric, add_sums
 from framework.contracts.task import Step, Task
 from framework.data.dataset import Batch
 from framework.errors.user_code import text_of
-from framework.runtime.device import Precision
+from framework.runtime.precision import Precision
 
 from .differences import Key, Together, changed, describe_trial, differences, holder, of_loss
 from .stacked_update import NotStackable, Rows, slots

@@ -21,7 +21,7 @@ from framework.errors import FrameworkError
 from framework.errors.exits import no_exit
 from framework.errors.torch_errors import torch_errors
 from framework.runtime.batch import move_batch
-from framework.runtime.device import deterministic_algorithms
+from framework.runtime.determinism import deterministic_algorithms
 from framework.runtime.memory import memory_errors
 from framework.runtime.seeds import undisturbed
 from framework.training.acceleration.callbacks import GradientCallbacks, gradient_callbacks
@@ -116,7 +116,7 @@ class StackedTrainer:
             prepare(trial.trainer.callbacks, len(self.trials))
             for _, loader, first in self._loaders(trial):
                 loader.split = first.split  # one copy on the device for all
-                loader.whole = first.whole
+                loader.uncached = first.uncached
             trial.trainer.prepare_fit(**trial.fit)
         if not all(same(trial.trainer.metrics, self.first.metrics) for trial in self.trials):
             raise NotStackable("their metrics are not the same")
@@ -125,7 +125,10 @@ class StackedTrainer:
         loaders = [loader_of(trial.trainer) for trial in self.trials]
         if len({(len(loader), loader.batch_size) for loader in loaders}) > 1:
             raise NotStackable("loader.batch_size is not the same")
-        if len({(loader.shuffle, loader.even is None, loader.limit) for loader in loaders}) > 1:
+        orders = {
+            (loader.shuffle, loader.class_sampler is None, loader.limit) for loader in loaders
+        }
+        if len(orders) > 1:
             raise NotStackable("loader.sampling or loader.limit is not the same")
         if len({trial.trainer.val_batches is None for trial in self.trials}) > 1:
             raise NotStackable("some have data to validate on, and some have none")
@@ -143,7 +146,10 @@ class StackedTrainer:
 
     def _make_sums(self) -> None:
         self.sums = Sums(
-            self.first.metrics, len(self.trials), self.first.device, self.first.train_batches.hold
+            self.first.metrics,
+            len(self.trials),
+            self.first.device,
+            self.first.train_batches.max_buffered,
         )
         for row, trial in enumerate(self.trials):
             resumed = trial.trainer.measures
@@ -337,7 +343,7 @@ class StackedTrainer:
         """Return the loss and metrics of each trial on the validation split."""
         batches = self.first.val_batches
         assert batches is not None
-        sums = Sums(self.first.metrics, len(self.trials), self.first.device, batches.hold)
+        sums = Sums(self.first.metrics, len(self.trials), self.first.device, batches.max_buffered)
         with undisturbed():
             for batch in batches.epoch():
                 placed = move_batch(batch, self.first.device)

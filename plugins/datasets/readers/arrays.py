@@ -219,7 +219,7 @@ def learn_scale(amounts: Tensor, rows: Tensor, scaling: AutoScaling, name: str) 
 
 def standard_scale(amounts: Tensor, log: bool = False) -> Scale:
     """Return the scale that gives amounts, or their logarithms, mean 0 and deviation 1."""
-    known = Scale(log=log).there(amounts.double())
+    known = Scale(log=log).transform(amounts.double())
     several = known.ndim == 2 and known.shape[1] > 1
     # Several values by their own moments: by common ones the larger would hide the others.
     mean, std = mean_and_std(known, [0] if several else list(range(known.ndim)))
@@ -232,7 +232,7 @@ def scaled(amounts: Tensor, scale: Scale | None) -> Tensor:
         return amounts.float()
     mean, std = (torch.as_tensor(each, dtype=torch.float64) for each in (scale.mean, scale.std))
     far = bool((mean.abs() > FAR * std).any())
-    return scale.there(amounts.double() if far else amounts).float()
+    return scale.transform(amounts.double() if far else amounts).float()
 
 
 def cache_folder() -> Path:

@@ -140,7 +140,9 @@ class TestForecasts:
         data = self.build(self.written(tmp_path))
         rows = {"train": range(36), "val": range(36, 48), "test": range(48, 60)}
         for name, span in rows.items():
-            inputs, targets = (data.scale.back(tensor) - 100 for tensor in getattr(data, name)[:])
+            inputs, targets = (
+                data.scale.inverse_transform(tensor) - 100 for tensor in getattr(data, name)[:]
+            )
             starts = [row for row in range(8, 57) if row in span and row + 3 in span]
             assert targets.round().tolist() == [[*range(row, row + 4)] for row in starts]
             assert inputs[:, :, 0].round().tolist() == [[*range(row - 8, row)] for row in starts]

@@ -97,7 +97,7 @@ def test_the_kind_of_target_is_inferred_or_given(tmp_path, cells, settings, kind
     assert (data.target, data.classes) == (kind, classes)
     if kind == "value":
         expected = torch.tensor([float(cell) for cell in cells], dtype=torch.float64)
-        found = data.scale.back(data.train.tensors[1][:, 0])
+        found = data.scale.inverse_transform(data.train.tensors[1][:, 0])
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 

@@ -150,7 +150,7 @@ class TestTargets:
         )
         prices = raw.test.tensors[1].double()
         torch.testing.assert_close(
-            data.scale.back(data.test.tensors[1]), prices, rtol=1e-5, atol=1e-3
+            data.scale.inverse_transform(data.test.tensors[1]), prices, rtol=1e-5, atol=1e-3
         )
         assert raw.scale is None
 
@@ -190,7 +190,7 @@ class TestTargets:
     def test_a_scale_is_undone(self):
         amounts = torch.tensor([1.0, 10.0, 500.0], dtype=torch.float64)
         for scale in (Scale(), Scale(3.0, 2.0), Scale(1.0, 0.5, log=True)):
-            torch.testing.assert_close(scale.back(scale.there(amounts)), amounts)
+            torch.testing.assert_close(scale.inverse_transform(scale.transform(amounts)), amounts)
 
 
 class TestModels:

@@ -464,7 +464,7 @@ def test_samples_are_shown_and_change_nothing(text_file):
         ),
         ("predict runs/default/a", "give --input FILE --output FILE, or --prompt TEXT"),
         ("predict runs/default/a --input x.npz --output - --top-k 3", "--top-k goes with --prompt"),
-        ("predict runs/default/a --prompt x", "Digits holds no text to go on with"),
+        ("predict runs/default/a --prompt x", "Digits has no text to continue"),
         ("train task=language_modelling data=friedman1", "Friedman1 holds no tokens"),
         (
             "train task=classification data=stdlib_source data.characters=9999 data.length=40",
