@@ -161,10 +161,10 @@ def test_a_plan_tells_the_steps_and_rates_that_a_run_has(limits, usual):
 
 @pytest.mark.parametrize(
     ("schedule", "said"),
-    [({}, "it is empty"), ({"two": 2}, "'two' is no epoch"), ({"-1": 2}, "'-1' is no epoch")],
+    [({}, "is empty"), ({"two": 2}, "'two' is no epoch"), ({"-1": 2}, "'-1' is no epoch")],
 )
 def test_what_is_no_schedule_is_refused(schedule, said):
-    with pytest.raises(SettingError, match=rf"accumulation\.schedule: {said}"):
+    with pytest.raises(SettingError, match=rf"accumulation\.schedule.*{said}"):
         accumulation(schedule)
     with pytest.raises(SettingError, match="schedule"):
         accumulation({"1": 0})

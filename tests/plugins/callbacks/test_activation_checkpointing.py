@@ -127,14 +127,14 @@ def test_afterwards_the_model_is_as_it_was(fails):
 @pytest.mark.parametrize(
     ("patterns", "settings", "said"),
     [
-        (["block.*"], {}, r"no module fits 'block\.\*'; .*blocks"),
+        (["block.*"], {}, r"no module matches 'block\.\*'; .*blocks"),
         (
             ["blocks.0.layers"],
             {},
-            "no module fits 'blocks.0.layers'",
+            "no module matches 'blocks.0.layers'",
         ),  # a list of modules is never called itself
-        ([], {}, "`patterns` is empty"),
-        (["blocks.*"], {"compile": "model"}, "goes with compile=off, not model"),
+        ([], {}, r"patterns=\[\] has no effect"),
+        (["blocks.*"], {"compile": "model"}, "requires compile=off, not model"),
     ],
 )
 def test_what_makes_no_sense_is_refused(patterns, settings, said):

@@ -296,11 +296,9 @@ def test_a_resumed_swa_is_bitwise_the_uninterrupted_one(tmp_path, at, first):
 
 
 def test_swa_that_never_began_says_so():
-    with pytest.warns(
-        UserWarning, match="swa averaged nothing: the run ended before its epoch 5 did"
-    ):
+    with pytest.warns(UserWarning, match="swa averaged nothing: .* epoch 5"):
         fit(swa(start=4), epochs=4)
-    with pytest.raises(SettingError, match="swa cannot tell how many epochs there will be"):
+    with pytest.raises(SettingError, match="swa: the number of epochs is unknown"):
         model = network()
         batches = (batch for batch in [SPLIT[:4]])
         Trainer(max_steps=1, callbacks=[swa()], device="cpu").fit(

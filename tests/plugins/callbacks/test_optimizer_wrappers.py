@@ -195,9 +195,9 @@ def test_schedule_free_evaluates_the_average_of_the_paper(warmup):
 
 
 def test_schedule_free_refuses_a_momentum():
-    with pytest.raises(SettingError, match=r"it needs optimizer\.betas=\[0,0\.999\]"):
+    with pytest.raises(SettingError, match=r"requires optimizer\.betas=\[0,0\.999\]"):
         fit(build("schedule_free"), optimizer=lambda model: adamw(model, 0.9))
-    with pytest.raises(SettingError, match=r"it needs optimizer\.momentum=0"):
+    with pytest.raises(SettingError, match=r"requires optimizer\.momentum=0"):
         fit(
             build("schedule_free"),
             optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.5),
@@ -265,7 +265,5 @@ def test_many_trials_as_one_refuse_it_by_name(name):
 
 
 def test_two_sets_of_weights_to_evaluate_are_refused():
-    with pytest.raises(
-        SettingError, match="Ema and Lookahead each have their own weights to evaluate: choose one"
-    ):
+    with pytest.raises(SettingError, match="Ema and Lookahead .*: choose one"):
         fit(build("ema"), build("lookahead"))

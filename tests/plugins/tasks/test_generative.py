@@ -326,7 +326,7 @@ def test_pictures_are_of_the_weights_that_are_measured():
             "Reconstruction has value targets: choose from .*mae",
         ),
         ("model=gan task=adversarial metrics=[] model.network=conv", "halves images"),
-        ("+callbacks=pictures", "Classification has no pictures to show"),
+        ("+callbacks=pictures", "Classification has no pictures"),
         ("+callbacks=sample_distance", "Stack makes no samples"),
     ],
 )
