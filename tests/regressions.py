@@ -1,0 +1,77 @@
+"""Fits of a tiny regression that the tests of several callbacks share."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+import framework as fw
+from framework import Callback, Logger, TensorSplit, Trainer
+
+INPUTS = torch.linspace(-1, 1, 24).reshape(12, 2)
+SPLIT = TensorSplit(INPUTS, INPUTS.sum(1, keepdim=True))
+
+
+class Record(Logger):
+    """Keeps what it is given."""
+
+    def __init__(self):
+        self.values: list[tuple[int, str, float]] = []
+        self.histograms: list[tuple[int, str, torch.Tensor]] = []
+
+    def scalars(self, values, *, step, epoch, wall_seconds):
+        self.values += [(step, name, value) for name, value in values.items()]
+
+    def histogram(self, tag, values, step):
+        self.histograms.append((step, tag, values))
+
+    def of(self, name):
+        return {step: value for step, each, value in self.values if each == name}
+
+
+@dataclass
+class Script(Callback):
+    """Says what validation measures, epoch after epoch, in place of what it measured."""
+
+    name: str
+    values: list[float]
+    seen: list[float] = field(default_factory=list)
+
+    def on_validation_end(self, trainer):
+        trainer.log({self.name: self.values[trainer.state.epoch - 1]})
+
+
+def linear():
+    torch.manual_seed(1)
+    return nn.Linear(2, 1)
+
+
+def fit(
+    *callbacks,
+    epochs=4,
+    model=None,
+    optimizer=None,
+    lr=0.1,
+    folder=None,
+    resume=None,
+    log_every="1epoch",
+    **fit,
+):
+    """Three steps an epoch; returns (trainer, record)."""
+    record, model = Record(), model or linear()
+    trainer = Trainer(
+        max_epochs=epochs,
+        log_every=log_every,
+        callbacks=callbacks,
+        loggers=[record],
+        folder=folder,
+        device="cpu",
+    )
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=lr)
+    fit = {"task": nn.MSELoss(), "val": SPLIT, "batch_size": 4} | fit
+    trainer.fit(model, SPLIT, optimizer=optimizer, resume=resume, **fit)
+    return trainer, record
+
+
+def build(name, **settings):
+    return fw.callbacks.build(name, **settings)
