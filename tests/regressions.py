@@ -1,6 +1,6 @@
 """Fits of a tiny regression that the tests of several callbacks share."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ SPLIT = TensorSplit(INPUTS, INPUTS.sum(1, keepdim=True))
 
 
 class Record(Logger):
-    """Keeps what it is given."""
+    """Stores logged values and histograms."""
 
     def __init__(self):
         self.values: list[tuple[int, str, float]] = []
@@ -26,16 +26,15 @@ class Record(Logger):
         self.histograms.append((step, tag, values))
 
     def of(self, name):
-        return {step: value for step, each, value in self.values if each == name}
+        return {step: value for step, tag, value in self.values if tag == name}
 
 
 @dataclass
 class Script(Callback):
-    """Says what validation measures, epoch after epoch, in place of what it measured."""
+    """Logs scripted values of a metric, one per epoch, in place of the measured values."""
 
     name: str
     values: list[float]
-    seen: list[float] = field(default_factory=list)
 
     def on_validation_end(self, trainer):
         trainer.log({self.name: self.values[trainer.state.epoch - 1]})
@@ -57,8 +56,9 @@ def fit(
     log_every="1epoch",
     **fit,
 ):
-    """Three steps an epoch; returns (trainer, record)."""
-    record, model = Record(), model or linear()
+    """Fit with three steps per epoch; return (trainer, record)."""
+    record = Record()
+    model = model or linear()
     trainer = Trainer(
         max_epochs=epochs,
         log_every=log_every,
@@ -75,3 +75,8 @@ def fit(
 
 def build(name, **settings):
     return fw.callbacks.build(name, **settings)
+
+
+def assert_same_weights(first, second):
+    for one, other in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(one, other)
