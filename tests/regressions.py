@@ -1,5 +1,6 @@
 """Fits of a tiny regression that the tests of several callbacks share."""
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,19 @@ class Script(Callback):
 
     def on_validation_end(self, trainer):
         trainer.log({self.name: self.values[trainer.state.epoch - 1]})
+
+
+class StopAt(Callback):
+    """Ends the run after a step, and keeps a copy of the state of the trainer."""
+
+    def __init__(self, step):
+        self.step = step
+        self.state = None
+
+    def on_step_end(self, trainer):
+        if trainer.state.step == self.step:
+            self.state = copy.deepcopy(trainer.state_dict())
+            trainer.state.stop = "enough"
 
 
 def linear():

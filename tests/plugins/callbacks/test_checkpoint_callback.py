@@ -13,16 +13,7 @@ from torch import nn
 from framework import Callback
 from framework.errors import SettingError
 from framework.runs.checkpoint import load, newest, read_manifest
-from regressions import Script, assert_same_weights, build, fit, linear
-
-
-class StopAt(Callback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, trainer):
-        if trainer.state.step == self.step:
-            trainer.state.stop = "stop at a step"
+from regressions import Script, StopAt, assert_same_weights, build, fit, linear
 
 
 def saved_steps(folder: Path) -> list[int]:

@@ -205,7 +205,7 @@ def test_greedy_writing_takes_the_likeliest_and_slides_by_half():
 def drawn(logits, **settings):
     draw = torch.Generator().manual_seed(0)
     settings = {"temperature": 1.0, "top_k": None, "top_p": None} | settings
-    counts = Counter(LANGUAGE.choose(logits, **settings, draw=draw) for _ in range(4000))
+    counts = Counter(LANGUAGE.draw_token(logits, **settings, generator=draw) for _ in range(4000))
     return torch.tensor([counts[number] / 4000 for number in range(len(logits))])
 
 
@@ -225,9 +225,9 @@ def test_tokens_are_drawn_as_they_should_be():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"temperature": -1}, "temperature -1"),
-        ({"top_k": 0}, "top_k 0"),
-        ({"top_p": 1.5}, r"top_p 1.5 .*\(0, 1\]"),
+        ({"temperature": -1}, "temperature=-1"),
+        ({"top_k": 0}, "top_k=0"),
+        ({"top_p": 1.5}, r"top_p=1.5: .*\(0, 1\]"),
     ],
 )
 def test_drawing_that_means_nothing(settings, message):
@@ -465,7 +465,7 @@ def test_samples_are_shown_and_change_nothing(text_file):
         ("predict runs/default/a", "give --input FILE --output FILE, or --prompt TEXT"),
         ("predict runs/default/a --input x.npz --output - --top-k 3", "--top-k goes with --prompt"),
         ("predict runs/default/a --prompt x", "Digits holds no text to go on with"),
-        ("train task=language_modelling data=friedman1", "Friedman1 holds no tokens"),
+        ("train task=language_modelling data=friedman1", "Friedman1 contains no tokens"),
         (
             "train task=classification data=stdlib_source data.characters=9999 data.length=40",
             "has nothing as targets",

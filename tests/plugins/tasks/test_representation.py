@@ -30,13 +30,13 @@ def by_pairs(embeddings, temperature):
 
 
 def test_the_contrastive_loss_is_that_of_the_paper():
-    from framework_plugins.tasks.representation import contrast
+    from framework_plugins.tasks.representation import nt_xent
 
     embeddings = torch.randn(10, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    loss, found = contrast(embeddings, 0.3)
+    loss, found = nt_xent(embeddings, 0.3)
     assert float(loss) == pytest.approx(by_pairs(embeddings, 0.3), rel=1e-5)
     twins = torch.cat([embeddings, embeddings + 1e-6])
-    assert float(contrast(twins, 0.3)[1]) == 1.0
+    assert float(nt_xent(twins, 0.3)[1]) == 1.0
     assert 0 <= float(found) < 1
 
 
