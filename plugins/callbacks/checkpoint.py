@@ -86,12 +86,12 @@ class Checkpoint(SavingCallback):
             raise SettingError(
                 "checkpoint: the run has no folder to save in; give the Trainer a `folder`"
             )
-        self.folder = trainer.folder / "checkpoints"
-        step = trainer.state.step
         claimed = "run" in trainer.manifest  # a run of an experiment has a new folder of its own
         if not claimed:
             files.make_folder(trainer.folder)
+        self.folder = trainer.folder / "checkpoints"
         checkpoints.clean(self.folder)
+        step = trainer.state.step
         if step == 0 and not claimed and checkpoints.listed(self.folder):
             advice = "give the Trainer another folder, or resume with `fit(resume=...)`"
             raise SettingError(
@@ -195,6 +195,7 @@ class Checkpoint(SavingCallback):
         step = trainer.state.step
         for key, callback in keyed(trainer.callbacks).items():
             callback.on_save(model, training["callbacks"][key])
+        assert self.folder is not None
         state = (self.folder, model, training, step, trainer.manifest)
         pinned = self._pinned_steps(trainer)
         finish = partial(self._link_and_prune, step, pinned, self._is_best(step))

@@ -42,6 +42,8 @@ class TokenLoss(nn.Module):
         characters: number of characters of each token of the vocabulary; None if unknown.
     """
 
+    characters: Tensor | None
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("characters", None, persistent=False)
