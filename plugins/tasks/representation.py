@@ -37,6 +37,8 @@ from framework.contracts.task import check_tensor_output
 
 from .supervised import Classification
 
+SIMCLR_VIEWS = ("resized_crop", "flip", "brightness_contrast")
+
 
 @tasks.register("contrastive", aliases=["simclr"])
 class Contrastive(Task):
@@ -53,7 +55,7 @@ class Contrastive(Task):
 
     def __init__(
         self,
-        views: list[Augmentation] = ("resized_crop", "flip", "brightness_contrast"),  # type: ignore[assignment]
+        views: list[Augmentation] = SIMCLR_VIEWS,  # type: ignore[assignment]
         dimensions: PositiveInt = 64,
         temperature: PositiveFloat = 0.5,
     ):
