@@ -230,7 +230,7 @@ def test_a_diverged_fit_leaves_no_flag_in_the_optimizer():
 
     class Late(Callback):
         def on_fit_start(self, trainer):
-            watch.late = True  # as on an accelerator
+            watch.deferred = True  # as on an accelerator
 
     trainer = Trainer(max_epochs=1, device="cpu", callbacks=[watch, Late()])
     with pytest.raises(fw.FrameworkError, match="not finite"):

@@ -247,7 +247,7 @@ def test_a_folder_may_be_a_text_and_serves_one_fit(tmp_path):
     once()
     with pytest.raises(
         SettingError,
-        match=r"checkpoints has those of another fit already: give the Trainer another",
+        match=r"checkpoints already has checkpoints of another fit",
     ):
         once()
 

@@ -138,7 +138,7 @@ def spoiled(row=40):
 
 
 def test_no_update_is_made_from_what_is_not_finite(uncompiled):
-    with pytest.raises(FrameworkError, match=r"first gradient not finite is of 0\.weight"):
+    with pytest.raises(FrameworkError, match=r"first gradient .* 0\.weight"):
         fit(
             fw.callbacks.build("non_finite"),
             data=spoiled(),
