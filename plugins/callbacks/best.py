@@ -8,6 +8,7 @@ from framework import (
     SettingError,
     did_you_mean,
 )
+from framework.contracts.direction import direction_sign, metric_directions
 
 Mode = Literal["auto", "min", "max"]
 
@@ -17,7 +18,7 @@ class Best:
 
     def __init__(self, monitor: str, mode: Mode, min_delta: float = 0.0, most: int = 1):
         self.monitor, self.mode, self.min_delta, self.most = monitor, mode, min_delta, most
-        self.sign = {"min": -1.0, "max": 1.0}.get(mode, 0.0)
+        self.sign = 0.0 if mode == "auto" else direction_sign(mode)
         self.ranked: list[tuple[float, int]] = []  # (value, step)
         self.restored: dict[str, Any] = {}
 
@@ -37,15 +38,15 @@ class Best:
         return False
 
     def _sign(self, trainer: Context) -> float:
-        better = {"loss": "lower"} | {metric.name: metric.better for metric in trainer.metrics}
+        directions = metric_directions(trainer.metrics)
         name = self.monitor.partition("/")[2]
-        if name not in better:
-            known = [f"{split}/{known}" for known in better for split in ("train", "val")]
+        if name not in directions:
+            known = [f"{split}/{known}" for known in directions for split in ("train", "val")]
             raise SettingError(
                 f"cannot tell whether {self.monitor!r} is better high or low; {did_you_mean(self.monitor, known)} "
                 f"(for a value logged by a part of your own, set mode to min or max)"
             )
-        return 1.0 if better[name] == "higher" else -1.0
+        return direction_sign(directions[name])
 
     def improved(self, trainer: Context) -> bool:
         """Whether the newest value is among the best, by more than `min_delta`. Raises SettingError without one."""

@@ -28,8 +28,8 @@ from framework.experiment.resume import last_values, status_of
 from framework.runs.status_file import Status
 from framework.runtime.clock import write_trace
 from framework.system.files import AppendFile
-from framework.tuning.search.study import Journal, storage_in
-from framework.tuning.sweep.display import Lines, Output
+from framework.tuning.search.study import Journal, cached_storage
+from framework.tuning.sweep.display import LineDisplay, OutputCapture
 from framework.tuning.sweep.folder import SweepFolder, Trial
 from framework_plugins.loggers.text import keep_lines
 from runs import logged
@@ -72,7 +72,7 @@ class Record:
         return lambda: journal.append_logs([{"op_code": 4, "worker_id": "1", "study_id": 0}])
 
     def output(self, folder):
-        return lambda: Output(folder, Lines({})).write("a line\n")
+        return lambda: OutputCapture(folder, LineDisplay({})).write("a line\n")
 
 
 RECORDS = ["metrics", "events", "sweep", "journal", "output"]
@@ -306,7 +306,7 @@ def test_a_torn_state_is_an_unknown_one(tmp_path, name):
     ]:
         (tmp_path / name).write_bytes(torn)
         assert isinstance(status_of(tmp_path), str | None)
-        assert isinstance(SweepFolder(tmp_path).asked().get("command", []), list)
+        assert isinstance(SweepFolder(tmp_path).request().get("command", []), list)
 
 
 def test_lines_at_the_end_are_cut_off_without_room_for_another_file(tmp_path, monkeypatch):
@@ -398,7 +398,7 @@ def fresh(command):
     """Run a command as in a new process, which has read no journal."""
 
     def run(line):
-        storage_in.cache_clear()
+        cached_storage.cache_clear()
         return command(line)
 
     return run
@@ -423,7 +423,7 @@ def undisturbed(tmp_path_factory):
     found = {}
     with pytest.MonkeyPatch.context() as patch:
         for launcher in (ONE_BY_ONE, AS_ONE):
-            storage_in.cache_clear()
+            cached_storage.cache_clear()
             patch.chdir(tmp_path_factory.mktemp("search"))
             with pytest.raises(SystemExit) as exit:
                 main(shlex.split(f"{SEARCH} {launcher}"))

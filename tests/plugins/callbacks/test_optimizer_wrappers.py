@@ -11,7 +11,7 @@ from compiler import needs_compiler
 from framework import Callback, TensorSplit, Trainer
 from framework.errors import SettingError
 from framework.tuning.vectorized.stacked_update import NotStackable
-from framework.tuning.vectorized.trainer import check_alike
+from framework.tuning.vectorized.trainer import check_equal_settings
 
 INPUTS = torch.randn(24, 2, generator=torch.Generator().manual_seed(3))
 TARGETS = INPUTS.prod(1, keepdim=True)
@@ -260,8 +260,8 @@ def test_a_run_cut_off_goes_on_bit_for_bit(name, step):
 @pytest.mark.parametrize("name", ALL)
 def test_many_trials_as_one_refuse_it_by_name(name):
     trainers = [Trainer(max_epochs=1, callbacks=[build(name)]) for _ in range(2)]
-    with pytest.raises(NotStackable, match="works with a trial of its own"):
-        check_alike(trainers)
+    with pytest.raises(NotStackable, match="works with a single trial"):
+        check_equal_settings(trainers)
 
 
 def test_two_sets_of_weights_to_evaluate_are_refused():
