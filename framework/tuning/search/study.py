@@ -174,8 +174,11 @@ def create_study(
     return study
 
 
-class OrderedNSGAII(NSGAIISampler):
-    """NSGA-II with parents ordered by number, both when they are chosen and when they are read."""
+class Generations(NSGAIISampler):
+    """NSGA-II with parents ordered by number, both when they are chosen and when they are read.
+
+    Optuna stores the name of this class in journals.
+    """
 
     def select_parent(self, study: optuna.Study, generation: int) -> list[FrozenTrial]:
         parents = super().select_parent(study, generation)
@@ -189,7 +192,7 @@ def make_sampler(kind: Sampler, startup: int, seed: int) -> BaseSampler:
     if kind == "cma_es":
         return CmaEsSampler(n_startup_trials=startup, seed=seed, warn_independent_sampling=False)
     if kind == "nsga2":
-        return OrderedNSGAII(population_size=max(startup, 2), seed=seed)
+        return Generations(population_size=max(startup, 2), seed=seed)
     return RandomSampler(seed=seed)
 
 

@@ -290,8 +290,7 @@ class StackedMeasures:
             counts = count.to(self.dtype).expand(len(batch.loss))
             self.loss += self._weighted(batch.loss, counts)
             for name, means in batch.values.items():
-                total = self._weighted(means, counts)
-                self.values[name] = self.values[name] + total if name in self.values else total
+                add_total(self.values, name, self._weighted(means, counts))
         if not buffered or buffered[0].outputs is None:
             return
         outputs = torch.cat([batch.outputs for batch in buffered], 1)  # type: ignore[misc]
@@ -339,6 +338,11 @@ class StackedMeasures:
         return loss, sums, values
 
 
+def add_total(totals: dict[str, Tensor], name: str, total: Tensor) -> None:
+    """Add to the total of a name, which may be new."""
+    totals[name] = totals[name] + total if name in totals else total
+
+
 def batch_shapes(batch: BufferedBatch) -> list[torch.Size]:
     """Return the shapes of outputs and targets, if they are buffered."""
     return [tensor.shape for tensor in (batch.outputs, batch.targets) if tensor is not None]
@@ -378,7 +382,7 @@ class TrialMeasures(Measures):
             triples = zip(self.metrics, before, sums, strict=True)
             self.sums = [add_sums(*triple, self.restored) for triple in triples]
         for name, total in values.items():
-            self.values[name] = self.values[name] + total if name in self.values else total
+            add_total(self.values, name, total)
 
     @property
     def empty(self) -> bool:

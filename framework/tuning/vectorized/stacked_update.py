@@ -250,8 +250,8 @@ class StackedState:
     def _adopt(self, name: str, values: Sequence[list[Tensor]]) -> None:
         """Take over one tensor of the optimizer state of each parameter."""
         first = values[0]
-        shapes = [slot.shape for slot in self.slots]
-        if [value.shape for value in first] == shapes:
+        pairs = zip(first, self.slots, strict=True)
+        if all(value.shape == slot.shape for value, slot in pairs):
             self.per_number[name] = torch.stack([flatten(trial) for trial in values])
             return
         if any(value.ndim > 0 for value in first):
@@ -309,7 +309,7 @@ def trained_parameters(optimizer: Optimizer) -> list[Tensor]:
 
 def has_tensors(optimizer: Optimizer) -> bool:
     """Return whether an optimizer has state."""
-    return any(tensors_of(state) for state in optimizer.state.values())
+    return any(map(tensors_of, optimizer.state.values()))
 
 
 def check_optimizers(models: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> None:
@@ -452,14 +452,17 @@ def kernel_arguments(
     optimizer_state = []
     for name in names:
         if name in state.per_number:
-            matrix = state.per_number[name]
-            optimizer_state.append([matrix[row, slot.columns] for row in rows])
+            optimizer_state.append(views(state.per_number[name], rows, slot.columns))
         elif name in state.per_parameter:
-            matrix = state.per_parameter[name]
-            optimizer_state.append([matrix[row, slot.first] for row in rows])
-    weights = [state.weights[row, slot.columns] for row in rows]
-    gradients = [state.gradients[row, slot.columns] for row in rows]
+            optimizer_state.append(views(state.per_parameter[name], rows, slot.first))
+    weights = views(state.weights, rows, slot.columns)
+    gradients = views(state.gradients, rows, slot.columns)
     return weights, gradients, optimizer_state or [[] for _ in rows]
+
+
+def views(matrix: Tensor, rows: Sequence[int], columns: slice | int) -> list[Tensor]:
+    """Return some columns of each row."""
+    return [matrix[row, columns] for row in rows]
 
 
 def pure_update(pure: PureUpdate) -> Update:

@@ -172,6 +172,13 @@ def test_a_trial_without_a_finite_value_counts_as_failed(bad, tmp_path):
     assert len(search.folder.trials()) == 9
 
 
+def test_the_generation_of_a_trial_has_the_key_of_older_journals(tmp_path):
+    """Optuna derives it from the name of the sampler's class."""
+    search = run_search(tmp_path, sampler="nsga2", startup=2, trials=4)
+    generations = [trial.system_attrs["Generations:generation"] for trial in search.study.trials]
+    assert generations == [0, 0, 1, 1]
+
+
 def test_an_interrupted_trial_runs_again(tmp_path):
     outcomes = iter([1.0, 2.0, "stopped"])
     search = run_search(tmp_path, lambda overrides: next(outcomes), trials=5)
