@@ -302,7 +302,7 @@ def identical_trials(jobs: Sequence[Job]) -> Iterator[str]:
         labels = list(dict.fromkeys(job.label for job in group))
         if len(labels) == 1:
             label = labels[0] or "the experiment"
-            yield f"{label} occurs {len(group)} times: list each value once"
+            yield f"{label} is given {len(group)} times: list each value once"
         else:
             names = " and ".join(labels[:3])
             yield f"{names} are the same experiment: the difference has no effect"
