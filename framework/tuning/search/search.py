@@ -283,9 +283,10 @@ class OptunaSweeper(Sweeper):
     def train(self, batch: TrialOverrides) -> None:
         """Train a batch; record trials as failed if they are invalid or lose their process."""
         runner = self.runner
-        composed = {
-            number: batch[number] for number in batch if self.compose(number, batch[number])
-        }
+        composed = dict(batch)
+        for number, texts in batch.items():
+            if not self.compose(number, texts):
+                del composed[number]
         for first, overrides in consecutive(composed):
             cause = "its process ended without an error"
             try:
