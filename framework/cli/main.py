@@ -294,9 +294,9 @@ def plan(arguments: list[str]) -> None:
 
     if line.multirun:
         from framework.tuning.sweep.sweep import sweep
-        from framework.tuning.vectorized.launcher import told
+        from framework.tuning.vectorized.launcher import describe_groups
 
-        sweep(line, job, plan=told)
+        sweep(line, job, plan=describe_groups)
     else:
         compose(line, job)
 

@@ -4,6 +4,7 @@ import math
 from typing import Any, Literal
 
 from framework import Context, SettingError, did_you_mean
+from framework.contracts.direction import direction_sign, metric_directions
 
 Mode = Literal["auto", "min", "max"]
 
@@ -26,7 +27,7 @@ class Best:
         self.mode = mode
         self.min_delta = min_delta
         self.count = count
-        self.sign = {"min": -1.0, "max": 1.0}.get(mode, 0.0)
+        self.sign = 0.0 if mode == "auto" else direction_sign(mode)
         self.ranked: list[tuple[float, int]] = []
         self.restored: dict[str, Any] = {}
 
@@ -49,18 +50,18 @@ class Best:
         return False
 
     def _sign(self, trainer: Context) -> float:
-        better = {"loss": "lower"} | {metric.name: metric.better for metric in trainer.metrics}
+        directions = metric_directions(trainer.metrics)
         name = self.monitor.partition("/")[2]
-        if name not in better:
+        if name not in directions:
             known: list[str] = []
-            for metric in better:
+            for metric in directions:
                 known += [f"train/{metric}", f"val/{metric}"]
             suggestion = did_you_mean(self.monitor, known)
             raise SettingError(
                 f"cannot tell whether {self.monitor!r} is better high or low; {suggestion} "
                 f"(for a value logged by a part of your own, set mode to min or max)"
             )
-        return 1.0 if better[name] == "higher" else -1.0
+        return direction_sign(directions[name])
 
     def improved(self, trainer: Context) -> bool:
         """Rank the newest value; return whether it is among the best, by more than `min_delta`.

@@ -1,25 +1,20 @@
 """Callbacks that end a run: early stopping and a time limit."""
 
 import math
-import re
 import time
-from typing import Annotated, Any
+from typing import Any
 
 from framework import (
     Callback,
     Context,
     NonNegativeFloat,
-    Pattern,
     PositiveInt,
     SettingError,
     callbacks,
 )
-from framework.contracts.state import SECONDS
+from framework.contracts.duration import Duration, duration_seconds
 
 from .best import Best, Mode
-
-DURATION = r"\s*(\d+(?:\.\d+)?)\s*(s|sec|min|h)\s*"
-Duration = Annotated[str, Pattern(DURATION, "a duration like 90s, 30min or 1.5h")]
 
 
 @callbacks.register("early_stop", aliases=["early_stopping"])
@@ -103,12 +98,10 @@ class Timer(Callback):
         self.limit = limit
         self.seconds = math.inf
         if limit is not None:
-            match = re.fullmatch(DURATION, limit)
-            if match is None:
-                raise SettingError(
-                    f"timer.limit={limit}: expected a duration like 90s, 30min or 1.5h"
-                )
-            self.seconds = float(match[1]) * SECONDS[match[2]]
+            try:
+                self.seconds = duration_seconds(limit)
+            except SettingError as error:
+                raise SettingError(f"timer: limit: {error}") from None
         self.spent_before = 0.0
         self.began = time.monotonic()
         self.epoch_began = self.began

@@ -318,7 +318,7 @@ def test_all_problems_are_told_at_once(refuse):
         ("train -m 'seed=range(a)'", "cannot be read; sweeps are written a,b,c or range(3)"),
         (
             "train -m seed=1,2 run.name=one",
-            "run.name=one: each trial has a name of its own; sweep.name=",
+            "run.name=one: each trial has its own run name; ",
         ),
         ("train -m 'seed=interval(0,1)'", "interval(...) is for a sweeper that draws values"),
         (

@@ -73,8 +73,8 @@ def test_the_choice_of_a_file_may_be_replaced(tmp_path):
             "seed=0,0 optimizer.lr=1,1 sweep.zip=[seed,optimizer.lr]",
             "seed=0 optimizer.lr=1 is given 2 times",
         ),
-        ("loss=cross_entropy,null", "are one experiment: what differs has no effect"),
-        ("optimizer=glob(zzz*)", "there is no such value"),
+        ("loss=cross_entropy,null", "are the same experiment"),
+        ("optimizer=glob(zzz*)", "there are no values"),
         ("seed=0,1 hydra.sweep.dir=x", "run.root=DIR and sweep.name=NAME say where a sweep lies"),
     ],
 )
@@ -168,7 +168,7 @@ def test_a_search_over_parts_with_their_settings():
     drawn = [space.sample(lambda name, options, n=n: options.choices[n]) for n in range(3)]
     assert drawn[0] == ["optimizer=sgd", "++optimizer={name:'sgd',lr:0.1}"]
     assert drawn[2] == ["optimizer=adamw"]
-    with pytest.raises(ConfigError, match="sgd is there twice"):
+    with pytest.raises(ConfigError, match="sgd is listed twice"):
         Space(["optimizer=sgd,sgd"])
 
 

@@ -22,7 +22,7 @@ def test_every_entry_is_of_a_file_or_folder_and_a_suite():
 
 def test_the_longest_entry_counts():
     assert suite_of(TESTS / "tuning/sweep/test_sweep.py") == "system"
-    assert suite_of(TESTS / "tuning/vectorized/test_stacked_forward.py") == "training"
+    assert suite_of(TESTS / "tuning/vectorized/test_stacked_trainer.py") == "training"
     assert suite_of(TESTS / "elsewhere/test_sweep.py") is None
     assert suite_of(Path("/elsewhere/tuning/sweep/test_sweep.py")) is None
 

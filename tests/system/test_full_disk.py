@@ -29,8 +29,8 @@ from framework.experiment.resume import last_values, status_of
 from framework.runs.status_file import Status
 from framework.runtime.clock import write_trace
 from framework.system.files import AppendFile
-from framework.tuning.search.study import Journal, storage_in
-from framework.tuning.sweep.display import Lines, Output
+from framework.tuning.search.study import Journal, cached_storage
+from framework.tuning.sweep.display import LineDisplay, OutputCapture
 from framework.tuning.sweep.folder import SweepFolder, Trial
 from framework_plugins.loggers.text import keep_lines
 from runs import logged
@@ -73,7 +73,7 @@ class Record:
         return lambda: journal.append_logs([{"op_code": 4, "worker_id": "1", "study_id": 0}])
 
     def output(self, folder):
-        return lambda: Output(folder, Lines({})).write("a line\n")
+        return lambda: OutputCapture(folder, LineDisplay({})).write("a line\n")
 
 
 RECORDS = ["metrics", "events", "sweep", "journal", "output"]
@@ -309,7 +309,7 @@ def test_a_torn_state_is_unknown(tmp_path, name):
     ]:
         (tmp_path / name).write_bytes(torn)
         assert isinstance(status_of(tmp_path), str | None)
-        assert isinstance(SweepFolder(tmp_path).asked().get("command", []), list)
+        assert isinstance(SweepFolder(tmp_path).request().get("command", []), list)
 
 
 def test_last_lines_are_removed_without_writing_a_second_file(tmp_path, monkeypatch):
@@ -400,7 +400,7 @@ def fresh(command):
     """Run a command as in a new process, without a cached journal."""
 
     def run(line):
-        storage_in.cache_clear()
+        cached_storage.cache_clear()
         return command(line)
 
     return run
@@ -430,7 +430,7 @@ def undisturbed(tmp_path_factory):
     found = {}
     with pytest.MonkeyPatch.context() as patch:
         for launcher in (ONE_BY_ONE, AS_ONE):
-            storage_in.cache_clear()
+            cached_storage.cache_clear()
             patch.chdir(tmp_path_factory.mktemp("search"))
             with pytest.raises(SystemExit) as end:
                 main(shlex.split(f"{SEARCH} {launcher}"))

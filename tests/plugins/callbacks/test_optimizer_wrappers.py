@@ -12,7 +12,7 @@ from compiler import needs_compiler
 from framework import Callback, TensorSplit, Trainer
 from framework.errors import SettingError
 from framework.tuning.vectorized.stacked_update import NotStackable
-from framework.tuning.vectorized.trainer import check_alike
+from framework.tuning.vectorized.trainer import check_equal_settings
 from regressions import StopAt, assert_same_weights
 
 INPUTS = torch.randn(24, 2, generator=torch.Generator().manual_seed(3))
@@ -253,8 +253,8 @@ def test_a_resumed_run_equals_the_uninterrupted_run(name, step):
 @pytest.mark.parametrize("name", ALL)
 def test_vectorized_trials_do_not_support_it(name):
     trainers = [Trainer(max_epochs=1, callbacks=[build(name)]) for _ in range(2)]
-    with pytest.raises(NotStackable, match="works with a trial of its own"):
-        check_alike(trainers)
+    with pytest.raises(NotStackable, match="works with a single trial"):
+        check_equal_settings(trainers)
 
 
 def test_two_callbacks_that_evaluate_their_own_weights_are_an_error():
