@@ -18,12 +18,9 @@ import os
 import pickletools
 import re
 import shutil
-import threading
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 from uuid import uuid4
@@ -54,7 +51,6 @@ from .snapshot import Facts, Snapshot, Weights, snapshot
 
 MODEL, TRAINING, MANIFEST = FILES = ("model.safetensors", "training.pt", "MANIFEST.json")
 SCHEMA = 1
-LARGE = 8 * 2**20  # bytes from which threads are worth it
 VISIBLE = re.compile(r"step-(\d{8,})")
 ASIDE = ".best"  # a link that has not got its name yet
 HIDDEN = re.compile(r"\.(step-\d{8,})-[0-9a-f]{8}(\.replaced|\.removed)?")
@@ -501,12 +497,9 @@ def check_strides(tensor: Tensor) -> None:
 
 def write(folder: Path, taken: Snapshot) -> None:
     """Fill a folder: the model, the training state, then the manifest; each is on the disk when this returns."""
-    if taken.nbytes > LARGE:
-        files = write_at_once(folder, taken)
-    else:
-        write_model(folder / MODEL, taken)
-        write_training(folder / TRAINING, taken.training)
-        files = {name: measured(folder / name) for name in (MODEL, TRAINING)}
+    write_model(folder / MODEL, taken)
+    write_training(folder / TRAINING, taken.training)
+    files = {name: measured(folder / name) for name in (MODEL, TRAINING)}
     manifest = {
         "schema": SCHEMA,
         "step": taken.step,
@@ -538,55 +531,6 @@ def write_model(path: Path, taken: Snapshot) -> None:
 def write_training(path: Path, training: Any) -> None:
     with open_file(path.parent, path.name, "x") as file, io.BufferedWriter(file) as buffered:  # type: ignore[type-var]
         torch.save(training, buffered)
-
-
-def write_at_once(folder: Path, taken: Snapshot) -> dict[str, Any]:
-    """Write both files at the same time, with the sha256 of each following what is written; return what is `measured`.
-
-    Hashing 100 MB takes half as long as writing them.
-    """
-    paths = [folder / MODEL, folder / TRAINING]
-    writers = [
-        partial(write_model, paths[0], taken),
-        partial(write_training, paths[1], taken.training),
-    ]
-    with ThreadPoolExecutor(4) as beside:
-        done = [threading.Event() for _ in paths]
-        digests = [
-            beside.submit(follow, path, event) for path, event in zip(paths, done, strict=True)
-        ]
-        both = [beside.submit(written, *each) for each in zip(writers, paths, done, strict=True)]
-        sizes = [each.result() for each in both]
-        found = zip(paths, sizes, digests, strict=True)
-        return {
-            path.name: {"bytes": size, "sha256": digest.result()} for path, size, digest in found
-        }
-
-
-def written(write: Callable[[], None], path: Path, done: threading.Event) -> int:
-    """Write a file, say that it is done, and wait for the disk; returns its bytes."""
-    try:
-        write()
-    finally:
-        done.set()
-    sync(path)
-    return path.stat().st_size
-
-
-def follow(path: Path, done: threading.Event) -> str:
-    """Return the sha256 of a file that somebody writes from its beginning to its end, and is done with in a while."""
-    digest = hashlib.sha256()
-    while not path.exists():
-        if done.wait(0.001) and not path.exists():
-            return ""  # it could not be written
-    with path.open("rb") as file:
-        while True:
-            over = done.is_set()  # before reading, as what comes later is read the next time
-            while chunk := file.read(2**20):
-                digest.update(chunk)
-            if over:
-                return digest.hexdigest()
-            done.wait(0.001)
 
 
 def holds_nan(tensor: Tensor) -> bool:

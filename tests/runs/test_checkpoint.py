@@ -306,9 +306,6 @@ def test_a_real_kill_while_saving_leaves_a_good_checkpoint(tmp_path):
         assert model["w"][0] == training["step"]
 
 
-# large ones, whose files are written at the same time
-
-
 LARGE_STATE = {"w": torch.arange(2_000_000.0), "tied": torch.ones(3)}
 LARGE_TRAINING = {"moments": [torch.rand(1_500_000), torch.rand(7)], "step": 3}
 
@@ -316,7 +313,6 @@ LARGE_TRAINING = {"moments": [torch.rand(1_500_000), torch.rand(7)], "step": 3}
 def test_a_large_checkpoint_is_what_was_saved(tmp_path):
     written = save(tmp_path, LARGE_STATE, LARGE_TRAINING, 3)
     files = verify(written)["files"]
-    assert sum(file["bytes"] for file in files.values()) > checkpoint.LARGE
     assert {name: checkpoint.measured(written / name) for name in files} == files
     assert all(
         same(one, other)
@@ -326,7 +322,7 @@ def test_a_large_checkpoint_is_what_was_saved(tmp_path):
 
 @pytest.mark.parametrize("what", ["write_model", "write_training"])
 @pytest.mark.parametrize("when", ["at once", "after"])
-def test_a_large_checkpoint_that_fails_leaves_nothing(tmp_path, monkeypatch, what, when):
+def test_a_checkpoint_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch, what, when):
     save(tmp_path, MODEL_STATE, {}, 1)
     real = getattr(checkpoint, what)
 
