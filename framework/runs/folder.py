@@ -3,7 +3,7 @@
 runs/<experiment>/<name or time>/
     config.yaml  overrides.yaml  provenance.json  facts.json   what was composed, by whom, from which code and data
     status.json  metrics.jsonl  events.out.tfevents.*          where it stands, every number
-    checkpoints/step-00001234/                                 see checkpoint.py
+    checkpoints/step-00001234/                                 see checkpoint/
 """
 
 import json

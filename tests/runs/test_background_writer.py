@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from framework.errors import CheckpointError
-from framework.runs import checkpoint
 from framework.runs.background_writer import Writer
-from framework.runs.checkpoint import listed, load, step_of
+from framework.runs.checkpoint import listed, load, step_of, writing
 from waiting import wait_for
 
 
@@ -119,14 +118,14 @@ def test_memory_of_copies_is_used_again(tmp_path):
 
 
 def test_after_an_error_nothing_more_is_written_until_it_is_known(tmp_path, monkeypatch):
-    writer, real = Held(), checkpoint.write
+    writer, real = Held(), writing.write
 
     def write(folder, taken):
         if taken.step == 2:
             raise OSError(28, "No space left on device")
         real(folder, taken)
 
-    monkeypatch.setattr(checkpoint, "write", write)
+    monkeypatch.setattr(writing, "write", write)
     for step in (1, 2, 3):
         submit(writer, tmp_path, step)
     with pytest.raises(CheckpointError, match="step 2 cannot be saved"):

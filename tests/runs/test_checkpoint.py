@@ -33,6 +33,7 @@ from framework.runs.checkpoint import (
     remove,
     save,
     verify,
+    writing,
 )
 from framework.runtime import seeds
 
@@ -272,7 +273,7 @@ def test_without_room_the_error_has_the_bytes_and_the_earlier_checkpoint_stays(t
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
+    monkeypatch.setattr(writing.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
     with pytest.raises(
         CheckpointError,
         match=r"No space left on device \(112 bytes are needed, 10 bytes are free\)",
@@ -313,7 +314,7 @@ LARGE_TRAINING = {"moments": [torch.rand(1_500_000), torch.rand(7)], "step": 3}
 def test_a_large_checkpoint_is_what_was_saved(tmp_path):
     written = save(tmp_path, LARGE_STATE, LARGE_TRAINING, 3)
     files = verify(written)["files"]
-    assert {name: checkpoint.measured(written / name) for name in files} == files
+    assert {name: writing.measured(written / name) for name in files} == files
     assert all(
         same(one, other)
         for one, other in zip(load(written), (LARGE_STATE, LARGE_TRAINING), strict=True)
@@ -324,14 +325,14 @@ def test_a_large_checkpoint_is_what_was_saved(tmp_path):
 @pytest.mark.parametrize("when", ["at once", "after"])
 def test_a_checkpoint_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch, what, when):
     save(tmp_path, MODEL_STATE, {}, 1)
-    real = getattr(checkpoint, what)
+    real = getattr(writing, what)
 
     def full(path, content):
         if when == "after":
             real(path, content)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint, what, full)
+    monkeypatch.setattr(writing, what, full)
     threads = threading.active_count()
     with pytest.raises(
         CheckpointError, match=r"step 2 cannot be saved in .*: No space left on device"

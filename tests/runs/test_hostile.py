@@ -31,6 +31,7 @@ from framework.runs.checkpoint import (
     MANIFEST,
     MODEL,
     TRAINING,
+    checks,
     load,
     newest,
     own_sha256,
@@ -505,7 +506,7 @@ def test_holes_in_a_file_of_data_are_read(tmp_path):
 
 
 def test_a_checkpoint_larger_than_the_free_memory_is_not_loaded(written, monkeypatch):
-    monkeypatch.setattr(checkpoint, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(checks, "available_bytes", lambda: 1000)
     refused(load, written, match="1,000 bytes of memory are free")
     checkpoint.verify(written)
 

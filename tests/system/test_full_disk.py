@@ -25,6 +25,7 @@ from framework import Callback, Trainer
 from framework.cli.main import main
 from framework.errors import CheckpointError, RunError
 from framework.experiment.resume import last_values, status_of
+from framework.runs.checkpoint import writing
 from framework.runs.status_file import Status
 from framework.runtime.clock import write_trace
 from framework.system.files import AppendFile
@@ -433,9 +434,9 @@ def undisturbed(tmp_path_factory):
 
 
 FULL_AT = {
-    "checkpoint": (ONE_BY_ONE, (fw.checkpoints, "write"), 1),
+    "checkpoint": (ONE_BY_ONE, (writing, "write"), 1),
     "run-folder": (ONE_BY_ONE, (framework.runs.folder, "only_writer"), 1),
-    "checkpoint-as-one": (AS_ONE, (fw.checkpoints, "write"), 1),
+    "checkpoint-as-one": (AS_ONE, (writing, "write"), 1),
     "run-folder-as-one": (AS_ONE, (framework.runs.folder, "only_writer"), 1),
 }
 
@@ -469,7 +470,7 @@ def test_a_trial_that_fails_of_something_else_counts_as_ended(fresh, monkeypatch
         raise RunError("cannot be written")
 
     with monkeypatch.context() as patch:
-        patch.setattr(fw.checkpoints, "write", fail)
+        patch.setattr(writing, "write", fail)
         status, _, err = fresh(f"{SEARCH} {ONE_BY_ONE}")
     assert (status, err) == (2, "framework: 3 of 3 trials failed\n")
     assert fresh(f"{SEARCH} {ONE_BY_ONE}")[0] == 2
@@ -479,7 +480,7 @@ def test_a_trial_that_fails_of_something_else_counts_as_ended(fresh, monkeypatch
 def test_a_grid_ends_at_a_full_disk(command, monkeypatch):
     grid = "train -m data=blobs trainer.max_epochs=1 loggers=[json_lines] sweep.name=s seed=0,1,2 resume=auto"
     with monkeypatch.context() as patch:
-        no_room(patch, (fw.checkpoints, "write"), 1)
+        no_room(patch, (writing, "write"), 1)
         status, _, err = command(f"{grid} {ONE_BY_ONE}")
     assert status == 2
     assert "cannot be saved in runs/default/s/001_seed-1" in err.splitlines()[-1]
