@@ -258,8 +258,9 @@ def resume(arguments: list[str]) -> int:
     with importing_torch():
         from framework.experiment.experiment import train as train_experiment
         from framework.registry.discovery import discover
+    from framework.experiment.find_run import read_resumable, run_meant_by
     from framework.experiment.load import read_spec_of
-    from framework.experiment.resume import altered, read_resumable, run_meant_by
+    from framework.experiment.resume_overrides import altered
 
     from .output import print_result
 
@@ -285,7 +286,7 @@ def plan(arguments: list[str]) -> None:
 
     def job(composed: Job) -> None:
         from framework.experiment.experiment import Experiment
-        from framework.experiment.plan import render
+        from framework.experiment.plan_text import render
         from framework.registry.discovery import output_for_programs
 
         with output_for_programs(given.json):

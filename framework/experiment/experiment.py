@@ -6,31 +6,26 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from framework.composition.spec import Spec
 from framework.contracts.callback import SavingCallback, changes_training
 from framework.contracts.optimizer import build_optimizer
-from framework.contracts.state import Stop
 from framework.contracts.task import Task
 from framework.data.accumulation import count_steps, count_total
-from framework.data.content import digests_of
-from framework.data.dataset import Data, Loader, splits_of
+from framework.data.dataset import Data, Loader
 from framework.errors import BuildError, RunError, short
 from framework.errors.exits import no_exit
 from framework.errors.terminal import print_message
 from framework.errors.user_code import describe, user_errors
-from framework.runs import checkpoint
 from framework.runs.folder import RunFolder, dump, provenance, read_facts
 from framework.runs.status_file import Status
 from framework.runtime.clock import slow_data
 from framework.runtime.device import intra_op_threads, suitable_threads
-from framework.system.files import first_words
 from framework.system.signals import stopping
 from framework.training.trainer import Trainer
 from framework.training.trainer_state import WRONG_FORM
@@ -49,22 +44,15 @@ from .build import (
     build_model,
     check_output_shape,
     check_smallest_batch,
-    scale_of,
 )
+from .config_changes import fingerprint
+from .find_run import find_run
 from .log_start import first_batch, introduce
 from .model_limits import model_limits
-from .resume import (
-    Resumed,
-    check_fits,
-    check_optimizer,
-    chosen_checkpoint,
-    find_run,
-    fingerprint,
-    last_values,
-    open_folder,
-    shapes,
-    start_from,
-)
+from .result import Result, earlier_result, which_weights
+from .resume import Resumed, check_fits, check_optimizer, open_folder
+from .run_facts import content_changes, fact_changes, facts_of
+from .weights import load_weights, shapes, start_from
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -174,33 +162,6 @@ class Experiment:
             if pace is not None:
                 made.follow(pace, self.optimizer, self.schedule)
         return made
-
-
-@dataclass
-class Result:
-    """What a run came to: its folder, final metrics, and why it ended early, if it did.
-
-    Attributes:
-        seconds: since the process began: start-up, training and test.
-        steps: of the whole run, with those before it was resumed.
-        fit_seconds, fit_steps: those of this process's training alone; `shares` are of this time.
-        weights: by split, the weights that its metrics belong to, such as "best, step 900".
-        advice: how the training could be faster, if there is a simple way.
-        split: what `framework eval` can measure: test, val, or None.
-    """
-
-    folder: Path
-    metrics: dict[str, float] = field(default_factory=dict)
-    stopped: Stop | None = None
-    signal: int | None = None
-    seconds: float = 0.0
-    steps: int = 0
-    shares: dict[str, float] = field(default_factory=dict)
-    fit_seconds: float = 0.0
-    fit_steps: int = 0
-    weights: dict[str, str] = field(default_factory=dict)
-    advice: str | None = None
-    split: str | None = "test"
 
 
 @dataclass
@@ -404,20 +365,6 @@ def schedule_notes(built: Experiment, resumed: Resumed) -> Iterator[str]:
     )
 
 
-def earlier_result(run: Path) -> Result:
-    """Return what a run came to that is done already, as its folder keeps it."""
-    values, steps = last_values(run)
-    result = Result(run, values)
-    last = max(steps.values(), default=0)
-    result.steps = last
-    chosen = chosen_checkpoint(run)
-    if "val" in steps:
-        result.weights["val"] = which_weights(steps["val"], last)
-    if "test" in steps:
-        result.weights["test"] = which_weights(last if chosen is None else chosen, last)
-    return result
-
-
 def finish(trainer: Trainer, built: Experiment) -> Path | None:
     """Measure the best checkpoint on the test split; log the settings with the final metrics.
 
@@ -432,23 +379,6 @@ def finish(trainer: Trainer, built: Experiment) -> Path | None:
         logger.hparams(hyperparameters(built.spec), trainer.state.metrics)
     built.status.done(trainer)
     return chosen
-
-
-def which_weights(measured: int | Path, steps: int) -> str:
-    """Return a label of the weights that were measured, such as "best, step 900".
-
-    Args:
-        measured: the checkpoint that was loaded, or the step after which they were in memory.
-        steps: those of the whole run.
-    """
-    step, best = measured, False
-    if isinstance(measured, Path):
-        best = measured.name == "best"
-        # Not by its name: in a copy without links, best is a folder.
-        step = checkpoint.step_in(checkpoint.target_of(measured))
-    if best:
-        return f"best, step {step:,}"
-    return f"last, step {step:,}" if step == steps else f"step {step:,}"
 
 
 def data_advice(loader: Loader, shares: Mapping[str, float], seconds: float) -> str | None:
@@ -491,7 +421,7 @@ def check_same_data(
     if inexact:
         return
     before = read_facts(resumed.folder.path)
-    now = json.loads(dump("facts.json", facts_of(built)))
+    now = json.loads(dump("facts.json", facts_of(built.data, built.task, built.out_shape)))
     changed = list(fact_changes(before, now))
     other_content = list(content_changes(before.get("content"), now["content"]))
     if resumed.data_moved:
@@ -505,39 +435,6 @@ def check_same_data(
         say(f"the data has changed since the run began: {'; '.join(other_content)}")
 
 
-def fact_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what differs between the facts of a run's data and those of the data now."""
-    for name in {**before, **now}:
-        if name != "content" and before.get(name) != now.get(name):
-            yield f"{name}: {json.dumps(now.get(name))[:100]}, was {json.dumps(before.get(name))[:100]}"
-
-
-def content_changes(known: Any, content: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the splits whose content is not the one that a run's facts.json keeps."""
-    if not isinstance(known, dict):
-        return  # a run of an older version
-    for split in {**known, **content}:
-        if known.get(split) != content.get(split):
-            yield f"other content in the {split} split"
-
-
-def facts_of(built: Experiment) -> dict[str, Any]:
-    facts: dict[str, Any] = {
-        "in_shape": list(built.data.in_shape),
-        "out_shape": list(built.out_shape),
-    }
-    sizes = {name: len(split) for name, split in splits_of(built.data).items() if len(split)}
-    if built.data.columns:
-        facts["columns"] = list(built.data.columns)
-    if (scale := scale_of(built.data, built.task)) is not None:
-        facts["scale"] = list(scale)
-    if built.data.fold is not None:
-        facts["fold"] = built.data.fold
-    facts |= {"classes": list(built.data.classes), "samples": sizes, "data": built.data.facts()}
-    facts["content"] = digests_of(built.data)
-    return facts
-
-
 def describe_run(folder: RunFolder, built: Experiment, overrides: list[str]) -> None:
     """Write what the run is made of, before it starts."""
     parts = [
@@ -546,7 +443,7 @@ def describe_run(folder: RunFolder, built: Experiment, overrides: list[str]) -> 
         for maker in (made if isinstance(made, list) else [made])
     ]
     sources = {str(maker.entry): str(maker.entry.source) for maker in parts if maker is not None}
-    folder.write("facts.json", facts_of(built))
+    folder.write("facts.json", facts_of(built.data, built.task, built.out_shape))
     folder.write("overrides.yaml", overrides)
     loaded = {"plugins": built.spec.plugins, "without_plugins": built.spec.without}
     folder.write("provenance.json", provenance(sources) | loaded)
@@ -562,20 +459,3 @@ def discard_run(folder: RunFolder) -> None:
         for name in (*DESCRIPTION, ".lock"):
             (folder.path / name).unlink(missing_ok=True)
         folder.path.rmdir()
-
-
-def load_weights(model: nn.Module, run: Path, which: str = "best") -> Path | None:
-    """Load the best (or last, or a named) checkpoint's weights; returns which one, None when there is none."""
-    chosen = chosen_checkpoint(run, which)
-    if chosen is not None:
-        fill(model, chosen, run)
-    return chosen
-
-
-def fill(model: nn.Module, chosen: Path, run: Path) -> None:
-    """Load the weights of a checkpoint. Raises RunError when they do not fit the model."""
-    weights = checkpoint.load_model(chosen)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise RunError(f"{chosen} does not fit the model of {run}: {first_words(error)}") from error

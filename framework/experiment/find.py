@@ -21,7 +21,8 @@ from framework.training.trainer import Trainer
 from framework.training.validation import check_has_rate
 
 from .experiment import Experiment
-from .plan import base_rate, braille
+from .plan import base_rate
+from .plan_text import braille
 
 LOWEST, HIGHEST = 1e-7, 10.0  # learning rates that are tried
 SMOOTH = 0.9  # of the running mean of the losses

@@ -32,9 +32,8 @@ from framework.training.trainer import Trainer
 from framework.training.trainer_state import WRONG_FORM
 
 from .build import build_data, build_loader, build_metrics, build_model, scale_of
-from .experiment import fill
 from .model_limits import model_limits
-from .resume import chosen_checkpoint
+from .weights import chosen_checkpoint, fill
 
 
 @dataclass

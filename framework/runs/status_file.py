@@ -120,3 +120,30 @@ def overwrite(folder: Path, content: dict[str, Any]) -> None:
             file.truncate()
     except OSError as error:
         raise unwritable(folder / FILE, error, SIZE) from error
+
+
+MOST_STATUS = 2**20  # bytes
+
+
+def read_status(run: Path) -> dict[str, Any]:
+    """Return the content of status.json; nothing when it is missing or something else.
+
+    It tells the fingerprint of the config only if it is not older than the config.
+    """
+    try:
+        with open_file(run, "status.json", most=MOST_STATUS) as file:
+            updated = os.fstat(file.fileno()).st_mtime_ns
+            status = json.loads(file.read(MOST_STATUS))
+    except (OSError, RunError, ValueError, RecursionError):
+        return {}
+    if not isinstance(status, dict):
+        return {}
+    if "config" in status and updated < os.lstat(run / "config.yaml").st_mtime_ns:
+        del status["config"]
+    return status
+
+
+def status_of(run: Path) -> str | None:
+    """Return the status of a run, such as "done"; None when it has none."""
+    status = read_status(run).get("status")
+    return status if isinstance(status, str) else None

@@ -10,8 +10,9 @@ import pytest
 
 from framework.errors import CheckpointError, RunError
 from framework.experiment.experiment import train
-from framework.experiment.resume import chosen_checkpoint, status_of
+from framework.experiment.weights import chosen_checkpoint
 from framework.runs.checkpoint import link_to, listed
+from framework.runs.status_file import status_of
 from runs import composed, cut_off_at, logged
 
 SMALL = [

@@ -14,16 +14,8 @@ from torch import nn
 import framework as fw
 from framework.contracts.optimizer import Parameters, build_optimizer
 from framework.contracts.task import Step, Task
-from framework.experiment.plan import (
-    Curve,
-    bytes_text,
-    count_text,
-    curve_text,
-    fold,
-    make_plan,
-    read_curve,
-    render,
-)
+from framework.experiment.plan import Curve, make_plan, read_curve
+from framework.experiment.plan_text import bytes_text, count_text, curve_text, fold, render
 from framework.training.layer_table import (
     Layer,
     activation_bytes,

@@ -12,9 +12,11 @@ import torch
 
 import framework as fw
 from framework.errors import RunError
+from framework.experiment.config_changes import changed_values, fingerprint
 from framework.experiment.experiment import train
-from framework.experiment.resume import changed_values, fingerprint, start_from, status_of
+from framework.experiment.weights import start_from
 from framework.runs.checkpoint import listed, load
+from framework.runs.status_file import status_of
 from runs import composed, cut_off_at, logged
 
 PLUGINS = []

@@ -14,8 +14,9 @@ from framework import TensorSplit, Trainer
 from framework.contracts.callback import follows_metrics
 from framework.data.dataset import Loader
 from framework.errors import RunError, SettingError
+from framework.experiment.config_changes import changed_values, keeps_bits, observed_changes
 from framework.experiment.experiment import Experiment, train
-from framework.experiment.resume import altered, changed_values, keeps_bits, observed_changes
+from framework.experiment.resume_overrides import altered
 from framework.runs.checkpoint import listed, load
 from runs import composed, logged
 

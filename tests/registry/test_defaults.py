@@ -22,7 +22,7 @@ import framework as fw
 from framework.composition.compose import CommandLine
 from framework.composition.spec import config_value, plain_settings, read_spec
 from framework.errors import BuildError, ConfigError, ContractError
-from framework.experiment.resume import altered
+from framework.experiment.resume_overrides import altered
 from framework.registry.registry import Registry
 from framework.registry.schema import Range, Setting, identical_values, plain_value
 from framework.runs.folder import dump

@@ -22,9 +22,11 @@ from framework.composition.spec import read_spec
 from framework.errors import FrameworkError
 from framework.experiment.build import build_model
 from framework.experiment.experiment import train
+from framework.experiment.find_run import find_run, read_resumable
 from framework.experiment.load import open_run, read_spec_of
 from framework.experiment.model_limits import model_limits
-from framework.experiment.resume import altered, find_run, last_values, read_resumable
+from framework.experiment.result import last_values
+from framework.experiment.resume_overrides import altered
 from framework.registry.registry import Registry
 from framework.runs import checkpoint
 from framework.runs.checkpoint import (

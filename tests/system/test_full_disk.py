@@ -24,9 +24,9 @@ from fits import OPTIMIZERS, SPLIT, At, network
 from framework import Callback, Trainer
 from framework.cli.main import main
 from framework.errors import CheckpointError, RunError
-from framework.experiment.resume import last_values, status_of
+from framework.experiment.result import last_values
 from framework.runs.checkpoint import writing
-from framework.runs.status_file import Status
+from framework.runs.status_file import Status, status_of
 from framework.runtime.clock import write_trace
 from framework.system.files import AppendFile
 from framework.tuning.search.study import Journal, storage_in

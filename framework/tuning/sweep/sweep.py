@@ -19,7 +19,7 @@ from framework.composition.sections import HYDRA_PLUGINS, section_settings
 from framework.composition.spec import Reader
 from framework.errors import ConfigError, DiskFull, FrameworkError, RunError, did_you_mean
 from framework.errors.terminal import print_line
-from framework.experiment.experiment import Result
+from framework.experiment.result import Result
 from framework.registry.registry import Registry
 from framework.runtime.console import console
 from framework.system.signals import interruptible

@@ -14,8 +14,9 @@ from framework.errors import RunError
 from framework.errors.terminal import print_note
 from framework.errors.user_code import describe
 from framework.experiment.build import build_data
-from framework.experiment.experiment import Experiment, Prepared, Result, prepare_run
+from framework.experiment.experiment import Experiment, Prepared, prepare_run
 from framework.experiment.log_start import first_batch
+from framework.experiment.result import Result
 from framework.registry.schema import PositiveInt
 from framework.runtime.memory import OutOfMemory, free_bytes, is_full
 from framework.system.files import check_exists
