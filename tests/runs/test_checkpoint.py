@@ -192,7 +192,7 @@ def test_the_newest_good_one_is_found_and_what_was_skipped_is_said(tmp_path):
     found, skipped = newest(tmp_path)
     assert found == one
     expected = [
-        "no complete checkpoint",
+        "not a complete checkpoint",
         f"{four}: w holds NaN",
         f"{three / MODEL} is damaged",
         "training.pt is missing",

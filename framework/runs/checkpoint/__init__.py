@@ -1,13 +1,15 @@
-"""Checkpoints: folders that are whole or not there.
+"""Checkpoints: folders that are complete or do not exist.
 
     checkpoints/step-00001234/
-        model.safetensors    the model's tensors by name; of tied ones one, the other names in the file's metadata
-        training.pt          everything else that it takes to go on, in plain types
+        model.safetensors    the tensors of the model by name; of tied tensors the first one, the
+                             other names are in the metadata of the file
+        training.pt          the rest of the state, in plain types
         MANIFEST.json        written last: step, versions, size and sha256 of each file
 
-It is written in a hidden folder beside, every file is fsynced, and a rename makes it visible: a kill at any moment
-leaves the earlier ones as they were. Reading verifies first, and never unpickles anything but tensors and plain types.
-Checksums find accidents, not attackers. One process at a time may write to a folder of checkpoints.
+A checkpoint is written into a hidden folder, each file is flushed to the disk (fsync), and a rename
+makes the folder visible: a kill at any moment leaves the earlier checkpoints unchanged. Reading
+verifies the checksums first and unpickles only tensors and plain types. Checksums detect accidents,
+not attacks. Only one process at a time may write to a folder of checkpoints.
 """
 
 from .checks import check_memory, check_size

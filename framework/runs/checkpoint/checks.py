@@ -1,4 +1,4 @@
-"""Limits on the files of a checkpoint, which may be damaged or untrusted."""
+"""Limits on the files of a checkpoint, which may be damaged or come from an untrusted source."""
 
 import os
 import pickletools
@@ -14,34 +14,36 @@ from framework.errors import CheckpointError, short
 from framework.runtime.memory import available_bytes
 from framework.system.files import MOST_DEPTH, levels
 
-MOST_PICKLE = (
-    64 * 2**20
-)  # bytes of the record of a torch file that says how its tensors lie in plain types
-MOST_VALUES = 10_000_000  # of a training state, what is shared counted as often as it is used
+MOST_PICKLE = 64 * 2**20  # bytes of the pickle in a torch file
+MOST_VALUES = 10_000_000  # in a training state; a shared value counts each time
 GLOBALS = re.compile(
-    r"torch\._utils _rebuild_(tensor_v2|tensor_v3|sparse_tensor)|torch \w+Storage|torch\.storage UntypedStorage"
-    r"|torch\.serialization _get_layout|torch Size|torch [a-z]\w*|collections OrderedDict|_codecs encode"
+    r"torch\._utils _rebuild_(tensor_v2|tensor_v3|sparse_tensor)"
+    r"|torch \w+Storage|torch\.storage UntypedStorage"
+    r"|torch\.serialization _get_layout|torch Size|torch [a-z]\w*"
+    r"|collections OrderedDict|_codecs encode"
 )
-"""What the pickle of a training state may name. Torch allows more, such as bytearray, which takes any memory."""
+"""Names that the pickle may import. Torch also allows bytearray, which can take any memory."""
 OTHER_GLOBALS = ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4")
-SPARSE_FROM = 2**30  # bytes; smaller files are read whatever holes they have
-MOST_HOLES = 16  # times as many bytes as there is data
+SPARSE_FROM = 2**30  # bytes; smaller files are read even if they have holes
+MOST_HOLES = 16  # largest ratio of the size of a file to its data
 
 
 def check_size(file: BinaryIO, expected: int, path: Path) -> None:
-    """Raise CheckpointError for a file of another size, and for a large one of which nearly all is holes, which could
-    take hours to read.
+    """Raise CheckpointError if a file has another size, or if it is large and nearly all holes.
+
+    Reading the holes could take hours.
     """
     size = os.fstat(file.fileno()).st_size
     if size != expected:
         raise CheckpointError(f"{path} has {size} bytes instead of {expected}")
     if size < SPARSE_FROM:
         return
-    data = end = 0
+    data = 0
+    end = 0
     while data * MOST_HOLES < size:
         try:
             start = os.lseek(file.fileno(), end, os.SEEK_DATA)
-        except OSError:  # there is no more data
+        except OSError:  # no more data
             raise CheckpointError(
                 f"{path} has {size:,} bytes, but data for {data:,} bytes only"
             ) from None
@@ -50,7 +52,11 @@ def check_size(file: BinaryIO, expected: int, path: Path) -> None:
 
 
 def check_memory(checkpoint: Path, needed: int) -> None:
-    """Raise CheckpointError when the files of a checkpoint do not fit into the free memory."""
+    """Raise CheckpointError if a checkpoint does not fit into the free memory.
+
+    Args:
+        needed: the bytes of its files.
+    """
     free = available_bytes()
     if free is not None and needed > free:
         raise CheckpointError(
@@ -59,17 +65,13 @@ def check_memory(checkpoint: Path, needed: int) -> None:
 
 
 def check_torch_file(file: BinaryIO) -> None:
-    """Raise CheckpointError for a torch file that would take more memory than it has bytes, or that names more than
-    tensors and plain types.
-    """
+    """Raise CheckpointError if a torch file is larger in memory, or unsafe to unpickle."""
     size = os.fstat(file.fileno()).st_size
     with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
-        compressed = [
-            record.filename for record in records if record.compress_type != zipfile.ZIP_STORED
-        ]
-        if compressed:
-            raise CheckpointError(f"its record {compressed[0]} is compressed")
+        for record in records:
+            if record.compress_type != zipfile.ZIP_STORED:
+                raise CheckpointError(f"its record {record.filename} is compressed")
         if sum(record.file_size for record in records) > size:
             raise CheckpointError(f"its records have more than its {size:,} bytes")
         for record in records:
@@ -83,9 +85,12 @@ def check_torch_file(file: BinaryIO) -> None:
 
 
 def check_pickle(content: bytes) -> None:
+    """Raise CheckpointError if a pickle imports anything except tensors and plain types."""
     for code, argument, _ in pickletools.genops(content):
         if code.name in OTHER_GLOBALS:
-            raise CheckpointError(f"it has the instruction {code.name}, which no checkpoint has")
+            raise CheckpointError(
+                f"it has the instruction {code.name}, which is not allowed in a checkpoint"
+            )
         if code.name == "GLOBAL" and GLOBALS.fullmatch(str(argument)) is None:
             raise CheckpointError(
                 f"it names {str(argument)[:100]}, which is neither a tensor nor a plain type"
@@ -93,7 +98,7 @@ def check_pickle(content: bytes) -> None:
 
 
 def check_training_size(training: dict[str, Any]) -> None:
-    """Raise CheckpointError for a state that would take much more memory, or time, than its file has bytes."""
+    """Raise CheckpointError if a state needs far more memory or time than its file has bytes."""
     count = 0
     for depth, level in enumerate(levels(training), 1):
         count += len(level)
@@ -107,8 +112,8 @@ def check_training_size(training: dict[str, Any]) -> None:
 
 
 def check_strides(tensor: Tensor) -> None:
-    """Raise CheckpointError for a tensor with more numbers than are stored."""
+    """Raise CheckpointError if a tensor has more elements than its storage."""
     if tensor.layout is torch.strided and tensor.nbytes > tensor.untyped_storage().nbytes():
         raise CheckpointError(
-            f"a tensor of shape {short(list(tensor.shape))} is stored with fewer numbers"
+            f"a tensor of shape {short(list(tensor.shape))} is stored with fewer elements"
         )

@@ -1,4 +1,4 @@
-"""The files and names of checkpoints."""
+"""The names of checkpoints and of their files."""
 
 import hashlib
 import json
@@ -10,33 +10,40 @@ from typing import Any
 
 from framework.errors import CheckpointError
 
-MODEL, TRAINING, MANIFEST = FILES = ("model.safetensors", "training.pt", "MANIFEST.json")
+MODEL = "model.safetensors"
+TRAINING = "training.pt"
+MANIFEST = "MANIFEST.json"
+FILES = (MODEL, TRAINING, MANIFEST)
 SCHEMA = 1
 VISIBLE = re.compile(r"step-(\d{8,})")
-ASIDE = ".best"  # a link that has not got its name yet
 HIDDEN = re.compile(r"\.(step-\d{8,})-[0-9a-f]{8}(\.replaced|\.removed)?")
+TEMPORARY_LINK = ".best"  # the link `best` before its rename
 
 
 def listed(folder: Path) -> list[Path]:
-    """Return the checkpoints in a folder, good or not, by step."""
+    """Return the checkpoints in a folder by step, also damaged ones."""
     if not folder.is_dir():
         return []
-    return sorted((path for path in folder.iterdir() if VISIBLE.fullmatch(path.name)), key=step_of)
+    checkpoints = [path for path in folder.iterdir() if VISIBLE.fullmatch(path.name)]
+    return sorted(checkpoints, key=step_of)
 
 
 def folder_name(step: int) -> str:
+    """Return the name of the folder of a step."""
     return f"step-{step:08d}"
 
 
 def step_of(checkpoint: Path) -> int:
-    """Return the step in a checkpoint's name."""
+    """Return the step in the name of a checkpoint."""
     return int(checkpoint.name.partition("-")[2])
 
 
 def target_of(checkpoint: Path) -> Path:
-    """Return the folder of a checkpoint: of the link `best` the one beside it that it names.
+    """Return the folder of a checkpoint; the link `best` is resolved.
 
-    Raises CheckpointError for any other link in a folder of checkpoints, and when that folder is a link.
+    Raises:
+        CheckpointError: the path is another link in a folder of checkpoints, or that folder is a
+            link.
     """
     if checkpoint.parent.name != "checkpoints":
         return checkpoint  # a path that the user named
@@ -44,15 +51,16 @@ def target_of(checkpoint: Path) -> Path:
     if not checkpoint.is_symlink():
         return checkpoint
     name = os.readlink(checkpoint)
-    beside = checkpoint.parent / name
-    if VISIBLE.fullmatch(name) is None or beside.is_symlink():
+    target = checkpoint.parent / name
+    if VISIBLE.fullmatch(name) is None or target.is_symlink():
         raise CheckpointError(
-            f"{checkpoint} is a symbolic link to {name!r}; expected a checkpoint beside it"
+            f"{checkpoint} is a symbolic link to {name!r}; expected a checkpoint in the same folder"
         )
-    return beside
+    return target
 
 
 def refuse_links(*paths: Path) -> None:
+    """Raise CheckpointError if a path is a symbolic link."""
     for path in paths:
         if path.is_symlink():
             raise CheckpointError(
@@ -61,11 +69,16 @@ def refuse_links(*paths: Path) -> None:
 
 
 def own_sha256(manifest: dict[str, Any]) -> str:
+    """Return the sha256 of a manifest, which is stored in the manifest itself."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def discard(folder: Path, names: Iterable[str]) -> bool:
-    """Delete those files and then the folder; return False when something else is in it, which stays."""
+    """Delete files of a folder, then the folder.
+
+    Returns:
+        False if the folder contains anything else; it is then kept.
+    """
     for name in names:
         path = folder / name
         if path.is_symlink() or not path.is_dir():

@@ -16,11 +16,15 @@ from framework.system.files import MOST_BYTES, open_file, parse_json, read_bytes
 from .checks import check_memory, check_size, check_torch_file, check_training_size
 from .layout import MANIFEST, MODEL, SCHEMA, TRAINING, listed, own_sha256, target_of
 
+# Errors of a JSON document that has another form than the written one.
+FORM_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError)
+
 
 def load(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Verify a checkpoint and return (model state, training state), on the CPU.
+    """Verify a checkpoint and return its (model state, training state) on the CPU.
 
-    Raises CheckpointError naming the file that is missing, damaged or not to be trusted.
+    Raises:
+        CheckpointError: a file is missing, damaged or not trusted; the message names it.
     """
     model = load_model(checkpoint)
     checkpoint = target_of(checkpoint)
@@ -30,71 +34,138 @@ def load(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             file.seek(0)
             training = dict(torch.load(path_of(file), map_location="cpu", weights_only=True))
         check_training_size(training)
-        return model, training
-    except (
-        Exception
-    ) as error:  # the files are what was written, so whatever it is, it is not for this program
+    except Exception as error:  # torch.load raises errors of many classes for an untrusted file
         raise CheckpointError(f"{checkpoint} cannot be read: {first_line(error)}") from error
+    return model, training
 
 
 def load_model(checkpoint: Path) -> dict[str, Tensor]:
-    """Verify all of a checkpoint and return the model state alone. Raises CheckpointError as `load` does."""
+    """Verify all files of a checkpoint and return its model state on the CPU.
+
+    Raises:
+        CheckpointError: as `load` does.
+    """
     checkpoint = target_of(checkpoint)
     verify(checkpoint, to_load=True)
     try:
         with (
-            opened(checkpoint, MODEL) as model,
-            safe_open(path_of(model), "pt", device="cpu") as file,
+            opened(checkpoint, MODEL) as opened_file,
+            safe_open(path_of(opened_file), "pt", device="cpu") as file,
         ):
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-            tied = json.loads((file.metadata() or {}).get("tied", "{}"))
-        return tensors | {name: tensors[first] for name, first in tied.items()}
+            names = file.keys()  # `file` itself cannot be iterated
+            tensors = {name: file.get_tensor(name) for name in names}
+            metadata = file.metadata() or {}
+        tied = json.loads(metadata.get("tied", "{}"))
+        for name, first in tied.items():
+            tensors[name] = tensors[first]
     except Exception as error:
         raise CheckpointError(f"{checkpoint} cannot be read: {first_line(error)}") from error
+    return tensors
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest checkpoint that verifies and holds no NaN, and for each newer one why it was skipped."""
+    """Return the newest checkpoint that is undamaged and without NaN.
+
+    Returns:
+        The checkpoint, None if there is none, and the reason why each newer one is skipped.
+    """
     skipped: list[str] = []
     for checkpoint in reversed(listed(folder)):
         try:
-            if not (spoiled := verify(checkpoint)["nan"]):
-                return checkpoint, skipped
-            skipped.append(f"{checkpoint}: {str(spoiled[0])[:200]} holds NaN")
+            nan = verify(checkpoint)["nan"]
         except CheckpointError as error:
             skipped.append(str(error))
+            continue
+        if not nan:
+            return checkpoint, skipped
+        skipped.append(f"{checkpoint}: {str(nan[0])[:200]} holds NaN")
     return None, skipped
 
 
 def verify(checkpoint: Path, to_load: bool = False) -> dict[str, Any]:
-    """Return the manifest when every file is as it was written.
+    """Check all files of a checkpoint against its manifest, and return the manifest.
 
     Args:
-        to_load: whether the files have to fit into the free memory.
+        to_load: also check that the files fit into the free memory.
 
-    Raises CheckpointError naming the first file that is not as it was written.
+    Raises:
+        CheckpointError: a file is missing or differs; the message names the first such file.
     """
     manifest = read_manifest(checkpoint)
     checkpoint = target_of(checkpoint)
     files = manifest["files"]
-    for name, wanted in files.items():
+    for name, expected in files.items():
         with opened(checkpoint, name) as file:
-            check_size(file, wanted["bytes"], checkpoint / name)
+            check_size(file, expected["bytes"], checkpoint / name)
     if to_load:
-        check_memory(checkpoint, sum(wanted["bytes"] for wanted in files.values()))
-    for name, wanted in files.items():
-        path = checkpoint / name
+        check_memory(checkpoint, sum(expected["bytes"] for expected in files.values()))
+    for name, expected in files.items():
         with opened(checkpoint, name) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
-            if digest != wanted["sha256"]:
-                raise CheckpointError(f"{path} is damaged: its sha256 is not the one in {MANIFEST}")
+        if digest != expected["sha256"]:
+            raise CheckpointError(
+                f"{checkpoint / name} is damaged: its sha256 is not the one in {MANIFEST}"
+            )
     return manifest
 
 
-def read_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a checkpoint's tensors by name, which its header holds; no tensor is read.
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """Return the manifest of a checkpoint, checked against its own sha256.
 
-    Raises CheckpointError.
+    Raises:
+        CheckpointError: the manifest is missing, damaged or of a later format.
+    """
+    checkpoint = target_of(checkpoint)
+    path = checkpoint / MANIFEST
+    try:
+        manifest: dict[str, Any] = parse_json(read_bytes(checkpoint, MANIFEST), path)
+        check_schema(manifest, checkpoint)
+        files = manifest["files"]
+        has_files = {MODEL, TRAINING} <= set(files)
+        has_digests = all({"bytes", "sha256"} <= set(file) for file in files.values())
+        is_complete = has_files and has_digests and isinstance(manifest["nan"], list)
+        if manifest.pop("sha256") != own_sha256(manifest) or not is_complete:
+            raise CheckpointError(f"{path} is damaged: it does not match its own sha256")
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(
+            f"{checkpoint} is not a complete checkpoint: it has no {MANIFEST}"
+        ) from None
+    except RunError as error:
+        raise CheckpointError(str(error)) from error
+    except (*FORM_ERRORS, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: {first_line(error)}") from error
+    for name in files.keys() - {MODEL, TRAINING}:
+        raise CheckpointError(f"{path} lists {short(name)}, which is not a file of a checkpoint")
+    return manifest
+
+
+def check_schema(manifest: dict[str, Any], checkpoint: Path) -> None:
+    """Raise CheckpointError if a checkpoint has a later format than this version can read."""
+    schema = manifest["schema"]
+    if schema > SCHEMA:
+        raise CheckpointError(
+            f"{checkpoint} was written by framework {str(manifest['framework'])[:100]} "
+            f"(format {short(schema)}); this version reads formats up to {SCHEMA}"
+        )
+
+
+def step_in(checkpoint: Path) -> int:
+    """Return the step in the manifest of a checkpoint.
+
+    Raises:
+        CheckpointError: the manifest cannot be read.
+    """
+    step = read_manifest(checkpoint)["step"]
+    if not isinstance(step, int) or step < 0:
+        raise CheckpointError(f"{checkpoint / MANIFEST} is damaged: step is {step!r}")
+    return step
+
+
+def read_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the model's tensors by name, from the header of the file.
+
+    Raises:
+        CheckpointError: the header cannot be read.
     """
     checkpoint = target_of(checkpoint)
     path = checkpoint / MODEL
@@ -106,59 +177,16 @@ def read_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
             header = parse_json(file.read(length), path)
         header.pop("__metadata__", None)
         return {name: tuple(map(int, tensor["shape"])) for name, tensor in header.items()}
-    except (
-        OSError,
-        RunError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-    ) as error:
+    except (*FORM_ERRORS, RunError, OverflowError) as error:
         raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from error
 
 
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """Return the manifest, checked against its own sha256. Raises CheckpointError."""
-    checkpoint = target_of(checkpoint)
-    path = checkpoint / MANIFEST
-    try:
-        manifest = parse_json(read_bytes(checkpoint, MANIFEST), path)
-        if manifest["schema"] > SCHEMA:
-            raise CheckpointError(
-                f"{checkpoint} was written by framework {str(manifest['framework'])[:100]} "
-                f"(format {short(manifest['schema'])}); "
-                f"this version reads formats up to {SCHEMA}"
-            )
-        files = {
-            name: (wanted["bytes"], wanted["sha256"]) for name, wanted in manifest["files"].items()
-        }
-        whole = {MODEL, TRAINING} <= set(files) and isinstance(manifest["nan"], list)
-        if manifest.pop("sha256") != own_sha256(manifest) or not whole:
-            raise CheckpointError(f"{path} is damaged: it does not match its own sha256")
-    except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointError(
-            f"{checkpoint} is no complete checkpoint: it has no {MANIFEST}"
-        ) from None
-    except RunError as error:
-        raise CheckpointError(str(error)) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: {first_line(error)}") from error
-    for name in files.keys() - {MODEL, TRAINING}:
-        raise CheckpointError(f"{path} lists {short(name)}, which is no file of a checkpoint")
-    return manifest
-
-
-def step_in(checkpoint: Path) -> int:
-    """Return the step of a checkpoint by its manifest. Raises CheckpointError."""
-    step = read_manifest(checkpoint)["step"]
-    if not isinstance(step, int) or step < 0:
-        raise CheckpointError(f"{checkpoint / MANIFEST} is damaged: step is {step!r}")
-    return step
-
-
 def opened(checkpoint: Path, name: str) -> BinaryIO:
-    """Open a file of a checkpoint to read. Raises CheckpointError."""
+    """Open a file of a checkpoint for reading.
+
+    Raises:
+        CheckpointError: the file is missing or cannot be opened.
+    """
     try:
         return open_file(checkpoint, name)
     except FileNotFoundError:
@@ -169,5 +197,5 @@ def opened(checkpoint: Path, name: str) -> BinaryIO:
 
 
 def path_of(file: BinaryIO) -> str:
-    """Return a path that leads to an open file, for libraries that open files themselves."""
+    """Return a path to an open file, for libraries that open files themselves."""
     return f"/dev/fd/{file.fileno()}"

@@ -9,10 +9,10 @@ from framework.runtime.shapes import first_line
 from framework.system.files import TEMPORARY
 
 from .layout import (
-    ASIDE,
     FILES,
     HIDDEN,
     MANIFEST,
+    TEMPORARY_LINK,
     discard,
     folder_name,
     listed,
@@ -24,67 +24,89 @@ from .save_errors import save_error
 
 
 def remove(checkpoint: Path) -> None:
-    """Delete a checkpoint: the files that its manifest lists, the manifest, and the folder if nothing else is in it.
+    """Delete the files that a manifest lists, the manifest, and the folder if it is empty then.
 
-    Raises CheckpointError when the folder or one of the files is a symbolic link, or a name leads elsewhere.
+    Raises:
+        CheckpointError: the manifest cannot be read, or the folder or a file is a symbolic link.
     """
     names = [*read_manifest(checkpoint)["files"], MANIFEST]
-    refuse_links(checkpoint, *(checkpoint / name for name in names))
+    refuse_links(checkpoint)
+    refuse_links(*(checkpoint / name for name in names))
+    hidden = removed_name(checkpoint)
     try:
-        aside = checkpoint.with_name(f".{checkpoint.name}-{uuid4().hex[:8]}.removed")
-        os.rename(checkpoint, aside)  # so that a kill in the middle leaves no half checkpoint
-        if not discard(aside, names):
-            os.rename(aside, checkpoint)
+        os.rename(checkpoint, hidden)  # so that a kill leaves no partial checkpoint
+        if not discard(hidden, names):
+            os.rename(hidden, checkpoint)
     except OSError as error:
         raise CheckpointError(f"{checkpoint} cannot be removed: {first_line(error)}") from error
 
 
 def clean(folder: Path) -> None:
-    """Undo what a killed process left half done. Call it with the run's lock held, before `newest`."""
+    """Undo or complete the changes that a killed process left unfinished.
+
+    Call it with the lock of the run held, before `newest`.
+    """
     if not folder.is_dir():
         return
     refuse_links(folder)
-    if (folder / ASIDE).is_symlink() or (folder / ASIDE).is_file():
-        (folder / ASIDE).unlink()
+    link = folder / TEMPORARY_LINK
+    if link.is_symlink() or link.is_file():
+        link.unlink()
     for path in sorted(folder.iterdir()):
         match = HIDDEN.fullmatch(path.name)
         if match is None or path.is_symlink() or not path.is_dir():
             continue
-        if match[2] == ".replaced" and not os.path.lexists(folder / match[1]):
-            os.rename(path, folder / match[1])
+        checkpoint = folder / match[1]
+        if match[2] == ".replaced" and not os.path.lexists(checkpoint):
+            os.rename(path, checkpoint)
         else:
-            half_written = [each.name for each in path.iterdir() if TEMPORARY.fullmatch(each.name)]
-            half_written += [each.name for each in path.glob(".tmp*")]  # of save_file
-            discard(path, [*FILES, *half_written])
+            discard(path, [*FILES, *temporary_files(path)])
+
+
+def temporary_files(folder: Path) -> list[str]:
+    """Return the names of files that were being written: those of `write_file` and `save_file`."""
+    names = os.listdir(folder)
+    return [name for name in names if TEMPORARY.fullmatch(name) or name.startswith(".tmp")]
+
+
+def removed_name(checkpoint: Path) -> Path:
+    """Return a hidden path for a checkpoint that is being removed; `clean` recognizes it."""
+    return checkpoint.with_name(f".{checkpoint.name}-{uuid4().hex[:8]}.removed")
 
 
 def link_to(saved: Path, name: str) -> None:
-    """Make a link beside a checkpoint lead to it. Raises CheckpointError.
+    """Let the link `name`, in the folder of the checkpoints, lead to a checkpoint.
 
-    A folder of that name, which a copy without links has in place of one, is replaced.
+    A folder of that name, which a copy without links contains instead, is replaced.
+
+    Raises:
+        CheckpointError: the link cannot be made.
     """
-    aside, link = saved.with_name(ASIDE), saved.with_name(name)
+    temporary = saved.with_name(TEMPORARY_LINK)
+    link = saved.with_name(name)
     try:
-        aside.unlink(missing_ok=True)
-        aside.symlink_to(saved.name)
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(saved.name)
         if link.is_dir() and not link.is_symlink():
-            copy = saved.with_name(
-                f".{saved.name}-{uuid4().hex[:8]}.removed"
-            )  # `clean` knows this name
+            copy = removed_name(saved)
             os.rename(link, copy)
-            os.replace(aside, link)
+            os.replace(temporary, link)
             discard(copy, FILES)
         else:
-            os.replace(aside, link)
+            os.replace(temporary, link)
     except OSError as error:
         raise save_error(error)(f"the link {link} cannot be made: {error.strerror}") from error
 
 
 def set_aside(folder: Path, chosen: Path) -> None:
-    """Make a checkpoint the newest one of its folder: rename those of later steps to step-00000080.aside.
+    """Make a checkpoint the newest one: rename those of later steps to step-00000080.aside.
 
-    Call it with the run's lock held. A kill in the middle leaves the earliest of them in place. If `chosen` or `best`
-    is a folder of that name, as in a copy without links, it becomes step-... or is set aside too.
+    Call it with the lock of the run held. The latest step is renamed first, so that a kill leaves
+    the steps in order. In a copy without links, `best` is a folder: it is set aside too if its step
+    is later, and renamed to step-... if it is the chosen checkpoint.
+
+    Raises:
+        CheckpointError: a checkpoint cannot be renamed.
     """
     step = step_in(chosen)
     best = folder / "best"
@@ -106,7 +128,7 @@ def set_aside(folder: Path, chosen: Path) -> None:
 
 
 def free_name(folder: Path, step: int) -> Path:
-    """Return a name that no earlier checkpoint of the step has that was set aside."""
+    """Return an unused name for a checkpoint of a step that is set aside."""
     path = folder / f"{folder_name(step)}.aside"
     number = 1
     while path.exists() or path.is_symlink():
