@@ -15,7 +15,7 @@ from framework.runs import checkpoint
 from framework.runs.folder import (
     dump,
     read_config,
-    run_behind,
+    resolve_run,
     run_of_checkpoint,
 )
 from framework.runs.status_file import read_status
@@ -130,7 +130,7 @@ def print_notes(notes: Sequence[str]) -> None:
 
 def run_meant_by(path: Path) -> Path:
     """Return the run that is to go on: a folder itself, or the run of a checkpoint."""
-    path = run_behind(path)
+    path = resolve_run(path)
     return run_of_checkpoint(path) or path
 
 
@@ -144,7 +144,7 @@ def named_checkpoint(resume: str) -> Path | None:
 
     `best` is the checkpoint that the link leads to. Raises RunError if there is none, CheckpointError if it is damaged.
     """
-    path = run_behind(expanded(resume))
+    path = resolve_run(expanded(resume))
     run = run_of_checkpoint(path)
     if run is None:
         return None

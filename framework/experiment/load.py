@@ -25,7 +25,7 @@ from framework.runs.folder import (
     plugins_of,
     read_config,
     read_facts,
-    run_behind,
+    resolve_run,
     run_of_checkpoint,
 )
 from framework.training.trainer import Trainer
@@ -160,7 +160,7 @@ def open_run(run: str | Path, which: str | None = None) -> Trained:
 
     Raises RunError when there is no such run or checkpoint, ConfigError for an unknown part.
     """
-    run = run_behind(expanded(run))
+    run = resolve_run(expanded(run))
     of_checkpoint = run_of_checkpoint(run)
     if of_checkpoint is not None:
         if which is not None:

@@ -13,7 +13,7 @@ from framework.errors import CheckpointError, RunError
 from framework.errors.paths import expanded
 from framework.runs import checkpoint
 from framework.runs.folder import (
-    run_behind,
+    resolve_run,
 )
 from framework.system.files import first_words
 
@@ -92,7 +92,7 @@ def chosen_checkpoint(run: Path, which: str = "best") -> Path | None:
     folder = run / "checkpoints"
     if which not in ("best", "last"):
         named = folder / which
-        return named if named.is_dir() else run_behind(expanded(which))
+        return named if named.is_dir() else resolve_run(expanded(which))
     checkpoint.refuse_links(folder)
     if (
         which == "best"
@@ -110,7 +110,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
                 raise RunError(f"init_from={path}: there is no such file")
             checkpoint.check_memory(path, path.stat().st_size)
             return load_file(path)
-        path = run_behind(path)
+        path = resolve_run(path)
         if (path / "checkpoints").is_dir():
             chosen = chosen_checkpoint(path)
             if chosen is None:

@@ -40,7 +40,7 @@ from framework.runs.checkpoint import (
     remove,
     save,
 )
-from framework.runs.folder import read_config, run_behind
+from framework.runs.folder import read_config, resolve_run
 
 STATE = {"weight": torch.ones(2, 3)}
 
@@ -750,9 +750,9 @@ def sweep(trained_run):
 
 
 def test_the_best_of_a_sweep_is_the_run_beside_it(sweep):
-    assert run_behind(sweep / "best") == sweep / "r"
+    assert resolve_run(sweep / "best") == sweep / "r"
     assert (
-        run_behind(sweep / "best" / "checkpoints" / "best") == sweep / "r" / "checkpoints" / "best"
+        resolve_run(sweep / "best" / "checkpoints" / "best") == sweep / "r" / "checkpoints" / "best"
     )
     assert open_run(sweep / "best").run == sweep / "r"
     assert open_run(sweep / "best" / STEP).checkpoint == sweep / "r" / STEP
