@@ -1,4 +1,4 @@
-"""Find the run that a command resumes."""
+"""Find the run, and the checkpoint, that `resume=` and `framework resume` name."""
 
 import os
 import re
@@ -12,12 +12,7 @@ from framework.errors import RunError, did_you_mean
 from framework.errors.paths import expanded
 from framework.errors.terminal import note
 from framework.runs import checkpoint
-from framework.runs.folder import (
-    dump,
-    read_config,
-    resolve_run,
-    run_of_checkpoint,
-)
+from framework.runs.folder import dump, read_config, resolve_run, run_of_checkpoint
 from framework.runs.status_file import read_status
 from framework.system.files import parse_yaml, read_bytes
 
@@ -28,52 +23,93 @@ MOST_NOTES = 3
 
 
 def find_run(spec: Spec, experiment: str) -> Path | None:
-    """Return the folder that `resume=` means: the run of a path; for auto the run of this name, or else the newest
-    unfinished run of the same config; None when a new run is to begin. Raises RunError for a path that is no run, and
-    no checkpoint of one.
+    """Return the folder of the run to resume; None to begin a new run.
+
+    With `resume=auto` it is the run of this name or, without a name, the newest unfinished run of
+    the same config.
+
+    Raises:
+        RunError: `resume` is a path, but neither of a run nor of a checkpoint.
     """
     if spec.resume == "never":
         return None
     if spec.resume != "auto":
-        run = run_meant_by(expanded(spec.resume))
+        run = run_to_resume(expanded(spec.resume))
         read_config(run)
         return run
-    root, name = Path(spec.sections["run"]["root"]) / experiment, spec.sections["run"]["name"]
-    if name is not None:
-        return root / name if (root / name / "config.yaml").is_file() else None
-    return find_unfinished(root, spec.tree)
+    root = Path(spec.sections["run"]["root"]) / experiment
+    name = spec.sections["run"]["name"]
+    if name is None:
+        return find_unfinished(root, spec.tree)
+    return root / name if (root / name / "config.yaml").is_file() else None
+
+
+def run_to_resume(path: Path) -> Path:
+    """Return the run that a path names, by its own folder or that of one of its checkpoints."""
+    path = resolve_run(path)
+    return run_of_checkpoint(path) or path
+
+
+def named_checkpoint(resume: str) -> Path | None:
+    """Return the checkpoint of `resume=RUN/checkpoints/step-00000040`; None if it names a run.
+
+    The link `best` is resolved.
+
+    Raises:
+        RunError: there is no such checkpoint, or it has NaN.
+        CheckpointError: the checkpoint is damaged.
+    """
+    path = resolve_run(expanded(resume))
+    run = run_of_checkpoint(path)
+    if run is None:
+        return None
+    path = checkpoint.target_of(path)
+    if not path.is_dir():
+        known = [each.name for each in checkpoint.listed(run / "checkpoints")]
+        raise RunError(f"there is no checkpoint {path}; {did_you_mean(path.name, known)}")
+    # In a copy without links, `best` is a folder, and the same checkpoint may exist by its step.
+    by_step = path.with_name(checkpoint.folder_name(checkpoint.step_in(path)))
+    chosen = by_step if by_step.is_dir() else path
+    nan = checkpoint.verify(chosen)["nan"]
+    if nan:
+        raise RunError(
+            f"{chosen} cannot be resumed: {str(nan[0])[:200]} holds NaN; "
+            "choose an earlier checkpoint"
+        )
+    return chosen
 
 
 class Candidate(NamedTuple):
-    """A run folder that `resume=auto` looks at, and when its config was written."""
+    """A run folder that `resume=auto` considers, and the time when its config was written."""
 
     path: Path
     written: int
 
 
 def find_unfinished(root: Path, tree: Mapping[str, Any]) -> Path | None:
-    """Return the newest unfinished run of a config below a folder of runs.
+    """Return the newest unfinished run of a config in a folder of runs.
 
-    What is broken is skipped with a note. Of a run that is not done, status.json tells the fingerprint of its config;
-    the config of an older one, which does not, is read if its text is that of this config, and of the newest
-    `MOST_PARSED` in any case.
+    Damaged runs are skipped with a note. The status.json of a run has the fingerprint of its
+    config. Without it (in an older run) the config is read if its text is equal to that of this
+    config, and for the newest `MOST_PARSED` runs in any case.
     """
     skipped: list[str] = []
-    wanted, own = fingerprint(tree), comparable(dump("config.yaml", tree).encode())
+    expected = fingerprint(tree)
+    expected_text = comparable(dump("config.yaml", tree).encode())
     parsed = 0
     found = None
-    for run in resumable_runs(root, skipped):
+    for run in candidates(root, skipped):
         try:
             status = read_status(run.path)
-            if status.get("status") == "done" or status.get("config", wanted) != wanted:
+            if status.get("status") == "done" or status.get("config", expected) != expected:
                 continue
             text = read_bytes(run.path, "config.yaml")
-            if "config" not in status and comparable(text) != own:
+            if "config" not in status and comparable(text) != expected_text:
                 parsed += 1
                 if parsed > MOST_PARSED:
                     continue
             config = parse_yaml(text, run.path / "config.yaml")
-            if isinstance(config, dict) and fingerprint(config) == wanted:
+            if isinstance(config, dict) and fingerprint(config) == expected:
                 found = run.path
                 break
         except (OSError, RunError, RecursionError, ValueError) as error:
@@ -86,77 +122,47 @@ def find_unfinished(root: Path, tree: Mapping[str, Any]) -> Path | None:
     return found
 
 
-def resumable_runs(root: Path, skipped: list[str]) -> list[Candidate]:
-    """Return the runs below a folder, the newest first; what is no run is added to `skipped` if it looks like one."""
-    found = []
+def candidates(root: Path, skipped: list[str]) -> list[Candidate]:
+    """Return the runs in a folder, the newest first.
+
+    Args:
+        skipped: receives a note on each entry that looks like a run and is none.
+    """
     try:
         entries = list(os.scandir(root))
     except OSError:
         return []
+    found = []
     for entry in entries:
-        config = f"{entry.path}/config.yaml"
         try:
             if not entry.is_dir(follow_symlinks=False):
                 if entry.is_symlink() and entry.is_dir():
                     skipped.append(
-                        f"skipped {entry.path}: it is a symbolic link (resume={entry.path} follows it)"
+                        f"skipped {entry.path}: it is a symbolic link "
+                        f"(resume={entry.path} follows it)"
                     )
                 continue
-            about = os.lstat(config)
+            config = os.lstat(f"{entry.path}/config.yaml")
         except FileNotFoundError:
             continue
         except OSError as error:
             skipped.append(f"skipped {entry.path}: {error.strerror}")
             continue
-        if stat.S_ISREG(about.st_mode):
-            found.append(Candidate(Path(entry.path), about.st_mtime_ns))
+        if stat.S_ISREG(config.st_mode):
+            found.append(Candidate(Path(entry.path), config.st_mtime_ns))
         else:
             skipped.append(f"skipped {entry.path}: its config.yaml is not a regular file")
     return sorted(found, key=lambda run: run.written, reverse=True)
 
 
 def comparable(config: bytes) -> bytes:
-    """Return the text of a config without the sections that may differ between two runs of one experiment."""
+    """Return the text of a config without the sections that do not belong to the fingerprint."""
     return re.sub(rb"(?m)^(run|plugins):.*\n(?:[ -].*\n)*", b"", config)
 
 
 def print_notes(notes: Sequence[str]) -> None:
-    """Print notes on the standard error, a few of them."""
-    for each in notes[:MOST_NOTES]:
-        note(each)
+    """Print the first notes on standard error, and the number of the others."""
+    for text in notes[:MOST_NOTES]:
+        note(text)
     if len(notes) > MOST_NOTES:
         note(f"{len(notes) - MOST_NOTES} more notes of this kind")
-
-
-def run_meant_by(path: Path) -> Path:
-    """Return the run that is to go on: a folder itself, or the run of a checkpoint."""
-    path = resolve_run(path)
-    return run_of_checkpoint(path) or path
-
-
-def read_resumable(path: Path) -> dict[str, Any]:
-    """Return the config of a run to go on with, by its path or that of a checkpoint. Raises RunError for no run."""
-    return read_config(run_meant_by(path))
-
-
-def named_checkpoint(resume: str) -> Path | None:
-    """Return the checkpoint that `resume=RUN/checkpoints/step-00000040` names; None for a run.
-
-    `best` is the checkpoint that the link leads to. Raises RunError if there is none, CheckpointError if it is damaged.
-    """
-    path = resolve_run(expanded(resume))
-    run = run_of_checkpoint(path)
-    if run is None:
-        return None
-    path = checkpoint.target_of(path)
-    if not path.is_dir():
-        known = [each.name for each in checkpoint.listed(run / "checkpoints")]
-        raise RunError(f"there is no checkpoint {path}; {did_you_mean(path.name, known)}")
-    beside = path.with_name(checkpoint.folder_name(checkpoint.step_in(path)))
-    chosen = beside if beside.is_dir() else path
-    spoiled = checkpoint.verify(chosen)["nan"]
-    if spoiled:
-        raise RunError(
-            f"{chosen} cannot be resumed: {str(spoiled[0])[:200]} holds NaN; choose an earlier checkpoint"
-        )
-    return chosen

@@ -33,7 +33,7 @@ from framework.training.trainer_state import WRONG_FORM
 
 from .build import build_data, build_loader, build_metrics, build_model, scale_of
 from .model_limits import model_limits
-from .weights import chosen_checkpoint, fill
+from .weights import find_checkpoint, load_into
 
 
 @dataclass
@@ -169,7 +169,7 @@ def open_run(run: str | Path, which: str | None = None) -> Trained:
         run, which = of_checkpoint, str(run)
     spec = read_spec_of(run, read_config(run))
     facts = read_facts(run)
-    chosen = chosen_checkpoint(run, which or "best")
+    chosen = find_checkpoint(run, which or "best")
     if chosen is None:
         raise RunError(f"{run} has no checkpoint: was it trained with callbacks.checkpoint?")
     shapes = facts["in_shape"], facts["out_shape"], facts.get("columns", ())
@@ -185,7 +185,7 @@ def open_run(run: str | Path, which: str | None = None) -> Trained:
         MemoryError,
     ) as error:
         raise RunError(f"the model of {run} cannot be built: {describe(error)}") from error
-    fill(model, chosen, run)
+    load_into(model, chosen, run)
     return Trained(spec, run, model, spec.parts["task"](), facts, chosen)
 
 

@@ -1,6 +1,6 @@
-"""A run before it runs: layers with shapes and costs, steps, the schedule as a curve, memory. Nothing is trained."""
+"""The plan of a run: layers, cost, steps, learning rate and memory. Nothing is trained."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,13 +20,13 @@ from framework.training.layer_table import (
 )
 
 Schedule = Callable[[int], float]  # step to factor on the learning rate
-CURVE_COLUMNS = 120
-MOST_POINTS = 10_000
+CURVE_POINTS = 120
+MOST_POINTS = 10_000  # steps at which the schedule is evaluated
 
 
 @dataclass
 class SplitSize:
-    """A split: samples, and bytes when it lies in memory."""
+    """The size of a split: samples, and bytes if it is in memory."""
 
     name: str
     samples: int
@@ -35,7 +35,7 @@ class SplitSize:
 
 @dataclass
 class ParameterGroup:
-    """Parameters that the optimizer treats alike: how many numbers, and what is theirs alone."""
+    """A group of parameters of the optimizer: how many numbers, and its own settings."""
 
     name: str
     parameters: int
@@ -45,7 +45,14 @@ class ParameterGroup:
 
 @dataclass
 class Curve:
-    """The learning rate over the run, as points evenly spread over its steps; `peak_step` is among all of them."""
+    """The learning rate over the run.
+
+    Attributes:
+        start: the rate of the first step.
+        peak: the largest rate, at `peak_step`.
+        end: the rate of the last step.
+        rates: at evenly spaced steps.
+    """
 
     start: float
     peak: float
@@ -56,11 +63,11 @@ class Curve:
 
 @dataclass
 class Memory:
-    """Estimated bytes of training; buffers of kernels and of the allocator come on top.
+    """Estimated bytes of training, without the buffers of kernels and of the allocator.
 
     Attributes:
-        optimizer: its state after a step; None when the optimizer cannot be tried out.
-        activations: what the forward pass of a batch keeps for the backward pass (the batch itself included).
+        optimizer: its state after a step; None if it is unknown.
+        activations: kept by the forward pass of a batch for the backward pass, with the batch.
     """
 
     parameters: int
@@ -70,19 +77,24 @@ class Memory:
     activations: int
     total: int = 0
 
-    def __post_init__(self):
-        self.total = (
-            self.parameters
-            + self.buffers
-            + self.gradients
-            + (self.optimizer or 0)
-            + self.activations
-        )
+    def __post_init__(self) -> None:
+        self.total = self.parameters + self.buffers + self.gradients + self.activations
+        self.total += self.optimizer or 0
 
 
 @dataclass
 class Plan:
-    """What a run will do and need."""
+    """The work and memory of a run.
+
+    Attributes:
+        unused: parameters of layers that the forward pass does not call.
+        flops: of the forward pass of a sample.
+        steps_per_epoch, total_steps: optimizer steps.
+        transforms: of training batches, as text.
+        threads: for an operation on the CPU.
+        loader: how batches are read, as text.
+        pace: the steps of each epoch, as text, if they differ.
+    """
 
     model: str
     layers: list[Layer]
@@ -102,18 +114,22 @@ class Plan:
     threads: int | None = None
     loader: str | None = None
     batches_per_step: float = 1
-    pace: str | None = None  # which epochs have how many steps, where they differ
+    pace: str | None = None
 
-    def follow(self, pace: Pace, optimizer: Optimizer, schedule: Schedule | None) -> None:
-        """Use the steps and learning rates of a callback that changes how batches make steps."""
+    def use_pace(self, pace: Pace, optimizer: Optimizer, schedule: Schedule | None) -> None:
+        """Use the steps and learning rates of a callback that changes the batches per step."""
         self.total_steps = pace.total_steps
         self.batches_per_step = pace.batches_per_step
         self.pace = pace.text
-        place = pace.schedule_step
-        if schedule is None or place is None:
+        schedule_step = pace.schedule_step
+        if schedule is None or schedule_step is None:
             self.curve = read_curve(optimizer, schedule, pace.total_steps)
-        else:
-            self.curve = read_curve(optimizer, lambda step: schedule(place(step)), pace.total_steps)
+            return
+
+        def paced(step: int) -> float:
+            return schedule(schedule_step(step))
+
+        self.curve = read_curve(optimizer, paced, pace.total_steps)
 
 
 def make_plan(
@@ -126,90 +142,88 @@ def make_plan(
     optimizer: Optimizer | None = None,
     schedule: Schedule | None = None,
     data: Data | None = None,
-    threads: int | None = None,
-    loader: str | None = None,
-    transforms: Sequence[str] = (),
 ) -> Plan:
     """Return the plan of a run.
 
     Args:
-        batch: one training batch, on the model's device; its first four samples are run.
-        steps_per_epoch, total_steps: optimizer steps.
-        task: runs the model as in training, loss included; without it, the model is called with the inputs.
+        batch: a training batch on the device of the model; its first four samples are used.
+        steps_per_epoch: optimizer steps.
+        total_steps: optimizer steps.
+        task: runs the model as in training, with the loss; without it the model is called with the
+            inputs.
         schedule: the factor on the learning rate, by step.
-        threads: that an operation may use on the CPU.
-        loader: how batches are read, in words.
-        transforms: of training batches, in words.
     """
     layers, unused = read_layers(model, batch, task)
-    every = list(model.parameters())
-    trainable = [p for p in every if p.requires_grad]
-    splits = {} if data is None else splits_of(data)
+    parameters = list(model.parameters())
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
     memory = Memory(
-        parameters=size_in_bytes(every),
+        parameters=size_in_bytes(parameters),
         buffers=size_in_bytes(model.buffers()),
         gradients=size_in_bytes(trainable),
         optimizer=None if optimizer is None else optimizer_bytes(optimizer),
         activations=activation_bytes(model, batch, task),
     )
-    return Plan(
+    plan = Plan(
         model=type(model).__name__,
         layers=layers,
-        parameters=sum(p.numel() for p in every),
-        trainable=sum(p.numel() for p in trainable),
+        parameters=sum(parameter.numel() for parameter in parameters),
+        trainable=sum(parameter.numel() for parameter in trainable),
         unused=unused,
         flops=sum(layer.flops for layer in layers),
         batch_size=len(batch[0]),
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
         memory=memory,
-        optimizer=None if optimizer is None else type(optimizer).__name__,
-        groups=[] if optimizer is None else read_groups(optimizer),
-        transforms=list(transforms),
-        curve=read_curve(optimizer, schedule, total_steps),
-        splits=[SplitSize(name, len(split), split_bytes(split)) for name, split in splits.items()],
-        threads=threads,
-        loader=loader,
     )
+    if optimizer is not None:
+        plan.optimizer = type(optimizer).__name__
+        plan.groups = read_groups(optimizer)
+        plan.curve = read_curve(optimizer, schedule, total_steps)
+    if data is not None:
+        for name, split in splits_of(data).items():
+            plan.splits.append(SplitSize(name, len(split), split_bytes(split)))
+    return plan
 
 
-def read_curve(
-    optimizer: Optimizer | None, schedule: Schedule | None, total_steps: int
-) -> Curve | None:
-    """Return the learning rate over the run: the optimizer's own, of which a group may have its factor."""
-    if optimizer is None or total_steps < 1:
-        return None
+def read_curve(optimizer: Optimizer, schedule: Schedule | None, total_steps: int) -> Curve | None:
+    """Return the optimizer's own learning rate over the run, without the factors of its groups."""
     base = base_rate(optimizer)
-    if base is None:
+    if base is None or total_steps < 1:
         return None
-    points = min(total_steps, MOST_POINTS)
-    steps = [round(i * (total_steps - 1) / max(points - 1, 1)) for i in range(points)]
+    steps = evenly_spaced(total_steps, MOST_POINTS)
     rates = [base * (1.0 if schedule is None else factor_of(schedule, step)) for step in steps]
-    peak = max(range(points), key=rates.__getitem__)
-    columns = min(points, CURVE_COLUMNS)
-    shown = [rates[round(i * (points - 1) / max(columns - 1, 1))] for i in range(columns)]
+    peak = rates.index(max(rates))
+    shown = [rates[index] for index in evenly_spaced(len(rates), CURVE_POINTS)]
     return Curve(rates[0], rates[peak], steps[peak], rates[-1], shown)
 
 
+def evenly_spaced(count: int, most: int) -> list[int]:
+    """Return at most `most` indices from 0 to count - 1, with both ends."""
+    points = min(count, most)
+    return [round(i * (count - 1) / max(points - 1, 1)) for i in range(points)]
+
+
 def base_rate(optimizer: Optimizer) -> float | None:
-    """Return the optimizer's own learning rate; None where it has none."""
+    """Return the optimizer's own learning rate; None if it has none."""
     rate = optimizer.defaults.get("lr", optimizer.param_groups[0].get("lr"))
     return None if rate is None else float(rate)
 
 
 def read_groups(optimizer: Optimizer) -> list[ParameterGroup]:
-    """Return the groups; those of `Parameters` have names, which may end in their factor."""
-    base, found = base_rate(optimizer), []
+    """Return the groups of parameters; groups without a name are numbered."""
+    base = base_rate(optimizer)
+    groups = []
     for number, group in enumerate(optimizer.param_groups, 1):
-        name = str(
-            group.get("name", number if len(optimizer.param_groups) > 1 else "all")
-        ).partition(" x ")[0]
+        default = number if len(optimizer.param_groups) > 1 else "all"
+        # The name of a group of `Parameters` may end in its factor on the learning rate.
+        name = str(group.get("name", default)).partition(" x ")[0]
         rate = group.get("initial_lr", group.get("lr"))
         factor = float(rate) / base if base and rate is not None else 1.0
         size = sum(parameter.numel() for parameter in group["params"])
-        found.append(ParameterGroup(name, size, factor, float(group.get("weight_decay", 0.0))))
-    return found
+        groups.append(ParameterGroup(name, size, factor, float(group.get("weight_decay", 0.0))))
+    return groups
 
 
 def split_bytes(split: Any) -> int | None:
+    """Return the bytes of a split; None if it is not in memory."""
     return size_in_bytes(split.tensors) if isinstance(split, TensorSplit) else None

@@ -2,29 +2,32 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from framework.contracts.state import Stop
 from framework.runs import checkpoint
 from framework.system.files import read_rows
 
-from .weights import chosen_checkpoint
-
-if TYPE_CHECKING:
-    pass
+from .weights import find_checkpoint
 
 
 @dataclass
 class Result:
-    """What a run came to: its folder, final metrics, and why it ended early, if it did.
+    """The result of a run.
 
     Attributes:
+        folder: of the run.
+        metrics: the final ones.
+        stopped: why the run ended early, if it did.
+        signal: the number of the signal that stopped it, if any.
         seconds: since the process began: start-up, training and test.
-        steps: of the whole run, with those before it was resumed.
-        fit_seconds, fit_steps: those of this process's training alone; `shares` are of this time.
-        weights: by split, the weights that its metrics belong to, such as "best, step 900".
-        advice: how the training could be faster, if there is a simple way.
-        split: what `framework eval` can measure: test, val, or None.
+        steps: of the whole run, including those before it was resumed.
+        shares: the fractions of `fit_seconds` by activity, such as waiting for data.
+        fit_seconds: of the training in this process.
+        fit_steps: of the training in this process.
+        weights: by split, the weights with which its metrics were measured, such as
+            "best, step 900".
+        advice: how to train faster, if there is a simple way.
+        split: that `framework eval` can measure: test, val, or None.
     """
 
     folder: Path
@@ -41,39 +44,38 @@ class Result:
     split: str | None = "test"
 
 
-def earlier_result(run: Path) -> Result:
-    """Return what a run came to that is done already, as its folder keeps it."""
+def read_result(run: Path) -> Result:
+    """Return the result of a finished run, from the files in its folder."""
     values, steps = last_values(run)
-    result = Result(run, values)
     last = max(steps.values(), default=0)
-    result.steps = last
-    chosen = chosen_checkpoint(run)
+    result = Result(run, values, steps=last)
     if "val" in steps:
-        result.weights["val"] = which_weights(steps["val"], last)
+        result.weights["val"] = weights_label(steps["val"], last)
+    found = find_checkpoint(run)
     if "test" in steps:
-        result.weights["test"] = which_weights(last if chosen is None else chosen, last)
+        result.weights["test"] = weights_label(found or last, last)
     return result
 
 
-def which_weights(measured: int | Path, steps: int) -> str:
+def weights_label(measured: int | Path, steps: int) -> str:
     """Return a label of the weights that were measured, such as "best, step 900".
 
     Args:
         measured: the checkpoint that was loaded, or the step after which they were in memory.
-        steps: those of the whole run.
+        steps: of the whole run.
     """
-    step, best = measured, False
-    if isinstance(measured, Path):
-        best = measured.name == "best"
+    if isinstance(measured, int):
+        step = measured
+    else:
         # Not by its name: in a copy without links, best is a folder.
         step = checkpoint.step_in(checkpoint.target_of(measured))
-    if best:
-        return f"best, step {step:,}"
+        if measured.name == "best":
+            return f"best, step {step:,}"
     return f"last, step {step:,}" if step == steps else f"step {step:,}"
 
 
 def last_values(run: Path) -> tuple[dict[str, float], dict[str, int]]:
-    """Return the last value of everything in a run's metrics.jsonl, and by split their step."""
+    """Return the last value of each metric in metrics.jsonl, and the last step of each split."""
     values: dict[str, float] = {}
     steps: dict[str, int] = {}
     try:

@@ -1,4 +1,4 @@
-"""Going on: with a run that was cut off (exactly), or from what another has learned (`init_from`)."""
+"""Resume a run exactly: compare the settings, read the checkpoint, check that it fits."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,10 +13,7 @@ from framework.composition.spec import Spec
 from framework.errors import RunError, short
 from framework.errors.paths import override
 from framework.runs import checkpoint
-from framework.runs.folder import (
-    RunFolder,
-    read_config,
-)
+from framework.runs.folder import RunFolder, read_config
 from framework.runs.status_file import status_of
 from framework.training.optimizer_state import (
     check_state,
@@ -25,7 +22,7 @@ from framework.training.optimizer_state import (
     older_settings,
 )
 
-from .config_changes import changed_values, is_path_of_data, keeps_bits, observed_changes
+from .config_changes import compare_configs, is_path_of_data, keeps_bits, observed_changes
 from .find_run import MOST_NOTES, named_checkpoint
 from .run_facts import unknown_content
 from .weights import shapes
@@ -35,137 +32,185 @@ MOST_THREADS = 1024
 
 @dataclass
 class Resumed:
-    """A run to go on with: its folder (locked), and its newest good checkpoint (None: it was cut off before one).
+    """A run that is resumed.
 
-    data_moved: whether the data has another path than before.
-    chosen: the checkpoint that the user named, if it is not to be the newest good one.
+    Attributes:
+        folder: of the run, locked.
+        config: of the run until now.
+        changed: the text of each setting that differs from now on, by path.
+        data_moved: whether the data has another path than before.
+        notes: texts for the user.
+        step: of the checkpoint; 0 without one.
+        training: the state in the newest good checkpoint; None if the run was stopped before one.
+        threads: for an operation, as before; None if unknown.
+        chosen: the checkpoint that the user named, if any.
     """
 
     folder: RunFolder
+    config: dict[str, Any]
+    changed: dict[str, str]
+    data_moved: bool
+    notes: list[str] = field(default_factory=list)
     step: int = 0
     training: dict[str, Any] | None = None
-    notes: list[str] = field(default_factory=list)
-    changed: dict[str, str] = field(default_factory=dict)
-    threads: int | None = None  # of an operation, when it was cut off
-    config: dict[str, Any] = field(default_factory=dict)  # as it was until now
+    threads: int | None = None
     chosen: Path | None = None
-    data_moved: bool = False
 
     @property
     def done(self) -> bool:
-        """Whether the run has nothing left to do, test included, and nothing new was asked of it."""
+        """Whether nothing is left to do, test included, and nothing new was asked for."""
         return status_of(self.folder.path) == "done" and not self.changed and self.chosen is None
 
     def rewind(self) -> None:
-        """Let the chosen checkpoint be the newest one, also for whoever resumes the run after a kill."""
+        """Make the chosen checkpoint the newest one, so that it is resumed again after a kill."""
         if self.chosen is None:
             return
         reason = f"goes on from step {self.step}"
         self.folder.write("status.json", {"status": "stopped", "reason": reason, "step": self.step})
         checkpoint.set_aside(self.folder.path / "checkpoints", self.chosen)
 
-    def changes(self, path: str) -> bool:
-        return path in self.changed
-
 
 def open_folder(run: Path, spec: Spec, inexact: bool = False) -> Resumed:
-    """Lock a run's folder and read its newest good checkpoint.
+    """Lock the folder of a run and read its newest good checkpoint, or the one that the user named.
 
-    Raises RunError when another process writes there, and when the spec differs from the run's own where its weights
-    would come out otherwise (unless `inexact`).
+    Args:
+        inexact: allow settings that change the weights of the resumed run.
+
+    Raises:
+        RunError: another process writes to the folder, or a setting changes the weights.
     """
     folder = RunFolder.existing(run)
-    before = read_config(run)
-    changed = changed_values(before, spec.tree)
-    breaking: list[str] = []
-    data_moved = False
-    for path, text in changed:
-        if is_path_of_data(path, spec):
-            data_moved = True
-            breaking += unknown_content(
-                run, text
-            )  # if it is known, the data are compared when they are read
-        elif not keeps_bits(path):
-            breaking.append(text)
-    breaking += list(observed_changes(changed, before, spec))
-    if breaking and not inexact:
-        advice = "leave it as it was, or allow it with --inexact"
-        raise RunError(f"{run} cannot go on exactly with {'; '.join(breaking)}: {advice}")
-    resumed = Resumed(folder)
-    for path, text in changed:
-        if not path.startswith(("run.", "plugins")):
-            resumed.changed[path] = text
-    resumed.config, resumed.data_moved = before, data_moved
-    resumed.notes = [f"from here on {text}" for text in resumed.changed.values()]
+    config = read_config(run)
+    changed = compare_configs(config, spec.tree)
+    inexact_changes = list(weight_changes(run, changed, config, spec))
+    if inexact_changes and not inexact:
+        raise RunError(
+            f"{run} cannot be resumed exactly with {'; '.join(inexact_changes)}: "
+            "leave it as it was, or allow it with --inexact"
+        )
+    data_moved = any(is_path_of_data(path, spec) for path in changed)
+    relevant = {
+        path: text for path, text in changed.items() if not path.startswith(("run.", "plugins"))
+    }
+    resumed = Resumed(folder, config, relevant, data_moved)
+    resumed.notes += [f"from here on {text}" for text in relevant.values()]
     checkpoints = run / "checkpoints"
     checkpoint.refuse_links(checkpoints)
-    if not checkpoints.is_dir():
-        return resumed
-    checkpoint.clean(checkpoints)
+    if checkpoints.is_dir():
+        checkpoint.clean(checkpoints)
+        read_checkpoint(resumed, checkpoints, spec)
+    return resumed
+
+
+def weight_changes(
+    run: Path, changed: Mapping[str, str], before: Mapping[str, Any], spec: Spec
+) -> Iterator[str]:
+    """Yield the changed settings that change the weights of a resumed run.
+
+    Args:
+        changed: the text of each change, by path.
+        before: the earlier config.
+        spec: the new config.
+    """
+    for path, text in changed.items():
+        if is_path_of_data(path, spec):
+            # The content of the data is compared after it is read, if that is possible.
+            problem = unknown_content(run)
+            if problem is not None:
+                yield f"{text} ({problem})"
+        elif not keeps_bits(path):
+            yield text
+    yield from observed_changes(changed, before, spec)
+
+
+def read_checkpoint(resumed: Resumed, checkpoints: Path, spec: Spec) -> None:
+    """Read the checkpoint that the user named, or the newest good one if there is one."""
     newest = None if spec.resume == "auto" else named_checkpoint(spec.resume)
     if newest is not None:
         resumed.chosen = newest
         resumed.notes += later_notes(checkpoints, checkpoint.step_in(newest))
     else:
         newest, skipped = checkpoint.newest(checkpoints)
-        resumed.notes += [f"skipped {why}" for why in skipped[:MOST_NOTES]]
+        resumed.notes += [f"skipped {reason}" for reason in skipped[:MOST_NOTES]]
         if len(skipped) > MOST_NOTES:
             resumed.notes.append(f"skipped {len(skipped) - MOST_NOTES} more checkpoints")
-    if newest is not None:
-        weights, resumed.training = checkpoint.load(newest)
-        resumed.training["model"] = weights
-        resumed.step = checkpoint.step_in(newest)
-        manifest = checkpoint.read_manifest(newest)
-        resumed.threads = threads_of(manifest)
-        if manifest.get("torch") != torch.__version__:
-            other = f"torch is {torch.__version__}, was {short(manifest.get('torch'))}"
-            resumed.notes.append(f"{other}: the last bits may come out otherwise")
-    return resumed
+    if newest is None:
+        return
+    weights, training = checkpoint.load(newest)
+    resumed.training = training | {"model": weights}
+    resumed.step = checkpoint.step_in(newest)
+    manifest = checkpoint.read_manifest(newest)
+    resumed.threads = threads_in(manifest)
+    if manifest.get("torch") != torch.__version__:
+        resumed.notes.append(
+            f"torch is {torch.__version__}, was {short(manifest.get('torch'))}: "
+            "the last bits may differ"
+        )
 
 
 def later_notes(checkpoints: Path, step: int) -> Iterator[str]:
-    """Yield what becomes of the checkpoints after the one that a run is resumed from."""
-    later = [
-        each.name for each in checkpoint.listed(checkpoints) if checkpoint.step_of(each) > step
-    ]
+    """Yield a note on the checkpoints after the one that a run is resumed from."""
+    saved = checkpoint.listed(checkpoints)
+    later = [path.name for path in saved if checkpoint.step_of(path) > step]
     if later:
-        yield f"set aside in {checkpoints}: {', '.join(later)} (now named *.aside; delete what you do not need)"
+        yield (
+            f"set aside in {checkpoints}: {', '.join(later)} "
+            "(now named *.aside; delete what you do not need)"
+        )
 
 
-def threads_of(manifest: Mapping[str, Any]) -> int | None:
-    """Return how many threads a checkpoint's run had, None if its manifest has no sensible number."""
+def threads_in(manifest: Mapping[str, Any]) -> int | None:
+    """Return the number of threads in the manifest of a checkpoint; None without a valid one."""
     run = manifest.get("run")
     threads = run.get("threads") if isinstance(run, dict) else None
     return threads if type(threads) is int and 1 <= threads <= MOST_THREADS else None
 
 
 def check_fits(resumed: Resumed, model: nn.Module, optimizer: Optimizer) -> None:
-    """Raise RunError when its checkpoint is of another model or optimizer, which --inexact cannot mend."""
+    """Raise RunError if the checkpoint is of another model or optimizer, even with --inexact."""
     if resumed.training is None:
         return
     check_form(resumed.training)
-    saved, own = map(shapes, (resumed.training["model"], model.state_dict()))
-    wrong = next((name for name in {**saved, **own} if saved.get(name) != own.get(name)), None)
-    other = None
-    if wrong is not None:
-        other = f"another model: {wrong} has shape {saved.get(wrong)} in its checkpoint, and {own.get(wrong)} here"
-    elif sizes(resumed.training["optimizer"]) != sizes(optimizer.state_dict()) or resumed.changes(
-        "optimizer.name"
-    ):
-        other = "another optimizer, or other groups of parameters, of which something else is kept"
-    if other is not None:
+    difference = model_difference(shapes(resumed.training["model"]), shapes(model.state_dict()))
+    if difference is None:
+        same_groups = group_sizes(resumed.training["optimizer"]) == group_sizes(
+            optimizer.state_dict()
+        )
+        if not same_groups or "optimizer.name" in resumed.changed:
+            difference = "another optimizer, or other groups of parameters, whose state differs"
+    if difference is not None:
         run = resumed.folder.path
         weights = override("init_from", str(run))
-        advice = f"A new run can begin with its weights: {weights}"
-        raise RunError(f"{run} cannot go on with {other}. {advice}")
+        raise RunError(
+            f"{run} cannot be resumed with {difference}. "
+            f"A new run can begin with its weights: {weights}"
+        )
+
+
+def model_difference(
+    saved: Mapping[str, tuple[int, ...]], own: Mapping[str, tuple[int, ...]]
+) -> str | None:
+    """Return the first difference in the shapes of two models; None if they are equal."""
+    for name in {**saved, **own}:
+        if saved.get(name) != own.get(name):
+            return (
+                f"another model: {name} has shape {saved.get(name)} in its checkpoint, "
+                f"and {own.get(name)} here"
+            )
+    return None
+
+
+def group_sizes(optimizer: Mapping[str, Any]) -> list[int]:
+    """Return the number of parameters in each group of an optimizer's state."""
+    return [len(group["params"]) for group in optimizer["param_groups"]]
 
 
 def check_form(training: Mapping[str, Any]) -> None:
-    """Raise RunError when the training state of a checkpoint is of another form than what was saved."""
+    """Raise RunError if a training state has no groups of an optimizer."""
     state = training.get("optimizer")
     groups = state.get("param_groups") if isinstance(state, dict) else None
     if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
-        raise RunError("its newest checkpoint is damaged: it holds no state of an optimizer")
+        raise RunError("its newest checkpoint is damaged: it has no state of an optimizer")
     if not all(isinstance(group.get("params"), list) for group in groups):
         raise RunError(
             "its newest checkpoint is damaged: its optimizer has groups without parameters"
@@ -173,38 +218,35 @@ def check_form(training: Mapping[str, Any]) -> None:
 
 
 def check_optimizer(resumed: Resumed, model: nn.Module, optimizer: Optimizer) -> None:
-    """Raise SettingError when the optimizer cannot continue with the changed settings.
+    """Raise SettingError if the optimizer cannot continue with the changed settings.
 
-    A checkpoint of an earlier version does not hold the settings that the run was started with:
-    they are derived from the changes in the config.
+    A checkpoint of an earlier version does not have the settings with which the run began: they are
+    derived from the changes in the config.
     """
     training = resumed.training
     if training is None:
         return
-    groups, now = training["optimizer"]["param_groups"], group_settings(optimizer, model)
+    groups = training["optimizer"]["param_groups"]
+    now = group_settings(optimizer, model)
     if "optimizer_settings" not in training:
-        changed = changed_settings(resumed)
+        changed = changed_group_settings(resumed)
         before = older_settings(groups, now)
-        for each in before:
-            for name in changed & each["settings"].keys():
-                del each["settings"][name]
+        for group in before:
+            for name in changed & group["settings"].keys():
+                del group["settings"][name]
         training["optimizer_settings"] = before
     merged, names = merged_groups(groups, training["optimizer_settings"], now)
     if names:
         check_state(optimizer, training["optimizer"]["state"], merged, names)
 
 
-def changed_settings(resumed: Resumed) -> set[str]:
-    """Return the settings of parameter groups that the changes in the config may concern."""
-    found: set[str] = set()
+def changed_group_settings(resumed: Resumed) -> set[str]:
+    """Return the settings of parameter groups that the changes in the config may affect."""
+    settings: set[str] = set()
     for path in resumed.changed:
         section, _, setting = path.partition(".")
         if section == "optimizer":
-            found.add(setting.partition(".")[0])
+            settings.add(setting.partition(".")[0])
         if section == "parameters":
-            found |= {"weight_decay", "name"}
-    return found - {"lr"}
-
-
-def sizes(optimizer: Mapping[str, Any]) -> list[int]:
-    return [len(group["params"]) for group in optimizer["param_groups"]]
+            settings |= {"weight_decay", "name"}
+    return settings - {"lr"}

@@ -6,19 +6,21 @@ from typing import Any
 
 from framework.errors import ConfigError
 
-NOT_OF_A_RESUMED_RUN = ("run", "init_from", "resume", "plugins", "sweep", "hydra")
+FIXED = ("run", "init_from", "resume", "plugins", "sweep", "hydra")  # sections of a new run only
 
 
-def altered(tree: Mapping[str, Any], typed: Sequence[str]) -> dict[str, Any]:
-    """Return a run's config with overrides such as trainer.max_epochs=50 put in. Raises ConfigError for no override."""
+def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the config of a run with overrides such as trainer.max_epochs=50 applied.
+
+    Raises:
+        ConfigError: an override cannot be read, is a sweep, or has no effect on a resumed run.
+    """
     from hydra.errors import HydraException
 
     from framework.composition.overrides import parse
 
-    changed = copy.deepcopy(
-        dict(tree)
-    )  # not through JSON, in which the keys of all dicts are texts
-    for text in typed:
+    changed = copy.deepcopy(dict(tree))  # not through JSON, which turns all keys into strings
+    for text in overrides:
         try:
             _, override = parse(text)
             *parents, key = override.key_or_group.replace("/", ".").split(".")
@@ -26,8 +28,9 @@ def altered(tree: Mapping[str, Any], typed: Sequence[str]) -> dict[str, Any]:
         except HydraException as error:
             raise ConfigError([f"{text}: cannot be read as KEY=VALUE"]) from error
         if override.is_sweep_override():
-            raise ConfigError([f"{text}: a run goes on with one value; a sweep is for new ones"])
-        if (parents or [key])[0] in NOT_OF_A_RESUMED_RUN:
+            raise ConfigError([f"{text}: a run is resumed with one value; a sweep needs new runs"])
+        section = parents[0] if parents else key
+        if section in FIXED:
             raise ConfigError(
                 [f"{text}: has no effect on a run that goes on: it keeps its folder and weights"]
             )

@@ -1,4 +1,4 @@
-"""The facts of the data of a run."""
+"""The facts of the data of a run (facts.json), and their comparison with the data now."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,45 +13,57 @@ from framework.runs.folder import read_facts
 from .build import scale_of
 
 
-def facts_of(data: Data, task: Task, out_shape: Sequence[int]) -> dict[str, Any]:
-    facts: dict[str, Any] = {
-        "in_shape": list(data.in_shape),
-        "out_shape": list(out_shape),
-    }
-    sizes = {name: len(split) for name, split in splits_of(data).items() if len(split)}
+def data_facts(data: Data, task: Task, out_shape: Sequence[int]) -> dict[str, Any]:
+    """Return the content of facts.json.
+
+    Args:
+        out_shape: of the outputs that the task needs.
+    """
+    facts: dict[str, Any] = {"in_shape": list(data.in_shape), "out_shape": list(out_shape)}
     if data.columns:
         facts["columns"] = list(data.columns)
-    if (scale := scale_of(data, task)) is not None:
+    scale = scale_of(data, task)
+    if scale is not None:
         facts["scale"] = list(scale)
     if data.fold is not None:
         facts["fold"] = data.fold
-    facts |= {"classes": list(data.classes), "samples": sizes, "data": data.facts()}
+    facts["classes"] = list(data.classes)
+    facts["samples"] = {name: len(split) for name, split in splits_of(data).items() if len(split)}
+    facts["data"] = data.facts()
     facts["content"] = digests_of(data)
     return facts
 
 
 def fact_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what differs between the facts of a run's data and those of the data now."""
+    """Yield the differences between two facts, without those of the content."""
     for name in {**before, **now}:
         if name != "content" and before.get(name) != now.get(name):
-            yield f"{name}: {json.dumps(now.get(name))[:100]}, was {json.dumps(before.get(name))[:100]}"
+            old_text = json.dumps(before.get(name))[:100]
+            new_text = json.dumps(now.get(name))[:100]
+            yield f"{name}: {new_text}, was {old_text}"
 
 
-def content_changes(known: Any, content: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the splits whose content is not the one that a run's facts.json keeps."""
-    if not isinstance(known, dict):
-        return  # a run of an older version
-    for split in {**known, **content}:
-        if known.get(split) != content.get(split):
+def content_changes(before: Any, now: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the splits whose content differs.
+
+    Args:
+        before: the digest of each split from facts.json; None in a run of an older version.
+        now: the digest of each split now.
+    """
+    if not isinstance(before, dict):
+        return
+    for split in {**before, **now}:
+        if before.get(split) != now.get(split):
             yield f"other content in the {split} split"
 
 
-def unknown_content(run: Path, change: str) -> Iterator[str]:
-    """Yield why the data of a run cannot be compared with data at another path, if so."""
+def unknown_content(run: Path) -> str | None:
+    """Return why the data of a run cannot be compared by content; None if it can."""
     content = read_facts(run).get("content")
     if not isinstance(content, dict):
-        yield f"{change} (the run is of an older version, which did not note the content of its data)"
-        return
+        return "the run is of an older version, which did not note the content of its data"
     unknown = [split for split, digest in content.items() if digest is None]
     if unknown:
-        yield f"{change} (the content of the {' and '.join(unknown)} split is unknown or too large to be compared)"
+        splits = " and ".join(unknown)
+        return f"the content of the {splits} split is unknown or too large to be compared"
+    return None

@@ -1,9 +1,8 @@
-"""Load the weights of a run or a file into a model."""
+"""Load weights into a model: from the checkpoints of a run, or from a file (`init_from`)."""
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -12,21 +11,62 @@ from torch import Tensor, nn
 from framework.errors import CheckpointError, RunError
 from framework.errors.paths import expanded
 from framework.runs import checkpoint
-from framework.runs.folder import (
-    resolve_run,
-)
+from framework.runs.folder import resolve_run
 from framework.system.files import first_words
 
-if TYPE_CHECKING:
-    pass
+
+def load_weights(model: nn.Module, run: Path, which: str = "best") -> Path | None:
+    """Load the weights of a checkpoint of a run, and return that checkpoint; None without one.
+
+    Args:
+        which: as for `find_checkpoint`.
+    """
+    found = find_checkpoint(run, which)
+    if found is not None:
+        load_into(model, found, run)
+    return found
 
 
-def start_from(model: nn.Module, source: str) -> str:
-    """Fill a model with the weights of a run (its best checkpoint), a checkpoint or a .safetensors file, where names
-    and shapes match; returns a report of what did not.
+def find_checkpoint(run: Path, which: str = "best") -> Path | None:
+    """Return a checkpoint of a run; None without a good one.
 
-    Raises RunError when there is no such thing, when nothing matches, and when no matrix of the
-    model does: biases and norms are useless without the weights that they belong to.
+    Args:
+        which: "best" (or the newest good one if there is no best), "last", the name of a checkpoint
+            of this run, or the folder of a checkpoint.
+    """
+    folder = run / "checkpoints"
+    if which not in ("best", "last"):
+        named = folder / which
+        return named if named.is_dir() else resolve_run(expanded(which))
+    checkpoint.refuse_links(folder)
+    best = folder / "best"
+    if which == "best" and os.path.lexists(best) and checkpoint.target_of(best).is_dir():
+        return best
+    return checkpoint.newest(folder)[0] if folder.is_dir() else None
+
+
+def load_into(model: nn.Module, saved: Path, run: Path) -> None:
+    """Load the weights of a checkpoint.
+
+    Raises:
+        RunError: they do not fit the model.
+    """
+    weights = checkpoint.load_model(saved)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise RunError(f"{saved} does not fit the model of {run}: {first_words(error)}") from error
+
+
+def initialize_from(model: nn.Module, source: str) -> str:
+    """Load the weights whose names and shapes match, and return a report of the others.
+
+    Args:
+        source: a run (its best checkpoint), a checkpoint or a .safetensors file.
+
+    Raises:
+        RunError: the source cannot be read, or nothing matches, or no weight matrix matches: biases
+            and norms are useless without the matrices.
     """
     weights = read_weights(expanded(source))
     state = model.state_dict()
@@ -36,74 +76,76 @@ def start_from(model: nn.Module, source: str) -> str:
         for name, tensor in weights.items()
         if name in own and own[name].shape == tensor.shape
     }
+    check_fitting(fitting, own, weights, source)
+    model.load_state_dict(fitting, strict=False)
+    return initialization_report(fitting, own, weights, source)
+
+
+def check_fitting(
+    fitting: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    source: str,
+) -> None:
+    """Raise RunError if none of the weights fits, or no weight matrix does.
+
+    Args:
+        fitting: the weights that fit.
+        own: the tensors of the model.
+        weights: all weights of the source.
+    """
     if not fitting:
         raise RunError(
-            f"init_from={source}: none of its {len(weights)} tensors has the name and shape of one here"
+            f"init_from={source}: none of its {len(weights)} tensors has the name and shape of one "
+            "here"
         )
     matrices = [name for name, tensor in own.items() if tensor.ndim > 1]
     if matrices and not fitting.keys() & set(matrices):
+        first = matrices[0]
         raise RunError(
             f"init_from={source}: only {len(fitting)} of {len(own)} tensors match, and none of the "
-            f"{len(matrices)} weight matrices: {matrices[0]} is {shape_text(own[matrices[0]])} "
-            f"here, and {shape_text(weights.get(matrices[0]))} there"
+            f"{len(matrices)} weight matrices: {first} is {shape_text(own[first])} here, and "
+            f"{shape_text(weights.get(first))} there"
         )
-    model.load_state_dict(fitting, strict=False)
-    taken = sum(tensor.numel() for tensor in fitting.values())
-    share = taken / max(sum(tensor.numel() for tensor in own.values()), 1)
-    shapes = [
-        f"{n} {tuple(weights[n].shape)} for {tuple(own[n].shape)}"
-        for n in weights
-        if n in own.keys() - fitting
+
+
+def initialization_report(
+    fitting: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    source: str,
+) -> str:
+    """Return the number of loaded tensors, and the names of those that were not loaded.
+
+    Args: as for `check_fitting`.
+    """
+    other_shapes = [
+        f"{name} {shape_text(weights[name])} for {shape_text(own[name])}"
+        for name in weights
+        if name in own and name not in fitting
     ]
-    groups = {
-        "of another shape": shapes,
+    others = {
+        "of another shape": other_shapes,
         "left as initialized": sorted(own.keys() - weights.keys()),
         "not used": sorted(weights.keys() - own.keys()),
     }
-    said = [f"{what}: {', '.join(names)}" for what, names in groups.items() if names]
-    count = f"{len(fitting)} of {len(own)} tensors from {source}"
+    report = f"{len(fitting)} of {len(own)} tensors from {source}"
+    loaded = sum(tensor.numel() for tensor in fitting.values())
+    share = loaded / max(sum(tensor.numel() for tensor in own.values()), 1)
     if share < 0.5:
-        count = f"only {count}, {share:.1%} of the model's numbers"
-    return "; ".join([count, *said])
-
-
-def load_weights(model: nn.Module, run: Path, which: str = "best") -> Path | None:
-    """Load the best (or last, or a named) checkpoint's weights; returns which one, None when there is none."""
-    chosen = chosen_checkpoint(run, which)
-    if chosen is not None:
-        fill(model, chosen, run)
-    return chosen
-
-
-def fill(model: nn.Module, chosen: Path, run: Path) -> None:
-    """Load the weights of a checkpoint. Raises RunError when they do not fit the model."""
-    weights = checkpoint.load_model(chosen)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise RunError(f"{chosen} does not fit the model of {run}: {first_words(error)}") from error
-
-
-def chosen_checkpoint(run: Path, which: str = "best") -> Path | None:
-    """Return a run's best checkpoint, or else its newest good one (`last`: at once).
-
-    Any other word is the folder of a checkpoint, or the name of one of this run.
-    """
-    folder = run / "checkpoints"
-    if which not in ("best", "last"):
-        named = folder / which
-        return named if named.is_dir() else resolve_run(expanded(which))
-    checkpoint.refuse_links(folder)
-    if (
-        which == "best"
-        and os.path.lexists(folder / "best")
-        and checkpoint.target_of(folder / "best").is_dir()
-    ):
-        return folder / "best"
-    return checkpoint.newest(folder)[0] if folder.is_dir() else None
+        report = f"only {report}, {share:.1%} of the model's numbers"
+    for label, names in others.items():
+        if names:
+            report += f"; {label}: {', '.join(names)}"
+    return report
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
+    """Return the weights of a run (its best checkpoint), a checkpoint or a .safetensors file.
+
+    Raises:
+        RunError: they cannot be read.
+    """
     try:
         if path.suffix == ".safetensors":
             if not path.is_file():
@@ -112,10 +154,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         path = resolve_run(path)
         if (path / "checkpoints").is_dir():
-            chosen = chosen_checkpoint(path)
-            if chosen is None:
+            found = find_checkpoint(path)
+            if found is None:
                 raise RunError(f"init_from={path}: the run has no good checkpoint")
-            path = chosen
+            path = found
         return checkpoint.load_model(path)
     except (OSError, SafetensorError, CheckpointError) as error:
         raise RunError(
@@ -124,8 +166,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of tensors by name."""
     return {name: tuple(tensor.shape) for name, tensor in weights.items()}
 
 
 def shape_text(tensor: Tensor | None) -> str:
+    """Return the shape of a tensor for a message."""
     return "no such tensor" if tensor is None else str(tuple(tensor.shape))

@@ -10,7 +10,7 @@ import pytest
 
 from framework.errors import CheckpointError, RunError
 from framework.experiment.experiment import train
-from framework.experiment.weights import chosen_checkpoint
+from framework.experiment.weights import find_checkpoint
 from framework.runs.checkpoint import link_to, listed
 from framework.runs.status_file import status_of
 from runs import composed, cut_off_at, logged
@@ -129,7 +129,7 @@ def test_a_link_takes_the_place_of_a_folder_unless_something_else_is_in_it(tmp_p
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_a_run_goes_on_from_a_chosen_checkpoint_as_if_the_rest_had_not_been(finished, monkeypatch):
+def test_a_run_goes_on_from_a_find_checkpoint_as_if_the_rest_had_not_been(finished, monkeypatch):
     whole, _ = go("run.name=whole")
     run = go("run.name=a")[0].folder if finished else cut_off("a", 58, monkeypatch)
     later = [each.name for each in listed(run / "checkpoints")][4:]
@@ -162,7 +162,7 @@ def test_a_kill_between_setting_aside_and_training_leaves_a_run_that_goes_on(mon
     whole, _ = go("run.name=whole")
     run = go("run.name=a")[0].folder
     with monkeypatch.context() as patched:
-        patched.setattr("framework.experiment.experiment.Prepared.introduce", lambda self: 1 / 0)
+        patched.setattr("framework.experiment.experiment.Prepared.log_start", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             go(f"resume={run}/checkpoints/step-00000040")
     _, said = go(f"resume={run}")
@@ -201,7 +201,7 @@ def test_a_best_checkpoint_that_is_set_aside_is_found_again_or_there_is_none(mon
         inexact=True,
     )
     assert not (run / "checkpoints/best").is_symlink()
-    assert chosen_checkpoint(run).name == "step-00000016"
+    assert find_checkpoint(run).name == "step-00000016"
 
 
 def test_a_checkpoint_that_is_missing_or_damaged_is_refused_and_all_stays():

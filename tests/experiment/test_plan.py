@@ -277,14 +277,16 @@ def test_groups_without_names_are_numbered_and_many_are_cut_short(count, last):
 
 def test_a_single_group_and_the_transforms_are_lines_too():
     optimizer = torch.optim.SGD(mlp().parameters(), lr=0.5, weight_decay=0.25)
-    wanted = {
-        "steps_per_epoch": 1,
-        "total_steps": 1,
-        "transforms": ["crop(padding=2)", "mixup(alpha=0.2)"],
-    }
-    shown = shown_of(
-        make_plan(mlp(), batch_of(8, 10), task=Classify(), optimizer=optimizer, **wanted)
+    plan = make_plan(
+        mlp(),
+        batch_of(8, 10),
+        task=Classify(),
+        optimizer=optimizer,
+        steps_per_epoch=1,
+        total_steps=1,
     )
+    plan.transforms = ["crop(padding=2)", "mixup(alpha=0.2)"]
+    shown = shown_of(plan)
     assert "all: 517, weight decay 0.25" in shown
     assert "transforms  crop(padding=2), mixup(alpha=0.2)" in shown
 

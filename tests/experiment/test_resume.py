@@ -12,9 +12,9 @@ import torch
 
 import framework as fw
 from framework.errors import RunError
-from framework.experiment.config_changes import changed_values, fingerprint
+from framework.experiment.config_changes import compare_configs, fingerprint
 from framework.experiment.experiment import train
-from framework.experiment.weights import start_from
+from framework.experiment.weights import initialize_from
 from framework.runs.checkpoint import listed, load
 from framework.runs.status_file import status_of
 from runs import composed, cut_off_at, logged
@@ -171,7 +171,7 @@ def test_another_model_or_optimizer_is_refused_and_the_run_left_as_it_was(overri
         for file in run.folder.iterdir()
         if file.is_file() and file.name != ".lock"
     }
-    with pytest.raises(RunError, match=f"cannot go on with .*{said}.*init_from=runs/default/a"):
+    with pytest.raises(RunError, match=f"cannot be resumed with .*{said}.*init_from=runs/default/a"):
         go("run.name=a", "resume=auto", override, inexact=True)
     assert {file: file.read_bytes() for file in before} == before
 
@@ -311,17 +311,17 @@ def test_starting_from_what_another_run_has_learned():
     ):
         go("init_from=nope")
     with pytest.raises(RunError, match="none of its"):
-        start_from(torch.nn.Linear(3, 3), str(first.folder))
+        initialize_from(torch.nn.Linear(3, 3), str(first.folder))
 
 
 def test_what_makes_two_runs_the_same():
     one, other = spec_of("run.name=a").tree, spec_of("run.name=b").tree
     assert fingerprint(one) == fingerprint(other)
     assert fingerprint(one) != fingerprint(spec_of("optimizer.lr=0.1").tree)
-    assert changed_values({"a": {"b": 1}}, {"a": {"b": 2, "c": {}}}) == [
-        ("a.b", "a.b=2 (was 1)"),
-        ("a.c", "a.c={} (was None)"),
-    ]
+    assert compare_configs({"a": {"b": 1}}, {"a": {"b": 2, "c": {}}}) == {
+        "a.b": "a.b=2 (was 1)",
+        "a.c": "a.c={} (was None)",
+    }
 
 
 def test_a_real_kill_and_the_same_command_again(tmp_path):

@@ -14,9 +14,9 @@ from framework import TensorSplit, Trainer
 from framework.contracts.callback import follows_metrics
 from framework.data.dataset import Loader
 from framework.errors import RunError, SettingError
-from framework.experiment.config_changes import changed_values, keeps_bits, observed_changes
+from framework.experiment.config_changes import compare_configs, keeps_bits, observed_changes
 from framework.experiment.experiment import Experiment, train
-from framework.experiment.resume_overrides import altered
+from framework.experiment.resume_overrides import apply_overrides
 from framework.runs.checkpoint import listed, load
 from runs import composed, logged
 
@@ -492,8 +492,8 @@ TRAIN = ["+callbacks=early_stop", "callbacks.early_stop.monitor=train/loss"]
 def test_changed_measurements_are_refused_if_a_part_decides_by_them(parts, refused, allowed):
     spec = spec_of(*parts)
     for override in refused + allowed:
-        changed = changed_values(spec.tree, altered(spec.tree, [override]))
-        exact = all(keeps_bits(path) for path, _ in changed) and not list(
+        changed = compare_configs(spec.tree, apply_overrides(spec.tree, [override]))
+        exact = all(keeps_bits(path) for path in changed) and not list(
             observed_changes(changed, spec.tree, spec)
         )
         assert exact is (override in allowed), override

@@ -22,7 +22,7 @@ import framework as fw
 from framework.composition.compose import CommandLine
 from framework.composition.spec import config_value, plain_settings, read_spec
 from framework.errors import BuildError, ConfigError, ContractError
-from framework.experiment.resume_overrides import altered
+from framework.experiment.resume_overrides import apply_overrides
 from framework.registry.registry import Registry
 from framework.registry.schema import Range, Setting, identical_values, plain_value
 from framework.runs.folder import dump
@@ -194,7 +194,7 @@ def test_the_default_arrives_however_the_part_is_chosen(odd, overrides):
     assert " at 0x" not in text
     kept = yaml.safe_load(text)
     evaluated = read_spec(kept)
-    resumed = read_spec(altered(kept, ["trainer.max_epochs=3"]))
+    resumed = read_spec(apply_overrides(kept, ["trainer.max_epochs=3"]))
     for kind in PARTS if len(overrides) == 3 else ["activation"]:
         check_received(built(spec, kind))
         check_received(built(evaluated, kind))

@@ -22,11 +22,11 @@ from framework.composition.spec import read_spec
 from framework.errors import FrameworkError
 from framework.experiment.build import build_model
 from framework.experiment.experiment import train
-from framework.experiment.find_run import find_run, read_resumable
+from framework.experiment.find_run import find_run
 from framework.experiment.load import open_run, read_spec_of
 from framework.experiment.model_limits import model_limits
 from framework.experiment.result import last_values
-from framework.experiment.resume_overrides import altered
+from framework.experiment.resume_overrides import apply_overrides
 from framework.registry.registry import Registry
 from framework.runs import checkpoint
 from framework.runs.checkpoint import (
@@ -599,7 +599,7 @@ def victim(tmp_path):
 
 
 def resume(run, *overrides):
-    spec = read_spec_of(run, altered(read_resumable(run), overrides or ["trainer.max_epochs=2"]))
+    spec = read_spec_of(run, apply_overrides(read_config(run), overrides or ["trainer.max_epochs=2"]))
     spec.resume = str(run)
     return train(spec, "default", [], say=lambda line: None)
 
@@ -697,7 +697,7 @@ def test_a_file_that_is_none_of_the_run_is_neither_read_nor_written(
             refused(open_run, trained_run)
             said = []
             spec = read_spec_of(
-                trained_run, altered(read_resumable(trained_run), ["trainer.max_epochs=2"])
+                trained_run, apply_overrides(read_config(trained_run), ["trainer.max_epochs=2"])
             )
             spec.resume = str(trained_run)
             message = error_of(train, spec, "default", [], say=said.append)

@@ -230,7 +230,7 @@ class Vectorized(OneByOne):
                     each.prepared.claim()
                     each.row = self.trials.begin(each.job)
                     opened.enter_context(each.prepared.trainer)
-                    layers = each.prepared.introduce(layers)
+                    layers = each.prepared.log_start(layers)
             except RunError as error:  # of a full disk: each trial tells it for itself
                 for each in (each for each in ready if each.row is not None):
                     each.job.spec = replace(each.job.spec, resume="auto")
@@ -260,7 +260,7 @@ class Vectorized(OneByOne):
             result.seconds /= len(ready)  # its share of the time of all, so that the sum is right
             row = outcome(each.row, result)
         except Exception as failed:
-            each.prepared.tell_failure()
+            each.prepared.record_failure()
             row = self.trials.failed(each.row, failed, each.prepared.trainer.state.wall_seconds)
         rows[each.place] = self.trials.end(row)
 

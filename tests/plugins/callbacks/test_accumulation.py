@@ -145,7 +145,7 @@ def test_a_plan_tells_the_steps_and_rates_that_a_run_has(limits, usual):
         model, SPLIT[:4], steps_per_epoch=BATCHES, total_steps=999, optimizer=optimizer
     )
     trainer = Trainer(**limits, device="cpu", accumulate=usual)
-    plan.follow(accumulation().pace(trainer, BATCHES), optimizer, halved)
+    plan.use_pace(accumulation().pace(trainer, BATCHES), optimizer, halved)
     assert plan.total_steps == ended.state.step == ended.state.total_steps
     assert plan.curve.rates == pytest.approx([rate for _, _, rate in watch.steps])
     each = [
