@@ -170,7 +170,7 @@ def test_an_initializer_fills_matrices_and_leaves_biases():
         (
             ["metrics=mae"],
             DataError,
-            r"metrics=mae: it measures value targets, but Digits has class targets: choose .*f1",
+            r"metrics=mae: it measures value targets, but Digits has class targets; available: .*f1",
         ),
         (["task=regression"], DataError, r"task=classification"),
         (["model=cnn"], BuildError, r"\(64,\)"),

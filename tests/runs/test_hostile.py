@@ -22,7 +22,7 @@ from framework.composition.spec import read_spec
 from framework.errors import FrameworkError
 from framework.experiment.build import build_model
 from framework.experiment.experiment import train
-from framework.experiment.find_run import find_run
+from framework.experiment.find_run import find_run, run_to_resume
 from framework.experiment.load import open_run, read_spec_of
 from framework.experiment.model_limits import model_limits
 from framework.experiment.result import last_values
@@ -599,7 +599,9 @@ def victim(tmp_path):
 
 
 def resume(run, *overrides):
-    spec = read_spec_of(run, apply_overrides(read_config(run), overrides or ["trainer.max_epochs=2"]))
+    spec = read_spec_of(
+        run, apply_overrides(read_config(run_to_resume(run)), overrides or ["trainer.max_epochs=2"])
+    )
     spec.resume = str(run)
     return train(spec, "default", [], say=lambda line: None)
 

@@ -323,7 +323,7 @@ def test_pictures_are_of_the_weights_that_are_measured():
         ("model=vae task=variational metrics=[]", "takes inputs from 0 to 1: data.normalize=false"),
         (
             "model=autoencoder task=reconstruction",
-            "Reconstruction has value targets: choose from .*mae",
+            "Reconstruction has value targets; available: .*mae",
         ),
         ("model=gan task=adversarial metrics=[] model.network=conv", "halves images"),
         ("+callbacks=pictures", "Classification has no pictures to show"),
