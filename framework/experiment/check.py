@@ -72,7 +72,8 @@ def run_check(spec: Spec, say: Callable[[str], None]) -> None:
         check_same_weights(reference.model, timed(say, "resume from it", resumed).model)
         say("the resumed run comes to the same weights, bit for bit")
         losses = timed(say, "overfit one batch", overfitted)
-    first, last = losses[0], losses[-1]
+    first = losses[0]
+    last = losses[-1]
     summary = f"loss of one batch: {first:.4g}, after {len(losses)} steps {last:.4g}"
     if not last < max(LARGEST_SHARE * first, first - abs(first) / 10):
         raise RunError(

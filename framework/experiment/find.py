@@ -235,7 +235,8 @@ def show_learning_rates(spec: Spec, as_json: bool) -> None:
     labels = [f"{top:.3g}", "", "loss", "0"]
     for label, line in zip(labels, lines, strict=True):
         print(f"{label:>9} {line}")
-    first, last = found.rates[0], found.rates[-1]
+    first = found.rates[0]
+    last = found.rates[-1]
     print(f"{'':>9} {first:<10.1g}{'learning rate, logarithmic':^40}{last:>10.2g}")
     print(f"suggest  optimizer.lr={found.suggestion:.2g}, where the loss falls most steeply")
     print(f"         from {found.lowest:.2g} on it does not fall any more")

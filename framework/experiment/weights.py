@@ -129,15 +129,13 @@ def initialization_report(
         "left as initialized": sorted(own.keys() - weights.keys()),
         "not used": sorted(weights.keys() - own.keys()),
     }
-    report = f"{len(fitting)} of {len(own)} tensors from {source}"
+    count = f"{len(fitting)} of {len(own)} tensors from {source}"
     loaded = sum(tensor.numel() for tensor in fitting.values())
     share = loaded / max(sum(tensor.numel() for tensor in own.values()), 1)
     if share < 0.5:
-        report = f"only {report}, {share:.1%} of the model's numbers"
-    for label, names in others.items():
-        if names:
-            report += f"; {label}: {', '.join(names)}"
-    return report
+        count = f"only {count}, {share:.1%} of the model's numbers"
+    lists = [f"{label}: {', '.join(names)}" for label, names in others.items() if names]
+    return "; ".join([count, *lists])
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
