@@ -10,8 +10,7 @@ from campaign_runs import spec_of
 
 from framework.errors import CheckpointError
 from framework.experiment.experiment import train
-from framework.runs import checkpoint
-from framework.runs.checkpoint import FILES, listed, load, newest, verify
+from framework.runs.checkpoint import FILES, listed, load, newest, read_manifest, reading, verify
 
 PAGE = 4096
 MODELS = {  # of different sorts: buffers, a schedule's state, a scaler, averages
@@ -147,9 +146,7 @@ def files(flips: int, seed: int, control: bool) -> int:
     control: look at nothing but the manifests.
     """
     if control:
-        checkpoint.verify = lambda checkpoint_folder, **_: checkpoint.read_manifest(
-            checkpoint_folder
-        )
+        reading.verify = lambda checkpoint, **_: read_manifest(checkpoint)
     chance, total, wrong = random.Random(seed), Counter[tuple[str, str]](), list[str]()
     with tempfile.TemporaryDirectory(prefix="campaign-") as root:
         for number, model in enumerate(MODELS):

@@ -20,8 +20,7 @@ from campaign_disk import PAGE, mount, pages_free
 from campaign_runs import differences, fork, status_of
 
 from framework.cli.main import main
-from framework.runs import checkpoint
-from framework.runs.checkpoint import listed, verify
+from framework.runs.checkpoint import listed, verify, writing
 from framework.system import files
 from framework.system.files import AppendFile
 from framework.tuning.sweep.folder import SweepFolder
@@ -114,7 +113,7 @@ def install(filling: Filling, disk: Disk) -> None:
             if left < 0:
                 disk.fill()
 
-    real_write, real_append, real_checkpoint = files.write_in, AppendFile.append, checkpoint.write
+    real_write, real_append, real_checkpoint = files.write_in, AppendFile.append, writing.write
 
     def write_in(directory: int, temporary: str, name: str, pieces: Any) -> None:
         meets(name)
@@ -130,7 +129,7 @@ def install(filling: Filling, disk: Disk) -> None:
         meets("checkpoint")
         real_checkpoint(folder, taken)
 
-    files.write_in, checkpoint.write = write_in, write  # type: ignore[assignment]
+    files.write_in, writing.write = write_in, write  # type: ignore[assignment]
     AppendFile.append = append  # type: ignore[method-assign]
 
 

@@ -20,8 +20,7 @@ import framework as fw
 from framework.composition.spec import Spec
 from framework.errors import CheckpointError, RunError
 from framework.experiment.experiment import train
-from framework.runs import checkpoint
-from framework.runs.checkpoint import listed, load, step_of
+from framework.runs.checkpoint import listed, load, step_of, writing
 from framework.training.trainer import Trainer
 
 STEPS = 60
@@ -329,7 +328,7 @@ def live(spec: Spec, forget: bool = False) -> None:
 
 def note_saves() -> None:
     """Let the witness know while the files of a checkpoint are written and get their name."""
-    write, publish = checkpoint.write, checkpoint.publish
+    write, publish = writing.write, writing.publish
 
     def noted_write(*arguments: Any) -> None:
         Witness.note(saving=1)
@@ -344,7 +343,7 @@ def note_saves() -> None:
         )
         return final
 
-    vars(checkpoint).update(write=noted_write, publish=noted_publish)
+    vars(writing).update(write=noted_write, publish=noted_publish)
 
 
 def campaign_run(

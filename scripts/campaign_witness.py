@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import framework as fw
-from framework.runs import checkpoint
+from framework.runs.checkpoint import writing
 from framework.training.trainer import Trainer
 
 STATES = "campaign.states"  # the file, a byte for each trial
@@ -43,7 +43,7 @@ class Witness(fw.Callback):
 
 def note_saves() -> None:
     """Note while the files of a checkpoint are written and get their name."""
-    write, publish = checkpoint.write, checkpoint.publish
+    write, publish = writing.write, writing.publish
 
     def folder_of(arguments: tuple[Any, ...]) -> Path:
         return next((each for each in arguments if isinstance(each, Path)), Path())
@@ -58,7 +58,7 @@ def note_saves() -> None:
         finally:
             note(folder_of(arguments), STEPS)
 
-    vars(checkpoint).update(write=noted_write, publish=noted_publish)
+    vars(writing).update(write=noted_write, publish=noted_publish)
 
 
 def forget_state() -> None:

@@ -258,14 +258,16 @@ def resume(arguments: list[str]) -> int:
     with importing_torch():
         from framework.experiment.experiment import train as train_experiment
         from framework.registry.discovery import discover
+    from framework.experiment.find_run import run_to_resume
     from framework.experiment.load import read_spec_of
-    from framework.experiment.resume import altered, read_resumable, run_meant_by
+    from framework.experiment.resume_overrides import apply_overrides
+    from framework.runs.folder import read_config
 
     from .output import print_result
 
     discover(given.plugins, given.without_plugin)
-    run = run_meant_by(given.run)
-    spec = read_spec_of(run, altered(read_resumable(run), given.overrides))
+    run = run_to_resume(given.run)
+    spec = read_spec_of(run, apply_overrides(read_config(run), given.overrides))
     spec.resume, spec.without = str(given.run), given.without_plugin
     result = train_experiment(spec, real_path(run).parent.name, [], STARTED, inexact=given.inexact)
     print_result(result)
@@ -285,7 +287,7 @@ def plan(arguments: list[str]) -> None:
 
     def job(composed: Job) -> None:
         from framework.experiment.experiment import Experiment
-        from framework.experiment.plan import render
+        from framework.experiment.plan_text import render
         from framework.registry.discovery import output_for_programs
 
         with output_for_programs(given.json):

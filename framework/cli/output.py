@@ -13,7 +13,7 @@ from typing import Any, TextIO
 from framework.errors import FrameworkError, RunError
 from framework.errors.paths import expanded, pasted, real_path, shorter
 from framework.errors.terminal import print_line, printable, title
-from framework.experiment.experiment import Result
+from framework.experiment.result import Result
 from framework.runs.folder import plugins_of
 from framework.system.files import unwritable, write_file
 from framework.system.streams import set_errors

@@ -4,7 +4,7 @@ import re
 from typing import Annotated
 
 from framework.errors import SettingError
-from framework.registry.schema import Pattern
+from framework.registry.annotations import Pattern
 
 from .state import SECONDS
 

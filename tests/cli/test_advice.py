@@ -14,7 +14,7 @@ from framework.composition.catalogue import build
 from framework.errors.paths import typed
 from framework.experiment.load import open_run
 from framework.registry.registry import Registry
-from framework.runs.folder import run_meant
+from framework.runs.folder import run_advice
 
 TINY = "trainer.max_steps=1 model.depth=1 model.width=4 loader.limit=1 loggers=[json_lines]"
 PLUGIN = """\
@@ -224,6 +224,6 @@ def test_what_show_advises_keeps_the_default_callbacks(command):
 
 def test_a_sweep_without_a_finished_run_has_no_best_run_to_advise(tmp_path):
     (tmp_path / "sweep.json").write_text("{}")
-    assert run_meant(tmp_path).endswith("of which no run is done yet")
+    assert run_advice(tmp_path).endswith("without a finished run")
     (tmp_path / "best").mkdir()
-    assert run_meant(tmp_path).endswith(f"whose best run is {tmp_path}/best")
+    assert run_advice(tmp_path).endswith(f"whose best run is {tmp_path}/best")

@@ -19,7 +19,8 @@ from framework.cli.output import (
 from framework.contracts.state import Stop
 from framework.data.dataset import Loader, TensorSplit
 from framework.errors import FrameworkError
-from framework.experiment.experiment import Result, data_advice
+from framework.experiment.experiment import data_advice
+from framework.experiment.result import Result
 
 METRICS = {
     "train/loss": 0.123456,

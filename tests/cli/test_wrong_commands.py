@@ -228,7 +228,7 @@ def test_an_override_that_cannot_be(refuse, overrides, said):
         ),
         (
             "metrics=[mse]",
-            "metrics=mse: it measures value targets, but Digits has class targets: choose from accuracy",
+            "metrics=mse: it measures value targets, but Digits has class targets; available: accuracy",
         ),
         ("loss=mse", "cannot take classes with outputs of shape (10,)"),
         (

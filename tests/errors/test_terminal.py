@@ -31,7 +31,8 @@ from framework.errors.terminal import (
     printable_lines,
     shortened,
 )
-from framework.experiment.plan import Memory, ParameterGroup, Plan, render
+from framework.experiment.plan import Memory, ParameterGroup, Plan
+from framework.experiment.plan_text import render
 from framework.runtime.console import Console, console
 from framework.training.layer_table import Layer
 from framework.tuning.sweep.display import LineDisplay

@@ -55,8 +55,11 @@ OF_PACKAGES = {
 }
 OPENED_ELSEWHERE = {  # modules that open files themselves, and which these are
     "framework/system/files.py": "the functions that the others use",
-    "framework/runs/checkpoint.py": "torch and safetensors open what `open_file` has opened; folders are renamed",
-    "framework/experiment/resume.py": "a .safetensors file that the user names",
+    "framework/runs/checkpoint/reading.py": "torch and safetensors open what `open_file` has opened",
+    "framework/runs/checkpoint/writing.py": "safetensors and `sync` open the files; folders are renamed",
+    "framework/runs/checkpoint/retention.py": "folders are renamed",
+    "framework/experiment/find_run.py": "`read_bytes` of framework/system/files.py",
+    "framework/experiment/weights.py": "a .safetensors file that the user names",
     "framework/data/content.py": "files of data sets",
     "framework/composition/trust.py": "the user's list of trusted folders",
     "framework/composition/compose.py": "configs of the user's project",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from framework.runs import checkpoint
+from framework.runs.checkpoint import reading, writing
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 sys.path.append(str(SCRIPTS))
@@ -37,7 +37,7 @@ def test_damage_to_the_files_of_real_checkpoints_is_found_before_use(capsys):
 
 
 def test_without_checksums_the_same_damage_goes_undetected(capsys, monkeypatch):
-    monkeypatch.setattr(checkpoint, "verify", checkpoint.verify)  # which the control replaces
+    monkeypatch.setattr(reading, "verify", reading.verify)  # which the control replaces
     assert campaign_files.files(20, seed=0, control=True) == 1
     assert "is taken for the newest good one" in capsys.readouterr().out
 
@@ -94,7 +94,7 @@ def test_a_disk_that_is_full_leaves_a_good_checkpoint_and_no_litter():
 
 @needs_tracing
 def test_a_checkpoint_that_gets_its_name_file_by_file_does_not_survive(monkeypatch):
-    monkeypatch.setattr(checkpoint, "publish", campaign_saves.in_place)
+    monkeypatch.setattr(writing, "publish", campaign_saves.in_place)
     tally = campaign_saves.disturb(case("new step"), random.Random(0), ["killed after"], every=3)
     assert any("unreadable under a final name" in each for each in tally.wrong)
 

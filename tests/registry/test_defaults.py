@@ -23,7 +23,7 @@ import framework as fw
 from framework.composition.compose import CommandLine
 from framework.composition.spec import config_value, plain_settings, read_spec
 from framework.errors import BuildError, ConfigError, ContractError
-from framework.experiment.resume import altered
+from framework.experiment.resume_overrides import apply_overrides
 from framework.registry.annotations import Range
 from framework.registry.plain_values import identical_values, plain_value
 from framework.registry.registry import Registry
@@ -200,7 +200,7 @@ def test_a_part_receives_its_defaults_in_every_way_to_choose_it(odd, overrides):
     assert " at 0x" not in text
     kept = yaml.safe_load(text)
     evaluated = read_spec(kept)
-    resumed = read_spec(altered(kept, ["trainer.max_epochs=3"]))
+    resumed = read_spec(apply_overrides(kept, ["trainer.max_epochs=3"]))
     for kind in PARTS if len(overrides) == 3 else ["activation"]:
         check_received(built(spec, kind))
         check_received(built(evaluated, kind))

@@ -25,8 +25,9 @@ from fits import OPTIMIZERS, SPLIT, At, network
 from framework import Callback, Trainer
 from framework.cli.main import main
 from framework.errors import CheckpointError, RunError
-from framework.experiment.resume import last_values, status_of
-from framework.runs.status_file import Status
+from framework.experiment.result import last_values
+from framework.runs.checkpoint import writing
+from framework.runs.status_file import Status, status_of
 from framework.runtime.clock import write_trace
 from framework.system.files import AppendFile
 from framework.tuning.search.study import Journal, cached_storage
@@ -440,9 +441,9 @@ def undisturbed(tmp_path_factory):
 
 
 FULL_AT = {
-    "checkpoint": (ONE_BY_ONE, (fw.checkpoints, "write"), 1),
+    "checkpoint": (ONE_BY_ONE, (writing, "write"), 1),
     "run-folder": (ONE_BY_ONE, (framework.runs.folder, "only_writer"), 1),
-    "checkpoint-as-one": (AS_ONE, (fw.checkpoints, "write"), 1),
+    "checkpoint-as-one": (AS_ONE, (writing, "write"), 1),
     "run-folder-as-one": (AS_ONE, (framework.runs.folder, "only_writer"), 1),
 }
 
@@ -476,7 +477,7 @@ def test_a_trial_that_fails_for_another_reason_counts_as_ended(fresh, monkeypatc
         raise RunError("cannot be written")
 
     with monkeypatch.context() as patch:
-        patch.setattr(fw.checkpoints, "write", fail)
+        patch.setattr(writing, "write", fail)
         status, _, err = fresh(f"{SEARCH} {ONE_BY_ONE}")
     assert (status, err) == (2, "framework: 3 of 3 trials failed\n")
     assert fresh(f"{SEARCH} {ONE_BY_ONE}")[0] == 2
@@ -487,7 +488,7 @@ def test_a_grid_ends_at_a_full_disk(command, monkeypatch):
     grid = "train -m data=blobs trainer.max_epochs=1 loggers=[json_lines] sweep.name=s seed=0,1,2"
     grid += " resume=auto"
     with monkeypatch.context() as patch:
-        no_room(patch, (fw.checkpoints, "write"), 1)
+        no_room(patch, (writing, "write"), 1)
         status, _, err = command(f"{grid} {ONE_BY_ONE}")
     assert status == 2
     assert "cannot be saved in runs/default/s/001_seed-1" in err.splitlines()[-1]

@@ -18,7 +18,7 @@ from framework.data.dataset import Loader
 from framework.errors import CheckpointError, DataError
 from framework.runs import checkpoint
 from framework.runs.background_writer import Writer
-from framework.runs.checkpoint import clean, load, newest
+from framework.runs.checkpoint import clean, load, newest, writing
 from framework.system.signals import stopping
 from waiting import wait_for
 
@@ -304,7 +304,7 @@ def test_a_link_to_the_best_that_a_kill_prevented_is_made_when_the_run_goes_on(t
 def test_what_goes_wrong_in_saving_ends_the_run_at_the_next_step_and_leaves_the_one_before(
     tmp_path, monkeypatch, background
 ):
-    real, steps = checkpoint.write, []
+    real, steps = writing.write, []
 
     def write(folder, taken):
         steps.append(taken.step)
@@ -312,7 +312,7 @@ def test_what_goes_wrong_in_saving_ends_the_run_at_the_next_step_and_leaves_the_
             raise OSError(28, "No space left on device")
         real(folder, taken)
 
-    monkeypatch.setattr(checkpoint, "write", write)
+    monkeypatch.setattr(writing, "write", write)
     saving = fw.callbacks.build("checkpoint", monitor=None, every="1steps", background=background)
     with pytest.raises(
         CheckpointError, match=r"step \d+ cannot be saved in .*: No space left on device"

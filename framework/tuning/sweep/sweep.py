@@ -20,7 +20,7 @@ from framework.composition.spec import Reader
 from framework.contracts.direction import Direction, metric_directions
 from framework.errors import ConfigError, DiskFull, FrameworkError, RunError, did_you_mean
 from framework.errors.terminal import print_line
-from framework.experiment.experiment import Result
+from framework.experiment.result import Result
 from framework.registry.registry import Registry
 from framework.runtime.console import console
 from framework.system.signals import interruptible

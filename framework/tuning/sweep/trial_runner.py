@@ -14,8 +14,8 @@ from framework.composition.cached_composer import Composer
 from framework.composition.compose import Composing, Job
 from framework.errors import ConfigError, DiskFull, FrameworkError
 from framework.errors.terminal import print_traceback
-from framework.experiment.experiment import Result
-from framework.experiment.resume import fingerprint
+from framework.experiment.config_changes import fingerprint
+from framework.experiment.result import Result
 from framework.system.signals import received
 from framework.system.streams import prepare_streams
 

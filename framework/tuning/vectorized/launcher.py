@@ -14,8 +14,9 @@ from framework.errors import RunError
 from framework.errors.terminal import print_note
 from framework.errors.user_code import describe
 from framework.experiment.build import build_data
-from framework.experiment.experiment import Experiment, Prepared, Result, prepare_run
+from framework.experiment.experiment import Experiment, Prepared, prepare_run
 from framework.experiment.log_start import first_batch
+from framework.experiment.result import Result
 from framework.registry.annotations import PositiveInt
 from framework.runtime.memory import OutOfMemory, free_bytes, is_full
 from framework.system.files import check_exists
@@ -275,7 +276,7 @@ class Vectorized(OneByOne):
                     trial.prepared.claim()
                     trial.row = self.runner.start(trial.job)
                     opened.enter_context(trial.prepared.trainer)
-                    layers = trial.prepared.introduce(layers)
+                    layers = trial.prepared.log_start(layers)
             except RunError as error:  # of a full disk: each trial reports it itself
                 for trial in trials:
                     if trial.row is not None:
@@ -304,7 +305,7 @@ class Vectorized(OneByOne):
             result.seconds /= len(trials)  # its share of the common time
             row = outcome(trial.row, result)
         except Exception as failure:
-            trial.prepared.tell_failure()
+            trial.prepared.record_failure()
             seconds = trial.prepared.trainer.state.wall_seconds
             row = self.runner.failed(trial.row, failure, seconds)
         rows[trial.index] = self.runner.finish(row)

@@ -147,7 +147,7 @@ def test_a_plan_has_the_steps_and_rates_of_the_run(limits, default):
         model, SPLIT[:4], steps_per_epoch=BATCHES, total_steps=999, optimizer=optimizer
     )
     trainer = Trainer(**limits, device="cpu", accumulate=default)
-    plan.follow(accumulation().pace(trainer, BATCHES), optimizer, halve_each_epoch)
+    plan.use_pace(accumulation().pace(trainer, BATCHES), optimizer, halve_each_epoch)
     assert plan.total_steps == trained.state.step == trained.state.total_steps
     assert plan.curve.rates == pytest.approx([rate for _, _, rate in watch.steps])
     if "max_steps" not in limits:

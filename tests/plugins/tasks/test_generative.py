@@ -329,7 +329,7 @@ def test_logged_images_come_from_the_evaluated_weights():
         ("model=vae task=variational metrics=[]", "takes inputs from 0 to 1: data.normalize=false"),
         (
             "model=autoencoder task=reconstruction",
-            "Reconstruction has value targets: choose from .*mae",
+            "Reconstruction has value targets; available: .*mae",
         ),
         ("model=gan task=adversarial metrics=[] model.network=conv", "halves images"),
         ("+callbacks=pictures", "Classification has no pictures"),

@@ -20,7 +20,7 @@ from tensorboard.plugins.hparams import (
     list_session_groups,
 )
 
-from framework.runs.folder import read_config, run_behind
+from framework.runs.folder import read_config, resolve_run
 from framework.runtime.console import console
 from framework.tuning.sweep.display import LineDisplay, LiveTable, OutputCapture
 from framework.tuning.sweep.folder import SweepFolder, Trial, run_name
@@ -81,7 +81,7 @@ def test_a_sweep_leaves_a_run_for_each_trial_and_prints_a_table(command):
     assert (first[:2], second[:2]) == (["0.1", "3"], ["0.0001", "3"]), "the higher accuracy first"
     best = max(ended[3:], key=lambda row: row["metrics"]["val/accuracy"])
     assert f"best     {sweep / best['folder']}  val/accuracy" in out
-    assert read_config(run_behind(sweep / "best")) == read_config(sweep / best["folder"])
+    assert read_config(resolve_run(sweep / "best")) == read_config(sweep / best["folder"])
     config = read_config(sweep / runs[0])
     assert (config["seed"], config["optimizer"]["lr"]) == (0, 1e-4)
     assert "sweep" not in config
