@@ -576,7 +576,7 @@ def test_targets_are_never_broadcast_by_a_loss_of_torch(loss, shapes):
 )
 @pytest.mark.parametrize("shape", [(4, 1), (4,), (1, 4), (4, 4, 2)], ids=str)
 def test_targets_of_another_shape_are_refused_by_a_loss_of_torch(loss, shape):
-    with pytest.raises(DataError, match=r"targets have shape .* but the model's outputs \(4, 4\)"):
+    with pytest.raises(DataError, match=r"targets have shape .* but the model.s outputs .*\(4, 4\)"):
         LossTask(loss).step(nn.Identity(), (torch.zeros(4, 4), torch.zeros(shape)))
 
 
@@ -757,7 +757,7 @@ def test_inputs_of_another_type_than_the_model_are_named(task):
 @pytest.mark.parametrize("tensors", [1, 3])
 def test_a_batch_of_more_or_fewer_tensors_than_two_is_refused(task, tensors):
     with pytest.raises(
-        DataError, match=rf"a batch has {tensors} tensors; this task takes \(inputs, targets\)"
+        DataError, match=rf"a batch has {tensors} tensors.*this task takes \(inputs, targets\)"
     ):
         train(task, [(X.double(), Y, Y)[:tensors]])
 

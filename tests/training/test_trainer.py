@@ -260,7 +260,7 @@ def test_sums_that_are_no_tensor_name_their_metric():
             return 1.0
 
     with pytest.raises(
-        SettingError, match="metric Floats: its `sums` should return a tensor, not a float"
+        SettingError, match=r"Floats\.sums: expected a tensor, got float"
     ):
         fit(metrics=[Floats()])
 
@@ -416,9 +416,9 @@ def test_values_measured_while_the_trainer_is_open_are_logged():
         ({"max_epochs": None}, "needs max_epochs or max_steps"),
         ({"accumulate": 0}, "accumulate should be"),
         ({"precision": "fp8"}, "precision should be one of fp32, bf16, fp16"),
-        ({"log_every": "often"}, "log_every should be a cadence"),
-        ({"validate_every": "0steps"}, "validate_every should be a cadence"),
-        ({"validate_every": "0.5epochs"}, "validate_every should be a whole number of epochs"),
+        ({"log_every": "often"}, "log_every.* a cadence"),
+        ({"validate_every": "0steps"}, "validate_every.* a cadence"),
+        ({"validate_every": "0.5epochs"}, "validate_every: expected a whole number of epochs"),
         ({"device": "gpu"}, "device should be"),
     ],
 )
