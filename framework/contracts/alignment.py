@@ -85,7 +85,7 @@ def fits(shape: torch.Size, other: torch.Size) -> bool:
 
 
 def misaligned(one: torch.Size, other: torch.Size) -> bool:
-    """Return whether broadcasting matches the batch axis of one shape with another axis of the other.
+    """Return whether broadcasting aligns the batch axis of one shape with another axis.
 
     True for (N, 1) with (N,), which gives (N, N). False for (N, Q) with (N, 1).
     """
@@ -130,14 +130,14 @@ def call_aligned(
 
 
 def misaligned_outputs(outputs: Any, targets: Any) -> list[Tensor]:
-    """Return the output tensors that torch would broadcast with the targets along the wrong axis."""
+    """Return the output tensors that torch broadcasts with the targets along the wrong axis."""
     if not isinstance(targets, Tensor):
         return []
     return [output for output in tensors_in(outputs) if misaligned(output.shape, targets.shape)]
 
 
 class Alignment(TorchFunctionMode):
-    """Follows computations from outputs and targets, and raises DataError where these are broadcast.
+    """Follows operations on outputs and targets, and raises DataError if these are broadcast.
 
     Only operations on the original shapes count: a loss that compares all pairs of samples adds
     axes explicitly.
@@ -203,8 +203,8 @@ class Alignment(TorchFunctionMode):
                 continue
             if function in self.reducing or any(tensor.shape == spread for tensor in results):
                 raise DataError(
-                    f"{self.caller} broadcasts outputs of shape {tuple(shape)} and targets of shape "
-                    f"{tuple(self.target_shape)} to {spread}: give both the same shape"
+                    f"{self.caller} broadcasts outputs of shape {tuple(shape)} and targets of "
+                    f"shape {tuple(self.target_shape)} to {spread}: give both the same shape"
                 )
 
 

@@ -87,7 +87,7 @@ class Pace:
 
 
 class Callback(Stateful):
-    """Base of all callbacks. The module's docstring lists the events, and what a callback may change.
+    """Base of all callbacks; the module lists the events and the changes that a callback may make.
 
     Each `on_...` method receives the trainer (see `Context`).
 

@@ -15,7 +15,8 @@ from framework.data.dataset import Scale
 from framework.errors import DataError, SettingError, short
 
 from .alignment import call_aligned
-from .loss import describe_outputs, portion
+from .loss import portion
+from .loss_properties import describe_outputs
 
 
 class Metric:
@@ -253,8 +254,8 @@ class Measures:
         """
         if self.metrics and outputs is not None and not isinstance(outputs, Tensor):
             raise DataError(
-                f"metrics={self.metrics[0].name}: a metric takes outputs as one tensor, but the task "
-                f"gives {describe_outputs(outputs)}: write a Task whose `step` returns "
+                f"metrics={self.metrics[0].name}: a metric takes outputs as one tensor, but the "
+                f"task gives {describe_outputs(outputs)}: write a Task whose `step` returns "
                 "Step(loss, outputs, targets) with a tensor"
             )
         means = values

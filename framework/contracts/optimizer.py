@@ -36,13 +36,13 @@ class Parameters:
         """Set which parameters are decayed, and their learning rates.
 
         Args:
-            decay: parameters that the optimizer's weight_decay applies to: weights (all with two axes or
-                more, so neither biases nor the scales of norms), or all.
+            decay: parameters that the optimizer's weight_decay applies to: weights (all with two
+                axes or more, so neither biases nor the scales of norms), or all.
             rates: factors on the learning rate by patterns of parameter names as `plan` shows them,
                 e.g. {head.*: 10}; of several matching patterns the first one counts.
-            layer_decay: factor on the learning rate from each layer to the previous one; the last layer
-                keeps its rate (Howard and Ruder 2018, arXiv:1801.06146, section 3.2). A layer is a
-                numbered module, such as blocks.3.
+            layer_decay: factor on the learning rate from each layer to the previous one; the last
+                layer keeps its rate (Howard and Ruder 2018, arXiv:1801.06146, section 3.2). A layer
+                is a numbered module, such as blocks.3.
         """
         self.decay = decay
         self.rates = rates or {}
@@ -164,7 +164,7 @@ def build_optimizer(maker: Maker, params: Iterable[Any]) -> Optimizer:
 
 
 def implementation(part: Callable[..., Optimizer], params: Iterable[Any]) -> dict[str, bool]:
-    """Return {"fused": True} if an optimizer can update all parameters with a fused kernel, else {}.
+    """Return {"fused": True} if an optimizer has a fused kernel for all parameters, else {}.
 
     {} leaves the choice to the optimizer. Those of torch use their multi-tensor (foreach)
     implementation on accelerators but not on the CPU, where it takes 0.4 to 2.8 times as long as

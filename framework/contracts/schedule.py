@@ -14,7 +14,7 @@ from .state import Stateful
 class Schedule(Stateful):
     """Base of schedules with state. A schedule without state may be a function instead.
 
-    A registered function takes the total number of steps and its settings, and returns the schedule:
+    A registered function takes the number of steps and its settings, and returns the schedule:
 
         @schedulers.register("line")
         def line(total_steps: int, end: float = 0.0) -> Callable[[int], float]:

@@ -30,11 +30,10 @@ from .loss import (
     check_classes,
     check_first,
     check_scalar,
-    describe_outputs,
-    harmless,
-    loss_name,
     without_graph,
 )
+from .loss_properties import describe_outputs, loss_name
+from .loss_trials import trial_copy
 
 
 class Step(NamedTuple):
@@ -98,7 +97,7 @@ class Task:
         raise NotImplementedError
 
     def phase(self, name: str, model: nn.Module, batch: Batch) -> Step:
-        """Return the result of `step` for one of the `phases`; `step` is then used for evaluation only."""
+        """Return the result of `step` for one of the `phases`; `step` is then for evaluation."""
         raise NotImplementedError
 
     def count(self, batch: Batch) -> int | Tensor:
@@ -205,8 +204,8 @@ def inputs_and_targets(batch: Batch) -> tuple[Tensor, Tensor]:
     """
     if len(batch) != 2:
         raise DataError(
-            f"a batch has {len(batch)} tensors, but this task takes (inputs, targets): write a Task, "
-            "whose `step` may take any number of tensors"
+            f"a batch has {len(batch)} tensors, but this task takes (inputs, targets): write a "
+            "Task, whose `step` may take any number of tensors"
         )
     return batch[0], batch[1]
 
@@ -228,8 +227,8 @@ class LossTask(Task):
 
     For losses of torch (modules and functions) the items of the mean are known: class weights,
     ignored targets, or all numbers of the targets. Targets are reshaped to the outputs and class
-    indices are converted where that is safe. Another function is called once with a few samples: if
-    it calls `F.cross_entropy` with the targets, its mean is that of the cross entropy. Otherwise its
+    indices are converted where that is safe. Another function is called with a few samples: if it
+    calls `F.cross_entropy` with the targets, its mean is that of the cross entropy. Otherwise its
     mean must be over all numbers of the targets, or the function must have an attribute `count`, a
     function of the targets that returns the number of items.
     """
@@ -241,7 +240,7 @@ class LossTask(Task):
         self.criterion = loss if isinstance(loss, nn.Module) else None
         self.mean = Mean.of(loss)
         # `check_first` cannot try a loss that may have side effects: each call is checked instead.
-        self.checks_each_call = harmless(loss) is None
+        self.checks_each_call = trial_copy(loss) is None
 
     def step(self, model: nn.Module, batch: Batch) -> Step:
         """Return the loss of the model's outputs and the targets."""

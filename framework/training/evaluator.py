@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from framework.contracts.loss import describe_outputs
+from framework.contracts.loss_properties import describe_outputs
 from framework.contracts.metric import Measures, Metric
 from framework.contracts.task import LossTask, Task
 from framework.data.accumulation import Batches, Source, as_batches, known_targets

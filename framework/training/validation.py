@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 
 from framework.contracts.callback import Callback, SavingCallback
 from framework.contracts.logger import Logger
-from framework.contracts.loss import check_scalar, loss_modules, loss_name
+from framework.contracts.loss import check_scalar
+from framework.contracts.loss_properties import loss_modules, loss_name
 from framework.contracts.metric import Metric
 from framework.contracts.schedule import observes
 from framework.contracts.state import Cadence

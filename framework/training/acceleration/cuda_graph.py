@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from framework.contracts.loss import copied_tensors
+from framework.contracts.loss_trials import copied_tensors
 from framework.contracts.pure_optimizer import PureOptimizer
 from framework.contracts.task import Phase, Step
 from framework.data.dataset import Batch

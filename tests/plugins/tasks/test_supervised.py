@@ -123,7 +123,7 @@ class TestTargets:
             fw.tasks.build(task).step(nn.Identity(), (torch.zeros(4, 3), targets))
 
     def test_outputs_without_classes_are_refused(self):
-        with pytest.raises(DataError, match=r"not \(batch, classes\)"):
+        with pytest.raises(DataError, match=r"expected shape \(batch, classes\), got \(4,\)"):
             fw.tasks.build("classification").step(
                 nn.Identity(), (torch.zeros(4), torch.zeros(4, dtype=torch.long))
             )
@@ -202,7 +202,7 @@ class TestCheck:
     def test_a_target_that_is_no_class_is_found_before_training(self):
         with pytest.raises(
             DataError,
-            match="the train split of Flowers has a target 4; with 4 classes they go from 0 to 3",
+            match="the train split of Flowers has a target 4: .* from 0 to 3",
         ):
             fw.tasks.build("classification").check(
                 make_data("class", torch.tensor([0, 4, 1]), (4,))
