@@ -285,11 +285,11 @@ class Measures:
         tensors = [t for t in (batch.loss, batch.outputs, batch.targets) if t is not None]
         if not self.first_tensors:
             self.first_tensors = tensors
-            batch = batch._replace(loss=batch.loss.clone())
-            if batch.outputs is not None and batch.targets is not None:
-                batch = batch._replace(outputs=batch.outputs.clone())
-                batch = batch._replace(targets=batch.targets.clone())
-            return batch
+            loss = batch.loss.clone()
+            if batch.outputs is None or batch.targets is None:
+                return batch._replace(loss=loss)
+            outputs = batch.outputs.clone()
+            return batch._replace(loss=loss, outputs=outputs, targets=batch.targets.clone())
         for new, old in zip(tensors, self.first_tensors, strict=False):
             if new.data_ptr() == old.data_ptr():
                 self._sum_up()

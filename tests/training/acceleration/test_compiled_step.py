@@ -162,7 +162,7 @@ def test_skipped_steps_are_those_of_the_eager_run(uncompiled):
 def test_a_compiled_whole_step_does_what_the_eager_one_does(optimizer):
     made = fit(fw.callbacks.build("non_finite"), optimizer=optimizer, compile="step")
     assert_same(made, fit(optimizer=optimizer))
-    assert single_call(made).times == 2  # for batches, and for the last one of an epoch
+    assert single_call(made).compilations == 2  # for batches, and for the last one of an epoch
     assert made.clock.seconds["compiling"] > 0.1
 
 
@@ -192,7 +192,7 @@ def test_each_run_of_a_process_may_be_compiled_as_often(backend):
 
     with torch._dynamo.config.patch(recompile_limit=3):  # torch's own is 8
         for _ in range(3):
-            assert single_call(fit(compile="step")).times == 2
+            assert single_call(fit(compile="step")).compilations == 2
 
 
 @pytest.mark.parametrize("compile", ["step", "model"])
