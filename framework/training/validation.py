@@ -295,8 +295,8 @@ def check_parameters(model: nn.Module, optimizer: Optimizer) -> None:
         in_groups.update(group["params"])
     own = {parameter: name for name, parameter in model.named_parameters()}
     if not in_groups & own.keys():
-        problem = "it holds no parameter of this model, so that nothing would be trained"
-        raise SettingError(f"optimizer: {problem}")
+        reason = "it holds no parameter of this model, so that nothing would be trained"
+        raise SettingError(f"optimizer: {reason}")
     foreign = in_groups - own.keys()
     if not foreign:
         return

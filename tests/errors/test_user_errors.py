@@ -592,15 +592,15 @@ def no_mean(outputs, targets):
         ),
         (
             {"metrics": [Measured(compute=lambda sums: None)]},
-            "the metric Measured: its `compute` .*, not None",
+            "Measured.compute: .* got None",
         ),
         (
             {"metrics": [Measured(compute=lambda sums: torch.ones(2))]},
-            r"the metric Measured: its `compute` .*\(2,\)",
+            r"Measured.compute: .*\(2,\)",
         ),
         (
             {"metrics": [Measured(lambda outputs: outputs[:, 0])]},
-            r".* one shape, but \(1,\) follows \(4,\)",
+            r"Measured.sums: .* shape \(4,\) .* got \(1,\)",
         ),
         (
             {"settings": {"callbacks": [Nothing()]}},
