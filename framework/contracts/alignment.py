@@ -46,12 +46,14 @@ def class_shape(outputs: Tensor, targets: Tensor) -> Tensor:
     """
     check_class_axis(outputs)
     shape = outputs.shape[:1] + outputs.shape[2:]
-    if fits(targets.shape, shape):
-        return targets if targets.shape == shape else targets.reshape(shape)
-    raise DataError(
-        f"targets have shape {tuple(targets.shape)}: for the model's outputs of shape "
-        f"{tuple(outputs.shape)}, class indices have shape {tuple(shape)}"
-    )
+    if targets.shape == shape:
+        return targets
+    if not fits(targets.shape, shape):
+        raise DataError(
+            f"targets have shape {tuple(targets.shape)}: for the model's outputs of shape "
+            f"{tuple(outputs.shape)}, class indices have shape {tuple(shape)}"
+        )
+    return targets.reshape(shape)
 
 
 def probability_shape(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -78,10 +80,12 @@ def check_class_axis(outputs: Tensor) -> None:
 
 def fits(shape: torch.Size, other: torch.Size) -> bool:
     """Return whether two shapes are equal except for axes of length 1."""
-    if shape == other:
-        return True
-    longer_axes = [size for size in shape if size != 1]
-    return longer_axes == [size for size in other if size != 1]
+    return shape == other or squeezed(shape) == squeezed(other)
+
+
+def squeezed(shape: torch.Size) -> list[int]:
+    """Return a shape without its axes of length 1."""
+    return [size for size in shape if size != 1]
 
 
 def misaligned(one: torch.Size, other: torch.Size) -> bool:

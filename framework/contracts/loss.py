@@ -408,7 +408,9 @@ def count_targets(targets: Tensor, weight: Tensor | None, ignored: int | None) -
         ignored: the ignored class index, or None.
     """
     weights = weights_of(targets, weight, ignored)
-    return targets.numel() if weights is None else weights.sum()
+    if weights is None:
+        return targets.numel()
+    return weights.sum()
 
 
 def weights_of(targets: Tensor, weight: Tensor | None, ignored: int | None) -> Tensor | None:

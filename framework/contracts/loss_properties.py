@@ -42,9 +42,9 @@ def known_function(loss: Callable[..., Any]) -> tuple[Callable[..., Tensor] | No
         whether the loss is a subclass with its own `forward`.
     """
     loss = loss_function(loss)
-    if not isinstance(loss, nn.Module):
-        return next((each for each in MODULES.values() if each is loss), None), False
     for module, function in MODULES.items():
+        if loss is function:
+            return function, False
         if isinstance(loss, module):
             return function, type(loss).forward is not module.forward
     return None, False
@@ -124,9 +124,11 @@ def class_loss(loss: Callable[..., Any]) -> Callable[..., Any]:
 
 def describe_outputs(value: Any) -> str:
     """Return a description of outputs: "a dict (logits, loss)", "a tuple of 2", "a float"."""
+    if value is None:
+        return "None"
     name = type(value).__name__
     if isinstance(value, dict):
         return f"a {name} ({', '.join(map(str, value))})"
     if isinstance(value, tuple | list):
         return f"a {name} of {len(value)}"
-    return "None" if value is None else f"a {name}"
+    return f"a {name}"

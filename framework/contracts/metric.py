@@ -122,7 +122,9 @@ def concatenated(tensors: Sequence[Tensor | None]) -> Tensor | None:
     present = [tensor for tensor in tensors if tensor is not None]
     if not present:
         return None
-    return present[0] if len(present) == 1 else torch.cat(present)
+    if len(present) == 1:
+        return present[0]
+    return torch.cat(present)
 
 
 def sums_of(metric: Metric, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -201,7 +203,9 @@ def detached(name: str, value: Any) -> Tensor:
 
 def describe(value: Any) -> str:
     """Return a description of a value for a message."""
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else short(value)
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return short(value)
 
 
 class Measures:
@@ -302,6 +306,8 @@ class Measures:
     @torch.no_grad()
     def _sum_up(self) -> None:
         """Add the buffered batches to the sums."""
+        if not self.buffer:
+            return
         for items, group in groupby(self.buffer, BufferedBatch.known_items):
             batches = list(group)
             losses = torch.stack([batch.loss for batch in batches]).to(self.dtype)
@@ -312,8 +318,9 @@ class Measures:
             elif items:
                 self.loss[0].add_(losses.sum(), alpha=items)
                 self.loss[1].add_(items * len(batches))
-        outputs = concatenated([batch.outputs for batch in self.buffer])
-        targets = concatenated([batch.targets for batch in self.buffer])
+        _, _, all_outputs, all_targets, _ = zip(*self.buffer, strict=True)
+        outputs = concatenated(all_outputs)
+        targets = concatenated(all_targets)
         if outputs is not None and targets is not None:
             fresh = [sums_of(metric, outputs, targets).to(self.loss) for metric in self.metrics]
             before: list[Tensor | None] = [*self.sums] or [None] * len(fresh)
@@ -332,7 +339,9 @@ class Measures:
             weights = torch.stack([torch.as_tensor(each.items).to(self.loss) for each in batches])
             means = torch.stack([each.values[name].to(self.dtype) for each in batches])
             total = torch.stack([portion(means, weights).sum(), weights.sum()])
-            self.values[name] = self.values[name] + total if name in self.values else total
+            if name in self.values:
+                total = self.values[name] + total
+            self.values[name] = total
 
     @property
     def empty(self) -> bool:
@@ -386,16 +395,16 @@ class Measures:
             state["values"] = dict(self.values)
         if not self.buffer:
             return state
-        outputs = [batch.outputs for batch in self.buffer]
+        losses, counts, outputs, targets, values = zip(*self.buffer, strict=True)
         state["held"] = {
-            "losses": torch.stack([batch.loss for batch in self.buffer]),
-            "counts": [batch.items for batch in self.buffer],
+            "losses": torch.stack(losses),
+            "counts": list(counts),
             "sizes": [0 if each is None else len(each) for each in outputs],
             "outputs": concatenated(outputs),
-            "targets": concatenated([batch.targets for batch in self.buffer]),
+            "targets": concatenated(targets),
         }
-        if any(batch.values for batch in self.buffer):
-            state["held"]["values"] = [dict(batch.values) for batch in self.buffer]
+        if any(values):
+            state["held"]["values"] = [dict(each) for each in values]
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

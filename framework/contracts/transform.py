@@ -71,4 +71,6 @@ def transformed(batch: Batch, transforms: Sequence[Transform]) -> Batch:
             name = type(transform).__name__
             expected = "expected a batch (a tuple of tensors)"
             raise SettingError(f"the transform {name}: {expected}, got {short(batch)}")
-    return (channels_last(batch[0]), *batch[1:]) if is_channels_last else batch
+    if is_channels_last:
+        batch = (channels_last(batch[0]), *batch[1:])
+    return batch

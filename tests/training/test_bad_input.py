@@ -166,8 +166,8 @@ def refused(command, tmp_path):
             "sounds",
             lambda: sound(Path("sounds/cat/3.wav"), rate=16_000),
             (
-                "sounds/cat/3.wav has 16000 samples a second, not 8000: give data.sample_rate=16000 "
-                "if all have, or"
+                "sounds/cat/3.wav has 16000 samples a second, not 8000: give "
+                "data.sample_rate=16000 if all have, or"
             ),
         ),
         (
@@ -243,8 +243,8 @@ def refused(command, tmp_path):
             "series",
             lambda: Path("s.csv").write_text("load\n" + "5\n" * 15),
             (
-                "s.csv: the training span of 10 of 15 rows has no window of 8 + 4 rows; lower lookback "
-                "and horizon"
+                "s.csv: the training span of 10 of 15 rows has no window of 8 + 4 rows; "
+                "lower lookback and horizon"
             ),
         ),
         (
