@@ -21,7 +21,7 @@ from framework.registry.registry import Maker, Registry
 from framework.runtime import seeds
 from framework.runtime.shapes import dry_run, first_output, message_at
 from framework.training.layer_table import model_undisturbed
-from framework.training.validation import single_sample
+from framework.training.single_sample import single_sample
 
 
 def build_data(spec: Spec, refit: bool = True) -> Data:
