@@ -408,7 +408,7 @@ def altered(tree: Mapping[str, Any], typed: Sequence[str]) -> dict[str, Any]:
     """Return a run's config with overrides such as trainer.max_epochs=50 put in. Raises ConfigError for no override."""
     from hydra.errors import HydraException
 
-    from framework.composition.overrides import parse
+    from framework.composition.override_syntax import parse
 
     changed = copy.deepcopy(
         dict(tree)

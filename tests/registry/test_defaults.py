@@ -445,7 +445,7 @@ def test_the_text_that_an_earlier_version_wrote_is_told(odd):
     with pytest.raises(ConfigError) as raised:
         read_spec(spec.tree)
     assert len(raised.value.problems) == 3
-    assert all("an earlier version wrote" in problem for problem in raised.value.problems)
+    assert all("earlier version" in problem for problem in raised.value.problems)
 
 
 @dataclasses.dataclass(eq=False)
@@ -466,7 +466,7 @@ def test_a_run_of_an_earlier_version_with_a_default_factory_is_opened():
 def test_an_object_is_never_written_as_its_text():
     fw.activations.register("odd", OddActivation)
     maker = fw.activations.maker("odd", function=torch.tanh)
-    with pytest.raises(fw.FrameworkError, match="cannot be written into a config"):
+    with pytest.raises(fw.FrameworkError, match="cannot be written"):
         plain_settings(maker.settings, maker.entry.settings)
     assert plain_value({"a": (Path("b"), Mode.SOFT)}) == {"a": ["b", "SOFT"]}
 

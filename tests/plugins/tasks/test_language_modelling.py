@@ -420,7 +420,8 @@ def check_other_prompts(command):
     assert other == f"y{out[1:]}", "what lies before the window does not count"
     status, out, err = command("predict runs/default/a --prompt 'if é == ' --length 10")
     assert (status, out[:8]) == (0, "if � == "), err
-    assert err == "framework: the model knows a part of the prompt only; it reads 'if � == '\n"
+    assert err.startswith("framework: ")
+    assert err.endswith("it reads 'if � == '\n")
     status, out, err = command("predict runs/default/a --prompt '' --length 10")
     assert (status, len(out)) == (0, 10 + 1), err
 
@@ -463,7 +464,7 @@ def test_samples_are_shown_and_change_nothing(text_file):
             "give --input FILE --output FILE, or --prompt TEXT",
         ),
         ("predict runs/default/a", "give --input FILE --output FILE, or --prompt TEXT"),
-        ("predict runs/default/a --input x.npz --output - --top-k 3", "--top-k goes with --prompt"),
+        ("predict runs/default/a --input x.npz --output - --top-k 3", "--top-k requires --prompt"),
         ("predict runs/default/a --prompt x", "Digits holds no text to go on with"),
         ("train task=language_modelling data=friedman1", "Friedman1 holds no tokens"),
         (

@@ -140,7 +140,7 @@ def test_a_grid_in_an_experiment_file(sweep, tmp_path):
     (tmp_path / "conf/experiment/grid.yaml").write_text(
         "hydra: {sweeper: {params: {modle: 'a,b'}}}\n"
     )
-    with pytest.raises(ConfigError, match="there is no key 'modle'"):
+    with pytest.raises(ConfigError, match="no key 'modle'"):
         sweep("experiment=grid")
 
 
@@ -238,7 +238,7 @@ def test_every_problem_of_every_job_is_told_at_once(sweep):
         ),
         ("sweep.mode=[min,max]", "sweep.mode: should be one, or one for each sweep.metric"),
         ("sweep.mode=low", "sweep.mode=low: should be one of auto, min, max"),
-        ("sweep.name=a,b", "sweep.name=a,b: is about a whole sweep: write sweep.name=[a,b]"),
+        ("sweep.name=a,b", "write sweep.name=[a,b]"),
         ("optimizer.lr=interval(0,1)", "interval(...) is for a sweeper that draws values"),
         ("hydra/launcher=jobib", "hydra/launcher=jobib: not installed"),
     ],
@@ -253,9 +253,7 @@ def test_a_single_run_has_nothing_to_do_with_the_section_sweep(tmp_path, monkeyp
     jobs = []
     run_composed(CommandLine([]), jobs.append)
     assert "sweep" not in jobs[0].spec.tree
-    with pytest.raises(
-        ConfigError, match=r"sweep\.name=a: is about a whole sweep: add -m for one, or leave it out"
-    ):
+    with pytest.raises(ConfigError, match=r"sweep\.name=a: .*add -m"):
         run_composed(CommandLine(["sweep.name=a"]), jobs.append)
 
 
