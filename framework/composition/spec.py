@@ -176,7 +176,8 @@ class Reader:
         registry = Registry.every[kind.name]
         name = value.get("name", default)
         if name is None:
-            self.problem(path, None, f"settings of no {kind.name}; choose one with {path}=NAME")
+            missing = f"has settings, but no {kind.name} is chosen"
+            self.problem(path, None, f"{missing}; choose one with {path}=NAME")
             return None
         if not isinstance(name, str) or name not in registry:
             self.problem(path, name, registry.unknown(str(name)))

@@ -128,7 +128,7 @@ def test_the_complete_tree_gives_the_same_spec_again():
         ),
         (
             {"data": {"_target_": "os.system"}},
-            ["data: settings of no data", "data=NAME"],
+            ["data: ", "no data is chosen", "data=NAME"],
         ),
         (
             {"data": {"name": "digits", "_target_": "os.system"}},
