@@ -121,7 +121,7 @@ class Reader:
         self.source = sources
         self.typed = sources.typed
         self.problems: list[str] = []
-        self.asked: dict[str, list[str]] = {}  # kind -> paths at which a part has its own choice
+        self.own_choices: dict[str, list[str]] = {}  # kind -> paths of parts' own choices
         self.followed: set[str] = set()  # kinds whose choice in the experiment is used
 
     def read(self) -> Spec:
@@ -231,7 +231,7 @@ class Reader:
             setting_path = f"{path}.{key}"
             if setting.part is not None:
                 value = given.get(key, default_choice(setting, path, owner))
-                checked = self.nested(setting_path, setting, value)
+                checked = self.nested_part(setting_path, setting, value)
             else:
                 checked = self.setting(setting_path, setting, given.get(key, REQUIRED), owner)
             if checked is not UNSET:
@@ -252,7 +252,7 @@ class Reader:
             return UNSET
         return setting.initial() if of_section else UNSET  # a Maker applies the part's defaults
 
-    def nested(self, path: str, setting: Setting, value: Any) -> Any:
+    def nested_part(self, path: str, setting: Setting, value: Any) -> Any:
         """Return the maker for a setting that names a part; UNSET to use the default.
 
         | value of `model.activation` | part                                                |
@@ -263,9 +263,9 @@ class Reader:
         | `null`                      | none, if the setting allows it                      |
         """
         assert setting.part is not None
-        own_choices = self.asked.setdefault(setting.part, [])
+        own_choices = self.own_choices.setdefault(setting.part, [])
         if setting.many:
-            return self.nested_list(path, setting, value)
+            return self.nested_parts(path, setting, value)
         kind = Registry.every[setting.part].kind
         if value == REQUIRED:
             noun = with_article(setting.part)
@@ -290,7 +290,7 @@ class Reader:
             self.problem(path, None, f"expected {setting.type_text}, got null")
         return self.part(kind, path, value, default)
 
-    def nested_list(self, path: str, setting: Setting, value: Any) -> Any:
+    def nested_parts(self, path: str, setting: Setting, value: Any) -> Any:
         """Return the makers for a setting that names a list of parts; UNSET to use the default."""
         registry = Registry.every[str(setting.part)]
         if value == followed_kind(str(setting.part)):
@@ -322,7 +322,7 @@ class Reader:
         return self.part(kind, kind.key, chosen, default if isinstance(default, str) else None)
 
     def value(self, setting: Setting, value: Any, path: str) -> Any:
-        """Convert a value to the type of its setting; the default after a problem."""
+        """Return a value as the type of its setting; after a problem, the default."""
         if isinstance(value, str | list | dict) and is_old_text(value, setting):
             self.problem(path, value, OLD_TEXT)
             return setting.default
@@ -379,7 +379,7 @@ class Reader:
             if name in DIRECT or name in self.followed or self.tree.get(key) is None:
                 continue
             chosen = self.name_at(key)
-            own_choices = self.asked.get(name)
+            own_choices = self.own_choices.get(name)
             if own_choices is None:
                 reason = f"neither {' nor '.join(users)} uses {with_article(name)}"
                 self.problem(key, chosen, f"has no effect: {reason}")
