@@ -119,7 +119,9 @@ def completions(words: list[str], index: Index, commands: Mapping[str, Command])
         return starting(current, index.keys)
     if name == "show":
         return part_words(current, index)
-    return starting(current, SCRIPTS) if name == "completion" else []
+    if name == "completion":
+        return starting(current, SCRIPTS)
+    return []
 
 
 def starting(current: str, options: Iterable[str]) -> list[str]:
@@ -161,7 +163,8 @@ def path_words(path: str, typed: Mapping[str, str], index: Index) -> list[str]:
         return starting(path, [f"{stem}.{name}{follows}" for name in names])
     options = [f"{key}=" for key in (*index.keys, "experiment")]
     for name, settings in index.sections.items():
-        options.append(f"{name}." if settings else f"{name}=")
+        follows = "." if settings else "="
+        options.append(f"{name}{follows}")
     if path in index.keys:
         options.append(f"{path}.")
     return sorted(starting(path, options))
@@ -177,7 +180,7 @@ def settings_below(path: str, typed: Mapping[str, str], index: Index) -> dict[st
     """
     key, *rest = path.replace("/", ".").split(".")
     if key in index.sections:
-        return by_name(index.sections[key]) if not rest else {}
+        return {} if rest else by_name(index.sections[key])
     if key not in index.keys:
         return {}
     if index.many(key):
@@ -237,5 +240,7 @@ def options_at(path: str, typed: Mapping[str, str], index: Index) -> tuple[list[
     choice = settings_below(stem, typed, index).get(leaf)
     if not choice:
         return [], False
-    parts = index.parts(choice["part"]) if "part" in choice else []
-    return choice.get("values", []) + parts, choice.get("many", False)
+    options = list(choice.get("values", []))
+    if "part" in choice:
+        options += index.parts(choice["part"])
+    return options, choice.get("many", False)

@@ -9,7 +9,7 @@ from framework.errors import did_you_mean
 from framework.errors.paths import quoted_override
 from framework.registry.registry import with_article
 
-from .hydra_internals import Override
+from .hydra_internals import IntervalSweep, Override
 from .override_syntax import (
     NAMELESS,
     chosen_names,
@@ -131,6 +131,8 @@ def choice_problems(override: Override, folders: list[Path]) -> list[str]:
     """Return the problems of an override that chooses parts or an experiment."""
     key = override.key_or_group
     names = chosen_names(override)
+    if isinstance(override.value(), IntervalSweep):
+        return [expected_names(key, names)]
     if not override.is_sweep_override() and not override.is_delete():
         if not has_names(override):
             return [expected_names(key, names)]

@@ -9,7 +9,7 @@ from hydra.errors import HydraException
 
 from framework.registry.registry import Registry
 
-from .hydra_internals import Glob, Override, parse_override
+from .hydra_internals import Glob, IntervalSweep, Override, parse_override
 
 NON_ASCII_WORD = re.compile(r"([^\s,\[\]{}():='\"\\]*[^\x00-\x7f][^\s,\[\]{}():='\"\\]*)")
 """A word with letters such as é, which Hydra's grammar does not have."""
@@ -96,8 +96,8 @@ def value_of(override: str) -> Any:
 
 
 def swept_values(override: Override) -> list[Any]:
-    """Return the values of a sweep. Empty for glob(ada*), which Hydra expands."""
-    if isinstance(override.value(), Glob):
+    """Return the values of a sweep; [] for glob(ada*) and interval(0,1), which have no list."""
+    if isinstance(override.value(), Glob | IntervalSweep):
         return []
     key = override.key_or_group
     return [value_of(f"{key}={text}") for text in override.sweep_string_iterator()]

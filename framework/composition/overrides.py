@@ -294,11 +294,11 @@ def as_typed(override: str) -> str:
 
 
 def own_settings(overrides: Iterable[str], all_typed: Overrides) -> dict[str, Any]:
-    """Return the settings of one job that other jobs of the sweep may not share.
+    """Return the settings of one job of a sweep, without those that all jobs share.
 
     Args:
         overrides: the overrides of the job.
-        all_typed: the overrides of the sweep; what was typed with a single value is shared.
+        all_typed: the overrides of the sweep; a key with a single value is shared.
 
     Returns:
         The values by key, in the order in which the sweep was typed.

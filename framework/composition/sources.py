@@ -52,14 +52,14 @@ class Sources:
         return COMMAND_LINE if above else self.fallback
 
     def unused_settings(self, tree: Mapping[str, Any]) -> dict[str, set[str]]:
-        """Find what config files set in parts that are not chosen; it has to leave the tree.
+        """Find the settings in the tree that belong to parts which are not chosen.
 
-        | config file                                | command line         | unused          |
-        |--------------------------------------------|----------------------|-----------------|
-        | `optimizer: {name: sgd, momentum: 0.9}`    | `optimizer=adamw`    | `momentum`      |
-        | `callbacks: [{name: ema, decay: 0.5}]`     | `callbacks=[progress]` | `ema`         |
+        | config file                             | command line           | unused     |
+        |-----------------------------------------|------------------------|------------|
+        | `optimizer: {name: sgd, momentum: 0.9}` | `optimizer=adamw`      | `momentum` |
+        | `callbacks: [{name: ema, decay: 0.5}]`  | `callbacks=[progress]` | `ema`      |
 
-        Hydra merges such settings into the tree, since it does not know whose they are.
+        Hydra merges such settings into the tree, since it does not know the parts.
 
         Args:
             tree: the composed experiment.
@@ -88,7 +88,7 @@ def settings_of_others(composed: Mapping[str, Any], written: Iterable[Any]) -> s
 
     Args:
         composed: the settings of a part in the composed experiment, with its name.
-        written: what the config files say of this kind of part.
+        written: the values of the key in the config files.
     """
     chosen = composed.get("name")
     own: set[str] = {"name"}
@@ -110,7 +110,7 @@ def parts_not_chosen(
 
     Args:
         composed: the parts of one kind in the composed experiment, by name.
-        written: what the config files say of this kind of part.
+        written: the values of the key in the config files.
         registry: the parts of this kind.
     """
     listed: set[str] = set()

@@ -190,7 +190,8 @@ def test_the_plugins_of_a_project_are_in_its_index(project):
 
 
 def test_the_plugins_of_an_untrusted_folder_are_only_named(project):
-    project.plugins, project.trusted = [], []
+    project.plugins = []
+    project.trusted = []
     project.write("conf/config.yaml", "defaults: [framework, _self_]\nplugins: [parts]\n")
     assert project.describe() is None
     index = cached_index(project.file, project.build)

@@ -144,6 +144,12 @@ def test_an_override_without_effect_is_a_problem(typed, message):
     assert message in problem
 
 
+@pytest.mark.parametrize("key", ["optimizer", "callbacks", "experiment"])
+def test_names_cannot_be_drawn_from_an_interval(key):
+    (problem,) = rewrite([f"{key}=interval(0,1)"], [], multirun=True).problems
+    assert problem.startswith(f"{key}=interval(0,1): expected the name of a")
+
+
 def test_each_part_of_a_list_needs_a_name():
     (problem,) = rewrite(["metrics=[{k: 3}]"], []).problems
     assert "the name of a metric, or a list of names" in problem
