@@ -17,7 +17,7 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
     """
     from hydra.errors import HydraException
 
-    from framework.composition.overrides import parse
+    from framework.composition.override_syntax import parse
 
     changed = copy.deepcopy(dict(tree))  # not through JSON, which turns all keys into strings
     for text in overrides:

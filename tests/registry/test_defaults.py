@@ -454,7 +454,7 @@ def test_the_text_of_an_object_in_an_old_config_is_an_error(odd):
     with pytest.raises(ConfigError) as raised:
         read_spec(spec.tree)
     assert len(raised.value.problems) == 3
-    assert all("an earlier version wrote" in problem for problem in raised.value.problems)
+    assert all("earlier version" in problem for problem in raised.value.problems)
 
 
 @dataclasses.dataclass(eq=False)
@@ -475,7 +475,7 @@ def test_an_old_config_with_a_default_factory_can_be_read():
 def test_an_object_is_not_written_into_a_config():
     fw.activations.register("odd", OddActivation)
     maker = fw.activations.maker("odd", function=torch.tanh)
-    with pytest.raises(fw.FrameworkError, match="cannot be written into a config"):
+    with pytest.raises(fw.FrameworkError, match="cannot be written"):
         plain_settings(maker.settings, maker.entry.settings)
     assert plain_value({"a": (Path("b"), Mode.SOFT)}) == {"a": ["b", "SOFT"]}
 

@@ -14,14 +14,8 @@ from framework.composition.hydra_internals import (
     parse_overrides,
     result_of,
 )
-from framework.composition.overrides import (
-    as_typed,
-    depth,
-    expand_job,
-    own_settings,
-    rewrite,
-    value_of,
-)
+from framework.composition.override_syntax import value_of
+from framework.composition.overrides import as_typed, depth, expand_job, own_settings, rewrite
 from framework.errors import ConfigError
 from framework.errors.terminal import print_line
 from framework.registry.annotations import PositiveInt

@@ -14,7 +14,8 @@ from omegaconf import OmegaConf
 from framework.composition.cached_composer import Composer
 from framework.composition.compose import CommandLine, Composing, Job, notes, opened, to_tree
 from framework.composition.hydra_internals import compose_config, launcher_in_use, set_up_sweeper
-from framework.composition.overrides import hydra_fault, of_hydra
+from framework.composition.override_checks import hydra_fault
+from framework.composition.override_syntax import of_hydra
 from framework.composition.sections import HYDRA_PLUGINS, section_settings
 from framework.composition.spec import Reader
 from framework.contracts.direction import Direction, metric_directions

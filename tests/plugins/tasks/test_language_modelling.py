@@ -485,7 +485,7 @@ def test_text_samples_are_logged_and_do_not_change_training(text_file):
             "give --input FILE --output FILE, or --prompt TEXT",
         ),
         ("predict runs/default/a", "give --input FILE --output FILE, or --prompt TEXT"),
-        ("predict runs/default/a --input x.npz --output - --top-k 3", "--top-k goes with --prompt"),
+        ("predict runs/default/a --input x.npz --output - --top-k 3", "--top-k requires --prompt"),
         ("predict runs/default/a --prompt x", "Digits has no text to continue"),
         ("train task=language_modelling data=friedman1", "Friedman1 contains no tokens"),
         (

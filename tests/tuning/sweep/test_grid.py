@@ -136,7 +136,7 @@ def test_a_grid_in_an_experiment_file(sweep, tmp_path):
     (tmp_path / "conf/experiment/grid.yaml").write_text(
         "hydra: {sweeper: {params: {modle: 'a,b'}}}\n"
     )
-    with pytest.raises(ConfigError, match="there is no key 'modle'"):
+    with pytest.raises(ConfigError, match="no key 'modle'"):
         sweep("experiment=grid")
 
 
