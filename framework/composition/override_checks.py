@@ -5,9 +5,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from framework.errors import did_you_mean
+from framework.errors import did_you_mean, with_article
 from framework.errors.paths import quoted_override
-from framework.registry.registry import with_article
 
 from .hydra_internals import IntervalSweep, Override
 from .override_syntax import (
