@@ -12,7 +12,7 @@ import torch
 
 import framework as fw
 from framework.errors import DataError
-from framework_plugins.datasets.readers import arrays
+from framework_plugins.datasets.readers import fetched
 
 ROOT = Path(__file__).parents[3]
 RNG = np.random.default_rng(0)
@@ -63,7 +63,7 @@ def test_pictures_to_predict(idx):
     facts = json.loads(json.dumps(data.facts()))
     for file in ("t10k-images-idx3-ubyte", "t10k.npy"):
         assert torch.equal(type(data).read_inputs(idx / file, facts), data.test.tensors[0])
-    with pytest.raises(DataError, match="a row has shape"):
+    with pytest.raises(DataError, match="rows have shape"):
         type(data).read_inputs(idx / "t10k-labels-idx1-ubyte", facts)
 
 
@@ -83,14 +83,14 @@ def test_every_idx_type_is_read(idx, code, kind):
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda content: b"", "is no IDX file: it begins with nothing"),
-        (lambda content: b"GIF89a", "is no IDX file: it begins with 47 49 46 38"),
+        (lambda content: b"", "is not an IDX file: it begins with nothing"),
+        (lambda content: b"GIF89a", "is not an IDX file: it begins with 47 49 46 38"),
         (lambda content: content[:9], "ends within its header"),
         (
             lambda content: content[:-1],
-            r"holds 599 bytes of values, but 600 for shape \(20, 6, 5\)",
+            r"has 599 bytes of values, but shape \(20, 6, 5\) needs 600",
         ),
-        (lambda content: content + b"x", "holds 601 bytes"),
+        (lambda content: content + b"x", "has 601 bytes"),
         (lambda content: gzip.compress(content)[:-20], "cannot be read"),
     ],
 )
@@ -198,7 +198,7 @@ def test_npz_that_cannot_be_used(tmp_path):
         ({"targets": "yy"}, "4 train inputs, but 3 targets"),
         (
             {"targets": "yy", "shape": [2, 2]},
-            r"rows of shape \(3,\) cannot be brought to shape \[2, 2\]",
+            r"data.shape=\[2, 2\]: rows of shape \(3,\) cannot",
         ),
     ):
         with pytest.raises(DataError, match=said):
@@ -210,15 +210,15 @@ def test_npz_that_cannot_be_used(tmp_path):
 
 def test_the_advice_names_a_script_that_is_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    script = shlex.split(arrays.fetching("diamonds"))[0]
+    script = shlex.split(fetched.fetch_command("diamonds"))[0]
     assert Path(script).is_file()
     monkeypatch.setattr(
-        arrays,
+        fetched,
         "__file__",
-        str(tmp_path / "site packages/framework_plugins/datasets/readers/arrays.py"),
+        str(tmp_path / "site packages/framework_plugins/datasets/readers/fetched.py"),
     )
     installed = str(tmp_path / "site packages/framework_plugins/fetch_data")
-    assert shlex.split(arrays.fetching("diamonds")) == ["bash", installed, "diamonds"]
+    assert shlex.split(fetched.fetch_command("diamonds")) == ["bash", installed, "diamonds"]
     assert (ROOT / "plugins/fetch_data").read_text() == (ROOT / "scripts/fetch_data").read_text(), (
         "it is packaged"
     )

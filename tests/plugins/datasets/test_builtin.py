@@ -191,7 +191,7 @@ def test_iris_predicts_from_a_csv_file(tmp_path):
 def test_settings_are_checked():
     with pytest.raises(SettingError, match=r"features: should be int in \[5, inf\), not 4"):
         fw.datasets.build("friedman1", features=4)
-    with pytest.raises(SettingError, match="together they must be less than 1"):
+    with pytest.raises(SettingError, match="expected a sum below 1"):
         fw.datasets.build("digits", val_fraction=0.6, test_fraction=0.5)
     with pytest.raises(DataError, match="too few"):
         fw.datasets.build("blobs", samples=3)

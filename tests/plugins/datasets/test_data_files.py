@@ -113,7 +113,7 @@ READERS = {  # name of the file: what is in a good one, and what reads it
     "a.npy": (saved(np.save, CELLS), read_array),
     "a-idx3-ubyte": (idx(), array_files.read_idx),
     "a-idx3-ubyte.gz": (gzip.compress(idx()), array_files.read_idx),
-    "p.png": (picture(), lambda path: images.read_picture(path, {"in_shape": [3, 8, 8]})),
+    "p.png": (picture(), lambda path: images.read_image(path, {"in_shape": [3, 8, 8]})),
     "s.wav": (wav(), lambda path: audio.read_sound(path, SOUND)),
     "s.flac": (flac(), lambda path: audio.read_sound(path, SOUND)),
     "texts.txt": (b"a\nb\n", data_files.read_text),
@@ -243,10 +243,10 @@ def wav_header(channels=1, rate=8000, width=2, size=1600):
         pytest.param(
             "a.npz",
             lying_zip(2**31),
-            "is damaged: it says that .* unpack to 2,147,483,648",
+            "is damaged: .* unpack to 2,147,483,648",
             id="huge npz",
         ),
-        pytest.param("t.csv.zip", lying_zip(2**31), "is damaged: it says", id="huge zip"),
+        pytest.param("t.csv.zip", lying_zip(2**31), "is damaged: its header says", id="huge zip"),
         pytest.param(
             "t.csv.zip",
             with_flag(zipped("t.csv", ROWS), 6, 1),
@@ -266,7 +266,7 @@ def wav_header(channels=1, rate=8000, width=2, size=1600):
             id="unknown method",
         ),
         pytest.param(
-            "t.csv.gz", ROWS.encode(), "is no gzip file: it begins with 78 2c", id="no gzip"
+            "t.csv.gz", ROWS.encode(), "is not a gzip file: it begins with 78 2c", id="no gzip"
         ),
         pytest.param(
             "a-idx3-ubyte",
@@ -277,16 +277,18 @@ def wav_header(channels=1, rate=8000, width=2, size=1600):
         pytest.param(
             "a-idx3-ubyte", idx(shape=(2**32 - 1,) * 3), "100 bytes of values, but", id="huge idx"
         ),
-        pytest.param("s.wav", wav_header(rate=0), "1 channels of 0 samples a second", id="rate 0"),
-        pytest.param("s.wav", wav_header(width=6), "integers of 6 bytes a sample", id="6 bytes"),
+        pytest.param(
+            "s.wav", wav_header(rate=0), "1 channels of 0 samples per second", id="rate 0"
+        ),
+        pytest.param("s.wav", wav_header(width=6), "integers of 6 bytes per sample", id="6 bytes"),
         pytest.param(
             "s.wav",
             wav_header(size=2**32 - 99),
-            "is cut off: 800 of 2147483598 frames",
+            "is cut off: it has 800 of 2147483598 frames",
             id="huge wav",
         ),
-        pytest.param("texts.jsonl", b"[" * 100_000, "line 1 is no JSON", id="deep"),
-        pytest.param("taylor.py", b"[" * 100_000, "holds no list of numbers", id="deep list"),
+        pytest.param("texts.jsonl", b"[" * 100_000, "line 1 is not JSON", id="deep"),
+        pytest.param("taylor.py", b"[" * 100_000, "has no list of finite numbers", id="deep list"),
     ],
 )
 def test_headers_that_lie(name, content, said, tmp_path):
@@ -368,7 +370,7 @@ def test_a_large_picture_gives_one_line_that_names_it(tmp_path, monkeypatch, rec
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     READERS["p.png"][1](tmp_path / "p.png")
     assert [str(warning.message).split("/")[-1] for warning in recwarn] == [
-        "p.png has 40 x 40 pixels, which take long to decode"
+        "p.png has 40 x 40 pixels, which are slow to decode"
     ]
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(DataError, match=r"p\.png has too many pixels"):
@@ -424,9 +426,9 @@ def test_texts_that_are_no_numbers(text):
 @pytest.mark.parametrize("text", TEXTS)
 def test_no_reader_takes_a_text_for_a_number(text, tmp_path):
     (tmp_path / "t.csv").write_text("x;y\n" + "1;2\n" * 9 + f"{text};2\n", encoding="utf-8")
-    with pytest.raises(DataError, match=r"t\.csv, row 10, column 'x': .* is no number"):
+    with pytest.raises(DataError, match=r"t\.csv, row 10, column 'x': .* is not a number"):
         TABLE(tmp_path / "t.csv")
-    with pytest.raises(DataError, match=r"t\.csv, row 10, column 'x': .* is no number"):
+    with pytest.raises(DataError, match=r"t\.csv, row 10, column 'x': .* is not a number"):
         fw.datasets.build("series", path=tmp_path / "t.csv", target="x", lookback=2, horizon=1)
     if text == "1,5":
         return  # two frames
@@ -436,7 +438,8 @@ def test_no_reader_takes_a_text_for_a_number(text, tmp_path):
 
 
 def read_column(path, label):
-    from framework_plugins.datasets.readers.tables import as_column, read_table
+    from framework_plugins.datasets.readers.columns import as_column
+    from framework_plugins.datasets.readers.tables import read_table
 
     return as_column(read_table(path)[label], label, path)
 

@@ -13,7 +13,7 @@ from framework.data.dataset import Loader
 from framework.errors import DataError
 from framework.experiment.experiment import train
 from framework_plugins.datasets.array_files import DEBIAN_FOLDER, idx_file, read_idx
-from framework_plugins.datasets.readers.arrays import cache_folder
+from framework_plugins.datasets.readers.fetched import cache_folder
 
 RNG = np.random.default_rng(0)
 
@@ -94,9 +94,9 @@ def test_pictures_to_predict(pets):
     assert torch.equal(read(pets / "cat/07.png", facts)[0], data.train[7][0])
     np.save(pets / "pixels.npy", np.zeros((2, 3, 8, 8), np.uint8))
     assert read(pets / "pixels.npy", facts).shape == (2, 3, 8, 8)
-    with pytest.raises(DataError, match="there is no such file or folder"):
+    with pytest.raises(DataError, match="no such file or folder"):
         read(pets / "none", facts)
-    with pytest.raises(DataError, match=r"notes.txt cannot be read as a picture"):
+    with pytest.raises(DataError, match=r"notes.txt cannot be read as an image"):
         read(pets / "dog/notes.txt", facts)
 
 
@@ -125,10 +125,10 @@ def test_a_corrupt_picture_is_named(tmp_path, workers, keep):
     data = fw.datasets.build("image_folder", path=tmp_path, size=8, val_fraction=0, test_fraction=0)
     file = tmp_path / "b/01.jpg"
     file.write_bytes(file.read_bytes()[: int(keep * file.stat().st_size)])
-    with pytest.raises(DataError, match=r"^\S*b/01.jpg cannot be read as a picture"):
+    with pytest.raises(DataError, match=r"^\S*b/01.jpg cannot be read as an image"):
         list(Loader(data.train, workers=workers).epoch())
     file.unlink()
-    with pytest.raises(DataError, match="no such picture any more"):
+    with pytest.raises(DataError, match="the image no longer exists"):
         list(Loader(data.train, workers=workers).epoch())
 
 
@@ -137,13 +137,13 @@ def test_folders_that_are_no_data_set(tmp_path):
         with pytest.raises(DataError, match=said):
             fw.datasets.build("image_folder", path=tmp_path / "pets")
 
-    refused("there is no such folder")
+    refused("no such folder")
     (tmp_path / "pets").mkdir()
-    refused("has no folders; put the pictures of each class into a folder")
+    refused("has no folders; put the images of each class")
     draw(tmp_path / "pets/cat", 2)
-    refused("one class only, 'cat'")
+    refused("only one class, 'cat'")
     (tmp_path / "pets/dog").mkdir()
-    refused("pets/dog has no pictures")
+    refused("pets/dog has no images")
     (tmp_path / "pets/dog/a.png").touch()
     refused("a.png is an empty file")
 

@@ -351,7 +351,7 @@ class TestWhatFloat32CannotHold:
             fw.datasets.build("npz", path=tmp_path / "d.npz")
         path = csv(tmp_path / "d.csv", {"a": 2**62 + np.arange(ROWS), "y": VALUES})
         with pytest.raises(
-            DataError, match=r"column 'a': float64 does not tell 46116\d+ and 46116\d+ apart"
+            DataError, match=r"column 'a': float64 cannot distinguish 46116\d+ and 46116\d+;"
         ):
             fw.datasets.build("table", path=path, target="y")
 

@@ -14,7 +14,7 @@ from framework.data.dataset import ForeignLoader
 from framework.errors import BuildError, DataError, SettingError
 from framework.experiment.experiment import Experiment, train
 from framework.experiment.load import open_run
-from framework_plugins.datasets.readers.arrays import data_folder
+from framework_plugins.datasets.readers.fetched import data_folder
 
 TS = """# a comment
 @problemName Small
@@ -76,14 +76,14 @@ class TestSequences:
         [
             (
                 TS.replace("40", "forty"),
-                r"bad\.ts, line 6: a frame should be a number, not 'forty'",
+                r"bad\.ts, line 6: expected numbers .* got 'forty'",
             ),
             (TS.replace("40", "?"), r"line 6: .*'\?'"),
-            (TS.replace("40", "nan"), "line 6: a frame should be a number, not 'nan'"),
+            (TS.replace("40", "nan"), "line 6: expected numbers .* got 'nan'"),
             (TS.replace("4:40:b", "4:40,41:b"), r"line 6: its channels have \[1, 2\] frames"),
-            (TS.replace("4:40:b", "4:b"), "line 6: 1 channels, but 2 in the first case"),
+            (TS.replace("4:40:b", "4:b"), "line 6: 1 channels, but 2 in the first sequence"),
             (TS.replace("@data", ""), "it has no line @data"),
-            (TS.partition("1,2,3")[0], "has no cases"),
+            (TS.partition("1,2,3")[0], "has no sequences"),
         ],
     )
     def test_files_that_cannot_be_read(self, tmp_path, text, said):
@@ -92,7 +92,7 @@ class TestSequences:
             self.whole(tmp_path / "bad.ts")
 
     def test_a_sequence_longer_than_the_model_is_refused(self, small):
-        with pytest.raises(DataError, match=r"small\.ts, case 1: 3 frames; the model takes 2"):
+        with pytest.raises(DataError, match=r"small\.ts, sequence 1: 3 frames; the model takes 2"):
             self.whole(small, length=2)
 
     def test_what_a_model_says_does_not_depend_on_the_padding(self):
@@ -170,20 +170,20 @@ class TestForecasts:
             data.test[len(data.test) - 1][0][None, 4:],
         )
         short = self.written(tmp_path, rows=5)
-        with pytest.raises(DataError, match=r"s\.csv has 5 rows; the model looks back on 8"):
+        with pytest.raises(DataError, match=r"s\.csv has 5 rows; the model needs the last 8"):
             type(data).read_inputs(short, data.facts())
 
     @pytest.mark.parametrize(
         ("old", "new", "said"),
         [
-            (",107,", ",lots,", r"s\.csv, row 8, column 'load': 'lots' is no number"),
+            (",107,", ",lots,", r"s\.csv, row 8, column 'load': 'lots' is not a number"),
             (",107,", ",,", "row 8: 'load' is empty; a series needs a number in every row"),
             (
                 "2024-01-02T18",
                 "2024-01-02T19",
-                "row 8: 2024-01-02 19:00:00 should be 2024-01-02 18:00:00",
+                "row 8: expected the time 2024-01-02 18:00:00.* got 2024-01-02 19:00:00",
             ),
-            ("2024-01-02T18:00:00", "soon", "row 8, column 'when': 'soon' is no time"),
+            ("2024-01-02T18:00:00", "soon", "row 8, column 'when': expected a time .*'soon'"),
         ],
     )
     def test_rows_that_are_wrong_are_named(self, tmp_path, old, new, said):
@@ -194,7 +194,7 @@ class TestForecasts:
 
     def test_too_few_rows_for_a_window(self, tmp_path):
         with pytest.raises(
-            DataError, match="the training span of 12 of 20 rows has no window of 16 \\+ 4 rows"
+            DataError, match=r"the 12 training rows of 20 .* a window of 16 \+ 4 rows"
         ):
             self.build(self.written(tmp_path, rows=20), lookback=16)
 

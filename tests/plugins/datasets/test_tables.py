@@ -18,7 +18,7 @@ from framework.data.dataset import Scale
 from framework.errors import BuildError, DataError
 from framework.experiment.experiment import Experiment, train
 from framework.experiment.load import open_run
-from framework_plugins.datasets.readers.arrays import data_folder
+from framework_plugins.datasets.readers.fetched import data_folder
 
 COLOURS = ["red", "green", "blue"]
 
@@ -125,7 +125,9 @@ class TestColumns:
 
     def test_a_text_in_a_column_of_numbers_is_told_with_its_file_and_row(self, tmp_path):
         path = written(tmp_path, "size,y\n1,0.5\n2,1.5\nlarge,2.5\n4,1\n")
-        with pytest.raises(DataError, match=r"t\.csv, row 3, column 'size': 'large' is no number"):
+        with pytest.raises(
+            DataError, match=r"t\.csv, row 3, column 'size': 'large' is not a number"
+        ):
             whole(path, "y")
 
     def test_a_zip_is_read_like_what_is_in_it(self, houses, tmp_path):
@@ -400,7 +402,7 @@ class TestRealData:
         ]  # the flight that did not arrive is left out
         names = [
             name
-            for column in data.learnt
+            for column in data.column_facts
             for name in [column["name"]] * (1 + bool(column.get("missing")))
         ]
         inputs = dict(

@@ -12,7 +12,7 @@ from framework.data.dataset import Loader, RaggedSplit
 from framework.errors import DataError
 from framework.registry.registry import Registry
 from framework.runtime import seeds
-from framework_plugins.datasets.readers.arrays import cache_folder
+from framework_plugins.datasets.readers.fetched import cache_folder
 
 TEXTS = ["def f(x):\n    return x + 1  # größer als 1 €\n", "class A:\n    pass\n", "The end."] * 5
 MODELS = ["embedding_bag", "text_lstm", "text_transformer"]
@@ -259,23 +259,23 @@ def test_what_is_predicted_on_is_prepared_as_in_training(folder, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("t.csv", "text,label\nhello,a\n,b\n", r"t.csv, line 3: 'text' should be a text, not ''"),
+        ("t.csv", "text,label\nhello,a\n,b\n", r"t.csv, line 3: expected a text as 'text', got ''"),
         (
             "t.csv",
             "text,label\nhello\n",
-            r"t.csv, line 2: not as many cells as the first line has columns",
+            r"t.csv, line 2: expected as many cells",
         ),
         ("t.csv", "words,label\nhello,a\n", r"t.csv, line 2 has no 'text'; .*words"),
         ("t.csv", "text,label\n", r"t.csv has no rows"),
-        ("t.csv", "text,label\nhello,a\n", r"there is one class only, 'a'"),
-        ("t.jsonl", '{"text": "a", "label": "b"}\n{"text"\n', r"t.jsonl, line 2 is no JSON"),
-        ("t.jsonl", "[1]\n", r"t.jsonl, line 1 should be an object"),
+        ("t.csv", "text,label\nhello,a\n", r"there is only one class, 'a'"),
+        ("t.jsonl", '{"text": "a", "label": "b"}\n{"text"\n', r"t.jsonl, line 2 is not JSON"),
+        ("t.jsonl", "[1]\n", r"t.jsonl, line 1: expected an object"),
         (
             "t.jsonl",
             '{"text": ["a"], "label": "b"}\n',
-            r"t.jsonl, line 1: 'text' should be a text, not \['a'\]",
+            r"t.jsonl, line 1: expected a text as 'text', got \['a'\]",
         ),
-        ("t.xls", "", r"t.xls: the suffix should be .csv, .tsv or .jsonl"),
+        ("t.xls", "", r"t.xls: expected the suffix .csv, .tsv or .jsonl"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, name, content, message):
@@ -287,18 +287,20 @@ def test_a_bad_row_is_named(tmp_path, name, content, message):
 def test_bad_folders_are_named(folder):
     (folder / "bird").mkdir()
     with pytest.raises(
-        DataError, match=r"texts/bird has no .txt file; a class needs some, or remove its folder"
+        DataError, match=r"texts/bird has no .txt file; add some, or remove the folder"
     ):
         fw.datasets.build("text_folder", path=folder)
     (folder / "bird" / "1.txt").write_bytes(b"tweet \xff")
-    with pytest.raises(DataError, match=r"bird/1.txt is no UTF-8 text \(byte 6\)"):
+    with pytest.raises(DataError, match=r"bird/1.txt is not UTF-8 text \(byte 6\)"):
         fw.datasets.build("text_folder", path=folder)
     with pytest.raises(DataError, match="has no folders"):
         fw.datasets.build("text_folder", path=folder / "cat")
 
 
 def test_missing_mails_name_the_command_and_the_way_without(tmp_path):
-    with pytest.raises(DataError, match=r"scripts/fetch_data'? spam\), or take data=docstrings"):
+    with pytest.raises(
+        DataError, match=r"scripts/fetch_data'? spam \(data=docstrings needs no file"
+    ):
         fw.datasets.build("spam", folder=tmp_path)
 
 
@@ -315,7 +317,7 @@ def test_mails_are_subject_and_body_and_no_mail_is_in_two_splits(tmp_path):
         f"about hard {number}\nbody" for number in range(9)
     ]  # the rest is known
     (tmp_path / "spam-1" / "3.json").write_text("{")
-    with pytest.raises(DataError, match=r"3.json is no mail of the corpus"):
+    with pytest.raises(DataError, match=r"3.json is not a mail"):
         fw.datasets.build("spam", folder=tmp_path)
 
 
