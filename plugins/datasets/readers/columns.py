@@ -73,7 +73,14 @@ def as_numbers(cells: Any) -> tuple[Tensor, Tensor | None]:
     An empty cell is NaN. A number beyond the range of float32 counts as no number. The mask is None
     if all cells are numbers.
     """
-    values = parse_texts(cells) if is_text_type(cells.type) else to_float64(cells)
+    import pyarrow.compute
+
+    if is_text_type(cells.type):
+        values = parse_texts(cells)
+        if values is None:  # perhaps because of blanks around a number
+            values = parse_texts(pyarrow.compute.utf8_trim_whitespace(cells))
+    else:
+        values = to_float64(cells)
     if values is not None:
         if max_magnitude(values) <= MAX_FLOAT32:
             return values, None
@@ -133,10 +140,9 @@ def as_text(cell: Any) -> str | None:
 def parse_texts(cells: Any) -> Tensor | None:
     """Return texts as float64; None if Arrow does not parse all of them as we do."""
     import pyarrow
-    import pyarrow.compute
 
     try:
-        values = to_float64(pyarrow.compute.utf8_trim_whitespace(cells))
+        values = to_float64(cells)
     except pyarrow.ArrowInvalid:
         return None
     # Arrow also parses texts such as "nan(x)".

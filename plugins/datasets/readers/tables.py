@@ -3,7 +3,8 @@
 import csv
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -80,19 +81,21 @@ def read_csv(path: Path, delimiter: str | None = None) -> Table:
     elif len(delimiter) != 1 or not delimiter.isascii() or delimiter in '"\r\n\0':
         raise SettingError(f"delimiter={delimiter!r}: expected one ASCII character, such as , or ;")
     with file_errors(path):
-        rows = csv_rows(content, delimiter, path)
-        _, header = next(rows, (1, []))
-        header = [label.strip() for label in header]
-        check_header(header, path)
-        if not any(row for _, row in rows):
-            return {}
+        with closing(csv_rows(content, delimiter, path)) as rows:
+            _, header = next(rows, (1, []))
+            header = [label.strip() for label in header]
+            check_header(header, path)
+            if not any(row for _, row in rows):
+                return {}
         if content.find(b'"', len(first_line)) >= 0:
             # Arrow accepts quotes that are not closed, and text after a closing quote.
             check_rows(content, len(header), delimiter, path)
         return parse_rows(content, header, delimiter, path)
 
 
-def csv_rows(content: bytes, delimiter: str, path: Path) -> Iterator[tuple[int, list[str]]]:
+def csv_rows(
+    content: bytes, delimiter: str, path: Path
+) -> Generator[tuple[int, list[str]], None, None]:
     """Yield the line number and the cells of each row. Raises DataError for malformed CSV."""
     lines = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig", newline="")
     limit = csv.field_size_limit(MAX_BLOCK_BYTES)

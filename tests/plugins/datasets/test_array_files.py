@@ -127,7 +127,7 @@ def test_fetch_data_lists_its_data_sets():
     assert "fashion_mnist" in fetch().stdout
     unknown = fetch("fashion")
     assert (unknown.returncode, unknown.stdout) == (2, "")
-    assert "there is no data set 'fashion' to fetch; there is: fashion_mnist" in unknown.stderr
+    assert "unknown data set 'fashion'; available: fashion_mnist" in unknown.stderr
 
 
 @pytest.mark.skipif(
