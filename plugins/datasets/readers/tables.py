@@ -17,21 +17,7 @@ Cells = Any
 """A column of a file: a pyarrow.ChunkedArray."""
 Table = dict[str, Cells]
 
-NULL_VALUES = [
-    "",
-    "?",
-    "NA",
-    "na",
-    "N/A",
-    "n/a",
-    "NaN",
-    "NAN",
-    "nan",
-    "NULL",
-    "null",
-    "None",
-    "none",
-]
+NULL_VALUES = ["", "?", "NA", "na", "N/A", "n/a", "NaN", "NAN", "nan", "NULL", "null", "None"]
 """Spellings of an empty cell that Arrow reads as null; `as_text` knows the others."""
 
 MIN_BLOCK_BYTES = 2**20  # of a CSV file that Arrow parses at once
