@@ -73,10 +73,11 @@ def read_csv(path: Path, delimiter: str | None = None) -> Table:
             check_header(header, path)
             if not any(row for _, row in rows):
                 return {}
-        if content.find(b'"', len(first_line)) >= 0:
+        has_quotes = content.find(b'"', len(first_line)) >= 0
+        if has_quotes:
             # Arrow accepts quotes that are not closed, and text after a closing quote.
             check_rows(content, len(header), delimiter, path)
-        return parse_rows(content, header, delimiter, path)
+        return parse_rows(content, header, delimiter, has_quotes, path)
 
 
 def csv_rows(
@@ -130,13 +131,15 @@ def check_rows(content: bytes, columns: int, delimiter: str, path: Path) -> None
             raise DataError(f"{path}, line {line}: {len(row)} cells, but {columns} columns")
 
 
-def parse_rows(content: bytes, header: Sequence[str], delimiter: str, path: Path) -> Table:
+def parse_rows(
+    content: bytes, header: Sequence[str], delimiter: str, has_quotes: bool, path: Path
+) -> Table:
     """Parse the rows after the header with Arrow. Raises DataError for malformed rows."""
     import pyarrow
     from pyarrow import csv as arrow_csv
 
     names = [str(number) for number in range(len(header))]
-    parse_options = arrow_csv.ParseOptions(delimiter=delimiter, newlines_in_values=b'"' in content)
+    parse_options = arrow_csv.ParseOptions(delimiter=delimiter, newlines_in_values=has_quotes)
     convert_options = arrow_csv.ConvertOptions(
         column_types=dict.fromkeys(names, pyarrow.string()),
         null_values=NULL_VALUES,
