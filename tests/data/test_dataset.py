@@ -8,16 +8,11 @@ import torch
 
 from framework.data.dataset import Data, TensorSplit, check_data
 from framework.errors import DataError, SettingError
-from framework_plugins.datasets.readers.arrays import (
-    ArrayData,
-    as_batch_of,
-    as_targets,
-    moments,
-    numbers,
-    read_array,
-    split_rows,
-    standardise,
-)
+from framework_plugins.datasets.array_data import ArrayData
+from framework_plugins.datasets.readers.arrays import as_batch_of, numbers, read_array
+from framework_plugins.datasets.readers.scaling import moments, standardise
+from framework_plugins.datasets.readers.splits import split_rows
+from framework_plugins.datasets.readers.targets import as_targets
 
 
 def test_the_kind_of_targets_follows_from_their_values():
@@ -41,9 +36,9 @@ def test_the_kind_of_targets_follows_from_their_values():
     [
         ([1.0, float("nan")], {}, "target of row 2 is nan"),
         (["cat", "cat"], {}, "every target is 'cat'"),
-        ([0, 3], {"classes": ["a", "b"]}, "labels go from 0 to 3, but 2 classes are named"),
+        ([0, 3], {"classes": ["a", "b"]}, "labels range from 0 to 3, but classes has 2 names"),
         ([[0, 2]], {"kind": "labels"}, "must be 0 or 1"),
-        ([[0.5, 2]], {"kind": "class"}, "one number or text a row"),
+        ([[0.5, 2]], {"kind": "class"}, "one number or text for each row"),
     ],
 )
 def test_invalid_targets_are_an_error(values, options, said):
@@ -74,7 +69,7 @@ def test_every_split_has_a_row_or_is_an_error():
     assert list(split_rows(torch.zeros(5), 0.0, 0.0)) == ["train"]
     rows = split_rows(torch.zeros(5), 0.1, 0.1)
     assert {part: len(found) for part, found in rows.items()} == {"train": 3, "test": 1, "val": 1}
-    with pytest.raises(SettingError, match="together they must be less than 1"):
+    with pytest.raises(SettingError, match="expected a sum below 1"):
         split_rows(torch.zeros(5), 0.5, 0.5)
     with pytest.raises(DataError, match="2 rows are too few"):
         split_rows(torch.zeros(2), 0.3, 0.3)
@@ -128,9 +123,9 @@ def test_an_official_test_split_is_kept():
     ("inputs", "targets", "said"),
     [
         (np.zeros((3, 2)), [0, 1], "3 train inputs, but 2 targets"),
-        (np.array([["a"], ["b"]]), [0, 1], "<U1 is no type of numbers"),
-        (np.array([[1.0], [np.nan]]), [0, 1], "row 2 holds NaN or infinity"),
-        (np.array([[1.0], [1e300]]), [0, 1], "row 2 holds NaN or infinity"),
+        (np.array([["a"], ["b"]]), [0, 1], "got <U1"),
+        (np.array([[1.0], [np.nan]]), [0, 1], "row 2 contains NaN or infinity"),
+        (np.array([[1.0], [1e300]]), [0, 1], "row 2 contains NaN or infinity"),
         (np.zeros((0, 2)), [], "empty"),
     ],
 )
@@ -157,7 +152,7 @@ def test_inputs_for_prediction_are_prepared_as_in_training(tmp_path):
     assert torch.equal(
         ArrayData.read_inputs(tmp_path / "one.npy", facts), data.train.tensors[0][:1]
     )
-    with pytest.raises(DataError, match=r"a row has shape \(3,\), but the model takes \(4,\)"):
+    with pytest.raises(DataError, match=r"rows have shape \(3,\); the model takes \(4,\)"):
         as_batch_of(torch.zeros(5, 3), facts["in_shape"], tmp_path)
 
 
@@ -174,9 +169,9 @@ def test_files_without_arrays_are_an_error(tmp_path):
     for name in ("objects.npy", "cut.npz", "flipped.npz", "text.npz", "empty.npz"):
         with pytest.raises(DataError, match=f"{name} cannot be read as an array"):
             read_array(tmp_path / name)
-    with pytest.raises(DataError, match=r"there is no such file"):
+    with pytest.raises(DataError, match=r"no such file"):
         read_array(tmp_path / "none.npy")
-    with pytest.raises(DataError, match=r"reads \.npy and \.npz files, not \.csv"):
+    with pytest.raises(DataError, match=r"expected a \.npy or \.npz file, got \.csv"):
         read_array(tmp_path / "x.csv")
 
 

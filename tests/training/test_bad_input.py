@@ -119,12 +119,12 @@ def refused(command, tmp_path):
         (
             "images",
             lambda: cut("pets/cat/00.png", 60),
-            "pets/cat/00.png cannot be read as a picture",
+            "pets/cat/00.png cannot be read as an image",
         ),
         (
             "images",
             lambda: Path("pets/cat/00.png").write_text("hello"),
-            "pets/cat/00.png cannot be read as a picture",
+            "pets/cat/00.png cannot be read as an image",
         ),
         (
             "images",
@@ -134,67 +134,65 @@ def refused(command, tmp_path):
         (
             "images",
             lambda: Path("pets/dog/x.png").symlink_to("gone"),
-            "pets/dog/x.png is a link to what is not there",
+            "pets/dog/x.png is a broken link",
         ),
-        ("images", lambda: Path("pets/eel").mkdir(), "pets/eel has no pictures; known are .bmp, "),
+        (
+            "images",
+            lambda: Path("pets/eel").mkdir(),
+            "pets/eel has no images; known suffixes: .bmp, ",
+        ),
         (
             "images",
             lambda: shutil.rmtree("pets/dog"),
-            "pets has one class only, 'cat'; classes to tell apart are two",
+            "pets has only one class, 'cat'; expected at least two classes",
         ),
         (
             "images",
             lambda: [shutil.rmtree(f"pets/{kind}") for kind in ("cat", "dog")],
             "pets has no folders; put the",
         ),
-        ("images", lambda: shutil.rmtree("pets"), "pets: there is no such folder (looked from "),
+        ("images", lambda: shutil.rmtree("pets"), "pets: no such folder (looked in "),
         (
             "images",
             lambda: [shutil.rmtree("pets"), Path("pets").write_text("")],
-            "pets is a file; data.path is the folder that has a folder for each class",
+            "data.path=pets is a file; expected a folder",
         ),
         (
             "images",
             keep_one_picture_of_each_class,
-            (
-                "2 rows are too few for a validation and a test split; get more, or take none with "
-                "data.val_fraction=0"
-            ),
+            "2 rows are too few for a validation and a test split; add rows, or set ",
         ),
         # sounds
         (
             "sounds",
             lambda: sound(Path("sounds/cat/3.wav"), rate=16_000),
-            (
-                "sounds/cat/3.wav has 16000 samples a second, not 8000: give "
-                "data.sample_rate=16000 if all have, or"
-            ),
+            "sounds/cat/3.wav has 16000 samples per second, expected 8000: set data.sample_rate=16000 if all",
         ),
         (
             "sounds",
             lambda: sound(Path("sounds/cat/3.wav"), samples=0),
-            "sounds/cat/3.wav is 0 s long; at least 0.01 s",
+            "sounds/cat/3.wav is 0 s long, shorter than data.min_seconds=0.01",
         ),
         (
             "sounds",
             lambda: cut("sounds/cat/3.wav", 500),
-            "sounds/cat/3.wav is cut off: 228 of 900 frames; replace it",
+            "sounds/cat/3.wav is cut off: it has 228 of 900 frames; replace it",
         ),
         (
             "sounds",
             lambda: Path("sounds/eel").mkdir(),
-            "sounds/eel has no sounds; known are .aif, ",
+            "sounds/eel has no sounds; known suffixes: .aif, ",
         ),
         # tables; row 1 is the first below the header
         (
             "table",
             lambda: row("t.csv", 7, "large,red,1,cat"),
-            "t.csv, row 7, column 'size': 'large' is no number; correct it, or categorical=[size]",
+            "t.csv, row 7, column 'size': 'large' is not a number; correct it, or categorical=[size]",
         ),
         (
             "table",
             lambda: row("t.csv", 7, "1e39,red,1,cat"),
-            "t.csv, row 7, column 'size': '1e39' is no number",
+            "t.csv, row 7, column 'size': '1e39' is not a number",
         ),
         (
             "table",
@@ -216,7 +214,7 @@ def refused(command, tmp_path):
         (
             "table",
             lambda: [Path("t.csv").unlink(), Path("t.csv").mkdir()],
-            "t.csv is a folder; a table is one file",
+            "t.csv is a folder; expected a .csv or",
         ),
         (
             "amounts",
@@ -226,7 +224,7 @@ def refused(command, tmp_path):
         (
             "amounts",
             lambda: row("t.csv", 7, "7,red,many,cat"),
-            "t.csv, row 7, column 'amount': 'many' is no number",
+            "t.csv, row 7, column 'amount': 'many' is not a number",
         ),
         # series, and sequences of unequal length
         (
@@ -237,15 +235,12 @@ def refused(command, tmp_path):
         (
             "series",
             lambda: row("s.csv", 30, "low,1"),
-            "s.csv, row 30, column 'load': 'low' is no number; correct it",
+            "s.csv, row 30, column 'load': 'low' is not a number; correct it",
         ),
         (
             "series",
             lambda: Path("s.csv").write_text("load\n" + "5\n" * 15),
-            (
-                "s.csv: the training span of 10 of 15 rows has no window of 8 + 4 rows; "
-                "lower lookback and horizon"
-            ),
+            "s.csv: the 10 training rows of 15 are fewer than a window of 8 + 4 rows; lower lookback and horizon",
         ),
         (
             "sequences",
@@ -255,28 +250,28 @@ def refused(command, tmp_path):
         (
             "sequences",
             lambda: row("c.ts", 4, "1,2,?:1,2,3:a"),
-            "c.ts, line 5: a frame should be a number, not '?'",
+            "c.ts, line 5: expected numbers as frames, got '?'",
         ),
         (
             "sequences",
             lambda: row("c.ts", 4, "1,2,3:1,2,3:"),
-            "c.ts, line 5: it ends without a class",
+            "c.ts, line 5: the class at its end is missing",
         ),
         # texts and arrays
         (
             "texts",
             lambda: Path("texts/cat/3.txt").write_bytes(b"caf\xe9"),
-            "texts/cat/3.txt is no UTF-8 text (byte 3)",
+            "texts/cat/3.txt is not UTF-8 text (byte 3)",
         ),
         (
             "texts",
             lambda: Path("texts/eel").mkdir(),
-            "texts/eel has no .txt file; a class needs some, or remove its",
+            "texts/eel has no .txt file; add some",
         ),
         (
             "arrays",
             lambda: arrays(x=np.full((40, 3), np.nan)),
-            "a.npz: the train inputs: row 1 holds NaN or infinity",
+            "a.npz: the train inputs: row 1 contains NaN or infinity",
         ),
         ("arrays", lambda: arrays(y=np.arange(39) % 2), "a.npz: 40 train inputs, but 39 targets"),
         ("arrays", lambda: cut("a.npz", 300), "a.npz cannot be read as an array"),
@@ -290,7 +285,7 @@ def test_training_with_bad_data_is_an_error(sort, spoil, said, refused, tmp_path
 
 def test_a_sequence_longer_than_the_model_takes_is_an_error(refused, tmp_path):
     good(tmp_path)
-    assert "c.ts, case 1: 3 frames; the model takes 2 (data.length)" in refused(
+    assert "c.ts, sequence 1: 3 frames; the model takes 2 (data.length)" in refused(
         f"train {COMMANDS['sequences']} data.length=2 {QUICK}"
     )
 
@@ -300,12 +295,12 @@ def test_an_error_in_a_test_file_names_that_file(refused, tmp_path):
     (tmp_path / "test.csv").write_text("size,colour,amount,kind\n1,red,1,cat\ntwo,red,1,dog\n")
     (tmp_path / "test.ts").write_text("@classLabel true a b\n@data\n1,2,3:4,5,6:a\n1,2,3:a\n")
     said = refused(f"train {COMMANDS['table']} data.test_path=test.csv {QUICK}")
-    assert "test.csv, row 2, column 'size': 'two' is no number" in said
+    assert "test.csv, row 2, column 'size': 'two' is not a number" in said
     said = refused(f"train {COMMANDS['sequences']} data.test_path=test.ts {QUICK}")
-    assert "test.ts, line 4: 1 channels, but 2 in the first case" in said
+    assert "test.ts, line 4: 1 channels, but 2 in the first sequence" in said
     (tmp_path / "test.ts").write_text("@classLabel true a b\n@data\n1,2,3:a\n")
     said = refused(f"train {COMMANDS['sequences']} data.test_path=test.ts {QUICK}")
-    assert "test.ts, case 1: 1 channels; the model takes 2" in said
+    assert "test.ts, sequence 1: 1 channels; the model takes 2" in said
 
 
 @pytest.fixture(scope="module")
@@ -325,25 +320,25 @@ def runs(tmp_path_factory):
 @pytest.mark.parametrize(
     ("sort", "file", "said"),
     [
-        ("images", "notes.png", "notes.png cannot be read as a picture"),
-        ("images", "hollow", "hollow has no pictures"),
-        ("images", "nan.npy", "nan.npy: row 1 holds NaN or infinity"),
+        ("images", "notes.png", "notes.png cannot be read as an image"),
+        ("images", "hollow", "hollow has no images"),
+        ("images", "nan.npy", "nan.npy: row 1 contains NaN or infinity"),
         (
             "images",
             "wide.npy",
-            "wide.npy: a row has shape (3, 8, 9), but the model takes (3, 8, 8)",
+            "wide.npy: rows have shape (3, 8, 9); the model takes (3, 8, 8)",
         ),
-        ("sounds", "quick.wav", "quick.wav has 16000 samples a second, not 8000"),
-        ("table", "text.csv", "text.csv, row 2, column 'size': 'two' is no number; correct it"),
+        ("sounds", "quick.wav", "quick.wav has 16000 samples per second, expected 8000"),
+        ("table", "text.csv", "text.csv, row 2, column 'size': 'two' is not a number; correct it"),
         ("table", "color.csv", "color.csv has no column 'colour'; did you mean 'color'?"),
         ("table", "header.csv", "header.csv has no rows"),
-        ("series", "few.csv", "few.csv has 5 rows; the model looks back on 8"),
+        ("series", "few.csv", "few.csv has 5 rows; the model needs the last 8"),
         (
             "series",
             "gap.csv",
             "gap.csv, row 9: 'load' is empty; a series needs a number in every row",
         ),
-        ("sequences", "long.ts", "long.ts, case 2: 5 frames; the model takes 3 (data.length)"),
+        ("sequences", "long.ts", "long.ts, sequence 2: 5 frames; the model takes 3 (data.length)"),
     ],
 )
 def test_prediction_for_bad_input_is_an_error(sort, file, said, refused, runs, tmp_path):
@@ -435,7 +430,7 @@ class TestBadPictureDuringTraining:
         picture.write_bytes(content[:60])
         status, _, err = command(f"{self.line} run.name=cut")
         assert status == 2
-        assert err.startswith("framework: pets/dog/07.png cannot be read as a picture")
+        assert err.startswith("framework: pets/dog/07.png cannot be read as an image")
         assert len(err.splitlines()) == 1
         assert len(listed(tmp_path / "runs/default/cut/checkpoints")) > 0, "what was learnt is kept"
         picture.write_bytes(content)

@@ -18,7 +18,7 @@ import framework as fw
 from framework.data.dataset import Loader, WindowSplit
 from framework.errors import BuildError, DataError, SettingError
 from framework.runtime import seeds
-from framework_plugins.datasets.readers.arrays import cache_folder
+from framework_plugins.datasets.readers.fetched import cache_folder
 
 LANGUAGE = importlib.import_module("framework_plugins.tasks.language_modelling")
 TEXT = "".join(f"if x == {n % 7}:\n    y = {n % 5} + x\n" for n in range(400))
@@ -494,12 +494,12 @@ def test_text_samples_are_logged_and_do_not_change_training(text_file):
         ),
         (
             "train data=plain_text data.path=nope task=language_modelling",
-            "nope: there is no such file",
+            "nope: no such file (looked in ",
         ),
-        ("train data=bible data.path=nope task=language_modelling", " bible), or take"),
+        ("train data=bible data.path=nope task=language_modelling", " bible (data=stdlib_source"),
         (
             "train data=stdlib_source data.tokenizer=word task=language_modelling",
-            "choose data.tokenizer=char, byte",
+            "use data.tokenizer=char, byte",
         ),
     ],
 )
