@@ -124,7 +124,7 @@ def test_the_complete_tree_gives_the_same_spec_again():
         ({"trainer": {}}, ["trainer: needs a limit"]),
         (
             {"trainer": {"max_steps": 1, "device": "cuda:99"}},
-            ["trainer.device=cuda:99: ", "not on this machine"],
+            ["trainer.device=cuda:99: ", "is not available"],
         ),
         (
             {"data": {"_target_": "os.system"}},

@@ -265,10 +265,10 @@ def test_repetition_is_a_sweep_over_seeds(command):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--folds 1", "--folds 1: should be 2 or more"),
-        ("--repeat 0", "--repeat 0: should be 2 or more"),
-        ("--repeat 3 seed=5", "--repeat 3 says which seeds there are: leave seed= out"),
-        ("--folds 3 fold=1/3", "leave fold= out"),
+        ("--folds 1", "--folds 1: expected 2 or more"),
+        ("--repeat 0", "--repeat 0: expected 2 or more"),
+        ("--repeat 3 seed=5", "--repeat 3 sets seed; remove seed="),
+        ("--folds 3 fold=1/3", "remove fold="),
         ("fold=7/5", "fold=7/5: expected K/N"),
     ],
 )

@@ -285,7 +285,7 @@ def test_an_error_in_training_names_the_line_and_is_not_hidden(trained, settings
         ),
         (
             "data=d data.place=generator",
-            "D: its train split should have __len__ and __getitem__, as a list_iterator",
+            "D: its train split should have __len__ and __getitem__",
         ),
         (
             "data=d data.place=dict",
