@@ -1,5 +1,6 @@
 import logging
 import shlex
+import signal
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -29,7 +30,19 @@ def leave_out_user_plugins():
             sys.modules[name] = ModuleType(name)
 
 
+def stop_ignoring_signals():
+    """Let the tests, and their child processes, end by SIGINT and SIGHUP as at a terminal.
+
+    A shell starts a command in the background with SIGINT ignored, nohup one with SIGHUP ignored.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 leave_out_user_plugins()
+stop_ignoring_signals()
 fw.discover()
 
 
