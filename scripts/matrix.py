@@ -202,7 +202,8 @@ def run_tests(python: Path, log: Path, pytest_arguments: list[str]) -> Row:
     report = log.with_suffix(".xml")
     report.unlink(missing_ok=True)
     command = [str(python), "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={report}"]
-    command += ["-n", "2", "--dist", "loadfile", "-m", "(unit or training) and not slow"]
+    command += ["-n", "2", "--dist", "loadfile", "--max-worker-restart=0"]
+    command += ["-m", "(unit or training) and not slow"]
     environ = {"OMP_NUM_THREADS": "1"} | os.environ
     environ["PATH"] = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
     start = time.monotonic()

@@ -1,5 +1,6 @@
 import logging
 import shlex
+import signal
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -31,7 +32,19 @@ def leave_out_user_plugins():
             sys.modules[name] = ModuleType(name)
 
 
+def stop_ignoring_signals():
+    """Let the tests, and their child processes, end by SIGINT and SIGHUP as at a terminal.
+
+    A shell starts a command in the background with SIGINT ignored, nohup one with SIGHUP ignored.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 leave_out_user_plugins()
+stop_ignoring_signals()
 fw.discover()
 
 
@@ -54,6 +67,9 @@ def _alone():
     yield
     root.setLevel(before[0])
     root.handlers[:] = before[1]
+    for logger in root.manager.loggerDict.values():
+        if isinstance(logger, logging.Logger):
+            logger.disabled = False  # logging.config disables loggers that exist already
     loky = sys.modules.get("joblib.externals.loky")
     if loky is not None:
         loky.get_reusable_executor().shutdown(wait=True)
