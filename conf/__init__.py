@@ -1,1 +1,1 @@
-"""What the framework composes when nothing is said: config.yaml and the experiments."""
+"""The default experiment, config.yaml, and the experiments of the framework."""

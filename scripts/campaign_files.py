@@ -10,8 +10,7 @@ from campaign_runs import spec_of
 
 from framework.errors import CheckpointError
 from framework.experiment.experiment import train
-from framework.runs import checkpoint
-from framework.runs.checkpoint import FILES, listed, load, newest, verify
+from framework.runs.checkpoint import FILES, listed, load, newest, read_manifest, reading, verify
 
 PAGE = 4096
 MODELS = {  # with buffers, a scheduler's state, a scaler, averages
@@ -149,7 +148,7 @@ def files(flips: int, seed: int, control: bool) -> int:
         control: Check only the manifests.
     """
     if control:
-        checkpoint.verify = lambda folder, **_: checkpoint.read_manifest(folder)
+        reading.verify = lambda checkpoint, **_: read_manifest(checkpoint)
     chance = random.Random(seed)
     total: Counter[tuple[str, str]] = Counter()
     wrong: list[str] = []

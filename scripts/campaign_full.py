@@ -20,8 +20,7 @@ from campaign_disk import PAGE, mount, pages_free
 from campaign_runs import differences, fork, status_of
 
 from framework.cli.main import main
-from framework.runs import checkpoint
-from framework.runs.checkpoint import listed, verify
+from framework.runs.checkpoint import listed, verify, writing
 from framework.system import files
 from framework.system.files import AppendFile
 from framework.tuning.sweep.folder import SweepFolder
@@ -129,7 +128,7 @@ def install(filling: Filling, disk: Disk) -> None:
 
     real_write = files.write_and_rename
     real_append = AppendFile.append
-    real_checkpoint = checkpoint.write
+    real_checkpoint = writing.write
 
     def write_and_rename(directory: int, temporary: str, name: str, pieces: Any) -> None:
         before_write(name)
@@ -146,7 +145,7 @@ def install(filling: Filling, disk: Disk) -> None:
         real_checkpoint(folder, taken)
 
     files.write_and_rename = write_and_rename  # type: ignore[assignment]
-    checkpoint.write = write  # type: ignore[assignment]
+    writing.write = write  # type: ignore[assignment]
     AppendFile.append = append  # type: ignore[method-assign]
 
 

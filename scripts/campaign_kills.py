@@ -20,8 +20,7 @@ import framework as fw
 from framework.composition.spec import Spec
 from framework.errors import CheckpointError, RunError
 from framework.experiment.experiment import train
-from framework.runs import checkpoint
-from framework.runs.checkpoint import listed, load, step_of
+from framework.runs.checkpoint import listed, load, step_of, writing
 from framework.training.trainer import Trainer
 
 STEPS = 60
@@ -346,8 +345,8 @@ def train_or_resume(spec: Spec, forget: bool = False) -> None:
 
 def note_saves() -> None:
     """Record the time between the first file of a checkpoint and its final name."""
-    write = checkpoint.write
-    publish = checkpoint.publish
+    write = writing.write
+    publish = writing.publish
 
     def noted_write(*arguments: Any) -> None:
         Witness.note(saving=1)
@@ -364,7 +363,7 @@ def note_saves() -> None:
         )
         return final
 
-    vars(checkpoint).update(write=noted_write, publish=noted_publish)
+    vars(writing).update(write=noted_write, publish=noted_publish)
 
 
 def campaign_run(

@@ -19,8 +19,7 @@ from torch import nn
 
 import framework as fw
 from framework.errors import CheckpointError
-from framework.runs import checkpoint
-from framework.runs.checkpoint import clean, folder_name, listed, load, newest, step_of
+from framework.runs.checkpoint import clean, folder_name, listed, load, newest, step_of, writing
 
 STEPS = 3  # before the disturbed save
 REFUSED = 3  # exit status of a save that raised a CheckpointError
@@ -294,7 +293,7 @@ def saves(seed: int, control: bool, only: str = "") -> int:
         print(f"skipped: {reason}")
         return 0
     if control:
-        checkpoint.publish = in_place
+        writing.publish = in_place
     chance = random.Random(seed)
     points = 0
     wrong = 0

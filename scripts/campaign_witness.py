@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import framework as fw
-from framework.runs import checkpoint
+from framework.runs.checkpoint import writing
 from framework.training.trainer import Trainer
 
 STATES = "campaign.states"  # the file, with one byte for each trial
@@ -43,8 +43,8 @@ class Witness(fw.Callback):
 
 def note_saves() -> None:
     """Record the time between the first file of a checkpoint and its final name."""
-    write = checkpoint.write
-    publish = checkpoint.publish
+    write = writing.write
+    publish = writing.publish
 
     def folder_of(arguments: tuple[Any, ...]) -> Path:
         return next((value for value in arguments if isinstance(value, Path)), Path())
@@ -59,7 +59,7 @@ def note_saves() -> None:
         finally:
             note(folder_of(arguments), STEPS)
 
-    vars(checkpoint).update(write=noted_write, publish=noted_publish)
+    vars(writing).update(write=noted_write, publish=noted_publish)
 
 
 def forget_state() -> None:

@@ -1,4 +1,4 @@
-"""Whether torch's compiler can be used here."""
+"""A mark for tests that need torch's compiler."""
 
 from pathlib import Path
 

@@ -18,7 +18,7 @@ from suites import suite_of
 torch.set_num_threads(1)  # some tests fork, and a process with OpenMP threads must not fork
 
 
-def disable_user_plugins():
+def leave_out_user_plugins():
     """Replace each plugin that a user added to this checkout by an empty module."""
     folder = Path(framework_plugins.__path__[0])
     own = set(shipped(folder, "**/*.py"))
@@ -29,7 +29,7 @@ def disable_user_plugins():
             sys.modules[name] = ModuleType(name)
 
 
-disable_user_plugins()
+leave_out_user_plugins()
 fw.discover()
 
 

@@ -33,10 +33,12 @@ OPTIMIZERS = {
 
 
 class Record(Logger):
-    """Keeps what it is given: lines of (step, values), and whether it is open."""
+    """Records its calls, and the logged values as (step, values)."""
 
     def __init__(self):
-        self.lines, self.opened, self.closed = [], [], 0
+        self.lines = []
+        self.opened = []
+        self.closed = 0
 
     def open(self, folder, step, metrics):
         self.opened.append((step, list(metrics)))
@@ -55,10 +57,11 @@ class Record(Logger):
 
 
 class At(Callback):
-    """Does something at the end of a step."""
+    """Calls `do(trainer)` at the end of a step."""
 
     def __init__(self, step, do):
-        self.step, self.do = step, do
+        self.step = step
+        self.do = do
 
     def on_step_end(self, trainer):
         if trainer.state.step == self.step:
@@ -68,24 +71,40 @@ class At(Callback):
 def fit(
     data=SPLIT, *, model=None, optimizer="sgd", callbacks=(), resume=None, task=None, **settings
 ):
-    """Returns (trainer, record). Names of `Trainer` go to it, the others to `fit`."""
-    ours = inspect.signature(Trainer).parameters
-    limits = {name: settings.pop(name) for name in list(settings) if name in ours}
-    limits = {"max_epochs": 3, "log_every": "1steps", "device": "cpu"} | limits
-    record, model = Record(), model or network()
-    trainer = Trainer(callbacks=callbacks, loggers=[record], **limits)
-    task, optimizer = task or nn.CrossEntropyLoss(), OPTIMIZERS[optimizer](model)
-    settings = {"batch_size": 16} | settings
-    trainer.fit(model, data, task=task, optimizer=optimizer, resume=resume, **settings)
+    """Fit a small network, and return (trainer, record).
+
+    settings: arguments of `Trainer`; all others go to its `fit`.
+    """
+    trainer_settings = {"max_epochs": 3, "log_every": "1steps", "device": "cpu"}
+    fit_settings = {"batch_size": 16}
+    known = inspect.signature(Trainer).parameters
+    for name, value in settings.items():
+        (trainer_settings if name in known else fit_settings)[name] = value
+    record = Record()
+    model = model or network()
+    optimizer = OPTIMIZERS[optimizer](model)
+    task = task or nn.CrossEntropyLoss()
+    trainer = Trainer(callbacks=callbacks, loggers=[record], **trainer_settings)
+    trainer.fit(model, data, task=task, optimizer=optimizer, resume=resume, **fit_settings)
     return trainer, record
 
 
 def same(one, two):
-    pairs = zip(one.state_dict().items(), two.state_dict().items(), strict=True)
-    return all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
+    """Return whether two models have equal states."""
+    first = one.state_dict()
+    second = two.state_dict()
+    if list(first) != list(second):
+        return False
+    return all(torch.equal(first[name], second[name]) for name in first)
 
 
 class Three(Data):
+    """A data set with three splits."""
+
     def __init__(self):
-        self.train, self.val, self.test = SPLIT, VAL, TensorSplit(X[:9], Y[:9])
-        self.in_shape, self.out_shape, self.classes = (6,), (3,), "abc"
+        self.train = SPLIT
+        self.val = VAL
+        self.test = TensorSplit(X[:9], Y[:9])
+        self.in_shape = (6,)
+        self.out_shape = (3,)
+        self.classes = "abc"

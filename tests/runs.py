@@ -1,4 +1,4 @@
-"""Composes runs, cuts them off and reads what they left, for the tests that compare runs."""
+"""Compose, interrupt and read runs, for tests that compare runs."""
 
 import json
 from contextlib import contextmanager
@@ -15,20 +15,25 @@ TIMES = ("wall_seconds", "train/samples_per_second", "train/seconds_per_epoch")
 
 
 def logged(run):
-    """The lines of metrics.jsonl, but for what tells of time."""
-    lines = map(json.loads, (Path(run) / "metrics.jsonl").read_text().splitlines())
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+    """Return the rows of metrics.jsonl without the measurements of time."""
+    rows = []
+    for line in (Path(run) / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        for key in TIMES:
+            row.pop(key, None)
+        rows.append(row)
+    return rows
 
 
 def composed(overrides, plugins=()):
-    """The spec of a command line."""
+    """Return the spec of a command line."""
     specs = []
     compose(CommandLine(list(overrides), list(plugins)), lambda job: specs.append(job.spec))
     return specs[0]
 
 
 class Stop(fw.Callback):
-    """Ends the process of training at a step, as a kill would: nothing is closed, nothing more is saved."""
+    """Ends the training at a step like a kill: nothing is closed or saved."""
 
     def __init__(self, step):
         self.step = step
@@ -40,11 +45,11 @@ class Stop(fw.Callback):
 
 @contextmanager
 def cut_off_at(step, monkeypatch):
-    """What trains an experiment here is cut off at a step."""
-    whole = Experiment.trainer
+    """Interrupt the training of experiments in this context at a step."""
+    make_trainer = Experiment.trainer
 
     def stopped(experiment):
-        trainer = whole(experiment)
+        trainer = make_trainer(experiment)
         trainer.callbacks.append(Stop(step))
         return trainer
 
@@ -55,5 +60,5 @@ def cut_off_at(step, monkeypatch):
 
 
 def run_line(line, task):
-    """Compose a command line and run a task on its job, or on those of its sweep."""
+    """Compose a command line, and run a task on its job or on the jobs of its sweep."""
     (sweep if line.multirun else compose)(line, task)

@@ -1,4 +1,4 @@
-"""Which files of a checkout belong to the project: a user may have files of their own beside them."""
+"""Find the files of a checkout that belong to the project, without those of the user."""
 
 import shutil
 import subprocess
@@ -6,7 +6,10 @@ from pathlib import Path
 
 
 def shipped(folder: Path, pattern: str) -> list[Path]:
-    """Return the files of a folder that match a pattern and are tracked by git, sorted; all where git cannot tell."""
+    """Return the files that match a pattern and are tracked by git, sorted.
+
+    Without git, or outside of a repository, all matching files are returned.
+    """
     found = sorted(folder.glob(pattern))
     if shutil.which("git") is None:
         return found

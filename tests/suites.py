@@ -22,6 +22,8 @@ SUITE_OF = {
     "composition/test_trust.py": "training",
     "composition/test_without_effect.py": "training",
     "contracts": "training",
+    "contracts/test_direction.py": "unit",
+    "contracts/test_duration.py": "unit",
     "contracts/test_measures.py": "unit",
     "contracts/test_state.py": "unit",
     "data": "unit",
@@ -49,8 +51,11 @@ SUITE_OF = {
     "runs/test_hostile.py": "training",
     "runs/test_status_file.py": "training",
     "runtime": "training",
+    "runtime/test_device.py": "unit",
+    "runtime/test_memory_format.py": "unit",
     "runtime/test_seeds.py": "unit",
     "runtime/test_shared_memory.py": "system",
+    "runtime/test_threads.py": "unit",
     "runtime/torch_internals": "unit",
     "runtime/torch_internals/test_lazy_compiler.py": "system",
     "runtime/torch_internals/test_missing_names.py": "system",
@@ -60,9 +65,8 @@ SUITE_OF = {
     "contracts/test_pure_optimizer.py": "unit",
     "tuning": "system",
     "tuning/vectorized/test_stacked_trainer.py": "training",
-    "tuning/vectorized/test_rehearsal.py": "training",
+    "tuning/vectorized/test_equivalence_check.py": "training",
     "tuning/search/test_space.py": "unit",
-    "tuning/vectorized/test_stacked_forward.py": "training",
 }
 
 

@@ -1,25 +1,25 @@
-"""Reads what a sweep left and printed, for the tests of sweeps."""
+"""Reads the files and the output of a sweep, for the tests of sweeps."""
 
 import json
 from pathlib import Path
 
 
 def rows(name="s"):
-    """The lines of sweep.jsonl, a row at the beginning and one at the end of each trial."""
-    return [
-        json.loads(line)
-        for line in Path(f"runs/default/{name}/sweep.jsonl").read_text().splitlines()
-    ]
+    """Return the rows of sweep.jsonl: one at the start and one at the end of each trial."""
+    text = Path(f"runs/default/{name}/sweep.jsonl").read_text()
+    return list(map(json.loads, text.splitlines()))
 
 
 def trials(name="s"):
-    """The last row of each trial."""
+    """Return the last row of each trial."""
     last = {row["number"]: row for row in rows(name)}
     return [last[number] for number in sorted(last)]
 
 
 def table_of(out):
-    """The lines of the table, in words."""
-    blocks = [[line.split() for line in block.splitlines()] for block in out.strip().split("\n\n")]
-    (lines,) = [block for block in blocks if block[0][-1:] == ["state"]]
-    return lines[0], lines[1:]
+    """Return the header and the rows of the printed table, as lists of words."""
+    for block in out.strip().split("\n\n"):
+        header, *lines = map(str.split, block.splitlines())
+        if header[-1:] == ["state"]:
+            return header, lines
+    raise AssertionError(f"no table in {out!r}")

@@ -23,7 +23,7 @@ def tone(hertz, seconds=0.3, rate=RATE):
 
 
 def small_voices(root):
-    """Write five folders of four prompts each, and what is to be left out."""
+    """Write five folders of four prompts each, and files that the data set leaves out."""
     for voice in VOICES.values():
         for name in ("a", "b", "digits/1", "digits/2"):
             write_wav(root / voice / f"{name}.wav", tone(300))

@@ -1,11 +1,11 @@
-"""Waits for what another thread or process does, for the tests."""
+"""Waiting for another thread or process."""
 
 import time
 
 
 def wait_for(condition, seconds=60.0, pause=0.05):
-    """Return when the condition holds; fail when it does not in time."""
-    until = time.monotonic() + seconds
+    """Return when the condition holds; fail if it does not within `seconds`."""
+    deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < until
+        assert time.monotonic() < deadline
         time.sleep(pause)

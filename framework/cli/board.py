@@ -1,4 +1,4 @@
-"""TensorBoard on the folder of runs, on 127.0.0.1."""
+"""TensorBoard on a folder of runs, for this machine only."""
 
 import os
 import signal
@@ -13,22 +13,26 @@ from framework.errors.paths import real_path
 from framework.errors.terminal import note, print_line
 from framework.system.signals import ending_signals
 
-MOST_TICKED = 40  # runs; of more, TensorBoard's charts are empty at first
+MOST_SELECTED = 40  # TensorBoard selects no run at first if there are more
 
 
 def serve_board(root: Path, port: int) -> int:
-    """Start TensorBoard, print its address, and wait for SIGINT, SIGTERM or SIGHUP; returns the exit status 0.
+    """Start TensorBoard, print its address, and wait for SIGINT, SIGTERM or SIGHUP.
 
-    Event files that are links, FIFOs or devices, and folders behind links that lead out of `root`, are not shown. If
-    there are any at the start, TensorBoard's slower loader is used, which is told to skip them, also those that appear
-    later; the fast one follows links.
+    Event files that are links, FIFOs or devices are not shown, and neither are folders behind links
+    out of `root`. If there are any at the start, TensorBoard's slower loader is used and skips
+    them, also those that appear later. The fast loader follows links.
 
-    Raises RunError when the folder is missing, FrameworkError when the port is taken.
+    Returns:
+        The exit status 0.
+
+    Raises:
+        RunError: if the folder does not exist.
+        FrameworkError: if the port cannot be used.
     """
     if not root.is_dir():
-        raise RunError(
-            f"there is no folder of runs {root}: train something first, or name it with --root"
-        )
+        advice = "train an experiment first, or name the folder with --root"
+        raise RunError(f"there is no folder of runs {root}: {advice}")
     check_port(port)
     runs, odd = look_through(root)
     from tensorboard import program
@@ -36,31 +40,30 @@ def serve_board(root: Path, port: int) -> int:
     server = program.TensorBoard()
     options = ["--logdir", str(root), "--host", "127.0.0.1", "--port", str(port)]
     if odd:
-        said = f"{odd[0]} leads out of {root}, or is not a regular file"
-        note(f"not shown: {said}; {len(odd)} such entries in all")
+        reason = f"{odd[0]} leads out of {root} or is not a regular file"
+        note(f"not shown: {reason}; {len(odd)} such entries in total")
         options.append("--load_fast=false")
         use_plain_files()
     server.configure(argv=["", *options])
     try:
         address = server.launch()
     except program.TensorBoardServerException as error:
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise FrameworkError(f"TensorBoard cannot start: {why} (--port chooses another)") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FrameworkError(f"TensorBoard cannot start: {reason} (see --port)") from error
     done = threading.Event()
-    for (
-        number
-    ) in ending_signals():  # before the address is printed: who reads it may end the server at once
+    # before the address is printed: a program that reads it may end the server at once
+    for number in ending_signals():
         signal.signal(number, lambda *_: done.set())
     print_line(f"TensorBoard shows {root} at {address} (Ctrl-C ends it)", flush=True)
-    if runs > MOST_TICKED:
-        why = f"of more than {MOST_TICKED} TensorBoard shows none by itself"
-        print_line(f"tick some of the {runs} runs to see curves: {why}", flush=True)
+    if runs > MOST_SELECTED:
+        reason = f"TensorBoard selects none if there are more than {MOST_SELECTED}"
+        print_line(f"select some of the {runs} runs to see curves: {reason}", flush=True)
     done.wait()
     return 0
 
 
 def look_through(root: Path) -> tuple[int, list[Path]]:
-    """Return how many runs a folder has, and the entries that TensorBoard must not follow or read."""
+    """Return the number of runs in a folder, and the entries that TensorBoard must not read."""
     runs = 0
     odd: list[Path] = []
     inside = real_path(root)
@@ -77,15 +80,16 @@ def look_through(root: Path) -> tuple[int, list[Path]]:
 
 
 def is_plain_file(path: str | Path) -> bool:
+    """Return whether a path is a regular file without further hard links."""
     try:
-        found = os.lstat(path)
+        status = os.lstat(path)
     except OSError:
         return False
-    return stat.S_ISREG(found.st_mode) and found.st_nlink == 1
+    return stat.S_ISREG(status.st_mode) and status.st_nlink == 1
 
 
 def use_plain_files() -> None:
-    """Let TensorBoard's own loader follow no links, and read regular files only."""
+    """Make TensorBoard's slower loader follow no links and read only regular files."""
     from tensorboard.backend.event_processing import io_wrapper
 
     def is_event_file(path: str) -> bool:
@@ -100,14 +104,13 @@ def use_plain_files() -> None:
 
 
 def check_port(port: int) -> None:
-    """Raise FrameworkError when the port is taken or none: before TensorBoard, which takes seconds to say so."""
+    """Raise FrameworkError if the port cannot be used; TensorBoard needs seconds to find out."""
     try:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("127.0.0.1", port))
     except OverflowError:
-        raise FrameworkError(f"--port should be 0 to 65535, not {port}") from None
+        raise FrameworkError(f"--port {port}: expected 0 to 65535") from None
     except OSError as error:
-        raise FrameworkError(
-            f"--port {port}: {error.strerror}; another one, or 0 for any free one?"
-        ) from error
+        advice = "choose another port, or 0 for a free one"
+        raise FrameworkError(f"--port {port}: {error.strerror}; {advice}") from error

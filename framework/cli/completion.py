@@ -1,4 +1,4 @@
-"""TAB: what may come next on the command line, and the scripts by which bash, zsh and fish ask for it."""
+"""Completion with TAB: the possible next words, and scripts for bash, zsh and fish."""
 
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
@@ -7,11 +7,7 @@ from typing import Any
 
 from framework.composition.catalogue import Index, find_index
 
-VERBS = (
-    *("train", "resume", "eval", "predict", "list", "show", "plan", "check", "find"),
-    *("trust", "board", "completion"),
-)
-WITH_OVERRIDES = ("train", "plan", "check", "find")
+from .parsers import Command
 
 BASH = r"""# TAB completion of framework. To keep it: framework completion bash >> ~/.bashrc
 _framework_complete() {
@@ -40,10 +36,12 @@ complete -o default -F _framework_complete framework
 ZSH = r"""#compdef framework
 # TAB completion of framework. To keep it: framework completion zsh >> ~/.zshrc (after compinit)
 _framework() {
-    local -a found open closed
-    local program="${commands[framework]}"  # not the first word, which may be a program in the working folder
+    local -a before found open closed
+    # not the first word, which may be a program in the working folder
+    local program="${commands[framework]}"
     [[ $program == /* ]] || { _files; return }
-    found=("${(@f)$("$program" complete -- "${(@Q)words[2,CURRENT-1]}" "${(Q)PREFIX}" 2>/dev/null)}")
+    before=("${(@Q)words[2,CURRENT-1]}")
+    found=("${(@f)$("$program" complete -- "${before[@]}" "${(Q)PREFIX}" 2>/dev/null)}")
     found=("${(@)found:#}")
     (( ${#found} )) || { _files; return }
     open=("${(@M)found:#(*[=./,]|*\[*)}")
@@ -59,7 +57,8 @@ FISH = r"""# TAB completion of framework. To keep it:
 function __framework_complete
     set -l words (commandline -opc)
     set -l current (commandline -ct | string trim --left --chars "'\"")
-    set -l program (command -s framework)  # not the first word, which may be a program in the working folder
+    # not the first word, which may be a program in the working folder
+    set -l program (command -s framework)
     string match -q '/*' -- $program; or return
     $program complete -- $words[2..-1] "$current" 2>/dev/null
 end
@@ -69,52 +68,69 @@ complete -c framework -F -n '__fish_seen_subcommand_from eval predict board'
 
 
 SCRIPTS = {"bash": BASH, "zsh": ZSH, "fish": FISH}
-"""What each shell must read."""
+"""The script for each shell."""
 
 Choice = dict[str, Any]
-"""What may follow `setting=`, as `setting_as_dict` returns it."""
+"""A setting, as `setting_as_dict` returns it."""
 
 
-def answer(words: list[str]) -> list[str]:
-    """Return what the last word may become, in the working folder; [] when anything is amiss."""
+def answer(words: list[str], commands: Mapping[str, Command]) -> list[str]:
+    """Return the completions of the last word, in the working folder; [] after any error.
+
+    Args:
+        words: the words after `framework`.
+        commands: all commands.
+    """
     try:
-        folders = map(Path, following(words, "--config-dir"))
         index = find_index(
-            following(words, "--plugins"), folders, following(words, "--without-plugin")
+            values_of(words, "--plugins"),
+            map(Path, values_of(words, "--config-dir")),
+            values_of(words, "--without-plugin"),
         )
-        return completions(words, index)
-    except Exception:  # half a word is no reason for a message in the middle of a line
+        return completions(words, index, commands)
+    except Exception:  # a message would break the line that the user types
         return []
 
 
-def following(words: list[str], flag: str) -> list[str]:
-    """Return the words that stand after a flag."""
+def values_of(words: list[str], flag: str) -> list[str]:
+    """Return the values of an option in the words before the last."""
     return [word for before, word in pairwise(words[:-1]) if before == flag]
 
 
-def completions(words: list[str], index: Index) -> list[str]:
-    """Return what the last of `words` (after the program's name) may become; several ends mean more is to come."""
+def completions(words: list[str], index: Index, commands: Mapping[str, Command]) -> list[str]:
+    """Return the completions of the last word.
+
+    A completion that ends with one of `=./,[` can be continued.
+
+    Args:
+        words: the words after `framework`.
+        index: all parts.
+        commands: all commands.
+    """
     *before, current = words or [""]
     if not before:
-        return starting(current, VERBS)
-    verb = before[0]
+        return starting(current, commands)
+    name = before[0]
     if before == ["find"]:
         return starting(current, ("lr", "batch_size"))
-    if verb in WITH_OVERRIDES:
+    if name in commands and commands[name].composes:
         return override_words(current, before[1:], index)
-    if verb == "list":
+    if name == "list":
         return starting(current, index.keys)
-    if verb == "show":
+    if name == "show":
         return part_words(current, index)
-    return starting(current, SCRIPTS) if verb == "completion" else []
+    if name == "completion":
+        return starting(current, SCRIPTS)
+    return []
 
 
 def starting(current: str, options: Iterable[str]) -> list[str]:
+    """Return the options that start with a text."""
     return [option for option in options if option.startswith(current)]
 
 
 def part_words(current: str, index: Index) -> list[str]:
-    """KIND/ first, then KIND/NAME."""
+    """Complete KIND/, then KIND/NAME."""
     kind, slash, _ = current.partition("/")
     if not slash:
         return starting(current, [f"{kind}/" for kind in index.kinds])
@@ -122,82 +138,109 @@ def part_words(current: str, index: Index) -> list[str]:
 
 
 def override_words(current: str, before: list[str], index: Index) -> list[str]:
-    """Complete an override: a key, a path of settings, or the value after `=`."""
+    """Complete an override: a key, a path of settings, or the value after `=`.
+
+    Args:
+        current: the beginning of the override.
+        before: the words between the command and this one.
+        index: all parts.
+    """
     bare = current.lstrip("+~")
     mark = current[: len(current) - len(bare)]
-    said = dict(word.lstrip("+").split("=", 1) for word in before if "=" in word)
+    typed = dict(word.lstrip("+").split("=", 1) for word in before if "=" in word)
     path, equals, value = bare.partition("=")
     if equals:
-        return [f"{mark}{path}={option}" for option in values(path, value, said, index)]
-    return [mark + option for option in path_words(bare, said, index)]
+        return [f"{mark}{path}={option}" for option in values(path, value, typed, index)]
+    return [mark + option for option in path_words(bare, typed, index)]
 
 
-def path_words(path: str, said: Mapping[str, str], index: Index) -> list[str]:
+def path_words(path: str, typed: Mapping[str, str], index: Index) -> list[str]:
     """Return keys and settings that continue a path, with the `=` or `.` that follows."""
     stem, dot, _ = path.rpartition(".")
     if dot:
         follows = "." if stem in index.keys and index.many(stem) else "="
-        return starting(
-            path, [f"{stem}.{name}{follows}" for name in settings_below(stem, said, index)]
-        )
+        names = settings_below(stem, typed, index)
+        return starting(path, [f"{stem}.{name}{follows}" for name in names])
     options = [f"{key}=" for key in (*index.keys, "experiment")]
-    options += [f"{name}." if settings else f"{name}=" for name, settings in index.sections.items()]
-    options += [f"{path}."] if path in index.keys else []
+    for name, settings in index.sections.items():
+        follows = "." if settings else "="
+        options.append(f"{name}{follows}")
+    if path in index.keys:
+        options.append(f"{path}.")
     return sorted(starting(path, options))
 
 
-def settings_below(path: str, said: Mapping[str, str], index: Index) -> dict[str, Choice]:
-    """Return the settings below a path such as `optimizer`, `callbacks.checkpoint` or `model.activation`."""
-    head, *rest = path.replace("/", ".").split(".")
-    if head in index.sections:
-        return by_name(index.sections[head]) if not rest else {}
-    if head not in index.keys:
+def settings_below(path: str, typed: Mapping[str, str], index: Index) -> dict[str, Choice]:
+    """Return the settings below a path such as `optimizer`, `callbacks.ema` or `model.activation`.
+
+    Args:
+        path: the path, with dots or slashes.
+        typed: the values in earlier words, by key.
+        index: all parts.
+    """
+    key, *rest = path.replace("/", ".").split(".")
+    if key in index.sections:
+        return {} if rest else by_name(index.sections[key])
+    if key not in index.keys:
         return {}
-    many = index.many(head)
-    if many and not rest:
-        return {name: {} for name in list_words(head, said, index)}
-    name = rest.pop(0) if many else said.get(head, index.chosen.get(head))
-    settings = by_name(index.settings(index.keys[head], str(name)))
-    for number, step in enumerate(rest):
+    if index.many(key):
+        if not rest:
+            return {name: {} for name in listed_parts(key, typed, index)}
+        name = rest.pop(0)
+        below = f"{key}.{name}"
+    else:
+        name = str(typed.get(key, index.chosen.get(key)))
+        below = key
+    settings = by_name(index.settings(index.keys[key], name))
+    for step in rest:
         choice = settings.get(step)
         if not choice or "part" not in choice:
             return {}
-        deeper = ".".join([head, *([str(name)] if many else []), *rest[: number + 1]])
-        settings = by_name(
-            index.settings(choice["part"], said.get(deeper, str(choice.get("default"))))
-        )
+        below = f"{below}.{step}"
+        name = typed.get(below, str(choice.get("default")))
+        settings = by_name(index.settings(choice["part"], name))
     return settings
 
 
 def by_name(settings: Iterable[Choice]) -> dict[str, Choice]:
+    """Return settings by their names."""
     return {setting["name"]: setting for setting in settings}
 
 
-def list_words(key: str, said: Mapping[str, str], index: Index) -> list[str]:
-    """The parts of a list: those named in an earlier word, else the usual ones, else all."""
-    if key in said:
-        return [name for name in said[key].strip("[]").split(",") if name]
+def listed_parts(key: str, typed: Mapping[str, str], index: Index) -> list[str]:
+    """Return the parts of a list: those in an earlier word, else the default ones, else all."""
+    if key in typed:
+        return [name for name in typed[key].strip("[]").split(",") if name]
     return list(index.chosen.get(key, ())) or index.parts(index.keys[key])
 
 
-def values(path: str, value: str, said: Mapping[str, str], index: Index) -> list[str]:
-    """Return values for a path; the last item of a list (or of a sweep a,b,c) is completed, once each."""
-    options, many = options_at(path, said, index)
+def values(path: str, value: str, typed: Mapping[str, str], index: Index) -> list[str]:
+    """Return the values that complete a value; of a list or sweep a,b,c, the last item.
+
+    Args:
+        path: the path before `=`.
+        value: the beginning of the value.
+        typed: the values in earlier words, by key.
+        index: all parts.
+    """
+    options, many = options_at(path, typed, index)
     opening = "[" if many or value.startswith("[") else ""
     *done, last = value.lstrip("[").split(",")
     kept = opening + "".join(f"{item}," for item in done)
-    return [kept + option for option in options if option.startswith(last) and option not in done]
+    return [kept + option for option in starting(last, options) if option not in done]
 
 
-def options_at(path: str, said: Mapping[str, str], index: Index) -> tuple[list[str], bool]:
+def options_at(path: str, typed: Mapping[str, str], index: Index) -> tuple[list[str], bool]:
     """Return the values that a path may have, and whether it takes a list."""
     if path == "experiment":
         return index.experiments, False
     if path in index.keys:
         return index.parts(index.keys[path]), index.many(path)
     stem, _, leaf = path.replace("/", ".").rpartition(".")
-    choice = settings_below(stem, said, index).get(leaf)
+    choice = settings_below(stem, typed, index).get(leaf)
     if not choice:
         return [], False
-    parts = index.parts(choice["part"]) if "part" in choice else []
-    return choice.get("values", []) + parts, choice.get("many", False)
+    options = list(choice.get("values", []))
+    if "part" in choice:
+        options += index.parts(choice["part"])
+    return options, choice.get("many", False)

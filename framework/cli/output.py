@@ -1,4 +1,4 @@
-"""What a person sees at the end: results in the terminal, predictions in a file."""
+"""Print the results of a run, and write predictions to a file."""
 
 import csv
 import io
@@ -13,16 +13,18 @@ from typing import Any, TextIO
 from framework.errors import FrameworkError, RunError
 from framework.errors.paths import expanded, pasted, real_path, shorter
 from framework.errors.terminal import print_line, printable, title
-from framework.experiment.experiment import Result
+from framework.experiment.result import Result
 from framework.runs.folder import plugins_of
 from framework.system.files import unwritable, write_file
 from framework.system.streams import set_errors
 
 
 def print_result(result: Result, job: str | None = None) -> None:
-    """Print the final metrics as a table of splits, where the run lies, and what to do next.
+    """Print the final metrics as a table of splits, the folder of the run, and the next commands.
 
-    job: what a job of a sweep has of its own, such as "seed=3"; None outside a sweep.
+    Args:
+        result: the result of the run.
+        job: the settings of a job in a sweep, such as "seed=3"; None outside a sweep.
     """
     if job is not None:
         print()
@@ -32,48 +34,57 @@ def print_result(result: Result, job: str | None = None) -> None:
     for line in metric_table(result.metrics, result.weights):
         print_line(line)
     print()
-    if result.seconds:
-        print_line(effort(result) + (f", stopped: {result.stopped}" if result.stopped else ""))
+    if result.seconds and result.stopped:
+        print_line(f"{effort(result)}, stopped: {result.stopped}")
+    elif result.seconds:
+        print_line(effort(result))
     if result.shares and job is None:
-        shares = percent(result.shares)
-        print_line(
-            f"time     {', '.join(f'{share}% {part}' for part, share in shares.items() if share)}"
-        )
+        shares = [f"{share}% {part}" for part, share in percent(result.shares).items() if share]
+        print_line(f"time     {', '.join(shares)}")
     if result.advice is not None:
         print_line(f"advice   {result.advice}")
     print_line(f"run      {result.folder}")
     if result.signal is not None:
-        print_line(f"go on    framework resume {named(result.folder)}")
+        print_line(f"go on    framework resume {run_arguments(result.folder)}")
     if job is None:
         if (result.folder / "checkpoints").is_dir() and result.split is not None:
-            of_split = "" if result.split == "test" else f" --split {result.split}"
-            print_line(f"measure  framework eval {named(result.folder)}{of_split}")
-        print_line(f"watch    framework board{root_of(result.folder)}")
+            arguments = run_arguments(result.folder)
+            if result.split != "test":
+                arguments += f" --split {result.split}"
+            print_line(f"measure  framework eval {arguments}")
+        print_line(f"watch    framework board{root_option(result.folder)}")
 
 
 def effort(result: Result) -> str:
-    """Return steps and seconds of the training in this process, then what else took time."""
+    """Return the steps and seconds of the training in this process, and the total time."""
     if not result.fit_seconds:
         return f"{steps_text(result.steps)} in {duration(result.seconds)}"
     text = f"{steps_text(result.fit_steps)} in {duration(result.fit_seconds)}"
     if result.steps != result.fit_steps:
         text += f" (with those before: {result.steps:,})"
     if result.seconds > result.fit_seconds:
-        tested = " and test" if any(name.startswith("test/") for name in result.metrics) else ""
-        text += f"; {duration(result.seconds)} with start-up{tested}"
+        text += f"; {duration(result.seconds)} with start-up"
+        if any(name.startswith("test/") for name in result.metrics):
+            text += " and test"
     return text
 
 
 def steps_text(steps: int) -> str:
-    return "1 step" if steps == 1 else f"{steps:,} steps"
+    """Return a number of steps as text."""
+    if steps == 1:
+        return "1 step"
+    return f"{steps:,} steps"
 
 
 def duration(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+    """Return a duration in seconds or minutes."""
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min"
 
 
-def named(run: Path) -> str:
-    """Return how a run is given to a command: with the plugins that it was trained with."""
+def run_arguments(run: Path) -> str:
+    """Return the arguments that name a run on a command line, with the plugins that it needs."""
     words = [pasted(run)]
     for plugin in plugins_of(run):
         words += ["--plugins", pasted(shorter(plugin))]
@@ -82,53 +93,64 @@ def named(run: Path) -> str:
     return " ".join(words)
 
 
-def root_of(run: Path) -> str:
-    """Return the option by which `framework board` shows a run: none below the default root."""
-    root = run.parent.parent if len(run.parts) > 2 else real_path(run).parent.parent
-    return "" if real_path(root) == real_path(Path("runs")) else f" --root {pasted(root)}"
+def root_option(run: Path) -> str:
+    """Return the option --root for `framework board`; "" for a run in the default folder."""
+    if len(run.parts) <= 2:
+        run = real_path(run)
+    root = run.parent.parent
+    if real_path(root) == real_path(Path("runs")):
+        return ""
+    return f" --root {pasted(root)}"
 
 
 def percent(shares: Mapping[str, float]) -> dict[str, int]:
-    """Return shares of 1 in whole per cent that add up to 100: those cut off most are rounded up."""
-    cut = {name: int(share * 100) for name, share in shares.items()}
-    most_cut = sorted(shares, key=lambda name: cut[name] - shares[name] * 100)
-    missing = round(sum(shares.values()) * 100) - sum(cut.values())
-    return {name: whole + (name in most_cut[:missing]) for name, whole in cut.items()}
+    """Return shares of 1 as integer percentages with the same sum: largest remainder method."""
+    rounded = {name: int(share * 100) for name, share in shares.items()}
+    missing = round(sum(shares.values()) * 100) - sum(rounded.values())
+    by_remainder = sorted(shares, key=lambda name: rounded[name] - shares[name] * 100)
+    for name in by_remainder[:missing]:
+        rounded[name] += 1
+    return rounded
 
 
 def metric_table(
     metrics: Mapping[str, float], weights: Mapping[str, str] = MappingProxyType({})
 ) -> Iterator[str]:
-    """Yield lines: a row for each split, a column for each measure of validation or test data.
+    """Yield the lines of a table: a row for each split, a column for each metric.
+
+    The columns are the metrics of the validation and test data, or if there are none, of the
+    training data.
 
     Args:
-        metrics: by "split/measure".
-        weights: by split, the weights that were measured; written behind the split.
+        metrics: by "split/metric".
+        weights: by split, the weights that were evaluated, printed after the name of the split.
     """
-    splits = [
-        s for s in ("train", "val", "test") if any(name.startswith(f"{s}/") for name in metrics)
-    ]
-    measured = [name.partition("/")[2] for name in metrics if name.startswith(("val/", "test/"))]
-    names = list(dict.fromkeys(measured or [n.partition("/")[2] for n in metrics]))
+    found = {name.partition("/")[0] for name in metrics}
+    labels: dict[str, str] = {}
+    for split in ("train", "val", "test"):
+        if split in found:
+            labels[split] = split
+        if split in found and split in weights:
+            labels[split] = title(f"{split} ({weights[split]})")
+    evaluated = [name for name in metrics if name.startswith(("val/", "test/"))]
+    names = list(dict.fromkeys(name.partition("/")[2] for name in evaluated or metrics))
     titles = [title(name) for name in names]
     widths = [max(len(name), 9) for name in titles]
-    labels = [
-        title(f"{split} ({weights[split]})") if split in weights else split for split in splits
-    ]
-    first = max([5, *map(len, labels)]) + 1
-    yield " " * first + "".join(
-        f"  {name:>{width}}" for name, width in zip(titles, widths, strict=True)
-    )
-    for split, label in zip(splits, labels, strict=True):
+    first = max([5, *map(len, labels.values())]) + 1
+    yield " " * first + row(titles, widths)
+    for split, label in labels.items():
         values = [metrics.get(f"{split}/{name}") for name in names]
         cells = ["" if value is None else f"{value:.4g}" for value in values]
-        yield f"{label:<{first}}" + "".join(
-            f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True)
-        )
+        yield f"{label:<{first}}" + row(cells, widths)
+
+
+def row(cells: Sequence[str], widths: Sequence[int]) -> str:
+    """Return the cells of a table's row, right-aligned in columns of these widths."""
+    return "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
 
 
 def print_values(values: Mapping[str, float], checkpoint: Path) -> None:
-    """Print the values of an evaluation, a line each."""
+    """Print the values of an evaluation, one per line, and the checkpoint."""
     width = max(len(title(name)) for name in values)
     for name, value in values.items():
         print_line(f"{title(name):<{width}}  {value:.6g}")
@@ -136,64 +158,70 @@ def print_values(values: Mapping[str, float], checkpoint: Path) -> None:
 
 
 def check_output(output: str) -> None:
-    """Raise FrameworkError, before anything is computed, when predictions cannot go to that file."""
+    """Raise FrameworkError if predictions cannot be written to a file, before they are computed."""
     path = expanded(output)
     if output == "-":
         return
     if path.suffix not in (".csv", ".jsonl", ".npz"):
-        raise FrameworkError(
-            f"--output {output}: the suffix should be .csv, .jsonl or .npz, or - for the terminal"
-        )
-    if path.is_dir() or not path.parent.is_dir():
-        raise FrameworkError(
-            f"--output {output}: {'is a folder' if path.is_dir() else f'no folder {path.parent}'}"
-        )
+        expected = "expected a .csv, .jsonl or .npz file, or - for the terminal"
+        raise FrameworkError(f"--output {output}: {expected}")
+    if path.is_dir():
+        raise FrameworkError(f"--output {output}: is a folder")
+    if not path.parent.is_dir():
+        raise FrameworkError(f"--output {output}: no folder {path.parent}")
 
 
 def write_predictions(columns: Mapping[str, Any], classes: Sequence[str], output: str) -> int:
-    """Write predictions as .csv, .jsonl or .npz ("-": CSV for the terminal); returns the number of rows.
+    """Write predictions to a file or to the terminal, and return the number of rows.
 
-    In a file, texts are as they are. For the terminal, control characters in them are escaped, also if stdout is
-    a pipe.
-    A class index gets its name beside it, and columns of probabilities are named after the classes.
-    Raises FrameworkError for another suffix, or when the file cannot be written.
+    Args:
+        columns: by name, an array or a list with one row for each input.
+        classes: the names of the classes. They replace class indices, which get a column of their
+            own, and name the columns of probabilities.
+        output: a .csv, .jsonl or .npz file, or "-" for CSV on stdout, in which control characters
+            are escaped, also if stdout is a pipe.
+
+    Raises:
+        FrameworkError: for another suffix, or if the file cannot be written.
     """
     check_output(output)
-    named = flatten(columns, classes)
+    flat = flatten(columns, classes)
     if output == "-":
-        set_errors(sys.stdout, "backslashreplace")  # data: what cannot be encoded must not get lost
-        write_csv(named, sys.stdout, printable)
+        set_errors(sys.stdout, "backslashreplace")  # keeps characters that cannot be encoded
+        write_csv(flat, sys.stdout, printable)
     else:
         try:
-            write_columns(named, expanded(output))
+            write_columns(flat, expanded(output))
         except RunError as error:
             raise FrameworkError(f"--output {output}: {error}") from error
-    return len(next(iter(named.values())))
+    return len(next(iter(flat.values())))
 
 
 def flatten(columns: Mapping[str, Any], classes: Sequence[str]) -> dict[str, list[Any]]:
-    """Return columns of single values: a matrix becomes a column for each class or number."""
+    """Return columns of single values: a matrix becomes one column for each class or index."""
     flat: dict[str, list[Any]] = {}
     for name, values in columns.items():
-        listed = values.tolist() if hasattr(values, "tolist") else list(values)
+        rows = values.tolist() if hasattr(values, "tolist") else list(values)
         if name == "class" and classes:
-            flat["class"] = [classes[index] for index in listed]
-            flat["index"] = listed
-        elif listed and isinstance(listed[0], list):
-            width = len(listed[0])
-            names = (
-                list(classes) if len(classes) == width else [str(number) for number in range(width)]
-            )
-            flat |= {f"{name}:{label}": [row[i] for row in listed] for i, label in enumerate(names)}
+            flat["class"] = [classes[index] for index in rows]
+            flat["index"] = rows
+        elif rows and isinstance(rows[0], list):
+            width = len(rows[0])
+            labels = classes if len(classes) == width else range(width)
+            for column, label in enumerate(labels):
+                flat[f"{name}:{label}"] = [row[column] for row in rows]
         else:
-            flat[name] = listed
+            flat[name] = rows
     return flat
 
 
 def write_columns(columns: Mapping[str, list[Any]], path: Path) -> None:
-    """Write columns into a file, by its suffix. Raises RunError when it cannot be written.
+    """Write columns to a file in the format of its suffix.
 
-    A file is written whole or not at all, also where a link leads to it; into a device or pipe it goes as it comes.
+    A regular file, also behind a link, is replaced atomically. A device or pipe is written to.
+
+    Raises:
+        RunError: if it cannot be written.
     """
     content = {".npz": npz_of, ".csv": csv_of, ".jsonl": json_lines_of}[path.suffix](columns)
     target = real_path(path)
@@ -207,31 +235,35 @@ def write_columns(columns: Mapping[str, list[Any]], path: Path) -> None:
 
 
 def npz_of(columns: Mapping[str, list[Any]]) -> bytes:
+    """Return columns as an archive of numpy arrays."""
     import numpy
 
     content = io.BytesIO()
-    numpy.savez(content, **{name: numpy.asarray(values) for name, values in columns.items()})  # type: ignore[arg-type]
+    arrays: dict[str, Any] = {name: numpy.asarray(values) for name, values in columns.items()}
+    numpy.savez(content, **arrays)
     return content.getvalue()
 
 
 def csv_of(columns: Mapping[str, list[Any]]) -> bytes:
+    """Return columns as CSV."""
     text = io.StringIO(newline="")
     write_csv(columns, text)
     return text.getvalue().encode()
 
 
 def json_lines_of(columns: Mapping[str, list[Any]]) -> bytes:
+    """Return columns as one JSON object per row."""
     lines = []
     for row in zip(*columns.values(), strict=True):
-        named = dict(zip(columns, row, strict=True))
-        lines.append(json.dumps(named, default=str) + "\n")  # JSON has no complex numbers
+        values_by_name = dict(zip(columns, row, strict=True))
+        lines.append(json.dumps(values_by_name, default=str) + "\n")  # JSON has no complex numbers
     return "".join(lines).encode()
 
 
 def write_csv(
     columns: Mapping[str, list[Any]], file: TextIO, shown: Callable[[Any], str] = str
 ) -> None:
-    """Write columns as CSV, with their names and texts as `shown` returns them."""
+    """Write columns as CSV; names and texts pass through `shown`."""
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(map(shown, columns))
     for row in zip(*columns.values(), strict=True):

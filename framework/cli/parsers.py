@@ -1,83 +1,123 @@
-"""The arguments that verbs of the command line have in common."""
+"""The arguments that commands have in common."""
 
 import argparse
 import gc
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from framework.errors import FrameworkError
 from framework.errors.paths import expanded
 
 TRACEBACK = "--traceback"
-RUN: dict[str, Any] = {"type": expanded, "help": "the folder of a run"}
-CHECKPOINT: dict[str, Any] = {"metavar": "WHICH"}
-CHECKPOINT["help"] = "best (default), last, or the folder of a checkpoint"
+RUN: dict[str, Any] = {"type": expanded, "help": "folder of a run"}
+CHECKPOINT: dict[str, Any] = {
+    "metavar": "WHICH",
+    "help": "best (default), last, or the folder of a checkpoint",
+}
 TRUST: dict[str, Any] = {
     "action": "store_true",
-    "help": "load the plugins that conf/config.yaml names, this once",
+    "help": "load the plugins that conf/config.yaml names, for this command only",
 }
-JSON: dict[str, Any] = {"action": "store_true", "help": "for programs"}
+JSON: dict[str, Any] = {"action": "store_true", "help": "print JSON"}
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command, such as `train`.
+
+    Attributes:
+        function: runs it with the arguments that follow its name; may return an exit status.
+        summary: one line for `framework --help`.
+        composes: whether it takes overrides such as optimizer.lr=0.1.
+        runs_parts: whether it runs parts, also of plugins in an untrusted working folder.
+    """
+
+    function: Callable[[list[str]], int | None]
+    summary: str
+    composes: bool = False
+    runs_parts: bool = False
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are ours."""
+    """A parser for one command; its errors are FrameworkErrors."""
 
-    def __init__(self, verb: str, does: str, epilog: str):
-        super().__init__(f"framework {verb}", description=does, epilog=epilog, allow_abbrev=False)
-        self.formatter_class = argparse.RawDescriptionHelpFormatter
-        self.repeated("--plugins", metavar="FILE", help="parts of your own, or a module")
-        self.repeated(
-            "--without-plugin",
-            metavar="NAME",
-            help="leave an installed plugin out, such as a broken one",
+    def __init__(self, command: str, description: str, examples: str):
+        super().__init__(
+            f"framework {command}",
+            description=description,
+            epilog=examples,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        self.add_argument(TRACEBACK, action="store_true", help="show where an error arose")
+        plugins = "file, folder or module that registers parts; may be repeated"
+        self.add_repeated("--plugins", metavar="FILE", help=plugins)
+        without = "do not load an installed plugin; may be repeated"
+        self.add_repeated("--without-plugin", metavar="NAME", help=without)
+        self.add_argument(TRACEBACK, action="store_true", help="print the traceback of an error")
 
-    def repeated(self, flag: str, **about: Any) -> None:
-        self.add_argument(flag, action="append", default=[], **about)
+    def add_repeated(self, flag: str, **options: Any) -> None:
+        """Add an option that may be repeated; its value is a list."""
+        self.add_argument(flag, action="append", default=[], **options)
 
     def error(self, message: str) -> NoReturn:
-        raise FrameworkError(f"{message} (`{self.prog} --help` shows how)")
+        """Raise FrameworkError."""
+        raise FrameworkError(f"{message} (see `{self.prog} --help`)")
 
 
-def composing(verb: str, does: str, epilog: str) -> Parser:
-    parser = Parser(verb, does, epilog)
-    parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="what differs from the default experiment"
-    )
-    about = "a folder with experiment/*.yaml"
-    parser.repeated("--config-dir", type=expanded, metavar="DIR", help=about)
-    parser.add_argument(
-        "--cfg", choices=["job", "hydra", "all"], help="print the composed config and stop"
-    )
-    parser.add_argument("--resolve", action="store_true", help="with --cfg: fill in the references")
-    shown = ("defaults", "defaults-tree", "searchpath", "config", "plugins", "all")
-    parser.add_argument(
-        "--info", choices=shown, metavar="WHAT", help=f"print and stop: {', '.join(shown)}"
-    )
+def composing(command: str, description: str, examples: str, targets: Sequence[str] = ()) -> Parser:
+    """Return the parser of a command that composes an experiment.
+
+    Args:
+        command: its name.
+        description: one sentence.
+        examples: the text at the end of the help.
+        targets: the choices of an argument before the overrides; without any, there is none.
+    """
+    parser = Parser(command, description, examples)
+    if targets:
+        parser.add_argument("target", choices=targets, help="the setting to find")
+    overrides = "changes to the default experiment: parts and settings"
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=overrides)
+    folder = "further folder with config files (experiment/NAME.yaml)"
+    parser.add_repeated("--config-dir", type=expanded, metavar="DIR", help=folder)
+    cfg = "print the composed config instead of running"
+    parser.add_argument("--cfg", choices=["job", "hydra", "all"], help=cfg)
+    parser.add_argument("--resolve", action="store_true", help="with --cfg: resolve references")
+    choices = ("defaults", "defaults-tree", "searchpath", "config", "plugins", "all")
+    info = f"print how Hydra composes the config: {', '.join(choices)}"
+    parser.add_argument("--info", choices=choices, metavar="WHAT", help=info)
     parser.set_defaults(multirun=False, inexact=False)
     return parser
 
 
-def command_line(parser: Parser, given: argparse.Namespace) -> Any:
-    if bool(given.multirun) + bool(given.cfg) + bool(given.info) > 1:
-        parser.error("-m runs a sweep, --cfg and --info only show: give one of them")
-    if given.resolve and not given.cfg:
-        parser.error("--resolve goes with --cfg")
+def command_line(parser: Parser, args: argparse.Namespace) -> Any:
+    """Return the parsed arguments as a `CommandLine`."""
+    if bool(args.multirun) + bool(args.cfg) + bool(args.info) > 1:
+        parser.error("give only one of -m, --cfg and --info")
+    if args.resolve and not args.cfg:
+        parser.error("--resolve requires --cfg")
     with importing_torch():
         from framework.composition.compose import CommandLine
-    flags = ("multirun", "cfg", "resolve", "info", "inexact", "traceback")
-    chosen = {flag: vars(given)[flag] for flag in flags}
     return CommandLine(
-        given.overrides, given.plugins, given.config_dir, **chosen, without=given.without_plugin
+        args.overrides,
+        args.plugins,
+        args.config_dir,
+        multirun=args.multirun,
+        cfg=args.cfg,
+        resolve=args.resolve,
+        info=args.info,
+        inexact=args.inexact,
+        traceback=args.traceback,
+        without=args.without_plugin,
     )
 
 
 @contextmanager
 def importing_torch() -> Iterator[None]:
-    """Do not look for garbage: of the million objects that torch makes none is, and a look takes half a second."""
+    """Pause the garbage collection, which takes 0.5 s while torch makes a million objects."""
     if "torch" in sys.modules:
         yield
         return
@@ -89,18 +129,27 @@ def importing_torch() -> Iterator[None]:
         gc.enable()
 
 
-def swept(
+def sweep_over(
     parser: Parser,
-    given: argparse.Namespace,
+    args: argparse.Namespace,
     flag: str,
     key: str,
     count: int,
     values: Sequence[Any],
 ) -> None:
-    """Make the command a sweep over so many values of a key."""
+    """Turn the command into a sweep over values of a key.
+
+    Args:
+        parser: reports errors.
+        args: the parsed arguments, which are changed.
+        flag: the option that asks for the sweep.
+        key: the key.
+        count: the number of values, as given to the option.
+        values: the values.
+    """
     if count < 2:
-        parser.error(f"{flag} {count}: should be 2 or more")
-    if any(word.lstrip("+").startswith(f"{key}=") for word in given.overrides):
-        parser.error(f"{flag} {count} says which {key}s there are: leave {key}= out")
-    given.overrides.append(f"{key}={','.join(map(str, values))}")
-    given.multirun = True
+        parser.error(f"{flag} {count}: expected 2 or more")
+    if any(word.lstrip("+").startswith(f"{key}=") for word in args.overrides):
+        parser.error(f"{flag} {count} sets {key}; remove {key}=")
+    args.overrides.append(f"{key}={','.join(map(str, values))}")
+    args.multirun = True

@@ -1,4 +1,4 @@
-"""What parts there are, in tables for people; what they show comes from the index."""
+"""Tables of the kinds of parts, of the parts of a kind, and of the settings of a part."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -14,81 +14,102 @@ from framework.errors.paths import pasted, quoted, shorter, typed
 from framework.errors.terminal import LONGEST_NAME, printable, shortened
 from framework.registry.registry import no_part
 
-Part = dict[str, Any]  # as `part_as_dict` returns it
-OWNERS = ("model", "task", "data")  # kinds whose parts ask for parts of other kinds
-LONGEST_DEFAULT = 300  # characters of a default value
+Part = dict[str, Any]
+"""A part, as `part_as_dict` returns it."""
+OWNERS = ("model", "task", "data")
+"""Kinds whose parts have settings that name parts of other kinds."""
+LONGEST_DEFAULT = 300
+"""Characters of a default value that are shown."""
 
 
 def line(text: object, style: str = "", most: int | None = None) -> Text:
-    """Return a text on one line, for a table or as a paragraph, of at most so many characters."""
+    """Return a text on one line, cut to `most` characters."""
     return Text(printable(text if most is None else shortened(text, most)), style)
 
 
 def kind_of(index: Index, kind: str) -> str:
-    """Return a kind's name, given that (or its plural) or its config key. Raises UnknownName with the nearest."""
+    """Return the name of a kind.
+
+    Args:
+        index: all parts.
+        kind: the name, its plural, or the config key.
+
+    Raises:
+        UnknownName: with the nearest name.
+    """
     for name, about in index.kinds.items():
         if kind in (name, about["key"], f"{name}s", f"{name}es"):
-            return name
-    raise UnknownName(
-        f"there is no kind of part {kind!r}; {did_you_mean(kind, index.kinds, most=20)}"
-    )
+            return str(name)
+    suggestion = did_you_mean(kind, index.kinds, most=20)
+    raise UnknownName(f"there is no kind of part {kind!r}; {suggestion}")
 
 
 def find_part(index: Index, target: str) -> Part:
-    """Return the part of "optimizer/adamw", or of "adamw" when one kind only has it.
+    """Return the part "optimizer/adamw", or "adamw" if only one kind has this name.
 
-    Raises UnknownName when there is none, SettingError when several kinds have the name.
+    Raises:
+        UnknownName: if there is no such part.
+        SettingError: if parts of several kinds have the name.
     """
     kind, slash, name = target.rpartition("/")
     kinds = [kind_of(index, kind)] if slash else list(index.kinds)
-    parts = [part for each in kinds for part in index.kinds[each]["parts"].values()]
-    found = [part for part in parts if name in (part["name"], *part["aliases"])]
+    found: list[Part] = []
+    names: list[str] = []
+    for each in kinds:
+        for part in index.kinds[each]["parts"].values():
+            names.append(part["name"])
+            if name in (part["name"], *part["aliases"]):
+                found.append(part)
     if len(found) > 1:
-        several = ", ".join(f"{part['kind']}/{part['name']}" for part in found)
-        raise SettingError(f"{target!r} is several parts: {several}. Name its kind too.")
+        several = " or ".join(f"{part['kind']}/{part['name']}" for part in found)
+        raise SettingError(f"{target!r} is ambiguous: give {several}")
     if not found and slash:
-        raise UnknownName(
-            no_part(kinds[0], name, {kind: names_of(index, kind) for kind in index.kinds})
-        )
+        names_by_kind = {kind: names_of(index, kind) for kind in index.kinds}
+        raise UnknownName(no_part(kinds[0], name, names_by_kind))
     if not found:
-        raise UnknownName(
-            f"there is no part {target!r}; {did_you_mean(target, [part['name'] for part in parts])}"
-        )
+        raise UnknownName(f"there is no part {target!r}; {did_you_mean(target, names)}")
     return found[0]
 
 
 def names_of(index: Index, kind: str) -> list[str]:
-    return [
-        name
-        for part in index.kinds[kind]["parts"].values()
-        for name in (part["name"], *part["aliases"])
-    ]
+    """Return the names and aliases of the parts of a kind."""
+    names: list[str] = []
+    for part in index.kinds[kind]["parts"].values():
+        names += [part["name"], *part["aliases"]]
+    return names
 
 
 def list_kinds(index: Index) -> RenderableType:
-    """Return a table of the kinds: how many parts each has, and what it is."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    """Return a table of the kinds: key, number of parts, description."""
+    table = empty_table()
     table.add_column("kind", style="cyan", no_wrap=True)
     table.add_column("parts", justify="right", no_wrap=True)
-    table.add_column("what it is", overflow="fold")
+    table.add_column("description", overflow="fold")
     for kind in index.kinds.values():
-        table.add_row(
-            line(kind["key"], most=LONGEST_NAME), str(len(kind["parts"])), line(kind["doc"])
-        )
+        key = line(kind["key"], most=LONGEST_NAME)
+        table.add_row(key, str(len(kind["parts"])), line(kind["doc"]))
     return table
 
 
+def empty_table() -> Table:
+    """Return a table without borders."""
+    return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+
+
 def parts_table(index: Index, kind: str) -> RenderableType:
-    """Return a table of the parts of a kind: name, other names, the first sentence of the docstring."""
+    """Return a table of the parts of a kind: name, aliases, first sentence of the docstring."""
     parts = index.kinds[kind]["parts"].values()
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    has_aliases = any(part["aliases"] for part in parts)
+    table = empty_table()
     table.add_column(kind, style="cyan", no_wrap=True)
-    if any(part["aliases"] for part in parts):
+    if has_aliases:
         table.add_column("also", style="dim", overflow="fold", max_width=24)
-    table.add_column("what it is", overflow="fold")
+    table.add_column("description", overflow="fold")
     for part in parts:
-        also = [line(", ".join(part["aliases"]))] if len(table.columns) == 3 else []
-        table.add_row(line(part["name"], most=LONGEST_NAME), *also, line(tidy(part["summary"])))
+        cells = [line(part["name"], most=LONGEST_NAME)]
+        if has_aliases:
+            cells.append(line(", ".join(part["aliases"])))
+        table.add_row(*cells, line(tidy(part["summary"])))
     return table
 
 
@@ -98,13 +119,13 @@ def part_page(
     plugins: Sequence[str] = (),
     without: Sequence[str] = (),
 ) -> RenderableType:
-    """Return all about a part: its docstring's first paragraph, settings, an example, its origin.
+    """Return the page of a part: description, settings, an example, and its source.
 
     Args:
-        part: what `find` returns.
-        index: all parts; with it the example also chooses a part that asks for this one.
-        plugins: the plugins that were given to find the part; the example needs them too.
-        without: the installed plugins that were left out.
+        part: the part, from `find_part`.
+        index: all parts; with it the example also chooses a part that uses this one.
+        plugins: plugins that the example needs.
+        without: installed plugins that the example leaves out.
     """
     also = f"  also {', '.join(part['aliases'])}" if part["aliases"] else ""
     title = Text.assemble(line(f"{part['kind']}/{part['name']}", "bold cyan"), line(also, "dim"))
@@ -120,34 +141,38 @@ def part_page(
 
 
 def settings_table(settings: Iterable[dict[str, Any]]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    """Return a table of settings: name, default, type, meaning."""
+    table = empty_table()
     table.add_column("setting", style="cyan", no_wrap=True)
     table.add_column("default", overflow="fold", max_width=20)
     table.add_column("type", overflow="fold", min_width=14)
     table.add_column("meaning", overflow="fold", style="dim")
     for setting in settings:
-        required = Text("required", "yellow")
-        default = (
-            required if setting["required"] else line(default_text(setting), most=LONGEST_DEFAULT)
-        )
+        if setting["required"]:
+            default = Text("required", "yellow")
+        else:
+            default = line(default_text(setting), most=LONGEST_DEFAULT)
         name = line(setting["name"], most=LONGEST_NAME)
         table.add_row(name, default, line(setting["type"]), line(tidy(setting["doc"])))
     return table
 
 
 def tidy(text: str) -> str:
-    """Return a line of a docstring without the marks of reStructuredText: roles, links, double backticks."""
+    """Return a line of a docstring without the roles, links and literals of reStructuredText."""
     text = re.sub(r":\w+:`([^`]*)`", r"\1", text)
     text = re.sub(r"`([^`<]*?)\s*(?:<[^>]*>)?`_+", r"\1", text)
     return text.replace("``", "")
 
 
 def default_text(setting: dict[str, Any]) -> str:
-    return value_text(setting["default"]) if "default" in setting else setting["default_text"]
+    """Return the default of a setting as text."""
+    if "default" in setting:
+        return value_text(setting["default"])
+    return str(setting["default_text"])
 
 
 def value_text(value: Any) -> str:
-    """Write a value as on the command line: null, true, [0.9,0.999]."""
+    """Return a value as it is typed on the command line: null, true, [0.9,0.999]."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list | tuple):
@@ -156,6 +181,7 @@ def value_text(value: Any) -> str:
 
 
 def origin(part: Part, example: str) -> RenderableType:
+    """Return a table with an example command, the source and the package of a part."""
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
@@ -169,30 +195,38 @@ def origin(part: Part, example: str) -> RenderableType:
 
 
 def overrides_for(part: Part, index: Index | None = None) -> list[str]:
-    """Return overrides that choose a part, and its required settings or else its first plain one."""
-    key, name = part["key"], part["name"]
+    """Return overrides that choose a part and give it settings.
+
+    | part               | overrides                                                        |
+    |--------------------|------------------------------------------------------------------|
+    | `optimizer/sgd`    | `optimizer=sgd optimizer.lr=0.1`                                 |
+    | `callback/freeze`  | `+callbacks=freeze callbacks.freeze.patterns=...` (required)     |
+    | `block/linear`     | `model=stack model.blocks=[linear]`, as the default uses none    |
+    """
+    key = part["key"]
+    name = part["name"]
     if part["many"]:
-        prefix = f"{key}.{name}"
-        chosen = [f"+{key}={name}"]  # `callbacks=[NAME]` would take the place of the default ones
-        if index is not None and name in index.chosen.get(key, ()):
-            chosen = []
-        return [*chosen, *settings_for(part, prefix)] or [f"+{key}={name}"]
-    asker = None if index is None else find_asker(index, part["kind"])
-    if asker is None:
+        choice = [f"+{key}={name}"]  # `callbacks=[NAME]` would replace the default ones
+        settings = settings_for(part, f"{key}.{name}")
+        is_default = index is not None and name in index.chosen.get(key, ())
+        return settings if is_default and settings else [*choice, *settings]
+    user = None if index is None else find_user(index, part["kind"])
+    if user is None:
         return [f"{key}={name}", *settings_for(part, key)]
-    owner, setting = asker
+    owner, setting = user
+    choice = [f"{owner['key']}={owner['name']}"]
     if setting["many"]:
-        needed = [f"{each['name']}: ..." for each in part["settings"] if each["required"]]
-        item = f"{{name: {name}, {', '.join(needed)}}}" if needed else name
-        return [f"{owner['key']}={owner['name']}", f"{owner['key']}.{setting['name']}=[{item}]"]
-    return [f"{owner['key']}={owner['name']}", f"{key}={name}", *settings_for(part, key)]
+        required = [f"{each['name']}: ..." for each in part["settings"] if each["required"]]
+        item = f"{{name: {name}, {', '.join(required)}}}" if required else name
+        return [*choice, f"{owner['key']}.{setting['name']}=[{item}]"]
+    return [*choice, f"{key}={name}", *settings_for(part, key)]
 
 
 def settings_for(part: Part, prefix: str) -> list[str]:
-    """Return overrides of the required settings ("..." for the value) or else of the first plain one."""
-    needed = [setting["name"] for setting in part["settings"] if setting["required"]]
-    if needed:
-        return [f"{prefix}.{name}=..." for name in needed]
+    """Return overrides of the required settings, as "lr=...", else of the first plain setting."""
+    required = [setting["name"] for setting in part["settings"] if setting["required"]]
+    if required:
+        return [f"{prefix}.{name}=..." for name in required]
     for setting in part["settings"]:
         default = setting.get("default")
         if isinstance(default, bool | int | float | str) and "part" not in setting:
@@ -200,21 +234,22 @@ def settings_for(part: Part, prefix: str) -> list[str]:
     return []
 
 
-def find_asker(index: Index, kind: str) -> tuple[Part, dict[str, Any]] | None:
-    """Return a part that asks for parts of a kind, and its setting that names them.
+def find_user(index: Index, kind: str) -> tuple[Part, dict[str, Any]] | None:
+    """Return a part that uses parts of a kind, and its setting that names them.
 
-    None when a part of the default experiment asks for them, so that choosing one has an effect.
+    Returns None if a part of the default experiment uses them, since choosing one then has an
+    effect without another choice.
     """
-    asking: list[tuple[Part, dict[str, Any]]] = []
+    users: list[tuple[Part, dict[str, Any]]] = []
     for owner in OWNERS:
         for part in index.kinds.get(owner, {"parts": {}})["parts"].values():
             settings = [each for each in part["settings"] if each.get("part") == kind]
             if settings and index.chosen.get(part["key"]) == part["name"]:
                 return None
-            asking += [(part, setting) for setting in settings]
+            users += [(part, setting) for setting in settings]
 
     def simplest_first(pair: tuple[Part, dict[str, Any]]) -> tuple[bool, bool, int]:
         part, setting = pair
         return setting["many"], not setting["required"], len(part["settings"])
 
-    return min(asking, key=simplest_first, default=None)
+    return min(users, key=simplest_first, default=None)

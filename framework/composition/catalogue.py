@@ -1,7 +1,9 @@
-"""What parts there are, in plain types, kept in a file: with it `list`, `show` and TAB do without torch and plugins.
+"""A catalogue of all parts in plain types, cached in a file.
 
-The file is data, believed only while all that it was made of is as it was: the plugin files and what they import of
-their own, the config files, and what is installed. Otherwise, or where nothing can be kept, everything is read anew.
+With the cache, `list`, `show` and TAB need neither torch nor the plugins. The cached catalogue is
+used only while everything that it depends on is unchanged: plugin files and the modules that they
+import, config files, and the installed packages. Otherwise, or if the cache cannot be read or
+written, the catalogue is built from the registries.
 """
 
 import json
@@ -36,22 +38,24 @@ from framework.registry.registry import Entry, Registry
 from framework.registry.schema import Setting, names_parts
 from framework.system.files import write_file
 
-from .trust import is_trusted
+from .trust import has_config, is_trusted
 
-TICK = 100_000_000  # nanoseconds: two changes of a file within a tick of its clock look the same
+TICK = 100_000_000  # nanoseconds in which two changes of a file may get the same time
+Dependencies = dict[str, list[str]]
+"""The arguments of `stamps`: all that an index depends on."""
 
 
 @dataclass
 class Index:
-    """All parts, and what else an experiment may say, in plain types (JSON).
+    """All parts, and the other keys of an experiment, in plain types (JSON).
 
     Attributes:
-        kinds: kind -> {"key", "many", "doc", "parts": {name: what `part_as_dict` returns}}.
-        sections: other top-level keys -> their settings; of a plain value such as `seed`, none.
+        kinds: kind -> {"key", "many", "doc", "parts": {name: the result of `part_as_dict`}}.
+        sections: other top-level keys -> their settings; [] for a plain value such as `seed`.
         experiments: names for `experiment=`.
-        chosen: config key -> the part, or parts, that an experiment has when nothing else is said.
+        chosen: config key -> the part, or parts, of the default experiment.
         broken: messages about installed plugins that do not load.
-        not_trusted: plugins that config files name, and which are not loaded since the folder is not trusted.
+        not_trusted: plugins in config files that are not loaded, as the folder is not trusted.
     """
 
     kinds: dict[str, dict[str, Any]]
@@ -67,16 +71,20 @@ class Index:
         return {about["key"]: kind for kind, about in self.kinds.items()}
 
     def many(self, key: str) -> bool:
-        """Whether a config key takes a list of parts."""
-        return self.kinds[self.keys[key]]["many"]
+        """Return whether a config key takes a list of parts."""
+        return bool(self.kinds[self.keys[key]]["many"])
 
     def parts(self, kind: str) -> list[str]:
-        """Return the names of the parts of a kind; [] when there is no such kind."""
-        return sorted(self.kinds.get(kind, {"parts": {}})["parts"])
+        """Return the names of the parts of a kind; [] if there is no such kind."""
+        return sorted(self.kinds[kind]["parts"]) if kind in self.kinds else []
 
     def settings(self, kind: str, part: str) -> list[dict[str, Any]]:
-        """Return the settings of a part; [] when there is no such part."""
-        return self.kinds[kind]["parts"].get(part, {"settings": []})["settings"]
+        """Return the settings of a part; [] if there is no such part."""
+        parts = self.kinds[kind]["parts"]
+        return list(parts[part]["settings"]) if part in parts else []
+
+
+# the cache
 
 
 def find_index(
@@ -85,130 +93,160 @@ def find_index(
     without: Iterable[str] = (),
     trusted: bool = False,
 ) -> Index:
-    """Return the index of the installed plugins, those named, and the project's if its folder is trusted; kept, if
-    nothing has changed.
+    """Return the index of all parts, from the cache if nothing has changed.
+
+    It contains the parts of installed plugins, of the named ones, and of the project's plugins if
+    its folder is trusted.
 
     Args:
         plugins: plugins that the user named.
-        folders: more folders with config files, as --config-dir names them.
+        folders: further folders with config files, from --config-dir.
         without: installed plugins to leave out.
-        trusted: load the plugins that config files name, whether or not their folders were trusted before.
+        trusted: load the plugins that config files name, also in folders that are not trusted.
 
-    Raises what discovery and the reading of config files raise.
+    Raises:
+        FrameworkError: if a plugin or a config file cannot be read.
     """
     plugins = [located(plugin) for plugin in plugins]
     folders = [real_path(folder) for folder in map(expanded, folders) if folder.is_dir()]
-    believed = trusted_among(folders, trusted)
+    trusted_folders = trusted_among(folders, trusted)
     without = sorted(set(without))
-    make = partial(build, plugins, folders, believed, without)
-    if any(
-        Registry.every.values()
-    ):  # a program with parts of its own: it is asked itself, and nothing is kept
-        return make()[0]
-    return kept_index(file_of(plugins, folders, believed, without), make)
+    build_now = partial(build, plugins, folders, trusted_folders, without)
+    if any(Registry.every.values()):  # a program with its own parts
+        return build_now()[0]
+    return cached_index(cache_file(plugins, folders, trusted_folders, without), build_now)
 
 
 def project_folder() -> list[Path]:
-    """Return the folder of the project's config files, if the working folder has one."""
+    """Return the folder `conf` of the project in the working folder; [] if there is none."""
     here = real_path(Path("conf"))
-    return [here] if (here / "config.yaml").is_file() or (here / "experiment").is_dir() else []
+    return [here] if has_config(here) else []
 
 
 def trusted_among(folders: list[Path], everything: bool = False) -> list[Path]:
-    """Return the folders with config files that are trusted, and the working folder if that is.
+    """Return the trusted folders among the working folder, its `conf`, and further folders.
 
-    The project's config files are trusted with the working folder, others with their folder or the one above it.
+    The project's config files are trusted with the working folder, other folders with config files
+    by themselves or with the folder above.
+
+    Args:
+        folders: further folders with config files.
+        everything: trust all of them.
     """
-    if not folders and not project_folder():
-        return []  # no file is read at each TAB without need
-    here = everything or is_trusted(Path.cwd())
-    found = [Path.cwd(), *project_folder()] if here else []
-    others = [folder for folder in folders if folder not in project_folder()]
-    found += [
-        folder for folder in others if everything or is_trusted(folder) or is_trusted(folder.parent)
-    ]
+    project = project_folder()
+    if not folders and not project:
+        return []  # without reading the file of trusted folders at each TAB
+    found = []
+    if everything or is_trusted(Path.cwd()):
+        found += [Path.cwd(), *project]
+    for folder in folders:
+        if folder in project:
+            continue
+        if everything or is_trusted(folder) or is_trusted(folder.parent):
+            found.append(folder)
     return found
 
 
-def kept_index(file: Path, build: Callable[[], tuple[Index, dict[str, list[str]]]]) -> Index:
-    """Return the index in a file while it holds; else build it, and keep it there if that can be done."""
+def cached_index(file: Path, build: Callable[[], tuple[Index, Dependencies]]) -> Index:
+    """Return the cached index if it is valid; otherwise build it and write the cache."""
     begun = time.time_ns()
     try:
         digest, _, text = file.read_text(encoding="utf-8").partition("\n")
-        kept = json.loads(text) if digest == text_digest(text) else {}
-        if kept["stamps"] == stamps(**kept["of"]):
-            return Index(**kept["index"])
+        cached = json.loads(text) if digest == text_digest(text) else {}
+        if cached["stamps"] == stamps(**cached["of"]):
+            return Index(**cached["index"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        pass  # none yet, damaged, or of another version
-    index, of = build()
-    if not index.broken:  # a plugin may load the next time, for reasons that no file shows
-        keep(file, begun, {"of": of, "stamps": stamps(**of), "index": asdict(index)})
+        pass  # missing, damaged, or of another version
+    index, dependencies = build()
+    if not index.broken:  # a broken plugin may load next time although no file has changed
+        content = {"of": dependencies, "stamps": stamps(**dependencies), "index": asdict(index)}
+        keep(file, begun, content)
     return index
 
 
-def file_of(
+def cache_file(
     plugins: list[str],
     folders: list[Path],
     trusted: Sequence[Path] = (),
     without: Sequence[str] = (),
 ) -> Path:
-    """Return the file for these plugins, the working folder's config, what is trusted, and this interpreter."""
-    project = project_folder()
+    """Return the cache file for these arguments, the working folder and this interpreter."""
     python = [sys.executable, sys.version, sys.flags.optimize, sys.path, __file__]
-    made_of = [plugins, folders, project, list(trusted), list(without), python]
-    homes = map(os.path.expanduser, (os.environ.get("XDG_CACHE_HOME", ""), "~/.cache", os.devnull))
-    home = next(path for path in homes if os.path.isabs(path))
-    return Path(home, "framework", f"{text_digest(repr(made_of))}.json")
+    inputs = [plugins, folders, project_folder(), list(trusted), list(without), python]
+    name = f"{text_digest(repr(inputs))}.json"
+    for home in (os.environ.get("XDG_CACHE_HOME", ""), "~/.cache"):
+        if os.path.isabs(os.path.expanduser(home)):
+            return Path(os.path.expanduser(home), "framework", name)
+    return Path(os.devnull, "framework", name)
 
 
 def text_digest(text: str) -> str:
+    """Return a hash of a text."""
     return blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def keep(file: Path, begun: int, content: dict[str, Any]) -> None:
-    """Write the file whole or not at all; not when something was changed as it was read, or a moment before."""
-    times = [time for stamp in content["stamps"].values() for time in (stamp or [])[:2]]
-    if max(times, default=0) > begun - TICK:
+    """Write the cache file atomically, unless a dependency changed while it was read.
+
+    Args:
+        file: the cache file.
+        begun: when the reading of the dependencies began, in nanoseconds.
+        content: "of", "stamps" and "index".
+    """
+    changed = 0
+    for found in content["stamps"].values():
+        if found:
+            changed = max(changed, *found[:2])
+    if changed > begun - TICK:
         return
     text = json.dumps(content, default=str)
-    with suppress(OSError, RunError):  # a home that cannot be written: slower, not wrong
+    with suppress(OSError, RunError):  # a read-only home makes the next command slower
         file.parent.mkdir(parents=True, exist_ok=True)
         write_file(file.parent, file.name, f"{text_digest(text)}\n{text}")
 
 
 def stamps(
     modules: list[str], plugins: list[str], files: list[str], folders: list[str]
-) -> dict[str, Any]:
-    """Return every path that an index depends on, with when and how large it was written; None: it is not there."""
-    configs = [Path(folder, "config.yaml") for folder in folders]
-    configs += [file for folder in folders for file in Path(folder, "experiment").glob("*.yaml")]
-    paths = [
-        *map(str, [*plugin_files([*modules, *plugins]), *configs]),
-        *map(os.path.abspath, plugins),
-    ]
-    return {path: stamp(path) for path in [*files, *paths, *entry_point_files()]}
+) -> dict[str, list[int] | None]:
+    """Return the stamp of every path that an index depends on.
+
+    Args:
+        modules: modules of installed plugins.
+        plugins: other plugins.
+        files: files of loaded modules.
+        folders: folders with config files.
+    """
+    paths = [*files]
+    paths += [str(path) for path in plugin_files([*modules, *plugins])]
+    for folder in folders:
+        paths.append(str(Path(folder, "config.yaml")))
+        paths += [str(path) for path in Path(folder, "experiment").glob("*.yaml")]
+    paths += [os.path.abspath(plugin) for plugin in plugins]
+    paths += entry_point_files()
+    return {path: stamp(path) for path in paths}
 
 
 def stamp(path: str) -> list[int] | None:
+    """Return the times of change and the size of a file; [] for a folder, None if missing."""
     try:
         status = os.stat(path)
     except OSError:
         return None
-    return (
-        [status.st_mtime_ns, status.st_ctime_ns, status.st_size] if not os.path.isdir(path) else []
-    )
+    if os.path.isdir(path):
+        return []
+    return [status.st_mtime_ns, status.st_ctime_ns, status.st_size]
 
 
 def entry_point_files() -> Iterator[str]:
-    """Yield for each package that is installed the file of its entry points; its folder's name has the version."""
+    """Yield the file of entry points of each installed package; its path contains the version."""
     for folder in sys.path:
         with suppress(OSError):
-            names = [
-                name
-                for name in os.listdir(folder or ".")
-                if name.endswith((".dist-info", ".egg-info"))
-            ]
-            yield from (os.path.join(folder, name, "entry_points.txt") for name in names)
+            for name in os.listdir(folder or "."):
+                if name.endswith((".dist-info", ".egg-info")):
+                    yield os.path.join(folder, name, "entry_points.txt")
+
+
+# building the index
 
 
 def build(
@@ -216,74 +254,77 @@ def build(
     folders: list[Path],
     trusted: Sequence[Path] = (),
     without: Sequence[str] = (),
-) -> tuple[Index, dict[str, list[str]]]:
-    """Load the plugins; return the index of the registered parts, and what it depends on, for `stamps`.
+) -> tuple[Index, Dependencies]:
+    """Load the plugins and build the index from the registries.
 
     Args:
         plugins: plugins that the user named.
-        folders: more folders with config files.
-        trusted: the folders with config files whose plugins are loaded, too; and the working folder, if relative
-            paths in them may lead there.
+        folders: further folders with config files.
+        trusted: the trusted folders with config files, whose plugins are loaded; and the working
+            folder, if relative paths in them may lead there.
         without: installed plugins to leave out.
+
+    Returns:
+        The index, and all that it depends on.
     """
-    from .compose import (
-        config_folders,
-        project_plugins,
-    )  # not at the top: a kept index does without Hydra
+    from .compose import config_folders, project_plugins  # not at the top: they import Hydra
     from .config_files import chosen_in, experiments_in
     from .sections import SECTIONS, section_settings
     from .spec import PLAIN
 
-    found = config_folders(folders)
+    all_folders = config_folders(folders)
     here = Path.cwd() if Path.cwd() in trusted else None
-    ours = [
-        folder
-        for folder in found
-        if folder in trusted or folder not in [*project_folder(), *folders]
-    ]
-    listed = [
-        plugin
-        for plugin in project_plugins(ours, (), here)
-        if here is not None or not is_in_reach(plugin)
-    ]
-    not_trusted = [] if ours == found else project_plugins(found, (), Path.cwd())
+    need_trust = [*project_folder(), *folders]
+    loadable = [each for each in all_folders if each in trusted or each not in need_trust]
+    listed = list(project_plugins(loadable, (), here))
+    if here is None:
+        listed = [plugin for plugin in listed if not is_in_reach(plugin)]
+    not_trusted = []
+    if loadable != all_folders:
+        not_trusted = list(project_plugins(all_folders, (), Path.cwd()))
     plugins = [*listed, *plugins]
     broken = discover(plugins, without, tolerant=True)
     sections: dict[str, Mapping[str, Setting]] = {name: section_settings(name) for name in SECTIONS}
-    index = read_index(
-        sections | {name: {} for name in PLAIN}, experiments_in(found), chosen_in(found)
-    )
+    sections |= {name: {} for name in PLAIN}
+    index = read_index(sections, experiments_in(all_folders), chosen_in(all_folders))
     index.broken = broken
     index.not_trusted = [plugin for plugin in not_trusted if plugin not in listed]
-    modules = [plugin.module for plugin in leave_out(without, installed_plugins()) if plugin.module]
-    return index, {
-        "modules": modules,
+    installed = leave_out(without, installed_plugins())
+    dependencies = {
+        "modules": [plugin.module for plugin in installed if plugin.module],
         "plugins": plugins,
-        "files": own_files(),
-        "folders": [*map(str, found)],
+        "files": loaded_files(),
+        "folders": [str(folder) for folder in all_folders],
     }
+    return index, dependencies
 
 
 def is_in_reach(plugin: str) -> bool:
-    """Whether a plugin would be loaded from the working folder: a relative path that leads to a file or folder."""
+    """Return whether a plugin is a relative path to something in the working folder."""
     return not os.path.isabs(plugin) and os.path.exists(plugin)
 
 
-def own_files() -> list[str]:
-    """Return the file of every loaded module but Python's and the installed ones, save those of packages with parts."""
-    own = {
-        entry.registered.module.partition(".")[0]
-        for registry in Registry.every.values()
-        for entry in registry
-    }
-    stdlib, found = sysconfig.get_path("stdlib"), set()
+def loaded_files() -> list[str]:
+    """Return the files of the loaded modules on which the index depends.
+
+    They exclude the standard library and installed packages, except packages that register parts.
+    """
+    with_parts = set()
+    for registry in Registry.every.values():
+        for entry in registry:
+            with_parts.add(entry.registered.module.partition(".")[0])
+    stdlib = sysconfig.get_path("stdlib")
+    found = set()
     for name, module in list(sys.modules.items()):
-        file = (
-            getattr(module, "__dict__", {}).get("__file__") or stdlib
-        )  # a plain getattr would wake lazy modules
-        in_packages = re.search("(site|dist)-packages", file)
-        library = name.partition(".")[0] not in own if in_packages else file.startswith(stdlib)
-        found |= set() if library else {file}
+        file = getattr(module, "__dict__", {}).get("__file__")  # getattr would load lazy modules
+        if not file:
+            continue
+        if re.search("(site|dist)-packages", file):
+            is_library = name.partition(".")[0] not in with_parts
+        else:
+            is_library = file.startswith(stdlib)
+        if not is_library:
+            found.add(file)
     return sorted(found)
 
 
@@ -299,17 +340,16 @@ def read_index(
             "key": registry.kind.key,
             "many": registry.kind.many,
             "doc": registry.kind.doc,
+            "parts": {entry.name: part_as_dict(entry) for entry in registry},
         }
-        kinds[name]["parts"] = {entry.name: part_as_dict(entry) for entry in registry}
-    settings = {
-        name: [setting_as_dict(s) for s in found.values()]
-        for name, found in (sections or {}).items()
-    }
+    settings = {}
+    for name, section in (sections or {}).items():
+        settings[name] = [setting_as_dict(setting) for setting in section.values()]
     return Index(kinds, settings, sorted(experiments), dict(chosen or {}))
 
 
 def part_as_dict(entry: Entry) -> dict[str, Any]:
-    """Return a part in plain types: infinities and everything that JSON lacks as text."""
+    """Return a part in plain types; values that JSON does not have, such as infinity, as text."""
     package, number = package_of_part(entry)
     return {
         "kind": entry.kind.name,
@@ -329,10 +369,13 @@ def part_as_dict(entry: Entry) -> dict[str, Any]:
 
 
 def setting_as_dict(setting: Setting) -> dict[str, Any]:
-    """Return a setting in plain types; `default` is missing when a value is required, or when no config can hold it:
-    then `default_text` shows it to people.
+    """Return a setting in plain types.
 
-    `part` is the kind of part that it names, `many` whether it is a list of them, `values` the words that it may be.
+    Its keys are `name`, `type`, `doc` and `required`, and where they apply:
+
+    - `default`, or `default_text` for a default that a config cannot hold;
+    - `part` and `many`: the kind of part that it names, and whether it is a list of them;
+    - `range`, such as "[0, 1)", and `values`: the allowed words.
     """
     found = {
         "name": setting.name,
@@ -345,46 +388,55 @@ def setting_as_dict(setting: Setting) -> dict[str, Any]:
     elif not setting.required:
         found["default_text"] = f"{readable(setting.default)} (set in the code)"
     if setting.part:
-        found |= {"part": setting.part, "many": setting.many}
-    ranges = [str(mark) for mark in marks(setting.annotation) if isinstance(mark, Range)]
+        found["part"] = setting.part
+        found["many"] = setting.many
+    for mark in marks(setting.annotation):
+        if isinstance(mark, Range):
+            found.setdefault("range", str(mark))
     values = list(words(setting))
-    return found | ({"range": ranges[0]} if ranges else {}) | ({"values": values} if values else {})
+    if values:
+        found["values"] = values
+    return found
 
 
 def words(setting: Setting) -> Iterator[str]:
     """Yield the values of a setting that are words: choices, truth values, null."""
     for member in map(strip, members(setting.annotation)):
         if get_origin(member) is Literal:
-            yield from (
-                each.name if isinstance(each, Enum) else str(each) for each in get_args(member)
-            )
+            for value in get_args(member):
+                yield value.name if isinstance(value, Enum) else str(value)
         elif is_enum(member):
             yield from member.__members__
-        elif member in (bool, None, type(None)):
-            yield from ("false", "true") if member is bool else ("null",)
+        elif member is bool:
+            yield from ("false", "true")
+        elif member in (None, type(None)):
+            yield "null"
 
 
 def shows_default(setting: Setting) -> bool:
-    """Whether the default of a setting is one that a person could type."""
+    """Return whether the default of a setting is one that a user can type."""
     return names_parts(setting.default) if setting.part is not None else setting.is_typeable
 
 
 def json_default(value: Any) -> Any:
-    """Return a default that a config can hold as JSON can hold it: infinities and NaN as text."""
+    """Return a default as JSON can hold it: infinities and NaN as text."""
     if isinstance(value, dict):
         return {str(key): json_default(item) for key, item in plain_value(value).items()}
     if isinstance(value, list | tuple):
         return [json_default(item) for item in value]
     found = plain_value(value)
-    return found if not isinstance(found, float) or math.isfinite(found) else str(found)
+    if isinstance(found, float) and not math.isfinite(found):
+        return str(found)
+    return found
 
 
 @cache
 def packages() -> dict[str, list[str]]:
+    """Return the installed packages that each top-level module belongs to."""
     return dict(packages_distributions())
 
 
 def package_of_part(entry: Entry) -> tuple[str | None, str | None]:
-    """Return the installed package that a part's code comes from, and its version; None for a loose file."""
+    """Return the installed package of a part's code and its version; None for a loose file."""
     found = packages().get(entry.part.__module__.partition(".")[0], [])
     return (found[0], version(found[0])) if found else (None, None)

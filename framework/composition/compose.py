@@ -1,8 +1,11 @@
-"""Composition: a command line becomes a checked Spec, through Hydra, so that sweepers, launchers and --cfg work."""
+"""Compose a command line and config files into a checked Spec.
+
+Hydra does the composition, so that its sweepers and launchers, --cfg and --info can be used.
+"""
 
 import io
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,36 +25,60 @@ from framework.registry.registry import Registry
 from . import hydra_internals
 from .config_files import checked_files
 from .hydra_groups import filled_store
-from .overrides import Overrides, as_typed, groups, own_settings, rewrite
-from .sources import File, Sources, line_with, read_yaml
+from .override_syntax import dotted, groups
+from .overrides import Overrides, as_typed, own_settings, rewrite
+from .sources import COMMAND_LINE, File, Sources, line_with, read_yaml
 from .spec import Spec, followed_kind, read_spec
 
 
 @dataclass
 class Job:
-    """One composed experiment: its specification, and in a sweep its number and what it has of its own."""
+    """One composed experiment, alone or in a sweep.
+
+    Attributes:
+        spec: the checked experiment.
+        experiment: the name of the chosen experiment file, or "default".
+        overrides: the overrides as typed.
+        number: the number of the job in a sweep; None outside a sweep.
+        settings: the settings that differ between jobs: {"optimizer.lr": 0.1, "model": "cnn"}.
+        sweep: the folder of the sweep, which contains the folder of the run.
+        inexact: resume also if settings change the result.
+        traceback: print the traceback of an error.
+    """
 
     spec: Spec
     experiment: str
     overrides: list[str]
     number: int | None = None
-    settings: dict[str, Any] = field(
-        default_factory=dict
-    )  # its own: {"optimizer.lr": 0.1, "model": "cnn"}
-    sweep: Path | None = None  # the folder of its sweep, which holds that of its run
+    settings: dict[str, Any] = field(default_factory=dict)
+    sweep: Path | None = None
     inexact: bool = False
     traceback: bool = False
 
     @property
     def label(self) -> str:
-        return " ".join(
-            f"{key}={'null' if value is None else value}" for key, value in self.settings.items()
-        )
+        words = []
+        for key, value in self.settings.items():
+            words.append(f"{key}=null" if value is None else f"{key}={value}")
+        return " ".join(words)
 
 
 @dataclass
 class CommandLine:
-    """What `train` and `plan` take. With `cfg` or `info` Hydra only prints what is composed, and no job checks it."""
+    """The arguments of a command that composes an experiment.
+
+    Attributes:
+        overrides: the overrides as typed.
+        plugins: files, folders or modules of --plugins.
+        folders: folders with config files of --config-dir.
+        multirun: run a sweep (-m).
+        cfg: print this part of the composed config instead of running (--cfg).
+        resolve: with `cfg`, resolve references.
+        info: print this information of Hydra's instead of running (--info).
+        inexact: resume also if settings change the result.
+        traceback: print the traceback of an error.
+        without: installed plugins that are not loaded.
+    """
 
     overrides: list[str] = field(default_factory=list)
     plugins: list[str] = field(default_factory=list)
@@ -66,16 +93,21 @@ class CommandLine:
 
     @property
     def shows(self) -> bool:
+        """Whether the config is only printed; it is not checked then."""
         return bool(self.cfg or self.info)
 
 
 @dataclass
 class Composing:
-    """What it takes to make a job of a config that Hydra composed: the command line as read, the files behind it.
+    """The state of a composition: makes checked jobs from the configs that Hydra composes.
 
     Attributes:
-        arguments: of Hydra.
-        files: those that Hydra has read so far.
+        line: the command line.
+        overrides: its overrides, rewritten for Hydra.
+        arguments: the arguments for Hydra.
+        files: the config files that Hydra has read so far.
+        plugins: the loaded plugins.
+        folders: the folders with config files.
     """
 
     line: CommandLine
@@ -90,12 +122,15 @@ class Composing:
         return Sources(self.overrides.typed, self.files)
 
     def job(self, config: Any) -> Job:
-        """Check the config of a job of a sweep, which Hydra has composed and made current. Raises ConfigError."""
+        """Check the config of a job in a sweep, while it is Hydra's current config.
+
+        Raises:
+            ConfigError: with all problems.
+        """
         hydra = HydraConfig.get()
         tree = to_tree(config, self.sources)
-        return self.checked(
-            tree, hydra.runtime.choices.get("experiment"), list(hydra.overrides.task), hydra.job.num
-        )
+        experiment = hydra.runtime.choices.get("experiment")
+        return self.checked(tree, experiment, list(hydra.overrides.task), hydra.job.num)
 
     def checked(
         self,
@@ -104,49 +139,59 @@ class Composing:
         typed: list[str] | None,
         number: int | None = None,
     ) -> Job:
-        """Check a composed tree of plain values, with what was wrong on the command line; report all of it together.
+        """Check a composed tree, and report its problems together with those of the command line.
 
         Args:
             tree: the experiment in plain values.
             experiment: the chosen experiment file, if any.
-            typed: of a job of a sweep, its overrides.
-            number: of a job of a sweep.
+            typed: the overrides of a job in a sweep; None outside a sweep.
+            number: the number of a job in a sweep.
 
-        Raises ConfigError.
+        Raises:
+            ConfigError: with all problems.
         """
         try:
             spec = read_spec(tree, self.sources)
         except ConfigError as error:
             raise ConfigError([*self.overrides.problems, *error.problems]) from None
-        problems = [*self.overrides.problems, *self.idle(spec)]
+        problems = [*self.overrides.problems, *self.unused(spec)]
         if problems:
             raise ConfigError(problems)
-        spec.plugins, spec.without = self.plugins, self.line.without
+        spec.plugins = self.plugins
+        spec.without = self.line.without
         job = Job(spec, experiment or "default", self.line.overrides, number)
-        job.inexact, job.traceback = self.line.inexact, self.line.traceback
+        job.inexact = self.line.inexact
+        job.traceback = self.line.traceback
         if typed is not None:
             job.overrides = list(dict.fromkeys(as_typed(override) for override in typed))
             job.settings = own_settings(typed, self.overrides)
         return job
 
-    def idle(self, spec: Spec) -> list[str]:
-        """Return what was typed and has no effect, whether or not a run is resumed."""
-        if spec.resume == "never":
-            advice = "nothing is resumed: give resume=auto or resume=RUN, or leave it out"
-            return [f"--inexact has no effect: {advice}"] if self.line.inexact else []
-        if spec.resume == "auto":
+    def unused(self, spec: Spec) -> list[str]:
+        """Return problems for options and overrides that have no effect with this `resume`."""
+        if spec.resume == "never" and self.line.inexact:
+            advice = "add resume=auto or resume=RUN, or remove it"
+            return [f"--inexact has no effect: no run is resumed; {advice}"]
+        if spec.resume in ("never", "auto"):
             return []
-        return [
-            f"{text}: has no effect: resume={spec.resume} goes on in the folder of that run (command line)"
-            for key, text in self.overrides.typed.items()
-            if key.startswith(("run.", "init_from"))
-        ]
+        reason = f"resume={spec.resume} continues in the folder of that run"
+        problems = []
+        for key, text in self.overrides.typed.items():
+            if key.startswith(("run.", "init_from")):
+                problems.append(f"{text}: has no effect: {reason} ({COMMAND_LINE})")
+        return problems
 
 
 def run_composed(line: CommandLine, task: Callable[[Job], Any]) -> None:
-    """Compose what the command line says, and run the task on it; only print it with `cfg` or `info`.
+    """Compose the experiment of a command line and run a task on it, or only print its config.
 
-    Raises ConfigError with every problem, and PluginError for plugins that do not load.
+    Args:
+        line: the command line.
+        task: called with the job, unless `line.shows`.
+
+    Raises:
+        ConfigError: with all problems.
+        PluginError: for a plugin that does not load.
     """
     job = None
     with opened(line) as (composing, hydra):
@@ -161,10 +206,11 @@ def run_composed(line: CommandLine, task: Callable[[Job], Any]) -> None:
 
 @contextmanager
 def opened(line: CommandLine) -> Iterator[tuple[Composing, hydra_internals.Hydra]]:
-    """Load the plugins, read the overrides and open Hydra on the folders of config files.
+    """Load the plugins, rewrite the overrides and open Hydra on the folders with config files.
 
-    Raises PluginError for plugins that do not load. Every problem that Hydra finds is raised as a ConfigError, after
-    those of the command line.
+    Raises:
+        PluginError: for a plugin that does not load.
+        ConfigError: with the problems of the command line and those that Hydra finds.
     """
     folders = config_folders(line.folders)
     chosen = [text.partition("=")[2] for text in line.overrides if text.startswith("experiment=")]
@@ -178,21 +224,19 @@ def opened(line: CommandLine) -> Iterator[tuple[Composing, hydra_internals.Hydra
         files = stack.enter_context(checked_files())
         stack.enter_context(filled_store(plugins, line.without).in_use())
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="framework-")))
-        composing = Composing(
-            line, overrides, hydra_arguments(overrides, scratch), files, plugins, folders
-        )
+        arguments = hydra_arguments(overrides, scratch)
+        composing = Composing(line, overrides, arguments, files, plugins, folders)
         try:
             with hydra_errors(files), hydra_internals.opened_hydra(folders) as hydra:
                 yield composing, hydra
         except ConfigError as error:
-            raise ConfigError(
-                dict.fromkeys([*overrides.problems, *error.problems])
-            ) from error.__cause__
+            problems = dict.fromkeys([*overrides.problems, *error.problems])
+            raise ConfigError(problems) from error.__cause__
 
 
 @contextmanager
 def hydra_errors(files: list[File]) -> Iterator[None]:
-    """Raise the errors of Hydra as ours."""
+    """Raise the errors of Hydra and OmegaConf as ConfigError."""
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:
@@ -200,32 +244,36 @@ def hydra_errors(files: list[File]) -> Iterator[None]:
 
 
 def notes(lines: Iterable[str]) -> None:
-    """Print what has no effect, and does no harm, for the person at the terminal."""
+    """Print notes on overrides that have no effect."""
     for line in lines:
         note(line)
 
 
 def compose(composing: Composing, hydra: hydra_internals.Hydra) -> Job:
-    """Let Hydra compose the experiment, and check it. Raises ConfigError."""
+    """Compose the experiment with Hydra and check it. Raises ConfigError."""
     config = hydra_internals.compose_config(hydra, composing.arguments, multirun=False)
-    own = config.hydra
+    hydra_node = config.hydra
     with hydra_internals.current_config(config):
         tree = to_tree(without_hydra(config), composing.sources)
-    job = composing.checked(tree, own.runtime.choices.get("experiment"), None)
-    composing.overrides.notes += sweep_without_flag(own)
+    job = composing.checked(tree, hydra_node.runtime.choices.get("experiment"), None)
+    params = hydra_node.sweeper.get("params")
+    if params:
+        note = f"hydra.sweeper.params has no effect without -m: {', '.join(params)}"
+        composing.overrides.notes.append(note)
     return job
 
 
 def without_hydra(config: DictConfig) -> DictConfig:
-    """Take the node `hydra`, which is no part of the experiment, out of a composed config, and return the config."""
+    """Remove the node `hydra`, which is no part of the experiment, and return the config."""
     with flag_override(config, ["struct", "readonly"], False):
         del config["hydra"]
     return config
 
 
 def show_composed(composing: Composing, hydra: hydra_internals.Hydra) -> None:
-    """Let Hydra print what it composed."""
-    line, printed = composing.line, io.StringIO()
+    """Print the composed config, or how Hydra composed it."""
+    line = composing.line
+    printed = io.StringIO()
     with redirect_stdout(printed):
         if line.cfg:
             hydra_internals.print_config(hydra, composing.arguments, line.cfg, line.resolve)
@@ -234,50 +282,61 @@ def show_composed(composing: Composing, hydra: hydra_internals.Hydra) -> None:
     print(printable_lines(printed.getvalue()), end="")
 
 
-def sweep_without_flag(hydra: Any) -> list[str]:
-    """Return a note on an experiment file that describes a sweep, when it is run without -m."""
-    params = hydra.sweeper.get("params") or {}
-    return [f"hydra.sweeper.params has no effect without -m: {', '.join(params)}"] if params else []
-
-
 def hydra_arguments(overrides: Overrides, scratch: Path) -> list[str]:
-    """Return Hydra's arguments: with those that keep it from writing folders, files and logs of its own."""
-    own = {
+    """Return Hydra's arguments, with settings that keep Hydra from writing files and logs."""
+    defaults = {
         "hydra.run.dir": ".",
         "hydra.output_subdir": "null",
         "hydra.sweep.dir": scratch,
         "hydra.sweep.subdir": ".",
+        "hydra/job_logging": "none",
+        "hydra/hydra_logging": "none",
     }
-    own |= {"hydra/job_logging": "none", "hydra/hydra_logging": "none"}
-    typed = {text.partition("=")[0].lstrip("+~").replace("/", ".") for text in overrides.arguments}
-    ours = [f"{key}={value}" for key, value in own.items() if key.replace("/", ".") not in typed]
+    typed = {dotted(text.partition("=")[0].lstrip("+~")) for text in overrides.arguments}
+    ours = [f"{key}={value}" for key, value in defaults.items() if dotted(key) not in typed]
     return [*ours, *overrides.arguments]
 
 
 def to_tree(config: Any, sources: Sources) -> dict[str, Any]:
-    """Return the config in plain values; references to other keys are resolved, those that follow a kind kept."""
+    """Return a composed config in plain values.
+
+    References to other keys are resolved, except those to the experiment's choice of a kind, such
+    as ${activation}. Settings of parts that are not chosen are removed.
+
+    Raises:
+        ConfigError: for a reference that cannot be resolved.
+    """
     raw: Any = OmegaConf.to_container(config, resolve=False)
     try:
         tree: Any = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         key = str(error.full_key)
-        said = hydra_internals.unresolved_reference(error)
-        raise ConfigError([f"{key}={value_at(raw, key)}: {said} ({sources(key)})"]) from None
+        reason = hydra_internals.unresolved_reference(error)
+        raise ConfigError([f"{key}={value_at(raw, key)}: {reason} ({sources(key)})"]) from None
     keep_following(raw, tree, {followed_kind(kind) for kind in Registry.every})
-    for key, names in sources.of_others(tree).items():
-        tree[key] = {name: value for name, value in tree[key].items() if name not in names}
-    return tree
+    for key, names in sources.unused_settings(tree).items():
+        for name in names & tree[key].keys():
+            del tree[key][name]
+    return tree  # type: ignore[no-any-return]
 
 
 def value_at(tree: Any, path: str) -> Any:
+    """Return the value at a path such as "optimizer.lr" of a tree; None if it has none."""
     for key in path.split("."):
         tree = tree.get(key) if isinstance(tree, dict) else tree
     return tree
 
 
 def keep_following(raw: Any, resolved: Any, following: set[str]) -> None:
-    """Put back what was written where a value follows the experiment's choice of a kind, such as ${activation}."""
-    for key in range(len(raw)) if isinstance(raw, list) else raw:
+    """Restore the values that follow the experiment's choice of a kind, such as ${activation}.
+
+    Args:
+        raw: a tree with references.
+        resolved: the same tree with resolved references, which is changed.
+        following: the references to restore.
+    """
+    keys = range(len(raw)) if isinstance(raw, list) else raw
+    for key in keys:
         if isinstance(raw[key], dict | list):
             if isinstance(resolved[key], dict | list):
                 keep_following(raw[key], resolved[key], following)
@@ -286,8 +345,14 @@ def keep_following(raw: Any, resolved: Any, following: set[str]) -> None:
 
 
 def config_folders(more: Iterable[Path] = ()) -> list[Path]:
-    """Return the folders with config files: ours, the project's `conf` in the working folder, and those given."""
-    import framework_conf  # not at the top: it is data, beside the package
+    """Return the folders with config files.
+
+    They are the framework's, the project's `conf` in the working folder, and further ones.
+
+    Raises:
+        FrameworkError: for a further folder that does not exist or has no config file.
+    """
+    import framework_conf  # not at the top: it holds data only
 
     ours = real_path(Path(framework_conf.__path__[0]))
     here = real_path(Path("conf"))
@@ -296,9 +361,11 @@ def config_folders(more: Iterable[Path] = ()) -> list[Path]:
         folders.append(here)
     for folder in map(expanded, more):
         if not folder.is_dir():
-            raise FrameworkError(f"--config-dir {folder}: no such folder (looked in {Path.cwd()})")
+            raise FrameworkError(
+                f"--config-dir {folder}: no such folder (working folder: {Path.cwd()})"
+            )
         if not any(folder.rglob("*.yaml")):
-            raise FrameworkError(f"--config-dir {folder}: there is no .yaml file in it")
+            raise FrameworkError(f"--config-dir {folder}: the folder has no .yaml file")
         folders.append(real_path(folder))
     return list(dict.fromkeys(folders))
 
@@ -306,72 +373,99 @@ def config_folders(more: Iterable[Path] = ()) -> list[Path]:
 def project_plugins(
     folders: list[Path], experiments: Iterable[str], here: Path | None
 ) -> Iterator[str]:
-    """Yield what `plugins:` names in the project's config.yaml and in the chosen experiments, before composing.
+    """Yield the plugins that the project's config.yaml and the chosen experiments name.
+
+    They have to be loaded before Hydra composes.
 
     Args:
-        folders: with config files.
-        experiments: names, also several in a text: "one,two".
-        here: the working folder, for plugins with a relative path; None: they are looked for beside the config files.
+        folders: folders with config files.
+        experiments: names; one text may have several: "one,two".
+        here: the working folder, in which relative paths are searched first; None to search them
+            only in the folders with config files.
+
+    Raises:
+        PluginError: if `plugins` is not a list of texts.
     """
     names = ["config"]
     for text in experiments:
         names += [f"experiment/{name}" for name in text.split(",")]
-    for name in names:  # the list grows by what an experiment builds on
-        for folder in [f for f in reversed(folders) if (f / f"{name}.yaml").is_file()][
-            :1
-        ]:  # the one that Hydra reads
-            file = folder / f"{name}.yaml"
-            content = read_yaml(file)
-            below, listed = content.get("defaults"), content.get("plugins") or []
-            wider = [
-                f"experiment/{each}"
-                for each in (below if isinstance(below, list) and name != "config" else ())
-            ]
-            names += [each for each in wider if each not in names]
-            if not isinstance(listed, list) or not all(isinstance(each, str) for each in listed):
-                raise PluginError(
-                    f"{file}: plugins should be a list of paths or module names, not {listed!r}"
-                )
-            yield from (locate(plugin, folder, here) for plugin in listed)
+    for name in names:  # grows by the experiments that an experiment builds on
+        folder = last_with(folders, f"{name}.yaml")
+        if folder is None:
+            continue
+        file = folder / f"{name}.yaml"
+        content = read_yaml(file)
+        if name != "config":
+            names += [base for base in base_experiments(content) if base not in names]
+        plugins = content.get("plugins") or []
+        if not isinstance(plugins, list) or not all(isinstance(each, str) for each in plugins):
+            expected = "plugins: expected a list of paths or module names"
+            raise PluginError(f"{file}: {expected}, got {plugins!r}")
+        for plugin in plugins:
+            yield locate(plugin, folder, here)
+
+
+def last_with(folders: list[Path], name: str) -> Path | None:
+    """Return the last folder that has a file, which is the one that Hydra reads."""
+    for folder in reversed(folders):
+        if (folder / name).is_file():
+            return folder
+    return None
+
+
+def base_experiments(content: Mapping[str, Any]) -> list[str]:
+    """Return the experiments in the defaults list of an experiment file."""
+    defaults = content.get("defaults")
+    if not isinstance(defaults, list):
+        return []
+    return [f"experiment/{entry}" for entry in defaults]
 
 
 def hydra_error_text(error: Exception, files: list[File]) -> str:
-    """Return an error of Hydra in our words: which file and line, what is missing, what there is; without its advice.
+    """Return a message for an error of Hydra: the file and line, the problem, and a suggestion.
 
-    files: those that Hydra has read.
+    Args:
+        error: the error.
+        files: the config files that Hydra has read.
     """
     failure = hydra_internals.failure_of(error)
-    path, word = failure.path, failure.path
+    path = failure.path
+    word = path  # to find the line in the file
     if failure.kind in ("option", "override"):
-        said = no_such(path, failure.options)
-        word = path if path.startswith("hydra.") else path.rpartition("/")[2]
+        message = no_such(path, failure.options)
+        if not path.startswith("hydra."):
+            word = path.rpartition("/")[2]
     elif failure.kind == "delete":
-        said = f"~{path}: there is no {path} to take away"
+        message = f"~{path}: the experiment has no {path}"
     elif failure.kind == "item":
-        said = f"{path}: the list has no such item"
+        message = f"{path}: the list has no such item"
     elif failure.kind == "interval":
-        said = "interval(...) is for a sweeper that draws values: write a,b,c or range(...)"
+        message = "interval(...) needs a sweeper that draws values; write a,b,c or range(...)"
     else:
-        said = failure.text
+        message = failure.text
     if not failure.in_file:
-        return said
+        return message
     for file, _ in reversed(files):
         if word in file.read_text(encoding="utf-8"):
-            return f"{shorter(file)}:{line_with(file, word)}: {said}"
-    return said
+            return f"{shorter(file)}:{line_with(file, word)}: {message}"
+    return message
 
 
 def no_such(path: str, options: Iterable[str]) -> str:
-    """Say that a group has no such option, or that there is no such group."""
+    """Say that a config group has no such option, or that there is no such group.
+
+    Args:
+        path: the option, such as "optimizer/sgdd", or the group.
+        options: the options that the group has.
+    """
     group, _, name = path.rpartition("/")
     if group in groups():
         return groups()[group].unknown(name)
     if path.startswith("hydra."):
-        return f"{path}: Hydra has no such setting (--cfg hydra shows them)"
+        return f"{path}: Hydra has no such setting (--cfg hydra prints them)"
     if group in ("hydra/launcher", "hydra/sweeper"):
         package = f"hydra-{name.replace('_', '-')}-{group.partition('/')[2]}"
-        chosen = path.replace(f"/{name}", f"={name}")
-        return f"{chosen}: not installed ({package}?); there is: {', '.join(options)}"
+        return f"{group}={name}: not installed ({package}?); available: {', '.join(options)}"
     if group:
         return f"there is no {group} {name!r}; {did_you_mean(name, options)}"
-    return f"there is no group {name!r} of parts; {did_you_mean(name, groups())}"
+    return f"there is no kind of parts {name!r}; {did_you_mean(name, groups())}"

@@ -1,7 +1,8 @@
-"""The config files of an experiment: what may stand in them, and how they choose parts.
+"""The config files of an experiment: what they may contain, and how they choose parts.
 
-Hydra would import what a config names in its own settings (callbacks, logging classes, `_target_`) and set environment
-variables. So each file is checked when Hydra reads it: it may choose parts and set their settings, and little else.
+Hydra imports what a config names in Hydra's own settings (callbacks, logging classes, `_target_`)
+and sets environment variables. Each file is therefore checked when Hydra reads it: it may choose
+parts and set their settings, and little else.
 """
 
 import re
@@ -20,21 +21,32 @@ from framework.registry.registry import Registry
 
 from . import hydra_internals
 from .sections import HYDRA_PLUGINS, plugin_settings
-from .sources import File, line_of, line_with, own_name, read_yaml, unreadable
-from .spec import IMPORTS, TARGET
+from .sources import (
+    KEY_VALUE_LINES,
+    File,
+    line_of,
+    line_with,
+    own_name,
+    read_yaml,
+    unreadable,
+)
+from .spec import IMPORTS, NO_IMPORTS
 
 FOREIGN_SETTINGS = {
     "launcher": ("n_jobs",),
     "sweeper": ("n_trials", "n_jobs", "direction", "study_name"),
 }
-"""Settings of Hydra's joblib launcher and of its own Optuna sweeper that a config file may give, too."""
-OWN = "Hydra's own settings are not for a config file: give those that have an effect on the command line"
+"""Settings of Hydra's joblib launcher and Optuna sweeper that a config file may also contain."""
+NO_HYDRA_SETTINGS = (
+    "a config file cannot change this setting of Hydra; give it on the command line "
+    "if it has an effect there"
+)
 
 
 class FileConfigSource(hydra_internals.FileConfigSource):
-    """Reads config files as Hydra does, checks each, and remembers which were read.
+    """Reads config files like Hydra's class, checks each one, and remembers which were read.
 
-    It has the name of the class that it replaces: see `replaced_file_source`.
+    It has the same name as the class that it replaces: see `replaced_file_source`.
     """
 
     read: ClassVar[list[File]] = []
@@ -47,39 +59,134 @@ class FileConfigSource(hydra_internals.FileConfigSource):
             raise ConfigError([unreadable(file, error)]) from error
         group = config_path.rpartition("/")[0]
         if group == "experiment" and result.header["package"] is None:
-            result.header["package"] = (
-                "_global_"  # an experiment is about the whole, also without Hydra's header
-            )
-        package = (result.header["package"] or "_group_").replace(
-            "_group_", group.replace("/", ".")
-        )
-        package = package.replace("_name_", config_path.rpartition("/")[2])
-        problems = list(
-            check_file(
-                file, config_path, package, OmegaConf.to_container(result.config, resolve=False)
-            )
-        )
+            # an experiment file sets any key, also without Hydra's header
+            result.header["package"] = "_global_"
+        package = package_of(config_path, result.header["package"])
+        content: Any = OmegaConf.to_container(result.config, resolve=False)
+        problems = list(check_file(file, config_path, package, content))
         if problems:
             raise ConfigError(problems)
         package = package.removeprefix("_global_").strip(".")
         if (file, package) not in self.read:
             self.read.append((file, package))
         if not package and isinstance(result.config, DictConfig):
-            content: Any = OmegaConf.to_container(result.config, resolve=False)
             result.config = OmegaConf.create(expand_choices(content))
         return result
 
 
+def package_of(config_path: str, header: str | None) -> str:
+    """Return the key at which the content of a config file lies in the experiment.
+
+    Args:
+        config_path: the file, such as "optimizer/mine".
+        header: the package in the file's header, such as "_global_"; None without a header.
+    """
+    group, _, name = config_path.rpartition("/")
+    package = header or "_group_"
+    return package.replace("_group_", group.replace("/", ".")).replace("_name_", name)
+
+
 @contextmanager
 def checked_files() -> Iterator[list[File]]:
-    """Let Hydra check the config files that it reads. Yields the list of those that were read, which grows."""
+    """Check the config files that Hydra reads. Yields the list of files read so far."""
     FileConfigSource.read = []
     with hydra_internals.replaced_file_source(FileConfigSource):
         yield FileConfigSource.read
 
 
+# checks
+
+
+def check_file(file: Path, config_path: str, package: str, content: Any) -> Iterator[str]:
+    """Yield the problems of a config file, each with its line.
+
+    Args:
+        file: the file.
+        config_path: its name for Hydra, such as "experiment/spam".
+        package: the key at which its content lies in the experiment.
+        content: the parsed content.
+    """
+    if not isinstance(content, Mapping):
+        yield f"{shorter(file)}: {KEY_VALUE_LINES}"
+        return
+    group, _, name = config_path.rpartition("/")
+    registry = Registry.by_key().get(group)
+    if registry is not None and name in registry:
+        kind = registry.kind.name
+        yield f"{shorter(file)}: {name!r} is a registered {kind}; give the file another name"
+    if config_path.split("/")[0] == "hydra" or "hydra" in package.split("."):
+        yield f"{shorter(file)}: {NO_HYDRA_SETTINGS}"
+    yield from check_defaults(file, content.get("defaults"))
+    yield from check_lists(file, content)
+    yield from check_keys(file, content)
+
+
+def check_defaults(file: Path, defaults: Any) -> Iterator[str]:
+    """Yield the entries of a defaults list that would change Hydra itself."""
+    if not isinstance(defaults, list):
+        return
+    for entry in defaults:
+        text = str(entry)
+        value = None
+        if isinstance(entry, Mapping) and entry:
+            text, value = next(iter(entry.items()))
+        if changes_hydra(str(text), value):
+            yield f"{shorter(file)}:{line_with(file, str(text))}: {text}: {NO_HYDRA_SETTINGS}"
+
+
+def changes_hydra(key: str, value: Any) -> bool:
+    """Return whether an entry of a defaults list changes Hydra other than by a sweeper or launcher.
+
+    Args:
+        key: such as "override /hydra/launcher", or "optimizer@_global_.hydra".
+        value: the option; None for an entry without one.
+    """
+    group, _, package = re.sub(r"^((override|optional)\s+)+", "", key).partition("@")
+    group = group.lstrip("/")
+    for_sweeps = group in ("hydra/launcher", "hydra/sweeper")
+    if for_sweeps and not package and str(value).isidentifier():
+        return False
+    if "$" in package or "_name_" in package:  # may become hydra
+        return True
+    return mentions_hydra(package) or mentions_hydra(group.split("/")[0])
+
+
+def check_lists(file: Path, content: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the items of lists of parts that are neither a name nor settings with a name."""
+    for key, registry in Registry.by_key().items():
+        parts = content.get(key)
+        if registry.kind.many and isinstance(parts, list):
+            items = without_name(parts)
+            if items:
+                place = f"{shorter(file)}:{line_of(file, (key,))}"
+                yield f"{place}: {key}: expected a name or {{name: ..., ...}}, got {items[0]}"
+
+
+def check_keys(file: Path, content: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the keys that would import code or change Hydra itself."""
+    hydra_paths: dict[tuple[str, ...], None] = {}
+    for path in leaf_paths(content):
+        if IMPORTS & set(path):
+            yield f"{'.'.join(path)}: {NO_IMPORTS} ({shorter(file)}:{line_of(file, path)})"
+        if path[0] == "hydra" and not is_for_sweeps(path):
+            hydra_paths[path[:2]] = None
+    for path in hydra_paths:
+        yield f"{'.'.join(path)}: {NO_HYDRA_SETTINGS} ({shorter(file)}:{line_of(file, path)})"
+
+
+def is_for_sweeps(path: Sequence[str]) -> bool:
+    """Return whether a config file may contain a path below the key `hydra`.
+
+    It may contain settings of sweepers and launchers: ("hydra", "sweeper", "n_trials").
+    """
+    group, setting = (*path, "", "")[1:3]
+    if group not in FOREIGN_SETTINGS or setting not in settings_in_files(group):
+        return False
+    return not mentions_hydra(".".join(path[3:]))
+
+
 def settings_in_files(group: str) -> set[str]:
-    """Return the settings of sweepers, or of launchers, that a config file may give."""
+    """Return the settings of sweepers, or of launchers, that a config file may contain."""
     found = set(FOREIGN_SETTINGS[group])
     for plugin in HYDRA_PLUGINS.values():
         if plugin.group == group and plugin.in_files:
@@ -87,143 +194,146 @@ def settings_in_files(group: str) -> set[str]:
     return found
 
 
-def check_file(file: Path, config_path: str, package: str, content: Any) -> Iterator[str]:
-    """Yield what may not stand in a config file, with its line."""
-    if not isinstance(content, Mapping):
-        yield f"{shorter(file)}: should hold `key: value` lines"
-        return
-    group, _, name = config_path.rpartition("/")
-    kinds = Registry.by_key()
-    if group in kinds and name in kinds[group]:
-        yield f"{shorter(file)}: {name!r} is a registered {kinds[group].kind.name}: give the file another name"
-    if "hydra" in (config_path.split("/")[0], *package.split(".")):
-        yield f"{shorter(file)}: {OWN}"
-    defaults = content.get("defaults")
-    for entry in defaults if isinstance(defaults, list) else ():
-        yield from (
-            f"{shorter(file)}:{line_with(file, text)}: {said}" for text, said in check_entry(entry)
-        )
-    for key, registry in kinds.items():
-        if (
-            registry.kind.many
-            and isinstance(content.get(key), list)
-            and (strange := unnamed(content[key]))
-        ):
-            yield f"{shorter(file)}:{line_of(file, (key,))}: {key}: {strange[0]} is no name, nor {{name: ..., ...}}"
-    for path in paths(content):
-        if IMPORTS & set(path):
-            yield f"{'.'.join(path)}: {TARGET} ({shorter(file)}:{line_of(file, path)})"
-    refused = [
-        path[:2] for path in paths(content) if path[0] == "hydra" and not is_for_sweeps(path)
-    ]
-    for path in dict.fromkeys(refused):
-        yield f"{'.'.join(path)}: {OWN} ({shorter(file)}:{line_of(file, path)})"
+def mentions_hydra(text: str) -> bool:
+    """Return whether a text contains the word "hydra"."""
+    return "hydra" in re.split(r"\W+", text)
 
 
-def is_for_sweeps(path: Sequence[str]) -> bool:
-    """Whether the path of a value below the key `hydra` is one that a config file may give."""
-    group, setting = (*path, "", "")[1:3]
-    return (
-        group in FOREIGN_SETTINGS
-        and setting in settings_in_files(group)
-        and not says_hydra(".".join(path[3:]))
-    )
+def without_name(parts: Iterable[Any]) -> list[Any]:
+    """Return the items of a list of parts that have no name."""
+    found = []
+    for part in parts:
+        name = part.get("name") if isinstance(part, Mapping) else part
+        if not isinstance(name, str):
+            found.append(part)
+    return found
 
 
-def check_entry(entry: Any) -> Iterator[tuple[str, str]]:
-    """Yield the text and the fault of an entry of a defaults list that would change Hydra itself."""
-    (key, value), *_ = entry.items() if isinstance(entry, Mapping) and entry else [(entry, None)]
-    group, _, package = re.sub(r"^((override|optional)\s+)+", "", str(key)).partition("@")
-    plugin = (
-        group.lstrip("/") in ("hydra/launcher", "hydra/sweeper")
-        and not package
-        and str(value).isidentifier()
-    )
-    hidden = "$" in package or "_name_" in package  # it could come to say hydra
-    if not plugin and (
-        hidden or says_hydra(package) or says_hydra(group.lstrip("/").split("/")[0])
-    ):
-        yield str(key), f"{key}: {OWN}"
+def leaf_paths(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Yield the path of every leaf of a tree; an empty mapping or list is a leaf."""
+    items: list[tuple[Any, Any]] = []
+    if isinstance(tree, Mapping):
+        items = list(tree.items())
+    elif isinstance(tree, list):
+        items = list(enumerate(tree))
+    for key, value in items:
+        yield from leaf_paths(value, (*path, str(key)))
+    if path and not items:
+        yield path
+
+
+# choices of parts
 
 
 def expand_choices(content: dict[str, Any]) -> dict[str, Any]:
-    """Turn `optimizer: sgd`, `optimizer: {name: sgd, lr: 0.1}`, `metrics: [f1, {name: top_k, k: 3}]` into choices.
+    """Move the choices of parts in a config file to its defaults list.
 
-    In the defaults list the command line can choose otherwise; the settings of what was chosen before do not linger.
+    Before:
+
+        optimizer: {name: sgd, lr: 0.1}
+        metrics: [f1, {name: top_k, k: 3}]
+        seed: 1
+
+    After:
+
+        defaults: [_self_, {override /optimizer: sgd}, {override /metrics: [f1, top_k]}]
+        optimizer: {lr: 0.1}
+        metrics: {top_k: {k: 3}}
+        seed: 1
+
+    Hydra replaces the options of the defaults list, with all their settings, when the command line
+    or another file chooses other parts.
     """
-    defaults, rest = list(content.get("defaults") or ()), dict(content)
-    chosen: list[dict[str, Any]] = []
-    listed = {
-        str(key).split("/")[-1] for entry in defaults if isinstance(entry, Mapping) for key in entry
-    }
-    for registry in Registry.every.values():
-        kind, key, value = registry.kind, registry.kind.key, rest.get(registry.kind.key, {})
-        if kind.many:
-            if isinstance(value, list) and key not in listed and not unnamed(value):
-                parts = [
-                    dict(one) if isinstance(one, Mapping) else {"name": one}
-                    for one in rest.pop(key)
-                ]
-                names = [own_name(part.pop("name"), registry) for part in parts]
-                chosen.append({f"override /{key}": names})
-                settings = {name: part for name, part in zip(names, parts, strict=True) if part}
-                rest.update({key: settings} if settings else {})
+    defaults = list(content.get("defaults") or ())
+    in_defaults: set[str] = set()
+    for entry in defaults:
+        if isinstance(entry, Mapping):
+            in_defaults.update(str(key).split("/")[-1] for key in entry)
+    rest = dict(content)
+    choices: list[dict[str, Any]] = []
+    for key, registry in Registry.by_key().items():
+        if key not in rest or key in in_defaults:
             continue
-        settings = dict(value) if isinstance(value, Mapping) else {"name": value}
-        if "name" in settings and key not in listed:
-            chosen.append({f"override /{key}": settings.pop("name")})
-            rest = {k: v for k, v in rest.items() if k != key} | (
-                {key: settings} if settings else {}
-            )
-    if chosen and "_self_" not in defaults:
-        first_override = next(
-            (n for n, entry in enumerate(defaults) if "override " in str(entry)), len(defaults)
-        )
-        defaults.insert(first_override, "_self_")
-    return rest | {"defaults": [*defaults, *chosen]} if chosen else content
+        choice = split_choice(rest[key], registry)
+        if choice is None:
+            continue
+        names, settings = choice
+        choices.append({f"override /{key}": names})
+        del rest[key]
+        if settings:
+            rest[key] = settings
+    if not choices:
+        return content
+    if "_self_" not in defaults:
+        defaults.insert(first_override(defaults), "_self_")
+    rest["defaults"] = [*defaults, *choices]
+    return rest
 
 
-def unnamed(parts: Sequence[Any]) -> list[Any]:
-    """Return what in a list of parts is neither a name nor settings with one."""
-    return [
-        part
-        for part in parts
-        if not isinstance(part.get("name") if isinstance(part, Mapping) else part, str)
-    ]
+def split_choice(value: Any, registry: Registry) -> tuple[Any, dict[str, Any]] | None:
+    """Split the value of a config key into the names of the chosen parts and their settings.
+
+    `{name: sgd, lr: 0.1}` becomes `sgd` and `{lr: 0.1}`. Returns None if the value chooses no part.
+    """
+    if registry.kind.many:
+        return split_list(value, registry)
+    if not isinstance(value, Mapping):
+        return value, {}
+    if "name" not in value:
+        return None
+    settings = dict(value)
+    name = settings.pop("name")
+    return name, settings
+
+
+def split_list(value: Any, registry: Registry) -> tuple[list[str], dict[str, Any]] | None:
+    """Split the parts of a list into their names and, by name, their settings.
+
+    `[f1, {name: top_k, k: 3}]` becomes `[f1, top_k]` and `{top_k: {k: 3}}`. Returns None for a
+    mapping, which gives parts settings without choosing them.
+    """
+    if not isinstance(value, list) or without_name(value):
+        return None
+    names = []
+    settings = {}
+    for part in value:
+        name = own_name(part, registry)
+        names.append(name)
+        if isinstance(part, Mapping) and len(part) > 1:
+            settings[name] = {key: item for key, item in part.items() if key != "name"}
+    return names, settings
+
+
+def first_override(defaults: Sequence[Any]) -> int:
+    """Return the index of the first override in a defaults list, or its length."""
+    for index, entry in enumerate(defaults):
+        if "override " in str(entry):
+            return index
+    return len(defaults)
+
+
+# for completion
 
 
 def experiments_in(folders: Iterable[Path]) -> list[str]:
     """Return the names for `experiment=NAME`."""
-    return sorted(
-        {file.stem for folder in folders for file in (folder / "experiment").glob("*.yaml")}
-    )
+    names: set[str] = set()
+    for folder in folders:
+        names.update(file.stem for file in (folder / "experiment").glob("*.yaml"))
+    return sorted(names)
 
 
 def chosen_in(folders: Iterable[Path]) -> dict[str, Any]:
-    """Return what the defaults list of the main config chooses: {"optimizer": "adamw", "metrics": ["accuracy"]}."""
-    files = [folder / "config.yaml" for folder in folders if (folder / "config.yaml").is_file()]
+    """Return the choices in the defaults lists of the main config files.
+
+    For example {"optimizer": "adamw", "metrics": ["accuracy"]}.
+    """
     chosen: dict[str, Any] = {}
-    for entry in [entry for file in files for entry in read_yaml(file).get("defaults") or ()]:
-        if isinstance(entry, Mapping):
-            chosen |= {
-                str(key).removeprefix("override ").lstrip("/"): value
-                for key, value in entry.items()
-            }
+    for folder in folders:
+        file = folder / "config.yaml"
+        entries = (read_yaml(file).get("defaults") or ()) if file.is_file() else ()
+        for entry in entries:
+            if isinstance(entry, Mapping):
+                for key, value in entry.items():
+                    chosen[str(key).removeprefix("override ").lstrip("/")] = value
     return {key: value for key, value in chosen.items() if value}
-
-
-def says_hydra(text: str) -> bool:
-    return "hydra" in re.split(r"\W+", text)
-
-
-def paths(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Yield the path of every leaf of a tree."""
-    items = (
-        tree.items()
-        if isinstance(tree, Mapping)
-        else enumerate(tree)
-        if isinstance(tree, list)
-        else ()
-    )
-    below = [deeper for key, value in items for deeper in paths(value, (*path, str(key)))]
-    yield from below or ([path] if path else [])

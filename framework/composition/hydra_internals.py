@@ -1,9 +1,9 @@
-"""Everything that Hydra does not document as public, one function for each use.
+"""All uses of what Hydra does not document as public, one function for each.
 
-Hydra has no public way to compose with a command line of one's own, to offer options that are made when they are
-chosen, or to use sweepers and launchers outside of the package `hydra_plugins`. All other modules use the functions
-here. Whatever is replaced in Hydra is put back afterwards, so that other Hydra applications in the process do not
-notice. Works with Hydra 1.3.8 and 1.4.
+Hydra has no public way to compose with another command line than its own, to offer options whose
+content is made when they are chosen, or to use sweepers and launchers outside of the package
+`hydra_plugins`. What is replaced in Hydra is restored afterwards, so that other Hydra applications
+in the process are not affected. Works with Hydra 1.3.8 and 1.4.
 """
 
 import re
@@ -52,9 +52,9 @@ BEFORE_1_4 = tuple(int(number) for number in hydra.__version__.split(".")[:2]) <
 
 @contextmanager
 def opened_hydra(folders: Sequence[Path]) -> Iterator[Hydra]:
-    """Open Hydra on folders of config files, of which the last is searched first.
+    """Open Hydra on folders of config files; the last one is searched first.
 
-    `hydra.initialize` takes one folder and refuses sweeps.
+    `hydra.initialize` takes a single folder and refuses sweeps.
     """
     active = GlobalHydra.instance().hydra
     base = version.getbase() if BEFORE_1_4 else None
@@ -75,24 +75,24 @@ def opened_hydra(folders: Sequence[Path]) -> Iterator[Hydra]:
 def compose_config(opened: Hydra, arguments: Sequence[str], multirun: bool) -> DictConfig:
     """Compose the main config with its node `hydra`, which `hydra.compose` leaves out."""
     mode = RunMode.MULTIRUN if multirun else RunMode.RUN
-    return opened.compose_config(
-        "config", [*arguments, f"hydra.mode={mode.name}"], mode, with_log_configuration=False
-    )
+    overrides = [*arguments, f"hydra.mode={mode.name}"]
+    return opened.compose_config("config", overrides, mode, with_log_configuration=False)
 
 
 def compose_job(
     loader: ConfigLoader, master: DictConfig, overrides: Sequence[str], number: int
 ) -> DictConfig:
-    """Compose the config of a job of a sweep, with its node `hydra`. Sweepers that validate their jobs do the same."""
+    """Compose the config of a job in a sweep, with its node `hydra`, as Hydra's launchers do."""
     config = loader.load_sweep_config(master, list(overrides))
     with open_dict(config):
-        config.hydra.job.id, config.hydra.job.num = str(number), number
+        config.hydra.job.id = str(number)
+        config.hydra.job.num = number
     return config
 
 
 @contextmanager
 def current_config(config: DictConfig) -> Iterator[None]:
-    """Let `${hydra:...}` refer to the node `hydra` of a config, as in a job of Hydra's."""
+    """Resolve `${hydra:...}` in the node `hydra` of a config, as in a job of Hydra's."""
     instance = HydraConfig.instance()
     before = instance.cfg
     instance.set_config(config)
@@ -117,10 +117,11 @@ def print_info(opened: Hydra, arguments: Sequence[str], which: str) -> None:
 
 @contextmanager
 def replaced_file_source(source: type[ConfigSource]) -> Iterator[None]:
-    """Let Hydra read config files through another class; `Plugins.register` does not replace one.
+    """Read config files through another class; `Plugins.register` does not replace one.
 
-    source: a class of the same name as the one that it replaces. Hydra registers that one again in the process of a
-        launcher, and compares the names.
+    Args:
+        source: a class with the same name as Hydra's. Hydra registers its own class again in the
+            process of a launcher, and compares the names.
     """
     Plugins.instance()  # registers Hydra's own class
     types = SourcesRegistry.instance().types
@@ -136,42 +137,42 @@ def replaced_file_source(source: type[ConfigSource]) -> Iterator[None]:
 
 
 class LazyNode(ConfigNode):
-    """An option whose content is made when Hydra asks for it; of 1,000 options a run uses ten."""
+    """An option whose content is made when Hydra reads it; a run uses about 10 of 1,000 options."""
 
     def __init__(
         self, name: str, group: str | None, package: str | None, content: Callable[[], Any]
     ):
-        self.name, self.group, self.package, self.provider = (
-            f"{name}.yaml",
-            group,
-            package,
-            "framework",
-        )
+        self.name = f"{name}.yaml"
+        self.group = group
+        self.package = package
+        self.provider = "framework"
         self.content = content
 
     @property
-    def node(self) -> DictConfig:  # type: ignore[override]
-        return OmegaConf.create(self.content())
+    def node(self) -> DictConfig:
+        created: DictConfig = OmegaConf.create(self.content())
+        return created
 
     @node.setter
     def node(self, value: DictConfig) -> None:
-        """Hydra puts a deep copy back; each reading is fresh anyway."""
+        """Ignore the deep copy that Hydra stores; each reading makes new content."""
 
 
 class LazyStore(ConfigStore):
-    """A ConfigStore with the options of the present one, and further ones that are made when they are chosen.
+    """A ConfigStore with the options of the current one and further, lazily made options.
 
-    Hydra copies its store for each composition and for each group that it lists, half a second a run with all parts:
-    this one is its own copy. Sent to the process of a job, it is made anew there by calling `remake`.
+    Hydra copies its store for each composition and for each group that it lists. With all parts
+    this takes 0.5 s for each run, so a copy of this store is the store itself. Unpickling it in the
+    process of a job calls `remake`.
     """
 
     remake: tuple[Callable[..., ConfigStore], tuple[Any, ...]]
 
     @classmethod
     def extended(cls, remake: Callable[..., ConfigStore], *arguments: Any) -> "LazyStore":
-        """Return a store with the options of the present one. The instance of `ConfigStore` stays what it is."""
-        Plugins.instance()  # the options of installed plugins are stored when they are imported
-        store = cls.__new__(cls)  # a call would be a singleton
+        """Return a store with the options of the current one, which does not change."""
+        Plugins.instance()  # imports installed plugins, which store their options
+        store = cls.__new__(cls)  # calling the class returns the singleton
         store.repo = copy_of_groups(ConfigStore.instance().repo)
         store.remake = (remake, arguments)
         return store
@@ -179,7 +180,7 @@ class LazyStore(ConfigStore):
     def add(
         self, name: str, group: str | None, package: str | None, content: Callable[[], Any]
     ) -> None:
-        """Add an option; `content` returns what it holds."""
+        """Add an option; `content` is called each time Hydra reads it."""
         options = self.repo
         for part in group.split("/") if group else ():
             options = options.setdefault(part, {})
@@ -187,7 +188,7 @@ class LazyStore(ConfigStore):
 
     @contextmanager
     def in_use(self) -> Iterator["LazyStore"]:
-        """Let Hydra use this store."""
+        """Make this store the one that Hydra uses."""
         instances: dict[type, Any] = Singleton._instances
         before = ConfigStore.instance()
         instances[ConfigStore] = self
@@ -204,11 +205,11 @@ class LazyStore(ConfigStore):
 
 
 def copy_of_groups(repo: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a store's tree of groups with the same options."""
-    return {
-        key: copy_of_groups(value) if isinstance(value, dict) else value
-        for key, value in repo.items()
-    }
+    """Return a copy of a store's tree of groups that shares the options."""
+    copied = {}
+    for key, value in repo.items():
+        copied[key] = copy_of_groups(value) if isinstance(value, dict) else value
+    return copied
 
 
 # sweepers and launchers
@@ -216,10 +217,11 @@ def copy_of_groups(repo: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def launcher_in_use(launcher: Launcher) -> Iterator[None]:
-    """Give sweepers a launcher when they ask for that of the config.
+    """Give sweepers this launcher instead of the one in the config.
 
-    Hydra 1.3 builds launchers of the package `hydra_plugins` only, 1.4 only the class that the config names; and the
-    config must stay as it was composed, since 1.4 compares that of each job with it.
+    Hydra 1.3 builds only launchers of the package `hydra_plugins`, and Hydra 1.4 only the class
+    that the config names. The config cannot be changed, since Hydra 1.4 compares it with the config
+    of each job.
     """
 
     def instantiate_launcher(
@@ -229,7 +231,7 @@ def launcher_in_use(launcher: Launcher) -> Iterator[None]:
         return launcher
 
     plugins: Any = Plugins.instance()
-    plugins.instantiate_launcher = instantiate_launcher  # of the instance, in front of the method
+    plugins.instantiate_launcher = instantiate_launcher  # on the instance, hides the method
     try:
         yield
     finally:
@@ -237,7 +239,7 @@ def launcher_in_use(launcher: Launcher) -> Iterator[None]:
 
 
 def make_launcher(context: HydraContext, config: DictConfig, task: Any) -> Any:
-    """Return the launcher of a config, set up. Hydra's own sweepers get theirs like this."""
+    """Return the launcher of a config, set up as for Hydra's own sweepers."""
     return Plugins.instance().instantiate_launcher(
         hydra_context=context, task_function=task, config=config
     )
@@ -246,7 +248,7 @@ def make_launcher(context: HydraContext, config: DictConfig, task: Any) -> Any:
 def set_up_sweeper(
     sweeper: Sweeper | None, opened: Hydra, config: DictConfig, task: Any
 ) -> Sweeper:
-    """Set up a sweeper, or that of the config, without Hydra's callbacks, which a config cannot have."""
+    """Set up a sweeper, or the one in the config if None, without Hydra's callbacks."""
     context = HydraContext(config_loader=opened.config_loader, callbacks=Callbacks())
     if sweeper is None:
         return Plugins.instance().instantiate_sweeper(
@@ -257,7 +259,10 @@ def set_up_sweeper(
 
 
 def result_of(done: JobReturn) -> Any:
-    """Return the result of a job, or raise its error; `done.return_value` would also print a line of Hydra's."""
+    """Return the result of a job, or raise its error.
+
+    For a failed job, `done.return_value` prints a line before it raises the error.
+    """
     if done.status == JobStatus.FAILED:
         raise done._return_value
     return done.return_value
@@ -267,17 +272,17 @@ def result_of(done: JobReturn) -> Any:
 
 
 def parse_override(text: str) -> Override:
-    """Parse an override. Raises HydraException. Hydra's own way would go through a whole composition."""
+    """Parse an override without a composition. Raises HydraException."""
     return OverridesParser.create().parse_override(text)
 
 
 def parse_overrides(texts: Sequence[str], loader: ConfigLoader | None = None) -> list[Override]:
-    """Parse overrides, as sweepers do; with a loader, glob(...) finds the options of a group."""
+    """Parse overrides like sweepers; with a loader, glob(...) matches the options of a group."""
     return OverridesParser.create(config_loader=loader).parse_overrides(list(texts))
 
 
 def quoted_text(text: str) -> str:
-    """Return a text as an override has it, between single quotes."""
+    """Return a text between single quotes, in the syntax of overrides."""
     return QuotedString(text=text, quote=Quote.single).with_quotes()
 
 
@@ -286,15 +291,16 @@ def quoted_text(text: str) -> str:
 
 @dataclass
 class Failure:
-    """What an error of Hydra or OmegaConf is about.
+    """The facts in an error of Hydra or OmegaConf.
 
     Attributes:
-        kind: option (a group has no such option), override (there is nothing to override), delete, item (of a list),
-            interval (a sweep that draws values), other.
+        kind: "option" (the group has no such option), "override" (the key does not exist),
+            "delete" (the key does not exist), "item" (the list has no such item), "interval" (the
+            sweeper draws no values), or "other".
         path: an option such as "optimizer/sgd", or a key.
-        text: of the error, without Hydra's advice.
-        options: those that there are, of a missing one.
-        in_file: whether Hydra names a config file as the place.
+        text: the text of the error, without Hydra's advice.
+        options: the options that the group has, for "option".
+        in_file: whether the cause is in a config file.
     """
 
     kind: str
@@ -318,7 +324,7 @@ ADVICE = (
 
 
 def failure_of(error: Exception) -> Failure:
-    """Return what an error is about. Where Hydra has neither a class nor an attribute that tells, its text does."""
+    """Return the facts in an error: from its class and attributes, or else from its text."""
     text = f"{error}\n{error.__cause__ or ''}"
     place = re.match(r"In '([^']+)': ", text)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
@@ -326,27 +332,28 @@ def failure_of(error: Exception) -> Failure:
     if isinstance(error.__cause__, ConfigIndexError):
         key = re.sub(r"\[(\d+)\]", r".\1", str(error.__cause__.full_key))
         return Failure("item", key)
-    # ConfigCompositionException; the second text is that of Hydra 1.4 for the defaults list of a file
-    if match := re.search(
-        r"Could not override '([^']+)'|Invalid Defaults List override '([^':]+)", text
-    ):
+    # ConfigCompositionException; Hydra 1.4 has the second text for the defaults list of a file
+    override = r"Could not override '([^']+)'|Invalid Defaults List override '([^':]+)"
+    if match := re.search(override, text):
         return Failure("override", match[1] or match[2], in_file=True)
     if match := re.search(r"Could not delete (?:from config\. )?'([^']+)'", text):
         return Failure("delete", match[1], in_file=place is not None)
     if "INTERVAL_SWEEP" in text:  # HydraException of the sweeper `basic`
         return Failure("interval")
-    lines = [line.strip() for line in text.removeprefix(place[0] if place else "").splitlines()]
-    kept = dict.fromkeys(line for line in lines if line and not line.startswith(ADVICE))
-    return Failure("other", text="; ".join(kept))
+    lines: dict[str, None] = {}
+    for line in text.removeprefix(place[0] if place else "").splitlines():
+        if line.strip() and not line.strip().startswith(ADVICE):
+            lines[line.strip()] = None
+    return Failure("other", text="; ".join(lines))
 
 
 def unresolved_reference(error: Exception) -> str:
     """Say why OmegaConf cannot resolve a reference to another key."""
-    said = str(getattr(error, "msg", error)).splitlines()[0]
+    text = str(getattr(error, "msg", error)).splitlines()[0]
     if isinstance(error, InterpolationKeyError):
-        missing = re.search(r"key '([^']+)' not found", said)
+        missing = re.search(r"key '([^']+)' not found", text)
         if missing:
-            return f"refers to {missing[1]}, which is not there"
-    if isinstance(error, InterpolationResolutionError) and said.startswith("Recursive"):
+            return f"refers to {missing[1]}, which does not exist"
+    if isinstance(error, InterpolationResolutionError) and text.startswith("Recursive"):
         return "refers to itself"
-    return said.replace("Interpolation", "a reference")
+    return text.replace("Interpolation", "a reference")

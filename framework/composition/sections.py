@@ -1,14 +1,15 @@
-"""What an experiment holds besides its parts: sections such as `trainer`, and the sweepers and launchers of sweeps.
+"""What an experiment contains besides parts: sections such as `trainer`, sweepers and launchers.
 
-A package that owns one registers it here, since composition imports none of the packages above it. Owners are named
-as "module:Class" and imported when their settings are first read, so that registering costs next to nothing.
+The package that owns one registers it here, since composition does not import the packages above
+it. An owner is named as "module:Class" and is imported when its settings are first read, which
+keeps start-up fast.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import Literal
+from typing import Any, Literal
 
 from framework.errors import ContractError
 from framework.registry.schema import Setting, read_settings
@@ -22,8 +23,8 @@ class Section:
     Attributes:
         name: the key.
         owner: the class, as "module:Class".
-        given: parameters that the framework passes. Every other parameter is a setting.
-        of_run: whether a run depends on it, so that the config of a run holds it.
+        given: parameters that the framework passes; all others are settings.
+        of_run: whether a run depends on it; the config of a run contains it then.
     """
 
     name: str
@@ -37,13 +38,14 @@ class HydraPlugin:
     """A sweeper or a launcher, which `hydra/sweeper=NAME` or `hydra/launcher=NAME` chooses.
 
     Attributes:
-        group: which of the two it is.
+        group: "sweeper" or "launcher".
         name: the option of the group.
         owner: the class, as "module:Class".
         schema: the class whose parameters are the settings, if not the owner.
-        in_files: whether config files may give its settings; otherwise only the command line may.
-        needs: the module that it imports and that may be missing; the extra `tuning` installs it.
-        replaces: the class of an installed Hydra plugin that it stands for, whose option and settings stay as they are.
+        in_files: whether config files may contain its settings, not only the command line.
+        needs: an optional module that it imports; the extra `tuning` installs it.
+        replaces: the class of an installed Hydra plugin that it replaces, whose option and
+            settings are kept.
     """
 
     group: Literal["sweeper", "launcher"]
@@ -60,7 +62,7 @@ HYDRA_PLUGINS: dict[tuple[str, str], HydraPlugin] = {}  # by group and name
 
 
 def register(*entries: Section | HydraPlugin) -> None:
-    """Register sections and plugins of Hydra. Raises ContractError for a name that is taken."""
+    """Register sections, sweepers and launchers. Raises ContractError for a name that is taken."""
     for entry in entries:
         before: Section | HydraPlugin
         if isinstance(entry, Section):
@@ -68,27 +70,30 @@ def register(*entries: Section | HydraPlugin) -> None:
         else:
             before = HYDRA_PLUGINS.setdefault((entry.group, entry.name), entry)
         if before != entry:
-            raise ContractError(
-                f"{entry.name!r} is registered twice: for {before.owner} and for {entry.owner}"
-            )
+            owners = f"{before.owner} and {entry.owner}"
+            raise ContractError(f"{entry.name!r} is registered twice: by {owners}")
 
 
-def load(owner: str) -> Callable:
-    """Import a class that is named as "module:Class"."""
+def load(owner: str) -> Callable[..., Any]:
+    """Import the class "module:Class"."""
     module, _, name = owner.partition(":")
-    return getattr(import_module(module), name)
+    loaded: Callable[..., Any] = getattr(import_module(module), name)
+    return loaded
 
 
 @cache
 def section_settings(name: str) -> dict[str, Setting]:
-    """Return the settings of a section. Raises ContractError when a given parameter is none of its owner's."""
+    """Return the settings of a section.
+
+    Raises:
+        ContractError: if the owner does not have one of the parameters in `given`.
+    """
     section = SECTIONS[name]
     owner = load(section.owner)
-    strange = set(section.given) - parameters_of(owner).keys()
-    if strange:
-        raise ContractError(
-            f"section {name}: {section.owner} has no parameter {', '.join(sorted(strange))}"
-        )
+    missing = set(section.given) - parameters_of(owner).keys()
+    if missing:
+        names = ", ".join(sorted(missing))
+        raise ContractError(f"section {name}: {section.owner} has no parameter {names}")
     return read_settings(owner, section.given)
 
 

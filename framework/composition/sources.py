@@ -1,4 +1,4 @@
-"""Where a value of an experiment was written: on the command line, or in which line of a config file."""
+"""Where a value of an experiment was written: on the command line or in a config file."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,18 +13,19 @@ from framework.registry.registry import Registry
 from framework.system.files import check_yaml
 
 COMMAND_LINE = "command line"
+KEY_VALUE_LINES = "expected lines of the form `key: value`"
 File = tuple[Path, str]
-"""A config file and the package, such as "optimizer" or "", at which its content lies in the experiment."""
+"""A config file and its package: the key, such as "optimizer" or "", at which its content lies."""
 
 
 @dataclass
 class Sources:
-    """Looks a path such as "optimizer.lr" up in what was typed, then in the config files, the last first.
+    """Finds where the value at a path such as "optimizer.lr" was written.
 
     Attributes:
-        typed: the overrides of the command line, by path.
-        files: in the order in which they were read.
-        fallback: what is said of a path that is in none of them.
+        typed: by path, the overrides of the command line.
+        files: the config files, in the order in which they were read.
+        fallback: the place of a path that is in none of them.
     """
 
     typed: Mapping[str, str] = field(default_factory=dict)
@@ -33,66 +34,100 @@ class Sources:
 
     def __call__(self, path: str) -> str:
         """Return "command line", "conf/experiment/spam.yaml:7", or the fallback for a default."""
-        if any(path == key or key.startswith(f"{path}.") for key in self.typed):
-            return COMMAND_LINE
-        above = {key: text for key, text in self.typed.items() if path.startswith(f"{key}.")}
-        if any(
-            "{" in text for text in above.values()
-        ):  # the settings themselves; otherwise only whose they are
+        above = []  # overrides of the part or section that the path lies in
+        for key, text in self.typed.items():
+            if key == path or key.startswith(f"{path}."):
+                return COMMAND_LINE
+            if path.startswith(f"{key}."):
+                above.append(text)
+        if any("{" in text for text in above):  # they give settings, not only the part's name
             return COMMAND_LINE
         for file, package in reversed(self.files):
-            if f"{path}.".startswith(f"{package}." if package else ""):
-                line = line_of(file, path.removeprefix(package).strip(".").split("."))
-                if line is not None:
-                    return f"{shorter(file)}:{line}"
+            if package and not f"{path}.".startswith(f"{package}."):
+                continue
+            keys = path.removeprefix(package).strip(".").split(".")
+            line = line_of(file, keys)
+            if line is not None:
+                return f"{shorter(file)}:{line}"
         return COMMAND_LINE if above else self.fallback
 
-    def of_others(self, tree: Mapping[str, Any]) -> dict[str, set[str]]:
-        """Return by key the settings that files give beside the name of another part than the one in the tree, and
-        the parts that they give settings in a list that is not the one chosen.
+    def unused_settings(self, tree: Mapping[str, Any]) -> dict[str, set[str]]:
+        """Find the settings in the tree that belong to parts which are not chosen.
 
-        `optimizer: {name: sgd, momentum: 0.9}` in an experiment says nothing of adamw, when that is chosen instead.
+        | config file                             | command line           | unused     |
+        |-----------------------------------------|------------------------|------------|
+        | `optimizer: {name: sgd, momentum: 0.9}` | `optimizer=adamw`      | `momentum` |
+        | `callbacks: [{name: ema, decay: 0.5}]`  | `callbacks=[progress]` | `ema`      |
+
+        Hydra merges such settings into the tree, since it does not know the parts.
+
+        Args:
+            tree: the composed experiment.
+
+        Returns:
+            By config key, the names to remove from `tree[key]`.
         """
         contents = [read_yaml(file) for file, package in self.files if not package]
-        typed = {tuple(key.split(".")[:2]) for key in self.typed}
-        found: dict[str, set[str]] = {}
-        for key in [
-            registry.kind.key for registry in Registry.every.values() if not registry.kind.many
-        ]:
-            chosen = tree.get(key)
-            given = [content[key] for content in contents if isinstance(content.get(key), Mapping)]
-            if isinstance(chosen, Mapping) and given:
-                others = [
-                    each
-                    for each in given
-                    if each.get("name", chosen.get("name")) != chosen.get("name")
-                ]
-                own = {name for each in given if each not in others for name in each}
-                found[key] = (
-                    {name for each in others for name in each if (key, name) not in typed}
-                    - own
-                    - {"name"}
-                )
-        for registry in [registry for registry in Registry.every.values() if registry.kind.many]:
-            key, parts = registry.kind.key, tree.get(registry.kind.key)
-            if isinstance(parts, Mapping):
-                given = [content.get(key) for content in contents]
-                listed = {
-                    own_name(part, registry)
-                    for each in given
-                    if isinstance(each, list)
-                    for part in each
-                }
-                added = {name for each in given if isinstance(each, Mapping) for name in each}
-                added |= {
-                    name for name, settings in parts.items() if "name" in (settings or ())
-                }  # they are chosen
-                found[key] = {name for name in listed - added if (key, name) not in typed}
-        return found
+        typed = {tuple(path.split(".")[:2]) for path in self.typed}
+        unused: dict[str, set[str]] = {}
+        for key, registry in Registry.by_key().items():
+            composed = tree.get(key)
+            if not isinstance(composed, Mapping):
+                continue
+            written = [content[key] for content in contents if key in content]
+            if registry.kind.many:
+                names = parts_not_chosen(composed, written, registry)
+            else:
+                names = settings_of_others(composed, written)
+            unused[key] = {name for name in names if (key, name) not in typed}
+        return unused
+
+
+def settings_of_others(composed: Mapping[str, Any], written: Iterable[Any]) -> set[str]:
+    """Return the settings that files give only together with the name of another part.
+
+    Args:
+        composed: the settings of a part in the composed experiment, with its name.
+        written: the values of the key in the config files.
+    """
+    chosen = composed.get("name")
+    own: set[str] = {"name"}
+    others: set[str] = set()
+    for settings in written:
+        if not isinstance(settings, Mapping):
+            continue
+        if settings.get("name", chosen) == chosen:
+            own.update(settings)
+        else:
+            others.update(settings)
+    return others - own
+
+
+def parts_not_chosen(
+    composed: Mapping[str, Any], written: Iterable[Any], registry: Registry
+) -> set[str]:
+    """Return the parts that files name in a list which another choice has replaced.
+
+    Args:
+        composed: the parts of one kind in the composed experiment, by name.
+        written: the values of the key in the config files.
+        registry: the parts of this kind.
+    """
+    listed: set[str] = set()
+    chosen: set[str] = set()
+    for parts in written:
+        if isinstance(parts, list):
+            listed.update(own_name(part, registry) for part in parts)
+        elif isinstance(parts, Mapping):
+            chosen.update(parts)
+    for name, settings in composed.items():
+        if "name" in (settings or ()):  # the content of the chosen config group option
+            chosen.add(name)
+    return listed - chosen
 
 
 def line_of(file: Path, keys: Iterable[str]) -> int | None:
-    """Return the line of a YAML file where a nested key, or item of a list, stands, or None."""
+    """Return the line of a nested key or list item in a YAML file, or None."""
     try:
         node: Any = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except (OSError, ValueError, yaml.YAMLError):
@@ -104,21 +139,27 @@ def line_of(file: Path, keys: Iterable[str]) -> int | None:
             line = node.start_mark.line + 1
             continue
         pairs = node.value if isinstance(node, yaml.MappingNode) else ()
-        pair = next((pair for pair in pairs if pair[0].value == key), None)
-        if pair is None:
+        for key_node, value_node in pairs:
+            if key_node.value == key:
+                line = key_node.start_mark.line + 1
+                node = value_node
+                break
+        else:
             return None
-        line, node = pair[0].start_mark.line + 1, pair[1]
     return line
 
 
 def line_with(file: Path, text: str) -> int:
-    """Return the first line of a file that holds a text; 1 when none does."""
+    """Return the first line of a file that contains a text; 1 if no line does."""
     lines = file.read_text(encoding="utf-8").splitlines()
-    return next((number for number, line in enumerate(lines, 1) if text in line), 1)
+    for number, line in enumerate(lines, 1):
+        if text in line:
+            return number
+    return 1
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """Return the content of a YAML file. Raises ConfigError with the line that cannot be read."""
+    """Return the content of a YAML file. Raises ConfigError with the line of a syntax error."""
     try:
         text = file.read_text(encoding="utf-8")
         check_yaml(yaml.parse(text, Loader=yaml.SafeLoader), file)
@@ -126,23 +167,21 @@ def read_yaml(file: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, OSError) as error:
         raise ConfigError([unreadable(file, error)]) from error
     if not isinstance(content, dict):
-        raise ConfigError([f"{shorter(file)}: should hold `key: value` lines"])
+        raise ConfigError([f"{shorter(file)}: {KEY_VALUE_LINES}"])
     return content
 
 
 def unreadable(file: Path, error: Exception) -> str:
-    """Say in which line a YAML file cannot be read, and why."""
+    """Say why a YAML file cannot be read, and in which line."""
     mark = getattr(error, "problem_mark", None)
-    place = f"{shorter(file)}:{mark.line + 1}" if mark is not None else shorter(file)
-    why = (
-        getattr(error, "problem", None)
-        or getattr(error, "strerror", None)
-        or str(error).splitlines()[0]
-    )
-    return f"{place}: cannot be read as YAML: {why}"
+    place = shorter(file) if mark is None else f"{shorter(file)}:{mark.line + 1}"
+    reason = getattr(error, "problem", None) or getattr(error, "strerror", None)
+    if not reason:
+        reason = str(error).splitlines()[0]
+    return f"{place}: cannot be read as YAML: {reason}"
 
 
 def own_name(part: Any, registry: Registry) -> str:
-    """Return the name of a part of a list, its own where that is an alias."""
+    """Return the name of a list item, `ema` or `{name: ema, ...}`; an alias becomes the name."""
     name = str(part["name"] if isinstance(part, Mapping) else part)
     return registry.get(name).name if name in registry else name

@@ -1,9 +1,10 @@
-"""Folders whose code may run in commands that only inform: `list`, `show` and TAB.
+"""Trusted folders: `list`, `show` and TAB run the plugins of a project only in a trusted folder.
 
-A project names plugins in `conf/config.yaml`, and a folder from a stranger does so, too. `train` and the other verbs
-that compose an experiment run them; `list`, `show` and TAB do so only in folders that the user has trusted with
-`framework trust`. Trust is by path, as in `git config safe.directory`: it holds also after the content has changed,
-but no longer once the folder belongs to another user. It is kept in one file of the user's.
+A project names plugins in `conf/config.yaml`, and so may an untrusted folder. `train` and the other
+commands that compose an experiment run them in any folder. `list`, `show` and TAB run them only in
+folders that the user has trusted with `framework trust`. Trust is by path, as in `git config
+safe.directory`: it does not depend on the content, and ends when the folder belongs to another
+user. It is stored in one file of the user.
 """
 
 import json
@@ -26,7 +27,7 @@ FRAMEWORK = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__f
 
 
 class Named(NamedTuple):
-    """A plugin that a config file names: the file, and the plugin as it would be loaded."""
+    """A plugin that a config file names: the file, and the plugin's path or module name."""
 
     file: Path
     plugin: str
@@ -36,39 +37,41 @@ class Named(NamedTuple):
 
 
 def trust_file() -> Path | None:
-    """Return the file of trusted folders; None when the user has no home folder."""
-    homes = (os.environ.get("XDG_STATE_HOME", ""), os.path.expanduser("~/.local/state"))
-    home = next((path for path in homes if os.path.isabs(path)), None)
-    return None if home is None else Path(home, "framework", "trusted.json")
+    """Return the file of trusted folders; None if the user has no home folder."""
+    for home in (os.environ.get("XDG_STATE_HOME", ""), os.path.expanduser("~/.local/state")):
+        if os.path.isabs(home):
+            return Path(home, "framework", "trusted.json")
+    return None
 
 
 def read_trusted() -> dict[str, int]:
-    """Return the owner of each trusted folder, by its real path; {} when no folder was ever trusted.
+    """Return the user number of the owner of each trusted folder, by its real path.
 
-    Raises RunError when the file of trusted folders is damaged, or may have been written by another user.
+    Raises:
+        RunError: if the file of trusted folders is damaged, or another user may have written it.
     """
     file = trust_file()
     if file is None:
         return {}
     try:
         with open_file(file.parent, file.name, most=MOST_BYTES) as opened:
-            found = os.fstat(opened.fileno())
+            status = os.fstat(opened.fileno())
             content = opened.read(MOST_BYTES + 1)
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise RunError(f"{file} cannot be read: {error.strerror}") from error
-    if found.st_uid not in (os.geteuid(), 0) or found.st_mode & stat.S_IWOTH:
+    if status.st_uid not in (os.geteuid(), 0) or status.st_mode & stat.S_IWOTH:
         raise RunError(f"{file} may have been written by another user")
-    folders = parse_json(content, file)
-    folders = folders.get("folders") if isinstance(folders, dict) else None
+    parsed = parse_json(content, file)
+    folders = parsed.get("folders") if isinstance(parsed, dict) else None
     if not isinstance(folders, dict) or not all(type(owner) is int for owner in folders.values()):
-        raise RunError(f"{file} holds no trusted folders")
+        raise RunError(f"{file} is not a file of trusted folders")
     return folders
 
 
 def is_trusted(folder: Path) -> bool:
-    """Whether the user trusts a folder. Where that cannot be read, no folder is trusted."""
+    """Return whether the user trusts a folder; False if the trusted folders cannot be read."""
     try:
         return os.stat(folder).st_uid == read_trusted().get(os.path.realpath(folder))
     except (OSError, RunError):
@@ -76,7 +79,7 @@ def is_trusted(folder: Path) -> bool:
 
 
 def problem_of_file() -> str | None:
-    """Return why no folder is trusted, if the file of trusted folders is damaged or another user's."""
+    """Return why the file of trusted folders cannot be used, or None."""
     try:
         read_trusted()
     except RunError as error:
@@ -85,24 +88,25 @@ def problem_of_file() -> str | None:
 
 
 def trust(folder: Path) -> None:
-    """Trust a folder from now on. Raises RunError when that cannot be written."""
-    write_trusted(known_folders() | {os.path.realpath(folder): os.stat(folder).st_uid})
+    """Trust a folder. Raises RunError if the file of trusted folders cannot be written."""
+    folders = known_folders()
+    folders[os.path.realpath(folder)] = os.stat(folder).st_uid
+    write_trusted(folders)
 
 
 def untrust(folder: Path) -> None:
-    """Trust a folder no longer. Raises FrameworkError when it was not trusted."""
+    """Stop trusting a folder. Raises FrameworkError if it is not trusted."""
     path = os.path.realpath(folder)
     folders = known_folders()
     if path not in folders:
-        raise FrameworkError(
-            f"{escaped_path(path)} is not trusted (`framework trust --list` shows the folders that are)"
-        )
+        advice = "`framework trust --list` prints the trusted folders"
+        raise FrameworkError(f"{escaped_path(path)} is not trusted ({advice})")
     del folders[path]
     write_trusted(folders)
 
 
 def known_folders() -> dict[str, int]:
-    """Return the trusted folders; {} when the file is damaged or another user's: it is replaced."""
+    """Return the trusted folders; {} if the file cannot be used, so that it is replaced."""
     try:
         return read_trusted()
     except RunError:
@@ -110,42 +114,40 @@ def known_folders() -> dict[str, int]:
 
 
 def write_trusted(folders: dict[str, int]) -> None:
+    """Write the file of trusted folders."""
     file = trust_file()
     if file is None:
         raise FrameworkError(
-            "trusted folders cannot be kept: neither XDG_STATE_HOME nor HOME is an absolute path"
+            "trusted folders cannot be stored: neither XDG_STATE_HOME nor HOME is an absolute path"
         )
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunError(f"{file.parent} cannot be made: {error.strerror}") from error
+        raise RunError(f"{file.parent} cannot be created: {error.strerror}") from error
     write_file(file.parent, file.name, json.dumps({"folders": folders}, indent=2) + "\n")
 
 
-# what would run
+# the plugins of a folder
 
 
 def named_plugins(folder: Path) -> list[Named]:
-    """Return the plugins that the config files of a folder name, read as data."""
+    """Return the plugins that the config files of a folder name; nothing is imported."""
     found = []
-    for config in config_folders_of(folder):
+    for config in (folder / "conf", folder):  # a project's; one for --config-dir
+        if not has_config(config):
+            continue
         for file in [config / "config.yaml", *sorted((config / "experiment").glob("*.yaml"))]:
             found += [Named(file, locate(plugin, config, folder)) for plugin in plugins_in(file)]
     return found
 
 
-def config_folders_of(folder: Path) -> list[Path]:
-    """Return `conf` of a project; and the folder itself, if it can be given to --config-dir."""
-    candidates = (folder / "conf", folder)
-    return [
-        each
-        for each in candidates
-        if (each / "config.yaml").is_file() or (each / "experiment").is_dir()
-    ]
+def has_config(folder: Path) -> bool:
+    """Return whether a folder has config files."""
+    return (folder / "config.yaml").is_file() or (folder / "experiment").is_dir()
 
 
 def plugins_in(file: Path) -> list[str]:
-    """Return what `plugins:` lists in a config file; [] when the file is missing or cannot be read."""
+    """Return the list `plugins` of a config file; [] if the file is missing or unreadable."""
     try:
         if not file.is_file() or file.stat().st_size > MOST_BYTES:
             return []
@@ -153,23 +155,20 @@ def plugins_in(file: Path) -> list[str]:
     except (OSError, RunError):
         return []
     plugins = content.get("plugins") if isinstance(content, dict) else None
-    return (
-        [plugin for plugin in plugins if isinstance(plugin, str)]
-        if isinstance(plugins, list)
-        else []
-    )
+    if not isinstance(plugins, list):
+        return []
+    return [plugin for plugin in plugins if isinstance(plugin, str)]
 
 
 def description(folder: Path) -> list[str]:
-    """Return lines for the user who is about to trust a folder: what would run, and what is unusual about it."""
+    """Return lines for the question whether to trust a folder: its plugins, and warnings."""
     lines = []
     for file, plugin in named_plugins(folder):
-        path = folder / expanded(plugin)
-        lines.append(
-            f"{escaped_path(shorter(file))} names the plugin {escaped_path(shorter(plugin))} ({sort_of(path)})"
-        )
+        form = form_of(folder / expanded(plugin))
+        name = escaped_path(shorter(plugin))
+        lines.append(f"{escaped_path(shorter(file))} names the plugin {name} ({form})")
     if not lines:
-        lines.append("its config files name no plugins so far")
+        lines.append("its config files name no plugins")
     status = folder.stat()
     if status.st_uid != os.geteuid():
         lines.append(f"warning: the folder belongs to another user (number {status.st_uid})")
@@ -178,7 +177,8 @@ def description(folder: Path) -> list[str]:
     return lines
 
 
-def sort_of(plugin: Path) -> str:
+def form_of(plugin: Path) -> str:
+    """Return whether a plugin is a file, a folder with a number of files, or a module."""
     if plugin.is_dir():
         count = len(list(files_in(plugin)))
         return f"folder with {count} .py {'file' if count == 1 else 'files'}"
@@ -186,7 +186,7 @@ def sort_of(plugin: Path) -> str:
 
 
 def escaped_path(text: str) -> str:
-    """Return a path as it is or, with control characters in it, escaped."""
+    """Return a path; escaped if it contains control characters."""
     return text if text.isprintable() else ascii(text)
 
 
@@ -195,15 +195,22 @@ def escaped_path(text: str) -> str:
 
 @contextmanager
 def importing_from_elsewhere(folder: str | Path, needed: Sequence[str] = ()) -> Iterator[list[str]]:
-    """Import no module from a folder: leave its entries out of `sys.path`; yields those.
+    """Remove the entries in a folder from `sys.path`, so that no module is imported from it.
 
-    PYTHONPATH, or `python -m`, may put the working folder there. An entry stays if this package or an installed one
-    lies in it, or one of the modules `needed`, which the user has named.
+    PYTHONPATH or `python -m` may add the working folder to `sys.path`. Entries that contain this
+    package or an installed one stay.
+
+    Args:
+        folder: the folder.
+        needed: modules that the user has named; entries that contain one of them stay.
+
+    Yields:
+        The removed entries.
     """
     before = list(sys.path)
-    left_out = [
-        entry for entry in entries_in(folder) if not any(holds(entry, module) for module in needed)
-    ]
+    left_out = entries_in(folder)
+    for module in needed:
+        left_out = [entry for entry in left_out if not holds(entry, module)]
     sys.path[:] = [entry for entry in before if entry not in left_out]
     try:
         yield left_out
@@ -213,44 +220,42 @@ def importing_from_elsewhere(folder: str | Path, needed: Sequence[str] = ()) -> 
 
 
 def entries_in(folder: str | Path) -> list[str]:
-    """Return the entries of `sys.path` in a folder, but those of installed packages; [] if the folder is deleted."""
+    """Return the entries of `sys.path` in a folder, except those of installed packages.
+
+    Returns [] if the folder does not exist any more.
+    """
     try:
         real = os.path.realpath(folder)
     except OSError:
         return []
-    entries = [
-        entry for entry in sys.path if is_below(entry, [real]) and os.path.exists(entry or ".")
-    ]
-    if not entries:
-        return []
+    found = []
     installed = [sys.prefix, sys.base_prefix, *site.getsitepackages(), site.getusersitepackages()]
-    other = [
-        entry
-        for entry in entries
-        if not is_below(entry, installed) and os.path.realpath(entry) != FRAMEWORK
-    ]
-    listed = paths_of_installed() if other else []
-    return [entry for entry in other if not is_below(entry, listed)]
+    for entry in sys.path:
+        if not is_below(entry, [real]) or not os.path.exists(entry or "."):
+            continue
+        if not is_below(entry, installed) and os.path.realpath(entry) != FRAMEWORK:
+            found.append(entry)
+    editable = paths_of_installed() if found else []
+    return [entry for entry in found if not is_below(entry, editable)]
 
 
 def is_below(path: str, folders: Iterable[str]) -> bool:
-    """Whether a path is one of these folders or lies in one."""
+    """Return whether a path is one of these folders or lies in one."""
     real = os.path.realpath(path)
     return any(Path(real).is_relative_to(os.path.realpath(folder)) for folder in folders)
 
 
 def paths_of_installed() -> list[str]:
-    """Return the folders that packages installed in editable mode are imported from."""
-    files = [file for folder in site.getsitepackages() for file in Path(folder).glob("*.pth")]
-    lines = [
-        line.strip()
-        for file in files
-        for line in file.read_text(encoding="utf-8", errors="replace").splitlines()
-    ]
-    return [line for line in lines if os.path.isabs(line)]
+    """Return the folders of packages that are installed in editable mode."""
+    found = []
+    for folder in site.getsitepackages():
+        for file in Path(folder).glob("*.pth"):
+            lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+            found += [line.strip() for line in lines if os.path.isabs(line.strip())]
+    return found
 
 
 def holds(entry: str, module: str) -> bool:
-    """Whether an entry of `sys.path` has a module."""
+    """Return whether an entry of `sys.path` contains a module."""
     path = Path(entry, module.partition(".")[0])
     return path.is_dir() or path.with_name(f"{path.name}.py").is_file()

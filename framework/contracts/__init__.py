@@ -1,1 +1,1 @@
-"""What plugins implement, one file each, and what a callback may read and do during a fit (`context.py`)."""
+"""The interfaces that plugins implement, one file each, and the running fit (`context.py`)."""

@@ -1,33 +1,42 @@
-"""The events of training, listed once, beside the loop that emits them.
+"""Callbacks and the events of training.
+
+The training loop emits these events, in this order:
 
     fit_start
     for each epoch:
         epoch_start
         for each step:
-            step_start                  # the learning rate is still that of the step before
+            step_start                  # the learning rate is still that of the previous step
             move, transform, schedule
-            forward, backward           # of each micro-batch; from here to optimizer, for each phase of the task
-            gradients                   # they are complete and unscaled: look, clip, change
+            forward, backward           # of each micro-batch; this and the next two for each phase
+            gradients                   # complete and unscaled: read, clip or change them
             optimizer
             count
-            log                         # at the trainer's cadence: trainer.state.metrics has fresh train/... values
-            validation_start
-            validation_end              # trainer.state.metrics has fresh val/... values
-            step_end                    # all of the step is done; state.batch is 0 when it ended its epoch
+            log                         # if due: trainer.state.metrics has new train/... values
+            validation_start            # if due
+            validation_end              # trainer.state.metrics has new val/... values
+            step_end                    # state.batch is 0 after the last step of an epoch
             epoch_end                   # after the last step of an epoch
-            step_done                   # nobody changes anything any more: what is saved here is whole
-    fit_end                             # the last step is done, also after a stop
+            step_done                   # nothing changes any more: save checkpoints here
+    fit_end                             # after the last step, also if the run was stopped
     exception                           # instead of fit_end
-    close                               # always the last one
+    close                               # always the last event
 
-A callback overrides what it listens to; what nobody overrides costs nothing. Callbacks are called in the order listed.
-Before fit_start, `reset` makes each callback forget an earlier fit; when a fit resumes,
-`load_state_dict` follows.
-They may replace parameters and modules of the model and change the groups of the optimizer, but not replace the model,
-the task or the optimizer as a whole. A batch that one wants to keep after the step has to be copied.
-What compiled steps and CUDA graphs ask of a callback that listens to `gradients` is in
-`training/acceleration/callbacks.py`.
-To end a run: `trainer.stop(name, reason)`; the step under way is finished first.
+A callback overrides the methods of the events that it needs; a method that is not overridden costs
+nothing. Callbacks are called in the order in which they are listed. Before `fit_start`, `reset`
+clears the state of an earlier fit; if the fit resumes, `load_state_dict` follows.
+
+    class PrintLoss(Callback):
+        changes_training = False
+
+        def on_log(self, trainer: Context) -> None:
+            print(trainer.state.step, trainer.state.metrics["train/loss"])
+
+A callback may replace parameters and modules of the model, and change the groups of the optimizer.
+It must not replace the model, the task or the optimizer. It must copy a batch that it needs after
+the step. `trainer.stop(name, reason)` ends the run after the current step.
+`training/acceleration/callbacks.py` describes the methods with which a callback that listens to
+`gradients` works with compiled steps and CUDA graphs.
 """
 
 from __future__ import annotations
@@ -61,14 +70,14 @@ EVENTS = (
 
 @dataclass(frozen=True)
 class Pace:
-    """How batches make steps, where a callback changes it during the run.
+    """The number of batches in each step, for a callback that changes it during the run.
 
     Attributes:
-        total_steps: optimizer steps of the run.
-        batches_per_step: their mean.
-        text: the steps of each epoch, in words.
-        schedule_step: step -> the step of the schedule that gives its learning rate; None if that
-            is the step itself.
+        total_steps: the optimizer steps of the run.
+        batches_per_step: the mean number of batches in a step.
+        text: the steps of each epoch, as a text.
+        schedule_step: maps a step to the step of the schedule that sets its learning rate; None if
+            both are the same.
     """
 
     total_steps: int
@@ -78,55 +87,95 @@ class Pace:
 
 
 class Callback(Stateful):
-    """Base of all callbacks; each `on_...` takes the trainer, with its `state`, `model`, `optimizer` and `log`.
+    """Base of all callbacks; the module lists the events and the changes that a callback may make.
+
+    Each `on_...` method receives the trainer (see `Context`).
 
     Attributes:
-        changes_training: whether it may change what the weights become; False allows other settings, or the callback
-            to come and go, in a run that is resumed exactly.
-        follows_metrics: whether it decides by logged values how a run continues, or when it ends;
-            then a resumed run may not measure them at other times. None: it does if it may change
-            training and listens to validations or logs.
+        changes_training: whether the callback may change the weights. If False, a run that resumes
+            exactly may add it, remove it or change its settings.
+        follows_metrics: whether the callback uses logged values to change or end the run. Then a
+            resumed run must measure them at the same steps. None: True if the callback changes
+            training and listens to `log` or `validation_end`.
     """
 
     changes_training: ClassVar[bool] = True
     follows_metrics: ClassVar[bool | None] = None
 
-    def on_fit_start(self, trainer: Context) -> None: ...
-    def on_epoch_start(self, trainer: Context) -> None: ...
-    def on_step_start(self, trainer: Context) -> None: ...
-    def on_gradients(self, trainer: Context) -> None: ...
-    def on_step_end(self, trainer: Context) -> None: ...
-    def on_log(self, trainer: Context) -> None: ...
-    def on_validation_start(self, trainer: Context) -> None: ...
-    def on_validation_end(self, trainer: Context) -> None: ...
-    def on_epoch_end(self, trainer: Context) -> None: ...
-    def on_step_done(self, trainer: Context) -> None: ...
-    def on_fit_end(self, trainer: Context) -> None: ...
-    def on_exception(self, trainer: Context) -> None: ...
-    def on_close(self, trainer: Context) -> None: ...
+    def on_fit_start(self, trainer: Context) -> None:
+        """Called before the first step, after a resumed state is restored."""
+
+    def on_epoch_start(self, trainer: Context) -> None:
+        """Called before the first step of an epoch, not if the fit resumes within the epoch."""
+
+    def on_step_start(self, trainer: Context) -> None:
+        """Called before the batches of a step are moved to the device and transformed."""
+
+    def on_gradients(self, trainer: Context) -> None:
+        """Called when all gradients of an update are complete and unscaled, before the update."""
+
+    def on_step_end(self, trainer: Context) -> None:
+        """Called after the update, logging and validation of a step."""
+
+    def on_log(self, trainer: Context) -> None:
+        """Called when `trainer.state.metrics` has new values of training."""
+
+    def on_validation_start(self, trainer: Context) -> None:
+        """Called before a validation."""
+
+    def on_validation_end(self, trainer: Context) -> None:
+        """Called when `trainer.state.metrics` has new values of validation."""
+
+    def on_epoch_end(self, trainer: Context) -> None:
+        """Called after `on_step_end` of the last step of an epoch."""
+
+    def on_step_done(self, trainer: Context) -> None:
+        """Called last in a step: the values are logged, and the state may be saved."""
+
+    def on_fit_end(self, trainer: Context) -> None:
+        """Called after the last step, also if the run was stopped."""
+
+    def on_exception(self, trainer: Context) -> None:
+        """Called instead of `on_fit_end` if an error ends the fit."""
+
+    def on_close(self, trainer: Context) -> None:
+        """Called last, before the loggers are closed."""
 
     @classmethod
     def depends_on(cls, settings: Mapping[str, Any]) -> Sequence[str]:
         """Return prefixes of the settings of other parts that change its effect on training.
 
         Args:
-            settings: those of this callback that differ from their defaults.
+            settings: the settings of this callback that differ from their defaults.
         """
         return ()
 
     def pace(self, trainer: Context, batches: int) -> Pace | None:
-        """Return how it spreads batches over steps, for `framework plan`; None if it does not.
+        """Return how the callback distributes batches over steps, for `framework plan`.
 
         Args:
-            batches: of an epoch.
+            trainer: the trainer that would run the fit.
+            batches: the number of batches in an epoch.
+
+        Returns:
+            None if the callback does not change the number of batches in a step.
         """
         return None
 
     def on_save(self, model_state: dict[str, Any], own_state: dict[str, Any]) -> None:
-        """Change what a checkpoint will hold: the model's weights as `predict` shall use them, and this one's state."""
+        """Change the contents of a checkpoint before it is written.
+
+        Args:
+            model_state: the state dict of the model, with the weights that `predict` will use.
+            own_state: the state dict of this callback.
+        """
 
     def on_rewind(self, own_state: dict[str, Any]) -> None:
-        """Take back what `on_save` made of `own_state`: the run goes back to that checkpoint's weights."""
+        """Revert the changes of `on_save` to the state, since the run returns to that checkpoint.
+
+        Args:
+            own_state: the state dict of this callback in the checkpoint.
+        """
 
 
 class SavingCallback(Callback):
@@ -135,24 +184,25 @@ class SavingCallback(Callback):
     changes_training = False
 
     def hurry_saving(self) -> None:
-        """Start pending writes without waiting for them: `finish_saving` follows."""
+        """Start all pending writes without waiting for them; `finish_saving` follows."""
 
     def finish_saving(self) -> None:
         """Wait until all checkpoints are on the disk.
 
-        Raises CheckpointError if one cannot be written.
+        Raises:
+            CheckpointError: a checkpoint cannot be written.
         """
 
 
 def changes_training(part: Any) -> bool:
-    """Whether a part may change the weights: a class of callbacks says so, a function may."""
+    """Return whether a registered part may change the weights; a part that is a function may."""
     if not isinstance(part, type) or not issubclass(part, Callback):
         return True
     return part.changes_training
 
 
 def follows_metrics(kind: Any) -> bool:
-    """Whether a class of callbacks decides by logged values."""
+    """Return whether a class of callbacks uses logged values to change or end the run."""
     if not isinstance(kind, type) or not issubclass(kind, Callback):
         return False
     if kind.follows_metrics is not None:
@@ -163,20 +213,23 @@ def follows_metrics(kind: Any) -> bool:
 
 
 def listeners(callbacks: Sequence[Callback]) -> dict[str, list[Callable[[Context], None]]]:
-    """Return for each event the methods that listen to it: those that are not the empty ones of `Callback`."""
-    methods = {event: f"on_{event}" for event in EVENTS}
-    return {
-        event: [
-            getattr(c, name)
-            for c in callbacks
-            if getattr(type(c), name) is not getattr(Callback, name)
-        ]
-        for event, name in methods.items()
-    }
+    """Return the overridden methods of the callbacks for each event."""
+    found: dict[str, list[Callable[[Context], None]]] = {}
+    for event in EVENTS:
+        name = f"on_{event}"
+        found[event] = []
+        for callback in callbacks:
+            if getattr(type(callback), name) is not getattr(Callback, name):
+                found[event].append(getattr(callback, name))
+    return found
 
 
 def keyed(callbacks: Sequence[Callback]) -> dict[str, Callback]:
-    """Return callbacks by "0:EarlyStop", "1:EarlyStop": counted by class, so that one of another class shifts none."""
+    """Return the callbacks by the keys of their states, such as "0:EarlyStop" and "1:EarlyStop".
+
+    The number counts callbacks of one class, so that adding a callback of another class changes no
+    key.
+    """
     seen: Counter[str] = Counter()
     found = {}
     for callback in callbacks:

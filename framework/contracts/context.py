@@ -1,4 +1,4 @@
-"""What callbacks, loggers and tasks may read and do during a fit."""
+"""The interface of a running fit for callbacks."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from framework.data.accumulation import Batches, Source
 from framework.runtime.clock import Clock
-from framework.runtime.device import Precision
 from framework.runtime.memory import MicroBatches
+from framework.runtime.precision import Precision
 
 from .logger import Logger
 from .metric import Measures, Metric
@@ -23,39 +23,41 @@ from .task import Task
 
 
 class Context(Protocol):
-    """A run, as each event of a callback gets it. The Trainer is one.
+    """A running fit, which each event passes to the callbacks. The Trainer implements it.
 
-    Read anything here at any event. Change parameters and modules of the model, groups of the
-    optimizer and gradients in place; of the attributes, only `accumulate` and `schedule` may be
-    replaced.
+    A callback may read everything at any event. It may change parameters and modules of the model,
+    groups of the optimizer, and gradients in place. Of the attributes it may replace `accumulate`
+    and `schedule` only.
 
     Attributes:
-        state: counters, the last value of every logged scalar, and why the run stops.
-        model: the module in training, on `device`.
-        task: what a step means: forward pass, loss, what metrics see.
-        optimizer: over the parameters of the model.
-        schedule: step -> factor on the learning rate of each group; None for a constant rate.
-        metrics: measured in training and validation, besides the loss.
-        callbacks: all of the run, this one included, in the order in which events reach them.
-        loggers: get every scalar by `log`; a callback gives them texts, pictures and histograms.
-        device: of the model and of the batches that the task gets.
+        state: counters, the last value of each logged scalar, and the reason to stop.
+        model: the model in training, on `device`.
+        task: computes outputs and the loss of a batch.
+        optimizer: the optimizer over the parameters of the model.
+        schedule: maps a step to a factor on the learning rate of each group; None for a constant
+            rate.
+        metrics: measured in training and validation, in addition to the loss.
+        callbacks: all callbacks of the run, in the order in which they receive events.
+        loggers: receive each scalar through `log`; a callback calls them for texts, images and
+            histograms.
+        device: the device of the model and of the batches that the task receives.
         precision: `autocast()` for a forward pass in training, `inference(model)` for a
             measurement; `scaler` for fp16, else None.
-        folder: of the run, where callbacks write their files; None for a run without one.
-        manifest: facts of the run that its checkpoints keep.
-        seed: of everything random in training.
-        train_batches: `epoch(number)` yields the training batches, on the device or not; `split`
-            is the split that they are read from, or None.
-        val_batches: the same of the validation split; None without one.
-        max_epochs, max_steps: the limits of the run, at least one of them; the first that is
-            reached ends it.
-        accumulate: batches whose gradients make one step.
-        micro_batches: `split(batch)` cuts a batch as the step does when memory is short.
-        log_every: when training values are read from the device and logged.
-        measures: sums of the loss and the metrics over the training batches since the last log.
-        loss: mean loss of the last step, a scalar on the device; reading it waits for the device.
-        clock: where the time of the fit went; `part(name)` adds the time of a `with` block.
-        at_boundary: no step is under way, so that a run can go on exactly from `capture()`.
+        folder: the folder of the run, where callbacks write their files; None without one.
+        manifest: facts of the run that its checkpoints store.
+        seed: the seed of all random numbers in training.
+        train_batches: `epoch(number)` yields the training batches, on the device or not; `split` is
+            the split that they are read from, or None.
+        val_batches: the same for validation; None without validation data.
+        max_epochs: limit of the run in epochs, or None. The run ends at the first limit reached.
+        max_steps: limit of the run in optimizer steps, or None.
+        accumulate: the number of batches in a step.
+        micro_batches: `split(batch)` splits a batch as the step does when memory is short.
+        log_every: the cadence at which values of training are read from the device and logged.
+        measures: sums of the loss and metrics over the training batches since the last log.
+        loss: the mean loss of the last step, shape () on the device; reading it synchronizes.
+        clock: the time spent in parts of the fit; `part(name)` adds the time of a `with` block.
+        at_boundary: no step is in progress, so that a run resumed from `capture()` is exact.
         resumed_from: the step that the fit resumed from, or None.
         optimizer_settings: the settings of the optimizer's groups when the fit began.
     """
@@ -89,35 +91,36 @@ class Context(Protocol):
 
     @property
     def compile(self) -> str:
-        """What `torch.compile` compiles; "off" for nothing."""
+        """The part that `torch.compile` compiles: "off", "model" or "step"."""
 
     @property
     def cuda_graph(self) -> str:
-        """Whether a step is replayed as a CUDA graph; "off" if not."""
+        """Whether steps are replayed as a CUDA graph: "off", "on" or "auto"."""
 
     def log(self, values: Mapping[str, float | Tensor]) -> None:
-        """Log values with this step.
+        """Log values with the current step.
 
         Args:
-            values: by tag, such as "weights/largest": numbers, or tensors with one number, which
+            values: numbers by tag, such as "weights/largest". Tensors must have one element; they
                 are read when the step is done.
 
-        Raises SettingError for a value that is no number.
+        Raises:
+            SettingError: a value is not a number.
         """
 
     def stop(self, by: str, reason: str, signal: Signals | None = None) -> None:
-        """End the run after the step under way. If several callbacks do, the first reason stays.
+        """End the run after the current step. Of several calls the first one counts.
 
         Args:
             by: the name of the callback, such as "early_stop".
-            reason: a text for people, shown as "by: reason".
-            signal: the signal that ends the run; only the framework sets it.
+            reason: a text for the user, printed as "by: reason".
+            signal: the signal that ends the run; set by the framework only.
         """
 
     def sample_indices(self) -> list[int] | None:
-        """Return which samples of the training split the step under way reads.
+        """Return the indices of the samples of the training split that the current step reads.
 
-        None for batches of the user's own.
+        None if the training data is not a split.
         """
 
     def evaluate(
@@ -127,16 +130,27 @@ class Context(Protocol):
         batch_size: int = 256,
         name: str = "test",
     ) -> dict[str, float]:
-        """Measure the model on a split or loader, log the values and return them."""
+        """Measure the model on a split or loader, log the values, and return them.
+
+        Args:
+            data: a split, a `Data` (of which the split `name` is measured), or a loader.
+            batch_size: samples in a batch, for a split.
+            name: prefix of the tags, as in "test/loss".
+        """
 
     def predict(self, data: Source | Tensor, *, batch_size: int = 256) -> Tensor:
-        """Return the outputs of the model for inputs or for every sample of a split, on the CPU."""
+        """Return the outputs of the model, shape (samples, ...) on the CPU.
+
+        Args:
+            data: inputs of shape (samples, *in_shape), a split, or a loader.
+            batch_size: samples in a batch, for inputs and splits.
+        """
 
     def capture(self) -> dict[str, Any]:
-        """Return all that the next steps depend on, in plain types and tensors.
+        """Return everything that the next steps depend on, as plain types and tensors.
 
-        The tensors are those in use, which the next step changes: copy or write them before.
+        The tensors are not copied, and the next step changes them: copy or write them before.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """Return a copy of what `capture` returns, for `fit(resume=...)`."""
+        """Return a copy of the result of `capture`, for `fit(resume=...)`."""

@@ -1,4 +1,4 @@
-"""The contract of a logger: where a run's scalars, texts and pictures go."""
+"""The contract of a logger, which records scalars, texts and images of a run."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,30 +8,50 @@ from torch import Tensor, nn
 
 
 class Logger:
-    """Every method may be left out. Keys are `train/...`, `val/...`, `test/...`, the same in every logger."""
+    """Base of all loggers. Each method may be left out.
+
+    Tags begin with "train/", "val/" or "test/" and are the same for all loggers:
+
+        class PrintScalars(Logger):
+            def scalars(self, values, *, step, epoch, wall_seconds):
+                print(step, values)
+    """
 
     def open(self, folder: Path | None, step: int, metrics: Sequence[str]) -> None:
-        """Begin (or go on) at a step. `folder`: the run's, or None. `metrics`: "loss", "accuracy" ..."""
+        """Begin to record, or continue if the run resumes.
+
+        Args:
+            folder: the folder of the run, or None.
+            step: the step at which the run starts; 0 if it does not resume.
+            metrics: the names of the measured values: "loss", "accuracy", ...
+        """
 
     def scalars(
         self, values: dict[str, float], *, step: int, epoch: int, wall_seconds: float
     ) -> None:
-        """Record values at a step."""
+        """Record values of a step.
+
+        Args:
+            values: numbers by tag.
+            step: the optimizer steps done.
+            epoch: the epochs done.
+            wall_seconds: seconds since the run began.
+        """
 
     def text(self, tag: str, markdown: str, step: int = 0) -> None:
-        """Record a text."""
+        """Record a text in Markdown."""
 
     def histogram(self, tag: str, values: Tensor, step: int) -> None:
-        """Record a distribution."""
+        """Record the distribution of the elements of a tensor."""
 
     def images(self, tag: str, images: Tensor, step: int) -> None:
-        """Record pictures, (N, C, H, W) in [0, 1]."""
+        """Record images, shape (N, C, H, W), values in [0, 1]."""
 
     def graph(self, model: nn.Module, inputs: Tensor) -> None:
-        """Record the model's graph."""
+        """Record the graph of the model, traced with inputs of shape (samples, *in_shape)."""
 
     def hparams(self, settings: dict[str, Any], metrics: dict[str, float]) -> None:
-        """Record the settings of the run beside its final metrics."""
+        """Record the settings of the run together with its final metrics."""
 
     def close(self) -> None:
-        """Write out everything; called once, also when the run fails."""
+        """Write everything to the disk. Called once, also if the run fails."""

@@ -1,4 +1,7 @@
-"""The contract of a metric: sums that add over batches, and a formula over the sums."""
+"""The contract of a metric: sums that add over batches, and a formula over the sums.
+
+`Measures` keeps the sums of the loss and of all metrics of a run.
+"""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -12,49 +15,91 @@ from framework.data.dataset import Scale
 from framework.errors import DataError, SettingError, short
 
 from .alignment import call_aligned
-from .loss import describe_outputs, portion
+from .loss import portion
+from .loss_properties import describe_outputs
 
 
 class Metric:
-    """A measure of predictions against targets, held as sums, so that batches of any size add up exactly.
+    """A measure of outputs against targets. It is computed from sums, so that batches add exactly.
 
-    The Trainer keeps the sums in float64 on the device and reads them only when it logs.
-    A metric that is told apart by a setting (top-3) sets `name` in its `__init__`.
+    The Trainer keeps the sums in float64 on the device, and reads them only when it logs.
+
+        class MeanAbsoluteError(Metric):
+            name = "mae"
+            better = "lower"
+            targets = ("value",)
+
+            def sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
+                error = (outputs - targets).abs()
+                return torch.stack([error.sum(), error.new_tensor(error.numel())])
+
+            def compute(self, sums: Tensor) -> float:
+                return float(sums[0] / sums[1])
+
+    Attributes:
+        name: by which it is logged. A metric whose name depends on a setting, such as top-3, sets
+            it in `__init__`.
+        better: whether higher or lower values are better.
+        targets: the kinds of targets that it measures (see `Data.target`).
     """
 
     name: str = ""
     better: ClassVar[Literal["higher", "lower"]] = "higher"
     targets: ClassVar[tuple[str, ...]] = ("class", "labels", "value")
-    """The kinds of target that it measures (see `Data.target`)."""
 
     def sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the batch's sums, a tensor of fixed shape, on the outputs' device.
+        """Return the sums of a batch.
 
-        outputs: (batch, classes) logits, (batch, labels) logits or (batch, values); targets as in `Data.target`.
+        Args:
+            outputs: logits of shape (batch, classes) or (batch, labels), or values of shape
+                (batch, values).
+            targets: class indices, labels or values (see `Data.target`).
+
+        Returns:
+            A tensor on the device of the outputs, whose shape is the same for all batches.
         """
         raise NotImplementedError
 
     def compute(self, sums: Tensor) -> float:
-        """Return the value from the sums over all batches (a float64 tensor on the CPU)."""
+        """Return the value of the metric.
+
+        Args:
+            sums: the total of `sums` over all batches, float64 on the CPU.
+        """
         raise NotImplementedError
 
 
 class InUnits(Metric):
-    """A metric that sees scaled values in their own unit, in float64."""
+    """A metric of scaled targets, computed in their original unit and in float64."""
 
     def __init__(self, metric: Metric, scale: Scale):
-        self.metric, self.scale, self.name = metric, scale, metric.name
-        self.better, self.targets = metric.better, metric.targets  # type: ignore[misc]
+        self.metric = metric
+        self.scale = scale
+        self.name = metric.name
+        self.better = metric.better  # type: ignore[misc]  # of this object, not of the class
+        self.targets = metric.targets  # type: ignore[misc]
 
     def sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return self.metric.sums(self.scale.back(outputs), self.scale.back(targets))
+        """Return the sums of the wrapped metric for unscaled outputs and targets."""
+        return self.metric.sums(
+            self.scale.inverse_transform(outputs), self.scale.inverse_transform(targets)
+        )
 
     def compute(self, sums: Tensor) -> float:
+        """Return the value of the wrapped metric."""
         return self.metric.compute(sums)
 
 
 class BufferedBatch(NamedTuple):
-    """A batch that is not summed up yet; without outputs and targets where no metric asks for them."""
+    """A batch that is not summed up yet.
+
+    Attributes:
+        loss: its mean loss, shape ().
+        items: the number of items that the mean is over.
+        outputs: shape (batch, ...); None if no metric needs them.
+        targets: shape (batch, ...); None if no metric needs them.
+        values: other means over the items, by name.
+    """
 
     loss: Tensor
     items: int | Tensor
@@ -62,107 +107,134 @@ class BufferedBatch(NamedTuple):
     targets: Tensor | None
     values: Mapping[str, Tensor] = {}
 
-    def number(self) -> float | None:
-        """The number of items, if it can be known without reading the device."""
+    def known_items(self) -> int | None:
+        """Return the number of items; None if only the device knows it."""
         return None if isinstance(self.items, Tensor) else self.items
 
     def form(self) -> Any:
-        """Equal for batches that can be put together along their first axis."""
+        """Return a value that is equal for batches that can be concatenated."""
         return [(t.shape[1:], t.dtype) for t in (self.outputs, self.targets) if t is not None]
 
 
 Mark = tuple[Tensor, list[Tensor], dict[str, Tensor], list[BufferedBatch], int]
 
 
-def together(tensors: Sequence[Tensor | None]) -> Tensor:
-    """Return tensors as one, along the first axis."""
-    there = [tensor for tensor in tensors if tensor is not None]
-    return there[0] if len(there) == 1 else torch.cat(there)
+def concatenated(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """Return tensors as one, along the first axis; None if there are none."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    if not present:
+        return None
+    if len(present) == 1:
+        return present[0]
+    return torch.cat(present)
 
 
 def sums_of(metric: Metric, outputs: Tensor, targets: Tensor) -> Tensor:
-    """Return a metric's sums. Raises DataError when it broadcasts outputs and targets."""
+    """Return the sums of a metric for a batch.
+
+    Raises:
+        DataError: the metric broadcasts outputs and targets along the wrong axis.
+        SettingError: `sums` does not return a tensor.
+    """
     sums = call_aligned(f"the metric {metric.name}", metric.sums, outputs, targets)
     if not isinstance(sums, Tensor):
-        said = f"its `sums` should return a tensor, not a {type(sums).__name__}"
-        raise SettingError(f"the metric {type(metric).__name__}: {said}")
+        got = type(sums).__name__
+        raise SettingError(f"{type(metric).__name__}.sums: expected a tensor, got {got}")
     return sums
 
 
 def add_sums(
     metric: Metric, before: Tensor | None, fresh: Tensor, restored: bool = False
 ) -> Tensor:
-    """Return the sums of a metric with those of further batches.
+    """Return the sums of a metric after further batches.
 
     Args:
         metric: the metric.
-        before: its sums so far, None for none.
-        fresh: the sums of further batches.
-        restored: the sums so far may come from a checkpoint, and so from another version of the metric.
+        before: its sums so far; None before the first batch.
+        fresh: the sums of the further batches.
+        restored: whether `before` may come from a checkpoint, and so from another version of the
+            metric. Then sums of another shape are dropped with a warning.
 
-    Raises SettingError when the shape of the sums changes.
+    Raises:
+        SettingError: the shape of the sums changes.
     """
     if before is None:
         return fresh.clone()  # it may be a view of the outputs
     if before.shape == fresh.shape:
         return before + fresh
     if not restored:
-        shapes = f"{tuple(fresh.shape)} follows {tuple(before.shape)}"
-        said = f"its `sums` should always have one shape, but {shapes}"
-        raise SettingError(f"the metric {type(metric).__name__}: {said}")
+        expected = f"expected the shape {tuple(before.shape)} of earlier batches"
+        got = f"got {tuple(fresh.shape)}"
+        raise SettingError(f"{type(metric).__name__}.sums: {expected}, {got}")
     warnings.warn(
-        f"the metric {metric.name}: the checkpoint has sums of another version of it, which are left out until "
-        "it is logged",
+        f"the metric {metric.name}: the checkpoint has sums of another version of it; they are "
+        "left out of the next logged value",
         stacklevel=2,
     )
     return fresh
 
 
 def computed(metric: Metric, sums: Tensor) -> float:
-    """Return a metric's value. Raises SettingError when its `compute` returns no number."""
+    """Return the value of a metric.
+
+    Raises:
+        SettingError: `compute` does not return a number.
+    """
     value = metric.compute(sums)
     if type(value) is float:
         return value
     try:
         return float(value)
     except (TypeError, ValueError, RuntimeError):
-        said = f"its `compute` should return a number, not {found(value)}"
-        raise SettingError(f"the metric {type(metric).__name__}: {said}") from None
+        name = type(metric).__name__
+        expected = "expected a number"
+        raise SettingError(f"{name}.compute: {expected}, got {describe(value)}") from None
 
 
 def detached(name: str, value: Any) -> Tensor:
-    """Return one of a task's other means without its graph. Raises SettingError for no number."""
+    """Return an additional mean of a task (see `Step.values`) without its autograd graph.
+
+    Raises:
+        SettingError: the value is not a tensor with one element.
+    """
     if not isinstance(value, Tensor) or value.numel() != 1:
         expected = "expected a tensor with one number"
-        raise SettingError(f"the task's value {name!r}: {expected}, got {found(value)}")
+        raise SettingError(f"the task's value {name!r}: {expected}, got {describe(value)}")
     return value.detach()
 
 
-def found(value: Any) -> str:
-    """Return what a value is, for a message."""
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else short(value)
+def describe(value: Any) -> str:
+    """Return a description of a value for a message."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return short(value)
 
 
 class Measures:
-    """The mean loss and some metrics over the batches added since the last reading, as sums on the device.
+    """Sums of the loss and of metrics over the batches since the last reading, on the device.
 
-    Small batches are held back and summed up many at a time, which for a small model is most of the cost of measuring.
+    Small batches are buffered and summed up several at a time: for a small model, the sums of each
+    single batch would be most of the cost of measuring.
 
-    hold: most batches to hold back; 1 where a batch's memory may be written again by whoever gave it.
+    Args:
+        metrics: the metrics; the loss is always measured.
+        device: the device of the sums.
+        hold: the maximum number of batches in the buffer; 1 if their memory may be reused.
     """
 
-    large = 2**16  # numbers in the outputs held back, above which they are summed up at once
+    large = 2**16  # elements of the buffered outputs, above which they are summed up at once
 
     def __init__(self, metrics: Sequence[Metric], device: torch.device, hold: int = 16):
-        self.metrics, self.hold = list(metrics), hold
+        self.metrics = list(metrics)
+        self.hold = hold
         self.dtype = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
-        self.loss = torch.zeros(2, dtype=self.dtype, device=device)
+        self.loss = torch.zeros(2, dtype=self.dtype, device=device)  # the sum, the items
         self.sums: list[Tensor] = []
         self.restored = False  # whether `sums` may come from a checkpoint
-        self.values: dict[str, Tensor] = {}  # of each name the sum, and over how many items
-        self.held: list[BufferedBatch] = []
-        self.numbers = 0
-        self.first: list[Tensor] = []  # the tensors of the first batch, until the second comes
+        self.values: dict[str, Tensor] = {}  # by name: the sum, the items
+        self.buffer: list[BufferedBatch] = []
+        self.buffered_numbers = 0  # elements of the buffered outputs
+        self.first_tensors: list[Tensor] = []  # of the first batch, until the second one comes
         self.checked_memory = self.hold == 1
 
     def add(
@@ -173,153 +245,194 @@ class Measures:
         count: int | Tensor,
         values: Mapping[str, Tensor] = {},
     ) -> None:
-        """Add a batch: its mean loss over `count` items, its outputs and targets. Reads nothing off the device.
+        """Add a batch, without reading the device.
 
-        outputs, targets: None where no metric shall see them. values: other means over the items, by name.
+        Args:
+            loss: the mean loss of the batch, shape ().
+            outputs: shape (batch, ...); None to leave the batch out of the metrics.
+            targets: shape (batch, ...); None to leave the batch out of the metrics.
+            count: the number of items that the mean is over.
+            values: other means over the items, by name.
+
+        Raises:
+            DataError: there are metrics, and the outputs are not one tensor.
+            SettingError: one of `values` is not a tensor with one element.
         """
         if self.metrics and outputs is not None and not isinstance(outputs, Tensor):
             raise DataError(
-                f"metrics={self.metrics[0].name}: a metric takes outputs as one tensor, but the task "
-                f"gives {describe_outputs(outputs)}: write a Task whose `step` returns "
+                f"metrics={self.metrics[0].name}: a metric takes outputs as one tensor, but the "
+                f"task gives {describe_outputs(outputs)}: write a Task whose `step` returns "
                 "Step(loss, outputs, targets) with a tensor"
             )
-        seen = (outputs.detach(), targets) if self.metrics and outputs is not None else (None, None)
         means = values
         if values:
             means = {name: detached(name, value) for name, value in values.items()}
-        one = BufferedBatch(loss.detach(), count, seen[0], seen[1], means)
+        if self.metrics and outputs is not None:
+            batch = BufferedBatch(loss.detach(), count, outputs.detach(), targets, means)
+        else:
+            batch = BufferedBatch(loss.detach(), count, None, None, means)
         if not self.checked_memory:
-            one = self._own(one)
-        if self.held and one.form() != self.held[0].form():
+            batch = self._check_memory(batch)
+        if self.buffer and batch.form() != self.buffer[0].form():
             self._sum_up()
-        self.held.append(one)
-        self.numbers += 0 if one.outputs is None else one.outputs.numel()
-        if len(self.held) >= self.hold or self.numbers > self.large:
+        self.buffer.append(batch)
+        if batch.outputs is not None:
+            self.buffered_numbers += batch.outputs.numel()
+        if len(self.buffer) >= self.hold or self.buffered_numbers > self.large:
             self._sum_up()
 
-    def _own(self, one: BufferedBatch) -> BufferedBatch:
-        """Return a batch that can be held back: for the first one, copies of its tensors.
+    def _check_memory(self, batch: BufferedBatch) -> BufferedBatch:
+        """Find out from the first two batches whether their memory is reused.
 
-        If a tensor of the second batch is in the same memory as that of the first, the model or the
-        task reuses its memory, as a module replayed by a CUDA graph does. Then nothing is held back
-        any more.
+        If a tensor of the second batch has the address of that of the first one, the model or the
+        task reuses its memory, as a module replayed by a CUDA graph does. Then no further batch is
+        buffered. The first batch is copied, since it is in the buffer by then.
         """
-        tensors = [tensor for tensor in (one.loss, one.outputs, one.targets) if tensor is not None]
-        if not self.first:
-            self.first = tensors
-            loss, outputs, targets = one.loss.clone(), one.outputs, one.targets
-            if outputs is not None and targets is not None:
-                outputs, targets = outputs.clone(), targets.clone()
-            return one._replace(loss=loss, outputs=outputs, targets=targets)
-        pairs = zip(tensors, self.first, strict=False)
-        if any(new.data_ptr() == old.data_ptr() for new, old in pairs):
-            self._sum_up()
-            self.hold = 1
-        self.first, self.checked_memory = [], True
-        return one
+        tensors = [t for t in (batch.loss, batch.outputs, batch.targets) if t is not None]
+        if not self.first_tensors:
+            self.first_tensors = tensors
+            loss = batch.loss.clone()
+            if batch.outputs is None or batch.targets is None:
+                return batch._replace(loss=loss)
+            outputs = batch.outputs.clone()
+            return batch._replace(loss=loss, outputs=outputs, targets=batch.targets.clone())
+        for new, old in zip(tensors, self.first_tensors, strict=False):
+            if new.data_ptr() == old.data_ptr():
+                self._sum_up()
+                self.hold = 1
+                break
+        self.first_tensors = []
+        self.checked_memory = True
+        return batch
 
     @torch.no_grad()
     def _sum_up(self) -> None:
-        """Add what is held back to the sums."""
-        for is_number, alike in groupby(self.held, BufferedBatch.number):
-            losses, counts = zip(*((one.loss, one.items) for one in alike), strict=True)
-            if is_number is None:
-                weights = torch.stack(counts).to(self.loss)
-                weighted = portion(torch.stack(losses).to(self.dtype), weights)
-                self.loss += torch.stack([weighted.sum(), weights.sum()])
-            elif is_number:
-                self.loss[0].add_(torch.stack(losses).to(self.dtype).sum(), alpha=is_number)
-                self.loss[1].add_(is_number * len(losses))
-        if self.held and self.held[0].outputs is not None:
-            outputs = together([one.outputs for one in self.held])
-            targets = together([one.targets for one in self.held])
+        """Add the buffered batches to the sums."""
+        if not self.buffer:
+            return
+        for items, group in groupby(self.buffer, BufferedBatch.known_items):
+            batches = list(group)
+            losses = torch.stack([batch.loss for batch in batches]).to(self.dtype)
+            if items is None:
+                weights = torch.stack([torch.as_tensor(each.items) for each in batches])
+                weights = weights.to(self.loss)
+                self.loss += torch.stack([portion(losses, weights).sum(), weights.sum()])
+            elif items:
+                self.loss[0].add_(losses.sum(), alpha=items)
+                self.loss[1].add_(items * len(batches))
+        _, _, all_outputs, all_targets, _ = zip(*self.buffer, strict=True)
+        outputs = concatenated(all_outputs)
+        targets = concatenated(all_targets)
+        if outputs is not None and targets is not None:
             fresh = [sums_of(metric, outputs, targets).to(self.loss) for metric in self.metrics]
             before: list[Tensor | None] = [*self.sums] or [None] * len(fresh)
             triples = zip(self.metrics, before, fresh, strict=True)
-            self.sums = [add_sums(*each, self.restored) for each in triples]
-        for name in dict.fromkeys(name for one in self.held for name in one.values):
-            there = [one for one in self.held if name in one.values]
-            weights = torch.stack([torch.as_tensor(one.items).to(self.loss) for one in there])
-            means = torch.stack([one.values[name].to(self.dtype) for one in there])
+            self.sums = [add_sums(*triple, self.restored) for triple in triples]
+        self._sum_up_values()
+        self.buffer = []
+        self.buffered_numbers = 0
+
+    def _sum_up_values(self) -> None:
+        names: dict[str, None] = {}
+        for batch in self.buffer:
+            names.update(dict.fromkeys(batch.values))
+        for name in names:
+            batches = [batch for batch in self.buffer if name in batch.values]
+            weights = torch.stack([torch.as_tensor(each.items).to(self.loss) for each in batches])
+            means = torch.stack([each.values[name].to(self.dtype) for each in batches])
             total = torch.stack([portion(means, weights).sum(), weights.sum()])
-            self.values[name] = self.values[name] + total if name in self.values else total
-        self.held, self.numbers = [], 0
+            if name in self.values:
+                total = self.values[name] + total
+            self.values[name] = total
 
     @property
     def empty(self) -> bool:
-        """Whether nothing was added since the last reading. It reads the device."""
-        return not self.held and float(self.loss[1]) == 0
+        """Whether no batch was added since the last reading; it reads the device."""
+        return not self.buffer and float(self.loss[1]) == 0
 
     def read(self) -> dict[str, float]:
-        """Return {"loss": ..., "accuracy": ...} over what was added, in one transfer, and begin anew."""
+        """Return the means over all batches since the last reading, in one transfer.
+
+        Returns:
+            Values by name, such as {"loss": 0.3, "accuracy": 0.9}.
+        """
         self._sum_up()
-        totals = [self.loss, *self.values.values(), *(total.reshape(-1) for total in self.sums)]
-        parts = (
-            torch.cat(totals).to("cpu", torch.float64).split([total.numel() for total in totals])
-        )
-        values = {
-            name: float(part[0] / part[1])
-            for name, part in zip(["loss", *self.values], parts, strict=False)
-        }
-        for metric, total, part in zip(self.metrics, self.sums, parts[len(values) :], strict=False):
-            values[metric.name] = computed(metric, part.reshape(total.shape))
+        totals = [self.loss, *self.values.values(), *self.sums]
+        numbers = torch.cat([total.reshape(-1) for total in totals]).to("cpu", torch.float64)
+        parts = iter(torch.split(numbers, [total.numel() for total in totals]))
+        values = {}
+        for name in ["loss", *self.values]:
+            part = next(parts)
+            values[name] = float(part[0] / part[1])
+        for metric, total in zip(self.metrics, self.sums, strict=False):
+            values[metric.name] = computed(metric, next(parts).reshape(total.shape))
         self.loss.zero_()
-        self.sums, self.values = [], {}
+        self.sums = []
+        self.values = {}
         self.restored = False
         return values
 
     def mark(self) -> Mark:
-        """Return where the sums stand, for `undo`."""
-        return self.loss.clone(), list(self.sums), dict(self.values), list(self.held), self.numbers
+        """Return the present sums, for `undo`."""
+        sums = list(self.sums)
+        values = dict(self.values)
+        return self.loss.clone(), sums, values, list(self.buffer), self.buffered_numbers
 
     def undo(self, mark: Mark) -> None:
-        """Forget what was added since the mark."""
-        loss, sums, values, held, self.numbers = mark
+        """Remove the batches that were added since `mark`."""
+        loss, sums, values, buffer, self.buffered_numbers = mark
         self.loss.copy_(loss)
-        self.sums, self.values, self.held = list(sums), dict(values), list(held)
+        self.sums = list(sums)
+        self.values = dict(values)
+        self.buffer = list(buffer)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the sums since the last reading, and what is held back, as few tensors."""
-        names = [metric.name for metric in self.metrics]
-        sums = [total.clone() for total in self.sums]
-        state: dict[str, Any] = {"loss": self.loss.clone(), "sums": sums, "metrics": names}
-        state |= {"values": dict(self.values)} if self.values else {}
-        if self.held:
-            state["held"] = {
-                "losses": torch.stack([one.loss for one in self.held]),
-                "counts": [one.items for one in self.held],
-                "sizes": [0 if one.outputs is None else len(one.outputs) for one in self.held],
-                "outputs": None
-                if self.held[0].outputs is None
-                else together([one.outputs for one in self.held]),
-                "targets": None
-                if self.held[0].targets is None
-                else together([one.targets for one in self.held]),
-            }
-            if any(one.values for one in self.held):
-                state["held"]["values"] = [dict(one.values) for one in self.held]
+        """Return the sums since the last reading, and the buffer as a few tensors."""
+        state: dict[str, Any] = {
+            "loss": self.loss.clone(),
+            "sums": [total.clone() for total in self.sums],
+            "metrics": [metric.name for metric in self.metrics],
+        }
+        if self.values:
+            state["values"] = dict(self.values)
+        if not self.buffer:
+            return state
+        losses, counts, outputs, targets, values = zip(*self.buffer, strict=True)
+        state["held"] = {
+            "losses": torch.stack(losses),
+            "counts": list(counts),
+            "sizes": [0 if each is None else len(each) for each in outputs],
+            "outputs": concatenated(outputs),
+            "targets": concatenated(targets),
+        }
+        if any(values):
+            state["held"]["values"] = [dict(each) for each in values]
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave; sums of other metrics than these are left."""
+        """Restore a result of `state_dict`; the sums of other metrics are dropped."""
+        device = self.loss.device
         self.loss.copy_(state["loss"])
-        same = state["metrics"] == [metric.name for metric in self.metrics]
-        self.sums = [total.to(self.loss) for total in state["sums"]] if same else []
         self.restored = True
+        self.sums = []
+        same_metrics = state["metrics"] == [metric.name for metric in self.metrics]
+        if same_metrics:
+            self.sums = [total.to(self.loss) for total in state["sums"]]
         self.values = {name: total.to(self.loss) for name, total in state.get("values", {}).items()}
+
         held = state.get("held", {"losses": (), "counts": (), "sizes": ()})
-        parts: list[Any] = [[None] * len(held["sizes"])] * 2
-        if same and held.get("outputs") is not None:
-            parts = [
-                held[name].to(self.loss.device).split(held["sizes"])
-                for name in ("outputs", "targets")
-            ]
-        losses = (loss.to(self.loss.device) for loss in held["losses"])
-        kept = held.get("values", [{}] * len(held["sizes"]))
-        values = (
-            {name: value.to(self.loss.device) for name, value in each.items()} for each in kept
-        )
-        self.held = [
-            BufferedBatch(*one) for one in zip(losses, held["counts"], *parts, values, strict=True)
-        ]
-        self.numbers = sum(one.outputs.numel() for one in self.held if one.outputs is not None)
+        batches = len(held["sizes"])
+        outputs: Sequence[Tensor | None] = [None] * batches
+        targets: Sequence[Tensor | None] = [None] * batches
+        if same_metrics and held.get("outputs") is not None:
+            outputs = torch.split(held["outputs"].to(device), held["sizes"])
+            targets = torch.split(held["targets"].to(device), held["sizes"])
+        means = held.get("values", [{}] * batches)
+        rows = zip(held["losses"], held["counts"], outputs, targets, means, strict=True)
+        self.buffer = []
+        self.buffered_numbers = 0
+        for loss, items, output, target, values in rows:
+            own = {name: value.to(device) for name, value in values.items()}
+            self.buffer.append(BufferedBatch(loss.to(device), items, output, target, own))
+            if output is not None:
+                self.buffered_numbers += output.numel()

@@ -1,4 +1,4 @@
-"""What a task or callback may ask of a model besides its forward pass; each a method of its own."""
+"""Optional capabilities of models, which some tasks and callbacks use."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,12 +10,12 @@ class GenerativeModel(Protocol):
     """A model that draws samples."""
 
     def sample(self, count: int) -> Tensor:
-        """Return samples, shape (count, *in_shape)."""
+        """Return generated samples, shape (count, *in_shape)."""
 
 
 @runtime_checkable
 class CachedDecoder(Protocol):
-    """A language model that keeps what it computed of earlier tokens."""
+    """A language model that caches its computations for earlier tokens."""
 
     def new_cache(self) -> Any:
         """Return an empty cache; `model(tokens, cache)` reads and extends it."""

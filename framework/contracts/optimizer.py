@@ -1,7 +1,8 @@
-"""The contract of an optimizer, and the choice of the fastest implementation that runs where the parameters are.
+"""The contract of an optimizer: parameter groups, and the choice of a fused implementation.
 
-An optimizer is any `torch.optim.Optimizer` that takes `params`: tensors, (name, tensor) pairs, or groups (dicts).
-The trainer multiplies each group's own "lr" by the schedule's factor, and calls `step()` without a closure.
+An optimizer is any `torch.optim.Optimizer` that takes `params`: tensors, (name, tensor) pairs, or
+groups (dicts). The trainer multiplies the "lr" of each group by the factor of the schedule, and
+calls `step()` without a closure.
 """
 
 import inspect
@@ -20,11 +21,11 @@ from framework.registry.registry import Maker
 from framework.runtime.torch_internals.lazy_compiler import defer_compiler
 
 FORM_ERRORS = (KeyError, RuntimeError, AssertionError, AttributeError, TypeError)
-"""What a constructor may raise when parameters do not come in the form that it needs."""
+"""Errors of a constructor that needs its parameters in another form."""
 
 
 class Parameters:
-    """How the parameters of a model differ in training: makes the groups that the optimizer is built with."""
+    """Divides the parameters of a model into the groups that the optimizer is built with."""
 
     def __init__(
         self,
@@ -32,125 +33,176 @@ class Parameters:
         rates: dict[str, PositiveFloat] | None = None,
         layer_decay: Annotated[float, Range("(0, 1]")] = 1.0,
     ):
-        """Say which are decayed, and how fast each learns.
+        """Set which parameters are decayed, and their learning rates.
 
         Args:
-            decay: which ones the optimizer's weight_decay is for: weights (matrices and kernels, neither biases nor the
-                scales of norms: all with two axes or more), or all.
-            rates: factors on the learning rate by patterns of names as `plan` shows them, e.g. {head.*: 10}; of
-                several patterns that fit the first counts.
-            layer_decay: factor on the learning rate from a layer to the one before it, the last one keeping its own
-                (Howard and Ruder 2018, arXiv:1801.06146, section 3.2). A layer is a numbered module, such as blocks.3.
+            decay: parameters that the optimizer's weight_decay applies to: weights (all with two
+                axes or more, so neither biases nor the scales of norms), or all.
+            rates: factors on the learning rate by patterns of parameter names as `plan` shows them,
+                e.g. {head.*: 10}; of several matching patterns the first one counts.
+            layer_decay: factor on the learning rate from each layer to the previous one; the last
+                layer keeps its rate (Howard and Ruder 2018, arXiv:1801.06146, section 3.2). A layer
+                is a numbered module, such as blocks.3.
         """
-        self.decay, self.rates, self.layer_decay = decay, rates or {}, layer_decay
+        self.decay = decay
+        self.rates = rates or {}
+        self.layer_decay = layer_decay
 
     def groups(self, model: nn.Module, maker: Maker) -> list[Any]:
-        """Return the parameters as an optimizer of that maker takes them: groups, where they differ.
+        """Return the parameters of a model in the form that its optimizer takes.
 
-        Groups keep the order of the model, for optimizers to which it means something. Raises SettingError for a
-        pattern that fits no parameter.
+        Args:
+            model: the model.
+            maker: the optimizer and its settings.
+
+        Returns:
+            A list of parameters, or of groups if their settings differ. Groups keep the order of
+            the model, for optimizers that depend on it.
+
+        Raises:
+            SettingError: a pattern matches no parameter, or the optimizer has no learning rate.
         """
-        names, known = list(dict(model.named_parameters())), maker.entry.settings
         settings = {
-            name: maker.settings.get(name, setting.default) for name, setting in known.items()
+            name: maker.settings.get(name, setting.default)
+            for name, setting in maker.entry.settings.items()
         }
         if (self.rates or self.layer_decay != 1.0) and "lr" not in settings:
             setting = "rates" if self.rates else "layer_decay"
-            said = f"{maker.entry} has no learning rate `lr` that could differ"
-            raise SettingError(f"parameters.{setting}: {said}")
-        factors, spared = (
-            self.factors(names),
-            self.decay == "weights" and bool(settings.get("weight_decay")),
-        )
-        found: list[dict[str, Any]] = []
-        for factor, run in groupby(names, factors.__getitem__):
-            each = {name: model.get_parameter(name) for name in run}
-            for name, few in (
-                (("weights", False), ("biases and norms", True)) if spared else (("all", None),)
-            ):
-                chosen = [p for p in each.values() if few is None or (p.ndim < 2) == few]
-                group: dict[str, Any] = {
-                    "params": chosen,
-                    "name": name if factor == 1 else f"{name} x {factor:.3g}",
+            problem = f"{maker.entry} has no learning rate `lr` to multiply"
+            raise SettingError(f"parameters.{setting}: {problem}")
+        named = dict(model.named_parameters())
+        factors = self.factors(list(named))
+        splits_decay = self.decay == "weights" and bool(settings.get("weight_decay"))
+        groups: list[dict[str, Any]] = []
+        for factor, names in groupby(named, factors.__getitem__):
+            parameters = [named[name] for name in names]
+            parts: dict[str, list[nn.Parameter]] = {"all": parameters}
+            if splits_decay:
+                parts = {
+                    "weights": [p for p in parameters if p.ndim >= 2],
+                    "biases and norms": [p for p in parameters if p.ndim < 2],
                 }
-                group |= {"weight_decay": 0.0} if few else {}
-                found += (
-                    [group | ({} if factor == 1 else {"lr": settings["lr"] * factor})]
-                    if chosen
-                    else []
-                )
-        plain = len(found) == 1 and not found[0].keys() & {"lr", "weight_decay"}
-        return found[0]["params"] if plain else found
+            for part, members in parts.items():
+                if not members:
+                    continue
+                name = part if factor == 1 else f"{part} x {factor:.3g}"
+                group: dict[str, Any] = {"params": members, "name": name}
+                if part == "biases and norms":
+                    group["weight_decay"] = 0.0
+                if factor != 1:
+                    group["lr"] = settings["lr"] * factor
+                groups.append(group)
+        if len(groups) == 1 and not groups[0].keys() & {"lr", "weight_decay"}:
+            return list(groups[0]["params"])
+        return groups
 
     def factors(self, names: list[str]) -> dict[str, float]:
-        """Return the factor on the learning rate of each parameter."""
-        layers = list(dict.fromkeys(map(layer_of, names)))
-        depth = {name: len(layers) - 1 - layers.index(layer_of(name)) for name in names}
+        """Return the factor on the learning rate of each parameter.
+
+        Raises:
+            SettingError: a pattern of `rates` matches none of the names.
+        """
         for pattern in self.rates:
             if not any(fnmatchcase(name, pattern) for name in names):
-                said = did_you_mean(pattern, names, most=10)
-                raise SettingError(f"parameters.rates: no parameter fits {pattern!r}; {said}")
-        first = {
-            n: next((f for p, f in self.rates.items() if fnmatchcase(n, p)), 1.0) for n in names
-        }
-        return {name: first[name] * self.layer_decay ** depth[name] for name in names}
+                available = did_you_mean(pattern, names, most=10)
+                raise SettingError(f"parameters.rates: no parameter fits {pattern!r}; {available}")
+        layers = list(dict.fromkeys(map(layer_of, names)))
+        factors = {}
+        for name in names:
+            layers_above = len(layers) - 1 - layers.index(layer_of(name))
+            factors[name] = self._rate(name) * self.layer_decay**layers_above
+        return factors
+
+    def _rate(self, name: str) -> float:
+        """Return the factor of the first pattern of `rates` that matches a name."""
+        for pattern, rate in self.rates.items():
+            if fnmatchcase(name, pattern):
+                return rate
+        return 1.0
 
 
 def layer_of(name: str) -> str:
-    """Return the layer of a parameter: its name up to the first number, or else its first word."""
-    words = name.split(".")
-    number = next((place for place, word in enumerate(words) if word.isdigit()), 0)
-    return ".".join(words[: number + 1])
+    """Return the layer of a parameter: its name up to the first number, or its first component.
+
+    "blocks.3.linear.weight" is in the layer "blocks.3", and "head.weight" in "head".
+    """
+    components = name.split(".")
+    for index, component in enumerate(components):
+        if component.isdigit():
+            return ".".join(components[: index + 1])
+    return components[0]
 
 
 def build_optimizer(maker: Maker, params: Iterable[Any]) -> Optimizer:
-    """Build the optimizer, fused where it can be; a `fused` or `foreach` among the maker's settings is left alone."""
+    """Build an optimizer, with its fused implementation if possible.
+
+    The settings `fused` and `foreach` of the maker take precedence.
+
+    Args:
+        maker: the optimizer and its settings.
+        params: tensors, (name, tensor) pairs or groups.
+
+    Raises:
+        BuildError: the optimizer cannot be built.
+    """
     defer_compiler()
-    params, entry = list(params), maker.entry
-    chosen = (
-        {} if maker.settings.keys() & {"fused", "foreach"} else implementation(entry.part, params)
-    )
+    params = list(params)
+    settings = dict(maker.settings)
+    if not settings.keys() & {"fused", "foreach"}:
+        settings |= implementation(maker.entry.part, params)
     try:
-        return entry.build({"params": params}, {**maker.settings, **chosen})
+        optimizer: Optimizer = maker.entry.build({"params": params}, settings)
     except BuildError as error:
         cause = error.__cause__
         if not isinstance(cause, FORM_ERRORS):
             raise
         kind = "groups" if params and isinstance(params[0], Mapping) else "parameters"
-        given = f"an optimizer gets a list of {len(params)} {kind}"
+        form = f"an optimizer gets a list of {len(params)} {kind}"
         advice = "for other groups, register a function that makes them of `params`"
-        raise BuildError(f"{error}; {given}: {advice}") from cause
+        raise BuildError(f"{error}; {form}: {advice}") from cause
+    return optimizer
 
 
 def implementation(part: Callable[..., Optimizer], params: Iterable[Any]) -> dict[str, bool]:
-    """Return {"fused": True} when the part has a fused step that runs on every device and dtype of the parameters.
+    """Return {"fused": True} if an optimizer has a fused kernel for all parameters, else {}.
 
-    Else {}, which leaves the choice to the part. torch's own take their multi-tensor (foreach) step on accelerators;
-    on the CPU they do not, and rightly: there it took 0.4 to 2.8 times as long as the plain step, as the rule may be.
+    {} leaves the choice to the optimizer. Those of torch use their multi-tensor (foreach)
+    implementation on accelerators but not on the CPU, where it takes 0.4 to 2.8 times as long as
+    the loop over parameters, depending on the optimizer.
+
+    Args:
+        part: a class of optimizers, or a function that returns an optimizer.
+        params: tensors, (name, tensor) pairs or groups.
     """
     if "fused" not in inspect.signature(part).parameters:
         return {}
     places = {(tensor.device, tensor.dtype) for tensor in tensors(params)}
-    return {"fused": True} if places and all(runs_fused(part, *place) for place in places) else {}
+    if places and all(runs_fused(part, *place) for place in places):
+        return {"fused": True}
+    return {}
 
 
 def runs_fused(part: Callable[..., Optimizer], device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a fused step works there. One is tried, on one number: which kernels exist differs between releases."""
-    tried = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
-    tried.grad = torch.zeros_like(tried)
+    """Return whether an optimizer has a fused kernel for a device and dtype.
+
+    It runs a step on one number, since the available kernels differ between releases of torch.
+    """
+    parameter = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
+    parameter.grad = torch.zeros_like(parameter)
     try:
-        part([tried], fused=True).step()
+        part([parameter], fused=True).step()
     except (RuntimeError, ValueError, TypeError, NotImplementedError):
         return False
     return True
 
 
 def tensors(params: Iterable[Any]) -> Iterator[Tensor]:
-    """Yield the parameters, whether they come bare, as (name, tensor) pairs or in groups."""
+    """Yield the parameters from tensors, (name, tensor) pairs or groups."""
     for item in params:
-        if isinstance(item, Mapping):
-            yield from tensors(
-                item["params"] if not isinstance(item["params"], Tensor) else [item["params"]]
-            )
+        if isinstance(item, Tensor):
+            yield item
+        elif isinstance(item, Mapping):
+            members = item["params"]
+            yield from tensors([members] if isinstance(members, Tensor) else members)
         else:
-            yield item[1] if isinstance(item, tuple) else item
+            yield item[1]

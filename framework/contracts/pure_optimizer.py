@@ -1,12 +1,20 @@
-"""An optimizer's update as a function of tensors: for the compiler, and for many trials that are updated as one.
+"""Optimizers whose update is a pure function of tensors.
 
-    class Lion(PureOptimizer):
+`torch.compile` traces such an update, and trials that train together share one. For example:
+
+    class SignSGD(PureOptimizer):
         kept = ("momentum",)
 
-        @staticmethod
-        def update(p, g, state, settings): ...     # -> the new p, the new state
+        def __init__(self, params, lr: float = 1e-3):
+            super().__init__(params, {"lr": lr})
 
-What torch's own optimizers do is written so too, beside their registration: `pure_updates.register(optim.SGD, sgd)`.
+        @staticmethod
+        def update(p, g, state, settings):
+            momentum = 0.9 * state["momentum"] + g
+            return p - settings["lr"] * momentum.sign(), {"momentum": momentum}
+
+`pure_updates.register(optim.SGD, sgd)` adds the pure update of an optimizer that is not a
+`PureOptimizer`.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,30 +27,47 @@ from torch.optim import Optimizer
 State = Mapping[str, Tensor]
 Settings = Mapping[str, Any]
 PureUpdate = Callable[[Tensor, Tensor, State, Settings], tuple[Tensor, State]]
-"""(parameter, gradient, state, settings) -> (new parameter, new state): each number from those in its own place.
+"""(parameter, gradient, state, settings) -> (new parameter, new state).
 
-The settings are a parameter group's. A float among them may as well be a tensor that broadcasts against the parameter
-(a rate for each of many trials); what is zero, or a bool, is never one, so that it may be asked. No tensor is written.
+All tensors have the shape of the parameter, and each element of the result depends on the same
+element of the arguments only. The settings are those of a parameter group. A float among them may
+be a tensor that broadcasts against the parameter (a learning rate for each of several trials), but
+bools and zeros are never tensors, so that `if settings["momentum"]` works. The update must not
+write into its arguments.
 """
 
 
 class PureOptimizer(Optimizer):
-    """Base of optimizers of one's own that move each number by itself.
+    """Base of optimizers with a pure update. A subclass defines `update` and maybe `kept`.
 
     Attributes:
-        kept: names of the tensors that are kept for each parameter, of its shape; they begin as zeros.
+        kept: the names of the state tensors of each parameter, which have its shape and start at 0.
     """
 
     kept: ClassVar[tuple[str, ...]] = ()
 
     @staticmethod
     def update(p: Tensor, g: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
-        """Return the parameter and its state after a step (see `PureUpdate`)."""
+        """Return the parameter and its state after a step.
+
+        Args:
+            p: the parameter.
+            g: its gradient, of the same shape.
+            state: the tensors named in `kept`.
+            settings: the settings of the parameter's group, such as "lr" (see `PureUpdate`).
+        """
         raise NotImplementedError
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Take one step; returns the closure's loss, if there is one."""
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update all parameters that have a gradient.
+
+        Args:
+            closure: computes the loss and the gradients.
+
+        Returns:
+            The loss of the closure; None without one.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -54,10 +79,11 @@ class PureOptimizer(Optimizer):
                 state = self.state[p]
                 if not state:
                     state.update({name: torch.zeros_like(p) for name in self.kept})
-                number, gradient, kept = as_real(p), as_real(p.grad), state
+                real = as_real(p)
+                kept = state
                 if p.is_complex():
                     kept = {name: as_real(tensor) for name, tensor in state.items()}
-                write_update(number, kept, self.update(number, gradient, kept, group))
+                write_update(real, kept, self.update(real, as_real(p.grad), kept, group))
         return loss
 
 
@@ -67,37 +93,37 @@ def as_real(tensor: Tensor) -> Tensor:
 
 
 def write_update(p: Tensor, state: State, new: tuple[Tensor, State]) -> None:
-    """Put what an update gave into the tensors that it was made from."""
+    """Copy the result of an update into the parameter and its state."""
     p.copy_(new[0])
     for name, tensor in new[1].items():
         state[name].copy_(tensor)
 
 
 def tensors_of(state: Mapping[str, Any] | None) -> dict[str, Tensor]:
-    """The tensors of an optimizer's state of a parameter (SGD without momentum keeps a None)."""
+    """Return the tensors of the state of a parameter; SGD without momentum also keeps a None."""
     return {name: value for name, value in (state or {}).items() if isinstance(value, Tensor)}
 
 
 class PureUpdates:
-    """The updates of optimizers that do not bring their own, by class."""
+    """The pure updates of optimizers that are not a `PureOptimizer`, by class."""
 
     def __init__(self) -> None:
-        self.of: dict[type, PureUpdate] = {}
+        self._updates: dict[type, PureUpdate] = {}
 
     def register(self, optimizer: type[Optimizer], update: PureUpdate) -> None:
-        """Say what an optimizer's `step()` does with a parameter that has been through its first step."""
-        self.of[optimizer] = update
+        """Register the update that equals `step()` of an optimizer, after its first step."""
+        self._updates[optimizer] = update
 
     def find(self, optimizer: Optimizer) -> PureUpdate | None:
-        """Return the update of an optimizer as it is set, or None where only its `step()` will do."""
-        special = ("maximize", "differentiable", "capturable")
-        if any(group.get(name) for group in optimizer.param_groups for name in special):
-            return None
-        if any(p.is_complex() for group in optimizer.param_groups for p in group["params"]):
-            return None  # `step()` squares the real and imaginary parts, not the numbers
+        """Return the update of an optimizer with its settings, or None if it has no pure one."""
+        for group in optimizer.param_groups:
+            if any(group.get(name) for name in ("maximize", "differentiable", "capturable")):
+                return None
+            if any(p.is_complex() for p in group["params"]):
+                return None  # `step()` squares real and imaginary parts, not the complex numbers
         if isinstance(optimizer, PureOptimizer):
             return type(optimizer).update
-        return self.of.get(type(optimizer))
+        return self._updates.get(type(optimizer))
 
 
 pure_updates = PureUpdates()

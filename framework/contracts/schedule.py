@@ -1,4 +1,4 @@
-"""The contract of a schedule: the learning rate's factor as a function of the step."""
+"""The contract of a schedule: a factor on the learning rate for each step."""
 
 import math
 from collections.abc import Callable
@@ -12,24 +12,39 @@ from .state import Stateful
 
 
 class Schedule(Stateful):
-    """A function of the optimizer step; a plugin may also be a function (total_steps, ...) -> (step -> factor)."""
+    """Base of schedules with state. A schedule without state may be a function instead.
+
+    A registered function takes the number of steps and its settings, and returns the schedule:
+
+        @schedulers.register("line")
+        def line(total_steps: int, end: float = 0.0) -> Callable[[int], float]:
+            return lambda step: 1 + (end - 1) * step / total_steps
+    """
 
     def __call__(self, step: int) -> float:
-        """Return the factor on every group's learning rate for that step (0 is the first)."""
+        """Return the factor on the learning rate of each group for a step; the first step is 0."""
         raise NotImplementedError
 
     def observe(self, metrics: dict[str, float]) -> None:
-        """Take note of a validation's values, e.g. {"val/loss": 0.3}; only schedules that react need it."""
+        """Receive the values after each validation, for schedules that depend on them.
+
+        Args:
+            metrics: the last value of each logged scalar, such as {"val/loss": 0.3}.
+        """
 
 
 def observes(schedule: Any) -> bool:
-    """Whether a schedule, or a class of schedules, reacts to the values of validations."""
+    """Return whether a schedule, or a class of schedules, depends on values of validation."""
     kind = schedule if isinstance(schedule, type) else type(schedule)
     return issubclass(kind, Schedule) and kind.observe is not Schedule.observe
 
 
 def factor_of(schedule: Callable[[int], Any], step: int) -> float:
-    """Return a schedule's factor for a step. Raises SettingError for none from 0 to infinity."""
+    """Return the factor of a schedule for a step.
+
+    Raises:
+        SettingError: the factor is not a finite number of at least 0.
+    """
     factor = schedule(step)
     if type(factor) is float and 0.0 <= factor < math.inf:
         return factor
@@ -42,5 +57,5 @@ def factor_of(schedule: Callable[[int], Any], step: int) -> float:
     found = short(factor)
     if isinstance(factor, Tensor) and factor.ndim:
         found = f"a tensor of shape {tuple(factor.shape)}"
-    said = "expected a factor on the learning rate, a finite number from 0 on"
-    raise SettingError(f"schedule: {said}, got {found} for step {step}")
+    expected = "expected a factor on the learning rate (a finite number >= 0)"
+    raise SettingError(f"schedule: {expected}, got {found} for step {step}")

@@ -1,4 +1,4 @@
-"""Where a run stands, cadences (`every: 10steps | 1epoch | 5min`), and parts with state."""
+"""Progress of a run, cadences (10steps, 1epoch, 5min), and parts with state."""
 
 import copy
 import re
@@ -15,21 +15,20 @@ EVERY = r"\s*(?!0+(?:\.0*)?[a-z\s])(\d+(?:\.\d+)?)\s*(steps?|epochs?|s|sec|min|h
 Every = Annotated[str, Pattern(EVERY, "a cadence like 10steps, 1epoch or 5min")]
 SECONDS = {"s": 1.0, "sec": 1.0, "min": 60.0, "h": 3600.0}
 
-
-CALLBACK = "callback"  # what ends a run that was given only a text as its reason
+CALLBACK = "callback"  # `Stop.by` if a callback sets `state.stop` to a text
 
 
 @dataclass(frozen=True)
 class Stop:
-    """Why a run ends before its last step.
+    """The reason why a run ends before its last step.
 
     `str(stop)` is the text in status.json and at the terminal.
 
     Attributes:
-        by: the name of the callback that ends the run, such as "early_stop"; "callback" for one
-            that sets `state.stop` to a text, "signal" for a signal.
-        reason: a text for people; for a signal its name, such as "SIGTERM".
-        signal: the signal that ends the run, if it is one.
+        by: the name of the callback that ends the run, such as "early_stop"; "callback" if a
+            callback sets `state.stop` to a text, "signal" for a signal.
+        reason: a text for the user; for a signal its name, such as "SIGTERM".
+        signal: the signal that ends the run, or None.
     """
 
     by: str
@@ -47,17 +46,18 @@ class Stop:
 
 @dataclass
 class State:
-    """Counters of a run; they change only in the Trainer's loop.
+    """Counters of a run. Only the Trainer's loop changes them.
 
     Attributes:
         step: optimizer steps done.
         epoch: epochs done.
-        batch: batches done in the epoch under way.
+        batch: batches done in the current epoch.
         samples: training samples seen.
         total_steps: optimizer steps of the whole run.
         steps_per_epoch: optimizer steps of an epoch.
         metrics: the last value of every logged scalar, e.g. {"val/accuracy": 0.97}.
-        stop: why the run ends before its last step, or None; `trainer.stop` sets it.
+        started: the time when the run began, on the monotonic clock.
+        stop: the reason to end before the last step, or None; set by `trainer.stop`.
     """
 
     step: int = 0
@@ -72,34 +72,39 @@ class State:
 
     @property
     def stop(self) -> Stop | None:
+        """The reason to end before the last step, or None."""
         return self._stop
 
     @stop.setter
     def stop(self, stop: Stop | str | bool | None) -> None:
-        """Set it; a text, or another value such as True, becomes the reason of a Stop by "callback"."""
+        """Set the reason; a text or another value becomes that of a Stop by "callback"."""
         if stop is not None and not isinstance(stop, Stop):
             stop = Stop(CALLBACK, str(stop))
         self._stop = stop
 
     @property
     def wall_seconds(self) -> float:
-        """Seconds since the run began, without the time between being stopped and resumed."""
+        """Seconds since the run began, without the time between a stop and a resume."""
         return time.monotonic() - self.started
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run cannot derive, in plain types."""
-        counters = {name: getattr(self, name) for name in COUNTERS}
+        """Return the values that a resumed run cannot derive, as plain types."""
         return {
-            "counters": counters,
+            "counters": {name: getattr(self, name) for name in COUNTERS},
             "metrics": dict(self.metrics),
             "wall_seconds": self.wall_seconds,
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore a result of `state_dict`.
+
+        Raises:
+            SettingError: a counter is unknown or not a number of at least 0.
+        """
         for name, value in saved["counters"].items():
             if name not in COUNTERS or type(value) is not int or value < 0:
-                raise SettingError(f"resume: the counter {name} is {short(value)}")
+                expected = f"expected an int >= 0 for one of {', '.join(COUNTERS)}"
+                raise SettingError(f"resume: counter {name}={short(value)}: {expected}")
             setattr(self, name, value)
         self.metrics = {
             str(name): value
@@ -110,30 +115,40 @@ class State:
 
 
 class Cadence:
-    """Says when something is due: after every n steps, epochs or minutes (of a clock that never jumps).
+    """Tells when something is due: after every n steps, n epochs, or a time on a monotonic clock.
 
-    `setting` is what its owner calls it, for the SettingError that a text which is no cadence raises.
+    Args:
+        every: such as "10steps", "1epoch" or "5min".
+        setting: the name of the setting, for error messages.
+
+    Raises:
+        SettingError: `every` is not a cadence.
     """
 
     def __init__(self, every: str, setting: str = "every"):
         match = re.fullmatch(EVERY, every)
         if match is None or float(match[1]) <= 0:
-            raise SettingError(
-                f"{setting} should be a cadence like 10steps, 1epoch or 5min, not {every!r}"
-            )
+            expected = "expected a cadence like 10steps, 1epoch or 5min"
+            raise SettingError(f"{setting}: {expected}, got {every!r}")
         self.every = every
         self.unit = match[2].rstrip("s") if match[2] != "s" else "s"
         self.number = float(match[1])
         if self.unit in ("step", "epoch") and self.number != int(self.number):
-            raise SettingError(f"{setting} should be a whole number of {self.unit}s, not {every!r}")
+            expected = f"expected a whole number of {self.unit}s"
+            raise SettingError(f"{setting}: {expected}, got {every!r}")
         self._last = time.monotonic()
 
     def restart(self) -> None:
-        """Start the clock of a cadence in minutes anew."""
+        """Restart the clock of a cadence in minutes."""
         self._last = time.monotonic()
 
     def due(self, state: State, *, epoch_end: bool = False) -> bool:
-        """Whether it is time, asked once after each step (`epoch_end`: the step was the last of its epoch)."""
+        """Return whether it is due. Call it once after each step.
+
+        Args:
+            state: the counters after the step.
+            epoch_end: whether the step is the last one of its epoch.
+        """
         if self.unit == "step":
             return state.step % int(self.number) == 0
         if self.unit == "epoch":
@@ -149,23 +164,32 @@ class Stateful:
     """Base of parts that keep state during a fit: callbacks and schedules.
 
     When a fit starts, `reset` is called first, then `load_state_dict` if the fit resumes. Therefore
-    a second fit with the same objects equals a first one.
+    a second fit with the same objects gives the result of the first one.
+
+        class Average(Callback):
+            total = 0.0
+
+            def state_dict(self) -> dict[str, Any]:
+                return {"total": self.total}
+
+            def load_state_dict(self, state: dict[str, Any]) -> None:
+                self.total = state.get("total", 0.0)
     """
 
     _initial: dict[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint must keep, in plain types."""
+        """Return the state that a checkpoint must contain, as plain types and tensors."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore a result of `state_dict`; it is empty if the saved run had no such part."""
 
     def reset(self) -> None:
-        """Forget what an earlier fit left.
+        """Clear the state of an earlier fit.
 
-        The default restores the state of the first call with `load_state_dict`, and restarts each
-        `Cadence` among the attributes. Override it for state that `state_dict` does not return.
+        By default it loads the state that `state_dict` returned at the first call, and restarts
+        each attribute that is a `Cadence`. Override it for state that `state_dict` does not return.
         """
         for value in vars(self).values():
             if isinstance(value, Cadence):
@@ -178,5 +202,5 @@ class Stateful:
     def _state_before_first_fit(self) -> dict[str, Any]:
         try:
             return copy.deepcopy(self.state_dict())
-        except Exception:  # there is none before `on_fit_start`, which makes it anew in each fit
+        except Exception:  # the part has no state before `on_fit_start`, which creates it
             return {}

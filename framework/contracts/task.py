@@ -1,4 +1,13 @@
-"""The contract of a task: what one training step means, from a batch to a loss and to what metrics see."""
+"""The contract of a task, which computes the outputs and the loss of a batch.
+
+class Autoencoder(Task):
+    criterion = nn.MSELoss()
+
+    def step(self, model: nn.Module, batch: Batch) -> Step:
+        inputs, _ = batch
+        outputs = model(inputs)
+        return Step(self.criterion(outputs, inputs), outputs, inputs)
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -21,17 +30,21 @@ from .loss import (
     check_classes,
     check_first,
     check_scalar,
-    describe_outputs,
-    harmless,
-    loss_name,
     without_graph,
 )
+from .loss_properties import describe_outputs, loss_name
+from .loss_trials import trial_copy
 
 
 class Step(NamedTuple):
-    """What a task makes of a batch: the mean loss (a scalar with gradient), the outputs and the targets.
+    """The result of a task for a batch.
 
-    values: other means over the same items, logged by their names beside the loss (the parts of it, say).
+    Attributes:
+        loss: the mean loss, shape () with gradient.
+        outputs: of the model, for the metrics.
+        targets: in the form that the metrics take (see `Data.target`).
+        values: other means over the same items, logged by their names next to the loss; for
+            example the terms of a sum.
     """
 
     loss: Tensor
@@ -40,15 +53,18 @@ class Step(NamedTuple):
     values: Mapping[str, Tensor] = MappingProxyType({})
 
     def detach(self) -> "Step":
-        """Return it without the graph of its gradients."""
+        """Return the same values without their autograd graph."""
         values = {name: value.detach() for name, value in self.values.items()}
         return Step(self.loss.detach(), tree_map(without_graph, self.outputs), self.targets, values)
 
 
 class Phase(NamedTuple):
-    """A part of a training step with an update of its own.
+    """A part of a training step with its own update, such as that of a generator.
 
-    moves: patterns of the names of the parameters that it moves ("generator.*"); the others get no gradient in it.
+    Attributes:
+        name: the name, which `Task.phase` receives.
+        moves: patterns of the names of the parameters that it updates, such as "generator.*". The
+            other parameters get no gradient.
     """
 
     name: str
@@ -56,62 +72,96 @@ class Phase(NamedTuple):
 
 
 class Task:
-    """One step in four questions. `criterion` is the loss module, if the task has one."""
+    """Base of all tasks. Only `step` must be overridden.
+
+    Attributes:
+        criterion: the loss module, which is moved to the device; None without one.
+        phases: the phases of a training step, in order; empty for one update of all parameters.
+        splits_batches: whether the loss of a batch is the mean of the losses of its parts, so that
+            `micro_batch` may split it.
+        all_kept: whether it is known that the loss ignores no target of the current batches.
+    """
 
     criterion: nn.Module | None = None
     phases: Sequence[Phase] = ()
-    """What a training step consists of, in this order, where one update of all parameters will not do."""
     splits_batches: bool = True
-    """Whether the loss of a batch is the mean of the losses of its parts (see `micro_batch`)."""
     all_kept: bool = False
-    """Whether it is known of the batches being read that the loss ignores none of their targets."""
 
     def step(self, model: nn.Module, batch: Batch) -> Step:
-        """Run the model on a batch (already on the model's device) and return the mean loss."""
+        """Return the mean loss, outputs and targets of a batch.
+
+        Args:
+            model: the model, or a compiled function that computes the same.
+            batch: tensors on the device of the model; the first one holds the inputs.
+        """
         raise NotImplementedError
 
     def phase(self, name: str, model: nn.Module, batch: Batch) -> Step:
-        """Do what `step` does, in the phase of that name; `step` itself is then for evaluation alone."""
+        """Return the result of `step` for one of the `phases`; `step` is then for evaluation."""
         raise NotImplementedError
 
     def count(self, batch: Batch) -> int | Tensor:
-        """Return over how many items `step` averages the loss, which weights unequal batches exactly.
+        """Return the number of items that the mean loss of `step` is over; by default the samples.
 
-        A batch of 0 items adds nothing to a step or a mean. A step without any item has gradients of 0:
-        the optimizer makes an update with them.
+        Batches of unequal size are weighted by it. A batch of 0 items contributes nothing. A step
+        without any item has gradients of 0, with which the optimizer makes an update.
         """
         return len(batch[0])
 
     def predict(self, outputs: Tensor) -> dict[str, Any]:
-        """Return predictions for people: columns by name, each a tensor or list with one item a row."""
+        """Return readable predictions.
+
+        Args:
+            outputs: of the model, shape (samples, ...).
+
+        Returns:
+            Columns by name, each a tensor or a list with one item for each sample.
+        """
         return {"output": outputs}
 
     def check(self, data: Data) -> None:
-        """Raise DataError when the data has not the targets that this task needs."""
+        """Check that the data has the targets that this task needs.
+
+        Raises:
+            DataError: it has not.
+        """
 
     def know_targets(self, targets: Sequence[Tensor] | None) -> None:
-        """Take note of all targets of the batches to come, or None where they are not in memory.
+        """Receive all targets of the batches that follow, so that a task may set `all_kept`.
 
-        A task may find out here, once, that none of them is ignored.
+        Args:
+            targets: a tensor for each split, or None if they are not in memory.
         """
 
     def check_first(self, step: Step) -> None:
-        """Raise DataError for what shows in the first step of a fit or an evaluation.
+        """Check the first step of a fit or an evaluation; the check may read the device.
 
-        It may read the device.
+        Raises:
+            DataError: the outputs and targets do not fit the loss.
         """
 
     def targets_of(self, data: Data) -> tuple[Target, Shape]:
-        """Return the kind of the targets that `step` gives, and the shape of an output of the model."""
+        """Return the kind of the targets that `step` returns, and the shape of an output.
+
+        Args:
+            data: the data set.
+
+        Returns:
+            The kind (see `Data.target`), and the shape of the model's output for one sample.
+        """
         return data.target, tuple(data.out_shape)
 
     def check_model(self, model: nn.Module) -> None:
-        """Raise BuildError when the model has not the parts that this task calls."""
+        """Check that the model has the methods and modules that this task calls.
+
+        Raises:
+            BuildError: it has not.
+        """
 
 
 @runtime_checkable
 class TextTask(Protocol):
-    """A task whose model continues a text, as `framework predict --prompt` asks for."""
+    """A task whose model continues a text, for `framework predict --prompt`."""
 
     def generate(
         self,
@@ -120,50 +170,67 @@ class TextTask(Protocol):
         context: int,
         **sampling: Any,
     ) -> list[int]:
-        """Return the tokens after some.
+        """Return the tokens that continue a text.
 
         Args:
-            tokens: of the text to continue, shape (length,).
-            context: the most tokens that the model takes.
-            sampling: how to draw, such as `length` and `temperature`.
+            model: the model.
+            tokens: the text to continue, shape (length,).
+            context: the maximum number of tokens that the model takes.
+            sampling: settings of the sampling, such as `length` and `temperature`.
         """
 
 
 @runtime_checkable
 class PictureTask(Protocol):
-    """A task that shows what its model makes, for the callback `pictures`."""
+    """A task that shows outputs of its model as images, for the callback `pictures`."""
 
     def pictures(self, model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
-        """Return rows of the inputs' shape, by tag; generated inputs by the tag "samples"."""
+        """Return images by tag; the tag "samples" is for generated ones.
+
+        Args:
+            model: the model.
+            inputs: shape (samples, *in_shape).
+
+        Returns:
+            Rows of images, each a tensor of the shape of the inputs.
+        """
 
 
 def inputs_and_targets(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the two tensors of a batch. Raises DataError when there are more or fewer."""
+    """Return the two tensors of a batch.
+
+    Raises:
+        DataError: the batch has more or fewer tensors.
+    """
     if len(batch) != 2:
         raise DataError(
-            f"a batch has {len(batch)} tensors; this task takes (inputs, targets): write a Task, whose "
-            "`step` may take any number of tensors"
+            f"a batch has {len(batch)} tensors, but this task takes (inputs, targets): write a "
+            "Task, whose `step` may take any number of tensors"
         )
     return batch[0], batch[1]
 
 
 def check_tensor_output(model: nn.Module, outputs: Any) -> None:
-    """Raise DataError when a model returns more, or something else, than one tensor."""
+    """Check that a model returns one tensor.
+
+    Raises:
+        DataError: it returns several tensors or another type.
+    """
     if not isinstance(outputs, Tensor):
         name = type(model).__name__
-        what = describe_outputs(outputs)
-        raise DataError(f"the model {name} returns {what}: this task takes one tensor")
+        got = describe_outputs(outputs)
+        raise DataError(f"the model {name} returns {got}, but this task takes one tensor")
 
 
 class LossTask(Task):
-    """The simplest task: a loss of (outputs, targets), as `nn.CrossEntropyLoss()` or any function.
+    """The task of a loss of (outputs, targets), such as `nn.CrossEntropyLoss()` or a function.
 
-    For the losses of torch, as modules or functions, what the mean is over is known: class weights,
-    ignored targets, the number of values. Targets are reshaped to the outputs, and class indices
-    converted, where that is safe. Any other function is called once with a few samples: where it calls
-    `F.cross_entropy` with the targets, its mean is that of the cross entropy. Otherwise its mean must be
-    over all numbers of the targets, or it must have an attribute `count`: a function of the targets that
-    returns how many items its mean is over.
+    For losses of torch (modules and functions) the items of the mean are known: class weights,
+    ignored targets, or all numbers of the targets. Targets are reshaped to the outputs and class
+    indices are converted where that is safe. Another function is called with a few samples: if it
+    calls `F.cross_entropy` with the targets, its mean is that of the cross entropy. Otherwise its
+    mean must be over all numbers of the targets, or the function must have an attribute `count`, a
+    function of the targets that returns the number of items.
     """
 
     def __init__(self, loss: Callable[[Any, Tensor], Tensor]):
@@ -172,35 +239,39 @@ class LossTask(Task):
         self.loss = loss
         self.criterion = loss if isinstance(loss, nn.Module) else None
         self.mean = Mean.of(loss)
-        self.watched = (
-            harmless(loss) is None
-        )  # no copy of it can be tried, so that its real calls are checked
+        # `check_first` cannot try a loss that may have side effects: each call is checked instead.
+        self.checks_each_call = trial_copy(loss) is None
 
     def step(self, model: nn.Module, batch: Batch) -> Step:
+        """Return the loss of the model's outputs and the targets."""
         inputs, targets = inputs_and_targets(batch)
         outputs = model(inputs)
         targets = self.mean.fit(self.loss, outputs, targets)
         function = self.loss
-        if self.watched and not torch.compiler.is_compiling():
+        if self.checks_each_call and not torch.compiler.is_compiling():
             function = partial(call_aligned, f"the loss {loss_name(self.loss)}", self.loss)
         loss = self.mean.call(function, outputs, targets, self.all_kept)
         check_scalar(self.loss, loss)
         return Step(loss, outputs, self.mean.shown(targets, self.all_kept))
 
     def count(self, batch: Batch) -> int | Tensor:
+        """Return the number of items that the mean of the loss is over."""
         if type(self).step is not LossTask.step and len(batch) != 2:
             return len(batch[0])
         return self.mean.count(self.loss, inputs_and_targets(batch)[1], self.all_kept)
 
     def know_targets(self, targets: Sequence[Tensor] | None) -> None:
+        """Find out whether the loss ignores none of the targets."""
         self.all_kept = self.mean.none_ignored(targets)
 
     def check(self, data: Data) -> None:
+        """Check class indices in memory, and let a loss that depends on the data read it."""
         if self.mean.form == "classes" and data.target == "class" and hasattr(data, "out_shape"):
             check_classes(data, self.mean.ignored)
         if isinstance(self.loss, DataDependentLoss):
             self.loss.learn(data)
 
     def check_first(self, step: Step) -> None:
+        """Check that the loss is a mean, and that it broadcasts nothing along the wrong axis."""
         if not self.mean.certain:
             check_first(self.loss, step.outputs, step.targets)

@@ -1,4 +1,4 @@
-"""The contract of a transform: a training batch in, a training batch out, on the device."""
+"""The contract of a transform, which changes training batches on the device."""
 
 from __future__ import annotations
 
@@ -8,59 +8,69 @@ import torch
 
 from framework.data.dataset import Batch
 from framework.errors import SettingError, short
-from framework.runtime.device import channels_last
 from framework.runtime.memory import versions
+from framework.runtime.memory_format import channels_last
 
 from .callback import Callback
 
 
 class Transform(Callback):
-    """Base of all transforms: each is called with every training batch, before the model sees it.
+    """Base of all transforms, which are called with each training batch before the model.
 
-    What is random is drawn from torch's global generators, whose state is in checkpoints: a resumed run draws what it
-    would have drawn. Validation and test never see one. It is a callback, and may keep state and listen to
-    events: a Trainer takes it among its callbacks.
+    Random numbers come from torch's global generators, whose state is in checkpoints: a resumed run
+    draws the same numbers. Batches of validation and test are not transformed. A transform is a
+    callback: it may keep state and listen to events, and a Trainer takes it among its callbacks.
+
+        class Noise(Transform):
+            def __call__(self, batch: Batch) -> Batch:
+                inputs, *others = batch
+                return inputs + 0.1 * torch.randn_like(inputs), *others
     """
 
     def __call__(self, batch: Batch) -> Batch:
-        """Return a changed batch, in new tensors; those of the given batch stay as they are.
+        """Return a changed batch in new tensors.
 
-        They may belong to the data set.
+        Args:
+            batch: tensors of shape (samples, ...) on the device. They must not be changed, since
+                they may belong to the data set.
         """
         raise NotImplementedError
 
 
 def transforms_of(callbacks: Sequence[Callback]) -> list[Transform]:
-    """Return those of the callbacks that are transforms."""
+    """Return the callbacks that are transforms."""
     return [callback for callback in callbacks if isinstance(callback, Transform)]
 
 
 def transformed_all(batches: Sequence[Batch], transforms: Sequence[Transform]) -> list[Batch]:
     """Return the batches of a step after all transforms.
 
-    Raises SettingError where one of them was changed by the transforms of a later one.
+    Raises:
+        SettingError: the transforms of one batch have changed the tensors of an earlier one.
     """
-    made = [transformed(batches[0], transforms)]
+    results = [transformed(batches[0], transforms)]
     for batch in batches[1:]:
-        last = made[-1]
+        last = results[-1]
         before = versions([last])
-        made.append(transformed(batch, transforms))
-        for old, new, version in zip(last, made[-1], before, strict=False):
+        results.append(transformed(batch, transforms))
+        for old, new, version in zip(last, results[-1], before, strict=False):
             if old.data_ptr() == new.data_ptr() and versions([(old,)]) != [version]:
                 names = ", ".join(type(transform).__name__ for transform in transforms)
-                said = "one writes into the batch that it returned before"
-                raise SettingError(f"transforms={names}: {said}; expected new tensors")
-    return made
+                problem = "a transform writes into the batch that it returned before"
+                raise SettingError(f"transforms={names}: {problem}; expected new tensors")
+    return results
 
 
 @torch.no_grad()
 def transformed(batch: Batch, transforms: Sequence[Transform]) -> Batch:
-    """Return a batch after all transforms, in their order; images that were in the format channels last still are."""
-    pixels_whole = batch[0].stride()[1:2] == (1,)
+    """Return a batch after all transforms, in order; images in channels-last format keep it."""
+    is_channels_last = batch[0].stride()[1:2] == (1,)
     for transform in transforms:
         batch = transform(batch)
         if not isinstance(batch, tuple | list):
             name = type(transform).__name__
             expected = "expected a batch (a tuple of tensors)"
             raise SettingError(f"the transform {name}: {expected}, got {short(batch)}")
-    return (channels_last(batch[0]), *batch[1:]) if pixels_whole else batch
+    if is_channels_last:
+        batch = (channels_last(batch[0]), *batch[1:])
+    return batch

@@ -1,7 +1,7 @@
-"""From whatever a person has (a Data, a split, a DataLoader) to batches, and from batches to steps."""
+"""From the sources of data that `fit` accepts to batches, and from batches to training steps."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ from torch.utils.data import (
 
 from framework.errors import DataError
 
-from .dataset import Batch, Data, ForeignLoader, Loader, Split, as_batch, known_length
+from .dataset import Batch, Data, ForeignLoader, Loader, Split, known_length
+from .workers import as_batch
 
 Batches = Loader | ForeignLoader
 RANDOM_SAMPLERS = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
@@ -29,7 +30,18 @@ Keep = Callable[[Batch], Batch]
 def as_batches(
     source: Source, batch_size: int, *, shuffle: bool, seed: int, device: torch.device
 ) -> Batches:
-    """Return a reader of the source's batches; it reads for the device. Raises DataError for a whole Data."""
+    """Return a loader of the batches of a source.
+
+    Args:
+        source: a split, a loader, or an iterable of batches.
+        batch_size: samples per batch, for a split.
+        shuffle: whether to shuffle a split.
+        seed: the seed of the order of a split.
+        device: the device to read for.
+
+    Raises:
+        DataError: the source is a `Data`, which has several splits.
+    """
     if isinstance(source, Data):
         raise DataError(
             f"{type(source).__name__} has several splits: pass one of them, such as `data.test`"
@@ -37,15 +49,17 @@ def as_batches(
     if isinstance(source, IterableDataset):  # torch gives it a `__getitem__` that only raises
         source = DataLoader(source, batch_size=batch_size)
     elif is_map_style(source):
-        source = Loader(source, batch_size, batch_size, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
-    ours = isinstance(source, Loader | ForeignLoader)
-    return (source if ours else ForeignLoader(source)).to(device)  # type: ignore[arg-type, union-attr]
+        source = Loader(source, batch_size, batch_size, shuffle=shuffle, seed=seed)
+    if isinstance(source, Loader | ForeignLoader):
+        return source.to(device)
+    return ForeignLoader(source).to(device)  # type: ignore[arg-type]
 
 
-def is_map_style(source: Any) -> bool:
-    """Return whether a source is read sample by sample; a list or tuple is one of batches.
+def is_map_style(source: Any) -> TypeGuard[Split]:
+    """Return whether a source consists of samples; a list or tuple consists of batches.
 
-    Raises DataError for a data set of torch's without a length.
+    Raises:
+        DataError: a data set of torch without a length.
     """
     if isinstance(source, list | tuple) or not hasattr(source, "__getitem__"):
         return False
@@ -57,21 +71,24 @@ def is_map_style(source: Any) -> bool:
     return False
 
 
-def known_targets(*several: Batches) -> list[Tensor] | None:
-    """Return all targets of batches (inputs, targets), or None where these are not in memory."""
-    found: list[Tensor] = []
-    for batches in several:
-        held = batches_in_memory(batches)
-        if held is None or any(len(batch) != 2 for batch in held):
+def known_targets(*loaders: Batches) -> list[Tensor] | None:
+    """Return all targets of loaders of (inputs, targets); None if not all are in memory."""
+    targets: list[Tensor] = []
+    for loader in loaders:
+        batches = batches_in_memory(loader)
+        if batches is None:
             return None
-        found += [batch[1] for batch in held]
-    return found
+        for batch in batches:
+            if len(batch) != 2:
+                return None
+            targets.append(batch[1])
+    return targets
 
 
 def batches_in_memory(batches: Batches) -> Sequence[Batch] | None:
-    """Return tensors that hold all that is read.
+    """Return batches with all samples of a loader, or None if they are not known to be in memory.
 
-    That is known of a split, a list of batches and a DataLoader over a TensorDataset.
+    They are known for a split, a list of batches and a DataLoader over a TensorDataset.
     """
     if isinstance(batches, Loader):
         return None if batches.tensors is None else [tuple(batches.tensors)]
@@ -84,7 +101,16 @@ def batches_in_memory(batches: Batches) -> Sequence[Batch] | None:
 
 
 def count_steps(batches: Batches, accumulate: int, what: str = "training") -> int:
-    """Return the optimizer steps of an epoch; 0 when they cannot be counted beforehand. Raises DataError for none."""
+    """Return the number of optimizer steps of an epoch; 0 if it is not known in advance.
+
+    Args:
+        batches: the loader.
+        accumulate: batches per step.
+        what: the name of the data for the message.
+
+    Raises:
+        DataError: the loader has no batch.
+    """
     count = known_length(batches)
     if count is None:
         return 0
@@ -95,7 +121,7 @@ def count_steps(batches: Batches, accumulate: int, what: str = "training") -> in
 
 
 def count_total(steps_per_epoch: int, max_epochs: int | None, max_steps: int | None) -> int:
-    """Return the optimizer steps of a whole run, whichever limit comes first; 0 when that is not known."""
+    """Return the number of optimizer steps of a run by its first limit; 0 if it is not known."""
     limits = [] if max_steps is None else [max_steps]
     if max_epochs is not None and steps_per_epoch:
         limits.append(max_epochs * steps_per_epoch)
@@ -103,56 +129,61 @@ def count_total(steps_per_epoch: int, max_epochs: int | None, max_steps: int | N
 
 
 def other_order(batches: Batches, in_epoch: bool) -> str | None:
-    """Return why a resumed fit reads other batches than an uninterrupted one, or None.
+    """Return the reason why a resumed fit reads other batches than an uninterrupted one, or None.
 
-    Only the samplers of torch are known; any other iterable is taken to have a fixed order.
+    Only the samplers of torch are known; any other iterable is expected to have a fixed order.
 
     Args:
-        in_epoch: the saved fit stopped inside an epoch.
+        batches: the loader of the resumed fit.
+        in_epoch: whether the saved fit stopped inside an epoch.
     """
     loader = batches.batches if isinstance(batches, ForeignLoader) else None
     if not isinstance(loader, DataLoader):
         return None
     samplers = [loader.sampler, getattr(loader.batch_sampler, "sampler", None)]
-    random = [each for each in samplers if isinstance(each, RANDOM_SAMPLERS)]
-    if any(each.generator is not None for each in random):
+    random = [sampler for sampler in samplers if isinstance(sampler, RANDOM_SAMPLERS)]
+    if any(sampler.generator is not None for sampler in random):
         return "the DataLoader shuffles with a generator of its own, whose state is not saved"
     if random and in_epoch:
         return "it stopped inside an epoch, and the DataLoader shuffles the rest in another order"
     return None
 
 
-def as_it_is(batch: Batch) -> Batch:
+def unchanged(batch: Batch) -> Batch:
+    """Return the batch itself."""
     return batch
 
 
 def steps(
-    batches: Iterable[Batch], accumulate: int, steps_left: int, keep: Keep = as_it_is
+    batches: Iterable[Batch], accumulate: int, steps_left: int, keep: Keep = unchanged
 ) -> Iterator[tuple[list[Batch], bool]]:
-    """Yield the micro-batches of each step, and whether the step is the last of its epoch.
+    """Yield the micro-batches of each step, and whether the step is the last one of its epoch.
 
     Args:
         batches: the batches of the epoch; each may be overwritten when the next one is read.
-        accumulate: batches of a step.
-        steps_left: how many steps there will be, or 0 when that is not known; then a step is held
-            back until the next is there.
-        keep: makes a batch last until after the next one is read (`Loader.keep`).
+        accumulate: batches per step.
+        steps_left: the number of steps, or 0 if it is not known; then a step is yielded only after
+            the next one is read.
+        keep: makes a batch stay valid after the next one is read (`Loader.keep`).
     """
-    held: list[Batch] | None = None
+    previous: list[Batch] | None = None
     for number, window in enumerate(windows(batches, accumulate, keep), 1):
         if steps_left:
             yield window, number == steps_left
             continue
         kept = [*window[:-1], keep(window[-1])]  # before a validation may read the same loader
-        if held is not None:
-            yield held, False
-        held = kept
-    if held is not None:
-        yield held, True
+        if previous is not None:
+            yield previous, False
+        previous = kept
+    if previous is not None:
+        yield previous, True
 
 
-def windows(batches: Iterable[Batch], size: int, keep: Keep = as_it_is) -> Iterator[list[Batch]]:
-    """Yield lists of `size` batches; the last may be shorter. All but its last batch are kept."""
+def windows(batches: Iterable[Batch], size: int, keep: Keep = unchanged) -> Iterator[list[Batch]]:
+    """Yield lists of `size` batches; the last list may be shorter.
+
+    `keep` is called for all batches of a list but the last one.
+    """
     window: list[Batch] = []
     for batch in batches:
         if len(window) + 1 < size:

@@ -1,4 +1,7 @@
-"""The content of a data set as a digest: equal digests are equal samples in the same order, wherever the files lie."""
+"""Digests of the content of data sets.
+
+Equal digests stand for equal samples in the same order, at any path.
+"""
 
 from __future__ import annotations
 
@@ -18,28 +21,31 @@ from .dataset import Data, splits_of
 
 CHUNK_BYTES = 2**25
 READ_BYTES = 2**20
-MOST_FILE_BYTES = (
-    2**30
-)  # of the files of a split; reading more would delay the start by many seconds
-READERS = 8  # threads: a network disk answers several at once
-OWN = {TensorDataset: ("tensors",), Subset: ("indices", "dataset"), ConcatDataset: ("datasets",)}
-"""torch's data sets, and the attributes that hold what their samples are made of."""
+MOST_FILE_BYTES = 2**30  # of a split; reading more would delay the start by many seconds
+READERS = 8  # threads: a network disk serves several at once
+FILES_PER_TASK = 64
+CONTENT_ATTRIBUTES = {
+    TensorDataset: ("tensors",),
+    Subset: ("indices", "dataset"),
+    ConcatDataset: ("datasets",),
+}
+"""The attributes of torch's data sets that determine their samples."""
 
 
 def digests_of(data: Data) -> dict[str, str | None]:
-    """Return a digest of the content of each split; None for one whose content is not known.
+    """Return the digest of each split; None for a split with unknown content.
 
-    They are computed once for a data set, which all trials of a sweep may share.
+    They are computed once for a data set, which the trials of a sweep may share.
     """
-    known = vars(data).get("_digests")
-    if known is None:
-        known = {name: digest_of(split) for name, split in splits_of(data).items()}
-        data._digests = known  # type: ignore[attr-defined]
-    return known
+    digests: dict[str, str | None] | None = vars(data).get("_digests")
+    if digests is None:
+        digests = {name: digest_of(split) for name, split in splits_of(data).items()}
+        data._digests = digests  # type: ignore[attr-defined]
+    return digests
 
 
 def digest_of(split: Any) -> str | None:
-    """Return a digest of all that the samples of a split are made of, in their order; None if it is not known."""
+    """Return the digest of the content of a split in its order; None if it is not known."""
     try:
         with ThreadPoolExecutor(READERS) as pool:
             digest = hashlib.sha256()
@@ -51,12 +57,12 @@ def digest_of(split: Any) -> str | None:
 
 
 class UnknownContent(Exception):
-    """A split does not tell what its samples are made of, or that is too much to be read."""
+    """The content of a split is not known, or too large to read."""
 
 
 def parts_of(split: Any) -> Any:
-    """Return what the samples of a split are made of (its `content()`, or attributes of torch's own data sets)."""
-    names = OWN.get(type(split), ())
+    """Return the content of a split: its `content()`, or attributes of a data set of torch."""
+    names = CONTENT_ATTRIBUTES.get(type(split), ())
     if len(names) == 1:
         return getattr(split, names[0])
     if names:
@@ -65,7 +71,7 @@ def parts_of(split: Any) -> Any:
         if "content" in vars(kind):
             return split.content()
         if {"__getitem__", "__getitems__", "gather"} & vars(kind).keys():
-            break  # it reads samples in its own way, of which an inherited `content` does not know
+            break  # an inherited `content` does not describe these samples
     raise UnknownContent(type(split).__name__)
 
 
@@ -77,11 +83,7 @@ def pieces(value: Any, pool: ThreadPoolExecutor) -> Iterator[bytes]:
     elif value is None or isinstance(value, bool | int | float | str | bytes):
         text = repr(value).encode()
         yield b"%s %d " % (type(value).__name__.encode(), len(text)) + text
-    elif (
-        isinstance(value, list | tuple | range)
-        and value
-        and all(isinstance(each, Path) for each in value)
-    ):
+    elif is_list_of_paths(value):
         yield f"files {len(value)} ".encode()
         yield from hashes_of_files(value, pool)
     elif isinstance(value, Path):
@@ -90,49 +92,61 @@ def pieces(value: Any, pool: ThreadPoolExecutor) -> Iterator[bytes]:
         yield from pieces([list(pair) for pair in value.items()], pool)
     elif isinstance(value, list | tuple | range):
         yield f"list {len(value)} ".encode()
-        for each in value:
-            yield from pieces(each, pool)
+        for item in value:
+            yield from pieces(item, pool)
     else:
         yield from pieces(parts_of(value), pool)
 
 
+def is_list_of_paths(value: Any) -> bool:
+    """Return whether a value is a list or tuple of paths that is not empty."""
+    if not isinstance(value, list | tuple) or not value:
+        return False
+    return all(isinstance(item, Path) for item in value)
+
+
 def chunks(tensor: Tensor) -> Iterator[memoryview]:
-    """Yield the bytes of a tensor in pieces."""
+    """Yield the bytes of a tensor in chunks of about CHUNK_BYTES."""
     if tensor.layout is not torch.strided or tensor.is_quantized:
         raise UnknownContent(f"a tensor of layout {tensor.layout}")
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    for piece in flat.split(max(CHUNK_BYTES // max(flat.element_size(), 1), 1)):
-        yield memoryview(piece.view(torch.uint8).numpy())
+    for chunk in torch.split(flat, max(CHUNK_BYTES // max(flat.element_size(), 1), 1)):
+        numbers: Any = chunk.view(torch.uint8).numpy()
+        yield memoryview(numbers)
 
 
 def hash_of_chunk(chunk: memoryview) -> bytes:
+    """Return the hash of some bytes."""
     return hashlib.sha256(chunk).digest()
 
 
 def hashes_of_files(files: Iterable[Any], pool: ThreadPoolExecutor) -> Iterator[bytes]:
-    """Yield a digest of the content of each file. Raises UnknownContent if they are too large."""
+    """Yield the hash of each file. Raises UnknownContent if the files are too large."""
     names = [os.fspath(file) for file in files]
     if sum(pool.map(os.path.getsize, names, chunksize=256)) > MOST_FILE_BYTES:
         raise UnknownContent(f"more than {MOST_FILE_BYTES:,} bytes of files")
-    groups = [names[start : start + 64] for start in range(0, len(names), 64)]
-    for group in pool.map(hashes_of_group, groups):
-        yield from group
+    starts = range(0, len(names), FILES_PER_TASK)
+    groups = [names[start : start + FILES_PER_TASK] for start in starts]
+    for hashes in pool.map(hashes_of_group, groups):
+        yield from hashes
 
 
 def hashes_of_group(names: list[str]) -> list[bytes]:
-    found = []
+    """Return the hash of each file. Raises UnknownContent for a file that is not regular."""
+    hashes = []
     for name in names:
         descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise UnknownContent(f"{name} is not a regular file")
-            found.append(hash_of_file(descriptor))
+            hashes.append(hash_of_file(descriptor))
         finally:
             os.close(descriptor)
-    return found
+    return hashes
 
 
 def hash_of_file(descriptor: int) -> bytes:
+    """Return the hash of an open file."""
     digest = hashlib.sha256()
     while data := os.read(descriptor, READ_BYTES):
         digest.update(data)

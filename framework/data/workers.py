@@ -1,4 +1,4 @@
-"""Reading the samples of a split that is not in memory, in this process or in others, the same in all of them."""
+"""Reads the samples of a split that is not in memory, in this process or in workers."""
 
 import errno
 import multiprocessing
@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from copy import copy
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,112 +21,150 @@ from framework.errors import DataError, FrameworkError
 from framework.errors.user_code import describe, reason_of
 from framework.runtime import seeds
 from framework.runtime.batch import Batch
-from framework.runtime.torch_internals.data_workers import abandon, defer_deaths, shut_down
+from framework.runtime.torch_internals.data_workers import (
+    defer_deaths,
+    mark_shut_down,
+    shut_down,
+)
 from framework.system.signals import ENDING, end_with_parent
 
 MEMORY = "loader.read=memory"
-SHARED = Path("/dev/shm")  # where batches of worker processes lie
-TO_ALL = ENDING  # what a scheduler, or Ctrl-C, sends to every process of a run
+SHARED_MEMORY = Path("/dev/shm")  # contains the batches of workers
+NOTHING = -1  # in place of an index: nothing is being read
+CACHE_BATCH = 64  # samples that are read at once into memory
 
 
 class Split(Protocol):
-    """What a split must have; any map-style torch Dataset does."""
+    """The methods of a split; any map-style torch Dataset has them."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: Any, /) -> Any: ...
 
 
+class Read(NamedTuple):
+    """The result of reading one batch.
+
+    Attributes:
+        batch: a list of samples, and after `collate` a batch; or an error in its place.
+        skipped: the errors of the samples that were skipped.
+    """
+
+    batch: Any
+    skipped: list[str]
+
+
 class IndexBatches(torch.utils.data.Sampler[list[int]]):
-    """An epoch's indices in batches, as lists, which DataLoader wants; made one at a time."""
+    """The indices of an epoch as one list per batch, as DataLoader needs them."""
 
     def __init__(self, indices: Tensor, batch_size: int):
-        self.indices, self.batch_size = indices, batch_size
+        self.indices = indices
+        self.batch_size = batch_size
 
     def __len__(self) -> int:
         return -(-len(self.indices) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        return (chunk.tolist() for chunk in self.indices.split(self.batch_size) if len(chunk))
+        for chunk in torch.split(self.indices, self.batch_size):
+            if len(chunk):  # torch.split returns one empty chunk for no indices
+                yield chunk.tolist()
 
 
-Read = tuple[Any, list[str]]
-"""What was read for a batch (samples, then a batch; or the error that it came to), and which samples were left out."""
+class SeededSamples(torch.utils.data.Dataset[Any]):
+    """A split whose samples are each read with their own state of the global random generators.
 
+    So a sample is the same in each process. An error is returned in place of the batch, since torch
+    would wrap it in the text of a worker's traceback.
 
-class SeededSamples(torch.utils.data.Dataset):
-    """A split whose samples are each read under random generators of their own, in whatever process that is.
+    A split with `__getitems__` (from a list of indices to a list of samples) reads a whole batch in
+    one call. The result is used only if the global generators of Python, NumPy and torch have not
+    moved. Otherwise this batch and the rest of the epoch are read sample by sample. So is a batch
+    with an error, to name the sample.
 
-    A split with `__getitems__` (a list of indices to a list of samples) is asked for a whole batch at once. What that
-    gives is taken only if Python's, NumPy's and torch's global generators have not moved: else the samples are read one
-    by one, each under its own, and so for the rest of the epoch. So it is where one of them cannot be read, to name it.
+    Args:
+        split: the split to read.
+        seed: the seed of the epoch.
+        skip: whether to skip a sample that cannot be read.
+        workers: number of workers.
 
-    skip: leave out a sample that cannot be read. An error comes back in place of the batch: torch would wrap it in the
-    text of a worker's traceback. `reading` says which sample each worker is at, -1 for none, -2 - i for a whole batch
-    that begins with sample i: a dead one cannot tell.
+    Attributes:
+        reading_sample: for each worker, the index of the sample that it is reading, or NOTHING.
+        reading_batch: for each worker, the first index of the batch that it is reading in one call,
+            or NOTHING. Both are in shared memory: they name the sample if a worker dies or hangs.
     """
 
     def __init__(self, split: Split, seed: int, skip: bool = False, workers: int = 0):
-        self.split, self.seed, self.skip = split, seed, skip
-        self.at_once: Callable[[list[int]], Iterable[Any]] | None = getattr(
-            split, "__getitems__", None
-        )
-        self.reading = multiprocessing.Array("q", [-1] * max(workers, 1), lock=False)
+        self.split = split
+        self.seed = seed
+        self.skip = skip
+        self.get_samples: Callable[[list[int]], Iterable[Any]] | None = None
+        self.get_samples = getattr(split, "__getitems__", None)
+        initial = [NOTHING] * max(workers, 1)
+        self.reading_sample = multiprocessing.Array("q", initial, lock=False)
+        self.reading_batch = multiprocessing.Array("q", initial, lock=False)
 
     def __len__(self) -> int:
         return len(self.split)
 
     def __getitems__(self, indices: list[int]) -> Read:
+        """Read the samples of a batch; torch's DataLoader calls this."""
         worker = torch.utils.data.get_worker_info()
         if worker:
-            return self.read_all(indices, worker.id)
+            return self.read_batch(indices, worker.id)
         with seeds.undisturbed():
-            return self.read_all(indices, 0)
+            return self.read_batch(indices, 0)
 
-    def read_all(self, indices: list[int], worker: int) -> Read:
+    def read_batch(self, indices: list[int], worker: int) -> Read:
+        """Read the samples of a batch, in one call if the split supports it."""
         at_once = self.read_at_once(indices, worker)
         if isinstance(at_once, list):
-            return at_once, []
+            return Read(at_once, [])
         samples: list[Any] = []
-        left_out: list[str] = []
+        errors: list[str] = []
         for index in indices:
-            self.reading[worker] = index
+            self.reading_sample[worker] = index
             try:
-                samples.append(self.read(index))
+                samples.append(self.read_sample(index))
             except FrameworkError as error:
                 if not self.skip:
-                    return error, []
-                left_out.append(str(error))
-        self.reading[worker] = -1
+                    return Read(error, [])
+                errors.append(str(error))
+        self.reading_sample[worker] = NOTHING
+        self.reading_batch[worker] = NOTHING
         if at_once is not None and not self.skip:
-            return at_once, []
-        return samples or DataError(f"no sample of a batch can be read: {left_out[0]}"), left_out
+            return Read(at_once, [])
+        if not samples:
+            return Read(DataError(f"no sample of a batch can be read: {errors[0]}"), errors)
+        return Read(samples, errors)
 
     def read_at_once(self, indices: list[int], worker: int) -> list[Any] | DataError | None:
-        """Return the samples; None where they must be read one by one, or the error that stands if each is sound."""
-        if self.at_once is None:
+        """Read a batch in one call of the split.
+
+        Returns:
+            The samples; None if they have to be read one by one; or the error to report if each of
+            them can be read alone.
+        """
+        if self.get_samples is None:
             return None
-        self.reading[worker], before = -2 - indices[0], generators()
+        self.reading_sample[worker] = NOTHING
+        self.reading_batch[worker] = indices[0]
+        before = generator_states()
         try:
-            samples = list(self.at_once(list(indices)))  # whatever is done to the list that it gets
+            samples = list(self.get_samples(list(indices)))  # a copy, which the split may change
             if len(samples) != len(indices):
                 raise DataError(f"it gives {len(samples)} samples for {len(indices)} indices")
         except Exception as error:
-            what = f"samples {indices[0]}, ... cannot be read at once (`__getitems__`), though each alone can"
-            return DataError(f"{what}: {describe(error)}")
-        if generators() == before:
-            self.reading[worker] = -1
-            return samples
-        self.at_once = None
-        return None
+            return DataError(
+                f"samples {indices[0]}, ... cannot be read at once (`__getitems__`), though each "
+                f"alone can: {describe(error)}"
+            )
+        if generator_states() != before:
+            self.get_samples = None
+            return None
+        self.reading_batch[worker] = NOTHING
+        return samples
 
-    def reseed(self, index: int) -> None:
-        seed = seeds.derive(self.seed, index)
-        random.seed(seed)
-        torch.default_generator.manual_seed(seed)
-        if "numpy" in sys.modules:
-            sys.modules["numpy"].random.seed(seed % 2**32)
-
-    def read(self, index: int) -> Any:
+    def read_sample(self, index: int) -> Any:
+        """Return one sample. Raises DataError, with the index, for any error of the split."""
         self.reseed(index)
         try:
             return self.split[index]
@@ -135,145 +173,182 @@ class SeededSamples(torch.utils.data.Dataset):
         except Exception as error:
             raise DataError(f"sample {index} cannot be read: {describe(error)}") from error
 
+    def reseed(self, index: int) -> None:
+        """Seed the global generators for a sample."""
+        seed = seeds.derive(self.seed, index)
+        random.seed(seed)
+        torch.default_generator.manual_seed(seed)
+        if "numpy" in sys.modules:
+            sys.modules["numpy"].random.seed(seed % 2**32)
 
-class SteadySamples(SeededSamples):
-    """Samples to be kept in memory: it is an error if one of them draws random numbers.
 
-    Found are draws from the global generators by any sample. A generator of the split's own is found if one of the
-    samples comes out other in `probe`, which reads up to eight of them twice.
+class DeterministicSamples(SeededSamples):
+    """Samples to cache in memory: it is an error if one of them draws random numbers.
+
+    Each draw from a global generator is found. A generator of the split is found if one of the up
+    to eight samples that `probe` reads twice differs.
     """
 
     def probe(self) -> int:
-        """Look at some samples; return about how many bytes all of them take. Raises DataError for random ones."""
-        few = torch.linspace(0, len(self) - 1, min(8, len(self))).long().unique().tolist()
-        first, again = (raised(collate(self.__getitems__(few))) for _ in range(2))
-        if not all(
-            torch.equal(a.view(torch.uint8), b.view(torch.uint8))
-            for a, b in zip(first, again, strict=True)
-        ):
-            raise self.frozen("a sample that is read twice comes out other")
+        """Read some samples twice, and return the estimated number of bytes of all samples.
+
+        Raises:
+            DataError: a sample is random.
+        """
+        count = min(8, len(self))
+        indices = torch.linspace(0, len(self) - 1, count).long()
+        few = torch.unique(indices).tolist()
+        first = batch_of(collate(self.__getitems__(few)))
+        second = batch_of(collate(self.__getitems__(few)))
+        for a, b in zip(first, second, strict=True):
+            if not torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
+                raise self.random_error("a sample differs when it is read again")
         return sum(part.nbytes for part in first) * len(self) // len(few)
 
     def reseed(self, index: int) -> None:
-        """Leave the generators where they are, to see whether somebody moves them."""
+        """Keep the state of the generators, so that `read_batch` finds draws."""
 
-    def read_all(self, indices: list[int], worker: int) -> Read:
-        before = generators()
-        read = super().read_all(indices, worker)
-        if generators() == before or isinstance(read[0], FrameworkError):
+    def read_batch(self, indices: list[int], worker: int) -> Read:
+        before = generator_states()
+        read = super().read_batch(indices, worker)
+        if generator_states() == before or isinstance(read.batch, FrameworkError):
             return read
-        return self.frozen(
+        error = self.random_error(
             f"one of the samples {indices[0]} to {indices[-1]} draws random numbers"
-        ), []
+        )
+        return Read(error, [])
 
-    def frozen(self, evidence: str) -> DataError:
+    def random_error(self, evidence: str) -> DataError:
+        """Return the error for random samples."""
         return DataError(
-            f"{MEMORY} would freeze what is random in {type(self.split).__name__}: {evidence}"
+            f"{MEMORY}: the samples of {type(self.split).__name__} are random, and would be the "
+            f"same in each epoch: {evidence}"
         )
 
 
-def generators() -> list[Any]:
-    """Return where Python's, torch's and NumPy's global generators stand."""
-    import numpy  # as in seeds.py
+def generator_states() -> list[Any]:
+    """Return the states of the global generators of Python, torch and NumPy."""
+    import numpy  # not at the top, as in seeds.py
 
     numpy_state: Any = numpy.random.get_state()
     kind, keys, *rest = numpy_state
-    return [random.getstate(), torch.get_rng_state().numpy().tobytes(), kind, keys.tobytes(), *rest]
+    torch_state = torch.get_rng_state().numpy().tobytes()
+    return [random.getstate(), torch_state, kind, keys.tobytes(), *rest]
 
 
-def raised(read: Read) -> Batch:
-    """Return the batch that was read; raises the error that it came to."""
-    if isinstance(read[0], FrameworkError):
-        raise read[0]
-    return read[0]
+def batch_of(read: Read) -> Batch:
+    """Return the batch that was read, or raise the error in its place."""
+    if isinstance(read.batch, FrameworkError):
+        raise read.batch
+    batch: Batch = read.batch
+    return batch
 
 
-def read_whole(samples: SteadySamples, workers: int, timeout_seconds: float) -> list[Tensor]:
-    """Return all samples of a split as one tensor for each of their parts. Raises DataError when they do not stack."""
-    whole: list[Tensor] = []
-    chunks, at = IndexBatches(torch.arange(len(samples)), 64), 0
+def read_all_samples(
+    samples: DeterministicSamples, workers: int, timeout_seconds: float
+) -> list[Tensor]:
+    """Return all samples of a split as one tensor for each of their parts.
+
+    Raises:
+        DataError: the samples have different shapes or types, or cannot be read.
+    """
+    columns: list[Tensor] = []
+    done = 0
+    chunks = IndexBatches(torch.arange(len(samples)), CACHE_BATCH)
     for read in read_batches(samples, chunks, min(workers, len(chunks)), timeout_seconds):
-        batch = raised(read)
-        whole = whole or [part.new_empty((len(samples), *part.shape[1:])) for part in batch]
-        for tensor, part in zip(whole, batch, strict=True):
-            if (tensor.shape[1:], tensor.dtype) != (part.shape[1:], part.dtype):
-                found = f"the first is {list(tensor.shape[1:])} {tensor.dtype}, sample {at} {list(part.shape[1:])}"
+        batch = batch_of(read)
+        if not columns:
+            columns = [part.new_empty((len(samples), *part.shape[1:])) for part in batch]
+        for column, part in zip(columns, batch, strict=True):
+            if (column.shape[1:], column.dtype) != (part.shape[1:], part.dtype):
                 raise DataError(
-                    f"{MEMORY} needs samples of one shape and type: {found} {part.dtype}"
+                    f"{MEMORY} needs samples of one shape and type: the first is "
+                    f"{list(column.shape[1:])} {column.dtype}, sample {done} is "
+                    f"{list(part.shape[1:])} {part.dtype}"
                 )
-            tensor[at : at + len(part)] = part
-        at += len(batch[0])
-    return whole
+            column[done : done + len(part)] = part
+        done += len(batch[0])
+    return columns
 
 
 def collate(read: Read) -> Read:
-    """Stack samples into a batch; an error passes through, so that it arrives as itself."""
-    samples, left_out = read
-    if isinstance(samples, FrameworkError):
+    """Stack samples into a batch; an error stays in its place."""
+    if isinstance(read.batch, FrameworkError):
         return read
+    return read._replace(batch=stack(read.batch))
+
+
+def stack(samples: list[Any]) -> Batch | FrameworkError:
+    """Return samples as a batch, in shared memory if this process is a worker; or an error."""
     try:
         batch = as_batch(torch.utils.data.default_collate(samples))
         if torch.utils.data.get_worker_info() is not None:
             for tensor in batch:
-                tensor.share_memory_()  # here, as the thread that sends it could not tell of an error
-        return batch, left_out
+                # Here, since the thread that sends the tensor could not report an error.
+                tensor.share_memory_()  # type: ignore[no-untyped-call]
+        return batch
     except FrameworkError as error:
-        return error, left_out
+        return error
     except Exception as error:
         if lacks_shared_memory(error):
-            return DataError(shared_memory_is_full()), left_out
+            return shared_memory_error()
         return DataError(
             f"samples of a batch do not stack (have they one shape and type?): {reason_of(error)}"
-        ), left_out
+        )
 
 
 def as_batch(batch: Any) -> Batch:
-    """Return a tuple of tensors. Raises DataError for anything else."""
-    parts = (batch,) if isinstance(batch, Tensor) else batch
-    tensors = isinstance(parts, tuple | list) and all(isinstance(part, Tensor) for part in parts)
-    if not tensors or len(parts) == 0:
-        held = (
-            ", ".join(map(str, batch)) if isinstance(batch, Mapping) else describe_batch_part(batch)
-        )
-        advice = ""
-        several = isinstance(parts, tuple | list)
-        if several and any(isinstance(part, tuple | list) for part in parts):
-            advice = "; a Task of your own takes a flat tuple of any length"
-        elif several or hasattr(batch, "__array__"):
-            advice = "; torch.as_tensor makes tensors of arrays and numbers"
-        got = f"{type(batch).__name__} ({held})"
-        raise DataError(f"a batch must be a tuple of tensors (inputs, targets), not {got}{advice}")
-    return tuple(parts)
+    """Return a batch as a tuple of tensors.
+
+    Raises:
+        DataError: it is neither a tensor nor a tuple or list of tensors, or it is empty.
+    """
+    if isinstance(batch, Tensor):
+        return (batch,)
+    has_parts = isinstance(batch, tuple | list)
+    if has_parts and batch and all(isinstance(part, Tensor) for part in batch):
+        return tuple(batch)
+    advice = ""
+    if has_parts and any(isinstance(part, tuple | list) for part in batch):
+        advice = "; a Task of your own takes a flat tuple of any length"
+    elif has_parts or hasattr(batch, "__array__"):
+        advice = "; torch.as_tensor makes tensors of arrays and numbers"
+    raise DataError(
+        "expected a batch as a tuple of tensors (inputs, targets), got "
+        f"{type(batch).__name__} ({describe_content(batch)}){advice}"
+    )
 
 
-def describe_batch_part(part: Any) -> str:
-    """Return what a part of a batch is, in a few words: "tuple of Tensor, ndarray"."""
-    if not isinstance(part, tuple | list):
-        return type(part).__name__
-    kinds = [type(each).__name__ for each in part[:4]]
-    if not kinds:
-        return f"an empty {type(part).__name__}"
-    more = ", ..." if len(part) > 4 else ""
-    return f"{type(part).__name__} of {', '.join(kinds)}{more}"
+def describe_content(batch: Any) -> str:
+    """Return a short description of the content of a batch, such as "tuple of Tensor, ndarray"."""
+    if isinstance(batch, Mapping):
+        return ", ".join(map(str, batch))
+    if not isinstance(batch, tuple | list):
+        return type(batch).__name__
+    if not batch:
+        return f"an empty {type(batch).__name__}"
+    kinds = ", ".join(type(part).__name__ for part in batch[:4])
+    more = ", ..." if len(batch) > 4 else ""
+    return f"{type(batch).__name__} of {kinds}{more}"
 
 
 class RecordingContext:
-    """The default multiprocessing context, with a list of the processes that were made in it."""
+    """The default multiprocessing context, with a list of the processes that it creates."""
 
     def __init__(self) -> None:
         self.context = copy(multiprocessing.get_context())
         self.processes: list[BaseProcess] = []
         make_process: Callable[..., BaseProcess] = self.context.Process
 
-        def recorded(*args: Any, **kwargs: Any) -> BaseProcess:
+        def make_recorded(*args: Any, **kwargs: Any) -> BaseProcess:
             process = make_process(*args, **kwargs)
             self.processes.append(process)
             return process
 
-        self.context.Process = recorded  # type: ignore[assignment, misc]
+        self.context.Process = make_recorded  # type: ignore[assignment, misc]
 
     def kill(self) -> None:
-        """Kill every process that has started, and wait for its end."""
+        """Kill all processes that have started, and wait for their end."""
         for process in self.processes:
             if process.pid is not None:
                 process.kill()
@@ -287,10 +362,17 @@ def read_batches(
     timeout_seconds: float,
     pin: bool = False,
 ) -> Generator[Read, None, None]:
-    """Yield batches, read here or by other processes, in order; after the last one no process is left.
+    """Yield batches in order; all workers have ended after the last one.
 
-    pin: read them into memory that a CUDA device can copy from by itself.
-    Raises DataError naming the sample when a process dies, or when no batch has come for `timeout_seconds` (0: never).
+    Args:
+        samples: the samples to read.
+        chunks: the indices of each batch.
+        workers: number of workers; 0 reads in this process.
+        timeout_seconds: longest time to wait for a batch of a worker; 0 for no limit.
+        pin: whether to put batches into pinned memory, from which a CUDA device can copy.
+
+    Raises:
+        DataError: a worker has died or hangs; the error names the sample.
     """
     recording = RecordingContext()
     loader: Any = torch.utils.data.DataLoader(
@@ -298,13 +380,13 @@ def read_batches(
         batch_sampler=chunks,
         num_workers=workers,
         collate_fn=collate,  # type: ignore[arg-type]
-        worker_init_fn=stay_with_parent,
+        worker_init_fn=initialize_worker,
         timeout=timeout_seconds if workers else 0,
-        generator=torch.Generator(),  # DataLoader would draw from the global one, which the model uses
+        generator=torch.Generator(),  # the default is the global one, which the model uses
         pin_memory=pin,
         multiprocessing_context=recording.context if workers else None,
     )
-    batches = started(loader, recording)
+    batches = start(loader, recording)
     processes = recording.processes
     wait = defer_deaths() if processes else nullcontext
     try:
@@ -313,96 +395,121 @@ def read_batches(
                 read = next(batches, None)
             if read is None:
                 return
-            yield read[0], read[1]
-    except (
-        RuntimeError,
-        OSError,
-        EOFError,
-    ) as error:  # OSError: memory that a process shared is gone with it
+            yield read
+    except (RuntimeError, OSError, EOFError) as error:
+        # An OSError: the shared memory of a process is lost when it dies.
         for process in processes:
             process.join(0.1)
-        # Of a timeout only the text tells: torch raises a RuntimeError, and all processes live.
+        # torch raises a RuntimeError after a timeout, when all workers are alive.
         if "DataLoader" not in str(error) and all(process.is_alive() for process in processes):
             raise
-        raise fault(samples, processes, timeout_seconds) from error
+        raise worker_error(samples, processes, timeout_seconds) from error
     finally:
         try:
             if processes:
                 shut_down(batches)
         finally:
-            recording.kill()  # one that hangs ignores everything else, and this program could never end
+            recording.kill()  # a worker that hangs would keep this program from ending
 
 
-def started(loader: Any, recording: RecordingContext) -> Any:
-    """Return an iterator of a DataLoader, whose processes run. Raises DataError if there is no shared memory."""
+def start(loader: Any, recording: RecordingContext) -> Any:
+    """Start the workers of a DataLoader and return its iterator.
+
+    Raises:
+        DataError: shared memory is full.
+    """
     try:
-        with undisturbed_start():
+        with blocked_signals():
             return iter(loader)
     except (OSError, RuntimeError) as error:
-        abandon(error)
+        mark_shut_down(error)
         recording.kill()
         if not lacks_shared_memory(error):
             raise
-        raise DataError(shared_memory_is_full()) from error
+        raise shared_memory_error() from error
 
 
 def lacks_shared_memory(error: BaseException) -> bool:
-    """Whether an error says that a semaphore or a tensor found no room in shared memory."""
+    """Return whether there was no shared memory for a semaphore or a tensor."""
     full = isinstance(error, OSError) and error.errno == errno.ENOSPC
     return full or "shared memory" in str(error)  # torch raises a RuntimeError without an errno
 
 
-def shared_memory_is_full() -> str:
-    said = f"{SHARED} is full"
-    if SHARED.is_dir():
-        said += f" ({shutil.disk_usage(SHARED).free:,} bytes are free)"
-    return f"{said}, which loader.workers need: use loader.workers=0, or a larger {SHARED} (docker run --shm-size=...)"
-
-
-def fault(
-    samples: SeededSamples, processes: Sequence[BaseProcess], timeout_seconds: float
-) -> DataError:
-    """Say which sample a dead process was reading, or one that takes too long; the latter is killed."""
-    dead = [number for number, process in enumerate(processes) if not process.is_alive()]
-    late = [number for number, index in enumerate(samples.reading) if index != -1]
-    number = (dead or late or [0])[0]
-    index = samples.reading[number]
-    which = f"sample {index}" if index >= 0 else f"a batch that begins with sample {-2 - index}"
-    what = "a process that loads data" if index == -1 else f"the process that read {which}"
-    if not dead:
-        for stuck in late:
-            processes[stuck].kill()
-        return DataError(
-            f"no batch has come for {timeout_seconds:g} s (loader.timeout_seconds): {what} hangs"
-        )
-    status = processes[number].exitcode or 0
-    if status == -signal.SIGBUS:  # a page of shared memory was written for which there is no room
-        return DataError(shared_memory_is_full())
-    how = f"of {signal.Signals(-status).name}" if status < 0 else f"with exit status {status}"
+def shared_memory_error() -> DataError:
+    """Return the error for full shared memory, with advice."""
+    free = ""
+    if SHARED_MEMORY.is_dir():
+        free = f" ({shutil.disk_usage(SHARED_MEMORY).free:,} bytes are free)"
     return DataError(
-        f"{what} has died {how}" + ", perhaps for want of memory" * (status == -signal.SIGKILL)
+        f"{SHARED_MEMORY} is full{free}, which loader.workers need: use loader.workers=0 or a "
+        f"larger {SHARED_MEMORY} (docker run --shm-size=...)"
     )
 
 
+def worker_error(
+    samples: SeededSamples, processes: Sequence[BaseProcess], timeout_seconds: float
+) -> DataError:
+    """Return the error for a worker that has died or hangs; workers that hang are killed."""
+    dead = [worker for worker, process in enumerate(processes) if not process.is_alive()]
+    if dead:
+        return death_error(samples, dead[0], processes[dead[0]].exitcode or 0)
+    hanging = [worker for worker in range(len(processes)) if is_reading(samples, worker)]
+    for worker in hanging:
+        processes[worker].kill()
+    name = describe_worker(samples, hanging[0] if hanging else 0)
+    return DataError(
+        f"loader.timeout_seconds={timeout_seconds:g}: no batch arrived in time; {name} hangs"
+    )
+
+
+def death_error(samples: SeededSamples, worker: int, status: int) -> DataError:
+    """Return the error for a worker that has ended with an exit status."""
+    if status == -signal.SIGBUS:  # no memory for a page of shared memory
+        return shared_memory_error()
+    name = describe_worker(samples, worker)
+    if status >= 0:
+        return DataError(f"{name} has died with exit status {status}")
+    hint = " (out of memory?)" if status == -signal.SIGKILL else ""
+    return DataError(f"{name} was killed by {signal.Signals(-status).name}{hint}")
+
+
+def is_reading(samples: SeededSamples, worker: int) -> bool:
+    """Return whether a worker is reading samples."""
+    present = (samples.reading_sample[worker], samples.reading_batch[worker])
+    return present != (NOTHING, NOTHING)
+
+
+def describe_worker(samples: SeededSamples, worker: int) -> str:
+    """Return the name of a worker for messages: "data worker reading sample 3"."""
+    sample = samples.reading_sample[worker]
+    batch = samples.reading_batch[worker]
+    if sample != NOTHING:
+        return f"data worker reading sample {sample}"
+    if batch != NOTHING:
+        return f"data worker reading a batch that begins with sample {batch}"
+    return "a data worker"
+
+
 @contextmanager
-def undisturbed_start() -> Iterator[None]:
-    """Hold back the signals of a scheduler while processes start, until they ignore them by themselves."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, TO_ALL)
+def blocked_signals() -> Iterator[None]:
+    """Block the signals that end a command, until the workers that start can ignore them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def stay_with_parent(worker: int) -> None:
-    """Leave the signals that end a command to the main process: they may be sent to all of its processes, and the step
-    must be finished.
+def initialize_worker(worker: int) -> None:
+    """Ignore the signals that end a command, and let this worker die with the main process.
 
-    A worker dies with its parent, though; torch would notice after 5 s, and never in a sample that hangs.
+    A scheduler or Ctrl-C may send the signals to all processes of a run; the main process handles
+    them, and the present step has to finish. torch would notice the death of the main process only
+    after 5 s, and never in a sample that hangs.
     """
-    for number in TO_ALL:
+    for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, TO_ALL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
     parent = multiprocessing.parent_process()
     if parent is None or parent.pid is None or multiprocessing.get_start_method() == "forkserver":
         end_with_parent(os.getppid())

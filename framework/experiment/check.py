@@ -1,4 +1,4 @@
-"""A try of an experiment in seconds, before hours: does it build, train, validate, save, resume and learn at all?"""
+"""Try an experiment in seconds: build, train, validate, save, resume, and overfit one batch."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -7,28 +7,31 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import nn
 
 from framework.composition.spec import Spec
 from framework.contracts.callback import Callback, changes_training
 from framework.contracts.context import Context
-from framework.data.dataset import Data, Loader, TensorSplit
+from framework.data.dataset import Loader, TensorSplit
 from framework.errors import RunError
 from framework.runs import checkpoint
-from framework.runtime.device import intra_op_threads
+from framework.runtime.threads import intra_op_threads
 from framework.training.trainer import Trainer
 
 from .experiment import Experiment
 from .log_start import first_batch
 
-STEPS, SECONDS = 100, 10.0  # most that one batch is learnt for
-LEARNT = 0.9  # of its loss: what must be left at most
+STEPS = 100  # at most, of overfitting one batch
+SECONDS = 10.0  # at most, of overfitting one batch
+LARGEST_SHARE = 0.9  # of its loss that may be left afterwards
 
 
 class StopAfter(Callback):
-    """Ends the run after so many steps, or seconds."""
+    """Keeps the losses, and ends the run after some steps or seconds."""
 
     def __init__(self, steps: int, seconds: float = 1e9):
-        self.steps, self.until = steps, time.monotonic() + seconds
+        self.steps = steps
+        self.until = time.monotonic() + seconds
         self.losses: list[float] = []
 
     def on_step_end(self, trainer: Context) -> None:
@@ -38,48 +41,53 @@ class StopAfter(Callback):
 
 
 def run_check(spec: Spec, say: Callable[[str], None]) -> None:
-    """Build an experiment, take two steps with a validation, save after the first, resume, learn a batch by heart.
+    """Train two steps with a validation, save and resume after the first, and overfit one batch.
 
-    Nothing of it is kept. Raises what goes wrong; RunError when a resumed run comes to other weights, and when the loss
-    of a single batch does not fall. say: takes a line for each part that went well.
+    No files remain.
+
+    Args:
+        say: prints a line for each part that succeeds.
+
+    Raises:
+        RunError: a resumed run has other weights, or the loss of a single batch does not fall.
+        FrameworkError: a part of the experiment fails.
     """
     built = timed(say, "build", lambda: Experiment(spec))
-    data, threads = built.data, built.threads()
-    with intra_op_threads(threads), TemporaryDirectory(prefix="framework-check-") as folder:
-        whole = timed(say, "2 steps and a validation", lambda: fit(built, Path(folder)))
-        cut = fit(Experiment(spec, data), Path(folder), StopAfter(1))
-        state = timed(say, "checkpoint after a step", lambda: through_disk(cut, Path(folder)))
-        rest = timed(
-            say, "resume from it", lambda: fit(Experiment(spec, data), Path(folder), resume=state)
-        )
-        after = rest.model.state_dict()
-        other = next(
-            (
-                name
-                for name, one in whole.model.state_dict().items()
-                if not torch.equal(one, after[name])
-            ),
-            None,
-        )
-        if other is not None:
-            raise RunError(
-                f"a resumed run comes to other weights ({other}): is something random kept in a part?"
-            )
+    data = built.data
+    with (
+        intra_op_threads(built.threads()),
+        TemporaryDirectory(prefix="framework-check-") as name,
+    ):
+        folder = Path(name)
+
+        def resumed() -> Trainer:
+            return fit(Experiment(spec, data), folder, resume=state)
+
+        def overfitted() -> Sequence[float]:
+            return overfit_one_batch(Experiment(spec, data), folder)
+
+        reference = timed(say, "2 steps and a validation", lambda: fit(built, folder))
+        stopped = fit(Experiment(spec, data), folder, StopAfter(1))
+        state = timed(say, "checkpoint after a step", lambda: save_and_load(stopped, folder))
+        check_same_weights(reference.model, timed(say, "resume from it", resumed).model)
         say("the resumed run comes to the same weights, bit for bit")
-        losses = timed(
-            say, "one batch by heart", lambda: by_heart(Experiment(spec, data), data, Path(folder))
+        losses = timed(say, "overfit one batch", overfitted)
+    first = losses[0]
+    last = losses[-1]
+    summary = f"loss of one batch: {first:.4g}, after {len(losses)} steps {last:.4g}"
+    if not last < max(LARGEST_SHARE * first, first - abs(first) / 10):
+        raise RunError(
+            f"{summary}: it does not learn; look at optimizer.lr, the loss and the targets"
         )
-    told = f"loss of one batch: {losses[0]:.4g}, after {len(losses)} steps {losses[-1]:.4g}"
-    if not losses[-1] < max(LEARNT * losses[0], losses[0] - abs(losses[0]) / 10):
-        raise RunError(f"{told}: it does not learn; look at optimizer.lr, the loss and the targets")
-    say(told)
+    say(summary)
 
 
-def timed(say: Callable[[str], None], what: str, do: Callable[[], Any]) -> Any:
+def timed(say: Callable[[str], None], part: str, run: Callable[[], Any]) -> Any:
+    """Run a part of the check and print its seconds."""
     began = time.perf_counter()
-    made = do()
-    say(f"{what:<26}{time.perf_counter() - began:8.1f} s")
-    return made
+    result = run()
+    say(f"{part:<26}{time.perf_counter() - began:8.1f} s")
+    return result
 
 
 def fit(
@@ -88,42 +96,58 @@ def fit(
     *callbacks: Callback,
     steps: int = 2,
     resume: Any = None,
-    **given: Any,
+    **arguments: Any,
 ) -> Trainer:
-    """Take some steps with all that has a say in the training; writes nothing of its own."""
+    """Take some steps with all callbacks that change the training; no files are written.
+
+    Args:
+        arguments: of `Trainer.fit`, instead of those of the experiment.
+    """
     limits = {"max_epochs": None, "max_steps": steps, "profile": False}
-    own = [maker() for maker in built.spec.parts["callback"] if changes_training(maker.entry.part)]
-    settings = built.spec.sections["trainer"] | limits
-    every = [*built.transforms, *own, *callbacks]
-    trainer = Trainer(**settings, seed=built.spec.seed, callbacks=every, folder=folder)
-    arguments: dict[str, Any] = {
+    makers = [m for m in built.spec.parts["callback"] if changes_training(m.entry.part)]
+    own = [maker() for maker in makers]
+    trainer = Trainer(
+        **(built.spec.sections["trainer"] | limits),
+        seed=built.spec.seed,
+        callbacks=[*built.transforms, *own, *callbacks],
+        folder=folder,
+    )
+    defaults: dict[str, Any] = {
+        "model": built.model,
         "data": built.train_batches,
         "val": None if built.data.val is None else built.batches("val"),
-        "schedule": built.schedule,
-    }
-    arguments |= {
-        "model": built.model,
         "task": built.task,
         "optimizer": built.optimizer,
+        "schedule": built.schedule,
         "metrics": built.metrics,
     }
     with trainer:
-        trainer.fit(**arguments | given, resume=resume)
+        trainer.fit(**(defaults | arguments), resume=resume)
     return trainer
 
 
-def through_disk(trainer: Trainer, folder: Path) -> dict[str, Any]:
-    """Write a trainer's state as a checkpoint, and return what is read back."""
+def save_and_load(trainer: Trainer, folder: Path) -> dict[str, Any]:
+    """Write the state of a trainer as a checkpoint, and return the state that is read."""
     state = trainer.state_dict()
     saved = checkpoint.save(folder / "checkpoints", state.pop("model"), state, trainer.state.step)
     model, training = checkpoint.load(saved)
     return training | {"model": model}
 
 
-def by_heart(built: Experiment, data: Data, folder: Path) -> Sequence[float]:
-    """Return the losses of training on the first batch alone, again and again."""
-    losses = StopAfter(STEPS, SECONDS)
+def check_same_weights(reference: nn.Module, resumed: nn.Module) -> None:
+    """Raise RunError if a tensor of two models differs in a bit."""
+    weights = resumed.state_dict()
+    for name, tensor in reference.state_dict().items():
+        if not torch.equal(tensor, weights[name]):
+            raise RunError(
+                f"a resumed run comes to other weights ({name}): does a part keep random state?"
+            )
+
+
+def overfit_one_batch(built: Experiment, folder: Path) -> Sequence[float]:
+    """Return the losses of training on the first batch only."""
+    stop = StopAfter(STEPS, SECONDS)
     batch = first_batch(built.train_batches)
-    again = Loader(TensorSplit(*batch), batch_size=len(batch[0]))
-    fit(built, folder, losses, steps=STEPS, data=again, val=None, schedule=None)
-    return losses.losses
+    batches = Loader(TensorSplit(*batch), batch_size=len(batch[0]))
+    fit(built, folder, stop, steps=STEPS, data=batches, val=None, schedule=None)
+    return stop.losses

@@ -1,4 +1,4 @@
-"""Where names become objects: a checked Spec is built into parts, run in a folder, and read back from one."""
+"""Build the objects of a checked Spec, and run them in a folder."""
 
 import json
 import math
@@ -6,30 +6,26 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from framework.composition.spec import Spec
 from framework.contracts.callback import SavingCallback, changes_training
 from framework.contracts.optimizer import build_optimizer
-from framework.contracts.state import Stop
 from framework.contracts.task import Task
 from framework.data.accumulation import count_steps, count_total
-from framework.data.content import digests_of
-from framework.data.dataset import Data, Loader, splits_of
+from framework.data.dataset import Data, Loader
 from framework.errors import BuildError, RunError, short
 from framework.errors.exits import no_exit
 from framework.errors.terminal import print_message
-from framework.errors.user_code import describe, text_of, user_errors
-from framework.runs import checkpoint
+from framework.errors.user_code import describe, user_errors
 from framework.runs.folder import RunFolder, dump, provenance, read_facts
 from framework.runs.status_file import Status
 from framework.runtime.clock import slow_data
-from framework.runtime.device import intra_op_threads, suitable_threads
+from framework.runtime.threads import intra_op_threads, suitable_threads
 from framework.system.signals import stopping
 from framework.training.trainer import Trainer
 from framework.training.trainer_state import WRONG_FORM
@@ -48,36 +44,37 @@ from .build import (
     build_model,
     check_output_shape,
     check_smallest_batch,
-    scale_of,
 )
-from .log_start import first_batch, introduce
+from .config_changes import fingerprint
+from .find_run import find_run
+from .log_start import first_batch, log_run_start
 from .model_limits import model_limits
-from .resume import (
-    Resumed,
-    check_fits,
-    check_optimizer,
-    chosen_checkpoint,
-    find_run,
-    fingerprint,
-    last_values,
-    open_folder,
-    shapes,
-    start_from,
-)
+from .result import Result, read_result, weights_label
+from .resume import Resumed, check_fits, check_optimizer, open_folder
+from .run_facts import content_changes, data_facts, fact_changes
+from .weights import initialize_from, load_weights, shapes
 
 if TYPE_CHECKING:
     from .plan import Plan
 
-UNSAVED = "no checkpoints are saved, so the run cannot be resumed or evaluated: +callbacks=checkpoint saves them"
+UNSAVED = (
+    "no checkpoints are saved, so the run cannot be resumed or evaluated: "
+    "+callbacks=checkpoint saves them"
+)
 DESCRIPTION = ("status.json", "facts.json", "overrides.yaml", "provenance.json", "config.yaml")
-WATCHING = ("run", "plugins", "loggers", "metrics", "log_every", "validate_every", "device")
+NO_HYPERPARAMETERS = (
+    "run",
+    "plugins",
+    "loggers",
+    "metrics",
+    "log_every",
+    "validate_every",
+    "device",
+)
 
 
 class Experiment:
-    """The objects of a Spec: data, task, metrics, model, optimizer, schedule, trainer.
-
-    Raises DataError or BuildError when parts do not fit each other.
-    """
+    """The objects of a Spec: data, task, metrics, model, optimizer, schedule, trainer."""
 
     @user_errors()
     def __init__(
@@ -86,7 +83,11 @@ class Experiment:
         """Build the objects.
 
         Args:
-            saved: the shapes of the tensors of a checkpoint, than which the model is not to be much larger.
+            data: of the spec, if it is built already.
+            saved: the shapes of the tensors of a checkpoint; a much larger model is refused.
+
+        Raises:
+            DataError, BuildError: parts do not fit each other.
         """
         self.spec = spec
         self.data = build_data(spec) if data is None else data
@@ -106,54 +107,65 @@ class Experiment:
         ]
         self.train_batches = self.batches("train")
         limits = spec.sections["trainer"]
-        parts = limits["micro_batch"] if isinstance(limits["micro_batch"], int) else None
-        check_smallest_batch(self.model, self.train_batches, parts)
+        micro_batch = limits["micro_batch"] if isinstance(limits["micro_batch"], int) else None
+        check_smallest_batch(self.model, self.train_batches, micro_batch)
         self.status = Status()
         self.steps_per_epoch = count_steps(self.train_batches, limits["accumulate"])
         self.total_steps = count_total(
             self.steps_per_epoch, limits["max_epochs"], limits["max_steps"]
         )
-        scheduler = spec.parts["scheduler"]
-        self.schedule = None
-        if scheduler is not None:
-            check_has_rate(self.optimizer)
-            self.schedule = scheduler(self.total_steps)
-            if not callable(self.schedule):
-                said = f"expected a function from the step to a factor, got {short(self.schedule)}"
-                raise BuildError(f"{scheduler.entry} ({scheduler.entry.registered}): {said}")
+        self.schedule = self.build_schedule()
         check_schedule(self.schedule, self.data.val is not None)
 
+    def build_schedule(self) -> Any:
+        """Return the schedule over all steps; None without one."""
+        scheduler = self.spec.parts["scheduler"]
+        if scheduler is None:
+            return None
+        check_has_rate(self.optimizer)
+        schedule = scheduler(self.total_steps)
+        if not callable(schedule):
+            raise BuildError(
+                f"{scheduler.entry} ({scheduler.entry.registered}): expected a function from the "
+                f"step to a factor, got {short(schedule)}"
+            )
+        return schedule
+
     def batches(self, split: str) -> Loader:
-        """Return the reader of a split. Raises DataError when the data has none of that name."""
+        """Return the loader of a split. Raises DataError if the data does not have it."""
         return build_loader(self.spec, self.model, self.data, split, shuffle=split == "train")
 
     def trainer(self) -> Trainer:
-        """Return the trainer; it has no folder yet."""
+        """Return the trainer, which has no folder yet."""
         parts = self.spec.parts
+        callbacks = [maker() for maker in parts["callback"]]
         trainer = Trainer(
             **self.spec.sections["trainer"],
             seed=self.spec.seed,
-            callbacks=[*self.transforms, *(maker() for maker in parts["callback"]), self.status],
+            callbacks=[*self.transforms, *callbacks, self.status],
             loggers=[maker() for maker in parts["logger"]],
         )
-        trainer.metrics = self.metrics  # loggers are opened before `fit` and want their names
+        trainer.metrics = self.metrics  # loggers are opened before `fit` and need their names
         return trainer
 
     def threads(self) -> int:
-        """Return how many threads an operation on the CPU may use."""
-        loader, shape = self.spec.sections["loader"], self.data.in_shape
-        tokens = len(shape) == 1 and not torch.as_tensor(self.data.train[0][0]).is_floating_point()
-        features = (
-            1 if tokens else shape[0] if len(shape) == 3 else shape[-1]
-        )  # images have theirs first
+        """Return the number of threads for an operation on the CPU."""
+        loader = self.spec.sections["loader"]
+        shape = self.data.in_shape
+        if len(shape) == 1 and not torch.as_tensor(self.data.train[0][0]).is_floating_point():
+            features = 1  # tokens
+        elif len(shape) == 3:
+            features = shape[0]  # the channels of images
+        else:
+            features = shape[-1]
         rows = loader["batch_size"] * math.prod(shape) // features
         return suitable_threads(self.model, rows, loader["workers"])
 
     def plan(self) -> "Plan":
-        """Return what a run would be, without training."""
-        from .plan import make_plan  # not at the top: a run does without tables
+        """Return the plan of a run, without training."""
+        from .plan import make_plan  # not at the top: a run does not need it
 
-        made = make_plan(
+        plan = make_plan(
             self.model,
             first_batch(self.train_batches),
             steps_per_epoch=self.steps_per_epoch,
@@ -162,49 +174,22 @@ class Experiment:
             optimizer=self.optimizer,
             schedule=self.schedule,
             data=self.data,
-            threads=self.threads(),
-            loader=self.train_batches.manner,
-            transforms=[repr(maker).partition("/")[2] for maker in self.spec.parts["transform"]],
         )
+        plan.threads = self.threads()
+        plan.loader = self.train_batches.description
+        plan.transforms = [repr(maker).partition("/")[2] for maker in self.spec.parts["transform"]]
         trainer = self.trainer()
-        made.batches_per_step = trainer.accumulate
+        plan.batches_per_step = trainer.accumulate
         for callback in trainer.callbacks:
             pace = callback.pace(trainer, len(self.train_batches))
             if pace is not None:
-                made.follow(pace, self.optimizer, self.schedule)
-        return made
-
-
-@dataclass
-class Result:
-    """What a run came to: its folder, final metrics, and why it ended early, if it did.
-
-    Attributes:
-        seconds: since the process began: start-up, training and test.
-        steps: of the whole run, with those before it was resumed.
-        fit_seconds, fit_steps: those of this process's training alone; `shares` are of this time.
-        weights: by split, the weights that its metrics belong to, such as "best, step 900".
-        advice: how the training could be faster, if there is a simple way.
-        split: what `framework eval` can measure: test, val, or None.
-    """
-
-    folder: Path
-    metrics: dict[str, float] = field(default_factory=dict)
-    stopped: Stop | None = None
-    signal: int | None = None
-    seconds: float = 0.0
-    steps: int = 0
-    shares: dict[str, float] = field(default_factory=dict)
-    fit_seconds: float = 0.0
-    fit_steps: int = 0
-    weights: dict[str, str] = field(default_factory=dict)
-    advice: str | None = None
-    split: str | None = "test"
+                plan.use_pace(pace, self.optimizer, self.schedule)
+        return plan
 
 
 @dataclass
 class Prepared:
-    """An experiment that is built. A new run has no folder until it is claimed, so that a failure leaves none."""
+    """A built experiment. A new run has no folder before `claim`, so a failure leaves none."""
 
     built: Experiment
     trainer: Trainer
@@ -216,41 +201,44 @@ class Prepared:
     folder: RunFolder | None = None
 
     def claim(self) -> Path:
-        """Make the run's folder, unless it is resumed, and describe in it what will run."""
+        """Make the folder of the run, unless it is resumed, and write its description."""
         spec = self.built.spec
         if self.resumed is None:
-            folder = RunFolder(**spec.sections["run"], experiment=self.experiment)
-            try:
-                self.trainer.folder = folder.path
-                self.built.status.claim(self.trainer)
-                describe_run(folder, self.built, self.overrides)
-            except BaseException:
-                discard_run(folder)
-                raise
+            folder = self._new_folder()
         else:
             folder = self.resumed.folder
             self.resumed.rewind()
             if self.resumed.changed:
                 folder.write("config.yaml", spec.tree)
-        self.folder, self.trainer.folder = (
-            folder,
-            folder.path,
-        )  # the lock lives as long as the object
-        manifest = {
+        self.folder = folder  # its lock is released when the object is deleted
+        self.trainer.folder = folder.path
+        self.trainer.manifest = {
             "run": str(folder.path),
             "config": fingerprint(spec.tree),
             "threads": self.threads,
         }
-        self.trainer.manifest = manifest
         return folder.path
 
-    def tell_failure(self) -> None:
-        """Write into status.json what the run fails of, in the handler of an error before or after the training."""
+    def _new_folder(self) -> RunFolder:
+        """Return the folder of a new run; if its description cannot be written, it is removed."""
+        spec = self.built.spec
+        folder = RunFolder(**spec.sections["run"], experiment=self.experiment)
+        try:
+            self.trainer.folder = folder.path
+            self.built.status.claim(self.trainer)
+            describe_run(folder, self.built, self.overrides)
+        except BaseException:
+            discard_run(folder)
+            raise
+        return folder
+
+    def record_failure(self) -> None:
+        """Write an error before or after the training into status.json; call it in the handler."""
         if self.folder is not None:
             self.built.status.on_exception(self.trainer)
 
     def fit_arguments(self) -> dict[str, Any]:
-        """What `Trainer.fit` takes."""
+        """Return the arguments of `Trainer.fit`."""
         built = self.built
         return {
             "model": built.model,
@@ -265,23 +253,34 @@ class Prepared:
         }
 
     def release(self) -> None:
-        """Let another process, or another object of this one, write into the run's folder."""
+        """Release the lock of the folder, for another process or another object of this one."""
         folder = self.resumed.folder if self.resumed is not None else self.folder
         if folder is not None:
             folder.lock.close()
 
-    def introduce(self, layers: str | None = None) -> str | None:
-        """Show the loggers what runs, if it has not run before. layers, and what is returned: see `introduce`."""
+    def log_start(self, layers: str | None = None) -> str | None:
+        """Log the config, the layers and the graph of a new run. See `log_run_start`."""
         if self.trainer.state.step != 0:
             return layers
         built = self.built
-        given = self.trainer.loggers, built.spec.tree, built.model, built.task, built.train_batches
-        return introduce(*given, layers)
+        return log_run_start(
+            self.trainer.loggers,
+            built.spec.tree,
+            built.model,
+            built.task,
+            built.train_batches,
+            layers,
+        )
 
     @no_exit()
     def result(self, stopped: Sequence[int] = ()) -> Result:
-        """After the training, measure what is to be measured. stopped: the signals that came."""
-        trainer, state = self.trainer, self.trainer.state
+        """Measure the test split after the training, and return the result.
+
+        Args:
+            stopped: the signals that stopped the run.
+        """
+        trainer = self.trainer
+        state = trainer.state
         assert trainer.folder is not None
         result = Result(trainer.folder, stopped=state.stop, steps=state.step)
         result.shares = trainer.clock.shares()
@@ -291,11 +290,11 @@ class Prepared:
         result.fit_steps = state.step - (trainer.resumed_from or 0)
         result.advice = data_advice(self.built.train_batches, result.shares, result.fit_seconds)
         if trainer.validated_step > 0:
-            result.weights["val"] = which_weights(trainer.validated_step, state.step)
+            result.weights["val"] = weights_label(trainer.validated_step, state.step)
         if state.stop is None or not stopped:
             measured = finish(trainer, self.built) or state.step
             if self.built.data.test is not None:
-                result.weights["test"] = which_weights(measured, state.step)
+                result.weights["test"] = weights_label(measured, state.step)
         else:
             self.built.status.on_fit_end(trainer)  # again, for a signal that came after the fit
         result.signal = stopped[0] if stopped else None
@@ -305,22 +304,26 @@ class Prepared:
 
 
 @no_exit()
-def train(*given: Any, **named: Any) -> Result:
-    """Run what `prepare_run` builds of these arguments: fit, then measure the best checkpoint on the test split."""
-    ready = prepare_run(*given, **named)
-    if isinstance(ready, Result):
-        return ready
+def train(*args: Any, **settings: Any) -> Result:
+    """Fit, then measure the best checkpoint on the test split.
+
+    Args: as for `prepare_run`.
+    """
+    prepared = prepare_run(*args, **settings)
+    if isinstance(prepared, Result):
+        return prepared
     try:
-        ready.claim()
-        with ready.trainer, stopping([ready.trainer]) as stopped, intra_op_threads(ready.threads):
-            ready.introduce()
-            ready.trainer.fit(**ready.fit_arguments())
-            return ready.result(stopped)
+        prepared.claim()
+        trainer = prepared.trainer
+        with trainer, stopping([trainer]) as stopped, intra_op_threads(prepared.threads):
+            prepared.log_start()
+            trainer.fit(**prepared.fit_arguments())
+            return prepared.result(stopped)
     except Exception:
-        ready.tell_failure()
+        prepared.record_failure()
         raise
     finally:
-        ready.release()
+        prepared.release()
 
 
 @no_exit()
@@ -334,12 +337,17 @@ def prepare_run(
     say: Callable[[str], None] = print_message,
     data: Data | None = None,
 ) -> Prepared | Result:
-    """Build an experiment, up to its training; a run that is done already has its result.
+    """Build an experiment before its training; for a finished run return its result.
 
-    With `resume` in the spec, it will go on with a run that was cut off, as if it had not been; a finished one stays as
-    it is.
-    started: when the process did, in seconds of `time.monotonic`. inexact: allow settings that make the rest of a
-    resumed run differ. say: takes lines for the person who waits. data: that of the spec, if it is there already.
+    With `resume` in the spec, an unfinished run is continued as if it had not been interrupted.
+
+    Args:
+        experiment: the name of the experiment.
+        overrides: the command line, which is written into the folder.
+        started: the start of the process, in seconds of `time.monotonic`.
+        inexact: allow settings that change the rest of a resumed run.
+        say: prints a line for the user.
+        data: of the spec, if it is built already.
     """
     started = time.monotonic() if started is None else started
     run = find_run(spec, experiment)
@@ -347,116 +355,113 @@ def prepare_run(
     if resumed is not None and resumed.done:
         say(f"{run} is done already")
         resumed.folder.lock.close()
-        return earlier_result(resumed.folder.path)
-    if resumed is not None and spec.fold is not None:
-        refit = "fold" in read_facts(resumed.folder.path)  # a run of an older version has none
-        data = data if refit else build_data(spec, refit=False)
-    saved = (
-        None if resumed is None or resumed.training is None else shapes(resumed.training["model"])
-    )
+        return read_result(resumed.folder.path)
+    saved = None
+    if resumed is not None:
+        if spec.fold is not None:
+            refit = "fold" in read_facts(resumed.folder.path)  # not in a run of an older version
+            data = data if refit else build_data(spec, refit=False)
+        if resumed.training is not None:
+            saved = shapes(resumed.training["model"])
     built = Experiment(spec, data, saved)
     if spec.init_from is not None and resumed is None:
-        say(start_from(built.model, spec.init_from))
-    trainer, threads = built.trainer(), built.threads()
+        say(initialize_from(built.model, spec.init_from))
+    trainer = built.trainer()
+    threads = built.threads()
     if not any(isinstance(callback, SavingCallback) for callback in trainer.callbacks):
         say(UNSAVED)
     if resumed is not None:
-        check_same_data(resumed, built, inexact, say)
-        try:
-            check_fits(resumed, built.model, built.optimizer)
-            check_optimizer(resumed, built.model, built.optimizer)
-        except WRONG_FORM as error:
-            path = resumed.folder.path
-            raise RunError(
-                f"{path} cannot go on: its checkpoint has another form: {describe(error)}"
-            ) from error
-        trainer.state.step = resumed.step  # loggers go on from there
-        threads = resumed.threads or threads  # as many make the same bits
-        for line in (
-            f"going on with {resumed.folder.path} after step {resumed.step}",
-            *resumed.notes,
-        ):
-            say(line)
-        for line in schedule_notes(built, resumed):
+        check_resumed(resumed, built, inexact, say)
+        trainer.state.step = resumed.step  # loggers continue from there
+        threads = resumed.threads or threads  # the same number gives the same bits
+        say(f"going on with {resumed.folder.path} after step {resumed.step}")
+        for line in [*resumed.notes, *schedule_notes(built, resumed)]:
             say(line)
     return Prepared(built, trainer, threads, resumed, experiment, list(overrides), started)
 
 
+def check_resumed(
+    resumed: Resumed, built: Experiment, inexact: bool, say: Callable[[str], None]
+) -> None:
+    """Raise RunError if the data, the model or the optimizer of a resumed run are not the same."""
+    if not inexact:
+        check_same_data(resumed, built, say)
+    try:
+        check_fits(resumed, built.model, built.optimizer)
+        check_optimizer(resumed, built.model, built.optimizer)
+    except WRONG_FORM as error:
+        path = resumed.folder.path
+        raise RunError(
+            f"{path} cannot be resumed: its checkpoint has another form: {describe(error)}"
+        ) from error
+
+
+def check_same_data(resumed: Resumed, built: Experiment, say: Callable[[str], None]) -> None:
+    """Raise RunError if the data of a resumed run has changed.
+
+    Other content at the same path, such as a repaired image, is only a note.
+    """
+    before = read_facts(resumed.folder.path)
+    facts = data_facts(built.data, built.task, built.out_shape)
+    now = json.loads(dump("facts.json", facts))
+    changed = list(fact_changes(before, now))
+    other_content = list(content_changes(before.get("content"), now["content"]))
+    if resumed.data_moved:
+        changed += other_content
+    if changed:
+        raise RunError(
+            f"the data of {resumed.folder.path} has changed since it began ({'; '.join(changed)}): "
+            "--inexact resumes it nevertheless"
+        )
+    if other_content:
+        say(f"the data has changed since the run began: {'; '.join(other_content)}")
+
+
 def schedule_notes(built: Experiment, resumed: Resumed) -> Iterator[str]:
-    """Yield a line when a schedule that is laid out over the run follows its new length."""
+    """Yield a note if the schedule depends on the length of the run, which has changed."""
     scheduler = built.spec.parts["scheduler"]
     if scheduler is None or built.schedule is None or 0 < built.total_steps <= resumed.step:
         return
-    if not resumed.changes("trainer.max_epochs") and not resumed.changes("trainer.max_steps"):
+    if not {"trainer.max_epochs", "trainer.max_steps"} & resumed.changed.keys():
         return
     limits = resumed.config["trainer"]
     before = count_total(built.steps_per_epoch, limits.get("max_epochs"), limits.get("max_steps"))
-    old, new = scheduler(before), built.schedule
+    old = scheduler(before)
     span = max(before, built.total_steps)
-    places = range(0, span, max(1, span // 1000))
-    if all(old(step) == new(step) for step in places):
+    steps = range(0, span, max(1, span // 1000))
+    if all(old(step) == built.schedule(step) for step in steps):
         return
     yield (
         f"scheduler={scheduler.entry.name} is laid out anew over {built.total_steps:,} steps "
-        f"(was {before:,}): from step {resumed.step:,} on the learning rate is that of a run of the "
-        "new length"
+        f"(was {before:,}): from step {resumed.step:,} on the learning rate is that of a run of "
+        "the new length"
     )
-
-
-def earlier_result(run: Path) -> Result:
-    """Return what a run came to that is done already, as its folder keeps it."""
-    values, steps = last_values(run)
-    result = Result(run, values)
-    last = max(steps.values(), default=0)
-    result.steps = last
-    chosen = chosen_checkpoint(run)
-    if "val" in steps:
-        result.weights["val"] = which_weights(steps["val"], last)
-    if "test" in steps:
-        result.weights["test"] = which_weights(last if chosen is None else chosen, last)
-    return result
 
 
 def finish(trainer: Trainer, built: Experiment) -> Path | None:
     """Measure the best checkpoint on the test split; log the settings with the final metrics.
 
-    Returns that checkpoint; None where there is none, or no test split.
+    Returns:
+        That checkpoint; None without one, or without a test split.
     """
     assert trainer.folder is not None
-    chosen = None
+    measured = None
     if built.data.test is not None:
-        chosen = load_weights(built.model, trainer.folder)
+        measured = load_weights(built.model, trainer.folder)
         trainer.evaluate(built.batches("test"))
     for logger in trainer.loggers:
         logger.hparams(hyperparameters(built.spec), trainer.state.metrics)
     built.status.done(trainer)
-    return chosen
-
-
-def which_weights(measured: int | Path, steps: int) -> str:
-    """Return a label of the weights that were measured, such as "best, step 900".
-
-    Args:
-        measured: the checkpoint that was loaded, or the step after which they were in memory.
-        steps: those of the whole run.
-    """
-    step, best = measured, False
-    if isinstance(measured, Path):
-        best = measured.name == "best"
-        # Not by its name: in a copy without links, best is a folder.
-        step = checkpoint.step_in(checkpoint.target_of(measured))
-    if best:
-        return f"best, step {step:,}"
-    return f"last, step {step:,}" if step == steps else f"step {step:,}"
+    return measured
 
 
 def data_advice(loader: Loader, shares: Mapping[str, float], seconds: float) -> str | None:
-    """Say how to wait less for data, if that took much time and the data is not in memory.
+    """Return advice on reading data faster; None if that took little time or the data is in memory.
 
     Args:
-        loader: what the training batches came from.
-        shares: of the time, by what it was spent on.
-        seconds: the whole time of training.
+        loader: of the training batches.
+        shares: the fractions of the time, by activity.
+        seconds: of the training.
     """
     share = slow_data(shares, seconds)
     if share is None or loader.in_memory:
@@ -464,117 +469,48 @@ def data_advice(loader: Loader, shares: Mapping[str, float], seconds: float) -> 
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
-    ways = [f"loader.workers={max(cores, 2)} reads ahead"] if loader.workers < cores else []
-    ways.append("loader.read=memory reads samples only once (of one shape, nothing random in them)")
-    return f"{share:.0%} of the time waited for data: {'; '.join(ways)}"
+    options = []
+    if loader.workers < cores:
+        options.append(f"loader.workers={max(cores, 2)} reads ahead")
+    options.append(
+        "loader.read=memory reads samples only once (of one shape, nothing random in them)"
+    )
+    return f"{share:.0%} of the time waited for data: {'; '.join(options)}"
 
 
 def hyperparameters(spec: Spec) -> dict[str, Any]:
-    """Return the settings that the outcome may depend on: not where a run lies, nor how it is watched."""
-    kept = {key: value for key, value in spec.tree.items() if key not in WATCHING}
-    kept["trainer"] = {key: value for key, value in kept["trainer"].items() if key not in WATCHING}
-    watching = [m.entry.name for m in spec.parts["callback"] if not changes_training(m.entry.part)]
-    kept["callbacks"] = {
-        name: value for name, value in kept["callbacks"].items() if name not in watching
-    }
+    """Return the settings that may affect the metrics: not the folder, nor what is logged."""
+    kept = without_keys(spec.tree, NO_HYPERPARAMETERS)
+    kept["trainer"] = without_keys(kept["trainer"], NO_HYPERPARAMETERS)
+    callbacks = [maker.entry for maker in spec.parts["callback"]]
+    observing = [entry.name for entry in callbacks if not changes_training(entry.part)]
+    kept["callbacks"] = without_keys(kept["callbacks"], observing)
     return kept
 
 
-def check_same_data(
-    resumed: Resumed, built: Experiment, inexact: bool, say: Callable[[str], None]
-) -> None:
-    """Raise RunError when the data of a resumed run is not what it was.
-
-    Other content at the same path, such as a picture that was repaired, is told only.
-    """
-    if inexact:
-        return
-    before = read_facts(resumed.folder.path)
-    now = json.loads(dump("facts.json", facts_of(built)))
-    changed = list(fact_changes(before, now))
-    other_content = list(content_changes(before.get("content"), now["content"]))
-    if resumed.data_moved:
-        changed += other_content
-    if changed:
-        said = (
-            f"the data of {resumed.folder.path} has changed since it began ({'; '.join(changed)})"
-        )
-        raise RunError(f"{said}: --inexact goes on all the same")
-    if other_content:
-        say(f"the data has changed since the run began: {'; '.join(other_content)}")
-
-
-def fact_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what differs between the facts of a run's data and those of the data now."""
-    for name in {**before, **now}:
-        if name != "content" and before.get(name) != now.get(name):
-            yield f"{name}: {short(now.get(name), 100)}, was {short(before.get(name), 100)}"
-
-
-def content_changes(known: Any, content: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the splits whose content is not the one that a run's facts.json keeps."""
-    if not isinstance(known, dict):
-        return  # a run of an older version
-    for split in {**known, **content}:
-        if known.get(split) != content.get(split):
-            yield f"other content in the {split} split"
-
-
-def facts_of(built: Experiment) -> dict[str, Any]:
-    facts: dict[str, Any] = {
-        "in_shape": list(built.data.in_shape),
-        "out_shape": list(built.out_shape),
-    }
-    sizes = {name: len(split) for name, split in splits_of(built.data).items() if len(split)}
-    if built.data.columns:
-        facts["columns"] = list(built.data.columns)
-    if (scale := scale_of(built.data, built.task)) is not None:
-        facts["scale"] = list(scale)
-    if built.data.fold is not None:
-        facts["fold"] = built.data.fold
-    facts |= {"classes": list(built.data.classes), "samples": sizes, "data": built.data.facts()}
-    facts["content"] = digests_of(built.data)
-    return facts
+def without_keys(settings: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """Return settings without some keys."""
+    return {key: value for key, value in settings.items() if key not in keys}
 
 
 def describe_run(folder: RunFolder, built: Experiment, overrides: list[str]) -> None:
-    """Write what the run is made of, before it starts."""
-    parts = [
-        maker
-        for made in built.spec.parts.values()
-        for maker in (made if isinstance(made, list) else [made])
-    ]
-    sources = {str(maker.entry): str(maker.entry.source) for maker in parts if maker is not None}
-    folder.write("facts.json", facts_of(built))
+    """Write the files that describe a run, before it starts."""
+    sources = {}
+    for parts in built.spec.parts.values():
+        for maker in parts if isinstance(parts, list) else [parts]:
+            if maker is not None:
+                sources[str(maker.entry)] = str(maker.entry.source)
+    plugins = {"plugins": built.spec.plugins, "without_plugins": built.spec.without}
+    folder.write("facts.json", data_facts(built.data, built.task, built.out_shape))
     folder.write("overrides.yaml", overrides)
-    loaded = {"plugins": built.spec.plugins, "without_plugins": built.spec.without}
-    folder.write("provenance.json", provenance(sources) | loaded)
-    folder.write(
-        "config.yaml", built.spec.tree
-    )  # the last one: with it there is a run to go on with
+    folder.write("provenance.json", provenance(sources) | plugins)
+    folder.write("config.yaml", built.spec.tree)  # last: with it the run can be resumed
 
 
 def discard_run(folder: RunFolder) -> None:
-    """Remove what was written into the folder of a run that cannot begin; then the folder, if nothing else is in it."""
+    """Remove the files of a run that cannot begin, and its folder if nothing else is in it."""
     folder.lock.close()
     with suppress(OSError):
         for name in (*DESCRIPTION, ".lock"):
             (folder.path / name).unlink(missing_ok=True)
         folder.path.rmdir()
-
-
-def load_weights(model: nn.Module, run: Path, which: str = "best") -> Path | None:
-    """Load the best (or last, or a named) checkpoint's weights; returns which one, None when there is none."""
-    chosen = chosen_checkpoint(run, which)
-    if chosen is not None:
-        fill(model, chosen, run)
-    return chosen
-
-
-def fill(model: nn.Module, chosen: Path, run: Path) -> None:
-    """Load the weights of a checkpoint. Raises RunError when they do not fit the model."""
-    weights = checkpoint.load_model(chosen)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise RunError(f"{chosen} does not fit the model of {run}: {text_of(error)}") from error

@@ -1,4 +1,4 @@
-"""A trained model, read back from its run folder."""
+"""Load a trained model from the folder of its run."""
 
 import json
 import warnings
@@ -25,21 +25,30 @@ from framework.runs.folder import (
     plugins_of,
     read_config,
     read_facts,
-    run_behind,
+    resolve_run,
     run_of_checkpoint,
 )
 from framework.training.trainer import Trainer
 from framework.training.trainer_state import WRONG_FORM
 
 from .build import build_data, build_loader, build_metrics, build_model, scale_of
-from .experiment import fill
 from .model_limits import model_limits
-from .resume import chosen_checkpoint
+from .weights import find_checkpoint, load_into
+
+# Errors of a model that is built from the config of an untrusted source.
+BUILD_ERRORS = (RuntimeError, TypeError, ValueError, LookupError, ArithmeticError, MemoryError)
 
 
 @dataclass
 class Trained:
-    """A model read back from a run folder, with what prediction needs; the training data is not read."""
+    """A trained model with the objects that prediction needs; the training data is not read.
+
+    Attributes:
+        spec: of the run.
+        run: its folder.
+        facts: of its data, from facts.json.
+        checkpoint: from which the weights are.
+    """
 
     spec: Spec
     run: Path
@@ -49,11 +58,15 @@ class Trained:
     checkpoint: Path
 
     def trainer(self) -> Trainer:
-        wanted = {
-            name: self.spec.sections["trainer"][name]
-            for name in ("device", "precision", "deterministic")
-        }
-        return Trainer(max_steps=1, **wanted, seed=self.spec.seed)
+        """Return a trainer with the device and precision of the run."""
+        settings = self.spec.sections["trainer"]
+        return Trainer(
+            max_steps=1,
+            device=settings["device"],
+            precision=settings["precision"],
+            deterministic=settings["deterministic"],
+            seed=self.spec.seed,
+        )
 
     def evaluate(self, split: str = "test") -> dict[str, float]:
         """Return the loss and metrics on a split of the run's data."""
@@ -70,9 +83,9 @@ class Trained:
         )
 
     def check_scale(self, data: Data) -> None:
-        """Raise RunError when the targets are scaled in another way than those learnt."""
-        learnt = self.facts.get("scale")
-        before = None if learnt is None else Scale(*learnt)
+        """Raise RunError if the targets have another scale than in training."""
+        scale = self.facts.get("scale")
+        before = None if scale is None else Scale(*scale)
         now = scale_of(data, self.task)
         if not nearly_equal(before, now):
             raise RunError(
@@ -81,7 +94,11 @@ class Trained:
             )
 
     def read_inputs(self, file: Path) -> Tensor:
-        """Read a file of inputs as the run's data set reads it. Raises DataError when it does not fit the model."""
+        """Read a file of inputs with the data set of the run.
+
+        Raises:
+            DataError: the file cannot be read, or does not fit the model.
+        """
         if not file.exists():
             raise DataError(f"there is no file {file}")
         with facts_that_fit(self.run), user_errors(f"reading {file}", DataError):
@@ -89,31 +106,34 @@ class Trained:
         if not isinstance(inputs, Tensor):
             found = type(inputs).__name__
             raise DataError(f"{file}: `read_inputs` should return a tensor, not a {found}")
-        row, wanted = tuple(inputs.shape[1:]), self.facts["in_shape"]
-        if list(row) != wanted:
-            raise DataError(f"{file}: a row has shape {row}; the model takes {wanted}")
+        shape = tuple(inputs.shape[1:])
+        expected = self.facts["in_shape"]
+        if list(shape) != expected:
+            raise DataError(f"{file}: a row has shape {shape}; the model takes {expected}")
         return inputs
 
     def predict(self, inputs: Tensor) -> Mapping[str, Any]:
-        """Return the task's predictions, columns by name."""
+        """Return the predictions of the task as columns by name."""
         batch_size = self.spec.sections["loader"]["eval_batch_size"]
         outputs = self.trainer().predict(inputs, model=self.model, batch_size=batch_size)
         scale = self.facts.get("scale")
-        columns = self.task.predict(outputs if scale is None else Scale(*scale).back(outputs))
+        if scale is not None:
+            outputs = Scale(*scale).inverse_transform(outputs)
+        columns = self.task.predict(outputs)
         if not isinstance(columns, Mapping):
             name = type(self.task).__name__
             raise DataError(f"{name}.predict: expected a dict of columns, got {short(columns)}")
         return columns
 
     def generate(self, prompt: str, **sampling: Any) -> tuple[str, str]:
-        """Let a language model continue a text.
+        """Continue a text with a language model.
 
         Args:
             prompt: the beginning of the text.
             sampling: settings of the task's `generate`, such as the temperature.
 
         Returns:
-            What the model knows of the prompt, and the prompt with its continuation.
+            The part of the prompt that the model knows, and the prompt with its continuation.
         """
         data = self.spec.parts["data"].entry.part
         with facts_that_fit(self.run):
@@ -121,16 +141,17 @@ class Trained:
             known = data.decode(tokens.tolist(), self.facts["data"])
         if not isinstance(self.task, TextTask):
             raise RunError(
-                f"the task of {self.run} makes no text: --prompt is for task=language_modelling"
+                f"the task of {self.run} does not generate text: --prompt is for "
+                "task=language_modelling"
             )
-        made = self.task.generate(self.model, tokens, self.facts["in_shape"][0], **sampling)
+        generated = self.task.generate(self.model, tokens, self.facts["in_shape"][0], **sampling)
         with facts_that_fit(self.run):
-            return known, data.decode([*tokens.tolist(), *made], self.facts["data"])
+            return known, data.decode([*tokens.tolist(), *generated], self.facts["data"])
 
 
 @contextmanager
 def facts_that_fit(run: Path) -> Iterator[None]:
-    """Raise RunError when what a run's facts.json tells of the data has another form than its data set gives it."""
+    """Raise RunError if the data set of a run cannot use the facts in its facts.json."""
     try:
         yield
     except WRONG_FORM as error:
@@ -140,60 +161,68 @@ def facts_that_fit(run: Path) -> Iterator[None]:
 
 
 def nearly_equal(first: Scale | None, second: Scale | None) -> bool:
-    """Whether two scales make the same targets, to within a thousandth of a deviation."""
+    """Whether two scales give the same targets, to within a thousandth of a deviation."""
     if first is None or second is None:
         return first is second
-    mean, std, other_mean, other_std = (
-        torch.as_tensor(each, dtype=torch.float64) for each in (*first[:2], *second[:2])
-    )
+    mean = torch.as_tensor(first.mean, dtype=torch.float64)
+    std = torch.as_tensor(first.std, dtype=torch.float64)
+    other_mean = torch.as_tensor(second.mean, dtype=torch.float64)
+    other_std = torch.as_tensor(second.std, dtype=torch.float64)
     if first.log != second.log or mean.shape != other_mean.shape:
         return False
-    apart = (mean - other_mean).abs() + (std - other_std).abs()
-    return bool((apart <= 1e-3 * std).all())
+    difference = (mean - other_mean).abs() + (std - other_std).abs()
+    return bool((difference <= 1e-3 * std).all())
 
 
 def open_run(run: str | Path, which: str | None = None) -> Trained:
-    """Read a trained model back.
+    """Load a trained model.
 
     Args:
         run: the folder of a run, or of one of its checkpoints.
-        which: best, last, or the folder of a checkpoint; None: best, or the checkpoint that `run` is.
+        which: best, last, or the folder of a checkpoint; None: `run` itself if it is a checkpoint,
+            otherwise best.
 
-    Raises RunError when there is no such run or checkpoint, ConfigError for an unknown part.
+    Raises:
+        RunError: there is no such run or checkpoint.
+        ConfigError: a part of the run is not available.
     """
-    run = run_behind(expanded(run))
-    of_checkpoint = run_of_checkpoint(run)
-    if of_checkpoint is not None:
+    run = resolve_run(expanded(run))
+    run_above = run_of_checkpoint(run)
+    if run_above is not None:
         if which is not None:
-            advice = f"leave out --checkpoint {which}, or give the run {of_checkpoint}"
+            advice = f"leave out --checkpoint {which}, or give the run {run_above}"
             raise RunError(f"{run} is a checkpoint: {advice}")
-        run, which = of_checkpoint, str(run)
+        which = str(run)
+        run = run_above
     spec = read_spec_of(run, read_config(run))
     facts = read_facts(run)
-    chosen = chosen_checkpoint(run, which or "best")
-    if chosen is None:
+    found = find_checkpoint(run, which or "best")
+    if found is None:
         raise RunError(f"{run} has no checkpoint: was it trained with callbacks.checkpoint?")
-    shapes = facts["in_shape"], facts["out_shape"], facts.get("columns", ())
     try:
-        with model_limits(spec, checkpoint.read_shapes(chosen)):
-            model = build_model(spec, *shapes, trained=False)
-    except (
-        RuntimeError,
-        TypeError,
-        ValueError,
-        LookupError,
-        ArithmeticError,
-        MemoryError,
-    ) as error:
+        with model_limits(spec, checkpoint.read_shapes(found)):
+            model = build_model(
+                spec,
+                facts["in_shape"],
+                facts["out_shape"],
+                facts.get("columns", ()),
+                trained=False,
+            )
+    except BUILD_ERRORS as error:
         raise RunError(f"the model of {run} cannot be built: {describe(error)}") from error
-    fill(model, chosen, run)
-    return Trained(spec, run, model, spec.parts["task"](), facts, chosen)
+    load_into(model, found, run)
+    return Trained(spec, run, model, spec.parts["task"](), facts, found)
 
 
 def read_spec_of(run: Path, tree: Mapping[str, Any]) -> Spec:
-    """Check the config of a run, as it is or with overrides.
+    """Check the config of a run.
 
-    Raises ConfigError; when plugins of the run are not loaded, with nothing but how to give them.
+    Args:
+        tree: the config, perhaps with overrides.
+
+    Raises:
+        ConfigError: the config has problems. If plugins of the run are not loaded, only the option
+            that loads them is named.
     """
     try:
         return read_spec(tree, Sources(fallback=f"{run}/config.yaml"))
@@ -201,5 +230,5 @@ def read_spec_of(run: Path, tree: Mapping[str, Any]) -> Spec:
         missing = [plugin for plugin in plugins_of(run) if not is_loaded(plugin)]
         if not missing:
             raise
-        given = " ".join(f"--plugins {pasted(shorter(plugin))}" for plugin in missing)
-        raise ConfigError([f"{run} was trained with plugins: give {given}"]) from error
+        options = " ".join(f"--plugins {pasted(shorter(plugin))}" for plugin in missing)
+        raise ConfigError([f"{run} was trained with plugins: give {options}"]) from error

@@ -1,4 +1,4 @@
-"""What the loggers are shown of a run before it begins: its config, its layers, its graph."""
+"""Log the config, the layers and the graph of a run before it begins."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from framework.runtime import seeds
 from framework.training.layer_table import read_layers
 
 
-def introduce(
+def log_run_start(
     loggers: Sequence[Logger],
     config: dict[str, Any],
     model: nn.Module,
@@ -21,32 +21,38 @@ def introduce(
     batches: Loader,
     layers: str | None = None,
 ) -> str | None:
-    """Show the loggers what runs: the config, the layers, the graph; returns the layers, if a logger shows texts.
+    """Give the loggers the config, the layers and the graph of a run.
 
-    layers: of a model of the same shapes, where they are known already.
+    Args:
+        layers: the table of layers, if it is known from a model of the same shapes.
+
+    Returns:
+        The table of layers; None if no logger takes texts.
     """
-    showing = [logger for logger in loggers if type(logger).text is not Logger.text]
-    drawing = [logger for logger in loggers if type(logger).graph is not Logger.graph]
-    if not showing and not drawing:
+    text_loggers = [logger for logger in loggers if type(logger).text is not Logger.text]
+    graph_loggers = [logger for logger in loggers if type(logger).graph is not Logger.graph]
+    if not text_loggers and not graph_loggers:
         return None
     batch = first_batch(batches)
-    texts = {"config": indented(dump("config.yaml", config))} if showing else {}
-    if showing:
-        texts["layers"] = layers_in_markdown(model, batch, task) if layers is None else layers
-    for logger in showing:
-        for tag, text in texts.items():
-            logger.text(tag, text)
-    for logger in drawing:
+    shown = None
+    if text_loggers:
+        shown = layers_in_markdown(model, batch, task) if layers is None else layers
+        config_text = indented(dump("config.yaml", config))
+        for logger in text_loggers:
+            logger.text("config", config_text)
+            logger.text("layers", shown)
+    for logger in graph_loggers:
         logger.graph(model, batch[0][:2])
-    return texts.get("layers")
+    return shown
 
 
 def indented(text: str) -> str:
-    """Return a text as a code block of markdown."""
+    """Return a text as a code block in Markdown."""
     return "\n".join(f"    {line}" for line in text.splitlines())
 
 
 def layers_in_markdown(model: nn.Module, batch: Batch, task: Task) -> str:
+    """Return the table of layers in Markdown."""
     layers, _ = read_layers(model, batch, task)
     rows = ["| layer | type | output | parameters | FLOPs |", "|---|---|---|--:|--:|"]
     for layer in layers:
@@ -55,12 +61,12 @@ def layers_in_markdown(model: nn.Module, batch: Batch, task: Task) -> str:
             f"| {layer.name} | {layer.type} | {shape} | {layer.parameters:,} | {layer.flops:,} |"
         )
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return "\n".join(
-        [*rows, f"| total | | | {parameters:,} | {sum(layer.flops for layer in layers):,} |"]
-    )
+    flops = sum(layer.flops for layer in layers)
+    rows.append(f"| total | | | {parameters:,} | {flops:,} |")
+    return "\n".join(rows)
 
 
 def first_batch(batches: Loader) -> Batch:
-    """Return the first batch of the first epoch, without moving any generator."""
+    """Return the first batch of the first epoch, without a change to the random generators."""
     with seeds.undisturbed():
         return next(iter(batches.epoch()))

@@ -1,7 +1,7 @@
-"""Limits to the size of the model of a run from elsewhere, whose config may ask for any size.
+"""Limits on the size of a model that is built from the config of an untrusted source.
 
-The checkpoint of the run says how large its model is. A model that is much larger is refused while it is built, before
-its tensors take memory.
+The checkpoint of the run contains the size of its model. A config that asks for a much larger model
+is refused while it is built, before its tensors take memory.
 """
 
 import math
@@ -26,15 +26,13 @@ from framework.registry.discovery import OWN
 from framework.registry.registry import Maker
 from framework.runtime.memory import available_bytes
 
-MOST_TIMES = 8  # as many numbers as a checkpoint has: tied and replaced weights count several times
-MOST_MORE = 2**22
+MOST_TIMES = 8  # elements per element of the checkpoint: tied and replaced weights count again
+MOST_MORE = 2**22  # elements in any case
 FLOAT_BYTES = 4
 MODULES_PER_TENSOR = 10
-MOST_MODULES = 20_000
-MOST_TENSOR_BYTES = (
-    2**28
-)  # more than those of the checkpoint: a mask of 16,384 positions, of one byte each
-LARGEST_SETTING = 2**18  # a count of layers becomes a list before there are any
+MOST_MODULES = 20_000  # in any case
+MOST_TENSOR_BYTES = 2**28  # in any case: a mask of 16,384 positions, of one byte each
+LARGEST_SETTING = 2**18  # a count of layers becomes a list before the layers are built
 LARGEST_OTHER_SETTING = 2**32  # of a user's plugin, where it may be a seed
 TENSOR_MAKERS = {
     torch.empty,
@@ -50,24 +48,24 @@ TENSOR_MAKERS = {
 
 @contextmanager
 def model_limits(spec: Spec, saved: Mapping[str, Sequence[int]]) -> Iterator[None]:
-    """Within this context, a config that asks for a much larger model than its checkpoint holds raises BuildError.
+    """Raise BuildError in this context if a config asks for a far larger model than its checkpoint.
 
     Args:
         saved: the shapes of the checkpoint's tensors.
     """
     numbers = sum(map(math.prod, saved.values()))
     check_settings(spec.parts["model"], numbers)
-    with (
-        SizeLimits(
-            MOST_TIMES * numbers + MOST_MORE, MODULES_PER_TENSOR * len(saved) + MOST_MODULES
-        ),
-        LimitedTensors(MOST_TIMES * FLOAT_BYTES * numbers + MOST_TENSOR_BYTES),
-    ):
+    sizes = SizeLimits(
+        numbers=MOST_TIMES * numbers + MOST_MORE,
+        modules=MODULES_PER_TENSOR * len(saved) + MOST_MODULES,
+    )
+    tensors = TensorLimits(most=MOST_TIMES * FLOAT_BYTES * numbers + MOST_TENSOR_BYTES)
+    with sizes, tensors:
         yield
 
 
-class LimitedTensors(TorchFunctionMode):
-    """Within this context, a call that would make a tensor of more than `most` bytes raises BuildError instead."""
+class TensorLimits(TorchFunctionMode):
+    """Raises BuildError in this context instead of making a tensor of more than `most` bytes."""
 
     def __init__(self, most: int):
         super().__init__()
@@ -77,37 +75,40 @@ class LimitedTensors(TorchFunctionMode):
         self,
         function: Any,
         types: Any,
-        given: tuple[Any, ...] = (),
-        settings: dict[str, Any] | None = None,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        settings = settings or {}
+        kwargs = kwargs or {}
         if function in TENSOR_MAKERS:
-            numbers = requested(function, given, settings)
-            dtype = settings.get("dtype")
+            numbers = requested_numbers(function, args, kwargs)
+            dtype = kwargs.get("dtype")
             size = dtype.itemsize if isinstance(dtype, torch.dtype) else FLOAT_BYTES
             if numbers * size > self.most:
                 raise BuildError(
                     f"the config asks for a tensor of {numbers:,} numbers; its checkpoint has fewer"
                 )
-        return function(*given, **settings)
+        return function(*args, **kwargs)
 
 
-def requested(function: Any, given: Sequence[Any], settings: Mapping[str, Any]) -> int:
-    """Return how many numbers the tensor has that a function such as `torch.empty` is asked for."""
+def requested_numbers(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """Return the number of elements of the tensor that a function such as `torch.empty` makes."""
     if function is torch.arange:
-        ends = [float(each) for each in given[:2] if isinstance(each, int | float)] or [0.0]
-        return int(abs(ends[-1] - (ends[0] if len(ends) > 1 else 0.0)))
-    sizes = settings.get("size", given)
+        ends = [float(end) for end in args[:2] if isinstance(end, int | float)]
+        if len(ends) == 2:
+            return int(abs(ends[1] - ends[0]))
+        return int(abs(ends[0])) if ends else 0
+    sizes = kwargs.get("size", args)
     if len(sizes) and isinstance(sizes[0], list | tuple):
         sizes = sizes[0]
     return math.prod(size for size in sizes if isinstance(size, int))
 
 
 def check_settings(value: Any, numbers: int) -> None:
-    """Raise BuildError for a part with a setting that is too large a count, also in what is nested in it.
+    """Raise BuildError if a setting of a part, or of a part in its settings, is too large a count.
 
     Args:
-        numbers: how many the checkpoint holds.
+        value: a part, or settings that contain parts.
+        numbers: of elements in the checkpoint.
     """
     if not isinstance(value, Maker):
         for part in makers_in(value):
@@ -125,39 +126,43 @@ def check_settings(value: Any, numbers: int) -> None:
 
 
 def makers_in(value: Any) -> Iterator[Maker]:
-    """Yield the parts in the settings of a part, but not those within them."""
+    """Yield the parts in a value, without the parts in their settings."""
     if isinstance(value, Maker):
         yield value
     elif isinstance(value, Mapping):
         yield from makers_in(list(value.values()))
     elif isinstance(value, list | tuple):
-        for each in value:
-            yield from makers_in(each)
+        for item in value:
+            yield from makers_in(item)
 
 
 def integers(value: Any) -> Iterator[int]:
-    """Yield the integers in the settings of a part, but not those of parts within them."""
+    """Yield the integers in a value, without those of the parts in it."""
     if isinstance(value, Mapping):
         yield from integers(list(value.values()))
     elif isinstance(value, list | tuple):
-        for each in value:
-            yield from integers(each)
+        for item in value:
+            yield from integers(item)
     elif type(value) is int:
         yield value
 
 
 class SizeLimits:
-    """Within this context, a module of this thread that registers too many parameters and buffers raises BuildError.
+    """Raises BuildError in this context if modules register too many parameters and buffers.
 
     Args:
-        numbers: the largest count of numbers in parameters; that of buffers is limited by the free memory.
-        modules: the largest count of modules, parameters and buffers.
+        numbers: the largest number of elements of parameters; buffers are limited by the free
+            memory.
+        modules: the largest number of modules, parameters and buffers.
     """
 
     def __init__(self, numbers: int, modules: int):
-        self.numbers, self.modules = numbers, modules
-        self.parameter_numbers = self.bytes = self.count = 0
-        self.room = available_bytes()
+        self.numbers = numbers
+        self.modules = modules
+        self.parameter_numbers = 0
+        self.bytes = 0
+        self.count = 0
+        self.free_bytes = available_bytes()
         self.handles: list[Any] = []
         self.thread = threading.get_ident()  # the hooks are called for modules of all threads
 
@@ -174,29 +179,31 @@ class SizeLimits:
             handle.remove()
 
     def add_parameter(self, module: nn.Module, name: str, parameter: Tensor | None) -> None:
-        if parameter is not None and not is_lazy(parameter) and self.counts():
+        if parameter is not None and not is_lazy(parameter) and self.in_thread():
             self.parameter_numbers += parameter.numel()
         self.add_buffer(module, name, parameter)
 
     def add_buffer(self, module: nn.Module, name: str, tensor: Tensor | None) -> None:
-        if tensor is not None and not is_lazy(tensor) and self.counts():
+        if tensor is not None and not is_lazy(tensor) and self.in_thread():
             self.bytes += tensor.nbytes
         self.add_module(module, name, None)
 
-    def counts(self) -> bool:
+    def in_thread(self) -> bool:
         return threading.get_ident() == self.thread
 
     def add_module(self, module: nn.Module, name: str, child: nn.Module | None) -> None:
-        if not self.counts():
+        if not self.in_thread():
             return
         self.count += 1
         if self.parameter_numbers > self.numbers:
             raise BuildError(
-                f"the config asks for more than {self.numbers:,} parameters; its checkpoint has fewer"
+                f"the config asks for more than {self.numbers:,} parameters; "
+                "its checkpoint has fewer"
             )
-        if self.room is not None and self.bytes > self.room:
+        if self.free_bytes is not None and self.bytes > self.free_bytes:
             raise BuildError(
-                f"the config asks for a model of {self.bytes:,} bytes; {self.room:,} bytes are free"
+                f"the config asks for a model of {self.bytes:,} bytes; "
+                f"{self.free_bytes:,} bytes are free"
             )
         if self.count > self.modules:
             raise BuildError(

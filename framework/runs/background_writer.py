@@ -1,4 +1,4 @@
-"""Saves checkpoints off the training thread."""
+"""Saves checkpoints in a background thread."""
 
 import threading
 import time
@@ -7,39 +7,50 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .checkpoint import commit
-from .snapshot import Copies, Snapshot, snapshot
+from .snapshot import CopyBuffers, Snapshot, snapshot
 
 
 class WriteJob(NamedTuple):
-    """A copy of a state that is to be written, and what follows then."""
+    """A copied state that waits for the thread, and a function to call after it is written."""
 
     folder: Path
-    taken: Snapshot
-    copies: Copies
+    state: Snapshot
+    buffers: CopyBuffers
     then: Callable[[Path], None]
 
 
 class Writer:
-    """Copies a state at once, and lets a thread write the copies, in the order of their submission.
+    """Copies states at once and writes the copies in a thread, in the order of their submission.
 
-    However often one saves, there is a write a second at most, and writing takes no more than a fifth of the time: the
-    thread rests after each (it would slow down the steps of a small model, as Python runs one thread at a time), and a
-    state that waits meanwhile is dropped when it need not be written any more. So a kill costs what came after the
-    newest state on the disk: an interval, a second, and what a few writes take. Large states do not pile up in memory;
-    the next waits until the one before is written.
-    What goes wrong in a save is raised by the next `submit`, `check` or `join`. The program ends when all is written.
+    After each write the thread rests, because writing slows down the training: for `pause` seconds,
+    or for `rest` times the duration of the write if that is longer. A state that waits meanwhile is
+    dropped if a newer one replaces it. So a kill costs the work since the newest checkpoint: the
+    interval of saving, a second, and the time of a few writes. When the copies need too much
+    memory, `submit` waits for the thread.
+
+    An error of a save is raised by the next `submit`, `check` or `join`. The process does not end
+    before all submitted states are written.
+
+    Attributes:
+        pause: seconds of rest after a write, at least.
+        rest: seconds of rest for each second of writing.
+        most_bytes: of copies that wait, besides the newest one.
+        jobs: submitted states; the first one may be in progress.
+        spare: buffers that are reused for the next copies.
     """
 
-    rest = 4.0  # seconds for each second of writing
-    pause = 1.0  # seconds, at least
-    most_bytes = 256 * 2**20  # of copies, besides one
+    rest = 4.0
+    pause = 1.0
+    most_bytes = 256 * 2**20
 
     def __init__(self) -> None:
-        self.jobs: list[WriteJob] = []  # the first may be under way
-        self.spare: list[Copies] = []
-        self.changed = threading.Condition()
+        self.jobs: list[WriteJob] = []
+        self.spare: list[CopyBuffers] = []
+        self.changed = threading.Condition()  # guards all other attributes
         self.thread: threading.Thread | None = None
-        self.writing = self.hurry = False
+        self.writing = False
+        self.blocked = False  # `submit` waits for memory
+        self.finishing = False
         self.error: BaseException | None = None
 
     def submit(
@@ -49,59 +60,88 @@ class Writer:
         then: Callable[[Path], None],
         stays: Collection[int | None] | None = None,
     ) -> None:
-        """Copy a state (the arguments of `snapshot`) and return; the thread calls `then` with the written folder.
+        """Copy a state and return.
 
-        stays: the steps whose states must be written though this one is newer; None for all.
+        Args:
+            folder: of the checkpoints.
+            state: the arguments of `snapshot`.
+            then: is called by the thread with the written checkpoint.
+            stays: the steps whose waiting states must still be written; None for all.
         """
         self.check()
         with self.changed:
             if stays is not None:
                 self._drop(stays)
-            if (
-                not self._has_room()
-            ):  # only then is the thread woken, which costs as much as the copy
-                self.hurry = True
-                self.changed.notify_all()
-                self.changed.wait_for(self._has_room)
-                self.hurry = False
-            copies = self.spare.pop() if self.spare else Copies()
+            self._wait_for_memory()
+            buffers = self.spare.pop() if self.spare else CopyBuffers()
         self.check()
-        taken = snapshot(*state, copies=copies)
+        job = WriteJob(folder, snapshot(*state, buffers=buffers), buffers, then)
         with self.changed:
-            self.jobs.append(WriteJob(folder, taken, copies, then))
+            self.jobs.append(job)
             if self.thread is None:
                 self.thread = threading.Thread(target=self._work, name="checkpoint")
                 self.thread.start()
 
-    def _has_room(self) -> bool:
-        return sum(job.taken.nbytes for job in self.jobs) < self.most_bytes
+    def check(self) -> None:
+        """Raise the error of a finished save."""
+        if self.error is not None:
+            error = self.error
+            self.error = None
+            raise error
+
+    def begin_at_once(self) -> None:
+        """Do not rest before the next writes, until `join`."""
+        with self.changed:
+            self.finishing = True
+            self.changed.notify_all()
+
+    def join(self) -> None:
+        """Wait until all states are written, and raise the error of a save."""
+        self.begin_at_once()
+        thread = self.thread
+        if thread is not None:
+            thread.join()
+        self.finishing = False
+        self.check()
 
     def _drop(self, stays: Collection[int | None]) -> None:
-        for job in self.jobs[self.writing :]:
-            if job.taken.step not in stays:
+        """Drop the waiting states, except those of some steps."""
+        first = 1 if self.writing else 0
+        for job in self.jobs[first:]:
+            if job.state.step not in stays:
                 self.jobs.remove(job)
-                self.spare.append(job.copies)
+                self.spare.append(job.buffers)
+
+    def _wait_for_memory(self) -> None:
+        """Wait until there is memory for another copy; the thread does not rest meanwhile."""
+        if self._has_memory():
+            return  # without waking the thread, which takes as long as a small copy
+        self.blocked = True
+        self.changed.notify_all()
+        self.changed.wait_for(self._has_memory)
+        self.blocked = False
+
+    def _has_memory(self) -> bool:
+        return sum(job.state.nbytes for job in self.jobs) < self.most_bytes
 
     def _work(self) -> None:
-        """Write until there is nothing to write."""
-        while (job := self._next()) is not None:
+        """Write until no state waits."""
+        while (job := self._next_job()) is not None:
             began = time.monotonic()
             try:
-                job.then(commit(job.folder, job.taken))
-            except BaseException as error:  # it belongs to the thread that trains
+                job.then(commit(job.folder, job.state))
+            except BaseException as error:  # the training thread raises it
                 self.error = error
             with self.changed:
                 self.jobs.pop(0)
-                self.spare.append(job.copies)
+                self.spare.append(job.buffers)
                 self.writing = False
                 self.changed.notify_all()
-                self.changed.wait_for(
-                    lambda: self.hurry,
-                    timeout=max(self.pause, self.rest * (time.monotonic() - began)),
-                )
+                seconds = max(self.pause, self.rest * (time.monotonic() - began))
+                self.changed.wait_for(lambda: self.finishing or self.blocked, timeout=seconds)
 
-    def _next(self) -> WriteJob | None:
-        """Return what to write now; after an error nothing is written any more."""
+    def _next_job(self) -> WriteJob | None:
+        """Return the next state to write; None if none waits, or after an error."""
         with self.changed:
             if self.error is not None:
                 self._drop(())
@@ -110,24 +150,3 @@ class Writer:
                 return None
             self.writing = True
             return self.jobs[0]
-
-    def check(self) -> None:
-        """Raise what went wrong in a save that is over."""
-        if self.error is not None:
-            error, self.error = self.error, None
-            raise error
-
-    def begin_at_once(self) -> None:
-        """Rest no more before the next write, until `join`."""
-        with self.changed:
-            self.hurry = True
-            self.changed.notify_all()
-
-    def join(self) -> None:
-        """Wait until everything is written; raise what went wrong."""
-        self.begin_at_once()
-        thread = self.thread
-        if thread is not None:
-            thread.join()
-        self.hurry = False
-        self.check()

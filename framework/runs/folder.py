@@ -1,9 +1,11 @@
-"""A run on disk: its folder and the files that tell what it was. Who reads JSON can watch it.
+"""A run on disk: its folder and the files that describe it, which other programs can read.
 
 runs/<experiment>/<name or time>/
-    config.yaml  overrides.yaml  provenance.json  facts.json   what was composed, by whom, from which code and data
-    status.json  metrics.jsonl  events.out.tfevents.*          where it stands, every number
-    checkpoints/step-00001234/                                 see checkpoint.py
+    config.yaml  overrides.yaml             the composed config, the command line
+    provenance.json  facts.json             code and versions, facts of the data
+    status.json                             the state of the run
+    metrics.jsonl  events.out.tfevents.*    all metrics
+    checkpoints/step-00001234/              see checkpoint/
 """
 
 import json
@@ -35,18 +37,18 @@ from framework.system.git import commit_and_diff
 from framework.system.locks import HeldLock, are_off, has_ended, lock, this_process
 
 MOST_HOLDER = 300  # bytes of the text in a lock
-PATIENCE = 2.0  # seconds for the workers of a killed run to end
+PATIENCE = 2.0  # seconds that the workers of a killed run have to end
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
-LARGEST_SIZE = 2**48  # numbers in a sample: a tensor with more numbers fits into no memory
+LARGEST_SIZE = 2**48  # elements of a sample; more do not fit into any memory
 MOST_DIMENSIONS = 64  # torch's limit
-LITTER = re.compile(
+OLDER_TEMPORARY = re.compile(
     r"(status|config\.yaml|facts\.json|overrides\.yaml|provenance\.json)\.tmp|metrics\.jsonl\.new"
 )
 """Temporary files of earlier versions."""
 
 
 class RunFolder:
-    """Claims a new folder for a run, under `root`."""
+    """A new folder for a run, locked for this process, below `root`."""
 
     def __init__(
         self, root: Path = Path("runs"), name: str | None = None, *, experiment: str = "default"
@@ -54,51 +56,62 @@ class RunFolder:
         """Create the folder root/experiment/name.
 
         Args:
-            root: where all runs go.
-            name: of the run's folder (letters, digits, '.', '_', '-'); without one, the date and time.
+            root: the folder of all runs.
+            name: of the folder (letters, digits, '.', '_', '-'); by default the date and time.
 
-        Raises RunError when the name is not allowed or taken, or the folder cannot be written.
+        Raises:
+            RunError: the name is not allowed or taken, or the folder cannot be written.
         """
-        for what, text in (("experiment", experiment), ("run.name", name)):
-            if text is not None and (not re.fullmatch(NAME, text) or ".." in text):
-                raise RunError(
-                    f"{what} should be letters, digits, '.', '_' and '-' (at most 128), not {text!r}"
-                )
+        check_name("experiment", experiment)
+        if name is not None:
+            check_name("run.name", name)
         parent = expanded(root) / experiment
         check_encoding(real_path(parent))
         try:
             parent.mkdir(parents=True, exist_ok=True)
-            with locked(parent):  # so that nobody sees a folder before its maker has locked it
+            with locked(parent):  # no other process sees the folder before it is locked
                 self.path = claim(parent, name)
                 self.lock = only_writer(self.path)
         except OSError as error:
-            where = parent / (name or "...")
-            why = failure_reason(where, error)
+            path = parent / (name or "...")
+            reason = failure_reason(path, error)
             raise write_error(error)(
-                f"the run folder {where} cannot be made: {why} (run.root={root})"
+                f"the run folder {path} cannot be made: {reason} (run.root={root})"
             ) from None
 
     @classmethod
     def existing(cls, path: Path) -> "RunFolder":
-        """Take an existing run's folder. Raises RunError when another process writes there."""
+        """Open and lock the folder of an existing run.
+
+        Raises:
+            RunError: another process writes to the folder, or it cannot be written.
+        """
         folder = cls.__new__(cls)
         folder.path = path
         try:
             with locked(path.parent):
                 folder.lock = only_writer(path)
-            remove_litter(path)
+            remove_temporary_files(path)
         except OSError as error:
-            said = f"the run folder {path} cannot be written: {failure_reason(path, error)}"
-            raise write_error(error)(said) from None
+            reason = failure_reason(path, error)
+            raise write_error(error)(f"the run folder {path} cannot be written: {reason}") from None
         return folder
 
     def write(self, file: str, content: Any) -> None:
-        """Write a JSON or YAML file, whole or not at all."""
+        """Write a JSON or YAML file completely or not at all."""
         write_file(self.path, file, dump(file, content))
 
 
+def check_name(setting: str, name: str) -> None:
+    """Raise RunError if a name is not allowed for a folder."""
+    if not re.fullmatch(NAME, name) or ".." in name:
+        raise RunError(
+            f"{setting} should be letters, digits, '.', '_' and '-' (at most 128), not {name!r}"
+        )
+
+
 def check_encoding(path: Path) -> None:
-    """Raise RunError for a path that is no UTF-8: safetensors could write a checkpoint there, but not read it."""
+    """Raise RunError for a path that is not UTF-8: safetensors cannot read a checkpoint there."""
     try:
         os.fsencode(path).decode("utf-8")
     except UnicodeDecodeError:
@@ -106,57 +119,68 @@ def check_encoding(path: Path) -> None:
 
 
 def claim(parent: Path, name: str | None) -> Path:
-    """Make a folder that did not exist before, so that no two runs share one; a named one without a config, which a
-    run left that was killed before it began, is taken over."""
-    wanted = name or time.strftime("%Y-%m-%d_%H-%M-%S")
+    """Make a new folder, so that no two runs share one.
+
+    A named folder without a config is reused: it belongs to a run that was killed before it began.
+    Without a name, the date and time are used, with a number if they are taken.
+    """
+    base = name or time.strftime("%Y-%m-%d_%H-%M-%S")
     for attempt in range(1, 1000):
-        path = parent / (wanted if attempt == 1 else f"{wanted}_{attempt}")
+        path = parent / (base if attempt == 1 else f"{base}_{attempt}")
         try:
             path.mkdir()
         except FileExistsError:
             if name is None:
                 continue
             if not path.is_dir() or (path / "config.yaml").exists():
-                advice = "choose another run.name, or go on with it by resume=auto"
+                advice = "choose another run.name, or resume it with resume=auto"
                 raise RunError(f"{path} exists already: {advice}") from None
         return path
-    raise RunError(f"{parent} has too many runs named {wanted}")
+    raise RunError(f"{parent} has too many runs named {base}")
 
 
-def remove_litter(run: Path) -> None:
-    """Remove the temporary files that killed processes left, also those of earlier versions."""
+def remove_temporary_files(run: Path) -> None:
+    """Remove the temporary files of killed processes, also those of earlier versions."""
     remove_temporary(run)
     for path in run.iterdir():
-        if LITTER.fullmatch(path.name) and (path.is_symlink() or not path.is_dir()):
+        if OLDER_TEMPORARY.fullmatch(path.name) and (path.is_symlink() or not path.is_dir()):
             path.unlink(missing_ok=True)
 
 
 def plugins_of(run: Path, key: str = "plugins") -> list[str]:
-    """Return the plugins that a run was trained with (or "without_plugins"), as its provenance.json names them.
+    """Return the plugins of a run from its provenance.json.
 
-    The file may come from a stranger: a name with control characters is left out.
+    The file may come from an untrusted source: a name with control characters is left out.
+
+    Args:
+        key: "plugins", or "without_plugins" for those that were excluded.
     """
     try:
-        found = read_json(run, "provenance.json")[key]
-        return [plugin for plugin in found if isinstance(plugin, str) and plugin.isprintable()]
+        names = read_json(run, "provenance.json")[key]
+        return [name for name in names if isinstance(name, str) and name.isprintable()]
     except (OSError, RunError, KeyError, TypeError):
         return []
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Wait for, and hold, the lock of a folder of runs."""
+    """Wait for the lock of a folder of runs, and hold it."""
     with open_file(folder, ".lock", "a") as file:
         lock(file, folder / ".lock", wait=True)
         yield
 
 
 def only_writer(run: Path, name: str = ".lock") -> HeldLock:
-    """Lock a folder until the returned object is closed (a kill releases it). Raises RunError when taken.
+    """Lock a folder until the returned object is closed; a kill releases the lock.
 
-    Without locks (see `locks.py`), the process that the file names is taken for the writer unless it has ended.
+    Where locks do not work (see `locks.py`), the process that the file names holds the lock unless
+    it has ended.
+
+    Raises:
+        RunError: another process holds the lock.
     """
-    file, until = open_file(run, name, "a"), time.monotonic() + PATIENCE
+    file = open_file(run, name, "a")
+    until = time.monotonic() + PATIENCE
     try:
         while not lock(file, run / name, wait=False):
             holder = holder_in(file)
@@ -174,23 +198,29 @@ def only_writer(run: Path, name: str = ".lock") -> HeldLock:
     except BaseException:
         file.close()
         raise
-    held = ref(file)  # a forked data worker would hold the lock on
-    os.register_at_fork(after_in_child=lambda: close(held()))
+    reference = ref(file)  # a forked data worker would keep the lock
+    os.register_at_fork(after_in_child=lambda: close(reference()))
     return HeldLock(file)
 
 
 def holder_in(file: BinaryIO) -> str:
+    """Return the text in a lock, which names the process that holds it."""
     file.seek(0)
     return file.read(MOST_HOLDER).decode("utf-8", errors="replace").strip()
 
 
 def close(file: BinaryIO | None) -> None:
+    """Close a file if it still exists."""
     if file is not None:
         file.close()
 
 
 def read_facts(run: Path) -> dict[str, Any]:
-    """Return what a run folder keeps of its data. Raises RunError when that is missing or is something else."""
+    """Return the facts of the data of a run.
+
+    Raises:
+        RunError: facts.json is missing, or is of another form.
+    """
     file = run / "facts.json"
     try:
         facts = read_json(run, "facts.json")
@@ -210,28 +240,31 @@ def read_facts(run: Path) -> dict[str, Any]:
 
 
 def is_shape(value: Any) -> bool:
+    """Whether a value is a list of sizes, with a possible number of dimensions and elements."""
     return is_sizes(value) and len(value) <= MOST_DIMENSIONS and math.prod(value) <= LARGEST_SIZE
 
 
 def is_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        type(each) is int and 0 <= each <= LARGEST_SIZE for each in value
-    )
+    """Whether a value is a list of sizes."""
+    if not isinstance(value, list):
+        return False
+    return all(type(size) is int and 0 <= size <= LARGEST_SIZE for size in value)
 
 
 def is_classes(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(each, str | int | float | None) for each in value
-    )
+    """Whether a value is a list of class names."""
+    if not isinstance(value, list):
+        return False
+    return all(isinstance(name, str | int | float | None) for name in value)
 
 
 def is_scale(value: Any) -> bool:
-    """Whether a value is (mean, std) or (mean, std, log); each of the first two a number, or a list of them."""
+    """Whether a value is (mean, std) or (mean, std, log), of numbers or lists of numbers."""
     if not isinstance(value, list) or len(value) not in (2, 3):
         return False
     for moment in value[:2]:
         numbers = moment if isinstance(moment, list) else [moment]
-        if not all(type(each) in (int, float) for each in numbers):
+        if not all(type(number) in (int, float) for number in numbers):
             return False
     return isinstance(value[-1], bool) or len(value) == 2
 
@@ -247,21 +280,26 @@ FACTS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def dump(file: str, content: Any) -> str:
+    """Return a content as JSON or YAML, by the name of the file."""
     if file.endswith(".json"):
         return json.dumps(content, indent=2, default=str) + "\n"
     import yaml
 
-    dumper = getattr(
-        yaml, "CSafeDumper", yaml.SafeDumper
-    )  # libyaml's writes the same ten times as fast
+    # The dumper of libyaml writes the same text ten times as fast.
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
     try:
-        return yaml.dump(content, Dumper=dumper, sort_keys=False)
-    except UnicodeEncodeError:  # a path that is no UTF-8, which libyaml cannot escape
-        return yaml.dump(content, Dumper=yaml.SafeDumper, sort_keys=False)
+        text: str = yaml.dump(content, Dumper=dumper, sort_keys=False)
+    except UnicodeEncodeError:  # a path that is not UTF-8, which libyaml cannot escape
+        text = yaml.dump(content, Dumper=yaml.SafeDumper, sort_keys=False)
+    return text
 
 
 def read_config(run: Path) -> dict[str, Any]:
-    """Return the composed config of a run folder. Raises RunError when it is none."""
+    """Return the composed config of a run.
+
+    Raises:
+        RunError: there is no such folder, or it is not the folder of a run.
+    """
     file = run / "config.yaml"
     if not run.is_dir():
         raise RunError(f"there is no run folder {run}")
@@ -269,7 +307,7 @@ def read_config(run: Path) -> dict[str, Any]:
         config = read_yaml(run, "config.yaml")
     except (FileNotFoundError, NotADirectoryError):
         raise RunError(
-            f"{run} is not the folder of a run: it has no config.yaml{run_meant(run)}"
+            f"{run} is not the folder of a run: it has no config.yaml{run_advice(run)}"
         ) from None
     except OSError as error:
         raise RunError(f"{file} cannot be read: {error.strerror}") from error
@@ -278,42 +316,45 @@ def read_config(run: Path) -> dict[str, Any]:
     return config
 
 
-def run_behind(folder: Path) -> Path:
-    """Return the folder of a run, or of a checkpoint, that a path stands for: of a sweep's `best`, which holds links,
-    that of the run beside it.
+def resolve_run(folder: Path) -> Path:
+    """Resolve the folder `best` of a sweep, which holds links, to the run in the same sweep.
 
-    The links are not followed: the name of the run is read from one, and has to be that of a folder in the sweep.
-    Any other folder is returned as it is.
+    The links are not followed: the name of the run is read from one of them, and must be that of a
+    folder in the sweep.
 
-    Raises RunError when a sweep's `best` leads elsewhere.
+    Args:
+        folder: of a run, or of a checkpoint in one; any other folder is returned unchanged.
+
+    Raises:
+        RunError: the `best` of a sweep leads elsewhere.
     """
     if folder.parent.name == "checkpoints":
-        return run_behind(folder.parent.parent) / "checkpoints" / folder.name
+        return resolve_run(folder.parent.parent) / "checkpoints" / folder.name
     sweep = folder.absolute().parent
     link = folder if folder.is_symlink() else folder / "config.yaml"
     if folder.name != "best" or not link.is_symlink() or not (sweep / "sweep.json").is_file():
         return folder
-    text = os.readlink(link)
-    name = text if link == folder else text.removeprefix("../").removesuffix("/config.yaml")
+    target = os.readlink(link)
+    name = target
+    if link != folder:
+        name = target.removeprefix("../").removesuffix("/config.yaml")
     run = folder.parent / name
-    plain = re.fullmatch(NAME, name) is not None and ".." not in name
-    if (
-        not plain
-        or (link != folder and text != f"../{name}/config.yaml")
-        or run.is_symlink()
-        or not run.is_dir()
-    ):
+    is_name = re.fullmatch(NAME, name) is not None and ".." not in name
+    is_expected = target == (name if link == folder else f"../{name}/config.yaml")
+    if not is_name or not is_expected or run.is_symlink() or not run.is_dir():
         raise RunError(
-            f"{link} is a symbolic link to {text!r}; expected a run of the sweep {sweep}"
+            f"{link} is a symbolic link to {target!r}; expected a run of the sweep {sweep}"
         )
     return run
 
 
-def run_meant(folder: Path) -> str:
-    """Return advice on which run was probably meant by a folder that is none."""
+def run_advice(folder: Path) -> str:
+    """Return advice on the run that was probably meant, for a folder that is not a run."""
     if (folder / "sweep.json").is_file():
         best = folder / "best"
-        return f"; it is a sweep, {f'whose best run is {best}' if best.exists() else 'of which no run is done yet'}"
+        if best.exists():
+            return f"; it is a sweep, whose best run is {best}"
+        return "; it is a sweep without a finished run"
     for above in (folder.parent, folder.parent.parent):
         if (above / "config.yaml").is_file():
             return f"; did you mean {above}?"
@@ -321,7 +362,7 @@ def run_meant(folder: Path) -> str:
 
 
 def run_of_checkpoint(folder: Path) -> Path | None:
-    """Return the run that a checkpoint's folder belongs to; None of any other folder."""
+    """Return the run of a checkpoint; None for any other folder."""
     run = folder.parent.parent
     if folder.parent.name == "checkpoints" and (run / "config.yaml").is_file():
         return run
@@ -329,7 +370,11 @@ def run_of_checkpoint(folder: Path) -> Path | None:
 
 
 def provenance(parts: dict[str, str]) -> dict[str, Any]:
-    """Return what the run was made of: versions, machine, git commit and diff of the working folder, parts' sources."""
+    """Return the versions, the machine, the git state of the working folder, and the parts.
+
+    Args:
+        parts: the source of each part, by its name.
+    """
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         **machine(),
@@ -340,6 +385,7 @@ def provenance(parts: dict[str, str]) -> dict[str, Any]:
 
 @cache
 def machine() -> dict[str, Any]:
+    """Return the platform and the versions of Python and of packages."""
     packages = ("framework", "torch", "hydra-core", "numpy", "scikit-learn", "tensorboard")
     versions = {name: package_version(name) for name in packages}
     return {
@@ -351,6 +397,6 @@ def machine() -> dict[str, Any]:
 
 @cache
 def code(folder: Path) -> dict[str, str | None]:
-    """Return commit and diff of a folder as they were at first: it is that code which is loaded."""
+    """Return commit and diff of a folder at the first call, as loaded code does not change."""
     commit, diff = commit_and_diff(folder)
     return {"git_commit": commit, "git_diff": diff}

@@ -1,7 +1,7 @@
-"""status.json: where a run stands, for whoever watches it.
+"""status.json: the state of a run, for users and programs that watch it.
 
-Each state is padded with spaces to the same size. So a run that fails because the disk is full can say so in the place
-of the state before, which takes no new block.
+Each state is padded with spaces to the same size. So a run that fails because the disk is full can
+overwrite its earlier state, which needs no new block on the disk.
 """
 
 import errno
@@ -22,13 +22,15 @@ from framework.system.files import open_file, unwritable, write_file
 
 FILE = "status.json"
 SIZE = 1024  # bytes of the file, at least
+MOST_STATUS = 2**20  # bytes of a file that is read
 
 
 class Status(Callback):
-    """Writes the run's status.json after a log, at most once a second, and at the end, whole or not at all.
+    """Writes status.json completely or not at all: at most once a second, and at the end.
 
-    Only the failure of a run whose disk is full is written over the state before: a reader may then see parts of both
-    for a moment, and a crash of the machine may leave that, which readers take for an unknown state.
+    Only the failure of a run whose disk is full overwrites the earlier state in place. A reader may
+    then see parts of both, also after a crash of the machine; readers treat that as an unknown
+    state.
     """
 
     changes_training = False
@@ -39,7 +41,7 @@ class Status(Callback):
         self.seconds = trials * Status.seconds
 
     def claim(self, trainer: Context) -> None:
-        """Write the first state of a new run, so that whatever it fails of has its place in the file."""
+        """Write the first state of a new run, so that a later failure can overwrite it."""
         self._write(trainer, "running")
 
     def on_fit_start(self, trainer: Context) -> None:
@@ -53,7 +55,7 @@ class Status(Callback):
         self._write(trainer, "testing" if trainer.state.stop is None else "stopped")
 
     def done(self, trainer: Context) -> None:
-        """Say that nothing is left to do."""
+        """Write that the run is complete."""
         self._write(trainer, "done")
 
     def on_exception(self, trainer: Context) -> None:
@@ -62,35 +64,14 @@ class Status(Callback):
         reason = describe(error)
         if isinstance(error, FrameworkError):
             reason = f"{type(error).__name__}: {error}"
-        with suppress(RunError):  # the run has failed already, in most cases of the same cause
+        with suppress(RunError):  # in most cases it has the same cause as the failure
             self._write(trainer, "failed", reason)
 
     def _write(self, trainer: Context, status: str, reason: str | None = None) -> None:
         if trainer.folder is None:
             return
-        state, self.written = trainer.state, time.monotonic()
-        if reason is None and state.stop is not None:
-            reason = str(state.stop)
-        seconds_per_step = state.wall_seconds / max(state.step, 1)
-        left = max(state.total_steps - state.step, 0)
-        content: dict[str, Any] = {
-            "status": status,
-            "reason": reason,
-            "step": state.step,
-            "total_steps": state.total_steps,
-            "epoch": state.epoch,
-            "wall_seconds": round(state.wall_seconds, 3),
-            "eta_seconds": round(seconds_per_step * left, 1)
-            if state.step and status == "running"
-            else None,
-            "samples_per_second": state.metrics.get("train/samples_per_second"),
-            "pid": os.getpid(),
-            "updated": time.time(),
-        }
-        if "config" in trainer.manifest:
-            content["config"] = trainer.manifest[
-                "config"
-            ]  # `resume=auto` compares it without reading the config
+        self.written = time.monotonic()
+        content = status_content(trainer, status, reason)
         try:
             write_file(trainer.folder, FILE, padded(content))
         except RunError:
@@ -99,19 +80,53 @@ class Status(Callback):
             overwrite(trainer.folder, content)
 
 
+def status_content(trainer: Context, status: str, reason: str | None) -> dict[str, Any]:
+    """Return the content of status.json.
+
+    Args:
+        reason: of a failure; by default that of the stop, if there is one.
+    """
+    state = trainer.state
+    if reason is None and state.stop is not None:
+        reason = str(state.stop)
+    eta_seconds = None
+    if state.step and status == "running":
+        remaining_steps = max(state.total_steps - state.step, 0)
+        eta_seconds = round(state.wall_seconds / state.step * remaining_steps, 1)
+    content: dict[str, Any] = {
+        "status": status,
+        "reason": reason,
+        "step": state.step,
+        "total_steps": state.total_steps,
+        "epoch": state.epoch,
+        "wall_seconds": round(state.wall_seconds, 3),
+        "eta_seconds": eta_seconds,
+        "samples_per_second": state.metrics.get("train/samples_per_second"),
+        "pid": os.getpid(),
+        "updated": time.time(),
+    }
+    if "config" in trainer.manifest:  # `resume=auto` compares it without reading the config
+        content["config"] = trainer.manifest["config"]
+    return content
+
+
 def padded(content: dict[str, Any]) -> bytes:
-    """Return a state as JSON in ASCII, of `SIZE` bytes if it is not longer."""
+    """Return a state as JSON in ASCII, padded to at least `SIZE` bytes."""
     text = json.dumps(content)
     return text.ljust(SIZE - 1).encode() + b"\n"
 
 
 def overwrite(folder: Path, content: dict[str, Any]) -> None:
-    """Write a state over the one before, in one write and with a reason that fits. Raises RunError."""
+    """Overwrite the earlier state in place, in one write; a long reason is shortened to fit.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
     try:
         with open_file(folder, FILE, "r+") as file:
-            room = max(os.fstat(file.fileno()).st_size, SIZE)
+            size = max(os.fstat(file.fileno()).st_size, SIZE)
             reason = content["reason"] or ""
-            while len(padded(content)) > room and reason:
+            while len(padded(content)) > size and reason:
                 reason = reason[: len(reason) // 2]
                 content["reason"] = f"{reason}..."
             data = padded(content)
@@ -120,3 +135,27 @@ def overwrite(folder: Path, content: dict[str, Any]) -> None:
             file.truncate()
     except OSError as error:
         raise unwritable(folder / FILE, error, SIZE) from error
+
+
+def status_of(run: Path) -> str | None:
+    """Return the status of a run, such as "done"; None if it is unknown."""
+    status = read_status(run).get("status")
+    return status if isinstance(status, str) else None
+
+
+def read_status(run: Path) -> dict[str, Any]:
+    """Return the content of status.json; empty if the file is missing or damaged.
+
+    The fingerprint of the config is left out if the config is newer than status.json.
+    """
+    try:
+        with open_file(run, FILE, most=MOST_STATUS) as file:
+            updated = os.fstat(file.fileno()).st_mtime_ns
+            status = json.loads(file.read(MOST_STATUS))
+    except (OSError, RunError, ValueError, RecursionError):
+        return {}
+    if not isinstance(status, dict):
+        return {}
+    if "config" in status and updated < os.lstat(run / "config.yaml").st_mtime_ns:
+        del status["config"]
+    return status

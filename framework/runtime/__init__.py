@@ -1,1 +1,1 @@
-"""What a computation runs on: device, precision, memory, random numbers, clock, shapes."""
+"""Device, number format, memory, random numbers, clock, shapes, and private names of torch."""

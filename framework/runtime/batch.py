@@ -8,11 +8,8 @@ Batch = tuple[Tensor, ...]
 
 
 def move_batch(batch: Batch, device: torch.device) -> Batch:
-    """Return a batch on a device; the batch itself if it is there already."""
-    for tensor in batch:
-        if tensor.device != device:
-            break
-    else:
+    """Return a batch on a device; the batch itself if it is on the device already."""
+    if all(tensor.device == device for tensor in batch):
         return batch
     asynchronous = device.type == "cuda"  # other devices may read the memory too late
     return tuple(tensor.to(device, non_blocking=asynchronous) for tensor in batch)

@@ -1,4 +1,7 @@
-"""Where the time of a run goes: counters that are always on and never wait for a device, and a profiler that may."""
+"""The time of a run by activity: counters that are always on, and a profiler.
+
+The counters never wait for a device; the profiler does.
+"""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -6,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from time import perf_counter
+from typing import Any
 
 import torch
 
@@ -15,54 +19,62 @@ from framework.system.files import write_file
 
 NOTHING = nullcontext()
 TRACE = "profile.pt.trace.json"
-SKIPPED, RECORDED = 5, 50  # steps that a profiler waits, and follows
-SLOW_SHARE, SLOW_SECONDS = 0.3, 1.0  # of waiting for data, from which on there is advice
+SKIPPED = 5  # steps before the profiler starts
+RECORDED = 50  # steps that it records
+SLOW_SHARE = 0.3  # share of the time spent waiting for data that is worth advice
+SLOW_SECONDS = 1.0  # least time spent waiting for data that is worth advice
 
 
 def slow_data(shares: Mapping[str, float], seconds: float) -> float | None:
-    """Return the share of the time spent waiting for data, or None when that is little.
+    """Return the share of the time spent waiting for data, or None if it is small.
 
     Args:
-        shares: of the time of training, by what it was spent on.
+        shares: the share of each activity in the time of training, see `Clock.shares`.
         seconds: the time of training.
     """
     share = shares.get("waiting for data", 0.0)
-    return share if share >= SLOW_SHARE and share * seconds >= SLOW_SECONDS else None
+    if share < SLOW_SHARE or share * seconds < SLOW_SECONDS:
+        return None
+    return share
 
 
 class Clock:
-    """Seconds spent by part ("waiting for data", "validation" ...); what no part has is the training steps."""
+    """Counts seconds by activity, such as "waiting for data" or "validation".
+
+    Time that no activity counts belongs to the training steps.
+    """
 
     def __init__(self) -> None:
         self.began = perf_counter()
         self.seconds: dict[str, float] = {}
-        self.inner: list[float] = []  # for each part under way, the time of the parts within it
+        self.nested: list[float] = []  # for each open activity, the time of the ones inside it
 
     def add(self, part: str, seconds: float) -> None:
+        """Add seconds to an activity."""
         self.seconds[part] = self.seconds.get(part, 0.0) + seconds
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Count the time of a block to a part, except that of parts within it."""
+        """Add the time of a block to an activity, without that of activities inside the block."""
         began = perf_counter()
-        self.inner.append(0.0)
+        self.nested.append(0.0)
         try:
             yield
         finally:
-            took = perf_counter() - began
-            self.add(name, took - self.inner.pop())
-            if self.inner:
-                self.inner[-1] += took
+            elapsed = perf_counter() - began
+            self.add(name, elapsed - self.nested.pop())
+            if self.nested:
+                self.nested[-1] += elapsed
 
-    def detail(self, name: str) -> AbstractContextManager:
-        """Count the time of a block that is worth it only to a profiler."""
+    def detail(self, name: str) -> AbstractContextManager[Any]:
+        """Count the time of a block if a profiler is recording."""
         return NOTHING
 
     def step(self) -> None:
-        """A step is done."""
+        """Note the end of a step."""
 
     def finish(self) -> None:
-        """The run is over, well or not."""
+        """Note the end of the run, successful or not."""
 
     @property
     def elapsed(self) -> float:
@@ -70,31 +82,41 @@ class Clock:
         return perf_counter() - self.began
 
     def shares(self) -> dict[str, float]:
-        """Return the steps' share of the time since the clock began, and that of each part; they add up to 1."""
-        whole = max(self.elapsed, 1e-9)
+        """Return the share of the steps and of each activity in the time since the clock began.
+
+        They add up to 1. The activities are sorted by their time, the longest first.
+        """
+        total = max(self.elapsed, 1e-9)
         longest_first = sorted(self.seconds.items(), key=lambda part: -part[1])
-        parts = {name: seconds / whole for name, seconds in longest_first}
+        parts = {name: seconds / total for name, seconds in longest_first}
         return {"steps": 1 - sum(parts.values()), **parts}
 
 
 class Profiler(Clock):
-    """Follows some early steps in detail; then prints a table, and writes a trace for Perfetto or TensorBoard.
+    """Records some early steps in detail, prints a table, and writes a trace.
 
-    While it does, every part waits for the device at its end, so that its time is its own; the run is slower for it.
+    While it records, each activity waits for the device at its end, so that it counts its own time
+    only. This makes the run slower.
+
+    Args:
+        device: the device of the model.
+        folder: the folder of the trace, which Perfetto and TensorBoard can show; None for no trace.
     """
 
     def __init__(self, device: torch.device, folder: Path | None):
         super().__init__()
-        self.device, self.folder, self.steps = device, folder, 0
+        self.device = device
+        self.folder = folder
+        self.steps = 0
         self.recorder: torch.profiler.profile | None = None
-        self.before: dict[str, float] = {}
-        self.from_second = 0.0
+        self.seconds_before: dict[str, float] = {}
+        self.recording_began = 0.0
 
-    def detail(self, name: str) -> AbstractContextManager:
-        return self._followed(name) if self.recorder is not None else NOTHING
+    def detail(self, name: str) -> AbstractContextManager[Any]:
+        return NOTHING if self.recorder is None else self._recorded(name)
 
     @contextmanager
-    def _followed(self, name: str) -> Iterator[None]:
+    def _recorded(self, name: str) -> Iterator[None]:
         with self.part(name), torch.profiler.record_function(name):
             yield
             if self.device.type == "cuda":
@@ -103,56 +125,67 @@ class Profiler(Clock):
     def step(self) -> None:
         self.steps += 1
         if self.steps == SKIPPED:
-            kinds = [torch.profiler.ProfilerActivity.CPU]
-            if self.device.type == "cuda":
-                kinds.append(torch.profiler.ProfilerActivity.CUDA)
-            self.recorder = torch.profiler.profile(activities=kinds)
-            self.recorder.__enter__()
-            self.before, self.from_second = dict(self.seconds), perf_counter()
+            self._start()
         elif self.steps == SKIPPED + RECORDED:
             self.finish()
+
+    def _start(self) -> None:
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if self.device.type == "cuda":
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        self.recorder = torch.profiler.profile(activities=activities)
+        self.recorder.__enter__()  # type: ignore[no-untyped-call]
+        self.seconds_before = dict(self.seconds)
+        self.recording_began = perf_counter()
 
     def finish(self) -> None:
         if self.recorder is None:
             return
-        whole, count = perf_counter() - self.from_second, self.steps - SKIPPED
-        recorder, self.recorder = self.recorder, None
-        recorder.__exit__(None, None, None)
-        spent = {
-            name: seconds - self.before.get(name, 0.0) for name, seconds in self.seconds.items()
-        }
-        print(
-            printable_lines(
-                times_table(spent | {"the rest": whole - sum(spent.values())}, whole, count)
-            ),
-            file=sys.stderr,
-        )
+        total = perf_counter() - self.recording_began
+        recorder = self.recorder
+        self.recorder = None
+        recorder.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        spent = {}
+        for name, seconds in self.seconds.items():
+            spent[name] = seconds - self.seconds_before.get(name, 0.0)
+        spent["the rest"] = total - sum(spent.values())
+        table = times_table(spent, total, self.steps - SKIPPED)
+        print(printable_lines(table), file=sys.stderr)
         if self.folder is not None:
             write_trace(recorder, self.folder)
-            print_line(
-                f"trace: {self.folder / TRACE} (open it in https://ui.perfetto.dev)", sys.stderr
-            )
+            trace = self.folder / TRACE
+            print_line(f"trace: {trace} (open it in https://ui.perfetto.dev)", sys.stderr)
 
 
 def write_trace(recorder: torch.profiler.profile, folder: Path) -> None:
-    """Write the trace into a folder, whole or not at all. Raises RunError when it cannot be written.
+    """Write the trace into a folder, completely or not at all.
 
-    torch writes it by its path, and tells no error of a full disk: so it goes to a temporary folder first.
+    torch writes to a path, and reports no error of a full disk. So it writes to a temporary folder
+    first.
+
+    Raises:
+        RunError: the trace cannot be written.
     """
     with TemporaryDirectory() as temporary:
-        written = Path(temporary) / TRACE
-        recorder.export_chrome_trace(str(written))
-        trace = written.read_bytes() if written.exists() else b""
+        file = Path(temporary) / TRACE
+        recorder.export_chrome_trace(str(file))
+        trace = file.read_bytes() if file.exists() else b""
     if not trace.rstrip().endswith(b"}"):
         raise RunError(f"{folder / TRACE} cannot be written: is {gettempdir()} full?")
     write_file(folder, TRACE, trace)
 
 
-def times_table(seconds: dict[str, float], whole: float, steps: int) -> str:
-    """Return a table of parts, the longest first: microseconds a step, and their share of the whole."""
-    rows = sorted(((spent, name) for name, spent in seconds.items() if spent > 0), reverse=True)
-    lines = [f"{'of a step (mean of ' + str(steps) + ')':<28}{'µs':>10}{'share':>8}"]
-    lines += [
-        f"{name:<28}{spent / steps * 1e6:>10,.0f}{spent / whole:>8.1%}" for spent, name in rows
-    ]
-    return "\n".join([*lines, f"{'in all':<28}{whole / steps * 1e6:>10,.0f}{1:>8.0%}"])
+def times_table(seconds: Mapping[str, float], total: float, steps: int) -> str:
+    """Return a table of activities, the longest first: microseconds per step, and share.
+
+    Args:
+        seconds: the time of each activity; those without time are left out.
+        total: the time of all steps.
+        steps: the number of steps.
+    """
+    lines = [f"{f'of a step (mean of {steps})':<28}{'µs':>10}{'share':>8}"]
+    spent = [(time, name) for name, time in seconds.items() if time > 0]
+    for time, name in sorted(spent, reverse=True):
+        lines.append(f"{name:<28}{time / steps * 1e6:>10,.0f}{time / total:>8.1%}")
+    lines.append(f"{'in all':<28}{total / steps * 1e6:>10,.0f}{1:>8.0%}")
+    return "\n".join(lines)

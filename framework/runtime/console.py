@@ -14,16 +14,16 @@ PLAIN_WIDTH = 10_000  # where no terminal limits the width, nothing is cut or wr
 
 
 class PrintableConsole(Console):
-    """A console in which no text controls the terminal, and strings have no markup."""
+    """A console that escapes control characters and reads no markup in strings."""
 
-    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+    def render_str(self, text: str, **options: Any) -> Text:
         """Return a string as text on one line."""
         return super().render_str(printable(text), **(options | {"markup": False, "emoji": False}))
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterator[Segment]:
-        """Yield what is printed. Line breaks stay: the layout has put them where they are."""
+        """Yield the printed segments; line breaks belong to the layout and are kept."""
         for segment in super().render(renderable, options):
             if segment.control is None:
                 yield Segment(printable_lines(segment.text), segment.style)
@@ -32,8 +32,11 @@ class PrintableConsole(Console):
 
 
 def console(file: IO[str] | None = None) -> Console:
-    """Return a console: as wide as the terminal and in colour; plain and without wrapping in a pipe or file."""
+    """Return a console for a file, by default standard output.
+
+    On a terminal it is as wide as the terminal and has colours; in a pipe or file it is plain and
+    does not wrap lines.
+    """
     file = file or sys.stdout
-    return PrintableConsole(
-        file=file, highlight=False, width=None if file.isatty() else PLAIN_WIDTH
-    )
+    width = None if file.isatty() else PLAIN_WIDTH
+    return PrintableConsole(file=file, highlight=False, width=width)

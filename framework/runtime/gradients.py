@@ -1,4 +1,4 @@
-"""The numbers of sparse and complex gradients, for which many functions of torch have no code."""
+"""The numbers of sparse and complex gradients, which many functions of torch do not support."""
 
 from collections.abc import Iterable
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def numbers_of(tensor: Tensor) -> Tensor:
-    """Return a tensor's numbers as a dense, real tensor; of a sparse one those that it stores.
+    """Return the numbers of a tensor as a dense, real tensor; for a sparse tensor its values.
 
-    It shares the memory of a dense tensor, and of a sparse one that is coalesced.
+    The result shares the memory of a dense tensor, and of a sparse tensor that is coalesced.
     """
     if tensor.is_sparse:
         tensor = tensor.coalesce().values()
@@ -17,12 +17,12 @@ def numbers_of(tensor: Tensor) -> Tensor:
 
 
 def gradient_numbers(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Return the numbers of the parameters' gradients; to write them is to change the gradients."""
-    found: list[Tensor] = []
+    """Return the numbers of the gradients of parameters; writing to them changes the gradients."""
+    numbers: list[Tensor] = []
     for parameter in parameters:
         if parameter.grad is None:
             continue
         if parameter.grad.is_sparse:
             parameter.grad = parameter.grad.coalesce()
-        found.append(numbers_of(parameter.grad))
-    return found
+        numbers.append(numbers_of(parameter.grad))
+    return numbers

@@ -1,11 +1,10 @@
 """Checks that a cache still describes the same objects.
 
-Objects are compared by identity while references to them are held: a number of objects, or an
-`id()` that is free again, does not tell that one of them was replaced.
+Objects are compared by identity, and references to them are held: a count of objects, or an `id()`
+that a new object has taken over, cannot show that one of them was replaced.
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from operator import is_
 from typing import Any
 
@@ -20,13 +19,16 @@ def identical(first: Sequence[Any], second: Sequence[Any]) -> bool:
 
 
 def kept_tensors(state: Mapping[Any, Any]) -> list[Tensor]:
-    """Return the tensors that an optimizer keeps of all its parameters, in one list."""
-    of_parameters = [values.values() for values in state.values() if isinstance(values, dict)]
-    return [value for value in chain.from_iterable(of_parameters) if isinstance(value, Tensor)]
+    """Return all tensors of an optimizer's state, given as `optimizer.state`."""
+    tensors = []
+    for values in state.values():
+        if isinstance(values, dict):
+            tensors += [value for value in values.values() if isinstance(value, Tensor)]
+    return tensors
 
 
 class ModelContents:
-    """The parameters, buffers and submodules that a model had at one moment.
+    """The parameters, buffers and submodules of a model at one moment.
 
     Args:
         model: the model to watch.
@@ -39,7 +41,7 @@ class ModelContents:
         self.remember()
 
     def remember(self) -> None:
-        """Take the present contents as those to compare with."""
+        """Store the present contents, with which `changed` compares."""
         self.tensor_owners: list[Mapping[str, Any]] = []
         self.module_owners: list[Mapping[str, Any]] = []
         self.modules = list(self.model.modules())
@@ -48,23 +50,27 @@ class ModelContents:
             if self.buffers:
                 self.tensor_owners.append(buffers_of(module))
             self.module_owners.append(submodules_of(module))
-        self.tensors = values_of(self.tensor_owners)
-        self.submodules = values_of(self.module_owners)
+        self.tensors = all_values(self.tensor_owners)
+        self.submodules = all_values(self.module_owners)
 
     def changed(self) -> bool:
-        """Return whether one was added, removed or replaced since `remember`."""
-        if not identical(values_of(self.tensor_owners), self.tensors):
+        """Return whether an object was added, removed or replaced since `remember`."""
+        if not identical(all_values(self.tensor_owners), self.tensors):
             return True
-        return not identical(values_of(self.module_owners), self.submodules)
+        return not identical(all_values(self.module_owners), self.submodules)
 
     def addresses(self) -> list[int]:
-        """Return where the remembered tensors are: `tensor.data = other` moves one in place."""
+        """Return the memory addresses of the tensors, which `tensor.data = other` changes."""
         return [tensor.data_ptr() for tensor in self.tensors if isinstance(tensor, Tensor)]
 
     def modes(self) -> tuple[bool, ...]:
-        """Return which of the remembered modules are in training mode."""
+        """Return for each module whether it is in training mode."""
         return tuple([module.training for module in self.modules])
 
 
-def values_of(owners: Sequence[Mapping[str, Any]]) -> list[Any]:
-    return [value for owner in owners for value in owner.values()]
+def all_values(mappings: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Return the values of all mappings in one list."""
+    values: list[Any] = []
+    for mapping in mappings:
+        values += mapping.values()
+    return values

@@ -1,11 +1,11 @@
-"""When memory is full: what to say, and how to go on with less of a batch at once."""
+"""Free memory, errors for memory that is full, and micro-batches that need less of it."""
 
 import resource
 import warnings
 from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -17,77 +17,97 @@ from .torch_internals.tensor_version import version_of
 
 
 class OutOfMemory(FrameworkError, torch.OutOfMemoryError):
-    """The device has no memory left for what was asked of it."""
+    """The memory of a device is full."""
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether an error is one of the forms in which torch or Python say that memory is full."""
+    """Return whether an error of torch or Python reports that memory is full."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return "can't allocate memory" in text_of(error)  # on the CPU torch raises a RuntimeError
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Return how many bytes of memory a device has free; None where it does not tell.
+    """Return the number of free bytes of a device's memory; None if it is not known.
 
-    On the CPU a limit of a control group counts as well, as containers and batch systems set one.
+    On the CPU it respects the limit of a control group, which containers and batch systems set.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    free = numbers_in(Path("/proc/meminfo")).get("MemAvailable:")
-    left = cgroup_bytes()
-    if free is None:
-        return left
-    return free * 1024 if left is None else min(free * 1024, left)
+    limits = []
+    available = numbers_in(Path("/proc/meminfo")).get("MemAvailable:")
+    if available is not None:
+        limits.append(available * 1024)
+    cgroup = cgroup_bytes()
+    if cgroup is not None:
+        limits.append(cgroup)
+    return min(limits, default=None)
+
+
+class CgroupFiles(NamedTuple):
+    """The files of a control group, and the statistics that count cached files."""
+
+    limit: str
+    usage: str
+    cached: tuple[str, str]
+
+
+CGROUP_V1 = CgroupFiles(
+    "memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file")
+)
+CGROUP_V2 = CgroupFiles("memory.max", "memory.current", ("active_file", "inactive_file"))
 
 
 def cgroup_bytes(
     listing: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
 ) -> int | None:
-    """Return how many bytes of memory the control groups of this process leave to it; None without a limit.
+    """Return the number of bytes that the control groups of this process have left.
 
-    Cached files count as free: the system drops them first.
+    It is None without a limit. Cached files count as free: the system drops them first.
 
     Args:
-        listing: the file with the control groups of the process.
-        root: where control groups are mounted, of version 1 or 2.
+        listing: the file that lists the control groups of the process.
+        root: the mount point of control groups, of version 1 or 2.
     """
-    found = []
+    free = []
     for line in lines_in(listing):
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            base, maximum, current, cached = root, "memory.max", "memory.current", "{}_file"
+            base = root
+            files = CGROUP_V2
         elif "memory" in controllers.split(","):
-            base, maximum, current = (
-                root / "memory",
-                "memory.limit_in_bytes",
-                "memory.usage_in_bytes",
-            )
-            cached = "total_{}_file"
+            base = root / "memory"
+            files = CGROUP_V1
         else:
             continue
         group = base / path.lstrip("/")
         for folder in (group, *group.parents):  # each of them may have a limit
             if folder.is_relative_to(base):
-                limit, used = first_number(folder / maximum), first_number(folder / current)
-                if limit is None or used is None:
-                    continue
-                stat = numbers_in(folder / "memory.stat")
-                files = stat.get(cached.format("active"), 0) + stat.get(
-                    cached.format("inactive"), 0
-                )
-                found.append(max(0, limit - max(0, used - files)))
-    return min(found, default=None)
+                left = bytes_left(folder, files)
+                if left is not None:
+                    free.append(left)
+    return min(free, default=None)
+
+
+def bytes_left(group: Path, files: CgroupFiles) -> int | None:
+    """Return the number of bytes that one control group allows; None without a limit."""
+    limit = first_number(group / files.limit)
+    used = first_number(group / files.usage)
+    if limit is None or used is None:
+        return None
+    statistics = numbers_in(group / "memory.stat")
+    cached = sum(statistics.get(name, 0) for name in files.cached)
+    return max(0, limit - max(0, used - cached))
 
 
 def first_number(file: Path) -> int | None:
-    """Return the number in a file; None when there is none ("max")."""
+    """Return the number in a file; None if it has none, such as "max"."""
     text = " ".join(lines_in(file))
     return int(text) if text.isdigit() else None
 
 
 def numbers_in(file: Path) -> dict[str, int]:
-    """Return the numbers in a file with a name and a number a line; empty when there is no such file."""
+    """Return the numbers of a file with lines of name and number; empty if it is missing."""
     numbers = {}
     for line in lines_in(file):
         name, *rest = line.split()
@@ -97,7 +117,7 @@ def numbers_in(file: Path) -> dict[str, int]:
 
 
 def lines_in(file: Path) -> list[str]:
-    """Return the lines of a file of the system; none when it cannot be read."""
+    """Return the lines of a system file; empty if it cannot be read."""
     try:
         text = file.read_text(encoding="utf-8")
     except OSError:
@@ -106,9 +126,10 @@ def lines_in(file: Path) -> list[str]:
 
 
 def available_bytes() -> int | None:
-    """Return how many bytes of memory this process can still get; None where the system does not say.
+    """Return the number of bytes that this process can still allocate; None if it is not known.
 
-    That is what `free_bytes` says of the CPU, or less if the address space of the process is limited (`ulimit -v`).
+    These are the free bytes of the CPU's memory, or less if the address space of the process is
+    limited (`ulimit -v`).
     """
     free = free_bytes(torch.device("cpu"))
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
@@ -121,7 +142,12 @@ def available_bytes() -> int | None:
 
 
 def check_room(needed: float, what: str) -> None:
-    """Raise DataError when this machine has not so many bytes of memory free (where it tells how many it has)."""
+    """Raise DataError if this machine is known to have less free memory.
+
+    Args:
+        needed: the number of bytes.
+        what: the subject of the message.
+    """
     free = available_bytes()
     if free is not None and needed > free:
         raise DataError(
@@ -131,16 +157,16 @@ def check_room(needed: float, what: str) -> None:
 
 @contextmanager
 def memory_errors(device: torch.device) -> Iterator[None]:
-    """Turn every form in which torch says that memory is full into OutOfMemory, with what takes less."""
+    """Raise OutOfMemory, with advice, if an error in a block reports that memory is full."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_full(error) or isinstance(error, OutOfMemory):
             raise
-        words = (str(error).strip() or "memory is full").splitlines()[0]
-        advice = "a smaller batch, micro_batch=auto (the step stays the same), or precision bf16, takes less"
+        cause = (str(error).strip() or "memory is full").splitlines()[0]
+        advice = "a smaller batch, micro_batch=auto (the same step in parts) or precision=bf16"
         raise OutOfMemory(
-            f"{device} has no room for this run: {advice}. torch says: {words}"
+            f"the memory of {device} is full; {advice} needs less. torch: {cause}"
         ) from error
 
 
@@ -153,58 +179,67 @@ def versions(batches: Iterable[Batch]) -> list[Hashable]:
 
 
 class MicroBatches:
-    """How many samples go through the model at once. A batch of more is split along its first axis.
+    """Splits batches along their first axis into parts that run through the model one by one.
+
+    Args:
+        size: the number of samples of a part; None for whole batches; auto begins with whole
+            batches, and halves the size each time memory is full.
 
     Attributes:
-        size: samples at once; None for whole batches.
+        size: the present number of samples of a part; None for whole batches.
         auto: whether the size is halved when memory is full.
+        largest: the number of samples in the largest part of the last batch.
     """
 
     def __init__(self, size: int | Literal["auto"] | None):
         self.auto = size == "auto"
         self.size = size if isinstance(size, int) else None
-        self.largest = 0  # part of the last batch that was split
+        self.largest = 0
 
     def reset(self) -> None:
-        """Forget what an earlier fit found out: try whole batches again."""
+        """Try whole batches again, whatever size an earlier fit needed."""
         if self.auto:
             self.size = None
 
     def split(self, batch: Batch) -> list[Batch]:
-        """Return the batch in parts of at most `size` samples, in order."""
+        """Return the parts of a batch, in order."""
         samples = len(batch[0])
         self.largest = samples if self.size is None else min(samples, self.size)
         if self.largest == samples:
             return [batch]
-        return list(zip(*(tensor.split(self.largest) for tensor in batch), strict=True))
+        columns = [torch.split(tensor, self.largest) for tensor in batch]
+        return list(zip(*columns, strict=True))
 
     def halve(self, error: BaseException, unchanged: bool = True) -> bool:
-        """Halve the samples at once after an error; return whether it makes sense to try again.
+        """Halve the size after an error; return whether to try the batch again.
 
         Args:
-            error: what was raised.
-            unchanged: whether the batch is as it was before.
+            error: the error of the batch.
+            unchanged: whether the tensors of the batch still have their values.
 
-        Raises OutOfMemory when another try would run other inputs, since the batch is changed.
+        Raises:
+            OutOfMemory: the batch cannot be tried again, since the model changed it.
         """
         if not self.auto or not is_full(error) or self.largest <= 1:
             return False
         if not unchanged:
             raise OutOfMemory(
                 "micro_batch=auto: memory is full, and the batch cannot be run again, since the "
-                "model changes its inputs in place; expected a clone of them in `forward`, or "
-                f"micro_batch below {self.largest}"
+                "model changes its inputs in place; clone them in `forward`, or set micro_batch "
+                f"below {self.largest}"
             ) from error
         self.size = -(-self.largest // 2)
         warnings.warn(
-            f"memory is full with {self.largest} samples at once: going on with {self.size}",
+            f"memory is full with {self.largest} samples at once: continuing with {self.size}",
             stacklevel=2,
         )
         return True
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
+        """Return the size that auto has found; empty without auto."""
         return {"size": self.size} if self.auto else {}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the size that auto had found."""
         if self.auto:
             self.size = state.get("size")

@@ -1,63 +1,77 @@
-"""Training and evaluation modes: modules that the user put into evaluation mode stay in it."""
+"""Training and evaluation modes of modules."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from torch import nn
 
 
+@contextmanager
+def restored_modes(model: nn.Module) -> Iterator[None]:
+    """Let a block change the modes of a model's modules; restore them afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        if model.training != modes[model]:
+            model.train(modes[model])  # some modules do more in `train` than set a flag
+        for module, training in modes.items():
+            module.training = training
+
+
 class FitModes(NamedTuple):
-    """What a fit noted of a module when it left it in evaluation mode.
+    """The note that a fit leaves in each module, because it leaves the model in evaluation mode.
 
     Attributes:
         fit: the same object for all modules of one fit.
-        training: the mode of the module that its user had set before the fit.
+        training: the mode of the module that the user had set before the fit.
     """
 
     fit: object
     training: bool
 
 
-# `fit` leaves the whole model in evaluation mode. Without this note the next `fit` would take that
-# for a choice of the user. It is an attribute of the module, so that copies of the module, and other
-# models that it becomes a part of, have it too.
+# Without this note the next `fit` would take the evaluation mode for a choice of the user. It is an
+# attribute of the module, so that copies of the module, and other models that include the module,
+# have it too.
 NOTE = "_left_by_fit"
 
 
 class Modes:
-    """Knows which modules of a model stay in evaluation mode while it trains.
+    """The modules of a model that stay in evaluation mode while it trains.
 
-    These are the ones that are in evaluation mode when the fit begins, except where the model
-    itself is: then all of it is trained. What an earlier fit left in evaluation mode counts as it
-    was trained, unless one of the modules of that fit is in training mode again: then its user has
-    set the modes since.
+    These are the modules that are in evaluation mode when the fit begins, unless the whole model is
+    in evaluation mode: then all modules are trained. A module that an earlier fit left in
+    evaluation mode counts with the mode before that fit, unless one of the modules of that fit is
+    in training mode again: then the user has set the modes since.
     """
 
     def __init__(self, model: nn.Module):
         self.model = model
         modes = modes_set_by_user(model)
-        self.still: list[nn.Module] = []
+        self.frozen: list[nn.Module] = []
         if modes[model]:
-            self.still = [module for module, training in modes.items() if not training]
-        self.set_by_user = set(self.still)
+            self.frozen = [module for module, training in modes.items() if not training]
+        self.set_by_user = set(self.frozen)
 
     def train(self) -> None:
-        """Put the model into training mode, apart from the modules that stay in evaluation mode."""
+        """Put the model into training mode, except for the modules that stay in evaluation mode."""
         self.model.train()
-        for module in self.still:
+        for module in self.frozen:
             module.training = False
 
     def keep_choice(self) -> None:
-        """Keep in evaluation mode what is in it now: callbacks may have chosen other modules."""
+        """Adopt the present modes, which callbacks may have changed."""
         if self.model.training:
-            self.still = [module for module in self.model.modules() if not module.training]
+            self.frozen = [module for module in self.model.modules() if not module.training]
 
     def keep_training(self) -> None:
-        """Train in later epochs too what callbacks have put into training mode in this one."""
-        self.still = [module for module in self.still if not module.training]
+        """Train in later epochs, too, the modules that callbacks have put into training mode."""
+        self.frozen = [module for module in self.frozen if not module.training]
 
     def leave(self) -> None:
-        """Put the model into evaluation mode, and note which modules its user had put there."""
+        """Put the model into evaluation mode, and note the modes that the user had set."""
         self.model.eval()
         fit = object()
         for module in self.model.modules():
@@ -65,20 +79,22 @@ class Modes:
 
     def names(self) -> Sequence[str]:
         """Return the names of the modules that stay in evaluation mode."""
-        still = set(self.still)
-        return [name for name, module in self.model.named_modules() if module in still]
+        frozen = set(self.frozen)
+        return [name for name, module in self.model.named_modules() if module in frozen]
 
 
 def modes_set_by_user(model: nn.Module) -> dict[nn.Module, bool]:
-    """Return which modules are in training mode, as if no fit had left them in evaluation mode."""
-    changed_since = set()
+    """Return for each module whether it was in training mode before a fit left it."""
+    fits_changed_since = set()
     for module in model.modules():
-        left = getattr(module, NOTE, None)
-        if module.training and left is not None:
-            changed_since.add(left.fit)
+        note = getattr(module, NOTE, None)
+        if module.training and note is not None:
+            fits_changed_since.add(note.fit)
     modes = {}
     for module in model.modules():
-        left = getattr(module, NOTE, None)
-        as_left = left is not None and left.fit not in changed_since
-        modes[module] = left.training if left is not None and as_left else module.training
+        note = getattr(module, NOTE, None)
+        if note is None or note.fit in fits_changed_since:
+            modes[module] = module.training
+        else:
+            modes[module] = note.training
     return modes

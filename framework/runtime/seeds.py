@@ -1,4 +1,7 @@
-"""Randomness: one seed, from which every stream is derived, so that no stream disturbs another."""
+"""Random numbers: every stream has a seed derived from the seed of the run and the stream's name.
+
+So no stream disturbs another one.
+"""
 
 import hashlib
 import os
@@ -14,16 +17,17 @@ import torch
 from framework.errors import FrameworkError
 
 
-class Users:
+class GeneratorUsers:
     """The threads that use the global generators of this process at the moment.
 
-    A fit moves the generators; a measurement restores them at its end. So a fit needs them for itself: while one
-    thread fits, no other thread may fit or measure. Several threads may measure at the same time.
+    A fit advances the generators; a measurement restores them at its end. So a fit needs exclusive
+    use: while one thread fits, no other thread may fit or measure. Several threads may measure at
+    the same time.
     """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.fits: Counter[int] = Counter()  # by thread; a callback may start another fit
+        self.fits: Counter[int] = Counter()  # by thread: a callback may start another fit
         self.measurements: Counter[int] = Counter()
 
     @contextmanager
@@ -52,8 +56,8 @@ class Users:
                 if users.keys() - {thread}:
                     does = "fits" if users is self.fits else "evaluates or predicts with"
                     raise FrameworkError(
-                        f"another thread of this process {does} a model, and both would use the same random "
-                        "generators: wait until it ends, or use another process"
+                        f"another thread of this process {does} a model, and both would use the "
+                        "same random generators: wait until it ends, or use another process"
                     )
             own[thread] += 1
 
@@ -64,15 +68,21 @@ class Users:
                 del own[thread]
 
 
-USERS = Users()  # of the generators, which are of the process as well
-fitting, measuring = USERS.fitting, USERS.measuring
-os.register_at_fork(after_in_child=USERS.__init__)  # type: ignore[misc]  # the other threads are not in the child
+USERS = GeneratorUsers()  # a global, as the generators are
+fitting = USERS.fitting
+measuring = USERS.measuring
+# A child process does not have the other threads.
+os.register_at_fork(after_in_child=USERS.__init__)  # type: ignore[misc]
 
 
 def derive(seed: int, *names: object) -> int:
-    """Return a 63-bit seed for a named stream: derive(seed, "order", epoch). A pure function of its arguments."""
+    """Return the seed of a named stream, such as `derive(seed, "order", epoch)`.
+
+    It is a pure function of the arguments, with 63 bits.
+    """
     text = "/".join(map(str, (seed, *names)))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 def generator(seed: int, *names: object) -> torch.Generator:
@@ -81,8 +91,8 @@ def generator(seed: int, *names: object) -> torch.Generator:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's global generators (on every device)."""
-    import numpy  # torch runs without it, and a run without arrays need not pay for it
+    """Seed the global generators of Python, NumPy and torch (on every device)."""
+    import numpy  # torch runs without it, and a run without arrays need not import it
 
     with fitting():
         random.seed(seed)
@@ -91,23 +101,25 @@ def seed_everything(seed: int) -> None:
 
 
 def order(seed: int, epoch: int, size: int) -> torch.Tensor:
-    """Return the order of an epoch, a permutation of `size` indices: a pure function of (seed, epoch, size)."""
+    """Return the order of an epoch: a permutation of `size` indices.
+
+    It is a pure function of the arguments.
+    """
     return torch.randperm(size, generator=generator(seed, "order", epoch))
 
 
 def capture() -> dict[str, Any]:
-    """Return the state of every global generator in plain types (Python's, NumPy's, torch's, each CUDA device's)."""
+    """Return the states of all global generators: Python, NumPy, torch, and each CUDA device.
+
+    All values are plain types or tensors, as checkpoints contain them.
+    """
     import numpy
 
     version, internal, gauss = random.getstate()
     numpy_state: Any = numpy.random.get_state()
     kind, keys, position, has_gauss, numpy_gauss = numpy_state
     return {
-        "python": [
-            version,
-            torch.from_numpy(numpy.array(internal)),
-            gauss,
-        ],  # as 625 numbers it takes a millisecond
+        "python": [version, torch.from_numpy(numpy.array(internal)), gauss],
         "numpy": [
             str(kind),
             torch.from_numpy(keys.astype("int64")),
@@ -116,12 +128,12 @@ def capture() -> dict[str, Any]:
             float(numpy_gauss),
         ],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "cuda": cuda_states(),
     }
 
 
 def restore(state: dict[str, Any]) -> None:
-    """Take back what `capture` gave."""
+    """Restore the states that `capture` returned."""
     import numpy
 
     version, internal, gauss = state["python"]
@@ -131,22 +143,31 @@ def restore(state: dict[str, Any]) -> None:
         numpy.random.set_state((kind, keys.numpy().astype("uint32"), *rest))
         torch.set_rng_state(state["torch"].cpu())
         if state["cuda"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all([each.cpu() for each in state["cuda"]])
+            torch.cuda.set_rng_state_all([cuda_state.cpu() for cuda_state in state["cuda"]])
 
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Run something (a validation) that must not move the generators of training."""
+    """Restore all global generators after a block, such as a validation during training."""
     import numpy
 
     with measuring():
-        states = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        python_state = random.getstate()
+        numpy_state = numpy.random.get_state()
+        torch_state = torch.get_rng_state()
+        cuda = cuda_states()
         try:
             yield
         finally:
-            random.setstate(states[0])
-            numpy.random.set_state(states[1])
-            torch.set_rng_state(states[2])
+            random.setstate(python_state)
+            numpy.random.set_state(numpy_state)
+            torch.set_rng_state(torch_state)
             if cuda:
                 torch.cuda.set_rng_state_all(cuda)
+
+
+def cuda_states() -> list[torch.Tensor]:
+    """Return the state of each CUDA device; empty while no device is used."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return []
+    return torch.cuda.get_rng_state_all()

@@ -1,4 +1,4 @@
-"""Shapes of samples, measured: a module's output shape is found by running it once on a zero sample."""
+"""Shapes of samples: the output shape of a module is found by running it once on zeros."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -13,47 +13,55 @@ from framework.registry.kinds import Shape
 from framework.registry.registry import Maker
 
 from . import seeds
+from .modes import restored_modes
 
 
 class NoTensorError(BuildError):
-    """A module returns something other than a tensor; the text follows the module's name."""
+    """A module does not return a tensor; the text follows the name of the module."""
 
 
 def expect(in_shape: Shape, forms: str, who: str, hint: str = "") -> Shape:
-    """Return `in_shape` when it has as many axes as one of `forms`, such as "(D,) or images (C, H, W)".
+    """Return `in_shape` if it has as many axes as one of the forms.
 
-    Raises BuildError: "conv2d expects (C, H, W), gets (128,)", followed by the hint.
+    Args:
+        in_shape: the shape of a sample.
+        forms: the supported shapes, such as "(D,) or images (C, H, W)".
+        who: the name of the part, for the message.
+        hint: further text for the message.
+
+    Raises:
+        BuildError: such as "conv2d expects (C, H, W), gets (128,)", followed by the hint.
     """
-    ranks = [len(axes.replace(",", " ").split()) for axes in re.findall(r"\(([^)]*)\)", forms)]
-    if len(in_shape) not in ranks:
-        raise BuildError(
-            f"{who} expects {forms}, gets {tuple(in_shape)}" + (f"; {hint}" if hint else "")
-        )
-    return tuple(in_shape)
+    for axes in re.findall(r"\(([^)]*)\)", forms):
+        if len(in_shape) == len(axes.replace(",", " ").split()):
+            return tuple(in_shape)
+    message = f"{who} expects {forms}, gets {tuple(in_shape)}"
+    raise BuildError(f"{message}; {hint}" if hint else message)
 
 
 def dry_run(module: nn.Module, batch: Tensor) -> Tensor:
-    """Return the module's output in evaluation mode, without gradients.
+    """Return the output of a module in evaluation mode, without gradients.
 
-    Nothing remembers it: neither statistics, nor training flags, nor random generators.
-    Raises BuildError when the output is not a tensor, and whatever the module raises.
+    Afterwards the modes of its modules and the global random generators are as before.
+
+    Raises:
+        BuildError: the output is not a tensor.
+        Exception: any error of the module.
     """
-    training = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        devices = [batch.device] if batch.is_cuda else []
-        with torch.no_grad(), seeds.measuring(), torch.random.fork_rng(devices):
+    with restored_modes(module):
+        module.eval()
+        with seeds.undisturbed(), torch.no_grad():
             output = module(batch)
-    finally:
-        for part, flag in training.items():
-            part.training = flag
     if not isinstance(output, Tensor):
         raise NoTensorError(f"returns a {type(output).__name__}, not a tensor")
     return output
 
 
 def first_output(module: nn.Module, in_shape: Shape) -> Tensor:
-    """Return the output for one zero sample: of floats, or where the module refuses them, of int64 (token ids)."""
+    """Return the output for one sample of zeros.
+
+    The zeros are floats, or int64 (token ids) if the module raises an error for floats.
+    """
     try:
         return dry_run(module, torch.zeros(1, *in_shape))
     except Exception as error:
@@ -64,55 +72,68 @@ def first_output(module: nn.Module, in_shape: Shape) -> Tensor:
 
 
 def output_shape(module: nn.Module, in_shape: Shape) -> Shape:
-    """Return the shape that the module gives for a sample of `in_shape`; both without the batch axis."""
+    """Return the output shape for a sample of `in_shape`; both without the batch axis."""
     return tuple(first_output(module, in_shape).shape[1:])
 
 
 def build_chain(
     makers: Iterable[Callable[..., Any]], in_shape: Shape
 ) -> tuple[list[nn.Module], Shape]:
-    """Build blocks one after another, each for the shape that the one before it gives.
+    """Build blocks one after another, each for the output shape of the previous one.
 
-    Returns the blocks and the shape that the last one gives. Raises BuildError that counts the blocks from 1:
-    "block 4 (conv2d) expects (C, H, W), gets (128,)".
+    Args:
+        makers: each returns a block for an input shape.
+        in_shape: the input shape of the first block.
+
+    Returns:
+        The blocks, and the output shape of the last one.
+
+    Raises:
+        BuildError: with the number of the block, counted from 1, such as
+            "block 4 (conv2d) expects (C, H, W), gets (128,)".
     """
     modules: list[nn.Module] = []
-    output, shape = None, tuple(in_shape)
+    output: Tensor | None = None
+    shape = tuple(in_shape)
     for number, maker in enumerate(makers, 1):
         name = maker_name(maker)
-        where = f"block {number} ({name})"
+        place = f"block {number} ({name})"
         try:
             module = maker(shape)
         except (BuildError, SettingError) as error:
-            raise error.with_text(after(where, name, error)) from error
+            raise error.with_text(message_at(place, name, error)) from error
         try:
             output = first_output(module, shape) if output is None else dry_run(module, output)
         except BuildError as error:
-            raise BuildError(after(where, name, error)) from error
+            raise BuildError(message_at(place, name, error)) from error
         except Exception as error:
             if user_place(error) is None:
-                raise BuildError(f"{where} cannot take {shape}: {first_line(error)}") from error
+                raise BuildError(f"{place} cannot take {shape}: {first_line(error)}") from error
             situation = f"while running it on an input of shape {shape}"
-            raise BuildError(f"{where}: {describe(error)}, {situation}") from error
+            raise BuildError(f"{place}: {describe(error)}, {situation}") from error
         shape = tuple(output.shape[1:])
         modules.append(module)
     return modules, shape
 
 
 def maker_name(maker: Callable[..., Any]) -> str:
+    """Return the registered name of a block, or the name of the callable that makes it."""
     if isinstance(maker, Maker):
         return maker.entry.name
     return getattr(maker, "__name__", type(maker).__name__)
 
 
-def after(where: str, name: str, error: Exception) -> str:
-    """Return the error's text led by its place, without saying the part's name twice."""
+def message_at(place: str, name: str, error: Exception) -> str:
+    """Return the text of an error after its place, without the name of the part twice."""
     text = str(error)
     if isinstance(error, NoTensorError):
-        return f"{where} {text}"
-    rest = text.removeprefix(f"{name} ")
-    return f"{where}: {text}" if rest == text else f"{where} {rest}"
+        return f"{place} {text}"
+    without_name = text.removeprefix(f"{name} ")
+    if without_name == text:
+        return f"{place}: {text}"
+    return f"{place} {without_name}"
 
 
 def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its class if the text is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

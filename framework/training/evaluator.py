@@ -1,4 +1,4 @@
-"""Runs a model without training it: measures it on data, or predicts with it."""
+"""Evaluation and prediction with a model."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from framework.contracts.loss import describe_outputs
+from framework.contracts.loss_properties import describe_outputs
 from framework.contracts.metric import Measures, Metric
 from framework.contracts.task import LossTask, Task
 from framework.data.accumulation import Batches, Source, as_batches, known_targets
@@ -15,22 +15,17 @@ from framework.errors import DataError, SettingError
 from framework.errors.torch_errors import torch_errors
 from framework.runtime import seeds
 from framework.runtime.batch import move_batch
-from framework.runtime.device import Format, Precision, deterministic_algorithms, find_device
+from framework.runtime.determinism import deterministic_algorithms
+from framework.runtime.device import find_device
 from framework.runtime.memory import MicroBatches, memory_errors, versions
+from framework.runtime.precision import Format, Precision
 
-from .validation import (
-    check_batch_size,
-    check_input_dtype,
-    check_made,
-    check_metrics,
-    check_source,
-    check_task,
-    count_of,
-)
+from .step_checks import check_input_dtype, check_result, count_of
+from .validation import check_batch_size, check_metrics, check_source, check_task
 
 
 class Evaluator:
-    """What evaluates and predicts. A Trainer is one that fits too."""
+    """Evaluates a model and predicts with it. A Trainer is one that also trains."""
 
     model: nn.Module
     task: Task
@@ -45,9 +40,11 @@ class Evaluator:
     ):
         self.device = find_device(device)
         self.precision = Precision(precision, self.device)
-        self.deterministic, self.seed, self.micro_batches = deterministic, seed, micro_batches
+        self.deterministic = deterministic
+        self.seed = seed
+        self.micro_batches = micro_batches
         self.metrics: list[Metric] = []
-        self._checked_first = False  # whether the first step of a measurement was checked
+        self._checked_first = False  # whether the task has checked a step of this measurement
 
     @seeds.measuring()
     def evaluate(
@@ -60,11 +57,24 @@ class Evaluator:
         batch_size: int = 256,
         name: str = "test",
     ) -> dict[str, float]:
-        """Return {"test/loss": ..., "test/accuracy": ...} of the fitted (or given) model on a split or loader.
+        """Measure a model on a split or loader.
 
-        Of a `Data`, the split `name` is taken. While a trainer is open (`with trainer:`), loggers get the values too.
+        While a trainer is open (`with trainer:`), its loggers receive the values.
 
-        Raises FrameworkError while another thread of the process fits.
+        Args:
+            data: a split, an iterable of batches, or a `Data`, of which the split `name` is taken.
+            model: a model other than the fitted one.
+            task: a `Task`, or a loss of (outputs, targets); by default that of the fit.
+            metrics: measured in addition to the loss; by default those of the fit.
+            batch_size: samples in a batch, for a split.
+            name: prefix of the tags.
+
+        Returns:
+            Values by tag, such as {"test/loss": 0.3, "test/accuracy": 0.9}.
+
+        Raises:
+            DataError: there is no data, or it does not fit the task.
+            FrameworkError: another thread of the process fits.
         """
         if task is not None:
             check_task(task)
@@ -97,34 +107,43 @@ class Evaluator:
         task: Task | Callable[[Tensor, Tensor], Tensor] | None = None,
         batch_size: int = 256,
     ) -> Tensor:
-        """Return the model's outputs for inputs or for every sample of a split, on the CPU.
-
-        They keep their dtype, apart from bf16 and fp16, which become float32.
+        """Return the outputs of a model for inputs, or for each sample of a split.
 
         Args:
-            data: inputs (rows, *in_shape), a split, or an iterable of batches.
-            model: another one than the fitted one.
+            data: inputs of shape (samples, *in_shape), a split, or an iterable of batches.
+            model: a model other than the fitted one.
             task: as for `evaluate`.
-            batch_size: samples at once, for inputs and splits.
+            batch_size: samples in a batch, for inputs and splits.
 
-        Raises FrameworkError while another thread of the process fits.
+        Returns:
+            The outputs, shape (samples, ...) on the CPU. bf16 and fp16 become float32.
+
+        Raises:
+            DataError: there is no sample, or the model does not return one tensor.
+            FrameworkError: another thread of the process fits.
         """
         self._use(model, task, "model")
         check_source("data", data, needs_targets=False)
-        batches = self._batches(TensorSplit(data) if isinstance(data, Tensor) else data, batch_size)
+        if isinstance(data, Tensor):
+            data = TensorSplit(data)
+        batches = self._batches(data, batch_size)
         outputs: list[Tensor] = []
         with self._inference():
             for batch in batches.epoch():
                 for part in self.micro_batches.split(move_batch(batch, self.device)):
-                    made = self._output(part)
-                    # a copy: the outputs may be in the memory of the batch, or of the last outputs
-                    outputs.append(made.to("cpu", at_least_float32(made.dtype), copy=True))
+                    output = self._output(part)
+                    # A copy, since it may share the memory of the batch or of other outputs.
+                    outputs.append(output.to("cpu", at_least_float32(output.dtype), copy=True))
         if not outputs:
-            raise DataError("there is nothing to predict: the inputs have no row")
+            raise DataError("predict: expected at least one sample, got none")
         return torch.cat(outputs)
 
     def _output(self, batch: Batch) -> Tensor:
-        """Return the model's output for a batch. Raises DataError when it is not one tensor."""
+        """Return the output of the model for a batch.
+
+        Raises:
+            DataError: it is not one tensor.
+        """
         try:
             output = self.model(batch[0])
         except RuntimeError as error:
@@ -133,25 +152,29 @@ class Evaluator:
         if not isinstance(output, Tensor):
             raise DataError(
                 "predict takes a model that returns one tensor, but "
-                f"{type(self.model).__name__} returns {describe_outputs(output)}: wrap it in a module that "
-                "returns the tensor to predict"
+                f"{type(self.model).__name__} returns {describe_outputs(output)}: wrap it in a "
+                "module that returns the tensor to predict"
             )
         return output
 
     def _measure(self, batches: Batches) -> dict[str, float]:
-        """Return the loss and metrics of the model over all batches, in eval mode. Raises DataError for no batch."""
-        measures = Measures(self.metrics, self.device, batches.hold)
+        """Return the loss and metrics of the model in evaluation mode over all batches.
+
+        Raises:
+            DataError: there is no batch.
+        """
+        measures = Measures(self.metrics, self.device, batches.max_buffered)
         empty = True
         with self._inference():
             for batch in batches.epoch():
                 empty = False
                 self._measure_batch(move_batch(batch, self.device), measures)
             if empty:
-                raise DataError("the data to measure on has no batch: it is empty or used up")
+                raise DataError("the data to measure has no batch: it is empty or used up")
             return measures.read()
 
     def _measure_batch(self, batch: Batch, measures: Measures) -> None:
-        """Add a batch to the measures; if memory is full, in smaller parts where that is allowed."""
+        """Add a batch to the measures; with `micro_batch=auto` in parts that fit into memory."""
         if not self.micro_batches.auto:
             self._measure_parts(batch, measures)
             return
@@ -164,21 +187,21 @@ class Evaluator:
             except (MemoryError, RuntimeError) as error:
                 if not self.micro_batches.halve(error, versions([batch]) == before):
                     raise
-            measures.undo(mark)  # not in `except`, whose traceback keeps the tensors of the pass
+            measures.undo(mark)  # not in `except`: its traceback keeps the tensors of the pass
 
     def _measure_parts(self, batch: Batch, measures: Measures) -> None:
         for part in self.micro_batches.split(batch):
             count = count_of(self.task, part)  # before the model may change the inputs
             try:
-                made = self.task.step(self.model, part)
+                result = self.task.step(self.model, part)
             except RuntimeError as error:
                 check_input_dtype(error, self.model, part)
                 raise
-            check_made(self.task, made)
+            check_result(self.task, result)
             if not self._checked_first and len(part[0]) > 1:
-                self.task.check_first(made)
+                self.task.check_first(result)
                 self._checked_first = True
-            measures.add(made.loss, made.outputs, made.targets, count, made.values)
+            measures.add(result.loss, result.outputs, result.targets, count, result.values)
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
@@ -187,7 +210,17 @@ class Evaluator:
         with inference, deterministic, memory_errors(self.device), torch_errors():
             yield
 
-    def _use(self, model: nn.Module | None, task: Task | Callable | None, *needed: str) -> None:
+    def _use(
+        self,
+        model: nn.Module | None,
+        task: Task | Callable[[Tensor, Tensor], Tensor] | None,
+        *needed: str,
+    ) -> None:
+        """Set the model and the task, and move them to the device; None keeps the present ones.
+
+        Raises:
+            SettingError: one of the `needed` attributes was never set.
+        """
         if model is not None:
             self.model = model.to(self.device)
         if task is not None:
@@ -200,7 +233,7 @@ class Evaluator:
             criterion.to(self.device)
 
     def _report(self, values: dict[str, float]) -> None:
-        """Do with measured values what else there is to do."""
+        """Report the values of an evaluation; a Trainer logs them."""
 
     def _batches(self, source: Source, batch_size: int, *, shuffle: bool = False) -> Batches:
         check_batch_size(batch_size)
@@ -208,6 +241,6 @@ class Evaluator:
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of predictions: float32 for smaller floats, of which NumPy lacks bf16."""
+    """Return the dtype of predictions: float32 for smaller floats, since NumPy has no bf16."""
     small = dtype.is_floating_point and dtype.itemsize < torch.float32.itemsize
     return torch.float32 if small else dtype

@@ -1,6 +1,7 @@
-"""Measuring a model without leaving a trace: layers with shapes and costs, memory of activations and optimizer.
+"""The layers of a model with their shapes and costs, and the memory of activations and optimizer.
 
-The model runs on the first few samples of a batch; weights, buffers, modes and random state are left as they were.
+The model runs on a few samples of a batch. Its weights, buffers, modes, and the random generators
+do not change.
 """
 
 import copy
@@ -18,17 +19,21 @@ from torch.utils.flop_counter import FlopCounterMode
 from framework.contracts.task import Task
 from framework.data.dataset import Batch
 from framework.runtime import seeds
+from framework.runtime.modes import restored_modes
 from framework.runtime.torch_internals.module_contents import buffers_of
 
 
 @dataclass
 class Layer:
-    """A module that does work of its own; `name` is its path in the model.
+    """A module that computes something itself, not only in its submodules.
 
     Attributes:
-        out_shape: of one sample, without the batch axis; of its last call.
-        parameters: those that no layer before it has (tied weights count once).
-        flops: of one sample's forward pass, two for each multiply-add; matrix products and convolutions only.
+        name: the path of the module in the model.
+        type: the name of its class.
+        out_shape: the shape of its last output, without the batch axis.
+        parameters: the number of its parameters; tied weights count for the first layer only.
+        flops: of the forward pass of one sample, two for each multiply-add; matrix products and
+            convolutions only.
     """
 
     name: str
@@ -40,27 +45,23 @@ class Layer:
 
 @contextmanager
 def model_undisturbed(model: nn.Module, train: bool | None = False) -> Iterator[None]:
-    """Run a model; afterwards its modes, buffers and the random state are as before.
+    """Run a model in a block, then restore its modes, its buffers and the random generators.
 
     Args:
         model: any module.
-        train: whether it is in training mode meanwhile; None keeps the modes.
+        train: whether the model is in training mode in the block; None keeps the modes.
     """
-    modes = {module: module.training for module in model.modules()}
     buffers = []
     for owner in model.modules():
         for name, buffer in buffers_of(owner).items():
             if buffer is not None:
                 buffers.append((owner, name, buffer, buffer.clone()))
-    devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
     try:
-        with seeds.measuring(), torch.random.fork_rng(devices=sorted(devices)):
+        with restored_modes(model), seeds.undisturbed():
             if train is not None:
                 model.train(train)
             yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         with torch.no_grad():
             for owner, name, buffer, before in buffers:
                 buffer.copy_(before)
@@ -68,9 +69,9 @@ def model_undisturbed(model: nn.Module, train: bool | None = False) -> Iterator[
 
 
 def call(model: nn.Module, batch: Batch, task: Task | None, samples: int) -> None:
-    few = tuple(
-        tensor[:samples].clone() for tensor in batch
-    )  # cloned, so that no storage is larger than its tensor
+    """Run the model, or the step of its task, on the first samples of a batch."""
+    # Cloned, so that no storage is larger than its tensor.
+    few = tuple(tensor[:samples].clone() for tensor in batch)
     if task is None:
         model(few[0])
     else:
@@ -79,7 +80,13 @@ def call(model: nn.Module, batch: Batch, task: Task | None, samples: int) -> Non
 
 @dataclass
 class _Call:
-    """A module at work: what it cost, and what of that its children account for."""
+    """A running call of a module.
+
+    Attributes:
+        flops_before: the count when the call began.
+        flops_inside: the operations of the calls of its children.
+        children: the number of calls of its children.
+    """
 
     flops_before: int
     flops_inside: int = 0
@@ -87,18 +94,19 @@ class _Call:
 
 
 class _Probe:
-    """Follows a forward pass with hooks and notes each module that does work itself."""
+    """Records shapes and operations of each module with hooks during a forward pass."""
 
     def __init__(self, model: nn.Module, counter: FlopCounterMode):
         self.counter = counter
         self.names = {module: name for name, module in model.named_modules()}
-        self.open: list[_Call] = []
+        self.running: list[_Call] = []
         self.flops: dict[nn.Module, int] = {}  # in the order of the first calls
         self.shapes: dict[nn.Module, tuple[int, ...]] = {}
         self.leaves: set[nn.Module] = set()
 
     @contextmanager
     def watch(self) -> Iterator[None]:
+        """Record the forward passes of a block."""
         hooks = [module.register_forward_pre_hook(self._enter) for module in self.names]
         hooks += [module.register_forward_hook(self._leave) for module in self.names]
         try:
@@ -109,22 +117,22 @@ class _Probe:
 
     def _enter(self, module: nn.Module, _: Any) -> None:
         self.flops.setdefault(module, 0)
-        self.open.append(_Call(self.counter.get_total_flops()))
+        self.running.append(_Call(self.counter.get_total_flops()))
 
     def _leave(self, module: nn.Module, _: Any, output: Any) -> None:
-        call = self.open.pop()
+        call = self.running.pop()
         spent = self.counter.get_total_flops() - call.flops_before
         self.flops[module] += spent - call.flops_inside
         self.shapes[module] = shape_of(output)
         if call.children == 0:
             self.leaves.add(module)
-        if self.open:
-            self.open[-1].flops_inside += spent
-            self.open[-1].children += 1
+        if self.running:
+            self.running[-1].flops_inside += spent
+            self.running[-1].children += 1
 
 
 def shape_of(output: Any) -> tuple[int, ...]:
-    """The shape of one sample of an output; of several outputs, of the first tensor."""
+    """Return the shape of one sample of an output; of several outputs that of the first tensor."""
     if isinstance(output, dict):
         output = tuple(output.values())
     while isinstance(output, tuple | list) and output:
@@ -135,42 +143,61 @@ def shape_of(output: Any) -> tuple[int, ...]:
 def read_layers(
     model: nn.Module, batch: Batch, task: Task | None = None
 ) -> tuple[list[Layer], list[str]]:
-    """Return the layers in the order of their first call, and the names of parameters that no layer uses."""
+    """Run a model on one sample and return its layers.
+
+    Args:
+        model: the model.
+        batch: tensors of shape (samples, ...), on the device of the model.
+        task: if not None, its `step` calls the model.
+
+    Returns:
+        The layers in the order of their first call, and the names of the parameters that belong to
+        none of them.
+    """
     counter = FlopCounterMode(display=False)
     probe = _Probe(model, counter)
     with model_undisturbed(model), torch.no_grad(), counted_as_written(), counter, probe.watch():
         call(model, batch, task, samples=1)
     counted: set[Tensor] = set()
-    called = [(module, make_layer(probe, module, counted)) for module in probe.flops]
-    layers = [
-        layer
-        for module, layer in called
-        if module in probe.leaves or layer.parameters or layer.flops
-    ]
-    return layers, [
-        name for name, parameter in model.named_parameters() if parameter not in counted
-    ]
+    layers = []
+    for module in probe.flops:
+        layer = make_layer(probe, module, counted)
+        if module in probe.leaves or layer.parameters or layer.flops:
+            layers.append(layer)
+    unused = [name for name, p in model.named_parameters() if p not in counted]
+    return layers, unused
 
 
 def make_layer(probe: _Probe, module: nn.Module, counted: set[Tensor]) -> Layer:
-    """Return a called module as a layer; if it calls no other, the parameters below it are its own too."""
+    """Return the layer of a module that was called.
+
+    Args:
+        probe: the records of the forward pass.
+        module: the module. If it calls no other module, it owns the parameters of its submodules.
+        counted: the parameters of earlier layers, to which those of this layer are added.
+    """
     own = [p for p in module.parameters(recurse=module in probe.leaves) if p not in counted]
     counted.update(own)
-    name = probe.names[module] or "(itself)"
-    size = sum(p.numel() for p in own)
     return Layer(
-        name, type(module).__name__, probe.shapes.get(module, ()), size, probe.flops[module]
+        name=probe.names[module] or "(itself)",
+        type=type(module).__name__,
+        out_shape=probe.shapes.get(module, ()),
+        parameters=sum(p.numel() for p in own),
+        flops=probe.flops[module],
     )
 
 
 @contextmanager
 def counted_as_written() -> Iterator[None]:
-    """Switch off the fused kernels (attention, transformer and recurrent layers) that the counter does not know."""
+    """Disable the fused kernels of attention, transformer and recurrent layers in a block.
+
+    The counter of operations does not know them.
+    """
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
-            warnings.simplefilter("ignore")  # reading oneDNN's flags warns of TF32 on some builds
+            warnings.simplefilter("ignore")  # some builds warn about TF32 here
             with torch.backends.mkldnn.flags(enabled=False):
                 yield
     finally:
@@ -178,12 +205,14 @@ def counted_as_written() -> Iterator[None]:
 
 
 def activation_bytes(model: nn.Module, batch: Batch, task: Task | None = None) -> int:
-    """Return the bytes that a batch's forward pass keeps for the backward pass, parameters left out.
+    """Return the bytes that a forward pass keeps for the backward pass, without parameters.
 
-    Measured in train mode on two and on four samples and carried on in a straight line to the size of the batch.
+    Measured in training mode on two and on four samples, and extrapolated linearly to the size of
+    the batch. The arguments are those of `read_layers`.
     """
     size = len(batch[0])
-    few, more = min(2, size), min(4, size)
+    few = min(2, size)
+    more = min(4, size)
     at_more = saved_bytes(model, batch, task, more)
     if few == more or size == more:
         return at_more
@@ -192,9 +221,16 @@ def activation_bytes(model: nn.Module, batch: Batch, task: Task | None = None) -
 
 
 def saved_bytes(model: nn.Module, batch: Batch, task: Task | None, samples: int) -> int:
-    """Return the bytes of the distinct storages that autograd saves for a forward pass of `samples` samples."""
+    """Return the bytes of the distinct storages that autograd saves in a forward pass.
+
+    Args:
+        model: the model.
+        batch: tensors of shape (samples, ...), on the device of the model.
+        task: if not None, its `step` calls the model.
+        samples: the number of samples of the batch to use.
+    """
     storages = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
-    kept: list[Tensor] = []  # held, so that no address is used twice
+    kept: list[Tensor] = []  # so that no address is used twice
     total = 0
 
     def pack(tensor: Tensor) -> Tensor:
@@ -204,9 +240,8 @@ def saved_bytes(model: nn.Module, batch: Batch, task: Task | None, samples: int)
             storages.add(storage.data_ptr())
             kept.append(tensor.detach())
             total += storage.nbytes()
-        return (
-            tensor.detach()
-        )  # an output kept by its own node would be a cycle that only the collector frees
+        # Detached: an output that its own node keeps would be a cycle until garbage collection.
+        return tensor.detach()
 
     saving = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with model_undisturbed(model, train=True), torch.enable_grad(), saving:
@@ -215,32 +250,42 @@ def saved_bytes(model: nn.Module, batch: Batch, task: Task | None, samples: int)
 
 
 def size_in_bytes(tensors: Iterable[Tensor]) -> int:
+    """Return the number of bytes of the elements of some tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int | None:
-    """Return the bytes of the optimizer's state, from one step of a copy on parameters without storage.
+    """Return the bytes of the state of an optimizer; None if it cannot be measured.
 
-    An optimizer that reads values is tried with zeros on the CPU instead; None when neither works.
+    A copy of the optimizer takes a step on parameters without storage. A copy that reads values
+    fails at that; then the parameters are zeros on the CPU.
     """
     for device in ("meta", "cpu"):
         try:
-            states = stepped_copy(optimizer, device).state.values()
-            return sum(
-                size_in_bytes(v for v in state.values() if isinstance(v, Tensor))
-                for state in states
-            )
-        except Exception:  # an optimizer may fail in any way where no value can be read
+            return size_in_bytes(state_tensors(stepped_copy(optimizer, device)))
+        except Exception:  # an optimizer may fail in any way if it reads values
             continue
     return None
 
 
+def state_tensors(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    """Yield the tensors in the state of an optimizer."""
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, Tensor):
+                yield value
+
+
 def stepped_copy(optimizer: torch.optim.Optimizer, device: str) -> torch.optim.Optimizer:
-    stand_ins: dict[int, Any] = {}
-    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-        stand_in = nn.Parameter(torch.zeros_like(parameter, device=device), parameter.requires_grad)
-        stand_in.grad = torch.zeros_like(stand_in) if parameter.requires_grad else None
-        stand_ins[id(parameter)] = stand_in
-    twin = copy.deepcopy(optimizer, stand_ins)
-    twin.step(lambda: 0.0)  # some rules (LBFGS) ask for the loss
-    return twin
+    """Return a copy of an optimizer after a step on parameters of zeros on a device."""
+    replacements: dict[int, Any] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            zeros = torch.zeros_like(parameter, device=device)
+            replacement = nn.Parameter(zeros, parameter.requires_grad)
+            if parameter.requires_grad:
+                replacement.grad = torch.zeros_like(replacement)
+            replacements[id(parameter)] = replacement
+    stepped = copy.deepcopy(optimizer, replacements)
+    stepped.step(lambda: 0.0)  # some optimizers, such as LBFGS, need the loss
+    return stepped

@@ -1,4 +1,4 @@
-"""What callbacks log: numbers by tag, checked while the line that logs them is still known."""
+"""Checks the values that callbacks log, and names the line that logs an invalid one."""
 
 import sys
 import warnings
@@ -14,38 +14,43 @@ from framework.errors import SettingError, short
 from framework.errors.user_code import owner_of, place_of
 
 
-def checked_record(values: Any, taken: Collection[str]) -> dict[str, float | Tensor]:
-    """Return values by tag, as floats or tensors with one number.
+def checked_record(values: Any, trainer_tags: Collection[str]) -> dict[str, float | Tensor]:
+    """Return logged values by tag, as floats or tensors with one element.
 
     Args:
-        values: what a callback logs.
-        taken: the tags of the trainer's own values; to replace one of them gives a warning.
+        values: the argument of `trainer.log`.
+        trainer_tags: the tags of the trainer's own values, whose replacement gives a warning.
 
-    Raises SettingError, with the tag and the line, for a value that is no number and for a tag that
-    is no text.
+    Raises:
+        SettingError: a value is not a number, or a tag is not a text. The message has the tag and
+            the line.
     """
     if not isinstance(values, Mapping):
         expected = "expected a dict of values by tag"
-        raise SettingError(f"trainer.log: {expected}, got {what(values)}{by_whom()}")
+        raise SettingError(f"trainer.log: {expected}, got {describe(values)}{location()}")
     record: dict[str, float | Tensor] = {}
     for tag, value in values.items():
         if not isinstance(tag, str) or not tag:
-            raise SettingError(f"trainer.log: expected a text as tag, got {tag!r}{by_whom()}")
-        if tag in taken:
-            said = "it replaces the value that the trainer itself logs by this tag"
-            warnings.warn(f"trainer.log({tag!r}): {said}{by_whom()}", stacklevel=3)
+            raise SettingError(f"trainer.log: expected a text as tag, got {tag!r}{location()}")
+        if tag in trainer_tags:
+            problem = "it replaces the value that the trainer itself logs with this tag"
+            warnings.warn(f"trainer.log({tag!r}): {problem}{location()}", stacklevel=3)
         number = as_number(value)
         if number is None:
-            said = f"expected a number or a tensor with one number, got {what(value)}"
-            raise SettingError(f"trainer.log({tag!r}): {said}{by_whom()}")
+            expected = "expected a number or a tensor with one number"
+            raise SettingError(
+                f"trainer.log({tag!r}): {expected}, got {describe(value)}{location()}"
+            )
         record[tag] = number
     return record
 
 
 def as_number(value: Any) -> float | Tensor | None:
-    """Return a value as a float, a tensor as it is (nothing is read), or None for anything else."""
+    """Return a number as a float, and a tensor with one element without reading it, else None."""
     if isinstance(value, Tensor):
-        return value.detach() if value.numel() == 1 and not value.is_complex() else None
+        if value.numel() != 1 or value.is_complex():
+            return None
+        return value.detach()
     if isinstance(value, str | bytes):
         return None
     if isinstance(value, Complex) and not isinstance(value, Real):
@@ -56,8 +61,8 @@ def as_number(value: Any) -> float | Tensor | None:
         return None
 
 
-def what(value: Any) -> str:
-    """Return what a value is, for a message."""
+def describe(value: Any) -> str:
+    """Return a description of a value for a message."""
     if isinstance(value, Tensor):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
     if value is None or isinstance(value, str | bool | int | float | complex):
@@ -65,8 +70,8 @@ def what(value: Any) -> str:
     return f"a value of type {type(value).__name__}"
 
 
-def by_whom() -> str:
-    """Return the line that logs, as " (mine.py:15 in on_step_end of the callback Mine)", or ""."""
+def location() -> str:
+    """Return the line that logs: " (mine.py:15 in on_step_end of the callback Mine)", or ""."""
     frame: FrameType | None = sys._getframe(1)
     place = None
     while frame is not None:

@@ -1,4 +1,4 @@
-"""The loop of training: epochs of steps, with logging and validation when they are due."""
+"""The training loop of an epoch: steps, with logging and validation when they are due."""
 
 from collections.abc import Iterator, Sequence
 from typing import Protocol, TypeVar
@@ -7,40 +7,40 @@ Item = TypeVar("Item")
 
 
 class Run(Protocol[Item]):
-    """What the loop asks of a run.
+    """A run as the loop uses it: a Trainer, or several trainers that train together.
 
-    A Trainer is one; so are several trainers that train as one (`tuning/vectorized/trainer.py`). An
-    item is what a run reads for a batch. `last` tells whether a step is the last of its epoch.
+    The latter are in `tuning/vectorized/trainer.py`. An item is a batch, or a batch for each
+    trainer. `last` is whether a step is the last one of its epoch.
     """
 
     @property
     def done(self) -> bool:
-        """Whether the run ends after the present step."""
+        """Whether the run ends after the current step."""
 
     def start_epoch(self) -> None:
-        """Begin an epoch, or go on in one."""
+        """Begin an epoch, or continue one after a resume."""
 
     def windows(self) -> Iterator[tuple[Sequence[Item], bool]]:
-        """Yield the items of each step that is left in the epoch, and whether it is the last."""
+        """Yield the items of each remaining step of the epoch, and whether it is the last one."""
 
     def train_step(self, window: Sequence[Item]) -> None:
-        """Make one step of the optimizer."""
+        """Run one optimizer step."""
 
     def count_step(self, window: Sequence[Item], last: bool) -> None:
-        """Count a step that is done."""
+        """Update the counters after a step."""
 
     def log_if_due(self, last: bool) -> None:
-        """Log values of training if they are due after this step."""
+        """Log values of training if that is due after this step."""
 
     def validate_if_due(self, last: bool) -> None:
         """Validate if that is due after this step."""
 
     def finish_step(self, last: bool) -> None:
-        """Emit the events that end a step."""
+        """Emit the last events of a step."""
 
 
 def run_epoch(run: Run[Item]) -> None:
-    """Run one epoch, from the batch where the run stands."""
+    """Run one epoch, or the rest of it after a resume."""
     run.start_epoch()
     for window, last in run.windows():
         run.train_step(window)

@@ -1,4 +1,4 @@
-"""The state of an optimizer in a fit: learning rates, settings, restoring a saved state."""
+"""The learning rates and settings of an optimizer in a fit, and restoring its saved state."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -12,15 +12,19 @@ from framework.errors import SettingError
 from framework.runtime import seeds
 
 OTHER_GROUPS = "resume: the optimizer has other parameter groups than the saved one"
-LEFT = "scheduled_lr"  # in a parameter group: the learning rate after a fit with a schedule
-NOT_GIVEN = ("params", "initial_lr", LEFT)
+LEFT = "scheduled_lr"  # key of a parameter group: the learning rate after a fit with a schedule
+NOT_SETTINGS = ("params", "initial_lr", LEFT)
 
 
 def start_learning_rates(optimizer: Optimizer, scheduled: bool) -> None:
-    """Set the learning rates that a fit starts with, and keep them as "initial_lr".
+    """Set the learning rates at the start of a fit, and store them as "initial_lr".
 
-    A rate that the schedule of an earlier fit left (see `mark_learning_rates`) becomes the rate
-    without that schedule again, unless the user has set another one since.
+    A rate that the schedule of an earlier fit has changed (see `mark_learning_rates`) is reset to
+    that without the schedule, unless the user has changed it since.
+
+    Args:
+        optimizer: the optimizer.
+        scheduled: whether the fit has a schedule.
     """
     for group in optimizer.param_groups:
         if "lr" not in group:
@@ -35,7 +39,7 @@ def start_learning_rates(optimizer: Optimizer, scheduled: bool) -> None:
 
 
 def mark_learning_rates(optimizer: Optimizer) -> None:
-    """Note in each group that its learning rate is one that a schedule left."""
+    """Mark the learning rate of each group as changed by a schedule, at the end of a fit."""
     for group in optimizer.param_groups:
         if "lr" in group:
             group[LEFT] = group["lr"]
@@ -44,17 +48,17 @@ def mark_learning_rates(optimizer: Optimizer) -> None:
 def group_settings(optimizer: Optimizer, model: nn.Module) -> list[dict[str, Any]]:
     """Return the present settings of each group, and the names of its parameters in the model.
 
-    Taken when a fit starts, these are the settings that the optimizer was built with, before a
-    schedule or a callback changes them. Checkpoints keep them, so that a resumed run can tell which
+    At the start of a fit these are the settings that the optimizer was built with, before a
+    schedule or a callback changes them. Checkpoints contain them, so that a resumed run knows which
     settings the user has changed.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
-    found = []
+    groups = []
     for group in optimizer.param_groups:
-        kept = {name: value for name, value in group.items() if name not in NOT_GIVEN}
+        settings = {name: value for name, value in group.items() if name not in NOT_SETTINGS}
         parameters = [names.get(parameter, "") for parameter in group["params"]]
-        found.append({"settings": copy.deepcopy(kept), "parameters": parameters})
-    return found
+        groups.append({"settings": copy.deepcopy(settings), "parameters": parameters})
+    return groups
 
 
 def restore_optimizer(
@@ -63,17 +67,18 @@ def restore_optimizer(
     before: Sequence[dict[str, Any]] | None,
     now: Sequence[dict[str, Any]],
 ) -> None:
-    """Load a saved state into an optimizer, but for the settings that the user has changed since.
+    """Load a saved state into an optimizer, except the settings that the user has changed since.
 
     Args:
-        optimizer: one over the same parameters in the same groups.
-        saved: what `state_dict` of the optimizer gave; its tensors are copied.
+        optimizer: an optimizer over the same parameters in the same groups.
+        saved: the state dict of the saved optimizer; its tensors are copied.
         before: `group_settings` at the start of the saved fit; None for a checkpoint of an earlier
-            version, of whose settings only the learning rate can be compared.
+            version, where only the learning rate can be compared.
         now: `group_settings` of the optimizer as the user has built it.
 
-    Raises SettingError when the groups hold other parameters, and when a changed setting needs
-    state that was not saved.
+    Raises:
+        SettingError: the groups contain other parameters, or a changed setting needs state that was
+            not saved.
     """
     sizes = [len(group["params"]) for group in optimizer.param_groups]
     if [len(group["params"]) for group in saved["param_groups"]] != sizes:
@@ -93,10 +98,11 @@ def merged_groups(
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Return the groups of a resumed optimizer, and the names of the changed settings.
 
-    A setting that the user has changed has its new value; every other one has the saved value,
-    which a callback may have changed during the run.
+    A setting that the user has changed has its new value. All others have the saved value, which a
+    callback may have changed during the run. The arguments are those of `restore_optimizer`.
 
-    Raises SettingError when the groups hold other parameters.
+    Raises:
+        SettingError: the groups contain other parameters.
     """
     before = older_settings(saved, now) if before is None else before
     if [each["parameters"] for each in before] != [each["parameters"] for each in now]:
@@ -113,7 +119,7 @@ def merged_groups(
             if name == "lr":
                 merged["initial_lr"] = value
         groups.append(merged)
-    groups += saved[len(groups) :]  # which a callback has added after the start
+    groups += saved[len(groups) :]  # those that a callback has added during the run
     return groups, list(dict.fromkeys(changed))
 
 
@@ -121,22 +127,28 @@ def older_settings(
     saved: Sequence[dict[str, Any]],
     now: Sequence[dict[str, Any]],
 ) -> list[dict[str, Any]]:
-    """Return what `group_settings` is taken to have been for a checkpoint that does not hold it."""
-    found = []
+    """Return the assumed `group_settings` of a checkpoint of an earlier version without them.
+
+    Args:
+        saved: the groups in the state dict of the optimizer.
+        now: `group_settings` of the optimizer as the user has built it.
+    """
+    assumed = []
     for group, new in zip(saved, now, strict=False):
         settings = dict(new["settings"])
         if "lr" in group:
             settings["lr"] = group.get("initial_lr", group["lr"])
-        found.append({"settings": settings, "parameters": new["parameters"]})
-    return found
+        assumed.append({"settings": settings, "parameters": new["parameters"]})
+    return assumed
 
 
 def same_setting(one: Any, other: Any) -> bool:
+    """Return whether two values of a setting are equal; a list equals a tuple of the same items."""
     if isinstance(one, Tensor) or isinstance(other, Tensor):
         return torch.equal(torch.as_tensor(one).cpu(), torch.as_tensor(other).cpu())
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
         return list(one) == list(other)
-    return one == other
+    return bool(one == other)
 
 
 def check_state(
@@ -145,69 +157,78 @@ def check_state(
     groups: Sequence[dict[str, Any]],
     changed: Sequence[str],
 ) -> None:
-    """Raise SettingError when a changed setting needs state that was not saved, as `amsgrad` does.
+    """Raise SettingError if a changed setting needs state that was not saved, such as `amsgrad`.
 
-    A step on a parameter of one number shows it, before anything is trained.
+    A copy of the optimizer takes a step on a parameter with one element, before training starts.
+
+    Args:
+        optimizer: the optimizer.
+        state: the saved state, by the index of a parameter.
+        groups: the result of `merged_groups`.
+        changed: the names of the changed settings.
     """
     for group, own in zip(groups, optimizer.param_groups, strict=True):
-        places = [place for place, index in enumerate(group["params"]) if state.get(index)]
-        if not places:
+        positions = [i for i, index in enumerate(group["params"]) if state.get(index)]
+        if not positions:
             continue
-        parameter = own["params"][places[0]]
-        kept = state[group["params"][places[0]]]
+        parameter = own["params"][positions[0]]
+        parameter_state = state[group["params"][positions[0]]]
         try:
-            tried, number = on_one_number(optimizer, group, parameter)
-            for name, value in kept.items():
-                tried.state[number][name] = of_one_number(value, parameter)
+            small, element = on_one_element(optimizer, group, parameter)
+            for name, value in parameter_state.items():
+                small.state[element][name] = state_of_one_element(value, parameter)
             with seeds.undisturbed():
-                tried.step()
+                small.step()
         except KeyError as error:
             raise SettingError(
                 f"resume: the saved state of the optimizer has no {error}, which the changed "
                 f"settings need ({', '.join(changed)}); start a new run with the saved weights"
             ) from error
-        except Exception:  # an optimizer that cannot be tried like this is taken as it is
+        except Exception:  # other optimizers cannot be checked like this
             continue
 
 
 def state_after_a_step(optimizer: Optimizer) -> dict[str, Any]:
-    """Return the state that an optimizer keeps after a step, for one parameter of each group.
+    """Return the state of an optimizer after a step, for one parameter of each group.
 
-    A step on a parameter of one number shows it; the optimizer itself takes none. Groups on which
-    it fails are left out.
+    A copy of the optimizer takes the step, on a parameter with one element.
+
+    Returns:
+        The state by the index of the group, as a text. Groups for which the step fails are left
+        out.
     """
-    found: dict[str, Any] = {}
-    for place, group in enumerate(optimizer.param_groups):
+    states: dict[str, Any] = {}
+    for index, group in enumerate(optimizer.param_groups):
         if not group["params"]:
             continue
         try:
-            tried, number = on_one_number(optimizer, group, group["params"][0])
+            small, element = on_one_element(optimizer, group, group["params"][0])
             with seeds.undisturbed():
-                tried.step()
-            found[str(place)] = dict(tried.state[number])
-        except Exception:  # what it keeps shows after its first step
+                small.step()
+            states[str(index)] = dict(small.state[element])
+        except Exception:  # its state is known after its first step only
             continue
-    return found
+    return states
 
 
-def on_one_number(
+def on_one_element(
     optimizer: Optimizer,
     group: dict[str, Any],
     like: Tensor,
 ) -> tuple[Optimizer, nn.Parameter]:
-    """Return an optimizer with the settings of a group, and its parameter of one number."""
-    number = nn.Parameter(torch.zeros([1] * like.ndim, dtype=like.dtype))
-    number.grad = torch.zeros_like(number)
+    """Return an optimizer with the settings of a group, and its parameter with one element."""
+    element = nn.Parameter(torch.zeros([1] * like.ndim, dtype=like.dtype))
+    element.grad = torch.zeros_like(element)
     make: Callable[..., Optimizer] = type(optimizer)
-    tried = make([number])
+    small = make([element])
     left_out = ("params", "fused", "foreach")
     settings = {name: value for name, value in group.items() if name not in left_out}
-    tried.param_groups[0].update(settings)
-    return tried, number
+    small.param_groups[0].update(settings)
+    return small, element
 
 
-def of_one_number(value: Any, parameter: Tensor) -> Any:
-    """Return a value of the state of a parameter for a parameter of one number."""
+def state_of_one_element(value: Any, parameter: Tensor) -> Any:
+    """Return a value of the state of a parameter, reduced to a parameter with one element."""
     if not isinstance(value, Tensor):
         return copy.copy(value)
     if value.shape == parameter.shape:
@@ -216,15 +237,16 @@ def of_one_number(value: Any, parameter: Tensor) -> Any:
 
 
 def match_layout(optimizer: Optimizer) -> None:
-    """Lay the state out in memory as its parameters are, since checkpoints keep no strides and fused kernels go by
-    memory."""
+    """Give the state tensors of each parameter its strides.
+
+    Checkpoints store no strides, and fused kernels read parameters and state in the order of their
+    memory.
+    """
     for parameter, state in optimizer.state.items():
         if not isinstance(parameter, Tensor) or not isinstance(state, dict):
-            continue  # some optimizers keep values of their own beside those of the parameters
+            continue  # some optimizers have other state in addition to that of the parameters
         for name, value in state.items():
-            if (
-                isinstance(value, Tensor)
-                and value.shape == parameter.shape
-                and value.stride() != parameter.stride()
-            ):
+            if not isinstance(value, Tensor) or value.shape != parameter.shape:
+                continue
+            if value.stride() != parameter.stride():
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

@@ -1,4 +1,4 @@
-"""The parameters of a model that an optimizer holds, and the others."""
+"""The parameters of a model: those in the groups of an optimizer, and the others."""
 
 from torch import nn
 from torch.optim import Optimizer
@@ -6,8 +6,8 @@ from torch.optim import Optimizer
 from framework.runtime.identity import identical
 
 
-class Parameters:
-    """Which parameters of a model an optimizer holds; a callback may add or replace some.
+class ModelParameters:
+    """The parameters of a model and its optimizer, which callbacks may add and replace.
 
     Attributes:
         optimized: those in the groups of the optimizer, in order.
@@ -15,25 +15,26 @@ class Parameters:
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer):
-        self.model, self.optimizer = model, optimizer
+        self.model = model
+        self.optimizer = optimizer
         self.optimized: list[nn.Parameter] = []
         self.others: list[nn.Parameter] = []
 
     def refresh(self) -> None:
-        """Find the parameters anew if the groups of the optimizer have changed."""
+        """Update both lists if the groups of the optimizer have changed."""
         optimized: list[nn.Parameter] = []
         for group in self.optimizer.param_groups:
             optimized += group["params"]
         if identical(optimized, self.optimized):
             return
         self.optimized = optimized
-        held = set(optimized)
-        self.others = [p for p in self.model.parameters() if p not in held]
+        in_groups = set(optimized)
+        self.others = [p for p in self.model.parameters() if p not in in_groups]
 
     def clear_other_gradients(self) -> None:
         """Delete the gradients of the other parameters.
 
-        It is done when the next step begins: until then callbacks may use them.
+        The next step does this when it begins: until then callbacks may use them.
         """
         for parameter in self.others:
             parameter.grad = None

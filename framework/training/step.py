@@ -1,7 +1,7 @@
-"""The training step: from the batches of one step to the updated parameters.
+"""The training step: from the batches of a step to the updated parameters.
 
-`TrainingStep.__call__` and `TrainingStep.backward` are the step. How forward and backward run is
-chosen once, when a fit starts (`select_step`): eagerly, compiled or as a CUDA graph.
+`TrainingStep.__call__` and `TrainingStep.backward` are the step. Forward and backward run eagerly,
+compiled or as a CUDA graph; `select_step` chooses once, when a fit starts.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,8 +24,8 @@ from framework.data.dataset import Batch
 from framework.runtime import seeds
 from framework.runtime.batch import move_batch
 from framework.runtime.clock import Clock
-from framework.runtime.device import Precision
 from framework.runtime.memory import MicroBatches, versions
+from framework.runtime.precision import Precision
 from framework.runtime.torch_internals.backward_engine import run_backward
 
 from .acceleration.callbacks import GradientCallbacks
@@ -38,12 +38,12 @@ from .acceleration.compiled_step import (
 )
 from .acceleration.cuda_graph import CudaGraph, GraphedSingleCall, GraphedStep
 from .acceleration.fused_update import FusedUpdate
-from .parameters import Parameters
-from .validation import (
+from .parameters import ModelParameters
+from .step_checks import (
     check_gradients,
     check_input_dtype,
-    check_made,
     check_parameters_reached,
+    check_result,
     count_of,
     first_update_error,
 )
@@ -52,7 +52,7 @@ ALL_PARAMETERS = nullcontext()
 
 
 class StepContext(Context, Protocol):
-    """What a training step uses of the trainer, besides what callbacks may use."""
+    """The trainer as the training step uses it: a `Context` with transforms and events."""
 
     transforms: list[Transform]
 
@@ -61,7 +61,7 @@ class StepContext(Context, Protocol):
 
 
 class StepImplementation(Protocol):
-    """How forward and backward run, and perhaps the update with them."""
+    """Runs forward and backward of a batch, and with some implementations the update too."""
 
     def __call__(
         self,
@@ -69,16 +69,16 @@ class StepImplementation(Protocol):
         share: float | Tensor | None,
         phase: Phase | None = None,
     ) -> tuple[Step, bool]:
-        """Add the gradients of the loss of a batch, which is on the device, to those there are.
+        """Add the gradients of the loss of a batch to the existing gradients.
 
         Args:
-            batch: a batch of the step, or a part of one.
-            share: a factor on the loss, the share of the batch in the items of the step; None for
-                the only batch of a step.
+            batch: a batch of the step, or a part of one, on the device.
+            share: the share of the batch in the items of the step, a factor on the loss; None if
+                it is the only batch of the step.
             phase: the phase of the step. Only eager steps have phases (see `check_phases`).
 
         Returns:
-            What the task made of the batch, and whether the parameters are updated already.
+            The result of the task, and whether the parameters are updated already.
         """
 
 
@@ -87,14 +87,13 @@ class TrainingStep:
     """The training step of a fit.
 
     Attributes:
-        parameters: those of the optimizer, and the others of the model.
-        measures: get the loss, outputs and targets of each batch.
-        forward_backward: how forward and backward run.
-        update: does what `optimizer.step()` does.
+        measures: receive the loss, outputs and targets of each batch.
+        forward_backward: runs forward and backward.
+        update: does the same as `optimizer.step()`.
         is_first: no step is done yet.
         is_first_update: no update is done yet.
-        checked_reach: the phases of which it was checked what parameters the loss reaches.
-        checked_task: the phases whose step the task has checked.
+        checked_reach: names of the phases for which `check_parameters_reached` has run.
+        checked_task: names of the phases for which `Task.check_first` has run.
     """
 
     model: nn.Module
@@ -105,7 +104,7 @@ class TrainingStep:
     micro_batches: MicroBatches
     measures: Measures
     clock: Clock
-    parameters: Parameters
+    parameters: ModelParameters
     forward_backward: StepImplementation
     update: Callable[[], None]
     is_first: bool = field(default=True, init=False)
@@ -114,9 +113,11 @@ class TrainingStep:
     checked_task: set[str | None] = field(default_factory=set, init=False)
 
     def __call__(self, trainer: StepContext, window: Sequence[Batch]) -> None:
-        """Train on some batches, whose gradients make one update together.
+        """Train on the batches of a step, with one update, or one for each phase of the task.
 
-        A task with phases makes an update in each of them, on the same batches.
+        Args:
+            trainer: the fit, whose `loss` is set.
+            window: the batches of the step; their gradients are accumulated.
         """
         if self.parameters.others:
             self.parameters.clear_other_gradients()
@@ -151,38 +152,40 @@ class TrainingStep:
         self.is_first = False
 
     def backward(self, batches: Sequence[Batch], phase: Phase | None) -> tuple[Tensor, bool]:
-        """Add the gradients of the mean loss over all items of the batches.
+        """Compute the gradients of the mean loss over all items of the batches.
 
-        Returns the mean loss, and whether the parameters are updated already.
+        Returns:
+            The mean loss, shape (), and whether the parameters are updated already.
         """
         self.parameters.refresh()
         parts: list[Batch] = []
         for batch in batches:
             parts += self.micro_batches.split(batch)
         counts = [count_of(self.task, part) for part in parts]  # a model may change its inputs
-        shares: Sequence[float | Tensor | None] = [None]
+        shares: Sequence[float | Tensor | None] = [None]  # a single part needs no factor
         if len(parts) > 1:
             shares = shares_of(counts)
 
         losses = []
         for part, count, share in zip(parts, counts, shares, strict=True):
-            made, updated = self.forward_backward(part, share, phase)
-            self.check_first(made, phase, len(part[0]))
-            # Outputs of phases differ from those that the metrics are for.
-            outputs, targets = (made.outputs, made.targets) if phase is None else (None, None)
-            self.measures.add(made.loss, outputs, targets, count, made.values)
-            loss = made.loss.detach()
+            result, updated = self.forward_backward(part, share, phase)
+            self.check_first(result, phase, len(part[0]))
+            if phase is None:
+                self.measures.add(result.loss, result.outputs, result.targets, count, result.values)
+            else:  # metrics are for the outputs of evaluation, which may differ from these
+                self.measures.add(result.loss, None, None, count, result.values)
+            loss = result.loss.detach()
             losses.append(loss if share is None else portion(loss, share))
         return sum(losses[1:], losses[0]), updated
 
-    # What only some steps do:
+    # The following methods run in some steps only.
 
     def backward_with_retry(
         self,
         batches: Sequence[Batch],
         phase: Phase | None,
     ) -> tuple[Tensor, bool]:
-        """Do what `backward` does; when memory is full, again with smaller micro-batches."""
+        """Run `backward`; if memory is full, repeat it with smaller micro-batches."""
         before = StepSnapshot(self.measures.mark(), clones(self.model.buffers()), seeds.capture())
         unchanged = versions(batches)
         while True:
@@ -191,19 +194,23 @@ class TrainingStep:
             except (MemoryError, RuntimeError) as error:
                 if not self.micro_batches.halve(error, versions(batches) == unchanged):
                     raise
-            self.undo(before)  # not in `except`: the traceback keeps the tensors of the pass
+            self.undo(before)  # not in `except`: its traceback keeps the tensors of the pass
 
     def undo(self, before: "StepSnapshot") -> None:
-        """Return to the state before a backward pass that failed."""
+        """Restore the state before a backward pass that failed."""
         self.measures.undo(before.measures)
         for buffer, saved in zip(self.model.buffers(), before.buffers, strict=True):
-            buffer.copy_(saved)  # running statistics have seen some of the batch
+            buffer.copy_(saved)  # running statistics include a part of the batch
         seeds.restore(before.random)
         for parameter in (*self.parameters.optimized, *self.parameters.others):
             parameter.grad = None
 
     def first_update(self) -> None:
-        """Do the first update. Raises SettingError if the optimizer needs more than `step()`."""
+        """Run the first update.
+
+        Raises:
+            SettingError: the optimizer needs more than one backward pass and `step()`.
+        """
         self.is_first_update = False
         try:
             self.update()
@@ -215,24 +222,24 @@ class TrainingStep:
                 raise
             raise explained from error
 
-    def check_first(self, made: Step, phase: Phase | None, samples: int) -> None:
-        """Check the first step of each phase, before it changes the parameters.
+    def check_first(self, result: Step, phase: Phase | None, samples: int) -> None:
+        """Check the first step of each phase before the update.
 
-        Some errors show only in a batch of several samples: the first one of these is checked.
+        The task checks the first batch of several samples, since a single sample hides some errors.
         """
         name = None if phase is None else phase.name
         if name in self.checked_task:
             return
         if name not in self.checked_reach:
             self.checked_reach.add(name)
-            check_parameters_reached(self.task, made.loss, self.model)
+            check_parameters_reached(self.task, result.loss, self.model)
         if samples > 1:
             self.checked_task.add(name)
-            self.task.check_first(made)
+            self.task.check_first(result)
 
 
 class StepSnapshot(NamedTuple):
-    """What a backward pass changes, besides gradients."""
+    """The state that a backward pass changes, apart from gradients."""
 
     measures: Mark
     buffers: list[Tensor]
@@ -240,13 +247,13 @@ class StepSnapshot(NamedTuple):
 
 
 class EagerStep:
-    """Forward and backward without any compilation, except perhaps that of the model.
+    """Forward and backward by PyTorch operations; the model alone may be compiled.
 
     Args:
-        forward: the model, or a compiled function that does the same.
+        forward: the model, or a compiled function that computes the same.
         task: the task.
-        parameters: those that are trained, for errors.
-        precision: the number format.
+        parameters: the trained parameters, for error messages.
+        precision: autocast and gradient scaler.
         clock: for the profiler.
     """
 
@@ -254,13 +261,15 @@ class EagerStep:
         self,
         forward: nn.Module | Callable[..., Any],
         task: Task,
-        parameters: Parameters,
+        parameters: ModelParameters,
         precision: Precision,
         clock: Clock,
     ):
         self.forward: Any = forward
-        self.task, self.parameters = task, parameters
-        self.precision, self.clock = precision, clock
+        self.task = task
+        self.parameters = parameters
+        self.precision = precision
+        self.clock = clock
 
     def __call__(
         self,
@@ -268,54 +277,55 @@ class EagerStep:
         share: float | Tensor | None,
         phase: Phase | None = None,
     ) -> tuple[Step, bool]:
+        """Run forward and backward; never update the parameters."""
         with self.clock.detail("forward"), self.precision.autocast():
             if phase is None:
-                made = self.task.step(self.forward, batch)
+                result = self.task.step(self.forward, batch)
             else:
-                made = self.task.phase(phase.name, self.forward, batch)
+                result = self.task.phase(phase.name, self.forward, batch)
         with self.clock.detail("backward"):
             try:
-                loss = made.loss if share is None else made.loss * share
+                loss = result.loss if share is None else result.loss * share
                 run_backward(self.precision.scaled(loss))
             except (AttributeError, TypeError, RuntimeError):
-                check_made(self.task, made, self.parameters.optimized)
+                check_result(self.task, result, self.parameters.optimized)
                 raise
-        return made, False
+        return result, False
 
 
-def select_step(
+def select_step(  # noqa: PLR0913  # all by keyword, from one place
     *,
     model: nn.Module,
     task: Task,
     optimizer: Optimizer,
-    parameters: Parameters,
+    parameters: ModelParameters,
     precision: Precision,
     micro_batches: MicroBatches,
     clock: Clock,
-    compile: Compile,
+    compile: Compile,  # noqa: A002  # the name of the setting
     cuda_graph: CudaGraph,
     callbacks: GradientCallbacks,
     call_recordable: Callable[[Tensor], None],
 ) -> StepImplementation:
-    """Return how forward and backward run in a fit.
+    """Return the implementation of forward and backward for a fit.
 
     Args:
         model: the model.
         task: the task.
         optimizer: the optimizer.
-        parameters: those of the optimizer, and the others of the model.
-        precision: the number format.
-        micro_batches: without `auto`, a step may include the update.
+        parameters: the parameters of the model.
+        precision: autocast and gradient scaler.
+        micro_batches: if `auto`, no step includes the update.
         clock: of the fit.
-        compile: what to compile.
+        compile: the part to compile.
         cuda_graph: whether to capture CUDA graphs.
         callbacks: those that listen to `gradients`.
-        call_recordable: calls the recordable ones of them; it takes the loss of the step.
+        call_recordable: calls the recordable ones of them, with the loss of the step.
     """
-    step: StepImplementation
     forward = Compiled(model, compile, clock) if compile == "model" else model
-    step = eager = EagerStep(forward, task, parameters, precision, clock)
-    with_update = not micro_batches.auto  # an update cannot be undone when memory is full
+    eager = EagerStep(forward, task, parameters, precision, clock)
+    step: StepImplementation = eager
+    with_update = not micro_batches.auto  # an update cannot be undone if memory is full
     if compile == "step":
         compiled_call = None
         if with_update:
@@ -340,7 +350,7 @@ def select_step(
 
 
 def select_update(optimizer: Optimizer, precision: Precision) -> Callable[[], None]:
-    """Return a function that does what `optimizer.step()` does, with the scaler of fp16 if any."""
+    """Return a function that does the same as `optimizer.step()`, with the scaler of fp16."""
     if precision.scaler is None:
         return FusedUpdate(optimizer)
     return lambda: precision.step(optimizer, optimizer.step)
@@ -351,7 +361,7 @@ def set_learning_rates(
     schedule: Callable[[int], float] | None,
     step: int,
 ) -> None:
-    """Set the learning rate of each group for a step."""
+    """Set the learning rate of each group for a step: its initial rate times the factor."""
     if schedule is None:
         return
     factor = factor_of(schedule, step)
@@ -363,7 +373,7 @@ def set_learning_rates(
 def shares_of(counts: Sequence[int | Tensor]) -> list[float | Tensor]:
     """Return the share of each batch in the items of a step.
 
-    With these factors the sum of the mean losses is the mean over all items.
+    The sum of the mean losses times their shares is the mean over all items.
     """
     total = sum(counts)
     return [share_of(count, total) for count in counts]
@@ -371,7 +381,7 @@ def shares_of(counts: Sequence[int | Tensor]) -> list[float | Tensor]:
 
 @contextmanager
 def only_trains(model: nn.Module, phase: Phase) -> Iterator[None]:
-    """Compute gradients only for the parameters that a phase moves."""
+    """Disable gradients of the parameters that a phase does not move."""
     frozen = []
     for name, parameter in model.named_parameters():
         moves = any(fnmatch(name, pattern) for pattern in phase.moves)
@@ -387,4 +397,5 @@ def only_trains(model: nn.Module, phase: Phase) -> Iterator[None]:
 
 
 def clones(tensors: Iterator[Tensor]) -> list[Tensor]:
+    """Return a copy of each tensor."""
     return [tensor.clone() for tensor in tensors]

@@ -1,9 +1,10 @@
-"""The Trainer: takes objects, runs steps. It knows no names and no config.
+"""The Trainer, which trains with objects. It knows no registered names and no config.
 
     trainer = Trainer(max_epochs=10)
-    trainer.fit(model, loader, task=nn.CrossEntropyLoss(), optimizer=torch.optim.AdamW(model.parameters()))
+    optimizer = torch.optim.AdamW(model.parameters())
+    trainer.fit(model, loader, task=nn.CrossEntropyLoss(), optimizer=optimizer)
 
-`loop.py` is the loop, and `step.py` the training step; `contracts/callback.py` lists the events.
+`loop.py` is the loop and `step.py` the training step; `contracts/callback.py` lists the events.
 """
 
 import copy
@@ -27,6 +28,7 @@ from framework.contracts.state import Cadence, Every, State, Stop
 from framework.contracts.task import Task
 from framework.contracts.transform import transforms_of
 from framework.data.accumulation import (
+    Batches,
     Source,
     count_steps,
     count_total,
@@ -43,9 +45,10 @@ from framework.registry.schema import check_arguments
 from framework.runtime import seeds
 from framework.runtime.batch import move_batch
 from framework.runtime.clock import Clock, Profiler
-from framework.runtime.device import Format, deterministic_algorithms
+from framework.runtime.determinism import deterministic_algorithms
 from framework.runtime.memory import MicroBatches, memory_errors
 from framework.runtime.modes import Modes
+from framework.runtime.precision import Format
 from framework.system.files import check_disk_error, check_exists, disk_errors
 
 from . import trainer_state
@@ -56,7 +59,8 @@ from .evaluator import Evaluator
 from .log_record import checked_record
 from .loop import run_epoch
 from .optimizer_state import group_settings, mark_learning_rates, start_learning_rates
-from .parameters import Parameters
+from .parameters import ModelParameters
+from .single_sample import check_single_sample, single_sample
 from .step import TrainingStep, select_step, select_update
 from .validation import (
     check_callbacks,
@@ -68,25 +72,25 @@ from .validation import (
     check_phases,
     check_resume,
     check_schedule,
-    check_single_sample,
     check_source,
     settings_refused,
-    single_sample,
 )
 
 
 class Trainer(Evaluator):
-    """Fits, evaluates and predicts with a model, some data, a task and an optimizer.
+    """Trains a model on some data with a task and an optimizer, evaluates it and predicts with it.
+
+    It implements `Context` for callbacks, and `Run` for the loop.
 
     Attributes:
-        state: counters and the last metrics.
-        at_boundary: no step is under way, so that `state_dict` is that of a run which can go on exactly.
-        resumed_from: the step that `fit` went on from, or None.
-        manifest: facts of the run that its checkpoints keep in their manifest.
-        clock: where the time of `fit` went.
+        state: counters and the last value of each logged scalar.
+        at_boundary: no step is in progress, so that a run resumed from `state_dict` is exact.
+        resumed_from: the step that `fit` resumed from, or None.
+        manifest: facts of the run that its checkpoints store.
+        clock: the time spent in parts of `fit`.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # the settings of a run
         self,
         max_epochs: PositiveInt | None = None,
         max_steps: PositiveInt | None = None,
@@ -94,7 +98,7 @@ class Trainer(Evaluator):
         log_every: Every = "50steps",
         accumulate: PositiveInt = 1,
         micro_batch: PositiveInt | Literal["auto"] | None = None,
-        compile: Compile = "off",
+        compile: Compile = "off",  # noqa: A002  # as torch.compile
         cuda_graph: CudaGraph = "off",
         precision: Format = "fp32",
         device: str = "auto",
@@ -106,28 +110,34 @@ class Trainer(Evaluator):
         loggers: Sequence[Logger] = (),
         folder: Path | None = None,
     ):
-        """Set the limits and the manner of a run.
+        """Set the limits and the settings of a run.
 
         Args:
-            max_epochs: passes over the training data, at most.
-            max_steps: optimizer steps, at most; the run ends at whichever limit comes first.
-            validate_every: when the validation split is measured; always at the end too.
-            log_every: when training values are read off the device and logged; also at the end of each epoch.
-            accumulate: batches whose gradients make one step; the same step as one batch of them all.
-            micro_batch: samples that go through the model at once, a batch of more being split with the same gradients
-                (batch norms apart); auto: half as many whenever memory is full.
-            compile: torch.compile for the model, or for the whole step (with the update, if it is a pure one).
-            cuda_graph: replay the whole step as one CUDA graph, or what of it can be; auto tries if that is quicker.
+            max_epochs: maximum number of passes over the training data.
+            max_steps: maximum number of optimizer steps; the run ends at the first limit reached.
+            validate_every: when the validation split is measured; also after the last step.
+            log_every: when training values are read from the device and logged; also after each
+                epoch.
+            accumulate: batches whose gradients make one step, equal to one batch of all of them.
+            micro_batch: samples that the model processes at once; larger batches are split, with
+                the same gradients (except for batch norms). auto: halved whenever memory is full.
+            compile: torch.compile for the model, or for the step (with the update of a pure
+                optimizer).
+            cuda_graph: replay the step as a CUDA graph, with the update if possible; auto: only if
+                that is faster.
             precision: fp32, or autocast to bf16 or fp16 (fp16 with a gradient scaler).
             device: auto (cuda, else mps, else cpu) or a torch device such as cuda:1.
-            deterministic: only deterministic algorithms; slower, and an error where torch has none.
-            profile: follow 50 early steps: print where their time went, and write a trace into the folder.
-            seed: of everything random while training (dropout), and of the order of samples.
-            callbacks: called in this order at the events of `callback.py`; transforms of batches are some.
-            loggers: get every scalar, text and picture.
-            folder: of the run, for callbacks and loggers that write files.
+            deterministic: use deterministic algorithms only; slower, and an error where torch has
+                none.
+            profile: profile 50 early steps, print the time of their parts, and write a trace into
+                the folder.
+            seed: of the order of samples and all other random numbers in training.
+            callbacks: called in this order at each event; includes transforms of batches.
+            loggers: receive each scalar, text and image.
+            folder: the folder of the run, for callbacks and loggers that write files.
 
-        Raises SettingError for a setting outside its range, and for a device that is not there.
+        Raises:
+            SettingError: a setting is outside its range, or the device does not exist.
         """
         settings = dict(locals())
         check_arguments(Trainer, settings)
@@ -156,18 +166,12 @@ class Trainer(Evaluator):
         self._find_listeners()
         self._was_prepared = False  # for a first fit
         self._last_fit: trainer_state.FitSettings | None = None
-        self._record: dict[str, float | Tensor] = {}  # the values of the step that begins
-        self._own_names: set[str] = set()  # of the values that the trainer itself logs
-        self._open_count = 0  # how many `with trainer:` are open
+        self._record: dict[str, float | Tensor] = {}  # the logged values of the current step
+        self._own_tags: set[str] = set()  # of the values that the trainer itself logs
+        self._open_count = 0  # the number of `with trainer:` blocks that are open
         self._opened_at: int | None = None  # the step at which the loggers were opened
 
-    def _find_listeners(self) -> None:
-        """Find what each event calls, also of callbacks that were added since the last time."""
-        check_callbacks(self.callbacks)
-        self._listeners = listeners(self.callbacks)
-        self.transforms = transforms_of(self.callbacks)
-
-    def fit(
+    def fit(  # noqa: PLR0913  # the objects of a fit
         self,
         model: nn.Module,
         data: Source,
@@ -180,53 +184,58 @@ class Trainer(Evaluator):
         batch_size: int = 32,
         resume: dict[str, Any] | None = None,
     ) -> State:
-        """Train a model until a limit, or until a callback calls `stop`; return the final state.
+        """Train a model until a limit is reached or a callback calls `stop`.
 
-        Each call is a fit of its own: it starts at step 0 with the trainer's seed, so that calls in
-        a loop read the samples in the same order and draw the same dropout masks (another `seed`
-        gives others, `resume` continues). Fit seeds the global generators of Python, NumPy and
-        torch, and does not restore them. Callbacks and the schedule start afresh, and existing
-        gradients are deleted. The weights, and the state that the optimizer keeps of each
-        parameter, stay as they are.
+        Each call is a new fit: it starts at step 0 with the trainer's seed, so that calls in a loop
+        read the samples in the same order and draw the same dropout masks (unless `seed` changes,
+        or `resume` continues an earlier fit). Fit seeds the global generators of Python, NumPy and
+        torch, and does not restore them. Callbacks and the schedule are reset, and existing
+        gradients are deleted. The weights, and the state of the optimizer for each parameter, are
+        kept.
 
-        Only one thread of a process fits at a time, since the generators belong to the process.
+        Only one thread of a process can fit at a time, since the generators belong to the process.
         Meanwhile `fit`, `evaluate` and `predict` raise FrameworkError in other threads. In the
         thread that fits, a callback may call them.
 
         Modules that are in evaluation mode when fit begins, or that a callback puts into it in
         `on_fit_start`, stay in it during training. If the model itself is in evaluation mode, all
-        of its modules are trained. Fit leaves all modules in evaluation mode, which another fit
-        does not take for a choice: it goes by the modes that were set before this one. To set
-        others between two fits, call `model.train()` first, and then `eval()` of single modules.
+        of its modules are trained. Fit leaves all modules in evaluation mode; the next fit uses the
+        modes that were set before this one. To set others between two fits, call `model.train()`
+        first, and then `eval()` of single modules.
 
         Args:
             model: any module; it is moved to the device, and left in evaluation mode.
-            data: a `Data` (its val split is validated on), a split, a data set of torch's (also an
-                `IterableDataset`, of samples), or an iterable of batches such as a DataLoader,
-                which may reuse the memory of its batches. Before each epoch `set_epoch` of the
-                loader, its samplers and its data set is called, where there is one.
-            task: a `Task`, or a loss of (outputs, targets), which returns their mean (see `LossTask`).
-            optimizer: a torch optimizer over the model's parameters.
-            val: what to validate on, if not the data's own val split.
-            schedule: step -> factor on each group's learning rate. The last factor stays in the
-                groups after the fit; a later fit starts from the rates without it, or from those
-                that you have set since.
-            metrics: measured on training batches and on validation.
-            batch_size: for a `Data` or a split; four times as much in validation.
-            resume: what `state_dict` gave, to continue from there. A setting of the optimizer's
-                groups that differs from the one that the saved fit was started with takes effect;
-                all others are restored. The result is that of an uninterrupted fit with a `Data`, a
+            data: a `Data` (with its val split for validation), a split, a dataset of torch
+                (also an `IterableDataset` of samples), or an iterable of batches such as a
+                DataLoader, which may reuse the memory of its batches. Before each epoch,
+                `set_epoch` of the loader, its samplers and its dataset is called if it exists.
+            task: a `Task`, or a loss of (outputs, targets) that returns their mean (see
+                `LossTask`).
+            optimizer: an optimizer over the parameters of the model.
+            val: data for validation instead of the val split of the data.
+            schedule: maps a step to a factor on the learning rate of each group. The last factor
+                stays in the groups after the fit; a later fit starts from the rates without it, or
+                from rates that were set since.
+            metrics: measured on training batches and in validation.
+            batch_size: samples in a batch, for a `Data` or a split; four times as many in
+                validation.
+            resume: a result of `state_dict`, to continue that fit. A setting of the optimizer's
+                groups that differs from the one that the saved fit started with takes effect; all
+                others are restored. The result equals that of an uninterrupted fit with a `Data`, a
                 split, or batches whose order is fixed for each epoch (a sampler with `set_epoch`).
-                With a DataLoader that shuffles by torch's global generator it is so at the end of
-                an epoch only, and with one that has a generator of its own never; both warn.
+                With a DataLoader that shuffles by torch's global generator this holds only at the
+                end of an epoch, and with one that has its own generator never; both give a warning.
 
-        Raises DataError when the data is empty or does not fit the task, OutOfMemory when memory is full.
+        Returns:
+            The final state.
+
+        Raises:
+            DataError: the data is empty or does not fit the task.
+            OutOfMemory: memory is full.
+            SettingError: an argument is not valid.
         """
-        with (
-            seeds.fitting(),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-        ):  # whatever the caller has set
+        # Gradients are needed, even if the caller has disabled them.
+        with seeds.fitting(), torch.inference_mode(False), torch.enable_grad():
             self.prepare_fit(
                 model=model,
                 data=data,
@@ -244,7 +253,72 @@ class Trainer(Evaluator):
                     run_epoch(self)
         return self.state
 
-    def prepare_fit(
+    def stop(self, by: str, reason: str, signal: Signals | None = None) -> None:
+        """End the run after the current step.
+
+        Of several calls the first one counts, except that a signal always replaces the reason,
+        since the run may then be resumed.
+
+        Args:
+            by: the name of the callback that ends the run, such as "early_stop".
+            reason: a text for the user.
+            signal: the signal that ends the run, or None.
+        """
+        if self.state.stop is None or signal is not None:
+            self.state.stop = Stop(by, reason, signal)
+
+    def log(self, values: Mapping[str, float | Tensor]) -> None:
+        """Add values to the record of the current step, which the loggers receive as one.
+
+        Args:
+            values: numbers by tag. Tensors must have one element; they are read when the step is
+                done. A tag of the trainer's own values gives a warning.
+
+        Raises:
+            SettingError: a value is not a number, or a tag is not a text.
+        """
+        self._add(checked_record(values, self._own_tags))
+
+    def sample_indices(self) -> list[int] | None:
+        """Return the indices of the samples of the training split that the current step reads.
+
+        None if the training data is not a split.
+        """
+        if not isinstance(self.train_batches, Loader):
+            return None
+        return self.train_batches.indices(self.state.epoch, self.state.batch, self.accumulate)
+
+    def capture(self) -> dict[str, Any]:
+        """Return the result of `state_dict` without copies: the next step changes the tensors."""
+        return trainer_state.capture(self)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that `fit(resume=...)` needs, as plain types and tensors.
+
+        The tensors are copies on their devices: the state does not change as training continues.
+        """
+        return copy.deepcopy(self.capture())
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Restore a result of `state_dict` or `capture`."""
+        trainer_state.restore(self, saved)
+
+    def __enter__(self) -> "Trainer":
+        """Keep the loggers open until the end of the block, so that they record `evaluate` too."""
+        if self._open_count == 0:
+            self._open_loggers()
+        self._open_count += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open_count -= 1
+        if self._open_count == 0:
+            with self._closing:
+                self.emit("close")
+
+    # The start and the end of a fit.
+
+    def prepare_fit(  # noqa: PLR0913  # the arguments of `fit`
         self,
         model: nn.Module,
         data: Source,
@@ -256,7 +330,7 @@ class Trainer(Evaluator):
         batch_size: int,
         resume: dict[str, Any] | None,
     ) -> None:
-        """Check and take the arguments of `fit`, and make what its first step needs."""
+        """Check the arguments of `fit`, and create everything that the first step needs."""
         metrics = check_metrics(metrics)
         check_fit(model, task, optimizer, schedule)
         needs_targets = not isinstance(task, Task)
@@ -278,73 +352,31 @@ class Trainer(Evaluator):
             val = data.val if val is None else val
             data = data.train
         self.train_batches = self._batches(data, batch_size, shuffle=True)
-        self.val_batches = (
-            None if val is None else self._batches(val, 4 * batch_size)
-        )  # without gradients
-        if self.val_batches is not None:
+        self.val_batches = None
+        if val is not None:
+            self.val_batches = self._batches(val, 4 * batch_size)  # no gradients need memory
             count_steps(self.val_batches, 1, "validation")
         check_schedule(schedule, self.val_batches is not None)
         self.metrics = metrics
-        self._show_targets()
+        self._share_targets()
         self._prepare(resume)
         self._check_validation_data()
 
-    def _check_validation_data(self) -> None:
-        """Raise DataError where a second validation, perhaps after hours, would find no data."""
-        if not isinstance(self.val_batches, ForeignLoader) or not self.val_batches.single_pass:
-            return
-        by_epochs = self.validate_every.unit == "epoch" and self.max_steps is None
-        if self.max_epochs is None or not by_epochs:
-            return  # how many validations there will be is not known
-        every = int(self.validate_every.number)
-        validations = self.max_epochs // every - self.state.epoch // every
-        validations += self.max_epochs % every != 0
-        if validations > 1:
-            kind = type(self.val_batches.batches).__name__
-            expected = f"data for {validations} validations"
-            raise DataError(f"val: expected {expected}, got a {kind}; {READ_AGAIN}")
+    def _find_listeners(self) -> None:
+        """Find the methods of all callbacks, including those that were added since the last fit."""
+        check_callbacks(self.callbacks)
+        self._listeners = listeners(self.callbacks)
+        self.transforms = transforms_of(self.callbacks)
 
-    def _show_targets(self) -> None:
-        """Give the task all targets, if they are in memory and no transform changes them."""
+    def _share_targets(self) -> None:
+        """Give the task all targets if they are in memory and no transform changes them."""
         loaders = [self.train_batches]
         if self.val_batches is not None:
             loaders.append(self.val_batches)
         self.task.know_targets(None if self.transforms else known_targets(*loaders))
 
-    @contextmanager
-    def fitting(self) -> Iterator[None]:
-        """Run the steps of a fit between its first and its last events."""
-        with seeds.fitting(), self:
-            try:
-                if self._opened_at != self.state.step:  # opened for an earlier fit
-                    self._closing.close()
-                    self._open_loggers()
-                self.modes.train()
-                self.emit("fit_start")
-                self.modes.keep_choice()
-                yield
-                self._finish()
-                self.emit("fit_end")
-                self._flush()
-            except BaseException:
-                self._emit_exception()
-                raise
-            finally:
-                if self.schedule is not None:
-                    mark_learning_rates(self.optimizer)
-                self._last_fit = trainer_state.FitSettings(
-                    optimizer=self.optimizer,
-                    after_fit=group_settings(self.optimizer, self.model),
-                    given=self.optimizer_settings,
-                )
-                self._opened_at = None
-                self._training_step.parameters.clear_other_gradients()
-                self.clock.finish()
-                self.modes.leave()
-                self.task.know_targets(None)
-
     def _prepare(self, resume: dict[str, Any] | None) -> None:
-        """Make what the first step needs: counters, scaler, sums, the training step."""
+        """Create what the first step needs: counters, scaler, sums, the training step."""
         seeds.seed_everything(seeds.derive(self.seed, "train"))
         stop = None if self._was_prepared else self.state.stop  # by a signal before the first fit
         self.state = State(steps_per_epoch=count_steps(self.train_batches, self.accumulate))
@@ -355,13 +387,13 @@ class Trainer(Evaluator):
         self._record = {}
         trainer_state.reset(self)
         start_learning_rates(self.optimizer, self.schedule is not None)
-        self.optimizer_settings = trainer_state.given_settings(
+        self.optimizer_settings = trainer_state.user_settings(
             optimizer=self.optimizer,
             model=self.model,
             last_fit=self._last_fit,
         )
-        self._own_names = self._names_to_come()
-        self.measures = Measures(self.metrics, self.device, self.train_batches.hold)
+        self._own_tags = self._expected_tags()
+        self.measures = Measures(self.metrics, self.device, self.train_batches.max_buffered)
         self._was_prepared = True
         self.clock = Profiler(self.device, self.folder) if self.profile else Clock()
         self._training_step = self._make_training_step()
@@ -375,25 +407,12 @@ class Trainer(Evaluator):
             self.resumed_from = self.state.step
             why = other_order(self.train_batches, self.state.batch > 0)
             if why is not None and not self.done:
-                said = f"resume: the result differs from that of an uninterrupted fit: {why}"
-                warnings.warn(said, stacklevel=4)
+                problem = "the result differs from that of an uninterrupted fit"
+                warnings.warn(f"resume: {problem}: {why}", stacklevel=4)
         self._rate_from = (time.perf_counter(), self.state.samples)
 
-    def stop(self, by: str, reason: str, signal: Signals | None = None) -> None:
-        """End the run after the step under way.
-
-        The first call counts, but a signal always does: the run may go on later.
-
-        Args:
-            by: the name of the callback that ends it, such as "early_stop".
-            reason: a text for people.
-            signal: the signal that ends it, if it is one.
-        """
-        if self.state.stop is None or signal is not None:
-            self.state.stop = Stop(by, reason, signal)
-
     def _make_training_step(self) -> TrainingStep:
-        parameters = Parameters(self.model, self.optimizer)
+        parameters = ModelParameters(self.model, self.optimizer)
         callbacks = GradientCallbacks(gradient_callbacks(self.callbacks), self)
         forward_backward = select_step(
             model=self.model,
@@ -423,10 +442,79 @@ class Trainer(Evaluator):
         )
 
     def _call_recordable(self, callbacks: GradientCallbacks, loss: Tensor) -> None:
-        """Let callbacks see the gradients of a step that a CUDA graph records."""
+        """Call the recordable callbacks while a CUDA graph records their operations."""
         self.loss = loss
         for callback in callbacks.recordable():
             callback.on_gradients(self)
+
+    def _check_validation_data(self) -> None:
+        """Raise DataError if a second validation, maybe hours later, would find no data."""
+        if not isinstance(self.val_batches, ForeignLoader) or not self.val_batches.single_pass:
+            return
+        by_epochs = self.validate_every.unit == "epoch" and self.max_steps is None
+        if self.max_epochs is None or not by_epochs:
+            return  # the number of validations is not known
+        every = int(self.validate_every.number)
+        validations = self.max_epochs // every - self.state.epoch // every
+        validations += self.max_epochs % every != 0
+        if validations > 1:
+            kind = type(self.val_batches.batches).__name__
+            expected = f"expected data for {validations} validations"
+            raise DataError(f"val: {expected}, got a {kind}; {READ_AGAIN}")
+
+    @contextmanager
+    def fitting(self) -> Iterator[None]:
+        """Run the steps of a fit in a block, between its first and its last events."""
+        with seeds.fitting(), self:
+            try:
+                if self._opened_at != self.state.step:  # opened for an earlier fit
+                    self._closing.close()
+                    self._open_loggers()
+                self.modes.train()
+                self.emit("fit_start")
+                self.modes.keep_choice()
+                yield
+                self._finish()
+                self.emit("fit_end")
+                self._flush()
+            except BaseException:
+                self._emit_exception()
+                raise
+            finally:
+                self._clean_up()
+
+    def _finish(self) -> None:
+        """Log and validate once more after the last step if needed.
+
+        Not after a signal: the run may be resumed, and another measurement would change its values.
+        """
+        stop = self.state.stop
+        if stop is not None and stop.signal is not None:
+            return
+        # If this fails, no checkpoint may be saved: the resumed run would lack these values.
+        self.at_boundary = False
+        if not self.measures.empty:
+            self.log_training()
+        if self.val_batches is not None and self.validated_step != self.state.step:
+            self._validate(self.val_batches)
+        self.at_boundary = True
+
+    def _clean_up(self) -> None:
+        """Leave the model, optimizer and task as the next fit expects them."""
+        if self.schedule is not None:
+            mark_learning_rates(self.optimizer)
+        self._last_fit = trainer_state.FitSettings(
+            optimizer=self.optimizer,
+            after_fit=group_settings(self.optimizer, self.model),
+            by_user=self.optimizer_settings,
+        )
+        self._opened_at = None
+        self._training_step.parameters.clear_other_gradients()
+        self.clock.finish()
+        self.modes.leave()
+        self.task.know_targets(None)
+
+    # The methods that the loop calls (see `loop.py`).
 
     @property
     def done(self) -> bool:
@@ -447,9 +535,10 @@ class Trainer(Evaluator):
             self.modes.keep_training()
 
     def windows(self) -> Iterator[tuple[list[Batch], bool]]:
-        """Yield the batches of each step left in the epoch, and whether it is the last step.
+        """Yield the batches of each remaining step of the epoch, and whether it is the last step.
 
-        Raises DataError if the data ends before the last step.
+        Raises:
+            DataError: the data ends before the last step.
         """
         state = self.state
         batches = self.train_batches.epoch(state.epoch, state.batch)
@@ -470,7 +559,7 @@ class Trainer(Evaluator):
         raise DataError(f"{ended}; {expected}")
 
     def _try_single_sample(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Yield batches; before the first of a fit, try one sample, as a batch to come is one."""
+        """Yield batches; check the first one of a fit as if it had a single sample."""
         for batch in batches:
             if self._single is not None:
                 placed = move_batch(batch, self.device)
@@ -479,13 +568,13 @@ class Trainer(Evaluator):
             yield batch
 
     def train_step(self, window: Sequence[Batch]) -> None:
-        """Make one step of the optimizer (see `step.py`)."""
+        """Run one optimizer step (see `step.py`)."""
         self._check_parts()
         self.at_boundary = False
         self._training_step(self, window)
 
     def _check_parts(self) -> None:
-        """Raise SettingError when a callback has replaced a part that this fit was prepared for."""
+        """Raise SettingError if a callback has replaced a part that the fit was prepared for."""
         prepared = self._training_step
         same = self.model is prepared.model and self.task is prepared.task
         if same and self.optimizer is prepared.optimizer:
@@ -496,7 +585,7 @@ class Trainer(Evaluator):
                 raise SettingError(f"trainer.{name} was replaced during fit: {advice}")
 
     def count_step(self, window: Sequence[Batch], last: bool) -> None:
-        """Count a step that is done."""
+        """Update the counters after a step."""
         state = self.state
         state.step += 1
         state.batch += len(window)
@@ -505,8 +594,24 @@ class Trainer(Evaluator):
             state.epoch += 1
             state.batch = 0
 
+    def log_if_due(self, last: bool) -> None:
+        """Log at the cadence, after the last step of an epoch, and after that of the run."""
+        if last or self.at_limit or self.log_every.due(self.state, epoch_end=last):
+            self.log_training()
+
+    def validate_if_due(self, last: bool) -> None:
+        """Validate at the cadence, and after the last step of the run."""
+        if self.val_batches is not None and self.validation_is_due(last):
+            self._validate(self.val_batches)
+
+    def validation_is_due(self, last: bool) -> bool:
+        """Return whether to validate after this step. Call it once: it restarts a time cadence."""
+        if self.val_batches is None:
+            return False
+        return self.at_limit or self.validate_every.due(self.state, epoch_end=last)
+
     def finish_step(self, last: bool) -> None:
-        """Emit the events that end a step, and hand its values to the loggers."""
+        """Emit the last events of a step, and pass its values to the loggers."""
         self.emit("step_end")
         if last:
             self.emit("epoch_end")
@@ -515,153 +620,89 @@ class Trainer(Evaluator):
         self.clock.step()
         self.at_boundary = True
 
-    def sample_indices(self) -> list[int] | None:
-        """Return which samples of the training split the step under way reads; None for batches of your own."""
-        if not isinstance(self.train_batches, Loader):
-            return None
-        return self.train_batches.indices(self.state.epoch, self.state.batch, self.accumulate)
-
-    def log_if_due(self, last: bool) -> None:
-        """Log at the cadence, at the end of an epoch, and after the last step of the run."""
-        if last or self.at_limit or self.log_every.due(self.state, epoch_end=last):
-            self.log_training()
+    # Logging, validation and events.
 
     def log_training(self) -> None:
-        """Read the training sums since the last time, and give them to the callbacks and loggers."""
+        """Read the sums of training, and log their means, the learning rate and the speed."""
         now = time.perf_counter()
         samples = self.state.samples
-        since, before = self._rate_from
+        since, samples_before = self._rate_from
         self._rate_from = (now, samples)
         values = {f"train/{name}": value for name, value in self.measures.read().items()}
         rates = [float(group["lr"]) for group in self.optimizer.param_groups if "lr" in group]
         if rates:
             values["train/learning_rate"] = max(rates)
-        values["train/samples_per_second"] = (samples - before) / max(now - since, 1e-9)
+        seconds = max(now - since, 1e-9)
+        values["train/samples_per_second"] = (samples - samples_before) / seconds
         self._log_own(values)
         self.emit("log")
         self._flush()
 
-    def validate_if_due(self, last: bool) -> None:
-        """Validate at the cadence, and after the last step of the run."""
-        if self.validation_is_due(last):
-            self._validate()
-
-    def validation_is_due(self, last: bool) -> bool:
-        """Return whether to validate after this step; a cadence in minutes counts from here on."""
-        if self.val_batches is None:
-            return False
-        return self.at_limit or self.validate_every.due(self.state, epoch_end=last)
-
-    def _validate(self) -> None:
-        """Measure the validation split; training's randomness is not touched."""
-        assert self.val_batches is not None
+    def _validate(self, batches: Batches) -> None:
+        """Measure the validation data, without an effect on the random numbers of training."""
         self.emit("validation_start")
         began = time.perf_counter()
         with self.clock.part("validation"):
-            values = self._measure(self.val_batches)
+            values = self._measure(batches)
         self.record_validation(values, time.perf_counter() - began)
 
     def record_validation(self, values: dict[str, float], seconds: float) -> None:
-        """Log the values of a validation, and tell the schedule and the callbacks."""
+        """Log the values of a validation, and pass them to the schedule and the callbacks.
+
+        Args:
+            values: by name, such as "loss".
+            seconds: duration of the validation, which does not count for the speed of training.
+        """
         self.validated_step = self.state.step
         self._log_own({f"val/{name}": value for name, value in values.items()})
         if isinstance(self.schedule, Schedule):
-            self.schedule.observe(self.state.metrics)  # type: ignore[arg-type]
+            self.schedule.observe(self.state.metrics)
         self.emit("validation_end")
         self._flush()
         self._rate_from = (self._rate_from[0] + seconds, self._rate_from[1])
-
-    def _finish(self) -> None:
-        """Log and validate once more after the last step if needed.
-
-        Not after a signal: the run may go on, and another measurement would change its numbers.
-        """
-        stop = self.state.stop
-        if stop is not None and stop.signal is not None:
-            return
-        self.at_boundary = (
-            False  # or a run that fails here would go on without what is not logged yet
-        )
-        if not self.measures.empty:
-            self.log_training()
-        if self.val_batches is not None and self.validated_step != self.state.step:
-            self._validate()
-        self.at_boundary = True
 
     def _report(self, values: dict[str, float]) -> None:
         self._log_own(values)
         self._flush()
 
-    def log(self, values: Mapping[str, float | Tensor]) -> None:
-        """Add values to the record of this step; loggers get the whole record at once.
-
-        Args:
-            values: by tag; numbers, or tensors with one number, read when the step is done.
-
-        Raises SettingError for a value that is no number, and for a tag that is no text. A tag by
-        which the trainer logs a value of its own gives a warning.
-        """
-        self._add(checked_record(values, self._own_names))
-
-    def _names_to_come(self) -> set[str]:
-        """Return the names by which the trainer will log values of its own."""
+    def _expected_tags(self) -> set[str]:
+        """Return the tags of the values that the trainer will log itself."""
         measured = ["loss", *(metric.name for metric in self.metrics)]
-        names = {f"train/{name}" for name in [*measured, "learning_rate", "samples_per_second"]}
+        tags = {f"train/{name}" for name in [*measured, "learning_rate", "samples_per_second"]}
         if self.val_batches is not None:
-            names |= {f"val/{name}" for name in measured}
-        return names
+            tags |= {f"val/{name}" for name in measured}
+        return tags
 
     def _log_own(self, values: Mapping[str, float]) -> None:
-        """Add values of the trainer itself."""
-        self._own_names.update(values)
+        """Add values of the trainer itself to the record."""
+        self._own_tags.update(values)
         self._add(values)
 
     def _add(self, values: Mapping[str, float | Tensor]) -> None:
         self._record.update(values)
-        self.state.metrics.update(
-            {name: v for name, v in values.items() if not isinstance(v, Tensor)}
-        )
+        for tag, value in values.items():
+            if not isinstance(value, Tensor):
+                self.state.metrics[tag] = value
 
     def _flush(self) -> None:
-        """Hand the record of this step to the loggers."""
+        """Pass the record of this step to the loggers."""
         if not self._record:
             return
-        values = {name: float(value) for name, value in self._record.items()}
+        values = {tag: float(value) for tag, value in self._record.items()}
         self._record = {}
         self.state.metrics.update(values)
-        if self._open_count:
-            state = self.state
-            with self.clock.part("logging"), disk_errors(self.folder):
-                for logger in self.loggers:
-                    logger.scalars(
-                        values, step=state.step, epoch=state.epoch, wall_seconds=state.wall_seconds
-                    )
-
-    def capture(self) -> dict[str, Any]:
-        """Return what `state_dict` returns without copies: the next step changes the tensors."""
-        return trainer_state.capture(self)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return all that a run needs to go on from here, in plain types and tensors.
-
-        The tensors are copies on their devices: the state stays as it is while training goes on.
-        """
-        return copy.deepcopy(self.capture())
-
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
-        trainer_state.restore(self, saved)
-
-    def __enter__(self) -> "Trainer":
-        """Keep loggers open until the end of the `with`, so that `evaluate` after `fit` is logged too."""
         if self._open_count == 0:
-            self._open_loggers()
-        self._open_count += 1
-        return self
+            return
+        state = self.state
+        with self.clock.part("logging"), disk_errors(self.folder):
+            for logger in self.loggers:
+                logger.scalars(
+                    values, step=state.step, epoch=state.epoch, wall_seconds=state.wall_seconds
+                )
 
     def _open_loggers(self) -> None:
         names = ["loss", *(metric.name for metric in self.metrics)]
-        if "run" in self.manifest and self.folder is not None:  # whoever claimed it has made it
+        if "run" in self.manifest and self.folder is not None:  # the run has created its folder
             check_exists(self.folder)
         with ExitStack() as opened, disk_errors(self.folder):
             for logger in self.loggers:
@@ -669,21 +710,6 @@ class Trainer(Evaluator):
                 logger.open(self.folder, self.state.step, names)
             self._closing = opened.pop_all()  # an error in one still closes the others
         self._opened_at = self.state.step
-
-    def __exit__(self, *_: object) -> None:
-        self._open_count -= 1
-        if self._open_count == 0:
-            with self._closing:
-                self.emit("close")
-
-    def _emit_exception(self) -> None:
-        """Tell callbacks that the fit fails; an error of theirs does not hide what it fails of."""
-        for listener in self._listeners["exception"]:
-            try:
-                listener(self)
-            except Exception as error:
-                said = f"on_exception of a callback fails too: {describe(error)}"
-                warnings.warn(said, stacklevel=2)
 
     def emit(self, event: str) -> None:
         """Call the callbacks that listen to an event."""
@@ -695,3 +721,12 @@ class Trainer(Evaluator):
                 except OSError as error:
                     check_disk_error(error, self.folder)
                     raise
+
+    def _emit_exception(self) -> None:
+        """Call `on_exception` of the callbacks; an error in one does not hide that of the fit."""
+        for listener in self._listeners["exception"]:
+            try:
+                listener(self)
+            except Exception as error:
+                problem = f"on_exception of a callback fails too: {describe(error)}"
+                warnings.warn(problem, stacklevel=2)

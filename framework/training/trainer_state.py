@@ -1,4 +1,4 @@
-"""All that a Trainer needs to go on from where it stands, in plain types and tensors."""
+"""The state of a Trainer, from which a fit resumes exactly: reset, capture and restore."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ WRONG_FORM = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, 
 
 
 class TrainerParts(Context, Protocol):
-    """The parts of a trainer that have state: those that callbacks may use, and two more.
+    """The parts of a trainer that have state: a `Context`, and the state of validation.
 
     Attributes:
-        validate_every: when the validation split is measured.
+        validate_every: the cadence of validation.
         validated_step: the step of the last validation; -1 before the first.
     """
 
@@ -34,7 +34,7 @@ class TrainerParts(Context, Protocol):
 
 
 def reset(trainer: TrainerParts) -> None:
-    """Make every part of a trainer forget an earlier fit, and delete existing gradients."""
+    """Clear the state of an earlier fit in all parts of a trainer, and delete gradients."""
     trainer.validate_every.restart()
     trainer.log_every.restart()
     trainer.precision.reset()
@@ -53,38 +53,40 @@ def reset(trainer: TrainerParts) -> None:
 
 
 class FitSettings(NamedTuple):
-    """The settings of an optimizer after a fit, and those that the user had given it."""
+    """The settings of an optimizer after a fit, and those that the user had set before it."""
 
     optimizer: Optimizer
     after_fit: list[dict[str, Any]]
-    given: list[dict[str, Any]]
+    by_user: list[dict[str, Any]]
 
 
-def given_settings(
+def user_settings(
     optimizer: Optimizer,
     model: nn.Module,
     last_fit: FitSettings | None,
 ) -> list[dict[str, Any]]:
-    """Return the settings that the user gave the groups of the optimizer.
+    """Return the settings of the optimizer's groups that the user has set.
 
-    Changes that the last fit has left in them do not count, unless the user has changed the setting
-    since.
+    A setting that the last fit has changed has its value from before that fit, unless the user has
+    changed it since.
     """
     now = group_settings(optimizer, model)
     if last_fit is None or last_fit.optimizer is not optimizer:
         return now
-    for group, after, given in zip(now, last_fit.after_fit, last_fit.given, strict=False):
+    for group, after_fit, by_user in zip(now, last_fit.after_fit, last_fit.by_user, strict=False):
         settings = group["settings"]
-        for name in settings.keys() & after["settings"].keys() & given["settings"].keys():
-            if same_setting(settings[name], after["settings"][name]):
-                settings[name] = given["settings"][name]
+        for name, value in by_user["settings"].items():
+            if name not in settings or name not in after_fit["settings"]:
+                continue
+            if same_setting(settings[name], after_fit["settings"][name]):
+                settings[name] = value
     return now
 
 
 def capture(trainer: TrainerParts) -> dict[str, Any]:
     """Return the state of the model, and of everything that the next steps depend on.
 
-    The tensors are the live ones, which the next step changes.
+    The tensors are not copied; the next step changes them.
     """
     return trainer.state.state_dict() | {
         "model": trainer.model.state_dict(),
@@ -107,9 +109,10 @@ def capture(trainer: TrainerParts) -> dict[str, Any]:
 
 
 def restore(trainer: TrainerParts, saved: dict[str, Any]) -> None:
-    """Take back what `capture` gave, into a trainer with the same parts.
+    """Restore a result of `capture` in a trainer with the same parts.
 
-    Raises SettingError for a state of another form, as a damaged checkpoint, or one of other parts, may have.
+    Raises:
+        SettingError: the state is damaged, or one of other parts.
     """
     try:
         restore_parts(trainer, saved)
@@ -120,14 +123,19 @@ def restore(trainer: TrainerParts, saved: dict[str, Any]) -> None:
 
 
 def restore_parts(trainer: TrainerParts, saved: dict[str, Any]) -> None:
+    """Restore the state of each part of a trainer; a damaged state may raise any of WRONG_FORM."""
     trainer.model.load_state_dict(saved["model"])
     kind = type(trainer.optimizer).__name__
     if saved.get("optimizer_class", kind) != kind:
         raise SettingError(
             f"resume: the state is of the optimizer {saved['optimizer_class']}, not {kind}"
         )
-    before, now = saved.get("optimizer_settings"), trainer.optimizer_settings
-    restore_optimizer(trainer.optimizer, saved["optimizer"], before, now)
+    restore_optimizer(
+        trainer.optimizer,
+        saved["optimizer"],
+        before=saved.get("optimizer_settings"),
+        now=trainer.optimizer_settings,
+    )
     if trainer.schedule is None and saved.get("scheduled"):
         for group in trainer.optimizer.param_groups:
             group["lr"] = group["initial_lr"]  # without the last factor of the removed schedule
@@ -139,20 +147,22 @@ def restore_parts(trainer: TrainerParts, saved: dict[str, Any]) -> None:
         callback.load_state_dict(saved["callbacks"].get(key, {}))
     trainer.measures.load_state_dict(saved["measures"])
     trainer.state.load_state_dict(saved)
-    keep_place_in_epoch(trainer, saved.get("batch_size"))
+    convert_batch_counter(trainer, saved.get("batch_size"))
     trainer.validated_step = saved["validated"]
     if isinstance(trainer.train_batches, Loader):
         trainer.train_batches.skipped = saved["skipped"]
     seeds.restore(saved["random"])
 
 
-def keep_place_in_epoch(trainer: TrainerParts, size_before: int | None) -> None:
-    """Count the batches done in the epoch under way in batches of the present size.
+def convert_batch_counter(trainer: TrainerParts, size_before: int | None) -> None:
+    """Convert the number of batches done in the current epoch to the present batch size.
 
     Args:
-        size_before: samples of a batch when the state was saved; None if that is not known.
+        trainer: the trainer, whose counters are restored.
+        size_before: samples of a batch when the state was saved; None if it is not known.
     """
-    state, batches = trainer.state, trainer.train_batches
+    state = trainer.state
+    batches = trainer.train_batches
     if state.batch == 0 or state.steps_per_epoch == 0:
         return
     size = batches.batch_size
@@ -160,4 +170,5 @@ def keep_place_in_epoch(trainer: TrainerParts, size_before: int | None) -> None:
         done = state.batch * size_before // size
         state.batch = done - done % trainer.accumulate
     if state.batch >= len(batches):
-        state.epoch, state.batch = state.epoch + 1, 0
+        state.epoch += 1
+        state.batch = 0

@@ -1,1 +1,1 @@
-"""Tuning: sweeps over grids, searches, and trials that train together. `train -m` comes here; a single run does not."""
+"""Sweeps: grids and searches, their folders and tables, and trials that train as one model."""

@@ -1,9 +1,9 @@
-"""Registers what sweeps add to an experiment: the section `sweep`, sweepers and launchers. Importing it is enough."""
+"""Registers the section `sweep`, sweepers and launchers, when it is imported."""
 
 from framework.composition.sections import HydraPlugin, Section, register
 
 DEFAULTS = {"sweeper": "grid", "launcher": "one_by_one"}
-"""What a sweep uses in the place of Hydra's `basic`."""
+"""Replacements for Hydra's `basic`."""
 
 register(
     Section("sweep", "framework.tuning.sweep.settings:Sweep", of_run=False),

@@ -1,5 +1,6 @@
-"""Batches a step that change while training goes on: small steps first, large batches in the end."""
+"""Gradient accumulation that changes during training: small batches first, large ones later."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,16 +8,21 @@ from framework import Callback, Context, PositiveInt, SettingError, callbacks, c
 from framework.contracts.callback import Pace
 from framework.contracts.schedule import Schedule
 
+EXAMPLE = "epochs are counted from 0, such as {0: 1, 10: 4}"
 
-class Paced(Schedule):
-    """A schedule read at the step at which the run would be if all its steps were of as many batches."""
+
+class PacedSchedule(Schedule):
+    """A schedule that follows the position in the data, as if every step had the same batches."""
 
     def __init__(self, schedule: Callable[[int], float], trainer: Context):
-        self.schedule, self.state = schedule, trainer.state
-        self.batches, self.steps = trainer.accumulate, trainer.state.steps_per_epoch
+        self.schedule = schedule
+        self.state = trainer.state
+        self.batches_per_step = trainer.accumulate
+        self.steps_per_epoch = trainer.state.steps_per_epoch
 
     def __call__(self, step: int) -> float:
-        return self.schedule(self.state.epoch * self.steps + self.state.batch // self.batches)
+        epoch_start = self.state.epoch * self.steps_per_epoch
+        return self.schedule(epoch_start + self.state.batch // self.batches_per_step)
 
     def observe(self, metrics: dict[str, float]) -> None:
         if isinstance(self.schedule, Schedule):
@@ -32,99 +38,102 @@ class Paced(Schedule):
 
 @callbacks.register("accumulation", aliases=["accumulation_schedule"])
 class Accumulation(Callback):
-    """Other numbers of batches a step from some epochs on, in the place of trainer.accumulate.
+    """Changes trainer.accumulate, the batches per step, at given epochs.
 
-    A larger batch late in training does what a smaller learning rate would (Smith et al. 2018, arXiv:1711.00489). Where
-    trainer.max_epochs ends the run, the learning rate keeps its place in the data: after half of the epochs it is where
-    it would be with trainer.accumulate batches a step; where trainer.max_steps does, it goes by steps as ever.
+    A larger batch late in training has the effect of a smaller learning rate (Smith et al. 2018,
+    arXiv:1711.00489). If trainer.max_epochs ends the run, the learning rate follows the position in
+    the data: after half of the epochs it is the same as with constant trainer.accumulate. If
+    trainer.max_steps ends the run, it follows the steps as usual.
     """
 
-    alone = True  # trials that train as one make their steps together
+    alone = True  # vectorized trials make their steps together
 
     def __init__(self, schedule: dict[str, PositiveInt]):
-        """Say how many batches, and from when on.
+        """Store the schedule.
 
         Args:
-            schedule: by epoch, counted from 0, e.g. {0: 1, 10: 4}; before the first one as trainer.accumulate says.
+            schedule: batches per step by first epoch, counted from 0, e.g. {0: 1, 10: 4}; earlier
+                epochs use trainer.accumulate.
         """
-        wrong = next((epoch for epoch in schedule if not epoch.isdecimal()), None)
-        if wrong is not None or not schedule:
-            given = f"{wrong!r} is no epoch" if schedule else "it is empty"
-            raise SettingError(
-                f"accumulation.schedule: {given}; epochs are counted from 0, such as {{0: 1, 10: 4}}"
-            )
-        self.schedule = {
-            int(epoch): batches
-            for epoch, batches in sorted(schedule.items(), key=lambda each: int(each[0]))
-        }
-        self.before: tuple[int, Any] | None = None  # what the trainer had
+        if not schedule:
+            raise SettingError(f"accumulation.schedule is empty; {EXAMPLE}")
+        self.schedule: dict[int, int] = {}
+        for epoch, batches in schedule.items():
+            if not epoch.isdecimal():
+                raise SettingError(f"accumulation.schedule: {epoch!r} is no epoch; {EXAMPLE}")
+            self.schedule[int(epoch)] = batches
+        self.before: tuple[int, Any] | None = None  # `accumulate` and `schedule` of the trainer
 
     def on_fit_start(self, trainer: Context) -> None:
-        """Count the steps to come. Raises SettingError where the batches of an epoch cannot be counted."""
+        """Count the steps of the run. Raises SettingError if the data has no length."""
         state = trainer.state
         if not state.steps_per_epoch:
             raise SettingError("accumulation needs training data that knows its length")
-        self.before = trainer.accumulate, trainer.schedule
+        self.before = (trainer.accumulate, trainer.schedule)
         if trainer.schedule is not None and trainer.max_steps is None:
-            trainer.schedule = Paced(trainer.schedule, trainer)
-        steps = self.steps(
-            len(trainer.train_batches), trainer.accumulate, trainer.max_epochs, trainer.max_steps
-        )
+            trainer.schedule = PacedSchedule(trainer.schedule, trainer)
+        steps = self.steps_of_epochs(trainer, len(trainer.train_batches))
         state.total_steps = min(sum(steps), trainer.max_steps or sum(steps))
         self.on_epoch_start(trainer)
 
     def on_epoch_start(self, trainer: Context) -> None:
         assert self.before is not None
-        trainer.accumulate = self.wanted(trainer.state.epoch, self.before[0])
+        default, _ = self.before
+        trainer.accumulate = self.batches_per_step(trainer.state.epoch, default)
         trainer.state.steps_per_epoch = count_steps(trainer.train_batches, trainer.accumulate)
 
     def on_fit_end(self, trainer: Context) -> None:
         if self.before is not None:
-            (trainer.accumulate, trainer.schedule), self.before = self.before, None
+            trainer.accumulate, trainer.schedule = self.before
+            self.before = None
 
     def on_exception(self, trainer: Context) -> None:
         self.on_fit_end(trainer)
 
-    def wanted(self, epoch: int, usual: int) -> int:
-        """Return the batches of a step in an epoch, counted from 0."""
-        return next(
-            (batches for first, batches in reversed(self.schedule.items()) if first <= epoch), usual
-        )
+    def pace(self, trainer: Context, batches: int) -> Pace:
+        steps = self.steps_of_epochs(trainer, batches)
+        total = min(sum(steps), trainer.max_steps or sum(steps))
+        mean = batches * len(steps) / sum(steps)
+        text = describe_steps(steps, total)
+        if trainer.max_steps is not None:
+            return Pace(total, mean, text)
+        default = trainer.accumulate
+        default_steps = math.ceil(batches / default)
+        schedule_steps: list[int] = []
+        for epoch, count in enumerate(steps):
+            first = epoch * default_steps
+            accumulated = self.batches_per_step(epoch, default)
+            schedule_steps += [first + step * accumulated // default for step in range(count)]
+        return Pace(total, mean, text, schedule_steps.__getitem__)
 
-    def steps(
-        self, batches: int, usual: int, max_epochs: int | None, max_steps: int | None
-    ) -> list[int]:
-        """Return the steps of each epoch, up to the one in which a limit is reached."""
+    def batches_per_step(self, epoch: int, default: int) -> int:
+        """Return the batches of a step in an epoch, counted from 0."""
+        started = [first for first in self.schedule if first <= epoch]
+        return self.schedule[max(started)] if started else default
+
+    def steps_of_epochs(self, trainer: Context, batches: int) -> list[int]:
+        """Return the steps of each epoch, up to the epoch in which the run ends.
+
+        Args:
+            trainer: with its own `accumulate`.
+            batches: of an epoch.
+        """
         steps: list[int] = []
         done = 0
-        while len(steps) != max_epochs and (max_steps is None or done < max_steps):
-            steps.append(-(-batches // self.wanted(len(steps), usual)))
+        while len(steps) != trainer.max_epochs:
+            if trainer.max_steps is not None and done >= trainer.max_steps:
+                break
+            accumulated = self.batches_per_step(len(steps), trainer.accumulate)
+            steps.append(math.ceil(batches / accumulated))
             done += steps[-1]
         return steps
 
-    def pace(self, trainer: Context, batches: int) -> Pace:
-        usual = trainer.accumulate
-        steps = self.steps(batches, usual, trainer.max_epochs, trainer.max_steps)
-        total = min(sum(steps), trainer.max_steps or sum(steps))
-        mean = batches * len(steps) / sum(steps)
-        if trainer.max_steps is not None:
-            return Pace(total, mean, told(steps, total))
-        usual_steps = -(-batches // usual)
-        schedule_steps: list[int] = []
-        for epoch, count in enumerate(steps):
-            first = epoch * usual_steps
-            wanted = self.wanted(epoch, usual)
-            schedule_steps += [first + step * wanted // usual for step in range(count)]
-        return Pace(total, mean, told(steps, total), schedule_steps.__getitem__)
 
-
-def told(steps: Sequence[int], total: int) -> str:
-    """Write: 5 epochs of 6, 3 from epoch 1 on. The last epoch may end early."""
+def describe_steps(steps: Sequence[int], total: int) -> str:
+    """Return a text such as "5 epochs of 6, 3 from epoch 1 on"; the last epoch may end early."""
     epochs = len(steps) - (sum(steps) - total) / steps[-1]
-    changes = [
-        epoch for epoch, count in enumerate(steps) if epoch == 0 or count != steps[epoch - 1]
-    ]
-    each = ", ".join(
-        f"{steps[epoch]:,}" + f" from epoch {epoch} on" * (epoch > 0) for epoch in changes
-    )
-    return f"{epochs:.4g} epochs of {each}"
+    text = f"{epochs:.4g} epochs of {steps[0]:,}"
+    for epoch in range(1, len(steps)):
+        if steps[epoch] != steps[epoch - 1]:
+            text += f", {steps[epoch]:,} from epoch {epoch} on"
+    return text

@@ -3,29 +3,42 @@
 import math
 from typing import Any, Literal
 
-from framework import (
-    Context,
-    SettingError,
-    did_you_mean,
-)
+from framework import Context, SettingError, did_you_mean
+from framework.contracts.direction import direction_sign, metric_directions
 
 Mode = Literal["auto", "min", "max"]
 
 
 class Best:
-    """The best values so far of one logged metric, the very best first; NaN and infinity never are."""
+    """The best finite values of one logged metric so far.
 
-    def __init__(self, monitor: str, mode: Mode, min_delta: float = 0.0, most: int = 1):
-        self.monitor, self.mode, self.min_delta, self.most = monitor, mode, min_delta, most
-        self.sign = {"min": -1.0, "max": 1.0}.get(mode, 0.0)
-        self.ranked: list[tuple[float, int]] = []  # (value, step)
+    Args:
+        monitor: tag of the metric, such as val/loss.
+        mode: whether low (min) or high (max) is better; auto: the metric itself decides.
+        min_delta: a smaller difference is no improvement.
+        count: number of values to keep.
+
+    Attributes:
+        ranked: (value, step) of each, the best first.
+    """
+
+    def __init__(self, monitor: str, mode: Mode, min_delta: float = 0.0, count: int = 1):
+        self.monitor = monitor
+        self.mode = mode
+        self.min_delta = min_delta
+        self.count = count
+        self.sign = 0.0 if mode == "auto" else direction_sign(mode)
+        self.ranked: list[tuple[float, int]] = []
         self.restored: dict[str, Any] = {}
 
     def start(self, trainer: Context) -> bool:
-        """Find out which way is better, and drop restored values of another metric.
+        """Determine which direction is better, and drop restored values of another metric.
 
-        Returns whether the restored values were kept.
-        Raises SettingError when `mode` is auto and nobody says it.
+        Returns:
+            Whether the restored values were kept.
+
+        Raises:
+            SettingError: if `mode` is auto and the metric is unknown.
         """
         if self.mode == "auto":
             self.sign = self._sign(trainer)
@@ -37,18 +50,25 @@ class Best:
         return False
 
     def _sign(self, trainer: Context) -> float:
-        better = {"loss": "lower"} | {metric.name: metric.better for metric in trainer.metrics}
+        directions = metric_directions(trainer.metrics)
         name = self.monitor.partition("/")[2]
-        if name not in better:
-            known = [f"{split}/{known}" for known in better for split in ("train", "val")]
+        if name not in directions:
+            known: list[str] = []
+            for metric in directions:
+                known += [f"train/{metric}", f"val/{metric}"]
+            suggestion = did_you_mean(self.monitor, known)
             raise SettingError(
-                f"cannot tell whether {self.monitor!r} is better high or low; {did_you_mean(self.monitor, known)} "
+                f"cannot tell whether {self.monitor!r} is better high or low; {suggestion} "
                 f"(for a value logged by a part of your own, set mode to min or max)"
             )
-        return 1.0 if better[name] == "higher" else -1.0
+        return direction_sign(directions[name])
 
     def improved(self, trainer: Context) -> bool:
-        """Whether the newest value is among the best, by more than `min_delta`. Raises SettingError without one."""
+        """Rank the newest value; return whether it is among the best, by more than `min_delta`.
+
+        Raises:
+            SettingError: if the metric is not logged.
+        """
         metrics = trainer.state.metrics
         if self.monitor not in metrics:
             raise SettingError(
@@ -57,26 +77,29 @@ class Best:
         value = metrics[self.monitor]
         if not math.isfinite(value):
             return False
-        if (
-            len(self.ranked) == self.most
-            and self.sign * (value - self.ranked[-1][0]) <= self.min_delta
-        ):
-            return False
-        others = [each for each in self.ranked if each[1] != trainer.state.step]
-        ranked = sorted(
-            [*others, (value, trainer.state.step)], key=lambda each: -self.sign * each[0]
-        )
-        self.ranked = ranked[: self.most]
+        if len(self.ranked) == self.count:
+            worst = self.ranked[-1][0]
+            if self.sign * (value - worst) <= self.min_delta:
+                return False
+        step = trainer.state.step
+        ranked = [entry for entry in self.ranked if entry[1] != step]
+        ranked.append((value, step))
+        ranked.sort(key=lambda entry: -self.sign * entry[0])
+        self.ranked = ranked[: self.count]
         return True
 
     @property
     def on_training(self) -> bool:
+        """Whether the metric is measured in training, not in validation."""
         return self.monitor.startswith("train/")
 
     def state_dict(self) -> dict[str, Any]:
-        ranked = [list(each) for each in self.ranked]
+        """Return the best values and the metric that they belong to."""
+        ranked = [list(entry) for entry in self.ranked]
         return {"best": ranked, "monitor": self.monitor, "sign": self.sign}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the values; `start` drops them if they belong to another metric."""
         self.restored = state
-        self.ranked = [(value, step) for value, step in state.get("best", [])][: self.most]
+        ranked = [(value, step) for value, step in state.get("best", [])]
+        self.ranked = ranked[: self.count]

@@ -29,11 +29,12 @@ from .best import Best, Mode
 
 @callbacks.register("checkpoint", aliases=["model_checkpoint"])
 class Checkpoint(SavingCallback):
-    """Saves all that it takes to go on, in the run's folder under `checkpoints`; always at the end too.
+    """Saves checkpoints in the run folder: at a cadence, on improvement, and at the end.
 
-    The newest ones stay, and the best, to the first of which the link `checkpoints/best` leads. A checkpoint is written
-    when all of a step is done, so a run resumed from it goes on as if nothing had happened; also when the run is told
-    to stop by a signal, and when it fails between two steps (in reading data).
+    The folder `checkpoints` keeps the newest and the best ones; the link `checkpoints/best` leads
+    to the best. A checkpoint contains the complete state after a step, so a resumed run equals an
+    uninterrupted one. A signal that stops the run, or an error between two steps (in reading
+    data), also causes a checkpoint.
     """
 
     def __init__(
@@ -45,25 +46,29 @@ class Checkpoint(SavingCallback):
         best: PositiveInt = 1,
         background: bool = True,
     ):
-        """Say when to save and what to keep.
+        """Store the settings.
 
         Args:
-            every: when to save; besides, whenever the monitored metric is among the best so far.
-            monitor: what tells the best ones; null for none.
-            mode: whether low (min) or high (max) is better; auto: as the metric itself says.
-            keep: how many of the newest stay (those with NaN in the weights do not count); a
-                resumed run also keeps the one that it resumed from.
-            best: how many of the best stay.
-            background: write while training goes on, from a copy in memory, once a second at most; what would be
-                removed before its turn comes is then never written. false: training waits until it is on the disk.
+            every: when to save; also saved whenever the monitored metric is among the best so far.
+            monitor: the metric that ranks checkpoints; null for none.
+            mode: whether low (min) or high (max) is better; auto: the metric itself decides.
+            keep: number of newest checkpoints to keep (those with NaN in the weights do not count);
+                a resumed run also keeps the one that it resumed from.
+            best: number of best checkpoints to keep.
+            background: write during training, from a copy in memory, at most once a second; a
+                checkpoint that would be removed before its turn is not written. false: training
+                waits until the checkpoint is on the disk.
         """
-        self.cadence, self.keep, self.background = Cadence(every), keep, background
-        self.best = None if monitor is None else Best(monitor, mode, most=best)
-        self.writer, self.recent = Writer(), list[int]()
+        self.cadence = Cadence(every)
+        self.keep = keep
+        self.background = background
+        self.best = None if monitor is None else Best(monitor, mode, count=best)
+        self.writer = Writer()
+        self.recent: list[int] = []  # steps of the newest checkpoints
         self.folder: Path | None = None
-        self.saved: int | None = None
+        self.saved: int | None = None  # step of the last checkpoint
         self.found_better = False
-        self.checked = False  # the state after a step is one that can be saved
+        self.checked = False  # whether the state after a step can be saved
 
     def reset(self) -> None:
         super().reset()
@@ -73,24 +78,24 @@ class Checkpoint(SavingCallback):
         self.checked = False
 
     def among(self, trials: int) -> None:
-        self.writer.pause, self.writer.rest = trials * Writer.pause, trials * Writer.rest
+        self.writer.pause = trials * Writer.pause
+        self.writer.rest = trials * Writer.rest
 
     def on_fit_start(self, trainer: Context) -> None:
         if trainer.folder is None:
             raise SettingError(
                 "checkpoint: the run has no folder to save in; give the Trainer a `folder`"
             )
-        if "run" not in trainer.manifest:  # the folder of a run was made when it was claimed
+        claimed = "run" in trainer.manifest  # a run of an experiment has a new folder of its own
+        if not claimed:
             files.make_folder(trainer.folder)
         self.folder = trainer.folder / "checkpoints"
         checkpoints.clean(self.folder)
         step = trainer.state.step
-        if (
-            step == 0 and "run" not in trainer.manifest and checkpoints.listed(self.folder)
-        ):  # a run's folder is claimed
-            advice = "give the Trainer another folder, or go on with `fit(resume=...)`"
+        if step == 0 and not claimed and checkpoints.listed(self.folder):
+            advice = "give the Trainer another folder, or resume with `fit(resume=...)`"
             raise SettingError(
-                f"checkpoint: {self.folder} has those of another fit already: {advice}"
+                f"checkpoint: {self.folder} already has checkpoints of another fit: {advice}"
             )
         snapshot.check_model(trainer.model.state_dict())
         snapshot.check_training(self._state_of_parts(trainer))
@@ -98,13 +103,7 @@ class Checkpoint(SavingCallback):
         self.saved = step if (self.folder / checkpoints.folder_name(step)).exists() else None
         if self.best is not None:
             self.best.start(trainer)
-            if (
-                self.best.ranked
-                and (best := self.folder / checkpoints.folder_name(self.best.ranked[0][1])).is_dir()
-            ):
-                checkpoints.link_to(
-                    best, "best"
-                )  # a kill may have come between the checkpoint and the link
+            self._repair_link(self.best, self.folder)
 
     def on_log(self, trainer: Context) -> None:
         if self.best is not None and self.best.on_training:
@@ -128,48 +127,61 @@ class Checkpoint(SavingCallback):
         self.finish_saving()
 
     def on_exception(self, trainer: Context) -> None:
-        """Save where the run stands, if it failed between two steps; never hide what it failed of."""
+        """Save if the run failed between two steps; never replace the error of the run."""
         cause = sys.exception()
         try:
             self.finish_saving()
-            if self._sound(trainer):
+            if self._can_save_after(cause, trainer):
                 self._save(trainer)
                 self.finish_saving()
         except CheckpointError as error:
-            said = isinstance(
-                cause, CheckpointError
-            )  # a second save that fails for the same reason
-            if (
-                not said and trainer.folder is not None and trainer.folder.is_dir()
-            ):  # or the run failed of its end
+            reported = isinstance(cause, CheckpointError)
+            folder_exists = trainer.folder is not None and trainer.folder.is_dir()
+            if folder_exists and not reported:
                 warnings.warn(str(error), stacklevel=2)
-
-    def _sound(self, trainer: Context) -> bool:
-        """Whether the state is that after a whole step, not saved yet, and whoever ended the run has time for it."""
-        failed = isinstance(sys.exception(), Exception) and not isinstance(
-            sys.exception(), CheckpointError
-        )
-        new = (
-            self.folder is not None and trainer.state.step > 0 and self.saved != trainer.state.step
-        )
-        return failed and new and trainer.at_boundary
 
     def hurry_saving(self) -> None:
         self.writer.begin_at_once()
 
     def finish_saving(self) -> None:
-        """Wait until every checkpoint asked for is on the disk; raise what went wrong."""
+        """Wait until every submitted checkpoint is on the disk. Raises the writer's error."""
         self.writer.join()
 
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.best is None else self.best.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.best is not None:
+            self.best.load_state_dict(state)
+
+    def _repair_link(self, best: Best, folder: Path) -> None:
+        """Link the best checkpoint again, in case the process was killed before it did so."""
+        if not best.ranked:
+            return
+        checkpoint = folder / checkpoints.folder_name(best.ranked[0][1])
+        if checkpoint.is_dir():
+            checkpoints.link_to(checkpoint, "best")
+
+    def _can_save_after(self, cause: BaseException | None, trainer: Context) -> bool:
+        """Whether the state after an error is complete and new, and there is time to save it.
+
+        There is none after a KeyboardInterrupt or SystemExit.
+        """
+        if not isinstance(cause, Exception) or isinstance(cause, CheckpointError):
+            return False
+        step = trainer.state.step
+        new = self.folder is not None and step > 0 and self.saved != step
+        return new and trainer.at_boundary
+
     def _check_state(self, trainer: Context) -> None:
-        """Raise CheckpointError at once, not at the first save, for a state that cannot be saved."""
+        """Raise CheckpointError for a state that cannot be saved, before the first save is due."""
         parts = keyed(trainer.callbacks)
         callbacks = {key: callback.state_dict() for key, callback in parts.items()}
         snapshot.check_training(self._state_of_parts(trainer) | {"callbacks": callbacks})
         self.checked = True
 
     def _state_of_parts(self, trainer: Context) -> dict[str, Any]:
-        """Return the state of what a user gives to `fit`, which is there before its first event."""
+        """Return the state of the arguments of `fit`, which exists before the first event."""
         schedule = trainer.schedule.state_dict() if isinstance(trainer.schedule, Schedule) else {}
         return {"optimizer": trainer.optimizer.state_dict(), "schedule": schedule}
 
@@ -179,53 +191,54 @@ class Checkpoint(SavingCallback):
 
     def _submit(self, trainer: Context) -> None:
         training = trainer.capture()
-        model, step = training.pop("model"), trainer.state.step
+        model = training.pop("model")
+        step = trainer.state.step
         for key, callback in keyed(trainer.callbacks).items():
             callback.on_save(model, training["callbacks"][key])
+        assert self.folder is not None
         state = (self.folder, model, training, step, trainer.manifest)
-        pinned = self._pinned(trainer)
-        then = partial(self._keep, step, pinned, self._is_best(step))
-        if not self.background:
-            then(checkpoints.save(*state))
-        else:
+        pinned = self._pinned_steps(trainer)
+        finish = partial(self._link_and_prune, step, pinned, self._is_best(step))
+        if self.background:
             self.recent = [*self.recent, step][-self.keep :]
-            self.writer.submit(*state, then=then, stays={*pinned, *self.recent})
-        self.saved, self.found_better = step, False
+            self.writer.submit(*state, then=finish, stays={*pinned, *self.recent})
+        else:
+            finish(checkpoints.save(*state))
+        self.saved = step
+        self.found_better = False
 
     def _is_best(self, step: int) -> bool:
         return self.found_better and self.best is not None and self.best.ranked[0][1] == step
 
-    def _pinned(self, trainer: Context) -> set[int | None]:
-        """The steps whose checkpoints stay, whatever else is removed."""
-        best = [] if self.best is None else [step for _, step in self.best.ranked]
-        return {trainer.state.step, trainer.resumed_from, *best}
+    def _pinned_steps(self, trainer: Context) -> set[int | None]:
+        """Return the steps whose checkpoints are never removed."""
+        steps = {trainer.state.step, trainer.resumed_from}
+        if self.best is not None:
+            steps |= {step for _, step in self.best.ranked}
+        return steps
 
-    def _keep(self, step: int, pinned: set[int | None], is_best: bool, saved: Path) -> None:
-        """Once a checkpoint is on the disk and verified: link the best, remove what is neither new nor pinned.
+    def _link_and_prune(
+        self, step: int, pinned: set[int | None], is_best: bool, saved: Path
+    ) -> None:
+        """Verify a written checkpoint, link it if it is the best, and remove old ones.
 
-        It may run in the writer's thread, so what it needs of the run is given. What is damaged stays: nobody knows
-        what it is. What is of a later step stays: it is of another course of the run, which went further.
+        It may run in the writer's thread, so it does not read the trainer. Damaged checkpoints are
+        kept, since their content is unknown. So are those of later steps: they belong to another
+        course of the run, which went further.
         """
         checkpoints.verify(saved)
         if is_best:
             checkpoints.link_to(saved, "best")
-        good, spoiled = [], []
+        good: list[Path] = []
+        with_nan: list[Path] = []
         for checkpoint in checkpoints.listed(saved.parent):
             if checkpoints.step_of(checkpoint) > step or checkpoint.is_symlink():
                 continue
             try:
-                (spoiled if checkpoints.read_manifest(checkpoint)["nan"] else good).append(
-                    checkpoint
-                )
+                manifest = checkpoints.read_manifest(checkpoint)
             except CheckpointError:
                 continue
-        for checkpoint in [*good[: -self.keep], *spoiled]:
+            (with_nan if manifest["nan"] else good).append(checkpoint)
+        for checkpoint in [*good[: -self.keep], *with_nan]:
             if checkpoints.step_of(checkpoint) not in pinned:
                 checkpoints.remove(checkpoint)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {} if self.best is None else self.best.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if self.best is not None:
-            self.best.load_state_dict(state)

@@ -4,29 +4,24 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from framework import (
-    Callback,
-    Context,
-    PositiveFloat,
-    SettingError,
-    callbacks,
-    gradient_numbers,
-)
+from framework import Callback, Context, PositiveFloat, SettingError, callbacks, gradient_numbers
 
 
 @callbacks.register("clip_gradients", aliases=["gradient_clipping"])
 class ClipGradients(Callback):
-    """Limits the gradients before each update, and logs their norm before that as train/gradient_norm.
+    """Clips the gradients before each update, and logs their norm before clipping.
 
-    By norm: g · min(1, norm / ‖g‖₂) over all parameters together (Pascanu et al. 2013, arXiv:1211.5063, section 3.2).
-    Nothing is read off the device but at log points.
+    By norm: g · min(1, norm / ‖g‖₂) over all parameters together (Pascanu et al. 2013,
+    arXiv:1211.5063, section 3.2). The norm is logged as train/gradient_norm; only logging reads
+    values from the device.
     """
 
-    alone, recordable = False, True
+    alone = False
+    recordable = True
     follows_metrics = False
 
     def __init__(self, norm: PositiveFloat | None = 1.0, value: PositiveFloat | None = None):
-        """Say how far gradients may go; by norm first, if both are set.
+        """Store the limits; if both are set, gradients are clipped by norm first.
 
         Args:
             norm: the largest 2-norm of all gradients together; null for no limit.
@@ -34,10 +29,9 @@ class ClipGradients(Callback):
                 a complex number); null for no limit.
         """
         if norm is None and value is None:
-            raise SettingError(
-                "clip_gradients: with neither `norm` nor `value` there is nothing to clip"
-            )
-        self.norm, self.value = norm, value
+            raise SettingError("clip_gradients has no effect: set `norm` or `value`")
+        self.norm = norm
+        self.value = value
         self.measured: Tensor | None = None
 
     def reset(self) -> None:
@@ -45,7 +39,9 @@ class ClipGradients(Callback):
         self.measured = None
 
     def on_gradients(self, trainer: Context) -> None:
-        parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+        parameters: list[Tensor] = []
+        for group in trainer.optimizer.param_groups:
+            parameters += group["params"]
         if self.norm is not None:
             self.measured = clip_norm(parameters, self.norm)
         if self.value is not None:
@@ -53,16 +49,14 @@ class ClipGradients(Callback):
 
     @staticmethod
     def clip_rows(callbacks: Sequence[Callback], gradients: Tensor) -> None:
-        """Clip a row of gradients for each of the callbacks."""
-        for row, each in enumerate(callbacks):
-            assert isinstance(each, ClipGradients)
-            if each.norm is not None:
-                each.measured = gradients[row].norm()
-                gradients[row].mul_(
-                    (each.norm / (each.measured + 1e-6)).clamp(max=1.0)
-                )  # as torch does
-            if each.value is not None:
-                gradients[row].clamp_(-each.value, each.value)
+        """Clip one row of gradients for each of the callbacks."""
+        for row, callback in zip(gradients, callbacks, strict=True):
+            assert isinstance(callback, ClipGradients)
+            if callback.norm is not None:
+                callback.measured = row.norm()
+                row.mul_(clip_factor(callback.norm, callback.measured))
+            if callback.value is not None:
+                row.clamp_(-callback.value, callback.value)
 
     def on_log(self, trainer: Context) -> None:
         if self.measured is not None:
@@ -70,16 +64,21 @@ class ClipGradients(Callback):
 
 
 def clip_norm(parameters: Sequence[Tensor], norm: float) -> Tensor:
-    """Scale gradients so that their 2-norm is at most `norm`; return what it was."""
+    """Scale gradients so that their 2-norm is at most `norm`; return the norm before."""
     try:
         return nn.utils.clip_grad_norm_(parameters, norm)
     except NotImplementedError:  # torch does not clip sparse gradients
         gradients = gradient_numbers(parameters)
     measured = nn.utils.get_total_norm(gradients)
-    factor = (norm / (measured + 1e-6)).clamp(max=1.0)  # as torch does
+    factor = clip_factor(norm, measured)
     for gradient in gradients:
         gradient.mul_(factor)
     return measured
+
+
+def clip_factor(norm: float, measured: Tensor) -> Tensor:
+    """Return the factor of `nn.utils.clip_grad_norm_` for gradients with the norm `measured`."""
+    return (norm / (measured + 1e-6)).clamp(max=1.0)
 
 
 def clip_values(parameters: Sequence[Tensor], value: float) -> None:

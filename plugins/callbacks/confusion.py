@@ -1,4 +1,4 @@
-"""A callback that shows which classes are taken for which."""
+"""A callback that shows the confusion matrix."""
 
 import torch
 from torch import Tensor
@@ -19,18 +19,20 @@ CELL = 16  # pixels
 
 @callbacks.register("confusion", aliases=["confusion_matrix"])
 class Confusion(Callback):
-    """Shows the confusion matrix of the validation split: a row for each class, with what its samples are taken for.
+    """Shows the confusion matrix of the validation split.
 
-    As a picture (white: all of the class; right is the diagonal) and as a table of counts. It reads the split anew.
+    Rows are true classes, columns predicted classes. The loggers get it as an image
+    (white: all samples of the class; the diagonal is correct) and as a table of counts. It reads
+    the split a second time.
     """
 
     changes_training = False
 
     def __init__(self, every: Every = "1epoch"):
-        """Say how often.
+        """Store the cadence.
 
         Args:
-            every: how often.
+            every: how often to show it.
         """
         self.cadence = Cadence(every)
 
@@ -39,32 +41,40 @@ class Confusion(Callback):
             check_read_again(trainer.val_batches, "callbacks.confusion")
 
     def on_validation_end(self, trainer: Context) -> None:
-        if self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0):
-            counts = count_pairs(trainer)
-            shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
-            picture = shares.repeat_interleave(CELL, 0).repeat_interleave(CELL, 1)
-            for logger in trainer.loggers:
-                logger.images("confusion", picture[None, None], trainer.state.step)
-                logger.text("confusion/counts", counts_table(counts, trainer), trainer.state.step)
+        state = trainer.state
+        if not self.cadence.due(state, epoch_end=state.batch == 0):
+            return
+        counts = count_pairs(trainer)
+        shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
+        image = shares.repeat_interleave(CELL, 0).repeat_interleave(CELL, 1)
+        table = counts_table(counts, trainer)
+        for logger in trainer.loggers:
+            logger.images("confusion", image[None, None], state.step)
+            logger.text("confusion/counts", table, state.step)
 
 
 @torch.no_grad()
 def count_pairs(trainer: Context) -> Tensor:
-    """Return how often a class (row) is taken for each class (column) in the validation split, float64 on the CPU.
+    """Count the pairs of true class (row) and predicted class (column) in the validation split.
 
-    Raises SettingError when the targets are no classes.
+    Returns:
+        The counts, shape (classes, classes), float64 on the CPU.
+
+    Raises:
+        SettingError: if the targets are no classes.
     """
     counts = torch.zeros(0, 0, dtype=torch.float64)
     assert trainer.val_batches is not None
     with trainer.precision.inference(trainer.model):
         for batch in trainer.val_batches.epoch():
-            step = trainer.task.step(
-                trainer.model, tuple(part.to(trainer.device) for part in batch)
-            )
-            targets, outputs = step.targets.cpu(), step.outputs.cpu()
+            on_device = tuple(tensor.to(trainer.device) for tensor in batch)
+            step = trainer.task.step(trainer.model, on_device)
+            targets = step.targets.cpu()
+            outputs = step.outputs.cpu()
             if targets.is_floating_point() or targets.ndim != 1 or outputs.ndim != 2:
                 raise SettingError(
-                    "callbacks.confusion needs one class for each sample; this task has other targets"
+                    "callbacks.confusion needs one class for each sample; "
+                    "this task has other targets"
                 )
             classes = outputs.shape[1]
             known = targets >= 0
@@ -75,9 +85,11 @@ def count_pairs(trainer: Context) -> Tensor:
 
 
 def counts_table(counts: Tensor, trainer: Context) -> str:
-    """Return the counts as a table in markdown, with the names of the classes where the run's folder keeps them."""
-    found = class_names(trainer.folder)
-    names = found if len(found) == len(counts) else [str(index) for index in range(len(counts))]
-    head = [f"| is \\ taken for | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    rows = zip(names, counts.long().tolist(), strict=True)
-    return "\n".join([*head, *(f"| {name} | {' | '.join(map(str, row))} |" for name, row in rows)])
+    """Return the counts as a markdown table, with the names of the classes if they are known."""
+    names = class_names(trainer.folder)
+    if len(names) != len(counts):
+        names = [str(index) for index in range(len(counts))]
+    lines = [f"| is \\ taken for | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for name, row in zip(names, counts.long().tolist(), strict=True):
+        lines.append(f"| {name} | {' | '.join(map(str, row))} |")
+    return "\n".join(lines)

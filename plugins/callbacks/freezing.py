@@ -1,4 +1,4 @@
-"""Freezing: parameters that stay as they are, for a while or for good."""
+"""Freezing of parameters, for some epochs or the whole run."""
 
 from fnmatch import fnmatchcase
 
@@ -9,50 +9,53 @@ from framework import Callback, Context, NonNegativeInt, SettingError, callbacks
 
 @callbacks.register("freeze", aliases=["freezing"])
 class Freeze(Callback):
-    """Keeps parameters as they are: for good, for some epochs, or thawing one pattern after the other from the last.
+    """Freezes parameters for the whole run, for some epochs, or with gradual unfreezing.
 
-    The last is gradual unfreezing (Howard and Ruder 2018, arXiv:1801.06146, section 3.3). Layers all of whose
-    parameters are frozen, such as batch norms, run as in evaluation, so that their running statistics stay too. Logs
-    train/frozen_parameters, how many numbers are frozen, whenever that changes.
+    Gradual unfreezing (Howard and Ruder 2018, arXiv:1801.06146, section 3.3) thaws one pattern
+    after the other, the last one first. Layers with frozen parameters only, such as batch norms,
+    run in eval mode, so their running statistics do not change either. Logs
+    train/frozen_parameters, the count of frozen numbers, whenever it changes.
     """
 
-    alone = True  # one of many trials that train as one cannot freeze what the others train
+    alone = True  # in vectorized trials, one trial cannot freeze the parameters of all
 
     def __init__(
         self, patterns: list[str], epochs: NonNegativeInt | None = None, every: NonNegativeInt = 0
     ):
-        """Say what is frozen and for how long.
+        """Store the settings.
 
         Args:
-            patterns: of parameters' names as `plan` shows them, e.g. [blocks.*]; the last one thaws first.
+            patterns: of the names of parameters as `plan` shows them, e.g. [blocks.*]; the last
+                pattern thaws first.
             epochs: epochs until the last pattern thaws; null: never.
-            every: epochs from one pattern's thawing to that of the one before it; 0: all thaw together.
+            every: epochs between the thawing of one pattern and of the pattern before it; 0: all
+                thaw together.
         """
         if not patterns:
-            raise SettingError("freeze: `patterns` is empty, so there is nothing to freeze")
-        self.patterns, self.epochs, self.every = patterns, epochs, every
+            raise SettingError("freeze.patterns=[] has no effect: name parameters to freeze")
+        self.patterns = patterns
+        self.epochs = epochs
+        self.every = every
         self.frozen: set[str] = set()
-        self.held: dict[str, nn.Parameter] = {}  # what was frozen by these names
-        self.still: list[nn.Module] = []
+        self.frozen_parameters: dict[str, nn.Parameter] = {}
+        self.frozen_modules: list[nn.Module] = []
 
     def on_fit_start(self, trainer: Context) -> None:
-        """Freeze what the epoch under way has frozen. Raises SettingError for a pattern that fits nothing."""
-        names = [
-            name
-            for name, p in trainer.model.named_parameters()
-            if p.requires_grad or name in self.frozen
-        ]
-        self.names = {
-            each: [name for name in names if fnmatchcase(name, each)] for each in self.patterns
-        }
-        for pattern, fitting in self.names.items():
-            if not fitting:
+        """Freeze the parameters of this epoch. Raises SettingError for an unmatched pattern."""
+        names: list[str] = []
+        for name, parameter in trainer.model.named_parameters():
+            if parameter.requires_grad or name in self.frozen:
+                names.append(name)
+        self.names: dict[str, list[str]] = {}  # by pattern: the parameters that match it
+        for pattern in self.patterns:
+            self.names[pattern] = [name for name in names if fnmatchcase(name, pattern)]
+            if not self.names[pattern]:
                 raise SettingError(
-                    f"freeze: no parameter fits {pattern!r}; {did_you_mean(pattern, names)}"
+                    f"freeze: no parameter matches {pattern!r}; {did_you_mean(pattern, names)}"
                 )
-        if self.wanted(0) >= set(names):
+        if self.frozen_in(0) >= set(names):
             raise SettingError(
-                "freeze: the patterns fit every parameter, so that nothing is left to train"
+                "freeze: the patterns match every parameter, so no parameter is left to train"
             )
         self.apply(trainer)
 
@@ -60,19 +63,19 @@ class Freeze(Callback):
         self.apply(trainer)
 
     def on_step_start(self, trainer: Context) -> None:
-        for module in self.still:  # each epoch, and whoever else calls `model.train()`, wakes them
+        for module in self.frozen_modules:  # `model.train()` in each epoch resets them
             module.training = False
 
     def on_fit_end(self, trainer: Context) -> None:
-        self.set(trainer.model, set())
+        self.freeze(trainer.model, set())
 
     def on_exception(self, trainer: Context) -> None:
-        self.set(trainer.model, set())
+        self.freeze(trainer.model, set())
 
     def needs_gradients(self, trainer: Context) -> bool:
         return False
 
-    def wanted(self, epoch: int) -> set[str]:
+    def frozen_in(self, epoch: int) -> set[str]:
         """Return the names of the parameters that are frozen in an epoch, counted from 0."""
         frozen: set[str] = set()
         for number, pattern in enumerate(reversed(self.patterns)):
@@ -81,30 +84,30 @@ class Freeze(Callback):
         return frozen
 
     def apply(self, trainer: Context) -> None:
-        wanted = self.wanted(trainer.state.epoch)
-        if wanted == self.frozen and self._replaced(trainer.model):
-            self.set(trainer.model, wanted)
-        if wanted != self.frozen:
-            self.set(trainer.model, wanted)
-            count = sum(trainer.model.get_parameter(name).numel() for name in wanted)
+        """Freeze the parameters of the current epoch, and thaw the others."""
+        names = self.frozen_in(trainer.state.epoch)
+        if names != self.frozen:
+            self.freeze(trainer.model, names)
+            count = sum(parameter.numel() for parameter in self.frozen_parameters.values())
             trainer.log({"train/frozen_parameters": float(count)})
+        elif self._replaced(trainer.model):
+            self.freeze(trainer.model, names)
+
+    def freeze(self, model: nn.Module, names: set[str]) -> None:
+        """Freeze these parameters, and thaw all others that this callback has frozen."""
+        for name in names | self.frozen:
+            model.get_parameter(name).requires_grad_(name not in names)
+        self.frozen = names
+        self.frozen_parameters = {name: model.get_parameter(name) for name in names}
+        self.frozen_modules = []
+        for module_name, module in model.named_modules():
+            owned = [name for name, _ in module.named_parameters(module_name)]
+            if owned and names.issuperset(owned):
+                self.frozen_modules.append(module)
 
     def _replaced(self, model: nn.Module) -> bool:
-        """Whether another callback has put a new parameter in the place of a frozen one."""
-        return any(model.get_parameter(name) is not p for name, p in self.held.items())
-
-    def set(self, model: nn.Module, wanted: set[str]) -> None:
-        """Freeze these parameters and no other ones of mine."""
-        for name in wanted | self.frozen:
-            model.get_parameter(name).requires_grad_(name not in wanted)
-        self.frozen = wanted
-        self.held = {name: model.get_parameter(name) for name in wanted}
-        owned = {
-            name: [key for key, _ in module.named_parameters(name)]
-            for name, module in model.named_modules()
-        }
-        self.still = [
-            model.get_submodule(name)
-            for name, keys in owned.items()
-            if keys and wanted.issuperset(keys)
-        ]
+        """Whether another callback has replaced a frozen parameter by a new one."""
+        for name, parameter in self.frozen_parameters.items():
+            if model.get_parameter(name) is not parameter:
+                return True
+        return False

@@ -1,4 +1,4 @@
-"""Callbacks for generative tasks: what they make, as pictures, and how far it is from the data."""
+"""Callbacks for generative tasks: generated images, and their distance from the data."""
 
 import torch
 from torch import Tensor
@@ -20,91 +20,95 @@ from framework.contracts.task import PictureTask
 
 @callbacks.register("pictures")
 class Pictures(Callback):
-    """Gives the loggers pictures of what the task makes: reconstructions (each input, then what became of it), samples.
+    """Logs images of the task: reconstructions (each input before its reconstruction) and samples.
 
-    The inputs are the first ones of the validation split, or of the training split. After a step that validates, the
-    pictures are of the weights that were measured: an average's, if the callback that keeps it stands behind this one.
+    The inputs are the first ones of the validation split, or of the training split without one. In
+    a step with a validation, the images come from the validated weights: the average, if the
+    callback that averages comes after this one.
     """
 
     changes_training = False
 
     def __init__(self, count: PositiveInt = 16, every: Every = "1epoch"):
-        """Say how many.
+        """Store the settings.
 
         Args:
-            count: pictures of each kind.
-            every: how often.
+            count: images of each kind.
+            every: how often to log them.
         """
-        self.count, self.cadence = count, Cadence(every)
-        self.asked = -1  # the last step after which it was asked whether to show some
+        self.count = count
+        self.cadence = Cadence(every)
+        self.checked_step = -1  # the cadence is checked once per step
 
     def reset(self) -> None:
         super().reset()
-        self.asked = -1
+        self.checked_step = -1
 
     def on_fit_start(self, trainer: Context) -> None:
         if not isinstance(trainer.task, PictureTask):
-            raise SettingError(
-                f"callbacks.pictures: {type(trainer.task).__name__} has no pictures to show"
-            )
+            name = type(trainer.task).__name__
+            raise SettingError(f"callbacks.pictures: task {name} has no pictures to show")
 
     def on_validation_end(self, trainer: Context) -> None:
-        self._show_if_due(trainer)
+        self._log_if_due(trainer)
 
     def on_step_end(self, trainer: Context) -> None:
-        self._show_if_due(trainer)
+        self._log_if_due(trainer)
 
-    def _show_if_due(self, trainer: Context) -> None:
+    def _log_if_due(self, trainer: Context) -> None:
         state = trainer.state
-        if self.asked == state.step:
+        if self.checked_step == state.step:
             return
-        self.asked = state.step
+        self.checked_step = state.step
         if self.cadence.due(state, epoch_end=state.batch == 0):
-            self._show(trainer)
+            self._log_images(trainer)
 
     @torch.no_grad()
-    def _show(self, trainer: Context) -> None:
+    def _log_images(self, trainer: Context) -> None:
         inputs = held_out(trainer, self.count)
         assert isinstance(trainer.task, PictureTask)
         with trainer.precision.inference(trainer.model), seeds.undisturbed():
-            shown = trainer.task.pictures(trainer.model, inputs)
-        low, high = inputs.min(), inputs.max()
-        for tag, pictures in shown.items():
-            pictures = ((pictures.float() - low) / (high - low)).clamp(0, 1)
+            rows_by_tag = trainer.task.pictures(trainer.model, inputs)
+        low = inputs.min()
+        high = inputs.max()
+        for tag, rows in rows_by_tag.items():
+            images = as_images(((rows.float() - low) / (high - low)).clamp(0, 1))
             for logger in trainer.loggers:
-                logger.images(tag, as_images(pictures), trainer.state.step)
+                logger.images(tag, images, trainer.state.step)
 
 
 @callbacks.register("sample_distance")
 class SampleDistance(Callback):
-    """Logs how samples of the model compare with the validation split, by the distances of their numbers (pixels).
+    """Logs the distance between samples of the model and the validation split, by their numbers.
 
-    val/sample_precision is the share of the samples that lie among the inputs, val/sample_coverage the share of the
-    inputs that have a sample nearby, nearer than their own fifth neighbour (see `neighbours`): 0.97 for the data's own
-    distribution, less for samples that are unlike inputs, or of some kinds alone.
+    val/sample_precision is the share of samples that lie among the inputs. val/sample_coverage is
+    the share of inputs with a sample that is nearer than their own fifth neighbour (see
+    `neighbours`): 0.97 for the distribution of the data, less if samples are unlike inputs or lack
+    some kinds of inputs.
 
-    val/sample_distance is the unbiased estimate of the squared maximum mean discrepancy under a Gaussian kernel
-    (Gretton et al. 2012, JMLR 13, equation 3), whose width is the median distance of an input to its nearest one:
-    about 0 for samples of the data's own distribution, 2 at most. It tells that samples are too much alike, and is
-    blind to samples that are far from all inputs and from each other: these, white noise as well, come to no more
-    than the mean similarity of two inputs, 0.07 for pictures of clothes.
+    val/sample_distance is the unbiased estimate of the squared maximum mean discrepancy with a
+    Gaussian kernel (Gretton et al. 2012, JMLR 13, equation 3); the kernel's width is the median
+    distance between an input and its nearest one. It is about 0 for the distribution of the data,
+    and at most 2. It detects samples that are too similar to each other. It does not detect samples
+    that are far from all inputs and from each other, such as white noise: their distance is at most
+    the mean similarity of two inputs, 0.07 for images of clothes.
     """
 
     changes_training = False
 
     def __init__(self, count: PositiveInt = 1000):
-        """Say how many.
+        """Store the settings.
 
         Args:
-            count: samples, and inputs that they are compared with; the time grows with its square.
+            count: number of samples, and of inputs to compare them with; the time grows with its
+                square.
         """
         self.count = count
 
     def on_fit_start(self, trainer: Context) -> None:
         if not isinstance(trainer.model, GenerativeModel):
-            raise SettingError(
-                f"callbacks.sample_distance: {type(trainer.model).__name__} makes no samples"
-            )
+            name = type(trainer.model).__name__
+            raise SettingError(f"callbacks.sample_distance: model {name} makes no samples")
 
     @torch.no_grad()
     def on_validation_end(self, trainer: Context) -> None:
@@ -112,67 +116,72 @@ class SampleDistance(Callback):
         assert isinstance(trainer.task, PictureTask)
         with trainer.precision.inference(trainer.model), seeds.undisturbed():
             torch.manual_seed(seeds.derive(trainer.seed, "samples"))  # the same draws each time
-            made = trainer.task.pictures(trainer.model, inputs)["samples"]
-        made, inputs = made.float().flatten(1), inputs.float().flatten(1)
-        precision, coverage = neighbours(made, inputs)
-        values = {
-            "distance": discrepancy(made, inputs),
-            "precision": precision,
-            "coverage": coverage,
-        }
+            samples = trainer.task.pictures(trainer.model, inputs)["samples"]
+        samples = samples.float().flatten(1)
+        inputs = inputs.float().flatten(1)
+        precision, coverage = neighbours(samples, inputs)
+        # numbers, not tensors: a later callback may monitor them in this event
         trainer.log(
-            {f"val/sample_{name}": float(value) for name, value in values.items()}
-        )  # numbers, to be watched
+            {
+                "val/sample_distance": float(discrepancy(samples, inputs)),
+                "val/sample_precision": float(precision),
+                "val/sample_coverage": float(coverage),
+            }
+        )
 
 
 def held_out(trainer: Context, count: int) -> Tensor:
-    """Return the first inputs of the validation split, or of the training split where there is none, on the device."""
+    """Return the first inputs of the validation split, or of the training split without one.
+
+    They are copies on the device.
+    """
     batches = trainer.train_batches if trainer.val_batches is None else trainer.val_batches
     split = batches.split
     if split is not None and is_in_memory(split):
         inputs = split.tensors[0][:count]
         return inputs.to(trainer.device, copy=True)  # a model may change its inputs
-    found: list[Tensor] = []
+    copies: list[Tensor] = []
     with seeds.undisturbed():
         for batch in batches.epoch():
-            found.append(batch[0].to(trainer.device, copy=True))  # a loader may reuse its memory
-            if sum(map(len, found)) >= count:
+            copies.append(batch[0].to(trainer.device, copy=True))  # a loader may reuse its memory
+            if sum(map(len, copies)) >= count:
                 break
-    return torch.cat(found)[:count]
+    return torch.cat(copies)[:count]
 
 
 def as_images(rows: Tensor) -> Tensor:
-    """Return rows of any shape as pictures (N, C, H, W): what is no image, as one line of pixels each."""
+    """Return rows of any shape as images (N, C, H, W); a row of numbers as a line of pixels."""
     return rows if rows.ndim == 4 else rows.flatten(1)[:, None, None]
 
 
-def discrepancy(made: Tensor, real: Tensor) -> Tensor:
-    """Return the unbiased squared maximum mean discrepancy of two samples, (m, D) and (n, D)."""
-    among = torch.cdist(real, real)
-    nearest = among.clone().fill_diagonal_(torch.inf).min(1).values
+def discrepancy(samples: Tensor, inputs: Tensor) -> Tensor:
+    """Return the unbiased squared maximum mean discrepancy of samples (m, D) and inputs (n, D)."""
+    input_distances = torch.cdist(inputs, inputs)
+    nearest = input_distances.clone().fill_diagonal_(torch.inf).min(1).values
     width = nearest.median().square()
 
-    def mean_similarity(distances: Tensor, itself: bool) -> Tensor:
-        similar = torch.exp(-distances.square() / (2 * width))
-        if not itself:
-            return similar.mean()
+    def similarities(distances: Tensor) -> Tensor:
+        return torch.exp(-distances.square() / (2 * width))
+
+    def mean_of_pairs(similar: Tensor) -> Tensor:
+        """Return the mean without the diagonal, where a row is compared with itself."""
         return (similar.sum() - similar.diagonal().sum()) / (len(similar) * (len(similar) - 1))
 
-    pairs = mean_similarity(torch.cdist(made, real), itself=False)
-    return (
-        mean_similarity(torch.cdist(made, made), itself=True)
-        + mean_similarity(among, itself=True)
-        - 2 * pairs
-    )
+    between = similarities(torch.cdist(samples, inputs)).mean()
+    among_samples = mean_of_pairs(similarities(torch.cdist(samples, samples)))
+    among_inputs = mean_of_pairs(similarities(input_distances))
+    return among_samples + among_inputs - 2 * between
 
 
-def neighbours(made: Tensor, real: Tensor, count: int = 5) -> tuple[Tensor, Tensor]:
-    """Return precision and coverage of samples, (m, D) and (n, D).
+def neighbours(samples: Tensor, inputs: Tensor, count: int = 5) -> tuple[Tensor, Tensor]:
+    """Return precision and coverage of samples (m, D) and inputs (n, D).
 
-    With the distance from an input to its `count`-th nearest one as a radius: the share of samples within the radius of
-    some input (Kynkäänniemi et al. 2019, arXiv:1904.06991), and the share of inputs that have a sample within theirs
-    (Naeem et al. 2020, arXiv:2002.09797), 1 - 2^-count for as many samples of the same distribution.
+    The radius of an input is the distance to its `count`-th nearest one. Precision is the share of
+    samples within the radius of some input (Kynkäänniemi et al. 2019, arXiv:1904.06991). Coverage
+    is the share of inputs with a sample within their radius (Naeem et al. 2020, arXiv:2002.09797):
+    1 - 2^-count for as many samples of the same distribution.
     """
-    among = torch.cdist(real, real).fill_diagonal_(torch.inf)
-    within = torch.cdist(made, real) <= among.kthvalue(count, 1).values
+    input_distances = torch.cdist(inputs, inputs).fill_diagonal_(torch.inf)
+    radius = input_distances.kthvalue(count, 1).values
+    within = torch.cdist(samples, inputs) <= radius
     return within.any(1).double().mean(), within.any(0).double().mean()

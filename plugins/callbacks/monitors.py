@@ -1,4 +1,4 @@
-"""Callbacks that only look: gradient norms, learning rates, histograms."""
+"""Callbacks that only log: gradient norms, learning rates, histograms, augmented images."""
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from framework.contracts.state import Cadence
 
 @callbacks.register("gradient_norm")
 class GradientNorm(Callback):
-    """Logs the 2-norm of all gradients together as train/gradient_norm, of the steps that are logged."""
+    """Logs the 2-norm of all gradients together as train/gradient_norm, at logged steps."""
 
     changes_training = False
 
@@ -31,10 +31,12 @@ class GradientNorm(Callback):
 
     def on_gradients(self, trainer: Context) -> None:
         self.measured = None
-        if will_log(trainer):
-            groups = trainer.optimizer.param_groups
-            gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-            self.measured = total_norm(gradients)
+        if not will_log(trainer):
+            return
+        gradients: list[Tensor] = []
+        for group in trainer.optimizer.param_groups:
+            gradients += [p.grad for p in group["params"] if p.grad is not None]
+        self.measured = total_norm(gradients)
 
     def on_log(self, trainer: Context) -> None:
         if self.measured is not None:
@@ -43,32 +45,39 @@ class GradientNorm(Callback):
 
 @callbacks.register("learning_rate")
 class LearningRate(Callback):
-    """Logs the learning rate of each group of parameters, where there are several; the largest is always logged.
+    """Logs the learning rate of each parameter group, if there are several.
 
-    Keys are train/learning_rate/<the group's "name", or its number>.
+    The tags are train/learning_rate/<the group's "name", or its number>. The Trainer itself logs
+    the largest rate.
     """
 
     changes_training = False
 
     def on_log(self, trainer: Context) -> None:
         groups = trainer.optimizer.param_groups
-        for number, group in enumerate(groups if len(groups) > 1 else ()):
+        if len(groups) == 1:
+            return
+        for number, group in enumerate(groups):
             if "lr" in group:
                 name = group.get("name", number)
                 trainer.log({f"train/learning_rate/{name}": float(group["lr"])})
 
 
 def total_norm(gradients: list[Tensor]) -> Tensor:
-    """Return the 2-norm of gradients together, some of which may be sparse."""
+    """Return the 2-norm of all gradients together; some may be sparse."""
     try:
         return nn.utils.get_total_norm(gradients)
-    except NotImplementedError:  # torch has none for sparse ones
+    except NotImplementedError:  # torch does not support sparse gradients
         return nn.utils.get_total_norm([numbers_of(gradient) for gradient in gradients])
 
 
 def will_log(trainer: Context) -> bool:
-    """Whether the step under way ends with a log point, or may (by the clock, or in epochs of unknown length)."""
-    state, cadence = trainer.state, trainer.log_every
+    """Whether the current step is or may be logged.
+
+    A cadence in minutes, or an epoch of unknown length, may end with any step.
+    """
+    state = trainer.state
+    cadence = trainer.log_every
     step = state.step + 1
     if state.steps_per_epoch == 0 or cadence.unit not in ("step", "epoch"):
         return True
@@ -79,98 +88,114 @@ def will_log(trainer: Context) -> bool:
 
 @callbacks.register("histograms", aliases=["histogram"])
 class Histograms(Callback):
-    """Gives every logger the distribution of each parameter and its gradient, from before the first update on.
+    """Logs histograms of each parameter and its gradient, first before the first update.
 
     Tags are weights/<parameter> and gradients/<parameter>. Values that are not finite are left out.
-    Of a sparse gradient the values that it stores count, of complex numbers both parts.
+    A sparse gradient counts with its stored values, a complex number with both parts.
     """
 
     changes_training = False
 
     def __init__(self, every: Every = "1epoch"):
-        """Say how often.
+        """Store the cadence.
 
         Args:
-            every: how often; each time reads the whole model off the device.
+            every: how often to log them; each time copies all parameters from the device.
         """
         self.cadence = Cadence(every)
 
     def needs_gradients(self, trainer: Context) -> bool:
-        by_clock = self.cadence.unit not in ("step", "epoch")  # which may be asked but once a step
-        return by_clock or self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0)
+        in_minutes = self.cadence.unit not in ("step", "epoch")  # `due` would restart the clock
+        return in_minutes or self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0)
 
     def on_gradients(self, trainer: Context) -> None:
-        if self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0):
-            self._show(trainer, "weights", dict(trainer.model.named_parameters()))
-            self._show(
-                trainer, "gradients", {name: p.grad for name, p in trainer.model.named_parameters()}
-            )
+        if not self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0):
+            return
+        self._log_weights(trainer)
+        for name, parameter in trainer.model.named_parameters():
+            if parameter.grad is not None:
+                log_histogram(trainer, f"gradients/{name}", parameter.grad)
 
     def on_fit_end(self, trainer: Context) -> None:
-        self._show(trainer, "weights", dict(trainer.model.named_parameters()))
+        self._log_weights(trainer)
 
-    def _show(self, trainer: Context, what: str, tensors: dict[str, Tensor | None]) -> None:
-        for name, tensor in tensors.items():
-            if tensor is None or not len(values := finite(tensor)):
-                continue
-            for logger in trainer.loggers:
-                logger.histogram(f"{what}/{name}", values, trainer.state.step)
+    def _log_weights(self, trainer: Context) -> None:
+        for name, parameter in trainer.model.named_parameters():
+            log_histogram(trainer, f"weights/{name}", parameter)
+
+
+def log_histogram(trainer: Context, tag: str, tensor: Tensor) -> None:
+    """Pass the finite values of a tensor to the loggers, unless there are none."""
+    values = finite_values(tensor)
+    if len(values) == 0:
+        return
+    for logger in trainer.loggers:
+        logger.histogram(tag, values, trainer.state.step)
+
+
+def finite_values(tensor: Tensor) -> Tensor:
+    """Return the finite values (of a sparse tensor, the stored ones), flat, float32 on the CPU."""
+    values = numbers_of(tensor.detach()).flatten().float().cpu()
+    return values[values.isfinite()]
 
 
 @callbacks.register("augmented")
 class Augmented(Transform):
-    """Gives the loggers the first pictures of a training batch, side by side, as the model got them: transformed.
+    """Logs the first images of a training batch side by side, as the model gets them: transformed.
 
-    After the first step, and then at its cadence.
+    It logs them after the first step, and then at its cadence.
     """
 
     changes_training = False
 
     def __init__(self, count: PositiveInt = 16, every: Every = "1epoch"):
-        """Say how many.
+        """Store the settings.
 
         Args:
-            count: pictures, at most a batch.
-            every: how often.
+            count: number of images, at most a batch.
+            every: how often to log them.
         """
-        self.count, self.cadence = count, Cadence(every)
-        self.shown: Tensor | None = None
+        self.count = count
+        self.cadence = Cadence(every)
+        self.inputs: Tensor | None = None
 
     def __call__(self, batch: Batch) -> Batch:
-        self.shown = batch[0][: self.count].clone()  # a loader may write there before the step ends
+        """Copy the first inputs; return the batch unchanged."""
+        self.inputs = batch[0][: self.count].clone()  # a loader may reuse their memory
         return batch
 
     def on_step_end(self, trainer: Context) -> None:
-        due = self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0)
-        if self.shown is not None and (due or trainer.state.step == 1):
-            picture = side_by_side(as_pictures(self.shown))
+        state = trainer.state
+        due = self.cadence.due(state, epoch_end=state.batch == 0)
+        if self.inputs is not None and (due or state.step == 1):
+            image = side_by_side(normalized_images(self.inputs))
             for logger in trainer.loggers:
-                logger.images("augmented", picture[None], trainer.state.step)
-        self.shown = None
+                logger.images("augmented", image[None], state.step)
+        self.inputs = None
 
 
-def as_pictures(inputs: Tensor) -> Tensor:
-    """Return images (N, C, H, W) between 0 and 1, in colour or grey. Raises SettingError for what are no images."""
+def normalized_images(inputs: Tensor) -> Tensor:
+    """Return images (N, 1 or 3, H, W) between 0 and 1.
+
+    Raises:
+        SettingError: if the inputs are no images.
+    """
     if inputs.ndim != 4 or not inputs.is_floating_point():
         shape = tuple(inputs.shape[1:])
         raise SettingError(
             f"callbacks.augmented: it shows images (C, H, W); the inputs are {inputs.dtype} {shape}"
         )
     images = inputs.detach().float()
-    images = images if images.shape[1] in (1, 3) else images.mean(1, keepdim=True)
+    if images.shape[1] not in (1, 3):
+        images = images.mean(1, keepdim=True)
     low, high = images.aminmax()
     return (images - low) / (high - low).clamp(min=1e-6)
 
 
-def side_by_side(images: Tensor, most: int = 8) -> Tensor:
-    """Return images (N, C, H, W) as one, in rows of at most so many; what the last row lacks is black."""
-    columns = min(len(images), most)
-    lacking = -len(images) % columns
-    whole = torch.cat([images, images.new_zeros(lacking, *images.shape[1:])])
-    return torch.cat([torch.cat(list(row), 2) for row in whole.split(columns)], 1)
-
-
-def finite(tensor: Tensor) -> Tensor:
-    """Return the finite values (of a sparse tensor, those stored), flat, as float32 on the CPU."""
-    values = numbers_of(tensor.detach()).flatten().float().cpu()
-    return values[values.isfinite()]
+def side_by_side(images: Tensor, max_columns: int = 8) -> Tensor:
+    """Return images (N, C, H, W) as one image, in rows; the rest of the last row is black."""
+    columns = min(len(images), max_columns)
+    missing = -len(images) % columns
+    padded = torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
+    rows = [torch.cat(list(row), 2) for row in padded.split(columns)]
+    return torch.cat(rows, 1)

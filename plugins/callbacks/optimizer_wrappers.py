@@ -1,4 +1,4 @@
-"""Ways to train with any optimizer: sharpness-aware, with slow weights beside it, or free of a schedule."""
+"""Methods around any optimizer: sharpness-aware, lookahead, schedule-free, gradient noise scale."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -25,55 +25,55 @@ from framework.contracts.loss import share_of
 from framework.contracts.pure_optimizer import as_real
 from framework.contracts.state import Cadence
 
-from .averaging import Averaging, matched
+from .averaging import Averaging, match_tensors
 
 
-class Again(Transform):
-    """Base of callbacks that need the step's batches once more; it hands them on as they are."""
+class GradientsAgain(Transform):
+    """Base of callbacks that compute gradients of the batches of a step a second time."""
 
     def __init__(self) -> None:
         self.batches: list[Batch] = []
 
     def on_fit_start(self, trainer: Context) -> None:
         if trainer.precision.scaler is not None:
-            who = type(self).__name__
+            name = type(self).__name__
             raise SettingError(
-                f"{who} takes gradients twice a step, for which fp16's scaler has no place: use bf16"
+                f"{name} computes gradients twice per step, which the fp16 scaler does not allow: "
+                "use bf16"
             )
 
     def on_step_start(self, trainer: Context) -> None:
         self.batches = []
 
     def __call__(self, batch: Batch) -> Batch:
+        """Store the batch, and return it unchanged."""
         self.batches.append(batch)
         return batch
 
-    def again(self, trainer: Context, parts: Sequence[Batch]) -> None:
-        """Put the gradients of the mean loss of the parts into the parameters; running statistics stay."""
+    def compute_gradients(self, trainer: Context, parts: Sequence[Batch]) -> None:
+        """Set the gradients to those of the mean loss of the parts; keep the running statistics."""
         buffers = [buffer.clone() for buffer in trainer.model.buffers()]
         counts = [trainer.task.count(part) for part in parts]
         total = sum(counts)
-        for p in trained(trainer):
-            p.grad = None
+        for parameter in parameters_with_gradient(trainer):
+            parameter.grad = None
         for part, count in zip(parts, counts, strict=True):
             with trainer.precision.autocast():
                 loss = trainer.task.step(trainer.model, part).loss
             (loss * share_of(count, total)).backward()
-        for buffer, kept in zip(trainer.model.buffers(), buffers, strict=True):
-            buffer.copy_(kept)
-
-    def split(self, trainer: Context) -> list[Batch]:
-        return [part for batch in self.batches for part in trainer.micro_batches.split(batch)]
+        for buffer, value in zip(trainer.model.buffers(), buffers, strict=True):
+            buffer.copy_(value)
 
 
-def trained(trainer: Context) -> list[Tensor]:
-    """Return the parameters that have a gradient."""
-    return [
-        p for group in trainer.optimizer.param_groups for p in group["params"] if p.grad is not None
-    ]
+def parameters_with_gradient(trainer: Context) -> list[Tensor]:
+    """Return the parameters of the optimizer that have a gradient."""
+    parameters: list[Tensor] = []
+    for group in trainer.optimizer.param_groups:
+        parameters += [p for p in group["params"] if p.grad is not None]
+    return parameters
 
 
-def dense(parameter: Tensor) -> Tensor:
+def dense_gradient(parameter: Tensor) -> Tensor:
     """Return the gradient of a parameter as a dense tensor; zeros where it has none."""
     if parameter.grad is None:
         return parameter.new_zeros(parameter.shape)
@@ -81,14 +81,15 @@ def dense(parameter: Tensor) -> Tensor:
 
 
 @callbacks.register("sam", aliases=["sharpness_aware"])
-class Sam(Again):
-    """Sharpness-aware minimisation: updates w by the gradient at w + rho g / |g| (Foret et al. 2021, arXiv:2010.01412).
+class Sam(GradientsAgain):
+    """Sharpness-aware minimisation: updates w by the gradient at w + rho · g / ‖g‖₂.
 
-    A step costs two forward and backward passes. The second one draws dropout masks of its own, and leaves the running
-    statistics of batch norms alone; what is logged is the loss of the first. Put `sam` before `clip_gradients`.
+    (Foret et al. 2021, arXiv:2010.01412.) A step costs two forward and backward passes. The second
+    pass draws its own dropout masks and does not change the running statistics of batch norms. The
+    logged loss is that of the first pass. Put `sam` before `clip_gradients`.
 
     Args:
-        rho: how far away the gradient is taken, as a 2-norm over all parameters together.
+        rho: distance at which the gradient is computed, as a 2-norm over all parameters together.
     """
 
     def __init__(self, rho: PositiveFloat = 0.05):
@@ -96,27 +97,32 @@ class Sam(Again):
         self.rho = rho
 
     def on_gradients(self, trainer: Context) -> None:
-        parameters = trained(trainer)
+        parameters = parameters_with_gradient(trainer)
         before = [p.detach().clone() for p in parameters]
         gradients = [p.grad for p in parameters if p.grad is not None]
         if any(gradient.is_sparse for gradient in gradients):
-            cause = "a gradient is sparse (an embedding with sparse=True)"
-            raise SettingError(f"sam: {cause}, which it cannot follow")
+            raise SettingError(
+                "sam does not support sparse gradients: an embedding has sparse=True"
+            )
         norm = nn.utils.get_total_norm(gradients)
         with torch.no_grad():
             foreach.add_(parameters, foreach.mul(gradients, self.rho / (norm + 1e-12)))
-        self.again(trainer, self.split(trainer))
+        parts: list[Batch] = []
+        for batch in self.batches:
+            parts += trainer.micro_batches.split(batch)
+        self.compute_gradients(trainer, parts)
         with torch.no_grad():
             foreach.copy_(parameters, before)
 
 
 @callbacks.register("noise_scale", aliases=["gradient_noise_scale"])
-class NoiseScale(Again):
-    """Logs how many samples a batch needs until more of them gain little (McCandlish et al. 2018, arXiv:1812.06162).
+class NoiseScale(GradientsAgain):
+    """Logs the gradient noise scale: the batch size above which larger batches gain little.
 
-    That is tr(Σ) / |G|², with the covariance Σ of a sample's gradient and the true gradient G, as
-    train/gradient_noise_scale; both are estimated from the squared norms of the gradients of a batch and of parts of it
-    (appendix A.1), as moving averages. A measurement costs another forward and backward pass. Training is not changed.
+    (McCandlish et al. 2018, arXiv:1812.06162.) It is tr(Σ) / ‖G‖₂², with the covariance Σ of the
+    gradients of samples and the true gradient G, logged as train/gradient_noise_scale. Both are
+    estimated from the squared norms of the gradients of a batch and of its parts (appendix A.1), as
+    moving averages. A measurement costs one forward and backward pass. Training does not change.
     """
 
     changes_training = False
@@ -127,56 +133,68 @@ class NoiseScale(Again):
         parts: Annotated[int, Range("[2, inf)")] = 4,
         decay: Rate = 0.9,
     ):
-        """Say how often and how finely.
+        """Store the settings.
 
         Args:
             every: how often to measure.
-            parts: parts of the first batch of the step, whose gradients are compared with that of the whole.
-            decay: share of the old averages that stays at each measurement.
+            parts: parts of the first batch of the step, whose gradients are compared with the
+                gradient of the batch.
+            decay: weight of the old averages at each measurement.
         """
         super().__init__()
-        self.cadence, self.parts, self.decay = Cadence(every), parts, decay
-        self.trace, self.squared, self.measured = 0.0, 0.0, 0
+        self.cadence = Cadence(every)
+        self.parts = parts
+        self.decay = decay
+        self.trace = 0.0  # estimate of tr(Σ)
+        self.squared = 0.0  # estimate of ‖G‖₂²
+        self.measured = 0  # measurements
 
     def needs_gradients(self, trainer: Context) -> bool:
-        return self.due(trainer)
-
-    def due(self, trainer: Context) -> bool:
-        return self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0)
+        return self._due(trainer)
 
     def on_gradients(self, trainer: Context) -> None:
-        if not self.due(trainer) or len(self.batches[0][0]) < self.parts:
+        if not self._due(trainer):
             return
-        parameters = trained(trainer)
-        kept = [p.grad for p in parameters]
-        size = len(self.batches[0][0]) // self.parts
-        pieces = [
-            tuple(t[i * size : (i + 1) * size] for t in self.batches[0]) for i in range(self.parts)
-        ]
+        batch = self.batches[0]
+        size = len(batch[0]) // self.parts
+        if size == 0:
+            return
+        parameters = parameters_with_gradient(trainer)
+        step_gradients = [p.grad for p in parameters]
+        gradients: list[Tensor] = []
         with seeds.undisturbed():
-            gradients = [self.of(trainer, parameters, piece) for piece in pieces]
-        for p, gradient in zip(parameters, kept, strict=True):
-            p.grad = gradient
-        small = float(torch.stack([gradient.square().sum() for gradient in gradients]).mean())
+            for start in range(0, size * self.parts, size):
+                part = tuple(tensor[start : start + size] for tensor in batch)
+                self.compute_gradients(trainer, [part])
+                flat = [as_real(dense_gradient(p)).reshape(-1) for p in parameters]
+                gradients.append(torch.cat(flat))
+        for parameter, gradient in zip(parameters, step_gradients, strict=True):
+            parameter.grad = gradient
+        squared_norms = [gradient.square().sum() for gradient in gradients]
+        small = float(torch.stack(squared_norms).mean())
         large = float(torch.stack(gradients).mean(0).square().sum())
-        self.take(small, large, size, size * self.parts)
+        self.update_averages(small, large, size, size * self.parts)
 
-    def of(self, trainer: Context, parameters: Sequence[Tensor], piece: Batch) -> Tensor:
-        self.again(trainer, [piece])
-        return torch.cat([as_real(dense(p)).reshape(-1) for p in parameters])
+    def update_averages(
+        self, small_norm: float, large_norm: float, small_size: int, large_size: int
+    ) -> None:
+        """Update both averages (equations A.2 and A.3).
 
-    def take(self, small: float, large: float, size: int, whole: int) -> None:
-        """Take in squared norms of the gradients of `size` samples and of `whole` (equations A.2 and A.3)."""
-        squared = (whole * large - size * small) / (whole - size)
-        trace = (small - large) / (1 / size - 1 / whole)
+        Args:
+            small_norm: mean squared norm of the gradients of `small_size` samples.
+            large_norm: squared norm of the gradient of `large_size` samples.
+            small_size: samples of a part.
+            large_size: samples of all parts together.
+        """
+        squared = (large_size * large_norm - small_size * small_norm) / (large_size - small_size)
+        trace = (small_norm - large_norm) / (1 / small_size - 1 / large_size)
         self.squared = self.decay * self.squared + (1 - self.decay) * squared
         self.trace = self.decay * self.trace + (1 - self.decay) * trace
         self.measured += 1
 
     def on_log(self, trainer: Context) -> None:
-        if (
-            self.measured and self.squared > 0
-        ):  # both averages began at 0, which their ratio does not show
+        # Both averages begin at 0; this bias cancels in their ratio.
+        if self.measured and self.squared > 0:
             trainer.log({"train/gradient_noise_scale": self.trace / self.squared})
 
     def state_dict(self) -> dict[str, Any]:
@@ -186,25 +204,30 @@ class NoiseScale(Again):
         for name, value in state.items():
             setattr(self, name, value)
 
+    def _due(self, trainer: Context) -> bool:
+        return self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0)
+
 
 @callbacks.register("lookahead")
 class Lookahead(Averaging):
-    """Slow weights s ← s + alpha (w - s) every k steps, from which w goes on (Zhang et al. 2019, arXiv:1907.08610).
+    """Updates slow weights s ← s + alpha (w - s) every k steps, and sets w to them.
 
-    What is evaluated are the slow weights, as in the paper; the state of the optimizer stays as it is.
+    (Zhang et al. 2019, arXiv:1907.08610.) Evaluation uses the slow weights, as in the paper. The
+    state of the optimizer does not change.
 
     Args:
-        k: steps of the optimizer between two of the slow weights.
-        alpha: how far these go.
+        k: steps of the optimizer per step of the slow weights.
+        alpha: step size of the slow weights.
     """
 
     alone = True
 
     def __init__(self, k: PositiveInt = 5, alpha: Fraction = 0.5):
         super().__init__()
-        self.k, self.alpha = k, alpha
+        self.k = k
+        self.alpha = alpha
 
-    def take_in(self, trainer: Context) -> None:
+    def update(self, trainer: Context) -> None:
         if trainer.state.step % self.k == 0:
             foreach.lerp_(self.others, self.parameters, self.alpha)
             foreach.copy_(self.parameters, self.others)
@@ -212,49 +235,50 @@ class Lookahead(Averaging):
 
 @callbacks.register("schedule_free")
 class ScheduleFree(Averaging):
-    """An average in the place of schedule and momentum (Defazio et al. 2024, arXiv:2405.15682, equations 3 to 5).
+    """Replaces schedule and momentum by an average of the weights.
 
-    Gradients are taken at y = (1 - beta) z + beta x, the optimizer moves z, and x ← (1 - c) x + c z with
-    c = lr² / (the sum of lr² so far) is what is evaluated. It goes with an optimizer without momentum, for the paper's
-    AdamW with optimizer=adamw optimizer.betas=[0,0.999], and a learning rate that is constant after a warm-up.
+    (Defazio et al. 2024, arXiv:2405.15682, equations 3 to 5.) Gradients are computed at
+    y = (1 - beta) z + beta x, and the optimizer updates z. Evaluation uses x ← (1 - c) x + c z with
+    c = lr² / (the sum of lr² so far). It needs an optimizer without momentum (the paper's AdamW:
+    optimizer=adamw optimizer.betas=[0,0.999]) and a learning rate that is constant after a warm-up.
 
     Args:
-        beta: how near to the average gradients are taken.
+        beta: weight of the average in y.
     """
 
     alone = True
 
     def __init__(self, beta: Fraction = 0.9):
         super().__init__()
-        self.beta, self.total = beta, 0.0
+        self.beta = beta
+        self.total = 0.0  # sum of lr²
         self.z: list[Tensor] = []
 
     def on_fit_start(self, trainer: Context) -> None:
         for group in trainer.optimizer.param_groups:
             if "lr" not in group:
                 name = type(trainer.optimizer).__name__
-                said = f"schedule_free weighs by the learning rate, which {name} does not have"
-                raise SettingError(said)
+                raise SettingError(f"schedule_free needs a learning rate, which {name} lacks")
             momentum = group.get("betas", (group.get("momentum", 0.0),))[0]
             if momentum:
-                name = "betas=[0,0.999]" if "betas" in group else "momentum=0"
+                setting = "betas=[0,0.999]" if "betas" in group else "momentum=0"
                 raise SettingError(
-                    f"schedule_free is a momentum of its own: it needs optimizer.{name}"
+                    f"schedule_free replaces momentum: it requires optimizer.{setting}"
                 )
         super().on_fit_start(trainer)
 
     def restore(self) -> None:
-        kept, self.total = self.saved.get("z", {}), self.saved.get("total", 0.0)
+        z = self.saved.get("z", {})
+        self.total = self.saved.get("total", 0.0)
         super().restore()
-        pairs = zip(self.names, self.parameters, strict=True)
-        self.z = [kept.get(name, p).detach().to(p.device, copy=True) for name, p in pairs]
+        self.z = self.copies(z)
 
-    def keep_in_step(self, before: list[Tensor]) -> None:
-        super().keep_in_step(before)
-        self.z = matched(self.parameters, before, self.z)
+    def match_parameters(self, before: list[Tensor]) -> None:
+        super().match_parameters(before)
+        self.z = match_tensors(self.parameters, before, self.z)
 
-    def take_in(self, trainer: Context) -> None:
-        """Carry the optimizer's move of y over to z, and make the new x and y."""
+    def update(self, trainer: Context) -> None:
+        """Apply the optimizer's update of y to z, and compute the new x and y."""
         before = foreach.lerp(self.z, self.others, self.beta)
         foreach.add_(self.z, foreach.sub(self.parameters, before))
         weight = float(trainer.optimizer.param_groups[0]["lr"]) ** 2

@@ -1,10 +1,10 @@
-"""The progress of a run at the terminal: a live bar, or plain lines where nobody looks."""
+"""The progress of a run: a live bar in a terminal, plain lines elsewhere."""
 
 import math
 import os
 import sys
 import time
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Literal, TextIO
 
 from torch.utils.data import DataLoader
 
@@ -15,19 +15,18 @@ if TYPE_CHECKING:
     from rich.console import Group
     from rich.live import Live
 
-APART = (
-    "train/samples_per_second",
-    "train/seconds_per_epoch",
-    "train/learning_rate",
-)  # has its place, or is no result
+SPLITS = ("train/", "val/")
+# These are shown elsewhere, or are no results.
+NOT_LISTED = ("train/samples_per_second", "train/seconds_per_epoch", "train/learning_rate")
 
 
 @callbacks.register("progress")
 class Progress(Callback):
-    """Shows epoch, step, losses, metrics, samples/s and the time that remains, on stderr.
+    """Shows epoch, step, losses, metrics, samples/s and the remaining time, on stderr.
 
-    In a terminal a live bar; elsewhere a line for each validation and each epoch. It reads what was logged, never the
-    device, and between two drawings a step costs it one look at the clock.
+    In a terminal it is a live bar; elsewhere a line for each validation and each epoch. It shows
+    logged values and never reads the device. Between two updates of the bar, a step only reads the
+    clock.
     """
 
     changes_training = False
@@ -35,56 +34,57 @@ class Progress(Callback):
     def __init__(
         self, style: Literal["auto", "bar", "lines"] = "auto", per_second: PositiveFloat = 5.0
     ):
-        """Say how to show it.
+        """Store the settings.
 
         Args:
-            style: a live bar, plain lines, or whichever suits where stderr goes.
-            per_second: how often the bar is drawn, at most.
+            style: a live bar, plain lines, or auto: the bar if stderr is a terminal.
+            per_second: maximum updates of the bar per second.
         """
-        self.style, self.interval = style, 1 / per_second
+        self.style = style
+        self.interval = 1 / per_second
         self.live: Live | None = None
-        self.next_drawing = 0.0
-        self.validation_seconds = math.inf  # that the last one took
-        self.printed: Any = None
+        self.next_update = 0.0
+        self.validation_seconds = math.inf  # of the last validation
+        self.printed_step: int | None = None
 
     def reset(self) -> None:
         super().reset()
-        self.next_drawing = 0.0
+        self.next_update = 0.0
         self.validation_seconds = math.inf
-        self.printed = None
+        self.printed_step = None
 
     def on_fit_start(self, trainer: Context) -> None:
         if self.live is not None:
-            self.live.stop()  # of the fit before, in a trainer that is still open
+            self.live.stop()  # from the previous fit of the same trainer
             self.live = None
-        self.trainer, self.stream = trainer, sys.stderr
-        self.began, self.steps_before = time.monotonic(), trainer.state.step
+        self.trainer = trainer
+        self.stream = sys.stderr
+        self.began = time.monotonic()
+        self.first_step = trainer.state.step
         if self.stream is None:  # a process without a console
             return
         if self.style == "bar" or (self.style == "auto" and is_terminal(self.stream)):
             self.live = open_live(self.stream)
-            self._draw("")
+            self._update_bar()
 
     def on_step_end(self, trainer: Context) -> None:
-        if self.live is not None and time.monotonic() >= self.next_drawing:
-            self._draw("")
+        if self.live is not None and time.monotonic() >= self.next_update:
+            self._update_bar()
 
     def on_validation_start(self, trainer: Context) -> None:
-        self.validating_since = time.monotonic()
-        if (
-            self.live is not None and self.validation_seconds > self.interval
-        ):  # a short one is not worth a drawing
-            self._draw("validating")
+        self.validation_began = time.monotonic()
+        if self.live is not None and self.validation_seconds > self.interval:
+            self._update_bar(validating=True)
 
     def on_validation_end(self, trainer: Context) -> None:
-        self.validation_seconds = time.monotonic() - self.validating_since
-        self._print(trainer.state)
+        self.validation_seconds = time.monotonic() - self.validation_began
+        self._print_line(trainer.state)
 
     def on_epoch_end(self, trainer: Context) -> None:
-        self._print(trainer.state)
+        self._print_line(trainer.state)
 
     def on_fit_end(self, trainer: Context) -> None:
-        self._print(trainer.state)
+        self._print_line(trainer.state)
         advice = data_loader_advice(trainer)
         if advice is None or self.stream is None:
             return
@@ -94,19 +94,19 @@ class Progress(Callback):
             terminal.print_line(advice, self.stream, flush=True)
 
     def on_close(self, trainer: Context) -> None:
-        """Leave the bar as it is at the end, and the cursor visible; also after an exception."""
+        """Show the final state of the bar, and the cursor again; also after an exception."""
         if self.live is not None:
-            self._draw("")
+            self._update_bar()
             self.live.stop()
             self.live = None
 
-    def _draw(self, doing: str) -> None:
+    def _update_bar(self, validating: bool = False) -> None:
         assert self.live is not None
-        self.next_drawing = time.monotonic() + self.interval
-        self.live.update(self._bar(doing), refresh=True)
+        self.next_update = time.monotonic() + self.interval
+        self.live.update(self._bar(validating), refresh=True)
 
-    def _bar(self, doing: str) -> "Group":
-        """Three lines: how far and how fast; the training values; the validation values."""
+    def _bar(self, validating: bool) -> "Group":
+        """Return three lines: progress and speed; training values; validation values."""
         from rich.console import Group
         from rich.progress_bar import ProgressBar
         from rich.table import Table
@@ -114,63 +114,65 @@ class Progress(Callback):
 
         state = self.trainer.state
         total = state.total_steps or None
-        line = Table.grid(padding=(0, 2, 0, 0))
-        for _ in range(3):
-            line.add_column(no_wrap=True)
         bar = ProgressBar(
             total=total, completed=min(state.step, total or 0), width=16, pulse=total is None
         )
-        line.add_row(Text(self._counts(state)), bar, Text("  ".join(self._pace(state))))
-        values = [
-            Text.assemble(
-                (f"{split:<6}", "bold cyan"), "  ".join(shown), overflow="ellipsis", no_wrap=True
-            )
-            for split in ("train", "val")
-            if (shown := self._shown(split, doing))
-        ]
-        return Group(line, *values)
+        progress = Table.grid(padding=(0, 2, 0, 0))
+        for _ in range(3):
+            progress.add_column(no_wrap=True)
+        progress.add_row(Text(self._counts(state)), bar, Text("  ".join(self._speed(state))))
+        lines: list[Table | Text] = [progress]
+        for split in ("train", "val"):
+            values = self._values(state, f"{split}/")
+            texts = [value.removeprefix(f"{split}/") for value in values]
+            if validating and split == "val":
+                texts.append("validating")
+            if texts:
+                title = (f"{split:<6}", "bold cyan")
+                lines.append(
+                    Text.assemble(title, "  ".join(texts), overflow="ellipsis", no_wrap=True)
+                )
+        return Group(*lines)
 
-    def _shown(self, split: str, doing: str) -> list[str]:
-        """What stands behind "train" or "val": its values, and that it is being measured."""
-        texts = [text for text in self._values(self.trainer.state) if text.startswith(f"{split}/")]
-        return [text.removeprefix(f"{split}/") for text in texts] + [doing] * (
-            split == "val" and doing != ""
-        )
-
-    def _print(self, state: State) -> None:
-        """Print a line for this step, unless there is one."""
-        if self.live is None and self.stream is not None and self.printed != state.step:
-            self.printed = state.step
-            texts = (self._counts(state), *self._values(state), *self._pace(state))
-            terminal.print_line("  ".join(texts), self.stream, flush=True)
+    def _print_line(self, state: State) -> None:
+        """Print a line for this step, once, unless there is a bar."""
+        if self.live is not None or self.stream is None or self.printed_step == state.step:
+            return
+        self.printed_step = state.step
+        texts = (self._counts(state), *self._values(state), *self._speed(state))
+        terminal.print_line("  ".join(texts), self.stream, flush=True)
 
     def _counts(self, state: State) -> str:
-        """The epoch under way (of how many) and the steps done."""
+        """Return the current epoch and the completed steps."""
         epochs = self.trainer.max_epochs
         epoch = state.epoch + (state.batch > 0 or state.step == 0)
-        return f"epoch {epoch}{of(epochs)}  step {state.step}{of(state.total_steps)}"
+        return f"epoch {epoch}{of_total(epochs)}  step {state.step}{of_total(state.total_steps)}"
 
-    def _values(self, state: State) -> list[str]:
-        """The training and validation values logged last: "val/loss 0.3"."""
-        return [
-            f"{terminal.title(name)} {value:.4g}"
-            for name, value in state.metrics.items()
-            if name.startswith(("train/", "val/")) and not name.startswith(APART)
-        ]
+    def _values(self, state: State, prefixes: str | tuple[str, ...] = SPLITS) -> list[str]:
+        """Return the last logged values, such as "val/loss 0.3"."""
+        values = []
+        for tag, value in state.metrics.items():
+            if tag.startswith(prefixes) and not tag.startswith(NOT_LISTED):
+                values.append(f"{terminal.title(tag)} {value:.4g}")
+        return values
 
-    def _pace(self, state: State) -> list[str]:
-        """Samples a second, and the time that remains."""
-        speed = state.metrics.get("train/samples_per_second")
-        shown = [] if speed is None else [f"{speed:,.0f} samples/s"]
-        done, left = state.step - self.steps_before, state.total_steps - state.step
-        if done > 0 and left > 0 and state.stop is None:
-            shown.append(f"ETA {clock((time.monotonic() - self.began) / done * left)}")
-        return shown
+    def _speed(self, state: State) -> list[str]:
+        """Return the samples per second and the remaining time, as far as they are known."""
+        texts = []
+        samples_per_second = state.metrics.get("train/samples_per_second")
+        if samples_per_second is not None:
+            texts.append(f"{samples_per_second:,.0f} samples/s")
+        done = state.step - self.first_step
+        remaining = state.total_steps - state.step
+        if done > 0 and remaining > 0 and state.stop is None:
+            seconds_per_step = (time.monotonic() - self.began) / done
+            texts.append(f"ETA {clock(seconds_per_step * remaining)}")
+        return texts
 
 
 def data_loader_advice(trainer: Context) -> str | None:
-    """Say how to wait less for a DataLoader without workers, if that took much of the time."""
-    if isinstance(trainer.train_batches, Loader):  # `data_advice` of an experiment is about it
+    """Return advice for a DataLoader without workers that takes much of the time."""
+    if isinstance(trainer.train_batches, Loader):  # the experiment itself gives advice on it
         return None
     loader = trainer.train_batches.batches
     share = slow_data(trainer.clock.shares(), trainer.clock.elapsed)
@@ -180,11 +182,12 @@ def data_loader_advice(trainer: Context) -> str | None:
 
 
 def is_terminal(stream: TextIO) -> bool:
+    """Whether a stream is a terminal that can show a live bar."""
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def open_live(stream: TextIO) -> "Live":
-    """Start a live display without a thread of its own, so that forked workers inherit no lock that one holds."""
+    """Start a live display without a thread, so that forked workers inherit no locked locks."""
     from rich.console import Console
     from rich.live import Live
 
@@ -193,12 +196,13 @@ def open_live(stream: TextIO) -> "Live":
     return live
 
 
-def of(total: int | None) -> str:
+def of_total(total: int | None) -> str:
+    """Return "/60", or nothing for an unknown total."""
     return f"/{total}" if total else ""
 
 
 def clock(seconds: float) -> str:
     """Return 75 seconds as 1:15, an hour as 1:00:00."""
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,4 +1,4 @@
-"""Ending the bad trials of a search while they train."""
+"""Pruning of the bad trials of a search during training."""
 
 import math
 import re
@@ -10,9 +10,10 @@ from framework import Callback, Context, NonNegativeInt, SettingError, callbacks
 
 @callbacks.register("prune")
 class Prune(Callback):
-    """Ends a trial of a search that is behind the others; `hydra.sweeper.pruner` adds it to each trial.
+    """Ends a trial of a search that is worse than the others.
 
-    What is compared is the search's metric (of several trials, at the same number of validations).
+    It compares the metric of the search between trials at the same number of validations.
+    `hydra.sweeper.pruner` adds this callback to each trial.
     """
 
     changes_training = False
@@ -24,17 +25,19 @@ class Prune(Callback):
         startup: NonNegativeInt = 5,
         warmup: NonNegativeInt = 2,
     ):
-        """Choose a rule.
+        """Store the settings.
 
         Args:
-            pruner: median: ends what is worse than half of the others; halving: a third goes on, after 1, 3, 9 ...
-                validations (Li et al. 2020, arXiv:1810.05934); hyperband: several of these, some more patient
-                (Li et al. 2018, arXiv:1603.06560).
-            startup: trials that median lets end first.
+            pruner: median: ends a trial that is worse than half of the others; halving: a third
+                continues after 1, 3, 9 ... validations (Li et al. 2020, arXiv:1810.05934);
+                hyperband: several halvings, some more patient (Li et al. 2018, arXiv:1603.06560).
+            startup: trials that median completes before it prunes any.
             warmup: validations before the first decision.
         """
-        self.pruner, self.startup, self.warmup = pruner, startup, warmup
-        self.looks = 0
+        self.pruner = pruner
+        self.startup = startup
+        self.warmup = warmup
+        self.looks = 0  # values of the metric so far
         self.judge: Any = None
 
     def on_fit_start(self, trainer: Context) -> None:
@@ -51,7 +54,7 @@ class Prune(Callback):
         if self.monitor.startswith("val/") and trainer.val_batches is None:
             raise SettingError(f"prune: there is no validation split to measure {self.monitor} on")
         if self.looks > 0 and self.looks == self.judge.last:
-            self._decide(trainer, math.nan)  # a kill may have come between the decision and the end
+            self._decide(trainer, math.nan)  # in case a kill came between decision and stop
 
     def on_log(self, trainer: Context) -> None:
         if self.monitor.startswith("train/"):
@@ -65,7 +68,7 @@ class Prune(Callback):
         self.looks += 1
         if self.monitor not in trainer.state.metrics:
             raise SettingError(
-                f"prune: nothing logs {self.monitor!r}, the metric of the search, while a trial trains"
+                f"prune: nothing logs {self.monitor!r}, the metric of the search, during training"
             )
         value = trainer.state.metrics[self.monitor]
         if math.isfinite(value):
@@ -85,6 +88,8 @@ class Prune(Callback):
 
 
 def trial_number(run: Path | None) -> int | None:
-    """Return the number that the name of a trial's run folder begins with."""
-    match = re.match(r"(\d+)(?:_|$)", run.name) if run is not None else None
+    """Return the number at the start of the name of a trial's run folder."""
+    if run is None:
+        return None
+    match = re.match(r"(\d+)(?:_|$)", run.name)
     return int(match[1]) if match else None

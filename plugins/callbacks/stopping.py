@@ -1,25 +1,20 @@
 """Callbacks that end a run: early stopping and a time limit."""
 
 import math
-import re
 import time
-from typing import Annotated, Any
+from typing import Any
 
 from framework import (
     Callback,
     Context,
     NonNegativeFloat,
-    Pattern,
     PositiveInt,
     SettingError,
     callbacks,
 )
-from framework.contracts.state import SECONDS
+from framework.contracts.duration import Duration, duration_seconds
 
 from .best import Best, Mode
-
-DURATION = r"\s*(\d+(?:\.\d+)?)\s*(s|sec|min|h)\s*"
-Duration = Annotated[str, Pattern(DURATION, "a duration like 90s, 30min or 1.5h")]
 
 
 @callbacks.register("early_stop", aliases=["early_stopping"])
@@ -36,42 +31,48 @@ class EarlyStop(Callback):
         patience: PositiveInt = 10,
         min_delta: NonNegativeFloat = 0.0,
     ):
-        """Watch one metric.
+        """Store the settings.
 
         Args:
-            monitor: val/... is looked at after each validation, train/... whenever it is logged.
-            mode: whether low (min) or high (max) is better; auto: as the metric itself says.
-            patience: looks in a row without improvement before the run ends.
-            min_delta: what is less than this is no improvement.
+            monitor: val/... is checked after each validation, train/... whenever it is logged.
+            mode: whether low (min) or high (max) is better; auto: the metric itself decides.
+            patience: checks in a row without improvement before the run ends.
+            min_delta: a smaller difference is no improvement.
         """
-        self.best, self.patience, self.waited = Best(monitor, mode, min_delta), patience, 0
+        self.best = Best(monitor, mode, min_delta)
+        self.patience = patience
+        self.waited = 0  # checks since the last improvement
 
     def on_fit_start(self, trainer: Context) -> None:
         if not self.best.start(trainer):
             self.waited = 0
-        if self.best.monitor.startswith("val/") and trainer.val_batches is None:
+        monitor = self.best.monitor
+        if monitor.startswith("val/") and trainer.val_batches is None:
             raise SettingError(
-                f"early_stop: there is no validation split to measure {self.best.monitor} on; monitor train/loss"
+                f"early_stop.monitor={monitor}: there is no validation split; monitor train/loss"
             )
 
     def on_log(self, trainer: Context) -> None:
         if self.best.on_training:
-            self._look(trainer)
+            self._check(trainer)
 
     def on_validation_end(self, trainer: Context) -> None:
         if not self.best.on_training:
-            self._look(trainer)
+            self._check(trainer)
 
-    def _look(self, trainer: Context) -> None:
+    def _check(self, trainer: Context) -> None:
         if self.best.improved(trainer):
             self.waited = 0
             return
         self.waited += 1
-        if self.waited >= self.patience:
-            best = [f"is best at {value:.6g} (step {step})" for value, step in self.best.ranked]
-            since = best[0] if best else "has never been finite"
-            name, times = self.best.monitor, self.waited
-            trainer.stop("early_stop", f"{name} {since} and did not improve {times} times in a row")
+        if self.waited < self.patience:
+            return
+        history = "has never been finite"
+        if self.best.ranked:
+            value, step = self.best.ranked[0]
+            history = f"is best at {value:.6g} (step {step})"
+        metric = f"{self.best.monitor} {history}"
+        trainer.stop("early_stop", f"{metric} and did not improve {self.waited} times in a row")
 
     def state_dict(self) -> dict[str, Any]:
         return {**self.best.state_dict(), "waited": self.waited}
@@ -83,32 +84,34 @@ class EarlyStop(Callback):
 
 @callbacks.register("timer")
 class Timer(Callback):
-    """Logs train/seconds_per_epoch, and ends the run when it has taken long enough."""
+    """Logs train/seconds_per_epoch, and ends the run at a time limit."""
 
     changes_training = False
 
     def __init__(self, limit: Duration | None = None):
-        """Set a limit, or none.
+        """Store the limit.
 
         Args:
-            limit: how long the run may take, all resumed parts of it together, e.g. 30min; null for no limit.
+            limit: of the training time, e.g. 30min; a resumed run counts its earlier parts too;
+                null for no limit.
         """
-        self.limit, self.seconds = limit, math.inf
+        self.limit = limit
+        self.seconds = math.inf
         if limit is not None:
-            match = re.fullmatch(DURATION, limit)
-            if match is None:
-                raise SettingError(
-                    f"timer: limit should be a duration like 90s, 30min or 1.5h, not {limit!r}"
-                )
-            self.seconds = float(match[1]) * SECONDS[match[2]]
+            try:
+                self.seconds = duration_seconds(limit)
+            except SettingError as error:
+                raise SettingError(f"timer: limit: {error}") from None
         self.spent_before = 0.0
-        self.began = self.epoch_began = time.monotonic()
+        self.began = time.monotonic()
+        self.epoch_began = self.began
 
     def reset(self) -> None:
         self.spent_before = 0.0
 
     def on_fit_start(self, trainer: Context) -> None:
-        self.began = self.epoch_began = time.monotonic()
+        self.began = time.monotonic()
+        self.epoch_began = self.began
 
     def on_epoch_start(self, trainer: Context) -> None:
         self.epoch_began = time.monotonic()
@@ -122,7 +125,7 @@ class Timer(Callback):
 
     @property
     def spent(self) -> float:
-        """Seconds since the run began, without the time between being stopped and resumed."""
+        """Seconds of training, without the time between a stop and a resume."""
         return self.spent_before + time.monotonic() - self.began
 
     def state_dict(self) -> dict[str, Any]:

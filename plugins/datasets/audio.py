@@ -1,7 +1,7 @@
-"""Sound in files, a folder for each class; the spoken prompts of Asterisk; and tones made by a formula.
+"""Sounds in files, a folder for each class; the spoken prompts of Asterisk; and synthetic tones.
 
-An input is (2, samples): the waveform, channels averaged, in [-1, 1], and its mask (see `layers/sequence.py`). A longer
-sound is cut to its middle, a shorter one filled up with zeros.
+An input has shape (2, samples): the waveform in [-1, 1], the mean of the channels, and its mask
+(see `layers/sequence.py`). A longer sound is cut to its middle, a shorter one is padded with zeros.
 """
 
 import math
@@ -24,47 +24,34 @@ from framework import (
     Rate,
     TensorSplit,
     datasets,
-    did_you_mean,
     memory,
     seeds,
 )
-from framework_plugins.datasets.readers.arrays import cache_folder, fetching, split_rows
-from framework_plugins.datasets.readers.data_files import (
-    check_memory,
-    one_line,
-    open_data,
-    readable,
+
+from .readers.class_folders import (
+    LabelledFiles,
+    find_classes,
+    find_files,
+    find_labelled_files,
+    find_parts,
 )
+from .readers.data_files import check_memory, file_errors, one_line, open_data
+from .readers.fetched import cache_folder, fetch_command
+from .readers.splits import split_parts, split_rows
 
-from .images import part_folders
-
-ENDINGS = {".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au"}
-BYTES_OF_A_SAMPLE = 12  # while a wav is read: as float32, and as 32 bits before
-MEMORY_BYTES = 2**30  # as much sound as `audio_folder` holds in memory unless told
+SUFFIXES = {".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au"}
+BYTES_PER_SAMPLE = 12  # while a wav file is read: as float32, and before as 32 bits
+MAX_IN_MEMORY = 2**30  # bytes that `audio_folder` holds in memory by default
 
 
-class SoundFiles(torch.utils.data.Dataset):
-    """Sound files with the number of their class, decoded when they are read (by whichever worker reads them)."""
+class SoundFiles(LabelledFiles):
+    """Sound files with the index of their class; a sound is decoded when its sample is read."""
 
-    def __init__(self, files: Sequence[Path], labels: Tensor, facts: dict[str, Any]):
-        self.files, self.labels, self.facts = files, labels, facts
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return read_sound(self.files[index], self.facts), self.labels[index]
-
-    def content(self) -> Any:
-        """Return the files and labels, by which the data is the same at another path."""
-        return [list(self.files), self.labels]
-
-    def subset(self, rows: Tensor) -> "SoundFiles":
-        """Return the part with these row numbers."""
-        return SoundFiles([self.files[row] for row in rows.tolist()], self.labels[rows], self.facts)
+    def read(self, file: Path) -> Tensor:
+        return read_sound(file, self.facts)
 
     def in_memory(self) -> TensorSplit:
-        """Read all files. Raises DataError for one that cannot be read, and when there is no room."""
+        """Read all files. Raises DataError for a file that cannot be read, and for too many."""
         channels, samples = self.facts["in_shape"]
         memory.check_room(len(self) * channels * samples * 4, f"{len(self)} sounds")
         inputs = torch.zeros(len(self), channels, samples)
@@ -74,7 +61,7 @@ class SoundFiles(torch.utils.data.Dataset):
 
 
 class SoundData(Data):
-    """A data set of sounds of one rate and one length, in classes."""
+    """A data set of sounds with one sample rate and one length, in classes."""
 
     measures_training = False
 
@@ -86,34 +73,42 @@ class SoundData(Data):
         resample: bool = False,
         min_seconds: float = 0.0,
     ):
-        self.classes, self.out_shape = list(classes), (len(classes),)
+        self.classes = list(classes)
+        self.out_shape = (len(classes),)
         memory.check_room(
-            8 * seconds * sample_rate, f"a sound of {seconds:g} s at {sample_rate} samples a second"
+            8 * seconds * sample_rate, f"a sound of {seconds:g} s at {sample_rate} Hz"
         )
         self.in_shape = (2, max(1, round(seconds * sample_rate)))
-        self.sample_rate, self.resample, self.min_seconds = sample_rate, resample, min_seconds
+        self.sample_rate = sample_rate
+        self.resample = resample
+        self.min_seconds = min_seconds
 
     def facts(self) -> dict[str, Any]:
         """Return how a sound becomes an input, and the classes."""
-        given = {
-            name: getattr(self, name)
-            for name in ("sample_rate", "resample", "min_seconds", "target")
+        return {
+            "sample_rate": self.sample_rate,
+            "resample": self.resample,
+            "min_seconds": self.min_seconds,
+            "target": self.target,
+            "in_shape": list(self.in_shape),
+            "classes": list(self.classes),
         }
-        return {**given, "in_shape": list(self.in_shape), "classes": list(self.classes)}
 
     @classmethod
     def read_inputs(cls, path: Path, facts: dict[str, Any]) -> Tensor:
-        """Read a sound file, or those of a folder in the order of their names."""
+        """Read a sound file, or all sounds of a folder in sorted order."""
         if not path.exists():
-            raise DataError(f"{path}: there is no such file or folder (looked from {Path.cwd()})")
-        return torch.stack(
-            [read_sound(file, facts) for file in (sound_files(path) if path.is_dir() else [path])]
-        )
+            raise DataError(f"{path}: no such file or folder (looked in {Path.cwd()})")
+        files = find_sounds(path) if path.is_dir() else [path]
+        return torch.stack([read_sound(file, facts) for file in files])
 
 
 @datasets.register("audio_folder")
 class AudioFolder(SoundData):
-    """Sounds in ROOT/CLASS/*.wav (or flac, ogg ...), or in ROOT/train/CLASS/ with val/ and test/ beside it."""
+    """Sounds in ROOT/CLASS/*.wav, or in ROOT/train/CLASS/, ROOT/val/CLASS/ and ROOT/test/CLASS/.
+
+    Other formats than wav, such as flac and ogg, need the package soundfile.
+    """
 
     def __init__(
         self,
@@ -127,165 +122,154 @@ class AudioFolder(SoundData):
         test_fraction: Rate = 0.15,
         split_seed: int = 0,
     ):
-        """List the files. Parts that have a folder of their own are kept, the others are drawn from train.
+        """List the files. A part without a folder is drawn from train.
 
         Args:
             path: ROOT; the classes are its sub-folders (or those of ROOT/train), in sorted order.
-            sample_rate: samples a second of the inputs; a file of another rate is an error, unless resample is true.
-            seconds: length of an input: the middle of a longer sound, a shorter one with zeros after it.
-            resample: bring files of another rate to sample_rate, by a windowed sinc (see `resampled`).
-            min_seconds: a file that is shorter is an error.
-            in_memory: read all files at once; false: when they are needed, by the loader's workers; null: at once when
-                they fit into 1 GiB.
-            val_fraction: share of the training sounds drawn for validation, if there is no folder for it.
-            test_fraction: share of the training sounds drawn for the test, if there is no folder for it.
-            split_seed: seed of the drawing.
+            sample_rate: samples per second; a file of another rate is an error without resample.
+            seconds: length of an input: a longer sound is cut to its middle, a shorter one is
+                padded with zeros.
+            resample: convert files of another rate to sample_rate, by a windowed sinc (see
+                `resampled`).
+            min_seconds: a shorter file is an error.
+            in_memory: true: read all files at the start; false: the loader's workers read them
+                when they are needed; null: true if they fit into 1 GiB.
+            val_fraction: share of the training sounds for validation, if it has no folder.
+            test_fraction: share of the training sounds for the test, if it has no folder.
+            split_seed: seed of the draw.
         """
-        folders = part_folders(path.expanduser())
-        super().__init__(
-            class_folders(folders["train"]), sample_rate, seconds, resample, min_seconds
-        )
-        given = {part: self.list_files(folder) for part, folder in folders.items()}
-        shares = {"val": val_fraction, "test": test_fraction} | dict.fromkeys(given, 0.0)
-        rows = split_rows(given["train"].labels, shares["val"], shares["test"], split_seed)
-        parts = given | {part: given["train"].subset(chosen) for part, chosen in rows.items()}
+        folders = find_parts(path.expanduser())
+        classes = find_classes(folders["train"], "sounds")
+        super().__init__(classes, sample_rate, seconds, resample, min_seconds)
+        splits: dict[str, SoundFiles] = {}
+        for part, folder in folders.items():
+            files, labels = find_labelled_files(folder, classes, "sounds", find_sounds)
+            splits[part] = SoundFiles(files, labels, self.facts())
+        train = splits["train"]
+        sizes = {part: len(files) for part, files in splits.items()}
+        rows = split_parts(train.labels, sizes, val_fraction, test_fraction, split_seed)
+        for part, chosen in rows.items():
+            if part == "train" or part not in folders:
+                splits[part] = train.subset(chosen)
         if in_memory is None:
-            in_memory = sum(map(len, parts.values())) * math.prod(self.in_shape) * 4 <= MEMORY_BYTES
-        for part, files in parts.items():
-            setattr(self, part, files.in_memory() if in_memory else files)
-
-    def list_files(self, folder: Path) -> SoundFiles:
-        """Return the sounds of a folder of class folders. Raises DataError for an empty one and an unknown class."""
-        files, labels = [], []
-        for name in class_folders(folder):
-            if name not in self.classes:
-                raise DataError(
-                    f"{folder / name}: no such class in train; {did_you_mean(name, self.classes)}"
-                )
-            found = sound_files(folder / name)
-            files += found
-            labels += [self.classes.index(name)] * len(found)
-        return SoundFiles(files, torch.tensor(labels), self.facts())
+            bytes_per_sound = 4 * math.prod(self.in_shape)
+            in_memory = bytes_per_sound * sum(map(len, splits.values())) <= MAX_IN_MEMORY
+        for part, split in splits.items():
+            setattr(self, part, split.in_memory() if in_memory else split)
 
 
-def class_folders(folder: Path) -> list[str]:
-    """Return the names of the sub-folders, sorted. Raises DataError for fewer than two of a folder to train on."""
-    names = sorted(
-        each.name for each in folder.iterdir() if each.is_dir() and not each.name.startswith(".")
-    )
-    if not names:
-        raise DataError(
-            f"{folder} has no folders; put the sounds of each class into a folder named after it"
-        )
-    if len(names) == 1 and folder.name not in ("val", "valid", "validation", "test"):
-        raise DataError(
-            f"{folder} has one class only, {names[0]!r}; classes to tell apart are two or more"
-        )
-    return names
-
-
-def sound_files(folder: Path) -> list[Path]:
-    """Return the sound files in a folder, at any depth, sorted. Raises DataError when there is none."""
-    files = sorted(
-        f for f in folder.rglob("*") if f.suffix.lower() in ENDINGS and not f.name.startswith(".")
-    )
-    if not files:
-        raise DataError(f"{folder} has no sounds; known are {', '.join(sorted(ENDINGS))}")
-    return files
+def find_sounds(folder: Path) -> list[Path]:
+    """Return the sound files in a folder, at any depth, sorted. Raises DataError for none."""
+    return find_files(folder, SUFFIXES, "sounds")
 
 
 def read_sound(file: Path, facts: dict[str, Any]) -> Tensor:
-    """Return a file as an input (2, samples). Raises DataError, naming it, when it is not as the facts say."""
+    """Return a file as an input, shape (2, samples).
+
+    Raises:
+        DataError: the file cannot be read, or is not as the facts say.
+    """
     waveform, rate = read_waveform(file)
-    wanted = facts["sample_rate"]
+    expected = facts["sample_rate"]
     if len(waveform) < max(1, facts["min_seconds"] * rate):
-        least = f"at least {facts['min_seconds']:g} s (data.min_seconds) are needed"
         raise DataError(
-            f"{file} is {len(waveform) / rate:g} s long; {least}: delete it, or put the sound back"
+            f"{file} is {len(waveform) / rate:g} s long, shorter than "
+            f"data.min_seconds={facts['min_seconds']:g}; delete it, or restore the sound"
         )
     if not waveform.isfinite().all():
-        raise DataError(f"{file} holds NaN or infinity; delete it, or put the sound back")
-    if rate != wanted and not facts["resample"]:
+        raise DataError(f"{file} contains NaN or infinity; delete it, or restore the sound")
+    if rate != expected and not facts["resample"]:
         raise DataError(
-            f"{file} has {rate} samples a second, not {wanted}: give data.sample_rate={rate} if all have, or "
-            "data.resample=true"
+            f"{file} has {rate} samples per second, expected {expected}: set "
+            f"data.sample_rate={rate} if all files have this rate, or data.resample=true"
         )
-    return fitted(resampled(waveform, rate, wanted), facts["in_shape"][1])
+    return padded(resampled(waveform, rate, expected), facts["in_shape"][1])
 
 
-def fitted(waveform: Tensor, samples: int) -> Tensor:
+def padded(waveform: Tensor, samples: int) -> Tensor:
     """Return the middle of a waveform, or all of it and zeros, with its mask: (2, samples)."""
     start = max(0, len(waveform) - samples) // 2
     kept = waveform[start : start + samples]
     sound = torch.zeros(2, samples)
-    sound[0, : len(kept)], sound[1, : len(kept)] = kept, 1.0
+    sound[0, : len(kept)] = kept
+    sound[1, : len(kept)] = 1.0
     return sound
 
 
 def read_waveform(file: Path) -> tuple[Tensor, int]:
-    """Return the mean of a file's channels, float32 in [-1, 1], and its samples a second.
+    """Return the mean of a file's channels, float32 in [-1, 1], and its samples per second.
 
-    wav with integer samples is read by the standard library, everything else by soundfile.
+    The standard library reads wav files of integers, and soundfile reads all others.
     """
-    if file.suffix.lower() == ".wav":
-        with readable(file):
-            try:
-                return read_pcm(file)
-            except (wave.Error, EOFError) as error:  # float samples, say, or no wav at all
-                reason = str(error) or "it ends within its header"
-        return read_by_soundfile(file, reason)
-    return read_by_soundfile(file, f"{file.suffix or 'a file without an ending'} is not wav")
+    if file.suffix.lower() != ".wav":
+        return read_by_soundfile(file, f"{file.suffix or 'a file without suffix'} is not wav")
+    with file_errors(file):
+        try:
+            return read_pcm(file)
+        except (wave.Error, EOFError) as error:  # such as samples that are floats
+            reason = str(error) or "it ends within its header"
+    return read_by_soundfile(file, reason)
 
 
 def read_pcm(file: Path) -> tuple[Tensor, int]:
-    """Read a wav file of integers of 1 to 4 bytes. Raises wave.Error for another one, DataError for a cut one."""
+    """Read a wav file of integers of 1 to 4 bytes.
+
+    Raises:
+        wave.Error: the file is not such a wav file.
+        DataError: the file is damaged or cut off.
+    """
     import numpy
 
     with open_data(file) as raw, wave.open(raw) as opened:
         size = os.fstat(raw.fileno()).st_size
-        width, channels, frames = opened.getsampwidth(), opened.getnchannels(), opened.getnframes()
+        width = opened.getsampwidth()
+        channels = opened.getnchannels()
+        frames = opened.getnframes()
         rate = opened.getframerate()
         check_header(file, rate, channels, width)
-        check_memory(BYTES_OF_A_SAMPLE * min(size, frames * channels * width) // width, file)
-        content = opened.readframes(
-            min(frames, size // (channels * width))
-        )  # a header may claim any number
+        check_memory(BYTES_PER_SAMPLE * min(size, frames * channels * width) // width, file)
+        # The header may announce more frames than the file has.
+        content = opened.readframes(min(frames, size // (channels * width)))
     if len(content) != frames * channels * width:
         raise DataError(
-            f"{file} is cut off: {len(content) // (channels * width)} of {frames} frames; replace it"
+            f"{file} is cut off: it has {len(content) // (channels * width)} of {frames} frames; "
+            "replace it"
         )
-    octets = numpy.frombuffer(content, numpy.uint8).reshape(-1, width)
-    if width == 1:  # the only width without a sign
+    octets: Any = numpy.frombuffer(content, numpy.uint8).reshape(-1, width)
+    if width == 1:  # the only width whose integers are unsigned
         octets = octets ^ 0x80
-    whole = numpy.zeros((len(octets), 4), numpy.uint8)
-    whole[:, 4 - width :] = octets  # little-endian: the high bytes come last
-    samples = whole.view("<i4").reshape(-1, channels).astype(numpy.float32) / 2**31
+    four_bytes: Any = numpy.zeros((len(octets), 4), numpy.uint8)
+    four_bytes[:, 4 - width :] = octets  # little-endian: the high bytes are the last ones
+    integers = four_bytes.view("<i4").reshape(-1, channels)
+    samples = integers.astype(numpy.float32) / 2**31
     return torch.from_numpy(samples.mean(1)), rate
 
 
 def check_header(file: Path, rate: int, channels: int, width: int) -> None:
-    """Raise DataError for a header that no sound has."""
+    """Raise DataError for impossible values in the header of a sound file."""
     if rate < 1 or channels < 1:
         raise DataError(
-            f"{file} is damaged: it says that it has {channels} channels of {rate} samples a second"
+            f"{file} is damaged: its header says {channels} channels of {rate} samples per second"
         )
     if width not in (1, 2, 3, 4):
-        raise DataError(f"{file} has integers of {width} bytes a sample; expected 1 to 4")
+        raise DataError(f"{file} has integers of {width} bytes per sample; expected 1 to 4")
 
 
-def read_by_soundfile(file: Path, why: str) -> tuple[Tensor, int]:
+def read_by_soundfile(file: Path, reason: str) -> tuple[Tensor, int]:
+    """Read any sound file. `reason` says why soundfile is needed, for the error."""
     try:
         import soundfile
-    except (ImportError, OSError) as error:  # OSError: its library is not there
+    except (ImportError, OSError) as error:  # OSError: the library libsndfile is missing
         raise DataError(
-            f"{file} needs soundfile ({why}): pip install 'framework[audio]'"
+            f"{file} needs soundfile ({reason}): pip install 'framework[audio]'"
         ) from error
     with open_data(file) as raw:
         try:
             with soundfile.SoundFile(raw.fileno(), closefd=False) as opened:
-                check_header(file, opened.samplerate, opened.channels, 4)
+                rate = opened.samplerate
+                check_header(file, rate, opened.channels, 4)
                 check_memory(2 * 4 * opened.frames * opened.channels, file)
-                samples, rate = opened.read(dtype="float32", always_2d=True), opened.samplerate
+                samples = opened.read(dtype="float32", always_2d=True)
         except (
             soundfile.LibsndfileError,
             RuntimeError,
@@ -303,33 +287,33 @@ ZEROS = 10  # of the sinc on each side of its middle, as in scipy.signal.resampl
 KAISER_BETA = 5.0
 
 
-def resampled(waveform: Tensor, rate: int, wanted: int) -> Tensor:
-    """Return a waveform (samples,) at another rate: ceil(samples · wanted / rate) samples.
+def resampled(waveform: Tensor, rate: int, new_rate: int) -> Tensor:
+    """Return a waveform (samples,) at another rate: ceil(samples · new_rate / rate) samples.
 
-    A low-pass at the lower of the two half rates, a sinc of 10 zeros a side under a Kaiser window (β = 5), in its
-    polyphase form: each of the `up` phases is a filter of a strided convolution (Crochiere & Rabiner 1983, chapter 3).
-    The filter is that of scipy.signal.resample_poly.
+    A low-pass filter at half of the lower rate: a sinc with 10 zeros on each side under a Kaiser
+    window (β = 5), the filter of scipy.signal.resample_poly. It has polyphase form: each of the
+    `up` phases is a filter of a strided convolution (Crochiere & Rabiner 1983, chapter 3).
     """
-    if rate == wanted:
+    if rate == new_rate:
         return waveform
-    common = math.gcd(rate, wanted)
-    up, down = wanted // common, rate // common
+    common = math.gcd(rate, new_rate)
+    up = new_rate // common
+    down = rate // common
     half = ZEROS * max(up, down)
     low_pass = sinc_filter(half, 1 / max(up, down)) * up
-    reach = -(-half // up)  # samples of the input that an output looks at, before and after
+    reach = -(-half // up)  # input samples before and after an output that it depends on
     taps = torch.arange(-reach, reach + down + 1)
     place = torch.arange(up)[:, None] * down - taps * up + half
-    phases = torch.where(
-        (place >= 0) & (place <= 2 * half), low_pass[place.clamp(0, 2 * half)], 0.0
-    )
+    is_inside = (place >= 0) & (place <= 2 * half)
+    phases = torch.where(is_inside, low_pass[place.clamp(0, 2 * half)], 0.0)
     length = -(-len(waveform) * up // down)
-    padded = torch.nn.functional.pad(waveform.double(), [reach, reach + 2 * down])
-    outputs = torch.nn.functional.conv1d(padded[None, None], phases[:, None], stride=down)
+    inputs = torch.nn.functional.pad(waveform.double(), [reach, reach + 2 * down])
+    outputs = torch.nn.functional.conv1d(inputs[None, None], phases[:, None], stride=down)
     return outputs[0].T.flatten()[:length].float()
 
 
 def sinc_filter(half: int, cutoff: float) -> Tensor:
-    """Return a low-pass of 2 half + 1 taps with unit gain at 0; cutoff as a share of half the rate."""
+    """Return a low-pass filter of 2 half + 1 taps with unit gain at 0; cutoff in half rates."""
     time = torch.arange(-half, half + 1, dtype=torch.float64)
     window = torch.kaiser_window(
         2 * half + 1, periodic=False, beta=KAISER_BETA, dtype=torch.float64
@@ -338,7 +322,7 @@ def sinc_filter(half: int, cutoff: float) -> Tensor:
     return taps / taps.sum()
 
 
-SOUNDS = Path("/usr/share/asterisk/sounds")  # where the Debian packages put them
+DEBIAN_FOLDER = Path("/usr/share/asterisk/sounds")
 VOICES = {
     "English": "en_US_f_Allison",
     "Spanish": "es_MX_f_Allison",
@@ -346,18 +330,18 @@ VOICES = {
     "Italian": "it_IT_m_Carlo",
     "Russian": "ru_RU_f_IvrvoiceRU",
 }
-SHORTEST_BYTES = 44 + 2 * 800  # of a header, and a tenth of a second
+MIN_BYTES = 44 + 2 * 800  # a header and a tenth of a second
 
 
 @datasets.register("asterisk")
 class Asterisk(SoundData):
-    """2,780 spoken prompts of a telephone exchange in 5 languages, 8 kHz (Asterisk core sounds 1.6.1): which language?
+    """2,780 spoken prompts of a telephone exchange; the class is one of 5 languages.
 
-    A prompt (the same words in each language) is in one split with all of its languages. But each language has one
-    voice (English and Spanish have the same one): a model may know voices, not languages. What it makes of voices that
-    it has not heard is another matter: that of the experiment `languages`, right on 0.976 of the test, is right on 0.45
-    of the prompts of three other voices (Debian: asterisk-prompt-it-menardi-wav, -es-co, -fr-armelle), where always
-    saying Italian is right on 0.47.
+    (Asterisk core sounds 1.6.1, 8 kHz.) A prompt, the same words in each language, is in one split
+    with all of its languages. But each language has one voice, and English and Spanish have the
+    same: a model may recognise voices, not languages. The model of the experiment `languages` has a
+    test accuracy of 0.976, but only 0.45 on the prompts of three other voices (Debian:
+    asterisk-prompt-it-menardi-wav, -es-co, -fr-armelle), where always predicting Italian has 0.47.
     """
 
     def __init__(
@@ -368,69 +352,76 @@ class Asterisk(SoundData):
         test_fraction: Rate = 0.25,
         split_seed: int = 0,
     ):
-        """Read what `scripts/fetch_data asterisk` puts in place. Silence, and what is under 0.1 s, is left out.
+        """Read the files of `scripts/fetch_data asterisk`, without silence and files below 0.1 s.
 
         Args:
-            path: the folder of the five folders of voices; null: where Debian or scripts/fetch_data puts them.
-            seconds: length of an input: the middle of a longer prompt, a shorter one with zeros after it.
-            val_fraction: share of the prompts drawn for validation.
-            test_fraction: share of the prompts drawn for the test.
-            split_seed: seed of the drawing.
+            path: the folder of the five voices; null: where Debian or scripts/fetch_data puts them.
+            seconds: length of an input: a longer prompt is cut to its middle, a shorter one is
+                padded with zeros.
+            val_fraction: share of the prompts for validation.
+            test_fraction: share of the prompts for the test.
+            split_seed: seed of the draw.
         """
-        super().__init__(VOICES, 8000, seconds)
-        root = find_voices([path.expanduser()] if path else [SOUNDS, cache_folder() / "asterisk"])
-        prompts = {voice: prompt_files(root / folder) for voice, folder in VOICES.items()}
+        super().__init__(list(VOICES), 8000, seconds)
+        roots = [path.expanduser()] if path else [DEBIAN_FOLDER, cache_folder() / "asterisk"]
+        root = find_voices(roots)
+        prompts = {voice: find_prompts(root / folder) for voice, folder in VOICES.items()}
         names = sorted(set().union(*prompts.values()))
         rows = split_rows(torch.zeros(len(names)), val_fraction, test_fraction, split_seed)
-        self.learn(prompts, names, rows)
+        self.fit(prompts, names, rows)
 
-    def learn(
+    def fit(
         self,
         prompts: Mapping[str, dict[str, Path]],
         names: Sequence[str],
         rows: Mapping[str, Tensor],
     ) -> None:
-        """Read the sounds.
+        """Read the sounds, and set the splits.
 
         Args:
-            prompts: the files of each voice by name.
-            names: of all prompts, which are numbered in this order.
+            prompts: for each voice, the file of each prompt.
+            names: all prompts, numbered in this order.
             rows: the numbers of the prompts of each split.
         """
         self.rows = rows
-        self.refit = partial(self.learn, prompts, names)
-        for part, taken in rows.items():
-            chosen = []
-            for row in taken.tolist():
-                chosen += [(names[row], voice) for voice in VOICES if names[row] in prompts[voice]]
-            labels = torch.tensor([self.classes.index(voice) for _, voice in chosen])
-            files = [prompts[voice][name] for name, voice in chosen]
-            setattr(self, part, SoundFiles(files, labels, self.facts()).in_memory())
+        self.refit = partial(self.fit, prompts, names)
+        for part, chosen in rows.items():
+            files = []
+            labels = []
+            for row in chosen.tolist():
+                for label, voice in enumerate(self.classes):
+                    if names[row] in prompts[voice]:
+                        files.append(prompts[voice][names[row]])
+                        labels.append(label)
+            split = SoundFiles(files, torch.tensor(labels), self.facts())
+            setattr(self, part, split.in_memory())
 
 
 def find_voices(roots: Sequence[Path]) -> Path:
-    """Return the first folder that has all voices. Raises DataError that says how to get them, or do without."""
+    """Return the first folder that has all voices. Raises DataError."""
     for root in roots:
         if all((root / folder).is_dir() for folder in VOICES.values()):
             return root
-    looked = " or ".join(map(str, roots))
+    searched = " or ".join(map(str, roots))
     raise DataError(
-        f"the Asterisk prompts are not in {looked}; fetch them (98 MB) with: {fetching('asterisk')}. "
-        "Without them: data=tones"
+        f"the Asterisk prompts are not in {searched}; fetch them (98 MB) with: "
+        f"{fetch_command('asterisk')} (data=tones needs no file)"
     )
 
 
-def prompt_files(folder: Path) -> dict[str, Path]:
+def find_prompts(folder: Path) -> dict[str, Path]:
     """Return the spoken prompts of a voice by their names, such as "digits/1.wav"."""
-    files = {str(file.relative_to(folder)): file for file in sound_files(folder)}
-    kept = {name: file for name, file in files.items() if not name.startswith("silence/")}
-    return {name: file for name, file in kept.items() if file.stat().st_size > SHORTEST_BYTES}
+    prompts = {}
+    for file in find_sounds(folder):
+        name = str(file.relative_to(folder))
+        if not name.startswith("silence/") and file.stat().st_size > MIN_BYTES:
+            prompts[name] = file
+    return prompts
 
 
-PITCH: dict[
-    str, Callable[[Tensor], Tensor]
-] = {  # octaves above the first pitch, at a time from 0 to 1 (the whole tone)
-    "steady": lambda time: torch.zeros_like(time),
+# Octaves above the first pitch, at times from 0 to 1, the end of the tone.
+PITCH: dict[str, Callable[[Tensor], Tensor]] = {
+    "steady": torch.zeros_like,
     "rising": lambda time: time,
     "falling": lambda time: -time,
     "bowed": lambda time: 4 * time * (1 - time),
@@ -440,7 +431,7 @@ PITCH: dict[
 
 @datasets.register("tones")
 class Tones(SoundData):
-    """Synthetic sounds, a class for each course of the pitch: steady, rising, falling, bowed, trill. Nothing real."""
+    """Synthetic tones; the class is the pitch: steady, rising, falling, bowed or trill."""
 
     def __init__(
         self,
@@ -452,35 +443,38 @@ class Tones(SoundData):
         val_fraction: Rate = 0.15,
         test_fraction: Rate = 0.15,
     ):
-        """Draw first pitch (200 to 500 Hz), length (0.3 to 1 of the whole), loudness and phase of each; four harmonics.
+        """Draw the first pitch (200 to 500 Hz), length (0.3 to 1 of an input), loudness and phase.
+
+        A tone has four harmonics.
 
         Args:
-            samples: sounds in all, in classes of equal size.
-            seconds: length of an input, zeros after the sound.
-            sample_rate: samples a second.
-            noise: deviation of the noise; the tones' amplitudes go up to 0.5.
-            seed: seed of all that is drawn.
-            val_fraction: share of the sounds for validation.
-            test_fraction: share of the sounds for the test.
+            samples: number of tones, in classes of equal size.
+            seconds: length of an input, padded with zeros after the tone.
+            sample_rate: samples per second.
+            noise: standard deviation of the noise; the amplitudes of the tones are at most 0.5.
+            seed: seed of tones, noise and splits.
+            val_fraction: share of the tones for validation.
+            test_fraction: share of the tones for the test.
         """
         super().__init__(list(PITCH), sample_rate, seconds)
         memory.check_room(
             24 * samples * self.in_shape[1], f"tones with samples={samples}, seconds={seconds:g}"
         )
-        draw = seeds.generator(seed, "tones")
+        generator = seeds.generator(seed, "tones")
         labels = torch.arange(samples) % len(PITCH)
-        inputs = torch.stack([self.tone(label, noise, draw) for label in labels.tolist()])
+        inputs = torch.stack([self.tone(label, noise, generator) for label in labels.tolist()])
         for part, rows in split_rows(labels, val_fraction, test_fraction, seed).items():
             setattr(self, part, TensorSplit(inputs[rows], labels[rows]))
 
-    def tone(self, label: int, noise: float, draw: torch.Generator) -> Tensor:
-        """Return one sound of a class with its mask."""
-        pitch, length, loudness, phase = torch.rand(4, generator=draw).tolist()
+    def tone(self, label: int, noise: float, generator: torch.Generator) -> Tensor:
+        """Return one tone of a class with its mask."""
+        pitch, length, loudness, phase = torch.rand(4, generator=generator).tolist()
         samples = max(1, int(self.in_shape[1] * (0.3 + 0.7 * length)))
         octaves = PITCH[self.classes[label]](torch.linspace(0, 1, samples))
         turns = phase + (200 * 2.5**pitch * 2**octaves).cumsum(0) / self.sample_rate
-        sound = sum((2 * math.pi * harmonic * turns).sin() / harmonic for harmonic in range(1, 5))
-        return fitted(
-            (0.1 + 0.15 * loudness) * sound + noise * torch.randn(samples, generator=draw),
-            self.in_shape[1],
-        )
+        sound = torch.zeros(samples)
+        for harmonic in range(1, 5):
+            sound += (2 * math.pi * harmonic * turns).sin() / harmonic
+        amplitude = 0.1 + 0.15 * loudness
+        waveform = amplitude * sound + noise * torch.randn(samples, generator=generator)
+        return padded(waveform, self.in_shape[1])

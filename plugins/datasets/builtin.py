@@ -1,4 +1,4 @@
-"""Data sets that need no file: scikit-learn's digits, and points and functions made by a formula."""
+"""Data sets that need no file: scikit-learn's digits, and synthetic points and functions."""
 
 import importlib.util
 import math
@@ -19,17 +19,18 @@ from framework import (
     memory,
     seeds,
 )
-from framework_plugins.datasets.readers.arrays import (
-    ArrayData,
-    as_batch_of,
-    read_array,
-    standardise,
-)
+
+from .array_data import ArrayData
+from .readers.arrays import as_batch_of, read_array
+from .readers.scaling import standardise
 
 
 @datasets.register("digits")
 class Digits(ArrayData):
-    """1,797 handwritten digits of 8x8 pixels, from 43 writers (Alpaydin and Kaynak 1998, UCI; in scikit-learn)."""
+    """1,797 handwritten digits of 8x8 pixels by 43 writers (Alpaydin and Kaynak 1998, UCI).
+
+    The data set is part of scikit-learn. Pixels are 0 to 16.
+    """
 
     def __init__(
         self,
@@ -40,20 +41,24 @@ class Digits(ArrayData):
         split_seed: int = 0,
         normalize: bool = True,
     ):
-        """Read the digits that come with scikit-learn; pixels are 0 to 16.
+        """Read the digits from the scikit-learn package.
 
         Args:
-            image: inputs of shape (1, 8, 8), for convolutions, in place of (64,).
-            size: pictures are scaled to this height and width, inputs then being (1, size, size) with or without
-                `image`: 28 for a model that was trained on Fashion-MNIST.
-            val_fraction: share of the rows drawn for validation, in the proportions of the classes.
-            test_fraction: share of the rows drawn for the test.
-            split_seed: seed of the drawing.
-            normalize: standardise by one mean and deviation over all pixels; otherwise divide by 16.
+            image: inputs of shape (1, 8, 8), for convolutions, instead of (64,).
+            size: scale the images to this height and width; inputs have shape (1, size, size) with
+                or without `image`: 28 for a model that was trained on Fashion-MNIST.
+            val_fraction: share of the rows for validation, with the same share of each class.
+            test_fraction: share of the rows for the test.
+            split_seed: seed of the draw of the splits.
+            normalize: standardise by one mean and deviation of all pixels; otherwise divide by 16.
         """
-        pixels, labels = read_digits()
+        pixels, labels = load_digits()
+        if size:
+            pixels = resize(pixels, size)
+        elif image:
+            pixels = pixels.reshape(-1, 1, 8, 8)
         super().__init__(
-            scaled(pixels, size) if size else pixels.reshape(-1, 1, 8, 8) if image else pixels,
+            pixels,
             labels,
             val_fraction=val_fraction,
             test_fraction=test_fraction,
@@ -66,40 +71,43 @@ class Digits(ArrayData):
 
     @classmethod
     def read_inputs(cls, path: Path, facts: dict[str, Any]) -> Tensor:
-        """Read pictures of 8x8 pixels from 0 to 16, or of the size that the model takes."""
-        rows, wanted = read_array(path, facts.get("array")), facts["in_shape"]
-        if math.prod(rows.shape[1:]) == 64 and math.prod(wanted) != 64:
-            rows = scaled(rows, wanted[-1])
-        return standardise(as_batch_of(rows, wanted, path), facts)
+        """Read images of 8x8 pixels from 0 to 16, or of the size that the model takes."""
+        images = read_array(path, facts.get("array"))
+        in_shape = facts["in_shape"]
+        if math.prod(images.shape[1:]) == 64 and math.prod(in_shape) != 64:
+            images = resize(images, in_shape[-1])
+        return standardise(as_batch_of(images, in_shape, path), facts)
 
 
-def scaled(pixels: Any, size: int) -> Tensor:
-    """Return 8x8 pictures (rows, 64) as (rows, 1, size, size), pixels in between interpolated linearly."""
-    pictures = torch.as_tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8)
-    memory.check_room(
-        8 * len(pictures) * size**2, f"{len(pictures)} pictures of {size}x{size} pixels"
-    )
-    return F.interpolate(pictures, (size, size), mode="bilinear", align_corners=False)
+def resize(pixels: Any, size: int) -> Tensor:
+    """Return 8x8 images (rows, 64) as (rows, 1, size, size), interpolated bilinearly."""
+    images = torch.as_tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8)
+    memory.check_room(8 * len(images) * size**2, f"{len(images)} images of {size}x{size} pixels")
+    return F.interpolate(images, (size, size), mode="bilinear", align_corners=False)
 
 
-def read_digits() -> tuple[Any, Any]:
-    """Return the pixels, (1797, 64), and labels that scikit-learn holds."""
+def load_digits() -> tuple[Any, Any]:
+    """Return pixels, shape (1797, 64), and labels."""
     import numpy
 
     package = importlib.util.find_spec("sklearn")
     for folder in (package and package.submodule_search_locations) or ():
         file = Path(folder, "datasets", "data", "digits.csv.gz")
-        if file.is_file():  # its own reader says the same, after an import of 2 s
+        if file.is_file():  # the same as scikit-learn's function, whose import takes 2 s
             rows = numpy.loadtxt(file, delimiter=",")
             return rows[:, :-1], rows[:, -1].astype(int)
-    from sklearn.datasets import load_digits
+    import sklearn.datasets
 
-    return load_digits(return_X_y=True)
+    pixels, labels = sklearn.datasets.load_digits(return_X_y=True)
+    return pixels, labels
 
 
 @datasets.register("blobs")
 class Blobs(ArrayData):
-    """Normal clouds of points, one a class, about centres drawn uniformly from [-10, 10] in each feature."""
+    """Normally distributed points, a cloud for each class.
+
+    The centres are drawn uniformly from [-10, 10] in each feature.
+    """
 
     def __init__(
         self,
@@ -115,7 +123,7 @@ class Blobs(ArrayData):
         """Draw the points.
 
         Args:
-            samples: points in all, in classes of equal size.
+            samples: number of points, in classes of equal size.
             classes: number of clouds.
             features: dimensions of the space.
             noise: standard deviation of a cloud in each feature.
@@ -128,10 +136,10 @@ class Blobs(ArrayData):
             16 * (samples + classes) * features,
             f"blobs with samples={samples}, features={features}",
         )
-        draw = seeds.generator(seed, "blobs")
-        centres = torch.rand(classes, features, generator=draw) * 20 - 10
+        generator = seeds.generator(seed, "blobs")
+        centres = torch.rand(classes, features, generator=generator) * 20 - 10
         labels = torch.arange(samples) % classes
-        points = centres[labels] + noise * torch.randn(samples, features, generator=draw)
+        points = centres[labels] + noise * torch.randn(samples, features, generator=generator)
         super().__init__(
             points,
             labels,
@@ -146,7 +154,10 @@ class Blobs(ArrayData):
 
 @datasets.register("spirals")
 class Spirals(ArrayData):
-    """Interleaved spiral arms in the plane, one a class: linear models fail, small networks do not."""
+    """Interleaved spiral arms in the plane, one for each class.
+
+    Linear models cannot separate them, small networks can.
+    """
 
     def __init__(
         self,
@@ -159,28 +170,27 @@ class Spirals(ArrayData):
         test_fraction: Rate = 0.15,
         normalize: bool = True,
     ):
-        """Draw points at radius r in [0, 1] and angle 2π(turns r + class / classes), blurred by `noise`.
+        """Draw points at radius r in [0, 1] and angle 2π(turns r + class / classes), plus noise.
 
         Args:
-            samples: points in all, in classes of equal size.
+            samples: number of points, in classes of equal size.
             classes: number of arms.
-            turns: how often an arm winds about the centre.
-            noise: standard deviation of a point from its arm, in radii of the whole.
+            turns: turns of an arm about the centre.
+            noise: standard deviation of the points from their arm; the arms have radius 1.
             seed: seed of points and splits.
             val_fraction: share of the points for validation.
             test_fraction: share of the points for the test.
             normalize: standardise each feature.
         """
         memory.check_room(48 * samples, f"spirals with samples={samples}")
-        draw = seeds.generator(seed, "spirals")
+        generator = seeds.generator(seed, "spirals")
         labels = torch.arange(samples) % classes
-        radius = torch.rand(
-            samples, generator=draw
-        ).sqrt()  # as many points near the rim as the length of arm there
+        # The square root makes points near the rim as dense as points near the centre.
+        radius = torch.rand(samples, generator=generator).sqrt()
         angle = 2 * math.pi * (turns * radius + labels / classes)
         arms = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1)
         super().__init__(
-            arms + noise * torch.randn(samples, 2, generator=draw),
+            arms + noise * torch.randn(samples, 2, generator=generator),
             labels,
             val_fraction=val_fraction,
             test_fraction=test_fraction,
@@ -193,7 +203,7 @@ class Spirals(ArrayData):
 
 @datasets.register("friedman1")
 class Friedman1(ArrayData):
-    """A regression with interactions, curves and features that do not matter (Friedman 1991, MARS)."""
+    """Regression with interactions, curves and irrelevant features (Friedman 1991, MARS)."""
 
     def __init__(
         self,
@@ -208,22 +218,22 @@ class Friedman1(ArrayData):
         """Draw inputs uniformly from [0, 1]; the target is `friedman1` of them plus normal noise.
 
         Args:
-            samples: rows in all.
-            features: inputs, of which the first five matter.
-            noise: standard deviation of the target about the formula.
+            samples: number of rows.
+            features: number of inputs, of which the first five are relevant.
+            noise: standard deviation of the noise.
             seed: seed of inputs, noise and splits.
             val_fraction: share of the rows for validation.
             test_fraction: share of the rows for the test.
-            normalize: standardise each feature; the target stays as it is.
+            normalize: standardise each feature; the target is not scaled.
         """
         memory.check_room(
             16 * samples * features, f"friedman1 with samples={samples}, features={features}"
         )
-        draw = seeds.generator(seed, "friedman1")
-        inputs = torch.rand(samples, features, generator=draw)
+        generator = seeds.generator(seed, "friedman1")
+        inputs = torch.rand(samples, features, generator=generator)
         super().__init__(
             inputs,
-            friedman1(inputs) + noise * torch.randn(samples, generator=draw),
+            friedman1(inputs) + noise * torch.randn(samples, generator=generator),
             val_fraction=val_fraction,
             test_fraction=test_fraction,
             split_seed=seed,

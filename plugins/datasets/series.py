@@ -1,10 +1,7 @@
-"""Time series: sequences of unequal length to tell apart, and one long series to forecast.
+"""Long series of numbers, to forecast their next values."""
 
-Sequences are (channels + 1, length), filled up with zeros at the end; the last channel is 1 where a frame is real.
-"""
-
-import ast
 import math
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from functools import partial
@@ -22,237 +19,32 @@ from framework import (
     Rate,
     TensorSplit,
     datasets,
-    did_you_mean,
     memory,
     seeds,
-    short,
 )
-from framework_plugins.datasets.readers.arrays import (
-    as_targets,
-    check_digits,
-    data_folder,
-    learn_scale,
-    mean_and_std,
-    needs_float64,
-    split_rows,
-)
-from framework_plugins.datasets.readers.data_files import (
-    one_line,
-    parse_number,
-    read_bytes,
-    read_text,
-)
-from framework_plugins.datasets.readers.tables import Table, as_column, read_table, rows_of
+
+from .readers.columns import as_column
+from .readers.data_files import parse_number, read_text
+from .readers.fetched import data_folder
+from .readers.scaling import fit_scale, mean_and_std
+from .readers.tables import Table, count_rows, read_table, require_column
 
 Calendar = Literal["day", "week", "year"]
 
 
-@datasets.register("ts_files", aliases=["ts"])
-class TsFiles(Data):
-    """Sequences of several channels and unequal length, with a class each, from files of the UEA archive (.ts)."""
-
-    def __init__(
-        self,
-        path: Path,
-        test_path: Path | None = None,
-        length: PositiveInt | None = None,
-        val_fraction: Rate = 0.15,
-        test_fraction: Rate = 0.15,
-        split_seed: int = 0,
-        normalize: bool = True,
-    ):
-        """Read the files.
-
-        Args:
-            path: the file to train on.
-            test_path: a file with the official test set; test_fraction is not used then.
-            length: frames that the model takes; null: those of the longest sequence.
-            val_fraction: share of the sequences drawn for validation, in the proportions of the classes.
-            test_fraction: share of the sequences drawn for the test.
-            split_seed: seed of the drawing.
-            normalize: standardise each channel by the frames of the training split.
-        """
-        parts = [
-            (file, *read_ts(file.expanduser())) for file in (path, test_path) if file is not None
-        ]
-        sequences = [sequence for _, read, _ in parts for sequence in read]
-        labels = [label for _, _, named in parts for label in named]
-        own = len(parts[0][1])
-        targets = as_targets(labels, "class", name=str(path))
-        rows = split_rows(
-            targets.tensor[:own], val_fraction, 0.0 if test_path else test_fraction, split_seed
-        )
-        if test_path is not None:
-            rows["test"] = torch.arange(own, len(sequences))
-
-        self.length = length or max(sequence.shape[1] for sequence in sequences)
-        self.target, self.classes, self.out_shape = "class", targets.classes, targets.out_shape
-        self.strata = targets.tensor
-        found = [(file, read) for file, read, _ in parts]
-        self.learn(found, targets.tensor, normalize, path, rows)
-
-    def learn(
-        self,
-        read: Sequence[tuple[Path, list[Tensor]]],
-        targets: Tensor,
-        normalize: bool,
-        path: Path,
-        rows: Mapping[str, Tensor],
-    ) -> None:
-        """Measure the training sequences, and set the splits.
-
-        Args:
-            read: the files and their sequences, which are numbered through all files.
-            targets: the class of each.
-            normalize: standardise by the training frames.
-            path: the file to name in an error.
-            rows: the numbers of the sequences of each split.
-        """
-        self.rows = rows
-        self.refit = partial(self.learn, read, targets, normalize, path)
-        sequences = [sequence for _, found in read for sequence in found]
-        frames = torch.cat([sequences[row] for row in rows["train"].tolist()], dim=1)
-        self.float64 = normalize and needs_float64(frames.T)
-        if normalize:
-            mean, std = mean_and_std(frames if self.float64 else frames.float(), [1])
-            self.mean, self.std = mean.tolist(), std.tolist()
-        else:
-            check_digits(frames.T, f"{path}: the frames", "data.normalize=true")
-            self.mean, self.std = [0.0] * len(frames), [1.0] * len(frames)
-        inputs = torch.cat([pad(found, self.facts(), file) for file, found in read])
-        for part, taken in rows.items():
-            setattr(self, part, TensorSplit(inputs[taken], targets[taken]))
-        self.in_shape = tuple(inputs.shape[1:])
-
-    def facts(self) -> dict[str, Any]:
-        """Return how sequences become inputs."""
-        facts = {"length": self.length, "mean": self.mean, "std": self.std}
-        return facts | {"float64": True} if self.float64 else facts
-
-    @classmethod
-    def read_inputs(cls, path: Path, facts: dict[str, Any]) -> Tensor:
-        """Read the sequences of a .ts file."""
-        return pad(read_ts(path)[0], facts, path)
-
-
-def read_ts(path: Path) -> tuple[list[Tensor], list[str]]:
-    """Return the sequences (channels, frames) of a .ts file and their classes ("" in a file without).
-
-    A line is a case: channels parted by ":", their frames by ",", at the end the class (timeseriesclassification.com).
-    Raises DataError naming the line that is malformed.
-    """
-    lines = read_bytes(path).decode("utf-8", errors="replace").splitlines()
-    header = [line.strip().lower() for line in lines if line.startswith("@")]
-    if "@data" not in header:
-        raise DataError(f"{path} is no .ts file: it has no line @data")
-    labelled = any(line.startswith("@classlabel true") for line in header)
-    first = next(number for number, line in enumerate(lines, 1) if line.strip().lower() == "@data")
-    cases = [
-        (number, line.strip())
-        for number, line in enumerate(lines[first:], first + 1)
-        if line.strip()
-    ]
-    sequences = [read_case(line, labelled, f"{path}, line {number}") for number, line in cases]
-    if not sequences:
-        raise DataError(f"{path} has no cases")
-    channels = len(sequences[0])
-    for (number, _), sequence in zip(cases, sequences, strict=True):
-        if len(sequence) != channels:
-            raise DataError(
-                f"{path}, line {number}: {len(sequence)} channels, but {channels} in the first case"
-            )
-    labels = [line.rpartition(":")[2].strip() if labelled else "" for _, line in cases]
-    if labelled and "" in labels:
-        raise DataError(f"{path}, line {cases[labels.index('')][0]}: it ends without a class")
-    return sequences, labels
-
-
-def read_case(line: str, labelled: bool, where: str) -> Tensor:
-    parts = line.split(":")[: -1 if labelled else None]
-    channels = [[frame(text, where) for text in part.split(",")] for part in parts]
-    if not channels or len({len(channel) for channel in channels}) != 1:
-        raise DataError(
-            f"{where}: its channels have {[len(channel) for channel in channels]} frames; all need as many"
-        )
-    sequence = torch.tensor(channels, dtype=torch.float64)
-    if not sequence.float().isfinite().all():
-        raise DataError(f"{where}: a frame is no finite number")
-    return sequence
-
-
-def frame(text: str, where: str) -> float:
-    number = parse_number(text)
-    if number is None:
-        raise DataError(f"{where}: a frame should be a number, not {short(text)}")
-    return number
-
-
-def pad(sequences: Sequence[Tensor], facts: dict[str, Any], path: Path) -> Tensor:
-    """Return sequences standardised, (cases, channels + 1, length). Raises DataError for one that does not fit."""
-    dtype = torch.float64 if facts.get("float64") else torch.float32
-    mean, std = (torch.tensor(facts[name], dtype=dtype)[:, None] for name in ("mean", "std"))
-    length, channels = facts["length"], len(mean) + 1
-    memory.check_room(
-        4 * len(sequences) * channels * length, f"{len(sequences)} sequences of {length} frames"
-    )
-    inputs = torch.zeros(len(sequences), channels, length)
-    for row, sequence in enumerate(sequences):
-        channels, frames = sequence.shape
-        if channels != len(mean):
-            raise DataError(
-                f"{path}, case {row + 1}: {channels} channels; the model takes {len(mean)}"
-            )
-        if frames > facts["length"]:
-            raise DataError(
-                f"{path}, case {row + 1}: {frames} frames; the model takes {facts['length']} (data.length)"
-            )
-        inputs[row, :-1, :frames] = (sequence.to(dtype) - mean) / std
-        inputs[row, -1, :frames] = 1
-    return inputs
-
-
-@datasets.register("vowels", aliases=["japanese_vowels"])
-class Vowels(TsFiles):
-    """Two Japanese vowels said by nine men, 270 + 370 utterances of 7 to 29 frames of 12 LPC cepstrum coefficients.
-
-    The class is the speaker (Kudo, Toyama and Shimbo 1999, UCI).
-    """
-
-    def __init__(
-        self,
-        path: Path | None = None,
-        val_fraction: Rate = 0.15,
-        split_seed: int = 0,
-        normalize: bool = True,
-    ):
-        """Read the files that `scripts/fetch_data vowels` puts in place.
-
-        Args:
-            path: the folder of JapaneseVowels_TRAIN.ts and _TEST.ts; null: where scripts/fetch_data puts them.
-            val_fraction: share of the training utterances drawn for validation, in the proportions of the speakers.
-            split_seed: seed of the drawing.
-            normalize: standardise each coefficient by the frames of the training split.
-        """
-        folder = path or data_folder("vowels", "6 MB", "data=digits model=rnn data.image=true")
-        files = [folder / f"JapaneseVowels_{part}.ts" for part in ("TRAIN", "TEST")]
-        super().__init__(
-            *files, val_fraction=val_fraction, split_seed=split_seed, normalize=normalize
-        )
-
-
 class SeriesData(Data):
-    """Windows of one long series: inputs (lookback, channels), targets the next `horizon` values of the first channel.
+    """Windows of one long series, to forecast the next `horizon` values of its first channel.
 
-    The splits follow each other in time. A window belongs to the split in which all its targets
-    lie; what it looks back on may lie before, for that is known when the forecast is made. Means
-    and deviations are the training span's. The folds of a cross-validation are blocks of time
-    (Bergmeir and Benitez 2012, "On the use of cross-validation for time series predictor
-    evaluation").
+    Inputs have shape (lookback, channels), targets (horizon,). The splits follow each other in
+    time. A window belongs to the split of all its targets; the rows before them may belong to an
+    earlier split, because they are known when the forecast is made. Means and deviations are those
+    of the training split. The folds of a cross-validation are blocks of time (Bergmeir and Benitez
+    2012, "On the use of cross-validation for time series predictor evaluation").
     """
 
     in_time_order = True
 
-    def learn(
+    def split(
         self,
         amounts: Tensor,
         times: list[datetime] | None,
@@ -260,33 +52,30 @@ class SeriesData(Data):
         val_fraction: float,
         test_fraction: float,
     ) -> None:
-        """Set the attributes of Data.
+        """Split the rows in time, and set the attributes of Data.
 
         Args:
-            amounts: the target and the features, (rows, channels) in float64.
+            amounts: the target and the features, shape (rows, channels), float64.
             times: the times of the rows; None without a calendar.
             settings: path, target, features, time, calendar, lookback, horizon.
-            val_fraction: share of the rows, before those of the test, for validation.
-            test_fraction: share of the rows, the last ones, for the test.
+            val_fraction: share of the rows for validation, before those of the test.
+            test_fraction: share of the rows for the test, the last ones.
         """
         rows = len(amounts)
-        ends = [
-            round(rows * (1 - val_fraction - test_fraction)),
-            round(rows * (1 - test_fraction)),
-            rows,
-        ]
-        lookback, horizon = settings["lookback"], settings["horizon"]
-        if ends[0] < lookback + horizon:
+        val_start = round(rows * (1 - val_fraction - test_fraction))
+        test_start = round(rows * (1 - test_fraction))
+        lookback = settings["lookback"]
+        horizon = settings["horizon"]
+        if val_start < lookback + horizon:
             raise DataError(
-                f"{settings['path']}: the training span of {max(ends[0], 0)} of {rows} rows has no "
-                f"window of {lookback} + {horizon} rows; lower lookback and horizon, or val_fraction "
-                "and test_fraction"
+                f"{settings['path']}: the {max(val_start, 0)} training rows of {rows} are fewer "
+                f"than a window of {lookback} + {horizon} rows; lower lookback and horizon, or "
+                "val_fraction and test_fraction"
             )
-        every = torch.arange(rows)
-        train, val, test = every.tensor_split(ends[:2])
-        self.cut(amounts, times, settings, {"train": train, "val": val, "test": test})
+        train, val, test = torch.arange(rows).tensor_split([val_start, test_start])
+        self.fit(amounts, times, settings, {"train": train, "val": val, "test": test})
 
-    def cut(
+    def fit(
         self,
         amounts: Tensor,
         times: list[datetime] | None,
@@ -295,82 +84,87 @@ class SeriesData(Data):
     ) -> None:
         """Measure the training rows, and set the splits to their windows.
 
-        A window is of a split if all its targets are, and one to train on if all that it looks back
-        on is too: in a fold, no value that validates is seen in training.
+        A training window has also its inputs in the training rows: in a fold, training sees no
+        value of the validation.
 
         Args:
-            amounts: the columns to look back on, (rows, channels).
+            amounts: the target and the features, shape (rows, channels), float64.
             times: the times of the rows; None without a calendar.
-            settings: see `learn`.
-            rows: the rows of each split.
+            settings: see `split`.
+            rows: the row numbers of each split.
         """
         self.rows = rows
-        self.refit = partial(self.cut, amounts, times, settings)
-        lookback, horizon = settings["lookback"], settings["horizon"]
+        self.refit = partial(self.fit, amounts, times, settings)
+        lookback = settings["lookback"]
+        horizon = settings["horizon"]
         mean, std = mean_and_std(amounts[rows["train"]], [0])
-        self.given = {**settings, "mean": mean.tolist(), "std": std.tolist()}
-        self.scale = learn_scale(amounts[:, :1], rows["train"], "standard", str(settings["path"]))
-        channels = as_channels(amounts, times, self.given)
+        self.settings = {**settings, "mean": mean.tolist(), "std": std.tolist()}
+        self.scale = fit_scale(amounts[:, :1], rows["train"], "standard", str(settings["path"]))
+        channels = as_channels(amounts, times, self.settings)
         windows = len(channels) - lookback - horizon + 1
         inputs = channels.unfold(0, lookback, 1).transpose(1, 2)[:windows]  # views: no copies
         targets = channels[:, 0].contiguous().unfold(0, horizon, 1)[lookback:]
-        for part, taken in rows.items():
-            inside = torch.zeros(len(channels), dtype=torch.bool)
-            inside[taken] = True
-            chosen = inside.unfold(0, horizon, 1).all(1)[lookback:]
+        for part, part_rows in rows.items():
+            is_inside = torch.zeros(len(channels), dtype=torch.bool)
+            is_inside[part_rows] = True
+            is_chosen = is_inside.unfold(0, horizon, 1).all(1)[lookback:]
             if part == "train":
-                chosen &= inside.unfold(0, lookback, 1).all(1)[:windows]
-            places = as_slice(chosen.nonzero()[:, 0])
-            split = TensorSplit(inputs[places], targets[places]) if chosen.any() else None
+                is_chosen &= is_inside.unfold(0, lookback, 1).all(1)[:windows]
+            chosen = as_slice(is_chosen.nonzero()[:, 0])
+            split = TensorSplit(inputs[chosen], targets[chosen]) if is_chosen.any() else None
             setattr(self, part, split)
         if self.train is None:
             raise DataError(
-                f"{settings['path']}: the {len(rows['train'])} rows of the training split have no "
-                f"window of {lookback} + {horizon} rows that follow each other; lower lookback and "
-                "horizon, or take other folds"
+                f"{settings['path']}: the {len(rows['train'])} training rows have no window of "
+                f"{lookback} + {horizon} consecutive rows; lower lookback and horizon, or use "
+                "other folds"
             )
-        self.in_shape, self.out_shape, self.target = (
-            (lookback, channels.shape[1]),
-            (horizon,),
-            "value",
-        )
+        self.in_shape = (lookback, channels.shape[1])
+        self.out_shape = (horizon,)
+        self.target = "value"
 
     def facts(self) -> dict[str, Any]:
         """Return how rows become inputs."""
-        return {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in self.given.items()
-        }
+        return {**self.settings, "path": str(self.settings["path"])}
 
     @classmethod
     def read_inputs(cls, path: Path, facts: dict[str, Any]) -> Tensor:
-        """Read a CSV or Parquet file, to forecast what follows its last row."""
-        facts, lookback = facts | {"path": path}, facts["lookback"]
+        """Read a CSV or Parquet file, to forecast the values after its last row."""
+        facts = {**facts, "path": path}
+        lookback = facts["lookback"]
         table = read_table(path, facts.get("delimiter"))
-        rows = rows_of(table)
+        rows = count_rows(table)
         if rows < lookback:
-            raise DataError(f"{path} has {rows} rows; the model looks back on {lookback}")
-        last = {label: cells[rows - lookback :] for label, cells in table.items()}
+            raise DataError(f"{path} has {rows} rows; the model needs the last {lookback}")
         skipped = rows - lookback
-        return as_channels(
-            read_channels(last, facts, skipped), read_times(last, facts, skipped), facts
-        )[None]
+        last = {label: cells[skipped:] for label, cells in table.items()}
+        amounts = read_amounts(last, facts, skipped)
+        times = read_times(last, facts, skipped)
+        return as_channels(amounts, times, facts)[None]
 
 
-def as_slice(places: Tensor) -> Tensor | slice:
-    """Return places as a slice where they follow each other, so that indexing copies nothing."""
-    if len(places) and places[-1] - places[0] + 1 == len(places):
-        return slice(int(places[0]), int(places[-1]) + 1)
-    return places
+def as_slice(rows: Tensor) -> Tensor | slice:
+    """Return consecutive row numbers as a slice, because indexing by a slice copies nothing."""
+    if len(rows) and rows[-1] - rows[0] + 1 == len(rows):
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return rows
 
 
-def read_channels(table: Table, settings: dict[str, Any], skipped: int = 0) -> Tensor:
-    """Return the target and the features, (rows, channels) in float64. Raises DataError for an empty cell."""
-    path, columns = settings["path"], []
+def read_amounts(table: Table, settings: dict[str, Any], skipped: int = 0) -> Tensor:
+    """Return the target and the features, shape (rows, channels), float64.
+
+    Args:
+        table: the columns.
+        settings: path, target and features.
+        skipped: rows of the file before those of the table, for errors.
+
+    Raises:
+        DataError: a column does not exist, or a cell is not a number.
+    """
+    path = settings["path"]
+    columns = []
     for label in (settings["target"], *settings["features"]):
-        if label not in table:
-            raise DataError(f"{path} has no column {label!r}; {did_you_mean(label, table)}")
-        column = as_column(table[label], label, path, text=False)
+        column: Any = as_column(require_column(table, label, path), label, path, text=False)
         if column.isnan().any():
             row = int(column.isnan().nonzero()[0, 0]) + skipped + 1
             raise DataError(
@@ -381,61 +175,67 @@ def read_channels(table: Table, settings: dict[str, Any], skipped: int = 0) -> T
 
 
 def as_channels(amounts: Tensor, times: list[datetime] | None, facts: dict[str, Any]) -> Tensor:
-    """Return amounts standardised and the calendar beside them, (rows, channels) as float32."""
-    mean, std = (torch.tensor(facts[name], dtype=torch.float64) for name in ("mean", "std"))
+    """Return standardised amounts and the calendar, shape (rows, channels), float32."""
+    mean = torch.tensor(facts["mean"], dtype=torch.float64)
+    std = torch.tensor(facts["std"], dtype=torch.float64)
     channels = [(amounts - mean) / std]
     if times is not None:
-        channels += [calendar(times, part) for part in facts["calendar"]]
+        channels += [calendar_channels(times, part) for part in facts["calendar"]]
     return torch.cat(channels, dim=1).float()
 
 
 def read_times(table: Table, settings: dict[str, Any], skipped: int = 0) -> list[datetime] | None:
-    """Return the times of all rows, None without a column of them.
+    """Return the times of all rows, None without a column of times.
 
-    Raises DataError where one is no time, or does not follow at the same distance.
+    Raises:
+        DataError: a cell is not a time, or the times are not evenly spaced.
     """
-    label, path = settings["time"], settings["path"]
+    label = settings["time"]
+    path = settings["path"]
     if label is None:
         return None
-    if label not in table:
-        raise DataError(f"{path} has no column {label!r}; {did_you_mean(label, table)}")
-    moments: list[datetime] = []
-    for row, cell in enumerate(table[label].to_pylist(), 1 + skipped):
+    times: list[datetime] = []
+    for row, cell in enumerate(require_column(table, label, path).to_pylist(), 1 + skipped):
         try:
-            moments.append(datetime.fromisoformat(str(cell)))
+            times.append(datetime.fromisoformat(str(cell)))
         except ValueError:
-            found = "the cell is empty, but should be a" if cell is None else f"{cell!r} is no"
+            found = "an empty cell" if cell is None else repr(cell)
             raise DataError(
-                f"{path}, row {row}, column {label!r}: {found} time such as 2000-06-05T14:30"
+                f"{path}, row {row}, column {label!r}: expected a time such as 2000-06-05T14:30, "
+                f"got {found}"
             ) from None
-        if len(moments) > 2:
-            check_step(moments, f"{path}, row {row}")
-    return moments
+        if len(times) > 2:
+            check_step(times, f"{path}, row {row}")
+    return times
 
 
-def check_step(moments: Sequence[datetime], where: str) -> None:
-    """Raise DataError if the last time does not follow at the distance of the first two."""
+def check_step(times: Sequence[datetime], where: str) -> None:
+    """Raise DataError if the last step is not the first one."""
     try:
-        step = moments[1] - moments[0]
-        expected = moments[-2] + step
-        follows = moments[-1] - moments[-2] == step
+        step = times[1] - times[0]
+        expected = times[-2] + step
+        is_even = times[-1] - times[-2] == step
     except (TypeError, OverflowError) as error:  # times with and without a zone, years beyond 9999
-        raise DataError(f"{where}: {moments[-1]} does not follow {moments[-2]}: {error}") from error
-    if not follows:
-        raise DataError(f"{where}: {moments[-1]} should be {expected}, a step of {step} later")
+        raise DataError(f"{where}: {times[-1]} does not follow {times[-2]}: {error}") from error
+    if not is_even:
+        raise DataError(
+            f"{where}: expected the time {expected}, a step of {step} later, got {times[-1]}"
+        )
 
 
-def calendar(moments: Sequence[datetime], part: str) -> Tensor:
-    """Return channels that tell the time of the day or year (sin, cos of its angle), or the day of the week (7)."""
+def calendar_channels(times: Sequence[datetime], part: Calendar) -> Tensor:
+    """Return the part of the calendar as channels, shape (rows, channels).
+
+    The times of the day and of the year are the sine and cosine of their angle; the day of the week
+    is one-hot.
+    """
     if part == "week":
-        days = torch.tensor([moment.weekday() for moment in moments])
+        days = torch.tensor([time.weekday() for time in times])
         return (days[:, None] == torch.arange(7)).double()
     if part == "day":
-        turns = [
-            (moment.hour + moment.minute / 60 + moment.second / 3600) / 24 for moment in moments
-        ]
+        turns = [(time.hour + time.minute / 60 + time.second / 3600) / 24 for time in times]
     else:
-        turns = [moment.timetuple().tm_yday / 365.25 for moment in moments]
+        turns = [time.timetuple().tm_yday / 365.25 for time in times]
     angle = 2 * math.pi * torch.tensor(turns, dtype=torch.float64)
     return torch.stack([angle.sin(), angle.cos()], dim=1)
 
@@ -457,19 +257,20 @@ class SeriesFile(SeriesData):
         val_fraction: Rate = 0.15,
         test_fraction: Rate = 0.15,
     ):
-        """Read the file; its rows follow each other in time, at equal distances.
+        """Read the file; its rows are evenly spaced in time.
 
         Args:
             path: a .csv or .tsv file (also .gz or .zip), or .parquet.
             target: the column to forecast.
-            features: further columns to look back on.
-            time: the column of times, such as 2000-06-05T14:30; null: there is none, and no calendar.
-            calendar: what of the time is an input: of the day, the week, the year; null: all three.
-            lookback: rows that a forecast is made from.
-            horizon: rows that are forecast.
-            delimiter: what separates cells; null: the one of , ; | and tab that the first line has most of.
-            val_fraction: share of the rows, before those of the test, for validation.
-            test_fraction: share of the rows, the last ones, for the test.
+            features: further columns that are inputs.
+            time: the column of times, such as 2000-06-05T14:30; null: no times, and no calendar.
+            calendar: the parts of the time that are inputs: day, week, year; null: all three.
+            lookback: number of rows before a forecast that are its input.
+            horizon: number of rows to forecast.
+            delimiter: the separator of the cells; null: the most frequent of , ; | and tab in the
+                first line.
+            val_fraction: share of the rows for validation, before those of the test.
+            test_fraction: share of the rows for the test, the last ones.
         """
         path = path.expanduser()
         settings = {
@@ -483,16 +284,22 @@ class SeriesFile(SeriesData):
             "delimiter": delimiter,
         }
         table = read_table(path, delimiter)
-        amounts = read_channels(table, settings)
-        self.learn(amounts, read_times(table, settings), settings, val_fraction, test_fraction)
+        amounts = read_amounts(table, settings)
+        self.split(amounts, read_times(table, settings), settings, val_fraction, test_fraction)
 
 
 HALF_HOURS = {"target": "megawatts", "features": [], "time": "time", "calendar": ["day", "week"]}
 
 
+def half_hours(count: int) -> list[datetime]:
+    """Return the times of half-hours from Monday, 5 June 2000."""
+    start = datetime(2000, 6, 5)
+    return [start + timedelta(minutes=30 * row) for row in range(count)]
+
+
 @datasets.register("electricity", aliases=["taylor"])
 class Electricity(SeriesData):
-    """Demand for electricity in England and Wales, megawatts in each half-hour of 12 weeks from 5 June 2000.
+    """Electricity demand in England and Wales, megawatts in each half-hour of 12 weeks in 2000.
 
     (Taylor 2003.)
     """
@@ -505,49 +312,42 @@ class Electricity(SeriesData):
         val_fraction: Rate = 1 / 12,
         test_fraction: Rate = 1 / 6,
     ):
-        """Read the file that `scripts/fetch_data electricity` puts in place.
+        """Read the file that `scripts/fetch_data electricity` fetches.
 
         Args:
-            path: taylor.py, whose numbers are read and which is not run; null: where scripts/fetch_data puts it.
-            lookback: half-hours that a forecast is made from; 336 are a week.
-            horizon: half-hours that are forecast.
-            val_fraction: share of the rows, before those of the test, for validation.
-            test_fraction: share of the rows, the last ones, for the test.
+            path: taylor.py, from which the numbers are read without running it; null: where
+                scripts/fetch_data puts it.
+            lookback: number of half-hours before a forecast that are its input; 336 are a week.
+            horizon: number of half-hours to forecast.
+            val_fraction: share of the rows for validation, before those of the test.
+            test_fraction: share of the rows for the test, the last ones.
         """
         path = path or data_folder("electricity", "1 MB", "data=seasonal") / "taylor.py"
+        megawatts = read_taylor(path)
         settings = {"path": path, **HALF_HOURS, "lookback": lookback, "horizon": horizon}
-        megawatts = torch.tensor(longest_list(path), dtype=torch.float64)
-        self.learn(
-            megawatts[:, None], half_hours(len(megawatts)), settings, val_fraction, test_fraction
-        )
+        times = half_hours(len(megawatts))
+        self.split(megawatts[:, None], times, settings, val_fraction, test_fraction)
 
 
-def longest_list(path: Path) -> list[float]:
-    """Return the longest list of numbers that is written in a file of Python. The file is read, not run."""
-    text = read_text(path)
-    try:
-        lists = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.List)]
-        found = ast.literal_eval(max(lists, key=lambda node: len(node.elts)))
-        numbers = torch.tensor(found, dtype=torch.float64)
-    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError, RuntimeError) as error:
-        raise DataError(
-            f"{path} holds no list of numbers ({one_line(error)}); fetch it again"
-        ) from error
-    if numbers.ndim != 1 or not len(numbers) or not numbers.isfinite().all():
-        raise DataError(f"{path} holds no list of finite numbers; fetch it again")
-    return numbers.tolist()
-
-
-def half_hours(count: int) -> list[datetime]:
-    start = datetime(2000, 6, 5)
-    return [start + timedelta(minutes=30 * row) for row in range(count)]
+def read_taylor(path: Path) -> Tensor:
+    """Return the longest list of numbers in a Python file, float64. The file is not run."""
+    lists = re.findall(r"\[([^\[\]]*)\]", read_text(path))
+    longest = max(lists, key=len, default="")
+    numbers = []
+    for text in longest.rstrip(", \n").split(","):
+        number = parse_number(text)
+        if number is None or math.isinf(number):
+            raise DataError(f"{path} has no list of finite numbers; fetch it again")
+        numbers.append(number)
+    return torch.tensor(numbers, dtype=torch.float64)
 
 
 @datasets.register("seasonal")
 class Seasonal(SeriesData):
-    """A series made by a formula: half-hours with a wave a day, lower weekends, and noise that dies away slowly.
+    """A synthetic series of half-hours with a daily wave, lower weekends, and autocorrelated noise.
 
-    100 + 20 sin(2π t / 48) + 8 sin(4π t / 48) - 15 at weekends + n(t), n(t) = 0.8 n(t - 1) + noise · normal.
+    The value is 100 + 20 sin(2π t / 48) + 8 sin(4π t / 48) - 15 at weekends + n(t), with the noise
+    n(t) = 0.8 n(t - 1) + noise · normal.
     """
 
     def __init__(
@@ -560,35 +360,32 @@ class Seasonal(SeriesData):
         val_fraction: Rate = 1 / 12,
         test_fraction: Rate = 1 / 6,
     ):
-        """Make the series.
+        """Draw the noise, and make the series.
 
         Args:
-            weeks: its length, 336 half-hours each.
-            noise: standard deviation of what is new in each half-hour.
-            seed: of the noise.
-            lookback: half-hours that a forecast is made from.
-            horizon: half-hours that are forecast.
-            val_fraction: share of the rows, before those of the test, for validation.
-            test_fraction: share of the rows, the last ones, for the test.
+            weeks: length of the series, 336 half-hours each.
+            noise: standard deviation of the noise that each half-hour adds.
+            seed: seed of the noise.
+            lookback: number of half-hours before a forecast that are its input.
+            horizon: number of half-hours to forecast.
+            val_fraction: share of the rows for validation, before those of the test.
+            test_fraction: share of the rows for the test, the last ones.
         """
-        memory.check_room(
-            200 * 336 * weeks, f"seasonal with weeks={weeks}"
-        )  # a time and several numbers a half-hour
+        # A time and several numbers for each half-hour.
+        memory.check_room(200 * 336 * weeks, f"seasonal with weeks={weeks}")
         t = torch.arange(weeks * 336, dtype=torch.float64)
-        new = torch.randn(len(t), generator=seeds.generator(seed, "seasonal"), dtype=torch.float64)
-        lasting, drift = 0.0, []
-        for number in new.tolist():
-            lasting = 0.8 * lasting + noise * number
-            drift.append(lasting)
-        turn = 2 * math.pi * t / 48
-        weekend = (t // 48 % 7 >= 5).double()
-        amounts = 100 + 20 * turn.sin() + 8 * (2 * turn).sin() - 15 * weekend + torch.tensor(drift)
-        settings = {
-            "path": Path("seasonal"),
-            **HALF_HOURS,
-            "lookback": lookback,
-            "horizon": horizon,
-        }
-        self.learn(
-            amounts[:, None], half_hours(len(amounts)), settings, val_fraction, test_fraction
-        )
+        generator = seeds.generator(seed, "seasonal")
+        normal = torch.randn(len(t), generator=generator, dtype=torch.float64)
+        n = 0.0
+        drift = []
+        for number in normal.tolist():
+            n = 0.8 * n + noise * number
+            drift.append(n)
+        angle = 2 * math.pi * t / 48
+        is_weekend = (t // 48 % 7 >= 5).double()
+        daily = 100 + 20 * angle.sin() + 8 * (2 * angle).sin()
+        amounts = daily - 15 * is_weekend + torch.tensor(drift)
+        path = Path("seasonal")
+        settings = {"path": path, **HALF_HOURS, "lookback": lookback, "horizon": horizon}
+        times = half_hours(len(amounts))
+        self.split(amounts[:, None], times, settings, val_fraction, test_fraction)

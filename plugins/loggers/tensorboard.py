@@ -1,143 +1,135 @@
 """The TensorBoard logger: one event file in the run folder, written without TensorFlow.
 
-TensorBoard is imported when a run opens, not before. Records go to the file one by one and unbuffered, so that a run
-that dies (even by SIGKILL) has kept all it logged, and no thread competes with the training.
+TensorBoard is imported when a run opens. Each record is one unbuffered write: a run that ends by
+SIGKILL keeps everything that it logged, and no thread competes with training.
 """
 
+import io
 import os
 import re
 import socket
 import struct
 import time
 import warnings
-import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from framework import Logger, PositiveInt, files, loggers
+
+STATUS_SUCCESS = 1  # of the HParams plugin
+SESSION_START = 1  # SessionLog.START
 
 
 @loggers.register("tensorboard", aliases=["tb"])
 class TensorBoard(Logger):
-    """Writes scalars, texts, histograms, pictures, the graph and the hyperparameters for TensorBoard."""
+    """Writes scalars, texts, histograms, images, graph and hyperparameters for TensorBoard."""
 
     def __init__(self, graph: bool = True, bins: PositiveInt = 48):
-        """Prepare; the file is made in `open`.
+        """Store the settings; `open` creates the file.
 
         Args:
             graph: record the graph of the model.
             bins: bars of a histogram.
         """
-        self.draw_graph, self.bins = graph, bins
+        self.draw_graph = graph
+        self.bins = bins
         self._file: EventFile | None = None
-        self._step, self._goes_on = 0, False
-        self._logged: set[str] = set()
+        self._step = 0
+        self._resumed = False
+        self._logged_tags: set[str] = set()
 
     def open(self, folder: Path | None, step: int, metrics: Sequence[str]) -> None:
-        """Begin an event file in `folder`; what earlier files hold after `step` is marked as void."""
+        """Begin an event file; readers then discard the records of earlier files after `step`."""
         if folder is None:
             warnings.warn(
                 "the run has no folder, so the tensorboard logger records nothing", stacklevel=2
             )
             return
-        before = list(Path(folder).glob("events.out.tfevents.*"))
-        self._file, self._step = EventFile(Path(folder)), step
-        self._goes_on = bool(before)
-        self._logged = set()
-        if before:
-            self._file.void_after(step)
-        self._file.write(value=[layout_value(metrics)])
+        self._resumed = any(Path(folder).glob("events.out.tfevents.*"))
+        self._file = EventFile(Path(folder))
+        self._step = step
+        self._logged_tags = set()
+        if self._resumed:
+            self._file.discard_after(step)
+        self._file.write(values=[layout_value(metrics)])
 
     def scalars(
         self, values: dict[str, float], *, step: int, epoch: int, wall_seconds: float
     ) -> None:
-        """Record values at a step, all in one event (a seventh of the cost of an event each)."""
+        """Record values at a step in one event (a seventh of the cost of one event each)."""
         self._step = step
-        self._logged.update(values)
+        self._logged_tags.update(values)
         self._write(
             step, [{"tag": tag, "simple_value": float(value)} for tag, value in values.items()]
         )
 
     def text(self, tag: str, markdown: str, step: int = 0) -> None:
         """Record a text, shown as markdown."""
-        self._write(
-            step, [tensor_value(tag, "text", "DT_STRING", [1], string_val=[markdown.encode()])]
-        )
+        value = tensor_value(tag, "text", "DT_STRING", [1], string_val=[markdown.encode()])
+        self._write(step, [value])
 
     def histogram(self, tag: str, values: Tensor, step: int) -> None:
-        """Record the distribution of the finite values, counted on the device where they are."""
+        """Record the distribution of the finite values, counted on their device."""
         if self._file is None:
             return
         bars = histogram_bars(values, self.bins)
         content = bars.numpy().tobytes()
-        self._write(
-            step,
-            [
-                tensor_value(
-                    tag, "histograms", "DT_DOUBLE", list(bars.shape), tensor_content=content
-                )
-            ],
+        value = tensor_value(
+            tag, "histograms", "DT_DOUBLE", list(bars.shape), tensor_content=content
         )
+        self._write(step, [value])
 
     def images(self, tag: str, images: Tensor, step: int) -> None:
-        """Record pictures, (N, C, H, W) in [0, 1] with 1 or 3 channels, side by side under one tag."""
+        """Record images (N, C, H, W) in [0, 1], C = 1 or 3, side by side under one tag."""
         if self._file is None:
             return
         height, width = images.shape[-2:]
-        pictures = [str(width).encode(), str(height).encode(), *map(png, images.detach().cpu())]
-        self._write(
-            step, [tensor_value(tag, "images", "DT_STRING", [len(pictures)], string_val=pictures)]
-        )
+        strings = [str(width).encode(), str(height).encode()]
+        strings += map(encode_png, images.detach().cpu())
+        value = tensor_value(tag, "images", "DT_STRING", [len(strings)], string_val=strings)
+        self._write(step, [value])
 
     def graph(self, model: nn.Module, inputs: Tensor) -> None:
-        """Record the graph, from the first of `inputs`; a model that does not run on it leaves a text that says why."""
+        """Record the graph for the first of `inputs`; if the model fails, record its error."""
         if self._file is None or not self.draw_graph:
             return
         try:
-            drawn = draw(model, inputs[:1])
-        except (
-            Exception
-        ) as error:  # a model may fail in any way, and the run has no need of a drawing
-            said = str(error).strip().split("\n")[0][:300]
-            self.text(
-                "graph", f"The model's graph cannot be drawn: `{type(error).__name__}: {said}`"
-            )
+            graph = trace_graph(model, inputs[:1])
+        except Exception as error:  # a model may fail in any way, and the run does not need a graph
+            message = str(error).strip().split("\n")[0][:300]
+            name = type(error).__name__
+            self.text("graph", f"The model's graph cannot be drawn: `{name}: {message}`")
             return
-        self._file.write(graph_def=drawn)
+        self._file.write(graph_def=graph)
 
     def hparams(self, settings: dict[str, Any], metrics: dict[str, float]) -> None:
-        """Record the settings of this run and that it succeeded, in the same file: no second run appears.
+        """Record the settings and the success of this run in the same file: no second run appears.
 
-        The HParams page reads the metrics from the scalars of the run; those never logged are logged now. It takes the
-        columns from all runs together, so that runs with different parts (and settings) can be compared.
+        The HParams page reads the metrics from the scalars of the run, so metrics without a scalar
+        are logged now. The page merges the columns of all runs, so runs with different parts and
+        settings can be compared.
         """
         if self._file is None:
             return
         from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-        new = {tag: value for tag, value in metrics.items() if tag not in self._logged}
-        if new and not self._goes_on:  # or what is new here is in an earlier file
+        new = {tag: value for tag, value in metrics.items() if tag not in self._logged_tags}
+        if new and not self._resumed:  # an earlier file may contain them
             self.scalars(new, step=self._step, epoch=0, wall_seconds=0.0)
-        start, end = HParamsPluginData(), HParamsPluginData()
+        start = HParamsPluginData()
         start.session_start_info.start_time_secs = self._file.opened
-        for name, value in flat(settings).items():
-            field = "bool_value" if isinstance(value, bool) else "string_value"
-            field = (
-                "number_value"
-                if isinstance(value, int | float) and not isinstance(value, bool)
-                else field
-            )
-            setattr(start.session_start_info.hparams[name], field, value)
-        end.session_end_info.status, end.session_end_info.end_time_secs = (
-            1,
-            time.time(),
-        )  # 1: STATUS_SUCCESS
+        for name, value in flatten_settings(settings).items():
+            setattr(start.session_start_info.hparams[name], value_field(value), value)
+        end = HParamsPluginData()
+        end.session_end_info.status = STATUS_SUCCESS
+        end.session_end_info.end_time_secs = time.time()
         for tag, data in (("session_start_info", start), ("session_end_info", end)):
             content = data.SerializeToString()
             self._write(0, [tensor_value(f"_hparams_/{tag}", "hparams", "DT_FLOAT", [0], content)])
@@ -154,16 +146,26 @@ class TensorBoard(Logger):
 
 
 class EventFile:
-    """A file of TensorBoard events: for each, its length and the serialized message, both with a CRC-32C."""
+    """A file of TensorBoard events in TFRecord format.
+
+    TensorBoard's own `RecordWriter` gives the same bytes, but its import takes 25 to 100 ms (it
+    loads TensorBoard's replacement of TensorFlow), and every run would start later by that time.
+
+    Attributes:
+        opened: seconds since 1970.
+    """
 
     def __init__(self, folder: Path):
         from tensorboard.compat.proto.event_pb2 import Event
 
-        self._event, self.opened = Event, time.time()
+        self._event = Event
+        self.opened = time.time()
         files.make_folder(folder)
-        # TensorBoard reads a run's files in the order of their names; nanoseconds keep a quick resume in order.
+        # TensorBoard reads the files of a run in the order of their names. With nanoseconds, a run
+        # that is resumed within a second keeps its place.
         seconds, nanoseconds = divmod(time.time_ns(), 10**9)
-        name = f"events.out.tfevents.{seconds:010d}.{nanoseconds:09d}.{socket.gethostname()}.{os.getpid()}"
+        source = f"{socket.gethostname()}.{os.getpid()}"
+        name = f"events.out.tfevents.{seconds:010d}.{nanoseconds:09d}.{source}"
         self._file = files.AppendFile(folder, name, "x")
         try:
             self._append(Event(wall_time=self.opened, file_version="brain.Event:2"))
@@ -172,32 +174,42 @@ class EventFile:
             self._file.path.unlink(missing_ok=True)  # an event file without a record
             raise
 
-    def void_after(self, step: int) -> None:
-        """Tell readers to forget what earlier files hold after `step`: a resumed run does those steps again."""
+    def discard_after(self, step: int) -> None:
+        """Make readers discard the records of earlier files after `step`, for a resumed run."""
         event = self._event(wall_time=time.time(), step=step + 1)
-        event.session_log.status = 1  # SessionLog.START
+        event.session_log.status = SESSION_START
         self._append(event)
 
     def write(
-        self, step: int = 0, value: list[dict[str, Any]] | None = None, **content: Any
+        self, step: int = 0, values: list[dict[str, Any]] | None = None, **content: Any
     ) -> None:
-        summary = {"summary": {"value": value}} if value else {}
-        self._append(self._event(wall_time=time.time(), step=step, **summary, **content))
+        """Append an event.
+
+        Args:
+            step: of the event.
+            values: its summary values, see `tensor_value`.
+            content: other fields of the event.
+        """
+        if values:
+            content["summary"] = {"value": values}
+        self._append(self._event(wall_time=time.time(), step=step, **content))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
 
     def _append(self, event: Any) -> None:
         data = event.SerializeToString()
         length = struct.pack("<Q", len(data))
-        # One write a record: a reader, or a crash, sees whole records.
-        self._file.append(b"".join((length, masked_crc32c(length), data, masked_crc32c(data))))
-
-    def close(self) -> None:
-        self._file.close()
+        record = length + masked_crc32c(length) + data + masked_crc32c(data)
+        self._file.append(record)  # one write: readers see complete records, also after a crash
 
 
 def crc32c_table() -> list[int]:
+    """Return the CRC-32C of each byte."""
     table = list(range(256))
     for _ in range(8):
-        table = [crc >> 1 ^ (0x82F63B78 if crc & 1 else 0) for crc in table]
+        table = [crc >> 1 ^ (crc & 1) * 0x82F63B78 for crc in table]
     return table
 
 
@@ -205,10 +217,10 @@ CRC32C = crc32c_table()
 
 
 def masked_crc32c(data: bytes) -> bytes:
-    """Return the checksum of a TFRecord: CRC-32C (RFC 3720, B.4), rotated by 15 bits plus a constant, little-endian."""
-    table, crc = CRC32C, 0xFFFFFFFF
+    """Return the checksum of a TFRecord: CRC-32C (RFC 3720, B.4), rotated, plus a constant."""
+    crc = 0xFFFFFFFF
     for byte in data:
-        crc = table[(crc ^ byte) & 0xFF] ^ crc >> 8
+        crc = CRC32C[(crc ^ byte) & 0xFF] ^ crc >> 8
     crc ^= 0xFFFFFFFF
     return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 
@@ -216,24 +228,24 @@ def masked_crc32c(data: bytes) -> bytes:
 def tensor_value(
     tag: str, plugin: str, dtype: str, shape: list[int], content: bytes = b"", **tensor: Any
 ) -> dict[str, Any]:
-    """Return a summary value that a plugin of TensorBoard reads: a tensor with that plugin's name on it."""
-    data = {"plugin_name": plugin, "content": content}
-    form = {"dtype": dtype, "tensor_shape": {"dim": [{"size": size} for size in shape]}}
-    return {"tag": tag, "metadata": {"plugin_data": data}, "tensor": form | tensor}
+    """Return a summary value for a plugin of TensorBoard: a tensor with the plugin's name."""
+    plugin_data = {"plugin_name": plugin, "content": content}
+    dimensions = [{"size": size} for size in shape]
+    return {
+        "tag": tag,
+        "metadata": {"plugin_data": plugin_data},
+        "tensor": {"dtype": dtype, "tensor_shape": {"dim": dimensions}, **tensor},
+    }
 
 
 def layout_value(metrics: Sequence[str]) -> dict[str, Any]:
-    """Return the layout of the Custom Scalars page: a chart for each metric with its training and validation curve."""
+    """Return the layout of the Custom Scalars page: training and validation in one chart."""
     from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
-    names = list(dict.fromkeys(["loss", *metrics]))
-    charts = [
-        {
-            "title": name,
-            "multiline": {"tag": [f"^{split}/{re.escape(name)}$" for split in ("train", "val")]},
-        }
-        for name in names
-    ]
+    charts = []
+    for name in dict.fromkeys(["loss", *metrics]):
+        tags = [f"^train/{re.escape(name)}$", f"^val/{re.escape(name)}$"]
+        charts.append({"title": name, "multiline": {"tag": tags}})
     layout = Layout(category=[{"title": "training and validation", "chart": charts}])
     content = [layout.SerializeToString()]
     return tensor_value(
@@ -242,52 +254,52 @@ def layout_value(metrics: Sequence[str]) -> dict[str, Any]:
 
 
 def histogram_bars(values: Tensor, bins: int) -> Tensor:
-    """Return bars (left edge, right edge, count), shape (bins, 3), float64 on the CPU; none when nothing is finite."""
+    """Count the finite values in bars of equal width.
+
+    Returns:
+        (left edge, right edge, count) of each bar: shape (bins, 3), float64 on the CPU. One bar if
+        all values are equal, none without a finite value.
+    """
     values = values.detach().flatten()
     values = values[values.isfinite()].float()
     if values.numel() == 0:
         return torch.zeros(0, 3, dtype=torch.float64)
-    low, high = (end.item() for end in values.aminmax())
+    smallest, largest = values.aminmax()
+    low = smallest.item()
+    high = largest.item()
     if low == high:
         return torch.tensor([[low, high, values.numel()]], dtype=torch.float64)
-    place = ((values - low) * (bins / (high - low))).long().clamp_(0, bins - 1)
-    counts = (
-        place.bincount(minlength=bins).double().cpu()
-    )  # histc refuses to run when algorithms must be deterministic
+    bars = ((values - low) * (bins / (high - low))).long().clamp_(0, bins - 1)
+    # bincount, because histc has no deterministic implementation on CUDA
+    counts = bars.bincount(minlength=bins).double().cpu()
     edges = torch.linspace(low, high, bins + 1, dtype=torch.float64)
     return torch.stack([edges[:-1], edges[1:], counts], dim=1)
 
 
-def png(picture: Tensor) -> bytes:
-    """Encode (1 or 3, H, W) in [0, 1] as a PNG of 8 bits a channel (ISO/IEC 15948)."""
-    channels, height, width = picture.shape
-    pixels = (picture.float().nan_to_num(0).clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
-    rows = pixels.reshape(height, width * channels)
-    rows = torch.cat(
-        [rows.new_zeros(height, 1), rows], dim=1
-    )  # filter type 0 at the start of each row
-    header = struct.pack(">IIBBBBB", width, height, 8, {1: 0, 3: 2}[channels], 0, 0, 0)
-    chunks = [
-        (b"IHDR", header),
-        (b"IDAT", zlib.compress(rows.contiguous().numpy().tobytes())),
-        (b"IEND", b""),
-    ]
-    framed = [
-        struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks
-    ]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
+def encode_png(image: Tensor) -> bytes:
+    """Encode an image (1 or 3, H, W) in [0, 1] as a PNG with 8 bits per channel."""
+    from PIL import Image  # TensorBoard requires Pillow
+
+    pixels = (image.float().nan_to_num(0).clamp(0, 1) * 255).round().byte()
+    channels_last = pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)
+    buffer = io.BytesIO()
+    Image.fromarray(channels_last.numpy()).save(buffer, format="png")
+    return buffer.getvalue()
 
 
-def draw(model: nn.Module, inputs: Tensor) -> bytes:
-    """Return the model's graph as a serialized GraphDef, from a pass in eval mode that leaves no trace in the model."""
+def trace_graph(model: nn.Module, inputs: Tensor) -> bytes:
+    """Return the graph of a model as a serialized GraphDef.
+
+    One forward pass in eval mode records it and leaves the model unchanged.
+    """
     from tensorboard.compat.proto.graph_pb2 import GraphDef
 
     from framework import model_undisturbed
 
-    recorder = Recorder(model, inputs)
-    hooks = [
-        hook for name, module in model.named_modules() for hook in recorder.hooks(name, module)
-    ]
+    recorder = GraphRecorder(model, inputs)
+    hooks: list[RemovableHandle] = []
+    for name, module in model.named_modules():
+        hooks += recorder.add_hooks(name, module)
     try:
         with model_undisturbed(model), torch.no_grad(), recorder:
             outputs = model(inputs)
@@ -295,70 +307,79 @@ def draw(model: nn.Module, inputs: Tensor) -> bytes:
         for hook in hooks:
             hook.remove()
     for number, tensor in enumerate(tensors_in(outputs)):
-        recorder.add(f"output_{number}" if number else "output", "output", [tensor], [])
+        recorder.add_node(f"output_{number}" if number else "output", "output", [tensor], [])
     return GraphDef(node=recorder.nodes, versions={"producer": 22}).SerializeToString()
 
 
-class Recorder(TorchFunctionMode):
-    """Writes down each call of a torch function as a node, named by the module in which it happens."""
+class GraphRecorder(TorchFunctionMode):
+    """Records each call of a torch function as a node, named after the calling module."""
 
     def __init__(self, model: nn.Module, inputs: Tensor):
         super().__init__()
-        self.stored = {
-            id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())
-        }
+        named_tensors = [*model.named_parameters(), *model.named_buffers()]
+        self.weight_names = {id(tensor): name for name, tensor in named_tensors}
         self.nodes: list[dict[str, Any]] = []
-        self.scopes = [""]
+        self.scopes = [""]  # of the modules whose forward passes run, the innermost last
         self.scope_of: dict[str, str] = {}
-        self.source: dict[int, str] = {}  # the node that made a tensor, by the tensor's id
-        self.kept: list[Tensor] = []  # held, so that no id is used twice
+        self.producers: dict[int, str] = {}  # the node of a tensor, by the tensor's id
+        self.alive: list[Tensor] = []  # keeps tensors alive, so that no id is used twice
         self.calls: Counter[str] = Counter()
-        self.add("input", "input", [], [inputs])
+        self.add_node("input", "input", [], [inputs])
 
-    def hooks(self, name: str, module: nn.Module) -> list[Any]:
-        """Return hooks that keep `scopes` at the module at work: "features/0 (Conv2d)/", "" for the model itself."""
-        above, _, leaf = name.rpartition(".")
+    def add_hooks(self, name: str, module: nn.Module) -> list[RemovableHandle]:
+        """Make the forward pass of a module use its scope, such as "features/0 (Conv2d)/"."""
+        parent, _, leaf = name.rpartition(".")
         label = leaf if isinstance(module, nn.Sequential) else f"{leaf} ({type(module).__name__})"
-        scope = f"{self.scope_of.get(above, '')}{label}/" if name else ""
+        scope = f"{self.scope_of.get(parent, '')}{label}/" if name else ""
         self.scope_of[name] = scope
-        return [
-            module.register_forward_pre_hook(lambda module, inputs: self.scopes.append(scope)),
-            module.register_forward_hook(lambda module, inputs, output: del_last(self.scopes)),
-        ]
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+        def enter(module: nn.Module, inputs: Any) -> None:
+            self.scopes.append(scope)
+
+        def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+            self.scopes.pop()
+
+        return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         output = function(*args, **(kwargs or {}))
-        made = tensors_in(output)
-        if made:
+        outputs = tensors_in(output)
+        if outputs:
             operation = function.__name__.strip("_")
-            self.add(
-                self.unique(self.scopes[-1] + operation),
-                operation,
-                tensors_in((args, kwargs)),
-                made,
-            )
+            name = self.unique_name(self.scopes[-1] + operation)
+            self.add_node(name, operation, tensors_in((args, kwargs)), outputs)
         return output
 
-    def unique(self, name: str) -> str:
+    def unique_name(self, name: str) -> str:
+        """Return "linear" for the first call with this name, then "linear_2", "linear_3"."""
         self.calls[name] += 1
         return name if self.calls[name] == 1 else f"{name}_{self.calls[name]}"
 
-    def add(self, name: str, operation: str, used: list[Tensor], made: list[Tensor]) -> None:
-        """Add a node with edges from those that made the tensors it uses; weights become nodes when first used."""
-        for tensor in used:
-            if id(tensor) in self.stored and id(tensor) not in self.source:
-                leaf = self.stored[id(tensor)].rpartition(".")[2]
-                self.add(self.unique(self.scopes[-1] + leaf), "parameter", [], [tensor])
-        shapes = [{"dim": [{"size": size} for size in tensor.shape]} for tensor in made]
-        inputs = [self.source[id(tensor)] for tensor in used if id(tensor) in self.source]
-        shown = {"attr": {"_output_shapes": {"list": {"shape": shapes}}}} if shapes else {}
-        self.nodes.append({"name": name, "op": operation, "input": inputs} | shown)
-        self.source |= {id(tensor): name for tensor in made}
-        self.kept += made
-
-
-def del_last(scopes: list[str]) -> None:
-    del scopes[-1]  # a hook that returned what `pop` does would replace the module's output
+    def add_node(
+        self, name: str, operation: str, inputs: list[Tensor], outputs: list[Tensor]
+    ) -> None:
+        """Add a node with edges from its inputs; a weight becomes a node at its first use."""
+        for tensor in inputs:
+            if id(tensor) in self.weight_names and id(tensor) not in self.producers:
+                leaf = self.weight_names[id(tensor)].rpartition(".")[2]
+                self.add_node(self.unique_name(self.scopes[-1] + leaf), "parameter", [], [tensor])
+        edges = [self.producers[id(tensor)] for tensor in inputs if id(tensor) in self.producers]
+        node: dict[str, Any] = {"name": name, "op": operation, "input": edges}
+        shapes = []
+        for tensor in outputs:
+            dimensions = [{"size": size} for size in tensor.shape]
+            shapes.append({"dim": dimensions})
+            self.producers[id(tensor)] = name
+        if shapes:
+            node["attr"] = {"_output_shapes": {"list": {"shape": shapes}}}
+        self.nodes.append(node)
+        self.alive += outputs
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -366,21 +387,33 @@ def tensors_in(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, dict):
-        value = tuple(value.values())
-    return (
-        [tensor for item in value for tensor in tensors_in(item)]
-        if isinstance(value, list | tuple)
-        else []
-    )
+        value = list(value.values())
+    tensors = []
+    if isinstance(value, list | tuple):
+        for item in value:
+            tensors += tensors_in(item)
+    return tensors
 
 
-def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
-    """Return nested settings as {"optimizer": "adamw", "optimizer.lr": 1e-3}; lists as text, null left out."""
-    found: dict[str, bool | int | float | str] = {}
+def flatten_settings(
+    settings: dict[str, Any], prefix: str = ""
+) -> dict[str, bool | int | float | str]:
+    """Return nested settings as {"optimizer": "adamw", "optimizer.lr": 1e-3}.
+
+    Lists become texts; settings that are None are left out.
+    """
+    flat: dict[str, bool | int | float | str] = {}
     for key, value in settings.items():
         name = prefix.rstrip(".") if prefix and key == "name" else f"{prefix}{key}"
         if isinstance(value, dict):
-            found |= flat(value, f"{name}.")
+            flat |= flatten_settings(value, f"{name}.")
         elif value is not None:
-            found[name] = value if isinstance(value, bool | int | float | str) else str(value)
-    return found
+            flat[name] = value if isinstance(value, bool | int | float | str) else str(value)
+    return flat
+
+
+def value_field(value: bool | int | float | str) -> str:
+    """Return the field of a hyperparameter in TensorBoard's messages for a value of this type."""
+    if isinstance(value, bool):
+        return "bool_value"
+    return "number_value" if isinstance(value, int | float) else "string_value"

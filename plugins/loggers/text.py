@@ -1,4 +1,4 @@
-"""Loggers that write plain text: metrics.jsonl for programs, lines on the terminal for people."""
+"""Loggers that write plain text: metrics.jsonl for programs, terminal output for users."""
 
 import json
 import math
@@ -14,16 +14,19 @@ METRICS = "metrics.jsonl"
 
 @loggers.register("json_lines", aliases=["jsonl"])
 class JsonLines(Logger):
-    """Writes `metrics.jsonl` in the run folder, a line for each logged step, on disk as soon as it is logged.
+    """Writes `metrics.jsonl` in the run folder: a line for each logged step, without buffering.
 
-    {"step": 450, "epoch": 10, "wall_seconds": 3.2, "val/loss": 0.08}; NaN and infinity, which JSON lacks, as null.
+    A line: {"step": 450, "epoch": 10, "wall_seconds": 3.2, "val/loss": 0.08}. NaN and infinity,
+    which JSON lacks, are written as null.
     """
 
     def __init__(self) -> None:
         self._file: files.AppendFile | None = None
 
     def open(self, folder: Path | None, step: int, metrics: Sequence[str]) -> None:
-        """Go on with the file; what a resumed run writes again goes: lines after `step` and of the test.
+        """Open the file to append; drop the lines that a resumed run writes again.
+
+        These are the lines after `step` and those of the test.
 
         Raises RunError when the file cannot be written.
         """
@@ -39,16 +42,17 @@ class JsonLines(Logger):
     def scalars(
         self, values: dict[str, float], *, step: int, epoch: int, wall_seconds: float
     ) -> None:
-        """Append a line, whole or not at all. Raises RunError when it cannot be written."""
+        """Append a complete line. Raises RunError if it cannot be written."""
         if self._file is None:
             return
-        numbers = {key: float(value) for key, value in values.items()}
         row: dict[str, float | None] = {
             "step": step,
             "epoch": epoch,
             "wall_seconds": round(wall_seconds, 3),
         }
-        row |= {key: value if math.isfinite(value) else None for key, value in numbers.items()}
+        for key, value in values.items():
+            number = float(value)
+            row[key] = number if math.isfinite(number) else None
         self._file.append(json.dumps(row, allow_nan=False).encode() + b"\n")
 
     def close(self) -> None:
@@ -59,26 +63,25 @@ class JsonLines(Logger):
 
 
 def keep_lines(folder: Path, step: int) -> None:
-    """Drop the lines after `step`, those of the test, and those that are no JSON objects.
+    """Drop the lines after `step`, the lines of the test, and lines that are no JSON objects.
 
-    Lines at the end are cut off in place, which a full disk allows. Else the file is written anew, and the old one
-    stands until the end. The file is never in memory as a whole.
+    Lines at the end are truncated in place, which works on a full disk. Otherwise a new file is
+    written, which replaces the old one when it is complete. The file is read line by line.
     """
-    kept = 0  # bytes at the beginning of the file, of lines that all stay
+    kept = 0  # bytes of the lines at the beginning that all stay
     end = 0
-    cut = True  # whether all that goes is at the end
+    truncates = True  # whether all dropped lines are at the end
     try:
         with files.open_file(folder, METRICS, most=files.MOST_ROWS_BYTES) as file:
-            for line in lines_of(file):
+            for line in read_lines(file):
                 end += len(line)
-                if stays(line, step):
-                    cut = cut and end == kept + len(line)
+                if is_kept(line, step):
+                    truncates = truncates and end == kept + len(line)
                     kept += len(line)
-            if not cut:
+            if not truncates:
                 file.seek(0)
-                files.write_file(
-                    folder, METRICS, (line for line in lines_of(file) if stays(line, step))
-                )
+                kept_lines = (line for line in read_lines(file) if is_kept(line, step))
+                files.write_file(folder, METRICS, kept_lines)
             elif kept < end:
                 with files.open_file(folder, METRICS, "r+") as changed:
                     changed.truncate(kept)
@@ -88,27 +91,30 @@ def keep_lines(folder: Path, step: int) -> None:
         raise files.unwritable(folder / METRICS, error) from error
 
 
-def lines_of(file: BinaryIO) -> Iterator[bytes]:
-    """Yield the lines of a file with their ends; one of more than 16 MB in pieces."""
+def read_lines(file: BinaryIO) -> Iterator[bytes]:
+    """Yield the lines of a file with their line ends; a line of more than 16 MB in pieces."""
     while line := file.readline(files.MOST_LINE_BYTES):
         yield line
 
 
-def stays(line: bytes, step: int) -> bool:
-    """Whether a resumed run keeps a line: a whole one, up to a step, and not of the test."""
+def is_kept(line: bytes, step: int) -> bool:
+    """Whether a resumed run keeps a line: complete, not after `step`, and not of the test."""
     row = files.parse_row(line) if line.endswith(b"\n") else None
     if row is None or any(name.startswith("test/") for name in row):
         return False
-    found = row.get("step")
-    return isinstance(found, int) and 0 < found <= step
+    row_step = row.get("step")
+    return isinstance(row_step, int) and 0 < row_step <= step
 
 
 @loggers.register("console")
 class Console(Logger):
-    """Prints a line for each logged step: `step 450  epoch 10  3.2 s  val/loss 0.08  val/accuracy 0.97`."""
+    """Prints a line for each logged step: `step 450  epoch 10  3.2 s  val/loss 0.08`.
+
+    The lines go to the standard output without buffering.
+    """
 
     def __init__(self, digits: PositiveInt = 4):
-        """Print to the standard output, flushed line by line.
+        """Store the settings.
 
         Args:
             digits: significant digits of a value.
@@ -119,5 +125,7 @@ class Console(Logger):
         self, values: dict[str, float], *, step: int, epoch: int, wall_seconds: float
     ) -> None:
         """Print a line."""
-        shown = "".join(f"  {key} {float(value):.{self.digits}g}" for key, value in values.items())
-        terminal.print_line(f"step {step}  epoch {epoch}  {wall_seconds:.1f} s{shown}", flush=True)
+        line = f"step {step}  epoch {epoch}  {wall_seconds:.1f} s"
+        for key, value in values.items():
+            line += f"  {key} {float(value):.{self.digits}g}"
+        terminal.print_line(line, flush=True)

@@ -1,1 +1,1 @@
-"""Tasks: what a training step computes."""
+"""Tasks: the computation of a training step."""

@@ -1,4 +1,4 @@
-"""Models and tasks that learn what the inputs are like: autoencoders, variational ones, adversarial networks."""
+"""Generative models and their tasks: (variational) autoencoders and adversarial networks."""
 
 from collections.abc import Sequence
 from math import prod
@@ -35,23 +35,31 @@ Network = Literal["mlp", "conv"]
 def encoder(
     kind: Network, in_shape: Shape, outputs: int, widths: Sequence[int], activation: Activation
 ) -> nn.Module:
-    """Return a network from an input to `outputs` numbers: hidden layers, or convolutions that each halve the image."""
-    layers: list[nn.Module] = [] if kind == "conv" else [nn.Flatten()]
-    features = in_shape[0] if kind == "conv" else prod(in_shape)
-    if kind == "conv" and (
-        len(in_shape) != 3 or any(size % 2 ** len(widths) for size in in_shape[1:])
-    ):
-        raise BuildError(
-            f"network=conv halves images (C, H, W) {len(widths)} times (`widths`), not {in_shape}"
-        )
-    for width in widths:
-        layer = (
-            nn.Conv2d(features, width, 4, 2, 1) if kind == "conv" else nn.Linear(features, width)
-        )
-        layers += [layer, activation()]
-        features = width
+    """Return a network from an input to a number of outputs.
+
+    Args:
+        kind: mlp: hidden layers; conv: convolutions that each halve the image.
+        in_shape: of an input.
+        outputs: number of outputs.
+        widths: features or channels of each layer.
+        activation: after each layer.
+    """
+    layers: list[nn.Module] = []
+    if kind == "conv":
+        check_image_shape(in_shape, widths)
+        channels = in_shape[0]
+        for width in widths:
+            layers += [nn.Conv2d(channels, width, 4, 2, 1), activation()]
+            channels = width
+    else:
+        layers.append(nn.Flatten())
+        features = prod(in_shape)
+        for width in widths:
+            layers += [nn.Linear(features, width), activation()]
+            features = width
     body = nn.Sequential(*layers, nn.Flatten())
-    return body.append(nn.Linear(shapes.output_shape(body, in_shape)[0], outputs))
+    features = shapes.output_shape(body, in_shape)[0]
+    return body.append(nn.Linear(features, outputs))
 
 
 def decoder(
@@ -62,43 +70,68 @@ def decoder(
     activation: Activation,
     norm: Norm | None = None,
 ) -> nn.Sequential:
-    """Return a network from a code to an output: the layers of `encoder` the other way round, with norms if wanted."""
-    layers: list[nn.Module] = []
-    shape: Shape = (code,)
+    """Return a network from a code to an output: the layers of `encoder` in reverse order.
+
+    Args:
+        kind: mlp: hidden layers; conv: transposed convolutions that each double the image.
+        code: number of inputs.
+        out_shape: of an output.
+        widths: features or channels of the layers of the encoder.
+        activation: after each layer but the last.
+        norm: before each activation, or None.
+    """
     if kind == "conv":
-        halved = 2 ** len(widths)
-        if len(out_shape) != 3 or any(size % halved for size in out_shape[1:]):
-            raise BuildError(
-                f"network=conv doubles images {len(widths)} times (`widths`), not to {tuple(out_shape)}"
-            )
-        shape = (widths[-1], *(size // halved for size in out_shape[1:]))
-        layers = [
-            nn.Linear(code, prod(shape)),
-            nn.Unflatten(1, shape),
-            *after(shape, activation, norm),
-        ]
-    for width in [*reversed(widths[:-1]), out_shape[0]] if kind == "conv" else reversed(widths):
-        if kind == "conv":
-            layers.append(nn.ConvTranspose2d(shape[0], width, 4, 2, 1))
-            shape = (width, *(2 * size for size in shape[1:]))
-        else:
-            layers.append(nn.Linear(shape[0], width))
-            shape = (width,)
-        layers += (
-            after(shape, activation, norm) if kind == "mlp" or shape != tuple(out_shape) else []
-        )
-    if kind == "mlp":
-        layers += [nn.Linear(shape[0], prod(out_shape)), nn.Unflatten(1, tuple(out_shape))]
+        return conv_decoder(code, out_shape, widths, activation, norm)
+    layers: list[nn.Module] = []
+    features = code
+    for width in reversed(widths):
+        layers += [nn.Linear(features, width), *norm_and_activation((width,), activation, norm)]
+        features = width
+    layers += [nn.Linear(features, prod(out_shape)), nn.Unflatten(1, tuple(out_shape))]
     return nn.Sequential(*layers)
 
 
-def after(shape: Shape, activation: Activation, norm: Norm | None) -> list[nn.Module]:
-    return [*([] if norm is None else [norm(shape)]), activation()]
+def conv_decoder(
+    code: int, out_shape: Shape, widths: Sequence[int], activation: Activation, norm: Norm | None
+) -> nn.Sequential:
+    """Return the decoder for network=conv, see `decoder`."""
+    check_image_shape(out_shape, widths)
+    channels, height, width = out_shape
+    divisor = 2 ** len(widths)
+    shape = (widths[-1], height // divisor, width // divisor)
+    layers = [
+        nn.Linear(code, prod(shape)),
+        nn.Unflatten(1, shape),
+        *norm_and_activation(shape, activation, norm),
+    ]
+    for out_channels in reversed(widths[:-1]):
+        layers.append(nn.ConvTranspose2d(shape[0], out_channels, 4, 2, 1))
+        shape = (out_channels, 2 * shape[1], 2 * shape[2])
+        layers += norm_and_activation(shape, activation, norm)
+    layers.append(nn.ConvTranspose2d(shape[0], channels, 4, 2, 1))
+    return nn.Sequential(*layers)
+
+
+def check_image_shape(shape: Shape, widths: Sequence[int]) -> None:
+    """Raise BuildError unless images of this shape can be halved once for each width."""
+    divisor = 2 ** len(widths)
+    if len(shape) != 3 or shape[1] % divisor or shape[2] % divisor:
+        raise BuildError(
+            f"network=conv halves images {len(widths)} times (`widths`): expected (C, H, W) "
+            f"with H and W divisible by {divisor}, got {tuple(shape)}"
+        )
+
+
+def norm_and_activation(shape: Shape, activation: Activation, norm: Norm | None) -> list[nn.Module]:
+    """Return a norm, unless it is None, and an activation for outputs of this shape."""
+    if norm is None:
+        return [activation()]
+    return [norm(shape), activation()]
 
 
 @models.register("autoencoder")
 class Autoencoder(nn.Module):
-    """An encoder to a short code, and a decoder from it to the output (Hinton and Salakhutdinov 2006)."""
+    """An encoder to a short code and a decoder to the output (Hinton and Salakhutdinov 2006)."""
 
     def __init__(
         self,
@@ -109,22 +142,23 @@ class Autoencoder(nn.Module):
         widths: Sequence[PositiveInt] = (256,),
         activation: Activation = "relu",
     ):
-        """Build both.
+        """Build encoder and decoder.
 
         Args:
             code: numbers in the code.
-            network: mlp, or conv for images: each layer halves them, the decoder's doubles them.
-            widths: features (channels) of the encoder's hidden layers; the decoder has them the other way round.
+            network: mlp, or conv for images: encoder layers halve the image, decoder layers double
+                it.
+            widths: features (channels) of the encoder's hidden layers; the decoder reverses them.
             activation: after each hidden layer.
         """
         super().__init__()
         self.code = code
-        self.encode = encoder(network, in_shape, self.encoded, widths, activation)
+        self.encode = encoder(network, in_shape, self.encoder_outputs, widths, activation)
         self.decode = decoder(network, code, out_shape, widths, activation)
 
     @property
-    def encoded(self) -> int:
-        """How many numbers the encoder gives."""
+    def encoder_outputs(self) -> int:
+        """Number of outputs of the encoder."""
         return self.code
 
     def forward(self, x: Tensor) -> Tensor:
@@ -133,13 +167,15 @@ class Autoencoder(nn.Module):
 
 @models.register("vae")
 class Vae(Autoencoder):
-    """Variational autoencoder: a Gaussian over codes for each input (Kingma and Welling 2014, arXiv:1312.6114).
+    """Variational autoencoder: a Gaussian over codes for each input.
 
-    Called like any model it decodes the mean. `sample` decodes codes drawn from the prior, a standard normal.
+    (Kingma and Welling 2014, arXiv:1312.6114.) The forward pass decodes the mean. `sample` decodes
+    codes drawn from the prior, a standard normal.
     """
 
     @property
-    def encoded(self) -> int:
+    def encoder_outputs(self) -> int:
+        """Number of outputs of the encoder: mean and logarithm of the variance."""
         return 2 * self.code
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,14 +187,17 @@ class Vae(Autoencoder):
         return self.decode(self.posterior(x)[0])
 
     def sample(self, count: int) -> Tensor:
-        return self.decode(torch.randn(count, self.code, device=next(self.parameters()).device))
+        """Return outputs for random codes."""
+        device = next(self.parameters()).device
+        return self.decode(torch.randn(count, self.code, device=device))
 
 
 @models.register("gan")
 class Gan(nn.Module):
-    """A generator and a discriminator (Goodfellow et al. 2014, arXiv:1406.2661). Called, it judges inputs: logits.
+    """Generative adversarial network: a generator and a discriminator.
 
-    `sample` generates inputs from numbers drawn from a standard normal.
+    (Goodfellow et al. 2014, arXiv:1406.2661.) The forward pass returns the discriminator's logits.
+    `sample` generates inputs from latent numbers drawn from a standard normal.
     """
 
     def __init__(
@@ -172,15 +211,19 @@ class Gan(nn.Module):
         norm: Norm | None = None,
         output: Activation | None = None,
     ):
-        """Build both.
+        """Build generator and discriminator.
 
         Args:
-            latent: numbers, drawn from a standard normal, that an input is generated from.
-            network: mlp, or conv for images: each layer halves them, the generator's doubles them.
-            widths: features (channels) of the discriminator's hidden layers; the generator's are the other way round.
+            latent: latent numbers of a generated input.
+            network: mlp, or conv for images: discriminator layers halve the image, generator layers
+                double it.
+            widths: features (channels) of the discriminator's hidden layers; the generator reverses
+                them.
             activation: after each hidden layer.
-            norm: before each activation of the generator (Radford et al. 2016, arXiv:1511.06434); null for none.
-            output: after the generator's last layer, such as sigmoid for inputs from 0 to 1; null for none.
+            norm: before each activation of the generator (Radford et al. 2016, arXiv:1511.06434);
+                null for none.
+            output: after the generator's last layer, such as sigmoid for inputs from 0 to 1; null
+                for none.
         """
         super().__init__()
         self.latent = latent
@@ -194,13 +237,13 @@ class Gan(nn.Module):
         return self.discriminator(x)
 
     def sample(self, count: int) -> Tensor:
-        return self.generator(
-            torch.randn(count, self.latent, device=next(self.parameters()).device)
-        )
+        """Return generated inputs."""
+        device = next(self.parameters()).device
+        return self.generator(torch.randn(count, self.latent, device=device))
 
 
 class OfInputs(Task):
-    """A task whose targets are the inputs themselves; what else a batch holds is not looked at."""
+    """Base of tasks whose targets are the inputs; other tensors of a batch are ignored."""
 
     def targets_of(self, data: Data) -> tuple[Target, Shape]:
         return "value", tuple(data.in_shape)
@@ -209,41 +252,45 @@ class OfInputs(Task):
         return {"reconstruction": outputs}
 
     def pictures(self, model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
-        """Return what a person should see, rows of inputs' shape: here each input, and what became of it."""
-        given = self.predict(model(inputs))["reconstruction"]
-        shown = {"reconstructions": torch.stack([inputs, given], 1).flatten(0, 1)}
+        """Return each input before its reconstruction, and samples of a generative model."""
+        reconstructions = self.predict(model(inputs))["reconstruction"]
+        rows = {"reconstructions": torch.stack([inputs, reconstructions], 1).flatten(0, 1)}
         if isinstance(model, GenerativeModel):
-            shown["samples"] = self.predict(model.sample(len(inputs)))["reconstruction"]
-        return shown
+            rows["samples"] = self.predict(model.sample(len(inputs)))["reconstruction"]
+        return rows
 
 
 @tasks.register("reconstruction")
 class Reconstruction(OfInputs):
-    """Give the inputs back: the mean squared error of each number, or with noise that of a denoising autoencoder."""
+    """Reconstructs the inputs: the loss is the mean squared error of each number.
+
+    With noise it is the task of a denoising autoencoder.
+    """
 
     def __init__(self, noise: NonNegativeFloat = 0.0):
-        """Say what stands in the way.
+        """Store the settings.
 
         Args:
-            noise: standard deviation of what is added to the inputs in training (Vincent et al. 2008).
+            noise: standard deviation of the noise added to inputs in training (Vincent et al.
+                2008).
         """
         self.noise = noise
-        self.row_size = 1  # numbers of an input, where the data says so
+        self.row_size = 1  # numbers of an input; known after `check`
 
     def step(self, model: nn.Module, batch: Batch) -> Step:
         inputs = batch[0]
-        seen = (
-            inputs + self.noise * torch.randn_like(inputs)
-            if self.noise and model.training
-            else inputs
-        )
-        outputs = model(seen)
+        noisy = inputs
+        if self.noise and model.training:
+            noisy = inputs + self.noise * torch.randn_like(inputs)
+        outputs = model(noisy)
         check_tensor_output(model, outputs)
         return Step(F.mse_loss(outputs, same_shape(outputs, inputs)), outputs, inputs)
 
     def count(self, batch: Batch) -> int | float:
-        samples, rest = divmod(batch[0].numel(), self.row_size)
-        return batch[0].numel() / self.row_size if rest else samples
+        numbers = batch[0].numel()
+        if numbers % self.row_size:
+            return numbers / self.row_size
+        return numbers // self.row_size
 
     def check(self, data: Data) -> None:
         self.row_size = prod(data.in_shape)
@@ -251,10 +298,11 @@ class Reconstruction(OfInputs):
 
 @tasks.register("variational")
 class Variational(OfInputs):
-    """Minus the evidence lower bound, in nats a sample (Kingma and Welling 2014, equation 10, one draw of the code).
+    """Minimises the negative evidence lower bound, in nats per sample.
 
-    Evaluation draws its codes from a generator of its own, the same each time.
-    Logged beside the loss: `reconstruction` and `divergence`, the two terms.
+    (Kingma and Welling 2014, equation 10, with one draw of the code.) Evaluation draws the same
+    codes each time, from its own generator. The two terms of the loss, `reconstruction` and
+    `divergence`, are logged too.
     """
 
     def __init__(
@@ -262,39 +310,43 @@ class Variational(OfInputs):
         beta: NonNegativeFloat = 1.0,
         likelihood: Literal["bernoulli", "gaussian"] = "bernoulli",
     ):
-        """Say what is weighed.
+        """Store the settings.
 
         Args:
-            beta: weight of the divergence (Higgins et al. 2017); 1 is the bound.
-            likelihood: bernoulli takes inputs from 0 to 1 and outputs as logits; gaussian any, with variance 1.
+            beta: weight of the divergence (Higgins et al. 2017); 1 gives the bound.
+            likelihood: bernoulli takes inputs from 0 to 1 and outputs as logits; gaussian takes any
+                inputs, with variance 1.
         """
-        self.beta, self.likelihood = beta, likelihood
+        self.beta = beta
+        self.likelihood = likelihood
 
     def check(self, data: Data) -> None:
         first = torch.as_tensor(data.train[0][0]).float()
         if self.likelihood == "bernoulli" and (first.min() < 0 or first.max() > 1):
             raise DataError(
-                "task.likelihood=bernoulli takes inputs from 0 to 1: data.normalize=false, or task.likelihood=gaussian"
+                "task.likelihood=bernoulli takes inputs from 0 to 1: data.normalize=false, "
+                "or task.likelihood=gaussian"
             )
 
     def check_model(self, model: nn.Module) -> None:
-        needs(model, "posterior", "decode", "model=vae")
+        check_has(model, "posterior", "decode", "model=vae")
 
     def step(self, model: nn.Module, batch: Batch) -> Step:
         inputs = batch[0]
         mean, log_variance = model.posterior(inputs)  # type: ignore[operator]
         generator = None if model.training else torch.Generator(mean.device).manual_seed(0)
-        drawn = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
-        code = mean + drawn * (log_variance / 2).exp()
+        noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
+        code = mean + noise * (log_variance / 2).exp()
         outputs = model.decode(code)  # type: ignore[operator]
-        reconstruction = self.surprise(outputs, same_shape(outputs, inputs)) / len(inputs)
+        targets = same_shape(outputs, inputs)
+        reconstruction = self.negative_log_likelihood(outputs, targets) / len(inputs)
         divergence = (mean.square() + log_variance.exp() - 1 - log_variance).sum() / 2 / len(inputs)
-        shown = outputs.sigmoid() if self.likelihood == "bernoulli" else outputs
+        loss = reconstruction + self.beta * divergence
         values = {"reconstruction": reconstruction, "divergence": divergence}
-        return Step(reconstruction + self.beta * divergence, shown, inputs, values)
+        return Step(loss, self.predict(outputs)["reconstruction"], inputs, values)
 
-    def surprise(self, outputs: Tensor, inputs: Tensor) -> Tensor:
-        """Return minus the logarithm of the likelihood of all numbers, summed; the Gaussian's without its constant."""
+    def negative_log_likelihood(self, outputs: Tensor, inputs: Tensor) -> Tensor:
+        """Return the sum over all numbers; the Gaussian one without its constant."""
         if self.likelihood == "bernoulli":
             return F.binary_cross_entropy_with_logits(outputs, inputs, reduction="sum")
         return (outputs - inputs).square().sum() / 2
@@ -305,12 +357,14 @@ class Variational(OfInputs):
 
 @tasks.register("adversarial")
 class Adversarial(Task):
-    """A generator against a discriminator, which are updated in turn (Goodfellow et al. 2014, the non-saturating form).
+    """Trains a generator and a discriminator in turn.
 
-    A training step is some phases of the discriminator, each with fresh samples, and one of the generator; logged are
-    `discriminator_loss`, `generator_loss`, and how the discriminator judges (`real`, `fake`: probabilities that an
-    input is real; with a penalty `slope`, the mean squared norm of its gradient). train/loss is the mean over the
-    phases. Evaluation measures the discriminator, without the penalty.
+    (Goodfellow et al. 2014, the non-saturating loss.) A training step has one or more phases of the
+    discriminator, each with fresh samples, and one phase of the generator. It logs
+    `discriminator_loss`, `generator_loss`, and the mean probability of being real that the
+    discriminator gives to inputs (`real`) and samples (`fake`); with a penalty also `slope`, the
+    mean squared norm of the discriminator's gradient. train/loss is the mean over the phases.
+    Evaluation measures the discriminator without the penalty.
     """
 
     def __init__(
@@ -319,46 +373,46 @@ class Adversarial(Task):
         critic_steps: PositiveInt = 1,
         penalty: NonNegativeFloat = 0.0,
     ):
-        """Say how they play.
+        """Store the settings.
 
         Args:
             loss: logistic, or hinge (Lim and Ye 2017, arXiv:1705.02894).
-            critic_steps: updates of the discriminator for one of the generator.
-            penalty: γ in γ/2 E |∇D(x)|², by which the discriminator stays flat at the inputs (R1: Mescheder et al.
-                2018, arXiv:1801.04406, section 4.1); 0: none.
+            critic_steps: updates of the discriminator for each update of the generator.
+            penalty: γ in γ/2 E ‖∇D(x)‖², which keeps the discriminator flat at the inputs (R1:
+                Mescheder et al. 2018, arXiv:1801.04406, section 4.1); 0: none.
         """
-        self.loss, self.penalty = loss, penalty
-        self.phases = [Phase("discriminator", ["discriminator.*"])] * critic_steps + [
-            Phase("generator", ["generator.*"])
-        ]
+        self.loss = loss
+        self.penalty = penalty
+        discriminator = Phase("discriminator", ["discriminator.*"])
+        generator = Phase("generator", ["generator.*"])
+        self.phases = [discriminator] * critic_steps + [generator]
 
     def targets_of(self, data: Data) -> tuple[Target, Shape]:
         return "labels", (1,)
 
     def check_model(self, model: nn.Module) -> None:
-        needs(model, "generator", "discriminator", "model=gan")
+        check_has(model, "generator", "discriminator", "model=gan")
 
     def phase(self, name: str, model: nn.Module, batch: Batch) -> Step:
         if name == "discriminator":
             return self.step(model, batch)
-        judged = model.discriminator(model.sample(len(batch[0])))  # type: ignore[operator]
-        loss = F.softplus(-judged).mean() if self.loss == "logistic" else -judged.mean()
-        return Step(loss, judged, torch.ones_like(judged), {"generator_loss": loss})
+        logits = model.discriminator(model.sample(len(batch[0])))  # type: ignore[operator]
+        loss = F.softplus(-logits).mean() if self.loss == "logistic" else -logits.mean()
+        return Step(loss, logits, torch.ones_like(logits), {"generator_loss": loss})
 
     def step(self, model: nn.Module, batch: Batch) -> Step:
         penalised = self.penalty > 0 and model.training
         inputs = batch[0].detach().requires_grad_(penalised)
         with torch.no_grad():
-            made = model.sample(len(inputs)).to(inputs.dtype)  # type: ignore[operator]
-        real, fake = model.discriminator(inputs), model.discriminator(made)  # type: ignore[operator]
+            samples = model.sample(len(inputs)).to(inputs.dtype)  # type: ignore[operator]
+        real = model.discriminator(inputs)  # type: ignore[operator]
+        fake = model.discriminator(samples)  # type: ignore[operator]
         if self.loss == "logistic":
             loss = F.softplus(-real).mean() + F.softplus(fake).mean()
         else:
             loss = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
-        outputs, targets = (
-            torch.cat([real, fake]),
-            torch.cat([torch.ones_like(real), torch.zeros_like(fake)]),
-        )
+        outputs = torch.cat([real, fake])
+        targets = torch.cat([torch.ones_like(real), torch.zeros_like(fake)])
         values = {
             "discriminator_loss": loss,
             "real": real.sigmoid().mean(),
@@ -374,12 +428,12 @@ class Adversarial(Task):
         return {"real": outputs.float().sigmoid().flatten(1)[:, 0]}
 
     def pictures(self, model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
-        """Return what a person should see: generated inputs."""
+        """Return generated inputs."""
         return {"samples": model.sample(len(inputs))}  # type: ignore[operator]
 
 
-def needs(model: nn.Module, first: str, second: str, advice: str) -> None:
+def check_has(model: nn.Module, first: str, second: str, advice: str) -> None:
+    """Raise BuildError unless the model has both attributes."""
     if not (hasattr(model, first) and hasattr(model, second)):
-        raise BuildError(
-            f"{type(model).__name__} has no `{first}` and `{second}`, which this task calls: {advice}"
-        )
+        name = type(model).__name__
+        raise BuildError(f"{name} has no `{first}` and `{second}`, which this task calls: {advice}")

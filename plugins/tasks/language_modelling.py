@@ -1,4 +1,4 @@
-"""The task of predicting the next token, its metrics, and how a model writes text."""
+"""Language modelling: the task, its metrics, and text generation."""
 
 import math
 from collections.abc import Sequence
@@ -32,14 +32,17 @@ from framework.contracts.model import CachedDecoder
 from framework.contracts.state import Cadence
 from framework.contracts.task import check_tensor_output, inputs_and_targets
 
-IGNORED = -1  # the target of a token that only gives context
+IGNORED = -1  # the target of a token that is context only
 
 
 class TokenLoss(nn.Module):
-    """-log p of each token, and 0 where the target is ignored.
+    """-log p of each token; 0 for ignored targets.
 
-    characters: how many characters each token stands for, where the data says so.
+    Attributes:
+        characters: number of characters of each token of the vocabulary; None if unknown.
     """
+
+    characters: Tensor | None
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,10 +54,11 @@ class TokenLoss(nn.Module):
 
 @tasks.register("language_modelling", aliases=["language_modeling"])
 class LanguageModelling(Task):
-    """The next token at each position: outputs (batch, T, vocabulary) logits, targets (batch, T) ids, -1 is ignored.
+    """Predicts the next token at each position.
 
-    For texts, metrics see outputs (tokens, 2), -log p and the number of characters of each token, so that bits per
-    character are right for tokens of any length. For other sequences they see the logits.
+    Outputs are logits (batch, T, vocabulary), targets ids (batch, T); -1 is ignored. For texts,
+    metrics get outputs (tokens, 2): -log p and the number of characters of each token, so that bits
+    per character are correct for tokens of any length. For other sequences they get the logits.
     """
 
     criterion: TokenLoss
@@ -66,7 +70,8 @@ class LanguageModelling(Task):
         inputs, targets = inputs_and_targets(batch)
         outputs = model(inputs)
         check_tensor_output(model, outputs)
-        logits, targets = outputs.flatten(0, -2), targets.flatten()
+        logits = outputs.flatten(0, -2)
+        targets = targets.flatten()
         losses = self.criterion(logits, targets)
         kept = targets != IGNORED
         loss = losses.sum() / kept.sum().clamp_min(1)  # 0 where all are ignored
@@ -79,7 +84,7 @@ class LanguageModelling(Task):
         return (batch[1] != IGNORED).sum()
 
     def predict(self, outputs: Tensor) -> dict[str, Any]:
-        """Return the likeliest token after each input, and how likely it is."""
+        """Return the most likely token after each input, and its probability."""
         last = outputs if outputs.ndim == 2 else outputs[:, -1]
         probability, token = last.float().softmax(1).max(1)
         return {"token": token, "probability": probability}
@@ -87,33 +92,36 @@ class LanguageModelling(Task):
     def check(self, data: Data) -> None:
         characters = data.characters
         if characters is None and data.target != "class":
+            name = type(data).__name__
             raise DataError(
-                f"data {type(data).__name__} holds no tokens: choose a text, such as data=stdlib_source"
+                f"data {name} contains no tokens: choose a text, such as data=stdlib_source"
             )
         self.criterion.characters = None if characters is None else characters.float()
 
     def generate(
         self, model: nn.Module, tokens: Tensor, context: int, **sampling: Any
     ) -> list[int]:
-        """Return the tokens that the model puts after some; see `sample` for what can be said of how."""
+        """Return tokens that continue `tokens`; `sample` describes the arguments."""
         return sample(model, tokens.tolist(), context, **sampling)
 
 
-class OfTexts(Metric):
-    """A measure of outputs (tokens, 2): -log p in nats, and characters (see `LanguageModelling`)."""
+class TextMetric(Metric):
+    """Base of metrics of outputs (tokens, 2): -log p in nats, and characters."""
 
     better = "lower"
     targets: ClassVar[tuple[str, ...]] = ("none",)
 
     def sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return torch.stack(
-            [outputs[:, 0].double().sum(), outputs[:, 1].double().sum(), (targets != IGNORED).sum()]
-        )
+        """Return the sums of -log p and of characters, and the number of tokens."""
+        nats = outputs[:, 0].double().sum()
+        characters = outputs[:, 1].double().sum()
+        tokens = (targets != IGNORED).sum()
+        return torch.stack([nats, characters, tokens])
 
 
 @metrics.register("bits_per_character")
-class BitsPerCharacter(OfTexts):
-    """-log₂ p of a text by its number of characters, whatever its tokens are."""
+class BitsPerCharacter(TextMetric):
+    """-log₂ p of a text divided by its number of characters; comparable for any tokens."""
 
     name = "bits_per_character"
 
@@ -122,8 +130,11 @@ class BitsPerCharacter(OfTexts):
 
 
 @metrics.register("token_perplexity")
-class TokenPerplexity(OfTexts):
-    """exp of the mean -log p of a token, logged as `perplexity`; comparable for the same tokens only."""
+class TokenPerplexity(TextMetric):
+    """exp of the mean -log p of a token, logged as `perplexity`.
+
+    It is comparable for the same tokens only.
+    """
 
     name = "perplexity"
 
@@ -142,35 +153,51 @@ def sample(
     seed: int = 0,
     cached: bool = True,
 ) -> list[int]:
-    """Return `length` tokens that the model puts after the given ones, without moving any global generator.
+    """Return `length` tokens that continue a text, without changing any global generator.
 
-    A text longer than the context is seen through a window: each time it is full, it slides by half of the context.
+    If the text is longer than the context, the model sees the last tokens: when the context is
+    full, its oldest half is dropped.
 
     Args:
-        tokens: what to go on with; without any, the unknown token (1).
-        temperature: logits are divided by it; 0 takes the likeliest token each time.
-        top_k: only the k likeliest tokens (Fan et al. 2018, arXiv:1805.04833); None for all.
-        top_p: only the likeliest tokens that together have this probability (Holtzman et al. 2020, arXiv:1904.09751).
-        seed: of the drawing.
-        cached: keep keys and values of earlier tokens, if the model can; the tokens are the same without.
+        model: returns logits (batch, T, vocabulary).
+        tokens: of the text to continue; if empty, the unknown token (1).
+        context: maximum number of tokens that the model takes.
+        length: number of new tokens.
+        temperature: divides the logits; 0 selects the most likely token.
+        top_k: draw from the k most likely tokens (Fan et al. 2018, arXiv:1805.04833); None: all.
+        top_p: draw from the most likely tokens that together have this probability (Holtzman et al.
+            2020, arXiv:1904.09751); None: all.
+        seed: of the draws.
+        cached: cache keys and values of earlier tokens, if the model can; the tokens are the same.
+
+    Raises:
+        SettingError: for a temperature, top_k or top_p out of range.
     """
     check_sampling(temperature, top_k, top_p)
-    text, hop, draw = list(tokens) or [1], max(context // 2, 1), torch.Generator().manual_seed(seed)
+    text = list(tokens) or [1]
+    half = max(context // 2, 1)
+    generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
-    modes = {module: module.training for module in model.modules()}
     cached = cached and isinstance(model, CachedDecoder)
-    start = seen = 0
     cache: Any = None
+    window_start = 0
+    cached_until = 0
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     with torch.no_grad():
         for _ in range(length):
-            begin = max(-(-(len(text) - context) // hop) * hop, 0)
-            if cache is None or begin != start:
-                start, seen, cache = begin, begin, model.new_cache() if cached else ()  # type: ignore[operator]
-            fresh = torch.tensor([text[seen if cached else start :]], device=device)
-            logits = model(fresh, cache) if cached else model(fresh)
-            seen = len(text)
-            text.append(choose(logits[0, -1].float().cpu(), temperature, top_k, top_p, draw))
+            start = max(math.ceil((len(text) - context) / half) * half, 0)
+            if cached and (cache is None or start != window_start):
+                cache = model.new_cache()  # type: ignore[operator]
+                cached_until = start
+            window_start = start
+            if cached:
+                logits = model(torch.tensor([text[cached_until:]], device=device), cache)
+                cached_until = len(text)
+            else:
+                logits = model(torch.tensor([text[start:]], device=device))
+            last = logits[0, -1].float().cpu()
+            text.append(draw_token(last, temperature, top_k, top_p, generator))
     model.train(modes[model])  # some modules do more in `train` than set a flag
     for module, mode in modes.items():
         module.training = mode
@@ -178,38 +205,37 @@ def sample(
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Raise SettingError for a value that means nothing."""
+    """Raise SettingError for a value out of range."""
     if not 0 <= temperature < math.inf:
-        raise SettingError(f"temperature {temperature:g} should be 0 or more")
+        raise SettingError(f"temperature={temperature:g}: expected 0 or more")
     if top_k is not None and top_k < 1:
-        raise SettingError(f"top_k {top_k} should be 1 or more")
+        raise SettingError(f"top_k={top_k}: expected 1 or more")
     if top_p is not None and not 0 < top_p <= 1:
-        raise SettingError(f"top_p {top_p:g} should be in (0, 1]")
+        raise SettingError(f"top_p={top_p:g}: expected a number in (0, 1]")
 
 
-def choose(
+def draw_token(
     logits: Tensor,
     temperature: float,
     top_k: int | None,
     top_p: float | None,
-    draw: torch.Generator | None,
+    generator: torch.Generator | None,
 ) -> int:
-    """Draw a token from logits (vocabulary,), by what `sample` says."""
+    """Draw a token from logits (vocabulary,); `sample` describes the arguments."""
     if temperature == 0:
         return int(logits.argmax())
     values, ids = (logits / temperature).sort(descending=True, stable=True)
     probabilities = values[:top_k].softmax(0)
     if top_p is not None:
-        before = (
-            probabilities.cumsum(0) - probabilities
-        )  # of the likelier ones; the likeliest always stays
-        probabilities = probabilities.where(before < top_p, 0.0)
-    return int(ids[torch.multinomial(probabilities, 1, generator=draw)])
+        # 0 for the most likely token, which therefore always remains
+        probability_before = probabilities.cumsum(0) - probabilities
+        probabilities = probabilities.where(probability_before < top_p, 0.0)
+    return int(ids[torch.multinomial(probabilities, 1, generator=generator)])
 
 
 @callbacks.register("text_samples")
 class TextSamples(Callback):
-    """Shows the loggers what a language model writes after a prompt, with the same draws each time."""
+    """Logs text that a language model generates after a prompt, with the same draws each time."""
 
     changes_training = False
 
@@ -223,19 +249,21 @@ class TextSamples(Callback):
         top_p: Fraction | None = None,
         seed: NonNegativeInt = 0,
     ):
-        """Say what to write, and how often.
+        """Store the settings.
 
         Args:
-            every: how often.
-            prompt: what it goes on with.
-            length: tokens.
-            temperature: logits are divided by it; 0 takes the likeliest token each time.
-            top_k: only the k likeliest tokens; null for all.
-            top_p: only the likeliest tokens that together have this probability; null for all.
-            seed: of the drawing.
+            every: how often to generate text.
+            prompt: text to continue.
+            length: number of generated tokens.
+            temperature: divides the logits; 0 selects the most likely token.
+            top_k: draw from the k most likely tokens; null for all.
+            top_p: draw from the most likely tokens that together have this probability; null for
+                all.
+            seed: of the draws.
         """
-        self.cadence, self.prompt = Cadence(every), prompt
-        self.sampling = {
+        self.cadence = Cadence(every)
+        self.prompt = prompt
+        self.sampling: dict[str, Any] = {
             "length": length,
             "temperature": temperature,
             "top_k": top_k,
@@ -245,18 +273,17 @@ class TextSamples(Callback):
 
     def on_step_end(self, trainer: Context) -> None:
         if self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0):
-            self.show(trainer)
+            self.log_text(trainer)
 
-    def show(self, trainer: Context) -> None:
+    def log_text(self, trainer: Context) -> None:
+        """Generate a text and pass it to the loggers as a markdown code block."""
         split = trainer.train_batches.split
         if not isinstance(split, WindowSplit) or "tokenizer" not in split.facts:
-            raise SettingError(
-                "text_samples: the data is no text that a language model learns from"
-            )
+            raise SettingError("text_samples: the data is no text for a language model")
         tokenizer = split.facts["tokenizer"]
-        made = sample(trainer.model, tokenizer.encode(self.prompt), split.length, **self.sampling)
-        text = "".join(
-            f"    {line}\n" for line in (self.prompt + tokenizer.decode(made)).splitlines()
-        )
+        prompt = tokenizer.encode(self.prompt)
+        tokens = sample(trainer.model, prompt, split.length, **self.sampling)
+        text = self.prompt + tokenizer.decode(tokens)
+        block = "".join(f"    {line}\n" for line in text.splitlines())
         for logger in trainer.loggers:
-            logger.text("samples", text, trainer.state.step)
+            logger.text("samples", block, trainer.state.step)

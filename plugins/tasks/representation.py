@@ -1,4 +1,4 @@
-"""Tasks that learn from more, or from less, than labels: two views of an input, a teacher, a second goal."""
+"""Representation learning: contrastive task, distillation, multi-task learning, linear probe."""
 
 import math
 from collections.abc import Sequence
@@ -37,34 +37,39 @@ from framework.contracts.task import check_tensor_output
 
 from .supervised import Classification
 
+SIMCLR_VIEWS = ("resized_crop", "flip", "brightness_contrast")
+
 
 @tasks.register("contrastive", aliases=["simclr"])
 class Contrastive(Task):
-    """Find the other view of an input among those of a batch (SimCLR: Chen et al. 2020, arXiv:2002.05709).
+    """Finds the other view of an input among the views of a batch (SimCLR).
 
-    The model's outputs are the embeddings; labels are not looked at. Logged beside the loss is `found`: how often an
-    embedding's nearest one is that of the other view. Evaluation draws its views from a generator of its own.
-    The loss compares the samples of a batch with each other. So batches cannot be split by
-    `trainer.micro_batch`, and with `trainer.accumulate` samples of different batches are not compared.
+    (Chen et al. 2020, arXiv:2002.05709.) The outputs of the model are embeddings; labels are
+    ignored. It also logs `found`, the share of embeddings whose nearest one is that of the other
+    view. Evaluation draws the same views each time, from its own generator. The loss compares the
+    samples of a batch with each other. Therefore `trainer.micro_batch` cannot split batches, and
+    `trainer.accumulate` does not compare samples of different batches.
     """
 
     splits_batches = False
 
     def __init__(
         self,
-        views: list[Augmentation] = ("resized_crop", "flip", "brightness_contrast"),  # type: ignore[assignment]
+        views: list[Augmentation] = SIMCLR_VIEWS,  # type: ignore[assignment]
         dimensions: PositiveInt = 64,
         temperature: PositiveFloat = 0.5,
     ):
-        """Say how the views come about.
+        """Store the settings.
 
         Args:
             views: transforms that make a view of an input, in this order.
-            dimensions: of the embeddings, which are the model's outputs.
+            dimensions: of the embeddings, which are the outputs of the model.
             temperature: divides the cosine similarities.
         """
-        self.views, self.dimensions, self.temperature = list(views), dimensions, temperature
-        self.made: list[Any] | None = None
+        self.views = list(views)
+        self.dimensions = dimensions
+        self.temperature = temperature
+        self.transforms: list[Any] | None = None  # built for the shape of the first batch
 
     def targets_of(self, data: Data) -> tuple[Target, Shape]:
         return "value", (self.dimensions,)
@@ -74,48 +79,54 @@ class Contrastive(Task):
         with torch.random.fork_rng(enabled=not model.training):
             if not model.training:
                 torch.manual_seed(0)
-            both = torch.cat([self.view(inputs), self.view(inputs)])
-        outputs = model(both)
+            views = torch.cat([self.random_view(inputs), self.random_view(inputs)])
+        outputs = model(views)
         check_tensor_output(model, outputs)
-        loss, found = contrast(outputs, self.temperature)
+        loss, found = nt_xent(outputs, self.temperature)
         return Step(loss, outputs, torch.zeros_like(outputs), {"found": found})
 
     def pictures(self, model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
-        """Return what a person should see: two views of each input, side by side."""
-        return {"views": torch.stack([self.view(inputs), self.view(inputs)], 1).flatten(0, 1)}
+        """Return two views of each input, one after the other."""
+        views = torch.stack([self.random_view(inputs), self.random_view(inputs)], 1)
+        return {"views": views.flatten(0, 1)}
 
-    def view(self, inputs: Tensor) -> Tensor:
-        if self.made is None:
+    def random_view(self, inputs: Tensor) -> Tensor:
+        """Apply the transforms to the inputs."""
+        if self.transforms is None:
             shape = tuple(inputs.shape[1:])
-            self.made = [view(shape, (1,)) for view in self.views]
+            self.transforms = [view(shape, (1,)) for view in self.views]
         batch: Batch = (inputs, torch.zeros(len(inputs), dtype=torch.long, device=inputs.device))
         with torch.no_grad():
-            for view in self.made:
-                batch = view(batch)
+            for transform in self.transforms:
+                batch = transform(batch)
         return batch[0]
 
 
-def contrast(embeddings: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return the mean NT-Xent loss (Chen et al. 2020, equation 1), and the share whose nearest is the other view.
+def nt_xent(embeddings: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Compute the NT-Xent loss (Chen et al. 2020, equation 1).
 
-    embeddings: (2 n, D); row i and row i + n are views of one input.
+    Args:
+        embeddings: shape (2 n, D); rows i and i + n are views of one input.
+        temperature: divides the cosine similarities.
+
+    Returns:
+        The mean loss, and the share of rows whose nearest row is the other view.
     """
     unit = F.normalize(embeddings.float(), dim=1)
-    similar = unit @ unit.T / temperature
-    similar = similar.masked_fill(
-        torch.eye(len(similar), dtype=torch.bool, device=similar.device), -math.inf
-    )
-    other = torch.arange(len(similar), device=similar.device).roll(len(similar) // 2)
-    return F.cross_entropy(similar, other), (similar.argmax(1) == other).float().mean()
+    similarity = unit @ unit.T / temperature
+    itself = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
+    similarity = similarity.masked_fill(itself, -math.inf)
+    other = torch.arange(len(similarity), device=similarity.device).roll(len(similarity) // 2)
+    loss = F.cross_entropy(similarity, other)
+    return loss, (similarity.argmax(1) == other).float().mean()
 
 
 @tasks.register("distillation")
 class Distillation(Classification):
-    """Classification with a teacher: T² KL(teacher ‖ student) of outputs softened by T, beside the loss of the labels
-    (Hinton et al. 2015, arXiv:1503.02531).
+    """Classification with a teacher: adds T² KL(teacher ‖ student) of outputs softened by T.
 
-    Logged beside the loss: `distillation`, the teacher's part of it. Class weights and ignored targets of the loss
-    weight the samples of both parts.
+    (Hinton et al. 2015, arXiv:1503.02531.) It also logs `distillation`, the teacher's part of the
+    loss. Class weights and ignored targets of the loss apply to the samples of both parts.
     """
 
     def __init__(
@@ -125,31 +136,36 @@ class Distillation(Classification):
         weight: Fraction = 0.9,
         loss: Loss = "cross_entropy",
     ):
-        """Say who teaches.
+        """Store the settings.
 
         Args:
-            teacher: the run folder of a trained classifier of the same inputs and classes.
-            temperature: T, which softens the outputs of both.
-            weight: of the teacher's part; the labels have the rest.
+            teacher: run folder of a trained classifier of the same inputs and classes.
+            temperature: T, which softens the outputs of teacher and student.
+            weight: of the teacher's part of the loss; the labels have the rest.
             loss: of logits and class indices.
         """
         super().__init__(loss)
-        self.path, self.temperature, self.weight = teacher, temperature, weight
+        self.path = teacher
+        self.temperature = temperature
+        self.weight = weight
         self.teacher: nn.Module | None = None
 
     def check(self, data: Data) -> None:
         super().check(data)
-        trained = self.read()
-        shape, classes = tuple(trained.facts["in_shape"]), trained.facts["classes"]
+        run = self.open_teacher_run()
+        shape = tuple(run.facts["in_shape"])
+        classes = run.facts["classes"]
         if shape != tuple(data.in_shape) or list(classes) != list(data.classes):
             raise DataError(
-                f"task.teacher={self.path}: it takes {shape} and knows the classes {', '.join(classes)}; "
-                f"{type(data).__name__} has {tuple(data.in_shape)} and {', '.join(data.classes)}"
+                f"task.teacher={self.path}: it takes {shape} and knows the classes "
+                f"{', '.join(classes)}; {type(data).__name__} has {tuple(data.in_shape)} and "
+                f"{', '.join(data.classes)}"
             )
-        self.teacher = trained.model.eval().requires_grad_(False)
+        self.teacher = run.model.eval().requires_grad_(False)
 
-    def read(self) -> Any:
-        from framework import open_run  # here: only who trains so needs it
+    def open_teacher_run(self) -> Any:
+        """Return the run of the teacher. Raises SettingError without one."""
+        from framework import open_run  # a slow import that only this task needs
 
         if self.path is None:
             raise SettingError(
@@ -160,11 +176,11 @@ class Distillation(Classification):
     def step(self, model: nn.Module, batch: Batch) -> Step:
         step = super().step(model, batch)
         if self.teacher is None:
-            self.teacher = self.read().model.eval().requires_grad_(False)
+            self.teacher = self.open_teacher_run().model.eval().requires_grad_(False)
         with torch.no_grad():
-            taught = self.teacher.to(batch[0].device)(batch[0])
-        logarithms = (each / self.temperature for each in (step.outputs, taught))
-        student, teacher = (each.float().log_softmax(1) for each in logarithms)
+            teacher_outputs = self.teacher.to(batch[0].device)(batch[0])
+        student = (step.outputs / self.temperature).float().log_softmax(1)
+        teacher = (teacher_outputs / self.temperature).float().log_softmax(1)
         weights = self.item_weights(batch[1])
         if weights is None:
             distance = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
@@ -185,11 +201,12 @@ def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
 
 @tasks.register("multi_task", aliases=["multitask"])
 class MultiTask(Classification):
-    """Two goals at once: the class, and the input itself, each with a weight (Caruana 1997).
+    """Predicts the class and reconstructs the input at once (multi-task learning, Caruana 1997).
 
-    The model's outputs are the logits of the classes, and behind them the numbers of the input, flat; metrics see the
-    logits. Logged beside the loss: `classification` and `reconstruction` (mean squared error), before their weights.
-    Class weights and ignored targets of the loss weight the samples of both parts.
+    The outputs of the model are the logits, followed by the numbers of the input, flat; metrics get
+    the logits. It also logs the parts of the loss without their weights: `classification` and
+    `reconstruction` (mean squared error). Class weights and ignored targets of the loss apply to
+    the samples of both parts.
     """
 
     def __init__(
@@ -198,10 +215,10 @@ class MultiTask(Classification):
         reconstruction: NonNegativeFloat = 1.0,
         loss: Loss = "cross_entropy",
     ):
-        """Weigh the goals.
+        """Store the weights.
 
         Args:
-            classification: weight of the classes' loss.
+            classification: weight of the loss of the classes.
             reconstruction: weight of the mean squared error of the input's numbers.
             loss: of logits and class indices.
         """
@@ -215,26 +232,26 @@ class MultiTask(Classification):
         inputs = batch[0]
         outputs = model(inputs)
         check_tensor_output(model, outputs)
-        logits, given = self.apart(outputs, inputs[0].numel())
+        logits, numbers = self.split_outputs(outputs, inputs[0].numel())
         first = super().step(lambda _: logits, batch)  # type: ignore[arg-type]
-        error = self.error(given, inputs.flatten(1), batch[1])
+        error = self.reconstruction_error(numbers, inputs.flatten(1), batch[1])
         values = {"classification": first.loss, "reconstruction": error}
         loss = sum(self.weights[name] * value for name, value in values.items())
         return Step(torch.as_tensor(loss), logits, first.targets, values)
 
-    def error(self, given: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean squared error of the input's numbers, over the samples that count."""
+    def reconstruction_error(self, numbers: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean squared error of the input's numbers, weighted like the targets."""
         weights = self.item_weights(targets)
         if weights is None:
-            return F.mse_loss(given, inputs)
-        return weighted_mean(F.mse_loss(given, inputs, reduction="none").mean(1), weights)
+            return F.mse_loss(numbers, inputs)
+        return weighted_mean(F.mse_loss(numbers, inputs, reduction="none").mean(1), weights)
 
-    def apart(self, outputs: Tensor, numbers: int) -> Sequence[Tensor]:
-        """Return the logits and the input's numbers."""
+    def split_outputs(self, outputs: Tensor, numbers: int) -> Sequence[Tensor]:
+        """Return the logits and the numbers of the input."""
         return outputs.split([outputs.shape[1] - numbers, numbers], 1)
 
     def predict(self, outputs: Tensor) -> dict[str, Any]:
-        return {"output": outputs}  # who has but these does not know how many classes there are
+        return {"output": outputs}  # the number of classes is unknown here
 
 
 RIDGES = tuple(10.0**power for power in range(-1, 5))
@@ -242,10 +259,10 @@ RIDGES = tuple(10.0**power for power in range(-1, 5))
 
 @callbacks.register("linear_probe")
 class LinearProbe(Callback):
-    """Logs val/probe_accuracy: how many classes a linear map of the model's features tells, though none was taught.
+    """Logs val/probe_accuracy, the accuracy of a linear classifier on the model's features.
 
-    The map is the least-squares one to the classes (ridge regression on standardised features), fitted to samples of
-    the training split and measured on the validation split.
+    The classifier is a ridge regression on standardised features, fitted to samples of the training
+    split and measured on the validation split. The model itself does not learn the classes.
     """
 
     changes_training = False
@@ -253,15 +270,17 @@ class LinearProbe(Callback):
     def __init__(
         self, layer: str = "blocks", count: PositiveInt = 2000, ridge: PositiveFloat | None = None
     ):
-        """Say where the features are.
+        """Store the settings.
 
         Args:
-            layer: name of the module of the model whose outputs are the features, as `framework plan` shows it.
-            count: samples of the training split that the map is fitted to.
-            ridge: added to the diagonal of the features' mean second moments, in thousandths; null: of 0.1 to 10,000
-                the power of ten that predicts each of these samples best when it is left out.
+            layer: name of the module whose outputs are the features, as `framework plan` shows it.
+            count: samples of the training split for the fit.
+            ridge: added to the diagonal of the features' mean second moments, in thousandths; null:
+                the power of ten from 0.1 to 10,000 with the smallest leave-one-out error.
         """
-        self.layer, self.count, self.ridge = layer, count, ridge
+        self.layer = layer
+        self.count = count
+        self.ridge = ridge
 
     def on_fit_start(self, trainer: Context) -> None:
         check_read_again(trainer.train_batches, "callbacks.linear_probe")
@@ -269,47 +288,47 @@ class LinearProbe(Callback):
             check_read_again(trainer.val_batches, "callbacks.linear_probe")
         names = [name for name, _ in trainer.model.named_children()]
         if self.layer not in dict(trainer.model.named_modules()):
-            raise SettingError(
-                f"callbacks.linear_probe.layer={self.layer}: {did_you_mean(self.layer, names)}"
-            )
+            suggestion = did_you_mean(self.layer, names)
+            raise SettingError(f"callbacks.linear_probe.layer={self.layer}: {suggestion}")
 
     @torch.no_grad()
     def on_validation_end(self, trainer: Context) -> None:
         assert trainer.val_batches is not None
         with seeds.undisturbed():
             features, classes = self._features(trainer, trainer.train_batches, self.count)
-            seen, truth = self._features(trainer, trainer.val_batches, None)
-        mean, deviation = features.mean(0), features.std(0) + 1e-6
-        weights = least_squares(
-            (features - mean) / deviation, F.one_hot(classes).to(features), self.ridge
-        )
-        found = ((seen - mean) / deviation) @ weights[:-1] + weights[-1]
-        right = (found.argmax(1) == truth).double().mean()
-        trainer.log(
-            {"val/probe_accuracy": float(right)}
-        )  # a number at once: callbacks after this one may watch it
+            val_features, val_classes = self._features(trainer, trainer.val_batches, None)
+        mean = features.mean(0)
+        deviation = features.std(0) + 1e-6
+        targets = F.one_hot(classes).to(features)
+        weights = least_squares((features - mean) / deviation, targets, self.ridge)
+        scores = ((val_features - mean) / deviation) @ weights[:-1] + weights[-1]
+        accuracy = (scores.argmax(1) == val_classes).double().mean()
+        # a number, not a tensor: a later callback may monitor it in this event
+        trainer.log({"val/probe_accuracy": float(accuracy)})
 
     def _features(self, trainer: Context, batches: Any, count: int | None) -> tuple[Tensor, Tensor]:
-        """Return the features (rows, D) in float64, and the classes, of a split's first samples.
+        """Return the features (rows, D) in float64 and the classes of the first samples of a split.
 
-        Samples whose class is negative, or ignored by the loss of the task, are left out.
+        Samples with a negative class, or a class that the loss of the task ignores, are left out.
         """
-        kept: list[Tensor] = []
+        outputs: list[Tensor] = []
         classes: list[Tensor] = []
-        hook = trainer.model.get_submodule(self.layer).register_forward_hook(
-            lambda *called: kept.append(called[2].clone())
-        )
+
+        def keep_output(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            outputs.append(output.clone())
+
+        hook = trainer.model.get_submodule(self.layer).register_forward_hook(keep_output)
         try:
             with trainer.precision.inference(trainer.model):
                 for batch in batches.epoch():
                     trainer.model(batch[0].to(trainer.device))
-                    # copies: a loader may reuse its memory
+                    # a copy: a loader may reuse its memory
                     classes.append(batch[1].to(trainer.device, copy=True))
                     if count is not None and sum(map(len, classes)) >= count:
                         break
         finally:
             hook.remove()
-        features = torch.cat(kept).flatten(1).double()
+        features = torch.cat(outputs).flatten(1).double()
         targets = torch.cat(classes)
         criterion = trainer.task.criterion
         ignored = None if criterion is None else ignored_index(criterion)
@@ -318,23 +337,32 @@ class LinearProbe(Callback):
 
 
 def least_squares(inputs: Tensor, outputs: Tensor, ridge: float | None = None) -> Tensor:
-    """Return the weights (D + 1, K) of the ridge regression; the last row is the intercept, which is not shrunk.
+    """Fit a ridge regression.
 
-    inputs: (n, D), of mean 0. ridge: see `LinearProbe`.
+    Args:
+        inputs: shape (n, D), of mean 0.
+        outputs: shape (n, K).
+        ridge: see `LinearProbe`.
+
+    Returns:
+        Weights of shape (D + 1, K); the last row is the intercept, to which no ridge applies.
     """
     mean = outputs.mean(0)
-    left, scales, right = torch.linalg.svd(inputs, full_matrices=False)
-    along = left.T @ (outputs - mean)
+    left, singular_values, right = torch.linalg.svd(inputs, full_matrices=False)
+    projection = left.T @ (outputs - mean)
 
-    def shrunk(ridge: float) -> Tensor:
-        return scales.square() / (scales.square() + ridge * 1e-3 * len(inputs))
+    def shrinkage(ridge: float) -> Tensor:
+        squares = singular_values.square()
+        return squares / (squares + ridge * 1e-3 * len(inputs))
 
-    def left_out(ridge: float) -> float:
-        """The mean squared error of each row by a fit to the others (PRESS: Allen 1974)."""
-        errors = outputs - mean - left @ (shrunk(ridge)[:, None] * along)
-        leverage = left.square() @ shrunk(ridge) + 1 / len(inputs)
+    def leave_one_out_error(ridge: float) -> float:
+        """Return the mean squared error of each row for a fit to the others (PRESS: Allen 1974)."""
+        errors = outputs - mean - left @ (shrinkage(ridge)[:, None] * projection)
+        leverage = left.square() @ shrinkage(ridge) + 1 / len(inputs)
         return float((errors / (1 - leverage)[:, None]).square().mean())
 
-    kept = shrunk(min(RIDGES, key=left_out) if ridge is None else ridge)
-    weights = right.T @ ((kept / scales.clamp_min(1e-12))[:, None] * along)
+    if ridge is None:
+        ridge = min(RIDGES, key=leave_one_out_error)
+    scale = shrinkage(ridge) / singular_values.clamp_min(1e-12)
+    weights = right.T @ (scale[:, None] * projection)
     return torch.cat([weights, mean[None]])

@@ -1,4 +1,4 @@
-"""Tasks: what a batch means. Each runs the model, makes outputs and targets fit each other, and takes the mean loss."""
+"""Supervised tasks: classification, multilabel classification, regression."""
 
 import math
 import warnings
@@ -34,20 +34,20 @@ from framework.contracts.loss import (
 )
 from framework.contracts.task import check_tensor_output, inputs_and_targets
 
-WORDS = {"class": "classes", "labels": "labels", "value": "values", "none": "nothing"}
-TASKS = {"class": "classification", "labels": "multilabel", "value": "regression"}
+TARGET_NAMES = {"class": "classes", "labels": "labels", "value": "values", "none": "nothing"}
+TASK_OF_TARGET = {"class": "classification", "labels": "multilabel", "value": "regression"}
 
 
 class Supervised(Task):
-    """A task that compares the model's outputs with targets by a loss."""
+    """Base of tasks that compare the outputs of the model with targets by a loss."""
 
     criterion: nn.Module
     target: Target
-    row_size = 1  # numbers in the targets of a sample, where the data says so
+    row_size = 1  # numbers in the targets of a sample; known after `check`
 
     @cached_property
     def mean(self) -> Mean:
-        """What the loss's mean is over."""
+        """The items over which the loss averages."""
         return Mean.of(self.criterion)
 
     def step(self, model: nn.Module, batch: Batch) -> Step:
@@ -60,16 +60,18 @@ class Supervised(Task):
         return Step(loss, outputs, self.metric_targets(targets))
 
     def metric_targets(self, targets: Tensor) -> Tensor:
-        """Return the targets that metrics see."""
+        """Return the targets for metrics."""
         return targets
 
     def count(self, batch: Batch) -> int | Tensor:
-        """Return the number of items that the loss's mean is over."""
-        number = self.mean.count(self.criterion, inputs_and_targets(batch)[1], self.all_kept)
+        """Return the number of items over which the loss averages."""
+        _, targets = inputs_and_targets(batch)
+        number = self.mean.count(self.criterion, targets, self.all_kept)
         if self.row_size == 1 or self.mean.items != "targets":
             return number
-        samples, rest = divmod(number, self.row_size)
-        return number / self.row_size if rest else samples
+        if number % self.row_size:
+            return number / self.row_size
+        return number // self.row_size
 
     def know_targets(self, targets: Sequence[Tensor] | None) -> None:
         self.all_kept = self.mean.none_ignored(targets)
@@ -79,15 +81,17 @@ class Supervised(Task):
             check_first(self.criterion, step.outputs, step.targets)
 
     def fit(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the targets in the loss's shape and type. Raises DataError when they are not the outputs' targets."""
+        """Return the targets in shape and type of the loss. Raises DataError if they do not fit."""
         return same_shape(outputs, targets if targets.is_floating_point() else targets.float())
 
     def check(self, data: Data) -> None:
         if data.target != self.target:
+            advice = "choose other data"
+            if data.target in TASK_OF_TARGET:
+                advice = f"task={TASK_OF_TARGET[data.target]}"
             raise DataError(
-                f"data {type(data).__name__} has {WORDS[data.target]} as targets; {TASKS[self.target]} needs "
-                f"{WORDS[self.target]}: "
-                + (f"task={TASKS[data.target]}" if data.target in TASKS else "choose other data")
+                f"data {type(data).__name__} has {TARGET_NAMES[data.target]} as targets; "
+                f"{TASK_OF_TARGET[self.target]} needs {TARGET_NAMES[self.target]}: {advice}"
             )
         if self.target != "class":
             self.row_size = math.prod(data.out_shape)
@@ -97,14 +101,14 @@ class Supervised(Task):
         self.check_mean(data.out_shape)
 
     def check_mean(self, out_shape: Sequence[int]) -> None:
-        """Raise DataError when the loss is a sum over the samples."""
+        """Raise DataError if the loss is a sum over the samples."""
         if self.mean.certain:
             return
         outputs, targets = self.example(4, out_shape)
         check_first(self.criterion, outputs + 0.5, targets)  # a loss of zeros may be 0
 
     def example(self, rows: int, out_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return outputs and targets of a batch, on the device of the loss."""
+        """Return made-up outputs and targets of a batch, on the device of the loss."""
         buffer = next(self.criterion.buffers(), torch.empty(0))
         outputs = torch.zeros(rows, *out_shape, device=buffer.device)
         targets = torch.zeros_like(outputs)
@@ -113,10 +117,8 @@ class Supervised(Task):
         return outputs, targets
 
     def try_loss(self, out_shape: Sequence[int]) -> None:
-        """Raise DataError when the loss refuses outputs and targets of such shapes and types."""
-        rows = (
-            3 if out_shape[0] == 2 else 2
-        )  # other than the classes, or the shapes could fit by accident
+        """Raise DataError if the loss fails on outputs and targets of these shapes and types."""
+        rows = 3 if out_shape[0] == 2 else 2  # unequal to the classes: no shape fits by accident
         outputs, targets = self.example(rows, out_shape)
         try:
             with warnings.catch_warnings():
@@ -125,24 +127,31 @@ class Supervised(Task):
         except FrameworkError:
             raise
         except Exception as error:
-            name = type(self.criterion).__name__
-            if user_code.user_place(error) is None:
-                what = f"{WORDS[self.target]} with outputs of shape {tuple(out_shape)}"
-                raise DataError(
-                    f"the loss {name} cannot take {what}: {user_code.text_of(error)}"
-                ) from error
-            sizes = tuple(outputs.shape), tuple(targets.shape)
-            shapes = f"outputs of shape {sizes[0]} and targets of shape {sizes[1]}"
-            said = f"{user_code.describe(error)}, while computing the loss {name} of {shapes}"
-            raise DataError(said) from error
+            raise self._loss_error(error, outputs, targets) from error
         check_scalar(self.criterion, loss)
+
+    def _loss_error(self, error: Exception, outputs: Tensor, targets: Tensor) -> DataError:
+        name = type(self.criterion).__name__
+        if user_code.user_place(error) is None:
+            kind = TARGET_NAMES[self.target]
+            shape = tuple(outputs.shape[1:])
+            reason = user_code.text_of(error)
+            return DataError(
+                f"the loss {name} cannot take {kind} with outputs of shape {shape}: {reason}"
+            )
+        shapes = (
+            f"outputs of shape {tuple(outputs.shape)} and targets of shape {tuple(targets.shape)}"
+        )
+        description = user_code.describe(error)
+        return DataError(f"{description}, while computing the loss {name} of {shapes}")
 
 
 @tasks.register("classification")
 class Classification(Supervised):
-    """One class of several for each sample: outputs (batch, classes) logits, targets (batch,) indices.
+    """Predicts one class for each sample: outputs are logits (batch, classes).
 
-    Targets may also be class probabilities (batch, classes), as after mixing samples; metrics see the likeliest class.
+    Targets are indices (batch,). They may also be class probabilities (batch, classes), as after
+    mixing samples; metrics then get the most likely class.
 
     Args:
         loss: of logits and class indices.
@@ -166,7 +175,7 @@ class Classification(Supervised):
         return class_shape(outputs, targets).long()
 
     def item_weights(self, targets: Tensor) -> Tensor | None:
-        """Return by how much each target counts in the loss's mean; None where all count alike."""
+        """Return the weight of each target in the mean of the loss; None if all are equal."""
         if targets.is_floating_point():
             return None
         weight = None
@@ -186,7 +195,9 @@ class Classification(Supervised):
 
 @tasks.register("multilabel", aliases=["multi_label"])
 class Multilabel(Supervised):
-    """Any number of labels for each sample: outputs (batch, labels) logits, targets 0 or 1 of the same shape.
+    """Predicts any number of labels for each sample: outputs are logits (batch, labels).
+
+    Targets are 0 or 1, of the same shape.
 
     Args:
         loss: of logits and labels.
@@ -203,7 +214,9 @@ class Multilabel(Supervised):
 
 @tasks.register("regression")
 class Regression(Supervised):
-    """Numbers for each sample: outputs and targets (batch, values); targets (batch,) are one value.
+    """Predicts numbers for each sample: outputs and targets are (batch, values).
+
+    Targets (batch,) are one value.
 
     Args:
         loss: of outputs and targets.

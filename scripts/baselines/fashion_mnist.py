@@ -1,4 +1,4 @@
-"""Logistic regression on the standardised pixels of Fashion-MNIST, with the split of the networks."""
+"""Logistic regression on the standardised pixels of Fashion-MNIST."""
 
 import time
 

@@ -7,8 +7,8 @@
 - `gan`: a Gaussian fitted to the pixels, white noise, training images, and those of 5 classes.
 - `contrastive`: pixels, principal components, and the same network without training.
 
-Each RUN is measured on the test images: the accuracy of a linear map of its features, or the quality
-of its samples and their distribution over the classes according to a logistic regression.
+Each RUN is measured on the test images: the accuracy of a linear map of its features, or the
+quality of its samples and their distribution over the classes according to a logistic regression.
 """
 
 import sys

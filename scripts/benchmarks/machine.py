@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from benchmarks.rounds import ratio, table, take_turns
 from benchmarks.workloads import CLASSES, cnn, dense
-from framework.runtime.device import channels_last, chosen_layout
+from framework.runtime.memory_format import channels_last, choose_memory_format
 
 SECONDS = 0.03  # duration of a measurement
 WIN = 1.05  # smaller ratios are noise
@@ -172,7 +172,10 @@ def formats(rounds: int, threads: int) -> int:
         rows.append([name, *microseconds, f"{ratio(*times.values()):.2f}"])
     header = ["convolutional model", *(f"µs, {name}" for name in LAYOUTS), "times as fast"]
     print(table(header, rows))
-    chosen = [name for name, case in FORMATS.items() if chosen_layout("auto", case.model())[0]]
+    chosen = []
+    for name, case in FORMATS.items():
+        if choose_memory_format("auto", case.model()).channels_last:
+            chosen.append(name)
     print(f"\nloader.channels_last=auto selects channels last for {'; '.join(chosen)}")
     return 0
 

@@ -1,4 +1,4 @@
-"""The program as a person uses it: verbs, files in and out, exit statuses, signals."""
+"""The program as a user runs it: commands, files, exit statuses, signals."""
 
 import json
 import os
@@ -13,8 +13,7 @@ import pytest
 from sklearn.datasets import load_digits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from framework.cli.completion import VERBS as COMPLETED
-from framework.cli.main import VERBS, main
+from framework.cli.main import COMMANDS, main
 from framework.registry.registry import Registry
 from framework.runs.checkpoint import newest
 from waiting import wait_for
@@ -54,29 +53,31 @@ def plugin(tmp_path):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The folder of a short run on the digits."""
+    """Return the folder of a short run on the digits."""
     root = tmp_path_factory.mktemp("runs")
-    line = f"train run.root={root} run.name=first trainer.max_epochs=2 callbacks=[checkpoint] loggers=[json_lines]"
-    with pytest.raises(SystemExit) as exit:
+    parts = "callbacks=[checkpoint] loggers=[json_lines]"
+    line = f"train run.root={root} run.name=first trainer.max_epochs=2 {parts}"
+    with pytest.raises(SystemExit) as raised:
         main(shlex.split(line))
-    assert exit.value.code == 0
+    assert raised.value.code == 0
     return root / "default" / "first"
 
 
 def last_line(run):
+    """Return the last logged values of a run."""
     return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
 
 
-def test_training_says_how_it_ended_and_what_to_do_next(command):
+def test_training_prints_the_results_and_the_next_commands(command):
     status, out, err = command("train trainer.max_steps=3 run.name=first loggers=[json_lines]")
     assert status == 0
     assert "3 steps in " in out
     assert "measure  framework eval runs/default/first" in out
     assert f"{last_line(Path('runs/default/first'))['test/accuracy']:.4g}" in out
-    assert "step 3/3" in err, "progress goes beside the result"
+    assert "step 3/3" in err, "progress goes to stderr"
 
 
-def test_eval_gives_the_test_values_of_the_run(command, run):
+def test_eval_prints_the_test_metrics_of_the_run(command, run):
     status, out, _ = command(f"eval {run} --json")
     assert status == 0
     logged = {key: value for key, value in last_line(run).items() if key.startswith("test/")}
@@ -85,7 +86,7 @@ def test_eval_gives_the_test_values_of_the_run(command, run):
     assert [line.split()[0] for line in out.splitlines()] == ["val/loss", "val/accuracy", "from"]
 
 
-def test_predict_from_a_file_to_a_file(command, run, tmp_path):
+def test_predict_reads_a_file_and_writes_a_file(command, run, tmp_path):
     digits = load_digits()
     np.savez(tmp_path / "x.npz", inputs=digits.data[:50].astype("float32"))
     status, out, _ = command(f"predict {run} --input x.npz --output y.csv")
@@ -95,22 +96,20 @@ def test_predict_from_a_file_to_a_file(command, run, tmp_path):
     named = np.array([row[0] for row in rows[1:]], int)
     assert (named == digits.target[:50]).mean() > 0.7
     assert command(f"predict {run} --input x.npz --output y.jsonl")[0] == 0
-    assert [json.loads(line)["class"] for line in (tmp_path / "y.jsonl").open()] == [
-        row[0] for row in rows[1:]
-    ]
+    classes = [json.loads(line)["class"] for line in (tmp_path / "y.jsonl").open()]
+    assert classes == [row[0] for row in rows[1:]]
     assert command(f"predict {run} --input x.npz --output y.npz")[0] == 0
     with np.load(tmp_path / "y.npz") as archive:
         assert archive["index"].tolist() == named.tolist()
     assert command(f"predict {run} --input x.npz --output -")[1] == (tmp_path / "y.csv").read_text()
 
 
-def test_plan_list_and_show_for_programs(command):
+def test_plan_list_and_show_print_json(command):
     assert json.loads(command("plan --json")[1])["parameters"] > 1000
     listed = json.loads(command("list --json")[1])
     assert listed.keys() == Registry.every.keys()
-    assert {
-        part["name"] for part in json.loads(command("list optimizer --json")[1])["optimizer"]
-    } >= {"sgd", "adamw"}
+    optimizers = json.loads(command("list optimizer --json")[1])["optimizer"]
+    assert {part["name"] for part in optimizers} >= {"sgd", "adamw"}
     shown = json.loads(command("show optimizer/adamw --json")[1])
     assert shown["settings"][0]["name"] == "lr"
 
@@ -118,24 +117,26 @@ def test_plan_list_and_show_for_programs(command):
 @pytest.mark.parametrize(
     "line", ["", "--help", "help", "--version", "list", "list data", "show gelu", "completion zsh"]
 )
-def test_what_only_tells(command, line):
+def test_commands_that_only_print_end_with_status_0(command, line):
     status, out, err = command(line)
     assert (status, err) == (0, "")
     assert out.strip()
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_help_fits_a_terminal(command, verb, monkeypatch):
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_fits_a_terminal(command, name, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    status, out, _ = command(f"{verb} --help")
+    status, out, _ = command(f"{name} --help")
     assert status == 0
-    assert out.startswith(f"usage: framework {verb} ")
+    assert out.startswith(f"usage: framework {name} ")
     assert max(map(len, out.splitlines())) < 80
-    assert verb in command("--help")[1]
+    overview = command("--help")[1].splitlines()
+    assert max(map(len, overview)) < 80
+    assert any(line.startswith(f"  {name} ") for line in overview)
 
 
-def test_every_verb_is_completed(command, tmp_path, monkeypatch):
-    assert set(COMPLETED) == set(VERBS)
+def test_commands_and_overrides_are_completed(command, tmp_path, monkeypatch):
+    assert set(command("complete -- ")[1].split()) == set(COMMANDS)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "conf" / "experiment").mkdir(parents=True)
     (tmp_path / "conf" / "experiment" / "spam.yaml").write_text("seed: 1\n")
@@ -143,18 +144,29 @@ def test_every_verb_is_completed(command, tmp_path, monkeypatch):
     assert command("complete -- train optimizer=sg")[1] == "optimizer=sgd\n"
     assert command("complete -- train loader.batch_s")[1] == "loader.batch_size=\n"
     assert command("complete -- train callbacks.ear")[1] == "\n"
-    assert command("complete -- train --plugins nowhere.py optimizer=s") == (0, "\n", ""), (
-        "TAB never complains"
-    )
+    unknown_plugin = command("complete -- train --plugins nowhere.py optimizer=s")
+    assert unknown_plugin == (0, "\n", ""), "TAB prints no error"
 
 
-def test_a_fault_in_a_plugin_names_its_line(command, plugin, tmp_path):
+@pytest.mark.parametrize("line", ["find lr", "find --json lr optimizer=sgd", "find lr --json a=1"])
+def test_the_target_of_find_may_follow_options(line, monkeypatch):
+    found = []
+    monkeypatch.setattr("framework.composition.compose.run_composed", lambda *a: found.append(a))
+    with pytest.raises(SystemExit) as raised:
+        main(shlex.split(line))
+    assert raised.value.code == 0
+    ((command_line, _),) = found
+    assert command_line.overrides == [word for word in line.split() if "=" in word]
+
+
+def test_an_error_in_a_plugin_is_printed_with_its_line(command, plugin, tmp_path):
     line = f"train --plugins {plugin} callbacks=[faulty] run.name=x"
     status, _out, err = command(line)
     assert status == 1
-    assert err.splitlines() == [
-        f"framework: ZeroDivisionError: division by zero ({plugin.name}:7 in on_step_end); --traceback shows the calls",
-    ]
+    (message,) = err.splitlines()
+    place = f"({plugin.name}:7 in on_step_end)"
+    assert message.startswith(f"framework: ZeroDivisionError: division by zero {place}; ")
+    assert "--traceback" in message
     assert json.loads((tmp_path / "runs/default/x/status.json").read_text())["status"] == "failed"
     status, _, err = command(f"--traceback {line.replace('=x', '=y')}")
     assert status == 1
@@ -162,42 +174,28 @@ def test_a_fault_in_a_plugin_names_its_line(command, plugin, tmp_path):
     assert f'File "{plugin}", line 7, in on_step_end' in err
 
 
-def test_a_sweep_goes_on_after_a_job_that_fails(command):
+def test_a_sweep_continues_after_a_job_that_fails(command):
     quick = "trainer.max_steps=1 callbacks=[] loggers=[] sweep.name=s"
     status, out, err = command(f"train {quick} -m loss=mse,cross_entropy,focal")
     assert (status, err) == (2, "framework: 1 of 3 trials failed\n")
-    lines = [
-        line.partition("  ")[::2]
-        for line in out.splitlines()
-        if line[:2] == "00" and "loss=" in line
-    ]
-    assert [label for label, _ in lines] == [
-        "000 loss=mse",
-        "001 loss=cross_entropy",
-        "002 loss=focal",
-    ]
-    assert "failed" in lines[0][1]
-    assert "MSELoss cannot take classes" in lines[0][1]
-    assert len(list(Path("runs/default/s").glob("*/config.yaml"))) == 3, (
-        "two that ended well, and the best once more"
-    )
+    lines = [line for line in out.splitlines() if line[:2] == "00" and "loss=" in line]
+    labels = [line.partition("  ")[0] for line in lines]
+    assert labels == ["000 loss=mse", "001 loss=cross_entropy", "002 loss=focal"]
+    assert "failed" in lines[0]
+    assert "MSELoss cannot take classes" in lines[0]
+    configs = list(Path("runs/default/s").glob("*/config.yaml"))
+    assert len(configs) == 3, "two complete runs, and the link to the best"
     assert os.listdir() == ["runs"], "Hydra leaves nothing of its own"
 
 
-def test_sigterm_ends_a_run_in_good_order(tmp_path):
-    """The step ends, a checkpoint is written, everything is closed."""
-    line = "train run.name=a trainer.max_epochs=100000 callbacks=[checkpoint] loggers=[tensorboard,json_lines]"
+def test_sigterm_stops_a_run_after_the_step_with_a_checkpoint(tmp_path):
+    parts = "callbacks=[checkpoint] loggers=[tensorboard,json_lines]"
+    command = [FRAMEWORK, *f"train run.name=a trainer.max_epochs=100000 {parts}".split()]
     run = tmp_path / "runs/default/a"
-    process = subprocess.Popen(
-        [FRAMEWORK, *line.split()], cwd=tmp_path, stderr=subprocess.PIPE, text=True
-    )
+    metrics = run / "metrics.jsonl"
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     try:
-        wait_for(
-            lambda: (
-                (run / "metrics.jsonl").exists()
-                and (run / "metrics.jsonl").read_text().count("\n") > 3
-            )
-        )
+        wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 3)
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=60)
     finally:
@@ -208,14 +206,13 @@ def test_sigterm_ends_a_run_in_good_order(tmp_path):
     checkpoint, skipped = newest(run / "checkpoints")
     assert checkpoint.name == f"step-{status['step']:08d}"
     assert skipped == []
-    assert (
-        EventAccumulator(str(run)).Reload().Scalars("train/loss")[-1].step == last_line(run)["step"]
-    )
+    logged = EventAccumulator(str(run)).Reload().Scalars("train/loss")
+    assert logged[-1].step == last_line(run)["step"]
 
 
 @pytest.mark.parametrize(("number", "ended"), [(1, "stopped"), (2, "failed")])
-def test_sigint_in_a_sweep_ends_the_sweep(command, plugin, number, ended):
-    """The first lets the step end; a second does not wait even for that. No other job is begun."""
+def test_sigint_ends_a_sweep(command, plugin, number, ended):
+    """The first signal stops the job after the step, a second one at once; no other job starts."""
     callbacks = f"callbacks=[signals] callbacks.signals.number={number}"
     status, _, err = command(f"train --plugins {plugin} {callbacks} loggers=[] -m seed=1,2,3")
     assert (status, err) == (130, "")
@@ -224,7 +221,7 @@ def test_sigint_in_a_sweep_ends_the_sweep(command, plugin, number, ended):
     assert (found["status"], found["step"]) == (ended, 3)
 
 
-def test_a_reader_that_goes_away(tmp_path):
+def test_a_closed_output_pipe_ends_the_command_with_status_141(tmp_path):
     line = f"{shlex.quote(FRAMEWORK)} --help | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(
         ["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, check=True

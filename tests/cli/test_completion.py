@@ -1,4 +1,4 @@
-"""TAB: candidates from the registries, and the script in a real bash."""
+"""Completion with TAB: candidates from the registries, and the script in bash."""
 
 import json
 import shlex
@@ -11,8 +11,8 @@ from typing import Literal
 import pytest
 
 from framework import Activation, Block, PositiveInt
-from framework.cli import main
-from framework.cli.completion import SCRIPTS, VERBS, completions
+from framework.cli.completion import SCRIPTS, completions
+from framework.cli.main import COMMANDS, run
 from framework.composition.catalogue import Index, read_index
 from framework.errors import FrameworkError
 from framework.registry.registry import Kind, Registry
@@ -21,14 +21,14 @@ from framework.registry.schema import Setting
 
 @pytest.fixture(scope="module")
 def index() -> Index:
+    """Return an index of a few parts."""
     every = Registry.every
     Registry.every = {}
-    activation, block, model = (
-        Registry(Kind("activation")),
-        Registry(Kind("block")),
-        Registry(Kind("model")),
-    )
-    optimizer, callback = Registry(Kind("optimizer")), Registry(Kind("callback", many=True))
+    activation = Registry(Kind("activation"))
+    block = Registry(Kind("block"))
+    model = Registry(Kind("model"))
+    optimizer = Registry(Kind("optimizer"))
+    callback = Registry(Kind("callback", many=True))
 
     def leaky(slope: float = 0.1): ...
     def plain(): ...
@@ -38,8 +38,14 @@ def index() -> Index:
     def early_stop(patience: PositiveInt = 3): ...
     def checkpoint(every: str = "1epoch"): ...
 
-    parts = {activation: [leaky, plain], block: [plain], model: [mlp], optimizer: [sgd, adam]}
-    for registry, functions in (parts | {callback: [early_stop, checkpoint]}).items():
+    parts = {
+        activation: [leaky, plain],
+        block: [plain],
+        model: [mlp],
+        optimizer: [sgd, adam],
+        callback: [early_stop, checkpoint],
+    }
+    for registry, functions in parts.items():
         for function in functions:
             registry.register(function.__name__, function)
     sections = {"trainer": {"max_epochs": Setting("max_epochs", int, 10)}, "seed": {}}
@@ -53,13 +59,13 @@ def index() -> Index:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("", " ".join(VERBS)),
+        ("", " ".join(COMMANDS)),
         ("pl", "plan"),
         ("list c", "callbacks"),
         ("show opt", "optimizer/"),
         ("show optimizer/", "optimizer/adam optimizer/sgd"),
         ("completion z", "zsh"),
-        ("eval ", ""),  # a run's folder: the shell completes files
+        ("eval ", ""),  # the shell completes the folder of a run
         ("train tr", "trainer."),
         ("train trainer.", "trainer.max_epochs="),
         ("train se", "seed="),
@@ -91,26 +97,25 @@ def index() -> Index:
         ("nonsense ", ""),
     ],
 )
-def test_completions(index, line, expected):
-    assert completions(line.split(" "), index) == expected.split()
+def test_the_last_word_is_completed(index, line, expected):
+    assert completions(line.split(" "), index, COMMANDS) == expected.split()
 
 
-def test_index_of_the_real_registries_is_plain_json():
+def test_the_index_of_the_registries_is_json():
     index = read_index()
-    assert "optimizer=adamw" in completions(["train", "optimizer=ad"], index)
-    assert completions(["train", "optimizer=adamw", "optimizer.weight"], index) == [
-        "optimizer.weight_decay="
-    ]
+    assert "optimizer=adamw" in completions(["train", "optimizer=ad"], index, COMMANDS)
+    words = ["train", "optimizer=adamw", "optimizer.weight"]
+    assert completions(words, index, COMMANDS) == ["optimizer.weight_decay="]
     assert Index(**json.loads(json.dumps(asdict(index)))) == index
 
 
-def test_unknown_shell():
+def test_an_unknown_shell_is_an_error():
     with pytest.raises(FrameworkError, match=r"invalid choice: 'zhs'.*zsh"):
-        main.run(["completion", "zhs"])
+        run(["completion", "zhs"])
 
 
 @pytest.mark.parametrize("shell", SCRIPTS)
-def test_scripts_parse(shell, tmp_path):
+def test_the_shell_can_parse_its_script(shell, tmp_path):
     if shutil.which(shell) is None:
         pytest.skip(f"{shell} is not installed")
     file = tmp_path / "script"
@@ -120,37 +125,31 @@ def test_scripts_parse(shell, tmp_path):
 
 @pytest.fixture(scope="module")
 def bash(index, tmp_path_factory):
-    """Complete a line in a real bash, with a program `framework` that answers from the index."""
+    """Return a function that completes a line in bash, with a program that reads the index."""
     if shutil.which("bash") is None:
         pytest.skip("bash is not installed")
     folder = tmp_path_factory.mktemp("bash")
     (folder / "index.json").write_text(json.dumps(asdict(index)))
-    program, answer = folder / "framework", folder / "answer.py"
-    program.write_text(
-        f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(answer))} "$@"\n'
-    )
+    program = folder / "framework"
+    answer = folder / "answer.py"
+    python = shlex.quote(sys.executable)
+    program.write_text(f'#!/bin/sh\nexec {python} {shlex.quote(str(answer))} "$@"\n')
     answer.write_text(
         "import json, sys\n"
         "from framework.cli.completion import completions\n"
+        "from framework.cli.main import COMMANDS\n"
         "from framework.composition.catalogue import Index\n"
         "assert sys.argv[1:3] == ['complete', '--'] and 'torch' not in sys.modules\n"
         f"index = Index(**json.load(open({str(folder / 'index.json')!r})))\n"
-        "print('\\n'.join(completions(sys.argv[3:], index)))\n"
+        "print('\\n'.join(completions(sys.argv[3:], index, COMMANDS)))\n"
     )
     program.chmod(0o755)
     (folder / "script").write_text(SCRIPTS["bash"])
 
     def complete(line: str, path: str = "") -> list[str]:
-        asked = 'source "$1/script"; COMP_LINE="$2"; COMP_POINT=${#2}; _framework_complete'
-        command = [
-            "bash",
-            "-c",
-            f'PATH="$3$1:$PATH"; {asked}; printf "%s\\n" "${{COMPREPLY[@]}}"',
-            "bash",
-            str(folder),
-            line,
-            path,
-        ]
+        tab = 'source "$1/script"; COMP_LINE="$2"; COMP_POINT=${#2}; _framework_complete'
+        script = f'PATH="$3$1:$PATH"; {tab}; printf "%s\\n" "${{COMPREPLY[@]}}"'
+        command = ["bash", "-c", script, "bash", str(folder), line, path]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
 
     return complete
@@ -160,22 +159,19 @@ def bash(index, tmp_path_factory):
     ("line", "replies"),
     [
         ("framework pl", ["plan"]),
-        (
-            "framework train optimizer=s",
-            ["sgd"],
-        ),  # bash splits words at =, so it wants the rest only
+        ("framework train optimizer=s", ["sgd"]),  # bash splits words at =
         ("framework train optimizer=sgd optimizer.l", ["optimizer.lr="]),
         ("framework train 'callbacks=[e", ["callbacks=[early_stop"]),  # but not inside a quote
         ("framework train callbacks=[e", ["[early_stop"]),
         ("framework train ", ["activation="]),
     ],
 )
-def test_bash(bash, line, replies):
+def test_bash_completes_a_line(bash, line, replies):
     assert bash(line)[: len(replies)] == replies
 
 
 @pytest.mark.parametrize("path", ["", ".:", ":"])
-def test_tab_runs_no_program_of_the_working_folder(bash, tmp_path, monkeypatch, path):
+def test_tab_runs_no_program_in_the_working_folder(bash, tmp_path, monkeypatch, path):
     program = tmp_path / "framework"
     program.write_text(f"#!/bin/sh\ntouch {tmp_path}/proof\n")
     program.chmod(0o755)

@@ -1,4 +1,4 @@
-"""What a command waits for: nothing is imported that it does not use, torch's compiler least of all."""
+"""A command imports only the modules that it uses, and never torch's compiler."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from framework import Callback, callbacks
 
 @callbacks.register("first_step")
 class FirstStep(Callback):
-    """Says what is imported when the first step is done, and ends the process."""
+    """Print the imported modules after the first step, and end the process."""
 
     def on_step_end(self, trainer):
         print(*sys.modules, flush=True)
@@ -21,17 +21,10 @@ class FirstStep(Callback):
 
 
 def imported(line, folder):
-    """Return the modules that are imported when the first step of `framework train LINE` is done."""
+    """Return the modules that are imported after the first step of `framework train LINE`."""
     (folder / "first_step.py").write_text(FIRST_STEP)
-    command = [
-        sys.executable,
-        "-m",
-        "framework",
-        "train",
-        "--plugins",
-        "first_step.py",
-        *line.split(),
-    ]
+    framework = [sys.executable, "-m", "framework"]
+    command = [*framework, "train", "--plugins", "first_step.py", *line.split()]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=True
@@ -49,13 +42,12 @@ def imported(line, folder):
         ),
     ],
 )
-def test_a_run_imports_nothing_that_it_does_not_use(line, unused, tmp_path):
+def test_a_run_imports_no_module_that_it_does_not_use(line, unused, tmp_path):
     modules = imported(line, tmp_path)
     assert {"torch", "framework.training.trainer"} <= modules
-    assert not modules & (
-        unused
-        | {"torch._dynamo", "torch._inductor", "sklearn", "scipy", "PIL", "pandas", "pyarrow"}
-    )
+    compiler = {"torch._dynamo", "torch._inductor"}
+    libraries = {"sklearn", "scipy", "PIL", "pandas", "pyarrow"}
+    assert not modules & (unused | compiler | libraries)
 
 
 CYCLE = """
@@ -77,7 +69,7 @@ Cycle()
 
 
 def test_at_exit_objects_in_cycles_are_finalized(tmp_path):
-    """Libraries such as nanobind report as leaks what the last garbage collection has not found."""
+    """Otherwise libraries such as nanobind report them as leaks."""
     done = subprocess.run(
         [sys.executable, "-c", CYCLE], cwd=tmp_path, stdout=subprocess.PIPE, text=True, check=True
     )

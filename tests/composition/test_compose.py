@@ -1,4 +1,4 @@
-"""Command lines become checked specs: config folders, experiment files, sweeps, and what a file cannot do."""
+"""Command lines become checked specs: config folders, experiment files, sweeps, refused files."""
 
 import contextlib
 import os
@@ -25,17 +25,19 @@ def write(tmp_path, monkeypatch):
 
 
 def compose(*overrides, plugins=(), folders=(), multirun=False) -> list[Job]:
+    """Return the jobs of a command line."""
     jobs: list[Job] = []
     run_line(CommandLine(list(overrides), list(plugins), list(folders), multirun), jobs.append)
     return jobs
 
 
 def tree(*overrides, **more):
+    """Return the complete tree of one experiment."""
     (job,) = compose(*overrides, **more)
     return job.spec.tree
 
 
-def test_the_default_experiment(write):
+def test_the_default_experiment_needs_no_file(write):
     (job,) = compose()
     assert job.experiment == "default"
     assert job.number is None
@@ -86,7 +88,7 @@ trainer: {max_steps: 5}
 """
 
 
-def test_an_experiment_file_and_the_command_line_over_it(write):
+def test_the_command_line_overrides_an_experiment_file(write):
     write("conf/experiment/spam.yaml", SPAM)
     (job,) = compose("experiment=spam")
     found = job.spec.tree
@@ -107,13 +109,13 @@ def test_an_experiment_file_and_the_command_line_over_it(write):
     assert found["trainer"]["max_steps"] == 6
 
 
-def test_hydras_own_form_of_an_experiment_file(write):
-    text = "# @package _global_\ndefaults:\n  - override /optimizer: sgd\noptimizer:\n  momentum: 0.5\n"
-    write("conf/experiment/old.yaml", text)
+def test_an_experiment_file_may_have_a_header_and_a_defaults_list_of_hydra(write):
+    header = "# @package _global_\ndefaults:\n  - override /optimizer: sgd\n"
+    write("conf/experiment/old.yaml", f"{header}optimizer:\n  momentum: 0.5\n")
     assert tree("experiment=old")["optimizer"]["momentum"] == 0.5
 
 
-def test_the_folder_named_last_is_looked_in_first(write, tmp_path):
+def test_the_last_config_folder_is_searched_first(write, tmp_path):
     write("conf/experiment/spam.yaml", "seed: 1\n")
     write("a/experiment/spam.yaml", "seed: 2\n")
     write("b/experiment/spam.yaml", "seed: 3\n")
@@ -124,7 +126,7 @@ def test_the_folder_named_last_is_looked_in_first(write, tmp_path):
     assert tree("experiment=other", folders=[tmp_path / "b", tmp_path / "a"])["seed"] == 4
 
 
-def test_a_projects_own_config_and_options(write):
+def test_a_project_has_its_own_config_and_options(write):
     write(
         "conf/config.yaml",
         "defaults: [framework, _self_]\noptimizer: mine\nseed: 9\ntrainer: {max_epochs: 2}\n",
@@ -152,30 +154,26 @@ def test_plugins_of_the_project_the_experiment_and_the_command_line(write, forge
     write("conf/experiment/spam.yaml", "plugins: [one.py, two.py]\nactivation: two\n")
     (job,) = compose("experiment=spam", plugins=["three.py"])
     assert job.spec.tree["model"]["activation"]["name"] == "two"
-    assert [os.path.basename(plugin) for plugin in job.spec.plugins] == [
-        "one.py",
-        "one.py",
-        "two.py",
-        "three.py",
-    ]
+    names = [os.path.basename(plugin) for plugin in job.spec.plugins]
+    assert names == ["one.py", "one.py", "two.py", "three.py"]
     assert all(os.path.isabs(plugin) for plugin in job.spec.plugins)
     assert tree("model.activation=three")["model"]["activation"]["name"] == "three"
     write("conf/experiment/wider.yaml", "defaults: [spam]\n")
     names = [os.path.basename(plugin) for plugin in compose("experiment=wider")[0].spec.plugins]
     assert names == ["one.py", "one.py", "two.py"]
     write("conf/experiment/bad.yaml", "plugins: one.py\n")
-    with pytest.raises(PluginError, match="plugins should be a list of paths or module names"):
+    with pytest.raises(PluginError, match=r"bad\.yaml: plugins: expected a list"):
         compose("experiment=bad")
 
 
-BESIDE = """
+WITH_SETTINGS = """
 optimizer: {name: sgd, lr: 0.5, momentum: 0.9}
 model: {name: mlp, width: 24}
 """
 
 
-def test_settings_beside_a_name_are_of_that_part_alone(write):
-    write("conf/experiment/fast.yaml", BESIDE)
+def test_settings_with_a_name_belong_to_that_part_only(write):
+    write("conf/experiment/fast.yaml", WITH_SETTINGS)
     write("conf/experiment/faster.yaml", "defaults: [fast, _self_]\noptimizer: {lr: 0.7}\n")
     assert tree("experiment=fast")["optimizer"]["lr"] == 0.5
     other = tree("experiment=fast", "optimizer=adamw", "model=cnn", "data.image=true")
@@ -184,9 +182,8 @@ def test_settings_beside_a_name_are_of_that_part_alone(write):
     assert tree("experiment=fast", "optimizer=adamw", "optimizer.lr=0.1")["optimizer"]["lr"] == 0.1
     assert tree("experiment=fast", "model.width=32")["model"]["width"] == 32
     assert tree("experiment=faster")["optimizer"]["momentum"] == 0.9
-    assert (
-        tree("experiment=faster", "optimizer=adamw")["optimizer"]["lr"] == 0.7
-    )  # without a name: of whichever is there
+    # settings without a name belong to the chosen part, whichever it is
+    assert tree("experiment=faster", "optimizer=adamw")["optimizer"]["lr"] == 0.7
     swept = compose("experiment=fast", "optimizer=sgd,adamw", multirun=True)
     assert [job.spec.tree["optimizer"]["lr"] for job in swept] == [0.5, 0.001]
 
@@ -197,14 +194,13 @@ transforms: [{name: gaussian_noise, std: 0.3}, {name: mixup, alpha: 0.7}]
 """
 
 
-def test_parts_of_a_list_go_with_their_settings_when_another_list_is_chosen(write):
+def test_choosing_another_list_removes_parts_with_their_settings(write):
     write("conf/experiment/noisy.yaml", LISTED)
     write("conf/experiment/plain.yaml", "defaults: [noisy]\ntransforms: []\n")
-    write(
-        "conf/experiment/more.yaml", "defaults: [noisy, _self_]\ntransforms: {noise: {std: 0.4}}\n"
-    )
+    settings = "transforms: {noise: {std: 0.4}}"
+    write("conf/experiment/more.yaml", f"defaults: [noisy, _self_]\n{settings}\n")
     both = {"noise": {"std": 0.3}, "mixup": {"alpha": 0.7, "p": 1.0}}
-    made = {
+    expected = {
         "experiment=noisy": both,
         "experiment=noisy transforms=[]": {},
         "experiment=noisy transforms=[mixup]": {"mixup": both["mixup"]},
@@ -214,17 +210,17 @@ def test_parts_of_a_list_go_with_their_settings_when_another_list_is_chosen(writ
         "experiment=plain": {},
         "experiment=more": {**both, "noise": {"std": 0.4}},
     }
-    for words, transforms in made.items():
+    for words, transforms in expected.items():
         assert tree(*words.split())["transforms"] == transforms, words
     assert list(tree("experiment=noisy", "callbacks=[checkpoint]")["callbacks"]) == ["checkpoint"]
 
 
 def test_a_sweep_runs_each_job(write):
     jobs = compose("seed=1,2", "model.activation=relu,gelu", "optimizer.lr=0.1", multirun=True)
-    made = [
-        (job.number, job.spec.seed, job.spec.tree["model"]["activation"]["name"]) for job in jobs
-    ]
-    assert made == [(0, 1, "relu"), (1, 1, "gelu"), (2, 2, "relu"), (3, 2, "gelu")]
+    assert [job.number for job in jobs] == [0, 1, 2, 3]
+    assert [job.spec.seed for job in jobs] == [1, 1, 2, 2]
+    activations = [job.spec.tree["model"]["activation"]["name"] for job in jobs]
+    assert activations == ["relu", "gelu", "relu", "gelu"]
     assert jobs[1].label == "seed=1 model.activation=gelu"
     assert set(jobs[1].overrides) == {"seed=1", "model.activation=gelu", "optimizer.lr=0.1"}
     assert jobs[1].settings == {"seed": 1, "model.activation": "gelu"}
@@ -232,24 +228,18 @@ def test_a_sweep_runs_each_job(write):
 
 
 def test_a_sweep_written_in_an_experiment_file(write):
-    write(
-        "conf/experiment/grid.yaml",
-        "hydra: {sweeper: {params: {optimizer.lr: '1e-3,1e-2'}}}\nseed: 3\n",
-    )
+    sweeper = "hydra: {sweeper: {params: {optimizer.lr: '1e-3,1e-2'}}}\n"
+    write("conf/experiment/grid.yaml", f"{sweeper}seed: 3\n")
     jobs = compose("experiment=grid", multirun=True)
     assert [job.spec.tree["optimizer"]["lr"] for job in jobs] == [1e-3, 1e-2]
     assert jobs[0].label == "optimizer.lr=0.001"
 
 
-def test_no_job_of_a_sweep_runs_when_one_cannot(write):
+def test_no_job_of_a_sweep_runs_if_one_is_invalid(write):
     jobs: list[Job] = []
+    overrides = ["optimizer=sgd,adam", "optimizer.momentum=0.9", "seed=1,x"]
     with pytest.raises(ConfigError) as error:
-        run_line(
-            CommandLine(
-                ["optimizer=sgd,adam", "optimizer.momentum=0.9", "seed=1,x"], multirun=True
-            ),
-            jobs.append,
-        )
+        run_line(CommandLine(overrides, multirun=True), jobs.append)
     assert jobs == []
     assert len(error.value.problems) == 2
 
@@ -271,7 +261,10 @@ def test_a_job_that_fails_does_not_stop_the_others(write, kind, status):
         run_line(CommandLine(["seed=2"]), task)
 
 
-CREATE = "{{handlers: {{x: {{class: logging.FileHandler, filename: {file}}}}}, root: {{handlers: [x]}}, version: 1}}"
+CREATE = (
+    "{{handlers: {{x: {{class: logging.FileHandler, filename: {file}}}}}, "
+    "root: {{handlers: [x]}}, version: 1}}"
+)
 PAYLOADS = {
     "logging": "hydra: {{job_logging: {create}}}\n",
     "hydra_logging": "hydra: {{hydra_logging: {create}}}\n",
@@ -288,11 +281,10 @@ PAYLOADS = {
 
 @pytest.mark.parametrize("multirun", [False, True], ids=["run", "sweep"])
 @pytest.mark.parametrize("payload", PAYLOADS)
-def test_an_experiment_file_of_a_strangers_runs_nothing(write, tmp_path, payload, multirun):
+def test_an_experiment_file_cannot_run_code(write, tmp_path, payload, multirun):
     create = CREATE.format(file=tmp_path / "made")
-    write(
-        "conf/experiment/evil.yaml", PAYLOADS[payload].format(file=tmp_path / "made", create=create)
-    )
+    text = PAYLOADS[payload].format(file=tmp_path / "made", create=create)
+    write("conf/experiment/evil.yaml", text)
     write("conf/hydra/job_logging/evil.yaml", create)
     write("conf/optimizer/evil.yaml", create)
     with pytest.raises(ConfigError, match=r"evil\.yaml"):
@@ -300,8 +292,8 @@ def test_an_experiment_file_of_a_strangers_runs_nothing(write, tmp_path, payload
     assert not (tmp_path / "made").exists()
 
 
-def test_the_payload_would_work_on_bare_hydra(tmp_path):
-    """The control: without the check, a logging config of this form does create the file."""
+def test_the_payload_works_without_the_check(tmp_path):
+    """The control: a logging config of this form creates the file."""
     import logging.config
 
     import yaml
@@ -315,7 +307,7 @@ def test_the_payload_would_work_on_bare_hydra(tmp_path):
     assert (tmp_path / "made").exists()
 
 
-def test_hydra_is_left_as_it_was(write):
+def test_composing_does_not_change_the_process(write):
     before = (list(sys.argv), dict(os.environ))
     compose()
     with pytest.raises(ConfigError):
@@ -326,7 +318,7 @@ def test_hydra_is_left_as_it_was(write):
     assert not GlobalHydra.instance().is_initialized()
 
 
-def test_what_hydra_prints(write, capsys):
+def test_the_composed_config_is_printed_instead_of_a_run(write, capsys):
     run_line(CommandLine(["optimizer.lr=0.5"], cfg="job"), lambda job: pytest.fail("only shown"))
     assert "  lr: 0.5\n" in capsys.readouterr().out
     run_line(CommandLine([], cfg="job", resolve=True), lambda job: pytest.fail("only shown"))

@@ -1,4 +1,4 @@
-"""The registries as Hydra groups: options made when they are chosen, whatever Hydra copies or sends elsewhere."""
+"""The registries as Hydra groups; options are made when they are chosen."""
 
 import copy
 import pickle
@@ -16,6 +16,7 @@ def store():
 
 
 def content(store, path):
+    """Return the content of an option."""
     return OmegaConf.to_container(store.load(f"{path}.yaml").node, resolve=False)
 
 
@@ -24,7 +25,7 @@ def test_each_part_and_alias_is_an_option_with_its_defaults(store):
         key = registry.kind.key
         for entry in registry:
             if not entry.registered.module.startswith("framework_plugins"):
-                continue  # of another test
+                continue  # registered by another test
             for name in (entry.name, *entry.aliases):
                 options = content(store, f"{key}/{name}")
                 settings = options[entry.name] if registry.kind.many else options
@@ -35,27 +36,27 @@ def test_each_part_and_alias_is_an_option_with_its_defaults(store):
     assert content(store, "data/table")["path"] == "???"
 
 
-def test_a_part_in_a_part_follows_the_experiment(store):
+def test_a_setting_that_names_a_part_follows_the_experiment(store):
     assert content(store, "model/mlp")["activation"] == "${activation}"
 
 
-def test_several_parts_and_no_part(store):
+def test_options_of_lists_and_the_option_without_content(store):
     assert content(store, "callbacks/early_stop").keys() == {"early_stop"}
     assert content(store, "also/callbacks/early_stop") == content(store, "callbacks/early_stop")
     assert content(store, f"scheduler/{NONE}") == {}
 
 
-def test_the_sections_and_our_own_config(store):
+def test_the_sections_and_the_config_of_the_framework_are_options(store):
     sections = content(store, "sections")
     assert sections["trainer"]["log_every"] == "50steps"
     assert sections["optimizer"] is None
     assert {"model": "mlp"} in content(store, "framework")["defaults"]
 
 
-def test_a_copy_costs_nothing_and_a_job_elsewhere_fills_its_own(store):
+def test_a_copy_is_the_store_itself_and_a_pickle_contains_no_part(store):
     assert copy.deepcopy(store) is store
     sent = pickle.dumps(store)
-    assert len(sent) < 2000, "no part is sent"
+    assert len(sent) < 2000, "contains no part"
     assert content(pickle.loads(sent), "optimizer/sgd") == content(store, "optimizer/sgd")
     node = store.load("optimizer/sgd.yaml").node
     node.lr = 7

@@ -1,4 +1,4 @@
-"""Hydra's private API: each function does its work with the installed release and leaves Hydra as it was."""
+"""Each function that uses private names of Hydra works, and restores the state of Hydra."""
 
 import copy
 import pickle
@@ -62,7 +62,7 @@ def opened(folder):
         yield opened
 
 
-def test_a_config_is_composed_with_the_node_of_hydra(opened):
+def test_a_composed_config_contains_the_node_of_hydra(opened):
     config = compose_config(opened, ["size=large"], multirun=False)
     assert config.size.width == 80
     assert config.hydra.runtime.choices["size"] == "large"
@@ -72,7 +72,7 @@ def test_a_config_is_composed_with_the_node_of_hydra(opened):
     assert (job.size.width, job.hydra.job.num) == (80, 3)
 
 
-def test_folders_are_searched_from_the_last(folder, tmp_path_factory):
+def test_the_last_folder_is_searched_first(folder, tmp_path_factory):
     other = tmp_path_factory.mktemp("other")
     (other / "size").mkdir()
     (other / "size/small.yaml").write_text("width: 1\n")
@@ -89,14 +89,14 @@ def test_references_to_hydra_are_those_of_the_current_config(opened):
     assert HydraConfig.instance().cfg is before
 
 
-def test_what_is_composed_is_printed(opened, capsys):
+def test_the_composed_config_is_printed(opened, capsys):
     print_config(opened, ["size=large"], "job", resolve=False)
     assert "width: 80" in capsys.readouterr().out
     print_info(opened, [], "defaults")
     assert "size/small" in capsys.readouterr().out
 
 
-def test_config_files_are_read_through_another_class_for_a_while(folder):
+def test_config_files_are_read_through_another_class_until_the_context_ends(folder):
     read = []
 
     class FileConfigSource(hydra_internals.FileConfigSource):
@@ -118,7 +118,7 @@ def remade():
     return "made again"
 
 
-def test_options_are_made_when_they_are_chosen_and_are_gone_afterwards(folder):
+def test_options_are_made_when_they_are_chosen_and_removed_afterwards(folder):
     made = []
     before = ConfigStore.instance()
     names = set(before.repo)
@@ -133,7 +133,7 @@ def test_options_are_made_when_they_are_chosen_and_are_gone_afterwards(folder):
     assert set(before.repo) == names
     assert copy.deepcopy(store) is store
     assert pickle.loads(pickle.dumps(store)) == "made again"
-    assert copy.deepcopy(before) is not before, "the class itself is as it was"
+    assert copy.deepcopy(before) is not before, "the class does not change"
 
 
 class AnyLauncher(Launcher):
@@ -146,13 +146,14 @@ class AnyLauncher(Launcher):
 
 class AnySweeper(Sweeper):
     def setup(self, *, hydra_context, task_function, config):
-        self.context, self.task = hydra_context, task_function
+        self.context = hydra_context
+        self.task = task_function
 
     def sweep(self, arguments):
         pass
 
 
-def test_sweepers_get_our_launcher_for_a_while(opened):
+def test_sweepers_get_our_launcher_until_the_context_ends(opened):
     config = compose_config(opened, ["size=small,large"], multirun=True)
     ours = AnyLauncher()
     with launcher_in_use(ours):
@@ -171,7 +172,7 @@ def test_our_sweeper_is_set_up(opened):
     assert (ours.task, ours.context.config_loader) == (print, opened.config_loader)
 
 
-def test_the_result_of_a_job_or_its_error(capsys):
+def test_the_result_of_a_job_is_returned_or_its_error_raised(capsys):
     done = JobReturn(status=JobStatus.COMPLETED)
     done.return_value = 3
     assert result_of(done) == 3
@@ -200,7 +201,7 @@ def test_overrides_are_parsed():
         ("++layers.7=1", "item", "layers.7", False),
     ],
 )
-def test_what_an_error_is_about(opened, override, kind, path, in_file):
+def test_the_facts_of_an_error_are_found(opened, override, kind, path, in_file):
     with pytest.raises((HydraException, OmegaConfBaseException)) as raised:
         compose_config(opened, [override], multirun=False)
     failure = failure_of(raised.value)
@@ -211,10 +212,9 @@ def test_what_an_error_is_about(opened, override, kind, path, in_file):
         assert "colour@x=red" in failure.text
 
 
-def test_what_a_config_file_overrides_without_having_it(folder):
-    (folder / "config.yaml").write_text(
-        "defaults:\n  - size: small\n  - override colour: red\n  - _self_\n"
-    )
+def test_an_override_of_a_missing_group_in_a_file_is_found(folder):
+    defaults = "defaults:\n  - size: small\n  - override colour: red\n  - _self_\n"
+    (folder / "config.yaml").write_text(defaults)
     with opened_hydra([folder]) as opened, pytest.raises(HydraException) as raised:
         compose_config(opened, [], multirun=False)
     failure = failure_of(raised.value)
@@ -222,20 +222,20 @@ def test_what_a_config_file_overrides_without_having_it(folder):
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("value", "reason"),
     [
-        ("${nope.x}", "refers to nope.x, which is not there"),
+        ("${nope.x}", "refers to nope.x, which does not exist"),
         ("${value}", "refers to itself"),
         ("${no.resolver:1}", "Unsupported interpolation type no.resolver"),
     ],
 )
-def test_why_a_reference_cannot_be_resolved(value, said):
+def test_an_unresolved_reference_has_a_reason(value, reason):
     with pytest.raises(OmegaConfBaseException) as raised:
         OmegaConf.to_container(OmegaConf.create({"value": value}), resolve=True)
-    assert unresolved_reference(raised.value) == said
+    assert unresolved_reference(raised.value) == reason
 
 
-def test_another_hydra_application_of_the_process_does_not_notice(tmp_path, folder, monkeypatch):
+def test_another_hydra_application_of_the_process_is_not_affected(tmp_path, folder, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with hydra.initialize_config_dir(str(folder), version_base="1.3"):
         before = GlobalHydra.instance().hydra
@@ -250,4 +250,6 @@ def test_another_hydra_application_of_the_process_does_not_notice(tmp_path, fold
         assert ConfigStore.instance().repo.keys() == options
         assert Plugins.instance().class_name_to_class == plugins
         assert hydra.compose("config", ["size=large"]).size.width == 80
-        assert hydra.compose("config", ["+optimizer=sgd"]).optimizer == "sgd", "no group of ours"
+        assert hydra.compose("config", ["+optimizer=sgd"]).optimizer == "sgd", (
+            "not a group of the framework"
+        )

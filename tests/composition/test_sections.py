@@ -28,26 +28,25 @@ class Cluster:
 
 @pytest.fixture(autouse=True)
 def _registered():
-    """What a test registers is gone afterwards."""
+    """Remove the section that a test registers."""
     yield
     SECTIONS.pop("cluster", None)
     section_settings.cache_clear()
 
 
-def test_every_parameter_is_a_setting_but_those_that_are_declared_as_given():
+def test_every_parameter_is_a_setting_unless_the_framework_passes_it():
     register(Section("cluster", f"{__name__}:Cluster", given=("folder",)))
-    assert section_settings("cluster").keys() == {"queue", "split"}, (
-        "another section is given a `split`"
-    )
+    # `split` is passed to another section only
+    assert section_settings("cluster").keys() == {"queue", "split"}
 
 
-def test_a_given_parameter_exists():
+def test_a_parameter_that_the_framework_passes_must_exist():
     register(Section("cluster", f"{__name__}:Cluster", given=("foldr",)))
     with pytest.raises(ContractError, match=r"section cluster: .*:Cluster has no parameter foldr"):
         section_settings("cluster")
 
 
-def test_a_name_is_given_once():
+def test_a_name_is_registered_once():
     register(SECTIONS["sweep"])
     with pytest.raises(ContractError, match="'sweep' is registered twice"):
         register(Section("sweep", f"{__name__}:Cluster"))
@@ -56,14 +55,14 @@ def test_a_name_is_given_once():
 
 
 @pytest.mark.parametrize("name", list(SECTIONS))
-def test_the_owners_of_sections_are_there(name):
+def test_the_owner_of_a_section_can_be_imported(name):
     assert section_settings(name)
 
 
 @pytest.mark.parametrize(
     "plugin", HYDRA_PLUGINS.values(), ids=lambda plugin: f"{plugin.group}-{plugin.name}"
 )
-def test_the_classes_of_sweepers_and_launchers_are_there(plugin):
+def test_the_class_of_a_sweeper_or_launcher_can_be_imported(plugin):
     if plugin.replaces is not None:
         pytest.importorskip(plugin.replaces.rpartition(".")[0])
     if plugin.needs is not None:
@@ -71,7 +70,7 @@ def test_the_classes_of_sweepers_and_launchers_are_there(plugin):
     assert isinstance(sections.load(plugin.owner), type)
 
 
-def test_the_process_of_a_job_registers_what_the_command_has():
+def test_the_process_of_a_job_registers_the_same_sections():
     register(Section("cluster", f"{__name__}:Cluster", given=("folder",)))
     sent = pickle.dumps(filled_store())
     del SECTIONS["cluster"]
@@ -81,14 +80,8 @@ def test_the_process_of_a_job_registers_what_the_command_has():
 
 def test_registering_imports_no_owner():
     program = "import sys, framework.tuning.sections; print(*sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     imported = set(done.stdout.split())
-    assert not imported & {
-        "torch",
-        "hydra",
-        "optuna",
-        "framework.training.trainer",
-        "framework.tuning.sweep",
-    }
+    owners = {"framework.training.trainer", "framework.tuning.sweep"}
+    assert not imported & {"torch", "hydra", "optuna", *owners}

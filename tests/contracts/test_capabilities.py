@@ -1,4 +1,4 @@
-"""What tasks, losses, models and splits can do besides is found by protocols, not by their class."""
+"""Optional methods of tasks, losses, models and splits are found by protocols, not by classes."""
 
 import pytest
 import torch
@@ -15,7 +15,8 @@ from framework.contracts.task import LossTask, PictureTask, TextTask
 class Points(Data):
     def __init__(self):
         self.train = TensorSplit(torch.randn(6, 2), torch.tensor([0, 0, 0, 0, 1, 1]))
-        self.in_shape, self.out_shape = (2,), (2,)
+        self.in_shape = (2,)
+        self.out_shape = (2,)
 
 
 class Learning(nn.Module):
@@ -26,7 +27,7 @@ class Learning(nn.Module):
         return nn.functional.cross_entropy(outputs, targets)
 
 
-def test_a_loss_of_ones_own_learns_from_the_data():
+def test_a_loss_of_a_user_learns_from_the_data():
     loss = Learning()
     LossTask(loss).check(Points())
     assert loss.samples == 6
@@ -52,18 +53,17 @@ class Draws(Task):
         (LossTask(nn.MSELoss()), PictureTask, False),
     ],
 )
-def test_a_task_says_by_a_method_what_it_can_show(task, protocol, able):
+def test_a_task_with_a_method_fulfils_its_protocol(task, protocol, able):
     assert isinstance(task, protocol) is able
 
 
-def test_a_model_says_by_a_method_what_it_can_do():
+def test_a_model_with_a_method_fulfils_its_protocol():
     gan = fw.models.build("gan", in_shape=(4,), out_shape=(1,))
     decoder = fw.models.build("decoder", in_shape=(8,), out_shape=(16,))
-    assert (isinstance(gan, GenerativeModel), isinstance(gan, CachedDecoder)) == (True, False)
-    assert (isinstance(decoder, GenerativeModel), isinstance(decoder, CachedDecoder)) == (
-        False,
-        True,
-    )
+    assert isinstance(gan, GenerativeModel)
+    assert not isinstance(gan, CachedDecoder)
+    assert isinstance(decoder, CachedDecoder)
+    assert not isinstance(decoder, GenerativeModel)
 
 
 class Files(torch.utils.data.Dataset):
@@ -77,7 +77,7 @@ class Files(torch.utils.data.Dataset):
         raise AssertionError("no sample is read for its class")
 
 
-def test_classes_of_a_split_are_known_by_its_labels():
+def test_classes_of_a_split_are_read_from_its_labels():
     class OfFiles(Points):
         def __init__(self):
             super().__init__()
@@ -89,12 +89,12 @@ def test_classes_of_a_split_are_known_by_its_labels():
     assert loss.weight.tolist() == [1.5, 0.75]
 
 
-class Looks(Callback):
+class Watching(Callback):
     changes_training = False
 
 
 @pytest.mark.parametrize(
-    ("part", "expected"), [(Callback, True), (Looks, False), (lambda: Looks(), True)]
+    ("part", "expected"), [(Callback, True), (Watching, False), (lambda: Watching(), True)]
 )
-def test_whether_a_part_changes_training(part, expected):
+def test_a_callback_declares_that_it_does_not_change_training(part, expected):
     assert changes_training(part) is expected

@@ -1,4 +1,4 @@
-"""What a callback may read and do is in the Context, and the Trainer has all of it."""
+"""The Trainer has all members of the Context, through which callbacks use it."""
 
 import inspect
 import signal
@@ -17,22 +17,22 @@ MEMBERS = [
 
 
 @pytest.mark.parametrize("name", MEMBERS)
-def test_the_trainer_has_all_of_the_context_at_each_event(name):
+def test_the_trainer_has_each_member_of_the_context_at_each_event(name):
     missing = []
 
-    class Look(Callback):
+    class Reading(Callback):
         changes_training = False
 
     for event in ("fit_start", "step_start", "gradients", "log", "step_done", "fit_end"):
 
-        def look(self, trainer, event=event):
+        def read(self, trainer, event=event):
             try:
                 getattr(trainer, name)
             except AttributeError:
                 missing.append(event)
 
-        setattr(Look, f"on_{event}", look)
-    fit(callbacks=[Look()])
+        setattr(Reading, f"on_{event}", read)
+    fit(callbacks=[Reading()])
     assert missing == []
 
 
@@ -54,14 +54,14 @@ def test_the_first_of_two_callbacks_that_stop_a_run_gives_the_reason():
     assert trainer.state.stop == Stop("timer", "time is up")
 
 
-def test_a_signal_takes_the_place_of_another_reason():
+def test_a_signal_replaces_another_reason():
     trainer = Trainer(max_epochs=1, device="cpu")
     trainer.stop("timer", "time is up")
     trainer.stop("signal", "SIGTERM", signal.SIGTERM)
     assert trainer.state.stop.signal == signal.SIGTERM
 
 
-def test_the_captured_tensors_are_those_in_training_and_those_of_the_state_are_copies():
+def test_capture_returns_the_tensors_in_training_and_state_dict_copies():
     found = {}
 
     def capture(trainer):
@@ -75,11 +75,11 @@ def test_the_captured_tensors_are_those_in_training_and_those_of_the_state_are_c
         assert not torch.equal(found["own"][name], before)
 
 
-def test_every_event_of_a_callback_is_given_the_context():
+def test_every_event_of_a_callback_receives_the_context():
     events = [name for name in vars(Callback) if name.startswith("on_") and name not in WITHOUT]
     for name in events:
         annotation = inspect.signature(getattr(Callback, name)).parameters["trainer"].annotation
         assert annotation == "Context", name
 
 
-WITHOUT = ("on_save", "on_rewind")  # called with states, while a checkpoint is made or read
+WITHOUT = ("on_save", "on_rewind")  # called with states, when a checkpoint is written or read

@@ -1,4 +1,4 @@
-"""Parts that a fit would silently leave out, and states that no checkpoint could hold: found before the first step."""
+"""Parts that a fit would ignore, and states that cannot be saved, are errors before training."""
 
 import collections
 import warnings
@@ -22,16 +22,16 @@ def network():
     return nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 1))
 
 
-def fit(model, optimizer, *callbacks, steps=3, folder=None, **given):
+def fit(model, optimizer, *callbacks, steps=3, folder=None, **settings):
     trainer = Trainer(max_steps=steps, callbacks=callbacks, folder=folder, device="cpu")
-    trainer.fit(model, SPLIT, task=nn.MSELoss(), optimizer=optimizer, batch_size=12, **given)
+    trainer.fit(model, SPLIT, task=nn.MSELoss(), optimizer=optimizer, batch_size=12, **settings)
     return trainer
 
 
 # parameters of the optimizer
 
 
-def test_head_replaced_after_building_the_optimizer_is_an_error():
+def test_a_head_replaced_after_building_the_optimizer_is_an_error():
     model = network()
     optimizer = SGD(model.parameters())
     model[1] = nn.Linear(4, 1)
@@ -42,7 +42,8 @@ def test_head_replaced_after_building_the_optimizer_is_an_error():
 
 
 def test_foreign_parameters_give_a_warning():
-    model, scale = network(), nn.Parameter(torch.ones(()))
+    model = network()
+    scale = nn.Parameter(torch.ones(()))
     with pytest.warns(UserWarning, match="1 of its 5 parameters do not belong to the model"):
         fit(model, SGD([*model.parameters(), scale]))
 
@@ -58,17 +59,18 @@ def test_training_a_part_of_the_model_gives_no_warning(chosen):
         fit(model, SGD(parameters, lr=0.1))
 
 
-# schedules that react
+# schedules that depend on validation
 
 
 def test_a_plateau_without_validation_is_an_error():
-    model, schedule = network(), fw.schedulers.build("reduce_on_plateau", 9)
+    model = network()
+    schedule = fw.schedulers.build("reduce_on_plateau", 9)
     with pytest.raises(SettingError, match="no validation split"):
         fit(model, SGD(model.parameters()), schedule=schedule)
     fit(model, SGD(model.parameters()), schedule=schedule, val=SPLIT)
 
 
-def test_a_plateau_without_validation_leaves_no_run(command, tmp_path):
+def test_a_plateau_without_validation_is_an_error_before_a_run_exists(command, tmp_path):
     status, _, err = command("train scheduler=reduce_on_plateau data.val_fraction=0")
     assert (status, "no validation split" in err) == (2, True)
     assert not (tmp_path / "runs").exists()
@@ -78,7 +80,7 @@ def test_a_plateau_without_validation_leaves_no_run(command, tmp_path):
 
 
 class Momentum(SGD):
-    """Keeps a number of its own beside the state of the parameters, as MADGRAD does."""
+    """Has a state of the optimizer in addition to that of the parameters, as MADGRAD does."""
 
     def step(self, closure=None):
         count = self.state.setdefault("k", torch.zeros((), dtype=torch.long))
@@ -86,7 +88,7 @@ class Momentum(SGD):
         super().step()
 
 
-def test_an_optimizer_with_state_of_its_own_resumes(tmp_path):
+def test_an_optimizer_with_additional_state_resumes(tmp_path):
     def one(folder, steps, resume=None):
         model = network()
         optimizer = Momentum(model.parameters(), lr=0.1, momentum=0.9)
@@ -113,7 +115,7 @@ class Queued(SGD):
 
 
 class Picky(Queued):
-    """One that cannot be built on a single number."""
+    """An optimizer that cannot be built with a single parameter."""
 
     def __init__(self, params, **settings):
         params = list(params)
@@ -122,7 +124,7 @@ class Picky(Queued):
         super().__init__(params, **settings)
 
 
-class Steps(Callback):
+class CountSteps(Callback):
     changes_training = False
     done = 0
 
@@ -158,10 +160,11 @@ class Odd(Schedule):
     ],
     ids=["setting", "state", "state of an optimizer that cannot be tried", "callback"],
 )
-def test_a_training_state_that_cannot_be_saved_is_found_at_once(
+def test_a_training_state_that_cannot_be_saved_is_an_error_in_the_first_step(
     make, callbacks, path, steps, tmp_path
 ):
-    model, counting = network(), Steps()
+    model = network()
+    counting = CountSteps()
     saving = fw.callbacks.build("checkpoint", monitor=None)
     with pytest.raises(CheckpointError, match=f"^{path} is a "):
         fit(model, make(list(model.parameters())), *callbacks, saving, counting, folder=tmp_path)
@@ -169,7 +172,8 @@ def test_a_training_state_that_cannot_be_saved_is_found_at_once(
 
 
 def test_a_schedule_whose_state_cannot_be_saved_is_found_before_the_first_step(tmp_path):
-    model, counting = network(), Steps()
+    model = network()
+    counting = CountSteps()
     saving = fw.callbacks.build("checkpoint", monitor=None)
     with pytest.raises(CheckpointError, match=r"^schedule\.seen is a set"):
         fit(model, SGD(model.parameters()), saving, counting, folder=tmp_path, schedule=Odd())
@@ -205,7 +209,8 @@ BUFFERS = {
 @pytest.mark.parametrize("background", [True, False])
 @pytest.mark.parametrize("kind", [*BUFFERS, "dict"])
 def test_a_buffer_that_cannot_be_saved_is_found_before_the_first_step(kind, background, tmp_path):
-    model, counting = with_buffer(BUFFERS[kind]) if kind in BUFFERS else with_extra_state(), Steps()
+    model = with_buffer(BUFFERS[kind]) if kind in BUFFERS else with_extra_state()
+    counting = CountSteps()
     saving = fw.callbacks.build("checkpoint", monitor=None, background=background)
     name = r"0\.odd" if kind in BUFFERS else r"2\._extra_state"
     with pytest.raises(CheckpointError, match=f"^{name} of the model's state is a .*{kind}"):
@@ -239,7 +244,7 @@ class Views(nn.Module):
 
 
 @pytest.mark.parametrize("background", [True, False])
-def test_views_are_saved_alike_in_the_background_and_at_once(background, tmp_path):
+def test_views_are_saved_equally_in_the_background_and_in_the_foreground(background, tmp_path):
     model = Views()
     saving = fw.callbacks.build("checkpoint", monitor=None, background=background)
     fit(model, SGD(model.parameters(), lr=0.1), saving, folder=tmp_path)
@@ -248,7 +253,7 @@ def test_views_are_saved_alike_in_the_background_and_at_once(background, tmp_pat
         assert torch.equal(saved[name], tensor.resolve_conj()), name
 
 
-def test_a_lazy_layer_is_saved_once_it_has_its_shape(tmp_path):
+def test_a_lazy_layer_is_saved_with_the_shape_of_its_first_call(tmp_path):
     model = nn.Sequential(nn.LazyLinear(1))
     optimizer = SGD(model.parameters(), lr=0.1)
     saving = fw.callbacks.build("checkpoint", monitor=None)

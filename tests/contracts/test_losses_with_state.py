@@ -1,4 +1,4 @@
-"""A loss of a user is called as often as in a plain loop; finding out what its mean is over changes nothing."""
+"""Trial calls of a loss have no side effects: it trains as in a plain loop."""
 
 import copy
 
@@ -27,7 +27,7 @@ def network():
 
 
 class Centred(nn.Module):
-    """A loss that replaces its buffer, as the centring of some self-supervised methods does."""
+    """A loss that replaces its buffer, as the centring of some self-supervised methods."""
 
     def __init__(self):
         super().__init__()
@@ -70,7 +70,7 @@ def recording_function():
 
 
 class Calling:
-    """An object that is no module."""
+    """An object that is not a module."""
 
     calls = 0
 
@@ -81,7 +81,8 @@ class Calling:
 
 @pytest.mark.parametrize("make", [Centred, Warming, warming_function, recording_function, Calling])
 def test_a_loss_with_state_trains_as_in_a_plain_loop(make):
-    expected, loss = network(), make()
+    expected = network()
+    loss = make()
     optimizer = torch.optim.SGD(expected.parameters(), lr=0.5)
     for _ in range(2):
         for inputs, targets in batches():
@@ -138,7 +139,7 @@ def test_a_mean_over_several_kinds_of_items_gives_a_warning():
         Mean.of(Mixed(torch.tensor([1.0, 2.0, 50.0])))
 
 
-def test_a_loss_of_pairs_is_no_sum():
+def test_a_loss_of_pairs_is_not_taken_for_a_sum():
     def spread(outputs, targets):
         return torch.cdist(outputs, outputs).sum() / len(outputs)
 
@@ -168,7 +169,8 @@ def test_a_callback_may_update_parameters_that_the_optimizer_does_not_hold():
         def on_step_end(self, trainer):
             self.optimizer.step()
 
-    model, second = network(), Second()
+    model = network()
+    second = Second()
     second.optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
     before = model[0].weight.detach().clone()
     trainer = Trainer(max_epochs=1, device="cpu", callbacks=[second])
@@ -187,7 +189,7 @@ def test_a_batch_norm_in_eval_mode_trains_on_one_sample():
 
 
 class Own(Task):
-    """A task with a parameter, or with a network that it trains by itself."""
+    """A task with a parameter, or with a network that it trains itself."""
 
     def __init__(self, scale=None, critic=None):
         self.scale = scale
@@ -204,7 +206,7 @@ class Own(Task):
 
 
 @pytest.mark.parametrize("size", [1, 4])
-def test_a_parameter_of_a_task_is_refused_and_a_network_of_it_gives_a_warning(size):
+def test_a_parameter_of_a_task_is_an_error_and_a_network_of_it_gives_a_warning(size):
     def fit(task):
         model = network()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

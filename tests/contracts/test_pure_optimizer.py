@@ -1,4 +1,4 @@
-"""Pure updates: what an optimizer's `step()` does, as a function; for one parameter, and for rows of many trials."""
+"""Pure updates equal `step()`, for one parameter and for stacked parameters of several trials."""
 
 import pytest
 import torch
@@ -40,14 +40,12 @@ def after_one_step(name, settings, start):
 
 
 @pytest.mark.parametrize(("name", "settings"), RECIPES, ids=str)
-def test_a_pure_update_does_what_step_does(name, settings):
+def test_a_pure_update_equals_step(name, settings):
     start = torch.randn(7, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
     parameter, optimizer = after_one_step(name, settings, start)
     update = pure_updates.find(optimizer)
-    p, state = (
-        parameter.detach().clone(),
-        {k: v.clone() for k, v in optimizer.state[parameter].items()},
-    )
+    p = parameter.detach().clone()
+    state = {name: value.clone() for name, value in optimizer.state[parameter].items()}
     for step in range(1, 50):
         parameter.grad = gradient(step)
         optimizer.step()
@@ -65,18 +63,18 @@ def test_settings_may_be_tensors_with_a_value_for_each_row(name, settings):
     alone = [after_one_step(name, settings | {"lr": lr}, start) for lr in rates]
     update = pure_updates.find(alone[0][1])
     rows = torch.stack([p.detach() for p, _ in alone])
-    state = {k: rows_of([o.state[p][k] for p, o in alone]) for k in alone[0][1].state[alone[0][0]]}
-    group = dict(
-        alone[0][1].param_groups[0], lr=torch.tensor(rates, dtype=torch.float64).unsqueeze(1)
-    )
+    state = {}
+    for key in alone[0][1].state[alone[0][0]]:
+        state[key] = rows_of([optimizer.state[parameter][key] for parameter, optimizer in alone])
+    rate = torch.tensor(rates, dtype=torch.float64).unsqueeze(1)
+    group = {**alone[0][1].param_groups[0], "lr": rate}
     for step in range(1, 20):
         rows, state = update(rows, gradient(step).expand(3, -1), state, group)
         for parameter, optimizer in alone:
             parameter.grad = gradient(step)
             optimizer.step()
-    torch.testing.assert_close(
-        rows, torch.stack([p.detach() for p, _ in alone]), rtol=0, atol=1e-12
-    )
+    expected = torch.stack([parameter.detach() for parameter, _ in alone])
+    torch.testing.assert_close(rows, expected, rtol=0, atol=1e-12)
 
 
 def rows_of(tensors):
@@ -84,9 +82,9 @@ def rows_of(tensors):
     return stacked if stacked.ndim == 2 else stacked.unsqueeze(1)
 
 
-def test_an_optimizer_of_ones_own_is_a_class_with_an_update():
+def test_an_optimizer_of_a_user_is_a_class_with_an_update():
     class Signed(PureOptimizer):
-        """p - lr * sign(g), and a count of how often a number went up."""
+        """p - lr * sign(g), and a count of the steps that increased each number."""
 
         kept = ("ups",)
 
@@ -108,13 +106,11 @@ def test_an_optimizer_of_ones_own_is_a_class_with_an_update():
     assert pure_updates.find(optimizer) is Signed.update
 
 
-def test_where_only_step_will_do_there_is_no_pure_update():
+def test_some_optimizers_and_settings_have_no_pure_update():
     parameter = nn.Parameter(torch.ones(2, 2))
     assert pure_updates.find(torch.optim.SGD([parameter], lr=0.1, maximize=True)) is None
-    assert (
-        pure_updates.find(fw.optimizers.build("muon", [parameter, nn.Parameter(torch.ones(2))]))
-        is None
-    )
+    muon = fw.optimizers.build("muon", [parameter, nn.Parameter(torch.ones(2))])
+    assert pure_updates.find(muon) is None
 
     class Changed(torch.optim.AdamW):
         def step(self, closure=None):

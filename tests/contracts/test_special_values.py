@@ -1,4 +1,4 @@
-"""Infinity and NaN as first values of what is watched, and complex parameters."""
+"""Infinity and NaN as first values of a monitored metric, and complex parameters."""
 
 import math
 
@@ -12,14 +12,15 @@ from framework import Callback, Logger, TensorSplit, Trainer
 from framework.errors import SettingError
 from framework.runs.checkpoint import listed, load, read_manifest
 
-INF, NAN = math.inf, math.nan
+INF = math.inf
+NAN = math.nan
 INPUTS = torch.linspace(-1, 1, 24).reshape(12, 2)
 SPLIT = TensorSplit(INPUTS, INPUTS.sum(1, keepdim=True))
 LOSS = nn.MSELoss()
 
 
 class Script(Callback):
-    """Logs given values in the place of what validation measured."""
+    """Replaces the values of validation by a list of values."""
 
     changes_training = False
 
@@ -61,7 +62,7 @@ def test_a_plateau_starts_with_the_first_finite_value(first, mode):
     assert schedule.best == values[-1]
 
 
-def test_a_plateau_forgets_an_infinite_best_value_of_an_older_checkpoint():
+def test_a_plateau_drops_an_infinite_best_value_of_an_older_checkpoint():
     schedule = fw.schedulers.build("reduce_on_plateau", 99, patience=0)
     schedule.load_state_dict({"scale": 1.0, "bad": 0, "cooling": 0, "best": INF})
     schedule.observe({"val/loss": 2.0})
@@ -110,12 +111,13 @@ class Complex(nn.Module):
 
 class Record(Logger):
     def __init__(self):
-        self.lines, self.histograms = [], []
+        self.lines = []
+        self.histograms = []
 
     def scalars(self, values, *, step, epoch, wall_seconds):
-        self.lines += [
-            (step, name, value) for name, value in values.items() if "second" not in name
-        ]
+        for name, value in values.items():
+            if "second" not in name:
+                self.lines.append((step, name, value))
 
     def histogram(self, tag, values, step):
         self.histograms.append((step, tag, values.tolist()))
@@ -125,7 +127,8 @@ TARGETS = torch.linspace(0, 2, 36).reshape(12, 3)
 
 
 def fit_complex(pairs, optimizer, callbacks, folder=None, **settings):
-    model, record = Complex(pairs), Record()
+    model = Complex(pairs)
+    record = Record()
     split = TensorSplit(INPUTS, TARGETS)
     trainer = Trainer(
         max_epochs=2,
@@ -135,8 +138,8 @@ def fit_complex(pairs, optimizer, callbacks, folder=None, **settings):
         folder=folder,
         device="cpu",
     )
-    made = fw.optimizers.build(optimizer, model.parameters(), lr=0.05, **settings)
-    trainer.fit(model, split, val=split, task=LOSS, optimizer=made, batch_size=4)
+    built = fw.optimizers.build(optimizer, model.parameters(), lr=0.05, **settings)
+    trainer.fit(model, split, val=split, task=LOSS, optimizer=built, batch_size=4)
     return model, record
 
 
@@ -159,18 +162,18 @@ CALLBACKS = [
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lion"])
 @pytest.mark.parametrize(("name", "settings"), CALLBACKS)
 def test_complex_weights_are_trained_like_pairs_of_reals(name, settings, optimizer):
-    own = {"betas": [0.0, 0.99]} if name == "schedule_free" and optimizer != "sgd" else {}
-    made = [
-        fit_complex(pairs, optimizer, [fw.callbacks.build(name, **settings)], **own)
-        for pairs in (False, True)
-    ]
-    (model, record), (pairs, expected) = made
+    own = {}
+    if name == "schedule_free" and optimizer != "sgd":
+        own["betas"] = [0.0, 0.99]
+    callback = fw.callbacks.build(name, **settings)
+    model, record = fit_complex(False, optimizer, [callback], **own)
+    callback = fw.callbacks.build(name, **settings)
+    pairs, expected = fit_complex(True, optimizer, [callback], **own)
     torch.testing.assert_close(torch.view_as_real(model.weight.detach()), pairs.weight.detach())
     torch.testing.assert_close(model.bias.detach(), pairs.bias.detach())
     assert [line[:2] for line in record.lines] == [line[:2] for line in expected.lines]
-    assert [line[2] for line in record.lines] == pytest.approx(
-        [line[2] for line in expected.lines], rel=1e-4, nan_ok=True
-    )
+    for one, other in zip(record.lines, expected.lines, strict=True):
+        assert one[2] == pytest.approx(other[2], rel=1e-4, nan_ok=True)
     assert [line[:2] for line in record.histograms] == [line[:2] for line in expected.histograms]
     for one, other in zip(record.histograms, expected.histograms, strict=True):
         assert one[2] == pytest.approx(other[2], rel=1e-4, abs=1e-6)
@@ -192,7 +195,7 @@ def test_nan_in_an_imaginary_part_is_found():
     assert non_finite.skipped == 6
 
 
-def test_a_checkpoint_of_complex_weights_is_whole_and_says_where_nan_is(tmp_path):
+def test_a_checkpoint_of_complex_weights_is_complete_and_names_weights_with_nan(tmp_path):
     saving = fw.callbacks.build("checkpoint", every="1epoch")
     model, _ = fit_complex(False, "adamw", [saving, fw.callbacks.build("ema")], tmp_path)
     last = listed(tmp_path / "checkpoints")[-1]

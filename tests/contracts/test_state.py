@@ -1,4 +1,4 @@
-"""Counters, cadences, and going on from a saved state as if nothing had happened."""
+"""Counters, cadences, reasons to stop, and exact resume from a saved state."""
 
 import copy
 import signal
@@ -23,28 +23,33 @@ from framework.errors import SettingError
     ],
 )
 def test_a_cadence_over_two_epochs_of_four_steps(every, due):
-    cadence, state, found = Cadence(every), State(), []
+    cadence = Cadence(every)
+    state = State()
+    found = []
     for step in range(1, 9):
-        state.step, state.epoch = step, step // 4
+        state.step = step
+        state.epoch = step // 4
         if cadence.due(state, epoch_end=step % 4 == 0):
             found.append(step)
     assert found == due
 
 
-def test_a_cadence_in_minutes_goes_by_the_clock(monkeypatch):
+def test_a_cadence_in_minutes_follows_the_clock(monkeypatch):
     clock = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
-    cadence, due = Cadence("2min"), []
+    cadence = Cadence("2min")
+    due = []
     for clock[0] in (100.0, 219.0, 220.0, 339.0, 345.0, 464.0, 465.0):
-        due += [clock[0]] * cadence.due(State())
+        if cadence.due(State()):
+            due.append(clock[0])
     assert due == [220.0, 345.0, 465.0]
 
 
 @pytest.mark.parametrize(
     "every", ["", "10", "steps", "-1steps", "0steps", "1.5steps", "1day", "1steps 2"]
 )
-def test_what_is_no_cadence(every):
-    with pytest.raises(SettingError, match=r"^pause should be a .*(steps|10steps).*, not"):
+def test_an_invalid_cadence_is_an_error(every):
+    with pytest.raises(SettingError, match=r"^pause: expected a .*steps.*, got"):
         Cadence(every, "pause")
 
 
@@ -52,7 +57,7 @@ def test_what_is_no_cadence(every):
 
 
 class Warm(fw.Schedule):
-    """A schedule with a memory."""
+    """A schedule with state."""
 
     def __init__(self):
         self.seen = 0
@@ -72,37 +77,37 @@ class Warm(fw.Schedule):
 
 @pytest.mark.parametrize("at", [5, 7, 10, 15], ids=lambda at: f"after {at}")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_resumed_run_is_the_uninterrupted_one(at, optimizer):
+def test_a_resumed_run_equals_the_uninterrupted_one(at, optimizer):
     settings = {
         "val": VAL,
         "log_every": "4steps",
         "metrics": [fw.metrics.build("accuracy")],
         "optimizer": optimizer,
     }
-    kept = {}
-    keep = At(at, lambda trainer: kept.update(copy.deepcopy(trainer.state_dict())))
-    whole, record = fit(callbacks=[keep], schedule=Warm(), **settings)
-    resumed, rest = fit(schedule=Warm(), resume=kept, **settings)
+    saved = {}
+    save = At(at, lambda trainer: saved.update(copy.deepcopy(trainer.state_dict())))
+    whole, record = fit(callbacks=[save], schedule=Warm(), **settings)
+    resumed, rest = fit(schedule=Warm(), resume=saved, **settings)
     assert same(whole.model, resumed.model)
 
     def lines(record):
-        return [
-            (step, {k: v for k, v in values.items() if "second" not in k})
-            for step, values in record.lines
-        ]
+        found = []
+        for step, values in record.lines:
+            found.append((step, {k: v for k, v in values.items() if "second" not in k}))
+        return found
 
-    assert lines(rest) == [
-        line for line in lines(record) if line[0] > at
-    ]  # also the sums since the last log point
+    # Equal values mean that the sums since the last log were saved too.
+    assert lines(rest) == [line for line in lines(record) if line[0] > at]
     assert rest.opened == [(at, ["loss", "accuracy"])]
     assert resumed.state.metrics.keys() == whole.state.metrics.keys()
-    assert resumed.state.wall_seconds > kept["wall_seconds"]
+    assert resumed.state.wall_seconds > saved["wall_seconds"]
 
 
-def test_callbacks_of_one_class_have_a_state_each():
+def test_each_callback_of_a_class_has_its_own_state():
     class Count(Callback):
         def __init__(self, by):
-            self.by, self.total = by, 0
+            self.by = by
+            self.total = 0
 
         def on_step_end(self, trainer):
             self.total += self.by
@@ -115,12 +120,13 @@ def test_callbacks_of_one_class_have_a_state_each():
 
     saved = fit(callbacks=[Count(1), Count(10)])[0].state_dict()
     assert saved["callbacks"] == {"0:Count": {"total": 15}, "1:Count": {"total": 150}}
-    one, two = Count(1), Count(10)
-    fit(callbacks=[Callback(), one, two], resume=saved)  # one more of another class shifts none
+    one = Count(1)
+    two = Count(10)
+    fit(callbacks=[Callback(), one, two], resume=saved)  # another class does not change the keys
     assert (one.total, two.total) == (15, 150)
 
 
-# why a run stops
+# reasons to stop
 
 
 def test_a_text_is_the_reason_of_a_stop_by_a_callback():
@@ -134,8 +140,6 @@ def test_a_text_is_the_reason_of_a_stop_by_a_callback():
 
 
 def test_a_run_may_be_stopped_by_true():
-    """Only the reason is less telling."""
-
     def stop(trainer):
         trainer.state.stop = True
 
@@ -150,5 +154,5 @@ def test_a_run_may_be_stopped_by_true():
         (Stop("signal", "SIGTERM", signal.SIGTERM), "SIGTERM"),
     ],
 )
-def test_the_text_of_a_stop_names_who_stops_the_run(stop, text):
+def test_the_text_of_a_stop_names_the_callback_or_the_signal(stop, text):
     assert str(stop) == text

@@ -1,3 +1,5 @@
+"""Data sets from arrays: targets, splits, standardisation, files."""
+
 import json
 
 import numpy as np
@@ -6,25 +8,17 @@ import torch
 
 from framework.data.dataset import Data, TensorSplit, check_data
 from framework.errors import DataError, SettingError
-from framework_plugins.datasets.readers.arrays import (
-    ArrayData,
-    as_batch_of,
-    as_targets,
-    moments,
-    numbers,
-    read_array,
-    split_rows,
-    standardise,
-)
+from framework_plugins.datasets.array_data import ArrayData
+from framework_plugins.datasets.readers.arrays import as_batch_of, numbers, read_array
+from framework_plugins.datasets.readers.scaling import moments, standardise
+from framework_plugins.datasets.readers.splits import split_rows
+from framework_plugins.datasets.readers.targets import as_targets
 
 
-def test_targets_are_told_by_what_they_hold():
+def test_the_kind_of_targets_follows_from_their_values():
     assert as_targets(["cat", "ant", "cat"]).classes == ["ant", "cat"]
     assert as_targets(["cat", "ant", "cat"]).tensor.tolist() == [1, 0, 1]
-    assert as_targets([10, 2, 10]).classes == [
-        "2",
-        "10",
-    ]  # in the order of numbers, not of their texts
+    assert as_targets([10, 2, 10]).classes == ["2", "10"], "ordered as numbers, not as texts"
     assert as_targets([True, False]).classes == ["False", "True"]
     assert as_targets([[3], [4]]).kind == "class"
     assert as_targets([2.0, 1.0], kind="class").classes == ["1", "2"]
@@ -42,12 +36,12 @@ def test_targets_are_told_by_what_they_hold():
     [
         ([1.0, float("nan")], {}, "target of row 2 is nan"),
         (["cat", "cat"], {}, "every target is 'cat'"),
-        ([0, 3], {"classes": ["a", "b"]}, "labels go from 0 to 3, but 2 classes are named"),
+        ([0, 3], {"classes": ["a", "b"]}, "labels range from 0 to 3, but classes has 2 names"),
         ([[0, 2]], {"kind": "labels"}, "must be 0 or 1"),
-        ([[0.5, 2]], {"kind": "class"}, "one number or text a row"),
+        ([[0.5, 2]], {"kind": "class"}, "one number or text for each row"),
     ],
 )
-def test_targets_that_cannot_be(values, options, said):
+def test_invalid_targets_are_an_error(values, options, said):
     with pytest.raises(DataError, match=said):
         as_targets(values, **options)
 
@@ -60,7 +54,8 @@ def test_splits_are_disjoint_stratified_and_repeatable():
     for part, share in (("val", 0.2), ("test", 0.1)):
         counts = torch.bincount(strata[rows[part]], minlength=3)
         assert (counts - share * torch.tensor([900, 90, 10])).abs().max() <= 1.5
-    again, other = split_rows(strata, 0.2, 0.1, seed=3), split_rows(strata, 0.2, 0.1, seed=4)
+    again = split_rows(strata, 0.2, 0.1, seed=3)
+    other = split_rows(strata, 0.2, 0.1, seed=4)
     assert all(torch.equal(rows[part], again[part]) for part in rows)
     assert not torch.equal(rows["val"], other["val"])
 
@@ -70,14 +65,11 @@ def test_a_class_of_one_row_stays_in_train():
     assert 50 in rows["train"].tolist()
 
 
-def test_splits_that_cannot_be():
+def test_every_split_has_a_row_or_is_an_error():
     assert list(split_rows(torch.zeros(5), 0.0, 0.0)) == ["train"]
-    assert {part: len(rows) for part, rows in split_rows(torch.zeros(5), 0.1, 0.1).items()} == {
-        "train": 3,
-        "test": 1,
-        "val": 1,
-    }
-    with pytest.raises(SettingError, match="together they must be less than 1"):
+    rows = split_rows(torch.zeros(5), 0.1, 0.1)
+    assert {part: len(found) for part, found in rows.items()} == {"train": 3, "test": 1, "val": 1}
+    with pytest.raises(SettingError, match="expected a sum below 1"):
         split_rows(torch.zeros(5), 0.5, 0.5)
     with pytest.raises(DataError, match="2 rows are too few"):
         split_rows(torch.zeros(2), 0.3, 0.3)
@@ -87,7 +79,7 @@ def test_splits_that_cannot_be():
     ("shape", "axes", "kept"),
     [((50, 3), 0, (3,)), ((50, 7, 3), (0, 1), (3,)), ((50, 3, 4, 5), (0, 2, 3), (3, 1, 1))],
 )
-def test_moments_are_of_each_feature_or_channel(shape, axes, kept):
+def test_moments_are_per_feature_or_channel(shape, axes, kept):
     array = np.random.default_rng(0).normal(3, 2, shape)
     mean, std = moments(torch.tensor(array))
     np.testing.assert_allclose(np.array(mean), array.mean(axes).reshape(kept), rtol=1e-5)
@@ -95,14 +87,15 @@ def test_moments_are_of_each_feature_or_channel(shape, axes, kept):
     assert moments(torch.tensor(array), per="all")[0] == pytest.approx(array.mean(), rel=1e-5)
 
 
-def test_a_constant_feature_is_left_at_zero():
+def test_a_constant_feature_becomes_zero():
     mean, std = moments(torch.full((1000, 1), 0.1))
     assert standardise(torch.full((2, 1), 0.1), {"mean": mean, "std": std}).abs().max() < 1e-6
 
 
-def test_array_data_learns_from_the_training_split_alone():
+def test_statistics_are_measured_on_the_training_split_only():
     rng = np.random.default_rng(0)
-    inputs, targets = rng.normal(5, 3, (200, 4)), rng.integers(0, 3, 200)
+    inputs = rng.normal(5, 3, (200, 4))
+    targets = rng.integers(0, 3, 200)
     data = ArrayData(inputs, targets, split_seed=1)
     x, y = data.train.tensors
     assert (len(data.train), len(data.val), len(data.test)) == (140, 30, 30)
@@ -117,8 +110,9 @@ def test_array_data_learns_from_the_training_split_alone():
     assert json.loads(json.dumps(data.facts())) == data.facts()
 
 
-def test_official_parts_are_kept():
-    x, y = np.arange(40.0).reshape(20, 2), np.arange(20) % 2
+def test_an_official_test_split_is_kept():
+    x = np.arange(40.0).reshape(20, 2)
+    y = np.arange(20) % 2
     data = ArrayData(x, y, test=(x[:3] + 1000, y[:3]), val_fraction=0.0, normalize=False, unit=2.0)
     assert data.val is None
     assert data.test.tensors[0].tolist() == ((x[:3] + 1000) / 2).tolist()
@@ -129,18 +123,18 @@ def test_official_parts_are_kept():
     ("inputs", "targets", "said"),
     [
         (np.zeros((3, 2)), [0, 1], "3 train inputs, but 2 targets"),
-        (np.array([["a"], ["b"]]), [0, 1], "<U1 is no type of numbers"),
-        (np.array([[1.0], [np.nan]]), [0, 1], "row 2 holds NaN or infinity"),
-        (np.array([[1.0], [1e300]]), [0, 1], "row 2 holds NaN or infinity"),
+        (np.array([["a"], ["b"]]), [0, 1], "got <U1"),
+        (np.array([[1.0], [np.nan]]), [0, 1], "row 2 contains NaN or infinity"),
+        (np.array([[1.0], [1e300]]), [0, 1], "row 2 contains NaN or infinity"),
         (np.zeros((0, 2)), [], "empty"),
     ],
 )
-def test_arrays_that_do_not_fit(inputs, targets, said):
+def test_invalid_arrays_are_an_error(inputs, targets, said):
     with pytest.raises(DataError, match=said):
         ArrayData(inputs, targets, name="mine")
 
 
-def test_every_type_of_numbers_is_read():
+def test_every_number_type_is_read():
     for kind in ("bool", "uint8", "int8", "uint16", "uint32", ">i4", "float16", ">f8"):
         array = np.ones((2, 3), kind)
         assert numbers(array, "x").tolist() == array.tolist(), kind
@@ -158,11 +152,11 @@ def test_inputs_for_prediction_are_prepared_as_in_training(tmp_path):
     assert torch.equal(
         ArrayData.read_inputs(tmp_path / "one.npy", facts), data.train.tensors[0][:1]
     )
-    with pytest.raises(DataError, match=r"a row has shape \(3,\), but the model takes \(4,\)"):
+    with pytest.raises(DataError, match=r"rows have shape \(3,\); the model takes \(4,\)"):
         as_batch_of(torch.zeros(5, 3), facts["in_shape"], tmp_path)
 
 
-def test_files_that_are_no_arrays(tmp_path):
+def test_files_without_arrays_are_an_error(tmp_path):
     np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
     np.savez(tmp_path / "whole.npz", x=np.arange(10000.0))
     content = (tmp_path / "whole.npz").read_bytes()
@@ -175,18 +169,19 @@ def test_files_that_are_no_arrays(tmp_path):
     for name in ("objects.npy", "cut.npz", "flipped.npz", "text.npz", "empty.npz"):
         with pytest.raises(DataError, match=f"{name} cannot be read as an array"):
             read_array(tmp_path / name)
-    with pytest.raises(DataError, match=r"there is no such file"):
+    with pytest.raises(DataError, match=r"no such file"):
         read_array(tmp_path / "none.npy")
-    with pytest.raises(DataError, match=r"reads \.npy and \.npz files, not \.csv"):
+    with pytest.raises(DataError, match=r"expected a \.npy or \.npz file, got \.csv"):
         read_array(tmp_path / "x.csv")
 
 
-def test_an_empty_split_is_named():
+def test_missing_and_empty_splits_are_an_error():
     data = Data()
     with pytest.raises(DataError, match="no train split"):
         check_data(data)
-    data.train, data.val = TensorSplit(torch.zeros(2)), TensorSplit(torch.zeros(0))
+    data.train = TensorSplit(torch.zeros(2))
+    data.val = TensorSplit(torch.zeros(0))
     with pytest.raises(DataError, match="val split of Data is empty"):
         check_data(data)
-    with pytest.raises(DataError, match=r"one length, not \[2, 3\]"):
+    with pytest.raises(DataError, match=r"one length .*\[2, 3\]"):
         TensorSplit(torch.zeros(2), torch.zeros(3))

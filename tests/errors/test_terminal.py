@@ -31,12 +31,13 @@ from framework.errors.terminal import (
     printable_lines,
     shortened,
 )
-from framework.experiment.plan import Memory, ParameterGroup, Plan, render
+from framework.experiment.plan import Memory, ParameterGroup, Plan
+from framework.experiment.plan_text import render
 from framework.runtime.console import Console, console
 from framework.training.layer_table import Layer
-from framework.tuning.sweep.display import Lines
+from framework.tuning.sweep.display import LineDisplay
 from framework.tuning.sweep.folder import Trial
-from framework.tuning.sweep.table import table
+from framework.tuning.sweep.table import results_table
 from shipped import shipped
 
 FORGED = "framework: all is well"
@@ -359,7 +360,7 @@ def test_markup_in_tables_is_shown_as_text():
         )
         for n in (0, 1)
     ]
-    shown = printed(table(trials, {"val/loss": "min"}))
+    shown = printed(results_table(trials, {"val/loss": "min"}))
     assert not list(faults(shown))
     assert "[bold]" in shown
     layer = Layer(f"{MARKUP}{HOSTILE}", f"{MARKUP}{HOSTILE}", (3,), 1, 1)
@@ -392,7 +393,7 @@ def render_plainly(text):
 
 
 def test_lines_of_a_sweep_are_escaped_and_short(capsys):
-    Lines({"val/loss": "min"}).ends(
+    LineDisplay({"val/loss": "min"}).trial_ended(
         Trial(1, {HOSTILE: HOSTILE}, state="failed", error=HOSTILE * 100)
     )
     out = capsys.readouterr().out

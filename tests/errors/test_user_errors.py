@@ -285,7 +285,7 @@ def test_an_error_in_training_names_the_line_and_is_not_hidden(trained, settings
         ),
         (
             "data=d data.place=generator",
-            "D: its train split should have __len__ and __getitem__, as a list_iterator",
+            "D: its train split should have __len__ and __getitem__",
         ),
         (
             "data=d data.place=dict",
@@ -402,7 +402,7 @@ def test_replacing_a_value_of_the_trainer_gives_a_warning():
     [
         (
             {"metrics": "accuracy"},
-            r"metrics: expected a list, got a text; .*fw\.metrics\.build\('accuracy'\)",
+            r"metrics: expected a list, got 'accuracy'; .*fw\.metrics\.build\('accuracy'\)",
         ),
         (
             {"metrics": fw.metrics.build("accuracy")},
@@ -419,7 +419,7 @@ def test_replacing_a_value_of_the_trainer_gives_a_warning():
         ),
         (
             {"callbacks": "ema"},
-            r"callbacks: expected a list, got a text; .*fw\.callbacks\.build\('ema'\)",
+            r"callbacks: expected a list, got 'ema'; .*fw\.callbacks\.build\('ema'\)",
         ),
         (
             {"callbacks": [Log]},
@@ -427,7 +427,7 @@ def test_replacing_a_value_of_the_trainer_gives_a_warning():
         ),
         (
             {"loggers": ["tensorboard"]},
-            r"loggers: 'tensorboard' is none; .*fw\.loggers\.build\('tensorboard'\)",
+            r"loggers: .* got 'tensorboard'; .*fw\.loggers\.build\('tensorboard'\)",
         ),
         ({"loggers": fw.Logger()}, "loggers: expected a list, got a single Logger"),
         ({"folder": 3}, "folder: expected a path, got 3"),
@@ -438,7 +438,7 @@ def test_replacing_a_value_of_the_trainer_gives_a_warning():
         ({"model": nn.Linear}, r"model: expected an instance, got the class Linear"),
         (
             {"model": "mlp"},
-            r"model: 'mlp' is none; .*fw\.models\.build\('mlp', in_shape, out_shape\)",
+            r"model: .* got 'mlp'; .*fw\.models\.build\('mlp', in_shape, out_shape\)",
         ),
         (
             {"task": nn.CrossEntropyLoss},
@@ -459,14 +459,14 @@ def test_replacing_a_value_of_the_trainer_gives_a_warning():
             r"val: expected batches of \(inputs, targets\), got a tuple; framework.TensorSplit",
         ),
         ({"val": {"x": X}}, "val: expected a split, got a dict of x"),
-        ({"val": [1, 2]}, "a batch must be a tuple of tensors"),
+        ({"val": [1, 2]}, "expected a batch as a tuple of tensors"),
         ({"val": []}, "the validation data has no batch"),
         ({"data": 5}, "data: expected a split, a Data or an iterable of batches, got 5"),
         ({"data": TensorDataset}, "data: expected a split, .*, got TensorDataset"),
-        ({"batch_size": 0}, "batch_size=0: expected an int from 1 on"),
+        ({"batch_size": 0}, "batch_size=0: expected an int >= 1"),
         (
             {"resume": "runs/x"},
-            r"resume: expected what `Trainer\.state_dict\(\)` returned, got 'runs/x'",
+            r"resume: expected .*`Trainer\.state_dict\(\)`, got 'runs/x'",
         ),
     ],
 )
@@ -590,15 +590,15 @@ def no_mean(outputs, targets):
         ),
         (
             {"metrics": [Measured(compute=lambda sums: None)]},
-            "the metric Measured: its `compute` .*, not None",
+            "Measured.compute: .* got None",
         ),
         (
             {"metrics": [Measured(compute=lambda sums: torch.ones(2))]},
-            r"the metric Measured: its `compute` .*\(2,\)",
+            r"Measured.compute: .*\(2,\)",
         ),
         (
             {"metrics": [Measured(lambda outputs: outputs[:, 0])]},
-            r".* one shape, but \(1,\) follows \(4,\)",
+            r"Measured.sums: .* shape \(4,\) .* got \(1,\)",
         ),
         (
             {"settings": {"callbacks": [Nothing()]}},
@@ -755,7 +755,7 @@ def test_an_optimizer_without_a_learning_rate_trains():
     assert not [name for name in trainer.state.metrics if "learning_rate" in name]
     with pytest.raises(SettingError, match=r"^schedule: WithoutRate has no learning rate"):
         fit(optimizer=WithoutRate, schedule=lambda step: 1.0)
-    with pytest.raises(SettingError, match=r"^schedule_free weighs by the learning rate"):
+    with pytest.raises(SettingError, match=r"^schedule_free needs a learning rate"):
         fit(optimizer=WithoutRate, settings={"callbacks": [fw.callbacks.build("schedule_free")]})
 
 
@@ -871,7 +871,7 @@ def test_histograms_of_a_sparse_gradient_contain_its_stored_values():
 
 
 def test_sam_refuses_sparse_gradients():
-    with pytest.raises(SettingError, match=r"^sam: a gradient is sparse"):
+    with pytest.raises(SettingError, match=r"^sam does not support sparse gradients"):
         fit_bag(True, "sam")
 
 

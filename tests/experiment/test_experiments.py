@@ -1,4 +1,4 @@
-"""Every experiment that is shipped composes and runs; whether it reaches what its first line says is a slow test."""
+"""Every shipped experiment composes and runs; a slow test checks the value in its first line."""
 
 import json
 import math
@@ -94,7 +94,7 @@ def trained(experiment, folder, *overrides):
 
 
 def taught(folder):
-    """The run of a small teacher."""
+    """Train a small teacher."""
     return str(trained("default", folder, "trainer.max_epochs=3", "run.name=teacher").folder)
 
 
@@ -125,7 +125,7 @@ def test_a_shipped_experiment_runs(file, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("experiment", REACHED)
-def test_it_reaches_what_it_says(experiment, tmp_path):
+def test_an_experiment_reaches_the_value_in_its_first_line(experiment, tmp_path):
     name, *than, limit = REACHED[experiment]
     words = [f"task.teacher={taught(tmp_path)}"] if experiment == "distillation" else []
     metrics = trained(experiment, tmp_path, *words).metrics
@@ -137,7 +137,7 @@ def test_it_reaches_what_it_says(experiment, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
-def test_the_default_reaches_it_with_any_seed(seed, tmp_path):
+def test_the_default_experiment_reaches_its_value_with_any_seed(seed, tmp_path):
     assert (
         trained("default", tmp_path, f"seed={seed}").metrics["test/accuracy"]
         >= REACHED["default"][1]

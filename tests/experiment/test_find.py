@@ -1,4 +1,4 @@
-"""A learning rate, a batch size, and a try of everything, before a long run."""
+"""The commands before a long run: find a learning rate or a batch size, and check."""
 
 import itertools
 import json
@@ -21,7 +21,8 @@ def found(command, words=""):
 
 def test_the_suggested_rate_trains_and_the_highest_does_not(command):
     test = found(command)
-    rates, losses = test["rates"], test["losses"]
+    rates = test["rates"]
+    losses = test["losses"]
     assert rates[0] == pytest.approx(1e-7)
     ratios = [b / a for a, b in itertools.pairwise(rates)]
     assert ratios == pytest.approx([1e8 ** (1 / 99)] * len(ratios))  # each step the same factor
@@ -34,23 +35,23 @@ def test_the_suggested_rate_trains_and_the_highest_does_not(command):
     assert float(tested[1]) > 0.9
 
 
-def test_the_rate_follows_the_optimizer(command):
+def test_the_suggested_rate_depends_on_the_optimizer(command):
     assert found(command, "optimizer=sgd")["suggestion"] > 5 * found(command)["suggestion"]
 
 
-def test_the_rates_of_groups_keep_their_proportions(command):
-    """The optimizer's rate must be ten times as high when all that it moves learns at a tenth of it."""
+def test_groups_keep_their_factors_on_the_rate(command):
+    """If all parameters have a tenth of the rate, the optimizer's own rate is ten times as high."""
     slower = found(command, "'parameters.rates={blocks.*: 0.1}'")
     assert 4 < slower["suggestion"] / found(command)["suggestion"] < 25
 
 
-def test_what_is_to_be_found_comes_first(command):
+def test_find_needs_lr_or_batch_size(command):
     status, _, err = command("find width")
     assert status == 2
-    assert "lr or batch_size, not width" in err
+    assert "'lr', 'batch_size'" in err
 
 
-def test_nothing_is_left_behind(command, tmp_path):
+def test_find_and_check_leave_no_files(command, tmp_path):
     for line in ("find lr", "check"):
         status, _, err = command(line)
         assert status in (0, None), err
@@ -60,12 +61,12 @@ def test_nothing_is_left_behind(command, tmp_path):
 def test_batch_sizes_are_measured_up_to_the_data(command):
     status, out, err = command("find batch_size --json")
     assert status in (0, None), err
-    told = json.loads(out)
-    assert [each["batch_size"] for each in told["measured"]] == [
+    result = json.loads(out)
+    assert [each["batch_size"] for each in result["measured"]] == [
         8 * 2**n for n in range(8)
     ]  # 1,257 samples
-    assert all(each["samples_per_second"] > 0 for each in told["measured"])
-    assert told["suggestion"] >= 64
+    assert all(each["samples_per_second"] > 0 for each in result["measured"])
+    assert result["suggestion"] >= 64
 
 
 @pytest.mark.parametrize(
@@ -76,11 +77,11 @@ def test_batch_sizes_are_measured_up_to_the_data(command):
         ([100, 90, 80], 8),
     ],
 )
-def test_the_smallest_size_that_is_as_fast(speeds, best):
+def test_the_smallest_batch_size_that_is_nearly_as_fast_is_suggested(speeds, best):
     assert suggested([Speed(8 * 2**n, speed) for n, speed in enumerate(speeds)]).batch_size == best
 
 
-def test_a_check_goes_through_all_of_it(command):
+def test_a_check_prints_all_its_parts(command):
     status, out, err = command("check data.image=true model=cnn +transforms=crop model.dropout=0.2")
     assert status in (0, None), err
     assert "the same weights, bit for bit" in out
@@ -91,7 +92,7 @@ def test_a_check_goes_through_all_of_it(command):
     assert last < first / 4
 
 
-def test_a_check_finds_what_forgets_its_state(command, forget_plugins, tmp_path):
+def test_a_check_detects_a_part_that_loses_its_state(command, forget_plugins, tmp_path):
     (tmp_path / "forgetful.py").write_text(
         "import torch\n"
         "from torch import nn\n"
@@ -113,7 +114,7 @@ def test_a_check_finds_what_forgets_its_state(command, forget_plugins, tmp_path)
     assert "a resumed run comes to other weights" in err
 
 
-def test_a_check_finds_what_does_not_learn(command):
+def test_a_check_detects_an_experiment_that_does_not_learn(command):
     status, _, err = command("check optimizer.lr=1e-12 optimizer.weight_decay=0")
     assert status == 2
     assert f"after {STEPS} steps" in err

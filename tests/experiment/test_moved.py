@@ -1,4 +1,4 @@
-"""Runs that were moved or copied, that go on from a chosen checkpoint, or with their data at another place."""
+"""Resuming moved and copied runs, from a chosen checkpoint, and with data at another path."""
 
 import json
 import os
@@ -10,8 +10,9 @@ import pytest
 
 from framework.errors import CheckpointError, RunError
 from framework.experiment.experiment import train
-from framework.experiment.resume import chosen_checkpoint, status_of
+from framework.experiment.weights import find_checkpoint
 from framework.runs.checkpoint import link_to, listed
+from framework.runs.status_file import status_of
 from runs import composed, cut_off_at, logged
 
 SMALL = [
@@ -31,7 +32,7 @@ SMALL += [
 
 
 @pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+def _in_temporary_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
@@ -39,14 +40,14 @@ def spec_of(*overrides):
     return composed([*SMALL, *overrides])
 
 
-def go(*overrides, **more):
-    said = []
-    return train(spec_of(*overrides), "default", [], say=said.append, **more), said
+def train_run(*overrides, **more):
+    messages = []
+    return train(spec_of(*overrides), "default", [], say=messages.append, **more), messages
 
 
 def cut_off(name, step, monkeypatch, *overrides):
     with cut_off_at(step, monkeypatch):
-        go(f"run.name={name}", *overrides)
+        train_run(f"run.name={name}", *overrides)
     return Path("runs/default") / name
 
 
@@ -55,15 +56,15 @@ def weights(run):
 
 
 def best_of(run):
-    """The step of the best checkpoint and its weights."""
+    """Return the step and the weights of the best checkpoint."""
     best = (Path(run) / "checkpoints/best").resolve()
     return best.name, (best / "model.safetensors").read_bytes()
 
 
-def same_end(run, whole):
-    assert weights(run) == weights(whole)
-    assert logged(run) == logged(whole)
-    assert best_of(run) == best_of(whole)
+def assert_same_end(run, uninterrupted):
+    assert weights(run) == weights(uninterrupted)
+    assert logged(run) == logged(uninterrupted)
+    assert best_of(run) == best_of(uninterrupted)
     assert status_of(Path(run)) == "done"
 
 
@@ -75,7 +76,7 @@ def rename(run):
 
 
 def copy_without_links(run):
-    """As cp -rL, or a download from an object store."""
+    """Copy a run without links, like cp -rL or a download from an object store."""
     target = Path("elsewhere/default/cut")
     shutil.copytree(run, target, symlinks=False, copy_function=shutil.copyfile)
     assert (target / "checkpoints/best").is_dir()
@@ -89,29 +90,29 @@ def copy_without_links(run):
 
 
 @pytest.mark.parametrize("move", [rename, copy_without_links])
-def test_a_run_that_was_moved_or_copied_goes_on_exactly(move, monkeypatch):
-    whole, _ = go("run.name=whole")
+def test_a_moved_or_copied_run_resumes_exactly(move, monkeypatch):
+    uninterrupted, _ = train_run("run.name=uninterrupted")
     run = move(cut_off("cut", 23, monkeypatch))
-    resumed, said = go(f"resume={run}")
-    assert said[0] == f"going on with {run} after step 20"
+    resumed, messages = train_run(f"resume={run}")
+    assert messages[0] == f"going on with {run} after step 20"
     assert resumed.folder == run
-    same_end(run, whole.folder)
+    assert_same_end(run, uninterrupted.folder)
     assert (run / "checkpoints/best").is_symlink()
 
 
-def test_a_copy_of_a_finished_run_without_links_can_be_measured_and_given_more_epochs():
-    whole, _ = go("run.name=whole", "trainer.max_epochs=4")
-    finished, _ = go("run.name=cut")
+def test_a_copy_without_links_can_be_evaluated_and_resumed_with_more_epochs():
+    uninterrupted, _ = train_run("run.name=uninterrupted", "trainer.max_epochs=4")
+    finished, _ = train_run("run.name=cut")
     before = best_of(finished.folder)[0]
     run = copy_without_links(finished.folder)
-    again, _ = go(f"resume={run}")
+    again, _ = train_run(f"resume={run}")
     assert again.weights["test"].endswith(f"step {int(before.partition('-')[2])}")
-    go(f"resume={run}", "trainer.max_epochs=4")
-    assert weights(run) == weights(whole.folder)
-    assert best_of(run) == best_of(whole.folder)
+    train_run(f"resume={run}", "trainer.max_epochs=4")
+    assert weights(run) == weights(uninterrupted.folder)
+    assert best_of(run) == best_of(uninterrupted.folder)
 
 
-def test_a_link_takes_the_place_of_a_folder_unless_something_else_is_in_it(tmp_path):
+def test_a_link_replaces_a_folder_without_other_files(tmp_path):
     (tmp_path / "step-00000002").mkdir()
     (tmp_path / "best").mkdir()
     (tmp_path / "best/model.safetensors").write_text("a copy")
@@ -128,99 +129,99 @@ def test_a_link_takes_the_place_of_a_folder_unless_something_else_is_in_it(tmp_p
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_a_run_goes_on_from_a_chosen_checkpoint_as_if_the_rest_had_not_been(finished, monkeypatch):
-    whole, _ = go("run.name=whole")
-    run = go("run.name=a")[0].folder if finished else cut_off("a", 58, monkeypatch)
+def test_a_run_resumes_exactly_from_a_chosen_checkpoint(finished, monkeypatch):
+    uninterrupted, _ = train_run("run.name=uninterrupted")
+    run = train_run("run.name=a")[0].folder if finished else cut_off("a", 58, monkeypatch)
     later = [each.name for each in listed(run / "checkpoints")][4:]
-    resumed, said = go(f"resume={run}/checkpoints/step-00000040")
-    assert said[0] == f"going on with {run} after step 40"
-    assert any("set aside" in line and later[0] in line for line in said)
+    resumed, messages = train_run(f"resume={run}/checkpoints/step-00000040")
+    assert messages[0] == f"going on with {run} after step 40"
+    assert any("set aside" in line and later[0] in line for line in messages)
     assert resumed.folder == run
-    same_end(run, whole.folder)
+    assert_same_end(run, uninterrupted.folder)
     assert sorted(each.name for each in (run / "checkpoints").glob("*.aside")) == [
         f"{name}.aside" for name in later
     ]
 
 
-def test_what_was_set_aside_is_not_picked_up_after_another_interruption(monkeypatch):
-    whole, _ = go("run.name=whole")
-    run = go("run.name=a")[0].folder
+def test_checkpoints_set_aside_are_not_used_after_another_interruption(monkeypatch):
+    uninterrupted, _ = train_run("run.name=uninterrupted")
+    run = train_run("run.name=a")[0].folder
     chosen = f"resume={run}/checkpoints/step-00000040"
     with cut_off_at(42, monkeypatch):
-        go(chosen)
+        train_run(chosen)
     assert [each.name for each in listed(run / "checkpoints")][-1] == "step-00000040"
-    _, said = go(f"resume={run}")
-    assert said[0] == f"going on with {run} after step 40"
-    same_end(run, whole.folder)
-    go(chosen)  # once more: the names of those set aside are taken
-    same_end(run, whole.folder)
+    _, messages = train_run(f"resume={run}")
+    assert messages[0] == f"going on with {run} after step 40"
+    assert_same_end(run, uninterrupted.folder)
+    train_run(chosen)  # once more: the names of those set aside are taken
+    assert_same_end(run, uninterrupted.folder)
     assert list((run / "checkpoints").glob("step-*.aside-2"))
 
 
-def test_a_kill_between_setting_aside_and_training_leaves_a_run_that_goes_on(monkeypatch):
-    whole, _ = go("run.name=whole")
-    run = go("run.name=a")[0].folder
+def test_a_run_killed_after_setting_checkpoints_aside_resumes(monkeypatch):
+    uninterrupted, _ = train_run("run.name=uninterrupted")
+    run = train_run("run.name=a")[0].folder
     with monkeypatch.context() as patched:
-        patched.setattr("framework.experiment.experiment.Prepared.introduce", lambda self: 1 / 0)
+        patched.setattr("framework.experiment.experiment.Prepared.log_start", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            go(f"resume={run}/checkpoints/step-00000040")
-    _, said = go(f"resume={run}")
-    assert said[0] == f"going on with {run} after step 40"
-    same_end(run, whole.folder)
+            train_run(f"resume={run}/checkpoints/step-00000040")
+    _, messages = train_run(f"resume={run}")
+    assert messages[0] == f"going on with {run} after step 40"
+    assert_same_end(run, uninterrupted.folder)
 
 
-def test_the_best_checkpoint_can_be_chosen_as_a_link_and_as_a_folder(monkeypatch):
+def test_the_best_checkpoint_can_be_resumed_as_a_link_and_as_a_folder(monkeypatch):
     worse_later = ["optimizer.lr=0.5", "callbacks.checkpoint.keep=1"]
-    whole, _ = go("run.name=whole", *worse_later)
-    run = go("run.name=a", *worse_later)[0].folder
+    uninterrupted, _ = train_run("run.name=uninterrupted", *worse_later)
+    run = train_run("run.name=a", *worse_later)[0].folder
     step = int(best_of(run)[0].partition("-")[2])
-    _, said = go(f"resume={run}/checkpoints/best", *worse_later)
-    assert said[0] == f"going on with {run} after step {step}"
-    assert weights(run) == weights(whole.folder)
-    assert best_of(run) == best_of(whole.folder)
+    _, messages = train_run(f"resume={run}/checkpoints/best", *worse_later)
+    assert messages[0] == f"going on with {run} after step {step}"
+    assert weights(run) == weights(uninterrupted.folder)
+    assert best_of(run) == best_of(uninterrupted.folder)
     is_last = listed(run / "checkpoints")[-1].name == best_of(run)[0]
     copied = copy_without_links(run)
     if not is_last:
         shutil.rmtree(copied / f"checkpoints/step-{step:08d}")
-    _, said = go(f"resume={copied}/checkpoints/best", *worse_later)
-    assert said[0] == f"going on with {copied} after step {step}"
-    assert weights(copied) == weights(whole.folder)
-    assert best_of(copied) == best_of(whole.folder)
+    _, messages = train_run(f"resume={copied}/checkpoints/best", *worse_later)
+    assert messages[0] == f"going on with {copied} after step {step}"
+    assert weights(copied) == weights(uninterrupted.folder)
+    assert best_of(copied) == best_of(uninterrupted.folder)
 
 
-def test_a_best_checkpoint_that_is_set_aside_is_found_again_or_there_is_none(monkeypatch):
-    run = go("run.name=a")[0].folder
+def test_the_best_checkpoint_is_chosen_anew_after_it_is_set_aside(monkeypatch):
+    run = train_run("run.name=a")[0].folder
     best = int(best_of(run)[0].partition("-")[2])
     chosen = listed(run / "checkpoints")[0]
     assert best > 10
-    go(
+    train_run(
         f"resume={chosen}",
         "trainer.max_steps=16",
         "callbacks.checkpoint.monitor=null",
         inexact=True,
     )
     assert not (run / "checkpoints/best").is_symlink()
-    assert chosen_checkpoint(run).name == "step-00000016"
+    assert find_checkpoint(run).name == "step-00000016"
 
 
-def test_a_checkpoint_that_is_missing_or_damaged_is_refused_and_all_stays():
-    run = go("run.name=a")[0].folder
+def test_a_missing_or_damaged_checkpoint_is_refused_and_the_run_is_unchanged():
+    run = train_run("run.name=a")[0].folder
     before = sorted((run / "checkpoints").iterdir())
     with pytest.raises(
         RunError, match=r"there is no checkpoint .*step-00000041; did you mean 'step-"
     ):
-        go(f"resume={run}/checkpoints/step-00000041")
+        train_run(f"resume={run}/checkpoints/step-00000041")
     damaged = run / "checkpoints/step-00000040/model.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
     with pytest.raises(CheckpointError, match=r"step-00000040/model.safetensors is damaged"):
-        go(f"resume={damaged.parent}")
+        train_run(f"resume={damaged.parent}")
     with pytest.raises(RunError, match=r"optimizer.lr=0.1 .*--inexact"):
-        go(f"resume={run}/checkpoints/step-00000050", "optimizer.lr=0.1")
+        train_run(f"resume={run}/checkpoints/step-00000050", "optimizer.lr=0.1")
     assert sorted((run / "checkpoints").iterdir()) == before
     assert status_of(run) == "done"
 
 
-def test_the_command_line_takes_a_checkpoint(command):
+def test_the_resume_command_accepts_a_checkpoint(command):
     assert command(f"train {' '.join(SMALL)} run.name=a")[0] == 0
     before = weights("runs/default/a")
     status, out, err = command("resume runs/default/a/checkpoints/step-00000080")
@@ -230,7 +231,7 @@ def test_the_command_line_takes_a_checkpoint(command):
     assert json.loads(Path("runs/default/a/status.json").read_text())["status"] == "done"
 
 
-def test_a_sweep_that_was_copied_without_links_goes_on(command):
+def test_a_sweep_copied_without_links_resumes(command):
     swept = f"train {' '.join(SMALL)} -m seed=0,1 sweep.name=s sweep.metric=val/loss"
     assert command(swept)[0] == 0
     sweep = Path("copy/default/s")
@@ -266,14 +267,15 @@ def table_at(path):
     return ["data=table", f"data.path={path}", "data.target=label", "loader.batch_size=4"]
 
 
-def test_data_at_another_path_with_the_same_content_is_the_same_data(monkeypatch):
-    old, new = write_table(Path("old")), write_table(Path("new/place"))
-    whole, _ = go("run.name=whole", *table_at(old))
+def test_data_with_the_same_content_may_move_to_another_path(monkeypatch):
+    old = write_table(Path("old"))
+    new = write_table(Path("new/place"))
+    uninterrupted, _ = train_run("run.name=uninterrupted", *table_at(old))
     cut_off("cut", 23, monkeypatch, *table_at(old))
     shutil.rmtree("old")
-    resumed, said = go("run.name=cut", "resume=auto", *table_at(new))
-    assert f"from here on data.path={new} (was {old})" in said
-    same_end(resumed.folder, whole.folder)
+    resumed, messages = train_run("run.name=cut", "resume=auto", *table_at(new))
+    assert f"from here on data.path={new} (was {old})" in messages
+    assert_same_end(resumed.folder, uninterrupted.folder)
     assert f"path: {new}" in (resumed.folder / "config.yaml").read_text()
 
 
@@ -286,29 +288,31 @@ OTHER = {
 }
 
 
-@pytest.mark.parametrize(("other", "said"), OTHER.values(), ids=OTHER)
-def test_other_data_at_another_path_is_refused_with_what_differs(other, said, monkeypatch):
-    old, new = write_table(Path("old")), write_table(Path("new"), **other)
+@pytest.mark.parametrize(("other", "expected"), OTHER.values(), ids=OTHER)
+def test_other_data_at_another_path_is_refused_with_the_difference(other, expected, monkeypatch):
+    old = write_table(Path("old"))
+    new = write_table(Path("new"), **other)
     cut_off("cut", 23, monkeypatch, *table_at(old))
-    with pytest.raises(RunError, match=said):
-        go("run.name=cut", "resume=auto", *table_at(new))
-    go("run.name=cut", "resume=auto", *table_at(new), inexact=True)
+    with pytest.raises(RunError, match=expected):
+        train_run("run.name=cut", "resume=auto", *table_at(new))
+    train_run("run.name=cut", "resume=auto", *table_at(new), inexact=True)
 
 
-def test_other_content_at_the_same_path_is_told(monkeypatch):
-    """Such as a file that was damaged and is repaired; no fact of these data shows it."""
+def test_other_content_at_the_same_path_gives_a_note(monkeypatch):
+    """A repaired file is an example: the other facts of the data are the same."""
     lines = ["run.name=cut", "data=npz", "data.path=x.npz", "data.normalize=false", "model.width=4"]
     rows = np.arange(80, dtype=np.float32).reshape(40, 2)
     np.savez("x.npz", x=rows, y=np.arange(40) % 2)
     cut_off("cut", 2, monkeypatch, *lines[1:])
     rows[7] += 1
     np.savez("x.npz", x=rows, y=np.arange(40) % 2)
-    _, said = go(*lines, "resume=auto")
-    assert "the data has changed since the run began: other content in the train split" in said
+    _, messages = train_run(*lines, "resume=auto")
+    assert "the data has changed since the run began: other content in the train split" in messages
 
 
-def test_a_run_of_an_older_version_goes_on_with_its_data_in_place_only(monkeypatch):
-    old, new = write_table(Path("old")), write_table(Path("new"))
+def test_the_data_of_a_run_of_an_older_version_may_not_move(monkeypatch):
+    old = write_table(Path("old"))
+    new = write_table(Path("new"))
     run = cut_off("cut", 23, monkeypatch, *table_at(old))
     facts = json.loads((run / "facts.json").read_text())
     del facts["content"]
@@ -316,12 +320,12 @@ def test_a_run_of_an_older_version_goes_on_with_its_data_in_place_only(monkeypat
     with pytest.raises(
         RunError, match=r"data.path=new/t.csv \(was old/t.csv\) \(the run is of an older version"
     ):
-        go("run.name=cut", "resume=auto", *table_at(new))
-    go("run.name=cut", "resume=auto", *table_at(old))
+        train_run("run.name=cut", "resume=auto", *table_at(new))
+    train_run("run.name=cut", "resume=auto", *table_at(old))
 
 
-def test_other_settings_of_the_data_are_no_path(monkeypatch):
+def test_other_settings_of_the_data_may_not_change(monkeypatch):
     old = write_table(Path("old"))
     cut_off("cut", 23, monkeypatch, *table_at(old))
     with pytest.raises(RunError, match=r"data.split_seed=1 .*--inexact"):
-        go("run.name=cut", "resume=auto", *table_at(old), "data.split_seed=1")
+        train_run("run.name=cut", "resume=auto", *table_at(old), "data.split_seed=1")

@@ -1,7 +1,8 @@
-"""The plan of a run: costs against hand formulas, memory by hand and by measurement, and nothing disturbed."""
+"""The plan of a run: cost by formula, memory by formula and measurement, no side effects."""
 
 import copy
 import io
+import itertools
 import json
 import math
 from dataclasses import asdict
@@ -14,16 +15,8 @@ from torch import nn
 import framework as fw
 from framework.contracts.optimizer import Parameters, build_optimizer
 from framework.contracts.task import Step, Task
-from framework.experiment.plan import (
-    Curve,
-    bytes_text,
-    count_text,
-    curve_text,
-    fold,
-    make_plan,
-    read_curve,
-    render,
-)
+from framework.experiment.plan import Curve, make_plan, read_curve
+from framework.experiment.plan_text import bytes_text, count_text, curve_text, fold, render
 from framework.training.layer_table import (
     Layer,
     activation_bytes,
@@ -50,8 +43,8 @@ def mlp():
     return nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 5))
 
 
-class Everything(nn.Module):
-    """A convolution, batch norm, attention, a recurrent layer, tied weights, an own parameter and an unused layer."""
+class AllKinds(nn.Module):
+    """A layer of each kind, tied weights, a parameter of its own and an unused layer."""
 
     def __init__(self):
         super().__init__()
@@ -60,7 +53,9 @@ class Everything(nn.Module):
         self.position = nn.Parameter(torch.zeros(64, 16))
         self.encoder = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
         self.recurrent = nn.LSTM(16, 8, batch_first=True)
-        self.head, self.again, self.unused = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(3, 3)
+        self.head = nn.Linear(8, 8)
+        self.again = nn.Linear(8, 8)
+        self.unused = nn.Linear(3, 3)
         self.again.weight = self.head.weight
 
     def forward(self, images):
@@ -69,14 +64,15 @@ class Everything(nn.Module):
         return self.again(self.head(x[:, -1]))
 
 
-def test_layers_against_hand_formulas():
-    model = Everything()
+def test_flops_and_parameters_of_layers_follow_the_formulas():
+    model = AllKinds()
     layers, unused = read_layers(model, batch_of(2, 3, 8, 8))
     by_name = {layer.name: layer for layer in layers}
     flops = {name: layer.flops for name, layer in by_name.items()}
     assert flops["convolution"] == 2 * 16 * 8 * 8 * 3 * 3 * 3  # a multiply-add is two
     assert flops["encoder.linear1"] == 64 * 2 * 16 * 32
-    projections, scores = 64 * 2 * 16 * (48 + 16), 2 * 2 * 64 * 64 * 16
+    projections = 64 * 2 * 16 * (48 + 16)
+    scores = 2 * 2 * 64 * 64 * 16
     assert flops["encoder.self_attn"] == projections + scores
     assert flops["recurrent"] == 64 * 2 * 4 * 8 * (16 + 8)
     assert flops["head"] == flops["again"] == 2 * 8 * 8
@@ -97,16 +93,14 @@ def test_layers_against_hand_formulas():
     )
 
 
-def test_nothing_is_disturbed():
+def test_a_plan_changes_neither_model_nor_optimizer_nor_generators():
     model = nn.Sequential(nn.Linear(10, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 5))
     model[1].eval()
     optimizer = torch.optim.AdamW(model.parameters())
     batch = batch_of(8, 10)
-    before, random, modes = (
-        copy.deepcopy(model.state_dict()),
-        torch.get_rng_state(),
-        [m.training for m in model],
-    )
+    before = copy.deepcopy(model.state_dict())
+    random = torch.get_rng_state()
+    modes = [m.training for m in model]
     make_plan(model, batch, task=Classify(), optimizer=optimizer, steps_per_epoch=1, total_steps=1)
     with pytest.raises(ZeroDivisionError), model_undisturbed(model, train=True):
         torch.rand(3)
@@ -116,12 +110,13 @@ def test_nothing_is_disturbed():
     assert torch.equal(torch.get_rng_state(), random)
     assert [m.training for m in model] == modes
     assert not optimizer.state
-    assert all(p.grad is None and not m._forward_hooks for m in model for p in m.parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks for module in model)
 
 
-def test_activation_memory_by_hand():
-    # kept for backward: the inputs, the outputs of relu (shared with the second linear), log-softmax, the targets,
-    # and of cross entropy its total weight, one float
+def test_activation_memory_of_a_small_model_follows_the_formula():
+    # Kept for the backward pass: the inputs, the outputs of relu (shared with the second linear),
+    # log-softmax, the targets, and the total weight of cross entropy, one float.
     n = 64
     floats = n * 10 + n * 32 + n * 5 + 1
     assert saved_bytes(mlp(), batch_of(n, 10), Classify(), n) == 4 * floats + 8 * n
@@ -131,7 +126,7 @@ def test_activation_memory_by_hand():
 
 
 @pytest.mark.parametrize("size", [1, 3, 4, 33])
-def test_activation_memory_of_any_batch_is_what_it_would_be_measured(size):
+def test_activation_memory_scales_to_any_batch_size(size):
     model = nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.GELU(), nn.Flatten(), nn.Dropout(0.1), nn.Linear(144, 5)
     )
@@ -146,13 +141,10 @@ def test_optimizer_memory_is_that_of_a_real_step(name):
     estimated = optimizer_bytes(optimizer)
     Classify().step(model, batch_of(4, 10)).loss.backward()
     optimizer.step()
-    tensors = [
-        v
-        for state in optimizer.state.values()
-        for v in state.values()
-        if isinstance(v, torch.Tensor)
-    ]
-    assert estimated == sum(t.numel() * t.element_size() for t in tensors)
+    total = 0
+    for state in optimizer.state.values():
+        total += sum(value.nbytes for value in state.values() if isinstance(value, torch.Tensor))
+    assert estimated == total
 
 
 def test_optimizer_that_cannot_be_tried_is_unknown():
@@ -196,12 +188,14 @@ def test_curve_is_drawn_high_where_the_rate_is_high():
 
 
 def test_plan_as_json_and_on_a_terminal():
-    model, batch = mlp(), batch_of(32, 10)
+    model = mlp()
+    batch = batch_of(32, 10)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     model[0].bias.requires_grad_(False)
     split = fw.TensorSplit(*batch_of(100, 10))
     data = fw.Data()
-    data.train, data.val = split, [1, 2, 3]
+    data.train = split
+    data.val = [1, 2, 3]
     plan = make_plan(
         model,
         batch,
@@ -211,13 +205,15 @@ def test_plan_as_json_and_on_a_terminal():
         steps_per_epoch=4,
         total_steps=40,
     )
-    given = json.loads(json.dumps(asdict(plan)))
+    content = json.loads(json.dumps(asdict(plan)))
     parameters = 10 * 32 + 32 + 32 * 5 + 5
-    assert (given["parameters"], given["trainable"]) == (parameters, parameters - 32)
-    assert given["flops"] == 2 * (10 * 32 + 32 * 5)
-    assert given["memory"]["gradients"] == 4 * (parameters - 32)
-    assert given["memory"]["total"] == sum(v for k, v in given["memory"].items() if k != "total")
-    assert given["splits"] == [
+    assert (content["parameters"], content["trainable"]) == (parameters, parameters - 32)
+    assert content["flops"] == 2 * (10 * 32 + 32 * 5)
+    assert content["memory"]["gradients"] == 4 * (parameters - 32)
+    assert content["memory"]["total"] == sum(
+        v for k, v in content["memory"].items() if k != "total"
+    )
+    assert content["splits"] == [
         {"name": "train", "samples": 100, "bytes": 100 * (40 + 8)},
         {"name": "val", "samples": 3, "bytes": None},
     ]
@@ -238,7 +234,7 @@ def shown_of(plan):
     return output.getvalue()
 
 
-def test_groups_of_parameters_are_told_with_their_rates_and_decays():
+def test_groups_of_parameters_are_shown_with_their_rates_and_decays():
     model = mlp()
     maker = fw.optimizers.maker("adamw", lr=0.01, weight_decay=0.5)
     optimizer = build_optimizer(maker, Parameters(rates={"2.*": 10.0}).groups(model, maker))
@@ -283,22 +279,25 @@ def test_groups_without_names_are_numbered_and_many_are_cut_short(count, last):
     assert f"{count + 1}: " not in shown
 
 
-def test_a_single_group_and_the_transforms_are_lines_too():
+def test_a_single_group_and_the_transforms_are_shown():
     optimizer = torch.optim.SGD(mlp().parameters(), lr=0.5, weight_decay=0.25)
-    wanted = {
-        "steps_per_epoch": 1,
-        "total_steps": 1,
-        "transforms": ["crop(padding=2)", "mixup(alpha=0.2)"],
-    }
-    shown = shown_of(
-        make_plan(mlp(), batch_of(8, 10), task=Classify(), optimizer=optimizer, **wanted)
+    plan = make_plan(
+        mlp(),
+        batch_of(8, 10),
+        task=Classify(),
+        optimizer=optimizer,
+        steps_per_epoch=1,
+        total_steps=1,
     )
+    plan.transforms = ["crop(padding=2)", "mixup(alpha=0.2)"]
+    shown = shown_of(plan)
     assert "all: 517, weight decay 0.25" in shown
     assert "transforms  crop(padding=2), mixup(alpha=0.2)" in shown
 
 
-def test_batches_that_make_a_step_together_are_told_and_cost_what_they_cost():
-    model, batch = mlp(), batch_of(32, 10)
+def test_several_batches_per_step_are_shown_and_count_in_the_cost():
+    model = mlp()
+    batch = batch_of(32, 10)
     plan = make_plan(model, batch, task=Classify(), steps_per_epoch=3, total_steps=30)
     plan.batches_per_step = 4
     shown = shown_of(plan)
@@ -306,8 +305,11 @@ def test_batches_that_make_a_step_together_are_told_and_cost_what_they_cost():
     assert f"about {count_text(3 * 2 * (10 * 32 + 32 * 5) * 32 * 30 * 4)} to train" in shown
 
 
-def test_many_layers_are_folded_without_loss():
-    layers = [Layer(f"stage.{i}.{j}", "Linear", (i, j), 1, 2) for i in range(30) for j in range(3)]
+def test_many_layers_are_folded_with_the_same_totals():
+    layers = [
+        Layer(f"stage.{i}.{j}", "Linear", (i, j), 1, 2)
+        for i, j in itertools.product(range(30), range(3))
+    ]
     folded = fold(layers)
     assert [layer.name for layer in folded] == [f"stage.{i}" for i in range(30)]
     assert sum(layer.parameters for layer in folded) == len(layers)
@@ -315,7 +317,7 @@ def test_many_layers_are_folded_without_loss():
     assert fold(layers[:30]) == layers[:30]
 
 
-def test_numbers_for_people():
+def test_numbers_have_units():
     assert [count_text(n) for n in (0, 999_999, 23_456_789, 1.5e12)] == [
         "0",
         "999,999",

@@ -1,4 +1,4 @@
-"""Going on with a run: exactly as if it had not been cut off, or not at all."""
+"""A resumed run continues exactly as if it had not been interrupted, or is refused."""
 
 import os
 import signal
@@ -12,9 +12,11 @@ import torch
 
 import framework as fw
 from framework.errors import RunError
+from framework.experiment.config_changes import compare_configs, fingerprint
 from framework.experiment.experiment import train
-from framework.experiment.resume import changed_values, fingerprint, start_from, status_of
+from framework.experiment.weights import initialize_from
 from framework.runs.checkpoint import listed, load
+from framework.runs.status_file import status_of
 from runs import composed, cut_off_at, logged
 
 PLUGINS = []
@@ -27,7 +29,7 @@ SMALL = [
 
 
 @pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+def _in_temporary_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
@@ -35,10 +37,10 @@ def spec_of(*overrides):
     return composed([*SMALL, *overrides], PLUGINS)
 
 
-def go(*overrides, **more):
-    """Train, and return the result and what was said."""
-    said = []
-    return train(spec_of(*overrides), "default", [], say=said.append, **more), said
+def train_run(*overrides, **more):
+    """Train, and return the result and the printed lines."""
+    messages = []
+    return train(spec_of(*overrides), "default", [], say=messages.append, **more), messages
 
 
 def weights(run):
@@ -48,7 +50,7 @@ def weights(run):
 def cut_off(name, step, monkeypatch, *overrides):
     """Run until a step, then fail."""
     with cut_off_at(step, monkeypatch):
-        go(f"run.name={name}", *overrides)
+        train_run(f"run.name={name}", *overrides)
 
 
 def with_callback(trainer, callback):
@@ -57,14 +59,14 @@ def with_callback(trainer, callback):
 
 
 @pytest.mark.parametrize("step", [3, 25, 40, 61])
-def test_the_same_command_again_goes_on_as_if_nothing_had_happened(step, monkeypatch):
+def test_the_same_command_resumes_an_interrupted_run_exactly(step, monkeypatch):
     often = "callbacks.checkpoint.every=5steps"
-    whole, _ = go("run.name=whole", often)
+    uninterrupted, _ = train_run("run.name=uninterrupted", often)
     cut_off("cut", step, monkeypatch, often)
-    resumed, said = go("run.name=cut", "resume=auto", often)
-    assert said[0] == f"going on with runs/default/cut after step {step // 5 * 5}"
-    assert weights(resumed.folder) == weights(whole.folder)
-    assert logged(resumed.folder) == logged(whole.folder)
+    resumed, messages = train_run("run.name=cut", "resume=auto", often)
+    assert messages[0] == f"going on with runs/default/cut after step {step // 5 * 5}"
+    assert weights(resumed.folder) == weights(uninterrupted.folder)
+    assert logged(resumed.folder) == logged(uninterrupted.folder)
     assert status_of(resumed.folder) == "done"
 
 
@@ -76,36 +78,36 @@ class StopAtTheEnd(fw.Callback):
 
 
 def stopped_at_the_end(trainer):
-    trainer.callbacks.insert(0, StopAtTheEnd())  # before the checkpoint is told
+    trainer.callbacks.insert(0, StopAtTheEnd())  # before the checkpoint callback
     return trainer
 
 
-def test_a_run_that_is_killed_after_its_last_step_logs_nothing_twice(monkeypatch):
+def test_a_run_killed_after_its_last_step_logs_nothing_twice(monkeypatch):
     from framework.experiment.experiment import Experiment
 
     odd = ["trainer.max_steps=17", "trainer.log_every=7steps", "trainer.validate_every=5steps"]
     odd += ["callbacks.checkpoint.every=1steps", "callbacks.checkpoint.background=false"]
-    whole, _ = go("run.name=whole", *odd)
+    uninterrupted, _ = train_run("run.name=uninterrupted", *odd)
     make = Experiment.trainer
     with monkeypatch.context() as patched:
         patched.setattr(Experiment, "trainer", lambda self: stopped_at_the_end(make(self)))
         with pytest.raises(KeyboardInterrupt):
-            go("run.name=cut", *odd)
-    resumed, said = go("run.name=cut", "resume=auto", *odd)
-    assert said[0] == "going on with runs/default/cut after step 17"
-    assert logged(resumed.folder) == logged(whole.folder)
+            train_run("run.name=cut", *odd)
+    resumed, messages = train_run("run.name=cut", "resume=auto", *odd)
+    assert messages[0] == "going on with runs/default/cut after step 17"
+    assert logged(resumed.folder) == logged(uninterrupted.folder)
 
 
-def test_images_in_the_format_of_pixels_go_on_exactly(monkeypatch):
-    """`loader.channels_last=auto`, which a convolutional model gets, chooses the same after a resume."""
+def test_a_run_with_images_in_channels_last_format_resumes_exactly(monkeypatch):
+    """`loader.channels_last=auto` of a convolutional model chooses the same after a resume."""
     images = ["data.image=true", "model=cnn", "model.channels=[4,8]", "transforms=[flip]"]
     monkeypatch.setitem(globals(), "SMALL", [*images, *SMALL[2:]])
     often = "callbacks.checkpoint.every=5steps"
-    whole, _ = go("run.name=whole", often)
+    uninterrupted, _ = train_run("run.name=uninterrupted", often)
     cut_off("cut", 23, monkeypatch, often)
-    resumed, said = go("run.name=cut", "resume=auto", often)
-    assert said[0] == "going on with runs/default/cut after step 20"
-    assert weights(resumed.folder) == weights(whole.folder)
+    resumed, messages = train_run("run.name=cut", "resume=auto", often)
+    assert messages[0] == "going on with runs/default/cut after step 20"
+    assert weights(resumed.folder) == weights(uninterrupted.folder)
 
 
 COUNTS = """\
@@ -138,21 +140,21 @@ class Counts(Callback):
 
 
 @pytest.mark.parametrize("step", [23, 40, 61])
-def test_a_callback_that_comes_after_the_checkpoint_goes_on_too(
+def test_the_state_of_a_callback_after_the_checkpoint_callback_is_restored(
     step, monkeypatch, tmp_path, forget_plugins
 ):
     (tmp_path / "counts.py").write_text(COUNTS)
     counting = ["+callbacks=counts", "callbacks.checkpoint.every=5steps", "scheduler=null"]
     monkeypatch.setitem(globals(), "PLUGINS", ["counts.py"])
-    whole, _ = go("run.name=whole", *counting)
+    uninterrupted, _ = train_run("run.name=uninterrupted", *counting)
     cut_off("cut", step, monkeypatch, *counting)
-    resumed, _ = go("run.name=cut", "resume=auto", *counting)
-    assert weights(resumed.folder) == weights(whole.folder)
-    assert logged(resumed.folder) == logged(whole.folder)
+    resumed, _ = train_run("run.name=cut", "resume=auto", *counting)
+    assert weights(resumed.folder) == weights(uninterrupted.folder)
+    assert logged(resumed.folder) == logged(uninterrupted.folder)
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "expected"),
     [
         (
             "model.width=8",
@@ -162,15 +164,17 @@ def test_a_callback_that_comes_after_the_checkpoint_goes_on_too(
         ("parameters.decay=all", "other groups of parameters"),
     ],
 )
-def test_another_model_or_optimizer_is_refused_and_the_run_left_as_it_was(override, said):
-    run, _ = go("run.name=a", "trainer.max_epochs=1")
+def test_another_model_or_optimizer_is_refused_and_the_run_is_unchanged(override, expected):
+    run, _ = train_run("run.name=a", "trainer.max_epochs=1")
     before = {
         file: file.read_bytes()
         for file in run.folder.iterdir()
         if file.is_file() and file.name != ".lock"
     }
-    with pytest.raises(RunError, match=f"cannot go on with .*{said}.*init_from=runs/default/a"):
-        go("run.name=a", "resume=auto", override, inexact=True)
+    with pytest.raises(
+        RunError, match=f"cannot be resumed with .*{expected}.*init_from=runs/default/a"
+    ):
+        train_run("run.name=a", "resume=auto", override, inexact=True)
     assert {file: file.read_bytes() for file in before} == before
 
 
@@ -182,7 +186,7 @@ class Signalled(fw.Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_a_signal_adds_no_measurement_that_a_schedule_would_see(monkeypatch):
+def test_a_signal_adds_no_validation_that_a_schedule_observes(monkeypatch):
     from framework.experiment.experiment import Experiment
 
     plateau = [
@@ -191,138 +195,144 @@ def test_a_signal_adds_no_measurement_that_a_schedule_would_see(monkeypatch):
         "scheduler.factor=0.5",
         "scheduler.threshold=0.3",
     ]
-    whole, _ = go("run.name=whole", *plateau)
+    uninterrupted, _ = train_run("run.name=uninterrupted", *plateau)
     trainer_of = Experiment.trainer
     with monkeypatch.context() as patched:
         patched.setattr(
             Experiment, "trainer", lambda self: with_callback(trainer_of(self), Signalled())
         )
-        assert go("run.name=cut", *plateau)[0].steps == 31
-    resumed, said = go("run.name=cut", "resume=auto", *plateau)
-    assert said[0] == "going on with runs/default/cut after step 31"
-    assert weights(resumed.folder) == weights(whole.folder)
-    assert logged(resumed.folder) == logged(whole.folder)
+        assert train_run("run.name=cut", *plateau)[0].steps == 31
+    resumed, messages = train_run("run.name=cut", "resume=auto", *plateau)
+    assert messages[0] == "going on with runs/default/cut after step 31"
+    assert weights(resumed.folder) == weights(uninterrupted.folder)
+    assert logged(resumed.folder) == logged(uninterrupted.folder)
 
 
-def test_without_a_name_the_newest_unfinished_run_of_the_same_config_goes_on(monkeypatch):
-    go("run.name=finished")
+def test_without_a_name_the_newest_unfinished_run_of_the_same_config_is_resumed(monkeypatch):
+    train_run("run.name=finished")
     cut_off("cut", 45, monkeypatch)
-    resumed, _ = go("resume=auto")
+    resumed, _ = train_run("resume=auto")
     assert resumed.folder.name == "cut"
-    fresh, said = go("resume=auto")
+    fresh, messages = train_run("resume=auto")
     assert fresh.folder.name not in ("cut", "finished")
-    assert not said
+    assert not messages
 
 
-def test_a_finished_run_stays_as_it_is():
-    finished, _ = go("run.name=a")
+def test_a_finished_run_is_not_changed():
+    finished, _ = train_run("run.name=a")
     before = weights(finished.folder)
-    again, said = go("run.name=a", "resume=auto")
-    assert said == ["runs/default/a is done already"]
+    again, messages = train_run("run.name=a", "resume=auto")
+    assert messages == ["runs/default/a is done already"]
     assert again.metrics["test/accuracy"] == finished.metrics["test/accuracy"]
     assert weights(again.folder) == before
 
 
-def test_what_would_change_the_bits_is_refused_and_what_would_not_is_not(monkeypatch):
+def test_only_settings_that_change_the_weights_are_refused(monkeypatch):
     cut_off("a", 45, monkeypatch)
     with pytest.raises(RunError, match=r"optimizer.lr=0.1 \(was 0.001\).*--inexact"):
-        go("run.name=a", "resume=auto", "optimizer.lr=0.1")
+        train_run("run.name=a", "resume=auto", "optimizer.lr=0.1")
     with pytest.raises(RunError, match="seed=1"):
-        go("run.name=a", "resume=auto", "seed=1")
-    resumed, said = go(
+        train_run("run.name=a", "resume=auto", "seed=1")
+    resumed, messages = train_run(
         "run.name=a", "resume=auto", "trainer.log_every=7steps", "trainer.max_epochs=3"
     )
     assert resumed.steps == 120
-    assert "from here on trainer.max_epochs=3 (was 2)" in said
-    changed, _ = go(
+    assert "from here on trainer.max_epochs=3 (was 2)" in messages
+    changed, _ = train_run(
         "run.name=a", "resume=auto", "trainer.max_epochs=4", "optimizer.lr=0.01", inexact=True
     )
     training = load(listed(changed.folder / "checkpoints")[-1])[1]
     assert training["optimizer"]["param_groups"][0]["initial_lr"] == 0.01
 
 
-def test_a_finished_run_can_be_given_more_epochs():
-    go("run.name=a")
-    longer, said = go("run.name=a", "resume=auto", "trainer.max_epochs=3")
+def test_a_finished_run_can_be_resumed_with_more_epochs():
+    train_run("run.name=a")
+    longer, messages = train_run("run.name=a", "resume=auto", "trainer.max_epochs=3")
     assert longer.steps == 120
-    assert said[0] == "going on with runs/default/a after step 80"
+    assert messages[0] == "going on with runs/default/a after step 80"
 
 
-def test_a_run_by_its_path():
-    first, _ = go("run.name=a")
+def test_a_run_is_resumed_by_its_path():
+    first, _ = train_run("run.name=a")
     with pytest.raises(RunError, match="there is no run folder nope"):
-        go("resume=nope")
-    again, _ = go(f"resume={first.folder}")
+        train_run("resume=nope")
+    again, _ = train_run(f"resume={first.folder}")
     assert again.folder == first.folder
 
 
-def test_a_damaged_checkpoint_is_skipped_and_said_so(monkeypatch):
-    whole, _ = go("run.name=whole", "callbacks.checkpoint.every=5steps")
+def test_a_damaged_checkpoint_is_skipped_with_a_note(monkeypatch):
+    uninterrupted, _ = train_run("run.name=uninterrupted", "callbacks.checkpoint.every=5steps")
     cut_off("a", 33, monkeypatch, "callbacks.checkpoint.every=5steps")
     newest = listed(Path("runs/default/a/checkpoints"))[-1] / "model.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1] + b"!")
-    resumed, said = go("run.name=a", "resume=auto", "callbacks.checkpoint.every=5steps")
-    assert any(line.startswith("skipped") and "step-00000030" in line for line in said)
-    assert weights(resumed.folder) == weights(whole.folder)
+    resumed, messages = train_run("run.name=a", "resume=auto", "callbacks.checkpoint.every=5steps")
+    assert any(line.startswith("skipped") and "step-00000030" in line for line in messages)
+    assert weights(resumed.folder) == weights(uninterrupted.folder)
 
 
-def test_data_that_has_changed_is_noticed(monkeypatch):
+def test_changed_data_is_refused(monkeypatch):
     cut_off("a", 45, monkeypatch)
     facts = Path("runs/default/a/facts.json")
     facts.write_text(facts.read_text().replace("4.88", "4.89"))
     with pytest.raises(RunError, match="the data of runs/default/a has changed"):
-        go("run.name=a", "resume=auto")
+        train_run("run.name=a", "resume=auto")
 
 
-def test_a_run_has_one_writer(monkeypatch):
+def test_only_one_process_writes_to_a_run(monkeypatch):
     cut_off("a", 45, monkeypatch)
     hold = (
         "import sys; from framework.runs.folder import RunFolder; from pathlib import Path\n"
-        "held = RunFolder.existing(Path('runs/default/a')); print('held', flush=True); sys.stdin.read()"
+        "held = RunFolder.existing(Path('runs/default/a')); print('held', flush=True)\n"
+        "sys.stdin.read()"
     )
     holder = subprocess.Popen(
         [sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(RunError, match=f"is being written by process {holder.pid}"):
-        go("run.name=a", "resume=auto")
+        train_run("run.name=a", "resume=auto")
     holder.kill()  # a lock dies with its holder
     holder.wait()
-    assert go("run.name=a", "resume=auto")[0].steps == 80
+    assert train_run("run.name=a", "resume=auto")[0].steps == 80
 
 
-def test_starting_from_what_another_run_has_learned():
-    first, _ = go("run.name=first")
-    second, said = go("run.name=second", f"init_from={first.folder}", "trainer.max_steps=1")
-    assert said == [f"6 of 6 tensors from {first.folder}"]
+def test_a_run_is_initialized_from_the_weights_of_another_run():
+    first, _ = train_run("run.name=first")
+    second, messages = train_run(
+        "run.name=second", f"init_from={first.folder}", "trainer.max_steps=1"
+    )
+    assert messages == [f"6 of 6 tensors from {first.folder}"]
     assert second.metrics["val/loss"] < first.metrics["val/loss"] + 0.05
-    _, said = go(f"init_from={first.folder}", "model.width=[16,24]", "trainer.max_steps=1")
-    assert "3 of 6 tensors" in said[0]
-    assert "of another shape" in said[0]
+    _, messages = train_run(
+        f"init_from={first.folder}", "model.width=[16,24]", "trainer.max_steps=1"
+    )
+    assert "3 of 6 tensors" in messages[0]
+    assert "of another shape" in messages[0]
     with pytest.raises(
         RunError,
         match=r"only 1 of 6 tensors match, .*none of the 3 weight matrices: .*\(16, 64\) there",
     ):
-        go(f"init_from={first.folder}", "model.width=8", "trainer.max_steps=1")
+        train_run(f"init_from={first.folder}", "model.width=8", "trainer.max_steps=1")
     with pytest.raises(
         RunError, match=r"init_from=nope: should be a run, a checkpoint or a \.safetensors file"
     ):
-        go("init_from=nope")
+        train_run("init_from=nope")
     with pytest.raises(RunError, match="none of its"):
-        start_from(torch.nn.Linear(3, 3), str(first.folder))
+        initialize_from(torch.nn.Linear(3, 3), str(first.folder))
 
 
-def test_what_makes_two_runs_the_same():
-    one, other = spec_of("run.name=a").tree, spec_of("run.name=b").tree
+def test_the_fingerprint_ignores_the_folder_of_a_run():
+    one = spec_of("run.name=a").tree
+    other = spec_of("run.name=b").tree
     assert fingerprint(one) == fingerprint(other)
     assert fingerprint(one) != fingerprint(spec_of("optimizer.lr=0.1").tree)
-    assert changed_values({"a": {"b": 1}}, {"a": {"b": 2, "c": {}}}) == [
-        ("a.b", "a.b=2 (was 1)"),
-        ("a.c", "a.c={} (was None)"),
-    ]
+    assert compare_configs({"a": {"b": 1}}, {"a": {"b": 2, "c": {}}}) == {
+        "a.b": "a.b=2 (was 1)",
+        "a.c": "a.c={} (was None)",
+    }
 
 
-def test_a_real_kill_and_the_same_command_again(tmp_path):
+def test_the_same_command_resumes_a_killed_process(tmp_path):
     command = [sys.executable, "-m", "framework", "train", *SMALL, "run.name=a", "resume=auto"]
     command += ["trainer.max_epochs=10", "callbacks.checkpoint.every=3steps"]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -337,7 +347,7 @@ def test_a_real_kill_and_the_same_command_again(tmp_path):
     assert status_of(Path("runs/default/a")) == "done"
 
 
-def test_a_short_campaign():
+def test_a_short_campaign_of_kills_finds_no_difference():
     script = Path(fw.__file__).parent.parent / "scripts" / "fault_campaign"
     done = subprocess.run(
         [sys.executable, script, "--runs", "3", "--kills", "4"], capture_output=True, text=True
@@ -346,7 +356,7 @@ def test_a_short_campaign():
     assert "3 of 3 runs bitwise equal after" in done.stdout
 
 
-def test_the_campaign_notices_when_the_random_state_is_lost():
+def test_the_campaign_detects_a_lost_random_state():
     script = Path(fw.__file__).parent.parent / "scripts" / "fault_campaign"
     arguments = ["--runs", "1", "--kills", "4", "--control"]
     done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)

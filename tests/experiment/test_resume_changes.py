@@ -14,8 +14,9 @@ from framework import TensorSplit, Trainer
 from framework.contracts.callback import follows_metrics
 from framework.data.dataset import Loader
 from framework.errors import RunError, SettingError
+from framework.experiment.config_changes import compare_configs, keeps_bits, observed_changes
 from framework.experiment.experiment import Experiment, train
-from framework.experiment.resume import altered, changed_values, keeps_bits, observed_changes
+from framework.experiment.resume_overrides import apply_overrides
 from framework.runs.checkpoint import listed, load
 from runs import composed, logged
 
@@ -36,14 +37,16 @@ def spec_of(*overrides):
     return composed([*SMALL, *overrides])
 
 
-def go(*overrides, **more):
-    """Train; return the result, and the lines that were said."""
-    said = []
-    return train(spec_of("run.name=a", *overrides), "default", [], say=said.append, **more), said
+def train_run(*overrides, **more):
+    """Train, and return the result and the printed lines."""
+    messages = []
+    return train(
+        spec_of("run.name=a", *overrides), "default", [], say=messages.append, **more
+    ), messages
 
 
 @pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+def _in_temporary_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
@@ -57,12 +60,17 @@ def halving(step):
 
 
 def groups_of(model, rates):
-    """Return a group for each layer; `rates` are its settings."""
+    """Return a group for each layer, with the settings in `rates`."""
     layers = [model[0], model[2]]
     return [
         {"params": list(layer.parameters()), **own}
         for layer, own in zip(layers, rates, strict=True)
     ]
+
+
+def settings_of(group):
+    """Return the settings of a group of parameters."""
+    return {name: value for name, value in group.items() if name != "params"}
 
 
 class Groups(fw.Callback):
@@ -74,10 +82,7 @@ class Groups(fw.Callback):
         self.seen = []
 
     def on_step_end(self, trainer):
-        groups = trainer.optimizer.param_groups
-        self.seen.append(
-            [{name: value for name, value in each.items() if name != "params"} for each in groups]
-        )
+        self.seen.append([settings_of(group) for group in trainer.optimizer.param_groups])
 
 
 class LogMae(fw.Callback):
@@ -138,7 +143,8 @@ def test_changed_optimizer_settings_take_effect(name, first, then, factor):
     model = network()
     trainer = fit(model, make(model.parameters(), **first), 2, schedule=factor)
     saved = copy.deepcopy(trainer.state_dict())
-    resumed, seen = network(), Groups()
+    resumed = network()
+    seen = Groups()
     fit(resumed, make(resumed.parameters(), **first | then), 3, seen, schedule=factor, resume=saved)
 
     expected = network()
@@ -149,13 +155,15 @@ def test_changed_optimizer_settings_take_effect(name, first, then, factor):
     for one, other in zip(resumed.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(one, other)
 
-    new, fresh = network(), Groups()
+    new = network()
+    fresh = Groups()
     fit(new, make(new.parameters(), **first | then), 3, fresh, schedule=factor)
     assert seen.seen == fresh.seen[2:]
 
 
 def test_changed_rate_of_one_group_takes_effect():
-    model, resumed = network(), network()
+    model = network()
+    resumed = network()
     trainer = fit(
         model, torch.optim.SGD(groups_of(model, [{"lr": 0.1}, {"lr": 0.2}])), 2, schedule=halving
     )
@@ -166,7 +174,7 @@ def test_changed_rate_of_one_group_takes_effect():
 
 
 class Decay(fw.Callback):
-    """Changes a setting of the groups while the run goes on."""
+    """Changes a setting of the groups during the run."""
 
     def on_step_end(self, trainer):
         for group in trainer.optimizer.param_groups:
@@ -178,9 +186,11 @@ class Decay(fw.Callback):
     "changed", [{}, {"momentum": 0.5}], ids=["exact", "another setting changed"]
 )
 def test_settings_changed_by_a_callback_are_restored(changed):
-    whole, half, rest = network(), network(), network()
+    uninterrupted = network()
+    half = network()
+    rest = network()
     make = torch.optim.SGD
-    fit(whole, make(whole.parameters(), lr=0.1, momentum=0.9), 4, Decay())
+    fit(uninterrupted, make(uninterrupted.parameters(), lr=0.1, momentum=0.9), 4, Decay())
     trainer = fit(half, make(half.parameters(), lr=0.1, momentum=0.9), 2, Decay())
     seen = Groups()
     settings = {"lr": 0.1, "momentum": 0.9} | changed
@@ -189,26 +199,27 @@ def test_settings_changed_by_a_callback_are_restored(changed):
     assert seen.seen[0][0]["lr"] == pytest.approx(0.1 * 0.9**2)
     same = [
         torch.equal(one, other)
-        for one, other in zip(whole.parameters(), rest.parameters(), strict=True)
+        for one, other in zip(uninterrupted.parameters(), rest.parameters(), strict=True)
     ]
     assert all(same) is not bool(changed)
 
 
 def test_resume_with_the_optimizer_of_an_earlier_fit():
-    whole, model = network(), network()
-    fit(whole, torch.optim.SGD(whole.parameters(), lr=0.1), 4, Decay())
+    uninterrupted = network()
+    model = network()
+    fit(uninterrupted, torch.optim.SGD(uninterrupted.parameters(), lr=0.1), 4, Decay())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     trainer = Trainer(max_steps=2, callbacks=[Decay()], device="cpu")
-    given = {"task": LOSS, "optimizer": optimizer, "batch_size": 12}
-    trainer.fit(model, SPLIT, **given)
+    arguments = {"task": LOSS, "optimizer": optimizer, "batch_size": 12}
+    trainer.fit(model, SPLIT, **arguments)
     saved = trainer.state_dict()
     trainer.max_steps = 3
-    trainer.fit(model, SPLIT, resume=saved, **given)
+    trainer.fit(model, SPLIT, resume=saved, **arguments)
     trainer.max_steps = 4
-    trainer.fit(model, SPLIT, resume=saved, **given)
+    trainer.fit(model, SPLIT, resume=saved, **arguments)
     assert all(
         torch.equal(one, other)
-        for one, other in zip(whole.parameters(), model.parameters(), strict=True)
+        for one, other in zip(uninterrupted.parameters(), model.parameters(), strict=True)
     )
 
 
@@ -225,7 +236,8 @@ def test_best_value_is_dropped_when_the_monitor_changes():
         fw.callbacks.build("early_stop", monitor=name, mode="min")
         for name in ("val/loss", "val/mae")
     )
-    stop.best.ranked, stop.waited = [(0.1, 3)], 7
+    stop.best.ranked = [(0.1, 3)]
+    stop.waited = 7
     other.load_state_dict(stop.state_dict())
     model = network()
     fit(model, torch.optim.SGD(model.parameters()), 1, LogMae(), other, val=SPLIT)
@@ -233,7 +245,8 @@ def test_best_value_is_dropped_when_the_monitor_changes():
 
 
 def test_removing_the_schedule_restores_the_base_rate():
-    model, resumed = network(), network()
+    model = network()
+    resumed = network()
     trainer = fit(model, torch.optim.SGD(model.parameters(), lr=0.1), 2, schedule=halving)
     seen = Groups()
     fit(
@@ -251,7 +264,8 @@ def test_removing_the_schedule_restores_the_base_rate():
     ],
 )
 def test_setting_that_needs_unsaved_state_is_refused(make, first, then):
-    model, resumed = network(), network()
+    model = network()
+    resumed = network()
     trainer = fit(model, make(model.parameters(), **first), 2)
     with pytest.raises(SettingError, match=f"has no .*{next(iter(then))}"):
         fit(resumed, make(resumed.parameters(), **first | then), 3, resume=trainer.state_dict())
@@ -267,7 +281,8 @@ def test_setting_that_needs_unsaved_state_is_refused(make, first, then):
     ids=["other groups", "another order", "another class"],
 )
 def test_another_optimizer_is_refused(optimizer):
-    model, resumed = network(), network()
+    model = network()
+    resumed = network()
     trainer = fit(model, torch.optim.SGD(model.parameters(), momentum=0.9), 2)
     with pytest.raises(SettingError, match="resume: the "):
         fit(resumed, optimizer(resumed), 3, resume=trainer.state_dict())
@@ -276,7 +291,8 @@ def test_another_optimizer_is_refused(optimizer):
 def test_state_in_memory_does_not_change_with_training():
     model = network()
     trainer = fit(model, torch.optim.AdamW(model.parameters(), lr=0.1), 2)
-    saved, kept = trainer.state_dict(), copy.deepcopy(trainer.state_dict())
+    saved = trainer.state_dict()
+    kept = copy.deepcopy(trainer.state_dict())
     made = []
     for _ in range(2):
         fit(model, torch.optim.AdamW(model.parameters(), lr=0.1), 5, resume=saved)
@@ -295,7 +311,7 @@ def test_state_in_memory_does_not_change_with_training():
     ids=["smaller batches", "larger batches", "a limit that is passed", "one batch"],
 )
 def test_changed_batch_size_continues_after_the_samples_done(size, limit, expected):
-    """After 2 of 3 batches of 4 samples, whatever the batches are from then on."""
+    """The run is interrupted after 2 of 3 batches of 4 samples."""
     rows = torch.arange(12.0)[:, None].repeat(1, 2)
     seen = []
 
@@ -324,7 +340,7 @@ def loader(**settings):
 
 
 def resumed_after(step, make):
-    """Return the weights of an uninterrupted fit of 6 steps, of a resumed one, and what the latter warned of."""
+    """Return the weights of an uninterrupted and a resumed fit of 6 steps, and the warnings."""
 
     def one(steps, batches, resume=None):
         torch.manual_seed(1)
@@ -334,11 +350,12 @@ def resumed_after(step, make):
         trainer.fit(model, batches, task=LOSS, optimizer=optimizer, resume=resume)
         return trainer
 
-    whole, half = one(6, make()), one(step, make())
+    uninterrupted = one(6, make())
+    half = one(step, make())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         rest = one(6, make(), half.state_dict())
-    pairs = zip(whole.model.parameters(), rest.model.parameters(), strict=True)
+    pairs = zip(uninterrupted.model.parameters(), rest.model.parameters(), strict=True)
     return all(torch.equal(*pair) for pair in pairs), [str(each.message) for each in caught]
 
 
@@ -353,12 +370,12 @@ def resumed_after(step, make):
         ({"sampler": WeightedRandomSampler(torch.ones(12), 12)}, 2, False),
     ],
 )
-def test_a_resume_with_a_data_loader_is_exact_or_warns(settings, step, exact):
+def test_a_resumed_fit_with_a_data_loader_is_exact_or_warns(settings, step, exact):
     def make():
-        given = dict(settings)
-        if "generator" in given:
-            given["generator"] = torch.Generator().manual_seed(given["generator"])
-        return loader(**given)
+        arguments = dict(settings)
+        if "generator" in arguments:
+            arguments["generator"] = torch.Generator().manual_seed(arguments["generator"])
+        return loader(**arguments)
 
     same, warned = resumed_after(step, make)
     assert same is exact
@@ -372,14 +389,11 @@ def test_a_resume_with_a_data_loader_is_exact_or_warns(settings, step, exact):
 
 def saved_groups(run):
     _, training = load(listed(run.folder / "checkpoints")[-1])
-    return [
-        {name: each[name] for name in each if name != "params"}
-        for each in training["optimizer"]["param_groups"]
-    ]
+    return [settings_of(group) for group in training["optimizer"]["param_groups"]]
 
 
 def forget_settings(monkeypatch):
-    """Read checkpoints as those of an earlier version, which kept no settings beside the optimizer's own state."""
+    """Read checkpoints like those of an earlier version, without the optimizer settings."""
 
     def without(checkpoint):
         model, training = load(checkpoint)
@@ -401,21 +415,21 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("older", [False, True], ids=["", "older checkpoint"])
-def test_after_inexact_the_groups_are_those_of_a_new_run(older, monkeypatch):
+def test_an_inexact_resume_uses_the_groups_of_a_new_run(older, monkeypatch):
     if older:
         forget_settings(monkeypatch)
     started = ["scheduler=null", "parameters.rates={blocks.*:0.5}"]
-    go(*started)
-    resumed, said = go(
+    train_run(*started)
+    resumed, messages = train_run(
         "scheduler=null", "resume=auto", "trainer.max_steps=4", *CHANGES, inexact=True
     )
-    assert "from here on optimizer.lr=0.3 (was 0.001)" in said
+    assert "from here on optimizer.lr=0.3 (was 0.001)" in messages
     expected = Experiment(spec_of("scheduler=null", *CHANGES)).optimizer.param_groups
     for group, new in zip(saved_groups(resumed), expected, strict=True):
-        wanted = {name: value for name, value in new.items() if name != "params"} | {
+        expected = {name: value for name, value in new.items() if name != "params"} | {
             "initial_lr": new["lr"]
         }
-        assert group == wanted
+        assert group == expected
     rates = [
         line["train/learning_rate"]
         for line in logged(resumed.folder)
@@ -424,15 +438,16 @@ def test_after_inexact_the_groups_are_those_of_a_new_run(older, monkeypatch):
     assert rates[-1] == 0.3
 
 
-def test_schedule_over_a_new_length_is_announced():
-    go()
-    _, said = go("resume=auto", "trainer.max_steps=4")
+def test_a_schedule_over_a_new_length_gives_a_note():
+    train_run()
+    _, messages = train_run("resume=auto", "trainer.max_steps=4")
     assert any(
-        line.startswith("scheduler=cosine is laid out anew over 4 steps (was 3)") for line in said
+        line.startswith("scheduler=cosine is laid out anew over 4 steps (was 3)")
+        for line in messages
     )
     before = Path("runs/default/a/config.yaml").read_bytes()
     with pytest.raises(SettingError, match=r"max_exp_avg_sq.*amsgrad"):
-        go("resume=auto", "trainer.max_steps=4", "optimizer.amsgrad=true", inexact=True)
+        train_run("resume=auto", "trainer.max_steps=4", "optimizer.amsgrad=true", inexact=True)
     assert Path("runs/default/a/config.yaml").read_bytes() == before
 
 
@@ -488,11 +503,11 @@ TRAIN = ["+callbacks=early_stop", "callbacks.early_stop.monitor=train/loss"]
     ],
     ids=["plateau", "early stop", "early stop on training", "rewind", "neither"],
 )
-def test_changed_measurements_are_refused_if_a_part_decides_by_them(parts, refused, allowed):
+def test_changed_metrics_are_refused_if_a_part_decides_by_them(parts, refused, allowed):
     spec = spec_of(*parts)
     for override in refused + allowed:
-        changed = changed_values(spec.tree, altered(spec.tree, [override]))
-        exact = all(keeps_bits(path) for path, _ in changed) and not list(
+        changed = compare_configs(spec.tree, apply_overrides(spec.tree, [override]))
+        exact = all(keeps_bits(path) for path in changed) and not list(
             observed_changes(changed, spec.tree, spec)
         )
         assert exact is (override in allowed), override
@@ -502,7 +517,7 @@ class Reacts(fw.Callback):
     def on_log(self, trainer): ...
 
 
-def test_which_callbacks_decide_by_logged_values():
+def test_early_stop_and_prune_are_the_callbacks_that_decide_by_metrics():
     built_in = [
         entry for entry in fw.callbacks if entry.source.module.startswith("framework_plugins")
     ]
@@ -515,11 +530,11 @@ def test_which_callbacks_decide_by_logged_values():
 
 
 def test_error_names_the_part_that_depends_on_validations():
-    go("scheduler=reduce_on_plateau")
+    train_run("scheduler=reduce_on_plateau")
     with pytest.raises(
         RunError, match=r"validate_every=1steps .*used by scheduler/reduce_on_plateau.*--inexact"
     ):
-        go("scheduler=reduce_on_plateau", "resume=auto", "trainer.validate_every=1steps")
+        train_run("scheduler=reduce_on_plateau", "resume=auto", "trainer.validate_every=1steps")
 
 
 def test_the_state_of_another_class_of_optimizer_is_refused():

@@ -20,7 +20,7 @@ from framework.errors import BuildError, ConfigError, SettingError
 from framework.experiment.experiment import Experiment, train
 from framework.runs.checkpoint import listed
 from framework.tuning.vectorized.stacked_update import NotStackable
-from framework.tuning.vectorized.trainer import check_alike
+from framework.tuning.vectorized.trainer import check_equal_settings
 
 IN, OUT = (2, 5, 6), (4,)
 
@@ -350,8 +350,8 @@ def test_a_batch_is_transformed_before_it_is_split_so_that_both_are_the_same():
 
 def test_many_trials_as_one_refuse_them_by_name():
     trainers = [Trainer(max_epochs=1, callbacks=[build("flip")]) for _ in range(2)]
-    with pytest.raises(NotStackable, match="Flip works with a trial of its own"):
-        check_alike(trainers)
+    with pytest.raises(NotStackable, match="Flip works with a single trial"):
+        check_equal_settings(trainers)
 
 
 @needs_compiler

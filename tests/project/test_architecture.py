@@ -55,8 +55,11 @@ OF_PACKAGES = {
 }
 OPENED_ELSEWHERE = {  # modules that open files themselves, and the files
     "framework/system/files.py": "the functions that other modules use",
-    "framework/runs/checkpoint.py": "torch and safetensors read files from `open_file`; renames",
-    "framework/experiment/resume.py": "a .safetensors file that the user names",
+    "framework/runs/checkpoint/reading.py": "torch and safetensors read files from `open_file`",
+    "framework/runs/checkpoint/writing.py": "safetensors and `sync` open the files; renames",
+    "framework/runs/checkpoint/retention.py": "folders are renamed",
+    "framework/experiment/find_run.py": "`read_bytes` of framework/system/files.py",
+    "framework/experiment/weights.py": "a .safetensors file that the user names",
     "framework/data/content.py": "files of data sets",
     "framework/composition/trust.py": "the user's list of trusted folders",
     "framework/composition/compose.py": "configs of the user's project",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from framework.runs import checkpoint
+from framework.runs.checkpoint import reading, writing
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 sys.path.append(str(SCRIPTS))
@@ -38,7 +38,7 @@ def test_damage_to_the_files_of_real_checkpoints_is_detected_before_use(capsys):
 
 
 def test_without_checksums_the_same_damage_goes_undetected(capsys, monkeypatch):
-    monkeypatch.setattr(checkpoint, "verify", checkpoint.verify)  # the control replaces it
+    monkeypatch.setattr(reading, "verify", reading.verify)  # the control replaces it
     assert campaign_files.files(20, seed=0, control=True) == 1
     assert "is selected as the newest good one" in capsys.readouterr().out
 
@@ -104,7 +104,7 @@ def test_a_full_disk_leaves_a_good_checkpoint_and_no_other_files():
 
 @needs_tracing
 def test_a_checkpoint_published_file_by_file_does_not_survive(monkeypatch):
-    monkeypatch.setattr(checkpoint, "publish", campaign_saves.in_place)
+    monkeypatch.setattr(writing, "publish", campaign_saves.in_place)
     tally = campaign_saves.disturb(case("new step"), random.Random(0), ["killed after"], every=3)
     assert any("unreadable under a final name" in problem for problem in tally.wrong)
 

@@ -19,7 +19,7 @@ def test_every_entry_names_an_existing_file_or_folder_and_a_suite():
 
 def test_the_longest_matching_entry_gives_the_suite():
     assert suite_of(TESTS / "tuning/sweep/test_sweep.py") == "system"
-    assert suite_of(TESTS / "tuning/vectorized/test_stacked_forward.py") == "training"
+    assert suite_of(TESTS / "tuning/vectorized/test_stacked_trainer.py") == "training"
     assert suite_of(TESTS / "elsewhere/test_sweep.py") is None
     assert suite_of(Path("/elsewhere/tuning/sweep/test_sweep.py")) is None
 

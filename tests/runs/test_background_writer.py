@@ -1,4 +1,4 @@
-"""Saving beside the training: what is written, what need not be, and what it costs in time and memory."""
+"""Saving in the background: the checkpoints that are written, and the cost in time and memory."""
 
 import itertools
 import threading
@@ -8,14 +8,13 @@ import pytest
 import torch
 
 from framework.errors import CheckpointError
-from framework.runs import checkpoint
 from framework.runs.background_writer import Writer
-from framework.runs.checkpoint import listed, load, step_of
+from framework.runs.checkpoint import listed, load, step_of, writing
 from waiting import wait_for
 
 
 class Held(Writer):
-    """A writer whose thread stops after each write until it is told to go on."""
+    """A writer whose thread rests after each write until it must write at once."""
 
     rest = 1e9
 
@@ -31,7 +30,7 @@ def submit(writer, folder, step, size=10, **more):
     )
 
 
-def test_what_waits_and_need_not_stay_is_never_written(tmp_path):
+def test_a_waiting_state_that_is_replaced_is_never_written(tmp_path):
     writer = Held()
     submit(writer, tmp_path, 1)
     wait_for(lambda: steps(tmp_path) == [1] and not writer.jobs, seconds=10, pause=0.001)
@@ -43,7 +42,7 @@ def test_what_waits_and_need_not_stay_is_never_written(tmp_path):
     assert load(listed(tmp_path)[-1])[0]["w"].eq(5).all()
 
 
-def test_without_a_word_on_what_stays_all_is_written(tmp_path):
+def test_without_stays_all_states_are_written(tmp_path):
     writer = Held()
     for step in range(6):
         submit(writer, tmp_path, step)
@@ -51,8 +50,9 @@ def test_without_a_word_on_what_stays_all_is_written(tmp_path):
     assert steps(tmp_path) == list(range(6))
 
 
-def test_writing_takes_a_fifth_of_the_time_at_most(tmp_path):
-    writer, spans = Writer(), []
+def test_writing_takes_at_most_a_fifth_of_the_time(tmp_path):
+    writer = Writer()
+    spans = []
     writer.pause = 0
 
     def slow(written):
@@ -70,7 +70,7 @@ def test_writing_takes_a_fifth_of_the_time_at_most(tmp_path):
     writer.join()
 
 
-def test_there_is_a_write_a_pause_at_most(tmp_path):
+def test_there_is_at_most_one_write_per_pause(tmp_path):
     writer = Writer()
     assert writer.pause == 1
     writer.pause = 60
@@ -81,13 +81,14 @@ def test_there_is_a_write_a_pause_at_most(tmp_path):
         time.sleep(0.002)
     assert steps(tmp_path) == [0]
     began = time.monotonic()
-    writer.join()  # hurries
+    writer.join()  # does not rest
     assert time.monotonic() - began < 30
     assert steps(tmp_path) == [0, 99]
 
 
-def test_copies_do_not_pile_up_in_memory(tmp_path, monkeypatch):
-    writer, go_on = Held(), threading.Event()
+def test_a_submission_waits_if_the_copies_need_too_much_memory(tmp_path, monkeypatch):
+    writer = Held()
+    go_on = threading.Event()
     writer.most_bytes = 1000
     submit(writer, tmp_path, 1, size=10_000, then=lambda written: go_on.wait(10))
     threading.Timer(0.2, go_on.set).start()
@@ -99,8 +100,9 @@ def test_copies_do_not_pile_up_in_memory(tmp_path, monkeypatch):
     assert steps(tmp_path) == [1, 2]
 
 
-def test_small_copies_do_not_wait(tmp_path):
-    writer, go_on = Held(), threading.Event()
+def test_submissions_of_small_states_do_not_wait(tmp_path):
+    writer = Held()
+    go_on = threading.Event()
     submit(writer, tmp_path, 1, then=lambda written: go_on.wait(10))
     for step in range(2, 20):
         submit(writer, tmp_path, step)
@@ -110,7 +112,7 @@ def test_small_copies_do_not_wait(tmp_path):
     assert steps(tmp_path) == list(range(1, 20))
 
 
-def test_memory_of_copies_is_used_again(tmp_path):
+def test_the_memory_of_copies_is_reused(tmp_path):
     writer = Writer()
     for step in range(5):
         submit(writer, tmp_path, step)
@@ -118,15 +120,16 @@ def test_memory_of_copies_is_used_again(tmp_path):
     assert len(writer.spare) == 1
 
 
-def test_after_an_error_nothing_more_is_written_until_it_is_known(tmp_path, monkeypatch):
-    writer, real = Held(), checkpoint.write
+def test_after_an_error_nothing_is_written_until_it_is_raised(tmp_path, monkeypatch):
+    writer = Held()
+    real = writing.write
 
     def write(folder, taken):
         if taken.step == 2:
             raise OSError(28, "No space left on device")
         real(folder, taken)
 
-    monkeypatch.setattr(checkpoint, "write", write)
+    monkeypatch.setattr(writing, "write", write)
     for step in (1, 2, 3):
         submit(writer, tmp_path, step)
     with pytest.raises(CheckpointError, match="step 2 cannot be saved"):

@@ -1,4 +1,4 @@
-"""Checkpoints: what goes in comes out, what is damaged is found, and a kill at any moment costs only the newest."""
+"""Checkpoints: exact states, detection of damage, and kills at any moment."""
 
 import errno
 import hashlib
@@ -33,13 +33,14 @@ from framework.runs.checkpoint import (
     remove,
     save,
     verify,
+    writing,
 )
 from framework.runtime import seeds
 
 MODEL_STATE = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.ones(2)}
 
 
-def a_run(folder: Path, steps: int = 3) -> list[Path]:
+def save_steps(folder: Path, steps: int = 3) -> list[Path]:
     return [
         save(folder, {"w": torch.full((50,), float(step))}, {"step": step}, step)
         for step in range(1, steps + 1)
@@ -62,10 +63,10 @@ def same(a, b) -> bool:
     return type(a) is type(b) and a == b
 
 
-# what goes in comes out
+# saved and loaded
 
 
-def test_a_model_its_optimizer_and_the_generators_come_back_bitwise(tmp_path):
+def test_a_model_an_optimizer_and_generators_are_restored_bit_for_bit(tmp_path):
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)).to(torch.float64)
     optimizer = torch.optim.AdamW(model.parameters(), amsgrad=True)
     model(torch.randn(5, 4, dtype=torch.float64)).sum().backward()
@@ -86,7 +87,7 @@ def test_a_model_its_optimizer_and_the_generators_come_back_bitwise(tmp_path):
 @pytest.mark.parametrize(
     "dtype", [torch.bfloat16, torch.float16, torch.int64, torch.bool, torch.uint8]
 )
-def test_every_usual_number_format_is_kept(tmp_path, dtype):
+def test_every_usual_dtype_is_kept(tmp_path, dtype):
     state = {
         "x": torch.tensor([[0, 1], [1, 0]]).to(dtype),
         "scalar": torch.tensor(1).to(dtype),
@@ -95,8 +96,9 @@ def test_every_usual_number_format_is_kept(tmp_path, dtype):
     assert same(state, load(save(tmp_path, state, {}, 1))[0])
 
 
-def test_tied_weights_are_stored_once_and_come_back_under_every_name(tmp_path):
-    embedding, head = nn.Embedding(100, 8), nn.Linear(8, 100, bias=False)
+def test_tied_weights_are_stored_once_and_loaded_under_every_name(tmp_path):
+    embedding = nn.Embedding(100, 8)
+    head = nn.Linear(8, 100, bias=False)
     head.weight = embedding.weight
     model = nn.ModuleDict({"embedding": embedding, "head": head})
     written = save(tmp_path, model.state_dict(), {}, 1)
@@ -104,7 +106,7 @@ def test_tied_weights_are_stored_once_and_come_back_under_every_name(tmp_path):
     assert same(dict(model.state_dict()), load(written)[0])
 
 
-def test_views_of_one_memory_come_back_each_as_it_was_and_store_no_more_than_they_show(tmp_path):
+def test_views_of_one_storage_are_restored_and_store_only_their_elements(tmp_path):
     base = torch.arange(100_000.0)
     state = {"row": base[:10], "overlapping": base[5:15], "turned": base[:6].reshape(2, 3).T}
     written = save(tmp_path, state, {"ema": base[:3]}, 1)
@@ -114,7 +116,7 @@ def test_views_of_one_memory_come_back_each_as_it_was_and_store_no_more_than_the
     assert sum(path.stat().st_size for path in written.iterdir()) < 5_000
 
 
-def test_ordered_dicts_and_parameters_are_kept_as_plain_dicts_and_tensors(tmp_path):
+def test_ordered_dicts_and_parameters_are_saved_as_dicts_and_tensors(tmp_path):
     _, training = load(save(tmp_path, {}, {"ema": OrderedDict(w=nn.Parameter(torch.ones(2)))}, 1))
     assert type(training["ema"]) is dict
     assert type(training["ema"]["w"]) is torch.Tensor
@@ -132,7 +134,7 @@ def test_ordered_dicts_and_parameters_are_kept_as_plain_dicts_and_tensors(tmp_pa
         (print, "builtin_function_or_method"),
     ],
 )
-def test_what_could_not_be_read_back_safely_is_refused_by_its_path(tmp_path, value, kind):
+def test_a_value_that_is_not_plain_is_refused_with_its_path(tmp_path, value, kind):
     with pytest.raises(CheckpointError, match=rf"^callbacks\.early_stop\.best\.1 is a {kind}"):
         save(tmp_path, {}, {"callbacks": {"early_stop": {"best": [0, value]}}}, 1)
     assert list(tmp_path.iterdir()) == []
@@ -141,7 +143,7 @@ def test_what_could_not_be_read_back_safely_is_refused_by_its_path(tmp_path, val
 @pytest.mark.parametrize(
     "value", [{"a": 1}, torch.zeros(2).to_sparse(), torch.zeros(2, dtype=torch.complex128)]
 )
-def test_a_model_state_that_safetensors_cannot_hold_is_refused(tmp_path, value):
+def test_a_model_state_that_safetensors_does_not_support_is_refused(tmp_path, value):
     with pytest.raises(CheckpointError):
         save(tmp_path, {"extra": value}, {}, 1)
     assert list(tmp_path.iterdir()) == []
@@ -164,11 +166,11 @@ def test_a_checkpoint_with_code_in_it_is_not_loaded(tmp_path):
         load(written)
 
 
-# what is damaged is found
+# damage
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_any_flipped_bit_and_any_truncation_is_found_before_use(tmp_path, name):
+def test_a_flipped_bit_or_a_truncation_is_detected_before_use(tmp_path, name):
     written = save(tmp_path, MODEL_STATE, {"optimizer": torch.randn(20)}, 1)
     whole = (written / name).read_bytes()
     for position in range(0, len(whole), max(1, len(whole) // 150)):
@@ -182,8 +184,8 @@ def test_any_flipped_bit_and_any_truncation_is_found_before_use(tmp_path, name):
     verify(written)
 
 
-def test_the_newest_good_one_is_found_and_what_was_skipped_is_said(tmp_path):
-    one, two, three = a_run(tmp_path)
+def test_the_newest_good_checkpoint_is_found_with_the_reasons_for_skipping_others(tmp_path):
+    one, two, three = save_steps(tmp_path)
     four = save(tmp_path, {"ok": torch.ones(1), "w": torch.tensor([1.0, torch.nan])}, {}, 4)
     flip(three / MODEL, -1)
     (two / TRAINING).unlink()
@@ -191,20 +193,20 @@ def test_the_newest_good_one_is_found_and_what_was_skipped_is_said(tmp_path):
     found, skipped = newest(tmp_path)
     assert found == one
     expected = [
-        "no complete checkpoint",
+        "not a complete checkpoint",
         f"{four}: w holds NaN",
         f"{three / MODEL} is damaged",
         "training.pt is missing",
     ]
     assert len(skipped) == 4
     assert all(words in said for words, said in zip(expected, skipped, strict=True))
-    assert load(four)[1] == {}  # whoever asks for it by name gets it
+    assert load(four)[1] == {}  # it can be loaded by name
 
 
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float8_e4m3fn]
 )
-def test_infinity_in_a_mask_is_no_fault_but_nan_is(tmp_path, dtype):
+def test_nan_is_a_fault_and_infinity_is_not(tmp_path, dtype):
     mask = (
         torch.zeros(4) if dtype.itemsize == 1 else torch.tensor([0.0, -torch.inf, torch.inf, 1.0])
     )
@@ -214,18 +216,18 @@ def test_infinity_in_a_mask_is_no_fault_but_nan_is(tmp_path, dtype):
     assert newest(tmp_path)[0] == fine
 
 
-def test_no_checkpoint_is_no_error(tmp_path):
+def test_a_folder_without_checkpoints_is_no_error(tmp_path):
     assert newest(tmp_path / "nowhere") == (None, [])
     assert newest(tmp_path) == (None, [])
 
 
-def test_steps_are_ordered_as_numbers(tmp_path):
+def test_steps_are_sorted_as_numbers(tmp_path):
     for step in (99_999_999, 100_000_000, 3):
         save(tmp_path, MODEL_STATE, {}, step)
     assert newest(tmp_path)[0] == tmp_path / "step-100000000"
 
 
-def test_a_checkpoint_of_a_later_format_says_who_wrote_it(tmp_path):
+def test_the_error_of_a_later_format_names_the_version_that_wrote_it(tmp_path):
     written = save(tmp_path, MODEL_STATE, {}, 1)
     manifest = json.loads((written / MANIFEST).read_text()) | {"schema": 2, "framework": "9.1"}
     (written / MANIFEST).write_text(json.dumps(manifest))
@@ -239,12 +241,12 @@ def test_a_second_checkpoint_of_a_step_replaces_the_first(tmp_path):
     assert os.listdir(tmp_path) == ["step-00000007"]
 
 
-# writing fails, or the process dies
+# failures of writing, and kills
 
 
 @contextmanager
 def files_no_larger_than(size: int):
-    """What a full disk does to a writer, without filling one."""
+    """Let writes fail as on a full disk."""
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
@@ -256,8 +258,8 @@ def files_no_larger_than(size: int):
 
 
 @pytest.mark.parametrize("place", ["model", "training"])
-def test_without_room_the_error_has_the_bytes_and_the_earlier_checkpoint_stays(tmp_path, place):
-    (earlier,) = a_run(tmp_path, 1)
+def test_the_error_of_a_full_disk_has_the_bytes_and_the_earlier_checkpoint_remains(tmp_path, place):
+    (earlier,) = save_steps(tmp_path, 1)
     big = {"w": torch.ones(50_000)}
     with (
         files_no_larger_than(20_000),
@@ -271,8 +273,8 @@ def test_without_room_the_error_has_the_bytes_and_the_earlier_checkpoint_stays(t
     assert os.listdir(tmp_path) == [earlier.name]
 
 
-def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
+def test_a_full_disk_is_detected_before_writing(tmp_path, monkeypatch):
+    monkeypatch.setattr(writing.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
     with pytest.raises(
         CheckpointError,
         match=r"No space left on device \(112 bytes are needed, 10 bytes are free\)",
@@ -281,15 +283,15 @@ def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_one_is_named(tmp_path):
+def test_the_error_names_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="file/checkpoints: Not a directory"):
         save(tmp_path / "file" / "checkpoints", MODEL_STATE, {}, 1)
 
 
 def test_a_real_kill_while_saving_leaves_a_good_checkpoint(tmp_path):
-    """A forked child saves without pause and is killed at 15 different moments."""
-    a_run(tmp_path, 1)
+    """A forked child saves without pause, and is killed at 15 different moments."""
+    save_steps(tmp_path, 1)
     for number in range(15):
         child = os.fork()
         if child == 0:
@@ -306,18 +308,14 @@ def test_a_real_kill_while_saving_leaves_a_good_checkpoint(tmp_path):
         assert model["w"][0] == training["step"]
 
 
-# large ones, whose files are written at the same time
-
-
 LARGE_STATE = {"w": torch.arange(2_000_000.0), "tied": torch.ones(3)}
 LARGE_TRAINING = {"moments": [torch.rand(1_500_000), torch.rand(7)], "step": 3}
 
 
-def test_a_large_checkpoint_is_what_was_saved(tmp_path):
+def test_a_large_checkpoint_is_restored_exactly(tmp_path):
     written = save(tmp_path, LARGE_STATE, LARGE_TRAINING, 3)
     files = verify(written)["files"]
-    assert sum(file["bytes"] for file in files.values()) > checkpoint.LARGE
-    assert {name: checkpoint.measured(written / name) for name in files} == files
+    assert {name: writing.measured(written / name) for name in files} == files
     assert all(
         same(one, other)
         for one, other in zip(load(written), (LARGE_STATE, LARGE_TRAINING), strict=True)
@@ -326,16 +324,16 @@ def test_a_large_checkpoint_is_what_was_saved(tmp_path):
 
 @pytest.mark.parametrize("what", ["write_model", "write_training"])
 @pytest.mark.parametrize("when", ["at once", "after"])
-def test_a_large_checkpoint_that_fails_leaves_nothing(tmp_path, monkeypatch, what, when):
+def test_a_checkpoint_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch, what, when):
     save(tmp_path, MODEL_STATE, {}, 1)
-    real = getattr(checkpoint, what)
+    real = getattr(writing, what)
 
     def full(path, content):
         if when == "after":
             real(path, content)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint, what, full)
+    monkeypatch.setattr(writing, what, full)
     threads = threading.active_count()
     with pytest.raises(
         CheckpointError, match=r"step 2 cannot be saved in .*: No space left on device"
@@ -345,12 +343,15 @@ def test_a_large_checkpoint_that_fails_leaves_nothing(tmp_path, monkeypatch, wha
     assert threading.active_count() == threads
 
 
-# off the training thread
+# in the background
 
 
-def test_what_is_changed_right_after_a_submission_is_saved_as_it_was(tmp_path):
-    writer, big = Writer(), 2_000_000
-    weight, moments, tied = torch.zeros(big), torch.zeros(1000)[::2], torch.zeros(3)
+def test_changes_after_a_submission_are_not_saved(tmp_path):
+    writer = Writer()
+    big = 2_000_000
+    weight = torch.zeros(big)
+    moments = torch.zeros(1000)[::2]
+    tied = torch.zeros(3)
     for step in (1, 2, 3):
         weight.fill_(step), moments.fill_(step), tied.fill_(step)
         model = {"w": weight, "tied": tied, "again": tied}
@@ -372,7 +373,7 @@ def test_what_is_changed_right_after_a_submission_is_saved_as_it_was(tmp_path):
         assert same(training, {"m": torch.full((500,), float(step)), "counters": {"step": step}})
 
 
-def test_the_copies_take_other_shapes_and_kinds_when_the_state_changes(tmp_path):
+def test_the_buffers_follow_changes_of_shapes_and_dtypes(tmp_path):
     writer = Writer()
     states = [{"a": torch.ones(3), "b": torch.ones(4)}, {"a": torch.ones(2, 2).bfloat16()}, {}]
     states.append(
@@ -385,8 +386,9 @@ def test_the_copies_take_other_shapes_and_kinds_when_the_state_changes(tmp_path)
         assert all(same(state, loaded) for loaded in load(written))
 
 
-def test_saves_are_in_order_and_what_follows_one_comes_after_it_is_whole(tmp_path):
-    writer, seen = Writer(), []
+def test_saves_are_in_order_and_then_is_called_after_a_complete_save(tmp_path):
+    writer = Writer()
+    seen = []
 
     def then(written):
         verify(written)
@@ -399,7 +401,7 @@ def test_saves_are_in_order_and_what_follows_one_comes_after_it_is_whole(tmp_pat
     assert seen == list(range(5))
 
 
-def test_an_error_in_the_background_comes_up_once(tmp_path):
+def test_an_error_in_the_background_is_raised_once(tmp_path):
     writer = Writer()
     (tmp_path / "file").write_text("")
     writer.submit(tmp_path / "file", MODEL_STATE, {}, 1, then=lambda written: None)
@@ -414,7 +416,7 @@ def test_an_error_in_the_background_comes_up_once(tmp_path):
     assert newest(tmp_path)[0].name == "step-00000002"
 
 
-def test_a_program_that_ends_first_writes_what_it_began(tmp_path):
+def test_a_process_that_ends_writes_its_submitted_states(tmp_path):
     child = os.fork()
     if child == 0:
         Writer().submit(tmp_path, {"w": torch.ones(1_000_000)}, {}, 1, then=lambda written: None)
@@ -424,11 +426,11 @@ def test_a_program_that_ends_first_writes_what_it_began(tmp_path):
     assert load(newest(tmp_path)[0])[0]["w"].eq(1).all()
 
 
-# removing
+# removal
 
 
-def test_removing_takes_only_what_the_manifest_lists(tmp_path):
-    one, two, _ = a_run(tmp_path)
+def test_only_the_files_in_the_manifest_are_removed(tmp_path):
+    one, two, _ = save_steps(tmp_path)
     (two / "notes.txt").write_text("mine")
     remove(one)
     remove(two)
@@ -438,7 +440,8 @@ def test_removing_takes_only_what_the_manifest_lists(tmp_path):
 
 @pytest.mark.parametrize("what", ["folder", "file"])
 def test_symbolic_links_are_not_followed_when_removing(tmp_path, what):
-    elsewhere, here = save(tmp_path / "elsewhere", MODEL_STATE, {}, 1), tmp_path / "here"
+    elsewhere = save(tmp_path / "elsewhere", MODEL_STATE, {}, 1)
+    here = tmp_path / "here"
     if what == "folder":
         here.mkdir()
         (here / "step-00000001").symlink_to(elsewhere)
@@ -451,8 +454,8 @@ def test_symbolic_links_are_not_followed_when_removing(tmp_path, what):
     verify(elsewhere)
 
 
-def test_a_manifest_that_leads_out_of_its_folder_is_not_obeyed(tmp_path):
-    (written,) = a_run(tmp_path, 1)
+def test_a_manifest_with_a_file_outside_its_folder_is_refused(tmp_path):
+    (written,) = save_steps(tmp_path, 1)
     (tmp_path / "precious").write_text("x")
     manifest = json.loads((written / MANIFEST).read_text())
     manifest["files"]["../precious"] = {"bytes": 1, "sha256": ""}
@@ -468,16 +471,16 @@ def test_a_manifest_that_leads_out_of_its_folder_is_not_obeyed(tmp_path):
 @pytest.mark.parametrize(
     "half", [".step-00000002-0123abcd/.tmpA1b2C3", ".step-00000002-0123abcd/training.pt", ".best"]
 )
-def test_cleaning_takes_what_a_kill_left_half_done(tmp_path, half):
-    """The first is what safetensors writes to, and renames when all is in it; the last a link without its name."""
-    (whole,) = a_run(tmp_path, 1)
+def test_cleaning_removes_the_files_of_a_killed_save(tmp_path, half):
+    """The first is a temporary file of safetensors, the last a link before its rename."""
+    (whole,) = save_steps(tmp_path, 1)
     (tmp_path / half).parent.mkdir(exist_ok=True)
     (tmp_path / half).write_text("half")
     clean(tmp_path)
     assert list(tmp_path.iterdir()) == [whole]
 
 
-def test_cleaning_leaves_what_is_not_ours(tmp_path):
+def test_cleaning_keeps_other_files(tmp_path):
     (tmp_path / ".git").mkdir()
     (tmp_path / ".step-00000001-0123abcd").mkdir()
     (tmp_path / ".step-00000001-0123abcd" / MODEL).write_text("half")

@@ -1,4 +1,4 @@
-"""Files made to harm: a run folder or a checkpoint from a stranger executes nothing, and is refused in one line."""
+"""A malicious run folder or checkpoint executes no code, and is refused in one line."""
 
 import json
 import os
@@ -22,28 +22,31 @@ from framework.composition.spec import read_spec
 from framework.errors import FrameworkError
 from framework.experiment.build import build_model
 from framework.experiment.experiment import train
+from framework.experiment.find_run import find_run, run_to_resume
 from framework.experiment.load import open_run, read_spec_of
 from framework.experiment.model_limits import model_limits
-from framework.experiment.resume import altered, find_run, last_values, read_resumable
+from framework.experiment.result import last_values
+from framework.experiment.resume_overrides import apply_overrides
 from framework.registry.registry import Registry
 from framework.runs import checkpoint
 from framework.runs.checkpoint import (
     MANIFEST,
     MODEL,
     TRAINING,
+    checks,
     load,
     newest,
     own_sha256,
     remove,
     save,
 )
-from framework.runs.folder import read_config, run_behind
+from framework.runs.folder import read_config, resolve_run
 
 STATE = {"weight": torch.ones(2, 3)}
 
 
 class Payload:
-    """Unpickled, it makes a file."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, proof):
         self.proof = str(proof)
@@ -54,7 +57,7 @@ class Payload:
 
 @pytest.fixture
 def proof(tmp_path):
-    """A file that must never be made."""
+    """Return the path of a file that must never exist."""
     path = tmp_path / "executed"
     yield path
     assert not path.exists(), "the payload was executed"
@@ -66,13 +69,13 @@ def written(tmp_path):
 
 
 def test_the_payload_works(tmp_path):
-    """Or nothing below would show anything."""
+    """Control: without it the tests below would prove nothing."""
     pickle.loads(pickle.dumps(Payload(tmp_path / "executed")))
     assert (tmp_path / "executed").exists()
 
 
 def sign(written: Path, **changes) -> None:
-    """Make the manifest fit whatever the files are now: who makes a file can make its checksum."""
+    """Update the manifest to the present files, as an attacker can do."""
     manifest = json.loads((written / MANIFEST).read_text()) | changes
     for name in (MODEL, TRAINING) if "files" not in changes else ():
         content = (written / name).read_bytes()
@@ -82,7 +85,7 @@ def sign(written: Path, **changes) -> None:
 
 
 def refused(call, *arguments, match=None):
-    """The call ends in an error for people, of one line."""
+    """Check that a call raises a user error of one line, and return the error."""
     with pytest.raises(FrameworkError, match=match) as error:
         call(*arguments)
     assert str(error.value).strip()
@@ -92,7 +95,7 @@ def refused(call, *arguments, match=None):
 
 
 def error_of(call, *arguments, **more):
-    """Return the message of an error for people; None if there is none."""
+    """Return the message of the user error of a call; None without an error."""
     try:
         call(*arguments, **more)
     except FrameworkError as error:
@@ -121,8 +124,8 @@ def as_a_module(payload, file):
     torch.save(model, file)
 
 
-def beside_honest_records(payload, file):
-    """A torch file whose data.pkl is exchanged for another pickle."""
+def beside_valid_records(payload, file):
+    """Replace data.pkl in a torch file by the payload."""
     torch.save({"x": torch.ones(3)}, file)
     with zipfile.ZipFile(file) as archive:
         records = {name: archive.read(name) for name in archive.namelist()}
@@ -131,13 +134,13 @@ def beside_honest_records(payload, file):
             archive.writestr(name, pickle.dumps(payload) if name.endswith("data.pkl") else content)
 
 
-FORMS = [in_plain_pickle, in_a_torch_file, in_an_old_torch_file, as_a_module, beside_honest_records]
+FORMS = [in_plain_pickle, in_a_torch_file, in_an_old_torch_file, as_a_module, beside_valid_records]
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", [MODEL, TRAINING])
 @pytest.mark.parametrize("signed", [True, False])
-def test_code_in_a_checkpoint_is_not_run(written, proof, form, name, signed):
+def test_code_in_a_checkpoint_is_not_executed(written, proof, form, name, signed):
     form(Payload(proof), written / name)
     if signed:
         sign(written)
@@ -158,13 +161,13 @@ def test_globals_of_a_pickle_are_not_even_imported(written, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     "name", ["../precious", "../../precious", "sub/precious", "/etc/hostname", "..", "."]
 )
-def test_a_manifest_leads_nowhere_else(written, tmp_path, name):
+def test_a_manifest_with_files_outside_its_folder_is_refused(written, tmp_path, name):
     for place in (tmp_path, written.parent):
         (place / "precious").write_text("mine")
     files = json.loads((written / MANIFEST).read_text())["files"]
     sign(written, files=files | {name: {"bytes": 4, "sha256": sha256(b"mine").hexdigest()}})
     for use in (load, remove, checkpoint.verify):
-        refused(use, written, match="which is no file of a checkpoint")
+        refused(use, written, match="lists .*not a file of a checkpoint")
     assert (tmp_path / "precious").exists()
     assert (written.parent / "precious").exists()
 
@@ -191,7 +194,7 @@ def bomb(depth):
     ],
     ids=range(12),
 )
-def test_a_manifest_of_any_shape_is_refused_in_a_line(written, content):
+def test_a_manifest_of_another_form_is_refused_in_one_line(written, content):
     (written / MANIFEST).write_text(content, encoding="latin-1")
     refused(load, written)
     assert newest(written.parent)[0] is None
@@ -204,7 +207,7 @@ def test_a_signed_manifest_without_its_parts_is_refused(written):
         save(written.parent, STATE, {}, 1)
 
 
-def test_sizes_that_no_disk_has_are_refused(written):
+def test_impossible_file_sizes_are_refused(written):
     files = json.loads((written / MANIFEST).read_text())["files"]
     sign(written, files=files | {MODEL: {"bytes": 2**70, "sha256": ""}})
     refused(load, written, match=f"instead of {2**70}")
@@ -229,7 +232,7 @@ def test_a_manifest_as_large_as_a_disk_is_not_read(written):
     ],
     ids=range(7),
 )
-def test_a_model_file_that_lies_about_itself(written, header):
+def test_a_model_file_with_a_false_header_is_refused(written, header):
     (written / MODEL).write_bytes(struct.pack("<Q", len(header)) + header)
     sign(written)
     refused(load, written, match="cannot be read")
@@ -238,7 +241,7 @@ def test_a_model_file_that_lies_about_itself(written, header):
     refused(load, written, match="cannot be read")
 
 
-def test_a_training_file_that_holds_no_state(written):
+def test_a_training_file_without_a_state_is_refused(written):
     for content in ([1, 2], 7, "text", torch.ones(3)):
         torch.save(content, written / TRAINING)
         sign(written)
@@ -253,7 +256,7 @@ def test_a_checkpoint_that_is_a_link_is_neither_replaced_nor_removed(written, tm
     assert sorted(os.listdir(elsewhere)) == sorted(checkpoint.FILES)
 
 
-def test_a_file_that_is_a_device_or_a_pipe_is_not_waited_for(written):
+def test_a_device_or_a_pipe_is_refused_without_waiting(written):
     for name in (MODEL, MANIFEST):
         (written / name).unlink()
         os.mkfifo(written / name)
@@ -289,7 +292,7 @@ def run(tmp_path):
     return folder
 
 
-def test_the_run_below_is_sound_but_for_what_is_done_to_it(run):
+def test_the_run_of_the_tests_below_is_valid(run):
     assert open_run(run).checkpoint.name == "step-00000001"
 
 
@@ -305,7 +308,7 @@ def test_the_run_below_is_sound_but_for_what_is_done_to_it(run):
         "model: [",
     ],
 )
-def test_tags_in_a_config_make_no_objects(run, proof, text):
+def test_tags_in_a_config_create_no_objects(run, proof, text):
     (run / "config.yaml").write_text(text.replace("{proof}", str(proof)))
     refused(open_run, run)
 
@@ -343,7 +346,7 @@ def test_plugins_named_by_a_run_are_not_loaded(run, proof, tmp_path):
 
 
 @pytest.mark.parametrize("content", [bomb(2_000), "{a: " * 2_000 + "}" * 2_000])
-def test_deep_nesting_in_a_config_is_refused_in_a_line(run, content):
+def test_deep_nesting_in_a_config_is_refused_in_one_line(run, content):
     (run / "config.yaml").write_text(content)
     refused(read_config, run)
 
@@ -358,7 +361,7 @@ def test_aliases_that_multiply_are_refused_before_they_fill_the_memory(run):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_code_in_the_checkpoint_of_a_run_is_not_run(run, proof, form):
+def test_code_in_the_checkpoint_of_a_run_is_not_executed(run, proof, form):
     written = run / "checkpoints" / "step-00000001"
     form(Payload(proof), written / TRAINING)
     sign(written)
@@ -374,7 +377,7 @@ def test_code_in_the_checkpoint_of_a_run_is_not_run(run, proof, form):
     ["[]", "{}", "null", '{"in_shape": "../..", "out_shape": [10]}', bomb(100_000)],
     ids=range(5),
 )
-def test_facts_that_are_none_are_refused(run, content):
+def test_invalid_facts_are_refused(run, content):
     (run / "facts.json").write_text(content)
     refused(open_run, run)
 
@@ -384,7 +387,7 @@ def test_facts_that_are_none_are_refused(run, content):
 
 @contextmanager
 def within(seconds=2.0, megabytes=500):
-    """Within this context no more than so much CPU time, time and memory is taken."""
+    """Check that this context takes at most some CPU time, time and memory."""
     times = time.process_time(), time.monotonic()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     yield
@@ -409,7 +412,7 @@ def test_a_model_much_larger_than_its_checkpoint_takes_no_memory(run, changes):
 
 
 class Seeded(torch.nn.Linear):
-    """A model of a user whose settings have large numbers that are no sizes."""
+    """A user's model with a large setting that is not a size."""
 
     def __init__(self, in_shape, out_shape, seed: int = 0):
         super().__init__(in_shape[0], out_shape[0])
@@ -451,7 +454,7 @@ SHAPES = [
 
 @pytest.mark.parametrize("name", ["in_shape", "out_shape"])
 @pytest.mark.parametrize("shape", SHAPES, ids=range(len(SHAPES)))
-def test_shapes_that_no_data_has_are_refused(run, name, shape):
+def test_impossible_shapes_are_refused(run, name, shape):
     facts = json.loads((run / "facts.json").read_text())
     (run / "facts.json").write_text(json.dumps(facts | {name: shape}))
     with within():
@@ -466,10 +469,12 @@ OTHER_FACTS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "index"),
-    [(name, i) for name, values in OTHER_FACTS.items() for i in range(len(values))],
-)
+OTHER_CASES = []
+for name, values in OTHER_FACTS.items():
+    OTHER_CASES += [(name, index) for index in range(len(values))]
+
+
+@pytest.mark.parametrize(("name", "index"), OTHER_CASES)
 def test_facts_of_other_types_are_refused(run, name, index):
     facts = json.loads((run / "facts.json").read_text())
     (run / "facts.json").write_text(json.dumps(facts | {name: OTHER_FACTS[name][index]}))
@@ -478,7 +483,7 @@ def test_facts_of_other_types_are_refused(run, name, index):
 
 
 def sparse(written, name, size):
-    """Make a file as large as a disk, of a hole, which a manifest lists."""
+    """Make a file in the manifest as large as a disk, as a hole."""
     with (written / name).open("r+b") as file:
         file.truncate(size)
     files = json.loads((written / MANIFEST).read_text())["files"]
@@ -505,13 +510,13 @@ def test_holes_in_a_file_of_data_are_read(tmp_path):
 
 
 def test_a_checkpoint_larger_than_the_free_memory_is_not_loaded(written, monkeypatch):
-    monkeypatch.setattr(checkpoint, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(checks, "available_bytes", lambda: 1000)
     refused(load, written, match="1,000 bytes of memory are free")
     checkpoint.verify(written)
 
 
 def compressed(written):
-    """A training state of a gigabyte of zeros in a megabyte."""
+    """Compress a training state of zeros, which is a thousand times larger in memory."""
     torch.save({"x": torch.zeros(2**20)}, written / TRAINING)
     with zipfile.ZipFile(written / TRAINING) as archive:
         records = {name: archive.read(name) for name in archive.namelist()}
@@ -555,7 +560,7 @@ BOMBS = [compressed, allocating, expanded_tensor, shared_lists, cycle]
 
 
 @pytest.mark.parametrize("make", BOMBS, ids=lambda make: make.__name__)
-def test_a_training_state_that_grows_when_it_is_read(written, make):
+def test_a_training_state_that_is_larger_in_memory_is_refused(written, make):
     make(written)
     sign(written)
     with within(seconds=4):
@@ -588,7 +593,7 @@ def trained_run(trained_once, tmp_path):
 
 @pytest.fixture
 def victim(tmp_path):
-    """A file outside of the run that nothing may touch."""
+    """Return a file outside of the run that must not change."""
     path = tmp_path / "victim"
     path.write_text("precious")
     yield path
@@ -596,7 +601,9 @@ def victim(tmp_path):
 
 
 def resume(run, *overrides):
-    spec = read_spec_of(run, altered(read_resumable(run), overrides or ["trainer.max_epochs=2"]))
+    spec = read_spec_of(
+        run, apply_overrides(read_config(run_to_resume(run)), overrides or ["trainer.max_epochs=2"])
+    )
     spec.resume = str(run)
     return train(spec, "default", [], say=lambda line: None)
 
@@ -644,8 +651,8 @@ REPLACED = ["status.json", "provenance.json", "overrides.yaml"]
 TEMPORARY = ["status.tmp", "config.yaml.tmp", "facts.json.tmp", "metrics.jsonl.new"]
 
 
-def test_a_run_from_elsewhere_is_resumed(trained_run):
-    """Or nothing below would show anything."""
+def test_a_copied_run_is_resumed(trained_run):
+    """Control: without it the tests below would prove nothing."""
     assert (trained_run / STEP / MODEL).is_file()
     before = (trained_run / "config.yaml").read_text()
     assert resume(trained_run).steps > 3
@@ -685,21 +692,21 @@ FORMS_OF_FILES = [link, hard_link, fifo, device, folder]
 
 @pytest.mark.parametrize("make", FORMS_OF_FILES, ids=lambda make: make.__name__)
 @pytest.mark.parametrize("name", OURS)
-def test_a_file_that_is_none_of_the_run_is_neither_read_nor_written(
-    trained_run, victim, name, make
-):
+def test_a_file_outside_of_the_run_is_neither_read_nor_written(trained_run, victim, name, make):
     put(make, trained_run / name, victim)
     with within():
         if name.startswith("checkpoints"):
             refused(open_run, trained_run)
-            said = []
+            messages = []
             spec = read_spec_of(
-                trained_run, altered(read_resumable(trained_run), ["trainer.max_epochs=2"])
+                trained_run, apply_overrides(read_config(trained_run), ["trainer.max_epochs=2"])
             )
             spec.resume = str(trained_run)
-            message = error_of(train, spec, "default", [], say=said.append)
+            message = error_of(train, spec, "default", [], say=messages.append)
             assert (
-                any("skipped" in line for line in said) if message is None else "\n" not in message
+                any("skipped" in line for line in messages)
+                if message is None
+                else "\n" not in message
             )
         else:
             refused(resume, trained_run, match="link|regular file|directory")
@@ -720,7 +727,7 @@ def test_a_file_that_is_replaced_is_not_followed(trained_run, victim, name, make
 
 @pytest.mark.parametrize("name", ["checkpoints", STEP, "checkpoints/best"])
 @pytest.mark.parametrize("target", ["outside", "../../outside", "/etc", "step-00000003/.."])
-def test_a_folder_of_a_run_is_no_link(trained_run, tmp_path, name, target):
+def test_a_folder_of_a_run_that_is_a_link_is_refused(trained_run, tmp_path, name, target):
     outside = Path(shutil.copytree(trained_run / STEP, tmp_path / "outside"))
     before = {path.name: path.read_bytes() for path in outside.iterdir()}
     path = trained_run / name
@@ -736,7 +743,7 @@ def test_a_folder_of_a_run_is_no_link(trained_run, tmp_path, name, target):
 
 @pytest.fixture
 def sweep(trained_run):
-    """A sweep's `best`, as `SweepFolder.link_best` makes it."""
+    """Make a sweep with its `best`, like `SweepFolder.link_best`."""
     folder = trained_run.parent
     (folder / "sweep.json").write_text("{}")
     best = folder / "best"
@@ -746,10 +753,10 @@ def sweep(trained_run):
     return folder
 
 
-def test_the_best_of_a_sweep_is_the_run_beside_it(sweep):
-    assert run_behind(sweep / "best") == sweep / "r"
+def test_the_best_of_a_sweep_is_resolved_to_its_run(sweep):
+    assert resolve_run(sweep / "best") == sweep / "r"
     assert (
-        run_behind(sweep / "best" / "checkpoints" / "best") == sweep / "r" / "checkpoints" / "best"
+        resolve_run(sweep / "best" / "checkpoints" / "best") == sweep / "r" / "checkpoints" / "best"
     )
     assert open_run(sweep / "best").run == sweep / "r"
     assert open_run(sweep / "best" / STEP).checkpoint == sweep / "r" / STEP
@@ -759,7 +766,7 @@ def test_the_best_of_a_sweep_is_the_run_beside_it(sweep):
 @pytest.mark.parametrize(
     "text", ["../../outside/config.yaml", "/etc/passwd", "../s/config.yaml", "../r/facts.json"]
 )
-def test_the_best_of_a_sweep_leads_nowhere_else(sweep, tmp_path, text):
+def test_a_best_that_leads_out_of_its_sweep_is_refused(sweep, tmp_path, text):
     shutil.copytree(sweep / "r", tmp_path / "outside", symlinks=True)
     (sweep / "s").symlink_to(tmp_path / "outside")
     put(lambda path, victim: path.symlink_to(text), sweep / "best" / "config.yaml", None)
@@ -795,13 +802,13 @@ STATES = {
 
 
 @pytest.mark.parametrize("changes", STATES.values(), ids=STATES)
-def test_a_training_state_of_another_form_is_refused_in_a_line(trained_run, changes):
+def test_a_training_state_of_another_form_is_refused_in_one_line(trained_run, changes):
     change_training(trained_run, changes)
     refused(resume, trained_run)
 
 
 @pytest.mark.parametrize("facts", [[], None, {"threads": 10**9}, {"threads": "x"}, {"threads": -1}])
-def test_facts_in_a_manifest_that_are_none_are_left_out(trained_run, facts):
+def test_invalid_facts_in_a_manifest_are_ignored(trained_run, facts):
     sign(trained_run / STEP, run=facts)
     assert resume(trained_run).steps > 3
 
@@ -827,7 +834,7 @@ ALIASES = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
 )
 
 
-def test_aliases_that_multiply_stop_no_command(trained_run):
+def test_multiplying_aliases_in_one_run_do_not_stop_other_commands(trained_run):
     with (trained_run / "config.yaml").open("a") as file:
         file.write(ALIASES)
     with within():
@@ -844,8 +851,9 @@ def unfinished(run):
 
 
 @pytest.mark.parametrize("older", [False, True], ids=["fingerprint", "older version"])
-def test_broken_runs_in_the_root_are_skipped_with_a_note(trained_run, older, capsys, victim):
-    spec, root = unfinished(trained_run), trained_run.parent
+def test_damaged_runs_in_the_root_are_skipped_with_a_note(trained_run, older, capsys, victim):
+    spec = unfinished(trained_run)
+    root = trained_run.parent
     if older:
         status = json.loads((trained_run / "status.json").read_text())
         del status["config"]
@@ -878,9 +886,11 @@ def test_broken_runs_in_the_root_are_skipped_with_a_note(trained_run, older, cap
 
 
 @pytest.mark.parametrize("older", [False, True], ids=["fingerprint", "older version"])
-def test_many_other_runs_cost_little_time(trained_run, older, capsys):
-    """10,000 of them take less than 5 s: half of these are done, and half are of other configs."""
-    spec, root, count = unfinished(trained_run), trained_run.parent, 400
+def test_many_other_runs_take_little_time(trained_run, older, capsys):
+    """10,000 runs take less than 5 s: half of them are done, the others have other configs."""
+    spec = unfinished(trained_run)
+    root = trained_run.parent
+    count = 400
     os.utime(trained_run / "config.yaml", (0, 0))  # it is the last one that is looked at
     os.utime(trained_run / "status.json", (1, 1))
     text = (trained_run / "config.yaml").read_text()
@@ -901,8 +911,8 @@ def test_many_other_runs_cost_little_time(trained_run, older, capsys):
     assert time.process_time() - began < allowed
 
 
-def test_a_fingerprint_that_is_older_than_the_config_is_not_believed(trained_run):
-    """A kill after the config of a resumed run was written, and before its status was."""
+def test_a_fingerprint_older_than_the_config_is_ignored(trained_run):
+    """The process is killed after it wrote the config of a resumed run, and before its status."""
     spec = unfinished(trained_run)
     status = json.loads((trained_run / "status.json").read_text())
     (trained_run / "status.json").write_text(json.dumps(status | {"config": "another"}))
@@ -912,7 +922,7 @@ def test_a_fingerprint_that_is_older_than_the_config_is_not_believed(trained_run
     assert find_run(spec, "default") == trained_run
 
 
-def test_a_run_that_claims_another_config_is_not_taken(trained_run):
+def test_a_run_with_a_false_fingerprint_is_not_resumed(trained_run):
     spec = unfinished(trained_run)
     text = (trained_run / "config.yaml").read_text()
     (trained_run / "config.yaml").write_text(text.replace("width: 4", "width: 5"))

@@ -1,4 +1,4 @@
-"""Run folders: claimed by one run each, and read back."""
+"""Run folders: each is made by one run, and can be read."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from framework.experiment.experiment import train
 from framework.runs.folder import RunFolder, code, package_version, provenance, read_config
 
 
-def test_a_named_folder_and_one_named_by_the_time(tmp_path):
+def test_a_folder_is_named_by_the_user_or_by_the_time(tmp_path):
     assert RunFolder(tmp_path, "mine", experiment="spam").path == tmp_path / "spam" / "mine"
     assert RunFolder(tmp_path).path.parent == tmp_path / "default"
 
@@ -48,7 +48,7 @@ def test_a_root_that_cannot_be_made_is_named(tmp_path):
         RunFolder(tmp_path / "file", "mine")
 
 
-def test_files_are_written_whole_and_read_back(tmp_path):
+def test_written_files_are_read_back(tmp_path):
     folder = RunFolder(tmp_path, "mine")
     tree = {"seed": 3, "model": {"name": "mlp", "width": [8, 4]}, "loss": None, "text": "yes: no"}
     folder.write("config.yaml", tree)
@@ -69,7 +69,7 @@ def test_files_are_written_whole_and_read_back(tmp_path):
         (b"\xff", "is not valid YAML"),
     ],
 )
-def test_what_is_no_run(tmp_path, content, message):
+def test_a_folder_that_is_not_a_run_is_refused(tmp_path, content, message):
     with pytest.raises(RunError, match="there is no run folder"):
         read_config(tmp_path / "none")
     if content is not None:
@@ -80,7 +80,7 @@ def test_what_is_no_run(tmp_path, content, message):
         read_config(tmp_path)
 
 
-def test_a_config_cannot_make_objects(tmp_path):
+def test_a_config_cannot_create_objects(tmp_path):
     (tmp_path / "config.yaml").write_text("a: !!python/object/apply:os.getcwd []")
     with pytest.raises(RunError, match="is not valid YAML"):
         read_config(tmp_path)
@@ -123,15 +123,20 @@ def test_all_files_of_a_run_follow_the_umask(tmp_path, mask):
     assert {name: modes for name, modes in found.items() if modes[0] != modes[1]} == {}
 
 
-def test_litter_of_killed_processes_is_removed_when_a_run_is_resumed(tmp_path):
-    litter = ["status.tmp", "config.yaml.tmp", "metrics.jsonl.new", f".status.json.{'0' * 16}.tmp"]
-    for name in [*litter, "mine.tmp", "notes.new"]:
+def test_temporary_files_of_killed_processes_are_removed_when_a_run_is_resumed(tmp_path):
+    temporary = [
+        "status.tmp",
+        "config.yaml.tmp",
+        "metrics.jsonl.new",
+        f".status.json.{'0' * 16}.tmp",
+    ]
+    for name in [*temporary, "mine.tmp", "notes.new"]:
         (tmp_path / name).write_text("half")
     RunFolder.existing(tmp_path).lock.close()
     assert {path.name for path in tmp_path.iterdir()} == {".lock", "mine.tmp", "notes.new"}
 
 
-def test_provenance_tells_the_code_down_to_what_is_not_committed(tmp_path, monkeypatch):
+def test_provenance_contains_the_uncommitted_changes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     outside = provenance({"model/mlp": "models.py:3"})
     assert outside["parts"] == {"model/mlp": "models.py:3"}

@@ -1,4 +1,4 @@
-"""status.json: whole at any moment, and true."""
+"""status.json is complete at any moment, and correct."""
 
 import json
 import os
@@ -32,7 +32,8 @@ def read(folder):
 def test_a_run_is_running_and_then_done(tmp_path):
     seen = []
     run(tmp_path, At(4, lambda trainer: seen.append(read(tmp_path))))
-    [during], after = seen, read(tmp_path)
+    [during] = seen
+    after = read(tmp_path)
     assert (during["status"], during["step"], during["total_steps"], during["epoch"]) == (
         "running",
         4,
@@ -51,12 +52,13 @@ def test_a_run_is_running_and_then_done(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
 
 
-def test_it_is_written_at_most_once_a_second(tmp_path):
+def test_the_status_is_written_at_most_once_a_second(tmp_path):
     status = Status()
     trainer = Trainer(
         max_steps=5, log_every="1steps", callbacks=[status], folder=tmp_path, device="cpu"
     )
-    model, written = network(), []
+    model = network()
+    written = []
     trainer.callbacks[0]._write = lambda trainer, what, real=status._write: (
         written.append(what),
         real(trainer, what),
@@ -67,7 +69,7 @@ def test_it_is_written_at_most_once_a_second(tmp_path):
     assert written == ["running", "testing"]
 
 
-def test_a_stopped_run_says_why_and_so_does_a_failed_one(tmp_path):
+def test_the_status_of_a_stopped_or_failed_run_has_the_reason(tmp_path):
     run(tmp_path, At(3, lambda trainer: setattr(trainer.state, "stop", "enough")))
     assert (read(tmp_path)["status"], read(tmp_path)["reason"]) == ("stopped", "enough")
     run(tmp_path, At(3, lambda trainer: trainer.stop("at", "enough")))
@@ -78,7 +80,7 @@ def test_a_stopped_run_says_why_and_so_does_a_failed_one(tmp_path):
     assert read(tmp_path)["reason"].startswith("ZeroDivisionError: division by zero (")
 
 
-def test_a_trainer_without_a_folder_writes_none(tmp_path, monkeypatch):
+def test_a_trainer_without_a_folder_writes_no_status(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run(None)
     assert not list(tmp_path.iterdir())

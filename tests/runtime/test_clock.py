@@ -1,4 +1,4 @@
-"""Where the time of a run goes."""
+"""The time of a run by activity."""
 
 import json
 import time
@@ -18,7 +18,7 @@ SPLIT = fw.TensorSplit(
 
 
 class Slow(Callback):
-    """Takes its time at each step."""
+    """Waits in each step."""
 
     def on_step_start(self, trainer):
         time.sleep(0.002)
@@ -46,13 +46,18 @@ def fit(data, *callbacks, **settings):
 
 @pytest.fixture
 def passes(monkeypatch):
-    """Let so many seconds pass for a clock, which has no other time."""
-    now = [100.0]
-    monkeypatch.setattr(framework.runtime.clock, "perf_counter", lambda: now[0])
-    return lambda seconds: now.__setitem__(0, now[0] + seconds)
+    """Return a function that lets seconds pass; the real time does not count."""
+    now = 100.0
+
+    def advance(seconds):
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(framework.runtime.clock, "perf_counter", lambda: now)
+    return advance
 
 
-def test_a_part_does_not_count_the_parts_within_it(passes):
+def test_an_activity_does_not_count_the_activities_inside_it(passes):
     clock = Clock()
     with clock.part("outer"):
         passes(0.5)
@@ -61,7 +66,7 @@ def test_a_part_does_not_count_the_parts_within_it(passes):
     assert clock.seconds == {"outer": 0.5, "inner": 2.0}
 
 
-def test_shares_add_up(passes):
+def test_shares_add_up_to_1(passes):
     clock = Clock()
     with clock.part("data"):
         passes(1.0)
@@ -69,42 +74,39 @@ def test_shares_add_up(passes):
     assert clock.shares() == pytest.approx({"steps": 0.75, "data": 0.25})
 
 
-def test_compiling_is_a_part_of_its_own_wherever_it_comes_in(passes):
+def test_compiling_is_counted_separately_in_steps_and_other_activities(passes):
     clock = Clock()
     with clock.part("validation"):
         passes(1.0)
         with clock.part("compiling"):
             passes(4.0)
-    with clock.part("compiling"):  # in a step, whose time no part has
+    with clock.part("compiling"):  # in a step, which is not an activity
         passes(5.0)
     assert clock.shares() == pytest.approx({"steps": 0.0, "compiling": 0.9, "validation": 0.1})
 
 
-def test_every_run_counts_its_waiting_for_data():
+def test_every_run_counts_the_time_waiting_for_data():
     shares = fit(SlowData()).clock.shares()
     assert shares["waiting for data"] > 0.5
     assert 0 < shares["validation"] < 0.5
     assert fit(SPLIT).clock.shares()["waiting for data"] < 0.3
 
 
-def test_a_profile_names_the_slow_part_and_leaves_a_trace(tmp_path, capfd):
+def test_a_profile_lists_the_slowest_activity_first_and_writes_a_trace(tmp_path, capfd):
     trainer = fit(SPLIT, Slow(), profile=True, folder=tmp_path)
     shown = capfd.readouterr().err
     rows = [line.rsplit(maxsplit=2) for line in shown.splitlines() if line.endswith("%")]
     assert rows[0][0] == "callbacks"
     assert float(rows[0][1].replace(",", "")) > 2_000
-    assert {"forward", "backward", "optimizer", "waiting for data", "copy"} <= {
-        row[0] for row in rows
-    }
-    named = {
-        event.get("name")
-        for event in json.loads((tmp_path / "profile.pt.trace.json").read_text())["traceEvents"]
-    }
-    assert {"forward", "backward", "optimizer"} <= named
+    listed = {row[0] for row in rows}
+    assert {"forward", "backward", "optimizer", "waiting for data", "copy"} <= listed
+    trace = json.loads((tmp_path / "profile.pt.trace.json").read_text())
+    traced = {event.get("name") for event in trace["traceEvents"]}
+    assert {"forward", "backward", "optimizer"} <= traced
     assert trainer.state.step == 160
 
 
-def test_a_run_that_ends_early_shows_what_there_was(tmp_path, capfd):
+def test_a_run_that_ends_early_prints_its_profile(tmp_path, capfd):
     with pytest.raises(ZeroDivisionError):
         fit(SPLIT, Fails(), profile=True)
     assert "of a step (mean of 15)" in capfd.readouterr().err
@@ -115,15 +117,15 @@ class Fails(Callback):
         return 1 / (trainer.state.step - 21)
 
 
-def test_profiling_changes_no_number():
-    plain, profiled = fit(SPLIT), fit(SPLIT, profile=True)
+def test_profiling_changes_no_weight():
+    plain = fit(SPLIT)
+    profiled = fit(SPLIT, profile=True)
     for a, b in zip(plain.model.parameters(), profiled.model.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
-def test_the_table_has_the_longest_part_first():
-    lines = times_table(
-        {"data": 0.001, "forward": 0.003, "nothing": 0.0}, whole=0.004, steps=10
-    ).splitlines()
+def test_the_table_has_the_longest_activity_first():
+    seconds = {"data": 0.001, "forward": 0.003, "nothing": 0.0}
+    lines = times_table(seconds, total=0.004, steps=10).splitlines()
     assert [line.split()[0] for line in lines[1:]] == ["forward", "data", "in"]
     assert lines[1].split()[1:] == ["300", "75.0%"]

@@ -1,7 +1,9 @@
-"""What the user set stays so: modes of modules, and what else of torch's state a fit touches."""
+"""A fit keeps the modes that the user has set, and other state of torch."""
 
 import copy
+import random
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,10 @@ from torch.nn import functional as F
 
 import framework as fw
 from framework import Callback, TensorSplit, Trainer
+from framework.runtime import seeds
+from framework.runtime.modes import restored_modes
+from framework.runtime.precision import Precision
+from framework.runtime.shapes import dry_run
 
 X = torch.randn(24, 5, generator=torch.Generator().manual_seed(5)) * 3 + 1
 Y = torch.arange(24) % 3
@@ -29,12 +35,12 @@ def fit(model, *callbacks, **settings):
 
 
 def moved(model, norm=1):
-    """Whether the statistics of a batch norm were updated."""
+    """Return whether the statistics of a batch norm were updated."""
     return bool(model[norm].num_batches_tracked)
 
 
 class Watch(Callback):
-    """Notes the modes in each step."""
+    """Records the modes in each step."""
 
     def __init__(self):
         self.seen = []
@@ -43,7 +49,7 @@ class Watch(Callback):
         self.seen.append([module.training for module in trainer.model])
 
 
-def test_modules_in_eval_mode_stay_so_and_the_rest_is_the_plain_loop():
+def test_modules_in_eval_mode_stay_in_it_and_the_others_train_as_in_a_plain_loop():
     expected = network()
     optimizer = torch.optim.SGD(expected.parameters(), lr=0.1)
     expected[1].eval()
@@ -53,7 +59,8 @@ def test_modules_in_eval_mode_stay_so_and_the_rest_is_the_plain_loop():
             optimizer.zero_grad()
             F.cross_entropy(expected(inputs), targets).backward()
             optimizer.step()
-    model, watch = network(), Watch()
+    model = network()
+    watch = Watch()
     model[1].eval()
     model[2].eval()
     fit(model, watch)
@@ -64,8 +71,8 @@ def test_modules_in_eval_mode_stay_so_and_the_rest_is_the_plain_loop():
 
 
 @pytest.mark.parametrize("between", ["nothing", "new head", "another model", "failed fit"])
-def test_a_second_fit_trains_what_the_first_one_trained(between):
-    """Afterwards all modules are in eval mode; that is no choice of the user."""
+def test_a_second_fit_trains_the_modules_of_the_first_one(between):
+    """The first fit leaves all modules in eval mode, which the user has not chosen."""
     model = network()
     model[1].eval()
     fit(model, max_epochs=1)
@@ -88,7 +95,7 @@ class Fails(Callback):
         raise ZeroDivisionError
 
 
-def test_modes_set_between_two_fits_count():
+def test_modes_set_between_two_fits_are_respected():
     model = network()
     model[1].eval()
     fit(model, max_epochs=1)
@@ -101,7 +108,7 @@ def test_modes_set_between_two_fits_count():
 
 
 @pytest.mark.parametrize("fitted", [False, True])
-def test_a_model_that_is_in_eval_mode_as_a_whole_is_trained(fitted):
+def test_a_model_whose_modules_are_all_in_eval_mode_is_trained(fitted):
     model = network()
     if fitted:
         fit(model, max_epochs=1)
@@ -112,7 +119,7 @@ def test_a_model_that_is_in_eval_mode_as_a_whole_is_trained(fitted):
     assert watch.seen == [[True] * 4] * 3
 
 
-def test_callbacks_choose_modes_when_a_fit_or_an_epoch_starts():
+def test_callbacks_may_change_modes_at_the_start_of_a_fit_or_epoch():
     class Choose(Callback):
         def on_fit_start(self, trainer):
             trainer.model[1].eval()
@@ -122,20 +129,22 @@ def test_callbacks_choose_modes_when_a_fit_or_an_epoch_starts():
             if trainer.state.epoch == 1:
                 trainer.model[1].train()
 
-        def on_validation_end(self, trainer):  # as callbacks do that draw samples
+        def on_validation_end(self, trainer):  # like callbacks that generate samples
             trainer.model.eval()
             trainer.model.train(trainer.state.epoch == 0)
 
-    model, watch = network(), Watch()
+    model = network()
+    watch = Watch()
     fit(model, Choose(), watch, max_epochs=3, validate_every="1epoch")
-    asleep, woken = [True, False, False, True], [True, True, False, True]
-    assert watch.seen == [asleep] * 3 + [woken] * 6
+    first_epoch = [True, False, False, True]
+    later_epochs = [True, True, False, True]
+    assert watch.seen == [first_epoch] * 3 + [later_epochs] * 6
     without = Watch()
     fit(model, without, max_epochs=1)
     assert without.seen == [[True] * 4] * 3, "the choice of a callback ends with the fit"
 
 
-def test_a_model_with_a_train_of_its_own_decides_itself():
+def test_a_model_may_override_train():
     class Still(nn.Sequential):
         def train(self, mode=True):
             super().train(mode)
@@ -151,16 +160,17 @@ def test_a_model_with_a_train_of_its_own_decides_itself():
 
 
 @pytest.mark.parametrize("name", ["freeze", "swa", "ema"])
-def test_callbacks_leave_modules_in_eval_mode(name):
-    settings = {"freeze": {"patterns": ["0.*"], "epochs": 1}, "swa": {"start": 0}, "ema": {}}[name]
-    model, watch = network(), Watch()
+def test_callbacks_keep_modules_in_eval_mode(name):
+    settings = {"freeze": {"patterns": ["0.*"], "epochs": 1}, "swa": {"start": 0}, "ema": {}}
+    model = network()
+    watch = Watch()
     model[1].eval()
-    fit(model, fw.callbacks.build(name, **settings), watch)
+    fit(model, fw.callbacks.build(name, **settings[name]), watch)
     assert not moved(model)
     assert watch.seen[-1] == [True, False, True, True]
 
 
-def test_a_sampled_text_leaves_the_modes():
+def test_generating_text_restores_the_modes():
     from framework_plugins.tasks.language_modelling import sample
 
     class Model(nn.Sequential):
@@ -173,7 +183,7 @@ def test_a_sampled_text_leaves_the_modes():
     assert [module.training for module in model] == [True, False, True]
 
 
-def test_trials_that_train_as_one_keep_modules_in_eval_mode():
+def test_stacked_trials_keep_modules_in_eval_mode():
     from framework.tuning.vectorized.stacked_update import NotStackable
     from framework.tuning.vectorized.trainer import StackedTrainer
 
@@ -190,17 +200,18 @@ def test_trials_that_train_as_one_keep_modules_in_eval_mode():
 
     trainers, fits = zip(pair(0), pair(1), strict=True)
     StackedTrainer(trainers, fits).run()
-    for each in fits:
-        assert not moved(each["model"])
-        assert each["model"][1].weight.ne(1).all()
+    for parts in fits:
+        assert not moved(parts["model"])
+        assert parts["model"][1].weight.ne(1).all()
     trainers, fits = zip(pair(0), pair(1, still=False), strict=True)
     with pytest.raises(NotStackable, match="evaluation mode"):
         StackedTrainer(trainers, fits)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_a_fit_works_where_gradients_are_switched_off(mode):
-    model, other = network(), network()
+def test_a_fit_works_where_gradients_are_disabled(mode):
+    model = network()
+    other = network()
     fit(model)
     with mode():
         fit(other)
@@ -209,8 +220,8 @@ def test_a_fit_works_where_gradients_are_switched_off(mode):
         assert torch.equal(one, two)
 
 
-def test_a_diverged_fit_leaves_no_switch_in_the_optimizer():
-    """On an accelerator `non_finite` lets the optimizer leave updates out until the fit ends."""
+def test_a_diverged_fit_leaves_no_flag_in_the_optimizer():
+    """On an accelerator `non_finite` sets a flag that lets the optimizer skip updates."""
     model = network()
     watch = fw.callbacks.build("non_finite")
     trainer = Trainer(max_epochs=1, device="cpu", callbacks=[watch])
@@ -219,9 +230,68 @@ def test_a_diverged_fit_leaves_no_switch_in_the_optimizer():
 
     class Late(Callback):
         def on_fit_start(self, trainer):
-            watch.late = True  # as on an accelerator
+            watch.deferred = True  # as on an accelerator
 
     trainer = Trainer(max_epochs=1, device="cpu", callbacks=[watch, Late()])
     with pytest.raises(fw.FrameworkError, match="not finite"):
         trainer.fit(model, bad, task=nn.CrossEntropyLoss(), optimizer=optimizer)
     assert getattr(optimizer, "found_inf", None) is None
+
+
+class Merging(nn.Linear):
+    """Does more in `train` than set a flag, like a layer that merges weights for inference."""
+
+    merged = False
+
+    def train(self, mode=True):
+        self.merged = not mode
+        return super().train(mode)
+
+    def forward(self, inputs):
+        assert self.merged == (not self.training)
+        random.random()
+        numpy.random.rand()
+        return super().forward(inputs) + torch.rand(1)
+
+
+def draws():
+    return random.random(), numpy.random.rand(), torch.rand(1).item()
+
+
+def run_by_precision(model):
+    with Precision("fp32", torch.device("cpu")).inference(model):
+        model(X)
+
+
+def run_undisturbed(model):
+    with fw.model_undisturbed(model):
+        model(X)
+
+
+RUNS = {
+    "dry run": lambda model: dry_run(model, X),
+    "inference": run_by_precision,
+    "model_undisturbed": run_undisturbed,
+}
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+def test_running_a_model_in_eval_mode_restores_its_modes_and_all_generators(run):
+    model = nn.Sequential(Merging(5, 3), nn.Dropout())
+    model[1].eval()
+    state = seeds.capture()
+    run(model)
+    drawn = draws()
+    assert [module.training for module in model.modules()] == [True, True, False]
+    assert not model[0].merged
+    seeds.restore(state)
+    assert draws() == drawn
+
+
+def test_modes_are_restored_after_an_error():
+    model = network()
+    model[1].eval()
+    with pytest.raises(ZeroDivisionError), restored_modes(model):
+        model.eval()
+        raise ZeroDivisionError
+    assert [module.training for module in model] == [True, False, True, True]

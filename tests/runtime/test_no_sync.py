@@ -1,4 +1,4 @@
-"""Between two log points the loop reads nothing off the device: a GPU would have to finish all of its work first."""
+"""Between two log points the loop does not wait for the device by reading a value."""
 
 import pytest
 import torch
@@ -15,11 +15,12 @@ READS = ("item", "tolist", "numpy", "__float__", "__int__", "__bool__", "__index
 
 
 class Reads(TorchDispatchMode, Callback):
-    """Notes the step of every read of a tensor's value."""
+    """Records the step of every read of a tensor's value."""
 
     def __init__(self):
         super().__init__()
-        self.step, self.found = 0, []
+        self.step = 0
+        self.found = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.aten._local_scalar_dense.default:
@@ -32,10 +33,10 @@ class Reads(TorchDispatchMode, Callback):
 
 @pytest.fixture
 def reads(monkeypatch):
-    """Every way of reading, also those that the dispatcher does not see."""
+    """Return a mode that also records the reads that torch's dispatcher does not see."""
     mode = Reads()
 
-    def noted(real):
+    def recorded(real):
         def read(self, *args, **kwargs):
             mode.found.append(mode.step)
             return real(self, *args, **kwargs)
@@ -43,7 +44,7 @@ def reads(monkeypatch):
         return read
 
     for name in READS:
-        monkeypatch.setattr(Tensor, name, noted(getattr(Tensor, name)))
+        monkeypatch.setattr(Tensor, name, recorded(getattr(Tensor, name)))
     return mode
 
 
@@ -69,13 +70,15 @@ def run(device, *callbacks, **settings):
 @pytest.mark.parametrize(
     "settings", [{}, {"accumulate": 2}, {"precision": "bf16"}, {"micro_batch": 3}], ids=str
 )
-def test_values_are_read_at_log_points_alone(reads, settings):
+def test_values_are_read_at_log_points_only(reads, settings):
     with reads:
         run("cpu", reads, **settings)
     assert set(reads.found) - {0} == {20, 40, 60}
 
 
-def test_a_read_in_a_step_is_seen(reads):
+def test_a_read_in_each_step_is_recorded(reads):
+    """A control."""
+
     class Nosy(Callback):
         def on_gradients(self, trainer):
             float(trainer.loss)
@@ -88,7 +91,7 @@ def test_a_read_in_a_step_is_seen(reads):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_on_a_gpu_the_host_never_waits_between_log_points():
     class Strict(Callback):
-        """Makes waiting an error, but in the steps that log."""
+        """Makes waiting for the device an error, except in steps that log."""
 
         def on_step_start(self, trainer):
             step = trainer.state.step + 1

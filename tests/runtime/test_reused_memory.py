@@ -1,6 +1,6 @@
-"""Loaders that write each batch into the memory of the one before it, and parameters that are replaced.
+"""Loaders that overwrite the previous batch, and parameters that are replaced during training.
 
-Nothing reads a batch after the next one was asked for, and nothing goes on with what is not there any more.
+A batch is not read after the next one was requested, and a replaced object is not used again.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from framework import Callback, Metric, TensorSplit, Trainer, Transform
 from framework.data.dataset import ForeignLoader, Loader
 from framework.data.token_splits import GatheredSplit, WindowSplit
 from framework.runtime import seeds
-from framework.runtime.device import CopyStream
+from framework.runtime.copy_stream import CopyStream
 from framework.tuning.vectorized.trainer import StackedTrainer
 
 torch.manual_seed(5)
@@ -27,7 +27,7 @@ SIZE = 4
 
 
 class Reused:
-    """Yields batches in the same two tensors, which hold NaN and -1 before the next batch."""
+    """Yields batches in the same two tensors, filled with NaN and -1 before each batch."""
 
     def __init__(self, inputs=X, targets=Y):
         self.parts = list(zip(inputs.split(SIZE), targets.split(SIZE), strict=True))
@@ -51,7 +51,7 @@ class Sized(Reused):
 
 
 class Stream(IterableDataset):
-    """The same through torch's DataLoader, which passes the batches on as they are."""
+    """The same batches for torch's DataLoader, which does not copy them."""
 
     def __iter__(self):
         return iter(Reused())
@@ -74,13 +74,13 @@ def fit(data, *callbacks, model=None, val=None, metrics=(), resume=None, max_epo
     model = network() if model is None else model
     trainer = Trainer(max_epochs=max_epochs, device="cpu", callbacks=callbacks, **settings)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
-    given = {"optimizer": optimizer, "val": val, "metrics": metrics, "resume": resume}
-    trainer.fit(model, data, task=nn.CrossEntropyLoss(), **given)
+    parts = {"optimizer": optimizer, "val": val, "metrics": metrics, "resume": resume}
+    trainer.fit(model, data, task=nn.CrossEntropyLoss(), **parts)
     return trainer
 
 
 def by_hand(accumulate=1, epochs=2):
-    """Train on one batch after the other; the mean over a window is that over its samples."""
+    """Return the model of a plain loop; a step has the samples of `accumulate` batches."""
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
     size = SIZE * accumulate
@@ -102,11 +102,11 @@ SETTINGS = [{}, {"accumulate": 3}, {"micro_batch": 3}, {"accumulate": 2, "micro_
 
 @pytest.mark.parametrize("loader", LOADERS.values(), ids=LOADERS)
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@pytest.mark.parametrize("same", [False, True], ids=["two loaders", "one loader"])
-def test_training_is_the_plain_loop(loader, settings, same):
-    """Also where validation reads the same loader, in the middle of an epoch."""
+@pytest.mark.parametrize("shared", [False, True], ids=["two loaders", "one loader"])
+def test_training_is_equal_to_a_plain_loop(loader, settings, shared):
+    """A validation in the middle of an epoch may read the same loader."""
     data = loader()
-    val = data if same else loader()
+    val = data if shared else loader()
     settings = {"validate_every": "2steps", "metrics": [fw.metrics.build("accuracy")]} | settings
     trainer = fit(data, val=val, **settings)
     assert_same(trainer.model, by_hand(settings.get("accumulate", 1)), tolerance=1e-5)
@@ -116,7 +116,7 @@ def test_training_is_the_plain_loop(loader, settings, same):
 
 
 class First(nn.Module):
-    """Returns its input, or a part of it: in both cases the memory of the batch."""
+    """Returns its input or a part of it, in the memory of the batch."""
 
     def __init__(self, size=None):
         super().__init__()
@@ -127,7 +127,7 @@ class First(nn.Module):
 
 
 @pytest.mark.parametrize("loader", LOADERS.values(), ids=LOADERS)
-def test_outputs_that_are_the_inputs_are_kept(loader):
+def test_outputs_in_the_memory_of_the_inputs_are_copied(loader):
     trainer = Trainer(max_steps=1, device="cpu")
     assert torch.equal(trainer.predict(loader(), model=First()), X)
     metrics = [fw.metrics.build("accuracy")]
@@ -137,12 +137,12 @@ def test_outputs_that_are_the_inputs_are_kept(loader):
 
 
 def share_right():
-    """Return how often the largest of the first three inputs is the target."""
+    """Return the accuracy of the largest of the first three inputs as a prediction."""
     return (X[:, :3].argmax(1) == Y).float().mean().item()
 
 
 class OneOutput(nn.Module):
-    """Writes its outputs into the same memory, as a module replayed by a CUDA graph does."""
+    """Writes its outputs into the same memory, like a module replayed by a CUDA graph."""
 
     def __init__(self):
         super().__init__()
@@ -153,11 +153,11 @@ class OneOutput(nn.Module):
         return self.outputs[: len(inputs)]
 
 
-def test_outputs_in_the_same_memory_each_time_are_measured_one_by_one():
+def test_outputs_in_the_same_memory_each_time_are_not_buffered():
     trainer = Trainer(max_steps=1, device="cpu")
-    given = {"task": F.cross_entropy, "metrics": [fw.metrics.build("accuracy")]}
+    parts = {"task": F.cross_entropy, "metrics": [fw.metrics.build("accuracy")]}
     for size in (SIZE, 1):
-        values = trainer.evaluate(TensorSplit(X, Y), model=OneOutput(), batch_size=size, **given)
+        values = trainer.evaluate(TensorSplit(X, Y), model=OneOutput(), batch_size=size, **parts)
         assert values["test/accuracy"] == pytest.approx(share_right())
     assert torch.equal(trainer.predict(X, model=OneOutput(), batch_size=SIZE), X[:, :3])
 
@@ -174,16 +174,16 @@ class OneLoss(nn.Module):
 
 
 @pytest.mark.parametrize("metrics", [[], ["accuracy"]])
-def test_losses_in_the_same_memory_each_time_are_summed_up_one_by_one(metrics):
+def test_losses_in_the_same_memory_each_time_are_not_buffered(metrics):
     trainer = Trainer(max_steps=1, device="cpu")
     metrics = [fw.metrics.build(name) for name in metrics]
-    given = {"task": OneLoss(), "metrics": metrics, "batch_size": SIZE}
-    values = trainer.evaluate(TensorSplit(X, Y), model=First(3), **given)
+    parts = {"task": OneLoss(), "metrics": metrics, "batch_size": SIZE}
+    values = trainer.evaluate(TensorSplit(X, Y), model=First(3), **parts)
     assert values["test/loss"] == pytest.approx(F.cross_entropy(X[:, :3], Y).item())
 
 
-def test_a_gradient_that_is_changed_in_place_is_the_step_s_own():
-    """The gradient that a backward pass begins with is kept from step to step."""
+def test_a_hook_may_change_the_gradient_of_the_loss_in_place():
+    """This gradient of 1 is cached from step to step."""
 
     class Halved(fw.Task):
         def step(self, model, batch):
@@ -201,7 +201,7 @@ def test_a_gradient_that_is_changed_in_place_is_the_step_s_own():
 
 
 class SumOfOutputs(Metric):
-    """Its sums are the outputs' own memory when there is one row."""
+    """Returns sums in the memory of the outputs."""
 
     name = "output"
 
@@ -212,17 +212,17 @@ class SumOfOutputs(Metric):
         return float(sums.sum())
 
 
-def test_sums_of_a_metric_that_share_the_memory_of_a_batch_are_kept():
+def test_sums_of_a_metric_in_the_memory_of_a_batch_are_copied():
     trainer = Trainer(max_steps=1, device="cpu")
     inputs = X.double()
-    given = {"task": F.cross_entropy, "metrics": [SumOfOutputs()]}
-    values = trainer.evaluate(Reused(inputs), model=First(3), **given)
+    parts = {"task": F.cross_entropy, "metrics": [SumOfOutputs()]}
+    values = trainer.evaluate(Reused(inputs), model=First(3), **parts)
     expected = sum(part[-1, :3].sum() for part in inputs.split(SIZE))
     assert values["test/output"] == pytest.approx(float(expected))
 
 
 @pytest.mark.parametrize("loader", [Reused, Sized], ids=["no length", "length"])
-def test_statistics_are_measured_on_each_batch(loader):
+def test_swa_measures_statistics_on_each_batch(loader):
     def averaged(data):
         return fit(data, fw.callbacks.build("swa", start=0), model=network(norm=True)).model
 
@@ -246,31 +246,31 @@ CALLBACKS = {
 
 
 @pytest.mark.parametrize("name", CALLBACKS)
-def test_with_every_callback_it_is_as_with_a_list_of_batches(name):
-    """The loader is read for validation too, and by the callback itself."""
+def test_every_callback_gives_the_result_of_a_list_of_batches(name):
+    """The loader is also read for validation and by the callback."""
     ends = []
     for data in (Reused(), list(zip(X.split(SIZE), Y.split(SIZE), strict=True))):
         callback = fw.callbacks.build(name, **CALLBACKS[name])
         model = network(norm=name != "noise_scale")
         settings = {"accumulate": 2, "validate_every": "2steps", "log_every": "1steps"}
-        given = {"metrics": [fw.metrics.build("f1")], "val": data, "model": model}
+        parts = {"metrics": [fw.metrics.build("f1")], "val": data, "model": model}
         trainer = Trainer(max_epochs=2, device="cpu", callbacks=[callback], **settings)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        trainer.fit(data=data, task=nn.CrossEntropyLoss(), optimizer=optimizer, **given)
+        trainer.fit(data=data, task=nn.CrossEntropyLoss(), optimizer=optimizer, **parts)
         metrics = dict(trainer.state.metrics)
         del metrics["train/samples_per_second"]
         ends.append((model, metrics))
-    (ours, our_metrics), (plain, metrics) = ends
-    assert_same(ours, plain)
-    assert our_metrics == metrics
+    (model, metrics), (expected, expected_metrics) = ends
+    assert_same(model, expected)
+    assert metrics == expected_metrics
 
 
-class Pictured(fw.Logger):
+class ImageLogger(fw.Logger):
     def __init__(self):
-        self.pictures = []
+        self.logged = []
 
     def images(self, tag, images, step):
-        self.pictures.append(images.clone())
+        self.logged.append(images.clone())
 
 
 def test_callbacks_that_keep_batches_keep_copies():
@@ -280,20 +280,20 @@ def test_callbacks_that_keep_batches_keep_copies():
     images = X[:, :4].reshape(22, 1, 2, 2)
     shown = []
     for data in (Reused(images), list(zip(images.split(SIZE), Y.split(SIZE), strict=True))):
-        logger = Pictured()
+        logger = ImageLogger()
         model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
         model[1].weight.data.fill_(0.1)
         augmented = fw.callbacks.build("augmented")
         trainer = Trainer(max_epochs=1, device="cpu", callbacks=[augmented], loggers=[logger])
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         trainer.fit(model, data, task=nn.CrossEntropyLoss(), optimizer=optimizer, val=data)
-        shown.append(logger.pictures)
+        shown.append(logger.logged)
         assert torch.equal(held_out(trainer, 10), images[:10])
         features, classes = LinearProbe("0")._features(trainer, trainer.val_batches, None)
         assert torch.equal(features, images.flatten(1).double())
         assert torch.equal(classes, Y)
-    for ours, plain in zip(*shown, strict=True):
-        assert torch.equal(ours, plain)
+    for images, expected in zip(*shown, strict=True):
+        assert torch.equal(images, expected)
 
 
 class InPlace(nn.Module):
@@ -308,7 +308,7 @@ class InPlace(nn.Module):
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_a_model_that_changes_its_inputs_changes_no_data(shuffle):
+def test_a_model_that_changes_its_inputs_does_not_change_the_data(shuffle):
     from framework_plugins.callbacks.generated_images import held_out
 
     split = TensorSplit(X.clone(), Y.clone())
@@ -318,7 +318,7 @@ def test_a_model_that_changes_its_inputs_changes_no_data(shuffle):
     assert torch.equal(split.tensors[0], X)
 
 
-def test_targets_of_a_window_are_not_the_memory_of_its_inputs():
+def test_inputs_and_targets_of_a_window_do_not_share_memory():
     split = WindowSplit(torch.arange(50), 8)
     for count in (1, 2):
         inputs, targets = split.gather(torch.arange(count))
@@ -328,7 +328,7 @@ def test_targets_of_a_window_are_not_the_memory_of_its_inputs():
 
 
 class FullOnce(InPlace):
-    """Has no room for more than two samples, which it says after it has changed its inputs."""
+    """Raises an error for more than two samples, after it has changed its inputs."""
 
     def forward(self, inputs):
         outputs = super().forward(inputs)
@@ -338,7 +338,7 @@ class FullOnce(InPlace):
 
 
 @pytest.mark.filterwarnings("ignore:memory is full")
-def test_a_changed_batch_is_not_run_again_when_memory_was_full():
+def test_a_changed_batch_is_not_run_again_after_memory_was_full():
     with pytest.raises(fw.FrameworkError, match="changes its inputs in place"):
         fit(Reused(), model=FullOnce(), micro_batch="auto")
     trainer = Trainer(max_steps=1, device="cpu", micro_batch="auto")
@@ -354,7 +354,7 @@ class Full(nn.Linear):
 
 
 @pytest.mark.filterwarnings("ignore:memory is full")
-def test_an_evaluation_in_smaller_parts_leaves_out_no_batch_of_a_generator():
+def test_an_evaluation_in_smaller_parts_skips_no_batch_of_a_generator():
     model = Full(5, 3)
     trainer = Trainer(max_steps=1, device="cpu", micro_batch="auto")
     values = trainer.evaluate(iter(Reused()), model=model, task=nn.CrossEntropyLoss())
@@ -362,18 +362,17 @@ def test_an_evaluation_in_smaller_parts_leaves_out_no_batch_of_a_generator():
     assert values["test/loss"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_batches_that_are_fresh_are_not_copied():
-    """Copies are for loaders that may reuse their memory, and only for what is kept."""
-    fresh = ForeignLoader(DataLoader(TensorDataset(X, Y), SIZE))
-    batch = next(iter(fresh.epoch()))
-    assert fresh.keep(batch)[0] is batch[0]
+def test_keep_copies_only_batches_in_reused_memory():
+    separate = ForeignLoader(DataLoader(TensorDataset(X, Y), SIZE))
+    batch = next(iter(separate.epoch()))
+    assert separate.keep(batch)[0] is batch[0]
     reused = ForeignLoader(Reused())
     batch = next(iter(reused.epoch()))
     assert reused.keep(batch)[0].data_ptr() != batch[0].data_ptr()
 
 
 class SameMemory(Transform):
-    """Writes its batches into the same memory each time."""
+    """Writes each batch into the same memory."""
 
     def __init__(self):
         self.inputs = torch.empty(SIZE, 5)
@@ -390,20 +389,19 @@ def in_order():
     return Loader(TensorSplit(X, Y), SIZE, SIZE)
 
 
-def test_a_transform_that_reuses_its_memory():
-    """It is right where a step has one batch, and refused where it has several."""
+def test_a_transform_may_reuse_its_memory_if_a_step_has_one_batch():
     metrics = [fw.metrics.build("accuracy")]
-    ours = fit(in_order(), SameMemory(), metrics=metrics, log_every="1epoch")
-    plain = fit(in_order(), metrics=metrics, log_every="1epoch")
-    assert_same(ours.model, plain.model)
-    accuracy = plain.state.metrics["train/accuracy"]
-    assert ours.state.metrics["train/accuracy"] == pytest.approx(accuracy)
-    with pytest.raises(fw.errors.SettingError, match="transforms=SameMemory: one writes into"):
+    reusing = fit(in_order(), SameMemory(), metrics=metrics, log_every="1epoch")
+    expected = fit(in_order(), metrics=metrics, log_every="1epoch")
+    assert_same(reusing.model, expected.model)
+    accuracy = expected.state.metrics["train/accuracy"]
+    assert reusing.state.metrics["train/accuracy"] == pytest.approx(accuracy)
+    with pytest.raises(fw.errors.SettingError, match="transforms=SameMemory: .* writes into"):
         fit(in_order(), SameMemory(), accumulate=2)
 
 
 class Gathered(GatheredSplit):
-    """Makes all its batches in one memory."""
+    """Makes all batches in the same memory."""
 
     def __init__(self):
         self.memory = SameMemory()
@@ -417,16 +415,16 @@ class Gathered(GatheredSplit):
 
 
 @pytest.mark.parametrize("settings", [{}, {"accumulate": 3}], ids=str)
-def test_a_split_that_gathers_into_one_memory(settings):
+def test_a_split_may_gather_batches_into_the_same_memory(settings):
     metrics = [fw.metrics.build("accuracy")]
-    ours = fit(Loader(Gathered(), SIZE, SIZE), metrics=metrics, log_every="1epoch", **settings)
-    plain = fit(in_order(), metrics=metrics, log_every="1epoch", **settings)
-    assert_same(ours.model, plain.model)
-    accuracy = plain.state.metrics["train/accuracy"]
-    assert ours.state.metrics["train/accuracy"] == pytest.approx(accuracy)
+    reusing = fit(Loader(Gathered(), SIZE, SIZE), metrics=metrics, log_every="1epoch", **settings)
+    expected = fit(in_order(), metrics=metrics, log_every="1epoch", **settings)
+    assert_same(reusing.model, expected.model)
+    accuracy = expected.state.metrics["train/accuracy"]
+    assert reusing.state.metrics["train/accuracy"] == pytest.approx(accuracy)
 
 
-def test_trials_that_train_as_one_read_a_split_that_gathers_into_one_memory():
+def test_stacked_trials_may_read_a_split_that_reuses_its_memory():
     split = Gathered()
 
     def trial(lr):
@@ -438,8 +436,8 @@ def test_trials_that_train_as_one_read_a_split_that_gathers_into_one_memory():
         fit |= {"schedule": None, "metrics": trainer.metrics, "batch_size": SIZE, "resume": None}
         return trainer, fit
 
-    alone, given = trial(0.3)
-    alone.fit(given.pop("model"), given.pop("data"), **given)
+    alone, parts = trial(0.3)
+    alone.fit(parts.pop("model"), parts.pop("data"), **parts)
     trainers, fits = zip(trial(0.1), trial(0.3), strict=True)
     StackedTrainer(trainers, fits).run()
     assert_same(trainers[1].model, alone.model, tolerance=1e-5)
@@ -448,9 +446,9 @@ def test_trials_that_train_as_one_read_a_split_that_gathers_into_one_memory():
 
 
 class FakeStream:
-    """Stands for a CUDA stream, on which a copy is done as soon as it is begun."""
+    """Replaces a CUDA stream; a copy is complete at once."""
 
-    def __init__(self, *given):
+    def __init__(self, *args):
         self.waits = 0
 
     def record_event(self):
@@ -465,23 +463,24 @@ class FakeStream:
 @pytest.mark.parametrize("loader", LOADERS.values(), ids=LOADERS)
 @pytest.mark.parametrize("reused", [True, False])
 def test_copies_to_a_gpu_are_complete_before_the_next_batch_is_read(loader, reused, monkeypatch):
-    """Without a GPU; `reused=False` is the control, which would read the memory too late."""
+    """Runs without a GPU. The control `reused=False` reads the memory too late."""
     monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
     foreign = ForeignLoader(loader())
     foreign.copies = CopyStream(torch.device("cpu"), reused=reused)
-    found = torch.cat([foreign.keep(batch)[0] for batch in list(foreign.epoch())])
+    batches = list(foreign.epoch())
+    found = torch.cat([foreign.keep(batch)[0] for batch in batches])
     assert torch.equal(found, X) == reused
     assert foreign.copies.stream.waits == (6 if reused else 0)
 
 
-# parameters that are replaced while training goes on
+# parameters that are replaced during training
 
 
 class Surgery(Callback):
-    """Puts a new last layer, of the same shapes, into the model and into the optimizer."""
+    """Replaces the last layer in the model and the optimizer by a new one of the same shapes."""
 
     def __init__(self, step=3):
         self.step = step
@@ -495,8 +494,9 @@ def replace_head(model, optimizer):
     old = list(model[3].parameters())
     torch.manual_seed(9)
     model[3] = nn.Linear(8, 3)
+    removed = set(old)
     for group in optimizer.param_groups:
-        group["params"] = [p for p in group["params"] if not any(p is other for other in old)]
+        group["params"] = [p for p in group["params"] if p not in removed]
         group["params"] += list(model[3].parameters())
     for parameter in old:
         optimizer.state.pop(parameter, None)
@@ -514,7 +514,7 @@ OPTIMIZERS = {
 
 
 def loop_with_surgery(make, settings, steps, change):
-    """The plain loop, in which `change(model, optimizer)` is called after the third step."""
+    """Return the model of a plain loop that calls `change(model, optimizer)` after step 3."""
     model = network()
     optimizer = make(list(model.parameters()), **settings)
     for step in range(1, steps + 1):
@@ -532,7 +532,7 @@ def clear_state(model, optimizer):
 
 
 def new_buffers(model, optimizer):
-    """Start the averages of the gradients anew, in new tensors."""
+    """Reset the averages of the gradients, in new tensors."""
     for state in optimizer.state.values():
         for name, value in state.items():
             if torch.is_tensor(value) and value.ndim:
@@ -544,7 +544,7 @@ def maximize(model, optimizer):
 
 
 def foreach(model, optimizer):
-    """Let the optimizer take another implementation from here on."""
+    """Switch to another implementation of the optimizer."""
     optimizer.param_groups[0]["fused"] = False
 
 
@@ -554,7 +554,7 @@ CHANGES = [replace_head, clear_state, new_buffers, maximize, foreach]
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_the_update_is_of_the_parameters_and_states_that_are_there(optimizer, change, fused):
+def test_an_update_uses_the_present_parameters_and_states(optimizer, change, fused):
     class Change(Callback):
         def on_step_end(self, trainer):
             if trainer.state.step == 3:
@@ -563,15 +563,15 @@ def test_the_update_is_of_the_parameters_and_states_that_are_there(optimizer, ch
     make, settings = OPTIMIZERS[optimizer]
     model = network()
     trainer = Trainer(max_steps=8, device="cpu", callbacks=[Change()])
-    made = make(list(model.parameters()), **settings, fused=fused)
-    given = {"task": nn.CrossEntropyLoss(), "optimizer": made, "batch_size": SIZE}
-    trainer.fit(model, TensorSplit(X, Y), **given)
+    new_optimizer = make(list(model.parameters()), **settings, fused=fused)
+    parts = {"task": nn.CrossEntropyLoss(), "optimizer": new_optimizer, "batch_size": SIZE}
+    trainer.fit(model, TensorSplit(X, Y), **parts)
     expected = loop_with_surgery(make, settings, 8, change)
     assert_same(trainer.model, expected, tolerance=1e-5 if fused else 0.0)
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_layer_that_is_unfrozen_follows_the_schedule_from_there_on(fused):
+def test_an_unfrozen_layer_follows_the_schedule(fused):
     class Unfreeze(Callback):
         def on_step_end(self, trainer):
             if trainer.state.step == 3:
@@ -601,8 +601,8 @@ def test_a_layer_that_is_unfrozen_follows_the_schedule_from_there_on(fused):
         optimizer.step()
     model = network()
     trainer = Trainer(max_epochs=1, device="cpu", callbacks=[Unfreeze()])
-    given = {"task": nn.CrossEntropyLoss(), "optimizer": make(model), "schedule": schedule}
-    trainer.fit(model, in_order(), **given)
+    parts = {"task": nn.CrossEntropyLoss(), "optimizer": make(model), "schedule": schedule}
+    trainer.fit(model, in_order(), **parts)
     assert_same(model, expected, tolerance=1e-6)
 
 
@@ -615,15 +615,15 @@ AVERAGES = {
 
 
 @pytest.mark.parametrize("name", AVERAGES)
-def test_an_average_follows_parameters_that_are_replaced(name):
-    """Afterwards the model holds the average, and the callback the weights that were trained."""
+def test_an_average_follows_replaced_parameters(name):
+    """After the fit the model has the average, and the callback has the trained weights."""
     model = network()
     average = fw.callbacks.build(name, **AVERAGES[name])
     saves = Saves(average)
     trainer = Trainer(max_epochs=2, device="cpu", callbacks=[average, Surgery(), saves])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    given = {"task": nn.CrossEntropyLoss(), "optimizer": optimizer, "batch_size": SIZE}
-    trainer.fit(model, TensorSplit(X, Y), **given)
+    parts = {"task": nn.CrossEntropyLoss(), "optimizer": optimizer, "batch_size": SIZE}
+    trainer.fit(model, TensorSplit(X, Y), **parts)
     assert all(a is b for a, b in zip(average.parameters, model.parameters(), strict=True))
     assert not torch.equal(average.others[2], model[3].weight)
     for model_state, own_state in saves.saved:
@@ -632,7 +632,7 @@ def test_an_average_follows_parameters_that_are_replaced(name):
 
 
 class Saves(Callback):
-    """Notes what a checkpoint would hold after each step."""
+    """Records the content of a checkpoint after each step."""
 
     def __init__(self, average):
         self.average = average
@@ -645,8 +645,8 @@ class Saves(Callback):
         self.saved.append((model_state, own_state))
 
 
-def test_an_average_of_another_shape_takes_the_place_of_the_old_one():
-    """A checkpoint right after a layer was replaced holds the average of the new one."""
+def test_an_average_follows_a_layer_of_another_shape():
+    """A checkpoint right after the replacement contains the average of the new layer."""
 
     class Wider(Callback):
         def on_step_end(self, trainer):
@@ -661,14 +661,15 @@ def test_an_average_of_another_shape_takes_the_place_of_the_old_one():
     assert "1.0.weight" in names[2]
 
 
-def test_two_runs_can_go_on_from_one_state():
-    """The first of them does not write into the state of the optimizer that the second begins with."""
+def test_two_runs_can_resume_from_one_state():
+    """The first run does not write into the optimizer state from which the second one resumes."""
     saved = copy.deepcopy(fit(TensorSplit(X, Y), max_epochs=1).state_dict())
-    first, second = (fit(TensorSplit(X, Y), resume=saved) for _ in range(2))
+    first = fit(TensorSplit(X, Y), resume=saved)
+    second = fit(TensorSplit(X, Y), resume=saved)
     assert_same(first.model, second.model)
 
 
-def test_freezing_follows_a_module_that_is_replaced():
+def test_freezing_follows_a_replaced_module():
     class Replace(Callback):
         def on_epoch_end(self, trainer):
             if trainer.state.epoch == 1:
@@ -682,7 +683,7 @@ def test_freezing_follows_a_module_that_is_replaced():
 
 
 @pytest.mark.parametrize("part", ["model", "optimizer", "task"])
-def test_a_part_that_a_callback_replaces_whole_is_refused(part):
+def test_a_callback_cannot_replace_the_model_optimizer_or_task(part):
     class Replace(Callback):
         def on_step_end(self, trainer):
             other = network()

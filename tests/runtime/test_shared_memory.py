@@ -1,4 +1,4 @@
-"""Worker processes on a machine whose /dev/shm is full, as that of a container may be."""
+"""Data workers when /dev/shm is full, as it may be in a container."""
 
 import errno
 import json
@@ -39,7 +39,7 @@ def read(sample):
         return str(error)
 
 found = [read(torch.zeros(10)), read(torch.zeros(100_000))]
-found += [read(torch.zeros(10))]  # what failed has left nothing
+found += [read(torch.zeros(10))]  # the failed reader has left nothing
 with open("/dev/shm/other", "wb", buffering=0) as other:
     try:
         while other.write(bytes(4096)):
@@ -55,14 +55,12 @@ print(json.dumps([found, len(multiprocessing.active_children())]))
 def has_private_mounts():
     if os.geteuid() != 0 or shutil.which("unshare") is None:
         return False
-    return (
-        subprocess.run([*PRIVATE, "mount -t tmpfs tmpfs /dev/shm"], capture_output=True).returncode
-        == 0
-    )
+    command = [*PRIVATE, "mount -t tmpfs tmpfs /dev/shm"]
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def in_small_memory(script):
-    """Run a script where /dev/shm has 1 MB; return what it prints and its errors."""
+    """Run a script where /dev/shm has 1 MB; return its result and its error output."""
     command = f"mount -t tmpfs -o size=1m tmpfs /dev/shm && exec {shlex.quote(sys.executable)} -"
     project = Path(__file__).parents[2]
     done = subprocess.run(
@@ -77,8 +75,8 @@ def in_small_memory(script):
     return json.loads(done.stdout), done.stderr
 
 
-@pytest.mark.skipif(not has_private_mounts(), reason="needs root, to mount a small /dev/shm")
-def test_a_full_dev_shm_is_one_line_that_names_it_and_what_to_do():
+@pytest.mark.skipif(not has_private_mounts(), reason="needs root to mount a small /dev/shm")
+def test_the_error_for_a_full_dev_shm_is_one_line_with_advice():
     (found, processes), errors = in_small_memory(SCRIPT)
     fits, too_large, fits_again, *full = found
     assert (fits, fits_again) == (8, 8)
@@ -97,17 +95,17 @@ def samples():
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("so_many", [0, 1, 2])
-def test_no_semaphore_to_be_had(so_many, monkeypatch):
-    """A stand-in for a full /dev/shm: some queues can be made, the next one cannot."""
+@pytest.mark.parametrize("possible", [0, 1, 2])
+def test_a_missing_semaphore_is_an_error_that_leaves_no_process(possible, monkeypatch):
+    """A full /dev/shm is simulated: some queues can be created, the next one cannot."""
     queue = multiprocessing.context.BaseContext.Queue
-    made = []
+    queues = []
 
     def full(context):
-        if len(made) == so_many:
+        if len(queues) == possible:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        made.append(queue(context))
-        return made[-1]
+        queues.append(queue(context))
+        return queues[-1]
 
     monkeypatch.setattr(multiprocessing.context.BaseContext, "Queue", full)
     with pytest.raises(DataError, match="/dev/shm is full"):
@@ -115,7 +113,7 @@ def test_no_semaphore_to_be_had(so_many, monkeypatch):
     assert multiprocessing.active_children() == []
 
 
-def test_other_errors_at_the_start_of_processes_stay_what_they_are(monkeypatch):
+def test_other_errors_at_the_start_of_workers_are_not_changed(monkeypatch):
     def fails(context):
         raise OSError(errno.EMFILE, "Too many open files")
 

@@ -1,4 +1,4 @@
-"""Private names of torch that the training step uses, against the public API that does the same."""
+"""Private names of torch in the training step give the results of the public API."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def gradients_after(loss_of, monkeypatch, engine):
 
 
 def test_torch_has_the_engine():
-    """A control: without it the tests below would compare the fallback with itself."""
+    """A control: without the engine the tests below would compare the fallback with itself."""
     assert backward_engine.RUN_BACKWARD is not None
 
 
@@ -34,7 +34,7 @@ def test_torch_has_the_engine():
     [
         lambda outputs: outputs.square().mean(),
         lambda outputs: outputs.double().square().sum(),
-        lambda outputs: outputs.square().mean().reshape(1),  # backward() takes it, the engine not
+        lambda outputs: outputs.square().mean().reshape(1),  # for backward() only
     ],
     ids=["scalar", "double", "one number"],
 )
@@ -46,7 +46,7 @@ def test_the_engine_gives_the_gradients_of_backward(loss_of, monkeypatch):
 
 
 @pytest.mark.parametrize("engine", [True, False])
-def test_a_loss_without_a_graph_is_the_error_of_backward(monkeypatch, engine):
+def test_a_loss_without_a_graph_gives_the_error_of_backward(monkeypatch, engine):
     if not engine:
         monkeypatch.setattr(backward_engine, "RUN_BACKWARD", None)
     with pytest.raises(RuntimeError, match="does not require grad"):
@@ -103,11 +103,11 @@ def test_an_adam_update_without_the_sum_of_lists_gives_the_same_numbers(monkeypa
         assert torch.equal(ours, theirs)
 
 
-def test_a_kernel_that_refuses_its_arguments_is_not_used(monkeypatch):
-    def refuse(*args, **settings):
+def test_a_kernel_that_rejects_its_arguments_is_not_used(monkeypatch):
+    def reject(*args, **settings):
         raise TypeError("unexpected argument")
 
-    monkeypatch.setattr(torch, "_fused_adamw_", refuse)
+    monkeypatch.setattr(torch, "_fused_adamw_", reject)
     optimizer = torch.optim.AdamW(network().parameters(), fused=True)
     assert FusedUpdate(optimizer).kernel is None
 
@@ -120,7 +120,7 @@ def test_other_optimizers_have_no_kernel():
         assert fused_kernels.fused_kernel(kind) is None
 
 
-def test_hooks_of_steps_are_seen():
+def test_step_hooks_are_found():
     optimizer = torch.optim.SGD(network().parameters(), lr=0.1)
     assert not optimizer_hooks.has_step_hooks(optimizer)
     registrations = [
@@ -136,7 +136,7 @@ def test_hooks_of_steps_are_seen():
         assert not optimizer_hooks.has_step_hooks(optimizer)
 
 
-def test_an_optimizer_counts_as_hooked_where_torch_does_not_tell(monkeypatch):
+def test_without_the_private_names_an_optimizer_counts_as_hooked(monkeypatch):
     optimizer = torch.optim.SGD(network().parameters(), lr=0.1)
     monkeypatch.delattr(torch_optimizer, "_global_optimizer_pre_hooks")
     assert optimizer_hooks.has_step_hooks(optimizer)

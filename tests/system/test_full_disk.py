@@ -25,12 +25,13 @@ from fits import OPTIMIZERS, SPLIT, At, network
 from framework import Callback, Trainer
 from framework.cli.main import main
 from framework.errors import CheckpointError, RunError
-from framework.experiment.resume import last_values, status_of
-from framework.runs.status_file import Status
+from framework.experiment.result import last_values
+from framework.runs.checkpoint import writing
+from framework.runs.status_file import Status, status_of
 from framework.runtime.clock import write_trace
 from framework.system.files import AppendFile
-from framework.tuning.search.study import Journal, storage_in
-from framework.tuning.sweep.display import Lines, Output
+from framework.tuning.search.study import Journal, cached_storage
+from framework.tuning.sweep.display import LineDisplay, OutputCapture
 from framework.tuning.sweep.folder import SweepFolder, Trial
 from framework_plugins.loggers.text import keep_lines
 from runs import logged
@@ -73,7 +74,7 @@ class Record:
         return lambda: journal.append_logs([{"op_code": 4, "worker_id": "1", "study_id": 0}])
 
     def output(self, folder):
-        return lambda: Output(folder, Lines({})).write("a line\n")
+        return lambda: OutputCapture(folder, LineDisplay({})).write("a line\n")
 
 
 RECORDS = ["metrics", "events", "sweep", "journal", "output"]
@@ -309,7 +310,7 @@ def test_a_torn_state_is_unknown(tmp_path, name):
     ]:
         (tmp_path / name).write_bytes(torn)
         assert isinstance(status_of(tmp_path), str | None)
-        assert isinstance(SweepFolder(tmp_path).asked().get("command", []), list)
+        assert isinstance(SweepFolder(tmp_path).request().get("command", []), list)
 
 
 def test_last_lines_are_removed_without_writing_a_second_file(tmp_path, monkeypatch):
@@ -400,7 +401,7 @@ def fresh(command):
     """Run a command as in a new process, without a cached journal."""
 
     def run(line):
-        storage_in.cache_clear()
+        cached_storage.cache_clear()
         return command(line)
 
     return run
@@ -430,7 +431,7 @@ def undisturbed(tmp_path_factory):
     found = {}
     with pytest.MonkeyPatch.context() as patch:
         for launcher in (ONE_BY_ONE, AS_ONE):
-            storage_in.cache_clear()
+            cached_storage.cache_clear()
             patch.chdir(tmp_path_factory.mktemp("search"))
             with pytest.raises(SystemExit) as end:
                 main(shlex.split(f"{SEARCH} {launcher}"))
@@ -440,9 +441,9 @@ def undisturbed(tmp_path_factory):
 
 
 FULL_AT = {
-    "checkpoint": (ONE_BY_ONE, (fw.checkpoints, "write"), 1),
+    "checkpoint": (ONE_BY_ONE, (writing, "write"), 1),
     "run-folder": (ONE_BY_ONE, (framework.runs.folder, "only_writer"), 1),
-    "checkpoint-as-one": (AS_ONE, (fw.checkpoints, "write"), 1),
+    "checkpoint-as-one": (AS_ONE, (writing, "write"), 1),
     "run-folder-as-one": (AS_ONE, (framework.runs.folder, "only_writer"), 1),
 }
 
@@ -476,7 +477,7 @@ def test_a_trial_that_fails_for_another_reason_counts_as_ended(fresh, monkeypatc
         raise RunError("cannot be written")
 
     with monkeypatch.context() as patch:
-        patch.setattr(fw.checkpoints, "write", fail)
+        patch.setattr(writing, "write", fail)
         status, _, err = fresh(f"{SEARCH} {ONE_BY_ONE}")
     assert (status, err) == (2, "framework: 3 of 3 trials failed\n")
     assert fresh(f"{SEARCH} {ONE_BY_ONE}")[0] == 2
@@ -487,7 +488,7 @@ def test_a_grid_ends_at_a_full_disk(command, monkeypatch):
     grid = "train -m data=blobs trainer.max_epochs=1 loggers=[json_lines] sweep.name=s seed=0,1,2"
     grid += " resume=auto"
     with monkeypatch.context() as patch:
-        no_room(patch, (fw.checkpoints, "write"), 1)
+        no_room(patch, (writing, "write"), 1)
         status, _, err = command(f"{grid} {ONE_BY_ONE}")
     assert status == 2
     assert "cannot be saved in runs/default/s/001_seed-1" in err.splitlines()[-1]

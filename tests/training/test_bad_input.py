@@ -1,6 +1,6 @@
-"""Bad input, as a person meets it: what is wrong with the files, and what is said, or done about it.
+"""Bad input files on the command line: the error of each sort of data, and the exceptions.
 
-Through the command line. What a reader of files says in each case is in the tests of that reader.
+The messages of a reader of files are tested in full with that reader.
 """
 
 import shlex
@@ -19,12 +19,15 @@ from framework.runs.checkpoint import listed
 
 QUICK = "trainer.max_epochs=1 'callbacks=[checkpoint]' loggers=json_lines"
 COMMANDS = {
-    "images": "data=image_folder data.path=pets data.size=8 model=cnn model.channels=[2] model.width=4",
-    "sounds": "data=audio_folder data.path=sounds data.sample_rate=8000 data.seconds=0.1 model=sequence_cnn",
+    "images": "data=image_folder data.path=pets data.size=8 model=cnn model.channels=[2]"
+    " model.width=4",
+    "sounds": "data=audio_folder data.path=sounds data.sample_rate=8000 data.seconds=0.1"
+    " model=sequence_cnn",
     "table": "data=table data.path=t.csv data.target=kind model.width=4",
-    "amounts": "data=table data.path=t.csv data.target=amount task=regression metrics=mae model.width=4",
-    "series": "data=series data.path=s.csv data.target=load data.lookback=8 data.horizon=4 model=linear_forecast"
-    " task=regression metrics=mae",
+    "amounts": "data=table data.path=t.csv data.target=amount task=regression metrics=mae"
+    " model.width=4",
+    "series": "data=series data.path=s.csv data.target=load data.lookback=8 data.horizon=4"
+    " model=linear_forecast task=regression metrics=mae",
     "sequences": "data=ts_files data.path=c.ts model=sequence_cnn model.channels=[4]",
     "texts": "data=text_folder data.path=texts model=embedding_bag",
     "arrays": "data=npz data.path=a.npz model.width=4",
@@ -44,13 +47,12 @@ def sound(file, samples=900, rate=8000, channels=1):
         opened.setnchannels(channels)
         opened.setsampwidth(2)
         opened.setframerate(rate)
-        opened.writeframes(
-            np.random.default_rng(0).integers(-999, 999, samples * channels).astype("<i2").tobytes()
-        )
+        noise = np.random.default_rng(0).integers(-999, 999, samples * channels)
+        opened.writeframes(noise.astype("<i2").tobytes())
 
 
 def good(folder):
-    """One data set of each sort, small, and nothing wrong with it."""
+    """Write a small valid data set of each sort."""
     for kind in ("cat", "dog"):
         pictures(folder / "pets" / kind)
         for number in range(10):
@@ -71,7 +73,7 @@ def good(folder):
 
 
 def row(file, number, text):
-    """Put a row in the place of another; the first below the header is 1."""
+    """Replace a row; the first one below the header is 1."""
     lines = Path(file).read_text().splitlines()
     lines[number] = text
     Path(file).write_text("\n".join(lines))
@@ -81,13 +83,19 @@ def cut(file, octets):
     Path(file).write_bytes(Path(file).read_bytes()[:octets])
 
 
+def keep_one_picture_of_each_class():
+    for file in Path("pets").glob("*/*.png"):
+        if file.name != "00.png":
+            file.unlink()
+
+
 def arrays(**changed):
     np.savez("a.npz", **dict(np.load("a.npz")) | changed)
 
 
 @pytest.fixture
 def refused(command, tmp_path):
-    """Run a command; check that it is refused in a line or two, with status 2, and that it leaves nothing behind."""
+    """Run a command; check for an error in one or two lines, status 2, and unchanged files."""
 
     def run(line):
         before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
@@ -97,7 +105,7 @@ def refused(command, tmp_path):
         assert len(lines) in (1, 2), err
         assert lines[0].startswith("framework: ")
         assert "Traceback" not in err
-        assert "cannot be built" not in err, "somebody's mistake, but not the person's"
+        assert "cannot be built" not in err, "that would be an error of the part"
         assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
         return err
 
@@ -107,16 +115,16 @@ def refused(command, tmp_path):
 @pytest.mark.parametrize(
     ("sort", "spoil", "said"),
     [
-        # pictures: those that training standardises by are read before it starts
+        # pictures: the training split is read before training, for the mean and deviation
         (
             "images",
             lambda: cut("pets/cat/00.png", 60),
-            "pets/cat/00.png cannot be read as a picture",
+            "pets/cat/00.png cannot be read as an image",
         ),
         (
             "images",
             lambda: Path("pets/cat/00.png").write_text("hello"),
-            "pets/cat/00.png cannot be read as a picture",
+            "pets/cat/00.png cannot be read as an image",
         ),
         (
             "images",
@@ -126,65 +134,65 @@ def refused(command, tmp_path):
         (
             "images",
             lambda: Path("pets/dog/x.png").symlink_to("gone"),
-            "pets/dog/x.png is a link to what is not there",
+            "pets/dog/x.png is a broken link",
         ),
-        ("images", lambda: Path("pets/eel").mkdir(), "pets/eel has no pictures; known are .bmp, "),
+        (
+            "images",
+            lambda: Path("pets/eel").mkdir(),
+            "pets/eel has no images; known suffixes: .bmp, ",
+        ),
         (
             "images",
             lambda: shutil.rmtree("pets/dog"),
-            "pets has one class only, 'cat'; classes to tell apart are two",
+            "pets has only one class, 'cat'; expected at least two classes",
         ),
         (
             "images",
             lambda: [shutil.rmtree(f"pets/{kind}") for kind in ("cat", "dog")],
             "pets has no folders; put the",
         ),
-        ("images", lambda: shutil.rmtree("pets"), "pets: there is no such folder (looked from "),
+        ("images", lambda: shutil.rmtree("pets"), "pets: no such folder (looked in "),
         (
             "images",
             lambda: [shutil.rmtree("pets"), Path("pets").write_text("")],
-            "pets is a file; data.path is the folder that has a folder for each class",
+            "data.path=pets is a file; expected a folder",
         ),
         (
             "images",
-            lambda: [
-                Path(f"pets/{kind}/{n:02}.png").unlink()
-                for kind in ("cat", "dog")
-                for n in range(1, 12)
-            ],
-            "2 rows are too few for a validation and a test split; get more, or take none with data.val_fraction=0",
+            keep_one_picture_of_each_class,
+            "2 rows are too few for a validation and a test split; add rows, or set ",
         ),
         # sounds
         (
             "sounds",
             lambda: sound(Path("sounds/cat/3.wav"), rate=16_000),
-            "sounds/cat/3.wav has 16000 samples a second, not 8000: give data.sample_rate=16000 if all have, or",
+            "sounds/cat/3.wav has 16000 samples per second, expected 8000: set data.sample_rate=16000 if all",
         ),
         (
             "sounds",
             lambda: sound(Path("sounds/cat/3.wav"), samples=0),
-            "sounds/cat/3.wav is 0 s long; at least 0.01 s",
+            "sounds/cat/3.wav is 0 s long, shorter than data.min_seconds=0.01",
         ),
         (
             "sounds",
             lambda: cut("sounds/cat/3.wav", 500),
-            "sounds/cat/3.wav is cut off: 228 of 900 frames; replace it",
+            "sounds/cat/3.wav is cut off: it has 228 of 900 frames; replace it",
         ),
         (
             "sounds",
             lambda: Path("sounds/eel").mkdir(),
-            "sounds/eel has no sounds; known are .aif, ",
+            "sounds/eel has no sounds; known suffixes: .aif, ",
         ),
         # tables; row 1 is the first below the header
         (
             "table",
             lambda: row("t.csv", 7, "large,red,1,cat"),
-            "t.csv, row 7, column 'size': 'large' is no number; correct it, or categorical=[size]",
+            "t.csv, row 7, column 'size': 'large' is not a number; correct it, or categorical=[size]",
         ),
         (
             "table",
             lambda: row("t.csv", 7, "1e39,red,1,cat"),
-            "t.csv, row 7, column 'size': '1e39' is no number",
+            "t.csv, row 7, column 'size': '1e39' is not a number",
         ),
         (
             "table",
@@ -206,7 +214,7 @@ def refused(command, tmp_path):
         (
             "table",
             lambda: [Path("t.csv").unlink(), Path("t.csv").mkdir()],
-            "t.csv is a folder; a table is one file",
+            "t.csv is a folder; expected a .csv or",
         ),
         (
             "amounts",
@@ -216,7 +224,7 @@ def refused(command, tmp_path):
         (
             "amounts",
             lambda: row("t.csv", 7, "7,red,many,cat"),
-            "t.csv, row 7, column 'amount': 'many' is no number",
+            "t.csv, row 7, column 'amount': 'many' is not a number",
         ),
         # series, and sequences of unequal length
         (
@@ -227,12 +235,12 @@ def refused(command, tmp_path):
         (
             "series",
             lambda: row("s.csv", 30, "low,1"),
-            "s.csv, row 30, column 'load': 'low' is no number; correct it",
+            "s.csv, row 30, column 'load': 'low' is not a number; correct it",
         ),
         (
             "series",
             lambda: Path("s.csv").write_text("load\n" + "5\n" * 15),
-            "s.csv: the training span of 10 of 15 rows has no window of 8 + 4 rows; lower lookback and horizon",
+            "s.csv: the 10 training rows of 15 are fewer than a window of 8 + 4 rows; lower lookback and horizon",
         ),
         (
             "sequences",
@@ -242,99 +250,98 @@ def refused(command, tmp_path):
         (
             "sequences",
             lambda: row("c.ts", 4, "1,2,?:1,2,3:a"),
-            "c.ts, line 5: a frame should be a number, not '?'",
+            "c.ts, line 5: expected numbers as frames, got '?'",
         ),
         (
             "sequences",
             lambda: row("c.ts", 4, "1,2,3:1,2,3:"),
-            "c.ts, line 5: it ends without a class",
+            "c.ts, line 5: the class at its end is missing",
         ),
         # texts and arrays
         (
             "texts",
             lambda: Path("texts/cat/3.txt").write_bytes(b"caf\xe9"),
-            "texts/cat/3.txt is no UTF-8 text (byte 3)",
+            "texts/cat/3.txt is not UTF-8 text (byte 3)",
         ),
         (
             "texts",
             lambda: Path("texts/eel").mkdir(),
-            "texts/eel has no .txt file; a class needs some, or remove its",
+            "texts/eel has no .txt file; add some",
         ),
         (
             "arrays",
             lambda: arrays(x=np.full((40, 3), np.nan)),
-            "a.npz: the train inputs: row 1 holds NaN or infinity",
+            "a.npz: the train inputs: row 1 contains NaN or infinity",
         ),
         ("arrays", lambda: arrays(y=np.arange(39) % 2), "a.npz: 40 train inputs, but 39 targets"),
         ("arrays", lambda: cut("a.npz", 300), "a.npz cannot be read as an array"),
     ],
 )
-def test_training_refuses_what_it_cannot_use(sort, spoil, said, refused, tmp_path):
+def test_training_with_bad_data_is_an_error(sort, spoil, said, refused, tmp_path):
     good(tmp_path)
     spoil()
     assert said in refused(f"train {COMMANDS[sort]} {QUICK}")
 
 
-def test_a_sequence_longer_than_the_model_is_refused(refused, tmp_path):
+def test_a_sequence_longer_than_the_model_takes_is_an_error(refused, tmp_path):
     good(tmp_path)
-    assert "c.ts, case 1: 3 frames; the model takes 2 (data.length)" in refused(
+    assert "c.ts, sequence 1: 3 frames; the model takes 2 (data.length)" in refused(
         f"train {COMMANDS['sequences']} data.length=2 {QUICK}"
     )
 
 
-def test_an_official_test_set_is_told_apart(refused, tmp_path):
-    """A mistake in the second file is not put down to the first."""
+def test_an_error_in_a_test_file_names_that_file(refused, tmp_path):
     good(tmp_path)
     (tmp_path / "test.csv").write_text("size,colour,amount,kind\n1,red,1,cat\ntwo,red,1,dog\n")
     (tmp_path / "test.ts").write_text("@classLabel true a b\n@data\n1,2,3:4,5,6:a\n1,2,3:a\n")
     said = refused(f"train {COMMANDS['table']} data.test_path=test.csv {QUICK}")
-    assert "test.csv, row 2, column 'size': 'two' is no number" in said
+    assert "test.csv, row 2, column 'size': 'two' is not a number" in said
     said = refused(f"train {COMMANDS['sequences']} data.test_path=test.ts {QUICK}")
-    assert "test.ts, line 4: 1 channels, but 2 in the first case" in said
+    assert "test.ts, line 4: 1 channels, but 2 in the first sequence" in said
     (tmp_path / "test.ts").write_text("@classLabel true a b\n@data\n1,2,3:a\n")
     said = refused(f"train {COMMANDS['sequences']} data.test_path=test.ts {QUICK}")
-    assert "test.ts, case 1: 1 channels; the model takes 2" in said
+    assert "test.ts, sequence 1: 1 channels; the model takes 2" in said
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A run of each sort."""
+    """Train a model on each sort of data."""
     root = tmp_path_factory.mktemp("runs")
     good(root)
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(root)
         for sort in ("images", "sounds", "table", "series", "sequences"):
-            with pytest.raises(SystemExit) as exit:
+            with pytest.raises(SystemExit) as ended:
                 main(shlex.split(f"train {COMMANDS[sort]} run.name={sort} {QUICK}"))
-            assert exit.value.code == 0
+            assert ended.value.code == 0
     return root / "runs" / "default"
 
 
 @pytest.mark.parametrize(
     ("sort", "file", "said"),
     [
-        ("images", "notes.png", "notes.png cannot be read as a picture"),
-        ("images", "hollow", "hollow has no pictures"),
-        ("images", "nan.npy", "nan.npy: row 1 holds NaN or infinity"),
+        ("images", "notes.png", "notes.png cannot be read as an image"),
+        ("images", "hollow", "hollow has no images"),
+        ("images", "nan.npy", "nan.npy: row 1 contains NaN or infinity"),
         (
             "images",
             "wide.npy",
-            "wide.npy: a row has shape (3, 8, 9), but the model takes (3, 8, 8)",
+            "wide.npy: rows have shape (3, 8, 9); the model takes (3, 8, 8)",
         ),
-        ("sounds", "quick.wav", "quick.wav has 16000 samples a second, not 8000"),
-        ("table", "text.csv", "text.csv, row 2, column 'size': 'two' is no number; correct it"),
+        ("sounds", "quick.wav", "quick.wav has 16000 samples per second, expected 8000"),
+        ("table", "text.csv", "text.csv, row 2, column 'size': 'two' is not a number; correct it"),
         ("table", "color.csv", "color.csv has no column 'colour'; did you mean 'color'?"),
         ("table", "header.csv", "header.csv has no rows"),
-        ("series", "few.csv", "few.csv has 5 rows; the model looks back on 8"),
+        ("series", "few.csv", "few.csv has 5 rows; the model needs the last 8"),
         (
             "series",
             "gap.csv",
             "gap.csv, row 9: 'load' is empty; a series needs a number in every row",
         ),
-        ("sequences", "long.ts", "long.ts, case 2: 5 frames; the model takes 3 (data.length)"),
+        ("sequences", "long.ts", "long.ts, sequence 2: 5 frames; the model takes 3 (data.length)"),
     ],
 )
-def test_prediction_refuses_what_it_cannot_use(sort, file, said, refused, runs, tmp_path):
+def test_prediction_for_bad_input_is_an_error(sort, file, said, refused, runs, tmp_path):
     contents = {
         "notes.png": "no picture",
         "text.csv": "size,colour,amount\n1,red,1\ntwo,red,1\n",
@@ -353,11 +360,11 @@ def test_prediction_refuses_what_it_cannot_use(sort, file, said, refused, runs, 
     assert said in refused(f"predict {runs / sort} --input {file} --output y.csv")
 
 
-# --- what is no mistake, or need not be the end -----------------------------------------------------------------------
+# --- input that is accepted, and runs that continue ---
 
 
-def test_a_category_never_seen_is_no_category(command, runs, tmp_path):
-    """Of the inputs that stand for texts all are 0; so that two such texts are the same."""
+def test_all_categories_that_were_not_in_training_are_the_same(command, runs, tmp_path):
+    """All inputs of their one-hot encoding are 0."""
     (tmp_path / "new.csv").write_text("size,colour,amount\n3,pink,1\n3,green,1\n3,red,1\n")
     status, _, err = command(f"predict {runs / 'table'} --input new.csv --output y.csv")
     assert status in (0, None), err
@@ -365,7 +372,7 @@ def test_a_category_never_seen_is_no_category(command, runs, tmp_path):
     assert pink == green != red
 
 
-def test_sounds_of_another_rate_or_length_can_be_brought_to_the_right_one(command, tmp_path):
+def test_sounds_of_another_rate_length_or_channels_can_be_converted(command, tmp_path):
     good(tmp_path)
     sound(tmp_path / "sounds/cat/3.wav", samples=5000, rate=16_000)
     sound(tmp_path / "sounds/dog/3.wav", channels=2)
@@ -380,7 +387,7 @@ def test_sounds_of_another_rate_or_length_can_be_brought_to_the_right_one(comman
         test_fraction=0.0,
     )
     real = torch.cat([data.train.tensors[0], data.val.tensors[0]])[:, 1].sum(1)
-    assert real.tolist() == [800] * 20, "the middle of what is longer"
+    assert real.tolist() == [800] * 20, "the middle of a longer sound"
 
 
 def test_a_grey_picture_of_16_bits_is_not_all_white(tmp_path):
@@ -404,16 +411,17 @@ def test_a_grey_picture_of_16_bits_is_not_all_white(tmp_path):
             )
 
 
-class TestMetInMidRun:
-    """A picture that is spoilt, and not among those that are read before training: the run has begun."""
+class TestBadPictureDuringTraining:
+    """A bad picture that is not read before training."""
 
-    line = f"train {COMMANDS['images']} data.normalize=false data.val_fraction=0 data.test_fraction=0 loader.batch_size=4"
-    line += " trainer.max_epochs=2 'callbacks=[checkpoint]' callbacks.checkpoint.every=1steps loggers=json_lines"
+    line = f"train {COMMANDS['images']} data.normalize=false data.val_fraction=0"
+    line += " data.test_fraction=0 loader.batch_size=4 trainer.max_epochs=2 loggers=json_lines"
+    line += " 'callbacks=[checkpoint]' callbacks.checkpoint.every=1steps"
 
     def weights(self, run):
         return (listed(Path(run) / "checkpoints")[-1] / "model.safetensors").read_bytes()
 
-    def test_the_run_goes_on_where_it_was_once_the_picture_is_back(self, command, tmp_path):
+    def test_the_run_resumes_exactly_after_the_picture_is_repaired(self, command, tmp_path):
         good(tmp_path)
         status, _, err = command(f"{self.line} run.name=whole")
         assert status in (0, None), err
@@ -422,7 +430,7 @@ class TestMetInMidRun:
         picture.write_bytes(content[:60])
         status, _, err = command(f"{self.line} run.name=cut")
         assert status == 2
-        assert err.startswith("framework: pets/dog/07.png cannot be read as a picture")
+        assert err.startswith("framework: pets/dog/07.png cannot be read as an image")
         assert len(err.splitlines()) == 1
         assert len(listed(tmp_path / "runs/default/cut/checkpoints")) > 0, "what was learnt is kept"
         picture.write_bytes(content)
@@ -431,9 +439,9 @@ class TestMetInMidRun:
         assert "going on with" in out
         assert self.weights("runs/default/cut") == self.weights("runs/default/whole")
 
-    def test_or_it_is_left_out_when_that_is_wished(self, command, tmp_path):
+    def test_the_picture_is_left_out_with_on_bad_sample_skip(self, command, tmp_path):
         good(tmp_path)
         cut(tmp_path / "pets/dog/07.png", 60)
-        with pytest.warns(UserWarning, match=r"pets/dog/07.png cannot be read .*; it is left out"):
+        with pytest.warns(UserWarning, match=r"pets/dog/07.png cannot be read .* is skipped"):
             status, _, err = command(f"{self.line} loader.on_bad_sample=skip")
         assert status in (0, None), err

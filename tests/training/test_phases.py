@@ -1,4 +1,4 @@
-"""A step of several phases: each with its own loss, its own parameters and an update of its own."""
+"""Steps of several phases, each with its own loss, parameters and update."""
 
 import pytest
 import torch
@@ -30,20 +30,18 @@ class Duel(nn.Module):
 
 
 class Duelling(Task):
-    """Both play on what noise the inputs themselves give, so that nothing is random."""
+    """Both phases use the inputs as noise, so that no number is random."""
 
     phases = (Phase("judge", ["judge.*"]), Phase("maker", ["maker.*"]))
 
     def phase(self, name, model, batch):
-        made = model.maker(batch[0][:, :2])
+        generated = model.maker(batch[0][:, :2])
         if name == "judge":
-            loss = (
-                F.softplus(-model.judge(batch[0])).mean()
-                + F.softplus(model.judge(made.detach())).mean()
-            )
+            real = F.softplus(-model.judge(batch[0])).mean()
+            loss = real + F.softplus(model.judge(generated.detach())).mean()
         else:
-            loss = F.softplus(-model.judge(made)).mean()
-        return Step(loss, made, batch[0], {f"{name}_loss": loss})
+            loss = F.softplus(-model.judge(generated)).mean()
+        return Step(loss, generated, batch[0], {f"{name}_loss": loss})
 
     def step(self, model, batch):
         return self.phase("judge", model, batch)
@@ -61,8 +59,9 @@ def fit(*callbacks, task=None, resume=None, **settings):
 
 
 def by_hand(epochs=4):
-    """The usual way: two optimizers, and one loop."""
-    model, task = Duel(), Duelling()
+    """Train with two optimizers in a plain loop."""
+    model = Duel()
+    task = Duelling()
     judge = torch.optim.Adam(model.judge.parameters(), lr=0.01)
     maker = torch.optim.Adam(model.maker.parameters(), lr=0.01)
     loader = Loader(DATA, 32, shuffle=True, seed=2)
@@ -79,8 +78,9 @@ def by_hand(epochs=4):
     return model, torch.stack(losses[-3:]).mean(0)
 
 
-def test_phases_do_what_two_optimizers_in_a_plain_loop_do():
-    trainer, (model, losses) = fit(), by_hand()
+def test_phases_equal_two_optimizers_in_a_plain_loop():
+    trainer = fit()
+    model, losses = by_hand()
     for ours, theirs in zip(trainer.model.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
     metrics = trainer.state.metrics
@@ -89,8 +89,9 @@ def test_phases_do_what_two_optimizers_in_a_plain_loop_do():
     assert metrics["train/loss"] == pytest.approx(float(losses.mean()), abs=1e-6)
 
 
-def test_accumulated_phases_are_those_of_the_whole_batch():
-    whole, parts = fit(), fit(micro_batch=16)
+def test_phases_of_micro_batches_equal_those_of_the_batch():
+    whole = fit()
+    parts = fit(micro_batch=16)
     for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
@@ -100,16 +101,14 @@ class Gradients(fw.Callback):
         self.seen = []
 
     def on_gradients(self, trainer):
-        self.seen.append(
-            {
-                name.split(".")[0]
-                for name, p in trainer.model.named_parameters()
-                if p.grad is not None
-            }
-        )
+        parts = set()
+        for name, parameter in trainer.model.named_parameters():
+            if parameter.grad is not None:
+                parts.add(name.split(".")[0])
+        self.seen.append(parts)
 
 
-def test_each_phase_has_gradients_of_its_own_alone():
+def test_each_phase_has_gradients_of_its_own_parameters_only():
     gradients = Gradients()
     trainer = fit(gradients, max_epochs=1)
     assert gradients.seen == [{"judge"}, {"maker"}] * 3
@@ -121,51 +120,50 @@ class Frozen(fw.Callback):
         trainer.model.judge[0].requires_grad_(False)
 
 
-def test_what_is_frozen_stays_frozen():
+def test_frozen_parameters_stay_frozen():
     trainer = fit(Frozen())
     assert torch.equal(trainer.model.judge[0].weight, Duel().judge[0].weight)
     assert not torch.equal(trainer.model.judge[2].weight, Duel().judge[2].weight)
 
 
 @pytest.mark.parametrize("steps", [4, 5])
-def test_a_run_that_was_cut_off_goes_on_exactly(steps):
+def test_an_interrupted_run_resumes_exactly(steps):
     half = fit(max_steps=steps).state_dict()
-    resumed, whole = fit(resume=half), fit()
+    resumed = fit(resume=half)
+    whole = fit()
     for a, b in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(a, b)
     assert resumed.state.metrics["train/maker_loss"] == whole.state.metrics["train/maker_loss"]
 
 
-@pytest.mark.parametrize("policy", ["raise", "skip"])
-def test_a_loss_that_is_not_finite_moves_no_phase(policy):
-    class Broken(Duelling):
-        def phase(self, name, model, batch):
-            step = super().phase(name, model, batch)
-            return step._replace(loss=step.loss * torch.inf)
+class Broken(Duelling):
+    """A task whose loss is infinite."""
 
-    non_finite = fw.callbacks.build(
-        "non_finite", policy=policy, **({"most_skips": 99} if policy == "skip" else {})
-    )
-    with (
-        pytest.raises(Exception, match="the loss is inf at step 1")
-        if policy == "raise"
-        else torch.no_grad()
-    ):
-        with torch.enable_grad():
-            trainer = fit(non_finite, task=Broken())
-        assert all(
-            torch.equal(a, b)
-            for a, b in zip(trainer.model.parameters(), Duel().parameters(), strict=True)
-        )
-        assert non_finite.skipped == 24
+    def phase(self, name, model, batch):
+        step = super().phase(name, model, batch)
+        return step._replace(loss=step.loss * torch.inf)
 
 
-def test_a_compiled_step_is_refused():
+def test_a_loss_that_is_not_finite_is_an_error():
+    non_finite = fw.callbacks.build("non_finite", policy="raise")
+    with pytest.raises(Exception, match="the loss is inf at step 1"):
+        fit(non_finite, task=Broken())
+
+
+def test_the_updates_of_all_phases_are_skipped_if_the_loss_is_not_finite():
+    non_finite = fw.callbacks.build("non_finite", policy="skip", most_skips=99)
+    trainer = fit(non_finite, task=Broken())
+    for trained, initial in zip(trainer.model.parameters(), Duel().parameters(), strict=True):
+        assert torch.equal(trained, initial)
+    assert non_finite.skipped == 24
+
+
+def test_a_compiled_step_with_phases_is_an_error():
     with pytest.raises(SettingError, match="compile=step: Duelling updates in phases"):
         fit(compile="step")
 
 
-def test_values_beside_the_loss_are_means_over_items():
+def test_additional_values_are_means_over_items():
     measures = Measures([], torch.device("cpu"))
     for value, count in ((1.0, 10), (4.0, 5)):
         measures.add(torch.tensor(0.0), None, None, count, {"kl": torch.tensor(value)})
@@ -174,8 +172,9 @@ def test_values_beside_the_loss_are_means_over_items():
     assert measures.read()["kl"] == 7.0
 
 
-def test_values_that_are_held_back_go_into_a_checkpoint():
-    measures, other = (Measures([], torch.device("cpu")) for _ in range(2))
+def test_buffered_values_are_saved():
+    measures = Measures([], torch.device("cpu"))
+    other = Measures([], torch.device("cpu"))
     for value in range(20):
         measures.add(torch.tensor(1.0), None, None, 2, {"kl": torch.tensor(float(value))})
     mark = measures.mark()

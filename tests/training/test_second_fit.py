@@ -49,7 +49,7 @@ OTHER_TASKS = {
 
 
 class Record(Logger):
-    """Keeps everything that it gets, except times."""
+    """Records everything that it receives, except times."""
 
     def __init__(self):
         self.lines = []
@@ -81,13 +81,14 @@ def network(seed=1):
     return nn.Sequential(nn.Flatten(), nn.Linear(16, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
 
 
-def fit(trainer, record, *, model=None, optimizer=None, lr=0.5, schedule=None, **given):
-    """Fit a fresh model; return what was logged and the weights."""
+def fit(trainer, record, *, model=None, optimizer=None, lr=0.5, schedule=None, **settings):
+    """Fit a new model; return the logged lines and the weights."""
     model = model or network()
     optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=lr)
     record.lines = []
-    given = {"val": SPLIT, "task": LOSS, "batch_size": 4} | given
-    trainer.fit(model, given.pop("data", SPLIT), optimizer=optimizer, schedule=schedule, **given)
+    settings = {"val": SPLIT, "task": LOSS, "batch_size": 4} | settings
+    data = settings.pop("data", SPLIT)
+    trainer.fit(model, data, optimizer=optimizer, schedule=schedule, **settings)
     return record.lines, {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
@@ -106,7 +107,7 @@ def names_of(kind):
 
 
 @pytest.mark.parametrize("name", sorted(set(names_of("callback")) - OTHER_TASKS))
-def test_second_fit_equals_the_first_for_each_callback(name, tmp_path, capsys):
+def test_a_second_fit_equals_the_first_for_each_callback(name, tmp_path, capsys):
     record = Record()
     callback = fw.callbacks.build(name, **SETTINGS.get(name, {}))
     callbacks = [Explode(), callback] if name == "non_finite" else [callback]
@@ -116,22 +117,21 @@ def test_second_fit_equals_the_first_for_each_callback(name, tmp_path, capsys):
     found = []
     for folder in ("first", "second"):
         trainer.folder = tmp_path / folder
-        found.append((*fit(trainer, record), trainer.state.step, trainer.state.stop))
-        found[-1] += (shown(capsys),)
+        results = fit(trainer, record)
+        printed = lines_without_speed(capsys)
+        found.append((*results, trainer.state.step, trainer.state.stop, printed))
     assert found[0][2:] == found[1][2:]
     assert_same(*found)
 
 
-def shown(capsys):
+def lines_without_speed(capsys):
     """Return the lines on stderr up to the speed."""
-    return [
-        line.partition(" samples/s")[0].rpartition("  ")[0]
-        for line in capsys.readouterr().err.splitlines()
-    ]
+    lines = capsys.readouterr().err.splitlines()
+    return [line.partition(" samples/s")[0].rpartition("  ")[0] for line in lines]
 
 
 @pytest.mark.parametrize("name", names_of("scheduler"))
-def test_second_fit_equals_the_first_for_each_schedule(name):
+def test_a_second_fit_equals_the_first_for_each_schedule(name):
     record = Record()
     settings = {"patience": 0, "threshold": 0.5} if name == "reduce_on_plateau" else {}
     schedule = fw.schedulers.build(name, 9, **settings)
@@ -148,16 +148,8 @@ def test_pictures_are_shown_in_each_fit():
     for _ in range(2):
         torch.manual_seed(0)
         model = fw.models.build("autoencoder", (1, 4, 4), (1, 4, 4), widths=[4], code=2)
-        found.append(
-            fit(
-                trainer,
-                record,
-                model=model,
-                data=data,
-                val=data,
-                task=fw.tasks.build("reconstruction"),
-            )
-        )
+        task = fw.tasks.build("reconstruction")
+        found.append(fit(trainer, record, model=model, data=data, val=data, task=task))
     assert any(line[1] == "reconstructions" for line in found[0][0])
     assert_same(*found)
 
@@ -165,7 +157,7 @@ def test_pictures_are_shown_in_each_fit():
 @pytest.mark.parametrize(
     "folders", [["one", "one"], ["one", "other"]], ids=["the same folder", "another folder"]
 )
-def test_loggers_write_the_same_in_each_fit(folders, tmp_path):
+def test_loggers_write_the_same_values_in_each_fit(folders, tmp_path):
     both = [fw.loggers.build(name) for name in ("json_lines", "tensorboard")]
     trainer = Trainer(max_steps=2, log_every="1steps", loggers=both, device="cpu")
     found = []
@@ -176,10 +168,9 @@ def test_loggers_write_the_same_in_each_fit(folders, tmp_path):
             fit(trainer, Record())
             both[1].hparams({}, {"test/loss": 0.5})
         board = EventAccumulator(str(trainer.folder)).Reload()
-        curves = {
-            tag: [(event.step, event.value) for event in board.Scalars(tag)]
-            for tag in board.Tags()["scalars"]
-        }
+        curves = {}
+        for tag in board.Tags()["scalars"]:
+            curves[tag] = [(event.step, event.value) for event in board.Scalars(tag)]
         found.append((logged(trainer.folder), curves.get("train/loss"), curves.get("test/loss")))
     assert found[0][:2] == found[1][:2]
     assert found[0][2] == found[1][2] or folders[0] == folders[1]
@@ -191,7 +182,7 @@ def test_progress_prints_in_each_fit(capsys):
     )
     for _ in range(2):
         fit(trainer, Record())
-        assert len(shown(capsys)) == 1
+        assert len(lines_without_speed(capsys)) == 1
 
 
 def test_micro_batch_size_and_fp16_scale_are_reset():
@@ -262,20 +253,21 @@ class Halve(Schedule):
 @pytest.mark.parametrize("trainers", [1, 2])
 @pytest.mark.parametrize("callback", [Count, Late])
 def test_third_party_callbacks_and_schedules_are_reset(trainers, callback):
-    counting, schedule, record = callback(), Halve(), Record()
-    made = [
-        Trainer(max_epochs=2, callbacks=[counting], loggers=[record], device="cpu")
-        for _ in range(trainers)
-    ]
-    first = fit(made[0], record, schedule=schedule)
-    assert_same(first, fit(made[-1], record, schedule=schedule))
+    counting = callback()
+    schedule = Halve()
+    record = Record()
+    settings = {"max_epochs": 2, "callbacks": [counting], "loggers": [record], "device": "cpu"}
+    trainer = Trainer(**settings)
+    first = fit(trainer, record, schedule=schedule)
+    if trainers == 2:
+        trainer = Trainer(**settings)
+    assert_same(first, fit(trainer, record, schedule=schedule))
 
 
-def test_fresh_fit_after_a_resumed_fit_equals_the_first():
-    record, callbacks = (
-        Record(),
-        [fw.callbacks.build("early_stop", patience=1), Count(), fw.callbacks.build("timer")],
-    )
+def test_a_fit_after_a_resumed_fit_equals_the_first():
+    record = Record()
+    early_stop = fw.callbacks.build("early_stop", patience=1)
+    callbacks = [early_stop, Count(), fw.callbacks.build("timer")]
     trainer = Trainer(max_epochs=3, callbacks=callbacks, loggers=[record], device="cpu")
     first = fit(trainer, record)
     state = trainer.state_dict()
@@ -292,11 +284,8 @@ def halving(step):
 
 
 def rates(record):
-    return [
-        values["train/learning_rate"]
-        for _, _, values in record.lines
-        if "train/learning_rate" in values
-    ]
+    name = "train/learning_rate"
+    return [values[name] for _, _, values in record.lines if name in values]
 
 
 @pytest.mark.parametrize(
@@ -308,8 +297,11 @@ def rates(record):
         (0.1, None, [0.1, 0.1, 0.1]),
     ],
 )
-def test_the_learning_rate_of_a_second_fit_with_the_same_optimizer(changed, schedule, expected):
-    record, model = Record(), network()
+def test_a_second_fit_with_the_same_optimizer_starts_from_the_rate_without_schedule(
+    changed, schedule, expected
+):
+    record = Record()
+    model = network()
     trainer = Trainer(max_steps=3, log_every="1steps", loggers=[record], device="cpu")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     fit(trainer, record, model=model, optimizer=optimizer, schedule=halving)
@@ -321,7 +313,8 @@ def test_the_learning_rate_of_a_second_fit_with_the_same_optimizer(changed, sche
 
 
 def test_initial_lr_of_a_torch_scheduler_is_not_used():
-    record, model = Record(), network()
+    record = Record()
+    model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     torch.optim.lr_scheduler.ConstantLR(optimizer, factor=0.2)
     assert optimizer.param_groups[0]["initial_lr"] == 0.5
@@ -334,7 +327,7 @@ def test_initial_lr_of_a_torch_scheduler_is_not_used():
 
 
 def step_by_hand(model, lr):
-    """Return the weights after one step over all samples in plain PyTorch, from no gradients."""
+    """Return the weights after one step over all samples in plain PyTorch."""
     model = copy.deepcopy(model).train()
     model.zero_grad()
     LOSS(model(IMAGES), CLASSES).backward()
@@ -392,4 +385,5 @@ def test_a_time_cadence_starts_with_the_fit(monkeypatch):
     record = Record()
     trainer = Trainer(max_steps=2, validate_every="1min", loggers=[record], device="cpu")
     clock[0] = 1000.0
-    assert [step for step, _, values in fit(trainer, record)[0] if "val/loss" in values] == [2]
+    lines, _ = fit(trainer, record)
+    assert [step for step, _, values in lines if "val/loss" in values] == [2]

@@ -1,4 +1,4 @@
-"""Forward and backward: micro-batches, memory that is full, compiled steps; against one plain pass."""
+"""Micro-batches, full memory and compiled steps equal one forward and backward pass."""
 
 import pytest
 import torch
@@ -15,25 +15,28 @@ DATA = fw.TensorSplit(
 
 
 class Small(nn.Module):
-    """A network that has room for so many samples at once, on a machine that never says how many."""
+    """A network that runs out of memory with more samples than `room`."""
 
     def __init__(self, room=10**9, dropout=0.0, norm=False):
         super().__init__()
         torch.manual_seed(0)
-        self.first, self.last = nn.Linear(5, 8), nn.Linear(8, 3)
-        self.dropout, self.norm = nn.Dropout(dropout), nn.BatchNorm1d(8) if norm else nn.Identity()
-        self.room, self.seen = room, []
+        self.first = nn.Linear(5, 8)
+        self.last = nn.Linear(8, 3)
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.BatchNorm1d(8) if norm else nn.Identity()
+        self.room = room
+        self.seen = []
 
     def forward(self, inputs):
         hidden = self.dropout(self.norm(self.first(inputs)).tanh())
         self.seen.append(len(inputs))
-        if len(inputs) > self.room:  # when random numbers are drawn and statistics taken
+        if len(inputs) > self.room:  # after random numbers and statistics have changed
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return self.last(hidden)
 
 
 class Gradients(Callback):
-    """Keeps every gradient."""
+    """Records every gradient."""
 
     def __init__(self):
         self.kept = []
@@ -66,8 +69,9 @@ def assert_close(one, other):
 
 
 @pytest.mark.parametrize("size", [1, 5, 8, 24])
-def test_micro_batches_have_the_gradients_of_the_whole_batch(size):
-    whole, split = Gradients(), Gradients()
+def test_micro_batches_have_the_gradients_of_the_batch(size):
+    whole = Gradients()
+    split = Gradients()
     one = fit(Small(), whole)
     other = fit(Small(), split, micro_batch=size)
     assert max(other.model.seen) == size
@@ -83,12 +87,12 @@ def test_micro_batches_and_accumulation_make_one_mean():
     assert_close(fit(Small(), accumulate=2), fit(Small(), accumulate=2, micro_batch=7))
 
 
-def test_when_memory_is_full_the_step_is_done_again_in_halves():
-    with pytest.warns(UserWarning, match="memory is full with") as said:
+def test_a_step_with_full_memory_is_repeated_with_half_the_samples():
+    with pytest.warns(UserWarning, match="memory is full with") as warned:
         trainer = fit(Small(room=7), micro_batch="auto")
-    assert [str(warning.message).removeprefix("memory is full with ") for warning in said] == [
-        "24 samples at once: going on with 12",
-        "12 samples at once: going on with 6",
+    assert [str(warning.message).removeprefix("memory is full with ") for warning in warned] == [
+        "24 samples at once: continuing with 12",
+        "12 samples at once: continuing with 6",
     ]
     assert trainer.micro_batches.size == 6
     assert trainer.model.seen[:4] == [24, 12, 6, 6]
@@ -96,7 +100,7 @@ def test_when_memory_is_full_the_step_is_done_again_in_halves():
 
 
 @pytest.mark.filterwarnings("ignore:memory is full")
-def test_a_step_done_again_has_the_same_random_numbers_statistics_and_sums():
+def test_a_repeated_step_has_the_same_random_numbers_statistics_and_sums():
     settings = {"dropout": 0.5, "norm": True}
     first = fit(Small(room=6, **settings), micro_batch="auto")
     second = fit(Small(**settings), micro_batch=6)
@@ -109,7 +113,7 @@ def test_a_step_done_again_has_the_same_random_numbers_statistics_and_sums():
 
 
 @pytest.mark.filterwarnings("ignore:memory is full")
-def test_a_resumed_run_remembers_how_much_there_is_room_for():
+def test_a_resumed_run_starts_with_the_reduced_micro_batch():
     half = fit(Small(room=6), micro_batch="auto", max_steps=2)
     saved = half.state_dict()
     again = Small(room=6)
@@ -118,7 +122,7 @@ def test_a_resumed_run_remembers_how_much_there_is_room_for():
     assert_close(trainer, fit(Small()))
 
 
-def test_without_auto_full_memory_ends_the_run_and_says_what_helps():
+def test_without_auto_full_memory_is_an_error_that_names_the_setting():
     with pytest.raises(OutOfMemory, match="micro_batch=auto"):
         fit(Small(room=7))
     with pytest.warns(UserWarning, match="memory is full"), pytest.raises(OutOfMemory):
@@ -126,23 +130,19 @@ def test_without_auto_full_memory_ends_the_run_and_says_what_helps():
 
 
 @pytest.mark.filterwarnings("ignore:memory is full")
-def test_evaluation_goes_on_with_less_too():
+def test_evaluation_reduces_the_micro_batch_too():
     model = Small(room=7)
     trainer = Trainer(max_epochs=1, micro_batch="auto", device="cpu")
     values = trainer.evaluate(DATA, model=model, task=nn.CrossEntropyLoss())
     assert max(model.seen[1:]) >= 7 > trainer.micro_batches.size
-    assert values["test/loss"] == pytest.approx(
-        F.cross_entropy(model(DATA[:7][0]), DATA[:7][1]).item(), abs=0.5
-    )
-    assert values["test/loss"] == pytest.approx(
-        Trainer(max_epochs=1, device="cpu").evaluate(
-            DATA, model=Small(), task=nn.CrossEntropyLoss()
-        )["test/loss"],
-        rel=1e-6,
-    )
+    some = F.cross_entropy(model(DATA[:7][0]), DATA[:7][1]).item()
+    assert values["test/loss"] == pytest.approx(some, abs=0.5)
+    trainer = Trainer(max_epochs=1, device="cpu")
+    expected = trainer.evaluate(DATA, model=Small(), task=nn.CrossEntropyLoss())
+    assert values["test/loss"] == pytest.approx(expected["test/loss"], rel=1e-6)
 
 
-def test_other_errors_are_no_reason_to_try_again():
+def test_a_step_is_not_repeated_after_other_errors():
     assert not MicroBatches("auto").halve(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
@@ -151,14 +151,13 @@ def test_other_errors_are_no_reason_to_try_again():
 @pytest.mark.parametrize(
     "settings", [{}, {"accumulate": 2}, {"precision": "bf16"}, {"micro_batch": 8}], ids=str
 )
-def test_a_compiled_step_does_what_the_eager_one_does(mode, settings):
+def test_a_compiled_step_equals_the_eager_one(mode, settings):
     eager = fit(Small(dropout=0.3), **settings)
-    made = fit(Small(dropout=0.3), compile=mode, **settings)
-    for a, b in zip(eager.model.parameters(), made.model.parameters(), strict=True):
+    compiled = fit(Small(dropout=0.3), compile=mode, **settings)
+    for a, b in zip(eager.model.parameters(), compiled.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=2e-2 if "precision" in settings else 1e-4, atol=1e-3)
-    assert made.state.metrics["train/accuracy"] == pytest.approx(
+    assert compiled.state.metrics["train/accuracy"] == pytest.approx(
         eager.state.metrics["train/accuracy"], abs=0.05
     )
-    assert [name for name, _ in made.model.named_parameters()] == [
-        name for name, _ in eager.model.named_parameters()
-    ]
+    names = list(dict(compiled.model.named_parameters()))
+    assert names == list(dict(eager.model.named_parameters()))

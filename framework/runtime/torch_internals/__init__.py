@@ -1,5 +1,5 @@
-"""Private names of torch, which no other package uses: a new release can break this one only.
+"""All uses of private names of torch, so that a new release of torch can break this package only.
 
-One subject per file. Each function states what it gains over the public API, and falls back to the
-public API where a release of torch lacks the private name.
+One subject per file. Each function states its gain over the public API, and falls back to the
+public API in a release of torch without the private name.
 """

@@ -1,4 +1,4 @@
-"""The autograd engine, without the checks of `Tensor.backward`."""
+"""The backward pass without the checks of `Tensor.backward`."""
 
 from collections.abc import Callable
 from functools import cache
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def find_engine() -> Callable[..., Any] | None:
-    """Return the engine's entry point; None in a release of torch that has none of this name."""
+    """Return the entry point of the engine; None in a release of torch without this name."""
     engine = getattr(torch.autograd.Variable, "_execution_engine", None)
     return getattr(engine, "run_backward", None)
 
@@ -19,18 +19,19 @@ RUN_BACKWARD = find_engine()
 
 @cache
 def ones_scalar(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the gradient of the loss itself, which all steps share."""
     return torch.ones((), dtype=dtype, device=device)
 
 
 def run_backward(loss: Tensor) -> None:
-    """Do what `loss.backward()` does.
+    """Run the backward pass of a loss, as `loss.backward()` does.
 
-    The engine is called without the argument checks of `Tensor.backward` and with a cached gradient
-    of 1, which saves a tenth of the step of a small model. For anything but a plain scalar with a
-    graph, and without an engine, `loss.backward()` itself is called.
+    Gain: the engine is called without the argument checks of `Tensor.backward` and with a cached
+    gradient of 1, which saves a tenth of the step of a small model. For anything but a plain scalar
+    with a graph, and without an engine, `loss.backward()` itself is called.
     """
     if RUN_BACKWARD is None or type(loss) is not Tensor or loss.ndim or not loss.requires_grad:
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         return
     gradient = ones_scalar(loss.dtype, loss.device)
     if gradient._version:  # a hook or an autograd.Function has changed it in place

@@ -1,4 +1,4 @@
-"""torch's compiler: functions that are compiled independently of each other."""
+"""Functions that torch compiles independently of each other."""
 
 import inspect
 from collections import Counter, defaultdict
@@ -11,22 +11,22 @@ import torch
 
 
 class CompiledFunction:
-    """A function through torch.compile, for fixed shapes, independent of all other functions.
+    """A function compiled by torch for fixed shapes, independently of all other functions.
 
-    torch counts by code object how often a function was compiled, and gives up at its limit. Each
-    object has a code object of its own, so that a fifth fit in a process may still compile, and no
-    function of the user is affected.
+    torch counts compilations by code object, and stops at a limit. Each `CompiledFunction` has a
+    separate code object, so that the fifth fit in a process can still compile, and functions of the
+    user are not affected.
 
     Args:
-        function: what is compiled.
+        function: the function to compile.
         traces_backward: whether it calls `torch.autograd.grad`. Gain: forward and backward pass are
-            one graph. Before torch 2.11 the backward pass is a graph of its own.
-        backend: "inductor", or another one of torch's.
+            one graph. Before torch 2.11 the backward pass is a separate graph.
+        backend: the backend of torch.compile.
 
     Attributes:
-        compile_seconds: how long the last call took if it compiled something, else 0. It stays 0
-            where a release of torch does not count compilations.
-        limit: after how many compilations torch runs eagerly what does not fit.
+        compile_seconds: duration of the last call if it compiled anything, else 0. It is always 0
+            in a release of torch that does not count compilations.
+        limit: number of compilations after which torch runs further shapes eagerly.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class CompiledFunction:
         traces_backward: bool = False,
         backend: str = "inductor",
     ):
-        import torch._dynamo  # takes a second, which only those who compile should pay
+        import torch._dynamo  # takes a second, so only runs that compile import it
 
         self.config = torch._dynamo.config
         self.failure = getattr(torch._dynamo.exc, "TorchDynamoException", ())
@@ -47,17 +47,21 @@ class CompiledFunction:
         arguments: dict[str, Any] = {"dynamic": False, "backend": backend}
         if backend == "inductor":
             arguments["options"] = {
-                "fallback_random": True,  # the random numbers of the eager function
-                "cpp_wrapper": not torch.cuda.is_available(),  # a fifth less for a small model
+                "fallback_random": True,  # the same random numbers as without the compiler
+                "cpp_wrapper": not torch.cuda.is_available(),  # saves a fifth for a small model
             }
         if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
-            arguments["isolate_recompiles"] = True  # parts after a graph break count separately too
+            arguments["isolate_recompiles"] = True  # count parts after a graph break separately
         self.code_owner = with_own_code(function)
         self.compiled = torch.compile(self.code_owner, **arguments)
         self.earlier_reasons = len(self._reasons())
 
     def __call__(self, *inputs: Any) -> Any:
-        """Raises CompilationError when torch cannot compile the function."""
+        """Call the compiled function.
+
+        Raises:
+            CompilationError: torch cannot compile the function.
+        """
         frames_before = self.frames["total"]
         start = perf_counter()
         try:
@@ -69,7 +73,7 @@ class CompiledFunction:
         return result
 
     def _call_traced(self, inputs: tuple[Any, ...]) -> Any:
-        """Let the compiler trace `torch.autograd.grad` during this call.
+        """Call the compiled function, and let the compiler trace `torch.autograd.grad`.
 
         `config.patch` does the same in twice the time, a hundredth of a small model's step.
         """
@@ -82,12 +86,12 @@ class CompiledFunction:
             config.trace_autograd_ops = before
 
     def reason(self) -> str | None:
-        """Return why it was compiled again last, or None when torch does not say."""
+        """Return the reason of the last recompilation, or None if it is not known."""
         reasons = self._reasons()
         return reasons[-1] if len(reasons) > self.earlier_reasons else None
 
     def _reasons(self) -> list[str]:
-        """Return why this code, or code equal to it, was compiled again each time."""
+        """Return the reason of each recompilation of this code, or of equal code."""
         failures: dict[Any, list[str]] = getattr(torch._dynamo.utils, "guard_failures", {})
         return failures.get(self.code_owner.__code__, [])
 
@@ -97,7 +101,7 @@ class CompilationError(Exception):
 
 
 def with_own_code(function: Callable[..., Any]) -> FunctionType:
-    """Return a function that calls another one, with a code object that no other function has."""
+    """Return a function that calls another one, with a code object that is not shared."""
 
     def call(*inputs: Any) -> Any:
         return function(*inputs)

@@ -1,4 +1,4 @@
-"""The worker processes of torch's DataLoader: how they end, and when their death is reported."""
+"""The workers of torch's DataLoader: their end, and the time at which their death is reported."""
 
 import signal
 import threading
@@ -14,21 +14,21 @@ if hasattr(dataloader, "_MultiProcessingDataLoaderIter"):
 
 
 def shut_down(iterator: Any) -> None:
-    """Let the workers of a DataLoader's iterator finish and end.
+    """End the workers of a DataLoader's iterator after their present batch.
 
-    Gain: an iterator that an error interrupts is still referenced by the error's traceback, and so
-    would not be collected, which is torch's public way to end its workers. Without the method the
-    caller's `Process.kill` ends them.
+    Gain: torch ends the workers when the iterator is collected. The traceback of an error that
+    interrupts the iterator still references it. Without the method, the caller's `Process.kill`
+    ends the workers.
     """
     if hasattr(iterator, "_shutdown_workers"):
         iterator._shutdown_workers()
 
 
-def abandon(error: BaseException) -> None:
-    """Mark the iterator whose construction raised this error as shut down.
+def mark_shut_down(error: BaseException) -> None:
+    """Mark the DataLoader iterator whose construction raised this error as shut down.
 
-    Gain: `__del__` of the unfinished iterator would miss attributes, and print a traceback that
-    tells users nothing. Where torch has renamed these, that traceback is printed.
+    Gain: `__del__` of the unfinished iterator fails for missing attributes and prints a traceback,
+    which does not help users. A release of torch without these names prints it.
     """
     traceback = error.__traceback__
     while traceback is not None:
@@ -39,11 +39,11 @@ def abandon(error: BaseException) -> None:
 
 
 class DeferredDeaths:
-    """A SIGCHLD handler that calls torch's only while a batch is awaited.
+    """A SIGCHLD handler that calls torch's handler only while the main thread waits for a batch.
 
-    Gain: torch's own handler raises wherever the main thread happens to be when a worker dies: in
-    the middle of a step, after which model and optimizer are in no defined state. A release of
-    torch without such a handler needs none.
+    Gain: the handler of torch raises an error at the time of a worker's death, also in the middle
+    of a step, after which model and optimizer are in an undefined state. A release of torch
+    without such a handler does not need this one.
     """
 
     def __init__(self, torch_handler: Callable[..., Any]):
@@ -59,7 +59,7 @@ class DeferredDeaths:
 
     @contextmanager
     def wait(self) -> Iterator[None]:
-        """Report a worker's death in this block, and one that was missed before it."""
+        """Report a worker's death during this block, or one that occurred before it."""
         self.awaited = True
         try:
             if self.missed:
@@ -71,9 +71,9 @@ class DeferredDeaths:
 
 
 def defer_deaths() -> Callable[[], AbstractContextManager[None]]:
-    """Return the context manager to wait for a batch in, once the workers have started.
+    """Return the context manager in which to wait for a batch; call it after the workers started.
 
-    torch sets its handler in the main thread only; in another thread nothing is changed.
+    torch sets its handler in the main thread only; in other threads this function changes nothing.
     """
     handler = signal.getsignal(signal.SIGCHLD)
     if isinstance(handler, DeferredDeaths):

@@ -1,8 +1,8 @@
-"""Operations on lists of tensors of the same length.
+"""Operations on lists of tensors, element by element.
 
-Gain: on an accelerator one kernel serves all tensors of a list, where a loop launches one for each:
-an average of the weights of a ResNet-50 takes 1 or 2 launches in place of 161. On a CPU torch runs
-the same loop as the fallback. The numbers are the same, bit for bit.
+Gain: on an accelerator one kernel serves all tensors of a list, where a loop launches one kernel
+for each: an average of the weights of a ResNet-50 takes 1 or 2 launches in place of 161. On a CPU
+torch runs the same loop as the fallback. The numbers are the same, bit for bit.
 """
 
 import torch
@@ -12,7 +12,7 @@ Tensors = list[Tensor] | tuple[Tensor, ...]
 
 
 def copy_(tensors: Tensors, sources: Tensors) -> None:
-    """Copy each source into its tensor."""
+    """Copy each source into the tensor at the same place."""
     if hasattr(torch, "_foreach_copy_"):
         torch._foreach_copy_(tensors, sources)
         return
@@ -21,7 +21,7 @@ def copy_(tensors: Tensors, sources: Tensors) -> None:
 
 
 def add_(tensors: Tensors, others: Tensors) -> None:
-    """Add each other tensor to its tensor, in place."""
+    """Add the second tensors to the first ones, in place."""
     if hasattr(torch, "_foreach_add_"):
         torch._foreach_add_(tensors, others)
         return
@@ -30,28 +30,28 @@ def add_(tensors: Tensors, others: Tensors) -> None:
 
 
 def sub(tensors: Tensors, others: Tensors) -> Tensors:
-    """Return the differences."""
+    """Return the first tensors minus the second ones."""
     if hasattr(torch, "_foreach_sub"):
         return torch._foreach_sub(tensors, others)
     return [tensor.sub(other) for tensor, other in zip(tensors, others, strict=True)]
 
 
 def mul(tensors: Tensors, factor: float | Tensor) -> Tensors:
-    """Return each tensor times the factor, a number or a tensor without axes."""
+    """Return the products with a factor: a number or a tensor of shape ()."""
     if hasattr(torch, "_foreach_mul"):
         return torch._foreach_mul(tensors, factor)
     return [tensor.mul(factor) for tensor in tensors]
 
 
 def lerp(tensors: Tensors, ends: Tensors, weight: float) -> Tensors:
-    """Return the points at `weight` between each tensor (0) and its end (1)."""
+    """Return the linear interpolation between each tensor (weight 0) and its end (weight 1)."""
     if hasattr(torch, "_foreach_lerp"):
         return torch._foreach_lerp(tensors, ends, weight)
     return [tensor.lerp(end, weight) for tensor, end in zip(tensors, ends, strict=True)]
 
 
 def lerp_(tensors: Tensors, ends: Tensors, weight: float) -> None:
-    """Move each tensor by `weight` of the way to its end, in place."""
+    """Interpolate linearly between each tensor (weight 0) and its end (weight 1), in place."""
     if hasattr(torch, "_foreach_lerp_"):
         torch._foreach_lerp_(tensors, ends, weight)
         return

@@ -1,4 +1,4 @@
-"""What a module holds itself, without its submodules: parameters, buffers, submodules, hooks."""
+"""The direct contents of a module: parameters, buffers, submodules and hooks."""
 
 from collections.abc import Callable, Iterator, MutableMapping
 from functools import partial
@@ -11,10 +11,11 @@ HAS_DICTIONARIES = {"_parameters", "_buffers", "_modules", *HOOKS} <= vars(nn.Mo
 
 
 class PublicContents(MutableMapping[str, Any]):
-    """Items of a module by name, read anew each time through its public methods."""
+    """Direct contents of a module by name, read through public methods at each access."""
 
     def __init__(self, module: nn.Module, read: Callable[[], Iterator[tuple[str, Any]]]):
-        self.module, self.read = module, read
+        self.module = module
+        self.read = read
 
     def __getitem__(self, name: str) -> Any:
         try:
@@ -27,7 +28,7 @@ class PublicContents(MutableMapping[str, Any]):
 
     def __setitem__(self, name: str, value: Any) -> None:
         if isinstance(self[name], nn.Parameter) and not isinstance(value, nn.Parameter):
-            delattr(self.module, name)  # a module accepts no plain tensor for a parameter
+            delattr(self.module, name)  # a module rejects a plain tensor for a parameter
         setattr(self.module, name, value)
 
     def __delitem__(self, name: str) -> None:
@@ -41,11 +42,11 @@ class PublicContents(MutableMapping[str, Any]):
 
 
 def parameters_of(module: nn.Module) -> MutableMapping[str, nn.Parameter | None]:
-    """Return the module's own parameters by name; the mapping follows the module.
+    """Return the direct parameters of a module by name; changes of the mapping change the module.
 
-    Gain: to compare all of a model takes a fifth of the time of `model.named_parameters()`, which
-    callbacks that follow the weights would need in each step. A plain tensor can also stand in for
-    a parameter, as vmap needs.
+    Gain: comparing the parameters of a model takes a fifth of the time of
+    `model.named_parameters()`; callbacks that follow the weights compare them in each step. And a
+    plain tensor can replace a parameter, as vmap needs.
     """
     if HAS_DICTIONARIES:
         return module._parameters
@@ -54,7 +55,7 @@ def parameters_of(module: nn.Module) -> MutableMapping[str, nn.Parameter | None]
 
 
 def buffers_of(module: nn.Module) -> MutableMapping[str, Tensor | None]:
-    """Return the module's own buffers by name (see `parameters_of`)."""
+    """Return the direct buffers of a module by name (see `parameters_of`)."""
     if HAS_DICTIONARIES:
         return module._buffers
     read = partial(module.named_buffers, recurse=False, remove_duplicate=False)
@@ -62,18 +63,18 @@ def buffers_of(module: nn.Module) -> MutableMapping[str, Tensor | None]:
 
 
 def submodules_of(module: nn.Module) -> MutableMapping[str, nn.Module | None]:
-    """Return the module's direct submodules by name (see `parameters_of`)."""
+    """Return the direct submodules of a module by name (see `parameters_of`)."""
     if HAS_DICTIONARIES:
         return module._modules
     return PublicContents(module, module.named_children)
 
 
 def hooks_of(module: nn.Module) -> dict[str, list[Any]]:
-    """Return the hooks of forward and backward, by kind.
+    """Return the hooks of forward and backward passes, by kind.
 
-    Gain: trials whose modules have different hooks are not trained together. torch has no public
-    list of hooks; where their names have changed none are found, and the comparison of stacked and
-    single losses has to tell.
+    Gain: torch has no public list of hooks; trials whose modules have different hooks are not
+    trained together. In a release of torch with other names it finds no hooks, and the comparison
+    of stacked and single losses has to find the difference.
     """
     if not HAS_DICTIONARIES:
         return {}
@@ -81,9 +82,9 @@ def hooks_of(module: nn.Module) -> dict[str, list[Any]]:
 
 
 def has_gradient_hooks(parameter: Tensor) -> bool:
-    """Return whether a hook is called for the gradient of a parameter.
+    """Return whether a parameter has hooks for its gradient.
 
-    Gain: there is no public way to ask. Where torch has renamed the attributes, none are found.
+    Gain: the public API does not list them. In a release of torch with other names it finds none.
     """
     hooks = getattr(parameter, "_backward_hooks", None)
     hooks_after = getattr(parameter, "_post_accumulate_grad_hooks", None)

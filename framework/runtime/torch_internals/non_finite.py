@@ -1,22 +1,22 @@
-"""Whether a number of some tensors is not finite, found on the device that holds them."""
+"""A check on the device whether all numbers of some tensors are finite."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..gradients import numbers_of
+from framework.runtime.gradients import numbers_of
 
 
 class NonFiniteFlag:
-    """A flag on a device that tensors with a number that is not finite raise.
+    """A flag on a device that becomes 1 if a tensor has a number that is not finite.
 
     Gain: torch's kernel for gradient scalers reads all tensors in one call. For six small gradients
-    on a CPU it takes a twentieth of the time of `isfinite().all()` for each, or of a norm;
-    `non_finite` calls it in each step of the default experiment.
+    on a CPU it takes a twentieth of the time of `isfinite().all()` for each, or of a norm. The
+    callback `non_finite` calls it in each step of the default experiment.
 
     Attributes:
-        value: a tensor without axes: 0.0, or 1.0 once a number was not finite.
+        value: shape (): 0.0, or 1.0 after a number that is not finite.
     """
 
     def __init__(self, device: torch.device):
@@ -24,7 +24,7 @@ class NonFiniteFlag:
         self._scale = torch.ones((), device=device)
 
     def check(self, tensors: Sequence[Tensor]) -> None:
-        """Raise the flag when a number of these is not finite; nothing is read from the device."""
+        """Set the flag to 1 if a number is not finite, without waiting for the device."""
         kernel = getattr(torch, "_amp_foreach_non_finite_check_and_unscale_", None)
         if kernel is None:
             check_each(tensors, self.value)
@@ -37,7 +37,7 @@ class NonFiniteFlag:
 
 @torch.no_grad()
 def check_each(tensors: Sequence[Tensor], flag: Tensor) -> None:
-    """Set the flag to 1 when a number is not finite, tensor by tensor."""
+    """Set the flag to 1 if a number is not finite, tensor by tensor."""
     for tensor in tensors:
         finite = numbers_of(tensor).isfinite().all()
         flag.copy_(torch.where(finite.to(flag.device), flag, 1.0))

@@ -1,4 +1,4 @@
-"""Normalizations over the samples of a batch, or over the positions of a sample."""
+"""Batch norms and instance norms."""
 
 from torch import nn
 from torch.nn.modules import batchnorm
@@ -18,7 +18,7 @@ BASE: type[nn.Module] | None = getattr(batchnorm, "_NormBase", None)
 def has_statistics(module: nn.Module) -> bool:
     """Return whether a module is a batch norm or an instance norm.
 
-    Gain: classes that a library derives from torch's private base class count too. Without it, only
-    the public classes and those derived from them do.
+    Gain: it finds the classes that a library derives from torch's private base class. Without that
+    class it finds the public classes and their subclasses.
     """
     return isinstance(module, PUBLIC if BASE is None else BASE)

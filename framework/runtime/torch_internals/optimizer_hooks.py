@@ -4,11 +4,11 @@ from torch.optim import Optimizer, optimizer as torch_optimizer
 
 
 def has_step_hooks(optimizer: Optimizer) -> bool:
-    """Return whether a hook listens to the steps of an optimizer, its own or one of all optimizers.
+    """Return whether the steps of an optimizer have hooks, including hooks of all optimizers.
 
-    An update that goes past `optimizer.step()`, for its speed, would not call them. torch has
-    functions that register hooks, but none that lists them. In a release without these names the
-    answer is True, so that `step()` is called.
+    Gain: torch has public functions that register hooks, but none that lists them. A faster update
+    that does not call `optimizer.step()` would skip them. In a release of torch without these names
+    the answer is True, so that `step()` is called.
     """
     try:
         return bool(

@@ -1,7 +1,7 @@
-"""Nested outputs of a model, as tuples, lists and dicts of tensors.
+"""Nested outputs of a model: tuples, lists and dicts of tensors.
 
-Gain: torch's own functions also look into classes that a library has registered with them, such as
-the outputs of Hugging Face models. torch has no public module for them.
+Gain: torch's functions support classes that a library has registered, such as the outputs of
+Hugging Face models. torch has no public module for them.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def tree_leaves(tree: Any) -> list[Any]:
 
 
 def builtin_tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
-    """`tree_map` for tuples, named tuples, lists and dicts; anything else is a leaf."""
+    """Map tuples, named tuples, lists and dicts; anything else is a leaf."""
     if isinstance(tree, dict):
         mapped = {key: builtin_tree_map(function, value) for key, value in tree.items()}
         return mapped if type(tree) is dict else type(tree)(mapped)
@@ -40,7 +40,7 @@ def builtin_tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
 
 
 def builtin_tree_leaves(tree: Any) -> list[Any]:
-    """`tree_leaves` for tuples, named tuples, lists and dicts; anything else is a leaf."""
+    """Return the leaves of tuples, named tuples, lists and dicts; anything else is a leaf."""
     if isinstance(tree, dict):
         branches = list(tree.values())
     elif isinstance(tree, tuple | list):

@@ -1,4 +1,4 @@
-"""Whether a tensor was changed in place."""
+"""Detection of in-place changes of a tensor."""
 
 from collections.abc import Hashable
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def version_of(tensor: Tensor) -> Hashable:
-    """Return a value that differs after an in-place change of the tensor.
+    """Return a value that is different after an in-place change of the tensor.
 
-    Gain: autograd's counter costs nothing. The fallback hashes the content, which copies it to the
-    CPU. The counter does not exist for inference tensors; they count as never changed.
+    Gain: reading autograd's counter takes no time. The fallback hashes the content, which it copies
+    to the CPU. Inference tensors have no counter and count as never changed.
     """
     if tensor.is_inference():
         return 0
@@ -19,6 +19,6 @@ def version_of(tensor: Tensor) -> Hashable:
 
 
 def content_hash(tensor: Tensor) -> int:
-    """Return a hash of the numbers in a tensor."""
+    """Return a hash of the content of a tensor."""
     numbers = tensor.detach().cpu().contiguous().reshape(-1)
     return hash(numbers.view(torch.uint8).numpy().tobytes())

@@ -1,4 +1,8 @@
-"""What accelerated steps ask of the callbacks that listen to `gradients`."""
+"""Callbacks that listen to `gradients`, in accelerated steps.
+
+A compiled step or a CUDA graph may go from the batch to the updated parameters in one call, and
+cannot call `on_gradients` in between. The protocols here tell when that is allowed.
+"""
 
 from collections.abc import Sequence
 from typing import Any, Protocol, TypeGuard, runtime_checkable
@@ -8,14 +12,20 @@ from framework.contracts.callback import Callback
 
 @runtime_checkable
 class SelectiveCallback(Protocol):
-    """A callback that needs the gradients of some steps only, unless they are not finite.
+    """A callback that needs the gradients of some steps only, and all that are not finite.
 
-    Where no callback needs them, a compiled step goes from the batch to the updated parameters. A
-    callback that listens to `gradients` and is not selective needs those of each step.
+    A callback that listens to `gradients` and is not selective needs those of each step.
+
+        class LogNorms(Callback):
+            def needs_gradients(self, trainer: Context) -> bool:
+                return trainer.state.step % 100 == 0
     """
 
     def needs_gradients(self, trainer: Any) -> bool:
-        """Return whether `on_gradients` must be called in the step that begins."""
+        """Return whether `on_gradients` must be called in the step that begins.
+
+        If a gradient is not finite, it is called anyway.
+        """
 
 
 class RecordableCallback(Protocol):
@@ -28,28 +38,29 @@ class RecordableCallback(Protocol):
 
     recordable: bool
 
-    def on_gradients(self, trainer: Any) -> None: ...
+    def on_gradients(self, trainer: Any) -> None:
+        """Read or change gradients with operations on the device."""
 
 
 class GradientCallbacks:
-    """The callbacks of a trainer that listen to `gradients`, for steps that may not call them.
+    """The callbacks of a trainer that listen to `gradients`, for steps that may omit their calls.
 
     Args:
-        callbacks: those that listen, in their order.
-        trainer: what `needs_gradients` is called with.
+        callbacks: the result of `gradient_callbacks`.
+        trainer: the argument of `needs_gradients`.
     """
 
     def __init__(self, callbacks: Sequence[Callback], trainer: Any):
         self.callbacks = list(callbacks)
         self.trainer = trainer
-        # Not in each step: to compare an object with a Protocol takes 5 microseconds.
+        # Not in each step: comparing an object with a Protocol takes 5 microseconds.
         self.are_selective = [isinstance(each, SelectiveCallback) for each in self.callbacks]
 
     def need_gradients(self, except_recordable: bool = False) -> bool:
-        """Return whether one needs the gradients of this step even if all are finite.
+        """Return whether a callback needs the gradients of this step even if they are finite.
 
         Args:
-            except_recordable: callbacks that can be recorded do not count.
+            except_recordable: whether callbacks that can be recorded do not count.
         """
         selective: list[Any] = []
         for callback, is_selective in zip(self.callbacks, self.are_selective, strict=True):
@@ -61,11 +72,11 @@ class GradientCallbacks:
         return any(each.needs_gradients(self.trainer) for each in selective)
 
     def all_recordable(self) -> bool:
-        """Return whether all can be recorded, which each may decide when the fit starts."""
+        """Return whether all callbacks can be recorded."""
         return all(is_recordable(each) for each in self.callbacks)
 
     def recordable(self) -> list[RecordableCallback]:
-        """Return those that can be recorded."""
+        """Return the callbacks that can be recorded."""
         return [each for each in self.callbacks if is_recordable(each)]
 
 
@@ -75,5 +86,5 @@ def gradient_callbacks(callbacks: Sequence[Callback]) -> list[Callback]:
 
 
 def is_recordable(callback: Callback) -> TypeGuard[RecordableCallback]:
-    """Return the `recordable` of a callback; False if it has none. Graphed steps ask each time."""
+    """Return whether a callback is recordable now; it may decide that when the fit starts."""
     return bool(getattr(callback, "recordable", False))

@@ -1,4 +1,4 @@
-"""torch's compiler: for the model, for forward and backward, or for a whole step with its update."""
+"""`torch.compile` of the model, of forward and backward, or of a step with its update."""
 
 import warnings
 from collections.abc import Callable, Iterable
@@ -13,87 +13,102 @@ from framework.contracts.task import Phase, Step, Task
 from framework.data.dataset import Batch
 from framework.errors import FrameworkError
 from framework.runtime.clock import Clock
-from framework.runtime.device import Precision
 from framework.runtime.memory import is_full
+from framework.runtime.precision import Precision
 from framework.runtime.torch_internals.compiler import CompilationError, CompiledFunction
 from framework.runtime.torch_internals.optimizer_hooks import has_step_hooks
-from framework.training.parameters import Parameters
-from framework.training.validation import check_made
+from framework.training.parameters import ModelParameters
+from framework.training.step_checks import check_result
 
 from .callbacks import GradientCallbacks
 from .fused_update import skips_on_device
 from .single_call_step import SingleCallStep
 
 Compile = Literal["off", "model", "step"]
-EXPECTED = 2  # times to compile: for the batches, and for the smaller last one of an epoch
+EXPECTED = 2  # compilations: for the usual batch, and for the smaller last one of an epoch
 
 
 class Compiled:
-    """A function through torch.compile, for fixed shapes; its random numbers are those of the eager one.
+    """A function compiled for fixed shapes, with the random numbers of the eager function.
 
-    Warns when it is compiled again, with the reason; the time of compiling is the clock's "compiling".
+    It warns if it is compiled more often than expected.
+
+    Args:
+        function: the function.
+        setting: the value of the setting `compile`, for messages.
+        clock: receives the time of compilations as "compiling".
     """
 
-    def __init__(self, function: Callable, what: Compile, clock: Clock):
-        self.function = CompiledFunction(function, traces_backward=what == "step")
-        self.what = what
+    def __init__(self, function: Callable[..., Any], setting: Compile, clock: Clock):
+        self.function = CompiledFunction(function, traces_backward=setting == "step")
+        self.setting = setting
         self.clock = clock
-        self.times = 0
+        self.compilations = 0
 
     def __call__(self, *inputs: Any) -> Any:
-        """Raises FrameworkError that says it was for `compile` when torch cannot compile the function."""
+        """Return the result of the function.
+
+        Raises:
+            FrameworkError: torch cannot compile the function.
+        """
         try:
             result = self.function(*inputs)
         except CompilationError as error:
             cause = str(error)
-            if " " in torch.__path__[0]:
-                cause = (
-                    f"it does not work from a folder with a space in its name ({torch.__path__[0]})"
-                )
+            folder = torch.__path__[0]
+            if " " in folder:
+                cause = f"it does not work from a folder with a space in its name ({folder})"
+            advice = "use compile=off"
             raise FrameworkError(
-                f"compile={self.what}: torch cannot compile this; with compile=off it runs: {cause}"
+                f"compile={self.setting}: torch cannot compile this; {advice}: {cause}"
             ) from error
         if self.function.compile_seconds:
             self.clock.add("compiling", self.function.compile_seconds)
-            self.times += 1
-            if self.times > EXPECTED:
+            self.compilations += 1
+            if self.compilations > EXPECTED:
                 self._warn()
         return result
 
     def _warn(self) -> None:
-        reason = self.function.reason() or "torch does not say why"
-        why = " ".join(reason.splitlines()[0].partition("#")[0].split())
-        last = f"; after {self.function.limit} times torch runs what does not fit eagerly"
+        reason = self.function.reason() or "torch gives no reason"
+        reason = " ".join(reason.splitlines()[0].partition("#")[0].split())
+        limit = f"after {self.function.limit} times torch runs other inputs eagerly"
         warnings.warn(
-            f"compile={self.what}: compiled {self.times} times ({why}){last}", stacklevel=2
+            f"compile={self.setting}: compiled {self.compilations} times ({reason}); {limit}",
+            stacklevel=2,
         )
 
 
 class CompiledStep:
-    """Forward and backward as one compiled function, with the update where that is possible.
+    """Forward and backward as one compiled function, with the update if possible.
 
     It is a `StepImplementation` (see `training/step.py`).
 
     Args:
         model: the model.
         task: the task, which has no phases.
-        parameters: whose gradients are computed.
-        precision: the number format of the forward pass.
-        clock: gets the time of compilations.
-        single_call: the whole step, for steps of one batch; None if batches may have to be split.
+        parameters: the parameters whose gradients are computed.
+        precision: autocast and gradient scaler.
+        clock: receives the time of compilations.
+        single_call: the step with its update, for steps of one batch; None if batches may have to
+            be split.
     """
 
     def __init__(
         self,
         model: nn.Module,
         task: Task,
-        parameters: Parameters,
+        parameters: ModelParameters,
         precision: Precision,
         clock: Clock,
         single_call: "CompiledSingleCall | None",
     ):
-        self.model, self.task, self.parameters = model, task, parameters
-        self.precision, self.clock, self.single_call = precision, clock, single_call
+        self.model = model
+        self.task = task
+        self.parameters = parameters
+        self.precision = precision
+        self.clock = clock
+        self.single_call = single_call
         self.compiled_gradients = Compiled(self._gradients, "step", clock)
 
     def __call__(
@@ -102,44 +117,48 @@ class CompiledStep:
         share: float | Tensor | None,
         phase: Phase | None = None,
     ) -> tuple[Step, bool]:
+        """Run the step with its update if possible, else forward and backward only."""
         if share is None and self.single_call is not None and self.single_call.is_ready():
             with self.clock.detail("forward, backward and update"):
                 return self.single_call(batch)
         factor = self._factor(share)
         with self.clock.detail("forward and backward"):
-            made, gradients = self.compiled_gradients(batch, factor)
+            result, gradients = self.compiled_gradients(batch, factor)
         for parameter, gradient in zip(self.parameters.optimized, gradients, strict=True):
             if gradient is None:
                 continue
-            if parameter.grad is not None:
-                gradient = parameter.grad + gradient
-            parameter.grad = gradient
-        return made, False
+            if parameter.grad is None:
+                parameter.grad = gradient
+            else:
+                parameter.grad = parameter.grad + gradient
+        return result, False
 
     def _factor(self, share: float | Tensor | None) -> Tensor | None:
-        """Return the factor of the loss: its share in the step, times the scale of fp16."""
+        """Return the factor on the loss: its share in the step, times the scale of fp16."""
         device = self.precision.device
         factor = None if share is None else torch.as_tensor(share, device=device)
         if self.precision.scaler is None:
             return factor
-        return self.precision.scaled(torch.ones((), device=device) if factor is None else factor)
+        if factor is None:
+            factor = torch.ones((), device=device)
+        return self.precision.scaled(factor)
 
     def _gradients(self, batch: Batch, factor: Tensor | None) -> tuple[Step, list[Tensor | None]]:
         with self.precision.autocast():
-            made = self.task.step(self.model, batch)
-        loss = made.loss if factor is None else made.loss * factor
+            result = self.task.step(self.model, batch)
+        loss = result.loss if factor is None else result.loss * factor
         parameters = self.parameters.optimized
         trainable = [parameter for parameter in parameters if parameter.requires_grad]
         found = iter(torch.autograd.grad(loss, trainable, allow_unused=True))
         gradients = [next(found) if parameter.requires_grad else None for parameter in parameters]
-        return made.detach(), gradients
+        return result.detach(), gradients
 
 
 class CompiledSingleCall(SingleCallStep):
-    """Forward, backward and the optimizer's update as one compiled function.
+    """Forward, backward and the update of a pure optimizer as one compiled function.
 
-    If callbacks listen to `gradients`, an update with a loss or gradient that is not finite is left
-    out, and the gradients are kept for the callbacks.
+    If callbacks listen to `gradients` and the loss or a gradient is not finite, the update is
+    skipped, and the gradients are kept for the callbacks.
     """
 
     def __init__(
@@ -152,7 +171,9 @@ class CompiledSingleCall(SingleCallStep):
         callbacks: GradientCallbacks,
     ):
         super().__init__(optimizer, callbacks)
-        self.model, self.task, self.precision = model, task, precision
+        self.model = model
+        self.task = task
+        self.precision = precision
         self.update: PureUpdate | None = None
         if precision.scaler is None:
             self.update = pure_updates.find(optimizer)
@@ -161,16 +182,18 @@ class CompiledSingleCall(SingleCallStep):
         self.states: list[State] = []
 
     def __call__(self, batch: Batch) -> tuple[Step, bool]:
+        """Run the step; not updated if the loss or a gradient is not finite."""
         settings = [tensor_free_settings(group) for group in self.optimizer.param_groups]
         self.set_learning_rates()
-        made, gradients, finite = self.compiled(batch, self.learning_rates, settings)
+        result, gradients, finite = self.compiled(batch, self.learning_rates, settings)
         updated = not self.checks_finite or bool(finite)
         if not updated:
             for parameter, gradient in zip(self.trainable, gradients, strict=True):
                 parameter.grad = gradient
-        return made, updated
+        return result, updated
 
     def is_supported(self) -> bool:
+        """Return whether the optimizer has the pure update that the function was compiled with."""
         if self.update is None or has_step_hooks(self.optimizer) or skips_on_device(self.optimizer):
             return False
         if self.checks_finite and self.precision.device.type != "cpu":
@@ -178,6 +201,7 @@ class CompiledSingleCall(SingleCallStep):
         return pure_updates.find(self.optimizer) is self.update  # its settings may have changed
 
     def prepare_state(self) -> bool:
+        """Collect the state tensors; return whether each parameter has its state."""
         state = self.optimizer.state
         self.states = [tensors_of(state.get(p)) for p in self.trainable]
         if all(state.get(p) for p in self.trainable):
@@ -185,39 +209,43 @@ class CompiledSingleCall(SingleCallStep):
         return all(self._is_stateless(group) for group in self.optimizer.param_groups)
 
     def _is_stateless(self, group: dict[str, Any]) -> bool:
-        """Return whether the update keeps nothing (SGD without momentum)."""
+        """Return whether the update has no state, as SGD without momentum."""
         if self.update is None:
             return False
-        number = torch.zeros(1)
+        zero = torch.zeros(1)
         try:
-            return not self.update(number, number, {}, group)[1]
+            return not self.update(zero, zero, {}, group)[1]
         except KeyError:
             return False
 
     def _step(self, batch: Batch, rates: list[Tensor], settings: list[dict[str, Any]]) -> Any:
         assert self.update is not None
         with self.precision.autocast():
-            made = self.task.step(self.model, batch)
-        gradients = torch.autograd.grad(made.loss, self.trainable, allow_unused=True)
-        finite = all_finite([made.loss, *gradients]) if self.checks_finite else None
+            result = self.task.step(self.model, batch)
+        gradients = torch.autograd.grad(result.loss, self.trainable, allow_unused=True)
+        finite = None
+        if self.checks_finite:
+            finite = all_finite([result.loss, *gradients])
         with torch.no_grad():
-            for p, gradient, state, index in zip(
+            for parameter, gradient, state, index in zip(
                 self.trainable, gradients, self.states, self.group_indices, strict=True
             ):
                 if gradient is None:
                     continue
                 own = {**settings[index], "lr": rates[index]}
-                p_new, state_new = self.update(p, gradient, state, own)
-                write_if(finite, p, p_new)
-                for name, tensor in state_new.items():
+                new, new_state = self.update(parameter, gradient, state, own)
+                write_if(finite, parameter, new)
+                for name, tensor in new_state.items():
                     write_if(finite, state[name], tensor)
-        return made.detach(), gradients if self.checks_finite else (), finite
+        if not self.checks_finite:
+            return result.detach(), (), None
+        return result.detach(), gradients, finite
 
 
 class ExplainedStep:
-    """Runs a compiled step; if it fails, runs the task eagerly, whose error says more.
+    """Runs a compiled step; if it fails, runs the task eagerly for a clearer error.
 
-    It is a `StepImplementation` (see `training/step.py`), as is the step that it runs.
+    Both this class and the step that it runs are a `StepImplementation` (see `training/step.py`).
     """
 
     def __init__(
@@ -225,11 +253,14 @@ class ExplainedStep:
         step: Callable[..., tuple[Step, bool]],
         model: nn.Module,
         task: Task,
-        parameters: Parameters,
+        parameters: ModelParameters,
         precision: Precision,
     ):
-        self.step, self.model, self.task = step, model, task
-        self.parameters, self.precision = parameters, precision
+        self.step = step
+        self.model = model
+        self.task = task
+        self.parameters = parameters
+        self.precision = precision
 
     def __call__(
         self,
@@ -237,6 +268,11 @@ class ExplainedStep:
         share: float | Tensor | None,
         phase: Phase | None = None,
     ) -> tuple[Step, bool]:
+        """Run the step.
+
+        Raises:
+            FrameworkError: the error of the eager task if it fails too, else that of the step.
+        """
         try:
             return self.step(batch, share, phase)
         except (FrameworkError, AttributeError, TypeError, RuntimeError) as error:
@@ -246,21 +282,21 @@ class ExplainedStep:
 
     def _run_eagerly(self, batch: Batch) -> None:
         with self.precision.autocast():
-            made = self.task.step(self.model, batch)
-        check_made(self.task, made, self.parameters.optimized)
+            result = self.task.step(self.model, batch)
+        check_result(self.task, result, self.parameters.optimized)
 
 
 def tensor_free_settings(group: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a group, without its parameters and learning rate."""
+    """Return the settings of a group without its parameters and learning rate."""
     return {name: value for name, value in group.items() if name not in ("params", "lr")}
 
 
 def all_finite(tensors: Iterable[Tensor | None]) -> Tensor:
-    """Return whether all numbers are finite, as a tensor."""
+    """Return whether all elements of some tensors are finite, as a bool tensor of shape ()."""
     finite = [tensor.isfinite().all() for tensor in tensors if tensor is not None]
     return torch.stack(finite).all()
 
 
 def write_if(condition: Tensor | None, old: Tensor, new: Tensor) -> None:
-    """Write new numbers into a tensor, if the condition is None or true."""
+    """Copy a new tensor into an old one if the condition is None or true."""
     old.copy_(new if condition is None else torch.where(condition, new, old))

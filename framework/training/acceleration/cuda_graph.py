@@ -1,6 +1,6 @@
-"""CUDA graphs of forward and backward, or of the whole step.
+"""CUDA graphs of forward and backward, or of the step with its update.
 
-A graph is one launch, where a small model waits for hundreds.
+A graph is launched once; without it, a small model waits for hundreds of launches in each step.
 """
 
 import traceback
@@ -16,26 +16,26 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from framework.contracts.loss import copied_tensors
+from framework.contracts.loss_trials import copied_tensors
 from framework.contracts.pure_optimizer import PureOptimizer
 from framework.contracts.task import Phase, Step
 from framework.data.dataset import Batch
 from framework.errors.terminal import print_note
 from framework.runtime.clock import Clock
-from framework.runtime.device import Precision
 from framework.runtime.identity import ModelContents, identical
+from framework.runtime.precision import Precision
 from framework.runtime.torch_internals.optimizer_hooks import has_step_hooks
 from framework.runtime.torch_internals.pytree import tree_map
-from framework.training.parameters import Parameters
+from framework.training.parameters import ModelParameters
 
 from .callbacks import GradientCallbacks
 from .fused_update import skips_on_device
 from .single_call_step import SingleCallStep
 
 CudaGraph = Literal["auto", "on", "off"]
-WARM_UP_PASSES = 3  # eager passes before a capture: they create handles, caches, the scaler's scale
-TIMED_STEPS = 8  # steps that `auto` times each way
-MAX_GRAPHS = 2  # for the usual batch, and for the last one of an epoch
+WARM_UP_PASSES = 3  # eager passes before a capture, which create handles, caches and the scale
+TIMED_STEPS = 8  # steps that `auto` times, eager and replayed
+MAX_GRAPHS = 2  # for the usual batch, and for the smaller last one of an epoch
 
 
 class Captured(NamedTuple):
@@ -43,22 +43,26 @@ class Captured(NamedTuple):
 
     graph: Any
     inputs: Batch
-    made: Step
+    result: Step
     gradients: list[Tensor | None]
 
 
 def record(run: Callable[[], Step]) -> tuple[Any, Step]:
-    """Return the graph of a function, and the tensors that it fills. Nothing is computed."""
+    """Record a function without computing anything.
+
+    Returns:
+        The graph, and the result, whose tensors each replay fills.
+    """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        made = run()
-    return graph, made
+        result = run()
+    return graph, result
 
 
 @contextmanager
 def side_stream() -> Iterator[None]:
-    """Run on another stream than the default one, which a capture requires of earlier passes."""
-    stream = torch.cuda.Stream()
+    """Run a block on another stream than the default, as the passes before a capture must."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         yield
@@ -66,7 +70,7 @@ def side_stream() -> Iterator[None]:
 
 
 def synchronized_time() -> float:
-    """Return the time when the device has finished its work."""
+    """Return the time at which the device has finished its work."""
     torch.cuda.synchronize()
     return perf_counter()
 
@@ -74,18 +78,20 @@ def synchronized_time() -> float:
 class Graphed:
     """A function of a batch that is replayed as a CUDA graph.
 
-    There is a graph for each of two forms of a batch (shapes and dtypes); others run eagerly. What
-    Python does in the function is not replayed, as in a model that counts its calls.
+    There are graphs for at most two forms of a batch (shapes and dtypes); others run eagerly. Only
+    operations on the device are replayed, not Python code, such as that of a model that counts its
+    calls.
 
     Args:
-        name: of the function, for messages.
+        name: the name of the function, for messages.
         run: the function.
-        parameters: returns the parameters whose gradients it fills.
-        mode: off, on, or auto to time some steps each way and choose the faster.
-        model: the model whose tensors it reads; None where these never move.
+        parameters: returns the parameters whose gradients it computes.
+        mode: off, on, or auto to time some steps of both kinds and choose the faster.
+        model: the model whose tensors it reads; None if these never move.
 
     Attributes:
-        refused: the function runs eagerly from now on: it cannot be captured, or is not faster.
+        refused: the function runs eagerly from now on, since it cannot be captured or the graph is
+            not faster.
     """
 
     def __init__(
@@ -96,9 +102,11 @@ class Graphed:
         mode: CudaGraph,
         model: nn.Module | None = None,
     ):
-        self.name, self.run, self.parameters = name, run, parameters
+        self.name = name
+        self.run = run
+        self.parameters = parameters
         self.contents = None if model is None else ModelContents(model)
-        # What the captured graphs were made from:
+        # The tensors and modes that the graphs were captured with:
         self.captured_for: list[nn.Parameter] = []
         self.addresses: list[int] = []
         self.modes: tuple[bool, ...] = ()
@@ -114,19 +122,23 @@ class Graphed:
 
         Args:
             batch: the batch.
-            settings: what else the function depends on; another value needs another graph.
+            settings: other values that the function depends on; each needs its own graph.
         """
         if self.refused:
             return self.run(batch)
         if self.times is None:
             return self._replay_or_run(batch, settings)[0]
         began = synchronized_time()
-        made, how = self._replay_or_run(batch, settings)
-        self._compare_times(self.times, how, synchronized_time() - began)
-        return made
+        result, kind = self._replay_or_run(batch, settings)
+        self._compare_times(self.times, kind, synchronized_time() - began)
+        return result
 
     def _replay_or_run(self, batch: Batch, settings: Any) -> tuple[Step, str]:
-        """Return the result, and how it came about: "eager", "replayed", or untypical of both."""
+        """Return the result, and the kind of the step.
+
+        "eager" and "replayed" steps are typical of their times; "warm-up", "captured" and "refused"
+        ones are not.
+        """
         if self.captured and self._is_outdated():
             self.captured.clear()
             self.seen.clear()
@@ -135,11 +147,13 @@ class Graphed:
         self.seen[form] += 1
         if form in self.captured:
             return self._replay(form, batch), "replayed"
-        eager_passes = WARM_UP_PASSES + (0 if self.times is None else TIMED_STEPS)
+        eager_passes = WARM_UP_PASSES
+        if self.times is not None:
+            eager_passes += TIMED_STEPS
         if self.seen[form] <= eager_passes or len(self.captured) == MAX_GRAPHS:
             with side_stream():
-                made = self.run(batch)
-            return made, "eager" if self.seen[form] > WARM_UP_PASSES else "warm-up"
+                result = self.run(batch)
+            return result, "eager" if self.seen[form] > WARM_UP_PASSES else "warm-up"
         if not self._capture(form, batch):
             return self.run(batch), "refused"
         return self._replay(form, batch), "captured"
@@ -151,12 +165,13 @@ class Graphed:
         captured.graph.replay()
         for parameter, gradient in zip(self.parameters(), captured.gradients, strict=True):
             parameter.grad = gradient
-        loss, outputs, targets, values = captured.made.detach()
+        # Copies, since the next replay writes to the same tensors.
+        loss, outputs, targets, values = captured.result.detach()
         copies = {name: value.clone() for name, value in values.items()}
         return Step(loss.clone(), tree_map(copied_tensors, outputs), targets.clone(), copies)
 
     def _is_outdated(self) -> bool:
-        """Return whether a tensor was replaced or moved, or a mode has changed, since the capture."""
+        """Return whether a tensor was replaced or moved, or a mode changed, since the capture."""
         if not identical(self.parameters(), self.captured_for):
             return True
         if self.contents is None:
@@ -166,18 +181,24 @@ class Graphed:
         return self.contents.addresses() != self.addresses
 
     def _capture(self, form: Any, batch: Batch) -> bool:
-        """Record the graph. Returns False, with a warning, if an operation does not allow it."""
+        """Record the graph for a form of batches.
+
+        Returns:
+            False, after a warning, if an operation cannot be captured.
+        """
         inputs = tuple(tensor.clone() for tensor in batch)
         try:
-            graph, made = record(lambda: self.run(inputs))
+            graph, result = record(lambda: self.run(inputs))
         except RuntimeError as error:
             trace = traceback.extract_tb(error.__traceback__)
             frames = [frame for frame in trace if frame.filename != __file__]
-            where = str(error)
+            cause = str(error)
             if frames:
-                where = f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}"
-            said = f"{self.name} cannot be captured, so it runs eagerly ({where})"
-            warnings.warn(f"cuda_graph: {said}", stacklevel=2)
+                cause = f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}"
+            warnings.warn(
+                f"cuda_graph: {self.name} cannot be captured, so it runs eagerly ({cause})",
+                stacklevel=2,
+            )
             self.refused = True
             for parameter in self.parameters():
                 parameter.grad = None
@@ -188,17 +209,18 @@ class Graphed:
             self.addresses = self.contents.addresses()
             self.modes = self.contents.modes()
         gradients = [parameter.grad for parameter in self.captured_for]
-        self.captured[form] = Captured(graph, inputs, made, gradients)
+        self.captured[form] = Captured(graph, inputs, result, gradients)
         return True
 
-    def _compare_times(self, times: dict[str, list[float]], how: str, seconds: float) -> None:
-        """Add the time of a step; with enough of them, choose how to go on, and print it."""
-        times.setdefault(how, []).append(seconds)
+    def _compare_times(self, times: dict[str, list[float]], kind: str, seconds: float) -> None:
+        """Add the time of a step; with enough of them, print them and choose the faster kind."""
+        times.setdefault(kind, []).append(seconds)
         if self.refused or len(times["replayed"]) < TIMED_STEPS:
             return
         eager = median(times["eager"]) * 1e3
         replayed = median(times["replayed"]) * 1e3
-        self.refused, self.times = replayed >= eager, None
+        self.refused = replayed >= eager
+        self.times = None
         chosen = "eager" if self.refused else "as a graph"
         compared = f"{replayed:.3g} ms as a graph, {eager:.3g} ms eager"
         print_note(f"cuda_graph=auto: {self.name} takes {compared}: {chosen} from now on")
@@ -207,36 +229,38 @@ class Graphed:
 
 
 class GraphedStep:
-    """Forward and backward as a CUDA graph, with the update where that is possible.
+    """Forward and backward as a CUDA graph, with the update if possible.
 
-    It is a `StepImplementation` (see `training/step.py`), as is `eager`, which runs the steps of
-    several batches and is what the graphs record.
+    Both this class and `eager` are a `StepImplementation` (see `training/step.py`).
 
     Args:
-        eager: the eager step.
-        parameters: whose gradients it computes.
+        eager: the eager step, which the graphs record, and which runs steps of several batches.
+        parameters: the parameters whose gradients are computed.
         mode: on or auto.
         model: the model.
-        single_call: the whole step, for steps of one batch; None if batches may have to be split.
+        single_call: the step with its update, for steps of one batch; None if batches may have to
+            be split.
         clock: for the profiler.
     """
 
     def __init__(
         self,
         eager: Callable[..., tuple[Step, bool]],
-        parameters: Parameters,
+        parameters: ModelParameters,
         mode: CudaGraph,
         model: nn.Module,
         single_call: "GraphedSingleCall | None",
         clock: Clock,
     ):
-        self.eager, self.single_call, self.clock = eager, single_call, clock
+        self.eager = eager
+        self.single_call = single_call
+        self.clock = clock
         self.gradients = Graphed(
-            "forward and backward",
-            lambda batch: eager(batch, None)[0],
-            lambda: parameters.optimized,
-            mode,
-            model,
+            name="forward and backward",
+            run=lambda batch: eager(batch, None)[0],
+            parameters=lambda: parameters.optimized,
+            mode=mode,
+            model=model,
         )
 
     def __call__(
@@ -245,6 +269,7 @@ class GraphedStep:
         share: float | Tensor | None,
         phase: Phase | None = None,
     ) -> tuple[Step, bool]:
+        """Replay the step with its update, or forward and backward; eager for several batches."""
         if share is not None:
             return self.eager(batch, share, phase)
         if self.single_call is not None and self.single_call.is_ready():
@@ -256,20 +281,20 @@ class GraphedStep:
 class GraphedSingleCall(SingleCallStep):
     """Forward, backward, recordable callbacks and update as one CUDA graph.
 
-    The learning rates are tensors in it. The optimizer has to be a fused one of torch or a
-    `PureOptimizer`: any other may count its steps in Python.
+    The graph reads the learning rates from tensors. The optimizer must be a fused one of torch or a
+    `PureOptimizer`: others may count their steps in Python.
 
     Args:
-        eager: the eager step, which is what the graph records.
+        eager: the eager step, which the graph records.
         optimizer: the optimizer.
         precision: with the scaler of fp16.
         mode: on or auto.
         model: the model.
         callbacks: those that listen to `gradients`.
-        call_recordable: calls the recordable ones of them; it takes the loss of the step.
+        call_recordable: calls the recordable ones of them, with the loss of the step.
     """
 
-    rate_dtype = torch.float32  # which fused kernels read
+    rate_dtype = torch.float32  # fused kernels read this dtype
 
     def __init__(
         self,
@@ -282,12 +307,15 @@ class GraphedSingleCall(SingleCallStep):
         call_recordable: Callable[[Tensor], None],
     ):
         super().__init__(optimizer, callbacks)
-        self.eager, self.precision, self.call_recordable = eager, precision, call_recordable
+        self.eager = eager
+        self.precision = precision
+        self.call_recordable = call_recordable
         self.graphed = Graphed("the whole step", self._step, lambda: self.trainable, mode, model)
         fused = all(group.get("fused") for group in optimizer.param_groups)
         self.keeps_state_on_device = fused or isinstance(optimizer, PureOptimizer)
 
     def __call__(self, batch: Batch) -> tuple[Step, bool]:
+        """Replay the step with the present learning rates and settings of the optimizer."""
         self.set_learning_rates()
         settings = []
         for group in self.optimizer.param_groups:
@@ -295,20 +323,23 @@ class GraphedSingleCall(SingleCallStep):
         return self.graphed(batch, settings=repr(settings)), True
 
     def gradients_needed(self) -> bool:
+        """Return whether a callback that cannot be recorded needs the gradients of this step."""
         if self.callbacks.all_recordable():
             return False
         scaled = self.precision.scaler is not None
         if not scaled and not skips_on_device(self.optimizer):
-            return True  # they would see a gradient that is not finite after the update
+            return True  # they must see a gradient that is not finite before the update
         return self.callbacks.need_gradients(except_recordable=True)
 
     def is_supported(self) -> bool:
+        """Return whether the optimizer keeps its state on the device and has no hooks."""
         if not self.keeps_state_on_device or self.graphed.refused:
             return False
         return not has_step_hooks(self.optimizer)
 
     def prepare_state(self) -> bool:
-        self.graphed.captured.clear()  # the graphs write to the memory of another state
+        """Drop the graphs of an earlier state; return whether the state is complete."""
+        self.graphed.captured.clear()  # they write to the memory of that state
         states = [self.optimizer.state.get(p) for p in self.trainable]
         for parameter, state in zip(self.trainable, states, strict=True):
             for value in (state or {}).values():
@@ -318,18 +349,18 @@ class GraphedSingleCall(SingleCallStep):
         return stateless or all(states)
 
     def _step(self, batch: Batch) -> Step:
-        made, _ = self.eager(batch, None)
+        result, _ = self.eager(batch, None)
         self.precision.unscale(self.optimizer)
-        self.call_recordable(made.loss.detach())
+        self.call_recordable(result.loss.detach())
         with self._learning_rates_on_device():
             self.precision.step(self.optimizer, self.optimizer.step)
         for parameter in self.trainable:
             parameter.grad = None
-        return made
+        return result
 
     @contextmanager
     def _learning_rates_on_device(self) -> Iterator[None]:
-        """Let the update read its learning rates from tensors, and know if it is captured."""
+        """Put tensors into the groups as learning rates, and "capturable" during a capture."""
         groups = self.optimizer.param_groups
         on_cuda = self.precision.device.type == "cuda"
         capturing = on_cuda and torch.cuda.is_current_stream_capturing()

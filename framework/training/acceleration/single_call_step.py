@@ -1,4 +1,4 @@
-"""A training step with its update as one call: what compiled and graphed steps share."""
+"""A training step with its update as one call: the base of compiled and graphed steps."""
 
 from typing import ClassVar
 
@@ -14,9 +14,9 @@ from .callbacks import GradientCallbacks
 
 
 class SingleCallStep:
-    """Goes from a batch to the updated parameters in one call, if the step allows it.
+    """Base of steps from a batch to the updated parameters in one call.
 
-    The call reads each learning rate from a tensor, since a number would become a part of it.
+    The call reads the learning rates from tensors, since a number would become a constant in it.
 
     Args:
         optimizer: the optimizer, whose state the call updates.
@@ -24,43 +24,44 @@ class SingleCallStep:
 
     Attributes:
         trainable: the parameters that require gradients.
-        group_indices: for each of them, the index of its group in the optimizer.
-        learning_rates: a tensor for each group.
-        rate_dtype: of these tensors; None for that of the parameters.
+        group_indices: the index of the group of each of them.
+        learning_rates: a tensor of shape () for each group.
+        rate_dtype: the dtype of these tensors; None for that of the parameters.
     """
 
     rate_dtype: ClassVar[torch.dtype | None] = None
 
     def __init__(self, optimizer: Optimizer, callbacks: GradientCallbacks):
-        self.optimizer, self.callbacks = optimizer, callbacks
+        self.optimizer = optimizer
+        self.callbacks = callbacks
         self.trainable: list[nn.Parameter] = []
         self.group_indices: list[int] = []
         self.learning_rates: list[Tensor] = []
-        # The state of the optimizer that the call was prepared for, and its tensors:
+        # The state of the optimizer that the call is prepared for, and its tensors:
         self.prepared_state: object = None
         self.prepared_tensors: list[Tensor] = []
 
     def __call__(self, batch: Batch) -> tuple[Step, bool]:
-        """Return what the task made of the batch, and whether the parameters are updated."""
+        """Return the result of the task, and whether the parameters are updated."""
         raise NotImplementedError
 
     def is_supported(self) -> bool:
-        """Return whether the optimizer, as it is set, can be updated in the call."""
+        """Return whether the optimizer, with its present settings, can be updated in the call."""
         raise NotImplementedError
 
     def prepare_state(self) -> bool:
-        """Prepare for the state of the optimizer; return whether it is complete.
+        """Prepare for the state of the optimizer, and return whether it is complete.
 
-        The first step of an optimizer creates the state, and cannot be a single call for that.
+        The first step of an optimizer creates its state, and therefore is not a single call.
         """
         raise NotImplementedError
 
     def gradients_needed(self) -> bool:
-        """Return whether a callback must see the gradients of this step."""
+        """Return whether a callback needs the gradients of this step."""
         return self.callbacks.need_gradients()
 
     def is_ready(self) -> bool:
-        """Return whether this step can be a single call, and prepare it if so."""
+        """Prepare for this step, and return whether it can be a single call."""
         if not self.is_supported() or self.gradients_needed():
             return False
         trainable: list[nn.Parameter] = []
@@ -72,7 +73,8 @@ class SingleCallStep:
         if self._is_prepared_for(trainable, indices):
             return True
         self.prepared_state = None
-        self.trainable, self.group_indices = trainable, indices
+        self.trainable = trainable
+        self.group_indices = indices
         if not self.prepare_state():
             return False
         self.learning_rates = self._make_learning_rates()
@@ -81,7 +83,8 @@ class SingleCallStep:
         return True
 
     def _is_prepared_for(self, trainable: list[nn.Parameter], indices: list[int]) -> bool:
-        groups, state = self.optimizer.param_groups, self.optimizer.state
+        groups = self.optimizer.param_groups
+        state = self.optimizer.state
         if self.prepared_state is not state or len(self.learning_rates) != len(groups):
             return False
         if indices != self.group_indices or not identical(trainable, self.trainable):
@@ -97,6 +100,6 @@ class SingleCallStep:
         return rates
 
     def set_learning_rates(self) -> None:
-        """Put the learning rates of this step where the call reads them."""
+        """Copy the learning rates of this step into the tensors that the call reads."""
         for rate, group in zip(self.learning_rates, self.optimizer.param_groups, strict=True):
             rate.fill_(group["lr"])

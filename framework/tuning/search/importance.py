@@ -1,7 +1,8 @@
-"""What a search has learned: which hyperparameters matter, where the best trials lie; in words and in pictures."""
+"""The results of a search as text and charts: importance of hyperparameters, ranges of the best."""
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,128 +13,158 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
-FEWEST = 4  # finished trials, below which nothing is said
-BAR = 20
+from framework.contracts.direction import direction_sign
+
+MIN_TRIALS = 4  # finished trials for an estimate of importances
+BAR_WIDTH = 20  # characters
 Color = tuple[int, int, int]
-INK, FAINT, WORST, BEST = (40, 40, 40), (225, 225, 225), (196, 206, 222), (178, 24, 43)
-HEIGHT, STEP, MARGIN = 380, 170, 70
+BLACK = (40, 40, 40)
+WORST = (196, 206, 222)
+BEST = (178, 24, 43)
+HEIGHT = 380  # pixels of the chart of parallel coordinates
+AXIS_DISTANCE = 170
+MARGIN = 70
 
 
-def finished(study: Study) -> list[FrozenTrial]:
-    """Return the trials that trained to their end."""
+def completed_trials(study: Study) -> list[FrozenTrial]:
+    """Return the trials that were trained to their end."""
     return study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
 
 
 def ranked_trials(study: Study, objective: int = 0) -> list[FrozenTrial]:
-    """Return the finished trials, the best of one objective first; of equals, the earlier one."""
-    sign = sign_of(study, objective)
-    return sorted(finished(study), key=lambda trial: (sign * trial.values[objective], trial.number))
+    """Return the completed trials, best value of an objective first, of equal ones the earlier."""
+    sign = objective_sign(study, objective)
+
+    def rank(trial: FrozenTrial) -> tuple[float, int]:
+        return -sign * trial.values[objective], trial.number
+
+    return sorted(completed_trials(study), key=rank)
 
 
-def sign_of(study: Study, objective: int) -> int:
-    """Return what an objective is multiplied by so that less is better."""
-    return 1 if study.directions[objective] == StudyDirection.MINIMIZE else -1
+def objective_sign(study: Study, objective: int = 0) -> float:
+    """Return the factor that makes high values of an objective the better ones."""
+    is_minimized = study.directions[objective] == StudyDirection.MINIMIZE
+    return direction_sign("min" if is_minimized else "max")
 
 
 def importances(study: Study, objective: int = 0) -> dict[str, float]:
-    """Return how much of what parts the best tenth of the trials from the rest each hyperparameter explains, together
-    1, the largest first: PED-ANOVA (Watanabe et al. 2023, arXiv:2304.10255). Nothing, of too few or equal trials.
+    """Return the importance of each hyperparameter for being among the best tenth of the trials.
+
+    Computed by PED-ANOVA (Watanabe et al. 2023, arXiv:2304.10255).
+
+    Returns:
+        The share of each hyperparameter, the largest first; the sum is 1. Empty if there are fewer
+        than four trials, or if all have the same value.
     """
-    trials, sign = finished(study), sign_of(study, objective)
-    if len(trials) < FEWEST or len({trial.values[objective] for trial in trials}) == 1:
+    trials = completed_trials(study)
+    sign = objective_sign(study, objective)
+    if len(trials) < MIN_TRIALS or len({trial.values[objective] for trial in trials}) == 1:
         return {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a low target is the good one
-        return get_param_importances(study, target=lambda trial: sign * trial.values[objective])
+        warnings.simplefilter("ignore")  # Optuna warns that low values of the target are the best
+        return get_param_importances(study, target=lambda trial: -sign * trial.values[objective])
 
 
-def report(study: Study, metrics: Sequence[str]) -> Iterator[str]:
-    """Yield lines: for each metric a table of hyperparameters, with bars, the best value and where the best lie."""
+def importance_table(study: Study, metrics: Sequence[str]) -> Iterator[str]:
+    """Yield the lines of a table for each metric.
+
+    A row has a hyperparameter, its importance as a bar, its best value, and the range of its values
+    in the best quarter of the trials.
+    """
     for objective, metric in enumerate(metrics):
-        shares, best = importances(study, objective), ranked_trials(study, objective)
+        shares = importances(study, objective)
         if not shares:
             continue
+        ranked = ranked_trials(study, objective)
+        best_quarter = ranked[: math.ceil(len(ranked) / 4)]
         rows = [("", f"matters for {metric}", "best", "best quarter")]
         for name, share in shares.items():
-            value = best[0].params.get(name)
-            bar = f"{'█' * round(share * BAR):<{BAR}} {share:4.0%}"
-            rows.append(
-                (
-                    name,
-                    bar,
-                    "" if value is None else brief(value),
-                    span(best[: math.ceil(len(best) / 4)], name),
-                )
-            )
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+            bar = f"{'█' * round(share * BAR_WIDTH):<{BAR_WIDTH}} {share:4.0%}"
+            value = ranked[0].params.get(name)
+            best = "" if value is None else value_text(value)
+            rows.append((name, bar, best, value_range(best_quarter, name)))
         yield ""
-        for row in rows:
-            yield "  ".join(
-                cell.ljust(width) for cell, width in zip(row, widths, strict=True)
-            ).rstrip()
+        yield from aligned(rows)
 
 
-def span(trials: Sequence[FrozenTrial], name: str) -> str:
-    """Return what a hyperparameter is in some trials: from least to most, or the choices, the commonest first."""
+def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Yield a line for each row, with cells padded to the width of their column."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = map(str.ljust, row, widths)
+        yield "  ".join(cells).rstrip()
+
+
+def value_range(trials: Sequence[FrozenTrial], name: str) -> str:
+    """Return the values of a hyperparameter as text.
+
+    That is "lowest to highest" for numbers, and otherwise the choices, the most frequent first.
+    """
     values = [trial.params[name] for trial in trials if name in trial.params]
     if not values:
         return ""
     if all(isinstance(value, int | float) for value in values):
-        low, high = brief(min(values)), brief(max(values))
+        low = value_text(min(values))
+        high = value_text(max(values))
         return low if low == high else f"{low} to {high}"
-    return ", ".join(
-        sorted(set(map(str, values)), key=lambda each: -sum(str(value) == each for value in values))
-    )
+    counts = Counter(map(str, values))
+    return ", ".join(choice for choice, _ in counts.most_common())
 
 
-def brief(value: Any) -> str:
+def value_text(value: Any) -> str:
+    """Return a value as text, a real number with three digits."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def pictures(study: Study, metrics: Sequence[str]) -> dict[str, Tensor]:
-    """Return pictures (1, 3, H, W) by tag: importances, and every trial as a line through its values."""
+def charts(study: Study, metrics: Sequence[str]) -> dict[str, Tensor]:
+    """Return charts of a search, (1, 3, H, W) in [0, 1], by tag.
+
+    For each metric there is one of the importances, and one with each trial as a line through the
+    values of its hyperparameters.
+    """
     drawn = {}
     for objective, metric in enumerate(metrics):
         shares = importances(study, objective)
-        if shares:
-            drawn[f"search/importance of hyperparameters for {metric}"] = draw_bars(shares)
-            drawn[f"search/parallel coordinates, {metric}"] = draw_parallel(
-                study, list(shares), metric, objective
-            )
+        if not shares:
+            continue
+        drawn[f"search/importance of hyperparameters for {metric}"] = draw_bars(shares)
+        parallel = draw_parallel(study, list(shares), metric, objective)
+        drawn[f"search/parallel coordinates, {metric}"] = parallel
     return drawn
 
 
 class Canvas:
-    """A white picture, drawn at twice its size so that lines are smooth."""
+    """A white image, drawn at twice its size for smooth lines."""
 
     def __init__(self, width: int, height: int):
-        from PIL import (
-            Image,
-            ImageDraw,
-            ImageFont,
-        )  # not at the top: only a search that ends needs it
+        from PIL import Image, ImageDraw, ImageFont  # not needed before the end of a search
 
         self.image = Image.new("RGB", (2 * width, 2 * height), "white")
         self.draw = ImageDraw.Draw(self.image)
         self.font = ImageFont.load_default(24)
 
     def line(self, points: Sequence[tuple[float, float]], color: Color, width: int = 2) -> None:
-        self.draw.line([(2 * x, 2 * y) for x, y in points], fill=color, width=width, joint="curve")
+        """Draw a line through points (x, y)."""
+        scaled = [(2 * x, 2 * y) for x, y in points]
+        self.draw.line(scaled, fill=color, width=width, joint="curve")
 
     def box(self, left: float, top: float, right: float, bottom: float, color: Color) -> None:
+        """Draw a filled rectangle."""
         self.draw.rectangle((2 * left, 2 * top, 2 * right, 2 * bottom), fill=color)
 
     def text(self, x: float, y: float, text: str, anchor: str = "mm") -> None:
-        self.draw.text((2 * x, 2 * y), text, fill=INK, anchor=anchor, font=self.font)
+        """Write a text, with its position as an anchor of PIL ("mm" is the middle)."""
+        self.draw.text((2 * x, 2 * y), text, fill=BLACK, anchor=anchor, font=self.font)
 
     def tensor(self) -> Tensor:
-        """Return the picture as (1, 3, H, W) in [0, 1]."""
+        """Return the image as (1, 3, H, W) in [0, 1]."""
         small = self.image.reduce(2)
         pixels = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8)
         return pixels.reshape(1, small.height, small.width, 3).permute(0, 3, 1, 2) / 255
 
 
 def draw_bars(shares: dict[str, float]) -> Tensor:
+    """Draw a bar for each hyperparameter."""
     canvas = Canvas(640, 40 + 32 * len(shares))
     for row, (name, share) in enumerate(shares.items()):
         middle = 36 + 32 * row
@@ -144,71 +175,83 @@ def draw_bars(shares: dict[str, float]) -> Tensor:
 
 
 class AxisScale:
-    """Where values lie on an upright axis, from 0 (below) to 1, and the labels beside it."""
+    """Maps the values of a hyperparameter or metric to heights on an axis, from 0 to 1."""
 
-    def __init__(self, values: Sequence[Any], drawn: BaseDistribution | None = None):
-        self.choices = list(drawn.choices) if isinstance(drawn, CategoricalDistribution) else []
-        if self.choices:
+    def __init__(self, values: Sequence[Any], distribution: BaseDistribution | None = None):
+        self.choices: list[Any] = []
+        if isinstance(distribution, CategoricalDistribution):
+            self.choices = list(distribution.choices)
             return
-        self.low, self.high = float(min(values)), float(max(values))
-        wide = self.low > 0 and self.high > 100 * self.low
-        self.log = bool(getattr(drawn, "log", False)) or (drawn is None and wide)
+        self.low = float(min(values))
+        self.high = float(max(values))
+        if distribution is None:
+            self.log = self.low > 0 and self.high > 100 * self.low
+        else:
+            self.log = bool(getattr(distribution, "log", False))
 
     def __call__(self, value: Any) -> float:
+        """Return the height of a value."""
         if self.choices:
             return (self.choices.index(value) + 0.5) / len(self.choices)
-        low, high, value = (
-            math.log(each) if self.log else each for each in (self.low, self.high, float(value))
-        )
-        return 0.5 if low == high else (value - low) / (high - low)
+        transform = math.log if self.log else float
+        low = transform(self.low)
+        high = transform(self.high)
+        return 0.5 if low == high else (transform(float(value)) - low) / (high - low)
 
     def labels(self) -> list[tuple[float, str]]:
-        ends = self.choices or ([self.low] if self.low == self.high else [self.low, self.high])
-        return [(self(value), brief(value)) for value in ends]
+        """Return the height and text of each label."""
+        values = self.choices or sorted({self.low, self.high})
+        return [(self(value), value_text(value)) for value in values]
 
 
 def draw_parallel(study: Study, names: Sequence[str], metric: str, objective: int = 0) -> Tensor:
-    """Draw each trial as a line over an axis for each hyperparameter and one for the metric; good ones are red.
+    """Draw each trial as a line over an axis for each hyperparameter and one for the metric.
 
-    A trial that has no such hyperparameter passes its axis by.
+    Good trials are red. The line of a trial without a hyperparameter skips the axis.
     """
-    best = ranked_trials(study, objective)
-    scales = [
-        AxisScale([t.params[n] for t in best if n in t.params], last_distribution(best, n))
-        for n in names
-    ]
-    scales.append(AxisScale([trial.values[objective] for trial in best]))
-    canvas = Canvas(2 * MARGIN + STEP * len(names), HEIGHT)
-    for number, trial in reversed(list(enumerate(best))):
-        share = number / max(len(best) - 1, 1)
-        values = [trial.params.get(name) for name in names] + [trial.values[objective]]
-        points = [
-            (MARGIN + STEP * axis, place(scales[axis](value)))
-            for axis, value in enumerate(values)
-            if value is not None
-        ]
-        canvas.line(points, mixed(share), 5 if number == 0 else 2)
+    ranked = ranked_trials(study, objective)
+    scales = []
+    for name in names:
+        values = [trial.params[name] for trial in ranked if name in trial.params]
+        scales.append(AxisScale(values, find_distribution(ranked, name)))
+    scales.append(AxisScale([trial.values[objective] for trial in ranked]))
+    canvas = Canvas(2 * MARGIN + AXIS_DISTANCE * len(names), HEIGHT)
+    for rank in reversed(range(len(ranked))):  # the best on top
+        trial = ranked[rank]
+        values = [trial.params.get(name) for name in names]
+        values.append(trial.values[objective])
+        points = []
+        for axis, (value, scale) in enumerate(zip(values, scales, strict=True)):
+            if value is not None:
+                points.append((MARGIN + AXIS_DISTANCE * axis, y_position(scale(value))))
+        color = rank_color(rank / max(len(ranked) - 1, 1))
+        canvas.line(points, color, 5 if rank == 0 else 2)
     for axis, (name, scale) in enumerate(zip([*names, metric], scales, strict=True)):
-        x = MARGIN + STEP * axis
-        canvas.line([(x, place(0)), (x, place(1))], INK)
+        x = MARGIN + AXIS_DISTANCE * axis
+        canvas.line([(x, y_position(0)), (x, y_position(1))], BLACK)
         canvas.text(x, 18, name)
         for height, label in scale.labels():
-            canvas.text(x + 6, place(height), label, "lm")
+            canvas.text(x + 6, y_position(height), label, "lm")
     return canvas.tensor()
 
 
-def last_distribution(trials: Sequence[FrozenTrial], name: str) -> BaseDistribution | None:
-    return next(
-        (trial.distributions[name] for trial in trials if name in trial.distributions), None
-    )
+def find_distribution(trials: Sequence[FrozenTrial], name: str) -> BaseDistribution | None:
+    """Return the distribution of a hyperparameter in the first trial that has it."""
+    for trial in trials:
+        if name in trial.distributions:
+            return trial.distributions[name]
+    return None
 
 
-def place(height: float) -> float:
+def y_position(height: float) -> float:
+    """Return the pixel row of a height on an axis."""
     return HEIGHT - 24 - height * (HEIGHT - 74)
 
 
-def mixed(share: float) -> Color:
-    """Return a color from that of the best (0) to that of the worst (1)."""
-    share = min(1.0, 2 * share)
-    red, green, blue = (round(a + (b - a) * share) for a, b in zip(BEST, WORST, strict=True))
+def rank_color(rank: float) -> Color:
+    """Return the color of a relative rank, from 0 (best) to 1 (worst)."""
+    share = min(1.0, 2 * rank)
+    red, green, blue = (
+        round(best + (worst - best) * share) for best, worst in zip(BEST, WORST, strict=True)
+    )
     return red, green, blue

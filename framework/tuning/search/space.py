@@ -1,11 +1,12 @@
-"""What a search chooses from: overrides with several values, as Optuna's distributions.
+"""The search space: overrides with several values as Optuna's distributions.
 
-    optimizer.lr=tag(log, interval(1e-5, 1e-1))            a number between two, here evenly on a logarithmic scale
-    model.width=range(32, 257, step=32)                    one of a series (Hydra leaves out the end)
-    optimizer=sgd,adamw   trainer.precision=choice(a, b)   one of these
-    model.width=tag(per model.depth, log, range(8, 129))   a list: as many numbers as model.depth says
+    optimizer.lr=tag(log, interval(1e-5, 1e-1))            a number of an interval, on a log scale
+    model.width=range(32, 257, step=32)                    a number of a range without its end
+    optimizer=sgd,adamw   trainer.precision=choice(a, b)   a choice
+    model.width=tag(per model.depth, log, range(8, 129))   a list of model.depth numbers
 
-A setting that only some of the parts to choose from have (momentum, of sgd and adamw) is asked for where it belongs.
+A setting that only some of the choices of a part have (momentum, of sgd and adamw) is drawn for
+those choices only.
 """
 
 import math
@@ -34,230 +35,262 @@ from framework.errors import ConfigError, did_you_mean
 from framework.registry.registry import Registry
 from framework.registry.schema import Setting, accepts
 
-LOG, PER = "log", "per "
+LOG = "log"
+PER = "per "
 Choose = Callable[[str, BaseDistribution], Any]
-"""Gives a value of a hyperparameter, by its name and distribution."""
+"""Returns a value for the name and distribution of a hyperparameter."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One hyperparameter: its key, what Hydra's override of it begins with, and what it may be."""
+    """One hyperparameter.
+
+    Attributes:
+        key: the key as typed.
+        written: the key in Hydra's override.
+        distribution: its possible values.
+        per: for a list of values, the key of the setting with their number.
+    """
 
     key: str
     written: str
     distribution: BaseDistribution
-    per: str | None = None  # the setting that says how many of them there are, in a list
+    per: str | None = None
 
     @property
     def options(self) -> list[str]:
-        chosen = self.distribution
-        return (
-            [str(name) for name in chosen.choices]
-            if isinstance(chosen, CategoricalDistribution)
-            else []
-        )
+        if isinstance(self.distribution, CategoricalDistribution):
+            return [str(name) for name in self.distribution.choices]
+        return []
 
 
 class Space:
     """The hyperparameters of a search, and the overrides that all its trials share.
 
-    Raises ConfigError with what is wrong with them.
+    Raises ConfigError with all problems.
     """
 
     def __init__(self, arguments: Sequence[str], loader: ConfigLoader | None = None):
-        """Read Hydra's overrides, of a key the last one."""
+        """Read Hydra's overrides; the last one of a key counts."""
         parsed = parse_overrides(arguments, loader)
         by_key = {typed_key(override): override for override in parsed}
         self.problems: list[str] = []
-        sweeps = {key for key, override in by_key.items() if override.is_sweep_override()}
-        self.fixed = [
-            str(each.input_line)
-            for each in parsed
-            if not each.is_sweep_override() and typed_key(each) not in sweeps
-        ]
-        axes = [self._axis(key, by_key[key]) for key in by_key if key in sweeps]
-        self.given = {key: each.value() for key, each in by_key.items() if key not in sweeps}
-        self.axes = sorted(
-            [axis for axis in axes if axis],
-            key=lambda axis: (axis.per is not None, key_depth(axis.key)),
-        )
+        self.fixed: list[str] = []
+        self.fixed_values: dict[str, Any] = {}
+        self.axes: list[Axis] = []
+        swept = {key: each for key, each in by_key.items() if each.is_sweep_override()}
+        for override in parsed:
+            if not override.is_sweep_override() and typed_key(override) not in swept:
+                self.fixed.append(str(override.input_line))
+        for key, override in by_key.items():
+            if key in swept:
+                self._add_axis(key, override)
+            else:
+                self.fixed_values[key] = override.value()
+        self.axes.sort(key=lambda axis: (axis.per is not None, key_depth(axis.key)))
         for axis in self.axes:
-            self._check_reach(axis)
-        if "fold" in sweeps:
+            self._check_owner(axis)
+            self._check_count(axis)
+        if "fold" in swept:
+            text = as_typed(str(swept["fold"].input_line))
             self.problems.append(
-                f"{as_typed(str(by_key['fold'].input_line))}: a search would choose the easiest fold: "
-                "expected one fold, such as fold=1/5; for all folds of some settings, sweep without optuna"
+                f"{text}: a search would choose the easiest fold: expected one fold, such as "
+                "fold=1/5; for all folds of some settings, sweep without optuna"
             )
-        if not axes:
+        if not swept:
             self.problems.append(
-                "a search needs something to choose: optimizer.lr='tag(log, interval(1e-5, 1e-1))'"
+                "a search needs a hyperparameter with several values, such as "
+                "optimizer.lr='tag(log, interval(1e-5, 1e-1))'"
             )
         if self.problems:
             raise ConfigError(self.problems)
 
     @property
     def texts(self) -> list[str]:
-        """What is searched, in plain words: a search goes on with the same space."""
-        return sorted(
-            f"{axis.key}{f' per {axis.per}' if axis.per else ''}: {axis.distribution}"
-            for axis in self.axes
-        )
+        """Descriptions of the axes, by which a resumed search recognizes its space."""
+        texts = []
+        for axis in self.axes:
+            per = f" per {axis.per}" if axis.per else ""
+            texts.append(f"{axis.key}{per}: {axis.distribution}")
+        return sorted(texts)
 
-    def _axis(self, key: str, override: Override) -> Axis | None:
-        value, written = override.value(), str(override.input_line).partition("=")[0]
-        tags = {str(tag) for tag in getattr(value, "tags", ())}
-        per = next((tag.removeprefix(PER).strip() for tag in tags if tag.startswith(PER)), None)
+    def _add_axis(self, key: str, override: Override) -> None:
+        written = str(override.input_line).partition("=")[0]
+        per = None
+        log = False
         try:
-            for tag in tags:
-                if tag != LOG and not tag.startswith(PER):
-                    raise ValueError(f"the tag {tag!r} is none of: log, 'per SETTING'")
-            return Axis(key, written, distribution_of(key, override, LOG in tags), per)
+            for tag in sorted(map(str, getattr(override.value(), "tags", ()))):
+                if tag == LOG:
+                    log = True
+                elif tag.startswith(PER):
+                    per = tag.removeprefix(PER).strip()
+                else:
+                    raise ValueError(f"unknown tag {tag!r}, available: log, 'per SETTING'")
+            self.axes.append(Axis(key, written, read_distribution(key, override, log), per))
         except (ValueError, TypeError) as error:
-            self.problems.append(
-                f"{as_typed(str(override.input_line))}: {' '.join(str(error).split())}"
-            )
-            return None
+            reason = " ".join(str(error).split())
+            self.problems.append(f"{as_typed(str(override.input_line))}: {reason}")
 
-    def _check_reach(self, axis: Axis) -> None:
-        """Find what no choice of a part has, and a count that is nowhere."""
-        owner = self._axis_of(parent(axis.key))
-        last = axis.key.rpartition(".")[2]
-        if owner is not None and not any(
-            has_setting(owner.key, option, last) for option in owner.options
-        ):
-            self.problems.append(
-                f"{axis.key}: none of {', '.join(owner.options)} has a setting {last!r}"
-            )
-        if axis.per is not None and axis.per not in self.given and self._axis_of(axis.per) is None:
-            known = [each.key for each in self.axes if each.per is None]
-            self.problems.append(
-                f"{axis.key}: nothing says how many: per {axis.per}; {did_you_mean(axis.per, known)}"
-            )
+    def _check_owner(self, axis: Axis) -> None:
+        """Check that one of the choices of a part has the setting."""
+        owner_key, _, setting = axis.key.rpartition(".")
+        owner = self._find_axis(owner_key)
+        if owner is None:
+            return
+        if not any(has_setting(owner.key, option, setting) for option in owner.options):
+            options = ", ".join(owner.options)
+            self.problems.append(f"{axis.key}: none of {options} has a setting {setting!r}")
 
-    def _axis_of(self, key: str) -> Axis | None:
-        return next((axis for axis in self.axes if axis.key == key), None)
+    def _check_count(self, axis: Axis) -> None:
+        """Check that the number of values of a list is known."""
+        if axis.per is None or axis.per in self.fixed_values or self._find_axis(axis.per):
+            return
+        advice = did_you_mean(axis.per, [each.key for each in self.axes if each.per is None])
+        self.problems.append(f"{axis.key}: per {axis.per}: this setting has no value; {advice}")
+
+    def _find_axis(self, key: str) -> Axis | None:
+        for axis in self.axes:
+            if axis.key == key:
+                return axis
+        return None
 
     def sample(self, choose: Choose) -> list[str]:
-        """Return the overrides of one trial; only what its parts have is asked for."""
+        """Return the overrides of one trial; settings that its parts do not have are not drawn."""
         chosen: dict[str, Any] = {}
         for axis in self.axes:
-            owner = parent(axis.key)
-            if self._axis_of(owner) is not None and not has_setting(
-                owner, str(chosen.get(owner)), axis.key.rpartition(".")[2]
-            ):
+            owner, _, setting = axis.key.rpartition(".")
+            if self._find_axis(owner) and not has_setting(owner, str(chosen.get(owner)), setting):
                 continue
             if axis.per is None:
                 chosen[axis.key] = choose(axis.key, axis.distribution)
-            else:
-                count: Any = chosen.get(axis.per, self.given.get(axis.per))
-                chosen[axis.key] = [
-                    choose(f"{axis.key}.{number}", axis.distribution)
-                    for number in range(int(count))
-                ]
-        own: list[str] = []
+                continue
+            count: Any = chosen.get(axis.per, self.fixed_values.get(axis.per))
+            names = [f"{axis.key}.{number}" for number in range(int(count))]
+            chosen[axis.key] = [choose(name, axis.distribution) for name in names]
+        overrides = [*self.fixed]
         for axis in self.axes:
             if axis.key in chosen:
-                own += expand_job(f"{axis.written}={value_text(chosen[axis.key], axis)}")
-        return [*self.fixed, *own]
+                overrides += expand_job(f"{axis.written}={value_text(chosen[axis.key], axis)}")
+        return overrides
 
 
 def typed_key(override: Override) -> str:
-    """Return the key as a person types it: `optimizer`, `model.activation`."""
+    """Return the key as typed by a user: `optimizer`, `model.activation`."""
     return as_typed(f"{override.key_or_group}=_").partition("=")[0].replace("/", ".")
 
 
 def parent(key: str) -> str:
+    """Return the key of the part or section that a key belongs to."""
     return key.rpartition(".")[0]
 
 
 def key_depth(key: str) -> int:
+    """Return how deeply a key is nested."""
     return key.count(".")
 
 
-def distribution_of(key: str, override: Override, log: bool) -> BaseDistribution:
-    """Return what an override with several values stands for. Raises ValueError for what cannot be."""
+def read_distribution(key: str, override: Override, log: bool) -> BaseDistribution:
+    """Return the distribution of an override with several values. Raises ValueError."""
     value: Any = override.value()
     if isinstance(value, IntervalSweep):
-        low, high = float(value.start or 0), float(value.end or 0)
-        whole = isinstance(value.start, int) or takes_whole_numbers(key, low, high)
-        return (
-            IntDistribution(int(low), int(high), log=log)
-            if whole
-            else FloatDistribution(low, high, log=log)
-        )
+        low = float(value.start or 0)
+        high = float(value.end or 0)
+        if isinstance(value.start, int) or takes_only_integers(key, low, high):
+            return IntDistribution(int(low), int(high), log=log)
+        return FloatDistribution(low, high, log=log)
     if isinstance(value, RangeSweep):
-        series, step = sorted(value.range()), abs(value.step)
-        if log and step != 1:
-            raise ValueError("log goes with a step of 1, or with interval(...)")
-        if not series:
-            raise ValueError("nothing is in this range")
-        make: Any = IntDistribution if isinstance(series[0], int) else FloatDistribution
-        return make(
-            series[0], series[-1], log=log, step=None if log and make is FloatDistribution else step
-        )
+        return range_distribution(sorted(value.range()), abs(value.step), log)
     if log:
-        raise ValueError("log goes with interval(...) and range(...)")
+        raise ValueError("the tag log needs interval(...) or range(...)")
     choices = list(override.sweep_string_iterator())
-    twice = next((choice for choice in choices if choices.count(choice) > 1), None)
-    if twice is not None:
-        raise ValueError(f"{twice} is there twice")
+    for choice in choices:
+        if choices.count(choice) > 1:
+            raise ValueError(f"{choice} is listed twice")
     return CategoricalDistribution(choices)
 
 
-def takes_whole_numbers(key: str, low: float, high: float) -> bool:
-    """Whether the setting takes whole numbers alone, whichever part it is of."""
-    settings, between = list(settings_at(key)), math.floor(low) + 0.5
-    return bool(settings) and not any(accepts(setting, between) for setting in settings)
+def range_distribution(series: Sequence[Any], step: Any, log: bool) -> BaseDistribution:
+    """Return the distribution of a series of numbers in ascending order. Raises ValueError."""
+    if log and step != 1:
+        raise ValueError("the tag log needs a step of 1, or interval(...)")
+    if not series:
+        raise ValueError("the range is empty")
+    low = series[0]
+    high = series[-1]
+    if isinstance(low, int):
+        return IntDistribution(low, high, log=log, step=step)
+    return FloatDistribution(low, high, log=log, step=None if log else step)
 
 
-def settings_at(key: str) -> list[Setting]:
-    """Return the settings that a key may mean, of a section or of any part of the kind."""
-    owner, last = parent(key), key.rpartition(".")[2]
+def takes_only_integers(key: str, low: float, high: float) -> bool:
+    """Return whether a setting takes only integers, in every part that has it."""
+    settings = find_settings(key)
+    fraction = math.floor(low) + 0.5
+    return bool(settings) and not any(accepts(setting, fraction) for setting in settings)
+
+
+def find_settings(key: str) -> list[Setting]:
+    """Return the settings that a key may refer to: one of a section, or those of all parts."""
+    owner, _, name = key.rpartition(".")
     if owner in SECTIONS:
-        return [setting for name, setting in section_settings(owner).items() if name == last]
-    return [
-        e.settings[last]
-        for registry in registries_at(owner)
-        for e in registry
-        if last in e.settings
-    ]
+        settings = section_settings(owner)
+        return [settings[name]] if name in settings else []
+    return settings_named(name, find_registries(owner))
 
 
-def registries_at(path: str) -> list[Registry]:
-    """Return the kinds of the part at a path: `optimizer` is one, `model.activation` names an activation."""
-    if path in Registry.by_key():
-        return [Registry.by_key()[path]]
-    if parent(path) in Registry.by_key() and Registry.by_key()[parent(path)].kind.many:
-        return [Registry.by_key()[parent(path)]]
-    last = path.rpartition(".")[2]
-    settings = [
-        e.settings[last]
-        for registry in Registry.every.values()
-        for e in registry
-        if last in e.settings
-    ]
-    return [Registry.every[kind] for kind in dict.fromkeys(s.part for s in settings) if kind]
+def settings_named(name: str, registries: Sequence[Registry]) -> list[Setting]:
+    """Return the settings of that name of all parts."""
+    found = []
+    for registry in registries:
+        for entry in registry:
+            if name in entry.settings:
+                found += [entry.settings[name]]
+    return found
+
+
+def find_registries(path: str) -> list[Registry]:
+    """Return the registries of the part at a path.
+
+    `optimizer` is a registry itself; `model.activation` is a setting with the name of an
+    activation.
+    """
+    by_key = Registry.by_key()
+    if path in by_key:
+        return [by_key[path]]
+    if parent(path) in by_key and by_key[parent(path)].kind.many:
+        return [by_key[parent(path)]]
+    name = path.rpartition(".")[2]
+    found = {}
+    for setting in settings_named(name, list(Registry.every.values())):
+        if setting.part:
+            found[setting.part] = Registry.every[setting.part]
+    return list(found.values())
 
 
 def has_setting(path: str, name: str, setting: str) -> bool:
-    """Whether the part of that name, chosen at that path, has such a setting."""
-    found = [
-        registry.get(name) for registry in registries_at(path) if name != NONE and name in registry
-    ]
-    return any(setting in entry.settings for entry in found)
+    """Return whether the part of a name, chosen at a path, has a setting."""
+    if name == NONE:
+        return False
+    for registry in find_registries(path):
+        if name in registry and setting in registry.get(name).settings:
+            return True
+    return False
 
 
 def value_text(value: Any, axis: Axis) -> str:
-    """Write a value as an override does, a real number with the digits that matter."""
+    """Return the text of a value in an override, a real number with its significant digits."""
     if isinstance(value, list):
-        return f"[{','.join(value_text(each, axis) for each in value)}]"
-    drawn = axis.distribution
-    if isinstance(value, float) and isinstance(drawn, FloatDistribution) and drawn.step is None:
-        return repr(min(max(rounded(value, drawn), drawn.low), drawn.high))
-    return str(value)
+        texts = [value_text(each, axis) for each in value]
+        return f"[{','.join(texts)}]"
+    distribution = axis.distribution
+    if not isinstance(value, float) or not isinstance(distribution, FloatDistribution):
+        return str(value)
+    if distribution.step is not None:
+        return str(value)
+    return repr(min(max(rounded(value, distribution), distribution.low), distribution.high))
 
 
-def rounded(value: float, drawn: FloatDistribution) -> float:
+def rounded(value: float, distribution: FloatDistribution) -> float:
     """Round to a ten-thousandth of the interval, or of the value on a logarithmic scale."""
-    size = abs(value) if drawn.log else drawn.high - drawn.low
+    size = abs(value) if distribution.log else distribution.high - distribution.low
     return value if size == 0 else round(value, 4 - math.floor(math.log10(size)))

@@ -1,6 +1,6 @@
-"""The study of a search: its journal in the sweep folder, its samplers and pruners, and who judges a trial under way.
+"""The Optuna study of a search: its journal in the sweep folder, its samplers and its pruners.
 
-`study.journal` holds all that Optuna knows of the trials, a JSON object a line; `sweep.jsonl` beside it how they ended.
+`study.journal` is a file of Optuna, a JSON object a line; `sweep.jsonl` records the results.
 """
 
 import json
@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from framework.errors import FrameworkError, RunError
 from framework.system.files import (
@@ -41,31 +41,40 @@ from optuna.storages.journal import BaseJournalBackend
 from optuna.trial import FrozenTrial, Trial
 
 Sampler = Literal["tpe", "cma_es", "random", "nsga2"]
-Direction = Literal["minimize", "maximize"]
-FILE, NAME = "study.journal", "search"
+OptunaDirection = Literal["minimize", "maximize"]
+FILE = "study.journal"
+NAME = "search"
+BLOCK_BYTES = 4096
 
-optuna.logging.set_verbosity(optuna.logging.ERROR)  # a table of ours tells what comes of each trial
+optuna.logging.set_verbosity(optuna.logging.ERROR)  # the table of the sweep shows the results
 
 
 class Journal(BaseJournalBackend):
-    """A file of lines, each appended in one write under a lock that a kill lets go of.
+    """Optuna's journal, with a lock and lines that survive a kill.
 
-    What Optuna has for this keeps its lock for half a minute after a kill, cannot read on after a line that a kill cut
-    off, and waits for the disk at each validation of each trial.
+    `optuna.storages.journal.JournalFileBackend` (5.0) writes the same lines, but after a kill its
+    lock blocks others for 30 seconds, and it appends to a torn last line, which makes the file
+    unreadable. It also calls fsync for each validation of a trial, and reports a full disk as an
+    OSError.
     """
 
     def __init__(self, path: Path):
-        self.folder, self.path = path.parent, path
-        self.read = (0, 0)  # so many logs, which take so many bytes
-        AppendFile(self.folder, path.name).close()  # so that it is there
+        self.folder = path.parent
+        self.path = path
+        self.logs_read = 0
+        self.bytes_read = 0
+        AppendFile(self.folder, path.name).close()  # creates the file
 
     def read_logs(self, log_number_from: int) -> list[dict[str, Any]]:
-        """Return the logs from that number on; one that is being written is not there yet.
+        """Return the logs from a number on, without a last one that is being written.
 
-        Lines that are no logs are left out, and not counted: a disk may have torn one in the middle.
+        Lines that are not logs, such as those torn by a disk error, are skipped and not counted.
         """
-        number, offset = self.read if self.read[0] <= log_number_from else (0, 0)
-        found = []
+        number = self.logs_read
+        offset = self.bytes_read
+        if number > log_number_from:
+            number = offset = 0
+        logs = []
         try:
             with open_file(self.folder, self.path.name, most=MOST_ROWS_BYTES) as file:
                 file.seek(offset)
@@ -73,114 +82,118 @@ class Journal(BaseJournalBackend):
                     if not line.endswith(b"\n") and len(line) < MOST_LINE_BYTES:
                         break
                     offset += len(line)
-                    log = read_log(line)
+                    log = parse_log(line)
                     if log is None:
                         continue
                     if number >= log_number_from:
-                        found.append(log)
+                        logs.append(log)
                     number += 1
         except OSError as error:
-            raise RunError(
-                f"{self.path} cannot be read: {failure_reason(self.path, error)}"
-            ) from error
-        self.read = (number, offset)
-        return found
+            reason = failure_reason(self.path, error)
+            raise RunError(f"{self.path} cannot be read: {reason}") from error
+        self.logs_read = number
+        self.bytes_read = offset
+        return logs
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Append lines, after taking away what a kill left of one. Raises RunError when they cannot be written."""
-        content = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode()
+        """Append lines in one write. Raises RunError when they cannot be written.
+
+        Part of a line at the end of the file, left by a kill, is removed.
+        """
+        lines = [json.dumps(log, separators=(",", ":")) + "\n" for log in logs]
         journal = AppendFile(self.folder, self.path.name)
         try:
-            lock(journal.file, self.path, wait=True)  # until it is closed
-            journal.file.truncate(end_of_lines(journal.file))
-            journal.append(content)
+            lock(journal.file, self.path, wait=True)  # released when the file is closed
+            journal.file.truncate(end_of_last_line(journal.file))
+            journal.append("".join(lines).encode())
         finally:
             journal.close()
 
 
-def read_log(line: bytes) -> dict[str, Any] | None:
-    """Return the log of a line of the journal; None if it is none."""
+def parse_log(line: bytes) -> dict[str, Any] | None:
+    """Return the log in a line of the journal, or None if there is none."""
     log = parse_row(line)
-    if (
-        log is None
-        or not isinstance(log.get("op_code"), int)
-        or not isinstance(log.get("worker_id"), str)
-    ):
+    if log is None:
         return None
-    return log
+    is_log = isinstance(log.get("op_code"), int) and isinstance(log.get("worker_id"), str)
+    return log if is_log else None
 
 
-def end_of_lines(file: Any) -> int:
-    """Return where the last whole line ends."""
+def end_of_last_line(file: BinaryIO) -> int:
+    """Return the offset after the last newline of a file."""
     end = file.seek(0, os.SEEK_END)
     while end > 0:
-        begin = max(end - 4096, 0)
-        file.seek(begin)
-        newline = file.read(end - begin).rfind(b"\n")
+        start = max(end - BLOCK_BYTES, 0)
+        file.seek(start)
+        newline = file.read(end - start).rfind(b"\n")
         if newline >= 0:
-            return begin + newline + 1
-        end = begin
+            return start + newline + 1
+        end = start
     return 0
 
 
 @lru_cache(maxsize=4)
-def storage_in(folder: Path) -> JournalStorage:
-    """Return what keeps the study of a sweep folder; all of a process share one, which reads each line once."""
+def cached_storage(folder: Path) -> JournalStorage:
+    """Return the storage of a sweep folder, one for a process, so that it reads each line once."""
     return JournalStorage(Journal(folder / FILE))
 
 
-def storage_of(folder: Path) -> JournalStorage:
-    """Return the storage of a sweep folder. Raises RunError when its journal cannot be read as one."""
+def open_storage(folder: Path) -> JournalStorage:
+    """Return the storage of a sweep folder. Raises RunError when its journal is damaged."""
     try:
-        return storage_in(folder.resolve())
-    except (
-        LookupError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        AssertionError,
-    ) as error:  # Optuna checks no types
-        said = f"{type(error).__name__}: {error}"
-        raise RunError(
-            f"{folder / FILE} is damaged, so that the search cannot go on: {said}"
-        ) from error
+        return cached_storage(folder.resolve())
+    except (LookupError, ValueError, TypeError, AttributeError, AssertionError) as error:
+        # Optuna does not check the types in a journal
+        cause = f"{type(error).__name__}: {error}"
+        raise RunError(f"{folder / FILE} is damaged, the search cannot go on: {cause}") from error
 
 
 def create_study(
-    folder: Path, directions: Sequence[Direction], asked: dict[str, Any]
+    folder: Path, directions: Sequence[OptunaDirection], request: dict[str, Any]
 ) -> optuna.Study:
-    """Make the study of a sweep folder, or go on with it. Raises RunError when that was asked for something else."""
-    storage = storage_of(folder)
+    """Create the study of a sweep folder, or load it.
+
+    Args:
+        folder: the sweep folder.
+        directions: the direction of each objective.
+        request: settings that must stay the same when a search goes on, by name.
+
+    Raises RunError when the existing study was created for another request.
+    """
     study = optuna.create_study(
-        storage=storage, study_name=NAME, directions=directions, load_if_exists=True
+        storage=open_storage(folder), study_name=NAME, directions=directions, load_if_exists=True
     )
-    for what, value in asked.items():
-        before = study.user_attrs.get(what)
+    for name, value in request.items():
+        before = study.user_attrs.get(name)
         if before is None:
-            study.set_user_attr(what, value)
+            study.set_user_attr(name, value)
         elif before != value:
-            raise RunError(f"{folder} cannot go on with {what} {value}: it began with {before}")
+            raise RunError(
+                f"{folder} cannot go on with {name} {value}: it was started with {before}"
+            )
     return study
 
 
 class Generations(NSGAIISampler):
-    """NSGA-II whose parents stand in the order of their numbers, also when they are first chosen and not read back."""
+    """NSGA-II with parents ordered by number, both when they are chosen and when they are read.
+
+    Optuna stores the name of this class in journals.
+    """
 
     def select_parent(self, study: optuna.Study, generation: int) -> list[FrozenTrial]:
-        return sorted(super().select_parent(study, generation), key=lambda trial: trial.number)
+        parents = super().select_parent(study, generation)
+        return sorted(parents, key=lambda trial: trial.number)
 
 
 def make_sampler(kind: Sampler, startup: int, seed: int) -> BaseSampler:
-    """Return a sampler; the first `startup` trials it draws at random (of nsga2: a generation)."""
+    """Return a sampler, with `startup` random trials; for nsga2 that is the population size."""
     if kind == "tpe":
         return TPESampler(n_startup_trials=startup, seed=seed)
     if kind == "cma_es":
         return CmaEsSampler(n_startup_trials=startup, seed=seed, warn_independent_sampling=False)
-    return (
-        Generations(population_size=max(startup, 2), seed=seed)
-        if kind == "nsga2"
-        else RandomSampler(seed=seed)
-    )
+    if kind == "nsga2":
+        return Generations(population_size=max(startup, 2), seed=seed)
+    return RandomSampler(seed=seed)
 
 
 def make_pruner(kind: Pruner, startup: int, warmup: int) -> BasePruner:
@@ -195,30 +208,35 @@ def make_pruner(kind: Pruner, startup: int, warmup: int) -> BasePruner:
 
 
 class Judge:
-    """Says of a trial under way whether it is worth going on, by what the others had come to at the same point."""
+    """Decides whether a trial is pruned, by comparison with the other trials of its search.
+
+    Attributes:
+        metrics: names of the metrics that the search compares trials by.
+        last: number of the last reported validation; 0 for none.
+    """
 
     def __init__(self, sweep: Path, number: int, pruner: BasePruner):
-        """Find the trial. Raises RunError when the folder has no study, or the study no such trial."""
+        """Load the study. Raises RunError for a folder without one, and for an unknown trial."""
         if not (sweep / FILE).is_file():
-            raise RunError(f"{sweep} is not the folder of a search: there is no {FILE}")
-        storage = storage_of(sweep)
+            raise RunError(f"{sweep} is not the folder of a search: it contains no {FILE}")
         study = optuna.load_study(
-            study_name=NAME, storage=storage, sampler=RandomSampler(), pruner=pruner
+            study_name=NAME, storage=open_storage(sweep), sampler=RandomSampler(), pruner=pruner
         )
         trials = study.get_trials(deepcopy=False)
         if number >= len(trials):
             raise RunError(f"the search in {sweep} has no trial {number}")
+        trial = trials[number]
         self.metrics = [str(name) for name in study.user_attrs["metric"]]
-        self.trial = (
-            None if trials[number].state.is_finished() else Trial(study, trials[number]._trial_id)
-        )
-        self.last = trials[number].last_step or 0
+        self.last = trial.last_step or 0
+        self.trial: Trial | None = None
+        if not trial.state.is_finished():
+            self.trial = Trial(study, trial._trial_id)
 
     def prunes(self, value: float, point: int) -> bool:
-        """Report a value at the n-th point, and say whether the trial should end there.
+        """Report the value of the n-th validation, and return whether the trial is pruned there.
 
-        A resumed run comes again by points that it has reported: there it was not to end, or it would have.
-        A trial that is over goes on as it likes.
+        A resumed run reports points a second time: it was not pruned there. A finished trial is
+        never pruned.
         """
         if self.trial is None or point < self.last:
             return False

@@ -1,164 +1,204 @@
-"""A sweep at the terminal while it runs: a live table, or a line for each trial where nobody looks."""
+"""The display of a running sweep: a live table at a terminal, otherwise a line for each trial."""
 
 import io
 import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from framework.errors import RunError
 from framework.errors.terminal import message_line, print_line, printable
 from framework.system.files import AppendFile
 
 from .folder import Trial
-from .table import Direction, table, table_text
+from .table import Objectives, results_table, table_text
 
 if TYPE_CHECKING:
     from rich.console import Group
 
-INTERVAL = 0.25  # seconds between two drawings
-MOST_ROWS = 12
+REFRESH_SECONDS = 0.25
+MAX_ROWS = 12
 
 
-class Lines:
-    """Prints a line for each trial that ends."""
+class Display(Protocol):
+    """Shows the progress of a sweep."""
 
-    def __init__(self, by: Direction):
-        self.by = by
-        self.errors: dict[str, int] = {}  # the first trial that failed with an error
+    def trial_started(self, trial: Trial) -> None:
+        """Show that a trial has started."""
 
-    def begins(self, trial: Trial) -> None:
-        """Nothing is printed of a trial that has just begun."""
+    def output(self, line: str) -> None:
+        """Show a line that a trial has printed."""
 
-    def said(self, line: str) -> None:
-        """What a trial prints is in its run folder."""
-
-    def ends(self, trial: Trial) -> None:
-        values = [f"{name} {trial.metrics[name]:.4g}" for name in self.by if name in trial.metrics]
-        state = [] if trial.state == "done" and values else [trial.state]
-        told = "  ".join([label(trial), *state, *values, f"{trial.seconds:.1f} s"])
-        if trial.error:
-            first = self.errors.setdefault(trial.error, trial.number)
-            same = first != trial.number
-            told += (
-                f": the same error as trial {first:03}"
-                if same
-                else f": {message_line(trial.error)}"
-            )
-        print_line(told, flush=True)
+    def trial_ended(self, trial: Trial) -> None:
+        """Show the result of a trial."""
 
     def close(self) -> None:
-        """Nothing is open."""
+        """End the display."""
 
 
-def label(trial: Trial) -> str:
+class LineDisplay:
+    """Prints a line for each trial that ends."""
+
+    def __init__(self, objectives: Objectives):
+        self.objectives = objectives
+        self.first_with_error: dict[str, int] = {}  # number of the first trial, by error
+
+    def trial_started(self, trial: Trial) -> None:
+        """Print nothing."""
+
+    def output(self, line: str) -> None:
+        """Print nothing: output of a trial is in its run folder."""
+
+    def trial_ended(self, trial: Trial) -> None:
+        parts = [trial_label(trial)]
+        metrics = [name for name in self.objectives if name in trial.metrics]
+        if trial.state != "done" or not metrics:
+            parts.append(trial.state)
+        parts += [f"{name} {trial.metrics[name]:.4g}" for name in metrics]
+        parts.append(f"{trial.seconds:.1f} s")
+        line = "  ".join(parts)
+        if trial.error:
+            line += f": {self._error_text(trial)}"
+        print_line(line, flush=True)
+
+    def _error_text(self, trial: Trial) -> str:
+        first = self.first_with_error.setdefault(trial.error, trial.number)
+        if first != trial.number:
+            return f"the same error as trial {first:03}"
+        return message_line(trial.error)
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+def trial_label(trial: Trial) -> str:
+    """Return the number and settings of a trial: 003 lr=0.01 seed=2."""
     settings = [f"{table_text(key)}={table_text(value)}" for key, value in trial.settings.items()]
     return " ".join([f"{trial.number:03}", *settings])
 
 
 class LiveTable:
-    """Shows how far a sweep is, what the trial under way prints, and the best so far; on stderr."""
+    """Shows progress, the last output of the running trials, and the best results, on stderr."""
 
-    def __init__(self, by: Direction, earlier: list[Trial], planned: int | None):
+    def __init__(self, objectives: Objectives, earlier: Sequence[Trial], planned: int | None):
         from rich.live import Live
 
         from framework.runtime.console import console
 
-        self.by, self.planned, self.began = by, planned, time.monotonic()
+        self.objectives = objectives
+        self.planned = planned
         self.trials = {trial.number: trial for trial in earlier}
-        self.now: dict[int, str] = {}
-        self.line, self.next_drawing = "", 0.0
-        plain = partial(
-            Live, auto_refresh=False, redirect_stdout=False, redirect_stderr=False
-        )  # no thread
-        self.live = plain(console=console(sys.stderr), transient=True)
+        self.running: dict[int, str] = {}  # labels by number
+        self.last_line = ""
+        self.next_refresh = 0.0
+        self.live = Live(
+            console=console(sys.stderr),
+            transient=True,
+            auto_refresh=False,  # no thread
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
         self.live.start()
 
-    def begins(self, trial: Trial) -> None:
-        self.now[trial.number], self.line = label(trial), ""
-        self._draw()
+    def trial_started(self, trial: Trial) -> None:
+        self.running[trial.number] = trial_label(trial)
+        self.last_line = ""
+        self._refresh()
 
-    def said(self, line: str) -> None:
-        self.line = line
-        if time.monotonic() >= self.next_drawing:
-            self._draw()
+    def output(self, line: str) -> None:
+        self.last_line = line
+        if time.monotonic() >= self.next_refresh:
+            self._refresh()
 
-    def ends(self, trial: Trial) -> None:
-        self.now.pop(trial.number, None)
+    def trial_ended(self, trial: Trial) -> None:
+        self.running.pop(trial.number, None)
         self.trials[trial.number] = trial
-        self._draw()
+        self._refresh()
 
     def close(self) -> None:
         self.live.stop()
 
-    def _draw(self) -> None:
-        self.next_drawing = time.monotonic() + INTERVAL
-        self.live.update(self._picture(), refresh=True)
+    def _refresh(self) -> None:
+        self.next_refresh = time.monotonic() + REFRESH_SECONDS
+        self.live.update(self._content(), refresh=True)
 
-    def _picture(self) -> "Group":
+    def _content(self) -> "Group":
         from rich.console import Group
         from rich.text import Text
 
         ended = [trial for trial in self.trials.values() if trial.state != "running"]
+        labels = list(self.running.values())[:MAX_ROWS]
+        lines = [self._progress(ended), *(f"{label}  {self.last_line}" for label in labels)]
+        content: list[Any] = [
+            Text(printable(line), no_wrap=True, overflow="ellipsis") for line in lines
+        ]
+        if ended:
+            content.append(results_table(ended, self.objectives, MAX_ROWS))
+        return Group(*content)
+
+    def _progress(self, ended: Sequence[Trial]) -> str:
         failed = sum(trial.state == "failed" for trial in ended)
-        of = f" of {self.planned}" if self.planned else ""
-        head = f"{len(ended)}{of} trials" + (f", {failed} failed" if failed else "")
-        running = [f"{each}  {self.line}" for each in self.now.values()]
-        lines = [printable(text) for text in (head, *running[:MOST_ROWS])]
-        texts = [Text(line, no_wrap=True, overflow="ellipsis") for line in lines]
-        return Group(*texts, *([table(ended, self.by, MOST_ROWS)] if ended else []))
+        text = str(len(ended))
+        if self.planned:
+            text += f" of {self.planned}"
+        text += " trials"
+        if failed:
+            text += f", {failed} failed"
+        return text
 
 
-class Elsewhere:
-    """Shows trials in the process that this one was forked from."""
+class ForwardingDisplay:
+    """Forwards calls to the display of the parent process."""
 
     def __init__(self, pipe: Connection):
-        self.pipe, self.lock = pipe, threading.Lock()
+        self.pipe = pipe
+        self.lock = threading.Lock()  # the thread of a checkpoint may print as well
 
-    def begins(self, trial: Trial) -> None:
-        self.send("begins", trial)
+    def trial_started(self, trial: Trial) -> None:
+        self.send("trial_started", trial)
 
-    def said(self, line: str) -> None:
-        self.send("said", line)
+    def output(self, line: str) -> None:
+        self.send("output", line)
 
-    def ends(self, trial: Trial) -> None:
-        self.send("ends", trial)
+    def trial_ended(self, trial: Trial) -> None:
+        self.send("trial_ended", trial)
 
     def close(self) -> None:
-        """It is closed where it is."""
+        """Do nothing: the parent process closes its display."""
 
-    def send(self, kind: str, what: Any) -> None:
-        """Send what is to be done there; a checkpoint's thread may print as well."""
+    def send(self, kind: str, argument: Any) -> None:
+        """Send the name of a method of the display, or of another message, and its argument."""
         with self.lock:
-            self.pipe.send((kind, what))
+            self.pipe.send((kind, argument))
 
 
-Shown = Lines | LiveTable | Elsewhere
-
-
-def display(by: Direction, earlier: list[Trial], planned: int | None) -> Lines | LiveTable:
-    """Return what suits where stderr goes."""
+def make_display(
+    objectives: Objectives, earlier: Sequence[Trial], planned: int | None
+) -> LineDisplay | LiveTable:
+    """Return a live table if stderr is a terminal, otherwise a display of lines."""
     if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
-        return LiveTable(by, earlier, planned)
-    return Lines(by)
+        return LiveTable(objectives, earlier, planned)
+    return LineDisplay(objectives)
 
 
-class Output(io.TextIOBase):
-    """Takes what a trial prints: into a file of its run folder, as soon as there is one; the last line is shown.
+class OutputCapture(io.TextIOBase):
+    """Writes the output of a trial to a file in its run folder, and shows the last line.
 
-    Raises RunError when the file cannot be written, once: what the trial prints while it fails of that is dropped.
+    Output is held back until the folder exists. Raises RunError once when the file cannot be
+    written; later output, such as the message of that error, is dropped.
     """
 
-    def __init__(self, folder: Path, shown_on: Shown):
-        self.folder, self.shown_on = folder, shown_on
-        self.pending = self.line = ""
-        self.lost = False
+    def __init__(self, folder: Path, display: Display):
+        self.folder = folder
+        self.display = display
+        self.pending = ""
+        self.line = ""
+        self.has_failed = False
 
     def writable(self) -> bool:
         return True
@@ -166,26 +206,28 @@ class Output(io.TextIOBase):
     def write(self, text: str) -> int:
         self.pending += text
         *lines, self.line = (self.line + text).split("\n")
-        for line in [line for line in lines if line.strip()][-1:]:
-            self.shown_on.said(line)
-        if lines and not self.lost and self.folder.is_dir():
+        shown = [line for line in lines if line.strip()]
+        if shown:
+            self.display.output(shown[-1])
+        if lines and not self.has_failed and self.folder.is_dir():
             self._append()
         return len(text)
 
     def _append(self) -> None:
-        text, self.pending = self.pending, ""
+        content = self.pending.encode("utf-8", errors="replace")
+        self.pending = ""
         try:
             file = AppendFile(self.folder, "output.txt")
             try:
-                file.append(text.encode("utf-8", errors="replace"))
+                file.append(content)
             finally:
                 file.close()
         except RunError:
-            self.lost = True
+            self.has_failed = True
             raise
 
     @contextmanager
     def capturing(self) -> Iterator[None]:
-        """Take what is printed on stdout and stderr."""
+        """Capture stdout and stderr."""
         with redirect_stdout(self), redirect_stderr(self):
             yield

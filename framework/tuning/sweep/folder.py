@@ -1,10 +1,10 @@
-"""A sweep on disk: its trials' run folders, and what came of each.
+"""The folder of a sweep: the run folders of its trials and their results.
 
 runs/<experiment>/<sweep.name or time>/
-    sweep.json                 what was asked for: the command, the metric
-    sweep.jsonl                a row when a trial begins, and one when it ends
-    best/                      the run of the best trial: `framework eval .../best`
-    003_lr-0.01_seed-2/        a run, as any other
+    sweep.json                 the request: command, plugins, objectives
+    sweep.jsonl                a row when a trial starts, and one when it ends
+    best/                      links to the run of the best trial: `framework eval .../best`
+    003_lr-0.01_seed-2/        the run of a trial
 """
 
 import json
@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -35,33 +36,54 @@ from framework.system.files import (
 from framework.system.locks import HeldLock, are_off, lock
 
 State = Literal["running", "done", "pruned", "failed", "stopped"]
-ASKED = "sweep.json"
+REQUEST = "sweep.json"
 ROWS = "sweep.jsonl"
+LOCK = "sweep.lock"
 Number = (int, float)
-REQUIRED = {"number": int, "settings": dict, "metrics": dict}  # of a row
-LONGEST = 80  # characters of a trial's name; TensorBoard lists runs in a narrow column
+REQUIRED_TYPES = {"number": int, "settings": dict, "metrics": dict}
+OPTIONAL_TYPES: dict[str, Any] = {
+    "folder": str,
+    "state": str,
+    "error": str,
+    "config": str,
+    "seconds": Number,
+    "steps": int,
+    "exit_status": int,
+}
+MAX_RUN_NAME = 80  # characters; TensorBoard lists runs in a narrow column
 
 
 @dataclass
 class Trial:
-    """One row of sweep.jsonl: a trial, what it has of its own, and how it ended."""
+    """One row of sweep.jsonl.
+
+    Attributes:
+        number: the number of the trial, from 0.
+        settings: the settings that differ between trials: {"optimizer.lr": 0.01, "model": "cnn"}.
+        folder: the name of its run folder.
+        state: running, done, pruned, failed or stopped.
+        metrics: its last metrics, by name.
+        seconds: its time, including interrupted attempts.
+        steps: its number of training steps.
+        error: the message of a failed trial.
+        exit_status: the exit status of a failed or stopped trial, as of `framework train`.
+        config: the fingerprint of its config, by which a resumed sweep recognizes it.
+    """
 
     number: int
-    settings: dict[str, Any]  # {"optimizer.lr": 0.01, "model": "cnn"}
-    folder: str = ""  # of its run, in the sweep's
+    settings: dict[str, Any]
+    folder: str = ""
     state: State = "running"
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     steps: int = 0
     error: str = ""
-    exit_status: int = 0  # of a failed one: as of the command line
-    config: str = (
-        ""  # the fingerprint of its config, by which a resumed sweep knows that it is done
-    )
+    exit_status: int = 0
+    config: str = ""
 
     @property
-    def over(self) -> bool:
-        """Whether nothing is left to do for it: a failed or stopped one is run again by a resumed sweep."""
+    def is_finished(self) -> bool:
+        """Whether a resumed sweep skips it; failed and stopped trials run again."""
         return self.state in ("done", "pruned")
 
 
@@ -71,67 +93,64 @@ class SweepFolder:
     def __init__(self, path: Path):
         self.path = path
         self.lock: BinaryIO | HeldLock | None = None
-        self.rows: dict[int, Trial] = {}  # those read so far
+        self.rows: dict[int, Trial] = {}  # the last row of each trial, as far as read
         self.offset = 0
 
     @classmethod
     def claim(
-        cls, root: Path, experiment: str, name: str | None, asked: Mapping[str, Any]
+        cls, root: Path, experiment: str, name: str | None, request: Mapping[str, Any]
     ) -> "SweepFolder":
-        """Make a new one, and keep what was asked for. Raises RunError when the name is not allowed or taken."""
+        """Create a folder and save the request. Raises RunError for an invalid or taken name."""
         if name is not None and (not re.fullmatch(NAME, name) or ".." in name):
-            raise RunError(
-                f"sweep.name should be letters, digits, '.', '_' and '-' (at most 128), not {name!r}"
-            )
+            expected = "letters, digits, '.', '_' and '-' (at most 128)"
+            raise RunError(f"sweep.name: expected {expected}, got {name!r}")
         parent = root / experiment
         check_encoding(parent.resolve())
         try:
             parent.mkdir(parents=True, exist_ok=True)
             with locked(parent):
-                if name is not None and any(
-                    (parent / name / file).exists() for file in ("sweep.json", "config.yaml")
-                ):
-                    advice = "choose another sweep.name, or go on with it by resume=auto"
-                    raise RunError(f"{parent / name} exists already: {advice}")
+                if name is not None:
+                    check_unused(parent / name)
                 folder = cls(claim(parent, name))
-                content = {**asked, "began": time.time()}
-                try:
-                    write_file(
-                        folder.path, ASKED, json.dumps(content, indent=2, default=str) + "\n"
-                    )
-                except RunError:
-                    with suppress(OSError):
-                        folder.path.rmdir()
-                    raise
+                folder._save_request(request)
         except OSError as error:
             reason = failure_reason(parent / "...", error)
             raise RunError(
-                f"the sweep's folder in {parent} cannot be made: {reason} (run.root={root})"
+                f"the sweep's folder in {parent} cannot be created: {reason} (run.root={root})"
             ) from None
         return folder
 
-    def asked(self) -> dict[str, Any]:
-        """Return what was asked for, empty when this is not the folder of a sweep."""
+    def _save_request(self, request: Mapping[str, Any]) -> None:
+        content = json.dumps({**request, "began": time.time()}, indent=2, default=str)
         try:
-            asked = read_json(self.path, ASKED)
+            write_file(self.path, REQUEST, content + "\n")
+        except RunError:
+            with suppress(OSError):
+                self.path.rmdir()
+            raise
+
+    def request(self) -> dict[str, Any]:
+        """Return the request of the sweep, empty for another folder."""
+        try:
+            request = read_json(self.path, REQUEST)
         except (OSError, RunError):
             return {}
-        return asked if is_asked(asked) else {}
+        return request if is_request(request) else {}
 
-    def conduct(self) -> None:
-        """Let no other process begin trials here until `release`. Raises RunError when one does."""
+    def acquire(self) -> None:
+        """Lock the sweep until `release`. Raises RunError when another process runs it."""
+        path = self.path / LOCK
         if are_off():
-            self.lock = only_writer(self.path, "sweep.lock")
+            self.lock = only_writer(self.path, LOCK)
             return
         try:
-            file = open_file(self.path, "sweep.lock", "a")
+            file = open_file(self.path, LOCK, "a")
         except OSError as error:
-            raise unwritable(self.path / "sweep.lock", error) from error
-        if not lock(file, self.path / "sweep.lock", wait=False):
+            raise unwritable(path, error) from error
+        if not lock(file, path, wait=False):
             file.close()
-            raise RunError(
-                f"{self.path} is run by another process: wait for it, or choose another sweep.name"
-            )
+            advice = "wait for it, or choose another sweep.name"
+            raise RunError(f"{self.path} is run by another process: {advice}")
         self.lock = file
 
     def release(self) -> None:
@@ -139,19 +158,20 @@ class SweepFolder:
             self.lock.close()
 
     def record(self, trial: Trial) -> None:
-        """Append a row, whole; what a kill left of a row before it stands on a line of its own.
+        """Append a row in one write, on its own line also after one that a kill left incomplete.
 
-        Raises RunError when it cannot be written, then nothing of it is.
+        Raises RunError when it cannot be written; then no part of it is.
         """
         row = asdict(trial)
-        row["metrics"] = {
-            key: value if math.isfinite(value) else None for key, value in trial.metrics.items()
-        }
+        for name, value in trial.metrics.items():
+            row["metrics"][name] = value if math.isfinite(value) else None
         line = json.dumps(row, default=str).encode() + b"\n"
         rows = AppendFile(self.path, ROWS)
         try:
-            lock(rows.file, self.path / ROWS, wait=True)  # until it is closed
-            rows.append(b"\n" * is_torn(rows.file) + line)
+            lock(rows.file, self.path / ROWS, wait=True)  # released when the file is closed
+            if has_incomplete_line(rows.file):
+                line = b"\n" + line
+            rows.append(line)
         finally:
             rows.close()
 
@@ -162,9 +182,9 @@ class SweepFolder:
                 file.seek(self.offset)
                 while line := file.readline(MOST_LINE_BYTES):
                     if not line.endswith(b"\n") and len(line) < MOST_LINE_BYTES:
-                        break  # being written, or torn by a kill
+                        break  # being written, or left incomplete by a kill
                     self.offset += len(line)
-                    trial = read_row(line)
+                    trial = parse_trial(line)
                     if trial is not None:
                         self.rows[trial.number] = trial
         except OSError:
@@ -172,9 +192,9 @@ class SweepFolder:
         return [self.rows[number] for number in sorted(self.rows)]
 
     def link_best(self, trial: Trial) -> None:
-        """Let `best` stand for a trial's run folder: a folder of links to what is in it.
+        """Make `best` a folder of links to the files of a trial's run.
 
-        It lacks the event files: TensorBoard follows links, and would show the run twice.
+        Event files are left out: TensorBoard follows links and would show the run twice.
         """
         try:
             with locked(self.path):
@@ -183,89 +203,98 @@ class SweepFolder:
             raise unwritable(self.path / "best", error) from error
 
     def _link_best(self, trial: Trial) -> None:
-        best, run = self.path / "best", self.path / trial.folder
-        if (best / "config.yaml").exists() and (
-            best / "config.yaml"
-        ).resolve().parent.name == trial.folder:
+        best = self.path / "best"
+        run = self.path / trial.folder
+        config = best / "config.yaml"
+        if config.exists() and config.resolve().parent.name == trial.folder:
             return
         if not run.is_dir():
-            return  # deleted since
-        made = self.path / f".best-{os.urandom(8).hex()}"  # whole before it gets its name
+            return  # deleted in the meantime
+        temporary = self.path / f".best-{os.urandom(8).hex()}"
         try:
-            made.mkdir()
+            temporary.mkdir()
             for file in run.glob("[!.]*"):
                 if "tfevents" not in file.name:
-                    (made / file.name).symlink_to(Path("..", trial.folder, file.name))
+                    (temporary / file.name).symlink_to(Path("..", trial.folder, file.name))
             if best.is_symlink() or best.is_file():
                 best.unlink()
             shutil.rmtree(best, ignore_errors=True)
-            made.rename(best)
+            temporary.rename(best)
         except OSError:
-            shutil.rmtree(made, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
             raise
 
 
-def is_asked(content: Any) -> bool:
-    """Whether the content of a sweep.json is of the types that one has."""
-    if not isinstance(content, dict) or not isinstance(content.get("began", 0.0), int | float):
+def check_unused(path: Path) -> None:
+    """Raise RunError when a folder is one of a sweep or run."""
+    if (path / REQUEST).exists() or (path / "config.yaml").exists():
+        advice = "choose another sweep.name, or continue it with resume=auto"
+        raise RunError(f"{path} exists already: {advice}")
+
+
+def is_request(content: Any) -> bool:
+    """Return whether the content of a sweep.json has the expected types."""
+    if not isinstance(content, dict) or not isinstance(content.get("began", 0.0), Number):
         return False
     for name in ("command", "swept", "plugins"):
-        words = content.get(name) or []
-        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        texts = content.get(name) or []
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             return False
     return True
 
 
-def is_torn(file: BinaryIO) -> bool:
-    """Whether a file of lines ends in the middle of one."""
-    end = file.seek(0, os.SEEK_END)
-    if end == 0:
+def has_incomplete_line(file: BinaryIO) -> bool:
+    """Return whether the last line of a file has no newline."""
+    if file.seek(0, os.SEEK_END) == 0:
         return False
     file.seek(-1, os.SEEK_END)
     return file.read(1) != b"\n"
 
 
-def read_row(line: bytes) -> Trial | None:
-    """Return the trial of a row, or None where a kill cut it off, or it is no such row."""
+def parse_trial(line: bytes) -> Trial | None:
+    """Return the trial of a row, or None for an incomplete or invalid one."""
     row = parse_row(line)
-    if row is None or not all(isinstance(row.get(name), kind) for name, kind in REQUIRED.items()):
+    if row is None:
         return None
-    known = {each.name: row[each.name] for each in fields(Trial) if each.name in row}
-    trial = Trial(**known)
-    trial.metrics = {
-        key: math.nan if value is None else value for key, value in trial.metrics.items()
-    }
-    own: list[tuple[Any, Any]] = [
-        (trial.folder, str),
-        (trial.state, str),
-        (trial.error, str),
-        (trial.config, str),
-    ]
-    own += [(trial.seconds, Number), (trial.steps, int), (trial.exit_status, int)]
-    own += [(value, Number) for value in trial.metrics.values()]
-    if not all(isinstance(value, kind) for value, kind in own) or trial.state not in get_args(
-        State
-    ):
+    for name, kind in REQUIRED_TYPES.items():
+        if not isinstance(row.get(name), kind):
+            return None
+    for name, expected in OPTIONAL_TYPES.items():
+        if name in row and not isinstance(row[name], expected):
+            return None
+    values = {each.name: row[each.name] for each in fields(Trial) if each.name in row}
+    trial = Trial(**values)
+    for name, value in trial.metrics.items():
+        trial.metrics[name] = math.nan if value is None else value
+    if not all(isinstance(value, Number) for value in trial.metrics.values()):
         return None
-    inside = re.fullmatch(NAME, trial.folder) and ".." not in trial.folder
-    return trial if inside or not trial.folder else None
+    if trial.state not in get_args(State):
+        return None
+    is_inside = re.fullmatch(NAME, trial.folder) and ".." not in trial.folder
+    return trial if is_inside or not trial.folder else None
 
 
 def run_name(number: int, settings: Mapping[str, Any]) -> str:
     """Return the name of a trial's run folder: 003_lr-0.01_seed-2."""
     names = short_keys(settings)
-    pieces = [f"{names[key]}-{file_name_part(value)}" for key, value in settings.items()]
-    return re.sub(r"\.{2,}", ".", "_".join([f"{number:03}", *pieces]))[:LONGEST].rstrip("._-")
+    parts = [f"{number:03}"]
+    for key, value in settings.items():
+        parts.append(f"{names[key]}-{file_name_part(value)}")
+    return re.sub(r"\.{2,}", ".", "_".join(parts))[:MAX_RUN_NAME].rstrip("._-")
 
 
 def short_keys(keys: Iterable[str]) -> dict[str, str]:
-    """Return `lr` for optimizer.lr where no other key has that last word."""
-    last = {key: key.rpartition(".")[2] for key in keys}
-    names = list(last.values())
-    return {key: name if names.count(name) == 1 else key for key, name in last.items()}
+    """Return a short name for each key: `lr` for optimizer.lr if no other key ends in `lr`."""
+    last_parts = {key: key.rpartition(".")[2] for key in keys}
+    counts = Counter(last_parts.values())
+    return {key: name if counts[name] == 1 else key for key, name in last_parts.items()}
 
 
 def file_name_part(value: Any) -> str:
-    """Return a value as part of a file's name."""
-    text = "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    """Return a value as part of a file name."""
+    text = str(value)
+    if value is None:
+        text = "null"
+    elif isinstance(value, float):
+        text = f"{value:g}"
     return re.sub(r"[^A-Za-z0-9.+-]+", "-", text).replace("+", "").strip("-") or "x"

@@ -1,4 +1,4 @@
-"""Builds the sweeper and the launcher of a sweep, if they are ours and not those of an installed Hydra plugin."""
+"""Builds the sweeper and launcher of a sweep, except those of installed Hydra plugins."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,14 +11,15 @@ from framework.tuning.sections import DEFAULTS
 
 
 def build(config: DictConfig, group: str, chosen: bool) -> Any:
-    """Return our sweeper or launcher for a composed config; None when it is one of an installed Hydra plugin.
+    """Return the sweeper or launcher of a composed config, or None for one of a Hydra plugin.
 
     Args:
         config: the composed config.
         group: "sweeper" or "launcher".
-        chosen: whether the user chose it; else ours takes the place of Hydra's default, with the settings of both.
+        chosen: whether the user chose it; otherwise the default of sweeps replaces Hydra's, with
+            the settings that both have.
 
-    Raises ConfigError for settings that ours does not take, and FrameworkError when what it needs is not installed.
+    Raises ConfigError for invalid settings, and FrameworkError when a required package is missing.
     """
     name = config.hydra.runtime.choices[f"hydra/{group}"]
     settings: Any = OmegaConf.to_container(config.hydra[group], resolve=True)
@@ -31,30 +32,29 @@ def build(config: DictConfig, group: str, chosen: bool) -> Any:
     if plugin is None or plugin.replaces not in (None, target):
         return None
     owner = load_owner(plugin)
-    problems = list(faults(plugin, settings))
+    problems = list(setting_problems(plugin, settings))
     if problems:
         raise ConfigError(problems)
     return owner(**settings)
 
 
-def load_owner(plugin: HydraPlugin) -> type:
-    """Import the class of a sweeper or launcher. Raises FrameworkError when what it needs is not installed."""
+def load_owner(plugin: HydraPlugin) -> Any:
+    """Import the class of a sweeper or launcher.
+
+    Raises FrameworkError when a required package is missing.
+    """
     try:
-        owner: Any = load(plugin.owner)
+        return load(plugin.owner)
     except ModuleNotFoundError as error:
-        if (
-            plugin.needs is None
-            or error.name is None
-            or error.name.partition(".")[0] != plugin.needs
-        ):
+        missing = (error.name or "").partition(".")[0]
+        if plugin.needs is None or missing != plugin.needs:
             raise
         needed = f"hydra/{plugin.group}={plugin.name} needs {plugin.needs}"
         raise FrameworkError(f"{needed}: pip install 'framework[tuning]'") from None
-    return owner
 
 
-def faults(plugin: HydraPlugin, settings: Mapping[str, Any]) -> Iterator[str]:
-    """Yield which settings have a value that they cannot have; one with a schema of its own checks them itself."""
+def setting_problems(plugin: HydraPlugin, settings: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the settings with invalid values; a plugin with its own schema checks them itself."""
     if plugin.schema is not None or plugin.replaces is not None:
         return
     for key, setting in plugin_settings(plugin).items():

@@ -1,4 +1,4 @@
-"""What a trial may change in the process without the next one feeling it."""
+"""Isolation of trials: restores global state of the process after each of them."""
 
 import gc
 import logging
@@ -13,9 +13,15 @@ import torch
 
 from framework.runtime import seeds
 
-Pair = tuple[Callable[[], Any], Callable[[Any], Any]]
 
-GLOBALS: list[Pair] = [  # how to read, and how to write it
+def set_path(path: list[str]) -> None:
+    """Replace the entries of `sys.path`."""
+    sys.path[:] = path
+
+
+GetterAndSetter = tuple[Callable[[], Any], Callable[[Any], Any]]
+
+GLOBALS: list[GetterAndSetter] = [
     (torch.get_num_threads, torch.set_num_threads),
     (torch.get_default_dtype, torch.set_default_dtype),
     (torch.get_default_device, torch.set_default_device),
@@ -24,29 +30,29 @@ GLOBALS: list[Pair] = [  # how to read, and how to write it
     (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
     (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
     (os.getcwd, os.chdir),
-    (lambda: list(sys.path), lambda value: sys.path.__setitem__(slice(None), value)),
+    (lambda: list(sys.path), set_path),
 ]
-CUDNN = ("enabled", "benchmark", "deterministic", "allow_tf32")
+CUDNN_FLAGS = ("enabled", "benchmark", "deterministic", "allow_tf32")
 
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """Take back, at the end, what was done to generators, torch's global settings, warnings and loggers, and give back
-    the accelerator's memory.
+    """Restore global state at the end, and free cached memory of the accelerator.
+
+    Global state is: random generators, settings of torch, environment variables, the working
+    folder, `sys.path`, warnings and loggers.
     """
-    before = [read() for read, _ in GLOBALS]
-    cudnn = {name: getattr(torch.backends.cudnn, name) for name in CUDNN}
-    environment, loggers = (
-        dict(os.environ),
-        [(logger, state_of(logger)) for logger in all_loggers()],
-    )
+    before = [get() for get, _ in GLOBALS]
+    cudnn = {name: getattr(torch.backends.cudnn, name) for name in CUDNN_FLAGS}
+    environment = dict(os.environ)
+    loggers = [(logger, logger_state(logger)) for logger in all_loggers()]
     try:
         with seeds.undisturbed(), warnings.catch_warnings():
             yield
     finally:
-        for (read, write), value in zip(GLOBALS, before, strict=True):
-            if read() != value:
-                write(value)
+        for (get, set_value), value in zip(GLOBALS, before, strict=True):
+            if get() != value:
+                set_value(value)
         for name, value in cudnn.items():
             if getattr(torch.backends.cudnn, name) != value:
                 setattr(torch.backends.cudnn, name, value)
@@ -54,34 +60,38 @@ def isolated() -> Iterator[None]:
             os.environ.clear()
             os.environ.update(environment)
         restore_loggers(loggers)
-        if torch.cuda.is_initialized():
-            gc.collect()  # tensors in cycles
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            gc.collect()  # tensors in reference cycles
             torch.cuda.empty_cache()
 
 
 def all_loggers() -> list[logging.Logger]:
+    """Return the root logger and all named ones."""
     named = logging.Logger.manager.loggerDict.values()
     return [logging.getLogger(), *(each for each in named if isinstance(each, logging.Logger))]
 
 
-def state_of(logger: logging.Logger) -> dict[str, Any]:
-    kept = ("level", "propagate", "disabled")
-    return {name: getattr(logger, name) for name in kept} | {"handlers": list(logger.handlers)}
+def logger_state(logger: logging.Logger) -> dict[str, Any]:
+    """Return the attributes of a logger that `restore_loggers` restores."""
+    return {
+        "level": logger.level,
+        "propagate": logger.propagate,
+        "disabled": logger.disabled,
+        "handlers": list(logger.handlers),
+    }
 
 
 def restore_loggers(loggers: list[tuple[logging.Logger, dict[str, Any]]]) -> None:
-    """Take back what was done to loggers, those that are new included."""
+    """Restore the configuration of loggers; new ones lose their handlers and level."""
     logging.disable(logging.NOTSET)
     known = {logger for logger, _ in loggers}
-    fresh = [
-        (logger, {"handlers": [], "level": logging.NOTSET})
-        for logger in all_loggers()
-        if logger not in known
-    ]
-    for logger, state in (*loggers, *fresh):
-        for handler in [each for each in logger.handlers if each not in state["handlers"]]:
-            logger.removeHandler(handler)
-            handler.close()
+    default = {"handlers": [], "level": logging.NOTSET}
+    new = [(logger, default) for logger in all_loggers() if logger not in known]
+    for logger, state in (*loggers, *new):
+        for handler in list(logger.handlers):
+            if handler not in state["handlers"]:
+                logger.removeHandler(handler)
+                handler.close()
         for name, value in state.items():
             setattr(logger, name, value)
-    logging.root.manager._clear_cache()  # type: ignore[attr-defined]  # levels are remembered
+    logging.root.manager._clear_cache()  # type: ignore[attr-defined]  # of effective levels

@@ -1,4 +1,4 @@
-"""Hydra's joblib launcher, with workers that finish their step and save on a signal, and end with the sweep."""
+"""Hydra's joblib launcher, with workers that handle signals and end with the sweep."""
 
 import os
 import signal
@@ -21,27 +21,29 @@ from framework.system.signals import (
     forwarding,
 )
 
-from .trials import Trials
+from .trial_runner import TrialRunner
 
-POLL_SECONDS = 0.05  # between two looks for a signal
+POLL_SECONDS = 0.05  # between two checks for a signal
 
 
-class Joblib(JoblibLauncher):
-    """What `hydra/launcher=joblib` stands for."""
+class Joblib(JoblibLauncher):  # type: ignore[misc]  # the package is not typed
+    """The launcher `hydra/launcher=joblib`: a worker finishes its step and saves on a signal."""
 
     joblib: dict[str, Any]
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        """Run jobs in workers; after a signal those that have not begun return at once, as stopped."""
-        if effective_n_jobs(self.joblib.get("n_jobs", 1)) == 1:  # in this process
-            return super().launch(job_overrides, initial_job_idx)
+        """Run jobs in workers; after a signal, jobs that have not started return as stopped."""
         settings = self.joblib
+        results: Sequence[JobReturn]
+        if effective_n_jobs(settings.get("n_jobs", 1)) == 1:  # in this process
+            results = super().launch(job_overrides, initial_job_idx)
+            return results
         self.joblib = settings | {"initializer": InitWorker(os.getpid())}
         with forwarding(worker_pids) as forward, watching(forward):
             try:
-                done = super().launch(job_overrides, initial_job_idx)
+                results = super().launch(job_overrides, initial_job_idx)
             except BaseException:
                 if forward.received is None:
                     raise
@@ -49,28 +51,29 @@ class Joblib(JoblibLauncher):
             finally:
                 self.joblib = settings
                 if forward.received is not None:
-                    stop_workers()  # they begin no more trials, whatever they are asked
-        if (
-            forward.received is not None
-            and isinstance(self.task_function, Trials)
-            and self.task_function.gives_value
-        ):
-            raise ending_exception(forward.received)  # another sweeper would go on
-        return done
+                    stop_workers()  # so that they start no more trials
+        if forward.received is not None:
+            runner = self.task_function
+            if isinstance(runner, TrialRunner) and runner.returns_metric:
+                raise ending_exception(forward.received)  # another sweeper would go on
+        return results
 
 
 @contextmanager
 def watching(forward: Forward) -> Iterator[None]:
-    """Block signals in this thread, so that workers start with blocked ones, and forward them from another thread."""
-    over = threading.Event()
+    """Block signals in this thread and forward them from another thread.
+
+    Workers start with the signals of this thread blocked.
+    """
+    ended = threading.Event()
     numbers = set(ending_signals())
 
     def watch() -> None:
-        while not over.wait(POLL_SECONDS):
+        while not ended.wait(POLL_SECONDS):
             for number in numbers & signal.sigpending():
                 signal.sigwait([number])
                 forward(number, None)
-            forward.send_pending()  # workers that have started since
+            forward.send_pending()  # for workers that have started since
 
     with blocked():
         thread = threading.Thread(target=watch, daemon=True)
@@ -78,21 +81,23 @@ def watching(forward: Forward) -> Iterator[None]:
         try:
             yield
         finally:
-            over.set()
+            ended.set()
             thread.join()
 
 
 def executor() -> Any:
-    """Return joblib's executor of workers, or None when there is none."""
+    """Return joblib's executor of workers, or None if it has none."""
     module: Any = sys.modules.get("joblib.externals.loky.reusable_executor")
     return getattr(module, "_executor", None)
 
 
 def worker_pids() -> list[int]:
+    """Return the process ids of joblib's workers."""
     return list(getattr(executor(), "_processes", None) or ())
 
 
 def stop_workers() -> None:
+    """End joblib's workers."""
     running = executor()
     if running is not None:
         running.shutdown(wait=True, kill_workers=True)

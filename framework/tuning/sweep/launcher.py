@@ -1,4 +1,4 @@
-"""The launcher of sweeps, when none is chosen: one trial after the other, in this process."""
+"""The default launcher of sweeps: one trial after the other, in this process."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,46 +12,46 @@ from framework.composition.compose import Job
 from framework.system.signals import received
 
 from .folder import Trial
-from .trials import Trials
+from .trial_runner import TrialRunner, check_task
 
 
 class OneByOne(Launcher):
-    """Composes jobs without Hydra where only values differ, and runs them. One that runs them otherwise is a subclass
-    with a `run` of its own.
+    """Composes jobs, without Hydra if they differ in values only, and runs them in order.
+
+    Subclasses override `run`.
     """
 
-    trials: Trials
+    runner: TrialRunner
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        assert isinstance(task_function, Trials)
-        self.trials = task_function
+        self.runner = check_task(task_function)
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        """Run jobs; returns as many results, or fewer after a signal."""
-        jobs = self.trials.jobs(job_overrides, initial_job_idx)
-        with self.trials.showing():
+        """Run jobs; return a result for each, or fewer after a signal."""
+        jobs = self.runner.jobs(job_overrides, initial_job_idx)
+        with self.runner.displayed():
             ended = self.run(jobs)
-        return [
-            returned(self.trials.returned(trial), job.overrides)
-            for trial, job in zip(ended, jobs, strict=False)
-        ]
+        results = []
+        for trial, job in zip(ended, jobs, strict=False):
+            results.append(completed(self.runner.task_result(trial), job.overrides))
+        return results
 
     def run(self, jobs: list[Job]) -> list[Trial]:
-        """Run jobs in turn, until one is stopped by a signal."""
+        """Run jobs in order, until a signal stops one."""
         ended: list[Trial] = []
         for job in jobs:
-            ended.append(self.trials.run(job))
+            ended.append(self.runner.run(job))
             if ended[-1].state == "stopped" or received() is not None:
                 break
         return ended
 
 
-def returned(value: Any, overrides: Sequence[str]) -> JobReturn:
-    """Return what Hydra's sweepers take for the result of a job."""
-    done = JobReturn(overrides=overrides, status=JobStatus.COMPLETED)
-    done.return_value = value
-    return done
+def completed(value: Any, overrides: Sequence[str]) -> JobReturn:
+    """Return the result of a job in the form that Hydra's sweepers expect."""
+    result = JobReturn(overrides=overrides, status=JobStatus.COMPLETED)
+    result.return_value = value
+    return result

@@ -1,4 +1,4 @@
-"""The section `sweep` of an experiment. Its signature is its schema; a single run does without all of it."""
+"""The section `sweep` of an experiment; its signature is its schema. A single run ignores it."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -7,33 +7,33 @@ Mode = Literal["auto", "min", "max"]
 
 
 class Sweep:
-    """What a sweep is called, what its best trial is, and which combinations it leaves out."""
+    """The name of a sweep, the objective of its trials, and the combinations that it leaves out."""
 
     def __init__(
         self,
         name: str | None = None,
         metric: str | Sequence[str] = "val/loss",
         mode: Mode | Sequence[Mode] = "auto",
-        zip: Sequence[str] | Sequence[Sequence[str]] = (),
+        zip: Sequence[str] | Sequence[Sequence[str]] = (),  # noqa: A002  # the name of a setting
         where: str | Sequence[str] = "",
     ):
-        """Keep it, with a list where there may be several.
+        """Convert single values to lists.
 
         Args:
-            name: of the sweep's folder; without one, the date and time.
-            metric: what trials are compared by; a list for a search with several objectives.
-            mode: min, max, or (auto) what is better of the metric; a list where `metric` is one.
-            zip: settings whose values go in pairs instead of being crossed: [a, b], or [[a, b], [c, d]].
-            where: only combinations for which this holds: "model=rnn -> norm=layer"; a list of such rules.
+            name: name of the sweep's folder; null: the date and time.
+            metric: metric to compare trials by; a list for a search with several objectives.
+            mode: min or max; auto: the better direction of the metric; a list if `metric` is one.
+            zip: settings whose values are paired instead of crossed: [a, b], or [[a, b], [c, d]].
+            where: a rule for combinations: "model=rnn -> norm=layer"; or a list of rules.
         """
         self.name = name
         self.metrics = [metric] if isinstance(metric, str) else list(metric)
         self.modes = [mode] * len(self.metrics) if isinstance(mode, str) else list(mode)
-        groups = [
-            [each for each in zip if isinstance(each, str)],
-            *(list(e) for e in zip if not isinstance(e, str)),
-        ]
-        self.zipped = [group for group in groups if group]
-        self.rules = [
-            rule for rule in ([where] if isinstance(where, str) else where) if rule.strip()
-        ]
+        self.zipped: list[list[str]] = []
+        keys = [each for each in zip if isinstance(each, str)]
+        groups = [list(each) for each in zip if not isinstance(each, str)]
+        for group in (keys, *groups):
+            if group:
+                self.zipped.append(group)
+        rules = [where] if isinstance(where, str) else where
+        self.rules = [rule for rule in rules if rule.strip()]

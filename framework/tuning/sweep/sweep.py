@@ -14,29 +14,29 @@ from omegaconf import OmegaConf
 from framework.composition.cached_composer import Composer
 from framework.composition.compose import CommandLine, Composing, Job, notes, opened, to_tree
 from framework.composition.hydra_internals import compose_config, launcher_in_use, set_up_sweeper
-from framework.composition.overrides import hydra_fault, of_hydra
+from framework.composition.override_checks import hydra_fault
+from framework.composition.override_syntax import of_hydra
 from framework.composition.sections import HYDRA_PLUGINS, section_settings
 from framework.composition.spec import Reader
+from framework.contracts.direction import Direction, metric_directions
 from framework.errors import ConfigError, DiskFull, FrameworkError, RunError, did_you_mean
 from framework.errors.terminal import print_line
-from framework.experiment.experiment import Result
+from framework.experiment.result import Result
 from framework.registry.registry import Registry
 from framework.runtime.console import console
 from framework.system.signals import interruptible
 
-from .folder import SweepFolder, Trial
+from .folder import REQUEST, SweepFolder
 from .hydra_plugins import build
 from .settings import Sweep
-from .table import ending, table
-from .trials import Plan, Trials
+from .table import Objectives, results_table, summary
+from .trial_runner import Plan, TrialRunner
 
 Explain = Callable[[Exception], Sequence[str]]
-NOT_ASKED = re.compile(
-    r"\+*(resume|sweep\.name|run\.root|hydra/launcher|hydra\.(?!sweeper\.params))"
-)
-"""What may differ between a command and the same command that goes on."""
-ANY_TIME = ("resume", "sweep.", "run.", "hydra.", "hydra/", "loggers", "trainer.device")
-"""What may differ in a command that goes on with a sweep by its name."""
+IGNORED = re.compile(r"\+*(resume|sweep\.name|run\.root|hydra/launcher|hydra\.(?!sweeper\.params))")
+"""Overrides that may differ between a command and the one that resumes its sweep without a name."""
+CHANGEABLE = ("resume", "sweep.", "run.", "hydra.", "hydra/", "loggers", "trainer.device")
+"""Keys that may differ between a command and one that resumes its sweep by name."""
 
 
 def sweep(
@@ -45,18 +45,18 @@ def sweep(
     explain: Explain = lambda error: [str(error)],
     plan: Plan | None = None,
 ) -> None:
-    """Compose a sweep, run a task on each of its jobs, and show what came of them.
+    """Compose a sweep, run a task on each of its jobs, and print a table of the results.
 
-    All jobs are checked before the first runs; then one that fails does not stop the others.
+    All jobs are checked before the first runs. A failed job does not stop the others.
 
     Args:
         line: the command line.
         task: trains a job.
-        explain: gives the lines that say why a job failed.
-        plan: yields lines on the jobs, which are printed; then none is run.
+        explain: returns the lines of an error message.
+        plan: yields lines about the jobs, which are printed instead of running them.
 
-    Raises ConfigError before the first runs, with all that is wrong; PluginError for plugins that do not load; and
-    FrameworkError that counts failed trials.
+    Raises ConfigError before the first job runs, with all problems; PluginError for plugins that
+    cannot be loaded; and FrameworkError with the number of failed trials.
     """
     with opened(line) as (composing, hydra):
         notes(composing.overrides.notes)
@@ -64,33 +64,31 @@ def sweep(
         typed = composing.overrides.typed
         sweeper = build(config, "sweeper", "hydra.sweeper" in typed)
         launcher = build(config, "launcher", "hydra.launcher" in typed)
-        check_hydra(composing, config.hydra.runtime.choices["hydra/launcher"])
-        if plan is not None and config.hydra.runtime.choices["hydra/sweeper"] not in (
-            "basic",
-            "grid",
-        ):
+        choices = config.hydra.runtime.choices
+        check_hydra(composing, choices["hydra/launcher"])
+        if plan is not None and choices["hydra/sweeper"] not in ("basic", "grid"):
             raise ConfigError(
-                ["plan -m tells the trials of a grid; a search draws its trials while it runs"]
+                ["plan -m lists the trials of a grid; a search draws its trials while it runs"]
             )
-        trials = prepare_sweep(composing, config, task, explain)
-        trials.composer = Composer(hydra.config_loader, config, composing)
-        trials.gives_value = sweeper is None
-        trials.plan = plan
+        runner = prepare_sweep(composing, config, task, explain)
+        runner.composer = Composer(hydra.config_loader, config, composing)
+        runner.returns_metric = sweeper is None
+        runner.plan = plan
         overrides: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
         with nullcontext() if launcher is None else launcher_in_use(launcher):
-            sweeper = set_up_sweeper(sweeper, hydra, config, trials)
+            sweeper = set_up_sweeper(sweeper, hydra, config, runner)
             try:
                 with interruptible() as interrupt:
                     sweeper.sweep(overrides)
             finally:
-                show_table(trials)
-                if trials.opened is not None:
-                    trials.opened.release()
-    settle(trials, interrupt.received)
+                if runner.opened is not None:
+                    print_results(runner.opened, runner.objectives)
+                    runner.opened.release()
+    exit_or_raise(runner, interrupt.received)
 
 
 def check_hydra(composing: Composing, launcher: str) -> None:
-    """Raise ConfigError for Hydra's own settings that only a launcher of Hydra's would use."""
+    """Raise ConfigError for settings of Hydra that only Hydra's own launchers use."""
     plugin = HYDRA_PLUGINS.get(("launcher", launcher))
     if launcher != "basic" and (plugin is None or plugin.replaces is not None):
         return
@@ -102,177 +100,198 @@ def check_hydra(composing: Composing, launcher: str) -> None:
         raise ConfigError(problems)
 
 
-def prepare_sweep(composing: Composing, config: Any, task: Any, explain: Explain) -> Trials:
-    """Read what the config says of the sweep as a whole. Raises ConfigError."""
+def prepare_sweep(composing: Composing, config: Any, task: Any, explain: Explain) -> TrialRunner:
+    """Return the runner for a composed config. Raises ConfigError."""
     experiment = config.hydra.runtime.choices.get("experiment") or "default"
+    line = composing.line
+    swept = composing.overrides.swept
     rest = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
-    raw: Any = OmegaConf.to_container(rest)
-    raw_name = raw["run"].get("name")
     tree = to_tree(rest, composing.sources)
     reader = Reader(tree, composing.sources)
-    sections = {
-        name: reader.settings(name, section_settings(name), tree[name], name)
-        for name in ("sweep", "run")
-    }
+    sections = {}
+    for name in ("sweep", "run"):
+        sections[name] = reader.settings(name, section_settings(name), tree[name], name)
     metrics = reader.many(Registry.every["metric"].kind)
     if tree.get("resume") not in ("never", "auto"):
-        reader.problem(
-            "resume", tree["resume"], "goes on with one run; a sweep goes on with resume=auto"
-        )
-    if (
-        raw_name is not None
-        and "${" not in str(raw_name)
-        and "run.name" not in composing.overrides.swept
-    ):
-        reader.problem(
-            "run.name", raw_name, "each trial has a name of its own; sweep.name=... names the sweep"
-        )
+        advice = "continues a single run; use resume=auto for a sweep"
+        reader.problem("resume", tree["resume"], advice)
+    raw: Any = OmegaConf.to_container(rest)
+    run_name = raw["run"].get("name")
+    if run_name is not None and "${" not in str(run_name) and "run.name" not in swept:
+        advice = "each trial has its own run name; name the sweep with sweep.name=..."
+        reader.problem("run.name", run_name, advice)
     if reader.problems:
         raise ConfigError(reader.problems)
     section = Sweep(**sections["sweep"])
-    names = (
-        {}
-        if "metrics" in composing.overrides.swept
-        else {m.name: m.better for m in (make() for make in metrics)}
-    )
-    by = objectives(section, names)
-    line = composing.line
-    asked = {
+    directions: dict[str, Direction] = {}
+    if "metrics" not in swept:
+        directions = metric_directions(make() for make in metrics)
+    objectives = read_objectives(section, directions)
+    request = {
         "command": line.overrides,
         "plugins": line.plugins,
-        "by": by,
-        "swept": sorted(composing.overrides.swept),
+        "by": objectives,
+        "swept": sorted(swept),
     }
-    opening = partial(
-        open_sweep, Path(sections["run"]["root"]), experiment, section.name, tree["resume"], asked
-    )
-    return Trials(composing, task, explain, section, by, opening)
+    root = Path(sections["run"]["root"])
+    open_folder = partial(open_sweep, root, experiment, section.name, tree["resume"], request)
+    return TrialRunner(composing, task, explain, section, objectives, open_folder)
 
 
-def objectives(section: Sweep, better: Mapping[str, str]) -> dict[str, str]:
-    """Return "min" or "max" for each metric that trials are compared by. Raises ConfigError for one that no trial will
-    have; those of callbacks are not known beforehand.
+def read_objectives(section: Sweep, directions: Mapping[str, Direction]) -> dict[str, Direction]:
+    """Return the direction of each metric that trials are compared by.
 
-    better: "higher" or "lower", by name of a metric of the experiment; empty when those are swept.
+    Args:
+        section: the section `sweep`.
+        directions: the direction of the loss and of each metric of the experiment; empty if the
+            metrics are swept. Metrics that callbacks log are not known.
+
+    Raises ConfigError for a metric that no trial measures.
     """
     if len(section.modes) != len(section.metrics):
-        counts = f"{len(section.metrics)} metrics and {len(section.modes)} modes"
-        raise ConfigError(
-            [f"sweep.mode: should be one, or one for each sweep.metric; there are {counts}"]
-        )
-    by = {}
+        counts = f"{len(section.modes)} for {len(section.metrics)} metrics"
+        raise ConfigError([f"sweep.mode: expected one, or one for each sweep.metric, got {counts}"])
+    known = []
+    for split in ("val", "test"):
+        known += [f"{split}/{name}" for name in (directions or ["loss"])]
+    objectives: dict[str, Direction] = {}
     for metric, mode in zip(section.metrics, section.modes, strict=True):
         split, _, name = metric.partition("/")
-        known = [f"{each}/{measure}" for each in ("val", "test") for measure in ("loss", *better)]
-        if metric not in known and better and split in ("val", "test"):
-            raise ConfigError(
-                [f"sweep.metric={metric}: no trial measures it; {did_you_mean(metric, known)}"]
-            )
+        advice = did_you_mean(metric, known)
+        has_metrics = len(directions) > 1  # otherwise only trials know their metrics
+        if has_metrics and metric not in known and split in ("val", "test"):
+            raise ConfigError([f"sweep.metric={metric}: no trial measures it; {advice}"])
         if not name:
-            raise ConfigError(
-                [
-                    f"sweep.metric={metric}: should be like val/{metric}; {did_you_mean(metric, known)}"
-                ]
-            )
-        if mode == "auto" and name not in ("loss", *better):
-            raise ConfigError(
-                [f"sweep.metric={metric}: say what is better with sweep.mode=min or max"]
-            )
-        found = "min" if name == "loss" or better.get(name) == "lower" else "max"
-        by[metric] = found if mode == "auto" else mode
-    return by
+            raise ConfigError([f"sweep.metric={metric}: expected e.g. val/{metric}; {advice}"])
+        if mode != "auto":
+            objectives[metric] = mode
+        elif name == "loss":
+            objectives[metric] = "min"
+        elif name in directions:
+            objectives[metric] = directions[name]
+        else:
+            advice = "set the better direction with sweep.mode=min or max"
+            raise ConfigError([f"sweep.metric={metric}: {advice}"])
+    return objectives
 
 
 def open_sweep(
-    root: Path, experiment: str, name: str | None, resume: str, asked: Mapping[str, Any]
+    root: Path, experiment: str, name: str | None, resume: str, request: Mapping[str, Any]
 ) -> SweepFolder:
-    """Return the folder of a new sweep, or with resume=auto of that which is to go on. Raises RunError."""
-    found = find_sweep(root / experiment, name, asked) if resume == "auto" else None
-    folder = SweepFolder.claim(root, experiment, name, asked) if found is None else found
-    folder.conduct()
-    if found is not None:
-        over = sum(trial.over for trial in folder.trials())
-        print_line(f"going on with {folder.path}, of which {over} trials are done")
-    return folder
+    """Return the folder of a new sweep, or with resume=auto that of the one to continue.
 
-
-def find_sweep(parent: Path, name: str | None, asked: Mapping[str, Any]) -> SweepFolder | None:
-    """Return the sweep of that name, or else the newest of the same command."""
-    if name is None:
-        folders = [SweepFolder(file.parent) for file in parent.glob("*/sweep.json")]
-        same = [each for each in folders if as_asked(each.asked()) == as_asked(asked)]
-        return max(same, key=lambda each: each.asked().get("began", 0.0), default=None)
-    folder = SweepFolder(parent / name)
-    if not (folder.path / "sweep.json").is_file():
-        return None
-    before = folder.asked().get("swept", [])
-    if before != asked["swept"]:
-        said = (
-            f"{folder.path} tries values of {', '.join(before)}, not of {', '.join(asked['swept'])}"
-        )
-        raise RunError(f"{said}: choose another sweep.name")
-    was, now = fixed(folder.asked()), fixed(asked)
-    other = {"with": " ".join(sorted(was - now)), "without": " ".join(sorted(now - was))}
-    if was != now:
-        said = " and ".join(f"{how} {texts}" for how, texts in other.items() if texts)
-        raise RunError(
-            f"{folder.path} was begun {said}: leave that as it was, or choose another sweep.name"
-        )
-    return folder
-
-
-def as_asked(asked: Mapping[str, Any]) -> Any:
-    command = [text for text in asked.get("command", ()) if not NOT_ASKED.match(text)]
-    return sorted(command), asked.get("plugins")
-
-
-def fixed(asked: Mapping[str, Any]) -> set[str]:
-    """Return the settings in a command that all trials have in common, and their outcomes depend on."""
-    keys = {text: text.lstrip("+~").partition("=")[0] for text in asked.get("command", ())}
-    own = {*asked.get("swept", ())}
-    return {text for text, key in keys.items() if key not in own and not key.startswith(ANY_TIME)}
-
-
-def show_table(trials: Trials) -> None:
-    """Print the table of a sweep, if it has begun."""
-    rows = trials.opened.trials() if trials.opened is not None else []
-    if rows and trials.opened is not None:
-        out = console()
-        out.print()
-        out.print(table(rows, trials.by))
-        out.print()
-        for line in ending(trials.opened, rows, trials.by):
-            print_line(line)
-
-
-def settle(trials: Trials, received: int | None) -> None:
-    """Exit as a signal asks for.
-
-    Raises DiskFull when a trial found no room, and FrameworkError when trials failed, or none was measured by the
-    metric.
-
-    received: the signal that came, perhaps after the last step of the last trial.
+    Raises RunError.
     """
-    rows: list[Trial] = [] if trials.opened is None else trials.opened.trials()
+    found = find_sweep(root / experiment, name, request) if resume == "auto" else None
+    folder = found or SweepFolder.claim(root, experiment, name, request)
+    folder.acquire()
+    if found is not None:
+        finished = sum(trial.is_finished for trial in folder.trials())
+        print_line(f"going on with {folder.path}, of which {finished} trials are done")
+    return folder
+
+
+def find_sweep(parent: Path, name: str | None, request: Mapping[str, Any]) -> SweepFolder | None:
+    """Return the sweep of a name, or without a name the newest of the same command.
+
+    Raises RunError when the named sweep was started by a command with other trials.
+    """
+    if name is None:
+        return newest_sweep(parent, request)
+    folder = SweepFolder(parent / name)
+    if not (folder.path / REQUEST).is_file():
+        return None
+    before = folder.request()
+    if before.get("swept", []) != request["swept"]:
+        keys = ", ".join(before.get("swept", []))
+        other_keys = ", ".join(request["swept"])
+        raise RunError(f"{folder.path} sweeps {keys}, not {other_keys}: choose another sweep.name")
+    shared = shared_settings(before)
+    other_shared = shared_settings(request)
+    differences = []
+    if shared - other_shared:
+        differences.append(f"with {' '.join(sorted(shared - other_shared))}")
+    if other_shared - shared:
+        differences.append(f"without {' '.join(sorted(other_shared - shared))}")
+    if differences:
+        raise RunError(
+            f"{folder.path} was started {' and '.join(differences)}: "
+            "use the same settings, or choose another sweep.name"
+        )
+    return folder
+
+
+def newest_sweep(parent: Path, request: Mapping[str, Any]) -> SweepFolder | None:
+    """Return the newest sweep of the same command."""
+    newest = None
+    newest_time = -1.0
+    for file in parent.glob(f"*/{REQUEST}"):
+        folder = SweepFolder(file.parent)
+        before = folder.request()
+        began = before.get("began", 0.0)
+        if began > newest_time and command_key(before) == command_key(request):
+            newest = folder
+            newest_time = began
+    return newest
+
+
+def command_key(request: Mapping[str, Any]) -> tuple[list[str], Any]:
+    """Return the parts of a request that are the same in a command that resumes its sweep."""
+    command = [text for text in request.get("command", ()) if not IGNORED.match(text)]
+    return sorted(command), request.get("plugins")
+
+
+def shared_settings(request: Mapping[str, Any]) -> set[str]:
+    """Return the overrides of a command that all trials share and that affect their results."""
+    swept = request.get("swept", ())
+    shared = set()
+    for text in request.get("command", ()):
+        key = text.lstrip("+~").partition("=")[0]
+        if key not in swept and not key.startswith(CHANGEABLE):
+            shared.add(text)
+    return shared
+
+
+def print_results(folder: SweepFolder, objectives: Objectives) -> None:
+    """Print the table of a sweep, if it has trials."""
+    trials = folder.trials()
+    if not trials:
+        return
+    out = console()
+    out.print()
+    out.print(results_table(trials, objectives))
+    out.print()
+    for line in summary(folder, trials, objectives):
+        print_line(line)
+
+
+def exit_or_raise(runner: TrialRunner, received: int | None) -> None:
+    """Exit with the status of a signal, or raise the error of a sweep.
+
+    Args:
+        runner: the runner of the sweep.
+        received: the signal that was received, perhaps after the last step of the last trial.
+
+    Raises DiskFull when a trial found a full disk, and FrameworkError when trials failed, or none
+    measured the metric.
+    """
     if received is not None:
         sys.exit(128 + received)
-    stopped = [
-        trial for trial in rows if trial.state == "stopped"
-    ]  # perhaps in a launcher's process
+    trials = runner.opened.trials() if runner.opened is not None else []
+    stopped = [trial for trial in trials if trial.state == "stopped"]  # by a launcher's process
     for trial in stopped:
         if trial.error:
             raise DiskFull(trial.error)
     if stopped:
         sys.exit(max(trial.exit_status for trial in stopped) or 128 + signal.SIGINT)
-    failed = [trial for trial in rows if trial.state == "failed"]
-    done, metric = (
-        [trial for trial in rows if trial.state == "done" and trial.metrics],
-        next(iter(trials.by)),
-    )
+    failed = [trial for trial in trials if trial.state == "failed"]
     if failed:
-        counted = FrameworkError(f"{len(failed)} of {len(rows)} trials failed")
-        counted.exit_status = 2 if all(trial.exit_status == 2 for trial in failed) else 1
-        raise counted
+        error = FrameworkError(f"{len(failed)} of {len(trials)} trials failed")
+        error.exit_status = 2 if all(trial.exit_status == 2 for trial in failed) else 1
+        raise error
+    done = [trial for trial in trials if trial.state == "done" and trial.metrics]
+    metric = next(iter(runner.objectives))
     if done and not any(metric in trial.metrics for trial in done):
-        measured = did_you_mean(metric, [name for name in done[0].metrics if "/" in name])
-        raise FrameworkError(f"sweep.metric={metric}: no trial measured it; {measured}")
+        measured = [name for name in done[0].metrics if "/" in name]
+        advice = did_you_mean(metric, measured)
+        raise FrameworkError(f"sweep.metric={metric}: no trial measured it; {advice}")

@@ -1,4 +1,4 @@
-"""How a callback serves trials that train as one."""
+"""Callbacks of trials that train together as one stacked model."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -12,33 +12,33 @@ from .stacked_update import NotStackable
 
 ClipRows = Callable[[Sequence[Callback], Tensor], None]
 
-OWN = "works with a trial of its own"
+SINGLE_TRIAL = "works with a single trial only"
 UNKNOWN = (
-    "may change training (`changes_training = False` says that it does not, and `alone = False` "
-    "that it changes no more than gradients, learning rates, or weights in their place)"
+    "may change training (declare `changes_training = False` if it does not, or `alone = False` "
+    "if it changes only gradients, learning rates, or weights in place)"
 )
 
 
 class StackableCallback(Protocol):
-    """What a callback may have for trials that train as one; each member may be left out.
+    """Optional members of a callback for trials that train as one stacked model.
 
-    A plugin does not import this class: it only has members of these names.
+    A plugin does not import this class: it defines members of these names.
 
     Attributes:
-        alone: whether it cannot serve one of several trials that train as one. A callback without
-            it can if it changes nothing of training. One that changes no more than gradients,
-            learning rates, or weights in place can too, if it says False. What else it does to the
-            model, loss or optimizer of its trial would not reach the others' model.
+        alone: whether the callback works with a single trial only. Without this attribute, a
+            callback is supported if it does not change training. One that changes only gradients,
+            learning rates, or weights in place can set it to False. Other changes of the model,
+            loss or optimizer of its trial would have no effect on the stacked model.
     """
 
     alone: bool | None
 
     def among(self, trials: int) -> None:
-        """Prepare to serve one of `trials` trials: scale the intervals between disk writes, say."""
+        """Prepare for `trials` stacked trials, e.g. scale the intervals between disk writes."""
 
     @staticmethod
     def clip_rows(callbacks: Sequence[Callback], gradients: Tensor) -> None:
-        """Do what `on_gradients` does, for all trials at once.
+        """Apply `on_gradients` for all trials at once.
 
         Without it, `on_gradients` is called for each trial.
 
@@ -49,24 +49,25 @@ class StackableCallback(Protocol):
 
 
 def is_alone(callback: Callback) -> bool | None:
-    """Return the `alone` of a callback; None if it does not say."""
+    """Return the `alone` of a callback, or None if it has none."""
     if isinstance(callback, Transform):
-        return True  # a batch is read once for all trials
+        return True  # a batch is transformed once for all trials
     return getattr(callback, "alone", None)
 
 
-def clip_rows_of(kind: type[Callback]) -> ClipRows | None:
-    """Return the `clip_rows` of a class; None if its `on_gradients` is overridden without it."""
+def find_clip_rows(kind: type[Callback]) -> ClipRows | None:
+    """Return the `clip_rows` of a class, or None if its `on_gradients` is overridden without it."""
     for base in kind.__mro__:
         if "clip_rows" in vars(base):
-            return kind.clip_rows  # type: ignore[attr-defined]
+            clip_rows: ClipRows = kind.clip_rows  # type: ignore[attr-defined]
+            return clip_rows
         if "on_gradients" in vars(base):
             return None
     return None
 
 
 def prepare(callbacks: Sequence[Callback], trials: int) -> None:
-    """Tell the callbacks of a trial how many trials train as one."""
+    """Call the `among` of the callbacks that have one."""
     for callback in callbacks:
         among = getattr(callback, "among", None)
         if among is not None:
@@ -74,10 +75,10 @@ def prepare(callbacks: Sequence[Callback], trials: int) -> None:
 
 
 def check_stackable(callbacks: Sequence[Callback]) -> None:
-    """Raise NotStackable for a callback that cannot serve one of several trials."""
+    """Raise NotStackable for a callback that does not support stacked trials."""
     for callback in callbacks:
         alone = is_alone(callback)
         if alone:
-            raise NotStackable(f"{type(callback).__name__} {OWN}")
+            raise NotStackable(f"{type(callback).__name__} {SINGLE_TRIAL}")
         if alone is None and callback.changes_training:
             raise NotStackable(f"{type(callback).__name__} {UNKNOWN}")

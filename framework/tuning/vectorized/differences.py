@@ -1,7 +1,8 @@
-"""What trials differ in besides their weights. Numbers become tensors, with a value a trial; other things part them.
+"""Finds the differences between trials apart from their weights.
 
-Nothing may differ unseen, or all trials would train with what the first has. So what cannot be looked into, a library's
-object say, counts as different.
+Numbers that differ become tensors with a value for each trial; other differences prevent stacking.
+A missed difference would train all trials with the settings of the first, so objects that cannot be
+inspected, such as those of a library in C, count as different.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,146 +20,190 @@ from framework.runtime.torch_internals.module_contents import buffers_of, hooks_
 from .stacked_update import NotStackable
 
 Key = tuple[Any, ...]
-"""Where something is: the path of a module ("task": in the task), an attribute, the way into its dicts and lists."""
+"""The path of a module ("task" for the task), an attribute, and keys of nested dicts and lists."""
 Description = dict[Key, Any]
-OWN = frozenset(vars(nn.Module()))  # what every module has: its parameters, modules, hooks
+"""The attributes of a model and its task."""
+MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))  # parameters, modules, hooks, ...
 LOSS = "criterion"
-DEEPEST = 50  # levels of things within things
+MAX_DEPTH = 50  # of nested objects
 
 
-class Together(nn.Module):
-    """A model with its task, as one module that goes from a batch to a loss."""
+class ModelWithTask(nn.Module):
+    """A model and its task as one module that computes the loss of a batch."""
 
     def __init__(self, model: nn.Module, task: Task):
         super().__init__()
-        self.model, self.task = model, task
+        self.model = model
+        self.task = task
         self.criterion = task.criterion
 
     def forward(self, batch: Any) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """Return loss, outputs, targets and logged values of a training step."""
         loss, outputs, targets, values = self.task.step(self.model, batch)
         return loss, outputs, targets, dict(values)
 
 
 def differences(trials: Sequence[Description], like: Tensor) -> dict[Key, Tensor]:
-    """Return the floats, and the tensors of the loss, that differ between trials: (trials, ...) each, floats as `like`.
+    """Return the floats, and the tensors of the loss, that differ between trials.
 
-    Raises NotStackable for the first other thing that differs.
+    Args:
+        trials: the description of each trial.
+        like: a tensor with the dtype and device for floats.
+
+    Returns:
+        Tensors of shape (trials, ...) by key.
+
+    Raises NotStackable for the first other difference.
     """
-    found = {}
-    for key in dict.fromkeys(key for each in trials for key in each):
-        values: list[Any] = [each.get(key) for each in trials]
-        if all(same(value, values[0]) for value in values[1:]):
+    stacked = {}
+    keys: dict[Key, None] = {}
+    for trial in trials:
+        keys.update(dict.fromkeys(trial))
+    for key in keys:
+        values: list[Any] = [trial.get(key) for trial in trials]
+        if all(is_same(value, values[0]) for value in values[1:]):
             continue
         if all(isinstance(value, float) for value in values):
-            found[key] = like.new_tensor(values)
-        elif of_loss(key) and all(
-            isinstance(value, Tensor) and value.shape == values[0].shape for value in values
-        ):
-            found[key] = torch.stack([value.detach() for value in values])
+            stacked[key] = like.new_tensor(values)
+        elif is_of_loss(key) and have_one_shape(values):
+            stacked[key] = torch.stack([value.detach() for value in values])
         else:
-            raise NotStackable(
-                f"{named(key)} is not the same: {short(values[0])}, {short(values[-1])}"
-            )
-    return found
+            examples = f"{short(values[0])}, {short(values[-1])}"
+            raise NotStackable(f"{key_text(key)} differs between trials: {examples}")
+    return stacked
 
 
-def changed(before: Description, now: Description) -> str | None:
-    """Return the name of something that is not what it was."""
-    keys = dict.fromkeys([*before, *now])
-    return next((named(key) for key in keys if not same(before.get(key), now.get(key))), None)
+def have_one_shape(values: Sequence[Any]) -> bool:
+    """Return whether all values are tensors of one shape."""
+    if not all(isinstance(value, Tensor) for value in values):
+        return False
+    return all(value.shape == values[0].shape for value in values)
 
 
-def named(key: Key) -> str:
+def first_change(before: Description, after: Description) -> str | None:
+    """Return the name of the first attribute that changed."""
+    for key in dict.fromkeys([*before, *after]):
+        if not is_same(before.get(key), after.get(key)):
+            return key_text(key)
+    return None
+
+
+def key_text(key: Key) -> str:
+    """Return a key as text: model.0.p."""
     return ".".join(str(part) for part in key if part != "")
 
 
-def of_loss(key: Key) -> bool:
-    """Whether something belongs to the loss."""
+def is_of_loss(key: Key) -> bool:
+    """Return whether a key is an attribute of the loss."""
     return bool(key[0].partition(".")[0] == LOSS)
 
 
-def describe_trial(whole: Together) -> Description:
-    """Return what a model and its task are made of, but for the model's parameters and buffers."""
-    return dict(described_by(whole))
+def describe_trial(trial: ModelWithTask) -> Description:
+    """Return all attributes of a model and its task except the model's parameters and buffers."""
+    description: Description = {}
+    parameters = set(map(id, trial.model.parameters()))
+    for path, owner in [*trial.named_modules(), ("task", trial.task)]:
+        description[path, ""] = type(owner)
+        for name, value in own_attributes(path, owner).items():
+            if value is trial.task or value is trial.criterion:
+                continue
+            for key, leaf in leaves((path, name), value):
+                if id(leaf) not in parameters:
+                    description[key] = leaf
+    return description
 
 
-def described_by(whole: Together) -> Iterator[tuple[Key, Any]]:
-    stacked = set(map(id, whole.model.parameters()))
-    for path, owner in [*whole.named_modules(), ("task", whole.task)]:
-        yield (path, ""), type(owner)
-        held = dict(vars(owner))
-        if isinstance(owner, nn.Module):
-            held = {name: value for name, value in held.items() if name not in OWN} | hooks_of(
-                owner
-            )
-            if of_loss((path,)):
-                held |= {**buffers_of(owner), **parameters_of(owner)}
-        for name, value in held.items():
-            if value is not whole.task and value is not whole.criterion:
-                yield from (
-                    leaf for leaf in leaves((path, name), value) if id(leaf[1]) not in stacked
-                )
+def own_attributes(path: str, owner: Any) -> dict[str, Any]:
+    """Return the attributes of an object; of a module also hooks, of the loss also its tensors."""
+    attributes = dict(vars(owner))
+    if not isinstance(owner, nn.Module):
+        return attributes
+    for name in MODULE_ATTRIBUTES:
+        attributes.pop(name, None)
+    attributes.update(hooks_of(owner))
+    if is_of_loss((path,)):
+        attributes.update(buffers_of(owner))
+        attributes.update(parameters_of(owner))
+    return attributes
 
 
 def leaves(key: Key, value: Any) -> Iterator[tuple[Key, Any]]:
-    """Yield what is in dicts and lists, with the way there."""
-    if isinstance(value, dict | list) and value:
-        for part, each in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from leaves((*key, part), each)
-    elif not isinstance(value, ref):
+    """Yield the keys and values in nested dicts and lists."""
+    if isinstance(value, ref):
+        return
+    if isinstance(value, dict) and value:
+        items = list(value.items())
+    elif isinstance(value, list) and value:
+        items = list(enumerate(value))
+    else:
         yield key, value
+        return
+    for part, item in items:
+        yield from leaves((*key, part), item)
 
 
-def holder(whole: Together, key: Key) -> tuple[Any, Any]:
-    """Return the dict or list that holds something, and its key there."""
-    path, *way = key
-    owner = whole.task if path == "task" else whole.get_submodule(path)
-    held: Any = vars(owner)
+def find_container(trial: ModelWithTask, key: Key) -> tuple[Any, Any]:
+    """Return the dict or list that contains a value, and the value's key in it."""
+    path, attribute, *rest = key
+    owner = trial.task if path == "task" else trial.get_submodule(path)
+    container: Any = vars(owner)
     if isinstance(owner, nn.Module):
-        held = next(
-            (each for each in (buffers_of(owner), parameters_of(owner)) if way[0] in each), held
-        )
-    for part in way[:-1]:
-        held = held[part]
-    return held, way[-1]
+        for tensors in (parameters_of(owner), buffers_of(owner)):
+            if attribute in tensors:
+                container = tensors
+    for part in rest:
+        container = container[attribute]
+        attribute = part
+    return container, attribute
 
 
-def same(one: Any, other: Any, within: frozenset[int] = frozenset()) -> bool:
-    """Whether two things are alike in all that they consist of. `within`: what `one` is a part of."""
+def is_same(one: Any, other: Any, parents: frozenset[int] = frozenset()) -> bool:
+    """Return whether two objects are equal in all their components.
+
+    Args:
+        one: an object.
+        other: an object.
+        parents: ids of the objects that contain `one`, to end at reference cycles.
+    """
     if isinstance(one, torch.Generator):
-        return False  # all would draw from one
-    if one is other or id(one) in within:
+        return False  # trials would share its random numbers
+    if one is other or id(one) in parents:
         return True
     if isinstance(one, int | float) and isinstance(other, int | float):
         return one == other
-    if type(one) is not type(other) or len(within) > DEEPEST:
+    if type(one) is not type(other) or len(parents) > MAX_DEPTH:
         return False
     if isinstance(one, Tensor):
         return one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
-    inside, theirs = parts(one), parts(other)
-    if inside is None or theirs is None:
+    components = components_of(one)
+    other_components = components_of(other)
+    if components is None or other_components is None:
         return bool(one == other)
-    within |= {id(one)}
-    return len(inside) == len(theirs) and all(
-        same(*pair, within) for pair in zip(inside, theirs, strict=True)
-    )
+    if len(components) != len(other_components):
+        return False
+    parents |= {id(one)}
+    pairs = zip(components, other_components, strict=True)
+    return all(is_same(*pair, parents) for pair in pairs)
 
 
-def parts(thing: Any) -> list[Any] | None:
-    """Return what a thing consists of: what `copy.copy` would make it from anew. None where `==` has to tell."""
+def components_of(value: Any) -> list[Any] | None:
+    """Return the components of an object, from which `copy.copy` would create it.
+
+    None if it has to be compared by `==`.
+    """
     try:
-        if isinstance(thing, str | bytes):
+        if isinstance(value, str | bytes):
             return None
-        if isinstance(thing, FunctionType):
-            cells = [cell.cell_contents for cell in thing.__closure__ or ()]
-            return [thing.__code__, thing.__defaults__, thing.__kwdefaults__, *cells]
-        if isinstance(thing, list | tuple):
-            return list(thing)
-        if isinstance(thing, dict):
-            return [*thing.keys(), *thing.values()]
-        if isinstance(thing, MethodType):
-            return [thing.__func__, thing.__self__]
-        made_from = thing.__reduce_ex__(2)
-        return None if isinstance(made_from, str) else list(made_from)
+        if isinstance(value, FunctionType):
+            cells = [cell.cell_contents for cell in value.__closure__ or ()]
+            return [value.__code__, value.__defaults__, value.__kwdefaults__, *cells]
+        if isinstance(value, list | tuple):
+            return list(value)
+        if isinstance(value, dict):
+            return [*value.keys(), *value.values()]
+        if isinstance(value, MethodType):
+            return [value.__func__, value.__self__]
+        reduced = value.__reduce_ex__(2)
+        return None if isinstance(reduced, str) else list(reduced)
     except (TypeError, ValueError, NotImplementedError, RuntimeError):
         return None

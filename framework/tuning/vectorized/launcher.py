@@ -1,8 +1,8 @@
-"""Launchers that train many trials as one where they can, and the others one by one."""
+"""Launchers that train trials as one stacked model if possible, and the others one by one."""
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,24 +14,25 @@ from framework.errors import RunError
 from framework.errors.terminal import print_note
 from framework.errors.user_code import describe
 from framework.experiment.build import build_data
-from framework.experiment.experiment import Experiment, Prepared, Result, prepare_run
+from framework.experiment.experiment import Experiment, Prepared, prepare_run
 from framework.experiment.log_start import first_batch
+from framework.experiment.result import Result
 from framework.registry.annotations import PositiveInt
 from framework.runtime.memory import OutOfMemory, free_bytes, is_full
 from framework.system.files import check_exists
 from framework.system.signals import received, stopping
 from framework.training.layer_table import read_layers
+from framework.tuning.sweep.display import ForwardingDisplay, OutputCapture
+from framework.tuning.sweep.folder import Trial
+from framework.tuning.sweep.isolation import isolated
+from framework.tuning.sweep.launcher import OneByOne
+from framework.tuning.sweep.trial_runner import outcome
 
-from ..sweep.display import Elsewhere, Output
-from ..sweep.folder import Trial
-from ..sweep.isolation import isolated
-from ..sweep.launcher import OneByOne
-from ..sweep.trials import outcome
-from .processes import bins, most_processes, shared_out
+from .processes import partition, run_in_processes, usable_processes
 from .stacked_update import NotStackable
 from .trainer import StackedTrainer
 
-APART = (
+PER_TRIAL = (
     "seed",
     "run",
     "initializer",
@@ -42,316 +43,362 @@ APART = (
     "plugins",
     "sweep",
 )
-"""What each trial of a group may have of its own, whole sections."""
-STRICT = ("data", "loader", "trainer")  # where a number decides what is computed
+"""Sections that may differ between the trials of a group."""
+EQUAL_NUMBERS = ("data", "loader", "trainer")
+"""Sections in which also numbers must be equal in a group."""
 LIMITS = ("max_epochs", "max_steps")
-A_PROCESS = 8  # trials that one is worth, if nobody asked for it
+TRIALS_PER_PROCESS = 8  # at least, if the number of processes is chosen automatically
+UNLIMITED = 2**31
+MEMORY_SHARE = 0.8  # of the free memory
+BYTES_PER_NUMBER = 12  # a float32 and two more of its kind, see `memory_capacity`
 
 
 @dataclass
-class Ready:
+class PreparedTrial:
     """A trial that is built."""
 
-    place: int  # among the jobs
+    index: int  # of its job
     job: Job
     prepared: Prepared
-    row: Trial | None = None
+    row: Trial | None = None  # once it has started
+
+    def resume_alone(self) -> None:
+        """Let the trial go on one by one, in its run folder."""
+        self.job.spec = replace(self.job.spec, resume="auto")
 
 
 @dataclass
-class Share:
-    """Jobs of one group, and their data when it is there."""
+class JobGroup:
+    """Jobs that may train as one stacked model, and their data if it is loaded."""
 
-    jobs: dict[int, Job]  # by their places
+    jobs: dict[int, Job]  # by index
     data: Data | None = None
 
 
 class Vectorized(OneByOne):
-    """Trains trials of one architecture, which differ in numbers and seeds, as one stacked model."""
+    """Trains trials of one architecture that differ in numbers and seeds as one stacked model."""
 
-    at_once = 8  # trials that a search asks for, before it knows of their results
+    default_parallel = 8  # trials that a search proposes at once
 
     def __init__(
         self, most: PositiveInt = 256, fewest: PositiveInt = 2, processes: PositiveInt | None = None
     ):
-        """Say how many trials may train as one.
+        """Set the numbers of trials and processes.
 
         Args:
-            most: trials at once, if memory allows.
-            fewest: trials of a group below which they train one by one.
-            processes: that trials are shared out to; by default as many as there are cores for models that one core
-                suits, eight trials for each at least, and without an accelerator; else this one.
+            most: maximum number of stacked trials, if memory allows.
+            fewest: minimum number of stacked trials; smaller groups train one by one.
+            processes: number of processes that share the trials; null: without an accelerator, and
+                for models that use one core, one for each core and at least eight trials;
+                otherwise one.
         """
-        self.most, self.fewest, self.processes = most, fewest, processes
-        self.beside = 1  # processes that share the memory
+        self.most = most
+        self.fewest = fewest
+        self.processes = processes
+        self.sharing_memory = 1  # number of processes
 
     def run(self, jobs: list[Job]) -> list[Trial]:
-        """Run jobs, group by group, until a signal; the rows come in the order of the jobs."""
-        rows = {
-            place: row
-            for place, job in enumerate(jobs)
-            if (row := self.trials.finished(job)) is not None
-        }
-        found = [{place: jobs[place] for place in group} for group in groups(jobs, rows)]
-        left, worth = len(jobs) - len(rows), self.fewest if self.processes else A_PROCESS
-        number = min(self.processes or most_processes(), left // worth)
-        rows |= self._apart(found, number) if number > 1 else {}
-        for group in found:
-            rows |= self._here(
-                Share({place: job for place, job in group.items() if place not in rows}), rows
-            )
-        return [rows[place] for place in sorted(rows)]
-
-    def _apart(self, found: Sequence[dict[int, Job]], number: int) -> dict[int, Trial]:
-        """Run groups in so many processes; returns the rows of those for which that is right."""
-        most = math.ceil(sum(map(len, found)) / number)
-        shares = [share for group in found for share in self._shares(group, most)]
-        filled = [
-            [shares[place] for place in each]
-            for each in bins([len(share.jobs) for share in shares], number)
-        ]
-        if len(filled) < 2:
-            return {}
-        works = [partial(self._process, each, len(filled)) for each in filled]
+        """Run jobs, group by group, until a signal; the rows are in the order of the jobs."""
         rows: dict[int, Trial] = {}
-        for each, ended in zip(filled, shared_out(works, self.trials.show()), strict=True):
-            rows |= ended or {}
-            if ended is None and received() is None:
+        for index, job in enumerate(jobs):
+            row = self.runner.finished_row(job)
+            if row is not None:
+                rows[index] = row
+        groups = find_groups(jobs, rows)
+        per_process = self.fewest if self.processes else TRIALS_PER_PROCESS
+        number = min(self.processes or usable_processes(), (len(jobs) - len(rows)) // per_process)
+        if number > 1:
+            rows |= self._run_in_processes(groups, number)
+        for group in groups:
+            rest = {index: job for index, job in group.items() if index not in rows}
+            rows |= self._run_group(JobGroup(rest), rows)
+        return [rows[index] for index in sorted(rows)]
+
+    def _run_in_processes(self, groups: Sequence[dict[int, Job]], number: int) -> dict[int, Trial]:
+        """Run the groups that suit several processes; return the rows of their trials."""
+        size = math.ceil(sum(map(len, groups)) / number)
+        parts: list[JobGroup] = []
+        for group in groups:
+            parts += self._split(group, size)
+        shares: list[list[JobGroup]] = []  # by process
+        for indices in partition([len(part.jobs) for part in parts], number):
+            share = [parts[index] for index in indices]
+            shares.append(share)
+        if len(shares) < 2:
+            return {}
+        works = [partial(self._run_share, share, len(shares)) for share in shares]
+        results = run_in_processes(works, self.runner.active_display())
+        rows: dict[int, Trial] = {}
+        for share, share_rows in zip(shares, results, strict=True):
+            if share_rows is not None:
+                rows |= share_rows
+            elif received() is None:
                 print_note("a process died: its trials go on in this one")
-                for job in (job for share in each for job in share.jobs.values()):
-                    job.spec = replace(job.spec, resume="auto")  # its run folder may be there
+                for part in share:
+                    for job in part.jobs.values():
+                        job.spec = replace(job.spec, resume="auto")  # its run folder may exist
         return rows
 
-    def _shares(self, jobs: dict[int, Job], most: int) -> list[Share]:
-        """Cut a group into shares of so many trials or fewer; into none where a trial has use for more than one core,
-        and the number of processes was not asked for.
+    def _split(self, jobs: dict[int, Job], size: int) -> list[JobGroup]:
+        """Split a group into parts of at most `size` trials.
+
+        It gives no parts if the number of processes is chosen automatically and a trial uses more
+        than one core.
         """
-        first, places = next(iter(jobs.values())), list(jobs)
-        number = math.ceil(len(jobs) / most)
+        first = next(iter(jobs.values()))
+        indices = list(jobs)
+        number = math.ceil(len(jobs) / size)
         try:
             data = build_data(first.spec)
             if self.processes is None and Experiment(first.spec, data).threads() > 1:
                 return []
-        except Exception:  # it is told when the trial is built to train
+        except Exception:  # reported when the trial is built for training
             return []
-        return [
-            Share({place: jobs[place] for place in places[one::number]}, data)
-            for one in range(number)
-        ]
+        parts = []
+        for start in range(number):
+            part = {index: jobs[index] for index in indices[start::number]}
+            parts.append(JobGroup(part, data))
+        return parts
 
-    def _process(self, shares: Sequence[Share], beside: int, shown: Elsewhere) -> dict[int, Trial]:
-        """Run jobs in a process that is for them, one of so many."""
-        self.trials.shown, self.beside = shown, beside
+    def _run_share(
+        self, parts: Sequence[JobGroup], processes: int, display: ForwardingDisplay
+    ) -> dict[int, Trial]:
+        """Run the parts of one of several processes, in that process."""
+        self.runner.display = display
+        self.sharing_memory = processes
         rows: dict[int, Trial] = {}
-        for share in shares:
-            rows |= self._here(share, rows)
+        for part in parts:
+            rows |= self._run_group(part, rows)
         return rows
 
-    def _here(self, share: Share, before: Mapping[int, Trial]) -> dict[int, Trial]:
-        """Run jobs of one group in this process, as one, and those with which that did not work one by one; none after
-        a signal."""
+    def _run_group(self, group: JobGroup, earlier: Mapping[int, Trial]) -> dict[int, Trial]:
+        """Run a group in this process, stacked if possible, until a signal.
+
+        Args:
+            group: the jobs.
+            earlier: rows of other groups.
+        """
         rows: dict[int, Trial] = {}
-        places = list(share.jobs)
-        for start in range(0, len(places), self.most):
-            part = {place: share.jobs[place] for place in places[start : start + self.most]}
-            if len(part) >= self.fewest and not is_over({**before, **rows}):
-                rows |= self._together(part, share.data)
-            for place in (each for each in part if each not in rows):
-                if is_over({**before, **rows}):
+        indices = list(group.jobs)
+        for start in range(0, len(indices), self.most):
+            part = {index: group.jobs[index] for index in indices[start : start + self.most]}
+            if len(part) >= self.fewest and not is_stopped({**earlier, **rows}):
+                rows |= self._train_stacked(part, group.data)
+            for index, job in part.items():
+                if index in rows:
+                    continue
+                if is_stopped({**earlier, **rows}):
                     break
-                rows[place] = self.trials.run(part[place])
+                rows[index] = self.runner.run(job)
         return rows
 
-    def _together(self, jobs: dict[int, Job], data: Data | None) -> dict[int, Trial]:
-        """Train jobs as one; returns the rows of those that were. What stands in the way is said."""
+    def _train_stacked(self, jobs: dict[int, Job], data: Data | None) -> dict[int, Trial]:
+        """Train jobs as one stacked model.
+
+        Returns the rows of the jobs that were trained; a note gives the reason for the others.
+        """
         rows: dict[int, Trial] = {}
-        ready: list[Ready] = []
+        trials: list[PreparedTrial] = []
+        capture = OutputCapture(self.runner.folder.path, self.runner.active_display())
         try:
-            with isolated(), Output(self.trials.folder.path, self.trials.show()).capturing():
-                ready = self._prepare(jobs, rows, data)
-                at_once = max(room(ready[0].prepared) // self.beside, self.fewest) if ready else 1
-                for alike in at_the_same_step(ready):
-                    for start in range(0, len(alike) if len(alike) >= self.fewest else 0, at_once):
-                        if is_over(rows):
-                            return rows
-                        self._train(alike[start : start + at_once], rows)
-        except (NotStackable, OutOfMemory) as why:
-            go = "go on" if any(each.row for each in ready) else "train"
-            told = "memory is full" if isinstance(why, OutOfMemory) else why
-            print_note(f"{len(jobs.keys() - rows)} trials {go} one by one: {told}")
-        except (
-            Exception
-        ) as error:  # of the step that they take together: it is each one's row by now
-            if not any(each.row for each in ready):
+            with isolated(), capture.capturing():
+                trials = self._prepare(jobs, rows, data)
+                for batch in self._batches(trials):
+                    if is_stopped(rows):
+                        return rows
+                    self._train(batch, rows)
+        except (NotStackable, OutOfMemory) as error:
+            verb = "go on" if any(trial.row for trial in trials) else "train"
+            reason = "memory is full" if isinstance(error, OutOfMemory) else error
+            print_note(f"{len(jobs.keys() - rows)} trials {verb} one by one: {reason}")
+        except Exception as error:
+            started = [trial for trial in trials if trial.row is not None]
+            if not started:
                 print_note(f"{len(jobs)} trials train one by one: {describe(error)}")
-            elif not all(each.place in rows for each in ready if each.row is not None):
-                raise
+            elif not all(trial.index in rows for trial in started):
+                raise  # otherwise an error of the common step, recorded for each trial
         finally:
-            for each in ready:
-                each.prepared.release()
+            for trial in trials:
+                trial.prepared.release()
         return rows
 
     def _prepare(
         self, jobs: dict[int, Job], rows: dict[int, Trial], data: Data | None
-    ) -> list[Ready]:
-        """Build the trials; the rows of those that cannot be, or need not be, are set."""
-        ready = []
-        for place, job in jobs.items():
+    ) -> list[PreparedTrial]:
+        """Build the trials; set the rows of those that fail, or have nothing left to train."""
+        trials = []
+        for index, job in jobs.items():
             try:
                 if data is None:
                     data = build_data(job.spec)
-                made = prepare_run(
+                prepared = prepare_run(
                     job.spec, job.experiment, job.overrides, inexact=job.inexact, data=data
                 )
             except Exception as error:
-                rows[place] = self.trials.end(
-                    self.trials.failed(self.trials.begin(job), error, 0.0)
-                )
+                failed = self.runner.failed(self.runner.start(job), error, 0.0)
+                rows[index] = self.runner.finish(failed)
                 continue
-            if isinstance(made, Result):
-                rows[place] = self.trials.end(outcome(self.trials.begin(job), made))
+            if isinstance(prepared, Result):
+                rows[index] = self.runner.finish(outcome(self.runner.start(job), prepared))
             else:
-                ready.append(Ready(place, job, made))
-        return ready
+                trials.append(PreparedTrial(index, job, prepared))
+        return trials
 
-    def _train(self, ready: list[Ready], rows: dict[int, Trial]) -> None:
-        """Train what is built as one, and set its rows. Raises NotStackable before anything of it is on the disk."""
-        trainers = [each.prepared.trainer for each in ready]
+    def _batches(self, trials: Sequence[PreparedTrial]) -> Iterator[Sequence[PreparedTrial]]:
+        """Yield trials to stack: as many as fit in memory, all of them at the same step."""
+        if not trials:
+            return
+        capacity = memory_capacity(trials[0].prepared) // self.sharing_memory
+        size = max(capacity, self.fewest)
+        by_step: dict[int, list[PreparedTrial]] = {}  # they differ in a resumed sweep
+        for trial in trials:
+            by_step.setdefault(trial.prepared.trainer.state.step, []).append(trial)
+        for step in sorted(by_step):
+            group = by_step[step]
+            if len(group) >= self.fewest:
+                for start in range(0, len(group), size):
+                    yield group[start : start + size]
+
+    def _train(self, trials: Sequence[PreparedTrial], rows: dict[int, Trial]) -> None:
+        """Train built trials as one and set their rows.
+
+        Raises NotStackable before anything is written to disk.
+        """
+        trainers = [trial.prepared.trainer for trial in trials]
+        fits = [trial.prepared.fit_arguments() for trial in trials]
         with ExitStack() as opened, stopping(trainers) as signals:
-            ended = partial(self._ended, ready, rows, signals)
-            stacked = StackedTrainer(
-                trainers, [each.prepared.fit_arguments() for each in ready], ended
-            )
+            ended = partial(self._record, trials, rows, signals)
+            stacked = StackedTrainer(trainers, fits, ended)
             layers: str | None = None
-            check_exists(self.trials.folder.path)
+            check_exists(self.runner.folder.path)
             try:
-                for each in ready:
-                    each.prepared.claim()
-                    each.row = self.trials.begin(each.job)
-                    opened.enter_context(each.prepared.trainer)
-                    layers = each.prepared.introduce(layers)
-            except RunError as error:  # of a full disk: each trial tells it for itself
-                for each in (each for each in ready if each.row is not None):
-                    each.job.spec = replace(each.job.spec, resume="auto")
+                for trial in trials:
+                    trial.prepared.claim()
+                    trial.row = self.runner.start(trial.job)
+                    opened.enter_context(trial.prepared.trainer)
+                    layers = trial.prepared.log_start(layers)
+            except RunError as error:  # of a full disk: each trial reports it itself
+                for trial in trials:
+                    if trial.row is not None:
+                        trial.resume_alone()
                 raise NotStackable(str(error)) from error
             stacked.run()
 
-    def _ended(
+    def _record(
         self,
-        ready: Sequence[Ready],
+        trials: Sequence[PreparedTrial],
         rows: dict[int, Trial],
         signals: list[int],
         number: int,
-        error: Any,
+        error: BaseException | None,
     ) -> None:
-        """Record how a trial ended, after its last measurements; not of one that cannot go on among the others."""
-        each = ready[number]
-        assert each.row is not None
-        if isinstance(error, NotStackable) or (error is not None and is_full(error)):
-            each.job.spec = replace(
-                each.job.spec, resume="auto"
-            )  # it goes on alone, in the folder that is there
+        """Record how a trial ended, except one that goes on alone."""
+        trial = trials[number]
+        assert trial.row is not None
+        if error is not None and (isinstance(error, NotStackable) or is_full(error)):
+            trial.resume_alone()
             return
         try:
             if error is not None:
                 raise error
-            result = each.prepared.result(signals)
-            result.seconds /= len(ready)  # its share of the time of all, so that the sum is right
-            row = outcome(each.row, result)
-        except Exception as failed:
-            each.prepared.tell_failure()
-            row = self.trials.failed(each.row, failed, each.prepared.trainer.state.wall_seconds)
-        rows[each.place] = self.trials.end(row)
+            result = trial.prepared.result(signals)
+            result.seconds /= len(trials)  # its share of the common time
+            row = outcome(trial.row, result)
+        except Exception as failure:
+            trial.prepared.record_failure()
+            seconds = trial.prepared.trainer.state.wall_seconds
+            row = self.runner.failed(trial.row, failure, seconds)
+        rows[trial.index] = self.runner.finish(row)
 
 
 class Auto(Vectorized):
-    """Trains trials as one where that pays: eight or more of them."""
+    """Trains trials as one stacked model from eight trials on, and otherwise one by one."""
 
     def __init__(
         self, most: PositiveInt = 256, fewest: PositiveInt = 8, processes: PositiveInt | None = None
     ):
-        """Say how many trials may train as one.
+        """Set the numbers of trials and processes.
 
         Args:
-            most: trials at once, if memory allows.
-            fewest: trials of a group below which they train one by one.
+            most: maximum number of stacked trials, if memory allows.
+            fewest: minimum number of stacked trials; smaller groups train one by one.
             processes: as for the launcher `vectorized`.
         """
         super().__init__(most, fewest, processes)
 
 
-def at_the_same_step(ready: Sequence[Ready]) -> Iterator[list[Ready]]:
-    """Yield the trials that go on after the same step, as those of a sweep that was cut off may not."""
-    steps = [each.prepared.trainer.state.step for each in ready]
-    for step in sorted(set(steps)):
-        yield [each for each, own in zip(ready, steps, strict=True) if own == step]
-
-
-def is_over(rows: dict[int, Trial]) -> bool:
-    """Return whether no more trials should begin, because of a signal."""
+def is_stopped(rows: Mapping[int, Trial]) -> bool:
+    """Return whether no more trials should start, because of a signal."""
     return received() is not None or any(row.state == "stopped" for row in rows.values())
 
 
-def groups(jobs: Sequence[Job], without: Any = ()) -> list[list[int]]:
-    """Return the places of jobs that may train as one; whether they can, `StackedTrainer` finds out."""
-    found: dict[str, list[int]] = {}
-    for place, job in enumerate(jobs):
-        if place not in without:
-            found.setdefault(form(job.spec.tree), []).append(place)
-    return list(found.values())
+def find_groups(jobs: Sequence[Job], finished: Iterable[int] = ()) -> list[dict[int, Job]]:
+    """Return the jobs that may train as one, by index.
+
+    Whether they can is checked by `StackedTrainer`.
+
+    Args:
+        jobs: the jobs.
+        finished: indices of jobs to leave out.
+    """
+    skipped = set(finished)
+    groups: dict[str, dict[int, Job]] = {}
+    for index, job in enumerate(jobs):
+        if index not in skipped:
+            groups.setdefault(group_key(job.spec.tree), {})[index] = job
+    return list(groups.values())
 
 
-def told(jobs: Sequence[Job]) -> Iterator[str]:
-    """Yield a line on how many trials there are, and one on each group: its size, what is its own, what can be done."""
-    found = groups(jobs)
-    yield f"{len(jobs)} trials in {len(found)} group{'s' * (len(found) > 1)} for hydra/launcher=vectorized"
-    for places in found:
-        own = [jobs[place].settings for place in places]
-        common = {
-            key: value
-            for key, value in own[0].items()
-            if all(each.get(key) == value for each in own)
-        }
-        apart = {
-            key: value
-            for key, value in common.items()
-            if any(job.settings.get(key) != value for job in jobs)
-        }
-        named = " ".join(f"{key}={value}" for key, value in apart.items())
-        yield f"{len(places):>4}  {manner([jobs[place] for place in places]):<12}{named}".rstrip()
+def describe_groups(jobs: Sequence[Job]) -> Iterator[str]:
+    """Yield a line with the number of trials, and one for each group.
+
+    That has the number of trials, how they train, and the settings that only this group has.
+    """
+    groups = [list(group.values()) for group in find_groups(jobs)]
+    plural = "s" if len(groups) > 1 else ""
+    yield f"{len(jobs)} trials in {len(groups)} group{plural} for hydra/launcher=vectorized"
+    for group in groups:
+        texts = []
+        for key, value in group[0].settings.items():
+            is_common = all(job.settings.get(key) == value for job in group)
+            if is_common and any(job.settings.get(key) != value for job in jobs):
+                texts.append(f"{key}={value}")
+        yield f"{len(group):>4}  {training_mode(group):<12}{' '.join(texts)}".rstrip()
 
 
-def manner(jobs: Sequence[Job]) -> str:
-    """Return how the trials of a group can train, found out with two of them."""
+def training_mode(jobs: Sequence[Job]) -> str:
+    """Return how the trials of a group train, found out with two of them."""
     if len(jobs) < 2:
         return "alone"
     data = build_data(jobs[0].spec)
-    ready = [
-        prepare_run(replace(job.spec, resume="never"), job.experiment, [], data=data)
-        for job in (jobs[0], jobs[-1])
-    ]
+    trainers = []
+    fits = []
+    for job in (jobs[0], jobs[-1]):
+        spec = replace(job.spec, resume="never")
+        prepared = prepare_run(spec, job.experiment, [], data=data)
+        if isinstance(prepared, Prepared):
+            trainers.append(prepared.trainer)
+            fits.append(prepared.fit_arguments())
     try:
-        pairs = [
-            (each.trainer, each.fit_arguments()) for each in ready if isinstance(each, Prepared)
-        ]
-        StackedTrainer([trainer for trainer, _ in pairs], [fit for _, fit in pairs])
-    except NotStackable as why:
-        return f"one by one: {why} "
+        StackedTrainer(trainers, fits)
+    except NotStackable as error:
+        return f"one by one: {error} "
     return "as one"
 
 
-def form(tree: dict[str, Any]) -> str:
-    """Return what the configs of a group have in common, as a text."""
-    common = {
-        key: tree[key] if key in STRICT else without_numbers(tree[key])
-        for key in tree.keys() - {*APART}
-    }
-    common["trainer"] = {key: value for key, value in tree["trainer"].items() if key not in LIMITS}
+def group_key(tree: dict[str, Any]) -> str:
+    """Return the parts of a config that are equal in a group, as text."""
+    common = {}
+    for name in tree.keys() - set(PER_TRIAL):
+        section = tree[name]
+        common[name] = section if name in EQUAL_NUMBERS else without_numbers(section)
+    trainer = tree["trainer"]
+    common["trainer"] = {name: trainer[name] for name in trainer if name not in LIMITS}
     return json.dumps(common, sort_keys=True, default=str)
 
 
 def without_numbers(value: Any) -> Any:
-    """Return a part's settings without their numbers, but for counts, which decide on shapes."""
+    """Return settings without real numbers; integers stay, as they determine shapes."""
     if isinstance(value, dict):
         return {key: without_numbers(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -359,13 +406,19 @@ def without_numbers(value: Any) -> Any:
     return "a number" if isinstance(value, float) else value
 
 
-def room(prepared: Prepared) -> int:
-    """Return for how many such trials there is memory: for weights, gradients, what the optimizer keeps and copies,
-    and for each layer's output, its gradient and a copy."""
-    built, device = prepared.built, prepared.trainer.device
+def memory_capacity(prepared: Prepared) -> int:
+    """Return the number of stacked trials that fit in memory.
+
+    Counted are weights, gradients, optimizer state and copies, and for each layer the output, its
+    gradient and a copy.
+    """
+    built = prepared.built
     batch = first_batch(built.train_batches)
     layers, _ = read_layers(built.model, batch, built.task)
-    numbers = sum(math.prod(layer.out_shape) for layer in layers) * len(batch[0])
-    numbers += 2 * sum(parameter.numel() for parameter in built.model.parameters())
-    free = free_bytes(device)
-    return 2**31 if free is None else max(int(0.8 * free / (12 * max(numbers, 1))), 1)
+    outputs = sum(math.prod(layer.out_shape) for layer in layers) * len(batch[0])
+    parameters = sum(parameter.numel() for parameter in built.model.parameters())
+    numbers = max(outputs + 2 * parameters, 1)
+    free = free_bytes(prepared.trainer.device)
+    if free is None:
+        return UNLIMITED
+    return max(int(MEMORY_SHARE * free / (BYTES_PER_NUMBER * numbers)), 1)

@@ -1,7 +1,7 @@
-"""Shares trials out to processes forked from this one, where nothing is imported, composed or read again.
+"""Runs trials in processes forked from this one, which import, compose and load nothing again.
 
-Many small models train faster so than with as many threads in one process: nearly all that a step of theirs takes is
-Python and single operations, of which a process does one at a time.
+Many small models train faster in several processes than with several threads in one: most of the
+time of a step is Python and single operations, which a process runs one at a time.
 """
 
 import multiprocessing
@@ -18,91 +18,99 @@ import torch
 
 from framework.errors.user_code import describe
 from framework.system.signals import blocked, forwarding, init_worker
+from framework.tuning.sweep.display import Display, ForwardingDisplay
 
-from ..sweep.display import Elsewhere, Shown
-
-Work = Callable[[Elsewhere], Any]
-
-
-def most_processes() -> int:
-    """Return how many processes this machine has use for: one for each core, or this one alone where a fork is not
-    safe (an accelerator's state does not survive it; macOS starts threads of its own)."""
-    forks = sys.platform == "linux" and not torch.accelerator.is_available()
-    return len(os.sched_getaffinity(0)) if forks else 1
+Work = Callable[[ForwardingDisplay], Any]
 
 
-def bins(sizes: Sequence[int], number: int) -> list[list[int]]:
-    """Return the places of pieces of work in so many bins or fewer, of about the same size each."""
-    filled: list[list[int]] = [[] for _ in range(min(number, len(sizes)))]
-    for place in sorted(range(len(sizes)), key=lambda place: -sizes[place]):
-        min(filled, key=lambda each: sum(sizes[other] for other in each)).append(place)
-    return filled
+def usable_processes() -> int:
+    """Return the number of useful processes: one for each core, or one if a fork is not safe.
+
+    The state of an accelerator does not survive a fork, and macOS starts its own threads.
+    """
+    if sys.platform != "linux" or torch.accelerator.is_available():
+        return 1
+    return len(os.sched_getaffinity(0))
 
 
-def shared_out(works: Sequence[Work], shown: Shown) -> list[Any]:
-    """Do each piece of work in a process of its own; returns what they return, None for one whose process died.
+def partition(sizes: Sequence[int], number: int) -> list[list[int]]:
+    """Distribute items over at most `number` bins of about the same total size.
 
-    Signals that end a command are passed on to them, and they die with this process. Raises what one of them raised.
+    Returns:
+        The indices of the items in each bin.
+    """
+    bins: list[list[int]] = [[] for _ in range(min(number, len(sizes)))]
+    totals = [0] * len(bins)
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        smallest = totals.index(min(totals))
+        bins[smallest].append(index)
+        totals[smallest] += sizes[index]
+    return bins
+
+
+def run_in_processes(works: Sequence[Work], display: Display) -> list[Any]:
+    """Run each piece of work in its own process; return the results, None for a process that died.
+
+    Signals that end a command are forwarded to the processes, and they die with this process.
+    Raises the first error of a process.
     """
     fork = multiprocessing.get_context("fork")
-    found: list[Any] = [None] * len(works)
-    numbers, processes, raised = dict[Connection, int](), list[BaseProcess](), list[BaseException]()
+    results: list[Any] = [None] * len(works)
+    indices: dict[Connection, int] = {}
+    processes: list[BaseProcess] = []
+    errors: list[BaseException] = []
 
     def pids() -> list[int]:
-        return [
-            process.pid for process in processes if process.pid is not None and process.is_alive()
-        ]
+        return [process.pid for process in processes if process.pid and process.is_alive()]
 
-    with forwarding(
-        pids
-    ) as forward:  # their trials finish their step and save; this process waits for them
-        for number, work in enumerate(works):
+    with forwarding(pids) as forward:  # workers finish their step and save, this process waits
+        for index, work in enumerate(works):
             if forward.received is not None:
                 break
-            mine, its = fork.Pipe(duplex=False)
-            worker = fork.Process(target=do, args=(work, its, os.getpid()))
+            receiver, sender = fork.Pipe(duplex=False)
+            process: BaseProcess = fork.Process(target=run_worker, args=(work, sender, os.getpid()))
             with blocked(), warnings.catch_warnings(action="ignore", category=DeprecationWarning):
-                worker.start()  # the warning is of threads; torch's are not used
-            processes.append(worker)
+                process.start()  # the warning is about threads; those of torch are not used
+            processes.append(process)
             forward.send_pending()
-            its.close()
-            numbers[mine] = number
-        while numbers:
-            for pipe in cast(list[Connection], wait(numbers)):
+            sender.close()
+            indices[receiver] = index
+        while indices:
+            for receiver in cast(list[Connection], wait(indices)):
                 try:
-                    kind, what = pipe.recv()
+                    kind, argument = receiver.recv()
                 except EOFError:
-                    del numbers[pipe]
+                    del indices[receiver]
                     continue
                 if kind == "returned":
-                    found[numbers[pipe]] = what
+                    results[indices[receiver]] = argument
                 elif kind == "raised":
-                    raised.append(pickle.loads(what))
+                    errors.append(pickle.loads(argument))
                 else:
-                    getattr(shown, kind)(what)
+                    getattr(display, kind)(argument)
         for process in processes:
             process.join()
-    if raised:
-        raise raised[0]
-    return found
+    if errors:
+        raise errors[0]
+    return results
 
 
-def do(work: Work, pipe: Connection, parent: int) -> None:
-    """Do a piece of work in a new process, with one thread, and send what comes of it."""
+def run_worker(work: Work, pipe: Connection, parent: int) -> None:
+    """Run a piece of work in a new process with one thread, and send its result or error."""
     init_worker(parent)
     torch.set_num_threads(1)
-    there = Elsewhere(pipe)
+    display = ForwardingDisplay(pipe)
     try:
-        there.send("returned", work(there))
+        display.send("returned", work(display))
     except BaseException as error:
-        there.send("raised", pickled(error))
+        display.send("raised", pickle_error(error))
 
 
-def pickled(error: BaseException) -> bytes:
-    """Return an error as bytes; one that would not come back from them, as its text."""
+def pickle_error(error: BaseException) -> bytes:
+    """Return a pickled error; one that cannot be pickled is replaced by its description."""
     try:
-        whole = pickle.dumps(error)
-        pickle.loads(whole)
+        content = pickle.dumps(error)
+        pickle.loads(content)
     except Exception:
         return pickle.dumps(RuntimeError(describe(error)))
-    return whole
+    return content

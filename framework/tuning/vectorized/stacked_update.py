@@ -1,11 +1,10 @@
-"""The parameters, gradients and optimizer state of many trials as rows of a few matrices, and their update.
+"""The parameters, gradients and optimizer state of many trials as rows of matrices.
 
-A trial's model and optimizer go on holding them, as views: its checkpoint, its validation and whoever looks at it find
-what they would find if it trained alone.
+The model and optimizer of a trial hold views of the rows, so that checkpoints, validation and
+callbacks see the tensors of a single trial.
 """
 
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
-from itertools import pairwise
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -25,423 +24,499 @@ from framework.runtime.torch_internals.module_contents import (
 from framework.runtime.torch_internals.optimizer_hooks import has_step_hooks
 from framework.training.acceleration.fused_update import FusedUpdate
 
-CACHED = (
-    2**16
-)  # numbers of a parameter that are updated at once on a CPU: they and their state stay in its cache
-
-CANNOT = "which a trial that trains as one of many cannot follow: hydra/launcher=one_by_one"
-Slot = tuple[MutableMapping[str, Any], str]
-"""A mapping in which a module keeps a tensor, and its key."""
-NO_SETTINGS = ("params", "param_names")  # of what an optimizer's group has
+CACHE_NUMBERS = 2**16  # numbers updated at once on a CPU: with their state they fit in its cache
+ADVICE = "which is not possible for stacked trials: use hydra/launcher=one_by_one"
+TensorSlot = tuple[MutableMapping[str, Any], str]
+"""A mapping in which a module holds a tensor, and its key."""
+NOT_SETTINGS = ("params", "param_names")  # keys of an optimizer's group
 
 
 class NotStackable(FrameworkError):
-    """Trials that cannot train as one; it says what stands in the way."""
+    """Trials cannot be trained as one stacked model; the message gives the reason."""
 
 
 class ParameterSlot(NamedTuple):
-    """Where a parameter is in a row: its name in the model, its shape, its columns."""
+    """The place of a parameter in a row."""
 
-    name: str
+    name: str  # in the model
     shape: torch.Size
     columns: slice
 
 
-class Rows:
-    """Takes over the tensors of models and their optimizers; row r of everything is trial r's.
+class GroupSlot(NamedTuple):
+    """The place of an optimizer's parameter group in a row."""
 
-    Raises NotStackable when the trials' tensors are not alike, or their optimizer has no update for rows.
+    columns: slice
+    first: int  # index of its first parameter
+    size: int  # number of parameters
+
+
+class TrialTensors:
+    """The model and optimizer of a trial, and where they hold tensors."""
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer):
+        self.model = model
+        self.optimizer = optimizer
+        self.parameters = trained_parameters(optimizer)
+        self.slots = tensor_slots(model)
+
+    def set_buffer(self, name: str, tensor: Tensor) -> None:
+        """Replace a buffer in all modules that share it."""
+        for owner, key in self.slots[name]:
+            owner[key] = tensor
+
+    def release(self, buffers: Iterable[str]) -> None:
+        """Replace views of the rows by own tensors."""
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.clone()
+            parameter.grad = None
+        for name in buffers:
+            self.set_buffer(name, self.model.get_buffer(name).clone())
+        for state in self.optimizer.state.values():
+            for name, value in state.items():
+                if isinstance(value, Tensor):
+                    state[name] = value.clone()
+
+
+class StackedState:
+    """Takes over the tensors of models and optimizers; row r of each matrix belongs to trial r.
+
+    Attributes:
+        trials: the models and optimizers.
+        weights: the trained parameters, (trials, numbers).
+        gradients: their gradients, (trials, numbers).
+        fixed: parameters that are not trained, (trials, ...) by name.
+        buffers: the buffers, (trials, ...) by name.
+        leaves: the trained parameters as (trials, ...) by name, for autograd.
+        per_number: optimizer state of each number, (trials, numbers) by name.
+        per_parameter: optimizer state of each parameter, (trials, parameters) by name.
+        kernel_arguments: views for the fused kernel, cached between steps.
+
+    Raises NotStackable when the tensors of trials do not match, or their optimizer has no update
+    for rows.
     """
 
     def __init__(self, models: Sequence[nn.Module], optimizers: Sequence[Optimizer]):
-        self.models, self.optimizers = list(models), list(optimizers)
-        self.update_of = find_update(optimizers[0])
-        if any(form_of(optimizer) != form_of(optimizers[0]) for optimizer in optimizers):
-            raise NotStackable(
-                "the optimizer is not the same, or its settings make it work in another way"
-            )
-        if any(map(has_update_hooks, optimizers)):
-            raise NotStackable(
-                "somebody wants to be told of each update, or gradient, of a trial's own"
-            )
-        self.places = list(places(models[0], optimizers[0]))
-        if len({laid_out(*pair) for pair in zip(models, optimizers, strict=True)}) > 1:
-            raise NotStackable("their optimizers hold other parameters, or in another order")
-        trained = [[p for group in o.param_groups for p in group["params"]] for o in optimizers]
-        if len({tuple((p.shape, p.dtype, p.device) for p in each) for each in trained}) > 1:
-            raise NotStackable("their parameters have not the same shapes")
-        if len({(p.dtype, p.device) for p in trained[0]}) > 1:
-            raise NotStackable("the parameters are not all of one number format and device")
-        self.trained = trained
-        self.weights = torch.stack(
-            [torch.cat([p.detach().reshape(-1) for p in each]) for each in trained]
-        )
+        self.update_rows = find_update(optimizers[0])
+        check_optimizers(models, optimizers)
+        self.slots = list(parameter_slots(models[0], optimizers[0]))
+        self.trials = list(map(TrialTensors, models, optimizers))
+        first = self.trials[0]
+        check_parameters(self.trials)
+        self.weights = torch.stack([flatten(trial.parameters) for trial in self.trials])
         self.gradients = torch.zeros_like(self.weights)
-        taken = {id(p) for p in trained[0]}
-        names = [name for name, p in models[0].named_parameters() if id(p) not in taken]
-        self.fixed = {
-            name: torch.stack([m.get_parameter(name).detach() for m in models]) for name in names
-        }
-        self.slots = [slots(model) for model in models]
-        self.buffers = {
-            n: torch.stack([m.get_buffer(n) for m in models]) for n, _ in models[0].named_buffers()
-        }
-        self.wide: dict[
-            str, Tensor
-        ] = {}  # what an optimizer keeps of each number, (trials, numbers)
-        self.narrow: dict[str, Tensor] = {}  # what it keeps of each parameter, (trials, parameters)
-        self.begun = any(
-            tensors_of(state) for o in optimizers for state in o.state.values()
-        )  # they are resumed
+        trained_ids = set(map(id, first.parameters))
+        self.fixed: dict[str, Tensor] = {}
+        for name, parameter in first.model.named_parameters():
+            if id(parameter) not in trained_ids:
+                values = [model.get_parameter(name).detach() for model in models]
+                self.fixed[name] = torch.stack(values)
+        self.buffers: dict[str, Tensor] = {}
+        for name, _ in first.model.named_buffers():
+            self.buffers[name] = torch.stack([model.get_buffer(name) for model in models])
+        self.per_number: dict[str, Tensor] = {}
+        self.per_parameter: dict[str, Tensor] = {}
+        self.has_state = any(map(has_tensors, optimizers))  # true for a resumed sweep
         self._attach()
-        if self.begun:
+        if self.has_state:
             self.adopt_state()
 
     def __len__(self) -> int:
-        return len(self.models)
-
-    def __contains__(self, kept: str) -> bool:
-        return kept in self.wide or kept in self.narrow
+        return len(self.trials)
 
     def _attach(self) -> None:
-        """Let the trials' tensors be views of the rows, and make the leaves that gradients are asked of."""
-        ends = [
-            sum(len(g["params"]) for g in self.optimizers[0].param_groups[:n])
-            for n in range(self.groups + 1)
-        ]
-        columns = [place.columns for place in self.places]
-        self.spans = [slice(columns[a].start, columns[b - 1].stop) for a, b in pairwise(ends)]
-        self.firsts = ends[:-1]
-        self.leaves = {
-            place.name: self._whole(self.weights, place).detach().requires_grad_()
-            for place in self.places
-        }
-        self.into = [self._whole(self.gradients, place) for place in self.places]
-        for row, (model, parameters) in enumerate(zip(self.models, self.trained, strict=True)):
-            for parameter, place in zip(parameters, self.places, strict=True):
-                parameter.data = self._of(self.weights, row, place)
+        """Make the tensors of the trials views of the rows, and create the leaves."""
+        self.groups = list(self._group_slots())
+        self.leaves: dict[str, Tensor] = {}
+        for slot in self.slots:
+            self.leaves[slot.name] = self._all_trials(self.weights, slot).detach().requires_grad_()
+        self.gradient_views = [self._all_trials(self.gradients, slot) for slot in self.slots]
+        for row, trial in enumerate(self.trials):
+            for parameter, slot in zip(trial.parameters, self.slots, strict=True):
+                parameter.data = self._one_trial(self.weights, row, slot)
             for name, stacked in self.fixed.items():
-                model.get_parameter(name).data = stacked[row]
+                trial.model.get_parameter(name).data = stacked[row]
             for name, stacked in self.buffers.items():
-                self._set_buffer(row, name, stacked[row])
+                trial.set_buffer(name, stacked[row])
         self._attach_state()
 
-    @property
-    def groups(self) -> int:
-        return len(self.optimizers[0].param_groups)
+    def _group_slots(self) -> Iterator[GroupSlot]:
+        first = 0
+        for group in self.trials[0].optimizer.param_groups:
+            size = len(group["params"])
+            start = self.slots[first].columns.start
+            stop = self.slots[first + size - 1].columns.stop
+            yield GroupSlot(slice(start, stop), first, size)
+            first += size
 
-    def _whole(self, matrix: Tensor, place: ParameterSlot) -> Tensor:
-        return matrix[:, place.columns].view(len(self), *place.shape)
+    def _all_trials(self, matrix: Tensor, slot: ParameterSlot) -> Tensor:
+        return matrix[:, slot.columns].view(len(self), *slot.shape)
 
-    def _of(self, matrix: Tensor, row: int, place: ParameterSlot) -> Tensor:
-        return matrix[row, place.columns].view(place.shape)
+    def _one_trial(self, matrix: Tensor, row: int, slot: ParameterSlot) -> Tensor:
+        return matrix[row, slot.columns].view(slot.shape)
 
     # gradients
 
     def differentiate(self, losses: Tensor, add: bool = False) -> None:
-        """Put the gradients of each trial's loss into its row, or add them. losses: (trials,)."""
-        found = torch.autograd.grad(losses.sum(), list(self.leaves.values()), allow_unused=True)
-        pairs = [(into, g) for into, g in zip(self.into, found, strict=True) if g is not None]
-        combine = foreach.add_ if add else foreach.copy_
-        combine([into for into, _ in pairs], [gradient for _, gradient in pairs])
-        for into, gradient in zip(self.into, found, strict=True):
-            if gradient is None and not add:
-                into.zero_()
+        """Compute the gradients of each trial's loss in its row, or add them. losses: (trials,)."""
+        leaves = list(self.leaves.values())
+        gradients = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
+        targets = []
+        sources = []
+        for target, gradient in zip(self.gradient_views, gradients, strict=True):
+            if gradient is not None:
+                targets.append(target)
+                sources.append(gradient)
+            elif not add:
+                target.zero_()
+        if add:
+            foreach.add_(targets, sources)
+        else:
+            foreach.copy_(targets, sources)
 
-    def lend_gradients(self, row: int) -> None:
-        """Give a trial's parameters their gradients, for somebody who looks at them or changes them."""
-        for parameter, place in zip(self.trained[row], self.places, strict=True):
-            parameter.grad = self._of(self.gradients, row, place)
+    def attach_gradients(self, row: int) -> None:
+        """Set the `grad` of a trial's parameters, for a callback that reads or changes it."""
+        for parameter, slot in zip(self.trials[row].parameters, self.slots, strict=True):
+            parameter.grad = self._one_trial(self.gradients, row, slot)
 
-    def take_gradients(self, row: int) -> bool:
-        """Take them back; returns whether they are still there: without them a trial is not updated.
+    def detach_gradients(self, row: int) -> bool:
+        """Read and remove the `grad` of a trial's parameters.
 
-        Raises FrameworkError when only some are.
+        Returns whether they have one: without gradients, a trial is not updated.
+        Raises FrameworkError when only some have one.
         """
-        there = any(parameter.grad is not None for parameter in self.trained[row])
-        for parameter, place in zip(self.trained[row], self.places, strict=True):
-            mine = self._of(self.gradients, row, place)
-            if there and parameter.grad is None:
-                raise FrameworkError(f"the gradient of {place.name} is gone, {CANNOT}")
-            if parameter.grad is not None and parameter.grad.data_ptr() != mine.data_ptr():
-                mine.copy_(parameter.grad)
+        parameters = self.trials[row].parameters
+        has_gradients = any(parameter.grad is not None for parameter in parameters)
+        for parameter, slot in zip(self.trials[row].parameters, self.slots, strict=True):
+            view = self._one_trial(self.gradients, row, slot)
+            if has_gradients and parameter.grad is None:
+                raise FrameworkError(f"the gradient of {slot.name} was removed, {ADVICE}")
+            if parameter.grad is not None and parameter.grad.data_ptr() != view.data_ptr():
+                view.copy_(parameter.grad)
             parameter.grad = None
-        return there
+        return has_gradients
 
     # update
 
     @torch.no_grad()
     def update(self, left_out: Sequence[int] = ()) -> None:
-        """Do what each trial's `optimizer.step()` would do, but for some."""
-        if not self.begun:
+        """Apply the optimizer update to all trials except the rows in `left_out`."""
+        if not self.has_state:
             self._first_update(left_out)
             return
         rows = [row for row in range(len(self)) if row not in left_out]
-        for number, span in enumerate(self.spans):
-            groups = [optimizer.param_groups[number] for optimizer in self.optimizers]
-            self.update_of(self, groups, rows, span, self.firsts[number])
-        for counts in self.narrow.values():
-            counts.copy_(counts[:, self._owners()])
+        for number, slot in enumerate(self.groups):
+            groups = [trial.optimizer.param_groups[number] for trial in self.trials]
+            self.update_rows(self, groups, rows, slot)
+        for counts in self.per_parameter.values():
+            counts.copy_(counts[:, self._first_of_group()])
 
-    def _owners(self) -> list[int]:
-        """For each parameter the first one of its group, whose counts are those of all."""
-        sizes = [len(group["params"]) for group in self.optimizers[0].param_groups]
-        return [first for first, size in zip(self.firsts, sizes, strict=True) for _ in range(size)]
+    def _first_of_group(self) -> list[int]:
+        """Return for each parameter the first one of its group, whose state all of them have."""
+        owners: list[int] = []
+        for slot in self.groups:
+            owners += [slot.first] * slot.size
+        return owners
 
     def _first_update(self, left_out: Sequence[int]) -> None:
-        """Let each optimizer take its own step, which makes the state that it keeps; then take the state over."""
-        for row, optimizer in enumerate(self.optimizers):
+        """Call each `optimizer.step()`, which creates the state, and take the state over."""
+        for row, trial in enumerate(self.trials):
             before = self.weights[row].clone()
-            self.lend_gradients(row)
-            optimizer.step()
-            self.take_gradients(row)
-            if (
-                row in left_out
-            ):  # the rows need its state all the same: as it is before a first step
+            self.attach_gradients(row)
+            trial.optimizer.step()
+            self.detach_gradients(row)
+            if row in left_out:  # it needs the state before a first step
                 self.weights[row] = before
-                for state in optimizer.state.values():
-                    for kept in tensors_of(state).values():
-                        kept.zero_()
+                for state in trial.optimizer.state.values():
+                    for tensor in tensors_of(state).values():
+                        tensor.zero_()
         self.adopt_state()
-        self.begun = True
+        self.has_state = True
 
     def adopt_state(self) -> None:
-        """Take over what the optimizers keep; all of them have been through a step, or none."""
-        kept = [
-            [tensors_of(optimizer.state.get(p)) for p in each] for optimizer, each in self._pairs()
-        ]
-        names = set(kept[0][0])
-        if any(set(state) != names for each in kept for state in each):
-            raise NotStackable("their optimizer does not keep the same of every parameter")
+        """Take over the state of the optimizers; all of them have made a step, or none has."""
+        states = []  # by trial and parameter
+        for each in self.trials:
+            state = each.optimizer.state
+            states.append([tensors_of(state.get(parameter)) for parameter in each.parameters])
+        names = set(states[0][0])
+        for trial in states:
+            if any(set(tensors) != names for tensors in trial):
+                raise NotStackable("their optimizer keeps different state for some parameters")
         for name in names:
-            values = [[state[name] for state in each] for each in kept]
-            if all(v.shape == p.shape for v, p in zip(values[0], self.trained[0], strict=True)):
-                self.wide[name] = torch.stack(
-                    [torch.cat([v.reshape(-1) for v in each]) for each in values]
-                )
-            elif all(v.ndim == 0 for v in values[0]):
-                self.narrow[name] = torch.stack([torch.stack(list(each)) for each in values]).to(
-                    self.weights.device
-                )
-                if not torch.equal(self.narrow[name], self.narrow[name][:, self._owners()]):
-                    raise NotStackable(
-                        "some of their parameters have been through fewer steps than others"
-                    )
-            else:
-                raise NotStackable(
-                    f"their optimizer keeps {name} in another shape than the parameters'"
-                )
+            self._adopt(name, [list(map(itemgetter(name), trial)) for trial in states])
         self._attach_state()
 
-    def _pairs(self) -> Iterator[tuple[Optimizer, list[Tensor]]]:
-        yield from zip(self.optimizers, self.trained, strict=True)
+    def _adopt(self, name: str, values: Sequence[list[Tensor]]) -> None:
+        """Take over one tensor of the optimizer state of each parameter."""
+        first = values[0]
+        pairs = zip(first, self.slots, strict=True)
+        if all(value.shape == slot.shape for value, slot in pairs):
+            self.per_number[name] = torch.stack([flatten(trial) for trial in values])
+            return
+        if any(value.ndim > 0 for value in first):
+            raise NotStackable(f"the optimizer state {name} has another shape than the parameters")
+        stacked = torch.stack([torch.stack(trial) for trial in values])
+        stacked = stacked.to(self.weights.device)
+        if not torch.equal(stacked, stacked[:, self._first_of_group()]):
+            raise NotStackable("some of their parameters had fewer optimizer steps than others")
+        self.per_parameter[name] = stacked
 
     def _attach_state(self) -> None:
-        self.lists: dict[Any, Any] = {}  # of views, kept from step to step
-        for row, (optimizer, parameters) in enumerate(self._pairs()):
-            for number, (parameter, place) in enumerate(zip(parameters, self.places, strict=True)):
-                own = {name: self._of(wide, row, place) for name, wide in self.wide.items()}
-                own |= {name: narrow[row, number] for name, narrow in self.narrow.items()}
-                if own:
-                    optimizer.state[parameter].update(own)
+        """Make the state of the optimizers views of the rows."""
+        self.kernel_arguments: dict[Any, Any] = {}
+        for row, trial in enumerate(self.trials):
+            slots = enumerate(self.slots)
+            for parameter, (number, slot) in zip(trial.parameters, slots, strict=True):
+                state = {}
+                for name, matrix in self.per_number.items():
+                    state[name] = self._one_trial(matrix, row, slot)
+                for name, matrix in self.per_parameter.items():
+                    state[name] = matrix[row, number]
+                if state:
+                    trial.optimizer.state[parameter].update(state)
 
-    # coming and going
+    # selection of trials
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Go on with some of the trials; those that leave get tensors of their own."""
-        stay, index = (
-            set(rows),
-            torch.tensor(list(rows), dtype=torch.int64, device=self.weights.device),
-        )
-        for row in set(range(len(self))) - stay:
-            self._release(row)
-        for name in ("models", "optimizers", "trained", "slots"):
-            setattr(self, name, [getattr(self, name)[row] for row in rows])
-        self.weights, self.gradients = (
-            m.index_select(0, index) for m in (self.weights, self.gradients)
-        )
-        for stacked in (self.fixed, self.buffers, self.wide, self.narrow):
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep some of the trials; the others get their own tensors."""
+        for row, trial in enumerate(self.trials):
+            if row not in rows:
+                trial.release(self.buffers)
+        self.trials = [self.trials[row] for row in rows]
+        index = torch.tensor(list(rows), dtype=torch.int64, device=self.weights.device)
+        self.weights = self.weights.index_select(0, index)
+        self.gradients = self.gradients.index_select(0, index)
+        for stacked in (self.fixed, self.buffers, self.per_number, self.per_parameter):
             for name, tensor in stacked.items():
                 stacked[name] = tensor.index_select(0, index)
         if rows:
             self._attach()
 
-    def _set_buffer(self, row: int, name: str, tensor: Tensor) -> None:
-        for owner, key in self.slots[row][name]:
-            owner[key] = tensor
 
-    def _release(self, row: int) -> None:
-        model, optimizer = self.models[row], self.optimizers[row]
-        for parameter in model.parameters():
-            parameter.data, parameter.grad = parameter.data.clone(), None
-        for name in self.buffers:
-            self._set_buffer(row, name, model.get_buffer(name).clone())
-        for state in optimizer.state.values():
-            state.update(
-                {name: value.clone() for name, value in state.items() if isinstance(value, Tensor)}
-            )
+def flatten(tensors: Iterable[Tensor]) -> Tensor:
+    """Return the numbers of tensors as a vector."""
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
 
 
-def slots(model: nn.Module) -> dict[str, list[Slot]]:
-    """Return for each parameter and buffer, by its first name, all places where modules keep it."""
-    kept: dict[int, list[Slot]] = {}
+def trained_parameters(optimizer: Optimizer) -> list[Tensor]:
+    """Return the parameters of all groups of an optimizer."""
+    parameters = []
+    for group in optimizer.param_groups:
+        parameters += group["params"]
+    return parameters
+
+
+def has_tensors(optimizer: Optimizer) -> bool:
+    """Return whether an optimizer has state."""
+    return any(map(tensors_of, optimizer.state.values()))
+
+
+def check_optimizers(models: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> None:
+    """Raise NotStackable when one update cannot serve all optimizers."""
+    signature = update_signature(optimizers[0])
+    if any(update_signature(optimizer) != signature for optimizer in optimizers):
+        raise NotStackable("their optimizers, or settings that select the algorithm, differ")
+    if any(map(has_update_hooks, optimizers)):
+        raise NotStackable("their optimizers or parameters have hooks for the updates of one trial")
+    if len(set(map(layout, models, optimizers))) > 1:
+        raise NotStackable("their optimizers have other parameters, or in another order")
+
+
+def check_parameters(trials: Sequence[TrialTensors]) -> None:
+    """Raise NotStackable when the parameters of trials do not fit into rows."""
+    signatures = set()
+    for trial in trials:
+        signatures.add(tuple((each.shape, each.dtype, each.device) for each in trial.parameters))
+    if len(signatures) > 1:
+        raise NotStackable("their parameters differ in shape")
+    if len({(each.dtype, each.device) for each in trials[0].parameters}) > 1:
+        raise NotStackable("the parameters differ in number format or device")
+
+
+def tensor_slots(model: nn.Module) -> dict[str, list[TensorSlot]]:
+    """Return for each parameter and buffer, by its first name, all slots that hold it."""
+    slots: dict[int, list[TensorSlot]] = {}
     for module in model.modules():
         for owner in (parameters_of(module), buffers_of(module)):
             for key, tensor in owner.items():
-                kept.setdefault(id(tensor), []).append((owner, key))
-    return {
-        name: kept[id(tensor)]
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
-    }
+                slots.setdefault(id(tensor), []).append((owner, key))
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: slots[id(tensor)] for name, tensor in named}
 
 
-def places(model: nn.Module, optimizer: Optimizer) -> Iterator[ParameterSlot]:
-    """Yield the places of an optimizer's parameters, group after group, in a row."""
+def parameter_slots(model: nn.Module, optimizer: Optimizer) -> Iterator[ParameterSlot]:
+    """Yield the slots of an optimizer's parameters in a row, group after group."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     start = 0
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if id(parameter) not in names or not parameter.requires_grad:
-                raise NotStackable(
-                    "their optimizer has parameters that are not trained, or not the model's"
-                )
-            yield ParameterSlot(
-                names[id(parameter)],
-                parameter.shape,
-                slice(start, start := start + parameter.numel()),
+    for parameter in trained_parameters(optimizer):
+        if id(parameter) not in names or not parameter.requires_grad:
+            raise NotStackable(
+                "their optimizer has parameters that are not trained, or not in the model"
             )
+        stop = start + parameter.numel()
+        yield ParameterSlot(names[id(parameter)], parameter.shape, slice(start, stop))
+        start = stop
 
 
-def form_of(optimizer: Optimizer) -> list[Any]:
-    """Return what must be the same for one update to serve two optimizers: all but the numbers among the settings,
-    and what is kept of a parameter, which a step on a single number tells (SGD without momentum keeps nothing)."""
-    form: list[Any] = [type(optimizer)]
+def update_signature(optimizer: Optimizer) -> list[Any]:
+    """Return what two optimizers must share for a common update.
+
+    These are the class, the settings that are not numbers, and the names of the state, found by a
+    step with a single number: SGD without momentum has no state.
+    """
+    signature: list[Any] = [type(optimizer)]
     for group in optimizer.param_groups:
-        given = {name: value for name, value in group.items() if name not in NO_SETTINGS}
-        form.append(
-            {name: value for name, value in given.items() if isinstance(value, bool | str | None)}
-        )
+        settings = {name: value for name, value in group.items() if name not in NOT_SETTINGS}
+        signature.append([each for each in settings.items() if is_choice(each[1])])
         number = nn.Parameter(torch.zeros_like(group["params"][0].reshape(-1)[:1]))
         number.grad = torch.zeros_like(number)
         make: Callable[..., Optimizer] = type(optimizer)
         try:
-            tried = make([number])
-            tried.param_groups[0].update(given)
-            tried.step()
+            trial_optimizer = make([number])
+            trial_optimizer.param_groups[0].update(settings)
+            trial_optimizer.step()
         except Exception as error:
             name = type(optimizer).__name__
-            raise NotStackable(f"{name} cannot be tried on a number: {text_of(error)}") from error
-        form.append(sorted(tensors_of(tried.state[number])))
-    return form
+            raise NotStackable(f"a trial step of {name} failed: {text_of(error)}") from error
+        signature.append(sorted(tensors_of(trial_optimizer.state[number])))
+    return signature
 
 
-def laid_out(model: nn.Module, optimizer: Optimizer) -> Any:
-    """Return which parameters an optimizer holds, and in which groups."""
+def is_choice(value: Any) -> bool:
+    """Return whether a setting is not a number, and so may select the algorithm."""
+    return isinstance(value, bool | str | None)
+
+
+def layout(model: nn.Module, optimizer: Optimizer) -> Any:
+    """Return the sizes of an optimizer's groups, and the names and shapes of its parameters."""
     sizes = tuple(len(group["params"]) for group in optimizer.param_groups)
-    return sizes, tuple((place.name, place.shape) for place in places(model, optimizer))
+    slots = parameter_slots(model, optimizer)
+    return sizes, tuple((slot.name, slot.shape) for slot in slots)
 
 
 def has_update_hooks(optimizer: Optimizer) -> bool:
-    held = (parameter for group in optimizer.param_groups for parameter in group["params"])
-    return has_step_hooks(optimizer) or any(map(has_gradient_hooks, held))
+    """Return whether an optimizer has hooks of steps, or parameters with hooks of gradients."""
+    return has_step_hooks(optimizer) or any(map(has_gradient_hooks, trained_parameters(optimizer)))
 
 
-Update = Callable[[Rows, list[dict[str, Any]], list[int], slice, int], None]
-"""(rows, each trial's group, which rows, the group's columns, the number of its first parameter): in place."""
+Groups = Sequence[dict[str, Any]]
+"""The same parameter group of each trial's optimizer."""
+Update = Callable[[StackedState, Groups, Sequence[int], GroupSlot], None]
+"""Updates some rows of a parameter group in place."""
 
 
 def find_update(optimizer: Optimizer) -> Update:
-    """Return how rows are updated: by the optimizer's own fused kernel, a row at a time, or by its pure update."""
+    """Return the update of rows: the optimizer's fused kernel on a CPU, or its pure update."""
     fused = FusedUpdate(optimizer)
     if fused.kernel is not None and optimizer.param_groups[0]["params"][0].device.type == "cpu":
-        return by_kernel(fused)
+        return kernel_update(fused)
     pure = pure_updates.find(optimizer)
     if pure is None:
         raise NotStackable(f"{type(optimizer).__name__} has no pure update")
-    return by_function(pure)
+    return pure_update(pure)
 
 
-def by_kernel(fused: FusedUpdate) -> Update:
-    """On a CPU torch's fused kernel is one pass over a row and its state, which no composed operations are. Trials
-    whose settings are the same take it in one call."""
+def kernel_update(fused: FusedUpdate) -> Update:
+    """Return an update by the fused kernel, one call for all rows with the same settings.
 
-    def update(
-        rows: Rows, groups: list[dict[str, Any]], chosen: list[int], span: slice, first: int
-    ) -> None:
-        assert fused.kernel is not None
-        for alike in rows_alike(groups, chosen):
-            key = (first, *alike)
-            if key not in rows.lists:
-                rows.lists[key] = views(rows, fused.state_names, alike, span, first)
-            fused.kernel(groups[alike[0]], *rows.lists[key])
+    On a CPU it reads each row and its state once; composed operations read them several times.
+    """
+    kernel = fused.kernel
+    assert kernel is not None
+
+    def update(state: StackedState, groups: Groups, rows: Sequence[int], slot: GroupSlot) -> None:
+        for equal_rows in rows_by_settings(groups, rows):
+            key = (slot.first, *equal_rows)
+            if key not in state.kernel_arguments:
+                arguments = kernel_arguments(state, fused.state_names, equal_rows, slot)
+                state.kernel_arguments[key] = arguments
+            kernel(groups[equal_rows[0]], *state.kernel_arguments[key])
 
     return update
 
 
-def rows_alike(groups: list[dict[str, Any]], chosen: list[int]) -> Iterable[list[int]]:
-    """Return the chosen rows, those together whose groups have the same settings."""
-    settings = itemgetter(*(name for name in groups[0] if name not in NO_SETTINGS))
+def rows_by_settings(groups: Groups, rows: Sequence[int]) -> Iterable[list[int]]:
+    """Return the rows, in lists of those whose groups have equal settings."""
+    settings = itemgetter(*(name for name in groups[0] if name not in NOT_SETTINGS))
     found: dict[Any, list[int]] = {}
-    for row in chosen:
+    for row in rows:
         found.setdefault(settings(groups[row]), []).append(row)
     return found.values()
 
 
-def views(
-    rows: Rows, names: Sequence[str], some: list[int], span: slice, first: int
-) -> tuple[list[Tensor], ...]:
-    """Return what a fused kernel takes of some rows: weights, gradients, and lists of what is kept of them."""
-    kept = [
-        [
-            rows.wide[name][row, span] if name in rows.wide else rows.narrow[name][row, first]
-            for row in some
-        ]
-        for name in names
-        if name in rows
-    ]
-    weights, gradients = (
-        [matrix[row, span] for row in some] for matrix in (rows.weights, rows.gradients)
-    )
-    return weights, gradients, kept or [[] for _ in some]  # type: ignore[return-value]
+def kernel_arguments(
+    state: StackedState, names: Sequence[str], rows: Sequence[int], slot: GroupSlot
+) -> tuple[list[Tensor], list[Tensor], list[list[Tensor]]]:
+    """Return the arguments of a fused kernel: weights, gradients and optimizer state of rows."""
+    optimizer_state = []
+    for name in names:
+        if name in state.per_number:
+            optimizer_state.append(views(state.per_number[name], rows, slot.columns))
+        elif name in state.per_parameter:
+            optimizer_state.append(views(state.per_parameter[name], rows, slot.first))
+    weights = views(state.weights, rows, slot.columns)
+    gradients = views(state.gradients, rows, slot.columns)
+    return weights, gradients, optimizer_state or [[] for _ in rows]
 
 
-def by_function(pure: PureUpdate) -> Update:
-    def update(
-        rows: Rows, groups: list[dict[str, Any]], chosen: list[int], span: slice, first: int
-    ) -> None:
-        width = span.stop - span.start
-        at_once = max(CACHED // width, 1) if rows.weights.device.type == "cpu" else len(chosen)
-        for start in range(0, len(chosen), at_once):
-            some = chosen[start : start + at_once]
-            block = slice(some[0], some[-1] + 1) if some[-1] - some[0] + 1 == len(some) else some
-            state = {name: wide[block, span] for name, wide in rows.wide.items()}
-            state |= {
-                name: narrow[block, first : first + 1] for name, narrow in rows.narrow.items()
-            }
-            settings = settings_of([groups[row] for row in some], rows.weights)
-            weights, new = pure(
-                rows.weights[block, span], rows.gradients[block, span], state, settings
-            )
-            rows.weights[block, span] = weights
-            for name, tensor in new.items():
-                if name in rows.wide:
-                    rows.wide[name][block, span] = tensor
-                else:
-                    rows.narrow[name][block, first : first + 1] = tensor
+def views(matrix: Tensor, rows: Sequence[int], columns: slice | int) -> list[Tensor]:
+    """Return some columns of each row."""
+    return [matrix[row, columns] for row in rows]
+
+
+def pure_update(pure: PureUpdate) -> Update:
+    """Return an update by a pure update; on a CPU for as many rows at once as its cache holds."""
+
+    def update(state: StackedState, groups: Groups, rows: Sequence[int], slot: GroupSlot) -> None:
+        width = slot.columns.stop - slot.columns.start
+        is_cpu = state.weights.device.type == "cpu"
+        size = max(CACHE_NUMBERS // width if is_cpu else len(rows), 1)
+        for start in range(0, len(rows), size):
+            update_block(pure, state, groups, rows[start : start + size], slot)
 
     return update
 
 
-def settings_of(groups: Sequence[dict[str, Any]], like: Tensor) -> dict[str, Any]:
-    """Return the settings of several groups as those of one: what differs as a column of numbers."""
-    return {
-        name: column([group[name] for group in groups], like)
-        for name in groups[0]
-        if name not in NO_SETTINGS
-    }
+def update_block(
+    pure: PureUpdate, state: StackedState, groups: Groups, rows: Sequence[int], slot: GroupSlot
+) -> None:
+    """Apply a pure update to some rows of a parameter group."""
+    block: Any = rows
+    if rows[-1] - rows[0] + 1 == len(rows):
+        block = slice(rows[0], rows[-1] + 1)  # without a copy
+    columns = slot.columns
+    first = slice(slot.first, slot.first + 1)
+    optimizer_state = {}
+    for name, matrix in state.per_number.items():
+        optimizer_state[name] = matrix[block, columns]
+    for name, matrix in state.per_parameter.items():
+        optimizer_state[name] = matrix[block, first]
+    weights, new_state = pure(
+        state.weights[block, columns],
+        state.gradients[block, columns],
+        optimizer_state,
+        settings_of([groups[row] for row in rows], state.weights),
+    )
+    state.weights[block, columns] = weights
+    for name, tensor in new_state.items():
+        if name in state.per_number:
+            state.per_number[name][block, columns] = tensor
+        else:
+            state.per_parameter[name][block, first] = tensor
+
+
+def settings_of(groups: Groups, like: Tensor) -> dict[str, Any]:
+    """Return the settings of groups as those of one, with columns for numbers that differ."""
+    settings = {}
+    for name in groups[0]:
+        if name not in NOT_SETTINGS:
+            settings[name] = column([group[name] for group in groups], like)
+    return settings
 
 
 def column(values: Sequence[Any], like: Tensor) -> Any:
+    """Return the common value, or a column (trials, 1) of numbers that differ."""
     if all(value == values[0] for value in values):
         return values[0]
     if isinstance(values[0], tuple | list):

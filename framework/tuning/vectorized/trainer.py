@@ -1,14 +1,15 @@
-"""Trains many trials as one: the arithmetic of a step is done for all of them at once.
+"""Trains many trials as one: the tensors of a step are computed for all of them at once.
 
-`StackedTrainer` is a run of the trainer's loop (`training/loop.py`). It hands each part of the loop on to
-the trainers of the trials, which keep their own counters, callbacks, loggers, schedule and folder;
-only forward, backward, update, sums and validation are computed for all of them together.
+`StackedTrainer` runs the trainer's loop (`training/loop.py`). It hands each part of the loop on to
+the trainers of the trials, which keep their own counters, callbacks, loggers, schedule and folder.
+Forward, backward, update, sums and validation are computed for all of them together.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from operator import attrgetter
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,7 +22,7 @@ from framework.errors import FrameworkError
 from framework.errors.exits import no_exit
 from framework.errors.torch_errors import torch_errors
 from framework.runtime.batch import move_batch
-from framework.runtime.device import deterministic_algorithms
+from framework.runtime.determinism import deterministic_algorithms
 from framework.runtime.memory import memory_errors
 from framework.runtime.seeds import undisturbed
 from framework.training.acceleration.callbacks import GradientCallbacks, gradient_callbacks
@@ -30,36 +31,39 @@ from framework.training.loop import run_epoch
 from framework.training.step import set_learning_rates
 from framework.training.trainer import Trainer
 
-from .callbacks import check_stackable, clip_rows_of, prepare
-from .differences import same
-from .rehearsal import Rehearsal
-from .stacked_forward import RowMeasures, Stack, Sums
-from .stacked_update import NotStackable, Rows
+from .callbacks import check_stackable, find_clip_rows, prepare
+from .differences import is_same
+from .equivalence_check import EquivalenceCheck
+from .stacked_forward import StackedForward, StackedMeasures, TrialMeasures
+from .stacked_update import NotStackable, StackedState
 
-Fit = dict[str, Any]
+Compared = TypeVar("Compared")
+FitArguments = dict[str, Any]
 """The arguments of `Trainer.fit`."""
 Item = tuple[Batch, Batch]
-"""A batch for all trials, shared or each with its own row, and that of one trial."""
+"""A batch for all trials, with a first axis of trials if it is not shared, and that of a trial."""
 
 
 class StackedTrial:
     """A trainer among those that train as one.
 
     Attributes:
-        number: of the trial, from 0.
+        number: the number of the trial, from 0.
         trainer: its trainer.
         fit: the arguments of its fit.
         fitting: the context of its fit, entered before the first step and left after the last.
         gradient_callbacks: the callbacks that listen to `gradients`, in their order.
-        for_one_trial: those of them that look at the gradients of one trial at a time.
+        for_one_trial: those of them that need the gradients of one trial at a time.
     """
 
-    def __init__(self, number: int, trainer: Trainer, fit: Fit):
-        self.number, self.trainer, self.fit = number, trainer, fit
+    def __init__(self, number: int, trainer: Trainer, fit: FitArguments):
+        self.number = number
+        self.trainer = trainer
+        self.fit = fit
         self.fitting: AbstractContextManager[None] = trainer.fitting()
         self.gradient_callbacks = gradient_callbacks(trainer.callbacks)
         for_one_trial = [
-            each for each in self.gradient_callbacks if clip_rows_of(type(each)) is None
+            each for each in self.gradient_callbacks if find_clip_rows(type(each)) is None
         ]
         self.for_one_trial = GradientCallbacks(for_one_trial, trainer)
 
@@ -68,112 +72,125 @@ Ended = Callable[[int, BaseException | None], None]
 
 
 class StackedTrainer:
-    """Fits trainers together. `ended` is called with a trial's number when it is done, and with what it failed by.
+    """Fits trainers together.
 
-    Raises NotStackable before anything is done when they cannot.
+    Args:
+        trainers: the trainer of each trial.
+        fits: the arguments of `fit` of each trial.
+        ended: called with the number of a trial when it ends, and with its error if it failed.
+
+    Raises NotStackable before training when the trainers cannot be fitted together.
     """
 
     def __init__(
         self,
         trainers: Sequence[Trainer],
-        fits: Sequence[Fit],
+        fits: Sequence[FitArguments],
         ended: Ended = lambda number, error: None,
     ):
-        check_alike(trainers)
-        self.trials = [
-            StackedTrial(number, *pair)
-            for number, pair in enumerate(zip(trainers, fits, strict=True))
-        ]
+        check_equal_settings(trainers)
+        self.trials = []
+        for number, (trainer, fit) in enumerate(zip(trainers, fits, strict=True)):
+            self.trials.append(StackedTrial(number, trainer, fit))
         self.first = trainers[0]
         self.ended = ended
-        self._begin()
-        models, tasks = [t.model for t in trainers], [t.task for t in trainers]
+        self._prepare_fits()
+        self._check_fits()
+        models = [trainer.model for trainer in trainers]
+        tasks = [trainer.task for trainer in trainers]
         self.orders: torch.Tensor | None = None
         batch = move_batch(next(self._batches(0, 0))[0], self.first.device)
-        rehearsal = Rehearsal(models, tasks, batch, self.orders is None, self.first.precision)
-        still = self.first.modes.names()
-        if any(trainer.modes.names() != still for trainer in trainers):
-            raise NotStackable("the modules that stay in evaluation mode are not the same")
-        self.stack = Stack(models, tasks, self.first.precision, still)
-        self.rows = Rows(models, [t.optimizer for t in trainers])
+        shared = self.orders is None
+        check = EquivalenceCheck(models, tasks, batch, shared, self.first.precision)
+        frozen_modes = self.first.modes.names()
+        if any(trainer.modes.names() != frozen_modes for trainer in trainers):
+            raise NotStackable("the modules that stay in evaluation mode differ")
+        self.forward = StackedForward(models, tasks, self.first.precision, frozen_modes)
+        self.state = StackedState(models, [trainer.optimizer for trainer in trainers])
         self.graphed: Graphed | None = None
-        if (
-            self.first.cuda_graph != "off"
-        ):  # without, nothing refers to itself, and all is freed when trials are done
-            run, mode = self._forward_and_backward, self.first.cuda_graph
-            self.graphed = Graphed("the step of all trials", run, lambda: [], mode)
+        if self.first.cuda_graph != "off":
+            # only then, as it refers to the trainer: a reference cycle keeps memory allocated
+            run = self._forward_and_backward
+            mode = self.first.cuda_graph
+            self.graphed = Graphed("the step of all trials", run, list, mode)
         self.failed: dict[int, BaseException] = {}
-        self._make_sums()
-        rehearsal.together(self.stack, self.rows)
+        self._stack_measures()
+        check.compare(self.forward, self.state)
 
-    def _begin(self) -> None:
-        for name, loader, first in [pair for trial in self.trials for pair in self._loaders(trial)]:
-            if not same(
-                loader.split, first.split
-            ):  # before `prepare_fit` moves the first one's to the device
-                raise NotStackable(f"{name} is not the same")
+    def _prepare_fits(self) -> None:
+        for trial in self.trials:
+            for name, loader, first in self._loaders(trial):
+                # before `prepare_fit` moves the split of the first trial to the device
+                if not is_same(loader.split, first.split):
+                    raise NotStackable(f"{name} differs between trials")
         for trial in self.trials:
             prepare(trial.trainer.callbacks, len(self.trials))
             for _, loader, first in self._loaders(trial):
                 loader.split = first.split  # one copy on the device for all
-                loader.whole = first.whole
+                loader.uncached = first.uncached
             trial.trainer.prepare_fit(**trial.fit)
-        if not all(same(trial.trainer.metrics, self.first.metrics) for trial in self.trials):
-            raise NotStackable("their metrics are not the same")
-        if len({(t.trainer.state.step, t.trainer.state.batch) for t in self.trials}) > 1:
-            raise NotStackable("they go on after different steps")
-        loaders = [loader_of(trial.trainer) for trial in self.trials]
-        if len({(len(loader), loader.batch_size) for loader in loaders}) > 1:
-            raise NotStackable("loader.batch_size is not the same")
-        if len({(loader.shuffle, loader.even is None, loader.limit) for loader in loaders}) > 1:
-            raise NotStackable("loader.sampling or loader.limit is not the same")
-        if len({trial.trainer.val_batches is None for trial in self.trials}) > 1:
-            raise NotStackable("some have data to validate on, and some have none")
-        if len({loader.seed for loader in loaders}) > 1 and loaders[0].tensors is None:
-            raise NotStackable(
-                "they read samples in different orders, and the data is not in memory"
-            )
 
     def _loaders(self, trial: StackedTrial) -> Iterator[tuple[str, Loader, Loader]]:
         """Yield a trial's loaders, each with that of the first trial."""
         for name in ("data", "val"):
-            loader, first = trial.fit[name], self.trials[0].fit[name]
+            loader = trial.fit[name]
+            first = self.trials[0].fit[name]
             if isinstance(loader, Loader) and isinstance(first, Loader):
                 yield name, loader, first
 
-    def _make_sums(self) -> None:
-        self.sums = Sums(
-            self.first.metrics, len(self.trials), self.first.device, self.first.train_batches.hold
+    def _check_fits(self) -> None:
+        """Raise NotStackable when the trials have other metrics, steps or loaders."""
+        trainers = [trial.trainer for trial in self.trials]
+        if not all(is_same(trainer.metrics, self.first.metrics) for trainer in trainers):
+            raise NotStackable("their metrics differ")
+        if differ(trainers, lambda trainer: (trainer.state.step, trainer.state.batch)):
+            raise NotStackable("they resume after different steps")
+        loaders = [require_loader(trainer) for trainer in trainers]
+        if differ(loaders, lambda loader: (len(loader), loader.batch_size)):
+            raise NotStackable("loader.batch_size differs")
+        if differ(
+            loaders, lambda loader: (loader.shuffle, loader.class_sampler is None, loader.limit)
+        ):
+            raise NotStackable("loader.sampling or loader.limit differs")
+        if differ(trainers, lambda trainer: trainer.val_batches is None):
+            raise NotStackable("only some of them have validation data")
+        if differ(loaders, attrgetter("seed")) and loaders[0].tensors is None:
+            raise NotStackable("they read samples in different orders, from data not in memory")
+
+    def _stack_measures(self) -> None:
+        hold = self.first.train_batches.max_buffered
+        self.measures = StackedMeasures(
+            self.first.metrics, len(self.trials), self.first.device, hold
         )
         for row, trial in enumerate(self.trials):
             resumed = trial.trainer.measures
-            trial.trainer.measures = RowMeasures(self.sums, row)
+            trial.trainer.measures = TrialMeasures(self.measures, row)
             trial.trainer.measures.load_state_dict(resumed.state_dict())
 
     def run(self) -> None:
         """Train until the last trial is done."""
         with deterministic_algorithms(self.first.deterministic), memory_errors(self.first.device):
             try:
-                self._each(lambda trial: trial.fitting.__enter__())
-                self._leave_done()
+                self._for_each(lambda trial: trial.fitting.__enter__())
+                self._end_done_trials()
                 with torch_errors():
                     while not self.done:
                         with no_exit():
                             run_epoch(self)
             except BaseException as error:
                 for trial in self.trials:
-                    self._close(trial, error)
+                    self._end(trial, error)
                 raise
 
     # the loop, see `training/loop.py`
 
     @property
     def done(self) -> bool:
-        """Whether no trial is left."""
+        """Whether all trials have ended."""
         return not self.trials
 
     def start_epoch(self) -> None:
-        self._each(lambda trial: trial.trainer.start_epoch())
+        self._for_each(lambda trial: trial.trainer.start_epoch())
 
     def windows(self) -> Iterator[tuple[Sequence[Item], bool]]:
         if self.done:
@@ -189,21 +206,22 @@ class StackedTrainer:
             trainer.at_boundary = False
             trainer.emit("step_start")
             set_learning_rates(trainer.optimizer, trainer.schedule, trainer.state.step)
-        self._gradients([move_batch(batch, self.first.device) for batch, _ in window])
+        self._compute_gradients([move_batch(batch, self.first.device) for batch, _ in window])
         for trial, loss in zip(self.trials, self.losses.unbind(), strict=True):
             trial.trainer.loss = loss
-        self.rows.update(left_out=self._call_gradient_callbacks())
-        failed, self.failed = self.failed, {}
+        self.state.update(left_out=self._call_gradient_callbacks())
+        failed = self.failed
+        self.failed = {}
         for row, error in failed.items():
-            self._close(self.trials[row], error)
-        self._keep([row for row in range(len(self.trials)) if row not in failed])
+            self._end(self.trials[row], error)
+        self._leave(failed)
 
     def count_step(self, window: Sequence[Item], last: bool) -> None:
         batches = [one for _, one in window]
-        self._each(lambda trial: trial.trainer.count_step(batches, last))
+        self._for_each(lambda trial: trial.trainer.count_step(batches, last))
 
     def log_if_due(self, last: bool) -> None:
-        self._each(lambda trial: trial.trainer.log_if_due(last))
+        self._for_each(lambda trial: trial.trainer.log_if_due(last))
 
     def validate_if_due(self, last: bool) -> None:
         due = [trial for trial in self.trials if trial.trainer.validation_is_due(last)]
@@ -211,68 +229,70 @@ class StackedTrainer:
             self._validate(due)
 
     def finish_step(self, last: bool) -> None:
-        self._each(lambda trial: trial.trainer.finish_step(last))
-        self._leave_done()
+        self._for_each(lambda trial: trial.trainer.finish_step(last))
+        self._end_done_trials()
 
-    # the arithmetic
+    # computation for all trials
 
     def _batches(self, epoch: int, start: int) -> Iterator[Item]:
         """Yield the batches of an epoch from batch number `start` on."""
-        loaders = [loader_of(trial.trainer) for trial in self.trials]
-        if len({loader.seed for loader in loaders}) == 1 or not loaders[0].shuffle:
+        loaders = [require_loader(trial.trainer) for trial in self.trials]
+        first = loaders[0]
+        if not first.shuffle or not differ(loaders, attrgetter("seed")):
             self.orders = None
-            for batch in loaders[0].epoch(epoch, start):
-                kept = loaders[0].keep(batch) if self.first.accumulate > 1 else batch
+            for batch in first.epoch(epoch, start):
+                kept = first.keep(batch) if self.first.accumulate > 1 else batch
                 yield kept, kept
             return
-        first, size = loaders[0], loaders[0].batch_size
+        size = first.batch_size
         tensors = first.tensors
-        assert tensors is not None  # or `_begin` had refused
-        self.orders = torch.stack([loader.order(epoch)[: len(first) * size] for loader in loaders])
-        self.orders = self.orders.to(tensors[0].device)
+        assert tensors is not None  # `_check_fits` has checked it
+        orders = torch.stack([loader.order(epoch)[: len(first) * size] for loader in loaders])
+        self.orders = orders.to(tensors[0].device)
         for number in range(start, len(first)):
-            chosen = self.orders[:, number * size : (number + 1) * size]
-            rows = chosen.reshape(-1)
-            read = [tensor.index_select(0, rows) for tensor in tensors]
-            batch = tuple(tensor.view(*chosen.shape, *tensor.shape[1:]) for tensor in read)
-            yield batch, tuple(tensor[0] for tensor in batch)
+            samples = self.orders[:, number * size : (number + 1) * size]
+            stacked = []
+            for tensor in tensors:
+                selected = tensor.index_select(0, samples.reshape(-1))
+                stacked.append(selected.view(*samples.shape, *tensor.shape[1:]))
+            yield tuple(stacked), first_trial(stacked)
 
-    def _gradients(self, batches: list[Batch]) -> None:
-        """Put the gradients of the step into the rows, and its losses into `losses`."""
+    def _compute_gradients(self, batches: list[Batch]) -> None:
+        """Compute `state.gradients` and `losses` of a step."""
         shared = self.orders is None
         counts = [self._count(batch, shared) for batch in batches]
         if len(batches) == 1:
             step = self._forward_and_backward_replayed(batches[0])
             self.losses = step.loss.detach()
-            self.sums.add(step, counts[0])
+            self.measures.add(step, counts[0])
             return
         total = sum(counts)
         losses: Any = 0.0
         for number, (batch, count) in enumerate(zip(batches, counts, strict=True)):
-            step = self.stack(self.rows, batch, shared)
+            step = self.forward(self.state, batch, shared)
             share = share_of(count, total)
-            self.rows.differentiate(step.loss * share, add=number > 0)
+            self.state.differentiate(step.loss * share, add=number > 0)
             losses = losses + portion(step.loss.detach(), share)
-            self.sums.add(step, count)
+            self.measures.add(step, count)
         self.losses = losses
 
     def _forward_and_backward(self, batch: Batch) -> Step:
-        step = self.stack(self.rows, batch, self.orders is None)
-        self.rows.differentiate(step.loss)
+        step = self.forward(self.state, batch, self.orders is None)
+        self.state.differentiate(step.loss)
         return step
 
     def _forward_and_backward_replayed(self, batch: Batch) -> Step:
         if self.graphed is None:
             return self._forward_and_backward(batch)
-        return self.graphed(batch, settings=(self.orders is None, self.rows.weights.data_ptr()))
+        return self.graphed(batch, settings=(self.orders is None, self.state.weights.data_ptr()))
 
     def _count(self, batch: Batch, shared: bool) -> Any:
-        """Return the number of items of a batch, or that of each trial where they differ."""
-        count = self.first.task.count(batch if shared else tuple(tensor[0] for tensor in batch))
-        is_alike = shared or isinstance(count, int)  # the number of samples
-        if is_alike and not self.stack.weighs_apart:
+        """Return the number of items of a batch, or that of each trial if they differ."""
+        count = self.first.task.count(batch if shared else first_trial(batch))
+        is_equal = shared or isinstance(count, int)  # the number of samples
+        if is_equal and not self.forward.counts_differ:
             return count
-        batches = [batch] * len(self.trials) if shared else zip(*batch, strict=True)
+        batches = [batch] * len(self.trials) if shared else list(zip(*batch, strict=True))
         counts = []
         for trial, own in zip(self.trials, batches, strict=True):
             counts.append(trial.trainer.task.count(own))
@@ -282,35 +302,34 @@ class StackedTrainer:
         return torch.stack(tensors)
 
     def _call_gradient_callbacks(self) -> list[int]:
-        """Call the callbacks that listen to `gradients`, where they must see or change them.
+        """Call the callbacks that listen to `gradients`, if they need to see or change them.
 
         Returns the rows that get no update.
         """
         if not any(trial.gradient_callbacks for trial in self.trials):
             return []
-        finite = (self.rows.gradients.sum(1) + self.losses).isfinite().tolist()
-        lent = []
+        finite = (self.state.gradients.sum(1) + self.losses).isfinite().tolist()
+        attached = []
         for row, trial in enumerate(self.trials):
             if not finite[row] or trial.for_one_trial.need_gradients():
-                lent.append(row)
-                self.rows.lend_gradients(row)
+                attached.append(row)
+                self.state.attach_gradients(row)
         for position, callback in enumerate(self.trials[0].gradient_callbacks):
-            clip_rows = clip_rows_of(type(callback))
+            clip_rows = find_clip_rows(type(callback))
             if clip_rows is None:
-                for row in lent:
+                for row in attached:
                     self._call_on_gradients(row, position)
                 continue
-            for row in lent:
-                if self._take_gradients(row):  # a callback before it may have replaced them
-                    self.rows.lend_gradients(row)
-            clip_rows(
-                [trial.gradient_callbacks[position] for trial in self.trials], self.rows.gradients
-            )
-        return [row for row in lent if not self._take_gradients(row) or row in self.failed]
+            for row in attached:
+                if self._detach_gradients(row):  # an earlier callback may have replaced them
+                    self.state.attach_gradients(row)
+            callbacks = [trial.gradient_callbacks[position] for trial in self.trials]
+            clip_rows(callbacks, self.state.gradients)
+        return [row for row in attached if not self._detach_gradients(row) or row in self.failed]
 
-    def _take_gradients(self, row: int) -> bool:
+    def _detach_gradients(self, row: int) -> bool:
         try:
-            return self.rows.take_gradients(row)
+            return self.state.detach_gradients(row)
         except FrameworkError as error:
             self.failed.setdefault(row, error)
             return False
@@ -326,115 +345,126 @@ class StackedTrainer:
 
     def _validate(self, due: Sequence[StackedTrial]) -> None:
         began = time.perf_counter()
-        self._each(lambda trial: trial.trainer.emit("validation_start"), due)
-        values = self._measure()
+        self._for_each(lambda trial: trial.trainer.emit("validation_start"), due)
+        values = dict(zip(self.trials, self._measure(), strict=True))
         seconds = time.perf_counter() - began
-        found = dict(zip(self.trials, values, strict=True))
-        self._each(lambda trial: trial.trainer.record_validation(found[trial], seconds), due)
+        self._for_each(lambda trial: trial.trainer.record_validation(values[trial], seconds), due)
 
     @torch.no_grad()
     def _measure(self) -> list[dict[str, float]]:
         """Return the loss and metrics of each trial on the validation split."""
         batches = self.first.val_batches
         assert batches is not None
-        sums = Sums(self.first.metrics, len(self.trials), self.first.device, batches.hold)
+        measures = StackedMeasures(
+            self.first.metrics, len(self.trials), self.first.device, batches.max_buffered
+        )
         with undisturbed():
             for batch in batches.epoch():
-                placed = move_batch(batch, self.first.device)
-                sums.add(
-                    self.stack(self.rows, placed, True, training=False), self._count(placed, True)
-                )
-        return sums.read()
+                moved = move_batch(batch, self.first.device)
+                step = self.forward(self.state, moved, True, training=False)
+                measures.add(step, self._count(moved, True))
+        return measures.read()
 
-    def _each(
+    def _for_each(
         self,
-        do: Callable[[StackedTrial], Any],
+        call: Callable[[StackedTrial], Any],
         trials: Sequence[StackedTrial] | None = None,
     ) -> None:
-        """Do something with each trial, or with some; a trial that fails leaves."""
+        """Call a function for all trials, or some; a trial for which it fails ends."""
         failed = []
         for row, trial in enumerate(self.trials):
             if trials is not None and trial not in trials:
                 continue
             try:
                 with no_exit():
-                    do(trial)
+                    call(trial)
             except Exception as error:
-                self._close(trial, error)
+                self._end(trial, error)
                 failed.append(row)
-        if failed:
-            self._keep([row for row in range(len(self.trials)) if row not in failed])
+        self._leave(failed)
 
-    def _leave_done(self) -> None:
-        """Let the trials go that are done; the others move together."""
+    def _end_done_trials(self) -> None:
+        """End the trials that are done."""
         done = [row for row, trial in enumerate(self.trials) if trial.trainer.done]
-        if not done:
-            return
-        leaving = [self.trials[row] for row in done]
-        self._keep([row for row in range(len(self.trials)) if row not in done])
-        for callback in (callback for trial in leaving for callback in trial.trainer.callbacks):
-            if isinstance(callback, SavingCallback):
-                callback.hurry_saving()  # all at once: below, each waits for its own writes
-        for trial in leaving:
-            self._close(trial, None)
+        ending = [self.trials[row] for row in done]
+        self._leave(done)
+        for trial in ending:
+            for callback in trial.trainer.callbacks:
+                if isinstance(callback, SavingCallback):
+                    callback.hurry_saving()  # of all at once: below, each waits for its own writes
+        for trial in ending:
+            self._end(trial, None)
 
-    def _keep(self, rows: list[int]) -> None:
-        if len(rows) == len(self.trials):
+    def _leave(self, rows: Collection[int]) -> None:
+        """Continue without some of the trials."""
+        if not rows:
             return
-        for trial in (trial for row, trial in enumerate(self.trials) if row not in rows):
-            trial.trainer.measures.leave()  # type: ignore[attr-defined]
-        self.rows.keep(rows)
+        kept = []
+        for row, trial in enumerate(self.trials):
+            if row in rows:
+                trial.trainer.measures.leave()  # type: ignore[attr-defined]
+            else:
+                kept.append(row)
+        self.state.select(kept)
         if self.graphed is not None:
-            self.graphed.captured.clear()  # they write to the memory of more rows
-        self.stack.keep(rows)
-        self.sums.keep(rows)
-        self.trials = [self.trials[row] for row in rows]
+            self.graphed.captured.clear()  # graphs write to the memory of all rows
+        self.forward.select(kept)
+        self.measures.select(kept)
+        self.trials = [self.trials[row] for row in kept]
         if self.orders is not None:
-            self.orders = self.orders[rows]
+            self.orders = self.orders[kept]
         for row, trial in enumerate(self.trials):
             trial.trainer.measures.row = row  # type: ignore[attr-defined]
 
-    def _close(self, trial: StackedTrial, error: BaseException | None) -> None:
-        """End a trial's fit, well or not, and tell how."""
+    def _end(self, trial: StackedTrial, error: BaseException | None) -> None:
+        """End a trial's fit, with the error if it failed, and report it to `ended`."""
         try:
-            trial.fitting.__exit__(
-                type(error) if error else None, error, error.__traceback__ if error else None
-            )
-        except BaseException as raised:  # what it was given, or what ending it led to
+            if error is None:
+                trial.fitting.__exit__(None, None, None)
+            else:
+                trial.fitting.__exit__(type(error), error, error.__traceback__)
+        except BaseException as raised:  # the same error, or one of the end itself
             error = raised
         self.ended(trial.number, error)
 
 
-def loader_of(trainer: Trainer) -> Loader:
+def require_loader(trainer: Trainer) -> Loader:
+    """Return the training loader. Raises NotStackable for other batches."""
     if not isinstance(trainer.train_batches, Loader):
         raise NotStackable("their data is an iterable of batches")
     return trainer.train_batches
 
 
-def check_alike(trainers: Sequence[Trainer]) -> None:
-    """Raise NotStackable for settings that train a model in another way than step by step, or not all in the same."""
+def first_trial(batch: Iterable[torch.Tensor]) -> Batch:
+    """Return the batch of the first trial from one with a first axis of trials."""
+    return tuple(tensor[0] for tensor in batch)
+
+
+def check_equal_settings(trainers: Sequence[Trainer]) -> None:
+    """Raise NotStackable for settings that stacked trials do not support, or that differ."""
     for trainer in trainers:
         check_stackable(trainer.callbacks)
-        if (
-            trainer.compile != "off"
-            or trainer.profile
-            or trainer.micro_batches.size
-            or trainer.micro_batches.auto
-        ):
+        has_micro_batches = trainer.micro_batches.size or trainer.micro_batches.auto
+        if trainer.compile != "off" or trainer.profile or has_micro_batches:
             raise NotStackable(
-                "trainer.compile, trainer.profile and trainer.micro_batch are for one trial"
+                "trainer.compile, trainer.profile and trainer.micro_batch need a single trial"
             )
         if trainer.precision.scaler is not None:
-            raise NotStackable(
-                "trainer.precision=fp16 scales the loss of each trial by its own factor"
-            )
-    if len({tuple(map(type, trainer.callbacks)) for trainer in trainers}) > 1:
-        raise NotStackable("their callbacks are not the same")
-    for name in ("accumulate", "device", "deterministic"):
-        if len({getattr(trainer, name) for trainer in trainers}) > 1:
-            raise NotStackable(f"trainer.{name} is not the same")
-    cadences = {
-        (each.precision.dtype, each.log_every.every, each.validate_every.every) for each in trainers
-    }
-    if len(cadences) > 1:
-        raise NotStackable("trainer.precision, log_every or validate_every are not the same")
+            raise NotStackable("trainer.precision=fp16 needs its own loss scaling for each trial")
+    if differ(trainers, lambda trainer: tuple(map(type, trainer.callbacks))):
+        raise NotStackable("their callbacks differ")
+    for name in (
+        "accumulate",
+        "device",
+        "deterministic",
+        "precision.dtype",
+        "log_every.every",
+        "validate_every.every",
+    ):
+        if differ(trainers, attrgetter(name)):
+            raise NotStackable(f"trainer.{name.partition('.')[0]} differs")
+
+
+def differ(objects: Iterable[Compared], key: Callable[[Compared], Hashable]) -> bool:
+    """Return whether objects differ in a key."""
+    return len(set(map(key, objects))) > 1

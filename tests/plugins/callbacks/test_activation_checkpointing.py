@@ -1,6 +1,8 @@
-"""Blocks that are run again in the backward pass: the same numbers, fewer bytes."""
+"""Activation checkpointing: the same results with fewer bytes."""
 
+import copy
 from collections import OrderedDict
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -16,13 +18,12 @@ SPLIT = TensorSplit(INPUTS, (INPUTS.mean((1, 2, 3)) > 0).long())
 
 
 class Noisy(nn.Module):
-    """Draws, counts its calls in a buffer, and depends on the count, as a spectral norm does on its vectors."""
+    """A block with dropout, and with an output that depends on a buffer that counts its calls."""
 
     def __init__(self, channels):
         super().__init__()
-        self.layers = nn.ModuleList(
-            [nn.Conv2d(channels, channels, 3, padding=1), nn.Dropout(0.3), nn.GELU()]
-        )
+        convolution = nn.Conv2d(channels, channels, 3, padding=1)
+        self.layers = nn.ModuleList([convolution, nn.Dropout(0.3), nn.GELU()])
         self.norm = nn.BatchNorm2d(channels)
         self.register_buffer("calls", torch.zeros(()))
 
@@ -36,10 +37,9 @@ class Noisy(nn.Module):
 
 def network():
     torch.manual_seed(2)
-    blocks = nn.Sequential(*(Noisy(4) for _ in range(3)))
     parts = {
         "stem": nn.Conv2d(3, 4, 1),
-        "blocks": blocks,
+        "blocks": nn.Sequential(Noisy(4), Noisy(4), Noisy(4)),
         "flat": nn.Flatten(),
         "head": nn.Linear(256, 2),
     }
@@ -47,24 +47,24 @@ def network():
 
 
 class Watch(Callback):
-    """Measures what a step keeps for its backward pass, and the model as it is after each step."""
+    """Records the bytes stored for the backward pass, and the model's state after each step."""
 
     changes_training = False
 
     def __init__(self):
-        self.bytes, self.states = 0, []
+        self.bytes = 0
+        self.states = []
 
     def on_step_start(self, trainer):
         self.bytes = saved_bytes(trainer.model, SPLIT[:], trainer.task, 16)
 
     def on_step_end(self, trainer):
-        self.states.append(
-            {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-        )
+        self.states.append(copy.deepcopy(trainer.model.state_dict()))
 
 
 def fit(*callbacks, **settings):
-    model, watch = network(), Watch()
+    model = network()
+    watch = Watch()
     trainer = Trainer(max_epochs=2, callbacks=[*callbacks, watch], device="cpu", **settings)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     trainer.fit(
@@ -80,29 +80,30 @@ def checkpointing(*patterns):
 @pytest.mark.parametrize(
     "settings", [{}, {"accumulate": 2}, {"micro_batch": 2}, {"precision": "bf16"}], ids=str
 )
-def test_the_numbers_are_bitwise_the_same_and_the_bytes_fewer(settings):
+def test_results_are_bitwise_the_same_with_fewer_bytes(settings):
     _, plain = fit(**settings)
-    _, less = fit(checkpointing("blocks.*"), **settings)
-    assert len(plain.states) == len(less.states) > 0
-    for one, other in zip(plain.states, less.states, strict=True):
-        for name, tensor in one.items():
-            assert torch.equal(tensor, other[name]), name
-    assert (
-        plain.states[-1]["blocks.0.norm.num_batches_tracked"]
-        == plain.states[-1]["blocks.0.calls"]
-        > 0
-    )
-    assert less.bytes < plain.bytes / 2
+    _, checkpointed = fit(checkpointing("blocks.*"), **settings)
+    assert len(plain.states) == len(checkpointed.states) > 0
+    for expected, state in zip(plain.states, checkpointed.states, strict=True):
+        for name, tensor in expected.items():
+            assert torch.equal(tensor, state[name]), name
+    last = plain.states[-1]
+    assert last["blocks.0.calls"] == last["blocks.0.norm.num_batches_tracked"] > 0
+    assert checkpointed.bytes < plain.bytes / 2
 
 
-def test_a_pattern_chooses_the_blocks():
+def test_patterns_choose_the_blocks():
     _, plain = fit()
     _, one = fit(checkpointing("blocks.1"))
     _, two = fit(checkpointing("blocks.[01]"))
     assert plain.bytes > one.bytes > two.bytes
-    assert plain.bytes - one.bytes == one.bytes - two.bytes, "each block keeps as much"
-    _, within = fit(checkpointing("blocks.1", "blocks.1.norm"))
-    assert within.bytes == one.bytes, "of blocks in each other the outermost"
+    assert plain.bytes - one.bytes == one.bytes - two.bytes, "each block saves the same"
+
+
+def test_of_nested_blocks_the_outermost_is_checkpointed():
+    _, outer = fit(checkpointing("blocks.1"))
+    _, both = fit(checkpointing("blocks.1", "blocks.1.norm"))
+    assert both.bytes == outer.bytes
 
 
 class Fail(Callback):
@@ -111,59 +112,51 @@ class Fail(Callback):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_afterwards_the_model_is_as_it_was(fails):
-    part, model = checkpointing("*"), network()
-    trainer = Trainer(max_steps=1, callbacks=[part, *[Fail()] * fails], device="cpu")
+def test_the_model_is_restored_after_a_fit(fails):
+    model = network()
+    callbacks = [checkpointing("*"), Fail()] if fails else [checkpointing("*")]
+    trainer = Trainer(max_steps=1, callbacks=callbacks, device="cpu")
     optimizer = torch.optim.SGD(model.parameters())
-    try:
+    with pytest.raises(ZeroDivisionError) if fails else nullcontext():
         trainer.fit(model, SPLIT, task=nn.CrossEntropyLoss(), optimizer=optimizer)
-    except ZeroDivisionError:
-        assert fails
     assert not any("forward" in vars(module) for module in model.modules())
     fresh = saved_bytes(network(), SPLIT[:], trainer.task, 16)
     assert saved_bytes(model, SPLIT[:], trainer.task, 16) == fresh
 
 
 @pytest.mark.parametrize(
-    ("patterns", "settings", "said"),
+    ("patterns", "settings", "problem"),
     [
-        (["block.*"], {}, r"no module fits 'block\.\*'; .*blocks"),
-        (
-            ["blocks.0.layers"],
-            {},
-            "no module fits 'blocks.0.layers'",
-        ),  # a list of modules is never called itself
-        ([], {}, "`patterns` is empty"),
-        (["blocks.*"], {"compile": "model"}, "goes with compile=off, not model"),
+        (["block.*"], {}, r"no module matches 'block\.\*'; .*blocks"),
+        (["blocks.0.layers"], {}, "no module matches 'blocks.0.layers'"),  # a ModuleList
+        ([], {}, r"patterns=\[\] has no effect"),
+        (["blocks.*"], {"compile": "model"}, "requires compile=off, not model"),
     ],
 )
-def test_what_makes_no_sense_is_refused(patterns, settings, said):
-    with pytest.raises(SettingError, match=said):
+def test_invalid_settings_are_errors(patterns, settings, problem):
+    with pytest.raises(SettingError, match=problem):
         fit(checkpointing(*patterns), **settings)
 
 
-def test_blocks_of_a_registered_model_have_the_names_that_plan_shows():
-    task, batch = (
-        nn.CrossEntropyLoss(),
-        (torch.randn(4, 1, 16, 16), torch.zeros(4, dtype=torch.long)),
-    )
+def test_patterns_match_the_blocks_of_a_registered_model():
+    batch = (torch.randn(4, 1, 16, 16), torch.zeros(4, dtype=torch.long))
     torch.manual_seed(0)
     model = fw.models.build("resnet", (1, 16, 16), (2,), depths=[2, 2], channels=[4, 8])
-    watch = []
+    measured = []
 
     class Bytes(Callback):
         def on_step_start(self, trainer):
-            watch.append(saved_bytes(trainer.model, batch, trainer.task, 4))
+            measured.append(saved_bytes(trainer.model, batch, trainer.task, 4))
 
-    for parts in ([], [checkpointing("blocks.*")]):
-        trainer = Trainer(max_steps=1, callbacks=[*parts, Bytes()], device="cpu")
-        trainer.fit(
-            model, TensorSplit(*batch), task=task, optimizer=torch.optim.SGD(model.parameters())
-        )
-    assert watch[1] < watch[0] / 2
+    for callbacks in ([Bytes()], [checkpointing("blocks.*"), Bytes()]):
+        trainer = Trainer(max_steps=1, callbacks=callbacks, device="cpu")
+        optimizer = torch.optim.SGD(model.parameters())
+        trainer.fit(model, TensorSplit(*batch), task=nn.CrossEntropyLoss(), optimizer=optimizer)
+    plain, checkpointed = measured
+    assert checkpointed < plain / 2
 
 
-def test_a_forward_of_a_module_s_own_is_put_back():
+def test_a_forward_attribute_of_a_module_is_restored():
     model = network()
     block = model.blocks[0]
     calls = []
@@ -177,5 +170,5 @@ def test_a_forward_of_a_module_s_own_is_put_back():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     trainer.fit(model, SPLIT, task=nn.CrossEntropyLoss(), optimizer=optimizer, batch_size=4)
     assert block.forward is forward
-    assert calls == [4, 4], "once more in the backward pass"
+    assert calls == [4, 4], "forward and backward pass"
     assert "forward" not in vars(model.blocks[1])

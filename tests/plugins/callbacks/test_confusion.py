@@ -1,4 +1,4 @@
-"""The confusion matrix, against scikit-learn's."""
+"""The confusion matrix, compared with scikit-learn's."""
 
 import pytest
 import torch
@@ -8,40 +8,41 @@ import framework as fw
 from framework.errors import SettingError
 
 
-class Kept(fw.Logger):
-    """Keeps the last picture and text."""
+class LastLogged(fw.Logger):
+    """Stores the last image and text."""
 
     def images(self, tag, images, step):
-        self.tag, self.picture = tag, images
+        self.image = images
 
     def text(self, tag, markdown, step=0):
         self.table = markdown
 
 
 def fit(data, task, outputs, **more):
-    kept, model = Kept(), torch.nn.Linear(data.in_shape[0], outputs)
-    trainer = fw.Trainer(callbacks=[fw.callbacks.build("confusion")], loggers=[kept], **more)
-    trainer.fit(
-        model, data, task=task, optimizer=torch.optim.SGD(model.parameters(), 0.1), batch_size=20
-    )
-    return kept, trainer
+    logged = LastLogged()
+    model = torch.nn.Linear(data.in_shape[0], outputs)
+    trainer = fw.Trainer(callbacks=[fw.callbacks.build("confusion")], loggers=[logged], **more)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    trainer.fit(model, data, task=task, optimizer=optimizer, batch_size=20)
+    return logged, trainer
 
 
-def test_it_is_that_of_scikit_learn():
+def test_it_equals_that_of_scikit_learn():
     data = fw.datasets.build("blobs", samples=400, noise=4.0, val_fraction=0.4)
-    kept, trainer = fit(data, torch.nn.CrossEntropyLoss(), 3, max_epochs=2)
+    logged, trainer = fit(data, torch.nn.CrossEntropyLoss(), 3, max_epochs=2)
     expected = confusion_matrix(data.val.tensors[1], trainer.predict(data.val).argmax(1))
-    assert 0 < expected.trace() < expected.sum(), (
-        "some are right and some wrong, or it would show nothing"
-    )
-    rows = [line.strip("| ").split(" | ")[1:] for line in kept.table.splitlines()[2:]]
-    assert [list(map(int, row)) for row in rows] == expected.tolist()
-    assert kept.picture.shape == (1, 1, 48, 48)
+    assert 0 < expected.trace() < expected.sum(), "some predictions are right, some wrong"
+    rows = []
+    for line in logged.table.splitlines()[2:]:
+        _, *counts = line.strip("| ").split(" | ")
+        rows.append([int(count) for count in counts])
+    assert rows == expected.tolist()
+    assert logged.image.shape == (1, 1, 48, 48)
     shares = torch.tensor(expected / expected.sum(1, keepdims=True))
-    torch.testing.assert_close(kept.picture[0, 0, 8::16, 8::16].double(), shares)
+    torch.testing.assert_close(logged.image[0, 0, 8::16, 8::16].double(), shares)
 
 
-def test_looking_changes_nothing():
+def test_it_does_not_change_training():
     data = fw.datasets.build("blobs", samples=100)
     weights = []
     for callbacks in ([], [fw.callbacks.build("confusion", every="1steps")]):
@@ -56,7 +57,7 @@ def test_looking_changes_nothing():
     assert torch.equal(*weights)
 
 
-def test_values_have_no_confusion():
+def test_targets_without_classes_are_an_error():
     data = fw.datasets.build("friedman1", samples=60)
     with pytest.raises(SettingError, match="needs one class for each sample"):
         fit(data, torch.nn.MSELoss(), 1, max_epochs=1)

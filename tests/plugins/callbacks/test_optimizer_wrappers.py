@@ -1,6 +1,7 @@
-"""SAM, lookahead and schedule-free training, each against its formulas in a plain loop."""
+"""SAM, lookahead, schedule-free training and noise scale, compared with plain loops."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from compiler import needs_compiler
 from framework import Callback, TensorSplit, Trainer
 from framework.errors import SettingError
 from framework.tuning.vectorized.stacked_update import NotStackable
-from framework.tuning.vectorized.trainer import check_alike
+from framework.tuning.vectorized.trainer import check_equal_settings
+from regressions import StopAt, assert_same_weights
 
 INPUTS = torch.randn(24, 2, generator=torch.Generator().manual_seed(3))
 TARGETS = INPUTS.prod(1, keepdim=True)
@@ -37,12 +39,13 @@ def fit(
     schedule=None,
     **settings,
 ):
-    """One step an epoch, of all the data, unless the batch is smaller."""
+    """Fit with one step per epoch, of all samples, unless the batch is smaller."""
     model = network() if model is None else model
     trainer = Trainer(max_epochs=epochs, callbacks=callbacks, device="cpu", **settings)
     optimizer = adamw(model) if optimizer is None else optimizer(model)
     trainer.fit(
-        *(model, SPLIT),
+        model,
+        SPLIT,
         task=nn.MSELoss(),
         optimizer=optimizer,
         val=SPLIT,
@@ -62,24 +65,18 @@ def gradients(model):
     return torch.autograd.grad(loss, list(model.parameters()))
 
 
-def assert_same_weights(found, expected, **tolerance):
-    for one, two in zip(found.parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(one, two, **tolerance)
+def assert_close_weights(model, expected, **tolerance):
+    for one, other in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(one, other, **tolerance)
 
 
-class Cut(Callback):
-    """Keeps the state of the run after a step, and ends it."""
-
-    def __init__(self, step):
-        self.step, self.kept = step, None
-
-    def on_step_end(self, trainer):
-        if trainer.state.step == self.step:
-            self.kept, trainer.state.stop = copy.deepcopy(trainer.state_dict()), "cut"
+def set_gradients(model, gradients):
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        parameter.grad = gradient
 
 
-class Validated(Callback):
-    """Keeps the weights that each validation sees."""
+class ValidatedWeights(Callback):
+    """Stores the weights of each validation."""
 
     def __init__(self):
         self.weights = []
@@ -88,27 +85,26 @@ class Validated(Callback):
         self.weights.append([p.detach().clone() for p in trainer.model.parameters()])
 
 
-# --- SAM --------------------------------------------------------------------------------------------------------------
+# --- SAM --------------------------------------------------------------------------------------
 
 
-def sam_by_hand(rho, steps):
+def sam_in_a_loop(rho, steps):
     model = network()
     optimizer = adamw(model, momentum=0.9)
     for _ in range(steps):
         first = gradients(model)
         norm = torch.sqrt(sum(g.square().sum() for g in first))
-        away = copy.deepcopy(model)
+        moved = copy.deepcopy(model)
         with torch.no_grad():
-            for p, g in zip(away.parameters(), first, strict=True):
+            for p, g in zip(moved.parameters(), first, strict=True):
                 p += rho * g / norm
-        for p, g in zip(model.parameters(), gradients(away), strict=True):
-            p.grad = g
+        set_gradients(model, gradients(moved))
         optimizer.step()
     return model
 
 
 @pytest.mark.parametrize(
-    "manner",
+    "settings",
     [
         {},
         {"batch_size": 10, "accumulate": 3},
@@ -116,20 +112,16 @@ def sam_by_hand(rho, steps):
         pytest.param({"compile": "step"}, marks=needs_compiler),
     ],
 )
-def test_sam_takes_the_gradient_where_the_loss_is_steepest(manner):
-    found = fit(build("sam", rho=0.3), optimizer=lambda model: adamw(model, 0.9), **manner)
-    assert_same_weights(found.model, sam_by_hand(0.3, 12), rtol=1e-3, atol=1e-4)
-    plain = fit(optimizer=lambda model: adamw(model, 0.9), **manner)
-    assert (
-        max(
-            float((a - b).detach().abs().max())
-            for a, b in zip(found.model.parameters(), plain.model.parameters(), strict=True)
-        )
-        > 0.01
-    )
+def test_sam_computes_the_gradient_in_the_direction_of_the_steepest_loss(settings):
+    optimizer = partial(adamw, momentum=0.9)
+    trained = fit(build("sam", rho=0.3), optimizer=optimizer, **settings).model
+    assert_close_weights(trained, sam_in_a_loop(0.3, 12), rtol=1e-3, atol=1e-4)
+    plain = fit(optimizer=optimizer, **settings).model
+    with pytest.raises(AssertionError):
+        assert_close_weights(trained, plain, rtol=0, atol=0.01)
 
 
-def test_sam_sees_the_batch_that_transforms_made_and_leaves_statistics_alone():
+def test_sam_uses_transformed_batches_and_keeps_running_statistics():
     class Negated(fw.Transform):
         def __call__(self, batch):
             return -batch[0], batch[1]
@@ -142,16 +134,18 @@ def test_sam_sees_the_batch_that_transforms_made_and_leaves_statistics_alone():
     assert int(model[1].num_batches_tracked) == 1
 
 
-# --- lookahead --------------------------------------------------------------------------------------------------------
+# --- lookahead --------------------------------------------------------------------------------
 
 
-def test_lookahead_goes_half_the_way_after_every_k_steps():
-    seen, fast = Validated(), network()
-    found = fit(build("lookahead", k=5, alpha=0.25), seen, epochs=12)
-    slow, optimizer, expected = copy.deepcopy(fast), adamw(fast), []
+def test_lookahead_moves_the_slow_weights_after_every_k_steps():
+    validated = ValidatedWeights()
+    trainer = fit(build("lookahead", k=5, alpha=0.25), validated, epochs=12)
+    fast = network()
+    slow = copy.deepcopy(fast)
+    optimizer = adamw(fast)
+    expected = []
     for step in range(1, 13):
-        for p, g in zip(fast.parameters(), gradients(fast), strict=True):
-            p.grad = g
+        set_gradients(fast, gradients(fast))
         optimizer.step()
         if step % 5 == 0:
             with torch.no_grad():
@@ -159,18 +153,20 @@ def test_lookahead_goes_half_the_way_after_every_k_steps():
                     s += 0.25 * (w - s)
                     w.copy_(s)
         expected.append([p.detach().clone() for p in slow.parameters()])
-    for found_there, wanted in zip(seen.weights, expected, strict=True):
-        torch.testing.assert_close(found_there, wanted, rtol=1e-4, atol=1e-5)
-    assert_same_weights(found.model, slow, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(validated.weights, expected, rtol=1e-4, atol=1e-5)
+    assert_close_weights(trainer.model, slow, rtol=1e-4, atol=1e-5)
 
 
-# --- schedule-free ----------------------------------------------------------------------------------------------------
+# --- schedule-free ----------------------------------------------------------------------------
 
 
-def schedule_free_by_hand(beta, rates):
-    """Algorithm 1 of the paper: AdamW's normalised gradient at y, no momentum, decay at y."""
-    z, x = ([p.detach().clone() for p in network().parameters()] for _ in range(2))
-    square, total, model = [torch.zeros_like(p) for p in z], 0.0, network()
+def schedule_free_in_a_loop(beta, rates):
+    """Run algorithm 1 of the paper: AdamW's normalised gradient at y, no momentum, decay at y."""
+    model = network()
+    z = [p.detach().clone() for p in model.parameters()]
+    x = [p.clone() for p in z]
+    square = [torch.zeros_like(p) for p in z]
+    total = 0.0
     for step, lr in enumerate(rates, 1):
         y = [(1 - beta) * a + beta * b for a, b in zip(z, x, strict=True)]
         with torch.no_grad():
@@ -188,84 +184,79 @@ def schedule_free_by_hand(beta, rates):
 @pytest.mark.parametrize("warmup", [1, 6])
 def test_schedule_free_evaluates_the_average_of_the_paper(warmup):
     factors = [min(1.0, (step + 1) / warmup) for step in range(12)]
-    found = fit(build("schedule_free", beta=0.8), schedule=factors.__getitem__)
-    expected = schedule_free_by_hand(0.8, [0.05 * factor for factor in factors])
-    for p, x in zip(found.model.parameters(), expected, strict=True):
-        torch.testing.assert_close(p.detach(), x, rtol=1e-3, atol=1e-4)
+    trainer = fit(build("schedule_free", beta=0.8), schedule=factors.__getitem__)
+    expected = schedule_free_in_a_loop(0.8, [0.05 * factor for factor in factors])
+    for parameter, x in zip(trainer.model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.detach(), x, rtol=1e-3, atol=1e-4)
 
 
-def test_schedule_free_refuses_a_momentum():
-    with pytest.raises(SettingError, match=r"it needs optimizer\.betas=\[0,0\.999\]"):
-        fit(build("schedule_free"), optimizer=lambda model: adamw(model, 0.9))
-    with pytest.raises(SettingError, match=r"it needs optimizer\.momentum=0"):
-        fit(
-            build("schedule_free"),
-            optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.5),
-        )
+@pytest.mark.parametrize(
+    ("optimizer", "advice"),
+    [
+        (partial(adamw, momentum=0.9), r"optimizer\.betas=\[0,0\.999\]"),
+        (lambda m: torch.optim.SGD(m.parameters(), 0.1, momentum=0.5), r"optimizer\.momentum=0"),
+    ],
+)
+def test_schedule_free_with_momentum_is_an_error(optimizer, advice):
+    with pytest.raises(SettingError, match=advice):
+        fit(build("schedule_free"), optimizer=optimizer)
 
 
-# --- gradient noise scale ---------------------------------------------------------------------------------------------
+# --- gradient noise scale ---------------------------------------------------------------------
 
 
-def test_the_noise_scale_of_single_samples_is_the_trace_of_their_covariance_by_the_square_of_the_mean():
+def test_the_noise_scale_is_the_trace_of_the_covariance_by_the_squared_norm_of_the_mean():
     model = network()
-    each = []
+    rows = []
     for x, y in zip(INPUTS, TARGETS, strict=True):
         loss = nn.functional.mse_loss(model(x[None]), y[None])
-        each.append(
-            torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, list(model.parameters()))])
-        )
-    gradients = torch.stack(each).double()
+        gradient = torch.autograd.grad(loss, list(model.parameters()))
+        rows.append(torch.cat([g.reshape(-1) for g in gradient]))
+    gradients = torch.stack(rows).double()
     trace = float(torch.cov(gradients.T).trace())
-    squared = (
-        float(gradients.mean(0).square().sum()) - trace / 24
-    )  # of the true gradient, without the noise in the mean
+    noise_of_mean = trace / 24
+    squared = float(gradients.mean(0).square().sum()) - noise_of_mean
     noise = build("noise_scale", every="1steps", parts=24, decay=0.0)
     trainer = fit(noise, epochs=1, log_every="1steps")
     assert (noise.trace, noise.squared) == pytest.approx((trace, squared), rel=1e-4)
-    assert trainer.state.metrics["train/gradient_noise_scale"] == pytest.approx(
-        trace / squared, rel=1e-3
-    )
+    logged = trainer.state.metrics["train/gradient_noise_scale"]
+    assert logged == pytest.approx(trace / squared, rel=1e-3)
 
 
-def test_measuring_the_noise_scale_changes_no_bit():
-    def run(*callbacks):
+def test_measuring_the_noise_scale_does_not_change_training():
+    def state(*callbacks):
         model = network(nn.BatchNorm1d(8), nn.Dropout(0.3))
         return fit(*callbacks, model=model, batch_size=8, epochs=3).model.state_dict()
 
-    plain, measured = run(), run(build("noise_scale", every="1steps", parts=2))
-    assert all(torch.equal(plain[name], measured[name]) for name in plain)
+    plain = state()
+    measured = state(build("noise_scale", every="1steps", parts=2))
+    for name, tensor in plain.items():
+        assert torch.equal(tensor, measured[name]), name
 
 
-# --- all of them ------------------------------------------------------------------------------------------------------
+# --- all of them ------------------------------------------------------------------------------
 
 ALL = ["sam", "lookahead", "schedule_free", "noise_scale"]
 
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("step", [3, 6, 11])
-def test_a_run_cut_off_goes_on_bit_for_bit(name, step):
-    """Three steps an epoch, with dropout."""
-    settings = {"batch_size": 8, "epochs": 5}
-    whole = fit(build(name), model=network(nn.Dropout(0.3)), **settings)
-    cut = Cut(step)
-    fit(build(name), cut, model=network(nn.Dropout(0.3)), **settings)
-    resumed = fit(build(name), model=network(nn.Dropout(0.3)), resume=cut.kept, **settings)
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True)
-    )
+def test_a_resumed_run_equals_the_uninterrupted_run(name, step):
+    settings = {"batch_size": 8, "epochs": 5}  # three steps per epoch
+    uninterrupted = fit(build(name), model=network(nn.Dropout(0.3)), **settings)
+    stop = StopAt(step)
+    fit(build(name), stop, model=network(nn.Dropout(0.3)), **settings)
+    resumed = fit(build(name), model=network(nn.Dropout(0.3)), resume=stop.state, **settings)
+    assert_same_weights(resumed.model, uninterrupted.model)
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_many_trials_as_one_refuse_it_by_name(name):
+def test_vectorized_trials_do_not_support_it(name):
     trainers = [Trainer(max_epochs=1, callbacks=[build(name)]) for _ in range(2)]
-    with pytest.raises(NotStackable, match="works with a trial of its own"):
-        check_alike(trainers)
+    with pytest.raises(NotStackable, match="works with a single trial"):
+        check_equal_settings(trainers)
 
 
-def test_two_sets_of_weights_to_evaluate_are_refused():
-    with pytest.raises(
-        SettingError, match="Ema and Lookahead each have their own weights to evaluate: choose one"
-    ):
+def test_two_callbacks_that_evaluate_their_own_weights_are_an_error():
+    with pytest.raises(SettingError, match=r"Ema and Lookahead .*: choose one"):
         fit(build("ema"), build("lookahead"))

@@ -1,4 +1,4 @@
-"""The progress callback: what a person sees, in a terminal and without one."""
+"""The progress callback, in a terminal and without one."""
 
 import io
 import os
@@ -17,7 +17,8 @@ import framework as fw
 from framework import Callback, TensorSplit, Trainer
 
 SPLIT = TensorSplit(torch.linspace(-1, 1, 24).reshape(12, 2), torch.ones(12, 1))
-SHOW_CURSOR, HIDE_CURSOR = "\x1b[?25h", "\x1b[?25l"
+SHOW_CURSOR = "\x1b[?25h"
+HIDE_CURSOR = "\x1b[?25l"
 
 
 def fit(*callbacks, val=SPLIT, epochs=2, **limits):
@@ -36,17 +37,21 @@ def fit(*callbacks, val=SPLIT, epochs=2, **limits):
 
 @contextmanager
 def terminal(monkeypatch):
-    """A real terminal as stderr; gives a list that has all that was shown once the block is left."""
+    """Make a pseudo-terminal stderr; yield a list.
+
+    After the block, the list has the output and whether stderr was unchanged.
+    """
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", "140")
     master, slave = pty.openpty()
-    shown, content = [], bytearray()
+    result = []
+    content = bytearray()
 
     def read():
         try:
             while chunk := os.read(master, 4096):
                 content.extend(chunk)
-        except OSError:  # how a terminal that was hung up answers
+        except OSError:  # the terminal is closed
             pass
 
     reader = threading.Thread(target=read)
@@ -54,12 +59,12 @@ def terminal(monkeypatch):
     with os.fdopen(slave, "w") as stream, monkeypatch.context() as patched:
         patched.setattr(sys, "stderr", stream)
         try:
-            yield shown
+            yield result
         finally:
-            shown.append(sys.stderr is stream)
+            same_stderr = sys.stderr is stream
     reader.join()
     os.close(master)
-    shown.insert(0, content.decode())
+    result += [content.decode(), same_stderr]
 
 
 def lines(monkeypatch, *callbacks, **settings) -> list[str]:
@@ -71,40 +76,33 @@ def lines(monkeypatch, *callbacks, **settings) -> list[str]:
 
 def test_without_a_terminal_each_epoch_is_one_plain_line(monkeypatch):
     first, last = lines(monkeypatch)
-    assert re.fullmatch(
-        r"epoch 1/2  step 3/6  train/loss [\d.e-]+  val/loss [\d.e-]+  [\d,]+ samples/s  ETA \d+:\d\d",
-        first,
-    )
-    assert re.fullmatch(
-        r"epoch 2/2  step 6/6  train/loss [\d.e-]+  val/loss [\d.e-]+  [\d,]+ samples/s", last
-    )
+    values = r"train/loss [\d.e-]+  val/loss [\d.e-]+  [\d,]+ samples/s"
+    assert re.fullmatch(rf"epoch 1/2  step 3/6  {values}  ETA \d+:\d\d", first)
+    assert re.fullmatch(rf"epoch 2/2  step 6/6  {values}", last)
 
 
-def test_without_a_validation_split_and_in_the_middle_of_an_epoch(monkeypatch):
-    assert [line.split("  ")[:2] for line in lines(monkeypatch, val=None, max_steps=4)] == [
-        ["epoch 1/2", "step 3/4"],
-        ["epoch 2/2", "step 4/4"],
-    ]
+def test_a_run_without_validation_that_ends_within_an_epoch_prints_its_last_step(monkeypatch):
+    counts = [line.split("  ")[:2] for line in lines(monkeypatch, val=None, max_steps=4)]
+    assert counts == [["epoch 1/2", "step 3/4"], ["epoch 2/2", "step 4/4"]]
 
 
-def test_validations_within_an_epoch_have_their_line(monkeypatch):
+def test_each_validation_within_an_epoch_prints_a_line(monkeypatch):
     steps = [line.split()[3] for line in lines(monkeypatch, validate_every="2steps", epochs=2)]
     assert steps == ["2/6", "3/6", "4/6", "6/6"]
 
 
-def test_a_terminal_gets_a_live_bar_and_its_cursor_and_stderr_back(monkeypatch):
+def test_a_terminal_shows_a_live_bar_and_restores_cursor_and_stderr(monkeypatch):
     with terminal(monkeypatch) as screen:
         fit(fw.callbacks.build("progress", per_second=1e6))
     shown, same_stderr = screen
-    assert all(
-        words in shown for words in ("step 0/6", "step 6/6", "validating", "val", "loss", "━")
-    )
+    for text in ("step 0/6", "step 6/6", "validating", "val", "loss", "━"):
+        assert text in shown
     assert shown.index(HIDE_CURSOR) < shown.rindex(SHOW_CURSOR)
     assert HIDE_CURSOR not in shown[shown.rindex(SHOW_CURSOR) :]
     assert same_stderr
 
 
-def test_the_cursor_comes_back_after_an_exception(monkeypatch):
+def test_the_cursor_is_restored_after_an_exception(monkeypatch):
     class Fail(Callback):
         def on_gradients(self, trainer):
             raise ZeroDivisionError
@@ -114,7 +112,7 @@ def test_the_cursor_comes_back_after_an_exception(monkeypatch):
     assert SHOW_CURSOR in screen[0]
 
 
-def test_the_bar_is_not_drawn_with_every_step(monkeypatch):
+def test_the_bar_is_not_updated_at_every_step(monkeypatch):
     with terminal(monkeypatch) as screen:
         fit(fw.callbacks.build("progress", per_second=0.01), val=None, epochs=20)
     assert set(re.findall(r"step (\d+)/60", screen[0])) == {"0", "60"}
@@ -130,8 +128,8 @@ def test_printing_does_not_break_the_bar(monkeypatch):
     assert screen[0].count("a line of its own\r\n") == 2
 
 
-def test_a_dumb_terminal_gets_lines_and_nothing_of_rich_is_needed_for_them(monkeypatch):
-    monkeypatch.setitem(sys.modules, "rich.live", None)  # an import of it would fail
+def test_a_dumb_terminal_shows_plain_lines_without_rich(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich.live", None)  # its import fails
     with terminal(monkeypatch) as screen:
         monkeypatch.setenv("TERM", "dumb")
         fit(fw.callbacks.build("progress"))
@@ -146,13 +144,12 @@ def test_a_process_without_stderr_shows_nothing(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("workers", "advised"), [(0, True), (1, False)])
-def test_advice_on_a_slow_data_loader(workers, advised, monkeypatch, capsys):
+def test_a_slow_data_loader_without_workers_gives_advice(workers, advised, monkeypatch, capsys):
     monkeypatch.setattr("framework.runtime.clock.SLOW_SECONDS", 0.0)
     monkeypatch.setattr("framework.runtime.clock.SLOW_SHARE", 0.0)
     loader = DataLoader(TensorDataset(*SPLIT.tensors), batch_size=4, num_workers=workers)
     model = nn.Linear(2, 1)
     trainer = Trainer(max_epochs=1, callbacks=[fw.callbacks.build("progress")], device="cpu")
-    trainer.fit(
-        model, loader, task=nn.MSELoss(), optimizer=torch.optim.SGD(model.parameters(), 0.1)
-    )
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    trainer.fit(model, loader, task=nn.MSELoss(), optimizer=optimizer)
     assert ("DataLoader(..., num_workers=2) reads ahead" in capsys.readouterr().err) == advised

@@ -12,31 +12,27 @@ import torch
 
 import framework as fw
 from framework.errors import DataError
-from framework_plugins.datasets.readers import arrays
+from framework_plugins.datasets.readers import fetched
 
 ROOT = Path(__file__).parents[3]
 RNG = np.random.default_rng(0)
 
 
 def write_idx(path, array, code=8):
-    content = (
-        bytes([0, 0, code, array.ndim])
-        + struct.pack(f">{array.ndim}I", *array.shape)
-        + array.tobytes()
-    )
+    header = bytes([0, 0, code, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
+    content = header + array.tobytes()
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
 
 
 @pytest.fixture
 def idx(tmp_path):
-    """60 + 20 pictures of 6x5 pixels in three classes, train gzipped."""
+    """Write 60 + 20 images of 6x5 pixels in three classes; train is gzipped."""
     for part, rows, ending in (("train", 60, ".gz"), ("t10k", 20, "")):
-        pictures = RNG.integers(0, 256, (rows, 6, 5), dtype=np.uint8)
-        write_idx(tmp_path / f"{part}-images-idx3-ubyte{ending}", pictures)
-        write_idx(
-            tmp_path / f"{part}-labels-idx1-ubyte{ending}", np.arange(rows, dtype=np.uint8) % 3
-        )
-        np.save(tmp_path / f"{part}.npy", pictures)
+        images = RNG.integers(0, 256, (rows, 6, 5), dtype=np.uint8)
+        labels = np.arange(rows, dtype=np.uint8) % 3
+        write_idx(tmp_path / f"{part}-images-idx3-ubyte{ending}", images)
+        write_idx(tmp_path / f"{part}-labels-idx1-ubyte{ending}", labels)
+        np.save(tmp_path / f"{part}.npy", images)
     return tmp_path
 
 
@@ -45,25 +41,23 @@ def test_idx_files_are_read(idx):
     pixels = np.load(idx / "train.npy").astype("float64")
     x, y = data.train.tensors
     np.testing.assert_allclose(x[:, 0], (pixels - pixels.mean()) / pixels.std(), atol=1e-5)
-    assert (data.in_shape, data.classes, y[:4].tolist()) == (
-        (1, 6, 5),
-        ["0", "1", "2"],
-        [0, 1, 2, 0],
-    )
-    assert (len(data.test), data.val) == (20, None)
+    assert data.in_shape == (1, 6, 5)
+    assert data.classes == ["0", "1", "2"]
+    assert y[:4].tolist() == [0, 1, 2, 0]
+    assert len(data.test) == 20
+    assert data.val is None
     plain = fw.datasets.build("idx", path=idx, normalize=False, classes=["a", "b", "c"])
-    np.testing.assert_allclose(
-        plain.test.tensors[0][:, 0] * 255, np.load(idx / "t10k.npy"), atol=1e-4
-    )
+    pixels = np.load(idx / "t10k.npy")
+    np.testing.assert_allclose(plain.test.tensors[0][:, 0] * 255, pixels, atol=1e-4)
     assert (len(plain.train), len(plain.val), plain.classes) == (54, 6, ["a", "b", "c"])
 
 
-def test_pictures_to_predict(idx):
+def test_images_to_predict(idx):
     data = fw.datasets.build("idx", path=idx)
     facts = json.loads(json.dumps(data.facts()))
     for file in ("t10k-images-idx3-ubyte", "t10k.npy"):
         assert torch.equal(type(data).read_inputs(idx / file, facts), data.test.tensors[0])
-    with pytest.raises(DataError, match="a row has shape"):
+    with pytest.raises(DataError, match="rows have shape"):
         type(data).read_inputs(idx / "t10k-labels-idx1-ubyte", facts)
 
 
@@ -71,37 +65,35 @@ def test_pictures_to_predict(idx):
     ("code", "kind"), [(8, "u1"), (9, "i1"), (11, ">i2"), (12, ">i4"), (13, ">f4"), (14, ">f8")]
 )
 def test_every_idx_type_is_read(idx, code, kind):
-    data, array = (
-        fw.datasets.build("idx", path=idx, normalize=False),
-        np.arange(90).reshape(3, 6, 5).astype(kind),
-    )
+    data = fw.datasets.build("idx", path=idx, normalize=False)
+    array = np.arange(90).reshape(3, 6, 5).astype(kind)
     write_idx(idx / "other", array, code)
     read = type(data).read_inputs(idx / "other", data.facts())
     np.testing.assert_allclose(read[:, 0] * 255, array.astype(float), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
-        (lambda content: b"", "is no IDX file: it begins with nothing"),
-        (lambda content: b"GIF89a", "is no IDX file: it begins with 47 49 46 38"),
+        (lambda content: b"", "is not an IDX file: it begins with nothing"),
+        (lambda content: b"GIF89a", "is not an IDX file: it begins with 47 49 46 38"),
         (lambda content: content[:9], "ends within its header"),
         (
             lambda content: content[:-1],
-            r"holds 599 bytes of values, but 600 for shape \(20, 6, 5\)",
+            r"has 599 bytes of values, but shape \(20, 6, 5\) needs 600",
         ),
-        (lambda content: content + b"x", "holds 601 bytes"),
+        (lambda content: content + b"x", "has 601 bytes"),
         (lambda content: gzip.compress(content)[:-20], "cannot be read"),
     ],
 )
-def test_a_damaged_idx_file_is_named(idx, damage, said):
+def test_the_error_of_a_damaged_idx_file_names_it(idx, damage, message):
     file = idx / "t10k-images-idx3-ubyte"
     file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(DataError, match=f"{file} {said}"):
+    with pytest.raises(DataError, match=f"{file} {message}"):
         fw.datasets.build("idx", path=idx)
 
 
-def test_missing_idx_files(idx):
+def test_missing_idx_files_are_refused(idx):
     write_idx(idx / "t10k-labels-idx1-ubyte", np.zeros(19, np.uint8))
     with pytest.raises(DataError, match="20 test inputs, but 19 targets"):
         fw.datasets.build("idx", path=idx)
@@ -114,7 +106,7 @@ def test_missing_idx_files(idx):
         fw.datasets.build("fashion_mnist", path=idx / "nowhere")
 
 
-def test_fashion_mnist_is_found_in_the_cache(idx, tmp_path_factory, monkeypatch):
+def test_fashion_mnist_is_read_from_the_cache(idx, tmp_path_factory, monkeypatch):
     module = sys.modules[fw.datasets.get("fashion_mnist").part.__module__]
     monkeypatch.setattr(module, "DEBIAN_FOLDER", idx / "nowhere")
     cache = tmp_path_factory.mktemp("cache")
@@ -126,7 +118,7 @@ def test_fashion_mnist_is_found_in_the_cache(idx, tmp_path_factory, monkeypatch)
     assert len(fw.datasets.build("fashion_mnist").test) == 20
 
 
-def test_fetch_data_lists_what_it_knows():
+def test_fetch_data_lists_its_data_sets():
     def fetch(*name):
         return subprocess.run(
             ["bash", "scripts/fetch_data", *name], cwd=ROOT, capture_output=True, text=True
@@ -135,7 +127,7 @@ def test_fetch_data_lists_what_it_knows():
     assert "fashion_mnist" in fetch().stdout
     unknown = fetch("fashion")
     assert (unknown.returncode, unknown.stdout) == (2, "")
-    assert "there is no data set 'fashion' to fetch; there is: fashion_mnist" in unknown.stderr
+    assert "unknown data set 'fashion'; available: fashion_mnist" in unknown.stderr
 
 
 @pytest.mark.skipif(
@@ -152,7 +144,8 @@ def test_fashion_mnist():
 
 
 def test_npz_with_one_part_or_three(tmp_path):
-    x, y = RNG.normal(2, 3, (40, 4)), np.array(["no", "yes"])[np.arange(40) % 2]
+    x = RNG.normal(2, 3, (40, 4))
+    y = np.array(["no", "yes"] * 20)
     np.savez(tmp_path / "one.npz", x=x, y=y)
     one = fw.datasets.build("npz", path=tmp_path / "one.npz", shape=[2, 2])
     assert (one.in_shape, one.classes) == ((2, 2), ["no", "yes"])
@@ -170,12 +163,11 @@ def test_npz_with_one_part_or_three(tmp_path):
     assert [len(split) for split in (three.train, three.val, three.test)] == [40, 6, 5]
     np.testing.assert_allclose(three.train.tensors[0], (x - x.mean(0)) / x.std(0), atol=1e-5)
     facts = json.loads(json.dumps(three.facts()))
-    assert torch.equal(
-        type(three).read_inputs(tmp_path / "three.npz", facts), three.train.tensors[0]
-    )
+    read = type(three).read_inputs(tmp_path / "three.npz", facts)
+    assert torch.equal(read, three.train.tensors[0])
 
 
-def test_npz_targets(tmp_path):
+def test_npz_targets_of_each_kind(tmp_path):
     np.savez(
         tmp_path / "d.npz",
         x=np.zeros((4, 1)),
@@ -189,36 +181,35 @@ def test_npz_targets(tmp_path):
     assert (many.target, many.out_shape, many.classes) == ("labels", (2,), ["0", "1"])
 
 
-def test_npz_that_cannot_be_used(tmp_path):
+def test_unusable_npz_files_are_refused(tmp_path):
     path = tmp_path / "d.npz"
     np.savez(path, x=np.zeros((4, 3)), yy=np.zeros(3))
-    for settings, said in (
+    for settings, message in (
         ({}, "has no array 'y'; did you mean 'yy'?"),
         ({"inputs": "images"}, "has no array 'images_train'; available: x, yy"),
         ({"targets": "yy"}, "4 train inputs, but 3 targets"),
         (
             {"targets": "yy", "shape": [2, 2]},
-            r"rows of shape \(3,\) cannot be brought to shape \[2, 2\]",
+            r"data.shape=\[2, 2\]: rows of shape \(3,\) cannot",
         ),
     ):
-        with pytest.raises(DataError, match=said):
+        with pytest.raises(DataError, match=message):
             fw.datasets.build("npz", path=path, **settings)
     np.savez(path, x=np.zeros((4, 3)), y=np.array([{}, 1, 2, 3], dtype=object))
     with pytest.raises(DataError, match=r"d\.npz cannot be read as an array .*Object arrays"):
         fw.datasets.build("npz", path=path)
 
 
-def test_the_advice_names_a_script_that_is_there(tmp_path, monkeypatch):
+def test_the_fetch_command_names_an_existing_script(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    script = shlex.split(arrays.fetching("diamonds"))[0]
+    script = shlex.split(fetched.fetch_command("diamonds"))[0]
     assert Path(script).is_file()
     monkeypatch.setattr(
-        arrays,
+        fetched,
         "__file__",
-        str(tmp_path / "site packages/framework_plugins/datasets/readers/arrays.py"),
+        str(tmp_path / "site packages/framework_plugins/datasets/readers/fetched.py"),
     )
     installed = str(tmp_path / "site packages/framework_plugins/fetch_data")
-    assert shlex.split(arrays.fetching("diamonds")) == ["bash", installed, "diamonds"]
-    assert (ROOT / "plugins/fetch_data").read_text() == (ROOT / "scripts/fetch_data").read_text(), (
-        "it is packaged"
-    )
+    assert shlex.split(fetched.fetch_command("diamonds")) == ["bash", installed, "diamonds"]
+    packaged = (ROOT / "plugins/fetch_data").read_text()
+    assert packaged == (ROOT / "scripts/fetch_data").read_text()

@@ -1,4 +1,4 @@
-"""The content of data as a digest: the same wherever the files lie, another one when a sample is another."""
+"""The digest of the content of data does not depend on paths, but on each sample."""
 
 import os
 import time
@@ -19,9 +19,7 @@ def test_data_at_another_path_has_the_same_content(build, tmp_path, monkeypatch)
     found = []
     for name in ("here", "there"):
         (tmp_path / name).mkdir()
-        monkeypatch.setattr(
-            "test_images.RNG", numpy.random.default_rng(0)
-        )  # it draws the same pictures
+        monkeypatch.setattr("test_images.RNG", numpy.random.default_rng(0))  # the same images
         found.append(digests_of(build(tmp_path / name)))
     assert found[0] == found[1]
     assert all(digest.startswith("sha256:") for digest in found[0].values())
@@ -76,7 +74,7 @@ def test_a_digest_does_not_depend_on_the_memory_of_a_tensor(monkeypatch):
     assert digest_of(TensorSplit(long)) != digest_of(TensorSplit(long.flip(0)))
 
 
-def test_the_content_of_files_counts_and_not_their_names(tmp_path):
+def test_the_digest_of_files_depends_on_their_content_only(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
     for number in range(200):
@@ -97,7 +95,7 @@ def test_files_that_are_missing_or_too_large_have_no_digest(tmp_path, monkeypatc
     assert digest_of(Files([tmp_path / "a"])) is None
 
 
-def test_data_sets_of_torch_have_the_content_of_what_they_hold():
+def test_the_content_of_torch_data_sets_is_that_of_their_parts():
     plain = TensorDataset(NUMBERS, CLASSES)
     assert digest_of(Subset(plain, [0, 1])) == digest_of(
         Subset(TensorSplit(NUMBERS, CLASSES), [0, 1])
@@ -106,12 +104,12 @@ def test_data_sets_of_torch_have_the_content_of_what_they_hold():
     assert digest_of(ConcatDataset([plain, plain])) != digest_of(plain)
 
 
-def test_a_split_that_reads_in_its_own_way_has_no_digest_until_it_says_its_content():
+def test_a_split_with_its_own_getitem_has_no_digest_without_a_content_method():
     class Own(TensorSplit):
         def __getitem__(self, index):
             return super().__getitem__(index)
 
-    class Told(Own):
+    class WithContent(Own):
         def content(self):
             return [*self.tensors, "mine", {"scale": 2.0}]
 
@@ -122,7 +120,7 @@ def test_a_split_that_reads_in_its_own_way_has_no_digest_until_it_says_its_conte
         TensorSplit(NUMBERS.to_sparse()),
     ):
         assert digest_of(unknown) is None
-    assert digest_of(Told(NUMBERS)) is not None
+    assert digest_of(WithContent(NUMBERS)) is not None
 
 
 def test_a_digest_is_computed_once():
@@ -133,8 +131,8 @@ def test_a_digest_is_computed_once():
     assert digests_of(data) is first
 
 
-def test_a_digest_takes_a_small_part_of_the_time_of_a_start(tmp_path):
-    """5,000 files and 40 MB of numbers; a control of the order of magnitude, as other programs run beside."""
+def test_a_digest_is_fast(tmp_path):
+    """For 5,000 files and 40 MB of numbers; other programs may run at the same time."""
     names = [tmp_path / f"{number:04}" for number in range(5000)]
     for name in names:
         name.write_bytes(os.urandom(500))
@@ -145,7 +143,7 @@ def test_a_digest_takes_a_small_part_of_the_time_of_a_start(tmp_path):
     assert time.process_time() - began < 3.0
 
 
-def test_a_file_that_is_not_regular_is_unknown_content_and_not_waited_for(tmp_path):
+def test_a_pipe_has_no_digest_and_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "fifo")
 
     class Files:

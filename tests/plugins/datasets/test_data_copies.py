@@ -1,4 +1,4 @@
-"""A data set can be pickled and copied, and a copy has nothing in common with the original."""
+"""A data set can be pickled and copied, and a copy shares nothing with the original."""
 
 import copy
 import pickle
@@ -54,13 +54,13 @@ def asterisk(folder: Path) -> Data:
     return fw.datasets.build("asterisk", path=folder, seconds=0.1, val_fraction=0.25)
 
 
-BUILDERS = {source.__name__[3:]: source_in_files(source) for source in SOURCES}
+BUILDERS = {name: source_in_files(source) for name, source in SOURCES.items()}
 BUILDERS |= {name: source_without_files(name) for name in SMALL}
 BUILDERS |= {build.__name__: build for build in (text_table, image_folder, asterisk)}
 
 
 def contents(data: Data) -> dict[str, Any]:
-    """Return all samples, their numbers and what the data set measured, as plain values."""
+    """Return all samples, their row numbers, and the facts and scale, as plain values."""
     found: dict[str, Any] = {"facts": copy.deepcopy(data.facts()), "scale": data.scale}
     for part in ("train", "val", "test"):
         split = getattr(data, part)
@@ -74,7 +74,7 @@ def as_lists(sample: tuple[Tensor, ...]) -> list[Any]:
 
 
 @pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
-def test_a_copy_is_the_same_and_its_refit_leaves_the_original_as_it_is(build, tmp_path):
+def test_a_copy_is_equal_and_its_refit_does_not_change_the_original(build, tmp_path):
     data = build(tmp_path)
     before = contents(data)
     known = data.rows["train"]

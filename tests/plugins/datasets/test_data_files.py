@@ -1,4 +1,4 @@
-"""Files that are broken, hostile or no files at all: every reader of data names the file and the problem, at once."""
+"""Every reader of data refuses broken and hostile files with an error that names the file."""
 
 import gzip
 import io
@@ -39,8 +39,8 @@ SOUND = {"sample_rate": 8000, "resample": False, "min_seconds": 0.0, "in_shape":
 
 @pytest.fixture(autouse=True)
 def _no_waiting():
-    """A reader that waits, on a FIFO say, fails."""
-    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits"))
+    """Let a test fail if a reader waits, such as for a FIFO."""
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("the reader waits"))
     signal.alarm(20)
     yield
     signal.alarm(0)
@@ -62,9 +62,9 @@ def parquet():
     return file.getvalue()
 
 
-def saved(save, *given, **named):
+def saved(save, *arguments, **named):
     file = io.BytesIO()
-    save(file, *given, **named)
+    save(file, *arguments, **named)
     return file.getvalue()
 
 
@@ -103,7 +103,7 @@ def dataset(name, **settings):
 TS = "@classLabel true a b\n@data\n" + "".join(f"{row},1,2:{'ab'[row % 2]}\n" for row in range(30))
 TABLE = dataset("table", target="y")
 CELLS = np.random.default_rng(0).random((40, 3))
-READERS = {  # name of the file: what is in a good one, and what reads it
+READERS = {  # by the name of the file: the content of a good file, and its reader
     "t.csv": (ROWS.encode(), TABLE),
     "t.csv.gz": (gzip.compress(ROWS.encode()), TABLE),
     "t.csv.zip": (zipped("t.csv", ROWS), TABLE),
@@ -113,7 +113,7 @@ READERS = {  # name of the file: what is in a good one, and what reads it
     "a.npy": (saved(np.save, CELLS), read_array),
     "a-idx3-ubyte": (idx(), array_files.read_idx),
     "a-idx3-ubyte.gz": (gzip.compress(idx()), array_files.read_idx),
-    "p.png": (picture(), lambda path: images.read_picture(path, {"in_shape": [3, 8, 8]})),
+    "p.png": (picture(), lambda path: images.read_image(path, {"in_shape": [3, 8, 8]})),
     "s.wav": (wav(), lambda path: audio.read_sound(path, SOUND)),
     "s.flac": (flac(), lambda path: audio.read_sound(path, SOUND)),
     "texts.txt": (b"a\nb\n", data_files.read_text),
@@ -132,12 +132,12 @@ READERS = {  # name of the file: what is in a good one, and what reads it
     ),
     "1.json": (json.dumps({"text": "Subject: a\n\nb"}).encode(), mail),
 }
-VALID = {  # what is read all the same
+VALID = {  # faults that are not errors
     ("texts.txt", "empty"),
     *((name, "cut") for name in ("texts.txt", "t.csv", "s.csv", "texts.csv", "plain.txt", "c.ts")),
     ("t.csv.zip", "latin-1"),  # other bytes may lie before a zip
     ("c.ts", "latin-1"),  # there are such files in the archive
-    ("1.json", "missing"),  # the mails of a folder
+    ("1.json", "missing"),  # a folder without mails
 }
 FAULTS = {
     "empty": lambda path, good: path.write_bytes(b""),
@@ -160,24 +160,24 @@ def test_a_good_file_is_read(name, tmp_path):
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("name", READERS)
-def test_a_broken_file_is_named_with_the_problem(name, fault, tmp_path):
+def test_the_error_of_a_broken_file_names_it(name, fault, tmp_path):
     if (name, fault) in VALID:
-        pytest.skip("it can be read")
+        pytest.skip("it is valid")
     content, read = READERS[name]
     FAULTS[fault](tmp_path / name, content)
     check_refused(read, tmp_path / name)
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_a_file_that_must_not_be_read_is_named(name, tmp_path, monkeypatch):
+def test_the_error_of_a_file_without_permission_names_it(name, tmp_path, monkeypatch):
     content, read = READERS[name]
     (tmp_path / name).write_bytes(content)
     opened = os.open
 
-    def deny(path, *given, **named):  # the tests may run as root, whom no mode keeps out
+    def deny(path, *arguments, **named):  # the tests may run as root, who may read all files
         if str(path).endswith(name):
             raise PermissionError(13, "Permission denied", str(path))
-        return opened(path, *given, **named)
+        return opened(path, *arguments, **named)
 
     monkeypatch.setattr(os, "open", deny)
     assert "cannot be read: Permission denied" in check_refused(read, tmp_path / name)
@@ -194,7 +194,7 @@ def check_refused(read, path):
     return message
 
 
-def lying_npy(shape):
+def npy_with_wrong_shape(shape):
     file = io.BytesIO()
     np.lib.format.write_array_header_1_0(
         file, {"descr": "<f8", "fortran_order": False, "shape": shape}
@@ -202,15 +202,15 @@ def lying_npy(shape):
     return file.getvalue() + bytes(800)
 
 
-def lying_zip(size):
-    """A zip whose member says that it unpacks to `size` bytes."""
+def zip_with_wrong_size(size):
+    """Return a zip file with a header that says it unpacks to `size` bytes."""
     content = zipped("x.npy", bytes(1000))
     directory = content.index(b"PK\x01\x02")
     return content[: directory + 24] + struct.pack("<I", size) + content[directory + 28 :]
 
 
 def with_flag(content, position, value):
-    """A zip of which a field of both headers is changed."""
+    """Return a zip file with another value in a field of both headers."""
     changed = bytearray(content)
     for signature, offset in ((b"PK\x03\x04", position), (b"PK\x01\x02", position + 2)):
         start = content.index(signature) + offset
@@ -231,22 +231,26 @@ def wav_header(channels=1, rate=8000, width=2, size=1600):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
-        pytest.param("a.npy", lying_npy((10**12,)), "is damaged: an array of shape", id="huge npy"),
+        pytest.param(
+            "a.npy", npy_with_wrong_shape((10**12,)), "is damaged: an array of shape", id="huge npy"
+        ),
         pytest.param(
             "a.npz",
-            zipped("x.npy", lying_npy((10**12,))),
+            zipped("x.npy", npy_with_wrong_shape((10**12,))),
             "is damaged: an array of",
             id="huge npy in npz",
         ),
         pytest.param(
             "a.npz",
-            lying_zip(2**31),
-            "is damaged: it says that .* unpack to 2,147,483,648",
+            zip_with_wrong_size(2**31),
+            "is damaged: .* unpack to 2,147,483,648",
             id="huge npz",
         ),
-        pytest.param("t.csv.zip", lying_zip(2**31), "is damaged: it says", id="huge zip"),
+        pytest.param(
+            "t.csv.zip", zip_with_wrong_size(2**31), "is damaged: its header says", id="huge zip"
+        ),
         pytest.param(
             "t.csv.zip",
             with_flag(zipped("t.csv", ROWS), 6, 1),
@@ -266,7 +270,7 @@ def wav_header(channels=1, rate=8000, width=2, size=1600):
             id="unknown method",
         ),
         pytest.param(
-            "t.csv.gz", ROWS.encode(), "is no gzip file: it begins with 78 2c", id="no gzip"
+            "t.csv.gz", ROWS.encode(), "is not a gzip file: it begins with 78 2c", id="no gzip"
         ),
         pytest.param(
             "a-idx3-ubyte",
@@ -277,26 +281,28 @@ def wav_header(channels=1, rate=8000, width=2, size=1600):
         pytest.param(
             "a-idx3-ubyte", idx(shape=(2**32 - 1,) * 3), "100 bytes of values, but", id="huge idx"
         ),
-        pytest.param("s.wav", wav_header(rate=0), "1 channels of 0 samples a second", id="rate 0"),
-        pytest.param("s.wav", wav_header(width=6), "integers of 6 bytes a sample", id="6 bytes"),
+        pytest.param(
+            "s.wav", wav_header(rate=0), "1 channels of 0 samples per second", id="rate 0"
+        ),
+        pytest.param("s.wav", wav_header(width=6), "integers of 6 bytes per sample", id="6 bytes"),
         pytest.param(
             "s.wav",
             wav_header(size=2**32 - 99),
-            "is cut off: 800 of 2147483598 frames",
+            "is cut off: it has 800 of 2147483598 frames",
             id="huge wav",
         ),
-        pytest.param("texts.jsonl", b"[" * 100_000, "line 1 is no JSON", id="deep"),
-        pytest.param("taylor.py", b"[" * 100_000, "holds no list of numbers", id="deep list"),
+        pytest.param("texts.jsonl", b"[" * 100_000, "line 1 is not JSON", id="deep"),
+        pytest.param("taylor.py", b"[" * 100_000, "has no list of finite numbers", id="deep list"),
     ],
 )
-def test_headers_that_lie(name, content, said, tmp_path):
+def test_headers_with_wrong_sizes_are_refused(name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=rf"{name}\b.*{said}"):
+    with pytest.raises(DataError, match=rf"{name}\b.*{message}"):
         READERS[name][1](tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["t.csv.gz", "t.csv.zip", "a.npz", "a-idx3-ubyte.gz"])
-def test_what_unpacks_to_more_than_the_memory_is_refused_before(name, tmp_path, monkeypatch):
+def test_a_file_that_unpacks_to_more_than_the_memory_is_refused(name, tmp_path, monkeypatch):
     size = 2**25
     table = "x,y\n" + "1,2\n" * (size // 4)
     content = {
@@ -313,7 +319,7 @@ def test_what_unpacks_to_more_than_the_memory_is_refused_before(name, tmp_path, 
         READERS[name][1](tmp_path / name)
 
 
-def test_an_array_that_is_not_asked_for_is_not_unpacked(tmp_path, monkeypatch):
+def test_an_array_that_is_not_used_is_not_unpacked(tmp_path, monkeypatch):
     np.savez_compressed(tmp_path / "a.npz", x=CELLS, y=np.arange(40) % 2, junk=np.zeros(2**22))
     monkeypatch.setattr(memory, "free_bytes", lambda device: 2**23)
     fw.datasets.build("npz", path=tmp_path / "a.npz")
@@ -332,7 +338,8 @@ def control_group(folder, **content):
 
 
 def test_a_limit_of_a_control_group_counts(tmp_path, monkeypatch):
-    listing, root = tmp_path / "cgroup", tmp_path / "groups"
+    listing = tmp_path / "cgroup"
+    root = tmp_path / "groups"
     listing.write_text("0::/system.slice/job_7\n")
     control_group(root, memory__stat="active_file 0")
     control_group(root / "system.slice", memory__max=5 * 2**20, memory__current=3 * 2**20)
@@ -350,7 +357,8 @@ def test_a_limit_of_a_control_group_counts(tmp_path, monkeypatch):
 
 
 def test_a_limit_of_a_control_group_of_version_1_counts(tmp_path):
-    listing, root = tmp_path / "cgroup", tmp_path / "groups"
+    listing = tmp_path / "cgroup"
+    root = tmp_path / "groups"
     listing.write_text("5:cpu,cpuacct:/\n4:memory:/docker/3a\n0::/\n")
     limits = {"memory__limit_in_bytes": 4 * 2**20, "memory__usage_in_bytes": 3 * 2**20}
     control_group(
@@ -363,12 +371,12 @@ def test_a_limit_of_a_control_group_of_version_1_counts(tmp_path):
     assert memory.cgroup_bytes(listing, root) == 0
 
 
-def test_a_large_picture_gives_one_line_that_names_it(tmp_path, monkeypatch, recwarn):
+def test_the_warning_about_a_large_image_names_it(tmp_path, monkeypatch, recwarn):
     (tmp_path / "p.png").write_bytes(READERS["p.png"][0])
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     READERS["p.png"][1](tmp_path / "p.png")
     assert [str(warning.message).split("/")[-1] for warning in recwarn] == [
-        "p.png has 40 x 40 pixels, which take long to decode"
+        "p.png has 40 x 40 pixels, which are slow to decode"
     ]
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(DataError, match=r"p\.png has too many pixels"):
@@ -412,21 +420,21 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("text", NUMBERS)
-def test_numbers(text):
+def test_texts_that_are_numbers(text):
     assert parse_number(text) == float(text)
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_texts_that_are_no_numbers(text):
+def test_texts_that_are_not_numbers(text):
     assert parse_number(text) is None
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_no_reader_takes_a_text_for_a_number(text, tmp_path):
+def test_no_reader_accepts_other_texts_as_numbers(text, tmp_path):
     (tmp_path / "t.csv").write_text("x;y\n" + "1;2\n" * 9 + f"{text};2\n", encoding="utf-8")
-    with pytest.raises(DataError, match=r"t\.csv, row 10, column 'x': .* is no number"):
+    with pytest.raises(DataError, match=r"t\.csv, row 10, column 'x': .* is not a number"):
         TABLE(tmp_path / "t.csv")
-    with pytest.raises(DataError, match=r"t\.csv, row 10, column 'x': .* is no number"):
+    with pytest.raises(DataError, match=r"t\.csv, row 10, column 'x': .* is not a number"):
         fw.datasets.build("series", path=tmp_path / "t.csv", target="x", lookback=2, horizon=1)
     if text == "1,5":
         return  # two frames
@@ -436,24 +444,24 @@ def test_no_reader_takes_a_text_for_a_number(text, tmp_path):
 
 
 def read_column(path, label):
-    from framework_plugins.datasets.readers.tables import as_column, read_table
+    from framework_plugins.datasets.readers.columns import as_column
+    from framework_plugins.datasets.readers.tables import read_table
 
     return as_column(read_table(path)[label], label, path)
 
 
-def test_numbers_are_rounded_as_python_rounds_them(tmp_path):
+def test_numbers_are_rounded_as_by_python(tmp_path):
     bits = np.random.default_rng(0).integers(0, 2**64, 4000, dtype=np.uint64)
     doubles = bits.view(np.float64)
     doubles = doubles[np.isfinite(doubles) & (abs(doubles) < 3e38)]
-    texts = [repr(number) for number in doubles.tolist()] + [
-        f"{number:.25g}" for number in doubles.tolist()
-    ]
+    texts = [repr(number) for number in doubles.tolist()]
+    texts += [f"{number:.25g}" for number in doubles.tolist()]
     (tmp_path / "t.csv").write_text("x,y\n" + "".join(f"{text},1\n" for text in texts))
     expected = torch.tensor([float(text) for text in texts], dtype=torch.float64)
     assert torch.equal(read_column(tmp_path / "t.csv", "x"), expected)
 
 
-def test_line_separators_of_unicode_end_no_row(tmp_path):
+def test_line_separators_of_unicode_do_not_end_a_row(tmp_path):
     rows = [{"text": f"one\u2028two\x0b{row}", "label": "ab"[row % 2]} for row in range(10)]
     (tmp_path / "t.jsonl").write_text(
         "\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8"
@@ -467,7 +475,7 @@ def test_line_separators_of_unicode_end_no_row(tmp_path):
         assert read == [[row["text"], row["label"]] for row in rows]
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path):
+def test_a_byte_order_mark_is_not_part_of_the_first_name(tmp_path):
     rows = '5,3" disk,p\n' + "1,cd,q\n" * 20  # one quote, so that the rows are looked at
     (tmp_path / "t.csv").write_text('"size, cm",kind,y\n' + rows, encoding="utf-8-sig")
     data = fw.datasets.build("table", path=tmp_path / "t.csv", target="y")
@@ -475,6 +483,6 @@ def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["-nan", "+nan", "-NaN", "nan"])
-def test_a_number_that_was_printed_as_nan_is_an_empty_cell(text, tmp_path):
+def test_a_printed_nan_is_an_empty_cell(text, tmp_path):
     (tmp_path / "t.csv").write_text("x,y\n" + "1,2\n" * 9 + f"{text},2\n")
     assert read_column(tmp_path / "t.csv", "x").isnan().sum() == 1

@@ -13,13 +13,13 @@ from framework.data.dataset import Loader
 from framework.errors import DataError
 from framework.experiment.experiment import train
 from framework_plugins.datasets.array_files import DEBIAN_FOLDER, idx_file, read_idx
-from framework_plugins.datasets.readers.arrays import cache_folder
+from framework_plugins.datasets.readers.fetched import cache_folder
 
 RNG = np.random.default_rng(0)
 
 
 def draw(folder, count, size=(12, 8), ending="png"):
-    """Random pictures of width 12 and height 8."""
+    """Write random images, of width 12 and height 8 by default."""
     folder.mkdir(parents=True)
     for number in range(count):
         pixels = RNG.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
@@ -30,7 +30,7 @@ def draw(folder, count, size=(12, 8), ending="png"):
 def pets(tmp_path):
     draw(tmp_path / "pets/cat", 20)
     draw(tmp_path / "pets/dog", 10, ending="jpg")
-    (tmp_path / "pets/dog/notes.txt").write_text("no picture")
+    (tmp_path / "pets/dog/notes.txt").write_text("not an image")
     (tmp_path / "pets/.cache").mkdir()
     return tmp_path / "pets"
 
@@ -47,7 +47,7 @@ def test_folders_are_classes(pets):
     )
 
 
-def test_a_picture_is_its_middle_square(pets):
+def test_an_input_is_the_central_square_of_an_image(pets):
     data = fw.datasets.build(
         "image_folder", path=pets, size=8, normalize=False, val_fraction=0.0, test_fraction=0.0
     )
@@ -55,11 +55,8 @@ def test_a_picture_is_its_middle_square(pets):
     x, y = data.train[3]
     np.testing.assert_allclose(x * 255, pixels.transpose(2, 0, 1), atol=1e-4)
     assert (x.dtype, y.item()) == (torch.float32, 0)
-    assert fw.datasets.build("image_folder", path=pets, size=4, color="gray").train[0][0].shape == (
-        1,
-        4,
-        4,
-    )
+    gray = fw.datasets.build("image_folder", path=pets, size=4, color="gray")
+    assert gray.train[0][0].shape == (1, 4, 4)
 
 
 def test_parts_with_folders_are_kept(tmp_path):
@@ -75,32 +72,29 @@ def test_parts_with_folders_are_kept(tmp_path):
 
 def test_workers_decode_the_same(pets):
     data = fw.datasets.build("image_folder", path=pets, size=8)
-    one, two = (
-        list(Loader(data.train, batch_size=8, shuffle=True, workers=w).epoch()) for w in (0, 2)
-    )
-    assert all(
-        torch.equal(a, b)
-        for left, right in zip(one, two, strict=True)
-        for a, b in zip(left, right, strict=True)
-    )
+    expected = Loader(data.train, batch_size=8, shuffle=True).epoch()
+    found = Loader(data.train, batch_size=8, shuffle=True, workers=2).epoch()
+    for one, other in zip(expected, found, strict=True):
+        assert torch.equal(one[0], other[0])
+        assert torch.equal(one[1], other[1])
 
 
-def test_pictures_to_predict(pets):
+def test_images_to_predict(pets):
     data = fw.datasets.build("image_folder", path=pets, size=8, val_fraction=0.0, test_fraction=0.0)
-    facts, read = json.loads(json.dumps(data.facts())), type(data).read_inputs
-    assert torch.equal(
-        read(pets / "cat", facts), torch.stack([data.train[row][0] for row in range(20)])
-    )
+    facts = json.loads(json.dumps(data.facts()))
+    read = type(data).read_inputs
+    cats = torch.stack([data.train[row][0] for row in range(20)])
+    assert torch.equal(read(pets / "cat", facts), cats)
     assert torch.equal(read(pets / "cat/07.png", facts)[0], data.train[7][0])
     np.save(pets / "pixels.npy", np.zeros((2, 3, 8, 8), np.uint8))
     assert read(pets / "pixels.npy", facts).shape == (2, 3, 8, 8)
-    with pytest.raises(DataError, match="there is no such file or folder"):
+    with pytest.raises(DataError, match="no such file or folder"):
         read(pets / "none", facts)
-    with pytest.raises(DataError, match=r"notes.txt cannot be read as a picture"):
+    with pytest.raises(DataError, match=r"notes.txt cannot be read as an image"):
         read(pets / "dog/notes.txt", facts)
 
 
-def test_turned_and_transparent_pictures(tmp_path):
+def test_rotated_and_transparent_images(tmp_path):
     draw(tmp_path / "a", 1)
     draw(tmp_path / "b", 1)
     turned = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).convert("RGB")
@@ -119,31 +113,31 @@ def test_turned_and_transparent_pictures(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("keep", [0.02, 0.5])
-def test_a_corrupt_picture_is_named(tmp_path, workers, keep):
+def test_the_error_of_a_corrupt_image_names_it(tmp_path, workers, keep):
     for name in "ab":
         draw(tmp_path / name, 2, (64, 64), "jpg")
     data = fw.datasets.build("image_folder", path=tmp_path, size=8, val_fraction=0, test_fraction=0)
     file = tmp_path / "b/01.jpg"
     file.write_bytes(file.read_bytes()[: int(keep * file.stat().st_size)])
-    with pytest.raises(DataError, match=r"^\S*b/01.jpg cannot be read as a picture"):
+    with pytest.raises(DataError, match=r"^\S*b/01.jpg cannot be read as an image"):
         list(Loader(data.train, workers=workers).epoch())
     file.unlink()
-    with pytest.raises(DataError, match="no such picture any more"):
+    with pytest.raises(DataError, match="the image no longer exists"):
         list(Loader(data.train, workers=workers).epoch())
 
 
-def test_folders_that_are_no_data_set(tmp_path):
+def test_folders_that_are_not_data_sets_are_refused(tmp_path):
     def refused(said):
         with pytest.raises(DataError, match=said):
             fw.datasets.build("image_folder", path=tmp_path / "pets")
 
-    refused("there is no such folder")
+    refused("no such folder")
     (tmp_path / "pets").mkdir()
-    refused("has no folders; put the pictures of each class into a folder")
+    refused("has no folders; put the images of each class")
     draw(tmp_path / "pets/cat", 2)
-    refused("one class only, 'cat'")
+    refused("only one class, 'cat'")
     (tmp_path / "pets/dog").mkdir()
-    refused("pets/dog has no pictures")
+    refused("pets/dog has no images")
     (tmp_path / "pets/dog/a.png").touch()
     refused("a.png is an empty file")
 
@@ -155,31 +149,29 @@ def test_without_pillow_the_error_says_what_to_install(pets, monkeypatch):
         fw.datasets.build("image_folder", path=pets)
 
 
-# --- Fashion-MNIST: the experiment on a slice of the data, where it was fetched
+# --- Fashion-MNIST: the experiment on a part of the data, if it is fetched ---
 
 
 @pytest.fixture(scope="module")
 def clothes(tmp_path_factory):
-    """The first 2,000 pictures to train on and the first 500 of the test, as files of their own."""
-    found = [
-        folder for folder in (DEBIAN_FOLDER, cache_folder() / "fashion-mnist") if folder.is_dir()
-    ]
-    if not found:
-        pytest.skip("Fashion-MNIST is not here: scripts/fetch_data fashion_mnist")
+    """Write the first 2,000 images for training and the first 500 of the test as IDX files."""
+    source = DEBIAN_FOLDER if DEBIAN_FOLDER.is_dir() else cache_folder() / "fashion-mnist"
+    if not source.is_dir():
+        pytest.skip("Fashion-MNIST is not fetched: scripts/fetch_data fashion_mnist")
     folder = tmp_path_factory.mktemp("clothes")
     for part, count in (("train", 2000), ("t10k", 500)):
-        pixels, labels = (
-            read_idx(idx_file(found[0], f"{part}-{what}"))[:count] for what in ("images", "labels")
-        )
-        images = struct.pack(">4B3I", 0, 0, 8, 3, *pixels.shape) + pixels.tobytes()
-        (folder / f"{part}-images-idx3-ubyte").write_bytes(images)
-        (folder / f"{part}-labels-idx1-ubyte").write_bytes(
-            struct.pack(">4BI", 0, 0, 8, 1, count) + labels.tobytes()
-        )
+        pixels = read_idx(idx_file(source, f"{part}-images"))[:count]
+        labels = read_idx(idx_file(source, f"{part}-labels"))[:count]
+        images_header = struct.pack(">4B3I", 0, 0, 8, 3, *pixels.shape)
+        labels_header = struct.pack(">4BI", 0, 0, 8, 1, count)
+        images_file = folder / f"{part}-images-idx3-ubyte"
+        labels_file = folder / f"{part}-labels-idx1-ubyte"
+        images_file.write_bytes(images_header + pixels.tobytes())
+        labels_file.write_bytes(labels_header + labels.tobytes())
     return folder
 
 
-def test_clothes_are_told_apart(clothes, tmp_path, monkeypatch):
+def test_clothes_are_classified(clothes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small = [
         "model.channels=[8,16]",

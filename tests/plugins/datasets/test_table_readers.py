@@ -14,7 +14,8 @@ import torch
 
 import framework as fw
 from framework.errors import DataError
-from framework_plugins.datasets.readers.tables import as_texts, read_table
+from framework_plugins.datasets.readers.columns import as_texts
+from framework_plugins.datasets.readers.tables import read_table
 
 PETS = """name,weight,colour,age,kind
 Rex,30.5,brown,4,dog
@@ -35,20 +36,20 @@ def pets(tmp_path):
     return path
 
 
-def whole(path, target="kind", **settings):
-    """All rows in train, so that rows stay in the order of the file."""
+def load_all(path, target="kind", **settings):
+    """Load the table with all rows in train, in the order of the file."""
     return fw.datasets.build(
         "table", path=path, target=target, val_fraction=0.0, test_fraction=0.0, **settings
     )
 
 
-def refused(path, said, target="kind", **settings):
-    with pytest.raises(DataError, match=said):
-        whole(path, target, **settings)
+def check_refused(path, message, target="kind", **settings):
+    with pytest.raises(DataError, match=message):
+        load_all(path, target, **settings)
 
 
 def test_columns_become_inputs(pets):
-    data = whole(pets, ignore=["name"], mark_missing=False)
+    data = load_all(pets, ignore=["name"], mark_missing=False)
     x, y = data.train.tensors
     weight = np.array([30.5, 4, 5, 28, 3.5, 35, 4.5, 26])
     age = np.array([4, np.nan, 2, 9, 1, np.nan, 7, 3])
@@ -57,24 +58,17 @@ def test_columns_become_inputs(pets):
     np.testing.assert_allclose(
         x[:, 4], (age_filled - np.nanmean(age)) / np.nanstd(age), rtol=1e-5, atol=1e-6
     )
-    assert x[:, 1:4].tolist()[:5] == [
-        [0, 1, 0],
-        [1, 0, 0],
-        [0, 0, 1],
-        [0, 1, 0],
-        [0, 0, 0],
-    ]  # black, brown, white
-    assert (data.in_shape, data.classes, y.tolist()) == (
-        (5,),
-        ["cat", "dog"],
-        [1, 0, 0, 1, 0, 1, 0, 1],
-    )
+    black_brown_white = [[0, 1, 0], [1, 0, 0], [0, 0, 1], [0, 1, 0], [0, 0, 0]]
+    assert x[:5, 1:4].tolist() == black_brown_white
+    assert data.in_shape == (5,)
+    assert data.classes == ["cat", "dog"]
+    assert y.tolist() == [1, 0, 0, 1, 0, 1, 0, 1]
 
 
-def test_features_are_chosen_and_codes_are_texts(pets):
-    data = whole(pets, features=["age"], categorical=["age"], mark_missing=False)
+def test_features_can_be_chosen_and_codes_be_texts(pets):
+    data = load_all(pets, features=["age"], categorical=["age"], mark_missing=False)
     assert data.facts()["columns"] == [{"name": "age", "texts": ["1", "2", "3", "4", "7", "9"]}]
-    raw = whole(pets, features=["weight"], normalize=False)
+    raw = load_all(pets, features=["weight"], normalize=False)
     assert raw.train.tensors[0][:2].tolist() == [[30.5], [4.0]]
 
 
@@ -93,11 +87,11 @@ def test_the_kind_of_target_is_inferred_or_given(tmp_path, cells, settings, kind
     (tmp_path / "t.csv").write_text(
         "x,y\n" + "".join(f"{i},{cell}\n" for i, cell in enumerate(cells))
     )
-    data = whole(tmp_path / "t.csv", "y", **settings)
+    data = load_all(tmp_path / "t.csv", "y", **settings)
     assert (data.target, data.classes) == (kind, classes)
     if kind == "value":
         expected = torch.tensor([float(cell) for cell in cells], dtype=torch.float64)
-        found = data.scale.back(data.train.tensors[1][:, 0])
+        found = data.scale.inverse_transform(data.train.tensors[1][:, 0])
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
@@ -123,13 +117,14 @@ def test_an_official_test_file_is_kept(pets, tmp_path):
     )
     assert data.classes == ["bird", "cat", "dog"]
     assert data.test.tensors[1].tolist() == [0, 1]
-    width, age = data.test.tensors[0].shape[1], 2 if data.learnt[-1].get("missing") else 1
+    width = data.test.tensors[0].shape[1]
+    age = 2 if data.column_facts[-1].get("missing") else 1
     assert data.test.tensors[0][0, 1 : width - age].sum() == 0  # green, which training never saw
     assert len(data.train) + len(data.val) == 8
 
 
 def test_rows_to_predict_need_only_the_feature_columns(pets, tmp_path):
-    data = whole(pets, ignore=["name"])
+    data = load_all(pets, ignore=["name"])
     facts = json.loads(json.dumps(data.facts()))
     assert torch.equal(type(data).read_inputs(pets, facts), data.train.tensors[0])
     file = tmp_path / "new.csv"
@@ -142,13 +137,13 @@ def test_rows_to_predict_need_only_the_feature_columns(pets, tmp_path):
         type(data).read_inputs(file, facts)
     file.write_text("age,colour,weight\n1,red,3\n2,red,heavy\n")
     with pytest.raises(
-        DataError, match=r"new\.csv, row 2, column 'weight': 'heavy' is no number; correct it$"
+        DataError, match=r"new\.csv, row 2, column 'weight': 'heavy' is not a number; correct it$"
     ):
         type(data).read_inputs(file, facts)
 
 
 def test_parquet_gzip_and_other_delimiters_read_the_same(pets, tmp_path):
-    expected = whole(pets, ignore=["name"]).train.tensors[0]
+    expected = load_all(pets, ignore=["name"]).train.tensors[0]
     with gzip.open(tmp_path / "pets.csv.gz", "wt") as file:
         file.write(PETS)
     (tmp_path / "semicolon.csv").write_text(
@@ -162,7 +157,9 @@ def test_parquet_gzip_and_other_delimiters_read_the_same(pets, tmp_path):
     table["colour"] = pyarrow.array([cell or None for cell in table["colour"]]).dictionary_encode()
     pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "pets.parquet")
     for name in ("pets.csv.gz", "semicolon.csv", "tabs.tsv", "pets.parquet"):
-        assert torch.equal(whole(tmp_path / name, ignore=["name"]).train.tensors[0], expected), name
+        assert torch.equal(load_all(tmp_path / name, ignore=["name"]).train.tensors[0], expected), (
+            name
+        )
 
 
 def test_parquet_knows_its_types(tmp_path):
@@ -172,51 +169,55 @@ def test_parquet_knows_its_types(tmp_path):
         "y": [1.0, 2.0, 3.0],
     }
     pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "t.parquet")
-    assert whole(tmp_path / "t.parquet", "y").target == "value"
-    assert whole(tmp_path / "t.parquet", "flag", ignore=["day"]).classes == ["False", "True"]
+    assert load_all(tmp_path / "t.parquet", "y").target == "value"
+    assert load_all(tmp_path / "t.parquet", "flag", ignore=["day"]).classes == ["False", "True"]
     (tmp_path / "broken.parquet").write_bytes((tmp_path / "t.parquet").read_bytes()[:200])
-    refused(tmp_path / "broken.parquet", "broken.parquet is no readable Parquet file")
+    check_refused(tmp_path / "broken.parquet", "broken.parquet is not a readable Parquet file")
 
 
-def test_columns_that_are_not_there(pets, tmp_path):
-    refused(pets, "has no column 'knd'; did you mean 'kind'?", "knd")
-    refused(pets, "has no column 'wieght'; did you mean 'weight'?", features=["wieght"])
-    refused(pets, "has no column 'nme'", ignore=["nme"])
-    refused(pets, "'kind' is the target and cannot be a feature too", features=["kind", "age"])
-    refused(tmp_path / "none.csv", "there is no such file")
-    refused(pets, "column 'name' has 8 different texts; leave it out", max_categories=7)
+def test_unknown_columns_are_refused(pets, tmp_path):
+    check_refused(pets, "has no column 'knd'; did you mean 'kind'?", "knd")
+    check_refused(pets, "has no column 'wieght'; did you mean 'weight'?", features=["wieght"])
+    check_refused(pets, "has no column 'nme'", ignore=["nme"])
+    check_refused(
+        pets, "'kind' is the target and cannot be a feature too", features=["kind", "age"]
+    )
+    check_refused(tmp_path / "none.csv", "no such file")
+    check_refused(pets, "column 'name' has 8 different texts.*max_categories=7", max_categories=7)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
-        ("", "is empty; its first line must name the columns"),
+        ("", "is empty; the first line must name the columns"),
         ("x,kind\n", "has no rows"),
-        ("1,2\n3,4\n", "must name the columns, but it holds numbers: 1, 2"),
+        ("1,2\n3,4\n", "must name the columns, got numbers: 1, 2"),
         ("x,x,kind\n1,2,a\n", "two columns are called 'x'"),
         ("x,kind\n1,a\n2,b,c\n", "line 3: 3 cells, but 2 columns"),
         (
             "x,kind\n1,a\n2,b\nthree,a\n4,b\n",
-            r"row 3, column 'x': 'three' is no number; .* or categorical=\[x\]",
+            r"row 3, column 'x': 'three' is not a number.*categorical=\[x\]",
         ),
-        ("x,kind\n1,a\ninf,b\n3,a\n", "row 2, column 'x': 'inf' is no number"),
+        ("x,kind\n1,a\ninf,b\n3,a\n", "row 2, column 'x': 'inf' is not a number"),
         ("x,kind\n1,a\n2,\n", "row 2: the target 'kind' is empty"),
         (
             "x,kind\n1,1\n2,2\n3,x\n",
-            "row 3, column 'kind': 'x' is no number; correct it, or say target_kind=class",
+            "row 3, column 'kind': 'x' is not a number.*target_kind=class",
         ),
         ("x,kind\n1,a\n2,a\n", "column 'kind': every target is 'a'"),
         ("x,kind\n,a\n,b\n", "column 'x' is empty in the training split"),
-        ('x,kind\n1,"a\n', r'no well-formed CSV: a quote \("\) is not closed'),
-        ('x,kind\n1,"a"b\n2,c\n', "no well-formed CSV: ',' expected after '\"'"),
+        ('x,kind\n1,"a\n', r'not well-formed CSV: a quote \("\) is not closed'),
+        ('x,kind\n1,a\n2,"b\n3,c\n', r'line 3: not well-formed CSV: a quote \("\) is not closed'),
+        ('x,kind\n""1,a\n2,b\n', "line 2: not well-formed CSV: ',' expected after '\"'"),
+        ('x,kind\n1,"a"b\n2,c\n', "not well-formed CSV: ',' expected after '\"'"),
         ('x,kind\n1,"a\nb"\n2\n', "line 4: 1 cells, but 2 columns"),
         ("x,kind\n1,a,\n2,b,\n", "line 2: 3 cells, but 2 columns"),
-        ("x,kind\n3_400,a\n2,b\n3,a\n", "row 1, column 'x': '3_400' is no number"),
+        ("x,kind\n3_400,a\n2,b\n3,a\n", "row 1, column 'x': '3_400' is not a number"),
     ],
 )
-def test_tables_that_cannot_be_read(tmp_path, text, said):
+def test_malformed_tables_are_refused(tmp_path, text, message):
     (tmp_path / "bad.csv").write_text(text)
-    refused(tmp_path / "bad.csv", said)
+    check_refused(tmp_path / "bad.csv", message)
 
 
 @pytest.mark.parametrize(
@@ -235,9 +236,9 @@ def test_tables_that_cannot_be_read(tmp_path, text, said):
         pytest.param("x, kind\n 1, a\n +2, b\n3.0 ,a\n", id="blanks"),
     ],
 )
-def test_spellings_of_one_table(tmp_path, text):
+def test_variants_of_one_table_are_read_the_same(tmp_path, text):
     (tmp_path / "t.csv").write_text(text, encoding="utf-8", newline="")
-    data = whole(tmp_path / "t.csv", normalize=False)
+    data = load_all(tmp_path / "t.csv", normalize=False)
     assert data.train.tensors[0].tolist() == [[1], [2], [3]]
     assert (data.train.tensors[1].tolist(), data.classes) == ([0, 1, 0], ["a", "b"])
 
@@ -245,11 +246,12 @@ def test_spellings_of_one_table(tmp_path, text):
 def test_cells_of_several_lines_and_of_megabytes(tmp_path):
     cells = ["one\nline", "b" * 2**21, 'a "quoted" word', "one\nline"]
     with open(tmp_path / "t.csv", "w", newline="") as file:
-        csv.writer(file).writerows(
-            [["the\ntext", "y"], *([cell, row] for row, cell in enumerate(cells))]
-        )
-    data = whole(tmp_path / "t.csv", "y", target_kind="value")
-    assert data.learnt == [{"name": "the\ntext", "texts": sorted(set(cells))}]
+        writer = csv.writer(file)
+        writer.writerow(["the\ntext", "y"])
+        for row, cell in enumerate(cells):
+            writer.writerow([cell, row])
+    data = load_all(tmp_path / "t.csv", "y", target_kind="value")
+    assert data.column_facts == [{"name": "the\ntext", "texts": sorted(set(cells))}]
 
 
 def test_thousands_of_columns(tmp_path):
@@ -261,7 +263,7 @@ def test_thousands_of_columns(tmp_path):
         header=",".join(f"c{n}" for n in range(5000)),
         comments="",
     )
-    data = whole(tmp_path / "t.csv", "c0", normalize=False)
+    data = load_all(tmp_path / "t.csv", "c0", normalize=False)
     np.testing.assert_allclose(data.train.tensors[0], numbers[:, 1:], rtol=1e-6)
 
 
@@ -275,21 +277,21 @@ def test_thousands_of_columns(tmp_path):
         ([" a", "a", "b "], ["a", "b"]),
     ],
 )
-def test_classes_are_named_as_they_are_written(tmp_path, cells, classes):
+def test_the_names_of_classes_are_the_cells(tmp_path, cells, classes):
     (tmp_path / "t.csv").write_text(
         "x,y\n" + "".join(f"{row},{cell}\n" for row, cell in enumerate(cells))
     )
-    assert whole(tmp_path / "t.csv", "y", target_kind="class").classes == classes
+    assert load_all(tmp_path / "t.csv", "y", target_kind="class").classes == classes
 
 
-def test_integers_that_float64_does_not_tell_apart_are_refused(tmp_path):
+def test_integers_that_float64_cannot_distinguish_are_refused(tmp_path):
     (tmp_path / "t.csv").write_text("x,y\n9007199254740992,1\n9007199254740993,2\n,3\n")
-    refused(
-        tmp_path / "t.csv", "float64 does not tell 9007199254740992 and 9007199254740993 apart", "y"
+    check_refused(
+        tmp_path / "t.csv", "float64 cannot distinguish 9007199254740992 and 9007199254740993", "y"
     )
 
 
-def test_any_csv_is_read_as_by_pythons_own_reader(tmp_path):
+def test_csv_is_read_as_by_the_csv_module(tmp_path):
     draw = np.random.default_rng(0)
     known = [
         "1",
@@ -310,23 +312,19 @@ def test_any_csv_is_read_as_by_pythons_own_reader(tmp_path):
         "nan",
     ]
     for number in range(40):
-        rows = [
-            [known[place] for place in draw.integers(0, len(known), 3)]
-            for _ in range(draw.integers(1, 9))
-        ]
+        rows = draw.choice(known, (draw.integers(1, 9), 3)).tolist()
         with open(tmp_path / "t.csv", "w", newline="", encoding="utf-8") as file:
-            csv.writer(file, delimiter=",;\t|"[number % 4]).writerows(
-                [["one", "two", "three"], *rows]
-            )
+            writer = csv.writer(file, delimiter=",;\t|"[number % 4])
+            writer.writerows([["one", "two", "three"], *rows])
         table = read_table(tmp_path / "t.csv")
         for place, label in enumerate(("one", "two", "three")):
-            texts = [row[place].strip() for row in rows]
-            empty = [text.lower() in ("", "na", "null", "nan") for text in texts]
             column = as_texts(table[label])
-            found = [None if code < 0 else column.known[code] for code in column.codes.tolist()]
-            assert found == [
-                None if missing else text for text, missing in zip(texts, empty, strict=True)
-            ]
+            for row, code in zip(rows, column.codes.tolist(), strict=True):
+                text = row[place].strip()
+                if text.lower() in ("", "na", "null", "nan"):
+                    assert code == -1
+                else:
+                    assert column.known[code] == text
 
 
 PAIRS = 7
@@ -343,7 +341,8 @@ start = time.process_time()
 if kind == "arrow":
     table = pyarrow.csv.read_csv(path)
     columns = [torch.from_numpy(cells.to_numpy().copy()).double() for cells in table.columns]
-    inputs = torch.stack([((column - column.mean()) / column.std()).float() for column in columns], dim=1)
+    inputs = [((column - column.mean()) / column.std()).float() for column in columns]
+    inputs = torch.stack(inputs, dim=1)
 else:
     data = fw.datasets.build("table", path=path, target="x9")
 seconds = time.process_time() - start
@@ -353,7 +352,7 @@ print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 @pytest.mark.slow
 def test_a_million_rows_are_read_about_as_fast_as_by_arrow(tmp_path):
-    """From the file to the tensors of the splits, in turn with pyarrow.csv and a standardisation of its columns."""
+    """Compare with pyarrow.csv and a standardisation of its columns."""
     numbers = np.random.default_rng(0).normal(size=(10**6, 10)).round(4)
     path = tmp_path / "t.csv"
     pyarrow.csv.write_csv(
@@ -368,18 +367,18 @@ def test_a_million_rows_are_read_about_as_fast_as_by_arrow(tmp_path):
                 command, env=environment, stdout=subprocess.PIPE, text=True, check=True
             )
             own.append([float(figure) for figure in done.stdout.split()])
-    arrow, table = np.median(figures["arrow"], axis=0), np.median(figures["table"], axis=0)
-    print(
-        f"arrow {arrow[0]:.2f} s, {arrow[1] / 1024:.0f} MiB; table {table[0]:.2f} s, {table[1] / 1024:.0f} MiB"
-    )
+    arrow = np.median(figures["arrow"], axis=0)
+    table = np.median(figures["table"], axis=0)
+    for name, (seconds, kibibytes) in (("arrow", arrow), ("table", table)):
+        print(f"{name} {seconds:.2f} s, {kibibytes / 1024:.0f} MiB")
     assert table[0] < 1.5 * arrow[0]
     assert table[1] < 4 * arrow[1]
 
 
-def test_a_file_of_another_encoding(tmp_path):
+def test_a_file_in_another_encoding_is_refused(tmp_path):
     (tmp_path / "bad.csv").write_bytes("x,kind\n1,Bär\n".encode("latin-1"))
-    refused(tmp_path / "bad.csv", r"bad\.csv is no UTF-8 text \(byte 10\)")
+    check_refused(tmp_path / "bad.csv", r"bad\.csv is not UTF-8 text \(byte 10\)")
     (tmp_path / "bad.csv").write_bytes("xä,kind\n1,a\n".encode("latin-1"))
-    refused(tmp_path / "bad.csv", r"bad\.csv is no UTF-8 text \(byte 1\)")
+    check_refused(tmp_path / "bad.csv", r"bad\.csv is not UTF-8 text \(byte 1\)")
     (tmp_path / "bad.csv.gz").write_bytes(gzip.compress(PETS.encode())[:60])
-    refused(tmp_path / "bad.csv.gz", "cannot be read")
+    check_refused(tmp_path / "bad.csv.gz", "cannot be read")

@@ -18,15 +18,15 @@ from framework.experiment.load import open_run
 from framework.runs.checkpoint import listed
 from framework.runtime.shapes import output_shape
 from framework_plugins.datasets.audio import (
+    DEBIAN_FOLDER,
     PITCH,
-    SOUNDS,
     VOICES,
+    find_prompts,
     find_voices,
-    prompt_files,
     read_waveform,
     resampled,
 )
-from framework_plugins.datasets.readers.arrays import cache_folder
+from framework_plugins.datasets.readers.fetched import cache_folder
 from voices import RATE, small_voices, tone, write_wav
 
 # Made with librosa 0.11.0: `filters.mel` and `feature.melspectrogram` (n_fft 256, window 200, hop 80, 24 mels, power 2,
@@ -257,7 +257,7 @@ def test_another_rate_is_an_error_that_names_the_file_or_is_resampled(sounds):
     write_wav(sounds / "low" / "05.wav", tone(400, rate=11025), rate=11025)
     with pytest.raises(
         DataError,
-        match=r"low/05.wav has 11025 samples a second, not 8000: give .*data.resample=true",
+        match=r"low/05.wav has 11025 samples per second, expected 8000.*data.resample=true",
     ):
         folder(sounds)
     data = folder(sounds, resample=True, val_fraction=0.0, test_fraction=0.0)
@@ -292,12 +292,12 @@ def test_bad_files_are_named(sounds):
         (sounds / file).write_bytes(before)
 
     refused(
-        r"low/03.wav is 0 s long; at least 0.01 s .*min_seconds",
+        r"low/03.wav is 0 s long.*min_seconds=0.01",
         write=lambda file: write_wav(file, []),
     )
     refused("low/03.wav is 0.005 s long", write=lambda file: write_wav(file, np.zeros(40)))
     refused(
-        "low/03.wav is cut off: 100 of 2000 frames",
+        "low/03.wav is cut off: it has 100 of 2000 frames",
         write=lambda f: f.write_bytes(f.read_bytes()[:244]),
     )
     refused(
@@ -310,18 +310,18 @@ def test_bad_files_are_named(sounds):
 
 
 def test_folders_that_are_no_data_set(sounds):
-    with pytest.raises(DataError, match="there is no such folder"):
+    with pytest.raises(DataError, match="no such folder"):
         folder(sounds / "nowhere")
     with pytest.raises(DataError, match="has no folders; put the sounds of each class"):
         folder(sounds / "low")
     (sounds / "none").mkdir()
-    with pytest.raises(DataError, match=r"sounds/none has no sounds; known are .*\.flac"):
+    with pytest.raises(DataError, match=r"sounds/none has no sounds; known suffixes: .*\.flac"):
         folder(sounds)
     (sounds / "none").rmdir()
     for file in (sounds / "high").iterdir():
         file.rename(sounds / f"{file.name}.away")
     (sounds / "high").rmdir()
-    with pytest.raises(DataError, match="one class only, 'low'"):
+    with pytest.raises(DataError, match="only one class, 'low'"):
         folder(sounds)
 
 
@@ -329,7 +329,7 @@ def test_a_wrong_file_is_two_lines_and_status_2(command, sounds):
     write_wav(sounds / "low" / "05.wav", tone(400), rate=22050)
     status, out, err = command(f"train data=audio_folder data.path={sounds}")
     assert status == 2
-    assert "high/00.wav has 8000 samples a second, not 16000" in out + err
+    assert "high/00.wav has 8000 samples per second, expected 16000" in out + err
     assert "Traceback" not in out + err
 
 
@@ -347,7 +347,7 @@ def test_a_prompt_is_in_one_split_with_all_its_languages(tmp_path):
 
 
 def test_missing_prompts_say_how_to_get_them(tmp_path):
-    said = r"not in .*; fetch them \(98 MB\) with: .*scripts/fetch_data'? asterisk. Without them: data=tones"
+    said = r"not in .*; fetch them \(98 MB\) with: .*scripts/fetch_data'? asterisk \(data=tones"
     with pytest.raises(DataError, match=said):
         fw.datasets.build("asterisk", path=tmp_path)
 
@@ -449,11 +449,11 @@ def test_tones_are_told_apart_by_a_transformer(tmp_path):
 def test_languages_are_learnt_on_a_slice(tmp_path, model):
     """80 prompts in five languages; the most frequent language is a fifth of them."""
     root = (
-        find_voices([SOUNDS, cache_folder() / "asterisk"])
+        find_voices([DEBIAN_FOLDER, cache_folder() / "asterisk"])
         if asterisk_is_here()
         else pytest.skip("not fetched")
     )
-    every = [prompt_files(root / folder) for folder in VOICES.values()]
+    every = [find_prompts(root / folder) for folder in VOICES.values()]
     names = sorted(set.intersection(*map(set, every)))[-80:]
     for folder, files in zip(VOICES.values(), every, strict=True):
         for name in names:
@@ -467,7 +467,7 @@ def test_languages_are_learnt_on_a_slice(tmp_path, model):
 
 def asterisk_is_here():
     try:
-        find_voices([SOUNDS, cache_folder() / "asterisk"])
+        find_voices([DEBIAN_FOLDER, cache_folder() / "asterisk"])
     except DataError:
         return False
     return True
@@ -519,7 +519,7 @@ def test_a_run_predicts_from_sound_files(heard, tmp_path):
     names = [file.stem.split("_")[1] for file in sorted((tmp_path / "sounds").iterdir())]
     assert sum(map(str.__eq__, found, names)) > 25
     write_wav(tmp_path / "other.wav", tone(300), rate=16000)
-    with pytest.raises(DataError, match=r"other.wav has 16000 samples a second, not 8000"):
+    with pytest.raises(DataError, match=r"other.wav has 16000 samples per second, expected 8000"):
         trained.read_inputs(tmp_path / "other.wav")
 
 

@@ -1,4 +1,4 @@
-"""What the loggers leave behind, read back by TensorBoard itself and by a JSON parser."""
+"""Files of the loggers, read back by TensorBoard itself and by a JSON parser."""
 
 import io
 import json
@@ -13,9 +13,11 @@ import numpy
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.graph_pb2 import GraphDef
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import nn
 
 import framework as fw
@@ -53,7 +55,7 @@ def test_tensorboard_reads_the_scalars(tmp_path):
     assert events.Scalars("val/loss")[0].value == math.inf
 
 
-def test_a_resumed_run_voids_what_it_does_again(tmp_path):
+def test_a_resumed_run_discards_the_records_after_its_checkpoint(tmp_path):
     first = log(tmp_path)
     for step in range(10, 60, 10):
         scalars(first, {"train/loss": 1.0}, step)
@@ -66,7 +68,7 @@ def test_a_resumed_run_voids_what_it_does_again(tmp_path):
     assert curve == [(10, 1), (20, 1), (30, 1), (40, 2), (50, 2), (60, 2)]
 
 
-def test_a_killed_run_has_kept_everything(tmp_path):
+def test_a_killed_run_keeps_all_its_records(tmp_path):
     code = f"""
 import framework as fw
 from pathlib import Path
@@ -85,7 +87,7 @@ import time; time.sleep(60)
     assert len(read(tmp_path).Scalars("loss")) == 500
 
 
-def test_charts_lay_training_over_validation(tmp_path):
+def test_each_chart_shows_training_and_validation(tmp_path):
     log(tmp_path, metrics=["loss", "f1.macro"]).close()
     layout = Layout.FromString(tensors(read(tmp_path), "custom_scalars__config__")[0].string_val[0])
     charts = {chart.title: list(chart.multiline.tag) for chart in layout.category[0].chart}
@@ -117,11 +119,11 @@ def test_hparams_are_in_the_same_run_with_their_types(tmp_path):
         tag: HParamsPluginData.FromString(c)
         for tag, c in events.PluginTagToContent("hparams").items()
     }
-    start = content["_hparams_/session_start_info"].session_start_info.hparams
-    assert {
-        name: (value.WhichOneof("kind"), getattr(value, value.WhichOneof("kind")))
-        for name, value in start.items()
-    } == {
+    recorded = {}
+    for name, value in content["_hparams_/session_start_info"].session_start_info.hparams.items():
+        kind = value.WhichOneof("kind")
+        recorded[name] = (kind, getattr(value, kind))
+    assert recorded == {
         "optimizer": ("string_value", "adamw"),
         "optimizer.lr": ("number_value", 1e-3),
         "optimizer.betas": ("string_value", "[0.9, 0.999]"),
@@ -131,7 +133,7 @@ def test_hparams_are_in_the_same_run_with_their_types(tmp_path):
     assert content["_hparams_/session_end_info"].session_end_info.status == 1  # success
 
 
-def test_texts_pictures_and_histograms(tmp_path):
+def test_texts_images_and_histograms(tmp_path):
     from PIL import Image
 
     board = log(tmp_path, bins=10)
@@ -171,78 +173,80 @@ class Residual(nn.Module):
         return {"logits": self.drop(inputs + self.body(inputs))}
 
 
-def test_graph_shows_modules_and_disturbs_nothing(tmp_path):
+def test_the_graph_shows_modules_and_tracing_changes_nothing(tmp_path):
     model = Residual()
     model.body[1].eval()
-    inputs, board = torch.rand(8, 4), log(tmp_path)
-    random, mean = torch.get_rng_state(), model.body[1].running_mean.clone()
+    inputs = torch.rand(8, 4)
+    board = log(tmp_path)
+    random_state = torch.get_rng_state()
+    mean = model.body[1].running_mean.clone()
     board.graph(model, inputs)
     board.close()
     graph = GraphDef.FromString(read(tmp_path)._graph)
     nodes = {node.name: list(node.input) for node in graph.node}
-    linear, norm = "body/0 (Linear)/linear", "body/1 (BatchNorm1d)/batch_norm"
-    assert nodes[linear] == ["input", "body/0 (Linear)/weight", "body/0 (Linear)/bias"]
-    assert nodes["add"] == ["input", norm]
+    linear_inputs = ["input", "body/0 (Linear)/weight", "body/0 (Linear)/bias"]
+    assert nodes["body/0 (Linear)/linear"] == linear_inputs
+    assert nodes["add"] == ["input", "body/1 (BatchNorm1d)/batch_norm"]
     assert nodes["output"] == ["drop (Dropout)/dropout"]
-    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(torch.get_rng_state(), random_state)
     assert torch.equal(model.body[1].running_mean, mean)
     assert model.training
     assert not model.body[1].training
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_a_graph_that_cannot_be_drawn_is_a_text(tmp_path):
+def test_a_model_that_fails_in_tracing_leaves_a_text(tmp_path):
     board = log(tmp_path)
     board.graph(nn.Linear(3, 3), torch.rand(2, 4))
     board.close()
-    assert (
-        b"mat1 and mat2 shapes cannot be multiplied"
-        in tensors(read(tmp_path), "graph")[0].string_val[0]
-    )
-    quiet = log(tmp_path / "quiet", graph=False)
-    quiet.graph(nn.Linear(3, 3), torch.rand(2, 3))
-    quiet.close()
-    assert not read(tmp_path / "quiet").Tags()["graph"]
+    text = tensors(read(tmp_path), "graph")[0].string_val[0]
+    assert b"mat1 and mat2 shapes cannot be multiplied" in text
+    without_graph = log(tmp_path / "without", graph=False)
+    without_graph.graph(nn.Linear(3, 3), torch.rand(2, 3))
+    without_graph.close()
+    assert not read(tmp_path / "without").Tags()["graph"]
 
 
-def test_checksum_is_crc32c():
-    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c as theirs
-
-    from framework_plugins.loggers.tensorboard import masked_crc32c
-
-    for data in (b"", b"123456789", os.urandom(1000)):
-        assert int.from_bytes(masked_crc32c(data), "little") == theirs(data)
+def test_records_equal_those_of_the_record_writer_of_tensorboard(tmp_path):
+    board = log(tmp_path)
+    for step in range(20):
+        scalars(board, {"loss": step / 3}, step)
+    board.text("long", "x" * 10_000)
+    board.close()
+    (file,) = tmp_path.iterdir()
+    reference = io.BytesIO()
+    writer = RecordWriter(reference)
+    for record in RawEventFileLoader(str(file)).Load():
+        writer.write(record)
+    assert file.read_bytes() == reference.getvalue()
 
 
 def test_files_of_one_second_are_read_in_order(tmp_path):
     for _ in range(3):
         log(tmp_path).close()
         time.sleep(0.001)
-    names = [
-        file.name for file in sorted(tmp_path.iterdir(), key=lambda file: file.stat().st_mtime_ns)
-    ]
-    assert names == sorted(names)
+    by_name = sorted(tmp_path.iterdir())
+    by_time = sorted(tmp_path.iterdir(), key=lambda file: file.stat().st_mtime_ns)
+    assert by_name == by_time
 
 
-def lines(folder):
+def read_rows(folder):
     def refuse(constant):
         raise ValueError(f"{constant} is no JSON")
 
-    return [
-        json.loads(line, parse_constant=refuse)
-        for line in (folder / "metrics.jsonl").read_text().splitlines()
-    ]
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
 
 
-def test_json_lines_are_on_disk_at_once_and_always_json(tmp_path):
+def test_json_lines_are_written_without_buffering_and_are_valid_json(tmp_path):
     logger = log(tmp_path, "json_lines")
     scalars(logger, {"val/loss": 0.08, "val/accuracy": 1}, step=450, epoch=10, wall_seconds=3.20049)
-    assert lines(tmp_path) == [
+    assert read_rows(tmp_path) == [
         {"step": 450, "epoch": 10, "wall_seconds": 3.2, "val/loss": 0.08, "val/accuracy": 1.0}
     ]
     scalars(logger, {"a": math.nan, "b": -math.inf, "c": torch.tensor(0.5)}, step=451)
     logger.close()
-    assert lines(tmp_path)[1] == {
+    assert read_rows(tmp_path)[1] == {
         "step": 451,
         "epoch": 0,
         "wall_seconds": 0.0,
@@ -253,17 +257,17 @@ def test_json_lines_are_on_disk_at_once_and_always_json(tmp_path):
 
 
 @pytest.mark.parametrize(("resumed_at", "kept"), [(0, []), (2, [1, 2]), (9, [1, 2, 3])])
-def test_json_lines_of_a_resumed_run(tmp_path, resumed_at, kept):
+def test_a_resumed_run_drops_the_lines_after_its_checkpoint(tmp_path, resumed_at, kept):
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "tr'
     )
     logger = log(tmp_path, "json_lines", step=resumed_at)
     scalars(logger, {}, step=10)
     logger.close()
-    assert [row["step"] for row in lines(tmp_path)] == [*kept, 10]
+    assert [row["step"] for row in read_rows(tmp_path)] == [*kept, 10]
 
 
-def test_console(capsys):
+def test_the_console_logger_prints_a_line_per_step(capsys):
     logger = log(None, "console", digits=2)
     scalars(
         logger, {"val/loss": 0.0812, "val/accuracy": 0.97}, step=450, epoch=10, wall_seconds=3.21
@@ -275,7 +279,7 @@ def test_console(capsys):
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "json_lines"])
-def test_without_a_folder_nothing_is_recorded_and_it_says_so(name):
+def test_a_run_without_a_folder_warns_that_nothing_is_recorded(name):
     with pytest.warns(UserWarning, match=f"no folder, so the {name} logger records nothing"):
         logger = log(None, name)
     scalars(logger, {"loss": 1.0}, step=1)

@@ -1,3 +1,5 @@
+"""Supervised tasks: targets, counts, predictions, and checks before training."""
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,13 +18,11 @@ def make_data(
 
     data = Flowers()
     split = TensorSplit if in_memory else TensorDataset
-    data.train, data.in_shape = split(torch.randn(len(targets), 3), targets), (3,)
-    data.target, data.out_shape = target, out_shape
+    data.train = split(torch.randn(len(targets), 3), targets)
+    data.in_shape = (3,)
+    data.target = target
+    data.out_shape = out_shape
     return data
-
-
-def cast(numbers: Tensor, double: bool = True) -> Tensor:
-    return numbers.double() if double and numbers.is_floating_point() else numbers
 
 
 CLASS = torch.randint(4, (16,), generator=torch.Generator().manual_seed(0))
@@ -61,13 +61,13 @@ VALUES = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
         ("regression", {"loss": "huber"}, VALUES),
     ],
 )
-def test_micro_batches_weighted_by_count_have_the_gradient_of_the_whole_batch(
-    task, settings, targets
-):
+def test_micro_batches_weighted_by_count_have_the_gradient_of_the_batch(task, settings, targets):
     task = fw.tasks.build(task, **settings)
     task.criterion.double()
     model = nn.Linear(3, 4).double()
-    inputs, targets = torch.randn(16, 3).double(), cast(targets)
+    inputs = torch.randn(16, 3).double()
+    if targets.is_floating_point():
+        targets = targets.double()
     task.step(model, (inputs, targets)).loss.backward()
     whole = model.weight.grad.clone()
     model.zero_grad()
@@ -78,20 +78,20 @@ def test_micro_batches_weighted_by_count_have_the_gradient_of_the_whole_batch(
     torch.testing.assert_close(model.weight.grad, whole, rtol=1e-6, atol=1e-8)
 
 
-def test_the_count_of_plain_targets_costs_no_kernel():
+@pytest.mark.parametrize("name", ["classification", "multilabel", "regression"])
+def test_the_count_of_plain_targets_runs_no_kernel(name):
     batch = (torch.zeros(5, 3), torch.zeros(5, dtype=torch.long))
-    for name in ("classification", "multilabel", "regression"):
-        count = fw.tasks.build(name).count(batch)
-        assert isinstance(count, int)
-        assert count == 5
+    count = fw.tasks.build(name).count(batch)
+    assert isinstance(count, int)
+    assert count == 5
 
 
 @pytest.mark.parametrize(
     "setting",
     [{}, {"weight": [1, 2, 3]}, {"ignore_index": 1}, {"weight": [1, 2, 3], "ignore_index": 1}],
 )
-def test_a_step_reads_nothing_off_the_device(setting):
-    outputs = torch.zeros(4, 3, device="meta")  # has no values: reading one is an error
+def test_a_step_reads_no_values_from_the_device(setting):
+    outputs = torch.zeros(4, 3, device="meta")  # reading a value is an error
     for name in ("multilabel", "regression"):
         fw.tasks.build(name).step(nn.Identity(), (outputs, outputs))
     task = fw.tasks.build("classification", loss={"name": "cross_entropy", **setting})
@@ -103,7 +103,7 @@ def test_a_step_reads_nothing_off_the_device(setting):
 
 class TestTargets:
     @pytest.mark.parametrize("shape", [(4,), (4, 1)])
-    def test_one_value_a_sample_is_not_broadcast(self, shape):
+    def test_one_value_per_sample_is_not_broadcast(self, shape):
         targets = torch.arange(4.0).reshape(shape)
         step = fw.tasks.build("regression").step(nn.Identity(), (torch.zeros(4, 1), targets))
         assert step.loss == targets.square().mean()
@@ -118,102 +118,110 @@ class TestTargets:
             ("classification", torch.zeros(4, 2)),
         ],
     )
-    def test_targets_of_another_shape_are_refused(self, task, targets):
+    def test_targets_of_another_shape_are_errors(self, task, targets):
         with pytest.raises(DataError, match=r"targets have shape .* the model's outputs"):
             fw.tasks.build(task).step(nn.Identity(), (torch.zeros(4, 3), targets))
 
-    def test_outputs_without_classes_are_refused(self):
-        with pytest.raises(DataError, match=r"not \(batch, classes\)"):
-            fw.tasks.build("classification").step(
-                nn.Identity(), (torch.zeros(4), torch.zeros(4, dtype=torch.long))
-            )
+    def test_outputs_without_classes_are_errors(self):
+        batch = (torch.zeros(4), torch.zeros(4, dtype=torch.long))
+        with pytest.raises(DataError, match=r"expected shape \(batch, classes\), got \(4,\)"):
+            fw.tasks.build("classification").step(nn.Identity(), batch)
 
     def test_integers_of_any_width_are_classes_and_numbers(self):
+        model = nn.Identity()
         narrow = torch.tensor([[0], [2]], dtype=torch.uint8)
-        step = fw.tasks.build("classification").step(nn.Identity(), (torch.zeros(2, 3), narrow))
+        step = fw.tasks.build("classification").step(model, (torch.zeros(2, 3), narrow))
         assert step.targets.tolist() == [0, 2]
-        assert (
-            fw.tasks.build("regression").step(nn.Identity(), (torch.zeros(2, 1), narrow)).loss == 2
-        )
-        assert (
-            fw.tasks.build("multilabel").step(nn.Identity(), (torch.zeros(2, 1), narrow > 0)).loss
-            > 0
-        )
+        step = fw.tasks.build("regression").step(model, (torch.zeros(2, 1), narrow))
+        assert step.loss == 2
+        step = fw.tasks.build("multilabel").step(model, (torch.zeros(2, 1), narrow > 0))
+        assert step.loss > 0
 
-    def test_metrics_see_the_likeliest_of_mixed_classes(self):
+    def test_metrics_get_the_most_likely_of_mixed_classes(self):
         mixed = torch.tensor([[0.3, 0.7], [0.9, 0.1]])
         step = fw.tasks.build("classification").step(nn.Identity(), (torch.zeros(2, 2), mixed))
         assert step.targets.tolist() == [1, 0]
         assert float(step.loss) == pytest.approx(0.6931472)
 
 
-def test_predictions_are_columns():
-    outputs = torch.tensor([[0.0, 2.0, 1.0], [3.0, -1.0, 0.0]], dtype=torch.bfloat16)
-    found = fw.tasks.build("classification").predict(outputs)
-    assert found["class"].tolist() == [1, 0]
-    torch.testing.assert_close(found["probabilities"].sum(1), torch.ones(2))
-    torch.testing.assert_close(found["probability"], found["probabilities"].amax(1))
-    found = fw.tasks.build("multi_label").predict(outputs)
-    assert found["labels"].tolist() == [[0, 1, 1], [1, 0, 0]]
-    torch.testing.assert_close(found["probabilities"], outputs.float().sigmoid())
+OUTPUTS = torch.tensor([[0.0, 2.0, 1.0], [3.0, -1.0, 0.0]], dtype=torch.bfloat16)
+
+
+def test_predictions_of_classification_are_class_and_probabilities():
+    columns = fw.tasks.build("classification").predict(OUTPUTS)
+    assert columns["class"].tolist() == [1, 0]
+    torch.testing.assert_close(columns["probabilities"].sum(1), torch.ones(2))
+    torch.testing.assert_close(columns["probability"], columns["probabilities"].amax(1))
+
+
+def test_predictions_of_multilabel_are_labels_and_probabilities():
+    columns = fw.tasks.build("multi_label").predict(OUTPUTS)
+    assert columns["labels"].tolist() == [[0, 1, 1], [1, 0, 0]]
+    torch.testing.assert_close(columns["probabilities"], OUTPUTS.float().sigmoid())
+
+
+def test_predictions_of_regression_are_a_column_per_value():
     regression = fw.tasks.build("regression")
     assert regression.predict(torch.tensor([[1.0], [2.0]]))["value"].tolist() == [1, 2]
-    assert [*regression.predict(outputs)] == ["value_0", "value_1", "value_2"]
-    assert regression.predict(outputs)["value_2"].tolist() == [1, 0]
+    columns = regression.predict(OUTPUTS)
+    assert list(columns) == ["value_0", "value_1", "value_2"]
+    assert columns["value_2"].tolist() == [1, 0]
 
 
 class TestCheck:
     @pytest.mark.parametrize(
         "loss", ["cross_entropy", "focal", "dice", "multi_margin", "label_smoothing"]
     )
-    def test_data_that_fits_passes(self, loss):
-        for classes in (2, 3, 4):
-            targets = torch.arange(12) % classes
-            fw.tasks.build("classification", loss=loss).check(
-                make_data("class", targets, (classes,))
-            )
+    @pytest.mark.parametrize("classes", [2, 3, 4])
+    def test_classification_accepts_classes(self, loss, classes):
+        data = make_data("class", torch.arange(12) % classes, (classes,))
+        fw.tasks.build("classification", loss=loss).check(data)
+
+    def test_multilabel_accepts_labels(self):
         fw.tasks.build("multilabel").check(make_data("labels", LABELS, (4,)))
+
+    def test_regression_accepts_values(self):
         fw.tasks.build("regression").check(make_data("value", VALUES, (4,)))
 
-    def test_other_targets_name_the_task_that_fits(self):
-        with pytest.raises(DataError) as error:
+    def test_an_error_for_other_targets_names_the_matching_task(self):
+        with pytest.raises(DataError, match=r"Flowers has values .*: task=regression"):
             fw.tasks.build("classification").check(make_data("value", VALUES, (4,)))
-        assert str(error.value) == (
-            "data Flowers has values as targets; classification needs classes: task=regression"
-        )
 
     @pytest.mark.parametrize("loss", ["mse", "bce_with_logits", "huber"])
     @pytest.mark.parametrize("classes", [2, 3, 10])
-    def test_a_loss_that_cannot_take_the_targets_is_found_before_training(self, loss, classes):
+    def test_a_loss_that_does_not_accept_the_targets_is_an_error(self, loss, classes):
         with pytest.raises(DataError, match=r"the loss \w+ cannot take classes"):
             fw.tasks.build("classification", loss=loss).check(make_data("class", CLASS, (classes,)))
 
-    def test_so_is_a_weight_too_few_and_a_loss_that_is_no_mean(self):
+    @pytest.mark.parametrize(
+        ("loss", "message"),
+        [
+            ({"name": "cross_entropy", "weight": [1, 2]}, "weight"),
+            (
+                lambda: nn.CrossEntropyLoss(reduction="none"),
+                r"expected one real number, .* of shape \(2,\)",
+            ),
+        ],
+    )
+    def test_too_few_weights_and_a_loss_without_a_mean_are_errors(self, loss, message):
         data = make_data("class", CLASS, (4,))
-        with pytest.raises(DataError, match="weight"):
-            fw.tasks.build(
-                "classification", loss={"name": "cross_entropy", "weight": [1, 2]}
-            ).check(data)
-        with pytest.raises(DataError, match=r"expected one real number, .* of shape \(2,\)"):
-            fw.tasks.build(
-                "classification", loss=lambda: nn.CrossEntropyLoss(reduction="none")
-            ).check(data)
+        with pytest.raises(DataError, match=message):
+            fw.tasks.build("classification", loss=loss).check(data)
 
-    def test_a_target_that_is_no_class_is_found_before_training(self):
+    def test_a_target_that_is_no_class_is_an_error(self):
+        data = make_data("class", torch.tensor([0, 4, 1]), (4,))
         with pytest.raises(
-            DataError,
-            match="the train split of Flowers has a target 4; with 4 classes they go from 0 to 3",
+            DataError, match=r"train split of Flowers has a target 4: .* from 0 to 3"
         ):
-            fw.tasks.build("classification").check(
-                make_data("class", torch.tensor([0, 4, 1]), (4,))
-            )
-        stray = make_data("class", torch.tensor([0, -100, 1]), (4,))
+            fw.tasks.build("classification").check(data)
+
+    def test_a_negative_target_is_an_error_unless_the_loss_ignores_it(self):
+        data = make_data("class", torch.tensor([0, -100, 1]), (4,))
         with pytest.raises(DataError, match="-100"):
-            fw.tasks.build("classification").check(stray)
-        fw.tasks.build(
-            "classification", loss={"name": "cross_entropy", "ignore_index": -100}
-        ).check(stray)
-        unread = make_data(
-            "class", torch.tensor([0, 4, 1]), (4,), in_memory=False
-        )  # only what is in memory is read
-        fw.tasks.build("classification").check(unread)
+            fw.tasks.build("classification").check(data)
+        loss = {"name": "cross_entropy", "ignore_index": -100}
+        fw.tasks.build("classification", loss=loss).check(data)
+
+    def test_only_targets_in_memory_are_checked(self):
+        data = make_data("class", torch.tensor([0, 4, 1]), (4,), in_memory=False)
+        fw.tasks.build("classification").check(data)

@@ -1,4 +1,4 @@
-"""Functions through torch's compiler, each with compilations of its own."""
+"""Compiled functions count their compilations separately."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def times_compiled(function, sizes):
 
 
 @pytest.mark.parametrize("name", ["gradients", "model"])
-def test_every_object_compiles_as_often_as_torch_allows(name):
+def test_each_object_can_compile_up_to_the_limit_of_torch(name):
     import torch._dynamo
 
     kept = []
@@ -49,18 +49,17 @@ def test_every_object_compiles_as_often_as_torch_allows(name):
             assert "size mismatch" in function.reason()
 
 
-def test_the_same_function_in_two_objects():
+def test_two_objects_of_the_same_function_compile_separately():
     step = Step()
-    one, other = [
-        CompiledFunction(step.gradients, traces_backward=True, backend="eager") for _ in range(2)
-    ]
+    one = CompiledFunction(step.gradients, traces_backward=True, backend="eager")
+    other = CompiledFunction(step.gradients, traces_backward=True, backend="eager")
     assert times_compiled(one, [4, 4]) == times_compiled(other, [4, 4]) == 1
     assert one.reason() is other.reason() is None
     for ours, theirs in zip(one(torch.ones(4, 3)), step.gradients(torch.ones(4, 3)), strict=True):
         assert torch.equal(ours, theirs)
 
 
-def test_parts_after_a_graph_break_count_for_their_object_too():
+def test_parts_after_a_graph_break_count_for_their_object():
     import torch._dynamo
 
     if "isolate_recompiles" not in torch.compile.__kwdefaults__:
@@ -101,7 +100,7 @@ def test_settings_of_the_compiler_are_as_before_the_call():
     assert not config.trace_autograd_ops
 
 
-def test_what_cannot_be_compiled_is_an_error_of_its_own():
+def test_a_function_that_cannot_be_compiled_raises_a_compilation_error():
     import torch._dynamo
 
     def fails(*inputs):
@@ -113,7 +112,7 @@ def test_what_cannot_be_compiled_is_an_error_of_its_own():
         function(torch.ones(2))
 
 
-def test_without_torch_s_counters_a_function_is_compiled_all_the_same(monkeypatch):
+def test_without_the_counters_of_torch_a_function_is_still_compiled(monkeypatch):
     import torch._dynamo
 
     for owner, name in (

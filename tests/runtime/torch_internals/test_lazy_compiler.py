@@ -1,4 +1,4 @@
-"""Training without the import of torch's compiler, and torch as it was once it is imported."""
+"""Training without torch's compiler, and unchanged methods of torch after its import."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ from framework.runtime.torch_internals.lazy_compiler import undecorated
 
 
 def python(text, folder):
-    """Run a program of its own, as what is imported cannot be taken back."""
+    """Run a program in a new process, since an import cannot be undone."""
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
@@ -29,8 +29,12 @@ fw.discover()
 
 def marks():
     classes = (SGD, Adam, AdamW, Optimizer)
-    found = {(cls, name): method for cls in classes for name, method in vars(cls).items() if callable(method)}
-    return {where: method for where, method in found.items() if where[1] != "step"}
+    found = {}
+    for cls in classes:
+        for name, method in vars(cls).items():
+            if callable(method) and name != "step":
+                found[cls, name] = method
+    return found
 
 def train(name, steps=3, **settings):
     torch.manual_seed(0)
@@ -48,26 +52,30 @@ def step_of(cls):
     step = cls.step.__wrapped__ if getattr(cls.step, "hooked", False) else cls.step
     return step.__code__.co_name
 
-before, recipes = marks(), [("adamw", {}), ("sgd", {"momentum": 0.9}), ("rmsprop", {}), ("lion", {}), ("muon", {})]
-assert COMPILER not in sys.modules and ("Optimizer", "zero_grad") in {(c.__name__, n) for c, n in before}
+before = marks()
+optimizers = [
+    ("adamw", {}), ("sgd", {"momentum": 0.9}), ("rmsprop", {}), ("lion", {}), ("muon", {}),
+]
+assert COMPILER not in sys.modules
+assert (Optimizer, "zero_grad") in before
 """
 
 
-def test_an_optimizer_does_the_same_without_the_compiler(tmp_path):
+def test_an_optimizer_gives_the_same_weights_without_the_compiler(tmp_path):
     python(
         MARKS
         + """
-without = [train(name, **settings)[1] for name, settings in recipes]
+without = [train(name, **settings)[1] for name, settings in optimizers]
 assert COMPILER not in sys.modules
 import torch._dynamo
-with_it = [train(name, **settings)[1] for name, settings in recipes]
+with_it = [train(name, **settings)[1] for name, settings in optimizers]
 assert all(map(torch.equal, without, with_it))
 """,
         tmp_path,
     )
 
 
-def test_once_the_compiler_is_imported_all_is_as_torch_made_it(tmp_path):
+def test_the_import_of_the_compiler_restores_the_methods_of_torch(tmp_path):
     python(
         MARKS
         + """
@@ -82,13 +90,13 @@ assert {step_of(cls) for cls in (SGD, Adam, AdamW)} == {"with_grad"}
 import torch._dynamo
 assert marks() == before and {step_of(cls) for cls in (SGD, Adam, AdamW)} == {"_use_grad"}
 train("sgd")
-assert marks() == before, "nothing is changed any more"
+assert marks() == before, "no further change"
 compiled = torch.compile(optimizer.step, backend="eager")
 seen.clear()
 optimizer.zero_grad()
 compiled()
 optimizer.step()
-assert seen == ["before", "after"] * 2, "torch's hooks are called once a step, as before"
+assert seen == ["before", "after"] * 2, "each hook is called once in a step, as before"
 """,
         tmp_path,
     )
@@ -111,13 +119,13 @@ assert counter.get_total_flops() == 2 * 8 * 4 * 4
     )
 
 
-def test_what_is_not_marked_as_torch_does_it_stays_as_it_is():
+def test_other_functions_are_not_changed():
     assert undecorated(Path.exists) is None
     assert undecorated(len) is None
     assert undecorated(3) is None
 
 
-def test_a_switch_leaves_torch_as_it_is(tmp_path, monkeypatch):
+def test_an_environment_variable_leaves_torch_unchanged(tmp_path, monkeypatch):
     monkeypatch.setenv("FRAMEWORK_LAZY_COMPILER", "off")
     python(
         MARKS

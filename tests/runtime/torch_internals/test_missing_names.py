@@ -1,4 +1,4 @@
-"""A release of torch that lacks the kernels with private names: the framework imports and trains."""
+"""The framework trains with a release of torch without the private kernels."""
 
 import subprocess
 import sys
@@ -6,7 +6,9 @@ import sys
 SCRIPT = """
 import torch
 
-KERNELS = ["_fused_adam_", "_fused_adamw_", "_fused_sgd_", "_amp_foreach_non_finite_check_and_unscale_"]
+KERNELS = [
+    "_fused_adam_", "_fused_adamw_", "_fused_sgd_", "_amp_foreach_non_finite_check_and_unscale_"
+]
 for name in KERNELS:
     delattr(torch, name)
 import framework.training.trainer

@@ -1,3 +1,5 @@
+"""Batch norms and instance norms are recognized by their base class."""
+
 import pytest
 from torch import nn
 

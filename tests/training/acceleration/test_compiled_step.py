@@ -1,4 +1,4 @@
-"""A step as one function, from the batch to the new weights: what it does is what the eager one does."""
+"""A compiled step, from the batch to the new weights, equals the eager step."""
 
 from functools import partial
 
@@ -31,18 +31,18 @@ compiles = pytest.mark.slow  # tens of seconds each
 
 @pytest.fixture
 def uncompiled(monkeypatch):
-    """The function itself runs, in place of what the compiler would make of it; returns how often."""
+    """Run functions without compiling them; return the list of calls."""
     calls = []
 
-    def plainly(self, *given):
-        calls.append(self.function)
-        return self.function(*given)
-
-    def keep(self, function, what, clock):
+    def init(self, function, setting, clock):
         self.function = function
 
-    monkeypatch.setattr(Compiled, "__init__", keep)
-    monkeypatch.setattr(Compiled, "__call__", plainly)
+    def call(self, *inputs):
+        calls.append(self.function)
+        return self.function(*inputs)
+
+    monkeypatch.setattr(Compiled, "__init__", init)
+    monkeypatch.setattr(Compiled, "__call__", call)
     return calls
 
 
@@ -72,7 +72,7 @@ def fit(
 
 
 def single_call(trainer):
-    """The compiled whole step."""
+    """Return the compiled step with its update."""
     return trainer._training_step.forward_backward.step.single_call.compiled
 
 
@@ -85,22 +85,21 @@ def assert_same(one, other):
 
 
 @pytest.mark.parametrize("optimizer", RECIPES, ids=str)
-def test_a_whole_step_does_what_the_eager_one_does(optimizer, uncompiled):
+def test_a_step_with_its_update_equals_the_eager_one(optimizer, uncompiled):
     whole = fit(fw.callbacks.build("non_finite"), optimizer=optimizer, compile="step")
-    first = (
-        "_step" if optimizer in (RECIPES[0], RECIPES[5]) else "_gradients"
-    )  # no state, or there from the beginning
+    # These two have no state, or all of it before the first step.
+    first = "_step" if optimizer in (RECIPES[0], RECIPES[5]) else "_gradients"
     assert [call.__name__ for call in uncompiled] == [first] + ["_step"] * 11
     assert_same(whole, fit(optimizer=optimizer))
 
 
-def test_a_compiled_run_goes_on_as_an_eager_one(uncompiled):
+def test_a_resumed_compiled_run_equals_an_eager_one(uncompiled):
     half = fit(compile="step", max_steps=5).state_dict()
     resumed = fit(compile="step", resume=half)
     assert_same(resumed, fit())
 
 
-class Looks(Callback):
+class Watching(Callback):
     def __init__(self):
         self.seen = []
 
@@ -108,66 +107,65 @@ class Looks(Callback):
         self.seen.append(trainer.state.step)
 
 
-class LooksAtSome(Looks):
+class WatchingSome(Watching):
     def needs_gradients(self, trainer):
         return trainer.state.step in (3, 7)
 
 
-def test_who_looks_at_gradients_gets_them(uncompiled):
-    looks, some = Looks(), LooksAtSome()
-    assert_same(fit(looks, compile="step"), fit(some, compile="step"))
-    assert looks.seen == list(range(12))
-    assert some.seen == [0, 3, 7]  # the first step is never whole: it makes the optimizer's state
+def test_callbacks_receive_the_gradients_that_they_need(uncompiled):
+    every = Watching()
+    some = WatchingSome()
+    assert_same(fit(every, compile="step"), fit(some, compile="step"))
+    assert every.seen == list(range(12))
+    assert some.seen == [0, 3, 7]  # 0, since the first step creates the optimizer's state
     fit(fw.callbacks.build("clip_gradients", norm=0.1), compile="step")
     assert uncompiled[-1].__name__ == "_gradients"
 
 
 def test_gradient_norms_are_those_of_the_eager_run(uncompiled):
-    logged = [
-        fit(fw.callbacks.build("gradient_norm"), log_every="4steps", compile=c)
-        for c in ("step", "off")
-    ]
-    norms = [trainer.state.metrics["train/gradient_norm"] for trainer in logged]
+    norms = []
+    for mode in ("step", "off"):
+        callback = fw.callbacks.build("gradient_norm")
+        trainer = fit(callback, log_every="4steps", compile=mode)
+        norms.append(trainer.state.metrics["train/gradient_norm"])
     assert norms[0] == pytest.approx(norms[1], rel=1e-9)
 
 
-def spoiled(row=40):
+def data_with_nan(row=40):
     inputs = DATA[:][0].clone()
     inputs[row] = float("nan")
     return fw.TensorSplit(inputs, DATA[:][1])
 
 
-def test_no_update_is_made_from_what_is_not_finite(uncompiled):
-    with pytest.raises(FrameworkError, match=r"first gradient not finite is of 0\.weight"):
-        fit(
-            fw.callbacks.build("non_finite"),
-            data=spoiled(),
-            compile="step",
-            model=(model := network()),
-        )
+def test_gradients_that_are_not_finite_make_no_update(uncompiled):
+    model = network()
+    non_finite = fw.callbacks.build("non_finite")
+    with pytest.raises(FrameworkError, match=r"first gradient .* 0\.weight"):
+        fit(non_finite, data=data_with_nan(), compile="step", model=model)
     assert all(p.isfinite().all() for p in model.parameters())
 
 
 def test_skipped_steps_are_those_of_the_eager_run(uncompiled):
-    made = [
-        fit(fw.callbacks.build("non_finite", policy="skip"), data=spoiled(), compile=c)
-        for c in ("step", "off")
-    ]
-    assert_same(*made)
-    assert made[0].callbacks[0].skipped == made[1].callbacks[0].skipped == 4
+    compiled = fw.callbacks.build("non_finite", policy="skip")
+    eager = fw.callbacks.build("non_finite", policy="skip")
+    assert_same(
+        fit(compiled, data=data_with_nan(), compile="step"),
+        fit(eager, data=data_with_nan(), compile="off"),
+    )
+    assert compiled.skipped == eager.skipped == 4
 
 
 @compiles
 @pytest.mark.parametrize("optimizer", [RECIPES[1], RECIPES[3], RECIPES[4]], ids=str)
-def test_a_compiled_whole_step_does_what_the_eager_one_does(optimizer):
-    made = fit(fw.callbacks.build("non_finite"), optimizer=optimizer, compile="step")
-    assert_same(made, fit(optimizer=optimizer))
-    assert single_call(made).times == 2  # for batches, and for the last one of an epoch
-    assert made.clock.seconds["compiling"] > 0.1
+def test_a_compiled_step_with_its_update_equals_the_eager_one(optimizer):
+    compiled = fit(fw.callbacks.build("non_finite"), optimizer=optimizer, compile="step")
+    assert_same(compiled, fit(optimizer=optimizer))
+    assert single_call(compiled).compilations == 2  # also for the last batch of an epoch
+    assert compiled.clock.seconds["compiling"] > 0.1
 
 
 @compiles
-def test_it_is_said_when_and_why_a_step_is_compiled_again():
+def test_a_step_that_is_compiled_again_gives_a_warning():
     class Growing(nn.Linear):
         calls = 0
 
@@ -181,22 +179,22 @@ def test_it_is_said_when_and_why_a_step_is_compiled_again():
 
 @pytest.fixture
 def backend(monkeypatch):
-    """The compiler traces functions, and runs what it has traced eagerly."""
+    """Let the compiler trace functions, and run the traced operations eagerly."""
     monkeypatch.setattr(
         compiled_step, "CompiledFunction", partial(CompiledFunction, backend="eager")
     )
 
 
-def test_each_run_of_a_process_may_be_compiled_as_often(backend):
+def test_the_limit_of_compilations_is_for_each_run(backend):
     import torch._dynamo
 
     with torch._dynamo.config.patch(recompile_limit=3):  # torch's own is 8
         for _ in range(3):
-            assert single_call(fit(compile="step")).times == 2
+            assert single_call(fit(compile="step")).compilations == 2
 
 
-@pytest.mark.parametrize("compile", ["step", "model"])
-def test_a_fit_leaves_functions_alone_that_the_user_has_compiled(compile, backend):
+@pytest.mark.parametrize("mode", ["step", "model"])
+def test_a_fit_keeps_the_compiled_functions_of_the_user(mode, backend):
     import torch._dynamo
 
     compiled = []
@@ -206,19 +204,17 @@ def test_a_fit_leaves_functions_alone_that_the_user_has_compiled(compile, backen
         return graph.forward
 
     @torch.compile(backend=count)
-    def users_own(x):
+    def of_user(x):
         return x.square().sum()
 
     def config():
-        return {
-            name: getattr(torch._dynamo.config, name, None)
-            for name in ("trace_autograd_ops", "recompile_limit")
-        }
+        names = ("trace_autograd_ops", "recompile_limit")
+        return {name: getattr(torch._dynamo.config, name, None) for name in names}
 
     before = config()
-    users_own(torch.ones(3))
+    of_user(torch.ones(3))
     assert len(compiled) == 1
-    fit(compile=compile)
-    users_own(torch.ones(3))
+    fit(compile=mode)
+    of_user(torch.ones(3))
     assert len(compiled) == 1
     assert config() == before

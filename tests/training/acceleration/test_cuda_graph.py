@@ -1,4 +1,8 @@
-"""Steps as CUDA graphs. Without a GPU a stand-in records what is done and does it again into the same memory."""
+"""Steps as CUDA graphs.
+
+Without a GPU, `FakeGraph` replaces a graph: it runs the step again and copies the results into the
+same memory.
+"""
 
 from copy import deepcopy
 
@@ -32,20 +36,20 @@ def fit(
     *callbacks, model=None, optimizer="adamw", mode="off", device="cpu", resume=None, **settings
 ):
     model = Small() if model is None else model
-    made = (
-        fw.optimizers.build(optimizer, list(model.parameters()))
-        if isinstance(optimizer, str)
-        else optimizer(model)
-    )
+    if isinstance(optimizer, str):
+        built = fw.optimizers.build(optimizer, list(model.parameters()))
+    else:
+        built = optimizer(model)
     trainer = Trainer(
         callbacks=callbacks, **({"max_steps": 30, "seed": 5, "device": device} | settings)
     )
-    trainer.cuda_graph = mode  # which on a CPU is off
-    Again.trainer = trainer
+    trainer.cuda_graph = mode  # on a CPU, the constructor sets it to off
+    FakeGraph.trainer = trainer
     trainer.fit(
-        *(model, DATA),
+        model,
+        DATA,
         task=nn.CrossEntropyLoss(),
-        optimizer=made,
+        optimizer=built,
         batch_size=24,
         metrics=[fw.metrics.build("accuracy")],
         schedule=lambda step: 0.9**step,
@@ -59,9 +63,9 @@ def fused(model):
 
 
 def fused_late(model):
-    """It has a hook, so that the update is made outside of the graph."""
+    """Return an optimizer with a hook, which is updated outside of the graph."""
     optimizer = fused(model)
-    optimizer.register_step_post_hook(lambda *given: None)
+    optimizer.register_step_post_hook(lambda *arguments: None)
     return optimizer
 
 
@@ -74,12 +78,12 @@ def name_of(optimizer):
 
 
 def whole_step(trainer):
-    """The graphs of whole steps."""
+    """Return the graphs of steps with their update."""
     return trainer._training_step.forward_backward.single_call.graphed
 
 
 def gradients(trainer):
-    """The graphs of forward and backward alone."""
+    """Return the graphs of forward and backward only."""
     return trainer._training_step.forward_backward.gradients
 
 
@@ -93,33 +97,37 @@ def assert_close(one, other, tolerance=1e-6):
     )
 
 
-class Again:
-    """Does what was recorded again, into the tensors of the first time."""
+class FakeGraph:
+    """Runs a recorded function again, and copies the results into the tensors of the first run."""
 
     def __init__(self, run):
-        parameters = [p for _, p in self.tensors(run)]
-        kept = [p.detach().clone() for p in parameters], torch.get_rng_state()
-        self.run, self.made = run, run()
-        self.leaves = [p for p in parameters if p.is_leaf and p.requires_grad]
+        tensors = self.tensors()
+        before = [tensor.detach().clone() for tensor in tensors]
+        random = torch.get_rng_state()
+        self.run = run
+        self.result = run()
+        self.leaves = [p for p in tensors if p.is_leaf and p.requires_grad]
         self.gradients = [p.grad for p in self.leaves]
         with torch.no_grad():
-            for p, before in zip(parameters, kept[0], strict=True):
-                p.copy_(before)
-        torch.set_rng_state(kept[1])
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.copy_(value)
+        torch.set_rng_state(random)
 
     @staticmethod
-    def tensors(run):
-        """Every tensor that a step writes: of the model, and of the optimizer's state."""
-        trainer = Again.trainer
-        states = (t for state in trainer.optimizer.state.values() for t in state.values())
-        return list(enumerate([*trainer.model.parameters(), *trainer.model.buffers(), *states]))
+    def tensors():
+        """Return every tensor that a step writes: those of the model and of the optimizer."""
+        trainer = FakeGraph.trainer
+        tensors = [*trainer.model.parameters(), *trainer.model.buffers()]
+        for state in trainer.optimizer.state.values():
+            tensors += state.values()
+        return tensors
 
     def replay(self):
         for p in self.leaves:
             p.grad = None
-        made = self.run()
+        result = self.run()
         with torch.no_grad():
-            for old, new in zip(self.made[:3], made[:3], strict=True):
+            for old, new in zip(self.result[:3], result[:3], strict=True):
                 old.copy_(new)
             for p, static in zip(self.leaves, self.gradients, strict=True):
                 if static is not None:
@@ -128,29 +136,28 @@ class Again:
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """What stands in for CUDA's graphs; returns what was recorded."""
-    made = []
+    """Replace CUDA graphs; return the list of the recorded ones."""
+    graphs = []
 
     def record(run):
-        made.append(Again(run))
-        return made[-1], made[-1].made
+        graphs.append(FakeGraph(run))
+        return graphs[-1], graphs[-1].result
 
     monkeypatch.setattr(cuda_graph, "record", record)
     monkeypatch.setattr(cuda_graph, "side_stream", torch.enable_grad)
-    return made
+    return graphs
 
 
 @pytest.mark.parametrize("optimizer", [fused, fused_sgd, "lion"], ids=name_of)
-def test_the_whole_step_is_replayed(recorded, optimizer):
+def test_the_step_with_its_update_is_replayed(recorded, optimizer):
     replayed = fit(mode="on", optimizer=optimizer, model=Small(norm=True))
     assert_close(replayed, fit(optimizer=optimizer, model=Small(norm=True)))
-    whole, apart = whole_step(replayed), gradients(replayed)
-    assert len(whole.captured) == 2, "one for batches, one for the last of an epoch"
-    assert not apart.captured, "all steps but the first are whole ones"
-    assert sum(whole.seen.values()) == 29
+    assert len(whole_step(replayed).captured) == 2, "also one for the last batch of an epoch"
+    assert sum(whole_step(replayed).seen.values()) == 29, "all steps but the first"
+    assert not gradients(replayed).captured
 
 
-def test_learning_rates_stay_plain_numbers_in_a_checkpoint(recorded):
+def test_learning_rates_are_numbers_in_a_checkpoint(recorded):
     saved = fit(mode="on", optimizer=fused).state_dict()
     lr = saved["optimizer"]["param_groups"][0]["lr"]
     assert type(lr) is float
@@ -158,48 +165,51 @@ def test_learning_rates_stay_plain_numbers_in_a_checkpoint(recorded):
     assert not saved["optimizer"]["param_groups"][0]["capturable"]
 
 
-def test_a_run_goes_on_from_either(recorded):
+def test_a_run_with_graphs_resumes_with_and_without_them(recorded):
     saved = fit(mode="on", optimizer=fused, max_steps=20).state_dict()
     for mode in ("on", "off"):
         assert_close(fit(mode=mode, optimizer=fused, resume=deepcopy(saved)), fit(optimizer=fused))
 
 
-def test_clipping_is_part_of_it(recorded):
+def test_clipping_is_a_part_of_the_graph(recorded):
     def clip():
         return fw.callbacks.build("clip_gradients", norm=0.05)
 
     replayed = fit(clip(), mode="on", optimizer=fused)
     assert len(whole_step(replayed).captured) == 2
-    assert_close(replayed, eager := fit(clip(), optimizer=fused))
+    eager = fit(clip(), optimizer=fused)
+    assert_close(replayed, eager)
     norms = [trainer.state.metrics["train/gradient_norm"] for trainer in (replayed, eager)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
-def test_who_must_see_gradients_sees_them(recorded):
-    """A step that a callback looks at is none, and nor is any where one acts on what is not finite from Python."""
-    for names in (["noise_scale"], ["non_finite"], ["clip_gradients", "histograms"]):
-        watched = fit(*(fw.callbacks.build(name) for name in names), mode="on", optimizer=fused)
-        assert not whole_step(watched).seen
-        assert len(gradients(watched).captured) == 2, (
-            "forward and backward are replayed all the same"
-        )
-        assert_close(watched, fit(*(fw.callbacks.build(name) for name in names), optimizer=fused))
+@pytest.mark.parametrize(
+    "names", [["noise_scale"], ["non_finite"], ["clip_gradients", "histograms"]]
+)
+def test_with_callbacks_in_python_only_forward_and_backward_are_replayed(names, recorded):
+    def callbacks():
+        return [fw.callbacks.build(name) for name in names]
+
+    replayed = fit(*callbacks(), mode="on", optimizer=fused)
+    assert not whole_step(replayed).seen
+    assert len(gradients(replayed).captured) == 2
+    assert_close(replayed, fit(*callbacks(), optimizer=fused))
 
 
-def test_an_optimizer_that_may_count_in_python_takes_its_step_itself(recorded):
+def test_an_optimizer_that_may_count_in_python_is_updated_outside_of_the_graph(recorded):
     replayed = fit(mode="on", optimizer="rmsprop")
     assert not whole_step(replayed).seen
     assert len(gradients(replayed).captured) == 2
     assert_close(replayed, fit(optimizer="rmsprop"))
 
 
-def test_accumulated_steps_stay_eager(recorded):
+def test_accumulated_steps_are_eager(recorded):
     assert_close(fit(mode="on", optimizer=fused, accumulate=2), fit(optimizer=fused, accumulate=2))
-    assert len(recorded) == 1, "the last batch of an epoch, which is a step of its own"
+    assert len(recorded) == 1, "the last batch of an epoch is a step alone"
 
 
 class Change(Callback):
-    """Changes something between two steps, by which time the usual batch is replayed."""
+    """Changes the model or the optimizer after step 16, when steps are replayed."""
 
     recordable = True
 
@@ -227,7 +237,7 @@ def new_layer_outside_the_optimizer(model, optimizer):
 
 
 def moved(model, optimizer):
-    """Put all parameters into one tensor, as torch's `vector_to_parameters` does."""
+    """Move all parameters into one tensor."""
     vector = nn.utils.parameters_to_vector(model.parameters())
     nn.utils.vector_to_parameters(vector * 0.9, model.parameters())
 
@@ -241,47 +251,46 @@ def other_order(model, optimizer):
     optimizer.param_groups[0]["params"].reverse()
 
 
-def still(model, optimizer):
+def evaluation_mode(model, optimizer):
     model[1].eval()
 
 
 @pytest.mark.parametrize(
     "change",
-    [new_layer, new_layer_outside_the_optimizer, moved, new_state, other_order, still],
+    [new_layer, new_layer_outside_the_optimizer, moved, new_state, other_order, evaluation_mode],
     ids=lambda change: change.__name__,
 )
 @pytest.mark.parametrize("optimizer", [fused, fused_late], ids=["whole step", "gradients"])
-def test_what_was_replaced_or_moved_is_captured_again(recorded, change, optimizer):
+def test_the_graph_is_captured_again_after_a_change(recorded, change, optimizer):
     replayed = fit(Change(change), mode="on", optimizer=optimizer, model=Small(norm=True))
-    seen_by_graph = change is not new_state or optimizer is fused
-    assert (len(recorded) > 2) == seen_by_graph, "two forms of a batch, and the usual one again"
+    in_graph = change is not new_state or optimizer is fused
+    assert (len(recorded) > 2) == in_graph, "two forms of a batch, and the usual one again"
     assert_close(replayed, fit(Change(change), optimizer=optimizer, model=Small(norm=True)))
 
 
 @pytest.mark.parametrize(("quick", "chosen"), [("replayed", "as a graph"), ("eager", "eager")])
-def test_auto_times_some_steps_each_way_and_says_what_it_chose(
-    recorded, monkeypatch, capsys, quick, chosen
-):
-    took, clock = {"eager": 2e-3, "replayed": 2e-3, quick: 1e-3}, [0.0]
+def test_auto_times_some_steps_and_prints_its_choice(recorded, monkeypatch, capsys, quick, chosen):
+    seconds = {"eager": 2e-3, "replayed": 2e-3, quick: 1e-3}
+    clock = [0.0]
     replay_or_run = cuda_graph.Graphed._replay_or_run
 
     def timed(self, batch, settings):
-        made, how = replay_or_run(self, batch, settings)
-        clock[0] += took.get(how, 5.0)
-        return made, how
+        result, kind = replay_or_run(self, batch, settings)
+        clock[0] += seconds.get(kind, 5.0)
+        return result, kind
 
     monkeypatch.setattr(cuda_graph, "synchronized_time", lambda: clock[0])
     monkeypatch.setattr(cuda_graph.Graphed, "_replay_or_run", timed)
     model = fit(mode="auto", optimizer=fused, max_steps=80)
-    said = capsys.readouterr().err
-    assert said.count("cuda_graph=auto: the whole step takes") == 1
-    assert f"1 ms {'as a graph' if quick == 'replayed' else 'eager'}" in said
-    assert f": {chosen} from now on" in said
+    printed = capsys.readouterr().err
+    assert printed.count("cuda_graph=auto: the whole step takes") == 1
+    assert f"1 ms {'as a graph' if quick == 'replayed' else 'eager'}" in printed
+    assert f": {chosen} from now on" in printed
     assert whole_step(model).times is None, "later steps are not timed"
     assert_close(model, fit(optimizer=fused, max_steps=80))
 
 
-def test_what_cannot_be_is_said():
+def test_cuda_graph_on_needs_a_cuda_device_and_no_compiled_step():
     for settings in ({"device": "cpu"}, {"device": "cpu", "compile": "step"}):
         with pytest.raises(SettingError, match="cuda_graph=on needs a CUDA device"):
             Trainer(max_steps=1, cuda_graph="on", **settings)
@@ -304,16 +313,17 @@ REAL = [
 @needs_gpu
 @pytest.mark.parametrize("optimizer", [fused, fused_sgd, "lion", "rmsprop"], ids=name_of)
 @pytest.mark.parametrize("settings", REAL, ids=str)
-def test_a_cuda_graph_does_what_the_eager_step_does(settings, optimizer):
+def test_a_cuda_graph_equals_the_eager_step(settings, optimizer):
     def run(mode):
-        watchers = [
-            fw.callbacks.build(name) for name in ("non_finite", "clip_gradients", "gradient_norm")
-        ]
-        own = settings | {"cuda_graph": settings.get("cuda_graph", "on") if mode == "on" else "off"}
-        given = {"device": "cuda", "optimizer": optimizer, "model": Small(norm=True)}
-        return fit(*watchers, mode=own["cuda_graph"], **given, **own)
+        names = ("non_finite", "clip_gradients", "gradient_norm")
+        callbacks = [fw.callbacks.build(name) for name in names]
+        own = dict(settings)
+        own["cuda_graph"] = settings.get("cuda_graph", "on") if mode == "on" else "off"
+        parts = {"device": "cuda", "optimizer": optimizer, "model": Small(norm=True)}
+        return fit(*callbacks, mode=own["cuda_graph"], **parts, **own)
 
-    replayed, eager = run("on"), run("off")
+    replayed = run("on")
+    eager = run("off")
     assert_close(replayed, eager, 1e-4 if "precision" not in settings else 1e-2)
     if not settings:
         graphs = whole_step(replayed) if optimizer in (fused, fused_sgd) else gradients(replayed)
@@ -322,7 +332,7 @@ def test_a_cuda_graph_does_what_the_eager_step_does(settings, optimizer):
 
 
 @needs_gpu
-def test_dropout_draws_what_it_would_have_drawn():
+def test_a_step_with_dropout_is_replayed():
     model = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.5), nn.Linear(8, 3))
     losses = fit(
         model=model, device="cuda", mode="on", optimizer=fused, log_every="1steps"
@@ -331,7 +341,7 @@ def test_dropout_draws_what_it_would_have_drawn():
 
 
 @needs_gpu
-def test_a_step_that_cannot_be_captured_is_named_and_runs():
+def test_a_step_that_cannot_be_captured_gives_a_warning_and_runs():
     class Reads(Small):
         def forward(self, inputs):
             return super().forward(inputs) * (1 if inputs.sum().item() < 1e9 else 2)

@@ -1,4 +1,4 @@
-"""The update of a fused optimizer without its `step()`: bit for bit what `step()` does, or `step()` itself."""
+"""The update by the kernel of a fused optimizer equals `step()` bit for bit."""
 
 import copy
 
@@ -32,7 +32,7 @@ OTHERS = {
 
 
 class Twins:
-    """Two equal models, one updated by `FusedUpdate`, one by `step()`."""
+    """Two equal models: one is updated by `FusedUpdate`, the other by `step()`."""
 
     def __init__(self, make):
         torch.manual_seed(0)
@@ -54,22 +54,21 @@ class Twins:
 
     def same(self):
         states = [optimizer.state_dict()["state"] for optimizer in self.optimizers]
-        pairs = [
-            (a[name], b[name])
-            for a, b in zip(states[0].values(), states[1].values(), strict=True)
-            for name in a
-        ]
-        pairs += zip(self.ours.parameters(), self.theirs.parameters(), strict=True)
-        return all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in pairs)
+        for ours, theirs in zip(states[0].values(), states[1].values(), strict=True):
+            for name, value in ours.items():
+                if not torch.equal(torch.as_tensor(value), torch.as_tensor(theirs[name])):
+                    return False
+        pairs = zip(self.ours.parameters(), self.theirs.parameters(), strict=True)
+        return all(torch.equal(a, b) for a, b in pairs)
 
     @property
     def direct(self):
-        """Whether the next update goes past `step()`."""
+        """Whether the next update calls the kernel."""
         return self.step.current_inputs() is not None
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_the_numbers_are_those_of_step(make):
+def test_the_update_equals_step(make):
     twins = Twins(make)
     twins.train(20)
     assert twins.direct
@@ -77,7 +76,7 @@ def test_the_numbers_are_those_of_step(make):
 
 
 @pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS)
-def test_anything_else_goes_through_step(make):
+def test_other_optimizers_are_updated_by_step(make):
     twins = Twins(make)
     twins.train(5)
     assert not twins.direct
@@ -109,7 +108,7 @@ def test_settings_groups_and_states_may_change_at_any_time(make):
     assert extra[0][0] != 1
 
 
-def test_a_parameter_without_a_gradient_is_left_as_it_is():
+def test_a_parameter_without_a_gradient_is_not_updated():
     twins = Twins(OPTIMIZERS["adamw"])
     twins.train(3)
     before = twins.ours[2].weight.clone()
@@ -120,26 +119,26 @@ def test_a_parameter_without_a_gradient_is_left_as_it_is():
 
 @pytest.mark.parametrize("where", ["register_step_pre_hook", "register_step_post_hook"])
 def test_hooks_are_called(where):
-    twins, seen = Twins(OPTIMIZERS["adamw"]), []
+    twins = Twins(OPTIMIZERS["adamw"])
+    seen = []
     twins.train(2)
-    getattr(twins.optimizers[0], where)(lambda *given: seen.append(1))
+    getattr(twins.optimizers[0], where)(lambda *arguments: seen.append(1))
     twins.train(3)
     assert len(seen) == 3
     assert twins.same()
 
 
-def test_a_step_that_somebody_wrapped_is_called():
+def test_a_wrapped_step_is_called():
     twins = Twins(OPTIMIZERS["adamw"])
-    scheduler = torch.optim.lr_scheduler.StepLR(
-        twins.optimizers[0], 1
-    )  # wraps `step` to count its calls
+    # It wraps `step` to count its calls.
+    scheduler = torch.optim.lr_scheduler.StepLR(twins.optimizers[0], 1)
     twins.train(2)
     assert not twins.direct
     assert twins.same()
     assert scheduler.last_epoch == 0
 
 
-def test_a_kernel_that_does_something_else_is_not_trusted(monkeypatch):
+def test_a_kernel_with_another_result_is_not_used(monkeypatch):
     from framework.training.acceleration import fused_update
 
     def other(group, params, gradients, kept):

@@ -1,4 +1,4 @@
-"""Ctrl-C ends a search where it can go on."""
+"""Ctrl-C ends a search so that it can be resumed."""
 
 import signal
 import subprocess
@@ -14,19 +14,19 @@ SEARCH = [
 ]
 
 
-def test_ctrl_c_leaves_a_table_and_a_trial_to_go_on_with(tmp_path):
+def test_ctrl_c_prints_a_table_and_leaves_a_stopped_trial(tmp_path):
     command = [sys.executable, "-m", "framework", "train", "-m", *SEARCH, "sweep.name=a"]
     command += ["trainer.max_steps=100000", "trainer.max_epochs=null", "loggers=json_lines"]
     with subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
-        until = time.monotonic() + 60
+        deadline = time.monotonic() + 60
         while not list(tmp_path.glob("runs/default/a/000_*/metrics.jsonl")):
             assert process.poll() is None
-            assert time.monotonic() < until
+            assert time.monotonic() < deadline
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        said, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, said
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
     assert [row.state for row in SweepFolder(tmp_path / "runs/default/a").trials()] == ["stopped"]
-    assert "stopped" in said
+    assert "stopped" in output

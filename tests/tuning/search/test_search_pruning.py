@@ -1,4 +1,4 @@
-"""A trial of a search that is behind the others ends early, and one that was cut off reports nothing twice."""
+"""A trial of a search that is behind the others is pruned; a resumed one reports nothing twice."""
 
 import subprocess
 import sys
@@ -11,16 +11,17 @@ import framework as fw
 from framework import Callback, TensorSplit, Trainer
 from framework.errors import RunError, SettingError
 from framework.tuning.search.space import Space
-from framework.tuning.search.study import create_study, make_pruner, storage_in
+from framework.tuning.search.study import cached_storage, create_study, make_pruner
 
 INPUTS = torch.linspace(-1, 1, 24).reshape(12, 2)
 SPLIT = TensorSplit(INPUTS, INPUTS.sum(1, keepdim=True))
-GOOD, BAD = [5.0, 4.0, 3.0, 2.0, 1.0], [5.0, 4.5, 4.0, 3.5, 3.0]
+GOOD = [5.0, 4.0, 3.0, 2.0, 1.0]
+BAD = [5.0, 4.5, 4.0, 3.5, 3.0]
 
 
 @dataclass
-class Script(Callback):
-    """Says what validation measures, epoch after epoch, in place of what it measured."""
+class ScriptedLoss(Callback):
+    """Replaces the validation loss of each epoch."""
 
     values: list[float]
 
@@ -29,8 +30,8 @@ class Script(Callback):
 
 
 @dataclass
-class Cut(Callback):
-    """Ends the process, as it were, when a checkpoint after some epochs is there."""
+class CheckpointAfter(Callback):
+    """Keeps the state after some epochs, as the checkpoint of a killed run."""
 
     epochs: int
     saved: dict | None = None
@@ -42,7 +43,7 @@ class Cut(Callback):
 
 @pytest.fixture
 def study(tmp_path):
-    """A search with three good trials, and a fourth that has begun."""
+    """Return a search with three good trials, and a fourth that has started."""
     space = Space(["++seed=range(9)"])
     study = create_study(tmp_path, ["minimize"], {"metric": ["val/loss"], "space": space.texts})
     study.pruner = make_pruner("halving", startup=0, warmup=0)
@@ -50,16 +51,16 @@ def study(tmp_path):
         trial = study.ask()
         for point, value in enumerate(GOOD, 1):
             trial.report(value, point)
-            trial.should_prune()  # halving remembers who came how far
+            trial.should_prune()  # halving stores the progress of each trial
         study.tell(trial, GOOD[-1])
     study.ask()
     return study
 
 
-def train(folder, values, resume=None, more=(), **settings):
+def train(folder, values, resume=None, callbacks=(), **settings):
     prune = fw.callbacks.build("prune", **{"startup": 2, "warmup": 0, **settings})
     trainer = Trainer(
-        max_epochs=len(values), callbacks=[Script(values), prune, *more], folder=folder
+        max_epochs=len(values), callbacks=[ScriptedLoss(values), prune, *callbacks], folder=folder
     )
     model = torch.nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -74,7 +75,7 @@ def train(folder, values, resume=None, more=(), **settings):
     )
 
 
-def test_a_trial_behind_the_others_ends(study, tmp_path):
+def test_a_trial_behind_the_others_is_pruned(study, tmp_path):
     state = train(tmp_path / "003_seed-3", BAD)
     assert state.stop.by == "prune"
     assert state.stop.reason.startswith("val/loss is behind")
@@ -89,40 +90,43 @@ def test_a_trial_ahead_goes_on(study, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "epochs"), [({"warmup": 3}, 4), ({"startup": 4}, 5), ({"pruner": "halving"}, 3)]
 )
-def test_the_rule_can_be_chosen(study, tmp_path, settings, epochs):
+def test_the_pruner_and_its_settings_can_be_chosen(study, tmp_path, settings, epochs):
     assert train(tmp_path / "003_seed-3", BAD, **settings).epoch == epochs
 
 
-def test_a_resumed_trial_reports_nothing_twice_and_ends_where_it_would_have(study, tmp_path):
-    cut = Cut(1)
-    assert train(tmp_path / "003", BAD, more=[cut]).epoch == 2
-    storage_in.cache_clear()
-    state = train(tmp_path / "003", BAD, resume=cut.saved, more=[Cut(9)])
+def test_a_resumed_trial_reports_nothing_twice_and_is_pruned_at_the_same_epoch(study, tmp_path):
+    checkpoint = CheckpointAfter(1)
+    assert train(tmp_path / "003", BAD, callbacks=[checkpoint]).epoch == 2
+    cached_storage.cache_clear()
+    state = train(tmp_path / "003", BAD, resume=checkpoint.saved, callbacks=[CheckpointAfter(9)])
     assert (state.epoch, state.stop is not None) == (2, True)
     assert study.trials[3].intermediate_values == {1: 5.0, 2: 4.5}
 
 
-def test_one_that_was_to_end_when_it_was_cut_off_ends_at_once(study, tmp_path):
-    cut = Cut(2)
-    train(tmp_path / "003", BAD, more=[cut])
-    state = train(tmp_path / "003", BAD, resume=cut.saved, more=[Cut(9)])
+def test_a_trial_killed_where_it_is_pruned_ends_at_once_when_resumed(study, tmp_path):
+    checkpoint = CheckpointAfter(2)
+    train(tmp_path / "003", BAD, callbacks=[checkpoint])
+    state = train(tmp_path / "003", BAD, resume=checkpoint.saved, callbacks=[CheckpointAfter(9)])
     assert (state.epoch, state.stop is not None) == (2, True)
 
 
-def test_nan_is_reported_to_nobody(study, tmp_path):
+def test_nan_is_not_reported(study, tmp_path):
     assert train(tmp_path / "003", [float("nan"), 4.0, 3.0, 2.0, 1.0]).epoch == 5
     assert 1 not in study.trials[3].intermediate_values
 
 
-def test_outside_a_search_it_says_so(tmp_path):
+def test_pruning_outside_a_search_is_an_error(tmp_path):
     with pytest.raises(SettingError, match="no trial of a search"):
         train(tmp_path / "mine", BAD)
     with pytest.raises(RunError, match="is not the folder of a search"):
         train(tmp_path / "003_seed-1", BAD)
 
 
-def test_it_costs_no_import_until_a_search_begins():
-    script = "import sys, framework as fw; fw.discover(); fw.callbacks.build('prune'); print('optuna' in sys.modules)"
+def test_building_the_callback_does_not_import_optuna():
+    script = (
+        "import sys, framework as fw; fw.discover(); fw.callbacks.build('prune'); "
+        "print('optuna' in sys.modules)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )

@@ -1,7 +1,7 @@
-"""Which trials a sweep has, and that composing them fast gives what Hydra would."""
+"""The trials of a grid; the cached composition of jobs gives the configs of Hydra."""
 
 import re
-from types import SimpleNamespace
+from itertools import product
 
 import pytest
 from hydra.core.hydra_config import HydraConfig
@@ -10,10 +10,11 @@ from omegaconf import OmegaConf
 from framework.composition import cached_composer
 from framework.composition.compose import CommandLine, run_composed, to_tree
 from framework.composition.sources import Sources
-from framework.errors import ConfigError
+from framework.errors import ConfigError, FrameworkError
 from framework.tuning.sweep.folder import Trial
-from framework.tuning.sweep.grid import numbered
+from framework.tuning.sweep.grid import Grid, trial_numbers
 from framework.tuning.sweep.grid_rules import Rule, combinations
+from framework.tuning.sweep.launcher import OneByOne
 from framework.tuning.sweep.sweep import sweep as run_sweep
 
 AXES = {
@@ -23,8 +24,8 @@ AXES = {
 }
 
 
-def test_every_combination_the_last_key_changing_fastest():
-    found = combinations({key: AXES[key] for key in ("lr", "seed")}, [])
+def test_a_grid_has_all_combinations_with_the_last_key_changing_fastest():
+    found = combinations({"lr": AXES["lr"], "seed": AXES["seed"]}, [])
     assert found[:4] == [
         ("lr=1", "seed=0"),
         ("lr=1", "seed=1"),
@@ -34,7 +35,7 @@ def test_every_combination_the_last_key_changing_fastest():
     assert len(found) == 6
 
 
-def test_zipped_settings_go_in_pairs_and_cross_the_rest():
+def test_zipped_settings_are_paired_and_crossed_with_the_others():
     found = combinations(AXES, [["size", "lr"]])
     assert len(found) == 6
     assert found[0] == ("lr=1", "size=8", "seed=0")
@@ -42,16 +43,16 @@ def test_zipped_settings_go_in_pairs_and_cross_the_rest():
 
 
 @pytest.mark.parametrize(
-    ("zipped", "said"),
+    ("zipped", "message"),
     [
-        ([["lr", "seed"]], "as many values of each are needed; there are of lr 2, seed 3"),
-        ([["lr", "siez"]], "siez has no list of values here; did you mean 'size'?"),
-        ([["lr"]], "pairs need two settings"),
-        ([["lr", "size"], ["lr", "size"]], "lr stands there twice"),
+        ([["lr", "seed"]], "expected equally many values of each, got lr 2, seed 3"),
+        ([["lr", "siez"]], "siez has no list of values; did you mean 'size'?"),
+        ([["lr"]], "expected two settings"),
+        ([["lr", "size"], ["lr", "size"]], "lr is listed twice"),
     ],
 )
-def test_a_zip_that_cannot_be(zipped, said):
-    with pytest.raises(ConfigError, match=re.escape(said)):
+def test_an_invalid_zip_is_reported(zipped, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         combinations(AXES, zipped)
 
 
@@ -68,35 +69,31 @@ def test_a_zip_that_cannot_be(zipped, said):
     ],
 )
 def test_a_rule_leaves_combinations_out(rule, left):
-    trials = [
-        {"model": model, "norm": norm, "lr": 1}
-        for model in ("rnn", "mlp")
-        for norm in ("layer", None)
-    ]
-    kept = [trial for trial in trials if Rule(rule, trials[0]).holds(trial)]
-    assert [f"{t['model']} {t['norm'] or 'null'} {t['lr']}" for t in kept] == left
+    kept = []
+    for model, norm in product(("rnn", "mlp"), ("layer", None)):
+        settings = {"model": model, "norm": norm, "lr": 1}
+        if Rule(rule, settings).holds(settings):
+            kept.append(f"{model} {norm or 'null'} 1")
+    assert kept == left
 
 
 @pytest.mark.parametrize(
-    ("rule", "said"),
+    ("rule", "message"),
     [
-        ("modle=rnn", "modle is not given in this sweep; did you mean 'model'?"),
-        (
-            "model is rnn",
-            "'model is rnn' cannot be read; it should be like model=rnn -> norm=layer",
-        ),
-        ("__import__('os').getcwd()", "cannot be read"),
-        ("model=a -> model=b -> model=c", "should be like"),
+        ("modle=rnn", "modle is not set in this sweep; did you mean 'model'?"),
+        ("model is rnn", "cannot parse 'model is rnn'"),
+        ("__import__('os').getcwd()", "cannot parse"),
+        ("model=a -> model=b -> model=c", "expected a rule like model=rnn -> norm=layer"),
     ],
 )
-def test_a_rule_that_cannot_be_read(rule, said):
-    with pytest.raises(ConfigError, match=re.escape(said)):
+def test_an_invalid_rule_is_reported(rule, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         Rule(rule, ["model", "norm"])
 
 
 @pytest.fixture
 def sweep(tmp_path, monkeypatch):
-    """Return the settings of the trials of a command line; nothing is trained."""
+    """Return a function that composes a sweep, and returns the settings of its trials."""
     monkeypatch.chdir(tmp_path)
 
     def sweep(*overrides):
@@ -117,7 +114,7 @@ def test_zip_and_where_on_the_command_line(sweep):
     ruled = sweep("optimizer=sgd,adam", "seed=1,2", "sweep.where=optimizer=sgd -> seed=1")
     assert [tuple(each.values()) for each in ruled] == [("sgd", 1), ("adam", 1), ("adam", 2)]
     assert sweep("seed=range(4)", "sweep.where=[seed>0,seed!=2]") == [{"seed": 1}, {"seed": 3}]
-    with pytest.raises(ConfigError, match="none of the 2 combinations is left"):
+    with pytest.raises(ConfigError, match="excludes all 2 combinations"):
         sweep("seed=1,2", "sweep.where=seed>5")
 
 
@@ -134,33 +131,44 @@ def test_a_grid_in_an_experiment_file(sweep, tmp_path):
         (1e-2, "relu", 1),
     ]
     typed = sweep("experiment=grid", "optimizer.lr=3,4")
-    assert {each["optimizer.lr"] for each in typed} == {3, 4}, (
-        "what is typed takes the place of what is in the file"
-    )
+    rates = {each["optimizer.lr"] for each in typed}
+    assert rates == {3, 4}, "the command line replaces values of the file"
     (tmp_path / "conf/experiment/grid.yaml").write_text(
         "hydra: {sweeper: {params: {modle: 'a,b'}}}\n"
     )
-    with pytest.raises(ConfigError, match="there is no key 'modle'"):
+    with pytest.raises(ConfigError, match="no key 'modle'"):
         sweep("experiment=grid")
 
 
-EQUAL = [
-    "optimizer=adam optimizer.weight_decay=0.1 optimizer.lr=1e-3,3 seed=-1,7 sweep.zip=[optimizer.lr,seed]",
-    "trainer.precision=fp32,bf16 trainer.max_steps=null,5 sweep.zip=[trainer.precision,trainer.max_steps]",
+COMMANDS = [
+    (
+        "optimizer=adam optimizer.weight_decay=0.1 optimizer.lr=1e-3,3 seed=-1,7 "
+        "sweep.zip=[optimizer.lr,seed]"
+    ),
+    (
+        "trainer.precision=fp32,bf16 trainer.max_steps=null,5 "
+        "sweep.zip=[trainer.precision,trainer.max_steps]"
+    ),
     "model.activation=relu,elu model.activation.alpha=0.5,1.5 sweep.where=model.activation=elu",
-    "+callbacks=early_stop callbacks.early_stop.patience=1,2 ~callbacks=progress activation=elu activation.alpha=0.5",
+    (
+        "+callbacks=early_stop callbacks.early_stop.patience=1,2 ~callbacks=progress "
+        "activation=elu activation.alpha=0.5"
+    ),
     "model.norm=null,layer activation=elu",
     "optimizer={name:sgd,momentum:0.5},{name:adamw,weight_decay:0} optimizer.lr=0.3",
     "model.activation=relu,{name:elu,alpha:2}",
     "seed=1,2 run.name=n-${seed} model.width=${seed}",
-    "callbacks=[progress],[checkpoint,progress] scheduler=null,cosine sweep.zip=[callbacks,scheduler]",
+    (
+        "callbacks=[progress],[checkpoint,progress] scheduler=null,cosine "
+        "sweep.zip=[callbacks,scheduler]"
+    ),
     "model=stack model.blocks=[flatten],[flatten,linear] optimizer.betas=[0.8,0.9] init_from=a-b",
     "experiment=one,two model.dropout=0,0.5 sweep.zip=[experiment,model.dropout]",
 ]
 
 
-@pytest.mark.parametrize("typed", EQUAL)
-def test_a_job_composed_fast_is_what_hydra_composes(typed, tmp_path, monkeypatch):
+@pytest.mark.parametrize("typed", COMMANDS)
+def test_the_cached_composition_gives_the_config_of_hydra(typed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "conf/experiment").mkdir(parents=True)
     (tmp_path / "conf/experiment/one.yaml").write_text(
@@ -172,24 +180,20 @@ def test_a_job_composed_fast_is_what_hydra_composes(typed, tmp_path, monkeypatch
     compared = []
 
     def job(self, overrides, number):
-        fast = made(self, overrides, number)
+        cached = real_job(self, overrides, number)
         config = self.loader.load_sweep_config(self.master, list(overrides))
         HydraConfig.instance().set_config(config)
         experiment = config.hydra.runtime.choices.get("experiment")
-        tree = to_tree(
-            OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]),
-            Sources({}, []),
-        )
+        keys = [key for key in config if key != "hydra"]
+        tree = to_tree(OmegaConf.masked_copy(config, keys), Sources({}, []))
         full = self.composing.checked(tree, experiment, list(overrides), number)
-        assert (fast.spec.tree, fast.experiment, fast.settings) == (
-            full.spec.tree,
-            full.experiment,
-            full.settings,
-        )
+        assert cached.spec.tree == full.spec.tree
+        assert cached.experiment == full.experiment
+        assert cached.settings == full.settings
         compared.append(overrides)
-        return fast
+        return cached
 
-    made = cached_composer.Composer.job
+    real_job = cached_composer.Composer.job
     monkeypatch.setattr(cached_composer.Composer, "job", job)
     run_sweep(CommandLine(typed.split(), multirun=True), lambda job: None)
     assert len(compared) >= 2
@@ -197,70 +201,66 @@ def test_a_job_composed_fast_is_what_hydra_composes(typed, tmp_path, monkeypatch
 
 def test_hydra_composes_once_for_each_choice_of_parts(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    composed, full = [], cached_composer.Composer._compose
+    composed = []
+    compose = cached_composer.Composer._compose
 
     def counted(self, overrides, number):
         composed.append(overrides)
-        return full(self, overrides, number)
+        return compose(self, overrides, number)
 
     monkeypatch.setattr(cached_composer.Composer, "_compose", counted)
-    line = CommandLine(
-        ["optimizer=sgd,adam", "optimizer.lr=0.1,0.2", "seed=range(8)"], multirun=True
-    )
-    run_sweep(line, lambda job: None)
+    overrides = ["optimizer=sgd,adam", "optimizer.lr=0.1,0.2", "seed=range(8)"]
+    run_sweep(CommandLine(overrides, multirun=True), lambda job: None)
     assert composed == [("optimizer=sgd",), ("optimizer=adam",)]
 
 
-def test_every_problem_of_every_job_is_told_at_once(sweep):
+def test_all_problems_of_all_jobs_are_reported_together(sweep):
     with pytest.raises(ConfigError) as error:
         sweep("optimizer.lr=0.1,fast", "seed=1,x", "modle.width=3")
     assert len(error.value.problems) == 3
     with pytest.raises(ConfigError) as error:
         sweep("seed=1,2", "sweep.metrc=a", "resume=runs/x", "run.name=a")
-    assert [problem.partition(":")[0] for problem in error.value.problems] == [
-        "sweep.metrc=a",
-        "resume=runs/x",
-        "run.name=a",
-    ]
+    places = [problem.partition(":")[0] for problem in error.value.problems]
+    assert places == ["sweep.metrc=a", "resume=runs/x", "run.name=a"]
+    with pytest.raises(ConfigError) as error:
+        sweep("optimizer.lr=interval(0,1)", "model.dropout=interval(0,1)", "seed=range(0)")
+    assert len(error.value.problems) == 3
 
 
 @pytest.mark.parametrize(
-    ("typed", "said"),
+    ("typed", "message"),
     [
-        (
-            "sweep.metric=val/acuracy",
-            "sweep.metric=val/acuracy: no trial measures it; did you mean 'val/accuracy'?",
-        ),
-        ("sweep.metric=accuracy", "sweep.metric=accuracy: should be like val/accuracy"),
-        (
-            "sweep.metric=weights/norm",
-            "sweep.metric=weights/norm: say what is better with sweep.mode=min or max",
-        ),
-        ("sweep.mode=[min,max]", "sweep.mode: should be one, or one for each sweep.metric"),
-        ("sweep.mode=low", "sweep.mode=low: expected one of auto, min, max"),
-        ("sweep.name=a,b", "sweep.name=a,b: is about a whole sweep: write sweep.name=[a,b]"),
+        ("sweep.metric=val/acuracy", "sweep.metric=val/acuracy: no trial measures it; did you"),
+        ("sweep.metric=accuracy", "sweep.metric=accuracy: expected e.g. val/accuracy"),
+        ("sweep.metric=weights/norm", "sweep.metric=weights/norm: set the better direction with"),
+        ("sweep.mode=[min,max]", "sweep.mode: expected one, or one for each sweep.metric"),
+        ("sweep.mode=low", "sweep.mode=low: "),
+        ("sweep.name=a,b", "sweep.name=a,b: "),
         ("optimizer.lr=interval(0,1)", "interval(...) is for a sweeper that draws values"),
-        ("hydra/launcher=jobib", "hydra/launcher=jobib: not installed"),
+        ("hydra/launcher=jobib", "hydra/launcher=jobib: "),
     ],
 )
-def test_what_cannot_be_asked_of_a_sweep(sweep, typed, said):
-    with pytest.raises(ConfigError, match=re.escape(said)):
+def test_an_invalid_setting_of_a_sweep_is_reported(sweep, typed, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         sweep("seed=1,2", typed)
 
 
-def test_a_single_run_has_nothing_to_do_with_the_section_sweep(tmp_path, monkeypatch):
+def test_a_single_run_has_no_section_sweep(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     jobs = []
     run_composed(CommandLine([]), jobs.append)
     assert "sweep" not in jobs[0].spec.tree
-    with pytest.raises(
-        ConfigError, match=r"sweep\.name=a: is about a whole sweep: add -m for one, or leave it out"
-    ):
+    with pytest.raises(ConfigError, match=r"sweep\.name=a: .* add -m"):
         run_composed(CommandLine(["sweep.name=a"]), jobs.append)
 
 
-def test_a_resumed_sweep_knows_a_number_that_is_written_otherwise():
+def test_a_resumed_sweep_recognizes_equal_numbers_of_another_type():
     rows = [Trial(3, {"seed": 0, "optimizer.lr": 1.0}), Trial(4, {"seed": 1, "optimizer.lr": 0.5})]
-    trials = SimpleNamespace(folder=SimpleNamespace(trials=lambda: rows))
-    asked = [{"optimizer.lr": 1, "seed": 0.0}, {"optimizer.lr": 0.5, "seed": 2}]
-    assert numbered(asked, trials) == {0: 3, 1: 0}
+    settings = [{"optimizer.lr": 1, "seed": 0.0}, {"optimizer.lr": 0.5, "seed": 2}]
+    assert trial_numbers(settings, rows) == {0: 3, 1: 0}
+
+
+@pytest.mark.parametrize("plugin", [Grid, OneByOne])
+def test_a_sweeper_or_launcher_of_another_program_is_an_error(plugin):
+    with pytest.raises(FrameworkError, match="framework train -m"):
+        plugin().setup(hydra_context=None, task_function=print, config=None)

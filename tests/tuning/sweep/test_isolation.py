@@ -1,6 +1,5 @@
-"""A trial that changes all that a process shares, and fails: the next one feels nothing of it."""
+"""A trial that changes global state and fails does not affect the next trial."""
 
-import json
 import logging
 import os
 import random
@@ -11,18 +10,19 @@ from pathlib import Path
 
 import numpy
 import pytest
-import rich.style  # noqa: F401  # it draws a number when it is imported
+import rich.style  # noqa: F401  # its import draws a random number
 import torch
 
 from framework.cli.main import main
 from framework.tuning.sweep.isolation import GLOBALS, isolated
+from sweeps import rows
 
-NASTY = """\
+PLUGIN = """\
 import logging, os, random, sys, warnings
 import numpy, torch
 from framework import Callback, callbacks
 
-def spoil():
+def pollute():
     random.seed(9), numpy.random.seed(9), torch.manual_seed(9)
     torch.set_num_threads(3)
     torch.set_default_dtype(torch.float64)
@@ -36,25 +36,26 @@ def spoil():
     logging.disable(logging.CRITICAL)
     logging.getLogger().setLevel(logging.DEBUG)
     logging.getLogger().addHandler(logging.StreamHandler())
-    logging.getLogger("framework.spoilt").setLevel(logging.ERROR)
-    logging.getLogger("framework.spoilt").propagate = False
-    os.environ["SPOILT"] = "1"
-    sys.path.insert(0, "/spoilt")
+    logging.getLogger("framework.polluted").setLevel(logging.ERROR)
+    logging.getLogger("framework.polluted").propagate = False
+    os.environ["POLLUTED"] = "1"
+    sys.path.insert(0, "/polluted")
 
-@callbacks.register("nasty")
-class Nasty(Callback):
+@callbacks.register("polluter")
+class Polluter(Callback):
     def on_step_end(self, trainer):
         if trainer.seed == 1 and trainer.state.step == 2:
-            spoil()
-            raise ValueError("spoilt")
+            pollute()
+            raise ValueError("polluted")
 """
 
 
-def shared():
-    """All that the nasty trial changes."""
-    root, spoilt = logging.getLogger(), logging.getLogger("framework.spoilt")
+def global_state():
+    """Return all state that the plugin changes."""
+    root = logging.getLogger()
+    polluted = logging.getLogger("framework.polluted")
     return {
-        "globals": [read() for read, _ in GLOBALS],
+        "globals": [get() for get, _ in GLOBALS],
         "generators": (
             random.getstate(),
             numpy.random.get_state()[1].tolist(),
@@ -66,26 +67,28 @@ def shared():
             root.level,
             list(root.handlers),
             root.manager.disable,
-            spoilt.level,
-            spoilt.propagate,
+            polluted.level,
+            polluted.propagate,
         ),
         "process": (dict(os.environ), os.getcwd(), list(sys.path)),
     }
 
 
-def test_all_that_a_trial_changed_is_taken_back():
-    space, before = {}, shared()
-    exec(NASTY.partition("@callbacks")[0], space)
-    with pytest.raises(ValueError, match="spoilt"), isolated():
-        space["spoil"]()
+def test_global_state_is_restored_after_a_trial():
+    namespace = {}
+    before = global_state()
+    exec(PLUGIN.partition("@callbacks")[0], namespace)
+    with pytest.raises(ValueError, match="polluted"), isolated():
+        namespace["pollute"]()
         os.chdir("/")
-        during = shared()
-        raise ValueError("spoilt")
-    assert not [name for name in before if during[name] == before[name]], "each of them was changed"
-    assert shared() == before
+        during = global_state()
+        raise ValueError("polluted")
+    unchanged = [name for name in before if during[name] == before[name]]
+    assert not unchanged
+    assert global_state() == before
 
 
-def test_a_logger_that_a_trial_made_is_as_new():
+def test_a_logger_that_a_trial_created_is_reset():
     with isolated():
         logging.getLogger("framework.new").addHandler(logging.StreamHandler())
         logging.getLogger("framework.new").setLevel(logging.ERROR)
@@ -93,29 +96,28 @@ def test_a_logger_that_a_trial_made_is_as_new():
     assert logging.getLogger("framework.new").isEnabledFor(logging.WARNING)
 
 
-def test_trials_around_a_nasty_one_are_as_if_alone(tmp_path, monkeypatch, capsys, forget_plugins):
+def test_trials_after_a_polluting_one_give_their_results_when_alone(
+    tmp_path, monkeypatch, capsys, forget_plugins
+):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "nasty.py").write_text(NASTY)
-    line = "train --plugins nasty.py callbacks=[nasty,checkpoint] data=blobs model.width=8 model.dropout=0.2"
-    before = shared()
+    (tmp_path / "polluter.py").write_text(PLUGIN)
+    line = "train --plugins polluter.py callbacks=[polluter,checkpoint] data=blobs model.width=8"
+    line += " model.dropout=0.2 trainer.max_steps=4 loggers=[json_lines]"
+    before = global_state()
     for trials in ("seed=0,1,2 sweep.name=together", "'seed=range(2,3)' sweep.name=alone"):
         with pytest.raises(SystemExit):
-            main(shlex.split(f"{line} trainer.max_steps=4 loggers=[json_lines] -m {trials}"))
-    assert shared() == before
-    rows = [
-        json.loads(line)
-        for line in Path("runs/default/together/sweep.jsonl").read_text().splitlines()
-    ]
-    assert [row["state"] for row in rows if row["state"] != "running"] == ["done", "failed", "done"]
-    assert "ValueError: spoilt (nasty.py:" in rows[3]["error"]
-    alone = json.loads(Path("runs/default/alone/sweep.jsonl").read_text().splitlines()[-1])
-    measured = [
-        {k: v for k, v in row["metrics"].items() if "per_second" not in k}
-        for row in (rows[-1], alone)
-    ]
-    assert measured[0] == measured[1]
-    weights = [
-        Path(f"runs/default/{run}/checkpoints/best/model.safetensors").read_bytes()
-        for run in ("together/002_seed-2", "alone/000_seed-2")
-    ]
-    assert weights[0] == weights[1]
+            main(shlex.split(f"{line} -m {trials}"))
+    assert global_state() == before
+    together = rows("together")
+    ended = [row for row in together if row["state"] != "running"]
+    assert [row["state"] for row in ended] == ["done", "failed", "done"]
+    assert "ValueError: polluted (polluter.py:" in ended[1]["error"]
+    assert without_times(ended[2]) == without_times(rows("alone")[-1])
+    weights = "checkpoints/best/model.safetensors"
+    after_polluter = Path("runs/default/together/002_seed-2", weights)
+    alone = Path("runs/default/alone/000_seed-2", weights)
+    assert after_polluter.read_bytes() == alone.read_bytes()
+
+
+def without_times(row):
+    return {name: value for name, value in row["metrics"].items() if "per_second" not in name}

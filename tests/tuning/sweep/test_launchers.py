@@ -1,4 +1,4 @@
-"""The same command line with Hydra's launchers: processes of this machine, jobs of a cluster."""
+"""Sweeps with Hydra's launchers: processes on this machine, jobs of a cluster."""
 
 import importlib.util
 import os
@@ -9,7 +9,7 @@ import pytest
 
 from framework.cli import main
 from framework.runs.checkpoint import newest
-from framework.tuning.search.study import storage_in
+from framework.tuning.search.study import cached_storage
 from framework.tuning.sweep.folder import SweepFolder
 from runs import logged
 from sweeps import rows
@@ -38,13 +38,13 @@ LAUNCHERS = {
 def launcher(request, tmp_path, monkeypatch):
     package, settings = LAUNCHERS[request.param]
     try:
-        found = importlib.util.find_spec(package)
+        spec = importlib.util.find_spec(package)
     except ModuleNotFoundError:
-        found = None
-    if found is None or (request.param == "ray" and importlib.util.find_spec("ray") is None):
+        spec = None
+    if spec is None or (request.param == "ray" and importlib.util.find_spec("ray") is None):
         pytest.skip(f"{package} is not installed")
     monkeypatch.chdir(tmp_path)
-    storage_in.cache_clear()
+    cached_storage.cache_clear()
     return [f"hydra/launcher={request.param}", *settings]
 
 
@@ -54,18 +54,16 @@ def search(name, *overrides):
     return SweepFolder(Path("runs/default") / name)
 
 
-def test_a_search_with_a_launcher_finds_what_it_finds_alone(launcher, capsys):
-    away = search("away", *launcher)
-    storage_in.cache_clear()
-    here = search("here", f"hydra.sweeper.trials={len(away.trials())}")
-    assert [trial.state for trial in away.trials()] == ["done"] * len(here.trials())
-    assert [trial.settings for trial in away.trials()] == [
-        trial.settings for trial in here.trials()
-    ]
-    assert [t.metrics["val/loss"] for t in away.trials()] == [
-        t.metrics["val/loss"] for t in here.trials()
-    ]
-    assert all((away.path / trial.folder / "config.yaml").is_file() for trial in away.trials())
+def test_a_search_with_a_launcher_gives_the_same_trials(launcher, capsys):
+    folder = search("launched", *launcher)
+    trials = folder.trials()
+    cached_storage.cache_clear()
+    expected = search("local", f"hydra.sweeper.trials={len(trials)}").trials()
+    for trial, local in zip(trials, expected, strict=True):
+        assert trial.state == "done"
+        assert trial.settings == local.settings
+        assert trial.metrics["val/loss"] == local.metrics["val/loss"]
+        assert (folder.path / trial.folder / "config.yaml").is_file()
 
 
 PLUGIN = """\
@@ -82,13 +80,15 @@ class Preempted(Callback):
             later = open("signals").readlines()[1:]
             open("signals", "w").writelines(later)
             if number == 15:
-                open("queued_again_1", "w")  # SLURM sees to that itself
+                open("queued_again_1", "w")  # SLURM does this itself
             os.kill(os.getpid(), number)
 """
-TRIALS = f"train --plugins preempted.py {' '.join(QUICK)} -m seed=0,1 trainer.max_steps=10 +callbacks=preempted"
-TRIALS += " data=blobs callbacks.checkpoint.every=4steps callbacks.checkpoint.background=false"
-LOCAL = "hydra/launcher=submitit_local hydra.launcher.submitit_folder=jobs hydra.sweeper.max_batch_size=1"
-SLURM = {  # as much of it as submitit calls: an array of two jobs, which are queued again where a file says so
+TRIALS = f"train --plugins preempted.py {' '.join(QUICK)} -m seed=0,1 trainer.max_steps=10"
+TRIALS += " +callbacks=preempted data=blobs callbacks.checkpoint.every=4steps"
+TRIALS += " callbacks.checkpoint.background=false"
+LOCAL = "hydra/launcher=submitit_local hydra.launcher.submitit_folder=jobs"
+LOCAL += " hydra.sweeper.max_batch_size=1"
+SLURM = {  # the commands that submitit calls, for two jobs, which a file queues again
     "sbatch": """
         cp "$1" job.sh
         export SLURM_ARRAY_JOB_ID=$$
@@ -106,86 +106,85 @@ SLURM = {  # as much of it as submitit calls: an array of two jobs, which are qu
 
 @pytest.fixture
 def preempting(command, tmp_path, forget_plugins):
-    """Run a sweep in which seed 1 gets signals, by the step after which they come; returns as `command` does."""
+    """Return a function that runs a sweep in which seed 1 gets signals after some steps."""
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     (tmp_path / "preempted.py").write_text(PLUGIN)
     (tmp_path / "signals").touch()
-    assert command(f"{TRIALS} sweep.name=whole")[0] == 0
+    assert command(f"{TRIALS} sweep.name=uninterrupted")[0] == 0
 
     def run(launcher, signals):
-        Path("signals").write_text(
-            "".join(f"{step} {number.value}\n" for step, number in signals.items())
-        )
-        ended = command(f"{TRIALS} sweep.name=cut {launcher}")
+        lines = [f"{step} {number.value}\n" for step, number in signals.items()]
+        Path("signals").write_text("".join(lines))
+        result = command(f"{TRIALS} sweep.name=preempted {launcher}")
         assert Path("signals").read_text() == ""
-        return ended
+        return result
 
     return run
 
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-    """SLURM's commands, played by scripts; returns the launcher."""
+    """Replace the commands of SLURM by scripts; return the overrides for the launcher."""
     (tmp_path / "bin").mkdir()
     for name, script in SLURM.items():
         (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{script}\n")
         (tmp_path / "bin" / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    return "hydra/launcher=submitit_slurm hydra.launcher.submitit_folder=jobs/%j hydra.launcher.max_num_timeout=1"
+    launcher = "hydra/launcher=submitit_slurm hydra.launcher.submitit_folder=jobs/%j"
+    return f"{launcher} hydra.launcher.max_num_timeout=1"
 
 
 def states():
-    """How it went with seed 1."""
-    return [row["state"] for row in rows("cut") if row["number"] == 1]
-
-
-def weights(name):
-    """Those that seed 1 has come to."""
-    return (
-        newest(Path(f"runs/default/{name}/001_seed-1/checkpoints"))[0] / "model.safetensors"
-    ).read_bytes()
+    """Return the states of the preempted trial, in order."""
+    return [row["state"] for row in rows("preempted") if row["number"] == 1]
 
 
 def run(name):
     return Path(f"runs/default/{name}/001_seed-1")
 
 
-def said():
-    return (run("cut") / "output.txt").read_text()
+def weights(name):
+    return (newest(run(name) / "checkpoints")[0] / "model.safetensors").read_bytes()
 
 
-def test_a_preempted_job_goes_on_with_its_run(preempting):
-    """submitit queues it again at SIGUSR2, and nobody said resume=auto."""
+def printed():
+    return (run("preempted") / "output.txt").read_text().splitlines()
+
+
+def assert_same_run():
+    """Check that the preempted trial gives the result of an uninterrupted one."""
+    assert weights("preempted") == weights("uninterrupted")
+    assert logged(run("preempted")) == logged(run("uninterrupted"))
+
+
+RESUMED = "going on with runs/default/preempted/001_seed-1 after step"
+
+
+def test_a_preempted_job_resumes_its_run(preempting):
+    """submitit queues it again at SIGUSR2, without resume=auto."""
     status, out, _ = preempting(LOCAL, {6: signal.SIGUSR2})
     assert status == 0
-    assert said() == "going on with runs/default/cut/001_seed-1 after step 6\n"
+    assert printed() == [f"{RESUMED} 6"]
     assert states() == ["running", "stopped", "running", "done"]
     assert "trials   2: done; 20 steps" in out
-    assert weights("cut") == weights("whole")
-    assert logged(run("cut")) == logged(run("whole"))
+    assert_same_run()
 
 
-def test_a_job_that_is_told_to_end_saves_and_the_same_command_goes_on(preempting, command):
+def test_a_terminated_job_saves_and_the_same_command_resumes_it(preempting, command):
     status, out, _ = preempting(LOCAL, {6: signal.SIGTERM})
     assert status == 128 + signal.SIGTERM
     assert "trials   2: 1 done, 1 stopped; 16 steps" in out
-    status, out, _ = command(f"{TRIALS} sweep.name=cut resume=auto")
+    status, out, _ = command(f"{TRIALS} sweep.name=preempted resume=auto")
     assert status == 0
-    assert said().splitlines()[-1] == "going on with runs/default/cut/001_seed-1 after step 6"
-    assert weights("cut") == weights("whole")
-    assert logged(run("cut")) == logged(run("whole"))
+    assert printed()[-1] == f"{RESUMED} 6"
+    assert_same_run()
 
 
-def test_a_job_of_slurm_goes_on_when_its_time_is_up_and_when_its_machine_is_taken(
-    preempting, slurm
-):
-    """At SIGUSR2 submitit queues it again; SIGTERM says that SLURM does."""
+def test_a_slurm_job_resumes_after_a_timeout_and_after_a_preemption(preempting, slurm):
+    """At SIGUSR2 submitit queues it again, at SIGTERM SLURM does."""
     status, out, _ = preempting(slurm, {6: signal.SIGUSR2, 8: signal.SIGTERM})
     assert status == 0, Path("log").read_text()
-    assert said().splitlines() == [
-        f"going on with runs/default/cut/001_seed-1 after step {step}" for step in (6, 8)
-    ]
-    assert states() == [*["running", "stopped"] * 2, "running", "done"]
+    assert printed() == [f"{RESUMED} 6", f"{RESUMED} 8"]
+    assert states() == ["running", "stopped", "running", "stopped", "running", "done"]
     assert "trials   2: done; 20 steps" in out
-    assert weights("cut") == weights("whole")
-    assert logged(run("cut")) == logged(run("whole"))
+    assert_same_run()

@@ -1,19 +1,19 @@
-"""What a callback says of trials that train as one."""
+"""The declarations of callbacks for trials that train as one stacked model."""
 
 import pytest
 import torch
 
 import framework as fw
 from framework import Callback, SavingCallback, Transform
-from framework.tuning.vectorized.callbacks import check_stackable, clip_rows_of, is_alone, prepare
+from framework.tuning.vectorized.callbacks import check_stackable, find_clip_rows, is_alone, prepare
 from framework.tuning.vectorized.stacked_update import NotStackable
 
 
-class Silent(Callback):
-    """Says nothing of trials that train as one."""
+class Undeclared(Callback):
+    """Has no declaration for stacked trials."""
 
 
-class Looks(Callback):
+class ReadsOnly(Callback):
     changes_training = False
 
 
@@ -21,39 +21,39 @@ class InPlace(Callback):
     alone = False
 
 
-class Own(Callback):
+class DeclaredByInstance(Callback):
     changes_training = False
 
     def __init__(self):
         self.alone = True
 
 
-class Flips(Transform):
+class Flip(Transform):
     alone = False
 
     def __call__(self, batch):
         return batch
 
 
-@pytest.mark.parametrize("able", [Looks, InPlace])
-def test_a_callback_that_only_looks_or_says_so_serves_trials_that_train_as_one(able):
-    check_stackable([able()])
+@pytest.mark.parametrize("supported", [ReadsOnly, InPlace])
+def test_a_callback_that_reads_only_or_declares_it_works_with_stacked_trials(supported):
+    check_stackable([supported()])
 
 
-@pytest.mark.parametrize("unable", [Silent, Own, Flips])
-def test_another_callback_is_refused_by_name(unable):
-    with pytest.raises(NotStackable, match=unable.__name__):
-        check_stackable([Looks(), unable()])
+@pytest.mark.parametrize("refused", [Undeclared, DeclaredByInstance, Flip])
+def test_another_callback_is_refused_by_name(refused):
+    with pytest.raises(NotStackable, match=refused.__name__):
+        check_stackable([ReadsOnly(), refused()])
 
 
-def test_a_callback_is_told_how_many_trials_there_are():
-    class Told(Callback):
+def test_a_callback_gets_the_number_of_trials():
+    class Scaled(Callback):
         def among(self, trials):
             self.trials = trials
 
-    told = Told()
-    prepare([Silent(), told], 7)
-    assert told.trials == 7
+    callback = Scaled()
+    prepare([Undeclared(), callback], 7)
+    assert callback.trials == 7
 
 
 class Halves(Callback):
@@ -74,18 +74,18 @@ class Doubles(Halves):
             parameter.grad.mul_(2)
 
 
-def test_clip_rows_counts_unless_a_subclass_changes_what_it_stands_for():
+def test_clip_rows_is_used_unless_a_subclass_overrides_on_gradients():
     gradients = torch.ones(2, 3)
-    clip_rows_of(Halves)([Halves(), Halves()], gradients)
+    find_clip_rows(Halves)([Halves(), Halves()], gradients)
     assert gradients.tolist() == [[0.5] * 3] * 2
-    assert clip_rows_of(Doubles) is None
-    assert clip_rows_of(Looks) is None
+    assert find_clip_rows(Doubles) is None
+    assert find_clip_rows(ReadsOnly) is None
 
 
-def test_what_the_built_in_callbacks_say():
+def test_the_declarations_of_built_in_callbacks():
     clip = fw.callbacks.build("clip_gradients")
     assert is_alone(clip) is False
-    assert clip_rows_of(type(clip)) is not None
+    assert find_clip_rows(type(clip)) is not None
     assert is_alone(fw.callbacks.build("non_finite")) is False
     assert is_alone(fw.callbacks.build("non_finite", policy="skip")) is True
     checkpoint = fw.callbacks.build("checkpoint")

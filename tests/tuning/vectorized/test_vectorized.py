@@ -1,93 +1,104 @@
-"""`hydra/launcher=vectorized`: a sweep whose trials train as one leaves what trials of their own leave."""
+"""`hydra/launcher=vectorized`: a sweep with stacked trials leaves the files of single trials."""
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from framework.composition.compose import Job
-from framework.tuning.vectorized.launcher import form, groups
-from framework.tuning.vectorized.stacked_update import Rows
+from framework.tuning.vectorized.launcher import find_groups, group_key
+from framework.tuning.vectorized.stacked_update import StackedState
 from runs import logged
 from sweeps import rows, trials
 
-SMALL = "data=blobs model.width=8 model.depth=1 trainer.max_epochs=3 callbacks=[checkpoint,non_finite] seed=1"
-SWEEP = f"train {SMALL} 'loggers=[tensorboard,json_lines]' -m optimizer.lr=1e-3,1e-2,5e-2 model.dropout=0.0"
+SMALL = "data=blobs model.width=8 model.depth=1 trainer.max_epochs=3 seed=1"
+SMALL += " callbacks=[checkpoint,non_finite]"
+TRAIN = f"train {SMALL} 'loggers=[json_lines]'"
+VECTORIZED = "sweep.name=s hydra/launcher=vectorized"
+
+
+def run_of(row, name="s"):
+    return Path("runs/default") / name / row["folder"]
 
 
 def files(run):
-    return sorted(
-        p.name.partition(".tfevents")[0]
-        for p in run.rglob("*")
-        if p.is_file() and p.name != "output.txt"
-    )
+    """Return the names of all files of a run except its output."""
+    names = [path.name for path in run.rglob("*") if path.is_file()]
+    return sorted(name.partition(".tfevents")[0] for name in names if name != "output.txt")
 
 
-def test_trials_that_train_as_one_leave_the_runs_of_trials_alone(command):
-    assert command(f"{SWEEP} sweep.name=one hydra/launcher=vectorized")[0] == 0
-    assert command(f"{SWEEP} sweep.name=alone")[0] == 0
-    pairs = list(zip(trials("one"), trials("alone"), strict=True))
-    assert len(pairs) == 3
-    for mine, other in pairs:
-        assert (mine["folder"], mine["settings"], mine["state"]) == (
-            other["folder"],
-            other["settings"],
-            "done",
-        )
-        assert mine["metrics"].keys() == other["metrics"].keys()
-        runs = [Path("runs/default") / name / mine["folder"] for name in ("one", "alone")]
-        assert files(runs[0]) == files(runs[1])
-        assert len(logged(runs[0])) == len(logged(runs[1])) > 3
-        for line, expected in zip(*map(logged, runs), strict=True):
-            assert line == pytest.approx(
-                expected, rel=2e-3, abs=1e-4
-            )  # float32, summed in another order
-    status, out, _ = command(f"eval runs/default/one/{pairs[0][0]['folder']} --json")
+def test_stacked_trials_leave_the_runs_of_single_trials(command):
+    line = f"train {SMALL} 'loggers=[tensorboard,json_lines]' -m optimizer.lr=1e-3,1e-2,5e-2"
+    line += " model.dropout=0.0"
+    assert command(f"{line} sweep.name=stacked hydra/launcher=vectorized")[0] == 0
+    assert command(f"{line} sweep.name=single")[0] == 0
+    stacked = trials("stacked")
+    single = trials("single")
+    assert len(stacked) == len(single) == 3
+    for row, expected in zip(stacked, single, strict=True):
+        assert row["state"] == "done"
+        assert row["folder"] == expected["folder"]
+        assert row["settings"] == expected["settings"]
+        assert row["metrics"].keys() == expected["metrics"].keys()
+        run = run_of(row, "stacked")
+        single_run = run_of(expected, "single")
+        assert files(run) == files(single_run)
+        assert len(logged(run)) > 3
+        for values, single_values in zip(logged(run), logged(single_run), strict=True):
+            # float32, summed in another order
+            assert values == pytest.approx(single_values, rel=2e-3, abs=1e-4)
+    status, out, _ = command(f"eval {run_of(stacked[0], 'stacked')} --json")
     assert status == 0
-    assert json.loads(out)["test/loss"] == pytest.approx(
-        pairs[0][0]["metrics"]["test/loss"], rel=1e-5
-    )
+    loss = stacked[0]["metrics"]["test/loss"]
+    assert json.loads(out)["test/loss"] == pytest.approx(loss, rel=1e-5)
 
 
-def test_a_trial_of_a_stack_goes_on_alone(command):
-    line = f"train {SMALL} 'loggers=[json_lines]' -m optimizer.lr=1e-3,1e-2 hydra/launcher=vectorized sweep.name=s"
-    assert command(line)[0] == 0
-    run = Path("runs/default/s") / trials("s")[1]["folder"]
+def test_a_stacked_trial_resumes_alone(command):
+    assert command(f"{TRAIN} -m optimizer.lr=1e-3,1e-2 {VECTORIZED}")[0] == 0
+    run = run_of(trials()[1])
     status, _, err = command(f"resume {run} trainer.max_epochs=5 --inexact")
     assert status == 0, err
     assert logged(run)[-2]["epoch"] == 5
 
 
-def test_one_that_diverges_fails_and_the_others_are_done(command):
-    line = f"train {SMALL} 'loggers=[json_lines]' optimizer=sgd -m optimizer.lr=0.01,1e38,0.1 sweep.name=s"
-    assert command(f"{line} hydra/launcher=vectorized")[0] != 0
-    assert [row["state"] for row in trials("s")] == ["done", "failed", "done"]
-    assert "non_finite" in trials("s")[1]["error"]
-    assert command(f"{line} hydra/launcher=vectorized resume=auto")[0] != 0
-    began = [row["number"] for row in rows("s") if row["state"] == "running"]
-    assert sorted(began) == [0, 1, 1, 2]  # only the failed one ran again
+def test_a_trial_that_diverges_fails_and_the_others_are_done(command):
+    line = f"{TRAIN} optimizer=sgd -m optimizer.lr=0.01,1e38,0.1 {VECTORIZED}"
+    assert command(line)[0] != 0
+    assert [row["state"] for row in trials()] == ["done", "failed", "done"]
+    assert "non_finite" in trials()[1]["error"]
+    assert command(f"{line} resume=auto")[0] != 0
+    started = [row["number"] for row in rows() if row["state"] == "running"]
+    assert sorted(started) == [0, 1, 1, 2], "only the failed one runs again"
 
 
-def test_when_memory_is_full_trials_go_on_one_by_one(command, monkeypatch):
-    steps = []
-    differentiate = Rows.differentiate
+@pytest.fixture
+def steps(monkeypatch):
+    """Record the number of trials of each step; `steps.before` is called in each of them."""
+    differentiate = StackedState.differentiate
+    steps = SimpleNamespace(sizes=[], before=lambda state: None)
 
-    def full(self, losses, add=False):
-        steps.append(len(losses))
-        if len(steps) == 5:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    def recording(self, losses, add=False):
+        steps.sizes.append(len(losses))
+        steps.before(self)
         differentiate(self, losses, add)
 
-    monkeypatch.setattr(Rows, "differentiate", full)
-    line = f"train {SMALL} 'loggers=[json_lines]' -m optimizer.lr=1e-3,1e-2 sweep.name=s hydra/launcher=vectorized"
-    status, out, err = command(line)
-    assert (status, steps) == (0, [2] * 5), err
+    monkeypatch.setattr(StackedState, "differentiate", recording)
+    return steps
+
+
+def test_trials_go_on_one_by_one_when_memory_is_full(command, steps):
+    def fill_memory(state):
+        if len(steps.sizes) == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    steps.before = fill_memory
+    status, out, err = command(f"{TRAIN} -m optimizer.lr=1e-3,1e-2 {VECTORIZED}")
+    assert (status, steps.sizes) == (0, [2] * 5), err
     assert "2 trials go on one by one: memory is full" in out + err
-    assert [row["state"] for row in trials("s")] == ["done", "done"]
-    assert [line["epoch"] for line in logged(Path("runs/default/s") / trials("s")[0]["folder"])][
-        -1
-    ] == 3
+    assert [row["state"] for row in trials()] == ["done", "done"]
+    assert logged(run_of(trials()[0]))[-1]["epoch"] == 3
 
 
 GROWS = """\
@@ -109,78 +120,61 @@ class Grows(nn.Module):
 """
 
 
-def test_trials_that_turn_out_not_to_go_together_go_on_one_by_one(command, tmp_path):
+def test_trials_go_on_one_by_one_when_they_turn_out_not_to_be_stackable(command, tmp_path):
     (tmp_path / "grows.py").write_text(GROWS)
-    line = (
-        "train --plugins grows.py data=digits model=grows trainer.max_epochs=2 loggers=[json_lines]"
-    )
-    status, out, err = command(
-        f"{line} -m optimizer.lr=1e-3,1e-2 sweep.name=s hydra/launcher=vectorized"
-    )
+    line = "train --plugins grows.py data=digits model=grows trainer.max_epochs=2"
+    line += " loggers=[json_lines] -m optimizer.lr=1e-3,1e-2"
+    status, out, err = command(f"{line} {VECTORIZED}")
     assert status == 0, err
-    assert (
-        "2 trials go on one by one: the model puts another tensor in the place of a buffer"
-        in out + err
-    )
-    for row in trials("s"):
-        run = Path("runs/default/s") / row["folder"]
-        assert (row["state"], logged(run)[-1]["epoch"]) == ("done", 2)
+    assert "2 trials go on one by one: the model replaces a buffer" in out + err
+    for row in trials():
+        assert row["state"] == "done"
+        assert logged(run_of(row))[-1]["epoch"] == 2
 
 
-def test_a_sweep_that_was_cut_off_goes_on_where_its_trials_stood(command, monkeypatch):
-    differentiate, steps = Rows.differentiate, []
-
-    def cut_off(self, losses, add=False):
-        steps.append(len(losses))
-        if len(steps) == 50:
+def test_a_resumed_sweep_goes_on_from_the_checkpoints_of_its_trials(command, steps):
+    def interrupt(state):
+        if len(steps.sizes) == 50:
             raise KeyboardInterrupt
-        differentiate(self, losses, add)
 
-    monkeypatch.setattr(Rows, "differentiate", cut_off)
-    line = f"train {SMALL} 'loggers=[json_lines]' callbacks.checkpoint.background=false -m optimizer.lr=1e-3,1e-2,1e-1"
-    line += " sweep.name=s hydra/launcher=vectorized"
-    assert command(line)[0] != 0
-    assert command(f"{line} resume=auto")[0] == 0
-    assert [row["state"] for row in trials("s")] == ["done"] * 3
-    whole = command(f"{line.replace('sweep.name=s', 'sweep.name=whole')}")[0]
-    assert whole == 0
-    epoch = trials("whole")[0]["steps"] // 3
+    steps.before = interrupt
+    line = f"{TRAIN} callbacks.checkpoint.background=false -m optimizer.lr=1e-3,1e-2,1e-1"
+    line += " hydra/launcher=vectorized"
+    assert command(f"{line} sweep.name=s")[0] != 0
+    assert command(f"{line} sweep.name=s resume=auto")[0] == 0
+    assert [row["state"] for row in trials()] == ["done"] * 3
+    assert command(f"{line} sweep.name=uninterrupted")[0] == 0
+    expected = trials("uninterrupted")
+    epoch = expected[0]["steps"] // 3
     assert 3 * epoch > 50 > epoch
-    assert (
-        len(steps) == 50 + 2 * epoch + 3 * epoch
-    )  # it went on from the checkpoints of the first epoch
-    for mine, other in zip(trials("s"), trials("whole"), strict=True):
-        assert mine["metrics"]["test/loss"] == pytest.approx(
-            other["metrics"]["test/loss"], rel=1e-4
-        )
+    assert len(steps.sizes) == 50 + 2 * epoch + 3 * epoch, "it resumes after the first epoch"
+    for row, uninterrupted in zip(trials(), expected, strict=True):
+        loss = uninterrupted["metrics"]["test/loss"]
+        assert row["metrics"]["test/loss"] == pytest.approx(loss, rel=1e-4)
 
 
-def test_a_fault_of_the_step_that_all_take_fails_them_and_nothing_else(command, monkeypatch):
-    differentiate = Rows.differentiate
-
-    def faulty(self, losses, add=False):
-        if self.places[0].shape[0] == 16:
+def test_an_error_of_the_common_step_fails_only_the_trials_of_its_group(command, steps):
+    def fail(state):
+        if state.slots[0].shape[0] == 16:
             raise RuntimeError("a fault")
-        differentiate(self, losses, add)
 
-    monkeypatch.setattr(Rows, "differentiate", faulty)
-    line = f"train {SMALL} 'loggers=[json_lines]' -m model.width=16,8 'seed=range(2)' sweep.name=s"
-    assert command(f"{line} hydra/launcher=vectorized")[0] == 1
-    assert [row["state"] for row in trials("s")] == ["failed", "failed", "done", "done"]
-    assert "a fault" in trials("s")[0]["error"]
+    steps.before = fail
+    assert command(f"{TRAIN} -m model.width=16,8 'seed=range(2)' {VECTORIZED}")[0] == 1
+    assert [row["state"] for row in trials()] == ["failed", "failed", "done", "done"]
+    assert "a fault" in trials()[0]["error"]
 
 
-def test_what_cannot_be_stacked_trains_one_by_one_and_it_is_said(command):
-    line = f"train {SMALL} 'loggers=[json_lines]' optimizer=muon -m optimizer.lr=0.01,0.02 sweep.name=s"
-    status, out, err = command(f"{line} hydra/launcher=vectorized")
+def test_trials_that_cannot_be_stacked_train_one_by_one_with_a_note(command):
+    line = f"{TRAIN} optimizer=muon -m optimizer.lr=0.01,0.02 {VECTORIZED}"
+    status, out, err = command(line)
     assert status == 0
-    assert [row["state"] for row in trials("s")] == ["done", "done"]
+    assert [row["state"] for row in trials()] == ["done", "done"]
     assert "2 trials train one by one: Muon has no pure update" in out + err
 
 
-def test_plan_tells_the_groups_and_leaves_nothing(command):
-    line = f"plan {SMALL} -m optimizer.lr=1e-3,1e-2 model.width=8,16 optimizer=adamw,muon 'seed=range(2)'"
-    status, out, _ = command(line)
+def test_plan_lists_the_groups_and_leaves_no_files(command):
+    swept = "optimizer.lr=1e-3,1e-2 model.width=8,16 optimizer=adamw,muon 'seed=range(2)'"
+    status, out, _ = command(f"plan {SMALL} -m {swept}")
     assert status == 0
     lines = [" ".join(line.split()) for line in out.splitlines()]
     assert lines[0] == "16 trials in 4 groups for hydra/launcher=vectorized"
@@ -189,28 +183,25 @@ def test_plan_tells_the_groups_and_leaves_nothing(command):
     assert not Path("runs").exists()
 
 
-class Of:
-    def __init__(self, **tree):
-        self.tree = {
-            "trainer": {"max_epochs": 3, "accumulate": 1},
-            "data": {"noise": 0.1},
-            "loader": {},
-            **tree,
-        }
+def job(dropout, width=8, lr=0.1, **sections):
+    tree = {
+        "trainer": {"max_epochs": 3, "accumulate": 1},
+        "data": {"noise": 0.1},
+        "loader": {},
+        "optimizer": {"lr": lr},
+        "model": {"width": width, "dropout": dropout},
+        **sections,
+    }
+    return Job(SimpleNamespace(tree=tree), "default", [])
 
 
-def test_groups_have_in_common_what_decides_on_shapes():
-    recipes = [
-        {"optimizer": {"lr": 0.1}, "model": {"width": 8, "dropout": 0.1}, "seed": 1},
-        {"optimizer": {"lr": 0.2}, "model": {"width": 8, "dropout": 0.5}, "seed": 2},
-        {"optimizer": {"lr": 0.1}, "model": {"width": 16, "dropout": 0.1}, "seed": 1},
-        {"optimizer": {"lr": 0.1}, "model": {"width": 8, "dropout": 0.1}, "data": {"noise": 0.2}},
-        {
-            "optimizer": {"lr": 0.1},
-            "model": {"width": 8, "dropout": 0.3},
-            "scheduler": {"name": "step"},
-        },
+def test_a_group_shares_all_settings_that_determine_shapes():
+    jobs = [
+        job(dropout=0.1, seed=1),
+        job(dropout=0.5, lr=0.2, seed=2),
+        job(dropout=0.1, width=16, seed=1),
+        job(dropout=0.1, data={"noise": 0.2}),
+        job(dropout=0.3, scheduler={"name": "step"}),
     ]
-    jobs = [Job(Of(**recipe), "default", []) for recipe in recipes]
-    assert groups(jobs) == [[0, 1, 4], [2], [3]]
-    assert form(jobs[0].spec.tree) == form(jobs[1].spec.tree)
+    assert [list(group) for group in find_groups(jobs)] == [[0, 1, 4], [2], [3]]
+    assert group_key(jobs[0].spec.tree) == group_key(jobs[1].spec.tree)

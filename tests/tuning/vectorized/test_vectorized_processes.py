@@ -1,4 +1,4 @@
-"""`hydra/launcher=vectorized` on several cores: each process trains a share of the trials; nothing is lost with one."""
+"""`hydra/launcher=vectorized` with several processes, and the death of one of them."""
 
 import os
 import shlex
@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from framework.errors import FrameworkError
-from framework.tuning.sweep.display import Lines
-from framework.tuning.vectorized.processes import bins, most_processes, shared_out
-from framework.tuning.vectorized.stacked_update import Rows
+from framework.tuning.sweep.display import LineDisplay
+from framework.tuning.vectorized.processes import partition, run_in_processes, usable_processes
+from framework.tuning.vectorized.stacked_update import StackedState
 from sweeps import rows, trials
 from waiting import wait_for
 
@@ -21,7 +21,7 @@ SMALL = (
 )
 TWO = "hydra/launcher=vectorized hydra.launcher.processes=2"
 pytestmark = pytest.mark.skipif(
-    most_processes() < 2, reason="a fork is not safe here, or there is one core"
+    usable_processes() < 2, reason="needs Linux with two cores and no accelerator"
 )
 
 
@@ -29,90 +29,86 @@ def states(name):
     return [row["state"] for row in trials(name)]
 
 
-def came_to(name):
-    return {
-        row["number"]: row["metrics"]["test/loss"] for row in rows(name) if row["state"] == "done"
-    }
+def losses(name):
+    return {row["number"]: row["metrics"]["test/loss"] for row in trials(name)}
 
 
-def test_two_processes_come_to_what_one_comes_to(command):
+def test_two_processes_give_the_results_of_one(command):
     line = f"train {SMALL} trainer.max_epochs=3 -m optimizer.lr=1e-3,1e-2 'seed=range(8)'"
-    assert (
-        command(f"{line} sweep.name=one hydra/launcher=vectorized hydra.launcher.processes=1")[0]
-        == 0
-    )
+    one = "hydra/launcher=vectorized hydra.launcher.processes=1"
+    assert command(f"{line} sweep.name=one {one}")[0] == 0
     status, out, err = command(f"{line} sweep.name=two {TWO}")
     assert status == 0, err
     assert states("two") == ["done"] * 16
-    assert came_to("two") == pytest.approx(came_to("one"), rel=1e-4)
-    assert len(rows("two")) == 32  # each began once
-    assert (
-        sum(line.startswith("0") and " s" in line for line in out.splitlines()) >= 16
-    )  # told by this process
+    assert losses("two") == pytest.approx(losses("one"), rel=1e-4)
+    assert len(rows("two")) == 32  # each trial started once
+    ended = [line for line in out.splitlines() if line.startswith("0") and " s" in line]
+    assert len(ended) >= 16, "this process prints a line for each trial"
     assert "16: done" in out
 
 
-def test_groups_are_shared_out_whole_where_they_are_small(command, monkeypatch):
-    sizes = []
-    monkeypatch.setattr(
-        "framework.tuning.vectorized.launcher.bins",
-        lambda *given: sizes.append(given[0]) or bins(*given),
-    )
-    line = (
-        f"train {SMALL} trainer.max_epochs=1 -m model.width=4,8 'seed=range(8)' sweep.name=s {TWO}"
-    )
-    assert command(line)[0] == 0
-    assert sizes == [[8, 8]]
+def test_small_groups_are_not_split_between_processes(command, monkeypatch):
+    partitioned = []
+
+    def recording(sizes, number):
+        partitioned.append(sizes)
+        return partition(sizes, number)
+
+    monkeypatch.setattr("framework.tuning.vectorized.launcher.partition", recording)
+    swept = "-m model.width=4,8 'seed=range(8)' sweep.name=s"
+    assert command(f"train {SMALL} trainer.max_epochs=1 {swept} {TWO}")[0] == 0
+    assert partitioned == [[8, 8]]
     assert states("s") == ["done"] * 16
 
 
-def test_bins_are_of_about_one_size():
-    assert bins([8, 8, 16, 1], 2) == [[2, 3], [0, 1]]
-    assert bins([3], 4) == [[0]]
+def test_bins_have_about_the_same_size():
+    assert partition([8, 8, 16, 1], 2) == [[2, 3], [0, 1]]
+    assert partition([3], 4) == [[0]]
 
 
-def test_the_trials_of_a_process_that_died_go_on_in_this_one(command, monkeypatch):
-    differentiate, here = Rows.differentiate, os.getpid()
+def test_the_trials_of_a_killed_process_go_on_in_this_one(command, monkeypatch):
+    differentiate = StackedState.differentiate
+    parent = os.getpid()
 
     def killed(self, losses, add=False):
-        if os.getpid() != here and not Path("killed").exists():
+        if os.getpid() != parent and not Path("killed").exists():
             Path("killed").touch()
             os.kill(os.getpid(), signal.SIGKILL)
         differentiate(self, losses, add)
 
-    monkeypatch.setattr(Rows, "differentiate", killed)
-    status, out, err = command(
-        f"train {SMALL} trainer.max_epochs=2 -m 'seed=range(16)' sweep.name=s {TWO}"
-    )
+    monkeypatch.setattr(StackedState, "differentiate", killed)
+    line = f"train {SMALL} trainer.max_epochs=2 -m 'seed=range(16)' sweep.name=s {TWO}"
+    status, out, err = command(line)
     assert status == 0, err
     assert "a process died: its trials go on in this one" in out + err
     assert states("s") == ["done"] * 16
 
 
-def test_what_a_process_raises_is_raised_here():
-    def fails(shown):
+def test_the_error_of_a_process_is_raised_in_this_one():
+    def fails(display):
         raise FrameworkError("it cannot")
 
     with pytest.raises(FrameworkError, match="it cannot"):
-        shared_out([fails, lambda shown: 1], Lines({}))
+        run_in_processes([fails, lambda display: 1], LineDisplay({}))
 
 
-def test_an_error_that_cannot_be_sent_is_told_by_its_text():
+def test_an_error_that_cannot_be_pickled_is_replaced_by_its_text():
     class Local(Exception):
         pass
 
-    def fails(shown):
+    def fails(display):
         raise Local("the text")
 
     with pytest.raises(RuntimeError, match="Local: the text"):
-        shared_out([fails], Lines({}))
+        run_in_processes([fails], LineDisplay({}))
 
 
-LONG = f"train {SMALL} trainer.max_epochs=12 callbacks.checkpoint.every=5steps -m 'seed=range(16)' sweep.name=s {TWO}"
+LONG = f"train {SMALL} trainer.max_epochs=12 callbacks.checkpoint.every=5steps"
+LONG += f" -m 'seed=range(16)' sweep.name=s {TWO}"
 
 
-def started():
-    """A sweep in a process of its own, once checkpoints are there."""
+def start_sweep():
+    """Start a sweep in another process, and wait for its checkpoints."""
     command = [sys.executable, "-m", "framework", *shlex.split(LONG)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for(lambda: len(list(Path("runs/default/s").glob("0*/checkpoints/step-*"))) >= 16)
@@ -123,8 +119,8 @@ def children(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def test_ctrl_c_saves_all_trials_and_the_sweep_goes_on(command):
-    process = started()
+def test_ctrl_c_saves_all_trials_and_the_sweep_can_be_resumed(command):
+    process = start_sweep()
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 128 + signal.SIGINT, process.stdout.read()
     assert states("s") == ["stopped"] * 16
@@ -134,21 +130,19 @@ def test_ctrl_c_saves_all_trials_and_the_sweep_goes_on(command):
     assert before < min(row["steps"] for row in rows("s") if row["state"] == "done")
 
 
-def test_processes_end_with_the_one_that_was_killed(command):
-    process = started()
-    theirs = children(process.pid)
-    assert len(theirs) == 2
+def test_processes_end_when_the_process_of_the_sweep_is_killed(command):
+    process = start_sweep()
+    workers = children(process.pid)
+    assert len(workers) == 2
     process.kill()
     process.wait()
-    wait_for(
-        lambda: not any(Path(f"/proc/{pid}").exists() and "Z" not in stat(pid) for pid in theirs),
-        10,
-    )
+    wait_for(lambda: not any(map(is_running, workers)), 10)
     assert states("s") == ["running"] * 16
 
 
-def stat(pid):
+def is_running(pid):
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
-        return "Z"
+        return False
+    return state != "Z"

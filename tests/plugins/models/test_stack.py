@@ -1,3 +1,5 @@
+"""The model `stack`: a list of blocks with settings."""
+
 import pytest
 import torch
 from torch import nn

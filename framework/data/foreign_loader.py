@@ -1,0 +1,149 @@
+"""Iterables of batches that are not a `Loader`, such as a DataLoader or a list of batches."""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.utils.data import ChainDataset, ConcatDataset, DataLoader, IterableDataset
+
+from framework.errors import DataError, short
+from framework.runtime import seeds
+from framework.runtime.batch import Batch
+from framework.runtime.copy_stream import CopyStream
+
+from .workers import as_batch
+
+READ_AGAIN = "pass a list of batches or a DataLoader, which can be read again"
+READS_FROM = ("loader", "dataloader", "batch_sampler", "sampler", "dataset")
+"""Attributes of loaders and samplers with the objects that they read from."""
+
+
+class ForeignLoader:
+    """Reads an iterable of batches without changing it.
+
+    The iterable may write each batch into the memory of the previous one. So a batch is valid only
+    until the next one is read; use `keep` to keep it for longer.
+
+    Raises:
+        DataError: `batches` is not iterable.
+    """
+
+    max_buffered = 1
+    split: None = None  # not known
+    batch_size: None = None  # not known
+    skipped = 0
+
+    def __init__(self, batches: Iterable[Any]):
+        if not hasattr(batches, "__iter__"):
+            expected = "a Data, a split, a data set with a length or an iterable of batches"
+            raise DataError(f"data: expected {expected}, got {short(batches)}")
+        self.batches = batches
+        self.reuses_memory = not makes_new_tensors(batches)
+        self.copies: CopyStream | None = None
+        self.started = False
+
+    def to(self, device: torch.device) -> "ForeignLoader":
+        """Prepare to read for a device, and return this loader.
+
+        On CUDA the batches are copied to the device. If they come from a DataLoader, each copy runs
+        while the model computes with the previous batch.
+        """
+        if device.type == "cuda":
+            self.copies = CopyStream(device, reused=self.reuses_memory)
+        return self
+
+    def __len__(self) -> int:
+        """Return the number of batches of an epoch. Raises TypeError if it is not known."""
+        if isinstance(self.batches, DataLoader):
+            is_iterable = isinstance(self.batches.dataset, IterableDataset)
+            if is_iterable and self.batches.num_workers > 1:
+                raise TypeError("the length does not count the smaller last batch of each worker")
+        return len(self.batches)  # type: ignore[arg-type]
+
+    @property
+    def single_pass(self) -> bool:
+        """Whether the batches can be read only once, as those of a generator.
+
+        An iterator class of the user may start again, so it does not count.
+        """
+        built_in = type(self.batches).__module__ in ("builtins", "itertools")
+        return built_in and isinstance(self.batches, Iterator)
+
+    def epoch(self, epoch: int | None = None, start: int = 0) -> Iterator[Batch]:
+        """Return an iterator over the batches of an epoch.
+
+        Args:
+            epoch: the epoch of training, counted from 0; `set_epoch` of the loader, its samplers
+                and its data set is called. None for a measurement, which does not call it: the
+                measurement may read the same loader as the training that it interrupts.
+            start: number of batches to skip.
+
+        Raises:
+            DataError: a measurement on data that was read before and can be read only once.
+        """
+        if epoch is not None:
+            set_epoch(self.batches, epoch)
+        elif self.started and self.single_pass:
+            kind = type(self.batches).__name__
+            raise DataError(f"the data is a {kind}, which can be read only once; {READ_AGAIN}")
+        self.started = True
+        batches = map(as_batch, self._iterate(start))
+        if self.copies is None:
+            return batches
+        reads = ((batch, None) for batch in batches)
+        ahead = isinstance(self.batches, DataLoader)
+        copied = self.copies.ahead(reads) if ahead else self.copies.in_turn(reads)
+        return (batch for batch, _ in copied)
+
+    def _iterate(self, start: int) -> Iterator[Any]:
+        """Return an iterator that begins with batch number `start`.
+
+        Skipping does not advance the random generators: a resumed fit has restored them already.
+        """
+        if start == 0:
+            return iter(self.batches)
+        with seeds.undisturbed():
+            batches = iter(self.batches)
+            for _ in islice(batches, start):
+                pass
+        return batches
+
+    def keep(self, batch: Batch) -> Batch:
+        """Return a batch that stays valid after the next one is read: a copy if necessary."""
+        if not self.reuses_memory or self.copies is not None:
+            return batch
+        return copy_batch(batch)
+
+
+def copy_batch(batch: Batch) -> Batch:
+    """Return a batch in new memory."""
+    return tuple(tensor.clone() for tensor in batch)
+
+
+def makes_new_tensors(batches: Any) -> bool:
+    """Return whether each batch is known to have its own memory.
+
+    This is known of a list, and of torch's DataLoader with its default `collate_fn`.
+    """
+    if isinstance(batches, list | tuple):
+        return True
+    if type(batches) is not DataLoader or batches.batch_sampler is None:
+        return False
+    return batches.collate_fn is torch.utils.data.default_collate
+
+
+def set_epoch(source: Any, epoch: int) -> None:
+    """Call `set_epoch` of a loader and of its samplers, batch samplers and data sets, once each."""
+    waiting = [source]
+    seen: list[Any] = []
+    while waiting:
+        part = waiting.pop(0)
+        if part is None or isinstance(part, type) or any(part is other for other in seen):
+            continue
+        seen.append(part)
+        if callable(getattr(part, "set_epoch", None)):
+            part.set_epoch(epoch)
+        waiting += [getattr(part, name, None) for name in READS_FROM]
+        if isinstance(part, ConcatDataset | ChainDataset):
+            waiting += part.datasets

@@ -1,0 +1,46 @@
+"""Apply overrides to the config of a run that is resumed."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from framework.errors import ConfigError
+
+FIXED = ("run", "init_from", "resume", "plugins", "sweep", "hydra")  # sections of a new run only
+
+
+def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the config of a run with overrides such as trainer.max_epochs=50 applied.
+
+    Raises:
+        ConfigError: an override cannot be read, is a sweep, or has no effect on a resumed run.
+    """
+    from hydra.errors import HydraException
+
+    from framework.composition.override_syntax import parse
+
+    changed = copy.deepcopy(dict(tree))  # not through JSON, which turns all keys into strings
+    for text in overrides:
+        try:
+            _, override = parse(text)
+            *parents, key = override.key_or_group.replace("/", ".").split(".")
+            value = override.value()
+        except HydraException as error:
+            raise ConfigError([f"{text}: cannot be read as KEY=VALUE"]) from error
+        if override.is_sweep_override():
+            raise ConfigError([f"{text}: a run is resumed with one value; a sweep needs new runs"])
+        section = parents[0] if parents else key
+        if section in FIXED:
+            raise ConfigError(
+                [f"{text}: has no effect on a run that goes on: it keeps its folder and weights"]
+            )
+        place = changed
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise ConfigError([f"{text}: {parent} has no settings"])
+        if override.is_delete():
+            place.pop(key, None)
+        else:
+            place[key] = value
+    return changed

@@ -1,0 +1,106 @@
+"""Batches of one sample, with which a batch norm cannot train."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from framework.contracts.task import Task
+from framework.data.dataset import Batch, Loader
+from framework.errors import DataError
+from framework.errors.torch_errors import is_batch_norm
+from framework.errors.user_code import text_of
+from framework.runtime.precision import Precision
+from framework.runtime.torch_internals.norms import has_statistics
+
+
+class SingleSample(NamedTuple):
+    """The reason why a training batch, or a part of one, has one sample.
+
+    Attributes:
+        setting: the name of the setting.
+        value: its value.
+        which: the batch in question, if it is not each one.
+    """
+
+    setting: str
+    value: int
+    which: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.setting}={self.value} makes a batch of one sample{self.which}"
+
+
+def single_sample(batches: Any, micro_batch: int | None) -> SingleSample | None:
+    """Return why a training batch, or a part of one, will have one sample; None if none will.
+
+    None also if it is not known.
+
+    Args:
+        batches: the loader of the training data.
+        micro_batch: the samples that the model processes at once; None for the batch.
+    """
+    samples, size, drop_last = batch_sizes(batches)
+    if size is None:
+        return None
+    last = samples % size if samples is not None and not drop_last else 0
+    if micro_batch is not None:
+        rests = [count % micro_batch for count in (size, last) if count]
+        if micro_batch == 1 or 1 in rests:
+            return SingleSample("micro_batch", micro_batch)
+    if size == 1:
+        return SingleSample("batch_size", size)
+    if last == 1:
+        which = f" (the last of {samples:,}; drop_last=true leaves it out)"
+        return SingleSample("batch_size", size, which)
+    return None
+
+
+def batch_sizes(batches: Any) -> tuple[int | None, int | None, bool]:
+    """Return the samples of an epoch and of a batch, and whether a smaller last one is dropped.
+
+    The samples are None if they are not known.
+    """
+    if isinstance(batches, Loader):
+        samples = len(batches.split)
+        if batches.limit is not None:
+            samples = min(samples, batches.limit * batches.batch_size)
+        return samples, batches.batch_size, batches.drop_last
+    loader = batches.batches
+    if not isinstance(loader, DataLoader) or loader.batch_size is None:
+        return None, None, False
+    try:
+        return len(loader.sampler), loader.batch_size, loader.drop_last  # type: ignore[arg-type]
+    except TypeError:
+        return None, loader.batch_size, loader.drop_last
+
+
+def check_single_sample(
+    model: nn.Module,
+    task: Task,
+    batch: Batch,
+    precision: Precision,
+    why: SingleSample,
+) -> None:
+    """Raise DataError if a batch norm of the model cannot train on a batch of one sample.
+
+    Args:
+        model: the model in training; its state does not change.
+        task: the task.
+        batch: a batch on the model's device, of which the first sample is used.
+        precision: of the training.
+        why: the reason for a batch of one sample, for the message.
+    """
+    normalised = any(map(has_statistics, model.modules()))
+    if not normalised or task.phases or not all(isinstance(part, Tensor) for part in batch):
+        return
+    # Not imported at the top, since it imports torch's counter of operations.
+    from .layer_table import model_undisturbed
+
+    try:
+        with model_undisturbed(model, train=None), torch.no_grad(), precision.autocast():
+            task.step(model, tuple(part[:1] for part in batch))
+    except Exception as error:  # other errors are those of this batch, or of this trial
+        if is_batch_norm(error):
+            raise DataError(f"{why}: {text_of(error)}. A batch norm needs two") from error
