@@ -8,7 +8,6 @@ import json
 import os
 import pickle
 import random
-import re
 import shutil
 import subprocess
 import sys
@@ -176,7 +175,7 @@ def interrupt(folder: Path) -> None:
     (folder / "checkpoints/best").unlink()
     (folder / "checkpoints/best").symlink_to(steps[0].name)
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-    kept = [line for line in lines if int(re.search(r'"step": (\d+)', line)[1]) <= first]  # type: ignore[index]
+    kept = [line for line in lines if json.loads(line)["step"] <= first]
     (folder / "metrics.jsonl").write_text("".join(kept))
     status = (folder / "status.json").read_text().replace('"done"', '"running"')
     (folder / "status.json").write_text(status)

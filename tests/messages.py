@@ -52,7 +52,9 @@ def name_of(node: ast.expr) -> str:
     """Return the last name of `a.b.c`, or an empty text."""
     if isinstance(node, ast.Attribute):
         return node.attr
-    return node.id if isinstance(node, ast.Name) else ""
+    if isinstance(node, ast.Name):
+        return node.id
+    return ""
 
 
 class Function:
@@ -69,8 +71,8 @@ class Function:
 
     def text(self, node: ast.expr, depth: int = 0) -> str | None:
         """Return the text of an expression, or None if the source does not show it."""
-        if isinstance(node, ast.Constant):
-            return node.value if isinstance(node.value, str) else None
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            return node.value
         if isinstance(node, ast.JoinedStr):
             return "".join(self.part(part, depth) for part in node.values)
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
@@ -93,7 +95,10 @@ class Function:
         optional = "" in found
         if len(texts) == 1 and not optional:
             return texts[0]
-        return f"({' | '.join(texts)}{' |' if optional else ''})"
+        wording = " | ".join(texts)
+        if optional:
+            wording += " |"
+        return f"({wording})"
 
     def part(self, node: ast.expr, depth: int) -> str:
         """Return the text of a part of an f-string."""

@@ -60,8 +60,8 @@ def listeners(rounds: int) -> str:
     ):
         times = take_turns({"0": none, "0 again": again, "5": five, "20": twenty}, rounds, warm=3)
     rows = [
-        [name, f"{median(each):.0f}", f"{ratio(each, times['0']):.3f}"]
-        for name, each in times.items()
+        [name, f"{median(spent):.0f}", f"{ratio(spent, times['0']):.3f}"]
+        for name, spent in times.items()
     ]
     return table(["callbacks that listen to no step", "µs a step", "against 0"], rows)
 

@@ -117,8 +117,11 @@ def framework(arguments, folder, stopped=None):
 
 def logged(run):
     """Return the lines of metrics.jsonl, without values that depend on time."""
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        for key in TIMES:
+            line.pop(key, None)
+    return lines
 
 
 def weights(run):

@@ -134,7 +134,7 @@ def read(file: Path) -> ast.AST:
 
 FILES = [*sorted((ROOT / "framework").rglob("*.py")), *shipped(ROOT / "plugins", "**/*.py")]
 TREES = {str(file.relative_to(ROOT)): read(file) for file in FILES}
-OWN = {name for tree in TREES.values() for name in defined_in(tree)}
+OWN = set().union(*map(defined_in, TREES.values()))
 MEMBERS = set().union(*map(members_of, CLASSES)) - OWN
 
 
