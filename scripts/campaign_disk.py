@@ -1,4 +1,4 @@
-"""A disk of any size, in memory, seen by one process and those it starts, and gone with them."""
+"""A disk of any size in memory, visible only to one process and its children."""
 
 import ctypes
 import os
@@ -8,14 +8,23 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PAGE = 4096
-NEW_MOUNTS, NEW_USER, PRIVATE, RECURSIVE = 0x20000, 0x10000000, 1 << 18, 1 << 14
+# flags of unshare and mount, from linux/sched.h and linux/mount.h
+NEW_MOUNTS = 0x20000
+NEW_USER = 0x10000000
+PRIVATE = 1 << 18
+RECURSIVE = 1 << 14
 
 
 def mount(place: Path, size: int) -> None:
-    """Mount an empty disk of that many bytes, for this process only. Raises OSError where that is not allowed."""
+    """Mount an empty disk of `size` bytes for this process.
+
+    Raises:
+        OSError: The system does not permit it.
+    """
     if sys.platform != "linux":
-        raise OSError(0, "only Linux mounts a disk for one process")
-    user, group = os.getuid(), os.getgid()
+        raise OSError(0, "a disk for one process needs Linux")
+    user = os.getuid()
+    group = os.getgid()
     _check(libc().unshare(NEW_MOUNTS | (NEW_USER if user else 0)))
     if user:
         Path("/proc/self/setgroups").write_text("deny")
@@ -41,7 +50,7 @@ def pages_free(place: Path) -> int:
 
 @contextmanager
 def pages_left(place: Path, pages: int) -> Iterator[None]:
-    """Fill a disk up to so many free pages of 4 KiB."""
+    """Fill a disk until `pages` pages of 4 KiB are free."""
     filler = place / "filler"
     filler.write_bytes(bytes(max(pages_free(place) - pages, 0) * PAGE))
     try:

@@ -1,4 +1,4 @@
-"""Fills a small disk under runs and sweeps, at each writer in turn and at random; frees it, resumes, and compares."""
+"""Fill a small disk during runs and sweeps, free it, resume, and compare the results."""
 
 import importlib
 import json
@@ -27,22 +27,29 @@ from framework.tuning.sweep.folder import SweepFolder
 
 DISK = 48 * 2**20  # bytes
 STEPS = 24
-SAID = re.compile(r"framework: .*/.*(No space left on device|no room).*[\d,]+ bytes.*")
+MESSAGE = re.compile(r"framework: .*/.*(No space left on device|no room|no space).*[\d,]+ bytes.*")
 RUN = (
-    f"train data=digits model.width=24 trainer.max_steps={STEPS} trainer.max_epochs=null trainer.log_every=1steps "
-    "trainer.validate_every=6steps loader.batch_size=256 callbacks.checkpoint.every=4steps "
-    "callbacks.checkpoint.background=false +callbacks=confusion loggers=[tensorboard,json_lines] resume=auto"
+    f"train data=digits model.width=24 trainer.max_steps={STEPS} trainer.max_epochs=null "
+    "trainer.log_every=1steps trainer.validate_every=6steps loader.batch_size=256 "
+    "callbacks.checkpoint.every=4steps callbacks.checkpoint.background=false "
+    "+callbacks=confusion loggers=[tensorboard,json_lines] resume=auto"
 )
 SMALL = (
-    "train -m data=blobs trainer.max_epochs=2 trainer.log_every=1steps callbacks.checkpoint.every=1epoch "
-    "sweep.name=s resume=auto"
+    "train -m data=blobs trainer.max_epochs=2 trainer.log_every=1steps "
+    "callbacks.checkpoint.every=1epoch sweep.name=s resume=auto"
 )
 SWEEP = f"{SMALL} seed=range(12)"
 SEARCH = f"{SMALL} hydra/sweeper=optuna hydra.sweeper.trials=12 optimizer.lr=interval(0.001,0.1)"
-WRITERS = {  # the files that meet the full disk, by command
+WRITERS = {  # files whose writers meet the full disk, by command
     RUN: [
-        *("status.json", "facts.json", "overrides.yaml", "provenance.json", "config.yaml"),
-        *("metrics.jsonl", "events", "checkpoint"),
+        "status.json",
+        "facts.json",
+        "overrides.yaml",
+        "provenance.json",
+        "config.yaml",
+        "metrics.jsonl",
+        "events",
+        "checkpoint",
     ],
     f"{RUN} trainer.profile=true".replace(f"max_steps={STEPS}", "max_steps=60"): [
         "profile.pt.trace.json"
@@ -58,11 +65,17 @@ WRITERS = {  # the files that meet the full disk, by command
     ],
     SEARCH: ["study.journal", "sweep.jsonl", "checkpoint"],
 }
+WRITTEN_ONCE = (".yaml", "facts.json", "provenance.json", "sweep.json", ".trace.json")
 
 
 @dataclass
 class Filling:
-    """When the disk gets full: at the n-th time that a writer begins, or from the start with so many pages left."""
+    """The time when the disk is full.
+
+    Args:
+        writer: Fill the disk when this file is written for the `number`-th time.
+        pages: Without a writer: free pages at the start.
+    """
 
     command: str
     writer: str = ""
@@ -70,14 +83,14 @@ class Filling:
     pages: int = 0
 
     def __str__(self) -> str:
-        verb = (
-            "search" if "optuna" in self.command else "sweep" if " -m " in self.command else "run"
-        )
-        return (
-            f"{verb}, {self.writer} {self.number}"
-            if self.writer
-            else f"{verb}, {self.pages} pages left"
-        )
+        kind = "run"
+        if "optuna" in self.command:
+            kind = "search"
+        elif " -m " in self.command:
+            kind = "sweep"
+        if self.writer:
+            return f"{kind}, {self.writer} {self.number}"
+        return f"{kind}, {self.pages} pages left"
 
 
 class Disk:
@@ -88,7 +101,7 @@ class Disk:
         self.filler = place / "filler"
 
     def fill(self, pages: int = 0) -> None:
-        """Leave so many pages; a file that exists may still grow within its last page."""
+        """Fill the disk until `pages` pages are free; a file can still grow in its last page."""
         with suppress(OSError):
             size = self.filler.stat().st_size if self.filler.exists() else 0
             with self.filler.open("ab", buffering=0) as file:
@@ -100,48 +113,55 @@ class Disk:
 
 
 def install(filling: Filling, disk: Disk) -> None:
-    """Let the disk be full at the moment that `filling` says, in this process."""
+    """Fill the disk in this process at the time of `filling`."""
     if not filling.writer:
         disk.fill(filling.pages)
         return
     left = filling.number
 
-    def meets(name: str) -> None:
+    def before_write(name: str) -> None:
         nonlocal left
         if name == filling.writer:
             left -= 1
             if left < 0:
                 disk.fill()
 
-    real_write, real_append, real_checkpoint = files.write_in, AppendFile.append, writing.write
+    real_write = files.write_and_rename
+    real_append = AppendFile.append
+    real_checkpoint = writing.write
 
-    def write_in(directory: int, temporary: str, name: str, pieces: Any) -> None:
-        meets(name)
+    def write_and_rename(directory: int, temporary: str, name: str, pieces: Any) -> None:
+        before_write(name)
         real_write(directory, temporary, name, pieces)
 
     def append(self: AppendFile, record: bytes) -> None:
         size = os.fstat(self.file.fileno()).st_size
-        if size == 0 or size // PAGE != (size + len(record)) // PAGE:  # it takes a new page
-            meets("events" if "tfevents" in self.path.name else self.path.name)
+        if size == 0 or size // PAGE != (size + len(record)) // PAGE:  # it needs a new page
+            before_write("events" if "tfevents" in self.path.name else self.path.name)
         real_append(self, record)
 
     def write(folder: Path, taken: Any) -> None:
-        meets("checkpoint")
+        before_write("checkpoint")
         real_checkpoint(folder, taken)
 
-    files.write_in, writing.write = write_in, write  # type: ignore[assignment]
+    files.write_and_rename = write_and_rename  # type: ignore[assignment]
+    writing.write = write  # type: ignore[assignment]
     AppendFile.append = append  # type: ignore[method-assign]
 
 
-def do(command: str, root: Path, said: Path, before: Callable[[], None] = lambda: None) -> int:
-    """Run a command in a process of its own, with its runs below a folder; returns the exit status."""
+def run_command(
+    command: str, root: Path, log: Path, before: Callable[[], None] = lambda: None
+) -> int:
+    """Run a command in a forked process in the folder `root`; return the exit status."""
 
     def work() -> None:
         os.chdir(root)
-        output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        sys.stdout = sys.stderr = open(output, "w", buffering=1, encoding="utf-8")  # noqa: SIM115 (ends with the process)
+        stream = open(output, "w", buffering=1, encoding="utf-8")  # noqa: SIM115  # never closed
+        sys.stdout = stream
+        sys.stderr = stream
         before()
         try:
             main(shlex.split(command))
@@ -159,16 +179,12 @@ def runs_in(root: Path) -> list[Path]:
 
 
 def torn(root: Path) -> Iterator[str]:
-    """Yield what a full disk has left half written, or behind."""
+    """Yield the incomplete lines and temporary files after a full disk."""
     for path in root.rglob("*"):
         if path.name.startswith(".") and path.name != ".lock":
-            yield f"litter: {path.name}"
-        if path.suffix == ".jsonl" or path.name == "study.journal":
-            content = path.read_bytes()
-            with suppress(ValueError):
-                [json.loads(line) for line in content.splitlines()]
-                if not content or content.endswith(b"\n"):
-                    continue
+            yield f"leftover: {path.name}"
+        is_log = path.suffix == ".jsonl" or path.name == "study.journal"
+        if is_log and not has_complete_lines(path.read_bytes()):
             yield f"torn: {path.name}"
     for folder in root.rglob("checkpoints"):
         if folder.is_symlink():  # in the folder `best` of a sweep
@@ -177,47 +193,59 @@ def torn(root: Path) -> Iterator[str]:
             verify(saved)
 
 
-def wrong_after(filling: Filling, status: int, said: str, root: Path) -> Iterator[str]:
-    """Yield what is wrong after the command has met the full disk."""
-    lines = [line for line in said.splitlines() if line.startswith("framework: ")]
+def has_complete_lines(content: bytes) -> bool:
+    try:
+        for line in content.splitlines():
+            json.loads(line)
+    except ValueError:
+        return False
+    return not content or content.endswith(b"\n")
+
+
+def problems_after(filling: Filling, status: int, output: str, root: Path) -> Iterator[str]:
+    """Yield the problems after the command has met the full disk."""
+    lines = [line for line in output.splitlines() if line.startswith("framework: ")]
     in_sweep = " -m " in filling.command
     if status != 2:
-        yield f"exit status {status}: {said[-300:]}"
+        yield f"exit status {status}: {output[-300:]}"
     elif in_sweep:
-        if "bytes" not in said:
-            yield f"no bytes are named: {said[-300:]}"
-    elif len(lines) != 1 or not SAID.fullmatch(lines[0]):
-        yield f"not one line with the file and the bytes: {lines}"
+        if "bytes" not in output:
+            yield f"no number of bytes in the message: {output[-300:]}"
+    elif len(lines) != 1 or not MESSAGE.fullmatch(lines[0]):
+        yield f"expected one line with the file and the bytes, got {lines}"
     yield from torn(root)
     for run in runs_in(root):
         state = json.loads((run / "status.json").read_text(encoding="utf-8"))
         if not in_sweep and (state["status"] != "failed" or "bytes" not in state["reason"]):
-            yield f"status.json says {state['status']}: {state['reason']}"
+            yield f"status.json has {state['status']}: {state['reason']}"
 
 
-def point(filling: Filling, disk: Disk, said: Path, whole: Path) -> tuple[str, list[str]]:
-    """Run a command until the disk is full, free it, run it again; returns what happened, and what is wrong."""
+def point(filling: Filling, disk: Disk, log: Path, expected: Path) -> tuple[str, list[str]]:
+    """Run a command until the disk is full, free the disk, and run the command again.
+
+    Returns:
+        "met" if the disk was full, otherwise "room enough", and the problems.
+    """
     root = Path(tempfile.mkdtemp(dir=disk.place))
-    status = do(filling.command, root, said, lambda: install(filling, disk))
-    text = said.read_text(encoding="utf-8", errors="replace")
-    what = "met" if status else "room enough"
-    wrong = list(wrong_after(filling, status, text, root)) if status else []
+    status = run_command(filling.command, root, log, lambda: install(filling, disk))
+    outcome = "met" if status else "room enough"
+    wrong: list[str] = []
+    if status:
+        output = log.read_text(encoding="utf-8", errors="replace")
+        wrong += problems_after(filling, status, output, root)
     disk.free()
-    if status == 0:  # the run is done, and the same command would begin another
-        wrong += compared(whole, root)
-        shutil.rmtree(root)
-        return what, wrong
-    again = do(filling.command, root, said)
-    if again:
-        wrong.append(f"going on: exit status {again}: {said.read_text(errors='replace')[-300:]}")
+    if status:  # after success, the same command would start another run
+        status = run_command(filling.command, root, log)
+    if status:
+        wrong.append(f"resume: exit status {status}: {log.read_text(errors='replace')[-300:]}")
     else:
-        wrong += compared(whole, root)
+        wrong += compared(expected, root)
     shutil.rmtree(root)
-    return what, wrong
+    return outcome, wrong
 
 
 def rows_in(root: Path) -> list[tuple[Any, ...]]:
-    """Return what does not depend on time in the rows of a sweep, if there is one."""
+    """Return the rows of a sweep, if there is one, without times."""
     rows: list[tuple[Any, ...]] = []
     for path in root.glob("runs/default/*/sweep.jsonl"):
         for trial in SweepFolder(path.parent).trials():
@@ -228,19 +256,20 @@ def rows_in(root: Path) -> list[tuple[Any, ...]]:
     return rows
 
 
-def compared(whole: Path, root: Path) -> Iterator[str]:
-    """Yield how the runs of a command differ from those of the same command on a disk with room."""
-    names = [run.relative_to(whole).parts[3:] for run in runs_in(whole)]
+def compared(expected: Path, root: Path) -> Iterator[str]:
+    """Yield the differences from the runs of the same command with enough space."""
+    expected_runs = runs_in(expected)
     runs = runs_in(root)
-    if len(names) != len(runs):
-        yield f"{len(runs)} runs, expected {len(names)}"
+    if len(expected_runs) != len(runs):
+        yield f"expected {len(expected_runs)} runs, got {len(runs)}"
         return
-    if rows_in(whole) != rows_in(root):
-        yield f"the rows of the sweep are {rows_in(root)}, expected {rows_in(whole)}"
-    for one, other in zip(runs_in(whole), runs, strict=True):
+    if rows_in(expected) != rows_in(root):
+        yield f"expected the rows {rows_in(expected)} of the sweep, got {rows_in(root)}"
+    for one, other in zip(expected_runs, runs, strict=True):
         try:
-            yield from (f"{other.name}: {each}" for each in differences(one, other))
-        except ValueError as error:  # of a file that cannot be read
+            for difference in differences(one, other):
+                yield f"{other.name}: {difference}"
+        except ValueError as error:  # an unreadable file
             yield f"{other.name}: {error}"
 
 
@@ -252,17 +281,11 @@ class Tally:
 
 
 def fillings(points: int, chance: random.Random, only: str) -> list[Filling]:
-    """Return the points: each writer at its first times, and random free pages up to the given number in all."""
+    """Return the points: the first writes of each writer, and random numbers of free pages."""
     found = []
     for command, writers in WRITERS.items():
         for writer in writers:
-            times = (
-                1
-                if writer.endswith(
-                    (".yaml", "facts.json", "provenance.json", "sweep.json", ".trace.json")
-                )
-                else 3
-            )
+            times = 1 if writer.endswith(WRITTEN_ONCE) else 3
             found += [Filling(command, writer, number) for number in range(times)]
     for number in range(max(points - len(found), 0)):
         command = [RUN, RUN, SWEEP, SEARCH][number % 4]
@@ -276,34 +299,33 @@ def on_a_small_disk(chosen: list[Filling], root: Path, control: bool) -> Any:
     try:
         mount(place, DISK)
     except OSError as error:
-        return f"skipped: no small disk may be mounted here: {error.strerror}"
+        return f"skipped: the system does not permit a small disk: {error.strerror}"
     if control:
-        forget()
-    tally, disk, said = Tally(), Disk(place), root / "said"
-    whole: dict[str, Path] = {}
+        ignore_errors()
+    tally = Tally()
+    disk = Disk(place)
+    log = root / "log"
+    expected: dict[str, Path] = {}
     for filling in chosen:
-        if filling.command not in whole:
-            whole[filling.command] = root / f"whole-{len(whole)}"
-            whole[filling.command].mkdir()
-            if do(filling.command, whole[filling.command], said):
-                tally.wrong.append(
-                    f"{filling}: the undisturbed command failed: {said.read_text()[-500:]}"
-                )
+        if filling.command not in expected:
+            folder = root / f"whole-{len(expected)}"
+            folder.mkdir()
+            expected[filling.command] = folder
+            if run_command(filling.command, folder, log):
+                problem = f"the undisturbed command failed: {log.read_text()[-500:]}"
+                tally.wrong.append(f"{filling}: {problem}")
                 continue
-        what, wrong = point(filling, disk, said, whole[filling.command])
-        tally.points[what] += 1
-        tally.writers[filling.writer or "random"] += what == "met"
-        tally.wrong += [f"{filling}: {each}" for each in wrong]
-        print(
-            f"{filling}: {what}{', WRONG: ' * bool(wrong)}{'; '.join(wrong)}",
-            file=sys.stderr,
-            flush=True,
-        )
+        outcome, wrong = point(filling, disk, log, expected[filling.command])
+        tally.points[outcome] += 1
+        tally.writers[filling.writer or "random"] += outcome == "met"
+        tally.wrong += [f"{filling}: {problem}" for problem in wrong]
+        verdict = f", WRONG: {'; '.join(wrong)}" if wrong else ""
+        print(f"{filling}: {outcome}{verdict}", file=sys.stderr, flush=True)
     return tally.points, tally.writers, tally.wrong
 
 
-def forget() -> None:
-    """Control: a part of a record stays when there is no room for the rest, and errors of a disk are not told."""
+def ignore_errors() -> None:
+    """Ignore errors of the disk, and keep partly written records: the negative control."""
 
     def append(self: AppendFile, record: bytes) -> None:
         with suppress(OSError):
@@ -315,28 +337,31 @@ def forget() -> None:
 def full_disk(points: int, seed: int, control: bool, only: str = "") -> int:
     """Run the campaign and return its exit status."""
     chosen = fillings(points, random.Random(seed), only)
-    for module in ("event_pb2", "graph_pb2"):  # here, so that no process that is forked has to
+    # imported before the forks, so that no child must import them
+    for module in ("event_pb2", "graph_pb2"):
         importlib.import_module(f"tensorboard.compat.proto.{module}")
     importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
     importlib.import_module("framework.experiment.experiment")
     with tempfile.TemporaryDirectory(prefix="campaign-") as folder:
         root = Path(folder)
-        told = root / "told.json"
-        if status_of(
-            fork(lambda: told.write_text(json.dumps(on_a_small_disk(chosen, root, control))))
-        ):
+        file = root / "result.json"
+
+        def work() -> None:
+            file.write_text(json.dumps(on_a_small_disk(chosen, root, control)))
+
+        if status_of(fork(work)):
             print("the campaign itself failed")
             return 1
-        found = json.loads(told.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
     if isinstance(found, str):
         print(found)
         return 0
     counts, writers, wrong = found
-    print(
-        f"the disk was full at {counts.get('met', 0)} points, and had room at {counts.get('room enough', 0)}:"
-    )
+    full = counts.get("met", 0)
+    enough = counts.get("room enough", 0)
+    print(f"the disk was full at {full} points, and had enough space at {enough}:")
     print("  " + ", ".join(f"{count} {writer}" for writer, count in writers.items()))
-    for each in wrong[:30]:
-        print(f"WRONG {each}")
-    print(f"{len(wrong)} things wrong at {len(chosen)} points")
+    for problem in wrong[:30]:
+        print(f"WRONG {problem}")
+    print(f"{len(wrong)} problems at {len(chosen)} points")
     return int(bool(wrong))

@@ -1,14 +1,13 @@
-"""Makes hostile run and sweep folders, and gives each to every command that reads one.
+"""Create hostile run and sweep folders, and run all commands that read such folders.
 
-Nothing in such a folder may be executed; nothing outside it may be written, or read into an output; no command may
-hang, end in a traceback, or need much memory; and an unrelated run in the same root must not notice it.
+No command may execute content of the folder, write outside it, show files from outside, hang, end
+with a traceback or need much memory. Unrelated runs in the same root must work.
 """
 
 import json
 import os
 import pickle
 import random
-import re
 import shutil
 import subprocess
 import sys
@@ -46,7 +45,7 @@ from campaign_sandbox import (
     ask_board,
     changes,
     faults,
-    holds,
+    files_with,
     last_line,
     program,
     run,
@@ -55,17 +54,18 @@ from campaign_sandbox import (
 )
 
 TOKEN = "TOKEN5e3c1b0f9a"
-REAL = 0.05  # of the commands are run by the real program
-BOARD = 0.12  # of the folders are shown to TensorBoard
+REAL = 0.05  # share of commands that the real program runs
+BOARD = 0.12  # share of folders that TensorBoard reads
 COMMON = ["data=blobs", "model.width=8", "model.depth=1", "loggers.tensorboard.graph=false"]
 OWN = [*COMMON, "data.samples=160", "trainer.max_epochs=2", "callbacks.checkpoint.background=false"]
 OTHER = [*COMMON, "data.samples=150", "trainer.max_epochs=1"]
 GRID = ["seed=0,1"]
 SEARCH = ["hydra/sweeper=optuna", "optimizer.lr=interval(0.001,0.1)", "hydra.sweeper.trials=2"]
-RUN, INPUT = "runs/default/victim", "inputs.npy"
+RUN = "runs/default/victim"
+INPUT = "inputs.npy"
 
 
-def run_commands(kind: str) -> dict[str, list[str]]:
+def run_commands() -> dict[str, list[str]]:
     """Return the commands that read a run, by name."""
     return {
         "eval": ["eval", RUN],
@@ -103,10 +103,10 @@ def sweep_commands(kind: str) -> dict[str, list[str]]:
     }
 
 
-READING = ("eval", "predict", "plan", "unrelated")  # verbs that train nothing of the hostile config
-REFUSED = ("eval sweep", "board")  # also of a genuine folder; the board is ended by a signal
-MOST_HANGS = 3  # of a folder, whose other commands are then left out
-FEW = (
+READING = ("eval", "predict", "plan", "unrelated")  # commands that do not train the hostile config
+REFUSED = ("eval sweep", "board")  # fail with a genuine folder too (a signal ends the board)
+MOST_HANGS = 3  # of a folder; its other commands are skipped
+FEW = (  # commands that are seldom selected
     "check init_from",
     "find lr init_from",
     "resume=RUN",
@@ -125,10 +125,15 @@ class Failure:
 
 @dataclass
 class Outcome:
-    """What the commands did with a folder."""
+    """The results of the commands with one folder.
+
+    Args:
+        name: Name of the class of its first mutation.
+        base: Name of the genuine folder.
+    """
 
     number: int
-    name: str  # of the class of its first mutation
+    name: str
     base: str
     notes: list[str] = field(default_factory=list)
     commands: int = 0
@@ -141,85 +146,85 @@ class Outcome:
 
 
 def templates(root: Path) -> dict[str, Path]:
-    """Make the genuine folders: a run cut off after an epoch, a finished one, a sweep, a search."""
-    made: dict[str, Path] = {}
-    for kind in ("stopped", "done", "grid", "search"):
+    """Create the genuine folders: an interrupted run, a complete run, a sweep, a search."""
+    overrides = {
+        "stopped": ["run.name=victim"],
+        "done": ["run.name=victim"],
+        "grid": ["-m", *GRID, "sweep.name=victim"],
+        "search": ["-m", *SEARCH, "sweep.name=victim"],
+    }
+    folders: dict[str, Path] = {}
+    for kind, own in overrides.items():
         world = root / kind
-        empty(world)
-        extra = {
-            "grid": ["-m", *GRID, "sweep.name=victim"],
-            "search": ["-m", *SEARCH, "sweep.name=victim"],
-        }
-        arguments = ["train", *OWN, *extra.get(kind, ["run.name=victim"])]
-        ended = run(command_of(arguments), world, environment(world))
+        make_folders(world)
+        ended = run(command_of(["train", *OWN, *own]), world, environment(world))
         if ended.status != 0:
-            raise SystemExit(f"the genuine folder {kind} cannot be made: {ended.err}")
-        made[kind] = world / "work" / RUN
+            raise SystemExit(f"the genuine folder {kind} cannot be created: {ended.err}")
+        folders[kind] = world / "work" / RUN
         if kind == "stopped":
-            cut_off(made[kind])
-        with_token(made[kind], root / f"{kind}-twin")
-    return made
+            interrupt(folders[kind])
+        copy_with_token(folders[kind], root / f"{kind}-twin")
+    return folders
 
 
-def cut_off(folder: Path) -> None:
-    """Leave of a run what a kill in its second epoch leaves."""
+def interrupt(folder: Path) -> None:
+    """Change a complete run to the state after a kill in its second epoch."""
     steps = sorted((folder / "checkpoints").glob("step-*"))
     first = int(steps[0].name[5:])
     shutil.rmtree(steps[-1])
     (folder / "checkpoints/best").unlink()
     (folder / "checkpoints/best").symlink_to(steps[0].name)
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-    kept = [line for line in lines if int(re.search(r'"step": (\d+)', line)[1]) <= first]  # type: ignore[index]
+    kept = [line for line in lines if json.loads(line)["step"] <= first]
     (folder / "metrics.jsonl").write_text("".join(kept))
     status = (folder / "status.json").read_text().replace('"done"', '"running"')
     (folder / "status.json").write_text(status)
 
 
-def with_token(folder: Path, copy: Path) -> None:
-    """Copy a genuine folder; the copy's files hold the token, in places that commands print."""
+def copy_with_token(folder: Path, copy: Path) -> None:
+    """Copy a genuine folder, with the token in values that commands print."""
+    replacements = {
+        "name: victim": f"name: {TOKEN}",
+        '"plugins": []': f'"plugins": ["{TOKEN}.py"]',
+        '"0",': f'"{TOKEN}",',
+        '"val/loss"': f'"val/{TOKEN}": 1, "val/loss"',
+        '"reason": null': f'"reason": "{TOKEN}"',
+    }
     shutil.copytree(folder, copy, symlinks=True)
     for path in copy.rglob("*"):
-        if (
-            path.is_symlink()
-            or path.suffix not in (".json", ".jsonl", ".yaml")
-            or path.name == "MANIFEST.json"
-        ):
+        if path.is_symlink() or path.name == "MANIFEST.json":
             continue
-        text = path.read_text()
-        text = text.replace("name: victim", f"name: {TOKEN}").replace(
-            '"plugins": []', f'"plugins": ["{TOKEN}.py"]'
-        )
-        text = text.replace('"0",', f'"{TOKEN}",').replace(
-            '"val/loss"', f'"val/{TOKEN}": 1, "val/loss"'
-        )
-        path.write_text(text.replace('"reason": null', f'"reason": "{TOKEN}"'))
+        if path.suffix in (".json", ".jsonl", ".yaml"):
+            text = path.read_text()
+            for old, new in replacements.items():
+                text = text.replace(old, new)
+            path.write_text(text)
 
 
-def empty(world: Path) -> None:
+def make_folders(world: Path) -> None:
     for name in ("work", "home", "outside", "proof", "tmp", "cache", "config"):
         (world / name).mkdir(parents=True)
     numpy.save(world / "work" / INPUT, numpy.array([[0.5, 1.5], [-1, 2]], dtype=numpy.float32))
 
 
 def environment(world: Path) -> dict[str, str]:
-    named = {
-        "HOME": "home",
-        "XDG_CACHE_HOME": "cache",
-        "XDG_CONFIG_HOME": "config",
-        "TMPDIR": "tmp",
+    inherited = {
+        name: os.environ[name] for name in ("PATH", "LANG", "LC_ALL") if name in os.environ
     }
-    kept = {name: os.environ[name] for name in ("PATH", "LANG", "LC_ALL") if name in os.environ}
-    values = {
+    return inherited | {
         "OMP_NUM_THREADS": "1",
         "COLUMNS": "200",
         "SECRET": TOKEN,
+        "HOME": str(world / "home"),
+        "XDG_CACHE_HOME": str(world / "cache"),
+        "XDG_CONFIG_HOME": str(world / "config"),
         "XDG_DATA_HOME": str(world / "config"),
+        "TMPDIR": str(world / "tmp"),
     }
-    return kept | values | {name: str(world / folder) for name, folder in named.items()}
 
 
 def command_of(arguments: list[str]) -> Callable[[], Any]:
-    """Return the work of a command in a process that has imported what it needs."""
+    """Return a function that runs a command in this process, without imports."""
 
     def work() -> Any:
         from framework.cli.main import main
@@ -236,39 +241,40 @@ def command_of(arguments: list[str]) -> Callable[[], Any]:
 def make_world(
     root: Path, genuine: dict[str, Path], seed: int, number: int
 ) -> tuple[World, Outcome]:
-    """Make the world with the folder of this number, always the same."""
+    """Create the scratch folder with this number; the content depends only on seed and number."""
     chance = random.Random(f"{seed}-{number}")
     cases = list(CASES.items())
     names = list(CLASSES)
     if number < len(cases):
         name, (base, mutate) = cases[number]
-        first = [mutate]
+        mutations = [mutate]
     else:
         name = names[number % len(names)]
         bases = ["stopped"] * 5 + ["done"] * 2 + ["grid", "search"]
         base = chance.choice(["grid", "search"] if name == "folders elsewhere" else bases)
-        first = [chance.choice(CLASSES[name])]
+        mutations = [chance.choice(CLASSES[name])]
         for _ in range(chance.choice([0, 0, 0, 1, 2])):
-            first.append(chance.choice(CLASSES[chance.choice(names)]))
+            mutations.append(chance.choice(CLASSES[chance.choice(names)]))
     world = World(root, TOKEN, base in ("grid", "search"), chance)
-    empty(root)
+    make_folders(root)
     fill(world, genuine[base])
-    for mutate in first:
+    for mutate in mutations:
         try:
             mutate(world)
-        except Exception as error:  # because of what another mutation has done
+        except Exception as error:  # after another mutation
             world.note(f"{mutate.__name__} was not possible: {type(error).__name__}: {error}")
     age([world.outside, root / "home"])
     return world, Outcome(number, name, base, world.notes)
 
 
 def fill(world: World, genuine: Path) -> None:
-    """Copy a genuine run, and make what no command may touch."""
+    """Copy a genuine run, and create the files that no command may touch."""
     shutil.copytree(genuine, world.run, symlinks=True)
-    out, home = world.outside, world.root / "home"
-    shutil.copytree(
-        genuine.parents[3].with_name(f"{genuine.parents[3].name}-twin"), out / "twin", symlinks=True
-    )
+    out = world.outside
+    home = world.root / "home"
+    genuine_world = genuine.parents[3]
+    twin = genuine_world.with_name(f"{genuine_world.name}-twin")
+    shutil.copytree(twin, out / "twin", symlinks=True)
     (home / ".ssh").mkdir()
     (home / ".ssh/id").write_text(f"{TOKEN}\n")
     (home / ".bashrc").write_text(f"# {TOKEN}\n")
@@ -282,23 +288,23 @@ def fill(world: World, genuine: Path) -> None:
     world.plugin.write_text(f"open({str(world.proof)!r}, 'w')\n")
 
 
-# the cases that were found by hand
+# cases found by hand
 
 
 def diff_of_bytes(world: World) -> None:
-    """A git repository whose uncommitted diff is no UTF-8, and whose config names commands."""
+    """Create a git repository with a diff that is not UTF-8 and a config that runs commands."""
     work = world.root / "work"
     git = ["git", "-c", "user.name=x", "-c", "user.email=x@x", "-c", "commit.gpgsign=false"]
     (work / "notes.txt").write_bytes(b"caf\xe9\n")
-    for words in (["init", "-q"], ["add", "notes.txt"], ["commit", "-q", "-m", "x"]):
-        subprocess.run([*git, *words], cwd=work, check=False, capture_output=True)
+    for arguments in (["init", "-q"], ["add", "notes.txt"], ["commit", "-q", "-m", "x"]):
+        subprocess.run([*git, *arguments], cwd=work, check=False, capture_output=True)
     (work / "notes.txt").write_bytes(b"caf\xe9s\n")
     hook = world.root / "hook"
     hook.write_text(f"#!/bin/sh\ntouch {world.proof}\n")
     hook.chmod(0o755)
     with (work / ".git/config").open("a") as file:
         file.write(f"[core]\n\tfsmonitor = {hook}\n[diff]\n\texternal = {hook}\n")
-    world.note("a git diff that is no UTF-8, fsmonitor and external diff that run commands")
+    world.note("a git diff that is not UTF-8, fsmonitor and external diff that run commands")
 
 
 def links_at_written_names(world: World, *names: str) -> None:
@@ -310,7 +316,7 @@ def links_at_written_names(world: World, *names: str) -> None:
 
 
 def untouched(world: World) -> None:
-    """A folder to which nothing was done; every command must accept it."""
+    """Change nothing; every command must accept the folder."""
     world.note("nothing")
 
 
@@ -322,7 +328,7 @@ def links_to_twin(world: World, *names: str) -> None:
 
 
 def later_lines(world: World) -> None:
-    """Lines of metrics after the checkpoint, so that the file is written anew."""
+    """Add lines of metrics after the checkpoint, so that the file is rewritten."""
     torn_line(world, b'{"step": 99, "epoch": 9, "wall_seconds": 9, "val/loss": 1}\n')
     links_at_written_names(world, "metrics.jsonl.new", "metrics.jsonl.tmp")
 
@@ -335,7 +341,7 @@ def fifo(world: World) -> None:
 
 def hole(world: World) -> None:
     os.truncate(world.run / "status.json", 2**31 - 2**20)
-    world.note("status.json has 2 GB, a hole")
+    world.note("status.json has a hole of 2 GB")
 
 
 def code_in_state(world: World) -> None:
@@ -345,7 +351,7 @@ def code_in_state(world: World) -> None:
 
 
 def shell_start(world: World) -> None:
-    """A config that is rewritten through a link to ~/.bashrc, with a command as a setting."""
+    """Add a link from the temporary config to ~/.bashrc, and a command as a setting."""
     path = world.run / "config.yaml"
     tree = yaml.safe_load(path.read_text())
     del tree["trainer"]["log_every"]
@@ -367,18 +373,16 @@ def torn_line(world: World, line: bytes) -> None:
 
 
 def forged_names(world: World) -> None:
-    """Control characters in a config, its keys, metrics, plugins and classes."""
+    """Add control characters to keys and values of the config."""
     set_in_config(world, {f"model.{ESCAPES}": 1, "optimizer.lr": ESCAPES})
 
 
 def forged_metrics(world: World) -> None:
     torn_line(world, json.dumps({"step": 99, f"val/{ESCAPES}": 1.0}).encode() + b"\n")
     file = world.run / "provenance.json"
-    file.write_text(
-        json.dumps(
-            json.loads(file.read_text()) | {"plugins": [f"x.py; touch {world.proof} #", ESCAPES]}
-        )
-    )
+    provenance = json.loads(file.read_text())
+    provenance["plugins"] = [f"x.py; touch {world.proof} #", ESCAPES]
+    file.write_text(json.dumps(provenance))
     facts = world.run / "facts.json"
     facts.write_text(facts.read_text().replace('"0"', json.dumps(ESCAPES), 1))
     world.note("names with control characters in metrics, plugins and classes")
@@ -426,19 +430,28 @@ CASES: dict[str, tuple[str, Callable[[World], None]]] = {
 def commands_for(
     world: World, outcome: Outcome, chance: random.Random | None
 ) -> Iterator[tuple[str, list[str]]]:
-    """Yield the commands that a folder is given to; chance: that leaves some out."""
-    every = sweep_commands(outcome.base) if world.sweep else run_commands(outcome.base)
+    """Yield the commands for a folder.
+
+    Args:
+        world: The scratch folder.
+        outcome: Its mutation and base.
+        chance: Skip some commands at random; None to yield all.
+    """
+    commands = sweep_commands(outcome.base) if world.sweep else run_commands()
     case = outcome.name.startswith("case")
-    for name, words in every.items():
-        few = chance is not None and not case and chance.random() > (0.2 if name in FEW else 0.65)
-        training = world.endless and not name.startswith(READING) and name != "resume more"
-        if not few and not training:
-            yield name, words
+    for name, arguments in commands.items():
+        share = 0.2 if name in FEW else 0.65
+        skipped = chance is not None and not case and chance.random() > share
+        endless = world.endless and not name.startswith(READING) and name != "resume more"
+        if not skipped and not endless:
+            yield name, arguments
 
 
-def filled_in(words: list[str], world: World) -> list[str]:
+def fill_in(arguments: list[str], world: World) -> list[str]:
+    """Replace the placeholders STEP and TRIAL."""
     step = world.place("checkpoints/step-2").name[5:]
-    return [word.replace("STEP", step).replace("TRIAL", world.trial.name) for word in words]
+    trial = world.trial.name
+    return [argument.replace("STEP", step).replace("TRIAL", trial) for argument in arguments]
 
 
 def attack(
@@ -450,43 +463,53 @@ def attack(
     access: bool,
     number: int,
 ) -> Outcome:
-    """Make a folder, and run commands on it, each time on a fresh one. most: so many of them."""
+    """Create a folder, and run commands on it; each command gets a new copy.
+
+    Args:
+        root: The parent of the scratch folder.
+        genuine: The genuine folders by name.
+        seed: Seed of the mutations.
+        only: Name of the only command; its folder is kept.
+        most: Limit of the number of commands.
+        access: Compare access times.
+        number: Number of the folder.
+    """
     chance = random.Random(f"commands {seed}-{number}")
-    where = root / f"{number}"
-    world, outcome = make_world(where, genuine, seed, number)
-    wanted = list(commands_for(world, outcome, chance if only is None else None))
+    folder = root / f"{number}"
+    world, outcome = make_world(folder, genuine, seed, number)
+    commands = list(commands_for(world, outcome, chance if only is None else None))
     about_events = outcome.name.startswith(("events", "links", "hard", "special"))
     if only == "board" or chance.random() < (4 * BOARD if about_events else BOARD):
-        wanted.append(("board", ["board", "--port", "0"]))
-    if only is None and most is not None and len(wanted) > most:
-        wanted = chance.sample(wanted, most)
-    for name, words in wanted:
+        commands.append(("board", ["board", "--port", "0"]))
+    if only is None and most is not None and len(commands) > most:
+        commands = chance.sample(commands, most)
+    for name, arguments in commands:
         real = chance.random() < REAL
         hangs = sum(failure.kind == "hang" for failure in outcome.failures)
         if (only is not None and name != only) or hangs >= MOST_HANGS:
             continue
-        shutil.rmtree(where, ignore_errors=True)
-        world, _ = make_world(where, genuine, seed, number)
-        one_command(world, outcome, name, filled_in(words, world), real, access)
-        keep = world.root.with_name(f"{number}-{name.replace(' ', '-').replace('=', '-')}")
+        shutil.rmtree(folder, ignore_errors=True)
+        world, _ = make_world(folder, genuine, seed, number)
+        attack_with(world, outcome, name, fill_in(arguments, world), real, access)
         if only is not None:
-            shutil.rmtree(keep, ignore_errors=True)
-            os.rename(where, keep)
-    shutil.rmtree(where, ignore_errors=True)
+            kept = folder.with_name(f"{number}-{name.replace(' ', '-').replace('=', '-')}")
+            shutil.rmtree(kept, ignore_errors=True)
+            os.rename(folder, kept)
+    shutil.rmtree(folder, ignore_errors=True)
     return outcome
 
 
-def one_command(
-    world: World, outcome: Outcome, name: str, words: list[str], real: bool, access: bool
+def attack_with(
+    world: World, outcome: Outcome, name: str, arguments: list[str], real: bool, access: bool
 ) -> None:
-    talk = ask_board if words[0] == "board" else None
-    work = program(words) if real else command_of(words)
+    talk = ask_board if arguments[0] == "board" else None
+    work = program(arguments) if real else command_of(arguments)
     ended, wrong = judge(world, work, access, talk)
     outcome.commands += 1
     outcome.accepted += ended.status == 0
     outcome.slowest = max(outcome.slowest, ended.cpu)
-    unharmed = name.startswith("unrelated") or outcome.name.startswith("case: genuine")
-    if unharmed and ended.status != 0 and not ended.hang and name not in REFUSED:
+    must_succeed = name.startswith("unrelated") or outcome.name.startswith("case: genuine")
+    if must_succeed and ended.status != 0 and not ended.hang and name not in REFUSED:
         wrong.append(("others", f"exit status {ended.status}: {last_line(ended)}"))
     for kind, detail in wrong:
         outcome.failures.append(Failure(kind, name, detail.replace(str(world.root), "WORLD")))
@@ -495,31 +518,34 @@ def one_command(
 def judge(
     world: World, work: Callable[[], Any], access: bool, talk: Any = None
 ) -> tuple[Ended, list[tuple[str, str]]]:
-    """Run a command in a world, and return what it did wrong, by kind.
+    """Run a command in a scratch folder.
 
     Args:
-        world: the scratch folder.
-        work: see `campaign_sandbox.run`.
-        access: whether times of access tell that a file was read.
-        talk: see `campaign_sandbox.run`.
+        world: The scratch folder.
+        work: See `campaign_sandbox.run`.
+        access: Compare access times to find files that were read.
+        talk: See `campaign_sandbox.run`.
+
+    Returns:
+        The end of the command, and its problems as pairs of kind and detail.
     """
     watched = [world.outside, world.root / "home"]
-    before = snapshot(watched)
-    age(watched)  # to look was an access
-    links = {(status.st_dev, status.st_ino) for status in map(os.lstat, before)}
+    work_folder = world.root / "work"
     token = TOKEN.encode()
-    earlier = set(holds(world.root / "work", token, links))
-    age(watched)
+    before = snapshot(watched)
+    links = {(status.st_dev, status.st_ino) for status in map(os.lstat, before)}
+    earlier = set(files_with(token, work_folder, links))
+    age(watched)  # the snapshot has changed the access times
     ended = run(work, world.root, environment(world.root), talk)
     wrong = faults(ended, "" if world.names_data else TOKEN)
     written, read = changes(before, snapshot(watched))
-    wrong += [("written", each) for each in written[:3]]
+    wrong += [("written", change) for change in written[:3]]
     if access and not world.names_data:
-        wrong += [("read", each) for each in read[:3]]
-    for path in sorted(set(holds(world.root / "work", token, links)) - earlier)[:3]:
-        wrong.append(("read", f"the token is in {path}"))
+        wrong += [("read", change) for change in read[:3]]
+    copies = sorted(set(files_with(token, work_folder, links)) - earlier)
+    wrong += [("read", f"the token is in {path}") for path in copies[:3]]
     if any((world.root / "proof").iterdir()):
-        wrong.append(("executed", "the proof was made"))
+        wrong.append(("executed", "the proof was created"))
     return ended, wrong
 
 
@@ -537,29 +563,30 @@ def hostile(
     """Run the campaign and return its exit status.
 
     Args:
-        folders: how many; the first are the fixed cases.
-        seed: of the mutations and the choice of commands.
-        control: without the protections: failures must be found.
-        only: NUMBER or NUMBER:COMMAND, whose folders are kept.
-        most: commands for each folder; None: about two thirds of all.
-        jobs: folders at the same time.
+        folders: Number of folders; the first are the fixed cases.
+        seed: Seed of the mutations and of the choice of commands.
+        control: Disable the protections; failures must be found.
+        only: NUMBER or NUMBER:COMMAND to run only this folder and keep it.
+        most: Number of commands for each folder; by default about two thirds of all.
+        jobs: Number of folders in parallel.
     """
     import_all()
-    root, began = Path(tempfile.mkdtemp(prefix="hostile-")), time.monotonic()
+    root = Path(tempfile.mkdtemp(prefix="hostile-"))
+    began = time.monotonic()
     access = times_of_access(root)
     if not access:
-        print(
-            "the file system keeps no times of access: that a file is read shows only by what is in outputs"
-        )
+        print("the file system records no access times: reads are detected only in outputs")
     if control:
-        switch_off()
+        disable_protections()
     genuine = templates(root / "genuine")
     number, _, command = (only or "").partition(":")
     numbers = [int(number)] if only else list(range(folders))
     work = partial(attack, root, genuine, seed, command or None, most, access)
     outcomes: list[Outcome] = []
-    for outcome in spread(work, numbers, jobs):
+    found: set[str] = set()
+    for outcome in in_parallel(work, numbers, jobs):
         outcomes.append(outcome)
+        found |= {failure.kind for failure in outcome.failures}
         for line in lines_of(outcome, seed):
             print(line, flush=True)
     print(*summary(outcomes), sep="\n")
@@ -567,14 +594,12 @@ def hostile(
     if not only:
         shutil.rmtree(root, ignore_errors=True)
     if control:
-        found = {failure.kind for outcome in outcomes for failure in outcome.failures}
-        print(
-            f"without the protections, found are: {', '.join(kind for kind in KINDS if kind in found)}"
-        )
-    return int(any(outcome.failures for outcome in outcomes))
+        kinds = [kind for kind in KINDS if kind in found]
+        print(f"without the protections, these failures are found: {', '.join(kinds)}")
+    return int(bool(found))
 
 
-def spread(work: Callable[[int], Outcome], numbers: list[int], jobs: int) -> Iterator[Outcome]:
+def in_parallel(work: Callable[[int], Outcome], numbers: list[int], jobs: int) -> Iterator[Outcome]:
     if jobs == 1:
         yield from map(work, numbers)
         return
@@ -584,7 +609,7 @@ def spread(work: Callable[[int], Outcome], numbers: list[int], jobs: int) -> Ite
 
 
 def import_all() -> None:
-    """Import what commands import, so that no child has to."""
+    """Import the modules of all commands, so that no child must import them."""
     import framework.cli.board
     import framework.cli.main
     import framework.cli.output
@@ -599,13 +624,13 @@ def import_all() -> None:
     discover()
 
 
-def switch_off() -> None:
-    """For the control: open files as Python does, without limits, and unpickle whatever is there."""
+def disable_protections() -> None:
+    """Open files without checks and limits, and unpickle all content: the negative control."""
     from framework.system import files
 
-    unguarded = {
-        files.open_file: open_plainly,
-        files.write_file: write_plainly,
+    unprotected = {
+        files.open_file: open_unprotected,
+        files.write_file: write_unprotected,
         files.check_tree: lambda content, path: None,
         files.check_yaml: lambda events, path: None,
     }
@@ -613,31 +638,35 @@ def switch_off() -> None:
         if not getattr(module, "__name__", "").startswith(("framework", "framework_plugins")):
             continue
         for name, value in list(vars(module).items()):
-            if callable(value) and isinstance(value, FunctionType) and value in unguarded:
-                setattr(module, name, unguarded[value])
+            if isinstance(value, FunctionType) and value in unprotected:
+                setattr(module, name, unprotected[value])
     load = torch.load
-    torch.load = lambda *given, **named: load(*given, **{**named, "weights_only": False})
+    torch.load = lambda *args, **kwargs: load(*args, **kwargs | {"weights_only": False})
 
 
-def open_plainly(folder: Path, name: str, mode: str = "r", most: int | None = None) -> Any:
-    how = {"r": "rb", "r+": "r+b", "a": "a+b", "x": "xb"}[mode]
-    return open(folder / name, how, buffering=-1 if mode == "r" else 0)
+def open_unprotected(folder: Path, name: str, mode: str = "r", most: int | None = None) -> Any:
+    binary_mode = {"r": "rb", "r+": "r+b", "a": "a+b", "x": "xb"}[mode]
+    return open(folder / name, binary_mode, buffering=-1 if mode == "r" else 0)
 
 
-def write_plainly(folder: Path, name: str, content: bytes | str) -> None:
-    data = (
-        content.encode("utf-8", errors="backslashreplace") if isinstance(content, str) else content
-    )
+def write_unprotected(folder: Path, name: str, content: bytes | str) -> None:
+    if isinstance(content, str):
+        content = content.encode("utf-8", errors="backslashreplace")
     temporary = folder / f"{name}.tmp"
-    temporary.write_bytes(data)
+    temporary.write_bytes(content)
     os.replace(temporary, folder / name)
 
 
 def lines_of(outcome: Outcome, seed: int) -> Iterator[str]:
     for failure in outcome.failures:
-        again = f"--only '{outcome.number}:{failure.command}' --seed {seed}"
-        what = f"{failure.kind:<9} {outcome.name} ({outcome.base}) | {failure.command} | {failure.detail!r:.240}"
-        yield f"{what} | {'; '.join(outcome.notes)} | {again}"
+        cells = [
+            f"{failure.kind:<9} {outcome.name} ({outcome.base})",
+            failure.command,
+            f"{failure.detail!r:.240}",
+            "; ".join(outcome.notes),
+            f"--only '{outcome.number}:{failure.command}' --seed {seed}",
+        ]
+        yield " | ".join(cells)
 
 
 def class_of(outcome: Outcome) -> str:
@@ -645,22 +674,25 @@ def class_of(outcome: Outcome) -> str:
 
 
 def failed(outcome: Outcome, kind: str) -> int:
-    """Return how many commands failed so."""
+    """Return the number of commands with this kind of failure."""
     return len({failure.command for failure in outcome.failures if failure.kind == kind})
 
 
 def summary(outcomes: list[Outcome]) -> Iterator[str]:
-    """Yield a line for each class of mutations, with the number of commands that did each wrong thing."""
+    """Yield a line for each class of mutations, with the number of failed commands by kind."""
     titles = "".join(f"{title:>10}" for title in ("folders", "commands", "accepted", *KINDS))
     yield f"{'':<26}{titles}  slowest"
     names = list(dict.fromkeys(class_of(outcome) for outcome in outcomes))
     for name in [*names, "all"]:
-        of = [outcome for outcome in outcomes if name in ("all", class_of(outcome))]
+        members = [outcome for outcome in outcomes if name in ("all", class_of(outcome))]
         counts = [
-            len(of),
-            sum(outcome.commands for outcome in of),
-            sum(outcome.accepted for outcome in of),
+            len(members),
+            sum(outcome.commands for outcome in members),
+            sum(outcome.accepted for outcome in members),
         ]
-        counts += [sum(failed(outcome, kind) for outcome in of) for kind in KINDS]
+        for kind in KINDS:
+            commands = sum(failed(outcome, kind) for outcome in members)
+            counts.append(commands)
         cells = "".join(f"{count:>10}" for count in counts)
-        yield f"{name:<26}{cells}  {max(outcome.slowest for outcome in of):.1f} s CPU"
+        slowest = max(outcome.slowest for outcome in members)
+        yield f"{name:<26}{cells}  {slowest:.1f} s CPU"

@@ -1,4 +1,4 @@
-"""Kills training runs at random moments, or starts them twice at once, and compares them with undisturbed ones."""
+"""Kill training runs at random times or start them twice, and compare with undisturbed runs."""
 
 import mmap
 import os
@@ -24,9 +24,9 @@ from framework.runs.checkpoint import listed, load, step_of, writing
 from framework.training.trainer import Trainer
 
 STEPS = 60
-EVERY = 4  # steps between checkpoints, where a twist says nothing else
-UNSAVED = 3  # in the background, how many times as much work may be lost as was ever unsaved before a save, in seconds
-REFUSED = 3  # exit status of a process that may not write
+EVERY = 4  # steps between checkpoints, unless a variant sets another interval
+UNSAVED = 3  # with background saves: limit of the lost seconds, as a multiple of the unsaved ones
+REFUSED = 3  # exit status of a process without permission to write
 
 MODELS = {
     "mlp": ["model=mlp", "model.width=24", "model.dropout=0.1"],
@@ -43,10 +43,11 @@ MODELS = {
         "model.depth=1",
         "model.heads=2",
         "model.dropout=0.1",
+        "data.image=true",
     ],
 }
-MODELS["transformer"] += ["data.image=true"]
-MODELS |= {  # other tasks: two updates a step, draws of codes, views of inputs, values beside the loss, a teacher
+# tasks with two updates per step, random codes, views of inputs, several outputs, a teacher
+MODELS |= {
     "gan": ["model=gan", "model.widths=[16]", "task=adversarial", "task.penalty=1", "metrics=[]"],
     "autoencoder": ["model=autoencoder", "model.widths=[16]", "task=reconstruction", "metrics=[]"],
     "vae": [
@@ -60,13 +61,18 @@ MODELS |= {  # other tasks: two updates a step, draws of codes, views of inputs,
     "multi_task": [*MODELS["mlp"], "task=multi_task"],
     "distillation": [*MODELS["mlp"], "task=distillation", "task.teacher={root}/campaign/teacher"],
 }
-OWN_DATA = {  # texts of unequal length in pools, windows of a long text, tables, series
+OWN_DATA = {  # texts of different lengths in pools, windows of a long text, tables, series
     "text": ["data=text_table", "data.path={root}/texts.csv", "model=text_lstm", "model.width=8"],
     "language": [
         "data=stdlib_source",
         "data.characters=60000",
         "data.length=32",
         "task=language_modelling",
+        "model=decoder",
+        "model.width=16",
+        "model.depth=1",
+        "model.heads=2",
+        "metrics=[]",
     ],
     "table": [
         "data=diabetes",
@@ -81,20 +87,17 @@ OWN_DATA = {  # texts of unequal length in pools, windows of a long text, tables
         "data.target=load",
         "data.lookback=8",
         "data.horizon=4",
+        "task=regression",
+        "metrics=[mae]",
+        "model=linear_forecast",
     ],
 }
-OWN_DATA["language"] += [
-    "model=decoder",
-    "model.width=16",
-    "model.depth=1",
-    "model.heads=2",
-    "metrics=[]",
-]
-OWN_DATA["series"] += ["task=regression", "metrics=[mae]", "model=linear_forecast"]
 MODELS |= OWN_DATA
-BACKGROUND, EACH_STEP = "callbacks.checkpoint.background=true", "callbacks.checkpoint.every=1steps"
-AUGMENTED, FP16 = ["data=noisy_digits"], ["trainer.precision=fp16"]
-TWISTS = {
+BACKGROUND = "callbacks.checkpoint.background=true"
+EACH_STEP = "callbacks.checkpoint.every=1steps"
+AUGMENTED = ["data=noisy_digits"]
+FP16 = ["trainer.precision=fp16"]
+VARIANTS = {
     "plain": [],
     "accumulate": ["trainer.accumulate=3"],
     "fp16": FP16,
@@ -131,27 +134,28 @@ TWISTS = {
 
 @fw.datasets.register("noisy_digits")
 class NoisyDigits(fw.Data):
-    """Digits that are read one by one, each with noise of its own."""
+    """Digits that are read one by one, with random noise."""
 
     def __init__(self, image: bool = False, spoiled: fw.NonNegativeInt = 0):
-        """Take the digits as they are, or spoil some.
+        """Load the digits.
 
         Args:
-            image: (1, 8, 8) instead of (64,).
-            spoiled: how many training samples are NaN.
+            image: Use the shape (1, 8, 8) instead of (64,).
+            spoiled: Number of training samples that are NaN.
         """
         digits = fw.datasets.build("digits", image=image)
-        self.train, self.val, self.test = Noisy(digits.train, spoiled), digits.val, digits.test
-        self.in_shape, self.out_shape, self.classes = (
-            digits.in_shape,
-            digits.out_shape,
-            digits.classes,
-        )
+        self.train = Noisy(digits.train, spoiled)
+        self.val = digits.val
+        self.test = digits.test
+        self.in_shape = digits.in_shape
+        self.out_shape = digits.out_shape
+        self.classes = digits.classes
 
 
 class Noisy(torch.utils.data.Dataset):
     def __init__(self, split: fw.TensorSplit, spoiled: int):
-        self.split, self.spoiled = split, spoiled
+        self.split = split
+        self.spoiled = spoiled
 
     def __len__(self) -> int:
         return len(self.split)
@@ -162,58 +166,65 @@ class Noisy(torch.utils.data.Dataset):
         return inputs + (noise if index < len(self) - self.spoiled else torch.nan), target
 
 
-class Sight(NamedTuple):
-    """Where a run was when it was last seen; times are those of the monotonic clock."""
+class Progress(NamedTuple):
+    """The last recorded progress of a run; times are those of the monotonic clock.
 
-    began: float = 0.0  # when its first step did; 0: it had not come to it
-    step: float = 0.0  # the last whole one
-    saving: float = 0.0  # 1: a checkpoint was being written
-    saved: float = 0.0  # the step of the newest checkpoint
-    unsaved: float = (
-        0.0  # seconds of work since then, at most, at the moment when the next one was there
-    )
-    began_at: float = 0.0  # the step of the checkpoint that it went on from; 0: none
-    ends: tuple[float, ...] = (0.0,) * (STEPS + 1)  # when each step ended
+    Args:
+        began: Time of the first step's start; 0 before it.
+        step: The last complete step.
+        saving: 1 while a checkpoint is written, otherwise 0.
+        saved: The step of the newest checkpoint.
+        unsaved: The most seconds of work that a new checkpoint added to the previous one.
+        began_at: The step of the checkpoint from which the process resumed; 0 without one.
+        ends: Time of each step's end.
+    """
+
+    began: float = 0.0
+    step: float = 0.0
+    saving: float = 0.0
+    saved: float = 0.0
+    unsaved: float = 0.0
+    began_at: float = 0.0
+    ends: tuple[float, ...] = (0.0,) * (STEPS + 1)
 
     def unsaved_at(self, now: float, step: float) -> float:
-        """Return for how many seconds the work after a step has been there; 0 when there is none."""
+        """Return the seconds of work after a step; 0 if there is no later step."""
         return now - self.ends[int(step) + 1] if self.step > step else 0.0
 
 
 @fw.callbacks.register("witness")
 class Witness(fw.Callback):
-    """Keeps in memory that survives the run where it stands. It is the first callback, so that no save comes before."""
+    """Record the progress in memory that survives the process.
+
+    It must be the first callback, so that it records a step before the step is saved.
+    """
 
     changes_training = False
-    form = struct.Struct(f"{len(Sight._fields) + STEPS}d")
+    form = struct.Struct(f"{len(Progress._fields) + STEPS}d")
     memory = mmap.mmap(-1, form.size)
-    ends = Sight._fields.index("ends")  # where those begin
+    ends = Progress._fields.index("ends")  # position of the first of them
 
     def on_fit_start(self, trainer: Trainer) -> None:
         self.note(step=trainer.state.step, saved=trainer.state.step, began_at=trainer.state.step)
 
     def on_step_start(self, trainer: Trainer) -> None:
-        if not self.read().began:  # not before: most of a short life would be workers that start
+        if not self.read().began:  # the start of workers, mostly longer than a fit, is excluded
             self.note(began=time.monotonic())
 
     def on_step_end(self, trainer: Trainer) -> None:
-        struct.pack_into(
-            "d",
-            self.memory,
-            8 * (Sight._fields.index("ends") + trainer.state.step),
-            time.monotonic(),
-        )
+        position = self.ends + trainer.state.step
+        struct.pack_into("d", self.memory, 8 * position, time.monotonic())
         self.note(step=trainer.state.step)
 
     @classmethod
-    def note(cls, **seen: float) -> None:
-        for name, value in seen.items():
-            struct.pack_into("d", cls.memory, 8 * Sight._fields.index(name), value)
+    def note(cls, **values: float) -> None:
+        for name, value in values.items():
+            struct.pack_into("d", cls.memory, 8 * Progress._fields.index(name), value)
 
     @classmethod
-    def read(cls) -> Sight:
+    def read(cls) -> Progress:
         numbers = cls.form.unpack(cls.memory[:])
-        return Sight(*numbers[: cls.ends], numbers[cls.ends :])
+        return Progress(*numbers[: cls.ends], numbers[cls.ends :])
 
     @classmethod
     def forget(cls) -> None:
@@ -222,25 +233,31 @@ class Witness(fw.Callback):
 
 @dataclass
 class Outcome:
-    """What became of a run."""
+    """The results of a run.
+
+    Args:
+        interval: Steps between checkpoints.
+        resumed: Number of processes that resumed from a checkpoint.
+        unsaved: The most seconds of work that were unsaved before a save.
+    """
 
     name: str
-    interval: int  # steps between checkpoints
+    interval: int
     background: bool
     kills: int = 0
-    resumed: int = 0  # lives that began from a checkpoint
+    resumed: int = 0
     in_saves: int = 0
     most_lost: int = 0
     seconds_lost: float = 0.0
-    unsaved: float = 0.0  # the most seconds of work that were unsaved before a save
+    unsaved: float = 0.0
     wrong: list[str] = field(default_factory=list)
 
-    def killed(self, run: Path, seen: Sight) -> None:
-        """Note what a kill has cost; every checkpoint under a final name must be readable."""
+    def killed(self, run: Path, progress: Progress) -> None:
+        """Record the cost of a kill; every checkpoint with a final name must be readable."""
         now = time.monotonic()
         self.kills += 1
-        self.in_saves += seen.saving > 0
-        self.unsaved = max(self.unsaved, seen.unsaved)
+        self.in_saves += progress.saving > 0
+        self.unsaved = max(self.unsaved, progress.unsaved)
         newest = 0
         for saved in listed(run / "checkpoints"):
             try:
@@ -248,15 +265,13 @@ class Outcome:
                 newest = step_of(saved)
             except CheckpointError as error:
                 self.wrong.append(f"unreadable under a final name: {error}")
-        lost, seconds = int(seen.step) - newest, seen.unsaved_at(now, newest)
-        self.most_lost, self.seconds_lost = (
-            max(self.most_lost, lost),
-            max(self.seconds_lost, seconds),
-        )
+        lost = int(progress.step) - newest
+        seconds = progress.unsaved_at(now, newest)
+        self.most_lost = max(self.most_lost, lost)
+        self.seconds_lost = max(self.seconds_lost, seconds)
         if lost > self.interval and not (self.background and seconds <= UNSAVED * self.unsaved):
-            self.wrong.append(
-                f"lost {lost} steps, {seconds:.2f} s, after {self.unsaved:.2f} s at most were unsaved"
-            )
+            unsaved = f"at most {self.unsaved:.2f} s were unsaved before"
+            self.wrong.append(f"lost {lost} steps, {seconds:.2f} s; {unsaved}")
 
     def __str__(self) -> str:
         verdict = "; ".join(dict.fromkeys(self.wrong)) or "equal"
@@ -267,77 +282,82 @@ class Outcome:
 
 
 def choose(number: int, root: Path) -> tuple[str, list[str]]:
-    """Return the name and overrides of a run: all pairs of model and twist in turn, each with a seed of its own."""
+    """Return the name and overrides of a run: the next pair of model and variant, a new seed."""
     model = list(MODELS)[number % len(MODELS)]
-    twist = list(TWISTS)[
-        number % len(TWISTS)
-    ]  # 13 and 16 have no divisor in common: all pairs come up
-    own = [word.replace("{root}", str(root)) for word in MODELS[model]]
-    twisted = [
-        word for word in TWISTS[twist] if model not in OWN_DATA or not word.startswith("data")
-    ]
-    fixed = [
+    variant = list(VARIANTS)[number % len(VARIANTS)]  # 13 and 16 are coprime: all pairs occur
+    overrides = [
         f"run.root={root}",
         f"seed={number}",
         f"trainer.max_steps={STEPS}",
         "trainer.max_epochs=null",
-    ]
-    fixed += [
         "trainer.validate_every=10steps",
         "trainer.log_every=5steps",
         "loader.batch_size=64",
         "resume=auto",
-    ]
-    fixed += [
         "callbacks=[witness,checkpoint,non_finite,gradient_norm]",
         f"callbacks.checkpoint.every={EVERY}steps",
+        "callbacks.checkpoint.background=false",
     ]
-    fixed += ["callbacks.checkpoint.background=false"]
-    return f"{model}, {twist}", [*fixed, *own, *twisted]
+    overrides += [override.replace("{root}", str(root)) for override in MODELS[model]]
+    for override in VARIANTS[variant]:
+        if model not in OWN_DATA or not override.startswith("data"):
+            overrides.append(override)
+    return f"{model}, {variant}", overrides
 
 
-def provide(root: Path) -> None:
-    """Make what some of the runs read: a teacher, texts of unequal length, a series."""
-    words, chance = ["yes", "no", "perhaps", "never", "always"], random.Random(0)
-    texts = [" ".join(chance.choices(words, k=chance.randint(1, 30))) for _ in range(400)]
-    lines = [f"{text},{'even' if text.count('yes') % 2 == 0 else 'odd'}" for text in texts]
-    (root / "texts.csv").write_text("\n".join(["text,label", *lines]), encoding="utf-8")
-    (root / "series.csv").write_text(
-        "\n".join(["load", *(f"{hour % 24 + chance.random():.3f}" for hour in range(900))])
-    )
+def prepare(root: Path) -> None:
+    """Write the inputs of some runs: texts of different lengths, a series, a trained teacher."""
+    words = ["yes", "no", "perhaps", "never", "always"]
+    chance = random.Random(0)
+    lines = ["text,label"]
+    for _ in range(400):
+        text = " ".join(chance.choices(words, k=chance.randint(1, 30)))
+        label = "even" if text.count("yes") % 2 == 0 else "odd"
+        lines.append(f"{text},{label}")
+    (root / "texts.csv").write_text("\n".join(lines), encoding="utf-8")
+    loads = [f"{hour % 24 + chance.random():.3f}" for hour in range(900)]
+    (root / "series.csv").write_text("\n".join(["load", *loads]))
     teacher = spec_of([*choose(0, root)[1], "run.name=teacher"])
-    if status_of(fork(lambda: live(teacher))) != 0:
+    if status_of(fork(lambda: train_or_resume(teacher))) != 0:
         raise RunError("the teacher's run failed")
 
 
-def live(spec: Spec, forget: bool = False) -> None:
-    """Train, or go on; forget: without the random state and what the optimizer keeps, which not all runs have."""
+def train_or_resume(spec: Spec, forget: bool = False) -> None:
+    """Train or resume a run.
+
+    Args:
+        spec: The run.
+        forget: Resume without the random state and the optimizer's state.
+    """
     torch.set_num_threads(1)
     note_saves()
     if forget:
-        whole = Trainer.load_state_dict
+        restore = Trainer.load_state_dict
 
-        def without(self: Trainer, saved: dict[str, Any]) -> None:
+        def without_state(self: Trainer, saved: dict[str, Any]) -> None:
             fresh = self.state_dict()
             optimizer = saved["optimizer"] | {"state": fresh["optimizer"]["state"]}
-            whole(self, saved | {"random": fresh["random"], "optimizer": optimizer})
+            restore(self, saved | {"random": fresh["random"], "optimizer": optimizer})
 
-        setattr(Trainer, "load_state_dict", without)  # noqa: B010 (a method is not assigned to)
+        setattr(Trainer, "load_state_dict", without_state)  # noqa: B010  # mypy rejects `=`
     train(spec, "campaign", [], say=lambda line: None)
 
 
 def note_saves() -> None:
-    """Let the witness know while the files of a checkpoint are written and get their name."""
-    write, publish = writing.write, writing.publish
+    """Record the time between the first file of a checkpoint and its final name."""
+    write = writing.write
+    publish = writing.publish
 
     def noted_write(*arguments: Any) -> None:
         Witness.note(saving=1)
         write(*arguments)
 
     def noted_publish(*arguments: Any) -> Path:
-        final, seen = publish(*arguments), Witness.read()
+        final = publish(*arguments)
+        progress = Witness.read()
+        unsaved = progress.unsaved_at(time.monotonic(), progress.saved)
         Witness.note(
-            unsaved=max(seen.unsaved, seen.unsaved_at(time.monotonic(), seen.saved)),
+            unsaved=max(progress.unsaved, unsaved),
             saved=step_of(final),
             saving=0,
         )
@@ -349,23 +369,26 @@ def note_saves() -> None:
 def campaign_run(
     number: int, kills: int, root: Path, chance: random.Random, forget: bool
 ) -> Outcome:
-    """Run once undisturbed, then the same with kills, and compare."""
+    """Train a run undisturbed, then again with kills, and compare."""
     name, overrides = choose(number, root)
     outcome = Outcome(name, 1 if EACH_STEP in overrides else EVERY, BACKGROUND in overrides)
-    whole, run = (root / f"campaign/{number}-{kind}" for kind in ("whole", "killed"))
-    undisturbed, killed = (spec_of([*overrides, f"run.name={path.name}"]) for path in (whole, run))
+    undisturbed = root / f"campaign/{number}-whole"
+    run = root / f"campaign/{number}-killed"
+    undisturbed_spec = spec_of([*overrides, f"run.name={undisturbed.name}"])
+    killed_spec = spec_of([*overrides, f"run.name={run.name}"])
     Witness.forget()
-    if status_of(fork(lambda: live(undisturbed))) != 0:
+    if status_of(fork(lambda: train_or_resume(undisturbed_spec))) != 0:
         outcome.wrong.append("the undisturbed run failed")
         return outcome
-    took, outcome.unsaved = time.monotonic() - Witness.read().began, Witness.read().unsaved
-    anew = 5  # times that a run may begin anew to get such a kill
+    seconds = time.monotonic() - Witness.read().began
+    outcome.unsaved = Witness.read().unsaved
+    restarts = 5  # limit of the restarts that produce a kill after a checkpoint
     while True:
         Witness.forget()
-        child = fork(lambda: live(killed, forget))
+        child = fork(lambda: train_or_resume(killed_spec, forget))
         if outcome.kills < kills:
-            kill_after(child, chance.uniform(-took / 100, 1.5 * took / kills))
-        elif outcome.resumed == 0 and listed_steps(run) == []:
+            kill_after(child, chance.uniform(-seconds / 100, 1.5 * seconds / kills))
+        elif outcome.resumed == 0 and steps_to_resume(run) == []:
             kill_after_save(child)
         status = status_of(child)
         outcome.resumed += Witness.read().began_at > 0
@@ -374,20 +397,24 @@ def campaign_run(
         elif status != 0:
             outcome.wrong.append("a resumed run failed")
             return outcome
-        elif outcome.resumed == 0 and anew > 0:
+        elif outcome.resumed == 0 and restarts > 0:
             shutil.rmtree(run)  # it ended before a kill that leaves a checkpoint
-            anew -= 1
+            restarts -= 1
         elif outcome.kills >= kills or done(run):
             break
     if outcome.resumed == 0:
-        outcome.wrong.append("no life began from a checkpoint")
-    outcome.wrong += differences(whole, run)
+        outcome.wrong.append("never resumed from a checkpoint")
+    outcome.wrong += differences(undisturbed, run)
     return outcome
 
 
 def kill_after(child: int, seconds: float) -> None:
-    """Kill a process and its children so long after its training began, or, for less than 0, before that, unless it
-    has ended by itself."""
+    """Kill a process and its children, unless it ends before.
+
+    Args:
+        child: The process.
+        seconds: Time after the start of the training; a negative number is a time before it.
+    """
     forked = time.monotonic()
     while seconds >= 0 or time.monotonic() < forked - 10 * seconds:
         began = Witness.read().began
@@ -399,13 +426,13 @@ def kill_after(child: int, seconds: float) -> None:
     kill(child)
 
 
-def listed_steps(run: Path) -> list[int]:
-    """Return the steps of a run's checkpoints that a life can go on from."""
+def steps_to_resume(run: Path) -> list[int]:
+    """Return the steps of a run's checkpoints from which it can resume."""
     return [step for step in map(step_of, listed(run / "checkpoints")) if 0 < step < STEPS]
 
 
 def kill_after_save(child: int) -> None:
-    """Kill a process and its children as soon as it has saved a checkpoint, unless it has ended by itself."""
+    """Kill a process and its children after its first checkpoint, unless it ends before."""
     while Witness.read().saved == 0:
         if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
             return
@@ -416,32 +443,36 @@ def kill_after_save(child: int) -> None:
 def kill(child: int) -> None:
     try:
         os.killpg(child, signal.SIGKILL)
-    except ProcessLookupError:  # it has not made its group yet
+    except ProcessLookupError:  # its process group does not exist yet
         os.kill(child, signal.SIGKILL)
 
 
-def kills(runs: int, each: int, seed: int, control: bool) -> int:
-    """Run the campaign and return its exit status. control: resume without the random state and the optimizer's."""
-    root, began, chance = (
-        Path(tempfile.mkdtemp(prefix="campaign-")),
-        time.monotonic(),
-        random.Random(seed),
-    )
+def kills(runs: int, per_run: int, seed: int, control: bool) -> int:
+    """Run the campaign and return its exit status.
+
+    Args:
+        runs: Number of runs.
+        per_run: Number of kills of each run.
+        seed: Seed of the times of the kills.
+        control: Resume without the random state and the optimizer's state.
+    """
+    root = Path(tempfile.mkdtemp(prefix="campaign-"))
+    began = time.monotonic()
+    chance = random.Random(seed)
     outcomes: list[Outcome] = []
-    provide(root)
+    killed = 0
+    prepare(root)
     for number in range(runs):
-        owed = each * (number + 1) - sum(
-            o.kills for o in outcomes
-        )  # a run may end before it has had its share
-        outcomes.append(campaign_run(number, owed, root, chance, control))
-        print(f"{number:3} {outcomes[-1]}", flush=True)
-    survived, killed = sum(not o.wrong for o in outcomes), sum(o.kills for o in outcomes)
-    in_saves = sum(o.in_saves for o in outcomes)
-    resumed, fewest = sum(o.resumed for o in outcomes), min(o.resumed for o in outcomes)
-    print(
-        f"{survived} of {runs} runs bitwise equal after {killed} kills, {in_saves} of them inside saves;"
-    )
-    print(f"{resumed} lives began from a checkpoint, {fewest} or more of each run")
+        missing = per_run * (number + 1) - killed  # an earlier run may have ended too soon
+        outcome = campaign_run(number, missing, root, chance, control)
+        killed += outcome.kills
+        outcomes.append(outcome)
+        print(f"{number:3} {outcome}", flush=True)
+    survived = sum(not outcome.wrong for outcome in outcomes)
+    in_saves = sum(outcome.in_saves for outcome in outcomes)
+    resumed = [outcome.resumed for outcome in outcomes]
+    print(f"{survived} of {runs} runs bitwise equal after {killed} kills, {in_saves} inside saves;")
+    print(f"{sum(resumed)} resumes from a checkpoint, {min(resumed)} or more of each run")
     print(*losses(outcomes), sep="\n")
     keep = survived != runs and not control
     print(f"  {time.monotonic() - began:.0f} s" + (f"; the runs are in {root}" if keep else ""))
@@ -453,69 +484,79 @@ def kills(runs: int, each: int, seed: int, control: bool) -> int:
 
 
 def losses(outcomes: list[Outcome]) -> Iterator[str]:
-    """Yield how much was done again, for each manner of saving."""
-    for background, every in sorted({(o.background, o.interval) for o in outcomes}):
-        found = [o for o in outcomes if (o.background, o.interval) == (background, every)]
-        done_again = f"at most {max(o.most_lost for o in found)} steps done again, with a checkpoint every {every}"
-        allowed = "(allowed: one interval)"
-        if background:
-            most, unsaved = max(o.seconds_lost for o in found), max(o.unsaved for o in found)
-            allowed = f"({most:.2f} s of work; allowed: one interval and what waits to be written, {UNSAVED} times the "
-            allowed += f"work that was unsaved in lives of the same run, {unsaved:.2f} s at most)"
-        yield f"  {len(found)} saved {'in the background' if background else 'between steps'}: {done_again} {allowed}"
+    """Yield the lost steps for each kind of saves."""
+    groups: dict[tuple[bool, int], list[Outcome]] = {}
+    for outcome in outcomes:
+        groups.setdefault((outcome.background, outcome.interval), []).append(outcome)
+    for (background, interval), group in sorted(groups.items()):
+        lost = max(outcome.most_lost for outcome in group)
+        line = f"at most {lost} steps repeated, with a checkpoint every {interval}"
+        if not background:
+            yield f"  {len(group)} saved between steps: {line} (allowed: one interval)"
+            continue
+        seconds = max(outcome.seconds_lost for outcome in group)
+        unsaved = max(outcome.unsaved for outcome in group)
+        yield (
+            f"  {len(group)} saved in the background: {line} ({seconds:.2f} s of work; allowed: "
+            f"one interval, or {UNSAVED} times the run's longest unsaved work, "
+            f"at most {unsaved:.2f} s)"
+        )
 
 
-def double_start(number: int, resumed: bool, whole: Path) -> list[str]:
-    """Start one run twice at the same moment, at its beginning or after a kill; return what is wrong.
+def double_start(number: int, resumed: bool, expected: Path) -> list[str]:
+    """Start a run twice at the same time, as a first start or after a kill; return the problems.
 
-    One process must train it, and the other be refused.
+    One process must train it, and the other must be refused.
     """
-    run = whole.with_name(f"double-{number}")
-    spec = spec_of([*choose(0, whole.parent.parent)[1], f"run.name={run.name}"])
+    run = expected.with_name(f"double-{number}")
+    spec = spec_of([*choose(0, expected.parent.parent)[1], f"run.name={run.name}"])
     if resumed:
         Witness.forget()
-        first = fork(lambda: live(spec))
+        first = fork(lambda: train_or_resume(spec))
         while Witness.read().step < 2 * EVERY:
             time.sleep(0.0005)
         kill(first)
         status_of(first)
-    start, begun = os.pipe()
+    read_end, write_end = os.pipe()
 
-    def wait_and_live() -> None:
-        os.read(start, 1)
+    def wait_and_train() -> None:
+        os.read(read_end, 1)
         try:
-            live(spec)
+            train_or_resume(spec)
         except RunError as error:
-            if not any(words in str(error) for words in ("is being written by", "exists already")):
+            refusals = ("is being written by", "exists already", "already exists")
+            if not any(refusal in str(error) for refusal in refusals):
                 raise
             os._exit(REFUSED)
 
-    children = [fork(wait_and_live) for _ in range(2)]
-    os.write(begun, b"go")
+    children = [fork(wait_and_train) for _ in range(2)]
+    os.write(write_end, b"go")
     ended = sorted(status_of(child) for child in children)
-    for descriptor in (start, begun):
-        os.close(descriptor)
+    os.close(read_end)
+    os.close(write_end)
     if ended != [0, REFUSED]:
         return [f"the two processes ended with {ended}"]
-    return list(differences(whole, run))
+    return list(differences(expected, run))
 
 
 def double_starts(times: int) -> int:
-    """Start runs twice at once, half of them at their beginning and half at their resume; return the exit status."""
+    """Start runs twice at the same time, half of them as resumes; return the exit status."""
     root = Path(tempfile.mkdtemp(prefix="campaign-"))
-    whole = root / "campaign/whole"
-    status_of(fork(lambda: live(spec_of([*choose(0, root)[1], f"run.name={whole.name}"]))))
-    right = {False: 0, True: 0}
+    expected = root / "campaign/whole"
+    spec = spec_of([*choose(0, root)[1], f"run.name={expected.name}"])
+    status_of(fork(lambda: train_or_resume(spec)))
+    correct = {"first start": 0, "resume": 0}
     for number in range(times):
-        resumed = number % 2 == 1
-        wrong = double_start(number, resumed, whole)
-        right[resumed] += not wrong
-        for each in wrong:
-            print(f"{number:3} {'resume' if resumed else 'first start'}: {each}")
-    firsts, resumes = times - times // 2, times // 2
+        kind = "resume" if number % 2 else "first start"
+        problems = double_start(number, kind == "resume", expected)
+        correct[kind] += not problems
+        for problem in problems:
+            print(f"{number:3} {kind}: {problem}")
+    resumes = times // 2
     print(
-        f"one writer in {right[False]} of {firsts} double first starts and {right[True]} of {resumes} double resumes;"
+        f"one writer in {correct['first start']} of {times - resumes} double first starts "
+        f"and {correct['resume']} of {resumes} double resumes;"
     )
-    print("the other process was refused, and the run came to what it comes to alone, bit for bit")
+    print("the other process was refused, and the result equals that of a single process")
     shutil.rmtree(root)
-    return int(sum(right.values()) != times)
+    return int(sum(correct.values()) != times)

@@ -1,4 +1,4 @@
-"""What the campaign of hostile folders does to a genuine run or sweep: mutations, by class."""
+"""Mutations of genuine runs and sweeps for the campaign of hostile folders, by class."""
 
 import json
 import os
@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -24,7 +25,7 @@ import yaml
 from framework.runs.checkpoint import MANIFEST, MODEL, TRAINING, own_sha256
 
 TERABYTE = 2**40
-CACHED: dict[str, bytes] = {}  # large contents, made once
+CACHED: dict[str, bytes] = {}  # large contents, created once
 
 FILES = [
     "config.yaml",
@@ -43,8 +44,10 @@ SWEEP_FILES = [
     ".lock",
     "study.journal",
     "best/config.yaml",
+    "best/facts.json",
+    "best/status.json",
+    "best/metrics.jsonl",
 ]
-SWEEP_FILES += ["best/facts.json", "best/status.json", "best/metrics.jsonl"]
 FOLDERS = ["checkpoints", "checkpoints/step-1", "checkpoints/step-2", "checkpoints/best"]
 TEMPORARY = [
     "status.tmp",
@@ -52,15 +55,11 @@ TEMPORARY = [
     "config.yaml.tmp",
     "facts.json.tmp",
     "provenance.json.tmp",
-]
-TEMPORARY += [
     "overrides.yaml.tmp",
     "metrics.jsonl.new",
     "metrics.jsonl.tmp",
     "checkpoints/.best",
     "output.txt",
-]
-TEMPORARY += [
     "checkpoints/step-3",
     "checkpoints/.step-3",
     "events.new",
@@ -78,10 +77,14 @@ SWEEP_TEMPORARY = [
 
 @dataclass
 class World:
-    """A scratch folder with a hostile run or sweep, and with what no command may touch.
+    """A scratch folder with a hostile run or sweep, and files that no command may touch.
 
-    work/runs/default/victim is hostile; outside/ and home/ hold sentinel files, and outside/twin is a genuine
-    copy of the victim whose files hold the token.
+    work/runs/default/victim is hostile; outside/ and home/ contain sentinel files, and outside/twin
+    is a genuine copy of the victim with the token in its files.
+
+    Args:
+        endless: The training would not end; commands that train are skipped.
+        names_data: The config has outside files as its data, which commands may read.
     """
 
     root: Path
@@ -89,10 +92,8 @@ class World:
     sweep: bool
     chance: random.Random
     notes: list[str] = field(default_factory=list)
-    endless: bool = (
-        False  # the config asks for a training without an end: commands that train are left out
-    )
-    names_data: bool = False  # the config names outside files as its data, which a command may read
+    endless: bool = False
+    names_data: bool = False
 
     @property
     def run(self) -> Path:
@@ -100,7 +101,7 @@ class World:
 
     @property
     def plugin(self) -> Path:
-        """A plugin in the working folder that makes the proof."""
+        """A plugin in the working folder that creates the proof."""
         return self.root / "work" / "evil.py"
 
     @property
@@ -112,19 +113,14 @@ class World:
         return self.root / "proof/executed"
 
     def place(self, name: str) -> Path:
-        """Return the path of a name such as checkpoints/step-2 or events, below the folder of a run."""
-        base = (
-            self.trial
-            if self.sweep and name not in {*SWEEP_FILES, *SWEEP_TEMPORARY, "best"}
-            else self.run
-        )
+        """Return the path of a name such as checkpoints/step-2 or events in the folder of a run."""
+        of_sweep = name in {*SWEEP_FILES, *SWEEP_TEMPORARY, "best"}
+        base = self.run if of_sweep or not self.sweep else self.trial
         steps = sorted(path.name for path in (base / "checkpoints").glob("step-*"))
         steps = steps or ["step-00000001"]
-        last = int(steps[-1][5:])
+        next_step = f"step-{int(steps[-1][5:]) + 7:08}"
         name = name.replace("step-1", steps[0]).replace("step-2", steps[-1])
-        name = name.replace(".step-3", f".step-{last + 7:08}-0123abcd").replace(
-            "step-3", f"step-{last + 7:08}"
-        )
+        name = name.replace(".step-3", f".{next_step}-0123abcd").replace("step-3", next_step)
         if name == "events":
             found = sorted(base.glob("events.out.tfevents.*"))
             return found[0] if found else base / "events.out.tfevents.1.vm"
@@ -142,10 +138,11 @@ class World:
         return self.place("checkpoints/step-2")
 
     def files(self) -> list[str]:
-        """Return the names of the files, of sweeps mostly those of the sweep itself."""
-        inner = [f"checkpoints/step-{which}/{name}" for which in (1, 2) for name in OF_CHECKPOINT]
-        own = [*FILES, "events", *inner]
-        return [*SWEEP_FILES, *SWEEP_FILES, *own] if self.sweep else own
+        """Return the names of the files; in a sweep, mostly those of the sweep itself."""
+        names = [*FILES, "events"]
+        for checkpoint in ("checkpoints/step-1", "checkpoints/step-2"):
+            names += [f"{checkpoint}/{name}" for name in OF_CHECKPOINT]
+        return [*SWEEP_FILES, *SWEEP_FILES, *names] if self.sweep else names
 
     def folders(self) -> list[str]:
         return ["best", "best", *FOLDERS] if self.sweep else FOLDERS
@@ -154,16 +151,15 @@ class World:
         return SWEEP_TEMPORARY if self.sweep else TEMPORARY
 
     def note(self, text: str) -> None:
-        self.notes.append(
-            text.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n")[:160]
-        )
+        printable = text.encode("utf-8", "backslashreplace").decode()
+        self.notes.append(printable.replace("\n", "\\n")[:160])
 
     def name_of(self, path: Path) -> str:
         return str(path.relative_to(self.run)) if path.is_relative_to(self.run) else str(path)
 
 
 def take_away(path: Path) -> None:
-    """Make room for another thing of that name."""
+    """Remove a file, link or folder, and create its parent folder."""
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         path.unlink()
     elif path.is_dir():
@@ -172,12 +168,12 @@ def take_away(path: Path) -> None:
 
 
 def twin(world: World, path: Path) -> Path:
-    """Return the file outside that is what this one is in a genuine run."""
+    """Return the same file of the genuine copy outside."""
     return world.outside / "twin" / path.relative_to(world.run)
 
 
 def readable(world: World, path: Path) -> bool:
-    """Whether a mutation can read a file; another mutation may have made it large, or led it out."""
+    """Return whether a mutation can read a file; an earlier one may have enlarged or linked it."""
     return path.is_file() and inside(path, world.run) and path.stat().st_size < 2**22
 
 
@@ -195,7 +191,7 @@ DEVICES = [
 
 def link(world: World, names: list[str]) -> None:
     path = world.place(world.chance.choice(names))
-    while not inside(path, world.run):  # an earlier link leads out
+    while not inside(path, world.run):  # an earlier link points outside
         path = world.place(world.chance.choice(FILES[:6]))
     target = world.chance.choice([str(twin(world, path))] * 5 + targets(world, path))
     take_away(path)
@@ -209,19 +205,21 @@ def inside(path: Path, folder: Path) -> bool:
 
 def targets(world: World, path: Path) -> list[str]:
     out = world.outside
-    up = os.path.relpath(out / "secret.txt", path.parent)
-    files = [
-        str(out / name) for name in ("secret.txt", "secret.json", "empty", "missing", "folder")
-    ]
-    files += [
+    return [
+        str(out / "secret.txt"),
+        str(out / "secret.json"),
+        str(out / "empty"),
+        str(out / "missing"),
+        str(out / "folder"),
         str(world.root / "home/.bashrc"),
         str(world.root / "home/.ssh"),
-        up,
+        os.path.relpath(out / "secret.txt", path.parent),
         path.name,
         "..",
         ".",
+        str(world.proof),
+        *world.chance.sample(DEVICES, 2),
     ]
-    return [*files, str(world.proof), *world.chance.sample(DEVICES, 2)]
 
 
 def link_file(world: World) -> None:
@@ -265,11 +263,11 @@ def special(world: World) -> None:
     kind = world.chance.choice(kinds)
     take_away(path)
     kind(path)
-    world.note(f"{world.name_of(path)} is made by {kind.__name__}")
+    world.note(f"{world.name_of(path)} is created by {kind.__name__}")
 
 
 def bind(path: Path) -> None:
-    """Make a socket; the path may be too long for the call."""
+    """Create a socket from its folder, because the path may be too long for the call."""
     here = os.getcwd()
     os.chdir(path.parent)
     try:
@@ -302,9 +300,10 @@ def alias_bomb(levels: int, width: int = 10) -> str:
 
 
 def yaml_bombs(text: str) -> list[tuple[str, str]]:
-    merged = "b0: &b0 {k: v}\n" + "".join(
-        f"b{n}: &b{n}\n  <<: [{', '.join([f'*b{n - 1}'] * 9)}]\n" for n in range(1, 9)
-    )
+    merged = "b0: &b0 {k: v}\n"
+    for n in range(1, 9):
+        aliases = ", ".join([f"*b{n - 1}"] * 9)
+        merged += f"b{n}: &b{n}\n  <<: [{aliases}]\n"
     return [
         ("alias bomb of 10^10 values", text + alias_bomb(10)),
         ("alias bomb of 10^30 values", text + alias_bomb(30)),
@@ -312,7 +311,7 @@ def yaml_bombs(text: str) -> list[tuple[str, str]]:
         ("alias bomb of mappings", text + alias_bomb(10).replace("[", "{k: [").replace("]", "]}")),
         ("merge bomb", text + merged),
         ("an alias to itself", text + "loop: &loop [*loop]\n"),
-        ("a mapping that holds itself", text + "loop: &loop\n  inner: *loop\n"),
+        ("a mapping that contains itself", text + "loop: &loop\n  inner: *loop\n"),
         ("100,000 levels", text + "deep: " + "[" * 100_000 + "]" * 100_000 + "\n"),
         ("900 levels", text + "deep: " + "[" * 900 + "]" * 900 + "\n"),
         ("levels by indentation", text + "".join(" " * n + "k:\n" for n in range(1, 2_000))),
@@ -328,12 +327,12 @@ def yaml_bombs(text: str) -> list[tuple[str, str]]:
 
 def json_bombs(text: str) -> list[tuple[str, str]]:
     opened = text.rstrip().removesuffix("}").rstrip()
+    line = '{"step": 1, "epoch": 1, "wall_seconds": 1, "val/loss": 1}\n'
+    objects = '{"a":' * 100_000 + "1" + "}" * 100_000
+    metrics = "".join(f'"val/m{n}": 1, ' for n in range(100_000))
     return [
         ("100,000 levels", opened + ', "deep": ' + "[" * 100_000 + "]" * 100_000 + "}\n"),
-        (
-            "100,000 levels of objects",
-            opened + ', "deep": ' + '{"a":' * 100_000 + "1" + "}" * 100_000 + "}\n",
-        ),
+        ("100,000 levels of objects", opened + ', "deep": ' + objects + "}\n"),
         ("900 levels", opened + ', "deep": ' + "[" * 900 + "]" * 900 + "}\n"),
         ("unclosed levels", "[" * 1_000_000),
         ("3,000,000 values", opened + ', "wide": [' + "1," * 3_000_000 + "1]}\n"),
@@ -341,15 +340,9 @@ def json_bombs(text: str) -> list[tuple[str, str]]:
         ("a number of 4,000 digits", opened + ', "n": ' + "9" * 4_000 + "}\n"),
         ("a number of 1,000,000 digits", opened + ', "n": ' + "9" * 1_000_000 + "}\n"),
         ("80 MB of text", opened + ', "t": "' + "x" * (80 * 2**20) + '"}\n'),
-        (
-            "500,000 lines",
-            text + '{"step": 1, "epoch": 1, "wall_seconds": 1, "val/loss": 1}\n' * 500_000,
-        ),
+        ("500,000 lines", text + line * 500_000),
         ("a line of 40 MB", text + '{"step": 1, "val/loss": ' + " " * (40 * 2**20) + "1}\n"),
-        (
-            "100,000 metrics",
-            text + "{" + "".join(f'"val/m{n}": 1, ' for n in range(100_000)) + '"step": 2}\n',
-        ),
+        ("100,000 metrics", text + "{" + metrics + '"step": 2}\n'),
     ]
 
 
@@ -359,9 +352,9 @@ def bomb(world: World) -> None:
         return
     text = path.read_text(encoding="utf-8", errors="replace")
     bombs = yaml_bombs(text) if path.suffix == ".yaml" else json_bombs(text)
-    what, content = world.chance.choice(bombs)
+    name, content = world.chance.choice(bombs)
     replace(path, content)
-    world.note(f"{world.name_of(path)}: {what}")
+    world.note(f"{world.name_of(path)}: {name}")
 
 
 def text_files(world: World) -> list[str]:
@@ -382,47 +375,46 @@ def replace(path: Path, content: str | bytes) -> None:
 
 
 def zip_bomb(world: World) -> None:
-    """In training.pt, a few MB that unpack to gigabytes."""
+    """Write a training.pt of a few MB that unpacks to gigabytes."""
     signed = world.chance.random() < 0.8
     choice = world.chance.choice(["zeros", "pickle", "names", "tensor"])
     path = world.checkpoint / TRAINING
     if not path.is_file():
         return
     if choice not in CACHED:
-        made = path.parent / "made"
-        zip_contents(choice, made)
-        CACHED[choice] = made.read_bytes()
-        made.unlink()
+        file = path.parent / "bomb"
+        write_zip_bomb(choice, file)
+        CACHED[choice] = file.read_bytes()
+        file.unlink()
     replace(path, CACHED[choice])
     if signed:
         sign(world.checkpoint)
     world.note(f"{TRAINING}: zip bomb, {choice}, signed: {signed}")
 
 
-def zip_contents(choice: str, made: Path) -> None:
-    if choice == "tensor":  # a storage that is said to be much larger than its record
-        torch.save({"counters": {"step": 1}, "x": torch.ones(4).expand(2**40, 4)}, made)
+def write_zip_bomb(choice: str, path: Path) -> None:
+    if choice == "tensor":  # its shape is much larger than its record
+        torch.save({"counters": {"step": 1}, "x": torch.ones(4).expand(2**40, 4)}, path)
         return
-    torch.save({"counters": {"step": 1}, "x": torch.zeros(4)}, made)
-    with zipfile.ZipFile(made) as archive:
+    torch.save({"counters": {"step": 1}, "x": torch.zeros(4)}, path)
+    with zipfile.ZipFile(path) as archive:
         records = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+    suffix = {"zeros": "data/0", "pickle": "data.pkl"}.get(choice)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for name, content in records.items():
-            if (choice == "zeros" and name.endswith("data/0")) or (
-                choice == "pickle" and name.endswith("data.pkl")
-            ):
-                with archive.open(name, "w", force_zip64=True) as file:
-                    for _ in range(3 * 64):
-                        file.write(bytes(2**24))
-            else:
+            if suffix is None or not name.endswith(suffix):
                 archive.writestr(name, content)
+                continue
+            with archive.open(name, "w", force_zip64=True) as file:
+                for _ in range(3 * 64):
+                    file.write(bytes(2**24))
         if choice == "names":
             for n in range(50_000):
                 archive.writestr(f"archive/data/x{n}", b"")
 
 
 def trial_folders(world: World) -> None:
-    """A sweep whose trials, or whose best one, lie somewhere else."""
+    """Move the trials of a sweep, or the best one, to another place."""
     out = world.outside / "twin"
     path = world.place("sweep.jsonl")
     if not world.sweep or not readable(world, path):
@@ -446,7 +438,8 @@ def sparse(world: World) -> None:
     if not inside(path, world.run):
         return
     size = world.chance.choice([2**31 - 1, 2**33, TERABYTE])
-    take_away(path) if not path.is_file() else None
+    if not path.is_file():
+        take_away(path)
     with path.open("ab") as file:
         file.truncate(size)
     if world.chance.random() < 0.5 and path.parent == world.checkpoint:
@@ -455,7 +448,7 @@ def sparse(world: World) -> None:
 
 
 def claim_sizes(checkpoint: Path) -> None:
-    """Let the manifest tell the sizes that the files have, without reading them."""
+    """Write the actual sizes of the files to the manifest."""
     with suppress(OSError, ValueError, KeyError):
         if (checkpoint / MANIFEST).stat().st_size > 2**22:
             return
@@ -472,13 +465,14 @@ def torn(world: World) -> None:
     path = world.place(world.chance.choice(world.files()))
     if not readable(world, path):
         return
-    content, chance = path.read_bytes(), world.chance
+    content = path.read_bytes()
+    chance = world.chance
     cut = chance.randrange(len(content) + 1)
     flipped = bytearray(content)
     for _ in range(min(len(content), chance.choice([1, 3, 50]))):
         flipped[chance.randrange(len(content))] = chance.randrange(256)
     text = content.decode("utf-8", "replace")
-    ways = {
+    versions = {
         "cut": content[:cut],
         "cut at the last byte": content[:-1],
         "flipped bytes": bytes(flipped),
@@ -500,63 +494,65 @@ def torn(world: World) -> None:
         "empty lines": content.replace(b"\n", b"\n\n \n"),
         "null lines": content + b'null\n[]\n7\n"text"\n{}\n',
     }
-    what = chance.choice(list(ways))
-    replace(path, ways[what])
+    name = chance.choice(list(versions))
+    replace(path, versions[name])
     if path.parent == world.checkpoint and path.name != MANIFEST and chance.random() < 0.5:
         sign(world.checkpoint)
-        what += ", signed"
-    world.note(f"{world.name_of(path)}: {what}")
+        name += ", signed"
+    world.note(f"{world.name_of(path)}: {name}")
 
 
 # wrong types
 
 ESCAPES = "\x1b]0;owned\x07\x1b[31mred\x1b[2J\nframework: all is well\r\x9b1m\u202e"
 VALUES: list[Any] = [
-    *(
-        None,
-        [],
-        {},
-        [[]],
-        {"a": {"b": []}},
-        "",
-        "text",
-        "-",
-        "0",
-        True,
-        False,
-        0,
-        -1,
-        1,
-        2**31,
-        2**63,
-        2**64,
-        10**400,
-    ),
-    *(
-        -(10**400),
-        float("nan"),
-        float("inf"),
-        float("-inf"),
-        1e308,
-        -1e308,
-        1e-320,
-        "NaN",
-        "9" * 5_000,
-        "x" * 200_000,
-    ),
-    *(
-        ESCAPES,
-        "\0",
-        "\ud800",
-        [None],
-        [1, "a", None],
-        {"name": None},
-        {"name": []},
-        {"": ""},
-        [1e308],
-        "1" * 400,
-    ),
-    *({ESCAPES: 1}, [ESCAPES], "null", "a: b", "2026-11-29", [10**30], [-1], [0], {"0": 1}),
+    None,
+    [],
+    {},
+    [[]],
+    {"a": {"b": []}},
+    "",
+    "text",
+    "-",
+    "0",
+    True,
+    False,
+    0,
+    -1,
+    1,
+    2**31,
+    2**63,
+    2**64,
+    10**400,
+    -(10**400),
+    float("nan"),
+    float("inf"),
+    float("-inf"),
+    1e308,
+    -1e308,
+    1e-320,
+    "NaN",
+    "9" * 5_000,
+    "x" * 200_000,
+    ESCAPES,
+    "\0",
+    "\ud800",
+    [None],
+    [1, "a", None],
+    {"name": None},
+    {"name": []},
+    {"": ""},
+    [1e308],
+    "1" * 400,
+    {ESCAPES: 1},
+    [ESCAPES],
+    "null",
+    "a: b",
+    "2026-11-29",
+    [10**30],
+    [-1],
+    [0],
+    {"0": 1},
 ]
 ENDLESS = re.compile(
     r"max_epochs|max_steps|samples|seconds|workers|noise|generat|features|micro_batch|accumulate"
@@ -564,8 +560,8 @@ ENDLESS = re.compile(
 
 
 def wrong_type(world: World) -> None:
-    """A value of another type or size, or a path that leads out, in the place of any value of any file."""
-    out = [
+    """Replace any value of any file by one of another type or size, or by a path outside."""
+    paths = [
         str(world.outside / "twin"),
         "../../../../outside/twin",
         "../outside",
@@ -574,11 +570,12 @@ def wrong_type(world: World) -> None:
         "..",
         ".",
     ]
-    exchange(world, world.chance.choice([*VALUES, *out]), world.chance.choice(text_files(world)))
+    value = world.chance.choice([*VALUES, *paths])
+    exchange(world, value, world.chance.choice(text_files(world)))
 
 
 def text_in_names(world: World) -> None:
-    """Texts that forge lines, control the terminal or end a shell command, as values or as keys."""
+    """Insert texts that forge lines, control the terminal or run shell code, as values or keys."""
     shell = f"$(touch {world.proof}); touch {world.proof} #"
     text = world.chance.choice(
         [ESCAPES, shell, f"{ESCAPES}{shell}", "x\n" * 3_000, "\x1b[31m", "\u2028framework: x"]
@@ -587,54 +584,47 @@ def text_in_names(world: World) -> None:
         path = world.place("provenance.json")
         if readable(world, path):
             content = json.loads(path.read_text(encoding="utf-8", errors="replace") or "{}")
-            replace(
-                path,
-                json.dumps({**content, "plugins": [f"x.py; touch {world.proof} #", text, "-x"]}),
-            )
+            content["plugins"] = [f"x.py; touch {world.proof} #", text, "-x"]
+            replace(path, json.dumps(content))
             world.note("provenance.json: plugins with shell code")
             return
     exchange(world, text, world.chance.choice(text_files(world)), keys=True)
 
 
 def exchange(world: World, value: Any, name: str, keys: bool = False) -> None:
-    """Replace a value (or with keys perhaps a key) somewhere in a JSON or YAML file."""
+    """Replace or delete a value in a JSON or YAML file; with `keys`, replace a value or a key."""
     path = world.place(name)
     if not readable(world, path):
         return
-    is_yaml, by_line = path.suffix == ".yaml", path.suffix in (".jsonl", ".journal")
-    lines = (
-        path.read_text(encoding="utf-8", errors="replace").splitlines()
-        if by_line
-        else [path.read_text()]
-    )
+    parse: Callable[[str], Any] = json.loads
+    dump: Callable[[Any], str] = json.dumps
+    if path.suffix == ".yaml":
+        parse = yaml.safe_load
+        dump = partial(yaml.safe_dump, sort_keys=False, allow_unicode=True)
+    if path.suffix in (".jsonl", ".journal"):
+        documents = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    else:
+        documents = [path.read_text()]
     try:
-        trees = [yaml.safe_load(line) if is_yaml else json.loads(line) for line in lines]
-    except Exception:  # another mutation was here before
+        trees = list(map(parse, documents))
+    except Exception:  # after another mutation
         return
-    number = world.chance.randrange(len(trees)) if trees else 0
     if not trees:
         return
-    tree = trees[number]
-    places = list(
-        islice(leaves_and_branches(tree), 1_000)
-    )  # there may be an alias bomb from another mutation
-    where = world.chance.choice(places)
-    way = world.chance.choice(
-        ["value", "value", "value", "key" if keys else "value", "drop" if not keys else "key"]
-    )
-    trees[number] = put(tree, where, value, way)
+    number = world.chance.randrange(len(trees))
+    places = list(islice(leaves_and_branches(trees[number]), 1_000))  # limited for alias bombs
+    place = world.chance.choice(places)
+    other_kinds = ["key", "key"] if keys else ["value", "drop"]
+    kind = world.chance.choice(["value", "value", "value", *other_kinds])
+    trees[number] = put(trees[number], place, value, kind)
     try:
-        texts = [as_yaml(each) if is_yaml else json.dumps(each) for each in trees]
+        texts = list(map(dump, trees))
     except (ValueError, RecursionError, UnicodeError):
         return
     replace(path, "\n".join(texts) + "\n")
-    said = ".".join(map(str, where))
-    world.endless |= bool(ENDLESS.search(said)) and isinstance(value, int | float | str)
-    world.note(f"{world.name_of(path)}: {way} {said or 'all'} := {value!r:.60}")
-
-
-def as_yaml(tree: Any) -> str:
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    setting = ".".join(map(str, place))
+    world.endless |= bool(ENDLESS.search(setting)) and isinstance(value, int | float | str)
+    world.note(f"{world.name_of(path)}: {kind} {setting or 'all'} := {value!r:.60}")
 
 
 def leaves_and_branches(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -647,16 +637,16 @@ def leaves_and_branches(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple
             yield from leaves_and_branches(value, (*path, number))
 
 
-def put(tree: Any, where: tuple[Any, ...], value: Any, way: str) -> Any:
-    if not where:
+def put(tree: Any, place: tuple[Any, ...], value: Any, kind: str) -> Any:
+    if not place:
         return value
+    *parents, last = place
     inner = tree
-    for key in where[:-1]:
+    for key in parents:
         inner = inner[key]
-    last = where[-1]
-    if way == "drop":
+    if kind == "drop":
         del inner[last]
-    elif way == "key" and isinstance(inner, dict):
+    elif kind == "key" and isinstance(inner, dict):
         inner[value if isinstance(value, str) else str(value)] = inner.pop(last)
     else:
         inner[last] = value
@@ -667,9 +657,11 @@ def put(tree: Any, where: tuple[Any, ...], value: Any, way: str) -> Any:
 
 
 def settings(world: World) -> None:
-    out, proof = str(world.outside), str(world.proof)
+    out = str(world.outside)
+    proof = str(world.proof)
     evil = str(world.plugin)
     home = "~/.bashrc"
+    series = {"name": "series", "path": "/dev/zero", "target": "x", "lookback": 8, "horizon": 4}
     changes: list[dict[str, Any]] = [
         {"model.width": 10**6},
         {"model.width": 10**9},
@@ -750,18 +742,9 @@ def settings(world: World) -> None:
         {"data": {"name": "table", "path": "~/.bashrc", "target": "label"}},
         {"data": {"name": "npz", "path": "/dev/zero"}},
         {"data": {"name": "text_table", "path": f"{out}/secret.csv"}},
-        {
-            "data": {
-                "name": "series",
-                "path": "/dev/zero",
-                "target": "x",
-                "lookback": 8,
-                "horizon": 4,
-            }
-        },
+        {"data": series},
     ]
-    change = world.chance.choice(changes)
-    set_in_config(world, change)
+    set_in_config(world, world.chance.choice(changes))
 
 
 def set_in_config(world: World, change: dict[str, Any]) -> None:
@@ -777,12 +760,12 @@ def set_in_config(world: World, change: dict[str, Any]) -> None:
                 place = place.setdefault(parent, {})
             place[last] = value
         replace(path, yaml.safe_dump(tree, sort_keys=False))
-    except Exception:  # another mutation was here before
+    except Exception:  # after another mutation
         return
-    said = str(change).replace(str(world.root), "WORLD")
-    world.endless |= bool(ENDLESS.search(said)) or "accumulate" in said or "1steps" in said
-    world.names_data |= any(word in said for word in ("'path'", "teacher", "init_from"))
-    world.note(f"config.yaml: {said:.120}")
+    text = str(change).replace(str(world.root), "WORLD")
+    world.endless |= bool(ENDLESS.search(text)) or "1steps" in text
+    world.names_data |= any(word in text for word in ("'path'", "teacher", "init_from"))
+    world.note(f"config.yaml: {text:.120}")
 
 
 def tags(world: World) -> None:
@@ -819,9 +802,9 @@ def tags(world: World) -> None:
     path = world.place("config.yaml")
     if not readable(world, path):
         return
-    before = (
-        path.read_text(encoding="utf-8", errors="replace") if world.chance.random() < 0.6 else ""
-    )
+    before = ""
+    if world.chance.random() < 0.6:
+        before = path.read_text(encoding="utf-8", errors="replace")
     replace(path, before + text)
     world.note(f"config.yaml: {'with' if before else 'only'} {text[:60]}")
 
@@ -830,7 +813,7 @@ def tags(world: World) -> None:
 
 
 class Payload:
-    """Unpickled, it makes a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, proof: Path):
         self.proof = str(proof)
@@ -840,7 +823,8 @@ class Payload:
 
 
 def pickled(world: World) -> None:
-    name, payload = world.chance.choice([MODEL, TRAINING, TRAINING]), Payload(world.proof)
+    name = world.chance.choice([MODEL, TRAINING, TRAINING])
+    payload = Payload(world.proof)
     form = world.chance.choice(
         ["plain", "torch", "old torch", "module", "exchanged", "global", "reduce bomb"]
     )
@@ -862,7 +846,7 @@ def pickled(world: World) -> None:
         exchanged(path, pickle.dumps(payload))
     elif form == "global":
         exchanged(path, b"\x80\x02cevil\nx\n.")
-    else:  # a list that is extended by itself, again and again: exponential when printed or compared
+    else:  # nested references: printing or comparing takes exponential time
         levels: list[Any] = []
         for _ in range(40):
             levels = [levels, levels]
@@ -883,27 +867,27 @@ def exchanged(path: Path, content: bytes) -> None:
 
 
 def plugin(world: World) -> None:
-    """Name a file of code wherever a run names plugins."""
+    """Add a file of code to the plugins in all files of a run."""
     evil = str(world.plugin)
-    path, which = world.place("provenance.json"), world.chance.random()
-    set_in_config(
-        world, {"plugins": [world.chance.choice([evil, "evil", "evil.py", "runs/default/victim"])]}
-    )
-    if which < 0.7 and readable(world, path):
+    path = world.place("provenance.json")
+    in_provenance = world.chance.random() < 0.7
+    name = world.chance.choice([evil, "evil", "evil.py", "runs/default/victim"])
+    set_in_config(world, {"plugins": [name]})
+    if in_provenance and readable(world, path):
         with suppress(ValueError, TypeError):
-            replace(
-                path, json.dumps({**json.loads(path.read_text()), "plugins": [evil, "evil.py"]})
-            )
+            provenance = json.loads(path.read_text())
+            provenance["plugins"] = [evil, "evil.py"]
+            replace(path, json.dumps(provenance))
     for name in ("__init__.py", "torch.py", "sitecustomize.py", "conftest.py", "plugin.py"):
         if inside(world.run / name, world.run):
             (world.run / name).write_text(f"open({str(world.proof)!r}, 'w')\n")
 
 
-# checkpoints that lie
+# forged checkpoints
 
 
 def sign(checkpoint: Path, **changes: Any) -> None:
-    """Make the manifest fit whatever the files are now: who makes a file can make its checksum."""
+    """Write a correct manifest for the changed files, as an attacker can."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         if (checkpoint / MANIFEST).stat().st_size > 2**22:
             return
@@ -945,54 +929,45 @@ def signed_manifest(world: World) -> None:
         "~",
         ESCAPES,
     ]
+    values = {
+        "files": [{}, None, {MODEL: {}}],
+        "torch": [ESCAPES, None],
+        "step": [-1, 10**400, None, "x", 1e308, 10**9],
+        "run": [None, [], {"threads": 10**6}, {"threads": -1}, {"threads": "x"}],
+        "schema": [None, 2, -1, "1", 10**400],
+    }
     changes: list[dict[str, Any]] = [{"files": files | {name: entry}} for name in names]
-    changes += [
-        {"files": {}},
-        {"files": None},
-        {"files": {MODEL: {}}},
-        {"torch": ESCAPES},
-        {"torch": None},
-    ]
-    changes += [{"step": value} for value in (-1, 10**400, None, "x", 1e308, 10**9)]
-    changes += [
-        {"run": value}
-        for value in (None, [], {"threads": 10**6}, {"threads": -1}, {"threads": "x"})
-    ]
-    changes += [{"schema": value} for value in (None, 2, -1, "1", 10**400)]
-    changes += [
-        {"files": files | {MODEL: {"bytes": size, "sha256": ""}}}
-        for size in (2**70, -1, None, "1", 1e308)
-    ]
+    for key, wrong_values in values.items():
+        changes += [{key: value} for value in wrong_values]
+    for size in (2**70, -1, None, "1", 1e308):
+        changes.append({"files": files | {MODEL: {"bytes": size, "sha256": ""}}})
     change = world.chance.choice(changes)
     sign(world.checkpoint, **change)
     world.note(f"{MANIFEST}, signed: {change!r:.100}".replace(str(world.root), "WORLD"))
 
 
 def lying_model(world: World) -> None:
-    """A model.safetensors whose header claims what is not there."""
-    shape, wide = [2**20, 2**20], [2**63 - 1, 2**63 - 1]
-    headers = [
-        json.dumps({"w": {"dtype": "F32", "shape": shape, "data_offsets": [0, 2**42]}}).encode(),
-        json.dumps({"w": {"dtype": "F32", "shape": wide, "data_offsets": [0, 0]}}).encode(),
-        json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}).encode(),
-        json.dumps({"w": {"dtype": "F32", "shape": [0, 2**62], "data_offsets": [0, 0]}}).encode(),
-        json.dumps({"w": {"dtype": ESCAPES, "shape": [1], "data_offsets": [0, 4]}}).encode()
-        + bytes(4),
-        json.dumps({ESCAPES: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
-        + b"",
-        json.dumps({"__metadata__": {"tied": '{"a": "nowhere"}'}}).encode(),
-        json.dumps({"__metadata__": {"tied": "[1, 2]"}}).encode(),
-        json.dumps({"__metadata__": {"tied": "[" * 100_000 + "]" * 100_000}}).encode(),
-        json.dumps(
-            {
-                f"w{n}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
-                for n in range(200_000)
-            }
-        ).encode(),
-        b"[" * 10_000,
-        b"{" + b" " * 10,
+    """Write a model.safetensors with a header that does not match its content."""
+
+    def entry(shape: list[int], offsets: list[int], dtype: str = "F32") -> dict[str, Any]:
+        return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+    trees: list[Any] = [
+        {"w": entry([2**20, 2**20], [0, 2**42])},
+        {"w": entry([2**63 - 1, 2**63 - 1], [0, 0])},
+        {"w": entry([1], [4, 0])},
+        {"w": entry([0, 2**62], [0, 0])},
+        {"w": entry([1], [0, 4], dtype=ESCAPES)},
+        {ESCAPES: entry([1], [0, 4])},
+        {"__metadata__": {"tied": '{"a": "nowhere"}'}},
+        {"__metadata__": {"tied": "[1, 2]"}},
+        {"__metadata__": {"tied": "[" * 100_000 + "]" * 100_000}},
+        {f"w{n}": entry([0], [0, 0]) for n in range(200_000)},
     ]
-    path, header = world.checkpoint / MODEL, world.chance.choice(headers)
+    headers = [json.dumps(tree).encode() for tree in trees]
+    headers += [b"[" * 10_000, b"{" + b" " * 10]
+    path = world.checkpoint / MODEL
+    header = world.chance.choice(headers)
     if not path.is_file():
         return
     length = world.chance.choice([len(header)] * 4 + [2**63, 0, 2**40])
@@ -1002,81 +977,73 @@ def lying_model(world: World) -> None:
 
 
 def lying_state(world: World) -> None:
-    """A training.pt of plain types that are not those of a training."""
-    path, chance = world.checkpoint / TRAINING, world.chance
-    if not path.is_file():
-        return
+    """Write a training.pt with wrong values of plain types."""
+    path = world.checkpoint / TRAINING
+    chance = world.chance
     if not readable(world, path):
         return
     try:
         state = torch.load(path, weights_only=True)
-    except Exception:  # another mutation was here before
+    except Exception:  # after another mutation
         return
     places = [place for place in leaves_and_branches(state) if place]
-    other = [
+    values = [
         *VALUES,
         torch.ones(3),
         torch.zeros(0),
         torch.full((2,), float("nan")),
         torch.ones(2**10, 2**10),
     ]
-    where, value = chance.choice(places), chance.choice(other)
-    way = chance.choice(["value", "value", "drop"])
+    place = chance.choice(places)
+    value = chance.choice(values)
+    kind = chance.choice(["value", "value", "drop"])
     try:
-        torch.save(put(state, where, value, way), path)
+        torch.save(put(state, place, value, kind), path)
     except Exception:  # a value that torch cannot save, or an entry of a tuple
         return
     sign(world.checkpoint)
-    world.note(f"{TRAINING}: {way} {'.'.join(map(str, where)):.60} := {value!r:.50}, signed")
+    world.note(f"{TRAINING}: {kind} {'.'.join(map(str, place)):.60} := {value!r:.50}, signed")
 
 
 def events(world: World) -> None:
-    """Event files that claim long records or hold other bytes."""
-    path, chance = world.place("events"), world.chance
+    """Write event files with too long records or random bytes."""
+    path = world.place("events")
+    chance = world.chance
     if not inside(path, world.run):
         return
-    ways = [
+    contents = [
         b"",
         b"\xff" * 12,
         struct.pack("<Q", 2**62) + bytes(4),
         struct.pack("<Q", 0) + bytes(8),
         bytes(100_000),
     ]
-    content = chance.choice([*ways, chance.randbytes(10_000)])
+    content = chance.choice([*contents, chance.randbytes(10_000)])
     before = path.read_bytes() if readable(world, path) and chance.random() < 0.5 else b""
     replace(path, before + content)
     world.note(f"{world.name_of(path)}: {len(before)} good bytes, then {content[:12]!r}")
 
 
 def crowd(world: World) -> None:
-    """Many files and folders, or names that are unusual."""
-    which, folder = world.chance.choice(["many", "names", "steps", "deep"]), world.run
+    """Create many files and folders, or unusual names."""
+    kind = world.chance.choice(["many", "names", "steps", "deep"])
+    folder = world.run
     if not folder.is_dir():
         return
-    if which == "many":
+    if kind == "many":
         for number in range(2_000):
             (folder / f"junk-{number}").touch()
-    if which == "names":
-        for name in (
-            "\x1b[31m",
-            "a\nframework: all is well",
-            "-rf",
-            "$(touch x)",
-            "\udcff",
-            "x" * 250,
-            " ",
-        ):
+    if kind == "names":
+        forged = "a\nframework: all is well"
+        for name in ("\x1b[31m", forged, "-rf", "$(touch x)", "\udcff", "x" * 250, " "):
             (folder / name).touch()
-    if which == "steps" and inside(world.place("checkpoints/step-1"), world.run):
+    if kind == "steps" and inside(world.place("checkpoints/step-1"), world.run):
         for number in (0, 10**8, 10**30, 10**200):
             with suppress(OSError):
                 (world.place("checkpoints") / f"step-{number:08}").mkdir()
-    if which == "deep":
-        inner = folder
-        for _ in range(60):
-            inner = inner / "d"
-        inner.mkdir(parents=True, exist_ok=True)
-    world.note(f"crowd: {which}")
+    if kind == "deep":
+        (folder / "/".join(["d"] * 60)).mkdir(parents=True, exist_ok=True)
+    world.note(f"crowd: {kind}")
 
 
 CLASSES: dict[str, list[Callable[[World], None]]] = {

@@ -1,4 +1,4 @@
-"""What the campaigns share: composing and starting runs, processes of their own, and comparing what came of runs."""
+"""Shared functions of the campaigns: composing runs, forking, and comparing the results of runs."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ def spec_of(overrides: list[str]) -> Spec:
 
 
 def fork(work: Callable[[], Any]) -> int:
-    """Do some work in a process of its own, and return its id; what it prints is dropped."""
+    """Call a function in a forked process without stdout; return the id of the process."""
     child = os.fork()
     if child:
         return child
@@ -44,25 +44,26 @@ def fork(work: Callable[[], Any]) -> int:
 
 
 def status_of(child: int) -> int:
-    """Wait for a process and return its exit status; less than 0: the signal that ended it."""
+    """Wait for a process; return its exit status, or the negative number of a fatal signal."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def done(run: Path) -> bool:
-    """Whether a run has come to its end."""
+    """Return whether a run is complete."""
     return json.loads((run / "status.json").read_text(encoding="utf-8"))["status"] == "done"
 
 
-def differences(whole: Path, killed: Path) -> Iterator[str]:
-    """Yield what differs between the two runs."""
-    for what, read in {
+def differences(expected: Path, run: Path) -> Iterator[str]:
+    """Yield the names of the parts in which two runs differ."""
+    parts = {
         "weights": weights,
         "training state": training,
         "metrics": metrics,
         "board": board,
-    }.items():
-        if read(whole) != read(killed):
-            yield f"other {what}"
+    }
+    for name, read in parts.items():
+        if read(expected) != read(run):
+            yield f"other {name}"
 
 
 def last(run: Path) -> Path:
@@ -78,16 +79,15 @@ def training(run: Path) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Return a state as something that == compares: tensors as bytes, times left out."""
+    """Return a state for a comparison with ==: tensors as bytes, without times."""
     if isinstance(value, torch.Tensor):
-        return (
-            str(value.dtype),
-            tuple(value.shape),
-            value.reshape(-1).view(torch.uint8).numpy().tobytes(),
-        )
+        content = value.reshape(-1).view(torch.uint8).numpy().tobytes()
+        return str(value.dtype), tuple(value.shape), content
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items() if key not in UNEQUAL}
-    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
 
 
 def metrics(run: Path) -> list[Any]:
@@ -98,9 +98,11 @@ def metrics(run: Path) -> list[Any]:
 def board(run: Path) -> dict[str, list[tuple[int, float]]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    logging.getLogger("tensorboard").setLevel(
-        logging.ERROR
-    )  # that it drops what a resumed run made void is the point
+    # TensorBoard warns when it drops values of steps that a resumed run repeats
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if tag not in UNEQUAL]
-    return {tag: [(scalar.step, scalar.value) for scalar in events.Scalars(tag)] for tag in tags}
+    scalars = {}
+    for tag in events.Tags()["scalars"]:
+        if tag not in UNEQUAL:
+            scalars[tag] = [(scalar.step, scalar.value) for scalar in events.Scalars(tag)]
+    return scalars

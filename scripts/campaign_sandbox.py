@@ -1,4 +1,4 @@
-"""Runs one command of `framework` in a scratch world, with limits, and tells all that it did beside its work."""
+"""Run a command of `framework` in a scratch folder with limits, and report its side effects."""
 
 import os
 import re
@@ -8,19 +8,19 @@ import stat
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-MOST_SECONDS = 10.0  # of CPU time, and of waiting for nothing
-MOST_WALL = 60.0  # for each process that shares a core
-IDLE = 6.0  # seconds without CPU time: it waits for something that does not come
+MOST_SECONDS = 10.0  # limit of the CPU time
+MOST_WALL = 60.0  # limit of the wall time, for each process that shares a core
+IDLE = 6.0  # limit of the seconds without CPU time
 MOST_MEMORY = 1_500_000  # kB
-ROOM = 4 * 2**30  # bytes of address space beyond those at the start
-OLD = 10**18  # nanoseconds: a time of access before all others
+ADDRESS_SPACE = 4 * 2**30  # additional bytes
+OLD = 10**18  # an access time (ns) before all others
 
 Kind = str  # executed, written, read, hang, traceback, memory, output, process, others
 KINDS = (
@@ -38,7 +38,7 @@ KINDS = (
 
 @dataclass
 class Ended:
-    """How a command ended."""
+    """The end of a command: exit status, output and used resources."""
 
     status: int
     out: str
@@ -53,12 +53,14 @@ class Ended:
 def run(
     work: Callable[[], Any], world: Path, environment: dict[str, str], talk: Any = None
 ) -> Ended:
-    """Call a function in a forked process, whose exit status is what it returns.
+    """Call a function in a forked process; its return value is the exit status.
 
     Args:
-        work: what the process does; it may replace itself by another program.
-        world: the scratch folder; the working folder is work/ in it.
-        talk: called with the file of the standard output once it has a line; then the process is sent SIGTERM.
+        work: The function; it may replace the process by another program.
+        world: The scratch folder; the working folder is its subfolder work.
+        environment: The environment variables.
+        talk: Function that is called with the file of the standard output after its first line;
+            then the process gets SIGTERM.
     """
     streams = [world / "stdout", world / "stderr"]
     for file in streams:
@@ -66,26 +68,30 @@ def run(
     began = time.monotonic()
     child = os.fork()
     if child == 0:
-        become(work, world, environment, streams)
+        run_in_child(work, world, environment, streams)
     hang = wait(child, talk, streams[0])
     _, status, used = os.wait4(child, 0)
     left = alive(child)
     if left:
         with suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)
-    out, err = (
-        file.read_bytes()[:5_000_000].decode("utf-8", "surrogateescape") for file in streams
-    )
-    cpu, seconds = used.ru_utime + used.ru_stime, time.monotonic() - began
+    texts = [file.read_bytes()[:5_000_000].decode("utf-8", "surrogateescape") for file in streams]
     return Ended(
-        os.waitstatus_to_exitcode(status), out, err, seconds, cpu, used.ru_maxrss, hang, left
+        os.waitstatus_to_exitcode(status),
+        out=texts[0],
+        err=texts[1],
+        seconds=time.monotonic() - began,
+        cpu=used.ru_utime + used.ru_stime,
+        memory=used.ru_maxrss,
+        hang=hang,
+        left=left,
     )
 
 
-def become(
+def run_in_child(
     work: Callable[[], Any], world: Path, environment: dict[str, str], streams: list[Path]
 ) -> None:
-    """In the child: set limits, streams and folders, and do the work."""
+    """Set limits, streams and folders in the child process, and call the function."""
     status = 1
     try:
         os.setpgid(0, 0)
@@ -98,13 +104,18 @@ def become(
         for number, file in enumerate(streams, 1):
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
         size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGESIZE")
-        resource.setrlimit(resource.RLIMIT_AS, (size + ROOM, size + ROOM))
+        resource.setrlimit(resource.RLIMIT_AS, (size + ADDRESS_SPACE, size + ADDRESS_SPACE))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**28, 2**28))
-        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
+        sys.stdin = os.fdopen(0)
+        sys.stdout = os.fdopen(1, "w")
+        sys.stderr = os.fdopen(2, "w")
         status = int(work() or 0)
     except SystemExit as error:
-        status = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
+        if error.code is None:
+            status = 0
+        elif isinstance(error.code, int):
+            status = error.code
     except BaseException:
         import traceback
 
@@ -117,34 +128,43 @@ def become(
 
 
 def wait(child: int, talk: Any, out: Path) -> str:
-    """Wait for a process to end; kill it and say why if it takes too long."""
-    began, pause, busy, ticks, told = time.monotonic(), 0.002, time.monotonic(), 0.0, talk is None
+    """Wait for the end of a process; kill it and return the reason if it exceeds a limit."""
+    began = time.monotonic()
+    pause = 0.002
+    last_active = began
+    last_used = 0.0
+    must_talk = talk is not None
     while os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         time.sleep(pause)
         pause = min(1.3 * pause, 0.05)
-        if not told and b"\n" in out.read_bytes():
+        if must_talk and b"\n" in out.read_bytes():
             talk(out)
-            told = True
+            must_talk = False
             os.kill(child, signal.SIGTERM)
-        now, (state, used) = time.monotonic(), activity(child)
-        if used > ticks or state == "R":
-            ticks, busy = used, now
-        why = ""
+        now = time.monotonic()
+        state, used = activity(child)
+        if used > last_used or state == "R":
+            last_used = used
+            last_active = now
+        reason = ""
         if used > MOST_SECONDS:
-            why = f"{used:.0f} s of CPU time"
-        elif now - busy > IDLE:
-            why = f"waits since {now - busy:.0f} s, after {used:.1f} s of CPU time"
+            reason = f"{used:.0f} s of CPU time"
+        elif now - last_active > IDLE:
+            reason = f"idle for {now - last_active:.0f} s, after {used:.1f} s of CPU time"
         elif now - began > MOST_WALL * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)):
-            why = f"{now - began:.0f} s"
-        if why:
+            reason = f"{now - began:.0f} s"
+        if reason:
             with suppress(ProcessLookupError):
                 os.killpg(child, signal.SIGKILL)
-            return why
+            return reason
     return ""
 
 
 def activity(process: int) -> tuple[str, float]:
-    """Return the state of a process (R: runs or could), and its CPU time with that of children that have ended."""
+    """Return the state of a process (R: running or runnable) and its CPU time.
+
+    The CPU time includes that of children that have ended.
+    """
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -153,7 +173,7 @@ def activity(process: int) -> tuple[str, float]:
 
 
 def alive(group: int) -> bool:
-    """Whether a process of the group is left, after a moment to end in."""
+    """Return whether a process of the group still runs after 3 seconds."""
     for _ in range(300):
         try:
             os.killpg(group, 0)
@@ -166,18 +186,18 @@ def alive(group: int) -> bool:
 
 
 def program(arguments: list[str]) -> Callable[[], Any]:
-    """Return the work that is the real command, in a new interpreter."""
+    """Return a function that runs the real command in a new interpreter."""
     command = [str(Path(sys.executable).parent / "framework"), *arguments]
     return lambda: os.execv(command[0], command)
 
 
 def ask_board(out: Path) -> None:
-    """Ask TensorBoard for its runs and tags, as a browser does; the answers are added to its output."""
+    """Request the runs and tags from TensorBoard like a browser, and append them to its output."""
     text = out.read_text(encoding="utf-8", errors="replace")
     found = re.search(r"http://127\.0\.0\.1:\d+/", text)
     if found is None:
         return
-    time.sleep(0.5)  # until the data has been read
+    time.sleep(0.5)  # wait until TensorBoard has read the data
     for page in ("data/runs", "data/plugin/scalars/tags", "data/plugin/text/tags"):
         answer = ""
         with (
@@ -189,45 +209,48 @@ def ask_board(out: Path) -> None:
             file.write(f"{page}: {len(answer)} characters {answer if 'TOKEN' in answer else ''}\n")
 
 
-# what is outside the run
+# files outside the run
 
 
 @dataclass(frozen=True)
 class Sentinel:
-    """A file, folder or link that a command must leave alone."""
+    """A file, folder or link that no command may change; access times are not compared."""
 
     kind: int
     size: int
     written: int
-    read: int
     content: str
+    read: int = field(compare=False)
 
 
 def snapshot(folders: list[Path]) -> dict[str, Sentinel]:
-    """Return what is in some folders, themselves included."""
+    """Return the state of folders and their content."""
     found: dict[str, Sentinel] = {}
     for folder in folders:
-        look(folder, found)
+        add_sentinels(folder, found)
     return found
 
 
-def look(path: Path, found: dict[str, Sentinel]) -> None:
-    status, content = path.lstat(), ""
-    if stat.S_ISLNK(status.st_mode):
+def add_sentinels(path: Path, found: dict[str, Sentinel]) -> None:
+    status = path.lstat()
+    size = status.st_size
+    content = ""
+    if stat.S_ISDIR(status.st_mode):
+        size = 0
+    elif stat.S_ISLNK(status.st_mode):
         content = os.readlink(path)
-    if stat.S_ISREG(status.st_mode):
-        content = sha256(path.read_bytes()).hexdigest() if status.st_size < 2**24 else "large"
-    size = 0 if stat.S_ISDIR(status.st_mode) else status.st_size
+    elif stat.S_ISREG(status.st_mode):
+        content = sha256(path.read_bytes()).hexdigest() if size < 2**24 else "large"
     found[str(path)] = Sentinel(
-        status.st_mode, size, status.st_mtime_ns, status.st_atime_ns, content
+        status.st_mode, size, status.st_mtime_ns, content, status.st_atime_ns
     )
     if stat.S_ISDIR(status.st_mode):
         for inner in sorted(os.listdir(path)):
-            look(path / inner, found)
+            add_sentinels(path / inner, found)
 
 
 def age(folders: list[Path]) -> None:
-    """Set the times of access back, so that the next one shows (with the mount option relatime as well)."""
+    """Set old access times, so that the next access changes them (also with relatime)."""
     for folder in folders:
         paths = [folder, *folder.rglob("*")]
         for path in reversed(paths):
@@ -237,7 +260,7 @@ def age(folders: list[Path]) -> None:
 
 
 def times_of_access(folder: Path) -> bool:
-    """Whether the file system of a folder keeps times of access."""
+    """Return whether the file system of a folder records access times."""
     file = folder / "probe"
     file.write_text("x")
     age([file])
@@ -248,43 +271,44 @@ def times_of_access(folder: Path) -> bool:
 
 
 def changes(before: dict[str, Sentinel], after: dict[str, Sentinel]) -> tuple[list[str], list[str]]:
-    """Return what was written, made or removed, and what was read."""
-    written, read = [], []
+    """Return the changed, created or removed files, and the files that were read."""
+    written = []
+    read = []
     for path in sorted({*before, *after}):
-        old, new = before.get(path), after.get(path)
-        if old is None or new is None:
-            written.append(f"{'made' if old is None else 'removed'}: {path}")
-        elif (old.kind, old.size, old.written, old.content) != (
-            new.kind,
-            new.size,
-            new.written,
-            new.content,
-        ):
+        old = before.get(path)
+        new = after.get(path)
+        if old is None:
+            written.append(f"created: {path}")
+        elif new is None:
+            written.append(f"removed: {path}")
+        elif old != new:
             written.append(f"changed: {path}")
         elif new.read != OLD and not stat.S_ISLNK(old.kind):
             read.append(f"read: {path}")
     return written, read
 
 
-def holds(folder: Path, token: bytes, but: set[tuple[int, int]]) -> list[str]:
-    """Return the regular files in a folder that contain a token; but: files by device and number."""
+def files_with(token: bytes, folder: Path, known: set[tuple[int, int]]) -> list[str]:
+    """Return the regular files in a folder that contain a token.
+
+    Args:
+        token: The content to find.
+        folder: The folder, searched with all subfolders.
+        known: Devices and inodes of excluded files.
+    """
     found = []
-    for above, _, names in os.walk(folder):
+    for parent, _, names in os.walk(folder):
         for name in names:
-            path = Path(above, name)
+            path = Path(parent, name)
             status = path.lstat()
-            known = (status.st_dev, status.st_ino) in but
-            if (
-                stat.S_ISREG(status.st_mode)
-                and not known
-                and status.st_size < 2**24
-                and token in path.read_bytes()
-            ):
+            if (status.st_dev, status.st_ino) in known or not stat.S_ISREG(status.st_mode):
+                continue
+            if status.st_size < 2**24 and token in path.read_bytes():
                 found.append(str(path))
     return found
 
 
-# what is said
+# output
 
 CONTROL = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]|[\udc80-\udcff]"
@@ -295,11 +319,17 @@ FAULTS = {
     "an ignored exception": re.compile(r"Exception ignored"),
     "an abort": re.compile(r"terminate called|Fatal Python error"),
 }
+COMMAND_LINES = ("measure ", "go on ", "watch ", "best ")
 SHELL = re.compile(r"[;&|`]|\$\(")
 
 
 def faults(ended: Ended, token: str) -> list[tuple[Kind, str]]:
-    """Return what is wrong with the exit status and the output of a command. token: that must not be in it."""
+    """Return the problems of a command's exit status, resources and output.
+
+    Args:
+        ended: The end of the command.
+        token: A text that must not be in the output; empty to skip this check.
+    """
     wrong: list[tuple[Kind, str]] = []
     text = f"{ended.out}\n{ended.err}"
     if ended.hang:
@@ -307,34 +337,36 @@ def faults(ended: Ended, token: str) -> list[tuple[Kind, str]]:
     elif ended.status not in (0, 2):
         wrong.append(("traceback", f"exit status {ended.status}: {last_line(ended)}"))
     else:
-        for what, pattern in FAULTS.items():
+        for name, pattern in FAULTS.items():
             if match := pattern.search(text):
-                wrong.append(("traceback", f"{what}: {line_at(text, match.start())}"))
+                wrong.append(("traceback", f"{name}: {line_at(text, match.start())}"))
     if ended.memory > MOST_MEMORY:
         wrong.append(("memory", f"{ended.memory:,} kB"))
     if ended.left:
         wrong.append(("process", "a process is left"))
     if token and token in text:
         wrong.append(("read", f"the token is in the output: {line_at(text, text.index(token))}"))
-    if match := re.search(r"\.py:\d+: \w*Warning", text):
-        wrong.append(("output", f"a warning as Python shows it: {line_at(text, match.start())}"))
-    if match := CONTROL.search(text):
-        wrong.append(("output", f"{match[0]!r} in {line_at(text, match.start())!r}"))
-    if re.search(r"^(framework: )?all is well|^framework: framework:", text, re.MULTILINE):
-        wrong.append(("output", "a forged line"))
     if ended.status == 2 and not ended.hang and "framework: " not in ended.err:
         wrong.append(("output", f"exit status 2 without a message: {last_line(ended)}"))
     if max(map(len, ended.err.splitlines()), default=0) > 4_000 or len(ended.err) > 60_000:
         wrong.append(("output", f"an error of {len(ended.err):,} characters: {ended.err[:80]!r}"))
-    commands = [
-        line
-        for line in text.splitlines()
-        if line.startswith(("measure ", "go on ", "watch ", "best "))
-    ]
-    unquoted = [line for line in commands if SHELL.search(re.sub(r"'[^']*'", "", line))]
-    if unquoted:
-        wrong.append(("output", f"an unquoted command: {unquoted[0][:120]}"))
+    wrong += [("output", problem) for problem in output_faults(text)]
     return wrong
+
+
+def output_faults(text: str) -> Iterator[str]:
+    """Yield raw warnings, control characters, forged lines and unquoted commands of an output."""
+    if match := re.search(r"\.py:\d+: \w*Warning", text):
+        yield f"a raw Python warning: {line_at(text, match.start())}"
+    if match := CONTROL.search(text):
+        yield f"{match[0]!r} in {line_at(text, match.start())!r}"
+    if re.search(r"^(framework: )?all is well|^framework: framework:", text, re.MULTILINE):
+        yield "a forged line"
+    for line in text.splitlines():
+        is_command = line.startswith(COMMAND_LINES)
+        if is_command and SHELL.search(re.sub(r"'[^']*'", "", line)):
+            yield f"an unquoted command: {line[:120]}"
+            return
 
 
 def last_line(ended: Ended) -> str:
@@ -342,8 +374,8 @@ def last_line(ended: Ended) -> str:
     return lines[-1][:220]
 
 
-def line_at(text: str, place: int) -> str:
-    start = text.rfind("\n", 0, place) + 1
+def line_at(text: str, position: int) -> str:
+    start = text.rfind("\n", 0, position) + 1
     line = text[start:].partition("\n")[0]
-    near = max(place - start - 100, 0)
-    return line[near : near + 220]
+    first = max(position - start - 100, 0)
+    return line[first : first + 220]

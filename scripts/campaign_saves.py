@@ -1,4 +1,4 @@
-"""Kills a process at every system call of a save, or lets the call fail for want of room, and looks what is left."""
+"""Kill a process at each system call of a save or make the call fail, and check the result."""
 
 import json
 import os
@@ -21,24 +21,30 @@ import framework as fw
 from framework.errors import CheckpointError
 from framework.runs.checkpoint import clean, folder_name, listed, load, newest, step_of, writing
 
-STEPS = 3  # before the save that is disturbed
-REFUSED = 3  # exit status of a save that ended in a CheckpointError
+STEPS = 3  # before the disturbed save
+REFUSED = 3  # exit status of a save that raised a CheckpointError
 DISK = 2**20  # bytes
-CUTS = 2  # lengths at which each write is cut
+CUTS = 2  # number of truncations of each write
 Contents = dict[int, Any]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A sort of save: with which settings of the callback, and what it saves."""
+    """A kind of saves.
+
+    Args:
+        settings: Settings of the callback.
+        again: Save a step that already has a checkpoint.
+        better: Save the best checkpoint so far.
+    """
 
     name: str
     settings: dict[str, Any]
-    again: bool = False  # the step that is there already
-    better: bool = False  # the best one so far
+    again: bool = False
+    better: bool = False
 
     def start(self, folder: Path) -> fw.Trainer:
-        """Train a little, saving each step."""
+        """Train a few steps, and save each."""
         torch.manual_seed(1)
         saving = fw.callbacks.build("checkpoint", every="1steps", **self.settings)
         trainer = fw.Trainer(max_steps=STEPS, callbacks=[saving], folder=folder, device="cpu")
@@ -49,8 +55,8 @@ class Case:
         return trainer
 
     def save(self, trainer: fw.Trainer, *, again: bool = False, better: bool = False) -> int:
-        """Do what the callback does after one more step, or after another one with the same number."""
-        random.seed(1)  # every fork gets a state of its own, and a checkpoint holds it
+        """Call the callback after one more step, or after another step with the same number."""
+        random.seed(1)  # each fork changes the random state, and a checkpoint contains it
         trainer.state.step += not again
         for parameter in trainer.model.parameters():
             parameter.data += 1
@@ -67,26 +73,28 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """Every sort of save, on the training thread and off it."""
+    """Return all kinds of saves, in the training thread and in the background."""
     found = []
-    for background, where in {False: "", True: ", background"}.items():
+    for background, suffix in {False: "", True: ", background"}.items():
         settings = {"keep": 9, "monitor": None, "background": background}
+        rotation = settings | {"keep": 1}
+        best = rotation | {"monitor": "val/loss"}
         found += [
-            Case(f"new step{where}", settings),
-            Case(f"same step again{where}", settings, again=True),
-            Case(f"rotation{where}", settings | {"keep": 1}),
-            Case(
-                f"rotation, best{where}", settings | {"keep": 1, "monitor": "val/loss"}, better=True
-            ),
+            Case(f"new step{suffix}", settings),
+            Case(f"same step again{suffix}", settings, again=True),
+            Case(f"rotation{suffix}", rotation),
+            Case(f"rotation, best{suffix}", best, better=True),
         ]
     return found
 
 
 class Rehearsal:
-    """One case: the folder before the save, and what the save comes to undisturbed."""
+    """A case with the folder before the save and the result of an undisturbed save."""
 
     def __init__(self, case: Case, root: Path):
-        self.case, self.before, self.place = case, root / "before", root / "place"
+        self.case = case
+        self.before = root / "before"
+        self.place = root / "place"
         self.trainer = case.start(self.before)
         self.old = contents(self.before / "checkpoints")
         self.set_up()
@@ -96,7 +104,7 @@ class Rehearsal:
         self.new = contents(self.place / "checkpoints")
 
     def set_up(self) -> None:
-        """Lay out the folder as it was before the save, for a process that will fork."""
+        """Restore the folder as before the save; the calling process forks afterwards."""
         shutil.rmtree(self.place, ignore_errors=True)
         shutil.copytree(self.before, self.place, symlinks=True)
         self.trainer.folder = self.place
@@ -106,7 +114,7 @@ class Rehearsal:
         return self.case.save(self.trainer, again=self.case.again, better=self.case.better)
 
     def judge(self, status: int) -> tuple[str, list[str]]:
-        """Return which checkpoint is the newest afterwards, the old or the new one, and all that is wrong."""
+        """Return "old" or "new" for the newest checkpoint after the save, and all problems."""
         folder = self.place / "checkpoints"
         wrong = [] if status in (0, REFUSED, -9) else [f"it ended with status {status}"]
         wrong += unreadable(folder)
@@ -115,37 +123,36 @@ class Rehearsal:
         if found is None or skipped:
             return "none", [*wrong, "the newest is not good", *skipped]
         saved = {step_of(found): plain(load(found))}
-        which = (
-            "new"
-            if saved == newest_of(self.new)
-            else "old"
-            if saved == newest_of(self.old)
-            else "other"
-        )
-        if which == "other" or (status == 0 and which == "old"):
-            wrong.append(f"the newest is {which} {found.name}, after status {status}")
-        wrong += litter(folder)
-        wrong += self.go_on_from(found)
-        return which, wrong
+        version = "other"
+        if saved == newest_of(self.new):
+            version = "new"
+        elif saved == newest_of(self.old):
+            version = "old"
+        if version == "other" or (status == 0 and version == "old"):
+            wrong.append(f"the newest is {version} {found.name}, after status {status}")
+        wrong += leftovers(folder)
+        wrong += self.resume_from(found)
+        return version, wrong
 
-    def go_on_from(self, found: Path) -> Iterator[str]:
-        """A process that starts afresh goes on from there with one more save; yield what is wrong then."""
+    def resume_from(self, found: Path) -> Iterator[str]:
+        """Resume in a forked process, save one more step, and yield the problems."""
 
-        def go_on() -> None:
+        def resume_and_save() -> None:
             model, training = load(found)
             self.trainer.load_state_dict(training | {"model": model})
             self.trainer.callbacks[0].on_fit_start(self.trainer)
             if self.case.save(self.trainer):
-                raise RuntimeError("it could not be saved")
+                raise RuntimeError("the next save was refused")
 
-        ended = status_of(fork(go_on))
+        status = status_of(fork(resume_and_save))
         after = newest(found.parent)[0]
-        if ended or after is None or step_of(after) != step_of(found) + 1:
+        if status or after is None or step_of(after) != step_of(found) + 1:
             yield "the next save failed"
         elif best := load(after)[1]["callbacks"]["0:Checkpoint"].get("best"):
+            step = best[0][1]
             link = found.parent / "best"
-            if not link.is_symlink() or os.readlink(link) != folder_name(best[0][1]):
-                yield f"after the next save, the best is of step {best[0][1]}, but the link does not lead there"
+            if not link.is_symlink() or os.readlink(link) != folder_name(step):
+                yield f"after the next save, the link best does not point to the best step {step}"
 
 
 def contents(folder: Path) -> Contents:
@@ -157,7 +164,7 @@ def newest_of(found: Contents) -> Contents:
 
 
 def unreadable(folder: Path) -> Iterator[str]:
-    """Yield what bears a final name and cannot be read."""
+    """Yield the problems of checkpoints with a final name."""
     for saved in listed(folder):
         try:
             load(saved)
@@ -165,19 +172,20 @@ def unreadable(folder: Path) -> Iterator[str]:
             yield f"unreadable under a final name: {error}"
     best = folder / "best"
     if best.is_symlink() and best.resolve() not in [saved.resolve() for saved in listed(folder)]:
-        yield f"best leads to {os.readlink(best)}, which is not there"
+        yield f"best points to {os.readlink(best)}, which does not exist"
 
 
-def litter(folder: Path) -> Iterator[str]:
-    """Yield what `clean` has left and is neither a checkpoint nor the link to the best one."""
+def leftovers(folder: Path) -> Iterator[str]:
+    """Yield the files that are neither a checkpoint nor the link to the best one after `clean`."""
     known = {"best", *(saved.name for saved in listed(folder))}
-    for saved in folder.iterdir():
-        if saved.name not in known:
-            yield f"litter: {saved.name} {sorted(os.listdir(saved)) if saved.is_dir() else ''}".rstrip()
+    for path in folder.iterdir():
+        if path.name not in known:
+            contents = f" {sorted(os.listdir(path))}" if path.is_dir() else ""
+            yield f"leftover: {path.name}{contents}"
 
 
 def faults(calls: list[Call], chance: random.Random) -> Iterator[Fault]:
-    """Yield every fault: before, after and instead of each call, and each write cut at some lengths."""
+    """Yield all faults: before, after and instead of each call, and truncations of each write."""
     for at, call in enumerate(calls):
         yield Fault(at, "killed before")
         for _ in range(CUTS if call.length > 1 else 0):
@@ -188,17 +196,17 @@ def faults(calls: list[Call], chance: random.Random) -> Iterator[Fault]:
 
 @dataclass
 class Tally:
-    """What came of all points of a case."""
+    """The results of all points of a case."""
 
     name: str
     points: Counter[str] = field(default_factory=Counter)
     newest: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
 
-    def add(self, how: str, where: str, which: str, wrong: list[str]) -> None:
+    def add(self, how: str, where: str, version: str, wrong: list[str]) -> None:
         self.points[how] += 1
-        self.newest[which] += 1
-        self.wrong += [f"{how} {where}: {each}" for each in wrong]
+        self.newest[version] += 1
+        self.wrong += [f"{how} {where}: {problem}" for problem in wrong]
 
     def __str__(self) -> str:
         points = ", ".join(f"{count} {how}" for how, count in self.points.items())
@@ -208,7 +216,7 @@ class Tally:
 
 
 def in_place(written: Path, final: Path) -> Path:
-    """Give a checkpoint its name as the negative control does: file by file."""
+    """Publish a checkpoint file by file: the negative control."""
     shutil.rmtree(final, ignore_errors=True)
     shutil.copytree(written, final)
     shutil.rmtree(written)
@@ -216,83 +224,86 @@ def in_place(written: Path, final: Path) -> Path:
 
 
 def disturb(
-    case: Case, chance: random.Random, sorts: Sequence[How] = get_args(How), every: int = 1
+    case: Case, chance: random.Random, kinds: Sequence[How] = get_args(How), every: int = 1
 ) -> Tally:
-    """Go through every fault (or every n-th one) of some sorts, each on a fresh copy of the folder."""
+    """Cause every n-th fault of some kinds, each on a new copy of the folder."""
     tally = Tally(case.name)
     with tempfile.TemporaryDirectory(prefix="campaign-") as root:
         rehearsal = Rehearsal(case, Path(root))
-        for fault in [each for each in faults(rehearsal.calls, chance) if each.how in sorts][
-            ::every
-        ]:
+        selected = [fault for fault in faults(rehearsal.calls, chance) if fault.how in kinds]
+        for fault in selected[::every]:
             rehearsal.set_up()
             calls, status = traced(rehearsal.save, rehearsal.place, fault)
-            which, wrong = rehearsal.judge(status)
+            version, wrong = rehearsal.judge(status)
             if fault.how != "no room" and status != -9:
                 wrong.append("it was not killed")
-            tally.add(fault.how, f"call {fault.at} ({calls[fault.at].name})", which, wrong)
+            tally.add(fault.how, f"call {fault.at} ({calls[fault.at].name})", version, wrong)
     return tally
 
 
 def fill_up(case: Case) -> Tally | str:
-    """Save on a disk that is really full, with 0, 1, 2 ... pages left until it suffices; or why none can be had."""
-    with tempfile.TemporaryDirectory(prefix="campaign-") as root:
-        told = Path(root) / "told.json"
-        if status_of(fork(lambda: told.write_text(json.dumps(on_a_small_disk(case, Path(root)))))):
+    """Save on a full disk with 0, 1, 2 ... free pages until a save succeeds.
+
+    Returns:
+        The results, or a text if the system does not permit a small disk.
+    """
+    with tempfile.TemporaryDirectory(prefix="campaign-") as folder:
+        root = Path(folder)
+        file = root / "result.json"
+        if status_of(fork(lambda: file.write_text(json.dumps(on_a_small_disk(case, root))))):
             return Tally(case.name, wrong=["the campaign itself failed"])
-        tally = json.loads(told.read_text(encoding="utf-8"))
-        return (
-            tally
-            if isinstance(tally, str)
-            else Tally(case.name, Counter(tally[0]), Counter(tally[1]), tally[2])
-        )
+        result = json.loads(file.read_text(encoding="utf-8"))
+    if isinstance(result, str):
+        return result
+    points, newest, wrong = result
+    return Tally(case.name, Counter(points), Counter(newest), wrong)
 
 
 def on_a_small_disk(case: Case, root: Path) -> Any:
-    mounted = root / "disk"
-    mounted.mkdir()
+    disk = root / "disk"
+    disk.mkdir()
     try:
-        mount(mounted, DISK)
+        mount(disk, DISK)
     except OSError as error:
-        return f"  skipped: no small disk may be mounted here: {error.strerror}"
-    tally = filled_up(case, mounted)
-    return tally.points, tally.newest, tally.wrong
-
-
-def filled_up(case: Case, disk: Path) -> Tally:
-    tally, rehearsal = Tally(case.name), Rehearsal(case, disk)
+        return f"  skipped: the system does not permit a small disk: {error.strerror}"
+    tally = Tally(case.name)
+    rehearsal = Rehearsal(case, disk)
     for pages in range(DISK // PAGE):
         rehearsal.set_up()
         with pages_left(disk, pages):
             _, status = traced(rehearsal.save, rehearsal.place)
-        which, wrong = rehearsal.judge(status)
-        tally.add("full disk", f"with {pages} pages left", which, wrong)
+        version, wrong = rehearsal.judge(status)
+        tally.add("full disk", f"with {pages} pages left", version, wrong)
         if status == 0:
-            return tally
-    tally.wrong.append("no save succeeded, though there was room")
-    return tally
+            break
+    else:
+        tally.wrong.append("no save succeeded, although there was enough space")
+    return tally.points, tally.newest, tally.wrong
 
 
 def saves(seed: int, control: bool, only: str = "") -> int:
-    """Run the campaign, of the cases with such a name only, and return its exit status.
+    """Run the campaign and return its exit status.
 
-    control: a checkpoint gets its name file by file.
+    Args:
+        seed: Seed of the truncations.
+        control: Publish a checkpoint file by file.
+        only: Text in the names of the selected cases.
     """
-    if why := supported():
-        print(f"skipped: {why}")
+    if reason := supported():
+        print(f"skipped: {reason}")
         return 0
     if control:
         writing.publish = in_place
-    chance, tallies = random.Random(seed), list[Tally]()
+    chance = random.Random(seed)
+    points = 0
+    wrong = 0
     for case in cases():
         if only not in case.name:
             continue
         for tally in (disturb(case, chance), fill_up(case)):
             print(tally, flush=True)
-            tallies += [tally] if isinstance(tally, Tally) else []
-    points, wrong = (
-        sum(tally.points.total() for tally in tallies),
-        [each for tally in tallies for each in tally.wrong],
-    )
-    print(f"{len(wrong)} of {points} points left something wrong")
+            if isinstance(tally, Tally):
+                points += tally.points.total()
+                wrong += len(tally.wrong)
+    print(f"{wrong} problems at {points} points")
     return int(bool(wrong))

@@ -1,4 +1,4 @@
-"""Sends signals to sweeps at random moments, and compares what they come to with undisturbed ones."""
+"""Send signals to sweeps at random times, and compare their results with undisturbed sweeps."""
 
 import contextlib
 import math
@@ -24,24 +24,29 @@ from framework.cli import main
 from framework.tuning.sweep.folder import SweepFolder
 
 WITNESS = Path(__file__).with_name("campaign_witness.py")
-BOUND = 120.0  # seconds in which a process must end after a signal, or come to the end of its sweep
-LEFT = 10.0  # seconds in which the processes that it started must end
+TIMEOUT = 120.0  # seconds until a process ends after a signal or completes its sweep
+CHILD_TIMEOUT = 10.0  # seconds until its child processes end
 NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL, signal.SIGSTOP]
-IMPORTS = 4.0  # seconds that those of a new program take
+IMPORTS = 4.0  # seconds of the imports of a new program
 ROUNDING = 1e-4
-FROM_SCRATCH = (
-    5  # one of so many lives is a new program, which imports everything; the others are forked
-)
+FRESH = 5  # one of FRESH processes is a new program with all its imports; the others are forked
 
-COMMON = ["data=blobs", "model.width=8", "model.depth=1", "trainer.max_steps=90", "resume=auto"]
-COMMON += ["trainer.max_epochs=null", "trainer.log_every=5steps", "trainer.validate_every=15steps"]
-COMMON += [
+COMMON = [
+    "data=blobs",
+    "model.width=8",
+    "model.depth=1",
+    "trainer.max_steps=90",
+    "resume=auto",
+    "trainer.max_epochs=null",
+    "trainer.log_every=5steps",
+    "trainer.validate_every=15steps",
     "callbacks=[witness,checkpoint]",
     "callbacks.checkpoint.every=5steps",
     "loggers=[json_lines]",
+    "callbacks.checkpoint.background=false",
 ]
-COMMON += ["callbacks.checkpoint.background=false"]
-DROPOUT = "model.dropout=0.3"  # not of trials that train as one: a kill regroups them, and they share their draws
+# no dropout for vectorized trials: a kill changes their groups, which share random numbers
+DROPOUT = "model.dropout=0.3"
 LAUNCHERS = {
     "basic": [DROPOUT, "optimizer.lr=1e-3,1e-2", "seed=0,1"],
     "vectorized": ["seed=range(6)", "hydra/launcher=vectorized", "hydra.launcher.processes=2"],
@@ -63,7 +68,7 @@ LAUNCHERS = {
 
 @dataclass
 class Tally:
-    """What became of the sweeps of one launcher."""
+    """The results of the sweeps of one launcher."""
 
     launcher: str
     signals: Counter[str] = field(default_factory=Counter)
@@ -75,27 +80,27 @@ class Tally:
     def __str__(self) -> str:
         sent = " ".join(f"{name} {count}" for name, count in sorted(self.signals.items()))
         when = ", ".join(f"{count} {name}" for name, count in sorted(self.moments.items()))
-        said = "; ".join(dict.fromkeys(self.wrong)) or "equal"
-        return f"{self.launcher:<11} {self.equal} of {self.sweeps} sweeps equal  {sent}  ({when})  {said}"
+        equal = f"{self.equal} of {self.sweeps} sweeps equal"
+        verdict = "; ".join(dict.fromkeys(self.wrong)) or "equal"
+        return f"{self.launcher:<11} {equal}  {sent}  ({when})  {verdict}"
 
 
 def arguments(launcher: str, name: str) -> list[str]:
-    return [
-        "train",
-        "--plugins",
-        str(WITNESS),
-        *COMMON,
-        "-m",
-        *LAUNCHERS[launcher],
-        f"sweep.name={name}",
-    ]
+    plugin = ["--plugins", str(WITNESS)]
+    return ["train", *plugin, *COMMON, "-m", *LAUNCHERS[launcher], f"sweep.name={name}"]
 
 
-def start(words: list[str], log: Path, forked: bool) -> int:
-    """Start a sweep in a session of its own; returns its process id. forked: from this process, without imports."""
+def start(arguments: list[str], log: Path, forked: bool) -> int:
+    """Start a sweep in a new session; return its process id.
+
+    Args:
+        arguments: The command line.
+        log: File for stdout and stderr.
+        forked: Fork this process, to save the time of imports.
+    """
     if not forked:
         with log.open("wb") as out:
-            command = [sys.executable, "-m", "framework", *words]
+            command = [sys.executable, "-m", "framework", *arguments]
             return subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True).pid
     child = os.fork()
     if child:
@@ -110,7 +115,7 @@ def start(words: list[str], log: Path, forked: bool) -> int:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for stream in (1, 2):
             os.dup2(descriptor, stream)
-        main.main(words)
+        main.main(arguments)
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else 1
     finally:
@@ -119,7 +124,7 @@ def start(words: list[str], log: Path, forked: bool) -> int:
 
 
 def ended(pid: int, seconds: float) -> bool:
-    """Return whether a process ends within some seconds; it stays a zombie."""
+    """Return whether a process ends within `seconds`; it is not reaped."""
     until = time.monotonic() + seconds
     while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         if time.monotonic() > until:
@@ -129,12 +134,10 @@ def ended(pid: int, seconds: float) -> bool:
 
 
 def started_by(pid: int, before: set[int]) -> set[int]:
-    """Return the processes of a sweep that are left: those that were found when it was alive, and are still there."""
-    return {
-        each
-        for each in before | descendants(pid)
-        if each != pid and state_of(each) not in ("Z", "")
-    }
+    """Return the running child processes of a sweep, also those in `before` without a parent."""
+    candidates = before | descendants(pid)
+    candidates.discard(pid)
+    return {child for child in candidates if state_of(child) not in ("Z", "")}
 
 
 def descendants(pid: int) -> set[int]:
@@ -153,7 +156,7 @@ def state_of(pid: int) -> str:
 
 
 def moment() -> str:
-    """Return what the trials are doing, as the witness has noted."""
+    """Return the activity of the trials, as recorded by the witness."""
     states = set(Path(campaign_witness.STATES).read_bytes())
     if campaign_witness.SAVING in states:
         return "in saves"
@@ -162,54 +165,70 @@ def moment() -> str:
     return "before the first step" if campaign_witness.BEGUN in states else "in start-up"
 
 
-def life(tally: Tally, words: list[str], chance: random.Random, number: Any, took: float) -> int:
-    """Start a sweep, send it a signal at a random moment, and wait for its end; returns its exit status."""
-    forked = chance.randrange(FROM_SCRATCH) > 0
+def send_signal(
+    tally: Tally, arguments: list[str], chance: random.Random, number: Any, seconds: float
+) -> int:
+    """Start a sweep, send it a signal at a random time, and wait for its end.
+
+    Args:
+        tally: Counts of the launcher.
+        arguments: The command line.
+        chance: Source of random numbers.
+        number: The signal.
+        seconds: Duration of an undisturbed sweep.
+
+    Returns:
+        The exit status.
+    """
+    forked = chance.randrange(FRESH) > 0
     Path(campaign_witness.STATES).write_bytes(bytes(campaign_witness.SIZE))
     log = Path("log")
-    pid = start(words, log, forked)
+    pid = start(arguments, log, forked)
     if chance.random() < 0.5:
-        over = ended(pid, chance.uniform(0, took if forked else took + IMPORTS))
-    else:  # so that a good part of the lives leaves a checkpoint to go on from
+        over = ended(pid, chance.uniform(0, seconds if forked else seconds + IMPORTS))
+    else:  # many processes must leave a checkpoint from which the next one resumes
         while not (over := ended(pid, 0.0)) and moment() not in ("in training", "in saves"):
             time.sleep(0.002)
-        over = over or ended(pid, chance.uniform(0, took / 4))
-    family = descendants(pid)
+        over = over or ended(pid, chance.uniform(0, seconds / 4))
+    children = descendants(pid)
     name = signal.Signals(number).name
     if not over:
         tally.signals[name] += 1
         tally.moments[moment()] += 1
-        whole_group = number in (signal.SIGINT, signal.SIGHUP) and chance.random() < 0.5
-        (os.killpg if whole_group and os.getpgid(pid) == pid else os.kill)(pid, number)
+        to_group = number in (signal.SIGINT, signal.SIGHUP) and chance.random() < 0.5
+        if to_group and os.getpgid(pid) == pid:
+            os.killpg(pid, number)
+        else:
+            os.kill(pid, number)
         if number == signal.SIGSTOP:
             time.sleep(chance.uniform(0, 0.3))
             os.kill(pid, signal.SIGCONT)
-    if not ended(pid, BOUND):
-        tally.wrong.append(f"did not end within {BOUND:.0f} s after {name}")
+    if not ended(pid, TIMEOUT):
+        tally.wrong.append(f"did not end within {TIMEOUT:.0f} s after {name}")
         os.kill(pid, signal.SIGKILL)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    until = time.monotonic() + LEFT
-    while (left := started_by(pid, family)) and time.monotonic() < until:
+    until = time.monotonic() + CHILD_TIMEOUT
+    while (left := started_by(pid, children)) and time.monotonic() < until:
         time.sleep(0.01)
-    for each in left:
+    for child in left:
         tally.wrong.append(f"a process is left after {name}")
         with contextlib.suppress(ProcessLookupError):
-            os.kill(each, signal.SIGKILL)
-    said = log.read_text(errors="replace") if log.exists() else ""
+            os.kill(child, signal.SIGKILL)
+    output = " ".join(log.read_text(errors="replace").split()) if log.exists() else ""
     expected = {0, -number, 128 + number} if number != signal.SIGSTOP else {0}
     if status not in expected:
-        tally.wrong.append(f"ended with {status} after {name}: {' '.join(said.split())[-200:]}")
-    if number != signal.SIGKILL and any(
-        words in said for words in ("Traceback", "terminate called")
-    ):
-        tally.wrong.append(f"a traceback after {name}: {' '.join(said.split())[-300:]}")
+        tally.wrong.append(f"ended with {status} after {name}: {output[-200:]}")
+    crashed = "Traceback" in output or "terminate called" in output
+    if crashed and number != signal.SIGKILL:
+        tally.wrong.append(f"a traceback after {name}: {output[-300:]}")
     return status
 
 
 def result(sweep: Path) -> Any:
-    """Return what a sweep came to: its table, the best trial, the runs' metrics, weights and states.
+    """Return the result of a sweep: its table, the best trial, the runs' metrics, weights, states.
 
-    Of trials that train as one without their states: a kill regroups them, and they are equal but for rounding.
+    The states of vectorized trials are left out: a kill changes their groups, so that they are
+    equal only up to rounding.
     """
     rounded = sweep.name.startswith("vectorized")
     rows = []
@@ -227,21 +246,19 @@ def result(sweep: Path) -> Any:
 
 
 def alike(a: Any, b: Any, rounded: bool) -> bool:
-    """Return whether two values are equal, or if `rounded` equal but for rounding."""
+    """Return whether two values are equal, if `rounded` up to rounding."""
     if not rounded:
         return bool(a == b)
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(alike(a[key], b[key], True) for key in a)
     if isinstance(a, list):
         return len(a) == len(b) and all(alike(*pair, True) for pair in zip(a, b, strict=True))
-    return (
-        math.isclose(a, b, rel_tol=ROUNDING, abs_tol=ROUNDING)
-        if isinstance(a, float)
-        else bool(a == b)
-    )
+    if isinstance(a, float):
+        return math.isclose(a, b, rel_tol=ROUNDING, abs_tol=ROUNDING)
+    return bool(a == b)
 
 
-def differences(whole: Any, cut: Any) -> Iterator[str]:
+def differences(expected: Any, disturbed: Any) -> Iterator[str]:
     names = [
         "numbers",
         "settings",
@@ -253,21 +270,22 @@ def differences(whole: Any, cut: Any) -> Iterator[str]:
         "weights",
         "training states",
     ]
-    (rounded, whole_rows, whole_best), (_, cut_rows, cut_best) = whole, cut
-    if len(whole_rows) != len(cut_rows):
+    rounded, expected_rows, expected_best = expected
+    _, rows, best = disturbed
+    if len(expected_rows) != len(rows):
         yield "another number of trials"
         return
-    for position, name in enumerate(names):
-        if not alike(
-            [row[position] for row in whole_rows], [row[position] for row in cut_rows], rounded
-        ):
+    columns = zip(*rows, strict=True)
+    expected_columns = zip(*expected_rows, strict=True)
+    for name, column, expected_column in zip(names, columns, expected_columns, strict=True):
+        if not alike(list(expected_column), list(column), rounded):
             yield f"other {name}"
-    if whole_best != cut_best:
+    if expected_best != best:
         yield "another best trial"
 
 
 def undisturbed(launcher: str) -> float:
-    """Run a sweep; returns the seconds that it takes."""
+    """Run a sweep; return its seconds."""
     began = time.monotonic()
     pid = start(arguments(launcher, f"{launcher}-whole"), Path("log"), True)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -277,32 +295,30 @@ def undisturbed(launcher: str) -> float:
 
 
 def disturb(launcher: str, signals: int, chance: random.Random, control: bool) -> Tally:
-    """Send so many signals to sweeps of a launcher."""
+    """Send that number of signals to sweeps of a launcher."""
     tally = Tally(launcher)
     os.environ.pop(campaign_witness.FORGET, None)
-    took = undisturbed(launcher)
+    seconds = undisturbed(launcher)
     folder = Path("runs/default")
-    whole = result(folder / f"{launcher}-whole")
+    expected = result(folder / f"{launcher}-whole")
     if control:
         os.environ[campaign_witness.FORGET] = "1"
-    while sum(tally.signals.values()) < signals or tally.sweeps == 0:
-        words = arguments(launcher, f"{launcher}-{tally.sweeps}")
-        share = min(sum(tally.signals.values()) + 12, signals)  # of one sweep
-        while sum(tally.signals.values()) < share:
-            number = NUMBERS[sum(tally.signals.values()) % len(NUMBERS)]
-            if life(tally, words, chance, number, took) == 0:
+    while tally.signals.total() < signals or tally.sweeps == 0:
+        command = arguments(launcher, f"{launcher}-{tally.sweeps}")
+        share = min(tally.signals.total() + 12, signals)  # at most 12 signals for one sweep
+        while tally.signals.total() < share:
+            number = NUMBERS[tally.signals.total() % len(NUMBERS)]
+            if send_signal(tally, command, chance, number, seconds) == 0:
                 break
-        pid = start(words, Path("log"), True)
-        if not ended(pid, BOUND):
-            tally.wrong.append("the last life hangs")
+        pid = start(command, Path("log"), True)
+        if not ended(pid, TIMEOUT):
+            tally.wrong.append("the last process hangs")
             os.kill(pid, signal.SIGKILL)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        found = (
-            [f"the last life ended with {status}"]
-            if status
-            else differences(whole, result(folder / f"{launcher}-{tally.sweeps}"))
-        )
-        wrong = list(found)
+        if status:
+            wrong = [f"the last process ended with {status}"]
+        else:
+            wrong = list(differences(expected, result(folder / f"{launcher}-{tally.sweeps}")))
         tally.sweeps += 1
         tally.equal += not wrong
         tally.wrong += wrong
@@ -310,8 +326,17 @@ def disturb(launcher: str, signals: int, chance: random.Random, control: bool) -
 
 
 def signalled(signals: int, seed: int, control: bool, launchers: list[str] | None = None) -> int:
-    """Run the campaign and return its exit status. control: a resume forgets its random state and the optimizer's."""
-    root, here, began = Path(tempfile.mkdtemp(prefix="campaign-")), Path.cwd(), time.monotonic()
+    """Run the campaign and return its exit status.
+
+    Args:
+        signals: Number of signals.
+        seed: Seed of the times of the signals.
+        control: Resume without the random state and the optimizer's state.
+        launchers: Names of the launchers; all by default.
+    """
+    root = Path(tempfile.mkdtemp(prefix="campaign-"))
+    here = Path.cwd()
+    began = time.monotonic()
     chosen = launchers or list(LAUNCHERS)
     tallies: list[Tally] = []
     os.chdir(root)
@@ -323,16 +348,15 @@ def signalled(signals: int, seed: int, control: bool, launchers: list[str] | Non
     finally:
         os.chdir(here)
         os.environ.pop(campaign_witness.FORGET, None)
-    sent = sum(sum(tally.signals.values()) for tally in tallies)
+    sent = sum(tally.signals.total() for tally in tallies)
     moments: Counter[str] = sum((tally.moments for tally in tallies), Counter())
-    sweeps, equal = sum(tally.sweeps for tally in tallies), sum(tally.equal for tally in tallies)
+    sweeps = sum(tally.sweeps for tally in tallies)
+    equal = sum(tally.equal for tally in tallies)
     print(f"{equal} of {sweeps} sweeps equal after {sent} signals: {dict(sorted(moments.items()))}")
     wrong = any(tally.wrong for tally in tallies)
-    print(
-        f"  {time.monotonic() - began:.0f} s"
-        + (f"; the sweeps are in {root}" if wrong and not control else "")
-    )
-    if control or not wrong:
+    keep = wrong and not control
+    print(f"  {time.monotonic() - began:.0f} s" + (f"; the sweeps are in {root}" if keep else ""))
+    if not keep:
         shutil.rmtree(root)
     if control and any(not tally.wrong for tally in tallies):
         print("the control did not fail for each launcher")

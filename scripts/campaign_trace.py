@@ -1,7 +1,7 @@
-"""Stops a process at every system call by which it changes files, to kill it there or to make the call fail.
+"""Stop a process at each system call that changes files, to kill it or to make the call fail.
 
-Nothing of the program is replaced: the kernel stops it (ptrace), whichever language and thread the call comes from.
-Linux on x86-64 only.
+The kernel stops the process (ptrace), so that the program is unchanged and calls of all threads
+and languages are included. Linux on x86-64 only.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-# calls that change files by name, and by descriptor; x86-64 numbers
+# numbers on x86-64 of the calls that change files by name, and by descriptor
 BY_NAME = {
     76: "truncate",
     82: "rename",
@@ -27,8 +27,6 @@ BY_NAME = {
     86: "link",
     87: "unlink",
     88: "symlink",
-}
-BY_NAME |= {
     90: "chmod",
     258: "mkdir",
     263: "unlink",
@@ -37,8 +35,10 @@ BY_NAME |= {
     266: "symlink",
     316: "rename",
 }
-OPEN, OPENAT, CREATES_OR_CUTS = 2, 257, os.O_CREAT | os.O_TRUNC
-WRITES = {1: "write", 18: "write"}  # of a buffer, whose length is the third argument
+OPEN = 2
+OPENAT = 257
+CREATES_OR_CUTS = os.O_CREAT | os.O_TRUNC
+WRITES = {1: "write", 18: "write"}  # the third argument is the length of the buffer
 BY_DESCRIPTOR = {
     20: "write",
     74: "fsync",
@@ -50,10 +50,21 @@ BY_DESCRIPTOR = {
 }
 BY_DESCRIPTOR |= WRITES | {40: "write", 326: "write"}
 
-TRACE_ME, CONTINUE_TO_CALL, SET_OPTIONS, CALL_INFO, POKE_USER = 0, 24, 0x4200, 0x420E, 6
-MARK_CALLS, FOLLOW_THREADS, KILL_WITH_TRACER = 1, 8, 0x100000
-LENGTH, RESULT, NUMBER = 12 * 8, 10 * 8, 15 * 8  # where rdx, rax and orig_rax lie
-AT_ENTRY, AT_EXIT = 1, 2
+# requests and options of ptrace, from linux/ptrace.h
+TRACE_ME = 0
+POKE_USER = 6
+CONTINUE_TO_CALL = 24
+SET_OPTIONS = 0x4200
+CALL_INFO = 0x420E
+MARK_CALLS = 1
+FOLLOW_THREADS = 8
+KILL_WITH_TRACER = 0x100000
+AT_ENTRY = 1
+AT_EXIT = 2
+# positions of the registers rax, rdx and orig_rax
+RESULT = 10 * 8
+LENGTH = 12 * 8
+NUMBER = 15 * 8
 STOPPED_AT_CALL = signal.SIGTRAP | 0x80
 ANY_THREAD = 0x40000000
 
@@ -63,7 +74,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 @dataclass(frozen=True)
 class Call:
-    """A system call that changes a file, and how many bytes a write was to write."""
+    """A system call that changes a file, and the number of bytes of a write."""
 
     name: str
     length: int = 0
@@ -71,7 +82,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens at the n-th call, counted from 0; of a write cut short, `length` bytes are written."""
+    """A fault at the n-th call, counted from 0; a truncated write writes `length` bytes."""
 
     at: int
     how: How
@@ -79,21 +90,23 @@ class Fault:
 
 
 def supported() -> str | None:
-    """Return why processes cannot be traced here, or None when they can."""
+    """Return the reason if processes cannot be traced on this system, otherwise None."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return "tracing needs Linux on x86-64"
     try:
-        return None if traced(lambda: None, Path("/nowhere"))[1] == 0 else "a traced process failed"
+        _, status = traced(lambda: None, Path("/nowhere"))
     except OSError as error:
-        return f"the kernel allows no tracing: {error.strerror}"
+        return f"the kernel does not permit tracing: {error.strerror}"
+    return None if status == 0 else "a traced process failed"
 
 
 def traced(
     work: Callable[[], Any], folder: Path, fault: Fault | None = None
 ) -> tuple[list[Call], int]:
-    """Do some work in a process of its own, with a fault or without.
+    """Call a function in a forked process, with or without a fault.
 
-    Returns the calls by which it changed files in that folder, and its exit status (less than 0: a signal).
+    Returns:
+        The calls that changed files in the folder, and the exit status (negative: a signal).
     """
     child = os.fork()
     if child == 0:
@@ -118,8 +131,9 @@ def _work(work: Callable[[], Any]) -> None:
 
 def _follow(child: int, folder: Path, fault: Fault | None) -> tuple[list[Call], int]:
     calls: list[Call] = []
-    struck: int | None = None  # the thread in whose call the fault is
-    threads, here = {child}, os.fsencode(folder)
+    faulty: int | None = None  # the thread of the faulty call
+    threads = {child}
+    prefix = os.fsencode(folder)
     _resume(child)
     while True:
         thread, status = os.waitpid(-child, ANY_THREAD)
@@ -134,13 +148,13 @@ def _follow(child: int, folder: Path, fault: Fault | None) -> tuple[list[Call], 
             continue
         with suppress(ProcessLookupError):  # another thread's call has killed it
             when, values = _call(thread)
-            if when == AT_ENTRY and (call := _change(thread, values, here)):
+            if when == AT_ENTRY and (call := _change(thread, values, prefix)):
                 calls.append(call)
                 if fault is not None and len(calls) == fault.at + 1:
-                    struck = thread
+                    faulty = thread
                     _enter(child, thread, fault)
-            elif when == AT_EXIT and thread == struck and fault is not None:
-                struck = None
+            elif when == AT_EXIT and thread == faulty and fault is not None:
+                faulty = None
                 _leave(child, thread, fault)
         _resume(thread)
 
@@ -162,7 +176,7 @@ def _leave(child: int, thread: int, fault: Fault) -> None:
 
 
 def _call(thread: int) -> tuple[int, tuple[int, ...]]:
-    """Return whether a thread is at the entry or exit of a call, and the number and arguments."""
+    """Return AT_ENTRY or AT_EXIT, and the number and arguments of a thread's call."""
     info = ctypes.create_string_buffer(88)
     _ptrace(CALL_INFO, thread, len(info), ctypes.addressof(info))
     return info.raw[0], struct.unpack_from("7Q", info.raw, 24)
@@ -182,15 +196,13 @@ def _change(thread: int, values: tuple[int, ...], folder: bytes) -> Call | None:
         path = os.readlink(os.fsencode(f"/proc/{thread}/fd/{first}"))
     except OSError:
         return None
-    return (
-        Call(BY_DESCRIPTOR[number], third if number in WRITES else 0)
-        if path.startswith(folder)
-        else None
-    )
+    if not path.startswith(folder):
+        return None
+    return Call(BY_DESCRIPTOR[number], third if number in WRITES else 0)
 
 
 def _resume(thread: int, number: int = 0) -> None:
-    with suppress(ProcessLookupError):  # killed meanwhile
+    with suppress(ProcessLookupError):  # the thread may have been killed
         _ptrace(CONTINUE_TO_CALL, thread, 0, number)
 
 

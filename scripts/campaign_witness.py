@@ -1,4 +1,4 @@
-"""The plugin of sweeps that `campaign_signals.py` disturbs: it notes in a shared file where each trial is."""
+"""A plugin for the sweeps of `campaign_signals.py`: records the state of each trial in a file."""
 
 import mmap
 import os
@@ -10,16 +10,16 @@ import framework as fw
 from framework.runs.checkpoint import writing
 from framework.training.trainer import Trainer
 
-STATES = "campaign.states"  # the file, a byte for each trial
-FORGET = (
-    "CAMPAIGN_FORGET"  # the environment variable with which a resumed run loses a part of its state
-)
-BEGUN, STEPS, SAVING = 1, 2, 3
+STATES = "campaign.states"  # the file, with one byte for each trial
+FORGET = "CAMPAIGN_FORGET"  # environment variable: a resumed run loses a part of its state
+BEGUN = 1
+STEPS = 2
+SAVING = 3
 SIZE = 64
 
 
 def note(folder: Path, state: int) -> None:
-    """Note the state of the trial in whose folder a file or folder is."""
+    """Record the state of the trial that a file or folder belongs to."""
     found = re.search(r"/(\d{3})_", f"{folder}/")
     if found is None or not Path(STATES).exists():
         return
@@ -29,7 +29,7 @@ def note(folder: Path, state: int) -> None:
 
 @fw.callbacks.register("witness")
 class Witness(fw.Callback):
-    """Notes when a trial begins and makes steps."""
+    """Record the start and the steps of a trial."""
 
     changes_training = False
 
@@ -42,11 +42,12 @@ class Witness(fw.Callback):
 
 
 def note_saves() -> None:
-    """Note while the files of a checkpoint are written and get their name."""
-    write, publish = writing.write, writing.publish
+    """Record the time between the first file of a checkpoint and its final name."""
+    write = writing.write
+    publish = writing.publish
 
     def folder_of(arguments: tuple[Any, ...]) -> Path:
-        return next((each for each in arguments if isinstance(each, Path)), Path())
+        return next((value for value in arguments if isinstance(value, Path)), Path())
 
     def noted_write(*arguments: Any) -> Any:
         note(folder_of(arguments), SAVING)
@@ -62,15 +63,15 @@ def note_saves() -> None:
 
 
 def forget_state() -> None:
-    """Let a resumed run lose its random state and what the optimizer keeps, where the environment says so."""
+    """Drop the random state and the optimizer's state of resumed runs if FORGET is set."""
     restore = Trainer.load_state_dict
 
     def without_state(self: Trainer, saved: dict[str, Any]) -> None:
-        if not os.environ.get(FORGET):
-            return restore(self, saved)
-        fresh = self.state_dict()
-        optimizer = saved["optimizer"] | {"state": fresh["optimizer"]["state"]}
-        restore(self, saved | {"random": fresh["random"], "optimizer": optimizer})
+        if os.environ.get(FORGET):
+            fresh = self.state_dict()
+            optimizer = saved["optimizer"] | {"state": fresh["optimizer"]["state"]}
+            saved = saved | {"random": fresh["random"], "optimizer": optimizer}
+        restore(self, saved)
 
     setattr(Trainer, "load_state_dict", without_state)  # noqa: B010 (a method is not assigned to)
 

@@ -1,14 +1,14 @@
-"""Runs the unit and training suites with several releases of Python, torch and Hydra.
+"""Run the unit and training suites with several releases of Python, torch and Hydra.
 
     scripts/test --matrix                       every combination
-    scripts/test --matrix=3.11/2.13/1.3.8       one: PYTHON/TORCH/HYDRA; * for all: */newest/1.3.8
+    scripts/test --matrix=3.11/2.13/1.3.8       only PYTHON/TORCH/HYDRA; * selects all releases
     scripts/test --matrix --matrix-keep         keep environments for the next run
     scripts/test --matrix -x tests/runs         with arguments for pytest
 
-It prints a table in Markdown. Environments are in the cache folder of the user, with the logs of
-pip and pytest: 1 to 2 GB each, or 5 to 8 GB with a torch for CUDA. FRAMEWORK_TORCH_INDEX names
-another index for torch, e.g. https://download.pytorch.org/whl/cpu for builds without CUDA. A Python
-that is not on this machine (on the PATH, or of pyenv or uv) has a row that says so. The exit status
+It prints a Markdown table. Environments and the logs of pip and pytest are in the cache folder of
+the user; an environment needs 1 to 2 GB, or 5 to 8 GB with a torch for CUDA. FRAMEWORK_TORCH_INDEX
+is an additional index for torch, e.g. https://download.pytorch.org/whl/cpu for builds without CUDA.
+A missing Python (searched on the PATH, in pyenv and in uv) is reported in its row. The exit status
 is 1 if anything failed.
 """
 
@@ -30,26 +30,26 @@ PYTHONS = ("3.11", "3.13")
 TORCHES = ("2.10", "2.13", "newest")
 HYDRAS = ("1.3.8", "1.4.0rc3")
 REPLACED = ("torch", "hydra-core")
-# Packages whose versions torch and Hydra choose.
+# torch and Hydra determine the versions of these packages
 UNPINNED = ("torch", "hydra-core", "omegaconf", "antlr4-python3-runtime", "sympy", "networkx")
-GIGABYTES = 12  # free disk space that an environment needs, with what pip unpacks on the way
+GIGABYTES = 12  # free disk space for an environment and the temporary files of pip
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "framework-matrix"
 
 
 class MatrixError(Exception):
-    """An environment cannot be made; the message is for its row of the table."""
+    """An environment cannot be created; the message is shown in its row of the table."""
 
 
 @dataclass
 class Row:
     """The result of one environment.
 
-    Attributes:
-        versions: of Python, torch and Hydra: those installed, or those asked for.
-        counts: of passed, failed and skipped tests; None when none ran.
-        note: how long it took, or why nothing ran.
-        failed: whether it counts as a failure.
+    Args:
+        versions: Installed versions of Python, torch and Hydra, or the selected ones.
+        counts: Numbers of passed, failed and skipped tests; None if no test ran.
+        note: The duration, or the reason why no test ran.
+        failed: Whether the row is a failure.
     """
 
     versions: tuple[str, str, str]
@@ -91,19 +91,19 @@ def main(arguments: list[str]) -> int:
 
 
 def result_of(combination: tuple[str, ...], keep: bool, pytest_arguments: list[str]) -> Row:
-    """Make the environment of a combination, and run the suites in it."""
+    """Create the environment of a combination, and run the suites in it."""
     version, torch, hydra = combination
-    asked = (version, torch, hydra)
+    selected = (version, torch, hydra)
     interpreter = find_python(version)
     if interpreter is None:
-        return Row(asked, None, f"no python{version}", failed=True)
+        return Row(selected, None, f"no python{version}", failed=True)
     folder = CACHE / "-".join(combination)
     log = CACHE / f"{folder.name}.log"
     try:
         python = environment(interpreter, folder, torch, hydra, log)
         return run_tests(python, log, pytest_arguments)
     except MatrixError as error:
-        return Row(asked, None, str(error), failed=True)
+        return Row(selected, None, str(error), failed=True)
     finally:
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
@@ -126,7 +126,7 @@ def find_python(version: str) -> str | None:
 
 
 def output_of(command: list[str]) -> str:
-    """Return what a command prints; an empty text when it fails."""
+    """Return the output of a command, or an empty text if it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:
@@ -135,19 +135,19 @@ def output_of(command: list[str]) -> str:
 
 
 def environment(interpreter: str, folder: Path, torch: str, hydra: str, log: Path) -> Path:
-    """Return the Python of an environment with these releases, made unless it is there."""
+    """Return the Python of an environment with these releases; create it if needed."""
     python = folder / "bin/python"
     stamp = folder / "installed"
     requirements = requirements_for(torch, hydra)
     pins = constraints()
     wanted = hashlib.sha256("\n".join([str(ROOT), *requirements, pins]).encode()).hexdigest()
-    may_reuse = torch != "newest"  # another release may be the newest since
+    may_reuse = torch != "newest"  # there may be a newer release since
     if may_reuse and stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
         return python
     CACHE.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(CACHE).free / 1e9
     if free < GIGABYTES:
-        raise MatrixError(f"{CACHE} has {free:.1f} GB free, an environment needs {GIGABYTES}")
+        raise MatrixError(f"{CACHE}: an environment needs {GIGABYTES} GB, {free:.1f} GB are free")
     log.write_text("", encoding="utf-8")
     call([interpreter, "-m", "venv", "--clear", str(folder)], log)
     constraint_file = folder / "constraints.txt"
@@ -162,16 +162,16 @@ def environment(interpreter: str, folder: Path, torch: str, hydra: str, log: Pat
 
 
 def requirements_for(torch: str, hydra: str) -> list[str]:
-    """Return what the project and its tests require, with these releases of torch and Hydra."""
+    """Return the requirements of the project and its tests, with these torch and Hydra."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    asked = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
-    kept = [each for each in asked if name_of(each) not in REPLACED]
+    declared = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    kept = [requirement for requirement in declared if name_of(requirement) not in REPLACED]
     exact = torch if torch.count(".") > 1 else f"{torch}.*"
     return ["torch" if torch == "newest" else f"torch=={exact}", f"hydra-core=={hydra}", *kept]
 
 
 def constraints() -> str:
-    """Return the pinned versions of all packages but those that the matrix varies."""
+    """Return the pinned versions of all packages except those in UNPINNED."""
     lines = (ROOT / "scripts/constraints.txt").read_text(encoding="utf-8").splitlines()
     return "\n".join(line for line in lines if name_of(line) not in UNPINNED) + "\n"
 
@@ -182,7 +182,11 @@ def name_of(requirement: str) -> str:
 
 
 def call(command: list[str], log: Path, **variables: str) -> None:
-    """Run a command with its output in the log. Raises MatrixError when it fails."""
+    """Run a command with its output in the log.
+
+    Raises:
+        MatrixError: The command failed.
+    """
     with log.open("a", encoding="utf-8") as file:
         environ = os.environ | variables
         done = subprocess.run(

@@ -16,13 +16,11 @@ from framework.registry.registry import Registry
 from shipped import shipped
 from suites import suite_of
 
-torch.set_num_threads(
-    1
-)  # some tests fork, which a process with OpenMP threads of its own does not survive
+torch.set_num_threads(1)  # some tests fork, and a process with OpenMP threads must not fork
 
 
 def leave_out_user_plugins():
-    """Put an empty module in the place of each plugin that a user added to this checkout."""
+    """Replace each plugin that a user added to this checkout by an empty module."""
     folder = Path(framework_plugins.__path__[0])
     own = set(shipped(folder, "**/*.py"))
     for file in files_in(folder):
@@ -60,13 +58,14 @@ def _seeded():
 
 
 @pytest.fixture(autouse=True)
-def _alone():
-    """Afterwards Hydra's launchers have left nothing: no loggers on streams of the test, no processes in its folder."""
+def _clean_up_launchers():
+    """Remove the log handlers and worker processes that Hydra's launchers leave."""
     root = logging.getLogger()
-    before = root.level, list(root.handlers)
+    level = root.level
+    handlers = list(root.handlers)
     yield
-    root.setLevel(before[0])
-    root.handlers[:] = before[1]
+    root.setLevel(level)
+    root.handlers[:] = handlers
     for logger in root.manager.loggerDict.values():
         if isinstance(logger, logging.Logger):
             logger.disabled = False  # logging.config disables loggers that exist already
@@ -77,21 +76,21 @@ def _alone():
 
 @pytest.fixture
 def command(tmp_path, monkeypatch, capsys):
-    """Run a command in a folder of its own; returns exit status, output and errors."""
+    """Run a command in a temporary folder; return exit status, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
 
     def run(line):
-        with pytest.raises(SystemExit) as exit:
+        with pytest.raises(SystemExit) as ended:
             main(shlex.split(line))
         out, err = capsys.readouterr()
-        return exit.value.code, out, err
+        return ended.value.code, out, err
 
     return run
 
 
 @pytest.fixture
 def one_thread():
-    """Small models, in many steps: two threads would wait for each other."""
+    """Use one thread: for many steps of small models, threads only wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -100,9 +99,10 @@ def one_thread():
 
 @pytest.fixture
 def forget_plugins():
-    """Afterwards no part of a plugin file is known any more."""
+    """Remove the parts of plugin files after the test."""
     yield
-    for module in [name for name in sys.modules if name.startswith("framework_plugin_")]:
-        del sys.modules[module]
+    for name in list(sys.modules):
+        if name.startswith("framework_plugin_"):
+            del sys.modules[name]
     for registry in Registry.every.values():
         registry.forget_unloaded()

@@ -1,4 +1,4 @@
-"""Collects the messages of the framework and its plugins from the source.
+"""Collect the messages of the framework and its plugins from the source.
 
     python tests/messages.py        write messages.txt beside this file
 
@@ -23,7 +23,7 @@ BUILT_IN_ERRORS = {
     "ValueError",
 }
 PRINTED = {"warn", "note", "print_line", "print_message", "print_note"}
-DEPTH = 4  # of variables in variables
+DEPTH = 4  # limit for variables that contain other variables
 
 
 def source_files() -> list[Path]:
@@ -52,40 +52,41 @@ def name_of(node: ast.expr) -> str:
     """Return the last name of `a.b.c`, or an empty text."""
     if isinstance(node, ast.Attribute):
         return node.attr
-    return node.id if isinstance(node, ast.Name) else ""
+    if isinstance(node, ast.Name):
+        return node.id
+    return ""
 
 
 class Function:
-    """A function, with the texts that its local variables hold."""
+    """A function, with the expressions that are assigned to its local variables."""
 
     def __init__(self, node: ast.AST):
         self.node = node
-        self.texts: dict[str, list[ast.expr]] = defaultdict(list)
-        for each in own_nodes(node):
-            if isinstance(each, ast.Assign) and isinstance(each.targets[0], ast.Name):
-                self.texts[each.targets[0].id].append(each.value)
-            elif isinstance(each, ast.AugAssign) and isinstance(each.target, ast.Name):
-                self.texts[each.target.id].append(each.value)
+        self.values: dict[str, list[ast.expr]] = defaultdict(list)
+        for child in own_nodes(node):
+            if isinstance(child, ast.Assign) and isinstance(child.targets[0], ast.Name):
+                self.values[child.targets[0].id].append(child.value)
+            elif isinstance(child, ast.AugAssign) and isinstance(child.target, ast.Name):
+                self.values[child.target.id].append(child.value)
 
     def text(self, node: ast.expr, depth: int = 0) -> str | None:
         """Return the text of an expression, or None if the source does not show it."""
-        if isinstance(node, ast.Constant):
-            return node.value if isinstance(node.value, str) else None
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            return node.value
         if isinstance(node, ast.JoinedStr):
-            return "".join(self.part(each, depth) for each in node.values)
+            return "".join(self.part(part, depth) for part in node.values)
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-            sides = (self.text(node.left, depth), self.text(node.right, depth))
-            if sides == (None, None):
+            if self.text(node.left, depth) is None and self.text(node.right, depth) is None:
                 return None
-            return "".join(self.inserted(each, depth) for each in (node.left, node.right))
+            return self.inserted(node.left, depth) + self.inserted(node.right, depth)
         if isinstance(node, ast.IfExp):
             return self.alternatives([node.body, node.orelse], depth)
-        if isinstance(node, ast.Name) and node.id in self.texts and depth < DEPTH:
-            return self.alternatives(self.texts[node.id], depth + 1)
+        if isinstance(node, ast.Name) and node.id in self.values and depth < DEPTH:
+            return self.alternatives(self.values[node.id], depth + 1)
         return None
 
     def alternatives(self, nodes: list[ast.expr], depth: int) -> str | None:
-        found = [self.text(each, depth) for each in nodes]
+        found = [self.text(node, depth) for node in nodes]
         if None in found:
             return None
         texts = list(dict.fromkeys(filter(None, found)))
@@ -94,7 +95,10 @@ class Function:
         optional = "" in found
         if len(texts) == 1 and not optional:
             return texts[0]
-        return f"({' | '.join(texts)}{' |' if optional else ''})"
+        wording = " | ".join(texts)
+        if optional:
+            wording += " |"
+        return f"({wording})"
 
     def part(self, node: ast.expr, depth: int) -> str:
         """Return the text of a part of an f-string."""
@@ -108,7 +112,7 @@ class Function:
 
 
 def own_nodes(function: ast.AST) -> Iterator[ast.AST]:
-    """Yield the nodes of a function in their order, without those of functions in it."""
+    """Yield the nodes of a function in order, without those of inner functions."""
     for child in ast.iter_child_nodes(function):
         if isinstance(child, ast.FunctionDef | ast.ClassDef):
             continue
@@ -125,13 +129,13 @@ def messages_of(tree: ast.Module, errors: set[str]) -> list[str]:
     ]
     for node in functions:
         function = Function(node)
-        for each in own_nodes(node):
-            if isinstance(each, ast.Call) and each.args:
-                name = name_of(each.func)
+        for child in own_nodes(node):
+            if isinstance(child, ast.Call) and child.args:
+                name = name_of(child.func)
                 if name in errors or name in PRINTED:
-                    found.append((each.lineno, name, function.text(each.args[0])))
-            elif isinstance(each, ast.Return) and each.value is not None and returns_text(node):
-                found.append((each.lineno, node.name, function.text(each.value)))
+                    found.append((child.lineno, name, function.text(child.args[0])))
+            elif isinstance(child, ast.Return) and child.value is not None and returns_text(node):
+                found.append((child.lineno, node.name, function.text(child.value)))
     lines = []
     for _, name, text in sorted(found, key=lambda message: message[0]):
         if text is not None and " " in text.strip():

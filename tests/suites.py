@@ -4,8 +4,8 @@
 - training: short fits and commands in this process.
 - system: other processes, signals, sweeps, searches, servers, scripts and benchmarks.
 
-Files are in one table, not marked one by one, so that a suite can be read as a whole and a new file
-belongs to one at once: the longest entry that a path begins with counts.
+One table assigns the files, so that a suite can be read in one place and a new file has a suite
+immediately: the longest entry that is a prefix of the path gives the suite.
 """
 
 from pathlib import Path
@@ -71,7 +71,7 @@ SUITE_OF = {
 
 
 def suite_of(file: Path) -> str | None:
-    """Return the suite of a test file; None for one without an entry, or of another folder."""
+    """Return the suite of a test file; None without an entry, or outside this folder."""
     if not file.is_relative_to(TESTS):
         return None
     path = file.relative_to(TESTS)

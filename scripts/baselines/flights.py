@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Gradient boosting and logistic regression on the flights, with the split of `experiment=flights`."""
+"""Gradient boosting and logistic regression on the split of `experiment=flights`."""
 
 import time
 
@@ -11,11 +11,12 @@ import framework as fw
 
 
 def auc(model, data: fw.Data) -> float:
-    """Return the area under the curve of a model on the test split, of the second class."""
-    (x, y), (inputs, targets) = (
-        [tensor.numpy() for tensor in split[:]] for split in (data.train, data.test)
-    )
-    return roc_auc_score(targets, model.fit(x, y).predict_proba(inputs)[:, 1])
+    """Return the area under the curve of a model on the test split, for the second class."""
+    inputs, targets = data.train[:]
+    test_inputs, test_targets = data.test[:]
+    model.fit(inputs.numpy(), targets.numpy())
+    probabilities = model.predict_proba(test_inputs.numpy())
+    return roc_auc_score(test_targets.numpy(), probabilities[:, 1])
 
 
 fw.discover()

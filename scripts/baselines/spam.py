@@ -1,4 +1,4 @@
-"""TF-IDF and logistic regression on the texts of a data part, the splits and the measure being its own.
+"""TF-IDF and logistic regression on the texts of a data part, with its splits.
 
 python scripts/baselines/spam.py [spam|docstrings]
 """
@@ -18,19 +18,16 @@ def main(name: str) -> None:
     data = fw.datasets.build(name)
     began = time.perf_counter()
     scores = []
-    for weight in (
-        None,
-        "balanced",
-    ):  # evenly, where the classes of the test are not as frequent as in training
-        last = LogisticRegression(C=10, max_iter=1000, class_weight=weight)
-        model = make_pipeline(TfidfVectorizer(sublinear_tf=True, min_df=2), last)
+    # balanced weights, because class frequencies differ between training and test
+    for title, weight in {"": None, "balanced classes, ": "balanced"}.items():
+        classifier = LogisticRegression(C=10, max_iter=1000, class_weight=weight)
+        model = make_pipeline(TfidfVectorizer(sublinear_tf=True, min_df=2), classifier)
         model.fit(data.texts["train"], data.labels["train"])
-        scores += [model.score(data.texts[part], data.labels[part]) for part in ("val", "test")]
+        val = model.score(data.texts["val"], data.labels["val"])
+        test = model.score(data.texts["test"], data.labels["test"])
+        scores.append(f"{title}val {val:.4f}, test accuracy {test:.4f}")
     seconds = time.perf_counter() - began
-    print(
-        f"{name}: TF-IDF + logistic regression, val {scores[0]:.4f}, test accuracy {scores[1]:.4f}; "
-        f"classes weighted evenly, val {scores[2]:.4f}, test accuracy {scores[3]:.4f}; {seconds:.1f} s"
-    )
+    print(f"{name}: TF-IDF + logistic regression, {'; '.join(scores)}; {seconds:.1f} s")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
-"""What the autoencoders, the adversarial network and the contrastive model of Fashion-MNIST are measured against.
+"""Baselines of the unsupervised experiments on Fashion-MNIST, with their splits.
 
     python scripts/baselines/unsupervised.py [RUN ...]
 
-Principal components for `autoencoder`, the mean picture for `vae`; for `gan` a Gaussian fitted to the pixels, white
-noise, training pictures, and those of half of the classes; for `contrastive` pixels, principal components and the same
-network untrained. On the very same splits. A RUN is measured beside them, on the test pictures: what a linear map tells
-of its features, or how evenly its samples are spread over the classes in the eyes of a logistic regression.
+- `autoencoder`: principal components.
+- `vae`: the mean image.
+- `gan`: a Gaussian fitted to the pixels, white noise, training images, and those of 5 classes.
+- `contrastive`: pixels, principal components, and the same network without training.
+
+Each RUN is measured on the test images: the accuracy of a linear map of its features, or the
+quality of its samples and their distribution over the classes according to a logistic regression.
 """
 
 import sys
@@ -30,25 +33,30 @@ def splits(normalize, *names):
     return [getattr(data, name).tensors for name in names]
 
 
-def components(count=32):
+def component_error(count=32):
+    """Return the mean squared error of a reconstruction from principal components."""
     (train, _), (test, _) = splits(True, "train", "test")
-    train, test = train.flatten(1).numpy(), test.flatten(1).numpy()
-    fitted = PCA(count, random_state=0).fit(train)
-    return float(np.square(test - fitted.inverse_transform(fitted.transform(test))).mean())
+    pixels = test.flatten(1).numpy()
+    fitted = PCA(count, random_state=0).fit(train.flatten(1).numpy())
+    reconstructed = fitted.inverse_transform(fitted.transform(pixels))
+    return float(np.square(pixels - reconstructed).mean())
 
 
-def mean_picture():
+def mean_image_nats():
+    """Return the cross-entropy of the test images with the mean training image, per image."""
     (train, _), (test, _) = splits(False, "train", "test")
     mean = train.flatten(1).mean(0).clamp(1e-4, 1 - 1e-4).expand(len(test), -1)
     return float(F.binary_cross_entropy(mean, test.flatten(1), reduction="sum") / len(test))
 
 
 def other_samples(count=1000):
-    """Samples to compare those of a model with, by name."""
+    """Return samples by name, for a comparison with those of a model."""
     ((train, classes),) = splits(False, "train")
     pixels = train.flatten(1).double()
-    moments = pixels.mean(0).numpy(), np.cov(pixels.numpy().T)
-    drawn = np.random.default_rng(0).multivariate_normal(*moments, count, method="eigh")
+    mean = pixels.mean(0).numpy()
+    covariance = np.cov(pixels.numpy().T)
+    generator = np.random.default_rng(0)
+    drawn = generator.multivariate_normal(mean, covariance, count, method="eigh")
     noise = pixels.mean() + pixels.std() * torch.randn(count, pixels.shape[1], dtype=torch.float64)
     half = pixels[classes < 5][:count]
     return {
@@ -59,32 +67,42 @@ def other_samples(count=1000):
     }
 
 
-def quality(made, count=1000):
-    """What the callback `sample_distance` logs: distance, precision, coverage, by the validation pictures."""
+def quality(samples, count=1000):
+    """Return distance, precision and coverage, as the callback `sample_distance` logs them."""
     ((real, _),) = splits(False, "val")
-    rows = made.flatten(1), real[:count].flatten(1).double()
-    return [float(value) for value in (discrepancy(*rows), *neighbours(*rows))]
+    generated = samples.flatten(1)
+    expected = real[:count].flatten(1).double()
+    values = [discrepancy(generated, expected), *neighbours(generated, expected)]
+    return "distance {:.4f} precision {:.3f} coverage {:.3f}".format(*map(float, values))
 
 
-def probes(features, counts=(2000, None)):
-    """Accuracies on the test pictures of linear maps of features, fitted by `linear_probe`'s rule to so many labels."""
-    (train, classes), (test, truth) = splits(True, "train", "test")
-    with torch.no_grad():
-        seen, held = (
-            torch.cat([features(part).flatten(1) for part in pictures.split(1000)]).double()
-            for pictures in (train, test)
-        )
+@torch.no_grad()
+def features_of(network, images):
+    return torch.cat([network(part).flatten(1) for part in images.split(1000)]).double()
+
+
+def probes(network, counts=(2000, None)):
+    """Yield the test accuracy of linear maps of features, fitted as in `linear_probe`.
+
+    Args:
+        network: Function from images to features.
+        counts: Numbers of labels; None for all.
+    """
+    (train, classes), (test, test_classes) = splits(True, "train", "test")
+    features = features_of(network, train)
+    test_features = features_of(network, test)
     for count in counts:
-        mean, deviation = seen[:count].mean(0), seen[:count].std(0) + 1e-6
-        weights = least_squares(
-            (seen[:count] - mean) / deviation, F.one_hot(classes[:count]).double()
-        )
-        found = (held - mean) / deviation @ weights[:-1] + weights[-1]
-        yield float((found.argmax(1) == truth).double().mean())
+        inputs = features[:count]
+        mean = inputs.mean(0)
+        deviation = inputs.std(0) + 1e-6
+        targets = F.one_hot(classes[:count]).double()
+        weights = least_squares((inputs - mean) / deviation, targets)
+        outputs = (test_features - mean) / deviation @ weights[:-1] + weights[-1]
+        yield float((outputs.argmax(1) == test_classes).double().mean())
 
 
 def untrained():
-    """The network of `contrastive` as it begins, its batch norms fitted to the data."""
+    """Return the untrained network of `contrastive`, with the batch statistics of the data."""
     file = Path(next(iter(framework_conf.__path__)), "experiment", "contrastive.yaml")
     settings = yaml.safe_load(file.read_text(encoding="utf-8"))["model"]
     torch.manual_seed(0)
@@ -102,54 +120,53 @@ def principal(count=64):
     return lambda part: torch.from_numpy(fitted.transform(part.flatten(1).numpy()))
 
 
-def kinds(made):
-    """How often each class is seen, and the exponential of the entropy of that: 10 for classes that come evenly."""
+def classes_of(samples):
+    """Describe the distribution of samples over the classes.
+
+    The number of classes is the exponential of the entropy: 10 for equal frequencies.
+    """
     ((train, classes),) = splits(False, "train")
-    judge = LogisticRegression(C=0.1, max_iter=300).fit(
-        train.flatten(1)[:20000].numpy(), classes[:20000].numpy()
-    )
-    shares = np.bincount(judge.predict(made.flatten(1).numpy()), minlength=10) / len(made)
+    pixels = train[:20000].flatten(1).numpy()
+    classifier = LogisticRegression(C=0.1, max_iter=300).fit(pixels, classes[:20000].numpy())
+    predicted = classifier.predict(samples.flatten(1).numpy())
+    shares = np.bincount(predicted, minlength=10) / len(samples)
     entropy = -sum(share * np.log(share) for share in shares if share)
-    return float(np.exp(entropy)), " ".join(f"{share:.2f}" for share in shares)
+    text = " ".join(f"{share:.2f}" for share in shares)
+    return f"classes {float(np.exp(entropy)):.2f} of 10 ({text})"
 
 
 def measure(run):
-    """A line on a run: of a model that makes samples, or of one with features."""
+    """Return a line on the samples of a run's model, or on its features."""
     trained = open_run(Path(run))
-    model, data = trained.model.eval(), trained.facts["data"]
+    model = trained.model.eval()
+    data = trained.facts["data"]
     if not hasattr(model, "sample"):
-        return "linear map of its features, 2,000 labels and all  {:.4f}  {:.4f}".format(
-            *probes(model.blocks)
-        )
+        few, every = probes(model.blocks)
+        return f"linear map of its features, 2,000 labels and all  {few:.4f}  {every:.4f}"
     torch.manual_seed(0)
     with torch.no_grad():
-        made = (
-            model.sample(1000).double() * data["std"] + data["mean"]
-        ) / 255  # as pixels, from 0 to 1
-    number, shares = kinds(made)
-    values = "distance {:.4f} precision {:.3f} coverage {:.3f}".format(*quality(made))
-    return f"{values}  kinds {number:.2f} of 10 ({shares})"
+        samples = model.sample(1000).double()
+    samples = (samples * data["std"] + data["mean"]) / 255  # pixels from 0 to 1
+    return f"{quality(samples)}  {classes_of(samples)}"
 
 
-if __name__ == "__main__":
+def main(runs):
     fw.discover()
-    for run in sys.argv[1:]:
+    for run in runs:
         print(f"{run}: {measure(run)}")
-    print(f"autoencoder  mean squared error of 32 principal components  {components():.4f}")
-    print(f"vae          nats a picture of the mean picture             {mean_picture():.1f}")
-    for name, made in other_samples().items():
-        print(
-            "gan          {:11s}  distance {:.4f} precision {:.3f} coverage {:.3f}".format(
-                name, *quality(made)
-            )
-        )
-    for name, features in {
+    print(f"autoencoder  mean squared error of 32 principal components  {component_error():.4f}")
+    print(f"vae          nats per image of the mean image               {mean_image_nats():.1f}")
+    for name, samples in other_samples().items():
+        print(f"gan          {name:11s}  {quality(samples)}")
+    networks = {
         "pixels": lambda x: x,
         "64 components": principal(),
         "untrained": untrained(),
-    }.items():
-        print(
-            "contrastive  {:13s}  2,000 labels {:.4f}  all labels {:.4f}".format(
-                name, *probes(features)
-            )
-        )
+    }
+    for name, network in networks.items():
+        few, every = probes(network)
+        print(f"contrastive  {name:13s}  2,000 labels {few:.4f}  all labels {every:.4f}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

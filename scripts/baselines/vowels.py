@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Logistic regression on vowels brought to 16 frames each, with the split of `experiment=vowels`."""
+"""Logistic regression on vowels resampled to 16 frames, with the split of `experiment=vowels`."""
 
 import torch
 from sklearn.linear_model import LogisticRegression
@@ -11,16 +11,19 @@ FRAMES = 16
 
 
 def resampled(split: fw.TensorSplit) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each utterance as FRAMES frames, linear between its own, and the speakers."""
+    """Return the utterances, interpolated to FRAMES frames, and the speakers."""
     inputs, speakers = split[:]
-    rows = [x[None, :-1, : int(x[-1].sum())] for x in inputs]
-    return torch.cat(
-        [interpolate(row, FRAMES, mode="linear", align_corners=True) for row in rows]
-    ).flatten(1), speakers
+    rows = []
+    for utterance in inputs:
+        length = int(utterance[-1].sum())  # the last channel is the mask
+        frames = utterance[None, :-1, :length]
+        rows.append(interpolate(frames, FRAMES, mode="linear", align_corners=True))
+    return torch.cat(rows).flatten(1), speakers
 
 
 fw.discover()
 data = fw.datasets.build("vowels")
-model = LogisticRegression(max_iter=5000).fit(*(tensor.numpy() for tensor in resampled(data.train)))
-accuracy = model.score(*(tensor.numpy() for tensor in resampled(data.test)))
+model = LogisticRegression(max_iter=5000)
+model.fit(*map(torch.Tensor.numpy, resampled(data.train)))
+accuracy = model.score(*map(torch.Tensor.numpy, resampled(data.test)))
 print(f"logistic regression on {FRAMES} resampled frames: test accuracy {accuracy:.4f}")

@@ -1,1 +1,4 @@
-"""What `scripts/bench` measures. Modules that run in the environment of a peer import torch and that peer only."""
+"""The measurements of `scripts/bench`.
+
+Modules that run in the environment of a peer import only torch and that peer.
+"""

@@ -1,9 +1,9 @@
-"""A contender: a process that trains with one framework, and stops its watch at the ends of rounds.
+"""A contender: a process that trains with one framework and measures the time of rounds.
 
-It is started with the names of its module and of its function, and reads JSON lines on stdin: a job, then for each
-round "go", at last "stop". It answers each with a line. A round is some whole epochs of one long training, so that it
-holds everything that an epoch costs, and nothing of what starting costs. Between rounds it waits, and others have the
-machine.
+It is started with the names of its module and function, and reads JSON lines from stdin: a job,
+then "go" for each round, and "stop" at the end. It answers each line with one line. A round
+consists of complete epochs of one long training, so that it includes all costs of an epoch but
+not the start-up. Between rounds the process waits while other contenders run.
 """
 
 import importlib
@@ -23,21 +23,23 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.workloads import WORKLOADS, Tensors
 
-EPOCHS = 10**6  # a training that never ends by itself
+EPOCHS = 10**6  # a training that does not end by itself
 LOG_EVERY = 50  # steps
 
 
 class Enough(Exception):
-    """Ends a training at the end of an epoch."""
+    """End a training after an epoch."""
 
 
 class Job(NamedTuple):
-    """What to train, and what to do besides."""
+    """A training task.
+
+    Args:
+        typical: Add TensorBoard, accuracy, validation, checkpoints and a progress bar.
+    """
 
     workload: str
-    typical: (
-        bool  # TensorBoard, accuracy, validation, checkpoints, a progress bar; else nothing of it
-    )
+    typical: bool
     device: str
     folder: str
     data: str
@@ -53,57 +55,70 @@ class Job(NamedTuple):
         return WORKLOADS[self.workload].lr
 
     def model(self) -> nn.Module:
-        """Return the model; the same weights for every contender."""
+        """Return the model, with the same weights for every contender."""
         torch.manual_seed(0)
         return WORKLOADS[self.workload].model().to(self.device)
 
     def tensors(self, split: str) -> Tensors:
-        return torch.load(self.data, weights_only=True)[split]
+        splits: dict[str, Tensors] = torch.load(self.data, weights_only=True)
+        return splits[split]
 
-    def loader(self, split: str) -> DataLoader:
-        """Return the loader that people write for tensors; of the training split it is shuffled."""
+    def loader(self, split: str) -> DataLoader[Any]:
+        """Return the usual DataLoader for tensors; the training split is shuffled."""
         training = split == "train"
-        size, pinned = self.batch_size if training else 256, self.device != "cpu"
         return DataLoader(
             TensorDataset(*self.tensors(split)),
-            batch_size=size,
+            batch_size=self.batch_size if training else 256,
             shuffle=training,
-            pin_memory=pinned,
+            pin_memory=self.device != "cpu",
         )
 
 
 class Watch:
-    """Takes the time of rounds. `loss` says how good the training is so far, `updates` how many steps it made."""
+    """Measure the time of rounds.
+
+    `updates` returns the number of steps so far, and `loss` the current training loss.
+    """
 
     def __init__(self, job: Job, answers: IO[str]):
-        self.job, self.answers = job, answers
-        self.epochs, self.until, self.began = 0, job.warm_epochs, time.perf_counter()
+        self.job = job
+        self.answers = answers
+        self.epochs = 0
+        self.until = job.warm_epochs
         self.steps_before = 0
         self.loss: Callable[[], float] | None = None
         self.updates: Callable[[], int] | None = None
+        self.began = time.perf_counter()
 
     def on(self, model: nn.Module, optimizer: Any) -> None:
-        """Watch a torch model and its optimizer, which must be Adam's kind."""
+        """Watch a torch model and its optimizer; the optimizer must be a variant of Adam."""
         first = next(model.parameters())
-        self.updates = lambda: (
-            int(optimizer.state[first]["step"]) if first in optimizer.state else 0
-        )
+
+        def updates() -> int:
+            return int(optimizer.state[first]["step"]) if first in optimizer.state else 0
+
+        self.updates = updates
         self.loss = lambda: training_loss(model, self.job)
 
     @property
     def round_ends(self) -> bool:
-        """Whether the epoch under way is the last of its round."""
+        """Whether the current epoch is the last of its round."""
         return self.epochs + 1 >= self.until
 
     def epoch_end(self) -> None:
-        """Take note that an epoch, its validation and its checkpoint are done. Raises Enough after the last round."""
+        """Count an epoch after its validation and checkpoint.
+
+        Raises:
+            Enough: The last round has ended.
+        """
         self.epochs += 1
         if self.epochs < self.until:
             return
         if self.job.device != "cpu":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - self.began
-        assert self.loss is not None and self.updates is not None  # noqa: PT018 (set together)
+        assert self.loss is not None
+        assert self.updates is not None
         updates = self.updates()
         answer(
             self.answers,
@@ -113,8 +128,9 @@ class Watch:
             loss=self.loss(),
         )
         if json.loads(sys.stdin.readline() or '"stop"') != "go":
-            raise Enough("no more rounds")  # fastai wants words in every exception
-        self.until, self.steps_before = self.epochs + self.job.epochs_per_round, updates
+            raise Enough("no more rounds")  # fastai fails with an exception without text
+        self.until = self.epochs + self.job.epochs_per_round
+        self.steps_before = updates
         self.began = time.perf_counter()
 
 
@@ -124,11 +140,12 @@ def answer(answers: IO[str], **content: Any) -> None:
 
 @torch.no_grad()
 def training_loss(model: nn.Module, job: Job) -> float:
-    """The mean loss on some training samples; modes and random numbers stay as they are."""
-    inputs, targets = (tensor[:512].to(job.device) for tensor in job.tensors("train"))
+    """Return the mean loss of 512 training samples; mode and random state do not change."""
+    inputs, targets = job.tensors("train")
     mode = model.training
     model.eval()
-    loss = float(F.cross_entropy(model(inputs), targets))
+    outputs = model(inputs[:512].to(job.device))
+    loss = float(F.cross_entropy(outputs, targets[:512].to(job.device)))
     model.train(mode)
     return loss
 
@@ -138,7 +155,7 @@ def log_folder(job: Job) -> str:
 
 
 def main(module: str, function: str) -> None:
-    """Serve jobs until stdin ends. What frameworks print goes to stderr; answers have stdout for themselves."""
+    """Run jobs until stdin ends; stdout has only the answers, other output goes to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     train: Callable[[Job, Watch], None] = getattr(importlib.import_module(module), function)
@@ -149,10 +166,10 @@ def main(module: str, function: str) -> None:
         except Enough:
             answer(answers, done=True)
         except Exception as error:
-            words = (str(error).strip() or "it says no more").splitlines()[0]
+            message = (str(error).strip() or "no message").splitlines()[0]
             traceback.print_exc()
-            answer(answers, failed=f"{type(error).__name__}: {words}"[:300])
-    os._exit(0)  # whatever threads a framework has left
+            answer(answers, failed=f"{type(error).__name__}: {message}"[:300])
+    os._exit(0)  # a framework may have left threads
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Keras on torch. It has layers and optimizers of its own, so the models are built anew; no character transformer."""
+"""Keras on torch, with the workloads built from Keras layers; it has no character transformer."""
+
+# mypy: disallow-subclassing-any=false
 
 import os
 from pathlib import Path
@@ -14,16 +16,18 @@ def build(workload: str) -> Any:
     from keras import Input, Sequential, layers
 
     if workload == "cnn":
-        pairs = [
-            (layers.Conv2D(width, 3, padding="same", activation="relu"), layers.MaxPool2D())
-            for width in (16, 32)
-        ]
-        hidden: list[Any] = [layer for pair in pairs for layer in pair] + [layers.Flatten()]
-        shape: tuple[int, ...] = (SIDE, SIDE, 1)
+        model = Sequential([Input((SIDE, SIDE, 1))])
+        for width in (16, 32):
+            model.add(layers.Conv2D(width, 3, padding="same", activation="relu"))
+            model.add(layers.MaxPool2D())
+        model.add(layers.Flatten())
     else:
         inputs, width = {"mlp": (64, 128), "wide": (SIDE * SIDE, 2048)}[workload]
-        hidden, shape = [layers.Dense(width, activation="relu") for _ in range(2)], (inputs,)
-    return Sequential([Input(shape), *hidden, layers.Dense(CLASSES)])
+        model = Sequential([Input((inputs,))])
+        for _ in range(2):
+            model.add(layers.Dense(width, activation="relu"))
+    model.add(layers.Dense(CLASSES))
+    return model
 
 
 def keras(job: Job, watch: Watch) -> None:
@@ -35,47 +39,46 @@ def keras(job: Job, watch: Watch) -> None:
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"] if job.typical else None,
     )
-    (inputs, targets), val = (
-        [part.numpy() for part in job.tensors(name)] for name in ("train", "val")
-    )
-    if job.workload == "cnn":  # channels last is the layout that it has by default
-        inputs, val[0] = inputs.transpose(0, 2, 3, 1), val[0].transpose(0, 2, 3, 1)
+    inputs, targets = (tensor.numpy() for tensor in job.tensors("train"))
+    val_inputs, val_targets = (tensor.numpy() for tensor in job.tensors("val"))
+    if job.workload == "cnn":  # channels last is the default layout of Keras
+        inputs = inputs.transpose(0, 2, 3, 1)
+        val_inputs = val_inputs.transpose(0, 2, 3, 1)
 
     class RoundEnds(keras.callbacks.Callback):
-        def on_epoch_begin(
-            self, epoch: int, logs: Any = None
-        ) -> None:  # when the epoch before is wholly done
+        # at the start of an epoch, all callbacks of the previous one are done
+        def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
             if epoch:
                 watch.epoch_end()
 
     watch.updates = lambda: int(model.optimizer.iterations)
     watch.loss = lambda: loss_of(model, inputs[:512], targets[:512])
-    extras = []
+    callbacks = []
     if job.typical:
-        extras = [
-            writer(job),
-            keras.callbacks.ModelCheckpoint(str(Path(job.folder, "checkpoint.keras"))),
-        ]
+        checkpoint = str(Path(job.folder, "checkpoint.keras"))
+        callbacks = [writer(job), keras.callbacks.ModelCheckpoint(checkpoint)]
     model.fit(
-        *(inputs, targets),
+        inputs,
+        targets,
         batch_size=job.batch_size,
         epochs=EPOCHS,
-        validation_data=tuple(val) if job.typical else None,
+        validation_data=(val_inputs, val_targets) if job.typical else None,
         validation_batch_size=256,
-        callbacks=[*extras, RoundEnds()],
+        callbacks=[*callbacks, RoundEnds()],
         verbose=int(job.typical),
     )
 
 
 def writer(job: Job) -> Any:
-    """Return what writes to TensorBoard; the one of Keras needs TensorFlow."""
+    """Return a callback that writes to TensorBoard; the one of Keras needs TensorFlow."""
     import keras
     from torch.utils.tensorboard import SummaryWriter
 
     class Writer(keras.callbacks.Callback):
         def __init__(self) -> None:
             super().__init__()
-            self.board, self.step = SummaryWriter(log_folder(job)), 0
+            self.board = SummaryWriter(log_folder(job))
+            self.step = 0
 
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
             self.step += 1
@@ -85,9 +88,9 @@ def writer(job: Job) -> Any:
         def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
             self.write("epoch", logs)
 
-        def write(self, where: str, logs: Any) -> None:
+        def write(self, group: str, logs: Any) -> None:
             for name, value in logs.items():
-                self.board.add_scalar(f"{where}/{name}", float(value), self.step)
+                self.board.add_scalar(f"{group}/{name}", float(value), self.step)
 
     return Writer()
 

@@ -1,6 +1,7 @@
-"""Loops written by hand: as people write them, as tight as they can be made, and that with the step compiled."""
+"""Hand-written loops: the usual one, a tight one, and the tight one with a compiled step."""
 
-import contextlib
+# mypy: allow-untyped-calls
+
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from benchmarks.contender import EPOCHS, LOG_EVERY, Job, Watch, log_folder
 
 
 class Extras:
-    """What the typical mode does besides training, by the usual means; nothing in the bare mode."""
+    """Logging, validation and checkpoints of the typical mode; without effect in the bare mode."""
 
     def __init__(
         self,
@@ -24,19 +25,20 @@ class Extras:
         optimizer: torch.optim.Optimizer,
         val: Callable[[], Iterable[Any]],
     ):
-        self.job, self.model, self.optimizer, self.val = job, model, optimizer, val
-        self.step, self.correct, self.seen = (
-            0,
-            torch.zeros((), dtype=torch.int64, device=job.device),
-            0,
-        )
+        self.job = job
+        self.model = model
+        self.optimizer = optimizer
+        self.val = val
+        self.step = 0
+        self.correct = torch.zeros((), dtype=torch.int64, device=job.device)
+        self.seen = 0
         if job.typical:
-            from torch.utils.tensorboard import SummaryWriter  # the bare loop does not pay for it
+            from torch.utils.tensorboard import SummaryWriter  # the bare loop does not import it
 
             self.writer = SummaryWriter(log_folder(job))
 
     def after_step(self, loss: Tensor, outputs: Tensor, targets: Tensor) -> None:
-        """Count the right ones; at log points read and write what was counted."""
+        """Count the correct predictions; write loss and accuracy at log points."""
         self.step += 1
         if self.job.typical:
             self.correct += (outputs.argmax(1) == targets).sum()
@@ -55,9 +57,11 @@ class Extras:
         if not self.job.typical:
             return
         self.model.eval()
-        loss, correct, seen = 0.0, 0, 0
-        for inputs, targets in self.val():
-            inputs, targets = inputs.to(self.job.device), targets.to(self.job.device)
+        loss = 0.0
+        correct = 0.0
+        seen = 0
+        for batch in self.val():
+            inputs, targets = (tensor.to(self.job.device) for tensor in batch)
             outputs = self.model(inputs)
             loss += F.cross_entropy(outputs, targets).item() * targets.numel()
             correct += (outputs.argmax(1) == targets).sum().item()
@@ -72,27 +76,31 @@ class Extras:
         }
         torch.save(state, Path(self.job.folder, "checkpoint.pt"))
 
-    def bar(self, batches: DataLoader, epoch: int) -> Iterable[Any]:
-        """A progress bar, where tqdm is installed; else a line an epoch."""
+    def bar(self, batches: DataLoader[Any], epoch: int) -> Iterable[Any]:
+        """Show a progress bar if tqdm is installed, otherwise one line for each epoch."""
         if not self.job.typical:
             return batches
-        with contextlib.suppress(ImportError):
-            from tqdm import tqdm  # no dependency of ours
-
-            return tqdm(batches, desc=f"epoch {epoch}", leave=False)
-        print(f"epoch {epoch}", file=sys.stderr)
-        return batches
+        try:
+            from tqdm import tqdm  # not a dependency of this project
+        except ImportError:
+            print(f"epoch {epoch}", file=sys.stderr)
+            return batches
+        bar: Iterable[Any] = tqdm(batches, desc=f"epoch {epoch}", leave=False)
+        return bar
 
 
 def handwritten(job: Job, watch: Watch) -> None:
-    """As people write it: a DataLoader, the optimizer with its defaults, `.item()` where something is logged."""
-    model, train, val = job.model(), job.loader("train"), job.loader("val")
-    optimizer, criterion = torch.optim.AdamW(model.parameters(), lr=job.lr), nn.CrossEntropyLoss()
+    """Train with the usual loop: a DataLoader, a default optimizer and `.item()` for logging."""
+    model = job.model()
+    train = job.loader("train")
+    val = job.loader("val")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=job.lr)
+    criterion = nn.CrossEntropyLoss()
     watch.on(model, optimizer)
     extras = Extras(job, model, optimizer, lambda: val)
     for epoch in range(EPOCHS):
-        for inputs, targets in extras.bar(train, epoch):
-            inputs, targets = inputs.to(job.device), targets.to(job.device)
+        for batch in extras.bar(train, epoch):
+            inputs, targets = (tensor.to(job.device) for tensor in batch)
             optimizer.zero_grad()
             outputs = model(inputs)
             loss = criterion(outputs, targets)
@@ -104,7 +112,7 @@ def handwritten(job: Job, watch: Watch) -> None:
 
 
 def tight(job: Job, watch: Watch) -> None:
-    """Data in one tensor on the device, a fused optimizer, nothing else."""
+    """Train with the data in one tensor on the device, a fused optimizer and nothing else."""
     model = job.model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=job.lr, fused=True)
 
@@ -120,26 +128,27 @@ def tight(job: Job, watch: Watch) -> None:
 
 
 def tight_compiled(job: Job, watch: Watch) -> None:
-    """The same with the whole step in one graph. torch's `optimizer.step()` breaks it, so AdamW is written out."""
+    """Train with the complete step in one graph.
+
+    torch's `optimizer.step()` breaks the graph, therefore AdamW is written out.
+    """
     import torch._dynamo
 
-    if hasattr(
-        torch._dynamo.config, "trace_autograd_ops"
-    ):  # before torch 2.11 there was no such thing
+    if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # since torch 2.11
         torch._dynamo.config.trace_autograd_ops = True
     model = job.model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=job.lr)
     parameters = list(model.parameters())
     count = torch.zeros((), device=job.device)
     for parameter in parameters:
-        moments = {
+        optimizer.state[parameter] = {
+            "step": count,
             "exp_avg": torch.zeros_like(parameter),
             "exp_avg_sq": torch.zeros_like(parameter),
         }
-        optimizer.state[parameter] = {"step": count, **moments}
-    states = [
-        (p, optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"]) for p in parameters
-    ]
+    states = [optimizer.state[parameter] for parameter in parameters]
+    means = [state["exp_avg"] for state in states]
+    squares = [state["exp_avg_sq"] for state in states]
 
     def step(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         outputs = model(inputs)
@@ -148,7 +157,9 @@ def tight_compiled(job: Job, watch: Watch) -> None:
         with torch.no_grad():
             count.add_(1)
             size = job.lr / (1 - 0.9**count)
-            for (parameter, mean, square), gradient in zip(states, gradients, strict=True):
+            for parameter, mean, square, gradient in zip(
+                parameters, means, squares, gradients, strict=True
+            ):
                 mean.lerp_(gradient, 0.1)
                 square.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
                 spread = (square / (1 - 0.999**count)).sqrt_().add_(1e-8)
@@ -161,7 +172,7 @@ def tight_compiled(job: Job, watch: Watch) -> None:
 def run_tight(
     job: Job, watch: Watch, model: nn.Module, optimizer: Any, step: Callable[..., Any]
 ) -> None:
-    """Run a step over whole tensors, in a new order each epoch."""
+    """Run a step over the batches of complete tensors, in a new order in each epoch."""
     inputs, targets = (tensor.to(job.device) for tensor in job.tensors("train"))
     val = [tensor.to(job.device) for tensor in job.tensors("val")]
     watch.on(model, optimizer)
@@ -170,7 +181,7 @@ def run_tight(
         if job.typical:
             print(f"epoch {epoch}", file=sys.stderr)
         order = torch.randperm(len(inputs), device=job.device)
-        for index in order.split(job.batch_size):
+        for index in torch.split(order, job.batch_size):
             batch = targets.index_select(0, index)
             loss, outputs = step(inputs.index_select(0, index), batch)
             extras.after_step(loss, outputs, batch)
@@ -179,4 +190,4 @@ def run_tight(
 
 
 def slices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    return zip(*(tensor.split(256) for tensor in tensors), strict=True)
+    return zip(*(torch.split(tensor, 256) for tensor in tensors), strict=True)

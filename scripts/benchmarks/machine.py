@@ -1,4 +1,6 @@
-"""What this machine is good at: from what size of a model on more threads help, and whether channels last does."""
+"""Properties of this machine: the model size from which more threads help, and channels last."""
+
+# mypy: allow-untyped-calls
 
 import math
 import os
@@ -17,8 +19,8 @@ from benchmarks.rounds import ratio, table, take_turns
 from benchmarks.workloads import CLASSES, cnn, dense
 from framework.runtime.memory_format import channels_last, choose_memory_format
 
-SECONDS = 0.03  # of steps between two looks at the clock
-WIN = 1.05  # times as fast: less is noise
+SECONDS = 0.03  # duration of a measurement
+WIN = 1.05  # smaller ratios are noise
 
 
 class Case(NamedTuple):
@@ -29,60 +31,48 @@ class Case(NamedTuple):
 
 
 def convolutions(channels: int, widths: Sequence[int], groups: int = 1) -> nn.Module:
-    """3 × 3 convolutions with batch norms, all positions kept; the mean over them goes to the classes."""
+    """Return 3 × 3 convolutions with batch norms, at the full resolution."""
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise([channels, *widths]):
         shared = groups if inputs % groups == 0 else 1
         layers += [nn.Conv2d(inputs, outputs, 3, padding=1, groups=shared, bias=False)]
         layers += [nn.BatchNorm2d(outputs), nn.ReLU()]
-    return nn.Sequential(
-        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], CLASSES)
-    )
+    return classifier(layers, widths[-1])
+
+
+def classifier(layers: Sequence[nn.Module], width: int) -> nn.Module:
+    """Add the mean over all positions and a linear layer."""
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, CLASSES))
 
 
 def shrinking(channels: int, widths: Sequence[int]) -> nn.Module:
-    """3 × 3 convolutions with batch norms, each followed by a pooling that halves the image."""
+    """Return 3 × 3 convolutions with batch norms; a pooling after each halves the image."""
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise([channels, *widths]):
         layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.MaxPool2d(2)]
         layers += [nn.BatchNorm2d(outputs), nn.ReLU()]
-    return nn.Sequential(
-        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], CLASSES)
-    )
+    return classifier(layers, widths[-1])
 
 
 def depthwise(channels: int, width: int) -> nn.Module:
-    """A convolution, then two depthwise ones with a 1 × 1 behind each; the first of them halves the image."""
-    layers: list[nn.Module] = [
-        nn.Conv2d(channels, width, 3, padding=1),
-        nn.BatchNorm2d(width),
-        nn.ReLU(),
-    ]
+    """Return a convolution and two depthwise separable ones; the second layer halves the image."""
+    kernels = [nn.Conv2d(channels, width, 3, padding=1)]
     for stride in (2, 1):
-        layers += [
-            nn.Conv2d(width, width, 3, stride, 1, groups=width),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-        ]
-        layers += [nn.Conv2d(width, width, 1), nn.BatchNorm2d(width), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, CLASSES))
+        kernels.append(nn.Conv2d(width, width, 3, stride, 1, groups=width))
+        kernels.append(nn.Conv2d(width, width, 1))
+    layers: list[nn.Module] = []
+    for kernel in kernels:
+        layers += [kernel, nn.BatchNorm2d(width), nn.ReLU()]
+    return classifier(layers, width)
 
 
 def group_norms(channels: int, width: int, pooled: bool = False) -> nn.Module:
-    convolution, norm = (
-        partial(nn.Conv2d, kernel_size=3, padding=1),
-        partial(nn.GroupNorm, 8, width),
-    )
-    layers = [
-        convolution(channels, width),
-        norm(),
-        nn.GELU(),
-        convolution(width, width),
-        norm(),
-        nn.GELU(),
-    ]
-    layers[3:3] = [nn.MaxPool2d(2)] * pooled
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, CLASSES))
+    layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1)]
+    layers += [nn.GroupNorm(8, width), nn.GELU()]
+    if pooled:
+        layers.append(nn.MaxPool2d(2))
+    layers += [nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(8, width), nn.GELU()]
+    return classifier(layers, width)
 
 
 def patches(channels: int, width: int, size: int = 8, side: int = 64) -> nn.Module:
@@ -97,23 +87,16 @@ def patches(channels: int, width: int, size: int = 8, side: int = 64) -> nn.Modu
 
 
 def threads_cases() -> dict[str, Case]:
-    """Multilayer perceptrons of growing width, and convolutions of growing size, in batches of 32."""
-    widths = (64, 128, 256, 384, 512, 768, 1024, 2048)
-    found = {f"MLP 64-{w}-{w}": Case(partial(dense, 64, w, w), (32, 64)) for w in widths}
-    sizes = (
-        (8, (8, 8)),
-        (8, (16, 16)),
-        (14, (16, 16)),
-        (28, (16, 16)),
-        (28, (32, 32)),
-        (32, (64, 64)),
-    )
-    return found | {
-        f"convolutions {'-'.join(map(str, widths))}, {side} × {side}": Case(
-            partial(convolutions, 3, widths), (32, 3, side, side)
-        )
-        for side, widths in sizes
-    }
+    """Return MLPs of growing width and convolutions of growing size, with batches of 32."""
+    cases = {}
+    for width in (64, 128, 256, 384, 512, 768, 1024, 2048):
+        name = f"MLP 64-{width}-{width}"
+        cases[name] = Case(partial(dense, 64, width, width), (32, 64))
+    for side, width in ((8, 8), (8, 16), (14, 16), (28, 16), (28, 32), (32, 64)):
+        name = f"convolutions {width}-{width}, {side} × {side}"
+        model = partial(convolutions, 3, (width, width))
+        cases[name] = Case(model, (32, 3, side, side))
+    return cases
 
 
 FORMATS = {
@@ -142,64 +125,58 @@ FORMATS = {
 
 
 def threads(rounds: int) -> int:
-    """Print how many times as fast a step is with all cores, and from how many products on that pays."""
+    """Print the speedup of a step by all cores, and the number of products from which it pays."""
     most = os.cpu_count() or 1
-    found = []
-    for name, case in threads_cases().items():
+    rows = []
+    gains = []
+    for name, case in sorted(threads_cases().items(), key=lambda item: products(item[1])):
         step = training_step(case)
-        times = take_turns({str(n): partial(timed, step, n) for n in (1, most)}, rounds)
-        found.append((products(case), name, times["1"], times[str(most)]))
-    rows = [
-        [
-            name,
-            f"{count / 1e6:,.1f}",
-            f"{median(one):,.0f}",
-            f"{median(all_):,.0f}",
-            f"{ratio(one, all_):.2f}",
-        ]
-        for count, name, one, all_ in sorted(found)
-    ]
-    print(
-        table(
-            ["step", "million products", "µs, 1 thread", f"µs, {most} threads", "times as fast"],
-            rows,
-        )
-    )
-    least = pays_from([(count, ratio(one, all_)) for count, _, one, all_ in found])
-    said = (
-        "in no case measured"
-        if least is None
-        else f"from {least / 1e6:,.1f} million products of a forward pass on"
-    )
-    print(f"\n{most} threads are {WIN} times as fast or more {said}")
+        parts = {"one": partial(timed, step, 1), "all": partial(timed, step, most)}
+        times = take_turns(parts, rounds)
+        count = products(case)
+        gain = ratio(times["one"], times["all"])
+        gains.append((count, gain))
+        microseconds = [f"{median(spent):,.0f}" for spent in times.values()]
+        rows.append([name, f"{count / 1e6:,.1f}", *microseconds, f"{gain:.2f}"])
+    header = ["step", "million products", "µs, 1 thread", f"µs, {most} threads", "times as fast"]
+    print(table(header, rows))
+    least = pays_from(gains)
+    if least is None:
+        limit = "in no measured case"
+    else:
+        limit = f"from {least / 1e6:,.1f} million products of a forward pass"
+    print(f"\n{most} threads are {WIN} times as fast or more {limit}")
     return 0
 
 
-def pays_from(found: Sequence[tuple[int, float]]) -> int | None:
-    """Return the least size from which on every ratio is a win, given (size, ratio); None when there is none."""
-    lost = max((size for size, gain in found if gain < WIN), default=-1)
-    return min((size for size, _ in found if size > lost), default=None)
+def pays_from(gains: Sequence[tuple[int, float]]) -> int | None:
+    """Return the least size from which every ratio is a win; None if there is none.
+
+    Args:
+        gains: Pairs of size and ratio.
+    """
+    lost = max((size for size, gain in gains if gain < WIN), default=-1)
+    return min((size for size, _ in gains if size > lost), default=None)
 
 
 def formats(rounds: int, threads: int) -> int:
-    """Print how many times as fast a step is with inputs in the format channels last, and what auto chooses."""
+    """Print the speedup of a step by inputs in channels last, and the models that auto selects."""
     rows = []
     for name, case in FORMATS.items():
         parts = {
-            name: partial(timed, training_step(case, each), threads)
-            for name, each in LAYOUTS.items()
+            layout: partial(timed, training_step(case, convert), threads)
+            for layout, convert in LAYOUTS.items()
         }
         times = take_turns(parts, rounds)
-        micro = [f"{median(each):,.0f}" for each in times.values()]
-        rows.append([name, *micro, f"{ratio(*times.values()):.2f}"])
-    print(
-        table(["convolutional model", *(f"µs, {name}" for name in LAYOUTS), "times as fast"], rows)
-    )
+        microseconds = [f"{median(spent):,.0f}" for spent in times.values()]
+        rows.append([name, *microseconds, f"{ratio(*times.values()):.2f}"])
+    header = ["convolutional model", *(f"µs, {name}" for name in LAYOUTS), "times as fast"]
+    print(table(header, rows))
     chosen = []
     for name, case in FORMATS.items():
         if choose_memory_format("auto", case.model()).channels_last:
             chosen.append(name)
-    print(f"\nloader.channels_last=auto takes channels last for {'; '.join(chosen)}")
+    print(f"\nloader.channels_last=auto selects channels last for {'; '.join(chosen)}")
     return 0
 
 
@@ -212,9 +189,10 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 def training_step(
     case: Case, layout: Callable[[Tensor], Tensor] = Tensor.contiguous
 ) -> Callable[[], None]:
-    """Return forward, backward and update of a model on one batch."""
+    """Return a function that runs forward, backward and update of a model on one batch."""
     torch.manual_seed(0)
-    model, inputs = case.model(), layout(torch.randn(case.shape))
+    model = case.model()
+    inputs = layout(torch.randn(case.shape))
     targets = torch.randint(0, CLASSES, case.shape[:1])
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
@@ -227,18 +205,21 @@ def training_step(
 
 
 def products(case: Case) -> int:
-    """Return what `suitable_threads` counts: weights times what each is multiplied with."""
+    """Return the number of products as `suitable_threads` counts them: weights times rows."""
     features = case.shape[1]
     rows = math.prod(case.shape) // features
     return rows * sum(weight.numel() for weight in case.model().parameters() if weight.ndim > 1)
 
 
 def timed(step: Callable[[], None], threads: int) -> float:
-    """Return the microseconds of a step with so many threads, over at least SECONDS."""
+    """Return the microseconds of a step with that number of threads, over at least SECONDS."""
     torch.set_num_threads(threads)
-    step()  # whatever the switch costs
-    steps, took, began = 0, 0.0, time.perf_counter()
-    while not steps or took < SECONDS:
+    step()  # exclude the cost of the change
+    steps = 0
+    seconds = 0.0
+    began = time.perf_counter()
+    while not steps or seconds < SECONDS:
         step()
-        steps, took = steps + 1, time.perf_counter() - began
-    return took / steps * 1e6
+        steps += 1
+        seconds = time.perf_counter() - began
+    return seconds / steps * 1e6

@@ -1,4 +1,4 @@
-"""Whether overhead grows: with callbacks that listen to nothing in a step, with steps, with epochs."""
+"""Growth of the overhead with the number of idle callbacks, of steps and of epochs."""
 
 import time
 from pathlib import Path
@@ -13,17 +13,18 @@ from benchmarks.safety import stepping
 
 
 class Quiet(fw.Callback):
-    """Listens to the end of a run only."""
+    """Handle only the end of a run."""
 
     def on_fit_end(self, trainer: fw.Context) -> None:
         pass
 
 
 class Laps(fw.Callback):
-    """The time of each lap of steps, and the memory after each lap of epochs."""
+    """Record the time of each lap of steps, and the memory after each lap of epochs."""
 
     def __init__(self, steps: int = 0, epochs: int = 0):
-        self.steps, self.epochs = steps, epochs
+        self.steps = steps
+        self.epochs = epochs
         self.microseconds: list[float] = []
         self.megabytes: list[float] = []
 
@@ -50,7 +51,7 @@ def overhead(rounds: int, steps: int, epochs: int) -> int:
 
 
 def listeners(rounds: int) -> str:
-    """Return the microseconds of a step with 0, 5 and 20 callbacks; 0 twice, for the noise."""
+    """Return the microseconds of a step with 0, 5 and 20 callbacks; 0 twice to show the noise."""
     with (
         stepping([]) as none,
         stepping([]) as again,
@@ -59,8 +60,8 @@ def listeners(rounds: int) -> str:
     ):
         times = take_turns({"0": none, "0 again": again, "5": five, "20": twenty}, rounds, warm=3)
     rows = [
-        [name, f"{median(each):.0f}", f"{ratio(each, times['0']):.3f}"]
-        for name, each in times.items()
+        [name, f"{median(spent):.0f}", f"{ratio(spent, times['0']):.3f}"]
+        for name, spent in times.items()
     ]
     return table(["callbacks that listen to no step", "µs a step", "against 0"], rows)
 
@@ -74,7 +75,8 @@ def long_run(steps: int) -> str:
     laps = Laps(steps=max(1, steps // 100))
     fit(laps, samples=1437, max_steps=steps)
     tenth = max(1, len(laps.microseconds) // 10)
-    first, last = median(laps.microseconds[:tenth]), median(laps.microseconds[-tenth:])
+    first = median(laps.microseconds[:tenth])
+    last = median(laps.microseconds[-tenth:])
     row = [f"{steps:,}", f"{first:.0f}", f"{last:.0f}", f"{last / first:.3f}"]
     return table(["steps of one run, µs a step", "first tenth", "last tenth", "last/first"], [row])
 
@@ -83,7 +85,8 @@ def many_epochs(epochs: int) -> str:
     """Return the memory of the process after a tenth of many short epochs and after all."""
     laps = Laps(epochs=max(1, epochs // 10))
     fit(laps, samples=96, max_epochs=epochs)
-    first, last = laps.megabytes[0], laps.megabytes[-1]
+    first = laps.megabytes[0]
+    last = laps.megabytes[-1]
     row = [f"{epochs:,}", f"{first:.1f}", f"{last:.1f}", f"{last - first:+.2f}"]
     return table(
         ["epochs of one run, resident MB", "after a tenth", "at the end", "difference"], [row]
@@ -93,7 +96,7 @@ def many_epochs(epochs: int) -> str:
 def fit(
     laps: Laps, samples: int, max_steps: int | None = None, max_epochs: int | None = None
 ) -> None:
-    """Train a very small model, with validation and a metric, so that it is the loop that is measured."""
+    """Train a very small model with validation and a metric, to measure mainly the loop."""
     fw.discover()
     model = nn.Linear(8, 10)
     data = fw.TensorSplit(torch.randn(samples, 8), torch.randint(0, 10, (samples,)))
@@ -106,8 +109,8 @@ def fit(
 
 
 def resident() -> float:
-    """The resident memory of this process in MB."""
+    """Return the resident memory of this process in MB."""
     for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) / 1024
-    raise OSError("/proc/self/status does not say VmRSS")
+    raise OSError("/proc/self/status has no VmRSS")

@@ -1,8 +1,12 @@
-"""Loops of other frameworks, each as its documentation writes it. They run in an environment of theirs, not in ours.
+"""Loops of other frameworks, written as in their documentation. They run in their own environment.
 
-In the typical mode each logs loss and accuracy to TensorBoard every 50 steps (poutyne's logger: every epoch, which is
-less), validates and saves each epoch and shows its bar. In the bare mode all of that is switched off.
+In the typical mode, each logs loss and accuracy to TensorBoard every 50 steps (poutyne: every
+epoch), validates and saves in each epoch, and shows a progress bar. In the bare mode, all of that
+is off. `RoundEnds` counts an epoch when all its callbacks are done, mostly at the start of the next
+one.
 """
+
+# mypy: disallow-subclassing-any=false
 
 import contextlib
 import warnings
@@ -34,17 +38,18 @@ def lightning(job: Job, watch: Watch) -> None:
     class Module(L.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.model, self.criterion = job.model(), nn.CrossEntropyLoss()
+            self.model = job.model()
+            self.criterion = nn.CrossEntropyLoss()
 
         def training_step(self, batch: Any, index: int) -> Tensor:
-            return self.look("train", batch, on_step=True)
+            return self.evaluate("train", batch, on_step=True)
 
         def validation_step(self, batch: Any, index: int) -> Tensor:
-            return self.look("val", batch, on_step=False)
+            return self.evaluate("val", batch, on_step=False)
 
-        def look(self, split: str, batch: Any, on_step: bool) -> Tensor:
+        def evaluate(self, split: str, batch: Any, on_step: bool) -> Tensor:
             outputs = self.model(batch[0])
-            loss = self.criterion(outputs, batch[1])
+            loss: Tensor = self.criterion(outputs, batch[1])
             if job.typical:
                 values = {f"{split}/loss": loss, f"{split}/accuracy": accuracy(outputs, batch[1])}
                 self.log_dict(values, on_step=on_step, on_epoch=not on_step, prog_bar=True)
@@ -56,23 +61,25 @@ def lightning(job: Job, watch: Watch) -> None:
             return optimizer
 
     class RoundEnds(L.Callback):
-        def on_train_epoch_start(
-            self, trainer: Any, module: Any
-        ) -> None:  # when the epoch before is wholly done
+        def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
             if trainer.current_epoch:
                 watch.epoch_end()
 
-    L.Trainer(
+    callbacks: list[Any] = [RoundEnds()]
+    if job.typical:
+        callbacks.append(ModelCheckpoint(job.folder))
+    trainer = L.Trainer(
         max_epochs=EPOCHS,
         logger=TensorBoardLogger(job.folder) if job.typical else False,
-        callbacks=[RoundEnds(), *([ModelCheckpoint(job.folder)] if job.typical else [])],
+        callbacks=callbacks,
         enable_checkpointing=job.typical,
         enable_progress_bar=job.typical,
         enable_model_summary=False,
         log_every_n_steps=LOG_EVERY,
         num_sanity_val_steps=0,
         devices=1,
-    ).fit(Module(), job.loader("train"), job.loader("val") if job.typical else None)
+    )
+    trainer.fit(Module(), job.loader("train"), job.loader("val") if job.typical else None)
 
 
 def accelerate(job: Job, watch: Watch) -> None:
@@ -89,7 +96,8 @@ def accelerate(job: Job, watch: Watch) -> None:
     model, optimizer, train, val = accelerator.prepare(
         model, optimizer, job.loader("train"), job.loader("val")
     )
-    criterion, step = nn.CrossEntropyLoss(), 0
+    criterion = nn.CrossEntropyLoss()
+    step = 0
     watch.on(model, optimizer)
     for _ in range(EPOCHS):
         for inputs, targets in tqdm(train, leave=False) if job.typical else train:
@@ -118,7 +126,7 @@ def validate(accelerator: Any, model: nn.Module, batches: Any) -> dict[str, floa
         accelerator.gather_for_metrics((model(inputs), targets)) for inputs, targets in batches
     ]
     model.train()
-    outputs, targets = (torch.cat(each) for each in zip(*found, strict=True))
+    outputs, targets = map(torch.cat, zip(*found, strict=True))
     loss = nn.functional.cross_entropy(outputs, targets)
     return {"val/loss": loss.item(), "val/accuracy": accuracy(outputs, targets).item()}
 
@@ -129,14 +137,15 @@ def transformers(job: Job, watch: Watch) -> None:
     class Module(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.model, self.criterion = job.model(), nn.CrossEntropyLoss()
+            self.model = job.model()
+            self.criterion = nn.CrossEntropyLoss()
 
         def forward(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
             outputs = self.model(inputs)
             return {"loss": self.criterion(outputs, labels), "logits": outputs}
 
     class RoundEnds(TrainerCallback):
-        def on_epoch_begin(self, *given: Any, optimizer: Any = None, **others: Any) -> None:
+        def on_epoch_begin(self, *args: Any, optimizer: Any = None, **kwargs: Any) -> None:
             if watch.loss is None:
                 watch.on(module.model, optimizer)
             else:
@@ -144,6 +153,10 @@ def transformers(job: Job, watch: Watch) -> None:
 
     def rows(split: str) -> list[dict[str, Tensor]]:
         return [{"inputs": x, "labels": y} for x, y in zip(*job.tensors(split), strict=True)]
+
+    def compute_metrics(predicted: Any) -> dict[str, float]:
+        correct = predicted.predictions.argmax(1) == predicted.label_ids
+        return {"accuracy": float(correct.mean())}
 
     module = Module()
     arguments = TrainingArguments(
@@ -164,16 +177,15 @@ def transformers(job: Job, watch: Watch) -> None:
         disable_tqdm=not job.typical,
         use_cpu=job.device == "cpu",
     )
-    Trainer(
+    trainer = Trainer(
         module,
         arguments,
         train_dataset=rows("train"),
         eval_dataset=rows("val"),
-        compute_metrics=lambda seen: {
-            "accuracy": float((seen.predictions.argmax(1) == seen.label_ids).mean())
-        },
+        compute_metrics=compute_metrics,
         callbacks=[RoundEnds()],
-    ).train()
+    )
+    trainer.train()
 
 
 def ignite(job: Job, watch: Watch) -> None:
@@ -187,7 +199,8 @@ def ignite(job: Job, watch: Watch) -> None:
     )
     from ignite.metrics import Accuracy, Loss
 
-    model, criterion = job.model(), nn.CrossEntropyLoss()
+    model = job.model()
+    criterion = nn.CrossEntropyLoss()
     optimizer = adamw(job, model)
     watch.on(model, optimizer)
     engine = create_supervised_trainer(
@@ -202,10 +215,12 @@ def ignite(job: Job, watch: Watch) -> None:
         evaluator = create_supervised_evaluator(model, scores, device=job.device)
         Accuracy(output_transform=lambda output: output[:2]).attach(engine, "accuracy")
         ProgressBar().attach(engine, output_transform=lambda output: {"loss": output[2].item()})
-        val, writer = job.loader("val"), TensorboardLogger(log_dir=log_folder(job))
+        val = job.loader("val")
+        writer = TensorboardLogger(log_dir=log_folder(job))
         engine.add_event_handler(Events.EPOCH_COMPLETED, lambda: evaluator.run(val))
         writer.attach_output_handler(
-            *(engine, Events.ITERATION_COMPLETED(every=LOG_EVERY)),
+            engine,
+            Events.ITERATION_COMPLETED(every=LOG_EVERY),
             tag="train",
             output_transform=lambda output: {"loss": output[2], "accuracy": accuracy(*output[:2])},
         )
@@ -232,12 +247,10 @@ def skorch(job: Job, watch: Watch) -> None:
     from torch.utils.data import TensorDataset
 
     class RoundEnds(Callback):
-        def on_train_begin(self, net: Any, **given: Any) -> None:
+        def on_train_begin(self, net: Any, **kwargs: Any) -> None:
             watch.on(net.module_, net.optimizer_)
 
-        def on_epoch_begin(
-            self, net: Any, **given: Any
-        ) -> None:  # when the callbacks of the epoch before are done
+        def on_epoch_begin(self, net: Any, **kwargs: Any) -> None:
             if len(net.history) > 1:
                 watch.epoch_end()
 
@@ -245,51 +258,56 @@ def skorch(job: Job, watch: Watch) -> None:
         def initialize(self) -> Any:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer, self.step = SummaryWriter(log_folder(job)), 0
+            self.writer = SummaryWriter(log_folder(job))
+            self.step = 0
             return self
 
         def on_batch_end(
-            self, net: Any, batch: Any, training: bool, loss: Tensor, y_pred: Tensor, **given: Any
+            self, net: Any, batch: Any, training: bool, loss: Tensor, y_pred: Tensor, **kwargs: Any
         ) -> None:
             self.step += training
             if training and self.step % LOG_EVERY == 0:
+                correct = accuracy(y_pred, batch[1]).item()
                 self.writer.add_scalar("train/loss", loss.item(), self.step)
-                self.writer.add_scalar(
-                    "train/accuracy", accuracy(y_pred, batch[1]).item(), self.step
-                )
+                self.writer.add_scalar("train/accuracy", correct, self.step)
 
-        def on_epoch_end(self, net: Any, **given: Any) -> None:
+        def on_epoch_end(self, net: Any, **kwargs: Any) -> None:
             for name in ("valid_loss", "valid_accuracy"):
                 self.writer.add_scalar(name, net.history[-1, name], self.step)
 
     def score(net: Any, data: Any, targets: Any) -> float:
-        return float(
-            (torch.as_tensor(net.predict(data)).argmax(1) == job.tensors("val")[1]).float().mean()
-        )
+        outputs = torch.as_tensor(net.predict(data))
+        return accuracy(outputs, job.tensors("val")[1]).item()
 
-    extras = [
-        EpochScoring(score, name="valid_accuracy", lower_is_better=False),
-        Writer(),
-        ProgressBar(),
-    ]
-    NeuralNet(
+    callbacks: list[Any] = []
+    settings: dict[str, Any] = {}
+    if job.typical:
+        callbacks = [
+            EpochScoring(score, name="valid_accuracy", lower_is_better=False),
+            Writer(),
+            ProgressBar(),
+            Checkpoint(dirname=job.folder, monitor=None),
+        ]
+        validation = predefined_split(TensorDataset(*job.tensors("val")))
+        settings["train_split"] = validation
+    else:
+        settings["train_split"] = None
+        settings["callbacks__print_log"] = None
+    net = NeuralNet(
         job.model(),
         criterion=nn.CrossEntropyLoss,
         optimizer=torch.optim.AdamW,
         lr=job.lr,
         batch_size=job.batch_size,
         max_epochs=EPOCHS,
-        train_split=predefined_split(TensorDataset(*job.tensors("val"))) if job.typical else None,
         iterator_train__shuffle=True,
         iterator_valid__batch_size=256,
-        callbacks=[
-            *([*extras, Checkpoint(dirname=job.folder, monitor=None)] if job.typical else []),
-            RoundEnds(),
-        ],
-        **({} if job.typical else {"callbacks__print_log": None}),
+        callbacks=[*callbacks, RoundEnds()],
         device=job.device,
         verbose=int(job.typical),
-    ).fit(*job.tensors("train"))
+        **settings,
+    )
+    net.fit(*job.tensors("train"))
 
 
 def fastai(job: Job, watch: Watch) -> None:
@@ -302,7 +320,7 @@ def fastai(job: Job, watch: Watch) -> None:
     class RoundEnds(Callback):
         order = 100
 
-        def before_epoch(self) -> None:  # when the callbacks of the epoch before are done
+        def before_epoch(self) -> None:
             if self.learn.epoch:
                 watch.epoch_end()
             else:
@@ -318,35 +336,36 @@ def fastai(job: Job, watch: Watch) -> None:
         def before_fit(self) -> None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer, self.step = SummaryWriter(log_folder(job)), 0
+            self.writer = SummaryWriter(log_folder(job))
+            self.step = 0
 
         def after_batch(self) -> None:
             self.step += self.learn.training
             if self.learn.training and self.step % LOG_EVERY == 0:
+                correct = accuracy(self.learn.pred, *self.learn.yb).item()
                 self.writer.add_scalar("train/loss", self.learn.loss.item(), self.step)
-                self.writer.add_scalar(
-                    "train/accuracy", accuracy(self.learn.pred, *self.learn.yb).item(), self.step
-                )
+                self.writer.add_scalar("train/accuracy", correct, self.step)
 
         def after_epoch(self) -> None:
             self.writer.add_scalar("val/loss", self.learn.recorder.values[-1][1], self.step)
 
-    train, val = (TensorDataset(*job.tensors(name)) for name in ("train", "val"))
-    loaders = [DataLoader(train, bs=job.batch_size, shuffle=True, device=job.device)]
-    loaders += [DataLoader(val, bs=256, device=job.device)]
-    extras = (
-        [SaveModelCallback(every_epoch=True, with_opt=True), Writer()]
-        if job.typical
-        else [NoValidation()]
-    )
+    train = TensorDataset(*job.tensors("train"))
+    val = TensorDataset(*job.tensors("val"))
+    train_loader = DataLoader(train, bs=job.batch_size, shuffle=True, device=job.device)
+    val_loader = DataLoader(val, bs=256, device=job.device)
+    callbacks: list[Any] = [RoundEnds()]
+    if job.typical:
+        callbacks += [SaveModelCallback(every_epoch=True, with_opt=True), Writer()]
+    else:
+        callbacks.append(NoValidation())
     learner = Learner(
-        DataLoaders(*loaders, device=job.device),
+        DataLoaders(train_loader, val_loader, device=job.device),
         job.model(),
         loss_func=nn.CrossEntropyLoss(),
         opt_func=partial(OptimWrapper, opt=torch.optim.AdamW),
         lr=job.lr,
         metrics=[partial(accuracy_metric, axis=1)] if job.typical else [],
-        cbs=[RoundEnds(), *extras],
+        cbs=callbacks,
         path=job.folder,
     )
     with contextlib.ExitStack() as quiet:
@@ -361,16 +380,16 @@ def poutyne(job: Job, watch: Watch) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
     class RoundEnds(Callback):
-        def on_epoch_end(self, epoch_number: int, logs: dict) -> None:
+        def on_epoch_end(self, epoch_number: int, logs: dict[str, Any]) -> None:
             watch.epoch_end()
 
     network = job.model()
     optimizer = adamw(job, network)
     watch.on(network, optimizer)
-    extras = []
+    callbacks: list[Any] = []
     if job.typical:
         file = str(Path(job.folder, "checkpoint.pt"))
-        extras = [TensorBoardLogger(SummaryWriter(log_folder(job))), ModelCheckpoint(file)]
+        callbacks = [TensorBoardLogger(SummaryWriter(log_folder(job))), ModelCheckpoint(file)]
     model = Model(
         network,
         optimizer,
@@ -382,6 +401,6 @@ def poutyne(job: Job, watch: Watch) -> None:
         job.loader("train"),
         job.loader("val") if job.typical else None,
         epochs=EPOCHS,
-        callbacks=[*extras, RoundEnds()],
+        callbacks=[*callbacks, RoundEnds()],
         verbose=job.typical,
     )

@@ -1,4 +1,4 @@
-"""Contenders take turns: their processes, and what is made of their times."""
+"""Processes of contenders, measurements in turns, and tables of their times."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 
 class Failed(Exception):
-    """A contender ended before its time; the text is the last that it said."""
+    """A contender failed; the text is its last line of output."""
 
 
 class Contender(NamedTuple):
@@ -29,100 +29,108 @@ class Contender(NamedTuple):
 
 
 class Process:
-    """A contender under way. Its stderr is a terminal, since bars are drawn for terminals; what it says is kept."""
+    """A running contender; its stderr is a terminal, because only terminals get progress bars."""
 
     def __init__(self, contender: Contender, threads: int, device: str):
         self.contender = contender
-        self.said: deque[bytes] = deque(maxlen=200)
-        mine, its = pty.openpty()
-        hidden = (
-            {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
-        )  # peers take an accelerator wherever it is
-        environment = (
-            os.environ
-            | hidden
-            | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT), "TERM": "xterm"}
+        self.output: deque[bytes] = deque(maxlen=200)
+        ours, theirs = pty.openpty()
+        environment = os.environ | {
+            "OMP_NUM_THREADS": str(threads),
+            "PYTHONPATH": str(ROOT),
+            "TERM": "xterm",
+        }
+        if device == "cpu":
+            environment["CUDA_VISIBLE_DEVICES"] = ""  # peers use any accelerator they find
+        module = [contender.python, "-m", "benchmarks.contender"]
+        self.child = subprocess.Popen(
+            [*module, contender.module, contender.function],
+            env=environment,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=theirs,
         )
-        command = [
-            contender.python,
-            "-m",
-            "benchmarks.contender",
-            contender.module,
-            contender.function,
-        ]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": its}
-        self.child = subprocess.Popen(command, env=environment, text=True, **pipes)  # type: ignore[call-overload]
-        os.close(its)
-        self.reader = threading.Thread(target=self._listen, args=(mine,), daemon=True)
+        os.close(theirs)
+        assert self.child.stdin is not None
+        assert self.child.stdout is not None
+        self.stdin = self.child.stdin
+        self.stdout = self.child.stdout
+        self.reader = threading.Thread(target=self._read, args=(ours,), daemon=True)
         self.reader.start()
 
-    def _listen(self, terminal: int) -> None:
-        with contextlib.suppress(OSError), open(terminal, "rb", buffering=0) as stream:
-            while chunk := stream.read(65536):
-                self.said.append(chunk)
-
-    def tell(self, line: Any) -> None:
-        """Send a line; `hear` has the answer."""
+    def send(self, line: Any) -> None:
+        """Send a line; `receive` returns the answer."""
         with contextlib.suppress(BrokenPipeError):
-            print(json.dumps(line), file=self.child.stdin, flush=True)
+            print(json.dumps(line), file=self.stdin, flush=True)
 
-    def hear(self) -> dict[str, Any]:
-        """Wait for the answer to one `tell`. Raises Failed when it is that something went wrong, or there is none."""
-        line = self.child.stdout.readline()
-        said = json.loads(line) if line else {"failed": self._last_words()}
-        if "failed" in said:
-            raise Failed(said["failed"])
-        return said
+    def receive(self) -> dict[str, Any]:
+        """Wait for the answer to one `send`.
 
-    def _last_words(self) -> str:
-        self.child.wait()
-        self.reader.join(1)
-        words = [
-            each
-            for each in b"".join(self.said).decode(errors="replace").splitlines()
-            if each.strip()
-        ]
-        return (words or ["it ended without a word"])[-1].strip()[:200]
+        Raises:
+            Failed: The contender reports an error or has ended.
+        """
+        line = self.stdout.readline()
+        answer: dict[str, Any] = json.loads(line) if line else {"failed": self._last_line()}
+        if "failed" in answer:
+            raise Failed(answer["failed"])
+        return answer
 
     def close(self) -> None:
-        """End it."""
-        self.child.stdin.close()
+        """End the process."""
+        self.stdin.close()
         try:
             self.child.wait(10)
         except subprocess.TimeoutExpired:
             self.child.kill()
             self.child.wait()
-        self.child.stdout.close()
+        self.stdout.close()
+
+    def _read(self, terminal: int) -> None:
+        with contextlib.suppress(OSError), open(terminal, "rb", buffering=0) as stream:
+            while chunk := stream.read(65536):
+                self.output.append(chunk)
+
+    def _last_line(self) -> str:
+        self.child.wait()
+        self.reader.join(1)
+        lines = b"".join(self.output).decode(errors="replace").strip().splitlines()
+        return lines[-1].strip()[:200] if lines else "it ended without output"
 
 
 def take_turns(
     parts: Mapping[str, Callable[[], float]], rounds: int, warm: int = 1
 ) -> dict[str, list[float]]:
-    """Call each in turn, again and again; return what they gave after the first `warm` times."""
-    given: dict[str, list[float]] = {name: [] for name in parts}
+    """Call the functions in turn; return their values without those of the `warm` first turns."""
+    values: dict[str, list[float]] = {name: [] for name in parts}
     for number in range(rounds + warm):
         for name, part in parts.items():
             value = part()
-            given[name] += [value] if number >= warm else []
-    return given
+            if number >= warm:
+                values[name].append(value)
+    return values
 
 
 def ratio(others: Sequence[float], mine: Sequence[float]) -> float:
-    """The median over the rounds of other / mine, taken within a round, when the machine was as it was for both."""
+    """Return the median over the rounds of other / mine.
+
+    Both times of a ratio are from the same round, so that a change of the machine's speed
+    affects both.
+    """
     return statistics.median(other / own for other, own in zip(others, mine, strict=True))
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table of text in Markdown; all columns but the first are numbers."""
-    rows = [list(header), *map(list, rows)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-
-    def line(row: Sequence[str]) -> str:
-        cells = [
-            row[0].ljust(widths[0]),
-            *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
-        ]
-        return f"| {' | '.join(cells)} |"
-
-    rule = "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])])
-    return "\n".join([line(rows[0]), f"|{rule}|", *map(line, rows[1:])])
+    """Return a Markdown table; all columns but the first are right-aligned."""
+    cells = [list(header), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for row in cells:
+        padded = [row[0].ljust(widths[0])]
+        for cell, width in zip(row[1:], widths[1:], strict=True):
+            padded.append(cell.rjust(width))
+        lines.append(f"| {' | '.join(padded)} |")
+    rule = ["-" * (widths[0] + 2)]
+    rule += ["-" * (width + 1) + ":" for width in widths[1:]]
+    lines.insert(1, f"|{'|'.join(rule)}|")
+    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What safety costs: a durable and checked checkpoint, the look for NaN in each step, the order as a function."""
+"""The cost of safety: durable checkpoints, the NaN check in each step, the order of samples."""
 
 import os
 import tempfile
@@ -25,17 +25,16 @@ State = tuple[dict[str, Tensor], dict[str, Any]]
 
 def safety(megabytes: Sequence[int], rounds: int, folder: Path | None) -> int:
     """Print the three tables."""
-    with tempfile.TemporaryDirectory(
-        dir=folder, ignore_cleanup_errors=True
-    ) as place:  # a save may still be under way
-        print(saving(megabytes, rounds, Path(place)), end="\n\n", flush=True)
+    # errors of the cleanup are ignored because a save may still be running
+    with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as temporary:
+        print(saving(megabytes, rounds, Path(temporary)), end="\n\n", flush=True)
     print(health(rounds * 5), end="\n\n", flush=True)
     print(order(rounds * 5))
     return 0
 
 
 def state_of(megabytes: int) -> State:
-    """A model's weights and what an Adam keeps of them, together of that size, in tensors of about 1 MB and less."""
+    """Return weights and Adam's moments of that total size, in tensors of at most about 1 MB."""
     width = 256
     layers = max(1, round(megabytes * 2**20 / (3 * 4 * width * width)))
     weights = {f"layer{number}.weight": torch.randn(width, width) for number in range(layers)}
@@ -43,29 +42,34 @@ def state_of(megabytes: int) -> State:
         number: {"step": torch.tensor(1.0), "exp_avg": weight * 0.1, "exp_avg_sq": weight**2}
         for number, weight in enumerate(weights.values())
     }
-    return weights, {
-        "optimizer": {"state": moments, "param_groups": [{"lr": 1e-3, "params": list(moments)}]}
-    }
+    groups = [{"lr": 1e-3, "params": list(moments)}]
+    return weights, {"optimizer": {"state": moments, "param_groups": groups}}
 
 
 def saving(megabytes: Sequence[int], rounds: int, folder: Path) -> str:
-    """Return the milliseconds of a save, by size: torch's, that and fsync, ours, and what training waits for ours."""
+    """Return the milliseconds of a save for each size.
+
+    The columns are torch.save without and with fsync, our save, and the time that training waits
+    for our save in the background.
+    """
     rows = []
     for size in megabytes:
         times = take_turns(saves(state_of(size), folder), rounds)
-        base = times["torch.save"]
-        ratios = [f"{ratio(times[name], base):.2f}" for name in ("fsync", "ours", "waiting")]
-        rows.append([f"{size} MB", *(f"{median(each):.1f}" for each in times.values()), *ratios])
-    header = ["save, ms", "torch.save", "and fsync", "ours", "ours, wait beside training"]
+        row = [f"{size} MB"]
+        row += [f"{median(spent):.1f}" for spent in times.values()]
+        base = times.pop("torch.save")
+        row += [f"{ratio(spent, base):.2f}" for spent in times.values()]
+        rows.append(row)
+    header = ["save, ms", "torch.save", "and fsync", "ours", "ours, wait of training"]
     return table([*header, "fsync/torch.save", "ours/torch.save", "wait/torch.save"], rows)
 
 
 def saves(state: State, folder: Path) -> dict[str, Callable[[], float]]:
-    """Return the four ways to save; each begins when nothing is being written any more."""
+    """Return the four kinds of saves; each starts when all earlier writes have ended."""
     writer = Writer()
 
-    def ours_beside() -> None:
-        writer.submit(folder / "beside", *state, 1, then=lambda path: None)
+    def in_background() -> None:
+        writer.submit(folder / "background", *state, 1, then=lambda path: None)
 
     def after(call: Callable[[], object]) -> float:
         writer.join()
@@ -76,7 +80,7 @@ def saves(state: State, folder: Path) -> dict[str, Callable[[], float]]:
         "torch.save": partial(after, partial(torch.save, state, folder / "plain.pt")),
         "fsync": partial(after, partial(save_and_sync, state, folder / "synced.pt")),
         "ours": partial(after, lambda: save(folder / "ours", state[0], state[1], 1)),
-        "waiting": partial(after, ours_beside),
+        "waiting": partial(after, in_background),
     }
 
 
@@ -88,17 +92,17 @@ def save_and_sync(state: State, path: Path) -> None:
 
 
 def timed(call: Callable[[], Any]) -> float:
-    """The milliseconds of a call."""
+    """Return the milliseconds of a call."""
     began = time.perf_counter()
     call()
     return (time.perf_counter() - began) * 1e3
 
 
 def health(rounds: int) -> str:
-    """Return the microseconds of a small step without and with `non_finite`, in blocks that take turns."""
+    """Return the microseconds of a small step without and with `non_finite`, in blocks by turns."""
     fw.discover()
-    with stepping([]) as bare, stepping([fw.callbacks.build("non_finite")]) as looking:
-        times = take_turns({"without": bare, "with": looking}, rounds, warm=3)
+    with stepping([]) as bare, stepping([fw.callbacks.build("non_finite")]) as checking:
+        times = take_turns({"without": bare, "with": checking}, rounds, warm=3)
     share = ratio(times["with"], times["without"]) - 1
     row = [
         "non_finite",
@@ -106,28 +110,26 @@ def health(rounds: int) -> str:
         f"{median(times['with']):.0f}",
         f"{share:+.1%}",
     ]
-    return table(
-        ["health check, µs a step of the tiny MLP", "without", "with", "share of the step"], [row]
-    )
+    header = ["health check, µs a step of the tiny MLP", "without", "with", "share of the step"]
+    return table(header, [row])
 
 
 @contextmanager
 def stepping(callbacks: Sequence[fw.Callback], block: int = 90) -> Iterator[Callable[[], float]]:
-    """Yield a function that makes a block of steps of one training and returns the microseconds of a step."""
+    """Yield a function that runs a block of steps and returns the microseconds of a step."""
     steps = training(callbacks, block)
     yield lambda: next(steps)
     steps.close()
 
 
 def training(callbacks: Sequence[fw.Callback], block: int) -> Generator[float]:
-    """A training cut into fits of a block each, resumed from one another, so that two can take turns."""
+    """Train in blocks, each a resumed fit, so that two trainings can take turns."""
     torch.manual_seed(0)
     model = mlp()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     clock = Clock(block)
-    data = fw.TensorSplit(
-        torch.randn(32 * (block + 10), 64), torch.randint(0, 10, (32 * (block + 10),))
-    )
+    samples = 32 * (block + 10)
+    data = fw.TensorSplit(torch.randn(samples, 64), torch.randint(0, 10, (samples,)))
     while True:
         trainer = fw.Trainer(
             max_epochs=1, device="cpu", callbacks=[*callbacks, clock], log_every="1epoch"
@@ -137,10 +139,12 @@ def training(callbacks: Sequence[fw.Callback], block: int) -> Generator[float]:
 
 
 class Clock(fw.Callback):
-    """Times the last `block` steps of an epoch of `block` + 10, before its end is logged."""
+    """Measure the last `block` of an epoch's `block` + 10 steps, without the log at its end."""
 
     def __init__(self, block: int):
-        self.block, self.began, self.microseconds = block, 0.0, 0.0
+        self.block = block
+        self.began = 0.0
+        self.microseconds = 0.0
 
     def on_step_start(self, trainer: fw.Context) -> None:
         if trainer.state.step == 10:
@@ -150,24 +154,23 @@ class Clock(fw.Callback):
 
 
 def order(rounds: int, samples: int = 60_000, batch_size: int = 32) -> str:
-    """Return the microseconds that getting a batch takes: by our order, and from a permutation that is there."""
-    inputs, targets = torch.randn(samples, 64), torch.randint(0, 10, (samples,))
+    """Return the microseconds to get a batch in our order, and with a precomputed permutation."""
+    inputs = torch.randn(samples, 64)
+    targets = torch.randint(0, 10, (samples,))
     loader = Loader(fw.TensorSplit(inputs, targets), batch_size, shuffle=True)
     ready = torch.randperm(samples)
     epochs = iter(range(10**6))
 
-    def ours() -> float:
-        return timed(lambda: exhaust(loader.epoch(next(epochs)))) * 1e3 / len(loader)
+    def microseconds(batches: Callable[[], Iterator[Any]]) -> float:
+        return timed(lambda: exhaust(batches())) * 1e3 / len(loader)
 
-    def gathered() -> float:
-        return (
-            timed(lambda: exhaust(gather(inputs, targets, ready, batch_size))) * 1e3 / len(loader)
-        )
-
-    times = take_turns({"ours": ours, "ready": gathered}, rounds)
-    difference = median(
-        mine - other for mine, other in zip(times["ours"], times["ready"], strict=True)
-    )
+    parts = {
+        "ours": partial(microseconds, lambda: loader.epoch(next(epochs))),
+        "ready": partial(microseconds, lambda: gather(inputs, targets, ready, batch_size)),
+    }
+    times = take_turns(parts, rounds)
+    pairs = zip(times["ours"], times["ready"], strict=True)
+    difference = median(mine - other for mine, other in pairs)
     row = [
         "order and gather",
         f"{median(times['ours']):.1f}",
@@ -186,7 +189,7 @@ def order(rounds: int, samples: int = 60_000, batch_size: int = 32) -> str:
 def gather(
     inputs: Tensor, targets: Tensor, order: Tensor, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    for index in order.split(batch_size):
+    for index in torch.split(order, batch_size):
         yield inputs.index_select(0, index), targets.index_select(0, index)
 
 

@@ -1,4 +1,4 @@
-"""Steps per second: loops written by hand, our Trainer and, from an environment of their own, other frameworks."""
+"""Steps per second of hand-written loops, our Trainer and, in another environment, its peers."""
 
 import math
 import subprocess
@@ -6,9 +6,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,10 +22,8 @@ OWN = {  # name: file, function
     "tight": ("loops", "tight"),
     "tight, compiled step": ("loops", "tight_compiled"),
     "ours": ("ours", "eager"),
-    "ours, all defaults": (
-        "ours",
-        "as_by_default",
-    ),  # looks for NaN, gradient norms, JSON lines, status.json
+    # with NaN check, gradient norms, JSON lines and status.json
+    "ours, all defaults": ("ours", "as_by_default"),
     "ours, compile=step": ("ours", "compiled"),
     "ours, cuda_graph=on": ("ours", "graphed"),
     "ours, channels first": ("ours", "channels_first"),
@@ -39,19 +38,22 @@ PEERS = {  # name and function: module
     "poutyne": "peers",
     "keras": "keras_peer",
 }
-LACKING = {("keras", "transformer")}  # it takes no torch model
-LACKING |= {("ours, channels first", name) for name in WORKLOADS if name != "cnn"}  # no images
-SECONDS_EACH = 40.0  # for each contender, unless it is said how long all may take
+UNSUPPORTED = {("keras", "transformer")}  # keras takes no torch model
+UNSUPPORTED |= {("ours, channels first", name) for name in WORKLOADS if name != "cnn"}  # no images
+SECONDS_PER_CONTENDER = 40.0
 LEAST_ROUNDS = 2
-PROGRESS = (
-    0.8  # of the fall of the loss that the median contender reaches; less is another training
-)
+PROGRESS = 0.8  # of the median contender's fall of the loss; below it, the training differs
 
 
 class Course(NamedTuple):
-    """What a contender did in the rounds of a workload and mode; with `failed`, why it did no more."""
+    """The results of a contender in the rounds of a workload and mode.
 
-    microseconds: list[float]  # a step, for each round
+    Args:
+        microseconds: A step's time in each round.
+        failed: The error that ended the contender, if any.
+    """
+
+    microseconds: list[float]
     steps: list[int]
     losses: list[float]
     failed: str = ""
@@ -61,74 +63,85 @@ Courses = dict[str, Course]
 
 
 class BadPeers(Exception):
-    """What was given as an environment with peers is none."""
+    """The option --peers does not name a virtual environment."""
 
 
 class Plan(NamedTuple):
-    """What is asked of the contenders."""
+    """The options of a measurement.
+
+    Args:
+        seconds: Time limit for all contenders together; there are fewer rounds when it is over.
+    """
 
     workloads: Sequence[str]
     modes: Sequence[str]
     rounds: int
     threads: int
     device: str
-    seconds: float | None  # for all together; with fewer left there are fewer rounds
+    seconds: float | None
 
 
 def contenders(peers: Path | None) -> list[Contender]:
-    """Return who can take part: all of ours, and what is installed beside the Python of a venv."""
-    own = [
+    """Return our contenders and the peers that are installed in a virtual environment."""
+    found = [
         Contender(name, sys.executable, f"benchmarks.{file}", function)
         for name, (file, function) in OWN.items()
     ]
     if peers is None:
-        return own
+        return found
     python = str(peers / "bin" / "python")
-    ask = f"from importlib.util import find_spec; print(*(n for n in {list(PEERS)!r} if find_spec(n)))"
+    program = (
+        "from importlib.util import find_spec\n"
+        f"print(*(name for name in {list(PEERS)!r} if find_spec(name)))"
+    )
     try:
-        asked = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True)
+        done = subprocess.run([python, "-c", program], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         raise BadPeers(
-            f"--peers {peers}: {python} does not run ({error}); give a virtual environment"
+            f"--peers {peers}: expected a virtual environment, but {python} does not run: {error}"
         ) from None
-    return [
-        *own,
-        *(
-            Contender(name, python, f"benchmarks.{PEERS[name]}", name)
-            for name in asked.stdout.split()
-        ),
+    found += [
+        Contender(name, python, f"benchmarks.{PEERS[name]}", name) for name in done.stdout.split()
     ]
+    return found
 
 
 def speed(plan: Plan, chosen: Sequence[Contender]) -> int:
-    """Measure, print a table for each workload, and return the exit status: 1 when a contender did not train."""
-    present = [each for each in chosen if plan.device != "cpu" or each.function != "graphed"]
-    processes = {each.name: Process(each, plan.threads, plan.device) for each in present}
-    pairs = [(workload, mode) for workload in plan.workloads for mode in plan.modes]
-    seconds = SECONDS_EACH * len(chosen) if plan.seconds is None else plan.seconds
-    ends, problems, courses = time.monotonic() + seconds, [], {}
+    """Measure, and print a table for each workload.
+
+    Returns:
+        The exit status: 1 when a contender did not train.
+    """
+    processes = {
+        contender.name: Process(contender, plan.threads, plan.device)
+        for contender in chosen
+        if plan.device != "cpu" or contender.function != "graphed"
+    }
+    pairs = list(product(plan.workloads, plan.modes))
+    seconds = plan.seconds
+    if seconds is None:
+        seconds = SECONDS_PER_CONTENDER * len(chosen)
+    deadline = time.monotonic() + seconds
+    problems: list[str] = []
+    courses: dict[str, Courses] = {}
     try:
         with tempfile.TemporaryDirectory() as folder:
             for number, (workload, mode) in enumerate(pairs):
-                job, said = prepare(plan, workload, mode, Path(folder, f"{number}"))
-                until = time.monotonic() + max(0.0, ends - time.monotonic()) / (len(pairs) - number)
+                job, title = prepare(plan, workload, mode, Path(folder, f"{number}"))
+                now = time.monotonic()
+                until = now + max(0.0, deadline - now) / (len(pairs) - number)
                 able = {
                     name: process
                     for name, process in processes.items()
-                    if (name, workload) not in LACKING
+                    if (name, workload) not in UNSUPPORTED
                 }
                 courses[mode] = compete(able, job, plan.rounds, until)
-                problems += [f"{workload}, {mode}: {each}" for each in unsound(courses[mode], job)]
+                found = find_problems(courses[mode], job)
+                problems += [f"{workload}, {mode}: {problem}" for problem in found]
                 if mode == plan.modes[-1]:
-                    done = " and ".join(
-                        str(max(len(run.losses) for run in each.values()))
-                        for each in courses.values()
-                    )
-                    print(
-                        f"\n{workload}: {said}, batch {job.batch_size}; rounds: {done}\n",
-                        flush=True,
-                    )
-                    print(compared(courses), flush=True)
+                    done = " and ".join(map(str, map(rounds_done, courses.values())))
+                    print(f"\n{workload}: {title}, batch {job.batch_size}; rounds: {done}\n")
+                    print(comparison(courses), flush=True)
     finally:
         for process in processes.values():
             process.close()
@@ -137,104 +150,128 @@ def speed(plan: Plan, chosen: Sequence[Contender]) -> int:
     return int(bool(problems))
 
 
+def rounds_done(courses: Courses) -> int:
+    return max(len(course.losses) for course in courses.values())
+
+
 def prepare(plan: Plan, workload: str, mode: str, folder: Path) -> tuple[Job, str]:
-    """Write the data of a workload for all contenders to read; return the job, and what the data is."""
-    splits, said = read(workload)
+    """Write the data of a workload to a file; return the job, and the name of the data."""
+    splits, title = read(workload)
     folder.mkdir()
-    torch.save(splits, folder / "data.pt")
-    epochs, data = WORKLOADS[workload].epochs_per_round, str(folder / "data.pt")
-    return Job(
-        workload, mode == "typical", plan.device, str(folder), data, min(2, epochs), epochs
-    ), said
+    data = folder / "data.pt"
+    torch.save(splits, data)
+    epochs = WORKLOADS[workload].epochs_per_round
+    job = Job(
+        workload,
+        typical=mode == "typical",
+        device=plan.device,
+        folder=str(folder),
+        data=str(data),
+        warm_epochs=min(2, epochs),
+        epochs_per_round=epochs,
+    )
+    return job, title
 
 
 def compete(processes: dict[str, Process], job: Job, rounds: int, until: float) -> Courses:
-    """Warm all up at once, then let them take turns; from the third on a round is begun only before `until`."""
+    """Warm all contenders up at the same time, then run them in turns.
+
+    The third and later rounds start only before `until`.
+    """
     courses = {name: Course([], [], []) for name in processes}
     for name, process in processes.items():
         folder = Path(job.folder, name)
         folder.mkdir()
-        process.tell(job._replace(folder=str(folder))._asdict())
+        process.send(job._replace(folder=str(folder))._asdict())
     running = {
-        name: process for name, process in processes.items() if heard(courses, name, process)
+        name: process
+        for name, process in processes.items()
+        if receive(courses, name, process) is not None
     }
     for number in range(rounds):
         if number >= LEAST_ROUNDS and time.monotonic() > until:
             break
         for name, process in list(running.items()):
-            process.tell("go")
-            if (said := heard(courses, name, process)) is None:
+            process.send("go")
+            answer = receive(courses, name, process)
+            if answer is None:
                 del running[name]
                 continue
-            courses[name].microseconds.append(
-                said["seconds"] / said["steps"] * 1e6 if said["steps"] else math.inf
-            )
-            courses[name].steps.append(said["steps"])
-            courses[name].losses.append(said["loss"])
+            steps = answer["steps"]
+            microseconds = answer["seconds"] / steps * 1e6 if steps else math.inf
+            courses[name].microseconds.append(microseconds)
+            courses[name].steps.append(steps)
+            courses[name].losses.append(answer["loss"])
     for name, process in running.items():
-        process.tell("stop")
-        heard(courses, name, process)
+        process.send("stop")
+        receive(courses, name, process)
     return courses
 
 
-def heard(courses: Courses, name: str, process: Process) -> dict | None:
-    """Return the answer; without one note why, and return None."""
+def receive(courses: Courses, name: str, process: Process) -> dict[str, Any] | None:
+    """Return the answer; None after an error, which is recorded."""
     try:
-        return process.hear()
+        return process.receive()
     except Failed as error:
         courses[name] = courses[name]._replace(failed=str(error))
         return None
 
 
-def unsound(courses: Courses, job: Job) -> list[str]:
-    """Say who failed, who made other steps than asked for, and whose loss did not fall as that of the others."""
+def find_problems(courses: Courses, job: Job) -> list[str]:
+    """Return a message for each contender that failed or trained differently from the others."""
     workload = WORKLOADS[job.workload]
     wanted = job.epochs_per_round * math.ceil(workload.train / workload.batch_size)
-    before = training_loss(job._replace(device="cpu").model(), job._replace(device="cpu"))
-    done = {name: course for name, course in courses.items() if not course.failed}
-    problems = [
-        f"{name} failed: {course.failed}" for name, course in courses.items() if course.failed
-    ]
-    for name, course in done.items():
+    job = job._replace(device="cpu")
+    before = training_loss(job.model(), job)
+    problems = []
+    trained: Courses = {}
+    for name, course in courses.items():
+        if course.failed:
+            problems.append(f"{name} failed: {course.failed}")
+        else:
+            trained[name] = course
+    for name, course in trained.items():
         if set(course.steps) != {wanted}:
             problems.append(f"{name} made {course.steps} steps in its rounds, not {wanted} in each")
-        last, usual = course.losses[-1], median(other.losses[-1] for other in done.values())
+        last = course.losses[-1]
+        usual = median(other.losses[-1] for other in trained.values())
         if not before - last >= PROGRESS * (before - usual) > 0:
             problems.append(
-                f"{name} brought the loss from {before:.3g} to {last:.3g}; usual was {usual:.3g}"
+                f"{name} changed the loss from {before:.3g} to {last:.3g}; median: {usual:.3g}"
             )
     return problems
 
 
-def compared(courses: dict[str, Courses]) -> str:
-    """Return the table of a workload: times, and how many times as fast as the loops written by hand."""
+def comparison(courses: dict[str, Courses]) -> str:
+    """Return the table of a workload: times, and their ratios to the hand-written loops."""
+    two_modes = len(courses) == 2
     header = ["contender"]
     for mode in courses:
         header += [f"{mode}, µs a step", "against handwritten", "against tight"]
-    header += ["typical/bare"] * (len(courses) == 2) + ["loss"]
-    rows, names = (
-        [],
-        [
-            name
-            for name in next(iter(courses.values()))
-            if any(e[name].losses for e in courses.values())
-        ],
-    )
-    for name in names:
-        row, runs = [name], [each[name] for each in courses.values()]
+    if two_modes:
+        header.append("typical/bare")
+    header.append("loss")
+    rows = []
+    for name in next(iter(courses.values())):
+        runs = [by_name[name] for by_name in courses.values()]
+        losses = [run.losses[-1] for run in runs if run.losses]
+        if not losses:
+            continue
+        row = [name]
         for others, run in zip(courses.values(), runs, strict=True):
-            times = run.microseconds
-            row += [f"{median(times):,.0f}" if times else "-"]
-            row += [against(others, base, times) for base in ("handwritten", "tight")]
-        if len(runs) == 2:
-            whole = all(run.microseconds for run in runs)
-            row.append(
-                f"{median(runs[1].microseconds) / median(runs[0].microseconds):.2f}"
-                if whole
-                else "-"
-            )
-        rows.append([*row, f"{next(run.losses[-1] for run in reversed(runs) if run.losses):.2g}"])
+            row.append(f"{median(run.microseconds):,.0f}" if run.microseconds else "-")
+            row.append(against(others, "handwritten", run.microseconds))
+            row.append(against(others, "tight", run.microseconds))
+        if two_modes:
+            row.append(typical_against_bare(*runs))
+        rows.append([*row, f"{losses[-1]:.2g}"])
     return "\n".join([table(header, rows), *fastest_peer(courses)])
+
+
+def typical_against_bare(bare: Course, typical: Course) -> str:
+    if not bare.microseconds or not typical.microseconds:
+        return "-"
+    return f"{median(typical.microseconds) / median(bare.microseconds):.2f}"
 
 
 def against(courses: Courses, base: str, times: Sequence[float]) -> str:
@@ -243,18 +280,17 @@ def against(courses: Courses, base: str, times: Sequence[float]) -> str:
 
 
 def fastest_peer(courses: dict[str, Courses]) -> list[str]:
-    """Say how ours compares with the fastest peer, if there is one."""
+    """Return a line for each mode that compares ours with the fastest peer, if there is one."""
     lines = []
-    for mode, each in courses.items():
+    for mode, by_name in courses.items():
         peers = {
-            name: median(each[name].microseconds)
-            for name in PEERS
-            if name in each and each[name].microseconds
+            name: median(course.microseconds)
+            for name, course in by_name.items()
+            if name in PEERS and course.microseconds
         }
-        if not peers or "ours" not in each:
+        if not peers or "ours" not in by_name:
             continue
         best = min(peers, key=peers.__getitem__)
-        lines.append(
-            f"{mode}: ours against {best}, the fastest peer: {against(each, best, each['ours'].microseconds)}"
-        )
+        times = against(by_name, best, by_name["ours"].microseconds)
+        lines.append(f"{mode}: ours against {best}, the fastest peer: {times}")
     return ["", *lines] if lines else []

@@ -1,4 +1,4 @@
-"""Trials per second, end to end: a whole `framework train -m`, by launcher."""
+"""Trials per second of a complete `framework train -m`, for each launcher."""
 
 import os
 import subprocess
@@ -6,9 +6,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
+from itertools import product
 
-from benchmarks.rounds import Failed, ratio, table
+from benchmarks.rounds import Failed, ratio, table, take_turns
 
 LAUNCHERS = {
     "vectorized": ["hydra/launcher=vectorized"],
@@ -16,10 +18,8 @@ LAUNCHERS = {
     "Hydra's basic": ["hydra/launcher=basic"],
     "joblib, 2 processes": ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
 }
-NOT_OURS = (
-    "OMP_NUM_THREADS",
-    "PYTHONDONTWRITEBYTECODE",
-)  # each takes as many threads as suit it, and starts as usual
+# removed from the environment: a launcher selects its number of threads, and imports from caches
+NOT_PASSED = ("OMP_NUM_THREADS", "PYTHONDONTWRITEBYTECODE")
 MODELS = {
     "mlp": ["model.width=128", "model.depth=2"],
     "cnn": ["data.image=true", "model=cnn", "model.channels=[8, 16]"],
@@ -27,28 +27,23 @@ MODELS = {
 
 
 def sweep(models: Sequence[str], trials: Sequence[int], rounds: int, epochs: int) -> int:
-    """Print a table of trials per second, and how many times as many as with Hydra's basic launcher."""
-    chosen = {
-        name: more for name, more in LAUNCHERS.items() if "joblib" not in name or has_joblib()
-    }
+    """Print a table of trials per second, and their ratios to Hydra's basic launcher."""
+    launchers = dict(LAUNCHERS)
+    if not has_joblib():
+        del launchers["joblib, 2 processes"]
     rows = []
-    for model in models:
-        for count in trials:
-            seconds: dict[str, list[float]] = {name: [] for name in chosen}
-            for _ in range(rounds):
-                for name, more in chosen.items():
-                    seconds[name].append(run([*MODELS[model], *more], count, epochs))
-            basic = seconds["Hydra's basic"]
-            for name, spent in seconds.items():
-                per_second = count / sorted(spent)[len(spent) // 2]
-                rows.append(
-                    [
-                        f"{model}, {count} trials, {name}",
-                        f"{per_second:.2f}",
-                        f"{ratio(basic, spent):.2f}",
-                    ]
-                )
-                print(rows[-1], file=sys.stderr, flush=True)
+    for model, count in product(models, trials):
+        parts = {
+            name: partial(run, [*MODELS[model], *overrides], count, epochs)
+            for name, overrides in launchers.items()
+        }
+        seconds = take_turns(parts, rounds, warm=0)
+        for name, spent in seconds.items():
+            per_second = count / sorted(spent)[len(spent) // 2]
+            times_basic = ratio(seconds["Hydra's basic"], spent)
+            title = f"{model}, {count} trials, {name}"
+            rows.append([title, f"{per_second:.2f}", f"{times_basic:.2f}"])
+            print(rows[-1], file=sys.stderr, flush=True)
     print(table([f"{epochs} epochs of digits each", "trials/s", "times basic"], rows))
     return 0
 
@@ -61,14 +56,16 @@ def has_joblib() -> bool:
 
 
 def run(overrides: Sequence[str], trials: int, epochs: int) -> float:
-    """Return the seconds of a sweep over two learning rates and as many seeds as it takes."""
+    """Return the seconds of a sweep over two learning rates and `trials` / 2 seeds."""
     swept = ["optimizer.lr=1e-3,3e-3", f"seed=range({trials // 2})", f"trainer.max_epochs={epochs}"]
     command = [sys.executable, "-m", "framework", "train", "-m", *swept, *overrides]
-    free = {name: value for name, value in os.environ.items() if name not in NOT_OURS}
+    environment = os.environ | {"TERM": "dumb"}
+    for name in NOT_PASSED:
+        environment.pop(name, None)
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         done = subprocess.run(
-            command, cwd=folder, env=free | {"TERM": "dumb"}, capture_output=True, text=True
+            command, cwd=folder, env=environment, capture_output=True, text=True, check=False
         )
         if done.returncode != 0 or f"{trials}: done" not in done.stdout:
             raise Failed(f"{' '.join(command)}: {done.stdout[-300:]} {done.stderr[-300:]}")

@@ -1,4 +1,7 @@
-"""The workloads: a model and its data, the same for every contender. Only torch is imported, so that peers can too."""
+"""The workloads: models and data, the same for every contender.
+
+At the top only torch is imported, because the environment of a peer may lack other packages.
+"""
 
 import sys
 import sysconfig
@@ -10,12 +13,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-CLASSES, SIDE, CONTEXT, CHARACTERS = 10, 28, 64, 128
+CLASSES = 10
+SIDE = 28
+CONTEXT = 64
+CHARACTERS = 128
 Tensors = tuple[Tensor, Tensor]
 
 
 class Workload(NamedTuple):
-    """Something to train, small enough that a round of it takes a second or two."""
+    """A model with its settings and numbers of samples; one round takes one or two seconds."""
 
     model: Callable[[], nn.Module]
     batch_size: int
@@ -34,24 +40,32 @@ def wide() -> nn.Module:
 
 
 def dense(*widths: int) -> nn.Module:
-    layers = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.ReLU())]
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise(widths):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(widths[-1], CLASSES))
 
 
 def cnn() -> nn.Module:
     return nn.Sequential(
-        *(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Flatten(), nn.Linear(32 * 7 * 7, CLASSES)),
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32 * 7 * 7, CLASSES),
     )
 
 
 class CharacterTransformer(nn.Module):
-    """Predicts each next character from those before it; outputs (batch, characters, places), as a loss wants them."""
+    """Predict each character from the previous ones; outputs are (batch, characters, places)."""
 
     def __init__(self, width: int = 64, depth: int = 2, heads: int = 4):
         super().__init__()
-        self.characters, self.places = nn.Embedding(CHARACTERS, width), nn.Embedding(CONTEXT, width)
+        self.characters = nn.Embedding(CHARACTERS, width)
+        self.places = nn.Embedding(CONTEXT, width)
         layer = nn.TransformerEncoderLayer(
             width, heads, 4 * width, dropout=0.0, batch_first=True, norm_first=True
         )
@@ -64,10 +78,13 @@ class CharacterTransformer(nn.Module):
 
     def forward(self, text: Tensor) -> Tensor:
         hidden = self.characters(text) + self.places(self.position)
-        return self.head(self.blocks(hidden, mask=self.mask, is_causal=True)).transpose(1, 2)
+        hidden = self.blocks(hidden, mask=self.mask, is_causal=True)
+        outputs: Tensor = self.head(hidden)
+        return outputs.transpose(1, 2)
 
 
-WORKLOADS = {  # model, batch size, learning rate, epochs a round, training samples, validation samples
+# model, batch size, learning rate, epochs per round, training samples, validation samples
+WORKLOADS = {
     "mlp": Workload(mlp, 32, 1e-3, 25, 1437, 360),
     "cnn": Workload(cnn, 32, 1e-3, 1, 1920, 256),
     "transformer": Workload(CharacterTransformer, 16, 1e-3, 1, 640, 128),
@@ -76,7 +93,7 @@ WORKLOADS = {  # model, batch size, learning rate, epochs a round, training samp
 
 
 def split(inputs: Tensor, targets: Tensor, train: int, val: int) -> dict[str, Tensors]:
-    """Return the first samples of a fixed shuffle for training, those after them for validation."""
+    """Return the first samples of a fixed shuffle for training, the next ones for validation."""
     order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))
     parts = {"train": order[:train], "val": order[train : train + val]}
     return {
@@ -86,25 +103,24 @@ def split(inputs: Tensor, targets: Tensor, train: int, val: int) -> dict[str, Te
 
 
 def read(name: str) -> tuple[dict[str, Tensors], str]:
-    """Return the splits of a workload, and what they are."""
+    """Return the splits of a workload, and the name of the data."""
     workload = WORKLOADS[name]
-    inputs, targets, said = {"mlp": digits, "transformer": source_code}.get(name, pictures)()
+    source = {"mlp": digits, "transformer": source_code}.get(name, pictures)
+    inputs, targets, title = source()
     if name == "wide":
         inputs = inputs.flatten(1)
-    return split(inputs, targets, workload.train, workload.val), said
+    return split(inputs, targets, workload.train, workload.val), title
 
 
 def digits() -> tuple[Tensor, Tensor, str]:
-    from sklearn.datasets import (
-        load_digits,
-    )  # a peer's environment need not have it: the splits come in a file
+    from sklearn.datasets import load_digits
 
     inputs, targets = load_digits(return_X_y=True)
     return torch.tensor(inputs / 16, dtype=torch.float32), torch.tensor(targets), "digits"
 
 
 def pictures() -> tuple[Tensor, Tensor, str]:
-    """Fashion-MNIST where it is; else noise with a bright square whose place is the class."""
+    """Return Fashion-MNIST if available, else noise with a bright square at a place per class."""
     import framework as fw
     from framework.errors import DataError
 
@@ -118,14 +134,14 @@ def pictures() -> tuple[Tensor, Tensor, str]:
         inputs = torch.randn(8192, 1, SIDE, SIDE, generator=generator)
         for number in range(CLASSES):
             row, column = divmod(number, 5)
-            inputs[targets == number, :, row * 14 : row * 14 + 5, column * 5 : column * 5 + 5] += (
-                1.0
-            )
+            top = 14 * row
+            left = 5 * column
+            inputs[targets == number, :, top : top + 5, left : left + 5] += 1.0
         return inputs, targets, "noise in the shape of Fashion-MNIST"
 
 
 def source_code() -> tuple[Tensor, Tensor, str]:
-    """Windows of the standard library's source, and the same one character on."""
+    """Return windows of the standard library's source, and the same windows one character later."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:40]
     text = b"".join(file.read_bytes() for file in files)
     codes = torch.frombuffer(bytearray(text), dtype=torch.uint8).long().clamp(max=CHARACTERS - 1)

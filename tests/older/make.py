@@ -1,13 +1,13 @@
-"""Make the folders beside this file: runs, sweeps and a search, interrupted in mid-epoch.
+"""Create the folders of these tests: runs, sweeps and a search, interrupted in mid-epoch.
 
-They were written by commit 22928a6, before the modules moved into packages, and are kept as they
-are: a later version has to resume them. This script documents how they were made; it works with
-that commit only (`python make.py` in an environment in which it is installed; as root on Linux, for
-`unshare`). SIGINT comes from the process itself after a given step, so that the outcome is the same
-each time. `NAME.expected.json` holds what the same commands give without an interruption.
+Commit 22928a6 wrote them, before the modules moved into packages. They must not change, because
+later versions must resume them. This script documents their creation; it works only with that
+commit (`python make.py` in an environment with that version; as root on Linux, for `unshare`). The
+process sends SIGINT to itself after a fixed step, so that the result is reproducible.
+`NAME.expected.json` has the results of the same commands without an interruption.
 
-Host name, platform and the paths of the parts in provenance.json are replaced by neutral ones:
-nothing reads them. Lock files are left out.
+Host name, platform and the paths of the parts in provenance.json are replaced by neutral values;
+no code reads them. Lock files are removed.
 """
 
 import hashlib
@@ -82,7 +82,7 @@ SEARCH = [
     *("optimizer.lr=tag(log, interval(1e-3, 1e-1))", "activation=relu,tanh"),
 ]
 AUTO = ["resume=auto"]
-CASES = {  # name: command, what resumes it, the run in which the signal comes, after which step
+CASES = {  # name: command, command that resumes it, the interrupted run and its last step
     "run": (RUN, ["resume", "runs/default/run"], "run", 23),
     "plugin_run": (
         PLUGIN_RUN,
@@ -97,7 +97,7 @@ CASES = {  # name: command, what resumes it, the run in which the signal comes, 
 
 
 def framework(arguments, folder, stopped=None):
-    """Run a command in a folder, where a signal may stop it."""
+    """Run a command in a folder; `stopped` is the run and the step of an interruption."""
     program = ["-m", "framework"] if stopped is None else ["-c", STOPPED, *map(str, stopped)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     named = ["unshare", "--uts", "sh", "-c", 'hostname host && exec "$@"', "sh"]
@@ -117,8 +117,11 @@ def framework(arguments, folder, stopped=None):
 
 def logged(run):
     """Return the lines of metrics.jsonl, without values that depend on time."""
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        for key in TIMES:
+            line.pop(key, None)
+    return lines
 
 
 def weights(run):
@@ -159,7 +162,7 @@ def make_neutral(folder):
 
 
 def measured(run, folder):
-    """Return what `eval` and `predict` print for the checkpoints of an interrupted run."""
+    """Return the output of `eval` and `predict` for the checkpoints of an interrupted run."""
     plugins = ["--plugins", "mine.py"] if run.name == "plugin_run" else []
     found = {}
     for split in ("val", "test"):
@@ -179,7 +182,7 @@ def measured(run, folder):
 
 
 def make(name, scratch):
-    """Make a folder and its expected values, and check that it resumes to them."""
+    """Create a folder and its expected values, and check that it resumes to them."""
     command, resume, stopped_run, step = CASES[name]
     left = {}
     for kind, stopped in (("uninterrupted", None), ("interrupted", (stopped_run, step))):

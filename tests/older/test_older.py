@@ -1,8 +1,8 @@
 """Folders of an earlier version, interrupted in mid-epoch: this version reads and resumes them.
 
-`make.py` wrote them, and `NAME.expected.json` with what the same commands gave there without an
-interruption. Where plain PyTorch gives the bits that it gave then (`plain_training.sha256`), a resumed
-run has to give them too. On another processor or with another release of torch, rounding errors are allowed.
+`make.py` wrote them, and `NAME.expected.json` with the results of the same commands without an
+interruption. A resumed run must give the same bits if plain PyTorch does (`plain_training.sha256`);
+with another processor or release of torch, rounding errors are allowed.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ def expected_of(name):
 
 
 def copied(name, folder):
-    """Copy a folder of that version into a folder to work in; return its path from there."""
+    """Copy a folder of that version into a working folder; return its relative path."""
     run = Path("runs/default") / name
     shutil.copytree(OLDER / name, folder / run, symlinks=True)
     shutil.copy(OLDER / "mine.py", folder)
@@ -68,7 +68,7 @@ def outcome(folder):
 
 
 def assert_close(found, expected, path=""):
-    """Compare nested values; floats but for rounding, and no checksums of weights."""
+    """Compare nested values, floats up to rounding, without the checksums of weights."""
     if isinstance(expected, dict):
         assert found.keys() == expected.keys(), path
         for key, value in expected.items():
@@ -93,7 +93,7 @@ def compare(found, expected, exact):
 
 @pytest.fixture
 def succeed(command):
-    """Run a command, which has to succeed, in the working folder; return its output."""
+    """Run a command that must succeed in the working folder; return its output."""
 
     def run(arguments):
         status, out, err = command(shlex.join(arguments))
@@ -104,9 +104,9 @@ def succeed(command):
 
 
 def checksum_of_plain_training():
-    """Return a checksum of weights that were trained in plain PyTorch.
+    """Return a checksum of weights that plain PyTorch trains.
 
-    It says whether this processor and this release of torch give the bits of those that wrote the folders.
+    It depends on the processor and the release of torch.
     """
     torch.manual_seed(0)
     inputs = torch.randn(48, 13)
@@ -130,7 +130,7 @@ def checksum_of_plain_training():
 
 @pytest.fixture
 def is_exact(one_thread):
-    """Whether this processor gives the bits of the one that wrote the folders."""
+    """Whether this machine gives the same bits as the machine that wrote the folders."""
     return checksum_of_plain_training() == (OLDER / "plain_training.sha256").read_text().strip()
 
 
@@ -174,8 +174,8 @@ def test_the_best_run_of_an_older_sweep_is_evaluated(name, succeed, tmp_path):
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_one_other_number_in_a_checkpoint_gives_another_result(succeed, tmp_path):
-    """A control: the comparison sees one number in the optimizer's state."""
+def test_one_changed_number_in_a_checkpoint_gives_another_result(succeed, tmp_path):
+    """A control: the comparison detects one number in the optimizer's state."""
     expected = expected_of("run")
     run = copied("run", tmp_path)
     newest = listed(run / "checkpoints")[-1]

@@ -1,4 +1,4 @@
-"""The core does without plugins, and one module opens the files of runs."""
+"""The framework works without plugins, and one module opens the files of runs."""
 
 import ast
 import os
@@ -19,7 +19,7 @@ PLUGINS = shipped(ROOT / "plugins", "**/*.py")
 
 
 def test_import_contracts(tmp_path):
-    """The contracts are in pyproject.toml; `lint-imports` checks them too, with files that a user added."""
+    """`lint-imports` accepts the files that git tracks; the contracts are in pyproject.toml."""
     for name, package in (("framework", "framework"), ("plugins", "framework_plugins")):
         for file in shipped(ROOT / name, "**/*.py"):
             copy = tmp_path / package / file.relative_to(ROOT / name)
@@ -34,7 +34,7 @@ def test_import_contracts(tmp_path):
 
 
 def test_every_package_is_installed():
-    """pyproject.toml lists them by hand; an editable install works without."""
+    """pyproject.toml lists all packages; an editable install would also work without the list."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     found = {"framework_conf"}
     for folder, package in (("framework", "framework"), ("plugins", "framework_plugins")):
@@ -53,10 +53,10 @@ OF_PACKAGES = {
     "os.replace",
     "os.rename",
 }
-OPENED_ELSEWHERE = {  # modules that open files themselves, and which these are
-    "framework/system/files.py": "the functions that the others use",
-    "framework/runs/checkpoint/reading.py": "torch and safetensors open what `open_file` has opened",
-    "framework/runs/checkpoint/writing.py": "safetensors and `sync` open the files; folders are renamed",
+OPENED_ELSEWHERE = {  # modules that open files themselves, and the files
+    "framework/system/files.py": "the functions that other modules use",
+    "framework/runs/checkpoint/reading.py": "torch and safetensors read files from `open_file`",
+    "framework/runs/checkpoint/writing.py": "safetensors and `sync` open the files; renames",
     "framework/runs/checkpoint/retention.py": "folders are renamed",
     "framework/experiment/find_run.py": "`read_bytes` of framework/system/files.py",
     "framework/experiment/weights.py": "a .safetensors file that the user names",
@@ -68,7 +68,7 @@ OPENED_ELSEWHERE = {  # modules that open files themselves, and which these are
     "framework/cli/output.py": "the output that the user names",
     "framework/composition/sources.py": "configs of the user's project",
     "framework/system/streams.py": "the standard streams",
-    "framework/runtime/clock.py": "a trace in a private temporary folder, which is copied",
+    "framework/runtime/clock.py": "a trace in a private temporary folder",
     "framework/training/trainer.py": "loggers are opened",
     "framework/registry/discovery.py": "plugins of the user",
     "framework/tuning/search/search.py": "loggers are opened",
@@ -76,7 +76,7 @@ OPENED_ELSEWHERE = {  # modules that open files themselves, and which these are
 
 
 def opened_in(file):
-    """The names of functions that a file calls to open, read or write files."""
+    """Yield the names of the functions that a file calls to open, read or write files."""
     for node in ast.walk(ast.parse(file.read_text())):
         if not isinstance(node, ast.Call):
             continue
@@ -95,40 +95,33 @@ def test_files_of_a_run_are_opened_by_one_module(file):
     if name in OPENED_ELSEWHERE:
         assert found, "remove the entry of OPENED_ELSEWHERE"
     else:
-        assert found == [], (
-            "use `open_file`, `write_file` and the readers of framework/system/files.py"
-        )
+        assert found == [], "use the functions of framework/system/files.py"
 
 
-def test_the_search_for_open_files_finds_them(tmp_path):
+def test_the_search_finds_functions_that_open_files(tmp_path):
     file = tmp_path / "part.py"
     file.write_text("open('a'); path.read_text(); (run / 'x').open('w'); os.replace(a, b)")
     assert len(list(opened_in(file))) == 4
 
 
-def test_conf_holds_composition_only():
-    found = {path.relative_to(ROOT / "conf") for path in (ROOT / "conf").rglob("*.yaml")}
-    per_part = [
-        str(path) for path in found if path.name != "config.yaml" and path.parts[0] != "experiment"
-    ]
-    assert not per_part, "a part's settings are its signature: no YAML per part"
+def test_conf_has_no_file_for_a_single_part():
+    """The settings of a part are its signature."""
+    for path in (ROOT / "conf").rglob("*.yaml"):
+        assert path.name == "config.yaml" or path.parent.name == "experiment"
 
 
-def test_the_core_stands_without_plugins(tmp_path):
-    shutil.copytree(
-        ROOT / "framework", tmp_path / "framework", ignore=shutil.ignore_patterns("__pycache__")
-    )
+def test_the_framework_can_be_imported_without_plugins(tmp_path):
+    without_caches = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "framework", tmp_path / "framework", ignore=without_caches)
     check = """
 import importlib, pkgutil, sys
 sys.modules["framework_plugins"] = None
 import framework
 assert framework.__file__.startswith(sys.argv[1]), framework.__file__
 for module in pkgutil.walk_packages(framework.__path__, "framework."):
-    if module.name.endswith("__main__"):  # it would run
-        continue
-    importlib.import_module(module.name)
+    if not module.name.endswith("__main__"):  # it would run
+        importlib.import_module(module.name)
 """
+    command = [sys.executable, "-c", check, str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    subprocess.run(
-        [sys.executable, "-c", check, str(tmp_path)], check=True, cwd=tmp_path, env=environment
-    )
+    subprocess.run(command, check=True, cwd=tmp_path, env=environment)

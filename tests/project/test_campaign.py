@@ -1,7 +1,8 @@
-"""Short versions of what `scripts/fault_campaign` does for minutes; the one with random kills is in test_resume.py."""
+"""Short versions of `scripts/fault_campaign`; the one with random kills is in test_resume.py."""
 
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,49 +26,58 @@ needs_tracing = pytest.mark.skipif(bool(supported()), reason=str(supported()))
 
 
 def case(name):
-    return next(each for each in campaign_saves.cases() if each.name == name)
+    return next(case for case in campaign_saves.cases() if case.name == name)
 
 
 # files
 
 
-def test_damage_to_the_files_of_real_checkpoints_is_found_before_use(capsys):
+def test_damage_to_the_files_of_real_checkpoints_is_detected_before_use(capsys):
     assert campaign_files.files(60, seed=0, control=False) == 0
     assert "0 undetected of 69 damages" in capsys.readouterr().out
 
 
 def test_without_checksums_the_same_damage_goes_undetected(capsys, monkeypatch):
-    monkeypatch.setattr(reading, "verify", reading.verify)  # which the control replaces
+    monkeypatch.setattr(reading, "verify", reading.verify)  # the control replaces it
     assert campaign_files.files(20, seed=0, control=True) == 1
-    assert "is taken for the newest good one" in capsys.readouterr().out
+    assert "is selected as the newest good one" in capsys.readouterr().out
 
 
 # saves
 
 
 @needs_tracing
-def test_a_process_is_stopped_at_the_very_call(tmp_path):
-    def write():
-        with (tmp_path / "a").open("wb", buffering=0) as file:
-            file.write(b"12345")
-            file.write(b"67890")
-
-    calls = [Call("create"), Call("write", 5), Call("write", 5)]
-    for fault, made, status, left in [
+@pytest.mark.parametrize(
+    ("fault", "number_of_calls", "status", "content"),
+    [
         (None, 3, 0, b"1234567890"),
         (Fault(0, "killed before"), 1, -9, None),
         (Fault(0, "killed after"), 1, -9, b""),
         (Fault(2, "killed within", 3), 3, -9, b"12345678"),
         (Fault(1, "no room"), 2, 1, b""),
-    ]:
-        (tmp_path / "a").unlink(missing_ok=True)
-        assert traced(write, tmp_path, fault) == (calls[:made], status)
-        assert ((tmp_path / "a").read_bytes() if (tmp_path / "a").exists() else None) == left
+    ],
+)
+def test_a_process_is_stopped_at_the_selected_call(
+    fault, number_of_calls, status, content, tmp_path
+):
+    path = tmp_path / "a"
+
+    def write():
+        with path.open("wb", buffering=0) as file:
+            file.write(b"12345")
+            file.write(b"67890")
+
+    calls = [Call("create"), Call("write", 5), Call("write", 5)]
+    assert traced(write, tmp_path, fault) == (calls[:number_of_calls], status)
+    if content is None:
+        assert not path.exists()
+    else:
+        assert path.read_bytes() == content
 
 
 @needs_tracing
 @pytest.mark.parametrize(
-    ("name", "sort"),
+    ("name", "kind"),
     [
         ("same step again", "killed after"),
         ("rotation, best, background", "killed after"),
@@ -75,15 +85,15 @@ def test_a_process_is_stopped_at_the_very_call(tmp_path):
         ("new step", "killed within"),
     ],
 )
-def test_a_fault_at_any_call_of_a_save_leaves_a_good_checkpoint_and_no_litter(name, sort):
-    tally = campaign_saves.disturb(case(name), random.Random(0), [sort], every=2)
+def test_a_fault_at_any_call_of_a_save_leaves_a_good_checkpoint_and_no_other_files(name, kind):
+    tally = campaign_saves.disturb(case(name), random.Random(0), [kind], every=2)
     assert tally.wrong == []
-    assert tally.points[sort] >= 6
+    assert tally.points[kind] >= 6
     assert set(tally.newest) <= {"old", "new"}
 
 
 @needs_tracing
-def test_a_disk_that_is_full_leaves_a_good_checkpoint_and_no_litter():
+def test_a_full_disk_leaves_a_good_checkpoint_and_no_other_files():
     tally = campaign_saves.fill_up(case("rotation, best"))
     if isinstance(tally, str):
         pytest.skip(tally)
@@ -93,10 +103,10 @@ def test_a_disk_that_is_full_leaves_a_good_checkpoint_and_no_litter():
 
 
 @needs_tracing
-def test_a_checkpoint_that_gets_its_name_file_by_file_does_not_survive(monkeypatch):
+def test_a_checkpoint_published_file_by_file_does_not_survive(monkeypatch):
     monkeypatch.setattr(writing, "publish", campaign_saves.in_place)
     tally = campaign_saves.disturb(case("new step"), random.Random(0), ["killed after"], every=3)
-    assert any("unreadable under a final name" in each for each in tally.wrong)
+    assert any("unreadable under a final name" in problem for problem in tally.wrong)
 
 
 # starts
@@ -104,7 +114,7 @@ def test_a_checkpoint_that_gets_its_name_file_by_file_does_not_survive(monkeypat
 
 def test_of_two_simultaneous_starts_one_writes_and_the_other_is_refused():
     command = [sys.executable, SCRIPTS / "fault_campaign", "--double-starts", "2"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "one writer in 1 of 1 double first starts and 1 of 1 double resumes" in done.stdout
 
@@ -113,7 +123,9 @@ def test_of_two_simultaneous_starts_one_writes_and_the_other_is_refused():
 
 
 @pytest.mark.parametrize("control", [False, True])
-def test_a_full_disk_under_the_metrics_is_told_and_the_run_goes_on_exactly(capsys, control):
+def test_a_full_disk_while_metrics_are_written_is_reported_and_the_run_resumes_exactly(
+    capsys, control
+):
     status = campaign_full.full_disk(1, seed=0, control=control, only="run, metrics.jsonl 1")
     out = capsys.readouterr().out
     if out.startswith("skipped"):
@@ -131,7 +143,7 @@ def hostile(*arguments):
 
 
 @pytest.mark.slow
-def test_hostile_folders_execute_and_write_nothing_and_are_refused_in_a_line():
+def test_hostile_folders_execute_and_write_nothing_and_are_refused_in_one_line():
     done = hostile("30", "--commands", "2")
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -148,18 +160,18 @@ def test_without_the_protections_the_same_folders_do_harm():
 
 @pytest.fixture
 def world(tmp_path):
-    """A scratch world without a run."""
-    campaign_hostile.empty(tmp_path)
+    """A scratch folder without a run."""
+    campaign_hostile.make_folders(tmp_path)
     (tmp_path / "outside/secret").write_text(campaign_hostile.TOKEN)
-    made = campaign_mutations.World(tmp_path, campaign_hostile.TOKEN, False, random.Random(0))
-    made.run.mkdir(parents=True)
-    return made
+    world = campaign_mutations.World(tmp_path, campaign_hostile.TOKEN, False, random.Random(0))
+    world.run.mkdir(parents=True)
+    return world
 
 
 def judge(world, work):
-    return campaign_hostile.judge(world, work, access=campaign_sandbox.times_of_access(world.root))[
-        1
-    ]
+    access = campaign_sandbox.times_of_access(world.root)
+    _, problems = campaign_hostile.judge(world, work, access=access)
+    return problems
 
 
 def writes(world):
@@ -210,19 +222,15 @@ HARMS = {
 
 
 @pytest.mark.parametrize("harm", HARMS)
-def test_what_a_command_does_beside_its_work_is_seen(world, monkeypatch, harm):
+def test_each_kind_of_harm_is_detected(world, monkeypatch, harm):
     monkeypatch.setattr(campaign_sandbox, "IDLE", 0.3)
-    lines = Path("/proc/self/status").read_text().splitlines()
-    [used] = [
-        int(line.split()[1]) for line in lines if line.startswith("RssAnon")
-    ]  # kB, which a fork begins with
-    monkeypatch.setattr(campaign_sandbox, "MOST_MEMORY", used + 20_000)
-    assert {kind for kind, _ in judge(world, lambda: HARMS[harm](world))} == {
-        harm.partition(",")[0]
-    }
+    memory = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    monkeypatch.setattr(campaign_sandbox, "MOST_MEMORY", int(memory[1]) + 20_000)
+    kinds = {kind for kind, _ in judge(world, lambda: HARMS[harm](world))}
+    assert kinds == {harm.partition(",")[0]}
 
 
-def test_a_command_that_keeps_to_its_run_is_in_order(world):
+def test_a_command_that_uses_only_its_run_has_no_problems(world):
     def work():
         (world.run / "file").write_text("text")
         print("loss  0.5")

@@ -1,4 +1,4 @@
-"""The matrix of environments, without making one."""
+"""The matrix of environments, without creating environments."""
 
 import importlib.util
 import sys
@@ -19,13 +19,12 @@ def matrix(tmp_path, monkeypatch):
     return module
 
 
-def test_torch_and_hydra_take_the_place_of_the_project_s_requirements(matrix):
+def test_the_selected_torch_and_hydra_replace_those_of_the_project(matrix):
     found = matrix.requirements_for("2.10", "1.4.0rc3")
     assert found[:2] == ["torch==2.10.*", "hydra-core==1.4.0rc3"]
-    assert [each for each in found[2:] if matrix.name_of(each) in ("torch", "hydra-core")] == []
-    assert {"pytest", "tensorboard", "hydra-joblib-launcher"} <= {
-        matrix.name_of(each) for each in found
-    }
+    others = {matrix.name_of(requirement) for requirement in found[2:]}
+    assert others.isdisjoint({"torch", "hydra-core"})
+    assert {"pytest", "tensorboard", "hydra-joblib-launcher"} <= others
     assert matrix.requirements_for("newest", "1.3.8")[0] == "torch"
     assert matrix.requirements_for("2.13.0", "1.3.8")[0] == "torch==2.13.0"
     pinned = {matrix.name_of(line) for line in matrix.constraints().splitlines()}
@@ -33,7 +32,7 @@ def test_torch_and_hydra_take_the_place_of_the_project_s_requirements(matrix):
     assert not pinned & {"torch", "hydra-core", "omegaconf"}
 
 
-def test_this_python_is_found_and_one_that_is_not_there_is_not(matrix):
+def test_an_installed_python_is_found_and_a_missing_one_is_not(matrix):
     version = "{}.{}".format(*sys.version_info)
     assert matrix.find_python(version)
     assert matrix.find_python("3.2") is None
@@ -53,13 +52,13 @@ def test_the_table_has_a_row_for_each_environment(matrix, monkeypatch, capsys):
     monkeypatch.setattr(
         matrix, "find_python", lambda version: None if version == "3.13" else sys.executable
     )
-    asked = []
+    created = []
 
     def environment(interpreter, folder, torch, hydra, log):
         if torch == "newest":
             raise matrix.MatrixError("cannot be installed")
         folder.mkdir(parents=True)
-        asked.append((torch, hydra))
+        created.append((torch, hydra))
         return folder / "bin/python"
 
     def run_tests(python, log, arguments):
@@ -74,12 +73,12 @@ def test_the_table_has_a_row_for_each_environment(matrix, monkeypatch, capsys):
     assert len(rows) == 2 + 6
     assert "| 3.13 | 2.10 | 1.3.8 |  |  |  | no python3.13 |" in rows
     assert "| 3.11 | newest | 1.3.8 |  |  |  | cannot be installed |" in rows
-    assert asked == [("2.10", "1.3.8"), ("2.13", "1.3.8")]
-    assert list(matrix.CACHE.iterdir()) == [], "environments are removed after use"
+    assert created == [("2.10", "1.3.8"), ("2.13", "1.3.8")]
+    assert list(matrix.CACHE.iterdir()) == []  # environments are removed after use
     assert matrix.main(["--matrix=3.11/2.10/1.3.8", "--matrix-keep", "-x"]) == 0
     assert len(list(matrix.CACHE.iterdir())) == 1
 
 
-def test_a_wrong_choice_is_told(matrix, capsys):
+def test_a_wrong_combination_gives_an_error(matrix, capsys):
     assert matrix.main(["--matrix=3.11"]) == 2
     assert "--matrix=3.11/2.13/1.3.8" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The wording of all messages is in one file, so that a change of wording is read as a whole."""
+"""The wording of all messages is in one file, so that all changes of wording show in one diff."""
 
 import ast
 
@@ -13,7 +13,7 @@ def collect(source):
 
 
 def test_the_snapshot_has_all_messages():
-    """After a change, run `python tests/messages.py`, and read the difference."""
+    """After a change, run `python tests/messages.py`, and read the diff."""
     assert messages.collected() == messages.SNAPSHOT.read_text(encoding="utf-8")
 
 
@@ -29,7 +29,7 @@ def test_the_snapshot_has_all_messages():
             "raise DataError('it is ' + ('empty' if not rows else 'full'))",
             "DataError: it is (empty | full)",
         ),
-        ("def told(path) -> str:\n    return f'no {path}'", "told: no {path}"),
+        ("def reason(path) -> str:\n    return f'no {path}'", "reason: no {path}"),
         ("warnings.warn('no rows', stacklevel=2)", "warn: no rows"),
     ],
 )
@@ -40,5 +40,5 @@ def test_a_message_is_found(source, line):
 @pytest.mark.parametrize(
     "source", ["raise OtherError('no rows')", "rows = 'no rows'", "DataError(text)"]
 )
-def test_other_texts_are_no_messages(source):
+def test_other_texts_are_not_messages(source):
     assert collect(source) == []

@@ -1,8 +1,8 @@
-"""Every block of code in the documentation runs: commands, Python, and the files that they name.
+"""Run every code block of the documentation: commands, Python, and the files that they name.
 
-A block whose first line is a comment with a path is that file; one after `<!-- not run: why -->` is for people only.
-The blocks of a page run one after another in one folder. A process that has imported all and is forked for each command
-spares its start-up; short runs come from a conf/config.yaml in the folder, as a project may have one.
+A block whose first line is a comment with a path is that file; `<!-- not run: reason -->` before a
+block skips it. The blocks of a page run in order in one folder. To save start-up time, each command
+is a fork of a process with all imports; a conf/config.yaml in the folder makes the runs short.
 """
 
 import json
@@ -35,24 +35,26 @@ from framework.cli import main
 
 framework.discover()
 for line in sys.stdin:
-    asked = json.loads(line)
+    job = json.loads(line)
     child = os.fork()
     if child == 0:
-        output = os.open(asked["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(output, 1), os.dup2(output, 2)
-        os.chdir(asked["cwd"])
+        output = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.chdir(job["cwd"])
         status = 1
         try:
-            if "python" in asked:
-                exec(compile(asked["python"], "README", "exec"), {"__name__": "__main__"})
+            if "python" in job:
+                exec(compile(job["python"], "README", "exec"), {"__name__": "__main__"})
                 status = 0
             else:
-                main.main(asked["arguments"])
+                main.main(job["arguments"])
         except SystemExit as end:
             status = end.code
         except BaseException:
             traceback.print_exc()
-        sys.stdout.flush(), sys.stderr.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(status)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
@@ -60,16 +62,20 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def forks(tmp_path_factory):
-    """Run a command of the framework, or Python, in a fork of a process that has everything imported."""
+    """Run a command of the framework, or Python code, in a fork of a process with all imports."""
     output = tmp_path_factory.mktemp("forks") / "output.txt"
-    pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    pipe["env"] = os.environ | {
-        "OMP_NUM_THREADS": "1"
-    }  # a fork of a process with threads could hang
-    with subprocess.Popen([sys.executable, "-c", FORKS], **pipe) as server:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # a fork of several threads could hang
+    with subprocess.Popen(
+        [sys.executable, "-c", FORKS],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as server:
 
-        def run(cwd, **asked):
-            server.stdin.write(json.dumps({"cwd": str(cwd), "output": str(output), **asked}) + "\n")
+        def run(cwd, **job):
+            line = json.dumps({"cwd": str(cwd), "output": str(output), **job})
+            server.stdin.write(line + "\n")
             server.stdin.flush()
             status = int(server.stdout.readline())
             return status, output.read_text()
@@ -79,59 +85,59 @@ def forks(tmp_path_factory):
 
 
 def blocks(page):
-    return [
-        (why, language, code) for why, language, code in BLOCK.findall((ROOT / page).read_text())
-    ]
+    """Return the reason not to run, the language and the code of each block."""
+    return BLOCK.findall((ROOT / page).read_text())
 
 
 def commands(code):
-    """The lines of a bash block without comments, as lists of words."""
-    return [words for line in code.splitlines() if (words := shlex.split(line, comments=True))]
+    """Return the lines of a bash block without comments, as lists of words."""
+    lines = [shlex.split(line, comments=True) for line in code.splitlines()]
+    return [words for words in lines if words]
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_block_runs(page, forks, tmp_path):
     (tmp_path / "conf").mkdir()
     (tmp_path / "conf/config.yaml").write_text(SHORT)
-    for why, language, code in blocks(page):
-        named = re.match(r"# ([\w./-]+\.\w+)\n", code)
-        if why or language == "text":
+    for not_run, language, code in blocks(page):
+        file_name = re.match(r"# ([\w./-]+\.\w+)\n", code)
+        if not_run or language == "text":
             continue
-        if named:
-            file = tmp_path / named[1]
+        if file_name:
+            file = tmp_path / file_name[1]
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(code)
         elif language == "python":
-            check(code, *forks(tmp_path, python=code))
+            status, output = forks(tmp_path, python=code)
+            assert status == 0, f"{code}\n{output}"
         elif language == "bash":
             for program, *arguments in commands(code):
-                assert program == "framework", (
-                    f"{page}: only `framework` can be run here; mark the block as not run"
-                )
-                check([program, *arguments], *forks(tmp_path, arguments=arguments))
+                assert program == "framework", f"{page}: mark a block with {program} as not run"
+                status, output = forks(tmp_path, arguments=arguments)
+                assert status == 0, f"{arguments}\n{output}"
         else:
             pytest.fail(f"{page}: a block of {language} is neither a file nor runs")
 
 
-def check(ran, status, output):
-    assert status == 0, f"{ran}\n{output}"
-
-
 @pytest.mark.parametrize("page", PAGES)
-def test_links_and_pictures_lead_somewhere(page):
+def test_links_and_images_point_to_existing_files(page):
     text = (ROOT / page).read_text()
-    targets = re.findall(r"\]\(([^)#]+)\)|(?:src|srcset|href)=\"([^\"#]+)\"", text)
-    for target in {either for pair in targets for either in pair if either and "://" not in either}:
-        assert ((ROOT / page).parent / target).exists(), f"{page} points to {target}"
+    targets = re.findall(r"\]\(([^)#]+)\)", text)
+    targets += re.findall(r"(?:src|srcset|href)=\"([^\"#]+)\"", text)
+    for target in targets:
+        if "://" not in target:
+            assert ((ROOT / page).parent / target).exists(), f"{page} points to {target}"
 
 
 def test_few_blocks_are_not_run():
-    assert sum(bool(why) for page in PAGES for why, _, _ in blocks(page)) <= 5
-
-
-def test_the_pages_name_no_part_that_is_not_there():
+    skipped = 0
     for page in PAGES:
-        for file in re.findall(
-            r"`(framework/\w+\.py|scripts/\w+|conf/[\w/]+\.yaml)`", (ROOT / page).read_text()
-        ):
-            assert (ROOT / file).exists() or file.startswith("conf/"), f"{page} names {file}"
+        skipped += sum(bool(not_run) for not_run, _, _ in blocks(page))
+    assert skipped <= 5
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_names_existing_files(page):
+    text = (ROOT / page).read_text()
+    for file in re.findall(r"`(framework/\w+\.py|scripts/\w+|conf/[\w/]+\.yaml)`", text):
+        assert (ROOT / file).exists() or file.startswith("conf/"), f"{page} names {file}"

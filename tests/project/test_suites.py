@@ -7,20 +7,17 @@ from suites import SUITE_OF, SUITES, TESTS, suite_of
 
 
 def test_every_file_has_a_suite():
-    without = [
-        str(file.relative_to(TESTS))
-        for file in shipped(TESTS, "**/test_*.py")
-        if suite_of(file) is None
-    ]
-    assert without == [], "give them, or their folder, an entry in tests/suites.py"
+    files = shipped(TESTS, "**/test_*.py")
+    without_suite = [file for file in files if suite_of(file) is None]
+    assert without_suite == [], "add an entry to tests/suites.py"
 
 
-def test_every_entry_is_of_a_file_or_folder_and_a_suite():
+def test_every_entry_names_an_existing_file_or_folder_and_a_suite():
     assert set(SUITE_OF.values()) == set(SUITES)
     assert [entry for entry in SUITE_OF if not (TESTS / entry).exists()] == []
 
 
-def test_the_longest_entry_counts():
+def test_the_longest_matching_entry_gives_the_suite():
     assert suite_of(TESTS / "tuning/sweep/test_sweep.py") == "system"
     assert suite_of(TESTS / "tuning/vectorized/test_stacked_trainer.py") == "training"
     assert suite_of(TESTS / "elsewhere/test_sweep.py") is None

@@ -1,4 +1,4 @@
-"""plugins/template, copied and installed as a person would: its parts are there by name, and its own tests pass."""
+"""An installed copy of plugins/template: its parts are found by name, and its own tests pass."""
 
 import json
 import os
@@ -21,9 +21,10 @@ OFFLINE = [
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory):
-    """Run Python where a copy of the template is installed; nothing of it is left in this environment."""
+    """Run Python with an installed copy of the template; this environment does not change."""
     folder = tmp_path_factory.mktemp("template")
-    copy, site = folder / "copy", folder / "site"
+    copy = folder / "copy"
+    site = folder / "site"
     shutil.copytree(TEMPLATE, copy)
     environment = os.environ | {"PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": "1"}
 
@@ -40,23 +41,17 @@ def python(tmp_path_factory):
 
 
 def test_the_parts_of_an_installed_package_are_found_by_name(python, tmp_path):
-    elsewhere = (
-        tmp_path / "elsewhere"
-    )  # an informing command imports nothing from the working folder
-    elsewhere.mkdir()
-    shown = json.loads(python("-m", "framework", "show", "bent_identity", "--json", cwd=elsewhere))
-    assert (shown["kind"], shown["package"], shown["version"]) == (
-        "activation",
-        "my-parts",
-        "0.1.0",
-    )
-    assert (
-        shown["settings"][0] | {"name": "bend", "default": 1.0, "type": "float in (0, inf)"}
-        == shown["settings"][0]
-    )
+    shown = json.loads(python("-m", "framework", "show", "bent_identity", "--json", cwd=tmp_path))
+    assert shown["kind"] == "activation"
+    assert shown["package"] == "my-parts"
+    assert shown["version"] == "0.1.0"
+    bend = shown["settings"][0]
+    assert bend["name"] == "bend"
+    assert bend["default"] == 1.0
+    assert bend["type"] == "float in (0, inf)"
 
 
-def test_an_experiment_trains_with_them(python, tmp_path):
+def test_an_experiment_trains_with_the_installed_parts(python, tmp_path):
     overrides = [
         "activation=bent_identity",
         "activation.bend=0.5",
@@ -71,11 +66,10 @@ def test_an_experiment_trains_with_them(python, tmp_path):
 def test_the_tests_of_the_template_pass(python, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(TEMPLATE, copy)
-    assert "2 passed" in python(
-        "-m", "pytest", "-q", "-p", "no:cacheprovider", copy / "tests", cwd=copy
-    )
+    pytest_command = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    assert "2 passed" in python(*pytest_command, copy / "tests", cwd=copy)
 
 
-def test_the_template_is_no_part_of_the_built_in_plugins():
+def test_the_template_is_not_one_of_the_built_in_plugins():
     assert "my_parts" not in sys.modules
     assert "framework_plugins.template" not in sys.modules
