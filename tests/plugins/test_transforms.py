@@ -161,7 +161,7 @@ def test_a_resized_crop_of_all_of_the_image_is_the_image():
     torch.testing.assert_close(out, images(), atol=1e-5, rtol=0)
     with pytest.raises(
         SettingError,
-        match=r"resized_crop: the inputs are torch.uint8, which cannot be interpolated",
+        match=r"resized_crop: .*torch.uint8",
     ):
         apply(build("resized_crop"), images().byte(), TARGETS)
 
@@ -190,7 +190,7 @@ def test_noise_is_normal_and_of_every_number_by_itself():
     assert float(added.mean()) == pytest.approx(0, abs=0.02)
     assert float(added.std()) == pytest.approx(0.5, abs=0.02)
     assert float(torch.corrcoef(added.T).triu(1).abs().max()) < 0.25
-    with pytest.raises(SettingError, match=r"noise: the inputs are torch.int64"):
+    with pytest.raises(SettingError, match="noise: .*torch.int64"):
         apply(build("noise"), TARGETS, TARGETS)
 
 
@@ -286,7 +286,7 @@ def test_what_is_for_images_says_so_when_it_is_built(name):
 
 
 def test_a_crop_cannot_mirror_more_than_there_is():
-    with pytest.raises(BuildError, match=r"crop cannot mirror 5 pixels of \(2, 5, 6\); fill=edge"):
+    with pytest.raises(BuildError, match=r"padding=5.*\(2, 5, 6\); fill=edge"):
         build("crop", padding=5, fill="reflect")
 
 
@@ -337,7 +337,7 @@ def test_training_batches_go_through_them_in_order_and_validation_does_not():
 def test_a_loss_that_takes_no_probabilities_is_refused_by_name():
     with pytest.raises(
         SettingError,
-        match="mixup makes class probabilities of targets, which the loss Focal does not",
+        match="mixup .* loss Focal .* use cross_entropy",
     ):
         fit(build("mixup"), loss=fw.losses.build("focal"))
 

@@ -206,7 +206,7 @@ class TestForecasts:
         torch.testing.assert_close(
             fw.models.build("nbeats", (20, 2), (10,))(x), x[:, -1:, 0].expand(3, 10)
         )
-        with pytest.raises(BuildError, match="season=21 is longer than the 20 steps"):
+        with pytest.raises(BuildError, match="season=21 .* 20"):
             fw.models.build("nbeats", (20, 2), (10,), season=21)
 
     def test_nbeats_is_that_of_the_paper(self):
@@ -373,7 +373,7 @@ class TestPictures:
         assert (red | black).any(1).all()
 
     def test_it_says_when_there_is_nothing_to_draw(self):
-        with pytest.raises(SettingError, match="the targets here are classes"):
+        with pytest.raises(SettingError, match="the targets are classes"):
             self.shown(torch.arange(10) % 2, torch.nn.Linear(1, 2))
         callback = fw.callbacks.build("predictions")
         stream = ForeignLoader([])

@@ -262,7 +262,7 @@ class TestModels:
                 assert parameter.grad.any(), parameter_name
 
     def test_columns_that_are_not_the_inputs_are_refused(self):
-        with pytest.raises(BuildError, match="gets 4 inputs, but is told of 2 columns"):
+        with pytest.raises(BuildError, match="sizes of 4 columns, got 2"):
             fw.models.build("ft_transformer", (4,), (2,), (0, 3))
 
     def test_a_model_that_would_take_indices_for_amounts_is_refused(self, houses):

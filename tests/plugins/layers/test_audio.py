@@ -109,15 +109,15 @@ def test_features_have_shapes_and_refuse_what_cannot_be():
         BuildError, match=r"log_mel expects \(channels\+1, samples\), gets \(8000,\)"
     ):
         block("log_mel", (8000,))
-    with pytest.raises(BuildError, match="no channel beside the mask"):
+    with pytest.raises(BuildError, match="no channel besides the mask"):
         block("log_mel", (1, 8000))
-    with pytest.raises(BuildError, match="hold the window of 400 samples"):
+    with pytest.raises(BuildError, match="n_fft=256.* window of 400"):
         block("log_mel", n_fft=256)
-    with pytest.raises(BuildError, match="below half of sample_rate=8000"):
+    with pytest.raises(BuildError, match="high_hz=.* sample_rate=8000"):
         block("log_mel", sample_rate=8000, high_hz=5000.0)
-    with pytest.raises(BuildError, match="fall between the points of n_fft=256; take fewer mels"):
+    with pytest.raises(BuildError, match="no frequency bin of n_fft=256; reduce mels"):
         block("log_mel", sample_rate=8000, mels=200)
-    with pytest.raises(BuildError, match="40 mels have no 41 coefficients"):
+    with pytest.raises(BuildError, match="coefficients=41.* mels=40"):
         block("mfcc", coefficients=41)
 
 

@@ -111,14 +111,14 @@ def test_plain_torch_layers_are_used_where_they_do():
             "group",
             (10, 4, 4),
             {"groups": 4},
-            r"4 groups do not divide 10 channels.*use one of 1, 2, 5, 10",
+            r"groups=4 does not divide the 10 channels.*use one of 1, 2, 5, 10",
         ),
         ("group", (4,), {"groups": 4}, "over a single channel"),
         ("layer", (1, 28, 28), {}, "layer norm over a single channel"),
         ("rms", (1,), {}, "rms norm over a single channel"),
-        ("instance", (8,), {}, r"in_shape \(8,\) has none. Use layer"),
-        ("batch", (), {}, r"not in_shape \(\)"),
-        ("layer", (2, 3, 4, 5, 6), {}, r"not in_shape \(2, 3, 4, 5, 6\)"),
+        ("instance", (8,), {}, r"in_shape \(8,\) has none; use layer"),
+        ("batch", (), {}, r"got \(\)"),
+        ("layer", (2, 3, 4, 5, 6), {}, r"got \(2, 3, 4, 5, 6\)"),
     ],
 )
 def test_a_shape_without_meaning_is_refused(name, shape, settings, said):

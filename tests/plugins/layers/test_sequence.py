@@ -239,19 +239,19 @@ def test_shapes_and_mistakes():
     assert output_shape(shortened, (4, 41)) == (4, 20)
     with pytest.raises(BuildError, match=r"masked_norm expects \(C\+1, L\), gets \(5,\)"):
         build("blocks", "masked_norm", (5,))
-    with pytest.raises(BuildError, match="has no other"):
+    with pytest.raises(BuildError, match="has no other channel"):
         build("blocks", "masked_pool", (1, 8))
-    with pytest.raises(BuildError, match="odd kernel_size"):
+    with pytest.raises(BuildError, match="kernel_size=4"):
         build("blocks", "masked_conv1d", (4, 8), kernel_size=4)
     with pytest.raises(BuildError, match=r"masked_conv2d expects \(C\+1, H, L\), gets \(4, 8\)"):
         build("blocks", "masked_conv2d", (4, 8))
-    with pytest.raises(BuildError, match="odd kernel_size"):
+    with pytest.raises(BuildError, match="kernel_size=4"):
         build("blocks", "masked_conv2d", (2, 4, 8), kernel_size=4)
     with pytest.raises(BuildError, match=r"expects blocks that give \(C, H, L\), gets \(256,\)"):
         build("blocks", "masked", (2, 16, 16), blocks=[fw.blocks.maker("flatten")])
-    with pytest.raises(BuildError, match="6 channels into 4 heads"):
+    with pytest.raises(BuildError, match="6 channels .* 4 heads"):
         build("blocks", "masked_transformer", (7, 8), heads=4)
-    with pytest.raises(BuildError, match="cannot follow its mask from 8 frames to 6"):
+    with pytest.raises(BuildError, match="8 frames to 6"):
         build(
             "blocks", "masked", (4, 8), blocks=[fw.blocks.maker("conv1d", kernel_size=3, padding=0)]
         )

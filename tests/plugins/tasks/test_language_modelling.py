@@ -163,9 +163,9 @@ def test_what_the_model_cannot_take():
         DataError, match="a sequence of 13 tokens is longer than the model's context of 12"
     ):
         decoder()(torch.zeros(1, 13, dtype=torch.int64))
-    with pytest.raises(BuildError, match="turn pairs of features; 5 a head are not even"):
+    with pytest.raises(BuildError, match="even number of features per head, got 5"):
         fw.blocks.build("rotary_attention", (4, 10), heads=2)
-    with pytest.raises(BuildError, match="cannot split 10 features into 4 heads"):
+    with pytest.raises(BuildError, match="10 features .* 4 heads"):
         fw.blocks.build("rotary_attention", (4, 10), heads=4)
 
 
