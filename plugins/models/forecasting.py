@@ -188,7 +188,7 @@ class Predictions(Callback):
 
     def on_fit_start(self, trainer: Context) -> None:
         split = None if trainer.val_batches is None else trainer.val_batches.split
-        if split is None:
+        if trainer.val_batches is None:
             problem = "there is no validation split"
         elif not isinstance(split, TensorSplit):
             problem = "the validation split is not in memory"

@@ -206,7 +206,7 @@ class TestForecasts:
         torch.testing.assert_close(
             fw.models.build("nbeats", (20, 2), (10,))(x), x[:, -1:, 0].expand(3, 10)
         )
-        with pytest.raises(BuildError, match="season=21 .* 20"):
+        with pytest.raises(BuildError, match=r"season=21 .* 20"):
             fw.models.build("nbeats", (20, 2), (10,), season=21)
 
     def test_nbeats_is_that_of_the_paper(self):

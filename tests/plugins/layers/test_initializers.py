@@ -7,7 +7,8 @@ from scipy import stats
 import framework as fw
 from framework.errors import BuildError
 
-LINEAR, CONV = (400, 300), (60, 20, 5, 5)
+LINEAR = (400, 300)
+CONV = (60, 20, 5, 5)
 FAN_IN = {LINEAR: 300, CONV: 500}
 FAN_OUT = {LINEAR: 400, CONV: 1500}
 
@@ -90,7 +91,8 @@ def test_orthogonal_weights_have_orthonormal_rows_or_columns(shape):
 
 
 def test_identity_layers_return_their_input():
-    features, image = torch.randn(2, 6), torch.randn(2, 6, 5, 5)
+    features = torch.randn(2, 6)
+    image = torch.randn(2, 6, 5, 5)
     torch.testing.assert_close(features @ draw("identity", (6, 6)).T, features)
     torch.testing.assert_close(
         torch.nn.functional.conv2d(image, draw("eye", (6, 6, 3, 3)), padding=1), image

@@ -74,7 +74,7 @@ def test_batch_norm_evaluates_with_running_statistics():
     torch.testing.assert_close(norm(x[:1]), expected[:1])
 
 
-def test_batch_norm_of_a_single_row_says_what_to_do():
+def test_batch_norm_of_a_single_row_is_an_error_with_advice():
     with pytest.raises(DataError, match="drop_last"):
         fw.norms.build("batch", (3,))(torch.randn(1, 3))
 
@@ -98,7 +98,7 @@ def test_layer_norm_without_shift():
     assert len(list(fw.norms.build("layer", (6,), bias=False).parameters())) == 1
 
 
-def test_plain_torch_layers_are_used_where_they_do():
+def test_torch_layers_are_used_where_they_fit():
     assert type(fw.norms.build("batch", (6, 4, 3))) is nn.BatchNorm2d
     assert type(fw.norms.build("layer", (6,))) is nn.LayerNorm
     assert type(fw.norms.build("group", (8, 4, 3))) is nn.GroupNorm
@@ -121,6 +121,6 @@ def test_plain_torch_layers_are_used_where_they_do():
         ("layer", (2, 3, 4, 5, 6), {}, r"got \(2, 3, 4, 5, 6\)"),
     ],
 )
-def test_a_shape_without_meaning_is_refused(name, shape, settings, said):
+def test_a_shape_for_which_a_norm_is_undefined_is_refused(name, shape, settings, said):
     with pytest.raises(BuildError, match=said):
         fw.norms.build(name, shape, **settings)

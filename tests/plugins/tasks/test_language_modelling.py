@@ -165,7 +165,7 @@ def test_what_the_model_cannot_take():
         decoder()(torch.zeros(1, 13, dtype=torch.int64))
     with pytest.raises(BuildError, match="even number of features per head, got 5"):
         fw.blocks.build("rotary_attention", (4, 10), heads=2)
-    with pytest.raises(BuildError, match="10 features .* 4 heads"):
+    with pytest.raises(BuildError, match=r"10 features .* 4 heads"):
         fw.blocks.build("rotary_attention", (4, 10), heads=4)
 
 
