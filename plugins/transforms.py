@@ -151,7 +151,7 @@ class ResizedCrop(Transform):
         stretch = ((2 * stretch - 1) * widest).exp()
         wide = (area * stretch).sqrt()
         high = (area / stretch).sqrt()
-        # The centre of the box, in coordinates from -1 to 1 in each axis of the image.
+        # The center of the box, in coordinates from -1 to 1 in each axis of the image.
         x = (2 * left - 1) * (1 - wide)
         y = (2 * top - 1) * (1 - high)
         zero = torch.zeros_like(area)
@@ -167,7 +167,7 @@ class ResizedCrop(Transform):
 class Cutout(Transform):
     """Set a square at a random position of each image to 0, the mean (DeVries and Taylor 2017).
 
-    arXiv:1708.04552. The centre of the square is any pixel.
+    arXiv:1708.04552. The center of the square is any pixel.
 
     Args:
         size: side of the square in pixels; the part outside the image is ignored.
@@ -314,7 +314,7 @@ class Mixup(Mixing):
 class CutMix(Mixing):
     """Replace a random box of each image by that of another image, and mix the targets by area.
 
-    The box has the area fraction 1 - λ with λ from Beta(alpha, alpha), and any pixel as its centre.
+    The box has the area fraction 1 - λ with λ from Beta(alpha, alpha), and any pixel as its center.
     The part outside the image is ignored: the targets are mixed by the fraction of pixels that are
     kept (Yun et al. 2019, arXiv:1905.04899, section 3.1).
 

@@ -210,7 +210,6 @@ class TransformerLayer(nn.Module):
         features = in_shape[-1]
 
         def sublayer(module: nn.Module) -> Sublayer:
-
             norm_module = norm((features,))
             dropout_module = dropout_kind(dropout) if dropout > 0 else nn.Identity()
             return Sublayer(module, norm_module, dropout_module, norm_first)

@@ -80,7 +80,7 @@ def log_mel(
 ) -> nn.Module:
     """Logarithm of the energy in mel bands: ln max(floor, energy), for each frame of a waveform.
 
-    (channels + 1, samples) -> (mels + 1, frames). Channels are averaged. Frame t is centred at
+    (channels + 1, samples) -> (mels + 1, frames). Channels are averaged. Frame t is centered at
     sample t * hop. The energy of a band is the squared magnitude of the windowed Fourier transform,
     weighted by a triangle on the mel scale. The waveform is zero-padded at both ends.
 

@@ -31,7 +31,7 @@ Each list is empty before the first token.
 class Rotary(nn.Module):
     """Rotate features i and i + D/2 of position m by the angle m · base^(-2i / D).
 
-    Su et al. 2021, arXiv:2104.09864, equation 34; the paper pairs neighbouring features, which
+    Su et al. 2021, arXiv:2104.09864, equation 34; the paper pairs neighboring features, which
     differs by a fixed permutation.
     """
 

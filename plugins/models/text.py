@@ -66,7 +66,7 @@ class EmbeddingBag(nn.Module):
         Args:
             vocabulary: number of token ids.
             width: features of a vector.
-            pairs: also use vectors of pairs of neighbouring words, hashed into `buckets` (section
+            pairs: also use vectors of pairs of neighboring words, hashed into `buckets` (section
                 2.1 of the paper).
             buckets: size of the hash table of pair vectors.
             dropout: probability of zeroing a feature of the mean.

@@ -118,7 +118,7 @@ def sgd(p: Tensor, g: Tensor, state: State, settings: Settings) -> tuple[Tensor,
 
 
 def rmsprop(p: Tensor, g: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
-    """RMSprop (Hinton 2012, lecture 6e), or its centred variant.
+    """RMSprop (Hinton 2012, lecture 6e), or its centered variant.
 
     The variant is from Graves 2013, arXiv:1308.0850, equations 38 to 45.
     """

@@ -201,7 +201,7 @@ def test_the_norm_is_over_the_real_frames():
 
 
 def test_the_transformer_layer_is_that_of_torch():
-    """Compare with nn.TransformerEncoderLayer with the same weights; its mask is True for padding."""
+    """Copy the weights to nn.TransformerEncoderLayer, which masks padding by True."""
     x = ragged()
     ours = build("blocks", "masked_transformer", tuple(x.shape[1:]), heads=3, expansion=2).eval()
     rest = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
