@@ -199,7 +199,7 @@ class LabelSmoothing(CrossEntropy):
 
 @losses.register("nll")
 class NegativeLogLikelihood(ByClass, nn.NLLLoss):
-    """Negative log likelihood of class indices, for a model whose outputs are log-probabilities.
+    """Negative log likelihood of class indices, for outputs that are log-probabilities.
 
     Args:
         weight: one weight per class, or balanced, as in cross_entropy.
@@ -364,6 +364,7 @@ class Quantile(nn.Module):
     """max(q e, (q - 1) e) with e = targets - outputs; the q-quantile minimizes it.
 
     Koenker and Bassett 1978, "Regression quantiles".
+
     Args:
         q: the quantile; 0.5 is the median.
     """

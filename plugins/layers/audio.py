@@ -60,7 +60,7 @@ class LogMel(nn.Module):
             )
             power = torch.view_as_real(spectrum).square().sum(-1)
             energies = (self.filters @ power).clamp(min=self.floor).log()
-        mask = mask[:, :, :: self.hop]  # a frame is what its middle sample is
+        mask = mask[:, :, :: self.hop]  # a frame is real if its middle sample is real
         return torch.cat([energies[:, :, : mask.shape[2]] * mask, mask], dim=1)
 
 

@@ -1,7 +1,7 @@
 """Blocks for sequences of floats of unequal length (`models/sequence.py` has models of them).
 
 A sample is (channels + 1, length), zero-padded at the end. Its last channel is the mask: 1 for a
-real frame, 0 for padding. Each block maps such a sample to another one, whose channels are zero in
+real frame, 0 for padding. Each block maps such a sample to another one with channels of zero in
 the padding. Its output for the real frames does not depend on the amount of padding (except for
 norms over the batch that count padding in training). `masked_pool` ends the sequence:
 (channels + 1, length) -> (features,).

@@ -130,9 +130,8 @@ def resnet(
 ) -> nn.Module:
     """Residual network on images (C, H, W); the default is ResNet-20 (He et al. 2016).
 
-    arXiv:1512.03385.
-    ResNet-18: depths=[2,2,2,2] channels=[64,128,256,512] stem=large; ResNet-50: block=bottleneck
-    depths=[3,4,6,3] too.
+    arXiv:1512.03385. ResNet-18: depths=[2,2,2,2] channels=[64,128,256,512] stem=large. ResNet-50:
+    block=bottleneck depths=[3,4,6,3] channels=[64,128,256,512] stem=large.
 
     Args:
         block: basic: two 3x3 convolutions; bottleneck: 1x1, 3x3 and 1x1 convolutions, the last one

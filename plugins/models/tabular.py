@@ -134,9 +134,8 @@ def tabular_resnet(
 ) -> nn.Module:
     """Residual MLP on the columns of a table.
 
-    Gorishniy et al. 2021, arXiv:2106.11959, section 3.2.
     linear, then depth times x + dropout(linear(dropout(relu(linear(norm(x)))))), then norm, relu,
-    linear.
+    linear (Gorishniy et al. 2021, arXiv:2106.11959, section 3.2).
 
     Args:
         width: features between blocks.

@@ -176,9 +176,8 @@ def evaluate_closure(closure: Callable[[], Any] | None) -> Any:
 class Lion(PureOptimizer):
     """The sign of an interpolated momentum, with decoupled weight decay (Chen et al. 2023).
 
-    arXiv:2302.06675, algorithm 2.
-    Every number moves by `lr` a step: the authors take a rate 3 to 10 times lower, and a weight
-    decay as much higher, than AdamW's.
+    arXiv:2302.06675, algorithm 2. Each step changes every parameter by `lr`: compared with AdamW,
+    the authors use a learning rate 3 to 10 times lower, and a weight decay 3 to 10 times higher.
 
     Args:
         lr: learning rate.
@@ -214,9 +213,9 @@ class Lion(PureOptimizer):
 class Muon(optim.Optimizer):
     """Orthogonalized momentum for hidden weights, AdamW for all other parameters.
 
-    The source is Jordan et al. 2024, kellerjordan.github.io/posts/muon. Hidden weights are the
-    matrices (of a convolution, one row a filter), but the last, which is taken to be the output
-    layer's.
+    Jordan et al. 2024, kellerjordan.github.io/posts/muon. Hidden weights are all matrices but the
+    last one, which is taken to be the output layer; the weight of a convolution is a matrix with
+    one row per filter.
 
     Args:
         lr: learning rate.
@@ -225,8 +224,9 @@ class Muon(optim.Optimizer):
         momentum: momentum factor of the hidden weights.
         nesterov: use Nesterov momentum.
         ns_steps: number of Newton-Schulz iterations.
-        adjust_lr: match_rms_adamw makes updates as large as AdamW's, whose rates then fit (Liu et
-            al. 2025, arXiv:2502.16982, section 2.2); original is Jordan's, with rates near 0.02.
+        adjust_lr: match_rms_adamw: updates have the size of those of AdamW, so that learning rates
+            of AdamW can be used (Liu et al. 2025, arXiv:2502.16982, section 2.2); original: as
+            Jordan et al., for learning rates near 0.02.
         embedding: the first matrix is an embedding table and is updated by AdamW.
         adamw_lr: learning rate of AdamW; null: lr.
         betas: betas of AdamW.

@@ -97,6 +97,7 @@ def cosine(total_steps: int, warmup: NonNegativeFloat = 0.0, final: Fraction = 0
     """Half a cosine from 1 to `final` at the end of the run.
 
     Loshchilov and Hutter 2017, arXiv:1608.03983, equation 5, without restarts.
+
     Args:
         warmup: steps (or, below 1, fraction of the run) in which the factor rises from near 0.
         final: factor at the end of the run.
@@ -212,6 +213,7 @@ def wsd(
     """Warm-up, constant 1, then decay to `final` at the end of the run (Hu et al. 2024).
 
     arXiv:2404.06395, section 4.
+
     Args:
         warmup: steps (or, below 1, fraction of the run) in which the factor rises from near 0.
         decay: steps (or, below 1, fraction of the run) of the decay at the end.
@@ -234,6 +236,7 @@ def inverse_sqrt(total_steps: int, warmup: NonNegativeFloat = 0.0) -> Factor:
     """sqrt((warmup + 1) / (step + 1)) after the warm-up; the maximum is 1.
 
     Vaswani et al. 2017, arXiv:1706.03762, section 5.3.
+
     Args:
         warmup: steps (or, below 1, fraction of the run) in which the factor rises from near 0.
     """
@@ -254,6 +257,7 @@ def cosine_restarts(
     """Half a cosine from 1 to `final` in each period (Loshchilov and Hutter 2017).
 
     arXiv:1608.03983, equation 5.
+
     Args:
         warmup: steps (or, below 1, fraction of the run) in which the factor rises from near 0.
         period: steps (or, below 1, fraction of the run) of the first cosine.

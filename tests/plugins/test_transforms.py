@@ -436,11 +436,11 @@ def shown_in(folder):
 
 
 def test_tensorboard_shows_the_inputs_of_the_model(tmp_path):
-    given = []
+    inputs = []
 
     class Watched(nn.Linear):
         def forward(self, x):
-            given.extend([x.detach().clone()] * self.training)
+            inputs.extend([x.detach().clone()] * self.training)
             return super().forward(x)
 
     split = TensorSplit(images()[:, :1].contiguous(), TARGETS)
@@ -459,7 +459,7 @@ def test_tensorboard_shows_the_inputs_of_the_model(tmp_path):
     shown = shown_in(tmp_path)
     assert list(shown) == [1, 4, 8], "after the first step and each epoch of four"
     for step, pictures in shown.items():
-        expected = given[step - 1][:, 0]
+        expected = inputs[step - 1][:, 0]
         expected = (expected - expected.min()) / (expected.max() - expected.min())
         assert len(expected) == 10
         above = np.hstack(expected[:8])

@@ -105,7 +105,7 @@ def test_torch_layers_are_used_where_they_fit():
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "settings", "said"),
+    ("name", "shape", "settings", "message"),
     [
         (
             "group",
@@ -121,6 +121,6 @@ def test_torch_layers_are_used_where_they_fit():
         ("layer", (2, 3, 4, 5, 6), {}, r"got \(2, 3, 4, 5, 6\)"),
     ],
 )
-def test_a_shape_for_which_a_norm_is_undefined_is_refused(name, shape, settings, said):
-    with pytest.raises(BuildError, match=said):
+def test_a_shape_for_which_a_norm_is_undefined_is_refused(name, shape, settings, message):
+    with pytest.raises(BuildError, match=message):
         fw.norms.build(name, shape, **settings)
