@@ -52,12 +52,16 @@ def wide(numbers: Tensor) -> Tensor:
 
 def ratio(numerator: float | Tensor, denominator: float | Tensor) -> float:
     """Return the ratio, or nan for a denominator of 0."""
-    return float(numerator) / float(denominator) if denominator else math.nan
+    if not denominator:
+        return math.nan
+    return float(numerator) / float(denominator)
 
 
 def mean_or_nan(values: Tensor) -> float:
     """Return the mean, or nan without values."""
-    return float(values.mean()) if len(values) else math.nan
+    if not len(values):
+        return math.nan
+    return float(values.mean())
 
 
 class Share(Metric):
@@ -220,7 +224,9 @@ class Matthews(Counts):
         number = sum(true)
         covariance = number * sum(correct) - dot(predicted, true)
         variances = (number**2 - dot(predicted, predicted)) * (number**2 - dot(true, true))
-        return covariance / math.sqrt(variances) if variances else ratio(0.0, number)
+        if not variances:
+            return ratio(0.0, number)
+        return covariance / math.sqrt(variances)
 
 
 def dot(a: list[int], b: list[int]) -> int:
@@ -381,4 +387,6 @@ def exact_r2(sums: list[float]) -> float:
     if variation <= Fraction(rounding) * squares:
         return 1.0 if squared_error == 0 else 0.0
     unexplained = Fraction(squared_error) / variation
-    return 1 - float(unexplained) if unexplained < 1e300 else -math.inf
+    if unexplained >= 1e300:  # float() could overflow
+        return -math.inf
+    return 1 - float(unexplained)
